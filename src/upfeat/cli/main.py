@@ -1,0 +1,79 @@
+"""Parse, dispatch, and turn every user error into one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from upfeat._version import __version__
+from upfeat.cli import info, run
+
+COMMANDS = {"run": run, "info": info}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> Parser:
+    """The parser of the whole command."""
+    parser = Parser(prog="upfeat", description="Features of any vision backbone, at any resolution.")
+    parser.add_argument("--version", action="version", version=f"upfeat {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, module in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=f"example:\n{module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        arguments: what follows ``upfeat``; ``None`` for the process's own.
+
+    Returns:
+        The exit code: 0, 2 for bad input, 130 when interrupted.
+    """
+    options = build_parser().parse_args(arguments)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return COMMANDS[options.command].execute(options)
+    except (ValueError, OSError) as error:
+        print(f"upfeat {options.command}: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"upfeat {options.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def one_line(error: Exception) -> str:
+    """The error's message without line breaks; a system error's with its file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: object = None,
+    line: str | None = None,
+) -> None:
+    print(f"upfeat: note: {' '.join(str(message).split())}", file=sys.stderr)

@@ -1,0 +1,39 @@
+"""What is installed and what can run: for ``upfeat info`` and bug reports."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from upfeat._version import __version__
+from upfeat.backbones import list_backbones
+from upfeat.kernels import dispatch
+from upfeat.upsamplers import list_upsamplers
+
+
+def describe() -> dict[str, list[str]]:
+    """Sections of facts, each a list of lines."""
+    python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return {
+        "upfeat": [__version__],
+        "python": [python],
+        "torch": [f"{torch.__version__}, {torch.get_num_threads()} threads"],
+        "devices": devices(),
+        "kernels": [
+            f"{name}: {'available' if reason is None else reason}"
+            for name, reason in dispatch.availability().items()
+        ],
+        "backbones": list_backbones(),
+        "upsamplers": list_upsamplers(),
+    }
+
+
+def devices() -> list[str]:
+    """Devices that tensors can live on."""
+    found = [f"cpu ({torch.backends.cpu.get_cpu_capability()})"]
+    for index in range(torch.cuda.device_count()):
+        found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)})")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found

@@ -1,0 +1,176 @@
+"""The operators that upsamplers are made of: pure functions of tensors.
+
+Every function takes ``backend``:
+
+* ``"auto"`` chooses the fastest that can run on these tensors, and says at DEBUG level which;
+* ``"reference"`` is the oracle (unfolding; slow, every intermediate in memory);
+* ``"eager"`` is plain PyTorch, on any device and dtype;
+* ``"cpu"`` is the compiled C++ library;
+* ``"triton"`` is the GPU kernels.
+
+A backend asked for by name that cannot run raises ``ValueError`` with the reason. All of them are
+differentiable in every tensor argument.
+"""
+
+import torch
+from torch import Tensor
+
+from upfeat.kernels import dispatch
+from upfeat.kernels.window import window_radius
+
+__all__ = [
+    "adaptive_conv2d",
+    "bilateral_weights",
+    "joint_bilateral_upsample",
+    "neighbourhood_upsample",
+]
+
+
+def adaptive_conv2d(padded: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
+    """Correlate every pixel's window with that pixel's own weights, shared by all channels.
+
+    out[b, c, y, x] = Σ_k weights[b, k, y, x] · padded[b, c, y + k // side, x + k % side].
+
+    Args:
+        padded: (B, C, H+2r, W+2r) features, already padded by the radius r.
+        weights: (B, (2r+1)², H, W), taps row-major.
+        backend: see the module's docstring.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the backend cannot run.
+
+    Source: FeatUp, section 3.2 (the adaptive convolution).
+    """
+    weights = _check_pair("padded", padded, weights)
+    radius = window_radius(weights.shape[1])
+    expected = (weights.shape[2] + 2 * radius, weights.shape[3] + 2 * radius)
+    if tuple(padded.shape[-2:]) != expected:
+        raise ValueError(
+            f"padded is {_size(padded)} but weights of {weights.shape[1]} taps at {_size(weights)} "
+            f"need {expected[0]}×{expected[1]}: pad by the radius ({radius}) on every side"
+        )
+    return dispatch.call("adaptive_conv2d", backend, padded, weights)
+
+
+def joint_bilateral_upsample(features: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
+    """Resize bicubically to the weights' size, reflect-pad, and filter with the weights.
+
+    Args:
+        features: (B, C, h, w).
+        weights: (B, (2r+1)², H, W), taps row-major; its size is the output's.
+        backend: see the module's docstring.
+
+    Returns:
+        (B, C, H, W), equal to ``adaptive_conv2d(reflect_pad(bicubic(features)), weights)``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the backend cannot run.
+
+    Source: FeatUp, section 3.2, equation of one JBU stage.
+    """
+    weights = _check_pair("features", features, weights)
+    window_radius(weights.shape[1])
+    _check_not_empty("features", features)
+    _check_not_empty("weights", weights)
+    return dispatch.call("joint_bilateral_upsample", backend, features, weights)
+
+
+def neighbourhood_upsample(features: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
+    """Sum the coarse cells around each pixel's own cell, weighted per pixel.
+
+    out[b, c, p] = Σ_δ weights[b, δ, p] · features[b, c, cell(p) + δ], |δ|∞ ≤ r, edges replicated,
+    where cell(p) = ⌊(p + ½)·h/H⌋ on each axis.
+
+    Args:
+        features: (B, C, h, w).
+        weights: (B, (2r+1)², H, W), offsets row-major; its size is the output's.
+        backend: see the module's docstring.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or the backend cannot run.
+    """
+    weights = _check_pair("features", features, weights)
+    window_radius(weights.shape[1])
+    _check_not_empty("features", features)
+    _check_not_empty("weights", weights)
+    return dispatch.call("neighbourhood_upsample", backend, features, weights)
+
+
+def bilateral_weights(
+    keys: Tensor,
+    temperature: Tensor | float,
+    sigma_spatial: Tensor | float,
+    *,
+    radius: int = 3,
+    backend: str = "auto",
+) -> Tensor:
+    """Range kernel times spatial kernel, normalised over the window.
+
+    The range kernel is the softmax over the window's taps of temperature·⟨keys[p], keys[p+δ]⟩
+    (keys reflect-padded); the spatial one exp(−|u|²/(2·sigma_spatial²)) with u on [−1, 1]².
+
+    Args:
+        keys: (B, D, H, W).
+        temperature: scalar that multiplies the inner products.
+        sigma_spatial: scalar, in units of the half window; not 0.
+        radius: r ≥ 0, pixels.
+        backend: see the module's docstring.
+
+    Returns:
+        (B, (2r+1)², H, W), taps row-major, non-negative, summing to 1 at every pixel.
+
+    Raises:
+        ValueError: keys is not (B, D, H, W), the radius is negative, or the backend cannot run.
+
+    Source: FeatUp, section 3.2 (range and spatial kernels).
+    """
+    if keys.dim() != 4:
+        raise ValueError(f"keys must be (B, D, H, W), not {tuple(keys.shape)}")
+    if radius < 0:
+        raise ValueError(f"radius={radius} must be 0 or more")
+    _check_not_empty("keys", keys)
+    scalars = [
+        torch.as_tensor(scalar, dtype=keys.dtype, device=keys.device)
+        for scalar in (temperature, sigma_spatial)
+    ]
+    return dispatch.call("bilateral_weights", backend, keys, *scalars, radius)
+
+
+def _check_pair(name: str, values: Tensor, weights: Tensor) -> Tensor:
+    """Check that two (B, ·, ·, ·) tensors go together; return the weights in the values' dtype."""
+    for label, tensor in ((name, values), ("weights", weights)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{label} must have 4 dimensions, not shape {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{label} is {tensor.dtype}; convert it with .float()")
+    if values.shape[0] != weights.shape[0]:
+        raise ValueError(
+            f"{name} has batch size {values.shape[0]} and weights {weights.shape[0]}; "
+            "expand() the smaller one"
+        )
+    if values.device != weights.device:
+        raise ValueError(
+            f"{name} is on {values.device} and weights on {weights.device}; move one with .to()"
+        )
+    if values.dtype == weights.dtype:
+        return weights
+    if torch.is_autocast_enabled(values.device.type):
+        return weights.to(values.dtype)
+    raise ValueError(
+        f"{name} is {values.dtype} and weights {weights.dtype}; convert one with .to(dtype)"
+    )
+
+
+def _check_not_empty(name: str, tensor: Tensor) -> None:
+    if 0 in tensor.shape[-2:]:
+        raise ValueError(f"{name} is {_size(tensor)} pixels; both sides must be at least 1")
+
+
+def _size(tensor: Tensor) -> str:
+    return f"{tensor.shape[-2]}×{tensor.shape[-1]}"

@@ -1,0 +1,60 @@
+"""Which backend runs an operator.
+
+A backend is a module with one function per operator and, where it cannot always run,
+``can_run_<operator>`` that returns the reason it cannot. ``"auto"`` takes the first in
+:data:`AUTO_ORDER` without a reason; a backend named by the caller raises with its reason.
+"""
+
+import logging
+from types import ModuleType
+
+from torch import Tensor
+
+from upfeat.kernels import eager, reference
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
+AUTO_ORDER = ("eager",)
+
+
+def call(operator: str, backend: str, *arguments: Tensor | int) -> Tensor:
+    """Run ``operator`` with ``backend``, or with the first that can when it is ``"auto"``.
+
+    Raises:
+        ValueError: the backend is unknown, or cannot run these arguments.
+    """
+    if backend == "auto":
+        backend = next(
+            name for name in AUTO_ORDER if reason_against(operator, name, *arguments) is None
+        )
+        logger.debug("%s: backend %s", operator, backend)
+    else:
+        reason = reason_against(operator, backend, *arguments)
+        if reason is not None:
+            raise ValueError(f'backend="{backend}" cannot run {operator}: {reason}')
+    return getattr(BACKENDS[backend], operator)(*arguments)
+
+
+def reason_against(operator: str, backend: str, *arguments: Tensor | int) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on these arguments; ``None`` when it can.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    if backend not in BACKENDS:
+        known = ", ".join(f'"{name}"' for name in ("auto", *BACKENDS))
+        raise ValueError(f'backend="{backend}" is unknown; choose from {known}')
+    module = BACKENDS[backend]
+    if not hasattr(module, operator):
+        return "this backend has no such operator"
+    check = getattr(module, f"can_run_{operator}", None)
+    return None if check is None else check(*arguments)
+
+
+def availability() -> dict[str, str | None]:
+    """Every backend's name, and why it cannot run on this machine; ``None`` when it can."""
+    return {
+        name: check() if (check := getattr(module, "unavailable_reason", None)) else None
+        for name, module in BACKENDS.items()
+    }

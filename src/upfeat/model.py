@@ -1,0 +1,110 @@
+"""A backbone and an upsampler as one module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from upfeat.backbones import Backbone, load_backbone
+from upfeat.upsamplers import Upsampler, create_upsampler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from upfeat.images import ImageLike
+
+DEFAULT_BACKBONE = "efficientnet_lite0"
+
+
+class FeatUp(nn.Module):
+    """A drop-in for a backbone whose features come at the image's own size.
+
+    Source: FeatUp (Fu, Hamilton et al., ICLR 2024).
+    """
+
+    def __init__(
+        self, backbone: Backbone | Callable[[Tensor], Tensor], upsampler: Upsampler
+    ) -> None:
+        """Join the two.
+
+        Args:
+            backbone: a :class:`Backbone`, or a module or function to wrap as one.
+            upsampler: any upsampler; one with an ``embed_dim`` must have the backbone's.
+
+        Raises:
+            ValueError: their channels differ.
+        """
+        super().__init__()
+        self.backbone = load_backbone(backbone)
+        self.upsampler = upsampler
+        expected = getattr(upsampler, "embed_dim", None)
+        if expected not in (None, self.backbone.embed_dim):
+            raise ValueError(
+                f"upsampler expects {expected} channels but {self.backbone.name} has "
+                f"{self.backbone.embed_dim}; use an upsampler made for it, or embed_dim=None"
+            )
+
+    @property
+    def embed_dim(self) -> int:
+        """Number C of feature channels."""
+        return self.backbone.embed_dim
+
+    def preprocess(self, image: ImageLike, size: int | None = None, *, align: bool = True) -> Tensor:
+        """Read and normalise an image, as :meth:`Backbone.preprocess`."""
+        return self.backbone.preprocess(image, size, align=align)
+
+    def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+        """Compute features at full resolution.
+
+        Args:
+            x: (B, 3, H, W) normalised image, any size of at least the backbone's stride.
+            output_size: (height, width) of the result; ``None`` for the image's own.
+
+        Returns:
+            (B, C, *output_size).
+
+        Raises:
+            ValueError: x is not such an image, or the backbone returns NaN.
+        """
+        return self.upsampler(self.backbone(x), x, output_size)
+
+
+def load(
+    name: str = DEFAULT_BACKBONE,
+    *,
+    upsampler: str | Path | Upsampler | None = None,
+    device: str | torch.device | None = None,
+) -> FeatUp:
+    """Load a backbone with an upsampler, in eval mode and frozen.
+
+    Args:
+        name: one of ``upfeat.list_backbones()``.
+        upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
+            published FeatUp checkpoint (``.ckpt``), or an upsampler; ``None`` for the backbone's
+            best.
+        device: where to put both; ``None`` for the CPU.
+
+    Raises:
+        FileNotFoundError: ``upsampler`` is a path where nothing is.
+        ValueError: there is no such backbone or upsampler (close names are suggested), or no such
+            device.
+
+    Example:
+        >>> model = load("efficientnet_lite0", upsampler="bilinear")
+        >>> model(torch.zeros(1, 3, 64, 96)).shape
+        torch.Size([1, 112, 64, 96])
+    """
+    backbone = load_backbone(name)
+    if not isinstance(upsampler, Upsampler):
+        upsampler = create_upsampler(upsampler, backbone.embed_dim)
+    model = FeatUp(backbone, upsampler).eval().requires_grad_(False)
+    if device is None:
+        return model
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f'device="{device}" cannot be used: {reason}') from None

@@ -1,0 +1,19 @@
+"""Upsamplers: coarse features and an image in, features at any size out."""
+
+from upfeat.upsamplers.base import Kernels, Upsampler
+from upfeat.upsamplers.interpolate import Bicubic, Bilinear, Nearest
+from upfeat.upsamplers.jbu import JBUStack
+from upfeat.upsamplers.joint_bilateral import JointBilateral
+from upfeat.upsamplers.pretrained import create_upsampler, list_upsamplers
+
+__all__ = [
+    "Bicubic",
+    "Bilinear",
+    "JBUStack",
+    "JointBilateral",
+    "Kernels",
+    "Nearest",
+    "Upsampler",
+    "create_upsampler",
+    "list_upsamplers",
+]

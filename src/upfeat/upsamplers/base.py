@@ -1,0 +1,194 @@
+"""What every upsampler is: linear in the features, with weights that depend on the image alone.
+
+up(F) = K(g)·M(F) + o, where K(g) are per-pixel weights made from the guidance g, M a map of the
+channels of one cell, and o a constant per channel. So M runs on the coarse grid, a linear head
+applied to the coarse features gives what it would give after upsampling, and K(g) serves every
+backbone, layer and block of channels that goes with one image.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+Size = tuple[int, int]
+"""(height, width), pixels."""
+
+AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
+
+
+class Kernels(Protocol):
+    """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, H, W), any C."""
+        ...
+
+
+class Upsampler(nn.Module, ABC):
+    """Features on a coarse grid and an image in, features at any size out.
+
+    Subclasses give :meth:`prepare`, and :meth:`mix` and :attr:`offset` where they change channels.
+    ``config()`` holds what the constructor needs; :meth:`save_pretrained` writes it down.
+    """
+
+    name: ClassVar[str]
+    """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
+
+    @abstractmethod
+    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> Kernels:
+        """Make the weights of one guidance.
+
+        Args:
+            guidance: (B, 3, H, W) normalised image.
+            grid_size: (h, w) of the features to come.
+            output_size: (height, width) of the result.
+        """
+
+    def mix(self, features: Tensor) -> Tensor:
+        """The map of each cell's channels, (B, C, h, w) -> (B, C, h, w). Here the identity."""
+        return features
+
+    @property
+    def offset(self) -> Tensor | None:
+        """What is added to every output pixel, (C,), or ``None``."""
+        return None
+
+    def forward(
+        self, features: Tensor, guidance: Tensor, output_size: Size | None = None
+    ) -> Tensor:
+        """Upsample features.
+
+        Args:
+            features: (B, C, h, w).
+            guidance: (B, 3, H, W), the normalised image that the features came from.
+            output_size: (height, width) of the result in pixels; ``None`` for the guidance's.
+
+        Returns:
+            (B, C, *output_size).
+
+        Raises:
+            ValueError: shapes or batch sizes disagree, or the features hold NaN or infinity.
+        """
+        size = check_inputs(features, guidance, output_size)
+        kernels = self.prepare(guidance, (features.shape[2], features.shape[3]), size)
+        out = kernels(self.mix(features))
+        return out if self.offset is None else add_offset(out, self.offset)
+
+    def config(self) -> dict[str, Any]:
+        """Constructor arguments that rebuild this upsampler, as JSON values."""
+        return {}
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``, made if need be.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        from upfeat.storage import write_bytes, write_tensors
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {key: value.contiguous() for key, value in self.state_dict().items()}
+        write_tensors(folder / "model.safetensors", state, {"upsampler": self.name})
+        config = {"upsampler": self.name, **self.config()}
+        write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+    @classmethod
+    def from_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:
+        """Rebuild an upsampler that :meth:`save_pretrained` wrote; in eval mode.
+
+        Args:
+            folder: a local folder with ``config.json`` and ``model.safetensors``, or the name of
+                a model repository on the Hugging Face hub (needs ``huggingface_hub``).
+
+        Raises:
+            FileNotFoundError: the folder, or one of its two files, is not there.
+            ValueError: it holds another upsampler, or tensors that do not fit.
+        """
+        from upfeat.upsamplers.pretrained import load_pretrained
+
+        return load_pretrained(cls, folder)
+
+
+def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -> Size:
+    """Check an upsampler's arguments; return the output size.
+
+    Raises:
+        ValueError: as :meth:`Upsampler.forward`.
+    """
+    for label, tensor in (("features", features), ("guidance", guidance)):
+        if tensor.dim() != 4 or 0 in tensor.shape[1:]:
+            raise ValueError(
+                f"{label} must be (B, channels, height, width), none of the last three 0, "
+                f"not {tuple(tensor.shape)}"
+            )
+    if guidance.shape[1] != 3:
+        raise ValueError(
+            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image (3)"
+        )
+    if features.shape[0] != guidance.shape[0]:
+        raise ValueError(
+            f"features has batch size {features.shape[0]} and guidance {guidance.shape[0]}; "
+            "give one image per feature map, or expand() the smaller"
+        )
+    if features.device != guidance.device:
+        raise ValueError(
+            f"features is on {features.device} and guidance on {guidance.device}; "
+            "move one with .to()"
+        )
+    _check_finite("features", features, "check the backbone's input and its precision")
+    _check_finite("guidance", guidance, "check the image")
+    if output_size is None:
+        return guidance.shape[2], guidance.shape[3]
+    return check_output_size(output_size)
+
+
+def _check_finite(label: str, tensor: Tensor, fix: str) -> None:
+    """Refuse NaN where it enters: it would spread over a window at every later stage.
+
+    One pass over the inputs, which are small beside the output. Left out where a value must not
+    steer the program: in a graph being compiled and under ``torch.func`` transforms.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(
+            f"{label} holds NaN or infinity; {fix} (float16 overflows at 65504: use bfloat16 or "
+            "float32)"
+        )
+
+
+def check_output_size(output_size: Size) -> Size:
+    """Check that ``output_size`` is two whole numbers of at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        height, width = (int(side) for side in output_size)
+        valid = (height, width) == tuple(output_size) and min(height, width) >= 1
+    except (TypeError, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"output_size={output_size!r} must be (height, width), two whole numbers of pixels "
+            "of at least 1"
+        )
+    return height, width  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def add_offset(out: Tensor, offset: Tensor) -> Tensor:
+    """Add a constant per channel; in place when autograd does not watch (the output is large).
+
+    Args:
+        out: (B, C, H, W).
+        offset: (C,).
+    """
+    shaped = offset[:, None, None]
+    return out + shaped if torch.is_grad_enabled() and out.requires_grad else out.add_(shaped)

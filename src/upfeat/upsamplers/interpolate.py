@@ -1,0 +1,55 @@
+"""Upsamplers that look at the features alone: the baselines every other one must beat."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.upsamplers.base import Size, Upsampler
+
+
+class InterpolationKernels:
+    """Interpolation to one size; no image is involved."""
+
+    def __init__(self, output_size: Size, mode: str) -> None:
+        """Keep the size and PyTorch's name of the mode."""
+        self.output_size = output_size
+        self.mode = mode
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, H, W)."""
+        align_corners = None if self.mode == "nearest-exact" else False
+        return F.interpolate(
+            features, size=self.output_size, mode=self.mode, align_corners=align_corners
+        )
+
+
+class _Interpolation(Upsampler):
+    mode: ClassVar[str]
+
+    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> InterpolationKernels:
+        """See :meth:`Upsampler.prepare`; only ``output_size`` matters."""
+        return InterpolationKernels(output_size, self.mode)
+
+
+class Nearest(_Interpolation):
+    """The value of the cell that a pixel lies in."""
+
+    name = "nearest"
+    mode = "nearest-exact"
+
+
+class Bilinear(_Interpolation):
+    """Bilinear interpolation between cell centres (align_corners=False)."""
+
+    name = "bilinear"
+    mode = "bilinear"
+
+
+class Bicubic(_Interpolation):
+    """Bicubic interpolation between cell centres (a = −0.75, align_corners=False)."""
+
+    name = "bicubic"
+    mode = "bicubic"

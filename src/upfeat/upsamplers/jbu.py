@@ -1,0 +1,210 @@
+"""The stacked joint bilateral upsampler with learned range and spatial kernels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat import functional
+from upfeat.upsamplers.base import Size, Upsampler
+
+KEY_CHANNELS = 32
+"""Width D of the learned range kernel's keys."""
+
+FIXUP_SCALE = 0.1
+"""How much of the fix-up's and the channel mix's output is added."""
+
+
+class JBUStage(nn.Module):
+    """Filters for one step of joint bilateral upsampling, made from the guidance alone.
+
+    Source: FeatUp, section 3.2; the fix-up network is in the published code only.
+    """
+
+    def __init__(self, radius: int = 3) -> None:
+        """Make a stage with initial (untrained) weights.
+
+        Args:
+            radius: r ≥ 1; windows are (2r+1)² pixels.
+        """
+        super().__init__()
+        self.radius = radius
+        taps = (2 * radius + 1) ** 2
+        self.range_temperature = nn.Parameter(torch.tensor(0.0))
+        self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
+        self.range_proj = _pointwise_network(3, KEY_CHANNELS)
+        self.fixup_proj = _pointwise_network(taps + 3, taps)
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        """Make the filters.
+
+        Args:
+            guidance: (B, 3, H, W) at the stage's output size.
+
+        Returns:
+            (B, (2r+1)², H, W): normalised bilateral weights plus a learned correction that may be
+            negative and is not normalised again.
+        """
+        keys = self.range_proj(guidance)  # (B, 32, H, W)
+        temperature = self.range_temperature.exp().clamp(1e-4, 1e4)
+        weights = functional.bilateral_weights(
+            keys, temperature, self.sigma_spatial, radius=self.radius
+        )
+        fixup = self.fixup_proj(torch.cat([weights, guidance.to(weights.dtype)], dim=1))
+        return weights + FIXUP_SCALE * fixup
+
+
+class JBUKernels:
+    """The filters of all stages of one guidance, each made when it is needed."""
+
+    def __init__(self, stages: nn.ModuleList, guidance: Tensor, sizes: list[Size]) -> None:
+        """Keep the stages, the guidance (B, 3, H, W) and every stage's output size."""
+        self.stages = stages
+        self.guidance = guidance
+        self.sizes = sizes
+
+    def weights(self, stage: int) -> Tensor:
+        """The filters of one stage, (B, (2r+1)², H_stage, W_stage)."""
+        return self.stages[stage](F.adaptive_avg_pool2d(self.guidance, self.sizes[stage]))
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, H, W)."""
+        for stage in range(len(self.sizes)):
+            weights = self.weights(stage).to(features.dtype)
+            features = functional.joint_bilateral_upsample(features, weights)
+        return features
+
+
+class JBUStack(Upsampler):
+    """Four joint bilateral upsamplers, each doubling, guided by the image at its own size.
+
+    Stages double while they can and the last lands on the size asked for, so any stride, output
+    size and aspect will do; a 16-fold output is the published model's arithmetic.
+    The final channel mix x + 0.1·(W·x + b) is computed on the coarse grid, where it costs 256
+    times less and gives the same.
+
+    Source: FeatUp, section 3.2.
+    """
+
+    name = "jbu_stack"
+
+    def __init__(
+        self, embed_dim: int | None = None, *, radius: int = 3, n_stages: int = 4
+    ) -> None:
+        """Make a stack with initial (untrained) weights.
+
+        Args:
+            embed_dim: number of feature channels C that the channel mix expects; ``None`` for no
+                mix, which serves any C ("universal").
+            radius: window radius r ≥ 1.
+            n_stages: how many stages, ≥ 1.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        super().__init__()
+        for label, value in (("embed_dim", embed_dim), ("radius", radius), ("n_stages", n_stages)):
+            if value is not None and value < 1:
+                raise ValueError(f"{label}={value} must be 1 or more")
+        self.embed_dim = embed_dim
+        self.radius = radius
+        self.stages = nn.ModuleList(JBUStage(radius) for _ in range(n_stages))
+        self.channel_dropout = nn.Dropout2d(0.2)
+        self.channel_mix = None if embed_dim is None else nn.Conv2d(embed_dim, embed_dim, 1)
+
+    def config(self) -> dict[str, Any]:
+        """See :meth:`Upsampler.config`."""
+        return {
+            "embed_dim": self.embed_dim,
+            "radius": self.radius,
+            "n_stages": len(self.stages),
+        }
+
+    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> JBUKernels:
+        """See :meth:`Upsampler.prepare`."""
+        return JBUKernels(
+            self.stages, guidance, stage_sizes(grid_size, output_size, len(self.stages))
+        )
+
+    def mix(self, features: Tensor) -> Tensor:
+        """x + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
+
+        Raises:
+            ValueError: C is not the stack's ``embed_dim``.
+        """
+        if self.channel_mix is None:
+            return features
+        if features.shape[1] != self.embed_dim:
+            raise ValueError(
+                f"features has {features.shape[1]} channels but this JBUStack mixes "
+                f"{self.embed_dim}; build it with embed_dim={features.shape[1]}, or with "
+                "embed_dim=None for any number"
+            )
+        # Dropping whole channels commutes with upsampling as the mix itself does.
+        mixed = F.conv2d(self.channel_dropout(features), self.channel_mix.weight)
+        return features + FIXUP_SCALE * mixed
+
+    @property
+    def offset(self) -> Tensor | None:
+        """0.1·b of the channel mix, (C,); ``None`` without one."""
+        if self.channel_mix is None:
+            return None
+        assert self.channel_mix.bias is not None
+        return FIXUP_SCALE * self.channel_mix.bias
+
+    @classmethod
+    def from_featup(cls, path: str | Path) -> JBUStack:
+        """Read a checkpoint published by FeatUp, or one in its layout; in eval mode.
+
+        Nothing in the file is executed. The upsampler's tensors are taken; others that such files
+        hold (downsampler, scale network, backbone, optimiser) are reported at INFO level.
+
+        Args:
+            path: the ``.ckpt`` file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a tensor checkpoint, holds code, or lacks tensors of a stack (all
+                are named), or they have other shapes.
+        """
+        from upfeat.upsamplers.featup_checkpoint import read_featup
+
+        state, embed_dim = read_featup(path)
+        stack = cls(embed_dim)
+        stack.load_state_dict(state)
+        return stack.eval()
+
+
+def stage_sizes(grid_size: Size, output_size: Size, n_stages: int) -> list[Size]:
+    """The output size of every stage: doubling, never past the target, the last on it.
+
+    Args:
+        grid_size: (h, w) of the features.
+        output_size: (H, W).
+        n_stages: ≥ 1.
+
+    Returns:
+        ``n_stages`` sizes. 14×14 to 224×224 in four: 28, 56, 112, 224.
+    """
+    doubled = [
+        (
+            min(grid_size[0] << stage, output_size[0]),
+            min(grid_size[1] << stage, output_size[1]),
+        )
+        for stage in range(1, n_stages)
+    ]
+    return [*doubled, output_size]
+
+
+def _pointwise_network(in_channels: int, out_channels: int) -> nn.Sequential:
+    """conv1×1, GELU, Dropout2d, conv1×1, with the hidden width of the output."""
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1),
+        nn.GELU(),
+        nn.Dropout2d(0.1),
+        nn.Conv2d(out_channels, out_channels, 1),
+    )

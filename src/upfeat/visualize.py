@@ -1,0 +1,132 @@
+"""Pictures of features: a PCA shared between maps, shown side by side with captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+_MARGIN = 12
+_BACKGROUND = (255, 255, 255)
+_INK = (32, 32, 32)
+_MIN_PANEL_SIDE = 320
+
+
+class PCABasis:
+    """Three directions of most variance, and the range of values along each.
+
+    Fitted once and applied to several maps, so that one colour means one thing in all of them.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        """Fit the basis.
+
+        Args:
+            features: (C, h, w); the coarse map, or any other sample of the feature space.
+        """
+        samples = features.detach().flatten(1).T.float()  # (h·w, C)
+        self.mean = samples.mean(0)
+        centred = samples - self.mean
+        values, vectors = torch.linalg.eigh(centred.T @ centred)
+        count = min(3, len(values))
+        basis = vectors[:, -count:].flip(1) * (values[-count:].flip(0) > 0)
+        # A direction's sign is arbitrary; fix it, so that the same picture has the same colours.
+        heaviest = basis.abs().argmax(0)
+        basis = basis * torch.sign(basis[heaviest, torch.arange(count)]).where(
+            basis.abs().sum(0) > 0, torch.ones(())
+        )
+        self.basis = F.pad(basis, (0, 3 - count))  # (C, 3)
+        projected = centred @ self.basis
+        self.low = projected.quantile(0.01, dim=0) if len(projected) > 1 else projected[0] - 1
+        self.high = projected.quantile(0.99, dim=0) if len(projected) > 1 else projected[0] + 1
+
+    def project(self, features: Tensor) -> Tensor:
+        """(C, H, W) features of any size -> (3, H, W), the coordinates in the basis. Affine."""
+        flat = features.detach().flatten(1)
+        centre = self.basis.T @ self.mean
+        projected = self.basis.T.to(flat.dtype) @ flat - centre.to(flat.dtype)[:, None]
+        return projected.float().view(3, *features.shape[1:])
+
+    def colours(self, projected: Tensor) -> Tensor:
+        """(3, H, W) of :meth:`project` -> colours in [0, 1].
+
+        The 1st to the 99th percentile of the fitted map spans the range.
+        """
+        span = (self.high - self.low).clamp(min=1e-12)
+        return ((projected - self.low[:, None, None]) / span[:, None, None]).clamp(0, 1)
+
+
+def to_image(colours: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] as a PIL image."""
+    array = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+    return Image.fromarray(np.ascontiguousarray(array.cpu().numpy()))
+
+
+def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """Lay captioned panels out in a row, on white.
+
+    Args:
+        panels: (caption, picture); every picture is brought to the first one's size, without
+            smoothing, so that coarse cells show as the blocks they are. Small ones are enlarged
+            by a whole factor for legibility.
+
+    Returns:
+        One picture.
+    """
+    width, height = panels[0][1].size
+    factor = max(1, -(-_MIN_PANEL_SIDE // max(width, height)))
+    size = (width * factor, height * factor)
+    font = ImageFont.load_default(size=max(14, min(size[0] // 14, 28)))
+    lines = [caption.split("\n") for caption, _ in panels]
+    line_height = sum(font.getmetrics()) if isinstance(font, ImageFont.FreeTypeFont) else 14
+    caption_height = line_height * max(map(len, lines)) + _MARGIN // 2
+    columns = [max(size[0], *(round(font.getlength(line)) for line in text)) for text in lines]
+    total = sum(columns) + _MARGIN * (len(panels) + 1)
+    picture = Image.new("RGB", (total, size[1] + caption_height + 2 * _MARGIN), _BACKGROUND)
+    draw = ImageDraw.Draw(picture)
+    left = _MARGIN
+    for (_, panel), text, column in zip(panels, lines, columns, strict=True):
+        shown = panel.convert("RGB").resize(size, Image.Resampling.NEAREST)
+        picture.paste(shown, (left + (column - size[0]) // 2, _MARGIN))
+        for index, line in enumerate(text):
+            place = (left + column // 2, _MARGIN + size[1] + _MARGIN // 2 + index * line_height)
+            draw.text(place, line, fill=_INK, font=font, anchor="ma")
+        left += column + _MARGIN
+    return picture
+
+
+def comparison(
+    image: Tensor, coarse: Tensor, upsampled: Tensor, *, label: str = "upsampled"
+) -> Image.Image:
+    """The picture of one run: image, coarse features, bilinear, upsampled.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        coarse: (C, h, w) features of the backbone.
+        upsampled: (C, H', W') the same upsampled.
+        label: caption of the last panel.
+
+    Returns:
+        Four captioned panels; the three of features share one PCA basis, fitted on the coarse map.
+    """
+    size = (image.shape[1], image.shape[2])
+    basis = PCABasis(coarse)
+    # Projecting is linear and commutes with interpolation: 3 channels are interpolated, not C.
+    grid = basis.project(coarse)[None]
+    blocks = F.interpolate(grid, size=size, mode="nearest-exact")[0]
+    smooth = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0]
+    sharp = basis.project(upsampled)
+    panels = [("coarse features", coarse, blocks), ("bilinear", smooth, smooth)]
+    panels.append((label, upsampled, sharp))
+    return side_by_side(
+        [(f"image\n{_size(image)}", to_image(image))]
+        + [(f"{name}\n{_size(sized)}", to_image(basis.colours(x))) for name, sized, x in panels]
+    )
+
+
+def _size(x: Tensor) -> str:
+    return f"{x.shape[-2]} x {x.shape[-1]}"
