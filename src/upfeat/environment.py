@@ -32,8 +32,10 @@ def describe() -> dict[str, list[str]]:
 def devices() -> list[str]:
     """Devices that tensors can live on."""
     found = [f"cpu ({torch.backends.cpu.get_cpu_capability()})"]
-    for index in range(torch.cuda.device_count()):
-        found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)})")
+    found += [
+        f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+        for index in range(torch.cuda.device_count())
+    ]
     if torch.backends.mps.is_available():
         found.append("mps")
     return found

@@ -62,7 +62,7 @@ def _read_file(path: Path) -> Tensor:
                 return _from_pil(opened, str(path))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(
-            f"{path}: has more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels, which may be an attack; "
+            f"{path}: has more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels, perhaps an attack; "
             "if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"
         ) from None
     except UnidentifiedImageError:
@@ -98,9 +98,7 @@ def _from_array(array: NDArray[Any], label: str) -> Tensor:
         raise ValueError(f"{label} has shape {array.shape}: it is empty")
     scale = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}.get(array.dtype.name)
     if scale is None and array.dtype.kind != "f":
-        raise ValueError(
-            f"{label} has dtype {array.dtype}; use uint8, uint16, or floats in [0, 1]"
-        )
+        raise ValueError(f"{label} has dtype {array.dtype}; use uint8, uint16, or floats in [0, 1]")
     # Copied, so that negative strides and read-only buffers are as good as any.
     values = torch.from_numpy(np.array(array, dtype=np.float32, order="C")).permute(2, 0, 1)
     values = values / scale if scale is not None else _check_unit_range(values, label)

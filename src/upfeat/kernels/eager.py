@@ -5,6 +5,8 @@ weights and one shifted view of the features: T multiply-adds over (B, C, H, W).
 make T copies of the features instead.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,11 +87,11 @@ def _cell_slots(cells: int, length: int, device: torch.device) -> tuple[Tensor, 
     """
     # Plain integers: sizes are known, and a compiled graph must not depend on a tensor's value.
     first = [-((cells - 2 * length * index) // (2 * cells)) for index in range(cells + 1)]
-    most = max(stop - start for start, stop in zip(first, first[1:], strict=False))
+    most = max(stop - start for start, stop in pairwise(first))
     slots = [min(start + offset, length - 1) for start in first[:-1] for offset in range(most)]
     kept = [
         index * most + offset
-        for index, (start, stop) in enumerate(zip(first, first[1:], strict=False))
+        for index, (start, stop) in enumerate(pairwise(first))
         for offset in range(stop - start)
     ]
     return torch.tensor(slots, device=device), torch.tensor(kept, device=device)

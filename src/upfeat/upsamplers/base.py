@@ -15,6 +15,9 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    is_functorch_wrapped_tensor,
+)
 
 Size = tuple[int, int]
 """(height, width), pixels."""
@@ -155,7 +158,7 @@ def _check_finite(label: str, tensor: Tensor, fix: str) -> None:
     One pass over the inputs, which are small beside the output. Left out where a value must not
     steer the program: in a graph being compiled and under ``torch.func`` transforms.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor):
         return
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(

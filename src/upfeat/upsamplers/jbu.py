@@ -92,9 +92,7 @@ class JBUStack(Upsampler):
 
     name = "jbu_stack"
 
-    def __init__(
-        self, embed_dim: int | None = None, *, radius: int = 3, n_stages: int = 4
-    ) -> None:
+    def __init__(self, embed_dim: int | None = None, *, radius: int = 3, n_stages: int = 4) -> None:
         """Make a stack with initial (untrained) weights.
 
         Args:
@@ -131,7 +129,7 @@ class JBUStack(Upsampler):
         )
 
     def mix(self, features: Tensor) -> Tensor:
-        """x + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
+        """X + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
 
         Raises:
             ValueError: C is not the stack's ``embed_dim``.

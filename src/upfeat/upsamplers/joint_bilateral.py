@@ -76,7 +76,9 @@ class JointBilateral(Upsampler):
         side = 2 * self.radius + 1
         padded = F.pad(coarse, (self.radius,) * 4, mode="replicate")
         shifted = [
-            _nearest_cell(padded[:, :, row : row + grid_size[0], column : column + grid_size[1]], fine)
+            _nearest_cell(
+                padded[:, :, row : row + grid_size[0], column : column + grid_size[1]], fine
+            )
             for row in range(side)
             for column in range(side)
         ]

@@ -133,4 +133,6 @@ def _local_folder(folder: str | Path) -> Path:
         return Path(snapshot_download(folder, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(f"{folder}: no such folder, and not on the hub ({reason})") from None
+        raise FileNotFoundError(
+            f"{folder}: no such folder, and not on the hub ({reason})"
+        ) from None

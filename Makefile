@@ -1,0 +1,66 @@
+# make demo       install, upsample a bundled photograph's features, say where the picture is
+# make test       install with every extra; run every test that needs no GPU
+# make test-fast  install the core; run the quick tests
+# make lint       style and types (after make test's install)
+# make clean      remove what the above made
+#
+# PYTHON=python3.12 make demo   chooses the interpreter (3.10 or newer).
+
+PYTHON ?= python3
+ARGS ?=
+PHOTO ?= examples/photos/coffee.jpg
+
+CORE := .venv
+FULL := .venv-full
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) Makefile
+PIP := -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test test-fast lint clean
+.SUFFIXES:
+.DELETE_ON_ERROR:
+
+demo: $(CORE)/.core
+	@$(CORE)/bin/upfeat run $(PHOTO) -o out
+	@echo "The picture: $(abspath out)/$(basename $(notdir $(PHOTO))).png"
+
+test: $(FULL)/.all
+	@$(FULL)/bin/python -m pytest $(ARGS)
+
+test-fast: $(CORE)/.test
+	@$(CORE)/bin/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(FULL)/.all
+	@$(FULL)/bin/ruff check .
+	@$(FULL)/bin/ruff format --check .
+	@$(FULL)/bin/pyright --warnings --pythonpath $(FULL)/bin/python
+
+clean:
+	rm -rf $(CORE) $(FULL) out build
+
+# PyTorch first and alone, so that a constrained, already downloaded build is taken.
+%/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
+	  { echo "upfeat needs Python 3.10 or newer; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 || true). Choose one: PYTHON=python3.12 make"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or choose another: PYTHON=python3.12 make"; exit 1; }
+	@echo "Making the environment $* …"
+	@$(PYTHON) -m venv $*
+	@echo "Installing PyTorch …"
+	@$*/bin/python $(PIP) torch
+	@touch $@
+
+$(CORE)/.core: $(CORE)/.torch $(SOURCES)
+	@echo "Installing upfeat …"
+	@$(CORE)/bin/python $(PIP) -e .
+	@touch $@
+
+$(CORE)/.test: $(CORE)/.core
+	@$(CORE)/bin/python $(PIP) -e '.[test]'
+	@touch $@
+
+$(FULL)/.all: $(FULL)/.torch $(SOURCES)
+	@echo "Installing upfeat with all extras …"
+	@$(FULL)/bin/python $(PIP) -e '.[dev]'
+	@touch $@
+
+CMakeLists.txt:

@@ -1,0 +1,176 @@
+"""Reading and writing upsamplers: published checkpoints, safetensors, hostile and broken files."""
+
+import json
+import logging
+import pickle
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from test_jbu import reference, relative_error
+
+import upfeat
+
+PUBLISHED = sorted(
+    (Path(__file__).parents[2].parent / "shared" / "data" / "checkpoints").glob("*.ckpt")
+)
+
+
+def published_state(embed_dim=6, seed=0):
+    """Tensors under the published names, as `torch.save` would hold them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {
+        "range_temp": (),
+        "sigma_spatial": (),
+        "range_proj.0.weight": (32, 3, 1, 1),
+        "range_proj.0.bias": (32,),
+        "range_proj.3.weight": (32, 32, 1, 1),
+        "range_proj.3.bias": (32,),
+        "fixup_proj.0.weight": (49, 52, 1, 1),
+        "fixup_proj.0.bias": (49,),
+        "fixup_proj.3.weight": (49, 49, 1, 1),
+        "fixup_proj.3.bias": (49,),
+    }
+    state = {
+        f"upsampler.up{stage}.{name}": 0.2 * torch.randn(shape, generator=generator) + 0.1
+        for stage in range(1, 5)
+        for name, shape in shapes.items()
+    }
+    state["upsampler.fixup_proj.1.weight"] = torch.randn(embed_dim, embed_dim, 1, 1)
+    state["upsampler.fixup_proj.1.bias"] = torch.randn(embed_dim)
+    return state
+
+
+def save(path, content):
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_reads_the_published_layout(tmp_path, nested, caplog):
+    state = published_state() | {"downsampler.w": torch.ones(2, 2)}
+    content = {"state_dict": state, "epoch": 1} if nested else state
+    with caplog.at_level(logging.INFO, logger="upfeat"):
+        stack = upfeat.JBUStack.from_featup(save(tmp_path / "x.ckpt", content))
+    assert "downsampler.w" in caplog.text
+    assert not stack.training
+    assert stack.embed_dim == 6
+    torch.testing.assert_close(
+        stack.stages[2].fixup_proj[3].weight, state["upsampler.up3.fixup_proj.3.weight"]
+    )
+    features, guidance = torch.randn(2, 6, 3, 2), torch.randn(2, 3, 48, 32)
+    with torch.no_grad():
+        out = stack(features, guidance)
+    assert relative_error(out, reference(stack, features, guidance, (48, 32))) < 1e-5
+
+
+@pytest.mark.skipif(not PUBLISHED, reason="no published checkpoint lies beside this checkout")
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.name)
+def test_reads_published_files(path):
+    stack = upfeat.JBUStack.from_featup(path)
+    raw = torch.load(path, weights_only=True)
+    raw = raw.get("state_dict", raw)
+    assert torch.equal(stack.channel_mix.weight, raw["upsampler.fixup_proj.1.weight"])
+    assert torch.equal(stack.stages[3].range_temperature, raw["upsampler.up4.range_temp"])
+    features, guidance = torch.randn(1, stack.embed_dim, 3, 4), torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        out = stack(features, guidance)
+    assert relative_error(out, reference(stack, features, guidance, (48, 64))) < 1e-5
+
+
+class Exploit:
+    """What a malicious pickle would hold."""
+
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the pickle ran its code')",))
+
+
+def test_faulty_checkpoints_are_one_clear_line(tmp_path):
+    missing = published_state()
+    del missing["upsampler.up2.range_temp"], missing["upsampler.fixup_proj.1.bias"]
+    wrong = published_state() | {"upsampler.up1.range_proj.0.bias": torch.ones(31)}
+    whole = save(tmp_path / "whole.ckpt", published_state()).read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    (tmp_path / "code.ckpt").write_bytes(pickle.dumps({"state_dict": Exploit()}))
+    save(tmp_path / "zipped_code.ckpt", {"state_dict": Exploit()})
+    cases = {
+        save(tmp_path / "missing.ckpt", missing): "upsampler.up2.range_temp",
+        save(tmp_path / "wrong.ckpt", wrong): r"range_proj.0.bias is \(31,\)",
+        save(tmp_path / "list.ckpt", [1, 2]): "holds list",
+        tmp_path / "cut.ckpt": "cut.ckpt",
+        tmp_path / "text.ckpt": "text.ckpt",
+        tmp_path / "empty.ckpt": "empty.ckpt",
+        tmp_path / "code.ckpt": "code.ckpt",
+        tmp_path / "zipped_code.ckpt": "it could run code",
+    }
+    for path, words in cases.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            upfeat.JBUStack.from_featup(path)
+        assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
+        upfeat.JBUStack.from_featup(tmp_path / "nothing.ckpt")
+
+
+@pytest.mark.parametrize(
+    "upsampler",
+    [upfeat.JBUStack(5), upfeat.JBUStack(radius=2, n_stages=3), upfeat.JointBilateral(radius=1)],
+    ids=["jbu", "universal", "classical"],
+)
+def test_saved_and_loaded_is_the_same(upsampler, tmp_path):
+    upsampler.eval().save_pretrained(tmp_path / "new" / "folder")
+    again = type(upsampler).from_pretrained(tmp_path / "new" / "folder")
+    assert not again.training
+    inputs = torch.randn(1, 5, 2, 3), torch.randn(1, 3, 32, 40)
+    assert torch.equal(upsampler(*inputs), again(*inputs))
+    loaded = upfeat.load("efficientnet_lite0", upsampler=upfeat.JointBilateral())
+    assert loaded.upsampler.name == "joint_bilateral"
+
+
+def test_faulty_saved_folders_are_one_clear_line(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    upfeat.JBUStack(4).save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    state, settings = load_file(weights), json.loads(config.read_text())
+
+    def fails(words, error=ValueError):
+        with pytest.raises(error, match=words) as caught:
+            upfeat.JBUStack.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+
+    save_file({k: v for k, v in state.items() if k != "channel_mix.bias"}, weights)
+    fails("missing channel_mix.bias")
+    save_file(state | {"surplus": torch.ones(1)}, weights)
+    fails("extra surplus")
+    save_file(state | {"channel_mix.bias": torch.ones(3)}, weights)
+    fails(r"channel_mix.bias is \(3,\), not \(4,\)")
+    weights.write_bytes(weights.read_bytes()[:100])
+    fails("not a whole safetensors file")
+    weights.unlink()
+    fails("no such file", FileNotFoundError)
+    config.write_text(json.dumps(settings | {"upsampler": "jbu_stak"}))
+    fails("did you mean jbu_stack")
+    config.write_text(json.dumps(settings | {"colour": 1}))
+    fails("colour")
+    config.write_text("{")
+    fails("not JSON")
+    upfeat.Bilinear().save_pretrained(tmp_path)
+    fails("holds a Bilinear")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        upfeat.JBUStack.from_pretrained(tmp_path / "nowhere")
+
+
+def test_hub_names_are_fetched(tmp_path, monkeypatch):
+    upfeat.JointBilateral(radius=3).save_pretrained(tmp_path)
+    hub = types.ModuleType("huggingface_hub")
+    hub.snapshot_download = lambda name, allow_patterns: str(tmp_path)
+    hub.errors = types.ModuleType("huggingface_hub.errors")
+    hub.errors.HfHubHTTPError = hub.errors.HFValidationError = RuntimeError
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", hub.errors)
+    assert upfeat.JointBilateral.from_pretrained("owner/name").radius == 3

@@ -1,0 +1,183 @@
+"""The JBU stack against an independent float64 reference, pixel by pixel."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import upfeat
+from upfeat.upsamplers.jbu import stage_sizes
+
+
+def _gelu(x):
+    return 0.5 * x * (1 + torch.erf(x / math.sqrt(2)))
+
+
+def _linear(weight, bias, x):
+    """A 1×1 convolution written as what it is: one matrix at every pixel."""
+    return torch.tensordot(weight[:, :, 0, 0], x, dims=([1], [1])).movedim(0, 1) + bias[
+        :, None, None
+    ]
+
+
+def _mirror(index, length):
+    if length == 1:
+        return 0
+    index = abs(index) % (2 * length - 2)
+    return min(index, 2 * length - 2 - index)
+
+
+def _stage(features, guidance, p, radius=3):
+    """One stage, straight from its definition; p holds a stage's tensors in float64."""
+    height, width = guidance.shape[-2:]
+    side = 2 * radius + 1
+    keys = _linear(p["range_proj.0.weight"], p["range_proj.0.bias"], guidance)
+    keys = _linear(p["range_proj.3.weight"], p["range_proj.3.bias"], _gelu(keys))
+    tau = min(max(math.exp(p["range_temperature"].item()), 1e-4), 1e4)
+    rows = torch.tensor([[_mirror(y + d - radius, height) for d in range(side)] for y in range(height)])
+    columns = torch.tensor([[_mirror(x + d - radius, width) for d in range(side)] for x in range(width)])
+    window = keys[:, :, rows][:, :, :, :, columns]  # (B, D, H, side, W, side)
+    window = window.permute(0, 1, 3, 5, 2, 4).flatten(2, 3)  # (B, D, T, H, W)
+    scores = tau * (window * keys[:, :, None]).sum(1)
+    scores = torch.exp(scores - scores.max(1, keepdim=True).values)
+    kernel = scores / scores.sum(1, keepdim=True)
+    u = torch.linspace(-1, 1, side, dtype=torch.float64)
+    distance = (u[:, None] ** 2 + u[None] ** 2).flatten()
+    kernel = kernel * torch.exp(-distance / (2 * p["sigma_spatial"] ** 2))[:, None, None]
+    kernel = kernel / kernel.sum(1, keepdim=True).clamp(min=1e-7)
+    hidden = _gelu(
+        _linear(
+            p["fixup_proj.0.weight"], p["fixup_proj.0.bias"], torch.cat([kernel, guidance], dim=1)
+        )
+    )
+    kernel = kernel + 0.1 * _linear(p["fixup_proj.3.weight"], p["fixup_proj.3.bias"], hidden)
+    source = F.interpolate(features, size=(height, width), mode="bicubic", align_corners=False)
+    source = source[:, :, rows][:, :, :, :, columns].permute(0, 1, 3, 5, 2, 4).flatten(2, 3)
+    return (source * kernel[:, None]).sum(2)
+
+
+def reference(stack, features, guidance, output_size):
+    """The whole stack in float64."""
+    state = {name: value.double() for name, value in stack.state_dict().items()}
+    x, guidance = features.double(), guidance.double()
+    height, width = x.shape[-2:]
+    for index in range(4):
+        height, width = min(2 * height, output_size[0]), min(2 * width, output_size[1])
+        if index == 3:
+            height, width = output_size
+        prefix = f"stages.{index}."
+        p = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        x = _stage(x, F.adaptive_avg_pool2d(guidance, (height, width)), p)
+    if "channel_mix.weight" in state:
+        x = x + 0.1 * _linear(state["channel_mix.weight"], state["channel_mix.bias"], x)
+    return x
+
+
+def relative_error(out, expected):
+    return ((out.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize(
+    ("stride", "grid"), [(8, (5, 7)), (14, (3, 4)), (16, (3, 5)), (32, (2, 3))]
+)
+@pytest.mark.parametrize("embed_dim", [None, 6])
+def test_agrees_with_the_reference(stride, grid, embed_dim):
+    torch.manual_seed(stride)
+    stack = upfeat.JBUStack(embed_dim).eval()
+    with torch.no_grad():
+        for stage in stack.stages:
+            stage.range_temperature.normal_()
+            stage.sigma_spatial.uniform_(0.3, 1.5)
+    size = (grid[0] * stride, grid[1] * stride)
+    features, guidance = torch.randn(2, 6, *grid), torch.randn(2, 3, *size)
+    with torch.no_grad():
+        for output_size in (size, (size[0] - 5, size[1] + 3)):
+            out = stack(features, guidance, output_size)
+            expected = reference(stack, features, guidance, output_size)
+            assert out.shape == (2, 6, *output_size)
+            assert relative_error(out, expected) < 1e-5
+
+
+def test_tiny_grids_work():
+    stack = upfeat.JBUStack().eval()
+    features, guidance = torch.randn(1, 2, 1, 2), torch.randn(1, 3, 16, 32)
+    out = stack(features, guidance)
+    assert relative_error(out, reference(stack, features, guidance, (16, 32))) < 1e-5
+
+
+def test_sixteen_fold_is_four_doublings():
+    assert stage_sizes((14, 10), (224, 160), 4) == [(28, 20), (56, 40), (112, 80), (224, 160)]
+    assert stage_sizes((28, 28), (224, 224), 4)[-2:] == [(224, 224), (224, 224)]
+    assert stage_sizes((7, 7), (224, 224), 4) == [(14, 14), (28, 28), (56, 56), (224, 224)]
+
+
+@given(
+    size=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+)
+@settings(deadline=None, max_examples=30)
+def test_output_size_is_honoured(size, grid):
+    stack = upfeat.JBUStack().eval()
+    with torch.no_grad():
+        out = stack(torch.randn(1, 2, *grid), torch.randn(1, 3, 33, 29), size)
+    assert out.shape[-2:] == size
+    assert torch.isfinite(out).all()
+
+
+def test_channel_mix_commutes_with_upsampling():
+    stack = upfeat.JBUStack(5).eval()
+    features, guidance = torch.randn(1, 5, 3, 4), torch.randn(1, 3, 24, 40)
+    with torch.no_grad():
+        plain = stack.prepare(guidance, (3, 4), (24, 40))(features)
+        after = plain + 0.1 * stack.channel_mix(plain)
+        torch.testing.assert_close(stack(features, guidance), after, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_head_commutes_with_upsampling():
+    stack = upfeat.JBUStack().eval()
+    features, guidance = torch.randn(1, 5, 3, 4), torch.randn(1, 3, 24, 40)
+    head = torch.nn.Conv2d(5, 2, 1, bias=False)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            stack(head(features), guidance), head(stack(features, guidance)), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_every_parameter_learns():
+    torch.manual_seed(0)
+    stack = upfeat.JBUStack(4)
+    stack(torch.randn(2, 4, 3, 3), torch.randn(2, 3, 48, 48)).square().mean().backward()
+    silent = [n for n, p in stack.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not silent
+    assert all(stage.fixup_proj[3].bias.grad.ne(0).all() for stage in stack.stages)
+
+
+def test_dropout_only_in_training():
+    stack = upfeat.JBUStack(4)
+    inputs = torch.randn(1, 4, 3, 3), torch.randn(1, 3, 24, 24)
+    assert not torch.equal(stack(*inputs), stack(*inputs))
+    stack.eval()
+    assert torch.equal(stack(*inputs), stack(*inputs))
+
+
+@pytest.mark.parametrize(
+    ("features", "guidance", "output_size", "words"),
+    [
+        (torch.ones(2, 4, 3, 3), torch.ones(1, 3, 8, 8), None, "batch size 2"),
+        (torch.ones(1, 4, 3, 3) * torch.nan, torch.ones(1, 3, 8, 8), None, "features holds NaN"),
+        (torch.ones(1, 4, 3, 3), torch.full((1, 3, 8, 8), torch.inf), None, "guidance holds NaN"),
+        (torch.ones(1, 4, 3, 3), torch.ones(1, 1, 8, 8), None, "guidance has 1 channels"),
+        (torch.ones(1, 5, 3, 3), torch.ones(1, 3, 8, 8), None, "embed_dim=5"),
+        (torch.ones(1, 4, 3, 3), torch.ones(1, 3, 8, 8), (0, 4), "output_size"),
+        (torch.ones(1, 4, 3, 3), torch.ones(1, 3, 8, 8), (4.5, 4), "output_size"),
+        (torch.ones(1, 4, 3, 3), torch.ones(1, 3, 8, 8), 8, "output_size"),
+        (torch.ones(4, 3, 3), torch.ones(1, 3, 8, 8), None, "features must be"),
+        (torch.ones(1, 4, 0, 3), torch.ones(1, 3, 8, 8), None, "features must be"),
+    ],
+)
+def test_bad_arguments_are_named(features, guidance, output_size, words):
+    with pytest.raises(ValueError, match=words):
+        upfeat.JBUStack(4).eval()(features, guidance, output_size)

@@ -1,0 +1,101 @@
+"""Properties that every upsampler has, and those of the untrained ones."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import upfeat
+from upfeat.upsamplers import create_upsampler
+
+UNTRAINED = ["nearest", "bilinear", "bicubic", "joint_bilateral"]
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+class TestUntrained:
+    def test_constants_stay_constant(self, name):
+        features = torch.arange(1.0, 4.0).view(1, 3, 1, 1).expand(1, 3, 4, 5)
+        out = create_upsampler(name)(features, torch.randn(1, 3, 37, 50))
+        torch.testing.assert_close(out, features[:, :, :1, :1].expand(1, 3, 37, 50))
+
+    @pytest.mark.parametrize("axis", [-1, -2])
+    def test_flipping_the_input_flips_the_output(self, name, axis):
+        upsampler = create_upsampler(name)
+        features, guidance = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 33, 50)
+        if name == "nearest":
+            guidance = torch.randn(2, 3, 32, 50)
+        flipped = upsampler(features.flip(axis), guidance.flip(axis))
+        torch.testing.assert_close(flipped, upsampler(features, guidance).flip(axis))
+
+    def test_output_size_defaults_to_the_guidance(self, name):
+        upsampler = create_upsampler(name)
+        features, guidance = torch.randn(1, 2, 3, 4), torch.randn(1, 3, 48, 64)
+        assert upsampler(features, guidance).shape == (1, 2, 48, 64)
+
+    @given(size=st.tuples(st.integers(1, 90), st.integers(1, 90)))
+    @settings(deadline=None, max_examples=30)
+    def test_output_size_is_honoured(self, name, size):
+        out = create_upsampler(name)(torch.randn(1, 2, 4, 3), torch.randn(1, 3, 32, 24), size)
+        assert out.shape == (1, 2, *size)
+
+    def test_half_precision(self, name):
+        upsampler = create_upsampler(name)
+        features, guidance = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 32, 32)
+        out = upsampler(features.bfloat16(), guidance)
+        assert out.dtype == torch.bfloat16
+        torch.testing.assert_close(
+            out.float(), upsampler(features, guidance), rtol=0.03, atol=0.03
+        )
+
+
+def test_jbu_stack_flip_with_symmetric_filters():
+    """The window is symmetric and so are its normalised weights; the fix-up is not, so mute it."""
+    torch.manual_seed(0)
+    stack = upfeat.JBUStack().eval()
+    for stage in stack.stages:
+        torch.nn.init.zeros_(stage.fixup_proj[3].weight)
+        torch.nn.init.zeros_(stage.fixup_proj[3].bias)
+    features, guidance = torch.randn(1, 3, 3, 4), torch.randn(1, 3, 48, 64)
+    with torch.no_grad():
+        flipped = stack(features.flip(-1), guidance.flip(-1))
+        torch.testing.assert_close(
+            flipped, stack(features, guidance).flip(-1), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_joint_bilateral_follows_edges():
+    """A step in the image inside a cell becomes a step in the features, where bilinear ramps."""
+    guidance = torch.full((1, 3, 32, 32), -1.0)
+    guidance[..., 13:] = 1.0
+    features = torch.zeros(1, 1, 4, 4)
+    features[..., 2:] = 1.0
+    sharp = upfeat.JointBilateral()(features, guidance)[0, 0, 16]
+    smooth = upfeat.Bilinear()(features, guidance)[0, 0, 16]
+    assert (sharp.diff().abs().argmax() + 1).item() == 13
+    assert sharp.diff().abs().max() > 3 * smooth.diff().abs().max()
+
+
+def test_joint_bilateral_is_convex():
+    features, guidance = torch.randn(1, 4, 5, 6), torch.randn(1, 3, 70, 90)
+    out = upfeat.JointBilateral()(features, guidance)
+    assert out.max() <= features.max() + 1e-5
+    assert out.min() >= features.min() - 1e-5
+
+
+@pytest.mark.parametrize("options", [{"radius": 0}, {"sigma_range": 0.0}, {"sigma_spatial": -1.0}])
+def test_joint_bilateral_refuses_bad_options(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        upfeat.JointBilateral(**options)
+
+
+def test_names():
+    assert set(UNTRAINED) < set(upfeat.list_upsamplers())
+    with pytest.raises(ValueError, match="did you mean bilinear"):
+        create_upsampler("biliner")
+    with pytest.warns(UserWarning, match="no trained weights"):
+        first = create_upsampler("jbu_stack", 4)
+    with pytest.warns(UserWarning, match="no trained weights"):
+        second = create_upsampler("jbu_stack", 4)
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
