@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_jbu import reference, relative_error
+from jbu_reference import reference, relative_error
 
 import upfeat
 

@@ -25,7 +25,8 @@ class TestUntrained:
         if name == "nearest":
             guidance = torch.randn(2, 3, 32, 50)
         flipped = upsampler(features.flip(axis), guidance.flip(axis))
-        torch.testing.assert_close(flipped, upsampler(features, guidance).flip(axis))
+        expected = upsampler(features, guidance).flip(axis)
+        torch.testing.assert_close(flipped, expected, rtol=1e-4, atol=5e-5)
 
     def test_output_size_defaults_to_the_guidance(self, name):
         upsampler = create_upsampler(name)
@@ -43,9 +44,7 @@ class TestUntrained:
         features, guidance = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 32, 32)
         out = upsampler(features.bfloat16(), guidance)
         assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(
-            out.float(), upsampler(features, guidance), rtol=0.03, atol=0.03
-        )
+        torch.testing.assert_close(out.float(), upsampler(features, guidance), rtol=0.03, atol=0.03)
 
 
 def test_jbu_stack_flip_with_symmetric_filters():

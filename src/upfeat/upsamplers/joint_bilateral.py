@@ -93,6 +93,12 @@ class JointBilateral(Upsampler):
             self._axis_distances(cells, length, fine)
             for cells, length in zip(grid_size, fine.shape[-2:], strict=True)
         )
+        # A pixel on the border of two cells has one cell more on one side: leave it out, so that
+        # the window is symmetric and flips commute.
+        rows, columns = (
+            axis.masked_fill(axis.abs() > self.radius + 0.5 - 1e-4, torch.inf)
+            for axis in (rows, columns)
+        )
         squared = rows.square()[:, None, :, None] + columns.square()[None, :, None, :]
         return -squared.flatten(0, 1)[None] / (2 * self.sigma_spatial**2)
 

@@ -1,0 +1,129 @@
+"""The embedded backbone's weights and levels, the wrapper, and names."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import upfeat
+
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
+
+# Rows of the ImageNet-1k classifier.
+TABBY, TIGER_CAT, EGYPTIAN_CAT, ESPRESSO, CUP = 281, 282, 285, 967, 968
+
+
+@pytest.mark.parametrize(
+    ("photo", "classes"),
+    [("cat.jpg", {TABBY, TIGER_CAT, EGYPTIAN_CAT}), ("coffee.jpg", {ESPRESSO, CUP})],
+)
+def test_classifier_names_the_photograph(photo, classes):
+    """So weights, order of channels and normalisation are right."""
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    with torch.no_grad():
+        logits = backbone.classify(backbone.preprocess(PHOTOS / photo, size=224))
+    assert int(logits.argmax()) in classes
+
+
+@pytest.mark.parametrize(
+    ("name", "stride", "embed_dim"),
+    [
+        ("efficientnet_lite0", 16, 112),
+        ("efficientnet_lite0.stride8", 8, 40),
+        ("efficientnet_lite0.stride32", 32, 320),
+        ("efficientnet_lite0.stride8+16+32", 8, 472),
+    ],
+)
+def test_levels(name, stride, embed_dim):
+    backbone = upfeat.load_backbone(name)
+    assert (backbone.name, backbone.stride, backbone.embed_dim) == (name, stride, embed_dim)
+    assert not backbone.training
+    with torch.no_grad():
+        features = backbone(torch.randn(2, 3, 96, 64))
+    assert features.shape == (2, embed_dim, 96 // stride, 64 // stride)
+
+
+def test_concatenation_holds_each_level():
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        both = upfeat.load_backbone("efficientnet_lite0.stride8+16")(x)
+        fine = upfeat.load_backbone("efficientnet_lite0.stride8")(x)
+        coarse = upfeat.load_backbone("efficientnet_lite0")(x)
+    torch.testing.assert_close(both[:, :40], fine)
+    pooled = nn.functional.avg_pool2d(both[:, 40:], 2)
+    assert torch.nn.functional.cosine_similarity(pooled, coarse).mean() > 0.9
+
+
+def test_sides_are_rounded_to_the_stride():
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    with torch.no_grad():
+        assert backbone(torch.randn(1, 3, 100, 71)).shape[-2:] == (6, 4)
+    with pytest.raises(ValueError, match="at least the stride"):
+        backbone(torch.randn(1, 3, 8, 640))
+    with pytest.raises(ValueError, match="x must be"):
+        backbone(torch.randn(3, 64, 64))
+
+
+def test_wrapper_infers_channels_and_stride():
+    module = nn.Sequential(nn.Conv2d(3, 9, 14, stride=14), nn.Dropout(0.5), nn.BatchNorm2d(9))
+    backbone = upfeat.load_backbone(module)
+    assert (backbone.embed_dim, backbone.stride) == (9, 14)
+    backbone.train()
+    assert not module.training
+    assert backbone.preprocess(PHOTOS / "cat.jpg", size=56).shape == (1, 3, 56, 84)
+    model = upfeat.FeatUp(module, upfeat.Bilinear())
+    assert model(torch.randn(1, 3, 61, 45)).shape == (1, 9, 61, 45)
+
+
+def test_wrapper_takes_functions():
+    backbone = upfeat.load_backbone(lambda x: nn.functional.avg_pool2d(x, 8), name="pool")
+    assert (backbone.name, backbone.embed_dim, backbone.stride) == ("pool", 3, 8)
+    assert upfeat.load_backbone(backbone) is backbone
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (lambda x: x.flatten(1), "a tensor of shape"),
+        (lambda x: {"features": x}, "a dict"),
+        (lambda x: nn.functional.adaptive_avg_pool2d(x, 9), "no whole stride"),
+        (lambda x: nn.functional.adaptive_avg_pool2d(x, (7, 14)), "no whole stride"),
+    ],
+)
+def test_wrapper_says_what_is_wrong(function, words):
+    with pytest.raises(ValueError, match=words):
+        upfeat.load_backbone(function)
+
+
+def test_wrapper_checks_every_output():
+    backbone = upfeat.load_backbone(lambda x: x[:, :, ::4, ::4], stride=8, embed_dim=3)
+    with pytest.raises(ValueError, match="check its embed_dim and stride"):
+        backbone(torch.randn(1, 3, 32, 32))
+
+
+def test_unknown_names_suggest_close_ones():
+    with pytest.raises(ValueError, match="did you mean efficientnet_lite0"):
+        upfeat.load_backbone("efficientnet_lite")
+    with pytest.raises(ValueError, match="known: "):
+        upfeat.load_backbone("zzz")
+    assert "efficientnet_lite0" in upfeat.list_backbones()
+
+
+def test_model_is_a_drop_in():
+    model = upfeat.load()
+    assert not model.training
+    assert not any(p.requires_grad for p in model.parameters())
+    x = model.preprocess(PHOTOS / "cat.jpg", size=64)
+    assert model(x).shape == (1, model.embed_dim, *x.shape[-2:])
+    assert model(x, output_size=(31, 77)).shape == (1, 112, 31, 77)
+    with pytest.raises(ValueError, match="upsampler expects 7 channels"):
+        upfeat.FeatUp(model.backbone, upfeat.JBUStack(7))
+    with pytest.raises(ValueError, match="device="):
+        upfeat.load(device="nonsense")
+
+
+def test_nan_from_a_backbone_is_named():
+    model = upfeat.FeatUp(lambda x: x[:, :, ::8, ::8] * torch.nan, upfeat.Bilinear())
+    with pytest.raises(ValueError, match="features holds NaN"):
+        model(torch.randn(1, 3, 32, 32))

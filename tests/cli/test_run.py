@@ -1,0 +1,148 @@
+"""``upfeat run`` and ``upfeat info`` as a user meets them."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+import upfeat
+from upfeat.cli import main
+from upfeat.run import plan_outputs
+
+PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "small.jpg"
+    Image.open(PHOTOS / "cat.jpg").resize((90, 61)).save(path)
+    return path
+
+
+def test_writes_features_and_picture(photo, tmp_path, capsys):
+    assert main(["run", str(photo), "-o", str(tmp_path / "new" / "out")]) == 0
+    out = tmp_path / "new" / "out"
+    assert sorted(p.name for p in out.iterdir()) == ["small.png", "small.safetensors"]
+    assert str(out / "small.png") in capsys.readouterr().out
+    with safe_open(out / "small.safetensors", framework="pt") as file:
+        features, facts = file.get_tensor("features"), file.metadata()
+    assert features.dtype == torch.float16
+    assert features.shape == (112, 61, 90)
+    assert facts["backbone"] == "efficientnet_lite0"
+    assert facts["upsampler"] == upfeat.load().upsampler.name
+    assert facts["upfeat_version"] == upfeat.__version__
+    assert (facts["image_size"], facts["grid_size"]) == ("61x90", "4x6")
+    model = upfeat.load()
+    expected = model(model.preprocess(photo, align=False))[0]
+    torch.testing.assert_close(features.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_options(photo, tmp_path):
+    arguments = ["--upsampler", "bilinear", "--backbone", "efficientnet_lite0.stride8"]
+    arguments += ["--size", "40", "--dtype", "fp32", "--device", "cpu", "--no-picture"]
+    assert main(["run", str(photo), "-o", str(tmp_path / "out"), *arguments]) == 0
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["small.safetensors"]
+    with safe_open(tmp_path / "out" / "small.safetensors", framework="pt") as file:
+        assert file.get_tensor("features").shape == (40, 40, 59)
+        assert file.get_tensor("features").dtype == torch.float32
+
+
+def test_saved_upsampler_by_folder(photo, tmp_path):
+    upfeat.JBUStack(112).save_pretrained(tmp_path / "stack")
+    arguments = ["--upsampler", str(tmp_path / "stack"), "--no-picture"]
+    assert main(["run", str(photo), "-o", str(tmp_path / "out"), *arguments]) == 0
+
+
+def test_a_bad_photograph_does_not_stop_the_others(photo, tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("text")
+    paths = [tmp_path / "text.jpg", photo, tmp_path / "none.jpg"]
+    assert main(["run", *map(str, paths), "-o", str(tmp_path / "out")]) == 2
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "small.png",
+        "small.safetensors",
+    ]
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert "text.jpg: not an image" in errors[-3]
+    assert "none.jpg: no such file" in errors[-2]
+    assert "2 of 3" in errors[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--backbone", "efficientnet"], "did you mean efficientnet_lite0"),
+        (["--upsampler", "bilinaer"], "did you mean bilinear"),
+        (["--upsampler", "no/where"], "no such folder"),
+        (["--upsampler", "none.ckpt"], "no such file"),
+        (["--device", "gpu"], "device"),
+        (["--size", "3"], "size=3"),
+    ],
+)
+def test_bad_options_are_one_line(photo, tmp_path, capsys, arguments, words):
+    assert main(["run", str(photo), "-o", str(tmp_path / "out"), *arguments]) == 2
+    captured = capsys.readouterr()
+    assert words in captured.err
+    assert len(captured.err.strip().splitlines()) == 1
+    assert captured.out == ""
+
+
+def test_bad_usage_is_one_line(capsys):
+    for arguments in ([], ["nonsense"], ["run"], ["run", "x.jpg", "-o", "y", "--dtype", "int8"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_unwritable_folder(photo, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["run", str(photo), "-o", str(tmp_path / "file")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    if os.geteuid() != 0:
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert main(["run", str(photo), "-o", str(tmp_path / "locked")]) == 2
+
+
+def test_too_large_for_memory(photo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("upfeat.run._available_memory", lambda: 1000)
+    assert main(["run", str(photo), "-o", str(tmp_path / "out")]) == 2
+    assert "give a smaller size" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_features_that_overflow_half_precision(photo, tmp_path, capsys, monkeypatch):
+    extract = upfeat.backbones.EfficientNetLite0.extract
+    monkeypatch.setattr(
+        upfeat.backbones.EfficientNetLite0, "extract", lambda self, x: extract(self, x) * 1e6
+    )
+    assert main(["run", str(photo), "-o", str(tmp_path / "out")]) == 2
+    assert "bf16 or fp32" in capsys.readouterr().err
+    assert not list((tmp_path / "out").iterdir())
+    assert main(["run", str(photo), "-o", str(tmp_path / "out"), "--dtype", "bf16"]) == 0
+
+
+def test_equal_names_are_numbered(tmp_path):
+    photos = [tmp_path / "a" / "x.jpg", tmp_path / "b" / "X.jpg", tmp_path / "a" / "x.jpg"]
+    plan = plan_outputs(photos, tmp_path / "out")
+    assert [outputs.features.name for _, outputs in plan] == ["x.safetensors", "X-2.safetensors"]
+
+
+def test_info(capsys):
+    assert main(["info"]) == 0
+    shown = capsys.readouterr().out
+    for word in (upfeat.__version__, torch.__version__, "eager", "efficientnet_lite0", "jbu_stack"):
+        assert word in shown
+
+
+@pytest.mark.slow
+def test_installed_command():
+    command = shutil.which("upfeat", path=str(Path(sys.executable).parent))
+    assert command, "the package is not installed with its command"
+    done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"upfeat {upfeat.__version__}"

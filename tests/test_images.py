@@ -1,0 +1,159 @@
+"""Every kind of picture becomes the same RGB; every broken one a clear line."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import upfeat
+from upfeat.images import read_image
+
+
+@pytest.fixture
+def picture():
+    values = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def as_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def test_path_pil_array_and_tensor_agree(picture, tmp_path):
+    picture.save(tmp_path / "x.png")
+    expected = as_tensor(picture)
+    array = np.asarray(picture)
+    for given in (
+        tmp_path / "x.png",
+        str(tmp_path / "x.png"),
+        picture,
+        array,
+        array[::-1][::-1],
+        array.astype(np.float64) / 255,
+        expected,
+        expected[None],
+        (expected * 255).byte(),
+    ):
+        torch.testing.assert_close(read_image(given), expected, rtol=0, atol=1 / 500)
+
+
+def test_grey_sixteen_bit_palette_and_alpha(picture, tmp_path):
+    grey = picture.convert("L")
+    expected = torch.from_numpy(np.array(grey)).float()[None].expand(3, -1, -1) / 255
+    torch.testing.assert_close(read_image(grey), expected)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png")
+    torch.testing.assert_close(read_image(tmp_path / "deep.png"), expected)
+    torch.testing.assert_close(read_image(np.asarray(deep)), expected)
+    bits = Image.new("1", (3, 2), 1)
+    assert torch.equal(read_image(bits), torch.ones(3, 2, 3))
+    palette = picture.quantize(16)
+    torch.testing.assert_close(read_image(palette), as_tensor(palette.convert("RGB")))
+    clear = picture.convert("RGBA")
+    clear.putalpha(0)
+    assert torch.equal(read_image(clear), torch.ones(3, 12, 20))
+    clear.putalpha(255)
+    torch.testing.assert_close(read_image(clear), as_tensor(picture))
+    torch.testing.assert_close(read_image(np.asarray(clear)), as_tensor(picture))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_respected(picture, tmp_path, orientation):
+    turned = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = picture.transpose(turned[orientation]) if orientation > 1 else picture
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / "x.png", exif=exif)
+    torch.testing.assert_close(read_image(tmp_path / "x.png"), as_tensor(picture))
+
+
+def test_preprocess_sizes():
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    image = Image.new("RGB", (100, 71), (255, 0, 127))
+    x = backbone.preprocess(image)
+    assert x.shape == (1, 3, 64, 96)
+    torch.testing.assert_close(x[0, :, 5, 5], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
+    assert backbone.preprocess(image, align=False).shape == (1, 3, 71, 100)
+    assert backbone.preprocess(image, size=32).shape == (1, 3, 32, 48)
+    assert backbone.preprocess(image, 33, align=False).shape == (1, 3, 33, 46)
+    torch.testing.assert_close(backbone.denormalize(x)[0, :, 0, 0], torch.tensor([1, 0, 127 / 255]))
+
+
+def bomb(path, side=30000):
+    """A PNG of a few bytes that claims to be ``side`` pixels wide and high."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    content = (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    )
+    path.write_bytes(content)
+    return path
+
+
+def test_bad_files_are_one_clear_line(picture, tmp_path):
+    buffer = io.BytesIO()
+    picture.resize((400, 300)).save(buffer, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "empty.png").write_bytes(b"")
+    for name, words in (
+        ("cut.jpg", "truncated"),
+        ("text.jpg", "not an image"),
+        ("empty.png", "not an image"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            read_image(tmp_path / name)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+    for side in (10_000, 30_000):
+        with pytest.raises(ValueError, match="MAX_IMAGE_PIXELS"):
+            read_image(bomb(tmp_path / "bomb.png", side))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        read_image(tmp_path / "none.jpg")
+    with pytest.raises(FileNotFoundError, match="folder"):
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), r"\(H, W, 3\)"),
+        (np.zeros((0, 4, 3), np.uint8), "empty"),
+        (np.zeros((4, 4, 3), np.int32), "int32"),
+        (np.full((4, 4, 3), 255.0), "divide by 255"),
+        (np.full((4, 4, 3), np.nan), "NaN"),
+        (torch.zeros(4, 4, 3), r"\(3, H, W\)"),
+        (torch.zeros(3, 4, 4, dtype=torch.int64), "int64"),
+        (b"bytes", "bytes"),
+    ],
+)
+def test_bad_arrays_are_named(image, words):
+    with pytest.raises(ValueError, match=words):
+        read_image(image)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4000, 5)])
+def test_too_small_images_say_so(size):
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    with pytest.raises(ValueError, match="at least the stride"):
+        backbone.preprocess(Image.new("RGB", size))
+    for bad in (0, 8, -3, 224.5):
+        with pytest.raises(ValueError, match="size="):
+            backbone.preprocess(Image.new("RGB", (64, 64)), size=bad)
