@@ -11,9 +11,14 @@ from upfeat.visualize import PCABasis, comparison, side_by_side
 def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
     path = tmp_path / "x.bin"
     write_bytes(path, b"old")
-    with pytest.raises(RuntimeError, match="halfway"), replacing(path) as temporary:
-        temporary.write_bytes(b"ne")
-        raise RuntimeError("halfway")
+
+    def fail_halfway():
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"ne")
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail_halfway()
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
