@@ -52,7 +52,9 @@ class FeatUp(nn.Module):
         """Number C of feature channels."""
         return self.backbone.embed_dim
 
-    def preprocess(self, image: ImageLike, size: int | None = None, *, align: bool = True) -> Tensor:
+    def preprocess(
+        self, image: ImageLike, size: int | None = None, *, align: bool = True
+    ) -> Tensor:
         """Read and normalise an image, as :meth:`Backbone.preprocess`."""
         return self.backbone.preprocess(image, size, align=align)
 

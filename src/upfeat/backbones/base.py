@@ -102,7 +102,9 @@ class Backbone(nn.Module, ABC):
         height, width = (round(side / self.stride) * self.stride for side in size)
         return height, width
 
-    def preprocess(self, image: ImageLike, size: int | None = None, *, align: bool = True) -> Tensor:
+    def preprocess(
+        self, image: ImageLike, size: int | None = None, *, align: bool = True
+    ) -> Tensor:
         """Read and normalise an image.
 
         Args:
@@ -132,9 +134,7 @@ class Backbone(nn.Module, ABC):
         """Undo the normalisation: (B, 3, H, W) -> the same, RGB in [0, 1]."""
         return (x * self.std + self.mean).clamp(0, 1)
 
-    def _target_size(
-        self, own: tuple[int, int], size: int | None, align: bool
-    ) -> tuple[int, int]:
+    def _target_size(self, own: tuple[int, int], size: int | None, align: bool) -> tuple[int, int]:
         if size is not None:
             if isinstance(size, bool) or int(size) != size or size < self.stride:
                 raise ValueError(

@@ -24,7 +24,9 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     """The parser of the whole command."""
-    parser = Parser(prog="upfeat", description="Features of any vision backbone, at any resolution.")
+    parser = Parser(
+        prog="upfeat", description="Features of any vision backbone, at any resolution."
+    )
     parser.add_argument("--version", action="version", version=f"upfeat {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, module in COMMANDS.items():

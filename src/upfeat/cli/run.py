@@ -64,7 +64,9 @@ def execute(options: argparse.Namespace) -> int:
             except (ValueError, OSError) as error:
                 failures.append((photo, one_line(error)))
             else:
-                written = " ".join(str(path) for path in (outputs.features, outputs.picture) if path)
+                written = " ".join(
+                    str(path) for path in (outputs.features, outputs.picture) if path
+                )
                 progress.console.file.flush()
                 print(f"{written}  {'×'.join(map(str, stored.shape))}")
             progress.advance(task)

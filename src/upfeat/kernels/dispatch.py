@@ -1,24 +1,30 @@
 """Which backend runs an operator.
 
-A backend is a module with one function per operator and, where it cannot always run,
+A backend is a namespace with one function per operator and, where it cannot always run,
 ``can_run_<operator>`` that returns the reason it cannot. ``"auto"`` takes the first in
 :data:`AUTO_ORDER` without a reason; a backend named by the caller raises with its reason.
 """
 
 import logging
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import torch
 from torch import Tensor
 
-from upfeat.kernels import eager, reference
+from upfeat.kernels import eager, library, reference
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, ModuleType] = {"eager": eager, "reference": reference}
-AUTO_ORDER = ("eager",)
+BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
+    "triton": library.TRITON,
+    "cpu": library.CPU,
+    "eager": eager,
+    "reference": reference,
+}
+AUTO_ORDER = ("triton", "cpu", "eager")
 
 
-def call(operator: str, backend: str, *arguments: Tensor | int) -> Tensor:
+def call(operator: str, backend: str, *arguments: Tensor | list[Tensor] | int) -> Tensor:
     """Run ``operator`` with ``backend``, or with the first that can when it is ``"auto"``.
 
     Raises:
@@ -28,7 +34,8 @@ def call(operator: str, backend: str, *arguments: Tensor | int) -> Tensor:
         backend = next(
             name for name in AUTO_ORDER if reason_against(operator, name, *arguments) is None
         )
-        logger.debug("%s: backend %s", operator, backend)
+        if not torch.compiler.is_compiling():
+            logger.debug("%s: backend %s", operator, backend)
     else:
         reason = reason_against(operator, backend, *arguments)
         if reason is not None:
@@ -36,15 +43,26 @@ def call(operator: str, backend: str, *arguments: Tensor | int) -> Tensor:
     return getattr(BACKENDS[backend], operator)(*arguments)
 
 
-def reason_against(operator: str, backend: str, *arguments: Tensor | int) -> str | None:
+def check_name(backend: str) -> None:
+    """Check that ``backend`` is one of :data:`BACKENDS` or ``"auto"``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if backend not in BACKENDS and backend != "auto":
+        known = ", ".join(f'"{name}"' for name in ("auto", *BACKENDS))
+        raise ValueError(f'backend="{backend}" is unknown; choose from {known}')
+
+
+def reason_against(
+    operator: str, backend: str, *arguments: Tensor | list[Tensor] | int
+) -> str | None:
     """Why ``backend`` cannot run ``operator`` on these arguments; ``None`` when it can.
 
     Raises:
         ValueError: there is no backend of that name.
     """
-    if backend not in BACKENDS:
-        known = ", ".join(f'"{name}"' for name in ("auto", *BACKENDS))
-        raise ValueError(f'backend="{backend}" is unknown; choose from {known}')
+    check_name(backend)
     module = BACKENDS[backend]
     if not hasattr(module, operator):
         return "this backend has no such operator"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
+from upfeat.kernels import dispatch
 from upfeat.upsamplers.base import Size, Upsampler
 
 KEY_CHANNELS = 32
@@ -33,11 +34,16 @@ class JBUStage(nn.Module):
         """
         super().__init__()
         self.radius = radius
+        self.backend = "auto"
         taps = (2 * radius + 1) ** 2
         self.range_temperature = nn.Parameter(torch.tensor(0.0))
         self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
         self.range_proj = _pointwise_network(3, KEY_CHANNELS)
         self.fixup_proj = _pointwise_network(taps + 3, taps)
+
+    def temperature(self) -> Tensor:
+        """τ, the scalar that multiplies the keys' inner products."""
+        return self.range_temperature.exp().clamp(1e-4, 1e4)
 
     def forward(self, guidance: Tensor) -> Tensor:
         """Make the filters.
@@ -50,12 +56,49 @@ class JBUStage(nn.Module):
             negative and is not normalised again.
         """
         keys = self.range_proj(guidance)  # (B, 32, H, W)
-        temperature = self.range_temperature.exp().clamp(1e-4, 1e4)
         weights = functional.bilateral_weights(
-            keys, temperature, self.sigma_spatial, radius=self.radius
+            keys, self.temperature(), self.sigma_spatial, radius=self.radius, backend=self.backend
         )
         fixup = self.fixup_proj(torch.cat([weights, guidance.to(weights.dtype)], dim=1))
         return weights + FIXUP_SCALE * fixup
+
+    def upsample(self, features: Tensor, guidance: Tensor) -> Tensor:
+        """Filter features up to the guidance's size; fused where nothing has to be kept.
+
+        Args:
+            features: (B, C, h, w).
+            guidance: (B, 3, H, W).
+
+        Returns:
+            (B, C, H, W).
+        """
+        if self._can_fuse(features, guidance):
+            return dispatch.call(
+                "jbu_stage", "cpu", features, guidance, self._parameters_in_order()
+            )
+        weights = self(guidance).to(features.dtype)
+        return functional.joint_bilateral_upsample(features, weights, backend=self.backend)
+
+    def _can_fuse(self, features: Tensor, guidance: Tensor) -> bool:
+        """Whether the compiled stage can run, which neither drops out nor has gradients."""
+        if self.training or self.backend not in ("auto", "cpu"):
+            return False
+        watched = (features, guidance, self.range_temperature)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in watched):
+            return False
+        if torch.is_autocast_enabled(features.device.type) or features.dtype != guidance.dtype:
+            return False
+        return dispatch.reason_against("jbu_stage", "cpu", features, guidance) is None
+
+    def _parameters_in_order(self) -> list[Tensor]:
+        """What the fused stage takes, in its order."""
+        first, second = self.range_proj[0], self.range_proj[3]
+        hidden, last = self.fixup_proj[0], self.fixup_proj[3]
+        return [
+            *(first.weight, first.bias, second.weight, second.bias),
+            *(self.temperature(), self.sigma_spatial),
+            *(hidden.weight, hidden.bias, last.weight, last.bias),
+        ]  # pyright: ignore[reportReturnType]
 
 
 class JBUKernels:
@@ -67,15 +110,11 @@ class JBUKernels:
         self.guidance = guidance
         self.sizes = sizes
 
-    def weights(self, stage: int) -> Tensor:
-        """The filters of one stage, (B, (2r+1)², H_stage, W_stage)."""
-        return self.stages[stage](F.adaptive_avg_pool2d(self.guidance, self.sizes[stage]))
-
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
-        for stage in range(len(self.sizes)):
-            weights = self.weights(stage).to(features.dtype)
-            features = functional.joint_bilateral_upsample(features, weights)
+        for stage, size in zip(self.stages, self.sizes, strict=True):
+            assert isinstance(stage, JBUStage)
+            features = stage.upsample(features, F.adaptive_avg_pool2d(self.guidance, size))
         return features
 
 
@@ -92,7 +131,14 @@ class JBUStack(Upsampler):
 
     name = "jbu_stack"
 
-    def __init__(self, embed_dim: int | None = None, *, radius: int = 3, n_stages: int = 4) -> None:
+    def __init__(
+        self,
+        embed_dim: int | None = None,
+        *,
+        radius: int = 3,
+        n_stages: int = 4,
+        backend: str = "auto",
+    ) -> None:
         """Make a stack with initial (untrained) weights.
 
         Args:
@@ -100,6 +146,7 @@ class JBUStack(Upsampler):
                 mix, which serves any C ("universal").
             radius: window radius r ≥ 1.
             n_stages: how many stages, ≥ 1.
+            backend: of the operators; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -111,6 +158,7 @@ class JBUStack(Upsampler):
         self.embed_dim = embed_dim
         self.radius = radius
         self.stages = nn.ModuleList(JBUStage(radius) for _ in range(n_stages))
+        self.set_backend(backend)
         self.channel_dropout = nn.Dropout2d(0.2)
         self.channel_mix = None if embed_dim is None else nn.Conv2d(embed_dim, embed_dim, 1)
 
@@ -121,6 +169,17 @@ class JBUStack(Upsampler):
             "radius": self.radius,
             "n_stages": len(self.stages),
         }
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the backend of every stage's operators; see :mod:`upfeat.functional`.
+
+        Raises:
+            ValueError: there is no backend of that name.
+        """
+        dispatch.check_name(backend)
+        for stage in self.stages:
+            assert isinstance(stage, JBUStage)
+            stage.backend = backend
 
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""

@@ -1,0 +1,317 @@
+// The C interface: checks shapes, chooses the instruction set, builds the tables, calls the kernels.
+// The checks are the last line: whatever passes them reads and writes only inside its tensors.
+#include <exception>
+#include <initializer_list>
+
+#include "axis.h"
+#include "memory.h"
+#include "plan.h"
+#include "threads.h"
+#include "upfeat.h"
+
+namespace upfeat {
+namespace {
+
+const Kernels* kernels_for(int isa) {
+  const int mask = upfeat_isa_mask();
+  if (isa < 0) isa = (mask & 4) ? 2 : (mask & 2) ? 1 : 0;
+  if (isa > 2 || !(mask & (1 << isa))) return nullptr;
+#if defined(UPFEAT_X86)
+  if (isa == 2) return kernels_avx512();
+  if (isa == 1) return kernels_avx2();
+#endif
+  return kernels_baseline();
+}
+
+// `work` in multiply-adds: starting a thread costs about as much as a million of them.
+Runtime runtime_for(int threads, double work) {
+  int workers = threads < 1 ? 1 : (threads > 1024 ? 1024 : threads);
+  if (work < 1e6 * workers) workers = 1 + static_cast<int>(work / 1e6);
+  return Runtime{parallel_for, allocate, release, workers};
+}
+
+double elements(const UpfeatTensor& tensor) {
+  double count = 1;
+  for (int64_t size : tensor.size) count *= static_cast<double>(size);
+  return count;
+}
+
+bool valid(const UpfeatTensor* tensor) {
+  if (!tensor || tensor->dtype < 0 || tensor->dtype > 2) return false;
+  bool empty = false;
+  for (int64_t size : tensor->size) {
+    if (size < 0) return false;
+    empty = empty || size == 0;
+  }
+  return empty || tensor->data;
+}
+
+bool all_valid(std::initializer_list<const UpfeatTensor*> tensors) {
+  for (const UpfeatTensor* tensor : tensors) {
+    if (!valid(tensor)) return false;
+  }
+  return true;
+}
+
+bool is_empty(const UpfeatTensor& tensor) {
+  return !tensor.size[0] || !tensor.size[1] || !tensor.size[2] || !tensor.size[3];
+}
+
+bool sized(const UpfeatTensor& tensor, int64_t n, int64_t c, int64_t h, int64_t w) {
+  return tensor.size[0] == n && tensor.size[1] == c && tensor.size[2] == h && tensor.size[3] == w;
+}
+
+// Whether `radius` gives tensor.size[1] taps; also bounds the radius.
+bool has_taps(const UpfeatTensor& tensor, int64_t radius) {
+  return radius >= 0 && radius < 32768 && tensor.size[1] == (2 * radius + 1) * (2 * radius + 1);
+}
+
+// Large fresh outputs get large pages where the platform has them.
+void prepare_output(const UpfeatTensor& out) {
+  int64_t elements = 1;
+  for (int i = 0; i < 4; ++i) {
+    if (out.stride[i] < 0) return;
+    elements += (out.size[i] - 1) * out.stride[i];
+  }
+  prefer_large_pages(out.data, elements * (out.dtype == UPFEAT_FLOAT32 ? 4 : 2));
+}
+
+enum class Mode { kBicubic, kPadded };
+
+// Sizes of coarse against fine (H, W): what `Mode` requires.
+bool sizes_fit(const UpfeatTensor& coarse, const UpfeatTensor& weights, int64_t radius, Mode mode) {
+  const int64_t height = weights.size[2], width = weights.size[3];
+  if (!has_taps(weights, radius) || coarse.size[0] != weights.size[0]) return false;
+  if (mode == Mode::kPadded) {
+    return coarse.size[2] == height + 2 * radius && coarse.size[3] == width + 2 * radius;
+  }
+  return coarse.size[2] >= 1 && coarse.size[3] >= 1 && height >= coarse.size[2] &&
+         width >= coarse.size[3];
+}
+
+struct Axes {
+  Axis rows, columns;
+
+  bool build(const UpfeatTensor& coarse, int64_t height, int64_t width, int64_t radius, Mode mode) {
+    if (mode == Mode::kPadded) {
+      return padded_axis(rows, height, radius) && padded_axis(columns, width, radius);
+    }
+    return bicubic_axis(rows, coarse.size[2], height, radius) &&
+           bicubic_axis(columns, coarse.size[3], width, radius);
+  }
+  ~Axes() {
+    free_axis(rows);
+    free_axis(columns);
+  }
+};
+
+int forward(const UpfeatTensor* features, const WeightSource& source, const UpfeatTensor& weights,
+            const UpfeatTensor* out, Mode mode, int isa, int threads) {
+  const int64_t height = weights.size[2], width = weights.size[3];
+  if (!all_valid({features, out})) return UPFEAT_BAD_ARGUMENT;
+  if (!sized(*out, weights.size[0], features->size[1], height, width)) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*out)) return UPFEAT_OK;
+  if (!sizes_fit(*features, weights, source.radius, mode)) return UPFEAT_BAD_ARGUMENT;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  Axes axes;
+  if (!axes.build(*features, height, width, source.radius, mode)) return UPFEAT_NO_MEMORY;
+  prepare_output(*out);
+  double work = elements(*out) * static_cast<double>(axes.rows.window * axes.columns.window);
+  if (source.guidance) work += elements(weights) * static_cast<double>(weights.size[1]);
+  return kernels->upsample(runtime_for(threads, work), *features, source, *out, axes.rows, axes.columns);
+}
+
+int backward(const UpfeatTensor* features, const UpfeatTensor* weights, const UpfeatTensor* grad,
+             const UpfeatTensor* grad_features, const UpfeatTensor* grad_weights, int64_t radius,
+             Mode mode, int isa, int threads) {
+  if (!all_valid({features, weights, grad})) return UPFEAT_BAD_ARGUMENT;
+  if (grad_features && !valid(grad_features)) return UPFEAT_BAD_ARGUMENT;
+  if (grad_weights && !valid(grad_weights)) return UPFEAT_BAD_ARGUMENT;
+  const int64_t *f = features->size, *w = weights->size;
+  if (!sizes_fit(*features, *weights, radius, mode)) return UPFEAT_BAD_ARGUMENT;
+  if (!sized(*grad, w[0], f[1], w[2], w[3])) return UPFEAT_BAD_ARGUMENT;
+  if (grad_features && !sized(*grad_features, f[0], f[1], f[2], f[3])) return UPFEAT_BAD_ARGUMENT;
+  if (grad_weights && !sized(*grad_weights, w[0], w[1], w[2], w[3])) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*grad)) return UPFEAT_OK;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  Axes axes;
+  if (!axes.build(*features, w[2], w[3], radius, mode)) return UPFEAT_NO_MEMORY;
+  const double work = elements(*grad) * static_cast<double>(axes.rows.window * axes.columns.window);
+  const Runtime runtime = runtime_for(threads, work);
+  int status = UPFEAT_OK;
+  if (grad_features) {
+    status = kernels->grad_features(runtime, *weights, *grad, *grad_features, axes.rows,
+                                    axes.columns);
+  }
+  if (grad_weights && status == UPFEAT_OK) {
+    prepare_output(*grad_weights);
+    status = kernels->grad_weights(runtime, *features, *grad, *grad_weights, axes.rows,
+                                   axes.columns);
+  }
+  return status;
+}
+
+// `image` (keys or guidance) against weights of its own height and width.
+bool image_fits(const UpfeatTensor& image, const UpfeatTensor& weights, int64_t radius) {
+  return has_taps(weights, radius) && image.size[0] == weights.size[0] &&
+         image.size[2] == weights.size[2] && image.size[3] == weights.size[3];
+}
+
+int make_weights(const WeightSource& source, const UpfeatTensor& image, const UpfeatTensor* weights,
+                 int isa, int threads) {
+  if (!all_valid({&image, weights}) || !image_fits(image, *weights, source.radius)) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  if (is_empty(*weights)) return UPFEAT_OK;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  prepare_output(*weights);
+  const double depth = static_cast<double>(source.stage ? weights->size[1] : image.size[1]);
+  return kernels->make_weights(runtime_for(threads, elements(*weights) * (depth + 16)), source,
+                               *weights);
+}
+
+// No exception may cross into C: running out of memory is the only one there is.
+template <typename Body>
+int guarded(Body body) {
+  try {
+    return body();
+  } catch (const std::exception&) {
+    return UPFEAT_NO_MEMORY;
+  }
+}
+
+WeightSource given(const UpfeatTensor* weights, int64_t radius) {
+  WeightSource source;
+  source.weights = weights;
+  source.radius = radius;
+  return source;
+}
+
+WeightSource bilateral(const UpfeatTensor* keys, int64_t radius, double temperature, double sigma) {
+  WeightSource source;
+  source.keys = keys;
+  source.radius = radius;
+  source.temperature = temperature;
+  source.sigma_spatial = sigma;
+  return source;
+}
+
+WeightSource staged(const UpfeatTensor* guidance, const UpfeatStage* stage, int64_t radius) {
+  WeightSource source = bilateral(nullptr, radius, stage->temperature, stage->sigma_spatial);
+  source.guidance = guidance;
+  source.stage = stage;
+  return source;
+}
+
+}  // namespace
+}  // namespace upfeat
+
+using namespace upfeat;
+
+extern "C" {
+
+int upfeat_abi(void) { return UPFEAT_ABI; }
+
+int upfeat_isa_mask(void) {
+  int mask = 1;
+#if defined(UPFEAT_X86)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    mask |= 2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
+      mask |= 4;
+    }
+  }
+#endif
+  return mask;
+}
+
+int upfeat_jbu_forward(const UpfeatTensor* features, const UpfeatTensor* weights,
+                       const UpfeatTensor* out, int64_t radius, int isa, int threads) {
+  if (!valid(weights)) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return forward(features, given(weights, radius), *weights, out, Mode::kBicubic, isa, threads);
+  });
+}
+
+int upfeat_jbu_backward(const UpfeatTensor* features, const UpfeatTensor* weights,
+                        const UpfeatTensor* grad, const UpfeatTensor* grad_features,
+                        const UpfeatTensor* grad_weights, int64_t radius, int isa, int threads) {
+  return guarded([&] {
+    return backward(features, weights, grad, grad_features, grad_weights, radius, Mode::kBicubic,
+                    isa, threads);
+  });
+}
+
+int upfeat_conv_forward(const UpfeatTensor* padded, const UpfeatTensor* weights,
+                        const UpfeatTensor* out, int64_t radius, int isa, int threads) {
+  if (!valid(weights)) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return forward(padded, given(weights, radius), *weights, out, Mode::kPadded, isa, threads);
+  });
+}
+
+int upfeat_conv_backward(const UpfeatTensor* padded, const UpfeatTensor* weights,
+                         const UpfeatTensor* grad, const UpfeatTensor* grad_padded,
+                         const UpfeatTensor* grad_weights, int64_t radius, int isa, int threads) {
+  return guarded([&] {
+    return backward(padded, weights, grad, grad_padded, grad_weights, radius, Mode::kPadded, isa,
+                    threads);
+  });
+}
+
+int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights, int64_t radius,
+                             double temperature, double sigma_spatial, int isa, int threads) {
+  if (!valid(keys)) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return make_weights(bilateral(keys, radius, temperature, sigma_spatial), *keys, weights, isa,
+                        threads);
+  });
+}
+
+int upfeat_bilateral_backward(const UpfeatTensor* keys, const UpfeatTensor* grad,
+                              const UpfeatTensor* grad_keys, double* grad_scalars, int64_t radius,
+                              double temperature, double sigma_spatial, int isa, int threads) {
+  if (!all_valid({keys, grad, grad_keys}) || !grad_scalars) return UPFEAT_BAD_ARGUMENT;
+  const int64_t* k = keys->size;
+  if (!image_fits(*keys, *grad, radius)) return UPFEAT_BAD_ARGUMENT;
+  if (!sized(*grad_keys, k[0], k[1], k[2], k[3])) return UPFEAT_BAD_ARGUMENT;
+  grad_scalars[0] = grad_scalars[1] = 0;
+  if (is_empty(*grad)) return UPFEAT_OK;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  return guarded([&] {
+    const double work = elements(*grad) * static_cast<double>(k[1] + 16);
+    return kernels->grad_bilateral(runtime_for(threads, work),
+                                   bilateral(keys, radius, temperature, sigma_spatial), *grad,
+                                   *grad_keys, grad_scalars);
+  });
+}
+
+int upfeat_stage_weights(const UpfeatTensor* guidance, const UpfeatStage* stage,
+                         const UpfeatTensor* weights, int64_t radius, int isa, int threads) {
+  if (!valid(guidance) || !stage || stage->key_width < 1) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return make_weights(staged(guidance, stage, radius), *guidance, weights, isa, threads);
+  });
+}
+
+int upfeat_stage_forward(const UpfeatTensor* features, const UpfeatTensor* guidance,
+                         const UpfeatStage* stage, const UpfeatTensor* out, int64_t radius, int isa,
+                         int threads) {
+  if (!valid(guidance) || !stage || stage->key_width < 1) return UPFEAT_BAD_ARGUMENT;
+  if (radius < 0 || radius >= 32768) return UPFEAT_BAD_ARGUMENT;
+  UpfeatTensor weights = *guidance;  // only the sizes are read
+  weights.size[1] = (2 * radius + 1) * (2 * radius + 1);
+  return guarded([&] {
+    return forward(features, staged(guidance, stage, radius), weights, out, Mode::kBicubic, isa,
+                   threads);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,74 @@
+// What the portable part of the library and the per-instruction-set kernels share.
+// Plain structs and function pointers only: a kernel file is compiled several times with different
+// machine flags, so nothing here may be an inline function that the linker could merge.
+#pragma once
+
+#include <stdint.h>
+
+#include "upfeat.h"
+
+namespace upfeat {
+
+constexpr int64_t kTile = 16;  // output columns of a tile; a tile has two rows
+
+// How one output axis reads the coarse axis through reflect padding and bicubic resizing.
+// Two neighbouring output coordinates form a group and share a window of `window` coarse cells.
+struct Axis {
+  int64_t in = 0;       // coarse cells
+  int64_t out = 0;      // output coordinates
+  int64_t taps = 0;     // 2r+1
+  int64_t window = 0;   // coarse cells read by any group
+  int64_t groups = 0;   // ceil(out / 2)
+  int64_t* lo = nullptr;       // (groups,) first coarse cell of each window
+  float* coef = nullptr;       // (2*groups, window, taps): coarse cell a's share in tap d
+  int64_t* first = nullptr;    // (2*groups, window): taps outside [first, last) have share 0
+  int64_t* last = nullptr;
+  // The same, with kTile coordinates side by side.
+  int64_t tiles = 0;
+  float* tile_coef = nullptr;  // (tiles, window, taps, kTile)
+  int64_t* tile_first = nullptr;  // (tiles, window)
+  int64_t* tile_last = nullptr;
+};
+
+// Runs body(context, task, worker) for every task in [0, tasks), worker in [0, workers).
+typedef void (*TaskBody)(void* context, int64_t task, int worker);
+typedef void (*ParallelFor)(int workers, int64_t tasks, TaskBody body, void* context);
+// 64-byte aligned memory or null.
+typedef void* (*Allocate)(int64_t bytes);
+typedef void (*Release)(void* memory);
+
+struct Runtime {
+  ParallelFor parallel_for;
+  Allocate allocate;
+  Release release;
+  int workers;
+};
+
+// Where a tile of weights comes from.
+struct WeightSource {
+  const UpfeatTensor* weights = nullptr;   // given, or
+  const UpfeatTensor* keys = nullptr;      // the bilateral kernel of keys, or
+  const UpfeatTensor* guidance = nullptr;  // the whole guidance side
+  const UpfeatStage* stage = nullptr;
+  int64_t radius = 0;
+  double temperature = 0;
+  double sigma_spatial = 0;
+};
+
+struct Kernels {
+  int (*upsample)(const Runtime&, const UpfeatTensor& features, const WeightSource&,
+                  const UpfeatTensor& out, const Axis& rows, const Axis& columns);
+  int (*make_weights)(const Runtime&, const WeightSource&, const UpfeatTensor& weights);
+  int (*grad_features)(const Runtime&, const UpfeatTensor& weights, const UpfeatTensor& grad,
+                       const UpfeatTensor& grad_features, const Axis& rows, const Axis& columns);
+  int (*grad_weights)(const Runtime&, const UpfeatTensor& features, const UpfeatTensor& grad,
+                      const UpfeatTensor& grad_weights, const Axis& rows, const Axis& columns);
+  int (*grad_bilateral)(const Runtime&, const WeightSource&, const UpfeatTensor& grad,
+                        const UpfeatTensor& grad_keys, double* grad_scalars);
+};
+
+const Kernels* kernels_baseline();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+
+}  // namespace upfeat

@@ -1,0 +1,177 @@
+// Runs every operator, forward and backward, over odd, tiny and non-square shapes, all storage types
+// and layouts, all instruction sets and several thread counts. Tensors are allocated to the byte, so
+// that the sanitizers see any access outside them; results must be finite and the same for every
+// thread count.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../upfeat.h"
+
+namespace {
+
+enum class Layout { kPlanes, kPixels, kSparse };
+
+uint32_t state = 1;
+
+float next_value() {
+  state = state * 1664525u + 1013904223u;
+  return static_cast<float>(state >> 8) / 8388608.0f - 1.0f;
+}
+
+uint16_t half_of(float value, int64_t dtype) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (dtype == UPFEAT_BFLOAT16) return static_cast<uint16_t>(bits >> 16);
+  // Truncated, magnitudes in (2^-14, 1]: good enough for input.
+  if (std::fabs(value) < 1e-4f) return 0;
+  return static_cast<uint16_t>((bits >> 16 & 0x8000u) | (((bits & 0x7fffffffu) - (112u << 23)) >> 13));
+}
+
+struct Buffer {
+  UpfeatTensor tensor{};
+  std::vector<char> bytes;
+
+  Buffer(int64_t n, int64_t c, int64_t h, int64_t w, int64_t dtype, Layout layout) {
+    const int64_t gap = layout == Layout::kSparse ? 2 : 1;
+    const int64_t size[4] = {n, c, h, w};
+    const int64_t planes[4] = {c * h * w * gap, h * w * gap, w * gap, gap};
+    const int64_t pixels[4] = {c * h * w, 1, w * c, c};
+    int64_t last = 0;
+    for (int i = 0; i < 4; ++i) {
+      tensor.size[i] = size[i];
+      tensor.stride[i] = layout == Layout::kPixels ? pixels[i] : planes[i];
+      last += (size[i] - 1) * tensor.stride[i];
+    }
+    tensor.dtype = dtype;
+    const int64_t count = n * c * h * w ? last + 1 : 0;
+    bytes.resize(static_cast<size_t>(count) * (dtype == UPFEAT_FLOAT32 ? 4 : 2));
+    bytes.shrink_to_fit();
+    for (int64_t i = 0; i < count; ++i) {
+      const float value = next_value();
+      const uint16_t half = half_of(value, dtype);
+      if (dtype == UPFEAT_FLOAT32) std::memcpy(&bytes[static_cast<size_t>(4 * i)], &value, 4);
+      else std::memcpy(&bytes[static_cast<size_t>(2 * i)], &half, 2);
+    }
+    tensor.data = bytes.data();
+  }
+};
+
+int failures = 0;
+long calls = 0;
+
+void expect(int status, const char* what) {
+  ++calls;
+  if (status == UPFEAT_OK) return;
+  std::printf("%s returned %d\n", what, status);
+  ++failures;
+}
+
+// Calls `body` with several thread counts; what it leaves in `out` must not change.
+template <typename Body>
+void repeat(const char* what, std::vector<Buffer*> out, Body body) {
+  std::vector<std::vector<char>> first;
+  for (int threads : {1, 2, 5}) {
+    expect(body(threads), what);
+    for (size_t i = 0; i < out.size(); ++i) {
+      if (threads == 1) first.push_back(out[i]->bytes);
+      else if (first[i] != out[i]->bytes) {
+        std::printf("%s differs with %d threads\n", what, threads);
+        ++failures;
+      }
+    }
+  }
+  for (Buffer* buffer : out) {
+    for (size_t i = 0; buffer->tensor.dtype == UPFEAT_FLOAT32 && i + 4 <= buffer->bytes.size(); i += 4) {
+      float value;
+      std::memcpy(&value, &buffer->bytes[i], 4);
+      if (!std::isfinite(value)) {
+        std::printf("%s is not finite\n", what);
+        ++failures;
+        break;
+      }
+    }
+  }
+}
+
+struct Shape {
+  int64_t n, c, h, w, height, width, radius;
+};
+
+void upsampling(const Shape& s, int64_t dtype, Layout layout, int isa) {
+  const int64_t taps = (2 * s.radius + 1) * (2 * s.radius + 1);
+  Buffer features(s.n, s.c, s.h, s.w, dtype, layout), grad_features(s.n, s.c, s.h, s.w, dtype, layout);
+  Buffer weights(s.n, taps, s.height, s.width, dtype, layout);
+  Buffer grad_weights(s.n, taps, s.height, s.width, dtype, layout);
+  Buffer out(s.n, s.c, s.height, s.width, dtype, layout), grad(s.n, s.c, s.height, s.width, dtype, layout);
+  repeat("jbu_forward", {&out}, [&](int threads) {
+    return upfeat_jbu_forward(&features.tensor, &weights.tensor, &out.tensor, s.radius, isa, threads);
+  });
+  repeat("jbu_backward", {&grad_features, &grad_weights}, [&](int threads) {
+    return upfeat_jbu_backward(&features.tensor, &weights.tensor, &grad.tensor, &grad_features.tensor,
+                               &grad_weights.tensor, s.radius, isa, threads);
+  });
+  Buffer padded(s.n, s.c, s.height + 2 * s.radius, s.width + 2 * s.radius, dtype, layout);
+  Buffer grad_padded(s.n, s.c, s.height + 2 * s.radius, s.width + 2 * s.radius, dtype, layout);
+  repeat("conv_forward", {&out}, [&](int threads) {
+    return upfeat_conv_forward(&padded.tensor, &weights.tensor, &out.tensor, s.radius, isa, threads);
+  });
+  repeat("conv_backward", {&grad_padded, &grad_weights}, [&](int threads) {
+    return upfeat_conv_backward(&padded.tensor, &weights.tensor, &grad.tensor, &grad_padded.tensor,
+                                &grad_weights.tensor, s.radius, isa, threads);
+  });
+}
+
+void guidance_side(const Shape& s, int64_t dtype, Layout layout, int isa) {
+  const int64_t taps = (2 * s.radius + 1) * (2 * s.radius + 1), width = s.c % 40 + 1, channels = 3;
+  Buffer keys(s.n, width, s.height, s.width, dtype, layout), grad_keys(s.n, width, s.height, s.width, dtype, layout);
+  Buffer weights(s.n, taps, s.height, s.width, dtype, layout);
+  double scalars[2];
+  repeat("bilateral_forward", {&weights}, [&](int threads) {
+    return upfeat_bilateral_forward(&keys.tensor, &weights.tensor, s.radius, 1.5, 0.8, isa, threads);
+  });
+  repeat("bilateral_backward", {&grad_keys}, [&](int threads) {
+    return upfeat_bilateral_backward(&keys.tensor, &weights.tensor, &grad_keys.tensor, scalars, s.radius,
+                                     1.5, 0.8, isa, threads);
+  });
+  Buffer guidance(s.n, channels, s.height, s.width, dtype, layout);
+  const auto array = [](int64_t count) { return Buffer(1, 1, 1, count, UPFEAT_FLOAT32, Layout::kPlanes); };
+  Buffer arrays[8] = {array(width * channels), array(width), array(width * width), array(width),
+                      array(taps * (taps + channels)), array(taps), array(taps * taps), array(taps)};
+  const auto at = [&](int i) { return static_cast<const float*>(arrays[i].tensor.data); };
+  const UpfeatStage stage{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), width, 1.5, 0.8, 0.1};
+  repeat("stage_weights", {&weights}, [&](int threads) {
+    return upfeat_stage_weights(&guidance.tensor, &stage, &weights.tensor, s.radius, isa, threads);
+  });
+  Buffer features(s.n, s.c, s.h, s.w, dtype, layout), out(s.n, s.c, s.height, s.width, dtype, layout);
+  repeat("stage_forward", {&out}, [&](int threads) {
+    return upfeat_stage_forward(&features.tensor, &guidance.tensor, &stage, &out.tensor, s.radius, isa,
+                                threads);
+  });
+}
+
+}  // namespace
+
+int main() {
+  const Shape shapes[] = {{1, 5, 7, 9, 14, 18, 3},   {2, 33, 8, 8, 16, 16, 3},  {1, 100, 1, 1, 4, 5, 3},
+                          {1, 1, 2, 2, 4, 4, 1},     {1, 17, 4, 8, 7, 14, 2},   {1, 31, 3, 5, 12, 20, 3},
+                          {1, 24, 5, 20, 11, 21, 2}, {3, 7, 6, 6, 6, 6, 0},     {1, 16, 3, 4, 20, 23, 4},
+                          {1, 64, 9, 17, 18, 34, 3}, {2, 18, 1, 1, 1, 2, 3},    {1, 4, 1, 3, 3, 19, 5},
+                          {0, 4, 3, 3, 6, 6, 1},     {2, 0, 3, 3, 6, 6, 1}};
+  const int mask = upfeat_isa_mask();
+  for (int isa = 0; isa < 3; ++isa) {
+    if (!(mask & 1 << isa)) continue;
+    for (const Shape& shape : shapes) {
+      for (int64_t dtype = 0; dtype < 3; ++dtype) {
+        for (Layout layout : {Layout::kPlanes, Layout::kPixels, Layout::kSparse}) {
+          upsampling(shape, dtype, layout, isa);
+          guidance_side(shape, dtype, layout, isa);
+        }
+      }
+    }
+  }
+  std::printf("%ld calls, instruction sets %d, %d failures\n", calls, mask, failures);
+  return failures ? 1 : 0;
+}

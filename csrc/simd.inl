@@ -1,0 +1,133 @@
+// Vectors of kLanes floats through the compiler's vector extensions, so that one source serves
+// AVX-512, AVX2, SSE2 and NEON. Included inside the anonymous namespace of kernels.cpp.
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+constexpr int kMaxBlock = 6;  // channel vectors held per output: 4 * 6 of 32 registers
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+constexpr int kMaxBlock = 3;
+#elif defined(__aarch64__)
+constexpr int kLanes = 4;
+constexpr int kMaxBlock = 6;
+#else
+constexpr int kLanes = 4;
+constexpr int kMaxBlock = 2;
+#endif
+
+typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef int32_t IVec __attribute__((vector_size(kLanes * 4)));
+typedef Vec LooseVec __attribute__((aligned(4), may_alias));
+typedef IVec LooseIVec __attribute__((aligned(4), may_alias));
+
+constexpr int kRowVecs = static_cast<int>(kTile) / kLanes;  // vectors in one row of a tile
+constexpr int kTileVecs = 2 * kRowVecs;                     // vectors in a tile (two rows)
+constexpr int64_t kTilePixels = 2 * kTile;
+
+#define UPFEAT_INLINE static inline __attribute__((always_inline))
+#define UPFEAT_MEMBER inline __attribute__((always_inline))
+
+UPFEAT_INLINE Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
+UPFEAT_INLINE void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
+UPFEAT_INLINE Vec splat(float value) { return Vec{} + value; }
+// A cast between vector types of one size keeps the bits.
+UPFEAT_INLINE Vec as_float(IVec bits) { return (Vec)bits; }
+UPFEAT_INLINE IVec as_bits(Vec value) { return (IVec)value; }
+UPFEAT_INLINE Vec select(IVec mask, Vec yes, Vec no) {
+  return as_float((mask & as_bits(yes)) | (~mask & as_bits(no)));
+}
+UPFEAT_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+UPFEAT_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+
+#if defined(__clang__)
+#define UPFEAT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define UPFEAT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IVec{__VA_ARGS__}))
+#endif
+
+// a0 b0 a1 b1 ... of the lower and of the upper halves.
+UPFEAT_INLINE Vec zip_low(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return UPFEAT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX2__)
+  return UPFEAT_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return UPFEAT_SHUFFLE(a, b, 0, 4, 1, 5);
+#endif
+}
+UPFEAT_INLINE Vec zip_high(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return UPFEAT_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+  return UPFEAT_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return UPFEAT_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+}
+// Each pair of neighbouring lanes holds what remains to be summed of a and of b.
+UPFEAT_INLINE Vec add_halves(Vec a, Vec b) { return zip_low(a, b) + zip_high(a, b); }
+
+// Rows become columns, in place: log2(kLanes) perfect shuffles.
+UPFEAT_INLINE void transpose(Vec* rows) {
+  Vec other[kLanes];
+  for (int round = 1; round < kLanes; round *= 2) {
+    for (int i = 0; i < kLanes / 2; ++i) {
+      other[2 * i] = zip_low(rows[i], rows[i + kLanes / 2]);
+      other[2 * i + 1] = zip_high(rows[i], rows[i + kLanes / 2]);
+    }
+    for (int i = 0; i < kLanes; ++i) rows[i] = other[i];
+  }
+}
+
+// Lane i of the result is the sum of the lanes of rows[i].
+UPFEAT_INLINE Vec transpose_sum(Vec* rows) {
+  for (int count = kLanes / 2; count > 0; count /= 2) {
+    for (int i = 0; i < count; ++i) rows[i] = add_halves(rows[i], rows[i + count]);
+  }
+  return rows[0];
+}
+
+// e^x for x <= 0 and moderate x > 0; below -87 the result is about 1e-38, not 0. Two ulp.
+UPFEAT_INLINE Vec exp(Vec x) {
+  x = max(min(x, splat(88.0f)), splat(-87.0f));
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  const Vec shifted = x * 1.44269504f + magic;
+  const Vec whole = shifted - magic;
+  Vec r = x - whole * 0.693145752f;  // ln 2 in two parts
+  r = r - whole * 1.42860677e-6f;
+  Vec p = splat(1.0f / 5040.0f);  // Taylor, |r| <= ln(2)/2
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const IVec power = (as_bits(shifted) - as_bits(magic)) << 23;
+  return as_float(as_bits(p) + power);
+}
+
+// x * Phi(x). Phi - 1/2 is an odd rational function fitted on |x| <= 5.6 (error 1e-8 before rounding).
+UPFEAT_INLINE Vec gelu(Vec x) {
+  const Vec z = max(min(x, splat(5.6f)), splat(-5.6f));
+  const Vec t = z * z;
+  Vec p = splat(2.2145382416738357e-08f);
+  p = p * t + 6.356488029268803e-06f;
+  p = p * t + 0.00017384780221618712f;
+  p = p * t + 0.0047072418965399265f;
+  p = p * t + 0.03437584266066551f;
+  p = p * t + 0.398942232131958f;
+  Vec q = splat(1.1802106882896624e-06f);
+  q = q * t + 7.510084833484143e-05f;
+  q = q * t + 0.0019129619468003511f;
+  q = q * t + 0.028939932584762573f;
+  q = q * t + 0.25283318758010864f;
+  q = q * t + 1.0f;
+  return x * (z * p / q + 0.5f);
+}
+
+UPFEAT_INLINE float lane_sum(Vec value) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += value[i];
+  return sum;
+}

@@ -1,0 +1,85 @@
+// The C interface of libupfeat. Plain pointers, sizes and strides: nothing of Python or PyTorch.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define UPFEAT_ABI 1
+
+#if defined(UPFEAT_BUILD)
+#define UPFEAT_API __attribute__((visibility("default")))
+#else
+#define UPFEAT_API
+#endif
+
+enum { UPFEAT_FLOAT32 = 0, UPFEAT_BFLOAT16 = 1, UPFEAT_FLOAT16 = 2 };
+
+enum { UPFEAT_OK = 0, UPFEAT_BAD_ARGUMENT = 1, UPFEAT_NO_MEMORY = 2, UPFEAT_NO_ISA = 3 };
+
+// A strided 4-D tensor (batch, channel or tap, row, column). Strides are in elements and may be 0
+// (expanded) or negative. `data` may be null for a tensor that is absent or empty.
+typedef struct {
+  void* data;
+  int64_t size[4];
+  int64_t stride[4];
+  int64_t dtype;
+} UpfeatTensor;
+
+// The guidance side of one JBU stage; every array is dense float32, row-major.
+typedef struct {
+  const float* proj_w0;  // (D, G): G guidance channels to key width D
+  const float* proj_b0;  // (D,)
+  const float* proj_w1;  // (D, D)
+  const float* proj_b1;  // (D,)
+  const float* fix_w0;   // (T, T + G)
+  const float* fix_b0;   // (T,)
+  const float* fix_w1;   // (T, T)
+  const float* fix_b1;   // (T,)
+  int64_t key_width;     // D
+  double temperature;    // multiplies the key products, already exponentiated and clamped
+  double sigma_spatial;
+  double fixup_scale;
+} UpfeatStage;
+
+UPFEAT_API int upfeat_abi(void);
+// Bit i is set when instruction set i can run here: 0 baseline, 1 avx2, 2 avx512.
+UPFEAT_API int upfeat_isa_mask(void);
+
+// out (B,C,H,W) from features (B,C,h,w), H >= h and W >= w, and weights (B,(2r+1)^2,H,W): bicubic
+// resize, reflect padding and the per-pixel correlation in one.
+UPFEAT_API int upfeat_jbu_forward(const UpfeatTensor* features, const UpfeatTensor* weights,
+                       const UpfeatTensor* out, int64_t radius, int isa, int threads);
+// Either gradient may be null. Results do not depend on the thread count.
+UPFEAT_API int upfeat_jbu_backward(const UpfeatTensor* features, const UpfeatTensor* weights,
+                        const UpfeatTensor* grad, const UpfeatTensor* grad_features,
+                        const UpfeatTensor* grad_weights, int64_t radius, int isa, int threads);
+
+// As above on features that are already padded: (B,C,H+2r,W+2r) -> (B,C,H,W).
+UPFEAT_API int upfeat_conv_forward(const UpfeatTensor* padded, const UpfeatTensor* weights,
+                        const UpfeatTensor* out, int64_t radius, int isa, int threads);
+UPFEAT_API int upfeat_conv_backward(const UpfeatTensor* padded, const UpfeatTensor* weights,
+                         const UpfeatTensor* grad, const UpfeatTensor* grad_padded,
+                         const UpfeatTensor* grad_weights, int64_t radius, int isa, int threads);
+
+// weights (B,(2r+1)^2,H,W) from keys (B,D,H,W).
+UPFEAT_API int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights, int64_t radius,
+                             double temperature, double sigma_spatial, int isa, int threads);
+// grad_scalars receives d/d temperature and d/d sigma_spatial.
+UPFEAT_API int upfeat_bilateral_backward(const UpfeatTensor* keys, const UpfeatTensor* grad,
+                              const UpfeatTensor* grad_keys, double* grad_scalars, int64_t radius,
+                              double temperature, double sigma_spatial, int isa, int threads);
+
+// weights (B,(2r+1)^2,H,W) from guidance (B,G,H,W).
+UPFEAT_API int upfeat_stage_weights(const UpfeatTensor* guidance, const UpfeatStage* stage,
+                         const UpfeatTensor* weights, int64_t radius, int isa, int threads);
+// A whole stage: the weights exist one tile at a time and are never stored.
+UPFEAT_API int upfeat_stage_forward(const UpfeatTensor* features, const UpfeatTensor* guidance,
+                         const UpfeatStage* stage, const UpfeatTensor* out, int64_t radius, int isa,
+                         int threads);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,186 @@
+"""Finding, loading and calling the compiled CPU library (``csrc/upfeat.h``).
+
+The library is plain C, built when the package is installed, and loaded through ctypes by the first
+call that needs it; the interpreter's lock is released while it runs. ``UPFEAT_LIBRARY`` names
+another build of it; ``UPFEAT_CPU_ISA`` (``baseline``, ``avx2``, ``avx512``) holds it to one
+instruction set.
+"""
+
+import ctypes
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ISAS = ("baseline", "avx2", "avx512")
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+STAGE_ARRAYS = (
+    *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
+    *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
+)
+_ABI = 1
+_NO_MEMORY = 2
+_NO_ISA = 3
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("size", ctypes.c_int64 * 4),
+        ("stride", ctypes.c_int64 * 4),
+        ("dtype", ctypes.c_int64),
+    ]
+
+
+class Stage(ctypes.Structure):
+    """The guidance side of one JBU stage: dense float32 arrays by address, and scalars."""
+
+    keep: dict[str, Tensor]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in STAGE_ARRAYS),
+        ("key_width", ctypes.c_int64),
+        ("temperature", ctypes.c_double),
+        ("sigma_spatial", ctypes.c_double),
+        ("fixup_scale", ctypes.c_double),
+    ]
+
+
+class _Library:
+    """The loaded library, or the reason there is none. Loading happens once per process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._tried = False
+        self._handle: ctypes.CDLL | None = None
+        self.path: Path | None = None
+        self.reason: str | None = None
+
+    def load(self) -> "_Library":
+        with self._lock:
+            if not self._tried:
+                self._open()
+                self._tried = True
+        return self
+
+    @property
+    def handle(self) -> ctypes.CDLL:
+        if self._handle is None:
+            raise RuntimeError(f"the cpu backend cannot run: {self.reason}")
+        return self._handle
+
+    def _open(self) -> None:
+        self.path = next((path for path in _candidates() if path.is_file()), None)
+        if self.path is None:
+            self.reason = (
+                f"UPFEAT_LIBRARY={os.environ['UPFEAT_LIBRARY']} is not a file"
+                if os.environ.get("UPFEAT_LIBRARY")
+                else "the compiled library is missing: upfeat was installed without a C++ compiler"
+            )
+            return
+        try:
+            handle = ctypes.CDLL(str(self.path))
+            abi = int(handle.upfeat_abi())
+        except (OSError, AttributeError) as error:
+            self.reason = f"{self.path} cannot be loaded: {str(error).splitlines()[0]}"
+            return
+        if abi != _ABI:
+            self.reason = f"{self.path} is of another version ({abi}, not {_ABI}); reinstall upfeat"
+            return
+        self._handle = handle
+
+
+def _candidates() -> Iterator[Path]:
+    chosen = os.environ.get("UPFEAT_LIBRARY")
+    if chosen:
+        yield Path(chosen)
+        return
+    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    # An editable install keeps the library in site-packages and this file in the source tree.
+    package = sys.modules.get(__package__ or "")
+    folders = [str(Path(__file__).parent), *getattr(package, "__path__", [])]
+    for folder in dict.fromkeys(folders):
+        yield Path(folder) / f"libupfeat{suffix}"
+
+
+_library = _Library()
+
+
+def unavailable_reason() -> str | None:
+    """Why no operator of this backend can run here, in one line; ``None`` when they can."""
+    return _library.load().reason
+
+
+def library_info() -> dict[str, Any]:
+    """The library's ``path``, the instruction set in use (``isa``) and those ``available``.
+
+    Raises:
+        RuntimeError: there is no usable library (see :func:`unavailable_reason`).
+        ValueError: ``UPFEAT_CPU_ISA`` names none that can run here.
+    """
+    handle = _library.load().handle
+    mask = int(handle.upfeat_isa_mask())
+    available = [name for bit, name in enumerate(ISAS) if mask >> bit & 1]
+    isa = _forced_isa()
+    if isa >= 0 and ISAS[isa] not in available:
+        raise _isa_error(ISAS[isa])
+    return {
+        "path": str(_library.path),
+        "isa": available[-1] if isa < 0 else ISAS[isa],
+        "available": available,
+    }
+
+
+def call(name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array | float | None) -> None:
+    """Call a function of the library; instruction set and thread count are added.
+
+    Tensors go as descriptors, integers as int64, floats as double, ``None`` as null.
+
+    Raises:
+        MemoryError: the library could not get its scratch memory.
+        RuntimeError: there is no usable library.
+        ValueError: ``UPFEAT_CPU_ISA`` names an instruction set that cannot run here.
+    """
+    handle = _library.load().handle
+    isa = ctypes.c_int(_forced_isa())
+    threads = ctypes.c_int(torch.get_num_threads())
+    status = getattr(handle, name)(*(_argument(value) for value in arguments), isa, threads)
+    if status == _NO_ISA:
+        raise _isa_error(ISAS[isa.value])
+    if status == _NO_MEMORY:
+        raise MemoryError(f"{name} could not get its scratch memory")
+    # Shapes were checked before; the library checks them again rather than trust that.
+    assert status == 0, f"{name} refused its arguments"
+
+
+def _argument(value: Tensor | ctypes.Structure | ctypes.Array | float | None) -> Any:
+    if isinstance(value, Tensor):
+        sizes, strides = (ctypes.c_int64 * 4)(*value.shape), (ctypes.c_int64 * 4)(*value.stride())
+        return ctypes.byref(_Tensor(value.data_ptr(), sizes, strides, DTYPES[value.dtype]))
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    if isinstance(value, int):
+        return ctypes.c_int64(value)
+    return ctypes.c_double(value) if isinstance(value, float) else value
+
+
+def _forced_isa() -> int:
+    name = os.environ.get("UPFEAT_CPU_ISA")
+    if not name:
+        return -1
+    if name not in ISAS:
+        raise _isa_error(name)
+    return ISAS.index(name)
+
+
+def _isa_error(name: str) -> ValueError:
+    mask = int(_library.load().handle.upfeat_isa_mask())
+    available = ", ".join(isa for bit, isa in enumerate(ISAS) if mask >> bit & 1)
+    return ValueError(
+        f"UPFEAT_CPU_ISA={name} cannot run here; choose from {available}, or unset it"
+    )

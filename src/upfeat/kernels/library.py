@@ -1,0 +1,180 @@
+"""Compiled kernels as PyTorch operators: with gradients, and known to the compiler.
+
+A compiled backend gives plain functions and their gradients. Here each becomes an operator of
+``torch.ops.upfeat`` with a shape rule and an autograd rule, so that ``torch.compile``,
+``torch.export``, ``opcheck`` and ``torch.func`` treat it as any other. Operators are named after
+their backend, since the same tensor may be run by more than one.
+"""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upfeat.kernels import cpu, triton
+
+_LIBRARY = torch.library.Library("upfeat", "DEF")
+
+WINDOWED = ("adaptive_conv2d", "joint_bilateral_upsample", "neighbourhood_upsample")
+"""Operators of (values, weights) that are linear in both."""
+
+
+def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
+    """Register a windowed operator and its gradient."""
+    name = f"{operator}_{backend}"
+    forward: Callable[..., Tensor] = getattr(module, operator)
+    backward = getattr(module, f"{operator}_backward")
+    _LIBRARY.define(f"{name}(Tensor values, Tensor weights) -> Tensor")
+    _LIBRARY.define(
+        f"{name}_backward(Tensor grad, Tensor values, Tensor weights, bool need_values, "
+        "bool need_weights) -> (Tensor, Tensor)"
+    )
+
+    def run_backward(
+        grad: Tensor, values: Tensor, weights: Tensor, need_values: bool, need_weights: bool
+    ) -> tuple[Tensor, Tensor]:
+        # An operator returns tensors only: what nobody asked for is empty.
+        found = backward(grad, values, weights, need_values, need_weights)
+        return tuple(values.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
+
+    def fake(values: Tensor, weights: Tensor) -> Tensor:
+        return _empty_output(values, weights)
+
+    def fake_backward(
+        grad: Tensor, values: Tensor, weights: Tensor, need_values: bool, need_weights: bool
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty_like(values) if need_values else values.new_empty(0),
+            torch.empty_like(weights) if need_weights else values.new_empty(0),
+        )
+
+    def save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        need = ctx.needs_input_grad
+        found = gradient(grad, *ctx.saved_tensors, need[0], need[1])
+        return (found[0] if need[0] else None, found[1] if need[1] else None)
+
+    def batch(
+        info: Any, in_dims: Sequence[int | None], values: Tensor, weights: Tensor
+    ) -> tuple[Tensor, int]:
+        folded = (
+            _leading(tensor, dim, info.batch_size)
+            for tensor, dim in zip((values, weights), in_dims, strict=True)
+        )
+        out = call(*folded)
+        return out.unflatten(0, (info.batch_size, -1)), 0
+
+    _implement(name, forward, fake)
+    _implement(f"{name}_backward", run_backward, fake_backward)
+    torch.library.register_autograd(
+        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
+    )
+    torch.library.register_vmap(f"upfeat::{name}", batch, lib=_LIBRARY)
+    call = getattr(torch.ops.upfeat, name)
+    gradient = getattr(torch.ops.upfeat, f"{name}_backward")
+    return call
+
+
+def _bilateral(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register ``bilateral_weights`` and its gradient."""
+    name = f"bilateral_weights_{backend}"
+    _LIBRARY.define(
+        f"{name}(Tensor keys, Tensor temperature, Tensor sigma_spatial, int radius) -> Tensor"
+    )
+    _LIBRARY.define(
+        f"{name}_backward(Tensor grad, Tensor keys, Tensor temperature, Tensor sigma_spatial, "
+        "int radius) -> (Tensor, Tensor, Tensor)"
+    )
+
+    def run_backward(
+        grad: Tensor, keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        to_keys, *scalars = module.bilateral_weights_backward(
+            grad, keys, temperature, sigma_spatial, radius
+        )
+        to_temperature, to_sigma = (
+            torch.as_tensor(scalar, dtype=keys.dtype, device=keys.device) for scalar in scalars
+        )
+        return to_keys, to_temperature, to_sigma
+
+    def fake(keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int) -> Tensor:
+        return keys.new_empty((keys.shape[0], (2 * radius + 1) ** 2, *keys.shape[2:]))
+
+    def fake_backward(
+        grad: Tensor, keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.empty_like(keys), keys.new_empty(()), keys.new_empty(())
+
+    def save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.radius = inputs[3]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        return (*gradient(grad, *ctx.saved_tensors, ctx.radius), None)
+
+    _implement(name, module.bilateral_weights, fake)
+    _implement(f"{name}_backward", run_backward, fake_backward)
+    torch.library.register_autograd(
+        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
+    )
+    gradient = getattr(torch.ops.upfeat, f"{name}_backward")
+    return getattr(torch.ops.upfeat, name)
+
+
+def _stage(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register the fused inference of one JBU stage; it has no gradient."""
+    name = f"jbu_stage_{backend}"
+    _LIBRARY.define(f"{name}(Tensor features, Tensor guidance, Tensor[] parameters) -> Tensor")
+
+    def run(features: Tensor, guidance: Tensor, parameters: list[Tensor]) -> Tensor:
+        return module.jbu_stage(features, guidance, *parameters)
+
+    def fake(features: Tensor, guidance: Tensor, parameters: list[Tensor]) -> Tensor:
+        return _empty_output(features, guidance)
+
+    _implement(name, run, fake)
+    return getattr(torch.ops.upfeat, name)
+
+
+def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"upfeat::{name}", fake, lib=_LIBRARY)
+
+
+def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
+    """Fold a mapped dimension into the batch: (B, …) with N mapped -> (N·B, …)."""
+    if dim is None:
+        return tensor.expand(size, *tensor.shape).flatten(0, 1)
+    return tensor.movedim(dim, 0).flatten(0, 1)
+
+
+def _empty_output(values: Tensor, like: Tensor) -> Tensor:
+    """(B, C, H, W) in the memory format that the kernels choose: that of ``values``."""
+    channels_last = not values.is_contiguous() and values.stride(1) == 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (*values.shape[:2], *like.shape[2:])
+    return torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
+
+
+def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
+    """The backend with its operators replaced by differentiable ones."""
+    found = SimpleNamespace(unavailable_reason=module.unavailable_reason)
+    for operator in WINDOWED:
+        if hasattr(module, operator):
+            setattr(found, operator, _windowed(backend, module, operator))
+    found.bilateral_weights = _bilateral(backend, module)
+    if hasattr(module, "jbu_stage"):
+        found.jbu_stage = _stage(backend, module)
+    for operator in (*WINDOWED, "bilateral_weights", "jbu_stage"):
+        check = getattr(module, f"can_run_{operator}", None)
+        if check is not None:
+            setattr(found, f"can_run_{operator}", check)
+    return found
+
+
+CPU = _as_backend("cpu", cpu)
+TRITON = _as_backend("triton", triton)

@@ -1,0 +1,469 @@
+"""Views: jittered copies of an image, and the same jitter applied to features of any size.
+
+Multi-view consistency (FeatUp, section 3.1) needs one geometric change applied to an image and to
+the high-resolution features that explain it. The published change is: reflect-pad by ``pad``, zoom
+by ``zoom`` (bilinear), crop a window of the original size at ``offset``, flip left-right. Here it
+is one map of coordinates, never four steps on pixels.
+
+Coordinates. A pixel index counts pixel centres: index 0 is the centre of the first pixel, so an
+axis of n pixels covers [-1/2, n - 1/2]. Along an axis of n image pixels, the view's index v shows
+
+    source(v) = fold((v + offset + 1/2) / zoom - pad - 1/2),        v -> n - 1 - v first if flipped,
+
+where ``fold`` (:func:`reflect`) reflects about the centres of the first and the last pixel of the
+image, as often as needed: a pad larger than the image is well defined. Maps of another size than
+the image are laid over it edge to edge (``align_corners=False``) and reflect at the same place of
+the picture, so that features at any resolution move exactly as the image does.
+
+The map acts on each axis alone, so a view is ``rows @ x @ columns.mT`` with two interpolation
+matrices per view (:meth:`Jitter.matrices`): bilinear where the view magnifies, as it does for maps
+of the image's size at zoom 1 or more; a widened triangle (antialiased) where a map finer than the
+view has to be reduced, whose reading of a ramp may stray by some hundredths of an image pixel.
+``warp`` computes that product; its adjoint is ``warp`` with both matrices transposed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Output rows (or columns) whose inputs are multiplied together: a block of 32 needs about
+# 32 / zoom + 2 input rows, so the product skips nearly all of the matrices' zeros.
+_BLOCK = 32
+
+
+@dataclass(frozen=True, eq=False)
+class Jitter:
+    """The parameters of N views of images of one size.
+
+    Args:
+        size: (height, width) in pixels of the image and of the view.
+        pad: (N, 2) reflected border in image pixels, (vertical, horizontal).
+        zoom: (N,) magnification, positive; at least 1 in the published recipe.
+        offset: (N, 2) (top, left) corner of the crop, in pixels of the padded and zoomed image.
+        flip: (N,) bool, whether the crop is mirrored left-right.
+
+    All tensors live on the CPU; numbers are kept in float64.
+
+    Raises:
+        ValueError: a size below 1, tensors whose shapes disagree, or a zoom that is not positive.
+    """
+
+    size: tuple[int, int]
+    pad: Tensor
+    zoom: Tensor
+    offset: Tensor
+    flip: Tensor
+
+    def __post_init__(self) -> None:
+        """Check shapes and ranges; bring every tensor to the CPU in one precision."""
+        _check_size("size", self.size)
+        for name in ("pad", "zoom", "offset"):
+            object.__setattr__(self, name, getattr(self, name).to("cpu", torch.float64))
+        object.__setattr__(self, "flip", self.flip.to("cpu", torch.bool))
+        if self.zoom.ndim != 1:
+            raise ValueError(f"zoom must have shape (N,), got {tuple(self.zoom.shape)}")
+        n = len(self.zoom)
+        for name, shape in (("pad", (n, 2)), ("offset", (n, 2)), ("flip", (n,))):
+            found = tuple(getattr(self, name).shape)
+            if found != shape:
+                raise ValueError(f"{name} must have shape {shape} to match zoom, got {found}")
+        if not bool((self.zoom > 0).all()):
+            raise ValueError(f"zoom must be positive, got {self.zoom.tolist()}; use 1 for no zoom")
+
+    @staticmethod
+    def identity(n: int, *, size: tuple[int, int]) -> Jitter:
+        """Return ``n`` views that show the image as it is."""
+        none = torch.zeros(n, 2)
+        return Jitter(size, none, torch.ones(n), none, torch.zeros(n, dtype=torch.bool))
+
+    @staticmethod
+    def cat(jitters: list[Jitter]) -> Jitter:
+        """Join views of one image size into one batch, in order."""
+        sizes = {jitter.size for jitter in jitters}
+        if len(sizes) != 1:
+            raise ValueError(f"jitters must share one size, got {sorted(sizes)}; join each alone")
+        parts = ("pad", "zoom", "offset", "flip")
+        return Jitter(
+            jitters[0].size, *(torch.cat([getattr(j, part) for j in jitters]) for part in parts)
+        )
+
+    def __len__(self) -> int:
+        """Return the number of views."""
+        return len(self.zoom)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Jitter:
+        """Return the chosen views, still as a batch (an integer gives a batch of one)."""
+        if isinstance(index, int):
+            index = range(len(self))[index]
+            index = slice(index, index + 1)
+        return Jitter(
+            self.size, self.pad[index], self.zoom[index], self.offset[index], self.flip[index]
+        )
+
+    def __iter__(self) -> Iterator[Jitter]:
+        """Yield the views one by one, each as a batch of one."""
+        return (self[i] for i in range(len(self)))
+
+    def to_source(self, points: Tensor) -> Tensor:
+        """Return where in the image each view shows a point: the warp's exact coordinates.
+
+        Args:
+            points: (P, 2) or (N, P, 2) positions in the view, (y, x) pixel indices, any float.
+
+        Returns:
+            (N, P, 2) float64 (y, x) indices in the image, folded into [0, size - 1].
+        """
+        points = self._points(points)
+        axes = [self._source(axis, points[..., axis]) for axis in (0, 1)]
+        return torch.stack(axes, dim=-1).to(points.device)
+
+    def to_view(self, points: Tensor) -> Tensor:
+        """Return where each view shows a point of the image: the inverse of ``to_source``.
+
+        Args:
+            points: (P, 2) or (N, P, 2) positions in the image, (y, x) pixel indices.
+
+        Returns:
+            (N, P, 2) float64 (y, x) indices in the view; outside [0, size - 1] where the crop left
+            the point out. A point that the padding also reflects into the view has further
+            positions, which are not listed.
+        """
+        points = self._points(points)
+        placed = (points + self.pad[:, None] + 0.5) * self.zoom[:, None, None]
+        placed = placed - self.offset[:, None] - 0.5  # (N, P, 2)
+        mirrored = self.size[1] - 1 - placed[..., 1]
+        placed[..., 1] = torch.where(self.flip[:, None], mirrored, placed[..., 1])
+        return placed
+
+    def matrices(
+        self,
+        input_size: tuple[int, int] | None = None,
+        output_size: tuple[int, int] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the warp as one interpolation matrix per axis: view = rows @ x @ columns.mT.
+
+        Args:
+            input_size: (h, w) of the map to warp; the image's size by default.
+            output_size: (height, width) of the warped map; the image's size by default.
+            dtype: floating type of the matrices (built in float64 and rounded once).
+            device: where to put them; the CPU by default.
+
+        Returns:
+            rows (N, output height, input height) and columns (N, output width, input width):
+            non-negative, every row sums to 1.
+        """
+        source = _check_size("input_size", input_size or self.size)
+        target = _check_size("output_size", output_size or self.size)
+        rows, columns = (self._matrix(axis, source[axis], target[axis]) for axis in (0, 1))
+        return rows.to(device, dtype), columns.to(device, dtype)
+
+    def _points(self, points: Tensor) -> Tensor:
+        if points.ndim not in (2, 3) or points.shape[-1] != 2:
+            shape = tuple(points.shape)
+            raise ValueError(f"points must have shape (P, 2) or (N, P, 2) as (y, x), got {shape}")
+        if points.ndim == 3 and len(points) not in (1, len(self)):
+            raise ValueError(f"points must list 1 or {len(self)} views, got {len(points)}")
+        return points.to("cpu", torch.float64).expand(len(self), -1, 2)
+
+    def _source(self, axis: int, index: Tensor) -> Tensor:
+        """Image indices (N, P) shown at view indices (N, P) along an axis."""
+        n = self.size[axis]
+        if axis == 1:
+            index = torch.where(self.flip[:, None], n - 1 - index, index)
+        index = (index + self.offset[:, axis, None] + 0.5) / self.zoom[:, None]
+        return reflect(index - self.pad[:, axis, None] - 0.5, n)
+
+    def _matrix(self, axis: int, inputs: int, outputs: int) -> Tensor:
+        """Interpolation matrix (N, outputs, inputs) of one axis, in float64."""
+        n = self.size[axis]
+        index = _rescale(torch.arange(outputs, dtype=torch.float64), outputs, n)
+        index = self._source(axis, index.expand(len(self), -1))
+        index = _rescale(index, n, inputs)  # (N, outputs), in input pixels
+        width = (inputs / (outputs * self.zoom)).clamp(min=1)[:, None, None]
+        taps = math.ceil(2 * float(width.max()))
+        first = torch.floor(index[..., None] - width) + 1
+        tap = first + torch.arange(taps, dtype=torch.float64)  # (N, outputs, taps)
+        weight = (1 - (tap - index[..., None]).abs() / width).clamp(min=0)
+        weight = weight * ((tap >= 0) & (tap < inputs))
+        weight = weight / weight.sum(-1, keepdim=True)
+        matrix = weight.new_zeros(len(self), outputs, inputs)
+        return matrix.scatter_add_(-1, tap.clamp(0, inputs - 1).long(), weight)
+
+
+def sample_jitters(
+    n: int,
+    *,
+    size: tuple[int, int],
+    max_pad: float = 20,
+    max_zoom: float = 2.0,
+    zoom_probability: float = 0.5,
+    flip_probability: float = 0.5,
+    subpixel: bool = False,
+    generator: torch.Generator | None = None,
+) -> Jitter:
+    """Draw ``n`` independent views (FeatUp, section 3.1; its values for JBU are the defaults).
+
+    Args:
+        n: how many views.
+        size: (height, width) of the image in pixels; any size and aspect.
+        max_pad: reflected border in pixels (30 for the implicit upsampler).
+        max_zoom: zoom is uniform in [1, max_zoom] (1.8 for the implicit upsampler).
+        zoom_probability: how often a view is zoomed at all, in [0, 1].
+        flip_probability: how often a view is mirrored, in [0, 1].
+        subpixel: let the crop start between pixels. By default it starts on a pixel of the zoomed
+            image, as published, so a view that is not zoomed copies pixels and blurs nothing.
+        generator: source of randomness; the global one by default.
+
+    Returns:
+        The views' parameters.
+
+    Raises:
+        ValueError: a parameter outside its range.
+    """
+    _check_count(n)
+    device = generator.device if generator is not None else None
+    uniform = torch.rand(n, 4, dtype=torch.float64, generator=generator, device=device).cpu()
+    chances = zoom_probability, flip_probability
+    return _from_uniform(uniform, size, max_pad, max_zoom, chances, subpixel)
+
+
+def spread_jitters(
+    n: int,
+    *,
+    size: tuple[int, int],
+    max_pad: float = 20,
+    max_zoom: float = 2.0,
+    zoom_probability: float = 0.5,
+    flip_probability: float = 0.5,
+    subpixel: bool = False,
+    generator: torch.Generator | None = None,
+) -> Jitter:
+    """Draw ``n`` views that cover the parameters evenly: a scrambled Sobol sequence.
+
+    Each view alone is distributed as in :func:`sample_jitters`, but together they leave smaller
+    gaps in position, zoom and flip, so fewer of them see the whole image at every scale. Every
+    prefix is itself well spread, best at powers of two: draw once and take slices to go on.
+
+    Args and errors are those of :func:`sample_jitters`; the generator draws the scrambling.
+    """
+    _check_count(n)
+    device = generator.device if generator is not None else None
+    seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
+    sobol = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed)
+    chances = zoom_probability, flip_probability
+    uniform = sobol.draw(n, dtype=torch.float64)
+    return _from_uniform(uniform, size, max_pad, max_zoom, chances, subpixel)
+
+
+def apply_jitter(
+    x: Tensor, jitter: Jitter, *, output_size: tuple[int, int] | None = None
+) -> Tensor:
+    """Show images, or features of any size, as the views do. Linear and differentiable in x.
+
+    Args:
+        x: (B, C, h, w) floating point; B is N (one map per view), or either of B and N is 1.
+        jitter: N views.
+        output_size: (height, width) of the result; the size of the jitter's image by default.
+
+    Returns:
+        (max(B, N), C, height, width).
+
+    Raises:
+        ValueError: x is not a batch of maps, or its batch does not fit the number of views.
+    """
+    _check_map("x", x)
+    return warp(x, *jitter.matrices(_size(x), output_size, dtype=_working(x), device=x.device))
+
+
+def apply_jitter_adjoint(
+    y: Tensor, jitter: Jitter, *, input_size: tuple[int, int] | None = None
+) -> Tensor:
+    """Carry views back: the exact transpose of :func:`apply_jitter`, view by view.
+
+    Args:
+        y: (B, C, height, width) in the frame of the views.
+        jitter: N views, with B and N as in :func:`apply_jitter`.
+        input_size: (h, w) of the maps that ``apply_jitter`` was given; the image's by default.
+
+    Returns:
+        (max(B, N), C, h, w). Where one map was shown by many views, sum over the first axis.
+    """
+    _check_map("y", y)
+    rows, columns = jitter.matrices(input_size, _size(y), dtype=_working(y), device=y.device)
+    return warp(y, rows.mT, columns.mT)
+
+
+def warp(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Multiply maps by one matrix per axis: ``rows @ x @ columns.mT``, without their zeros.
+
+    Differentiable in x, as often as needed; the matrices are constants.
+
+    Args:
+        x: (B, C, h, w).
+        rows: (N, height, h).
+        columns: (N, width, w).
+
+    Returns:
+        (max(B, N), C, height, width), in the type of x (half types are computed in float32).
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    _check_map("x", x)
+    if rows.ndim != 3 or columns.ndim != 3 or len(rows) != len(columns):
+        raise ValueError(
+            "rows and columns must have shapes (N, height, h) and (N, width, w), got "
+            f"{tuple(rows.shape)} and {tuple(columns.shape)}"
+        )
+    if (rows.shape[2], columns.shape[2]) != _size(x):
+        expected = (rows.shape[2], columns.shape[2])
+        raise ValueError(f"x must be {expected} pixels to fit the matrices, got {_size(x)}")
+    if len(x) != len(rows) and 1 not in (len(x), len(rows)):
+        raise ValueError(f"x must hold 1 or {len(rows)} maps, one per view, got {len(x)}")
+    work = _working(x)
+    with torch.autocast(x.device.type, enabled=False):
+        maps, rows, columns = x.to(work), rows.to(x.device, work), columns.to(x.device, work)
+        if x.device.type == "cpu":
+            return _Warp.apply(maps, rows, columns, False).to(x.dtype)
+        return (rows[:, None] @ maps @ columns.mT[:, None]).to(x.dtype)
+
+
+def reflect(index: Tensor, n: int) -> Tensor:
+    """Reflect indices about the centres of the first and last of n pixels, as often as needed.
+
+    Args:
+        index: integer or floating indices, any shape; integers are folded exactly.
+        n: number of pixels along the axis.
+
+    Returns:
+        Indices in [0, n - 1], of the same type and shape.
+    """
+    if n == 1:
+        return torch.zeros_like(index)
+    return (torch.remainder(index + (n - 1), 2 * (n - 1)) - (n - 1)).abs()
+
+
+class _Warp(torch.autograd.Function):
+    """``rows @ x @ columns.mT`` on a CPU; its own backward, with the matrices transposed.
+
+    ``total`` sums the result over the batch: the backward of one map shown by many views, which
+    then needs memory for one map only.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, total: bool) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        ctx.one_map, ctx.one_view = len(x) == 1, len(rows) == 1
+        return _banded_product(x, rows, columns, total=total)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns = ctx.saved_tensors
+        total = ctx.one_map and not ctx.one_view
+        return _Warp.apply(grads[0], rows.mT, columns.mT, total), None, None, None
+
+
+def _banded_product(x: Tensor, rows: Tensor, columns: Tensor, *, total: bool) -> Tensor:
+    """``rows @ x @ columns.mT`` by blocks of outputs, each reading only the inputs it uses."""
+    batch, channels = max(len(x), len(rows)), x.shape[1]
+    height, width = rows.shape[1], columns.shape[1]
+    bands = list(zip(_bands(rows), _bands(columns), strict=True))
+    shape = (1 if total else batch, channels, height, width)
+    out = x.new_zeros(shape) if total else x.new_empty(shape)
+    tall = x.new_empty(channels, height, x.shape[3])
+    for i in range(batch):
+        view, source = i % len(rows), x[i % len(x)]
+        for start, stop, first, last in bands[view][0]:
+            tall[:, start:stop] = rows[view, start:stop, first:last] @ source[:, first:last]
+        lines = tall.view(channels * height, -1)
+        target = out[0 if total else i].view(channels * height, width)
+        for start, stop, first, last in bands[view][1]:
+            part = lines[:, first:last] @ columns[view, start:stop, first:last].T
+            target[:, start:stop].add_(part) if total else target[:, start:stop].copy_(part)
+    return out
+
+
+def _bands(matrix: Tensor) -> list[list[tuple[int, int, int, int]]]:
+    """For each view, blocks (start, stop) of outputs and the inputs (first, last) they use."""
+    inputs = matrix.shape[2]
+    starts = range(0, matrix.shape[1], _BLOCK)
+    used = torch.stack([(matrix[:, s : s + _BLOCK] != 0).any(1) for s in starts], dim=1)
+    first = used.int().argmax(-1).tolist()  # (N, blocks)
+    last = (inputs - used.flip(-1).int().argmax(-1)).tolist()
+    return [
+        [
+            (s, min(s + _BLOCK, matrix.shape[1]), first[view][i], last[view][i])
+            for i, s in enumerate(starts)
+        ]
+        for view in range(len(matrix))
+    ]
+
+
+def _from_uniform(
+    uniform: Tensor,
+    size: tuple[int, int],
+    max_pad: float,
+    max_zoom: float,
+    chances: tuple[float, float],
+    subpixel: bool,
+) -> Jitter:
+    """Turn (N, 4) numbers in [0, 1) into views: zoom, top, left, flip."""
+    _check_size("size", size)
+    if not 0 <= max_pad < math.inf:
+        raise ValueError(f"max_pad must be a number of pixels, at least 0, got {max_pad}")
+    if not 1 <= max_zoom < math.inf:
+        raise ValueError(f"max_zoom must be at least 1, got {max_zoom}; use 1 for no zoom")
+    for name, chance in zip(("zoom_probability", "flip_probability"), chances, strict=True):
+        if not 0 <= chance <= 1:
+            raise ValueError(f"{name} must lie between 0 and 1, got {chance}")
+    zoomed, flipped = chances
+    # One number decides both whether and how much: the share of [0, 1) left for zooms is stretched.
+    share = ((uniform[:, 0] - (1 - zoomed)) / max(zoomed, 1e-12)).clamp(min=0)
+    zoom = 1 + (max_zoom - 1) * share
+    extent = torch.tensor(size, dtype=torch.float64)
+    room = (extent + 2 * max_pad) * zoom[:, None] - extent  # (N, 2), where the crop may start
+    offset = uniform[:, 1:3] * (room if subpixel else torch.floor(room) + 1)
+    offset = offset if subpixel else torch.floor(offset)
+    pad = torch.full_like(offset, max_pad)
+    return Jitter(size, pad, zoom, offset, uniform[:, 3] < flipped)
+
+
+def _rescale(index: Tensor, source: int, target: int) -> Tensor:
+    """Indices on an axis of ``source`` pixels, as indices on one of ``target`` (edges aligned)."""
+    ratio = target / source
+    return index * ratio + (ratio - 1) / 2
+
+
+def _working(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
+
+
+def _check_count(n: int) -> None:
+    if n < 1:
+        raise ValueError(f"n must be a number of views, at least 1, got {n}")
+
+
+def _check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{name} must be (height, width), each at least 1, got {tuple(size)}")
+    return size
+
+
+def _check_map(name: str, x: Tensor) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"{name} must have shape (B, C, h, w), got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")
