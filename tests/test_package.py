@@ -17,7 +17,8 @@ LAYERS = [
     {"kernels"},
     {"functional"},
     {"upsamplers", "backbones"},
-    {"model", "features", "environment"},
+    {"features"},
+    {"model", "environment"},
     {"training", "evaluation", "run"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
@@ -33,9 +34,7 @@ def _imports(path: Path) -> set[str]:
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             found |= {
-                alias.name.split(".")[1]
-                for alias in node.names
-                if alias.name.startswith("upfeat.")
+                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("upfeat.")
             }
     return found
 

@@ -9,6 +9,7 @@
 from upfeat import functional
 from upfeat._version import __version__
 from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
+from upfeat.features import UpsampledFeatures
 from upfeat.model import FeatUp, load
 from upfeat.upsamplers import (
     Bicubic,
@@ -28,6 +29,7 @@ __all__ = [
     "JBUStack",
     "JointBilateral",
     "Nearest",
+    "UpsampledFeatures",
     "Upsampler",
     "WrappedBackbone",
     "__version__",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.features import UpsampledFeatures
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 if TYPE_CHECKING:
@@ -72,6 +73,22 @@ class FeatUp(nn.Module):
             ValueError: x is not such an image, or the backbone returns NaN.
         """
         return self.upsampler(self.backbone(x), x, output_size)
+
+    def lazy(self, x: Tensor, output_size: tuple[int, int] | None = None) -> UpsampledFeatures:
+        """The same features, of which only what is asked for is computed at full size.
+
+        Args:
+            x: as in :meth:`forward`.
+            output_size: likewise.
+        """
+        return UpsampledFeatures(
+            self.backbone(x),
+            x,
+            self.upsampler,
+            output_size,
+            mean=self.backbone.mean.flatten().tolist(),
+            std=self.backbone.std.flatten().tolist(),
+        )
 
 
 def load(

@@ -185,8 +185,8 @@ BLOCKS: dict[tuple[str, int, str], Blocks] = {
     ("gather_tiles", 0, "single"): Blocks(8, 8, 64, 16, 8, 2),
     ("scatter_tiles", 0, "half"): Blocks(8, 8, 128, 32, 8, 3),
     ("scatter_tiles", 0, "single"): Blocks(8, 8, 64, 16, 8, 2),
-    ("outer_tiles", 0, "half"): Blocks(8, 16, 64, 64, 8, 2),
-    ("outer_tiles", 0, "single"): Blocks(8, 8, 16, 64, 8, 2),
+    ("outer_tiles", 0, "half"): Blocks(8, 16, 32, 64, 8, 2),
+    ("outer_tiles", 0, "single"): Blocks(8, 8, 16, 64, 8, 1),
     ("range_forward", 0, ""): Blocks(2, 64, 0, 0, 4, 1),
     ("range_backward", 0, ""): Blocks(2, 32, 0, 0, 4, 1),
 }

@@ -55,13 +55,15 @@ def reflect_pad(x: Tensor, radius: int) -> Tensor:
     height, width = x.shape[-2:]
     if min(height, width) > radius:
         return F.pad(x, (radius,) * 4, mode="reflect")
-    rows = _reflected_indices(height, radius, x.device)
-    columns = _reflected_indices(width, radius, x.device)
+    rows, columns = (
+        reflected_indices(torch.arange(-radius, length + radius, device=x.device), length)
+        for length in (height, width)
+    )
     return x.index_select(2, rows).index_select(3, columns)
 
 
-def _reflected_indices(length: int, radius: int, device: torch.device) -> Tensor:
-    positions = torch.arange(-radius, length + radius, device=device)
+def reflected_indices(positions: Tensor, length: int) -> Tensor:
+    """Mirror positions, however far outside, into 0 … ``length`` - 1."""
     period = max(2 * (length - 1), 1)
     folded = positions.remainder(period)
     return torch.minimum(folded, period - folded) if length > 1 else torch.zeros_like(positions)

@@ -1,6 +1,6 @@
 """Upsamplers: coarse features and an image in, features at any size out."""
 
-from upfeat.upsamplers.base import Kernels, Upsampler
+from upfeat.upsamplers.base import Kernels, Upsampler, Window
 from upfeat.upsamplers.interpolate import Bicubic, Bilinear, Nearest
 from upfeat.upsamplers.jbu import JBUStack
 from upfeat.upsamplers.joint_bilateral import JointBilateral
@@ -14,6 +14,7 @@ __all__ = [
     "Kernels",
     "Nearest",
     "Upsampler",
+    "Window",
     "create_upsampler",
     "list_upsamplers",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,37 @@ Size = tuple[int, int]
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
 
 
+class Window(NamedTuple):
+    """A rectangle of output pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def bottom(self) -> int:
+        """One past the last row."""
+        return self.top + self.height
+
+    @property
+    def right(self) -> int:
+        """One past the last column."""
+        return self.left + self.width
+
+
 class Kernels(Protocol):
     """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W), any C."""
+        ...
+
+    def crop(self, features: Tensor, window: Window) -> Tensor:
+        """The window of what :meth:`__call__` gives, computed alone.
+
+        (B, C, h, w) -> (B, C, window.height, window.width).
+        """
         ...
 
 

@@ -7,7 +7,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.upsamplers.base import Size, Upsampler
+from upfeat.kernels.axes import interpolation_matrix
+from upfeat.upsamplers.base import Size, Upsampler, Window
 
 
 class InterpolationKernels:
@@ -24,6 +25,14 @@ class InterpolationKernels:
         return F.interpolate(
             features, size=self.output_size, mode=self.mode, align_corners=align_corners
         )
+
+    def crop(self, features: Tensor, window: Window) -> Tensor:
+        """See :meth:`Kernels.crop`."""
+        rows = interpolation_matrix(features.shape[2], self.output_size[0], self.mode, features)
+        columns = interpolation_matrix(features.shape[3], self.output_size[1], self.mode, features)
+        rows = rows[window.top : window.bottom]
+        columns = columns[window.left : window.right]
+        return rows @ features @ columns.T
 
 
 class _Interpolation(Upsampler):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.kernels import dispatch
-from upfeat.upsamplers.base import Size, Upsampler
+from upfeat.kernels.axes import interpolation_matrix, reflected_range, span
+from upfeat.upsamplers.base import Size, Upsampler, Window
 
 KEY_CHANNELS = 32
 """Width D of the learned range kernel's keys."""
@@ -116,6 +117,36 @@ class JBUKernels:
             assert isinstance(stage, JBUStage)
             features = stage.upsample(features, F.adaptive_avg_pool2d(self.guidance, size))
         return features
+
+    def crop(self, features: Tensor, window: Window) -> Tensor:
+        """See :meth:`Kernels.crop`; each stage computes what the next one reads of it."""
+        return self._crop(features, window, len(self.sizes) - 1)
+
+    def _crop(self, features: Tensor, window: Window, index: int) -> Tensor:
+        """The window of what stage ``index`` gives; before the first, of the features."""
+        if index < 0:
+            return features[:, :, window.top : window.bottom, window.left : window.right]
+        stage, size = self.stages[index], self.sizes[index]
+        assert isinstance(stage, JBUStage)
+        before = self.sizes[index - 1] if index else (features.shape[2], features.shape[3])
+        radius = stage.radius
+        rows = reflected_range(
+            window.top - radius, window.bottom + radius, size[0], features.device
+        )
+        columns = reflected_range(
+            window.left - radius, window.right + radius, size[1], features.device
+        )
+        guidance = F.adaptive_avg_pool2d(self.guidance, size)
+        guidance = guidance.index_select(2, rows).index_select(3, columns)
+        # The patch has a margin of the radius, so that its inside sees true neighbours.
+        weights = stage(guidance)[:, :, radius : radius + window.height]
+        weights = weights[..., radius : radius + window.width].to(features.dtype)
+        across_rows = interpolation_matrix(before[0], size[0], "bicubic", features)[rows]
+        across_columns = interpolation_matrix(before[1], size[1], "bicubic", features)[columns]
+        (top, bottom), (left, right) = span(across_rows), span(across_columns)
+        source = self._crop(features, Window(top, left, bottom - top, right - left), index - 1)
+        padded = across_rows[:, top:bottom] @ source @ across_columns[:, left:right].T
+        return functional.adaptive_conv2d(padded, weights.contiguous(), backend=stage.backend)
 
 
 class JBUStack(Upsampler):

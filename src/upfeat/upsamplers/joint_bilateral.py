@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,19 +10,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import functional
-from upfeat.upsamplers.base import Size, Upsampler
+from upfeat.kernels.window import window_radius
+from upfeat.upsamplers.base import Size, Upsampler, Window
 
 
 class NeighbourhoodKernels:
-    """Convex weights over the coarse cells around every pixel."""
+    """Weights over the coarse cells around every pixel, made for the pixels that are asked for."""
 
-    def __init__(self, weights: Tensor) -> None:
-        """Keep the weights, (B, (2r+1)², H, W)."""
+    def __init__(
+        self, weights: Callable[[Window], Tensor], grid_size: Size, output_size: Size
+    ) -> None:
+        """Keep how to make weights.
+
+        Args:
+            weights: from a window of the output to (B, (2r+1)², window.height, window.width).
+            grid_size: (h, w).
+            output_size: (H, W).
+        """
         self.weights = weights
+        self.grid_size = grid_size
+        self.output_size = output_size
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
-        return functional.neighbourhood_upsample(features, self.weights.to(features.dtype))
+        weights = self.weights(Window(0, 0, *self.output_size))
+        return functional.neighbourhood_upsample(features, weights.to(features.dtype))
+
+    def crop(self, features: Tensor, window: Window) -> Tensor:
+        """See :meth:`Kernels.crop`."""
+        weights = self.weights(window).to(features.dtype)
+        radius = window_radius(weights.shape[1])
+        rows, columns = self.cells(window, features.device)
+        padded = F.pad(features, (radius,) * 4, mode="replicate")
+        out = features.new_zeros((*features.shape[:2], window.height, window.width))
+        for tap in range(weights.shape[1]):
+            row, column = divmod(tap, 2 * radius + 1)
+            shifted = padded.index_select(2, rows + row).index_select(3, columns + column)
+            out = torch.addcmul(out, shifted, weights[:, tap : tap + 1])
+        return out
+
+    def cells(self, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The cell of every row and of every column of a window."""
+        rows = cell_of_pixels(self.grid_size[0], self.output_size[0], device)
+        columns = cell_of_pixels(self.grid_size[1], self.output_size[1], device)
+        return rows[window.top : window.bottom], columns[window.left : window.right]
 
 
 class JointBilateral(Upsampler):
@@ -72,53 +104,46 @@ class JointBilateral(Upsampler):
         """See :meth:`Upsampler.prepare`."""
         fine = F.adaptive_avg_pool2d(guidance, output_size)  # (B, 3, H, W)
         coarse = F.adaptive_avg_pool2d(guidance, grid_size)  # (B, 3, h, w)
-        logits = self._distance_logits(grid_size, fine)  # (1, T, H, W)
-        side = 2 * self.radius + 1
         padded = F.pad(coarse, (self.radius,) * 4, mode="replicate")
-        shifted = [
-            _nearest_cell(
-                padded[:, :, row : row + grid_size[0], column : column + grid_size[1]], fine
+
+        def weights(window: Window) -> Tensor:
+            pixels = fine[:, :, window.top : window.bottom, window.left : window.right]
+            rows, columns = kernels.cells(window, fine.device)
+            rows_apart = self._distances(window.top, rows, grid_size[0] / output_size[0], fine)
+            columns_apart = self._distances(
+                window.left, columns, grid_size[1] / output_size[1], fine
             )
-            for row in range(side)
-            for column in range(side)
-        ]
-        colour = torch.stack([(fine - cell).square().sum(1) for cell in shifted], dim=1)
-        return NeighbourhoodKernels(
-            torch.softmax(logits - colour / (2 * self.sigma_range**2), dim=1)
-        )
+            logits = []
+            for row in range(2 * self.radius + 1):
+                for column in range(2 * self.radius + 1):
+                    cell = padded.index_select(2, rows + row).index_select(3, columns + column)
+                    colour = (pixels - cell).square().sum(1) / (2 * self.sigma_range**2)
+                    away = rows_apart[row, :, None] + columns_apart[column]
+                    logits.append(-colour - away / (2 * self.sigma_spatial**2))
+            return torch.softmax(torch.stack(logits, dim=1), dim=1)  # (B, T, height, width)
 
-    def _distance_logits(self, grid_size: Size, fine: Tensor) -> Tensor:
-        """−|p − c|²/(2σ²) of every pixel and offset, (1, T, H, W)."""
-        rows, columns = (
-            self._axis_distances(cells, length, fine)
-            for cells, length in zip(grid_size, fine.shape[-2:], strict=True)
-        )
-        # A pixel on the border of two cells has one cell more on one side: leave it out, so that
-        # the window is symmetric and flips commute.
-        rows, columns = (
-            axis.masked_fill(axis.abs() > self.radius + 0.5 - 1e-4, torch.inf)
-            for axis in (rows, columns)
-        )
-        squared = rows.square()[:, None, :, None] + columns.square()[None, :, None, :]
-        return -squared.flatten(0, 1)[None] / (2 * self.sigma_spatial**2)
+        kernels = NeighbourhoodKernels(weights, grid_size, output_size)
+        return kernels
 
-    def _axis_distances(self, cells: int, length: int, like: Tensor) -> Tensor:
-        """Signed distances in cells along one axis, (2r+1, length)."""
-        position = (torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) * (
-            cells / length
-        )
-        own = cell_of_pixels(cells, length, like.device)
+    def _distances(self, start: int, own: Tensor, scale: float, like: Tensor) -> Tensor:
+        """Squared distances in cells along one axis, from pixels to the cells of their window.
+
+        Args:
+            start: the first pixel.
+            own: the pixels' own cells, (n,).
+            scale: cells per pixel.
+            like: gives dtype and device.
+
+        Returns:
+            (2r+1, n). A pixel on the border of two cells has one cell more on one side; that one
+            is infinitely far, so that windows are symmetric and flips commute.
+        """
+        pixels = torch.arange(start, start + len(own), device=like.device, dtype=like.dtype)
         offset = torch.arange(-self.radius, self.radius + 1, device=like.device)
-        return position - (own + offset[:, None] + 0.5)
+        apart = (pixels + 0.5) * scale - (own + offset[:, None] + 0.5)
+        return apart.square().masked_fill(apart.abs() > self.radius + 0.5 - 1e-4, torch.inf)
 
 
 def cell_of_pixels(cells: int, length: int, device: torch.device) -> Tensor:
     """The cell ⌊(p + ½)·cells/length⌋ of every pixel p along one axis, in exact integers."""
     return (2 * torch.arange(length, device=device) + 1) * cells // (2 * length)
-
-
-def _nearest_cell(cells: Tensor, fine: Tensor) -> Tensor:
-    """Spread (B, C, h, w) over the pixels of each cell, to the size of ``fine``."""
-    rows = cell_of_pixels(cells.shape[2], fine.shape[2], fine.device)
-    columns = cell_of_pixels(cells.shape[3], fine.shape[3], fine.device)
-    return cells.index_select(2, rows).index_select(3, columns)

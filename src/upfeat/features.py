@@ -1,0 +1,360 @@
+"""Upsampled features of which only what is asked for is computed.
+
+The map of C channels at the image's size is large (77 MB for 384 channels at 224 pixels) and
+rarely wanted whole. Upsampling is linear with weights from the image alone, so a head runs on the
+coarse grid before it, and a point or a crop needs its own pixels and what their windows reach.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat._version import __version__
+from upfeat.storage import read_tensors, write_tensors
+from upfeat.upsamplers import Kernels, Upsampler, Window
+from upfeat.upsamplers.base import add_offset, check_inputs
+from upfeat.upsamplers.pretrained import UPSAMPLERS
+
+_TILE = 32
+_FORMAT = "upfeat-lazy-features-1"
+
+
+class PCA(NamedTuple):
+    """Principal components of a feature map."""
+
+    map: Tensor
+    """(B, k, H, W): coordinates of every pixel."""
+    components: Tensor
+    """(k, C), orthonormal, most variance first."""
+    mean: Tensor
+    """(C,)."""
+
+
+class UpsampledFeatures:
+    """Features (B, C, H, W) that exist where they are asked for.
+
+    Everything equals the same thing taken from :meth:`full`, to rounding.
+
+    Attributes:
+        shape: (B, C, H, W) of the whole map.
+    """
+
+    def __init__(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        upsampler: Upsampler,
+        output_size: tuple[int, int] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        """Keep what the map is made of.
+
+        Args:
+            features: (B, C, h, w), coarse.
+            guidance: (B, 3, H', W'), the normalised image.
+            upsampler: what makes one out of the other.
+            output_size: (H, W); ``None`` for the guidance's.
+            mean: normalisation of the guidance, RGB in [0, 1]; with it an 8-bit image is saved
+                without loss.
+            std: likewise.
+
+        Raises:
+            ValueError: as :meth:`Upsampler.forward`.
+        """
+        size = check_inputs(features, guidance, output_size)
+        self.features = features
+        self.guidance = guidance
+        self.upsampler = upsampler
+        self.shape = torch.Size((*features.shape[:2], *size))
+        self._normalisation = None if mean is None or std is None else (list(mean), list(std))
+        self._mixed: Tensor | None = None
+        self._kernels: Kernels | None = None
+
+    @property
+    def mixed(self) -> Tensor:
+        """The coarse features after the upsampler's channel mix, (B, C, h, w)."""
+        if self._mixed is None:
+            self._mixed = self.upsampler.mix(self.features)
+        return self._mixed
+
+    @property
+    def kernels(self) -> Kernels:
+        """The image's upsampling weights."""
+        if self._kernels is None:
+            grid = (self.features.shape[2], self.features.shape[3])
+            self._kernels = self.upsampler.prepare(
+                self.guidance, grid, (self.shape[2], self.shape[3])
+            )
+        return self._kernels
+
+    def full(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The whole map, (B, C, H, W).
+
+        Args:
+            dtype: of the result; ``None`` for the features'. A smaller one is filled in blocks of
+                channels, so that the map never exists in the larger one.
+        """
+        if dtype in (None, self.features.dtype):
+            return self._finish(self.kernels(self.mixed))
+        out = torch.empty(self.shape, dtype=dtype, device=self.features.device)
+        for start in range(0, self.shape[1], 64):
+            block = slice(start, start + 64)
+            part = self.kernels(self.mixed[:, block].contiguous())
+            offset = self.upsampler.offset
+            out[:, block] = part if offset is None else add_offset(part, offset[block])
+        return out
+
+    def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """A window of the map.
+
+        Args:
+            top: first row, pixels.
+            left: first column.
+            height: rows, ≥ 1.
+            width: columns, ≥ 1.
+
+        Returns:
+            (B, C, height, width).
+
+        Raises:
+            ValueError: the window does not lie in the map.
+        """
+        window = Window(*map(int, (top, left, height, width)))
+        inside = window.top >= 0 and window.left >= 0 and min(window.height, window.width) >= 1
+        if not inside or window.bottom > self.shape[2] or window.right > self.shape[3]:
+            raise ValueError(
+                f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
+                f"the map of {self.shape[2]}×{self.shape[3]}"
+            )
+        return self._finish(self.kernels.crop(self.mixed, window))
+
+    def at(self, points: Tensor) -> Tensor:
+        """Features at points, interpolated bilinearly between pixels.
+
+        Args:
+            points: (N, 2), (y, x) in pixels; whole numbers are pixel centres.
+
+        Returns:
+            (N, C).
+
+        Raises:
+            ValueError: the map is of several images, or a point lies outside.
+        """
+        self._check_single("at")
+        height, width = self.shape[2:]
+        if points.dim() != 2 or points.shape[1] != 2:
+            raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
+        last = torch.tensor([height - 1, width - 1], device=points.device)
+        if not bool(((points >= 0) & (points <= last)).all()):
+            raise ValueError(
+                f"points must lie in the map: y from 0 to {height - 1}, x from 0 to {width - 1}"
+            )
+        out = self.features.new_empty((len(points), self.shape[1]))
+        tiles = points.long() // _TILE
+        for tile in torch.unique(tiles, dim=0):
+            inside = (tiles == tile).all(1)
+            out[inside] = self._sample_tile(points[inside], tile)
+        return out
+
+    def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply a linear head at every pixel, at the cost of K channels instead of C.
+
+        Args:
+            weight: (K, C).
+            bias: (K,), or ``None``.
+
+        Returns:
+            (B, K, H, W), equal to the head applied to :meth:`full`.
+
+        Raises:
+            ValueError: the head does not take C channels.
+        """
+        if weight.dim() != 2 or weight.shape[1] != self.shape[1]:
+            raise ValueError(
+                f"weight must be (K, {self.shape[1]}) for these features, not {tuple(weight.shape)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+        out = self.kernels(F.conv2d(self.mixed, weight[:, :, None, None]))
+        offset = self.upsampler.offset
+        constant = None if offset is None else weight @ offset
+        if bias is not None:
+            constant = bias if constant is None else constant + bias
+        return out if constant is None else add_offset(out, constant)
+
+    def similarity(self, target: Tensor, *, cosine: bool = True) -> Tensor:
+        """How like a vector, or the feature at a point, every pixel is.
+
+        Args:
+            target: (2,), a point (y, x) in pixels, or (C,), a vector; with C = 2 a vector.
+            cosine: divide by both lengths. The lengths of the map's features need all channels,
+                which are computed a strip at a time; the inner product alone needs one.
+
+        Returns:
+            (B, 1, H, W).
+
+        Raises:
+            ValueError: the target is neither, or its point lies outside.
+        """
+        if target.dim() != 1 or target.numel() not in (2, self.shape[1]):
+            raise ValueError(
+                f"target must be a point (2,) or a vector ({self.shape[1]},), not "
+                f"{tuple(target.shape)}"
+            )
+        if target.numel() != self.shape[1]:
+            target = self.at(target[None].float())[0]
+        product = self.project(target[None])
+        if not cosine:
+            return product
+        height, width = self.shape[2:]
+        lengths = [
+            torch.linalg.vector_norm(
+                self.crop(top, 0, min(_TILE, height - top), width), dim=1, keepdim=True
+            )
+            for top in range(0, height, _TILE)
+        ]
+        scale = torch.cat(lengths, dim=2) * torch.linalg.vector_norm(target)
+        return product / scale.clamp(min=1e-8)
+
+    def pca(self, k: int = 3) -> PCA:
+        """Principal components, fitted on the coarse features, applied at every pixel.
+
+        Args:
+            k: how many, from 1 to C.
+
+        Returns:
+            The map of coordinates, equal to ``(full − mean)·components``, with the basis.
+
+        Raises:
+            ValueError: k is out of range.
+        """
+        channels = self.shape[1]
+        if not 1 <= k <= channels:
+            raise ValueError(f"k={k} must be from 1 to the number of channels, {channels}")
+        samples = self.features.detach().transpose(0, 1).flatten(1).float()  # (C, B·h·w)
+        mean = samples.mean(1)
+        centred = samples - mean[:, None]
+        components = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -k:].flip(1).T
+        components = components.to(self.features.dtype).contiguous()
+        mean = mean.to(self.features.dtype)
+        return PCA(self.project(components, -components @ mean), components, mean)
+
+    def save(self, path: str | Path, *, exact: bool = False) -> None:
+        """Write the parts the map is made of, about a hundredth of the map.
+
+        Args:
+            path: the safetensors file.
+            exact: keep features and guidance as they are. Otherwise features are stored in
+                float16 and the guidance in 8 bits per colour, which an 8-bit photograph at its
+                own size survives unchanged.
+
+        Raises:
+            ValueError: the features overflow float16.
+        """
+        tensors = {"features": self.features, "guidance": self.guidance}
+        if not exact:
+            if self.features.abs().max() > torch.finfo(torch.float16).max:
+                raise ValueError("features overflow float16; save(path, exact=True)")
+            scale, shift = self._quantisation()
+            levels = ((self.guidance - shift[:, None, None]) / scale[:, None, None]).round()
+            tensors = {
+                "features": self.features.half(),
+                "guidance": levels.clamp(0, 255).byte(),
+                "scale": scale,
+                "shift": shift,
+            }
+        facts = {
+            "format": _FORMAT,
+            "upfeat_version": __version__,
+            "dtype": str(self.features.dtype).removeprefix("torch."),
+            "output_size": json.dumps(list(self.shape[2:])),
+            "upsampler": json.dumps({"upsampler": self.upsampler.name, **self.upsampler.config()}),
+            "weights": _digest(self.upsampler),
+        }
+        detached = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        write_tensors(path, detached, facts)
+
+    @classmethod
+    def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:
+        """Read what :meth:`save` wrote.
+
+        Args:
+            path: the file.
+            upsampler: the one that was used; may be left out where it has no weights.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is of another kind, or the upsampler is another one.
+        """
+        tensors, facts = read_tensors(path)
+        if facts.get("format") != _FORMAT:
+            found = facts.get("format", "no format")
+            raise ValueError(f"{path}: not lazy features of this version ({found}, not {_FORMAT})")
+        config = json.loads(facts["upsampler"])
+        name = config.pop("upsampler")
+        if upsampler is None and facts["weights"] == "none" and name in UPSAMPLERS:
+            upsampler = UPSAMPLERS[name](**config).eval()
+        if upsampler is None:
+            raise ValueError(f"{path}: made by a {name} with weights; give it as upsampler=")
+        if upsampler.name != name or _digest(upsampler) != facts["weights"]:
+            raise ValueError(f"{path}: made by a {name} with other weights than the one given")
+        dtype = getattr(torch, facts["dtype"])
+        features, guidance = tensors["features"].to(dtype), tensors["guidance"].to(dtype)
+        if "scale" in tensors:
+            scale, shift = (tensors[key].to(dtype)[:, None, None] for key in ("scale", "shift"))
+            guidance = guidance * scale + shift
+        height, width = json.loads(facts["output_size"])
+        return cls(features, guidance, upsampler, (height, width))
+
+    def _finish(self, out: Tensor) -> Tensor:
+        offset = self.upsampler.offset
+        return out if offset is None else add_offset(out, offset)
+
+    def _check_single(self, method: str) -> None:
+        if self.shape[0] != 1:
+            raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
+
+    def _sample_tile(self, points: Tensor, tile: Tensor) -> Tensor:
+        """Features at points (N, 2) whose pixels start in one tile -> (N, C)."""
+        top, left = (int(index) * _TILE for index in tile)
+        height = min(_TILE + 1, self.shape[2] - top)
+        width = min(_TILE + 1, self.shape[3] - left)
+        patch = self.crop(top, left, height, width)[0]  # (C, height, width)
+        points = points - torch.tensor([top, left], device=points.device)
+        low = points.floor()
+        part = (points - low).to(patch.dtype)
+        y, x = low.long().unbind(1)
+        below, right = (y + 1).clamp(max=height - 1), (x + 1).clamp(max=width - 1)
+        upper = torch.lerp(patch[:, y, x], patch[:, y, right], part[:, 1])
+        lower = torch.lerp(patch[:, below, x], patch[:, below, right], part[:, 1])
+        return torch.lerp(upper, lower, part[:, 0]).T
+
+    def _quantisation(self) -> tuple[Tensor, Tensor]:
+        """Step and origin of 8-bit colours, (3,) each."""
+        if self._normalisation is not None:
+            mean, std = (torch.tensor(values) for values in self._normalisation)
+            return 1 / (255 * std), -mean / std
+        low, high = self.guidance.detach().cpu().float().transpose(0, 1).flatten(1).aminmax(dim=1)
+        return (high - low).clamp(min=1e-6) / 255, low
+
+
+def _digest(upsampler: Upsampler) -> str:
+    """A name for an upsampler's weights; "none" where it has none."""
+    state = upsampler.state_dict()
+    if not state:
+        return "none"
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

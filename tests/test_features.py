@@ -1,0 +1,139 @@
+"""Every part of lazy features equals the same part of the whole."""
+
+import pytest
+import torch
+
+import upfeat
+from upfeat.upsamplers import create_upsampler
+
+
+def _stack():
+    torch.manual_seed(3)
+    return upfeat.JBUStack(7).eval().requires_grad_(False)
+
+
+UPSAMPLERS = {
+    "nearest": upfeat.Nearest(),
+    "bilinear": upfeat.Bilinear(),
+    "bicubic": upfeat.Bicubic(),
+    "joint_bilateral": upfeat.JointBilateral(),
+    "jbu_stack": _stack(),
+}
+
+
+@pytest.fixture(params=UPSAMPLERS)
+def lazy(request):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(1, 7, 5, 6, generator=generator)
+    guidance = torch.randn(1, 3, 75, 101, generator=generator)
+    return upfeat.UpsampledFeatures(features, guidance, UPSAMPLERS[request.param])
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_full_is_the_upsamplers_output(lazy):
+    close(lazy.full(), lazy.upsampler(lazy.features, lazy.guidance))
+    assert lazy.full().shape == lazy.shape
+    half = lazy.full(torch.float16)
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), lazy.full(), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "window", [(0, 0, 75, 101), (0, 0, 1, 1), (74, 100, 1, 1), (31, 40, 9, 20)]
+)
+def test_crop(lazy, window):
+    top, left, height, width = window
+    close(lazy.crop(*window), lazy.full()[..., top : top + height, left : left + width])
+
+
+def test_at_whole_and_fractional_points(lazy):
+    full = lazy.full()[0]
+    close(
+        lazy.at(torch.tensor([[0, 0], [74, 100], [31, 63]])), full[:, [0, 74, 31], [0, 100, 63]].T
+    )
+    expected = 0.25 * (full[:, 31, 40] + full[:, 31, 41] + full[:, 32, 40] + full[:, 32, 41])
+    close(lazy.at(torch.tensor([[31.5, 40.5]]))[0], expected)
+    assert lazy.at(torch.empty(0, 2)).shape == (0, 7)
+
+
+def test_project_similarity_and_pca(lazy):
+    full = lazy.full()
+    weight, bias = torch.randn(4, 7), torch.randn(4)
+    close(
+        lazy.project(weight, bias), torch.nn.functional.conv2d(full, weight[..., None, None], bias)
+    )
+    point = torch.tensor([10.0, 20.0])
+    cosine = torch.cosine_similarity(full, full[:, :, 10, 20][..., None, None], dim=1)[:, None]
+    close(lazy.similarity(point), cosine)
+    close(
+        lazy.similarity(weight[0], cosine=False),
+        torch.einsum("bchw,c->bhw", full, weight[0])[:, None],
+    )
+    found = lazy.pca(2)
+    centred = full - found.mean[:, None, None]
+    close(found.map, torch.einsum("bchw,kc->bkhw", centred, found.components))
+    close(found.components @ found.components.T, torch.eye(2))
+
+
+def test_saved_and_loaded(lazy, tmp_path):
+    path = tmp_path / "lazy.safetensors"
+    lazy.save(path, exact=True)
+    again = upfeat.UpsampledFeatures.load(path, lazy.upsampler)
+    assert torch.equal(again.full(), lazy.full())
+    lazy.save(path)
+    rough = upfeat.UpsampledFeatures.load(path, lazy.upsampler).full()
+    assert torch.nn.functional.cosine_similarity(rough, lazy.full()).mean() > 0.99
+
+
+def test_a_photograph_survives_saving_in_a_hundredth_of_the_map(tmp_path):
+    model = upfeat.load(upsampler="joint_bilateral")
+    x = model.backbone.preprocess(torch.randint(0, 256, (3, 224, 224), dtype=torch.uint8))
+    lazy = model.lazy(x)
+    lazy.save(tmp_path / "x.safetensors")
+    again = upfeat.UpsampledFeatures.load(tmp_path / "x.safetensors")
+    close(again.guidance, lazy.guidance)
+    explicit = 4 * torch.tensor(lazy.shape).prod().item()
+    assert explicit / (tmp_path / "x.safetensors").stat().st_size > 90
+
+
+def test_loading_refuses_what_does_not_fit(tmp_path):
+    path = tmp_path / "x.safetensors"
+    stack = UPSAMPLERS["jbu_stack"]
+    upfeat.UpsampledFeatures(torch.randn(1, 7, 2, 2), torch.randn(1, 3, 32, 32), stack).save(path)
+    with pytest.raises(ValueError, match="give it as upsampler="):
+        upfeat.UpsampledFeatures.load(path)
+    with pytest.raises(ValueError, match="other weights"):
+        upfeat.UpsampledFeatures.load(path, upfeat.JBUStack(7))
+    from upfeat.storage import write_tensors
+
+    write_tensors(path, {"features": torch.ones(1)}, {})
+    with pytest.raises(ValueError, match="not lazy features"):
+        upfeat.UpsampledFeatures.load(path)
+
+
+def test_bad_arguments_are_named(lazy):
+    for window in [(-1, 0, 2, 2), (0, 0, 76, 2), (0, 0, 0, 2), (0, 100, 1, 2)]:
+        with pytest.raises(ValueError, match="does not lie in"):
+            lazy.crop(*window)
+    with pytest.raises(ValueError, match="points must lie"):
+        lazy.at(torch.tensor([[75.0, 0.0]]))
+    with pytest.raises(ValueError, match=r"points must be \(N, 2\)"):
+        lazy.at(torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match=r"weight must be \(K, 7\)"):
+        lazy.project(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="target must be"):
+        lazy.similarity(torch.ones(3))
+    with pytest.raises(ValueError, match="k=0"):
+        lazy.pca(0)
+
+
+def test_several_images():
+    lazy = upfeat.UpsampledFeatures(
+        torch.randn(2, 3, 2, 2), torch.randn(2, 3, 20, 30), create_upsampler("bilinear")
+    )
+    assert lazy.crop(3, 4, 5, 6).shape == (2, 3, 5, 6)
+    with pytest.raises(ValueError, match="takes one image"):
+        lazy.at(torch.zeros(1, 2))
