@@ -19,7 +19,7 @@ LAYERS = [
     {"upsamplers", "backbones"},
     {"features"},
     {"model", "environment"},
-    {"training", "evaluation", "run"},
+    {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]

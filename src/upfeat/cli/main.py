@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import info, run
+from upfeat.cli import bench, info, run
 
-COMMANDS = {"run": run, "info": info}
+COMMANDS = {"run": run, "bench": bench, "info": info}
 
 
 class Parser(argparse.ArgumentParser):

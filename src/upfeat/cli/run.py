@@ -53,7 +53,8 @@ def execute(options: argparse.Namespace) -> int:
     model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
     plan = plan_outputs(options.photos, options.output, picture=not options.no_picture)
     failures = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=len(plan))
         for photo, outputs in plan:
             progress.update(task, description=photo.name)

@@ -111,6 +111,7 @@ def _candidates() -> Iterator[Path]:
 _library = _Library()
 
 
+@torch.compiler.assume_constant_result  # a lock and a loader are not for a compiled graph
 def unavailable_reason() -> str | None:
     """Why no operator of this backend can run here, in one line; ``None`` when they can."""
     return _library.load().reason

@@ -2,16 +2,19 @@
 
 A compiled backend gives plain functions and their gradients. Here each becomes an operator of
 ``torch.ops.upfeat`` with a shape rule and an autograd rule, so that ``torch.compile``,
-``torch.export``, ``opcheck`` and ``torch.func`` treat it as any other. Operators are named after
+``torch.export`` and ``opcheck`` treat it as any other. Operators are named after
 their backend, since the same tensor may be run by more than one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    is_functorch_wrapped_tensor,
+)
 
 from upfeat.kernels import cpu, triton
 
@@ -58,25 +61,13 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
         found = gradient(grad, *ctx.saved_tensors, need[0], need[1])
         return (found[0] if need[0] else None, found[1] if need[1] else None)
 
-    def batch(
-        info: Any, in_dims: Sequence[int | None], values: Tensor, weights: Tensor
-    ) -> tuple[Tensor, int]:
-        folded = (
-            _leading(tensor, dim, info.batch_size)
-            for tensor, dim in zip((values, weights), in_dims, strict=True)
-        )
-        out = call(*folded)
-        return out.unflatten(0, (info.batch_size, -1)), 0
-
     _implement(name, forward, fake)
     _implement(f"{name}_backward", run_backward, fake_backward)
     torch.library.register_autograd(
         f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
     )
-    torch.library.register_vmap(f"upfeat::{name}", batch, lib=_LIBRARY)
-    call = getattr(torch.ops.upfeat, name)
     gradient = getattr(torch.ops.upfeat, f"{name}_backward")
-    return call
+    return getattr(torch.ops.upfeat, name)
 
 
 def _bilateral(backend: str, module: ModuleType) -> Callable[..., Tensor]:
@@ -145,11 +136,17 @@ def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]
     torch.library.register_fake(f"upfeat::{name}", fake, lib=_LIBRARY)
 
 
-def _leading(tensor: Tensor, dim: int | None, size: int) -> Tensor:
-    """Fold a mapped dimension into the batch: (B, …) with N mapped -> (N·B, …)."""
-    if dim is None:
-        return tensor.expand(size, *tensor.shape).flatten(0, 1)
-    return tensor.movedim(dim, 0).flatten(0, 1)
+def _outside_transforms(check: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A ``can_run`` that also refuses the tensors of ``torch.func``, whose memory is not theirs."""
+
+    def checked(*arguments: Any) -> str | None:
+        if not torch.compiler.is_compiling():
+            tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+            if any(is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+                return "torch.func transforms run on the eager backend"
+        return check(*arguments)
+
+    return checked
 
 
 def _empty_output(values: Tensor, like: Tensor) -> Tensor:
@@ -172,7 +169,7 @@ def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
     for operator in (*WINDOWED, "bilateral_weights", "jbu_stage"):
         check = getattr(module, f"can_run_{operator}", None)
         if check is not None:
-            setattr(found, f"can_run_{operator}", check)
+            setattr(found, f"can_run_{operator}", _outside_transforms(check))
     return found
 
 

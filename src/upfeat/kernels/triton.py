@@ -53,6 +53,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_CAPABILITY = (8, 0)
 
 
+@torch.compiler.assume_constant_result
 def unavailable_reason() -> str | None:
     """Why no kernel here can run on this machine; ``None`` when they can."""
     if importlib.util.find_spec("triton") is None:

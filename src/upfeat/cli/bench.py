@@ -1,0 +1,102 @@
+"""``upfeat bench``: the operators and the stack against eager PyTorch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+HELP = "Time the operators and the JBU stack against plain PyTorch; print ratios, write JSON."
+EXAMPLE = "  upfeat bench --quick\n  upfeat bench --sizes 14:224 --channels 384 -o bench.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--sizes", nargs="+", default=["14:224", "28:448", "64:1024"], metavar="GRID:SIZE"
+    )
+    parser.add_argument("--channels", nargs="+", type=int, default=[64, 384, 1024], metavar="C")
+    parser.add_argument(
+        "--jobs",
+        nargs="+",
+        choices=("stack", "operator", "operator+backward"),
+        default=["stack", "operator", "operator+backward"],
+    )
+    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--quick", action="store_true", help="14:224 with 64 channels only, without unfolding"
+    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write")
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Measure, print a table of ratios, and write the file."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from upfeat.benchmark import RIVALS, as_json, run_benchmark
+    from upfeat.storage import write_bytes
+
+    sizes = ((14, 224),) if options.quick else tuple(map(_size, options.sizes))
+    channels = (64,) if options.quick else tuple(options.channels)
+    rivals = tuple(name for name in RIVALS if not (options.quick and name == "unfold"))
+    if options.repeats < 1 or min(channels) < 1:
+        raise ValueError(
+            f"--repeats {options.repeats} and --channels {min(channels)} must be 1 or more"
+        )
+    total = len(options.jobs) * len(sizes) * len(channels) * len(rivals)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring", total=total)
+        found = run_benchmark(
+            sizes=sizes,
+            channels=channels,
+            jobs=tuple(options.jobs),
+            rivals=rivals,
+            repeats=options.repeats,
+            report=lambda _: progress.advance(task),
+        )
+    content = as_json(found)
+    facts = content["machine"]
+    print(f"{facts['cpu']} ({facts['capability']}), {facts['threads']} threads, ", end="")
+    print(f"torch {facts['torch']}")
+    Console(highlight=False).print(_table(found))
+    if options.output is not None:
+        write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
+    return 0
+
+
+def _table(measurements: list) -> object:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("job", "size", "C", "rival"):
+        table.add_column(heading)
+    for heading in ("median", "of ours", "peak memory", "of output"):
+        table.add_column(heading, justify="right")
+    ours = {
+        (one.job, one.grid, one.size, one.channels): one.seconds
+        for one in measurements
+        if one.rival == "ours"
+    }
+    for one in measurements:
+        key = (one.job, one.grid, one.size, one.channels)
+        before = f"{one.grid}→{one.size}" if one.job == "stack" else f"{one.size // 2}→{one.size}"
+        row = [one.job, before, str(one.channels), one.rival]
+        if one.seconds is None:
+            table.add_row(*row, "—", one.skipped or "", "", "")
+            continue
+        base = ours.get(key)
+        ratio = f"{one.seconds / base:.2f}×" if base else ""
+        output = 4 * one.size**2 * one.channels
+        peak = "" if one.peak_bytes is None else f"{one.peak_bytes / 2**20:.0f} MiB"
+        share = "" if one.peak_bytes is None else f"{one.peak_bytes / output:.2f}×"
+        table.add_row(*row, f"{one.seconds * 1e3:.1f} ms", ratio, peak, share)
+    return table
+
+
+def _size(text: str) -> tuple[int, int]:
+    grid, _, size = text.partition(":")
+    if not (grid.isdigit() and size.isdigit() and 0 < int(grid) and 8 <= int(size)):
+        raise ValueError(f"--sizes {text} must be GRID:SIZE in pixels, as 14:224; SIZE at least 8")
+    return int(grid), int(size)

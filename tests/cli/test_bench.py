@@ -1,0 +1,45 @@
+"""The benchmark runs, its rivals compute the same numbers, and its output is complete."""
+
+import json
+
+import pytest
+import torch
+
+from upfeat import benchmark
+from upfeat.cli import main
+from upfeat.upsamplers import JBUStack
+
+
+def test_rivals_compute_the_same():
+    torch.manual_seed(0)
+    features, guidance = torch.randn(1, 5, 3, 3), torch.randn(1, 3, 48, 48)
+    stack = JBUStack(5).eval().requires_grad_(False)
+    expected = benchmark._stack(stack, features, guidance, "ours")
+    for rival in ("tap_major", "pixel_major", "unfold"):
+        out = benchmark._stack(stack, features, guidance, rival)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_command_writes_every_measurement(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    arguments = ["--sizes", "4:32", "--channels", "3", "--repeats", "1", "-o", str(path)]
+    assert main(["bench", *arguments]) == 0
+    found = json.loads(path.read_text())
+    assert {"cpu", "torch", "threads", "kernels"} <= set(found["machine"])
+    assert len(found["measurements"]) == 3 * len(benchmark.RIVALS)
+    assert all(one["seconds"] > 0 for one in found["measurements"])
+    assert "of ours" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_left_out():
+    (found,) = benchmark.run_benchmark(
+        sizes=((64, 1024),), channels=(1024,), jobs=("stack",), rivals=("unfold",)
+    )
+    assert found.seconds is None
+    assert "GiB" in found.skipped
+
+
+@pytest.mark.parametrize("arguments", [["--sizes", "14x224"], ["--repeats", "0"]])
+def test_bad_options_are_one_line(arguments, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
