@@ -2,6 +2,7 @@
 # make test       install with every extra; run every test that needs no GPU
 # make test-fast  install the core; run the quick tests
 # make lint       style and types (after make test's install)
+# make sanitize   build the C++ kernels with AddressSanitizer and UBSan and drive them
 # make clean      remove what the above made
 #
 # PYTHON=python3.12 make demo   chooses the interpreter (3.10 or newer).
@@ -15,7 +16,7 @@ FULL := .venv-full
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) Makefile
 PIP := -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-fast lint clean
+.PHONY: demo test test-fast lint sanitize clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -34,15 +35,18 @@ lint: $(FULL)/.all
 	@$(FULL)/bin/ruff format --check .
 	@$(FULL)/bin/pyright --warnings --pythonpath $(FULL)/bin/python
 
+sanitize:
+	@bash csrc/sanitize/run.sh
+
 clean:
 	rm -rf $(CORE) $(FULL) out build
 
 # PyTorch first and alone, so that a constrained, already downloaded build is taken.
 %/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \
-	  { echo "upfeat needs Python 3.10 or newer; PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 || true). Choose one: PYTHON=python3.12 make"; exit 1; }
+	  { echo "upfeat needs Python 3.10 or newer, and PYTHON=$(PYTHON) is not (\"$$($(PYTHON) --version 2>&1 | head -n 1)\"); choose another: make PYTHON=python3.12 …"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
-	  { echo "$(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or choose another: PYTHON=python3.12 make"; exit 1; }
+	  { echo "$(PYTHON) has no venv module; install it (Debian, Ubuntu: apt install python3-venv) or choose another: make PYTHON=python3.12 …"; exit 1; }
 	@echo "Making the environment $* …"
 	@$(PYTHON) -m venv $*
 	@echo "Installing PyTorch …"

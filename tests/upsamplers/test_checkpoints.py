@@ -112,7 +112,7 @@ def test_faulty_checkpoints_are_one_clear_line(tmp_path):
             upfeat.JBUStack.from_featup(path)
         assert "\n" not in str(caught.value)
         assert "weights_only" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match="nothing.ckpt"):
+    with pytest.raises(FileNotFoundError, match="nothing.ckpt"):  # noqa: RUF043
         upfeat.JBUStack.from_featup(tmp_path / "nothing.ckpt")
 
 

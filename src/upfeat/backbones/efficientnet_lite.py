@@ -74,11 +74,11 @@ class ConvNorm(nn.Sequential):
         self.kernel_size = kernel_size
         self.stride = stride
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
         if self.kernel_size > 1:
-            x = F.pad(x, [*self._padding(x.shape[-1]), *self._padding(x.shape[-2])])
-        return super().forward(x)
+            input = F.pad(input, [*self._padding(input.shape[-1]), *self._padding(input.shape[-2])])
+        return super().forward(input)
 
     def _padding(self, length: int) -> tuple[int, int]:
         steps = -(-length // self.stride)

@@ -97,6 +97,6 @@ def _table(measurements: list) -> object:
 
 def _size(text: str) -> tuple[int, int]:
     grid, _, size = text.partition(":")
-    if not (grid.isdigit() and size.isdigit() and 0 < int(grid) and 8 <= int(size)):
+    if not (grid.isdigit() and size.isdigit() and int(grid) > 0 and int(size) >= 8):
         raise ValueError(f"--sizes {text} must be GRID:SIZE in pixels, as 14:224; SIZE at least 8")
     return int(grid), int(size)

@@ -111,10 +111,14 @@ def _candidates() -> Iterator[Path]:
 _library = _Library()
 
 
-@torch.compiler.assume_constant_result  # a lock and a loader are not for a compiled graph
 def unavailable_reason() -> str | None:
     """Why no operator of this backend can run here, in one line; ``None`` when they can."""
     return _library.load().reason
+
+
+# A lock and a loader are not for a compiled graph: the answer is a constant there. This is what
+# torch.compiler.assume_constant_result sets, which would import the whole compiler to do it.
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def library_info() -> dict[str, Any]:

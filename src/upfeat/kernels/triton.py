@@ -53,7 +53,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_CAPABILITY = (8, 0)
 
 
-@torch.compiler.assume_constant_result
 def unavailable_reason() -> str | None:
     """Why no kernel here can run on this machine; ``None`` when they can."""
     if importlib.util.find_spec("triton") is None:
@@ -68,6 +67,11 @@ def unavailable_reason() -> str | None:
     if not any(name and shutil.which(name) for name in compilers):
         return "Triton needs a C compiler to start kernels (install gcc or clang, or set CC)"
     return None
+
+
+# A lock and a loader are not for a compiled graph: the answer is a constant there. This is what
+# torch.compiler.assume_constant_result sets, which would import the whole compiler to do it.
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str | None:
