@@ -1,5 +1,9 @@
 // The C interface: checks shapes, chooses the instruction set, builds the tables, calls the kernels.
 // The checks are the last line: whatever passes them reads and writes only inside its tensors.
+#if defined(UPFEAT_X86)
+#include <cpuid.h>
+#endif
+
 #include <exception>
 #include <initializer_list>
 
@@ -22,6 +26,14 @@ const Kernels* kernels_for(int isa) {
 #endif
   return kernels_baseline();
 }
+
+#if defined(UPFEAT_X86)
+// Older compilers do not know "f16c" as a name for __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 // `work` in multiply-adds: starting a thread costs about as much as a million of them.
 Runtime runtime_for(int threads, double work) {
@@ -66,14 +78,19 @@ bool has_taps(const UpfeatTensor& tensor, int64_t radius) {
   return radius >= 0 && radius < 32768 && tensor.size[1] == (2 * radius + 1) * (2 * radius + 1);
 }
 
-// Large fresh outputs get large pages where the platform has them.
-void prepare_output(const UpfeatTensor& out) {
-  int64_t elements = 1;
+void populate_task(void* begin, int64_t page, int) { populate_large_page(begin, page); }
+
+// Large fresh outputs get large pages where the platform has them, faulted in by all threads. Left
+// to the kernels, threads that write planes side by side would all clear the same pages.
+void prepare_output(const UpfeatTensor& out, int threads) {
+  int64_t extent = 1;
   for (int i = 0; i < 4; ++i) {
     if (out.stride[i] < 0) return;
-    elements += (out.size[i] - 1) * out.stride[i];
+    extent += (out.size[i] - 1) * out.stride[i];
   }
-  prefer_large_pages(out.data, elements * (out.dtype == UPFEAT_FLOAT32 ? 4 : 2));
+  const int64_t bytes = extent * (out.dtype == UPFEAT_FLOAT32 ? 4 : 2);
+  const int64_t pages = prefer_large_pages(out.data, bytes);
+  if (pages) parallel_for(threads < 1 ? 1 : threads, pages, populate_task, out.data);
 }
 
 enum class Mode { kBicubic, kPadded };
@@ -116,7 +133,7 @@ int forward(const UpfeatTensor* features, const WeightSource& source, const Upfe
   if (!kernels) return UPFEAT_NO_ISA;
   Axes axes;
   if (!axes.build(*features, height, width, source.radius, mode)) return UPFEAT_NO_MEMORY;
-  prepare_output(*out);
+  prepare_output(*out, threads);
   double work = elements(*out) * static_cast<double>(axes.rows.window * axes.columns.window);
   if (source.guidance) work += elements(weights) * static_cast<double>(weights.size[1]);
   return kernels->upsample(runtime_for(threads, work), *features, source, *out, axes.rows, axes.columns);
@@ -146,7 +163,7 @@ int backward(const UpfeatTensor* features, const UpfeatTensor* weights, const Up
                                     axes.columns);
   }
   if (grad_weights && status == UPFEAT_OK) {
-    prepare_output(*grad_weights);
+    prepare_output(*grad_weights, threads);
     status = kernels->grad_weights(runtime, *features, *grad, *grad_weights, axes.rows,
                                    axes.columns);
   }
@@ -167,7 +184,7 @@ int make_weights(const WeightSource& source, const UpfeatTensor& image, const Up
   if (is_empty(*weights)) return UPFEAT_OK;
   const Kernels* kernels = kernels_for(isa);
   if (!kernels) return UPFEAT_NO_ISA;
-  prepare_output(*weights);
+  prepare_output(*weights, threads);
   const double depth = static_cast<double>(source.stage ? weights->size[1] : image.size[1]);
   return kernels->make_weights(runtime_for(threads, elements(*weights) * (depth + 16)), source,
                                *weights);
@@ -219,8 +236,7 @@ int upfeat_isa_mask(void) {
   int mask = 1;
 #if defined(UPFEAT_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     mask |= 2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {

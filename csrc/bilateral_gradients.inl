@@ -10,11 +10,15 @@ struct BilateralJob {
   int64_t batch;
   char* scratch;
   int64_t worker_bytes;
-  float* planes;  // (taps, H, pitch): column x at 2r + x, zero elsewhere
+  float* planes;  // (taps, H, pitch): column x at 2r + x, zero beside the image
   float* keys;    // (D, H, pitch): column x at 2r + x, reflected by r, then zero
   int64_t pitch;
   double* partial;  // (groups, 2): d/d temperature and d/d sigma of each pair of rows
 };
+
+UPFEAT_INLINE void clear(float* from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) from[i] = 0;
+}
 
 // In: products and grad of a tile. Out: grad of the products, in `grad`; the scalars' shares added.
 static void bilateral_tile_backward(const BilateralJob& job, const float* products, float* grad,
@@ -87,8 +91,13 @@ static void bilateral_products_task(void* context, int64_t task, int worker) {
       const int64_t wide = smaller(maker.columns - x, kTile);
       for (int64_t py = 0; py < 2 && 2 * group + py < maker.height; ++py) {
         for (int64_t k = 0; k < maker.taps; ++k) {
-          memcpy(job.planes + (k * maker.height + 2 * group + py) * job.pitch + 2 * maker.radius + x,
-                 grad + (2 * k + py) * kTile, static_cast<size_t>(wide) * 4);
+          float* line = job.planes + (k * maker.height + 2 * group + py) * job.pitch;
+          float* to = line + 2 * maker.radius + x;
+          const float* from = grad + (2 * k + py) * kTile;
+          // Columns past the image get the tile's zeros.
+          for (int v = 0; v < kRowVecs; ++v) store(to + v * kLanes, load(from + v * kLanes));
+          if (x == 0) clear(line, 2 * maker.radius);
+          if (x + kTile >= maker.columns) clear(to + wide, line + job.pitch - (to + wide));
         }
       }
     }
@@ -105,12 +114,13 @@ static void gather_keys(float* to, int64_t to_pitch, const float* plane, int64_t
                         int64_t count) {
   for (int64_t x = 0; x < count; x += kLanes) {
     Vec sum[kSpan];
-    for (int d = 0; d < kSpan; ++d) sum[d] = load(to + d * to_pitch + x);
+    UPFEAT_UNROLL for (int d = 0; d < kSpan; ++d) sum[d] = load(to + d * to_pitch + x);
     for (int64_t dx = 0; dx < side; ++dx) {
       const Vec g = load(plane + dx * plane_step + x);
-      for (int d = 0; d < kSpan; ++d) sum[d] += g * load(keys + d * key_pitch + dx * key_step + x);
+      const float* from = keys + dx * key_step + x;
+      UPFEAT_UNROLL for (int d = 0; d < kSpan; ++d) sum[d] += g * load(from + d * key_pitch);
     }
-    for (int d = 0; d < kSpan; ++d) store(to + d * to_pitch + x, sum[d]);
+    UPFEAT_UNROLL for (int d = 0; d < kSpan; ++d) store(to + d * to_pitch + x, sum[d]);
   }
 }
 
@@ -164,17 +174,18 @@ static void bilateral_keys_task(void* context, int64_t y, int worker) {
   }
 }
 
-static void read_key_planes(const BilateralJob& job) {
+static void read_keys_task(void* context, int64_t y, int) {
+  const BilateralJob& job = *static_cast<BilateralJob*>(context);
   const Maker& maker = job.maker;
-  for (int64_t y = 0; y < maker.height; ++y) {
-    const Row row = row_of(*maker.image, job.batch, y);
-    for (int64_t d = 0; d < maker.width; ++d) {
-      float* line = job.keys + (d * maker.height + y) * job.pitch + 2 * maker.radius;
-      read_run(row.at(d, 0), row.column_stride, row.dtype, maker.columns, line);
-      for (int64_t j = 1; j <= maker.radius; ++j) {
-        line[-j] = line[reflect(-j, maker.columns)];
-        line[maker.columns - 1 + j] = line[reflect(maker.columns - 1 + j, maker.columns)];
-      }
+  const Row row = row_of(*maker.image, job.batch, y);
+  for (int64_t d = 0; d < maker.width; ++d) {
+    float* begin = job.keys + (d * maker.height + y) * job.pitch;
+    float* line = begin + 2 * maker.radius;
+    clear(begin, job.pitch);
+    read_run(row.at(d, 0), row.column_stride, row.dtype, maker.columns, line);
+    for (int64_t j = 1; j <= maker.radius; ++j) {
+      line[-j] = line[reflect(-j, maker.columns)];
+      line[maker.columns - 1 + j] = line[reflect(maker.columns - 1 + j, maker.columns)];
     }
   }
 }
@@ -186,7 +197,7 @@ static int grad_bilateral(const Runtime& runtime, const WeightSource& source,
   job.grad = grad;
   job.target = target;
   const Maker& maker = job.maker;
-  job.chunks = chunks_of((maker.height + 1) / 2, runtime.workers, 1);
+  job.chunks = chunks_of((maker.height + 1) / 2, runtime.workers, 1, 4);
   job.pitch = (maker.columns + 4 * maker.radius + 2 * kTile + 15) / 16 * 16;
   job.worker_bytes = rounded(larger(maker_bytes(maker) + 2 * maker.taps * kTilePixels * 4,
                                     2 * maker.width * job.pitch * 4));
@@ -199,10 +210,8 @@ static int grad_bilateral(const Runtime& runtime, const WeightSource& source,
   const bool have = job.scratch && job.planes && job.keys && job.partial;
   if (have) {
     scalars[0] = scalars[1] = 0;
-    memset(job.planes, 0, static_cast<size_t>(plane_bytes));
-    memset(job.keys, 0, static_cast<size_t>(key_bytes));
     for (job.batch = 0; job.batch < grad.size[0]; ++job.batch) {
-      read_key_planes(job);
+      runtime.parallel_for(runtime.workers, maker.height, read_keys_task, &job);
       runtime.parallel_for(runtime.workers, job.chunks.count, bilateral_products_task, &job);
       runtime.parallel_for(runtime.workers, maker.height, bilateral_keys_task, &job);
       for (int64_t group = 0; group < job.chunks.groups; ++group) {

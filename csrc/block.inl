@@ -8,41 +8,50 @@ struct Window {
 
 // out[i][channel] = sum over cells of weight * feature, for kBlock channel vectors.
 template <int kBlock>
-static void gather_block(const Window& window, const float* features, const float* folded,
+UPFEAT_APART void gather_block(const Window& window, const float* features, const float* folded,
                          float* const* out) {
-  Vec sum[4][kBlock] = {};
-  const float* weight = folded;
-  for (int64_t a = 0; a < window.rows; ++a) {
-    const float* cell = features + window.row[a];
-    for (int64_t b = 0; b < window.columns; ++b, cell += window.step, weight += kTilePixels) {
-      Vec feature[kBlock];
-      for (int m = 0; m < kBlock; ++m) feature[m] = load(cell + m * kLanes);
-      for (int i = 0; i < 4; ++i) {
-        const Vec share = splat(weight[(i / 2) * kTile + i % 2]);
-        for (int m = 0; m < kBlock; ++m) sum[i][m] += share * feature[m];
-      }
-    }
+  Vec sum[4][kBlock];
+  UPFEAT_UNROLL for (int i = 0; i < 4; ++i) {
+    UPFEAT_UNROLL for (int m = 0; m < kBlock; ++m) sum[i][m] = Vec{};
   }
-  for (int i = 0; i < 4; ++i) {
-    for (int m = 0; m < kBlock; ++m) store(out[i] + m * kLanes, sum[i][m]);
+  const float* weight = folded;
+  int64_t a = 0;
+  do {  // a window is never empty: knowing it, the compiler keeps the sums in registers throughout
+    const float* cell = features + window.row[a];
+    int64_t b = window.columns;
+    do {
+      Vec feature[kBlock];
+      UPFEAT_UNROLL for (int m = 0; m < kBlock; ++m) feature[m] = load(cell + m * kLanes);
+      UPFEAT_UNROLL for (int i = 0; i < 4; ++i) {
+        const Vec share = splat(weight[(i / 2) * kTile + i % 2]);
+        UPFEAT_UNROLL for (int m = 0; m < kBlock; ++m) sum[i][m] += share * feature[m];
+      }
+      cell += window.step;
+      weight += kTilePixels;
+    } while (--b);
+  } while (++a < window.rows);
+  UPFEAT_UNROLL for (int i = 0; i < 4; ++i) {
+    UPFEAT_UNROLL for (int m = 0; m < kBlock; ++m) store(out[i] + m * kLanes, sum[i][m]);
   }
 }
 
 // features[cell][channel] += sum over the four pixels of weight * grad.
 template <int kBlock>
-static void scatter_block(const Window& window, float* features, const float* folded,
+UPFEAT_APART void scatter_block(const Window& window, float* features, const float* folded,
                           const float* const* grad) {
   Vec g[4][kBlock];
-  for (int i = 0; i < 4; ++i) {
-    for (int m = 0; m < kBlock; ++m) g[i][m] = load(grad[i] + m * kLanes);
+  UPFEAT_UNROLL for (int i = 0; i < 4; ++i) {
+    UPFEAT_UNROLL for (int m = 0; m < kBlock; ++m) g[i][m] = load(grad[i] + m * kLanes);
   }
   const float* weight = folded;
   for (int64_t a = 0; a < window.rows; ++a) {
     float* cell = features + window.row[a];
     for (int64_t b = 0; b < window.columns; ++b, cell += window.step, weight += kTilePixels) {
-      for (int m = 0; m < kBlock; ++m) {
+      Vec share[4];
+      UPFEAT_UNROLL for (int i = 0; i < 4; ++i) share[i] = splat(weight[(i / 2) * kTile + i % 2]);
+      UPFEAT_UNROLL for (int m = 0; m < kBlock; ++m) {
         Vec sum = load(cell + m * kLanes);
-        for (int i = 0; i < 4; ++i) sum += g[i][m] * splat(weight[(i / 2) * kTile + i % 2]);
+        UPFEAT_UNROLL for (int i = 0; i < 4; ++i) sum += g[i][m] * share[i];
         store(cell + m * kLanes, sum);
       }
     }
@@ -50,7 +59,7 @@ static void scatter_block(const Window& window, float* features, const float* fo
 }
 
 // folded[cell] = sum over channels of feature * grad, for the four pixels.
-static void correlate(const Window& window, const float* features, int64_t channels,
+UPFEAT_APART void correlate(const Window& window, const float* features, int64_t channels,
                       const float* const* grad, float* folded) {
   constexpr int kCells = kLanes / 4;  // 4 pixels x kCells dot products fill a vector
   const int64_t cells = window.rows * window.columns;
@@ -61,15 +70,18 @@ static void correlate(const Window& window, const float* features, int64_t chann
       cell[j] = features + window.row[index / window.columns] +
                 index % window.columns * window.step;
     }
-    Vec dot[kLanes] = {};
-    for (int64_t c = 0; c < channels; c += kLanes) {
+    Vec dot[kLanes];
+    UPFEAT_UNROLL for (int i = 0; i < kLanes; ++i) dot[i] = Vec{};
+    int64_t c = 0;
+    do {
       Vec g[4];
-      for (int i = 0; i < 4; ++i) g[i] = load(grad[i] + c);
-      for (int j = 0; j < kCells; ++j) {
+      UPFEAT_UNROLL for (int i = 0; i < 4; ++i) g[i] = load(grad[i] + c);
+      UPFEAT_UNROLL for (int j = 0; j < kCells; ++j) {
         const Vec feature = load(cell[j] + c);
-        for (int i = 0; i < 4; ++i) dot[j * 4 + i] += feature * g[i];
+        UPFEAT_UNROLL for (int i = 0; i < 4; ++i) dot[j * 4 + i] += feature * g[i];
       }
-    }
+      c += kLanes;
+    } while (c < channels);
     const Vec sums = transpose_sum(dot);
     for (int j = 0; j < kCells && first + j < cells; ++j) {
       float* to = folded + (first + j) * kTilePixels;

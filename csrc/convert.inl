@@ -121,7 +121,7 @@ UPFEAT_INLINE Row row_of(const UpfeatTensor& tensor, int64_t batch, int64_t row)
 
 // (channels, columns) of a row to dense (columns, pitch) float32; channels up to the next multiple
 // of kLanes are zeroed.
-static void read_channels_last(const Row& row, int64_t channel, int64_t channels, int64_t column,
+UPFEAT_APART void read_channels_last(const Row& row, int64_t channel, int64_t channels, int64_t column,
                                int64_t columns, float* to, int64_t pitch) {
   const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
   if (row.channel_stride == 1 || row.column_stride != 1) {
@@ -140,7 +140,10 @@ static void read_channels_last(const Row& row, int64_t channel, int64_t channels
       for (int i = 0; i < kLanes; ++i) block[i] = Vec{};
       for (int64_t i = 0; i < have; ++i) {
         if (wide == kLanes && row.dtype == UPFEAT_FLOAT32) {
-          block[i] = load(static_cast<const float*>(row.at(channel + c + i, column + x)));
+          const float* from = static_cast<const float*>(row.at(channel + c + i, column + x));
+          // Planes lie too far apart for the hardware to see the pattern; next comes the next line.
+          __builtin_prefetch(from + kTile);
+          block[i] = load(from);
         } else {
           read_run(row.at(channel + c + i, column + x), 1, row.dtype, wide,
                    reinterpret_cast<float*>(block + i));
@@ -153,8 +156,9 @@ static void read_channels_last(const Row& row, int64_t channel, int64_t channels
 }
 
 // The way back: dense (columns, pitch) float32 to (channels, columns) of a row.
-static void write_channels_last(const Row& row, int64_t channel, int64_t channels, int64_t column,
-                                int64_t columns, const float* from, int64_t pitch) {
+UPFEAT_APART void write_channels_last(const Row& row, int64_t channel, int64_t channels, int64_t column,
+                                int64_t columns, const float* from, int64_t pitch,
+                                     bool streamed) {
   if (row.channel_stride == 1 || row.column_stride != 1) {
     for (int64_t x = 0; x < columns; ++x) {
       write_run(row.at(channel, column + x), row.channel_stride, row.dtype, channels,
@@ -162,21 +166,31 @@ static void write_channels_last(const Row& row, int64_t channel, int64_t channel
     }
     return;
   }
+  // Whole lines of kTile columns: half lines would leave the caches twice.
+  constexpr int kParts = static_cast<int>(kTile) / kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t have = channels - c < kLanes ? channels - c : kLanes;
-    for (int64_t x = 0; x < columns; x += kLanes) {
-      const int64_t wide = columns - x < kLanes ? columns - x : kLanes;
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] = i < wide ? load(from + (x + i) * pitch + c) : Vec{};
+    for (int64_t x = 0; x < columns; x += kTile) {
+      const int64_t wide = columns - x < kTile ? columns - x : kTile;
+      Vec block[kParts][kLanes];
+      for (int part = 0; part < kParts; ++part) {
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t at = part * kLanes + i;
+          block[part][i] = at < wide ? load(from + (x + at) * pitch + c) : Vec{};
+        }
+        transpose(block[part]);
       }
-      transpose(block);
       for (int64_t i = 0; i < have; ++i) {
-        if (wide == kLanes && row.dtype == UPFEAT_FLOAT32) {
-          store(static_cast<float*>(row.at(channel + c + i, column + x)), block[i]);
+        float* to = static_cast<float*>(row.at(channel + c + i, column + x));
+        const bool whole = wide == kTile && row.dtype == UPFEAT_FLOAT32;
+        if (whole && streamed && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+          for (int part = 0; part < kParts; ++part) stream(to + part * kLanes, block[part][i]);
+        } else if (whole) {
+          for (int part = 0; part < kParts; ++part) store(to + part * kLanes, block[part][i]);
         } else {
-          write_run(row.at(channel + c + i, column + x), 1, row.dtype, wide,
-                    reinterpret_cast<const float*>(block + i));
+          float line[kTile];
+          for (int part = 0; part < kParts; ++part) store(line + part * kLanes, block[part][i]);
+          write_run(to, 1, row.dtype, wide, line);
         }
       }
     }
@@ -186,11 +200,18 @@ static void write_channels_last(const Row& row, int64_t channel, int64_t channel
 // Tap planes of a tile, [taps][2 rows][kTile]; what lies outside the image is zero.
 static void read_tile(const UpfeatTensor& tensor, int64_t batch, int64_t y, int64_t x, float* tile) {
   const int64_t columns = tensor.size[3] - x < kTile ? tensor.size[3] - x : kTile;
+  const bool whole = columns == kTile && tensor.stride[3] == 1 && tensor.dtype == UPFEAT_FLOAT32;
   for (int64_t py = 0; py < 2; ++py) {
     const bool inside = y + py < tensor.size[2];
     const Row row = row_of(tensor, batch, inside ? y + py : y);
     for (int64_t k = 0; k < tensor.size[1]; ++k) {
       float* to = tile + (2 * k + py) * kTile;
+      if (whole && inside) {
+        const float* from = static_cast<const float*>(row.at(k, x));
+        __builtin_prefetch(from + kTile);  // the next tile's
+        for (int v = 0; v < kRowVecs; ++v) store(to + v * kLanes, load(from + v * kLanes));
+        continue;
+      }
       if (inside) read_run(row.at(k, x), row.column_stride, row.dtype, columns, to);
       for (int64_t i = inside ? columns : 0; i < kTile; ++i) to[i] = 0;
     }
@@ -200,10 +221,18 @@ static void read_tile(const UpfeatTensor& tensor, int64_t batch, int64_t y, int6
 static void write_tile(const UpfeatTensor& tensor, int64_t batch, int64_t y, int64_t x,
                        const float* tile) {
   const int64_t columns = tensor.size[3] - x < kTile ? tensor.size[3] - x : kTile;
+  const bool whole = columns == kTile && tensor.stride[3] == 1 && tensor.dtype == UPFEAT_FLOAT32;
   for (int64_t py = 0; py < 2 && y + py < tensor.size[2]; ++py) {
     const Row row = row_of(tensor, batch, y + py);
     for (int64_t k = 0; k < tensor.size[1]; ++k) {
-      write_run(row.at(k, x), row.column_stride, row.dtype, columns, tile + (2 * k + py) * kTile);
+      const float* from = tile + (2 * k + py) * kTile;
+      if (whole) {
+        float* to = static_cast<float*>(row.at(k, x));
+        __builtin_prefetch(to + kTile, 1);
+        for (int v = 0; v < kRowVecs; ++v) store(to + v * kLanes, load(from + v * kLanes));
+      } else {
+        write_run(row.at(k, x), row.column_stride, row.dtype, columns, from);
+      }
     }
   }
 }

@@ -79,7 +79,7 @@ static int grad_weights(const Runtime& runtime, const UpfeatTensor& features,
   job.grad = grad;
   job.weights = target;
   job.coarse = coarse_rows(features, rows.window);
-  job.chunks = chunks_of(rows.groups, runtime.workers, grad.size[0]);
+  job.chunks = chunks_of(rows.groups, runtime.workers, grad.size[0], job.coarse.direct ? 4 : 2);
   const int64_t floats = rows.taps * columns.taps * kTilePixels +
                          half_folded_floats(rows, columns) + folded_floats(rows, columns) +
                          kTilePixels * job.coarse.channels;
@@ -155,7 +155,7 @@ static void write_sums_task(void* context, int64_t task, int) {
   const int64_t height = job.rows->in, width = job.columns->in;
   const float* from = job.sums + task * width * job.channels;
   write_channels_last(row_of(job.target, task / height, task % height), 0, job.target.size[1], 0,
-                      width, from, job.channels);
+                      width, from, job.channels, false);
 }
 
 static int grad_features(const Runtime& runtime, const UpfeatTensor& weights,

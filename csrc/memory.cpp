@@ -12,22 +12,46 @@ void* allocate(int64_t bytes) {
   if (bytes < 0) return nullptr;
   void* memory = nullptr;
   const size_t size = static_cast<size_t>(bytes) + 64;  // vector loads may run past the end
-  return posix_memalign(&memory, 64, size) == 0 ? memory : nullptr;
+  if (posix_memalign(&memory, 64, size) != 0) return nullptr;
+  prefer_large_pages(memory, bytes);
+  return memory;
 }
 
 void release(void* memory) { std::free(memory); }
 
-void prefer_large_pages(void* begin, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kLarge = uintptr_t{2} << 20;
-  if (!begin || bytes < static_cast<int64_t>(4 * kLarge)) return;
-  const uintptr_t start = (reinterpret_cast<uintptr_t>(begin) + kLarge - 1) & ~(kLarge - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) & ~(kLarge - 1);
-  if (end > start) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#else
-  (void)begin;
-  (void)bytes;
-#endif
+
+namespace {
+
+constexpr uintptr_t kLarge = uintptr_t{2} << 20;
+constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE, Linux 5.14; older headers lack the name
+
+uintptr_t first_page(void* begin) {
+  return (reinterpret_cast<uintptr_t>(begin) + kLarge - 1) & ~(kLarge - 1);
 }
+
+}  // namespace
+
+int64_t prefer_large_pages(void* begin, int64_t bytes) {
+  if (!begin || bytes < static_cast<int64_t>(4 * kLarge)) return 0;
+  const uintptr_t start = first_page(begin);
+  const uintptr_t end = reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes);
+  const uintptr_t pages = (end - start) / kLarge;
+  madvise(reinterpret_cast<void*>(start), pages * kLarge, MADV_HUGEPAGE);
+  return static_cast<int64_t>(pages);
+}
+
+void populate_large_page(void* begin, int64_t index) {
+  // Advice that is refused changes nothing: the pages then come when they are written.
+  const uintptr_t page = first_page(begin) + static_cast<uintptr_t>(index) * kLarge;
+  madvise(reinterpret_cast<void*>(page), kLarge, kPopulateWrite);
+}
+
+#else
+
+int64_t prefer_large_pages(void*, int64_t) { return 0; }
+void populate_large_page(void*, int64_t) {}
+
+#endif
 
 }  // namespace upfeat

@@ -4,10 +4,10 @@ struct Chunks {
   int64_t groups, size, count;
 };
 
-// Chunks for work whose results do not depend on the cut: about four per worker, but not so small
-// that making the same halo rows twice costs much.
-UPFEAT_INLINE Chunks chunks_of(int64_t groups, int workers, int64_t batches) {
-  int64_t wanted = (4 * workers + batches - 1) / batches;
+// Chunks for work whose results do not depend on the cut: a few per worker, but not so small that
+// making the same halo rows twice costs much.
+UPFEAT_INLINE Chunks chunks_of(int64_t groups, int workers, int64_t batches, int64_t share) {
+  int64_t wanted = (share * workers + batches - 1) / batches;
   wanted = larger(smaller(wanted, groups / 8), smaller(workers, groups));
   const int64_t size = (groups + wanted - 1) / wanted;
   return Chunks{groups, size, (groups + size - 1) / size};
@@ -83,9 +83,14 @@ struct UpsampleJob {
   Maker maker;
   CoarseRows coarse;
   Chunks chunks;
+  bool streamed;
   char* scratch;
   int64_t worker_bytes;
 };
+
+// Planes of a large result are written past the caches: a tile leaves only one line in each, and
+// fetching that line first would double the traffic.
+constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
 UPFEAT_INLINE bool writes_in_place(const UpfeatTensor& out) {
   return out.dtype == UPFEAT_FLOAT32 && out.stride[1] == 1;
@@ -122,7 +127,8 @@ static void upsample_tile(const UpsampleJob& job, const CoarseRows& coarse, cons
     const int64_t channels = smaller(block * kLanes, out.size[1] - channel);
     for (int64_t py = 0; py < lines; ++py) {
       write_channels_last(row_of(out, batch, 2 * group + py), channel, channels, tile * kTile,
-                          width, block_buffer + py * kTile * kTileChannels, kTileChannels);
+                          width, block_buffer + py * kTile * kTileChannels, kTileChannels,
+                          job.streamed);
     }
   }
 }
@@ -153,13 +159,16 @@ static void upsample_task(void* context, int64_t task, int worker) {
       upsample_tile(job, coarse, window, batch, group, tile, folded, block_buffer);
     }
   }
+  if (job.streamed) fence_streams();
 }
 
 static int upsample(const Runtime& runtime, const UpfeatTensor& features,
                     const WeightSource& source, const UpfeatTensor& out, const Axis& rows,
                     const Axis& columns) {
   UpsampleJob job{&rows, &columns, out, describe(source), coarse_rows(features, rows.window),
-                  chunks_of(rows.groups, runtime.workers, out.size[0]), nullptr, 0};
+                  Chunks{}, false, nullptr, 0};
+  job.chunks = chunks_of(rows.groups, runtime.workers, out.size[0], job.coarse.direct ? 4 : 2);
+  job.streamed = out.size[0] * out.size[1] * out.size[2] * out.size[3] * 4 >= kStreamedBytes;
   const int64_t floats = rows.taps * columns.taps * kTilePixels +
                          half_folded_floats(rows, columns) + folded_floats(rows, columns) +
                          kTilePixels * kTileChannels;
@@ -203,7 +212,8 @@ static void weights_task(void* context, int64_t task, int worker) {
 static int make_weights(const Runtime& runtime, const WeightSource& source,
                         const UpfeatTensor& weights) {
   WeightsJob job{describe(source), weights,
-                 chunks_of((weights.size[2] + 1) / 2, runtime.workers, weights.size[0]), nullptr, 0};
+                 chunks_of((weights.size[2] + 1) / 2, runtime.workers, weights.size[0], 4), nullptr,
+                 0};
   job.worker_bytes = rounded(maker_bytes(job.maker)) + job.maker.taps * kTilePixels * 4;
   const int64_t tasks = job.chunks.count * weights.size[0];
   const int workers = static_cast<int>(smaller(runtime.workers, tasks));

@@ -46,19 +46,23 @@ template <int kOut>
 static void dense_block(const float* weight, const float* bias, int64_t inputs, const float* in,
                         float* out) {
   Vec sum[kOut][kTileVecs];
-  for (int o = 0; o < kOut; ++o) {
-    for (int v = 0; v < kTileVecs; ++v) sum[o][v] = splat(bias[o]);
+  UPFEAT_UNROLL for (int o = 0; o < kOut; ++o) {
+    UPFEAT_UNROLL for (int v = 0; v < kTileVecs; ++v) sum[o][v] = splat(bias[o]);
   }
   for (int64_t i = 0; i < inputs; ++i) {
     Vec value[kTileVecs];
-    for (int v = 0; v < kTileVecs; ++v) value[v] = load(in + i * kTilePixels + v * kLanes);
-    for (int o = 0; o < kOut; ++o) {
+    UPFEAT_UNROLL for (int v = 0; v < kTileVecs; ++v) {
+      value[v] = load(in + i * kTilePixels + v * kLanes);
+    }
+    UPFEAT_UNROLL for (int o = 0; o < kOut; ++o) {
       const Vec w = splat(weight[o * inputs + i]);
-      for (int v = 0; v < kTileVecs; ++v) sum[o][v] += w * value[v];
+      UPFEAT_UNROLL for (int v = 0; v < kTileVecs; ++v) sum[o][v] += w * value[v];
     }
   }
-  for (int o = 0; o < kOut; ++o) {
-    for (int v = 0; v < kTileVecs; ++v) store(out + o * kTilePixels + v * kLanes, sum[o][v]);
+  UPFEAT_UNROLL for (int o = 0; o < kOut; ++o) {
+    UPFEAT_UNROLL for (int v = 0; v < kTileVecs; ++v) {
+      store(out + o * kTilePixels + v * kLanes, sum[o][v]);
+    }
   }
 }
 
@@ -137,21 +141,22 @@ template <int kSpan>
 static void key_products(const Keys& keys, const float* const* centre, const float* line, int64_t x,
                          int64_t radius, int64_t dx, float* const* products) {
   for (int v = 0; v < kRowVecs; ++v) {
-    Vec sum[2][kSpan] = {};
+    Vec sum[2][kSpan];
+    UPFEAT_UNROLL for (int i = 0; i < kSpan; ++i) sum[0][i] = sum[1][i] = Vec{};
     const int64_t at = x + v * kLanes;
     for (int64_t d = 0; d < keys.width; ++d) {
       const Vec q0 = load(centre[0] + d * keys.pitch + radius + at);
       const Vec q1 = load(centre[1] + d * keys.pitch + radius + at);
       const float* from = line + d * keys.pitch + at + dx;
-      for (int i = 0; i < kSpan; ++i) {
+      UPFEAT_UNROLL for (int i = 0; i < kSpan; ++i) {
         const Vec other = load(from + i);
         sum[0][i] += q0 * other;
         sum[1][i] += q1 * other;
       }
     }
-    for (int py = 0; py < 2; ++py) {
+    UPFEAT_UNROLL for (int py = 0; py < 2; ++py) {
       if (!products[py]) continue;
-      for (int i = 0; i < kSpan; ++i) {
+      UPFEAT_UNROLL for (int i = 0; i < kSpan; ++i) {
         store(products[py] + (dx + i) * kTilePixels + v * kLanes, sum[py][i]);
       }
     }
