@@ -1,0 +1,212 @@
+"""From a folder and a list of upsamplers to results on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from upfeat.backbones import Backbone, load_backbone
+from upfeat.evaluation.cam import CAM_BACKBONE, ClassActivation
+from upfeat.evaluation.config import EvalConfig
+from upfeat.evaluation.consistency import Consistency
+from upfeat.evaluation.datasets import (
+    Dataset,
+    Problem,
+    check_not_empty,
+    read_photographs,
+    subset,
+)
+from upfeat.evaluation.depth import Depth, depth_range
+from upfeat.evaluation.pictures import encode_indices, encode_photo, encode_values
+from upfeat.evaluation.prepared import OnStep, PreparedSet, digest, prepare
+from upfeat.evaluation.readers import read_dataset
+from upfeat.evaluation.report import write_report
+from upfeat.evaluation.results import Results, Row, RowStore
+from upfeat.evaluation.segmentation import Segmentation
+from upfeat.upsamplers import Upsampler, create_upsampler
+
+TASKS = ("seg", "depth", "cam", "consistency")
+
+DEFAULT_UPSAMPLERS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack")
+
+
+class Evaluation(Protocol):
+    """A task on prepared data."""
+
+    problems: list[Problem]
+
+    def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
+        """Score one upsampler."""
+        ...
+
+
+def evaluate(
+    task: str,
+    folder: str | Path,
+    out: str | Path,
+    *,
+    upsamplers: Sequence[str] = DEFAULT_UPSAMPLERS,
+    backbone: str | Backbone | None = None,
+    config: EvalConfig | None = None,
+    layout: str = "folder",
+    on_step: OnStep | None = None,
+) -> Results:
+    """Compare upsamplers on a dataset; write ``results.json`` and ``report.html``.
+
+    What is already in ``out`` from an interrupted run with the same data, weights and settings is
+    used again.
+
+    Args:
+        task: one of :data:`TASKS`.
+        folder: the data: photographs with labels (``seg``) or depth maps (``depth``), or
+            photographs alone.
+        out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
+            rows, and may be deleted afterwards.
+        upsamplers: names, folders or checkpoints, as ``upfeat.load`` takes them.
+        backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, at the stride
+            that its classifier reads for ``cam``.
+        config: settings.
+        layout: how the data lies on disk: ``folder``, ``coco_stuff``, ``ade20k``, ``cityscapes``,
+            ``voc`` or ``nyuv2``.
+        on_step: is told of progress.
+
+    Raises:
+        FileNotFoundError: the data or an upsampler is not there.
+        ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written.
+    """
+    if task not in TASKS:
+        raise ValueError(f'task="{task}" is unknown; known: {", ".join(TASKS)}')
+    config = config or EvalConfig()
+    default = CAM_BACKBONE if task == "cam" else "efficientnet_lite0"
+    network = load_backbone(backbone or default).eval().requires_grad_(False)
+    models = _load_upsamplers(upsamplers, network)
+    dataset = _read_dataset(task, Path(folder), layout, config)
+    out, cache = Path(out), Path(out) / "cache"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
+    parts = _prepare_splits(dataset, Path(folder), network, config, cache, on_step)
+    evaluation = _evaluation(task, parts, dataset, network, config, on_step)
+    results = Results(
+        task,
+        {"name": dataset.name, "layout": layout, "classes": dataset.classes, **_facts(parts)},
+        {"name": network.name, "weights": digest(network), "stride": network.stride},
+        config.to_json(),
+        rows=[],
+        problems=[],
+    )
+    recipe = {"task": task, "data": results.data, "backbone": results.backbone}
+    settings = {"config": results.settings, "versions": results.versions}
+    store = RowStore(cache, {**recipe, **settings})
+    for label, upsampler in models.items():
+        results.rows += _stored(store, label, upsampler, evaluation.rows)
+    results.problems = dataset.problems + evaluation.problems
+    results.examples = _examples(task, parts["test"], config)
+    results.write(out / "results.json")
+    write_report(results, out / "report.html")
+    return results
+
+
+def _evaluation(
+    task: str,
+    parts: dict[str, PreparedSet],
+    dataset: Dataset,
+    backbone: Backbone,
+    config: EvalConfig,
+    on_step: OnStep | None,
+) -> Evaluation:
+    if task == "seg":
+        train, test = parts["train"], parts["test"]
+        return Segmentation(train, test, dataset.classes, backbone, config, on_step)
+    if task == "depth":
+        return Depth(parts["train"], parts["test"], backbone, config, on_step)
+    of_photographs = ClassActivation if task == "cam" else Consistency
+    return of_photographs(parts["test"], backbone, config, on_step)
+
+
+def _stored(
+    store: RowStore,
+    label: str,
+    upsampler: Upsampler,
+    compute: Callable[[str, Upsampler], list[Row]],
+) -> list[Row]:
+    key = f"{digest(upsampler)}|{upsampler.name}|{upsampler.config()}"
+    rows = store.load(label, key)
+    if rows is None:
+        rows = compute(label, upsampler)
+        store.save(label, key, rows)
+    return rows
+
+
+def _facts(parts: dict[str, PreparedSet]) -> dict[str, dict[str, str | int]]:
+    return {name: {"images": len(part), "digest": part.digest} for name, part in parts.items()}
+
+
+def _examples(task: str, test: PreparedSet, config: EvalConfig) -> dict[str, dict[str, str]]:
+    """The pictures that every row shares: image and target."""
+    examples = {}
+    if task == "consistency":
+        return examples
+    for index in config.choose_pictures(len(test)):
+        sample = test[index]
+        example = {"image": f"data:image/jpeg;base64,{encode_photo(sample.image)}"}
+        if task == "seg":
+            example["target"] = encode_indices(sample.label)
+        elif task == "depth":
+            encoded = encode_values(sample.label, *depth_range(sample.label))
+            example["target"] = f"data:image/png;base64,{encoded}"
+        examples[sample.name] = example
+    return examples
+
+
+def _read_dataset(task: str, folder: Path, layout: str, config: EvalConfig) -> Dataset:
+    if task == "seg" or task == "depth":
+        dataset = read_dataset(folder, task, layout=layout, split_seed=config.split_seed)
+    else:
+        dataset = read_photographs(folder)
+    dataset.train = subset(dataset.train, config.max_train, seed=config.split_seed)
+    dataset.test = subset(dataset.test, config.max_test, seed=config.split_seed)
+    return dataset
+
+
+def _prepare_splits(
+    dataset: Dataset,
+    folder: Path,
+    backbone: Backbone,
+    config: EvalConfig,
+    cache: Path,
+    on_step: OnStep | None,
+) -> dict[str, PreparedSet]:
+    prepared = {}
+    for name in dataset.splits:
+        samples = getattr(dataset, name)
+        label = f"features: {name}"
+        part = prepare(dataset, samples, backbone, config.size, cache, label=label, on_step=on_step)
+        usable = set(part.names)
+        setattr(dataset, name, [sample for sample in samples if sample.name in usable])
+        prepared[name] = part
+    check_not_empty(dataset, folder)
+    return prepared
+
+
+def _load_upsamplers(names: Sequence[str], backbone: Backbone) -> dict[str, Upsampler]:
+    """Load upsamplers under distinct labels: the name, or the last part of a path."""
+    if not names:
+        raise ValueError("upsamplers is empty; name at least one")
+    models: dict[str, Upsampler] = {}
+    for name in dict.fromkeys(names):
+        upsampler = create_upsampler(name, backbone.embed_dim)
+        expected = getattr(upsampler, "embed_dim", None)
+        if expected not in (None, backbone.embed_dim):
+            raise ValueError(
+                f"{name} expects {expected} channels but {backbone.name} has "
+                f"{backbone.embed_dim}; use an upsampler made for it, or another backbone"
+            )
+        label, number = Path(name).name or name, 2
+        while label in models:
+            label = f"{Path(name).name}-{number}"
+            number += 1
+        models[label] = upsampler.eval().requires_grad_(False)
+    return models

@@ -1,0 +1,197 @@
+"""Photographs brought to the evaluation size with their features and targets, kept on disk.
+
+Every photograph is resized once (to 8 bits a channel, as a saved picture would be) and goes through
+the backbone once; all upsamplers share the result. Files are named by what they were made from, so
+an interrupted run goes on where it stopped and a changed input is never mistaken for the old one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat._version import __version__
+from upfeat.backbones import Backbone
+from upfeat.evaluation.datasets import IGNORE_INDEX, Dataset, Problem, Sample
+from upfeat.storage import read_tensors, write_tensors
+
+OnStep = Callable[[str, int, int], None]
+"""Told of progress: what is being done, how many are done, of how many."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One photograph ready to be evaluated.
+
+    Attributes:
+        name: of the sample.
+        image: (3, H, W) uint8.
+        features: (C, h, w) float32, of that image.
+        target: (H, W) class indices or depths at the image's size; ``None`` where there are none.
+    """
+
+    name: str
+    image: Tensor
+    features: Tensor
+    target: Tensor | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the image."""
+        return self.image.shape[1], self.image.shape[2]
+
+    @property
+    def label(self) -> Tensor:
+        """The target, which must be there."""
+        assert self.target is not None
+        return self.target
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """Prepared photographs on disk, read one at a time.
+
+    Attributes:
+        names: of the samples.
+        files: one for each.
+    """
+
+    names: list[str]
+    files: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Prepared:
+        tensors, _ = read_tensors(self.files[index])
+        return Prepared(
+            self.names[index], tensors["image"], tensors["features"], tensors.get("target")
+        )
+
+    def __iter__(self) -> Iterator[Prepared]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def digest(self) -> str:
+        """Names the content of all of them."""
+        return hashlib.sha256("".join(path.stem for path in self.files).encode()).hexdigest()
+
+
+def normalised(image: Tensor, backbone: Backbone) -> Tensor:
+    """(3, H, W) uint8 -> (1, 3, H, W) as the backbone takes it."""
+    return (image[None].float() / 255 - backbone.mean) / backbone.std
+
+
+def prepare(
+    dataset: Dataset,
+    samples: list[Sample],
+    backbone: Backbone,
+    size: int,
+    cache: Path,
+    *,
+    label: str,
+    on_step: OnStep | None = None,
+) -> PreparedSet:
+    """Prepare samples, or find them prepared; those that cannot be are named in the problems.
+
+    Args:
+        dataset: knows how to read them; its ``problems`` grow.
+        samples: of one split.
+        backbone: makes the features.
+        size: length of the shorter side, pixels.
+        cache: existing folder for the files.
+        label: what progress calls this.
+        on_step: is told of progress.
+
+    Raises:
+        ValueError: ``size`` is below the backbone's stride.
+        OSError: ``cache`` cannot be written.
+    """
+    if size < backbone.stride:
+        raise ValueError(
+            f"size={size} must be a whole number of pixels, at least the stride of "
+            f"{backbone.name} ({backbone.stride})"
+        )
+    weights = digest(backbone)
+    names, files = [], []
+    for done, sample in enumerate(samples):
+        if on_step is not None:
+            on_step(label, done, len(samples))
+        try:
+            content = hashlib.sha256(dataset.identify(sample)).hexdigest()
+            recipe = f"{content}|{dataset.name}|{dataset.classes}|{size}|{weights}|{__version__}"
+            path = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.safetensors"
+            if not _is_whole(path):
+                tensors = _prepare_one(dataset, sample, backbone, size)
+                write_tensors(path, tensors, {"sample": sample.name})
+        except (ValueError, FileNotFoundError) as error:
+            dataset.problems.append(Problem(sample.name, _reason(error, sample)))
+            continue
+        names.append(sample.name)
+        files.append(path)
+    if on_step is not None:
+        on_step(label, len(samples), len(samples))
+    return PreparedSet(names, files)
+
+
+def digest(module: nn.Module) -> str:
+    """A name for a module's weights: SHA-256 over its parameters and buffers, with their names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def _prepare_one(
+    dataset: Dataset, sample: Sample, backbone: Backbone, size: int
+) -> dict[str, Tensor]:
+    pixels = dataset.read_image(sample)
+    read = dataset.read_target(sample)
+    if read is not None and tuple(read.shape) != tuple(pixels.shape[1:]):
+        raise ValueError(
+            f"the label is {read.shape[0]}×{read.shape[1]} pixels but the image "
+            f"{pixels.shape[1]}×{pixels.shape[2]} (height×width)"
+        )
+    with torch.no_grad():
+        x = backbone.denormalize(backbone.preprocess(pixels, size)) * 255
+        image = x[0].round().to(torch.uint8)
+        features = backbone(normalised(image, backbone))[0]
+    if not bool(torch.isfinite(features).all()):
+        raise ValueError(f"{backbone.name} gives features that are not finite")
+    tensors = {"image": image.contiguous(), "features": features.float().contiguous()}
+    if read is not None:
+        tensors["target"] = _resize_target(torch.from_numpy(read), (image.shape[1], image.shape[2]))
+    return tensors
+
+
+def _resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H, W) -> size, each pixel the value at its centre: indices cannot be averaged."""
+    resized = F.interpolate(target[None, None].float(), size=size, mode="nearest-exact")[0, 0]
+    known = resized != IGNORE_INDEX if target.dtype == torch.uint8 else torch.isfinite(resized)
+    if int(known.sum()) < 2:
+        raise ValueError("fewer than two labelled pixels remain at the evaluation size")
+    return resized.to(target.dtype).contiguous()
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        read_tensors(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _reason(error: Exception, sample: Sample) -> str:
+    text = " ".join(str(error).split())
+    for path in (sample.image, sample.target):
+        text = text.removeprefix(f"{path}: ")
+    return text

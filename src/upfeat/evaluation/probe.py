@@ -1,0 +1,212 @@
+"""Linear probes: fitted on sampled pixels, applied before upsampling.
+
+up(F) = K(g)·M(F) + o, so a linear head gives W·up(F) + b = K(g)·(W·M(F)) + W·o + b: K channels are
+upsampled, not C, and the result is the same. The bias is added last, because the weights K(g) of a
+JBU stack need not sum to 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.upsamplers import Kernels, Upsampler
+
+L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4)
+"""Penalties tried, strongest first, on standardised features beside the mean loss."""
+
+HELD_OUT = 0.2
+"""Share of the training images on which the penalty is chosen."""
+
+_MAX_ITERATIONS = 60
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear map of features: (K, C) weight, (K,) bias."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(N, C) -> (N, K)."""
+        return features @ self.weight.T + self.bias
+
+    @staticmethod
+    def cat(heads: Sequence[Head]) -> Head:
+        """Stack heads over their outputs."""
+        return Head(
+            torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
+        )
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Features and targets of pixels drawn from N images, P from each.
+
+    Attributes:
+        features: (N, P, C) float32.
+        targets: (N, P) class indices or depths.
+    """
+
+    features: Tensor
+    targets: Tensor
+
+    def __getitem__(self, images: Tensor) -> Pixels:
+        return Pixels(self.features[images], self.targets[images])
+
+
+def head_map(upsampler: Upsampler, kernels: Kernels, features: Tensor, head: Head) -> Tensor:
+    """The head's output at every pixel of the upsampled features, which are not computed.
+
+    Args:
+        upsampler: what ``kernels`` came from.
+        kernels: of the image, from :meth:`Upsampler.prepare`.
+        features: (B, C, h, w).
+        head: K outputs.
+
+    Returns:
+        (B, K, H, W), equal to the head applied to ``upsampler(features, guidance)``.
+    """
+    coarse = F.conv2d(upsampler.mix(features), head.weight[:, :, None, None])  # (B, K, h, w)
+    bias = head.bias
+    if upsampler.offset is not None:
+        bias = bias + head.weight @ upsampler.offset
+    return kernels(coarse) + bias[:, None, None]
+
+
+def draw_pixels(usable: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw pixels with replacement.
+
+    Args:
+        usable: (H, W) bool, at least one True.
+        count: how many.
+        generator: source of randomness.
+
+    Returns:
+        (count,) flat indices.
+    """
+    places = usable.flatten().nonzero()[:, 0]
+    return places[torch.randint(len(places), (count,), generator=generator)]
+
+
+def read_pixels(upsampled: Tensor, places: Tensor) -> Tensor:
+    """Features (C, H, W) at flat indices (P,) -> (P, C)."""
+    return upsampled.flatten(1)[:, places].T
+
+
+def read_cells(features: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
+    """Coarse features (C, h, w) of the cells that pixels (P,) of an image lie in -> (P, C)."""
+    height, width = features.shape[1:]
+    rows = (2 * (places // size[1]) + 1) * height // (2 * size[0])
+    columns = (2 * (places % size[1]) + 1) * width // (2 * size[1])
+    return features.flatten(1)[:, rows * width + columns].T
+
+
+def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -> Head:
+    """Fit multinomial logistic regression; choose its L2 penalty on held-out images.
+
+    Args:
+        pixels: of the training images, targets class indices, none ignored.
+        n_classes: number K of classes.
+        generator: draws the held-out images.
+
+    Returns:
+        K outputs: logits, on raw (not standardised) features.
+    """
+
+    def loss(head: Head, part: Pixels) -> Tensor:
+        return F.cross_entropy(head(part.features.flatten(0, 1)), part.targets.flatten().long())
+
+    start = Head(torch.zeros(n_classes, pixels.features.shape[2]), torch.zeros(n_classes))
+    return _fit(pixels, start, loss, generator)
+
+
+def fit_depth(pixels: Pixels, generator: torch.Generator) -> Head:
+    """Fit a linear map to depth up to a scale and a shift of every image.
+
+    The loss of an image is 1 − ρ, ρ the correlation of prediction and depth over its pixels: what
+    remains of the squared error after the best scale and shift depends on ρ alone. It starts from
+    ridge regression on depths standardised per image.
+
+    Args:
+        pixels: of the training images, targets depths.
+        generator: draws the held-out images.
+
+    Returns:
+        One output; its scale and shift mean nothing.
+    """
+    targets = _standardised_rows(pixels.targets.float())
+    pixels = Pixels(pixels.features, targets)
+
+    def loss(head: Head, part: Pixels) -> Tensor:
+        predicted = head(part.features.flatten(0, 1)).view(part.targets.shape)
+        return 1 - (_standardised_rows(predicted) * part.targets).mean()
+
+    flat = pixels.features.flatten(0, 1)
+    scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
+    gram = (scaled.T @ scaled) / len(scaled) + 1e-3 * torch.eye(scaled.shape[1])
+    weight = torch.linalg.solve(gram, scaled.T @ targets.flatten() / len(scaled))
+    return _fit(pixels, Head(weight[None], torch.zeros(1)), loss, generator)
+
+
+def _fit(
+    pixels: Pixels,
+    start: Head,
+    loss: Callable[[Head, Pixels], Tensor],
+    generator: torch.Generator,
+) -> Head:
+    """Standardise, choose the penalty on held-out images, fit again on all of them."""
+    flat = pixels.features.flatten(0, 1)
+    mean, deviation = flat.mean(0), flat.std(0, correction=0).clamp(min=1e-6)
+    scaled = Pixels((pixels.features - mean) / deviation, pixels.targets)
+    n_images = len(pixels.features)
+    order = torch.randperm(n_images, generator=generator)
+    n_held_out = round(n_images * HELD_OUT)
+    best, chosen = (start, L2_GRID[-2])
+    if n_held_out:
+        held_out, fitted = scaled[order[:n_held_out]], scaled[order[n_held_out:]]
+        lowest = torch.inf
+        head = start
+        for penalty in L2_GRID:
+            head = _minimise(head, fitted, loss, penalty)
+            with torch.no_grad():
+                value = float(loss(head, held_out))
+            if value < lowest:
+                lowest, best, chosen = value, head, penalty
+    head = _minimise(best, scaled, loss, chosen)
+    weight = head.weight / deviation
+    return Head(weight, head.bias - weight @ mean)
+
+
+def _minimise(
+    start: Head, pixels: Pixels, loss: Callable[[Head, Pixels], Tensor], penalty: float
+) -> Head:
+    weight, bias = start.weight.clone().requires_grad_(), start.bias.clone().requires_grad_()
+    optimiser = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=_MAX_ITERATIONS,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-7,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss(Head(weight, bias), pixels) + penalty / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimiser.step(closure)
+    return Head(weight.detach(), bias.detach())
+
+
+def _standardised_rows(values: Tensor) -> Tensor:
+    """(N, P) -> the same with mean 0 and mean square 1 in every row."""
+    centred = values - values.mean(1, keepdim=True)
+    return centred / centred.square().mean(1, keepdim=True).clamp(min=1e-12).sqrt()

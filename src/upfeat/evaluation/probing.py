@@ -1,0 +1,113 @@
+"""What the probes of all tasks share: which pixels they see, and what they are trained on.
+
+Protocols:
+
+* ``own``: the probe is trained on the upsampled features of the training images.
+* ``transfer``: it is trained on the coarse features (those of the cell a pixel lies in) and applied
+  to the upsampled ones: what a model trained before would gain without retraining.
+
+All upsamplers see the same pixels: they are drawn by seed and image name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from upfeat.backbones import Backbone
+from upfeat.evaluation.config import EvalConfig
+from upfeat.evaluation.datasets import Problem
+from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, normalised
+from upfeat.evaluation.probe import Head, Pixels, draw_pixels, read_cells, read_pixels
+from upfeat.upsamplers import Upsampler
+
+
+class Probing(ABC):
+    """One dataset's probes; subclasses say what a head is and how it is scored."""
+
+    def __init__(
+        self,
+        train: PreparedSet,
+        test: PreparedSet,
+        backbone: Backbone,
+        config: EvalConfig,
+        on_step: OnStep | None = None,
+    ) -> None:
+        """Keep the data."""
+        self.train, self.test = train, test
+        self.backbone, self.config = backbone, config
+        self.on_step: OnStep = on_step or (lambda label, done, total: None)
+        self.problems: list[Problem] = []
+        self._transfer_heads: list[Head] | None = None
+
+    @abstractmethod
+    def usable(self, target: Tensor) -> Tensor:
+        """Pixels that a probe may be trained on: (H, W) -> (H, W) bool."""
+
+    @abstractmethod
+    def fit_head(self, pixels: Pixels, generator: torch.Generator) -> Head:
+        """Train one probe."""
+
+    @property
+    def seeds(self) -> range:
+        """One for each repetition."""
+        return range(self.config.seeds)
+
+    def heads(
+        self, label: str, upsampler: Upsampler, protocols: Sequence[str]
+    ) -> dict[str, list[Head]]:
+        """Probes of every protocol, one per seed; those that are not ``own`` share theirs."""
+        return {
+            name: self._fit_upsampled(label, upsampler) if name == "own" else self._fit_coarse()
+            for name in protocols
+        }
+
+    def _fit_upsampled(self, label: str, upsampler: Upsampler) -> list[Head]:
+        """Probes on upsampled features; every image is upsampled once for all seeds."""
+        drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
+        for index, sample in enumerate(self.train):
+            self.on_step(f"{label}: train", index, len(self.train))
+            with torch.no_grad():
+                guidance = normalised(sample.image, self.backbone)
+                upsampled = upsampler(sample.features[None], guidance)[0]
+            for seed in self.seeds:
+                places = self._places(sample, seed)
+                read = read_pixels(upsampled, places), sample.label.flatten()[places]
+                drawn[seed].append(read)
+        return self._fit_each(f"{label}: probe", drawn)
+
+    def _fit_coarse(self) -> list[Head]:
+        """Probes on the cells that the same pixels lie in; made once for all upsamplers."""
+        if self._transfer_heads is None:
+            drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
+            for sample in self.train:
+                for seed in self.seeds:
+                    places = self._places(sample, seed)
+                    cells = read_cells(sample.features, places, sample.size)
+                    drawn[seed].append((cells, sample.label.flatten()[places]))
+            self._transfer_heads = self._fit_each("probe on coarse features", drawn)
+        return self._transfer_heads
+
+    def _fit_each(self, label: str, drawn: list[list[tuple[Tensor, Tensor]]]) -> list[Head]:
+        heads = []
+        for seed, read in enumerate(drawn):
+            self.on_step(label, seed, len(drawn))
+            features, targets = zip(*read, strict=True)
+            pixels = Pixels(torch.stack(features), torch.stack(targets))
+            heads.append(self.fit_head(pixels, torch.Generator().manual_seed(seed)))
+        self.on_step(label, len(drawn), len(drawn))
+        return heads
+
+    def _places(self, sample: Prepared, seed: int) -> Tensor:
+        generator = named_generator(seed, sample.name)
+        return draw_pixels(self.usable(sample.label), self.config.pixels, generator)
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Randomness that depends on a seed and a name, not on the order of work."""
+    found = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(found[:7], "big"))

@@ -1,0 +1,303 @@
+"""Well-known datasets as they lie on disk after their official download. Nothing is downloaded.
+
+=============  ===================================================================================
+name           folder holds
+=============  ===================================================================================
+``coco_stuff`` ``images/{train,val}2017/*.jpg``, ``annotations/{train,val}2017/*.png`` (the
+               stuff-and-things pixel maps: 0 to 181, 255 unlabelled), perhaps ``labels.txt``
+``ade20k``     ``images/{training,validation}/*.jpg``, ``annotations/{training,validation}/*.png``
+               (ADEChallengeData2016: 0 other, 1 to 150), perhaps ``objectInfo150.txt``
+``cityscapes`` ``leftImg8bit/{train,val}/CITY/*_leftImg8bit.png``,
+               ``gtFine/{train,val}/CITY/*_gtFine_labelIds.png``
+``voc``        ``JPEGImages``, ``SegmentationClass``, ``ImageSets/Segmentation/{train,val}.txt``
+               (``VOCdevkit/VOC2012``)
+``nyuv2``      ``nyu_depth_v2_labeled.mat``; depth; a random quarter is tested. Needs h5py
+=============  ===================================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upfeat.evaluation.datasets import (
+    IGNORE_INDEX,
+    Dataset,
+    Problem,
+    Sample,
+    Task,
+    check_not_empty,
+    checked_depth,
+    checked_label,
+    read_folder,
+    read_indices,
+    split_randomly,
+)
+from upfeat.naming import unknown_name
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+VOC_CLASSES: list[str] = [
+    "background",
+    "aeroplane",
+    "bicycle",
+    "bird",
+    "boat",
+    "bottle",
+    "bus",
+    "car",
+    "cat",
+    "chair",
+    "cow",
+    "diningtable",
+    "dog",
+    "horse",
+    "motorbike",
+    "person",
+    "pottedplant",
+    "sheep",
+    "sofa",
+    "train",
+    "tvmonitor",
+]
+
+# The 19 classes that the benchmark scores, by the id that label files hold.
+CITYSCAPES_CLASSES = {
+    7: "road",
+    8: "sidewalk",
+    11: "building",
+    12: "wall",
+    13: "fence",
+    17: "pole",
+    19: "traffic light",
+    20: "traffic sign",
+    21: "vegetation",
+    22: "terrain",
+    23: "sky",
+    24: "person",
+    25: "rider",
+    26: "car",
+    27: "truck",
+    28: "bus",
+    31: "train",
+    32: "motorcycle",
+    33: "bicycle",
+}
+
+_ADE20K_CLASSES = 150
+_COCO_CLASSES = 182
+_NYU_FILE = "nyu_depth_v2_labeled.mat"
+
+
+def read_dataset(
+    folder: str | Path, task: Task = "seg", *, layout: str = "folder", split_seed: int = 0
+) -> Dataset:
+    """List a dataset in any known layout.
+
+    Args:
+        folder: where it lies.
+        task: ``seg`` or ``depth``.
+        layout: ``folder`` (see :func:`read_folder`) or one of :data:`LAYOUTS`.
+        split_seed: of random splits.
+
+    Raises:
+        FileNotFoundError: files of the layout are missing.
+        ValueError: the layout is unknown or of another task, or a split is empty.
+    """
+    folder = Path(folder)
+    if layout == "folder":
+        return read_folder(folder, task, split_seed=split_seed)
+    if layout not in LAYOUTS:
+        raise ValueError(unknown_name("layout", layout, ["folder", *LAYOUTS]))
+    own_task, reader = LAYOUTS[layout]
+    if own_task != task:
+        raise ValueError(f"layout={layout} is for the task {own_task}, not {task}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    dataset = reader(folder, split_seed)
+    check_not_empty(dataset, folder)
+    return dataset
+
+
+def _read_coco_stuff(folder: Path, split_seed: int) -> Dataset:
+    names = [f"class {index}" for index in range(_COCO_CLASSES)]
+    listed = folder / "labels.txt"
+    if listed.is_file():
+        # Lines are "index: name", index 0 for unlabelled, one above the pixel values.
+        for line in listed.read_text().splitlines():
+            index, _, name = line.partition(":")
+            if index.strip().isdigit() and 1 <= int(index) <= _COCO_CLASSES:
+                names[int(index) - 1] = name.strip()
+    problems: list[Problem] = []
+    train, test = (
+        _pair_by_name(
+            sorted(_existing(folder / "images" / split).glob("*.jpg")),
+            lambda path, split=split: folder / "annotations" / split / f"{path.stem}.png",
+            problems,
+        )
+        for split in ("train2017", "val2017")
+    )
+    table = _table({index: index for index in range(_COCO_CLASSES)}, {IGNORE_INDEX})
+    return _dataset("coco_stuff", train, test, names, table, problems)
+
+
+def _read_ade20k(folder: Path, split_seed: int) -> Dataset:
+    names = [f"class {index + 1}" for index in range(_ADE20K_CLASSES)]
+    listed = folder / "objectInfo150.txt"
+    if listed.is_file():
+        # Columns are index, ratio, two counts, names; separated by tabs, below a head line.
+        for line in listed.read_text().splitlines()[1:]:
+            columns = line.split("\t")
+            if columns[0].strip().isdigit() and 1 <= int(columns[0]) <= _ADE20K_CLASSES:
+                names[int(columns[0]) - 1] = columns[-1].partition(",")[0].strip()
+    problems: list[Problem] = []
+    train, test = (
+        _pair_by_name(
+            sorted(_existing(folder / "images" / split).glob("*.jpg")),
+            lambda path, split=split: folder / "annotations" / split / f"{path.stem}.png",
+            problems,
+        )
+        for split in ("training", "validation")
+    )
+    table = _table({index + 1: index for index in range(_ADE20K_CLASSES)}, {0})
+    return _dataset("ade20k", train, test, names, table, problems)
+
+
+def _read_cityscapes(folder: Path, split_seed: int) -> Dataset:
+    ending = "_leftImg8bit.png"
+    problems: list[Problem] = []
+
+    def label(path: Path) -> Path:
+        stem = path.name.removesuffix(ending)
+        split, city = path.parts[-3], path.parts[-2]
+        return folder / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png"
+
+    train, test = (
+        _pair_by_name(
+            sorted(_existing(folder / "leftImg8bit" / split).glob(f"*/*{ending}")), label, problems
+        )
+        for split in ("train", "val")
+    )
+    ids = list(CITYSCAPES_CLASSES)
+    ignored = set(range(34)) - set(ids) | {IGNORE_INDEX}
+    table = _table({own: index for index, own in enumerate(ids)}, ignored)
+    names = list(CITYSCAPES_CLASSES.values())
+    return _dataset("cityscapes", train, test, names, table, problems)
+
+
+def _read_voc(folder: Path, split_seed: int) -> Dataset:
+    problems: list[Problem] = []
+
+    def listed(split: str) -> Iterable[Path]:
+        names = _existing(folder / "ImageSets" / "Segmentation" / f"{split}.txt").read_text()
+        return (folder / "JPEGImages" / f"{name}.jpg" for name in names.split())
+
+    train, test = (
+        _pair_by_name(
+            listed(split),
+            lambda path: folder / "SegmentationClass" / f"{path.stem}.png",
+            problems,
+        )
+        for split in ("train", "val")
+    )
+    table = _table({index: index for index in range(len(VOC_CLASSES))}, {IGNORE_INDEX})
+    return _dataset("voc", train, test, VOC_CLASSES, table, problems)
+
+
+def _read_nyuv2(folder: Path, split_seed: int) -> Dataset:
+    path = _existing(folder / _NYU_FILE)
+    try:
+        h5py = importlib.import_module("h5py")
+    except ImportError:
+        raise ValueError(f"{path}: is an HDF5 file; to read it, pip install h5py") from None
+    try:
+        file = h5py.File(path, "r")
+        images, depths = file["images"], file["depths"]
+        count = len(images)
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not the labelled NYUv2 file ({error})") from None
+    if len(depths) != count:
+        raise ValueError(f"{path}: holds {count} images but {len(depths)} depth maps")
+
+    # MATLAB stores columns first: (N, 3, W, H) and (N, W, H).
+    def image(sample: Sample) -> Tensor:
+        pixels = np.ascontiguousarray(images[sample.index].transpose(0, 2, 1))
+        return torch.from_numpy(pixels).float() / 255
+
+    def depth(sample: Sample) -> NDArray[np.float32]:
+        return checked_depth(np.ascontiguousarray(depths[sample.index].T), 1.0)
+
+    def identify(sample: Sample) -> bytes:
+        return images[sample.index].tobytes() + depths[sample.index].tobytes()
+
+    samples = [Sample(f"{index + 1:04d}", path, path, index) for index in range(count)]
+    train, test = split_randomly(samples, seed=split_seed)
+    return Dataset("nyuv2", train, test, [], depth, image, identify=identify)
+
+
+LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {
+    "coco_stuff": ("seg", _read_coco_stuff),
+    "ade20k": ("seg", _read_ade20k),
+    "cityscapes": ("seg", _read_cityscapes),
+    "voc": ("seg", _read_voc),
+    "nyuv2": ("depth", _read_nyuv2),
+}
+"""Names of known datasets, with the task that each is for."""
+
+
+def _dataset(
+    name: str,
+    train: list[Sample],
+    test: list[Sample],
+    classes: list[str],
+    table: NDArray[np.int64],
+    problems: list[Problem],
+) -> Dataset:
+    def label(sample: Sample) -> NDArray[np.uint8]:
+        indices = read_indices(sample.target)
+        if int(indices.max(initial=0)) >= len(table):
+            raise ValueError(f"label value {int(indices.max())} is not one of {name}")
+        mapped = table[indices]
+        strange = np.unique(indices[mapped < 0])
+        if len(strange):
+            shown = ", ".join(map(str, strange[:5].tolist()))
+            raise ValueError(f"label values {shown} are not among those of {name}")
+        return checked_label(mapped, len(classes))
+
+    return Dataset(name, train, test, classes, label, problems=problems)
+
+
+def _table(classes: dict[int, int], ignored: set[int]) -> NDArray[np.int64]:
+    """Class index of every label value, 255 where it is ignored, −1 where it cannot be."""
+    table = np.full(256, -1, np.int64)
+    table[sorted(ignored)] = IGNORE_INDEX
+    for value, index in classes.items():
+        table[value] = index
+    return table
+
+
+def _pair_by_name(
+    images: Iterable[Path], label: Callable[[Path], Path], problems: list[Problem]
+) -> list[Sample]:
+    samples = []
+    for image in images:
+        target = label(image)
+        missing = next((path for path in (image, target) if not path.is_file()), None)
+        if missing is None:
+            samples.append(Sample(f"{image.parent.name}/{image.stem}", image, target))
+        else:
+            problems.append(Problem(f"{image.parent.name}/{image.stem}", f"{missing} is missing"))
+    return samples
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; is the layout right?")
+    return path

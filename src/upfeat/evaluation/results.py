@@ -1,0 +1,164 @@
+"""What an evaluation found: rows of scores, with what they were measured on, as JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import statistics
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from upfeat._version import __version__
+from upfeat.evaluation.datasets import Problem
+from upfeat.storage import write_bytes
+
+FORMAT = "upfeat-eval-1"
+
+HIGHER_IS_BETTER = {
+    "miou": True,
+    "accuracy": True,
+    "boundary_f": True,
+    "boundary_miou": True,
+    "rmse": False,
+    "abs_rel": False,
+    "delta_1.25": True,
+    "average_drop": False,
+    "average_increase": True,
+    "error": False,
+    "cosine": True,
+    "drift": True,
+}
+"""Every score there is, and its good direction."""
+
+
+@dataclass
+class Row:
+    """The scores of one upsampler under one protocol.
+
+    Attributes:
+        upsampler: its label in the table.
+        protocol: how it was used.
+        weights: digest of its weights.
+        scores: name to one value per seed.
+        per_class: class name to one IoU per seed; segmentation only.
+        cost: seconds and memory of one image; not repeatable to the digit, unlike scores.
+        pictures: sample name to a base64 PNG of the prediction of the first seed.
+    """
+
+    upsampler: str
+    protocol: str
+    weights: str
+    scores: dict[str, list[float]]
+    per_class: dict[str, list[float]] = field(default_factory=dict)
+    cost: dict[str, float | None] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """A whole table.
+
+    Attributes:
+        task: what was evaluated.
+        data: names, counts and digests of the data.
+        backbone: name and digest.
+        settings: everything that changes scores.
+        rows: in the order asked for.
+        problems: what was left out, and why.
+        examples: sample name to base64 pictures of the image and its label, for the report.
+    """
+
+    task: str
+    data: dict[str, Any]
+    backbone: dict[str, Any]
+    settings: dict[str, Any]
+    rows: list[Row]
+    problems: list[Problem]
+    examples: dict[str, dict[str, str]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values, without pictures."""
+        rows = []
+        for row in self.rows:
+            content = asdict(row)
+            del content["pictures"]
+            for key in ("scores", "per_class"):
+                content[key] = {name: summary(values) for name, values in content[key].items()}
+            rows.append(content)
+        return {
+            "format": FORMAT,
+            "task": self.task,
+            "data": self.data,
+            "backbone": self.backbone,
+            "settings": self.settings,
+            "versions": self.versions,
+            "problems": [asdict(problem) for problem in self.problems],
+            "rows": rows,
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file, whole or not at all."""
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_bytes(path, (text + "\n").encode())
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Mean, spread (sample standard deviation; ``None`` for one seed) and the values.
+
+    Values that are not defined are ``None``, and so is a mean over any of them.
+    """
+    defined = all(math.isfinite(value) for value in values)
+    return {
+        "mean": statistics.fmean(values) if defined else None,
+        "spread": statistics.stdev(values) if defined and len(values) > 1 else None,
+        "values": [value if math.isfinite(value) else None for value in values],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the result depends on."""
+    import numpy
+    import PIL
+
+    return {
+        "upfeat": __version__,
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+class RowStore:
+    """Finished rows on disk, so that an interrupted evaluation goes on after the last one."""
+
+    def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
+        """Use an existing folder; rows are found again only under an equal recipe."""
+        self.folder = folder
+        self.recipe = json.dumps(recipe, sort_keys=True)
+
+    def load(self, label: str, weights: str) -> list[Row] | None:
+        """The rows of an upsampler, or ``None``."""
+        path = self._path(label, weights)
+        if not path.is_file():
+            return None
+        try:
+            return [Row(**content) for content in json.loads(path.read_text())]
+        except (ValueError, TypeError):
+            return None
+
+    def save(self, label: str, weights: str, rows: list[Row]) -> None:
+        """Keep the rows of an upsampler."""
+        content = json.dumps([asdict(row) for row in rows])
+        write_bytes(self._path(label, weights), content.encode())
+
+    def _path(self, label: str, weights: str) -> Path:
+        key = hashlib.sha256(f"{self.recipe}|{label}|{weights}".encode()).hexdigest()
+        return self.folder / f"{key[:32]}.json"

@@ -1,0 +1,60 @@
+"""``upfeat eval`` as a user meets it."""
+
+import argparse
+import json
+
+import pytest
+from evaluation.scenes import write_dataset
+
+from upfeat.cli import eval as command
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_dataset(tmp_path / "scenes")
+
+
+def run(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.execute(parser.parse_args([str(argument) for argument in arguments]))
+
+
+SMALL = ("--size", 32, "--seeds", 1, "--pixels", 20)
+
+
+def test_table_and_files(folder, tmp_path, capsys):
+    (folder / "train" / "labels" / "s0.png").unlink()
+    out = tmp_path / "out"
+    arguments = ("--upsamplers", "nearest", "bilinear", "--protocol", "transfer", *SMALL)
+    assert run("seg", folder, "-o", out, *arguments) == 0
+    shown = capsys.readouterr()
+    assert "bilinear" in shown.out
+    assert "mIoU" in shown.out
+    assert "s0.png: has no label" in shown.err
+    content = json.loads((out / "results.json").read_text())
+    assert [row["protocol"] for row in content["rows"]] == ["transfer", "probabilities"] * 2
+    assert content["data"]["train"]["images"] == 5
+    assert (out / "report.html").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--upsamplers", "bilinaer"), "did you mean bilinear"),
+        (("--backbone", "efficientnet"), "did you mean efficientnet_lite0"),
+        (("--size", 3), "size=3"),
+        (("--seeds", 0), "seeds=0"),
+    ],
+)
+def test_bad_options(folder, tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        run("seg", folder, "-o", tmp_path / "out", "--upsamplers", "nearest", *arguments)
+
+
+def test_bad_folders(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        run("seg", tmp_path / "none", "-o", tmp_path / "out", "--upsamplers", "nearest")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        run("seg", folder, "-o", tmp_path / "file", "--upsamplers", "nearest")

@@ -1,0 +1,132 @@
+"""Heads before upsampling, sampling, and what the fits converge to."""
+
+import pytest
+import torch
+
+import upfeat
+from upfeat.evaluation.probe import (
+    Head,
+    Pixels,
+    draw_pixels,
+    fit_classifier,
+    fit_depth,
+    head_map,
+    read_cells,
+    read_pixels,
+)
+from upfeat.evaluation.probing import named_generator
+from upfeat.evaluation.segmentation import upsample_probabilities
+from upfeat.upsamplers import create_upsampler
+
+
+def _case(name):
+    torch.manual_seed(0)
+    upsampler = upfeat.JBUStack(5).eval() if name == "jbu_stack" else create_upsampler(name)
+    features, guidance = torch.randn(1, 5, 4, 6), torch.randn(1, 3, 32, 48)
+    return upsampler, features, guidance, Head(torch.randn(7, 5), torch.randn(7))
+
+
+@pytest.mark.parametrize("name", upfeat.list_upsamplers())
+@torch.no_grad()
+def test_a_head_before_upsampling_is_the_head_after(name):
+    upsampler, features, guidance, head = _case(name)
+    kernels = upsampler.prepare(guidance, (4, 6), (32, 48))
+    found = head_map(upsampler, kernels, features, head)
+    after = head(upsampler(features, guidance)[0].flatten(1).T).T.view(1, 7, 32, 48)
+    torch.testing.assert_close(found, after, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "joint_bilateral"])
+@torch.no_grad()
+def test_upsampled_logits_are_logits_of_upsampled_features(name):
+    upsampler, features, guidance, head = _case(name)
+    logits = torch.einsum("kc,bchw->bkhw", head.weight, features) + head.bias[:, None, None]
+    kernels = upsampler.prepare(guidance, (4, 6), (32, 48))
+    found = head_map(upsampler, kernels, features, head)
+    torch.testing.assert_close(found, kernels(logits), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_upsampled_probabilities_stay_probabilities_under_convex_weights():
+    upsampler, features, guidance, _ = _case("joint_bilateral")
+    head = Head(torch.randn(6, 5), torch.randn(6))
+    kernels = upsampler.prepare(guidance, (4, 6), (32, 48))
+    maps = upsample_probabilities(kernels, features, head, 3).view(2, 3, 32, 48)
+    torch.testing.assert_close(maps.sum(1), torch.ones(2, 32, 48))
+    assert (maps >= 0).all()
+
+
+@torch.no_grad()
+def test_cells_are_what_nearest_reads():
+    upsampler, features, guidance, _ = _case("nearest")
+    upsampled = upsampler(features, guidance)[0]
+    places = torch.arange(32 * 48)
+    expected = read_pixels(upsampled, places)
+    assert torch.equal(read_cells(features[0], places, (32, 48)), expected)
+
+
+def test_only_usable_pixels_are_drawn():
+    usable = torch.zeros(6, 7, dtype=torch.bool)
+    usable[2, 3] = usable[5, 1] = True
+    places = draw_pixels(usable, 50, torch.Generator().manual_seed(0))
+    assert set(places.tolist()) == {2 * 7 + 3, 5 * 7 + 1}
+    again = draw_pixels(usable, 50, torch.Generator().manual_seed(0))
+    assert torch.equal(places, again)
+
+
+def test_generators_differ_by_seed_and_name():
+    draws = [
+        torch.rand(4, generator=named_generator(seed, name)).tolist()
+        for seed, name in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))
+    ]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2] != draws[3] != draws[0]
+
+
+def _classification(n_images=20, n_pixels=30):
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(n_images, n_pixels, 4, generator=generator) * torch.tensor(
+        [1, 100, 0.01, 1]
+    )
+    features += torch.tensor([5, 0, 1, -200])
+    noisy = features[..., 0] - 5 + features[..., 1] / 100
+    targets = (noisy > 0).long() + (noisy > 1).long()
+    return Pixels(features, targets)
+
+
+def test_classifier_learns_whatever_the_scale_of_features():
+    pixels = _classification()
+    head = fit_classifier(pixels, 3, torch.Generator().manual_seed(0))
+    right = head(pixels.features.flatten(0, 1)).argmax(1) == pixels.targets.flatten()
+    assert right.float().mean() > 0.95
+
+
+def test_classifier_against_scikit_learn():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    pixels = _classification()
+    head = fit_classifier(pixels, 3, torch.Generator().manual_seed(0))
+    flat, targets = pixels.features.flatten(0, 1), pixels.targets.flatten()
+    scaled = ((flat - flat.mean(0)) / flat.std(0, correction=0)).numpy()
+    # The weakest penalty is best for clean classes: 1e-4/2·|W|² beside the mean is C = 1/(n·1e-4).
+    reference = linear_model.LogisticRegression(C=1 / (len(scaled) * 1e-4), max_iter=5000)
+    probabilities = reference.fit(scaled, targets.numpy()).predict_proba(scaled)
+    found = head(flat).softmax(1)
+    torch.testing.assert_close(found, torch.from_numpy(probabilities).float(), rtol=0.05, atol=0.02)
+
+
+def test_depth_probe_ignores_scale_and_shift_of_images():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(20, 40, 5, generator=generator)
+    truth = features @ torch.tensor([1.0, -2, 0, 0.5, 0])
+    scale = torch.rand(20, 1, generator=generator) * 10 + 0.1
+    shift = torch.randn(20, 1, generator=generator) * 100
+    head = fit_depth(Pixels(features, truth * scale + shift), generator)
+    predicted = head(features.flatten(0, 1)).view(20, 40)
+    for row, expected in zip(predicted, truth, strict=True):
+        assert torch.corrcoef(torch.stack([row, expected]))[0, 1] > 0.999
+
+
+def test_one_image_is_enough_to_fit():
+    pixels = _classification(1, 200)
+    head = fit_classifier(pixels, 3, torch.Generator().manual_seed(0))
+    assert torch.isfinite(head.weight).all()

@@ -1,0 +1,122 @@
+"""Known datasets on tiny generated copies of their official layouts."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from upfeat.evaluation.readers import CITYSCAPES_CLASSES, LAYOUTS, VOC_CLASSES, read_dataset
+
+VALUES = {
+    # What label files hold, and the class each value must become.
+    "coco_stuff": ([0, 181, 255], [0, 181, 255]),
+    "ade20k": ([0, 1, 150], [255, 0, 149]),
+    "cityscapes": ([7, 33, 0, 6], [0, 18, 255, 255]),
+    "voc": ([0, 20, 255], [0, 20, 255]),
+}
+PATHS = {
+    "coco_stuff": ("images/{}2017/{}.jpg", "annotations/{}2017/{}.png", ("train", "val")),
+    "ade20k": ("images/{}/{}.jpg", "annotations/{}/{}.png", ("training", "validation")),
+    "cityscapes": (
+        "leftImg8bit/{}/ulm/{}_leftImg8bit.png",
+        "gtFine/{}/ulm/{}_gtFine_labelIds.png",
+        ("train", "val"),
+    ),
+    "voc": ("JPEGImages/{}_{}.jpg", "SegmentationClass/{}_{}.png", ("train", "val")),
+}
+
+
+def write(layout, root):
+    """Two images of each split, and one that lacks its label."""
+    image, label, splits = PATHS[layout]
+    values = np.resize(VALUES[layout][0], (16, 24)).astype(np.uint8)
+    for split in splits:
+        names = []
+        for name in ("x_000000_000019", "y_000001_000019", "z_000002_000019"):
+            for pattern, content in ((image, np.zeros((16, 24, 3), np.uint8)), (label, values)):
+                path = root / pattern.format(split, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(content).save(path)
+            names.append(f"{split}_{name}")
+        (root / label.format(split, name)).unlink()
+        if layout == "voc":
+            lists = root / "ImageSets" / "Segmentation"
+            lists.mkdir(parents=True, exist_ok=True)
+            (lists / f"{split}.txt").write_text("\n".join(names) + "\n")
+    return root
+
+
+@pytest.mark.parametrize("layout", sorted(VALUES))
+def test_segmentation_layouts(layout, tmp_path):
+    dataset = read_dataset(write(layout, tmp_path), layout=layout)
+    assert (len(dataset.train), len(dataset.test), len(dataset.problems)) == (2, 2, 2)
+    assert "is missing" in str(dataset.problems[0])
+    expected = np.resize(VALUES[layout][1], (16, 24))
+    for sample in dataset.train + dataset.test:
+        assert (dataset.read_target(sample) == expected).all()
+        assert dataset.read_image(sample).shape == (3, 16, 24)
+    count = {"coco_stuff": 182, "ade20k": 150, "cityscapes": 19, "voc": 21}[layout]
+    assert len(dataset.classes) == len(set(dataset.classes)) == count
+
+
+@pytest.mark.parametrize(("layout", "strange"), [("voc", 21), ("ade20k", 151), ("cityscapes", 40)])
+def test_strange_label_values_are_refused(layout, strange, tmp_path):
+    dataset = read_dataset(write(layout, tmp_path), layout=layout)
+    Image.new("L", (24, 16), strange).save(dataset.train[0].target)
+    with pytest.raises(ValueError, match=str(strange)):
+        dataset.read_target(dataset.train[0])
+
+
+def test_class_names():
+    assert len(VOC_CLASSES) == 21
+    assert len(CITYSCAPES_CLASSES) == 19
+
+
+def test_names_from_the_lists_that_come_along(tmp_path):
+    root = write("coco_stuff", tmp_path / "coco")
+    (root / "labels.txt").write_text("0: unlabeled\n1: person\n182: wood\n")
+    assert read_dataset(root, layout="coco_stuff").classes[::181] == ["person", "wood"]
+    root = write("ade20k", tmp_path / "ade")
+    lines = (
+        "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t5\t5\t1\twall, side\n150\t0\t1\t1\t0\tflag\n"
+    )
+    (root / "objectInfo150.txt").write_text(lines)
+    assert read_dataset(root, layout="ade20k").classes[::149] == ["wall", "flag"]
+
+
+def test_nyuv2(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (8, 3, 24, 16)).astype(np.uint8)  # (N, 3, W, H)
+    depths = random.uniform(1, 5, (8, 24, 16)).astype(np.float32)
+    depths[3, 2, 1] = 0
+    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"], file["depths"] = images, depths
+    dataset = read_dataset(tmp_path, "depth", layout="nyuv2")
+    assert (len(dataset.train), len(dataset.test)) == (6, 2)
+    sample = next(s for s in dataset.train + dataset.test if s.index == 3)
+    depth, image = dataset.read_target(sample), dataset.read_image(sample)
+    assert depth.shape == (16, 24)
+    assert np.isnan(depth[1, 2])
+    assert depth[5, 7] == depths[3, 7, 5]
+    assert image.shape == (3, 16, 24)
+    assert float(image[2, 5, 7]) == pytest.approx(images[3, 2, 7, 5] / 255)
+    assert dataset.identify(sample) != dataset.identify(dataset.train[0])
+
+
+def test_nyuv2_that_is_no_such_file(tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "nyu_depth_v2_labeled.mat").write_text("text")
+    with pytest.raises(ValueError, match="not the labelled NYUv2 file"):
+        read_dataset(tmp_path, "depth", layout="nyuv2")
+
+
+def test_wrong_layouts(tmp_path):
+    for layout, (task, _) in LAYOUTS.items():
+        if layout != "nyuv2":
+            with pytest.raises(FileNotFoundError, match="is the layout right"):
+                read_dataset(tmp_path, task, layout=layout)
+        other = "seg" if task == "depth" else "depth"
+        with pytest.raises(ValueError, match="is for the task"):
+            read_dataset(tmp_path, other, layout=layout)
+    with pytest.raises(ValueError, match="did you mean cityscapes"):
+        read_dataset(tmp_path, layout="cityscape")
