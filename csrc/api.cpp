@@ -1,5 +1,6 @@
-// The C interface: checks shapes, chooses the instruction set, builds the tables, calls the kernels.
-// The checks are the last line: whatever passes them reads and writes only inside its tensors.
+// The C interface: checks shapes, chooses the instruction set, builds the tables, calls the
+// kernels. The checks are the last line: whatever passes them reads and writes only inside its
+// tensors.
 #if defined(UPFEAT_X86)
 #include <cpuid.h>
 #endif
@@ -136,7 +137,8 @@ int forward(const UpfeatTensor* features, const WeightSource& source, const Upfe
   prepare_output(*out, threads);
   double work = elements(*out) * static_cast<double>(axes.rows.window * axes.columns.window);
   if (source.guidance) work += elements(weights) * static_cast<double>(weights.size[1]);
-  return kernels->upsample(runtime_for(threads, work), *features, source, *out, axes.rows, axes.columns);
+  return kernels->upsample(runtime_for(threads, work), *features, source, *out, axes.rows,
+                           axes.columns);
 }
 
 int backward(const UpfeatTensor* features, const UpfeatTensor* weights, const UpfeatTensor* grad,
@@ -159,13 +161,13 @@ int backward(const UpfeatTensor* features, const UpfeatTensor* weights, const Up
   const Runtime runtime = runtime_for(threads, work);
   int status = UPFEAT_OK;
   if (grad_features) {
-    status = kernels->grad_features(runtime, *weights, *grad, *grad_features, axes.rows,
-                                    axes.columns);
+    status =
+        kernels->grad_features(runtime, *weights, *grad, *grad_features, axes.rows, axes.columns);
   }
   if (grad_weights && status == UPFEAT_OK) {
     prepare_output(*grad_weights, threads);
-    status = kernels->grad_weights(runtime, *features, *grad, *grad_weights, axes.rows,
-                                   axes.columns);
+    status =
+        kernels->grad_weights(runtime, *features, *grad, *grad_weights, axes.rows, axes.columns);
   }
   return status;
 }

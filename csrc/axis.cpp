@@ -16,8 +16,8 @@ struct Reads {
   double share[4];
 };
 
-double cubic_near(double t) { return ((1.25 * t - 2.25) * t) * t + 1.0; }            // |t| <= 1
-double cubic_far(double t) { return ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0; }      // 1 < |t| < 2
+double cubic_near(double t) { return ((1.25 * t - 2.25) * t) * t + 1.0; }        // |t| <= 1
+double cubic_far(double t) { return ((-0.75 * t + 3.75) * t - 6.0) * t + 3.0; }  // 1 < |t| < 2
 
 int64_t clamp(int64_t value, int64_t low, int64_t high) {
   return value < low ? low : (value > high ? high : value);

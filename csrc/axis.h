@@ -5,7 +5,8 @@
 namespace upfeat {
 
 // Both return false when memory runs out; free_axis is safe on a partly built axis.
-// Bicubic (a = -0.75, align_corners=False, cells clamped) from `in` to `out`, then reflect by radius.
+// Bicubic (a = -0.75, align_corners=False, cells clamped) from `in` to `out`, then reflect by
+// radius.
 bool bicubic_axis(Axis& axis, int64_t in, int64_t out, int64_t radius);
 // No resize and no reflection: output coordinate y reads cells y .. y+2r of out+2r.
 bool padded_axis(Axis& axis, int64_t out, int64_t radius);

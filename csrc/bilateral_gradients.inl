@@ -52,7 +52,8 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
       const int64_t row = k / maker.side - maker.radius, column = k % maker.side - maker.radius;
       const double unit = maker.radius ? static_cast<double>(maker.radius) : 1.0;
       // u of radius 0 is (-1, -1).
-      const double distance = maker.radius ? static_cast<double>(row * row + column * column) / (unit * unit) : 2.0;
+      const double distance =
+          maker.radius ? static_cast<double>(row * row + column * column) / (unit * unit) : 2.0;
       const Vec shared = grad_n * range * maker.spatial[k];
       by_sigma += shared * static_cast<float>(distance / (sigma * sigma * sigma));
       range_mean += shared;
@@ -114,13 +115,16 @@ static void gather_keys(float* to, int64_t to_pitch, const float* plane, int64_t
                         int64_t count) {
   for (int64_t x = 0; x < count; x += kLanes) {
     Vec sum[kSpan];
-    UPFEAT_UNROLL for (int d = 0; d < kSpan; ++d) sum[d] = load(to + d * to_pitch + x);
+    UPFEAT_UNROLL
+    for (int d = 0; d < kSpan; ++d) sum[d] = load(to + d * to_pitch + x);
     for (int64_t dx = 0; dx < side; ++dx) {
       const Vec g = load(plane + dx * plane_step + x);
       const float* from = keys + dx * key_step + x;
-      UPFEAT_UNROLL for (int d = 0; d < kSpan; ++d) sum[d] += g * load(from + d * key_pitch);
+      UPFEAT_UNROLL
+      for (int d = 0; d < kSpan; ++d) sum[d] += g * load(from + d * key_pitch);
     }
-    UPFEAT_UNROLL for (int d = 0; d < kSpan; ++d) store(to + d * to_pitch + x, sum[d]);
+    UPFEAT_UNROLL
+    for (int d = 0; d < kSpan; ++d) store(to + d * to_pitch + x, sum[d]);
   }
 }
 

@@ -72,13 +72,14 @@ static void read_run(const void* from, int64_t stride, int64_t dtype, int64_t co
   if (stride == 1 && dtype == UPFEAT_FLOAT32) {
     memcpy(to, from, static_cast<size_t>(count) * 4);
   } else if (stride == 1 && dtype == UPFEAT_BFLOAT16) {
-    for (int64_t i = 0; i < count; ++i) to[i] = from_bfloat16(static_cast<const uint16_t*>(from)[i]);
+    for (int64_t i = 0; i < count; ++i)
+      to[i] = from_bfloat16(static_cast<const uint16_t*>(from)[i]);
   } else {
     int64_t i = 0;
 #if defined(__F16C__)
     for (; stride == 1 && i + 8 <= count; i += 8) {
-      const __m128i halves = _mm_loadu_si128(
-          reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + i));
+      const __m128i halves =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(from) + i));
       _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
     }
 #endif
@@ -121,8 +122,8 @@ UPFEAT_INLINE Row row_of(const UpfeatTensor& tensor, int64_t batch, int64_t row)
 
 // (channels, columns) of a row to dense (columns, pitch) float32; channels up to the next multiple
 // of kLanes are zeroed.
-UPFEAT_APART void read_channels_last(const Row& row, int64_t channel, int64_t channels, int64_t column,
-                               int64_t columns, float* to, int64_t pitch) {
+UPFEAT_APART void read_channels_last(const Row& row, int64_t channel, int64_t channels,
+                                     int64_t column, int64_t columns, float* to, int64_t pitch) {
   const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
   if (row.channel_stride == 1 || row.column_stride != 1) {
     for (int64_t x = 0; x < columns; ++x) {
@@ -156,9 +157,9 @@ UPFEAT_APART void read_channels_last(const Row& row, int64_t channel, int64_t ch
 }
 
 // The way back: dense (columns, pitch) float32 to (channels, columns) of a row.
-UPFEAT_APART void write_channels_last(const Row& row, int64_t channel, int64_t channels, int64_t column,
-                                int64_t columns, const float* from, int64_t pitch,
-                                     bool streamed) {
+UPFEAT_APART void write_channels_last(const Row& row, int64_t channel, int64_t channels,
+                                      int64_t column, int64_t columns, const float* from,
+                                      int64_t pitch, bool streamed) {
   if (row.channel_stride == 1 || row.column_stride != 1) {
     for (int64_t x = 0; x < columns; ++x) {
       write_run(row.at(channel, column + x), row.channel_stride, row.dtype, channels,
@@ -198,7 +199,8 @@ UPFEAT_APART void write_channels_last(const Row& row, int64_t channel, int64_t c
 }
 
 // Tap planes of a tile, [taps][2 rows][kTile]; what lies outside the image is zero.
-static void read_tile(const UpfeatTensor& tensor, int64_t batch, int64_t y, int64_t x, float* tile) {
+static void read_tile(const UpfeatTensor& tensor, int64_t batch, int64_t y, int64_t x,
+                      float* tile) {
   const int64_t columns = tensor.size[3] - x < kTile ? tensor.size[3] - x : kTile;
   const bool whole = columns == kTile && tensor.stride[3] == 1 && tensor.dtype == UPFEAT_FLOAT32;
   for (int64_t py = 0; py < 2; ++py) {

@@ -187,7 +187,8 @@ static int grad_features(const Runtime& runtime, const UpfeatTensor& weights,
     job.coloured = (job.chunks.count + 1 - job.colour) / 2;
     if (!job.coloured) continue;
     // Few chunks: share the channels out too (no effect on the result).
-    const int64_t share = (2 * runtime.workers + job.coloured * batches - 1) / (job.coloured * batches);
+    const int64_t share =
+        (2 * runtime.workers + job.coloured * batches - 1) / (job.coloured * batches);
     job.splits = smaller(blocks_of(grad.size[1]).count, share);
     runtime.parallel_for(runtime.workers, job.splits * job.coloured * batches, grad_features_task,
                          &job);

@@ -1,5 +1,5 @@
-// The kernels for one instruction set. CMake compiles this file once per set, with UPFEAT_ISA naming
-// it and the machine flags that it needs.
+// The kernels for one instruction set. CMake compiles this file once per set, with UPFEAT_ISA
+// naming it and the machine flags that it needs.
 //
 // Everything lies in an anonymous namespace and nothing comes from the C++ library: an inline
 // function shared with portable code could be merged by the linker into one copy that holds

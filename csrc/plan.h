@@ -14,18 +14,18 @@ constexpr int64_t kTile = 16;  // output columns of a tile; a tile has two rows
 // How one output axis reads the coarse axis through reflect padding and bicubic resizing.
 // Two neighbouring output coordinates form a group and share a window of `window` coarse cells.
 struct Axis {
-  int64_t in = 0;       // coarse cells
-  int64_t out = 0;      // output coordinates
-  int64_t taps = 0;     // 2r+1
-  int64_t window = 0;   // coarse cells read by any group
-  int64_t groups = 0;   // ceil(out / 2)
-  int64_t* lo = nullptr;       // (groups,) first coarse cell of each window
-  float* coef = nullptr;       // (2*groups, window, taps): coarse cell a's share in tap d
-  int64_t* first = nullptr;    // (2*groups, window): taps outside [first, last) have share 0
+  int64_t in = 0;            // coarse cells
+  int64_t out = 0;           // output coordinates
+  int64_t taps = 0;          // 2r+1
+  int64_t window = 0;        // coarse cells read by any group
+  int64_t groups = 0;        // ceil(out / 2)
+  int64_t* lo = nullptr;     // (groups,) first coarse cell of each window
+  float* coef = nullptr;     // (2*groups, window, taps): coarse cell a's share in tap d
+  int64_t* first = nullptr;  // (2*groups, window): taps outside [first, last) have share 0
   int64_t* last = nullptr;
   // The same, with kTile coordinates side by side.
   int64_t tiles = 0;
-  float* tile_coef = nullptr;  // (tiles, window, taps, kTile)
+  float* tile_coef = nullptr;     // (tiles, window, taps, kTile)
   int64_t* tile_first = nullptr;  // (tiles, window)
   int64_t* tile_last = nullptr;
 };

@@ -91,19 +91,24 @@ UPFEAT_INLINE Vec add_halves(Vec a, Vec b) { return zip_low(a, b) + zip_high(a, 
 // Rows become columns, in place: log2(kLanes) perfect shuffles.
 UPFEAT_INLINE void transpose(Vec* rows) {
   Vec other[kLanes];
-  UPFEAT_UNROLL for (int round = 1; round < kLanes; round *= 2) {
-    UPFEAT_UNROLL for (int i = 0; i < kLanes / 2; ++i) {
+  UPFEAT_UNROLL
+  for (int round = 1; round < kLanes; round *= 2) {
+    UPFEAT_UNROLL
+    for (int i = 0; i < kLanes / 2; ++i) {
       other[2 * i] = zip_low(rows[i], rows[i + kLanes / 2]);
       other[2 * i + 1] = zip_high(rows[i], rows[i + kLanes / 2]);
     }
-    UPFEAT_UNROLL for (int i = 0; i < kLanes; ++i) rows[i] = other[i];
+    UPFEAT_UNROLL
+    for (int i = 0; i < kLanes; ++i) rows[i] = other[i];
   }
 }
 
 // Lane i of the result is the sum of the lanes of rows[i].
 UPFEAT_INLINE Vec transpose_sum(Vec* rows) {
-  UPFEAT_UNROLL for (int count = kLanes / 2; count > 0; count /= 2) {
-    UPFEAT_UNROLL for (int i = 0; i < count; ++i) rows[i] = add_halves(rows[i], rows[i + count]);
+  UPFEAT_UNROLL
+  for (int count = kLanes / 2; count > 0; count /= 2) {
+    UPFEAT_UNROLL
+    for (int i = 0; i < count; ++i) rows[i] = add_halves(rows[i], rows[i + count]);
   }
   return rows[0];
 }
@@ -128,7 +133,8 @@ UPFEAT_INLINE Vec exp(Vec x) {
   return as_float(as_bits(p) + power);
 }
 
-// x * Phi(x). Phi - 1/2 is an odd rational function fitted on |x| <= 5.6 (error 1e-8 before rounding).
+// x * Phi(x). Phi - 1/2 is an odd rational function fitted on |x| <= 5.6 (error 1e-8 before
+// rounding).
 UPFEAT_INLINE Vec gelu(Vec x) {
   const Vec z = max(min(x, splat(5.6f)), splat(-5.6f));
   const Vec t = z * z;

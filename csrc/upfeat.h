@@ -51,34 +51,39 @@ UPFEAT_API int upfeat_isa_mask(void);
 // out (B,C,H,W) from features (B,C,h,w), H >= h and W >= w, and weights (B,(2r+1)^2,H,W): bicubic
 // resize, reflect padding and the per-pixel correlation in one.
 UPFEAT_API int upfeat_jbu_forward(const UpfeatTensor* features, const UpfeatTensor* weights,
-                       const UpfeatTensor* out, int64_t radius, int isa, int threads);
+                                  const UpfeatTensor* out, int64_t radius, int isa, int threads);
 // Either gradient may be null. Results do not depend on the thread count.
 UPFEAT_API int upfeat_jbu_backward(const UpfeatTensor* features, const UpfeatTensor* weights,
-                        const UpfeatTensor* grad, const UpfeatTensor* grad_features,
-                        const UpfeatTensor* grad_weights, int64_t radius, int isa, int threads);
+                                   const UpfeatTensor* grad, const UpfeatTensor* grad_features,
+                                   const UpfeatTensor* grad_weights, int64_t radius, int isa,
+                                   int threads);
 
 // As above on features that are already padded: (B,C,H+2r,W+2r) -> (B,C,H,W).
 UPFEAT_API int upfeat_conv_forward(const UpfeatTensor* padded, const UpfeatTensor* weights,
-                        const UpfeatTensor* out, int64_t radius, int isa, int threads);
+                                   const UpfeatTensor* out, int64_t radius, int isa, int threads);
 UPFEAT_API int upfeat_conv_backward(const UpfeatTensor* padded, const UpfeatTensor* weights,
-                         const UpfeatTensor* grad, const UpfeatTensor* grad_padded,
-                         const UpfeatTensor* grad_weights, int64_t radius, int isa, int threads);
+                                    const UpfeatTensor* grad, const UpfeatTensor* grad_padded,
+                                    const UpfeatTensor* grad_weights, int64_t radius, int isa,
+                                    int threads);
 
 // weights (B,(2r+1)^2,H,W) from keys (B,D,H,W).
-UPFEAT_API int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights, int64_t radius,
-                             double temperature, double sigma_spatial, int isa, int threads);
+UPFEAT_API int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights,
+                                        int64_t radius, double temperature, double sigma_spatial,
+                                        int isa, int threads);
 // grad_scalars receives d/d temperature and d/d sigma_spatial.
 UPFEAT_API int upfeat_bilateral_backward(const UpfeatTensor* keys, const UpfeatTensor* grad,
-                              const UpfeatTensor* grad_keys, double* grad_scalars, int64_t radius,
-                              double temperature, double sigma_spatial, int isa, int threads);
+                                         const UpfeatTensor* grad_keys, double* grad_scalars,
+                                         int64_t radius, double temperature, double sigma_spatial,
+                                         int isa, int threads);
 
 // weights (B,(2r+1)^2,H,W) from guidance (B,G,H,W).
 UPFEAT_API int upfeat_stage_weights(const UpfeatTensor* guidance, const UpfeatStage* stage,
-                         const UpfeatTensor* weights, int64_t radius, int isa, int threads);
+                                    const UpfeatTensor* weights, int64_t radius, int isa,
+                                    int threads);
 // A whole stage: the weights exist one tile at a time and are never stored.
 UPFEAT_API int upfeat_stage_forward(const UpfeatTensor* features, const UpfeatTensor* guidance,
-                         const UpfeatStage* stage, const UpfeatTensor* out, int64_t radius, int isa,
-                         int threads);
+                                    const UpfeatStage* stage, const UpfeatTensor* out,
+                                    int64_t radius, int isa, int threads);
 
 #ifdef __cplusplus
 }

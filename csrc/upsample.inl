@@ -26,8 +26,8 @@ UPFEAT_INLINE CoarseRows coarse_rows(const UpfeatTensor& features, int64_t windo
   CoarseRows rows{};
   rows.features = &features;
   rows.channels = (features.size[1] + kLanes - 1) / kLanes * kLanes;
-  rows.direct = features.dtype == UPFEAT_FLOAT32 && features.stride[1] == 1 &&
-                features.size[1] % kLanes == 0;
+  rows.direct =
+      features.dtype == UPFEAT_FLOAT32 && features.stride[1] == 1 && features.size[1] % kLanes == 0;
   rows.step = rows.direct ? features.stride[3] : rows.channels;
   rows.pitch = features.size[3] * rows.channels;
   rows.slots = rows.direct ? 0 : window;
@@ -165,8 +165,9 @@ static void upsample_task(void* context, int64_t task, int worker) {
 static int upsample(const Runtime& runtime, const UpfeatTensor& features,
                     const WeightSource& source, const UpfeatTensor& out, const Axis& rows,
                     const Axis& columns) {
-  UpsampleJob job{&rows, &columns, out, describe(source), coarse_rows(features, rows.window),
-                  Chunks{}, false, nullptr, 0};
+  UpsampleJob job{
+      &rows, &columns, out, describe(source), coarse_rows(features, rows.window), Chunks{},
+      false, nullptr,  0};
   job.chunks = chunks_of(rows.groups, runtime.workers, out.size[0], job.coarse.direct ? 4 : 2);
   job.streamed = out.size[0] * out.size[1] * out.size[2] * out.size[3] * 4 >= kStreamedBytes;
   const int64_t floats = rows.taps * columns.taps * kTilePixels +

@@ -3,8 +3,8 @@
 // q rows kept by a worker: every row that a pair of output rows and its taps can touch.
 // A row is [key width][pitch], column x of the image at radius + x, reflected on both sides.
 struct Keys {
-  float* rows;      // (slots, width, pitch)
-  int64_t* held;    // (slots,) the image row in each slot, -1 for none
+  float* rows;    // (slots, width, pitch)
+  int64_t* held;  // (slots,) the image row in each slot, -1 for none
   int64_t slots, width, pitch, batch;
 };
 
@@ -12,8 +12,8 @@ struct Maker {
   const WeightSource* source;
   const UpfeatTensor* image;  // keys or guidance
   int64_t radius, side, taps, width, height, columns;
-  float* spatial;  // (taps,)
-  Keys keys;       // this worker's
+  float* spatial;   // (taps,)
+  Keys keys;        // this worker's
   float* guidance;  // [G][2][kTile] this worker's tile of guidance
   float* hidden;    // [max(D, T)][2][kTile]
   float* input;     // [T + G][2][kTile]
@@ -35,7 +35,8 @@ static void fill_spatial(const WeightSource& source, float* spatial) {
   for (int64_t k = 0; k < side * side; ++k) {
     // linspace(-1, 1, 1) is {-1}.
     const double step = source.radius ? 1.0 / static_cast<double>(source.radius) : 0.0;
-    const double y = static_cast<double>(k / side) * step - 1, x = static_cast<double>(k % side) * step - 1;
+    const double y = static_cast<double>(k / side) * step - 1,
+                 x = static_cast<double>(k % side) * step - 1;
     const double e = -(y * y + x * x) / (2 * source.sigma_spatial * source.sigma_spatial);
     spatial[k] = static_cast<float>(__builtin_exp(e));
   }
@@ -46,21 +47,28 @@ template <int kOut>
 static void dense_block(const float* weight, const float* bias, int64_t inputs, const float* in,
                         float* out) {
   Vec sum[kOut][kTileVecs];
-  UPFEAT_UNROLL for (int o = 0; o < kOut; ++o) {
-    UPFEAT_UNROLL for (int v = 0; v < kTileVecs; ++v) sum[o][v] = splat(bias[o]);
+  UPFEAT_UNROLL
+  for (int o = 0; o < kOut; ++o) {
+    UPFEAT_UNROLL
+    for (int v = 0; v < kTileVecs; ++v) sum[o][v] = splat(bias[o]);
   }
   for (int64_t i = 0; i < inputs; ++i) {
     Vec value[kTileVecs];
-    UPFEAT_UNROLL for (int v = 0; v < kTileVecs; ++v) {
+    UPFEAT_UNROLL
+    for (int v = 0; v < kTileVecs; ++v) {
       value[v] = load(in + i * kTilePixels + v * kLanes);
     }
-    UPFEAT_UNROLL for (int o = 0; o < kOut; ++o) {
+    UPFEAT_UNROLL
+    for (int o = 0; o < kOut; ++o) {
       const Vec w = splat(weight[o * inputs + i]);
-      UPFEAT_UNROLL for (int v = 0; v < kTileVecs; ++v) sum[o][v] += w * value[v];
+      UPFEAT_UNROLL
+      for (int v = 0; v < kTileVecs; ++v) sum[o][v] += w * value[v];
     }
   }
-  UPFEAT_UNROLL for (int o = 0; o < kOut; ++o) {
-    UPFEAT_UNROLL for (int v = 0; v < kTileVecs; ++v) {
+  UPFEAT_UNROLL
+  for (int o = 0; o < kOut; ++o) {
+    UPFEAT_UNROLL
+    for (int v = 0; v < kTileVecs; ++v) {
       store(out + o * kTilePixels + v * kLanes, sum[o][v]);
     }
   }
@@ -79,7 +87,8 @@ static void dense(const float* weight, const float* bias, int64_t outputs, int64
 }
 
 static void gelu_tile(float* tile, int64_t features) {
-  for (int64_t i = 0; i < features * kTilePixels; i += kLanes) store(tile + i, gelu(load(tile + i)));
+  for (int64_t i = 0; i < features * kTilePixels; i += kLanes)
+    store(tile + i, gelu(load(tile + i)));
 }
 
 // Two pieces of kTile columns of image row y, [channels][2][kTile]; zero outside.
@@ -142,21 +151,25 @@ static void key_products(const Keys& keys, const float* const* centre, const flo
                          int64_t radius, int64_t dx, float* const* products) {
   for (int v = 0; v < kRowVecs; ++v) {
     Vec sum[2][kSpan];
-    UPFEAT_UNROLL for (int i = 0; i < kSpan; ++i) sum[0][i] = sum[1][i] = Vec{};
+    UPFEAT_UNROLL
+    for (int i = 0; i < kSpan; ++i) sum[0][i] = sum[1][i] = Vec{};
     const int64_t at = x + v * kLanes;
     for (int64_t d = 0; d < keys.width; ++d) {
       const Vec q0 = load(centre[0] + d * keys.pitch + radius + at);
       const Vec q1 = load(centre[1] + d * keys.pitch + radius + at);
       const float* from = line + d * keys.pitch + at + dx;
-      UPFEAT_UNROLL for (int i = 0; i < kSpan; ++i) {
+      UPFEAT_UNROLL
+      for (int i = 0; i < kSpan; ++i) {
         const Vec other = load(from + i);
         sum[0][i] += q0 * other;
         sum[1][i] += q1 * other;
       }
     }
-    UPFEAT_UNROLL for (int py = 0; py < 2; ++py) {
+    UPFEAT_UNROLL
+    for (int py = 0; py < 2; ++py) {
       if (!products[py]) continue;
-      UPFEAT_UNROLL for (int i = 0; i < kSpan; ++i) {
+      UPFEAT_UNROLL
+      for (int i = 0; i < kSpan; ++i) {
         store(products[py] + (dx + i) * kTilePixels + v * kLanes, sum[py][i]);
       }
     }
@@ -194,7 +207,8 @@ static void normalise_tile(const Maker& maker, float* tile) {
   for (int v = 0; v < kTileVecs; ++v) {
     float* at = tile + v * kLanes;
     Vec top = load(at) * temperature;
-    for (int64_t k = 1; k < maker.taps; ++k) top = max(top, load(at + k * kTilePixels) * temperature);
+    for (int64_t k = 1; k < maker.taps; ++k)
+      top = max(top, load(at + k * kTilePixels) * temperature);
     Vec range_sum = {}, sum = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
       const Vec e = exp(load(at + k * kTilePixels) * temperature - top);

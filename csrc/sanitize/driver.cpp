@@ -1,7 +1,7 @@
-// Runs every operator, forward and backward, over odd, tiny and non-square shapes, all storage types
-// and layouts, all instruction sets and several thread counts. Tensors are allocated to the byte, so
-// that the sanitizers see any access outside them; results must be finite and the same for every
-// thread count.
+// Runs every operator, forward and backward, over odd, tiny and non-square shapes, all storage
+// types and layouts, all instruction sets and several thread counts. Tensors are allocated to the
+// byte, so that the sanitizers see any access outside them; results must be finite and the same for
+// every thread count.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -27,7 +27,8 @@ uint16_t half_of(float value, int64_t dtype) {
   if (dtype == UPFEAT_BFLOAT16) return static_cast<uint16_t>(bits >> 16);
   // Truncated, magnitudes in (2^-14, 1]: good enough for input.
   if (std::fabs(value) < 1e-4f) return 0;
-  return static_cast<uint16_t>((bits >> 16 & 0x8000u) | (((bits & 0x7fffffffu) - (112u << 23)) >> 13));
+  return static_cast<uint16_t>((bits >> 16 & 0x8000u) |
+                               (((bits & 0x7fffffffu) - (112u << 23)) >> 13));
 }
 
 struct Buffer {
@@ -52,8 +53,10 @@ struct Buffer {
     for (int64_t i = 0; i < count; ++i) {
       const float value = next_value();
       const uint16_t half = half_of(value, dtype);
-      if (dtype == UPFEAT_FLOAT32) std::memcpy(&bytes[static_cast<size_t>(4 * i)], &value, 4);
-      else std::memcpy(&bytes[static_cast<size_t>(2 * i)], &half, 2);
+      if (dtype == UPFEAT_FLOAT32)
+        std::memcpy(&bytes[static_cast<size_t>(4 * i)], &value, 4);
+      else
+        std::memcpy(&bytes[static_cast<size_t>(2 * i)], &half, 2);
     }
     tensor.data = bytes.data();
   }
@@ -76,7 +79,8 @@ void repeat(const char* what, std::vector<Buffer*> out, Body body) {
   for (int threads : {1, 2, 5}) {
     expect(body(threads), what);
     for (size_t i = 0; i < out.size(); ++i) {
-      if (threads == 1) first.push_back(out[i]->bytes);
+      if (threads == 1)
+        first.push_back(out[i]->bytes);
       else if (first[i] != out[i]->bytes) {
         std::printf("%s differs with %d threads\n", what, threads);
         ++failures;
@@ -84,7 +88,8 @@ void repeat(const char* what, std::vector<Buffer*> out, Body body) {
     }
   }
   for (Buffer* buffer : out) {
-    for (size_t i = 0; buffer->tensor.dtype == UPFEAT_FLOAT32 && i + 4 <= buffer->bytes.size(); i += 4) {
+    for (size_t i = 0; buffer->tensor.dtype == UPFEAT_FLOAT32 && i + 4 <= buffer->bytes.size();
+         i += 4) {
       float value;
       std::memcpy(&value, &buffer->bytes[i], 4);
       if (!std::isfinite(value)) {
@@ -102,21 +107,25 @@ struct Shape {
 
 void upsampling(const Shape& s, int64_t dtype, Layout layout, int isa) {
   const int64_t taps = (2 * s.radius + 1) * (2 * s.radius + 1);
-  Buffer features(s.n, s.c, s.h, s.w, dtype, layout), grad_features(s.n, s.c, s.h, s.w, dtype, layout);
+  Buffer features(s.n, s.c, s.h, s.w, dtype, layout),
+      grad_features(s.n, s.c, s.h, s.w, dtype, layout);
   Buffer weights(s.n, taps, s.height, s.width, dtype, layout);
   Buffer grad_weights(s.n, taps, s.height, s.width, dtype, layout);
-  Buffer out(s.n, s.c, s.height, s.width, dtype, layout), grad(s.n, s.c, s.height, s.width, dtype, layout);
+  Buffer out(s.n, s.c, s.height, s.width, dtype, layout),
+      grad(s.n, s.c, s.height, s.width, dtype, layout);
   repeat("jbu_forward", {&out}, [&](int threads) {
-    return upfeat_jbu_forward(&features.tensor, &weights.tensor, &out.tensor, s.radius, isa, threads);
+    return upfeat_jbu_forward(&features.tensor, &weights.tensor, &out.tensor, s.radius, isa,
+                              threads);
   });
   repeat("jbu_backward", {&grad_features, &grad_weights}, [&](int threads) {
-    return upfeat_jbu_backward(&features.tensor, &weights.tensor, &grad.tensor, &grad_features.tensor,
-                               &grad_weights.tensor, s.radius, isa, threads);
+    return upfeat_jbu_backward(&features.tensor, &weights.tensor, &grad.tensor,
+                               &grad_features.tensor, &grad_weights.tensor, s.radius, isa, threads);
   });
   Buffer padded(s.n, s.c, s.height + 2 * s.radius, s.width + 2 * s.radius, dtype, layout);
   Buffer grad_padded(s.n, s.c, s.height + 2 * s.radius, s.width + 2 * s.radius, dtype, layout);
   repeat("conv_forward", {&out}, [&](int threads) {
-    return upfeat_conv_forward(&padded.tensor, &weights.tensor, &out.tensor, s.radius, isa, threads);
+    return upfeat_conv_forward(&padded.tensor, &weights.tensor, &out.tensor, s.radius, isa,
+                               threads);
   });
   repeat("conv_backward", {&grad_padded, &grad_weights}, [&](int threads) {
     return upfeat_conv_backward(&padded.tensor, &weights.tensor, &grad.tensor, &grad_padded.tensor,
@@ -126,40 +135,48 @@ void upsampling(const Shape& s, int64_t dtype, Layout layout, int isa) {
 
 void guidance_side(const Shape& s, int64_t dtype, Layout layout, int isa) {
   const int64_t taps = (2 * s.radius + 1) * (2 * s.radius + 1), width = s.c % 40 + 1, channels = 3;
-  Buffer keys(s.n, width, s.height, s.width, dtype, layout), grad_keys(s.n, width, s.height, s.width, dtype, layout);
+  Buffer keys(s.n, width, s.height, s.width, dtype, layout),
+      grad_keys(s.n, width, s.height, s.width, dtype, layout);
   Buffer weights(s.n, taps, s.height, s.width, dtype, layout);
   double scalars[2];
   repeat("bilateral_forward", {&weights}, [&](int threads) {
-    return upfeat_bilateral_forward(&keys.tensor, &weights.tensor, s.radius, 1.5, 0.8, isa, threads);
+    return upfeat_bilateral_forward(&keys.tensor, &weights.tensor, s.radius, 1.5, 0.8, isa,
+                                    threads);
   });
   repeat("bilateral_backward", {&grad_keys}, [&](int threads) {
-    return upfeat_bilateral_backward(&keys.tensor, &weights.tensor, &grad_keys.tensor, scalars, s.radius,
-                                     1.5, 0.8, isa, threads);
+    return upfeat_bilateral_backward(&keys.tensor, &weights.tensor, &grad_keys.tensor, scalars,
+                                     s.radius, 1.5, 0.8, isa, threads);
   });
   Buffer guidance(s.n, channels, s.height, s.width, dtype, layout);
-  const auto array = [](int64_t count) { return Buffer(1, 1, 1, count, UPFEAT_FLOAT32, Layout::kPlanes); };
-  Buffer arrays[8] = {array(width * channels), array(width), array(width * width), array(width),
-                      array(taps * (taps + channels)), array(taps), array(taps * taps), array(taps)};
+  const auto array = [](int64_t count) {
+    return Buffer(1, 1, 1, count, UPFEAT_FLOAT32, Layout::kPlanes);
+  };
+  Buffer arrays[8] = {
+      array(width * channels),         array(width), array(width * width), array(width),
+      array(taps * (taps + channels)), array(taps),  array(taps * taps),   array(taps)};
   const auto at = [&](int i) { return static_cast<const float*>(arrays[i].tensor.data); };
-  const UpfeatStage stage{at(0), at(1), at(2), at(3), at(4), at(5), at(6), at(7), width, 1.5, 0.8, 0.1};
+  const UpfeatStage stage{at(0), at(1), at(2), at(3), at(4), at(5),
+                          at(6), at(7), width, 1.5,   0.8,   0.1};
   repeat("stage_weights", {&weights}, [&](int threads) {
     return upfeat_stage_weights(&guidance.tensor, &stage, &weights.tensor, s.radius, isa, threads);
   });
-  Buffer features(s.n, s.c, s.h, s.w, dtype, layout), out(s.n, s.c, s.height, s.width, dtype, layout);
+  Buffer features(s.n, s.c, s.h, s.w, dtype, layout),
+      out(s.n, s.c, s.height, s.width, dtype, layout);
   repeat("stage_forward", {&out}, [&](int threads) {
-    return upfeat_stage_forward(&features.tensor, &guidance.tensor, &stage, &out.tensor, s.radius, isa,
-                                threads);
+    return upfeat_stage_forward(&features.tensor, &guidance.tensor, &stage, &out.tensor, s.radius,
+                                isa, threads);
   });
 }
 
 }  // namespace
 
 int main() {
-  const Shape shapes[] = {{1, 5, 7, 9, 14, 18, 3},   {2, 33, 8, 8, 16, 16, 3},  {1, 100, 1, 1, 4, 5, 3},
-                          {1, 1, 2, 2, 4, 4, 1},     {1, 17, 4, 8, 7, 14, 2},   {1, 31, 3, 5, 12, 20, 3},
-                          {1, 24, 5, 20, 11, 21, 2}, {3, 7, 6, 6, 6, 6, 0},     {1, 16, 3, 4, 20, 23, 4},
-                          {1, 64, 9, 17, 18, 34, 3}, {2, 18, 1, 1, 1, 2, 3},    {1, 4, 1, 3, 3, 19, 5},
-                          {0, 4, 3, 3, 6, 6, 1},     {2, 0, 3, 3, 6, 6, 1}};
+  const Shape shapes[] = {
+      {1, 5, 7, 9, 14, 18, 3},   {2, 33, 8, 8, 16, 16, 3}, {1, 100, 1, 1, 4, 5, 3},
+      {1, 1, 2, 2, 4, 4, 1},     {1, 17, 4, 8, 7, 14, 2},  {1, 31, 3, 5, 12, 20, 3},
+      {1, 24, 5, 20, 11, 21, 2}, {3, 7, 6, 6, 6, 6, 0},    {1, 16, 3, 4, 20, 23, 4},
+      {1, 64, 9, 17, 18, 34, 3}, {2, 18, 1, 1, 1, 2, 3},   {1, 4, 1, 3, 3, 19, 5},
+      {0, 4, 3, 3, 6, 6, 1},     {2, 0, 3, 3, 6, 6, 1}};
   const int mask = upfeat_isa_mask();
   for (int isa = 0; isa < 3; ++isa) {
     if (!(mask & 1 << isa)) continue;

@@ -9,9 +9,12 @@ from evaluation.scenes import scene
 from PIL import Image
 
 import upfeat
+from upfeat.downsamplers import SimpleDownsampler
 from upfeat.evaluation import EvalConfig, evaluate
 from upfeat.evaluation.cam import CAM_BACKBONE, activation
+from upfeat.evaluation.consistency import warp_to_grid
 from upfeat.evaluation.datasets import read_depth, read_photographs
+from upfeat.views import apply_jitter, sample_jitters
 
 FAST = EvalConfig(size=48, seeds=2, pixels=60, pictures=1, views=2)
 
@@ -100,6 +103,17 @@ def test_views_of_features_that_follow_every_pixel(folder, tmp_path):
     coarse = upfeat.load_backbone(lambda x: torch.nn.functional.avg_pool2d(x, 8))
     nearest, guided = run(coarse, ["nearest", "joint_bilateral"], "coarse")
     assert 0 < guided.scores["error"][0] < nearest.scores["error"][0] < 1
+
+
+@torch.no_grad()
+def test_warping_to_the_grid_is_warping_then_averaging():
+    generator = torch.Generator().manual_seed(0)
+    views = sample_jitters(3, size=(48, 64), max_pad=5, generator=generator)
+    upsampled = torch.randn(1, 4, 48, 64, generator=generator)
+    expected = SimpleDownsampler(8)(apply_jitter(upsampled, views), (6, 8))
+    torch.testing.assert_close(
+        warp_to_grid(upsampled, views, (6, 8)), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_views_are_repeatable_and_known_to_the_report(folder, colour_backbone, tmp_path):

@@ -239,6 +239,21 @@ def test_expanded_inputs(isa):
         close(a, b)
 
 
+def test_constants_stay_constant_and_flips_commute(isa):
+    features, weights, _ = problem(((2, 20, 7, 9), (21, 18), 3))
+    normalised = weights.softmax(1)
+    constant = torch.full_like(features, 0.7)
+    close(
+        cpu.joint_bilateral_upsample(constant, normalised),
+        torch.tensor(0.7).double().expand(2, 20, 21, 18),
+    )
+    flipped = weights.unflatten(1, (7, 7)).flip(2, 4).flatten(1, 2)
+    close(
+        cpu.joint_bilateral_upsample(features.flip(3), flipped).flip(3),
+        cpu.joint_bilateral_upsample(features, weights).double(),
+    )
+
+
 def test_memory_format_of_the_result():
     features, weights, _ = problem(((1, 8, 4, 4), (8, 8), 1))
     last = features.contiguous(memory_format=torch.channels_last)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.downsamplers import SimpleDownsampler
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
 from upfeat.evaluation.datasets import Problem
@@ -21,7 +20,7 @@ from upfeat.evaluation.prepared import OnStep, PreparedSet, digest, normalised
 from upfeat.evaluation.probing import named_generator
 from upfeat.evaluation.results import Row
 from upfeat.upsamplers import Upsampler
-from upfeat.views import Jitter, apply_jitter, sample_jitters
+from upfeat.views import Jitter, apply_jitter, sample_jitters, warp
 
 
 class Consistency:
@@ -38,7 +37,6 @@ class Consistency:
         self.test, self.backbone, self.config = test, backbone, config
         self.on_step: OnStep = on_step or (lambda label, done, total: None)
         self.problems: list[Problem] = []
-        self._down = SimpleDownsampler(backbone.stride)
 
     @torch.no_grad()
     def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
@@ -57,8 +55,7 @@ class Consistency:
             for seed in range(self.config.seeds):
                 generator = named_generator(seed, sample.name)
                 views = sample_jitters(self.config.views, size=sample.size, generator=generator)
-                for jitter in views:
-                    sums[seed] += self._compare(image, upsampled, centre, jitter)
+                sums[seed] += self._compare(image, upsampled, centre, views)
         self.on_step(f"{label}: views", len(self.test), len(self.test))
         cost, drift = measure(upsampler, self.test, self.backbone)
         scores = {
@@ -68,14 +65,35 @@ class Consistency:
         }
         return [Row(label, "views", digest(upsampler), scores, {}, cost)]
 
-    def _compare(self, image: Tensor, upsampled: Tensor, centre: Tensor, jitter: Jitter) -> Tensor:
-        """Squared error, variance of the backbone's features, and cosine, of one view: (3,)."""
-        seen = self.backbone(apply_jitter(image, jitter))
-        guess = self._down(apply_jitter(upsampled, jitter), (seen.shape[2], seen.shape[3]))
-        return torch.stack(
-            [
-                (guess - seen).square().mean(),
-                (seen - seen.mean((2, 3), keepdim=True)).square().mean(),
-                F.cosine_similarity(guess - centre, seen - centre, dim=1).mean(),
-            ]
+    def _compare(self, image: Tensor, upsampled: Tensor, centre: Tensor, views: Jitter) -> Tensor:
+        """Sums over views of squared error, variance of the backbone's features, cosine: (3,)."""
+        seen = self.backbone(apply_jitter(image, views))
+        guess = warp_to_grid(upsampled, views, (seen.shape[2], seen.shape[3]))
+        parts = (
+            (guess - seen).square().mean((1, 2, 3)),
+            (seen - seen.mean((2, 3), keepdim=True)).square().mean((1, 2, 3)),
+            F.cosine_similarity(guess - centre, seen - centre, dim=1).mean((1, 2)),
         )
+        return torch.stack([part.sum() for part in parts])
+
+
+def warp_to_grid(upsampled: Tensor, views: Jitter, grid_size: tuple[int, int]) -> Tensor:
+    """Show features as the views do and take the mean over each cell, in one step per axis.
+
+    Both are one matrix per axis, so the product of the two is as well: no view is ever as large as
+    the image.
+
+    Args:
+        upsampled: (1, C, H, W).
+        views: N jitters of the image.
+        grid_size: (h, w) cells.
+
+    Returns:
+        (N, C, h, w).
+    """
+    matrices = views.matrices((upsampled.shape[2], upsampled.shape[3]))
+    rows, columns = (
+        F.adaptive_avg_pool1d(matrix.mT, cells).mT
+        for matrix, cells in zip(matrices, grid_size, strict=True)
+    )
+    return warp(upsampled, rows, columns)

@@ -25,6 +25,10 @@ HELD_OUT = 0.2
 _MAX_ITERATIONS = 60
 
 
+Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Outputs (N·P, K) and targets (N, P) to the mean loss and its gradient by the outputs."""
+
+
 @dataclass(frozen=True)
 class Head:
     """A linear map of features: (K, C) weight, (K,) bias."""
@@ -119,8 +123,14 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
         K outputs: logits, on raw (not standardised) features.
     """
 
-    def loss(head: Head, part: Pixels) -> Tensor:
-        return F.cross_entropy(head(part.features.flatten(0, 1)), part.targets.flatten().long())
+    def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        # By hand: for a few classes, three times as fast as cross_entropy and its backward.
+        right = targets.flatten().long()[:, None]
+        scale = logits.logsumexp(1, keepdim=True)
+        value = (scale - logits.gather(1, right)).mean()
+        gradient = (logits - scale).exp_()
+        gradient.scatter_add_(1, right, gradient.new_full((1, 1), -1.0).expand_as(right))
+        return value, gradient.div_(len(right))
 
     start = Head(torch.zeros(n_classes, pixels.features.shape[2]), torch.zeros(n_classes))
     return _fit(pixels, start, loss, generator)
@@ -143,9 +153,13 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> Head:
     targets = _standardised_rows(pixels.targets.float())
     pixels = Pixels(pixels.features, targets)
 
-    def loss(head: Head, part: Pixels) -> Tensor:
-        predicted = head(part.features.flatten(0, 1)).view(part.targets.shape)
-        return 1 - (_standardised_rows(predicted) * part.targets).mean()
+    def loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            rows = _standardised_rows(outputs.view(targets.shape))
+            value = 1 - (rows * targets).mean()
+            (gradient,) = torch.autograd.grad(value, outputs)
+        return value.detach(), gradient
 
     flat = pixels.features.flatten(0, 1)
     scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
@@ -157,7 +171,7 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> Head:
 def _fit(
     pixels: Pixels,
     start: Head,
-    loss: Callable[[Head, Pixels], Tensor],
+    loss: Loss,
     generator: torch.Generator,
 ) -> Head:
     """Standardise, choose the penalty on held-out images, fit again on all of them."""
@@ -174,19 +188,18 @@ def _fit(
         head = start
         for penalty in L2_GRID:
             head = _minimise(head, fitted, loss, penalty)
-            with torch.no_grad():
-                value = float(loss(head, held_out))
-            if value < lowest:
-                lowest, best, chosen = value, head, penalty
+            value = float(loss(head(held_out.features.flatten(0, 1)), held_out.targets)[0])
+            if value >= lowest:
+                break
+            lowest, best, chosen = value, head, penalty
     head = _minimise(best, scaled, loss, chosen)
     weight = head.weight / deviation
     return Head(weight, head.bias - weight @ mean)
 
 
-def _minimise(
-    start: Head, pixels: Pixels, loss: Callable[[Head, Pixels], Tensor], penalty: float
-) -> Head:
+def _minimise(start: Head, pixels: Pixels, loss: Loss, penalty: float) -> Head:
     weight, bias = start.weight.clone().requires_grad_(), start.bias.clone().requires_grad_()
+    flat = pixels.features.flatten(0, 1)  # (N·P, C)
     optimiser = torch.optim.LBFGS(
         [weight, bias],
         max_iter=_MAX_ITERATIONS,
@@ -195,14 +208,14 @@ def _minimise(
         line_search_fn="strong_wolfe",
     )
 
+    @torch.no_grad()
     def closure() -> Tensor:
-        optimiser.zero_grad()
-        value = loss(Head(weight, bias), pixels) + penalty / 2 * weight.square().sum()
-        value.backward()
-        return value
+        value, gradient = loss(Head(weight, bias)(flat), pixels.targets)
+        weight.grad = gradient.T @ flat + penalty * weight
+        bias.grad = gradient.sum(0)
+        return value + penalty / 2 * weight.square().sum()
 
-    with torch.enable_grad():
-        optimiser.step(closure)
+    optimiser.step(closure)
     return Head(weight.detach(), bias.detach())
 
 

@@ -113,9 +113,11 @@ class JBUKernels:
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
-        for stage, size in zip(self.stages, self.sizes, strict=True):
+        # All pooling first: PyTorch's threads spin for a while after it, in the way of ours.
+        pooled = [F.adaptive_avg_pool2d(self.guidance, size) for size in self.sizes]
+        for stage, guidance in zip(self.stages, pooled, strict=True):
             assert isinstance(stage, JBUStage)
-            features = stage.upsample(features, F.adaptive_avg_pool2d(self.guidance, size))
+            features = stage.upsample(features, guidance)
         return features
 
     def crop(self, features: Tensor, window: Window) -> Tensor:
