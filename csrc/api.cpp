@@ -1,47 +1,15 @@
-// The C interface: checks shapes, chooses the instruction set, builds the tables, calls the
-// kernels. The checks are the last line: whatever passes them reads and writes only inside its
-// tensors.
-#if defined(UPFEAT_X86)
-#include <cpuid.h>
-#endif
-
+// The C interface: checks shapes, builds the tables, calls the kernels. The checks are the last
+// line: whatever passes them reads and writes only inside its tensors.
 #include <exception>
 #include <initializer_list>
 
 #include "axis.h"
-#include "memory.h"
 #include "plan.h"
-#include "threads.h"
+#include "runtime.h"
 #include "upfeat.h"
 
 namespace upfeat {
 namespace {
-
-const Kernels* kernels_for(int isa) {
-  const int mask = upfeat_isa_mask();
-  if (isa < 0) isa = (mask & 4) ? 2 : (mask & 2) ? 1 : 0;
-  if (isa > 2 || !(mask & (1 << isa))) return nullptr;
-#if defined(UPFEAT_X86)
-  if (isa == 2) return kernels_avx512();
-  if (isa == 1) return kernels_avx2();
-#endif
-  return kernels_baseline();
-}
-
-#if defined(UPFEAT_X86)
-// Older compilers do not know "f16c" as a name for __builtin_cpu_supports.
-bool has_f16c() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
-#endif
-
-// `work` in multiply-adds: starting a thread costs about as much as a million of them.
-Runtime runtime_for(int threads, double work) {
-  int workers = threads < 1 ? 1 : (threads > 1024 ? 1024 : threads);
-  if (work < 1e6 * workers) workers = 1 + static_cast<int>(work / 1e6);
-  return Runtime{parallel_for, allocate, release, workers};
-}
 
 double elements(const UpfeatTensor& tensor) {
   double count = 1;
@@ -79,28 +47,31 @@ bool has_taps(const UpfeatTensor& tensor, int64_t radius) {
   return radius >= 0 && radius < 32768 && tensor.size[1] == (2 * radius + 1) * (2 * radius + 1);
 }
 
-void populate_task(void* begin, int64_t page, int) { populate_large_page(begin, page); }
+enum class Kind { kBicubic, kPadded, kCells };
 
-// Large fresh outputs get large pages where the platform has them, faulted in by all threads. Left
-// to the kernels, threads that write planes side by side would all clear the same pages.
-void prepare_output(const UpfeatTensor& out, int threads) {
-  int64_t extent = 1;
-  for (int i = 0; i < 4; ++i) {
-    if (out.stride[i] < 0) return;
-    extent += (out.size[i] - 1) * out.stride[i];
-  }
-  const int64_t bytes = extent * (out.dtype == UPFEAT_FLOAT32 ? 4 : 2);
-  const int64_t pages = prefer_large_pages(out.data, bytes);
-  if (pages) parallel_for(threads < 1 ? 1 : threads, pages, populate_task, out.data);
+// How fine pixels read coarse ones.
+struct Mode {
+  Kind kind;
+  UpfeatWindow window;  // kCells only
+};
+
+const Mode kBicubic{Kind::kBicubic, {}}, kPadded{Kind::kPadded, {}};
+
+bool lies_in(const UpfeatWindow& window, int64_t height, int64_t width) {
+  constexpr int64_t kMost = int64_t{1} << 30;  // products of two sizes stay below 2^63
+  return window.top >= 0 && window.left >= 0 && window.height <= kMost && window.width <= kMost &&
+         window.top <= window.height - height && window.left <= window.width - width;
 }
 
-enum class Mode { kBicubic, kPadded };
-
 // Sizes of coarse against fine (H, W): what `Mode` requires.
-bool sizes_fit(const UpfeatTensor& coarse, const UpfeatTensor& weights, int64_t radius, Mode mode) {
+bool sizes_fit(const UpfeatTensor& coarse, const UpfeatTensor& weights, int64_t radius,
+               const Mode& mode) {
   const int64_t height = weights.size[2], width = weights.size[3];
   if (!has_taps(weights, radius) || coarse.size[0] != weights.size[0]) return false;
-  if (mode == Mode::kPadded) {
+  if (mode.kind == Kind::kCells) {
+    return coarse.size[2] >= 1 && coarse.size[3] >= 1 && lies_in(mode.window, height, width);
+  }
+  if (mode.kind == Kind::kPadded) {
     return coarse.size[2] == height + 2 * radius && coarse.size[3] == width + 2 * radius;
   }
   return coarse.size[2] >= 1 && coarse.size[3] >= 1 && height >= coarse.size[2] &&
@@ -110,8 +81,14 @@ bool sizes_fit(const UpfeatTensor& coarse, const UpfeatTensor& weights, int64_t 
 struct Axes {
   Axis rows, columns;
 
-  bool build(const UpfeatTensor& coarse, int64_t height, int64_t width, int64_t radius, Mode mode) {
-    if (mode == Mode::kPadded) {
+  bool build(const UpfeatTensor& coarse, int64_t height, int64_t width, int64_t radius,
+             const Mode& mode) {
+    const UpfeatWindow& in = mode.window;
+    if (mode.kind == Kind::kCells) {
+      return cells_axis(rows, coarse.size[2], in.height, in.top, height, radius) &&
+             cells_axis(columns, coarse.size[3], in.width, in.left, width, radius);
+    }
+    if (mode.kind == Kind::kPadded) {
       return padded_axis(rows, height, radius) && padded_axis(columns, width, radius);
     }
     return bicubic_axis(rows, coarse.size[2], height, radius) &&
@@ -124,7 +101,7 @@ struct Axes {
 };
 
 int forward(const UpfeatTensor* features, const WeightSource& source, const UpfeatTensor& weights,
-            const UpfeatTensor* out, Mode mode, int isa, int threads) {
+            const UpfeatTensor* out, const Mode& mode, int isa, int threads) {
   const int64_t height = weights.size[2], width = weights.size[3];
   if (!all_valid({features, out})) return UPFEAT_BAD_ARGUMENT;
   if (!sized(*out, weights.size[0], features->size[1], height, width)) return UPFEAT_BAD_ARGUMENT;
@@ -143,7 +120,7 @@ int forward(const UpfeatTensor* features, const WeightSource& source, const Upfe
 
 int backward(const UpfeatTensor* features, const UpfeatTensor* weights, const UpfeatTensor* grad,
              const UpfeatTensor* grad_features, const UpfeatTensor* grad_weights, int64_t radius,
-             Mode mode, int isa, int threads) {
+             const Mode& mode, int isa, int threads) {
   if (!all_valid({features, weights, grad})) return UPFEAT_BAD_ARGUMENT;
   if (grad_features && !valid(grad_features)) return UPFEAT_BAD_ARGUMENT;
   if (grad_weights && !valid(grad_weights)) return UPFEAT_BAD_ARGUMENT;
@@ -192,6 +169,35 @@ int make_weights(const WeightSource& source, const UpfeatTensor& image, const Up
                                *weights);
 }
 
+int attend(const Attention& attention, const UpfeatTensor* weights, const Mode& mode,
+           int64_t radius, const UpfeatTensor* grad_queries, const UpfeatTensor* grad_keys,
+           double* grad_scalars, int isa, int threads) {
+  if (!all_valid({attention.queries, attention.keys, weights})) return UPFEAT_BAD_ARGUMENT;
+  const int64_t *q = attention.queries->size, *k = attention.keys->size;
+  if (radius < 1 || q[1] != k[1] || !sizes_fit(*attention.keys, *weights, radius, mode) ||
+      !sized(*attention.queries, weights->size[0], k[1], weights->size[2], weights->size[3])) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  if (is_empty(*weights)) return UPFEAT_OK;
+  if (!q[1]) return UPFEAT_BAD_ARGUMENT;
+  if (grad_scalars &&
+      (!all_valid({grad_queries, grad_keys}) || !sized(*grad_queries, q[0], q[1], q[2], q[3]) ||
+       !sized(*grad_keys, k[0], k[1], k[2], k[3]))) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  Axes axes;
+  if (!axes.build(*attention.keys, q[2], q[3], radius, mode)) return UPFEAT_NO_MEMORY;
+  const Runtime runtime = runtime_for(threads, elements(*weights) * static_cast<double>(q[1] + 16));
+  if (grad_scalars) {
+    return kernels->grad_attend(runtime, attention, *weights, *grad_queries, *grad_keys,
+                                grad_scalars, axes.rows, axes.columns);
+  }
+  prepare_output(*weights, threads);
+  return kernels->attend(runtime, attention, *weights, axes.rows, axes.columns);
+}
+
 // No exception may cross into C: running out of memory is the only one there is.
 template <typename Body>
 int guarded(Body body) {
@@ -234,26 +240,11 @@ extern "C" {
 
 int upfeat_abi(void) { return UPFEAT_ABI; }
 
-int upfeat_isa_mask(void) {
-  int mask = 1;
-#if defined(UPFEAT_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-    mask |= 2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
-      mask |= 4;
-    }
-  }
-#endif
-  return mask;
-}
-
 int upfeat_jbu_forward(const UpfeatTensor* features, const UpfeatTensor* weights,
                        const UpfeatTensor* out, int64_t radius, int isa, int threads) {
   if (!valid(weights)) return UPFEAT_BAD_ARGUMENT;
   return guarded([&] {
-    return forward(features, given(weights, radius), *weights, out, Mode::kBicubic, isa, threads);
+    return forward(features, given(weights, radius), *weights, out, kBicubic, isa, threads);
   });
 }
 
@@ -261,8 +252,8 @@ int upfeat_jbu_backward(const UpfeatTensor* features, const UpfeatTensor* weight
                         const UpfeatTensor* grad, const UpfeatTensor* grad_features,
                         const UpfeatTensor* grad_weights, int64_t radius, int isa, int threads) {
   return guarded([&] {
-    return backward(features, weights, grad, grad_features, grad_weights, radius, Mode::kBicubic,
-                    isa, threads);
+    return backward(features, weights, grad, grad_features, grad_weights, radius, kBicubic, isa,
+                    threads);
   });
 }
 
@@ -270,7 +261,7 @@ int upfeat_conv_forward(const UpfeatTensor* padded, const UpfeatTensor* weights,
                         const UpfeatTensor* out, int64_t radius, int isa, int threads) {
   if (!valid(weights)) return UPFEAT_BAD_ARGUMENT;
   return guarded([&] {
-    return forward(padded, given(weights, radius), *weights, out, Mode::kPadded, isa, threads);
+    return forward(padded, given(weights, radius), *weights, out, kPadded, isa, threads);
   });
 }
 
@@ -278,8 +269,52 @@ int upfeat_conv_backward(const UpfeatTensor* padded, const UpfeatTensor* weights
                          const UpfeatTensor* grad, const UpfeatTensor* grad_padded,
                          const UpfeatTensor* grad_weights, int64_t radius, int isa, int threads) {
   return guarded([&] {
-    return backward(padded, weights, grad, grad_padded, grad_weights, radius, Mode::kPadded, isa,
+    return backward(padded, weights, grad, grad_padded, grad_weights, radius, kPadded, isa,
                     threads);
+  });
+}
+
+int upfeat_neighbourhood_forward(const UpfeatTensor* features, const UpfeatTensor* weights,
+                                 const UpfeatTensor* out, const UpfeatWindow* window,
+                                 int64_t radius, int isa, int threads) {
+  if (!valid(weights) || !window) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return forward(features, given(weights, radius), *weights, out, Mode{Kind::kCells, *window},
+                   isa, threads);
+  });
+}
+
+int upfeat_neighbourhood_backward(const UpfeatTensor* features, const UpfeatTensor* weights,
+                                  const UpfeatTensor* grad, const UpfeatTensor* grad_features,
+                                  const UpfeatTensor* grad_weights, const UpfeatWindow* window,
+                                  int64_t radius, int isa, int threads) {
+  if (!window) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return backward(features, weights, grad, grad_features, grad_weights, radius,
+                    Mode{Kind::kCells, *window}, isa, threads);
+  });
+}
+
+int upfeat_attend_forward(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                          const UpfeatTensor* weights, const UpfeatWindow* window, int64_t radius,
+                          double temperature, double sigma, int isa, int threads) {
+  if (!window) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return attend({queries, keys, temperature, sigma}, weights, Mode{Kind::kCells, *window}, radius,
+                  nullptr, nullptr, nullptr, isa, threads);
+  });
+}
+
+int upfeat_attend_backward(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                           const UpfeatTensor* grad, const UpfeatTensor* grad_queries,
+                           const UpfeatTensor* grad_keys, double* grad_scalars,
+                           const UpfeatWindow* window, int64_t radius, double temperature,
+                           double sigma, int isa, int threads) {
+  if (!window || !grad_scalars) return UPFEAT_BAD_ARGUMENT;
+  grad_scalars[0] = grad_scalars[1] = 0;
+  return guarded([&] {
+    return attend({queries, keys, temperature, sigma}, grad, Mode{Kind::kCells, *window}, radius,
+                  grad_queries, grad_keys, grad_scalars, isa, threads);
   });
 }
 
@@ -327,8 +362,7 @@ int upfeat_stage_forward(const UpfeatTensor* features, const UpfeatTensor* guida
   UpfeatTensor weights = *guidance;  // only the sizes are read
   weights.size[1] = (2 * radius + 1) * (2 * radius + 1);
   return guarded([&] {
-    return forward(features, staged(guidance, stage, radius), weights, out, Mode::kBicubic, isa,
-                   threads);
+    return forward(features, staged(guidance, stage, radius), weights, out, kBicubic, isa, threads);
   });
 }
 

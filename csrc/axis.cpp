@@ -1,4 +1,5 @@
-// Coefficient tables that fold bicubic resizing and reflect padding into the taps (exactly).
+// Coefficient tables that fold bicubic resizing and reflect padding into the taps (exactly), or
+// map taps to the cells around a coordinate.
 #include "axis.h"
 
 #include <cmath>
@@ -48,12 +49,23 @@ int64_t reflect(int64_t index, int64_t size) {
   return index < size ? index : period - index;
 }
 
+enum class Kind { kBicubic, kPadded, kCells };
+
 struct Geometry {
+  Kind kind;
   int64_t in, out, radius;
-  bool padded;
+  int64_t length = 0, start = 0;  // kCells: the whole axis, and the first coordinate on it
+
+  // The cell that a coordinate's centre lies in.
+  int64_t own(int64_t coordinate) const {
+    return (2 * (start + coordinate) + 1) * in / (2 * length);
+  }
 
   Reads reads(int64_t coordinate, int64_t tap) const {
-    if (padded) return Reads{1, {coordinate + tap}, {1.0}};
+    if (kind == Kind::kPadded) return Reads{1, {coordinate + tap}, {1.0}};
+    if (kind == Kind::kCells) {
+      return Reads{1, {clamp(own(coordinate) + tap - radius, 0, in - 1)}, {1.0}};
+    }
     return bicubic_reads(reflect(coordinate + tap - radius, out), in, out);
   }
 };
@@ -120,6 +132,25 @@ bool fill_tables(Axis& axis, const Geometry& geometry) {
   return true;
 }
 
+// A coordinate on the border of two cells has one cell more on one side: that one must not count,
+// so that windows are symmetric and flips commute.
+bool fill_distances(Axis& axis, const Geometry& geometry) {
+  const int64_t pitch = axis.tiles * kTile;
+  if (!allocate_array(axis.away, axis.taps * pitch)) return false;
+  const double reach = static_cast<double>(geometry.radius) + 0.5 - 1e-4;
+  for (int64_t y = 0; y < axis.out; ++y) {
+    const int64_t centre = (2 * (geometry.start + y) + 1) * geometry.in, own = geometry.own(y);
+    for (int64_t tap = 0; tap < axis.taps; ++tap) {
+      const int64_t cell = (2 * (own + tap - geometry.radius) + 1) * geometry.length;
+      const double apart =
+          static_cast<double>(centre - cell) / static_cast<double>(2 * geometry.length);
+      axis.away[tap * pitch + y] =
+          std::fabs(apart) > reach ? kOutOfReach : static_cast<float>(apart * apart);
+    }
+  }
+  return true;
+}
+
 bool build(Axis& axis, const Geometry& geometry) {
   axis.in = geometry.in;
   axis.out = geometry.out;
@@ -131,11 +162,17 @@ bool build(Axis& axis, const Geometry& geometry) {
 }  // namespace
 
 bool bicubic_axis(Axis& axis, int64_t in, int64_t out, int64_t radius) {
-  return build(axis, Geometry{in, out, radius, false});
+  return build(axis, Geometry{Kind::kBicubic, in, out, radius});
 }
 
 bool padded_axis(Axis& axis, int64_t out, int64_t radius) {
-  return build(axis, Geometry{out + 2 * radius, out, radius, true});
+  return build(axis, Geometry{Kind::kPadded, out + 2 * radius, out, radius});
+}
+
+bool cells_axis(Axis& axis, int64_t in, int64_t length, int64_t start, int64_t out,
+                int64_t radius) {
+  const Geometry geometry{Kind::kCells, in, out, radius, length, start};
+  return build(axis, geometry) && fill_distances(axis, geometry);
 }
 
 void free_axis(Axis& axis) {
@@ -146,6 +183,7 @@ void free_axis(Axis& axis) {
   release(axis.tile_coef);
   release(axis.tile_first);
   release(axis.tile_last);
+  release(axis.away);
   axis = Axis{};
 }
 

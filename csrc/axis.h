@@ -10,6 +10,9 @@ namespace upfeat {
 bool bicubic_axis(Axis& axis, int64_t in, int64_t out, int64_t radius);
 // No resize and no reflection: output coordinate y reads cells y .. y+2r of out+2r.
 bool padded_axis(Axis& axis, int64_t out, int64_t radius);
+// Coordinate start + y of `length` over `in` cells reads the 2r+1 cells around the one it lies in,
+// cells clamped; also fills `away`.
+bool cells_axis(Axis& axis, int64_t in, int64_t length, int64_t start, int64_t out, int64_t radius);
 void free_axis(Axis& axis);
 
 }  // namespace upfeat

@@ -35,37 +35,65 @@ static void read_grad_tile(const GradientJob& job, int64_t batch, int64_t group,
 
 // ---- d/d weights ----
 
+// A worker's scratch for products of what lies on pixels with the cells around them.
+struct Products {
+  CoarseRows coarse;
+  int64_t* offsets;
+  float *taps, *half, *folded, *pixels;
+};
+
+UPFEAT_INLINE int64_t products_bytes(const GradientJob& job) {
+  const Axis &rows = *job.rows, &columns = *job.columns;
+  const int64_t floats = rows.taps * columns.taps * kTilePixels +
+                         half_folded_floats(rows, columns) + folded_floats(rows, columns) +
+                         kTilePixels * job.coarse.channels;
+  return coarse_bytes(job.coarse) + rounded(rows.window * 8) + rounded(floats * 4);
+}
+
+static Products place_products(const GradientJob& job, char* at) {
+  const Axis &rows = *job.rows, &columns = *job.columns;
+  Products products{job.coarse, nullptr, nullptr, nullptr, nullptr, nullptr};
+  at = place_coarse(products.coarse, at);
+  products.offsets = reinterpret_cast<int64_t*>(at);
+  products.taps = reinterpret_cast<float*>(at + rounded(rows.window * 8));
+  products.half = products.taps + rows.taps * columns.taps * kTilePixels;
+  products.folded = products.half + half_folded_floats(rows, columns);
+  products.pixels = products.folded + folded_floats(rows, columns);
+  // The last tile's missing pixels must not leave old numbers behind.
+  memset(products.folded, 0, static_cast<size_t>(folded_floats(rows, columns)) * 4);
+  return products;
+}
+
+// Fills products.taps for one tile.
+static void make_products(const GradientJob& job, Products& products, int64_t batch, int64_t group,
+                          int64_t tile) {
+  const Axis &rows = *job.rows, &columns = *job.columns;
+  const CoarseRows& coarse = products.coarse;
+  const int64_t pitch = coarse.channels;
+  if (tile == 0) find_rows(products.coarse, rows.lo[group], rows.window, products.offsets);
+  const Window window{products.offsets, rows.window, columns.window, coarse.step};
+  read_grad_tile(job, batch, group, tile, 0, job.grad.size[1], pitch, products.pixels);
+  for (int64_t j = 0; tile * kTile + 2 * j < columns.out && 2 * j < kTile; ++j) {
+    const float* pixels = products.pixels + 2 * j * pitch;
+    const float* four[4] = {pixels, pixels + pitch, pixels + kTile * pitch,
+                            pixels + (kTile + 1) * pitch};
+    const int64_t low = columns.lo[tile * (kTile / 2) + j];
+    correlate(window, coarse_base(coarse) + low * coarse.step, pitch, four,
+              products.folded + 2 * j);
+  }
+  unfold(rows, columns, group, tile, products.folded, products.half, products.taps);
+}
+
 static void grad_weights_task(void* context, int64_t task, int worker) {
   const GradientJob& job = *static_cast<GradientJob*>(context);
-  const Axis& rows = *job.rows;
-  const Axis& columns = *job.columns;
   const int64_t batch = task / job.chunks.count, chunk = task % job.chunks.count;
-  const int64_t pitch = job.coarse.channels;
-  CoarseRows coarse = job.coarse;
-  char* at = place_coarse(coarse, job.scratch + worker * job.worker_bytes);
-  int64_t* offsets = reinterpret_cast<int64_t*>(at);
-  float* taps = reinterpret_cast<float*>(at + rounded(rows.window * 8));
-  float* half = taps + rows.taps * columns.taps * kTilePixels;
-  float* folded = half + half_folded_floats(rows, columns);
-  float* grad = folded + folded_floats(rows, columns);
-  // The last tile's missing pixels must not leave old numbers behind.
-  memset(folded, 0, static_cast<size_t>(folded_floats(rows, columns)) * 4);
-  start_coarse(coarse, batch);
-  const int64_t end = smaller((chunk + 1) * job.chunks.size, rows.groups);
+  Products products = place_products(job, job.scratch + worker * job.worker_bytes);
+  start_coarse(products.coarse, batch);
+  const int64_t end = smaller((chunk + 1) * job.chunks.size, job.rows->groups);
   for (int64_t group = chunk * job.chunks.size; group < end; ++group) {
-    find_rows(coarse, rows.lo[group], rows.window, offsets);
-    const Window window{offsets, rows.window, columns.window, coarse.step};
-    for (int64_t tile = 0; tile < columns.tiles; ++tile) {
-      read_grad_tile(job, batch, group, tile, 0, job.grad.size[1], pitch, grad);
-      for (int64_t j = 0; tile * kTile + 2 * j < columns.out && 2 * j < kTile; ++j) {
-        const float* pixels = grad + 2 * j * pitch;
-        const float* four[4] = {pixels, pixels + pitch, pixels + kTile * pitch,
-                                pixels + (kTile + 1) * pitch};
-        const int64_t low = columns.lo[tile * (kTile / 2) + j];
-        correlate(window, coarse_base(coarse) + low * coarse.step, pitch, four, folded + 2 * j);
-      }
-      unfold(rows, columns, group, tile, folded, half, taps);
-      write_tile(job.weights, batch, 2 * group, tile * kTile, taps);
+    for (int64_t tile = 0; tile < job.columns->tiles; ++tile) {
+      make_products(job, products, batch, group, tile);
+      write_tile(job.weights, batch, 2 * group, tile * kTile, products.taps);
     }
   }
 }
@@ -80,10 +108,7 @@ static int grad_weights(const Runtime& runtime, const UpfeatTensor& features,
   job.weights = target;
   job.coarse = coarse_rows(features, rows.window);
   job.chunks = chunks_of(rows.groups, runtime.workers, grad.size[0], job.coarse.direct ? 4 : 2);
-  const int64_t floats = rows.taps * columns.taps * kTilePixels +
-                         half_folded_floats(rows, columns) + folded_floats(rows, columns) +
-                         kTilePixels * job.coarse.channels;
-  job.worker_bytes = coarse_bytes(job.coarse) + rounded(rows.window * 8) + rounded(floats * 4);
+  job.worker_bytes = products_bytes(job);
   const int64_t tasks = job.chunks.count * grad.size[0];
   const int workers = static_cast<int>(smaller(runtime.workers, tasks));
   job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * workers));

@@ -25,8 +25,10 @@ namespace {
 #include "upsample.inl"
 #include "gradients.inl"
 #include "bilateral_gradients.inl"
+#include "neighbourhood.inl"
 
-const Kernels kTable = {upsample, make_weights, grad_features, grad_weights, grad_bilateral};
+const Kernels kTable = {upsample,       make_weights, grad_features, grad_weights,
+                        grad_bilateral, attend,       grad_attend};
 
 }  // namespace
 

@@ -11,8 +11,11 @@ namespace upfeat {
 
 constexpr int64_t kTile = 16;  // output columns of a tile; a tile has two rows
 
-// How one output axis reads the coarse axis through reflect padding and bicubic resizing.
+// How one output axis reads the coarse axis: through reflect padding and bicubic resizing, or the
+// cells around each coordinate's own.
 // Two neighbouring output coordinates form a group and share a window of `window` coarse cells.
+constexpr float kOutOfReach = 1e30f;
+
 struct Axis {
   int64_t in = 0;            // coarse cells
   int64_t out = 0;           // output coordinates
@@ -28,6 +31,9 @@ struct Axis {
   float* tile_coef = nullptr;     // (tiles, window, taps, kTile)
   int64_t* tile_first = nullptr;  // (tiles, window)
   int64_t* tile_last = nullptr;
+  // Only where an axis reads cells: squared distances from coordinates to the centres of their
+  // cells, in cells, (taps, tiles * kTile); kOutOfReach where a cell must not count.
+  float* away = nullptr;
 };
 
 // Runs body(context, task, worker) for every task in [0, tasks), worker in [0, workers).
@@ -55,6 +61,14 @@ struct WeightSource {
   double sigma_spatial = 0;
 };
 
+// Softmax over the cells around a pixel.
+struct Attention {
+  const UpfeatTensor* queries;
+  const UpfeatTensor* keys;
+  double temperature;
+  double sigma;
+};
+
 struct Kernels {
   int (*upsample)(const Runtime&, const UpfeatTensor& features, const WeightSource&,
                   const UpfeatTensor& out, const Axis& rows, const Axis& columns);
@@ -65,6 +79,11 @@ struct Kernels {
                       const UpfeatTensor& grad_weights, const Axis& rows, const Axis& columns);
   int (*grad_bilateral)(const Runtime&, const WeightSource&, const UpfeatTensor& grad,
                         const UpfeatTensor& grad_keys, double* grad_scalars);
+  int (*attend)(const Runtime&, const Attention&, const UpfeatTensor& weights, const Axis& rows,
+                const Axis& columns);
+  int (*grad_attend)(const Runtime&, const Attention&, const UpfeatTensor& grad,
+                     const UpfeatTensor& grad_queries, const UpfeatTensor& grad_keys,
+                     double* grad_scalars, const Axis& rows, const Axis& columns);
 };
 
 const Kernels* kernels_baseline();

@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 1
+#define UPFEAT_ABI 2
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -65,6 +65,39 @@ UPFEAT_API int upfeat_conv_backward(const UpfeatTensor* padded, const UpfeatTens
                                     const UpfeatTensor* grad, const UpfeatTensor* grad_padded,
                                     const UpfeatTensor* grad_weights, int64_t radius, int isa,
                                     int threads);
+
+// A window of an output of height x width: the part that tensors of fine pixels hold.
+typedef struct {
+  int64_t height, width;  // of the whole output
+  int64_t top, left;
+} UpfeatWindow;
+
+// out[p] = sum over |d| <= r of weights[d, p] * features[cell(p) + d], cells clamped to the grid,
+// cell(p) = floor((p + 1/2) * h / H) along each axis. Any sizes, but meant for H >= h.
+UPFEAT_API int upfeat_neighbourhood_forward(const UpfeatTensor* features,
+                                            const UpfeatTensor* weights, const UpfeatTensor* out,
+                                            const UpfeatWindow* window, int64_t radius, int isa,
+                                            int threads);
+UPFEAT_API int upfeat_neighbourhood_backward(const UpfeatTensor* features,
+                                             const UpfeatTensor* weights, const UpfeatTensor* grad,
+                                             const UpfeatTensor* grad_features,
+                                             const UpfeatTensor* grad_weights,
+                                             const UpfeatWindow* window, int64_t radius, int isa,
+                                             int threads);
+
+// weights[d, p] = softmax over |d| <= r of temperature * <queries[p], keys[cell(p) + d]> -
+// |p - centre(cell(p) + d)|^2 / (2 sigma^2), distances in cells, cells out of reach left out;
+// queries (B,D,H,W), keys (B,D,h,w), r >= 1, D >= 1.
+UPFEAT_API int upfeat_attend_forward(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                                     const UpfeatTensor* weights, const UpfeatWindow* window,
+                                     int64_t radius, double temperature, double sigma, int isa,
+                                     int threads);
+// grad_scalars receives d/d temperature and d/d sigma.
+UPFEAT_API int upfeat_attend_backward(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                                      const UpfeatTensor* grad, const UpfeatTensor* grad_queries,
+                                      const UpfeatTensor* grad_keys, double* grad_scalars,
+                                      const UpfeatWindow* window, int64_t radius,
+                                      double temperature, double sigma, int isa, int threads);
 
 // weights (B,(2r+1)^2,H,W) from keys (B,D,H,W).
 UPFEAT_API int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights,

@@ -168,6 +168,43 @@ void guidance_side(const Shape& s, int64_t dtype, Layout layout, int isa) {
   });
 }
 
+// Neighbourhoods on the whole output, and on a window of one that is half as large again.
+void neighbourhood(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) {
+  const int64_t radius = s.radius ? s.radius : 1, taps = (2 * radius + 1) * (2 * radius + 1);
+  const int64_t depth = s.c % 40 + 1;
+  const UpfeatWindow window{whole ? s.height : s.height + s.height / 2,
+                            whole ? s.width : s.width + s.width / 2, whole ? 0 : s.height / 2,
+                            whole ? 0 : s.width / 3};
+  Buffer features(s.n, s.c, s.h, s.w, dtype, layout),
+      grad_features(s.n, s.c, s.h, s.w, dtype, layout);
+  Buffer weights(s.n, taps, s.height, s.width, dtype, layout);
+  Buffer grad_weights(s.n, taps, s.height, s.width, dtype, layout);
+  Buffer out(s.n, s.c, s.height, s.width, dtype, layout),
+      grad(s.n, s.c, s.height, s.width, dtype, layout);
+  repeat("neighbourhood_forward", {&out}, [&](int threads) {
+    return upfeat_neighbourhood_forward(&features.tensor, &weights.tensor, &out.tensor, &window,
+                                        radius, isa, threads);
+  });
+  repeat("neighbourhood_backward", {&grad_features, &grad_weights}, [&](int threads) {
+    return upfeat_neighbourhood_backward(&features.tensor, &weights.tensor, &grad.tensor,
+                                         &grad_features.tensor, &grad_weights.tensor, &window,
+                                         radius, isa, threads);
+  });
+  Buffer queries(s.n, depth, s.height, s.width, dtype, layout),
+      grad_queries(s.n, depth, s.height, s.width, dtype, layout);
+  Buffer keys(s.n, depth, s.h, s.w, dtype, layout), grad_keys(s.n, depth, s.h, s.w, dtype, layout);
+  Buffer scalars(1, 1, 1, 8, UPFEAT_FLOAT16, Layout::kPlanes);  // the bytes of two doubles
+  repeat("attend_backward", {&grad_queries, &grad_keys, &scalars}, [&](int threads) {
+    return upfeat_attend_backward(
+        &queries.tensor, &keys.tensor, &weights.tensor, &grad_queries.tensor, &grad_keys.tensor,
+        static_cast<double*>(scalars.tensor.data), &window, radius, 1.5, 0.8, isa, threads);
+  });
+  repeat("attend_forward", {&weights}, [&](int threads) {
+    return upfeat_attend_forward(&queries.tensor, &keys.tensor, &weights.tensor, &window, radius,
+                                 1.5, 0.8, isa, threads);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -185,6 +222,8 @@ int main() {
         for (Layout layout : {Layout::kPlanes, Layout::kPixels, Layout::kSparse}) {
           upsampling(shape, dtype, layout, isa);
           guidance_side(shape, dtype, layout, isa);
+          neighbourhood(shape, dtype, layout, isa, true);
+          neighbourhood(shape, dtype, layout, isa, false);
         }
       }
     }

@@ -23,6 +23,7 @@ __all__ = [
     "bilateral_weights",
     "joint_bilateral_upsample",
     "neighbourhood_upsample",
+    "neighbourhood_weights",
 ]
 
 
@@ -142,28 +143,103 @@ def bilateral_weights(
     return dispatch.call("bilateral_weights", backend, keys, *scalars, radius)
 
 
-def _check_pair(name: str, values: Tensor, weights: Tensor) -> Tensor:
-    """Check that two (B, ·, ·, ·) tensors go together; return the weights in the values' dtype."""
-    for label, tensor in ((name, values), ("weights", weights)):
+def neighbourhood_weights(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: Tensor | float,
+    sigma: Tensor | float,
+    *,
+    radius: int = 2,
+    output_size: tuple[int, int] | None = None,
+    window: tuple[int, int, int, int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """How much every pixel takes from each of the coarse cells around its own.
+
+    weights[b, δ, p] = softmax over |δ|∞ ≤ r of temperature·⟨queries[p], keys[cell(p) + δ]⟩ −
+    |p − centre(cell(p) + δ)|²/(2·sigma²), with distances in cells along each axis: pixel p lies at
+    (p + ½)·h/H and the centre of cell i at i + ½ (align_corners=False). Past the edges, keys are
+    replicated and cells keep their places. A cell farther than r + ½ along an axis has weight 0: a
+    pixel on the border of two cells sees as many on either side, so that flips commute.
+
+    Args:
+        queries: (B, D, H, W), or only those of the window.
+        keys: (B, D, h, w).
+        temperature: scalar that multiplies the inner products.
+        sigma: scalar width of the Gaussian of distance, in cells; not 0.
+        radius: r ≥ 1, cells.
+        output_size: (H, W) of the whole output; the queries' size by default.
+        window: (top, left, height, width) of the output that ``queries`` are; all of it by default.
+        backend: see the module's docstring.
+
+    Returns:
+        (B, (2r+1)², H, W) or (B, (2r+1)², height, width), offsets row-major, non-negative, summing
+        to 1 at every pixel.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, the window does not lie in the output, the
+            radius is below 1, or the backend cannot run.
+    """
+    keys = _check_pair("queries", queries, keys, other="keys")
+    if radius < 1:
+        raise ValueError(f"radius={radius} must be 1 or more")
+    if queries.shape[1] != keys.shape[1]:
+        raise ValueError(
+            f"queries have {queries.shape[1]} channels and keys {keys.shape[1]}; they must agree"
+        )
+    _check_not_empty("queries", queries)
+    _check_not_empty("keys", keys)
+    size, origin = _check_window(queries, output_size, window)
+    scalars = [
+        torch.as_tensor(scalar, dtype=queries.dtype, device=queries.device)
+        for scalar in (temperature, sigma)
+    ]
+    return dispatch.call(
+        "neighbourhood_weights", backend, queries, keys, *scalars, radius, size, origin
+    )
+
+
+def _check_window(
+    queries: Tensor,
+    output_size: tuple[int, int] | None,
+    window: tuple[int, int, int, int] | None,
+) -> tuple[list[int], list[int]]:
+    """The whole output's size and where in it the queries begin."""
+    size = list(queries.shape[-2:] if output_size is None else output_size)
+    top, left, height, width = (0, 0, *size) if window is None else window
+    if (height, width) != tuple(queries.shape[-2:]):
+        raise ValueError(
+            f"queries are {_size(queries)} but the window is {height}×{width}; give the window's"
+        )
+    if top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(
+            f"window={(top, left, height, width)} does not lie in an output of {size[0]}×{size[1]}"
+        )
+    return size, [top, left]
+
+
+def _check_pair(name: str, values: Tensor, weights: Tensor, other: str = "weights") -> Tensor:
+    """Check that two (B, ·, ·, ·) tensors go together; return the other in the values' dtype."""
+    for label, tensor in ((name, values), (other, weights)):
         if tensor.dim() != 4:
             raise ValueError(f"{label} must have 4 dimensions, not shape {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{label} is {tensor.dtype}; convert it with .float()")
     if values.shape[0] != weights.shape[0]:
         raise ValueError(
-            f"{name} has batch size {values.shape[0]} and weights {weights.shape[0]}; "
+            f"{name} has batch size {values.shape[0]} and {other} {weights.shape[0]}; "
             "expand() the smaller one"
         )
     if values.device != weights.device:
         raise ValueError(
-            f"{name} is on {values.device} and weights on {weights.device}; move one with .to()"
+            f"{name} is on {values.device} and {other} on {weights.device}; move one with .to()"
         )
     if values.dtype == weights.dtype:
         return weights
     if torch.is_autocast_enabled(values.device.type):
         return weights.to(values.dtype)
     raise ValueError(
-        f"{name} is {values.dtype} and weights {weights.dtype}; convert one with .to(dtype)"
+        f"{name} is {values.dtype} and {other} {weights.dtype}; convert one with .to(dtype)"
     )
 
 

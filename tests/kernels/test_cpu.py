@@ -37,21 +37,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=cpu_library.ISAS)
-def isa(request, monkeypatch):
-    if request.param not in cpu.library_info()["available"]:
-        pytest.skip(f"this machine or build has no {request.param}")
-    monkeypatch.setenv("UPFEAT_CPU_ISA", request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def randn(*shape, seed=0, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed + sum(shape))
     return torch.randn(shape, generator=generator).to(dtype)
@@ -266,7 +251,7 @@ def test_memory_format_of_the_result():
 
 def every_operator():
     features, weights, grad = problem(((2, 40, 24, 20), (48, 41), 3))
-    keys, guidance = randn(2, 32, 48, 41), randn(2, 3, 48, 41)
+    keys, guidance, coarse = randn(2, 32, 48, 41), randn(2, 3, 48, 41), randn(2, 32, 24, 20)
     parameters = stage_parameters()
     return [
         cpu.joint_bilateral_upsample(features, weights),
@@ -275,6 +260,10 @@ def every_operator():
         *cpu.bilateral_weights_backward(weights, keys, 1.0, 1.0, 3),
         cpu.jbu_stage_weights(guidance, *parameters),
         cpu.jbu_stage(features, guidance, *parameters),
+        cpu.neighbourhood_upsample(features, weights),
+        *cpu.neighbourhood_upsample_backward(grad, features, weights, True, True),
+        cpu.neighbourhood_weights(keys, coarse, 1.0, 1.0, 3, (48, 41), (0, 0)),
+        *cpu.neighbourhood_weights_backward(weights, keys, coarse, 1.0, 1.0, 3, (48, 41), (0, 0)),
     ]
 
 

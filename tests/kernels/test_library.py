@@ -9,6 +9,7 @@ import torch
 import upfeat
 from upfeat import functional
 from upfeat.kernels import dispatch
+from upfeat.kernels.library import WINDOWED
 
 REASON = dispatch.availability()["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
@@ -22,7 +23,7 @@ def inputs(operator, *, channels=5, grid=(4, 3), size=(9, 7), radius=3, batch=2)
     return torch.randn(batch, channels, *grid, generator=generator), weights
 
 
-@pytest.mark.parametrize("operator", ["adaptive_conv2d", "joint_bilateral_upsample"])
+@pytest.mark.parametrize("operator", WINDOWED)
 @pytest.mark.parametrize("size", [(8, 6), (9, 7), (4, 3), (3, 11)])
 def test_gradients_equal_the_reference(operator, size):
     values, weights = inputs(operator, size=size)
@@ -49,7 +50,7 @@ def test_range_kernel_gradients_equal_the_reference():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operator", ["adaptive_conv2d", "joint_bilateral_upsample"])
+@pytest.mark.parametrize("operator", WINDOWED)
 def test_opcheck(operator):
     values, weights = inputs(operator)
     op = getattr(torch.ops.upfeat, f"{operator}_cpu").default
@@ -64,6 +65,32 @@ def test_opcheck_range_kernel():
     scalars = [torch.tensor(value, requires_grad=True) for value in (0.7, 0.6)]
     keys = torch.randn(1, 4, 6, 5, requires_grad=True)
     torch.library.opcheck(torch.ops.upfeat.bilateral_weights_cpu.default, (keys, *scalars, 2))
+
+
+@pytest.mark.slow
+def test_opcheck_neighbourhood_weights():
+    scalars = [torch.tensor(value, requires_grad=True) for value in (0.7, 0.6)]
+    queries = torch.randn(1, 4, 7, 5, requires_grad=True)
+    keys = torch.randn(1, 4, 2, 3, requires_grad=True)
+    operator = torch.ops.upfeat.neighbourhood_weights_cpu.default
+    torch.library.opcheck(operator, (queries, keys, *scalars, 2, [7, 5], [0, 0]))
+    torch.library.opcheck(operator, (queries, keys, *scalars, 1, [9, 8], [2, 1]))
+
+
+@pytest.mark.slow
+def test_compiled_neighbourhood_equals_eager():
+    def upsample(features, queries, keys, temperature, sigma):
+        weights = functional.neighbourhood_weights(queries, keys, temperature, sigma)
+        return functional.neighbourhood_upsample(features, weights)
+
+    shapes = [(1, 6, 3, 4), (1, 4, 12, 20), (1, 4, 3, 4)]
+    arguments = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    arguments += [torch.tensor(value, requires_grad=True) for value in (4.0, 0.7)]
+    compiled = torch.compile(upsample, fullgraph=True, backend="aot_eager")
+    outs = [function(*arguments) for function in (compiled, upsample)]
+    torch.testing.assert_close(*outs, rtol=1e-4, atol=1e-5)
+    grads = [torch.autograd.grad(out.square().sum(), arguments) for out in outs]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
 def test_vmap_and_grad_transforms():

@@ -23,7 +23,7 @@ STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
     *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
 )
-_ABI = 1
+_ABI = 2
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -49,6 +49,12 @@ class Stage(ctypes.Structure):
         ("sigma_spatial", ctypes.c_double),
         ("fixup_scale", ctypes.c_double),
     ]
+
+
+class Window(ctypes.Structure):
+    """Which part of an output the tensors of fine pixels hold: the whole size, and where it is."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("height", "width", "top", "left")]
 
 
 class _Library:
@@ -165,7 +171,10 @@ def call(name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array | float
 
 def _argument(value: Tensor | ctypes.Structure | ctypes.Array | float | None) -> Any:
     if isinstance(value, Tensor):
-        sizes, strides = (ctypes.c_int64 * 4)(*value.shape), (ctypes.c_int64 * 4)(*value.stride())
+        sizes, strides = (
+            (ctypes.c_int64 * 4)(*value.shape),
+            (ctypes.c_int64 * 4)(*value.stride()),
+        )
         return ctypes.byref(_Tensor(value.data_ptr(), sizes, strides, DTYPES[value.dtype]))
     if isinstance(value, ctypes.Structure):
         return ctypes.byref(value)

@@ -6,7 +6,9 @@ A backend is a namespace with one function per operator and, where it cannot alw
 """
 
 import logging
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from torch import Tensor
 from upfeat.kernels import eager, library, reference
 
 logger = logging.getLogger(__name__)
+
+Argument: TypeAlias = Tensor | list[Tensor] | int | Sequence[int]
 
 BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
     "triton": library.TRITON,
@@ -24,7 +28,7 @@ BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
 AUTO_ORDER = ("triton", "cpu", "eager")
 
 
-def call(operator: str, backend: str, *arguments: Tensor | list[Tensor] | int) -> Tensor:
+def call(operator: str, backend: str, *arguments: Argument) -> Tensor:
     """Run ``operator`` with ``backend``, or with the first that can when it is ``"auto"``.
 
     Raises:
@@ -54,9 +58,7 @@ def check_name(backend: str) -> None:
         raise ValueError(f'backend="{backend}" is unknown; choose from {known}')
 
 
-def reason_against(
-    operator: str, backend: str, *arguments: Tensor | list[Tensor] | int
-) -> str | None:
+def reason_against(operator: str, backend: str, *arguments: Argument) -> str | None:
     """Why ``backend`` cannot run ``operator`` on these arguments; ``None`` when it can.
 
     Raises:

@@ -5,12 +5,19 @@ weights and one shifted view of the features: T multiply-adds over (B, C, H, W).
 make T copies of the features instead.
 """
 
-from itertools import pairwise
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.kernels.cells import (
+    cell_distances,
+    gather_cells,
+    gather_pixels,
+    scatter_pixels,
+    slots_of_cells,
+)
 from upfeat.kernels.window import reflect_pad, spatial_kernel, window_radius
 
 
@@ -55,43 +62,41 @@ def neighbourhood_upsample(features: Tensor, weights: Tensor) -> Tensor:
 
     All pixels of one coarse cell read the same (2r+1)² cells, so the sum is one small matrix
     product per cell: (pixels of the cell × taps)·(taps × C). Where the output is not a whole
-    multiple of the grid, cells are padded to the largest and the padding dropped after.
+    multiple of the grid, cells are padded to the largest and the padding is dropped after.
     """
-    batch, channels, grid_height, grid_width = features.shape
-    taps, height, width = weights.shape[1:]
-    radius = window_radius(taps)
-    rows, kept_rows = _cell_slots(grid_height, height, features.device)
-    columns, kept_columns = _cell_slots(grid_width, width, features.device)
-    across, down = len(columns) // grid_width, len(rows) // grid_height
-    if len(rows) != height or len(columns) != width:
-        weights = weights.index_select(2, rows).index_select(3, columns)
-    per_cell = weights.reshape(batch, taps, grid_height, down, grid_width, across)
-    per_cell = per_cell.permute(0, 2, 4, 3, 5, 1).reshape(-1, down * across, taps)
-    padded = F.pad(features, (radius,) * 4, mode="replicate")
-    cells = F.unfold(padded, 2 * radius + 1)  # (B, C·T, h·w)
-    cells = cells.view(batch, channels, taps, -1).permute(0, 3, 2, 1).reshape(-1, taps, channels)
-    out = torch.bmm(per_cell, cells)  # (B·h·w, pixels, C)
-    out = out.view(batch, grid_height, grid_width, down, across, channels)
-    out = out.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, len(rows), len(columns))
-    if len(rows) != height or len(columns) != width:
-        out = out.index_select(2, kept_rows).index_select(3, kept_columns)
-    return out
+    radius = window_radius(weights.shape[1])
+    rows, columns = (
+        slots_of_cells(cells, length, 0, length)
+        for cells, length in zip(features.shape[2:], weights.shape[2:], strict=True)
+    )
+    around = gather_cells(features, radius, rows, columns).mT  # (B·h·w, T, C)
+    out = torch.bmm(gather_pixels(weights, rows, columns), around)  # (B·h·w, pixels, C)
+    return scatter_pixels(out, features.shape[0], rows, columns)
 
 
-def _cell_slots(cells: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Lay ``length`` pixels out as equally many slots per cell.
-
-    Returns:
-        For every slot the pixel that fills it (some twice, where a cell has fewer pixels than the
-        largest), and for every pixel the slot to read it from.
-    """
-    # Plain integers: sizes are known, and a compiled graph must not depend on a tensor's value.
-    first = [-((cells - 2 * length * index) // (2 * cells)) for index in range(cells + 1)]
-    most = max(stop - start for start, stop in pairwise(first))
-    slots = [min(start + offset, length - 1) for start in first[:-1] for offset in range(most)]
-    kept = [
-        index * most + offset
-        for index, (start, stop) in enumerate(pairwise(first))
-        for offset in range(stop - start)
+def neighbourhood_weights(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    sigma: Tensor,
+    radius: int,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+) -> Tensor:
+    """See :func:`upfeat.functional.neighbourhood_weights`; one matrix product per coarse cell."""
+    batch, _, height, width = queries.shape
+    axes = [
+        (cells, length, start, count)
+        for cells, length, start, count in zip(
+            keys.shape[2:], output_size, origin, (height, width), strict=True
+        )
     ]
-    return torch.tensor(slots, device=device), torch.tensor(kept, device=device)
+    rows, columns = (slots_of_cells(*axis) for axis in axes)
+    around = gather_cells(keys, radius, rows, columns)  # (cells, D, T)
+    products = torch.bmm(gather_pixels(queries, rows, columns), around)  # (cells, pixels, T)
+    products = scatter_pixels(products, batch, rows, columns)  # (B, T, height, width)
+    (down, below), (across, beside) = (cell_distances(*axis, radius, queries) for axis in axes)
+    squared = down[:, None, :, None] + across[:, None]  # (2r+1, 2r+1, height, width)
+    far = below[:, None, :, None] | beside[:, None]
+    away = (squared / (2 * sigma**2)).masked_fill(far, torch.inf).flatten(0, 1)
+    return torch.softmax(temperature * products - away, dim=1)

@@ -23,6 +23,15 @@ _LIBRARY = torch.library.Library("upfeat", "DEF")
 WINDOWED = ("adaptive_conv2d", "joint_bilateral_upsample", "neighbourhood_upsample")
 """Operators of (values, weights) that are linear in both."""
 
+WEIGHTS = {
+    "bilateral_weights": (["keys", "temperature", "sigma_spatial"], ["int radius"]),
+    "neighbourhood_weights": (
+        ["queries", "keys", "temperature", "sigma"],
+        ["int radius", "SymInt[] output_size", "SymInt[] origin"],
+    ),
+}
+"""Operators that make weights, with the tensors and the options they take."""
+
 
 def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
     """Register a windowed operator and its gradient."""
@@ -36,7 +45,11 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
     )
 
     def run_backward(
-        grad: Tensor, values: Tensor, weights: Tensor, need_values: bool, need_weights: bool
+        grad: Tensor,
+        values: Tensor,
+        weights: Tensor,
+        need_values: bool,
+        need_weights: bool,
     ) -> tuple[Tensor, Tensor]:
         # An operator returns tensors only: what nobody asked for is empty.
         found = backward(grad, values, weights, need_values, need_weights)
@@ -46,7 +59,11 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
         return _empty_output(values, weights)
 
     def fake_backward(
-        grad: Tensor, values: Tensor, weights: Tensor, need_values: bool, need_weights: bool
+        grad: Tensor,
+        values: Tensor,
+        weights: Tensor,
+        need_values: bool,
+        need_weights: bool,
     ) -> tuple[Tensor, Tensor]:
         return (
             torch.empty_like(values) if need_values else values.new_empty(0),
@@ -70,44 +87,53 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
     return getattr(torch.ops.upfeat, name)
 
 
-def _bilateral(backend: str, module: ModuleType) -> Callable[..., Tensor]:
-    """Register ``bilateral_weights`` and its gradient."""
-    name = f"bilateral_weights_{backend}"
-    _LIBRARY.define(
-        f"{name}(Tensor keys, Tensor temperature, Tensor sigma_spatial, int radius) -> Tensor"
-    )
-    _LIBRARY.define(
-        f"{name}_backward(Tensor grad, Tensor keys, Tensor temperature, Tensor sigma_spatial, "
-        "int radius) -> (Tensor, Tensor, Tensor)"
-    )
+def _weights(
+    backend: str,
+    module: ModuleType,
+    operator: str,
+    tensors: list[str],
+    options: list[str],
+) -> Callable[..., Tensor]:
+    """Register an operator that makes weights, and the gradients of all its tensors.
 
-    def run_backward(
-        grad: Tensor, keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        to_keys, *scalars = module.bilateral_weights_backward(
-            grad, keys, temperature, sigma_spatial, radius
+    Args:
+        backend: its name.
+        module: has ``operator`` and ``<operator>_backward``.
+        operator: its name; the first tensor has the weights' size, the first option is the radius.
+        tensors: names of the tensors it takes.
+        options: what else it takes, with types.
+    """
+    name, count = f"{operator}_{backend}", len(tensors)
+    forward: Callable[..., Tensor] = getattr(module, operator)
+    backward = getattr(module, f"{operator}_backward")
+    arguments = ", ".join([*(f"Tensor {tensor}" for tensor in tensors), *options])
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    found = ", ".join(["Tensor"] * count)
+    _LIBRARY.define(f"{name}_backward(Tensor grad, {arguments}) -> ({found})")
+
+    def run_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        found = backward(grad, *inputs)
+        return tuple(
+            torch.as_tensor(one, dtype=of.dtype, device=of.device)
+            for one, of in zip(found, inputs[:count], strict=True)
         )
-        to_temperature, to_sigma = (
-            torch.as_tensor(scalar, dtype=keys.dtype, device=keys.device) for scalar in scalars
-        )
-        return to_keys, to_temperature, to_sigma
 
-    def fake(keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int) -> Tensor:
-        return keys.new_empty((keys.shape[0], (2 * radius + 1) ** 2, *keys.shape[2:]))
+    def fake(*inputs: Any) -> Tensor:
+        image, radius = inputs[0], inputs[count]
+        return image.new_empty((image.shape[0], (2 * radius + 1) ** 2, *image.shape[2:]))
 
-    def fake_backward(
-        grad: Tensor, keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.empty_like(keys), keys.new_empty(()), keys.new_empty(())
+    def fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in inputs[:count])
 
-    def save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, int], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.radius = inputs[3]
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.options = inputs[count:]
 
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        return (*gradient(grad, *ctx.saved_tensors, ctx.radius), None)
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = gradient(grad, *ctx.saved_tensors, *ctx.options)
+        return (*found, *(None for _ in options))
 
-    _implement(name, module.bilateral_weights, fake)
+    _implement(name, forward, fake)
     _implement(f"{name}_backward", run_backward, fake_backward)
     torch.library.register_autograd(
         f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
@@ -163,10 +189,12 @@ def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
     for operator in WINDOWED:
         if hasattr(module, operator):
             setattr(found, operator, _windowed(backend, module, operator))
-    found.bilateral_weights = _bilateral(backend, module)
+    for operator, (tensors, options) in WEIGHTS.items():
+        if hasattr(module, operator):
+            setattr(found, operator, _weights(backend, module, operator, tensors, options))
     if hasattr(module, "jbu_stage"):
         found.jbu_stage = _stage(backend, module)
-    for operator in (*WINDOWED, "bilateral_weights", "jbu_stage"):
+    for operator in (*WINDOWED, *WEIGHTS, "jbu_stage"):
         check = getattr(module, f"can_run_{operator}", None)
         if check is not None:
             setattr(found, f"can_run_{operator}", _outside_transforms(check))
