@@ -4,6 +4,7 @@ from upfeat.upsamplers.base import Kernels, Upsampler, Window
 from upfeat.upsamplers.interpolate import Bicubic, Bilinear, Nearest
 from upfeat.upsamplers.jbu import JBUStack
 from upfeat.upsamplers.joint_bilateral import JointBilateral
+from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 from upfeat.upsamplers.pretrained import create_upsampler, list_upsamplers
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "JointBilateral",
     "Kernels",
     "Nearest",
+    "NeighbourhoodUpsampler",
     "Upsampler",
     "Window",
     "create_upsampler",

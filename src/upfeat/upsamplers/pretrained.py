@@ -16,9 +16,11 @@ from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.interpolate import Bicubic, Bilinear, Nearest
 from upfeat.upsamplers.jbu import JBUStack
 from upfeat.upsamplers.joint_bilateral import JointBilateral
+from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 
 UPSAMPLERS: dict[str, type[Upsampler]] = {
-    cls.name: cls for cls in (Nearest, Bilinear, Bicubic, JointBilateral, JBUStack)
+    cls.name: cls
+    for cls in (Nearest, Bilinear, Bicubic, JointBilateral, JBUStack, NeighbourhoodUpsampler)
 }
 DEFAULT_UPSAMPLER = JointBilateral.name
 

@@ -1,0 +1,282 @@
+"""Functions of a place in the image and the colour there: what implicit features are made of.
+
+Two kinds. A :class:`KernelField` is a sum of Gaussian bumps around anchors in place and colour,
+fitted in closed form; a :class:`NetworkField` is the published network of Fourier features (FeatUp,
+section 3.3), fitted by gradient descent. Both are evaluated point by point: the value at a point
+depends on nothing but the point, so every resolution and every window agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_TILE_CELLS = 4
+# Bumps further than this many standard deviations are below 2e-8.
+_REACH = 6.0
+# Points evaluated together: the table of bumps is this by the number of anchors.
+_CHUNK = 8192
+
+
+class Field(Protocol):
+    """A function of place and colour."""
+
+    kind: ClassVar[str]
+
+    @property
+    def width(self) -> int:
+        """Number k of values."""
+        ...
+
+    def __call__(self, places: Tensor, colours: Tensor) -> Tensor:
+        """Evaluate: (N, 2) places (y, x) in [0, 1], (N, 3) colours in [0, 1] -> (N, k)."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What :func:`rebuild` needs."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """Settings that :func:`rebuild` needs, as JSON values."""
+        ...
+
+
+class BilateralKernel:
+    """A sum of Gaussians of the distance in place (cells) and in colour (RGB in [0, 1])."""
+
+    def __init__(self, scales: Tensor) -> None:
+        """Keep the parts.
+
+        Args:
+            scales: (S, 3) rows (standard deviation in cells, in colour, weight); weights sum to 1.
+        """
+        self.scales = scales
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Compare positions (y, x, r, g, b): (N, 5), (M, 5) -> (N, M), 1 where they coincide."""
+        # Squares of distances are differences of large numbers; near the middle they are small.
+        middle = (a.amin(0) + a.amax(0)) / 2
+        total = a.new_zeros(len(a), len(b))
+        for place, colour, weight in self.scales.tolist():
+            scale = a.new_tensor([place, place, colour, colour, colour])
+            near, far = (a - middle) / scale, (b - middle) / scale
+            logits = torch.addmm(far.square().sum(1) / -2, near, far.T)
+            logits -= near.square().sum(1, keepdim=True) / 2
+            total.add_(logits.clamp_(max=0).exp_(), alpha=weight)
+        return total
+
+    @property
+    def reach(self) -> float:
+        """Distance in cells beyond which nothing is felt."""
+        return _REACH * float(self.scales[:, 0].max())
+
+
+class KernelField:
+    """Gaussian bumps around anchors: the mean of a Gaussian process given linear observations.
+
+    With K the kernel between anchors and L Lᵀ = K + nugget·I, the values at a point are
+    k(point, anchors) · L⁻ᵀ · coefficients: the coefficients are of independent unit variance in the
+    prior, so a plain ridge on them is the process's prior, and half precision stores them well.
+    """
+
+    kind = "kernel"
+
+    def __init__(
+        self,
+        anchors: Tensor,
+        scales: Tensor,
+        coefficients: Tensor,
+        *,
+        grid_size: tuple[int, int],
+        nugget: float = 1e-3,
+    ) -> None:
+        """Keep the parts.
+
+        Args:
+            anchors: (M, 5) float32 positions: (y, x) in cells, colour in [0, 1].
+            scales: (S, 3), of :class:`BilateralKernel`.
+            coefficients: (M, k).
+            grid_size: (h, w) cells over the image: the unit of places.
+            nugget: added to K's diagonal.
+        """
+        self.anchors, self.scales, self.coefficients = anchors, scales, coefficients
+        self.grid_size, self.nugget = grid_size, nugget
+        self.kernel = BilateralKernel(scales)
+        factor = whitening(self.kernel, anchors, nugget)
+        self._heights = torch.linalg.solve_triangular(
+            factor.mT, coefficients.double(), upper=True
+        ).float()  # (M, k)
+
+    @property
+    def width(self) -> int:
+        """Number k of values."""
+        return self.coefficients.shape[1]
+
+    def __call__(self, places: Tensor, colours: Tensor) -> Tensor:
+        """See :class:`Field`. Points are taken in tiles of the image that are always the same."""
+        positions = torch.cat([places * places.new_tensor(self.grid_size), colours], dim=1)
+        out = places.new_empty(len(places), self.width)
+        for index, nearby in self._tiles(positions[:, :2]):
+            anchors, heights = self.anchors[nearby], self._heights[nearby]
+            for part in index.split(_CHUNK):
+                out[part] = self.kernel(positions[part], anchors) @ heights
+        return out
+
+    def _tiles(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Points of one tile with the anchors that reach it, both as indices."""
+        tiles = (places / _TILE_CELLS).floor().long()  # (N, 2)
+        across = math.ceil(self.grid_size[1] / _TILE_CELLS) + 2
+        number = (tiles[:, 0] + 1) * across + tiles[:, 1] + 1
+        order = number.argsort(stable=True)
+        found, counts = number[order].unique_consecutive(return_counts=True)
+        for tile, index in zip(found.tolist(), order.split(counts.tolist()), strict=True):
+            row, column = tile // across - 1, tile % across - 1
+            low = places.new_tensor([row, column]) * _TILE_CELLS
+            away = (low - self.anchors[:, :2]).clamp(min=0)
+            away = away + (self.anchors[:, :2] - low - _TILE_CELLS).clamp(min=0)
+            yield index, (away < self.kernel.reach).all(1).nonzero()[:, 0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Field`."""
+        return {
+            "anchors": self.anchors,
+            "scales": self.scales,
+            "coefficients": self.coefficients.half(),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """See :class:`Field`."""
+        return {"grid_size": list(self.grid_size), "nugget": self.nugget}
+
+
+def whitening(kernel: BilateralKernel, anchors: Tensor, nugget: float) -> Tensor:
+    """The lower triangular L with L Lᵀ = K(anchors, anchors) + nugget·I, (M, M) float64."""
+    anchors = anchors.double()
+    matrix = kernel(anchors, anchors)
+    matrix.diagonal().add_(nugget)
+    return torch.linalg.cholesky(matrix)
+
+
+class NetworkField(nn.Module):
+    """The published network: Fourier features of place and colour, and a small MLP.
+
+    Inputs (y, x, r, g, b), each brought to [−½, ½]; sine and cosine of each at 30 frequencies from
+    e⁻² to e¹⁰ with learned phases, beside the raw colours: 303 channels. Then channel norm and
+    303→128→128→k with ReLU, channel norm and dropout.
+
+    Source: FeatUp, section 3.3; the sizes are the published code's.
+    """
+
+    kind = "network"
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        hidden: int = 128,
+        frequencies: int = 30,
+        dropout: float = 0.2,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Draw initial weights.
+
+        Args:
+            width: number k of values.
+            hidden: width of the hidden layers.
+            frequencies: of each of the five inputs.
+            dropout: share of channels dropped in training, before both hidden layers.
+            generator: source of the weights and, in training, of the dropout.
+        """
+        super().__init__()
+        self._width, self.hidden, self.n_frequencies = width, hidden, frequencies
+        self.dropout, self.generator = dropout, generator
+        inputs = 2 * 5 * frequencies + 3
+        self.low = nn.Buffer(torch.zeros(3))
+        self.high = nn.Buffer(torch.ones(3))
+        self.phases = nn.Parameter(torch.randn(2, 5, frequencies, generator=generator))
+        self.norm_inputs = nn.LayerNorm(inputs)
+        self.first = nn.Linear(inputs, hidden)
+        self.norm_hidden = nn.LayerNorm(hidden)
+        self.second = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, width)
+        with torch.no_grad():
+            for layer in (self.first, self.second, self.last):
+                bound = 1 / math.sqrt(layer.in_features)
+                layer.weight.uniform_(-bound, bound, generator=generator)
+                layer.bias.uniform_(-bound, bound, generator=generator)
+
+    @property
+    def width(self) -> int:
+        """Number k of values."""
+        return self._width
+
+    def set_range(self, guidance: Tensor) -> None:
+        """Take the range of colours of an image (3, H, W), to bring them to [−½, ½]."""
+        low, high = guidance.flatten(1).aminmax(dim=1)
+        self.low.copy_(low)
+        # A colour that never changes stays at −½.
+        self.high.copy_(torch.where(high > low, high, low + 1))
+
+    def forward(self, places: Tensor, colours: Tensor) -> Tensor:
+        """See :class:`Field`."""
+        if torch.is_grad_enabled() or len(places) <= _CHUNK:
+            return self._evaluate(places, colours)
+        parts = zip(places.split(_CHUNK), colours.split(_CHUNK), strict=True)
+        return torch.cat([self._evaluate(*part) for part in parts])
+
+    def _evaluate(self, places: Tensor, colours: Tensor) -> Tensor:
+        colours = (colours - self.low) / (self.high - self.low) - 0.5
+        inputs = torch.cat([places - 0.5, colours], dim=1)  # (N, 5)
+        frequencies = torch.linspace(-2, 10, self.n_frequencies, device=places.device).exp()
+        angles = inputs[:, :, None] * frequencies  # (N, 5, 30)
+        waves = [(angles + self.phases[0]).sin(), (angles + self.phases[1]).cos()]
+        x = torch.cat([*(wave.flatten(1) for wave in waves), colours], dim=1)  # (N, 303)
+        x = self._drop(self.norm_inputs(x))
+        x = self.norm_hidden(self._drop(F.relu(self.first(x))))
+        return self.last(F.relu(self.second(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        """Drop whole channels, the same at every point, as 2-D dropout does for one image."""
+        if not self.training or self.dropout == 0:
+            return x
+        kept = torch.rand(x.shape[1], generator=self.generator, device=x.device) >= self.dropout
+        return x * (kept / (1 - self.dropout))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See :class:`Field`."""
+        return {name: value.detach() for name, value in self.state_dict().items()}
+
+    def facts(self) -> dict[str, Any]:
+        """See :class:`Field`."""
+        return {
+            "width": self.width,
+            "hidden": self.hidden,
+            "frequencies": self.n_frequencies,
+            "dropout": self.dropout,
+        }
+
+
+def rebuild(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Field:
+    """Make a field from what its ``kind``, ``tensors()`` and ``facts()`` said.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    try:
+        if kind == KernelField.kind:
+            grid_size = (int(facts["grid_size"][0]), int(facts["grid_size"][1]))
+            coefficients = tensors["coefficients"].float()
+            parts = tensors["anchors"], tensors["scales"], coefficients
+            return KernelField(*parts, grid_size=grid_size, nugget=float(facts["nugget"]))
+        field = NetworkField(**facts)
+        field.load_state_dict(tensors)
+        return field.eval().requires_grad_(False)
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"its parts do not fit together ({' '.join(str(error).split())})"
+        ) from None

@@ -1,0 +1,172 @@
+"""One step across scales: every pixel takes a weighted mean of the coarse cells around its own."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat import functional
+from upfeat.kernels import dispatch
+from upfeat.upsamplers.base import Size, Upsampler, Window
+from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
+
+INITIAL_TEMPERATURE = 8.0
+INITIAL_SIGMA = 0.5
+INITIAL_COLOUR_SCALE = 0.4
+"""Colours that differ by this, in units of the normalised guidance, start half unlike."""
+
+
+class PyramidEncoder(nn.Module):
+    """A query at every pixel, from the image at several scales.
+
+    The first layer is a sine of random projections of the colour, whose inner products are a
+    Gaussian kernel of colour distance (random Fourier features). Each coarser scale is the mean of
+    the finer one, plus a learned correction that starts at 0: a mean of such features describes the
+    colours of a window, so queries start as descriptors of colour and texture, and training goes on
+    from there. Scales are added up, coarser ones laid over finer ones bilinearly; a query knows a
+    neighbourhood of about 2^levels pixels at the cost of little more than one layer at full size.
+    """
+
+    def __init__(self, width: int, levels: int) -> None:
+        """Make an encoder with initial weights.
+
+        Args:
+            width: channels of every level and of the queries, ≥ 1.
+            levels: how many scales, ≥ 1.
+        """
+        super().__init__()
+        self.entry = nn.Conv2d(3, width, 3, padding=1, padding_mode="replicate")
+        self.coarser = nn.ModuleList(_Correction(width) for _ in range(levels - 1))
+        self.join = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(levels))
+        window = torch.tensor([0.25, 0.5, 0.25])
+        colours = torch.randn(width, 3) / INITIAL_COLOUR_SCALE
+        with torch.no_grad():
+            self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
+            nn.init.uniform_(self.entry.bias, -math.pi, math.pi)  # pyright: ignore[reportArgumentType]
+            for join in self.join:
+                assert isinstance(join, nn.Conv2d)
+                nn.init.orthogonal_(join.weight.view(width, width))
+                nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, width, H, W), any size."""
+        scales = [torch.sin(self.entry(guidance))]
+        for correction in self.coarser:
+            if min(scales[-1].shape[-2:]) < 2:
+                break
+            scales.append(correction(_halve(scales[-1])))
+        joined = [join(scale) for join, scale in zip(self.join, scales, strict=False)]
+        out = joined.pop()
+        while joined:
+            finer = joined.pop()
+            size = (finer.shape[2], finer.shape[3])
+            out = finer + F.interpolate(out, size=size, mode="bilinear", align_corners=False)
+        return out
+
+
+class _Correction(nn.Module):
+    """A scale and what is learned of it; the identity at the start."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.hidden = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
+        self.last = nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) -> the same."""
+        return x + self.last(F.gelu(self.hidden(x)))
+
+
+def _halve(x: Tensor) -> Tensor:
+    """Mean over 2×2, sides rounded up; over wider, overlapping cells where a side is odd."""
+    height, width = x.shape[-2:]
+    if height % 2 == 0 and width % 2 == 0:
+        return F.avg_pool2d(x, 2)  # the same, several times as fast
+    return F.adaptive_avg_pool2d(x, (-(-height // 2), -(-width // 2)))
+
+
+class NeighbourhoodUpsampler(Upsampler):
+    """Pixels attend to the coarse cells around them: like colours and textures share features.
+
+    A small convolutional encoder gives a query at every pixel; a cell's key is the mean of its
+    pixels' queries; both have unit length. Pixel p in cell c takes the mean of cells c + δ,
+    |δ|∞ ≤ radius, weighted by softmax(τ·⟨query, key⟩ − distance²/(2σ²)), distances in cells.
+
+    The weights are positive and sum to 1: constants stay constant, nothing leaves the range of the
+    features, and features of any backbone, stride and number of channels will do. Without training
+    it is a soft interpolation.
+
+    Source: ours; related to neighbourhood attention, trained by FeatUp's views (section 3.1) alone.
+    """
+
+    name = "neighbourhood"
+
+    def __init__(
+        self,
+        *,
+        radius: int = 2,
+        query_dim: int = 32,
+        levels: int = 4,
+        backend: str = "auto",
+    ) -> None:
+        """Make an upsampler with initial (untrained) weights.
+
+        Args:
+            radius: how many cells to each side take part, ≥ 1.
+            query_dim: width of queries and keys, ≥ 1.
+            levels: scales of the encoder, ≥ 1.
+            backend: of the operators; see :mod:`upfeat.functional`.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        super().__init__()
+        for label, value in (("radius", radius), ("query_dim", query_dim), ("levels", levels)):
+            if value < 1:
+                raise ValueError(f"{label}={value} must be 1 or more")
+        dispatch.check_name(backend)
+        self.radius, self.query_dim, self.levels = radius, query_dim, levels
+        self.backend = backend
+        self.encoder = PyramidEncoder(query_dim, levels)
+        self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
+        self.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
+
+    def config(self) -> dict[str, Any]:
+        """See :meth:`Upsampler.config`."""
+        return {"radius": self.radius, "query_dim": self.query_dim, "levels": self.levels}
+
+    def queries(self, guidance: Tensor, output_size: Size) -> Tensor:
+        """Unit queries, (B, 3, H, W) -> (B, query_dim, *output_size)."""
+        queries = self.encoder(guidance)
+        if queries.shape[-2:] != output_size:
+            queries = F.interpolate(
+                queries, size=output_size, mode="bilinear", align_corners=False, antialias=True
+            )
+        return F.normalize(queries, dim=1)
+
+    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
+        """See :meth:`Upsampler.prepare`."""
+        queries = self.queries(guidance, output_size)
+        keys = F.normalize(F.adaptive_avg_pool2d(queries, grid_size), dim=1)  # (B, D, h, w)
+        temperature, sigma = self.log_temperature.exp(), self.log_sigma.exp()
+
+        def weights(window: Window) -> Tensor:
+            part = queries[:, :, window.top : window.bottom, window.left : window.right]
+            return functional.neighbourhood_weights(
+                part,
+                keys,
+                temperature,
+                sigma,
+                radius=self.radius,
+                output_size=output_size,
+                window=tuple(window),
+                backend=self.backend,
+            )
+
+        return NeighbourhoodKernels(weights, grid_size, output_size)
