@@ -6,6 +6,9 @@
 >>> features = model(x)  # (1, 112, H, W)  # doctest: +SKIP
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from upfeat import functional
 from upfeat._version import __version__
 from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
@@ -17,9 +20,16 @@ from upfeat.upsamplers import (
     JBUStack,
     JointBilateral,
     Nearest,
+    NeighbourhoodUpsampler,
     Upsampler,
     list_upsamplers,
 )
+
+if TYPE_CHECKING:
+    from upfeat.training import TrainConfig, train
+
+# Imported when first asked for: using an upsampler needs nothing that training does.
+_LAZY = {"TrainConfig": "upfeat.training", "train": "upfeat.training"}
 
 __all__ = [
     "Backbone",
@@ -29,6 +39,8 @@ __all__ = [
     "JBUStack",
     "JointBilateral",
     "Nearest",
+    "NeighbourhoodUpsampler",
+    "TrainConfig",
     "UpsampledFeatures",
     "Upsampler",
     "WrappedBackbone",
@@ -38,4 +50,11 @@ __all__ = [
     "list_upsamplers",
     "load",
     "load_backbone",
+    "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import bench, info, run
+from upfeat.cli import bench, info, run, train
 from upfeat.cli import eval as evaluate
 
-COMMANDS = {"run": run, "eval": evaluate, "bench": bench, "info": info}
+COMMANDS = {"run": run, "train": train, "eval": evaluate, "bench": bench, "info": info}
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,0 +1,243 @@
+"""``upfeat train``: a folder of photographs in, an upsampler for a backbone out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from upfeat.training import StepReport
+
+HELP = "Train an upsampler for a backbone on a folder of photographs."
+EXAMPLE = (
+    "  upfeat train photos/ -o runs/x\n"
+    "  upfeat train photos/ -o runs/x --resume\n"
+    "  upfeat train photos/ -o runs/y --config recipe.yaml --steps 500 --upsampler jbu_stack\n"
+    "  torchrun --nproc-per-node 2 -m upfeat train photos/ -o runs/z"
+)
+
+# Settings of the configuration that are flags of the same name, and what --help says of them.
+_FLAGS = {
+    "upsampler": "name, or a folder that save_pretrained wrote, to start from",
+    "steps": "of the optimiser",
+    "batch_size": "photographs of a step",
+    "views": "of each photograph",
+    "size": "side of the image that the upsampler sees, pixels",
+    "source_size": "side of the finer image that views are cut from, pixels",
+    "crop": "short_side, native or mixed",
+    "max_pad": "reflected border of the views, pixels",
+    "max_zoom": "views are magnified by up to this",
+    "zoom_probability": "share of views that are magnified",
+    "flip_probability": "share of views that are mirrored",
+    "downsampler": "attention or simple",
+    "downsampler_size": "taps per side",
+    "saliency_dropout": "of the attention downsampler",
+    "projection_dim": "random directions that features are compared along",
+    "crf_weight": "of the CRF term",
+    "tv_weight": "of the total variation of the magnitude map",
+    "magnitude_weight": "of the magnitude's consistency",
+    "learning_rate": "of NAdam",
+    "schedule": "constant or cosine",
+    "clip": "largest gradient norm during the first steps",
+    "clip_steps": "how many they are",
+    "seed": "of everything that is drawn",
+    "accumulate": "parts that a step is computed in, to save memory",
+    "precision": "auto, fp32 or bf16",
+    "device": "cpu, cuda, …",
+    "workers": "processes that load photographs",
+    "checkpoint_every": "steps between checkpoints",
+    "keep": "how many checkpoints stay",
+    "log_every": "steps between lines of the log",
+    "validation_images": "photographs held out",
+    "validate_every": "steps between validations",
+    "patience": "stop after so many validations without a better one",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("photos", type=Path, help="folder of photographs, searched with all below")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the run"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in the folder, however it was stopped",
+    )
+    parser.add_argument(
+        "--backbone",
+        nargs="+",
+        metavar="NAME",
+        help="default: efficientnet_lite0; of several, an upsampler that serves all is trained",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings as YAML or JSON, by the flags' names with _ for -; flags go before it",
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help="recipe to start from: default, or reference (published)"
+    )
+    settings = parser.add_argument_group("settings (docs/training.md says more)")
+    for name, meaning in _FLAGS.items():
+        settings.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar="VALUE",
+            help=meaning,
+        )
+    settings.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="argument of the upsampler's constructor, as radius=2; may be given again",
+    )
+    settings.add_argument(
+        "--tensorboard",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="write scalars and pictures for TensorBoard too",
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Train; a run that is interrupted says how to go on."""
+    from upfeat.training import TrainConfig, train
+
+    settings, source = _settings(options)
+    backbone = settings.pop("backbone", None) or "efficientnet_lite0"
+    config = TrainConfig.from_mapping({**settings, "out": options.output}, source=source)
+    progress = _Progress(config.steps)
+    try:
+        with progress:
+            train(backbone, options.photos, config, resume=options.resume, on_step=progress.show)
+    except KeyboardInterrupt:
+        if _is_main():
+            print(
+                f"upfeat train: interrupted after step {progress.step}; the same command with "
+                "--resume goes on",
+                file=sys.stderr,
+            )
+        return 130
+    if _is_main():
+        print(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """Flags over file over nothing, and what to call the source in errors."""
+    from upfeat.training.config import read_settings
+
+    settings: dict[str, Any] = {}
+    source = "flags"
+    if options.config is not None:
+        settings = read_settings(options.config)
+        source = str(options.config)
+        if "out" in settings:
+            raise ValueError(f"{source}: out: give it as -o FOLDER instead")
+    for name in ("preset", "backbone"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    for name in _FLAGS:
+        if hasattr(options, name):
+            settings[name] = _value(getattr(options, name))
+    if hasattr(options, "tensorboard"):
+        settings["tensorboard"] = True
+    if options.option:
+        settings["upsampler_options"] = dict(_pair(text) for text in options.option)
+    return settings, source
+
+
+def _value(text: str) -> Any:
+    """A number, none, true or false where it is one; else the text."""
+    plain = {"none": None, "true": True, "false": False}
+    if text.lower() in plain:
+        return plain[text.lower()]
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        return float(text)
+    return text
+
+
+def _pair(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--option {text}: give NAME=VALUE, as radius=2")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, _value(value)
+
+
+def _is_main() -> bool:
+    """Whether this process is the one that speaks, of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+class _Progress:
+    """A bar with losses, speed and time left; nothing where there is no terminal to see it."""
+
+    def __init__(self, steps: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        console = Console(stderr=True)
+        self.bar: Progress = Progress(
+            TextColumn("step"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or not _is_main(),
+        )
+        self.task = self.bar.add_task("reading photographs", total=steps)
+        self.step = 0
+        self.images = 1
+        self.validation: dict[str, float] = {}
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.bar.stop()
+
+    def show(self, report: StepReport) -> None:
+        """Show one step."""
+        if self.step == 0:
+            # A resumed run starts where it stopped; its speed counts from there.
+            self.bar.reset(self.task, total=report.steps, completed=report.step - 1)
+        self.step = report.step
+        self.validation = report.validation or self.validation
+        speed = self.bar.tasks[0].speed
+        parts = [f"loss {report.losses['loss']:.4f}"]
+        if self.validation:
+            parts.append(f"held-out error {self.validation['error']:.4f}")
+        if speed:
+            parts.append(f"{speed * report.images:.1f} images/s")
+        self.bar.update(self.task, completed=report.step, description="  ".join(parts))
+
+    def outcome(self) -> str:
+        """The last figures."""
+        if not self.validation:
+            return ""
+        return f"held-out error {self.validation['error']:.4f}"

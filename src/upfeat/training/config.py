@@ -1,0 +1,332 @@
+"""What a training can be told, where it may come from, and what is wrong with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from upfeat.naming import unknown_name
+
+REFERENCE: dict[str, Any] = {
+    "upsampler": "jbu_stack",
+    "upsampler_options": {},
+    "steps": 2000,
+    "batch_size": 4,
+    "views": 5,
+    "size": 224,
+    "source_size": None,
+    "crop": "short_side",
+    "max_pad": 20.0,
+    "max_zoom": 2.0,
+    "zoom_probability": 0.5,
+    "flip_probability": 0.5,
+    "downsampler": "attention",
+    "downsampler_size": None,
+    "saliency_dropout": 0.2,
+    "projection_dim": 30,
+    "crf_weight": 1e-3,
+    "tv_weight": 0.0,
+    "magnitude_weight": 0.0,
+    "learning_rate": 1e-3,
+    "schedule": "constant",
+    "clip": 1e-4,
+    "clip_steps": 10,
+}
+"""The published recipe of the JBU stack (FeatUp, ICLR 2024, and its code)."""
+
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": REFERENCE}
+"""Recipes by name, each as changes to the defaults of :class:`TrainConfig`."""
+
+OPERATIONAL = frozenset(
+    {"out", "device", "workers", "checkpoint_every", "keep", "tensorboard", "log_every"}
+)
+"""Settings that change no result, and so may differ when a run is resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a training.
+
+    The defaults of the first block are the recipe: the best one known. They stand here and nowhere
+    else; ``TrainConfig.reference()`` is the published one. Pixels are those of the image that the
+    upsampler sees, unless said otherwise.
+
+    Attributes:
+        upsampler: name, or a folder that ``save_pretrained`` wrote, to start from its weights.
+        upsampler_options: arguments of its constructor, by name.
+        steps: of the optimiser.
+        batch_size: photographs of a step, over all processes and accumulated parts together.
+        views: of each photograph.
+        size: side of the square image that the upsampler sees.
+        source_size: side of the finer image that views are cut from; ``None`` for ``size``.
+        crop: the square window that is taken of a photograph: as large as its shorter side
+            ("short_side"), in its own pixels ("native"), or between the two ("mixed").
+        max_pad: reflected border of the views.
+        max_zoom: views are magnified by up to this, at least 1.
+        zoom_probability: share of views that are magnified.
+        flip_probability: share of views that are mirrored.
+        downsampler: "attention" or "simple".
+        downsampler_size: taps per side; ``None`` for the backbone's stride.
+        saliency_dropout: of the attention downsampler, in [0, 1).
+        projection_dim: random directions that features are compared along; ``None`` for all
+            channels as they are.
+        crf_weight: of the CRF term; 0 for none, as for the next two.
+        tv_weight: of the total variation of the magnitude map.
+        magnitude_weight: of the magnitude's consistency.
+        learning_rate: of NAdam.
+        schedule: of the learning rate: "constant", or "cosine" down to 0.
+        clip: largest gradient norm during the first steps.
+        clip_steps: how many they are.
+        seed: of everything that is drawn.
+        accumulate: parts that each process computes its share of a step in, to save memory.
+        precision: of the backbone: "fp32", "bf16" (autocast), or "auto" for bf16 on a GPU.
+        device: "cpu", "cuda", …; ``None`` for a GPU if there is one.
+        workers: processes that load photographs; ``None`` for none, with a GPU up to 8.
+        out: folder of the run.
+        checkpoint_every: steps between checkpoints.
+        keep: how many of the newest checkpoints stay.
+        log_every: steps between lines of the log.
+        validation_images: photographs held out; ``None`` for a twentieth, at most 32.
+        validate_every: steps between validations.
+        patience: stop after so many validations without a better one; ``None`` for never.
+        tensorboard: write scalars and pictures for TensorBoard too.
+
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+
+    upsampler: str = "jbu_stack"
+    upsampler_options: dict[str, Any] = field(default_factory=dict)
+    steps: int = 2000
+    batch_size: int = 4
+    views: int = 5
+    size: int = 224
+    source_size: int | None = None
+    crop: str = "short_side"
+    max_pad: float = 20.0
+    max_zoom: float = 2.0
+    zoom_probability: float = 0.5
+    flip_probability: float = 0.5
+    downsampler: str = "attention"
+    downsampler_size: int | None = None
+    saliency_dropout: float = 0.2
+    projection_dim: int | None = 30
+    crf_weight: float = 1e-3
+    tv_weight: float = 0.0
+    magnitude_weight: float = 0.0
+    learning_rate: float = 1e-3
+    schedule: str = "constant"
+    clip: float = 1e-4
+    clip_steps: int = 10
+
+    seed: int = 0
+    accumulate: int = 1
+    precision: str = "auto"
+    device: str | None = None
+    workers: int | None = None
+    out: str | Path | None = None
+    checkpoint_every: int = 100
+    keep: int = 2
+    log_every: int = 1
+    validation_images: int | None = None
+    validate_every: int = 250
+    patience: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        """Bring numbers to their types; check every range."""
+        if self.out is not None:
+            object.__setattr__(self, "out", Path(self.out))
+        for name, (least, optional) in _WHOLE.items():
+            object.__setattr__(self, name, _whole(name, getattr(self, name), least, optional))
+        for name, (low, high) in _NUMBERS.items():
+            object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: {unknown_name('value', str(getattr(self, name)), choices)}"
+                )
+        if not isinstance(self.tensorboard, bool):
+            raise ValueError(f"tensorboard={self.tensorboard!r} must be true or false")
+        if not isinstance(self.upsampler_options, dict):
+            raise ValueError(
+                f"upsampler_options={self.upsampler_options!r} must be names and values"
+            )
+        # A copy, so that nothing changes them afterwards.
+        object.__setattr__(self, "upsampler_options", dict(self.upsampler_options))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.source_size is not None and self.source_size < self.size:
+            raise ValueError(
+                f"source_size={self.source_size} must be at least size={self.size}; views are cut "
+                "from the finer image"
+            )
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate} must divide batch_size={self.batch_size}, which is "
+                "computed in so many equal parts"
+            )
+        if self.saliency_dropout == 1:
+            raise ValueError("saliency_dropout=1.0 must be below 1; use 0 for none")
+
+    @property
+    def photo_size(self) -> int:
+        """Side of the square that is read from a photograph, pixels."""
+        return self.source_size or self.size
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> TrainConfig:
+        """A recipe by name, with changes.
+
+        Raises:
+            ValueError: there is no such recipe or setting.
+        """
+        return cls.from_mapping({"preset": name, **changes})
+
+    @classmethod
+    def reference(cls, **changes: Any) -> TrainConfig:
+        """The published recipe of the JBU stack, with changes."""
+        return cls.preset("reference", **changes)
+
+    @classmethod
+    def from_mapping(cls, settings: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:
+        """Build from names and values, such as a file's.
+
+        Args:
+            settings: of the fields, and ``preset`` for the recipe that they change.
+            source: what to call them in errors.
+
+        Raises:
+            ValueError: a name is unknown (close ones are suggested) or a value is wrong.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in settings:
+            if name not in [*known, "preset"]:
+                raise ValueError(f"{source}: {unknown_name('setting', str(name), known)}")
+        preset = settings.get("preset", "default")
+        if preset not in PRESETS:
+            raise ValueError(f"{source}: {unknown_name('preset', str(preset), list(PRESETS))}")
+        chosen = {name: value for name, value in settings.items() if name != "preset"}
+        return cls(**{**PRESETS[preset], **chosen})
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        content = asdict(self)
+        content["out"] = None if self.out is None else str(self.out)
+        return content
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """How a run with settings ``other`` differs in its results: "seed: 0 there, 1 here".
+
+        More steps under a constant learning rate do not count: they only go further.
+        """
+        own = self.to_json()
+        same = set(OPERATIONAL)
+        if self.schedule == "constant" and self.steps >= other.get("steps", 0):
+            same.add("steps")
+        return [
+            f"{name}: {other.get(name)!r} there, {own[name]!r} here"
+            for name in own
+            if name not in same and other.get(name) != own[name]
+        ]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of settings.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not one, or PyYAML is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = _parse(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {type(content).__name__}, not settings (name: value)")
+    return content
+
+
+def _parse(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix.lower() == ".json":
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not JSON ({error})") from None
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError(
+            f'{path}: reading YAML needs PyYAML; pip install "upfeat[train]", or give a .json file'
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+
+
+_WHOLE: dict[str, tuple[int, bool]] = {
+    **dict.fromkeys(
+        ("steps", "batch_size", "views", "size", "checkpoint_every", "keep", "log_every"),
+        (1, False),
+    ),
+    **dict.fromkeys(("accumulate", "validate_every"), (1, False)),
+    **dict.fromkeys(("clip_steps", "seed"), (0, False)),
+    **dict.fromkeys(("source_size", "downsampler_size", "projection_dim", "patience"), (1, True)),
+    **dict.fromkeys(("workers", "validation_images"), (0, True)),
+}
+"""Whole numbers: the least, and whether none is allowed."""
+
+_NUMBERS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("zoom_probability", "flip_probability", "saliency_dropout"), (0, 1)),
+    **dict.fromkeys(("max_pad", "crf_weight", "tv_weight", "magnitude_weight"), (0, math.inf)),
+    **dict.fromkeys(("learning_rate", "clip"), (5e-324, math.inf)),
+    "max_zoom": (1, math.inf),
+}
+"""Numbers: least and greatest. The smallest float stands for "above 0"."""
+
+_CHOICES: dict[str, list[str]] = {
+    "crop": ["short_side", "native", "mixed"],
+    "downsampler": ["attention", "simple"],
+    "schedule": ["constant", "cosine"],
+    "precision": ["auto", "fp32", "bf16"],
+}
+
+
+def _whole(name: str, value: Any, least: int, optional: bool) -> int | None:
+    if value is None and optional:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be a whole number")
+    if value < least:
+        raise ValueError(f"{name}={value} must be {least} or more")
+    return value
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    try:
+        # Text too: YAML takes 1e-3, without a point, for a word.
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isfinite(number) and low <= number <= high:
+        return number
+    if low == 5e-324:
+        allowed = "a number above 0"
+    elif high == math.inf:
+        allowed = f"a number of at least {low:g}"
+    else:
+        allowed = f"a number from {low:g} to {high:g}"
+    raise ValueError(f"{name}={value!r} must be {allowed}")

@@ -1,0 +1,262 @@
+"""The folder of a run: what it was started with, its log, and whether it can be resumed.
+
+run.json            settings, backbones, photographs, versions; at the end the outcome
+config.json         the settings alone (config.yaml too, where PyYAML is installed)
+photographs.json    every file by name and size, what was skipped, what is held out
+losses.jsonl        a line for each logged step
+checkpoints/        the newest few
+upsampler/          the trained weights, with the data they came from
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TextIO
+
+from upfeat.backbones import Backbone
+from upfeat.evaluation.provenance import digest, identify_backbone
+from upfeat.evaluation.results import versions
+from upfeat.storage import write_bytes
+from upfeat.training.checkpoint import Checkpoints
+from upfeat.training.config import TrainConfig
+from upfeat.training.photographs import Listing, Skipped, find_photographs, list_photographs
+
+_NAMES_SHOWN = 3
+
+
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: of the folder.
+        checkpoints: in it.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        """Name the folder; nothing is written yet.
+
+        Raises:
+            ValueError: the configuration names none.
+        """
+        if config.out is None:
+            raise ValueError("out=None: give the folder that the run is written to")
+        self.path = Path(config.out)
+        self.checkpoints = Checkpoints(self.path / "checkpoints", config.keep)
+
+    @property
+    def upsampler(self) -> Path:
+        """Where the trained weights go."""
+        return self.path / "upsampler"
+
+    @property
+    def log(self) -> Path:
+        """The log."""
+        return self.path / "losses.jsonl"
+
+    def start(
+        self, config: TrainConfig, backbones: list[Backbone], photos: str | Path, *, resume: bool
+    ) -> tuple[Listing, dict[str, Any] | None]:
+        """Begin a run, or find the state in which one goes on.
+
+        Args:
+            config: of the run.
+            backbones: whose features are upsampled.
+            photos: the folder of photographs.
+            resume: go on with the run that the folder holds, if it does.
+
+        Returns:
+            The photographs, and the newest checkpoint (``None`` to begin).
+
+        Raises:
+            FileNotFoundError: there is no folder of photographs.
+            ValueError: the folder holds a run and ``resume`` is not asked for, or that run had
+                other settings, backbones or photographs; or no photograph can be used.
+            OSError: the folder cannot be written.
+        """
+        run = self._read("run.json")
+        if run is not None and not resume:
+            raise ValueError(
+                f"{self.path}: holds a run already; go on with it by --resume (resume=True), or "
+                "give another folder"
+            )
+        state = None
+        if run is not None:
+            self._sweep()
+            state = self.checkpoints.newest()
+            self._check_same(run, config, backbones, photos)
+            write_json(self.path / "run.json", {**run, "config": config.to_json()})
+        listing = self._listing(config, photos, run is not None)
+        if run is None:
+            self._begin(config, backbones, listing)
+        self._truncate_log(0 if state is None else state["step"])
+        return listing, state
+
+    def finish(self, outcome: dict[str, Any]) -> None:
+        """Write the outcome beside what the run was started with, there and with the weights."""
+        run = {**(self._read("run.json") or {}), **outcome, "versions": versions()}
+        write_json(self.path / "run.json", run)
+        write_json(self.upsampler / "training.json", run)
+
+    def open_log(self) -> TextIO:
+        """Open the log to append; each line is on its way to disk when it is written."""
+        return self.log.open("a", buffering=1, encoding="utf-8")
+
+    def _begin(self, config: TrainConfig, backbones: list[Backbone], listing: Listing) -> None:
+        try:
+            (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
+        for damaged in self.checkpoints.paths():
+            # Of a run that never got as far as its run.json: not ours.
+            raise ValueError(f"{damaged}: a checkpoint without run.json; give another folder")
+        settings = config.to_json()
+        write_json(self.path / "config.json", settings)
+        _write_yaml(self.path / "config.yaml", settings)
+        write_json(
+            self.path / "photographs.json",
+            {
+                "files": listing.files,
+                "skipped": [asdict(one) for one in listing.skipped],
+                "train": listing.train,
+                "validation": listing.validation,
+            },
+        )
+        # Last, since it is what makes the folder a run.
+        run = {
+            "format": "upfeat-run-1",
+            "state": "running",
+            "config": settings,
+            "backbones": [describe(backbone) for backbone in backbones],
+            "photographs": listing.to_json(),
+            "versions": versions(),
+        }
+        write_json(self.path / "run.json", run)
+
+    def _sweep(self) -> None:
+        """Remove what a killed process was writing."""
+        for folder in (self.path, self.checkpoints.folder, self.upsampler):
+            for leftover in folder.glob(".*"):
+                if leftover.suffix in (".ckpt", ".json", ".jsonl", ".yaml", ".safetensors"):
+                    leftover.unlink(missing_ok=True)
+
+    def _check_same(
+        self,
+        run: dict[str, Any],
+        config: TrainConfig,
+        backbones: list[Backbone],
+        photos: str | Path,
+    ) -> None:
+        """Refuse to go on with anything but what the run was started with."""
+        found = config.differences(run.get("config", {}))
+        there, here = run.get("backbones", []), [describe(backbone) for backbone in backbones]
+        if there != here:
+            names = [", ".join(one.get("name", "?") for one in side) for side in (there, here)]
+            alike = " of the same name with other weights" if names[0] == names[1] else ""
+            found.append(f"backbone: {names[0]} there, {names[1]} here{alike}")
+        stored = self._read("photographs.json")
+        if stored is not None:
+            found += _compare_files(stored["files"], find_photographs(photos))
+        if found:
+            raise ValueError(
+                f"{self.path}: the run to resume differs: {'; '.join(found)}; give what it was "
+                "started with, or another folder"
+            )
+
+    def _listing(self, config: TrainConfig, photos: str | Path, resumed: bool) -> Listing:
+        stored = self._read("photographs.json") if resumed else None
+        if stored is not None:
+            return Listing(
+                Path(photos),
+                [(name, size) for name, size in stored["files"]],
+                [Skipped(**one) for one in stored["skipped"]],
+                stored["train"],
+                stored["validation"],
+            )
+        return list_photographs(
+            photos, config.photo_size, held_out=config.validation_images, seed=config.seed
+        )
+
+    def _truncate_log(self, step: int) -> None:
+        """Drop lines of steps after the checkpoint; they are about to be done again."""
+        if not self.log.is_file():
+            return
+        kept = []
+        for line in self.log.read_bytes().splitlines(keepends=True):
+            try:
+                if not line.endswith(b"\n") or json.loads(line)["step"] > step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            kept.append(line)
+        _write(self.log, b"".join(kept))
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not JSON ({error}); give another folder") from None
+        return content if isinstance(content, dict) else None
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """What identifies a backbone, as JSON values: its weights, or without any what it makes."""
+    known = digest(backbone)
+    if not backbone.state_dict():
+        known = hashlib.sha256(identify_backbone(backbone).encode()).hexdigest()
+    return {
+        "name": backbone.name,
+        "embed_dim": backbone.embed_dim,
+        "stride": backbone.stride,
+        "mean": backbone.mean.flatten().tolist(),
+        "std": backbone.std.flatten().tolist(),
+        "digest": known,
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    # In ASCII: file names may hold what no encoding allows.
+    text = json.dumps(content, indent=2, allow_nan=False)
+    _write(path, (text + "\n").encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, content)
+    except OSError as error:
+        raise OSError(error.errno, f"not written ({error.strerror})", str(path)) from None
+
+
+def _write_yaml(path: Path, settings: dict[str, Any]) -> None:
+    try:
+        import yaml
+    except ImportError:
+        return
+    _write(path, yaml.safe_dump(settings, sort_keys=False).encode())
+
+
+def _compare_files(there: list[list[Any]], here: list[tuple[str, int]]) -> list[str]:
+    before, now = {one[0]: one[1] for one in there}, dict(here)
+    kinds: dict[str, Callable[[str], bool]] = {
+        "added": lambda name: name not in before,
+        "gone": lambda name: name not in now,
+        "of another size": lambda name: (
+            name in before and name in now and before[name] != now[name]
+        ),
+    }
+    names = sorted({*before, *now})
+    found = []
+    for kind, belongs in kinds.items():
+        chosen = [name for name in names if belongs(name)]
+        if chosen:
+            more = ", …" if len(chosen) > _NAMES_SHOWN else ""
+            found.append(f"{len(chosen)} {kind} ({', '.join(chosen[:_NAMES_SHOWN])}{more})")
+    return [f"photographs: {', '.join(found)}"] if found else []

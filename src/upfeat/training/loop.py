@@ -1,0 +1,304 @@
+"""Train an upsampler on a folder of photographs: the loop around the steps."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from upfeat.backbones import Backbone, load_backbone
+from upfeat.training.config import TrainConfig
+from upfeat.training.folder import RunFolder
+from upfeat.training.photographs import Listing, Photographs, load_parts
+from upfeat.training.processes import Processes, processes
+from upfeat.training.record import OnStep, Record, StepReport
+from upfeat.training.trainer import Trainer
+from upfeat.training.validation import normalised, validate
+from upfeat.upsamplers import Upsampler
+from upfeat.visualize import comparison
+
+BackboneLike = str | Backbone | Callable[[Tensor], Tensor]
+
+
+def train(
+    backbone: BackboneLike | Sequence[BackboneLike],
+    photos: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    resume: bool = False,
+    on_step: OnStep | None = None,
+) -> Upsampler:
+    """Train an upsampler by multi-view consistency (FeatUp, section 3).
+
+    The run's folder holds settings, log, checkpoints and, at the end, ``upsampler/``, which
+    :meth:`Upsampler.from_pretrained` reads. A run that was stopped in any way goes on with
+    ``resume=True`` as if it had not been. Started by torchrun, the processes share every step.
+
+    Args:
+        backbone: whose features are to be upsampled: a name, a :class:`Backbone`, or a module or
+            function to wrap as one. It is not trained. Of several, each step draws one, and the
+            upsampler serves all of them.
+        photos: a folder of photographs, searched with all folders below it.
+        config: settings; ``out`` must be given.
+        resume: go on with the run in ``config.out``; begin one if there is none.
+        on_step: told of every step, in the first process.
+
+    Returns:
+        The trained upsampler, on the CPU in eval mode: with the weights of the best validation if
+        there was one, else the last.
+
+    Raises:
+        FileNotFoundError: there is no such folder of photographs.
+        ValueError: a setting or photograph cannot be used, ``config.out`` holds another run, or
+            features or loss became NaN or infinite (the last checkpoint stays).
+        OSError: a file could not be written; earlier checkpoints stay.
+        KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM, after a checkpoint.
+    """
+    config = TrainConfig() if config is None else config
+    folder = RunFolder(config)
+    backbones = _load_backbones(backbone)
+    with processes(config.device) as group, _placed(backbones, group.device):
+        trainer = Trainer(backbones, config, group)
+        listing, state = group.on_main(
+            lambda: folder.start(config, backbones, photos, resume=resume)
+        )
+        if state is not None:
+            trainer.load_state(state)
+        if group.is_main and (summary := listing.summary()) is not None:
+            warnings.warn(summary, stacklevel=2)
+        with _interruption() as interrupted:
+            _Loop(trainer, listing, folder, on_step, interrupted).run()
+        trainer.use_best()
+        group.on_main(lambda: _export(trainer, folder))
+    return trainer.upsampler.cpu().eval()
+
+
+class _Loop:
+    """Steps with validation, log and checkpoints in between."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        listing: Listing,
+        folder: RunFolder,
+        on_step: OnStep | None,
+        interrupted: threading.Event,
+    ) -> None:
+        config = trainer.config
+        self.trainer, self.folder, self.config = trainer, folder, config
+        self.processes: Processes = trainer.processes
+        self.on_step, self.interrupted = on_step, interrupted
+        size = config.photo_size
+        self.photographs = Photographs(
+            listing.folder, listing.train, size, config.crop, config.seed
+        )
+        self.held_out = Photographs(listing.folder, listing.validation, size, "short_side", None)
+        self.digest = listing.digest()
+        self.saved_at = trainer.step
+
+    def run(self) -> None:
+        """Go on to the end.
+
+        Raises:
+            KeyboardInterrupt: the process was asked to stop; a checkpoint is written.
+        """
+        with self._record() as record:
+            for parts in self._batches():
+                report = self._step(parts)
+                if record is not None:
+                    self._write(record, report)
+                stop = self._asked_to_stop()
+                due = self.trainer.step % self.config.checkpoint_every == 0
+                if due or stop or self.trainer.finished:
+                    self._save()
+                if self.on_step is not None and record is not None:
+                    self.on_step(report)
+                if self.trainer.finished:
+                    return
+                if stop:
+                    raise KeyboardInterrupt
+
+    def _batches(self) -> Iterator[list[Tensor]]:
+        """This process's parts of each coming step."""
+        trainer, config = self.trainer, self.config
+        if trainer.finished:
+            return
+        count = len(trainer.shares)
+        images = load_parts(
+            self.photographs,
+            first=trainer.step,
+            last=config.steps,
+            batch=config.batch_size,
+            shares=trainer.shares,
+            workers=_workers(config, self.processes),
+        )
+        while True:
+            parts = list(islice(images, count))
+            if not parts:
+                return
+            yield parts
+
+    def _step(self, parts: list[Tensor]) -> StepReport:
+        trainer, config = self.trainer, self.config
+        rate, backbone = trainer.learning_rate(), trainer.backbones[trainer.draw_backbone()].name
+        validation: dict[str, float] = {}
+        try:
+            losses = trainer.train_step(parts, self._names())
+            due = trainer.step % config.validate_every == 0 or trainer.step == config.steps
+            if due and len(self.held_out):
+                validation = self.processes.on_main(self._validate)
+                trainer.judge(validation)
+        except ValueError as error:
+            raise ValueError(f"{error}; {self._last_checkpoint()}") from None
+        return StepReport(
+            step=trainer.step,
+            steps=config.steps,
+            images=config.batch_size,
+            backbone=backbone,
+            losses=losses,
+            learning_rate=rate,
+            validation=validation,
+        )
+
+    def _names(self) -> list[list[str]]:
+        """Of the coming step's photographs, as ``_batches`` gives them."""
+        first = self.trainer.step * self.config.batch_size
+        numbers = range(first, first + self.config.batch_size)
+        return [
+            [self.photographs.name(number) for number in numbers[share]]
+            for share in self.trainer.shares
+        ]
+
+    def _validate(self) -> dict[str, float]:
+        trainer = self.trainer
+        objectives = [trainer.objective(index) for index in range(len(trainer.backbones))]
+        return validate(objectives, trainer.backbones, self.held_out, self.config)
+
+    def _write(self, record: Record, report: StepReport) -> None:
+        record.write(report)
+        if report.validation and self.config.tensorboard:
+            record.show(self._picture(), report.step)
+
+    @torch.no_grad()
+    def _picture(self) -> Any:
+        """Of the first held-out photograph."""
+        trainer, backbone = self.trainer, self.trainer.backbones[0]
+        x = normalised(self.held_out[0][None], backbone)
+        features = backbone(x)
+        trainer.upsampler.eval()
+        upsampled = trainer.upsampler(features, x)
+        trainer.upsampler.train()
+        image = backbone.denormalize(x)[0].cpu()
+        label = trainer.upsampler.name.replace("_", " ")
+        return comparison(image, features[0].cpu(), upsampled[0].cpu(), label=label)
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was interrupted: all stop after the same step."""
+        own = torch.tensor([float(self.interrupted.is_set())], device=self.processes.device)
+        return float(self.processes.mean(own)) > 0
+
+    def _save(self) -> None:
+        trainer = self.trainer
+
+        def write() -> None:
+            data = {"config": self.config.to_json(), "photographs": self.digest}
+            try:
+                self.folder.checkpoints.write({**trainer.state(), **data})
+            except ValueError as error:
+                raise ValueError(f"{error}; {self._last_checkpoint()}") from None
+
+        self.processes.on_main(write)
+        self.saved_at = trainer.step
+
+    def _last_checkpoint(self) -> str:
+        if not self.saved_at:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is that of step {self.saved_at}"
+
+    @contextmanager
+    def _record(self) -> Iterator[Record | None]:
+        """The record in the first process, ``None`` in others."""
+        if not self.processes.is_main:
+            yield None
+            return
+        with Record(
+            self.folder,
+            log_every=self.config.log_every,
+            tensorboard=self.config.tensorboard,
+            first=self.trainer.step,
+        ) as record:
+            yield record
+
+
+def _export(trainer: Trainer, folder: RunFolder) -> None:
+    try:
+        trainer.upsampler.save_pretrained(folder.upsampler)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"{folder.upsampler}: weights not written ({error}); they are in the checkpoint, and "
+            "--resume writes them again"
+        ) from None
+    best = {key: trainer.best[key] for key in ("step", "scores") if key in trainer.best}
+    folder.finish({"state": "finished", "steps": trainer.step, "validation": best or None})
+
+
+def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Backbone]:
+    several = backbone if isinstance(backbone, list | tuple) else [backbone]
+    if not several:
+        raise ValueError("backbone=[] is empty; give one or more")
+    return [load_backbone(one) for one in several]  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _placed(backbones: list[Backbone], device: torch.device) -> Iterator[None]:
+    """Backbones on the device and in eval mode; both undone after."""
+    before = [(backbone.mean.device, backbone.training) for backbone in backbones]
+    for backbone in backbones:
+        backbone.to(device).eval()
+    try:
+        yield
+    finally:
+        for backbone, (place, training) in zip(backbones, before, strict=True):
+            backbone.to(place).train(training)
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, so that a step is not cut in half.
+
+    A second one acts as usual. Outside the main thread signals are left alone.
+    """
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def stop(number: int, frame: object) -> None:
+        event.set()
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield event
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _workers(config: TrainConfig, group: Processes) -> int:
+    if config.workers is not None:
+        return config.workers
+    return min(8, os.cpu_count() or 1) if group.device.type == "cuda" else 0

@@ -1,0 +1,365 @@
+"""A folder of photographs: what is in it, in which order it is seen, and which window of each.
+
+Everything is a function of the seed and of a sample's number, so any number of workers and
+processes, and a resumed run, see the same pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from upfeat.images import read_image
+from upfeat.training.randomness import stream
+
+SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif")
+)
+_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that is not trained on."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The photographs of a folder.
+
+    Attributes:
+        folder: where they are.
+        files: (name relative to the folder, bytes), sorted, skipped ones too.
+        skipped: those that cannot be used.
+        train: names of those trained on.
+        validation: names of those held out.
+    """
+
+    folder: Path
+    files: list[tuple[str, int]]
+    skipped: list[Skipped]
+    train: list[str]
+    validation: list[str]
+
+    def digest(self) -> str:
+        """SHA-256 of all names and sizes."""
+        lines = "".join(f"{name}\0{size}\n" for name, size in self.files)
+        return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def summary(self) -> str | None:
+        """One line about what was skipped; ``None`` if nothing was."""
+        if not self.skipped:
+            return None
+        shown = "; ".join(f"{one.name}: {one.reason}" for one in self.skipped[:_NAMES_SHOWN])
+        more = len(self.skipped) - _NAMES_SHOWN
+        rest = f"; and {more} more, listed in run.json" if more > 0 else ""
+        return f"{len(self.skipped)} of {len(self.files)} photographs skipped: {shown}{rest}"
+
+    def to_json(self) -> dict[str, Any]:
+        """What the weights were trained on, as JSON values."""
+        return {
+            "folder": str(self.folder),
+            "images": len(self.train),
+            "digest": self.digest(),
+            "validation": self.validation,
+            "skipped": [{"name": one.name, "reason": one.reason} for one in self.skipped],
+        }
+
+
+def list_photographs(
+    folder: str | Path, size: int, *, held_out: int | None = 0, seed: int = 0
+) -> Listing:
+    """Find photographs and read each once, to know now which are damaged or too small.
+
+    Args:
+        folder: searched with all folders below it.
+        size: shorter side that a photograph needs, pixels.
+        held_out: how many to keep for validation; ``None`` for a twentieth, at most 32.
+        seed: draws them.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no photograph, or none that can be used.
+    """
+    folder = Path(folder)
+    files = find_photographs(folder)
+    # The filter is the process's, not a thread's, so it is set once, around all of them.
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        reasons = list(pool.map(lambda file: _reason_against(folder / file[0], size), files))
+    skipped = [
+        Skipped(name, reason)
+        for (name, _), reason in zip(files, reasons, strict=True)
+        if reason is not None
+    ]
+    usable = [name for (name, _), reason in zip(files, reasons, strict=True) if reason is None]
+    if not usable:
+        _refuse(folder, skipped, size)
+    validation = _hold_out(folder, usable, held_out, seed)
+    train = [name for name in usable if name not in set(validation)]
+    return Listing(folder, files, skipped, train, validation)
+
+
+def find_photographs(folder: str | Path) -> list[tuple[str, int]]:
+    """Name and size in bytes of every photograph in a folder and below it, sorted by name.
+
+    Hidden files and folders are left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        what = "is a file; give the folder it is in" if folder.exists() else "no such folder"
+        raise FileNotFoundError(f"{folder}: {what}")
+    found = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder)
+        hidden = any(part.startswith(".") for part in name.parts)
+        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
+            found.append((name.as_posix(), path.stat().st_size))
+    if not found:
+        raise ValueError(f"{folder}: holds no photographs ({', '.join(sorted(SUFFIXES))})")
+    return sorted(found)
+
+
+def _reason_against(path: Path, size: int) -> str | None:
+    try:
+        image = _open(path, size)
+        if min(image.size) < size:
+            return f"{image.width}×{image.height} pixels, smaller than {size}"
+    except (ValueError, OSError, Image.DecompressionBombWarning) as error:
+        return " ".join(str(error).removeprefix(f"{path}: ").split())
+    return None
+
+
+def _refuse(folder: Path, skipped: list[Skipped], size: int) -> None:
+    small = sum("smaller than" in one.reason for one in skipped)
+    if small == 0:
+        raise ValueError(
+            f"{folder}: none of its {len(skipped)} photographs can be read; "
+            f"{skipped[0].name}: {skipped[0].reason}"
+        )
+    damaged = f", {len(skipped) - small} damaged" if small < len(skipped) else ""
+    raise ValueError(
+        f"{folder}: none of its {len(skipped)} photographs can be used ({small} smaller than "
+        f"{size}×{size} pixels{damaged}); give larger ones, or a smaller size or source_size"
+    )
+
+
+def _hold_out(folder: Path, usable: list[str], held_out: int | None, seed: int) -> list[str]:
+    count = min(32, len(usable) // 20) if held_out is None else held_out
+    if count >= len(usable):
+        raise ValueError(
+            f"validation_images={count} leaves none of the {len(usable)} photographs of {folder} "
+            "to train on; hold out fewer"
+        )
+    order = torch.randperm(len(usable), generator=stream(seed, "held out")).tolist()
+    return sorted(usable[index] for index in order[:count])
+
+
+class Photographs(Dataset[Tensor]):
+    """Square windows of photographs, by the number of the sample: epoch after epoch.
+
+    Args:
+        folder: where they are.
+        names: relative to it.
+        size: side of the windows as returned, pixels.
+        crop: how windows are chosen, as ``TrainConfig.crop``.
+        seed: draws order and windows; ``None`` for the given order and middle windows.
+    """
+
+    def __init__(
+        self, folder: Path, names: Sequence[str], size: int, crop: str, seed: int | None
+    ) -> None:
+        """Keep the settings."""
+        self.folder, self.names, self.size = folder, list(names), size
+        self.crop, self.seed = crop, seed
+
+    def __len__(self) -> int:
+        """Photographs in an epoch."""
+        return len(self.names)
+
+    def name(self, number: int) -> str:
+        """The photograph of a sample."""
+        epoch, place = divmod(number, len(self.names))
+        if self.seed is None:
+            return self.names[place]
+        return self.names[_order(self.seed, epoch, len(self.names))[place]]
+
+    def __getitem__(self, number: int) -> Tensor:
+        """Read a sample: (3, size, size) uint8.
+
+        Raises:
+            OSError: the photograph is gone or damaged since it was listed.
+        """
+        path = self.folder / self.name(number)
+        generator = None if self.seed is None else stream(self.seed, "window", number)
+        try:
+            return read_window(path, self.size, self.crop, generator)
+        except (ValueError, OSError) as error:
+            reason = str(error).removeprefix(f"{path}: ")
+            raise OSError(f"{path}: changed since training started ({reason})") from None
+
+
+def read_window(
+    path: Path, size: int, crop: str = "short_side", generator: torch.Generator | None = None
+) -> Tensor:
+    """Read a square window of a photograph.
+
+    Args:
+        path: the photograph.
+        size: side of the result, pixels.
+        crop: the window's side in the photograph's own pixels: its shorter side, ``size``
+            ("native"), or anything between, uniform in the logarithm ("mixed").
+        generator: draws side and place; ``None`` for the middle and the shorter side.
+
+    Returns:
+        (3, size, size) uint8.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: it is damaged, or smaller than ``size``.
+    """
+    image = _open(path, size if crop == "short_side" else None)
+    short = min(image.size)
+    if short < size:
+        raise ValueError(f"{path}: {image.width}×{image.height} pixels, smaller than {size}")
+    uniform = [0.0, 0.5, 0.5]
+    if generator is not None:
+        uniform = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+    # On whole pixels: a window of native size is then a copy.
+    side = short
+    if crop == "native":
+        side = size
+    elif crop == "mixed":
+        side = round(short * math.exp(uniform[0] * math.log(size / short)))
+    left, top = (
+        round(share * (whole - side)) for share, whole in zip(uniform[1:], image.size, strict=True)
+    )
+    return _resized(image, (left, top, left + side, top + side), size)
+
+
+def _open(path: Path, draft: int | None) -> Image.Image:
+    """Decode upright, a JPEG no finer than needed for a shorter side of ``draft`` pixels."""
+    try:
+        with Image.open(path) as image:
+            if draft is not None and image.format == "JPEG":
+                image.draft("RGB", _draft_size(image.size, draft))
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image that Pillow can read") from None
+    except (SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: a damaged image ({error})") from None
+
+
+def _draft_size(size: tuple[int, int], short: int) -> tuple[int, int]:
+    # Twice as fine as the result, so that the reduction proper is still done by the resampling.
+    scale = 2 * short / min(size)
+    return (math.ceil(size[0] * scale), math.ceil(size[1] * scale))
+
+
+def _resized(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """A window of an image of any mode, (3, size, size) uint8."""
+    if image.mode in ("RGB", "L") and "transparency" not in image.info:
+        # In RGB first: modes are converted once and resampled alike.
+        pixels = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
+    values = read_image(image.crop(box))[None]
+    values = F.interpolate(
+        values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
+    )
+    return (values[0].clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> list[int]:
+    return torch.randperm(count, generator=stream(seed, "order", epoch)).tolist()
+
+
+class _Stacks(Dataset[Tensor | OSError]):
+    """Whole parts of samples, or what went wrong, for the first process to raise.
+
+    An exception that a worker raises arrives with its traceback for a message.
+    """
+
+    def __init__(self, samples: Photographs) -> None:
+        self.samples = samples
+
+    def __getitem__(self, numbers: list[int]) -> Tensor | OSError:
+        try:
+            return torch.stack([self.samples[number] for number in numbers])
+        except OSError as error:
+            return error
+
+
+class _Parts:
+    """The sample numbers of every part of every step, as far as one process has to do with them."""
+
+    def __init__(self, first: int, last: int, batch: int, shares: list[slice]) -> None:
+        self.first, self.last, self.batch, self.shares = first, last, batch, shares
+
+    def __len__(self) -> int:
+        return (self.last - self.first) * len(self.shares)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first, self.last):
+            numbers = range(step * self.batch, (step + 1) * self.batch)
+            for share in self.shares:
+                yield list(numbers[share])
+
+
+def load_parts(
+    photographs: Photographs,
+    *,
+    first: int,
+    last: int,
+    batch: int,
+    shares: list[slice],
+    workers: int = 0,
+) -> Iterator[Tensor]:
+    """Read the images of steps ``first`` to ``last`` (not included), ahead of time by workers.
+
+    Args:
+        photographs: to read from.
+        first: number of the first step, from 0.
+        last: one past the last.
+        batch: images of a step.
+        shares: the parts of a step that this process computes.
+        workers: processes that read; 0 to read in this one.
+
+    Yields:
+        (part, 3, size, size) uint8, the parts of a step one after the other.
+    """
+    loader = DataLoader(
+        _Stacks(photographs),
+        sampler=_Parts(first, last, batch, shares),  # pyright: ignore[reportArgumentType]
+        batch_size=None,
+        num_workers=workers,
+        # Without a generator of its own the loader draws from the global one.
+        generator=torch.Generator(),
+    )
+    for part in loader:
+        if isinstance(part, OSError):
+            raise part
+        yield part

@@ -1,0 +1,123 @@
+"""One process, or several that share every step: torchrun starts them, gradients are averaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+class Processes:
+    """Those that train together; a process alone is one of one.
+
+    Attributes:
+        rank: number of this one.
+        count: of all.
+        device: this one's.
+    """
+
+    def __init__(self, rank: int, count: int, device: torch.device) -> None:
+        """Record who this is."""
+        self.rank, self.count, self.device = rank, count, device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def on_main(self, action: Callable[[], Result]) -> Result:
+        """Do something in the first process, and have its result, or its error, in all.
+
+        Raises:
+            ValueError: ``action`` raised it, or one of its subclasses.
+            OSError: likewise.
+        """
+        if self.count == 1:
+            return action()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        torch.distributed.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def gather(self, value: Result) -> list[Result]:
+        """Every process's value, in the order of ranks."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over processes, element by element."""
+        if self.count == 1:
+            return values
+        values = values.clone()
+        torch.distributed.all_reduce(values)
+        return values / self.count
+
+    def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace gradients by their means, with one message for all of them."""
+        if self.count == 1:
+            return
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def processes(device: str | None) -> Iterator[Processes]:
+    """Join the processes that torchrun started, if it did.
+
+    Args:
+        device: as in ``TrainConfig.device``.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    joined_before = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if joined_before:
+        count, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    else:
+        count, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    own = _device(device, int(os.environ.get("LOCAL_RANK", rank)) if count > 1 else None)
+    if count == 1:
+        yield Processes(0, 1, own)
+        return
+    if not joined_before:
+        torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    try:
+        yield Processes(rank, count, own)
+    finally:
+        if not joined_before:
+            torch.distributed.destroy_process_group()
+
+
+def _device(name: str | None, local_rank: int | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f'device="{name}" cannot be used: {reason}') from None
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", local_rank if local_rank is not None else 0)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device

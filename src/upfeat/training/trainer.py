@@ -1,0 +1,277 @@
+"""One training step, and everything that the next one depends on."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from upfeat.backbones import Backbone
+from upfeat.naming import unknown_name
+from upfeat.training.config import TrainConfig
+from upfeat.training.objective import Objective, ViewBatch, make_batch
+from upfeat.training.processes import Processes
+from upfeat.training.randomness import derive, global_stream, stream
+from upfeat.training.validation import normalised
+from upfeat.upsamplers import Upsampler, list_upsamplers
+from upfeat.upsamplers.pretrained import UPSAMPLERS, load_pretrained
+
+
+class Trainer:
+    """Upsampler, downsamplers, uncertainties and optimiser, and how far they are.
+
+    Attributes:
+        upsampler: what is trained.
+        objectives: one for each backbone, sharing the upsampler.
+        step: steps done.
+        best: step, figures and weights of the best validation; empty before the first.
+        stale: validations since.
+    """
+
+    def __init__(
+        self, backbones: Sequence[Backbone], config: TrainConfig, processes: Processes
+    ) -> None:
+        """Draw initial weights.
+
+        Args:
+            backbones: frozen, in eval mode, on the processes' device.
+            config: of the run.
+            processes: that share each step.
+
+        Raises:
+            FileNotFoundError: the upsampler is a folder that is not there.
+            ValueError: the upsampler cannot be made for these backbones, or the batch not divided.
+        """
+        self.backbones, self.config, self.processes = list(backbones), config, processes
+        self.shares = _shares(config, processes)
+        self.upsampler = new_upsampler(config, self.backbones)
+        self.objectives = nn.ModuleList(
+            Objective(
+                self.upsampler,
+                backbone.embed_dim,
+                backbone.stride,
+                config,
+                generator=stream(config.seed, "initial objective", index),
+            )
+            for index, backbone in enumerate(self.backbones)
+        ).to(processes.device)
+        self.objectives.train()
+        self.parameters = [one for one in self.objectives.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.NAdam(self.parameters, lr=config.learning_rate)
+        self.step = 0
+        self.best: dict[str, Any] = {}
+        self.stale = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or enough validations brought nothing better."""
+        patience = self.config.patience
+        return self.step >= self.config.steps or (patience is not None and self.stale >= patience)
+
+    def objective(self, index: int) -> Objective:
+        """The objective of a backbone."""
+        return cast(Objective, self.objectives[index])
+
+    def learning_rate(self) -> float:
+        """Of the coming step."""
+        if self.config.schedule == "constant":
+            return self.config.learning_rate
+        share = self.step / self.config.steps
+        return self.config.learning_rate * (1 + math.cos(math.pi * share)) / 2
+
+    def train_step(
+        self, parts: Sequence[Tensor], names: Sequence[Sequence[str]]
+    ) -> dict[str, float]:
+        """Do a step.
+
+        Args:
+            parts: this process's images, (part, 3, S, S) uint8, one entry for each accumulated
+                part.
+            names: of the images, for errors.
+
+        Returns:
+            The loss and its terms, means over all processes.
+
+        Raises:
+            ValueError: features, loss or gradients hold NaN or infinity. Nothing has changed.
+        """
+        index = self.draw_backbone()
+        self.optimizer.zero_grad(set_to_none=True)
+        faults: list[str] = []
+        totals: dict[str, Tensor] = {}
+        for part, (images, own_names) in enumerate(zip(parts, names, strict=True)):
+            try:
+                terms = self._backward(index, part, images, own_names)
+            except _NotFinite as fault:
+                faults.append(str(fault))
+                continue
+            for name, value in terms.items():
+                share = value.detach().double() / len(parts)
+                totals[name] = totals[name] + share if name in totals else share
+        self._stop_if(faults)
+        self.processes.average_gradients(self.parameters)
+        losses = self.processes.mean(torch.stack(list(totals.values())))
+        self._update([name for own_names in names for name in own_names])
+        self.step += 1
+        return dict(zip(totals, losses.tolist(), strict=True))
+
+    def draw_backbone(self) -> int:
+        """Number of the backbone of the coming step."""
+        draw = stream(self.config.seed, "backbone", self.step)
+        return int(torch.randint(len(self.backbones), (), generator=draw))
+
+    def _backward(
+        self, index: int, part: int, images: Tensor, names: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Add one part's share of the gradient; return its losses."""
+        backbone, config, device = self.backbones[index], self.config, self.processes.device
+        # The number of the part among all processes' parts: draws depend on it alone.
+        place = config.seed, self.step, part * self.processes.count + self.processes.rank
+        batch = self._look(backbone, normalised(images, backbone), place)
+        finite = torch.isfinite(batch.features).flatten(1).all(1)
+        finite &= torch.isfinite(batch.targets).transpose(0, 1).flatten(1).all(1)
+        if not bool(finite.all()):
+            bad = [name for name, fine in zip(names, finite.tolist(), strict=True) if not fine]
+            raise _NotFinite(f"features of {backbone.name}", bad)
+        with global_stream(device, "dropout", *place):
+            terms = self.objective(index)(batch, stream("loss", *place))
+        if not bool(torch.isfinite(terms["loss"])):
+            raise _NotFinite("loss", names)
+        (terms["loss"] / config.accumulate).backward()
+        return terms
+
+    def _look(self, backbone: Backbone, images: Tensor, place: tuple[int, ...]) -> ViewBatch:
+        """Run the backbone on the images and their views, in the precision asked for."""
+        device = self.processes.device
+        half = self.config.precision == "bf16" or (
+            self.config.precision == "auto" and device.type == "cuda"
+        )
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+            batch = make_batch(backbone, images, self.config, stream("views", *place))
+        return batch._replace(features=batch.features.float(), targets=batch.targets.float())
+
+    def _stop_if(self, faults: list[str]) -> None:
+        """Stop all processes if one of them has faults."""
+        count = torch.tensor([float(len(faults))], device=self.processes.device)
+        if float(self.processes.mean(count)) == 0:
+            return
+        found = [fault for own in self.processes.gather(faults) for fault in own]
+        raise ValueError(f"step {self.step + 1}: {'; '.join(dict.fromkeys(found))}")
+
+    def _update(self, names: Sequence[str]) -> None:
+        gradients = [one.grad for one in self.parameters if one.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not bool(torch.isfinite(norm)):
+            self._stop_if([str(_NotFinite("gradient", names))])
+        if self.step < self.config.clip_steps:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+
+    def judge(self, scores: dict[str, float]) -> bool:
+        """Take a validation into account; return whether it is the best so far."""
+        if self.best and scores["error"] >= self.best["scores"]["error"]:
+            self.stale += 1
+            return False
+        weights = copy.deepcopy(self.upsampler.state_dict())
+        self.best = {"step": self.step, "scores": scores, "weights": weights}
+        self.stale = 0
+        return True
+
+    def use_best(self) -> None:
+        """Give the upsampler the weights of the best validation, if there was one."""
+        if self.best:
+            self.upsampler.load_state_dict(self.best["weights"])
+
+    def state(self) -> dict[str, Any]:
+        """Everything that coming steps depend on, beside configuration and data.
+
+        Raises:
+            ValueError: a weight is NaN or infinity.
+        """
+        for name, weight in self.objectives.named_parameters():
+            if not bool(torch.isfinite(weight).all()):
+                raise ValueError(f"step {self.step}: {name} holds NaN or infinity")
+        return {
+            "step": self.step,
+            "objectives": self.objectives.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "best": self.best,
+            "stale": self.stale,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.objectives.load_state_dict(state["objectives"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
+
+
+class _NotFinite(Exception):
+    """Something holds NaN or infinity, and these photographs brought it about."""
+
+    def __init__(self, what: str, names: Sequence[str]) -> None:
+        super().__init__(f"NaN or infinity in the {what}, from {', '.join(names)}")
+
+
+def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampler:
+    """Make the upsampler to train, with initial weights drawn from the seed.
+
+    For several backbones one that mixes channels is made without the mix, which serves any.
+
+    Raises:
+        FileNotFoundError: it is a folder that is not there.
+        ValueError: there is no such upsampler, or its options do not fit.
+    """
+    name, options = config.upsampler, dict(config.upsampler_options)
+    cls = UPSAMPLERS.get(name)
+    if cls is None:
+        if "/" not in name and not Path(name).is_dir():
+            raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
+        if options:
+            raise ValueError(f"upsampler_options={options} are for a name; {name} is saved weights")
+        upsampler = load_pretrained(Upsampler, name)
+    else:
+        upsampler = _initial(cls, options, config.seed, backbones)
+    expected = getattr(upsampler, "embed_dim", None)
+    for backbone in backbones:
+        if expected not in (None, backbone.embed_dim):
+            raise ValueError(
+                f"upsampler expects {expected} channels but {backbone.name} has "
+                f"{backbone.embed_dim}; train one with embed_dim=None"
+            )
+    return upsampler
+
+
+def _initial(
+    cls: type[Upsampler], options: dict[str, Any], seed: int, backbones: Sequence[Backbone]
+) -> Upsampler:
+    accepted = list(inspect.signature(cls).parameters)
+    for option in options:
+        if option not in accepted:
+            raise ValueError(f"upsampler_options: {unknown_name('option', option, accepted)}")
+    if "embed_dim" in accepted and len(backbones) == 1:
+        options = {"embed_dim": backbones[0].embed_dim, **options}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive(seed, "initial upsampler"))
+        return cls(**options)
+
+
+def _shares(config: TrainConfig, processes: Processes) -> list[slice]:
+    """Which images of a step's batch make up this process's parts, in order."""
+    parts = config.accumulate * processes.count
+    if config.batch_size % parts:
+        raise ValueError(
+            f"batch_size={config.batch_size} cannot be divided evenly over {processes.count} "
+            f"processes × accumulate={config.accumulate}; give a multiple of {parts}"
+        )
+    size = config.batch_size // parts
+    numbers = range(processes.rank, parts, processes.count)
+    return [slice(number * size, (number + 1) * size) for number in numbers]

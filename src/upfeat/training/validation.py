@@ -1,0 +1,74 @@
+"""How well held-out photographs are explained: the training's loss, and a plain relative error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from upfeat.backbones import Backbone
+from upfeat.training.config import TrainConfig
+from upfeat.training.objective import Objective, ViewBatch, make_batch
+from upfeat.training.photographs import Photographs
+from upfeat.training.randomness import stream
+from upfeat.views import apply_jitter
+
+
+@torch.no_grad()
+def validate(
+    objectives: Sequence[Objective],
+    backbones: Sequence[Backbone],
+    photographs: Photographs,
+    config: TrainConfig,
+) -> dict[str, float]:
+    """Score an upsampler with its downsamplers; views and projections are always the same.
+
+    Args:
+        objectives: one for each backbone, in eval mode afterwards as before.
+        backbones: frozen.
+        photographs: held out.
+        config: of the views.
+
+    Returns:
+        ``reconstruction``, the mean of that term of the loss; and ``error``, the squared error of
+        the downsampled views over the variance of the backbone's features within each view. Both
+        are means over backbones.
+    """
+    scores = []
+    for objective, backbone in zip(objectives, backbones, strict=True):
+        training = objective.training
+        objective.eval()
+        sums = torch.zeros(3, dtype=torch.float64)
+        for index in range(len(photographs)):
+            images = normalised(photographs[index][None], backbone)
+            batch = make_batch(backbone, images, config, stream(config.seed, "held out", index))
+            if not bool(torch.isfinite(batch.features).all() & torch.isfinite(batch.targets).all()):
+                raise ValueError(
+                    f"held-out {photographs.name(index)}: NaN or infinity in the features of "
+                    f"{backbone.name}"
+                )
+            draws = stream(config.seed, "held out loss", index)
+            sums[0] += objective(batch, draws)["reconstruction"].cpu()
+            sums[1:] += _squares(objective, batch).cpu()
+        objective.train(training)
+        scores.append(torch.stack([sums[0] / len(photographs), sums[1] / sums[2].clamp(min=1e-30)]))
+    mean = torch.stack(scores).mean(0)
+    return {"reconstruction": float(mean[0]), "error": float(mean[1])}
+
+
+def normalised(images: Tensor, backbone: Backbone) -> Tensor:
+    """(B, 3, H, W) uint8 -> the same, as the backbone takes it, on its device."""
+    return (images.to(backbone.mean.device).float() / 255 - backbone.mean) / backbone.std
+
+
+def _squares(objective: Objective, batch: ViewBatch) -> Tensor:
+    """Sums over the views of one image: squared error, variance of the backbone's features."""
+    hires = objective.upsampler(batch.features.float(), batch.guidance)  # (1, C, H, W)
+    sums = torch.zeros(2, dtype=torch.float64, device=hires.device)
+    for jitter, target in zip(batch.jitters, batch.targets.float(), strict=True):
+        grid = (target.shape[2], target.shape[3])
+        guess = objective.downsampler(apply_jitter(hires, jitter), grid)
+        sums[0] += (guess - target).square().mean()
+        sums[1] += (target - target.mean((2, 3), keepdim=True)).square().mean()
+    return sums

@@ -1,0 +1,130 @@
+"""``upfeat train`` as a user meets it."""
+
+import argparse
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+from training.small import write_photographs
+
+from upfeat.cli import train as command
+from upfeat.cli.main import main
+from upfeat.training import TrainConfig
+
+SMALL = (
+    *("--size", 32, "--steps", 2, "--batch-size", 1, "--views", 1, "--projection-dim", 2),
+    *("--crf-weight", 0, "--backbone", "efficientnet_lite0.stride8", "--device", "cpu"),
+    *("--max-pad", 4, "--option", "radius=1", "--option", "n_stages=2"),
+)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    return write_photographs(tmp_path / "photos", 4)
+
+
+def run(*arguments):
+    return main(["train", *(str(argument) for argument in arguments)])
+
+
+def settings(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = parser.parse_args(["photos", "-o", "run", *(str(one) for one in arguments)])
+    return command._settings(options)[0]
+
+
+@pytest.mark.filterwarnings("default")
+def test_train_refuse_and_resume(photos, tmp_path, capsys):
+    (photos / "bad.jpg").write_bytes(b"nonsense")
+    out = tmp_path / "run"
+    assert run(photos, "-o", out, *SMALL, "--validation-images", 1) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith(f"{out / 'upsampler'}  held-out error ")
+    assert shown.err == (
+        "upfeat: note: 1 of 5 photographs skipped: bad.jpg: not an image that Pillow can read\n"
+    )
+    assert json.loads((out / "config.json").read_text())["upsampler_options"]["radius"] == 1
+    assert run(photos, "-o", out, *SMALL, "--validation-images", 1) == 2
+    shown = capsys.readouterr()
+    assert shown.err.count("\n") == 1
+    assert "holds a run already; go on with it by --resume" in shown.err
+    assert run(photos, "-o", out, *SMALL, "--validation-images", 1, "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--stepz", "3"), "unrecognized arguments: --stepz"),
+        (("--steps", "many"), "steps='many' must be a whole number"),
+        (("--upsampler", "jbu"), "did you mean jbu_stack"),
+        (("--backbone", "efficientnet"), "did you mean efficientnet_lite0"),
+        (("--option", "radius"), "give NAME=VALUE, as radius=2"),
+        (("--option", "raduis=2"), "did you mean radius"),
+        (("--preset", "best"), 'preset "best" is unknown'),
+        (("--config", "none.yaml"), "none.yaml: no such file"),
+        (("--size", "500"), "smaller than 500×500 pixels"),
+    ],
+)
+def test_bad_input_is_one_line(photos, tmp_path, capsys, arguments, words):
+    try:
+        code = run(photos, "-o", tmp_path / "run", *arguments)
+    except SystemExit as leaving:
+        code = leaving.code
+    shown = capsys.readouterr()
+    assert code == 2
+    assert words in shown.err
+    assert shown.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_empty_folder(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert run(tmp_path / "empty", "-o", tmp_path / "run") == 2
+    assert "holds no photographs" in capsys.readouterr().err
+
+
+def test_interruption_says_how_to_go_on(photos, tmp_path, capsys, monkeypatch):
+    def interrupted(*arguments, on_step, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("upfeat.training.train", interrupted)
+    assert run(photos, "-o", tmp_path / "run", *SMALL) == 130
+    assert "the same command with --resume goes on" in capsys.readouterr().err
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"preset": "reference", "steps": 7, "views": 3, "backbone": "x"}))
+    found = settings("--config", file, "--views", 2, "--source-size", "none", "--tensorboard")
+    assert found == {
+        "preset": "reference",
+        "steps": 7,
+        "views": 2,
+        "backbone": "x",
+        "source_size": None,
+        "tensorboard": True,
+    }
+    file.write_text(json.dumps({"out": "elsewhere"}))
+    with pytest.raises(ValueError, match="give it as -o FOLDER"):
+        settings("--config", file)
+
+
+def test_every_setting_has_a_flag():
+    others = {"out": "-o", "upsampler_options": "--option", "tensorboard": "--tensorboard"}
+    assert {field.name for field in fields(TrainConfig)} == {*command._FLAGS, *others}
+
+
+def test_values_of_options():
+    texts = ("a=1", "b=0.5", "c=none", "d=word", "e=[1, 2]", "f=true")
+    found = dict(command._pair(text) for text in texts)
+    assert found == {"a": 1, "b": 0.5, "c": None, "d": "word", "e": [1, 2], "f": True}

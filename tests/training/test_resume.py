@@ -1,0 +1,174 @@
+"""A run that is stopped in any way ends as if it had not been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from training.children import KILLED_RUN
+from training.small import log, small_backbone, small_config, weights, write_photographs
+
+import upfeat
+
+CHILDREN = Path(__file__).with_name("children.py")
+
+
+def run_children(*arguments, timeout=200):
+    """Run ``children.py``; its failures are shown."""
+    tests = str(CHILDREN.parent.parent)
+    environment = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(CHILDREN), *(str(one) for one in arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("times", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(photos, backbone, tmp_path, times):
+    upfeat.train(backbone, photos, small_config(tmp_path / "whole", **KILLED_RUN))
+    run_children("killed", photos, tmp_path / "run", times, 7)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+    assert files(tmp_path / "run") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted(photos, backbone, tmp_path, number):
+    upfeat.train(backbone, photos, small_config(tmp_path / "whole"))
+
+    def interrupt(report):
+        if report.step == 3:
+            os.kill(os.getpid(), number)
+
+    config = small_config(tmp_path / "run", checkpoint_every=100)
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt):
+        upfeat.train(backbone, photos, config, on_step=interrupt)
+    assert signal.getsignal(number) is before
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "step-00000004.ckpt"
+    ]
+    upfeat.train(backbone, photos, config, resume=True)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert log(tmp_path / "run") == log(tmp_path / "whole")
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(photos, backbone, tmp_path):
+    upfeat.train(backbone, photos, small_config(tmp_path / "run"))
+    expected = weights(tmp_path / "run"), log(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006.ckpt"
+    newest.write_bytes(newest.read_bytes()[:2000])
+    steps = []
+    with pytest.warns(UserWarning, match="step-00000006.ckpt: damaged"):
+        upfeat.train(
+            backbone,
+            photos,
+            small_config(tmp_path / "run"),
+            resume=True,
+            on_step=lambda report: steps.append(report.step),
+        )
+    assert steps == [5, 6]
+    assert (weights(tmp_path / "run"), log(tmp_path / "run")) == expected
+
+
+def test_all_checkpoints_damaged(photos, backbone, tmp_path):
+    upfeat.train(backbone, photos, small_config(tmp_path / "run"))
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(ValueError, match="all 2 checkpoints are damaged"),
+    ):
+        upfeat.train(backbone, photos, small_config(tmp_path / "run"), resume=True)
+
+
+def test_resuming_a_finished_run_gives_its_weights(photos, backbone, tmp_path):
+    first = upfeat.train(backbone, photos, small_config(tmp_path / "run"))
+    again = upfeat.train(backbone, photos, small_config(tmp_path / "run"), resume=True)
+    for one, other in zip(first.parameters(), again.parameters(), strict=True):
+        assert one.equal(other)
+
+
+def test_resuming_nothing_begins(photos, backbone, tmp_path):
+    upfeat.train(backbone, photos, small_config(tmp_path / "run", steps=1), resume=True)
+    assert (tmp_path / "run" / "upsampler").is_dir()
+
+
+def test_a_run_may_go_further(photos, backbone, tmp_path):
+    whole = small_config(tmp_path / "whole", validation_images=0)
+    upfeat.train(backbone, photos, whole)
+    upfeat.train(backbone, photos, small_config(tmp_path / "run", steps=4, validation_images=0))
+    upfeat.train(backbone, photos, small_config(tmp_path / "run", validation_images=0), resume=True)
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    history = json.loads((tmp_path / "run" / "upsampler" / "training.json").read_text())
+    assert history["config"]["steps"] == history["steps"] == 6
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    photos = write_photographs(folder / "photos")
+    upfeat.train(small_backbone(), photos, small_config(folder / "run", steps=2))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1, "views": 3}, "differs: views: 2 there, 3 here; seed: 0 there, 1 here; give"),
+        ({"steps": 1}, "steps: 2 there, 1 here"),
+        ({"schedule": "cosine", "steps": 9}, "steps: 2 there, 9 here; schedule: 'constant' there"),
+    ],
+)
+def test_other_settings(finished, changes, words):
+    config = small_config(finished / "run", **{"steps": 2, **changes})
+    with pytest.raises(ValueError, match=words):
+        upfeat.train(small_backbone(), finished / "photos", config, resume=True)
+
+
+def test_settings_that_change_no_result_may_differ(finished):
+    config = small_config(finished / "run", steps=2, workers=1, keep=5, checkpoint_every=7)
+    upfeat.train(small_backbone(), finished / "photos", config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"seed": 1}, "backbone: Cells there, Cells here of the same name with other weights"),
+        ({"channels": 3, "stride": 4}, "Cells here of the same name"),
+    ],
+)
+def test_another_backbone(finished, other, words):
+    config = small_config(finished / "run", steps=2)
+    with pytest.raises(ValueError, match=words):
+        upfeat.train(small_backbone(**other), finished / "photos", config, resume=True)
+
+
+def test_another_function_of_the_same_name(photos, tmp_path):
+    for factor, raised in ((1, nullcontext()), (2, pytest.raises(ValueError, match="backbone: f"))):
+
+        def f(x, factor=factor):
+            return factor * torch.nn.functional.avg_pool2d(x, 8)
+
+        backbone = upfeat.WrappedBackbone(f, probe_size=32)
+        with raised:
+            upfeat.train(backbone, photos, small_config(tmp_path / "run", steps=1), resume=True)
+
+
+def test_other_photographs(photos, tmp_path):
+    config = small_config(tmp_path / "run", steps=1)
+    upfeat.train(small_backbone(), photos, config)
+    (photos / "00.jpg").unlink()
+    (photos / "new.png").write_bytes((photos / "01.png").read_bytes())
+    (photos / "03.png").write_bytes((photos / "01.png").read_bytes())
+    words = r"1 added \(new.png\), 1 gone \(00.jpg\), 1 of another size \(03.png\)"
+    with pytest.raises(ValueError, match=words):
+        upfeat.train(small_backbone(), photos, config, resume=True)
