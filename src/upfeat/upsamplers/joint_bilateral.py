@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import functional
+from upfeat.kernels.cells import cell_of_pixels
 from upfeat.kernels.window import window_radius
 from upfeat.upsamplers.base import Size, Upsampler, Window
 
@@ -51,9 +52,9 @@ class NeighbourhoodKernels:
 
     def cells(self, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
         """The cell of every row and of every column of a window."""
-        rows = cell_of_pixels(self.grid_size[0], self.output_size[0], device)
-        columns = cell_of_pixels(self.grid_size[1], self.output_size[1], device)
-        return rows[window.top : window.bottom], columns[window.left : window.right]
+        (h, w), (height, width) = self.grid_size, self.output_size
+        rows = cell_of_pixels(h, height, window.top, window.height, device)
+        return rows, cell_of_pixels(w, width, window.left, window.width, device)
 
 
 class JointBilateral(Upsampler):
@@ -102,48 +103,22 @@ class JointBilateral(Upsampler):
 
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
-        fine = F.adaptive_avg_pool2d(guidance, output_size)  # (B, 3, H, W)
-        coarse = F.adaptive_avg_pool2d(guidance, grid_size)  # (B, 3, h, w)
-        padded = F.pad(coarse, (self.radius,) * 4, mode="replicate")
+        fine = F.adaptive_avg_pool2d(guidance, output_size) / self.sigma_range  # (B, 3, H, W)
+        coarse = F.adaptive_avg_pool2d(fine, grid_size)  # (B, 3, h, w)
+        # −|a − b|²/2 is ⟨a, b⟩ − |b|²/2 but for what depends on the pixel a alone, which softmax
+        # drops: an inner product with one more channel.
+        queries = F.pad(fine, (0, 0, 0, 0, 0, 1), value=1.0)
+        keys = torch.cat([coarse, coarse.square().sum(1, keepdim=True) / -2], dim=1)
 
         def weights(window: Window) -> Tensor:
-            pixels = fine[:, :, window.top : window.bottom, window.left : window.right]
-            rows, columns = kernels.cells(window, fine.device)
-            rows_apart = self._distances(window.top, rows, grid_size[0] / output_size[0], fine)
-            columns_apart = self._distances(
-                window.left, columns, grid_size[1] / output_size[1], fine
+            return functional.neighbourhood_weights(
+                queries[:, :, window.top : window.bottom, window.left : window.right],
+                keys,
+                1.0,
+                self.sigma_spatial,
+                radius=self.radius,
+                output_size=output_size,
+                window=window,
             )
-            logits = []
-            for row in range(2 * self.radius + 1):
-                for column in range(2 * self.radius + 1):
-                    cell = padded.index_select(2, rows + row).index_select(3, columns + column)
-                    colour = (pixels - cell).square().sum(1) / (2 * self.sigma_range**2)
-                    away = rows_apart[row, :, None] + columns_apart[column]
-                    logits.append(-colour - away / (2 * self.sigma_spatial**2))
-            return torch.softmax(torch.stack(logits, dim=1), dim=1)  # (B, T, height, width)
 
-        kernels = NeighbourhoodKernels(weights, grid_size, output_size)
-        return kernels
-
-    def _distances(self, start: int, own: Tensor, scale: float, like: Tensor) -> Tensor:
-        """Squared distances in cells along one axis, from pixels to the cells of their window.
-
-        Args:
-            start: the first pixel.
-            own: the pixels' own cells, (n,).
-            scale: cells per pixel.
-            like: gives dtype and device.
-
-        Returns:
-            (2r+1, n). A pixel on the border of two cells has one cell more on one side; that one
-            is infinitely far, so that windows are symmetric and flips commute.
-        """
-        pixels = torch.arange(start, start + len(own), device=like.device, dtype=like.dtype)
-        offset = torch.arange(-self.radius, self.radius + 1, device=like.device)
-        apart = (pixels + 0.5) * scale - (own + offset[:, None] + 0.5)
-        return apart.square().masked_fill(apart.abs() > self.radius + 0.5 - 1e-4, torch.inf)
-
-
-def cell_of_pixels(cells: int, length: int, device: torch.device) -> Tensor:
-    """The cell ⌊(p + ½)·cells/length⌋ of every pixel p along one axis, in exact integers."""
-    return (2 * torch.arange(length, device=device) + 1) * cells // (2 * length)
+        return NeighbourhoodKernels(weights, grid_size, output_size)

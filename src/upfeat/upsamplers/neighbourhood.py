@@ -165,7 +165,7 @@ class NeighbourhoodUpsampler(Upsampler):
                 sigma,
                 radius=self.radius,
                 output_size=output_size,
-                window=tuple(window),
+                window=window,
                 backend=self.backend,
             )
 
