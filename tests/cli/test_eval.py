@@ -7,6 +7,7 @@ import pytest
 from evaluation.scenes import write_dataset
 
 from upfeat.cli import eval as command
+from upfeat.evaluation import downsampler_fit
 
 
 @pytest.fixture
@@ -38,6 +39,15 @@ def test_table_and_files(folder, tmp_path, capsys):
     assert (out / "report.html").stat().st_size > 5000
 
 
+def test_consistency(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(downsampler_fit, "_STEPS", 3)
+    arguments = ("--upsamplers", "bilinear", "--downsampler", "simple", "--views", 1, *SMALL)
+    assert run("consistency", folder, "-o", tmp_path / "out", *arguments) == 0
+    shown = capsys.readouterr().out
+    assert "view error" in shown
+    assert "simple" in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -45,6 +55,7 @@ def test_table_and_files(folder, tmp_path, capsys):
         (("--backbone", "efficientnet"), "did you mean efficientnet_lite0"),
         (("--size", 3), "size=3"),
         (("--seeds", 0), "seeds=0"),
+        (("--device", "gpu0"), 'device="gpu0" cannot be used'),
     ],
 )
 def test_bad_options(folder, tmp_path, arguments, words):

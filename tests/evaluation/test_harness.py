@@ -11,7 +11,9 @@ from PIL import Image
 import upfeat
 from upfeat.evaluation import EvalConfig, evaluate
 from upfeat.evaluation.datasets import read_folder, split_randomly, subset
-from upfeat.evaluation.results import Row, summary
+from upfeat.evaluation.report import render
+from upfeat.evaluation.report_figures import nice_ticks
+from upfeat.evaluation.results import Results, Row, summary
 from upfeat.upsamplers import Nearest
 
 FAST = EvalConfig(size=48, seeds=2, pixels=60, pictures=2)
@@ -45,7 +47,7 @@ def test_files_and_rows(run, tmp_path):
     assert content["versions"]["upfeat"] == upfeat.__version__
     assert set(content["rows"][0]["per_class"]) == {"ground", "box", "disc"}
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<figure>") == 2 * 3
+    assert (page.count("<figure>"), page.count("<h3>")) == (2, 2 * 3)
     assert "http" not in page.replace("http-equiv", "")
     assert content["rows"][0]["cost"]["seconds"] > 0
     assert results.rows[0].scores["drift"][0] == pytest.approx(1, abs=1e-5)
@@ -110,6 +112,52 @@ def test_resumes_with_what_is_finished(run, monkeypatch, folder):
     write_scene(folder / "train", "s0", 77)
     assert scores(run("part")) != scores(whole)
     assert calls
+
+
+def test_other_code_or_configuration_is_not_mistaken(run, monkeypatch):
+    from upfeat.evaluation import prepared, provenance, results
+
+    run(upsamplers=["joint_bilateral"])
+    calls = []
+    prepare = upfeat.JointBilateral.prepare
+
+    def counted(self, *arguments):
+        calls.append(arguments)
+        return prepare(self, *arguments)
+
+    monkeypatch.setattr(upfeat.JointBilateral, "prepare", counted)
+    run(upsamplers=["joint_bilateral"])
+    assert not calls
+    monkeypatch.setattr(results, "source_digest", lambda parts: "other")
+    run(upsamplers=["joint_bilateral"])
+    assert calls
+    first, second = (upfeat.JointBilateral(radius=radius) for radius in (1, 2))
+    names = {provenance.identify_upsampler(each) for each in (first, second, Nearest())}
+    assert len(names) == 3
+    assert provenance.source_digest(("views.py",)) != provenance.source_digest(("losses.py",))
+    assert provenance.source_digest is prepared.source_digest
+
+
+def test_functions_are_told_apart_by_what_they_give():
+    from upfeat.evaluation.provenance import identify_backbone
+
+    def backbone(scale):
+        return upfeat.load_backbone(lambda x: scale * torch.nn.functional.avg_pool2d(x, 8))
+
+    first, again, other = (identify_backbone(backbone(scale)) for scale in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("device", ["cpux", "cuda:99", "meta"])
+def test_bad_devices(run, device):
+    with pytest.raises(ValueError, match=f'device="{device}" cannot be used: [^\n]+$'):
+        run(device=device)
+
+
+def test_cost_is_known_or_said_to_be_unknown(run):
+    for row in run().rows:
+        memory = row.cost["memory_mib"]
+        assert memory is None or memory > 0
 
 
 def test_bad_samples_are_named_and_left_out(run, folder):
@@ -238,6 +286,34 @@ def test_equal_names_of_folders_are_numbered(run, tmp_path):
         upfeat.JointBilateral(radius=1).save_pretrained(tmp_path / part / "mine")
     results = run(upsamplers=[str(tmp_path / "a" / "mine"), str(tmp_path / "b" / "mine")])
     assert {row.upsampler for row in results.rows} == {"mine", "mine-2"}
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.342, 0.407), (0, 100), (3, 3), (0, 0), (-2, -1.9)])
+def test_ticks_enclose_what_is_shown(low, high):
+    ticks = nice_ticks(low, high)
+    assert ticks[0] <= low <= high <= ticks[-1]
+    assert 2 <= len(ticks) <= 8
+    steps = np.diff(ticks)
+    np.testing.assert_allclose(steps, steps[0])
+
+
+def test_many_classes_stand_in_lines():
+    names = [f"class {index}" for index in range(40)]
+    row = Row("bilinear", "own", "", {"miou": [0.5]}, {name: [0.5] for name in names})
+    settings = {"size": 48, "seeds": 1, "pixels": 9}
+    data = {"name": "many", "classes": names}
+    backbone = {"name": "some", "stride": 8}
+    page = render(Results("seg", data, backbone, settings, [row], []))
+    assert page.count("<td class=l>class ") == 40
+
+
+def test_names_are_escaped():
+    row = Row("<b>", "own", "", {"miou": [0.5]})
+    settings = {"size": 48, "seeds": 1, "pixels": 9}
+    backbone = {"name": "a & b", "stride": 8}
+    page = render(Results("seg", {"name": "<i>", "classes": []}, backbone, settings, [row], []))
+    assert "<b>" not in page
+    assert "<i>" not in page
 
 
 def test_summary():

@@ -92,6 +92,39 @@ def test_ignored_pixels_make_no_edges():
     assert (metrics.near_edges(label, 2) == 255).all()
 
 
+def test_edges_beside_ignored_pixels_are_not_judged():
+    label = torch.zeros(6, 24, dtype=torch.long)
+    label[:, 6:8] = 255  # hides where class 0 becomes class 1
+    label[:, 8:] = 1
+    label[:, 16:] = 0  # edge pixels: columns 15 and 16
+    guess = torch.zeros_like(label)
+    guess[:, 9:16] = 1  # edge pixels: columns 8 and 9, beside the hidden edge; and 15 and 16
+    assert metrics.boundary_counts(guess, label, 2).tolist() == [12, 12, 12, 12]
+    # At distance 1, column 9 is two from the ignored ones: far enough to be wrong.
+    assert metrics.boundary_counts(guess, label, 1).tolist() == [12, 18, 12, 12]
+    guess[:, 11:16] = 0  # now edges at 8, 9, 10 and 11, none of them near the true one
+    assert metrics.boundary_counts(guess, label, 2).tolist() == [0, 12, 0, 12]
+
+
+def test_a_prediction_hidden_by_ignored_pixels_is_not_missed():
+    label = torch.zeros(4, 12, dtype=torch.long)
+    label[:, 4:] = 1  # edge pixels: columns 3 and 4
+    label[:, 5] = 255
+    guess = torch.zeros_like(label)
+    guess[:, 5:] = 1  # its edge, columns 4 and 5, is half ignored
+    assert metrics.boundary_counts(guess, label, 1).tolist() == [0, 0, 4, 4]
+    assert metrics.boundary_counts(guess, label, 2).tolist() == [0, 0, 0, 0]
+
+
+def test_scenes_without_ignored_pixels_count_every_edge():
+    generator = torch.Generator().manual_seed(0)
+    label = torch.randint(0, 3, (9, 11), generator=generator)
+    guess = torch.randint(0, 3, (2, 9, 11), generator=generator)
+    counts = metrics.boundary_counts(guess, label, 1)
+    assert counts[:, 1].tolist() == metrics.edges(guess).flatten(1).sum(1).tolist()
+    assert counts[:, 3].tolist() == [int(metrics.edges(label).sum())] * 2
+
+
 def test_within_is_a_square_window():
     mask = torch.zeros(7, 7, dtype=torch.bool)
     mask[3, 3] = True

@@ -58,6 +58,25 @@ def test_segmentation_layouts(layout, tmp_path):
     assert len(dataset.classes) == len(set(dataset.classes)) == count
 
 
+def test_voc_labels_are_palette_pictures(tmp_path):
+    dataset = read_dataset(write("voc", tmp_path), layout="voc")
+    path = dataset.train[0].target
+    expected = np.resize([0, 20, 255], (16, 24))
+    picture = Image.new("P", (24, 16))
+    picture.putdata(expected.flatten().tolist())
+    # The official colours: bits of the index spread over red, green and blue, from the top.
+    colours = [
+        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+        for index in range(256)
+        for channel in range(3)
+    ]
+    picture.putpalette(colours)
+    picture.save(path)
+    with Image.open(path) as saved:
+        assert saved.mode == "P"
+    assert (dataset.read_target(dataset.train[0]) == expected).all()
+
+
 @pytest.mark.parametrize(("layout", "strange"), [("voc", 21), ("ade20k", 151), ("cityscapes", 40)])
 def test_strange_label_values_are_refused(layout, strange, tmp_path):
     dataset = read_dataset(write(layout, tmp_path), layout=layout)
@@ -101,6 +120,25 @@ def test_nyuv2(tmp_path):
     assert image.shape == (3, 16, 24)
     assert float(image[2, 5, 7]) == pytest.approx(images[3, 2, 7, 5] / 255)
     assert dataset.identify(sample) != dataset.identify(dataset.train[0])
+
+
+def test_nyuv2_with_its_official_split(tmp_path):
+    h5py, scipy = pytest.importorskip("h5py"), pytest.importorskip("scipy.io")
+    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"] = np.zeros((5, 3, 24, 16), np.uint8)
+        file["depths"] = np.ones((5, 24, 16), np.float32)
+    numbers = {"trainNdxs": np.array([[5], [1], [2]]), "testNdxs": np.array([[4], [3]])}
+    scipy.savemat(tmp_path / "splits.mat", numbers)
+    dataset = read_dataset(tmp_path, "depth", layout="nyuv2")
+    assert [sample.index for sample in dataset.train] == [0, 1, 4]
+    assert [sample.name for sample in dataset.test] == ["0003", "0004"]
+    for wrong in ({"trainNdxs": [[9]], "testNdxs": [[1]]}, {"trainNdxs": [[1]]}):
+        scipy.savemat(tmp_path / "splits.mat", wrong)
+        with pytest.raises(ValueError, match="not the official split"):
+            read_dataset(tmp_path, "depth", layout="nyuv2")
+    (tmp_path / "splits.mat").write_text("text")
+    with pytest.raises(ValueError, match="not the official split"):
+        read_dataset(tmp_path, "depth", layout="nyuv2")
 
 
 def test_nyuv2_that_is_no_such_file(tmp_path):

@@ -1,4 +1,4 @@
-"""Depth, class activation and consistency: known answers on generated pictures."""
+"""Depth and class activation: known answers on generated pictures."""
 
 import json
 
@@ -9,12 +9,10 @@ from evaluation.scenes import scene
 from PIL import Image
 
 import upfeat
-from upfeat.downsamplers import SimpleDownsampler
 from upfeat.evaluation import EvalConfig, evaluate
-from upfeat.evaluation.cam import CAM_BACKBONE, activation
-from upfeat.evaluation.consistency import warp_to_grid
+from upfeat.evaluation.cam import CAM_BACKBONE, Penultimate, activation
 from upfeat.evaluation.datasets import read_depth, read_photographs
-from upfeat.views import apply_jitter, sample_jitters
+from upfeat.upsamplers import create_upsampler
 
 FAST = EvalConfig(size=48, seeds=2, pixels=60, pictures=1, views=2)
 
@@ -89,60 +87,36 @@ def test_bad_depth_scale(depth_folder, tmp_path, content):
         evaluate("depth", depth_folder, tmp_path / "out", upsamplers=["nearest"])
 
 
-def test_views_of_features_that_follow_every_pixel(folder, tmp_path):
-    """Blocks of mean colour: their full-resolution truth explains views; a constant does not."""
-
-    def run(backbone, upsamplers, out):
-        options = {"upsamplers": upsamplers, "backbone": backbone, "config": FAST}
-        return evaluate("consistency", folder, tmp_path / out, **options).rows
-
-    exact = upfeat.load_backbone(lambda x: x * 1.0)
-    (row,) = run(exact, ["nearest"], "exact")
-    assert max(row.scores["error"]) < 1e-6
-    assert min(row.scores["cosine"]) > 0.999
-    coarse = upfeat.load_backbone(lambda x: torch.nn.functional.avg_pool2d(x, 8))
-    nearest, guided = run(coarse, ["nearest", "joint_bilateral"], "coarse")
-    assert 0 < guided.scores["error"][0] < nearest.scores["error"][0] < 1
-
-
 @torch.no_grad()
-def test_warping_to_the_grid_is_warping_then_averaging():
+@pytest.mark.parametrize("name", ["nearest", "joint_bilateral", "jbu_stack"])
+@pytest.mark.filterwarnings("ignore:the jbu_stack has no trained weights")
+def test_activation_is_the_classifier_on_every_pixel(name):
+    backbone = Penultimate(upfeat.load_backbone(CAM_BACKBONE))
     generator = torch.Generator().manual_seed(0)
-    views = sample_jitters(3, size=(48, 64), max_pad=5, generator=generator)
-    upsampled = torch.randn(1, 4, 48, 64, generator=generator)
-    expected = SimpleDownsampler(8)(apply_jitter(upsampled, views), (6, 8))
-    torch.testing.assert_close(
-        warp_to_grid(upsampled, views, (6, 8)), expected, rtol=1e-4, atol=1e-5
-    )
-
-
-def test_views_are_repeatable_and_known_to_the_report(folder, colour_backbone, tmp_path):
-    rows = [
-        evaluate(
-            "consistency", folder, tmp_path / out, upsamplers=["bilinear"],
-            backbone=colour_backbone, config=FAST,
-        ).rows[0]
-        for out in ("a", "b")
-    ]  # fmt: skip
-    assert rows[0].scores == rows[1].scores
-    assert "view error" in (tmp_path / "a" / "report.html").read_text()
+    x = torch.randn(1, 3, 64, 96, generator=generator)
+    features = backbone(x)
+    upsampler = create_upsampler(name, backbone.embed_dim)
+    heat = activation(upsampler, features, x, backbone.head_of(7))
+    weight = backbone.network.classifier.weight[7]
+    logits = torch.einsum("c,chw->hw", weight, upsampler(features, x)[0]).clamp(min=0)
+    torch.testing.assert_close(heat, logits / logits.max(), rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
-def test_activation_is_the_classifier_on_pixels():
-    backbone = upfeat.load_backbone(CAM_BACKBONE)
-    features = torch.randn(1, 320, 20, 3, generator=torch.Generator().manual_seed(0))
-    heat = activation(backbone, features, 7)
-    logits = torch.einsum("c,chw->hw", backbone.classifier.weight[7], backbone.head(features)[0])
-    torch.testing.assert_close(heat, (logits.clamp(min=0) / logits.max()))
-    assert (heat.min(), heat.max()) == (0, 1)
+def test_penultimate_features_are_what_the_classifier_averages():
+    network = upfeat.load_backbone(CAM_BACKBONE)
+    backbone = Penultimate(network)
+    x = torch.randn(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    logits = network.classifier(backbone(x).mean((2, 3)))
+    torch.testing.assert_close(logits, network.classify(x))
+    assert (backbone.embed_dim, backbone.stride) == (1280, 32)
 
 
 def test_class_activation(folder, tmp_path):
     config = EvalConfig(size=48, seeds=1, max_test=2, pictures=1)
     results = evaluate("cam", folder, tmp_path / "out", upsamplers=["bilinear"], config=config)
     (row,) = results.rows
-    assert results.backbone["name"] == CAM_BACKBONE
+    assert results.backbone["name"] == f"{CAM_BACKBONE}.head"
     assert 0 <= row.scores["average_drop"][0] <= 1
     assert 0 <= row.scores["average_increase"][0] <= 1
     assert len(row.pictures) == 1
@@ -158,6 +132,12 @@ def test_class_activation(folder, tmp_path):
 def test_photographs_alone(folder, tmp_path):
     assert len(read_photographs(folder).test) == 3
     assert len(read_photographs(folder / "train" / "images").test) == 6
+    both = read_photographs(folder, split_seed=0)
+    assert (len(both.train), len(both.test)) == (6, 3)
+    alone = [read_photographs(folder / "train" / "images", split_seed=seed) for seed in (0, 0, 1)]
+    assert [(len(part.train), len(part.test)) for part in alone] == [(4, 2)] * 3
+    assert alone[0].test == alone[1].test != alone[2].test
+    assert not {s.name for s in alone[0].train} & {s.name for s in alone[0].test}
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no photographs were found"):
         read_photographs(tmp_path / "empty")

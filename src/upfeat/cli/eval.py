@@ -1,4 +1,4 @@
-"""``upfeat eval``: labelled photographs in, a table of upsamplers out."""
+"""``upfeat eval``: photographs in, a table of upsamplers out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from upfeat.evaluation import Results
     from upfeat.evaluation.prepared import OnStep
 
-HELP = "Compare upsamplers by linear probes on labelled photographs."
+HELP = "Compare upsamplers on photographs: probes, activation maps, unseen views."
 EXAMPLE = (
     "  upfeat eval seg data/clothing -o out/\n"
-    "  upfeat eval seg data/clothing --upsamplers bilinear my_stack/ --seeds 5 -o out/"
+    "  upfeat eval seg data/clothing --upsamplers bilinear my_stack/ --seeds 5 -o out/\n"
+    "  upfeat eval consistency photos/ --downsampler attention -o out/"
 )
 _PROBLEMS_SHOWN = 10
 _TABLE_WIDTH = 140
@@ -56,7 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=("own", "transfer", "both"),
         default="both",
-        help="train probes on the upsampled features, or on the coarse ones (default: both)",
+        help="seg and depth: train probes on the upsampled features, or on the coarse ones "
+        "(default: both)",
+    )
+    parser.add_argument(
+        "--downsampler",
+        nargs="+",
+        choices=("box", "simple", "attention"),
+        default=["box", "attention"],
+        metavar="KIND",
+        help="consistency: the way back to the backbone's grid, a row for each: box (the mean over "
+        "each cell), simple or attention (fitted to each upsampler) (default: box attention)",
     )
     parser.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)"
@@ -80,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="drawn from each training image (default: %(default)s)",
     )
+    parser.add_argument(
+        "--views",
+        type=int,
+        default=5,
+        metavar="N",
+        help="consistency: jittered views of each test image (default: %(default)s)",
+    )
     parser.add_argument("--max-train", type=int, metavar="N", help="use N training images")
     parser.add_argument("--max-test", type=int, metavar="N", help="use N test images")
     parser.add_argument(
@@ -88,6 +106,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="SEED",
         help="of automatic splits and --max-train, --max-test (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, … (default: %(default)s)",
     )
 
 
@@ -111,6 +135,8 @@ def execute(options: argparse.Namespace) -> int:
         max_train=options.max_train,
         max_test=options.max_test,
         split_seed=options.split_seed,
+        views=options.views,
+        downsamplers=tuple(options.downsampler),
     )
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -122,6 +148,7 @@ def execute(options: argparse.Namespace) -> int:
             backbone=options.backbone,
             config=config,
             layout=options.layout,
+            device=options.device,
             on_step=_shower(progress),
         )
     for problem in results.problems[:_PROBLEMS_SHOWN]:
@@ -149,24 +176,37 @@ def _shower(progress: Progress) -> OnStep:
 
 
 def _table(results: Results) -> Table:
+    """Rows grouped by protocol, the best of each group in bold."""
+    from rich.markup import escape
     from rich.table import Table
 
-    from upfeat.evaluation.report import SCORE_NAMES, shown
+    from upfeat.evaluation.report import SCORE_NAMES, best_mean, shown
+    from upfeat.evaluation.results import HIGHER_IS_BETTER, summary
 
     data = results.data
     counts = ", ".join(
         f"{data[part]['images']} {part} images" for part in ("train", "test") if part in data
     )
-    table = Table(title=f"{data['name']}: {counts}, {results.backbone['name']}")
+    table = Table(title=escape(f"{data['name']}: {counts}, {results.backbone['name']}"))
     names = list(results.rows[0].scores)
-    for name in ("upsampler", "protocol"):
+    for name in ("protocol", "upsampler"):
         table.add_column(name, no_wrap=True)
-    for name in (*(SCORE_NAMES[name] for name in names), "s/image", "MiB"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in results.rows:
-        cells = [" ".join(shown(name, row.scores[name])).strip() for name in names]
-        for name, digits in (("seconds", 3), ("memory_mib", 0)):
-            value = row.cost.get(name)
-            cells.append("–" if value is None else f"{value:.{digits}f}")
-        table.add_row(row.upsampler, row.protocol, *cells)
+    heads = [f"{SCORE_NAMES[name]} {'↑' if HIGHER_IS_BETTER[name] else '↓'}" for name in names]
+    for head in (*heads, "s/image", "MiB"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for protocol in results.protocols:
+        rows = [row for row in results.rows if row.protocol == protocol]
+        best = {name: best_mean(rows, name) for name in names}
+        for row in rows:
+            cells = []
+            for name in names:
+                mean, spread = shown(name, row.scores[name])
+                own = summary(row.scores[name])["mean"]
+                mean = f"[bold]{mean}[/]" if own is not None and own == best[name] else mean
+                cells.append(f"{mean} [dim]{spread}[/]" if spread else mean)
+            for name, digits in (("seconds", 3), ("memory_mib", 0)):
+                value = row.cost.get(name)
+                cells.append("–" if value is None else f"{value:.{digits}f}")
+            table.add_row(protocol, escape(row.upsampler), *cells)
+        table.add_section()
     return table

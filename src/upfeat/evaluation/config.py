@@ -7,6 +7,8 @@ from typing import Any
 
 PROTOCOLS = ("own", "transfer", "probabilities")
 
+DOWNSAMPLERS = ("box", "simple", "attention")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -20,7 +22,8 @@ class EvalConfig:
         max_train: at most so many training images, drawn at random; ``None`` for all.
         max_test: at most so many test images; ``None`` for all.
         split_seed: of automatic splits and of ``max_train`` and ``max_test``.
-        views: jittered views of each image, for consistency.
+        views: jittered views of each test image, for consistency.
+        downsamplers: ways back to the backbone's grid, among :data:`DOWNSAMPLERS`, likewise.
         pictures: test images shown in the report, evenly spaced over the list.
     """
 
@@ -32,6 +35,7 @@ class EvalConfig:
     max_test: int | None = None
     split_seed: int = 0
     views: int = 5
+    downsamplers: tuple[str, ...] = ("box", "attention")
     pictures: int = 5
 
     def __post_init__(self) -> None:
@@ -48,11 +52,10 @@ class EvalConfig:
             raise ValueError(f"pixels={self.pixels} must be 2 or more")
         if self.pictures < 0:
             raise ValueError(f"pictures={self.pictures} must be 0 or more")
-        unknown = [name for name in self.protocols if name not in PROTOCOLS]
-        if unknown or not self.protocols or len(set(self.protocols)) < len(self.protocols):
-            raise ValueError(
-                f"protocols={self.protocols} must be one or more of {PROTOCOLS}, each once"
-            )
+        for name, known in (("protocols", PROTOCOLS), ("downsamplers", DOWNSAMPLERS)):
+            value = getattr(self, name)
+            if not value or not set(value) <= set(known) or len(set(value)) < len(value):
+                raise ValueError(f"{name}={value} must be one or more of {known}, each once")
 
     def choose_pictures(self, count: int) -> list[int]:
         """Indices of the samples to show, of ``count``: evenly spaced, never chosen by eye."""

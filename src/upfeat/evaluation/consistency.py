@@ -2,11 +2,15 @@
 
 The objective that upsamplers are trained for (FeatUp, section 3.1), on held-out images and jitters:
 upsampled features are warped as the image is, brought back to the backbone's grid, and compared
-with what the backbone makes of the jittered image. The way back is the mean over each cell, the
-same for every upsampler, so that none profits from a downsampler of its own.
+with what the backbone makes of the jittered image. A protocol is a way back to the grid:
+
+* ``box``: the mean over each cell, the same for every upsampler;
+* ``simple``, ``attention``: a downsampler fitted to each upsampler, on the training images alone.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,85 +19,153 @@ from torch import Tensor
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
-from upfeat.evaluation.datasets import Problem
-from upfeat.evaluation.prepared import OnStep, PreparedSet, digest, normalised
+from upfeat.evaluation.downsampler_fit import (
+    N_DIRECTIONS,
+    Cells,
+    Fitted,
+    count_cells,
+    fit,
+    leading_components,
+    to_cells,
+)
+from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, normalised
+from upfeat.evaluation.probe import Head, head_map
 from upfeat.evaluation.probing import named_generator
+from upfeat.evaluation.provenance import digest
 from upfeat.evaluation.results import Row
+from upfeat.evaluation.task import Task
+from upfeat.evaluation.view_features import view_features
+from upfeat.losses import gaussian_reconstruction, random_projection
 from upfeat.upsamplers import Upsampler
-from upfeat.views import Jitter, apply_jitter, sample_jitters, warp
+from upfeat.views import Jitter, apply_jitter
+
+N_FIT_IMAGES = 64
+"""Training images that downsamplers are fitted on; with fewer, each is viewed more often."""
+
+_SUMS = ("error", "variance", "cosine", "likelihood")
 
 
-class Consistency:
+class Consistency(Task):
     """View errors on one set of images, for any number of upsamplers."""
 
     def __init__(
         self,
-        test: PreparedSet,
+        parts: Mapping[str, PreparedSet],
         backbone: Backbone,
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
-        """Keep the data."""
-        self.test, self.backbone, self.config = test, backbone, config
-        self.on_step: OnStep = on_step or (lambda label, done, total: None)
-        self.problems: list[Problem] = []
+        """See :meth:`Task.__init__`; finds the features' principal components."""
+        super().__init__(parts, backbone, config, on_step)
+        self.leading = leading_components(self.train)  # (D, C)
 
     @torch.no_grad()
     def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
-        """Score one upsampler; a seed draws the jitters, the same for all upsamplers.
-
-        Args:
-            label: its name in the table.
-            upsampler: in eval mode.
-        """
-        sums = torch.zeros(self.config.seeds, 3, dtype=torch.float64)
+        """See :meth:`Task.rows`; a seed draws jitters and fits, the same for all upsamplers."""
+        names = self.config.downsamplers
+        fitted = self._fit(label, upsampler)
+        sums = torch.zeros(self.config.seeds, len(names), len(_SUMS), dtype=torch.float64)
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: views", index, len(self.test))
-            image, features = normalised(sample.image, self.backbone), sample.features[None]
-            upsampled = upsampler(features, image)
-            centre = features.mean((2, 3), keepdim=True)
-            for seed in range(self.config.seeds):
-                generator = named_generator(seed, sample.name)
-                views = sample_jitters(self.config.views, size=sample.size, generator=generator)
-                sums[seed] += self._compare(image, upsampled, centre, views)
+            upsampled = upsampler(sample.features[None], normalised(sample.image, self.backbone))
+            centre = sample.features.mean((1, 2))[None, :, None, None]
+            for seed, each in enumerate(fitted):
+                views, seen = view_features(
+                    self.test, index, self.backbone, self.config.views, seed
+                )
+                sums[seed] += self._compare(upsampled, views, seen, centre, each)
         self.on_step(f"{label}: views", len(self.test), len(self.test))
         cost, drift = measure(upsampler, self.test, self.backbone)
-        scores = {
-            "error": (sums[:, 0] / sums[:, 1].clamp(min=1e-30)).tolist(),
-            "cosine": (sums[:, 2] / (len(self.test) * self.config.views)).tolist(),
-            "drift": [drift],
-        }
-        return [Row(label, "views", digest(upsampler), scores, {}, cost)]
+        weights, count = digest(upsampler), len(self.test) * self.config.views
+        return [
+            Row(label, name, weights, _scores(sums[:, index], count, drift), {}, cost)
+            for index, name in enumerate(names)
+        ]
 
-    def _compare(self, image: Tensor, upsampled: Tensor, centre: Tensor, views: Jitter) -> Tensor:
-        """Sums over views of squared error, variance of the backbone's features, cosine: (3,)."""
-        seen = self.backbone(apply_jitter(image, views))
-        guess = warp_to_grid(upsampled, views, (seen.shape[2], seen.shape[3]))
-        parts = (
-            (guess - seen).square().mean((1, 2, 3)),
-            (seen - seen.mean((2, 3), keepdim=True)).square().mean((1, 2, 3)),
-            F.cosine_similarity(guess - centre, seen - centre, dim=1).mean((1, 2)),
-        )
-        return torch.stack([part.sum() for part in parts])
+    def _compare(
+        self,
+        upsampled: Tensor,
+        views: Jitter,
+        seen: Tensor,
+        centre: Tensor,
+        fitted: Sequence[Fitted],
+    ) -> Tensor:
+        """Sums over views of one image, for every downsampler: (downsamplers, 4)."""
+        sums = torch.zeros(len(fitted), len(_SUMS), dtype=torch.float64)
+        grid = (seen.shape[2], seen.shape[3])
+        for index, shown in enumerate(seen.split(1)):
+            warped = apply_jitter(upsampled, views[index])
+            variance = (shown - shown.mean((2, 3), keepdim=True)).square().mean()
+            for row, each in zip(sums, fitted, strict=True):
+                guess = each.downsampler(warped, grid)
+                squared = (guess - shown).square()
+                cosine = F.cosine_similarity(guess - centre, shown - centre, dim=1).mean()
+                likelihood = gaussian_reconstruction(guess, shown, each.uncertainty(shown))
+                row += torch.stack([squared.mean(), variance, cosine, likelihood]).cpu().double()
+        return sums
+
+    def _fit(self, label: str, upsampler: Upsampler) -> list[list[Fitted]]:
+        """Every downsampler of every seed; each image is upsampled once for all."""
+        drawn: list[list[Cells]] = [[] for _ in range(self.config.seeds)]
+        for index, sample in enumerate(self.train):
+            self.on_step(f"{label}: cells", index, len(self.train))
+            for seed, cells in enumerate(self._draw(upsampler, index, sample)):
+                drawn[seed].append(cells)
+        fitted = []
+        for seed, parts in enumerate(drawn):
+            self.on_step(f"{label}: downsamplers", seed, len(drawn))
+            cells = Cells.cat(parts)
+            fitted.append(
+                [fit(kind, cells, self.leading, seed) for kind in self.config.downsamplers]
+            )
+            parts.clear()
+        self.on_step(f"{label}: downsamplers", len(drawn), len(drawn))
+        return fitted
+
+    def _draw(self, upsampler: Upsampler, index: int, sample: Prepared) -> list[Cells]:
+        """Cells of one training image, for every seed.
+
+        Only the directions and components that are fitted on are upsampled.
+        """
+        generators = [named_generator(seed, f"cells {sample.name}") for seed in self._seeds]
+        directions = [
+            random_projection(len(sample.features), N_DIRECTIONS, generator=generator).T
+            for generator in generators
+        ]
+        rows = torch.cat([self.leading, *(each.to(self.leading) for each in directions)])
+        head = Head(rows, rows.new_zeros(len(rows)))  # D + 30 S outputs
+        guidance, features = normalised(sample.image, self.backbone), sample.features[None]
+        grid = (features.shape[2], features.shape[3])
+        kernels = upsampler.prepare(guidance, grid, sample.size)
+        maps = head_map(upsampler, kernels, features, head)
+        n_views = -(-N_FIT_IMAGES // len(self.train))
+        n_cells = -(-count_cells(self.backbone.stride, len(self.leading)) // len(self.train))
+        drawn = []
+        parts = maps.split([len(self.leading), *[N_DIRECTIONS] * len(generators)], dim=1)
+        for seed, generator in enumerate(generators):
+            views, seen = view_features(self.train, index, self.backbone, n_views, seed)
+            both = torch.cat([parts[0], parts[1 + seed]], dim=1)
+            patches = to_cells(apply_jitter(both, views), grid)  # (V·h·w, D + 30, k, k)
+            target = to_cells(F.conv2d(seen, rows[:, :, None, None]), grid)[..., 0, 0]
+            chosen = torch.randperm(len(patches), generator=generator)[:n_cells]
+            leading, values = patches[chosen].split([len(self.leading), N_DIRECTIONS], dim=1)
+            seen_leading, *targets = target[chosen].split(
+                [len(self.leading), *[N_DIRECTIONS] * len(generators)], dim=1
+            )
+            drawn.append(Cells(values, leading, targets[seed], seen_leading))
+        return drawn
+
+    @property
+    def _seeds(self) -> range:
+        return range(self.config.seeds)
 
 
-def warp_to_grid(upsampled: Tensor, views: Jitter, grid_size: tuple[int, int]) -> Tensor:
-    """Show features as the views do and take the mean over each cell, in one step per axis.
-
-    Both are one matrix per axis, so the product of the two is as well: no view is ever as large as
-    the image.
-
-    Args:
-        upsampled: (1, C, H, W).
-        views: N jitters of the image.
-        grid_size: (h, w) cells.
-
-    Returns:
-        (N, C, h, w).
-    """
-    matrices = views.matrices((upsampled.shape[2], upsampled.shape[3]))
-    rows, columns = (
-        F.adaptive_avg_pool1d(matrix.mT, cells).mT
-        for matrix, cells in zip(matrices, grid_size, strict=True)
-    )
-    return warp(upsampled, rows, columns)
+def _scores(sums: Tensor, count: int, drift: float) -> dict[str, list[float]]:
+    """(seeds, 4) sums over views -> scores."""
+    error, variance, cosine, likelihood = sums.unbind(1)
+    return {
+        "error": (error / variance.clamp(min=1e-30)).tolist(),
+        "cosine": (cosine / count).tolist(),
+        "nll": (likelihood / count).tolist(),
+        "drift": [drift],
+    }

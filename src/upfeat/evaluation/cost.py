@@ -9,6 +9,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.prepared import PreparedSet, normalised
@@ -18,6 +19,7 @@ N_MEASURED = 8
 """Images on which time, memory and drift are measured."""
 
 
+@torch.no_grad()
 def measure(
     upsampler: Upsampler, images: PreparedSet, backbone: Backbone
 ) -> tuple[dict[str, float | None], float]:
@@ -29,30 +31,55 @@ def measure(
         backbone: whose features and normalisation they have.
 
     Returns:
-        ``seconds`` (median per image), ``memory_mib`` (largest rise of the process's peak memory
-        during one image, ``None`` where the system does not tell); and the mean cosine between the
-        upsampled features, averaged over each cell, and the coarse ones: 1 means unchanged.
+        ``seconds``, the median per image; ``memory_mib``, the most that one image added to the
+        memory in use at any moment of its upsampling, the result included (of the process on the
+        CPU, of PyTorch on a GPU; ``None`` where the system does not tell); and the mean cosine
+        between the upsampled features, averaged over each cell, and the coarse ones: 1 means
+        unchanged.
     """
     seconds, rises, cosines = [], [], []
     for index in range(min(N_MEASURED, len(images))):
         sample = images[index]
         features, guidance = sample.features[None], normalised(sample.image, backbone)
-        before = _reset_peak()
-        start = time.perf_counter()
-        with torch.no_grad():
-            upsampled = upsampler(features, guidance)
-        seconds.append(time.perf_counter() - start)
-        after = _status("VmHWM")
-        if before is not None and after is not None:
-            rises.append(max(after - before, 0) / 1024)
+        upsampled, elapsed, rise = _watched(upsampler, features, guidance)
+        seconds.append(elapsed)
+        rises.append(rise)
         pooled = F.adaptive_avg_pool2d(upsampled, (features.shape[2], features.shape[3]))
         cosines.append(float(F.cosine_similarity(pooled, features, dim=1).mean()))
-    cost = {"seconds": median(seconds), "memory_mib": max(rises) if rises else None}
+        # Its memory would serve the next image, whose need would then not be seen.
+        del upsampled
+    known = [rise for rise in rises if rise is not None]
+    cost = {"seconds": median(seconds), "memory_mib": max(known) if known else None}
     return cost, sum(cosines) / len(cosines)
 
 
+def _watched(
+    upsampler: Upsampler, features: Tensor, guidance: Tensor
+) -> tuple[Tensor, float, float | None]:
+    """The upsampled features, seconds, and the rise of memory in MiB."""
+    on_gpu = features.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        before = _reset_peak() if features.device.type == "cpu" else None
+    start = time.perf_counter()
+    upsampled = upsampler(features, guidance)
+    if on_gpu:
+        torch.cuda.synchronize()
+    elapsed = time.perf_counter() - start
+    after = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")
+    if before is None or after is None:
+        return upsampled, elapsed, None
+    # Less than the result itself cannot be: memory kept for reuse has hidden the need.
+    rise = after - before
+    credible = rise >= upsampled.numel() * upsampled.element_size() // 2
+    return upsampled, elapsed, rise / 2**20 if credible else None
+
+
 def _reset_peak() -> int | None:
-    """Make the peak equal to what the process holds now; return that, KiB (Linux, glibc)."""
+    """Make the peak equal to what the process holds now; return that, bytes (Linux, glibc)."""
     try:
         # Memory that was freed but kept for reuse would hide what the next call needs.
         ctypes.CDLL(None).malloc_trim(0)
@@ -63,9 +90,10 @@ def _reset_peak() -> int | None:
 
 
 def _status(field: str) -> int | None:
-    """A memory figure of this process, KiB."""
+    """A memory figure of this process, bytes."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    return next((int(line.split()[1]) for line in lines if line.startswith(f"{field}:")), None)
+    found = (int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return next((kibibytes * 1024 for kibibytes in found), None)

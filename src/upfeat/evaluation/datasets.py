@@ -131,12 +131,17 @@ def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) 
     return dataset
 
 
-def read_photographs(folder: str | Path) -> Dataset:
+def read_photographs(folder: str | Path, *, split_seed: int | None = None) -> Dataset:
     """List photographs without labels: those of ``test/images``, ``images`` or the folder itself.
+
+    Args:
+        folder: where they lie.
+        split_seed: also give photographs to fit on: those of ``train/images`` beside
+            ``test/images``, or else all but a quarter drawn by this seed. ``None`` for none.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no photograph.
+        ValueError: a split has no photograph.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -144,16 +149,16 @@ def read_photographs(folder: str | Path) -> Dataset:
     places = [folder / "test" / "images", folder / "val" / "images", folder / "images", folder]
     place = next(path for path in places if path.is_dir())
     problems: list[Problem] = []
-    found = _by_stem(place, tuple(IMAGE_SUFFIXES), problems, "")
-    dataset = Dataset(
-        folder.resolve().name,
-        [],
-        [Sample(stem, path, path) for stem, path in sorted(found.items())],
-        [],
-        lambda sample: None,
-        problems=problems,
-        splits=("test",),
-    )
+    train, test = [], _photographs(place, problems)
+    if split_seed is not None:
+        apart = folder / "train" / "images"
+        if place in places[:2] and apart.is_dir():
+            train = _photographs(apart, problems)
+        else:
+            train, test = split_randomly(test, seed=split_seed)
+    splits = ("test",) if split_seed is None else ("train", "test")
+    name = folder.resolve().name
+    dataset = Dataset(name, train, test, [], lambda sample: None, problems=problems, splits=splits)
     check_not_empty(dataset, folder)
     return dataset
 
@@ -334,6 +339,11 @@ def _pair(folder: Path, task: Task, problems: list[Problem], prefix: str = "") -
         Sample(prefix + stem, images[stem], targets[stem])
         for stem in sorted(set(images) & set(targets))
     ]
+
+
+def _photographs(folder: Path, problems: list[Problem]) -> list[Sample]:
+    found = _by_stem(folder, tuple(IMAGE_SUFFIXES), problems, "")
+    return [Sample(stem, path, path) for stem, path in sorted(found.items())]
 
 
 def _by_stem(

@@ -12,9 +12,10 @@ from torch import Tensor
 from upfeat.evaluation.cost import measure
 from upfeat.evaluation.metrics import align_depth, depth_errors, depth_scores
 from upfeat.evaluation.pictures import encode_values
-from upfeat.evaluation.prepared import Prepared, digest, normalised
+from upfeat.evaluation.prepared import Prepared, normalised
 from upfeat.evaluation.probe import Head, Pixels, fit_depth, head_map
 from upfeat.evaluation.probing import Probing
+from upfeat.evaluation.provenance import digest
 from upfeat.evaluation.results import Row
 from upfeat.upsamplers import Upsampler
 
@@ -31,12 +32,7 @@ class Depth(Probing):
         return fit_depth(pixels, generator)
 
     def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
-        """Fit and score one upsampler: one row for each protocol.
-
-        Args:
-            label: its name in the table.
-            upsampler: in eval mode.
-        """
+        """See :meth:`Task.rows`; fits its probes first."""
         protocols = [name for name in self.config.protocols if name != "probabilities"]
         heads = self.heads(label, upsampler, protocols)
         sums = {name: torch.zeros(self.config.seeds, 4, dtype=torch.float64) for name in heads}
@@ -45,12 +41,12 @@ class Depth(Probing):
         stacked = Head.cat([head for group in heads.values() for head in group])
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: test", index, len(self.test))
-            maps = self._predict(upsampler, sample, stacked)
+            maps, depth = self._predict(upsampler, sample, stacked).cpu(), sample.label.cpu()
             for name, group in zip(heads, maps.split(self.config.seeds), strict=True):
-                aligned = [align_depth(predicted, sample.label) for predicted in group]
-                sums[name] += torch.stack([depth_errors(each, sample.label) for each in aligned])
+                aligned = [align_depth(predicted, depth) for predicted in group]
+                sums[name] += torch.stack([depth_errors(each, depth) for each in aligned])
                 if index in chosen:
-                    bounds = depth_range(sample.label)
+                    bounds = depth_range(depth)
                     pictures[name][sample.name] = encode_values(aligned[0], *bounds)
         self.on_step(f"{label}: test", len(self.test), len(self.test))
         cost, drift = measure(upsampler, self.test, self.backbone)

@@ -4,41 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+
+import torch
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.evaluation.cam import CAM_BACKBONE, ClassActivation
+from upfeat.evaluation.cam import CAM_BACKBONE, ClassActivation, Penultimate
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.consistency import Consistency
+from upfeat.evaluation.consistency import N_FIT_IMAGES, Consistency
 from upfeat.evaluation.datasets import (
     Dataset,
-    Problem,
     check_not_empty,
     read_photographs,
     subset,
 )
 from upfeat.evaluation.depth import Depth, depth_range
 from upfeat.evaluation.pictures import encode_indices, encode_photo, encode_values
-from upfeat.evaluation.prepared import OnStep, PreparedSet, digest, prepare
+from upfeat.evaluation.prepared import OnStep, PreparedSet, prepare
+from upfeat.evaluation.provenance import digest, identify_backbone, identify_upsampler
 from upfeat.evaluation.readers import read_dataset
 from upfeat.evaluation.report import write_report
 from upfeat.evaluation.results import Results, Row, RowStore
 from upfeat.evaluation.segmentation import Segmentation
+from upfeat.evaluation.task import Task
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 TASKS = ("seg", "depth", "cam", "consistency")
 
+DEFAULT_BACKBONE = "efficientnet_lite0"
+
 DEFAULT_UPSAMPLERS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack")
-
-
-class Evaluation(Protocol):
-    """A task on prepared data."""
-
-    problems: list[Problem]
-
-    def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
-        """Score one upsampler."""
-        ...
 
 
 def evaluate(
@@ -50,6 +44,7 @@ def evaluate(
     backbone: str | Backbone | None = None,
     config: EvalConfig | None = None,
     layout: str = "folder",
+    device: str | torch.device = "cpu",
     on_step: OnStep | None = None,
 ) -> Results:
     """Compare upsamplers on a dataset; write ``results.json`` and ``report.html``.
@@ -64,11 +59,13 @@ def evaluate(
         out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
             rows, and may be deleted afterwards.
         upsamplers: names, folders or checkpoints, as ``upfeat.load`` takes them.
-        backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, at the stride
-            that its classifier reads for ``cam``.
+        backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, and for ``cam``
+            at the stride that its classifier reads.
         config: settings.
         layout: how the data lies on disk: ``folder``, ``coco_stuff``, ``ade20k``, ``cityscapes``,
             ``voc`` or ``nyuv2``.
+        device: where backbone, upsamplers and probes run. Digits repeat on the CPU; elsewhere they
+            may differ in the last places.
         on_step: is told of progress.
 
     Raises:
@@ -78,8 +75,7 @@ def evaluate(
     if task not in TASKS:
         raise ValueError(f'task="{task}" is unknown; known: {", ".join(TASKS)}')
     config = config or EvalConfig()
-    default = CAM_BACKBONE if task == "cam" else "efficientnet_lite0"
-    network = load_backbone(backbone or default).eval().requires_grad_(False)
+    network = _load_backbone(task, backbone, checked_device(device))
     models = _load_upsamplers(upsamplers, network)
     dataset = _read_dataset(task, Path(folder), layout, config)
     out, cache = Path(out), Path(out) / "cache"
@@ -88,7 +84,7 @@ def evaluate(
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
     parts = _prepare_splits(dataset, Path(folder), network, config, cache, on_step)
-    evaluation = _evaluation(task, parts, dataset, network, config, on_step)
+    evaluation = _task(task, parts, dataset, network, config, on_step)
     results = Results(
         task,
         {"name": dataset.name, "layout": layout, "classes": dataset.classes, **_facts(parts)},
@@ -97,7 +93,8 @@ def evaluate(
         rows=[],
         problems=[],
     )
-    recipe = {"task": task, "data": results.data, "backbone": results.backbone}
+    results.versions["device"] = str(network.mean.device)
+    recipe = {"task": task, "data": results.data, "backbone": identify_backbone(network)}
     settings = {"config": results.settings, "versions": results.versions}
     store = RowStore(cache, {**recipe, **settings})
     for label, upsampler in models.items():
@@ -109,21 +106,37 @@ def evaluate(
     return results
 
 
-def _evaluation(
+def checked_device(device: str | torch.device) -> torch.device:
+    """Check that tensors can be put on a device.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    try:
+        found = torch.device(device)
+        float(torch.zeros(1, device=found))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+    return found
+
+
+def _task(
     task: str,
     parts: dict[str, PreparedSet],
     dataset: Dataset,
     backbone: Backbone,
     config: EvalConfig,
     on_step: OnStep | None,
-) -> Evaluation:
+) -> Task:
     if task == "seg":
-        train, test = parts["train"], parts["test"]
-        return Segmentation(train, test, dataset.classes, backbone, config, on_step)
+        return Segmentation(parts, dataset.classes, backbone, config, on_step)
     if task == "depth":
-        return Depth(parts["train"], parts["test"], backbone, config, on_step)
-    of_photographs = ClassActivation if task == "cam" else Consistency
-    return of_photographs(parts["test"], backbone, config, on_step)
+        return Depth(parts, backbone, config, on_step)
+    if task == "consistency":
+        return Consistency(parts, backbone, config, on_step)
+    assert isinstance(backbone, Penultimate)
+    return ClassActivation(parts, backbone, config, on_step)
 
 
 def _stored(
@@ -132,7 +145,7 @@ def _stored(
     upsampler: Upsampler,
     compute: Callable[[str, Upsampler], list[Row]],
 ) -> list[Row]:
-    key = f"{digest(upsampler)}|{upsampler.name}|{upsampler.config()}"
+    key = identify_upsampler(upsampler)
     rows = store.load(label, key)
     if rows is None:
         rows = compute(label, upsampler)
@@ -165,8 +178,12 @@ def _read_dataset(task: str, folder: Path, layout: str, config: EvalConfig) -> D
     if task == "seg" or task == "depth":
         dataset = read_dataset(folder, task, layout=layout, split_seed=config.split_seed)
     else:
-        dataset = read_photographs(folder)
-    dataset.train = subset(dataset.train, config.max_train, seed=config.split_seed)
+        fits = task == "consistency"
+        dataset = read_photographs(folder, split_seed=config.split_seed if fits else None)
+    limit = config.max_train
+    if task == "consistency":
+        limit = min(limit or N_FIT_IMAGES, N_FIT_IMAGES)
+    dataset.train = subset(dataset.train, limit, seed=config.split_seed)
     dataset.test = subset(dataset.test, config.max_test, seed=config.split_seed)
     return dataset
 
@@ -191,6 +208,13 @@ def _prepare_splits(
     return prepared
 
 
+def _load_backbone(task: str, backbone: str | Backbone | None, device: torch.device) -> Backbone:
+    network = load_backbone(backbone or (CAM_BACKBONE if task == "cam" else DEFAULT_BACKBONE))
+    if task == "cam":
+        network = Penultimate(network)
+    return network.eval().requires_grad_(False).to(device)
+
+
 def _load_upsamplers(names: Sequence[str], backbone: Backbone) -> dict[str, Upsampler]:
     """Load upsamplers under distinct labels: the name, or the last part of a path."""
     if not names:
@@ -208,5 +232,5 @@ def _load_upsamplers(names: Sequence[str], backbone: Backbone) -> dict[str, Upsa
         while label in models:
             label = f"{Path(name).name}-{number}"
             number += 1
-        models[label] = upsampler.eval().requires_grad_(False)
+        models[label] = upsampler.eval().requires_grad_(False).to(backbone.mean.device)
     return models

@@ -117,20 +117,27 @@ def boundary_counts(
 ) -> Tensor:
     """What :func:`boundary_f` needs of one image; counts of several images add up.
 
+    A change to or from an ignored pixel is no edge. Nor do edges count that lie within ``distance``
+    of ignored pixels, which may hide the edge that they belong to: neither a true one that seems
+    missed nor a predicted one that seems wrong. Others may still be matched with them.
+
     Args:
         predicted: (…, H, W) class indices.
         label: (H, W) class indices.
         distance: how far apart two edges may lie, in pixels.
-        ignore_index: label of pixels near which no edge counts.
+        ignore_index: label of ignored pixels.
 
     Returns:
-        (…, 4) int64: predicted edge pixels within ``distance`` of a label edge, all predicted
-        ones, label edge pixels within ``distance`` of a predicted one, all label ones.
+        (…, 4) int64: counted predicted edge pixels within ``distance`` of a label edge, all counted
+        predicted ones, counted label edge pixels within ``distance`` of a predicted one, all
+        counted label ones.
     """
     valid = label != ignore_index
     true = edges(label, valid)
-    guess = edges(predicted, valid.expand_as(predicted))
+    guess = edges(predicted)
     near_true, near_guess = within(true, distance), within(guess, distance)
+    clear = ~within(~valid, distance)
+    true, guess = true & clear, guess & clear
     pairs = (guess & near_true, guess, true & near_guess, true.expand_as(guess))
     return torch.stack([pair.flatten(-2).sum(-1) for pair in pairs], dim=-1)
 

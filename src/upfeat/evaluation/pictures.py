@@ -12,12 +12,12 @@ from torch import Tensor
 
 def encode_indices(indices: Tensor) -> str:
     """(H, W) class indices as a base64 PNG of grey values."""
-    return _encode(Image.fromarray(indices.to(torch.uint8).numpy()), "PNG")
+    return _encode(Image.fromarray(indices.to("cpu", torch.uint8).numpy()), "PNG")
 
 
 def encode_photo(image: Tensor) -> str:
     """(3, H, W) uint8 as a base64 JPEG."""
-    return _encode(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), "JPEG")
+    return _encode(Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()), "JPEG")
 
 
 def encode_values(values: Tensor, low: float, high: float) -> str:
@@ -28,15 +28,16 @@ def encode_values(values: Tensor, low: float, high: float) -> str:
         low: drawn lightest.
         high: drawn darkest.
     """
-    level = 1 - (values.double() - low) / max(high - low, 1e-12)
+    level = 1 - (values.cpu().double() - low) / max(high - low, 1e-12)
     shade = (40 + 215 * level.clamp(0, 1)).nan_to_num(0)
     return encode_indices(shade.round())
 
 
 def encode_heat(image: Tensor, heat: Tensor) -> str:
     """A photograph (3, H, W) uint8 that glows where ``heat`` (H, W) is near 1: a base64 JPEG."""
+    image, heat = image.cpu().float(), heat.cpu()
     colour = torch.tensor([255.0, 64, 0])[:, None, None]
-    shown = image.float() * (0.35 + 0.3 * heat) + colour * 0.35 * heat
+    shown = image * (0.3 + 0.35 * heat) + colour * 0.45 * heat
     return encode_photo(shown.clamp(0, 255).to(torch.uint8))
 
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from upfeat._version import __version__
 from upfeat.backbones import Backbone
 from upfeat.evaluation.datasets import IGNORE_INDEX, Dataset, Problem, Sample
+from upfeat.evaluation.provenance import PREPARING, identify_backbone, source_digest
 from upfeat.storage import read_tensors, write_tensors
 
 OnStep = Callable[[str, int, int], None]
@@ -60,19 +60,20 @@ class PreparedSet:
     Attributes:
         names: of the samples.
         files: one for each.
+        device: where tensors are put.
     """
 
     names: list[str]
     files: list[Path]
+    device: torch.device
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> Prepared:
         tensors, _ = read_tensors(self.files[index])
-        return Prepared(
-            self.names[index], tensors["image"], tensors["features"], tensors.get("target")
-        )
+        there = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        return Prepared(self.names[index], there["image"], there["features"], there.get("target"))
 
     def __iter__(self) -> Iterator[Prepared]:
         return (self[index] for index in range(len(self)))
@@ -118,16 +119,17 @@ def prepare(
             f"size={size} must be a whole number of pixels, at least the stride of "
             f"{backbone.name} ({backbone.stride})"
         )
-    weights = digest(backbone)
+    device = backbone.mean.device
+    made_by = f"{identify_backbone(backbone)}|{device.type}|{source_digest(PREPARING)}"
     names, files = [], []
     for done, sample in enumerate(samples):
         if on_step is not None:
             on_step(label, done, len(samples))
         try:
             content = hashlib.sha256(dataset.identify(sample)).hexdigest()
-            recipe = f"{content}|{dataset.name}|{dataset.classes}|{size}|{weights}|{__version__}"
+            recipe = f"{content}|{dataset.name}|{dataset.classes}|{size}|{made_by}"
             path = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.safetensors"
-            if not _is_whole(path):
+            if read_whole(path) is None:
                 tensors = _prepare_one(dataset, sample, backbone, size)
                 write_tensors(path, tensors, {"sample": sample.name})
         except (ValueError, FileNotFoundError) as error:
@@ -137,16 +139,15 @@ def prepare(
         files.append(path)
     if on_step is not None:
         on_step(label, len(samples), len(samples))
-    return PreparedSet(names, files)
+    return PreparedSet(names, files, device)
 
 
-def digest(module: nn.Module) -> str:
-    """A name for a module's weights: SHA-256 over its parameters and buffers, with their names."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
+def read_whole(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a file of the cache; ``None`` where it is missing or not whole."""
+    try:
+        return read_tensors(path)[0]
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _prepare_one(
@@ -161,7 +162,7 @@ def _prepare_one(
         )
     with torch.no_grad():
         x = backbone.denormalize(backbone.preprocess(pixels, size)) * 255
-        image = x[0].round().to(torch.uint8)
+        image = x[0].round().to(torch.uint8)  # (3, H, W)
         features = backbone(normalised(image, backbone))[0]
     if not bool(torch.isfinite(features).all()):
         raise ValueError(f"{backbone.name} gives features that are not finite")
@@ -178,16 +179,6 @@ def _resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
     if int(known.sum()) < 2:
         raise ValueError("fewer than two labelled pixels remain at the evaluation size")
     return resized.to(target.dtype).contiguous()
-
-
-def _is_whole(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    try:
-        read_tensors(path)
-    except ValueError:
-        return False
-    return True
 
 
 def _reason(error: Exception, sample: Sample) -> str:

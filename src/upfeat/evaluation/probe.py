@@ -132,7 +132,8 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
         gradient.scatter_add_(1, right, gradient.new_full((1, 1), -1.0).expand_as(right))
         return value, gradient.div_(len(right))
 
-    start = Head(torch.zeros(n_classes, pixels.features.shape[2]), torch.zeros(n_classes))
+    features = pixels.features
+    start = Head(features.new_zeros(n_classes, features.shape[2]), features.new_zeros(n_classes))
     return _fit(pixels, start, loss, generator)
 
 
@@ -163,9 +164,9 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> Head:
 
     flat = pixels.features.flatten(0, 1)
     scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
-    gram = (scaled.T @ scaled) / len(scaled) + 1e-3 * torch.eye(scaled.shape[1])
+    gram = (scaled.T @ scaled) / len(scaled) + 1e-3 * torch.eye(scaled.shape[1]).to(scaled)
     weight = torch.linalg.solve(gram, scaled.T @ targets.flatten() / len(scaled))
-    return _fit(pixels, Head(weight[None], torch.zeros(1)), loss, generator)
+    return _fit(pixels, Head(weight[None], weight.new_zeros(1)), loss, generator)
 
 
 def _fit(

@@ -12,36 +12,32 @@ All upsamplers see the same pixels: they are drawn by seed and image name.
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.datasets import Problem
 from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, normalised
 from upfeat.evaluation.probe import Head, Pixels, draw_pixels, read_cells, read_pixels
+from upfeat.evaluation.task import Task
 from upfeat.upsamplers import Upsampler
 
 
-class Probing(ABC):
+class Probing(Task):
     """One dataset's probes; subclasses say what a head is and how it is scored."""
 
     def __init__(
         self,
-        train: PreparedSet,
-        test: PreparedSet,
+        parts: Mapping[str, PreparedSet],
         backbone: Backbone,
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
-        """Keep the data."""
-        self.train, self.test = train, test
-        self.backbone, self.config = backbone, config
-        self.on_step: OnStep = on_step or (lambda label, done, total: None)
-        self.problems: list[Problem] = []
+        """See :meth:`Task.__init__`."""
+        super().__init__(parts, backbone, config, on_step)
         self._transfer_heads: list[Head] | None = None
 
     @abstractmethod

@@ -11,7 +11,8 @@ name           folder holds
                ``gtFine/{train,val}/CITY/*_gtFine_labelIds.png``
 ``voc``        ``JPEGImages``, ``SegmentationClass``, ``ImageSets/Segmentation/{train,val}.txt``
                (``VOCdevkit/VOC2012``)
-``nyuv2``      ``nyu_depth_v2_labeled.mat``; depth; a random quarter is tested. Needs h5py
+``nyuv2``      ``nyu_depth_v2_labeled.mat``, perhaps ``splits.mat`` (the official split; without it
+               a random quarter is tested); depth. Needs h5py, and SciPy for the split
 =============  ===================================================================================
 """
 
@@ -94,6 +95,7 @@ CITYSCAPES_CLASSES = {
 _ADE20K_CLASSES = 150
 _COCO_CLASSES = 182
 _NYU_FILE = "nyu_depth_v2_labeled.mat"
+_NYU_SPLITS = "splits.mat"
 
 
 def read_dataset(
@@ -238,8 +240,31 @@ def _read_nyuv2(folder: Path, split_seed: int) -> Dataset:
         return images[sample.index].tobytes() + depths[sample.index].tobytes()
 
     samples = [Sample(f"{index + 1:04d}", path, path, index) for index in range(count)]
-    train, test = split_randomly(samples, seed=split_seed)
+    if (folder / _NYU_SPLITS).is_file():
+        train, test = _nyu_split(folder / _NYU_SPLITS, samples)
+    else:
+        train, test = split_randomly(samples, seed=split_seed)
     return Dataset("nyuv2", train, test, [], depth, image, identify=identify)
+
+
+def _nyu_split(path: Path, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """The official split: image numbers from 1, in a file of MATLAB's older format."""
+    try:
+        matlab = importlib.import_module("scipy.io.matlab")
+    except ImportError:
+        raise ValueError(
+            f"{path}: is a MATLAB file; to read it, pip install scipy; or remove it, for a random "
+            "split"
+        ) from None
+    try:
+        content = matlab.loadmat(path)
+        train, test = (
+            [samples[number - 1] for number in sorted(content[name].flatten().tolist()) if number]
+            for name in ("trainNdxs", "testNdxs")
+        )
+    except (matlab.MatReadError, ValueError, LookupError, NotImplementedError) as error:
+        raise ValueError(f"{path}: not the official split of NYUv2 ({error})") from None
+    return train, test
 
 
 LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {

@@ -1,19 +1,13 @@
-"""A report of one file: the table, the classes, and what the predictions look like."""
+"""A report of one file: settings, scores, every seed, classes, and what predictions look like."""
 
 from __future__ import annotations
 
-import base64
-import colorsys
-import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
-
-from upfeat.evaluation.datasets import IGNORE_INDEX
+from upfeat.evaluation.report_figures import draw_chart, draw_samples
 from upfeat.evaluation.results import HIGHER_IS_BETTER, Results, Row, summary
 from upfeat.storage import write_bytes
 
@@ -30,6 +24,7 @@ SCORE_NAMES = {
     "average_increase": "average increase",
     "error": "view error",
     "cosine": "view cosine",
+    "nll": "view NLL",
 }
 """How people read the names of scores."""
 
@@ -50,7 +45,11 @@ _EXPLANATIONS = {
     "upsampling its logits gives the same",
     "probabilities": "the probe is trained on the coarse features and its softmax on the coarse "
     "grid is upsampled instead of the features",
-    "views": "features upsampled once must explain the backbone's features of jittered views",
+    "box": "warped features come back to the backbone's grid by the mean over each cell, the same "
+    "for every upsampler",
+    "simple": "warped features come back by one blur, fitted to each upsampler on training images",
+    "attention": "warped features come back by FeatUp's attention downsampler, fitted to each "
+    "upsampler on training images",
     "cam": "the image is masked by its class activation map, and classified again",
     "miou": "intersection over union, mean over the classes that the test labels hold, %",
     "accuracy": "share of labelled pixels that are right, %",
@@ -68,36 +67,78 @@ _EXPLANATIONS = {
     "error": "squared error of the predicted features of unseen views over their variance; 0 is "
     "perfect, 1 is as good as their mean",
     "cosine": "mean cosine between predicted and actual centred features of unseen views",
+    "nll": "mean negative log-likelihood of those features, without its constant, under a standard "
+    "deviation for each cell that is fitted on training images; in units of the features",
+}
+
+BASELINE = "bilinear"
+"""What every difference is from."""
+
+_MAX_COLUMNS = 12
+
+_TITLES = {
+    "seg": "Segmentation probes",
+    "depth": "Depth probes",
+    "cam": "Class activation maps",
+    "consistency": "Multi-view consistency",
+}
+_LEADS = {
+    "seg": "How well does a linear map of upsampled features tell classes apart at every pixel?",
+    "depth": "How well does a linear map of upsampled features tell near from far at every pixel?",
+    "cam": "Do upsampled features mark the pixels that the classifier's answer rests on?",
+    "consistency": "Do features upsampled once explain what the backbone sees in jittered views of "
+    "the same image?",
 }
 
 _STYLE = """
-:root{color-scheme:light;--ink:#1d2430;--soft:#5b6675;--line:#d9dee6;--best:#0b6e4f;--panel:#f6f8fa}
+:root{color-scheme:light dark;--ink:#1d2430;--soft:#5b6675;--line:#d9dee6;--best:#0b6e4f;
+--panel:#f6f8fa;--page:#fff;--mark:#1f6feb;--base:#b3541e;--tint:11 110 79}
+@media screen and (prefers-color-scheme:dark){:root{--ink:#e6e9ee;--soft:#9aa5b4;--line:#333b47;
+--best:#4fd1a0;--panel:#1b2129;--page:#12161c;--mark:#6ea8ff;--base:#ef9a5b;--tint:79 209 160}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:1180px;padding:2.5rem 1.5rem 5rem;color:var(--ink);background:#fff;
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+body{margin:0 auto;max-width:1180px;padding:2.5rem 1.5rem 5rem;color:var(--ink);
+background:var(--page);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
 h1{font-size:1.7rem;margin:0 0 .3rem;letter-spacing:-.01em}
 h2{font-size:1.15rem;margin:2.6rem 0 .7rem}
-p,dl{max-width:75ch}.lead{color:var(--soft);margin:0 0 1.5rem}
+p,dl{max-width:78ch}.lead{color:var(--soft);margin:0 0 1.5rem}
 .scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-th,td{padding:.38rem .7rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;font-size:.88rem;font-variant-numeric:tabular-nums}
+th,td{padding:.3rem .75rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
 thead th{border-bottom:2px solid var(--ink);vertical-align:bottom;font-weight:600}
-th.l,td.l{text-align:left}tr.group td,tr.group th{border-top:2px solid var(--line)}
+th.l,td.l{text-align:left}
+tr.group th{text-align:left;padding-top:1.1rem;font-weight:600;white-space:normal}
+tr.group span{font-weight:400;color:var(--soft);font-size:.82rem;margin-left:.6rem}
+tr.base td{background:var(--panel)}
 .pm{color:var(--soft);font-size:.82em}.best{color:var(--best);font-weight:700}
-.delta{display:block;color:var(--soft);font-size:.76rem}
-figure{margin:0 0 1.6rem}figcaption{font-size:.85rem;color:var(--soft);margin-bottom:.35rem}
-.strip{display:grid;grid-auto-flow:column;grid-auto-columns:minmax(96px,170px);gap:.45rem;overflow-x:auto}
-.strip div{font-size:.76rem;text-align:center;color:var(--soft)}
-.strip img{width:100%;display:block;border-radius:3px;image-rendering:auto}
-.strip img+img{margin-top:.35rem}
+.delta{display:block;color:var(--soft);font-size:.74rem;line-height:1.2}
+.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(19rem,1fr));gap:.1rem 2.2rem;
+max-width:none;margin:0;border-top:2px solid var(--ink);padding-top:.7rem;font-size:.88rem}
+.facts div{display:flex;gap:.6rem;border-bottom:1px solid var(--line);padding:.15rem 0}
+.facts dt{flex:0 0 6.2rem;font-weight:400;color:var(--soft)}
+.facts dd{margin:0;color:var(--ink);overflow-wrap:anywhere}
+figure{margin:0 0 1.8rem;break-inside:avoid}
+figcaption{font-size:.85rem;color:var(--soft);margin-bottom:.35rem}
+.sample{display:flex;gap:1.1rem;align-items:flex-start}
+.side{flex:0 0 8.5rem;display:grid;gap:.5rem}
+.rows{flex:1;min-width:0;display:grid;gap:.35rem .6rem}
+.rows h3{grid-column:1/-1;font-size:.8rem;margin:.35rem 0 0;font-weight:600}
+.rows h3:first-child{margin-top:0}
+.cell{font-size:.76rem;color:var(--soft);min-width:0}
+.pair{display:flex;gap:2px}.pair.tall img{width:calc(50% - 1px)}.pair.wide{flex-direction:column}
+img{width:100%;display:block;border-radius:2px;outline:1px solid var(--line);outline-offset:-1px}
 .key{display:flex;flex-wrap:wrap;gap:.3rem 1rem;font-size:.85rem;margin:.2rem 0 1.2rem}
 .key i{display:inline-block;width:.85rem;height:.85rem;border-radius:2px;margin-right:.4rem;
 vertical-align:-.1rem;border:1px solid #0002}
 dt{font-weight:600}dd{margin:0 0 .5rem 1.2rem;color:var(--soft)}
 details{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:.6rem 1rem;
 margin:.6rem 0;font-size:.88rem}summary{cursor:pointer;font-weight:600}
-pre{overflow-x:auto;font-size:.8rem}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
-@media print{body{max-width:none;padding:0}details{break-inside:avoid}figure{break-inside:avoid}}
+pre{overflow-x:auto;font-size:.8rem;white-space:pre-wrap;overflow-wrap:anywhere}
+svg{max-width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
+svg .soft{fill:var(--soft)}svg .strong{font-weight:600}svg .rule{stroke:var(--line)}
+svg .mark{fill:var(--mark);stroke:var(--mark)}svg .base{fill:var(--base);stroke:var(--base)}
+@media print{:root{color-scheme:light}body{max-width:none;padding:0;font-size:11px}
+th,td{padding:.2rem .4rem}h2{break-after:avoid}tr{break-inside:avoid}
+.scroll{overflow:visible}*{print-color-adjust:exact}}
 """
 
 
@@ -108,22 +149,16 @@ def write_report(results: Results, path: Path) -> None:
 
 def render(results: Results) -> str:
     """The report as one HTML document."""
-    data = results.data
-    title = f"Upsamplers on {data['name']}"
-    counts = ", ".join(
-        f"{data[part]['images']} {part} images" for part in ("train", "test") if part in data
-    )
-    lead = (
-        f"{counts}; backbone {results.backbone['name']}, one feature per "
-        f"{results.backbone['stride']} pixels; shorter side {results.settings['size']} pixels; "
-        f"{_count(results.settings['seeds'], 'seed')}, mean ± standard deviation."
-    )
+    title = f"{_TITLES[results.task]} on {results.data['name']}"
+    name = next(iter(results.rows[0].scores))
+    chart = draw_chart(results, name, 100 if name in PERCENT else 1)
     parts = [
-        f"<h1>{escape(title)}</h1><p class=lead>{escape(lead)}</p>",
+        f"<h1>{escape(title)}</h1><p class=lead>{escape(_LEADS[results.task])}</p>",
+        _facts(results),
         _score_table(results),
-        _chart(results),
+        f"<h2>{escape(SCORE_NAMES[name])}, every seed</h2>{chart}" if chart else "",
         _class_table(results),
-        _figures(results),
+        draw_samples(results),
         _explanations(results),
         _provenance(results),
     ]
@@ -146,6 +181,48 @@ def shown(name: str, values: Sequence[float]) -> tuple[str, str]:
     return mean, "" if spread is None else f"±{spread * factor:.{digits}f}"
 
 
+def best_mean(rows: Iterable[Row], name: str) -> float | None:
+    """The best mean of a score; ``None`` where no row has one, or all have the same."""
+    means = [summary(row.scores[name])["mean"] for row in rows]
+    known = [mean for mean in means if mean is not None]
+    if len(set(known)) < 2:
+        return None
+    return max(known) if HIGHER_IS_BETTER[name] else min(known)
+
+
+def _facts(results: Results) -> str:
+    """What was measured on what, at a glance."""
+    data, settings, versions = results.data, results.settings, results.versions
+    counts = ", ".join(
+        f"{data[part]['images']} {'to fit on' if part == 'train' else 'tested'}"
+        for part in ("train", "test")
+        if part in data
+    )
+    stride = results.backbone["stride"]
+    facts = {
+        "data": data["name"],
+        "photographs": counts,
+        "shorter side": f"{settings['size']} pixels",
+        "backbone": f"{results.backbone['name']}, a feature per {stride}×{stride} pixels",
+        "repetitions": f"{_count(settings['seeds'], 'seed')}; mean ± standard deviation",
+        "left out": _count(len(results.problems), "note") + " below"
+        if results.problems
+        else "nothing",
+        "upfeat": f"{versions['upfeat']}, source {versions['source'][:8]}",
+        "PyTorch": f"{versions['torch']}, {versions.get('device', 'cpu')}",
+    }
+    if results.task == "cam":
+        facts["repetitions"] = "one: nothing is drawn"
+    if results.task in ("seg", "depth"):
+        facts["probes"] = f"{settings['pixels']} pixels of each training image"
+    if results.task == "consistency":
+        facts["views"] = f"{settings['views']} of each test image"
+    items = "".join(
+        f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items()
+    )
+    return f"<dl class=facts>{items}</dl>"
+
+
 def _score_table(results: Results) -> str:
     names = list(results.rows[0].scores)
     head = "".join(
@@ -153,37 +230,49 @@ def _score_table(results: Results) -> str:
         for name in names
     )
     body = []
-    for protocol in _protocols(results):
+    for protocol in results.protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
-        best = {name: _best(rows, name) for name in names}
-        for index, row in enumerate(rows):
+        best = {name: best_mean(rows, name) for name in names}
+        body.append(_group(protocol, len(names) + 3))
+        for row in rows:
             cells = [_score_cell(name, row, rows, best[name]) for name in names]
             cells += [_cost_cell(row, "seconds", 3), _cost_cell(row, "memory_mib", 0)]
-            group = " class=group" if index == 0 else ""
-            body.append(
-                f"<tr{group}><td class=l>{escape(protocol)}</td>"
-                f"<td class=l>{escape(row.upsampler)}</td>{''.join(cells)}</tr>"
-            )
+            base = " class=base" if row.upsampler == BASELINE else ""
+            body.append(f"<tr{base}><td class=l>{escape(row.upsampler)}</td>{''.join(cells)}</tr>")
     return (
-        "<h2>Scores</h2><div class=scroll><table><thead><tr><th class=l>protocol</th>"
+        "<h2>Scores</h2><div class=scroll><table><thead><tr>"
         f"<th class=l>upsampler</th>{head}<th>s / image</th><th>MiB</th></tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div><p class=pm>Best of each protocol in green; "
-        "small figures: difference from bilinear.</p>"
+        f"<tbody>{''.join(body)}</tbody></table></div><p class=pm>Best of each group in bold; "
+        f"small figures below: difference from {BASELINE} (shaded), seed by seed.</p>"
+    )
+
+
+def _group(protocol: str, columns: int) -> str:
+    """A line that opens a protocol's rows and says what it is."""
+    return (
+        f"<tr class=group><th colspan={columns}>{escape(protocol)}"
+        f"<span>{escape(_EXPLANATIONS[protocol])}</span></th></tr>"
     )
 
 
 def _score_cell(name: str, row: Row, rows: list[Row], best: float | None) -> str:
     mean, spread = shown(name, row.scores[name])
     own = summary(row.scores[name])["mean"]
-    base = next((other for other in rows if other.upsampler == "bilinear"), None)
-    delta = ""
-    if base is not None and base is not row and own is not None:
-        against = summary(base.scores[name])["mean"]
-        if against is not None:
-            factor, digits = (100, 2) if name in PERCENT else (1, 4)
-            delta = f"<span class=delta>{(own - against) * factor:+.{digits}f}</span>"
+    base = next((other for other in rows if other.upsampler == BASELINE), None)
+    below = ""
+    if base is not None:
+        delta = "&nbsp;" if base is row else _difference(name, row, base)
+        below = f"<span class=delta>{delta}</span>"
     mark = " class=best" if own is not None and own == best else ""
-    return f"<td><span{mark}>{mean}</span> <span class=pm>{spread}</span>{delta}</td>"
+    return f"<td><span{mark}>{mean}</span> <span class=pm>{spread}</span>{below}</td>"
+
+
+def _difference(name: str, row: Row, base: Row) -> str:
+    """Mean and spread of the differences seed by seed: what all upsamplers share cancels."""
+    pairs = zip(row.scores[name], base.scores[name], strict=True)
+    mean, spread = shown(name, [own - other for own, other in pairs])
+    sign = "" if mean.startswith("-") or mean == "–" else "+"
+    return f"{sign}{mean} {spread}".replace("-", "−").strip()
 
 
 def _cost_cell(row: Row, name: str, digits: int) -> str:
@@ -191,163 +280,50 @@ def _cost_cell(row: Row, name: str, digits: int) -> str:
     return f"<td>{'–' if value is None else f'{value:.{digits}f}'}</td>"
 
 
-def _best(rows: list[Row], name: str) -> float | None:
-    means = [summary(row.scores[name])["mean"] for row in rows]
-    known = [mean for mean in means if mean is not None]
-    if not known:
-        return None
-    return max(known) if HIGHER_IS_BETTER[name] else min(known)
-
-
-def _chart(results: Results) -> str:
-    """Every seed's first score as a dot, one line per row, grouped by protocol."""
-    name = next(iter(results.rows[0].scores))
-    factor = 100 if name in PERCENT else 1
-    lines = [
-        (protocol, row)
-        for protocol in _protocols(results)
-        for row in results.rows
-        if row.protocol == protocol and summary(row.scores[name])["mean"] is not None
-    ]
-    if not lines:
-        return ""
-    values = [value * factor for _, row in lines for value in row.scores[name]]
-    low, high = min(values), max(values)
-    pad = (high - low) * 0.08 or 1
-    low, high = low - pad, high + pad
-    left, width, step = 230, 640, 22
-    parts = []
-    for index, (protocol, row) in enumerate(lines):
-        y = 18 + index * step
-        parts.append(
-            f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">'
-            f"{escape(row.upsampler)} · {escape(protocol)}</text>"
-            f'<line x1="{left}" x2="{left + width}" y1="{y}" y2="{y}" stroke="#e4e8ee"/>'
-        )
-        xs = [left + (value * factor - low) / (high - low) * width for value in row.scores[name]]
-        colour = "#b3541e" if row.upsampler == "bilinear" else "#1f6feb"
-        parts += [f'<circle cx="{x:.1f}" cy="{y}" r="4" fill="{colour}b0"/>' for x in xs]
-        mean = sum(xs) / len(xs)
-        parts.append(
-            f'<line x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 7}" y2="{y + 7}" '
-            f'stroke="{colour}" stroke-width="2"/>'
-        )
-    bottom = 18 + len(lines) * step
-    for value in (low + pad, high - pad):
-        x = left + (value - low) / (high - low) * width
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 6}" text-anchor="middle">{value:.2f}</text>')
-    return (
-        f"<h2>{escape(SCORE_NAMES[name])}, every seed</h2><div class=scroll>"
-        f'<svg width="{left + width + 40}" height="{bottom + 16}" role="img" '
-        f'aria-label="{escape(SCORE_NAMES[name])} by row">{"".join(parts)}</svg></div>'
-        "<p class=pm>A dot per seed, a bar at the mean; bilinear in brown.</p>"
-    )
-
-
 def _class_table(results: Results) -> str:
+    """IoU by class: upsamplers in lines while the classes fit side by side, else in columns."""
     if not any(row.per_class for row in results.rows):
         return ""
     classes = list(results.rows[0].per_class)
-    head = "".join(f"<th>{escape(name)}</th>" for name in classes)
     body = []
-    for protocol in _protocols(results):
-        for index, row in enumerate(r for r in results.rows if r.protocol == protocol):
-            cells = []
-            for name in classes:
-                mean = summary(row.per_class[name])["mean"]
-                if mean is None:
-                    cells.append("<td>–</td>")
-                else:
-                    tint = f"background:rgb(11 110 79/{0.05 + 0.35 * mean:.2f})"
-                    cells.append(f'<td style="{tint}">{mean * 100:.1f}</td>')
-            group = " class=group" if index == 0 else ""
-            body.append(
-                f"<tr{group}><td class=l>{escape(protocol)}</td>"
-                f"<td class=l>{escape(row.upsampler)}</td>{''.join(cells)}</tr>"
-            )
+    if len(classes) <= _MAX_COLUMNS:
+        corner, head = "upsampler", classes
+        for protocol in results.protocols:
+            body.append(_group(protocol, len(classes) + 1))
+            for row in (row for row in results.rows if row.protocol == protocol):
+                cells = "".join(_iou_cell(row, name) for name in classes)
+                body.append(f"<tr><td class=l>{escape(row.upsampler)}</td>{cells}</tr>")
+    else:
+        corner, head = "class", [f"{row.upsampler}, {row.protocol}" for row in results.rows]
+        for name in classes:
+            cells = "".join(_iou_cell(row, name) for row in results.rows)
+            body.append(f"<tr><td class=l>{escape(name)}</td>{cells}</tr>")
+    columns = "".join(f"<th>{escape(name)}</th>" for name in head)
     return (
-        "<h2>IoU of every class, %</h2><div class=scroll><table><thead><tr><th class=l>protocol"
-        f"</th><th class=l>upsampler</th>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        "</div><p class=pm>– : the class is not in the scored test labels.</p>"
+        f"<h2>IoU of every class, %</h2><div class=scroll><table><thead><tr><th class=l>{corner}"
+        f"</th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        "<p class=pm>Mean over seeds. – : the class is not in the scored test labels.</p>"
     )
 
 
-def _figures(results: Results) -> str:
-    """For every example: image and target, then each upsampler's prediction over its errors."""
-    if not results.examples:
-        return ""
-    classes = results.data.get("classes") or []
-    parts = ["<h2>Predictions</h2>"]
-    if results.task == "seg":
-        parts.append(_key(classes))
-    protocols = [p for p in _protocols(results) if any(r.pictures for r in results.rows)]
-    for sample, example in results.examples.items():
-        for protocol in protocols:
-            columns = [("image", [example["image"]]), ("label", [_shown_target(results, example)])]
-            columns += [
-                (row.upsampler, _shown_prediction(results, example, row.pictures[sample]))
-                for row in results.rows
-                if row.protocol == protocol and sample in row.pictures
-            ]
-            strip = "".join(
-                f"<div>{escape(name)}{''.join(_img(source, name) for source in sources)}</div>"
-                for name, sources in columns
-                if all(sources)
-            )
-            parts.append(
-                f"<figure><figcaption>{escape(sample)}, {escape(protocol)}</figcaption>"
-                f"<div class=strip>{strip}</div></figure>"
-            )
-    note = "Images are evenly spaced over the test list, not chosen; predictions of the first seed."
-    if results.task == "seg":
-        note += " Below each: wrong pixels in red, ignored ones in grey."
-    return "".join([*parts, f"<p class=pm>{note}</p>"])
-
-
-def _shown_target(results: Results, example: dict[str, str]) -> str:
-    if results.task != "seg":
-        return example.get("target", "")
-    return _png(palette(len(results.data["classes"]))[_indices(example["target"])])
-
-
-def _shown_prediction(results: Results, example: dict[str, str], picture: str) -> list[str]:
-    if results.task != "seg":
-        # PNG and JPEG differ in their first bytes, also in base64.
-        kind = "png" if picture.startswith("iVBOR") else "jpeg"
-        return [f"data:image/{kind};base64,{picture}"]
-    label, predicted = _indices(example["target"]), _indices(picture)
-    errors = np.full((*label.shape, 3), 255, np.uint8)
-    errors[label != predicted] = (204, 41, 41)
-    errors[label == IGNORE_INDEX] = (190, 190, 190)
-    return [_png(palette(len(results.data["classes"]))[predicted]), _png(errors)]
-
-
-def palette(n_classes: int) -> np.ndarray:
-    """Distinct colours: (256, 3) uint8, the first class light grey, ignored pixels white."""
-    table = np.full((256, 3), 255, np.uint8)
-    table[0] = (225, 228, 232)
-    for index in range(1, n_classes):
-        hue = (index - 1) * 0.618034 % 1
-        colour = colorsys.hls_to_rgb(hue, (0.45, 0.62, 0.33)[index % 3], 0.72)
-        table[index] = [round(value * 255) for value in colour]
-    return table
-
-
-def _key(classes: list[str]) -> str:
-    colours = palette(len(classes))
-    items = [
-        f"<span><i style='background:rgb({r},{g},{b})'></i>{escape(name)}</span>"
-        for name, (r, g, b) in zip(classes, colours.tolist(), strict=False)
-    ]
-    return f"<div class=key>{''.join(items)}</div>"
+def _iou_cell(row: Row, name: str) -> str:
+    mean = summary(row.per_class[name])["mean"]
+    if mean is None:
+        return "<td>–</td>"
+    tint = f"background:rgb(var(--tint)/{0.04 + 0.3 * mean:.2f})"
+    return f'<td style="{tint}">{mean * 100:.1f}</td>'
 
 
 def _explanations(results: Results) -> str:
-    names = [*_protocols(results), *results.rows[0].scores]
     items = [
-        f"<dt>{escape(SCORE_NAMES.get(name, name))}</dt><dd>{escape(_EXPLANATIONS[name])}</dd>"
-        for name in names
+        f"<dt>{escape(SCORE_NAMES[name])}</dt><dd>{escape(_EXPLANATIONS[name])}</dd>"
+        for name in results.rows[0].scores
     ]
+    items.append(
+        "<dt>s / image, MiB</dt><dd>to upsample all channels of one image: median time, and the "
+        "most that it added to the memory in use, the result included; – where the system does "
+        "not tell</dd>"
+    )
     return f"<h2>How to read it</h2><dl>{''.join(items)}</dl>"
 
 
@@ -367,25 +343,5 @@ def _provenance(results: Results) -> str:
     )
 
 
-def _protocols(results: Results) -> list[str]:
-    return list(dict.fromkeys(row.protocol for row in results.rows))
-
-
 def _count(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def _img(source: str, name: str) -> str:
-    return f'<img src="{source}" alt="{escape(name)}">'
-
-
-def _indices(encoded: str) -> np.ndarray:
-    with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
-        return np.array(image)
-
-
-def _png(colours: np.ndarray) -> str:
-    file = io.BytesIO()
-    picture = Image.fromarray(colours).quantize(colors=256, dither=Image.Dither.NONE)
-    picture.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -15,6 +15,7 @@ import torch
 
 from upfeat._version import __version__
 from upfeat.evaluation.datasets import Problem
+from upfeat.evaluation.provenance import SCORING, source_digest
 from upfeat.storage import write_bytes
 
 FORMAT = "upfeat-eval-1"
@@ -31,6 +32,7 @@ HIGHER_IS_BETTER = {
     "average_increase": True,
     "error": False,
     "cosine": True,
+    "nll": False,
     "drift": True,
 }
 """Every score there is, and its good direction."""
@@ -82,6 +84,11 @@ class Results:
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
+    @property
+    def protocols(self) -> list[str]:
+        """Those of the rows, in order."""
+        return list(dict.fromkeys(row.protocol for row in self.rows))
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values, without pictures."""
         rows = []
@@ -128,6 +135,7 @@ def versions() -> dict[str, str]:
 
     return {
         "upfeat": __version__,
+        "source": source_digest(SCORING)[:16],
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "pillow": PIL.__version__,

@@ -8,7 +8,7 @@ the features. Softmax is not linear, so this is a method of its own; logits woul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,10 @@ from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
 from upfeat.evaluation.datasets import IGNORE_INDEX, Problem
 from upfeat.evaluation.pictures import encode_indices
-from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, digest, normalised
+from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, normalised
 from upfeat.evaluation.probe import Head, Pixels, fit_classifier, head_map
 from upfeat.evaluation.probing import Probing
+from upfeat.evaluation.provenance import digest
 from upfeat.evaluation.results import Row
 from upfeat.upsamplers import Kernels, Upsampler
 
@@ -32,8 +33,7 @@ class Segmentation(Probing):
 
     def __init__(
         self,
-        train: PreparedSet,
-        test: PreparedSet,
+        parts: Mapping[str, PreparedSet],
         classes: Sequence[str],
         backbone: Backbone,
         config: EvalConfig,
@@ -44,7 +44,7 @@ class Segmentation(Probing):
         Raises:
             ValueError: no class is in both train and test, so nothing can be scored.
         """
-        super().__init__(train, test, backbone, config, on_step)
+        super().__init__(parts, backbone, config, on_step)
         self.classes = list(classes)
         self.unseen = self._check_classes()
 
@@ -57,12 +57,7 @@ class Segmentation(Probing):
         return fit_classifier(pixels, len(self.classes), generator)
 
     def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
-        """Fit and score one upsampler: one row for each protocol.
-
-        Args:
-            label: its name in the table.
-            upsampler: in eval mode.
-        """
+        """See :meth:`Task.rows`; fits its probes first."""
         heads = self.heads(label, upsampler, self.config.protocols)
         scores = {name: _Scores(self.config.seeds, len(self.classes)) for name in heads}
         chosen = set(self.config.choose_pictures(len(self.test)))
@@ -84,7 +79,7 @@ class Segmentation(Probing):
     def _predict(
         self, upsampler: Upsampler, sample: Prepared, heads: dict[str, list[Head]]
     ) -> dict[str, Tensor]:
-        """Class maps (S, H, W) of every protocol; only the heads' channels are upsampled."""
+        """Class maps (S, H, W) of every protocol, on the CPU; only K channels are upsampled."""
         features, guidance = sample.features[None], normalised(sample.image, self.backbone)
         n_classes = len(self.classes)
         with torch.no_grad():
@@ -98,21 +93,22 @@ class Segmentation(Probing):
                     out = upsample_probabilities(kernels, features, stacked, n_classes)
                 else:
                     out = head_map(upsampler, kernels, features, stacked)
-                maps[name] = out.view(len(group), n_classes, *sample.size).argmax(1)
+                maps[name] = out.view(len(group), n_classes, *sample.size).argmax(1).cpu()
         return maps
 
     def _scored_label(self, sample: Prepared) -> Tensor:
         """The label without classes that no training image shows: no probe could know them."""
         unseen = torch.zeros(256, dtype=torch.bool)
         unseen[self.unseen] = True
-        return torch.where(unseen[sample.label.long()], IGNORE_INDEX, sample.label)
+        label = sample.label.cpu()
+        return torch.where(unseen[label.long()], IGNORE_INDEX, label)
 
     def _check_classes(self) -> list[int]:
         counts = {}
         for name, images in (("train", self.train), ("test", self.test)):
             total = torch.zeros(256, dtype=torch.int64)
             for sample in images:
-                total += torch.bincount(sample.label.flatten().long(), minlength=256)
+                total += torch.bincount(sample.label.cpu().flatten().long(), minlength=256)
             counts[name] = total[: len(self.classes)] > 0
         unseen = []
         for index, name in enumerate(self.classes):

@@ -12,7 +12,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,10 +21,13 @@ from PIL import Image
 from torch import Tensor
 
 from upfeat._version import __version__
-from upfeat.images import ImageLike, read_image
+from upfeat.images import read_image
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers.base import Size, check_output_size
 from upfeat.upsamplers.implicit_fields import Field, rebuild
+
+if TYPE_CHECKING:
+    from upfeat.images import ImageLike
 
 FORMAT = "upfeat-implicit-1"
 """What files say they are."""

@@ -1,0 +1,209 @@
+"""Fit a downsampler, and how far to trust it, to one upsampler that stays as it is.
+
+Consistency asks whether upsampled features, warped as a view is and brought back to the backbone's
+grid, are what the backbone sees there. The way back is part of the answer, so each upsampler gets a
+downsampler of its own, fitted on training images by the squared error (FeatUp, section 3.2), and
+then a standard deviation for each cell that makes the errors likeliest (section 3.3).
+
+Both are fitted on cells: patches of warped features with the backbone's feature as the target. The
+error is taken along random directions, drawn anew for every image, which measures all channels
+alike; saliency and standard deviation read the leading principal components of the features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
+from upfeat.evaluation.prepared import PreparedSet
+from upfeat.losses import SpatialUncertainty, gaussian_reconstruction
+
+N_DIRECTIONS = 30
+"""Random directions along which the error is taken while fitting (FeatUp, section 3.3)."""
+
+N_COMPONENTS = 32
+"""Leading principal components that the saliency and the standard deviation read."""
+
+MAX_CELLS = 4096
+MAX_VALUES = 2**26
+"""What the cells of one seed may hold, in numbers: 256 MiB."""
+
+_STEPS = 150
+_BATCH = 256
+_LEARNING_RATE = 2e-2
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells of training views.
+
+    Attributes:
+        values: (N, 30, k, k) warped features of the cell's pixels, along random directions.
+        leading: (N, D, k, k) the same pixels' leading components.
+        target: (N, 30) the backbone's features of the cell, along the same directions.
+        seen: (N, D) leading components of those.
+    """
+
+    values: Tensor
+    leading: Tensor
+    target: Tensor
+    seen: Tensor
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def __getitem__(self, index: Tensor) -> Cells:
+        parts = (self.values, self.leading, self.target, self.seen)
+        return Cells(*(part[index] for part in parts))
+
+    @staticmethod
+    def cat(cells: list[Cells]) -> Cells:
+        """Join cells in order."""
+        names = ("values", "leading", "target", "seen")
+        return Cells(*(torch.cat([getattr(each, name) for each in cells]) for name in names))
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A way back to the backbone's grid, and how far to trust it; both take whole features."""
+
+    downsampler: AttentionDownsampler | SimpleDownsampler
+    uncertainty: SpatialUncertainty
+
+
+def count_cells(kernel_size: int, n_components: int) -> int:
+    """How many cells of k×k pixels one seed may draw."""
+    return max(1, min(MAX_CELLS, MAX_VALUES // (kernel_size**2 * (N_DIRECTIONS + n_components))))
+
+
+def leading_components(images: PreparedSet) -> Tensor:
+    """Principal components of coarse features, scaled to variance 1.
+
+    Args:
+        images: of the training split.
+
+    Returns:
+        (D, C): D at most :data:`N_COMPONENTS` and C.
+    """
+    total, square, count = 0, 0, 0
+    for sample in images:
+        cells = sample.features.flatten(1).double().cpu()  # (C, h·w)
+        total = total + cells.sum(1)
+        square = square + cells @ cells.T
+        count += cells.shape[1]
+    mean = torch.as_tensor(total) / count
+    covariance = torch.as_tensor(square) / count - mean[:, None] * mean
+    values, vectors = torch.linalg.eigh(covariance)  # ascending
+    kept = vectors[:, -N_COMPONENTS:] / values[-N_COMPONENTS:].clamp(min=1e-12).sqrt()
+    return kept.T.flip(0).float().to(images.device)
+
+
+@torch.no_grad()
+def fit(kind: str, cells: Cells, leading: Tensor, seed: int) -> Fitted:
+    """Fit a downsampler, then its standard deviation.
+
+    Args:
+        kind: ``box`` (nothing to fit: the mean over the cell), ``simple`` or ``attention``.
+        cells: to fit on.
+        leading: (D, C) the components that the cells hold.
+        seed: of initial values and batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    kernel_size = cells.leading.shape[2]
+    downsampler = SimpleDownsampler(kernel_size)
+    if kind == "attention":
+        downsampler = _attention(len(leading), kernel_size, generator)
+    downsampler.to(cells.values.device)
+    if kind != "box":
+        _fit_downsampler(downsampler, cells, generator)
+    uncertainty = _fit_uncertainty(downsampler, cells)
+    if isinstance(downsampler, AttentionDownsampler):
+        whole = _attention(leading.shape[1], kernel_size, generator).to(leading.device)
+        state = downsampler.state_dict()
+        whole.load_state_dict({**state, "saliency_weight": state["saliency_weight"] @ leading})
+        downsampler = whole
+    trust = SpatialUncertainty(leading.shape[1], generator=generator).to(leading.device)
+    trust.weight.copy_((uncertainty.weight[..., 0, 0] @ leading)[..., None, None])
+    trust.bias.copy_(uncertainty.bias)
+    return Fitted(downsampler.eval(), trust)
+
+
+def _attention(
+    embed_dim: int, kernel_size: int, generator: torch.Generator
+) -> AttentionDownsampler:
+    return AttentionDownsampler(embed_dim, kernel_size, dropout=0.0, generator=generator)
+
+
+def _pooled(downsampler: AttentionDownsampler | SimpleDownsampler, cells: Cells) -> Tensor:
+    """What a downsampler makes of cells: (N, 30)."""
+    if isinstance(downsampler, AttentionDownsampler):
+        saliency = downsampler.saliency(cells.leading)
+        return downsampler(cells.values, (1, 1), saliency=saliency)[..., 0, 0]
+    return downsampler(cells.values, (1, 1))[..., 0, 0]
+
+
+def _fit_downsampler(
+    downsampler: AttentionDownsampler | SimpleDownsampler,
+    cells: Cells,
+    generator: torch.Generator,
+) -> None:
+    optimiser = torch.optim.NAdam(downsampler.parameters(), lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
+    scale = cells.target.var().clamp(min=1e-12)
+    for index in _batches(len(cells), generator):
+        batch = cells[index]
+        with torch.enable_grad():
+            loss = (_pooled(downsampler, batch) - batch.target).square().mean() / scale
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+
+
+def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Indices of each step's cells: every cell once before any comes again."""
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(_STEPS):
+        while len(order) < min(_BATCH, count):
+            order = torch.cat([order, torch.randperm(count, generator=generator)])
+        yield order[:_BATCH]
+        order = order[_BATCH:]
+
+
+def _fit_uncertainty(
+    downsampler: AttentionDownsampler | SimpleDownsampler, cells: Cells
+) -> SpatialUncertainty:
+    """The likeliest standard deviations: a convex problem, from one value for all cells."""
+    batches = torch.arange(len(cells)).split(_BATCH)
+    predicted = torch.cat([_pooled(downsampler, cells[index]) for index in batches])
+    error = (predicted - cells.target)[..., None, None]  # (N, 30, 1, 1)
+    seen = cells.seen[..., None, None]
+    uncertainty = SpatialUncertainty(seen.shape[1], generator=torch.Generator()).to(seen.device)
+    uncertainty.weight.zero_()
+    # The module adds 0.1 to the logarithm.
+    uncertainty.bias.fill_(math.log(float(error.square().mean().sqrt().clamp(min=1e-4))) - 0.1)
+    optimiser = torch.optim.LBFGS(
+        uncertainty.parameters(), max_iter=100, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            loss = gaussian_reconstruction(error, torch.zeros_like(error), uncertainty(seen))
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)  # pyright: ignore[reportArgumentType]
+    return uncertainty
+
+
+def to_cells(maps: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Cut maps into their cells' pixels: (V, C, H, W) -> (V·h·w, C, k, k), row by row."""
+    height, width = maps.shape[2] // grid[0], maps.shape[3] // grid[1]
+    cut = maps.unflatten(3, (grid[1], width)).unflatten(2, (grid[0], height))  # V C h k w k
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
