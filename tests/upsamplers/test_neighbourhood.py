@@ -49,14 +49,50 @@ def test_it_is_linear_and_the_weights_depend_on_the_image_alone(upsampler):
     torch.testing.assert_close(upsampler(2 * a - 3 * b, guidance), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [(48, 64), (45, 61), (20, 30)])
-def test_a_crop_is_the_crop_of_the_whole(upsampler, size):
+@pytest.mark.parametrize("back_projections", [0, 2])
+@pytest.mark.parametrize("size", [(48, 64), (45, 61), (20, 30), (2, 5)])
+def test_a_crop_is_the_crop_of_the_whole(upsampler, size, back_projections):
+    upsampler.back_projections = back_projections
     features, guidance = torch.randn(1, 4, 3, 4), torch.randn(1, 3, 48, 64)
     kernels = upsampler.prepare(guidance, (3, 4), size)
     whole = kernels(features)
-    for window in (Window(0, 0, 5, 7), Window(9, 13, 8, 11), Window(size[0] - 3, 2, 3, 20)):
+    for window in _windows(*size):
         part = whole[:, :, window.top : window.bottom, window.left : window.right]
         torch.testing.assert_close(kernels.crop(features, window), part, rtol=1e-4, atol=1e-5)
+
+
+def _windows(height, width):
+    windows = [Window(0, 0, 5, 7), Window(9, 13, 8, 11), Window(height - 2, 2, 2, 3)]
+    return [one for one in windows if one.bottom <= height and one.right <= width]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (45, 61)])
+def test_back_projection_brings_the_mean_over_each_cell_to_the_features(upsampler, size):
+    features, guidance = torch.randn(1, 4, 3, 4), torch.rand(1, 3, 48, 64)
+    rows, columns = (
+        torch.div((2 * torch.arange(length) + 1) * cells, 2 * length, rounding_mode="floor")
+        for cells, length in zip((3, 4), size, strict=True)
+    )
+    cell = (rows[:, None] * 4 + columns).flatten()
+    gaps = []
+    for count in range(4):
+        upsampler.back_projections = count
+        out = upsampler(features, guidance, size).flatten(2)
+        sums = torch.zeros(1, 4, 12).index_add_(2, cell, out)
+        means = (sums / torch.bincount(cell)).view_as(features)
+        gaps.append(float((means - features).square().mean()))
+    assert gaps[1] < 0.5 * gaps[0]
+    assert gaps[3] < gaps[2] < gaps[1]
+
+
+def test_back_projection_keeps_constants_and_linearity(upsampler):
+    upsampler.back_projections = 2
+    guidance = torch.rand(1, 3, 37, 50)
+    ones = upsampler(torch.ones(1, 1, 4, 5), guidance)
+    torch.testing.assert_close(ones, torch.ones_like(ones))
+    a, b = torch.randn(2, 1, 3, 4, 5).unbind(0)
+    expected = upsampler(a, guidance) + 2 * upsampler(b, guidance)
+    torch.testing.assert_close(upsampler(a + 2 * b, guidance), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_is_its_images_one_by_one(upsampler):
@@ -107,7 +143,9 @@ def test_saved_and_loaded_it_is_the_same(upsampler, tmp_path):
             assert torch.equal(loaded(features, guidance), upsampler(features, guidance))
 
 
-@pytest.mark.parametrize("options", [{"radius": 0}, {"query_dim": 0}, {"levels": 0}])
+@pytest.mark.parametrize(
+    "options", [{"radius": 0}, {"query_dim": 0}, {"levels": 0}, {"back_projections": -1}]
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         upfeat.NeighbourhoodUpsampler(**options)

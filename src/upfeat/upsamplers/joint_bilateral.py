@@ -19,7 +19,11 @@ class NeighbourhoodKernels:
     """Weights over the coarse cells around every pixel, made for the pixels that are asked for."""
 
     def __init__(
-        self, weights: Callable[[Window], Tensor], grid_size: Size, output_size: Size
+        self,
+        weights: Callable[[Window], Tensor],
+        grid_size: Size,
+        output_size: Size,
+        back_projections: int = 0,
     ) -> None:
         """Keep how to make weights.
 
@@ -27,18 +31,28 @@ class NeighbourhoodKernels:
             weights: from a window of the output to (B, (2r+1)², window.height, window.width).
             grid_size: (h, w).
             output_size: (H, W).
+            back_projections: how often the coarse features are corrected by what their mean over
+                each cell of the output lacks, before they are upsampled.
         """
         self.weights = weights
         self.grid_size = grid_size
         self.output_size = output_size
+        self.back_projections = back_projections
+        self._pooled: Tensor | None = None
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
         weights = self.weights(Window(0, 0, *self.output_size))
+        if self.back_projections and self._pooled is None:
+            self._pooled = self._pool(weights)
+        features = self._correct(features)
         return functional.neighbourhood_upsample(features, weights.to(features.dtype))
 
     def crop(self, features: Tensor, window: Window) -> Tensor:
         """See :meth:`Kernels.crop`."""
+        if self.back_projections and self._pooled is None:
+            self._pooled = self._pool(self.weights(Window(0, 0, *self.output_size)))
+        features = self._correct(features)
         weights = self.weights(window).to(features.dtype)
         radius = window_radius(weights.shape[1])
         rows, columns = self.cells(window, features.device)
@@ -50,11 +64,44 @@ class NeighbourhoodKernels:
             out = torch.addcmul(out, shifted, weights[:, tap : tap + 1])
         return out
 
+    def _correct(self, features: Tensor) -> Tensor:
+        """Add what is lost when the output is averaged over cells, (B, C, h, w) -> the same."""
+        corrected = features
+        for _ in range(self.back_projections):
+            assert self._pooled is not None
+            pooled = self._pooled.to(features.dtype)
+            lacking = features - functional.neighbourhood_upsample(corrected, pooled)
+            corrected = corrected + lacking
+        return corrected
+
+    def _pool(self, weights: Tensor) -> Tensor:
+        """Mean weights over the pixels of each cell, (B, T, H, W) -> (B, T, h, w).
+
+        They upsample to the grid itself: what comes out is the mean over each cell of the whole
+        output. A cell in which no pixel of a small output lies keeps its own features.
+        """
+        rows, columns = (
+            _membership(cells, length, weights)
+            for cells, length in zip(self.grid_size, self.output_size, strict=True)
+        )
+        pooled = rows @ weights @ columns.T
+        empty = 1 - rows.sum(1)[:, None] * columns.sum(1)
+        own = torch.zeros_like(pooled)
+        own[:, weights.shape[1] // 2] = empty
+        return pooled + own
+
     def cells(self, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
         """The cell of every row and of every column of a window."""
         (h, w), (height, width) = self.grid_size, self.output_size
         rows = cell_of_pixels(h, height, window.top, window.height, device)
         return rows, cell_of_pixels(w, width, window.left, window.width, device)
+
+
+def _membership(cells: int, length: int, like: Tensor) -> Tensor:
+    """The mean over the pixels of each cell along one axis, as a matrix (cells, length)."""
+    own = cell_of_pixels(cells, length, 0, length, like.device)
+    inside = (own == torch.arange(cells, device=like.device)[:, None]).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True).clamp(min=1)
 
 
 class JointBilateral(Upsampler):

@@ -113,6 +113,7 @@ class NeighbourhoodUpsampler(Upsampler):
         radius: int = 2,
         query_dim: int = 32,
         levels: int = 4,
+        back_projections: int = 0,
         backend: str = "auto",
     ) -> None:
         """Make an upsampler with initial (untrained) weights.
@@ -121,6 +122,11 @@ class NeighbourhoodUpsampler(Upsampler):
             radius: how many cells to each side take part, ≥ 1.
             query_dim: width of queries and keys, ≥ 1.
             levels: scales of the encoder, ≥ 1.
+            back_projections: how often to correct the coarse features by what the output, averaged
+                over each cell, lacks of them (iterative back-projection, Irani and Peleg,
+                1991), ≥ 0.
+                Without, the output is a weighted mean and never leaves the range of the features;
+                each time, its means over cells come closer to the features, at next to no cost.
             backend: of the operators; see :mod:`upfeat.functional`.
 
         Raises:
@@ -130,8 +136,11 @@ class NeighbourhoodUpsampler(Upsampler):
         for label, value in (("radius", radius), ("query_dim", query_dim), ("levels", levels)):
             if value < 1:
                 raise ValueError(f"{label}={value} must be 1 or more")
+        if back_projections < 0:
+            raise ValueError(f"back_projections={back_projections} must be 0 or more")
         dispatch.check_name(backend)
         self.radius, self.query_dim, self.levels = radius, query_dim, levels
+        self.back_projections = back_projections
         self.backend = backend
         self.encoder = PyramidEncoder(query_dim, levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
@@ -139,7 +148,12 @@ class NeighbourhoodUpsampler(Upsampler):
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
-        return {"radius": self.radius, "query_dim": self.query_dim, "levels": self.levels}
+        return {
+            "radius": self.radius,
+            "query_dim": self.query_dim,
+            "levels": self.levels,
+            "back_projections": self.back_projections,
+        }
 
     def queries(self, guidance: Tensor, output_size: Size) -> Tensor:
         """Unit queries, (B, 3, H, W) -> (B, query_dim, *output_size)."""
@@ -169,4 +183,4 @@ class NeighbourhoodUpsampler(Upsampler):
                 backend=self.backend,
             )
 
-        return NeighbourhoodKernels(weights, grid_size, output_size)
+        return NeighbourhoodKernels(weights, grid_size, output_size, self.back_projections)
