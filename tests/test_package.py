@@ -13,7 +13,17 @@ SOURCE = Path(upfeat.__file__).parent
 
 # Lower layers first; a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"_version", "naming", "images", "storage", "visualize", "views", "losses", "downsamplers"},
+    {
+        "_version",
+        "naming",
+        "images",
+        "storage",
+        "visualize",
+        "views",
+        "losses",
+        "downsamplers",
+        "pooling",
+    },
     {"kernels"},
     {"functional"},
     {"upsamplers", "backbones"},

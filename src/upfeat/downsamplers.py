@@ -1,48 +1,35 @@
 """Downsamplers: high-resolution features back to the backbone's grid (FeatUp, section 3.2).
 
-Geometry. The h×w grid is laid over the H×W map edge to edge (``align_corners=False``), so cell i is
-centred, in pixel indices, at
-
-    centre(i) = (i + 1/2) · H / h - 1/2.
-
-A cell looks at a k×k patch of taps one pixel apart, placed symmetrically about that centre: tap t
-sits at centre(i) + t - (k - 1)/2. Everything follows from this one rule:
-
-* k = stride: the patches tile the map, each pixel belongs to one cell;
-* k > stride: patches overlap, and those at the border reflect about the centre of the outermost
-  pixel (as views are padded), so that every cell has k² taps and mirrored maps give mirrored grids;
-* k and the stride of different parity, or a stride that is no whole number: taps fall between
-  pixels and read them by bilinear interpolation. Nothing is rounded to one side.
-
-Positions are computed as fractions of whole numbers, so taps that lie on pixels lie there exactly.
-
-Computation. A downsampler is, per cell, a weighted sum over pixels. Interpolation, reflection and
-the optional blur are linear, so they act on the cell's weights (one channel), never on the values
-(C channels): what remains is one matrix product per row of cells (:func:`pool_patches`), which
-reads the map in place and keeps no copy of it for the gradient. Given its weights it is linear in
-the values, so values may be projected to few channels first, and a saliency computed before
-upsampling (the 1×1 convolution commutes with it) can be handed in.
+A downsampler is, per cell, a weighted sum over a patch of pixels, placed as :mod:`upfeat.pooling`
+says. The optional blur is linear, so it acts on the cell's weights (one channel), never on the
+values (C channels). Given its weights a downsampler is linear in the values, so values may be
+projected to few channels first, and a saliency computed before upsampling (the 1×1 convolution
+commutes with it) can be handed in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from functools import lru_cache
-from itertools import product
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from upfeat.views import reflect
+from upfeat.pooling import check_grid, pool_patches, repeat_maps, sample_patches
+from upfeat.views import Jitter, reflect, warp
+
+__all__ = [
+    "AttentionDownsampler",
+    "CellDownsampler",
+    "SimpleDownsampler",
+    "gaussian_blur",
+    "pool_patches",
+]
 
 _BLUR_SIZE = 5
 _BLUR_SIGMA = 1.0
-# Cells of a row that share one matrix product. Their matrix is mostly zeros outside each cell's own
-# columns, so very wide maps are cut into runs; 16 keeps the products large and the waste small.
-_RUN = 16
+# A few numbers that decide much: they are learned so many times as fast as others.
+_CELL_RATE = 10.0
 
 
 class SimpleDownsampler(nn.Module):
@@ -67,19 +54,105 @@ class SimpleDownsampler(nn.Module):
         positive = self.kernel_weight.abs()
         return positive / positive.sum().clamp(min=torch.finfo(positive.dtype).tiny)
 
-    def forward(self, values: Tensor, output_size: tuple[int, int]) -> Tensor:
+    def forward(
+        self,
+        values: Tensor,
+        output_size: tuple[int, int],
+        *,
+        jitter: Jitter | None = None,
+    ) -> Tensor:
         """Downsample maps to the backbone's grid.
 
         Args:
             values: (B, C, H, W) features at image resolution; any size and aspect.
             output_size: (h, w) cells of the backbone's grid, at most (H, W).
+            jitter: N views, view n of map n mod B, to downsample in place of the maps: the same as
+                warping first, without the warped maps.
 
         Returns:
-            (B, C, h, w).
+            (B, C, h, w); (N, C, h, w) of views.
         """
         height, width = output_size
         weights = self.kernel().expand(1, height, width, -1, -1)
-        return pool_patches(values, weights)
+        return pool_patches(values, weights, views=_matrices(jitter, values))
+
+
+class CellDownsampler(nn.Module):
+    """The mean over each cell, then one learned blur over the cells around it.
+
+    A backbone's features reach further than their cell: a :class:`SimpleDownsampler` of
+    ``blur_size`` strides whose kernel is constant within a cell. Its width lets the upsampler be
+    sharper than what the backbone sees, and it costs next to nothing: a view and the mean over
+    cells are one matrix per axis, so no view is ever as large as the image.
+    """
+
+    def __init__(self, blur_size: int = 5) -> None:
+        """Start with nearly all weight on the own cell.
+
+        Args:
+            blur_size: cells per side that are blurred, odd.
+
+        Raises:
+            ValueError: it is even or below 1.
+        """
+        super().__init__()
+        if blur_size < 1 or blur_size % 2 == 0:
+            raise ValueError(f"blur_size must be odd and at least 1, got {blur_size}")
+        self.blur_size = blur_size
+        self.logits = nn.Parameter(torch.full((blur_size, blur_size), -0.8))
+        with torch.no_grad():
+            self.logits[blur_size // 2, blur_size // 2] = 0.0
+
+    def kernel(self) -> Tensor:
+        """Return the blur over cells: (blur_size, blur_size), positive, of sum 1."""
+        return (_CELL_RATE * self.logits).flatten().softmax(0).view_as(self.logits)
+
+    def forward(
+        self,
+        values: Tensor,
+        output_size: tuple[int, int],
+        *,
+        jitter: Jitter | None = None,
+    ) -> Tensor:
+        """Downsample maps to the backbone's grid.
+
+        Args:
+            values: (B, C, H, W) features at image resolution; any size and aspect.
+            output_size: (h, w) cells of the backbone's grid, at most (H, W).
+            jitter: N views, view n of map n mod B, to downsample in place of the maps.
+
+        Returns:
+            (B, C, h, w); (N, C, h, w) of views.
+        """
+        check_grid(values, output_size)
+        if jitter is None:
+            means = functional.adaptive_avg_pool2d(values, output_size)
+        else:
+            means = self._means_of_views(values, output_size, jitter)
+        around = functional.pad(means, (self.blur_size // 2,) * 4, mode="replicate")
+        blurred = functional.conv2d(around.flatten(0, 1)[:, None], self.kernel()[None, None])
+        return blurred.view_as(means)
+
+    def _means_of_views(
+        self, values: Tensor, output_size: tuple[int, int], jitter: Jitter
+    ) -> Tensor:
+        batch = len(values)
+        if len(jitter) % batch:
+            raise ValueError(
+                f"{len(jitter)} views cannot be of {batch} maps alike; give each as many"
+            )
+        views = _matrices(jitter, values)
+        assert views is not None
+        rows, columns = (
+            functional.adaptive_avg_pool1d(matrix.mT, cells).mT
+            for matrix, cells in zip(views, output_size, strict=True)
+        )
+        # A round of views at a time: maps are read where they lie, not repeated.
+        rounds = [
+            warp(values, rows[start : start + batch], columns[start : start + batch])
+            for start in range(0, len(rows), batch)
+        ]
+        return torch.cat(rounds)
 
 
 class AttentionDownsampler(nn.Module):
@@ -186,12 +259,12 @@ class AttentionDownsampler(nn.Module):
         Returns:
             (B, h, w, K, K), where K is k, or k + 4 with the blur folded in.
         """
-        _check_grid(saliency, output_size)
+        check_grid(saliency, output_size)
         if saliency.shape[1] != 1:
             raise ValueError(f"saliency must have one channel, got {tuple(saliency.shape)}")
         if self.blur:
             saliency = gaussian_blur(saliency)
-        patches = _sample_patches(saliency, output_size, self.kernel_size)
+        patches = sample_patches(saliency, output_size, self.kernel_size)
         if self.training and self.dropout > 0:
             patches = patches * self._kept(patches, generator)
         logits = patches * self.w + self.b
@@ -204,6 +277,7 @@ class AttentionDownsampler(nn.Module):
         output_size: tuple[int, int],
         *,
         saliency: Tensor | None = None,
+        jitter: Jitter | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Downsample maps to the backbone's grid.
@@ -213,10 +287,12 @@ class AttentionDownsampler(nn.Module):
                 when ``saliency`` is given.
             output_size: (h, w) cells of the backbone's grid, at most (H, W).
             saliency: (B, 1, H, W); computed from the values by default.
+            jitter: N views, view n of map n mod B, to downsample in place of the maps: the same as
+                warping values and saliency first, but only the saliency is warped.
             generator: source of the dropout while training; the global one by default.
 
         Returns:
-            (B, C, h, w).
+            (B, C, h, w); (N, C, h, w) of views.
 
         Raises:
             ValueError: shapes that do not fit together.
@@ -228,44 +304,17 @@ class AttentionDownsampler(nn.Module):
                 f"saliency must match values {tuple(values.shape)} in batch and size, got "
                 f"{tuple(saliency.shape)}; upsample and warp both alike"
             )
-        return pool_patches(values, self.weights(saliency, output_size, generator=generator))
+        views = _matrices(jitter, values)
+        if views is not None:
+            saliency = warp(repeat_maps(saliency, len(views[0])), *views)
+        weights = self.weights(saliency, output_size, generator=generator)
+        return pool_patches(values, weights, views=views)
 
     def _kept(self, patches: Tensor, generator: torch.Generator | None) -> Tensor:
         shape = (*patches.shape[:3], 1, 1)
         device = generator.device if generator is not None else patches.device
         draw = torch.rand(shape, generator=generator, device=device)
         return (draw >= self.dropout).to(patches)
-
-
-def pool_patches(values: Tensor, weights: Tensor) -> Tensor:
-    """Return each cell's weighted sum over its patch; linear in values and in weights.
-
-    Differentiable in both arguments; the gradient keeps no copy of the patches.
-
-    Args:
-        values: (B, C, H, W).
-        weights: (B or 1, h, w, k, k), placed by the rule at the top of this module.
-
-    Returns:
-        (B, C, h, w), in the type of the values.
-
-    Raises:
-        ValueError: shapes that do not fit together, or a grid finer than the map.
-    """
-    if weights.ndim != 5 or weights.shape[3] != weights.shape[4]:
-        raise ValueError(f"weights must have shape (B, h, w, k, k), got {tuple(weights.shape)}")
-    height, width = weights.shape[1:3]
-    _check_grid(values, (height, width))
-    if len(weights) not in (1, len(values)):
-        raise ValueError(f"weights must be for 1 or {len(values)} maps, got {len(weights)}")
-    batch, channels = values.shape[:2]
-    work = torch.promote_types(values.dtype, torch.float32)
-    maps = values.to(work)
-    if len(weights) == 1:  # one kernel for all maps: their channels form one product
-        maps = maps.reshape(1, batch * channels, *values.shape[2:])
-    with torch.autocast(values.device.type, enabled=False):
-        pooled = _PoolPatches.apply(maps, weights.to(work))
-    return pooled.view(batch, channels, height, width).to(values.dtype)
 
 
 def gaussian_blur(x: Tensor) -> Tensor:
@@ -293,129 +342,13 @@ def gaussian_blur(x: Tensor) -> Tensor:
     )
 
 
-class _Taps(NamedTuple):
-    """Where the taps of every cell along one axis lie: between two pixels, inside the map."""
-
-    low: Tensor  # (cells, k) index of the pixel before
-    high: Tensor  # (cells, k) index of the pixel after
-    fraction: Tensor  # (cells, k) weight of the pixel after, float64 in [0, 1)
-
-
-class _Span(NamedTuple):
-    """A run of cells along one axis, the pixels they read, and how their taps read them."""
-
-    cells: slice
-    pixels: slice
-    reading: Tensor  # (cells, k, pixels), rows of sum 1
-
-
-@lru_cache(maxsize=64)
-def _taps(pixels: int, cells: int, kernel_size: int) -> _Taps:
-    """Positions centre(i) + t - (k - 1)/2, in whole numbers of 1 / (2 · cells) pixels."""
-    cell = torch.arange(cells)[:, None]
-    tap = torch.arange(kernel_size)[None]
-    position = (2 * cell + 1) * pixels + (2 * tap - kernel_size) * cells
-    low = torch.div(position, 2 * cells, rounding_mode="floor")
-    fraction = (position - low * 2 * cells).double() / (2 * cells)
-    high = torch.where(fraction > 0, low + 1, low)
-    return _Taps(reflect(low, pixels), reflect(high, pixels), fraction)
-
-
-@lru_cache(maxsize=64)
-def _spans(
-    pixels: int, cells: int, kernel_size: int, run: int, dtype: torch.dtype, device: torch.device
-) -> tuple[_Span, ...]:
-    """Cut an axis into runs of cells and give each the pixels that it reads."""
-    taps = _taps(pixels, cells, kernel_size)
-    spans = []
-    for start in range(0, cells, run):
-        low, high, fraction = (part[start : start + run] for part in taps)
-        first = int(torch.minimum(low, high).min())
-        last = int(torch.maximum(low, high).max()) + 1
-        reading = torch.zeros(*low.shape, last - first, dtype=torch.float64)
-        reading.scatter_add_(-1, (low - first)[..., None], (1 - fraction)[..., None])
-        reading.scatter_add_(-1, (high - first)[..., None], fraction[..., None])
-        spans.append(
-            _Span(slice(start, start + len(low)), slice(first, last), reading.to(device, dtype))
-        )
-    return tuple(spans)
-
-
-def _sample_patches(x: Tensor, output_size: tuple[int, int], kernel_size: int) -> Tensor:
-    """The taps of a one-channel map: (B, 1, H, W) -> (B, h, w, k, k)."""
-    x = x[:, 0]
-    for axis, cells in zip((1, 2), output_size, strict=True):
-        low, high, fraction = _taps(x.shape[axis], cells, kernel_size)
-        near = x.index_select(axis, low.flatten().to(x.device))
-        if bool((fraction > 0).any()):
-            share = fraction.flatten().to(x.device, x.dtype)
-            far = x.index_select(axis, high.flatten().to(x.device))
-            near = torch.lerp(near, far, share[:, None] if axis == 1 else share)
-        x = near
-    height, width = output_size
-    x = x.view(-1, height, kernel_size, width, kernel_size)
-    return x.transpose(2, 3)  # (B, h, w, k, k)
-
-
-class _PoolPatches(torch.autograd.Function):
-    """Values (B, C, H, W) and weights (B, h, w, k, k) to (B, C, h, w), one row of cells at a time.
-
-    The weights of a run of cells are first spread over the pixels that the run reads, which undoes
-    interpolation and reflection; the values are then read where they lie.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(values, weights)
-        out = values.new_empty(*values.shape[:2], *weights.shape[1:3])
-        for row, span in _runs(values, weights):
-            spread = _spread(weights, row, span)  # (B, cells, pixels)
-            out[:, :, row.cells.start, span.cells] = _window(values, row, span) @ spread.mT
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        values, weights = ctx.saved_tensors
-        for_values, for_weights = ctx.needs_input_grad
-        grad_values = torch.zeros_like(values) if for_values else None
-        grad_weights = torch.empty_like(weights) if for_weights else None
-        for row, span in _runs(values, weights):
-            part = grads[0][:, :, row.cells.start, span.cells]  # (B, C, cells)
-            if grad_values is not None:
-                target = grad_values[:, :, row.pixels, span.pixels]
-                target += (part @ _spread(weights, row, span)).view_as(target)
-            if grad_weights is not None:
-                spread = part.mT @ _window(values, row, span)  # (B, cells, pixels)
-                grad_weights[:, row.cells.start, span.cells] = _gather(spread, row, span)
-        return grad_values, grad_weights
-
-
-def _runs(values: Tensor, weights: Tensor) -> Iterator[tuple[_Span, _Span]]:
-    """Every row of cells with every run of columns."""
-    (height, width), (rows, columns, kernel_size) = values.shape[2:], weights.shape[1:4]
-    kind = values.dtype, values.device
-    return product(
-        _spans(height, rows, kernel_size, 1, *kind),
-        _spans(width, columns, kernel_size, _RUN, *kind),
-    )
-
-
-def _window(values: Tensor, row: _Span, span: _Span) -> Tensor:
-    """The pixels that a run reads, (B, C, pixels): no copy where the run spans the whole width."""
-    return values[:, :, row.pixels, span.pixels].flatten(2)
-
-
-def _spread(weights: Tensor, row: _Span, span: _Span) -> Tensor:
-    """A run's weights over its pixels: (B, cells, k, k) taps -> (B, cells, pixels)."""
-    spread = weights[:, row.cells.start, span.cells] @ span.reading  # (B, cells, k, columns)
-    return (row.reading[0].T @ spread).flatten(2)
-
-
-def _gather(spread: Tensor, row: _Span, span: _Span) -> Tensor:
-    """The transpose of ``_spread``: (B, cells, pixels) -> (B, cells, k, k)."""
-    rows = row.pixels.stop - row.pixels.start
-    spread = spread.unflatten(2, (rows, -1))
-    return (row.reading[0] @ spread) @ span.reading.mT
+def _matrices(jitter: Jitter | None, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The matrices that show maps as views do."""
+    if jitter is None:
+        return None
+    size = (values.shape[2], values.shape[3])
+    work = torch.promote_types(values.dtype, torch.float32)
+    return jitter.matrices(size, dtype=work, device=values.device)
 
 
 def _blurred_weights(weights: Tensor) -> Tensor:
@@ -439,14 +372,3 @@ def _check_kernel_size(kernel_size: int) -> int:
             f"kernel_size must be at least 1, got {kernel_size}; use the backbone's stride"
         )
     return kernel_size
-
-
-def _check_grid(values: Tensor, output_size: tuple[int, int]) -> None:
-    if values.ndim != 4:
-        raise ValueError(f"values must have shape (B, C, H, W), got {tuple(values.shape)}")
-    height, width = values.shape[2:]
-    if not (1 <= output_size[0] <= height and 1 <= output_size[1] <= width):
-        raise ValueError(
-            f"output_size must lie between (1, 1) and the map's ({height}, {width}), got "
-            f"{tuple(output_size)}; a downsampler needs features finer than the grid"
-        )

@@ -203,11 +203,13 @@ def crf_pairwise(
         torch.randint(n, (n_points,), generator=generator, device=device).to(image.device)
         for n in (height, width)
     )
-    place = torch.stack([y, x], dim=-1).to(image.dtype) / max(height, width)
-    apart = _squared_distances(place)  # (P, P)
-    colour = _squared_distances(_at(image, y * width + x))  # (B, P, P)
-    kernel = w1 * torch.exp(colour / (-2 * beta) - apart / (2 * alpha))
-    kernel = kernel + (w2 * torch.exp(-apart / (2 * gamma)) - shift)
+    place = torch.stack([y, x], dim=-1).to(image.dtype) / max(height, width)  # (P, 2)
+    colour = _at(image, y * width + x)  # (B, P, 3)
+    # Both variances are taken into the coordinates, so that one distance holds place and colour.
+    both = [place.expand(len(image), -1, -1) / alpha**0.5, colour / beta**0.5]
+    near = torch.exp(_squared_distances(place) / (-2 * gamma))  # (P, P)
+    kernel = torch.exp(_squared_distances(torch.cat(both, dim=-1)) * -0.5)  # (B, P, P)
+    kernel = torch.add(w2 * near - shift, kernel, alpha=w1)
     points = _at(features, y * width + x)  # (B, P, C)
     # The sum of kernel · |f_i - f_j|² is twice f' L f with L the kernel's graph Laplacian. It does
     # not change when all f move together; measured from one of them, nothing large cancels.
@@ -256,9 +258,9 @@ def _at(x: Tensor, index: Tensor) -> Tensor:
 def _squared_distances(points: Tensor) -> Tensor:
     """Squared distances of all pairs, by one product: (…, P, D) -> (…, P, P)."""
     points = points - points.mean(-2, keepdim=True)
-    square = points.square().sum(-1)
-    distances = square[..., :, None] - 2 * (points @ points.mT) + square[..., None, :]
-    return distances.clamp(min=0)
+    square, one = points.square().sum(-1, keepdim=True), torch.ones_like(points[..., :1])
+    left, right = torch.cat([-2 * points, square, one], -1), torch.cat([points, one, square], -1)
+    return (left @ right.mT).clamp(min=0)
 
 
 def _check_same(name: str, value: Tensor, other_name: str, other: Tensor) -> None:

@@ -51,6 +51,13 @@ def small_config(out, **changes):
         "max_pad": 4,
         "projection_dim": 4,
         "crf_weight": 0,  # its thousand points cost more than all the rest
+        "downsampler": "attention",
+        "standardize": False,
+        "colour_jitter": 0,
+        "max_zoom": 2,
+        "zoom_probability": 0.5,
+        "learning_rate": 1e-3,
+        "schedule": "constant",
         "clip_steps": 1,
         "checkpoint_every": 2,
         "validation_images": 2,

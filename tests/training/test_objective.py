@@ -23,6 +23,7 @@ def backbone():
 
 def _config(**changes):
     settings = {"size": 32, "views": 3, "max_pad": 4, "saliency_dropout": 0.0, "crf_weight": 0.0}
+    settings |= {"standardize": False, "colour_jitter": 0.0, "max_zoom": 2.0}
     return TrainConfig(**{**settings, **changes})
 
 
@@ -38,7 +39,7 @@ def _upsampler(name):
     return upfeat.NeighbourhoodUpsampler(query_dim=8, levels=2).eval()
 
 
-@pytest.mark.parametrize("downsampler", ["attention", "simple"])
+@pytest.mark.parametrize("downsampler", ["attention", "simple", "cell"])
 @pytest.mark.parametrize("name", ["jbu_stack", "neighbourhood"])
 def test_projecting_first_gives_the_loss_of_upsampling_all_channels(backbone, name, downsampler):
     config = _config(downsampler=downsampler, projection_dim=5)
@@ -64,7 +65,7 @@ def test_projecting_first_gives_the_loss_of_upsampling_all_channels(backbone, na
 def test_gradients_reach_everything_that_is_trained(backbone, name):
     config = _config(
         projection_dim=6, crf_weight=1e-3, tv_weight=1e-2, magnitude_weight=1e-2,
-        saliency_dropout=0.2,
+        saliency_dropout=0.2, downsampler="attention",
     )  # fmt: skip
     objective = _objective(_upsampler(name), config).train()
     generator = torch.Generator().manual_seed(0)
@@ -84,6 +85,19 @@ def test_all_channels_when_no_projection_is_asked_for(backbone):
     generator = torch.Generator().manual_seed(0)
     batch = make_batch(backbone, torch.randn(1, 3, 32, 32), config, generator)
     assert torch.isfinite(objective(batch, generator)["loss"])
+
+
+def test_standardized_channels_weigh_alike(backbone):
+    """Scaling a channel of the backbone changes nothing."""
+    config = _config(standardize=True, projection_dim=None)
+    objective = _objective(_upsampler("neighbourhood"), config)
+    torch.nn.init.zeros_(objective.uncertainty.weight)
+    objective.downsampler = upfeat.downsamplers.CellDownsampler()
+    images, scale = torch.randn(2, 3, 32, 32), torch.linspace(0.5, 2, CHANNELS)[:, None, None]
+    batch = make_batch(backbone, images, config, torch.Generator().manual_seed(0))
+    scaled = batch._replace(features=batch.features * scale, targets=batch.targets * scale)
+    losses = [objective(one, torch.Generator())["loss"] for one in (batch, scaled)]
+    torch.testing.assert_close(*losses)
 
 
 class TestMakeBatch:
@@ -109,6 +123,18 @@ class TestMakeBatch:
             torch.Generator().manual_seed(0),
         )  # fmt: skip
         assert batch.targets.std() > 1.2 * coarse.targets.std()
+
+    def test_the_upsampler_may_see_other_colours_than_the_backbone(self, backbone):
+        images, draw = torch.randn(4, 3, 32, 32), torch.Generator().manual_seed
+        plain = make_batch(backbone, images, _config(), draw(0))
+        mixed = make_batch(backbone, images, _config(mixed_normalization=True), draw(0))
+        torch.testing.assert_close(plain.features, mixed.features)
+        torch.testing.assert_close(plain.targets, mixed.targets)
+        same = [torch.equal(a, b) for a, b in zip(plain.guidance, mixed.guidance, strict=True)]
+        assert {True, False} == set(same)
+        jittered = make_batch(backbone, images, _config(colour_jitter=0.1), draw(0))
+        torch.testing.assert_close(plain.features, jittered.features)
+        assert not torch.allclose(plain.guidance, jittered.guidance)
 
     def test_nothing_of_it_has_a_gradient(self, backbone):
         batch = make_batch(backbone, torch.randn(1, 3, 32, 32), _config(), torch.Generator())

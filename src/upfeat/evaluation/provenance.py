@@ -23,7 +23,7 @@ VIEWING = (*PREPARING, "views.py", "evaluation/view_features.py")
 """Source that decides what the backbone sees of a jittered view."""
 
 SCORING = ("images.py", "backbones", "evaluation", "functional.py", "kernels", "upsamplers")
-SCORING += ("downsamplers.py", "losses.py", "views.py")
+SCORING += ("downsamplers.py", "losses.py", "pooling.py", "views.py")
 """Source that decides a score."""
 
 _DRAWING = ("evaluation/report.py", "evaluation/report_figures.py")

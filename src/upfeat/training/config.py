@@ -31,12 +31,18 @@ REFERENCE: dict[str, Any] = {
     "crf_weight": 1e-3,
     "tv_weight": 0.0,
     "magnitude_weight": 0.0,
+    "standardize": False,
+    "colour_jitter": 0.0,
+    "mixed_normalization": False,
     "learning_rate": 1e-3,
     "schedule": "constant",
     "clip": 1e-4,
     "clip_steps": 10,
 }
 """The published recipe of the JBU stack (FeatUp, ICLR 2024, and its code)."""
+
+TRAINED_OPTIONS: dict[str, dict[str, Any]] = {"neighbourhood": {"back_projections": 2}}
+"""Constructor arguments of upsamplers when they are trained, unless ``upsampler_options`` differ."""
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": REFERENCE}
 """Recipes by name, each as changes to the defaults of :class:`TrainConfig`."""
@@ -69,14 +75,19 @@ class TrainConfig:
         max_zoom: views are magnified by up to this, at least 1.
         zoom_probability: share of views that are magnified.
         flip_probability: share of views that are mirrored.
-        downsampler: "attention" or "simple".
-        downsampler_size: taps per side; ``None`` for the backbone's stride.
+        downsampler: "attention", "simple", or "cell": the mean over each cell, blurred over cells.
+        downsampler_size: taps per side of the first two; ``None`` for the backbone's stride.
         saliency_dropout: of the attention downsampler, in [0, 1).
         projection_dim: random directions that features are compared along; ``None`` for all
             channels as they are.
         crf_weight: of the CRF term; 0 for none, as for the next two.
         tv_weight: of the total variation of the magnitude map.
         magnitude_weight: of the magnitude's consistency.
+        standardize: compare channels in units of their deviation, so that all weigh alike.
+        colour_jitter: deviation of a random gain and shift of each colour that the upsampler sees;
+            0 for none.
+        mixed_normalization: show the upsampler half of the images normalised by ImageNet's
+            statistics instead of the backbone's, so that the weights serve either.
         learning_rate: of NAdam.
         schedule: of the learning rate: "constant", or "cosine" down to 0.
         clip: largest gradient norm during the first steps.
@@ -99,27 +110,30 @@ class TrainConfig:
         ValueError: a setting is out of its range.
     """
 
-    upsampler: str = "jbu_stack"
+    upsampler: str = "neighbourhood"
     upsampler_options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 2000
+    steps: int = 1000
     batch_size: int = 4
-    views: int = 5
+    views: int = 10
     size: int = 224
     source_size: int | None = None
     crop: str = "short_side"
     max_pad: float = 20.0
-    max_zoom: float = 2.0
-    zoom_probability: float = 0.5
+    max_zoom: float = 4.0
+    zoom_probability: float = 0.8
     flip_probability: float = 0.5
-    downsampler: str = "attention"
+    downsampler: str = "cell"
     downsampler_size: int | None = None
     saliency_dropout: float = 0.2
     projection_dim: int | None = 30
-    crf_weight: float = 1e-3
+    crf_weight: float = 0.0
     tv_weight: float = 0.0
     magnitude_weight: float = 0.0
-    learning_rate: float = 1e-3
-    schedule: str = "constant"
+    standardize: bool = True
+    colour_jitter: float = 0.1
+    mixed_normalization: bool = False
+    learning_rate: float = 3e-3
+    schedule: str = "cosine"
     clip: float = 1e-4
     clip_steps: int = 10
 
@@ -150,8 +164,9 @@ class TrainConfig:
                 raise ValueError(
                     f"{name}: {unknown_name('value', str(getattr(self, name)), choices)}"
                 )
-        if not isinstance(self.tensorboard, bool):
-            raise ValueError(f"tensorboard={self.tensorboard!r} must be true or false")
+        for name in ("tensorboard", "standardize", "mixed_normalization"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         if not isinstance(self.upsampler_options, dict):
             raise ValueError(
                 f"upsampler_options={self.upsampler_options!r} must be names and values"
@@ -289,7 +304,9 @@ _WHOLE: dict[str, tuple[int, bool]] = {
 
 _NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("zoom_probability", "flip_probability", "saliency_dropout"), (0, 1)),
-    **dict.fromkeys(("max_pad", "crf_weight", "tv_weight", "magnitude_weight"), (0, math.inf)),
+    **dict.fromkeys(
+        ("max_pad", "crf_weight", "tv_weight", "magnitude_weight", "colour_jitter"), (0, math.inf)
+    ),
     **dict.fromkeys(("learning_rate", "clip"), (5e-324, math.inf)),
     "max_zoom": (1, math.inf),
 }
@@ -297,7 +314,7 @@ _NUMBERS: dict[str, tuple[float, float]] = {
 
 _CHOICES: dict[str, list[str]] = {
     "crop": ["short_side", "native", "mixed"],
-    "downsampler": ["attention", "simple"],
+    "downsampler": ["attention", "simple", "cell"],
     "schedule": ["constant", "cosine"],
     "precision": ["auto", "fp32", "bf16"],
 }

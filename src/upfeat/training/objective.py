@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
+from upfeat.backbones.base import IMAGENET_MEAN, IMAGENET_STD
+from upfeat.downsamplers import AttentionDownsampler, CellDownsampler, SimpleDownsampler
 from upfeat.losses import (
     SpatialUncertainty,
     crf_pairwise,
@@ -40,13 +41,24 @@ class ViewBatch(NamedTuple):
     """Images, their views, and what the backbone makes of both."""
 
     guidance: Tensor
-    """(B, 3, H, W) normalised images."""
+    """(B, 3, H, W) normalised images, as the upsampler is given them."""
     features: Tensor
     """(B, C, h, w) of the images."""
     jitters: list[Jitter]
     """V entries of B views, one for each image."""
     targets: Tensor
     """(V, B, C, h, w) the backbone's features of the views."""
+
+
+class _Upsampled(NamedTuple):
+    """What one image's features become at its own size."""
+
+    values: Tensor
+    """(B, P, H, W) along the image's directions, without the offset."""
+    offset: Tensor
+    """(B, P, 1, 1), or a scalar 0, that belongs to every pixel."""
+    saliency: Tensor
+    """(B, 1, H, W) of the attention downsampler; (B, 0, H, W) for another."""
 
 
 @torch.no_grad()
@@ -84,7 +96,27 @@ def make_batch(
     views = [apply_jitter(images, jitter, output_size=size) for jitter in jitters]
     # One image count at a time: a small batch stays in the caches of a CPU.
     seen = [backbone(x) for x in (guidance, *views)]
-    return ViewBatch(guidance, seen[0], jitters, torch.stack(seen[1:]))
+    shown = _recolour(guidance, backbone, config, generator)
+    return ViewBatch(shown, seen[0], jitters, torch.stack(seen[1:]))
+
+
+def _recolour(
+    guidance: Tensor, backbone: Backbone, config: TrainConfig, generator: torch.Generator
+) -> Tensor:
+    """Images as other cameras and other backbones' normalisations would give them."""
+    shape = (len(guidance), 3, 1, 1)
+    if config.mixed_normalization:
+        common = (
+            guidance * backbone.std
+            + backbone.mean
+            - guidance.new_tensor(IMAGENET_MEAN)[:, None, None]
+        ) / guidance.new_tensor(IMAGENET_STD)[:, None, None]
+        chosen = torch.rand(shape[0], 1, 1, 1, generator=generator) < 0.5
+        guidance = torch.where(chosen.to(guidance.device), common, guidance)
+    if config.colour_jitter:
+        scale, shift = config.colour_jitter * torch.randn(2, *shape, generator=generator)
+        guidance = guidance * (1 + scale.to(guidance)) + shift.to(guidance)
+    return guidance
 
 
 class Objective(nn.Module):
@@ -112,13 +144,15 @@ class Objective(nn.Module):
         self.upsampler = upsampler
         self.config = config
         kernel_size = config.downsampler_size or stride
-        self.downsampler: AttentionDownsampler | SimpleDownsampler
+        self.downsampler: AttentionDownsampler | SimpleDownsampler | CellDownsampler
         if config.downsampler == "attention":
             self.downsampler = AttentionDownsampler(
                 embed_dim, kernel_size, dropout=config.saliency_dropout, generator=generator
             )
-        else:
+        elif config.downsampler == "simple":
             self.downsampler = SimpleDownsampler(kernel_size)
+        else:
+            self.downsampler = CellDownsampler()
         self.uncertainty = SpatialUncertainty(embed_dim, generator=generator)
 
     def forward(self, batch: ViewBatch, generator: torch.Generator) -> dict[str, Tensor]:
@@ -131,22 +165,19 @@ class Objective(nn.Module):
         Returns:
             Scalars: ``loss``, and the terms it is made of.
         """
-        directions = self._directions(batch.features, generator)  # (B, C, P)
-        projected, saliency = self._upsample(batch, directions)
-        likelihoods, magnitudes = [], []
-        for jitter, target in zip(batch.jitters, batch.targets, strict=True):
-            guess = self._to_grid(projected, saliency, jitter, target.shape[-2:], generator)
-            seen = _project(target, directions)
-            likelihoods.append(gaussian_reconstruction(guess, seen, self.uncertainty(target)))
-            if self.config.magnitude_weight:
-                magnitudes.append(magnitude_consistency(guess, seen))
-        terms = {"reconstruction": torch.stack(likelihoods).mean()}
-        if magnitudes:
-            terms["magnitude"] = torch.stack(magnitudes).mean()
+        directions = self._directions(batch, generator)  # (B, C, P)
+        upsampled = self._upsample(batch, directions)
+        guess = self._to_grid(upsampled, batch, generator)  # (V·B, P, h, w)
+        seen = _project(batch.targets, directions).flatten(0, 1)
+        scale = self.uncertainty(batch.targets.flatten(0, 1))
+        terms = {"reconstruction": gaussian_reconstruction(guess, seen, scale)}
+        if self.config.magnitude_weight:
+            terms["magnitude"] = magnitude_consistency(guess, seen)
         if self.config.crf_weight:
-            terms["crf"] = crf_pairwise(projected, batch.guidance, generator=generator)
+            # It sees differences only, which the offset does not change.
+            terms["crf"] = crf_pairwise(upsampled.values, batch.guidance, generator=generator)
         if self.config.tv_weight:
-            terms["tv"] = total_variation(magnitude(projected))
+            terms["tv"] = total_variation(magnitude(upsampled.values + upsampled.offset))
         loss = self._weighted(terms)
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
@@ -159,57 +190,72 @@ class Objective(nn.Module):
         }
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
-    def _directions(self, features: Tensor, generator: torch.Generator) -> Tensor | None:
-        """Random unit directions of every image, (B, C, P); ``None`` for all channels as is."""
-        count, channels = self.config.projection_dim, features.shape[1]
-        if count is None:
-            return None
-        drawn = [random_projection(channels, count, generator=generator) for _ in features]
-        return torch.stack(drawn).to(features)
+    def _directions(self, batch: ViewBatch, generator: torch.Generator) -> Tensor | None:
+        """What every image is compared along, (B, C, P); ``None`` for all channels as they are.
 
-    def _upsample(self, batch: ViewBatch, directions: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Projected features (B, P, H, W) and the downsampler's saliency (B, 1, H, W)."""
+        Random unit directions, in units of each channel's deviation over the image's views if channels
+        are to weigh alike.
+        """
+        count, (images, channels) = self.config.projection_dim, batch.features.shape[:2]
+        if count is None:
+            if not self.config.standardize:
+                return None
+            directions = torch.eye(channels).expand(images, -1, -1)
+        else:
+            drawn = [random_projection(channels, count, generator=generator) for _ in range(images)]
+            directions = torch.stack(drawn)
+        directions = directions.to(batch.features)
+        if self.config.standardize:
+            # Of each image alone, so that a batch may be divided over parts and processes.
+            deviation = batch.targets.std((0, 3, 4), correction=0)  # (B, C)
+            least = 0.05 * deviation.mean(1, keepdim=True) + 1e-12
+            directions = directions / torch.maximum(deviation, least)[:, :, None]
+        return directions
+
+    def _upsample(self, batch: ViewBatch, directions: Tensor | None) -> _Upsampled:
+        """Upsample the projected features together with the downsampler's saliency."""
         features = self.upsampler.mix(batch.features)
         coarse = _project(features, directions)
-        attention = isinstance(self.downsampler, AttentionDownsampler)
+        own = self.downsampler
+        attention = own if isinstance(own, AttentionDownsampler) else None
         parts = [coarse]
-        if attention:
-            weight = self.downsampler.saliency_weight[..., None, None]
-            parts.append(F.conv2d(features, weight))
+        if attention is not None:
+            parts.append(F.conv2d(features, attention.saliency_weight[..., None, None]))
         size = (batch.guidance.shape[2], batch.guidance.shape[3])
         grid = (features.shape[2], features.shape[3])
         kernels = self.upsampler.prepare(batch.guidance, grid, size)
         out = kernels(torch.cat(parts, dim=1))
-        count = coarse.shape[1]
-        projected, saliency = out[:, :count], out[:, count:]
+        # Unlike slices, a split puts its gradients together in one map.
+        values, saliency = out.split([coarse.shape[1], out.shape[1] - coarse.shape[1]], dim=1)
         offset = self.upsampler.offset
+        shift = features.new_zeros(())
         if offset is not None:
-            shape = offset[None, :, None, None].expand(len(out), -1, 1, 1)
-            projected = projected + _project(shape, directions)
-        if attention:
-            saliency = saliency + self.downsampler.saliency_bias
+            shift = _project(offset[None, :, None, None].expand(len(out), -1, 1, 1), directions)
+        if attention is not None:
+            saliency = saliency + attention.saliency_bias
             if offset is not None:
-                saliency = saliency + self.downsampler.saliency_weight @ offset
-        return projected, saliency
+                saliency = saliency + attention.saliency_weight @ offset
+        return _Upsampled(values, shift, saliency)
 
     def _to_grid(
-        self,
-        projected: Tensor,
-        saliency: Tensor,
-        jitter: Jitter,
-        grid: torch.Size,
-        generator: torch.Generator,
+        self, upsampled: _Upsampled, batch: ViewBatch, generator: torch.Generator
     ) -> Tensor:
-        """Show upsampled features as a view does, at the backbone's grid."""
-        size = (grid[0], grid[1])
-        if isinstance(self.downsampler, SimpleDownsampler):
-            return self.downsampler(apply_jitter(projected, jitter), size)
-        warped = apply_jitter(torch.cat([projected, saliency], dim=1), jitter)
-        return self.downsampler(warped[:, :-1], size, saliency=warped[:, -1:], generator=generator)
+        """Show upsampled features as all views do, at the backbone's grid: (V·B, P, h, w)."""
+        values, shift, saliency = upsampled
+        views = Jitter.cat(batch.jitters)
+        size = (batch.targets.shape[-2], batch.targets.shape[-1])
+        if isinstance(self.downsampler, AttentionDownsampler):
+            guess = self.downsampler(
+                values, size, saliency=saliency, jitter=views, generator=generator
+            )
+        else:
+            guess = self.downsampler(values, size, jitter=views)
+        # A cell's weights sum to 1, so that a constant may be added after.
+        return (guess.unflatten(0, (len(batch.jitters), -1)) + shift).flatten(0, 1)
 
 
 def _project(features: Tensor, directions: Tensor | None) -> Tensor:
-    """Coordinates along each image's directions: (B, C, h, w), (B, C, P) -> (B, P, h, w)."""
+    """Coordinates along each image's directions: (…, B, C, h, w), (B, C, P) -> (…, B, P, h, w)."""
     if directions is None:
         return features
-    return (directions.mT @ features.flatten(2)).unflatten(2, features.shape[2:])
+    return (directions.mT @ features.flatten(-2)).unflatten(-1, features.shape[-2:])

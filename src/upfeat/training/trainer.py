@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
 from upfeat.naming import unknown_name
-from upfeat.training.config import TrainConfig
+from upfeat.training.config import TRAINED_OPTIONS, TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
 from upfeat.training.randomness import derive, global_stream, stream
@@ -239,6 +239,7 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
             raise ValueError(f"upsampler_options={options} are for a name; {name} is saved weights")
         upsampler = load_pretrained(Upsampler, name)
     else:
+        options = {**TRAINED_OPTIONS.get(name, {}), **options}
         upsampler = _initial(cls, options, config.seed, backbones)
     expected = getattr(upsampler, "embed_dim", None)
     for backbone in backbones:

@@ -13,6 +13,7 @@ from upfeat import functional
 from upfeat.kernels import dispatch
 from upfeat.kernels.axes import interpolation_matrix, reflected_range, span
 from upfeat.upsamplers.base import Size, Upsampler, Window
+from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
 KEY_CHANNELS = 32
 """Width D of the learned range kernel's keys."""
@@ -39,8 +40,8 @@ class JBUStage(nn.Module):
         taps = (2 * radius + 1) ** 2
         self.range_temperature = nn.Parameter(torch.tensor(0.0))
         self.sigma_spatial = nn.Parameter(torch.tensor(1.0))
-        self.range_proj = _pointwise_network(3, KEY_CHANNELS)
-        self.fixup_proj = _pointwise_network(taps + 3, taps)
+        self.range_proj = PointwiseNetwork(3, KEY_CHANNELS)
+        self.fixup_proj = PointwiseNetwork(taps + 3, taps)
 
     def temperature(self) -> Tensor:
         """τ, the scalar that multiplies the keys' inner products."""
@@ -56,10 +57,14 @@ class JBUStage(nn.Module):
             (B, (2r+1)², H, W): normalised bilateral weights plus a learned correction that may be
             negative and is not normalised again.
         """
-        keys = self.range_proj(guidance)  # (B, 32, H, W)
+        in_runs = can_run_in_runs(guidance) and self._compiled(guidance)
+        # Keys, (B, 32, H, W)
+        keys = self.range_proj.in_runs(guidance) if in_runs else self.range_proj(guidance)
         weights = functional.bilateral_weights(
             keys, self.temperature(), self.sigma_spatial, radius=self.radius, backend=self.backend
         )
+        if in_runs:
+            return self.fixup_proj.in_runs(weights, guidance, share=FIXUP_SCALE, residual=True)
         fixup = self.fixup_proj(torch.cat([weights, guidance.to(weights.dtype)], dim=1))
         return weights + FIXUP_SCALE * fixup
 
@@ -79,6 +84,12 @@ class JBUStage(nn.Module):
             )
         weights = self(guidance).to(features.dtype)
         return functional.joint_bilateral_upsample(features, weights, backend=self.backend)
+
+    def _compiled(self, guidance: Tensor) -> bool:
+        """Whether the operators run as compiled ones, which are differentiable once."""
+        if self.backend not in ("auto", "cpu") or guidance.device.type != "cpu":
+            return False
+        return dispatch.reason_against("bilateral_weights", "cpu", guidance) is None
 
     def _can_fuse(self, features: Tensor, guidance: Tensor) -> bool:
         """Whether the compiled stage can run, which neither drops out nor has gradients."""
@@ -288,13 +299,3 @@ def stage_sizes(grid_size: Size, output_size: Size, n_stages: int) -> list[Size]
         for stage in range(1, n_stages)
     ]
     return [*doubled, output_size]
-
-
-def _pointwise_network(in_channels: int, out_channels: int) -> nn.Sequential:
-    """conv1×1, GELU, Dropout2d, conv1×1, with the hidden width of the output."""
-    return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1),
-        nn.GELU(),
-        nn.Dropout2d(0.1),
-        nn.Conv2d(out_channels, out_channels, 1),
-    )

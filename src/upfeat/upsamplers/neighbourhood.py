@@ -15,8 +15,8 @@ from upfeat.upsamplers.base import Size, Upsampler, Window
 from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 
 INITIAL_TEMPERATURE = 8.0
-INITIAL_SIGMA = 0.5
-INITIAL_COLOUR_SCALE = 0.4
+INITIAL_SIGMA = 0.6
+INITIAL_COLOUR_SCALE = 0.8
 """Colours that differ by this, in units of the normalised guidance, start half unlike."""
 
 
