@@ -13,7 +13,20 @@ from upfeat.cli.main import main
 from upfeat.training import TrainConfig
 
 SMALL = (
-    *("--size", 32, "--steps", 2, "--batch-size", 1, "--views", 1, "--projection-dim", 2),
+    *(
+        "--size",
+        32,
+        "--source-size",
+        "none",
+        "--steps",
+        2,
+        "--batch-size",
+        1,
+        "--views",
+        1,
+        "--projection-dim",
+        2,
+    ),
     *("--crf-weight", 0, "--backbone", "efficientnet_lite0.stride8", "--device", "cpu"),
     *("--max-pad", 4, "--upsampler", "jbu_stack", "--option", "radius=1", "--option", "n_stages=2"),
 )

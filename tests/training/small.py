@@ -44,6 +44,7 @@ def small_config(out, **changes):
     settings = {
         "upsampler": "jbu_stack",
         "upsampler_options": {"radius": 1, "n_stages": 2},
+        "source_size": None,
         "steps": 6,
         "batch_size": 2,
         "views": 2,

@@ -23,7 +23,7 @@ def backbone():
 
 def _config(**changes):
     settings = {"size": 32, "views": 3, "max_pad": 4, "saliency_dropout": 0.0, "crf_weight": 0.0}
-    settings |= {"standardize": False, "colour_jitter": 0.0, "max_zoom": 2.0}
+    settings |= {"standardize": False, "colour_jitter": 0.0, "max_zoom": 2.0, "source_size": None}
     return TrainConfig(**{**settings, **changes})
 
 

@@ -49,6 +49,20 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_global_one_alone(
     assert runs[0][0] != runs[2][0]
 
 
+def test_back_projection_is_for_the_finished_upsampler(photos, backbone, tmp_path):
+    common = {"upsampler": "neighbourhood", "upsampler_options": {}}
+    runs = {}
+    for count in (0, 2):
+        out = tmp_path / str(count)
+        runs[count] = upfeat.train(
+            backbone, photos, small_config(out, back_projections=count, **common)
+        )
+        assert runs[count].back_projections == count
+        assert upfeat.Upsampler.from_pretrained(out / "upsampler").back_projections == count
+    for name, value in runs[0].state_dict().items():
+        assert torch.equal(value, runs[2].state_dict()[name])
+
+
 def test_workers_change_nothing(photos, backbone, tmp_path):
     for workers in (0, 2):
         config = small_config(tmp_path / str(workers), workers=workers, steps=4)

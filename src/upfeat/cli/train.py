@@ -26,6 +26,7 @@ EXAMPLE = (
 # Settings of the configuration that are flags of the same name, and what --help says of them.
 _FLAGS = {
     "upsampler": "name, or a folder that save_pretrained wrote, to start from",
+    "back_projections": "corrections that the trained neighbourhood upsampler makes",
     "steps": "of the optimiser",
     "batch_size": "photographs of a step",
     "views": "of each photograph",

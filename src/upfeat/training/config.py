@@ -14,6 +14,7 @@ from upfeat.naming import unknown_name
 REFERENCE: dict[str, Any] = {
     "upsampler": "jbu_stack",
     "upsampler_options": {},
+    "back_projections": None,
     "steps": 2000,
     "batch_size": 4,
     "views": 5,
@@ -41,9 +42,6 @@ REFERENCE: dict[str, Any] = {
 }
 """The published recipe of the JBU stack (FeatUp, ICLR 2024, and its code)."""
 
-TRAINED_OPTIONS: dict[str, dict[str, Any]] = {"neighbourhood": {"back_projections": 2}}
-"""Constructor arguments of upsamplers when they are trained, unless ``upsampler_options`` differ."""
-
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": REFERENCE}
 """Recipes by name, each as changes to the defaults of :class:`TrainConfig`."""
 
@@ -64,6 +62,8 @@ class TrainConfig:
     Attributes:
         upsampler: name, or a folder that ``save_pretrained`` wrote, to start from its weights.
         upsampler_options: arguments of its constructor, by name.
+        back_projections: corrections that a neighbourhood upsampler makes once it is trained; while
+            it is, none, since they would reward smooth weights. ``None`` leaves the constructor's.
         steps: of the optimiser.
         batch_size: photographs of a step, over all processes and accumulated parts together.
         views: of each photograph.
@@ -112,9 +112,10 @@ class TrainConfig:
 
     upsampler: str = "neighbourhood"
     upsampler_options: dict[str, Any] = field(default_factory=dict)
-    steps: int = 1000
+    back_projections: int | None = 2
+    steps: int = 250
     batch_size: int = 4
-    views: int = 10
+    views: int = 6
     size: int = 224
     source_size: int | None = None
     crop: str = "short_side"
@@ -132,7 +133,7 @@ class TrainConfig:
     standardize: bool = True
     colour_jitter: float = 0.1
     mixed_normalization: bool = False
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     schedule: str = "cosine"
     clip: float = 1e-4
     clip_steps: int = 10
@@ -298,7 +299,7 @@ _WHOLE: dict[str, tuple[int, bool]] = {
     **dict.fromkeys(("accumulate", "validate_every"), (1, False)),
     **dict.fromkeys(("clip_steps", "seed"), (0, False)),
     **dict.fromkeys(("source_size", "downsampler_size", "projection_dim", "patience"), (1, True)),
-    **dict.fromkeys(("workers", "validation_images"), (0, True)),
+    **dict.fromkeys(("workers", "validation_images", "back_projections"), (0, True)),
 }
 """Whole numbers: the least, and whether none is allowed."""
 

@@ -78,7 +78,7 @@ def train(
             warnings.warn(summary, stacklevel=2)
         with _interruption() as interrupted:
             _Loop(trainer, listing, folder, on_step, interrupted).run()
-        trainer.use_best()
+        trainer.finish()
         group.on_main(lambda: _export(trainer, folder))
     return trainer.upsampler.cpu().eval()
 

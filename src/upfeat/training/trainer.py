@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
 from upfeat.naming import unknown_name
-from upfeat.training.config import TRAINED_OPTIONS, TrainConfig
+from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
 from upfeat.training.randomness import derive, global_stream, stream
 from upfeat.training.validation import normalised
-from upfeat.upsamplers import Upsampler, list_upsamplers
+from upfeat.upsamplers import NeighbourhoodUpsampler, Upsampler, list_upsamplers
 from upfeat.upsamplers.pretrained import UPSAMPLERS, load_pretrained
 
 
@@ -51,6 +51,8 @@ class Trainer:
         self.backbones, self.config, self.processes = list(backbones), config, processes
         self.shares = _shares(config, processes)
         self.upsampler = new_upsampler(config, self.backbones)
+        if config.back_projections is not None:
+            self._correct(0)
         self.objectives = nn.ModuleList(
             Objective(
                 self.upsampler,
@@ -185,10 +187,15 @@ class Trainer:
         self.stale = 0
         return True
 
-    def use_best(self) -> None:
+    def finish(self) -> None:
         """Give the upsampler the weights of the best validation, if there was one."""
         if self.best:
             self.upsampler.load_state_dict(self.best["weights"])
+        self._correct(self.config.back_projections)
+
+    def _correct(self, back_projections: int | None) -> None:
+        if isinstance(self.upsampler, NeighbourhoodUpsampler) and back_projections is not None:
+            self.upsampler.back_projections = back_projections
 
     def state(self) -> dict[str, Any]:
         """Everything that coming steps depend on, beside configuration and data.
@@ -239,7 +246,6 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
             raise ValueError(f"upsampler_options={options} are for a name; {name} is saved weights")
         upsampler = load_pretrained(Upsampler, name)
     else:
-        options = {**TRAINED_OPTIONS.get(name, {}), **options}
         upsampler = _initial(cls, options, config.seed, backbones)
     expected = getattr(upsampler, "embed_dim", None)
     for backbone in backbones:
