@@ -118,7 +118,7 @@ def load(
     """
     backbone = load_backbone(name)
     if not isinstance(upsampler, Upsampler):
-        upsampler = create_upsampler(upsampler, backbone.embed_dim)
+        upsampler = create_upsampler(upsampler, backbone.embed_dim, backbone=backbone.name)
     model = FeatUp(backbone, upsampler).eval().requires_grad_(False)
     if device is None:
         return model

@@ -89,7 +89,6 @@ def test_bad_depth_scale(depth_folder, tmp_path, content):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["nearest", "joint_bilateral", "jbu_stack"])
-@pytest.mark.filterwarnings("ignore:the jbu_stack has no trained weights")
 def test_activation_is_the_classifier_on_every_pixel(name):
     backbone = Penultimate(upfeat.load_backbone(CAM_BACKBONE))
     generator = torch.Generator().manual_seed(0)

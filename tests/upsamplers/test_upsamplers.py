@@ -1,5 +1,8 @@
 """Properties that every upsampler has, and those of the untrained ones."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -91,10 +94,49 @@ def test_names():
     assert set(UNTRAINED) < set(upfeat.list_upsamplers())
     with pytest.raises(ValueError, match="did you mean bilinear"):
         create_upsampler("biliner")
-    with pytest.warns(UserWarning, match="no trained weights"):
-        first = create_upsampler("jbu_stack", 4)
-    with pytest.warns(UserWarning, match="no trained weights"):
-        second = create_upsampler("jbu_stack", 4)
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
-    )
+
+
+class TestShippedWeights:
+    NAMES = [
+        f"{cls}_{backbone}"
+        for cls in ("jbu_stack", "neighbourhood")
+        for backbone in ("efficientnet_lite0", "universal")
+    ]
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_they_load_by_name_and_are_small(self, name):
+        assert name in upfeat.list_upsamplers()
+        upsampler = create_upsampler(name)
+        assert name.startswith(upsampler.name)
+        assert not upsampler.training
+        folder = Path(upfeat.__file__).parent / "weights" / name
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 1_000_000
+        history = json.loads((folder / "training.json").read_text())
+        assert history["photographs"]["images"] > 0
+
+    @pytest.mark.parametrize("cls", ["jbu_stack", "neighbourhood"])
+    def test_a_class_stands_for_the_weights_that_suit_the_backbone(self, cls):
+        for backbone, weights in (
+            ("efficientnet_lite0", f"{cls}_efficientnet_lite0"),
+            ("efficientnet_lite0.stride32", f"{cls}_universal"),
+            (None, f"{cls}_universal"),
+        ):
+            found = create_upsampler(cls, 112, backbone=backbone).state_dict()
+            expected = create_upsampler(weights).state_dict()
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[key], expected[key]) for key in found)
+
+    def test_universal_weights_serve_any_channels_and_stride(self):
+        for name in ("jbu_stack_universal", "neighbourhood_universal"):
+            upsampler = create_upsampler(name)
+            for channels, grid in ((3, (6, 8)), (7, (3, 4))):
+                features = torch.ones(1, channels, *grid)
+                with torch.no_grad():
+                    out = upsampler(features, torch.rand(1, 3, 48, 64))
+                assert out.shape == (1, channels, 48, 64)
+
+    def test_the_default_is_trained(self):
+        model = upfeat.load()
+        expected = create_upsampler("neighbourhood_efficientnet_lite0").state_dict()
+        found = model.upsampler.state_dict()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)

@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upsamplers",
         nargs="+",
-        default=["nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack"],
+        default=["nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "neighbourhood"],
         metavar="NAME",
         help="names, folders that save_pretrained wrote, or .ckpt files (default: %(default)s)",
     )

@@ -32,7 +32,14 @@ TASKS = ("seg", "depth", "cam", "consistency")
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 
-DEFAULT_UPSAMPLERS = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack")
+DEFAULT_UPSAMPLERS = (
+    "nearest",
+    "bilinear",
+    "bicubic",
+    "joint_bilateral",
+    "jbu_stack",
+    "neighbourhood",
+)
 
 
 def evaluate(
@@ -221,7 +228,7 @@ def _load_upsamplers(names: Sequence[str], backbone: Backbone) -> dict[str, Upsa
         raise ValueError("upsamplers is empty; name at least one")
     models: dict[str, Upsampler] = {}
     for name in dict.fromkeys(names):
-        upsampler = create_upsampler(name, backbone.embed_dim)
+        upsampler = create_upsampler(name, backbone.embed_dim, backbone=backbone.name)
         expected = getattr(upsampler, "embed_dim", None)
         if expected not in (None, backbone.embed_dim):
             raise ValueError(

@@ -99,7 +99,9 @@ class RunFolder:
         """Write the outcome beside what the run was started with, there and with the weights."""
         run = {**(self._read("run.json") or {}), **outcome, "versions": versions()}
         write_json(self.path / "run.json", run)
-        write_json(self.upsampler / "training.json", run)
+        # Weights travel: they keep the recipe and the data's name, not where either lay.
+        settings = {key: value for key, value in run["config"].items() if key != "out"}
+        write_json(self.upsampler / "training.json", {**run, "config": settings})
 
     def open_log(self) -> TextIO:
         """Open the log to append; each line is on its way to disk when it is written."""

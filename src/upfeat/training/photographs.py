@@ -76,7 +76,7 @@ class Listing:
     def to_json(self) -> dict[str, Any]:
         """What the weights were trained on, as JSON values."""
         return {
-            "folder": str(self.folder),
+            "folder": self.folder.name,
             "images": len(self.train),
             "digest": self.digest(),
             "validation": self.validation,

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from upfeat.naming import unknown_name
@@ -22,51 +20,61 @@ UPSAMPLERS: dict[str, type[Upsampler]] = {
     cls.name: cls
     for cls in (Nearest, Bilinear, Bicubic, JointBilateral, JBUStack, NeighbourhoodUpsampler)
 }
-DEFAULT_UPSAMPLER = JointBilateral.name
+DEFAULT_UPSAMPLER = NeighbourhoodUpsampler.name
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+
+_SHIPPED = Path(__file__).parent.parent / "weights"
+"""Folders that ``save_pretrained`` wrote: ``CLASS_BACKBONE``, or ``CLASS_universal`` for any."""
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound=Upsampler)
 
 
 def list_upsamplers() -> list[str]:
-    """The names that ``upfeat.load(upsampler=…)`` and ``upfeat run --upsampler`` take."""
-    return sorted(UPSAMPLERS)
+    """The names that ``upfeat.load(upsampler=…)`` and ``upfeat run --upsampler`` take.
+
+    A class's name ("jbu_stack") stands for the weights that suit the backbone best; a full one
+    ("jbu_stack_universal") for those weights.
+    """
+    return sorted({*UPSAMPLERS, *_shipped_names()})
 
 
-def create_upsampler(name: str | Path | None, embed_dim: int | None = None) -> Upsampler:
+def create_upsampler(
+    name: str | Path | None, embed_dim: int | None = None, *, backbone: str | None = None
+) -> Upsampler:
     """Make an upsampler by name, or load a saved one; in eval mode.
 
     Args:
         name: one of :func:`list_upsamplers`, a folder that ``save_pretrained`` wrote, or a
             published FeatUp checkpoint (``.ckpt``); ``None`` for the default.
-        embed_dim: number of channels, for upsamplers that mix them.
+        embed_dim: number of channels it will be given, checked where it matters.
+        backbone: name of the backbone, for weights that were trained for it; any backbone gets
+            the universal ones without.
 
     Raises:
         FileNotFoundError: ``name`` is a path where nothing is.
         ValueError: there is no such upsampler; close names are suggested.
     """
-    name = DEFAULT_UPSAMPLER if name is None else name
-    if str(name) not in UPSAMPLERS:
-        if Path(name).suffix == ".ckpt":
-            return JBUStack.from_featup(name)
-        if Path(name).is_dir() or "/" in str(name):
-            return load_pretrained(Upsampler, name)
-    cls = UPSAMPLERS.get(str(name))
-    if cls is None:
-        raise ValueError(unknown_name("upsampler", str(name), list_upsamplers()))
-    if cls is not JBUStack:
-        return cls().eval()
-    warnings.warn(
-        "the jbu_stack has no trained weights yet: its filters are at their initial values; load "
-        "trained ones with JBUStack.from_featup or from_pretrained",
-        stacklevel=3,
-    )
-    # Initial values are drawn from the global generator: keep it, and draw the same each time.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return JBUStack(embed_dim).eval()
+    name = str(DEFAULT_UPSAMPLER if name is None else name)
+    shipped = _shipped_names()
+    for candidate in (f"{name}_{backbone}", f"{name}_universal", name):
+        if candidate in shipped and (name in UPSAMPLERS or candidate == name):
+            upsampler = load_pretrained(Upsampler, _SHIPPED / candidate)
+            if getattr(upsampler, "embed_dim", None) in (None, embed_dim) or candidate == name:
+                return upsampler
+    if name in UPSAMPLERS:
+        return UPSAMPLERS[name]().eval()
+    if Path(name).suffix == ".ckpt":
+        return JBUStack.from_featup(name)
+    if Path(name).is_dir() or "/" in name:
+        return load_pretrained(Upsampler, name)
+    raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
+
+
+def _shipped_names() -> list[str]:
+    """Weights inside the package."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
 def load_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:
