@@ -24,18 +24,27 @@ from upfeat.upsamplers import (
     Upsampler,
     list_upsamplers,
 )
+from upfeat.upsamplers.implicit import ImplicitFeatures
 
 if TYPE_CHECKING:
     from upfeat.training import TrainConfig, train
+    from upfeat.training.implicit import FitConfig, fit_implicit
 
 # Imported when first asked for: using an upsampler needs nothing that training does.
-_LAZY = {"TrainConfig": "upfeat.training", "train": "upfeat.training"}
+_LAZY = {
+    "FitConfig": "upfeat.training.implicit",
+    "TrainConfig": "upfeat.training",
+    "fit_implicit": "upfeat.training.implicit",
+    "train": "upfeat.training",
+}
 
 __all__ = [
     "Backbone",
     "Bicubic",
     "Bilinear",
     "FeatUp",
+    "FitConfig",
+    "ImplicitFeatures",
     "JBUStack",
     "JointBilateral",
     "Nearest",
@@ -45,6 +54,7 @@ __all__ = [
     "Upsampler",
     "WrappedBackbone",
     "__version__",
+    "fit_implicit",
     "functional",
     "list_backbones",
     "list_upsamplers",

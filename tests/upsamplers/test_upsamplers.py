@@ -96,14 +96,15 @@ def test_names():
         create_upsampler("biliner")
 
 
-class TestShippedWeights:
-    NAMES = [
-        f"{cls}_{backbone}"
-        for cls in ("jbu_stack", "neighbourhood")
-        for backbone in ("efficientnet_lite0", "universal")
-    ]
+SHIPPED = [
+    f"{cls}_{backbone}"
+    for cls in ("jbu_stack", "neighbourhood")
+    for backbone in ("efficientnet_lite0", "universal")
+]
 
-    @pytest.mark.parametrize("name", NAMES)
+
+class TestShippedWeights:
+    @pytest.mark.parametrize("name", SHIPPED)
     def test_they_load_by_name_and_are_small(self, name):
         assert name in upfeat.list_upsamplers()
         upsampler = create_upsampler(name)

@@ -9,10 +9,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import bench, info, run, train
+from upfeat.cli import bench, fit, info, render, run, train
 from upfeat.cli import eval as evaluate
 
-COMMANDS = {"run": run, "train": train, "eval": evaluate, "bench": bench, "info": info}
+COMMANDS = {
+    "run": run,
+    "train": train,
+    "fit": fit,
+    "render": render,
+    "eval": evaluate,
+    "bench": bench,
+    "info": info,
+}
 
 
 class Parser(argparse.ArgumentParser):

@@ -193,8 +193,8 @@ class Objective(nn.Module):
     def _directions(self, batch: ViewBatch, generator: torch.Generator) -> Tensor | None:
         """What every image is compared along, (B, C, P); ``None`` for all channels as they are.
 
-        Random unit directions, in units of each channel's deviation over the image's views if channels
-        are to weigh alike.
+        Random unit directions, in units of each channel's deviation over the image's views if
+        channels are to weigh alike.
         """
         count, (images, channels) = self.config.projection_dim, batch.features.shape[:2]
         if count is None:

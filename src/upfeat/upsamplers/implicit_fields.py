@@ -15,12 +15,15 @@ from typing import Any, ClassVar, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 _TILE_CELLS = 4
 # Bumps further than this many standard deviations are below 2e-8.
 _REACH = 6.0
-# Points evaluated together: the table of bumps is this by the number of anchors.
-_CHUNK = 8192
+# Points evaluated together: the table of bumps, this by the number of anchors, stays in the cache.
+_CHUNK = 512
+_SMALLEST_LOGIT = -60.0
+_NETWORK_CHUNK = 8192
 
 
 class Field(Protocol):
@@ -59,21 +62,37 @@ class BilateralKernel:
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """Compare positions (y, x, r, g, b): (N, 5), (M, 5) -> (N, M), 1 where they coincide."""
-        # Squares of distances are differences of large numbers; near the middle they are small.
-        middle = (a.amin(0) + a.amax(0)) / 2
-        total = a.new_zeros(len(a), len(b))
+        # In double precision: bumps overlap and their heights nearly cancel, so an error of single
+        # precision in the distance would show.
+        total, dtype = None, a.dtype
+        a, b = a.double(), b.double()
         for place, colour, weight in self.scales.tolist():
             scale = a.new_tensor([place, place, colour, colour, colour])
-            near, far = (a - middle) / scale, (b - middle) / scale
-            logits = torch.addmm(far.square().sum(1) / -2, near, far.T)
-            logits -= near.square().sum(1, keepdim=True) / 2
-            total.add_(logits.clamp_(max=0).exp_(), alpha=weight)
+            # log weight − |a − b|²/2 as one product: the squares are two more columns.
+            near, far = a / scale, b / scale
+            near = torch.cat([near, _half_square(near) + math.log(weight), _ones(near)], dim=1)
+            far = torch.cat([far, _ones(far), _half_square(far)], dim=1)
+            logits = (near @ far.T).to(dtype)
+            # Processors are slow with numbers too small for single precision's normal range.
+            part = logits.clamp_(min=_SMALLEST_LOGIT).exp_()
+            total = part if total is None else total.add_(part)
+        assert total is not None
         return total
 
     @property
     def reach(self) -> float:
         """Distance in cells beyond which nothing is felt."""
         return _REACH * float(self.scales[:, 0].max())
+
+
+def _half_square(x: Tensor) -> Tensor:
+    """−|x|²/2: (N, D) -> (N, 1)."""
+    return x.square().sum(1, keepdim=True) / -2
+
+
+def _ones(x: Tensor) -> Tensor:
+    """(N, D) -> (N, 1)."""
+    return x.new_ones(len(x), 1)
 
 
 class KernelField:
@@ -84,7 +103,7 @@ class KernelField:
     prior, so a plain ridge on them is the process's prior, and half precision stores them well.
     """
 
-    kind = "kernel"
+    kind: ClassVar[str] = "kernel"
 
     def __init__(
         self,
@@ -172,7 +191,7 @@ class NetworkField(nn.Module):
     Source: FeatUp, section 3.3; the sizes are the published code's.
     """
 
-    kind = "network"
+    kind: ClassVar[str] = "network"
 
     def __init__(
         self,
@@ -200,12 +219,14 @@ class NetworkField(nn.Module):
         self.high = nn.Buffer(torch.ones(3))
         self.phases = nn.Parameter(torch.randn(2, 5, frequencies, generator=generator))
         self.norm_inputs = nn.LayerNorm(inputs)
-        self.first = nn.Linear(inputs, hidden)
+        # Left uninitialised, since that would draw from the global generator.
+        self.first = skip_init(nn.Linear, inputs, hidden)
         self.norm_hidden = nn.LayerNorm(hidden)
-        self.second = nn.Linear(hidden, hidden)
-        self.last = nn.Linear(hidden, width)
+        self.second = skip_init(nn.Linear, hidden, hidden)
+        self.last = skip_init(nn.Linear, hidden, width)
         with torch.no_grad():
             for layer in (self.first, self.second, self.last):
+                assert isinstance(layer, nn.Linear)
                 bound = 1 / math.sqrt(layer.in_features)
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
@@ -224,9 +245,9 @@ class NetworkField(nn.Module):
 
     def forward(self, places: Tensor, colours: Tensor) -> Tensor:
         """See :class:`Field`."""
-        if torch.is_grad_enabled() or len(places) <= _CHUNK:
+        if torch.is_grad_enabled() or len(places) <= _NETWORK_CHUNK:
             return self._evaluate(places, colours)
-        parts = zip(places.split(_CHUNK), colours.split(_CHUNK), strict=True)
+        parts = zip(places.split(_NETWORK_CHUNK), colours.split(_NETWORK_CHUNK), strict=True)
         return torch.cat([self._evaluate(*part) for part in parts])
 
     def _evaluate(self, places: Tensor, colours: Tensor) -> Tensor:

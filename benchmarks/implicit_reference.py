@@ -1,0 +1,113 @@
+"""The fast fit against the published recipe on one photograph: held-out loss and processor time.
+
+    python benchmarks/implicit_reference.py photo.jpg --size 112 -o implicit_reference.json
+    python benchmarks/implicit_reference.py photo.jpg --size 224 --steps 5 -o cost.json
+
+With --steps the recipe is cut short; its whole time is then extrapolated from the steps and views
+that were timed, and its losses mean nothing. Losses are relative to the variance of the features in
+the held-out views: "mean" brings the map to the grid by the mean over each cell, "own" by the
+downsampler that the recipe learns.
+"""
+
+import argparse
+import itertools
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import upfeat
+from upfeat.training.implicit import FitConfig, fit_implicit
+from upfeat.training.implicit_network import create_network_fit, train_network
+from upfeat.training.implicit_views import Observer, principal_components
+from upfeat.training.randomness import stream
+from upfeat.upsamplers.implicit import ImplicitFeatures, resize_image
+from upfeat.views import sample_jitters
+
+
+def run_reference(guidance, backbone, config, steps, report):
+    views_config = {"max_pad": config.max_pad, "max_zoom": config.max_zoom}
+    observer = Observer(guidance, backbone, held_out=32, seed=config.seed, **views_config)
+    count = config.n_views if steps == config.steps else 50
+    generator = stream(config.seed, "views")
+    views = sample_jitters(count, size=observer.size, generator=generator, **views_config)
+    start = time.process_time()
+    seen = observer.observe(views)
+    per_view = (time.process_time() - start) / count
+    basis = principal_components(seen[:50], config.components, whiten=False)
+    fit = create_network_fit(
+        guidance, basis, stride=backbone.stride, downsampler=config.downsampler, seed=config.seed
+    )
+    marks, curve = [time.process_time()], []
+
+    def losses():
+        fit.eval()
+        map_ = ImplicitFeatures(fit.field, guidance, basis.components, basis.mean)
+        scale = observer.held_out_variance
+        found = {
+            "mean": observer.held_out_loss(map_.render()) / scale,
+            "own": fit.own_held_out_loss(observer, basis) / scale,
+        }
+        fit.train()
+        return found
+
+    def on_step(step):
+        marks.append(time.process_time())
+        if step % 100 == 0 or step == steps:
+            curve.append({"step": step, **losses()})
+            report(curve[-1])
+            marks.append(time.process_time())
+
+    train_network(
+        fit,
+        views,
+        basis.encode(seen),
+        steps=steps,
+        views_per_step=config.views_per_step,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        on_step=on_step,
+    )
+    per_step = median(b - a for a, b in itertools.pairwise(marks))
+    whole = config.n_views * per_view + config.steps * per_step
+    return {"curve": curve, "cpu_per_view": per_view, "cpu_per_step": per_step, "cpu_whole": whole}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("photo", type=Path)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    options = parser.parse_args()
+    # One thread: threads that wait for each other would count as processor time.
+    torch.set_num_threads(1)
+    backbone = upfeat.load_backbone(options.backbone).requires_grad_(False)
+    config = FitConfig(size=options.size)
+    start = time.process_time()
+    fast = fit_implicit(options.photo, backbone, config)
+    cpu = time.process_time() - start
+    print(fast.facts, cpu, flush=True)
+    shape = tuple(backbone.preprocess(options.photo, options.size).shape[-2:])
+    guidance = resize_image(upfeat.images.read_image(options.photo), shape)
+    config = replace(config, preset="reference")
+    steps = options.steps or config.steps
+    reference = run_reference(guidance, backbone, config, steps, lambda x: print(x, flush=True))
+    result = {
+        "photo": options.photo.name,
+        "size": list(shape),
+        "backbone": backbone.name,
+        "fast": {"cpu": cpu, "mean": fast.facts["held_out"], "views": fast.facts["views"]},
+        "reference": {"steps": steps, **reference},
+        "ratio": reference["cpu_whole"] / cpu,
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"ratio of processor time {result['ratio']:.0f}")
+
+
+if __name__ == "__main__":
+    main()
