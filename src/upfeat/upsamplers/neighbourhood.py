@@ -59,12 +59,13 @@ class PyramidEncoder(nn.Module):
             if min(scales[-1].shape[-2:]) < 2:
                 break
             scales.append(correction(_halve(scales[-1])))
-        joined = [join(scale) for join, scale in zip(self.join, scales, strict=False)]
-        out = joined.pop()
-        while joined:
-            finer = joined.pop()
+        out = self.join[len(scales) - 1](scales.pop())
+        while scales:  # each is let go once it is used: at full size they are the largest tensors
+            finer = self.join[len(scales) - 1](scales.pop())
             size = (finer.shape[2], finer.shape[3])
-            out = finer + F.interpolate(out, size=size, mode="bilinear", align_corners=False)
+            above = F.interpolate(out, size=size, mode="bilinear", align_corners=False)
+            out = finer + above if torch.is_grad_enabled() else finer.add_(above)
+            del finer, above
         return out
 
 
