@@ -92,6 +92,16 @@ def _halve(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, (-(-height // 2), -(-width // 2)))
 
 
+def _unit(x: Tensor) -> Tensor:
+    """Vectors over channels at unit length, 0 where they are 0: (B, D, H, W) -> the same.
+
+    ``F.normalize`` gives the same, but its norm over a dimension that is not the last takes 20
+    times as long on a CPU.
+    """
+    length = x.square().sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+    return x * length.rsqrt()
+
+
 class NeighbourhoodUpsampler(Upsampler):
     """Pixels attend to the coarse cells around them: like colours and textures share features.
 
@@ -163,12 +173,12 @@ class NeighbourhoodUpsampler(Upsampler):
             queries = F.interpolate(
                 queries, size=output_size, mode="bilinear", align_corners=False, antialias=True
             )
-        return F.normalize(queries, dim=1)
+        return _unit(queries)
 
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         queries = self.queries(guidance, output_size)
-        keys = F.normalize(F.adaptive_avg_pool2d(queries, grid_size), dim=1)  # (B, D, h, w)
+        keys = _unit(F.adaptive_avg_pool2d(queries, grid_size))  # (B, D, h, w)
         temperature, sigma = self.log_temperature.exp(), self.log_sigma.exp()
 
         def weights(window: Window) -> Tensor:
