@@ -14,6 +14,7 @@ from upfeat.evaluation.datasets import read_folder, split_randomly, subset
 from upfeat.evaluation.report import render
 from upfeat.evaluation.report_figures import nice_ticks
 from upfeat.evaluation.results import Results, Row, summary
+from upfeat.training.implicit import FitConfig
 from upfeat.upsamplers import Nearest
 
 FAST = EvalConfig(size=48, seeds=2, pixels=60, pictures=2)
@@ -51,6 +52,18 @@ def test_files_and_rows(run, tmp_path):
     assert "http" not in page.replace("http-equiv", "")
     assert content["rows"][0]["cost"]["seconds"] > 0
     assert results.rows[0].scores["drift"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_implicit_features_have_rows_of_their_own(run, monkeypatch):
+    few = FitConfig(views=4, held_out=2, anchors=32, components=3, max_pad=4)
+    monkeypatch.setattr("upfeat.training.implicit_upsampler.FitConfig", lambda: few)
+    results = run(upsamplers=("bilinear", "implicit"))
+    rows = {row.protocol: row for row in results.rows if row.upsampler == "implicit"}
+    assert set(rows) == {"own", "transfer"}  # probabilities are no features: nothing to fit
+    assert rows["own"].scores["miou"][0] > 0.3
+    assert rows["own"].cost["seconds"] > 0
+    again = run(upsamplers=("implicit",))
+    assert again.rows[0].scores == rows["own"].scores
 
 
 def test_one_seed_gives_the_same_digits(run):

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "neighbourhood"],
         metavar="NAME",
-        help="names, folders that save_pretrained wrote, or .ckpt files (default: %(default)s)",
+        help="names, folders that save_pretrained wrote, .ckpt files, or implicit: fits "
+        "every image, about 10 s each (default: %(default)s)",
     )
     parser.add_argument(
         "--protocol",

@@ -26,6 +26,7 @@ from upfeat.evaluation.report import write_report
 from upfeat.evaluation.results import Results, Row, RowStore
 from upfeat.evaluation.segmentation import Segmentation
 from upfeat.evaluation.task import Task
+from upfeat.training.implicit_upsampler import ImplicitUpsampler
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 TASKS = ("seg", "depth", "cam", "consistency")
@@ -65,7 +66,8 @@ def evaluate(
             photographs alone.
         out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
             rows, and may be deleted afterwards.
-        upsamplers: names, folders or checkpoints, as ``upfeat.load`` takes them.
+        upsamplers: names, folders or checkpoints, as ``upfeat.load`` takes them; and "implicit",
+            which fits every image.
         backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, and for ``cam``
             at the stride that its classifier reads.
         config: settings.
@@ -83,9 +85,9 @@ def evaluate(
         raise ValueError(f'task="{task}" is unknown; known: {", ".join(TASKS)}')
     config = config or EvalConfig()
     network = _load_backbone(task, backbone, checked_device(device))
-    models = _load_upsamplers(upsamplers, network)
-    dataset = _read_dataset(task, Path(folder), layout, config)
     out, cache = Path(out), Path(out) / "cache"
+    models = _load_upsamplers(upsamplers, network, cache)
+    dataset = _read_dataset(task, Path(folder), layout, config)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -222,13 +224,16 @@ def _load_backbone(task: str, backbone: str | Backbone | None, device: torch.dev
     return network.eval().requires_grad_(False).to(device)
 
 
-def _load_upsamplers(names: Sequence[str], backbone: Backbone) -> dict[str, Upsampler]:
+def _load_upsamplers(names: Sequence[str], backbone: Backbone, cache: Path) -> dict[str, Upsampler]:
     """Load upsamplers under distinct labels: the name, or the last part of a path."""
     if not names:
         raise ValueError("upsamplers is empty; name at least one")
     models: dict[str, Upsampler] = {}
     for name in dict.fromkeys(names):
-        upsampler = create_upsampler(name, backbone.embed_dim, backbone=backbone.name)
+        if name == ImplicitUpsampler.name:
+            upsampler: Upsampler = ImplicitUpsampler(backbone, cache=cache)
+        else:
+            upsampler = create_upsampler(name, backbone.embed_dim, backbone=backbone.name)
         expected = getattr(upsampler, "embed_dim", None)
         if expected not in (None, backbone.embed_dim):
             raise ValueError(

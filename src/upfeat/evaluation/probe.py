@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.training.implicit_upsampler import ImplicitKernels
 from upfeat.upsamplers import Kernels, Upsampler
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -76,6 +77,8 @@ def head_map(upsampler: Upsampler, kernels: Kernels, features: Tensor, head: Hea
     Returns:
         (B, K, H, W), equal to the head applied to ``upsampler(features, guidance)``.
     """
+    if isinstance(kernels, ImplicitKernels):
+        return kernels.project(head.weight, head.bias)
     coarse = F.conv2d(upsampler.mix(features), head.weight[:, :, None, None])  # (B, K, h, w)
     bias = head.bias
     if upsampler.offset is not None:

@@ -58,7 +58,8 @@ class Segmentation(Probing):
 
     def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
         """See :meth:`Task.rows`; fits its probes first."""
-        heads = self.heads(label, upsampler, self.config.protocols)
+        protocols = [p for p in self.config.protocols if upsampler.linear or p != "probabilities"]
+        heads = self.heads(label, upsampler, protocols)
         scores = {name: _Scores(self.config.seeds, len(self.classes)) for name in heads}
         chosen = set(self.config.choose_pictures(len(self.test)))
         for index, sample in enumerate(self.test):
@@ -72,8 +73,7 @@ class Segmentation(Probing):
         cost, drift = measure(upsampler, self.test, self.backbone)
         weights = digest(upsampler)
         return [
-            scores[name].row(label, name, weights, self.classes, cost, drift)
-            for name in self.config.protocols
+            scores[name].row(label, name, weights, self.classes, cost, drift) for name in protocols
         ]
 
     def _predict(

@@ -59,6 +59,7 @@ class ImplicitUpsampler(Upsampler):
     """
 
     name = "implicit"
+    linear = False
 
     def __init__(
         self, backbone: Backbone, config: FitConfig | None = None, cache: Path | None = None
@@ -86,6 +87,10 @@ class ImplicitUpsampler(Upsampler):
     def config(self) -> dict[str, Any]:
         """Settings of the fits and a digest of the backbone, as JSON values."""
         return {"fit": json.loads(json.dumps(asdict(self.fit_config))), "recipe": self._recipe}
+
+    def uncached(self) -> ImplicitUpsampler:
+        """The same, without results: what it does then shows what a fit costs."""
+        return ImplicitUpsampler(self._backbone[0], self.fit_config)
 
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> ImplicitKernels:
         """Fit the image, or find it fitted.

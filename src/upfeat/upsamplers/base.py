@@ -68,6 +68,8 @@ class Upsampler(nn.Module, ABC):
 
     name: ClassVar[str]
     """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
+    linear: ClassVar[bool] = True
+    """Whether anything may be upsampled in place of the features, such as a head's output."""
 
     @abstractmethod
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> Kernels:
