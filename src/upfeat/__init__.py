@@ -17,6 +17,7 @@ from upfeat.model import FeatUp, load
 from upfeat.upsamplers import (
     Bicubic,
     Bilinear,
+    DetailUpsampler,
     JBUStack,
     JointBilateral,
     Nearest,
@@ -42,6 +43,7 @@ __all__ = [
     "Backbone",
     "Bicubic",
     "Bilinear",
+    "DetailUpsampler",
     "FeatUp",
     "FitConfig",
     "ImplicitFeatures",

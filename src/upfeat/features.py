@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat._version import __version__
@@ -105,13 +104,11 @@ class UpsampledFeatures:
                 channels, so that the map never exists in the larger one.
         """
         if dtype in (None, self.features.dtype):
-            return self._finish(self.kernels(self.mixed))
+            return self._render()
         out = torch.empty(self.shape, dtype=dtype, device=self.features.device)
         for start in range(0, self.shape[1], 64):
             block = slice(start, start + 64)
-            part = self.kernels(self.mixed[:, block].contiguous())
-            offset = self.upsampler.offset
-            out[:, block] = part if offset is None else add_offset(part, offset[block])
+            out[:, block] = self._render(block)
         return out
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
@@ -136,7 +133,7 @@ class UpsampledFeatures:
                 f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
                 f"the map of {self.shape[2]}×{self.shape[3]}"
             )
-        return self._finish(self.kernels.crop(self.mixed, window))
+        return self._render(window=window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -185,12 +182,8 @@ class UpsampledFeatures:
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
-        out = self.kernels(F.conv2d(self.mixed, weight[:, :, None, None]))
-        offset = self.upsampler.offset
-        constant = None if offset is None else weight @ offset
-        if bias is not None:
-            constant = bias if constant is None else constant + bias
-        return out if constant is None else add_offset(out, constant)
+        out = self._render(weight)
+        return out if bias is None else add_offset(out, bias)
 
     def similarity(self, target: Tensor, *, cosine: bool = True) -> Tensor:
         """How like a vector, or the feature at a point, every pixel is.
@@ -316,9 +309,10 @@ class UpsampledFeatures:
         height, width = json.loads(facts["output_size"])
         return cls(features, guidance, upsampler, (height, width))
 
-    def _finish(self, out: Tensor) -> Tensor:
-        offset = self.upsampler.offset
-        return out if offset is None else add_offset(out, offset)
+    def _render(
+        self, head: Tensor | slice | None = None, window: Window | None = None
+    ) -> Tensor:
+        return self.upsampler.render(self.kernels, self.mixed, head=head, window=window)
 
     def _check_single(self, method: str) -> None:
         if self.shape[0] != 1:

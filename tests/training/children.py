@@ -67,6 +67,13 @@ def together(photos, out):
         start(count, lambda name=name, parts=accumulate: one_step(photos, out / name, parts))
     for name, count, accumulate in (("alone", 1, 2), ("shared", 2, 1)):
         start(count, lambda name=name, parts=accumulate: whole_run(photos, out / name, parts))
+        start(
+            count,
+            lambda name=name, parts=accumulate: whole_run(
+                photos, out / f"{name}-detail", parts, upsampler="detail", detail_weight=1.0,
+                upsampler_options={"query_dim": 8, "levels": 2, "width": 4, "depth": 1},
+            ),
+        )  # fmt: skip
 
 
 def start(count, work):
@@ -82,8 +89,8 @@ def start(count, work):
     wait(children)
 
 
-def whole_run(photos, out, accumulate):
-    config = small_config(out, batch_size=4, accumulate=accumulate)
+def whole_run(photos, out, accumulate, **changes):
+    config = small_config(out, batch_size=4, accumulate=accumulate, **changes)
     train(small_backbone(), photos, config)
 
 

@@ -36,11 +36,15 @@ def _upsampler(name):
     torch.manual_seed(2)
     if name == "jbu_stack":
         return upfeat.JBUStack(CHANNELS, n_stages=3).eval()
+    if name == "detail":
+        made = upfeat.DetailUpsampler(CHANNELS, query_dim=8, levels=2, width=4, depth=1).eval()
+        torch.nn.init.normal_(made.detail.weight)
+        return made
     return upfeat.NeighbourhoodUpsampler(query_dim=8, levels=2).eval()
 
 
 @pytest.mark.parametrize("downsampler", ["attention", "simple", "cell"])
-@pytest.mark.parametrize("name", ["jbu_stack", "neighbourhood"])
+@pytest.mark.parametrize("name", ["jbu_stack", "neighbourhood", "detail"])
 def test_projecting_first_gives_the_loss_of_upsampling_all_channels(backbone, name, downsampler):
     config = _config(downsampler=downsampler, projection_dim=5)
     upsampler = _upsampler(name)

@@ -27,8 +27,9 @@ def test_processes_have_the_gradient_of_one_with_the_whole_batch(done, divided):
 
 def test_two_processes_run_as_one_that_accumulates_two_parts(done):
     """With everything drawn: views, projections, dropout."""
-    assert log(done / "alone") == log(done / "shared")
-    assert weights(done / "alone") == weights(done / "shared")
+    for kind in ("", "-detail"):
+        assert log(done / f"alone{kind}") == log(done / f"shared{kind}")
+        assert weights(done / f"alone{kind}") == weights(done / f"shared{kind}")
 
 
 def test_batches_that_cannot_be_divided(backbone, tmp_path):

@@ -44,6 +44,8 @@ _FLAGS = {
     "crf_weight": "of the CRF term",
     "tv_weight": "of the total variation of the magnitude map",
     "magnitude_weight": "of the magnitude's consistency",
+    "detail_weight": "of the detail upsampler's error against features of the enlarged image",
+    "mix_share": "share of its channel mix that the finished detail upsampler keeps",
     "standardize": "true or false: compare channels in units of their deviation",
     "colour_jitter": "deviation of gain and shift of the colours that the upsampler sees",
     "mixed_normalization": "true or false: show half of the images normalised as ImageNet's",
@@ -89,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="settings as YAML or JSON, by the flags' names with _ for -; flags go before it",
     )
     parser.add_argument(
-        "--preset", metavar="NAME", help="recipe to start from: default, or reference (published)"
+        "--preset",
+        metavar="NAME",
+        help="recipe to start from: default, detail, or reference (published)",
     )
     settings = parser.add_argument_group("settings (docs/training.md says more)")
     for name, meaning in _FLAGS.items():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.training.implicit_upsampler import ImplicitKernels
@@ -79,11 +78,8 @@ def head_map(upsampler: Upsampler, kernels: Kernels, features: Tensor, head: Hea
     """
     if isinstance(kernels, ImplicitKernels):
         return kernels.project(head.weight, head.bias)
-    coarse = F.conv2d(upsampler.mix(features), head.weight[:, :, None, None])  # (B, K, h, w)
-    bias = head.bias
-    if upsampler.offset is not None:
-        bias = bias + head.weight @ upsampler.offset
-    return kernels(coarse) + bias[:, None, None]
+    out = upsampler.render(kernels, upsampler.mix(features), head=head.weight)
+    return out + head.bias[:, None, None]
 
 
 def draw_pixels(usable: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ from upfeat.naming import unknown_name
 REFERENCE: dict[str, Any] = {
     "upsampler": "jbu_stack",
     "upsampler_options": {},
+    "frozen": (),
     "back_projections": None,
     "steps": 2000,
     "batch_size": 4,
@@ -32,6 +33,8 @@ REFERENCE: dict[str, Any] = {
     "crf_weight": 1e-3,
     "tv_weight": 0.0,
     "magnitude_weight": 0.0,
+    "detail_weight": 0.0,
+    "mix_share": 1.0,
     "standardize": False,
     "colour_jitter": 0.0,
     "mixed_normalization": False,
@@ -42,7 +45,22 @@ REFERENCE: dict[str, Any] = {
 }
 """The published recipe of the JBU stack (FeatUp, ICLR 2024, and its code)."""
 
-PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": REFERENCE}
+DETAIL: dict[str, Any] = {
+    "upsampler": "detail",
+    "frozen": ("neighbourhood",),
+    "steps": 900,
+    "batch_size": 8,
+    "views": 1,
+    "source_size": 320,
+    "crop": "mixed",
+    "max_zoom": 2.0,
+    "zoom_probability": 0.5,
+    "detail_weight": 1.0,
+    "mix_share": 0.5,
+}
+"""The detail upsampler around the neighbourhood steps of ``upsampler_options["start"]``."""
+
+PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": REFERENCE, "detail": DETAIL}
 """Recipes by name, each as changes to the defaults of :class:`TrainConfig`."""
 
 OPERATIONAL = frozenset(
@@ -62,6 +80,7 @@ class TrainConfig:
     Attributes:
         upsampler: name, or a folder that ``save_pretrained`` wrote, to start from its weights.
         upsampler_options: arguments of its constructor, by name.
+        frozen: names of parts of the upsampler that are not trained.
         back_projections: corrections that a neighbourhood upsampler makes once it is trained; while
             it is, none, since they would reward smooth weights. ``None`` leaves the constructor's.
         steps: of the optimiser.
@@ -83,6 +102,10 @@ class TrainConfig:
         crf_weight: of the CRF term; 0 for none, as for the next two.
         tv_weight: of the total variation of the magnitude map.
         magnitude_weight: of the magnitude's consistency.
+        detail_weight: of the detail's error against the features of the enlarged image; for the
+            detail upsampler alone.
+        mix_share: share of the trained channel mix that the finished detail upsampler keeps, from
+            0 to 1: less explains views worse, but suits heads made for the coarse features better.
         standardize: compare channels in units of their deviation, so that all weigh alike.
         colour_jitter: deviation of a random gain and shift of each colour that the upsampler sees;
             0 for none.
@@ -112,6 +135,7 @@ class TrainConfig:
 
     upsampler: str = "neighbourhood"
     upsampler_options: dict[str, Any] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
     back_projections: int | None = 2
     steps: int = 250
     batch_size: int = 4
@@ -130,6 +154,8 @@ class TrainConfig:
     crf_weight: float = 0.0
     tv_weight: float = 0.0
     magnitude_weight: float = 0.0
+    detail_weight: float = 0.0
+    mix_share: float = 1.0
     standardize: bool = True
     colour_jitter: float = 0.1
     mixed_normalization: bool = False
@@ -172,7 +198,10 @@ class TrainConfig:
             raise ValueError(
                 f"upsampler_options={self.upsampler_options!r} must be names and values"
             )
-        # A copy, so that nothing changes them afterwards.
+        if isinstance(self.frozen, str) or not all(isinstance(one, str) for one in self.frozen):
+            raise ValueError(f"frozen={self.frozen!r} must be a list of names")
+        # Copies, so that nothing changes them afterwards.
+        object.__setattr__(self, "frozen", tuple(self.frozen))
         object.__setattr__(self, "upsampler_options", dict(self.upsampler_options))
         self._check_together()
 
@@ -233,6 +262,7 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         content = asdict(self)
+        content["frozen"] = list(self.frozen)
         content["out"] = None if self.out is None else str(self.out)
         return content
 
@@ -305,6 +335,8 @@ _WHOLE: dict[str, tuple[int, bool]] = {
 
 _NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("zoom_probability", "flip_probability", "saliency_dropout"), (0, 1)),
+    "mix_share": (0, 1),
+    "detail_weight": (0, math.inf),
     **dict.fromkeys(
         ("max_pad", "crf_weight", "tv_weight", "magnitude_weight", "colour_jitter"), (0, math.inf)
     ),

@@ -29,12 +29,14 @@ from upfeat.losses import (
     random_projection,
     total_variation,
 )
+from upfeat.training.detail import DetailTarget
+from upfeat.upsamplers.detail import FINER, DetailKernels, DetailUpsampler
 from upfeat.views import Jitter, apply_jitter, sample_jitters
 
 if TYPE_CHECKING:
     from upfeat.backbones import Backbone
     from upfeat.training.config import TrainConfig
-    from upfeat.upsamplers import Upsampler
+    from upfeat.upsamplers import Kernels, Upsampler
 
 
 class ViewBatch(NamedTuple):
@@ -48,6 +50,8 @@ class ViewBatch(NamedTuple):
     """V entries of B views, one for each image."""
     targets: Tensor
     """(V, B, C, h, w) the backbone's features of the views."""
+    enlarged: Tensor | None = None
+    """(B, C, 2h, 2w) the backbone's features of the images at twice their size, if asked for."""
 
 
 class _Upsampled(NamedTuple):
@@ -96,8 +100,19 @@ def make_batch(
     views = [apply_jitter(images, jitter, output_size=size) for jitter in jitters]
     # One image count at a time: a small batch stays in the caches of a CPU.
     seen = [backbone(x) for x in (guidance, *views)]
+    enlarged = None
+    if config.detail_weight:
+        enlarged = torch.cat([backbone(_enlarge(x, config.size)) for x in images.split(1)])
     shown = _recolour(guidance, backbone, config, generator)
-    return ViewBatch(shown, seen[0], jitters, torch.stack(seen[1:]))
+    return ViewBatch(shown, seen[0], jitters, torch.stack(seen[1:]), enlarged)
+
+
+def _enlarge(images: Tensor, size: int) -> Tensor:
+    """Images at twice the size that the upsampler sees, from the finest that there are."""
+    target = (FINER * size, FINER * size)
+    if tuple(images.shape[-2:]) == target:
+        return images
+    return F.interpolate(images, size=target, mode="bicubic", align_corners=False, antialias=True)
 
 
 def _recolour(
@@ -154,6 +169,14 @@ class Objective(nn.Module):
         else:
             self.downsampler = CellDownsampler()
         self.uncertainty = SpatialUncertainty(embed_dim, generator=generator)
+        self.detail_target = None
+        if config.detail_weight:
+            if not isinstance(upsampler, DetailUpsampler):
+                raise ValueError(
+                    f"detail_weight={config.detail_weight:g} is of the detail upsampler alone; "
+                    "give 0"
+                )
+            self.detail_target = DetailTarget(embed_dim)
 
     def forward(self, batch: ViewBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """Compare one batch.
@@ -166,7 +189,10 @@ class Objective(nn.Module):
             Scalars: ``loss``, and the terms it is made of.
         """
         directions = self._directions(batch, generator)  # (B, C, P)
-        upsampled = self._upsample(batch, directions)
+        grid = (batch.features.shape[2], batch.features.shape[3])
+        size = (batch.guidance.shape[2], batch.guidance.shape[3])
+        kernels = self.upsampler.prepare(batch.guidance, grid, size)
+        upsampled = self._upsample(batch, kernels, directions)
         guess = self._to_grid(upsampled, batch, generator)  # (V·B, P, h, w)
         seen = _project(batch.targets, directions).flatten(0, 1)
         scale = self.uncertainty(batch.targets.flatten(0, 1))
@@ -178,6 +204,12 @@ class Objective(nn.Module):
             terms["crf"] = crf_pairwise(upsampled.values, batch.guidance, generator=generator)
         if self.config.tv_weight:
             terms["tv"] = total_variation(magnitude(upsampled.values + upsampled.offset))
+        if self.detail_target is not None and batch.enlarged is not None:
+            assert isinstance(self.upsampler, DetailUpsampler)
+            assert isinstance(kernels, DetailKernels)
+            terms["detail"] = self.detail_target(
+                self.upsampler, kernels, batch.features, batch.enlarged
+            )
         loss = self._weighted(terms)
         return {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
 
@@ -187,6 +219,7 @@ class Objective(nn.Module):
             "magnitude": self.config.magnitude_weight,
             "crf": self.config.crf_weight,
             "tv": self.config.tv_weight,
+            "detail": self.config.detail_weight,
         }
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
@@ -212,21 +245,23 @@ class Objective(nn.Module):
             directions = directions / torch.maximum(deviation, least)[:, :, None]
         return directions
 
-    def _upsample(self, batch: ViewBatch, directions: Tensor | None) -> _Upsampled:
+    def _upsample(
+        self, batch: ViewBatch, kernels: Kernels, directions: Tensor | None
+    ) -> _Upsampled:
         """Upsample the projected features together with the downsampler's saliency."""
         features = self.upsampler.mix(batch.features)
-        coarse = _project(features, directions)
         own = self.downsampler
         attention = own if isinstance(own, AttentionDownsampler) else None
-        parts = [coarse]
+        head = None if directions is None else directions.mT  # (B, P, C)
+        count = features.shape[1] if head is None else head.shape[1]
         if attention is not None:
-            parts.append(F.conv2d(features, attention.saliency_weight[..., None, None]))
-        size = (batch.guidance.shape[2], batch.guidance.shape[3])
-        grid = (features.shape[2], features.shape[3])
-        kernels = self.upsampler.prepare(batch.guidance, grid, size)
-        out = kernels(torch.cat(parts, dim=1))
+            if head is None:
+                head = torch.eye(count).to(features).expand(len(features), -1, -1)
+            saliency = attention.saliency_weight.expand(len(features), -1, -1)
+            head = torch.cat([head, saliency], dim=1)
+        out = self.upsampler.through(kernels, features, head=head)
         # Unlike slices, a split puts its gradients together in one map.
-        values, saliency = out.split([coarse.shape[1], out.shape[1] - coarse.shape[1]], dim=1)
+        values, saliency = out.split([count, out.shape[1] - count], dim=1)
         offset = self.upsampler.offset
         shift = features.new_zeros(())
         if offset is not None:

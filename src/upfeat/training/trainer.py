@@ -19,7 +19,12 @@ from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
 from upfeat.training.randomness import derive, global_stream, stream
 from upfeat.training.validation import normalised
-from upfeat.upsamplers import NeighbourhoodUpsampler, Upsampler, list_upsamplers
+from upfeat.upsamplers import (
+    DetailUpsampler,
+    NeighbourhoodUpsampler,
+    Upsampler,
+    list_upsamplers,
+)
 from upfeat.upsamplers.pretrained import UPSAMPLERS, load_pretrained
 
 
@@ -53,6 +58,7 @@ class Trainer:
         self.upsampler = new_upsampler(config, self.backbones)
         if config.back_projections is not None:
             self._correct(0)
+        _freeze(self.upsampler, config.frozen)
         self.objectives = nn.ModuleList(
             Objective(
                 self.upsampler,
@@ -120,6 +126,9 @@ class Trainer:
         self.processes.average_gradients(self.parameters)
         losses = self.processes.mean(torch.stack(list(totals.values())))
         self._update([name for own_names in names for name in own_names])
+        target = self.objective(index).detail_target
+        if target is not None:
+            target.absorb(self.processes.mean)
         self.step += 1
         return dict(zip(totals, losses.tolist(), strict=True))
 
@@ -156,7 +165,10 @@ class Trainer:
         )
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
             batch = make_batch(backbone, images, self.config, stream("views", *place))
-        return batch._replace(features=batch.features.float(), targets=batch.targets.float())
+        enlarged = None if batch.enlarged is None else batch.enlarged.float()
+        return batch._replace(
+            features=batch.features.float(), targets=batch.targets.float(), enlarged=enlarged
+        )
 
     def _stop_if(self, faults: list[str]) -> None:
         """Stop all processes if one of them has faults."""
@@ -192,6 +204,8 @@ class Trainer:
         if self.best:
             self.upsampler.load_state_dict(self.best["weights"])
         self._correct(self.config.back_projections)
+        if isinstance(self.upsampler, DetailUpsampler):
+            self.upsampler.scale_mix(self.config.mix_share)
 
     def _correct(self, back_projections: int | None) -> None:
         if isinstance(self.upsampler, NeighbourhoodUpsampler) and back_projections is not None:
@@ -269,6 +283,18 @@ def _initial(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "initial upsampler"))
         return cls(**options)
+
+
+def _freeze(upsampler: Upsampler, parts: Sequence[str]) -> None:
+    """Train everything but the parts named."""
+    names = [name for name, _ in upsampler.named_parameters()]
+    for part in parts:
+        if not any(name == part or name.startswith(f"{part}.") for name in names):
+            known = sorted({name.partition(".")[0] for name in names})
+            raise ValueError(f"frozen: {unknown_name('part', part, known)}")
+    for name, parameter in upsampler.named_parameters():
+        frozen = any(name == part or name.startswith(f"{part}.") for part in parts)
+        parameter.requires_grad_(not frozen)
 
 
 def _shares(config: TrainConfig, processes: Processes) -> list[slice]:

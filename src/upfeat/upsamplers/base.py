@@ -4,6 +4,10 @@ up(F) = K(g)·M(F) + o, where K(g) are per-pixel weights made from the guidance 
 channels of one cell, and o a constant per channel. So M runs on the coarse grid, a linear head
 applied to the coarse features gives what it would give after upsampling, and K(g) serves every
 backbone, layer and block of channels that goes with one image.
+
+An upsampler may add what the image alone says, D(g), a few maps on a coarse grid times a basis of
+channels. A head then applies to the basis, so all of the above still holds; :meth:`through` is the
+one place that knows.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
@@ -108,8 +113,49 @@ class Upsampler(nn.Module, ABC):
         """
         size = check_inputs(features, guidance, output_size)
         kernels = self.prepare(guidance, (features.shape[2], features.shape[3]), size)
-        out = kernels(self.mix(features))
-        return out if self.offset is None else add_offset(out, self.offset)
+        return self.render(kernels, self.mix(features))
+
+    def render(
+        self,
+        kernels: Kernels,
+        mixed: Tensor,
+        *,
+        head: Tensor | slice | None = None,
+        window: Window | None = None,
+    ) -> Tensor:
+        """Upsampled features, or a linear head of them, at every pixel or in a window.
+
+        Args:
+            kernels: of the image, from :meth:`prepare`.
+            mixed: (B, C, h, w), the coarse features after :meth:`mix`.
+            head: (K, C), applied before upsampling with the same result; or a range of channels;
+                ``None`` for all channels as they are.
+            window: of the output; ``None`` for all of it.
+
+        Returns:
+            (B, K or C, height, width).
+        """
+        out = self.through(kernels, mixed, head=head, window=window)
+        offset = self.offset
+        if offset is None:
+            return out
+        if isinstance(head, slice):
+            offset = offset[head]
+        elif head is not None:
+            offset = head @ offset
+        return add_offset(out, offset)
+
+    def through(
+        self,
+        kernels: Kernels,
+        mixed: Tensor,
+        *,
+        head: Tensor | slice | None = None,
+        window: Window | None = None,
+    ) -> Tensor:
+        """What :meth:`render` gives, without the constant; ``head`` may be (B, K, C) too."""
+        coarse = apply_head(mixed, head)
+        return kernels(coarse) if window is None else kernels.crop(coarse, window)
 
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this upsampler, as JSON values."""
@@ -145,6 +191,25 @@ class Upsampler(nn.Module, ABC):
         from upfeat.upsamplers.pretrained import load_pretrained
 
         return load_pretrained(cls, folder)
+
+
+def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:
+    """Apply a linear head, or choose channels, at every cell.
+
+    Args:
+        features: (B, C, h, w).
+        head: (K, C), one for each image (B, K, C), a range of channels, or ``None`` for nothing.
+
+    Returns:
+        (B, K, h, w).
+    """
+    if head is None:
+        return features
+    if isinstance(head, slice):
+        return features[:, head].contiguous()
+    if head.ndim == 2:
+        return F.conv2d(features, head[:, :, None, None])
+    return (head @ features.flatten(2)).unflatten(2, features.shape[2:])
 
 
 def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -> Size:

@@ -102,6 +102,11 @@ def _unit(x: Tensor) -> Tensor:
     return x * length.rsqrt()
 
 
+def pooled_unit(queries: Tensor, grid_size: Size) -> Tensor:
+    """Mean queries of each cell, at unit length: (B, D, H, W) -> (B, D, *grid_size)."""
+    return _unit(F.adaptive_avg_pool2d(queries, grid_size))
+
+
 class NeighbourhoodUpsampler(Upsampler):
     """Pixels attend to the coarse cells around them: like colours and textures share features.
 
@@ -178,7 +183,19 @@ class NeighbourhoodUpsampler(Upsampler):
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         queries = self.queries(guidance, output_size)
-        keys = _unit(F.adaptive_avg_pool2d(queries, grid_size))  # (B, D, h, w)
+        return self.attend(queries, pooled_unit(queries, grid_size), grid_size, output_size)
+
+    def attend(
+        self, queries: Tensor, keys: Tensor, grid_size: Size, output_size: Size
+    ) -> NeighbourhoodKernels:
+        """The step from keys' cells to queries' pixels.
+
+        Args:
+            queries: (B, query_dim, *output_size), of unit length.
+            keys: (B, query_dim, *grid_size), likewise.
+            grid_size: (h, w).
+            output_size: (H, W).
+        """
         temperature, sigma = self.log_temperature.exp(), self.log_sigma.exp()
 
         def weights(window: Window) -> Tensor:

@@ -1,0 +1,140 @@
+"""What the detail of an upsampler is trained on: the backbone's features of the enlarged image.
+
+An image at twice its size shows the backbone finer things, in features that are not quite those of
+the image itself: they drift with magnification. A linear map, fitted to all images so far, takes
+the drift back. Of what is left, a second one takes away what the upsampled features already say.
+The remainder is what only the image can tell, and the network learns to predict it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.upsamplers.detail import DetailKernels, DetailUpsampler
+
+_RIDGE = 1e-2
+"""Penalty on coefficients, in units of each input's variance."""
+
+
+class RunningRegression(nn.Module):
+    """A linear map with a constant, fitted by least squares to all pairs that it was shown.
+
+    What it is shown counts from the next :meth:`absorb` on, so that the parts and processes of a
+    step see the same map.
+    """
+
+    sums: Tensor
+    """(1 + 2C, 1 + 2C) float64: products of (1, inputs, outputs) summed over pairs; saved."""
+
+    def __init__(self, channels: int) -> None:
+        """Make a map that has seen nothing.
+
+        Args:
+            channels: number C of inputs and of outputs.
+        """
+        super().__init__()
+        self.channels = channels
+        side = 1 + 2 * channels
+        self.register_buffer("sums", torch.zeros(side, side, dtype=torch.float64))
+        self._pending: Tensor | None = None
+        self._solved: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def show(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Remember pairs of vectors: (B, C, h, w) each."""
+        pairs = torch.cat([torch.ones_like(inputs[:, :1]), inputs, outputs], dim=1)
+        rows = pairs.transpose(0, 1).flatten(1)
+        new = (rows @ rows.T).to(self.sums)
+        self._pending = new if self._pending is None else self._pending + new
+
+    def absorb(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Fit to what was shown since the last time as well; ``mean`` is that over processes."""
+        if self._pending is not None:
+            self.sums += mean(self._pending)
+            self._pending = self._solved = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it has seen anything."""
+        return bool(self.sums[0, 0] > 0)
+
+    @torch.no_grad()
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map vectors: (B, C, h, w) -> the same shape."""
+        if self._solved is None:
+            self._solved = self._solve()
+        weight, constant = (part.to(inputs) for part in self._solved)
+        return F.conv2d(inputs, weight[:, :, None, None], constant)
+
+    def deviation(self) -> Tensor:
+        """Standard deviation of every output, (C,)."""
+        mean, square = self.sums[0] / self.sums[0, 0], self.sums.diagonal() / self.sums[0, 0]
+        found = (square - mean.square()).clamp(min=0).sqrt()[1 + self.channels :]
+        return found.clamp(min=1e-6 * float(found.max()) + 1e-12)
+
+    def _solve(self) -> tuple[Tensor, Tensor]:
+        moments = self.sums / self.sums[0, 0]
+        mean = moments[0, 1:]
+        covariance = moments[1:, 1:] - torch.outer(mean, mean)
+        n = self.channels
+        own = covariance[:n, :n].clone()
+        variance = own.diagonal().clone()
+        own.diagonal().add_(_RIDGE * variance + 1e-9 * variance.max() + 1e-30)
+        weight = torch.linalg.solve(own, covariance[:n, n:]).T  # (outputs, inputs)
+        return weight, mean[n:] - weight @ mean[:n]
+
+
+class DetailTarget(nn.Module):
+    """The loss of an upsampler's detail, for one backbone."""
+
+    def __init__(self, channels: int) -> None:
+        """Make both maps.
+
+        Args:
+            channels: of the backbone.
+        """
+        super().__init__()
+        self.drift = RunningRegression(channels)
+        self.known = RunningRegression(channels)
+
+    def forward(
+        self, upsampler: DetailUpsampler, kernels: DetailKernels, features: Tensor, seen: Tensor
+    ) -> Tensor:
+        """Mean squared error of the detail, in units of the features' variance.
+
+        Args:
+            upsampler: whose detail it is.
+            kernels: of the images.
+            features: (B, C, h, w) of the images.
+            seen: (B, C, h', w') of the images at twice their size.
+
+        Returns:
+            A scalar; 0 as long as nothing is known of the drift.
+        """
+        detail = upsampler.detail_on_finer_grid(kernels)  # (B, C, 2h, 2w)
+        with torch.no_grad():
+            if seen.shape[-2:] != detail.shape[-2:]:
+                size = (detail.shape[2], detail.shape[3])
+                seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
+            upsampled = kernels.first(features)
+            if self.training:
+                self.drift.show(F.adaptive_avg_pool2d(seen, features.shape[-2:]), features)
+            if not self.drift.ready:
+                return detail.new_zeros(())
+            translated = self.drift(seen)
+            if self.training:
+                self.known.show(upsampled, translated)
+            if not self.known.ready:
+                return detail.new_zeros(())
+            target = translated - self.known(upsampled)
+            deviation = self.drift.deviation().to(target)[:, None, None]
+        return ((detail - target) / deviation).square().mean()
+
+    def absorb(self, mean: Callable[[Tensor], Tensor]) -> None:
+        """Take in what the last step showed."""
+        self.drift.absorb(mean)
+        self.known.absorb(mean)

@@ -1,0 +1,125 @@
+"""Properties of the detail upsampler: neighbourhood steps, and what the image alone adds."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import upfeat
+from upfeat.upsamplers import Window
+from upfeat.upsamplers.base import Upsampler
+
+SIDES = st.integers(1, 70)
+
+
+def _make(channels=4, *, detail=True, **options):
+    torch.manual_seed(0)
+    made = upfeat.DetailUpsampler(channels, query_dim=8, levels=3, width=8, depth=1, **options)
+    if detail:
+        for parameter in (made.detail.weight, made.detail.bias, made.channel_mix.weight):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made.eval().requires_grad_(False)
+
+
+@given(guidance=st.tuples(SIDES, SIDES), size=st.tuples(SIDES, SIDES), grid=st.tuples(SIDES, SIDES))
+@settings(deadline=None, max_examples=20)
+def test_any_image_grid_and_output_size(guidance, size, grid):
+    grid = (min(grid[0], 5), min(grid[1], 5))
+    out = _make(2)(torch.randn(1, 2, *grid), torch.randn(1, 3, *guidance), size)
+    assert out.shape == (1, 2, *size)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("back_projections", [0, 1])
+def test_untrained_it_keeps_constants(back_projections):
+    features = torch.arange(1.0, 4.0).view(1, 3, 1, 1).expand(1, 3, 4, 5)
+    up = _make(3, detail=False, back_projections=back_projections)
+    out = up(features, torch.randn(1, 3, 37, 50))
+    torch.testing.assert_close(out, features[:, :, :1, :1].expand(1, 3, 37, 50))
+
+
+def test_it_is_affine_in_the_features():
+    up, guidance = _make(3), torch.randn(2, 3, 45, 60)
+    a, b = torch.randn(2, 2, 3, 3, 4).unbind(0)
+    zero = up(torch.zeros_like(a), guidance)
+    expected = up(a, guidance) + 2 * (up(b, guidance) - zero)
+    torch.testing.assert_close(up(a + 2 * b, guidance), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_image_adds_does_not_depend_on_the_features():
+    up, guidance = _make(3), torch.randn(1, 3, 48, 64)
+    plain = _make(3)
+    for parameter in (plain.detail.weight, plain.detail.bias):
+        torch.nn.init.zeros_(parameter)
+    a, b = torch.randn(2, 1, 3, 3, 4).unbind(0)
+    added = [up(x, guidance) - plain(x, guidance) for x in (a, b)]
+    assert added[0].std() > 0.01
+    torch.testing.assert_close(*added, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(48, 64), (45, 61), (20, 30), (2, 5)])
+def test_parts_of_the_map_are_parts_of_the_whole(size):
+    up, features, guidance = _make(), torch.randn(1, 4, 3, 4), torch.randn(1, 3, 48, 64)
+    whole = up(features, guidance, size)
+    lazy = upfeat.UpsampledFeatures(features, guidance, up, size)
+    for window in (Window(0, 0, 5, 7), Window(9, 13, 8, 11), Window(size[0] - 2, 2, 2, 3)):
+        if window.bottom <= size[0] and window.right <= size[1]:
+            part = whole[:, :, window.top : window.bottom, window.left : window.right]
+            torch.testing.assert_close(lazy.crop(*window), part, rtol=1e-4, atol=1e-5)
+    weight, bias = torch.randn(2, 4), torch.randn(2)
+    headed = torch.einsum("kc,bchw->bkhw", weight, whole) + bias[:, None, None]
+    torch.testing.assert_close(lazy.project(weight, bias), headed, rtol=1e-4, atol=1e-4)
+    half = lazy.full(torch.float64)
+    torch.testing.assert_close(half, whole.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_batch_is_its_images_one_by_one():
+    up = _make()
+    features, guidance = torch.randn(3, 4, 3, 4), torch.randn(3, 3, 48, 64)
+    alone = [up(f[None], g[None]) for f, g in zip(features, guidance, strict=True)]
+    torch.testing.assert_close(up(features, guidance), torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_reach_every_parameter():
+    up = upfeat.DetailUpsampler(4, query_dim=8, levels=3, width=8, depth=1)
+    for parameter in up.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)  # 0 holds back what comes before
+    up(torch.randn(1, 4, 3, 4), torch.randn(1, 3, 48, 64)).square().sum().backward()
+    for name, parameter in up.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_saved_and_loaded_it_is_the_same(tmp_path):
+    up = _make()
+    up.save_pretrained(tmp_path / "weights")
+    features, guidance = torch.randn(1, 4, 3, 4), torch.randn(1, 3, 48, 64)
+    for cls in (Upsampler, upfeat.DetailUpsampler):
+        loaded = cls.from_pretrained(tmp_path / "weights")
+        with torch.no_grad():
+            assert torch.equal(loaded(features, guidance), up(features, guidance))
+
+
+def test_it_starts_from_a_trained_neighbourhood_upsampler(tmp_path):
+    given = upfeat.NeighbourhoodUpsampler(query_dim=8, levels=3)
+    given.save_pretrained(tmp_path / "n")
+    up = upfeat.DetailUpsampler(4, query_dim=8, levels=3, start=tmp_path / "n")
+    for name, value in given.state_dict().items():
+        assert torch.equal(up.neighbourhood.state_dict()[name], value)
+    assert "start" not in up.config()
+    with pytest.raises(ValueError, match=r"query_dim=32 but .* has 8; give the same"):
+        upfeat.DetailUpsampler(4, levels=3, start=tmp_path / "n")
+    with pytest.raises(ValueError, match="holds a Bilinear; give a neighbourhood upsampler"):
+        upfeat.DetailUpsampler(4, start="bilinear")
+
+
+def test_other_features_and_bad_options_are_refused():
+    up = _make()
+    with pytest.raises(ValueError, match="features has 5 channels but this DetailUpsampler is"):
+        up(torch.randn(1, 5, 3, 4), torch.randn(1, 3, 48, 64))
+    for options in ({"width": 1}, {"depth": -1}, {"radius": 0}, {"back_projections": -1}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            upfeat.DetailUpsampler(4, **options)
+    with pytest.raises(ValueError, match="embed_dim=0"):
+        upfeat.DetailUpsampler(0)
