@@ -12,12 +12,20 @@ def _stack():
     return upfeat.JBUStack(7).eval().requires_grad_(False)
 
 
+def _detail():
+    torch.manual_seed(3)
+    made = upfeat.DetailUpsampler(7, query_dim=8, levels=2, width=4, depth=1)
+    torch.nn.init.normal_(made.detail.weight)
+    return made.eval().requires_grad_(False)
+
+
 UPSAMPLERS = {
     "nearest": upfeat.Nearest(),
     "bilinear": upfeat.Bilinear(),
     "bicubic": upfeat.Bicubic(),
     "joint_bilateral": upfeat.JointBilateral(),
     "jbu_stack": _stack(),
+    "detail": _detail(),
 }
 
 

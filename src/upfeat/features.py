@@ -309,9 +309,7 @@ class UpsampledFeatures:
         height, width = json.loads(facts["output_size"])
         return cls(features, guidance, upsampler, (height, width))
 
-    def _render(
-        self, head: Tensor | slice | None = None, window: Window | None = None
-    ) -> Tensor:
+    def _render(self, head: Tensor | slice | None = None, window: Window | None = None) -> Tensor:
         return self.upsampler.render(self.kernels, self.mixed, head=head, window=window)
 
     def _check_single(self, method: str) -> None:

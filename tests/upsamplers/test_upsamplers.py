@@ -100,7 +100,7 @@ SHIPPED = [
     f"{cls}_{backbone}"
     for cls in ("jbu_stack", "neighbourhood")
     for backbone in ("efficientnet_lite0", "universal")
-]
+] + ["detail_efficientnet_lite0"]
 
 
 class TestShippedWeights:
@@ -138,6 +138,15 @@ class TestShippedWeights:
 
     def test_the_default_is_trained(self):
         model = upfeat.load()
-        expected = create_upsampler("neighbourhood_efficientnet_lite0").state_dict()
+        expected = create_upsampler("detail_efficientnet_lite0").state_dict()
         found = model.upsampler.state_dict()
+        assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+    def test_other_backbones_get_the_universal_default(self):
+        found = create_upsampler(None, 320, backbone="efficientnet_lite0.stride32")
+        expected = create_upsampler("neighbourhood_universal").state_dict()
+        assert all(torch.equal(found.state_dict()[key], expected[key]) for key in expected)
+        with pytest.raises(ValueError, match="belongs to one backbone; give embed_dim"):
+            create_upsampler("detail")
+        assert create_upsampler("detail", 5).embed_dim == 5

@@ -49,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upsamplers",
         nargs="+",
-        default=["nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "neighbourhood"],
         metavar="NAME",
         help="names, folders that save_pretrained wrote, .ckpt files, or implicit: fits "
-        "every image, about 10 s each (default: %(default)s)",
+        "every image, about 10 s each (default: nearest bilinear bicubic joint_bilateral jbu_stack "
+        "neighbourhood, and the backbone's default)",
     )
     parser.add_argument(
         "--protocol",

@@ -33,7 +33,7 @@ TASKS = ("seg", "depth", "cam", "consistency")
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 
-DEFAULT_UPSAMPLERS = (
+BASELINES = (
     "nearest",
     "bilinear",
     "bicubic",
@@ -41,6 +41,7 @@ DEFAULT_UPSAMPLERS = (
     "jbu_stack",
     "neighbourhood",
 )
+"""What every comparison holds; a backbone with a better default of its own gets that as well."""
 
 
 def evaluate(
@@ -48,7 +49,7 @@ def evaluate(
     folder: str | Path,
     out: str | Path,
     *,
-    upsamplers: Sequence[str] = DEFAULT_UPSAMPLERS,
+    upsamplers: Sequence[str] | None = None,
     backbone: str | Backbone | None = None,
     config: EvalConfig | None = None,
     layout: str = "folder",
@@ -67,7 +68,7 @@ def evaluate(
         out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
             rows, and may be deleted afterwards.
         upsamplers: names, folders or checkpoints, as ``upfeat.load`` takes them; and "implicit",
-            which fits every image.
+            which fits every image. ``None`` for :data:`BASELINES` and the backbone's default.
         backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, and for ``cam``
             at the stride that its classifier reads.
         config: settings.
@@ -86,6 +87,9 @@ def evaluate(
     config = config or EvalConfig()
     network = _load_backbone(task, backbone, checked_device(device))
     out, cache = Path(out), Path(out) / "cache"
+    if upsamplers is None:
+        best = create_upsampler(None, network.embed_dim, backbone=network.name).name
+        upsamplers = tuple(dict.fromkeys((*BASELINES, best)))
     models = _load_upsamplers(upsamplers, network, cache)
     dataset = _read_dataset(task, Path(folder), layout, config)
     try:

@@ -56,7 +56,7 @@ DETAIL: dict[str, Any] = {
     "max_zoom": 2.0,
     "zoom_probability": 0.5,
     "detail_weight": 1.0,
-    "mix_share": 0.5,
+    "mix_share": 0.25,
 }
 """The detail upsampler around the neighbourhood steps of ``upsampler_options["start"]``."""
 

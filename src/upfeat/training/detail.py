@@ -120,9 +120,10 @@ class DetailTarget(nn.Module):
             if seen.shape[-2:] != detail.shape[-2:]:
                 size = (detail.shape[2], detail.shape[3])
                 seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
+            grid = (features.shape[2], features.shape[3])
             upsampled = kernels.first(features)
             if self.training:
-                self.drift.show(F.adaptive_avg_pool2d(seen, features.shape[-2:]), features)
+                self.drift.show(F.adaptive_avg_pool2d(seen, grid), features)
             if not self.drift.ready:
                 return detail.new_zeros(())
             translated = self.drift(seen)

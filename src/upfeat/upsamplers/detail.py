@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class DetailNetwork(nn.Sequential):
         """
         widths = (3, max(width * 3 // 8, 1), max(width * 3 // 4, 1), width)
         layers: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             halve = nn.Conv2d(before, after, 3, 2, 1, padding_mode="replicate")
             layers += [halve, nn.GELU()]
         super().__init__(*layers, *(_Block(width) for _ in range(depth)))
@@ -108,6 +109,7 @@ class DetailUpsampler(Upsampler):
         back_projections: int = 1,
         width: int = 64,
         depth: int = 3,
+        widening: float = 1.25,
         start: str | Path | None = None,
         backend: str = "auto",
     ) -> None:
@@ -122,6 +124,7 @@ class DetailUpsampler(Upsampler):
             back_projections: corrections of each step.
             width: maps of detail, ≥ 2.
             depth: blocks of the network that makes them, ≥ 0.
+            widening: σ of the second step, in cells of the finer grid, over that of the first, > 0.
             start: name or folder of a trained neighbourhood upsampler, whose encoder is taken;
                 it must have the same radius, query_dim and levels.
             backend: of the operators; see :mod:`upfeat.functional`.
@@ -136,7 +139,10 @@ class DetailUpsampler(Upsampler):
                 raise ValueError(f"{label}={value} must be {least} or more")
         if depth < 0:
             raise ValueError(f"depth={depth} must be 0 or more")
+        if not widening > 0:
+            raise ValueError(f"widening={widening} must be above 0")
         self.embed_dim, self.width, self.depth = embed_dim, width, depth
+        self.widening = widening
         self.neighbourhood = NeighbourhoodUpsampler(
             radius=radius,
             query_dim=query_dim,
@@ -161,7 +167,8 @@ class DetailUpsampler(Upsampler):
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
         steps = self.neighbourhood.config()
-        return {"embed_dim": self.embed_dim, **steps, "width": self.width, "depth": self.depth}
+        own = {"width": self.width, "depth": self.depth, "widening": self.widening}
+        return {"embed_dim": self.embed_dim, **steps, **own}
 
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
@@ -170,7 +177,7 @@ class DetailUpsampler(Upsampler):
         queries = step.queries(guidance, output_size)
         middle = pooled_unit(queries, finer)  # keys of the last step, queries of the first
         first = step.attend(middle, pooled_unit(queries, grid_size), grid_size, finer)
-        last = step.attend(queries, middle, finer, output_size)
+        last = step.attend(queries, middle, finer, output_size, widening=self.widening)
         seen = guidance
         size = (_PIXELS * finer[0], _PIXELS * finer[1])
         if guidance.shape[-2:] != size:

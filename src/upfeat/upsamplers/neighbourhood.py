@@ -186,7 +186,13 @@ class NeighbourhoodUpsampler(Upsampler):
         return self.attend(queries, pooled_unit(queries, grid_size), grid_size, output_size)
 
     def attend(
-        self, queries: Tensor, keys: Tensor, grid_size: Size, output_size: Size
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        *,
+        widening: float = 1.0,
     ) -> NeighbourhoodKernels:
         """The step from keys' cells to queries' pixels.
 
@@ -195,8 +201,9 @@ class NeighbourhoodUpsampler(Upsampler):
             keys: (B, query_dim, *grid_size), likewise.
             grid_size: (h, w).
             output_size: (H, W).
+            widening: factor of σ.
         """
-        temperature, sigma = self.log_temperature.exp(), self.log_sigma.exp()
+        temperature, sigma = self.log_temperature.exp(), widening * self.log_sigma.exp()
 
         def weights(window: Window) -> Tensor:
             part = queries[:, :, window.top : window.bottom, window.left : window.right]

@@ -77,7 +77,7 @@ def create_upsampler(
                 return upsampler
     if name == DetailUpsampler.name:
         if embed_dim is None:
-            raise ValueError("upsampler=\"detail\" belongs to one backbone; give embed_dim")
+            raise ValueError('upsampler="detail" belongs to one backbone; give embed_dim')
         return DetailUpsampler(embed_dim).eval()
     if name in UPSAMPLERS:
         return UPSAMPLERS[name]().eval()
