@@ -12,7 +12,12 @@ from upfeat import losses
 from upfeat.backbones import Backbone
 from upfeat.training.implicit import FitConfig, fit_guidance
 from upfeat.training.implicit_kernel import KernelFit, spread_anchors
-from upfeat.training.implicit_network import create_network_fit, train_network
+from upfeat.training.implicit_network import (
+    Waves,
+    create_network_fit,
+    evaluate_waves,
+    train_network,
+)
 from upfeat.training.implicit_upsampler import ImplicitUpsampler
 from upfeat.training.implicit_views import (
     Observer,
@@ -21,6 +26,7 @@ from upfeat.training.implicit_views import (
     show,
 )
 from upfeat.upsamplers.implicit import ImplicitFeatures
+from upfeat.upsamplers.implicit_fields import NetworkField
 from upfeat.views import apply_jitter, sample_jitters
 
 VIEWS = {"max_pad": 6, "max_zoom": 1.8}
@@ -253,13 +259,13 @@ def test_the_published_fit_learns(downsampler):
     assert fit.own_held_out_loss(watch, basis) < 0.8 * before
 
 
-def test_views_one_by_one_have_the_gradient_of_all_at_once():
+@pytest.mark.parametrize("downsampler", ["attention", "simple"])
+def test_folded_views_have_the_gradient_of_views_that_are_made(downsampler):
     guidance = scene(24, 32)
-    backbone = Pooled(4)
-    watch = observer(guidance, backbone)
+    watch = observer(guidance, Pooled(4))
     seen = watch.held_features
     basis = principal_components(seen, 4, whiten=False)
-    fit = create_network_fit(guidance, basis, stride=8, downsampler="attention", seed=0)
+    fit = create_network_fit(guidance, basis, stride=8, downsampler=downsampler, seed=0)
     fit.eval()
     targets = basis.encode(seen)
     loss = fit.backward(watch.held, targets, torch.Generator())
@@ -269,7 +275,7 @@ def test_views_one_by_one_have_the_gradient_of_all_at_once():
     values = fit.coordinates()
     length = losses.magnitude(values)
     shown = apply_jitter(torch.cat([length, values], dim=1), watch.held)
-    shown = fit.downsample(shown, (3, 4))
+    shown = fit.downsampler(shown, (3, 4))
     whole = losses.gaussian_reconstruction(shown[:, 1:], targets, fit.uncertainty(targets))
     whole = whole + 1e-3 * losses.magnitude_consistency(shown[:, :1], targets)
     whole = whole + 0.05 * losses.total_variation(length) + 0.1 * losses.blur_pin(values)
@@ -277,6 +283,24 @@ def test_views_one_by_one_have_the_gradient_of_all_at_once():
     assert loss == pytest.approx(float(whole.detach()), rel=1e-4)
     for gradient, parameter in zip(found, fit.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_waves_give_the_values_and_gradients_of_the_network(training):
+    places, colours = torch.rand(50, 2).double(), torch.rand(50, 3).double()
+    found = []
+    for evaluate in (
+        lambda field: evaluate_waves(field, Waves.of(field, places, colours)),
+        lambda field: field(places, colours),
+    ):
+        field = NetworkField(6, generator=torch.Generator().manual_seed(0)).double().train(training)
+        nn.init.normal_(field.norm_inputs.weight, generator=torch.Generator().manual_seed(1))
+        nn.init.normal_(field.norm_inputs.bias, generator=torch.Generator().manual_seed(2))
+        values = evaluate(field)
+        values.square().sum().backward()
+        found.append([values.detach(), *(parameter.grad for parameter in field.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-8)
 
 
 def test_as_an_upsampler(tmp_path):
