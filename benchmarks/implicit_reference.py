@@ -4,10 +4,11 @@
     python benchmarks/implicit_reference.py photo.jpg --size 224 --steps 5 -o cost.json
 
 Of a folder, photographs are chosen evenly by name. Results are written after each photograph, and
-a recipe that the file holds already is not run again, while the fast fit is. With --steps the recipe is cut short; its whole time
-is then extrapolated from the steps and views that were timed, and its losses mean nothing. Losses
-are relative to the variance of the features in the held-out views: "mean" brings the map to the
-grid by the mean over each cell, "own" by the downsampler that the recipe learns.
+a recipe that the file holds already is not run again, while the fast fit is. With --steps the
+recipe is cut short; its whole time is then extrapolated from the steps and views that were timed,
+and its losses mean nothing. Losses are relative to the variance of the features in the held-out
+views: "mean" brings the map to the grid by the mean over each cell, "own" by the downsampler that
+the recipe learns.
 """
 
 import argparse
