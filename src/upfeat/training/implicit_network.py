@@ -47,9 +47,10 @@ class Waves(NamedTuple):
 def evaluate_waves(field: NetworkField, waves: Waves) -> Tensor:
     """The field at the places of the waves: what ``field(places, colours)`` is, (N, k)."""
     n = waves.inputs.shape[1]
-    kept = field.kept(n)
-    weight = field.first.weight * (field.norm_inputs.weight * kept)  # (hidden, 303)
-    offset = field.first.bias + field.first.weight @ (field.norm_inputs.bias * kept)
+    kept, first = field.kept(n), field.first
+    assert isinstance(first, nn.Linear)
+    weight = first.weight * (field.norm_inputs.weight * kept)  # (hidden, 303)
+    offset = first.bias + first.weight @ (field.norm_inputs.bias * kept)
     mean = weight.new_full((1, n), 1 / n)
     (sin1, sin2), (cos1, cos2) = field.phases.flatten(1).sin(), field.phases.flatten(1).cos()
     sines, cosines, rest = torch.cat([weight, mean]).tensor_split([len(sin1), 2 * len(sin1)], dim=1)
