@@ -1,12 +1,14 @@
-"""The fast fit against the published recipe on one photograph: held-out loss and processor time.
+"""The fast fit against the published recipe: held-out loss and processor time, photo by photo.
 
-    python benchmarks/implicit_reference.py photo.jpg --size 112 -o implicit_reference.json
+    python benchmarks/implicit_reference.py photos/ --count 20 --size 112 -o implicit_reference.json
     python benchmarks/implicit_reference.py photo.jpg --size 224 --steps 5 -o cost.json
 
-With --steps the recipe is cut short; its whole time is then extrapolated from the steps and views
-that were timed, and its losses mean nothing. Losses are relative to the variance of the features in
-the held-out views: "mean" brings the map to the grid by the mean over each cell, "own" by the
-downsampler that the recipe learns.
+Of a folder, photographs are chosen evenly by name. Results are written after each photograph, and
+a recipe that the file holds already is not run again, while the fast fit is. With --steps the
+recipe is cut short; its whole time is then extrapolated from the steps and views that were timed,
+and its losses mean nothing. Losses are relative to the variance of the features in the held-out
+views: "mean" brings the map to the grid by the mean over each cell, "own" by the downsampler that
+the recipe learns.
 """
 
 import argparse
@@ -15,12 +17,13 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 
 import upfeat
 from upfeat.training.implicit import FitConfig, fit_implicit
+from upfeat.training.implicit_files import find_photographs
 from upfeat.training.implicit_network import create_network_fit, train_network
 from upfeat.training.implicit_views import Observer, principal_components
 from upfeat.training.randomness import stream
@@ -76,9 +79,46 @@ def run_reference(guidance, backbone, config, steps, report):
     return {"curve": curve, "cpu_per_view": per_view, "cpu_per_step": per_step, "cpu_whole": whole}
 
 
+def measure(photo, backbone, config, steps, known):
+    start = time.process_time()
+    fast = fit_implicit(photo, backbone, config)
+    cpu = time.process_time() - start
+    print(photo.name, fast.facts["held_out"], cpu, flush=True)
+    shape = tuple(backbone.preprocess(photo, config.size).shape[-2:])
+    guidance = resize_image(upfeat.images.read_image(photo), shape)
+    config = replace(config, preset="reference")
+    reference = known or {
+        "steps": steps,
+        **run_reference(guidance, backbone, config, steps, lambda x: print(x, flush=True)),
+    }
+    return {
+        "photo": photo.name,
+        "size": list(shape),
+        "fast": {"cpu": cpu, "mean": fast.facts["held_out"], "views": fast.facts["views"]},
+        "reference": reference,
+        "ratio": reference["cpu_whole"] / cpu,
+    }
+
+
+def summary(rows):
+    last = [row["reference"]["curve"][-1] for row in rows]
+    best = [min(end["mean"], end["own"]) for end in last]
+    fast = [row["fast"]["mean"] for row in rows]
+    return {
+        "photos": len(rows),
+        "fast_no_worse": sum(f <= b for f, b in zip(fast, best, strict=True)),
+        "fast_mean": mean(fast),
+        "reference_mean": mean(end["mean"] for end in last),
+        "reference_own": mean(end["own"] for end in last),
+        "least_ratio": min(row["ratio"] for row in rows),
+        "median_ratio": median(row["ratio"] for row in rows),
+    }
+
+
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("photo", type=Path)
+    parser.add_argument("photos", type=Path, nargs="+")
+    parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--backbone", default="efficientnet_lite0")
@@ -88,25 +128,22 @@ def main():
     torch.set_num_threads(1)
     backbone = upfeat.load_backbone(options.backbone).requires_grad_(False)
     config = FitConfig(size=options.size)
-    start = time.process_time()
-    fast = fit_implicit(options.photo, backbone, config)
-    cpu = time.process_time() - start
-    print(fast.facts, cpu, flush=True)
-    shape = tuple(backbone.preprocess(options.photo, options.size).shape[-2:])
-    guidance = resize_image(upfeat.images.read_image(options.photo), shape)
-    config = replace(config, preset="reference")
-    steps = options.steps or config.steps
-    reference = run_reference(guidance, backbone, config, steps, lambda x: print(x, flush=True))
-    result = {
-        "photo": options.photo.name,
-        "size": list(shape),
-        "backbone": backbone.name,
-        "fast": {"cpu": cpu, "mean": fast.facts["held_out"], "views": fast.facts["views"]},
-        "reference": {"steps": steps, **reference},
-        "ratio": reference["cpu_whole"] / cpu,
-    }
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"ratio of processor time {result['ratio']:.0f}")
+    photos = find_photographs(options.photos)
+    count = min(options.count, len(photos))
+    photos = [photos[(2 * i + 1) * len(photos) // (2 * count)] for i in range(count)]
+    known, rows = {}, []
+    if options.output.is_file():
+        before = json.loads(options.output.read_text())["rows"]
+        known = {row["photo"]: row["reference"] for row in before}
+    steps = options.steps or FitConfig(preset="reference").steps
+    # Those that are known first, so that the file never holds fewer.
+    for photo in sorted(photos, key=lambda photo: photo.name not in known):
+        rows.append(measure(photo, backbone, config, steps, known.get(photo.name)))
+        if len(rows) < len(known):
+            continue
+        result = {"backbone": backbone.name, "threads": 1, **summary(rows), "rows": rows}
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+        print(summary(rows), flush=True)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ def test_without_its_image(photo, tmp_path, capsys):
         (["render", "none.safetensors", "-o", "x.npy"], "no such file"),
         (["render", "small.jpg", "-o", "x.npy"], "not a whole safetensors file"),
         (["render", "small.safetensors", "-o", "x.txt"], "cannot write .txt"),
+        (["render", "small.safetensors", "-o", "no/x.npy"], "there is no folder no"),
         (["render", "small.safetensors", "-o", "x.npy", "--size", "big"], "WIDTHxHEIGHT"),
         (["render", "small.safetensors", "-o", "x.npy", "--size", "0x5"], "WIDTHxHEIGHT"),
     ],

@@ -11,20 +11,27 @@ import upfeat
 from upfeat import losses
 from upfeat.backbones import Backbone
 from upfeat.training.implicit import FitConfig, fit_guidance
-from upfeat.training.implicit_kernel import KernelFit, spread_anchors
-from upfeat.training.implicit_network import create_network_fit, train_network
+from upfeat.training.implicit_kernel import KernelFit, _details, _translate, spread_anchors
+from upfeat.training.implicit_network import (
+    Waves,
+    create_network_fit,
+    evaluate_waves,
+    train_network,
+)
 from upfeat.training.implicit_upsampler import ImplicitUpsampler
 from upfeat.training.implicit_views import (
     Observer,
     pooled_matrices,
     principal_components,
     show,
+    zoomed_jitters,
 )
 from upfeat.upsamplers.implicit import ImplicitFeatures
+from upfeat.upsamplers.implicit_fields import NetworkField
 from upfeat.views import apply_jitter, sample_jitters
 
 VIEWS = {"max_pad": 6, "max_zoom": 1.8}
-FAST = FitConfig(views=24, held_out=6, anchors=200, max_pad=6, components=8)
+FAST = FitConfig(views=24, zoomed_views=8, held_out=6, anchors=200, max_pad=6, components=8)
 REFERENCE = dataclasses.replace(FAST, preset="reference", views=8, steps=4, views_per_step=3)
 
 
@@ -83,12 +90,78 @@ def test_the_design_is_what_views_do_to_the_map():
     basis = principal_components(seen, 5, whiten=True)
     fit = KernelFit(guidance, watch, basis, anchors=60, seed=0)
     fit.add(views, seen)
-    field, _ = fit.solve()
+    field, _ = fit.solve(0.0)
     drawn = ImplicitFeatures(field, guidance, basis.components, basis.mean).render(fit.map_size)
     expected = show(drawn[0], *pooled_matrices(views, fit.map_size, (6, 8)))
     design = torch.cat(list(fit._designs(views))) @ field.coefficients
     found = (design @ basis.components + basis.mean).view(5, 6, 8, 5).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+class Accented(Pooled):
+    """Says magnified images in other words: its channels are mixed by how fine the image is."""
+
+    def extract(self, x):
+        seen = super().extract(x)
+        fineness = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3), keepdim=True)
+        return seen + 4 * fineness * seen.roll(1, dims=1)
+
+
+@pytest.mark.parametrize(("kind", "most"), [(Pooled, 0.8), (Accented, 1.05)])
+def test_details_of_magnified_views_help_and_do_no_harm_in_another_language(kind, most):
+    backbone, guidance = kind(), scene()
+    few = dataclasses.replace(FAST, views=8, zoomed_views=0)
+    more = dataclasses.replace(few, zoomed_views=32)
+    image = (guidance[None].float() / 255 - backbone.mean) / backbone.std
+    truth = backbone.full(image)
+    without, with_details = (
+        float((fit_guidance(guidance, backbone, config).render() - truth).square().mean())
+        for config in (few, more)
+    )
+    assert with_details < most * without
+
+
+def test_a_translation_undoes_a_linear_map():
+    known = torch.randn(500, 4)
+    turn = torch.linalg.qr(torch.randn(4, 4)).Q
+    spoken = 2 * known @ turn + torch.randn(4)
+    assert (_translate(spoken, known) - known).square().mean() < 0.01
+    assert torch.equal(_translate(torch.ones(5, 3), torch.ones(5, 2)), torch.ones(5, 2))
+
+
+def test_details_have_no_constant_and_no_slope():
+    y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij")
+    slope = (2 * y - x + 5).flatten()[:, None]
+    inside = _details(slope, (6, 8)).view(6, 8)[1:-1, 1:-1]
+    torch.testing.assert_close(inside, torch.zeros(4, 6), rtol=0, atol=1e-5)
+    torch.testing.assert_close(_details(torch.ones(3, 2), (1, 3)), torch.zeros(3, 2))
+
+
+def test_slack_gives_smoother_maps_for_little_loss():
+    backbone, guidance = Pooled(), scene()
+    fits = [
+        fit_guidance(guidance, backbone, dataclasses.replace(FAST, slack=slack))
+        for slack in (0.0, 0.5)
+    ]
+    least, smooth = (fit.facts["held_out"] for fit in fits)
+    lengths = [fit.field.coefficients.square().sum() for fit in fits]
+    assert lengths[1] < lengths[0]
+    assert least <= smooth < 1.6 * least
+
+
+@pytest.mark.parametrize("size", [(32, 32), (224, 300)])
+def test_magnified_views_lie_in_the_image_and_cover_most_of_it(size):
+    views = zoomed_jitters(32, size=size, generator=torch.Generator().manual_seed(0))
+    assert float(views.zoom.min()) >= 1.7
+    assert float(views.zoom.max()) <= 3.5
+    corners = torch.tensor([[0.0, 0.0], [size[0] - 1.0, size[1] - 1.0]])
+    ends = (views.offset + torch.tensor(size)) / views.zoom[:, None]
+    assert bool((ends <= torch.tensor(size) + 2 * views.pad).all())
+    grid = (torch.cartesian_prod(torch.arange(15), torch.arange(15)) + 0.5) / 15
+    shown = views.to_view(grid * corners[1])
+    inside = ((shown >= 0) & (shown <= corners[1])).all(-1)  # (views, points)
+    assert inside.any(0).float().mean() > 0.85
+    assert len(zoomed_jitters(0, size=size, generator=torch.Generator())) == 0
 
 
 def test_showing_is_warping_and_averaging():
@@ -183,9 +256,9 @@ def test_fewer_observations_than_components():
 def test_more_views_are_used_only_while_they_help():
     backbone, guidance = Pooled(), scene()
     eager = dataclasses.replace(FAST, views=128, tolerance=0.9)
-    assert fit_guidance(guidance, backbone, eager).facts["views"] == 64
+    assert fit_guidance(guidance, backbone, eager).facts["views"] == 64 + 8
     patient = dataclasses.replace(FAST, views=40, tolerance=0)
-    assert fit_guidance(guidance, backbone, patient).facts["views"] == 40
+    assert fit_guidance(guidance, backbone, patient).facts["views"] == 40 + 8
 
 
 def test_nan_features_are_named():
@@ -218,7 +291,7 @@ def test_progress_is_told():
     steps = []
     fit_guidance(scene(), Pooled(), FAST, on_step=steps.append)
     assert steps[-1].features is not None
-    assert steps[-1].done <= steps[-1].total == 30
+    assert steps[-1].done <= steps[-1].total == 38
     assert all(a.done <= b.done for a, b in itertools.pairwise(steps))
 
 
@@ -231,6 +304,8 @@ def test_progress_is_told():
         ({"steps": 0}, "steps=0"),
         ({"learning_rate": 0.0}, "learning_rate"),
         ({"tolerance": 1.0}, "tolerance"),
+        ({"slack": -0.1}, "slack"),
+        ({"zoomed_views": -1}, "zoomed_views=-1"),
     ],
 )
 def test_bad_settings(changes, words):
@@ -253,13 +328,13 @@ def test_the_published_fit_learns(downsampler):
     assert fit.own_held_out_loss(watch, basis) < 0.8 * before
 
 
-def test_views_one_by_one_have_the_gradient_of_all_at_once():
+@pytest.mark.parametrize("downsampler", ["attention", "simple"])
+def test_folded_views_have_the_gradient_of_views_that_are_made(downsampler):
     guidance = scene(24, 32)
-    backbone = Pooled(4)
-    watch = observer(guidance, backbone)
+    watch = observer(guidance, Pooled(4))
     seen = watch.held_features
     basis = principal_components(seen, 4, whiten=False)
-    fit = create_network_fit(guidance, basis, stride=8, downsampler="attention", seed=0)
+    fit = create_network_fit(guidance, basis, stride=8, downsampler=downsampler, seed=0)
     fit.eval()
     targets = basis.encode(seen)
     loss = fit.backward(watch.held, targets, torch.Generator())
@@ -269,7 +344,7 @@ def test_views_one_by_one_have_the_gradient_of_all_at_once():
     values = fit.coordinates()
     length = losses.magnitude(values)
     shown = apply_jitter(torch.cat([length, values], dim=1), watch.held)
-    shown = fit.downsample(shown, (3, 4))
+    shown = fit.downsampler(shown, (3, 4))
     whole = losses.gaussian_reconstruction(shown[:, 1:], targets, fit.uncertainty(targets))
     whole = whole + 1e-3 * losses.magnitude_consistency(shown[:, :1], targets)
     whole = whole + 0.05 * losses.total_variation(length) + 0.1 * losses.blur_pin(values)
@@ -277,6 +352,24 @@ def test_views_one_by_one_have_the_gradient_of_all_at_once():
     assert loss == pytest.approx(float(whole.detach()), rel=1e-4)
     for gradient, parameter in zip(found, fit.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_waves_give_the_values_and_gradients_of_the_network(training):
+    places, colours = torch.rand(50, 2).double(), torch.rand(50, 3).double()
+    found = []
+    for evaluate in (
+        lambda field: evaluate_waves(field, Waves.of(field, places, colours)),
+        lambda field: field(places, colours),
+    ):
+        field = NetworkField(6, generator=torch.Generator().manual_seed(0)).double().train(training)
+        nn.init.normal_(field.norm_inputs.weight, generator=torch.Generator().manual_seed(1))
+        nn.init.normal_(field.norm_inputs.bias, generator=torch.Generator().manual_seed(2))
+        values = evaluate(field)
+        values.square().sum().backward()
+        found.append([values.detach(), *(parameter.grad for parameter in field.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-8)
 
 
 def test_as_an_upsampler(tmp_path):

@@ -156,6 +156,8 @@ def write_rendering(
     suffix = path.suffix.lower()
     if suffix not in RENDERINGS:
         raise ValueError(f"{path}: cannot write {suffix or 'this'}; use {', '.join(RENDERINGS)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
     if suffix in _PICTURES:
         with replacing(path) as temporary:
             draw(features, output_size).save(temporary)

@@ -4,6 +4,10 @@ A view's features are, up to noise, a linear map of the features sought: warp, t
 each cell. With fixed basis functions of place and colour (``KernelField``), their images under that
 map are the columns of a design matrix, and the coefficients of all channels at once are one ridge
 regression. Gradient descent does the same in thousands of passes over thousands of views.
+
+Magnified views show more detail, but a backbone speaks of magnified things in other words, which no
+map can reconcile. Their features are therefore translated by a linear map, learnt from the image's
+own views, and of the result only what differs between neighbouring cells is taken.
 """
 
 from __future__ import annotations
@@ -11,8 +15,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.training.implicit_views import (
@@ -20,6 +26,7 @@ from upfeat.training.implicit_views import (
     Observer,
     pooled_matrices,
     principal_components,
+    show,
 )
 from upfeat.training.randomness import stream
 from upfeat.upsamplers.implicit import sample_colours
@@ -30,11 +37,12 @@ SCALES = ((0.75, 0.3, 0.7), (1.0, 3.0, 0.3))
 """The kernel: standard deviation in cells, in colour, weight. The second part hardly looks at
 colour: where a colour is unlike all anchors, what remains is the place."""
 NUGGET = 1e-3
-PENALTIES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
-# Of penalties that do about equally well on held-out views, the largest: the smoothest map.
-_EQUALLY_WELL = 1.003
+PENALTIES = (1e-3, 1e-2, 1e-1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# Of the translation of magnified views, relative to the variance of their coordinates.
+_TRANSLATION_PENALTY = 0.03
 _CANDIDATES = 8192
 _ROWS = 1024
+_FIRST_ROUND = 32
 # Numbers in the table of basis functions over the map: 512 MiB.
 _TABLE = 1 << 27
 _VIEWS_AT_ONCE = 8
@@ -98,21 +106,35 @@ class KernelFit:
         for design, target in zip(self._designs(views), targets, strict=True):
             self.regression.add(design, target)
 
-    def solve(self) -> tuple[KernelField, float]:
-        """Solve with the penalty that suits each component's held-out views best.
+    def add_details(self, views: Jitter, features: Tensor) -> None:
+        """Take in magnified views: differences of neighbouring cells, in the other views' words.
+
+        Args:
+            views: N, magnified so far that features at their grid are details.
+            features: (N, C, h, w), what the backbone sees in them.
+        """
+        grid_size = self.observer.grid_size
+        drawn = self.table.flatten(0, 1) @ self._coefficients(0.0)  # (H'·W', k)
+        drawn = drawn.T.reshape(-1, *self.map_size)
+        known = show(drawn, *pooled_matrices(views, self.map_size, grid_size))
+        known = known.permute(0, 2, 3, 1).flatten(0, 2)  # (N·h·w, k)
+        translated = _details(_translate(self._targets(features), known), grid_size)
+        parts = translated.split(_VIEWS_AT_ONCE * math.prod(grid_size))
+        for design, target in zip(self._designs(views), parts, strict=True):
+            self.regression.add(_details(design, grid_size), target)
+
+    def solve(self, slack: float) -> tuple[KernelField, float]:
+        """Solve; each component has its own penalty.
+
+        Args:
+            slack: of the penalties whose held-out loss exceeds the least by no more than this
+                share, the largest is taken: the smoothest map.
 
         Returns:
             The field, and the mean squared error of the held-out views' features.
         """
-        solutions = [self.regression.solve(penalty) for penalty in PENALTIES]
-        errors = torch.stack(
-            [(self.held @ x - self.held_targets).square().mean(0) for x in solutions]
-        )  # (penalties, k)
-        good = errors <= errors.amin(0) * _EQUALLY_WELL
-        best = good.long().cumsum(0).argmax(0)  # the last good one
-        coefficients = torch.stack(solutions)[best, :, torch.arange(len(best))].T
         # Rounded as they are stored: a file draws what its fit drew, to the last bit.
-        coefficients = coefficients.half().float().contiguous()
+        coefficients = self._coefficients(slack).half().float().contiguous()
         field = KernelField(
             self.anchors,
             self.scales,
@@ -123,6 +145,16 @@ class KernelFit:
         errors = (self.held @ coefficients - self.held_targets).square().mean(0)
         explained = float(errors @ self.basis.components.square().sum(1))
         return field, explained / self.basis.components.shape[1] + self.outside
+
+    def _coefficients(self, slack: float) -> Tensor:
+        """Coefficients (M, k) as :meth:`solve` chooses them."""
+        solutions = [self.regression.solve(penalty) for penalty in PENALTIES]
+        errors = torch.stack(
+            [(self.held @ x - self.held_targets).square().mean(0) for x in solutions]
+        )  # (penalties, k)
+        good = errors <= errors.amin(0) * (1 + slack)
+        best = good.long().cumsum(0).argmax(0)  # the last good one
+        return torch.stack(solutions)[best, :, torch.arange(len(best))].T
 
     def _table(self, positions: Tensor) -> Tensor:
         """Every basis function at every pixel of the map, whitened: (H', W', M)."""
@@ -156,15 +188,17 @@ def fit_kernel(
     guidance: Tensor,
     observer: Observer,
     views: Jitter,
+    zoomed: Jitter,
     *,
     components: int,
     anchors: int,
     tolerance: float,
+    slack: float,
     seed: int,
     on_round: Callable[[KernelField, Basis, int], None],
     on_views: Callable[[int], None],
-) -> tuple[KernelField, Basis, int]:
-    """Add views until held-out views are explained no better.
+) -> None:
+    """Add views until held-out views are explained no better; then the details of magnified ones.
 
     Views are looked at in rounds, each doubling their number.
 
@@ -172,34 +206,38 @@ def fit_kernel(
         guidance: (3, H, W) uint8.
         observer: of the same image.
         views: to look at, at most; every prefix should be well spread.
+        zoomed: magnified views; may be none.
         components: of the basis, at most.
         anchors: basis functions, at most.
         tolerance: stop when a round lowers the held-out loss by less than this share.
+        slack: of the choice of penalties, as :meth:`KernelFit.solve` takes it.
         seed: draws the candidates for anchors.
-        on_round: is given the field, its basis and the number of views after every round.
+        on_round: is given the field, its basis and the number of views after every round; the last
+            one is the result.
         on_views: is told how many views have been looked at.
-
-    Returns:
-        What ``on_round`` was given last.
     """
-    done, goal = 0, min(32, len(views))
+    goal = min(_FIRST_ROUND, len(views))
     features = observer.observe(views[slice(0, goal)], on_views)
     basis = principal_components(features, components, whiten=True)
     fit = KernelFit(guidance, observer, basis, anchors=anchors, seed=seed)
+    fit.add(views[slice(0, goal)], features)
+    field, loss = fit.solve(slack)
+    on_round(field, basis, goal)
     last = math.inf
-    while True:
-        fit.add(views[slice(done, goal)], features)
-        field, loss = fit.solve()
-        on_round(field, basis, goal)
-        if goal == len(views) or loss > last * (1 - tolerance):
-            return field, basis, goal
+    while goal < len(views) and loss <= last * (1 - tolerance):
         last, done, goal = loss, goal, min(2 * goal, len(views))
-        so_far = done
+        added = views[slice(done, goal)]
+        fit.add(added, observer.observe(added, partial(_tell, on_views, done)))
+        field, loss = fit.solve(slack)
+        on_round(field, basis, goal)
+    if len(zoomed):
+        fit.add_details(zoomed, observer.observe(zoomed, partial(_tell, on_views, goal)))
+        field, _ = fit.solve(slack)
+        on_round(field, basis, goal + len(zoomed))
 
-        def tell(n: int, so_far: int = so_far) -> None:
-            on_views(so_far + n)
 
-        features = observer.observe(views[slice(done, goal)], tell)
+def _tell(on_views: Callable[[int], None], before: int, n: int) -> None:
+    on_views(before + n)
 
 
 def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tensor:
@@ -232,6 +270,23 @@ def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     first, last = int(seen[0]), int(seen[-1]) + 1
     wide = columns @ table[first:last]  # (H'', w, M)
     return (rows[:, first:last] @ wide.flatten(1)).view(-1, table.shape[2])
+
+
+def _details(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """What differs from the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
+    maps = x.view(-1, *grid_size, x.shape[1]).permute(0, 3, 1, 2)
+    around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return (maps - around).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _translate(spoken: Tensor, known: Tensor) -> Tensor:
+    """The linear map of (N, k) that says (N, k) best, by ridge regression, applied: (N, k)."""
+    x, y = spoken.double(), known.double()
+    x, mean = x - x.mean(0), y.mean(0)
+    gram = x.T @ x / len(x)
+    gram.diagonal().add_(_TRANSLATION_PENALTY * float(gram.diagonal().mean()) + 1e-9)
+    factor = torch.linalg.cholesky(gram)
+    return (x @ torch.cholesky_solve(x.T @ (y - mean) / len(x), factor) + mean).float()
 
 
 def _map_size(size: tuple[int, int], grid_size: tuple[int, int], anchors: int) -> tuple[int, int]:

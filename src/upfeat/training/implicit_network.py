@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,52 @@ from upfeat.training.implicit_views import Basis, Observer
 from upfeat.training.randomness import stream
 from upfeat.upsamplers.implicit import sample_colours
 from upfeat.upsamplers.implicit_fields import NetworkField
-from upfeat.views import Jitter, apply_jitter
+from upfeat.views import Jitter
+
+
+class Waves(NamedTuple):
+    """What the network's inputs at all pixels are made of, whatever its phases.
+
+    With a the angles, sin(a + p) = sin a · cos p + cos a · sin p: the inputs are a linear map of
+    constants, which goes into the first layer. Their squares, for the channel norm, are a linear
+    map of the waves of 2a. So no step makes the 303 inputs of every pixel, nor their gradients.
+    """
+
+    inputs: Tensor
+    """(N, 303): sin a, cos a, scaled colours."""
+    squares: Tensor
+    """(N, 301): cos 2a, sin 2a, and the sum of the colours' squares."""
+
+    @staticmethod
+    @torch.no_grad()
+    def of(field: NetworkField, places: Tensor, colours: Tensor) -> Waves:
+        """Tabulate the waves at places (N, 2) of colours (N, 3)."""
+        angles, colours = field.angles(places, colours)
+        angles = angles.double()
+        inputs = torch.cat([angles.sin(), angles.cos(), colours], dim=1)
+        length = colours.square().sum(1, keepdim=True)
+        squares = torch.cat([(2 * angles).cos(), (2 * angles).sin(), length], dim=1)
+        return Waves(inputs.to(places.dtype), squares.to(places.dtype))
+
+
+def evaluate_waves(field: NetworkField, waves: Waves) -> Tensor:
+    """The field at the places of the waves: what ``field(places, colours)`` is, (N, k)."""
+    n = waves.inputs.shape[1]
+    kept, first = field.kept(n), field.first
+    assert isinstance(first, nn.Linear)
+    weight = first.weight * (field.norm_inputs.weight * kept)  # (hidden, 303)
+    offset = first.bias + first.weight @ (field.norm_inputs.bias * kept)
+    mean = weight.new_full((1, n), 1 / n)
+    (sin1, sin2), (cos1, cos2) = field.phases.flatten(1).sin(), field.phases.flatten(1).cos()
+    sines, cosines, rest = torch.cat([weight, mean]).tensor_split([len(sin1), 2 * len(sin1)], dim=1)
+    turned = torch.cat([sines * cos1 - cosines * sin2, sines * sin1 + cosines * cos2, rest], dim=1)
+    x, mean = (waves.inputs @ turned.T).split([len(weight), 1], dim=1)
+    twice_cos, twice_sin = (2 * field.phases.flatten(1)).cos(), (2 * field.phases.flatten(1)).sin()
+    parts = [twice_cos[1] - twice_cos[0], twice_sin[0] - twice_sin[1], twice_sin.new_full((1,), 2)]
+    # sin²(a + p) + cos²(a + q) = 1 + (cos(2a + 2q) − cos(2a + 2p)) / 2
+    square = (len(sin1) + (waves.squares @ torch.cat(parts) / 2)[:, None]) / n
+    scale = (square - mean.square() + field.norm_inputs.eps).rsqrt()
+    return field.after_first((x - mean * weight.sum(1)) * scale + offset)
 
 
 @dataclass
@@ -28,47 +74,44 @@ class NetworkFit:
     field: NetworkField
     downsampler: AttentionDownsampler | SimpleDownsampler
     uncertainty: losses.SpatialUncertainty
-    places: Tensor
-    colours: Tensor
+    waves: Waves
     size: tuple[int, int]
 
     def coordinates(self) -> Tensor:
         """The whole map in the basis, (1, k, H, W)."""
-        values = self.field(self.places, self.colours)  # (H·W, k)
+        values = evaluate_waves(self.field, self.waves)  # (H·W, k)
         return values.T.reshape(1, -1, *self.size)
 
     def backward(self, views: Jitter, targets: Tensor, generator: torch.Generator) -> float:
         """Add the objective's gradient for views and their features (N, k, h, w) in the basis.
 
-        Views go one by one, from the drawn map and back to it, so that memory holds one of them;
-        the network is passed through once.
+        The network is passed through once, the map of coordinates once for each view.
 
         Returns:
             The objective.
         """
         drawn = self.coordinates()
         values = drawn.detach().requires_grad_()
-        total = 0.0
-        for view, target in zip(views, targets.split(1), strict=True):
-            loss = self.view_loss(values, view, target, generator) / len(views)
-            loss.backward()
-            total += float(loss.detach())
-        loss = self.prior_loss(values)
+        loss = self.views_loss(values, views, targets, generator) + self.prior_loss(values)
         loss.backward()
         drawn.backward(values.grad)
-        return total + float(loss.detach())
+        return float(loss.detach())
 
-    def view_loss(
-        self, values: Tensor, view: Jitter, target: Tensor, generator: torch.Generator | None
+    def views_loss(
+        self, values: Tensor, views: Jitter, targets: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        """How badly the map (1, k, H, W) explains one view's features (1, k, h, w)."""
-        grid_size = (target.shape[2], target.shape[3])
-        shown = apply_jitter(torch.cat([losses.magnitude(values), values], dim=1), view)
-        shown = self.downsample(shown, grid_size, generator)
+        """How badly the map (1, k, H, W) explains the features of views, (N, k, h, w); the mean.
+
+        The map is never shown as the views show it: the downsampler's weights, one channel, are
+        carried back to it instead.
+        """
+        grid_size = (targets.shape[2], targets.shape[3])
+        both = torch.cat([losses.magnitude(values), values], dim=1)
+        shown = self.downsample(both, grid_size, views, generator)
         reconstruction = losses.gaussian_reconstruction(
-            shown[:, 1:], target, self.uncertainty(target)
+            shown[:, 1:], targets, self.uncertainty(targets)
         )
-        lengths = losses.magnitude_consistency(shown[:, :1], target)
+        lengths = losses.magnitude_consistency(shown[:, :1], targets)
         return reconstruction + losses.IMPLICIT_MAGNITUDE_WEIGHT * lengths
 
     def prior_loss(self, values: Tensor) -> Tensor:
@@ -80,12 +123,16 @@ class NetworkFit:
         )
 
     def downsample(
-        self, shown: Tensor, grid_size: tuple[int, int], generator: torch.Generator | None = None
+        self,
+        values: Tensor,
+        grid_size: tuple[int, int],
+        views: Jitter,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """(N, 1 + k, H, W), magnitude first, to (N, 1 + k, h, w)."""
+        """(1, 1 + k, H, W), magnitude first, as N views show it at the grid: (N, 1 + k, h, w)."""
         if isinstance(self.downsampler, SimpleDownsampler):
-            return self.downsampler(shown, grid_size)
-        return self.downsampler(shown, grid_size, generator=generator)
+            return self.downsampler(values, grid_size, jitter=views)
+        return self.downsampler(values, grid_size, jitter=views, generator=generator)
 
     @torch.no_grad()
     def own_held_out_loss(self, observer: Observer, basis: Basis) -> float:
@@ -95,7 +142,7 @@ class NetworkFit:
         values = torch.cat([losses.magnitude(values), values], dim=1)
         total = 0.0
         for view, target in zip(observer.held, observer.held_features, strict=True):
-            shown = self.downsample(apply_jitter(values, view), observer.grid_size)[0, 1:]
+            shown = self.downsample(values, observer.grid_size, view)[0, 1:]
             guess = torch.einsum("khw,kc->chw", shown, basis.components)
             total += float((guess + basis.mean[:, None, None] - target).square().mean())
         return total / len(observer.held)
@@ -144,7 +191,7 @@ def create_network_fit(
         made = SimpleDownsampler(taps)
     uncertainty = losses.SpatialUncertainty(k, generator=stream(seed, "uncertainty"))
     colours = sample_colours(guidance, places)
-    return NetworkFit(field, made, uncertainty, places.float(), colours, size)
+    return NetworkFit(field, made, uncertainty, Waves.of(field, places.float(), colours), size)
 
 
 def train_network(

@@ -114,6 +114,35 @@ class Observer:
         return float(flat.var(1, correction=0).mean())
 
 
+def zoomed_jitters(
+    n: int,
+    *,
+    size: tuple[int, int],
+    lowest: float = 1.7,
+    highest: float = 3.5,
+    pad: float = 4,
+    generator: torch.Generator,
+) -> Jitter:
+    """Draw magnified views that cover place and magnification evenly.
+
+    Args:
+        n: how many; may be 0.
+        size: (height, width) of the image.
+        lowest: magnification; its logarithm is spread evenly.
+        highest: likewise.
+        pad: reflected border, pixels.
+        generator: draws the scrambling of the sequence.
+    """
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    uniform = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed)
+    drawn = uniform.draw(n, dtype=torch.float64) if n else torch.zeros(0, 4, dtype=torch.float64)
+    zoom = lowest * (highest / lowest) ** drawn[:, 0]
+    extent = drawn.new_tensor(size)
+    room = ((extent + 2 * pad) * zoom[:, None] - extent).floor()
+    offset = (drawn[:, 1:3] * (room + 1)).floor().minimum(room)
+    return Jitter(size, torch.full((n, 2), float(pad)), zoom, offset, drawn[:, 3] < 0.5)
+
+
 def pooled_matrices(
     views: Jitter, map_size: tuple[int, int] | torch.Size, grid_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:

@@ -250,23 +250,35 @@ class NetworkField(nn.Module):
         parts = zip(places.split(_NETWORK_CHUNK), colours.split(_NETWORK_CHUNK), strict=True)
         return torch.cat([self._evaluate(*part) for part in parts])
 
-    def _evaluate(self, places: Tensor, colours: Tensor) -> Tensor:
+    def angles(self, places: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
+        """What the waves are of, without their phases: (N, 150), and the scaled colours (N, 3)."""
         colours = (colours - self.low) / (self.high - self.low) - 0.5
         inputs = torch.cat([places - 0.5, colours], dim=1)  # (N, 5)
         frequencies = torch.linspace(-2, 10, self.n_frequencies, device=places.device).exp()
-        angles = inputs[:, :, None] * frequencies  # (N, 5, 30)
-        waves = [(angles + self.phases[0]).sin(), (angles + self.phases[1]).cos()]
-        x = torch.cat([*(wave.flatten(1) for wave in waves), colours], dim=1)  # (N, 303)
-        x = self._drop(self.norm_inputs(x))
-        x = self.norm_hidden(self._drop(F.relu(self.first(x))))
+        return (inputs[:, :, None] * frequencies).flatten(1), colours
+
+    def kept(self, channels: int) -> Tensor:
+        """Draw factors (channels,): whole channels are dropped, the same at every point.
+
+        As 2-D dropout does for one image; ones when not training.
+        """
+        device = self.phases.device
+        if not self.training or self.dropout == 0:
+            return torch.ones(channels, device=device)
+        drawn = torch.rand(channels, generator=self.generator, device=device)
+        return (drawn >= self.dropout) / (1 - self.dropout)
+
+    def after_first(self, x: Tensor) -> Tensor:
+        """What follows the first linear layer: (N, hidden) -> (N, k)."""
+        x = self.norm_hidden(F.relu(x) * self.kept(x.shape[1]))
         return self.last(F.relu(self.second(x)))
 
-    def _drop(self, x: Tensor) -> Tensor:
-        """Drop whole channels, the same at every point, as 2-D dropout does for one image."""
-        if not self.training or self.dropout == 0:
-            return x
-        kept = torch.rand(x.shape[1], generator=self.generator, device=x.device) >= self.dropout
-        return x * (kept / (1 - self.dropout))
+    def _evaluate(self, places: Tensor, colours: Tensor) -> Tensor:
+        angles, colours = self.angles(places, colours)
+        first, second = self.phases.flatten(1)
+        x = torch.cat([(angles + first).sin(), (angles + second).cos(), colours], dim=1)  # (N, 303)
+        x = self.norm_inputs(x)
+        return self.after_first(self.first(x * self.kept(x.shape[1])))
 
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Field`."""
