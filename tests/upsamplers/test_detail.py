@@ -118,13 +118,8 @@ def test_other_features_and_bad_options_are_refused():
     up = _make()
     with pytest.raises(ValueError, match="features has 5 channels but this DetailUpsampler is"):
         up(torch.randn(1, 5, 3, 4), torch.randn(1, 3, 48, 64))
-    for options in (
-        {"width": 1},
-        {"depth": -1},
-        {"widening": 0.0},
-        {"radius": 0},
-        {"back_projections": -1},
-    ):
+    wrong = {"width": 1, "depth": -1, "widening": 0.0, "radius": 0, "back_projections": -1}
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             upfeat.DetailUpsampler(4, **{name: value})
     with pytest.raises(ValueError, match="embed_dim=0"):
