@@ -134,6 +134,7 @@ def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):
 
 def test_every_setting_has_a_flag():
     others = {"out": "-o", "upsampler_options": "--option", "tensorboard": "--tensorboard"}
+    others["frozen"] = "--config, or --preset"
     assert {field.name for field in fields(TrainConfig)} == {*command._FLAGS, *others}
 
 

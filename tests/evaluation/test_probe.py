@@ -22,7 +22,11 @@ from upfeat.upsamplers import create_upsampler
 def _case(name):
     torch.manual_seed(0)
     mixes = name in ("jbu_stack", "jbu_stack_efficientnet_lite0")
-    upsampler = upfeat.JBUStack(5).eval() if mixes else create_upsampler(name)
+    if name.startswith("detail"):
+        upsampler = upfeat.DetailUpsampler(5, query_dim=8, levels=2, width=4, depth=1).eval()
+        torch.nn.init.normal_(upsampler.detail.weight)
+    else:
+        upsampler = upfeat.JBUStack(5).eval() if mixes else create_upsampler(name)
     features, guidance = torch.randn(1, 5, 4, 6), torch.randn(1, 3, 32, 48)
     return upsampler, features, guidance, Head(torch.randn(7, 5), torch.randn(7))
 

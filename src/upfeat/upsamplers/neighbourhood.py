@@ -59,9 +59,9 @@ class PyramidEncoder(nn.Module):
             if min(scales[-1].shape[-2:]) < 2:
                 break
             scales.append(correction(_halve(scales[-1])))
-        out = self.join[len(scales) - 1](scales.pop())
+        out = _pointwise(self.join[len(scales) - 1], scales.pop())
         while scales:  # each is let go once it is used: at full size they are the largest tensors
-            finer = self.join[len(scales) - 1](scales.pop())
+            finer = _pointwise(self.join[len(scales) - 1], scales.pop())
             size = (finer.shape[2], finer.shape[3])
             above = F.interpolate(out, size=size, mode="bilinear", align_corners=False)
             out = finer + above if torch.is_grad_enabled() else finer.add_(above)
@@ -74,21 +74,37 @@ class _Correction(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.hidden = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
+        hidden = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
+        self.hidden = hidden.to(memory_format=torch.channels_last)
         self.last = nn.Conv2d(width, width, 1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) -> the same."""
-        return x + self.last(F.gelu(self.hidden(x)))
+        # The convolution is twice as fast channels last, and the product reads either.
+        inner = F.gelu(self.hidden(x.contiguous(memory_format=torch.channels_last)))
+        return x + _pointwise(self.last, inner)
+
+
+def _pointwise(layer: nn.Module, x: Tensor) -> Tensor:
+    """A 1×1 convolution as a matrix product, on a CPU six times as fast as the convolution."""
+    assert isinstance(layer, nn.Conv2d)
+    assert layer.bias is not None
+    weight = layer.weight.flatten(1).expand(len(x), -1, -1)
+    # Channels-last maps are columns as they lie; others as well.
+    columns = x.flatten(2) if x.is_contiguous() else x.permute(0, 2, 3, 1).flatten(1, 2).mT
+    out = torch.baddbmm(layer.bias[:, None], weight, columns)
+    return out.unflatten(2, x.shape[2:])
 
 
 def _halve(x: Tensor) -> Tensor:
     """Mean over 2×2, sides rounded up; over wider, overlapping cells where a side is odd."""
     height, width = x.shape[-2:]
     if height % 2 == 0 and width % 2 == 0:
-        return F.avg_pool2d(x, 2)  # the same, several times as fast
+        # The same by sums of every other pixel, several times as fast.
+        rows = x[:, :, ::2] + x[:, :, 1::2]
+        return (rows[..., ::2] + rows[..., 1::2]) * 0.25
     return F.adaptive_avg_pool2d(x, (-(-height // 2), -(-width // 2)))
 
 
