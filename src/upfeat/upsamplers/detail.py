@@ -153,7 +153,7 @@ class DetailUpsampler(Upsampler):
             backend=backend,
         )
         # Channels last: a third faster on a CPU.
-        self.network = DetailNetwork(width, depth).to(memory_format=torch.channels_last)
+        self.network = DetailNetwork(width, depth).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.detail = nn.Conv2d(width, embed_dim, 1)
         self.channel_mix = nn.Conv2d(embed_dim, embed_dim, 1, bias=False)
         for layer in (self.detail, self.channel_mix):

@@ -75,7 +75,7 @@ class _Correction(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         hidden = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
-        self.hidden = hidden.to(memory_format=torch.channels_last)
+        self.hidden = hidden.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.last = nn.Conv2d(width, width, 1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)  # pyright: ignore[reportArgumentType]
