@@ -274,12 +274,18 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
 def _initial(
     cls: type[Upsampler], options: dict[str, Any], seed: int, backbones: Sequence[Backbone]
 ) -> Upsampler:
-    accepted = list(inspect.signature(cls).parameters)
+    parameters = inspect.signature(cls).parameters
+    accepted = list(parameters)
     for option in options:
         if option not in accepted:
             raise ValueError(f"upsampler_options: {unknown_name('option', option, accepted)}")
     if "embed_dim" in accepted and len(backbones) == 1:
         options = {"embed_dim": backbones[0].embed_dim, **options}
+    elif "embed_dim" in accepted and parameters["embed_dim"].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"upsampler={cls.name} belongs to one backbone, and {len(backbones)} are given; give "
+            "one, or upsampler=neighbourhood"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "initial upsampler"))
         return cls(**options)

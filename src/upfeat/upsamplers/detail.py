@@ -58,7 +58,11 @@ class DetailKernels:
     """Both steps of one guidance, and the maps of its detail."""
 
     def __init__(
-        self, first: NeighbourhoodKernels, last: NeighbourhoodKernels, maps: Tensor
+        self,
+        first: NeighbourhoodKernels,
+        last: NeighbourhoodKernels,
+        maps: Tensor,
+        detail: Tensor | None = None,
     ) -> None:
         """Keep the parts.
 
@@ -66,20 +70,21 @@ class DetailKernels:
             first: from the grid of the features to the finer one.
             last: from there to the output.
             maps: (B, width, *finer grid).
+            detail: (B, C, *finer grid), what is added between the steps; ``None`` for nothing.
         """
-        self.first, self.last, self.maps = first, last, maps
+        self.first, self.last, self.maps, self.detail = first, last, maps, detail
 
-    def __call__(self, features: Tensor, detail: Tensor | None = None) -> Tensor:
-        """(B, C, h, w), and (B, C, *finer grid) to add on the way -> (B, C, H, W)."""
-        return self.last(self._on_finer_grid(features, detail))
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, H, W)."""
+        return self.last(self._on_finer_grid(features))
 
-    def crop(self, features: Tensor, window: Window, detail: Tensor | None = None) -> Tensor:
+    def crop(self, features: Tensor, window: Window) -> Tensor:
         """See :meth:`Kernels.crop`."""
-        return self.last.crop(self._on_finer_grid(features, detail), window)
+        return self.last.crop(self._on_finer_grid(features), window)
 
-    def _on_finer_grid(self, features: Tensor, detail: Tensor | None) -> Tensor:
+    def _on_finer_grid(self, features: Tensor) -> Tensor:
         fine = self.first(features)
-        return fine if detail is None else fine + detail.to(fine.dtype)
+        return fine if self.detail is None else fine + self.detail.to(fine.dtype)
 
 
 class DetailUpsampler(Upsampler):
@@ -213,11 +218,10 @@ class DetailUpsampler(Upsampler):
     ) -> Tensor:
         """See :meth:`Upsampler.through`; heads apply to the detail's basis too."""
         assert isinstance(kernels, DetailKernels)
-        coarse = apply_head(mixed, head)
-        detail = self._detail(kernels.maps, head)
-        if window is None:
-            return kernels(coarse, detail)
-        return kernels.crop(coarse, window, detail)
+        adding = DetailKernels(
+            kernels.first, kernels.last, kernels.maps, self._detail(kernels.maps, head)
+        )
+        return super().through(adding, mixed, head=head, window=window)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
         """What is added to the features between the steps, (B, C, 2h, 2w)."""
