@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window, apply_head
 from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
-from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler, pooled_unit
+from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler, pointwise, pooled_unit
 
 FINER = 2
 """The grid on which detail is added is so many times finer than that of the features."""
@@ -49,9 +49,7 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) -> the same."""
-        inner = F.gelu(self.hidden(x)).permute(0, 2, 3, 1)
-        # As a matrix product, which channels-last maps need no copy for.
-        return x + F.linear(inner, self.last.weight.flatten(1), self.last.bias).permute(0, 3, 1, 2)
+        return x + pointwise(self.last, F.gelu(self.hidden(x)))
 
 
 class DetailKernels:
