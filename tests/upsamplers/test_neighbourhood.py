@@ -61,6 +61,31 @@ def test_a_crop_is_the_crop_of_the_whole(upsampler, size, back_projections):
         torch.testing.assert_close(kernels.crop(features, window), part, rtol=1e-4, atol=1e-5)
 
 
+@given(
+    size=st.tuples(SIDES, SIDES),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    shares=st.tuples(*[st.floats(0, 1)] * 4),
+    back_projections=st.integers(0, 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_crop_is_the_crop_of_the_whole(size, grid, shares, back_projections):
+    """Also of outputs smaller than the grid, at borders, and in cells of uneven sizes."""
+    torch.manual_seed(0)
+    up = upfeat.NeighbourhoodUpsampler(query_dim=4, levels=2, back_projections=back_projections)
+    up = up.double().requires_grad_(False)
+    top, left = (int(share * (side - 1)) for share, side in zip(shares, size, strict=False))
+    height = 1 + int(shares[2] * (size[0] - top - 1))
+    width = 1 + int(shares[3] * (size[1] - left - 1))
+    features = torch.randn(2, 3, *grid, dtype=torch.float64)
+    kernels = up.prepare(torch.randn(2, 3, 40, 50, dtype=torch.float64), grid, size)
+    window = Window(top, left, height, width)
+    expected = kernels(features)[:, :, top : window.bottom, left : window.right]
+    torch.testing.assert_close(kernels.crop(features, window), expected)
+    settled, corrected = kernels.settle(features)
+    torch.testing.assert_close(settled.crop(corrected, window), expected)
+    torch.testing.assert_close(settled(corrected), kernels(features))
+
+
 def _windows(height, width):
     windows = [Window(0, 0, 5, 7), Window(9, 13, 8, 11), Window(height - 2, 2, 2, 3)]
     return [one for one in windows if one.bottom <= height and one.right <= width]

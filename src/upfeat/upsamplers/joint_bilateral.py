@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import functional
-from upfeat.kernels.cells import cell_of_pixels
+from upfeat.kernels.cells import (
+    cell_of_pixels,
+    gather_cells,
+    gather_pixels,
+    scatter_pixels,
+    slots_of_cells,
+)
 from upfeat.kernels.window import window_radius
 from upfeat.upsamplers.base import Size, Upsampler, Window
 
@@ -42,30 +48,59 @@ class NeighbourhoodKernels:
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
-        weights = self.weights(Window(0, 0, *self.output_size))
-        if self.back_projections and self._pooled is None:
-            self._pooled = self._pool(weights)
-        features = self._correct(features)
+        weights = self._whole()
+        features = self._correct(features, weights)
         return functional.neighbourhood_upsample(features, weights.to(features.dtype))
 
     def crop(self, features: Tensor, window: Window) -> Tensor:
-        """See :meth:`Kernels.crop`."""
-        if self.back_projections and self._pooled is None:
-            self._pooled = self._pool(self.weights(Window(0, 0, *self.output_size)))
+        """See :meth:`Kernels.crop`; a matrix product for each cell that the window touches."""
         features = self._correct(features)
         weights = self.weights(window).to(features.dtype)
         radius = window_radius(weights.shape[1])
-        rows, columns = self.cells(window, features.device)
-        padded = F.pad(features, (radius,) * 4, mode="replicate")
-        out = features.new_zeros((*features.shape[:2], window.height, window.width))
-        for tap in range(weights.shape[1]):
-            row, column = divmod(tap, 2 * radius + 1)
-            shifted = padded.index_select(2, rows + row).index_select(3, columns + column)
-            out = torch.addcmul(out, shifted, weights[:, tap : tap + 1])
-        return out
+        starts, counts = (window.top, window.left), (window.height, window.width)
+        rows, columns = (
+            slots_of_cells(*axis)
+            for axis in zip(self.grid_size, self.output_size, starts, counts, strict=True)
+        )
+        # Only the cells that are read: the whole map may be many times larger.
+        first = (max(rows.first - radius, 0), max(columns.first - radius, 0))
+        features = features[
+            :,
+            :,
+            first[0] : rows.first + rows.cells + radius,
+            first[1] : columns.first + columns.cells + radius,
+        ]
+        rows = rows._replace(first=rows.first - first[0])
+        columns = columns._replace(first=columns.first - first[1])
+        around = gather_cells(features, radius, rows, columns).mT  # (B·cells, T, C)
+        out = torch.bmm(gather_pixels(weights, rows, columns), around)  # (B·cells, pixels, C)
+        return scatter_pixels(out, features.shape[0], rows, columns)
 
-    def _correct(self, features: Tensor) -> Tensor:
-        """Add what is lost when the output is averaged over cells, (B, C, h, w) -> the same."""
+    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
+        """Do what no window changes, once for any number of them.
+
+        Args:
+            features: (B, C, h, w).
+
+        Returns:
+            Kernels and features that give the same, with the corrections made already.
+        """
+        if not self.back_projections:
+            return self, features
+        plain = NeighbourhoodKernels(self.weights, self.grid_size, self.output_size)
+        return plain, self._correct(features)
+
+    def _whole(self) -> Tensor:
+        """The weights of all pixels."""
+        return self.weights(Window(0, 0, *self.output_size))
+
+    def _correct(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Add what is lost when the output is averaged over cells, (B, C, h, w) -> the same.
+
+        ``weights`` are those of all pixels, where they are at hand.
+        """
+        if self.back_projections and self._pooled is None:
+            self._pooled = self._pool(self._whole() if weights is None else weights)
         corrected = features
         for _ in range(self.back_projections):
             assert self._pooled is not None
@@ -89,12 +124,6 @@ class NeighbourhoodKernels:
         own = torch.zeros_like(pooled)
         own[:, weights.shape[1] // 2] = empty
         return pooled + own
-
-    def cells(self, window: Window, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The cell of every row and of every column of a window."""
-        (h, w), (height, width) = self.grid_size, self.output_size
-        rows = cell_of_pixels(h, height, window.top, window.height, device)
-        return rows, cell_of_pixels(w, width, window.left, window.width, device)
 
 
 def _membership(cells: int, length: int, like: Tensor) -> Tensor:
