@@ -1,10 +1,15 @@
 """Every part of lazy features equals the same part of the whole."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 import upfeat
 from upfeat.upsamplers import create_upsampler
+from upfeat.upsamplers.detail import DetailKernels
+from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 
 
 def _stack():
@@ -16,6 +21,13 @@ def _detail():
     torch.manual_seed(3)
     made = upfeat.DetailUpsampler(7, query_dim=8, levels=2, width=4, depth=1)
     torch.nn.init.normal_(made.detail.weight)
+    torch.nn.init.normal_(made.channel_mix.weight, std=0.3)
+    return made.eval().requires_grad_(False)
+
+
+def _neighbourhood():
+    torch.manual_seed(3)
+    made = upfeat.NeighbourhoodUpsampler(query_dim=8, levels=2, back_projections=2)
     return made.eval().requires_grad_(False)
 
 
@@ -25,6 +37,7 @@ UPSAMPLERS = {
     "bicubic": upfeat.Bicubic(),
     "joint_bilateral": upfeat.JointBilateral(),
     "jbu_stack": _stack(),
+    "neighbourhood": _neighbourhood(),
     "detail": _detail(),
 }
 
@@ -84,6 +97,134 @@ def test_project_similarity_and_pca(lazy):
     centred = full - found.mean[:, None, None]
     close(found.map, torch.einsum("bchw,kc->bkhw", centred, found.components))
     close(found.components @ found.components.T, torch.eye(2))
+
+
+SETTLING = {"neighbourhood": _neighbourhood, "detail": _detail}
+
+
+@pytest.fixture(params=SETTLING)
+def settling(request):
+    """Upsamplers of which a part is done once for all windows, to be changed by a test."""
+    return SETTLING[request.param]()
+
+
+def _inputs(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(1, 7, 5, 6, generator=generator)
+    return features, torch.randn(1, 3, 75, 101, generator=generator)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_what_no_window_changes_is_done_once(settling, mode, monkeypatch):
+    calls = []
+    for cls in (NeighbourhoodKernels, DetailKernels):
+        settle = cls.settle
+
+        def counted(self, features, settle=settle):
+            calls.append(type(self))
+            return settle(self, features)
+
+        monkeypatch.setattr(cls, "settle", counted)
+    with mode():
+        lazy = upfeat.UpsampledFeatures(*_inputs(), settling)
+        lazy.at(torch.tensor([[0.0, 0.0], [70.0, 90.0], [3.5, 80.0]]))
+        lazy.crop(31, 40, 9, 20)
+        lazy.similarity(torch.tensor([10.0, 20.0]))
+        lazy.full(torch.float64)
+    assert len(calls) == len(set(calls))
+
+
+def _times(name):
+    def change(lazy):
+        with torch.no_grad():
+            getattr(lazy, name).mul_(1.5)
+
+    return change
+
+
+def _other(lazy):
+    lazy.features = lazy.features + 1
+
+
+def _weights(lazy):
+    with torch.no_grad():
+        for parameter in lazy.upsampler.parameters():
+            parameter.mul_(1.1)
+
+
+CHANGES = {"features": _times("features"), "guidance": _times("guidance")}
+CHANGES |= {"other features": _other, "weights": _weights}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_nothing_is_kept_of_what_has_changed(settling, mode, change):
+    with mode():
+        features, guidance = (one.clone() for one in _inputs())
+        lazy = upfeat.UpsampledFeatures(features, guidance, settling)
+        before = lazy.crop(31, 40, 9, 20)
+        assert torch.equal(lazy.crop(31, 40, 9, 20), before)
+        CHANGES[change](lazy)
+        fresh = upfeat.UpsampledFeatures(lazy.features, lazy.guidance, settling)
+        expected = fresh.crop(31, 40, 9, 20)
+        assert not torch.allclose(before, expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(lazy.crop(31, 40, 9, 20), expected)
+        assert torch.equal(
+            lazy.at(torch.tensor([[3.5, 7.5]])), fresh.at(torch.tensor([[3.5, 7.5]]))
+        )
+        assert torch.equal(lazy.full(), fresh.full())
+
+
+def test_mixed_features_changed_in_place_are_seen(settling):
+    lazy = upfeat.UpsampledFeatures(*_inputs(), settling)
+    lazy.crop(31, 40, 9, 20)
+    lazy.mixed.mul_(2)
+    close(lazy.crop(31, 40, 9, 20), lazy.full()[..., 31:40, 40:60])
+
+
+def test_gradients_are_those_of_the_whole_and_none_is_kept(settling):
+    features, guidance = _inputs()
+    features.requires_grad_()
+    lazy = upfeat.UpsampledFeatures(features, guidance, settling)
+    found = []
+    for _ in range(2):  # the second time after a crop without gradient, and one with
+        with torch.no_grad():
+            assert not lazy.crop(31, 40, 9, 20).requires_grad
+        loss = lazy.crop(31, 40, 9, 20).square().sum()
+        found += torch.autograd.grad(loss, features, retain_graph=True)
+        assert lazy._settled is None
+    points = torch.tensor([[3.5, 7.5], [70.0, 90.0]])
+    found += torch.autograd.grad(lazy.at(points).sum() + lazy.crop(0, 0, 9, 9).sum(), features)
+    full = settling(features, guidance)
+    sampled = full[0, :, 3:5, 7:9].mean((1, 2)).sum() + full[0, :, 70, 90].sum()
+    first = torch.autograd.grad(full[..., 31:40, 40:60].square().sum(), features, retain_graph=True)
+    last = torch.autograd.grad(sampled + full[..., :9, :9].sum(), features)
+    for one, expected in zip(found, [*first, *first, *last], strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_get_their_gradients_after_a_crop_without(settling):
+    settling.requires_grad_()
+    lazy = upfeat.UpsampledFeatures(*_inputs(), settling)
+    with torch.no_grad():
+        lazy.crop(31, 40, 9, 20)
+    lazy.crop(31, 40, 9, 20).square().sum().backward()
+    found = {name: one.grad for name, one in settling.named_parameters()}
+    settling.zero_grad()
+    settling(*_inputs())[..., 31:40, 40:60].square().sum().backward()
+    for name, parameter in settling.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-3)
+
+
+def test_only_the_last_is_kept(settling):
+    lazy = upfeat.UpsampledFeatures(*_inputs(), settling)
+    seen = []
+    for seed in range(3):
+        lazy.features = _inputs(seed)[0]
+        lazy.crop(31, 40, 9, 20)
+        seen.append(weakref.ref(lazy.features))
+    gc.collect()
+    assert [one() is None for one in seen] == [True, True, False]
 
 
 def test_saved_and_loaded(lazy, tmp_path):

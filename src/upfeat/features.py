@@ -18,8 +18,10 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.storage import read_tensors, write_tensors
-from upfeat.upsamplers import Kernels, Upsampler, Window
+from upfeat.upsamplers import DetailUpsampler, Kernels, Upsampler, Window
 from upfeat.upsamplers.base import add_offset, check_inputs
+from upfeat.upsamplers.detail import DetailKernels
+from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 from upfeat.upsamplers.pretrained import UPSAMPLERS
 
 _TILE = 32
@@ -35,6 +37,38 @@ class PCA(NamedTuple):
     """(k, C), orthonormal, most variance first."""
     mean: Tensor
     """(C,)."""
+
+
+class _Snapshot:
+    """Tensors as they were, to tell whether what was made of them still stands.
+
+    It holds them, so that no other tensor can take their place in memory. Those of inference mode
+    do not count their changes: of them it holds a copy too.
+    """
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self.recorded = _recorded(tensors)
+        self.states = [one.clone() if one.is_inference() else one._version for one in tensors]
+
+    def holds(self, tensors: list[Tensor]) -> bool:
+        """Whether these are the same tensors, unchanged, recorded by autograd or not as then."""
+        return (
+            len(tensors) == len(self.tensors)
+            and self.recorded == _recorded(tensors)
+            and all(
+                new is old
+                and (
+                    torch.equal(new, state) if isinstance(state, Tensor) else new._version == state
+                )
+                for new, old, state in zip(tensors, self.tensors, self.states, strict=True)
+            )
+        )
+
+
+def _recorded(tensors: list[Tensor]) -> bool:
+    """Whether autograd records what is made of tensors."""
+    return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
 class UpsampledFeatures:
@@ -76,25 +110,18 @@ class UpsampledFeatures:
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
         self._normalisation = None if mean is None or std is None else (list(mean), list(std))
-        self._mixed: Tensor | None = None
-        self._kernels: Kernels | None = None
+        self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
+        self._settled: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
 
     @property
     def mixed(self) -> Tensor:
         """The coarse features after the upsampler's channel mix, (B, C, h, w)."""
-        if self._mixed is None:
-            self._mixed = self.upsampler.mix(self.features)
-        return self._mixed
+        return self._parts()[1]
 
     @property
     def kernels(self) -> Kernels:
         """The image's upsampling weights."""
-        if self._kernels is None:
-            grid = (self.features.shape[2], self.features.shape[3])
-            self._kernels = self.upsampler.prepare(
-                self.guidance, grid, (self.shape[2], self.shape[3])
-            )
-        return self._kernels
+        return self._parts()[0]
 
     def full(self, dtype: torch.dtype | None = None) -> Tensor:
         """The whole map, (B, C, H, W).
@@ -105,10 +132,11 @@ class UpsampledFeatures:
         """
         if dtype in (None, self.features.dtype):
             return self._render()
+        settled = self._settle()
         out = torch.empty(self.shape, dtype=dtype, device=self.features.device)
         for start in range(0, self.shape[1], 64):
             block = slice(start, start + 64)
-            out[:, block] = self._render(block)
+            out[:, block] = self.upsampler.render(*settled, head=block)
         return out
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
@@ -133,7 +161,7 @@ class UpsampledFeatures:
                 f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
                 f"the map of {self.shape[2]}×{self.shape[3]}"
             )
-        return self._render(window=window)
+        return self.upsampler.render(*self._settle(), window=window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -157,10 +185,11 @@ class UpsampledFeatures:
                 f"points must lie in the map: y from 0 to {height - 1}, x from 0 to {width - 1}"
             )
         out = self.features.new_empty((len(points), self.shape[1]))
+        settled = self._settle()
         tiles = points.long() // _TILE
         for tile in torch.unique(tiles, dim=0):
             inside = (tiles == tile).all(1)
-            out[inside] = self._sample_tile(points[inside], tile)
+            out[inside] = self._sample_tile(settled, points[inside], tile)
         return out
 
     def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -209,14 +238,7 @@ class UpsampledFeatures:
         product = self.project(target[None])
         if not cosine:
             return product
-        height, width = self.shape[2:]
-        lengths = [
-            torch.linalg.vector_norm(
-                self.crop(top, 0, min(_TILE, height - top), width), dim=1, keepdim=True
-            )
-            for top in range(0, height, _TILE)
-        ]
-        scale = torch.cat(lengths, dim=2) * torch.linalg.vector_norm(target)
+        scale = self._lengths() * torch.linalg.vector_norm(target)
         return product / scale.clamp(min=1e-8)
 
     def pca(self, k: int = 3) -> PCA:
@@ -309,19 +331,62 @@ class UpsampledFeatures:
         height, width = json.loads(facts["output_size"])
         return cls(features, guidance, upsampler, (height, width))
 
-    def _render(self, head: Tensor | slice | None = None, window: Window | None = None) -> Tensor:
-        return self.upsampler.render(self.kernels, self.mixed, head=head, window=window)
+    def _render(self, head: Tensor | None = None) -> Tensor:
+        return self.upsampler.render(*self._parts(), head=head)
+
+    def _settle(self) -> tuple[Kernels, Tensor]:
+        """Kernels and features that give the same map, with all done that no window changes.
+
+        Kept for the next window, unless they would keep a gradient's graph with them.
+        """
+        kernels, mixed = self._parts()
+        if self._settled is not None and self._settled[0].holds([mixed]):
+            return self._settled[1]
+        found = kernels, mixed
+        if isinstance(kernels, DetailKernels) and isinstance(self.upsampler, DetailUpsampler):
+            found = self.upsampler.settle(kernels, mixed)
+        elif isinstance(kernels, NeighbourhoodKernels):
+            found = kernels.settle(mixed)
+        if found[1] is not mixed and not found[1].requires_grad:
+            self._settled = _Snapshot([mixed]), found
+        return found
+
+    def _lengths(self) -> Tensor:
+        """Euclidean length of every pixel's features, (B, 1, H, W), a strip at a time."""
+        settled = self._settle()
+        height, width = self.shape[2:]
+        lengths = []
+        for top in range(0, height, _TILE):
+            window = Window(top, 0, min(_TILE, height - top), width)
+            strip = self.upsampler.render(*settled, window=window)
+            lengths.append(torch.linalg.vector_norm(strip, dim=1, keepdim=True))
+        return torch.cat(lengths, dim=2)
+
+    def _parts(self) -> tuple[Kernels, Tensor]:
+        """Kernels and mixed features: kept, and made anew where what they came from has changed."""
+        sources = self._sources()
+        if self._made is None or not self._made[0].holds(sources):
+            grid = (self.features.shape[2], self.features.shape[3])
+            kernels = self.upsampler.prepare(self.guidance, grid, (self.shape[2], self.shape[3]))
+            self._made = _Snapshot(sources), (kernels, self.upsampler.mix(self.features))
+            self._settled = None
+        return self._made[1]
+
+    def _sources(self) -> list[Tensor]:
+        weights = (*self.upsampler.parameters(), *self.upsampler.buffers())
+        return [self.features, self.guidance, *weights]
 
     def _check_single(self, method: str) -> None:
         if self.shape[0] != 1:
             raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
 
-    def _sample_tile(self, points: Tensor, tile: Tensor) -> Tensor:
+    def _sample_tile(self, settled: tuple[Kernels, Tensor], points: Tensor, tile: Tensor) -> Tensor:
         """Features at points (N, 2) whose pixels start in one tile -> (N, C)."""
         top, left = (int(index) * _TILE for index in tile)
         height = min(_TILE + 1, self.shape[2] - top)
         width = min(_TILE + 1, self.shape[3] - left)
-        patch = self.crop(top, left, height, width)[0]  # (C, height, width)
+        window = Window(top, left, height, width)
+        patch = self.upsampler.render(*settled, window=window)[0]  # (C, height, width)
         points = points - torch.tensor([top, left], device=points.device)
         low = points.floor()
         part = (points - low).to(patch.dtype)

@@ -73,6 +73,19 @@ def test_parts_of_the_map_are_parts_of_the_whole(size):
     torch.testing.assert_close(half, whole.double(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("back_projections", [0, 1])
+def test_settled_it_gives_the_same_with_any_head_and_window(back_projections):
+    up = _make(back_projections=back_projections)
+    features, guidance = torch.randn(2, 4, 3, 4), torch.randn(2, 3, 48, 64)
+    kernels, mixed = up.prepare(guidance, (3, 4), (48, 64)), up.mix(features)
+    settled = up.settle(kernels, mixed)
+    for head in (None, slice(1, 3), torch.randn(2, 4), torch.randn(5, 4)):
+        for window in (None, Window(0, 0, 48, 64), Window(9, 13, 8, 11)):
+            expected = up.render(kernels, mixed, head=head, window=window)
+            found = up.render(*settled, head=head, window=window)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_batch_is_its_images_one_by_one():
     up = _make()
     features, guidance = torch.randn(3, 4, 3, 4), torch.randn(3, 3, 48, 64)

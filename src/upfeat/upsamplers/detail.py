@@ -80,6 +80,10 @@ class DetailKernels:
         """See :meth:`Kernels.crop`."""
         return self.last.crop(self._on_finer_grid(features), window)
 
+    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
+        """See :meth:`NeighbourhoodKernels.settle`; the first step and the detail are done too."""
+        return self.last.settle(self._on_finer_grid(features))
+
     def _on_finer_grid(self, features: Tensor) -> Tensor:
         fine = self.first(features)
         return fine if self.detail is None else fine + self.detail.to(fine.dtype)
@@ -215,15 +219,31 @@ class DetailUpsampler(Upsampler):
         window: Window | None = None,
     ) -> Tensor:
         """See :meth:`Upsampler.through`; heads apply to the detail's basis too."""
-        assert isinstance(kernels, DetailKernels)
-        adding = DetailKernels(
-            kernels.first, kernels.last, kernels.maps, self._detail(kernels.maps, head)
-        )
-        return super().through(adding, mixed, head=head, window=window)
+        if isinstance(kernels, DetailKernels):  # else settled: the features have their detail
+            kernels = self._adding(kernels, head)
+        return super().through(kernels, mixed, head=head, window=window)
+
+    def settle(self, kernels: DetailKernels, mixed: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
+        """Do what no window changes, once for any number of them.
+
+        Args:
+            kernels: of the image, from :meth:`prepare`.
+            mixed: (B, C, h, w), the coarse features after :meth:`mix`.
+
+        Returns:
+            The last step, and the features (B, C, 2h, 2w) with detail that it takes:
+            :meth:`render` gives the same of them, with any head.
+        """
+        return self._adding(kernels, None).settle(mixed)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
         """What is added to the features between the steps, (B, C, 2h, 2w)."""
         return self._detail(kernels.maps, None)
+
+    def _adding(self, kernels: DetailKernels, head: Tensor | slice | None) -> DetailKernels:
+        """The kernels with what a head makes of the detail."""
+        detail = self._detail(kernels.maps, head)
+        return DetailKernels(kernels.first, kernels.last, kernels.maps, detail)
 
     def _detail(self, maps: Tensor, head: Tensor | slice | None) -> Tensor:
         """Detail on the finer grid after a head, (B, width, …) -> (B, K, …)."""
