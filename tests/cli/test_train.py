@@ -74,6 +74,22 @@ def test_train_refuse_and_resume(photos, tmp_path, capsys):
     assert run(photos, "-o", out, *SMALL, "--validation-images", 1, "--resume") == 0
 
 
+@pytest.mark.filterwarnings("default")
+def test_the_detail_recipe_without_a_start_says_so(photos, tmp_path, capsys):
+    """On one line, with the fix, and that is taken."""
+    small = [*SMALL[: SMALL.index("--upsampler")], "--validation-images", 1, "--preset", "detail"]
+    small += ["--source-size", 32]
+    assert run(photos, "-o", tmp_path / "bare", *small, "--option", "width=4") == 0
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert shown.startswith("upfeat: note: frozen=['neighbourhood'] without a start")
+    fix = "start=neighbourhood_efficientnet_lite0"
+    assert f"give --option {fix}, or" in shown
+    out = tmp_path / "started"
+    assert run(photos, "-o", out, *small, "--option", "width=4", "--option", fix) == 0
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

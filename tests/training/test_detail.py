@@ -10,13 +10,15 @@ import upfeat
 from upfeat.training import TrainConfig
 from upfeat.training.detail import DetailTarget, RunningRegression
 
+SMALL = {"query_dim": 8, "levels": 2, "width": 4, "depth": 1}
 DETAIL = {
     "upsampler": "detail",
-    "upsampler_options": {"query_dim": 8, "levels": 2, "width": 4, "depth": 1},
+    "upsampler_options": SMALL,
     "frozen": ["neighbourhood"],
     "detail_weight": 1.0,
     "back_projections": None,
 }
+untrained_start = pytest.mark.filterwarnings("ignore:frozen=.*without a start")
 
 
 def same(value):
@@ -87,6 +89,7 @@ def test_detail_learns_what_the_enlarged_image_shows():
     assert sum(losses[-5:]) < 0.5 * sum(losses[2:7])
 
 
+@untrained_start
 def test_a_run_trains_what_is_not_frozen_and_keeps_a_share_of_the_mix(photos, backbone, tmp_path):
     made = {}
     for share in (1.0, 0.25):
@@ -104,6 +107,7 @@ def test_a_run_trains_what_is_not_frozen_and_keeps_a_share_of_the_mix(photos, ba
     assert "detail" in json.loads(log(tmp_path / "1.0").splitlines()[-1])
 
 
+@untrained_start
 def test_a_resumed_run_ends_with_the_same_weights(photos, backbone, tmp_path):
     changes = {**DETAIL, "schedule": "constant", "mix_share": 0.5}
     upfeat.train(backbone, photos, small_config(tmp_path / "whole", **changes))
@@ -118,6 +122,46 @@ def test_a_resumed_run_ends_with_the_same_weights(photos, backbone, tmp_path):
     upfeat.train(backbone, photos, small_config(out, **changes), resume=True)
     assert weights(out) == weights(tmp_path / "whole")
     assert log(out) == log(tmp_path / "whole")
+
+
+@pytest.fixture
+def steps(tmp_path):
+    """A folder of trained neighbourhood steps."""
+    made = upfeat.NeighbourhoodUpsampler(query_dim=8, levels=2)
+    made.save_pretrained(tmp_path / "steps")
+    return str(tmp_path / "steps")
+
+
+@pytest.mark.parametrize("part", ["neighbourhood", "neighbourhood.encoder"])
+def test_freezing_untrained_steps_is_said(photos, backbone, tmp_path, part):
+    config = small_config(tmp_path / "run", **{**DETAIL, "steps": 1, "frozen": [part]})
+    with pytest.warns(UserWarning, match="give --option start=neighbourhood_") as caught:
+        upfeat.train(backbone, photos, config)
+    assert len(caught) == 1
+    assert "\n" not in str(caught[0].message)
+
+
+def test_without_a_target_the_detail_learns_from_views_and_that_is_said(photos, backbone, tmp_path):
+    changes = {**DETAIL, "upsampler_options": {**SMALL, "depth": 0}, "frozen": []}
+    config = small_config(tmp_path / "run", **{**changes, "detail_weight": 0.0})
+    with pytest.warns(UserWarning, match="detail_weight=0: .*give --detail-weight 1") as caught:
+        trained = upfeat.train(backbone, photos, config)
+    assert len(caught) == 1
+    assert trained.detail.weight.abs().max() > 0
+    assert trained.channel_mix.weight.abs().max() > 0
+
+
+def test_nothing_is_said_where_nothing_is_amiss(photos, backbone, tmp_path, steps):
+    # Warnings are errors.
+    options = {**SMALL, "start": steps}
+    for name, changes in (
+        ("start", {**DETAIL, "upsampler_options": options}),
+        ("all", {**DETAIL, "frozen": []}),
+        ("other", {}),
+    ):
+        upfeat.train(backbone, photos, small_config(tmp_path / name, **{**changes, "steps": 1}))
+    again = {**DETAIL, "upsampler": str(tmp_path / "start" / "upsampler"), "upsampler_options": {}}
+    upfeat.train(backbone, photos, small_config(tmp_path / "again", **{**again, "steps": 1}))
 
 
 def test_settings_that_do_not_fit_are_refused(photos, backbone, tmp_path):

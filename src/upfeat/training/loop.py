@@ -74,8 +74,10 @@ def train(
         )
         if state is not None:
             trainer.load_state(state)
-        if group.is_main and (summary := listing.summary()) is not None:
-            warnings.warn(summary, stacklevel=2)
+        if group.is_main:
+            for line in (listing.summary(), *trainer.cautions()):
+                if line is not None:
+                    warnings.warn(line, stacklevel=2)
         with _interruption() as interrupted:
             _Loop(trainer, listing, folder, on_step, interrupted).run()
         trainer.finish()

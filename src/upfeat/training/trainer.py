@@ -76,6 +76,26 @@ class Trainer:
         self.best: dict[str, Any] = {}
         self.stale = 0
 
+    def cautions(self) -> list[str]:
+        """What is allowed but seldom meant, a line each."""
+        config, found = self.config, []
+        if not isinstance(self.upsampler, DetailUpsampler):
+            return found
+        frozen = any(part.partition(".")[0] == "neighbourhood" for part in config.frozen)
+        drawn = config.upsampler in UPSAMPLERS and config.upsampler_options.get("start") is None
+        if frozen and drawn:
+            found.append(
+                f"frozen={list(config.frozen)} without a start: the neighbourhood steps are "
+                "untrained and stay so; give --option start=neighbourhood_efficientnet_lite0, or "
+                "the folder of trained ones"
+            )
+        if not config.detail_weight:
+            found.append(
+                "detail_weight=0: the detail learns from the views alone, not from the features of "
+                "the enlarged image; give --detail-weight 1, or --preset detail"
+            )
+        return found
+
     @property
     def finished(self) -> bool:
         """Whether all steps are done, or enough validations brought nothing better."""
