@@ -172,7 +172,7 @@ def test_settings_that_do_not_fit_are_refused(photos, backbone, tmp_path):
         with pytest.raises(ValueError, match=words):
             upfeat.train(backbone, photos, small_config(tmp_path / "run", **changes))
     config = small_config(tmp_path / "run", **DETAIL)
-    with pytest.raises(ValueError, match="upsampler=detail belongs to one backbone, and 2 are"):
+    with pytest.raises(ValueError, match="detail_weight=1 trains the detail of one backbone; give"):
         upfeat.train([backbone, backbone], photos, config)
     for changes in ({"frozen": "neighbourhood"}, {"mix_share": 2}, {"detail_weight": -1}):
         with pytest.raises(ValueError, match=next(iter(changes))):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,8 +15,9 @@ SIDES = st.integers(1, 70)
 
 def _make(channels=4, *, detail=True, **options):
     torch.manual_seed(0)
-    made = upfeat.DetailUpsampler(channels, query_dim=8, levels=3, width=8, depth=1, **options)
-    if detail:
+    options = {"query_dim": 8, "levels": 3, "width": 8, "depth": 1, **options}
+    made = upfeat.DetailUpsampler(channels, **options)
+    if detail and channels is not None:
         for parameter in (made.detail.weight, made.detail.bias, made.channel_mix.weight):
             torch.nn.init.normal_(parameter, std=0.3)
     return made.eval().requires_grad_(False)
@@ -31,9 +33,10 @@ def test_any_image_grid_and_output_size(guidance, size, grid):
 
 
 @pytest.mark.parametrize("back_projections", [0, 1])
-def test_untrained_it_keeps_constants(back_projections):
+@pytest.mark.parametrize("channels", [3, None])
+def test_untrained_it_keeps_constants(channels, back_projections):
     features = torch.arange(1.0, 4.0).view(1, 3, 1, 1).expand(1, 3, 4, 5)
-    up = _make(3, detail=False, back_projections=back_projections)
+    up = _make(channels, detail=False, back_projections=back_projections)
     out = up(features, torch.randn(1, 3, 37, 50))
     torch.testing.assert_close(out, features[:, :, :1, :1].expand(1, 3, 37, 50))
 
@@ -44,6 +47,58 @@ def test_it_is_affine_in_the_features():
     zero = up(torch.zeros_like(a), guidance)
     expected = up(a, guidance) + 2 * (up(b, guidance) - zero)
     torch.testing.assert_close(up(a + 2 * b, guidance), expected, rtol=1e-4, atol=1e-4)
+
+
+def _finer(up, features, guidance):
+    grid = (features.shape[2], features.shape[3])
+    size = (guidance.shape[2], guidance.shape[3])
+    return up.prepare(guidance, grid, size).to_finer_grid(features)
+
+
+def test_features_that_follow_the_queries_are_found_on_the_finer_grid():
+    guidance = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    up = _make(None, ridge=1e-9).double()
+    queries = up.neighbourhood.queries(guidance, (64, 96))
+    maps = torch.randn(5, 8, dtype=torch.float64)
+    fine = F.adaptive_avg_pool2d(torch.einsum("kd,bdhw->bkhw", maps, queries), (16, 24)) + 3
+    coarse = F.avg_pool2d(fine, 2)
+    torch.testing.assert_close(_finer(up, coarse, guidance), fine, rtol=1e-3, atol=1e-3)
+    # The first step alone is far from it, and so is a penalty that holds the map down.
+    for least, ridge in ((0.05, 0.0), (0.04, 1e3)):
+        error = _finer(_make(None, ridge=ridge).double(), coarse, guidance) - fine
+        assert error.std() > least * fine.std()
+
+
+def test_an_image_without_anything_in_it_adds_nothing():
+    features, guidance = torch.randn(1, 4, 3, 4), torch.full((1, 3, 48, 64), 0.3)
+    with_it, without = (_finer(_make(None, ridge=r), features, guidance) for r in (0.3, 0.0))
+    torch.testing.assert_close(with_it, without, rtol=0, atol=1e-4)
+
+
+def test_without_channels_of_its_own_it_serves_any_and_is_linear():
+    up, guidance = _make(None), torch.randn(1, 3, 45, 60)
+    assert {name.partition(".")[0] for name in up.state_dict()} == {"neighbourhood"}
+    for channels in (1, 7):
+        a, b = torch.randn(2, 1, channels, 3, 4).unbind(0)
+        expected = up(a, guidance) + 2 * up(b, guidance)
+        torch.testing.assert_close(up(a + 2 * b, guidance), expected, rtol=1e-4, atol=1e-4)
+    up.scale_mix(0.5)  # there is none to scale
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_near(dtype):
+    up, features, guidance = _make(), torch.randn(1, 4, 3, 4), torch.randn(1, 3, 48, 64)
+    exact = up(features, guidance)
+    for found in (
+        up.to(dtype)(features.to(dtype), guidance.to(dtype)),
+        _autocast(_make(), features, guidance, dtype),
+    ):
+        assert (found.float() - exact).std() < 0.1 * exact.std()
+
+
+def _autocast(up, features, guidance, dtype):
+    with torch.autocast("cpu", dtype=dtype):
+        return up(features, guidance)
 
 
 def test_what_the_image_adds_does_not_depend_on_the_features():
@@ -58,8 +113,9 @@ def test_what_the_image_adds_does_not_depend_on_the_features():
 
 
 @pytest.mark.parametrize("size", [(48, 64), (45, 61), (20, 30), (2, 5)])
-def test_parts_of_the_map_are_parts_of_the_whole(size):
-    up, features, guidance = _make(), torch.randn(1, 4, 3, 4), torch.randn(1, 3, 48, 64)
+@pytest.mark.parametrize("channels", [4, None])
+def test_parts_of_the_map_are_parts_of_the_whole(size, channels):
+    up, features, guidance = _make(channels), torch.randn(1, 4, 3, 4), torch.randn(1, 3, 48, 64)
     whole = up(features, guidance, size)
     lazy = upfeat.UpsampledFeatures(features, guidance, up, size)
     for window in (Window(0, 0, 5, 7), Window(9, 13, 8, 11), Window(size[0] - 2, 2, 2, 3)):
@@ -104,8 +160,9 @@ def test_gradients_reach_every_parameter():
         assert parameter.grad.abs().sum() > 0, name
 
 
-def test_saved_and_loaded_it_is_the_same(tmp_path):
-    up = _make()
+@pytest.mark.parametrize("options", [{}, {"channels": None, "ridge": 0.7}])
+def test_saved_and_loaded_it_is_the_same(tmp_path, options):
+    up = _make(**options)
     up.save_pretrained(tmp_path / "weights")
     features, guidance = torch.randn(1, 4, 3, 4), torch.randn(1, 3, 48, 64)
     for cls in (Upsampler, upfeat.DetailUpsampler):
@@ -135,7 +192,14 @@ def test_other_features_and_bad_options_are_refused():
     up = _make()
     with pytest.raises(ValueError, match="features has 5 channels but this DetailUpsampler is"):
         up(torch.randn(1, 5, 3, 4), torch.randn(1, 3, 48, 64))
-    wrong = {"width": 1, "depth": -1, "widening": 0.0, "radius": 0, "back_projections": -1}
+    wrong = {
+        "width": 1,
+        "depth": -1,
+        "widening": 0.0,
+        "ridge": -0.1,
+        "radius": 0,
+        "back_projections": -1,
+    }
     for name, value in wrong.items():
         with pytest.raises(ValueError, match=name):
             upfeat.DetailUpsampler(4, **{name: value})

@@ -121,7 +121,7 @@ class DetailTarget(nn.Module):
                 size = (detail.shape[2], detail.shape[3])
                 seen = F.interpolate(seen, size=size, mode="bilinear", align_corners=False)
             grid = (features.shape[2], features.shape[3])
-            upsampled = kernels.first(features)
+            upsampled = kernels.to_finer_grid(features)
             if self.training:
                 self.drift.show(F.adaptive_avg_pool2d(seen, grid), features)
             if not self.drift.ready:

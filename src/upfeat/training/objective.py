@@ -176,6 +176,11 @@ class Objective(nn.Module):
                     f"detail_weight={config.detail_weight:g} is of the detail upsampler alone; "
                     "give 0"
                 )
+            if upsampler.embed_dim is None:
+                raise ValueError(
+                    f"detail_weight={config.detail_weight:g} trains the detail of one backbone; "
+                    "give one backbone, or detail_weight=0"
+                )
             self.detail_target = DetailTarget(embed_dim)
 
     def forward(self, batch: ViewBatch, generator: torch.Generator) -> dict[str, Tensor]:

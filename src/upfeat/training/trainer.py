@@ -89,7 +89,7 @@ class Trainer:
                 "untrained and stay so; give --option start=neighbourhood_efficientnet_lite0, or "
                 "the folder of trained ones"
             )
-        if not config.detail_weight:
+        if self.upsampler.embed_dim is not None and not config.detail_weight:
             found.append(
                 "detail_weight=0: the detail learns from the views alone, not from the features of "
                 "the enlarged image; give --detail-weight 1, or --preset detail"
@@ -265,7 +265,7 @@ class _NotFinite(Exception):
 def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampler:
     """Make the upsampler to train, with initial weights drawn from the seed.
 
-    For several backbones one that mixes channels is made without the mix, which serves any.
+    For several backbones one that is made for some channels is made without, which serves any.
 
     Raises:
         FileNotFoundError: it is a folder that is not there.
@@ -294,18 +294,12 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
 def _initial(
     cls: type[Upsampler], options: dict[str, Any], seed: int, backbones: Sequence[Backbone]
 ) -> Upsampler:
-    parameters = inspect.signature(cls).parameters
-    accepted = list(parameters)
+    accepted = list(inspect.signature(cls).parameters)
     for option in options:
         if option not in accepted:
             raise ValueError(f"upsampler_options: {unknown_name('option', option, accepted)}")
     if "embed_dim" in accepted and len(backbones) == 1:
         options = {"embed_dim": backbones[0].embed_dim, **options}
-    elif "embed_dim" in accepted and parameters["embed_dim"].default is inspect.Parameter.empty:
-        raise ValueError(
-            f"upsampler={cls.name} belongs to one backbone, and {len(backbones)} are given; give "
-            "one, or upsampler=neighbourhood"
-        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "initial upsampler"))
         return cls(**options)

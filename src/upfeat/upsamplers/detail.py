@@ -1,4 +1,4 @@
-"""The neighbourhood step twice, with detail in between that is read off the image."""
+"""The neighbourhood step twice, and in between detail that the image tells of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window, apply_head
 from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
-from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler, pointwise, pooled_unit
+from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler, pointwise, unit
 
 FINER = 2
 """The grid on which detail is added is so many times finer than that of the features."""
@@ -52,14 +52,59 @@ class _Block(nn.Module):
         return x + pointwise(self.last, F.gelu(self.hidden(x)))
 
 
+class ImageRegression:
+    """What features lack between cells, by a linear map from queries that is fitted to themselves.
+
+    The features of the cells, less their mean over the 3×3 cells around, are regressed on the mean
+    queries of the cells, less theirs; what the first step leaves out of the mean queries of the
+    finer cells goes through the same map. Both are linear in the features, constants give nothing,
+    and features that are a linear map of the queries are found exactly but for the penalty.
+    """
+
+    def __init__(
+        self, queries: Tensor, finer: Tensor, first: NeighbourhoodKernels, penalty: float
+    ) -> None:
+        """Prepare the regression of one guidance.
+
+        Args:
+            queries: (B, D, h, w), means over cells.
+            finer: (B, D, 2h, 2w), means over finer cells.
+            first: from the one grid to the other.
+            penalty: of the coefficients, in units of the queries' mean variance, > 0.
+        """
+        with torch.autocast(queries.device.type, enabled=False):
+            exact = torch.promote_types(queries.dtype, torch.float32)
+            inputs = _less_surroundings(queries.to(exact)).flatten(2)  # (B, D, N)
+            gram = inputs @ inputs.mT
+            # The constant is for images without any colour or texture.
+            least = penalty * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
+            unit = torch.eye(gram.shape[1], dtype=exact, device=gram.device)
+            factor = torch.linalg.cholesky(gram + least[:, None, None] * unit)
+            self.fit = torch.cholesky_solve(inputs, factor).mT  # (B, N, D)
+        self.lacking = finer - first(queries)
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)."""
+        coefficients = _less_surroundings(features).flatten(2) @ self.fit.to(features.dtype)
+        out = coefficients @ self.lacking.flatten(2).to(features.dtype)
+        return out.unflatten(2, self.lacking.shape[2:])
+
+
+def _less_surroundings(x: Tensor) -> Tensor:
+    """Values less their mean over 3×3, edges replicated: (B, C, h, w) -> the same."""
+    return x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
 class DetailKernels:
-    """Both steps of one guidance, and the maps of its detail."""
+    """Both steps of one guidance, and the detail in between."""
 
     def __init__(
         self,
         first: NeighbourhoodKernels,
         last: NeighbourhoodKernels,
-        maps: Tensor,
+        *,
+        regression: ImageRegression | None = None,
+        maps: Tensor | None = None,
         detail: Tensor | None = None,
     ) -> None:
         """Keep the parts.
@@ -67,10 +112,12 @@ class DetailKernels:
         Args:
             first: from the grid of the features to the finer one.
             last: from there to the output.
-            maps: (B, width, *finer grid).
+            regression: adds to the first step; ``None`` for nothing.
+            maps: (B, width, *finer grid), what ``detail`` is made of; ``None`` without a network.
             detail: (B, C, *finer grid), what is added between the steps; ``None`` for nothing.
         """
-        self.first, self.last, self.maps, self.detail = first, last, maps, detail
+        self.first, self.last, self.regression = first, last, regression
+        self.maps, self.detail = maps, detail
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
@@ -84,33 +131,52 @@ class DetailKernels:
         """See :meth:`NeighbourhoodKernels.settle`; the first step and the detail are done too."""
         return self.last.settle(self._on_finer_grid(features))
 
-    def _on_finer_grid(self, features: Tensor) -> Tensor:
+    def to_finer_grid(self, features: Tensor) -> Tensor:
+        """What the features themselves tell of the finer grid, (B, C, h, w) -> (B, C, 2h, 2w)."""
         fine = self.first(features)
+        return fine if self.regression is None else fine + self.regression(features)
+
+    def adding(self, detail: Tensor) -> DetailKernels:
+        """The same kernels with this detail, (B, C, *finer grid)."""
+        return DetailKernels(
+            self.first, self.last, regression=self.regression, maps=self.maps, detail=detail
+        )
+
+    def _on_finer_grid(self, features: Tensor) -> Tensor:
+        fine = self.to_finer_grid(features)
         return fine if self.detail is None else fine + self.detail.to(fine.dtype)
 
 
 class DetailUpsampler(Upsampler):
-    """Follows edges, and predicts from the image what the backbone would see at twice its size.
+    """Follows edges, and adds detail that the image tells of, in two ways.
 
-    Features go through the neighbourhood step to a grid twice as fine; a small network adds to
-    them, there, what the coarse features lack of those of the enlarged image, as far as the image
-    tells; a second neighbourhood step of the same weights goes to the output size:
+    Features go through the neighbourhood step to a grid twice as fine, and through a second one, of
+    the same weights, to the output size. In between, where cells are half as wide, detail is added:
 
-        up(F) = K₂(g)·[K₁(g)·M(F) + P·z(g) + b]
+    1. Within one image, features go with colours and textures. A ridge regression of the features
+       on the mean queries of their cells, fitted to this image when it is upsampled, says how;
+       what the finer cells' queries have beyond the first step's goes through it
+       (:class:`ImageRegression`). It needs no training and serves any backbone.
+    2. For a backbone of its own (``embed_dim``), a small network predicts what is still lacking of
+       the backbone's features of the enlarged image:
 
-    z(g) are ``width`` maps of the image, P a basis of channels, M the channel mix x + W·x. It is
-    affine in the features. A head of K outputs costs K channels as everywhere, since it applies to
-    P as well. Untrained, P, W and b are 0, and it is a neighbourhood upsampler in two steps. It
-    belongs to one backbone.
+        up(F) = K₂(g)·[(K₁(g) + R(g))·M(F) + P·z(g) + b]
 
-    Source: ours; the neighbourhood step is that of :class:`NeighbourhoodUpsampler`.
+    R is the regression, z(g) are ``width`` maps of the image, P a basis of channels, M the channel
+    mix x + W·x. It is affine in the features, and linear without the second part. A head of K
+    outputs costs K channels as everywhere, since it applies to P as well. Untrained, P, W and b
+    are 0.
+
+    Source: ours; the neighbourhood step is that of :class:`NeighbourhoodUpsampler`, the regression
+    a relative of the guided filter (He, Sun and Tang, 2010), over the whole image and on queries
+    in place of colours.
     """
 
     name = "detail"
 
     def __init__(
         self,
-        embed_dim: int,
+        embed_dim: int | None = None,
         *,
         radius: int = 2,
         query_dim: int = 32,
@@ -119,13 +185,15 @@ class DetailUpsampler(Upsampler):
         width: int = 64,
         depth: int = 3,
         widening: float = 1.25,
+        ridge: float = 0.3,
         start: str | Path | None = None,
         backend: str = "auto",
     ) -> None:
         """Make an upsampler with initial (untrained) weights.
 
         Args:
-            embed_dim: number of feature channels C.
+            embed_dim: number of feature channels C, for a network and a channel mix of one
+                backbone; ``None`` for neither, and for any backbone.
             radius: of both steps, in cells; see :class:`NeighbourhoodUpsampler`, as for the next
                 three.
             query_dim: width of queries and keys.
@@ -134,6 +202,8 @@ class DetailUpsampler(Upsampler):
             width: maps of detail, ≥ 2.
             depth: blocks of the network that makes them, ≥ 0.
             widening: σ of the second step, in cells of the finer grid, over that of the first, > 0.
+            ridge: penalty of the regression, in units of the queries' mean variance, ≥ 0; 0 leaves
+                the regression out.
             start: name or folder of a trained neighbourhood upsampler, whose encoder is taken;
                 it must have the same radius, query_dim and levels.
             backend: of the operators; see :mod:`upfeat.functional`.
@@ -144,14 +214,15 @@ class DetailUpsampler(Upsampler):
         """
         super().__init__()
         for label, value, least in (("embed_dim", embed_dim, 1), ("width", width, 2)):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"{label}={value} must be {least} or more")
-        if depth < 0:
-            raise ValueError(f"depth={depth} must be 0 or more")
+        for label, value in (("depth", depth), ("ridge", ridge)):
+            if not value >= 0:
+                raise ValueError(f"{label}={value} must be 0 or more")
         if not widening > 0:
             raise ValueError(f"widening={widening} must be above 0")
         self.embed_dim, self.width, self.depth = embed_dim, width, depth
-        self.widening = widening
+        self.widening, self.ridge = widening, ridge
         self.neighbourhood = NeighbourhoodUpsampler(
             radius=radius,
             query_dim=query_dim,
@@ -159,13 +230,14 @@ class DetailUpsampler(Upsampler):
             back_projections=back_projections,
             backend=backend,
         )
-        # Channels last: a third faster on a CPU.
-        self.network = DetailNetwork(width, depth).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.detail = nn.Conv2d(width, embed_dim, 1)
-        self.channel_mix = nn.Conv2d(embed_dim, embed_dim, 1, bias=False)
-        for layer in (self.detail, self.channel_mix):
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.detail.bias)  # pyright: ignore[reportArgumentType]
+        if embed_dim is not None:
+            # Channels last: a third faster on a CPU.
+            self.network = DetailNetwork(width, depth).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+            self.detail = nn.Conv2d(width, embed_dim, 1)
+            self.channel_mix = nn.Conv2d(embed_dim, embed_dim, 1, bias=False)
+            for layer in (self.detail, self.channel_mix):
+                nn.init.zeros_(layer.weight)
+            nn.init.zeros_(self.detail.bias)  # pyright: ignore[reportArgumentType]
         if start is not None:
             self._start_from(start)
 
@@ -177,36 +249,48 @@ class DetailUpsampler(Upsampler):
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
         steps = self.neighbourhood.config()
-        own = {"width": self.width, "depth": self.depth, "widening": self.widening}
-        return {"embed_dim": self.embed_dim, **steps, **own}
+        network = {} if self.embed_dim is None else {"width": self.width, "depth": self.depth}
+        own = {"widening": self.widening, "ridge": self.ridge}
+        return {"embed_dim": self.embed_dim, **steps, **network, **own}
 
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
         step = self.neighbourhood
         finer = (FINER * grid_size[0], FINER * grid_size[1])
         queries = step.queries(guidance, output_size)
-        middle = pooled_unit(queries, finer)  # keys of the last step, queries of the first
-        first = step.attend(middle, pooled_unit(queries, grid_size), grid_size, finer)
+        means = F.adaptive_avg_pool2d(queries, grid_size)
+        finer_means = F.adaptive_avg_pool2d(queries, finer)
+        middle = unit(finer_means)  # keys of the last step, queries of the first
+        first = step.attend(middle, unit(means), grid_size, finer)
         last = step.attend(queries, middle, finer, output_size, widening=self.widening)
-        seen = guidance
+        regression = None
+        if self.ridge:
+            regression = ImageRegression(means, finer_means, first, self.ridge)
+        maps = None if self.embed_dim is None else self._maps(guidance, finer)
+        return DetailKernels(first, last, regression=regression, maps=maps)
+
+    def _maps(self, guidance: Tensor, finer: Size) -> Tensor:
+        """What the network makes of an image, (B, 3, H, W) -> (B, width, *finer)."""
         size = (_PIXELS * finer[0], _PIXELS * finer[1])
         if guidance.shape[-2:] != size:
-            seen = F.interpolate(
+            guidance = F.interpolate(
                 guidance, size=size, mode="bilinear", align_corners=False, antialias=True
             )
-        seen = seen.contiguous(memory_format=torch.channels_last)
-        return DetailKernels(first, last, self.network(seen).contiguous())
+        seen = guidance.contiguous(memory_format=torch.channels_last)
+        return self.network(seen).contiguous()
 
     def mix(self, features: Tensor) -> Tensor:
-        """X + W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
+        """X + W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w); without a mix the same.
 
         Raises:
             ValueError: C is not the upsampler's ``embed_dim``.
         """
+        if self.embed_dim is None:
+            return features
         if features.shape[1] != self.embed_dim:
             raise ValueError(
                 f"features has {features.shape[1]} channels but this DetailUpsampler is made for "
-                f"{self.embed_dim}; use NeighbourhoodUpsampler for any number"
+                f"{self.embed_dim}; DetailUpsampler() takes any number"
             )
         return features + apply_head(features, self.channel_mix.weight.flatten(1))
 
@@ -220,7 +304,7 @@ class DetailUpsampler(Upsampler):
     ) -> Tensor:
         """See :meth:`Upsampler.through`; heads apply to the detail's basis too."""
         if isinstance(kernels, DetailKernels):  # else settled: the features have their detail
-            kernels = self._adding(kernels, head)
+            kernels = self._with_detail(kernels, head)
         return super().through(kernels, mixed, head=head, window=window)
 
     def settle(self, kernels: DetailKernels, mixed: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
@@ -234,19 +318,21 @@ class DetailUpsampler(Upsampler):
             The last step, and the features (B, C, 2h, 2w) with detail that it takes:
             :meth:`render` gives the same of them, with any head.
         """
-        return self._adding(kernels, None).settle(mixed)
+        return self._with_detail(kernels, None).settle(mixed)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
-        """What is added to the features between the steps, (B, C, 2h, 2w)."""
+        """What the network adds between the steps, (B, C, 2h, 2w)."""
+        assert kernels.maps is not None, "there is no network without embed_dim"
         return self._detail(kernels.maps, None)
 
-    def _adding(self, kernels: DetailKernels, head: Tensor | slice | None) -> DetailKernels:
-        """The kernels with what a head makes of the detail."""
-        detail = self._detail(kernels.maps, head)
-        return DetailKernels(kernels.first, kernels.last, kernels.maps, detail)
+    def _with_detail(self, kernels: DetailKernels, head: Tensor | slice | None) -> DetailKernels:
+        """The kernels with what a head makes of the network's detail."""
+        if kernels.maps is None:
+            return kernels
+        return kernels.adding(self._detail(kernels.maps, head))
 
     def _detail(self, maps: Tensor, head: Tensor | slice | None) -> Tensor:
-        """Detail on the finer grid after a head, (B, width, …) -> (B, K, …)."""
+        """The network's detail after a head, (B, width, …) -> (B, K, …)."""
         basis, constant = self.detail.weight.flatten(1), self.detail.bias
         assert constant is not None
         if isinstance(head, slice):
@@ -273,5 +359,7 @@ class DetailUpsampler(Upsampler):
 
     @torch.no_grad()
     def scale_mix(self, share: float) -> None:
-        """Keep only a share of the channel mix: 0 leaves channels as they are."""
+        """Keep only a share of the channel mix, if there is one: 0 leaves channels as they are."""
+        if self.embed_dim is None:
+            return
         self.channel_mix.weight.mul_(share)

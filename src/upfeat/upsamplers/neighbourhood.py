@@ -108,18 +108,13 @@ def _halve(x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, (-(-height // 2), -(-width // 2)))
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
     """Vectors over channels at unit length, 0 where they are 0: (B, D, H, W) -> the same.
 
     ``F.normalize`` gives the same in several times the time on a CPU.
     """
     length = x.square().sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     return x * length.rsqrt()
-
-
-def pooled_unit(queries: Tensor, grid_size: Size) -> Tensor:
-    """Mean queries of each cell, at unit length: (B, D, H, W) -> (B, D, *grid_size)."""
-    return _unit(F.adaptive_avg_pool2d(queries, grid_size))
 
 
 class NeighbourhoodUpsampler(Upsampler):
@@ -193,12 +188,13 @@ class NeighbourhoodUpsampler(Upsampler):
             queries = F.interpolate(
                 queries, size=output_size, mode="bilinear", align_corners=False, antialias=True
             )
-        return _unit(queries)
+        return unit(queries)
 
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         queries = self.queries(guidance, output_size)
-        return self.attend(queries, pooled_unit(queries, grid_size), grid_size, output_size)
+        keys = unit(F.adaptive_avg_pool2d(queries, grid_size))
+        return self.attend(queries, keys, grid_size, output_size)
 
     def attend(
         self,

@@ -29,8 +29,8 @@ UPSAMPLERS: dict[str, type[Upsampler]] = {
         DetailUpsampler,
     )
 }
-DEFAULT_UPSAMPLERS = (DetailUpsampler.name, NeighbourhoodUpsampler.name)
-"""What a backbone gets: the first of which there are weights for it, or for any backbone."""
+DEFAULT_UPSAMPLER = DetailUpsampler.name
+"""What a backbone gets: with weights made for it, if there are any, or else for any backbone."""
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -66,19 +66,13 @@ def create_upsampler(
         FileNotFoundError: ``name`` is a path where nothing is.
         ValueError: there is no such upsampler; close names are suggested.
     """
-    if name is None:
-        return _default(embed_dim, backbone)
-    name = str(name)
+    name = DEFAULT_UPSAMPLER if name is None else str(name)
     shipped = _shipped_names()
     for candidate in (f"{name}_{backbone}", f"{name}_universal", name):
         if candidate in shipped and (name in UPSAMPLERS or candidate == name):
             upsampler = load_pretrained(Upsampler, _SHIPPED / candidate)
             if getattr(upsampler, "embed_dim", None) in (None, embed_dim) or candidate == name:
                 return upsampler
-    if name == DetailUpsampler.name:
-        if embed_dim is None:
-            raise ValueError('upsampler="detail" belongs to one backbone; give embed_dim')
-        return DetailUpsampler(embed_dim).eval()
     if name in UPSAMPLERS:
         return UPSAMPLERS[name]().eval()
     if Path(name).suffix == ".ckpt":
@@ -86,14 +80,6 @@ def create_upsampler(
     if Path(name).is_dir() or "/" in name:
         return load_pretrained(Upsampler, name)
     raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
-
-
-def _default(embed_dim: int | None, backbone: str | None) -> Upsampler:
-    """The best shipped weights for a backbone."""
-    for name in DEFAULT_UPSAMPLERS:
-        if f"{name}_{backbone}" in _shipped_names():
-            return create_upsampler(name, embed_dim, backbone=backbone)
-    return create_upsampler(DEFAULT_UPSAMPLERS[-1], embed_dim, backbone=backbone)
 
 
 def _shipped_names() -> list[str]:
