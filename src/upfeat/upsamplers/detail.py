@@ -74,25 +74,30 @@ class ImageRegression:
         """
         with torch.autocast(queries.device.type, enabled=False):
             exact = torch.promote_types(queries.dtype, torch.float32)
-            inputs = _less_surroundings(queries.to(exact)).flatten(2)  # (B, D, N)
+            rows, columns = (_mean_of_three(side, queries, exact) for side in queries.shape[2:])
+            inputs = queries.to(exact)
+            inputs = (inputs - rows @ inputs @ columns.T).flatten(2)  # (B, D, N)
             gram = inputs @ inputs.mT
             # The constant is for images without any colour or texture.
             least = penalty * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
             unit = torch.eye(gram.shape[1], dtype=exact, device=gram.device)
             factor = torch.linalg.cholesky(gram + least[:, None, None] * unit)
-            self.fit = torch.cholesky_solve(inputs, factor).mT  # (B, N, D)
+            fit = torch.cholesky_solve(inputs, factor).unflatten(2, queries.shape[2:])
+            # The features lose the mean around them by the adjoint, on fewer channels than theirs.
+            self.fit = (fit - rows.T @ fit @ columns).flatten(2).mT  # (B, N, D)
         self.lacking = finer - first(queries)
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, 2h, 2w)."""
-        coefficients = _less_surroundings(features).flatten(2) @ self.fit.to(features.dtype)
-        out = coefficients @ self.lacking.flatten(2).to(features.dtype)
+        out = features.flatten(2) @ self.fit.to(features.dtype)  # (B, C, D)
+        out = out @ self.lacking.flatten(2).to(features.dtype)
         return out.unflatten(2, self.lacking.shape[2:])
 
 
-def _less_surroundings(x: Tensor) -> Tensor:
-    """Values less their mean over 3×3, edges replicated: (B, C, h, w) -> the same."""
-    return x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+def _mean_of_three(length: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mean of each value and its two neighbours, edges replicated, (length, length)."""
+    unit = torch.eye(length, dtype=dtype, device=like.device)
+    return (torch.cat([unit[:1], unit[:-1]]) + unit + torch.cat([unit[1:], unit[-1:]])) / 3
 
 
 class DetailKernels:
@@ -258,8 +263,8 @@ class DetailUpsampler(Upsampler):
         step = self.neighbourhood
         finer = (FINER * grid_size[0], FINER * grid_size[1])
         queries = step.queries(guidance, output_size)
-        means = F.adaptive_avg_pool2d(queries, grid_size)
         finer_means = F.adaptive_avg_pool2d(queries, finer)
+        means = F.avg_pool2d(finer_means, FINER)
         middle = unit(finer_means)  # keys of the last step, queries of the first
         first = step.attend(middle, unit(means), grid_size, finer)
         last = step.attend(queries, middle, finer, output_size, widening=self.widening)
