@@ -10,8 +10,16 @@ from torch import nn
 import upfeat
 from upfeat import losses
 from upfeat.backbones import Backbone
+from upfeat.training import implicit_kernel
 from upfeat.training.implicit import FitConfig, fit_guidance
-from upfeat.training.implicit_kernel import KernelFit, _details, _translate, spread_anchors
+from upfeat.training.implicit_kernel import (
+    KernelFit,
+    Regression,
+    _details,
+    _translate,
+    one_pass,
+    spread_anchors,
+)
 from upfeat.training.implicit_network import (
     Waves,
     create_network_fit,
@@ -88,7 +96,7 @@ def test_the_design_is_what_views_do_to_the_map():
     views = sample_jitters(5, size=(48, 64), generator=torch.Generator().manual_seed(3), **VIEWS)
     seen = watch.observe(views)
     basis = principal_components(seen, 5, whiten=True)
-    fit = KernelFit(guidance, watch, basis, anchors=60, seed=0)
+    fit = KernelFit(guidance, watch, basis, backbone(watch.image), anchors=60, seed=0)
     fit.add(views, seen)
     field, _ = fit.solve(0.0)
     drawn = ImplicitFeatures(field, guidance, basis.components, basis.mean).render(fit.map_size)
@@ -96,6 +104,52 @@ def test_the_design_is_what_views_do_to_the_map():
     design = torch.cat(list(fit._designs(views))) @ field.coefficients
     found = (design @ basis.components + basis.mean).view(5, 6, 8, 5).permute(0, 3, 1, 2)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_without_evidence_the_map_of_one_pass_is_drawn(monkeypatch):
+    monkeypatch.setattr(implicit_kernel, "PENALTIES", (1e14,))
+    backbone, guidance = Pooled(), scene()
+    config = dataclasses.replace(FAST, zoomed_views=0)
+    features = fit_guidance(guidance, backbone, config)
+    watch = observer(guidance, backbone)
+    seen = watch.observe(watch.held)
+    basis = principal_components(seen, 5, whiten=True)
+    own = backbone(watch.image)
+    fit = KernelFit(guidance, watch, basis, own, anchors=200, seed=0)
+    drawn = one_pass(guidance, basis.encode(own), fit.map_size)  # (k, H', W')
+    table, pixels = fit.table.flatten(0, 1).double(), drawn.flatten(1).T.double()
+    gram = table.T @ table + 3 * torch.eye(table.shape[1])
+    expected = table @ torch.linalg.solve(gram, table.T @ pixels)  # of the map, all that fits
+    expected = (expected.float() @ basis.components + basis.mean).T.view(1, 5, 48, 64)
+    deviation = float(watch.held_out_variance) ** 0.5
+    found = ImplicitFeatures(fit.solve(0.0)[0], guidance, basis.components, basis.mean).render()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * deviation)
+    # The basis differs, and so what the penalty takes away, but not by much.
+    torch.testing.assert_close(features.render(), expected, rtol=0, atol=0.2 * deviation)
+
+
+def test_the_mean_of_large_maps_is_found_from_some_of_their_pixels(monkeypatch):
+    backbone, guidance = Pooled(), scene()
+    watch = observer(guidance, backbone)
+    basis = principal_components(watch.held_features, 5, whiten=True)
+    fit = KernelFit(guidance, watch, basis, backbone(watch.image), anchors=60, seed=0)
+    whole = fit.table.flatten(0, 1) @ fit.mean
+    monkeypatch.setattr(implicit_kernel, "_MEAN_PIXELS", 48 * 64 // 4)
+    part = fit.table.flatten(0, 1) @ fit._project(
+        one_pass(guidance, basis.encode(backbone(watch.image)), fit.map_size)
+    )
+    assert (whole - part).square().mean() < 0.01 * whole.square().mean()
+
+
+@pytest.mark.parametrize("penalty", [1e-3, 1.0, 1e3])
+def test_what_coefficients_leave_is_what_observations_less_theirs_say(penalty):
+    design, targets, known = torch.randn(50, 6), torch.randn(50, 3), torch.randn(6, 3)
+    whole, rest = Regression.empty(6, 3), Regression.empty(6, 3)
+    whole.add(design, targets)
+    rest.add(design, targets - design @ known)
+    found = whole.beyond(known).solve(penalty)
+    torch.testing.assert_close(found, rest.solve(penalty), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.beyond(0 * known).solve(penalty), whole.solve(penalty))
 
 
 class Accented(Pooled):
@@ -203,7 +257,8 @@ def test_anchors_are_distinct_and_spread():
     others = positions[torch.randperm(500)[:50]]
     random_gaps = torch.cdist(others, others) + 10 * torch.eye(50)
     assert gaps.min() > random_gaps.min()
-    assert len(spread_anchors(positions[:7], 50, torch.ones(3), 0)) == 7
+    few = spread_anchors(positions[:7], 50, torch.ones(3), 0)
+    assert len(few) == len(few.unique(dim=0)) == 7
 
 
 @pytest.mark.parametrize("config", [FAST, REFERENCE], ids=["fast", "reference"])
@@ -256,9 +311,9 @@ def test_fewer_observations_than_components():
 def test_more_views_are_used_only_while_they_help():
     backbone, guidance = Pooled(), scene()
     eager = dataclasses.replace(FAST, views=128, tolerance=0.9)
-    assert fit_guidance(guidance, backbone, eager).facts["views"] == 64 + 8
+    assert fit_guidance(guidance, backbone, eager).facts["views"] == 1 + 64 + 8
     patient = dataclasses.replace(FAST, views=40, tolerance=0)
-    assert fit_guidance(guidance, backbone, patient).facts["views"] == 40 + 8
+    assert fit_guidance(guidance, backbone, patient).facts["views"] == 1 + 40 + 8
 
 
 def test_nan_features_are_named():
@@ -291,7 +346,7 @@ def test_progress_is_told():
     steps = []
     fit_guidance(scene(), Pooled(), FAST, on_step=steps.append)
     assert steps[-1].features is not None
-    assert steps[-1].done <= steps[-1].total == 38
+    assert steps[-1].done <= steps[-1].total == 39
     assert all(a.done <= b.done for a, b in itertools.pairwise(steps))
 
 
@@ -403,4 +458,14 @@ def test_a_file_is_a_hundredth_of_the_map(tmp_path):
     config = FitConfig(views=2, held_out=1)
     features = fit_guidance(guidance, Pooled(384, 16), config)
     features.save(tmp_path / "f.safetensors")
+    assert len(features.components) == 128  # as large as they come
     assert (tmp_path / "f.safetensors").stat().st_size <= 224 * 224 * 384 * 4 / 100
+
+
+def test_a_file_of_a_fit_draws_what_the_fit_drew(tmp_path):
+    features = fit_guidance(scene(), Pooled(), FAST)
+    state = torch.get_rng_state()
+    features.save(tmp_path / "f.safetensors")
+    loaded = ImplicitFeatures.load(tmp_path / "f.safetensors")
+    assert torch.equal(loaded.render((100, 70)), features.render((100, 70)))
+    assert torch.equal(torch.get_rng_state(), state)

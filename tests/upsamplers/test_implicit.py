@@ -1,21 +1,32 @@
-"""Implicit features: a function of place and colour, whatever it was fitted by."""
+"""Implicit features: a function of place and image, whatever it was fitted by."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import upfeat
 from upfeat.storage import read_tensors, write_tensors
-from upfeat.upsamplers.implicit import ImplicitFeatures, sample_colours
+from upfeat.upsamplers import create_upsampler, implicit_guides
+from upfeat.upsamplers.implicit import ImplicitFeatures
 from upfeat.upsamplers.implicit_fields import (
     BilateralKernel,
     KernelField,
     NetworkField,
     whitening,
 )
+from upfeat.upsamplers.implicit_guides import QueryGuide, colours, sample
+from upfeat.upsamplers.neighbourhood import PyramidEncoder
 
-SCALES = torch.tensor([[0.75, 0.3, 0.7], [1.0, 3.0, 0.3]])
+SCALES = torch.tensor([[0.75, 0.5, 0.7], [1.0, 5.0, 0.3]])
+WIDTH = 8
+
+
+def make_guide(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return QueryGuide(PyramidEncoder(WIDTH, 2))
 
 
 def make_field(kind, width=4, seed=0):
@@ -23,9 +34,11 @@ def make_field(kind, width=4, seed=0):
     if kind == "network":
         field = NetworkField(width, hidden=16, frequencies=3, generator=generator)
         return field.eval().requires_grad_(False)
-    anchors = torch.rand(40, 5, generator=generator) * torch.tensor([3.0, 5, 1, 1, 1])
+    places = torch.rand(40, 2, generator=generator) * torch.tensor([3.0, 5.0])
+    queries = nn.functional.normalize(torch.randn(40, WIDTH, generator=generator)).half().float()
     coefficients = torch.randn(40, width, generator=generator).half().float()
-    return KernelField(anchors, SCALES, coefficients, grid_size=(3, 5))
+    anchors = torch.cat([places, queries], dim=1)
+    return KernelField(anchors, SCALES, coefficients, make_guide(), grid_size=(3, 5))
 
 
 def make_features(kind="kernel", size=(24, 40), channels=6, width=4):
@@ -129,10 +142,11 @@ def test_files_that_are_not_ours(tmp_path):
         ImplicitFeatures.load(path)
     path.write_bytes(content)
     tensors, facts = read_tensors(path)
-    write_tensors(path, tensors, {**facts, "format": "upfeat-implicit-99"})
+    write_tensors(path, tensors, {**facts, "format": "upfeat-implicit-1"})
     with pytest.raises(ValueError, match="not implicit features of this version"):
         ImplicitFeatures.load(path)
-    for missing in ("field.anchors", "components", "guidance_png"):
+    missing_parts = ("field.anchor_places", "field.guide.entry.bias", "components", "guidance_png")
+    for missing in missing_parts:
         write_tensors(path, {k: v for k, v in tensors.items() if k != missing}, facts)
         with pytest.raises(ValueError, match=r"f\.safetensors"):
             ImplicitFeatures.load(path)
@@ -159,21 +173,56 @@ def test_bad_arguments(call, words):
         call(make_features())
 
 
-def test_colours_between_pixels():
+def test_values_between_pixels():
     guidance = torch.randint(256, (3, 5, 7), dtype=torch.uint8)
     y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (5, 7))
-    at_centres = sample_colours(guidance, torch.cartesian_prod(y, x))
+    at_centres = sample(colours(guidance), torch.cartesian_prod(y, x))
     torch.testing.assert_close(at_centres.T.reshape(3, 5, 7), guidance.float() / 255)
     corners = torch.tensor([[0.0, 0], [1, 1], [0.5 / 5, 1 / 7]], dtype=torch.float64)
-    first, last, between = sample_colours(guidance, corners)
+    first, last, between = sample(colours(guidance), corners)
     torch.testing.assert_close(first, guidance[:, 0, 0] / 255)
     torch.testing.assert_close(last, guidance[:, -1, -1] / 255)
     torch.testing.assert_close(between, (guidance[:, 0, 0] / 255 + guidance[:, 0, 1] / 255) / 2)
 
 
+def test_queries_are_those_of_the_shipped_upsampler():
+    upsampler = create_upsampler("neighbourhood_universal")
+    guide = QueryGuide(upsampler.encoder)
+    guidance = torch.randint(256, (3, 33, 50), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = upsampler.queries((guidance[None].float() / 255 - 0.5) / 0.5, (33, 50))
+    found = guide(guidance)
+    torch.testing.assert_close(found.permute(2, 0, 1)[None], expected, rtol=0, atol=5e-3)
+    torch.testing.assert_close(found.norm(dim=2), torch.ones(33, 50))
+    again = QueryGuide.rebuild(guide.tensors(), guide.facts())
+    assert torch.equal(again(guidance), found)
+
+
+def test_huge_images_have_coarser_queries(monkeypatch):
+    guide = make_guide()
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(80), indexing="ij")
+    guidance = torch.stack([y * 4, x * 3, y + x]).to(torch.uint8)
+    whole = guide(guidance)
+    assert whole.shape == (60, 80, WIDTH)
+    monkeypatch.setattr(implicit_guides, "_LARGEST_MAP", 30 * 40 * WIDTH)
+    assert guide(guidance).shape == (30, 40, WIDTH)
+    places = torch.rand(100, 2, dtype=torch.float64)
+    torch.testing.assert_close(
+        sample(guide(guidance), places), sample(whole, places), rtol=0, atol=0.2
+    )
+
+
+def test_a_field_and_its_guide_fit_together():
+    field = make_field("kernel")
+    with pytest.raises(ValueError, match="wide"):
+        KernelField(
+            field.anchors[:, :-1], SCALES, field.coefficients, field.guide, grid_size=(3, 5)
+        )
+
+
 def test_the_kernel_is_one():
     kernel = BilateralKernel(SCALES)
-    a = torch.rand(30, 5, dtype=torch.float64) * 3
+    a = torch.rand(30, 2 + WIDTH, dtype=torch.float64) * 3
     matrix = kernel(a, a)
     torch.testing.assert_close(matrix, matrix.T)
     torch.testing.assert_close(matrix.diagonal(), torch.ones(30, dtype=torch.float64))
@@ -185,14 +234,18 @@ def test_the_kernel_is_one():
 
 def test_bumps_out_of_reach_are_not_missed():
     field = make_field("kernel")
-    anchors = torch.cat([field.anchors, field.anchors + torch.tensor([40.0, 60, 0, 0, 0])])
+    far = torch.tensor([40.0, 60, *[0] * WIDTH])
     wide = KernelField(
-        anchors, SCALES, field.coefficients.repeat(2, 1), grid_size=(45, 70), nugget=1e-3
+        torch.cat([field.anchors, field.anchors + far]),
+        SCALES,
+        field.coefficients.repeat(2, 1),
+        field.guide,
+        grid_size=(45, 70),
     )
-    places, colours = torch.rand(200, 2, dtype=torch.float64).float(), torch.rand(200, 3)
-    positions = torch.cat([places * torch.tensor([45.0, 70.0]), colours], dim=1)
-    expected = wide.kernel(positions, anchors) @ wide._heights
-    torch.testing.assert_close(wide(places, colours), expected, rtol=1e-5, atol=1e-5)
+    places, queries = torch.rand(200, 2, dtype=torch.float64).float(), torch.rand(200, WIDTH)
+    positions = torch.cat([places * torch.tensor([45.0, 70.0]), queries], dim=1)
+    expected = wide.kernel(positions, wide.anchors) @ wide._heights
+    torch.testing.assert_close(wide(places, queries), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_published_network():

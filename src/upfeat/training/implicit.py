@@ -40,7 +40,7 @@ class FitConfig:
             at most 224. The result can be drawn at any size.
         seed: of all that is drawn at random.
         views: jittered views to look at; ``None`` for at most 64 (fast: fewer where held-out views
-            gain nothing) or 3000 (reference).
+            gain nothing, and the image itself besides) or 3000 (reference).
         zoomed_views: fast: magnified views, looked at beside those for their details.
         held_out: views that are never fitted, by which the fit is judged.
         components: principal components of the features in which the fit works.
@@ -48,7 +48,8 @@ class FitConfig:
         max_zoom: largest magnification of views.
         tolerance: fast: stop when twice the views lower the held-out loss by less than this share.
         slack: fast: how much of the held-out loss, as a share, may be given for a smoother map.
-            Smoothness helps linear probes; 0 gives the least held-out loss.
+            The smoothest is what a one-pass upsampler draws. Smoothness helps linear probes; 0
+            gives the least held-out loss.
         anchors: fast: basis functions, at most.
         steps: reference: of NAdam.
         views_per_step: reference: drawn for each step.
@@ -66,7 +67,7 @@ class FitConfig:
     max_pad: float = 30
     max_zoom: float = 1.8
     tolerance: float = 0.01
-    slack: float = 0.08
+    slack: float = 0.05
     anchors: int = 1024
     steps: int = 1200
     views_per_step: int = 10
@@ -131,7 +132,7 @@ def fit_implicit(
     *,
     on_step: OnFit | None = None,
 ) -> ImplicitFeatures:
-    """Fit a function of place and colour to what a backbone sees in many views of one image.
+    """Fit a function of place and image to what a backbone sees in many views of one image.
 
     Args:
         image: a path, PIL image, array or tensor, as :func:`upfeat.images.read_image` takes them.
@@ -193,7 +194,7 @@ def fit_guidance(
 def _fit_fast(
     guidance: Tensor, observer: Observer, config: FitConfig, on_step: OnFit
 ) -> ImplicitFeatures:
-    total = config.held_out + config.n_views + config.zoomed_views
+    total = config.held_out + 1 + config.n_views + config.zoomed_views
     views = spread_jitters(
         config.n_views,
         size=observer.size,

@@ -1,9 +1,12 @@
-"""The fast fit: a Gaussian process of place and colour, observed through the views; closed form.
+"""The fast fit: a Gaussian process of place and query, observed through the views; closed form.
 
 A view's features are, up to noise, a linear map of the features sought: warp, then the mean over
-each cell. With fixed basis functions of place and colour (``KernelField``), their images under that
+each cell. With fixed basis functions of place and query (``KernelField``), their images under that
 map are the columns of a design matrix, and the coefficients of all channels at once are one ridge
 regression. Gradient descent does the same in thousands of passes over thousands of views.
+
+The process's mean is what a one-pass upsampler makes of the image's own features, as far as the
+basis functions can say it: where the views have nothing to say, that is drawn, not a constant.
 
 Magnified views show more detail, but a backbone speaks of magnified things in other words, which no
 map can reconcile. Their features are therefore translated by a linear map, learnt from the image's
@@ -29,15 +32,27 @@ from upfeat.training.implicit_views import (
     show,
 )
 from upfeat.training.randomness import stream
-from upfeat.upsamplers.implicit import sample_colours
+from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.implicit_fields import BilateralKernel, KernelField, whitening
+from upfeat.upsamplers.implicit_guides import QueryGuide, normalised, sample
+from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
+from upfeat.upsamplers.pretrained import create_upsampler
 from upfeat.views import Jitter
 
-SCALES = ((0.75, 0.3, 0.7), (1.0, 3.0, 0.3))
-"""The kernel: standard deviation in cells, in colour, weight. The second part hardly looks at
-colour: where a colour is unlike all anchors, what remains is the place."""
+SCALES = ((0.75, 0.5, 0.7), (1.0, 5.0, 0.3))
+"""The kernel: standard deviation in cells, in query, weight. The second part hardly looks at the
+query: where it is unlike all anchors', what remains is the place."""
+QUERIES = "neighbourhood_universal"
+"""The upsampler whose queries the kernel compares."""
+ONE_PASS = "detail_universal"
+"""The upsampler that draws the mean."""
 NUGGET = 1e-3
 PENALTIES = (1e-3, 1e-2, 1e-1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# Of the mean's coefficients, for every pixel of the map; so many of those are looked at, about.
+_MEAN_PENALTY = 3.0
+_MEAN_PIXELS = 1 << 14
+# Of the image that the one-pass upsampler is shown, at most.
+_ONE_PASS_PIXELS = 1 << 21
 # Of the translation of magnified views, relative to the variance of their coordinates.
 _TRANSLATION_PENALTY = 0.03
 _CANDIDATES = 8192
@@ -62,6 +77,18 @@ class Regression:
         self.gram += (design.T @ design).double()
         self.moment += (design.T @ targets).double()
 
+    @staticmethod
+    def empty(functions: int, width: int) -> Regression:
+        """Sums of nothing, for M functions and k targets."""
+        return Regression(
+            torch.zeros(functions, functions, dtype=torch.float64),
+            torch.zeros(functions, width, dtype=torch.float64),
+        )
+
+    def beyond(self, coefficients: Tensor) -> Regression:
+        """The same observations less what coefficients (M, k) say of them."""
+        return Regression(self.gram, self.moment - self.gram @ coefficients.double())
+
     def solve(self, penalty: float) -> Tensor:
         """Coefficients (M, k) that minimise squared error plus penalty · squared length."""
         matrix = self.gram.clone()
@@ -74,14 +101,22 @@ class KernelFit:
     """Basis functions of one image, and the coefficients that explain the views so far."""
 
     def __init__(
-        self, guidance: Tensor, observer: Observer, basis: Basis, *, anchors: int, seed: int
+        self,
+        guidance: Tensor,
+        observer: Observer,
+        basis: Basis,
+        own: Tensor,
+        *,
+        anchors: int,
+        seed: int,
     ) -> None:
-        """Place the anchors; evaluate their functions over the image.
+        """Place the anchors; evaluate their functions over the image; find the mean.
 
         Args:
             guidance: (3, H, W) uint8.
             observer: of the same image.
             basis: of the targets; coordinates of unit variance.
+            own: (1, C, h, w), the backbone's features of the image itself.
             anchors: how many at most.
             seed: draws the candidates for anchors.
         """
@@ -89,13 +124,15 @@ class KernelFit:
         self.scales = torch.tensor(SCALES)
         self.kernel = BilateralKernel(self.scales)
         self.map_size = _map_size(observer.size, observer.grid_size, anchors)
-        positions = _positions(guidance, self.map_size, observer.grid_size)
+        upsampler = _shipped(QUERIES)
+        assert isinstance(upsampler, NeighbourhoodUpsampler)
+        self.guide = QueryGuide(upsampler.encoder)
+        positions = _positions(self.guide(guidance), self.map_size, observer.grid_size)
         self.anchors = spread_anchors(positions, anchors, self.scales[0], seed)
+        self.anchors[:, 2:] = self.anchors[:, 2:].half()  # as they are stored
         self.table = self._table(positions)  # (H', W', M)
-        n, k = len(self.anchors), len(basis.components)
-        self.regression = Regression(
-            torch.zeros(n, n, dtype=torch.float64), torch.zeros(n, k, dtype=torch.float64)
-        )
+        self.regression = Regression.empty(len(self.anchors), len(basis.components))
+        self.mean = self._project(one_pass(guidance, basis.encode(own), self.map_size))
         self.held = torch.cat(list(self._designs(observer.held)))
         self.held_targets = self._targets(observer.held_features)
         self.outside = basis.loss(observer.held_features)
@@ -139,6 +176,7 @@ class KernelFit:
             self.anchors,
             self.scales,
             coefficients,
+            self.guide,
             grid_size=self.observer.grid_size,
             nugget=NUGGET,
         )
@@ -148,13 +186,23 @@ class KernelFit:
 
     def _coefficients(self, slack: float) -> Tensor:
         """Coefficients (M, k) as :meth:`solve` chooses them."""
-        solutions = [self.regression.solve(penalty) for penalty in PENALTIES]
+        rest = self.regression.beyond(self.mean)
+        solutions = [self.mean + rest.solve(penalty) for penalty in PENALTIES]
         errors = torch.stack(
             [(self.held @ x - self.held_targets).square().mean(0) for x in solutions]
         )  # (penalties, k)
         good = errors <= errors.amin(0) * (1 + slack)
         best = good.long().cumsum(0).argmax(0)  # the last good one
         return torch.stack(solutions)[best, :, torch.arange(len(best))].T
+
+    def _project(self, drawn: Tensor) -> Tensor:
+        """Coefficients (M, k) that say a map (k, H', W'), by ridge regression on its pixels."""
+        step = math.ceil(math.sqrt(math.prod(self.map_size) / _MEAN_PIXELS))
+        rows, columns = (slice((n - 1) % step // 2, None, step) for n in self.map_size)
+        table = self.table[rows, columns].flatten(0, 1)
+        regression = Regression.empty(len(self.anchors), len(drawn))
+        regression.add(table, drawn[:, rows, columns].flatten(1).T)
+        return regression.solve(_MEAN_PENALTY * len(table) / math.prod(self.map_size))
 
     def _table(self, positions: Tensor) -> Tensor:
         """Every basis function at every pixel of the map, whitened: (H', W', M)."""
@@ -200,7 +248,7 @@ def fit_kernel(
 ) -> None:
     """Add views until held-out views are explained no better; then the details of magnified ones.
 
-    Views are looked at in rounds, each doubling their number.
+    First the image itself is looked at; then views in rounds, each doubling their number.
 
     Args:
         guidance: (3, H, W) uint8.
@@ -214,26 +262,27 @@ def fit_kernel(
         seed: draws the candidates for anchors.
         on_round: is given the field, its basis and the number of views after every round; the last
             one is the result.
-        on_views: is told how many views have been looked at.
+        on_views: is told how many views, with the image itself, have been looked at.
     """
+    own = observer.observe(Jitter.identity(1, size=observer.size), on_views)
     goal = min(_FIRST_ROUND, len(views))
-    features = observer.observe(views[slice(0, goal)], on_views)
+    features = observer.observe(views[slice(0, goal)], partial(_tell, on_views, 1))
     basis = principal_components(features, components, whiten=True)
-    fit = KernelFit(guidance, observer, basis, anchors=anchors, seed=seed)
+    fit = KernelFit(guidance, observer, basis, own, anchors=anchors, seed=seed)
     fit.add(views[slice(0, goal)], features)
     field, loss = fit.solve(slack)
-    on_round(field, basis, goal)
+    on_round(field, basis, 1 + goal)
     last = math.inf
     while goal < len(views) and loss <= last * (1 - tolerance):
         last, done, goal = loss, goal, min(2 * goal, len(views))
         added = views[slice(done, goal)]
-        fit.add(added, observer.observe(added, partial(_tell, on_views, done)))
+        fit.add(added, observer.observe(added, partial(_tell, on_views, 1 + done)))
         field, loss = fit.solve(slack)
-        on_round(field, basis, goal)
+        on_round(field, basis, 1 + goal)
     if len(zoomed):
-        fit.add_details(zoomed, observer.observe(zoomed, partial(_tell, on_views, goal)))
+        fit.add_details(zoomed, observer.observe(zoomed, partial(_tell, on_views, 1 + goal)))
         field, _ = fit.solve(slack)
-        on_round(field, basis, goal + len(zoomed))
+        on_round(field, basis, 1 + goal + len(zoomed))
 
 
 def _tell(on_views: Callable[[int], None], before: int, n: int) -> None:
@@ -241,27 +290,51 @@ def _tell(on_views: Callable[[int], None], before: int, n: int) -> None:
 
 
 def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tensor:
-    """Choose anchors that cover all places and colours: each the farthest from those before it.
+    """Choose anchors that cover all places and queries: each the farthest from those before it.
 
     Args:
-        positions: (P, 5) of the pixels.
+        positions: (P, 2 + D) of the pixels.
         n: how many at most.
-        scale: (3,) standard deviation in cells and in colour, and a weight that is not used.
+        scale: (3,) standard deviation in cells and in query, and a weight that is not used.
         seed: draws the pixels among which to choose.
 
     Returns:
-        (M, 5), M ≤ n.
+        (M, 2 + D), M ≤ n.
     """
     order = torch.randperm(len(positions), generator=stream(seed, "anchors"))[:_CANDIDATES]
     candidates = positions[order]
-    place, colour = scale[:2].tolist()
-    scaled = candidates / candidates.new_tensor([place, place, colour, colour, colour])
+    place, query = scale[:2].tolist()
+    scaled = candidates / candidates.new_tensor([place, place] + [query] * (positions.shape[1] - 2))
+    square = scaled.square().sum(1)
     chosen = torch.empty(min(n, len(candidates)), dtype=torch.long)
     distance = torch.full((len(candidates),), math.inf)
     for index in range(len(chosen)):
-        chosen[index] = distance.argmax()
-        torch.minimum(distance, (scaled - scaled[chosen[index]]).square().sum(1), out=distance)
+        last = chosen[index] = distance.argmax()
+        distance[last] = -math.inf  # never again
+        away = torch.addmv(square, scaled, scaled[last], alpha=-2).add_(square[last])
+        torch.minimum(distance, away, out=distance)
     return candidates[chosen]
+
+
+def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> Tensor:
+    """What the best upsampler for any backbone makes of features.
+
+    Args:
+        guidance: (3, H, W) uint8.
+        features: (1, k, h, w) of the image itself.
+        map_size: of the result.
+
+    Returns:
+        (k, *map_size).
+    """
+    with torch.no_grad():
+        return _shipped(ONE_PASS)(features, normalised(guidance, _ONE_PASS_PIXELS), map_size)[0]
+
+
+def _shipped(name: str) -> Upsampler:
+    """An upsampler with the weights that are shipped for any backbone."""
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, then replaced
+        return create_upsampler(name)
 
 
 def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -296,9 +369,9 @@ def _map_size(size: tuple[int, int], grid_size: tuple[int, int], anchors: int) -
     return max(round(size[0] / step), grid_size[0]), max(round(size[1] / step), grid_size[1])
 
 
-def _positions(guidance: Tensor, map_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
-    """(y, x) in cells and colour of every pixel of the map, (H'·W', 5)."""
+def _positions(queries: Tensor, map_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+    """(y, x) in cells and query, of (…, …, D), of every pixel of the map: (H'·W', 2 + D)."""
     y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in map_size)
     places = torch.cartesian_prod(y, x)
     cells = (places * places.new_tensor(grid_size)).float()
-    return torch.cat([cells, sample_colours(guidance, places)], dim=1)
+    return torch.cat([cells, sample(queries, places)], dim=1)

@@ -14,8 +14,8 @@ from upfeat import losses
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
 from upfeat.training.implicit_views import Basis, Observer
 from upfeat.training.randomness import stream
-from upfeat.upsamplers.implicit import sample_colours
 from upfeat.upsamplers.implicit_fields import NetworkField
+from upfeat.upsamplers.implicit_guides import sample
 from upfeat.views import Jitter
 
 
@@ -190,7 +190,7 @@ def create_network_fit(
     else:
         made = SimpleDownsampler(taps)
     uncertainty = losses.SpatialUncertainty(k, generator=stream(seed, "uncertainty"))
-    colours = sample_colours(guidance, places)
+    colours = sample(field.look(guidance), places)
     return NetworkFit(field, made, uncertainty, Waves.of(field, places.float(), colours), size)
 
 

@@ -1,8 +1,8 @@
 """Implicit features: one image's features as a function of place, at any resolution.
 
-A backbone sees many jittered copies of an image; a small function of place and colour is fitted to
-all of them at once (``upfeat.fit_implicit``). What is kept is that function, the image, and the
-basis in which it works: about a hundredth of the map that it can draw.
+A backbone sees many jittered copies of an image; a small function of the place, and of what the
+image shows there, is fitted to all of them at once (``upfeat.fit_implicit``). What is kept is that
+function, the image, and the basis in which it works: about a hundredth of the map that it can draw.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,12 @@ from upfeat.images import read_image
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers.base import Size, check_output_size
 from upfeat.upsamplers.implicit_fields import Field, rebuild
+from upfeat.upsamplers.implicit_guides import sample
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike
 
-FORMAT = "upfeat-implicit-1"
+FORMAT = "upfeat-implicit-2"
 """What files say they are."""
 
 # Points whose values exist at once, beside the result.
@@ -58,7 +60,7 @@ class ImplicitFeatures:
         """Keep the parts.
 
         Args:
-            field: place and colour to k coordinates.
+            field: place, and what the image shows there, to k coordinates.
             guidance: (3, H, W) uint8, the image as it was fitted.
             components: (k, C) features of one unit of each coordinate.
             mean: (C,) features where all coordinates are 0.
@@ -141,7 +143,7 @@ class ImplicitFeatures:
         return self._window((top, left, height, width), size, self.components, self.mean)[None]
 
     def at(self, points: Tensor) -> Tensor:
-        """Features at points of the image, exactly: nothing is interpolated but the colour.
+        """Features at points of the image, exactly: nothing is interpolated but the image.
 
         Args:
             points: (N, 2), (y, x) in pixels of the fit; whole numbers are pixel centres, the
@@ -280,32 +282,15 @@ class ImplicitFeatures:
             out[:, start : start + len(part)] = values.view(-1, len(part), width)
         return out
 
+    @cached_property
+    def _seen(self) -> Tensor:
+        """What the field looks at, (H', W', D): made when first needed."""
+        return self.field.look(self.guidance)
+
     @torch.no_grad()
     def _evaluate(self, places: Tensor) -> Tensor:
         """Coordinates at places (N, 2), (y, x) in [0, 1] float64: (N, k)."""
-        return self.field(places.float(), sample_colours(self.guidance, places))
-
-
-def sample_colours(guidance: Tensor, places: Tensor) -> Tensor:
-    """Colours between pixels, bilinear; beyond the outermost centres, theirs.
-
-    Args:
-        guidance: (3, H, W) uint8.
-        places: (N, 2) float64, (y, x) in [0, 1] from border to border.
-
-    Returns:
-        (N, 3) float32 in [0, 1].
-    """
-    height, width = guidance.shape[1:]
-    last = places.new_tensor([height - 1, width - 1])
-    index = (places * places.new_tensor([height, width]) - 0.5).clamp(min=0).minimum(last)
-    low = index.floor()
-    part = (index - low).float()
-    (y, x), (below, right) = low.long().unbind(1), (low + 1).minimum(last).long().unbind(1)
-    pixels = guidance.float() / 255
-    upper = torch.lerp(pixels[:, y, x], pixels[:, y, right], part[:, 1])
-    lower = torch.lerp(pixels[:, below, x], pixels[:, below, right], part[:, 1])
-    return torch.lerp(upper, lower, part[:, 0]).T.contiguous()
+        return self.field(places.float(), sample(self._seen, places))
 
 
 def resize_image(pixels: Tensor, size: Size) -> Tensor:

@@ -1,9 +1,10 @@
-"""Functions of a place in the image and the colour there: what implicit features are made of.
+"""Functions of a place and of what the image shows there: what implicit features are made of.
 
-Two kinds. A :class:`KernelField` is a sum of Gaussian bumps around anchors in place and colour,
-fitted in closed form; a :class:`NetworkField` is the published network of Fourier features (FeatUp,
-section 3.3), fitted by gradient descent. Both are evaluated point by point: the value at a point
-depends on nothing but the point, so every resolution and every window agree.
+Two kinds. A :class:`KernelField` is a sum of Gaussian bumps around anchors in place and query, the
+descriptor of colour and texture by which the neighbourhood upsampler compares pixels; it is fitted
+in closed form. A :class:`NetworkField` is the published network of Fourier features of place and
+colour (FeatUp, section 3.3), fitted by gradient descent. Both are evaluated point by point: the
+value at a point depends on nothing but the point, so every resolution and every window agree.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from upfeat.upsamplers.implicit_guides import QueryGuide, colours
+
 _TILE_CELLS = 4
 # Bumps further than this many standard deviations are below 2e-8.
 _REACH = 6.0
@@ -27,7 +30,7 @@ _NETWORK_CHUNK = 8192
 
 
 class Field(Protocol):
-    """A function of place and colour."""
+    """A function of place and of what a map of the image says there."""
 
     kind: ClassVar[str]
 
@@ -36,8 +39,12 @@ class Field(Protocol):
         """Number k of values."""
         ...
 
-    def __call__(self, places: Tensor, colours: Tensor) -> Tensor:
-        """Evaluate: (N, 2) places (y, x) in [0, 1], (N, 3) colours in [0, 1] -> (N, k)."""
+    def look(self, guidance: Tensor) -> Tensor:
+        """The map that the field wants to know: (3, H, W) uint8 -> (H', W', D) float32."""
+        ...
+
+    def __call__(self, places: Tensor, seen: Tensor) -> Tensor:
+        """Evaluate: (N, 2) places (y, x) in [0, 1], (N, D) of the map there -> (N, k)."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:
@@ -50,24 +57,24 @@ class Field(Protocol):
 
 
 class BilateralKernel:
-    """A sum of Gaussians of the distance in place (cells) and in colour (RGB in [0, 1])."""
+    """A sum of Gaussians of the distance in place (cells) and in query (unit vectors)."""
 
     def __init__(self, scales: Tensor) -> None:
         """Keep the parts.
 
         Args:
-            scales: (S, 3) rows (standard deviation in cells, in colour, weight); weights sum to 1.
+            scales: (S, 3) rows (standard deviation in cells, in query, weight); weights sum to 1.
         """
         self.scales = scales
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare positions (y, x, r, g, b): (N, 5), (M, 5) -> (N, M), 1 where they coincide."""
+        """Compare positions (y, x, query): (N, 2 + D), (M, 2 + D) -> (N, M), 1 for the same."""
         # In double precision: bumps overlap and their heights nearly cancel, so an error of single
         # precision in the distance would show.
         total, dtype = None, a.dtype
         a, b = a.double(), b.double()
-        for place, colour, weight in self.scales.tolist():
-            scale = a.new_tensor([place, place, colour, colour, colour])
+        for place, query, weight in self.scales.tolist():
+            scale = a.new_tensor([place, place] + [query] * (a.shape[1] - 2))
             # log weight − |a − b|²/2 as one product: the squares are two more columns.
             near, far = a / scale, b / scale
             near = torch.cat([near, _half_square(near) + math.log(weight), _ones(near)], dim=1)
@@ -110,6 +117,7 @@ class KernelField:
         anchors: Tensor,
         scales: Tensor,
         coefficients: Tensor,
+        guide: QueryGuide,
         *,
         grid_size: tuple[int, int],
         nugget: float = 1e-3,
@@ -117,12 +125,20 @@ class KernelField:
         """Keep the parts.
 
         Args:
-            anchors: (M, 5) float32 positions: (y, x) in cells, colour in [0, 1].
+            anchors: (M, 2 + D) float32 positions: (y, x) in cells, query; files hold the query in
+                half precision.
             scales: (S, 3), of :class:`BilateralKernel`.
-            coefficients: (M, k).
+            coefficients: (M, k); files hold them in half precision.
+            guide: gives the queries, D wide.
             grid_size: (h, w) cells over the image: the unit of places.
             nugget: added to K's diagonal.
+
+        Raises:
+            ValueError: the anchors' queries are not as wide as the guide's.
         """
+        if anchors.shape[1] != 2 + guide.width:
+            raise ValueError(f"anchors are {anchors.shape[1]} wide, not {2 + guide.width}")
+        self.guide = guide
         self.anchors, self.scales, self.coefficients = anchors, scales, coefficients
         self.grid_size, self.nugget = grid_size, nugget
         self.kernel = BilateralKernel(scales)
@@ -136,9 +152,13 @@ class KernelField:
         """Number k of values."""
         return self.coefficients.shape[1]
 
-    def __call__(self, places: Tensor, colours: Tensor) -> Tensor:
+    def look(self, guidance: Tensor) -> Tensor:
+        """See :class:`Field`; the queries."""
+        return self.guide(guidance)
+
+    def __call__(self, places: Tensor, seen: Tensor) -> Tensor:
         """See :class:`Field`. Points are taken in tiles of the image that are always the same."""
-        positions = torch.cat([places * places.new_tensor(self.grid_size), colours], dim=1)
+        positions = torch.cat([places * places.new_tensor(self.grid_size), seen], dim=1)
         out = places.new_empty(len(places), self.width)
         for index, nearby in self._tiles(positions[:, :2]):
             anchors, heights = self.anchors[nearby], self._heights[nearby]
@@ -163,14 +183,20 @@ class KernelField:
     def tensors(self) -> dict[str, Tensor]:
         """See :class:`Field`."""
         return {
-            "anchors": self.anchors,
+            "anchor_places": self.anchors[:, :2],
+            "anchor_queries": self.anchors[:, 2:].half(),
             "scales": self.scales,
             "coefficients": self.coefficients.half(),
+            **{f"guide.{name}": value for name, value in self.guide.tensors().items()},
         }
 
     def facts(self) -> dict[str, Any]:
         """See :class:`Field`."""
-        return {"grid_size": list(self.grid_size), "nugget": self.nugget}
+        return {
+            "grid_size": list(self.grid_size),
+            "nugget": self.nugget,
+            "guide": self.guide.facts(),
+        }
 
 
 def whitening(kernel: BilateralKernel, anchors: Tensor, nugget: float) -> Tensor:
@@ -243,11 +269,15 @@ class NetworkField(nn.Module):
         # A colour that never changes stays at −½.
         self.high.copy_(torch.where(high > low, high, low + 1))
 
-    def forward(self, places: Tensor, colours: Tensor) -> Tensor:
+    def look(self, guidance: Tensor) -> Tensor:
+        """See :class:`Field`; the colours."""
+        return colours(guidance)
+
+    def forward(self, places: Tensor, seen: Tensor) -> Tensor:
         """See :class:`Field`."""
         if torch.is_grad_enabled() or len(places) <= _NETWORK_CHUNK:
-            return self._evaluate(places, colours)
-        parts = zip(places.split(_NETWORK_CHUNK), colours.split(_NETWORK_CHUNK), strict=True)
+            return self._evaluate(places, seen)
+        parts = zip(places.split(_NETWORK_CHUNK), seen.split(_NETWORK_CHUNK), strict=True)
         return torch.cat([self._evaluate(*part) for part in parts])
 
     def angles(self, places: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +334,12 @@ def rebuild(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Fie
         if kind == KernelField.kind:
             grid_size = (int(facts["grid_size"][0]), int(facts["grid_size"][1]))
             coefficients = tensors["coefficients"].float()
-            parts = tensors["anchors"], tensors["scales"], coefficients
+            anchors = torch.cat(
+                [tensors["anchor_places"], tensors["anchor_queries"].float()], dim=1
+            )
+            weights = {k[6:]: v for k, v in tensors.items() if k.startswith("guide.")}
+            guide = QueryGuide.rebuild(weights, facts["guide"])
+            parts = anchors, tensors["scales"], coefficients, guide
             return KernelField(*parts, grid_size=grid_size, nugget=float(facts["nugget"]))
         field = NetworkField(**facts)
         field.load_state_dict(tensors)
