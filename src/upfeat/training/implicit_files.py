@@ -208,7 +208,9 @@ def _create_zarr(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Any
     try:
         zarr = importlib.import_module("zarr")
     except ImportError:
-        raise ValueError(f"{path}: writing zarr needs the package zarr: pip install zarr") from None
+        raise ValueError(
+            f"{path}: writing zarr needs the package zarr: pip install 'upfeat[zarr]'"
+        ) from None
     if path.exists():
         raise ValueError(f"{path}: exists already; remove it first")
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
