@@ -67,7 +67,7 @@ class FitConfig:
     max_pad: float = 30
     max_zoom: float = 1.8
     tolerance: float = 0.01
-    slack: float = 0.07
+    slack: float = 0.05
     anchors: int = 1024
     steps: int = 1200
     views_per_step: int = 10
