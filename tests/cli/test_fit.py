@@ -118,6 +118,10 @@ def test_without_its_image(photo, tmp_path, capsys):
         (["fit", "none.jpg", "-o", "x.safetensors"], "no such file"),
         (["fit", "small.jpg", "small.jpg", "-o", "x.safetensors"], "give a folder"),
         (["fit", "small.jpg", "-o", "x.safetensors", "--size", "3"], "at least the stride"),
+        (
+            ["fit", "tiny.png", "-o", "x.safetensors"],
+            "image is 12 pixels on its shorter side, less",
+        ),
         (["fit", "small.jpg", "-o", "x.safetensors", "--views", "0"], "views=0"),
         (["fit", "empty", "-o", "out"], "no image file"),
         (["render", "none.safetensors", "-o", "x.npy"], "no such file"),
@@ -131,6 +135,7 @@ def test_without_its_image(photo, tmp_path, capsys):
 def test_bad_input_is_one_line(arguments, words, photo, fitted, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    Image.new("RGB", (20, 12)).save(tmp_path / "tiny.png")
     capsys.readouterr()
     assert main(arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
