@@ -157,8 +157,8 @@ def fit_implicit(
     shorter = min(pixels.shape[1:])
     if config.size is None and shorter < network.stride:
         raise ValueError(
-            f"image is {shorter} pixels on its shorter side, less than the stride of {network.name} "
-            f"({network.stride}); give a larger one, or size={network.stride}"
+            f"image is {shorter} pixels on its shorter side, less than the stride of "
+            f"{network.name} ({network.stride}); give a larger one, or size={network.stride}"
         )
     size = min(shorter, max(_DEFAULT_SIZE, network.stride)) if config.size is None else config.size
     shape = network.preprocess(pixels, size).shape[-2:]
