@@ -117,6 +117,12 @@ class NeighbourhoodKernels:
         They upsample to the grid itself: what comes out is the mean over each cell of the whole
         output. A cell in which no pixel of a small output lies keeps its own features.
         """
+        down, across = (
+            divmod(length, cells)
+            for cells, length in zip(self.grid_size, self.output_size, strict=True)
+        )
+        if not (down[1] or across[1]):
+            return F.avg_pool2d(weights, (down[0], across[0]))
         rows, columns = (
             _membership(cells, length, weights)
             for cells, length in zip(self.grid_size, self.output_size, strict=True)
