@@ -92,7 +92,7 @@ class FeatUp(nn.Module):
 
 
 def load(
-    name: str = DEFAULT_BACKBONE,
+    backbone: str | Backbone | Callable[[Tensor], Tensor] = DEFAULT_BACKBONE,
     *,
     upsampler: str | Path | Upsampler | None = None,
     device: str | torch.device | None = None,
@@ -100,26 +100,28 @@ def load(
     """Load a backbone with an upsampler, in eval mode and frozen.
 
     Args:
-        name: one of ``upfeat.list_backbones()``.
+        backbone: one of ``upfeat.list_backbones()``; or your own, a :class:`Backbone` or any module
+            or function from (B, 3, H, W) to (B, C, h, w). A module's parameters are frozen in
+            place; for options as its normalisation, wrap it by :func:`upfeat.load_backbone`.
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
             published FeatUp checkpoint (``.ckpt``), or an upsampler; ``None`` for the backbone's
-            best.
+            best, which for any but the embedded ones needs no training.
         device: where to put both; ``None`` for the CPU.
 
     Raises:
         FileNotFoundError: ``upsampler`` is a path where nothing is.
-        ValueError: there is no such backbone or upsampler (close names are suggested), or no such
-            device.
+        ValueError: there is no such backbone or upsampler (close names are suggested), the output
+            is not a feature map, or there is no such device.
 
     Example:
         >>> model = load("efficientnet_lite0", upsampler="bilinear")
         >>> model(torch.zeros(1, 3, 64, 96)).shape
         torch.Size([1, 112, 64, 96])
     """
-    backbone = load_backbone(name)
+    network = load_backbone(backbone)
     if not isinstance(upsampler, Upsampler):
-        upsampler = create_upsampler(upsampler, backbone.embed_dim, backbone=backbone.name)
-    model = FeatUp(backbone, upsampler).eval().requires_grad_(False)
+        upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
+    model = FeatUp(network, upsampler).eval().requires_grad_(False)
     if device is None:
         return model
     try:

@@ -143,6 +143,17 @@ class TestShippedWeights:
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
+    def test_a_module_of_ones_own_gets_the_universal_default(self):
+        module = torch.nn.Conv2d(3, 6, 16, 16)
+        model = upfeat.load(module)
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+        assert model(torch.rand(1, 3, 32, 48)).shape == (1, 6, 32, 48)
+        expected = create_upsampler("detail_universal").state_dict()
+        found = model.upsampler.state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
     def test_other_backbones_get_the_universal_default(self):
         found = create_upsampler(None, 320, backbone="efficientnet_lite0.stride32")
         expected = create_upsampler("detail_universal").state_dict()
