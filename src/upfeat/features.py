@@ -18,10 +18,8 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.storage import read_tensors, write_tensors
-from upfeat.upsamplers import DetailUpsampler, Kernels, Upsampler, Window
+from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.base import add_offset, check_inputs
-from upfeat.upsamplers.detail import DetailKernels
-from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 from upfeat.upsamplers.pretrained import UPSAMPLERS
 
 _TILE = 32
@@ -342,11 +340,7 @@ class UpsampledFeatures:
         kernels, mixed = self._parts()
         if self._settled is not None and self._settled[0].holds([mixed]):
             return self._settled[1]
-        found = kernels, mixed
-        if isinstance(kernels, DetailKernels) and isinstance(self.upsampler, DetailUpsampler):
-            found = self.upsampler.settle(kernels, mixed)
-        elif isinstance(kernels, NeighbourhoodKernels):
-            found = kernels.settle(mixed)
+        found = self.upsampler.settle(kernels, mixed)
         if found[1] is not mixed and not found[1].requires_grad:
             self._settled = _Snapshot([mixed]), found
         return found

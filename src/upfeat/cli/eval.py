@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="names, folders that save_pretrained wrote, .ckpt files, or implicit: fits "
-        "every image, 10 to 20 s each (default: nearest bilinear bicubic joint_bilateral jbu_stack "
+        "every image, about 10 s each (default: nearest bilinear bicubic joint_bilateral jbu_stack "
         "neighbourhood, and the backbone's default)",
     )
     parser.add_argument(

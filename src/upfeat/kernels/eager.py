@@ -57,17 +57,35 @@ def bilateral_weights(
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-7)
 
 
-def neighbourhood_upsample(features: Tensor, weights: Tensor) -> Tensor:
+def neighbourhood_upsample(
+    features: Tensor,
+    weights: Tensor,
+    output_size: Sequence[int] | None = None,
+    origin: Sequence[int] = (0, 0),
+) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`.
+
+    The weights may be those of a window of an output of ``output_size``, from ``origin`` on.
 
     All pixels of one coarse cell read the same (2r+1)² cells, so the sum is one small matrix
     product per cell: (pixels of the cell × taps)·(taps × C). Where the output is not a whole
     multiple of the grid, cells are padded to the largest and the padding is dropped after.
     """
-    radius = window_radius(weights.shape[1])
+    radius, counts = window_radius(weights.shape[1]), weights.shape[2:]
     rows, columns = (
-        slots_of_cells(cells, length, 0, length)
-        for cells, length in zip(features.shape[2:], weights.shape[2:], strict=True)
+        slots_of_cells(*axis)
+        for axis in zip(features.shape[2:], output_size or counts, origin, counts, strict=True)
+    )
+    # Only the cells that are read: the whole map may be many times larger.
+    top, left = (max(axis.first - radius, 0) for axis in (rows, columns))
+    features = features[
+        :,
+        :,
+        top : rows.first + rows.cells + radius,
+        left : columns.first + columns.cells + radius,
+    ]
+    rows, columns = (
+        axis._replace(first=axis.first - before) for axis, before in ((rows, top), (columns, left))
     )
     around = gather_cells(features, radius, rows, columns).mT  # (B·h·w, T, C)
     out = torch.bmm(gather_pixels(weights, rows, columns), around)  # (B·h·w, pixels, C)

@@ -156,6 +156,19 @@ class Upsampler(nn.Module, ABC):
         coarse = apply_head(mixed, head)
         return kernels(coarse) if window is None else kernels.crop(coarse, window)
 
+    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
+        """Do what no window changes, once for any number of windows.
+
+        Args:
+            kernels: of the image, from :meth:`prepare`.
+            mixed: (B, C, h, w), the coarse features after :meth:`mix`.
+
+        Returns:
+            Kernels and features of which :meth:`render` gives the same, with any head and window.
+            Here those that were given.
+        """
+        return kernels, mixed
+
     def config(self) -> dict[str, Any]:
         """Constructor arguments that rebuild this upsampler, as JSON values."""
         return {}

@@ -80,8 +80,8 @@ class ImageRegression:
             gram = inputs @ inputs.mT
             # The constant is for images without any colour or texture.
             least = penalty * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
-            unit = torch.eye(gram.shape[1], dtype=exact, device=gram.device)
-            factor = torch.linalg.cholesky(gram + least[:, None, None] * unit)
+            eye = torch.eye(gram.shape[1], dtype=exact, device=gram.device)
+            factor = torch.linalg.cholesky(gram + least[:, None, None] * eye)
             fit = torch.cholesky_solve(inputs, factor).unflatten(2, queries.shape[2:])
             # The features lose the mean around them by the adjoint, on fewer channels than theirs.
             self.fit = (fit - rows.T @ fit @ columns).flatten(2).mT  # (B, N, D)
@@ -96,8 +96,8 @@ class ImageRegression:
 
 def _mean_of_three(length: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """The mean of each value and its two neighbours, edges replicated, (length, length)."""
-    unit = torch.eye(length, dtype=dtype, device=like.device)
-    return (torch.cat([unit[:1], unit[:-1]]) + unit + torch.cat([unit[1:], unit[-1:]])) / 3
+    eye = torch.eye(length, dtype=dtype, device=like.device)
+    return (torch.cat([eye[:1], eye[:-1]]) + eye + torch.cat([eye[1:], eye[-1:]])) / 3
 
 
 class DetailKernels:
@@ -312,17 +312,9 @@ class DetailUpsampler(Upsampler):
             kernels = self._with_detail(kernels, head)
         return super().through(kernels, mixed, head=head, window=window)
 
-    def settle(self, kernels: DetailKernels, mixed: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
-        """Do what no window changes, once for any number of them.
-
-        Args:
-            kernels: of the image, from :meth:`prepare`.
-            mixed: (B, C, h, w), the coarse features after :meth:`mix`.
-
-        Returns:
-            The last step, and the features (B, C, 2h, 2w) with detail that it takes:
-            :meth:`render` gives the same of them, with any head.
-        """
+    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
+        """See :meth:`Upsampler.settle`; the last step, and features (B, C, 2h, 2w) with detail."""
+        assert isinstance(kernels, DetailKernels)
         return self._with_detail(kernels, None).settle(mixed)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:

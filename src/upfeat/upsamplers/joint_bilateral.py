@@ -10,14 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import functional
-from upfeat.kernels.cells import (
-    cell_of_pixels,
-    gather_cells,
-    gather_pixels,
-    scatter_pixels,
-    slots_of_cells,
-)
-from upfeat.kernels.window import window_radius
+from upfeat.kernels import eager
+from upfeat.kernels.cells import cell_of_pixels
 from upfeat.upsamplers.base import Size, Upsampler, Window
 
 
@@ -58,25 +52,8 @@ class NeighbourhoodKernels:
             return self(features)
         features = self._correct(features)
         weights = self.weights(window).to(features.dtype)
-        radius = window_radius(weights.shape[1])
-        starts, counts = (window.top, window.left), (window.height, window.width)
-        rows, columns = (
-            slots_of_cells(*axis)
-            for axis in zip(self.grid_size, self.output_size, starts, counts, strict=True)
-        )
-        # Only the cells that are read: the whole map may be many times larger.
-        first = (max(rows.first - radius, 0), max(columns.first - radius, 0))
-        features = features[
-            :,
-            :,
-            first[0] : rows.first + rows.cells + radius,
-            first[1] : columns.first + columns.cells + radius,
-        ]
-        rows = rows._replace(first=rows.first - first[0])
-        columns = columns._replace(first=columns.first - first[1])
-        around = gather_cells(features, radius, rows, columns).mT  # (B·cells, T, C)
-        out = torch.bmm(gather_pixels(weights, rows, columns), around)  # (B·cells, pixels, C)
-        return scatter_pixels(out, features.shape[0], rows, columns)
+        origin = (window.top, window.left)
+        return eager.neighbourhood_upsample(features, weights, self.output_size, origin)
 
     def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
         """Do what no window changes, once for any number of them.

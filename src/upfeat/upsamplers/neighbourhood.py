@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.kernels import dispatch
-from upfeat.upsamplers.base import Size, Upsampler, Window
+from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window
 from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 
 INITIAL_TEMPERATURE = 8.0
@@ -203,6 +203,11 @@ class NeighbourhoodUpsampler(Upsampler):
         queries = self.queries(guidance, output_size)
         keys = unit(F.adaptive_avg_pool2d(queries, grid_size))
         return self.attend(queries, keys, grid_size, output_size)
+
+    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
+        """See :meth:`Upsampler.settle`; the corrections are made."""
+        assert isinstance(kernels, NeighbourhoodKernels)
+        return kernels.settle(mixed)
 
     def attend(
         self,
