@@ -24,7 +24,7 @@ LAYERS = [
         "downsamplers",
         "pooling",
     },
-    {"kernels"},
+    {"backends"},
     {"functional"},
     {"upsamplers", "backbones"},
     {"features"},
