@@ -16,6 +16,7 @@ LAYERS = [
     {
         "_version",
         "naming",
+        "randomness",
         "images",
         "storage",
         "visualize",
@@ -29,7 +30,7 @@ LAYERS = [
     {"upsamplers", "backbones"},
     {"features"},
     {"model", "environment"},
-    {"training", "evaluation", "run", "benchmark"},
+    {"implicit", "training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]
