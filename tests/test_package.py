@@ -18,6 +18,7 @@ LAYERS = [
         "naming",
         "images",
         "storage",
+        "locks",
         "visualize",
         "views",
         "losses",
