@@ -25,7 +25,7 @@ LAYERS = [
         "downsamplers",
         "pooling",
     },
-    {"kernels"},
+    {"backends"},
     {"functional"},
     {"upsamplers", "backbones"},
     {"features"},
