@@ -19,6 +19,7 @@ LAYERS = [
         "randomness",
         "images",
         "storage",
+        "locks",
         "visualize",
         "views",
         "losses",
