@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-import upfeat
+from upfeat import load_backbone
 from upfeat.mosaic import Rows, Strip, receptive_halo, strips
 
 
@@ -19,14 +19,14 @@ class Global(nn.Module):
 def convolutional():
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 5, 7, 4, 3), nn.ReLU(), nn.Conv2d(5, 6, 3, 2, 1))
-    return upfeat.load_backbone(layers).eval()
+    return load_backbone(layers).eval()
 
 
 def crops(x):
     return lambda w: x[:, :, w.top : w.bottom, w.left : w.right]
 
 
-@pytest.mark.parametrize("make", [convolutional, lambda: upfeat.load_backbone("efficientnet_lite0")])
+@pytest.mark.parametrize("make", [convolutional, lambda: load_backbone("efficientnet_lite0")])
 @torch.no_grad()
 def test_tiles_of_a_convolutional_backbone_equal_the_whole(make):
     backbone = make().eval()
@@ -49,12 +49,12 @@ def test_a_halo_one_cell_short_is_not_exact():
 
 
 def test_a_backbone_that_sees_everything_has_no_halo():
-    assert receptive_halo(upfeat.load_backbone(Global())) is None
+    assert receptive_halo(load_backbone(Global())) is None
 
 
 @torch.no_grad()
 def test_blended_windows_of_a_constant_image_are_constant_and_rows_come_once():
-    backbone = upfeat.load_backbone(Global())
+    backbone = load_backbone(Global())
     x = torch.full((1, 3, 8 * 21, 8 * 17), 0.25)
     parts = list(strips(backbone, crops(x), (21, 17), tile=8, halo=None))
     whole = torch.cat([part.features for part in parts], 2)
@@ -66,7 +66,7 @@ def test_blended_windows_of_a_constant_image_are_constant_and_rows_come_once():
 
 @torch.no_grad()
 def test_blended_windows_have_no_step_at_their_borders():
-    backbone = upfeat.load_backbone(Global())
+    backbone = load_backbone(Global())
     ramp = torch.linspace(0, 1, 8 * 32).expand(1, 3, 8 * 32, 8 * 32)
     parts = strips(backbone, crops(ramp), (32, 32), tile=16, halo=None, overlap=8)
     row = torch.cat([part.features for part in parts], 2)[0, 0, 16]

@@ -1,5 +1,7 @@
 """Tiles cover a map once, halos stay inside, blends are a partition of unity."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -16,7 +18,8 @@ def test_cores_cover_the_map_once_and_outer_windows_hold_the_halo(height, width,
     for tile in split((height, width), step * tiles, halo=halo, step=step):
         core, outer, inner = tile.core, tile.outer, tile.inner
         covered[core.top : core.bottom, core.left : core.right] += 1
-        assert outer.top % step == 0 and outer.left % step == 0
+        assert outer.top % step == 0
+        assert outer.left % step == 0
         assert 0 <= outer.top <= max(core.top - halo, 0)
         assert min(core.bottom + halo, height) <= outer.bottom <= height
         assert min(core.right + halo, width) <= outer.right <= width
@@ -31,7 +34,8 @@ def test_overlapping_windows_cover_the_map_and_blend_to_one(height, width, windo
     weights = np.zeros((height, width))
     for part in overlapping((height, width), window, overlap):
         assert part[2:] == (min(window, height), min(window, width))
-        assert part.bottom <= height and part.right <= width
+        assert part.bottom <= height
+        assert part.right <= width
         down = raised_cosine(part.top, part.height, height, overlap)
         across = raised_cosine(part.left, part.width, width, overlap)
         weights[part.top : part.bottom, part.left : part.right] += np.outer(down, across)
@@ -41,7 +45,7 @@ def test_overlapping_windows_cover_the_map_and_blend_to_one(height, width, windo
 def test_a_blend_falls_smoothly_and_never_at_the_border_of_the_map():
     weights = raised_cosine(0, 8, 20, 4)
     assert weights[:4] == [1, 1, 1, 1]
-    assert all(a > b for a, b in zip(weights[3:], weights[4:], strict=False))
+    assert all(a > b for a, b in pairwise(weights[3:]))
     fall, rise = np.array(weights[4:]), np.array(raised_cosine(4, 8, 20, 4)[:4])
     np.testing.assert_allclose(fall + rise, 1)
 

@@ -1,8 +1,8 @@
 """Coarse features of an image too large for one pass of the backbone, strip by strip.
 
-A convolutional backbone looks only so far: tiles with a halo of that many cells give exactly what the
-whole image gives. A backbone with global attention sees its whole input: windows that overlap are
-blended with raised cosines, which hides the seams but does not make them exact.
+A convolutional backbone looks only so far: tiles with a halo of that many cells give exactly what
+the whole image gives. A backbone with global attention sees its whole input: windows that overlap
+are blended with raised cosines, which hides the seams but does not make them exact.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Tiles, halos, overlaps and blends of a large map as integers; nothing here touches pixels.
 
-Two ways to cut: :func:`split` gives tiles that do not overlap, each with a halo that is read but not
-written (exact where what is computed looks no further than the halo); :func:`overlapping` gives windows
-of one size that overlap, with weights that blend them (for what looks as far as the window goes).
+Two ways to cut: :func:`split` gives tiles that do not overlap, each with a halo that is read but
+not written (exact where what is computed looks no further than the halo); :func:`overlapping` gives
+windows of one size that overlap, blended by the weights of :func:`raised_cosine` (for what looks as
+far as its window goes).
 """
 
 from __future__ import annotations
@@ -99,8 +100,8 @@ def _starts(length: int, window: int, overlap: int) -> list[int]:
 def raised_cosine(start: int, window: int, length: int, overlap: int) -> list[float]:
     """Weights of one overlapping window along one axis: 1 inside, falling towards its ends.
 
-    Divide a sum of weighted windows by the sum of their weights. Ends at the border of the map do not
-    fall, and no weight is 0, so that the sum never is.
+    Divide a sum of weighted windows by the sum of their weights. Ends at the border of the map do
+    not fall, and no weight is 0, so that the sum never is.
 
     Args:
         start: first unit of the window.
