@@ -16,6 +16,7 @@ LAYERS = [
     {
         "_version",
         "naming",
+        "normalization",
         "images",
         "storage",
         "visualize",
