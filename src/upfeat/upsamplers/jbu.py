@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
-from upfeat.kernels import dispatch
-from upfeat.kernels.axes import interpolation_matrix, reflected_range, span
+from upfeat.backends import dispatch
+from upfeat.backends.axes import interpolation_matrix, reflected_range, span
 from upfeat.normalization import IMAGENET
 from upfeat.upsamplers.base import Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import functional
-from upfeat.kernels import eager
-from upfeat.kernels.cells import cell_of_pixels
+from upfeat.backends import eager
+from upfeat.backends.cells import cell_of_pixels
 from upfeat.normalization import HALF
 from upfeat.upsamplers.base import Size, Upsampler, Window
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
-from upfeat.kernels import dispatch
+from upfeat.backends import dispatch
 from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window
 from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upfeat.kernels import cpu, cpu_library, reference
+from upfeat.backends import reference
+from upfeat.backends.cpu import library as cpu_library
+from upfeat.backends.cpu import operators as cpu
 
 pytestmark = pytest.mark.skipif(
     cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
@@ -291,7 +293,7 @@ def test_forked_and_spawned_workers():
     """Fork after the kernels used their threads; the fresh process is itself a spawned one."""
     script = """
     import os, torch
-    from upfeat.kernels import cpu
+    from upfeat.backends.cpu import operators as cpu
     torch.manual_seed(0)
     features, weights = torch.randn(1, 64, 20, 20), torch.randn(1, 49, 40, 40)
     expected = cpu.joint_bilateral_upsample(features, weights)

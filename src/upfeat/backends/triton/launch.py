@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upfeat.kernels.triton_tables import (
+from upfeat.backends.triton.tables import (
     Axis,
     Blocks,
     audience,
@@ -63,7 +63,7 @@ def run_folding(kernel: str, read: Tensor, written: Tensor, axes: tuple[Axis, Ax
     pixels = min(block.columns, max(block.columns * 8 // pitch, 16))
     programs = batch * -(-height * width // pixels)
     with _device_of(read):
-        getattr(_kernels("triton_window"), kernel)[(programs,)](
+        getattr(_kernels("window"), kernel)[(programs,)](
             read, written, rows.coefficients, columns.coefficients, height * width, width,
             *read.stride(), *written.stride(),
             K=rows.coefficients.shape[1], I=rows.window, J=columns.window,
@@ -122,7 +122,7 @@ def _launch_groups(
     tiles = -(-size[0] // (2 * block.rows)) * -(-size[1] // (2 * block.columns))
     programs = batch * tiles * -(-channels // block.channels)
     with _device_of(out):
-        getattr(_kernels("triton_window"), kernel)[(programs,)](
+        getattr(_kernels("window"), kernel)[(programs,)](
             *tensors, rows.source, columns.source, rows.target, columns.target, channels,
             rows.origin, columns.origin, *(n for tensor in tensors for n in tensor.stride()),
             I=rows.window, J=columns.window, FY=rows.factor, FX=columns.factor,
@@ -147,7 +147,7 @@ def _launch_tiles(
     tiles = -(-down // block.rows) * -(-across // block.columns)
     per_tile = 1 if kernel == "outer_tiles" else -(-channels // block.channels)
     with _device_of(out):
-        getattr(_kernels("triton_window"), kernel)[(out.shape[0] * tiles * per_tile,)](
+        getattr(_kernels("window"), kernel)[(out.shape[0] * tiles * per_tile,)](
             *tensors, *tables, rows.source, columns.source, rows.target, columns.target, channels,
             *(n for tensor in tensors for n in tensor.stride()),
             I=rows.window, J=columns.window, PITCH=pitch,
@@ -181,7 +181,7 @@ def range_kernel(
     also = (partial,) if kernel == "range_backward" else ()
     strides = (n for tensor in (keys, *tensors) for n in tensor.stride())
     with _device_of(keys):
-        getattr(_kernels("triton_range"), kernel)[(programs,)](
+        getattr(_kernels("range"), kernel)[(programs,)](
             keys, *scalars, *tensors, *also, depth, height, width, *strides,
             RADIUS=radius, SIDE=side, BLOCK=strip,
             INDEX=_index_type(keys, *tensors), num_warps=block.warps, num_stages=block.stages,
@@ -225,7 +225,7 @@ def _product_type(dtype: torch.dtype) -> Any:
 
 
 def _kernels(module: str) -> ModuleType:
-    return importlib.import_module(f"upfeat.kernels.{module}")
+    return importlib.import_module(f"upfeat.backends.triton.{module}")
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from upfeat.kernels import eager, triton_launch
-from upfeat.kernels import triton as kernels
-from upfeat.kernels.triton_tables import bicubic_axis, plain_axis, replicated_axis
+from upfeat.backends import eager
+from upfeat.backends.triton import launch as triton_launch
+from upfeat.backends.triton import operators as kernels
+from upfeat.backends.triton.tables import bicubic_axis, plain_axis, replicated_axis
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -377,5 +378,5 @@ def test_wrong_shapes_never_reach_a_kernel():
 
 
 def test_importing_the_backend_does_not_import_triton():
-    code = "import sys, upfeat.kernels.triton; assert 'triton' not in sys.modules"
+    code = "import sys, upfeat.backends.triton.operators; assert 'triton' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

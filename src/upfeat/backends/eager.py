@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.kernels.cells import (
+from upfeat.backends.cells import (
     cell_distances,
     gather_cells,
     gather_pixels,
     scatter_pixels,
     slots_of_cells,
 )
-from upfeat.kernels.window import reflect_pad, spatial_kernel, window_radius
+from upfeat.backends.window import reflect_pad, spatial_kernel, window_radius
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:

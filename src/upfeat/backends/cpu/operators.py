@@ -3,7 +3,7 @@
 The operators are those of :mod:`upfeat.functional`, with the same arguments, shapes and errors, for
 tensors of any strides; values and weights share one type, float32, bfloat16 or float16. Nothing
 here is differentiable by itself. Gradients, and everything else, are the same for any number of
-threads. :mod:`upfeat.kernels.cpu_library` finds and calls the library.
+threads. :mod:`upfeat.backends.cpu.library` finds and calls the library.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.kernels.cpu_arguments import (
+from upfeat.backends.cpu.arguments import (
     check_image,
     check_shape,
     check_weights,
@@ -22,8 +22,8 @@ from upfeat.kernels.cpu_arguments import (
     shrinks,
     weights_shape,
 )
-from upfeat.kernels.cpu_library import Window, call, library_info, unavailable_reason
-from upfeat.kernels.cpu_stage import (
+from upfeat.backends.cpu.library import Window, call, library_info, unavailable_reason
+from upfeat.backends.cpu.stage import (
     can_run_jbu_stage,
     can_run_jbu_stage_weights,
     jbu_stage,

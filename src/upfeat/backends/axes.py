@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.kernels.window import reflected_indices
+from upfeat.backends.window import reflected_indices
 
 
 def interpolation_matrix(cells: int, length: int, mode: str, like: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upfeat.kernels.cpu_arguments import (
+from upfeat.backends.cpu.arguments import (
     check_image,
     check_rank,
     check_shape,
@@ -16,7 +16,7 @@ from upfeat.kernels.cpu_arguments import (
     shrinks,
     weights_shape,
 )
-from upfeat.kernels.cpu_library import Stage, call
+from upfeat.backends.cpu.library import Stage, call
 
 _STAGE_PARAMETERS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1", "temperature", "sigma_spatial"),

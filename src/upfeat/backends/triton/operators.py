@@ -45,9 +45,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from upfeat.kernels import triton_launch as launch
-from upfeat.kernels.triton_tables import Axis, bicubic_axis, plain_axis, replicated_axis
-from upfeat.kernels.window import window_radius
+from upfeat.backends.triton import launch
+from upfeat.backends.triton.tables import Axis, bicubic_axis, plain_axis, replicated_axis
+from upfeat.backends.window import window_radius
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_CAPABILITY = (8, 0)

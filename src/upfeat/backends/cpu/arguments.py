@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from upfeat.kernels.cpu_library import DTYPES, unavailable_reason
+from upfeat.backends.cpu.library import DTYPES, unavailable_reason
 
 
 def reason_against(**tensors: Tensor) -> str | None:

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.kernels.cells import cell_of_pixels
-from upfeat.kernels.window import reflect_pad, spatial_kernel, window_radius
+from upfeat.backends.cells import cell_of_pixels
+from upfeat.backends.window import reflect_pad, spatial_kernel, window_radius
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from upfeat.kernels import cpu, cpu_library
+from upfeat.backends.cpu import library as cpu_library
+from upfeat.backends.cpu import operators as cpu
 
 
 @pytest.fixture(params=cpu_library.ISAS)

@@ -8,8 +8,8 @@ import torch
 
 import upfeat
 from upfeat import functional
-from upfeat.kernels import dispatch
-from upfeat.kernels.library import WINDOWED
+from upfeat.backends import dispatch
+from upfeat.backends.torch_operators import WINDOWED
 
 REASON = dispatch.availability()["cpu"]
 pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))

@@ -16,7 +16,8 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
 )
 
-from upfeat.kernels import cpu, triton
+from upfeat.backends.cpu import operators as cpu
+from upfeat.backends.triton import operators as triton
 
 _LIBRARY = torch.library.Library("upfeat", "DEF")
 

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from upfeat import functional
-from upfeat.kernels import cpu, cpu_library, dispatch
+from upfeat.backends import dispatch
+from upfeat.backends.cpu import library as cpu_library
+from upfeat.backends.cpu import operators as cpu
 
 # (B, D, C), (h, w), (H, W), radius: whole and odd ratios, tiny, not square, broken ratios, ratios
 # on both sides of 1, one cell, channels beside any block, pixels on the border of two cells.

@@ -13,15 +13,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from upfeat.kernels import eager, library, reference
+from upfeat.backends import eager, reference, torch_operators
 
 logger = logging.getLogger(__name__)
 
 Argument: TypeAlias = Tensor | list[Tensor] | int | Sequence[int]
 
 BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
-    "triton": library.TRITON,
-    "cpu": library.CPU,
+    "triton": torch_operators.TRITON,
+    "cpu": torch_operators.CPU,
     "eager": eager,
     "reference": reference,
 }

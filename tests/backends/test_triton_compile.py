@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from upfeat.kernels import triton as kernels
-from upfeat.kernels import triton_launch
+from upfeat.backends.triton import launch as triton_launch
+from upfeat.backends.triton import operators as kernels
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -34,7 +34,7 @@ class Recorder:
     """Stands in for a module of kernels: notes every launch and starts none."""
 
     def __init__(self, module, launches):
-        self.module = importlib.import_module(f"upfeat.kernels.{module}")
+        self.module = importlib.import_module(f"upfeat.backends.triton.{module}")
         self.launches = launches
 
     def __getattr__(self, name):
