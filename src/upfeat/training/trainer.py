@@ -28,7 +28,6 @@ from upfeat.upsamplers import (
 )
 from upfeat.upsamplers.pretrained import UPSAMPLERS, load_pretrained
 
-
 _LEAST_STD = 0.05
 """Of a normalisation that upsamplers are trained in."""
 
