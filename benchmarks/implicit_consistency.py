@@ -31,7 +31,7 @@ UNSEEN_SEED = 1_000_003
 
 
 def measure(photo, backbone, upsamplers, config):
-    shape = backbone.preprocess(photo, config.size).shape[-2:]
+    shape = backbone.preprocess(photo, config.size, align=True).shape[-2:]
     guidance = resize_image(upfeat.images.read_image(photo), tuple(shape))
     start, cpu = time.perf_counter(), time.process_time()
     features = fit_guidance(guidance, backbone, config)

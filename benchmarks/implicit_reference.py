@@ -84,7 +84,7 @@ def measure(photo, backbone, config, steps, known):
     fast = fit_implicit(photo, backbone, config)
     cpu = time.process_time() - start
     print(photo.name, fast.facts["held_out"], cpu, flush=True)
-    shape = tuple(backbone.preprocess(photo, config.size).shape[-2:])
+    shape = tuple(backbone.preprocess(photo, config.size, align=True).shape[-2:])
     guidance = resize_image(upfeat.images.read_image(photo), shape)
     config = replace(config, preset="reference")
     reference = known or {

@@ -30,7 +30,7 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"features"},
-    {"model", "environment"},
+    {"model", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},

@@ -63,7 +63,7 @@ class Depth(Probing):
         features = sample.features[None]
         guidance = guidance_of(sample.image, self.backbone, upsampler)
         grid = (features.shape[2], features.shape[3])
-        kernels = upsampler.prepare(guidance, grid, sample.size)
+        kernels = upsampler.prepare(guidance, grid, sample.size, features)
         return head_map(upsampler, kernels, features, head)[0]
 
 

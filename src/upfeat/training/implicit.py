@@ -161,7 +161,7 @@ def fit_implicit(
             f"{network.name} ({network.stride}); give a larger one, or size={network.stride}"
         )
     size = min(shorter, max(_DEFAULT_SIZE, network.stride)) if config.size is None else config.size
-    shape = network.preprocess(pixels, size).shape[-2:]
+    shape = network.preprocess(pixels, size, align=True).shape[-2:]
     return fit_guidance(
         resize_image(pixels, (shape[0], shape[1])), network, config, on_step=on_step
     )
