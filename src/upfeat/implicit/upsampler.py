@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.training.implicit import FitConfig, fit_guidance
+from upfeat.implicit.features import ImplicitFeatures, fingerprint
+from upfeat.implicit.fit import FitConfig, fit_guidance
 from upfeat.upsamplers.base import Size, Upsampler, Window
-from upfeat.upsamplers.implicit import ImplicitFeatures, fingerprint
 
 
 class ImplicitKernels:
