@@ -17,6 +17,7 @@ LAYERS = [
     {
         "_version",
         "naming",
+        "normalization",
         "randomness",
         "images",
         "storage",

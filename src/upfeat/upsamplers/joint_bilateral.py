@@ -12,6 +12,7 @@ from torch import Tensor
 from upfeat import functional
 from upfeat.backends import eager
 from upfeat.geometry import cell_of_pixels
+from upfeat.normalization import HALF
 from upfeat.upsamplers.base import Size, Upsampler, Window
 
 
@@ -130,6 +131,7 @@ class JointBilateral(Upsampler):
     """
 
     name = "joint_bilateral"
+    mean, std = HALF
 
     def __init__(
         self, *, radius: int = 2, sigma_spatial: float = 0.7, sigma_range: float = 0.3
@@ -139,7 +141,8 @@ class JointBilateral(Upsampler):
         Args:
             radius: how many cells to each side take part, ≥ 1.
             sigma_spatial: standard deviation of distance, in cells, > 0.
-            sigma_range: standard deviation of colour, in units of the normalised guidance, > 0.
+            sigma_range: standard deviation of colour, in units of the normalised guidance (black
+                is −1, white 1), > 0.
 
         Raises:
             ValueError: one of them is out of range.
