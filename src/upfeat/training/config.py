@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from upfeat.naming import unknown_name
+from upfeat.registry import unknown_name
 
 REFERENCE: dict[str, Any] = {
     "upsampler": "jbu_stack",

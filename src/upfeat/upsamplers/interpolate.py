@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.geometry import interpolation_matrix
-from upfeat.upsamplers.base import Size, Upsampler, Window
+from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 
 
 class InterpolationKernels:
@@ -49,6 +49,7 @@ class _Interpolation(Upsampler):
         return InterpolationKernels(output_size, self.mode)
 
 
+@UPSAMPLERS.register
 class Nearest(_Interpolation):
     """The value of the cell that a pixel lies in."""
 
@@ -56,6 +57,7 @@ class Nearest(_Interpolation):
     mode = "nearest-exact"
 
 
+@UPSAMPLERS.register
 class Bilinear(_Interpolation):
     """Bilinear interpolation between cell centres (align_corners=False)."""
 
@@ -63,6 +65,7 @@ class Bilinear(_Interpolation):
     mode = "bilinear"
 
 
+@UPSAMPLERS.register
 class Bicubic(_Interpolation):
     """Bicubic interpolation between cell centres (a = −0.75, align_corners=False)."""
 

@@ -13,7 +13,7 @@ from upfeat import functional
 from upfeat.backends import eager
 from upfeat.geometry import cell_of_pixels
 from upfeat.normalization import HALF
-from upfeat.upsamplers.base import Size, Upsampler, Window
+from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 
 
 class NeighbourhoodKernels:
@@ -119,6 +119,7 @@ def _membership(cells: int, length: int, like: Tensor) -> Tensor:
     return inside / inside.sum(1, keepdim=True).clamp(min=1)
 
 
+@UPSAMPLERS.register
 class JointBilateral(Upsampler):
     """One step from the grid to the image: nearby cells, weighed by distance and by likeness.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.backends import dispatch
-from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
 from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 
 INITIAL_TEMPERATURE = 8.0
@@ -125,6 +125,7 @@ def unit(x: Tensor, *, over: bool = False) -> Tensor:
     return x.div_(length) if over and not torch.is_grad_enabled() else x / length
 
 
+@UPSAMPLERS.register
 class NeighbourhoodUpsampler(Upsampler):
     """Pixels attend to the coarse cells around them: like colours and textures share features.
 
