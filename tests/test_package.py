@@ -16,6 +16,8 @@ LAYERS = [
     {
         "_version",
         "naming",
+        "bounds",
+        "strict_json",
         "images",
         "storage",
         "locks",
