@@ -23,6 +23,8 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
 )
 
+from upfeat.kernels import dispatch
+
 Size = tuple[int, int]
 """(height, width), pixels."""
 
@@ -74,6 +76,23 @@ class Upsampler(nn.Module, ABC):
     """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
     linear: ClassVar[bool] = True
     """Whether anything may be upsampled in place of the features, such as a head's output."""
+    backend: str = "auto"
+    """The backend that every operator runs on; see :meth:`set_backend`."""
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the backend of every operator, for weights, sums, windows and training alike.
+
+        Args:
+            backend: "auto" takes the fastest that can run and says at DEBUG level which; any other
+                is the only one that runs, or raises; see :mod:`upfeat.functional`.
+
+        Raises:
+            ValueError: there is no backend of that name, or it has none of these operators.
+        """
+        dispatch.check_name(backend)
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend  # pyright: ignore[reportArgumentType]
 
     @abstractmethod
     def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> Kernels:
