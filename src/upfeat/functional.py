@@ -15,8 +15,8 @@ differentiable in every tensor argument.
 import torch
 from torch import Tensor
 
-from upfeat.kernels import dispatch
-from upfeat.kernels.window import window_radius
+from upfeat.backends import dispatch
+from upfeat.backends.window import window_radius
 
 __all__ = [
     "adaptive_conv2d",

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import upfeat
-from upfeat.kernels import dispatch
-from upfeat.kernels.library import WEIGHTS, WINDOWED
+from upfeat.backends import dispatch
+from upfeat.backends.torch_operators import WEIGHTS, WINDOWED
 
 OPERATORS = (*WINDOWED, *WEIGHTS, "jbu_stage")
 MAKERS = {

@@ -23,7 +23,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
 )
 
-from upfeat.kernels import dispatch
+from upfeat.backends import dispatch
 
 Size = tuple[int, int]
 """(height, width), pixels."""
@@ -76,6 +76,8 @@ class Upsampler(nn.Module, ABC):
     """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
     linear: ClassVar[bool] = True
     """Whether anything may be upsampled in place of the features, such as a head's output."""
+    needs_features: ClassVar[bool] = False
+    """Whether the weights depend on the features too, not on the image alone."""
     backend: str = "auto"
     """The backend that every operator runs on; see :meth:`set_backend`."""
 
@@ -95,13 +97,21 @@ class Upsampler(nn.Module, ABC):
                 module.backend = backend  # pyright: ignore[reportArgumentType]
 
     @abstractmethod
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> Kernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> Kernels:
         """Make the weights of one guidance.
 
         Args:
             guidance: (B, 3, H, W) normalised image.
             grid_size: (h, w) of the features to come.
             output_size: (height, width) of the result.
+            features: (B, C, h, w), the image's own; only upsamplers with :attr:`needs_features`
+                look at them, and they need them.
         """
 
     def mix(self, features: Tensor) -> Tensor:
@@ -130,7 +140,8 @@ class Upsampler(nn.Module, ABC):
             ValueError: shapes or batch sizes disagree, or the features hold NaN or infinity.
         """
         size = check_inputs(features, guidance, output_size)
-        kernels = self.prepare(guidance, (features.shape[2], features.shape[3]), size)
+        grid = (features.shape[2], features.shape[3])
+        kernels = self.prepare(guidance, grid, size, features)
         return self.render(kernels, self.mix(features))
 
     def render(

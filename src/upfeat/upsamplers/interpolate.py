@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.kernels.axes import interpolation_matrix
+from upfeat.backends.axes import interpolation_matrix
 from upfeat.upsamplers.base import Size, Upsampler, Window
 
 _BACKENDS = ("auto", "eager", "reference")
@@ -63,7 +63,13 @@ class _Interpolation(Upsampler):
                 f"{self.name} is; choose from {', '.join(_BACKENDS)}"
             )
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> InterpolationKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> InterpolationKernels:
         """See :meth:`Upsampler.prepare`; only ``output_size`` matters."""
         return InterpolationKernels(output_size, self.mode)
 

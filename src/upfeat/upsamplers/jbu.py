@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
-from upfeat.kernels import dispatch
-from upfeat.kernels.axes import interpolation_matrix, reflected_range, span
+from upfeat.backends import dispatch
+from upfeat.backends.axes import interpolation_matrix, reflected_range, span
 from upfeat.upsamplers.base import Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -213,7 +213,13 @@ class JBUStack(Upsampler):
             "n_stages": len(self.stages),
         }
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> JBUKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
         return JBUKernels(
             self.stages, guidance, stage_sizes(grid_size, output_size, len(self.stages))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
-from upfeat.kernels.cells import cell_of_pixels
+from upfeat.backends.cells import cell_of_pixels
 from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window
 
 INITIAL_TEMPERATURE = 8.0
@@ -332,7 +332,13 @@ class NeighbourhoodUpsampler(Upsampler):
             )
         return unit(queries, over=True)
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         queries = self.queries(guidance, output_size)
         return self.attend(queries, unit(F.adaptive_avg_pool2d(queries, grid_size)))
