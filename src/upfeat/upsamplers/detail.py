@@ -364,6 +364,7 @@ class DetailUpsampler(Upsampler):
                     f"{name}={own[name]} but {start!s} has {given[name]}; give the same"
                 )
         self.neighbourhood.load_state_dict(trained.state_dict())
+        self.mean, self.std = trained.mean, trained.std
 
     @torch.no_grad()
     def scale_mix(self, share: float) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.backends import dispatch
-from upfeat.backends.axes import interpolation_matrix, reflected_range, span
+from upfeat.geometry import interpolation_matrix, reflected_range, span
+from upfeat.normalization import IMAGENET
 from upfeat.upsamplers.base import Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -271,6 +272,7 @@ class JBUStack(Upsampler):
         state, embed_dim = read_featup(path)
         stack = cls(embed_dim)
         stack.load_state_dict(state)
+        stack.mean, stack.std = IMAGENET  # every published one was trained with it
         return stack.eval()
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.normalization import HALF
 from upfeat.upsamplers.base import Size, Upsampler
 from upfeat.upsamplers.neighbourhood import NeighbourhoodKernels
 
@@ -24,6 +25,7 @@ class JointBilateral(Upsampler):
     """
 
     name = "joint_bilateral"
+    mean, std = HALF
 
     def __init__(
         self,
@@ -38,7 +40,8 @@ class JointBilateral(Upsampler):
         Args:
             radius: how many cells to each side take part, ≥ 1.
             sigma_spatial: standard deviation of distance, in cells, > 0.
-            sigma_range: standard deviation of colour, in units of the normalised guidance, > 0.
+            sigma_range: standard deviation of colour, in units of the normalised guidance (black
+                is −1, white 1), > 0.
             backend: of the operators; see :mod:`upfeat.functional`.
 
         Raises:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
-from upfeat.backends.cells import cell_of_pixels
+from upfeat.geometry import cell_of_pixels
 from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window
 
 INITIAL_TEMPERATURE = 8.0
