@@ -16,6 +16,7 @@ LAYERS = [
     {
         "_version",
         "naming",
+        "optimisers",
         "images",
         "storage",
         "locks",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
 from upfeat.naming import unknown_name
+from upfeat.optimisers import NAdam
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
@@ -71,7 +72,7 @@ class Trainer:
         ).to(processes.device)
         self.objectives.train()
         self.parameters = [one for one in self.objectives.parameters() if one.requires_grad]
-        self.optimizer = torch.optim.NAdam(self.parameters, lr=config.learning_rate)
+        self.optimizer = NAdam(self.parameters, lr=config.learning_rate)
         self.step = 0
         self.best: dict[str, Any] = {}
         self.stale = 0
