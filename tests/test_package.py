@@ -17,6 +17,8 @@ LAYERS = [
         "_version",
         "naming",
         "optimisers",
+        "normalization",
+        "randomness",
         "images",
         "storage",
         "locks",
@@ -31,7 +33,7 @@ LAYERS = [
     {"upsamplers", "backbones"},
     {"features"},
     {"model", "environment", "tiling", "mosaic"},
-    {"training", "evaluation", "run", "benchmark"},
+    {"implicit", "training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]

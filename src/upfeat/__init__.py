@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from upfeat import functional
     from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
     from upfeat.features import UpsampledFeatures
+    from upfeat.implicit.features import ImplicitFeatures
+    from upfeat.implicit.fit import FitConfig, fit_implicit
     from upfeat.model import FeatUp, load
     from upfeat.training import TrainConfig, train
-    from upfeat.training.implicit import FitConfig, fit_implicit
     from upfeat.upsamplers import (
         Bicubic,
         Bilinear,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
         Upsampler,
         list_upsamplers,
     )
-    from upfeat.upsamplers.implicit import ImplicitFeatures
 
 # Imported when first asked for: the command answers --help before PyTorch would be loaded, and
 # using an upsampler needs nothing that training does. The list for type checkers stands above.
@@ -41,8 +41,8 @@ _LAZY = {
     "Bilinear": "upfeat.upsamplers",
     "DetailUpsampler": "upfeat.upsamplers",
     "FeatUp": "upfeat.model",
-    "FitConfig": "upfeat.training.implicit",
-    "ImplicitFeatures": "upfeat.upsamplers.implicit",
+    "FitConfig": "upfeat.implicit.fit",
+    "ImplicitFeatures": "upfeat.implicit.features",
     "JBUStack": "upfeat.upsamplers",
     "JointBilateral": "upfeat.upsamplers",
     "Nearest": "upfeat.upsamplers",
@@ -51,7 +51,7 @@ _LAZY = {
     "UpsampledFeatures": "upfeat.features",
     "Upsampler": "upfeat.upsamplers",
     "WrappedBackbone": "upfeat.backbones",
-    "fit_implicit": "upfeat.training.implicit",
+    "fit_implicit": "upfeat.implicit.fit",
     "list_backbones": "upfeat.backbones",
     "list_upsamplers": "upfeat.upsamplers",
     "load": "upfeat.model",

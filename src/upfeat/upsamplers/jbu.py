@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.backends.axes import interpolation_matrix, reflected_range, span
+from upfeat.normalization import IMAGENET
 from upfeat.upsamplers.base import Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -225,7 +226,13 @@ class JBUStack(Upsampler):
             assert isinstance(stage, JBUStage)
             stage.backend = backend
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> JBUKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
         return JBUKernels(
             self.stages, guidance, stage_sizes(grid_size, output_size, len(self.stages))
@@ -277,6 +284,7 @@ class JBUStack(Upsampler):
         state, embed_dim = read_featup(path)
         stack = cls(embed_dim)
         stack.load_state_dict(state)
+        stack.mean, stack.std = IMAGENET  # every published one was trained with it
         return stack.eval()
 
 

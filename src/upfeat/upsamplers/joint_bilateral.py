@@ -12,6 +12,7 @@ from torch import Tensor
 from upfeat import functional
 from upfeat.backends import eager
 from upfeat.backends.cells import cell_of_pixels
+from upfeat.normalization import HALF
 from upfeat.upsamplers.base import Size, Upsampler, Window
 
 
@@ -130,6 +131,7 @@ class JointBilateral(Upsampler):
     """
 
     name = "joint_bilateral"
+    mean, std = HALF
 
     def __init__(
         self, *, radius: int = 2, sigma_spatial: float = 0.7, sigma_range: float = 0.3
@@ -139,7 +141,8 @@ class JointBilateral(Upsampler):
         Args:
             radius: how many cells to each side take part, ≥ 1.
             sigma_spatial: standard deviation of distance, in cells, > 0.
-            sigma_range: standard deviation of colour, in units of the normalised guidance, > 0.
+            sigma_range: standard deviation of colour, in units of the normalised guidance (black
+                is −1, white 1), > 0.
 
         Raises:
             ValueError: one of them is out of range.
@@ -162,7 +165,13 @@ class JointBilateral(Upsampler):
             "sigma_range": self.sigma_range,
         }
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         fine = F.adaptive_avg_pool2d(guidance, output_size) / self.sigma_range  # (B, 3, H, W)
         coarse = F.adaptive_avg_pool2d(fine, grid_size)  # (B, 3, h, w)

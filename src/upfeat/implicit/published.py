@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from upfeat import losses
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
+from upfeat.implicit.fields import NetworkField
+from upfeat.implicit.guides import sample
+from upfeat.implicit.observe import Basis, Observer
 from upfeat.optimisers import NAdam
-from upfeat.training.implicit_views import Basis, Observer
-from upfeat.training.randomness import stream
-from upfeat.upsamplers.implicit_fields import NetworkField
-from upfeat.upsamplers.implicit_guides import sample
+from upfeat.randomness import stream
 from upfeat.views import Jitter
 
 
