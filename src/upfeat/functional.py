@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from upfeat.backends import dispatch
-from upfeat.backends.window import window_radius
+from upfeat.geometry import window_radius
 
 __all__ = [
     "adaptive_conv2d",

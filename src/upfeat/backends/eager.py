@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backends.cells import (
+from upfeat.geometry import (
     cell_distances,
     gather_cells,
     gather_pixels,
+    reflect_pad,
     scatter_pixels,
     slots_of_cells,
+    spatial_kernel,
+    window_radius,
 )
-from upfeat.backends.window import reflect_pad, spatial_kernel, window_radius
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:
