@@ -13,11 +13,15 @@ SOURCE = Path(upfeat.__file__).parent
 
 # Lower layers first; a module imports from its own layer or from lower ones.
 LAYERS = [
+    {"types", "geometry"},
     {
         "_version",
         "naming",
         "bounds",
         "strict_json",
+        "optimisers",
+        "normalization",
+        "randomness",
         "images",
         "storage",
         "locks",
@@ -31,8 +35,8 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"features"},
-    {"model", "environment"},
-    {"training", "evaluation", "run", "benchmark"},
+    {"model", "environment", "tiling", "mosaic"},
+    {"implicit", "training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]
