@@ -16,6 +16,9 @@ LAYERS = [
     {"types", "geometry", "linear", "registry"},
     {
         "_version",
+        "bounds",
+        "strict_json",
+        "optimisers",
         "normalization",
         "randomness",
         "images",
