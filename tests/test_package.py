@@ -17,6 +17,8 @@ LAYERS = [
         "_version",
         "naming",
         "images",
+        "decoding",
+        "colour",
         "storage",
         "visualize",
         "views",
