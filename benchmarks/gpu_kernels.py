@@ -23,8 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from upfeat.kernels import eager, triton_launch, triton_tables
-from upfeat.kernels import triton as kernels
+from upfeat.backends import eager
+from upfeat.backends.triton import launch as triton_launch
+from upfeat.backends.triton import operators as kernels
+from upfeat.backends.triton import tables as triton_tables
 
 CACHE = 256 * 2**20  # input sets together exceed this many bytes
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}

@@ -13,25 +13,30 @@ SOURCE = Path(upfeat.__file__).parent
 
 # Lower layers first; a module imports from its own layer or from lower ones.
 LAYERS = [
+    {"types", "geometry"},
     {
         "_version",
         "naming",
+        "optimisers",
+        "normalization",
+        "randomness",
         "images",
         "decoding",
         "colour",
         "storage",
+        "locks",
         "visualize",
         "views",
         "losses",
         "downsamplers",
         "pooling",
     },
-    {"kernels"},
+    {"backends"},
     {"functional"},
     {"upsamplers", "backbones"},
     {"features"},
-    {"model", "environment"},
-    {"training", "evaluation", "run", "benchmark"},
+    {"model", "environment", "tiling", "mosaic"},
+    {"implicit", "training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]

@@ -29,7 +29,7 @@ from torch import Tensor
 from upfeat import functional
 from upfeat._version import __version__
 from upfeat.environment import describe
-from upfeat.kernels.window import reflect_pad
+from upfeat.geometry import reflect_pad
 from upfeat.upsamplers import JBUStack
 from upfeat.upsamplers.jbu import JBUStage, stage_sizes
 

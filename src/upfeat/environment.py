@@ -8,7 +8,7 @@ import torch
 
 from upfeat._version import __version__
 from upfeat.backbones import list_backbones
-from upfeat.kernels import dispatch
+from upfeat.backends import dispatch
 from upfeat.upsamplers import list_upsamplers
 
 

@@ -29,7 +29,10 @@ class FeatUp(nn.Module):
     def __init__(
         self, backbone: Backbone | Callable[[Tensor], Tensor], upsampler: Upsampler
     ) -> None:
-        """Join the two.
+        """Join the two, in eval mode and frozen, so that no graph is recorded unless it is wanted.
+
+        Both are changed in place. To train either, ask for it:
+        ``model.upsampler.train().requires_grad_()``.
 
         Args:
             backbone: a :class:`Backbone`, or a module or function to wrap as one.
@@ -47,6 +50,7 @@ class FeatUp(nn.Module):
                 f"upsampler expects {expected} channels but {self.backbone.name} has "
                 f"{self.backbone.embed_dim}; use an upsampler made for it, or embed_dim=None"
             )
+        self.eval().requires_grad_(False)
 
     @property
     def embed_dim(self) -> int:
@@ -54,7 +58,7 @@ class FeatUp(nn.Module):
         return self.backbone.embed_dim
 
     def preprocess(
-        self, image: ImageLike, size: int | None = None, *, align: bool = True, **reading: Any
+        self, image: ImageLike, size: int | None = None, *, align: bool = False, **reading: Any
     ) -> Tensor:
         """Read and normalise an image, as :meth:`Backbone.preprocess`."""
         return self.backbone.preprocess(image, size, align=align, **reading)
@@ -72,7 +76,11 @@ class FeatUp(nn.Module):
         Raises:
             ValueError: x is not such an image, or the backbone returns NaN.
         """
-        return self.upsampler(self.backbone(x), x, output_size)
+        return self.upsampler(self.backbone(x), self.guidance(x), output_size)
+
+    def guidance(self, x: Tensor) -> Tensor:
+        """The image as the upsampler sees it: in its own normalisation, where that differs."""
+        return self.upsampler.guidance_from(x, self.backbone)
 
     def lazy(self, x: Tensor, output_size: tuple[int, int] | None = None) -> UpsampledFeatures:
         """The same features, of which only what is asked for is computed at full size.
@@ -81,13 +89,9 @@ class FeatUp(nn.Module):
             x: as in :meth:`forward`.
             output_size: likewise.
         """
+        mean, std = self.upsampler.normalization or self.backbone.normalization
         return UpsampledFeatures(
-            self.backbone(x),
-            x,
-            self.upsampler,
-            output_size,
-            mean=self.backbone.mean.flatten().tolist(),
-            std=self.backbone.std.flatten().tolist(),
+            self.backbone(x), self.guidance(x), self.upsampler, output_size, mean=mean, std=std
         )
 
 
@@ -121,7 +125,7 @@ def load(
     network = load_backbone(backbone)
     if not isinstance(upsampler, Upsampler):
         upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
-    model = FeatUp(network, upsampler).eval().requires_grad_(False)
+    model = FeatUp(network, upsampler)
     if device is None:
         return model
     try:

@@ -88,7 +88,8 @@ class ClassActivation(Task):
             image, features = normalised(sample.image, self.backbone), sample.features[None]
             before, category = self._probabilities(features).max(0)
             head = self.classifier.head_of(int(category))
-            heat = activation(upsampler, features, image, head)
+            guidance = upsampler.guidance_from(image, self.backbone)
+            heat = activation(upsampler, features, guidance, head)
             # A normalised image is grey at 0.
             after = self._probabilities(self.backbone(image * heat))[category]
             drops.append(float(((before - after) / before).clamp(min=0)))
@@ -115,13 +116,14 @@ def activation(upsampler: Upsampler, features: Tensor, guidance: Tensor, head: H
     Args:
         upsampler: in eval mode.
         features: (1, C, h, w).
-        guidance: (1, 3, H, W) the normalised image.
+        guidance: (1, 3, H, W) the image, in the upsampler's normalisation.
         head: one output, the class's weight.
 
     Returns:
         (H, W) in [0, 1]; all 0 where nothing speaks for it.
     """
     size = (guidance.shape[2], guidance.shape[3])
-    kernels = upsampler.prepare(guidance, (features.shape[2], features.shape[3]), size)
+    grid = (features.shape[2], features.shape[3])
+    kernels = upsampler.prepare(guidance, grid, size, features)
     heat = head_map(upsampler, kernels, features, head)[0, 0].clamp(min=0)  # (H, W)
     return heat / heat.max().clamp(min=1e-12)

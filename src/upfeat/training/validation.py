@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
+from upfeat.randomness import stream
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.photographs import Photographs
-from upfeat.training.randomness import stream
 from upfeat.views import apply_jitter
 
 
@@ -42,7 +42,13 @@ def validate(
         sums = torch.zeros(3, dtype=torch.float64)
         for index in range(len(photographs)):
             images = normalised(photographs[index][None], backbone)
-            batch = make_batch(backbone, images, config, stream(config.seed, "held out", index))
+            batch = make_batch(
+                backbone,
+                images,
+                config,
+                stream(config.seed, "held out", index),
+                upsampler=objective.upsampler,
+            )
             if not bool(torch.isfinite(batch.features).all() & torch.isfinite(batch.targets).all()):
                 raise ValueError(
                     f"held-out {photographs.name(index)}: NaN or infinity in the features of "

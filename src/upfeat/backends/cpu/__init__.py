@@ -1,0 +1,1 @@
+"""The compiled backend for processors: C++ from ``csrc/``, called through ctypes."""

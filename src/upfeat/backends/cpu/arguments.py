@@ -1,0 +1,116 @@
+"""What the compiled CPU kernels ask of their arguments, and the tensors they write to."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from upfeat.backends.cpu.library import DTYPES, unavailable_reason
+
+
+def reason_against(**tensors: Tensor) -> str | None:
+    """What keeps this backend from running on these tensors."""
+    missing = unavailable_reason()
+    if missing is not None:
+        return missing
+    first = next(iter(tensors.values()))
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device}, not on the CPU"
+        if tensor.layout != torch.strided:
+            return f"{name} is {tensor.layout}, not strided"
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}; float32, bfloat16 and float16 are supported"
+        if tensor.dtype != first.dtype:
+            return f"{name} is {tensor.dtype} where the others are {first.dtype}"
+    return None
+
+
+def output(source: Tensor, like: Tensor, channels_last: bool | None) -> Tensor:
+    """An empty result of the source's type, (B, C, H, W) with the size of ``like``."""
+    shape = (*source.shape[:2], *like.shape[2:])
+    if channels_last is None:
+        channels_last = not source.is_contiguous() and source.stride(1) == 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=source.dtype, device=source.device, memory_format=layout)
+
+
+def shrinks(features: Tensor, fine: Tensor) -> bool:
+    """Whether an axis of the coarse tensor is longer than the fine one's."""
+    return features.shape[2] > fine.shape[2] or features.shape[3] > fine.shape[3]
+
+
+def weights_shape(image: Tensor, radius: int) -> tuple[int, int, int, int]:
+    """(B, (2r+1)², H, W) for an image of (B, ·, H, W)."""
+    return (image.shape[0], (2 * radius + 1) ** 2, image.shape[2], image.shape[3])
+
+
+def check_weights(name: str, source: Tensor, weights: Tensor) -> int:
+    """Check values against weights.
+
+    Returns:
+        The weights' radius.
+
+    Raises:
+        ValueError: they do not go together, or the library cannot run on them.
+    """
+    check_rank(name, source)
+    check_rank("weights", weights)
+    reason = reason_against(**{name: source, "weights": weights})
+    if reason is not None:
+        raise ValueError(f"the cpu backend cannot run: {reason}")
+    if source.shape[0] != weights.shape[0]:
+        raise ValueError(
+            f"weights has a batch of {weights.shape[0]}, {name} one of {source.shape[0]}; "
+            "they must agree"
+        )
+    return radius_of("weights", weights.shape[1])
+
+
+def check_image(name: str, image: Tensor, radius: int) -> None:
+    """Check an image that weights are made from.
+
+    Raises:
+        ValueError: it has not 4 axes, the library cannot run on it, or the radius is negative.
+    """
+    check_rank(name, image)
+    reason = reason_against(**{name: image})
+    if reason is not None:
+        raise ValueError(f"the cpu backend cannot run: {reason}")
+    if radius < 0:
+        raise ValueError(f"radius={radius} is negative; use 0 or more")
+
+
+def check_rank(name: str, tensor: Tensor) -> None:
+    """Check that a tensor has 4 axes.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have 4 axes")
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
+    """Check a tensor's shape, type and device.
+
+    Raises:
+        ValueError: one of them is wrong.
+    """
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
+    if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; give float on the CPU")
+
+
+def radius_of(name: str, taps: int) -> int:
+    """The radius of a window of ``taps`` taps.
+
+    Raises:
+        ValueError: no window has that many.
+    """
+    side = math.isqrt(taps)
+    if side * side != taps or side % 2 == 0:
+        raise ValueError(f"{name} has {taps} taps; give an odd square: 1, 9, 25, 49, …")
+    return side // 2

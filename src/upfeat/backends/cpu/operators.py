@@ -1,0 +1,356 @@
+"""The compiled CPU kernels: operators and their gradients, as plain functions of tensors.
+
+The operators are those of :mod:`upfeat.functional`, with the same arguments, shapes and errors, for
+tensors of any strides; values and weights share one type, float32, bfloat16 or float16. Nothing
+here is differentiable by itself. Gradients, and everything else, are the same for any number of
+threads. :mod:`upfeat.backends.cpu.library` finds and calls the library.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.backends.cpu.arguments import (
+    check_image,
+    check_shape,
+    check_weights,
+    output,
+    reason_against,
+    shrinks,
+    weights_shape,
+)
+from upfeat.backends.cpu.library import Window, call, library_info, unavailable_reason
+from upfeat.backends.cpu.stage import (
+    can_run_jbu_stage,
+    can_run_jbu_stage_weights,
+    jbu_stage,
+    jbu_stage_weights,
+)
+
+__all__ = [
+    "adaptive_conv2d",
+    "adaptive_conv2d_backward",
+    "bilateral_weights",
+    "bilateral_weights_backward",
+    "can_run_adaptive_conv2d",
+    "can_run_bilateral_weights",
+    "can_run_jbu_stage",
+    "can_run_jbu_stage_weights",
+    "can_run_joint_bilateral_upsample",
+    "can_run_neighbourhood_upsample",
+    "can_run_neighbourhood_weights",
+    "jbu_stage",
+    "jbu_stage_weights",
+    "joint_bilateral_upsample",
+    "joint_bilateral_upsample_backward",
+    "library_info",
+    "neighbourhood_upsample",
+    "neighbourhood_upsample_backward",
+    "neighbourhood_weights",
+    "neighbourhood_weights_backward",
+    "unavailable_reason",
+]
+
+Gradients = tuple[Tensor | None, Tensor | None]
+
+
+def can_run_adaptive_conv2d(padded: Tensor, weights: Tensor) -> str | None:
+    """Why :func:`adaptive_conv2d` cannot run on these; ``None`` when it can."""
+    return reason_against(padded=padded, weights=weights)
+
+
+def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str | None:
+    """Why :func:`joint_bilateral_upsample` cannot run on these; ``None`` when it can."""
+    return reason_against(features=features, weights=weights)
+
+
+def can_run_neighbourhood_upsample(
+    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+) -> str | None:
+    """Why :func:`neighbourhood_upsample` cannot run on these; ``None`` when it can."""
+    return _too_coarse(features, output_size) or reason_against(features=features, weights=weights)
+
+
+def can_run_bilateral_weights(keys: Tensor, *_: object) -> str | None:
+    """Why :func:`bilateral_weights` cannot run on these; ``None`` when it can."""
+    return reason_against(keys=keys)
+
+
+def can_run_neighbourhood_weights(
+    queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
+) -> str | None:
+    """Why :func:`neighbourhood_weights` cannot run on these; ``None`` when it can."""
+    output_size = arguments[3] if len(arguments) > 3 else queries.shape[2:]
+    assert isinstance(output_size, Sequence)
+    if not queries.shape[1]:
+        return "queries and keys have no channels"
+    return _too_coarse(keys, output_size) or reason_against(queries=queries, keys=keys)
+
+
+def adaptive_conv2d(
+    padded: Tensor, weights: Tensor, *, channels_last: bool | None = None
+) -> Tensor:
+    """See :func:`upfeat.functional.adaptive_conv2d`.
+
+    ``channels_last`` is the memory format of the result; ``None`` takes that of ``padded``.
+    """
+    radius = _check_padded(padded, weights)
+    out = output(padded, weights, channels_last)
+    if out.numel():
+        call("upfeat_conv_forward", padded, weights, out, radius)
+    return out
+
+
+def adaptive_conv2d_backward(
+    grad: Tensor, padded: Tensor, weights: Tensor, need_padded: bool, need_weights: bool
+) -> Gradients:
+    """Gradients of :func:`adaptive_conv2d`, ``None`` where not needed."""
+    radius = _check_padded(padded, weights)
+    needed = (need_padded, need_weights)
+    return _gradients("upfeat_conv_backward", grad, padded, weights, needed, radius)
+
+
+def joint_bilateral_upsample(
+    features: Tensor, weights: Tensor, *, channels_last: bool | None = None
+) -> Tensor:
+    """See :func:`upfeat.functional.joint_bilateral_upsample`: everything in one pass.
+
+    ``channels_last`` is the memory format of the result; ``None`` takes that of ``features``.
+    """
+    radius = _check_upsample(features, weights)
+    out = output(features, weights, channels_last)
+    if out.numel():
+        call("upfeat_jbu_forward", _resized(features, weights), weights, out, radius)
+    return out
+
+
+def joint_bilateral_upsample_backward(
+    grad: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    need_features: bool,
+    need_weights: bool,
+) -> Gradients:
+    """Gradients of :func:`joint_bilateral_upsample`, ``None`` where not needed."""
+    radius = _check_upsample(features, weights)
+    source, needed = _resized(features, weights), (need_features, need_weights)
+    to_source, to_weights = _gradients("upfeat_jbu_backward", grad, source, weights, needed, radius)
+    if to_source is not None and source is not features:
+        size, coarse = list(source.shape[2:]), list(features.shape)
+        to_source = torch.ops.aten.upsample_bicubic2d_backward(to_source, size, coarse, False)
+    if to_source is not None:
+        to_source = to_source.to(features.dtype)
+    return to_source, to_weights
+
+
+def neighbourhood_upsample(
+    features: Tensor,
+    weights: Tensor,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    *,
+    channels_last: bool | None = None,
+) -> Tensor:
+    """See :func:`upfeat.functional.neighbourhood_upsample`.
+
+    The weights are those of a window of an output of ``output_size``, from ``origin`` on.
+    ``channels_last`` is the memory format of the result; ``None`` takes that of ``features``.
+    """
+    radius = _check_upsample(features, weights)
+    window = _window_of("weights", weights, output_size, origin)
+    out = output(features, weights, channels_last)
+    if out.numel():
+        call("upfeat_neighbourhood_forward", features, weights, out, window, radius)
+    return out
+
+
+def neighbourhood_upsample_backward(
+    grad: Tensor,
+    features: Tensor,
+    weights: Tensor,
+    need_features: bool,
+    need_weights: bool,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+) -> Gradients:
+    """Gradients of :func:`neighbourhood_upsample`, ``None`` where not needed."""
+    radius = _check_upsample(features, weights)
+    window = _window_of("weights", weights, output_size, origin)
+    needed = (need_features, need_weights)
+    return _gradients(
+        "upfeat_neighbourhood_backward", grad, features, weights, needed, window, radius
+    )
+
+
+def bilateral_weights(
+    keys: Tensor,
+    temperature: float | Tensor,
+    sigma_spatial: float | Tensor,
+    radius: int,
+) -> Tensor:
+    """See :func:`upfeat.functional.bilateral_weights`."""
+    check_image("keys", keys, radius)
+    out = keys.new_empty(weights_shape(keys, radius))
+    if out.numel():
+        scalars = (float(temperature), float(sigma_spatial))
+        call("upfeat_bilateral_forward", keys, out, radius, *scalars)
+    return out
+
+
+def bilateral_weights_backward(
+    grad: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    sigma_spatial: float | Tensor,
+    radius: int,
+) -> tuple[Tensor, float, float]:
+    """Gradients of :func:`bilateral_weights`: of keys, temperature and sigma_spatial."""
+    check_image("keys", keys, radius)
+    check_shape("grad", grad, weights_shape(keys, radius))
+    to_keys = torch.zeros_like(keys) if not grad.numel() else torch.empty_like(keys)
+    scalars = (ctypes.c_double * 2)()
+    arguments = (
+        keys,
+        grad,
+        to_keys,
+        scalars,
+        radius,
+        float(temperature),
+        float(sigma_spatial),
+    )
+    call("upfeat_bilateral_backward", *arguments)
+    return to_keys, scalars[0], scalars[1]
+
+
+def neighbourhood_weights(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    sigma: float | Tensor,
+    radius: int,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+) -> Tensor:
+    """See :func:`upfeat.functional.neighbourhood_weights`.
+
+    The queries are those of a window of an output of ``output_size``, from ``origin`` on.
+    """
+    window = _check_queries(queries, keys, radius, output_size, origin)
+    out = queries.new_empty(weights_shape(queries, radius))
+    if out.numel():
+        scalars = (float(temperature), float(sigma))
+        call("upfeat_attend_forward", queries, keys, out, window, radius, *scalars)
+    return out
+
+
+def neighbourhood_weights_backward(
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    sigma: float | Tensor,
+    radius: int,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+) -> tuple[Tensor, Tensor, float, float]:
+    """Gradients of :func:`neighbourhood_weights`: of queries, keys, temperature and sigma."""
+    window = _check_queries(queries, keys, radius, output_size, origin)
+    check_shape("grad", grad, weights_shape(queries, radius))
+    new = torch.empty_like if grad.numel() else torch.zeros_like
+    to_queries, to_keys, scalars = new(queries), new(keys), (ctypes.c_double * 2)()
+    call(
+        *(
+            "upfeat_attend_backward",
+            queries,
+            keys,
+            grad,
+            to_queries,
+            to_keys,
+            scalars,
+            window,
+        ),
+        *(radius, float(temperature), float(sigma)),
+    )
+    return to_queries, to_keys, scalars[0], scalars[1]
+
+
+def _gradients(
+    name: str,
+    grad: Tensor,
+    source: Tensor,
+    weights: Tensor,
+    needed: tuple[bool, bool],
+    *options: Window | int,
+) -> Gradients:
+    check_shape("grad", grad, (*source.shape[:2], *weights.shape[2:]))
+    # Nothing is written where there is no pixel or no channel.
+    new = torch.empty_like if grad.numel() else torch.zeros_like
+    to_source = new(source) if needed[0] else None
+    to_weights = new(weights) if needed[1] else None
+    if grad.numel() and any(needed):
+        call(name, source, weights, grad, to_source, to_weights, *options)
+    return to_source, to_weights
+
+
+def _resized(features: Tensor, weights: Tensor) -> Tensor:
+    """``features``, already resized along the axes that shrink.
+
+    The kernels fold enlargement only: a shrinking axis would need windows without bound, and its
+    resized copy is no larger than ``features``. Bicubic resizing is separable, so this is exact.
+    """
+    if not shrinks(features, weights):
+        return features
+    size = [min(a, b) for a, b in zip(features.shape[2:], weights.shape[2:], strict=True)]
+    return F.interpolate(features.float(), size=size, mode="bicubic", align_corners=False)
+
+
+def _too_coarse(coarse: Tensor, output_size: Sequence[int]) -> str | None:
+    # The cells between two neighbouring pixels are all part of their shared window.
+    if any(a > 4 * b for a, b in zip(coarse.shape[2:], output_size, strict=True)):
+        return "the output is less than a quarter of the grid along an axis"
+    return None
+
+
+def _check_upsample(features: Tensor, weights: Tensor) -> int:
+    radius = check_weights("features", features, weights)
+    if weights.numel() and 0 in features.shape[2:]:
+        raise ValueError(f"features has shape {tuple(features.shape)}; its grid is empty")
+    return radius
+
+
+def _check_padded(padded: Tensor, weights: Tensor) -> int:
+    radius = check_weights("padded", padded, weights)
+    height, width = weights.shape[2:]
+    check_shape("padded", padded, (*padded.shape[:2], height + 2 * radius, width + 2 * radius))
+    return radius
+
+
+def _check_queries(
+    queries: Tensor,
+    keys: Tensor,
+    radius: int,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+) -> Window:
+    check_image("queries", queries, radius)
+    check_image("keys", keys, radius)
+    check_shape("keys", keys, (*queries.shape[:2], *keys.shape[2:]))
+    if queries.dtype != keys.dtype or not queries.shape[1] or 0 in keys.shape[2:] or radius < 1:
+        raise ValueError(
+            f"queries {tuple(queries.shape)}, {queries.dtype}, keys {tuple(keys.shape)}, "
+            f"{keys.dtype} and radius={radius} do not go together: give one type, at least one "
+            "channel, one cell and radius 1"
+        )
+    return _window_of("queries", queries, output_size, origin)
+
+
+def _window_of(
+    name: str, tensor: Tensor, output_size: Sequence[int], origin: Sequence[int]
+) -> Window:
+    for first, length, size in zip(origin, tensor.shape[2:], output_size, strict=True):
+        if first < 0 or first + length > size:
+            raise ValueError(f"origin={tuple(origin)} puts {name} outside {tuple(output_size)}")
+    return Window(*output_size, *origin)

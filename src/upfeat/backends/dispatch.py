@@ -1,0 +1,80 @@
+"""Which backend runs an operator.
+
+A backend is a namespace with one function per operator and, where it cannot always run,
+``can_run_<operator>`` that returns the reason it cannot. ``"auto"`` takes the first in
+:data:`AUTO_ORDER` without a reason; a backend named by the caller raises with its reason.
+"""
+
+import logging
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from upfeat.backends import eager, reference, torch_operators
+
+logger = logging.getLogger(__name__)
+
+Argument: TypeAlias = Tensor | list[Tensor] | int | Sequence[int]
+
+BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
+    "triton": torch_operators.TRITON,
+    "cpu": torch_operators.CPU,
+    "eager": eager,
+    "reference": reference,
+}
+AUTO_ORDER = ("triton", "cpu", "eager")
+
+
+def call(operator: str, backend: str, *arguments: Argument) -> Tensor:
+    """Run ``operator`` with ``backend``, or with the first that can when it is ``"auto"``.
+
+    Raises:
+        ValueError: the backend is unknown, or cannot run these arguments.
+    """
+    if backend == "auto":
+        backend = next(
+            name for name in AUTO_ORDER if reason_against(operator, name, *arguments) is None
+        )
+        if not torch.compiler.is_compiling():
+            logger.debug("%s: backend %s", operator, backend)
+    else:
+        reason = reason_against(operator, backend, *arguments)
+        if reason is not None:
+            raise ValueError(f'backend="{backend}" cannot run {operator}: {reason}')
+    return getattr(BACKENDS[backend], operator)(*arguments)
+
+
+def check_name(backend: str) -> None:
+    """Check that ``backend`` is one of :data:`BACKENDS` or ``"auto"``.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if backend not in BACKENDS and backend != "auto":
+        known = ", ".join(f'"{name}"' for name in ("auto", *BACKENDS))
+        raise ValueError(f'backend="{backend}" is unknown; choose from {known}')
+
+
+def reason_against(operator: str, backend: str, *arguments: Argument) -> str | None:
+    """Why ``backend`` cannot run ``operator`` on these arguments; ``None`` when it can.
+
+    Raises:
+        ValueError: there is no backend of that name.
+    """
+    check_name(backend)
+    module = BACKENDS[backend]
+    if not hasattr(module, operator):
+        return "this backend has no such operator"
+    check = getattr(module, f"can_run_{operator}", None)
+    return None if check is None else check(*arguments)
+
+
+def availability() -> dict[str, str | None]:
+    """Every backend's name, and why it cannot run on this machine; ``None`` when it can."""
+    return {
+        name: check() if (check := getattr(module, "unavailable_reason", None)) else None
+        for name, module in BACKENDS.items()
+    }

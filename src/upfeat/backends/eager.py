@@ -1,0 +1,122 @@
+"""Plain PyTorch operators for any device and dtype, without copies of the features per tap.
+
+Weights are tap-major, (B, T, H, W), so that each of the T passes reads one contiguous plane of
+weights and one shifted view of the features: T multiply-adds over (B, C, H, W). Unfolding would
+make T copies of the features instead.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.geometry import (
+    cell_distances,
+    gather_cells,
+    gather_pixels,
+    reflect_pad,
+    scatter_pixels,
+    slots_of_cells,
+    spatial_kernel,
+    window_radius,
+)
+
+
+def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`upfeat.functional.adaptive_conv2d`."""
+    taps, height, width = weights.shape[1:]
+    side = 2 * window_radius(taps) + 1
+    out = padded[:, :, :height, :width] * weights[:, :1]
+    for tap in range(1, taps):
+        row, column = divmod(tap, side)
+        window = padded[:, :, row : row + height, column : column + width]
+        out = torch.addcmul(out, window, weights[:, tap : tap + 1])
+    return out
+
+
+def joint_bilateral_upsample(features: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`upfeat.functional.joint_bilateral_upsample`."""
+    size = (weights.shape[2], weights.shape[3])
+    resized = F.interpolate(features, size=size, mode="bicubic", align_corners=False)
+    return adaptive_conv2d(reflect_pad(resized, window_radius(weights.shape[1])), weights)
+
+
+def bilateral_weights(
+    keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int
+) -> Tensor:
+    """See :func:`upfeat.functional.bilateral_weights`."""
+    height, width = keys.shape[-2:]
+    side = 2 * radius + 1
+    padded = reflect_pad(keys, radius)
+    scores = [
+        (keys * padded[:, :, row : row + height, column : column + width]).sum(1)
+        for row in range(side)
+        for column in range(side)
+    ]
+    weights = torch.softmax(temperature * torch.stack(scores, dim=1), dim=1)  # (B, T, H, W)
+    weights = weights * spatial_kernel(radius, sigma_spatial)[:, None, None]
+    return weights / weights.sum(1, keepdim=True).clamp(min=1e-7)
+
+
+def neighbourhood_upsample(
+    features: Tensor,
+    weights: Tensor,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+) -> Tensor:
+    """See :func:`upfeat.functional.neighbourhood_upsample`.
+
+    The weights are those of a window of an output of ``output_size``, from ``origin`` on.
+
+    All pixels of one coarse cell read the same (2r+1)² cells, so the sum is one small matrix
+    product per cell: (pixels of the cell × taps)·(taps × C). Where the output is not a whole
+    multiple of the grid, cells are padded to the largest and the padding is dropped after.
+    """
+    radius, counts = window_radius(weights.shape[1]), weights.shape[2:]
+    rows, columns = (
+        slots_of_cells(*axis)
+        for axis in zip(features.shape[2:], output_size, origin, counts, strict=True)
+    )
+    # Only the cells that are read: the whole map may be many times larger.
+    top, left = (max(axis.first - radius, 0) for axis in (rows, columns))
+    features = features[
+        :,
+        :,
+        top : rows.first + rows.cells + radius,
+        left : columns.first + columns.cells + radius,
+    ]
+    rows, columns = (
+        axis._replace(first=axis.first - before) for axis, before in ((rows, top), (columns, left))
+    )
+    around = gather_cells(features, radius, rows, columns).mT  # (B·h·w, T, C)
+    out = torch.bmm(gather_pixels(weights, rows, columns), around)  # (B·h·w, pixels, C)
+    return scatter_pixels(out, features.shape[0], rows, columns)
+
+
+def neighbourhood_weights(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    sigma: Tensor,
+    radius: int,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+) -> Tensor:
+    """See :func:`upfeat.functional.neighbourhood_weights`; one matrix product per coarse cell."""
+    batch, _, height, width = queries.shape
+    axes = [
+        (cells, length, start, count)
+        for cells, length, start, count in zip(
+            keys.shape[2:], output_size, origin, (height, width), strict=True
+        )
+    ]
+    rows, columns = (slots_of_cells(*axis) for axis in axes)
+    around = gather_cells(keys, radius, rows, columns)  # (cells, D, T)
+    products = torch.bmm(gather_pixels(queries, rows, columns), around)  # (cells, pixels, T)
+    products = scatter_pixels(products, batch, rows, columns)  # (B, T, height, width)
+    (down, below), (across, beside) = (cell_distances(*axis, radius, queries) for axis in axes)
+    squared = down[:, None, :, None] + across[:, None]  # (2r+1, 2r+1, height, width)
+    far = below[:, None, :, None] | beside[:, None]
+    away = (squared / (2 * sigma**2)).masked_fill(far, torch.inf).flatten(0, 1)
+    return torch.softmax(temperature * products - away, dim=1)

@@ -1,0 +1,97 @@
+"""The oracle: operators written the obvious way, with every intermediate in memory.
+
+Nothing here is fast and nothing here is clever; every other backend is tested against it in
+float64. Shapes are checked by ``upfeat.functional`` before a backend is called.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.geometry import cell_of_pixels, reflect_pad, spatial_kernel, window_radius
+
+
+def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`upfeat.functional.adaptive_conv2d`."""
+    batch, taps, height, width = weights.shape
+    columns = F.unfold(padded, 2 * window_radius(taps) + 1)  # (B, C·T, H·W)
+    columns = columns.view(batch, padded.shape[1], taps, height, width)
+    return torch.einsum("bcthw,bthw->bchw", columns, weights)
+
+
+def joint_bilateral_upsample(features: Tensor, weights: Tensor) -> Tensor:
+    """See :func:`upfeat.functional.joint_bilateral_upsample`."""
+    size = (weights.shape[2], weights.shape[3])
+    resized = F.interpolate(features, size=size, mode="bicubic", align_corners=False)
+    return adaptive_conv2d(reflect_pad(resized, window_radius(weights.shape[1])), weights)
+
+
+def bilateral_weights(
+    keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int
+) -> Tensor:
+    """See :func:`upfeat.functional.bilateral_weights`."""
+    batch, depth, height, width = keys.shape
+    side = 2 * radius + 1
+    columns = F.unfold(reflect_pad(keys, radius), side)  # (B, D·T, H·W)
+    columns = columns.view(batch, depth, side * side, height, width)
+    scores = torch.einsum("bdthw,bdhw->bthw", columns, keys)
+    weights = torch.softmax(temperature * scores, dim=1)
+    weights = weights * spatial_kernel(radius, sigma_spatial)[:, None, None]
+    return weights / weights.sum(1, keepdim=True).clamp(min=1e-7)
+
+
+def neighbourhood_upsample(
+    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+) -> Tensor:
+    """See :func:`upfeat.functional.neighbourhood_upsample`."""
+    radius = window_radius(weights.shape[1])
+    cells = _cells_around(features, radius, output_size, origin, weights.shape[2:])
+    return torch.einsum("bcthw,bthw->bchw", cells, weights)
+
+
+def neighbourhood_weights(
+    queries: Tensor,
+    keys: Tensor,
+    temperature: Tensor,
+    sigma: Tensor,
+    radius: int,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+) -> Tensor:
+    """See :func:`upfeat.functional.neighbourhood_weights`."""
+    cells = _cells_around(keys, radius, output_size, origin, queries.shape[2:])
+    products = torch.einsum("bdthw,bdhw->bthw", cells, queries)
+    apart = []
+    for axis in (0, 1):
+        start, count = origin[axis], queries.shape[2 + axis]
+        grid, length = keys.shape[2 + axis], output_size[axis]
+        own = cell_of_pixels(grid, length, start, count, keys.device)
+        pixels = torch.arange(start, start + count, device=keys.device, dtype=keys.dtype)
+        offset = torch.arange(-radius, radius + 1, device=keys.device)[:, None]
+        apart.append((pixels + 0.5) * grid / length - (own + offset + 0.5))  # (2r+1, count)
+    rows, columns = apart[0][:, None, :, None], apart[1][None, :, None, :]
+    logits = temperature * products - (rows**2 + columns**2).flatten(0, 1) / (2 * sigma**2)
+    far = (rows.abs() > radius + 0.5 - 1e-4) | (columns.abs() > radius + 0.5 - 1e-4)
+    return torch.softmax(logits.masked_fill(far.flatten(0, 1), -torch.inf), dim=1)
+
+
+def _cells_around(
+    coarse: Tensor,
+    radius: int,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    size: Sequence[int],
+) -> Tensor:
+    """(B, K, h, w) to the cells around every pixel of a window, (B, K, (2r+1)², height, width)."""
+    rows, columns = (
+        cell_of_pixels(cells, length, start, count, coarse.device)
+        for cells, length, start, count in zip(
+            coarse.shape[2:], output_size, origin, size, strict=True
+        )
+    )
+    padded = F.pad(coarse, (radius,) * 4, mode="replicate")
+    offsets = range(2 * radius + 1)
+    taps = [padded[:, :, rows + a][..., columns + b] for a in offsets for b in offsets]
+    return torch.stack(taps, dim=2)

@@ -1,0 +1,217 @@
+"""Compiled kernels as PyTorch operators: with gradients, and known to the compiler.
+
+A compiled backend gives plain functions and their gradients. Here each becomes an operator of
+``torch.ops.upfeat`` with a shape rule and an autograd rule, so that ``torch.compile``,
+``torch.export`` and ``opcheck`` treat it as any other. Operators are named after
+their backend, since the same tensor may be run by more than one.
+"""
+
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    is_functorch_wrapped_tensor,
+)
+
+from upfeat.backends.cpu import operators as cpu
+from upfeat.backends.triton import operators as triton
+
+_LIBRARY = torch.library.Library("upfeat", "DEF")
+
+WINDOWED: dict[str, list[str]] = {
+    "adaptive_conv2d": [],
+    "joint_bilateral_upsample": [],
+    "neighbourhood_upsample": ["SymInt[] output_size", "SymInt[] origin"],
+}
+"""Operators of (values, weights) that are linear in both, with the options they take."""
+
+WEIGHTS = {
+    "bilateral_weights": (["keys", "temperature", "sigma_spatial"], ["int radius"]),
+    "neighbourhood_weights": (
+        ["queries", "keys", "temperature", "sigma"],
+        ["int radius", "SymInt[] output_size", "SymInt[] origin"],
+    ),
+}
+"""Operators that make weights, with the tensors and the options they take."""
+
+
+def _windowed(
+    backend: str, module: ModuleType, operator: str, options: list[str]
+) -> Callable[..., Tensor]:
+    """Register a windowed operator and its gradient."""
+    name = f"{operator}_{backend}"
+    forward: Callable[..., Tensor] = getattr(module, operator)
+    backward = getattr(module, f"{operator}_backward")
+    arguments = ", ".join(["Tensor values", "Tensor weights", *options])
+    needs = ", ".join(["bool need_values", "bool need_weights", *options])
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    _LIBRARY.define(
+        f"{name}_backward(Tensor grad, Tensor values, Tensor weights, {needs}) -> (Tensor, Tensor)"
+    )
+
+    def run_backward(
+        grad: Tensor,
+        values: Tensor,
+        weights: Tensor,
+        need_values: bool,
+        need_weights: bool,
+        *chosen: Any,
+    ) -> tuple[Tensor, Tensor]:
+        # An operator returns tensors only: what nobody asked for is empty.
+        found = backward(grad, values, weights, need_values, need_weights, *chosen)
+        return tuple(values.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
+
+    def fake(values: Tensor, weights: Tensor, *_: Any) -> Tensor:
+        return _empty_output(values, weights)
+
+    def fake_backward(
+        grad: Tensor,
+        values: Tensor,
+        weights: Tensor,
+        need_values: bool,
+        need_weights: bool,
+        *_: Any,
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            torch.empty_like(values) if need_values else values.new_empty(0),
+            torch.empty_like(weights) if need_weights else values.new_empty(0),
+        )
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.options = inputs[2:]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need = ctx.needs_input_grad
+        found = gradient(grad, *ctx.saved_tensors, need[0], need[1], *ctx.options)
+        without = (None for _ in options)
+        return (found[0] if need[0] else None, found[1] if need[1] else None, *without)
+
+    _implement(name, forward, fake)
+    _implement(f"{name}_backward", run_backward, fake_backward)
+    torch.library.register_autograd(
+        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
+    )
+    gradient = getattr(torch.ops.upfeat, f"{name}_backward")
+    return getattr(torch.ops.upfeat, name)
+
+
+def _weights(
+    backend: str,
+    module: ModuleType,
+    operator: str,
+    tensors: list[str],
+    options: list[str],
+) -> Callable[..., Tensor]:
+    """Register an operator that makes weights, and the gradients of all its tensors.
+
+    Args:
+        backend: its name.
+        module: has ``operator`` and ``<operator>_backward``.
+        operator: its name; the first tensor has the weights' size, the first option is the radius.
+        tensors: names of the tensors it takes.
+        options: what else it takes, with types.
+    """
+    name, count = f"{operator}_{backend}", len(tensors)
+    forward: Callable[..., Tensor] = getattr(module, operator)
+    backward = getattr(module, f"{operator}_backward")
+    arguments = ", ".join([*(f"Tensor {tensor}" for tensor in tensors), *options])
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
+    found = ", ".join(["Tensor"] * count)
+    _LIBRARY.define(f"{name}_backward(Tensor grad, {arguments}) -> ({found})")
+
+    def run_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        found = backward(grad, *inputs)
+        return tuple(
+            torch.as_tensor(one, dtype=of.dtype, device=of.device)
+            for one, of in zip(found, inputs[:count], strict=True)
+        )
+
+    def fake(*inputs: Any) -> Tensor:
+        image, radius = inputs[0], inputs[count]
+        return image.new_empty((image.shape[0], (2 * radius + 1) ** 2, *image.shape[2:]))
+
+    def fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in inputs[:count])
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.options = inputs[count:]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        found = gradient(grad, *ctx.saved_tensors, *ctx.options)
+        return (*found, *(None for _ in options))
+
+    _implement(name, forward, fake)
+    _implement(f"{name}_backward", run_backward, fake_backward)
+    torch.library.register_autograd(
+        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
+    )
+    gradient = getattr(torch.ops.upfeat, f"{name}_backward")
+    return getattr(torch.ops.upfeat, name)
+
+
+def _stage(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register the fused inference of one JBU stage; it has no gradient."""
+    name = f"jbu_stage_{backend}"
+    _LIBRARY.define(f"{name}(Tensor features, Tensor guidance, Tensor[] parameters) -> Tensor")
+
+    def run(features: Tensor, guidance: Tensor, parameters: list[Tensor]) -> Tensor:
+        return module.jbu_stage(features, guidance, *parameters)
+
+    def fake(features: Tensor, guidance: Tensor, parameters: list[Tensor]) -> Tensor:
+        return _empty_output(features, guidance)
+
+    _implement(name, run, fake)
+    return getattr(torch.ops.upfeat, name)
+
+
+def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"upfeat::{name}", fake, lib=_LIBRARY)
+
+
+def _outside_transforms(check: Callable[..., str | None]) -> Callable[..., str | None]:
+    """A ``can_run`` that also refuses the tensors of ``torch.func``, whose memory is not theirs."""
+
+    def checked(*arguments: Any) -> str | None:
+        if not torch.compiler.is_compiling():
+            tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+            if any(is_functorch_wrapped_tensor(tensor) for tensor in tensors):
+                return "torch.func transforms run on the eager backend"
+        return check(*arguments)
+
+    return checked
+
+
+def _empty_output(values: Tensor, like: Tensor) -> Tensor:
+    """(B, C, H, W) in the memory format that the kernels choose: that of ``values``."""
+    channels_last = not values.is_contiguous() and values.stride(1) == 1
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    shape = (*values.shape[:2], *like.shape[2:])
+    return torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
+
+
+def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
+    """The backend with its operators replaced by differentiable ones."""
+    found = SimpleNamespace(unavailable_reason=module.unavailable_reason)
+    for operator, options in WINDOWED.items():
+        if hasattr(module, operator):
+            setattr(found, operator, _windowed(backend, module, operator, options))
+    for operator, (tensors, options) in WEIGHTS.items():
+        if hasattr(module, operator):
+            setattr(found, operator, _weights(backend, module, operator, tensors, options))
+    if hasattr(module, "jbu_stage"):
+        found.jbu_stage = _stage(backend, module)
+    for operator in (*WINDOWED, *WEIGHTS, "jbu_stage"):
+        check = getattr(module, f"can_run_{operator}", None)
+        if check is not None:
+            setattr(found, f"can_run_{operator}", _outside_transforms(check))
+    return found
+
+
+CPU = _as_backend("cpu", cpu)
+TRITON = _as_backend("triton", triton)

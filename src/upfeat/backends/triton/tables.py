@@ -1,0 +1,209 @@
+"""What the GPU kernels need to know about one axis, and the block sizes they run with.
+
+Every operator is the same sum once bicubic and borders are folded into the weights::
+
+    out[b, c, y, x] = Σ_ij  window[b, i, j, y, x] · source[b, c, start_y[y] + i, start_x[x] + j]
+
+so an operator is a pair of :class:`Axis` tables: where each output coordinate's window starts on
+the source, and how its taps spread over that window. Source positions outside the map count zero;
+folding never gives them weight. Nothing here imports Triton.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from upfeat.geometry import reflect
+
+CUBIC = -0.75  # PyTorch's bicubic convolution coefficient
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """The windows along one axis of ``source`` positions, seen from ``target`` outputs.
+
+    Attributes:
+        source: positions to read from.
+        target: outputs.
+        window: positions in every window.
+        factor: 1 or 2 when ``start[y] == y // factor + origin`` exactly; 0 otherwise.
+        origin: see ``factor``.
+        start: (target,) int32, non-decreasing; may be negative or reach past the end.
+        begin: (source,) int32, the first output whose window holds the position.
+        end: (source,) int32, one past the last such output.
+        coefficients: (target, taps, window) float32, how much of each tap falls on each window
+            position; ``None`` when taps and positions are the same thing.
+    """
+
+    source: int
+    target: int
+    window: int
+    factor: int
+    origin: int
+    start: Tensor
+    begin: Tensor
+    end: Tensor
+    coefficients: Tensor | None
+
+
+@lru_cache(maxsize=512)
+def reach(axis: Axis, outputs: int) -> int:
+    """The most source positions that a tile of ``outputs`` outputs looks at."""
+    first = axis.start[::outputs]
+    last = torch.cat([axis.start[outputs - 1 :: outputs], axis.start[-1:]])[: len(first)]
+    return int((last - first).max()) + axis.window
+
+
+@lru_cache(maxsize=512)
+def audience(axis: Axis, positions: int) -> int:
+    """The most outputs that look at a tile of ``positions`` source positions."""
+    first = axis.begin[::positions]
+    last = torch.cat([axis.end[positions - 1 :: positions], axis.end[-1:]])[: len(first)]
+    return max(int((last - first).max()), 1)
+
+
+@lru_cache(maxsize=128)
+def on_device(axis: Axis, device: torch.device) -> Axis:
+    """The same tables on ``device``; kept, since copying them would wait for the device."""
+    table = axis.coefficients
+    return replace(
+        axis,
+        start=axis.start.to(device),
+        begin=axis.begin.to(device),
+        end=axis.end.to(device),
+        coefficients=None if table is None else table.to(device),
+    )
+
+
+@lru_cache(maxsize=128)
+def plain_axis(target: int, radius: int) -> Axis:
+    """Windows on an axis that is already padded: output y reads y … y + 2r."""
+    start = torch.arange(target, dtype=torch.int32)
+    return _axis(target + 2 * radius, target, start, 2 * radius + 1, None)
+
+
+@lru_cache(maxsize=128)
+def bicubic_axis(source: int, target: int, radius: int) -> Axis:
+    """Windows of taps that read a bicubic resize (``align_corners=False``), reflect-padded.
+
+    Positions are integers over ``2 * target``, so that no rounding moves a window.
+    """
+    outputs = torch.arange(target)[:, None]
+    taps = torch.arange(-radius, radius + 1)[None, :]
+    rows = reflect(outputs + taps, target)  # (target, K)
+    numerator = (2 * rows + 1) * source - target
+    base = numerator.div(2 * target, rounding_mode="floor")
+    offset = (numerator - base * 2 * target).double() / (2 * target)
+    first = ((2 * (outputs - radius) + 1) * source - target).div(2 * target, rounding_mode="floor")
+    positions = (base[..., None] + torch.arange(-1, 3)).clamp(0, source - 1)  # (target, K, 4)
+    return _spread(source, target, first - 1, positions, _cubic(offset))
+
+
+@lru_cache(maxsize=128)
+def replicated_axis(
+    source: int, target: int, radius: int, length: int | None = None, first: int = 0
+) -> Axis:
+    """Windows of the 2r+1 cells around the cell an output lies in, edges replicated.
+
+    The outputs are those from ``first`` on, of ``length`` in all.
+    """
+    length = target if length is None else length
+    outputs = torch.arange(first, first + target)[:, None]
+    cell = ((2 * outputs + 1) * source).div(2 * length, rounding_mode="floor")
+    positions = (cell + torch.arange(-radius, radius + 1)).clamp(0, source - 1)[..., None]
+    ones = torch.ones(target, 2 * radius + 1, 1, dtype=torch.float64)
+    return _spread(source, target, cell - radius, positions, ones)
+
+
+def _spread(source: int, target: int, first: Tensor, positions: Tensor, values: Tensor) -> Axis:
+    """Lay (target, K, n) ``values`` at source ``positions`` out as windows from ``first``."""
+    place = positions - first[..., None]  # (target, K, n), never negative
+    window = int(place.max()) + 1
+    table = torch.zeros(*place.shape[:2], window, dtype=torch.float64)
+    table.scatter_add_(2, place, values)
+    used = table.ne(0).flatten(0, 1).any(0).nonzero().flatten()
+    low, high = int(used[0]), int(used[-1]) + 1  # no output uses what lies outside
+    start = (first[:, 0] + low).to(torch.int32)
+    return _axis(source, target, start, high - low, table[..., low:high].float().contiguous())
+
+
+def _axis(source: int, target: int, start: Tensor, window: int, table: Tensor | None) -> Axis:
+    origin = int(start[0])
+    outputs = torch.arange(target)
+    factor = next((f for f in (2, 1) if torch.equal(start.long(), outputs // f + origin)), 0)
+    positions = torch.arange(source, dtype=torch.int32)
+    begin = torch.searchsorted(start, positions - window, right=True).to(torch.int32)
+    end = torch.searchsorted(start, positions, right=True).to(torch.int32)
+    return Axis(source, target, window, factor, origin, start, begin, end, table)
+
+
+def _cubic(offset: Tensor) -> Tensor:
+    """The four bicubic coefficients of a fraction in [0, 1): (...) -> (..., 4)."""
+
+    def near(x: Tensor) -> Tensor:
+        return ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
+
+    def far(x: Tensor) -> Tensor:
+        return ((CUBIC * x - 5 * CUBIC) * x + 8 * CUBIC) * x - 4 * CUBIC
+
+    return torch.stack([far(offset + 1), near(offset), near(1 - offset), far(2 - offset)], dim=-1)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How one kernel is cut into programs. Every number is a power of two.
+
+    Attributes:
+        rows: tile height, in outputs (or 2×2 groups of them, or source positions).
+        columns: tile width, likewise.
+        channels: channels a program carries, or steps through; at most, see :func:`blocks`.
+        inner: length of one step of the sum.
+        warps: warps a program.
+        stages: software pipelining depth.
+    """
+
+    rows: int
+    columns: int
+    channels: int
+    inner: int
+    warps: int
+    stages: int
+
+
+# (kernel, compute capability or 0 for any, kind). Chosen from the compiled code (no entry spills
+# registers on 8.0 or 9.0), loads per multiply-add and how often tiles read each other's borders.
+BLOCKS: dict[tuple[str, int, str], Blocks] = {
+    ("fold", 0, ""): Blocks(1, 128, 0, 0, 4, 1),
+    ("unfold", 0, ""): Blocks(1, 64, 0, 0, 4, 1),
+    ("gather_groups", 0, "planar"): Blocks(2, 32, 32, 0, 4, 1),
+    ("gather_groups", 0, "channels_last"): Blocks(4, 8, 64, 0, 8, 1),
+    ("scatter_groups", 0, "planar"): Blocks(2, 32, 32, 0, 4, 1),
+    ("scatter_groups", 0, "channels_last"): Blocks(4, 8, 64, 0, 8, 1),
+    ("gather_tiles", 0, "half"): Blocks(8, 16, 128, 32, 8, 3),
+    ("gather_tiles", 0, "single"): Blocks(8, 8, 64, 16, 8, 2),
+    ("scatter_tiles", 0, "half"): Blocks(8, 8, 128, 32, 8, 3),
+    ("scatter_tiles", 0, "single"): Blocks(8, 8, 64, 16, 8, 2),
+    ("outer_tiles", 0, "half"): Blocks(8, 16, 32, 64, 8, 2),
+    ("outer_tiles", 0, "single"): Blocks(8, 8, 16, 64, 8, 1),
+    ("range_forward", 0, ""): Blocks(2, 64, 0, 0, 4, 1),
+    ("range_backward", 0, ""): Blocks(2, 32, 0, 0, 4, 1),
+}
+FEWEST_CHANNELS = 16  # tl.dot takes no fewer
+
+
+def blocks(kernel: str, capability: int, kind: str = "", channels: int = 1024) -> Blocks:
+    """The entry for a kernel, on this capability if there is one, cut down to few channels.
+
+    ``kind`` is "half" or "single" precision for tiles, and for groups which of pixels
+    ("planar") or channels ("channels_last") lie together in memory.
+    """
+    found = BLOCKS.get((kernel, capability, kind)) or BLOCKS[kernel, 0, kind]
+    fitting = max(power_of_two(channels), FEWEST_CHANNELS)
+    return replace(found, channels=min(found.channels, fitting))
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least ``n`` (and 1)."""
+    return 1 << max(n - 1, 0).bit_length()

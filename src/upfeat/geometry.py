@@ -1,0 +1,218 @@
+"""Pixels, cells and windows: reflection at borders, interpolation as matrices, cells under pixels.
+
+Pixel p of ``length`` lies at (p + ½)·cells/length, in units of cells, and the centre of cell i at
+i + ½ (align_corners=False); cells are found in exact integers. A *window* is a run of pixels.
+"""
+
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reflect(index: Tensor, n: int) -> Tensor:
+    """Reflect indices about the centres of the first and last of n pixels, as often as needed.
+
+    Args:
+        index: integer or floating indices, any shape; integers are folded exactly.
+        n: number of pixels along the axis.
+
+    Returns:
+        Indices in [0, n - 1], of the same type and shape.
+    """
+    if n == 1:
+        return torch.zeros_like(index)
+    return (torch.remainder(index + (n - 1), 2 * (n - 1)) - (n - 1)).abs()
+
+
+def reflected_range(start: int, stop: int, length: int, device: torch.device) -> Tensor:
+    """Indices from ``start`` to ``stop``, which may lie outside, mirrored into ``length``."""
+    return reflect(torch.arange(start, stop, device=device), length)
+
+
+def window_radius(taps: int) -> int:
+    """The radius r of a window with ``taps`` = (2r+1)² taps.
+
+    Raises:
+        ValueError: ``taps`` is not the square of an odd number.
+    """
+    side = math.isqrt(max(taps, 0))
+    if side * side != taps or side % 2 == 0:
+        raise ValueError(
+            f"weights has {taps} taps (dimension 1); a window of radius r has (2r+1)² of them: "
+            "1, 9, 25, 49, …"
+        )
+    return side // 2
+
+
+def spatial_kernel(radius: int, sigma_spatial: Tensor) -> Tensor:
+    """exp(−|u|²/(2σ²)) with u on linspace(−1, 1, 2r+1)², flattened row-major.
+
+    Args:
+        radius: r ≥ 0.
+        sigma_spatial: scalar tensor σ, in units of the half window; gives dtype and device.
+
+    Returns:
+        ((2r+1)²,).
+    """
+    axis = torch.linspace(
+        -1, 1, 2 * radius + 1, dtype=sigma_spatial.dtype, device=sigma_spatial.device
+    )
+    squared = axis[:, None] ** 2 + axis[None, :] ** 2
+    return torch.exp(-squared / (2 * sigma_spatial**2)).flatten()  # (T,)
+
+
+def reflect_pad(x: Tensor, radius: int) -> Tensor:
+    """Reflect-pad the last two axes by ``radius``, also when they are shorter than it.
+
+    PyTorch refuses a reflection wider than the tensor; this one bounces as often as it must, so
+    that a 2-pixel map has borders too. Where PyTorch's works, the two agree.
+
+    Args:
+        x: (B, C, H, W).
+        radius: r ≥ 0, pixels on every side.
+
+    Returns:
+        (B, C, H+2r, W+2r).
+    """
+    height, width = x.shape[-2:]
+    if min(height, width) > radius:
+        return F.pad(x, (radius,) * 4, mode="reflect")
+    rows, columns = (
+        reflected_range(-radius, length + radius, length, x.device) for length in (height, width)
+    )
+    return x.index_select(2, rows).index_select(3, columns)
+
+
+def interpolation_matrix(cells: int, length: int, mode: str, like: Tensor) -> Tensor:
+    """What PyTorch's interpolation from ``cells`` to ``length`` samples does, as a matrix.
+
+    Args:
+        cells: samples in.
+        length: samples out.
+        mode: "nearest-exact", "bilinear" or "bicubic", half-pixel centres.
+        like: gives dtype and device.
+
+    Returns:
+        (length, cells).
+    """
+    unit = torch.eye(cells, dtype=like.dtype, device=like.device)[
+        None, None
+    ]  # (1, 1, cells, cells)
+    align_corners = None if mode == "nearest-exact" else False
+    # Columns keep their size, so that only the rows are resized.
+    out = F.interpolate(unit, size=(length, cells), mode=mode, align_corners=align_corners)
+    return out[0, 0]
+
+
+def span(matrix: Tensor) -> tuple[int, int]:
+    """The first and one past the last column in which a matrix has anything."""
+    used = matrix.ne(0).any(0).nonzero().flatten()
+    return int(used[0]), int(used[-1]) + 1
+
+
+class Slots(NamedTuple):
+    """Pixels of one axis laid out as equally many slots per cell."""
+
+    first: int
+    """The cell of the window's first pixel."""
+    cells: int
+    """How many cells the window touches."""
+    pixels: list[int]
+    """For every slot the pixel that fills it; some twice, where a cell has fewer than others."""
+    slots: list[int]
+    """For every pixel the slot to read it from."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether slots and pixels are the same thing."""
+        return len(self.pixels) == len(self.slots)
+
+
+def slots_of_cells(cells: int, length: int, start: int, count: int) -> Slots:
+    """Lay ``count`` pixels from ``start`` on, of ``length`` over ``cells`` cells, out as slots."""
+    # Plain integers: sizes are known, and a compiled graph must not depend on a tensor's value.
+    low = (2 * start + 1) * cells // (2 * length)
+    high = (2 * (start + count) - 1) * cells // (2 * length)
+    # The first pixel whose centre lies in a cell, counted from the window's start.
+    first = [
+        min(max(-((cells - 2 * length * index) // (2 * cells)) - start, 0), count)
+        for index in range(low, high + 2)
+    ]
+    most = max(stop - begin for begin, stop in pairwise(first))
+    pixels = [min(begin + offset, count - 1) for begin in first[:-1] for offset in range(most)]
+    slots = [
+        index * most + offset
+        for index, (begin, stop) in enumerate(pairwise(first))
+        for offset in range(stop - begin)
+    ]
+    return Slots(low, high + 1 - low, pixels, slots)
+
+
+def gather_pixels(x: Tensor, rows: Slots, columns: Slots) -> Tensor:
+    """(B, K, H, W) to one matrix per cell, (B·cells, pixels of the cell, K)."""
+    if not (rows.plain and columns.plain):
+        x = x.index_select(2, torch.tensor(rows.pixels, device=x.device))
+        x = x.index_select(3, torch.tensor(columns.pixels, device=x.device))
+    batch, depth, height, width = x.shape
+    down, across = height // rows.cells, width // columns.cells
+    x = x.reshape(batch, depth, rows.cells, down, columns.cells, across)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, down * across, depth)
+
+
+def scatter_pixels(x: Tensor, batch: int, rows: Slots, columns: Slots) -> Tensor:
+    """The way back from :func:`gather_pixels`: (B·cells, pixels of the cell, K) to (B, K, H, W)."""
+    down, across = len(rows.pixels) // rows.cells, len(columns.pixels) // columns.cells
+    x = x.reshape(batch, rows.cells, columns.cells, down, across, -1)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, K, cells, down, cells, across)
+    x = x.reshape(batch, -1, len(rows.pixels), len(columns.pixels))
+    if rows.plain and columns.plain:
+        return x
+    x = x.index_select(2, torch.tensor(rows.slots, device=x.device))
+    return x.index_select(3, torch.tensor(columns.slots, device=x.device))
+
+
+def gather_cells(coarse: Tensor, radius: int, rows: Slots, columns: Slots) -> Tensor:
+    """(B, K, h, w) to the cells around each cell, edges replicated: (B·cells, K, (2r+1)²)."""
+    batch, depth = coarse.shape[:2]
+    padded = F.pad(coarse, (radius,) * 4, mode="replicate")
+    padded = padded[:, :, rows.first : rows.first + rows.cells + 2 * radius]
+    padded = padded[..., columns.first : columns.first + columns.cells + 2 * radius]
+    around = F.unfold(padded, 2 * radius + 1).view(batch, depth, (2 * radius + 1) ** 2, -1)
+    return around.permute(0, 3, 1, 2).reshape(-1, depth, (2 * radius + 1) ** 2)
+
+
+def cell_of_pixels(cells: int, length: int, start: int, count: int, device: torch.device) -> Tensor:
+    """The cell ⌊(p + ½)·cells/length⌋ of ``count`` pixels p from ``start`` on, (count,)."""
+    pixels = torch.arange(start, start + count, device=device)
+    return (2 * pixels + 1) * cells // (2 * length)
+
+
+def cell_distances(
+    cells: int, length: int, start: int, count: int, radius: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far ``count`` pixels from ``start`` on are from the cells of their window, on one axis.
+
+    Args:
+        cells: cells on the axis.
+        length: pixels on the whole axis.
+        start: the first pixel.
+        count: how many.
+        radius: r ≥ 1.
+        like: gives dtype and device.
+
+    Returns:
+        Squared distances in cells, (2r+1, count), and which of them are out of reach: a pixel on
+        the border of two cells has one cell more on one side, which must not count, so that
+        windows are symmetric and flips commute.
+    """
+    own = cell_of_pixels(cells, length, start, count, like.device)
+    pixels = torch.arange(start, start + count, device=like.device)
+    offset = torch.arange(-radius, radius + 1, device=like.device)[:, None]
+    apart = (2 * pixels + 1) * cells - (2 * (own + offset) + 1) * length  # in cells / (2·length)
+    far = apart.abs() > math.floor((2 * radius + 1 - 2e-4) * length)
+    exact = torch.promote_types(like.dtype, torch.float32)
+    return (apart.to(exact) / (2 * length)).square().to(like.dtype), far

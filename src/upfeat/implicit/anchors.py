@@ -1,0 +1,377 @@
+"""The fast fit: a Gaussian process of place and query, observed through the views; closed form.
+
+A view's features are, up to noise, a linear map of the features sought: warp, then the mean over
+each cell. With fixed basis functions of place and query (``KernelField``), their images under that
+map are the columns of a design matrix, and the coefficients of all channels at once are one ridge
+regression. Gradient descent does the same in thousands of passes over thousands of views.
+
+The process's mean is what a one-pass upsampler makes of the image's own features, as far as the
+basis functions can say it: where the views have nothing to say, that is drawn, not a constant.
+
+Magnified views show more detail, but a backbone speaks of magnified things in other words, which no
+map can reconcile. Their features are therefore translated by a linear map, learnt from the image's
+own views, and of the result only what differs between neighbouring cells is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.implicit.fields import BilateralKernel, KernelField, whitening
+from upfeat.implicit.guides import QueryGuide, normalised, sample
+from upfeat.implicit.observe import (
+    Basis,
+    Observer,
+    pooled_matrices,
+    principal_components,
+    show,
+)
+from upfeat.randomness import stream
+from upfeat.upsamplers.base import Upsampler
+from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
+from upfeat.upsamplers.pretrained import create_upsampler
+from upfeat.views import Jitter
+
+SCALES = ((0.75, 0.5, 0.7), (1.0, 5.0, 0.3))
+"""The kernel: standard deviation in cells, in query, weight. The second part hardly looks at the
+query: where it is unlike all anchors', what remains is the place."""
+QUERIES = "neighbourhood_universal"
+"""The upsampler whose queries the kernel compares."""
+ONE_PASS = "detail_universal"
+"""The upsampler that draws the mean."""
+NUGGET = 1e-3
+PENALTIES = (1e-3, 1e-2, 1e-1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# Of the mean's coefficients, for every pixel of the map; so many of those are looked at, about.
+_MEAN_PENALTY = 3.0
+_MEAN_PIXELS = 1 << 14
+# Of the image that the one-pass upsampler is shown, at most.
+_ONE_PASS_PIXELS = 1 << 21
+# Of the translation of magnified views, relative to the variance of their coordinates.
+_TRANSLATION_PENALTY = 0.03
+_CANDIDATES = 8192
+_ROWS = 1024
+_FIRST_ROUND = 32
+# Numbers in the table of basis functions over the map: 512 MiB.
+_TABLE = 1 << 27
+_VIEWS_AT_ONCE = 8
+
+
+@dataclass
+class Regression:
+    """Sums that a ridge regression needs, to which views are added."""
+
+    gram: Tensor
+    """(M, M) float64."""
+    moment: Tensor
+    """(M, k) float64."""
+
+    def add(self, design: Tensor, targets: Tensor) -> None:
+        """Add observations: (N, M), (N, k)."""
+        self.gram += (design.T @ design).double()
+        self.moment += (design.T @ targets).double()
+
+    @staticmethod
+    def empty(functions: int, width: int) -> Regression:
+        """Sums of nothing, for M functions and k targets."""
+        return Regression(
+            torch.zeros(functions, functions, dtype=torch.float64),
+            torch.zeros(functions, width, dtype=torch.float64),
+        )
+
+    def beyond(self, coefficients: Tensor) -> Regression:
+        """The same observations less what coefficients (M, k) say of them."""
+        return Regression(self.gram, self.moment - self.gram @ coefficients.double())
+
+    def solve(self, penalty: float) -> Tensor:
+        """Coefficients (M, k) that minimise squared error plus penalty · squared length."""
+        matrix = self.gram.clone()
+        matrix.diagonal().add_(penalty)
+        factor = torch.linalg.cholesky(matrix)
+        return torch.cholesky_solve(self.moment, factor).float()
+
+
+class KernelFit:
+    """Basis functions of one image, and the coefficients that explain the views so far."""
+
+    def __init__(
+        self,
+        guidance: Tensor,
+        observer: Observer,
+        basis: Basis,
+        own: Tensor,
+        *,
+        anchors: int,
+        seed: int,
+    ) -> None:
+        """Place the anchors; evaluate their functions over the image; find the mean.
+
+        Args:
+            guidance: (3, H, W) uint8.
+            observer: of the same image.
+            basis: of the targets; coordinates of unit variance.
+            own: (1, C, h, w), the backbone's features of the image itself.
+            anchors: how many at most.
+            seed: draws the candidates for anchors.
+        """
+        self.observer, self.basis = observer, basis
+        self.scales = torch.tensor(SCALES)
+        self.kernel = BilateralKernel(self.scales)
+        self.map_size = _map_size(observer.size, observer.grid_size, anchors)
+        upsampler = _shipped(QUERIES)
+        assert isinstance(upsampler, NeighbourhoodUpsampler)
+        self.guide = QueryGuide(upsampler.encoder)
+        positions = _positions(self.guide(guidance), self.map_size, observer.grid_size)
+        self.anchors = spread_anchors(positions, anchors, self.scales[0], seed)
+        self.anchors[:, 2:] = self.anchors[:, 2:].half()  # as they are stored
+        self.table = self._table(positions)  # (H', W', M)
+        self.regression = Regression.empty(len(self.anchors), len(basis.components))
+        self.mean = self._project(one_pass(guidance, basis.encode(own), self.map_size))
+        self.held = torch.cat(list(self._designs(observer.held)))
+        self.held_targets = self._targets(observer.held_features)
+        self.outside = basis.loss(observer.held_features)
+
+    def add(self, views: Jitter, features: Tensor) -> None:
+        """Take in views (N) and what the backbone sees in them, (N, C, h, w)."""
+        targets = self._targets(features).split(_VIEWS_AT_ONCE * math.prod(self.observer.grid_size))
+        for design, target in zip(self._designs(views), targets, strict=True):
+            self.regression.add(design, target)
+
+    def add_details(self, views: Jitter, features: Tensor) -> None:
+        """Take in magnified views: differences of neighbouring cells, in the other views' words.
+
+        Args:
+            views: N, magnified so far that features at their grid are details.
+            features: (N, C, h, w), what the backbone sees in them.
+        """
+        grid_size = self.observer.grid_size
+        drawn = self.table.flatten(0, 1) @ self._coefficients(0.0)  # (H'·W', k)
+        drawn = drawn.T.reshape(-1, *self.map_size)
+        known = show(drawn, *pooled_matrices(views, self.map_size, grid_size))
+        known = known.permute(0, 2, 3, 1).flatten(0, 2)  # (N·h·w, k)
+        translated = _details(_translate(self._targets(features), known), grid_size)
+        parts = translated.split(_VIEWS_AT_ONCE * math.prod(grid_size))
+        for design, target in zip(self._designs(views), parts, strict=True):
+            self.regression.add(_details(design, grid_size), target)
+
+    def solve(self, slack: float) -> tuple[KernelField, float]:
+        """Solve; each component has its own penalty.
+
+        Args:
+            slack: of the penalties whose held-out loss exceeds the least by no more than this
+                share, the largest is taken: the smoothest map.
+
+        Returns:
+            The field, and the mean squared error of the held-out views' features.
+        """
+        # Rounded as they are stored: a file draws what its fit drew, to the last bit.
+        coefficients = self._coefficients(slack).half().float().contiguous()
+        field = KernelField(
+            self.anchors,
+            self.scales,
+            coefficients,
+            self.guide,
+            grid_size=self.observer.grid_size,
+            nugget=NUGGET,
+        )
+        errors = (self.held @ coefficients - self.held_targets).square().mean(0)
+        explained = float(errors @ self.basis.components.square().sum(1))
+        return field, explained / self.basis.components.shape[1] + self.outside
+
+    def _coefficients(self, slack: float) -> Tensor:
+        """Coefficients (M, k) as :meth:`solve` chooses them."""
+        rest = self.regression.beyond(self.mean)
+        solutions = [self.mean + rest.solve(penalty) for penalty in PENALTIES]
+        errors = torch.stack(
+            [(self.held @ x - self.held_targets).square().mean(0) for x in solutions]
+        )  # (penalties, k)
+        good = errors <= errors.amin(0) * (1 + slack)
+        best = good.long().cumsum(0).argmax(0)  # the last good one
+        return torch.stack(solutions)[best, :, torch.arange(len(best))].T
+
+    def _project(self, drawn: Tensor) -> Tensor:
+        """Coefficients (M, k) that say a map (k, H', W'), by ridge regression on its pixels."""
+        step = math.ceil(math.sqrt(math.prod(self.map_size) / _MEAN_PIXELS))
+        rows, columns = (slice((n - 1) % step // 2, None, step) for n in self.map_size)
+        table = self.table[rows, columns].flatten(0, 1)
+        regression = Regression.empty(len(self.anchors), len(drawn))
+        regression.add(table, drawn[:, rows, columns].flatten(1).T)
+        return regression.solve(_MEAN_PENALTY * len(table) / math.prod(self.map_size))
+
+    def _table(self, positions: Tensor) -> Tensor:
+        """Every basis function at every pixel of the map, whitened: (H', W', M)."""
+        factor = whitening(self.kernel, self.anchors, NUGGET).float()
+        table = torch.empty(len(positions), len(self.anchors))
+        for part in torch.arange(len(positions)).split(_ROWS):
+            bumps = self.kernel(positions[part], self.anchors)
+            table[part] = torch.linalg.solve_triangular(factor.mT, bumps, upper=True, left=False)
+        return table.view(*self.map_size, -1)
+
+    def _designs(self, views: Jitter) -> Iterator[Tensor]:
+        """What the basis functions look like in views: (N·h·w, M), some views at a time."""
+        rows, columns = pooled_matrices(views, self.map_size, self.observer.grid_size)
+        for start in range(0, len(views), _VIEWS_AT_ONCE):
+            designs = [
+                _show_table(self.table, *pair)
+                for pair in zip(
+                    rows[start : start + _VIEWS_AT_ONCE],
+                    columns[start : start + _VIEWS_AT_ONCE],
+                    strict=True,
+                )
+            ]
+            yield torch.cat(designs)
+
+    def _targets(self, features: Tensor) -> Tensor:
+        """Features (N, C, h, w) -> coordinates (N·h·w, k)."""
+        return self.basis.encode(features).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def fit_kernel(
+    guidance: Tensor,
+    observer: Observer,
+    views: Jitter,
+    zoomed: Jitter,
+    *,
+    components: int,
+    anchors: int,
+    tolerance: float,
+    slack: float,
+    seed: int,
+    on_round: Callable[[KernelField, Basis, int], None],
+    on_views: Callable[[int], None],
+) -> None:
+    """Add views until held-out views are explained no better; then the details of magnified ones.
+
+    First the image itself is looked at; then views in rounds, each doubling their number.
+
+    Args:
+        guidance: (3, H, W) uint8.
+        observer: of the same image.
+        views: to look at, at most; every prefix should be well spread.
+        zoomed: magnified views; may be none.
+        components: of the basis, at most.
+        anchors: basis functions, at most.
+        tolerance: stop when a round lowers the held-out loss by less than this share.
+        slack: of the choice of penalties, as :meth:`KernelFit.solve` takes it.
+        seed: draws the candidates for anchors.
+        on_round: is given the field, its basis and the number of views after every round; the last
+            one is the result.
+        on_views: is told how many views, with the image itself, have been looked at.
+    """
+    own = observer.observe(Jitter.identity(1, size=observer.size), on_views)
+    goal = min(_FIRST_ROUND, len(views))
+    features = observer.observe(views[slice(0, goal)], partial(_tell, on_views, 1))
+    basis = principal_components(features, components, whiten=True)
+    fit = KernelFit(guidance, observer, basis, own, anchors=anchors, seed=seed)
+    fit.add(views[slice(0, goal)], features)
+    field, loss = fit.solve(slack)
+    on_round(field, basis, 1 + goal)
+    last = math.inf
+    while goal < len(views) and loss <= last * (1 - tolerance):
+        last, done, goal = loss, goal, min(2 * goal, len(views))
+        added = views[slice(done, goal)]
+        fit.add(added, observer.observe(added, partial(_tell, on_views, 1 + done)))
+        field, loss = fit.solve(slack)
+        on_round(field, basis, 1 + goal)
+    if len(zoomed):
+        fit.add_details(zoomed, observer.observe(zoomed, partial(_tell, on_views, 1 + goal)))
+        field, _ = fit.solve(slack)
+        on_round(field, basis, 1 + goal + len(zoomed))
+
+
+def _tell(on_views: Callable[[int], None], before: int, n: int) -> None:
+    on_views(before + n)
+
+
+def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tensor:
+    """Choose anchors that cover all places and queries: each the farthest from those before it.
+
+    Args:
+        positions: (P, 2 + D) of the pixels.
+        n: how many at most.
+        scale: (3,) standard deviation in cells and in query, and a weight that is not used.
+        seed: draws the pixels among which to choose.
+
+    Returns:
+        (M, 2 + D), M ≤ n.
+    """
+    order = torch.randperm(len(positions), generator=stream(seed, "anchors"))[:_CANDIDATES]
+    candidates = positions[order]
+    place, query = scale[:2].tolist()
+    scaled = candidates / candidates.new_tensor([place, place] + [query] * (positions.shape[1] - 2))
+    square = scaled.square().sum(1)
+    chosen = torch.empty(min(n, len(candidates)), dtype=torch.long)
+    distance = torch.full((len(candidates),), math.inf)
+    for index in range(len(chosen)):
+        last = chosen[index] = distance.argmax()
+        distance[last] = -math.inf  # never again
+        away = torch.addmv(square, scaled, scaled[last], alpha=-2).add_(square[last])
+        torch.minimum(distance, away, out=distance)
+    return candidates[chosen]
+
+
+def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> Tensor:
+    """What the best upsampler for any backbone makes of features.
+
+    Args:
+        guidance: (3, H, W) uint8.
+        features: (1, k, h, w) of the image itself.
+        map_size: of the result.
+
+    Returns:
+        (k, *map_size).
+    """
+    with torch.no_grad():
+        return _shipped(ONE_PASS)(features, normalised(guidance, _ONE_PASS_PIXELS), map_size)[0]
+
+
+def _shipped(name: str) -> Upsampler:
+    """An upsampler with the weights that are shipped for any backbone."""
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, then replaced
+        return create_upsampler(name)
+
+
+def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Show (H', W', M) functions in one view: (h, H'), (w, W') -> (h·w, M)."""
+    seen = rows.ne(0).any(0).nonzero()
+    first, last = int(seen[0]), int(seen[-1]) + 1
+    wide = columns @ table[first:last]  # (H'', w, M)
+    return (rows[:, first:last] @ wide.flatten(1)).view(-1, table.shape[2])
+
+
+def _details(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """What differs from the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
+    maps = x.view(-1, *grid_size, x.shape[1]).permute(0, 3, 1, 2)
+    around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return (maps - around).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _translate(spoken: Tensor, known: Tensor) -> Tensor:
+    """The linear map of (N, k) that says (N, k) best, by ridge regression, applied: (N, k)."""
+    x, y = spoken.double(), known.double()
+    x, mean = x - x.mean(0), y.mean(0)
+    gram = x.T @ x / len(x)
+    gram.diagonal().add_(_TRANSLATION_PENALTY * float(gram.diagonal().mean()) + 1e-9)
+    factor = torch.linalg.cholesky(gram)
+    return (x @ torch.cholesky_solve(x.T @ (y - mean) / len(x), factor) + mean).float()
+
+
+def _map_size(size: tuple[int, int], grid_size: tuple[int, int], anchors: int) -> tuple[int, int]:
+    """Pixels at which functions are evaluated: every other one, where cells are large enough."""
+    step = 2 if min(size[0] / grid_size[0], size[1] / grid_size[1]) >= 16 else 1
+    step = max(step, math.sqrt(math.prod(size) * anchors / _TABLE))
+    return max(round(size[0] / step), grid_size[0]), max(round(size[1] / step), grid_size[1])
+
+
+def _positions(queries: Tensor, map_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+    """(y, x) in cells and query, of (…, …, D), of every pixel of the map: (H'·W', 2 + D)."""
+    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in map_size)
+    places = torch.cartesian_prod(y, x)
+    cells = (places * places.new_tensor(grid_size)).float()
+    return torch.cat([cells, sample(queries, places)], dim=1)

@@ -1,0 +1,308 @@
+"""Fit implicit features to one image: the fast way, in closed form, or the published one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from upfeat.backbones import Backbone, load_backbone
+from upfeat.images import read_image
+from upfeat.implicit.anchors import fit_kernel
+from upfeat.implicit.features import ImplicitFeatures, resize_image
+from upfeat.implicit.fields import Field
+from upfeat.implicit.observe import Basis, Observer, principal_components, zoomed_jitters
+from upfeat.implicit.published import create_network_fit, train_network
+from upfeat.randomness import stream
+from upfeat.views import sample_jitters, spread_jitters
+
+if TYPE_CHECKING:
+    from upfeat.images import ImageLike
+
+PRESETS = ("fast", "reference")
+_DEFAULT_SIZE = 224
+_PCA_VIEWS = 50
+_REPORT_EVERY = 50
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """Settings of a fit.
+
+    Attributes:
+        preset: "fast", a closed-form solution; or "reference", the published recipe (FeatUp,
+            section 3.3), some hundred times slower.
+        size: length of the shorter side at which the image is fitted, pixels; ``None`` for its own,
+            at most 224. The result can be drawn at any size.
+        seed: of all that is drawn at random.
+        views: jittered views to look at; ``None`` for at most 64 (fast: fewer where held-out views
+            gain nothing, and the image itself besides) or 3000 (reference).
+        zoomed_views: fast: magnified views, looked at beside those for their details.
+        held_out: views that are never fitted, by which the fit is judged.
+        components: principal components of the features in which the fit works.
+        max_pad: reflected border of views, pixels.
+        max_zoom: largest magnification of views.
+        tolerance: fast: stop when twice the views lower the held-out loss by less than this share.
+        slack: fast: how much of the held-out loss, as a share, may be given for a smoother map.
+            The smoothest is what a one-pass upsampler draws. Smoothness helps linear probes; 0
+            gives the least held-out loss.
+        anchors: fast: basis functions, at most.
+        steps: reference: of NAdam.
+        views_per_step: reference: drawn for each step.
+        learning_rate: reference: of NAdam.
+        downsampler: reference: "attention" or "simple".
+    """
+
+    preset: str = "fast"
+    size: int | None = None
+    seed: int = 0
+    views: int | None = None
+    zoomed_views: int = 48
+    held_out: int = 32
+    components: int = 128
+    max_pad: float = 30
+    max_zoom: float = 1.8
+    tolerance: float = 0.01
+    slack: float = 0.05
+    anchors: int = 1024
+    steps: int = 1200
+    views_per_step: int = 10
+    learning_rate: float = 2e-3
+    downsampler: str = "attention"
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            ValueError: a setting is out of its range.
+        """
+        for name, choices in (("preset", PRESETS), ("downsampler", ("attention", "simple"))):
+            if getattr(self, name) not in choices:
+                listed = " or ".join(f'"{choice}"' for choice in choices)
+                raise ValueError(f'{name}="{getattr(self, name)}" must be {listed}')
+        for name in ("views", "held_out", "components", "anchors", "steps", "views_per_step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be 1 or more")
+        if not (0 < self.learning_rate < math.inf):
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
+        if self.zoomed_views < 0:
+            raise ValueError(f"zoomed_views={self.zoomed_views} must be 0 or more")
+        for name in ("tolerance", "slack"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"{name}={value} must be from 0 to below 1")
+
+    @property
+    def n_views(self) -> int:
+        """Views to look at, at most."""
+        if self.views is not None:
+            return self.views
+        return 64 if self.preset == "fast" else 3000
+
+
+@dataclass(frozen=True)
+class FitProgress:
+    """How far a fit is.
+
+    Attributes:
+        done: units of work done.
+        total: of all.
+        held_out: loss on held-out views relative to a constant map's; ``None`` until known.
+        features: what the fit has found so far, where that is new.
+    """
+
+    done: int
+    total: int
+    held_out: float | None = None
+    features: ImplicitFeatures | None = None
+
+
+OnFit = Callable[[FitProgress], None]
+
+
+def fit_implicit(
+    image: ImageLike,
+    backbone: str | Backbone | Callable[[Tensor], Tensor],
+    config: FitConfig | None = None,
+    *,
+    on_step: OnFit | None = None,
+) -> ImplicitFeatures:
+    """Fit a function of place and image to what a backbone sees in many views of one image.
+
+    Args:
+        image: a path, PIL image, array or tensor, as :func:`upfeat.images.read_image` takes them.
+        backbone: a backbone, its name, or a module or function to wrap as one.
+        config: settings; the fast preset by default.
+        on_step: is told of progress.
+
+    Returns:
+        The features; ``facts["held_out"]`` is the loss on views that were never fitted, relative to
+        that of a constant map.
+
+    Raises:
+        FileNotFoundError: there is no such image.
+        ValueError: it cannot be read, is smaller than the backbone's stride, or the backbone gives
+            NaN or infinity.
+
+    Source: FeatUp (Fu, Hamilton et al., ICLR 2024), section 3.3.
+    """
+    config = config or FitConfig()
+    network = load_backbone(backbone)
+    pixels = read_image(image)
+    shorter = min(pixels.shape[1:])
+    if config.size is None and shorter < network.stride:
+        raise ValueError(
+            f"image is {shorter} pixels on its shorter side, less than the stride of "
+            f"{network.name} ({network.stride}); give a larger one, or size={network.stride}"
+        )
+    size = min(shorter, max(_DEFAULT_SIZE, network.stride)) if config.size is None else config.size
+    shape = network.preprocess(pixels, size, align=True).shape[-2:]
+    return fit_guidance(
+        resize_image(pixels, (shape[0], shape[1])), network, config, on_step=on_step
+    )
+
+
+@torch.no_grad()
+def fit_guidance(
+    guidance: Tensor, backbone: Backbone, config: FitConfig, *, on_step: OnFit | None = None
+) -> ImplicitFeatures:
+    """Fit an image that already has its final size.
+
+    Args:
+        guidance: (3, H, W) uint8.
+        backbone: in whatever mode it is; it is run in eval mode.
+        config: settings; ``size`` plays no part.
+        on_step: is told of progress.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        observer = Observer(
+            guidance,
+            backbone,
+            held_out=config.held_out,
+            max_pad=config.max_pad,
+            max_zoom=config.max_zoom,
+            seed=config.seed,
+        )
+        fit = _fit_fast if config.preset == "fast" else _fit_reference
+        return fit(guidance, observer, config, on_step or (lambda progress: None))
+    finally:
+        backbone.train(was_training)
+
+
+def _fit_fast(
+    guidance: Tensor, observer: Observer, config: FitConfig, on_step: OnFit
+) -> ImplicitFeatures:
+    total = config.held_out + 1 + config.n_views + config.zoomed_views
+    views = spread_jitters(
+        config.n_views,
+        size=observer.size,
+        max_pad=config.max_pad,
+        max_zoom=config.max_zoom,
+        generator=stream(config.seed, "views"),
+    )
+
+    zoomed = zoomed_jitters(
+        config.zoomed_views, size=observer.size, generator=stream(config.seed, "zoomed views")
+    )
+
+    found: list[ImplicitFeatures] = []
+
+    def tell_round(field: Field, basis: Basis, n: int) -> None:
+        found[:] = [_assemble(field, basis, guidance, observer, config, n)]
+        on_step(FitProgress(config.held_out + n, total, found[0].facts["held_out"], found[0]))
+
+    fit_kernel(
+        guidance,
+        observer,
+        views,
+        zoomed,
+        components=config.components,
+        anchors=config.anchors,
+        tolerance=config.tolerance,
+        slack=config.slack,
+        seed=config.seed,
+        on_round=tell_round,
+        on_views=lambda n: on_step(FitProgress(config.held_out + n, total)),
+    )
+    return found[0]
+
+
+def _fit_reference(
+    guidance: Tensor, observer: Observer, config: FitConfig, on_step: OnFit
+) -> ImplicitFeatures:
+    n = config.n_views
+    views = sample_jitters(
+        n,
+        size=observer.size,
+        max_pad=config.max_pad,
+        max_zoom=config.max_zoom,
+        generator=stream(config.seed, "views"),
+    )
+    total = config.held_out + n + config.steps
+    first = views[slice(0, _PCA_VIEWS)]
+    features = observer.observe(first)
+    basis = principal_components(features, config.components, whiten=False)
+    targets = [basis.encode(features)]
+    for start in range(_PCA_VIEWS, n, _PCA_VIEWS):
+        on_step(FitProgress(config.held_out + start, total))
+        targets.append(basis.encode(observer.observe(views[slice(start, start + _PCA_VIEWS)])))
+    fit = create_network_fit(
+        guidance,
+        basis,
+        stride=observer.backbone.stride,
+        downsampler=config.downsampler,
+        seed=config.seed,
+    )
+
+    def tell(step: int) -> None:
+        found = None
+        if step % _REPORT_EVERY == 0 and step < config.steps:
+            fit.eval()
+            found = _assemble(fit.field, basis, guidance, observer, config, n)
+            fit.train()
+        held_out = found.facts["held_out"] if found else None
+        on_step(FitProgress(config.held_out + n + step, total, held_out, found))
+
+    train_network(
+        fit,
+        views,
+        torch.cat(targets),
+        steps=config.steps,
+        views_per_step=config.views_per_step,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        on_step=tell,
+    )
+    return _assemble(fit.field, basis, guidance, observer, config, n)
+
+
+@torch.no_grad()
+def _assemble(
+    field: Field,
+    basis: Basis,
+    guidance: Tensor,
+    observer: Observer,
+    config: FitConfig,
+    views: int,
+) -> ImplicitFeatures:
+    """Join the parts, judge them by the held-out views and write down where they come from."""
+    features = ImplicitFeatures(field, guidance, basis.components, basis.mean)
+    loss, scale = observer.held_out_loss(features.render()), observer.held_out_variance
+    facts: dict[str, Any] = {
+        "backbone": observer.backbone.name,
+        "stride": observer.backbone.stride,
+        "preset": config.preset,
+        "seed": config.seed,
+        "views": views,
+        "held_out": loss / max(scale, 1e-12),
+        "held_out_loss": loss,
+    }
+    features.facts.update(facts)
+    return features

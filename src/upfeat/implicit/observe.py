@@ -1,0 +1,212 @@
+"""What one image's fit looks at: the backbone's features of views, and a basis for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.backbones import Backbone
+from upfeat.randomness import stream
+from upfeat.views import Jitter, sample_jitters
+
+BATCH = 16
+"""Views that go through the backbone together."""
+
+
+class Observer:
+    """Shows one image to a backbone in many ways.
+
+    Attributes:
+        size: (H, W) of the image.
+        grid_size: (h, w) of the features.
+        held: the views that are kept from every fit.
+        held_features: (V, C, h, w), what the backbone sees in them.
+    """
+
+    def __init__(
+        self,
+        guidance: Tensor,
+        backbone: Backbone,
+        *,
+        held_out: int,
+        max_pad: float,
+        max_zoom: float,
+        seed: int,
+    ) -> None:
+        """Look at the views that are held out.
+
+        Args:
+            guidance: (3, H, W) uint8.
+            backbone: makes the features.
+            held_out: how many views to hold out.
+            max_pad: of the views, pixels.
+            max_zoom: of the views.
+            seed: draws the views that are held out.
+
+        Raises:
+            ValueError: as :meth:`observe`.
+        """
+        self.backbone = backbone
+        self.size = (guidance.shape[1], guidance.shape[2])
+        pixels = guidance[None].to(backbone.mean.device)
+        self.image = (pixels.float() / 255 - backbone.mean) / backbone.std
+        self.max_pad, self.max_zoom = max_pad, max_zoom
+        self.held = sample_jitters(
+            held_out,
+            size=self.size,
+            max_pad=max_pad,
+            max_zoom=max_zoom,
+            generator=stream(seed, "held-out views"),
+        )
+        self.held_features = self.observe(self.held)
+        self.grid_size = (self.held_features.shape[2], self.held_features.shape[3])
+
+    @torch.no_grad()
+    def observe(self, views: Jitter, on_batch: Callable[[int], None] | None = None) -> Tensor:
+        """The backbone's features of views.
+
+        Args:
+            views: of the image.
+            on_batch: is told how many are done.
+
+        Returns:
+            (N, C, h, w) float32 on the CPU.
+
+        Raises:
+            ValueError: the backbone gives NaN or infinity.
+        """
+        seen = []
+        for start in range(0, len(views), BATCH):
+            part = views[slice(start, start + BATCH)]
+            rows, columns = part.matrices(device=self.image.device)
+            # Three channels: a dense product is quicker than leaving out its zeros.
+            shown = rows[:, None] @ self.image @ columns.mT[:, None]
+            features = self.backbone(shown).float().cpu()
+            if not bool(torch.isfinite(features).all()):
+                raise ValueError(
+                    f"{self.backbone.name} gives features with NaN or infinity; check its weights "
+                    "and its precision"
+                )
+            seen.append(features)
+            if on_batch is not None:
+                on_batch(min(start + BATCH, len(views)))
+        return torch.cat(seen)
+
+    def held_out_loss(self, features: Tensor) -> float:
+        """Mean squared error of the held-out views, in units of the features squared.
+
+        The features are shown as the view shows the image and averaged over each cell.
+
+        Args:
+            features: (1, C, H', W') of the image, at any resolution.
+        """
+        rows, columns = pooled_matrices(self.held, features.shape[2:], self.grid_size)
+        return float((show(features[0], rows, columns) - self.held_features).square().mean())
+
+    @property
+    def held_out_variance(self) -> float:
+        """Variance of the held-out features about their mean: the loss of a constant map."""
+        flat = self.held_features.transpose(0, 1).flatten(1)
+        return float(flat.var(1, correction=0).mean())
+
+
+def zoomed_jitters(
+    n: int,
+    *,
+    size: tuple[int, int],
+    lowest: float = 1.7,
+    highest: float = 3.5,
+    pad: float = 4,
+    generator: torch.Generator,
+) -> Jitter:
+    """Draw magnified views that cover place and magnification evenly.
+
+    Args:
+        n: how many; may be 0.
+        size: (height, width) of the image.
+        lowest: magnification; its logarithm is spread evenly.
+        highest: likewise.
+        pad: reflected border, pixels.
+        generator: draws the scrambling of the sequence.
+    """
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    uniform = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed)
+    drawn = uniform.draw(n, dtype=torch.float64) if n else torch.zeros(0, 4, dtype=torch.float64)
+    zoom = lowest * (highest / lowest) ** drawn[:, 0]
+    extent = drawn.new_tensor(size)
+    room = ((extent + 2 * pad) * zoom[:, None] - extent).floor()
+    offset = (drawn[:, 1:3] * (room + 1)).floor().minimum(room)
+    return Jitter(size, torch.full((n, 2), float(pad)), zoom, offset, drawn[:, 3] < 0.5)
+
+
+def pooled_matrices(
+    views: Jitter, map_size: tuple[int, int] | torch.Size, grid_size: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Views followed by the mean over each cell, as one matrix per axis.
+
+    Returns:
+        rows (N, h, H') and columns (N, w, W').
+    """
+    matrices = views.matrices((map_size[0], map_size[1]))
+    rows, columns = (
+        F.adaptive_avg_pool1d(matrix.mT, cells).mT.contiguous()
+        for matrix, cells in zip(matrices, grid_size, strict=True)
+    )
+    return rows, columns
+
+
+def show(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Apply one matrix per axis for each view: (C, H', W') -> (N, C, h, w)."""
+    n, h = rows.shape[:2]
+    tall = rows.flatten(0, 1) @ x  # (C, N·h, W')
+    tall = tall.view(len(x), n, h, -1).transpose(0, 1)  # (N, C, h, W')
+    return tall @ columns.mT[:, None]
+
+
+class Basis(NamedTuple):
+    """Principal components of features: coordinates · components + mean."""
+
+    components: Tensor
+    """(k, C), of the length of one unit of the coordinate."""
+    mean: Tensor
+    """(C,)."""
+
+    def encode(self, features: Tensor) -> Tensor:
+        """(N, C, h, w) features -> (N, k, h, w) coordinates."""
+        inverse = self.components / self.components.square().sum(1, keepdim=True)
+        return F.conv2d(features - self.mean[:, None, None], inverse[:, :, None, None])
+
+    def loss(self, features: Tensor) -> float:
+        """Mean square of what the basis cannot say of features (N, C, h, w)."""
+        said = torch.einsum("nkhw,kc->nchw", self.encode(features), self.components)
+        return float((said + self.mean[:, None, None] - features).square().mean())
+
+
+def principal_components(features: Tensor, n: int, *, whiten: bool) -> Basis:
+    """Fit a basis; as many components as asked for, or as the features allow.
+
+    Args:
+        features: (N, C, h, w).
+        n: how many components at most.
+        whiten: scale every coordinate to variance 1 (where there is any). Otherwise all are scaled
+            alike, so that the channels of the features have variance 1 on average: the published
+            weights of losses and step size are for features of about that size.
+    """
+    samples = features.transpose(0, 1).flatten(1).double()  # (C, S)
+    mean = samples.mean(1)
+    centred = samples - mean[:, None]
+    values, vectors = torch.linalg.eigh(centred @ centred.T / samples.shape[1])
+    values = values.clamp(min=0)
+    n = max(1, min(n, len(values), samples.shape[1] - 1))
+    components = vectors[:, -n:].flip(1).T  # (n, C), most variance first
+    if whiten:
+        deviation = values[-n:].flip(0).sqrt()
+        smallest = max(float(deviation[0]) * 1e-4, 1e-6)
+        components = components * deviation.clamp(min=smallest)[:, None]
+    else:
+        components = components * max(float(values.mean()) ** 0.5, 1e-6)
+    return Basis(components.float().contiguous(), mean.float())

@@ -1,0 +1,235 @@
+"""The published fit: a network trained by gradient descent on thousands of views."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from upfeat import losses
+from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
+from upfeat.implicit.fields import NetworkField
+from upfeat.implicit.guides import sample
+from upfeat.implicit.observe import Basis, Observer
+from upfeat.optimisers import NAdam
+from upfeat.randomness import stream
+from upfeat.views import Jitter
+
+
+class Waves(NamedTuple):
+    """What the network's inputs at all pixels are made of, whatever its phases.
+
+    With a the angles, sin(a + p) = sin a · cos p + cos a · sin p: the inputs are a linear map of
+    constants, which goes into the first layer. Their squares, for the channel norm, are a linear
+    map of the waves of 2a. So no step makes the 303 inputs of every pixel, nor their gradients.
+    """
+
+    inputs: Tensor
+    """(N, 303): sin a, cos a, scaled colours."""
+    squares: Tensor
+    """(N, 301): cos 2a, sin 2a, and the sum of the colours' squares."""
+
+    @staticmethod
+    @torch.no_grad()
+    def of(field: NetworkField, places: Tensor, colours: Tensor) -> Waves:
+        """Tabulate the waves at places (N, 2) of colours (N, 3)."""
+        angles, colours = field.angles(places, colours)
+        angles = angles.double()
+        inputs = torch.cat([angles.sin(), angles.cos(), colours], dim=1)
+        length = colours.square().sum(1, keepdim=True)
+        squares = torch.cat([(2 * angles).cos(), (2 * angles).sin(), length], dim=1)
+        return Waves(inputs.to(places.dtype), squares.to(places.dtype))
+
+
+def evaluate_waves(field: NetworkField, waves: Waves) -> Tensor:
+    """The field at the places of the waves: what ``field(places, colours)`` is, (N, k)."""
+    n = waves.inputs.shape[1]
+    kept, first = field.kept(n), field.first
+    assert isinstance(first, nn.Linear)
+    weight = first.weight * (field.norm_inputs.weight * kept)  # (hidden, 303)
+    offset = first.bias + first.weight @ (field.norm_inputs.bias * kept)
+    mean = weight.new_full((1, n), 1 / n)
+    (sin1, sin2), (cos1, cos2) = field.phases.flatten(1).sin(), field.phases.flatten(1).cos()
+    sines, cosines, rest = torch.cat([weight, mean]).tensor_split([len(sin1), 2 * len(sin1)], dim=1)
+    turned = torch.cat([sines * cos1 - cosines * sin2, sines * sin1 + cosines * cos2, rest], dim=1)
+    x, mean = (waves.inputs @ turned.T).split([len(weight), 1], dim=1)
+    twice_cos, twice_sin = (2 * field.phases.flatten(1)).cos(), (2 * field.phases.flatten(1)).sin()
+    parts = [twice_cos[1] - twice_cos[0], twice_sin[0] - twice_sin[1], twice_sin.new_full((1,), 2)]
+    # sin²(a + p) + cos²(a + q) = 1 + (cos(2a + 2q) − cos(2a + 2p)) / 2
+    square = (len(sin1) + (waves.squares @ torch.cat(parts) / 2)[:, None]) / n
+    scale = (square - mean.square() + field.norm_inputs.eps).rsqrt()
+    return field.after_first((x - mean * weight.sum(1)) * scale + offset)
+
+
+@dataclass
+class NetworkFit:
+    """A network, and what is trained beside it.
+
+    Source: FeatUp, section 3.3; the weights of the losses are the published code's.
+    """
+
+    field: NetworkField
+    downsampler: AttentionDownsampler | SimpleDownsampler
+    uncertainty: losses.SpatialUncertainty
+    waves: Waves
+    size: tuple[int, int]
+
+    def coordinates(self) -> Tensor:
+        """The whole map in the basis, (1, k, H, W)."""
+        values = evaluate_waves(self.field, self.waves)  # (H·W, k)
+        return values.T.reshape(1, -1, *self.size)
+
+    def backward(self, views: Jitter, targets: Tensor, generator: torch.Generator) -> float:
+        """Add the objective's gradient for views and their features (N, k, h, w) in the basis.
+
+        The network is passed through once, the map of coordinates once for each view.
+
+        Returns:
+            The objective.
+        """
+        drawn = self.coordinates()
+        values = drawn.detach().requires_grad_()
+        loss = self.views_loss(values, views, targets, generator) + self.prior_loss(values)
+        loss.backward()
+        drawn.backward(values.grad)
+        return float(loss.detach())
+
+    def views_loss(
+        self, values: Tensor, views: Jitter, targets: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        """How badly the map (1, k, H, W) explains the features of views, (N, k, h, w); the mean.
+
+        The map is never shown as the views show it: the downsampler's weights, one channel, are
+        carried back to it instead.
+        """
+        grid_size = (targets.shape[2], targets.shape[3])
+        both = torch.cat([losses.magnitude(values), values], dim=1)
+        shown = self.downsample(both, grid_size, views, generator)
+        reconstruction = losses.gaussian_reconstruction(
+            shown[:, 1:], targets, self.uncertainty(targets)
+        )
+        lengths = losses.magnitude_consistency(shown[:, :1], targets)
+        return reconstruction + losses.IMPLICIT_MAGNITUDE_WEIGHT * lengths
+
+    def prior_loss(self, values: Tensor) -> Tensor:
+        """What holds the map itself, (1, k, H, W), smooth."""
+        variation = losses.magnitude_variation(values)
+        return (
+            losses.IMPLICIT_MAGNITUDE_VARIATION_WEIGHT * variation
+            + losses.IMPLICIT_BLUR_PIN_WEIGHT * losses.blur_pin(values)
+        )
+
+    def downsample(
+        self,
+        values: Tensor,
+        grid_size: tuple[int, int],
+        views: Jitter,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """(1, 1 + k, H, W), magnitude first, as N views show it at the grid: (N, 1 + k, h, w)."""
+        if isinstance(self.downsampler, SimpleDownsampler):
+            return self.downsampler(values, grid_size, jitter=views)
+        return self.downsampler(values, grid_size, jitter=views, generator=generator)
+
+    @torch.no_grad()
+    def own_held_out_loss(self, observer: Observer, basis: Basis) -> float:
+        """Held-out loss through the learned downsampler, in the space of features."""
+        self.eval()
+        values = self.coordinates()
+        values = torch.cat([losses.magnitude(values), values], dim=1)
+        total = 0.0
+        for view, target in zip(observer.held, observer.held_features, strict=True):
+            shown = self.downsample(values, observer.grid_size, view)[0, 1:]
+            guess = torch.einsum("khw,kc->chw", shown, basis.components)
+            total += float((guess + basis.mean[:, None, None] - target).square().mean())
+        return total / len(observer.held)
+
+    def train(self) -> None:
+        """Drop out from now on."""
+        self.field.train()
+        self.downsampler.train()
+
+    def eval(self) -> None:
+        """Drop nothing out from now on."""
+        self.field.eval()
+        self.downsampler.eval()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        modules = (self.field, self.downsampler, self.uncertainty)
+        return [parameter for module in modules for parameter in module.parameters()]
+
+
+def create_network_fit(
+    guidance: Tensor, basis: Basis, *, stride: int, downsampler: str, seed: int
+) -> NetworkFit:
+    """Draw the initial network and downsampler.
+
+    Args:
+        guidance: (3, H, W) uint8.
+        basis: of the targets.
+        stride: of the backbone; the downsampler's kernel is about twice as large.
+        downsampler: "attention" or "simple".
+        seed: draws the weights and the dropout.
+    """
+    k = len(basis.components)
+    size = (guidance.shape[1], guidance.shape[2])
+    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in size)
+    places = torch.cartesian_prod(y, x)
+    field = NetworkField(k, generator=stream(seed, "network"))
+    field.set_range(guidance.float() / 255)
+    # 29 taps for a stride of 16, as published.
+    taps = max(2 * stride - 3, 1)
+    if downsampler == "attention":
+        made: AttentionDownsampler | SimpleDownsampler = AttentionDownsampler(
+            k + 1, taps, generator=stream(seed, "downsampler")
+        )
+    else:
+        made = SimpleDownsampler(taps)
+    uncertainty = losses.SpatialUncertainty(k, generator=stream(seed, "uncertainty"))
+    colours = sample(field.look(guidance), places)
+    return NetworkFit(field, made, uncertainty, Waves.of(field, places.float(), colours), size)
+
+
+def train_network(
+    fit: NetworkFit,
+    views: Jitter,
+    targets: Tensor,
+    *,
+    steps: int,
+    views_per_step: int,
+    learning_rate: float,
+    seed: int,
+    on_step: Callable[[int], None],
+) -> None:
+    """Train in place; leaves the network in eval mode.
+
+    Args:
+        fit: from :func:`create_network_fit`.
+        views: that were looked at.
+        targets: (V, k, h, w), their features in the basis.
+        steps: of NAdam.
+        views_per_step: drawn for each step.
+        learning_rate: of NAdam.
+        seed: draws the views of each step.
+        on_step: is told how many steps are done.
+    """
+    optimiser = NAdam(fit.parameters(), lr=learning_rate)
+    generator = stream(seed, "dropout of the downsampler")
+    order = stream(seed, "order of views")
+    fit.train()
+    with torch.enable_grad():
+        for step in range(steps):
+            chosen = torch.randperm(len(views), generator=order)[:views_per_step]
+            optimiser.zero_grad()
+            loss = fit.backward(views[chosen], targets[chosen], generator)
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss is {loss} at step {step + 1}; lower learning_rate")
+            optimiser.step()
+            on_step(step + 1)
+    fit.eval()
+    fit.field.requires_grad_(False)

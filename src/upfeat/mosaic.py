@@ -1,0 +1,196 @@
+"""Coarse features of an image too large for one pass of the backbone, strip by strip.
+
+A convolutional backbone looks only so far: tiles with a halo of that many cells give exactly what
+the whole image gives. A backbone with global attention sees its whole input: windows that overlap
+are blended with raised cosines, which hides the seams but does not make them exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from upfeat.backbones import Backbone
+from upfeat.tiling import overlapping, raised_cosine, split
+from upfeat.types import Size, Window
+
+Read = Callable[[Window], Tensor]
+"""From a window in pixels to (1, 3, height, width), normalised as the backbone wants it."""
+
+_PROBE_CELLS = 64
+_TOLERANCE = 1e-4
+
+
+class Strip(NamedTuple):
+    """Rows of coarse features, all columns."""
+
+    top: int
+    """First row, cells."""
+    features: Tensor
+    """(1, C, rows, columns)."""
+
+
+@torch.no_grad()
+def receptive_halo(backbone: Backbone) -> int | None:
+    """Measure how many cells beyond its own a cell of the features depends on.
+
+    A NaN in one pixel reaches exactly the cells that depend on the pixel, whatever the weights. The
+    result is checked on noise: a tile with that halo must give what the whole image gives.
+
+    Args:
+        backbone: in eval mode.
+
+    Returns:
+        Cells to each side; ``None`` where a cell depends on more than a quarter of a long image, as
+        with global attention, or where tiles disagree with the whole.
+    """
+    stride = backbone.stride
+    try:
+        reaches = [_spread(backbone, offset) for offset in (0, stride - 1)]
+        if any(reach is None for reach in reaches):
+            return None
+        halo = max(reach for reach in reaches if reach is not None)
+        return halo if _tiles_agree(backbone, halo) else None
+    except (RuntimeError, ValueError):  # the backbone takes one size only
+        return None
+
+
+def _blank(backbone: Backbone, height: int, width: int) -> Tensor:
+    return torch.zeros(1, 3, height, width, device=backbone.mean.device)
+
+
+def _spread(backbone: Backbone, offset: int) -> int | None:
+    """Cells to each side that a pixel at ``offset`` in a cell reaches; ``None`` if too many."""
+    cells, middle = _PROBE_CELLS, _PROBE_CELLS // 2
+    x = _blank(backbone, 2 * backbone.stride, cells * backbone.stride)
+    x[..., middle * backbone.stride + offset] = torch.nan
+    reached = backbone(x).isnan().any(1)[0].any(0).nonzero()[:, 0]
+    if not len(reached):
+        return None
+    reach = int(max(middle - reached.min(), reached.max() - middle))
+    return None if reach >= cells // 4 else reach
+
+
+def _tiles_agree(backbone: Backbone, halo: int) -> bool:
+    stride, cells = backbone.stride, 2 * halo + 4
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 2 * stride, 2 * cells * stride, generator=generator)
+    x = x.to(backbone.mean.device)
+    whole = backbone(x)[..., halo + 2 : cells]
+    part = backbone(x[..., 2 * stride : (cells + halo) * stride])[..., halo : cells - 2]
+    return bool((whole - part).abs().max() <= _TOLERANCE * whole.abs().max())
+
+
+def strips(
+    backbone: Backbone,
+    read: Read,
+    grid: Size,
+    *,
+    tile: int,
+    halo: int | None,
+    overlap: int | None = None,
+) -> Iterator[Strip]:
+    """Compute coarse features from top to bottom.
+
+    Args:
+        backbone: in eval mode.
+        read: gives windows of the image; they begin and end at whole cells.
+        grid: (h, w) of the whole image, cells.
+        tile: cells to a side that go through the backbone at once, beside the halo.
+        halo: of :func:`receptive_halo`; ``None`` to blend overlapping windows.
+        overlap: of those windows, cells; ``None`` for a quarter of ``tile``.
+
+    Yields:
+        Strips that cover the grid, each row once.
+
+    Raises:
+        ValueError: ``tile`` is below 1, or ``overlap`` not below it.
+    """
+    if halo is None:
+        yield from _blended(backbone, read, grid, tile, tile // 4 if overlap is None else overlap)
+        return
+    parts: list[Tensor] = []
+    for piece in split(grid, tile, halo=halo):
+        inner = piece.inner
+        features = _extract(backbone, read, piece.outer)
+        parts.append(features[:, :, inner.top : inner.bottom, inner.left : inner.right].clone())
+        if piece.core.right == grid[1]:
+            yield Strip(piece.core.top, torch.cat(parts, dim=3))
+            parts = []
+
+
+def _blended(
+    backbone: Backbone, read: Read, grid: Size, tile: int, overlap: int
+) -> Iterator[Strip]:
+    """Strips of weighted means of overlapping windows."""
+    pending: Tensor | None = None  # weighted sums, the last channel the weights
+    top = 0  # first row of it
+    for window in overlapping(grid, tile, overlap):
+        features = _extract(backbone, read, window)
+        if pending is None:
+            pending = features.new_zeros(1, features.shape[1] + 1, 0, grid[1])
+        if window.top > top:  # no later window reaches these rows
+            rows = window.top - top
+            yield Strip(top, _mean(pending[:, :, :rows]))
+            pending, top = pending[:, :, rows:], window.top
+        missing = window.bottom - top - pending.shape[2]
+        if missing > 0:
+            more = pending.new_zeros(1, pending.shape[1], missing, grid[1])
+            pending = torch.cat([pending, more], dim=2)
+        down = raised_cosine(window.top, window.height, grid[0], overlap)
+        across = raised_cosine(window.left, window.width, grid[1], overlap)
+        weight = features.new_tensor(down)[:, None] * features.new_tensor(across)
+        place = pending[:, :, window.top - top : window.bottom - top, window.left : window.right]
+        place[:, :-1] += features * weight
+        place[:, -1:] += weight
+    if pending is not None:
+        yield Strip(top, _mean(pending))
+
+
+def _mean(sums: Tensor) -> Tensor:
+    return sums[:, :-1] / sums[:, -1:]
+
+
+def _extract(backbone: Backbone, read: Read, cells: Window) -> Tensor:
+    stride = backbone.stride
+    return backbone(read(Window(*(stride * side for side in cells))))
+
+
+class Rows:
+    """Rows of a grid, made as they are asked for and forgotten once they are passed."""
+
+    def __init__(self, source: Iterator[Strip]) -> None:
+        """Keep the source; nothing is computed yet."""
+        self._source = source
+        self._top = 0
+        self._kept: Tensor | None = None
+
+    def __call__(self, top: int, bottom: int) -> Tensor:
+        """Rows ``top`` to ``bottom``, (1, C, bottom − top, w); ``top`` never goes back.
+
+        Raises:
+            ValueError: the rows were forgotten, or lie beyond the last.
+        """
+        if top < self._top:
+            raise ValueError(f"row {top} is no longer kept; the first is {self._top}")
+        while self._kept is None or self._top + self._kept.shape[2] < bottom:
+            strip = next(self._source, None)
+            if strip is None:
+                raise ValueError(f"row {bottom - 1} lies beyond the last")
+            self._forget(top)
+            kept = self._kept
+            if kept is None or not kept.shape[2]:
+                self._top, self._kept = strip.top, strip.features
+            else:
+                self._kept = torch.cat([kept, strip.features], dim=2)
+        self._forget(top)
+        return self._kept[:, :, : bottom - self._top]
+
+    def _forget(self, top: int) -> None:
+        if self._kept is not None and top > self._top:
+            passed = min(top - self._top, self._kept.shape[2])
+            self._kept = self._kept[:, :, passed:].clone()
+            self._top += passed

@@ -1,0 +1,326 @@
+"""Neighbourhoods: weights from queries and keys, and the sum over cells, on every backend."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upfeat import functional
+from upfeat.backends import dispatch
+from upfeat.backends.cpu import library as cpu_library
+from upfeat.backends.cpu import operators as cpu
+
+# (B, D, C), (h, w), (H, W), radius: whole and odd ratios, tiny, not square, broken ratios, ratios
+# on both sides of 1, one cell, channels beside any block, pixels on the border of two cells.
+CASES = [
+    ((1, 32, 31), (3, 2), (48, 32), 2),
+    ((2, 6, 5), (4, 3), (9, 7), 1),
+    ((2, 5, 100), (3, 5), (21, 35), 2),
+    ((1, 1, 1), (1, 1), (1, 2), 2),
+    ((2, 9, 33), (2, 3), (5, 15), 2),
+    ((1, 40, 24), (6, 7), (3, 9), 2),
+    ((1, 16, 17), (7, 5), (40, 33), 3),
+    ((3, 3, 7), (6, 6), (6, 6), 1),
+    ((1, 4, 3), (3, 3), (1, 1), 1),
+]
+
+
+@pytest.fixture(params=["eager", *cpu_library.ISAS])
+def backend(request, monkeypatch):
+    if request.param == "eager":
+        return "eager"
+    if cpu.unavailable_reason() is not None:
+        pytest.skip(str(cpu.unavailable_reason()))
+    if request.param not in cpu.library_info()["available"]:
+        pytest.skip(f"this machine or build has no {request.param}")
+    monkeypatch.setenv("UPFEAT_CPU_ISA", request.param)
+    return "cpu"
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
+
+
+def unit(*shape, seed=0):
+    return F.normalize(randn(*shape, seed=seed), dim=1)
+
+
+def attention(case, temperature=6.0, sigma=0.7):
+    (batch, depth, _), grid, size, _ = case
+    scalars = (torch.tensor(temperature), torch.tensor(sigma))
+    return unit(batch, depth, *size), unit(batch, depth, *grid, seed=1), *scalars
+
+
+def values(case):
+    (batch, _, channels), grid, size, radius = case
+    weights = randn(batch, (2 * radius + 1) ** 2, *size, seed=3).softmax(1)
+    return randn(batch, channels, *grid, seed=2), weights
+
+
+def with_gradients(operator, backend, inputs, grad):
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    leaves = [value.to(dtype, copy=True).requires_grad_() for value in inputs]
+    out = operator(*leaves, backend=backend)
+    return out, *torch.autograd.grad(out, leaves, grad.to(dtype))
+
+
+def close(actual, expected, tolerance=2e-5):
+    scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("temperature", "sigma"), [(6.0, 0.7), (60.0, 0.1), (0.0, -20.0)])
+def test_weights_and_their_gradients_equal_the_reference(backend, case, temperature, sigma):
+    def weights(*inputs, backend):
+        return functional.neighbourhood_weights(*inputs, radius=case[-1], backend=backend)
+
+    inputs = attention(case, temperature, sigma)
+    (batch, *_), _, size, radius = case
+    grad = randn(batch, (2 * radius + 1) ** 2, *size, seed=4)
+    found = with_gradients(weights, backend, inputs, grad)
+    expected = with_gradients(weights, "reference", inputs, grad)
+    tolerance = 1e-4 * max(1.0, temperature / 6)  # the scalars sum thousands of signed terms
+    for a, b in zip(found, expected, strict=True):
+        close(a, b, tolerance)
+    close(found[0].sum(1), torch.ones(batch, *size))
+    assert found[0].min() >= 0
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_upsample_and_its_gradients_equal_the_reference(backend, case, layout):
+    (batch, _, channels), _, size, _ = case
+    features, weights = values(case)
+    features = features.contiguous(memory_format=layout)
+    grad = randn(batch, channels, *size, seed=4).contiguous(memory_format=layout)
+    operator = functional.neighbourhood_upsample
+    found = with_gradients(operator, backend, (features, weights), grad)
+    expected = with_gradients(operator, "reference", (features, weights), grad)
+    for a, b in zip(found, expected, strict=True):
+        close(a, b)
+
+
+def test_the_reference_is_the_formula():
+    grid, size, radius = (2, 3), (5, 4), 1
+    queries, keys = unit(1, 3, *size).double(), unit(1, 3, *grid, seed=1).double()
+    out = functional.neighbourhood_weights(queries, keys, 5.0, 0.6, radius=1, backend="reference")
+    for y in range(size[0]):
+        for x in range(size[1]):
+            place = [(p + 0.5) * c / s for p, c, s in zip((y, x), grid, size, strict=True)]
+            shares = []
+            for tap in range(9):
+                cell = [
+                    math.floor(p) + d - radius for p, d in zip(place, divmod(tap, 3), strict=True)
+                ]
+                apart = [p - (c + 0.5) for p, c in zip(place, cell, strict=True)]
+                i, j = (min(max(c, 0), n - 1) for c, n in zip(cell, grid, strict=True))
+                product = (queries[0, :, y, x] * keys[0, :, i, j]).sum().item()
+                near = max(abs(a) for a in apart) < radius + 0.5 - 1e-4
+                distance = sum(a * a for a in apart) / (2 * 0.6**2)
+                shares.append(near * math.exp(5.0 * product - distance))
+            expected = torch.tensor(shares, dtype=torch.float64) / sum(shares)
+            close(out[0, :, y, x], expected, 1e-12)
+
+
+def test_eager_gradients_are_exact():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 2, 5, 3), (1, 2, 2, 3), (), ()]
+    inputs = [
+        torch.rand(shape, generator=generator, dtype=torch.float64).add(0.5).requires_grad_()
+        for shape in shapes
+    ]
+    assert torch.autograd.gradcheck(
+        lambda *v: functional.neighbourhood_weights(*v, radius=1, backend="eager"), inputs
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_constants_and_bounds_are_kept(backend, case):
+    features, weights = values(case)
+    constant = torch.full_like(features, 0.7)
+    out = functional.neighbourhood_upsample(constant, weights, backend=backend)
+    close(out, torch.full_like(out, 0.7), 1e-6)
+    out = functional.neighbourhood_upsample(features, weights, backend=backend)
+    assert out.min() >= features.min() - 1e-5
+    assert out.max() <= features.max() + 1e-5
+
+
+@pytest.mark.parametrize("dims", [(2,), (3,), (2, 3)])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_flips_commute(backend, case, dims):
+    def upsample(features, queries, keys, temperature, sigma):
+        weights = functional.neighbourhood_weights(
+            queries, keys, temperature, sigma, radius=case[-1], backend=backend
+        )
+        return functional.neighbourhood_upsample(features, weights, backend=backend)
+
+    queries, keys, *scalars = attention(case)
+    features, _ = values(case)
+    flipped = [value.flip(dims) for value in (features, queries, keys)]
+    close(upsample(*flipped, *scalars).flip(dims), upsample(features, queries, keys, *scalars))
+
+
+def test_a_pixel_between_two_cells_sees_as_many_on_either_side(backend):
+    queries, keys = torch.zeros(1, 1, 1, 5), torch.zeros(1, 1, 1, 2)
+    out = functional.neighbourhood_weights(queries, keys, 1.0, 1.0, radius=1, backend=backend)
+    row = out.reshape(3, 3, 5)[1, :, 2]  # the pixel at 1, between cell 0 and its own, cell 1
+    assert row[2] == 0
+    assert row[0] == row[1] > 0
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_a_number_shows(backend, bad):
+    queries, keys = torch.ones(1, 3, 6, 20), torch.ones(1, 3, 2, 5)
+    queries[0, 1, 2, 7] = bad
+    out = functional.neighbourhood_weights(queries, keys, 2.0, 0.7, backend=backend)
+    wrong = torch.zeros(6, 20, dtype=torch.bool)
+    wrong[2, 7] = True
+    assert torch.equal(out.isnan().any(1)[0], wrong)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_window_equals_the_window_of_the_whole(backend, case):
+    _, _, (height, width), radius = case
+    queries, *rest = attention(case)
+    options = {"radius": radius, "backend": backend}
+    whole = functional.neighbourhood_weights(queries, *rest, **options)
+    for top, left in ((0, 0), (height // 2, width // 3), (height - 1, 0)):
+        tall, wide = height - top, max(1, (width - left) // 2)
+        rows, columns = slice(top, top + tall), slice(left, left + wide)
+        out = functional.neighbourhood_weights(
+            queries[:, :, rows, columns],
+            *rest,
+            output_size=(height, width),
+            window=(top, left, tall, wide),
+            **options,
+        )
+        close(out, whole[:, :, rows, columns], 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_window_of_the_sum_equals_the_window_of_the_whole(backend, case):
+    features, weights = values(case)
+    (batch, _, channels), _, (height, width), _ = case
+    whole = functional.neighbourhood_upsample(features, weights, backend="reference")
+    for top, left in ((0, 0), (height // 2, width // 3), (height - 1, 0)):
+        tall, wide = height - top, max(1, (width - left) // 2)
+        rows, columns = slice(top, top + tall), slice(left, left + wide)
+        place = {"output_size": (height, width), "window": (top, left, tall, wide)}
+
+        def operator(*inputs, backend, place=place):
+            return functional.neighbourhood_upsample(*inputs, **place, backend=backend)
+
+        inputs = features, weights[:, :, rows, columns]
+        grad = randn(batch, channels, tall, wide, seed=4)
+        found = with_gradients(operator, backend, inputs, grad)
+        expected = with_gradients(operator, "reference", inputs, grad)
+        for a, b in zip(found, expected, strict=True):
+            close(a, b)
+        close(found[0], whole[:, :, rows, columns])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_storage_is_rounded_once(isa, dtype):
+    case = ((2, 20, 19), (4, 5), (13, 20), 2)
+    queries, keys, *scalars = (value.to(dtype) for value in attention(case))
+    grad = randn(2, 25, 13, 20, seed=5).to(dtype)
+    weights, *grads = with_half_gradients(queries, keys, *scalars, grad=grad)
+    expected = with_gradients(
+        functional.neighbourhood_weights, "reference", (queries, keys, *scalars), grad
+    )
+    for a, b in zip((weights, *grads), expected, strict=True):
+        assert a.dtype == dtype
+        close(a, b, torch.finfo(dtype).eps)
+    features = values(case)[0].to(dtype)
+    out = functional.neighbourhood_upsample(features, weights, backend="cpu")
+    wanted = functional.neighbourhood_upsample(
+        features.double(), weights.double(), backend="reference"
+    )
+    close(out, wanted, torch.finfo(dtype).eps)
+
+
+def with_half_gradients(*inputs, grad):
+    leaves = [value.clone().requires_grad_() for value in inputs]
+    out = functional.neighbourhood_weights(*leaves, backend="cpu")
+    return out, *torch.autograd.grad(out, leaves, grad)
+
+
+def test_strides_do_not_matter(backend):
+    case = ((2, 6, 20), (4, 5), (13, 20), 2)
+    queries, keys, *scalars = attention(case)
+    features, weights = values(case)
+
+    def sparse(value):
+        big = torch.full([2 * size + 1 for size in value.shape], torch.nan)
+        big[:, 1::2][:, : value.shape[1], 1::2, 1::2][: value.shape[0]] = value
+        return big[: value.shape[0], 1::2, 1::2, 1::2]
+
+    def last(value):
+        return value.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+    def transposed(value):
+        return value.transpose(2, 3).contiguous().transpose(2, 3)
+
+    wanted = functional.neighbourhood_weights(queries, keys, *scalars, backend=backend)
+    summed = functional.neighbourhood_upsample(features, weights, backend=backend)
+    grad = randn(*wanted.shape)
+    for change in (sparse, last, transposed):
+        inputs = [change(queries).detach().requires_grad_(), change(keys).requires_grad_()]
+        out = functional.neighbourhood_weights(*inputs, *scalars, backend=backend)
+        close(out, wanted, 1e-6)
+        found = torch.autograd.grad(out, inputs, change(grad))
+        expected = with_gradients(
+            functional.neighbourhood_weights, "reference", (queries, keys, *scalars), grad
+        )
+        for a, b in zip(found, expected[1:3], strict=True):
+            close(a, b)
+        out = functional.neighbourhood_upsample(change(features), change(weights), backend=backend)
+        close(out, summed, 1e-6)
+    expanded = features[:1, :, :1].expand(2, -1, 4, -1)
+    out = functional.neighbourhood_upsample(expanded, weights, backend=backend)
+    close(out, functional.neighbourhood_upsample(expanded.clone(), weights, backend=backend), 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_empty_batches_and_no_channels(backend):
+    if backend == "cpu" and cpu.unavailable_reason() is not None:
+        pytest.skip(str(cpu.unavailable_reason()))
+    queries, keys = torch.zeros(0, 4, 6, 6), torch.zeros(0, 4, 3, 3)
+    out = functional.neighbourhood_weights(queries, keys, 1.0, 1.0, backend=backend)
+    assert out.shape == (0, 25, 6, 6)
+    features = torch.zeros(2, 0, 3, 3)
+    out = functional.neighbourhood_upsample(features, torch.zeros(2, 9, 6, 6), backend=backend)
+    assert out.shape == (2, 0, 6, 6)
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the library")
+def test_the_library_leaves_far_smaller_outputs_to_pytorch():
+    features, weights = randn(1, 2, 9, 4), randn(1, 9, 2, 4)
+    reason = dispatch.reason_against(
+        "neighbourhood_upsample", "cpu", features, weights, (2, 4), (0, 0)
+    )
+    assert "a quarter of the grid" in reason
+    with pytest.raises(ValueError, match="a quarter of the grid"):
+        functional.neighbourhood_weights(randn(1, 2, 2, 4), features, 1.0, 1.0, backend="cpu")
+    assert functional.neighbourhood_upsample(features, weights).shape == (1, 2, 2, 4)
+
+
+def test_bad_arguments_are_named():
+    queries, keys = unit(1, 4, 6, 6), unit(1, 4, 3, 3)
+    weights = functional.neighbourhood_weights
+    with pytest.raises(ValueError, match="radius=0 must be 1 or more"):
+        weights(queries, keys, 1.0, 1.0, radius=0)
+    with pytest.raises(ValueError, match="4 channels and keys 2"):
+        weights(queries, keys[:, :2], 1.0, 1.0)
+    with pytest.raises(ValueError, match="queries has batch size 1 and keys 2"):
+        weights(queries, keys.expand(2, 4, 3, 3), 1.0, 1.0)
+    with pytest.raises(ValueError, match=r"queries is .*float32 and keys .*float64"):
+        weights(queries, keys.double(), 1.0, 1.0)
+    with pytest.raises(ValueError, match="keys is 0×3"):
+        weights(queries, keys[:, :, :0], 1.0, 1.0)
+    with pytest.raises(ValueError, match="queries are 6×6 but the window is 3×4"):
+        weights(queries, keys, 1.0, 1.0, output_size=(9, 9), window=(0, 0, 3, 4))
+    with pytest.raises(ValueError, match="does not lie in an output of 9×9"):
+        weights(queries, keys, 1.0, 1.0, output_size=(9, 9), window=(4, 0, 6, 6))

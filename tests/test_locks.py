@@ -1,0 +1,124 @@
+"""One writer at a time, however the one before ended."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from upfeat import locks
+
+HOLDER = """
+import sys, time
+from upfeat import locks
+with locks.hold(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of a folder."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_the_second_is_told_who_holds_it(holder, tmp_path):
+    with pytest.raises(ValueError) as refused, locks.hold(tmp_path):
+        pass
+    message = str(refused.value)
+    assert f"process {holder.pid} on {socket.gethostname()} since 20" in message
+    assert str(tmp_path) in message
+    assert "\n" not in message
+
+
+def test_a_killed_holder_locks_nothing(holder, tmp_path):
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert (tmp_path / ".lock").is_file()
+    with locks.hold(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert not (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize("by_system", [True, False])
+def test_threads_exclude_each_other(tmp_path, monkeypatch, by_system):
+    if not by_system:
+        monkeypatch.setattr(locks, "_lock", lambda handle: None)
+    told = []
+
+    def other():
+        try:
+            with locks.hold(tmp_path / "x.safetensors"):
+                told.append("held")
+        except ValueError as error:
+            told.append(str(error))
+
+    with locks.hold(tmp_path / "x.safetensors"), locks.hold(tmp_path / "y.safetensors"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    other()
+    assert f"process {os.getpid()}" in told[0]
+    assert told[1] == "held"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_inside_lets_go(tmp_path):
+    with pytest.raises(KeyError), locks.hold(tmp_path):
+        raise KeyError
+    with locks.hold(tmp_path):
+        pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_holds_nothing(tmp_path):
+    read, write = os.pipe()
+    with locks.hold(tmp_path):
+        child = os.fork()
+        if not child:
+            os.read(read, 1)  # outlives the holder
+            os._exit(0)
+        handles = set(locks._held)
+    try:
+        for handle in handles:
+            with pytest.raises(OSError):
+                os.fstat(handle)
+        with locks.hold(tmp_path):
+            pass
+    finally:
+        os.write(write, b"x")
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "refused"),
+    [
+        ({"pid": 4_000_000_000, "host": socket.gethostname(), "since": "then"}, False),
+        ({"pid": os.getpid(), "host": socket.gethostname(), "since": "then"}, True),
+        ({"pid": 1, "host": "elsewhere", "since": "then"}, True),
+        ({"pid": True}, False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_without_locks_of_the_system_the_writer_must_live(tmp_path, monkeypatch, content, refused):
+    monkeypatch.setattr(locks, "_lock", lambda handle: None)
+    path = tmp_path / ".lock"
+    path.write_text("" if content is None else json.dumps(content))
+    if refused:
+        with pytest.raises(ValueError, match="being written by"), locks.hold(tmp_path):
+            pass
+        assert path.is_file()
+    else:
+        with locks.hold(tmp_path):
+            pass
+        assert not path.exists()

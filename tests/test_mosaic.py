@@ -1,0 +1,92 @@
+"""Tiles of a convolutional backbone equal the whole; windows of a global one blend."""
+
+import pytest
+import torch
+from torch import nn
+
+from upfeat import load_backbone
+from upfeat.mosaic import Rows, Strip, receptive_halo, strips
+
+
+class Global(nn.Module):
+    """Every cell knows the mean of the image."""
+
+    def forward(self, x):
+        cells = nn.functional.avg_pool2d(x, 8)
+        return cells + cells.mean((2, 3), keepdim=True)
+
+
+def convolutional():
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 5, 7, 4, 3), nn.ReLU(), nn.Conv2d(5, 6, 3, 2, 1))
+    return load_backbone(layers).eval()
+
+
+def crops(x):
+    return lambda w: x[:, :, w.top : w.bottom, w.left : w.right]
+
+
+@pytest.mark.parametrize("make", [convolutional, lambda: load_backbone("efficientnet_lite0")])
+@torch.no_grad()
+def test_tiles_of_a_convolutional_backbone_equal_the_whole(make):
+    backbone = make().eval()
+    halo = receptive_halo(backbone)
+    assert halo is not None
+    grid = (2 * halo + 9, halo + 14)
+    x = torch.randn(1, 3, grid[0] * backbone.stride, grid[1] * backbone.stride)
+    parts = list(strips(backbone, crops(x), grid, tile=6, halo=halo))
+    assert [part.top for part in parts] == list(range(0, grid[0], 6))
+    whole = backbone(x)
+    torch.testing.assert_close(torch.cat([p.features for p in parts], 2), whole, rtol=0, atol=2e-5)
+
+
+def test_a_halo_one_cell_short_is_not_exact():
+    backbone = convolutional()
+    halo = receptive_halo(backbone)
+    x = torch.randn(1, 3, 8 * 12, 8 * 12)
+    parts = strips(backbone, crops(x), (12, 12), tile=4, halo=halo - 1)
+    assert (torch.cat([part.features for part in parts], 2) - backbone(x)).abs().max() > 1e-3
+
+
+def test_a_backbone_that_sees_everything_has_no_halo():
+    assert receptive_halo(load_backbone(Global())) is None
+
+
+@torch.no_grad()
+def test_blended_windows_of_a_constant_image_are_constant_and_rows_come_once():
+    backbone = load_backbone(Global())
+    x = torch.full((1, 3, 8 * 21, 8 * 17), 0.25)
+    parts = list(strips(backbone, crops(x), (21, 17), tile=8, halo=None))
+    whole = torch.cat([part.features for part in parts], 2)
+    assert whole.shape == (1, 3, 21, 17)
+    torch.testing.assert_close(whole, torch.full_like(whole, 0.5))
+    tops = [part.top for part in parts]
+    assert tops == sorted(set(tops))
+
+
+@torch.no_grad()
+def test_blended_windows_have_no_step_at_their_borders():
+    backbone = load_backbone(Global())
+    ramp = torch.linspace(0, 1, 8 * 32).expand(1, 3, 8 * 32, 8 * 32)
+    parts = strips(backbone, crops(ramp), (32, 32), tile=16, halo=None, overlap=8)
+    row = torch.cat([part.features for part in parts], 2)[0, 0, 16]
+    assert row.diff().max() < 0.12  # hard borders step by a quarter
+
+
+def test_rows_are_made_when_asked_for_and_forgotten():
+    made = []
+
+    def source():
+        for top in range(0, 12, 3):
+            made.append(top)
+            yield Strip(top, torch.arange(top, top + 3.0).view(1, 1, 3, 1).expand(1, 2, 3, 4))
+
+    rows = Rows(source())
+    assert rows(0, 2)[0, 0, :, 0].tolist() == [0, 1]
+    assert made == [0]
+    assert rows(1, 7)[0, 0, :, 0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert rows(8, 12)[0, 0, :, 0].tolist() == [8, 9, 10, 11]
+    with pytest.raises(ValueError, match="row 2 is no longer kept"):
+        rows(2, 9)
+    with pytest.raises(ValueError, match="row 12 lies beyond"):
+        rows(9, 13)
