@@ -17,6 +17,8 @@ LAYERS = [
     {
         "_version",
         "naming",
+        "bounds",
+        "strict_json",
         "optimisers",
         "normalization",
         "randomness",
