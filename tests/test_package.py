@@ -22,6 +22,8 @@ LAYERS = [
         "normalization",
         "randomness",
         "images",
+        "decoding",
+        "colour",
         "storage",
         "locks",
         "visualize",
