@@ -18,7 +18,18 @@ from upfeat.backends.cells import (
     scatter_pixels,
     slots_of_cells,
 )
+from upfeat.backends.tiled_attention import window_attention
 from upfeat.backends.window import reflect_pad, spatial_kernel, window_radius
+
+
+__all__ = [
+    "adaptive_conv2d",
+    "bilateral_weights",
+    "joint_bilateral_upsample",
+    "neighbourhood_upsample",
+    "neighbourhood_weights",
+    "window_attention",
+]
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:
