@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from upfeat.backends import dispatch
-from upfeat.backends.window import window_radius
+from upfeat.geometry import window_radius
 
 __all__ = [
     "adaptive_conv2d",
@@ -258,8 +258,7 @@ def window_attention(
     blocks = [values.shape[1]] if blocks is None else list(blocks)
     if len(blocks) not in (1, heads) or sum(blocks) != values.shape[1] or min(blocks) < 0:
         raise ValueError(
-            f"blocks={blocks} must be {heads} numbers of channels, or one, "
-            f"{values.shape[1]} in all"
+            f"blocks={blocks} must be {heads} numbers of channels, or one, {values.shape[1]} in all"
         )
     for label, bounds, axis in (("rows", rows, 2), ("columns", columns, 3)):
         _check_ranges(label, bounds, queries.shape[axis], keys.shape[axis])

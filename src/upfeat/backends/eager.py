@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backends.cells import (
+from upfeat.backends.tiled_attention import window_attention
+from upfeat.geometry import (
     cell_distances,
     gather_cells,
     gather_pixels,
+    reflect_pad,
     scatter_pixels,
     slots_of_cells,
+    spatial_kernel,
+    window_radius,
 )
-from upfeat.backends.tiled_attention import window_attention
-from upfeat.backends.window import reflect_pad, spatial_kernel, window_radius
-
 
 __all__ = [
     "adaptive_conv2d",

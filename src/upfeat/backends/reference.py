@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backends.cells import cell_of_pixels
-from upfeat.backends.window import reflect_pad, spatial_kernel, window_radius
+from upfeat.geometry import cell_of_pixels, reflect_pad, spatial_kernel, window_radius
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:

@@ -101,9 +101,7 @@ def _tile(
     if len(blocks) == 1:
         weights = weights.mean(1, keepdim=True)
     value = value.to(weights.dtype)
-    parts = [
-        block @ weights[:, n].mT for n, block in enumerate(value.split(list(blocks), dim=1))
-    ]
+    parts = [block @ weights[:, n].mT for n, block in enumerate(value.split(list(blocks), dim=1))]
     return torch.cat(parts, dim=1).unflatten(2, (band.stop - band.start, run.stop - run.start))
 
 

@@ -19,11 +19,11 @@ PREPARING = ("images.py", "backbones", "evaluation/datasets.py", "evaluation/rea
 PREPARING += ("evaluation/prepared.py",)
 """Source that decides what a prepared image is."""
 
-VIEWING = (*PREPARING, "views.py", "evaluation/view_features.py")
+VIEWING = (*PREPARING, "geometry.py", "views.py", "evaluation/view_features.py")
 """Source that decides what the backbone sees of a jittered view."""
 
 SCORING = ("images.py", "backbones", "backends", "evaluation", "functional.py", "implicit")
-SCORING += ("downsamplers.py", "losses.py", "pooling.py", "upsamplers", "views.py")
+SCORING += ("downsamplers.py", "geometry.py", "losses.py", "pooling.py", "upsamplers", "views.py")
 """Source that decides a score."""
 
 _DRAWING = ("evaluation/report.py", "evaluation/report_figures.py")

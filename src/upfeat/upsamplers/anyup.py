@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, relative_window
-from upfeat.upsamplers.base import Size
 from upfeat.upsamplers.jafar import ImageQueries, Projection
 from upfeat.upsamplers.residual_encoder import ResidualEncoder
 
@@ -116,7 +116,9 @@ class AnyUp(AttentionUpsampler):
             ValueError: there are no features.
         """
         if features is None:
-            raise ValueError("AnyUp's weights depend on the features; prepare(…, features=features)")
+            raise ValueError(
+                "AnyUp's weights depend on the features; prepare(…, features=features)"
+            )
         queries, keys = self.image(self.exact(guidance), grid_size, output_size)
         seen = self.features_encoder(F.normalize(self.exact(features), dim=1))
         keys = self.aggregation(torch.cat([keys, seen], dim=1))

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from upfeat import functional
 from upfeat.backends import dispatch
-from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window, apply_head, check_inputs
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from upfeat.normalization import IMAGENET
+from upfeat.types import Size, Window
+from upfeat.upsamplers.base import Kernels, Upsampler, apply_head, check_inputs
 
 _BAND_BYTES = 32 * 2**20
 """About as much as a band of rows may take that is on its way to a caller's buffer."""
@@ -110,8 +109,7 @@ class AttentionKernels:
 class AttentionUpsampler(Upsampler):
     """What AnyUp, JAFAR and NAF have in common; they differ in :meth:`prepare`."""
 
-    mean = IMAGENET_MEAN
-    std = IMAGENET_STD
+    mean, std = IMAGENET
     reach = None
 
     def __init__(self, *, width: int, heads: int, backend: str) -> None:
@@ -126,9 +124,7 @@ class AttentionUpsampler(Upsampler):
             if value < 1:
                 raise ValueError(f"{label}={value} must be 1 or more")
         if width % (4 * heads) or width % 8:
-            raise ValueError(
-                f"width={width} must be a multiple of 8 and of 4 times heads={heads}"
-            )
+            raise ValueError(f"width={width} must be a multiple of 8 and of 4 times heads={heads}")
         self.width, self.heads, self.backend = width, heads, backend
 
     def exact(self, x: Tensor) -> Tensor:
@@ -212,7 +208,9 @@ class AttentionUpsampler(Upsampler):
             chosen = range(*head.indices(mixed.shape[1]))
             if chosen.step != 1:
                 raise ValueError(f"head={head} must be a range of channels, one by one")
-            inside = [len(range(*_meet(chosen, n * blocks[0], blocks[0]))) for n in range(len(blocks))]
+            inside = [
+                len(range(*_meet(chosen, n * blocks[0], blocks[0]))) for n in range(len(blocks))
+            ]
             return kernels.attend(mixed[:, head], window, inside)
         outputs = head.shape[-2]
         if len(blocks) * outputs >= mixed.shape[1]:  # fewer channels before the head than after

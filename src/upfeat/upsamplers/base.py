@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,30 +24,9 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 
 from upfeat.normalization import Colour, Normalization, Normalized
-
-Size = tuple[int, int]
-"""(height, width), pixels."""
+from upfeat.types import Size, Window
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
-
-
-class Window(NamedTuple):
-    """A rectangle of output pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    @property
-    def bottom(self) -> int:
-        """One past the last row."""
-        return self.top + self.height
-
-    @property
-    def right(self) -> int:
-        """One past the last column."""
-        return self.left + self.width
 
 
 class Kernels(Protocol):

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backends.axes import interpolation_matrix
+from upfeat.geometry import interpolation_matrix
 from upfeat.upsamplers.base import Size, Upsampler, Window
 
 

@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, whole_window
-from upfeat.upsamplers.base import Size
 from upfeat.upsamplers.residual_encoder import (
     GROUPS,
     ResidualEncoder,
     convolve,
     corner_coordinates,
-    mean_over_cells,
     rotate_pairs,
 )
 
@@ -40,7 +39,9 @@ class ImageQueries(nn.Module):
             self.frequencies[0, : width // 2] = series.repeat(2)
             self.frequencies[1, width // 2 :] = series.repeat(2)
 
-    def forward(self, guidance: Tensor, grid_size: Size, output_size: Size) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, guidance: Tensor, grid_size: Size, output_size: Size
+    ) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) -> queries (B, width, *output_size), image keys (B, width, *grid_size)."""
         encoded = self.image_encoder(guidance)
         angles = corner_coordinates(encoded.shape[2:], encoded) @ self.frequencies.to(encoded.dtype)  # type: ignore[arg-type]
@@ -136,7 +137,9 @@ class JAFAR(AttentionUpsampler):
             ValueError: there are no features, or they have another number of channels.
         """
         if features is None:
-            raise ValueError("JAFAR's weights depend on the features; prepare(…, features=features)")
+            raise ValueError(
+                "JAFAR's weights depend on the features; prepare(…, features=features)"
+            )
         if features.shape[1] != self.embed_dim:
             raise ValueError(
                 f"features has {features.shape[1]} channels but this JAFAR is made for "

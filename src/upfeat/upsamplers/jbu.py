@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.backends import dispatch
-from upfeat.backends.axes import interpolation_matrix, reflected_range, span
+from upfeat.geometry import interpolation_matrix, reflected_range, span
 from upfeat.normalization import IMAGENET
 from upfeat.upsamplers.base import Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs

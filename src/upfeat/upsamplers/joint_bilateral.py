@@ -11,7 +11,7 @@ from torch import Tensor
 
 from upfeat import functional
 from upfeat.backends import eager
-from upfeat.backends.cells import cell_of_pixels
+from upfeat.geometry import cell_of_pixels
 from upfeat.normalization import HALF
 from upfeat.upsamplers.base import Size, Upsampler, Window
 

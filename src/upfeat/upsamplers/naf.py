@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, shifted_window
-from upfeat.upsamplers.base import Size
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.backends.window import reflect_pad
-from upfeat.upsamplers.base import Size
+from upfeat.geometry import reflect_pad
+from upfeat.types import Size
 
 GROUPS = 8
 """Of every group norm, in each of the published models."""

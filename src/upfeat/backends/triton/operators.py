@@ -47,7 +47,7 @@ from torch import Tensor
 
 from upfeat.backends.triton import launch
 from upfeat.backends.triton.tables import Axis, bicubic_axis, plain_axis, replicated_axis
-from upfeat.backends.window import window_radius
+from upfeat.geometry import window_radius
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_CAPABILITY = (8, 0)
