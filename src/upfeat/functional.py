@@ -246,7 +246,8 @@ def window_attention(
         raise ValueError(f"values is {values.dtype} {tuple(values.shape)}; give float (B, C, h, w)")
     if (values.shape[0], *values.shape[2:]) != (keys.shape[0], *keys.shape[2:]):
         raise ValueError(
-            f"values is {tuple(values.shape)} and keys {tuple(keys.shape)}; batch and grid must agree"
+            f"values is {tuple(values.shape)} and keys {tuple(keys.shape)}; "
+            "batch and grid must agree"
         )
     if values.device != keys.device:
         raise ValueError(f"values is on {values.device} and keys on {keys.device}; move one")

@@ -1,4 +1,4 @@
-"""AnyUp: pixels attend to the cells a tenth of the image around; keys know features of any width."""
+"""AnyUp: pixels attend to the cells a tenth of the image around; keys know any features."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class FeatureBasis(nn.Module):
 
 
 class AnyUp(AttentionUpsampler):
-    """Queries from the image; keys from the image and from features of any backbone; a local window.
+    """Queries from the image; keys from it and from features of any backbone; a local window.
 
     Pixel p attends to the cells that a square of ``window_ratio`` of the image to each side
     touches. Weights are the mean of the heads', positive with sum 1: nothing leaves the range of
@@ -116,9 +116,7 @@ class AnyUp(AttentionUpsampler):
             ValueError: there are no features.
         """
         if features is None:
-            raise ValueError(
-                "AnyUp's weights depend on the features; prepare(…, features=features)"
-            )
+            raise ValueError("features are missing: AnyUp's weights depend on them; pass features=")
         queries, keys = self.image(self.exact(guidance), grid_size, output_size)
         seen = self.features_encoder(F.normalize(self.exact(features), dim=1))
         keys = self.aggregation(torch.cat([keys, seen], dim=1))

@@ -208,9 +208,7 @@ class AttentionUpsampler(Upsampler):
             chosen = range(*head.indices(mixed.shape[1]))
             if chosen.step != 1:
                 raise ValueError(f"head={head} must be a range of channels, one by one")
-            inside = [
-                len(range(*_meet(chosen, n * blocks[0], blocks[0]))) for n in range(len(blocks))
-            ]
+            inside = [_common(chosen, n * blocks[0], blocks[0]) for n in range(len(blocks))]
             return kernels.attend(mixed[:, head], window, inside)
         outputs = head.shape[-2]
         if len(blocks) * outputs >= mixed.shape[1]:  # fewer channels before the head than after
@@ -225,10 +223,9 @@ class AttentionUpsampler(Upsampler):
         return out.unflatten(1, (len(blocks), outputs)).sum(1)
 
 
-def _meet(chosen: range, start: int, count: int) -> tuple[int, int]:
-    """The part of a range of channels that lies in a block."""
-    first, stop = max(chosen.start, start), min(chosen.stop, start + count)
-    return first, max(first, stop)
+def _common(chosen: range, start: int, count: int) -> int:
+    """How many of a range of channels lie in a block."""
+    return max(min(chosen.stop, start + count) - max(chosen.start, start), 0)
 
 
 @lru_cache(maxsize=64)

@@ -137,9 +137,7 @@ class JAFAR(AttentionUpsampler):
             ValueError: there are no features, or they have another number of channels.
         """
         if features is None:
-            raise ValueError(
-                "JAFAR's weights depend on the features; prepare(…, features=features)"
-            )
+            raise ValueError("features are missing: JAFAR's weights depend on them; pass features=")
         if features.shape[1] != self.embed_dim:
             raise ValueError(
                 f"features has {features.shape[1]} channels but this JAFAR is made for "
