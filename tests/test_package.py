@@ -17,6 +17,7 @@ LAYERS = [
     {
         "_version",
         "naming",
+        "optimisers",
         "normalization",
         "randomness",
         "images",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from upfeat.backbones import Backbone
 from upfeat.naming import unknown_name
 from upfeat.normalization import IMAGENET, Normalization
+from upfeat.optimisers import NAdam
 from upfeat.randomness import derive, global_stream, stream
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
@@ -75,7 +76,7 @@ class Trainer:
         ).to(processes.device)
         self.objectives.train()
         self.parameters = [one for one in self.objectives.parameters() if one.requires_grad]
-        self.optimizer = torch.optim.NAdam(self.parameters, lr=config.learning_rate)
+        self.optimizer = NAdam(self.parameters, lr=config.learning_rate)
         self.step = 0
         self.best: dict[str, Any] = {}
         self.stale = 0
