@@ -39,7 +39,9 @@ class FeatureBasis(nn.Module):
         batch, channels, height, width = features.shape
         patterns, _, side, _ = self.basis.shape
         responses = F.conv2d(
-            features.reshape(-1, 1, height, width), self.basis, padding=side // 2
+            features.reshape(-1, 1, height, width),
+            self.basis.to(features.dtype),
+            padding=side // 2,
         )  # (B·C, K, h, w)
         inside = features.new_ones(1, 1, height, width)
         window = features.new_ones(1, 1, side, side)
@@ -59,6 +61,7 @@ class AnyUp(AttentionUpsampler):
     """
 
     name = "anyup"
+    published_by = "wimmerth/anyup"
     needs_features = True
 
     def __init__(

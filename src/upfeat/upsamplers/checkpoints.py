@@ -178,9 +178,7 @@ def write_checkpoint(source: str | Path, target: str | Path) -> dict[str, str]:
     return facts
 
 
-def _own(
-    path: Path, state: dict[str, Tensor], facts: dict[str, str]
-) -> tuple[Upsampler, str]:
+def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[Upsampler, str]:
     """What :func:`write_checkpoint` wrote."""
     classes = {cls.name: cls for cls in (AnyUp, JAFAR, NAF, JBUStack)}
     try:

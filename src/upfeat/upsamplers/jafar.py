@@ -94,6 +94,7 @@ class JAFAR(AttentionUpsampler):
     """
 
     name = "jafar"
+    published_by = "PaulCouairon/JAFAR"
     needs_features = True
 
     def __init__(

@@ -30,6 +30,7 @@ class NAF(AttentionUpsampler):
     """
 
     name = "naf"
+    published_by = "valeoai/NAF"
     linear = False  # in the features; but a map of mixed channels has no heads that go with it
 
     def __init__(
