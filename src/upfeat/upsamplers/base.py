@@ -23,6 +23,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
 )
 
+from upfeat.backends import dispatch
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.types import Size, Window
 
@@ -57,10 +58,27 @@ class Upsampler(nn.Module, ABC):
     """Whether anything may be upsampled in place of the features, such as a head's output."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
+    backend: str = "auto"
+    """The backend that every operator runs on; see :meth:`set_backend`."""
     mean: Colour | None = None
     """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's own."""
     std: Colour | None = None
     """Standard deviation that it is normalised by, likewise."""
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the backend of every operator, for weights, sums, windows and training alike.
+
+        Args:
+            backend: "auto" takes the fastest that can run and says at DEBUG level which; any other
+                is the only one that runs, or raises; see :mod:`upfeat.functional`.
+
+        Raises:
+            ValueError: there is no backend of that name, or it has none of these operators.
+        """
+        dispatch.check_name(backend)
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend  # pyright: ignore[reportArgumentType]
 
     @property
     def normalization(self) -> Normalization | None:

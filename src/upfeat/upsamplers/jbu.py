@@ -80,9 +80,8 @@ class JBUStage(nn.Module):
             (B, C, H, W).
         """
         if self._can_fuse(features, guidance):
-            return dispatch.call(
-                "jbu_stage", "cpu", features, guidance, self._parameters_in_order()
-            )
+            parameters = self._parameters_in_order()
+            return dispatch.call("jbu_stage", self.backend, features, guidance, parameters)
         weights = self(guidance).to(features.dtype)
         return functional.joint_bilateral_upsample(features, weights, backend=self.backend)
 
@@ -214,17 +213,6 @@ class JBUStack(Upsampler):
             "radius": self.radius,
             "n_stages": len(self.stages),
         }
-
-    def set_backend(self, backend: str) -> None:
-        """Choose the backend of every stage's operators; see :mod:`upfeat.functional`.
-
-        Raises:
-            ValueError: there is no backend of that name.
-        """
-        dispatch.check_name(backend)
-        for stage in self.stages:
-            assert isinstance(stage, JBUStage)
-            stage.backend = backend
 
     def prepare(
         self,
