@@ -8,7 +8,7 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -62,8 +62,9 @@ def train(
 
     Raises:
         FileNotFoundError: there is no such folder of photographs.
-        ValueError: a setting or photograph cannot be used, ``config.out`` holds another run, or
-            features or loss became NaN or infinite (the last checkpoint stays).
+        ValueError: a setting or photograph cannot be used, ``config.out`` holds another run or is
+            being written by another process, or features or loss became NaN or infinite (the last
+            checkpoint stays).
         OSError: a file could not be written; earlier checkpoints stay.
         KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM, after a checkpoint.
     """
@@ -72,10 +73,22 @@ def train(
         return _train_in_passing(backbone, photos, config, resume, on_step)
     folder = RunFolder(config)
     backbones = _load_backbones(backbone)
-    with processes(config.device) as group, _placed(backbones, group.device):
+    several = backbone if isinstance(backbone, list | tuple) else [backbone]
+    names = [one for one in several if isinstance(one, str)]
+    with (
+        processes(config.device) as group,
+        _held(folder, group),
+        _placed(backbones, group.device),
+    ):
         trainer = Trainer(backbones, config, group)
         listing, state = group.on_main(
-            lambda: folder.start(config, backbones, photos, resume=resume)
+            lambda: folder.start(
+                config,
+                backbones,
+                photos,
+                resume=resume,
+                names=names if len(names) == len(several) else None,
+            )
         )
         if state is not None:
             trainer.load_state(state)
@@ -280,6 +293,14 @@ def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Bac
     if not several:
         raise ValueError("backbone=[] is empty; give one or more")
     return [load_backbone(one) for one in several]  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _held(folder: RunFolder, group: Processes) -> Iterator[None]:
+    """The folder, held by the first process for all of them."""
+    with ExitStack() as stack:
+        group.on_main(lambda: stack.enter_context(folder.hold()))
+        yield
 
 
 @contextmanager

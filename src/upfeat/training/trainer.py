@@ -56,10 +56,12 @@ class Trainer:
 
         Raises:
             FileNotFoundError: the upsampler is a folder that is not there.
-            ValueError: the upsampler cannot be made for these backbones, or the batch not divided.
+            ValueError: the upsampler cannot be made for these backbones, images are a single cell
+                of one, or the batch cannot be divided.
         """
         self.backbones, self.config, self.processes = list(backbones), config, processes
         self.shares = _shares(config, processes)
+        _check_size(config, self.backbones)
         self.upsampler = new_upsampler(config, self.backbones)
         if config.back_projections is not None:
             self._correct(0)
@@ -321,6 +323,16 @@ def _initial(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "initial upsampler"))
         return cls(**options)
+
+
+def _check_size(config: TrainConfig, backbones: Sequence[Backbone]) -> None:
+    """Refuse images of one cell: nothing varies in them, so errors have no scale to compare to."""
+    for backbone in backbones:
+        if config.size < 2 * backbone.stride:
+            raise ValueError(
+                f"size={config.size} is less than two cells of {backbone.name} (stride "
+                f"{backbone.stride}); give at least {2 * backbone.stride}"
+            )
 
 
 def _freeze(upsampler: Upsampler, parts: Sequence[str]) -> None:
