@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upfeat.bounds import LARGEST, choice, flag, number, shown, whole
-from upfeat.naming import unknown_name
+from upfeat.registry import unknown_name
 from upfeat.strict_json import LARGEST as LARGEST_FILE
 from upfeat.strict_json import read_object
 
