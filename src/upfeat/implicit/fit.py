@@ -17,8 +17,8 @@ from upfeat.implicit.features import ImplicitFeatures, resize_image
 from upfeat.implicit.fields import Field
 from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitters
 from upfeat.implicit.published import create_network_fit, train_network
-from upfeat.naming import unknown_name
 from upfeat.randomness import stream
+from upfeat.registry import unknown_name
 from upfeat.views import sample_jitters, spread_jitters
 
 if TYPE_CHECKING:
