@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, relative_window
+from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.jafar import ImageQueries, Projection
 from upfeat.upsamplers.residual_encoder import ResidualEncoder
 
@@ -50,6 +51,7 @@ class FeatureBasis(nn.Module):
         return rows.softmax(1).mean(2)
 
 
+@UPSAMPLERS.register
 class AnyUp(AttentionUpsampler):
     """Queries from the image; keys from it and from features of any backbone; a local window.
 

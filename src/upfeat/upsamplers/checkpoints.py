@@ -146,12 +146,15 @@ def load_checkpoint(path: str | Path, *, sha256: str | None = None) -> Upsampler
     return upsampler.eval().requires_grad_(False)
 
 
-def write_checkpoint(source: str | Path, target: str | Path) -> dict[str, str]:
+def write_checkpoint(
+    source: str | Path, target: str | Path, *, sha256: str | None = None
+) -> dict[str, str]:
     """Turn a checkpoint into one safetensors file with its provenance.
 
     Args:
         source: what :func:`load_checkpoint` reads.
         target: the file; replaced whole or not at all.
+        sha256: of the source, as there.
 
     Returns:
         What was written beside the tensors: what it is, where it came from, its licence.
@@ -163,7 +166,7 @@ def write_checkpoint(source: str | Path, target: str | Path) -> dict[str, str]:
     source, target = Path(source), Path(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target}: is the file that is read; name another one")
-    upsampler = load_checkpoint(source)
+    upsampler = load_checkpoint(source, sha256=sha256)
     facts = {
         "format": _FORMAT,
         "upsampler": upsampler.name,

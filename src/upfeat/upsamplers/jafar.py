@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, whole_window
+from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.residual_encoder import (
     GROUPS,
     ResidualEncoder,
@@ -83,6 +84,7 @@ def _compare(norm: nn.RMSNorm, layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
+@UPSAMPLERS.register
 class JAFAR(AttentionUpsampler):
     """Queries from the image; keys from the image, modulated by the features; all cells attended.
 

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, shifted_window
+from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4
 """Images are shrunk to at most so many pixels for each one of the output, as published."""
 
 
+@UPSAMPLERS.register
 class NAF(AttentionUpsampler):
     """Queries are image codes rotated by place, keys their means over cells; 9×9 cells attended.
 
