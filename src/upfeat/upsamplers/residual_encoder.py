@@ -95,7 +95,7 @@ class ResidualEncoder(nn.Sequential):
         """The layers after it."""
         return [block for block in self if isinstance(block, NormBlock)]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, inputs, H, W) -> (B, width, H, W), channels last."""
         x = convolve(self[0], x) if isinstance(self[0], nn.Conv2d) else self[0](x)
         for block in self.blocks:
