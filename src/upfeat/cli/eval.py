@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--upsamplers",
         nargs="+",
         metavar="NAME",
-        help="names, folders that save_pretrained wrote, .ckpt files, or implicit: fits "
+        help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, "
+        "NAF, FeatUp), or implicit: fits "
         "every image, about 10 s each (default: nearest bilinear bicubic joint_bilateral jbu_stack "
         "neighbourhood, and the backbone's default)",
     )
