@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, apply_head
 from upfeat.upsamplers.neighbourhood import (
     NeighbourhoodKernels,
@@ -233,6 +234,7 @@ class DetailUpsampler(Upsampler):
         if not widening > 0:
             raise ValueError(f"widening={widening} must be above 0")
         self.embed_dim, self.width, self.depth = embed_dim, width, depth
+        self.guidance_bands = None if embed_dim is None else 3  # the network sees RGB
         self.widening, self.ridge = widening, ridge
         self.neighbourhood = NeighbourhoodUpsampler(
             radius=radius,
@@ -272,7 +274,8 @@ class DetailUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
-        step = self.neighbourhood
+        guidance = even_bands(guidance)
+        step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
         queries = step.queries(guidance, output_size)
         finer_means = F.adaptive_avg_pool2d(queries, finer)

@@ -13,6 +13,7 @@ from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.geometry import interpolation_matrix, reflected_range, span
 from upfeat.normalization import IMAGENET
+from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -201,6 +202,7 @@ class JBUStack(Upsampler):
             if value is not None and value < 1:
                 raise ValueError(f"{label}={value} must be 1 or more")
         self.embed_dim = embed_dim
+        self.guidance_bands = None if embed_dim is None else 3
         self.radius = radius
         self.stages = nn.ModuleList(JBUStage(radius) for _ in range(n_stages))
         self.set_backend(backend)
@@ -223,9 +225,8 @@ class JBUStack(Upsampler):
         features: Tensor | None = None,
     ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
-        return JBUKernels(
-            self.stages, guidance, stage_sizes(grid_size, output_size, len(self.stages))
-        )
+        sizes = stage_sizes(grid_size, output_size, len(self.stages))
+        return JBUKernels(self.stages, three_bands(guidance), sizes)
 
     def mix(self, features: Tensor) -> Tensor:
         """X + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
