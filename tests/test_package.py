@@ -19,6 +19,7 @@ LAYERS = [
         "naming",
         "bounds",
         "strict_json",
+        "tensor_checks",
         "optimisers",
         "normalization",
         "randomness",

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upfeat.tensor_checks import check_values
+
 logger = logging.getLogger(__name__)
 
 N_STAGES = 4
@@ -62,9 +64,10 @@ def read_featup(path: str | Path) -> tuple[dict[str, Tensor], int]:
     ]
     if wrong:
         raise ValueError(f"{path}: tensors of another shape: {'; '.join(wrong)}")
-    extra = sorted(set(content) - set(layout))
+    extra = sorted(map(str, set(content) - set(layout)))
     if extra:
         logger.info("%s: left unread: %s", path, ", ".join(extra))
+    check_values(path, {name: content[name] for name in layout}, floating=True)
     return {ours: content[theirs].float() for theirs, (ours, _) in layout.items()}, embed_dim
 
 
