@@ -13,10 +13,9 @@ SOURCE = Path(upfeat.__file__).parent
 
 # Lower layers first; a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"types", "geometry"},
+    {"types", "geometry", "linear", "registry"},
     {
         "_version",
-        "naming",
         "bounds",
         "strict_json",
         "tensor_checks",
@@ -24,6 +23,8 @@ LAYERS = [
         "normalization",
         "randomness",
         "images",
+        "decoding",
+        "colour",
         "storage",
         "locks",
         "visualize",
@@ -36,8 +37,8 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"features"},
-    {"model", "environment", "tiling", "mosaic"},
-    {"implicit", "training", "evaluation", "run", "benchmark"},
+    {"provenance", "probes", "implicit", "model", "environment", "tiling", "mosaic"},
+    {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any, overload
 
-from upfeat.naming import unknown_name
+from upfeat.registry import unknown_name
 
 LARGEST = 1 << 31
 """Of counts without a bound of their own."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
-from upfeat.naming import unknown_name
 from upfeat.normalization import IMAGENET, Normalization
 from upfeat.optimisers import NAdam
 from upfeat.randomness import derive, global_stream, stream
+from upfeat.registry import unknown_name
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
@@ -27,7 +27,8 @@ from upfeat.upsamplers import (
     Upsampler,
     list_upsamplers,
 )
-from upfeat.upsamplers.pretrained import UPSAMPLERS, load_pretrained
+from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.pretrained import load_pretrained
 
 _LEAST_STD = 0.05
 """Of a normalisation that upsamplers are trained in."""

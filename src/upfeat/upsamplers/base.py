@@ -26,6 +26,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 
 from upfeat.backends import dispatch
 from upfeat.normalization import Colour, Normalization, Normalized
+from upfeat.registry import Registry
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
 
@@ -70,6 +71,10 @@ class Upsampler(nn.Module, ABC):
     """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's own."""
     std: Colour | None = None
     """Standard deviation that it is normalised by, likewise."""
+    published_by: ClassVar[str | None] = None
+    """The repository that published the weights, where the package has none."""
+    origin: str | None = None
+    """What the file that it was loaded from turned out to be; ``None`` where there was none."""
 
     def set_backend(self, backend: str) -> None:
         """Choose the backend of every operator, for weights, sums, windows and training alike.
@@ -272,6 +277,10 @@ class Upsampler(nn.Module, ABC):
             unexpected_keys,
             error_msgs,
         )
+
+
+UPSAMPLERS = Registry[type[Upsampler]]("upsampler")
+"""Classes by name; one registers where it is defined, by ``@UPSAMPLERS.register``."""
 
 
 def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
-from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window, apply_head
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, apply_head
 from upfeat.upsamplers.neighbourhood import (
     MOST_WIDTH,
     NeighbourhoodKernels,
@@ -159,6 +159,7 @@ class DetailKernels:
         return fine if self.detail is None else fine + self.detail.to(fine.dtype)
 
 
+@UPSAMPLERS.register
 class DetailUpsampler(Upsampler):
     """Follows edges, and adds detail that the image tells of, in two ways.
 

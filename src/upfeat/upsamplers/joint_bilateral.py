@@ -10,10 +10,11 @@ from torch import Tensor
 
 from upfeat.bounds import number, whole
 from upfeat.normalization import HALF
-from upfeat.upsamplers.base import Size, Upsampler
+from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
 from upfeat.upsamplers.neighbourhood import MOST_RADIUS, NeighbourhoodKernels
 
 
+@UPSAMPLERS.register
 class JointBilateral(Upsampler):
     """One step from the grid to the image: nearby cells, weighed by distance and by likeness.
 

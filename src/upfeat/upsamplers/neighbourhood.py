@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from upfeat import functional
 from upfeat.bounds import whole
 from upfeat.geometry import cell_of_pixels
-from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
 
 MOST_RADIUS, MOST_WIDTH, MOST_LEVELS, MOST_BACK_PROJECTIONS = 16, 1024, 16, 100
 """Far beyond use; a configuration from anywhere builds nothing larger."""
@@ -271,6 +271,7 @@ def _membership(cells: int, length: int, like: Tensor) -> Tensor:
     return inside / inside.sum(1, keepdim=True).clamp(min=1)
 
 
+@UPSAMPLERS.register
 class NeighbourhoodUpsampler(Upsampler):
     """Pixels attend to the coarse cells around them: like colours and textures share features.
 
