@@ -61,6 +61,8 @@ class Upsampler(nn.Module, ABC):
     """Whether anything may be upsampled in place of the features, such as a head's output."""
     unsaved: ClassVar[frozenset[str]] = frozenset({"backend", "start"})
     """Arguments of constructors that no file may give: where to compute, what else to read."""
+    always_small: ClassVar[bool] = False
+    """Whether no arguments make it larger than some hundred megabytes."""
     magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
     needs_features: ClassVar[bool] = False
