@@ -19,6 +19,7 @@ import pytest
 import upfeat
 from upfeat.cli import main
 from upfeat.cli.main import COMMANDS, build_parser
+from upfeat.evaluation import harness
 from upfeat.training.config import TrainConfig, read_settings
 
 SOURCE = Path(upfeat.__file__).parent
@@ -269,3 +270,9 @@ def test_every_docstring_of_a_configuration_names_its_fields():
     for config in (upfeat.FitConfig, upfeat.TrainConfig):
         for field in dataclasses.fields(config):
             assert re.search(rf"^ +{field.name}: ", config.__doc__, re.MULTILINE), field.name
+
+
+def test_baselines_of_evaluations_are_documented():
+    page = (documents.ROOT / "docs" / "evaluation.md").read_text()
+    listed = ", ".join(f"`{name}`" for name in harness.BASELINES)
+    assert f"the baselines ({listed})" in " ".join(page.split())
