@@ -23,5 +23,6 @@ BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "
 
 UPSAMPLER_HELP = (
     f"{', '.join(UPSAMPLERS)}; weights by their full name (upfeat info lists them), a folder that "
-    f"save_pretrained wrote, or a published .ckpt (default: {DEFAULT_UPSAMPLER})"
+    "save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) (default: "
+    f"{DEFAULT_UPSAMPLER})"
 )

@@ -65,6 +65,10 @@ class Upsampler(nn.Module, ABC):
     """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's own."""
     std: Colour | None = None
     """Standard deviation that it is normalised by, likewise."""
+    published_by: ClassVar[str | None] = None
+    """The repository that published the weights, where the package has none."""
+    origin: str | None = None
+    """What the file that it was loaded from turned out to be; ``None`` where there was none."""
 
     def set_backend(self, backend: str) -> None:
         """Choose the backend of every operator, for weights, sums, windows and training alike.
