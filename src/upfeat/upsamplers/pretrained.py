@@ -58,6 +58,7 @@ def load_upsampler(name: str | Path, *, sha256: str | None = None) -> Upsampler:
             ``sha256`` says, or holds more than tensors.
 
     Example:
+        >>> import torch
         >>> upsampler = load_upsampler("detail")
         >>> upsampler(torch.rand(1, 384, 8, 8), torch.rand(1, 3, 112, 112)).shape
         torch.Size([1, 384, 112, 112])
