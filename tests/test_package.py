@@ -37,7 +37,7 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"features"},
-    {"provenance", "probes", "implicit", "model", "environment", "tiling", "mosaic"},
+    {"provenance", "probes", "implicit", "model", "attach", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
