@@ -7,23 +7,21 @@ coarse grid before it, and a point or a crop needs its own pixels and what their
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from upfeat._version import __version__
+from upfeat.bounds import LARGEST, whole
+from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
-from upfeat.storage import read_tensors, write_tensors
+from upfeat.normalization import check_normalization
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.base import UPSAMPLERS, add_offset, check_inputs
+from upfeat.upsamplers.base import add_offset, check_finite, check_inputs
 
 _TILE = 32
-_FORMAT = "upfeat-lazy-features-1"
 
 
 class PCA(NamedTuple):
@@ -107,7 +105,8 @@ class UpsampledFeatures:
         self.guidance = guidance
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
-        self._normalisation = None if mean is None or std is None else (list(mean), list(std))
+        known = mean is not None and std is not None
+        self._normalization = check_normalization(mean, std) if known else None
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
         self._settled: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
 
@@ -127,14 +126,21 @@ class UpsampledFeatures:
         Args:
             dtype: of the result; ``None`` for the features'. A smaller one is filled in blocks of
                 channels, so that the map never exists in the larger one.
+
+        Raises:
+            ValueError: the dtype is not of floating numbers, or the map overflows it.
         """
-        if dtype in (None, self.features.dtype):
+        if dtype is None or dtype is self.features.dtype:
             return self._render()
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
         settled = self._settle()
         out = torch.empty(self.shape, dtype=dtype, device=self.features.device)
         for start in range(0, self.shape[1], 64):
             block = slice(start, start + 64)
             out[:, block] = self.upsampler.render(*settled, head=block)
+            if not bool(torch.isfinite(out[:, block]).all()):
+                raise ValueError(f"the map overflows {dtype}; use bfloat16 or float32")
         return out
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
@@ -152,7 +158,8 @@ class UpsampledFeatures:
         Raises:
             ValueError: the window does not lie in the map.
         """
-        window = Window(*map(int, (top, left, height, width)))
+        sides = {"top": top, "left": left, "height": height, "width": width}
+        window = Window(*(whole(name, side, -LARGEST) for name, side in sides.items()))
         inside = window.top >= 0 and window.left >= 0 and min(window.height, window.width) >= 1
         if not inside or window.bottom > self.shape[2] or window.right > self.shape[3]:
             raise ValueError(
@@ -177,6 +184,8 @@ class UpsampledFeatures:
         height, width = self.shape[2:]
         if points.dim() != 2 or points.shape[1] != 2:
             raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
+        if points.is_complex() or points.dtype is torch.bool:
+            raise ValueError(f"points is {points.dtype}; give numbers of pixels")
         last = torch.tensor([height - 1, width - 1], device=points.device)
         if not bool(((points >= 0) & (points <= last)).all()):
             raise ValueError(
@@ -209,6 +218,9 @@ class UpsampledFeatures:
             )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+        check_finite("weight", weight, "check how the head was fitted")
+        if bias is not None:
+            check_finite("bias", bias, "check how the head was fitted")
         out = self._render(weight)
         return out if bias is None else add_offset(out, bias)
 
@@ -233,6 +245,7 @@ class UpsampledFeatures:
             )
         if target.numel() != self.shape[1]:
             target = self.at(target[None].float())[0]
+        check_finite("target", target, "check where it comes from")
         product = self.project(target[None])
         if not cosine:
             return product
@@ -243,7 +256,7 @@ class UpsampledFeatures:
         """Principal components, fitted on the coarse features, applied at every pixel.
 
         Args:
-            k: how many, from 1 to C.
+            k: number of components, from 1 to C.
 
         Returns:
             The map of coordinates, equal to ``(full − mean)·components``, with the basis.
@@ -251,9 +264,7 @@ class UpsampledFeatures:
         Raises:
             ValueError: k is out of range.
         """
-        channels = self.shape[1]
-        if not 1 <= k <= channels:
-            raise ValueError(f"k={k} must be from 1 to the number of channels, {channels}")
+        k = whole("k", k, 1, self.shape[1])
         samples = self.features.detach().transpose(0, 1).flatten(1).float().T  # (B·h·w, C)
         mean, components, _ = principal_components(samples, k)
         components = components.to(self.features.dtype).contiguous()
@@ -266,34 +277,17 @@ class UpsampledFeatures:
         Args:
             path: the safetensors file.
             exact: keep features and guidance as they are. Otherwise features are stored in
-                float16 and the guidance in 8 bits per colour, which an 8-bit photograph at its
-                own size survives unchanged.
+                float16; the guidance in 8 bits per colour where it is a normalised photograph,
+                which one of 8 bits at its own size survives unchanged, in 16 bits over its own
+                range where it is not, and as it is where neither would do.
 
         Raises:
-            ValueError: the features overflow float16.
+            ValueError: features or guidance are NaN or infinite, or the features overflow float16
+                or are too small for it.
         """
-        tensors = {"features": self.features, "guidance": self.guidance}
-        if not exact:
-            if self.features.abs().max() > torch.finfo(torch.float16).max:
-                raise ValueError("features overflow float16; save(path, exact=True)")
-            scale, shift = self._quantisation()
-            levels = ((self.guidance - shift[:, None, None]) / scale[:, None, None]).round()
-            tensors = {
-                "features": self.features.half(),
-                "guidance": levels.clamp(0, 255).byte(),
-                "scale": scale,
-                "shift": shift,
-            }
-        facts = {
-            "format": _FORMAT,
-            "upfeat_version": __version__,
-            "dtype": str(self.features.dtype).removeprefix("torch."),
-            "output_size": json.dumps(list(self.shape[2:])),
-            "upsampler": json.dumps({"upsampler": self.upsampler.name, **self.upsampler.config()}),
-            "weights": _digest(self.upsampler),
-        }
-        detached = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        write_tensors(path, detached, facts)
+        size = (self.shape[2], self.shape[3])
+        parts = Parts(self.features, self.guidance, self.upsampler, size, self._normalization)
+        write_parts(path, parts, exact=exact)
 
     @classmethod
     def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:
@@ -307,25 +301,20 @@ class UpsampledFeatures:
             FileNotFoundError: there is no such file.
             ValueError: it is of another kind, or the upsampler is another one.
         """
-        tensors, facts = read_tensors(path)
-        if facts.get("format") != _FORMAT:
-            found = facts.get("format", "no format")
-            raise ValueError(f"{path}: not lazy features of this version ({found}, not {_FORMAT})")
-        config = json.loads(facts["upsampler"])
-        name = config.pop("upsampler")
-        if upsampler is None and facts["weights"] == "none" and name in UPSAMPLERS:
-            upsampler = UPSAMPLERS[name](**config).eval()
-        if upsampler is None:
-            raise ValueError(f"{path}: made by a {name} with weights; give it as upsampler=")
-        if upsampler.name != name or _digest(upsampler) != facts["weights"]:
-            raise ValueError(f"{path}: made by a {name} with other weights than the one given")
-        dtype = getattr(torch, facts["dtype"])
-        features, guidance = tensors["features"].to(dtype), tensors["guidance"].to(dtype)
-        if "scale" in tensors:
-            scale, shift = (tensors[key].to(dtype)[:, None, None] for key in ("scale", "shift"))
-            guidance = guidance * scale + shift
-        height, width = json.loads(facts["output_size"])
-        return cls(features, guidance, upsampler, (height, width))
+        parts = read_parts(path, upsampler)
+        mean, std = parts.normalization or (None, None)
+        try:
+            return cls(*parts[:4], mean=mean, std=std)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: the parts. What was made of them is made again when it is needed."""
+        state = {**self.__dict__, "_made": None, "_settled": None}
+        for name in ("features", "guidance"):
+            # No copy can carry the graph that a tensor came from.
+            state[name] = state[name] if state[name].is_leaf else state[name].detach()
+        return state
 
     def _render(self, head: Tensor | None = None) -> Tensor:
         return self.upsampler.render(*self._parts(), head=head)
@@ -388,23 +377,3 @@ class UpsampledFeatures:
         upper = torch.lerp(patch[:, y, x], patch[:, y, right], part[:, 1])
         lower = torch.lerp(patch[:, below, x], patch[:, below, right], part[:, 1])
         return torch.lerp(upper, lower, part[:, 0]).T
-
-    def _quantisation(self) -> tuple[Tensor, Tensor]:
-        """Step and origin of 8-bit colours, (3,) each."""
-        if self._normalisation is not None:
-            mean, std = (torch.tensor(values) for values in self._normalisation)
-            return 1 / (255 * std), -mean / std
-        low, high = self.guidance.detach().cpu().float().transpose(0, 1).flatten(1).aminmax(dim=1)
-        return (high - low).clamp(min=1e-6) / 255, low
-
-
-def _digest(upsampler: Upsampler) -> str:
-    """A name for an upsampler's weights; "none" where it has none."""
-    state = upsampler.state_dict()
-    if not state:
-        return "none"
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
