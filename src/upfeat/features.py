@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from upfeat._version import __version__
+from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.linear import principal_components
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers import Kernels, Upsampler, Window
@@ -69,7 +70,7 @@ def _recorded(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
-class UpsampledFeatures:
+class UpsampledFeatures(FeatureMap):
     """Features (B, C, H, W) that exist where they are asked for.
 
     Everything equals the same thing taken from :meth:`full`, to rounding.
@@ -152,13 +153,7 @@ class UpsampledFeatures:
         Raises:
             ValueError: the window does not lie in the map.
         """
-        window = Window(*map(int, (top, left, height, width)))
-        inside = window.top >= 0 and window.left >= 0 and min(window.height, window.width) >= 1
-        if not inside or window.bottom > self.shape[2] or window.right > self.shape[3]:
-            raise ValueError(
-                f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
-                f"the map of {self.shape[2]}×{self.shape[3]}"
-            )
+        window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
         return self.upsampler.render(*self._settle(), window=window)
 
     def at(self, points: Tensor) -> Tensor:
@@ -175,8 +170,7 @@ class UpsampledFeatures:
         """
         self._check_single("at")
         height, width = self.shape[2:]
-        if points.dim() != 2 or points.shape[1] != 2:
-            raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
+        check_points(points)
         last = torch.tensor([height - 1, width - 1], device=points.device)
         if not bool(((points >= 0) & (points <= last)).all()):
             raise ValueError(
@@ -203,12 +197,7 @@ class UpsampledFeatures:
         Raises:
             ValueError: the head does not take C channels.
         """
-        if weight.dim() != 2 or weight.shape[1] != self.shape[1]:
-            raise ValueError(
-                f"weight must be (K, {self.shape[1]}) for these features, not {tuple(weight.shape)}"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+        check_head(weight, bias, self.shape[1])
         out = self._render(weight)
         return out if bias is None else add_offset(out, bias)
 
