@@ -18,6 +18,7 @@ LAYERS = [
         "_version",
         "bounds",
         "strict_json",
+        "tensor_checks",
         "optimisers",
         "normalization",
         "randomness",

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.cli.choices import BASELINES, DEFAULT_BACKBONE
 from upfeat.evaluation.tasks import list_tasks
 
 if TYPE_CHECKING:
@@ -53,10 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--upsamplers",
         nargs="+",
         metavar="NAME",
-        help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, "
-        "NAF, FeatUp), or implicit: fits "
-        "every image, about 10 s each (default: nearest bilinear bicubic joint_bilateral jbu_stack "
-        "neighbourhood, and the backbone's default)",
+        help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, NAF, "
+        "FeatUp), or implicit: fits every image, about 10 s each (default: "
+        f"{' '.join(BASELINES)}, and the backbone's default)",
     )
     parser.add_argument(
         "--protocol",
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         metavar="NAME",
-        help="default: efficientnet_lite0, for cam efficientnet_lite0.stride32",
+        help=f"default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32",
     )
     parser.add_argument(
         "--size",

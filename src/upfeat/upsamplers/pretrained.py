@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
 from upfeat.storage import read_tensors
+from upfeat.strict_json import read_object
+from upfeat.tensor_checks import check_layouts, read_layouts
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
+from upfeat.upsamplers.blueprint import build
 from upfeat.upsamplers.checkpoints import load_checkpoint
 from upfeat.upsamplers.detail import DetailUpsampler
 from upfeat.upsamplers.tensor_files import SUFFIXES
@@ -58,6 +58,7 @@ def load_upsampler(name: str | Path, *, sha256: str | None = None) -> Upsampler:
             ``sha256`` says, or holds more than tensors.
 
     Example:
+        >>> import torch
         >>> upsampler = load_upsampler("detail")
         >>> upsampler(torch.rand(1, 384, 8, 8), torch.rand(1, 3, 112, 112)).shape
         torch.Size([1, 384, 112, 112])
@@ -119,53 +120,33 @@ def _shipped_names() -> list[str]:
 def load_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:
     """See :meth:`Upsampler.from_pretrained`; ``cls`` is what the result must be."""
     folder = _local_folder(folder)
-    config = _read_config(folder / CONFIG_FILE)
+    path = folder / CONFIG_FILE
+    config = read_object(path)
     mean, std = config.pop("mean", None), config.pop("std", None)
-    name = config.pop("upsampler", None)
-    saved = UPSAMPLERS.get(str(name))
-    if saved is None:
-        raise ValueError(f"{folder}: {unknown_name('upsampler', str(name), list_upsamplers())}")
+    saved = _class_of(config, path)
     if not issubclass(saved, cls):
         raise ValueError(f"{folder}: holds a {saved.__name__}; load it with that class")
-    try:
-        upsampler = saved(**config)
-    except TypeError as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+    empty = build(saved, config, path, values=False)
+    layouts, _ = read_layouts(folder / WEIGHTS_FILE)
+    check_layouts(folder / WEIGHTS_FILE, layouts, empty.state_dict())
+    upsampler = build(saved, config, path)
     if (mean, std) != (None, None):
         upsampler.mean, upsampler.std = check_normalization(mean, std)
     state, _ = read_tensors(folder / WEIGHTS_FILE)
-    check_state(folder / WEIGHTS_FILE, state, upsampler.state_dict())
-    upsampler.load_state_dict(state)
+    try:
+        upsampler.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
     return upsampler.eval()
 
 
-def check_state(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Check that ``found`` has the names and shapes of ``expected``.
-
-    Raises:
-        ValueError: it does not; every name at fault is in the message.
-    """
-    faults = [f"missing {name}" for name in sorted(set(expected) - set(found))]
-    faults += [f"extra {name}" for name in sorted(set(found) - set(expected))]
-    faults += [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
-        for name in sorted(set(found) & set(expected))
-        if found[name].shape != expected[name].shape
-    ]
-    if faults:
-        raise ValueError(f"{path}: its tensors do not fit its configuration: {'; '.join(faults)}")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds {type(config).__name__}, not an object")
-    return config
+def _class_of(config: dict[str, Any], path: Path) -> type[Upsampler]:
+    """The class that a configuration names, which is taken out of it."""
+    name = config.pop("upsampler", None)
+    saved = UPSAMPLERS.get(name) if isinstance(name, str) else None
+    if saved is None:
+        raise ValueError(f"{path}: {unknown_name('upsampler', str(name)[:60], list(UPSAMPLERS))}")
+    return saved
 
 
 def _local_folder(folder: str | Path) -> Path:
