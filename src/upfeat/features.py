@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from upfeat.bounds import LARGEST, whole
+from upfeat.bounds import number, whole
+from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
-from upfeat.normalization import check_normalization
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.base import add_offset, check_finite, check_inputs
 
@@ -67,7 +67,7 @@ def _recorded(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
-class UpsampledFeatures:
+class UpsampledFeatures(FeatureMap):
     """Features (B, C, H, W) that exist where they are asked for.
 
     Everything equals the same thing taken from :meth:`full`, to rounding.
@@ -85,28 +85,33 @@ class UpsampledFeatures:
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        missing: Tensor | None = None,
     ) -> None:
         """Keep what the map is made of.
 
         Args:
             features: (B, C, h, w), coarse.
-            guidance: (B, 3, H', W'), the normalised image.
+            guidance: (B, 3, H', W'), the normalised image; or of the upsampler's bands.
             upsampler: what makes one out of the other.
             output_size: (H, W); ``None`` for the guidance's.
             mean: normalisation of the guidance, RGB in [0, 1]; with it an 8-bit image is saved
                 without loss.
             std: likewise.
+            missing: bool, broadcasting to (B, 1, H, W): pixels without data, whose features are 0.
 
         Raises:
             ValueError: as :meth:`Upsampler.forward`.
         """
-        size = check_inputs(features, guidance, output_size)
+        size = check_inputs(features, guidance, output_size, upsampler.guidance_bands)
         self.features = features
         self.guidance = guidance
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
-        known = mean is not None and std is not None
-        self._normalization = check_normalization(mean, std) if known else None
+        self._normalization = None
+        if mean is not None and std is not None and len(mean) == guidance.shape[1]:
+            means = tuple(number("mean", one) for one in mean)
+            self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
+        self.missing = None if missing is None else missing.expand(-1, 1, *size)
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
         self._settled: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
 
@@ -141,7 +146,7 @@ class UpsampledFeatures:
             out[:, block] = self.upsampler.render(*settled, head=block)
             if not bool(torch.isfinite(out[:, block]).all()):
                 raise ValueError(f"the map overflows {dtype}; use bfloat16 or float32")
-        return out
+        return self._blank(out)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
         """A window of the map.
@@ -158,15 +163,8 @@ class UpsampledFeatures:
         Raises:
             ValueError: the window does not lie in the map.
         """
-        sides = {"top": top, "left": left, "height": height, "width": width}
-        window = Window(*(whole(name, side, -LARGEST) for name, side in sides.items()))
-        inside = window.top >= 0 and window.left >= 0 and min(window.height, window.width) >= 1
-        if not inside or window.bottom > self.shape[2] or window.right > self.shape[3]:
-            raise ValueError(
-                f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
-                f"the map of {self.shape[2]}×{self.shape[3]}"
-            )
-        return self.upsampler.render(*self._settle(), window=window)
+        window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
+        return self._blank(self.upsampler.render(*self._settle(), window=window), window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -182,10 +180,7 @@ class UpsampledFeatures:
         """
         self._check_single("at")
         height, width = self.shape[2:]
-        if points.dim() != 2 or points.shape[1] != 2:
-            raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
-        if points.is_complex() or points.dtype is torch.bool:
-            raise ValueError(f"points is {points.dtype}; give numbers of pixels")
+        check_points(points)
         last = torch.tensor([height - 1, width - 1], device=points.device)
         if not bool(((points >= 0) & (points <= last)).all()):
             raise ValueError(
@@ -197,6 +192,9 @@ class UpsampledFeatures:
         for tile in torch.unique(tiles, dim=0):
             inside = (tiles == tile).all(1)
             out[inside] = self._sample_tile(settled, points[inside], tile)
+        if self.missing is not None:
+            rows, columns = points.round().long().unbind(1)
+            out[self.missing[0, 0, rows, columns]] = 0
         return out
 
     def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -212,15 +210,7 @@ class UpsampledFeatures:
         Raises:
             ValueError: the head does not take C channels.
         """
-        if weight.dim() != 2 or weight.shape[1] != self.shape[1]:
-            raise ValueError(
-                f"weight must be (K, {self.shape[1]}) for these features, not {tuple(weight.shape)}"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
-        check_finite("weight", weight, "check how the head was fitted")
-        if bias is not None:
-            check_finite("bias", bias, "check how the head was fitted")
+        check_head(weight, bias, self.shape[1])
         out = self._render(weight)
         return out if bias is None else add_offset(out, bias)
 
@@ -286,8 +276,8 @@ class UpsampledFeatures:
                 or are too small for it.
         """
         size = (self.shape[2], self.shape[3])
-        parts = Parts(self.features, self.guidance, self.upsampler, size, self._normalization)
-        write_parts(path, parts, exact=exact)
+        inputs = self.features, self.guidance, self.upsampler, size
+        write_parts(path, Parts(*inputs, self._normalization, self.missing), exact=exact)
 
     @classmethod
     def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:
@@ -304,7 +294,7 @@ class UpsampledFeatures:
         parts = read_parts(path, upsampler)
         mean, std = parts.normalization or (None, None)
         try:
-            return cls(*parts[:4], mean=mean, std=std)
+            return cls(*parts[:4], mean=mean, std=std, missing=parts.missing)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
@@ -317,7 +307,16 @@ class UpsampledFeatures:
         return state
 
     def _render(self, head: Tensor | None = None) -> Tensor:
-        return self.upsampler.render(*self._parts(), head=head)
+        return self._blank(self.upsampler.render(*self._parts(), head=head))
+
+    def _blank(self, out: Tensor, window: Window | None = None) -> Tensor:
+        """Put 0 where there are no data, in the whole map or a window of it."""
+        if self.missing is None:
+            return out
+        missing = self.missing
+        if window is not None:
+            missing = missing[..., window.top : window.bottom, window.left : window.right]
+        return blank(out, missing)
 
     def _settle(self) -> tuple[Kernels, Tensor]:
         """Kernels and features that give the same map, with all done that no window changes.
@@ -377,3 +376,9 @@ class UpsampledFeatures:
         upper = torch.lerp(patch[:, y, x], patch[:, y, right], part[:, 1])
         lower = torch.lerp(patch[:, below, x], patch[:, below, right], part[:, 1])
         return torch.lerp(upper, lower, part[:, 0]).T
+
+
+def blank(out: Tensor, missing: Tensor) -> Tensor:
+    """Put 0 where there are no data; in place when autograd does not watch."""
+    watched = torch.is_grad_enabled() and out.requires_grad
+    return out.masked_fill(missing, 0) if watched else out.masked_fill_(missing, 0)

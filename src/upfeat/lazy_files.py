@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from upfeat._version import __version__
-from upfeat.normalization import Normalization, check_normalization
+from upfeat.bounds import number
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
 from upfeat.tensor_checks import check_values, read_layouts
@@ -26,6 +26,7 @@ from upfeat.upsamplers.blueprint import build
 FORMAT = "upfeat-lazy-features-1"
 """What files say they are."""
 
+Colour = tuple[float, ...]
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -44,7 +45,10 @@ class Parts(NamedTuple):
     guidance: Tensor
     upsampler: Upsampler
     output_size: Size
-    normalization: Normalization | None
+    normalization: tuple[Colour, Colour] | None
+    """Mean and standard deviation of the guidance's channels."""
+    missing: Tensor | None
+    """(B, 1, *output_size) bool: pixels without data."""
 
 
 def write_parts(path: str | Path, parts: Parts, *, exact: bool) -> None:
@@ -66,6 +70,8 @@ def write_parts(path: str | Path, parts: Parts, *, exact: bool) -> None:
     tensors = {"features": features, "guidance": guidance}
     if not exact:
         tensors = {"features": _halved(features), **_quantised(guidance, parts.normalization)}
+    if parts.missing is not None:
+        tensors["missing"] = parts.missing
     name, config = parts.upsampler.name, parts.upsampler.config()
     facts = {
         "format": FORMAT,
@@ -99,7 +105,7 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     for name in ("features", "guidance"):
         if name not in layouts or len(layouts[name].shape) != 4:
             raise ValueError(f"{path}: damaged: lacks {name} (B, channels, height, width)")
-    if set(layouts) - {"features", "guidance", "scale", "shift"}:
+    if set(layouts) - {"features", "guidance", "scale", "shift", "missing"}:
         raise ValueError(f"{path}: damaged: holds more tensors than lazy features have")
     dtype = _DTYPES.get(facts.get("dtype", ""))
     if dtype is None:
@@ -114,8 +120,8 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     if "scale" in tensors or "shift" in tensors:
         guidance = _restored(path, tensors)
     check_values(path, {"guidance": guidance}, magnitudes=anything, floating=True)
-    known = _normalization(path, facts)
-    return Parts(features.to(dtype), guidance.to(dtype), upsampler, size, known)
+    known, missing = _normalization(path, facts, guidance.shape[1]), _missing(path, tensors, size)
+    return Parts(features.to(dtype), guidance.to(dtype), upsampler, size, known, missing)
 
 
 def digest(upsampler: Upsampler) -> str:
@@ -148,13 +154,13 @@ def _halved(features: Tensor) -> Tensor:
     return half
 
 
-def _quantised(guidance: Tensor, normalization: Normalization | None) -> dict[str, Tensor]:
+def _quantised(guidance: Tensor, normalization: tuple[Colour, Colour] | None) -> dict[str, Tensor]:
     """The image in few bits: 8 for a photograph, 16 for other values, all where these are few.
 
     Stored levels times ``scale`` plus ``shift`` is the image, each a value for a channel.
     """
     values = guidance.double()
-    if normalization is not None and len(normalization.mean) == guidance.shape[1]:
+    if normalization is not None:
         mean, std = (values.new_tensor(one) for one in normalization)
         levels = ((values * _per_channel(std) + _per_channel(mean)) * 255).round()
         if bool((levels >= 0).all()) and bool((levels <= 255).all()):
@@ -227,11 +233,26 @@ def _output_size(path: str | Path, facts: dict[str, str]) -> Size:
         raise ValueError(f"{path}: damaged: its output size is not two whole numbers") from None
 
 
-def _normalization(path: str | Path, facts: dict[str, str]) -> Normalization | None:
+def _normalization(
+    path: str | Path, facts: dict[str, str], channels: int
+) -> tuple[Colour, Colour] | None:
     if "normalization" not in facts:
         return None
     found = parse_object(facts["normalization"], f"{path}: normalization")
-    try:
-        return check_normalization(found.get("mean"), found.get("std"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    values = []
+    for name, least in (("mean", -1e9), ("std", 1e-9)):
+        one = found.get(name)
+        if not isinstance(one, list) or len(one) != channels:
+            raise ValueError(f"{path}: normalization: {name} must be {channels} values")
+        values.append(tuple(number(f"{path}: {name}", value, least, 1e9) for value in one))
+    return values[0], values[1]
+
+
+def _missing(path: str | Path, tensors: dict[str, Tensor], size: Size) -> Tensor | None:
+    missing = tensors.get("missing")
+    if missing is None:
+        return None
+    shape = (len(tensors["features"]), 1, *size)
+    if missing.dtype is not torch.bool or tuple(missing.shape) != shape:
+        raise ValueError(f"{path}: damaged: missing is no mask of {'×'.join(map(str, shape))}")
+    return missing
