@@ -36,7 +36,7 @@ LAYERS = [
     {"backends"},
     {"functional"},
     {"upsamplers", "backbones"},
-    {"features"},
+    {"feature_map", "lazy_files", "features"},
     {"provenance", "probes", "implicit", "model", "attach", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},

@@ -13,10 +13,12 @@ from upfeat.evaluation.data.prepared import OnStep
 from upfeat.evaluation.harness import score
 from upfeat.evaluation.report.page import write_report
 from upfeat.evaluation.results import Results
+from upfeat.evaluation.task import Task
+from upfeat.evaluation.tasks import find_task
 
 
 def evaluate(
-    task: str,
+    task: str | type[Task],
     folder: str | Path,
     out: str | Path,
     *,
@@ -33,7 +35,7 @@ def evaluate(
     used again.
 
     Args:
-        task: one of :data:`upfeat.evaluation.harness.TASKS`.
+        task: one of :func:`upfeat.evaluation.tasks.list_tasks`, or a class of one's own.
         folder: the data: photographs with labels (``seg``) or depth maps (``depth``), or
             photographs alone.
         out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
@@ -54,8 +56,9 @@ def evaluate(
         FileNotFoundError: the data or an upsampler is not there.
         ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written.
     """
+    kind = find_task(task) if isinstance(task, str) else task
     results = score(
-        task,
+        kind,
         folder,
         out,
         upsamplers=upsamplers,
@@ -66,5 +69,5 @@ def evaluate(
         on_step=on_step,
     )
     results.write(Path(out) / "results.json")
-    write_report(results, Path(out) / "report.html")
+    write_report(results, Path(out) / "report.html", kind)
     return results
