@@ -2,63 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from upfeat import machine
 from upfeat._version import __version__
+from upfeat.evaluation.provenance import identify_backbone, identify_upsampler
+from upfeat.images import read_image
 from upfeat.model import FeatUp
+from upfeat.outputs import (
+    FEATURES,
+    Outputs,
+    digest,
+    encode_picture,
+    file_digest,
+    plan_outputs,
+    watched,
+)
 from upfeat.storage import replacing, write_tensors
 from upfeat.visualize import comparison
+
+__all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "run_photo"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Storage types of features, by the names that the command line uses."""
 
-
-@dataclass(frozen=True)
-class Outputs:
-    """Where one photograph's results go."""
-
-    features: Path
-    picture: Path | None
-
-
-def plan_outputs(
-    photos: Sequence[Path], folder: Path, *, picture: bool = True
-) -> list[tuple[Path, Outputs]]:
-    """Name the results of every photograph: its own name, numbered where two are alike.
-
-    Args:
-        photos: the photographs; one named twice is done once.
-        folder: where results go; made if need be.
-        picture: whether a picture is wanted.
-
-    Raises:
-        ValueError: the folder cannot be made or written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / "upfeat"):
-            raise _Writable
-    except _Writable:
-        pass
-    except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-    planned = []
-    taken: set[str] = set()
-    for photo in dict.fromkeys(photos):
-        stem = photo.stem
-        number = 2
-        while stem.casefold() in taken:
-            stem = f"{photo.stem}-{number}"
-            number += 1
-        taken.add(stem.casefold())
-        image = folder / f"{stem}.png" if picture else None
-        planned.append((photo, Outputs(folder / f"{stem}.safetensors", image)))
-    return planned
+# Bytes a pixel, measured: of the file while it is decoded; of the image while the network and the
+# upsampler work, beside the map.
+_DECODING = 40
+_WORKING = 400
 
 
 def run_photo(
@@ -68,6 +46,8 @@ def run_photo(
     *,
     size: int | None = None,
     dtype: torch.dtype = torch.float16,
+    max_pixels: int | None = None,
+    made_by: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Upsample one photograph's features and write them, with their provenance, and a picture.
 
@@ -77,6 +57,8 @@ def run_photo(
         outputs: where to write; files appear whole or not at all.
         size: length of the shorter side, pixels; ``None`` keeps the photograph's own size.
         dtype: type of the stored features.
+        max_pixels: as :func:`upfeat.images.read_image` takes it.
+        made_by: what :func:`describe_model` says, where it is known already.
 
     Returns:
         The stored features, (C, H, W).
@@ -87,8 +69,14 @@ def run_photo(
             overflow ``dtype``.
         OSError: writing failed.
     """
-    x = model.preprocess(photo, size)
-    _check_memory(model.embed_dim, x, dtype)
+    made_by = describe_model(model) if made_by is None else made_by
+    with watched(photo) as source:
+        check_memory(model, photo, size, dtype)
+        pixels = read_image(photo) if max_pixels is None else _read(photo, max_pixels)
+    x = model.preprocess(pixels, size, align=False)
+    del pixels
+    facts = _facts(model, photo, x, dtype)
+    recipe = _recipe(source, made_by, size, dtype)
     with torch.inference_mode():
         coarse = model.backbone(x)
         upsampled = model.upsampler(coarse, x)
@@ -100,58 +88,146 @@ def run_photo(
         if outputs.picture is not None:
             image = model.backbone.denormalize(x)[0].cpu()
             label = model.upsampler.name.replace("_", " ")
-            picture = comparison(image, coarse[0].cpu(), upsampled[0].cpu(), label=label)
-    provenance = _provenance(model, photo, x, coarse)
-    write_tensors(outputs.features, {"features": stored}, provenance)
-    if picture is not None and outputs.picture is not None:
-        with replacing(outputs.picture) as temporary:
-            picture.save(temporary)
+            drawn = comparison(image, coarse[0].cpu(), upsampled[0].cpu(), label=label)
+            picture = encode_picture(drawn, outputs.picture.suffix, recipe=digest(recipe))
+    facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
+    _write(outputs, stored, facts, picture)
     return stored
 
 
-def _provenance(model: FeatUp, photo: Path, x: Tensor, coarse: Tensor) -> dict[str, str]:
-    def size(tensor: Tensor) -> str:
-        return f"{tensor.shape[-2]}x{tensor.shape[-1]}"
+def _read(photo: Path, max_pixels: int) -> Tensor:
+    return read_image(photo, max_pixels=max_pixels)
 
+
+def _write(outputs: Outputs, stored: Tensor, facts: dict[str, str], picture: bytes | None) -> None:
+    """Write both files, or neither."""
+    outputs.features.parent.mkdir(parents=True, exist_ok=True)
+    if outputs.picture is None or picture is None:
+        write_tensors(outputs.features, {"features": stored}, facts)
+        return
+    with replacing(outputs.picture) as temporary:
+        temporary.write_bytes(picture)
+        write_tensors(outputs.features, {"features": stored}, facts)
+
+
+def describe_model(model: FeatUp) -> dict[str, str]:
+    """Names for all that decides the features of an image: backbone, upsampler, their weights."""
     return {
-        "format": "upfeat-features",
+        "backbone_identity": identify_backbone(model.backbone),
+        "upsampler_identity": identify_upsampler(model.upsampler),
+    }
+
+
+def recipe_of(
+    photo: Path, made_by: Mapping[str, Any], *, size: int | None, dtype: torch.dtype
+) -> str:
+    """Digest of all that the results of a photograph depend on, as its results record it.
+
+    Args:
+        photo: the file.
+        made_by: what :func:`describe_model` says.
+        size: as :func:`run_photo` takes it.
+        dtype: likewise.
+
+    Raises:
+        OSError: the photograph cannot be read.
+    """
+    return digest(_recipe(file_digest(photo), made_by, size, dtype))
+
+
+def _recipe(
+    source: str, made_by: Mapping[str, Any], size: int | None, dtype: torch.dtype
+) -> dict[str, Any]:
+    return {"image_sha256": source, "size": size, "dtype": str(dtype), **made_by}
+
+
+def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """What of a recipe people may want to read."""
+    return {"image_sha256": recipe["image_sha256"], "size": str(recipe["size"])}
+
+
+def _facts(model: FeatUp, photo: Path, x: Tensor, dtype: torch.dtype) -> dict[str, str]:
+    return {
+        "format": FEATURES,
         "upfeat_version": __version__,
         "image": photo.name,
         "backbone": model.backbone.name,
         "upsampler": model.upsampler.name,
         "embed_dim": str(model.embed_dim),
         "stride": str(model.backbone.stride),
-        "image_size": size(x),
-        "grid_size": size(coarse),
-        "output_size": size(x),
+        "image_size": _size(x),
+        "output_size": _size(x),
+        "dtype": str(dtype).removeprefix("torch."),
     }
 
 
-def _check_memory(embed_dim: int, x: Tensor, dtype: torch.dtype) -> None:
-    """Refuse a photograph whose features would not fit, before the machine starts to swap."""
-    available = _available_memory()
-    pixels = x.shape[-2] * x.shape[-1]
-    # The map in float32, what the upsampler holds beside it, and the copy that is stored.
-    needed = int(pixels * embed_dim * (4 * 1.5 + dtype.itemsize))
-    if available is not None and x.device.type == "cpu" and needed > available:
-        fitting = int((available / needed) ** 0.5 * 0.9 * min(x.shape[-2:]))
+def _size(tensor: Tensor) -> str:
+    return f"{tensor.shape[-2]}x{tensor.shape[-1]}"
+
+
+def check_memory(model: FeatUp, photo: Path, size: int | None, dtype: torch.dtype) -> None:
+    """Refuse a photograph that would not fit into memory, before it is decoded or resized.
+
+    Raises:
+        ValueError: it would not; the message says which size would.
+    """
+    own = image_size(photo)
+    device = model.backbone.mean.device
+    available = machine.available_memory(device)
+    if own is None or available is None:
+        return
+    height, width = resized(own, size)
+    a_pixel = model.embed_dim * (4 * 1.25 + dtype.itemsize) + _WORKING
+    decoding = own[0] * own[1] * _DECODING if device.type == "cpu" else 0
+    needed = decoding + int(height * width * a_pixel)
+    if needed <= available:
+        return
+    have = f"{machine.readable(available)} of memory are free"
+    if decoding > 0.9 * available:
         raise ValueError(
-            f"the image is {x.shape[-2]}×{x.shape[-1]} pixels: its features need about "
-            f"{needed / 2**30:.1f} GiB and {available / 2**30:.1f} GiB of memory are free; "
-            f"give a smaller size, at most about {fitting}"
+            f"{photo}: is {own[0]}×{own[1]} pixels, which take {machine.readable(decoding)} to "
+            f"decode, and {have}; make a smaller copy"
         )
+    fitting = int(((0.9 * available - decoding) / (height * width * a_pixel)) ** 0.5 * min(height, width))
+    raise ValueError(
+        f"{photo}: at {height}×{width} pixels its features need about {machine.readable(needed)} "
+        f"and {have}; give a smaller size, at most about {fitting}"
+    )
 
 
-def _available_memory() -> int | None:
-    """Bytes of memory that new data may take; ``None`` where the system does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
+def image_size(photo: Path) -> tuple[int, int] | None:
+    """(height, width) of an upright image by its header; ``None`` where that does not say."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(photo) as opened:
+                width, height = opened.size
+                turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:  # Pillow raises what it likes; decoding proper will say what is wrong
         return None
-    for line in meminfo.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return (width, height) if turned else (height, width)
 
 
-class _Writable(Exception):
-    """Raised inside :func:`replacing` to undo a trial file."""
+def resized(own: tuple[int, int], size: int | None) -> tuple[int, int]:
+    """(height, width) of an image whose shorter side is brought to ``size`` pixels."""
+    if size is None:
+        return own
+    scale = size / min(own)
+    return max(round(own[0] * scale), 1), max(round(own[1] * scale), 1)
+
+
+def size_on_disk(
+    photo: Path, embed_dim: int, size: int | None, dtype: torch.dtype, *, picture: bool
+) -> int | None:
+    """About how many bytes the results of a photograph take; ``None`` where it cannot be told."""
+    own = image_size(photo)
+    if own is None:
+        return None
+    height, width = resized(own, size)
+    # Four panels of about a byte a pixel, once they are compressed.
+    return height * width * (embed_dim * dtype.itemsize + (6 if picture else 0))
+
+
+def total_size(sizes: Sequence[int | None]) -> int:
+    """Of all results whose size is known."""
+    return sum(size for size in sizes if size is not None)
