@@ -19,10 +19,10 @@ from statistics import mean, median
 import torch
 
 import upfeat
-from upfeat.training.implicit import FitConfig, fit_guidance
-from upfeat.training.implicit_files import find_photographs
-from upfeat.training.implicit_views import Observer
-from upfeat.upsamplers.implicit import resize_image
+from upfeat.implicit.features import resize_image
+from upfeat.implicit.files import find_photographs
+from upfeat.implicit.fit import FitConfig, fit_guidance
+from upfeat.implicit.observe import Observer
 from upfeat.upsamplers.pretrained import create_upsampler
 
 DEFAULT = ["bilinear", "bicubic", "joint_bilateral"]
