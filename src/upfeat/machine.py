@@ -17,6 +17,8 @@ _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 # Beyond this a limit of version 1 means none: it is written as the largest number there is.
 _NO_LIMIT = 1 << 60
+# Bytes a pixel while a file is decoded to floats, measured.
+_DECODING = 40
 
 
 def available_memory(device: torch.device | str | None = None) -> int | None:
@@ -42,15 +44,65 @@ def available_memory(device: torch.device | str | None = None) -> int | None:
     return max(min(known), 0) if known else None
 
 
+def check_fits(
+    label: object,
+    own: tuple[int, int],
+    size: int | None,
+    a_pixel: float,
+    *,
+    fixed: int = 0,
+    device: torch.device | str | None = None,
+) -> None:
+    """Refuse an image whose decoding and features would not fit, before either is begun.
+
+    Args:
+        label: what errors call the image.
+        own: its (height, width).
+        size: the shorter side it is brought to; ``None`` for its own.
+        a_pixel: bytes that the work takes for each pixel of that.
+        fixed: bytes that it takes besides.
+        device: where the work is done; images are decoded by the CPU.
+
+    Raises:
+        ValueError: it would not fit; the message says what size would.
+    """
+    free = available_memory()
+    decoding = own[0] * own[1] * _DECODING
+    if free is not None and decoding > 0.9 * free:
+        raise ValueError(
+            f"{label}: decoding its {own[0]}×{own[1]} pixels needs about {readable(decoding)} and "
+            f"{readable(free)} of memory are free; give a smaller size of the image itself"
+        )
+    on_cpu = torch.device("cpu" if device is None else device).type == "cpu"
+    if not on_cpu:
+        free, decoding = available_memory(device), 0
+    height, width = resized(own, size)
+    work = height * width * a_pixel
+    needed = decoding + fixed + work
+    if free is None or needed <= free:
+        return
+    share = max(0.9 * free - decoding - fixed, 0) / work
+    fitting = int(share**0.5 * min(height, width))
+    advice = f", at most about {fitting}" if fitting >= 1 else ""
+    raise ValueError(
+        f"{label}: {height}×{width} pixels need about {readable(needed)} and {readable(free)} of "
+        f"memory are free; give a smaller size{advice}"
+    )
+
+
+def resized(own: tuple[int, int], size: int | None) -> tuple[int, int]:
+    """(height, width) of an image whose shorter side is brought to ``size`` pixels."""
+    if size is None:
+        return own
+    scale = size / min(own)
+    return max(round(own[0] * scale), 1), max(round(own[1] * scale), 1)
+
+
 def readable(size: float) -> str:
     """Bytes as people write them: "53.8 MB", "1.2 GB"."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 999.5:
-            break
-        size /= 1000
-    else:
-        unit = "TB"
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = next((n for n in range(len(units) - 1) if size < 999.5 * 1000**n), len(units) - 1)
+    return f"{size / 1000**power:.{1 if power else 0}f} {units[power]}"
 
 
 def _system() -> Iterator[int]:

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from PIL import Image, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 
 from upfeat._version import __version__
+from upfeat.machine import readable
 from upfeat.storage import is_our_npy, read_metadata, replacing, sweep
 
 FEATURES = "upfeat-features"
@@ -123,21 +125,25 @@ def plan_outputs(
     """
     planned = []
     taken: set[tuple[str, str]] = set()
-    whole = [photo if isinstance(photo, Photo) else Photo(photo) for photo in photos]
-    for photo in {photo.path: photo for photo in reversed(whole)}.values():
-        planned.append(photo)
-    outputs = []
-    for photo in reversed(planned):
+    for photo in _once(photos):
         stem, number = photo.path.stem, 2
         below = str(photo.below).casefold()
         while (below, stem.casefold()) in taken:
             stem = f"{photo.path.stem}-{number}"
             number += 1
         taken.add((below, stem.casefold()))
-        place = folder / photo.below
-        features = place / f"{stem}.safetensors"
-        outputs.append((photo.path, Outputs(features, picture_of(features) if picture else None)))
-    return outputs
+        features = folder / photo.below / f"{stem}.safetensors"
+        planned.append((photo.path, Outputs(features, picture_of(features) if picture else None)))
+    return planned
+
+
+def _once(photos: Sequence[Path | Photo]) -> Iterable[Photo]:
+    """Each file once, as it is named first."""
+    known: dict[Path, Photo] = {}
+    for photo in photos:
+        whole = photo if isinstance(photo, Photo) else Photo(photo)
+        known.setdefault(whole.path, whole)
+    return known.values()
 
 
 def picture_of(features: Path) -> Path:
@@ -307,6 +313,19 @@ def _picture_facts(path: Path) -> Mapping[str, Any]:
     return {key: value for key, value in info.items() if isinstance(value, str)}
 
 
+def image_size(photo: Path) -> tuple[int, int] | None:
+    """(height, width) of an upright image by its header; ``None`` where that does not say."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(photo) as opened:
+                width, height = opened.size
+                turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:  # Pillow raises what it likes; decoding proper will say what is wrong
+        return None
+    return (width, height) if turned else (height, width)
+
+
 @contextmanager
 def watched(photo: Path) -> Iterator[str]:
     """Give the SHA-256 of a file that is read inside the block.
@@ -315,10 +334,17 @@ def watched(photo: Path) -> Iterator[str]:
         OSError: it cannot be read.
         ValueError: it changed meanwhile, so that the digest may be another file's.
     """
+    _check_file(photo)
     before = _state(photo)
     yield file_digest(photo)
     if _state(photo) != before:
         raise ValueError(f"{photo}: changed while it was read; try again")
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}")
 
 
 def _state(path: Path) -> tuple[int, ...]:
@@ -332,9 +358,7 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
     """
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {what}")
+    _check_file(path)
     found = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -366,14 +390,18 @@ def is_done(outputs: Outputs, recipe: str) -> bool:
     return written == recipe == drawn
 
 
-def check_space(output: Path, needed: int, free: int | None) -> None:
+def check_space(output: Path, needed: int | None) -> None:
     """Refuse a file that the disk has no room for, before the work for it is done.
+
+    Args:
+        output: the file; its folder, or one above, exists.
+        needed: bytes; ``None`` where that is not known.
 
     Raises:
         OSError: there is no room.
     """
-    from upfeat.machine import readable
-
-    if free is not None and needed > free:
+    folder = next(folder for folder in output.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed is not None and needed > free:
         reason = f"No space left on device: {readable(needed)} needed, {readable(free)} free"
         raise OSError(errno.ENOSPC, reason, str(output))

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from upfeat import machine
 from upfeat._version import __version__
-from upfeat.evaluation.provenance import identify_backbone, identify_upsampler
 from upfeat.images import read_image
 from upfeat.model import FeatUp
 from upfeat.outputs import (
@@ -22,6 +19,7 @@ from upfeat.outputs import (
     digest,
     encode_picture,
     file_digest,
+    image_size,
     plan_outputs,
     watched,
 )
@@ -33,9 +31,7 @@ __all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Storage types of features, by the names that the command line uses."""
 
-# Bytes a pixel, measured: of the file while it is decoded; of the image while the network and the
-# upsampler work, beside the map.
-_DECODING = 40
+# Bytes a pixel while the network and the upsampler work, beside the map; measured.
 _WORKING = 400
 
 
@@ -72,7 +68,7 @@ def run_photo(
     made_by = describe_model(model) if made_by is None else made_by
     with watched(photo) as source:
         check_memory(model, photo, size, dtype)
-        pixels = read_image(photo) if max_pixels is None else _read(photo, max_pixels)
+        pixels = read_image(photo, **({} if max_pixels is None else {"max_pixels": max_pixels}))
     x = model.preprocess(pixels, size, align=False)
     del pixels
     facts = _facts(model, photo, x, dtype)
@@ -95,10 +91,6 @@ def run_photo(
     return stored
 
 
-def _read(photo: Path, max_pixels: int) -> Tensor:
-    return read_image(photo, max_pixels=max_pixels)
-
-
 def _write(outputs: Outputs, stored: Tensor, facts: dict[str, str], picture: bytes | None) -> None:
     """Write both files, or neither."""
     outputs.features.parent.mkdir(parents=True, exist_ok=True)
@@ -112,6 +104,9 @@ def _write(outputs: Outputs, stored: Tensor, facts: dict[str, str], picture: byt
 
 def describe_model(model: FeatUp) -> dict[str, str]:
     """Names for all that decides the features of an image: backbone, upsampler, their weights."""
+    # Not at the top: evaluation imports much that a single photograph does not need.
+    from upfeat.evaluation.provenance import identify_backbone, identify_upsampler
+
     return {
         "backbone_identity": identify_backbone(model.backbone),
         "upsampler_identity": identify_upsampler(model.upsampler),
@@ -172,62 +167,30 @@ def check_memory(model: FeatUp, photo: Path, size: int | None, dtype: torch.dtyp
         ValueError: it would not; the message says which size would.
     """
     own = image_size(photo)
-    device = model.backbone.mean.device
-    available = machine.available_memory(device)
-    if own is None or available is None:
-        return
-    height, width = resized(own, size)
-    a_pixel = model.embed_dim * (4 * 1.25 + dtype.itemsize) + _WORKING
-    decoding = own[0] * own[1] * _DECODING if device.type == "cpu" else 0
-    needed = decoding + int(height * width * a_pixel)
-    if needed <= available:
-        return
-    have = f"{machine.readable(available)} of memory are free"
-    if decoding > 0.9 * available:
-        raise ValueError(
-            f"{photo}: is {own[0]}×{own[1]} pixels, which take {machine.readable(decoding)} to "
-            f"decode, and {have}; make a smaller copy"
-        )
-    fitting = int(((0.9 * available - decoding) / (height * width * a_pixel)) ** 0.5 * min(height, width))
-    raise ValueError(
-        f"{photo}: at {height}×{width} pixels its features need about {machine.readable(needed)} "
-        f"and {have}; give a smaller size, at most about {fitting}"
-    )
-
-
-def image_size(photo: Path) -> tuple[int, int] | None:
-    """(height, width) of an upright image by its header; ``None`` where that does not say."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(photo) as opened:
-                width, height = opened.size
-                turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception:  # Pillow raises what it likes; decoding proper will say what is wrong
-        return None
-    return (width, height) if turned else (height, width)
-
-
-def resized(own: tuple[int, int], size: int | None) -> tuple[int, int]:
-    """(height, width) of an image whose shorter side is brought to ``size`` pixels."""
-    if size is None:
-        return own
-    scale = size / min(own)
-    return max(round(own[0] * scale), 1), max(round(own[1] * scale), 1)
+    if own is not None:
+        # The map in float32 with what is made of it at times, and the copy that is stored.
+        a_pixel = model.embed_dim * (4 * 1.25 + dtype.itemsize) + _WORKING
+        machine.check_fits(photo, own, size, a_pixel, device=model.backbone.mean.device)
 
 
 def size_on_disk(
-    photo: Path, embed_dim: int, size: int | None, dtype: torch.dtype, *, picture: bool
+    model: FeatUp, photo: Path, *, size: int | None, dtype: torch.dtype, picture: bool
 ) -> int | None:
-    """About how many bytes the results of a photograph take; ``None`` where it cannot be told."""
+    """About how many bytes the results of a photograph take.
+
+    Args:
+        model: backbone and upsampler.
+        photo: the file.
+        size: as :func:`run_photo` takes it.
+        dtype: likewise.
+        picture: whether there is a picture too.
+
+    Returns:
+        ``None`` where the photograph does not tell its size.
+    """
     own = image_size(photo)
     if own is None:
         return None
-    height, width = resized(own, size)
-    # Four panels of about a byte a pixel, once they are compressed.
-    return height * width * (embed_dim * dtype.itemsize + (6 if picture else 0))
-
-
-def total_size(sizes: Sequence[int | None]) -> int:
-    """Of all results whose size is known."""
-    return sum(size for size in sizes if size is not None)
+    height, width = machine.resized(own, size)
+    # Four panels of some three bytes a pixel, compressed to half.
+    return height * width * (model.embed_dim * dtype.itemsize + (6 if picture else 0))
