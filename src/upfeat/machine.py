@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 try:
     import resource
@@ -33,12 +35,14 @@ def available_memory(device: torch.device | str | None = None) -> int | None:
     Returns:
         Bytes, at least 0; ``None`` where the system does not tell.
     """
-    kind = torch.device("cpu" if device is None else device)
-    if kind.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(kind)
+    kind = str("cpu" if device is None else device).partition(":")[0]
+    if kind == "cuda":
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(device)
         # What PyTorch keeps for reuse is taken, but not by anything.
-        return free + torch.cuda.memory_reserved(kind) - torch.cuda.memory_allocated(kind)
-    if kind.type != "cpu":
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if kind != "cpu":
         return None
     known = [*_system(), *_control_groups(), *_own_limits()]
     return max(min(known), 0) if known else None
@@ -73,8 +77,7 @@ def check_fits(
             f"{label}: decoding its {own[0]}×{own[1]} pixels needs about {readable(decoding)} and "
             f"{readable(free)} of memory are free; give a smaller size of the image itself"
         )
-    on_cpu = torch.device("cpu" if device is None else device).type == "cpu"
-    if not on_cpu:
+    if device is not None and not str(device).startswith("cpu"):
         free, decoding = available_memory(device), 0
     height, width = resized(own, size)
     work = height * width * a_pixel

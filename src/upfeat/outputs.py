@@ -87,6 +87,7 @@ def _search(folder: Path) -> list[Photo]:
     """Photographs in a folder and below it."""
     Image.init()
     known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    known |= {".heic", ".heif"}
     found = []
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -311,19 +312,6 @@ def _picture_facts(path: Path) -> Mapping[str, Any]:
     if isinstance(comment, bytes):
         return json.loads(comment)
     return {key: value for key, value in info.items() if isinstance(value, str)}
-
-
-def image_size(photo: Path) -> tuple[int, int] | None:
-    """(height, width) of an upright image by its header; ``None`` where that does not say."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(photo) as opened:
-                width, height = opened.size
-                turned = opened.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception:  # Pillow raises what it likes; decoding proper will say what is wrong
-        return None
-    return (width, height) if turned else (height, width)
 
 
 @contextmanager

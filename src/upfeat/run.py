@@ -11,6 +11,7 @@ from torch import Tensor
 
 from upfeat import machine
 from upfeat._version import __version__
+from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.images import read_image
 from upfeat.model import FeatUp
 from upfeat.outputs import (
@@ -19,7 +20,6 @@ from upfeat.outputs import (
     digest,
     encode_picture,
     file_digest,
-    image_size,
     plan_outputs,
     watched,
 )
@@ -42,7 +42,7 @@ def run_photo(
     *,
     size: int | None = None,
     dtype: torch.dtype = torch.float16,
-    max_pixels: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     made_by: Mapping[str, Any] | None = None,
 ) -> Tensor:
     """Upsample one photograph's features and write them, with their provenance, and a picture.
@@ -68,14 +68,14 @@ def run_photo(
     made_by = describe_model(model) if made_by is None else made_by
     with watched(photo) as source:
         check_memory(model, photo, size, dtype)
-        pixels = read_image(photo, **({} if max_pixels is None else {"max_pixels": max_pixels}))
+        pixels = read_image(photo, max_pixels=max_pixels)
     x = model.preprocess(pixels, size, align=False)
     del pixels
     facts = _facts(model, photo, x, dtype)
     recipe = _recipe(source, made_by, size, dtype)
     with torch.inference_mode():
         coarse = model.backbone(x)
-        upsampled = model.upsampler(coarse, x)
+        upsampled = model.upsampler(coarse, model.guidance(x))
         stored = upsampled[0].to(dtype).cpu().contiguous()
         # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
         if not torch.isfinite(torch.stack(stored.aminmax())).all():

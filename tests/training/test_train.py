@@ -63,6 +63,23 @@ def test_back_projection_is_for_the_finished_upsampler(photos, backbone, tmp_pat
         assert torch.equal(value, runs[2].state_dict()[name])
 
 
+@pytest.mark.parametrize("size", [8, 15])
+def test_an_image_of_one_cell_is_refused(photos, backbone, tmp_path, size):
+    with pytest.raises(ValueError, match=f"size={size} is less than two cells of Cells .* 16"):
+        upfeat.train(backbone, photos, small_config(tmp_path / "run", size=size))
+    assert not (tmp_path / "run").exists()
+    upfeat.train(backbone, photos, small_config(tmp_path / "run", size=16, steps=1))
+
+
+def test_features_that_do_not_vary_are_no_scale(backbone, tmp_path):
+    (tmp_path / "grey").mkdir()
+    for index in range(3):
+        Image.new("RGB", (40, 40), (90 + index, 90, 90)).save(tmp_path / "grey" / f"{index}.png")
+    config = small_config(tmp_path / "run", validation_images=1)
+    with pytest.raises(ValueError, match="do not vary within the 1 held-out"):
+        upfeat.train(backbone, tmp_path / "grey", config)
+
+
 def test_workers_change_nothing(photos, backbone, tmp_path):
     for workers in (0, 2):
         config = small_config(tmp_path / str(workers), workers=workers, steps=4)

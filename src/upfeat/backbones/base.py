@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.images import read_image
+from upfeat.normalization import IMAGENET, Normalization, check_normalization
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from upfeat.images import ImageLike
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = IMAGENET
 
 
 class Backbone(nn.Module, ABC):
@@ -49,15 +49,19 @@ class Backbone(nn.Module, ABC):
         for label, value in (("embed_dim", embed_dim), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"{label}={value} must be 1 or more")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean={mean!r} and std={std!r} must be 3 values each, std above 0")
+        self._normalization = check_normalization(mean, std)
         self.name = name
         self.embed_dim = embed_dim
         self.stride = stride
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        for label, values in self._normalization._asdict().items():
+            self.register_buffer(label, torch.tensor(values)[:, None, None], persistent=False)
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and standard deviation of its images, as numbers."""
+        return self._normalization
 
     @abstractmethod
     def extract(self, x: Tensor) -> Tensor:
@@ -103,7 +107,7 @@ class Backbone(nn.Module, ABC):
         return height, width
 
     def preprocess(
-        self, image: ImageLike, size: int | None = None, *, align: bool = False
+        self, image: ImageLike, size: int | None = None, *, align: bool = False, **reading: Any
     ) -> Tensor:
         """Read and normalise an image.
 
@@ -114,6 +118,8 @@ class Backbone(nn.Module, ABC):
                 points and crops of the features are in the image's pixels.
             align: round both sides to whole multiples of the stride, so that every feature cell
                 covers the same whole number of pixels.
+            **reading: options of :func:`upfeat.images.read_image`: ``bands``, ``alpha``,
+                ``max_value``, ``mask``, ``nodata``, ``max_pixels``.
 
         Returns:
             (1, 3, H, W) float32 on the backbone's device.
@@ -122,14 +128,14 @@ class Backbone(nn.Module, ABC):
             FileNotFoundError: there is no such file.
             ValueError: it cannot be read, or a side would be shorter than the stride.
         """
-        pixels = read_image(image)  # (3, H, W) in [0, 1]
+        pixels = read_image(image, **reading)  # (3, H, W) in [0, 1]
         target = self._target_size((pixels.shape[1], pixels.shape[2]), size, align)
         pixels = pixels.to(self.mean.device)[None]
         if target != tuple(pixels.shape[-2:]):
             pixels = F.interpolate(
                 pixels, size=target, mode="bicubic", align_corners=False, antialias=True
             ).clamp(0, 1)
-        return (pixels - self.mean) / self.std
+        return pixels.sub_(self.mean).div_(self.std)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Undo the normalisation: (B, 3, H, W) -> the same, RGB in [0, 1]."""

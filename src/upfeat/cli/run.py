@@ -57,8 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-pixels",
         type=int,
+        default=1 << 28,
         metavar="N",
-        help="refuse larger photographs (default: Pillow's limit against decompression bombs)",
+        help="refuse larger photographs (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite",

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
 from upfeat.evaluation.prepared import PreparedSet
+from upfeat.linear import leading_axes
 from upfeat.losses import SpatialUncertainty, gaussian_reconstruction
+from upfeat.optimisers import LBFGS, NAdam
 
 N_DIRECTIONS = 30
 """Random directions along which the error is taken while fitting (FeatUp, section 3.3)."""
@@ -98,9 +100,8 @@ def leading_components(images: PreparedSet) -> Tensor:
         count += cells.shape[1]
     mean = torch.as_tensor(total) / count
     covariance = torch.as_tensor(square) / count - mean[:, None] * mean
-    values, vectors = torch.linalg.eigh(covariance)  # ascending
-    kept = vectors[:, -N_COMPONENTS:] / values[-N_COMPONENTS:].clamp(min=1e-12).sqrt()
-    return kept.T.flip(0).float().to(images.device)
+    axes, variances = leading_axes(covariance, N_COMPONENTS)
+    return (axes / variances.clamp(min=1e-12).sqrt()[:, None]).float().to(images.device)
 
 
 @torch.no_grad()
@@ -152,7 +153,7 @@ def _fit_downsampler(
     cells: Cells,
     generator: torch.Generator,
 ) -> None:
-    optimiser = torch.optim.NAdam(downsampler.parameters(), lr=_LEARNING_RATE)
+    optimiser = NAdam(downsampler.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
     scale = cells.target.var().clamp(min=1e-12)
     for index in _batches(len(cells), generator):
@@ -187,9 +188,7 @@ def _fit_uncertainty(
     uncertainty.weight.zero_()
     # The module adds 0.1 to the logarithm.
     uncertainty.bias.fill_(math.log(float(error.square().mean().sqrt().clamp(min=1e-4))) - 0.1)
-    optimiser = torch.optim.LBFGS(
-        uncertainty.parameters(), max_iter=100, line_search_fn="strong_wolfe"
-    )
+    optimiser = LBFGS(uncertainty.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from upfeat.implicit.upsampler import ImplicitKernels
+from upfeat.linear import ridge
+from upfeat.optimisers import LBFGS
 from upfeat.upsamplers import Kernels, Upsampler
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -163,9 +165,9 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> Head:
 
     flat = pixels.features.flatten(0, 1)
     scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
-    gram = (scaled.T @ scaled) / len(scaled) + 1e-3 * torch.eye(scaled.shape[1]).to(scaled)
-    weight = torch.linalg.solve(gram, scaled.T @ targets.flatten() / len(scaled))
-    return _fit(pixels, Head(weight[None], weight.new_zeros(1)), loss, generator)
+    moment = scaled.T @ targets.flatten()[:, None]
+    weight = ridge(scaled.T @ scaled / len(scaled), moment / len(scaled), 1e-3).T  # (1, C)
+    return _fit(pixels, Head(weight, weight.new_zeros(1)), loss, generator)
 
 
 def _fit(
@@ -200,7 +202,7 @@ def _fit(
 def _minimise(start: Head, pixels: Pixels, loss: Loss, penalty: float) -> Head:
     weight, bias = start.weight.clone().requires_grad_(), start.bias.clone().requires_grad_()
     flat = pixels.features.flatten(0, 1)  # (N·P, C)
-    optimiser = torch.optim.LBFGS(
+    optimiser = LBFGS(
         [weight, bias],
         max_iter=_MAX_ITERATIONS,
         tolerance_grad=1e-5,

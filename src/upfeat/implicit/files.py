@@ -18,6 +18,7 @@ from PIL import Image
 from upfeat import machine
 from upfeat._version import __version__
 from upfeat.backbones import Backbone
+from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.images import read_image
 from upfeat.implicit.features import ImplicitFeatures
 from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, default_size, fit_implicit
@@ -28,7 +29,6 @@ from upfeat.outputs import (
     digest,
     encode_picture,
     file_digest,
-    image_size,
     is_done,
     kind_of,
     watched,
@@ -58,7 +58,7 @@ def fit_photograph(
     *,
     picture: Path | None = None,
     guidance: bool = True,
-    max_pixels: int | None = None,
+    max_pixels: int = MAX_PIXELS,
     made_by: str | None = None,
     on_step: OnFit | None = None,
 ) -> ImplicitFeatures:
@@ -92,7 +92,7 @@ def fit_photograph(
 
     with watched(photo) as source:
         _check_memory(photo, backbone, config)
-        pixels = read_image(photo, **({} if max_pixels is None else {"max_pixels": max_pixels}))
+        pixels = read_image(photo, max_pixels=max_pixels)
     recipe = _recipe(source, made_by or _identify(backbone), config, guidance=guidance)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:

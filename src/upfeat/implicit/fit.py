@@ -15,7 +15,7 @@ from upfeat.images import read_image
 from upfeat.implicit.anchors import fit_kernel
 from upfeat.implicit.features import ImplicitFeatures, resize_image
 from upfeat.implicit.fields import Field
-from upfeat.implicit.observe import Basis, Observer, principal_components, zoomed_jitters
+from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitters
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.randomness import stream
 from upfeat.views import sample_jitters, spread_jitters
@@ -253,7 +253,7 @@ def _fit_reference(
     total = config.held_out + n + config.steps
     first = views[slice(0, _PCA_VIEWS)]
     features = observer.observe(first)
-    basis = principal_components(features, config.components, whiten=False)
+    basis = feature_basis(features, config.components, whiten=False)
     targets = [basis.encode(features)]
     for start in range(_PCA_VIEWS, n, _PCA_VIEWS):
         on_step(FitProgress(config.held_out + start, total))

@@ -7,7 +7,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -59,18 +59,31 @@ def train(
 
     Raises:
         FileNotFoundError: there is no such folder of photographs.
-        ValueError: a setting or photograph cannot be used, ``config.out`` holds another run, or
-            features or loss became NaN or infinite (the last checkpoint stays).
+        ValueError: a setting or photograph cannot be used, ``config.out`` holds another run or is
+            being written by another process, or features or loss became NaN or infinite (the last
+            checkpoint stays).
         OSError: a file could not be written; earlier checkpoints stay.
         KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM, after a checkpoint.
     """
     config = TrainConfig() if config is None else config
     folder = RunFolder(config)
     backbones = _load_backbones(backbone)
-    with processes(config.device) as group, _placed(backbones, group.device):
+    several = backbone if isinstance(backbone, list | tuple) else [backbone]
+    names = [one for one in several if isinstance(one, str)]
+    with (
+        processes(config.device) as group,
+        _held(folder, group),
+        _placed(backbones, group.device),
+    ):
         trainer = Trainer(backbones, config, group)
         listing, state = group.on_main(
-            lambda: folder.start(config, backbones, photos, resume=resume)
+            lambda: folder.start(
+                config,
+                backbones,
+                photos,
+                resume=resume,
+                names=names if len(names) == len(several) else None,
+            )
         )
         if state is not None:
             trainer.load_state(state)
@@ -198,7 +211,7 @@ class _Loop:
         x = normalised(self.held_out[0][None], backbone)
         features = backbone(x)
         trainer.upsampler.eval()
-        upsampled = trainer.upsampler(features, x)
+        upsampled = trainer.upsampler(features, trainer.upsampler.guidance_from(x, backbone))
         trainer.upsampler.train()
         image = backbone.denormalize(x)[0].cpu()
         label = trainer.upsampler.name.replace("_", " ")
@@ -259,6 +272,14 @@ def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Bac
     if not several:
         raise ValueError("backbone=[] is empty; give one or more")
     return [load_backbone(one) for one in several]  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _held(folder: RunFolder, group: Processes) -> Iterator[None]:
+    """The folder, held by the first process for all of them."""
+    with ExitStack() as stack:
+        group.on_main(lambda: stack.enter_context(folder.hold()))
+        yield
 
 
 @contextmanager

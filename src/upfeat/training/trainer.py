@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
-from upfeat.naming import unknown_name
+from upfeat.normalization import IMAGENET, Normalization
+from upfeat.optimisers import NAdam
 from upfeat.randomness import derive, global_stream, stream
+from upfeat.registry import unknown_name
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
@@ -25,7 +27,11 @@ from upfeat.upsamplers import (
     Upsampler,
     list_upsamplers,
 )
-from upfeat.upsamplers.pretrained import UPSAMPLERS, load_pretrained
+from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.pretrained import load_pretrained
+
+_LEAST_STD = 0.05
+"""Of a normalisation that upsamplers are trained in."""
 
 
 class Trainer:
@@ -51,10 +57,12 @@ class Trainer:
 
         Raises:
             FileNotFoundError: the upsampler is a folder that is not there.
-            ValueError: the upsampler cannot be made for these backbones, or the batch not divided.
+            ValueError: the upsampler cannot be made for these backbones, images are a single cell
+                of one, or the batch cannot be divided.
         """
         self.backbones, self.config, self.processes = list(backbones), config, processes
         self.shares = _shares(config, processes)
+        _check_size(config, self.backbones)
         self.upsampler = new_upsampler(config, self.backbones)
         if config.back_projections is not None:
             self._correct(0)
@@ -71,7 +79,7 @@ class Trainer:
         ).to(processes.device)
         self.objectives.train()
         self.parameters = [one for one in self.objectives.parameters() if one.requires_grad]
-        self.optimizer = torch.optim.NAdam(self.parameters, lr=config.learning_rate)
+        self.optimizer = NAdam(self.parameters, lr=config.learning_rate)
         self.step = 0
         self.best: dict[str, Any] = {}
         self.stale = 0
@@ -184,7 +192,8 @@ class Trainer:
             self.config.precision == "auto" and device.type == "cuda"
         )
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            batch = make_batch(backbone, images, self.config, stream("views", *place))
+            draws = stream("views", *place)
+            batch = make_batch(backbone, images, self.config, draws, upsampler=self.upsampler)
         enlarged = None if batch.enlarged is None else batch.enlarged.float()
         return batch._replace(
             features=batch.features.float(), targets=batch.targets.float(), enlarged=enlarged
@@ -288,7 +297,19 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
                 f"upsampler expects {expected} channels but {backbone.name} has "
                 f"{backbone.embed_dim}; train one with embed_dim=None"
             )
+    if upsampler.normalization is None:
+        upsampler.mean, upsampler.std = _common_normalization(backbones)
     return upsampler
+
+
+def _common_normalization(backbones: Sequence[Backbone]) -> Normalization:
+    """The backbones' own where all have the same; ImageNet's where they differ.
+
+    Also where colours would be far from 1, as in a backbone of unnormalised images: initial weights
+    are made for colours of that order.
+    """
+    first, *rest = {backbone.normalization for backbone in backbones}
+    return IMAGENET if rest or min(first.std) < _LEAST_STD else first
 
 
 def _initial(
@@ -303,6 +324,16 @@ def _initial(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "initial upsampler"))
         return cls(**options)
+
+
+def _check_size(config: TrainConfig, backbones: Sequence[Backbone]) -> None:
+    """Refuse images of one cell: nothing varies in them, so errors have no scale to compare to."""
+    for backbone in backbones:
+        if config.size < 2 * backbone.stride:
+            raise ValueError(
+                f"size={config.size} is less than two cells of {backbone.name} (stride "
+                f"{backbone.stride}); give at least {2 * backbone.stride}"
+            )
 
 
 def _freeze(upsampler: Upsampler, parts: Sequence[str]) -> None:
