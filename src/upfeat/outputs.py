@@ -32,8 +32,11 @@ FEATURES = "upfeat-features"
 PICTURE = "upfeat-picture"
 """What pictures say they are."""
 
+REPORT = "upfeat-report"
+"""What reports say they are."""
+
 _PICTURES = (".png", ".jpg", ".jpeg")
-_HTML_MARK = b'<meta name=generator content="upfeat'
+_HTML_MARK = '<meta name=generator content="upfeat'
 
 
 @dataclass(frozen=True)
@@ -258,10 +261,15 @@ def kind_of(path: Path) -> str | None:
             return _ours(json.loads(path.read_bytes()).get("format"))
         if suffix in (".html", ".htm"):
             with path.open("rb") as file:
-                return "upfeat-report" if _HTML_MARK in file.read(1024) else None
+                return REPORT if _HTML_MARK.encode() in file.read(1024) else None
     except (ValueError, AttributeError, RecursionError):
         pass
     return None
+
+
+def html_mark() -> str:
+    """What the head of an HTML page says so that it is known as ours."""
+    return f'{_HTML_MARK} {__version__}">'
 
 
 def _ours(name: object) -> str | None:

@@ -153,5 +153,12 @@ def test_zarr_is_optional(fitted, tmp_path):
     implicit_files.write_rendering(features, path)
     array = np.asarray(zarr.open_array(str(path), mode="r"))
     assert np.array_equal(array, features.render()[0].half().numpy())
+    implicit_files.write_rendering(features, path, (20, 30))  # our own is replaced
+    assert np.asarray(zarr.open_array(str(path), mode="r")).shape == (112, 20, 30)
+    other = tmp_path / "other.zarr"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists already"):
-        implicit_files.write_rendering(features, path)
+        implicit_files.write_rendering(features, other)
+    assert main(["render", str(fitted), "-o", str(other), "--overwrite"]) == 2
+    assert (other / "mine.txt").read_text() == "mine"

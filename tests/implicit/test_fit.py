@@ -350,6 +350,20 @@ def test_progress_is_told():
     assert all(a.done <= b.done for a, b in itertools.pairwise(steps))
 
 
+def test_settings_by_name_replace_those_of_the_configuration():
+    fitted = upfeat.fit_implicit(scene(50, 61), Pooled(), FAST, size=16, seed=3)
+    assert min(fitted.shape[2:]) == 16
+    assert fitted.facts["seed"] == 3
+    config = dataclasses.replace(FAST, size=16, seed=3)
+    assert torch.equal(
+        upfeat.fit_implicit(scene(50, 61), Pooled(), config).render(), fitted.render()
+    )
+    with pytest.raises(ValueError, match="views=0"):
+        upfeat.fit_implicit(scene(), Pooled(), views=0)
+    with pytest.raises(ValueError, match='setting "sizes" is unknown; did you mean size'):
+        upfeat.fit_implicit(scene(), Pooled(), sizes=16)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -49,6 +49,18 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_global_one_alone(
     assert runs[0][0] != runs[2][0]
 
 
+def test_without_a_folder_only_the_upsampler_is_kept(photos, backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    kept = upfeat.train(backbone, photos, small_config(tmp_path / "run"))
+    passing = upfeat.train(backbone, photos, small_config(None))
+    assert not list((tmp_path / "temporary").iterdir())
+    assert all(
+        torch.equal(value, passing.state_dict()[name]) for name, value in kept.state_dict().items()
+    )
+
+
 def test_back_projection_is_for_the_finished_upsampler(photos, backbone, tmp_path):
     common = {"upsampler": "neighbourhood", "upsampler_options": {}}
     runs = {}
@@ -198,9 +210,9 @@ class TestBadInput:
             upfeat.train(backbone, photos, small_config(tmp_path / "run", steps=1))
         assert weights(tmp_path / "run") == before
 
-    def test_no_folder_of_the_run(self, photos, backbone):
-        with pytest.raises(ValueError, match="out=None"):
-            upfeat.train(backbone, photos, small_config(None))
+    def test_nothing_to_resume_without_a_folder(self, photos, backbone):
+        with pytest.raises(ValueError, match="resume=True needs out="):
+            upfeat.train(backbone, photos, small_config(None), resume=True)
 
     def test_folder_that_cannot_be_made(self, photos, backbone, tmp_path):
         (tmp_path / "file").write_text("")

@@ -23,11 +23,15 @@ from upfeat.evaluation.prepared import OnStep, PreparedSet, prepare
 from upfeat.evaluation.provenance import digest, identify_backbone, identify_upsampler
 from upfeat.evaluation.readers import read_dataset
 from upfeat.evaluation.report import write_report
-from upfeat.evaluation.results import Results, Row, RowStore
+from upfeat.evaluation.results import FORMAT, Results, Row, RowStore
 from upfeat.evaluation.segmentation import Segmentation
 from upfeat.evaluation.task import Task
 from upfeat.implicit.upsampler import ImplicitUpsampler
+from upfeat.outputs import REPORT, Inputs, check_output
+from upfeat.storage import sweep
 from upfeat.upsamplers import Upsampler, create_upsampler
+
+_RESULTS, _REPORT = "results.json", "report.html"
 
 TASKS = ("seg", "depth", "cam", "consistency")
 
@@ -54,6 +58,7 @@ def evaluate(
     config: EvalConfig | None = None,
     layout: str = "folder",
     device: str | torch.device = "cpu",
+    overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> Results:
     """Compare upsamplers on a dataset; write ``results.json`` and ``report.html``.
@@ -76,6 +81,8 @@ def evaluate(
             ``voc`` or ``nyuv2``.
         device: where backbone, upsamplers and probes run. Digits repeat on the CPU; elsewhere they
             may differ in the last places.
+        overwrite: replace files ``results.json`` and ``report.html`` in ``out`` that no evaluation
+            wrote.
         on_step: is told of progress.
 
     Raises:
@@ -85,6 +92,8 @@ def evaluate(
     if task not in TASKS:
         raise ValueError(f'task="{task}" is unknown; known: {", ".join(TASKS)}')
     config = config or EvalConfig()
+    for name, kind in ((_RESULTS, FORMAT), (_REPORT, REPORT)):
+        check_output(Path(out) / name, Inputs(upsamplers or ()), kind, overwrite=overwrite)
     network = _load_backbone(task, backbone, checked_device(device))
     out, cache = Path(out), Path(out) / "cache"
     if upsamplers is None:
@@ -96,6 +105,8 @@ def evaluate(
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
+    sweep(out)
+    sweep(cache)
     parts = _prepare_splits(dataset, Path(folder), network, config, cache, on_step)
     evaluation = _task(task, parts, dataset, network, config, on_step)
     results = Results(
@@ -114,8 +125,8 @@ def evaluate(
         results.rows += _stored(store, label, upsampler, evaluation.rows)
     results.problems = dataset.problems + evaluation.problems
     results.examples = _examples(task, parts["test"], config)
-    results.write(out / "results.json")
-    write_report(results, out / "report.html")
+    results.write(out / _RESULTS)
+    write_report(results, out / _REPORT)
     return results
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from upfeat.evaluation.report_figures import draw_chart, draw_samples
 from upfeat.evaluation.results import HIGHER_IS_BETTER, Results, Row, summary
+from upfeat.outputs import html_mark
 from upfeat.storage import write_bytes
 
 SCORE_NAMES = {
@@ -163,7 +164,7 @@ def render(results: Results) -> str:
         _provenance(results),
     ]
     return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f"<!doctype html><html lang=en><head><meta charset=utf-8>{html_mark()}"
         '<meta name=viewport content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"{''.join(parts)}</body></html>\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from upfeat.implicit.fields import Field
 from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitters
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.randomness import stream
+from upfeat.registry import unknown_name
 from upfeat.views import sample_jitters, spread_jitters
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def fit_implicit(
     config: FitConfig | None = None,
     *,
     on_step: OnFit | None = None,
+    **settings: Any,
 ) -> ImplicitFeatures:
     """Fit a function of place and image to what a backbone sees in many views of one image.
 
@@ -139,6 +141,7 @@ def fit_implicit(
         backbone: a backbone, its name, or a module or function to wrap as one.
         config: settings; the fast preset by default.
         on_step: is told of progress.
+        **settings: fields of :class:`FitConfig` that replace the configuration's, as ``size=64``.
 
     Returns:
         The features; ``facts["held_out"]`` is the loss on views that were never fitted, relative to
@@ -146,12 +149,12 @@ def fit_implicit(
 
     Raises:
         FileNotFoundError: there is no such image.
-        ValueError: it cannot be read, is smaller than the backbone's stride, or the backbone gives
-            NaN or infinity.
+        ValueError: it cannot be read, is smaller than the backbone's stride, the backbone gives
+            NaN or infinity, or there is no such setting.
 
     Source: FeatUp (Fu, Hamilton et al., ICLR 2024), section 3.3.
     """
-    config = config or FitConfig()
+    config = _change(config or FitConfig(), settings)
     network = load_backbone(backbone)
     pixels = read_image(image)
     shorter = min(pixels.shape[1:])
@@ -170,6 +173,14 @@ def fit_implicit(
 def default_size(shorter: int, backbone: Backbone) -> int:
     """The shorter side at which an image is fitted whose own is ``shorter`` pixels."""
     return min(shorter, max(_DEFAULT_SIZE, backbone.stride))
+
+
+def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:
+    known = [field.name for field in fields(FitConfig)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(unknown_name("setting", name, known))
+    return replace(config, **settings)
 
 
 @torch.no_grad()

@@ -122,7 +122,7 @@ class TrainConfig:
         precision: of the backbone: "fp32", "bf16" (autocast), or "auto" for bf16 on a GPU.
         device: "cpu", "cuda", …; ``None`` for a GPU if there is one.
         workers: processes that load photographs; ``None`` for none, with a GPU up to 8.
-        out: folder of the run.
+        out: folder of the run; ``None`` keeps nothing but the upsampler that is returned.
         checkpoint_every: steps between checkpoints.
         keep: how many of the newest checkpoints stay.
         log_every: steps between lines of the log.

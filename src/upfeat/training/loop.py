@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,8 @@ def train(
             function to wrap as one. It is not trained. Of several, each step draws one, and the
             upsampler serves all of them.
         photos: a folder of photographs, searched with all folders below it.
-        config: settings; ``out`` must be given.
+        config: settings; the recipe by default. Without ``out`` nothing but the result is kept, and
+            a training that is stopped is lost.
         resume: go on with the run in ``config.out``; begin one if there is none.
         on_step: told of every step, in the first process.
 
@@ -66,6 +69,8 @@ def train(
         KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM, after a checkpoint.
     """
     config = TrainConfig() if config is None else config
+    if config.out is None:
+        return _train_in_passing(backbone, photos, config, resume, on_step)
     folder = RunFolder(config)
     backbones = _load_backbones(backbone)
     several = backbone if isinstance(backbone, list | tuple) else [backbone]
@@ -96,6 +101,22 @@ def train(
         trainer.finish()
         group.on_main(lambda: _export(trainer, folder))
     return trainer.upsampler.cpu().eval()
+
+
+def _train_in_passing(
+    backbone: BackboneLike | Sequence[BackboneLike],
+    photos: str | Path,
+    config: TrainConfig,
+    resume: bool,
+    on_step: OnStep | None,
+) -> Upsampler:
+    """Train in a folder that is gone after."""
+    if resume:
+        raise ValueError("resume=True needs out=, the folder of the run to go on with")
+    with tempfile.TemporaryDirectory(prefix="upfeat-train-") as folder:
+        # No checkpoint on the way: nobody could go on from it.
+        passing = replace(config, out=Path(folder) / "run", checkpoint_every=config.steps + 1)
+        return train(backbone, photos, passing, on_step=on_step)
 
 
 class _Loop:
