@@ -17,6 +17,7 @@ from upfeat.model import FeatUp
 from upfeat.outputs import (
     FEATURES,
     Outputs,
+    check_space,
     digest,
     encode_picture,
     file_digest,
@@ -68,6 +69,9 @@ def run_photo(
     made_by = describe_model(model) if made_by is None else made_by
     with watched(photo) as source:
         check_memory(model, photo, size, dtype)
+        picture = outputs.picture is not None
+        needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture)
+        check_space(outputs.features, needed)
         pixels = read_image(photo, max_pixels=max_pixels)
     x = model.preprocess(pixels, size, align=False)
     del pixels
@@ -80,14 +84,14 @@ def run_photo(
         # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
         if not torch.isfinite(torch.stack(stored.aminmax())).all():
             raise ValueError(f"{photo}: its features overflow {dtype}; store them as bf16 or fp32")
-        picture = None
+        encoded = None
         if outputs.picture is not None:
             image = model.backbone.denormalize(x)[0].cpu()
             label = model.upsampler.name.replace("_", " ")
             drawn = comparison(image, coarse[0].cpu(), upsampled[0].cpu(), label=label)
-            picture = encode_picture(drawn, outputs.picture.suffix, recipe=digest(recipe))
+            encoded = encode_picture(drawn, outputs.picture.suffix, recipe=digest(recipe))
     facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
-    _write(outputs, stored, facts, picture)
+    _write(outputs, stored, facts, encoded)
     return stored
 
 

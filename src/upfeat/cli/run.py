@@ -72,7 +72,7 @@ def execute(options: argparse.Namespace) -> int:
     """Run; bad photographs are reported at the end and the others done."""
     import upfeat
     from upfeat.cli.console import Batch, announce_size, progress_bar, say
-    from upfeat.outputs import FEATURES, check_space, make_folder
+    from upfeat.outputs import FEATURES, make_folder
     from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
 
     pictures, dtype = not options.no_picture, DTYPES[options.dtype]
@@ -88,15 +88,13 @@ def execute(options: argparse.Namespace) -> int:
         recipe = partial(recipe_of, made_by=made_by, size=options.size, dtype=dtype)
         plan = batch.pending(plan, recipe)
         measure = partial(size_on_disk, model, size=options.size, dtype=dtype, picture=pictures)
-        sizes = {photo: measure(photo) for photo, _ in plan}
-        announce_size("run", list(sizes.values()), options.output)
+        announce_size("run", [measure(photo) for photo, _ in plan], options.output)
         with progress_bar() as progress:
             task = progress.add_task("", total=len(plan))
             for photo, outputs in plan:
                 progress.update(task, description=photo.name)
                 stored = None
                 with batch.attempt(photo):
-                    check_space(outputs.features, sizes[photo])
                     stored = run_photo(
                         model,
                         photo,
