@@ -24,6 +24,7 @@ from upfeat.outputs import (
     plan_outputs,
     watched,
 )
+from upfeat.provenance import identify_backbone, identify_upsampler
 from upfeat.storage import replacing, write_tensors
 from upfeat.visualize import comparison
 
@@ -108,9 +109,6 @@ def _write(outputs: Outputs, stored: Tensor, facts: dict[str, str], picture: byt
 
 def describe_model(model: FeatUp) -> dict[str, str]:
     """Names for all that decides the features of an image: backbone, upsampler, their weights."""
-    # Not at the top: evaluation imports much that a single photograph does not need.
-    from upfeat.evaluation.provenance import identify_backbone, identify_upsampler
-
     return {
         "backbone_identity": identify_backbone(model.backbone),
         "upsampler_identity": identify_upsampler(model.upsampler),

@@ -5,10 +5,16 @@ import os
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 import upfeat
+from upfeat import model
+from upfeat.cli import choices, main
 from upfeat.cli.main import COMMANDS
+from upfeat.evaluation import harness
+from upfeat.upsamplers import pretrained
+from upfeat.upsamplers.base import UPSAMPLERS
 
 # A command line that is refused, or that asks for help, has no use for these.
 HEAVY = ("torch", "numpy", "PIL", "rich", "safetensors", "scipy", "torchvision", "timm")
@@ -42,6 +48,19 @@ def python(code, *arguments, **environment):
 def loaded(*lines):
     shown = python(SHOW_HEAVY, json.dumps(lines))
     return [line for line in shown if line.startswith("LOADED")]
+
+
+def test_help_lists_the_names_that_there_are(capsys):
+    assert choices.DEFAULT_UPSAMPLER == pretrained.DEFAULT_UPSAMPLER
+    assert choices.DEFAULT_BACKBONE == model.DEFAULT_BACKBONE
+    assert choices.BASELINES == harness.BASELINES
+    by_name = set(UPSAMPLERS) & set(upfeat.list_upsamplers())
+    assert sorted(choices.UPSAMPLERS) == sorted(by_name)
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(choices.UPSAMPLERS) in shown
+    assert "(default: detail)" in shown
 
 
 def test_help_imports_nothing_heavy():

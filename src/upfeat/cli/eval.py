@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.cli.choices import BASELINES, DEFAULT_BACKBONE
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
     from upfeat.evaluation import Results
-    from upfeat.evaluation.prepared import OnStep
+    from upfeat.evaluation.data.prepared import OnStep
 
 HELP = "Compare upsamplers on photographs: probes, activation maps, unseen views."
 EXAMPLE = (
@@ -50,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--upsamplers",
         nargs="+",
         metavar="NAME",
-        help="names, folders that save_pretrained wrote, .ckpt files, or implicit: fits "
-        "every image, about 10 s each (default: nearest bilinear bicubic joint_bilateral jbu_stack "
-        "neighbourhood, and the backbone's default)",
+        help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, NAF, "
+        "FeatUp), or implicit: fits every image, about 10 s each (default: "
+        f"{' '.join(BASELINES)}, and the backbone's default)",
     )
     parser.add_argument(
         "--protocol",
@@ -76,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         metavar="NAME",
-        help="default: efficientnet_lite0, for cam efficientnet_lite0.stride32",
+        help=f"default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32",
     )
     parser.add_argument(
         "--size",
@@ -187,7 +189,7 @@ def _table(results: Results) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from upfeat.evaluation.report import SCORE_NAMES, best_mean, shown
+    from upfeat.evaluation.report.page import SCORE_NAMES, best_mean, shown
     from upfeat.evaluation.results import HIGHER_IS_BETTER, summary
 
     data = results.data

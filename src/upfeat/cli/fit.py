@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.cli.choices import DEFAULT_BACKBONE
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fitted again. The picture goes beside it: NAME.features.png",
     )
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
     )
     parser.add_argument(
         "--preset",
@@ -85,11 +87,11 @@ def execute(options: argparse.Namespace) -> int:
 
     import upfeat
     from upfeat.cli.console import Batch, progress_bar, say
-    from upfeat.evaluation.provenance import identify_backbone
     from upfeat.implicit.features import FORMAT
     from upfeat.implicit.files import fit_photograph, recipe_of
     from upfeat.implicit.fit import FitConfig
     from upfeat.outputs import make_folder
+    from upfeat.provenance import identify_backbone
 
     config = FitConfig(
         preset=options.preset, size=options.size, views=options.views, seed=options.seed

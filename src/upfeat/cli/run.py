@@ -6,6 +6,8 @@ import argparse
 from functools import partial
 from pathlib import Path
 
+from upfeat.cli.choices import DEFAULT_BACKBONE, UPSAMPLER_HELP
+
 HELP = "Upsample the features of photographs; write them, and a picture of each."
 EXAMPLE = (
     "  upfeat run photo.jpg -o out/\n"
@@ -32,13 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where results go: NAME.safetensors and NAME.features.png",
     )
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
     )
     parser.add_argument(
         "--upsampler",
         metavar="NAME",
-        help="a name that upfeat info lists, a folder that save_pretrained wrote, or a published "
-        ".ckpt (default: the backbone's best)",
+        help=UPSAMPLER_HELP,
     )
     parser.add_argument(
         "--size",

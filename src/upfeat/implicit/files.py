@@ -33,6 +33,7 @@ from upfeat.outputs import (
     kind_of,
     watched,
 )
+from upfeat.provenance import identify_backbone
 from upfeat.storage import create_array, replacing_folder, write_bytes
 from upfeat.visualize import PCABasis, side_by_side, to_image
 
@@ -93,7 +94,7 @@ def fit_photograph(
     with watched(photo) as source:
         _check_memory(photo, backbone, config)
         pixels = read_image(photo, max_pixels=max_pixels)
-    recipe = _recipe(source, made_by or _identify(backbone), config, guidance=guidance)
+    recipe = _recipe(source, made_by or identify_backbone(backbone), config, guidance=guidance)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         features = fit_implicit(pixels, backbone, config, on_step=tell)
@@ -122,7 +123,7 @@ def is_fitted(
     The arguments are those of that function.
     """
     try:
-        recipe = recipe_of(photo, _identify(backbone), config, guidance=guidance)
+        recipe = recipe_of(photo, identify_backbone(backbone), config, guidance=guidance)
     except OSError:
         return False
     return is_done(Outputs(output, picture), recipe)
@@ -274,13 +275,6 @@ def _check_memory(photo: Path, backbone: Backbone, config: FitConfig) -> None:
         size = default_size(min(own), backbone) if config.size is None else config.size
         a_pixel = _FITTING + 8 * backbone.embed_dim
         machine.check_fits(photo, own, size, a_pixel, fixed=_FIT_TABLES)
-
-
-def _identify(backbone: Backbone) -> str:
-    # Not at the top: evaluation imports this package for its implicit upsampler.
-    from upfeat.evaluation.provenance import identify_backbone
-
-    return identify_backbone(backbone)
 
 
 def _recipe(source: str, made_by: str, config: FitConfig, *, guidance: bool) -> dict[str, Any]:

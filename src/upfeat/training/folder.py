@@ -21,8 +21,7 @@ from typing import Any, TextIO
 
 from upfeat import locks
 from upfeat.backbones import Backbone
-from upfeat.evaluation.provenance import digest, identify_backbone
-from upfeat.evaluation.results import versions
+from upfeat.provenance import digest, identify_backbone, versions
 from upfeat.storage import sweep, write_bytes
 from upfeat.strict_json import read_object
 from upfeat.training.checkpoint import Checkpoints
@@ -133,7 +132,7 @@ class RunFolder:
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Write the outcome beside what the run was started with, there and with the weights."""
-        run = {**(self._read_run() or {}), **outcome, "versions": versions()}
+        run = {**(self._read_run() or {}), **outcome, "versions": versions("upfeat.training.loop")}
         write_json(self.path / "run.json", run)
         # Weights travel: they keep the recipe and the data's name, not where either lay.
         settings = {key: value for key, value in run["config"].items() if key != "out"}
@@ -164,10 +163,8 @@ class RunFolder:
             "train": listing.train,
             "validation": listing.validation,
         }
-        files = {
-            **self._settings_files(config),
-            self.path / "photographs.json": encode_json(photographs),
-        }
+        files = self._settings_files(config)
+        files[self.path / "photographs.json"] = encode_json(photographs)
         self._check_free(files)
         for path, content in files.items():
             _write(path, content)
@@ -179,7 +176,7 @@ class RunFolder:
             "started_with": {"backbone": names, "photos": str(listing.folder.resolve())},
             "backbones": [describe(backbone) for backbone in backbones],
             "photographs": listing.to_json(),
-            "versions": versions(),
+            "versions": versions("upfeat.training.loop"),
         }
         write_json(self.path / "run.json", run)
 
@@ -189,9 +186,8 @@ class RunFolder:
         A start that was killed leaves the first of its own, which are the same again.
         """
         for path in (self.log, self.upsampler, *files):
-            if os.path.lexists(path) and not (
-                path.is_file() and path.read_bytes() == files.get(path)
-            ):
+            alike = path in files and path.is_file() and path.read_bytes() == files[path]
+            if os.path.lexists(path) and not alike:
                 raise ValueError(
                     f"{path}: exists already and is not of this run; remove it, or give another "
                     "folder"

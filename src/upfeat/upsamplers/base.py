@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -26,6 +27,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 from upfeat.backends import dispatch
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
+from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
@@ -57,6 +59,12 @@ class Upsampler(nn.Module, ABC):
     """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
     linear: ClassVar[bool] = True
     """Whether anything may be upsampled in place of the features, such as a head's output."""
+    unsaved: ClassVar[frozenset[str]] = frozenset({"backend", "start"})
+    """Arguments of constructors that no file may give: where to compute, what else to read."""
+    always_small: ClassVar[bool] = False
+    """Whether no arguments make it larger than some hundred megabytes."""
+    magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
     backend: str = "auto"
@@ -65,6 +73,10 @@ class Upsampler(nn.Module, ABC):
     """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's own."""
     std: Colour | None = None
     """Standard deviation that it is normalised by, likewise."""
+    published_by: ClassVar[str | None] = None
+    """The repository that published the weights, where the package has none."""
+    origin: str | None = None
+    """What the file that it was loaded from turned out to be; ``None`` where there was none."""
 
     def set_backend(self, backend: str) -> None:
         """Choose the backend of every operator, for weights, sums, windows and training alike.
@@ -214,12 +226,14 @@ class Upsampler(nn.Module, ABC):
 
         Raises:
             OSError: the folder cannot be written.
+            ValueError: a weight is NaN or infinite.
         """
         from upfeat.storage import write_bytes, write_tensors
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
+        check_values(f"{folder}: not written", state, magnitudes=self.magnitudes)
+        folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "model.safetensors", state, {"upsampler": self.name})
         config = {"upsampler": self.name, **self.config()}
         if self.mean is not None and self.std is not None:
@@ -236,11 +250,35 @@ class Upsampler(nn.Module, ABC):
 
         Raises:
             FileNotFoundError: the folder, or one of its two files, is not there.
-            ValueError: it holds another upsampler, or tensors that do not fit.
+            ValueError: it holds another upsampler, arguments out of range, or tensors that do not
+                fit or are not finite.
         """
         from upfeat.upsamplers.pretrained import load_pretrained
 
         return load_pretrained(cls, folder)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Every way of loading weights comes by here, before any of them is changed.
+        own = {name: one for name, one in state_dict.items() if name.startswith(prefix)}
+        check_values(f"weights of {type(self).__name__}", own, magnitudes=self.magnitudes)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
 
 UPSAMPLERS = Registry[type[Upsampler]]("upsampler")

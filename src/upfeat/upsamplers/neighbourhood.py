@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
+from upfeat.bounds import whole
 from upfeat.geometry import cell_of_pixels
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
+
+MOST_RADIUS, MOST_WIDTH, MOST_LEVELS, MOST_BACK_PROJECTIONS = 16, 1024, 16, 100
+"""Far beyond use; a configuration from anywhere builds nothing larger."""
 
 INITIAL_TEMPERATURE = 8.0
 INITIAL_SIGMA = 0.6
@@ -41,15 +46,21 @@ class PyramidEncoder(nn.Module):
         self.entry = _window_of_three(3, width)
         self.coarser = nn.ModuleList(_Correction(width) for _ in range(levels - 1))
         self.join = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(levels))
+        # Without values ("meta") only shapes are asked for, and arithmetic would import a compiler.
+        if not self.entry.weight.is_meta:
+            self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        width = self.entry.out_channels
         window = torch.tensor([0.25, 0.5, 0.25])
         colours = torch.randn(width, 3) / INITIAL_COLOUR_SCALE
-        with torch.no_grad():
-            self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
-            nn.init.uniform_(self.entry.bias, -math.pi, math.pi)  # pyright: ignore[reportArgumentType]
-            for join in self.join:
-                assert isinstance(join, nn.Conv2d)
-                nn.init.orthogonal_(join.weight.view(width, width))
-                nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
+        self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
+        nn.init.uniform_(self.entry.bias, -math.pi, math.pi)  # pyright: ignore[reportArgumentType]
+        for join in self.join:
+            assert isinstance(join, nn.Conv2d)
+            nn.init.orthogonal_(join.weight.view(width, width))
+            nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, guidance: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H, W), any size, channels last."""
@@ -276,6 +287,10 @@ class NeighbourhoodUpsampler(Upsampler):
     """
 
     name = "neighbourhood"
+    magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "log_temperature": (0.0, 10.0),
+        "log_sigma": (0.0, 5.0),
+    }
 
     def __init__(
         self,
@@ -289,12 +304,12 @@ class NeighbourhoodUpsampler(Upsampler):
         """Make an upsampler with initial (untrained) weights.
 
         Args:
-            radius: how many cells to each side take part, ≥ 1.
-            query_dim: width of queries and keys, ≥ 1.
-            levels: scales of the encoder, ≥ 1.
+            radius: how many cells to each side take part, from 1 to 16.
+            query_dim: width of queries and keys, from 1 to 1024.
+            levels: scales of the encoder, from 1 to 16.
             back_projections: how often to correct the coarse features by what the output, averaged
                 over each cell, lacks of them (iterative back-projection, Irani and Peleg,
-                1991), ≥ 0.
+                1991), from 0 to 100.
                 Without, the output is a weighted mean and never leaves the range of the features;
                 each time, its means over cells come closer to the features, at next to no cost.
             backend: of the operators; see :mod:`upfeat.functional`.
@@ -303,15 +318,14 @@ class NeighbourhoodUpsampler(Upsampler):
             ValueError: an argument is out of range.
         """
         super().__init__()
-        for label, value in (("radius", radius), ("query_dim", query_dim), ("levels", levels)):
-            if value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
-        if back_projections < 0:
-            raise ValueError(f"back_projections={back_projections} must be 0 or more")
-        self.radius, self.query_dim, self.levels = radius, query_dim, levels
-        self.back_projections = back_projections
+        self.radius = whole("radius", radius, 1, MOST_RADIUS)
+        self.query_dim = whole("query_dim", query_dim, 1, MOST_WIDTH)
+        self.levels = whole("levels", levels, 1, MOST_LEVELS)
+        self.back_projections = whole(
+            "back_projections", back_projections, 0, MOST_BACK_PROJECTIONS
+        )
         self.set_backend(backend)
-        self.encoder = PyramidEncoder(query_dim, levels)
+        self.encoder = PyramidEncoder(self.query_dim, self.levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
         self.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
 
