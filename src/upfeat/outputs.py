@@ -319,7 +319,7 @@ def _picture_facts(path: Path) -> Mapping[str, Any]:
     comment = info.get("comment")
     if isinstance(comment, bytes):
         return json.loads(comment)
-    return {key: value for key, value in info.items() if isinstance(value, str)}
+    return {str(key): value for key, value in info.items() if isinstance(value, str)}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from upfeat.cli.choices import DEFAULT_BACKBONE, UPSAMPLER_HELP
 HELP = "Upsample the features of photographs; write them, and a picture of each."
 EXAMPLE = (
     "  upfeat run photo.jpg -o out/\n"
-    "  upfeat run photos/ -o out/            what is done already is not done again\n"
+    "  upfeat run photos/ -o out/\n"
     "  upfeat run *.jpg -o out/ --size 448 --dtype fp32"
 )
 
