@@ -39,7 +39,7 @@ LAYERS = [
     {"backends"},
     {"functional"},
     {"upsamplers", "backbones"},
-    {"features"},
+    {"feature_map", "features"},
     {"provenance", "probes", "implicit", "model", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},

@@ -13,12 +13,14 @@ from upfeat.evaluation.data.prepared import OnStep
 from upfeat.evaluation.harness import score
 from upfeat.evaluation.report.page import write_report
 from upfeat.evaluation.results import FORMAT, Results
+from upfeat.evaluation.task import Task
+from upfeat.evaluation.tasks import find_task
 from upfeat.outputs import REPORT, Inputs, check_output
 from upfeat.storage import sweep
 
 
 def evaluate(
-    task: str,
+    task: str | type[Task],
     folder: str | Path,
     out: str | Path,
     *,
@@ -36,7 +38,7 @@ def evaluate(
     used again.
 
     Args:
-        task: one of :data:`upfeat.evaluation.harness.TASKS`.
+        task: one of :func:`upfeat.evaluation.tasks.list_tasks`, or a class of one's own.
         folder: the data: photographs with labels (``seg``) or depth maps (``depth``), or
             photographs alone.
         out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
@@ -59,14 +61,14 @@ def evaluate(
         FileNotFoundError: the data or an upsampler is not there.
         ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written.
     """
+    kind = find_task(task) if isinstance(task, str) else task
     out = Path(out)
-    files = {out / "results.json": FORMAT, out / "report.html": REPORT}
-    for path, kind in files.items():
-        check_output(path, Inputs(upsamplers or ()), kind, overwrite=overwrite)
+    for name, format_name in (("results.json", FORMAT), ("report.html", REPORT)):
+        check_output(out / name, Inputs(upsamplers or ()), format_name, overwrite=overwrite)
     sweep(out)
     sweep(out / "cache")
     results = score(
-        task,
+        kind,
         folder,
         out,
         upsamplers=upsamplers,
@@ -77,5 +79,5 @@ def evaluate(
         on_step=on_step,
     )
     results.write(out / "results.json")
-    write_report(results, out / "report.html")
+    write_report(results, out / "report.html", kind)
     return results

@@ -67,6 +67,8 @@ class Upsampler(nn.Module, ABC):
     """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
+    guidance_bands: int | None = 3
+    """How many bands the guidance must have; ``None``: any number (:mod:`.bands` has the rule)."""
     backend: str = "auto"
     """The backend that every operator runs on; see :meth:`set_backend`."""
     mean: Colour | None = None
@@ -104,14 +106,16 @@ class Upsampler(nn.Module, ABC):
         """Bring an image from a backbone's normalisation into the upsampler's.
 
         Args:
-            x: (B, 3, H, W), normalised for the backbone.
+            x: (B, 3, H, W), normalised for the backbone; of other numbers of bands as it is.
             source: the backbone.
 
         Returns:
             ``x`` itself where both agree; otherwise (B, 3, H, W) of its dtype.
         """
         own = self.normalization
-        return x if own is None else source.normalization.convert(x, own)
+        if own is None or x.shape[1] != 3:  # other bands are put on one footing by their values
+            return x
+        return source.normalization.convert(x, own)
 
     @abstractmethod
     def prepare(
@@ -124,7 +128,7 @@ class Upsampler(nn.Module, ABC):
         """Make the weights of one guidance.
 
         Args:
-            guidance: (B, 3, H, W) normalised image.
+            guidance: (B, 3, H, W) normalised image, or of :attr:`guidance_bands`.
             grid_size: (h, w) of the features to come.
             output_size: (height, width) of the result.
             features: (B, C, h, w), the image's own; only upsamplers with :attr:`needs_features`
@@ -149,6 +153,7 @@ class Upsampler(nn.Module, ABC):
             features: (B, C, h, w).
             guidance: (B, 3, H, W), the image that the features came from, normalised by
                 :attr:`mean` and :attr:`std`; :class:`upfeat.FeatUp` brings it there by itself.
+                Where :attr:`guidance_bands` is ``None``, any number of bands, in any units.
             output_size: (height, width) of the result in pixels; ``None`` for the guidance's.
 
         Returns:
@@ -157,7 +162,7 @@ class Upsampler(nn.Module, ABC):
         Raises:
             ValueError: shapes or batch sizes disagree, or the features hold NaN or infinity.
         """
-        size = check_inputs(features, guidance, output_size)
+        size = check_inputs(features, guidance, output_size, self.guidance_bands)
         grid = (features.shape[2], features.shape[3])
         kernels = self.prepare(guidance, grid, size, features)
         return self.render(kernels, self.mix(features))
@@ -303,8 +308,10 @@ def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:
     return (head @ features.flatten(2)).unflatten(2, features.shape[2:])
 
 
-def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -> Size:
-    """Check an upsampler's arguments; return the output size.
+def check_inputs(
+    features: Tensor, guidance: Tensor, output_size: Size | None, bands: int | None = 3
+) -> Size:
+    """Check an upsampler's arguments, with its ``guidance_bands``; return the output size.
 
     Raises:
         ValueError: as :meth:`Upsampler.forward`.
@@ -315,9 +322,10 @@ def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -
                 f"{label} must be (B, channels, height, width), none of the last three 0, "
                 f"not {tuple(tensor.shape)}"
             )
-    if guidance.shape[1] != 3:
+    if bands not in (None, guidance.shape[1]):
         raise ValueError(
-            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image (3)"
+            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
+            'or use an upsampler that takes any bands, as "detail_universal"'
         )
     if features.shape[0] != guidance.shape[0]:
         raise ValueError(
