@@ -39,7 +39,7 @@ LAYERS = [
     {"backends"},
     {"functional"},
     {"upsamplers", "backbones"},
-    {"feature_map", "features"},
+    {"feature_map", "lazy_files", "features"},
     {"provenance", "probes", "implicit", "model", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
