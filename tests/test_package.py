@@ -40,7 +40,7 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"feature_map", "lazy_files", "features"},
-    {"provenance", "probes", "implicit", "model", "attach", "environment", "tiling", "mosaic"},
+    {"provenance", "probes", "implicit", "model", "attachment", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
