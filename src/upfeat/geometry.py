@@ -132,8 +132,11 @@ class Slots(NamedTuple):
         return len(self.pixels) == len(self.slots)
 
 
-def slots_of_cells(cells: int, length: int, start: int, count: int) -> Slots:
-    """Lay ``count`` pixels from ``start`` on, of ``length`` over ``cells`` cells, out as slots."""
+def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 0) -> Slots:
+    """Lay ``count`` pixels from ``start`` on, of ``length`` over ``cells`` cells, out as slots.
+
+    The first cell is counted from the cell ``skip`` on.
+    """
     # Plain integers: sizes are known, and a compiled graph must not depend on a tensor's value.
     low = (2 * start + 1) * cells // (2 * length)
     high = (2 * (start + count) - 1) * cells // (2 * length)
@@ -149,7 +152,7 @@ def slots_of_cells(cells: int, length: int, start: int, count: int) -> Slots:
         for index, (begin, stop) in enumerate(pairwise(first))
         for offset in range(stop - begin)
     ]
-    return Slots(low, high + 1 - low, pixels, slots)
+    return Slots(low - skip, high + 1 - low, pixels, slots)
 
 
 def gather_pixels(x: Tensor, rows: Slots, columns: Slots) -> Tensor:

@@ -11,12 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, apply_head
-from upfeat.upsamplers.neighbourhood import (
-    NeighbourhoodKernels,
-    NeighbourhoodUpsampler,
-    pointwise,
-    unit,
-)
+from upfeat.upsamplers.encoder import pointwise, unit
+from upfeat.upsamplers.neighbourhood import NeighbourhoodKernels, NeighbourhoodUpsampler
 
 FINER = 2
 """The grid on which detail is added is so many times finer than that of the features."""
