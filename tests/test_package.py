@@ -18,6 +18,7 @@ LAYERS = [
         "_version",
         "bounds",
         "strict_json",
+        "tensor_checks",
         "optimisers",
         "normalization",
         "randomness",
@@ -36,8 +37,8 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"features"},
-    {"model", "environment", "tiling", "mosaic"},
-    {"implicit", "training", "evaluation", "run", "benchmark"},
+    {"provenance", "probes", "implicit", "model", "environment", "tiling", "mosaic"},
+    {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]

@@ -21,6 +21,7 @@ from upfeat.linear import principal_components
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.base import UPSAMPLERS, add_offset, check_inputs
+from upfeat.upsamplers.maps import Map
 
 _TILE = 32
 _FORMAT = "upfeat-lazy-features-1"
@@ -109,7 +110,7 @@ class UpsampledFeatures:
         self.shape = torch.Size((*features.shape[:2], *size))
         self._normalisation = None if mean is None or std is None else (list(mean), list(std))
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
-        self._settled: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
+        self._settled: tuple[_Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
     @property
     def mixed(self) -> Tensor:
@@ -330,7 +331,7 @@ class UpsampledFeatures:
     def _render(self, head: Tensor | None = None) -> Tensor:
         return self.upsampler.render(*self._parts(), head=head)
 
-    def _settle(self) -> tuple[Kernels, Tensor]:
+    def _settle(self) -> tuple[Kernels, Tensor | Map]:
         """Kernels and features that give the same map, with all done that no window changes.
 
         Kept for the next window, unless they would keep a gradient's graph with them.
@@ -339,7 +340,8 @@ class UpsampledFeatures:
         if self._settled is not None and self._settled[0].holds([mixed]):
             return self._settled[1]
         found = self.upsampler.settle(kernels, mixed)
-        if found[1] is not mixed and not found[1].requires_grad:
+        recorded = found[1].requires_grad if isinstance(found[1], Tensor) else found[1].recorded
+        if found[1] is not mixed and not recorded:
             self._settled = _Snapshot([mixed]), found
         return found
 
@@ -373,7 +375,9 @@ class UpsampledFeatures:
         if self.shape[0] != 1:
             raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
 
-    def _sample_tile(self, settled: tuple[Kernels, Tensor], points: Tensor, tile: Tensor) -> Tensor:
+    def _sample_tile(
+        self, settled: tuple[Kernels, Tensor | Map], points: Tensor, tile: Tensor
+    ) -> Tensor:
         """Features at points (N, 2) whose pixels start in one tile -> (N, C)."""
         top, left = (int(index) * _TILE for index in tile)
         height = min(_TILE + 1, self.shape[2] - top)

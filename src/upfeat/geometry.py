@@ -142,7 +142,7 @@ def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 
     high = (2 * (start + count) - 1) * cells // (2 * length)
     # The first pixel whose centre lies in a cell, counted from the window's start.
     first = [
-        min(max(-((cells - 2 * length * index) // (2 * cells)) - start, 0), count)
+        min(max(first_pixel(cells, length, index) - start, 0), count)
         for index in range(low, high + 2)
     ]
     most = max(stop - begin for begin, stop in pairwise(first))
@@ -192,6 +192,11 @@ def cell_of_pixels(cells: int, length: int, start: int, count: int, device: torc
     """The cell ⌊(p + ½)·cells/length⌋ of ``count`` pixels p from ``start`` on, (count,)."""
     pixels = torch.arange(start, start + count, device=device)
     return (2 * pixels + 1) * cells // (2 * length)
+
+
+def first_pixel(cells: int, length: int, cell: int) -> int:
+    """The first of ``length`` pixels that lies in a cell, or after it where none does."""
+    return min(max(-((cells - 2 * length * cell) // (2 * cells)), 0), length)
 
 
 def cell_distances(

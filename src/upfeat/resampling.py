@@ -24,7 +24,7 @@ class Reads(NamedTuple):
     """The first position that is read."""
     stop: int
     """One past the last."""
-    index: Tensor
+    places: Tensor
     """(T, count), positions from ``first`` on; T of them make one value."""
     factor: Tensor
     """(T, count) float64."""
@@ -104,15 +104,15 @@ def resample(x: Tensor, rows: Reads, columns: Reads, origin: Size = (0, 0)) -> T
         columns.first - origin[1] : columns.stop - origin[1],
     ]
     if _plain(rows) and _plain(columns):
-        return F.avg_pool2d(x, (len(rows.index), len(columns.index)))
+        return F.avg_pool2d(x, (len(rows.places), len(columns.places)))
     return _along(_along(x, 2, rows), 3, columns)
 
 
 def _along(x: Tensor, axis: int, reads: Reads) -> Tensor:
     shape = (-1, 1) if axis == 2 else (-1,)
     out = None
-    for index, factor in zip(reads.index, reads.factor.to(x.dtype), strict=True):
-        part = x.index_select(axis, index.to(x.device)) * factor.to(x.device).view(shape)
+    for places, factor in zip(reads.places, reads.factor.to(x.dtype), strict=True):
+        part = x.index_select(axis, places.to(x.device)) * factor.to(x.device).view(shape)
         out = part if out is None else out + part
     assert out is not None
     return out
@@ -120,11 +120,11 @@ def _along(x: Tensor, axis: int, reads: Reads) -> Tensor:
 
 def _plain(reads: Reads) -> bool:
     """Whether every value is the mean of equally many, side by side."""
-    taps, count = reads.index.shape
+    taps, count = reads.places.shape
     if reads.stop - reads.first != taps * count:
         return False
     ordered = torch.arange(taps * count).view(count, taps).T
-    return torch.equal(reads.index, ordered) and bool((reads.factor == reads.factor[0, 0]).all())
+    return torch.equal(reads.places, ordered) and bool((reads.factor == reads.factor[0, 0]).all())
 
 
 def _reads(index: Tensor, factor: Tensor) -> Reads:

@@ -10,8 +10,8 @@ from PIL import Image
 
 import upfeat
 from upfeat.evaluation import EvalConfig, evaluate
-from upfeat.evaluation.cam import CAM_BACKBONE, Penultimate, activation
-from upfeat.evaluation.datasets import read_depth, read_photographs
+from upfeat.evaluation.data.folders import read_depth, read_photographs
+from upfeat.evaluation.tasks.cam import CAM_BACKBONE, Penultimate, activation
 from upfeat.upsamplers import create_upsampler
 
 FAST = EvalConfig(size=48, seeds=2, pixels=60, pictures=1, views=2)

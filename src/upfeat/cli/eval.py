@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from upfeat.evaluation import Results
-    from upfeat.evaluation.prepared import OnStep
+    from upfeat.evaluation.data.prepared import OnStep
 
 HELP = "Compare upsamplers on photographs: probes, activation maps, unseen views."
 EXAMPLE = (
@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--upsamplers",
         nargs="+",
         metavar="NAME",
-        help="names, folders that save_pretrained wrote, .ckpt files, or implicit: fits "
+        help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, "
+        "NAF, FeatUp), or implicit: fits "
         "every image, about 10 s each (default: nearest bilinear bicubic joint_bilateral jbu_stack "
         "neighbourhood, and the backbone's default)",
     )
@@ -181,7 +182,7 @@ def _table(results: Results) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from upfeat.evaluation.report import SCORE_NAMES, best_mean, shown
+    from upfeat.evaluation.report.page import SCORE_NAMES, best_mean, shown
     from upfeat.evaluation.results import HIGHER_IS_BETTER, summary
 
     data = results.data

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import bench, fit, info, render, run, train
+from upfeat.cli import bench, convert, fit, info, render, run, train
 from upfeat.cli import eval as evaluate
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
     "render": render,
     "eval": evaluate,
     "bench": bench,
+    "convert": convert,
     "info": info,
 }
 

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.evaluation.prepared import PreparedSet, guidance_of
+from upfeat.evaluation.data.prepared import PreparedSet
+from upfeat.evaluation.guidance import guidance_of
 from upfeat.implicit.upsampler import ImplicitUpsampler
 from upfeat.upsamplers import Upsampler
 

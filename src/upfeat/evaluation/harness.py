@@ -1,4 +1,4 @@
-"""From a folder and a list of upsamplers to results on disk."""
+"""From a folder and a list of upsamplers to a table of scores."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from pathlib import Path
 import torch
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.evaluation.cam import CAM_BACKBONE, ClassActivation, Penultimate
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.consistency import N_FIT_IMAGES, Consistency
-from upfeat.evaluation.datasets import (
+from upfeat.evaluation.data.folders import (
     Dataset,
     check_not_empty,
     read_photographs,
     subset,
 )
-from upfeat.evaluation.depth import Depth, depth_range
-from upfeat.evaluation.pictures import encode_indices, encode_photo, encode_values
-from upfeat.evaluation.prepared import OnStep, PreparedSet, prepare
-from upfeat.evaluation.provenance import digest, identify_backbone, identify_upsampler
-from upfeat.evaluation.readers import read_dataset
-from upfeat.evaluation.report import write_report
+from upfeat.evaluation.data.layouts import read_dataset
+from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
+from upfeat.evaluation.report.pictures import encode_indices, encode_photo, encode_values
 from upfeat.evaluation.results import Results, Row, RowStore
-from upfeat.evaluation.segmentation import Segmentation
-from upfeat.evaluation.task import Task
+from upfeat.evaluation.tasks.base import Task
+from upfeat.evaluation.tasks.cam import CAM_BACKBONE, ClassActivation, Penultimate
+from upfeat.evaluation.tasks.consistency import N_FIT_IMAGES, Consistency
+from upfeat.evaluation.tasks.depth import Depth, depth_range
+from upfeat.evaluation.tasks.seg import Segmentation
 from upfeat.implicit.upsampler import ImplicitUpsampler
+from upfeat.provenance import digest, identify_backbone, identify_upsampler
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 TASKS = ("seg", "depth", "cam", "consistency")
@@ -44,44 +43,19 @@ BASELINES = (
 """What every comparison holds; a backbone with a better default of its own gets that as well."""
 
 
-def evaluate(
+def score(
     task: str,
     folder: str | Path,
     out: str | Path,
     *,
-    upsamplers: Sequence[str] | None = None,
-    backbone: str | Backbone | None = None,
-    config: EvalConfig | None = None,
-    layout: str = "folder",
-    device: str | torch.device = "cpu",
-    on_step: OnStep | None = None,
+    upsamplers: Sequence[str] | None,
+    backbone: str | Backbone | None,
+    config: EvalConfig | None,
+    layout: str,
+    device: str | torch.device,
+    on_step: OnStep | None,
 ) -> Results:
-    """Compare upsamplers on a dataset; write ``results.json`` and ``report.html``.
-
-    What is already in ``out`` from an interrupted run with the same data, weights and settings is
-    used again.
-
-    Args:
-        task: one of :data:`TASKS`.
-        folder: the data: photographs with labels (``seg``) or depth maps (``depth``), or
-            photographs alone.
-        out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
-            rows, and may be deleted afterwards.
-        upsamplers: names, folders or checkpoints, as ``upfeat.load`` takes them; and "implicit",
-            which fits every image. ``None`` for :data:`BASELINES` and the backbone's default.
-        backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, and for ``cam``
-            at the stride that its classifier reads.
-        config: settings.
-        layout: how the data lies on disk: ``folder``, ``coco_stuff``, ``ade20k``, ``cityscapes``,
-            ``voc`` or ``nyuv2``.
-        device: where backbone, upsamplers and probes run. Digits repeat on the CPU; elsewhere they
-            may differ in the last places.
-        on_step: is told of progress.
-
-    Raises:
-        FileNotFoundError: the data or an upsampler is not there.
-        ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written.
-    """
+    """Score upsamplers; everything of :func:`upfeat.evaluation.evaluate` but its two files."""
     if task not in TASKS:
         raise ValueError(f'task="{task}" is unknown; known: {", ".join(TASKS)}')
     config = config or EvalConfig()
@@ -114,8 +88,6 @@ def evaluate(
         results.rows += _stored(store, label, upsampler, evaluation.rows)
     results.problems = dataset.problems + evaluation.problems
     results.examples = _examples(task, parts["test"], config)
-    results.write(out / "results.json")
-    write_report(results, out / "report.html")
     return results
 
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from upfeat._version import __version__
-from upfeat.evaluation.datasets import Problem
-from upfeat.evaluation.provenance import SCORING, source_digest
+from upfeat.evaluation.data.folders import Problem
+from upfeat.provenance import versions
 from upfeat.storage import write_bytes
 
 FORMAT = "upfeat-eval-1"
+
+SCORING = "upfeat.evaluation.harness"
+"""The module that decides scores, with all that it imports; reports are no part of it."""
 
 HIGHER_IS_BETTER = {
     "miou": True,
@@ -82,7 +81,7 @@ class Results:
     rows: list[Row]
     problems: list[Problem]
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=lambda: versions(SCORING))
 
     @property
     def protocols(self) -> list[str]:
@@ -125,22 +124,6 @@ def summary(values: list[float]) -> dict[str, Any]:
         "mean": statistics.fmean(values) if defined else None,
         "spread": statistics.stdev(values) if defined and len(values) > 1 else None,
         "values": [value if math.isfinite(value) else None for value in values],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what the result depends on."""
-    import numpy
-    import PIL
-
-    return {
-        "upfeat": __version__,
-        "source": source_digest(SCORING)[:16],
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
     }
 
 

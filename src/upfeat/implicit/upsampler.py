@@ -12,10 +12,15 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
+from upfeat.implicit.anchors import shipped_models
 from upfeat.implicit.features import ImplicitFeatures, fingerprint
 from upfeat.implicit.fit import FitConfig, fit_guidance
+from upfeat.provenance import digest, source_digest
 from upfeat.types import Size, Window
 from upfeat.upsamplers.base import Upsampler
+
+DECISIVE = "upfeat.implicit.fit"
+"""The module that decides what a fit is, with all that it imports."""
 
 
 class ImplicitKernels:
@@ -78,15 +83,12 @@ class ImplicitUpsampler(Upsampler):
         self.fit_config = config or FitConfig()
         self.cache = cache
         self._last: tuple[str, ImplicitFeatures] | None = None
-        state = sorted(backbone.state_dict().items())
-        weights = hashlib.sha256(f"{backbone.name}|{asdict(self.fit_config)}".encode())
-        for key, value in state:
-            weights.update(key.encode())
-            weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        self._recipe = weights.hexdigest()
+        parts = (backbone.name, asdict(self.fit_config), digest(backbone), source_digest(DECISIVE))
+        known = "|".join(map(str, (*parts, *map(digest, shipped_models()))))
+        self._recipe = hashlib.sha256(known.encode()).hexdigest()
 
     def config(self) -> dict[str, Any]:
-        """Settings of the fits and a digest of the backbone, as JSON values."""
+        """Settings of the fits, and a digest of the code and weights they depend on."""
         return {"fit": json.loads(json.dumps(asdict(self.fit_config))), "recipe": self._recipe}
 
     def uncached(self) -> ImplicitUpsampler:

@@ -40,15 +40,21 @@ class PyramidEncoder(nn.Module):
         self.entry = _window_of_three(3, width)
         self.coarser = nn.ModuleList(_Correction(width) for _ in range(levels - 1))
         self.join = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(levels))
+        # Without values ("meta") only shapes are asked for, and arithmetic would import a compiler.
+        if not self.entry.weight.is_meta:
+            self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        width = self.entry.out_channels
         window = torch.tensor([0.25, 0.5, 0.25])
         colours = torch.randn(width, 3) / INITIAL_COLOUR_SCALE
-        with torch.no_grad():
-            self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
-            nn.init.uniform_(self.entry.bias, -math.pi, math.pi)  # pyright: ignore[reportArgumentType]
-            for join in self.join:
-                assert isinstance(join, nn.Conv2d)
-                nn.init.orthogonal_(join.weight.view(width, width))
-                nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
+        self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
+        nn.init.uniform_(self.entry.bias, -math.pi, math.pi)  # pyright: ignore[reportArgumentType]
+        for join in self.join:
+            assert isinstance(join, nn.Conv2d)
+            nn.init.orthogonal_(join.weight.view(width, width))
+            nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, guidance: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, width, H, W), any size, channels last."""
@@ -160,7 +166,7 @@ def plan(sizes: list[Size], window: Window) -> list[Level]:
         for axis, span in enumerate(spans_of(window))
     )
     return [
-        Level(*(_window(row, column) for row, column in zip(down, across, strict=True)))
+        Level(*(window_of(row, column) for row, column in zip(down, across, strict=True)))
         for down, across in zip(rows, columns, strict=True)
     ]
 
@@ -193,7 +199,8 @@ def spans_of(window: Window) -> tuple[_Span, _Span]:
     return (window.top, window.bottom), (window.left, window.right)
 
 
-def _window(rows: _Span, columns: _Span) -> Window:
+def window_of(rows: _Span, columns: _Span) -> Window:
+    """The way back from :func:`spans_of`."""
     return Window(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
 
 

@@ -1,31 +1,41 @@
 """Maps of which only the part that is asked for is computed.
 
 What an upsampler makes of one image is a chain of maps: queries of pixels, their means over cells,
-weights averaged over cells, features on a finer grid. Each part of one depends on a part of those
+weights averaged over cells, features on a finer grid. A part of one depends on a part of those
 before it that is a little larger. Small images, and those that gradients go through, are computed
 whole; of others each map keeps the parts that it was asked for.
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Iterator
+from itertools import product
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    is_functorch_wrapped_tensor,
+)
 
 from upfeat.types import Size, Window
 
 WHOLE = 1 << 20
 """Pixels up to which everything of an image is computed at once and kept."""
 
+TILE = 512
+"""Side of the windows, in pixels, in which more is computed."""
 
+
+@runtime_checkable
 class Map(Protocol):
     """A map (B, K, H, W) that gives its windows."""
 
     size: Size
     """(H, W)."""
+    recorded: bool
+    """Whether autograd records it."""
 
     def at(self, window: Window) -> Tensor:
         """(B, K, window.height, window.width)."""
@@ -38,6 +48,7 @@ class Given:
     def __init__(self, values: Tensor) -> None:
         """Keep (B, K, H, W)."""
         self.values = values
+        self.recorded = is_recorded(values)
         self.size: Size = (values.shape[2], values.shape[3])
 
     def at(self, window: Window) -> Tensor:
@@ -46,20 +57,25 @@ class Given:
 
 
 class Computed(ABC):
-    """A map that is computed where it is asked for, and kept."""
+    """A map that is computed where it is asked for, and kept.
 
-    def __init__(self, size: Size, *, whole: bool, step: int = 1) -> None:
+    Gradients are recorded as they were when it was made, whoever asks first.
+    """
+
+    def __init__(self, size: Size, *, whole: bool, recorded: bool, step: int = 1) -> None:
         """Start with nothing.
 
         Args:
             size: (H, W).
             whole: compute all of it at the first call.
-            step: otherwise parts are widened to multiples of this.
+            recorded: let autograd record it.
+            step: parts are widened to multiples of this.
         """
         self.size = size
         self.whole = whole
+        self.recorded = recorded
         self.step = step
-        self._all: tuple[Tensor, bool] | None = None
+        self._all: Tensor | None = None
         self._parts: tuple[Tensor, list[bytearray]] | None = None
 
     @abstractmethod
@@ -68,59 +84,84 @@ class Computed(ABC):
 
     def at(self, window: Window) -> Tensor:
         """See :meth:`Map.at`."""
-        if self.whole or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if self.whole:
             return cut(self.all(), window)
         kept = self._parts
         missing = self._missing(window, None if kept is None else kept[1])
         if missing is not None:
-            self._parts = kept = self._keep(missing, self.compute(missing), kept)
+            with torch.no_grad():
+                self._parts = kept = self._keep(missing, self.compute(missing), kept)
         assert kept is not None
         return cut(kept[0], window)
 
     def all(self) -> Tensor:
         """The whole map, (B, K, H, W)."""
-        # What was computed without gradients will not do where they are recorded.
-        if self._all is None or torch.is_grad_enabled() > self._all[1]:
-            self._all = self.compute(Window(0, 0, *self.size)), torch.is_grad_enabled()
-        return self._all[0]
+        if self._all is None:
+            with torch.set_grad_enabled(self.recorded):
+                self._all = self.compute(Window(0, 0, *self.size))
+        return self._all
 
     def _missing(self, window: Window, known: list[bytearray] | None) -> Window | None:
         """The smallest rectangle of blocks that holds all of a window that is not known."""
-        step = self.step
         blocks = [
             (row, column)
-            for row in range(window.top // step, -(-window.bottom // step))
-            for column in range(window.left // step, -(-window.right // step))
+            for row, column in self._blocks(window)
             if known is None or not known[row][column]
         ]
         if not blocks:
             return None
         (top, bottom), (left, right) = (
-            (step * min(places), step * (max(places) + 1)) for places in zip(*blocks, strict=True)
+            (self.step * min(places), min(self.step * (max(places) + 1), length))
+            for places, length in zip(zip(*blocks, strict=True), self.size, strict=True)
         )
-        height, width = (
-            min(stop, length) - start
-            for start, stop, length in ((top, bottom, self.size[0]), (left, right, self.size[1]))
-        )
-        return Window(top, left, height, width)
+        return Window(top, left, bottom - top, right - left)
 
     def _keep(
         self, window: Window, values: Tensor, kept: tuple[Tensor, list[bytearray]] | None
     ) -> tuple[Tensor, list[bytearray]]:
         if kept is None:
-            rows, columns = (math.ceil(length / self.step) for length in self.size)
+            rows, columns = (-(-length // self.step) for length in self.size)
             # Memory that is not written is not used; and not a tensor of inference mode, which
             # could not be written outside of it.
             with torch.inference_mode(False):
-                room = torch.empty(
-                    (*values.shape[:2], *self.size), dtype=values.dtype, device=values.device
-                )
+                shape = (*values.shape[:2], *self.size)
+                room = torch.empty(shape, dtype=values.dtype, device=values.device)
             kept = room, [bytearray(columns) for _ in range(rows)]
         cut(kept[0], window).copy_(values)
-        for row in range(window.top // self.step, -(-window.bottom // self.step)):
-            for column in range(window.left // self.step, -(-window.right // self.step)):
-                kept[1][row][column] = 1
+        for row, column in self._blocks(window):
+            kept[1][row][column] = 1
         return kept
+
+    def _blocks(self, window: Window) -> Iterator[tuple[int, int]]:
+        return product(
+            range(window.top // self.step, -(-window.bottom // self.step)),
+            range(window.left // self.step, -(-window.right // self.step)),
+        )
+
+
+def as_map(features: Tensor | Map) -> Map:
+    """A tensor as a map."""
+    return Given(features) if isinstance(features, Tensor) else features
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd, or a transform of ``torch.func``, follows what is made of tensors."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return torch.is_grad_enabled() and any(
+        one.requires_grad or is_functorch_wrapped_tensor(one) for one in tensors
+    )
+
+
+def is_whole(recorded: bool, *sizes: Size) -> bool:
+    """Whether everything of an image of these sizes is computed at once."""
+    return recorded or torch.compiler.is_compiling() or max(h * w for h, w in sizes) <= WHOLE
+
+
+def tiles(size: Size, side: int) -> Iterator[Window]:
+    """Windows of at most ``side``² that cover a map once, row by row."""
+    for top, left in product(range(0, size[0], side), range(0, size[1], side)):
+        yield Window(top, left, min(side, size[0] - top), min(side, size[1] - left))
 
 
 def cut(values: Tensor, window: Window) -> Tensor:
@@ -140,3 +181,8 @@ def widened(window: Window, margin: int, size: Size) -> Window:
 def inside(window: Window, outer: Window) -> Window:
     """A window in coordinates of one that holds it."""
     return Window(window.top - outer.top, window.left - outer.left, window.height, window.width)
+
+
+def moved(window: Window, by: Window) -> Window:
+    """The way back from :func:`inside`."""
+    return Window(window.top + by.top, window.left + by.left, window.height, window.width)

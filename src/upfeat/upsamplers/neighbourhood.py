@@ -3,155 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat import functional
-from upfeat.geometry import cell_of_pixels
-from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
-from upfeat.upsamplers.encoder import PyramidEncoder, unit
+from upfeat.bounds import whole
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, cells_of_pixels
+from upfeat.upsamplers.encoder import PyramidEncoder
+from upfeat.upsamplers.maps import Computed, Map
+from upfeat.upsamplers.step import CellMeans, NeighbourhoodKernels, Queries, Units
+
+MOST_RADIUS, MOST_WIDTH, MOST_LEVELS, MOST_BACK_PROJECTIONS = 16, 1024, 16, 100
+"""Far beyond use; a configuration from anywhere builds nothing larger."""
 
 INITIAL_TEMPERATURE = 8.0
 INITIAL_SIGMA = 0.6
-
-
-class NeighbourhoodKernels:
-    """Weights over the coarse cells around every pixel, made for the pixels that are asked for."""
-
-    def __init__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        temperature: Tensor,
-        sigma: Tensor,
-        *,
-        radius: int,
-        back_projections: int = 0,
-        backend: str = "auto",
-    ) -> None:
-        """Keep what weights are made of; see :func:`upfeat.functional.neighbourhood_weights`.
-
-        Args:
-            queries: (B, D, H, W).
-            keys: (B, D, h, w).
-            temperature: scalar.
-            sigma: scalar, in cells.
-            radius: in cells.
-            back_projections: how often the coarse features are corrected by what their mean over
-                each cell of the output lacks, before they are upsampled.
-            backend: of the operators.
-        """
-        self.queries, self.keys = queries, keys
-        self.temperature, self.sigma = temperature, sigma
-        self.radius, self.back_projections, self.backend = radius, back_projections, backend
-        self.grid_size: Size = (keys.shape[2], keys.shape[3])
-        self.output_size: Size = (queries.shape[2], queries.shape[3])
-        self._pooled: Tensor | None = None
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
-        whole = Window(0, 0, *self.output_size)
-        weights = self.weights(whole)
-        return self._sum(self._correct(features, weights), weights, whole)
-
-    def crop(self, features: Tensor, window: Window) -> Tensor:
-        """See :meth:`Kernels.crop`."""
-        if window == (0, 0, *self.output_size):
-            return self(features)
-        return self._sum(self._correct(features), self.weights(window), window)
-
-    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
-        """Do what no window changes, once for any number of them.
-
-        Args:
-            features: (B, C, h, w).
-
-        Returns:
-            Kernels and features that give the same, with the corrections made already.
-        """
-        if not self.back_projections:
-            return self, features
-        plain = NeighbourhoodKernels(
-            self.queries,
-            self.keys,
-            self.temperature,
-            self.sigma,
-            radius=self.radius,
-            backend=self.backend,
-        )
-        return plain, self._correct(features)
-
-    def weights(self, window: Window) -> Tensor:
-        """The weights of a window's pixels, (B, (2r+1)², window.height, window.width)."""
-        return functional.neighbourhood_weights(
-            self.queries[:, :, window.top : window.bottom, window.left : window.right],
-            self.keys,
-            self.temperature,
-            self.sigma,
-            radius=self.radius,
-            output_size=self.output_size,
-            window=window,
-            backend=self.backend,
-        )
-
-    def _sum(self, features: Tensor, weights: Tensor, window: Window) -> Tensor:
-        return functional.neighbourhood_upsample(
-            features,
-            weights.to(features.dtype),
-            output_size=self.output_size,
-            window=window,
-            backend=self.backend,
-        )
-
-    def _correct(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Add what is lost when the output is averaged over cells, (B, C, h, w) -> the same.
-
-        ``weights`` are those of all pixels, where they are at hand.
-        """
-        if self.back_projections and self._pooled is None:
-            if weights is None:
-                weights = self.weights(Window(0, 0, *self.output_size))
-            self._pooled = self._pool(weights)
-        corrected = features
-        for _ in range(self.back_projections):
-            assert self._pooled is not None
-            means = functional.neighbourhood_upsample(
-                corrected, self._pooled.to(features.dtype), backend=self.backend
-            )
-            corrected = corrected + (features - means)
-        return corrected
-
-    def _pool(self, weights: Tensor) -> Tensor:
-        """Mean weights over the pixels of each cell, (B, T, H, W) -> (B, T, h, w).
-
-        They upsample to the grid itself: what comes out is the mean over each cell of the whole
-        output. A cell in which no pixel of a small output lies keeps its own features.
-        """
-        down, across = (
-            divmod(length, cells)
-            for cells, length in zip(self.grid_size, self.output_size, strict=True)
-        )
-        if not (down[1] or across[1]):
-            return F.avg_pool2d(weights, (down[0], across[0]))
-        rows, columns = (
-            _membership(cells, length, weights)
-            for cells, length in zip(self.grid_size, self.output_size, strict=True)
-        )
-        pooled = rows @ weights @ columns.T
-        empty = 1 - rows.sum(1)[:, None] * columns.sum(1)
-        own = torch.zeros_like(pooled)
-        own[:, weights.shape[1] // 2] = empty
-        return pooled + own
-
-
-def _membership(cells: int, length: int, like: Tensor) -> Tensor:
-    """The mean over the pixels of each cell along one axis, as a matrix (cells, length)."""
-    own = cell_of_pixels(cells, length, 0, length, like.device)
-    inside = (own == torch.arange(cells, device=like.device)[:, None]).to(like.dtype)
-    return inside / inside.sum(1, keepdim=True).clamp(min=1)
 
 
 @UPSAMPLERS.register
@@ -170,6 +38,10 @@ class NeighbourhoodUpsampler(Upsampler):
     """
 
     name = "neighbourhood"
+    magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "log_temperature": (0.0, 10.0),
+        "log_sigma": (0.0, 5.0),
+    }
 
     def __init__(
         self,
@@ -183,12 +55,12 @@ class NeighbourhoodUpsampler(Upsampler):
         """Make an upsampler with initial (untrained) weights.
 
         Args:
-            radius: how many cells to each side take part, ≥ 1.
-            query_dim: width of queries and keys, ≥ 1.
-            levels: scales of the encoder, ≥ 1.
+            radius: how many cells to each side take part, from 1 to 16.
+            query_dim: width of queries and keys, from 1 to 1024.
+            levels: scales of the encoder, from 1 to 16.
             back_projections: how often to correct the coarse features by what the output, averaged
                 over each cell, lacks of them (iterative back-projection, Irani and Peleg,
-                1991), ≥ 0.
+                1991), from 0 to 100.
                 Without, the output is a weighted mean and never leaves the range of the features;
                 each time, its means over cells come closer to the features, at next to no cost.
             backend: of the operators; see :mod:`upfeat.functional`.
@@ -197,15 +69,14 @@ class NeighbourhoodUpsampler(Upsampler):
             ValueError: an argument is out of range.
         """
         super().__init__()
-        for label, value in (("radius", radius), ("query_dim", query_dim), ("levels", levels)):
-            if value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
-        if back_projections < 0:
-            raise ValueError(f"back_projections={back_projections} must be 0 or more")
-        self.radius, self.query_dim, self.levels = radius, query_dim, levels
-        self.back_projections = back_projections
+        self.radius = whole("radius", radius, 1, MOST_RADIUS)
+        self.query_dim = whole("query_dim", query_dim, 1, MOST_WIDTH)
+        self.levels = whole("levels", levels, 1, MOST_LEVELS)
+        self.back_projections = whole(
+            "back_projections", back_projections, 0, MOST_BACK_PROJECTIONS
+        )
         self.set_backend(backend)
-        self.encoder = PyramidEncoder(query_dim, levels)
+        self.encoder = PyramidEncoder(self.query_dim, self.levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
         self.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
 
@@ -220,12 +91,7 @@ class NeighbourhoodUpsampler(Upsampler):
 
     def queries(self, guidance: Tensor, output_size: Size) -> Tensor:
         """Unit queries, (B, 3, H, W) -> (B, query_dim, *output_size)."""
-        queries = self.encoder(guidance)
-        if queries.shape[-2:] != output_size:
-            queries = F.interpolate(
-                queries, size=output_size, mode="bilinear", align_corners=False, antialias=True
-            )
-        return unit(queries, over=True)
+        return Queries(self.encoder, guidance, output_size).all()
 
     def prepare(
         self,
@@ -235,16 +101,27 @@ class NeighbourhoodUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
-        queries = self.queries(guidance, output_size)
-        return self.attend(queries, unit(F.adaptive_avg_pool2d(queries, grid_size)))
+        queries = Queries(self.encoder, guidance, output_size)
+        return self.attend(queries, Units(CellMeans(queries, grid_size)))
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`."""
+        # The pixels of the farthest cell whose key counts, and how far their queries look.
+        return self.radius * (1 + self.back_projections) + 1 + cells_of_pixels(self.encoder.halo)
+
+    @property
+    def step(self) -> int:
+        """See :attr:`Upsampler.step`."""
+        return self.encoder.period
+
+    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
         """See :meth:`Upsampler.settle`; the corrections are made."""
         assert isinstance(kernels, NeighbourhoodKernels)
         return kernels.settle(mixed)
 
     def attend(
-        self, queries: Tensor, keys: Tensor, *, widening: float = 1.0
+        self, queries: Computed, keys: Computed, *, widening: float = 1.0
     ) -> NeighbourhoodKernels:
         """The step from keys' cells to queries' pixels.
 

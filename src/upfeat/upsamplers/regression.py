@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from upfeat.types import Size, Window
-from upfeat.upsamplers.maps import Map, cut, inside, widened
+from upfeat.types import Window
+from upfeat.upsamplers.maps import Computed, Map, cut, inside, widened
 
 if TYPE_CHECKING:
     from upfeat.upsamplers.neighbourhood import NeighbourhoodKernels
@@ -25,6 +25,20 @@ class _Share(NamedTuple):
     """The fine cells at which it counts."""
     factors: Tensor
     """(fine.height, fine.width), in (0, 1]."""
+
+
+class Lacking(Computed):
+    """What the first step leaves out of the mean queries of finer cells, (B, D, *finer grid)."""
+
+    def __init__(self, means: Map, finer: Computed, first: NeighbourhoodKernels) -> None:
+        """Keep what it is made of; see :class:`ImageRegression`."""
+        recorded = finer.recorded or first.recorded
+        super().__init__(finer.size, whole=finer.whole, recorded=recorded, step=4)
+        self.means, self.finer, self.first = means, finer, first
+
+    def compute(self, window: Window) -> Tensor:
+        """See :meth:`Computed.compute`."""
+        return self.finer.at(window) - self.first.at(self.means, window)
 
 
 class ImageRegression:
@@ -44,12 +58,12 @@ class ImageRegression:
 
     def __init__(
         self,
-        means: Map,
-        finer: Map,
+        means: Computed,
+        finer: Computed,
         first: NeighbourhoodKernels,
         *,
         penalty: float,
-        step: int = STEP,
+        step: int,
     ) -> None:
         """Keep what the regression of one guidance is made of.
 
@@ -60,7 +74,7 @@ class ImageRegression:
             penalty: of the coefficients, in units of the queries' mean variance, > 0.
             step: cells from one window to the next.
         """
-        self.means, self.finer, self.first = means, finer, first
+        self.means, self.lacking = means, Lacking(means, finer, first)
         self.penalty, self.step = penalty, step
         self.counts = tuple(
             1 if length <= 2 * step else math.ceil(length / step) - 1 for length in means.size
@@ -74,7 +88,7 @@ class ImageRegression:
             features: (B, C, h, w).
             window: of the finer grid.
         """
-        lacking = self.finer.at(window) - self.first.at(self.means, window)
+        lacking = self.lacking.at(window)
         if self.counts == (1, 1):
             return _apply(self._map(features, 0, 0), lacking)
         out = None
@@ -162,7 +176,7 @@ class ImageRegression:
         """For each window along an axis its first fine cell in a run, and its factors there."""
         windows, length = self.counts[axis], self.means.size[axis]
         places = torch.arange(start, start + count, dtype=torch.float64)
-        cells = (places + 0.5) * length / self.finer.size[axis]
+        cells = (places + 0.5) * length / self.lacking.size[axis]
         # In units of windows, 0 at the centre of the first.
         along = (cells / self.step - 1).clamp(0, windows - 1)
         found = {}
@@ -199,9 +213,3 @@ def _mean_of_three(
     eye = torch.eye(length, dtype=dtype, device=like.device)
     means = (torch.cat([eye[:1], eye[:-1]]) + eye + torch.cat([eye[1:], eye[-1:]])) / 3
     return means[start - first : start - first + count]
-
-
-def cells_in_reach(size: Size, step: int = STEP) -> int:
-    """How far the regression of a grid looks, in cells; see :attr:`Upsampler.reach`."""
-    del size
-    return 2 * step

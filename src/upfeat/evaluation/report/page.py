@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from upfeat.evaluation.report_figures import draw_chart, draw_samples
+from upfeat.evaluation.report.figures import draw_chart, draw_samples
 from upfeat.evaluation.results import HIGHER_IS_BETTER, Results, Row, summary
 from upfeat.storage import write_bytes
 

@@ -19,7 +19,12 @@ from torch import Tensor
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
-from upfeat.evaluation.downsampler_fit import (
+from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet, named_generator
+from upfeat.evaluation.data.view_features import view_features
+from upfeat.evaluation.guidance import guidance_of
+from upfeat.evaluation.results import Row
+from upfeat.evaluation.tasks.base import Task
+from upfeat.evaluation.tasks.downsampler_fit import (
     N_DIRECTIONS,
     Cells,
     Fitted,
@@ -28,14 +33,9 @@ from upfeat.evaluation.downsampler_fit import (
     leading_components,
     to_cells,
 )
-from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, guidance_of
-from upfeat.evaluation.probe import Head, head_map
-from upfeat.evaluation.probing import named_generator
-from upfeat.evaluation.provenance import digest
-from upfeat.evaluation.results import Row
-from upfeat.evaluation.task import Task
-from upfeat.evaluation.view_features import view_features
 from upfeat.losses import gaussian_reconstruction, random_projection
+from upfeat.probes import Head, head_map
+from upfeat.provenance import digest
 from upfeat.upsamplers import Upsampler
 from upfeat.views import Jitter, apply_jitter
 

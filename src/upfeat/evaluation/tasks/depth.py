@@ -1,7 +1,7 @@
 """The depth probe: how well a linear map of upsampled features tells near from far.
 
 Predictions are aligned to each test image's depth by scale and shift before they are scored: the
-probe is trained up to both (see :func:`upfeat.evaluation.probe.fit_depth`).
+probe is trained up to both (see :func:`upfeat.probes.fit_depth`).
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from upfeat.evaluation.cost import measure
+from upfeat.evaluation.data.prepared import Prepared
+from upfeat.evaluation.guidance import guidance_of
 from upfeat.evaluation.metrics import align_depth, depth_errors, depth_scores
-from upfeat.evaluation.pictures import encode_values
-from upfeat.evaluation.prepared import Prepared, guidance_of
-from upfeat.evaluation.probe import Head, Pixels, fit_depth, head_map
-from upfeat.evaluation.probing import Probing
-from upfeat.evaluation.provenance import digest
+from upfeat.evaluation.report.pictures import encode_values
 from upfeat.evaluation.results import Row
+from upfeat.evaluation.tasks.probing import Probing
+from upfeat.probes import Head, Pixels, fit_depth, head_map
+from upfeat.provenance import digest
 from upfeat.upsamplers import Upsampler
 
 

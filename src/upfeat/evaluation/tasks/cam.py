@@ -20,12 +20,12 @@ from torch import Tensor
 from upfeat.backbones import Backbone, EfficientNetLite0
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
-from upfeat.evaluation.pictures import encode_heat
-from upfeat.evaluation.prepared import OnStep, PreparedSet, normalised
-from upfeat.evaluation.probe import Head, head_map
-from upfeat.evaluation.provenance import digest
+from upfeat.evaluation.data.prepared import OnStep, PreparedSet, normalised
+from upfeat.evaluation.report.pictures import encode_heat
 from upfeat.evaluation.results import Row
-from upfeat.evaluation.task import Task
+from upfeat.evaluation.tasks.base import Task
+from upfeat.probes import Head, head_map
+from upfeat.provenance import digest
 from upfeat.upsamplers import Upsampler
 
 CAM_BACKBONE = "efficientnet_lite0.stride32"

@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from upfeat.evaluation.datasets import IGNORE_INDEX
+from upfeat.evaluation.data.folders import IGNORE_INDEX
 from upfeat.evaluation.results import Results, Row, summary
 
 _LEFT, _WIDTH, _STEP = 190, 700, 21

@@ -11,7 +11,6 @@ All upsamplers see the same pixels: they are drawn by seed and image name.
 
 from __future__ import annotations
 
-import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -20,9 +19,10 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, guidance_of
-from upfeat.evaluation.probe import Head, Pixels, draw_pixels, read_cells, read_pixels
-from upfeat.evaluation.task import Task
+from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet, named_generator
+from upfeat.evaluation.guidance import guidance_of
+from upfeat.evaluation.tasks.base import Task
+from upfeat.probes import Head, Pixels, draw_pixels, read_cells, read_pixels
 from upfeat.upsamplers import Upsampler
 
 
@@ -101,9 +101,3 @@ class Probing(Task):
     def _places(self, sample: Prepared, seed: int) -> Tensor:
         generator = named_generator(seed, sample.name)
         return draw_pixels(self.usable(sample.label), self.config.pixels, generator)
-
-
-def named_generator(seed: int, name: str) -> torch.Generator:
-    """Randomness that depends on a seed and a name, not on the order of work."""
-    found = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(found[:7], "big"))

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.datasets import Problem
-from upfeat.evaluation.prepared import OnStep, PreparedSet
+from upfeat.evaluation.data.folders import Problem
+from upfeat.evaluation.data.prepared import OnStep, PreparedSet
 from upfeat.evaluation.results import Row
 from upfeat.upsamplers import Upsampler
 

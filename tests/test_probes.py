@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import upfeat
-from upfeat.evaluation.probe import (
+from upfeat.evaluation.data.prepared import named_generator
+from upfeat.evaluation.tasks.seg import upsample_probabilities
+from upfeat.probes import (
     Head,
     Pixels,
     draw_pixels,
@@ -14,8 +16,6 @@ from upfeat.evaluation.probe import (
     read_cells,
     read_pixels,
 )
-from upfeat.evaluation.probing import named_generator
-from upfeat.evaluation.segmentation import upsample_probabilities
 from upfeat.upsamplers import create_upsampler
 
 

@@ -1,6 +1,6 @@
 """The segmentation probe: how well a linear map of upsampled features tells classes apart.
 
-Beside the protocols ``own`` and ``transfer`` (see :mod:`upfeat.evaluation.probing`) there is
+Beside the protocols ``own`` and ``transfer`` (see :mod:`upfeat.evaluation.tasks.probing`) there is
 ``probabilities``: the probe of ``transfer`` on the coarse grid, its softmax upsampled instead of
 the features. Softmax is not linear, so this is a method of its own; logits would be the same as
 ``transfer``.
@@ -18,13 +18,14 @@ from upfeat.backbones import Backbone
 from upfeat.evaluation import metrics
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
-from upfeat.evaluation.datasets import IGNORE_INDEX, Problem
-from upfeat.evaluation.pictures import encode_indices
-from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, guidance_of
-from upfeat.evaluation.probe import Head, Pixels, fit_classifier, head_map
-from upfeat.evaluation.probing import Probing
-from upfeat.evaluation.provenance import digest
+from upfeat.evaluation.data.folders import IGNORE_INDEX, Problem
+from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet
+from upfeat.evaluation.guidance import guidance_of
+from upfeat.evaluation.report.pictures import encode_indices
 from upfeat.evaluation.results import Row
+from upfeat.evaluation.tasks.probing import Probing
+from upfeat.probes import Head, Pixels, fit_classifier, head_map
+from upfeat.provenance import digest
 from upfeat.upsamplers import Kernels, Upsampler
 
 
