@@ -13,7 +13,7 @@ SOURCE = Path(upfeat.__file__).parent
 
 # Lower layers first; a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"types", "geometry", "linear", "registry"},
+    {"types", "geometry", "resampling", "linear", "registry"},
     {
         "_version",
         "bounds",

@@ -108,12 +108,6 @@ def interpolation_matrix(cells: int, length: int, mode: str, like: Tensor) -> Te
     return out[0, 0]
 
 
-def span(matrix: Tensor) -> tuple[int, int]:
-    """The first and one past the last column in which a matrix has anything."""
-    used = matrix.ne(0).any(0).nonzero().flatten()
-    return int(used[0]), int(used[-1]) + 1
-
-
 class Slots(NamedTuple):
     """Pixels of one axis laid out as equally many slots per cell."""
 
