@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
 from upfeat.resampling import bilinear, resample
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import (
     UPSAMPLERS,
     Headed,
@@ -254,6 +255,7 @@ class DetailUpsampler(Upsampler):
         super().__init__()
         embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS, optional=True)
         self.embed_dim = embed_dim
+        self.guidance_bands = None if embed_dim is None else 3  # the network sees RGB
         self.width = whole("width", width, 2, MOST_WIDTH)
         self.depth = whole("depth", depth, 0, 64)
         self.widening = number("widening", widening, 0.05, 100)
@@ -298,13 +300,15 @@ class DetailUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
+        guidance = even_bands(guidance)
+        step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
-        queries = Queries(self.neighbourhood.encoder, guidance, output_size)
+        queries = Queries(step.encoder, guidance, output_size)
         finer_means = CellMeans(queries, finer)
         means = Coarser(finer_means, FINER)
         middle = Units(finer_means)  # keys of the last step, queries of the first
-        first = self.neighbourhood.attend(middle, Units(means))
-        last = self.neighbourhood.attend(queries, middle, widening=self.widening)
+        first = step.attend(middle, Units(means))
+        last = step.attend(queries, middle, widening=self.widening)
         regression = None
         if self.ridge:
             regression = ImageRegression(means, finer_means, first, penalty=self.ridge, step=STEP)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.randomness import stream
 from upfeat.resampling import bilinear, pooled, resample
 from upfeat.types import Size, Window
 from upfeat.upsamplers.maps import cut, inside, widened
@@ -29,15 +30,16 @@ class PyramidEncoder(nn.Module):
     neighbourhood of about 2^levels pixels at the cost of little more than one layer at full size.
     """
 
-    def __init__(self, width: int, levels: int) -> None:
+    def __init__(self, width: int, levels: int, channels: int = 3) -> None:
         """Make an encoder with initial weights.
 
         Args:
             width: channels of every level and of the queries, ≥ 1.
             levels: how many scales, ≥ 1.
+            channels: bands of the guidance, ≥ 1.
         """
         super().__init__()
-        self.entry = _window_of_three(3, width)
+        self.entry = _window_of_three(channels, width)
         self.coarser = nn.ModuleList(_Correction(width) for _ in range(levels - 1))
         self.join = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(levels))
         # Without values ("meta") only shapes are asked for, and arithmetic would import a compiler.
@@ -45,19 +47,31 @@ class PyramidEncoder(nn.Module):
             self._initialise()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        width = self.entry.out_channels
+    def _initialise(self, generator: torch.Generator | None = None) -> None:
+        """Set the weights that descriptors of colour and texture start from."""
+        width, channels = self.entry.weight.shape[:2]
         window = torch.tensor([0.25, 0.5, 0.25])
-        colours = torch.randn(width, 3) / INITIAL_COLOUR_SCALE
+        colours = torch.randn(width, channels, generator=generator) / INITIAL_COLOUR_SCALE
         self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
-        nn.init.uniform_(self.entry.bias, -math.pi, math.pi)  # pyright: ignore[reportArgumentType]
+        assert self.entry.bias is not None
+        nn.init.uniform_(self.entry.bias, -math.pi, math.pi, generator=generator)
         for join in self.join:
             assert isinstance(join, nn.Conv2d)
-            nn.init.orthogonal_(join.weight.view(width, width))
+            nn.init.orthogonal_(join.weight.view(width, width), generator=generator)
             nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
 
+    @classmethod
+    def untrained(cls, width: int, levels: int, channels: int) -> PyramidEncoder:
+        """Make the encoder that training would start from, always the same for its arguments."""
+        with torch.device("meta"):  # whose initial values take nothing from the global generator
+            encoder = cls(width, levels, channels)
+            encoder.coarser = nn.ModuleList(nn.Identity() for _ in encoder.coarser)
+        encoder = encoder.to_empty(device="cpu")
+        encoder._initialise(stream("bands", width, levels, channels))
+        return encoder
+
     def forward(self, guidance: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width, H, W), any size, channels last."""
+        """(B, channels, H, W) -> (B, width, H, W), any size, channels last."""
         entry = self.entry(guidance.contiguous(memory_format=torch.channels_last))
         scales = [torch.sin(entry) if torch.is_grad_enabled() else entry.sin_()]
         del entry
@@ -78,7 +92,7 @@ class PyramidEncoder(nn.Module):
         """A window of what :meth:`forward` gives, from the pixels that it depends on.
 
         Args:
-            guidance: (B, 3, H, W), the whole image.
+            guidance: (B, channels, H, W), the whole image.
             window: of the image.
 
         Returns:
@@ -98,8 +112,10 @@ class PyramidEncoder(nn.Module):
             )
             halved = resample(scale, rows, columns, (finer.seen.top, finer.seen.left))
             correction = self.coarser[number]
-            assert isinstance(correction, _Correction)
-            scale = correction.window(halved, level.read, level.seen)
+            if isinstance(correction, _Correction):
+                scale = correction.window(halved, level.read, level.seen)
+            else:
+                scale = cut(halved, inside(level.seen, level.read))
             parts.append(scale)
         out = None
         for number in reversed(range(len(levels))):

@@ -39,6 +39,7 @@ class InterpolationKernels:
 
 
 class _Interpolation(Upsampler):
+    guidance_bands = None
     mode: ClassVar[str]
     cells: ClassVar[int]
 

@@ -12,6 +12,7 @@ from upfeat.bounds import number, whole
 from upfeat.normalization import HALF
 from upfeat.resampling import pooled, resample
 from upfeat.types import Window
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
 from upfeat.upsamplers.encoder import spans_of
 from upfeat.upsamplers.maps import Computed, is_recorded, is_whole
@@ -32,6 +33,7 @@ class JointBilateral(Upsampler):
     """
 
     name = "joint_bilateral"
+    guidance_bands = None
     mean, std = HALF
 
     def __init__(
@@ -76,6 +78,8 @@ class JointBilateral(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
+        if guidance.shape[1] != 3:
+            guidance = even_bands(guidance) * HALF.std[0]  # as widely spread as RGB from −1 to 1
         colours = Colours(guidance, output_size, self.sigma_range)
         return NeighbourhoodKernels(
             colours,

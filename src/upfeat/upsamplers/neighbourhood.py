@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.bounds import whole
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, cells_of_pixels
 from upfeat.upsamplers.encoder import PyramidEncoder
 from upfeat.upsamplers.maps import Computed, Map
@@ -38,6 +39,7 @@ class NeighbourhoodUpsampler(Upsampler):
     """
 
     name = "neighbourhood"
+    guidance_bands = None
     magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {
         "log_temperature": (0.0, 10.0),
         "log_sigma": (0.0, 5.0),
@@ -79,6 +81,39 @@ class NeighbourhoodUpsampler(Upsampler):
         self.encoder = PyramidEncoder(self.query_dim, self.levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
         self.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
+        # A plain dictionary: made from the other settings, they are no part of the state.
+        self._for_bands: dict[tuple[object, ...], NeighbourhoodUpsampler] = {}
+
+    def for_bands(self, guidance: Tensor) -> NeighbourhoodUpsampler:
+        """The same step for guidance that is not RGB: without training, by all of its bands.
+
+        The entry of its encoder is random Fourier features of the bands, which make a Gaussian
+        kernel of the distance between them; they are drawn once and for all. Temperature and σ are
+        those that training starts from; everything else is as here.
+
+        Args:
+            guidance: (B, N, H, W), as :func:`upfeat.upsamplers.bands.even_bands` returns it.
+
+        Returns:
+            An upsampler for N bands, on the guidance's device and of its dtype; this one for 3.
+        """
+        channels = guidance.shape[1]
+        if channels == self.encoder.entry.in_channels:
+            return self
+        key = (channels, guidance.device, guidance.dtype, *self.config().values())
+        if key not in self._for_bands:
+            # Kept for the next guidance, which may want gradients where this one does not.
+            with torch.inference_mode(False):
+                with torch.device("meta"):
+                    step = NeighbourhoodUpsampler(**self.config())
+                step.encoder = PyramidEncoder.untrained(self.query_dim, self.levels, channels)
+                step.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
+                step.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
+                step.to(device=guidance.device, dtype=guidance.dtype).eval().requires_grad_(False)
+            self._for_bands[key] = step
+        step = self._for_bands[key]
+        step.set_backend(self.backend)
+        return step
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
@@ -101,8 +136,10 @@ class NeighbourhoodUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
-        queries = Queries(self.encoder, guidance, output_size)
-        return self.attend(queries, Units(CellMeans(queries, grid_size)))
+        guidance = even_bands(guidance)
+        step = self.for_bands(guidance)
+        queries = Queries(step.encoder, guidance, output_size)
+        return step.attend(queries, Units(CellMeans(queries, grid_size)))
 
     @property
     def reach(self) -> int:
