@@ -37,6 +37,7 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"feature_map", "features"},
+    {"testing"},
     {"provenance", "probes", "implicit", "model", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
