@@ -153,7 +153,7 @@ def test_a_wrong_kernel_is_found(monkeypatch):
         return 1.001 * right(features, *arguments)
 
     monkeypatch.setattr(eager, "neighbourhood_upsample", wrong)
-    with pytest.raises(AssertionError, match="backend eager: values: .*neighbourhood_upsample"):
+    with pytest.raises(AssertionError, match=r"backend eager: values: .*neighbourhood_upsample"):
         testing.check_backend("eager")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.geometry import reflect_pad
 from upfeat.testing import suite
+from upfeat.testing.suite import require
 
 _SHAPES = (((1, 1), (4, 4)), ((3, 5), (7, 4)), ((4, 4), (8, 8)), ((7, 5), (9, 13)))
 _SHRINKING = ((9, 8), (5, 4))
@@ -83,7 +84,7 @@ def _cases(device: torch.device) -> Iterator[Case]:
     yield Case(_with(functional.neighbourhood_weights, options), (queries, keys, *scalars))
 
 
-def _with(call: Callable[..., Tensor], options: dict) -> Callable[..., Tensor]:
+def _with(call: Callable[..., Tensor], options: dict[str, Any]) -> Callable[..., Tensor]:
     def run(*tensors: Tensor, backend: str) -> Tensor:
         return call(*tensors, **options, backend=backend)
 
@@ -101,7 +102,7 @@ def _runnable(name: str, device: torch.device) -> Iterator[tuple[Case, Tensor]]:
             continue
         count += 1
         yield case, out
-    assert count, "runs none of the operators"
+    require(count > 0, "runs none of the operators")
 
 
 def _expected(case: Case) -> Tensor:
@@ -148,7 +149,7 @@ def half_precision(name: str, device: torch.device) -> None:
                 found = case(name, [one.to(dtype) for one in case.tensors])
             except (ValueError, RuntimeError):
                 continue
-            assert found.dtype == dtype, f"{case.call.__name__} gives {found.dtype} for {dtype}"
+            require(found.dtype == dtype, f"{case.call.__name__} gives {found.dtype} for {dtype}")
             scale = float(out.abs().max().clamp(min=1e-3))
             _close(case, found.float() / scale, out / scale, 0.1)
 
@@ -177,9 +178,9 @@ def repeats(name: str, device: torch.device) -> None:
     """The same call gives the same bits, and leaves its inputs alone."""
     for case, out in _runnable(name, device):
         kept = [one.clone() for one in case.tensors]
-        assert torch.equal(case(name), out), f"{case.call.__name__} differs from call to call"
+        require(torch.equal(case(name), out), f"{case.call.__name__} differs from call to call")
         same = all(map(torch.equal, case.tensors, kept))
-        assert same, f"{case.call.__name__} changes its inputs"
+        require(same, f"{case.call.__name__} changes its inputs")
 
 
 def refusals(name: str, device: torch.device) -> None:

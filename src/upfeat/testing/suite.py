@@ -47,3 +47,9 @@ def run(
         if applies is not False:
             held.append(name)
     return held
+
+
+def require(condition: bool, found: str) -> None:
+    """Raise :class:`AssertionError` unless a condition holds, under ``python -O`` too."""
+    if not condition:
+        raise AssertionError(found)

@@ -7,7 +7,6 @@ import json
 import pickle
 import tempfile
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from upfeat.backends import dispatch
 from upfeat.features import UpsampledFeatures
 from upfeat.geometry import cell_of_pixels
 from upfeat.testing import suite
+from upfeat.testing.suite import require
 from upfeat.types import Size, Window
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 
@@ -58,10 +58,7 @@ def check_upsampler(
     first = _made(make)
     if channels is None:
         channels = getattr(first, "embed_dim", None) or 4
-    properties = {name: partial(check, channels=channels) for name, check in PROPERTIES.items()}
-    for name, check in properties.items():
-        check.__doc__ = PROPERTIES[name].__doc__
-    return suite.run(type(first).__name__, properties, (make,), without)
+    return suite.run(type(first).__name__, PROPERTIES, (make, channels), without)
 
 
 def _made(make: Make) -> Upsampler:
@@ -92,11 +89,11 @@ def output_sizes(make: Make, channels: int) -> None:
     for size in (None, (48, 64), (45, 61), (20, 33), (2, 5), (1, 1)):
         out = up(*_inputs(up, channels), size)
         expected = (1, channels, *(size or SIZE))
-        assert out.shape == expected, f"is {tuple(out.shape)}, not {expected}"
-        assert bool(torch.isfinite(out).all()), f"holds NaN or infinity at {size}"
+        require(out.shape == expected, f"is {tuple(out.shape)}, not {expected}")
+        require(bool(torch.isfinite(out).all()), f"holds NaN or infinity at {size}")
     for grid, size in (((1, 1), (16, 16)), ((1, 3), (17, 50)), ((5, 2), (9, 30))):
         out = up(*_inputs(up, channels, grid=grid, size=size))
-        assert out.shape[2:] == size, f"is {tuple(out.shape)} for a grid of {grid} and {size}"
+        require(out.shape[2:] == size, f"is {tuple(out.shape)} for a grid of {grid} and {size}")
 
 
 def dtypes(make: Make, channels: int) -> None:
@@ -107,9 +104,9 @@ def dtypes(make: Make, channels: int) -> None:
     scale = float(expected.std())
     for dtype, tolerance in ((torch.float64, 1e-3), (torch.bfloat16, 0.2)):
         out = _made(make).to(dtype)(features.to(dtype), guidance.to(dtype))
-        assert out.dtype == dtype, f"gives {out.dtype} for {dtype}"
+        require(out.dtype == dtype, f"gives {out.dtype} for {dtype}")
         error = float((out.float() - expected).square().mean().sqrt())
-        assert error <= tolerance * scale, f"{dtype} strays by {error:.2g} of {scale:.2g}"
+        require(error <= tolerance * scale, f"{dtype} strays by {error:.2g} of {scale:.2g}")
 
 
 def constants(make: Make, channels: int) -> None:
@@ -195,7 +192,7 @@ def gradients(make: Make, channels: int) -> None:
     up(features, guidance).square().mean().backward()
     slopes = {"features": features.grad, **{n: p.grad for n, p in up.named_parameters()}}
     silent = [name for name, slope in slopes.items() if slope is None or not bool(slope.any())]
-    assert not silent, f"nothing reaches {', '.join(silent)}"
+    require(not silent, f"nothing reaches {', '.join(silent)}")
     with torch.no_grad():
         direction = torch.randn(features.shape, generator=generator).double()
         step = 1e-4
@@ -221,9 +218,8 @@ def reach(make: Make, channels: int) -> bool | None:
     changed = (up(features, guidance) - before).abs().amax((0, 1, 2))  # (W,)
     cell = cell_of_pixels(grid[1], size[1], 0, size[1], changed.device)
     beyond = changed[cell < grid[1] - 1 - cells]
-    assert float(beyond.max()) <= 1e-5, (
-        f"reach={cells}, but farther pixels change by {beyond.max()}"
-    )
+    most = float(beyond.max())
+    require(most <= 1e-5, f"reach={cells}, but farther pixels change by {most:.2g}")
     return None
 
 
@@ -287,9 +283,10 @@ def side_effects(make: Make, channels: int) -> None:
     kept = features.clone(), guidance.clone()
     state = torch.get_rng_state()
     out = up(features, guidance)
-    assert torch.equal(torch.get_rng_state(), state), "draws random numbers in eval mode"
-    assert torch.equal(up(features, guidance), out), "differs from call to call"
-    assert torch.equal(features, kept[0]) and torch.equal(guidance, kept[1]), "changes its inputs"
+    require(torch.equal(torch.get_rng_state(), state), "draws random numbers in eval mode")
+    require(torch.equal(up(features, guidance), out), "differs from call to call")
+    same = torch.equal(features, kept[0]) and torch.equal(guidance, kept[1])
+    require(same, "changes its inputs")
 
 
 PROPERTIES: dict[str, Callable[[Make, int], bool | None]] = {
