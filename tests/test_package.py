@@ -40,6 +40,7 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"feature_map", "lazy_files", "features"},
+    {"testing"},
     {"provenance", "probes", "implicit", "model", "attach", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
