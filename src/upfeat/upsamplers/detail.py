@@ -20,6 +20,7 @@ from upfeat.upsamplers.neighbourhood import (
     pointwise,
     unit,
 )
+from upfeat.upsamplers.saved import load_named
 
 FINER = 2
 """The grid on which detail is added is so many times finer than that of the features."""
@@ -356,9 +357,7 @@ class DetailUpsampler(Upsampler):
         return apply_head(maps, basis) + constant[..., None, None]
 
     def _start_from(self, start: str | Path) -> None:
-        from upfeat.upsamplers.pretrained import create_upsampler
-
-        trained = create_upsampler(start)
+        trained = load_named(start, UPSAMPLERS)
         if not isinstance(trained, NeighbourhoodUpsampler):
             raise ValueError(
                 f"start={start!s} holds a {type(trained).__name__}; give a neighbourhood upsampler"
