@@ -4,11 +4,7 @@ import difflib
 from typing import TypeVar
 
 Item = TypeVar("Item")
-<<<<<<< HEAD
-Registered = TypeVar("Registered")
-=======
 AnyItem = TypeVar("AnyItem")
->>>>>>> main
 
 
 class Registry(dict[str, Item]):
@@ -35,11 +31,7 @@ class Registry(dict[str, Item]):
         super().__init__()
         self.kind = kind
 
-<<<<<<< HEAD
-    def register(self, item: Registered) -> Registered:
-=======
     def register(self, item: AnyItem) -> AnyItem:
->>>>>>> main
         """Add an item under its ``name``; usable as a decorator.
 
         Raises:

@@ -31,11 +31,8 @@ from upfeat.registry import Registry
 from upfeat.storage import write_bytes, write_tensors
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
-<<<<<<< HEAD
-from upfeat.upsamplers.saved import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
-=======
 from upfeat.upsamplers.maps import Map, is_recorded
->>>>>>> main
+from upfeat.upsamplers.saved import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
 
 LONGEST_SIDE = 1 << 20
 """Pixels of an output's side, at most."""
