@@ -4,7 +4,7 @@ import difflib
 from typing import TypeVar
 
 Item = TypeVar("Item")
-Registered = TypeVar("Registered")
+AnyItem = TypeVar("AnyItem")
 
 
 class Registry(dict[str, Item]):
@@ -31,7 +31,7 @@ class Registry(dict[str, Item]):
         super().__init__()
         self.kind = kind
 
-    def register(self, item: Registered) -> Registered:
+    def register(self, item: AnyItem) -> AnyItem:
         """Add an item under its ``name``; usable as a decorator.
 
         Raises:
