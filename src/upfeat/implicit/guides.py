@@ -10,13 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-<<<<<<< HEAD
 from upfeat.bounds import whole
 from upfeat.tensor_checks import check_layouts, layouts_of
-from upfeat.upsamplers.neighbourhood import MOST_LEVELS, MOST_WIDTH, PyramidEncoder, unit
-=======
 from upfeat.upsamplers.encoder import PyramidEncoder, unit
->>>>>>> main
+from upfeat.upsamplers.neighbourhood import MOST_LEVELS, MOST_WIDTH
 
 # Numbers in a map of queries: 256 MiB. Of larger images the map is coarser than they are.
 _LARGEST_MAP = 1 << 26
