@@ -41,7 +41,7 @@ LAYERS = [
     {"upsamplers", "backbones"},
     {"feature_map", "lazy_files", "features"},
     {"testing"},
-    {"provenance", "probes", "implicit", "model", "attach", "environment", "tiling", "mosaic"},
+    {"provenance", "probes", "implicit", "model", "attachment", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
