@@ -28,6 +28,7 @@ LAYERS = [
         "machine",
         "failures",
         "storage",
+        "marks",
         "outputs",
         "locks",
         "visualize",
