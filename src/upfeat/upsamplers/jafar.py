@@ -17,6 +17,7 @@ from upfeat.upsamplers.residual_encoder import (
     ResidualEncoder,
     convolve,
     corner_coordinates,
+    group_norm,
     rotate_pairs,
 )
 
@@ -148,8 +149,8 @@ class JAFAR(AttentionUpsampler):
             )
         queries, keys = self.image(self.exact(guidance), grid_size, output_size)
         seen = self.features_encoder(F.normalize(self.exact(features), dim=1))
-        keys = convolve(self.gamma, seen) * F.group_norm(keys, GROUPS) + convolve(self.beta, seen)
-        queries, keys = self.projection(F.group_norm(queries, GROUPS), keys)
+        keys = convolve(self.gamma, seen) * group_norm(keys, GROUPS) + convolve(self.beta, seen)
+        queries, keys = self.projection(group_norm(queries, GROUPS), keys)
         return AttentionKernels(
             queries,
             keys,

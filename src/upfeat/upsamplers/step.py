@@ -10,7 +10,7 @@ from torch import Tensor
 
 from upfeat import functional
 from upfeat.geometry import cell_of_pixels, first_pixel
-from upfeat.resampling import bilinear, pooled, resample
+from upfeat.resampling import bilinear, pooled, resample, resize
 from upfeat.types import Size, Window
 from upfeat.upsamplers.encoder import PyramidEncoder, spans_of, unit, window_of
 from upfeat.upsamplers.maps import (
@@ -70,9 +70,7 @@ class Queries(Pixels):
         if window == (0, 0, *self.size):
             queries = self.encoder(self.guidance)
             if self.seen != self.size:
-                queries = F.interpolate(
-                    queries, size=self.size, mode="bilinear", align_corners=False, antialias=True
-                )
+                queries = resize(queries, self.size)
             return unit(queries, over=True)
         if self.seen == self.size:
             return unit(self.encoder.window(self.guidance, window), over=True)
