@@ -19,10 +19,10 @@ from statistics import mean, median
 import torch
 
 import upfeat
-from upfeat.training.implicit import FitConfig, fit_guidance
-from upfeat.training.implicit_files import find_photographs
-from upfeat.training.implicit_views import Observer
-from upfeat.upsamplers.implicit import resize_image
+from upfeat.implicit.features import resize_image
+from upfeat.implicit.files import find_photographs
+from upfeat.implicit.fit import FitConfig, fit_guidance
+from upfeat.implicit.observe import Observer
 from upfeat.upsamplers.pretrained import create_upsampler
 
 DEFAULT = ["bilinear", "bicubic", "joint_bilateral"]
@@ -31,7 +31,7 @@ UNSEEN_SEED = 1_000_003
 
 
 def measure(photo, backbone, upsamplers, config):
-    shape = backbone.preprocess(photo, config.size).shape[-2:]
+    shape = backbone.preprocess(photo, config.size, align=True).shape[-2:]
     guidance = resize_image(upfeat.images.read_image(photo), tuple(shape))
     start, cpu = time.perf_counter(), time.process_time()
     features = fit_guidance(guidance, backbone, config)

@@ -22,12 +22,12 @@ from statistics import mean, median
 import torch
 
 import upfeat
-from upfeat.training.implicit import FitConfig, fit_implicit
-from upfeat.training.implicit_files import find_photographs
-from upfeat.training.implicit_network import create_network_fit, train_network
-from upfeat.training.implicit_views import Observer, principal_components
-from upfeat.training.randomness import stream
-from upfeat.upsamplers.implicit import ImplicitFeatures, resize_image
+from upfeat.implicit.features import ImplicitFeatures, resize_image
+from upfeat.implicit.files import find_photographs
+from upfeat.implicit.fit import FitConfig, fit_implicit
+from upfeat.implicit.observe import Observer, principal_components
+from upfeat.implicit.published import create_network_fit, train_network
+from upfeat.randomness import stream
 from upfeat.views import sample_jitters
 
 
@@ -84,7 +84,7 @@ def measure(photo, backbone, config, steps, known):
     fast = fit_implicit(photo, backbone, config)
     cpu = time.process_time() - start
     print(photo.name, fast.facts["held_out"], cpu, flush=True)
-    shape = tuple(backbone.preprocess(photo, config.size).shape[-2:])
+    shape = tuple(backbone.preprocess(photo, config.size, align=True).shape[-2:])
     guidance = resize_image(upfeat.images.read_image(photo), shape)
     config = replace(config, preset="reference")
     reference = known or {

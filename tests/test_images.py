@@ -83,11 +83,11 @@ def test_preprocess_sizes():
     backbone = upfeat.load_backbone("efficientnet_lite0")
     image = Image.new("RGB", (100, 71), (255, 0, 127))
     x = backbone.preprocess(image)
-    assert x.shape == (1, 3, 64, 96)
+    assert x.shape == (1, 3, 71, 100)
     torch.testing.assert_close(x[0, :, 5, 5], torch.tensor([1.0, -1.0, 127 / 127.5 - 1]))
-    assert backbone.preprocess(image, align=False).shape == (1, 3, 71, 100)
-    assert backbone.preprocess(image, size=32).shape == (1, 3, 32, 48)
-    assert backbone.preprocess(image, 33, align=False).shape == (1, 3, 33, 46)
+    assert backbone.preprocess(image, 33).shape == (1, 3, 33, 46)
+    assert backbone.preprocess(image, align=True).shape == (1, 3, 64, 96)
+    assert backbone.preprocess(image, size=32, align=True).shape == (1, 3, 32, 48)
     torch.testing.assert_close(backbone.denormalize(x)[0, :, 0, 0], torch.tensor([1, 0, 127 / 255]))
 
 

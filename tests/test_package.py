@@ -16,6 +16,7 @@ LAYERS = [
     {
         "_version",
         "naming",
+        "randomness",
         "images",
         "storage",
         "locks",
@@ -30,7 +31,7 @@ LAYERS = [
     {"upsamplers", "backbones"},
     {"features"},
     {"model", "environment", "tiling", "mosaic"},
-    {"training", "evaluation", "run", "benchmark"},
+    {"implicit", "training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]

@@ -13,6 +13,7 @@ from upfeat import functional
 from upfeat._version import __version__
 from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
 from upfeat.features import UpsampledFeatures
+from upfeat.implicit.features import ImplicitFeatures
 from upfeat.model import FeatUp, load
 from upfeat.upsamplers import (
     Bicubic,
@@ -25,17 +26,16 @@ from upfeat.upsamplers import (
     Upsampler,
     list_upsamplers,
 )
-from upfeat.upsamplers.implicit import ImplicitFeatures
 
 if TYPE_CHECKING:
+    from upfeat.implicit.fit import FitConfig, fit_implicit
     from upfeat.training import TrainConfig, train
-    from upfeat.training.implicit import FitConfig, fit_implicit
 
 # Imported when first asked for: using an upsampler needs nothing that training does.
 _LAZY = {
-    "FitConfig": "upfeat.training.implicit",
+    "FitConfig": "upfeat.implicit.fit",
     "TrainConfig": "upfeat.training",
-    "fit_implicit": "upfeat.training.implicit",
+    "fit_implicit": "upfeat.implicit.fit",
     "train": "upfeat.training",
 }
 

@@ -361,7 +361,8 @@ class UpsampledFeatures:
         sources = self._sources()
         if self._made is None or not self._made[0].holds(sources):
             grid = (self.features.shape[2], self.features.shape[3])
-            kernels = self.upsampler.prepare(self.guidance, grid, (self.shape[2], self.shape[3]))
+            size = (self.shape[2], self.shape[3])
+            kernels = self.upsampler.prepare(self.guidance, grid, size, self.features)
             self._made = _Snapshot(sources), (kernels, self.upsampler.mix(self.features))
             self._settled = None
         return self._made[1]

@@ -29,7 +29,10 @@ class FeatUp(nn.Module):
     def __init__(
         self, backbone: Backbone | Callable[[Tensor], Tensor], upsampler: Upsampler
     ) -> None:
-        """Join the two.
+        """Join the two, in eval mode and frozen, so that no graph is recorded unless it is wanted.
+
+        Both are changed in place. To train either, ask for it:
+        ``model.upsampler.train().requires_grad_()``.
 
         Args:
             backbone: a :class:`Backbone`, or a module or function to wrap as one.
@@ -47,6 +50,7 @@ class FeatUp(nn.Module):
                 f"upsampler expects {expected} channels but {self.backbone.name} has "
                 f"{self.backbone.embed_dim}; use an upsampler made for it, or embed_dim=None"
             )
+        self.eval().requires_grad_(False)
 
     @property
     def embed_dim(self) -> int:
@@ -54,7 +58,7 @@ class FeatUp(nn.Module):
         return self.backbone.embed_dim
 
     def preprocess(
-        self, image: ImageLike, size: int | None = None, *, align: bool = True
+        self, image: ImageLike, size: int | None = None, *, align: bool = False
     ) -> Tensor:
         """Read and normalise an image, as :meth:`Backbone.preprocess`."""
         return self.backbone.preprocess(image, size, align=align)
@@ -121,7 +125,7 @@ def load(
     network = load_backbone(backbone)
     if not isinstance(upsampler, Upsampler):
         upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
-    model = FeatUp(network, upsampler).eval().requires_grad_(False)
+    model = FeatUp(network, upsampler)
     if device is None:
         return model
     try:

@@ -87,7 +87,7 @@ def run_photo(
             overflow ``dtype``.
         OSError: writing failed.
     """
-    x = model.preprocess(photo, size, align=False)
+    x = model.preprocess(photo, size)
     _check_memory(model.embed_dim, x, dtype)
     with torch.inference_mode():
         coarse = model.backbone(x)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import upfeat
@@ -127,3 +128,24 @@ def test_nan_from_a_backbone_is_named():
     model = upfeat.FeatUp(lambda x: x[:, :, ::8, ::8] * torch.nan, upfeat.Bilinear())
     with pytest.raises(ValueError, match="features holds NaN"):
         model(torch.randn(1, 3, 32, 32))
+
+
+def test_parts_joined_by_hand_record_no_graph():
+    module = nn.Sequential(nn.Conv2d(3, 5, 8, stride=8), nn.Dropout(0.5))
+    model = upfeat.FeatUp(upfeat.load_backbone(module), upfeat.JBUStack(5).train())
+    assert not model.training
+    assert not model.upsampler.training
+    x = torch.randn(1, 3, 40, 48)
+    assert not model(x).requires_grad
+    assert torch.equal(model(x), model(x))
+    assert model(x.requires_grad_()).requires_grad
+    model.upsampler.train().requires_grad_()
+    assert model(x.detach()).requires_grad
+
+
+def test_preprocess_keeps_the_photographs_own_pixels(tmp_path):
+    Image.open(PHOTOS / "cat.jpg").resize((60, 40)).save(tmp_path / "photo.png")
+    model = upfeat.load(upsampler="bilinear")
+    assert model.preprocess(tmp_path / "photo.png").shape == (1, 3, 40, 60)
+    assert model.preprocess(tmp_path / "photo.png", 32).shape == (1, 3, 32, 48)
+    assert model.preprocess(tmp_path / "photo.png", align=True).shape == (1, 3, 32, 64)

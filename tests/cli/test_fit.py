@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import upfeat
 from upfeat.cli import main
-from upfeat.training import implicit_files
+from upfeat.implicit import files as implicit_files
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 QUICK = ["--views", "2"]

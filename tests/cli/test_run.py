@@ -39,7 +39,7 @@ def test_writes_features_and_picture(photo, tmp_path, capsys):
     assert facts["upfeat_version"] == upfeat.__version__
     assert (facts["image_size"], facts["grid_size"]) == ("61x90", "4x6")
     model = upfeat.load()
-    expected = model(model.preprocess(photo, align=False))[0]
+    expected = model(model.preprocess(photo))[0]
     torch.testing.assert_close(features.float(), expected, rtol=2e-3, atol=2e-3)
 
 

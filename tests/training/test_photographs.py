@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from upfeat.randomness import derive, global_stream, stream
 from upfeat.training.photographs import Photographs, list_photographs, load_parts, read_window
-from upfeat.training.randomness import derive, global_stream, stream
 
 
 def noise(size, seed=0):

@@ -103,16 +103,17 @@ class Backbone(nn.Module, ABC):
         return height, width
 
     def preprocess(
-        self, image: ImageLike, size: int | None = None, *, align: bool = True
+        self, image: ImageLike, size: int | None = None, *, align: bool = False
     ) -> Tensor:
         """Read and normalise an image.
 
         Args:
             image: a path, PIL image, NumPy array or tensor, as :func:`upfeat.images.read_image`
                 takes them: any mode, upright by its EXIF orientation.
-            size: length of the shorter side, pixels; ``None`` keeps the image's own size.
+            size: length of the shorter side, pixels; ``None`` keeps the image's own size, so that
+                points and crops of the features are in the image's pixels.
             align: round both sides to whole multiples of the stride, so that every feature cell
-                covers the same number of pixels. ``False`` keeps the exact size.
+                covers the same whole number of pixels.
 
         Returns:
             (1, 3, H, W) float32 on the backbone's device.

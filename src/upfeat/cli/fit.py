@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from upfeat.training.implicit import FitProgress, OnFit
+    from upfeat.implicit.fit import FitProgress, OnFit
 
 HELP = "Fit implicit features to photographs: small files that draw features at any resolution."
 EXAMPLE = (
@@ -67,8 +67,8 @@ def execute(options: argparse.Namespace) -> int:
 
     import upfeat
     from upfeat.cli.main import one_line
-    from upfeat.training.implicit import FitConfig
-    from upfeat.training.implicit_files import find_photographs, fit_photograph, is_fitted
+    from upfeat.implicit.files import find_photographs, fit_photograph, is_fitted
+    from upfeat.implicit.fit import FitConfig
 
     config = FitConfig(
         preset=options.preset, size=options.size, views=options.views, seed=options.seed

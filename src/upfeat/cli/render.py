@@ -41,8 +41,8 @@ def execute(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from upfeat.training.implicit_files import write_rendering
-    from upfeat.upsamplers.implicit import ImplicitFeatures
+    from upfeat.implicit.features import ImplicitFeatures
+    from upfeat.implicit.files import write_rendering
 
     size = _parse_size(options.size)
     features = ImplicitFeatures.load(options.file, options.image)

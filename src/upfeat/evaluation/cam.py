@@ -122,6 +122,7 @@ def activation(upsampler: Upsampler, features: Tensor, guidance: Tensor, head: H
         (H, W) in [0, 1]; all 0 where nothing speaks for it.
     """
     size = (guidance.shape[2], guidance.shape[3])
-    kernels = upsampler.prepare(guidance, (features.shape[2], features.shape[3]), size)
+    grid = (features.shape[2], features.shape[3])
+    kernels = upsampler.prepare(guidance, grid, size, features)
     heat = head_map(upsampler, kernels, features, head)[0, 0].clamp(min=0)  # (H, W)
     return heat / heat.max().clamp(min=1e-12)

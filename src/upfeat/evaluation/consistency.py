@@ -136,7 +136,7 @@ class Consistency(Task):
         head = Head(rows, rows.new_zeros(len(rows)))  # D + 30 S outputs
         guidance, features = normalised(sample.image, self.backbone), sample.features[None]
         grid = (features.shape[2], features.shape[3])
-        kernels = upsampler.prepare(guidance, grid, sample.size)
+        kernels = upsampler.prepare(guidance, grid, sample.size, features)
         maps = head_map(upsampler, kernels, features, head)
         n_views = -(-N_FIT_IMAGES // len(self.train))
         n_cells = -(-count_cells(self.backbone.stride, len(self.leading)) // len(self.train))

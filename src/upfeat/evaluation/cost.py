@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.prepared import PreparedSet, normalised
-from upfeat.training.implicit_upsampler import ImplicitUpsampler
+from upfeat.implicit.upsampler import ImplicitUpsampler
 from upfeat.upsamplers import Upsampler
 
 N_MEASURED = 8

@@ -62,7 +62,7 @@ class Depth(Probing):
         """(K, H, W), one map per output of the head."""
         features, guidance = sample.features[None], normalised(sample.image, self.backbone)
         grid = (features.shape[2], features.shape[3])
-        kernels = upsampler.prepare(guidance, grid, sample.size)
+        kernels = upsampler.prepare(guidance, grid, sample.size, features)
         return head_map(upsampler, kernels, features, head)[0]
 
 

@@ -26,7 +26,7 @@ from upfeat.evaluation.report import write_report
 from upfeat.evaluation.results import Results, Row, RowStore
 from upfeat.evaluation.segmentation import Segmentation
 from upfeat.evaluation.task import Task
-from upfeat.training.implicit_upsampler import ImplicitUpsampler
+from upfeat.implicit.upsampler import ImplicitUpsampler
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 TASKS = ("seg", "depth", "cam", "consistency")

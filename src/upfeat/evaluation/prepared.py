@@ -161,7 +161,7 @@ def _prepare_one(
             f"{pixels.shape[1]}×{pixels.shape[2]} (height×width)"
         )
     with torch.no_grad():
-        x = backbone.denormalize(backbone.preprocess(pixels, size)) * 255
+        x = backbone.denormalize(backbone.preprocess(pixels, size, align=True)) * 255
         image = x[0].round().to(torch.uint8)  # (3, H, W)
         features = backbone(normalised(image, backbone))[0]
     if not bool(torch.isfinite(features).all()):

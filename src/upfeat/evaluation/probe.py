@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfeat.training.implicit_upsampler import ImplicitKernels
+from upfeat.implicit.upsampler import ImplicitKernels
 from upfeat.upsamplers import Kernels, Upsampler
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4)

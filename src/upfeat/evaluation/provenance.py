@@ -22,8 +22,8 @@ PREPARING += ("evaluation/prepared.py",)
 VIEWING = (*PREPARING, "views.py", "evaluation/view_features.py")
 """Source that decides what the backbone sees of a jittered view."""
 
-SCORING = ("images.py", "backbones", "backends", "evaluation", "functional.py", "upsamplers")
-SCORING += ("downsamplers.py", "losses.py", "pooling.py", "views.py")
+SCORING = ("images.py", "backbones", "backends", "evaluation", "functional.py", "implicit")
+SCORING += ("downsamplers.py", "losses.py", "pooling.py", "upsamplers", "views.py")
 """Source that decides a score."""
 
 _DRAWING = ("evaluation/report.py", "evaluation/report_figures.py")

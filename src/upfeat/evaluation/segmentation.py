@@ -83,9 +83,8 @@ class Segmentation(Probing):
         features, guidance = sample.features[None], normalised(sample.image, self.backbone)
         n_classes = len(self.classes)
         with torch.no_grad():
-            kernels = upsampler.prepare(
-                guidance, (features.shape[2], features.shape[3]), sample.size
-            )
+            grid = (features.shape[2], features.shape[3])
+            kernels = upsampler.prepare(guidance, grid, sample.size, features)
             maps = {}
             for name, group in heads.items():
                 stacked = Head.cat(group)

@@ -196,7 +196,7 @@ class Objective(nn.Module):
         directions = self._directions(batch, generator)  # (B, C, P)
         grid = (batch.features.shape[2], batch.features.shape[3])
         size = (batch.guidance.shape[2], batch.guidance.shape[3])
-        kernels = self.upsampler.prepare(batch.guidance, grid, size)
+        kernels = self.upsampler.prepare(batch.guidance, grid, size, batch.features)
         upsampled = self._upsample(batch, kernels, directions)
         guess = self._to_grid(upsampled, batch, generator)  # (V·B, P, h, w)
         seen = _project(batch.targets, directions).flatten(0, 1)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
 from upfeat.naming import unknown_name
+from upfeat.randomness import derive, global_stream, stream
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
-from upfeat.training.randomness import derive, global_stream, stream
 from upfeat.training.validation import normalised
 from upfeat.upsamplers import (
     DetailUpsampler,

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
+from upfeat.randomness import stream
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.photographs import Photographs
-from upfeat.training.randomness import stream
 from upfeat.views import apply_jitter
 
 

@@ -74,15 +74,25 @@ class Upsampler(nn.Module, ABC):
     """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
     linear: ClassVar[bool] = True
     """Whether anything may be upsampled in place of the features, such as a head's output."""
+    needs_features: ClassVar[bool] = False
+    """Whether the weights depend on the features too, not on the image alone."""
 
     @abstractmethod
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> Kernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> Kernels:
         """Make the weights of one guidance.
 
         Args:
             guidance: (B, 3, H, W) normalised image.
             grid_size: (h, w) of the features to come.
             output_size: (height, width) of the result.
+            features: (B, C, h, w), the image's own; only upsamplers with :attr:`needs_features`
+                look at them, and they need them.
         """
 
     def mix(self, features: Tensor) -> Tensor:
@@ -111,7 +121,8 @@ class Upsampler(nn.Module, ABC):
             ValueError: shapes or batch sizes disagree, or the features hold NaN or infinity.
         """
         size = check_inputs(features, guidance, output_size)
-        kernels = self.prepare(guidance, (features.shape[2], features.shape[3]), size)
+        grid = (features.shape[2], features.shape[3])
+        kernels = self.prepare(guidance, grid, size, features)
         return self.render(kernels, self.mix(features))
 
     def render(

@@ -258,7 +258,13 @@ class DetailUpsampler(Upsampler):
         own = {"widening": self.widening, "ridge": self.ridge}
         return {"embed_dim": self.embed_dim, **steps, **network, **own}
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> DetailKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
         step = self.neighbourhood
         finer = (FINER * grid_size[0], FINER * grid_size[1])

@@ -38,7 +38,13 @@ class InterpolationKernels:
 class _Interpolation(Upsampler):
     mode: ClassVar[str]
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> InterpolationKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> InterpolationKernels:
         """See :meth:`Upsampler.prepare`; only ``output_size`` matters."""
         return InterpolationKernels(output_size, self.mode)
 

@@ -225,7 +225,13 @@ class JBUStack(Upsampler):
             assert isinstance(stage, JBUStage)
             stage.backend = backend
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> JBUKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
         return JBUKernels(
             self.stages, guidance, stage_sizes(grid_size, output_size, len(self.stages))

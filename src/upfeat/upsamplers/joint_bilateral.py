@@ -162,7 +162,13 @@ class JointBilateral(Upsampler):
             "sigma_range": self.sigma_range,
         }
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         fine = F.adaptive_avg_pool2d(guidance, output_size) / self.sigma_range  # (B, 3, H, W)
         coarse = F.adaptive_avg_pool2d(fine, grid_size)  # (B, 3, h, w)

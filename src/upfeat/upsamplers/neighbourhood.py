@@ -198,7 +198,13 @@ class NeighbourhoodUpsampler(Upsampler):
             )
         return unit(queries, over=True)
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> NeighbourhoodKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         queries = self.queries(guidance, output_size)
         keys = unit(F.adaptive_avg_pool2d(queries, grid_size))

@@ -20,9 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from upfeat._version import __version__
 from upfeat.backbones import Backbone
+from upfeat.implicit.features import FORMAT, ImplicitFeatures
+from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, fit_implicit
 from upfeat.storage import replacing
-from upfeat.training.implicit import FitConfig, FitProgress, OnFit, fit_implicit
-from upfeat.upsamplers.implicit import FORMAT, ImplicitFeatures
 from upfeat.visualize import PCABasis, side_by_side, to_image
 
 RENDERINGS = (".safetensors", ".npy", ".zarr", ".png", ".jpg", ".jpeg")

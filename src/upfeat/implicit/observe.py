@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.training.randomness import stream
+from upfeat.randomness import stream
 from upfeat.views import Jitter, sample_jitters
 
 BATCH = 16

@@ -7,16 +7,17 @@ from hypothesis import strategies as st
 from torch import nn
 
 import upfeat
-from upfeat.storage import read_tensors, write_tensors
-from upfeat.upsamplers import create_upsampler, implicit_guides
-from upfeat.upsamplers.implicit import ImplicitFeatures
-from upfeat.upsamplers.implicit_fields import (
+from upfeat.implicit import guides as implicit_guides
+from upfeat.implicit.features import ImplicitFeatures
+from upfeat.implicit.fields import (
     BilateralKernel,
     KernelField,
     NetworkField,
     whitening,
 )
-from upfeat.upsamplers.implicit_guides import QueryGuide, colours, sample
+from upfeat.implicit.guides import QueryGuide, colours, sample
+from upfeat.storage import read_tensors, write_tensors
+from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.neighbourhood import PyramidEncoder
 
 SCALES = torch.tensor([[0.75, 0.5, 0.7], [1.0, 5.0, 0.3]])
@@ -96,7 +97,7 @@ def test_a_head_before_is_a_head_after(kind):
 def test_strips_make_up_the_map(monkeypatch):
     features = make_features()
     whole = features.render((50, 30))
-    monkeypatch.setattr("upfeat.upsamplers.implicit._POINTS", 90)
+    monkeypatch.setattr("upfeat.implicit.features._POINTS", 90)
     strips = list(features.strips((50, 30)))
     assert [top for top, _ in strips] == list(range(0, 50, 3))
     joined = torch.cat([strip for _, strip in strips], dim=1)

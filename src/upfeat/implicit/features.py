@@ -23,10 +23,10 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.images import read_image
+from upfeat.implicit.fields import Field, rebuild
+from upfeat.implicit.guides import sample
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers.base import Size, check_output_size
-from upfeat.upsamplers.implicit_fields import Field, rebuild
-from upfeat.upsamplers.implicit_guides import sample
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.training.implicit import FitConfig, fit_guidance
+from upfeat.implicit.features import ImplicitFeatures, fingerprint
+from upfeat.implicit.fit import FitConfig, fit_guidance
 from upfeat.upsamplers.base import Size, Upsampler, Window
-from upfeat.upsamplers.implicit import ImplicitFeatures, fingerprint
 
 
 class ImplicitKernels:
@@ -92,13 +92,20 @@ class ImplicitUpsampler(Upsampler):
         """The same, without results: what it does then shows what a fit costs."""
         return ImplicitUpsampler(self._backbone[0], self.fit_config)
 
-    def prepare(self, guidance: Tensor, grid_size: Size, output_size: Size) -> ImplicitKernels:
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> ImplicitKernels:
         """Fit the image, or find it fitted.
 
         Args:
             guidance: (1, 3, H, W) normalised image; 8-bit colours.
             grid_size: of the features; plays no part.
             output_size: (height, width) of the map.
+            features: play no part.
 
         Raises:
             ValueError: more than one image.

@@ -10,9 +10,8 @@ from torch import nn
 import upfeat
 from upfeat import losses
 from upfeat.backbones import Backbone
-from upfeat.training import implicit_kernel
-from upfeat.training.implicit import FitConfig, fit_guidance
-from upfeat.training.implicit_kernel import (
+from upfeat.implicit import anchors
+from upfeat.implicit.anchors import (
     KernelFit,
     Regression,
     _details,
@@ -20,22 +19,23 @@ from upfeat.training.implicit_kernel import (
     one_pass,
     spread_anchors,
 )
-from upfeat.training.implicit_network import (
-    Waves,
-    create_network_fit,
-    evaluate_waves,
-    train_network,
-)
-from upfeat.training.implicit_upsampler import ImplicitUpsampler
-from upfeat.training.implicit_views import (
+from upfeat.implicit.features import ImplicitFeatures
+from upfeat.implicit.fields import NetworkField
+from upfeat.implicit.fit import FitConfig, fit_guidance
+from upfeat.implicit.observe import (
     Observer,
     pooled_matrices,
     principal_components,
     show,
     zoomed_jitters,
 )
-from upfeat.upsamplers.implicit import ImplicitFeatures
-from upfeat.upsamplers.implicit_fields import NetworkField
+from upfeat.implicit.published import (
+    Waves,
+    create_network_fit,
+    evaluate_waves,
+    train_network,
+)
+from upfeat.implicit.upsampler import ImplicitUpsampler
 from upfeat.views import apply_jitter, sample_jitters
 
 VIEWS = {"max_pad": 6, "max_zoom": 1.8}
@@ -107,7 +107,7 @@ def test_the_design_is_what_views_do_to_the_map():
 
 
 def test_without_evidence_the_map_of_one_pass_is_drawn(monkeypatch):
-    monkeypatch.setattr(implicit_kernel, "PENALTIES", (1e14,))
+    monkeypatch.setattr(anchors, "PENALTIES", (1e14,))
     backbone, guidance = Pooled(), scene()
     config = dataclasses.replace(FAST, zoomed_views=0)
     features = fit_guidance(guidance, backbone, config)
@@ -134,7 +134,7 @@ def test_the_mean_of_large_maps_is_found_from_some_of_their_pixels(monkeypatch):
     basis = principal_components(watch.held_features, 5, whiten=True)
     fit = KernelFit(guidance, watch, basis, backbone(watch.image), anchors=60, seed=0)
     whole = fit.table.flatten(0, 1) @ fit.mean
-    monkeypatch.setattr(implicit_kernel, "_MEAN_PIXELS", 48 * 64 // 4)
+    monkeypatch.setattr(anchors, "_MEAN_PIXELS", 48 * 64 // 4)
     part = fit.table.flatten(0, 1) @ fit._project(
         one_pass(guidance, basis.encode(backbone(watch.image)), fit.map_size)
     )

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.images import read_image
-from upfeat.training.implicit_kernel import fit_kernel
-from upfeat.training.implicit_network import create_network_fit, train_network
-from upfeat.training.implicit_views import Basis, Observer, principal_components, zoomed_jitters
-from upfeat.training.randomness import stream
-from upfeat.upsamplers.implicit import ImplicitFeatures, resize_image
-from upfeat.upsamplers.implicit_fields import Field
+from upfeat.implicit.anchors import fit_kernel
+from upfeat.implicit.features import ImplicitFeatures, resize_image
+from upfeat.implicit.fields import Field
+from upfeat.implicit.observe import Basis, Observer, principal_components, zoomed_jitters
+from upfeat.implicit.published import create_network_fit, train_network
+from upfeat.randomness import stream
 from upfeat.views import sample_jitters, spread_jitters
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def fit_implicit(
             f"{network.name} ({network.stride}); give a larger one, or size={network.stride}"
         )
     size = min(shorter, max(_DEFAULT_SIZE, network.stride)) if config.size is None else config.size
-    shape = network.preprocess(pixels, size).shape[-2:]
+    shape = network.preprocess(pixels, size, align=True).shape[-2:]
     return fit_guidance(
         resize_image(pixels, (shape[0], shape[1])), network, config, on_step=on_step
     )

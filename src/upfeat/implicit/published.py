@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from upfeat import losses
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
-from upfeat.training.implicit_views import Basis, Observer
-from upfeat.training.randomness import stream
-from upfeat.upsamplers.implicit_fields import NetworkField
-from upfeat.upsamplers.implicit_guides import sample
+from upfeat.implicit.fields import NetworkField
+from upfeat.implicit.guides import sample
+from upfeat.implicit.observe import Basis, Observer
+from upfeat.randomness import stream
 from upfeat.views import Jitter
 
 

@@ -24,17 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.training.implicit_views import (
+from upfeat.implicit.fields import BilateralKernel, KernelField, whitening
+from upfeat.implicit.guides import QueryGuide, normalised, sample
+from upfeat.implicit.observe import (
     Basis,
     Observer,
     pooled_matrices,
     principal_components,
     show,
 )
-from upfeat.training.randomness import stream
+from upfeat.randomness import stream
 from upfeat.upsamplers.base import Upsampler
-from upfeat.upsamplers.implicit_fields import BilateralKernel, KernelField, whitening
-from upfeat.upsamplers.implicit_guides import QueryGuide, normalised, sample
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 from upfeat.upsamplers.pretrained import create_upsampler
 from upfeat.views import Jitter

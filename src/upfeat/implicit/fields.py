@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from upfeat.upsamplers.implicit_guides import QueryGuide, colours
+from upfeat.implicit.guides import QueryGuide, colours
 
 _TILE_CELLS = 4
 # Bumps further than this many standard deviations are below 2e-8.
