@@ -4,48 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.model import FeatUp
-from upfeat.mosaic import Rows, receptive_halo, strips
+from upfeat.mosaic import Rows, strips
 from upfeat.raster.outputs import Output
+from upfeat.raster.plan import MASK_HALO, Plan
 from upfeat.raster.scene import Scene
 from upfeat.raster.store import Store
 from upfeat.tiling import Tile, split
 from upfeat.upsamplers import Window
 
-_FILLED = 4
-"""Masked cells so near to valid ones take their features; those farther away are 0."""
-
 OnTile = Callable[[int, int], None]
 """Is told how many tiles are done, of how many."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a raster is cut.
-
-    Attributes:
-        grid: (h, w) of all coarse features.
-        tile: side of a tile that is written, cells.
-        halo: cells around it that the upsampler reads.
-        backbone_tile: side of a tile that goes through the backbone, cells.
-        backbone_halo: cells around that; ``None`` for overlapping windows.
-    """
-
-    grid: tuple[int, int]
-    tile: int
-    halo: int
-    backbone_tile: int
-    backbone_halo: int | None
 
 
 def upsample_raster(
@@ -69,7 +46,7 @@ def upsample_raster(
         output: ``.zarr`` or ``.tif``; appears when it is complete.
         model: backbone and upsampler.
         what: is written at every pixel.
-        plan: of :func:`upfeat.raster.budget.plan`.
+        plan: of :func:`upfeat.raster.plan.make_plan`.
         resume: go on with what a killed run left.
         overwrite: remove what is there.
         on_tile: is told of progress.
@@ -92,7 +69,7 @@ def upsample_raster(
         resume=resume,
         overwrite=overwrite,
     )
-    tiles = list(split(plan.grid, plan.tile, halo=plan.halo))
+    tiles = list(split(plan.grid, plan.tile, halo=plan.halo, step=plan.step))
     tell = on_tile or (lambda done, total: None)
     try:
         with ThreadPoolExecutor(1) as pool:
@@ -126,15 +103,18 @@ def _compute(
     """Index, tile and values (K, height, width) of all tiles that are not done."""
     backbone, stride = model.backbone, model.backbone.stride
 
-    def read(window: Window) -> Tensor:
-        pixels, _ = scene.read(window)
-        return model.normalize(pixels.to(backbone.mean.device)[None])
+    def normalized(pixels: Tensor) -> Tensor:
+        return (pixels[None].to(backbone.mean.device) - backbone.mean) / backbone.std
 
     waiting = [(index, tile) for index, tile in enumerate(tiles) if index not in done]
     if not waiting:
         return
     source = strips(
-        backbone, read, plan.grid, tile=plan.backbone_tile, halo=plan.backbone_halo,
+        backbone,
+        lambda window: normalized(scene.read(window)[0]),
+        plan.grid,
+        tile=plan.backbone_tile,
+        halo=plan.backbone_halo,
         first_row=waiting[0][1].outer.top,
     )
     rows = Rows(source)
@@ -150,7 +130,7 @@ def _compute(
             yield index, tile, what.empty(core)
             continue
         coarse = _fill_cells(coarse, valid, stride)
-        guidance = model.normalize(image.to(coarse.device)[None])
+        guidance = model.guidance(normalized(image))
         inner = Window(core.top - pixels.top, core.left - pixels.left, core.height, core.width)
         values = what.render(model, coarse, guidance, inner)
         values[:, ~inside] = what.nodata
@@ -164,7 +144,7 @@ def _fill_cells(coarse: Tensor, valid: Tensor, stride: int) -> Tensor:
     share = F.avg_pool2d(valid[None, None].to(coarse.dtype), stride)
     known = (share >= 0.5).to(coarse.device, coarse.dtype)
     filled = coarse * known
-    for _ in range(_FILLED):
+    for _ in range(MASK_HALO):
         count = F.avg_pool2d(known, 3, 1, 1, count_include_pad=False)
         mean = F.avg_pool2d(filled, 3, 1, 1, count_include_pad=False) / count.clamp(min=1e-6)
         reached = (count > 0).to(coarse.dtype)
