@@ -11,11 +11,12 @@ namespace upfeat {
 
 constexpr int64_t kTile = 16;  // output columns of a tile; a tile has two rows
 
+// The squared distance of a cell that must not count.
+constexpr float kOutOfReach = 1e30f;
+
 // How one output axis reads the coarse axis: through reflect padding and bicubic resizing, or the
 // cells around each coordinate's own.
 // Two neighbouring output coordinates form a group and share a window of `window` coarse cells.
-constexpr float kOutOfReach = 1e30f;
-
 struct Axis {
   int64_t in = 0;            // coarse cells
   int64_t out = 0;           // output coordinates

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from upfeat import functional
 from upfeat.backends import dispatch
-from upfeat.backends.window import reflect_pad
+from upfeat.geometry import reflect_pad
 
 SHAPES = [((1, 1), (4, 4)), ((3, 5), (7, 4)), ((4, 4), (8, 8)), ((7, 5), (9, 13)), ((9, 8), (5, 4))]
 

@@ -13,9 +13,12 @@ SOURCE = Path(upfeat.__file__).parent
 
 # Lower layers first; a module imports from its own layer or from lower ones.
 LAYERS = [
+    {"types", "geometry"},
     {
         "_version",
         "naming",
+        "optimisers",
+        "normalization",
         "randomness",
         "images",
         "storage",

@@ -2,40 +2,60 @@
 
 >>> import upfeat
 >>> model = upfeat.load()
->>> x = model.preprocess("photo.jpg")  # doctest: +SKIP
->>> features = model(x)  # (1, 112, H, W)  # doctest: +SKIP
+>>> x = model.preprocess("photo.jpg")
+>>> features = model(x)  # (1, 112, H, W)
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from upfeat import functional
 from upfeat._version import __version__
-from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
-from upfeat.features import UpsampledFeatures
-from upfeat.implicit.features import ImplicitFeatures
-from upfeat.model import FeatUp, load
-from upfeat.upsamplers import (
-    Bicubic,
-    Bilinear,
-    DetailUpsampler,
-    JBUStack,
-    JointBilateral,
-    Nearest,
-    NeighbourhoodUpsampler,
-    Upsampler,
-    list_upsamplers,
-)
 
 if TYPE_CHECKING:
+    from upfeat import functional
+    from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
+    from upfeat.features import UpsampledFeatures
+    from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
+    from upfeat.model import FeatUp, load
     from upfeat.training import TrainConfig, train
+    from upfeat.upsamplers import (
+        Bicubic,
+        Bilinear,
+        DetailUpsampler,
+        JBUStack,
+        JointBilateral,
+        Nearest,
+        NeighbourhoodUpsampler,
+        Upsampler,
+        list_upsamplers,
+    )
 
-# Imported when first asked for: using an upsampler needs nothing that training does.
+# Imported when first asked for: the command answers --help before PyTorch would be loaded, and
+# using an upsampler needs nothing that training does. The list for type checkers stands above.
 _LAZY = {
+    "Backbone": "upfeat.backbones",
+    "Bicubic": "upfeat.upsamplers",
+    "Bilinear": "upfeat.upsamplers",
+    "DetailUpsampler": "upfeat.upsamplers",
+    "FeatUp": "upfeat.model",
     "FitConfig": "upfeat.implicit.fit",
+    "ImplicitFeatures": "upfeat.implicit.features",
+    "JBUStack": "upfeat.upsamplers",
+    "JointBilateral": "upfeat.upsamplers",
+    "Nearest": "upfeat.upsamplers",
+    "NeighbourhoodUpsampler": "upfeat.upsamplers",
     "TrainConfig": "upfeat.training",
+    "UpsampledFeatures": "upfeat.features",
+    "Upsampler": "upfeat.upsamplers",
+    "WrappedBackbone": "upfeat.backbones",
     "fit_implicit": "upfeat.implicit.fit",
+    "list_backbones": "upfeat.backbones",
+    "list_upsamplers": "upfeat.upsamplers",
+    "load": "upfeat.model",
+    "load_backbone": "upfeat.backbones",
     "train": "upfeat.training",
 }
 
@@ -67,6 +87,21 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    """Import a public name, or a module of the package, when it is first asked for (PEP 562)."""
     if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_LAZY[name]), name)
+    elif not name.startswith("__") and find_spec(f"{__name__}.{name}"):
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# Where PyTorch is there, so are the operators: torch.export.load looks for them by name.
+if "torch" in sys.modules:
+    import_module("upfeat.functional")

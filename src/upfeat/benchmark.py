@@ -28,8 +28,8 @@ from torch import Tensor
 
 from upfeat import functional
 from upfeat._version import __version__
-from upfeat.backends.window import reflect_pad
 from upfeat.environment import describe
+from upfeat.geometry import reflect_pad
 from upfeat.upsamplers import JBUStack
 from upfeat.upsamplers.jbu import JBUStage, stage_sizes
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from upfeat.backends import dispatch
-from upfeat.backends.window import window_radius
+from upfeat.geometry import window_radius
 
 __all__ = [
     "adaptive_conv2d",
@@ -79,7 +79,14 @@ def joint_bilateral_upsample(features: Tensor, weights: Tensor, *, backend: str 
     return dispatch.call("joint_bilateral_upsample", backend, features, weights)
 
 
-def neighbourhood_upsample(features: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
+def neighbourhood_upsample(
+    features: Tensor,
+    weights: Tensor,
+    *,
+    output_size: tuple[int, int] | None = None,
+    window: tuple[int, int, int, int] | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Sum the coarse cells around each pixel's own cell, weighted per pixel.
 
     out[b, c, p] = Σ_δ weights[b, δ, p] · features[b, c, cell(p) + δ], |δ|∞ ≤ r, edges replicated,
@@ -87,20 +94,24 @@ def neighbourhood_upsample(features: Tensor, weights: Tensor, *, backend: str = 
 
     Args:
         features: (B, C, h, w).
-        weights: (B, (2r+1)², H, W), offsets row-major; its size is the output's.
+        weights: (B, (2r+1)², H, W), offsets row-major, or only those of the window.
+        output_size: (H, W) of the whole output; the weights' size by default.
+        window: (top, left, height, width) of the output that ``weights`` are; all of it by default.
         backend: see the module's docstring.
 
     Returns:
-        (B, C, H, W).
+        (B, C, H, W), or (B, C, height, width) of the window.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or the backend cannot run.
+        ValueError: shapes, dtypes or devices disagree, the window does not lie in the output, or
+            the backend cannot run.
     """
     weights = _check_pair("features", features, weights)
     window_radius(weights.shape[1])
     _check_not_empty("features", features)
     _check_not_empty("weights", weights)
-    return dispatch.call("neighbourhood_upsample", backend, features, weights)
+    size, origin = _check_window("weights", weights, output_size, window)
+    return dispatch.call("neighbourhood_upsample", backend, features, weights, size, origin)
 
 
 def bilateral_weights(
@@ -189,7 +200,7 @@ def neighbourhood_weights(
         )
     _check_not_empty("queries", queries)
     _check_not_empty("keys", keys)
-    size, origin = _check_window(queries, output_size, window)
+    size, origin = _check_window("queries", queries, output_size, window)
     scalars = [
         torch.as_tensor(scalar, dtype=queries.dtype, device=queries.device)
         for scalar in (temperature, sigma)
@@ -200,16 +211,17 @@ def neighbourhood_weights(
 
 
 def _check_window(
-    queries: Tensor,
+    name: str,
+    tensor: Tensor,
     output_size: tuple[int, int] | None,
     window: tuple[int, int, int, int] | None,
 ) -> tuple[list[int], list[int]]:
-    """The whole output's size and where in it the queries begin."""
-    size = list(queries.shape[-2:] if output_size is None else output_size)
+    """The whole output's size and where in it the tensor begins."""
+    size = list(tensor.shape[-2:] if output_size is None else output_size)
     top, left, height, width = (0, 0, *size) if window is None else window
-    if (height, width) != tuple(queries.shape[-2:]):
+    if (height, width) != tuple(tensor.shape[-2:]):
         raise ValueError(
-            f"queries are {_size(queries)} but the window is {height}×{width}; give the window's"
+            f"{name} are {_size(tensor)} but the window is {height}×{width}; give the window's"
         )
     if top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
         raise ValueError(

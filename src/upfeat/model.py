@@ -76,7 +76,11 @@ class FeatUp(nn.Module):
         Raises:
             ValueError: x is not such an image, or the backbone returns NaN.
         """
-        return self.upsampler(self.backbone(x), x, output_size)
+        return self.upsampler(self.backbone(x), self.guidance(x), output_size)
+
+    def guidance(self, x: Tensor) -> Tensor:
+        """The image as the upsampler sees it: in its own normalisation, where that differs."""
+        return self.upsampler.guidance_from(x, self.backbone)
 
     def lazy(self, x: Tensor, output_size: tuple[int, int] | None = None) -> UpsampledFeatures:
         """The same features, of which only what is asked for is computed at full size.
@@ -85,13 +89,9 @@ class FeatUp(nn.Module):
             x: as in :meth:`forward`.
             output_size: likewise.
         """
+        mean, std = self.upsampler.normalization or self.backbone.normalization
         return UpsampledFeatures(
-            self.backbone(x),
-            x,
-            self.upsampler,
-            output_size,
-            mean=self.backbone.mean.flatten().tolist(),
-            std=self.backbone.std.flatten().tolist(),
+            self.backbone(x), self.guidance(x), self.upsampler, output_size, mean=mean, std=std
         )
 
 

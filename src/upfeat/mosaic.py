@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.tiling import Size, overlapping, raised_cosine, split
-from upfeat.upsamplers import Window
+from upfeat.tiling import overlapping, raised_cosine, split
+from upfeat.types import Size, Window
 
 Read = Callable[[Window], Tensor]
 """From a window in pixels to (1, 3, height, width), normalised as the backbone wants it."""

@@ -91,7 +91,7 @@ def run_photo(
     _check_memory(model.embed_dim, x, dtype)
     with torch.inference_mode():
         coarse = model.backbone(x)
-        upsampled = model.upsampler(coarse, x)
+        upsampled = model.upsampler(coarse, model.guidance(x))
         stored = upsampled[0].to(dtype).cpu().contiguous()
         # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
         if not torch.isfinite(torch.stack(stored.aminmax())).all():

@@ -12,9 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from upfeat.upsamplers import Window
-
-Size = tuple[int, int]
+from upfeat.types import Size, Window
 
 
 class Tile(NamedTuple):

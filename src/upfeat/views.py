@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upfeat.geometry import reflect
+
 # Output rows (or columns) whose inputs are multiplied together: a block of 32 needs about
 # 32 / zoom + 2 input rows, so the product skips nearly all of the matrices' zeros.
 _BLOCK = 32
@@ -335,21 +337,6 @@ def warp(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return _Warp.apply(maps, rows, columns, False).to(x.dtype)
         return (rows[:, None] @ maps @ columns.mT[:, None]).to(x.dtype)
-
-
-def reflect(index: Tensor, n: int) -> Tensor:
-    """Reflect indices about the centres of the first and last of n pixels, as often as needed.
-
-    Args:
-        index: integer or floating indices, any shape; integers are folded exactly.
-        n: number of pixels along the axis.
-
-    Returns:
-        Indices in [0, n - 1], of the same type and shape.
-    """
-    if n == 1:
-        return torch.zeros_like(index)
-    return (torch.remainder(index + (n - 1), 2 * (n - 1)) - (n - 1)).abs()
 
 
 class _Warp(torch.autograd.Function):

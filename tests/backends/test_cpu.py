@@ -255,6 +255,7 @@ def every_operator():
     features, weights, grad = problem(((2, 40, 24, 20), (48, 41), 3))
     keys, guidance, coarse = randn(2, 32, 48, 41), randn(2, 3, 48, 41), randn(2, 32, 24, 20)
     parameters = stage_parameters()
+    whole = (48, 41), (0, 0)
     return [
         cpu.joint_bilateral_upsample(features, weights),
         *cpu.joint_bilateral_upsample_backward(grad, features, weights, True, True),
@@ -262,10 +263,10 @@ def every_operator():
         *cpu.bilateral_weights_backward(weights, keys, 1.0, 1.0, 3),
         cpu.jbu_stage_weights(guidance, *parameters),
         cpu.jbu_stage(features, guidance, *parameters),
-        cpu.neighbourhood_upsample(features, weights),
-        *cpu.neighbourhood_upsample_backward(grad, features, weights, True, True),
-        cpu.neighbourhood_weights(keys, coarse, 1.0, 1.0, 3, (48, 41), (0, 0)),
-        *cpu.neighbourhood_weights_backward(weights, keys, coarse, 1.0, 1.0, 3, (48, 41), (0, 0)),
+        cpu.neighbourhood_upsample(features, weights, *whole),
+        *cpu.neighbourhood_upsample_backward(grad, features, weights, True, True, *whole),
+        cpu.neighbourhood_weights(keys, coarse, 1.0, 1.0, 3, *whole),
+        *cpu.neighbourhood_weights_backward(weights, keys, coarse, 1.0, 1.0, 3, *whole),
     ]
 
 

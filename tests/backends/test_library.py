@@ -53,11 +53,12 @@ def test_range_kernel_gradients_equal_the_reference():
 @pytest.mark.parametrize("operator", WINDOWED)
 def test_opcheck(operator):
     values, weights = inputs(operator)
+    options = ([12, 10], [2, 1]) if WINDOWED[operator] else ()
     op = getattr(torch.ops.upfeat, f"{operator}_cpu").default
     for layout in (torch.contiguous_format, torch.channels_last):
         laid = values.clone(memory_format=layout)
-        torch.library.opcheck(op, (laid, weights))
-    torch.library.opcheck(op, (values.requires_grad_(), weights.requires_grad_()))
+        torch.library.opcheck(op, (laid, weights, *options))
+    torch.library.opcheck(op, (values.requires_grad_(), weights.requires_grad_(), *options))
 
 
 @pytest.mark.slow

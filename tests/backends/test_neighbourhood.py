@@ -199,6 +199,28 @@ def test_a_window_equals_the_window_of_the_whole(backend, case):
         close(out, whole[:, :, rows, columns], 1e-6)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_window_of_the_sum_equals_the_window_of_the_whole(backend, case):
+    features, weights = values(case)
+    (batch, _, channels), _, (height, width), _ = case
+    whole = functional.neighbourhood_upsample(features, weights, backend="reference")
+    for top, left in ((0, 0), (height // 2, width // 3), (height - 1, 0)):
+        tall, wide = height - top, max(1, (width - left) // 2)
+        rows, columns = slice(top, top + tall), slice(left, left + wide)
+        place = {"output_size": (height, width), "window": (top, left, tall, wide)}
+
+        def operator(*inputs, backend, place=place):
+            return functional.neighbourhood_upsample(*inputs, **place, backend=backend)
+
+        inputs = features, weights[:, :, rows, columns]
+        grad = randn(batch, channels, tall, wide, seed=4)
+        found = with_gradients(operator, backend, inputs, grad)
+        expected = with_gradients(operator, "reference", inputs, grad)
+        for a, b in zip(found, expected, strict=True):
+            close(a, b)
+        close(found[0], whole[:, :, rows, columns])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_storage_is_rounded_once(isa, dtype):
     case = ((2, 20, 19), (4, 5), (13, 20), 2)
@@ -276,7 +298,9 @@ def test_empty_batches_and_no_channels(backend):
 @pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the library")
 def test_the_library_leaves_far_smaller_outputs_to_pytorch():
     features, weights = randn(1, 2, 9, 4), randn(1, 9, 2, 4)
-    reason = dispatch.reason_against("neighbourhood_upsample", "cpu", features, weights)
+    reason = dispatch.reason_against(
+        "neighbourhood_upsample", "cpu", features, weights, (2, 4), (0, 0)
+    )
     assert "a quarter of the grid" in reason
     with pytest.raises(ValueError, match="a quarter of the grid"):
         functional.neighbourhood_weights(randn(1, 2, 2, 4), features, 1.0, 1.0, backend="cpu")

@@ -92,15 +92,15 @@ def assert_close(found, wanted, dtype, name=""):
     assert error <= TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
 
 
-def check_pair(operator, source, weights):
+def check_pair(operator, source, weights, *options):
     """Forward and both gradients of a (source, weights) operator against its oracle."""
     exact = [t.double().cpu().requires_grad_() for t in (source, weights)]
-    wanted = ORACLES[operator](*exact)
+    wanted = ORACLES[operator](*exact, *options)
     grad = draw(*wanted.shape, dtype=source.dtype, seed=1)
     gradients = torch.autograd.grad(wanted, exact, grad.double().cpu())
-    out = getattr(kernels, operator)(source, weights)
+    out = getattr(kernels, operator)(source, weights, *options)
     backward = getattr(kernels, operator + "_backward")
-    found = backward(grad, source, weights)
+    found = backward(grad, source, weights, True, True, *options)
     assert (out.dtype, found[0].dtype, found[1].dtype) == (
         source.dtype,
         source.dtype,
@@ -179,7 +179,9 @@ class TestOnDevice:
 
     @pytest.mark.parametrize("size", [(8, 12), (7, 9)])
     def test_neighbourhood(self, size):
-        check_pair("neighbourhood_upsample", draw(1, 3, 4, 3), draw(1, 25, *size, seed=2))
+        features, weights = draw(1, 3, 4, 3), draw(1, 25, *size, seed=2)
+        check_pair("neighbourhood_upsample", features, weights, size, (0, 0))
+        check_pair("neighbourhood_upsample", features, weights, (19, 23), (8, 5))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_strided_arguments(self, dtype):
@@ -342,7 +344,10 @@ def test_windows_hold_all_of_the_resize_and_the_border(source, target, radius):
 
 @pytest.mark.parametrize(
     "axis",
-    [bicubic_axis(4, 8, 3), bicubic_axis(5, 7, 2), plain_axis(5, 3), replicated_axis(3, 10, 1)],
+    [
+        *(bicubic_axis(4, 8, 3), bicubic_axis(5, 7, 2), plain_axis(5, 3)),
+        *(replicated_axis(3, 10, 1), replicated_axis(9, 10, 1, 30, 17)),
+    ],
 )
 def test_begin_and_end_are_the_windows_turned_round(axis):
     for position in range(axis.source):

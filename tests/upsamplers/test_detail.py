@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import upfeat
 from upfeat.upsamplers import Window
 from upfeat.upsamplers.base import Upsampler
+from upfeat.upsamplers.detail import _Block
 
 SIDES = st.integers(1, 70)
 
@@ -83,6 +84,11 @@ def test_without_channels_of_its_own_it_serves_any_and_is_linear():
         expected = up(a, guidance) + 2 * up(b, guidance)
         torch.testing.assert_close(up(a + 2 * b, guidance), expected, rtol=1e-4, atol=1e-4)
     up.scale_mix(0.5)  # there is none to scale
+
+
+def test_a_block_of_the_network_starts_as_the_identity():
+    block, x = _Block(4), torch.randn(2, 4, 5, 6)
+    assert torch.equal(block(x), x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.images import read_image
+from upfeat.normalization import IMAGENET, Normalization, check_normalization
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from upfeat.images import ImageLike
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = IMAGENET
 
 
 class Backbone(nn.Module, ABC):
@@ -49,15 +49,19 @@ class Backbone(nn.Module, ABC):
         for label, value in (("embed_dim", embed_dim), ("stride", stride)):
             if value < 1:
                 raise ValueError(f"{label}={value} must be 1 or more")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean={mean!r} and std={std!r} must be 3 values each, std above 0")
+        self._normalization = check_normalization(mean, std)
         self.name = name
         self.embed_dim = embed_dim
         self.stride = stride
         self.mean: Tensor
         self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        for label, values in self._normalization._asdict().items():
+            self.register_buffer(label, torch.tensor(values)[:, None, None], persistent=False)
+
+    @property
+    def normalization(self) -> Normalization:
+        """Mean and standard deviation of its images, as numbers."""
+        return self._normalization
 
     @abstractmethod
     def extract(self, x: Tensor) -> Tensor:

@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backends.cells import (
+from upfeat.geometry import (
     cell_distances,
     gather_cells,
     gather_pixels,
+    reflect_pad,
     scatter_pixels,
     slots_of_cells,
+    spatial_kernel,
+    window_radius,
 )
-from upfeat.backends.window import reflect_pad, spatial_kernel, window_radius
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:
@@ -60,12 +62,12 @@ def bilateral_weights(
 def neighbourhood_upsample(
     features: Tensor,
     weights: Tensor,
-    output_size: Sequence[int] | None = None,
-    origin: Sequence[int] = (0, 0),
+    output_size: Sequence[int],
+    origin: Sequence[int],
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`.
 
-    The weights may be those of a window of an output of ``output_size``, from ``origin`` on.
+    The weights are those of a window of an output of ``output_size``, from ``origin`` on.
 
     All pixels of one coarse cell read the same (2r+1)² cells, so the sum is one small matrix
     product per cell: (pixels of the cell × taps)·(taps × C). Where the output is not a whole
@@ -74,7 +76,7 @@ def neighbourhood_upsample(
     radius, counts = window_radius(weights.shape[1]), weights.shape[2:]
     rows, columns = (
         slots_of_cells(*axis)
-        for axis in zip(features.shape[2:], output_size or counts, origin, counts, strict=True)
+        for axis in zip(features.shape[2:], output_size, origin, counts, strict=True)
     )
     # Only the cells that are read: the whole map may be many times larger.
     top, left = (max(axis.first - radius, 0) for axis in (rows, columns))

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backends.cells import cell_of_pixels
-from upfeat.backends.window import reflect_pad, spatial_kernel, window_radius
+from upfeat.geometry import cell_of_pixels, reflect_pad, spatial_kernel, window_radius
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:
@@ -43,10 +42,12 @@ def bilateral_weights(
     return weights / weights.sum(1, keepdim=True).clamp(min=1e-7)
 
 
-def neighbourhood_upsample(features: Tensor, weights: Tensor) -> Tensor:
+def neighbourhood_upsample(
+    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`."""
-    size = weights.shape[2:]
-    cells = _cells_around(features, window_radius(weights.shape[1]), size, (0, 0), size)
+    radius = window_radius(weights.shape[1])
+    cells = _cells_around(features, radius, output_size, origin, weights.shape[2:])
     return torch.einsum("bcthw,bthw->bchw", cells, weights)
 
 

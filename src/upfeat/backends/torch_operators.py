@@ -21,8 +21,12 @@ from upfeat.backends.triton import operators as triton
 
 _LIBRARY = torch.library.Library("upfeat", "DEF")
 
-WINDOWED = ("adaptive_conv2d", "joint_bilateral_upsample", "neighbourhood_upsample")
-"""Operators of (values, weights) that are linear in both."""
+WINDOWED: dict[str, list[str]] = {
+    "adaptive_conv2d": [],
+    "joint_bilateral_upsample": [],
+    "neighbourhood_upsample": ["SymInt[] output_size", "SymInt[] origin"],
+}
+"""Operators of (values, weights) that are linear in both, with the options they take."""
 
 WEIGHTS = {
     "bilateral_weights": (["keys", "temperature", "sigma_spatial"], ["int radius"]),
@@ -34,15 +38,18 @@ WEIGHTS = {
 """Operators that make weights, with the tensors and the options they take."""
 
 
-def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
+def _windowed(
+    backend: str, module: ModuleType, operator: str, options: list[str]
+) -> Callable[..., Tensor]:
     """Register a windowed operator and its gradient."""
     name = f"{operator}_{backend}"
     forward: Callable[..., Tensor] = getattr(module, operator)
     backward = getattr(module, f"{operator}_backward")
-    _LIBRARY.define(f"{name}(Tensor values, Tensor weights) -> Tensor")
+    arguments = ", ".join(["Tensor values", "Tensor weights", *options])
+    needs = ", ".join(["bool need_values", "bool need_weights", *options])
+    _LIBRARY.define(f"{name}({arguments}) -> Tensor")
     _LIBRARY.define(
-        f"{name}_backward(Tensor grad, Tensor values, Tensor weights, bool need_values, "
-        "bool need_weights) -> (Tensor, Tensor)"
+        f"{name}_backward(Tensor grad, Tensor values, Tensor weights, {needs}) -> (Tensor, Tensor)"
     )
 
     def run_backward(
@@ -51,12 +58,13 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
         weights: Tensor,
         need_values: bool,
         need_weights: bool,
+        *chosen: Any,
     ) -> tuple[Tensor, Tensor]:
         # An operator returns tensors only: what nobody asked for is empty.
-        found = backward(grad, values, weights, need_values, need_weights)
+        found = backward(grad, values, weights, need_values, need_weights, *chosen)
         return tuple(values.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
 
-    def fake(values: Tensor, weights: Tensor) -> Tensor:
+    def fake(values: Tensor, weights: Tensor, *_: Any) -> Tensor:
         return _empty_output(values, weights)
 
     def fake_backward(
@@ -65,19 +73,22 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
         weights: Tensor,
         need_values: bool,
         need_weights: bool,
+        *_: Any,
     ) -> tuple[Tensor, Tensor]:
         return (
             torch.empty_like(values) if need_values else values.new_empty(0),
             torch.empty_like(weights) if need_weights else values.new_empty(0),
         )
 
-    def save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+        ctx.options = inputs[2:]
 
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
-        found = gradient(grad, *ctx.saved_tensors, need[0], need[1])
-        return (found[0] if need[0] else None, found[1] if need[1] else None)
+        found = gradient(grad, *ctx.saved_tensors, need[0], need[1], *ctx.options)
+        without = (None for _ in options)
+        return (found[0] if need[0] else None, found[1] if need[1] else None, *without)
 
     _implement(name, forward, fake)
     _implement(f"{name}_backward", run_backward, fake_backward)
@@ -187,9 +198,9 @@ def _empty_output(values: Tensor, like: Tensor) -> Tensor:
 def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
     """The backend with its operators replaced by differentiable ones."""
     found = SimpleNamespace(unavailable_reason=module.unavailable_reason)
-    for operator in WINDOWED:
+    for operator, options in WINDOWED.items():
         if hasattr(module, operator):
-            setattr(found, operator, _windowed(backend, module, operator))
+            setattr(found, operator, _windowed(backend, module, operator, options))
     for operator, (tensors, options) in WEIGHTS.items():
         if hasattr(module, operator):
             setattr(found, operator, _weights(backend, module, operator, tensors, options))

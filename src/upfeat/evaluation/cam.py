@@ -88,7 +88,8 @@ class ClassActivation(Task):
             image, features = normalised(sample.image, self.backbone), sample.features[None]
             before, category = self._probabilities(features).max(0)
             head = self.classifier.head_of(int(category))
-            heat = activation(upsampler, features, image, head)
+            guidance = upsampler.guidance_from(image, self.backbone)
+            heat = activation(upsampler, features, guidance, head)
             # A normalised image is grey at 0.
             after = self._probabilities(self.backbone(image * heat))[category]
             drops.append(float(((before - after) / before).clamp(min=0)))
@@ -115,7 +116,7 @@ def activation(upsampler: Upsampler, features: Tensor, guidance: Tensor, head: H
     Args:
         upsampler: in eval mode.
         features: (1, C, h, w).
-        guidance: (1, 3, H, W) the normalised image.
+        guidance: (1, 3, H, W) the image, in the upsampler's normalisation.
         head: one output, the class's weight.
 
     Returns:

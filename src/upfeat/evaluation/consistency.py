@@ -28,7 +28,7 @@ from upfeat.evaluation.downsampler_fit import (
     leading_components,
     to_cells,
 )
-from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, normalised
+from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, guidance_of
 from upfeat.evaluation.probe import Head, head_map
 from upfeat.evaluation.probing import named_generator
 from upfeat.evaluation.provenance import digest
@@ -67,7 +67,8 @@ class Consistency(Task):
         sums = torch.zeros(self.config.seeds, len(names), len(_SUMS), dtype=torch.float64)
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: views", index, len(self.test))
-            upsampled = upsampler(sample.features[None], normalised(sample.image, self.backbone))
+            guidance = guidance_of(sample.image, self.backbone, upsampler)
+            upsampled = upsampler(sample.features[None], guidance)
             centre = sample.features.mean((1, 2))[None, :, None, None]
             for seed, each in enumerate(fitted):
                 views, seen = view_features(
@@ -134,7 +135,8 @@ class Consistency(Task):
         ]
         rows = torch.cat([self.leading, *(each.to(self.leading) for each in directions)])
         head = Head(rows, rows.new_zeros(len(rows)))  # D + 30 S outputs
-        guidance, features = normalised(sample.image, self.backbone), sample.features[None]
+        guidance = guidance_of(sample.image, self.backbone, upsampler)
+        features = sample.features[None]
         grid = (features.shape[2], features.shape[3])
         kernels = upsampler.prepare(guidance, grid, sample.size, features)
         maps = head_map(upsampler, kernels, features, head)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.evaluation.prepared import PreparedSet, normalised
+from upfeat.evaluation.prepared import PreparedSet, guidance_of
 from upfeat.implicit.upsampler import ImplicitUpsampler
 from upfeat.upsamplers import Upsampler
 
@@ -43,7 +43,8 @@ def measure(
     seconds, rises, cosines = [], [], []
     for index in range(min(N_MEASURED, len(images))):
         sample = images[index]
-        features, guidance = sample.features[None], normalised(sample.image, backbone)
+        features = sample.features[None]
+        guidance = guidance_of(sample.image, backbone, upsampler)
         upsampled, elapsed, rise = _watched(upsampler, features, guidance)
         seconds.append(elapsed)
         rises.append(rise)

@@ -12,7 +12,7 @@ from torch import Tensor
 from upfeat.evaluation.cost import measure
 from upfeat.evaluation.metrics import align_depth, depth_errors, depth_scores
 from upfeat.evaluation.pictures import encode_values
-from upfeat.evaluation.prepared import Prepared, normalised
+from upfeat.evaluation.prepared import Prepared, guidance_of
 from upfeat.evaluation.probe import Head, Pixels, fit_depth, head_map
 from upfeat.evaluation.probing import Probing
 from upfeat.evaluation.provenance import digest
@@ -60,7 +60,8 @@ class Depth(Probing):
     @torch.no_grad()
     def _predict(self, upsampler: Upsampler, sample: Prepared, head: Head) -> Tensor:
         """(K, H, W), one map per output of the head."""
-        features, guidance = sample.features[None], normalised(sample.image, self.backbone)
+        features = sample.features[None]
+        guidance = guidance_of(sample.image, self.backbone, upsampler)
         grid = (features.shape[2], features.shape[3])
         kernels = upsampler.prepare(guidance, grid, sample.size, features)
         return head_map(upsampler, kernels, features, head)[0]

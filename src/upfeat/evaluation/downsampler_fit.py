@@ -22,6 +22,7 @@ from torch import Tensor
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
 from upfeat.evaluation.prepared import PreparedSet
 from upfeat.losses import SpatialUncertainty, gaussian_reconstruction
+from upfeat.optimisers import LBFGS, NAdam
 
 N_DIRECTIONS = 30
 """Random directions along which the error is taken while fitting (FeatUp, section 3.3)."""
@@ -152,7 +153,7 @@ def _fit_downsampler(
     cells: Cells,
     generator: torch.Generator,
 ) -> None:
-    optimiser = torch.optim.NAdam(downsampler.parameters(), lr=_LEARNING_RATE)
+    optimiser = NAdam(downsampler.parameters(), lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
     scale = cells.target.var().clamp(min=1e-12)
     for index in _batches(len(cells), generator):
@@ -187,9 +188,7 @@ def _fit_uncertainty(
     uncertainty.weight.zero_()
     # The module adds 0.1 to the logarithm.
     uncertainty.bias.fill_(math.log(float(error.square().mean().sqrt().clamp(min=1e-4))) - 0.1)
-    optimiser = torch.optim.LBFGS(
-        uncertainty.parameters(), max_iter=100, line_search_fn="strong_wolfe"
-    )
+    optimiser = LBFGS(uncertainty.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         optimiser.zero_grad()

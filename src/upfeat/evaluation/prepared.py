@@ -20,6 +20,7 @@ from upfeat.backbones import Backbone
 from upfeat.evaluation.datasets import IGNORE_INDEX, Dataset, Problem, Sample
 from upfeat.evaluation.provenance import PREPARING, identify_backbone, source_digest
 from upfeat.storage import read_tensors, write_tensors
+from upfeat.upsamplers import Upsampler
 
 OnStep = Callable[[str, int, int], None]
 """Told of progress: what is being done, how many are done, of how many."""
@@ -87,6 +88,11 @@ class PreparedSet:
 def normalised(image: Tensor, backbone: Backbone) -> Tensor:
     """(3, H, W) uint8 -> (1, 3, H, W) as the backbone takes it."""
     return (image[None].float() / 255 - backbone.mean) / backbone.std
+
+
+def guidance_of(image: Tensor, backbone: Backbone, upsampler: Upsampler) -> Tensor:
+    """(3, H, W) uint8 -> (1, 3, H, W) as an upsampler of the backbone's features takes it."""
+    return upsampler.guidance_from(normalised(image, backbone), backbone)
 
 
 def prepare(

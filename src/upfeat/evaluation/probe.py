@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from upfeat.implicit.upsampler import ImplicitKernels
+from upfeat.optimisers import LBFGS
 from upfeat.upsamplers import Kernels, Upsampler
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -200,7 +201,7 @@ def _fit(
 def _minimise(start: Head, pixels: Pixels, loss: Loss, penalty: float) -> Head:
     weight, bias = start.weight.clone().requires_grad_(), start.bias.clone().requires_grad_()
     flat = pixels.features.flatten(0, 1)  # (N·P, C)
-    optimiser = torch.optim.LBFGS(
+    optimiser = LBFGS(
         [weight, bias],
         max_iter=_MAX_ITERATIONS,
         tolerance_grad=1e-5,

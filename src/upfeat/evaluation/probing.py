@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, normalised
+from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, guidance_of
 from upfeat.evaluation.probe import Head, Pixels, draw_pixels, read_cells, read_pixels
 from upfeat.evaluation.task import Task
 from upfeat.upsamplers import Upsampler
@@ -68,7 +68,7 @@ class Probing(Task):
         for index, sample in enumerate(self.train):
             self.on_step(f"{label}: train", index, len(self.train))
             with torch.no_grad():
-                guidance = normalised(sample.image, self.backbone)
+                guidance = guidance_of(sample.image, self.backbone, upsampler)
                 upsampled = upsampler(sample.features[None], guidance)[0]
             for seed in self.seeds:
                 places = self._places(sample, seed)

@@ -19,11 +19,11 @@ PREPARING = ("images.py", "backbones", "evaluation/datasets.py", "evaluation/rea
 PREPARING += ("evaluation/prepared.py",)
 """Source that decides what a prepared image is."""
 
-VIEWING = (*PREPARING, "views.py", "evaluation/view_features.py")
+VIEWING = (*PREPARING, "geometry.py", "views.py", "evaluation/view_features.py")
 """Source that decides what the backbone sees of a jittered view."""
 
 SCORING = ("images.py", "backbones", "backends", "evaluation", "functional.py", "implicit")
-SCORING += ("downsamplers.py", "losses.py", "pooling.py", "upsamplers", "views.py")
+SCORING += ("downsamplers.py", "geometry.py", "losses.py", "pooling.py", "upsamplers", "views.py")
 """Source that decides a score."""
 
 _DRAWING = ("evaluation/report.py", "evaluation/report_figures.py")
@@ -65,7 +65,8 @@ def digest(module: nn.Module) -> str:
 def identify_upsampler(upsampler: Upsampler) -> str:
     """A name for all that decides what an upsampler does: class, configuration, weights."""
     cls = type(upsampler)
-    return f"{cls.__module__}.{cls.__qualname__}|{upsampler.config()}|{digest(upsampler)}"
+    known = f"{cls.__module__}.{cls.__qualname__}|{upsampler.config()}|{digest(upsampler)}"
+    return f"{known}|{upsampler.normalization}"
 
 
 @torch.no_grad()
@@ -79,8 +80,7 @@ def identify_backbone(backbone: Backbone) -> str:
     ramp = torch.arange(3 * side * side, dtype=torch.float32).mul(0.7).sin().view(1, 3, side, side)
     response = backbone(ramp.to(backbone.mean.device))
     known = f"{cls.__module__}.{cls.__qualname__}|{backbone.name}|{digest(backbone)}"
-    normalisation = f"{backbone.mean.flatten().tolist()}|{backbone.std.flatten().tolist()}"
-    return f"{known}|{normalisation}|{hashlib.sha256(_bytes(response)).hexdigest()}"
+    return f"{known}|{backbone.normalization}|{hashlib.sha256(_bytes(response)).hexdigest()}"
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -20,7 +20,7 @@ from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
 from upfeat.evaluation.datasets import IGNORE_INDEX, Problem
 from upfeat.evaluation.pictures import encode_indices
-from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, normalised
+from upfeat.evaluation.prepared import OnStep, Prepared, PreparedSet, guidance_of
 from upfeat.evaluation.probe import Head, Pixels, fit_classifier, head_map
 from upfeat.evaluation.probing import Probing
 from upfeat.evaluation.provenance import digest
@@ -80,7 +80,8 @@ class Segmentation(Probing):
         self, upsampler: Upsampler, sample: Prepared, heads: dict[str, list[Head]]
     ) -> dict[str, Tensor]:
         """Class maps (S, H, W) of every protocol, on the CPU; only K channels are upsampled."""
-        features, guidance = sample.features[None], normalised(sample.image, self.backbone)
+        features = sample.features[None]
+        guidance = guidance_of(sample.image, self.backbone, upsampler)
         n_classes = len(self.classes)
         with torch.no_grad():
             grid = (features.shape[2], features.shape[3])

@@ -26,7 +26,8 @@ from upfeat.images import read_image
 from upfeat.implicit.fields import Field, rebuild
 from upfeat.implicit.guides import sample
 from upfeat.storage import read_tensors, write_tensors
-from upfeat.upsamplers.base import Size, check_output_size
+from upfeat.types import Size
+from upfeat.upsamplers.base import check_output_size
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike

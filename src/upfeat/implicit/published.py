@@ -15,6 +15,7 @@ from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
 from upfeat.implicit.fields import NetworkField
 from upfeat.implicit.guides import sample
 from upfeat.implicit.observe import Basis, Observer
+from upfeat.optimisers import NAdam
 from upfeat.randomness import stream
 from upfeat.views import Jitter
 
@@ -217,7 +218,7 @@ def train_network(
         seed: draws the views of each step.
         on_step: is told how many steps are done.
     """
-    optimiser = torch.optim.NAdam(fit.parameters(), lr=learning_rate)
+    optimiser = NAdam(fit.parameters(), lr=learning_rate)
     generator = stream(seed, "dropout of the downsampler")
     order = stream(seed, "order of views")
     fit.train()

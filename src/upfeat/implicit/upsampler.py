@@ -14,7 +14,8 @@ from torch import Tensor
 from upfeat.backbones import Backbone
 from upfeat.implicit.features import ImplicitFeatures, fingerprint
 from upfeat.implicit.fit import FitConfig, fit_guidance
-from upfeat.upsamplers.base import Size, Upsampler, Window
+from upfeat.types import Size, Window
+from upfeat.upsamplers.base import Upsampler
 
 
 class ImplicitKernels:

@@ -198,7 +198,7 @@ class _Loop:
         x = normalised(self.held_out[0][None], backbone)
         features = backbone(x)
         trainer.upsampler.eval()
-        upsampled = trainer.upsampler(features, x)
+        upsampled = trainer.upsampler(features, trainer.upsampler.guidance_from(x, backbone))
         trainer.upsampler.train()
         image = backbone.denormalize(x)[0].cpu()
         label = trainer.upsampler.name.replace("_", " ")

@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.backbones.base import IMAGENET_MEAN, IMAGENET_STD
 from upfeat.downsamplers import AttentionDownsampler, CellDownsampler, SimpleDownsampler
 from upfeat.losses import (
     SpatialUncertainty,
@@ -29,12 +28,14 @@ from upfeat.losses import (
     random_projection,
     total_variation,
 )
+from upfeat.normalization import IMAGENET
 from upfeat.training.detail import DetailTarget
 from upfeat.upsamplers.detail import FINER, DetailKernels, DetailUpsampler
 from upfeat.views import Jitter, apply_jitter, sample_jitters
 
 if TYPE_CHECKING:
     from upfeat.backbones import Backbone
+    from upfeat.normalization import Normalization
     from upfeat.training.config import TrainConfig
     from upfeat.upsamplers import Kernels, Upsampler
 
@@ -67,7 +68,12 @@ class _Upsampled(NamedTuple):
 
 @torch.no_grad()
 def make_batch(
-    backbone: Backbone, images: Tensor, config: TrainConfig, generator: torch.Generator
+    backbone: Backbone,
+    images: Tensor,
+    config: TrainConfig,
+    generator: torch.Generator,
+    *,
+    upsampler: Upsampler | None = None,
 ) -> ViewBatch:
     """Draw views of images and run the backbone on all of them.
 
@@ -78,6 +84,7 @@ def make_batch(
             it lacks.
         config: of the views.
         generator: draws them.
+        upsampler: that the images are for, in its normalisation; ``None`` for the backbone's.
     """
     size = (config.size, config.size)
     guidance = images
@@ -103,7 +110,10 @@ def make_batch(
     enlarged = None
     if config.detail_weight:
         enlarged = torch.cat([backbone(_enlarge(x, config.size)) for x in images.split(1)])
-    shown = _recolour(guidance, backbone, config, generator)
+    if upsampler is not None:
+        guidance = upsampler.guidance_from(guidance, backbone)
+    own = (upsampler and upsampler.normalization) or backbone.normalization
+    shown = _recolour(guidance, own, config, generator)
     return ViewBatch(shown, seen[0], jitters, torch.stack(seen[1:]), enlarged)
 
 
@@ -116,16 +126,12 @@ def _enlarge(images: Tensor, size: int) -> Tensor:
 
 
 def _recolour(
-    guidance: Tensor, backbone: Backbone, config: TrainConfig, generator: torch.Generator
+    guidance: Tensor, own: Normalization, config: TrainConfig, generator: torch.Generator
 ) -> Tensor:
     """Images as other cameras and other backbones' normalisations would give them."""
     shape = (len(guidance), 3, 1, 1)
     if config.mixed_normalization:
-        common = (
-            guidance * backbone.std
-            + backbone.mean
-            - guidance.new_tensor(IMAGENET_MEAN)[:, None, None]
-        ) / guidance.new_tensor(IMAGENET_STD)[:, None, None]
+        common = own.convert(guidance, IMAGENET)
         chosen = torch.rand(shape[0], 1, 1, 1, generator=generator) < 0.5
         guidance = torch.where(chosen.to(guidance.device), common, guidance)
     if config.colour_jitter:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
 from upfeat.naming import unknown_name
+from upfeat.normalization import IMAGENET, Normalization
+from upfeat.optimisers import NAdam
 from upfeat.randomness import derive, global_stream, stream
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
@@ -26,6 +28,9 @@ from upfeat.upsamplers import (
     list_upsamplers,
 )
 from upfeat.upsamplers.pretrained import UPSAMPLERS, load_pretrained
+
+_LEAST_STD = 0.05
+"""Of a normalisation that upsamplers are trained in."""
 
 
 class Trainer:
@@ -71,7 +76,7 @@ class Trainer:
         ).to(processes.device)
         self.objectives.train()
         self.parameters = [one for one in self.objectives.parameters() if one.requires_grad]
-        self.optimizer = torch.optim.NAdam(self.parameters, lr=config.learning_rate)
+        self.optimizer = NAdam(self.parameters, lr=config.learning_rate)
         self.step = 0
         self.best: dict[str, Any] = {}
         self.stale = 0
@@ -184,7 +189,8 @@ class Trainer:
             self.config.precision == "auto" and device.type == "cuda"
         )
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            batch = make_batch(backbone, images, self.config, stream("views", *place))
+            draws = stream("views", *place)
+            batch = make_batch(backbone, images, self.config, draws, upsampler=self.upsampler)
         enlarged = None if batch.enlarged is None else batch.enlarged.float()
         return batch._replace(
             features=batch.features.float(), targets=batch.targets.float(), enlarged=enlarged
@@ -288,7 +294,19 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
                 f"upsampler expects {expected} channels but {backbone.name} has "
                 f"{backbone.embed_dim}; train one with embed_dim=None"
             )
+    if upsampler.normalization is None:
+        upsampler.mean, upsampler.std = _common_normalization(backbones)
     return upsampler
+
+
+def _common_normalization(backbones: Sequence[Backbone]) -> Normalization:
+    """The backbones' own where all have the same; ImageNet's where they differ.
+
+    Also where colours would be far from 1, as in a backbone of unnormalised images: initial weights
+    are made for colours of that order.
+    """
+    first, *rest = {backbone.normalization for backbone in backbones}
+    return IMAGENET if rest or min(first.std) < _LEAST_STD else first
 
 
 def _initial(

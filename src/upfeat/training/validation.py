@@ -42,7 +42,13 @@ def validate(
         sums = torch.zeros(3, dtype=torch.float64)
         for index in range(len(photographs)):
             images = normalised(photographs[index][None], backbone)
-            batch = make_batch(backbone, images, config, stream(config.seed, "held out", index))
+            batch = make_batch(
+                backbone,
+                images,
+                config,
+                stream(config.seed, "held out", index),
+                upsampler=objective.upsampler,
+            )
             if not bool(torch.isfinite(batch.features).all() & torch.isfinite(batch.targets).all()):
                 raise ValueError(
                     f"held-out {photographs.name(index)}: NaN or infinity in the features of "

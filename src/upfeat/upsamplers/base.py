@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,29 +23,11 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
 )
 
-Size = tuple[int, int]
-"""(height, width), pixels."""
+from upfeat.backends import dispatch
+from upfeat.normalization import Colour, Normalization, Normalized
+from upfeat.types import Size, Window
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
-
-
-class Window(NamedTuple):
-    """A rectangle of output pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-    @property
-    def bottom(self) -> int:
-        """One past the last row."""
-        return self.top + self.height
-
-    @property
-    def right(self) -> int:
-        """One past the last column."""
-        return self.left + self.width
 
 
 class Kernels(Protocol):
@@ -76,6 +58,47 @@ class Upsampler(nn.Module, ABC):
     """Whether anything may be upsampled in place of the features, such as a head's output."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
+    backend: str = "auto"
+    """The backend that every operator runs on; see :meth:`set_backend`."""
+    mean: Colour | None = None
+    """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's own."""
+    std: Colour | None = None
+    """Standard deviation that it is normalised by, likewise."""
+
+    def set_backend(self, backend: str) -> None:
+        """Choose the backend of every operator, for weights, sums, windows and training alike.
+
+        Args:
+            backend: "auto" takes the fastest that can run and says at DEBUG level which; any other
+                is the only one that runs, or raises; see :mod:`upfeat.functional`.
+
+        Raises:
+            ValueError: there is no backend of that name, or it has none of these operators.
+        """
+        dispatch.check_name(backend)
+        for module in self.modules():
+            if hasattr(module, "backend"):
+                module.backend = backend  # pyright: ignore[reportArgumentType]
+
+    @property
+    def normalization(self) -> Normalization | None:
+        """Mean and std together; ``None`` for the backbone's own."""
+        if self.mean is None or self.std is None:
+            return None
+        return Normalization(self.mean, self.std)
+
+    def guidance_from(self, x: Tensor, source: Normalized) -> Tensor:
+        """Bring an image from a backbone's normalisation into the upsampler's.
+
+        Args:
+            x: (B, 3, H, W), normalised for the backbone.
+            source: the backbone.
+
+        Returns:
+            ``x`` itself where both agree; otherwise (B, 3, H, W) of its dtype.
+        """
+        own = self.normalization
+        return x if own is None else source.normalization.convert(x, own)
 
     @abstractmethod
     def prepare(
@@ -111,7 +134,8 @@ class Upsampler(nn.Module, ABC):
 
         Args:
             features: (B, C, h, w).
-            guidance: (B, 3, H, W), the normalised image that the features came from.
+            guidance: (B, 3, H, W), the image that the features came from, normalised by
+                :attr:`mean` and :attr:`std`; :class:`upfeat.FeatUp` brings it there by itself.
             output_size: (height, width) of the result in pixels; ``None`` for the guidance's.
 
         Returns:
@@ -197,6 +221,8 @@ class Upsampler(nn.Module, ABC):
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
         write_tensors(folder / "model.safetensors", state, {"upsampler": self.name})
         config = {"upsampler": self.name, **self.config()}
+        if self.mean is not None and self.std is not None:
+            config |= {"mean": list(self.mean), "std": list(self.std)}
         write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod

@@ -11,8 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window, apply_head
-from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
-from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler, pointwise, unit
+from upfeat.upsamplers.neighbourhood import (
+    NeighbourhoodKernels,
+    NeighbourhoodUpsampler,
+    pointwise,
+    unit,
+)
 
 FINER = 2
 """The grid on which detail is added is so many times finer than that of the features."""
@@ -46,6 +50,7 @@ class _Block(nn.Module):
         self.hidden = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
         self.last = nn.Conv2d(width, width, 1)
         nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) -> the same."""
@@ -233,7 +238,6 @@ class DetailUpsampler(Upsampler):
             query_dim=query_dim,
             levels=levels,
             back_projections=back_projections,
-            backend=backend,
         )
         if embed_dim is not None:
             # Channels last: a third faster on a CPU.
@@ -243,6 +247,7 @@ class DetailUpsampler(Upsampler):
             for layer in (self.detail, self.channel_mix):
                 nn.init.zeros_(layer.weight)
             nn.init.zeros_(self.detail.bias)  # pyright: ignore[reportArgumentType]
+        self.set_backend(backend)
         if start is not None:
             self._start_from(start)
 
@@ -272,8 +277,8 @@ class DetailUpsampler(Upsampler):
         finer_means = F.adaptive_avg_pool2d(queries, finer)
         means = F.avg_pool2d(finer_means, FINER)
         middle = unit(finer_means)  # keys of the last step, queries of the first
-        first = step.attend(middle, unit(means), grid_size, finer)
-        last = step.attend(queries, middle, finer, output_size, widening=self.widening)
+        first = step.attend(middle, unit(means))
+        last = step.attend(queries, middle, widening=self.widening)
         regression = None
         if self.ridge:
             regression = ImageRegression(means, finer_means, first, self.ridge)
@@ -359,6 +364,7 @@ class DetailUpsampler(Upsampler):
                     f"{name}={own[name]} but {start!s} has {given[name]}; give the same"
                 )
         self.neighbourhood.load_state_dict(trained.state_dict())
+        self.mean, self.std = trained.mean, trained.std
 
     @torch.no_grad()
     def scale_mix(self, share: float) -> None:

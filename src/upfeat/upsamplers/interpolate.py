@@ -7,8 +7,11 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backends.axes import interpolation_matrix
+from upfeat.geometry import interpolation_matrix
 from upfeat.upsamplers.base import Size, Upsampler, Window
+
+_BACKENDS = ("auto", "eager", "reference")
+"""Those that are PyTorch, whose interpolation it is."""
 
 
 class InterpolationKernels:
@@ -37,6 +40,28 @@ class InterpolationKernels:
 
 class _Interpolation(Upsampler):
     mode: ClassVar[str]
+
+    def __init__(self, *, backend: str = "auto") -> None:
+        """Make it.
+
+        Args:
+            backend: "auto", "eager" or "reference", which are all PyTorch's interpolation.
+
+        Raises:
+            ValueError: it is another.
+        """
+        super().__init__()
+        self.set_backend(backend)
+
+    def set_backend(self, backend: str) -> None:
+        """See :meth:`Upsampler.set_backend`."""
+        super().set_backend(backend)
+        if backend not in _BACKENDS:
+            self.backend = "auto"
+            raise ValueError(
+                f'backend="{backend}" has no interpolation of its own, which is all that '
+                f"{self.name} is; choose from {', '.join(_BACKENDS)}"
+            )
 
     def prepare(
         self,

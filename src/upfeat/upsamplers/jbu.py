@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.backends import dispatch
-from upfeat.backends.axes import interpolation_matrix, reflected_range, span
+from upfeat.geometry import interpolation_matrix, reflected_range, span
+from upfeat.normalization import IMAGENET
 from upfeat.upsamplers.base import Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -79,9 +80,8 @@ class JBUStage(nn.Module):
             (B, C, H, W).
         """
         if self._can_fuse(features, guidance):
-            return dispatch.call(
-                "jbu_stage", "cpu", features, guidance, self._parameters_in_order()
-            )
+            parameters = self._parameters_in_order()
+            return dispatch.call("jbu_stage", self.backend, features, guidance, parameters)
         weights = self(guidance).to(features.dtype)
         return functional.joint_bilateral_upsample(features, weights, backend=self.backend)
 
@@ -214,17 +214,6 @@ class JBUStack(Upsampler):
             "n_stages": len(self.stages),
         }
 
-    def set_backend(self, backend: str) -> None:
-        """Choose the backend of every stage's operators; see :mod:`upfeat.functional`.
-
-        Raises:
-            ValueError: there is no backend of that name.
-        """
-        dispatch.check_name(backend)
-        for stage in self.stages:
-            assert isinstance(stage, JBUStage)
-            stage.backend = backend
-
     def prepare(
         self,
         guidance: Tensor,
@@ -283,6 +272,7 @@ class JBUStack(Upsampler):
         state, embed_dim = read_featup(path)
         stack = cls(embed_dim)
         stack.load_state_dict(state)
+        stack.mean, stack.std = IMAGENET  # every published one was trained with it
         return stack.eval()
 
 

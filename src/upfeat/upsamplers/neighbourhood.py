@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
-from upfeat.backends import dispatch
+from upfeat.geometry import cell_of_pixels
 from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window
-from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 
 INITIAL_TEMPERATURE = 8.0
 INITIAL_SIGMA = 0.6
@@ -125,6 +124,142 @@ def unit(x: Tensor, *, over: bool = False) -> Tensor:
     return x.div_(length) if over and not torch.is_grad_enabled() else x / length
 
 
+class NeighbourhoodKernels:
+    """Weights over the coarse cells around every pixel, made for the pixels that are asked for."""
+
+    def __init__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        temperature: Tensor,
+        sigma: Tensor,
+        *,
+        radius: int,
+        back_projections: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        """Keep what weights are made of; see :func:`upfeat.functional.neighbourhood_weights`.
+
+        Args:
+            queries: (B, D, H, W).
+            keys: (B, D, h, w).
+            temperature: scalar.
+            sigma: scalar, in cells.
+            radius: in cells.
+            back_projections: how often the coarse features are corrected by what their mean over
+                each cell of the output lacks, before they are upsampled.
+            backend: of the operators.
+        """
+        self.queries, self.keys = queries, keys
+        self.temperature, self.sigma = temperature, sigma
+        self.radius, self.back_projections, self.backend = radius, back_projections, backend
+        self.grid_size: Size = (keys.shape[2], keys.shape[3])
+        self.output_size: Size = (queries.shape[2], queries.shape[3])
+        self._pooled: Tensor | None = None
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, H, W)."""
+        whole = Window(0, 0, *self.output_size)
+        weights = self.weights(whole)
+        return self._sum(self._correct(features, weights), weights, whole)
+
+    def crop(self, features: Tensor, window: Window) -> Tensor:
+        """See :meth:`Kernels.crop`."""
+        if window == (0, 0, *self.output_size):
+            return self(features)
+        return self._sum(self._correct(features), self.weights(window), window)
+
+    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
+        """Do what no window changes, once for any number of them.
+
+        Args:
+            features: (B, C, h, w).
+
+        Returns:
+            Kernels and features that give the same, with the corrections made already.
+        """
+        if not self.back_projections:
+            return self, features
+        plain = NeighbourhoodKernels(
+            self.queries,
+            self.keys,
+            self.temperature,
+            self.sigma,
+            radius=self.radius,
+            backend=self.backend,
+        )
+        return plain, self._correct(features)
+
+    def weights(self, window: Window) -> Tensor:
+        """The weights of a window's pixels, (B, (2r+1)², window.height, window.width)."""
+        return functional.neighbourhood_weights(
+            self.queries[:, :, window.top : window.bottom, window.left : window.right],
+            self.keys,
+            self.temperature,
+            self.sigma,
+            radius=self.radius,
+            output_size=self.output_size,
+            window=window,
+            backend=self.backend,
+        )
+
+    def _sum(self, features: Tensor, weights: Tensor, window: Window) -> Tensor:
+        return functional.neighbourhood_upsample(
+            features,
+            weights.to(features.dtype),
+            output_size=self.output_size,
+            window=window,
+            backend=self.backend,
+        )
+
+    def _correct(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Add what is lost when the output is averaged over cells, (B, C, h, w) -> the same.
+
+        ``weights`` are those of all pixels, where they are at hand.
+        """
+        if self.back_projections and self._pooled is None:
+            if weights is None:
+                weights = self.weights(Window(0, 0, *self.output_size))
+            self._pooled = self._pool(weights)
+        corrected = features
+        for _ in range(self.back_projections):
+            assert self._pooled is not None
+            means = functional.neighbourhood_upsample(
+                corrected, self._pooled.to(features.dtype), backend=self.backend
+            )
+            corrected = corrected + (features - means)
+        return corrected
+
+    def _pool(self, weights: Tensor) -> Tensor:
+        """Mean weights over the pixels of each cell, (B, T, H, W) -> (B, T, h, w).
+
+        They upsample to the grid itself: what comes out is the mean over each cell of the whole
+        output. A cell in which no pixel of a small output lies keeps its own features.
+        """
+        down, across = (
+            divmod(length, cells)
+            for cells, length in zip(self.grid_size, self.output_size, strict=True)
+        )
+        if not (down[1] or across[1]):
+            return F.avg_pool2d(weights, (down[0], across[0]))
+        rows, columns = (
+            _membership(cells, length, weights)
+            for cells, length in zip(self.grid_size, self.output_size, strict=True)
+        )
+        pooled = rows @ weights @ columns.T
+        empty = 1 - rows.sum(1)[:, None] * columns.sum(1)
+        own = torch.zeros_like(pooled)
+        own[:, weights.shape[1] // 2] = empty
+        return pooled + own
+
+
+def _membership(cells: int, length: int, like: Tensor) -> Tensor:
+    """The mean over the pixels of each cell along one axis, as a matrix (cells, length)."""
+    own = cell_of_pixels(cells, length, 0, length, like.device)
+    inside = (own == torch.arange(cells, device=like.device)[:, None]).to(like.dtype)
+    return inside / inside.sum(1, keepdim=True).clamp(min=1)
+
+
 class NeighbourhoodUpsampler(Upsampler):
     """Pixels attend to the coarse cells around them: like colours and textures share features.
 
@@ -172,10 +307,9 @@ class NeighbourhoodUpsampler(Upsampler):
                 raise ValueError(f"{label}={value} must be 1 or more")
         if back_projections < 0:
             raise ValueError(f"back_projections={back_projections} must be 0 or more")
-        dispatch.check_name(backend)
         self.radius, self.query_dim, self.levels = radius, query_dim, levels
         self.back_projections = back_projections
-        self.backend = backend
+        self.set_backend(backend)
         self.encoder = PyramidEncoder(query_dim, levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
         self.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
@@ -207,8 +341,7 @@ class NeighbourhoodUpsampler(Upsampler):
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         queries = self.queries(guidance, output_size)
-        keys = unit(F.adaptive_avg_pool2d(queries, grid_size))
-        return self.attend(queries, keys, grid_size, output_size)
+        return self.attend(queries, unit(F.adaptive_avg_pool2d(queries, grid_size)))
 
     def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
         """See :meth:`Upsampler.settle`; the corrections are made."""
@@ -216,36 +349,21 @@ class NeighbourhoodUpsampler(Upsampler):
         return kernels.settle(mixed)
 
     def attend(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        grid_size: Size,
-        output_size: Size,
-        *,
-        widening: float = 1.0,
+        self, queries: Tensor, keys: Tensor, *, widening: float = 1.0
     ) -> NeighbourhoodKernels:
         """The step from keys' cells to queries' pixels.
 
         Args:
-            queries: (B, query_dim, *output_size), of unit length.
-            keys: (B, query_dim, *grid_size), likewise.
-            grid_size: (h, w).
-            output_size: (H, W).
+            queries: (B, query_dim, H, W), of unit length.
+            keys: (B, query_dim, h, w), likewise.
             widening: factor of σ.
         """
-        temperature, sigma = self.log_temperature.exp(), widening * self.log_sigma.exp()
-
-        def weights(window: Window) -> Tensor:
-            part = queries[:, :, window.top : window.bottom, window.left : window.right]
-            return functional.neighbourhood_weights(
-                part,
-                keys,
-                temperature,
-                sigma,
-                radius=self.radius,
-                output_size=output_size,
-                window=window,
-                backend=self.backend,
-            )
-
-        return NeighbourhoodKernels(weights, grid_size, output_size, self.back_projections)
+        return NeighbourhoodKernels(
+            queries,
+            keys,
+            self.log_temperature.exp(),
+            widening * self.log_sigma.exp(),
+            radius=self.radius,
+            back_projections=self.back_projections,
+            backend=self.backend,
+        )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from upfeat.naming import unknown_name
+from upfeat.normalization import check_normalization
 from upfeat.storage import read_tensors
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.detail import DetailUpsampler
@@ -91,6 +92,7 @@ def load_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler
     """See :meth:`Upsampler.from_pretrained`; ``cls`` is what the result must be."""
     folder = _local_folder(folder)
     config = _read_config(folder / CONFIG_FILE)
+    mean, std = config.pop("mean", None), config.pop("std", None)
     name = config.pop("upsampler", None)
     saved = UPSAMPLERS.get(str(name))
     if saved is None:
@@ -101,6 +103,8 @@ def load_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler
         upsampler = saved(**config)
     except TypeError as error:
         raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+    if (mean, std) != (None, None):
+        upsampler.mean, upsampler.std = check_normalization(mean, std)
     state, _ = read_tensors(folder / WEIGHTS_FILE)
     check_state(folder / WEIGHTS_FILE, state, upsampler.state_dict())
     upsampler.load_state_dict(state)

@@ -67,11 +67,11 @@ def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str |
     return reason_against(features=features, weights=weights)
 
 
-def can_run_neighbourhood_upsample(features: Tensor, weights: Tensor) -> str | None:
+def can_run_neighbourhood_upsample(
+    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+) -> str | None:
     """Why :func:`neighbourhood_upsample` cannot run on these; ``None`` when it can."""
-    return _too_coarse(features, weights.shape[2:]) or reason_against(
-        features=features, weights=weights
-    )
+    return _too_coarse(features, output_size) or reason_against(features=features, weights=weights)
 
 
 def can_run_bilateral_weights(keys: Tensor, *_: object) -> str | None:
@@ -147,16 +147,22 @@ def joint_bilateral_upsample_backward(
 
 
 def neighbourhood_upsample(
-    features: Tensor, weights: Tensor, *, channels_last: bool | None = None
+    features: Tensor,
+    weights: Tensor,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    *,
+    channels_last: bool | None = None,
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`.
 
+    The weights are those of a window of an output of ``output_size``, from ``origin`` on.
     ``channels_last`` is the memory format of the result; ``None`` takes that of ``features``.
     """
     radius = _check_upsample(features, weights)
+    window = _window_of("weights", weights, output_size, origin)
     out = output(features, weights, channels_last)
     if out.numel():
-        window = Window(*weights.shape[2:], 0, 0)
         call("upfeat_neighbourhood_forward", features, weights, out, window, radius)
     return out
 
@@ -167,10 +173,13 @@ def neighbourhood_upsample_backward(
     weights: Tensor,
     need_features: bool,
     need_weights: bool,
+    output_size: Sequence[int],
+    origin: Sequence[int],
 ) -> Gradients:
     """Gradients of :func:`neighbourhood_upsample`, ``None`` where not needed."""
     radius = _check_upsample(features, weights)
-    window, needed = Window(*weights.shape[2:], 0, 0), (need_features, need_weights)
+    window = _window_of("weights", weights, output_size, origin)
+    needed = (need_features, need_weights)
     return _gradients(
         "upfeat_neighbourhood_backward", grad, features, weights, needed, window, radius
     )
@@ -335,7 +344,13 @@ def _check_queries(
             f"{keys.dtype} and radius={radius} do not go together: give one type, at least one "
             "channel, one cell and radius 1"
         )
-    for first, length, size in zip(origin, queries.shape[2:], output_size, strict=True):
+    return _window_of("queries", queries, output_size, origin)
+
+
+def _window_of(
+    name: str, tensor: Tensor, output_size: Sequence[int], origin: Sequence[int]
+) -> Window:
+    for first, length, size in zip(origin, tensor.shape[2:], output_size, strict=True):
         if first < 0 or first + length > size:
-            raise ValueError(f"origin={tuple(origin)} puts queries outside {tuple(output_size)}")
+            raise ValueError(f"origin={tuple(origin)} puts {name} outside {tuple(output_size)}")
     return Window(*output_size, *origin)

@@ -39,7 +39,7 @@ first-level cache at 1.3 times that floor: 1.5 to 2 predicted.
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -47,7 +47,7 @@ from torch import Tensor
 
 from upfeat.backends.triton import launch
 from upfeat.backends.triton.tables import Axis, bicubic_axis, plain_axis, replicated_axis
-from upfeat.backends.window import window_radius
+from upfeat.geometry import window_radius
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_CAPABILITY = (8, 0)
@@ -84,8 +84,11 @@ def can_run_adaptive_conv2d(padded: Tensor, weights: Tensor) -> str | None:
     return _reason_against(padded, weights)
 
 
-def can_run_neighbourhood_upsample(features: Tensor, weights: Tensor) -> str | None:
+def can_run_neighbourhood_upsample(
+    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+) -> str | None:
     """Why these arguments cannot run here; ``None`` when they can."""
+    del output_size, origin  # the tables know any window
     return _reason_against(features, weights)
 
 
@@ -129,19 +132,26 @@ def joint_bilateral_upsample_backward(
 
 
 def neighbourhood_upsample(
-    features: Tensor, weights: Tensor, *, channels_last: bool | None = None
+    features: Tensor,
+    weights: Tensor,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    *,
+    channels_last: bool | None = None,
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`; not differentiable.
 
     Args:
         features: (B, C, h, w).
         weights: (B, (2r+1)², H, W) over the cells around each pixel's own, edges replicated.
+        output_size: of the whole output, a window of which the weights are.
+        origin: first row and column of the window.
         channels_last: memory format of the result; by default that of ``features``.
 
     Returns:
         (B, C, H, W), dtype of ``features``.
     """
-    axes = _axes(replicated_axis, features, weights)
+    axes = _cell_axes(features, weights, output_size, origin)
     return _folded_forward(features, weights, axes, channels_last)
 
 
@@ -149,11 +159,13 @@ def neighbourhood_upsample_backward(
     grad: Tensor,
     features: Tensor,
     weights: Tensor,
-    need_features: bool = True,
-    need_weights: bool = True,
+    need_features: bool,
+    need_weights: bool,
+    output_size: Sequence[int],
+    origin: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`neighbourhood_upsample` for ``features`` and ``weights``."""
-    axes = _axes(replicated_axis, features, weights)
+    axes = _cell_axes(features, weights, output_size, origin)
     return _folded_backward(grad, features, weights, axes, need_features, need_weights)
 
 
@@ -291,7 +303,29 @@ def _folded_backward(
 def _axes(
     kind: Callable[[int, int, int], Axis], features: Tensor, weights: Tensor
 ) -> tuple[Axis, Axis]:
-    """The tables of both axes; an empty output, which no kernel writes, has those of one pixel.
+    """The tables of both axes; an empty output, which no kernel writes, has those of one pixel."""
+    radius = _checked_radius(features, weights)
+    (h, w), (height, width) = features.shape[2:], weights.shape[2:]
+    rows = kind(max(h, 1), max(height, 1), radius)
+    return rows, kind(max(w, 1), max(width, 1), radius)
+
+
+def _cell_axes(
+    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+) -> tuple[Axis, Axis]:
+    """The tables of both axes of a window, which read the cells around every pixel."""
+    radius = _checked_radius(features, weights)
+    rows, columns = (
+        replicated_axis(max(cells, 1), max(count, 1), radius, max(length, 1), start)
+        for cells, count, length, start in zip(
+            features.shape[2:], weights.shape[2:], output_size, origin, strict=True
+        )
+    )
+    return rows, columns
+
+
+def _checked_radius(features: Tensor, weights: Tensor) -> int:
+    """The radius of weights that go with features.
 
     Shapes are checked by ``upfeat.functional`` too; a kernel must not be started on wrong ones.
     """
@@ -300,9 +334,7 @@ def _axes(
         raise ValueError(f"batches differ: features {len(features)}, weights {len(weights)}")
     if weights.numel() and not min(features.shape[2:]):
         raise ValueError(f"features is {tuple(features.shape)}: nothing to upsample from")
-    (h, w), (height, width) = features.shape[2:], weights.shape[2:]
-    rows = kind(max(h, 1), max(height, 1), radius)
-    return rows, kind(max(w, 1), max(width, 1), radius)
+    return radius
 
 
 def _plain_axes(padded: Tensor, weights: Tensor) -> tuple[Axis, Axis]:

@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from upfeat.geometry import reflect
+
 CUBIC = -0.75  # PyTorch's bicubic convolution coefficient
 
 
@@ -90,7 +92,7 @@ def bicubic_axis(source: int, target: int, radius: int) -> Axis:
     """
     outputs = torch.arange(target)[:, None]
     taps = torch.arange(-radius, radius + 1)[None, :]
-    rows = _reflect(outputs + taps, target)  # (target, K)
+    rows = reflect(outputs + taps, target)  # (target, K)
     numerator = (2 * rows + 1) * source - target
     base = numerator.div(2 * target, rounding_mode="floor")
     offset = (numerator - base * 2 * target).double() / (2 * target)
@@ -100,10 +102,16 @@ def bicubic_axis(source: int, target: int, radius: int) -> Axis:
 
 
 @lru_cache(maxsize=128)
-def replicated_axis(source: int, target: int, radius: int) -> Axis:
-    """Windows of the 2r+1 cells around the cell an output lies in, edges replicated."""
-    outputs = torch.arange(target)[:, None]
-    cell = ((2 * outputs + 1) * source).div(2 * target, rounding_mode="floor")
+def replicated_axis(
+    source: int, target: int, radius: int, length: int | None = None, first: int = 0
+) -> Axis:
+    """Windows of the 2r+1 cells around the cell an output lies in, edges replicated.
+
+    The outputs are those from ``first`` on, of ``length`` in all.
+    """
+    length = target if length is None else length
+    outputs = torch.arange(first, first + target)[:, None]
+    cell = ((2 * outputs + 1) * source).div(2 * length, rounding_mode="floor")
     positions = (cell + torch.arange(-radius, radius + 1)).clamp(0, source - 1)[..., None]
     ones = torch.ones(target, 2 * radius + 1, 1, dtype=torch.float64)
     return _spread(source, target, cell - radius, positions, ones)
@@ -129,14 +137,6 @@ def _axis(source: int, target: int, start: Tensor, window: int, table: Tensor | 
     begin = torch.searchsorted(start, positions - window, right=True).to(torch.int32)
     end = torch.searchsorted(start, positions, right=True).to(torch.int32)
     return Axis(source, target, window, factor, origin, start, begin, end, table)
-
-
-def _reflect(positions: Tensor, length: int) -> Tensor:
-    if length == 1:
-        return torch.zeros_like(positions)
-    period = 2 * (length - 1)
-    folded = positions.remainder(period)
-    return torch.minimum(folded, period - folded)
 
 
 def _cubic(offset: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Coarse cells under fine pixels: which one a pixel lies in, and how far those around it are.
+"""Pixels, cells and windows: reflection at borders, interpolation as matrices, cells under pixels.
 
-Everything is exact integers: pixel p of ``length`` lies at (p + ½)·cells/length, in units of cells,
-and the centre of cell i at i + ½ (align_corners=False). A *window* is a run of pixels.
+Pixel p of ``length`` lies at (p + ½)·cells/length, in units of cells, and the centre of cell i at
+i + ½ (align_corners=False); cells are found in exact integers. A *window* is a run of pixels.
 """
 
 import math
@@ -11,6 +11,107 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def reflect(index: Tensor, n: int) -> Tensor:
+    """Reflect indices about the centres of the first and last of n pixels, as often as needed.
+
+    Args:
+        index: integer or floating indices, any shape; integers are folded exactly.
+        n: number of pixels along the axis.
+
+    Returns:
+        Indices in [0, n - 1], of the same type and shape.
+    """
+    if n == 1:
+        return torch.zeros_like(index)
+    return (torch.remainder(index + (n - 1), 2 * (n - 1)) - (n - 1)).abs()
+
+
+def reflected_range(start: int, stop: int, length: int, device: torch.device) -> Tensor:
+    """Indices from ``start`` to ``stop``, which may lie outside, mirrored into ``length``."""
+    return reflect(torch.arange(start, stop, device=device), length)
+
+
+def window_radius(taps: int) -> int:
+    """The radius r of a window with ``taps`` = (2r+1)² taps.
+
+    Raises:
+        ValueError: ``taps`` is not the square of an odd number.
+    """
+    side = math.isqrt(max(taps, 0))
+    if side * side != taps or side % 2 == 0:
+        raise ValueError(
+            f"weights has {taps} taps (dimension 1); a window of radius r has (2r+1)² of them: "
+            "1, 9, 25, 49, …"
+        )
+    return side // 2
+
+
+def spatial_kernel(radius: int, sigma_spatial: Tensor) -> Tensor:
+    """exp(−|u|²/(2σ²)) with u on linspace(−1, 1, 2r+1)², flattened row-major.
+
+    Args:
+        radius: r ≥ 0.
+        sigma_spatial: scalar tensor σ, in units of the half window; gives dtype and device.
+
+    Returns:
+        ((2r+1)²,).
+    """
+    axis = torch.linspace(
+        -1, 1, 2 * radius + 1, dtype=sigma_spatial.dtype, device=sigma_spatial.device
+    )
+    squared = axis[:, None] ** 2 + axis[None, :] ** 2
+    return torch.exp(-squared / (2 * sigma_spatial**2)).flatten()  # (T,)
+
+
+def reflect_pad(x: Tensor, radius: int) -> Tensor:
+    """Reflect-pad the last two axes by ``radius``, also when they are shorter than it.
+
+    PyTorch refuses a reflection wider than the tensor; this one bounces as often as it must, so
+    that a 2-pixel map has borders too. Where PyTorch's works, the two agree.
+
+    Args:
+        x: (B, C, H, W).
+        radius: r ≥ 0, pixels on every side.
+
+    Returns:
+        (B, C, H+2r, W+2r).
+    """
+    height, width = x.shape[-2:]
+    if min(height, width) > radius:
+        return F.pad(x, (radius,) * 4, mode="reflect")
+    rows, columns = (
+        reflected_range(-radius, length + radius, length, x.device) for length in (height, width)
+    )
+    return x.index_select(2, rows).index_select(3, columns)
+
+
+def interpolation_matrix(cells: int, length: int, mode: str, like: Tensor) -> Tensor:
+    """What PyTorch's interpolation from ``cells`` to ``length`` samples does, as a matrix.
+
+    Args:
+        cells: samples in.
+        length: samples out.
+        mode: "nearest-exact", "bilinear" or "bicubic", half-pixel centres.
+        like: gives dtype and device.
+
+    Returns:
+        (length, cells).
+    """
+    unit = torch.eye(cells, dtype=like.dtype, device=like.device)[
+        None, None
+    ]  # (1, 1, cells, cells)
+    align_corners = None if mode == "nearest-exact" else False
+    # Columns keep their size, so that only the rows are resized.
+    out = F.interpolate(unit, size=(length, cells), mode=mode, align_corners=align_corners)
+    return out[0, 0]
+
+
+def span(matrix: Tensor) -> tuple[int, int]:
+    """The first and one past the last column in which a matrix has anything."""
+    used = matrix.ne(0).any(0).nonzero().flatten()
+    return int(used[0]), int(used[-1]) + 1
 
 
 class Slots(NamedTuple):

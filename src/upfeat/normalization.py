@@ -1,0 +1,94 @@
+"""How an image's colours are scaled before a network sees them, and the way from one to another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+Colour = tuple[float, float, float]
+"""A value for each of red, green and blue."""
+
+
+class Normalization(NamedTuple):
+    """Colours in [0, 1] less ``mean``, over ``std``."""
+
+    mean: Colour
+    std: Colour
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Normalise colours: (…, 3, H, W) in [0, 1] -> the same shape."""
+        mean, std = self._tensors(pixels)
+        return (pixels - mean) / std
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Recover colours: (…, 3, H, W) normalised -> the same shape, in [0, 1]."""
+        mean, std = self._tensors(x)
+        return x * std + mean
+
+    def convert(self, x: Tensor, target: Normalization) -> Tensor:
+        """Bring an image from this normalisation into another.
+
+        Args:
+            x: (…, 3, H, W), normalised by this one.
+            target: the normalisation wanted.
+
+        Returns:
+            ``x`` itself where both agree; otherwise the same shape and dtype.
+        """
+        if self == target:
+            return x
+        scale = [own / other for own, other in zip(self.std, target.std, strict=True)]
+        gaps = [own - other for own, other in zip(self.mean, target.mean, strict=True)]
+        shift = [gap / std for gap, std in zip(gaps, target.std, strict=True)]
+        exact = x.float() if x.dtype.itemsize < 4 else x
+        factor, constant = (exact.new_tensor(one)[:, None, None] for one in (scale, shift))
+        return (exact * factor + constant).to(x.dtype)
+
+    def _tensors(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        mean, std = (like.new_tensor(values)[:, None, None] for values in self)
+        return mean, std
+
+
+class Normalized(Protocol):
+    """Whatever takes normalised images and says how, as backbones do."""
+
+    @property
+    def normalization(self) -> Normalization:
+        """The normalisation of its images."""
+        ...
+
+
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Of the photographs of ImageNet, which most backbones are trained with."""
+HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""Colours from −1 to 1."""
+
+
+def check_normalization(mean: object, std: object) -> Normalization:
+    """Check a mean and a standard deviation.
+
+    Args:
+        mean: 3 numbers, RGB in [0, 1].
+        std: 3 numbers above 0.
+
+    Raises:
+        ValueError: they are not.
+    """
+    found = _three(mean), _three(std)
+    if found[0] is None or found[1] is None or min(found[1]) <= 0:
+        raise ValueError(f"mean={mean!r} and std={std!r} must be 3 values each, std above 0")
+    return Normalization(found[0], found[1])
+
+
+def _three(values: object) -> Colour | None:
+    """Three finite numbers, or ``None`` where they are not."""
+    if not isinstance(values, Iterable):
+        return None
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError):
+        return None
+    return (red, green, blue) if all(map(math.isfinite, (red, green, blue))) else None
