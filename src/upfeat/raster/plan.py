@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
-from upfeat.machine import resident_memory
+from upfeat.machine import status
 from upfeat.model import FeatUp
 from upfeat.mosaic import receptive_halo
 from upfeat.raster.outputs import Output
@@ -106,7 +106,7 @@ def make_plan(
     grid = (-(-size[0] // stride), -(-size[1] // stride))
     step = model.upsampler.tile_step(stride)
     halo = receptive_halo(model.backbone)
-    resident = resident_memory() or 0
+    resident = status("VmRSS") or 0
     activations = activation_bytes(model.backbone)
     needed = math.inf
     for side in _TILES if tile is None else (tile,):

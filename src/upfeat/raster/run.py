@@ -1,4 +1,4 @@
-"""A raster in, a map of features or of a head's output out: tile by tile, within a memory budget."""
+"""A raster in, a map of its features or of a head out, tile by tile."""
 
 from __future__ import annotations
 
