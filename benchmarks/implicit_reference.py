@@ -25,7 +25,7 @@ import upfeat
 from upfeat.implicit.features import ImplicitFeatures, resize_image
 from upfeat.implicit.files import find_photographs
 from upfeat.implicit.fit import FitConfig, fit_implicit
-from upfeat.implicit.observe import Observer, principal_components
+from upfeat.implicit.observe import Observer, feature_basis
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.randomness import stream
 from upfeat.views import sample_jitters
@@ -40,7 +40,7 @@ def run_reference(guidance, backbone, config, steps, report):
     start = time.process_time()
     seen = observer.observe(views)
     per_view = (time.process_time() - start) / count
-    basis = principal_components(seen[:50], config.components, whiten=False)
+    basis = feature_basis(seen[:50], config.components, whiten=False)
     fit = create_network_fit(
         guidance, basis, stride=backbone.stride, downsampler=config.downsampler, seed=config.seed
     )

@@ -13,14 +13,17 @@ SOURCE = Path(upfeat.__file__).parent
 
 # Lower layers first; a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"types", "geometry"},
+    {"types", "geometry", "linear", "registry"},
     {
         "_version",
-        "naming",
+        "bounds",
+        "strict_json",
         "optimisers",
         "normalization",
         "randomness",
         "images",
+        "decoding",
+        "colour",
         "storage",
         "locks",
         "visualize",

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from upfeat._version import __version__
+from upfeat.linear import principal_components
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.base import add_offset, check_inputs
-from upfeat.upsamplers.pretrained import UPSAMPLERS
+from upfeat.upsamplers.base import UPSAMPLERS, add_offset, check_inputs
 
 _TILE = 32
 _FORMAT = "upfeat-lazy-features-1"
@@ -254,10 +254,8 @@ class UpsampledFeatures:
         channels = self.shape[1]
         if not 1 <= k <= channels:
             raise ValueError(f"k={k} must be from 1 to the number of channels, {channels}")
-        samples = self.features.detach().transpose(0, 1).flatten(1).float()  # (C, B·h·w)
-        mean = samples.mean(1)
-        centred = samples - mean[:, None]
-        components = torch.linalg.eigh(centred @ centred.T).eigenvectors[:, -k:].flip(1).T
+        samples = self.features.detach().transpose(0, 1).flatten(1).float().T  # (B·h·w, C)
+        mean, components, _ = principal_components(samples, k)
         components = components.to(self.features.dtype).contiguous()
         mean = mean.to(self.features.dtype)
         return PCA(self.project(components, -components @ mean), components, mean)

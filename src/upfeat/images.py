@@ -1,131 +1,325 @@
-"""Pictures in: any file, PIL image or array to RGB in [0, 1], or one clear error."""
+"""Pictures in: any file, PIL image or array to bands in [0, 1], or one clear error."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+
+from upfeat.decoding import MAX_PIXELS, Decoded, check_pixels, decode_file, decode_pil
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    ImageLike = str | Path | Image.Image | NDArray[Any] | Tensor
+    ImageLike = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any] | Tensor
     """What :func:`read_image` takes."""
+    MaskLike = NDArray[Any] | Tensor | Image.Image | str | Path
+    """What ``mask=`` takes."""
+
+_LUMINANCE = (0.299, 0.587, 0.114)
+"""Grey of red, green and blue (Rec. 601, as Pillow's mode L)."""
+
+_DARK = 16384
+"""A 16-bit image that stays below this uses a quarter of its range: 10 to 14 bits, reflectances."""
 
 
-def read_image(image: ImageLike) -> Tensor:
+def read_image(
+    image: ImageLike,
+    *,
+    channels: int = 3,
+    bands: Sequence[int] | None = None,
+    alpha: bool | None = None,
+    max_value: float | None = None,
+    mask: MaskLike | None = None,
+    nodata: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
     """Decode an image.
 
-    Files and PIL images of every mode are turned upright (EXIF orientation) and to RGB;
-    transparent ones are laid on white; 16-bit ones keep their precision. Arrays are (H, W),
-    (H, W, 1), (H, W, 3) or (H, W, 4), of uint8, uint16, bool, or floats in [0, 1]; tensors
-    (3, H, W) or (1, 3, H, W), uint8 or floats in [0, 1].
+    Files and PIL images of every mode are turned upright (EXIF orientation) and to RGB; embedded
+    colour profiles are converted to sRGB; transparent ones are laid on white; 16-bit files keep
+    their precision; of animations the first frame is taken. Arrays are (H, W) or (H, W, bands), of
+    uint8, uint16, bool, or floats in [0, 1], masked ones too; tensors (bands, H, W) or
+    (1, bands, H, W), uint8 or floats in [0, 1]. One band is repeated to make three.
 
     Args:
-        image: a path, PIL image, NumPy array or tensor.
+        image: a path, the bytes of a file, an open binary file, a PIL image, a NumPy array or a
+            tensor.
+        channels: how many bands the result has, where ``bands`` does not choose them.
+        bands: which bands to take, counted from 0, as (3, 2, 1) for the colours of Sentinel-2.
+        alpha: whether the last of two or four bands is transparency. ``None``: as the file or PIL
+            image says; of arrays, tensors and TIFF files that do not say, the first three bands
+            are taken, with a warning.
+        max_value: the value that becomes 1, for data of other ranges: 4095 for 12 bits, 10000 for
+            many reflectances. Larger values are cut off.
+        mask: (H, W), true where there is no data: an array, tensor, PIL image or file, upright as
+            the image is. Those pixels are filled from the others around and have no influence.
+        nodata: the value of pixels without data, in all of their bands; may be NaN.
+        max_pixels: refuse larger images.
 
     Returns:
-        (3, H, W) float32 in [0, 1].
+        (channels, H, W) float32 in [0, 1].
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an image, a truncated one, too large, or of a kind not listed.
     """
+    label = str(image) if isinstance(image, str | Path) else "image"
+    decoded = _decode(image, label, max_pixels)
+    missing = None if nodata is None else _without_data(decoded.values, nodata)
+    if isinstance(image, np.ma.MaskedArray) and mask is None:
+        hidden = np.asarray(np.ma.getmaskarray(image))
+        mask = hidden if hidden.ndim == 2 else np.logical_and.reduce(hidden, axis=-1)
+    values = _to_unit(decoded, label, max_value, missing)  # (bands, H, W)
+    values = _choose(values, decoded, label, channels=channels, bands=bands, alpha=alpha)
+    if mask is not None:
+        given = read_mask(mask, (values.shape[1], values.shape[2]))
+        missing = given if missing is None else missing | given
+    return values if missing is None else fill_missing(values, missing)
+
+
+def read_mask(mask: MaskLike, size: tuple[int, int]) -> Tensor:
+    """Read a mask of pixels without data.
+
+    Args:
+        mask: (H, W), true (not 0) where there is no data: an array, tensor, PIL image or file.
+        size: the (H, W) that it must have.
+
+    Returns:
+        (H, W) bool.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has another size, or is none.
+    """
+    if isinstance(mask, str | Path | Image.Image):
+        decoded = _decode(mask, "mask", MAX_PIXELS)
+        values = torch.from_numpy(decoded.values[..., 0] != 0)
+    elif isinstance(mask, np.ndarray | Tensor):
+        values = torch.as_tensor(mask).squeeze() != 0
+    else:
+        raise ValueError(f"mask is a {type(mask).__name__}; give an array, tensor, image or file")
+    if values.shape != size:
+        raise ValueError(
+            f"mask is {tuple(values.shape)} and the image {size[0]}×{size[1]} (height×width); "
+            "give one value for each pixel"
+        )
+    return values
+
+
+def fill_missing(values: Tensor, missing: Tensor) -> Tensor:
+    """Fill pixels without data from the others: smoothly, from ever wider around.
+
+    Args:
+        values: (C, H, W) or (B, C, H, W), anything where data are missing, NaN too.
+        missing: (H, W) bool, true where there is no data; or (B, 1, H, W).
+
+    Returns:
+        ``values`` with those pixels replaced: by the mean of the data within the smallest square of
+        2, 4, 8, … pixels that has any, interpolated. The others are unchanged.
+
+    Raises:
+        ValueError: there are no data at all.
+    """
+    if not bool(missing.any()):
+        return values
+    missing = missing.to(values.device)
+    if bool(missing.flatten(-2).all(-1).any()):
+        raise ValueError("mask (or nodata) leaves no pixel of the image; it is true without data")
+    batch = values[None] if values.dim() == 3 else values
+    weight = (~missing).to(values.dtype).expand(len(batch), 1, *missing.shape[-2:])
+    filled = _pull_and_push(torch.where(weight > 0, batch, 0), weight)
+    return filled[0] if values.dim() == 3 else filled
+
+
+def _pull_and_push(values: Tensor, weight: Tensor) -> Tensor:
+    """Pixels of weight 0 from a half as fine image; values (B, C, H, W), weights (B, 1, H, W)."""
+    if bool((weight > 0).all()):
+        return values
+    size = (values.shape[2], values.shape[3])
+    pooled = F.avg_pool2d(values * weight, 2, ceil_mode=True)
+    share = F.avg_pool2d(weight, 2, ceil_mode=True)
+    mean = pooled / share.clamp(min=torch.finfo(share.dtype).tiny)
+    coarse = _pull_and_push(mean, (share > 0).to(weight.dtype))
+    above = F.interpolate(coarse, size=size, mode="bilinear", align_corners=False)
+    return torch.where(weight > 0, values, above)
+
+
+def _decode(image: ImageLike, label: str, max_pixels: int) -> Decoded:
+    if isinstance(image, str) and "://" in image[:12]:
+        raise ValueError(f"{image}: an address, not a file; download it and give the path or bytes")
     if isinstance(image, str | Path):
-        return _read_file(Path(image))
+        return decode_file(Path(image), label=label, max_pixels=max_pixels)
     if isinstance(image, Image.Image):
-        return _from_pil(image, "image")
-    if isinstance(image, Tensor):
-        return _from_tensor(image)
-    if isinstance(image, np.ndarray):
-        return _from_array(image, "image")
+        check_pixels(image.size, label=label, max_pixels=max_pixels)
+        return decode_pil(image, label)
+    if isinstance(image, np.ndarray | Tensor):
+        array = np.ma.getdata(image) if isinstance(image, np.ndarray) else image
+        decoded = _from_tensor(array) if isinstance(array, Tensor) else _from_array(array)
+        height, width = decoded.values.shape[:2]
+        check_pixels((width, height), label=label, max_pixels=max_pixels)
+        return decoded
+    if isinstance(image, bytes | bytearray | memoryview):
+        return decode_file(bytes(image), label=label, max_pixels=max_pixels)
+    if hasattr(image, "read"):
+        return decode_file(image, label=label, max_pixels=max_pixels)
     raise ValueError(
-        f"image is a {type(image).__name__}; give a path, a PIL image, a NumPy array or a tensor"
+        f"image is a {type(image).__name__}; give a path, a file's bytes, a PIL image, a NumPy "
+        "array or a tensor"
     )
 
 
-def _read_file(path: Path) -> Tensor:
-    if not path.is_file():
-        what = "is a folder, not an image" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {what}")
-    try:
-        with warnings.catch_warnings():
-            # Pillow warns from 89 million pixels and refuses from twice that: refuse at both.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                opened.load()
-                return _from_pil(opened, str(path))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+def _from_array(array: NDArray[Any]) -> Decoded:
+    values = array[:, :, None] if array.ndim == 2 else array
+    if values.ndim != 3:
         raise ValueError(
-            f"{path}: has more than {Image.MAX_IMAGE_PIXELS or 0:,} pixels, perhaps an attack; "
-            "if you trust it, raise PIL.Image.MAX_IMAGE_PIXELS"
-        ) from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, EOFError, IndexError) as error:
-        raise ValueError(f"{path}: a truncated or damaged image ({error})") from None
-
-
-def _from_pil(image: Image.Image, label: str) -> Tensor:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        values = np.asarray(image).astype(np.int64)
-        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
-            raise ValueError(f"{label}: 32-bit integers beyond 0 to 65535; scale them to [0, 1]")
-        return _from_array(values.astype(np.uint16), label)
-    if image.mode == "F":
-        return _from_array(np.asarray(image), label)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return _from_array(np.asarray(image.convert("RGB")), label)
-
-
-def _from_array(array: NDArray[Any], label: str) -> Tensor:
-    if array.ndim == 2:
-        array = array[:, :, None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
-        raise ValueError(
-            f"{label} has shape {array.shape}; an array must be (H, W), (H, W, 1), (H, W, 3) or "
-            "(H, W, 4)"
+            f"image has shape {array.shape}; an array must be (H, W) or (H, W, bands)"
+            + (": one image at a time" if array.ndim == 4 else "")
         )
-    if 0 in array.shape:
-        raise ValueError(f"{label} has shape {array.shape}: it is empty")
-    scale = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}.get(array.dtype.name)
-    if scale is None and array.dtype.kind != "f":
-        raise ValueError(f"{label} has dtype {array.dtype}; use uint8, uint16, or floats in [0, 1]")
-    # Copied, so that negative strides and read-only buffers are as good as any.
-    values = torch.from_numpy(np.array(array, dtype=np.float32, order="C")).permute(2, 0, 1)
-    values = values / scale if scale is not None else _check_unit_range(values, label)
-    if values.shape[0] == 4:
-        colour, alpha = values[:3], values[3:]
-        values = colour * alpha + (1 - alpha)
-    return values.expand(3, -1, -1).contiguous()  # (3, H, W)
+    if 0 in values.shape:
+        raise ValueError(f"image has shape {array.shape}: it is empty")
+    if values.shape[0] <= 16 < values.shape[2]:
+        raise ValueError(
+            f"image has shape {array.shape}; an array must be (H, W, bands), as "
+            "transpose(1, 2, 0) makes of (bands, H, W)"
+        )
+    return Decoded(values, alpha=None if values.shape[2] in (2, 4) else False)
 
 
-def _from_tensor(image: Tensor) -> Tensor:
+def _from_tensor(image: Tensor) -> Decoded:
     values = image[0] if image.dim() == 4 and image.shape[0] == 1 else image
-    if values.dim() != 3 or values.shape[0] != 3 or 0 in values.shape:
+    if values.dim() == 2:
+        values = values[None]
+    shape = tuple(image.shape)
+    if values.dim() != 3 or 0 in values.shape:
         raise ValueError(
-            f"image is a tensor of shape {tuple(image.shape)}; it must be (3, H, W) or (1, 3, H, W)"
+            f"image is a tensor of shape {shape}; it must be (3, H, W) or (1, 3, H, W)"
         )
-    if values.dtype == torch.uint8:
-        return values.float() / 255
-    if not values.is_floating_point():
-        raise ValueError(f"image has dtype {values.dtype}; use torch.uint8, or floats in [0, 1]")
-    return _check_unit_range(values.float(), "image")
+    channels_last = values.shape[2] == 3 or (values.shape[2] in (1, 4) and values.shape[0] > 16)
+    if channels_last and values.shape[0] not in (1, 3):
+        raise ValueError(
+            f"image is a tensor of shape {shape}; it must be (3, H, W), as permute(2, 0, 1) makes "
+            "of (H, W, 3)"
+        )
+    if values.dtype == torch.bfloat16:
+        values = values.float()
+    array = values.detach().cpu().permute(1, 2, 0).numpy()
+    return Decoded(array, alpha=None if array.shape[2] in (2, 4) else False)
 
 
-def _check_unit_range(values: Tensor, label: str) -> Tensor:
+def _to_unit(
+    decoded: Decoded, label: str, max_value: float | None, missing: Tensor | None
+) -> Tensor:
+    """Bands (H, W, N) of any type to (N, H, W) float32 in [0, 1]."""
+    array = decoded.values
+    kind = array.dtype.kind
+    if max_value is not None and not max_value > 0:
+        raise ValueError(f"max_value={max_value!r} must be above 0")
+    whole = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}.get(array.dtype.name)
+    if max_value is None and whole is None and kind != "f":
+        raise ValueError(
+            f"{label} has dtype {array.dtype}; use uint8, uint16, or floats in [0, 1], or say by "
+            "max_value= what is 1"
+        )
+    if kind not in "buif":
+        raise ValueError(f"{label} has dtype {array.dtype}; use numbers")
+    if max_value is None and array.dtype.name == "uint16":
+        _warn_if_dark(array, label)
+    values = torch.empty((array.shape[2], *array.shape[:2]))
+    # One pass, by NumPy: it takes read-only, strided and byte-swapped arrays.
+    planes, unit = np.moveaxis(array, 2, 0), np.float32(max_value or whole or 1)
+    np.divide(planes, unit, out=values.numpy(), dtype=np.float32, casting="unsafe")
+    if max_value is not None:
+        values.clamp_(0, 1)
+    if kind == "f" or max_value is not None:
+        _check_unit_range(values, label, missing)
+    return values
+
+
+def _warn_if_dark(array: NDArray[Any], label: str) -> None:
+    highest = int(array.max())
+    if 255 < highest < _DARK:
+        warnings.warn(
+            f"{label}: 16-bit values of at most {highest} of 65535, so nearly black; give "
+            "max_value=, as 4095 for 12 bits or 10000 for reflectances",
+            stacklevel=2,
+        )
+
+
+def _check_unit_range(values: Tensor, label: str, missing: Tensor | None) -> None:
+    if missing is not None:
+        values = values[:, ~missing]
+    if not values.numel():
+        return
     low, high = values.aminmax()
     if not (low >= 0 and high <= 1):
         raise ValueError(
             f"{label} has values from {low:.4g} to {high:.4g}; floats must lie in [0, 1] "
-            "(divide by 255, or by the sensor's maximum) and not be NaN"
+            "(give max_value=, 255 or the sensor's maximum) and not be NaN (or give nodata=)"
         )
-    return values
+
+
+def _without_data(values: NDArray[Any], nodata: float) -> Tensor:
+    """(H, W) bool: pixels whose bands all have the value."""
+    same = np.isnan(values) if np.isnan(nodata) else values == nodata
+    return torch.from_numpy(same.all(2))
+
+
+def _choose(
+    values: Tensor,
+    decoded: Decoded,
+    label: str,
+    *,
+    channels: int,
+    bands: Sequence[int] | None,
+    alpha: bool | None,
+) -> Tensor:
+    """The bands that are wanted, of (N, H, W)."""
+    count = len(values)
+    if bands is not None:
+        wanted = list(bands)
+        if not wanted or not all(isinstance(band, int) and 0 <= band < count for band in wanted):
+            raise ValueError(
+                f"bands={bands!r} must be numbers of {label}'s bands, 0 to {count - 1}"
+            )
+        return values[wanted]
+    transparent = decoded.alpha if alpha is None else alpha
+    if alpha and count not in (2, 4):
+        raise ValueError(f"alpha=True but {label} has {count} bands; it needs 2 or 4")
+    if transparent:
+        values = _on_white(values, premultiplied=decoded.premultiplied)
+        count = len(values)
+    if count == channels:
+        return values
+    if count == 1:
+        return values.expand(channels, -1, -1).contiguous()
+    if count == 3 and channels == 1:
+        weights = values.new_tensor(_LUMINANCE)
+        return torch.einsum("chw,c->hw", values, weights)[None]
+    if count == 4 and channels == 3:
+        warnings.warn(
+            f"{label} has a fourth band, which is left out; if it is transparency give alpha=True, "
+            "else say bands=(0, 1, 2)",
+            stacklevel=2,
+        )
+        return values[:3]
+    raise ValueError(
+        f"{label} has {count} bands, not {channels}; choose some, as bands="
+        f"{tuple(range(min(channels, count)))}"
+        + ("; or, if the last is transparency, give alpha=True" if count == 2 else "")
+    )
+
+
+def _on_white(values: Tensor, *, premultiplied: bool) -> Tensor:
+    """Colours and transparency (N, H, W) -> colours laid on white, (N − 1, H, W)."""
+    colour, alpha = values[:-1], values[-1:]
+    if not premultiplied:
+        colour = colour * alpha
+    return (colour + (1 - alpha)).clamp_(0, 1)

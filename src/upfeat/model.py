@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -58,10 +58,10 @@ class FeatUp(nn.Module):
         return self.backbone.embed_dim
 
     def preprocess(
-        self, image: ImageLike, size: int | None = None, *, align: bool = False
+        self, image: ImageLike, size: int | None = None, *, align: bool = False, **reading: Any
     ) -> Tensor:
         """Read and normalise an image, as :meth:`Backbone.preprocess`."""
-        return self.backbone.preprocess(image, size, align=align)
+        return self.backbone.preprocess(image, size, align=align, **reading)
 
     def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
         """Compute features at full resolution.

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from upfeat.linear import principal_components
+
 _MARGIN = 12
 _BACKGROUND = (255, 255, 255)
 _INK = (32, 32, 32)
@@ -29,18 +31,16 @@ class PCABasis:
             features: (C, h, w); the coarse map, or any other sample of the feature space.
         """
         samples = features.detach().flatten(1).T.float()  # (h·w, C)
-        self.mean = samples.mean(0)
-        centred = samples - self.mean
-        values, vectors = torch.linalg.eigh(centred.T @ centred)
-        count = min(3, len(values))
-        basis = vectors[:, -count:].flip(1) * (values[-count:].flip(0) > 0)
+        self.mean, axes, variances = principal_components(samples, 3)
+        count = len(axes)
+        basis = axes.T * (variances > 0)
         # A direction's sign is arbitrary; fix it, so that the same picture has the same colours.
         heaviest = basis.abs().argmax(0)
         basis = basis * torch.sign(basis[heaviest, torch.arange(count)]).where(
             basis.abs().sum(0) > 0, torch.ones(())
         )
         self.basis = F.pad(basis, (0, 3 - count))  # (C, 3)
-        projected = centred @ self.basis
+        projected = (samples - self.mean) @ self.basis
         self.low = projected.quantile(0.01, dim=0) if len(projected) > 1 else projected[0] - 1
         self.high = projected.quantile(0.99, dim=0) if len(projected) > 1 else projected[0] + 1
 

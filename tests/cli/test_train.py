@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from contextlib import suppress
 from dataclasses import fields
 
 import pytest
@@ -74,6 +75,71 @@ def test_train_refuse_and_resume(photos, tmp_path, capsys):
     assert run(photos, "-o", out, *SMALL, "--validation-images", 1, "--resume") == 0
 
 
+def test_resuming_needs_nothing_again(photos, tmp_path, capsys):
+    """A run goes on with its own settings, backbone and photographs, from any folder."""
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    small = [*SMALL, "--validation-images", 0, "--seed", 3, "--schedule", "constant"]
+    assert run(photos, "-o", whole, *small, "--steps", 3) == 0
+    assert run(photos, "-o", out, *small, "--keep", 1) == 0
+    assert run("-o", out, "--resume") == 0
+    assert run("-o", out, "--resume", "--steps", 3) == 0
+    weights = [folder / "upsampler" / "model.safetensors" for folder in (out, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    # What the run was told last is what it goes on with.
+    config = json.loads((out / "config.json").read_text())
+    assert (config["steps"], config["keep"], config["seed"]) == (3, 1, 3)
+    history = json.loads((out / "upsampler" / "training.json").read_text())
+    assert "started_with" not in history
+    assert str(tmp_path) not in json.dumps(history)
+    capsys.readouterr()
+    for given, words in (
+        (("--seed", 4), "seed: 3 there, 4 here"),
+        (("--preset", "reference"), "upsampler_options: "),
+        (("--backbone", "efficientnet_lite0"), "backbone: efficientnet_lite0.stride8 there"),
+        (("--stpes", 4), "unrecognized arguments"),
+        (("--keep", 0), "keep=0 must be 1 or more"),
+    ):
+        with suppress(SystemExit):
+            assert run("-o", out, "--resume", *given) == 2
+        shown = capsys.readouterr().err
+        assert words in shown
+        assert shown.count("\n") == 1
+
+
+def test_resuming_nothing_needs_photographs(tmp_path, capsys):
+    assert run("-o", tmp_path / "run", "--resume") == 2
+    assert "give the folder of photographs" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("config.json", "{", "not JSON"),
+        ("config.json", '{"steps": 2, "steps": 3}', '"steps" is given twice'),
+        ("config.json", '{"stpes": 2}', "did you mean steps"),
+        ("config.json", '{"steps": NaN}', "NaN is no number"),
+        ("config.json", "[" * 100_000, "nested too deeply"),
+        ("config.json", None, "no such file"),
+        ("run.json", "{}", "lacks the settings"),
+        ("run.json", '{"config": 1, "backbones": []}', "lacks the settings"),
+        ("run.json", "\udc80", "not JSON"),
+        ("photographs.json", "{}", "lacks files"),
+    ],
+)
+def test_damaged_runs_are_one_line(photos, tmp_path, capsys, name, content, words):
+    assert run(photos, "-o", tmp_path / "run", *SMALL, "--validation-images", 0) == 0
+    capsys.readouterr()
+    path = tmp_path / "run" / name
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert run("-o", tmp_path / "run", "--resume") == 2
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert shown.count("\n") == 1
+
+
 @pytest.mark.filterwarnings("default")
 def test_the_detail_recipe_without_a_start_says_so(photos, tmp_path, capsys):
     """On one line, with the fix, and that is taken."""
@@ -128,7 +194,7 @@ def test_interruption_says_how_to_go_on(photos, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("upfeat.training.train", interrupted)
     assert run(photos, "-o", tmp_path / "run", *SMALL) == 130
-    assert "the same command with --resume goes on" in capsys.readouterr().err
+    assert f"upfeat train -o {tmp_path / 'run'} --resume goes on" in capsys.readouterr().err
 
 
 def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):

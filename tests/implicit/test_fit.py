@@ -24,8 +24,8 @@ from upfeat.implicit.fields import NetworkField
 from upfeat.implicit.fit import FitConfig, fit_guidance
 from upfeat.implicit.observe import (
     Observer,
+    feature_basis,
     pooled_matrices,
-    principal_components,
     show,
     zoomed_jitters,
 )
@@ -95,7 +95,7 @@ def test_the_design_is_what_views_do_to_the_map():
     watch = observer(guidance, backbone)
     views = sample_jitters(5, size=(48, 64), generator=torch.Generator().manual_seed(3), **VIEWS)
     seen = watch.observe(views)
-    basis = principal_components(seen, 5, whiten=True)
+    basis = feature_basis(seen, 5, whiten=True)
     fit = KernelFit(guidance, watch, basis, backbone(watch.image), anchors=60, seed=0)
     fit.add(views, seen)
     field, _ = fit.solve(0.0)
@@ -113,7 +113,7 @@ def test_without_evidence_the_map_of_one_pass_is_drawn(monkeypatch):
     features = fit_guidance(guidance, backbone, config)
     watch = observer(guidance, backbone)
     seen = watch.observe(watch.held)
-    basis = principal_components(seen, 5, whiten=True)
+    basis = feature_basis(seen, 5, whiten=True)
     own = backbone(watch.image)
     fit = KernelFit(guidance, watch, basis, own, anchors=200, seed=0)
     drawn = one_pass(guidance, basis.encode(own), fit.map_size)  # (k, H', W')
@@ -131,7 +131,7 @@ def test_without_evidence_the_map_of_one_pass_is_drawn(monkeypatch):
 def test_the_mean_of_large_maps_is_found_from_some_of_their_pixels(monkeypatch):
     backbone, guidance = Pooled(), scene()
     watch = observer(guidance, backbone)
-    basis = principal_components(watch.held_features, 5, whiten=True)
+    basis = feature_basis(watch.held_features, 5, whiten=True)
     fit = KernelFit(guidance, watch, basis, backbone(watch.image), anchors=60, seed=0)
     whole = fit.table.flatten(0, 1) @ fit.mean
     monkeypatch.setattr(anchors, "_MEAN_PIXELS", 48 * 64 // 4)
@@ -239,7 +239,7 @@ def test_the_backbone_sees_the_views():
 @pytest.mark.parametrize("whiten", [True, False])
 def test_the_basis_is_exact_with_all_components(whiten):
     features = torch.randn(3, 6, 4, 5) * torch.arange(1, 7)[:, None, None] + 3
-    basis = principal_components(features, 128, whiten=whiten)
+    basis = feature_basis(features, 128, whiten=whiten)
     encoded = basis.encode(features)
     decoded = torch.einsum("nkhw,kc->nchw", encoded, basis.components)
     torch.testing.assert_close(decoded + basis.mean[:, None, None], features, rtol=1e-4, atol=1e-4)
@@ -350,6 +350,20 @@ def test_progress_is_told():
     assert all(a.done <= b.done for a, b in itertools.pairwise(steps))
 
 
+def test_settings_by_name_replace_those_of_the_configuration():
+    fitted = upfeat.fit_implicit(scene(50, 61), Pooled(), FAST, size=16, seed=3)
+    assert min(fitted.shape[2:]) == 16
+    assert fitted.facts["seed"] == 3
+    config = dataclasses.replace(FAST, size=16, seed=3)
+    assert torch.equal(
+        upfeat.fit_implicit(scene(50, 61), Pooled(), config).render(), fitted.render()
+    )
+    with pytest.raises(ValueError, match="views=0"):
+        upfeat.fit_implicit(scene(), Pooled(), views=0)
+    with pytest.raises(ValueError, match='setting "sizes" is unknown; did you mean size'):
+        upfeat.fit_implicit(scene(), Pooled(), sizes=16)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -374,7 +388,7 @@ def test_the_published_fit_learns(downsampler):
     watch = observer(guidance, backbone)
     views = sample_jitters(12, size=(48, 64), generator=torch.Generator().manual_seed(3), **VIEWS)
     seen = watch.observe(views)
-    basis = principal_components(seen, 5, whiten=False)
+    basis = feature_basis(seen, 5, whiten=False)
     fit = create_network_fit(guidance, basis, stride=8, downsampler=downsampler, seed=0)
     fit.eval()
     before = fit.own_held_out_loss(watch, basis)
@@ -388,7 +402,7 @@ def test_folded_views_have_the_gradient_of_views_that_are_made(downsampler):
     guidance = scene(24, 32)
     watch = observer(guidance, Pooled(4))
     seen = watch.held_features
-    basis = principal_components(seen, 4, whiten=False)
+    basis = feature_basis(seen, 4, whiten=False)
     fit = create_network_fit(guidance, basis, stride=8, downsampler=downsampler, seed=0)
     fit.eval()
     targets = basis.encode(seen)

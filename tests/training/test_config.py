@@ -1,9 +1,12 @@
 """Settings: ranges, recipes, files."""
 
 import json
+import math
 from dataclasses import fields
 
+import numpy as np
 import pytest
+import torch
 
 from upfeat.training import TrainConfig
 from upfeat.training.config import OPERATIONAL, PRESETS, REFERENCE, read_settings
@@ -37,6 +40,39 @@ def test_bad_settings_are_one_line(settings, words):
     with pytest.raises(ValueError, match=words) as raised:
         TrainConfig.from_mapping(settings)
     assert "\n" not in str(raised.value)
+
+
+HOSTILE = [
+    True, "many", b"1", [], {}, (1,), object(), math.nan, math.inf, -math.inf, -1, 10**30, 10**5000,
+    1e300, -1e300, 1j, np.True_, np.float64("nan"), torch.tensor(True), torch.ones(2),
+]  # fmt: skip
+
+
+# What is not there is found out when it is used.
+NAMES = ("upsampler", "device", "out")
+HARMLESS = (True, 1, -1, {}, [], (), "many")
+
+
+@pytest.mark.parametrize("name", sorted(field.name for field in fields(TrainConfig)))
+def test_hostile_values_of_every_setting(name):
+    """Refused in one line that names the setting, or kept and harmless."""
+    for value in HOSTILE:
+        error = fault(TrainConfig, **{name: value})
+        if error is not None:
+            assert name in error
+            assert "\n" not in error
+            assert len(error) < 300
+        else:
+            assert isinstance(value, str) if name in NAMES else value in HARMLESS
+
+
+def fault(function, **arguments):
+    """The message of the ``ValueError`` that a call raises; ``None`` without one."""
+    try:
+        function(**arguments)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def test_the_reference_recipe_is_the_published_one():

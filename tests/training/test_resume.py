@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from training.children import KILLED_RUN
 from training.small import log, small_backbone, small_config, weights, write_photographs
 
 import upfeat
+from upfeat.training import TrainConfig
 
 CHILDREN = Path(__file__).with_name("children.py")
 
@@ -21,7 +24,8 @@ CHILDREN = Path(__file__).with_name("children.py")
 def run_children(*arguments, timeout=200):
     """Run ``children.py``; its failures are shown."""
     tests = str(CHILDREN.parent.parent)
-    environment = {**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(CHILDREN), *(str(one) for one in arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -79,6 +83,31 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(photos, backbone, tmp_p
     assert (weights(tmp_path / "run"), log(tmp_path / "run")) == expected
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_checkpoint_that_is_not_finite_falls_back_too(photos, backbone, tmp_path, value):
+    upfeat.train(backbone, photos, small_config(tmp_path / "run"))
+    expected = weights(tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006.ckpt"
+    state = torch.load(newest, weights_only=True)
+    state["objectives"]["0.upsampler.stages.1.sigma_spatial"].fill_(value)
+    torch.save(state, newest)
+    with pytest.warns(UserWarning, match=r"stages.1.sigma_spatial holds NaN or infinity"):
+        upfeat.train(backbone, photos, small_config(tmp_path / "run"), resume=True)
+    assert weights(tmp_path / "run") == expected
+
+
+def test_checkpoints_of_another_kind_are_damaged(photos, backbone, tmp_path):
+    upfeat.train(backbone, photos, small_config(tmp_path / "run", keep=1))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000006.ckpt"
+    for content, words in (([1], "another format"), ({"format": "upfeat-train-1"}, "lacks")):
+        torch.save(content, newest)
+        with (
+            pytest.warns(UserWarning, match=words),
+            pytest.raises(ValueError, match="all 1 checkpoints are damaged"),
+        ):
+            upfeat.train(backbone, photos, small_config(tmp_path / "run"), resume=True)
+
+
 def test_all_checkpoints_damaged(photos, backbone, tmp_path):
     upfeat.train(backbone, photos, small_config(tmp_path / "run"))
     for path in (tmp_path / "run" / "checkpoints").iterdir():
@@ -100,6 +129,45 @@ def test_resuming_a_finished_run_gives_its_weights(photos, backbone, tmp_path):
 def test_resuming_nothing_begins(photos, backbone, tmp_path):
     upfeat.train(backbone, photos, small_config(tmp_path / "run", steps=1), resume=True)
     assert (tmp_path / "run" / "upsampler").is_dir()
+
+
+def test_two_at_once(photos, tmp_path):
+    """The second is told who holds the folder; the first goes on as if alone."""
+    told = []
+
+    def second():
+        other = small_config(tmp_path / "run", seed=1)
+        for resume in (False, True):
+            with pytest.raises(ValueError) as refused:
+                upfeat.train(small_backbone(), photos, other, resume=resume)
+            told.append(str(refused.value))
+
+    def during(report):
+        if report.step == 2:
+            thread = threading.Thread(target=second)
+            thread.start()
+            thread.join()
+
+    upfeat.train(small_backbone(), photos, small_config(tmp_path / "run"), on_step=during)
+    upfeat.train(small_backbone(), photos, small_config(tmp_path / "alone"))
+    assert len(told) == 2
+    for line in told:
+        assert f"is being written by process {os.getpid()} on {socket.gethostname()} since" in line
+        assert "\n" not in line
+    assert weights(tmp_path / "run") == weights(tmp_path / "alone")
+    assert files(tmp_path / "run") == files(tmp_path / "alone")
+
+
+def test_settings_of_a_run(photos, tmp_path):
+    config = small_config(tmp_path / "run", seed=5)
+    upfeat.train(small_backbone(), photos, config)
+    again = TrainConfig.of_run(tmp_path / "run", keep=7)
+    assert again == small_config(tmp_path / "run", seed=5, keep=7)
+    upfeat.train(small_backbone(), photos, again, resume=True)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        TrainConfig.of_run(tmp_path / "none")
+    with pytest.raises(ValueError, match="did you mean keep"):
+        TrainConfig.of_run(tmp_path / "run", kepe=7)
 
 
 def test_a_run_may_go_further(photos, backbone, tmp_path):

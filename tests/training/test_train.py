@@ -49,6 +49,18 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_global_one_alone(
     assert runs[0][0] != runs[2][0]
 
 
+def test_without_a_folder_only_the_upsampler_is_kept(photos, backbone, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    kept = upfeat.train(backbone, photos, small_config(tmp_path / "run"))
+    passing = upfeat.train(backbone, photos, small_config(None))
+    assert not list((tmp_path / "temporary").iterdir())
+    assert all(
+        torch.equal(value, passing.state_dict()[name]) for name, value in kept.state_dict().items()
+    )
+
+
 def test_back_projection_is_for_the_finished_upsampler(photos, backbone, tmp_path):
     common = {"upsampler": "neighbourhood", "upsampler_options": {}}
     runs = {}
@@ -61,6 +73,23 @@ def test_back_projection_is_for_the_finished_upsampler(photos, backbone, tmp_pat
         assert upfeat.Upsampler.from_pretrained(out / "upsampler").back_projections == count
     for name, value in runs[0].state_dict().items():
         assert torch.equal(value, runs[2].state_dict()[name])
+
+
+@pytest.mark.parametrize("size", [8, 15])
+def test_an_image_of_one_cell_is_refused(photos, backbone, tmp_path, size):
+    with pytest.raises(ValueError, match=f"size={size} is less than two cells of Cells .* 16"):
+        upfeat.train(backbone, photos, small_config(tmp_path / "run", size=size))
+    assert not (tmp_path / "run").exists()
+    upfeat.train(backbone, photos, small_config(tmp_path / "run", size=16, steps=1))
+
+
+def test_features_that_do_not_vary_are_no_scale(backbone, tmp_path):
+    (tmp_path / "grey").mkdir()
+    for index in range(3):
+        Image.new("RGB", (40, 40), (90 + index, 90, 90)).save(tmp_path / "grey" / f"{index}.png")
+    config = small_config(tmp_path / "run", validation_images=1)
+    with pytest.raises(ValueError, match="do not vary within the 1 held-out"):
+        upfeat.train(backbone, tmp_path / "grey", config)
 
 
 def test_workers_change_nothing(photos, backbone, tmp_path):
@@ -181,9 +210,9 @@ class TestBadInput:
             upfeat.train(backbone, photos, small_config(tmp_path / "run", steps=1))
         assert weights(tmp_path / "run") == before
 
-    def test_no_folder_of_the_run(self, photos, backbone):
-        with pytest.raises(ValueError, match="out=None"):
-            upfeat.train(backbone, photos, small_config(None))
+    def test_nothing_to_resume_without_a_folder(self, photos, backbone):
+        with pytest.raises(ValueError, match="resume=True needs out="):
+            upfeat.train(backbone, photos, small_config(None), resume=True)
 
     def test_folder_that_cannot_be_made(self, photos, backbone, tmp_path):
         (tmp_path / "file").write_text("")

@@ -10,7 +10,7 @@ from torch import Tensor
 from upfeat.backbones.base import Backbone
 from upfeat.backbones.efficientnet_lite import STRIDES, EfficientNetLite0
 from upfeat.backbones.wrap import WrappedBackbone
-from upfeat.naming import unknown_name
+from upfeat.registry import unknown_name
 
 __all__ = ["Backbone", "EfficientNetLite0", "WrappedBackbone", "list_backbones", "load_backbone"]
 

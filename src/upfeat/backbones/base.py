@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -107,7 +107,7 @@ class Backbone(nn.Module, ABC):
         return height, width
 
     def preprocess(
-        self, image: ImageLike, size: int | None = None, *, align: bool = False
+        self, image: ImageLike, size: int | None = None, *, align: bool = False, **reading: Any
     ) -> Tensor:
         """Read and normalise an image.
 
@@ -118,6 +118,8 @@ class Backbone(nn.Module, ABC):
                 points and crops of the features are in the image's pixels.
             align: round both sides to whole multiples of the stride, so that every feature cell
                 covers the same whole number of pixels.
+            **reading: options of :func:`upfeat.images.read_image`: ``bands``, ``alpha``,
+                ``max_value``, ``mask``, ``nodata``, ``max_pixels``.
 
         Returns:
             (1, 3, H, W) float32 on the backbone's device.
@@ -126,14 +128,14 @@ class Backbone(nn.Module, ABC):
             FileNotFoundError: there is no such file.
             ValueError: it cannot be read, or a side would be shorter than the stride.
         """
-        pixels = read_image(image)  # (3, H, W) in [0, 1]
+        pixels = read_image(image, **reading)  # (3, H, W) in [0, 1]
         target = self._target_size((pixels.shape[1], pixels.shape[2]), size, align)
         pixels = pixels.to(self.mean.device)[None]
         if target != tuple(pixels.shape[-2:]):
             pixels = F.interpolate(
                 pixels, size=target, mode="bicubic", align_corners=False, antialias=True
             ).clamp(0, 1)
-        return (pixels - self.mean) / self.std
+        return pixels.sub_(self.mean).div_(self.std)
 
     def denormalize(self, x: Tensor) -> Tensor:
         """Undo the normalisation: (B, 3, H, W) -> the same, RGB in [0, 1]."""

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from upfeat.training import StepReport
+    from upfeat.training import StepReport, TrainConfig
 
+DEFAULT_BACKBONE = "efficientnet_lite0"
 HELP = "Train an upsampler for a backbone on a folder of photographs."
 EXAMPLE = (
     "  upfeat train photos/ -o runs/x\n"
-    "  upfeat train photos/ -o runs/x --resume\n"
+    "  upfeat train -o runs/x --resume\n"
     "  upfeat train photos/ -o runs/y --config recipe.yaml --steps 500 --upsampler jbu_stack\n"
     "  torchrun --nproc-per-node 2 -m upfeat train photos/ -o runs/z"
 )
@@ -69,14 +70,21 @@ _FLAGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("photos", type=Path, help="folder of photographs, searched with all below")
+    parser.add_argument(
+        "photos",
+        type=Path,
+        nargs="?",
+        help="folder of photographs, searched with all below; with --resume that of the run, "
+        "unless it has moved",
+    )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the run"
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in the folder, however it was stopped",
+        help="go on with the run in the folder, however it was stopped, with the settings that it "
+        "was started with; those given again must be the same",
     )
     parser.add_argument(
         "--backbone",
@@ -120,26 +128,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Train; a run that is interrupted says how to go on."""
-    from upfeat.training import TrainConfig, train
+    from upfeat.training import train
 
-    settings, source = _settings(options)
-    backbone = settings.pop("backbone", None) or "efficientnet_lite0"
-    config = TrainConfig.from_mapping({**settings, "out": options.output}, source=source)
+    backbone, photos, config = _plan(options)
     progress = _Progress(config.steps)
     try:
         with progress:
-            train(backbone, options.photos, config, resume=options.resume, on_step=progress.show)
+            train(backbone, photos, config, resume=options.resume, on_step=progress.show)
     except KeyboardInterrupt:
         if _is_main():
             print(
-                f"upfeat train: interrupted after step {progress.step}; the same command with "
-                "--resume goes on",
+                f"upfeat train: interrupted after step {progress.step}; "
+                f"upfeat train -o {options.output} --resume goes on",
                 file=sys.stderr,
             )
         return 130
     if _is_main():
         print(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
     return 0
+
+
+def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConfig]:
+    """Backbone, photographs and settings: what is given, and of a resumed run what is not."""
+    from upfeat.training import TrainConfig
+    from upfeat.training.started import read_started
+
+    given, source = _settings(options)
+    given["out"] = options.output
+    backbone, photos = given.pop("backbone", None), options.photos
+    run = read_started(options.output) if options.resume else None
+    if run is None:
+        config = TrainConfig.from_mapping(given, source=source)
+    else:
+        config = run.merge(given, source)
+        backbone, photos = backbone or run.backbone, photos or run.photos
+        if backbone is None:
+            raise ValueError(
+                f"{options.output}: was started with a backbone of the caller's own; go on with it "
+                "by upfeat.train(backbone, photos, config, resume=True)"
+            )
+    if photos is None:
+        raise ValueError("photos: give the folder of photographs, as upfeat train photos/ -o RUN")
+    return backbone or DEFAULT_BACKBONE, photos, config
 
 
 def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
 from upfeat.evaluation.prepared import PreparedSet
+from upfeat.linear import leading_axes
 from upfeat.losses import SpatialUncertainty, gaussian_reconstruction
 from upfeat.optimisers import LBFGS, NAdam
 
@@ -99,9 +100,8 @@ def leading_components(images: PreparedSet) -> Tensor:
         count += cells.shape[1]
     mean = torch.as_tensor(total) / count
     covariance = torch.as_tensor(square) / count - mean[:, None] * mean
-    values, vectors = torch.linalg.eigh(covariance)  # ascending
-    kept = vectors[:, -N_COMPONENTS:] / values[-N_COMPONENTS:].clamp(min=1e-12).sqrt()
-    return kept.T.flip(0).float().to(images.device)
+    axes, variances = leading_axes(covariance, N_COMPONENTS)
+    return (axes / variances.clamp(min=1e-12).sqrt()[:, None]).float().to(images.device)
 
 
 @torch.no_grad()

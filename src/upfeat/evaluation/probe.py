@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from upfeat.implicit.upsampler import ImplicitKernels
+from upfeat.linear import ridge
 from upfeat.optimisers import LBFGS
 from upfeat.upsamplers import Kernels, Upsampler
 
@@ -164,9 +165,9 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> Head:
 
     flat = pixels.features.flatten(0, 1)
     scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
-    gram = (scaled.T @ scaled) / len(scaled) + 1e-3 * torch.eye(scaled.shape[1]).to(scaled)
-    weight = torch.linalg.solve(gram, scaled.T @ targets.flatten() / len(scaled))
-    return _fit(pixels, Head(weight[None], weight.new_zeros(1)), loss, generator)
+    moment = scaled.T @ targets.flatten()[:, None]
+    weight = ridge(scaled.T @ scaled / len(scaled), moment / len(scaled), 1e-3).T  # (1, C)
+    return _fit(pixels, Head(weight, weight.new_zeros(1)), loss, generator)
 
 
 def _fit(

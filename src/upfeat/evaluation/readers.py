@@ -40,7 +40,7 @@ from upfeat.evaluation.datasets import (
     read_indices,
     split_randomly,
 )
-from upfeat.naming import unknown_name
+from upfeat.registry import unknown_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

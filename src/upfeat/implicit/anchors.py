@@ -29,10 +29,11 @@ from upfeat.implicit.guides import QueryGuide, normalised, sample
 from upfeat.implicit.observe import (
     Basis,
     Observer,
+    feature_basis,
     pooled_matrices,
-    principal_components,
     show,
 )
+from upfeat.linear import ridge
 from upfeat.randomness import stream
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
@@ -91,10 +92,7 @@ class Regression:
 
     def solve(self, penalty: float) -> Tensor:
         """Coefficients (M, k) that minimise squared error plus penalty · squared length."""
-        matrix = self.gram.clone()
-        matrix.diagonal().add_(penalty)
-        factor = torch.linalg.cholesky(matrix)
-        return torch.cholesky_solve(self.moment, factor).float()
+        return ridge(self.gram, self.moment, penalty).float()
 
 
 class KernelFit:
@@ -267,7 +265,7 @@ def fit_kernel(
     own = observer.observe(Jitter.identity(1, size=observer.size), on_views)
     goal = min(_FIRST_ROUND, len(views))
     features = observer.observe(views[slice(0, goal)], partial(_tell, on_views, 1))
-    basis = principal_components(features, components, whiten=True)
+    basis = feature_basis(features, components, whiten=True)
     fit = KernelFit(guidance, observer, basis, own, anchors=anchors, seed=seed)
     fit.add(views[slice(0, goal)], features)
     field, loss = fit.solve(slack)
@@ -357,9 +355,8 @@ def _translate(spoken: Tensor, known: Tensor) -> Tensor:
     x, y = spoken.double(), known.double()
     x, mean = x - x.mean(0), y.mean(0)
     gram = x.T @ x / len(x)
-    gram.diagonal().add_(_TRANSLATION_PENALTY * float(gram.diagonal().mean()) + 1e-9)
-    factor = torch.linalg.cholesky(gram)
-    return (x @ torch.cholesky_solve(x.T @ (y - mean) / len(x), factor) + mean).float()
+    penalty = _TRANSLATION_PENALTY * float(gram.diagonal().mean()) + 1e-9
+    return (x @ ridge(gram, x.T @ (y - mean) / len(x), penalty) + mean).float()
 
 
 def _map_size(size: tuple[int, int], grid_size: tuple[int, int], anchors: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +15,10 @@ from upfeat.images import read_image
 from upfeat.implicit.anchors import fit_kernel
 from upfeat.implicit.features import ImplicitFeatures, resize_image
 from upfeat.implicit.fields import Field
-from upfeat.implicit.observe import Basis, Observer, principal_components, zoomed_jitters
+from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitters
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.randomness import stream
+from upfeat.registry import unknown_name
 from upfeat.views import sample_jitters, spread_jitters
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def fit_implicit(
     config: FitConfig | None = None,
     *,
     on_step: OnFit | None = None,
+    **settings: Any,
 ) -> ImplicitFeatures:
     """Fit a function of place and image to what a backbone sees in many views of one image.
 
@@ -139,6 +141,7 @@ def fit_implicit(
         backbone: a backbone, its name, or a module or function to wrap as one.
         config: settings; the fast preset by default.
         on_step: is told of progress.
+        **settings: fields of :class:`FitConfig` that replace the configuration's, as ``size=64``.
 
     Returns:
         The features; ``facts["held_out"]`` is the loss on views that were never fitted, relative to
@@ -146,12 +149,12 @@ def fit_implicit(
 
     Raises:
         FileNotFoundError: there is no such image.
-        ValueError: it cannot be read, is smaller than the backbone's stride, or the backbone gives
-            NaN or infinity.
+        ValueError: it cannot be read, is smaller than the backbone's stride, the backbone gives
+            NaN or infinity, or there is no such setting.
 
     Source: FeatUp (Fu, Hamilton et al., ICLR 2024), section 3.3.
     """
-    config = config or FitConfig()
+    config = _change(config or FitConfig(), settings)
     network = load_backbone(backbone)
     pixels = read_image(image)
     shorter = min(pixels.shape[1:])
@@ -165,6 +168,14 @@ def fit_implicit(
     return fit_guidance(
         resize_image(pixels, (shape[0], shape[1])), network, config, on_step=on_step
     )
+
+
+def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:
+    known = [field.name for field in fields(FitConfig)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(unknown_name("setting", name, known))
+    return replace(config, **settings)
 
 
 @torch.no_grad()
@@ -248,7 +259,7 @@ def _fit_reference(
     total = config.held_out + n + config.steps
     first = views[slice(0, _PCA_VIEWS)]
     features = observer.observe(first)
-    basis = principal_components(features, config.components, whiten=False)
+    basis = feature_basis(features, config.components, whiten=False)
     targets = [basis.encode(features)]
     for start in range(_PCA_VIEWS, n, _PCA_VIEWS):
         on_step(FitProgress(config.held_out + start, total))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone
+from upfeat.linear import principal_components
 from upfeat.randomness import stream
 from upfeat.views import Jitter, sample_jitters
 
@@ -186,7 +187,7 @@ class Basis(NamedTuple):
         return float((said + self.mean[:, None, None] - features).square().mean())
 
 
-def principal_components(features: Tensor, n: int, *, whiten: bool) -> Basis:
+def feature_basis(features: Tensor, n: int, *, whiten: bool) -> Basis:
     """Fit a basis; as many components as asked for, or as the features allow.
 
     Args:
@@ -196,17 +197,14 @@ def principal_components(features: Tensor, n: int, *, whiten: bool) -> Basis:
             alike, so that the channels of the features have variance 1 on average: the published
             weights of losses and step size are for features of about that size.
     """
-    samples = features.transpose(0, 1).flatten(1).double()  # (C, S)
-    mean = samples.mean(1)
-    centred = samples - mean[:, None]
-    values, vectors = torch.linalg.eigh(centred @ centred.T / samples.shape[1])
-    values = values.clamp(min=0)
-    n = max(1, min(n, len(values), samples.shape[1] - 1))
-    components = vectors[:, -n:].flip(1).T  # (n, C), most variance first
+    samples = features.transpose(0, 1).flatten(1).double().T  # (S, C)
+    channels = samples.shape[1]
+    n = max(1, min(n, channels, len(samples) - 1))
+    mean, axes, variances = principal_components(samples, channels)
     if whiten:
-        deviation = values[-n:].flip(0).sqrt()
+        deviation = variances[:n].sqrt()
         smallest = max(float(deviation[0]) * 1e-4, 1e-6)
-        components = components * deviation.clamp(min=smallest)[:, None]
+        components = axes[:n] * deviation.clamp(min=smallest)[:, None]
     else:
-        components = components * max(float(values.mean()) ** 0.5, 1e-6)
+        components = axes[:n] * max(float(variances.mean()) ** 0.5, 1e-6)
     return Basis(components.float().contiguous(), mean.float())

@@ -6,14 +6,22 @@ import io
 import pickle
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from upfeat.storage import write_bytes
 
 FORMAT = "upfeat-train-1"
+
+UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, MemoryError, AssertionError),
+)
+"""What PyTorch raises of damaged files, beside ``UnpicklingError``."""
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
@@ -56,7 +64,7 @@ class Checkpoints:
     def newest(self) -> dict[str, Any] | None:
         """The newest state that can be read whole; damaged ones are warned of. ``None``: no file.
 
-        Nothing in a file is executed.
+        One that holds NaN or infinity counts as damaged. Nothing in a file is executed.
 
         Raises:
             ValueError: there are checkpoints, and all are damaged.
@@ -65,13 +73,14 @@ class Checkpoints:
         for path in reversed(paths):
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
-                if state["format"] != FORMAT:
-                    raise ValueError(f"format {state['format']}")
+                if not isinstance(state, dict) or state.get("format") != FORMAT:
+                    raise ValueError("another format")
+                _check_whole(state)
                 return state
-            except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError) as error:
-                reason = _first_line(error)
             except pickle.UnpicklingError:
                 reason = "not a checkpoint"
+            except UNREADABLE as error:
+                reason = _first_line(error)
             warnings.warn(f"{path}: damaged ({reason}); the one before is used", stacklevel=2)
         if paths:
             raise ValueError(
@@ -92,6 +101,28 @@ def _step(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match[1])
+
+
+def _check_whole(state: dict[str, Any]) -> None:
+    """Check that what coming steps depend on is there, and finite."""
+    for name, kind in (("objectives", dict), ("optimizer", dict), ("best", dict), ("step", int)):
+        if not isinstance(state.get(name), kind):
+            raise ValueError(f"lacks {name}")
+    for name, tensor in _tensors(state, ""):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """All tensors in a nested state, by name."""
+    if isinstance(value, Tensor):
+        yield name.removeprefix("."), value
+    elif isinstance(value, dict):
+        for key, inside in value.items():
+            yield from _tensors(inside, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inside in enumerate(value):
+            yield from _tensors(inside, f"{name}.{index}")
 
 
 def _first_line(error: Exception) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from upfeat.naming import unknown_name
+from upfeat.bounds import LARGEST, choice, flag, number, shown, whole
+from upfeat.registry import unknown_name
+from upfeat.strict_json import LARGEST as LARGEST_FILE
+from upfeat.strict_json import read_object
 
 REFERENCE: dict[str, Any] = {
     "upsampler": "jbu_stack",
@@ -120,7 +122,7 @@ class TrainConfig:
         precision: of the backbone: "fp32", "bf16" (autocast), or "auto" for bf16 on a GPU.
         device: "cpu", "cuda", …; ``None`` for a GPU if there is one.
         workers: processes that load photographs; ``None`` for none, with a GPU up to 8.
-        out: folder of the run.
+        out: folder of the run; ``None`` keeps nothing but the upsampler that is returned.
         checkpoint_every: steps between checkpoints.
         keep: how many of the newest checkpoints stay.
         log_every: steps between lines of the log.
@@ -181,29 +183,41 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Bring numbers to their types; check every range."""
         if self.out is not None:
+            if not isinstance(self.out, str | os.PathLike):
+                raise ValueError(f"out={shown(self.out)} must be a folder")
             object.__setattr__(self, "out", Path(self.out))
-        for name, (least, optional) in _WHOLE.items():
-            object.__setattr__(self, name, _whole(name, getattr(self, name), least, optional))
+        checked: dict[str, Any] = {}
+        for name, (least, most, optional) in _WHOLE.items():
+            checked[name] = whole(name, getattr(self, name), least, most, optional=optional)
         for name, (low, high) in _NUMBERS.items():
-            object.__setattr__(self, name, _number(name, getattr(self, name), low, high))
+            checked[name] = number(name, getattr(self, name), low, high, text=True)
+        for name, high in _ABOVE_0.items():
+            checked[name] = number(name, getattr(self, name), 0, high, above=True, text=True)
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name}: {unknown_name('value', str(getattr(self, name)), choices)}"
-                )
+            choice(name, getattr(self, name), choices)
         for name in ("tensorboard", "standardize", "mixed_normalization"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
-        if not isinstance(self.upsampler_options, dict):
-            raise ValueError(
-                f"upsampler_options={self.upsampler_options!r} must be names and values"
-            )
-        if isinstance(self.frozen, str) or not all(isinstance(one, str) for one in self.frozen):
-            raise ValueError(f"frozen={self.frozen!r} must be a list of names")
+            flag(name, getattr(self, name))
+        self._check_names()
         # Copies, so that nothing changes them afterwards.
-        object.__setattr__(self, "frozen", tuple(self.frozen))
-        object.__setattr__(self, "upsampler_options", dict(self.upsampler_options))
+        checked["frozen"] = tuple(self.frozen)
+        checked["upsampler_options"] = dict(self.upsampler_options)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         self._check_together()
+
+    def _check_names(self) -> None:
+        if isinstance(self.upsampler, os.PathLike):
+            object.__setattr__(self, "upsampler", os.fspath(self.upsampler))
+        for name in ("upsampler", "device"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (name == "device" and value is None):
+                raise ValueError(f"{name}={shown(value)} must be a name")
+        options = self.upsampler_options
+        if not isinstance(options, dict) or not all(isinstance(one, str) for one in options):
+            raise ValueError(f"upsampler_options={shown(options)} must be names and values")
+        names = self.frozen
+        if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
+            raise ValueError(f"frozen={shown(names)} must be a list of names")
 
     def _check_together(self) -> None:
         if self.source_size is not None and self.source_size < self.size:
@@ -249,15 +263,23 @@ class TrainConfig:
         Raises:
             ValueError: a name is unknown (close ones are suggested) or a value is wrong.
         """
-        known = [field.name for field in fields(cls)]
-        for name in settings:
-            if name not in [*known, "preset"]:
-                raise ValueError(f"{source}: {unknown_name('setting', str(name), known)}")
-        preset = settings.get("preset", "default")
-        if preset not in PRESETS:
-            raise ValueError(f"{source}: {unknown_name('preset', str(preset), list(PRESETS))}")
-        chosen = {name: value for name, value in settings.items() if name != "preset"}
-        return cls(**{**PRESETS[preset], **chosen})
+        return cls(**expand(settings, source))
+
+    @classmethod
+    def of_run(cls, folder: str | Path, **changes: Any) -> TrainConfig:
+        """The settings of a run, to go on with it by ``train(…, resume=True)``.
+
+        Args:
+            folder: that the run was written to.
+            **changes: to settings that may differ in a resumed run.
+
+        Raises:
+            FileNotFoundError: the folder holds no run.
+            ValueError: its ``config.json`` is damaged.
+        """
+        path = Path(folder) / "config.json"
+        stored = expand(read_object(path), str(path))
+        return cls(**{**stored, **expand(changes, "changes"), "out": folder})
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -282,6 +304,22 @@ class TrainConfig:
         ]
 
 
+def expand(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings by name, with those of the recipe that ``preset`` names.
+
+    Raises:
+        ValueError: a name is unknown; ``source`` is what is blamed.
+    """
+    known = [field.name for field in fields(TrainConfig)]
+    for name in settings:
+        if name not in [*known, "preset"]:
+            raise ValueError(f"{source}: {unknown_name('setting', str(name), known)}")
+    preset = settings.get("preset", "default")
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise ValueError(f"{source}: {unknown_name('preset', str(preset), list(PRESETS))}")
+    return {**PRESETS[preset], **{key: settings[key] for key in settings if key != "preset"}}
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file of settings.
 
@@ -303,12 +341,11 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _parse(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
     if path.suffix.lower() == ".json":
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON ({error})") from None
+        return read_object(path)
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: larger than {LARGEST_FILE >> 10} KiB, so it holds no settings")
+    text = path.read_text(encoding="utf-8")
     try:
         import yaml
     except ImportError:
@@ -317,33 +354,41 @@ def _parse(path: Path) -> Any:
         ) from None
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise ValueError(f"{path}: not YAML of ours (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
 
 
-_WHOLE: dict[str, tuple[int, bool]] = {
-    **dict.fromkeys(
-        ("steps", "batch_size", "views", "size", "checkpoint_every", "keep", "log_every"),
-        (1, False),
-    ),
-    **dict.fromkeys(("accumulate", "validate_every"), (1, False)),
-    **dict.fromkeys(("clip_steps", "seed"), (0, False)),
-    **dict.fromkeys(("source_size", "downsampler_size", "projection_dim", "patience"), (1, True)),
-    **dict.fromkeys(("workers", "validation_images", "back_projections"), (0, True)),
+_WHOLE: dict[str, tuple[int, int, bool]] = {
+    **dict.fromkeys(("steps", "checkpoint_every", "keep", "log_every"), (1, LARGEST, False)),
+    "validate_every": (1, LARGEST, False),
+    **dict.fromkeys(("batch_size", "views", "accumulate"), (1, 1 << 16, False)),
+    "size": (1, 1 << 14, False),
+    "source_size": (1, 1 << 15, True),
+    "downsampler_size": (1, 1 << 10, True),
+    "projection_dim": (1, 1 << 16, True),
+    "patience": (1, LARGEST, True),
+    "clip_steps": (0, LARGEST, False),
+    "seed": (0, (1 << 63) - 1, False),
+    "workers": (0, 1 << 10, True),
+    "validation_images": (0, LARGEST, True),
+    "back_projections": (0, 100, True),
 }
-"""Whole numbers: the least, and whether none is allowed."""
+"""Whole numbers: least, most, and whether none is allowed."""
 
 _NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("zoom_probability", "flip_probability", "saliency_dropout"), (0, 1)),
     "mix_share": (0, 1),
-    "detail_weight": (0, math.inf),
-    **dict.fromkeys(
-        ("max_pad", "crf_weight", "tv_weight", "magnitude_weight", "colour_jitter"), (0, math.inf)
-    ),
-    **dict.fromkeys(("learning_rate", "clip"), (5e-324, math.inf)),
-    "max_zoom": (1, math.inf),
+    **dict.fromkeys(("detail_weight", "crf_weight", "tv_weight", "magnitude_weight"), (0, 1e6)),
+    "max_pad": (0, 1 << 14),
+    "max_zoom": (1, 1e3),
+    "colour_jitter": (0, 10),
 }
-"""Numbers: least and greatest. The smallest float stands for "above 0"."""
+"""Numbers: least and greatest."""
+
+_ABOVE_0 = {"learning_rate": 10.0, "clip": 1e9}
+"""Numbers above 0: the greatest."""
 
 _CHOICES: dict[str, list[str]] = {
     "crop": ["short_side", "native", "mixed"],
@@ -351,32 +396,3 @@ _CHOICES: dict[str, list[str]] = {
     "schedule": ["constant", "cosine"],
     "precision": ["auto", "fp32", "bf16"],
 }
-
-
-def _whole(name: str, value: Any, least: int, optional: bool) -> int | None:
-    if value is None and optional:
-        return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be a whole number")
-    if value < least:
-        raise ValueError(f"{name}={value} must be {least} or more")
-    return value
-
-
-def _number(name: str, value: Any, low: float, high: float) -> float:
-    try:
-        # Text too: YAML takes 1e-3, without a point, for a word.
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isfinite(number) and low <= number <= high:
-        return number
-    if low == 5e-324:
-        allowed = "a number above 0"
-    elif high == math.inf:
-        allowed = f"a number of at least {low:g}"
-    else:
-        allowed = f"a number from {low:g} to {high:g}"
-    raise ValueError(f"{name}={value!r} must be {allowed}")

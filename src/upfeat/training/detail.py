@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.linear import ridge
 from upfeat.upsamplers.detail import DetailKernels, DetailUpsampler
 
 _RIDGE = 1e-2
@@ -81,10 +82,11 @@ class RunningRegression(nn.Module):
         mean = moments[0, 1:]
         covariance = moments[1:, 1:] - torch.outer(mean, mean)
         n = self.channels
-        own = covariance[:n, :n].clone()
-        variance = own.diagonal().clone()
-        own.diagonal().add_(_RIDGE * variance + 1e-9 * variance.max() + 1e-30)
-        weight = torch.linalg.solve(own, covariance[:n, n:]).T  # (outputs, inputs)
+        inputs = covariance[:n, :n]
+        variance = inputs.diagonal()
+        # The covariance of constant inputs is rounding errors: of their squares.
+        least = 1e-9 * variance.max() + 1e-12 * mean.square().max() + 1e-30
+        weight = ridge(inputs, covariance[:n, n:], _RIDGE * variance + least).T  # (out, in)
         return weight, mean[n:] - weight @ mean[:n]
 
 

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from upfeat import locks
 from upfeat.backbones import Backbone
 from upfeat.evaluation.provenance import digest, identify_backbone
 from upfeat.evaluation.results import versions
 from upfeat.storage import write_bytes
+from upfeat.strict_json import read_object
 from upfeat.training.checkpoint import Checkpoints
 from upfeat.training.config import TrainConfig
 from upfeat.training.photographs import Listing, Skipped, find_photographs, list_photographs
+from upfeat.training.started import read_run
 
 _NAMES_SHOWN = 3
 
@@ -57,8 +61,36 @@ class RunFolder:
         """The log."""
         return self.path / "losses.jsonl"
 
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Make the folder and be the only one to write it; gone after if nothing is in it.
+
+        Raises:
+            ValueError: another process holds it, or it cannot be written.
+        """
+        missing = [one for one in (self.path, *self.path.parents) if not one.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
+        try:
+            with locks.hold(self.path):
+                yield
+        except PermissionError as error:
+            raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
+        finally:
+            with suppress(OSError):
+                for made in missing:
+                    made.rmdir()
+
     def start(
-        self, config: TrainConfig, backbones: list[Backbone], photos: str | Path, *, resume: bool
+        self,
+        config: TrainConfig,
+        backbones: list[Backbone],
+        photos: str | Path,
+        *,
+        resume: bool,
+        names: list[str] | None = None,
     ) -> tuple[Listing, dict[str, Any] | None]:
         """Begin a run, or find the state in which one goes on.
 
@@ -67,6 +99,7 @@ class RunFolder:
             backbones: whose features are upsampled.
             photos: the folder of photographs.
             resume: go on with the run that the folder holds, if it does.
+            names: by which the backbones can be loaded again; ``None`` for objects.
 
         Returns:
             The photographs, and the newest checkpoint (``None`` to begin).
@@ -77,7 +110,7 @@ class RunFolder:
                 other settings, backbones or photographs; or no photograph can be used.
             OSError: the folder cannot be written.
         """
-        run = self._read("run.json")
+        run = self._read_run()
         if run is not None and not resume:
             raise ValueError(
                 f"{self.path}: holds a run already; go on with it by --resume (resume=True), or "
@@ -88,26 +121,34 @@ class RunFolder:
             self._sweep()
             state = self.checkpoints.newest()
             self._check_same(run, config, backbones, photos)
+            self._write_settings(config)
             write_json(self.path / "run.json", {**run, "config": config.to_json()})
         listing = self._listing(config, photos, run is not None)
         if run is None:
-            self._begin(config, backbones, listing)
+            self._begin(config, backbones, listing, names)
         self._truncate_log(0 if state is None else state["step"])
         return listing, state
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Write the outcome beside what the run was started with, there and with the weights."""
-        run = {**(self._read("run.json") or {}), **outcome, "versions": versions()}
+        run = {**(self._read_run() or {}), **outcome, "versions": versions()}
         write_json(self.path / "run.json", run)
         # Weights travel: they keep the recipe and the data's name, not where either lay.
         settings = {key: value for key, value in run["config"].items() if key != "out"}
-        write_json(self.upsampler / "training.json", {**run, "config": settings})
+        history = {key: value for key, value in run.items() if key != "started_with"}
+        write_json(self.upsampler / "training.json", {**history, "config": settings})
 
     def open_log(self) -> TextIO:
         """Open the log to append; each line is on its way to disk when it is written."""
         return self.log.open("a", buffering=1, encoding="utf-8")
 
-    def _begin(self, config: TrainConfig, backbones: list[Backbone], listing: Listing) -> None:
+    def _begin(
+        self,
+        config: TrainConfig,
+        backbones: list[Backbone],
+        listing: Listing,
+        names: list[str] | None,
+    ) -> None:
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -115,9 +156,7 @@ class RunFolder:
         for damaged in self.checkpoints.paths():
             # Of a run that never got as far as its run.json: not ours.
             raise ValueError(f"{damaged}: a checkpoint without run.json; give another folder")
-        settings = config.to_json()
-        write_json(self.path / "config.json", settings)
-        _write_yaml(self.path / "config.yaml", settings)
+        self._write_settings(config)
         write_json(
             self.path / "photographs.json",
             {
@@ -131,12 +170,18 @@ class RunFolder:
         run = {
             "format": "upfeat-run-1",
             "state": "running",
-            "config": settings,
+            "config": config.to_json(),
+            "started_with": {"backbone": names, "photos": str(listing.folder.resolve())},
             "backbones": [describe(backbone) for backbone in backbones],
             "photographs": listing.to_json(),
             "versions": versions(),
         }
         write_json(self.path / "run.json", run)
+
+    def _write_settings(self, config: TrainConfig) -> None:
+        settings = config.to_json()
+        write_json(self.path / "config.json", settings)
+        _write_yaml(self.path / "config.yaml", settings)
 
     def _sweep(self) -> None:
         """Remove what a killed process was writing."""
@@ -159,7 +204,7 @@ class RunFolder:
             names = [", ".join(one.get("name", "?") for one in side) for side in (there, here)]
             alike = " of the same name with other weights" if names[0] == names[1] else ""
             found.append(f"backbone: {names[0]} there, {names[1]} here{alike}")
-        stored = self._read("photographs.json")
+        stored = self._stored_listing()
         if stored is not None:
             found += _compare_files(stored["files"], find_photographs(photos))
         if found:
@@ -169,7 +214,7 @@ class RunFolder:
             )
 
     def _listing(self, config: TrainConfig, photos: str | Path, resumed: bool) -> Listing:
-        stored = self._read("photographs.json") if resumed else None
+        stored = self._stored_listing() if resumed else None
         if stored is not None:
             return Listing(
                 Path(photos),
@@ -196,15 +241,19 @@ class RunFolder:
             kept.append(line)
         _write(self.log, b"".join(kept))
 
-    def _read(self, name: str) -> dict[str, Any] | None:
-        path = self.path / name
+    def _read_run(self) -> dict[str, Any] | None:
+        path = self.path / "run.json"
+        return read_run(path) if path.is_file() else None
+
+    def _stored_listing(self) -> dict[str, Any] | None:
+        path = self.path / "photographs.json"
         if not path.is_file():
             return None
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not JSON ({error}); give another folder") from None
-        return content if isinstance(content, dict) else None
+        content = read_object(path, largest=1 << 30)
+        for name in ("files", "skipped", "train", "validation"):
+            if not isinstance(content.get(name), list):
+                raise ValueError(f"{path}: damaged: lacks {name}; give another folder")
+        return content
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:

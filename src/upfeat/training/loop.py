@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,8 @@ def train(
             function to wrap as one. It is not trained. Of several, each step draws one, and the
             upsampler serves all of them.
         photos: a folder of photographs, searched with all folders below it.
-        config: settings; ``out`` must be given.
+        config: settings; the recipe by default. Without ``out`` nothing but the result is kept, and
+            a training that is stopped is lost.
         resume: go on with the run in ``config.out``; begin one if there is none.
         on_step: told of every step, in the first process.
 
@@ -59,18 +62,33 @@ def train(
 
     Raises:
         FileNotFoundError: there is no such folder of photographs.
-        ValueError: a setting or photograph cannot be used, ``config.out`` holds another run, or
-            features or loss became NaN or infinite (the last checkpoint stays).
+        ValueError: a setting or photograph cannot be used, ``config.out`` holds another run or is
+            being written by another process, or features or loss became NaN or infinite (the last
+            checkpoint stays).
         OSError: a file could not be written; earlier checkpoints stay.
         KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM, after a checkpoint.
     """
     config = TrainConfig() if config is None else config
+    if config.out is None:
+        return _train_in_passing(backbone, photos, config, resume, on_step)
     folder = RunFolder(config)
     backbones = _load_backbones(backbone)
-    with processes(config.device) as group, _placed(backbones, group.device):
+    several = backbone if isinstance(backbone, list | tuple) else [backbone]
+    names = [one for one in several if isinstance(one, str)]
+    with (
+        processes(config.device) as group,
+        _held(folder, group),
+        _placed(backbones, group.device),
+    ):
         trainer = Trainer(backbones, config, group)
         listing, state = group.on_main(
-            lambda: folder.start(config, backbones, photos, resume=resume)
+            lambda: folder.start(
+                config,
+                backbones,
+                photos,
+                resume=resume,
+                names=names if len(names) == len(several) else None,
+            )
         )
         if state is not None:
             trainer.load_state(state)
@@ -83,6 +101,22 @@ def train(
         trainer.finish()
         group.on_main(lambda: _export(trainer, folder))
     return trainer.upsampler.cpu().eval()
+
+
+def _train_in_passing(
+    backbone: BackboneLike | Sequence[BackboneLike],
+    photos: str | Path,
+    config: TrainConfig,
+    resume: bool,
+    on_step: OnStep | None,
+) -> Upsampler:
+    """Train in a folder that is gone after."""
+    if resume:
+        raise ValueError("resume=True needs out=, the folder of the run to go on with")
+    with tempfile.TemporaryDirectory(prefix="upfeat-train-") as folder:
+        # No checkpoint on the way: nobody could go on from it.
+        passing = replace(config, out=Path(folder) / "run", checkpoint_every=config.steps + 1)
+        return train(backbone, photos, passing, on_step=on_step)
 
 
 class _Loop:
@@ -259,6 +293,14 @@ def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Bac
     if not several:
         raise ValueError("backbone=[] is empty; give one or more")
     return [load_backbone(one) for one in several]  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _held(folder: RunFolder, group: Processes) -> Iterator[None]:
+    """The folder, held by the first process for all of them."""
+    with ExitStack() as stack:
+        group.on_main(lambda: stack.enter_context(folder.hold()))
+        yield
 
 
 @contextmanager

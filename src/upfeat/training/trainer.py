@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
-from upfeat.naming import unknown_name
 from upfeat.normalization import IMAGENET, Normalization
 from upfeat.optimisers import NAdam
 from upfeat.randomness import derive, global_stream, stream
+from upfeat.registry import unknown_name
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
@@ -27,7 +27,8 @@ from upfeat.upsamplers import (
     Upsampler,
     list_upsamplers,
 )
-from upfeat.upsamplers.pretrained import UPSAMPLERS, load_pretrained
+from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.pretrained import load_pretrained
 
 _LEAST_STD = 0.05
 """Of a normalisation that upsamplers are trained in."""
@@ -56,10 +57,12 @@ class Trainer:
 
         Raises:
             FileNotFoundError: the upsampler is a folder that is not there.
-            ValueError: the upsampler cannot be made for these backbones, or the batch not divided.
+            ValueError: the upsampler cannot be made for these backbones, images are a single cell
+                of one, or the batch cannot be divided.
         """
         self.backbones, self.config, self.processes = list(backbones), config, processes
         self.shares = _shares(config, processes)
+        _check_size(config, self.backbones)
         self.upsampler = new_upsampler(config, self.backbones)
         if config.back_projections is not None:
             self._correct(0)
@@ -321,6 +324,16 @@ def _initial(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive(seed, "initial upsampler"))
         return cls(**options)
+
+
+def _check_size(config: TrainConfig, backbones: Sequence[Backbone]) -> None:
+    """Refuse images of one cell: nothing varies in them, so errors have no scale to compare to."""
+    for backbone in backbones:
+        if config.size < 2 * backbone.stride:
+            raise ValueError(
+                f"size={config.size} is less than two cells of {backbone.name} (stride "
+                f"{backbone.stride}); give at least {2 * backbone.stride}"
+            )
 
 
 def _freeze(upsampler: Upsampler, parts: Sequence[str]) -> None:

@@ -14,6 +14,9 @@ from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.photographs import Photographs
 from upfeat.views import apply_jitter
 
+_LEAST_VARIANCE = 1e-10
+"""Of features over their mean square: below, they vary by rounding alone."""
+
 
 @torch.no_grad()
 def validate(
@@ -34,12 +37,15 @@ def validate(
         ``reconstruction``, the mean of that term of the loss; and ``error``, the squared error of
         the downsampled views over the variance of the backbone's features within each view. Both
         are means over backbones.
+
+    Raises:
+        ValueError: features are NaN or infinite, or do not vary.
     """
     scores = []
     for objective, backbone in zip(objectives, backbones, strict=True):
         training = objective.training
         objective.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums = torch.zeros(4, dtype=torch.float64)
         for index in range(len(photographs)):
             images = normalised(photographs[index][None], backbone)
             batch = make_batch(
@@ -58,7 +64,13 @@ def validate(
             sums[0] += objective(batch, draws)["reconstruction"].cpu()
             sums[1:] += _squares(objective, batch).cpu()
         objective.train(training)
-        scores.append(torch.stack([sums[0] / len(photographs), sums[1] / sums[2].clamp(min=1e-30)]))
+        if not sums[2] > _LEAST_VARIANCE * sums[3]:
+            raise ValueError(
+                f"the features of {backbone.name} do not vary within the {len(photographs)} "
+                "held-out photographs, so errors have no scale; give other photographs, or "
+                "validation_images=0"
+            )
+        scores.append(torch.stack([sums[0] / len(photographs), sums[1] / sums[2]]))
     mean = torch.stack(scores).mean(0)
     return {"reconstruction": float(mean[0]), "error": float(mean[1])}
 
@@ -69,12 +81,13 @@ def normalised(images: Tensor, backbone: Backbone) -> Tensor:
 
 
 def _squares(objective: Objective, batch: ViewBatch) -> Tensor:
-    """Sums over the views of one image: squared error, variance of the backbone's features."""
+    """Sums over the views of one image: squared error, variance of the features, their square."""
     hires = objective.upsampler(batch.features.float(), batch.guidance)  # (1, C, H, W)
-    sums = torch.zeros(2, dtype=torch.float64, device=hires.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=hires.device)
     for jitter, target in zip(batch.jitters, batch.targets.float(), strict=True):
         grid = (target.shape[2], target.shape[3])
         guess = objective.downsampler(apply_jitter(hires, jitter), grid)
         sums[0] += (guess - target).square().mean()
         sums[1] += (target - target.mean((2, 3), keepdim=True)).square().mean()
+        sums[2] += target.square().mean()
     return sums

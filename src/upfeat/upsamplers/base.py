@@ -25,6 +25,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 
 from upfeat.backends import dispatch
 from upfeat.normalization import Colour, Normalization, Normalized
+from upfeat.registry import Registry
 from upfeat.types import Size, Window
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
@@ -240,6 +241,10 @@ class Upsampler(nn.Module, ABC):
         from upfeat.upsamplers.pretrained import load_pretrained
 
         return load_pretrained(cls, folder)
+
+
+UPSAMPLERS = Registry[type[Upsampler]]("upsampler")
+"""Classes by name; one registers where it is defined, by ``@UPSAMPLERS.register``."""
 
 
 def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window, apply_head
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, apply_head
 from upfeat.upsamplers.neighbourhood import (
     NeighbourhoodKernels,
     NeighbourhoodUpsampler,
@@ -157,6 +157,7 @@ class DetailKernels:
         return fine if self.detail is None else fine + self.detail.to(fine.dtype)
 
 
+@UPSAMPLERS.register
 class DetailUpsampler(Upsampler):
     """Follows edges, and adds detail that the image tells of, in two ways.
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.geometry import interpolation_matrix
-from upfeat.upsamplers.base import Size, Upsampler, Window
+from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 
 _BACKENDS = ("auto", "eager", "reference")
 """Those that are PyTorch, whose interpolation it is."""
@@ -74,6 +74,7 @@ class _Interpolation(Upsampler):
         return InterpolationKernels(output_size, self.mode)
 
 
+@UPSAMPLERS.register
 class Nearest(_Interpolation):
     """The value of the cell that a pixel lies in."""
 
@@ -81,6 +82,7 @@ class Nearest(_Interpolation):
     mode = "nearest-exact"
 
 
+@UPSAMPLERS.register
 class Bilinear(_Interpolation):
     """Bilinear interpolation between cell centres (align_corners=False)."""
 
@@ -88,6 +90,7 @@ class Bilinear(_Interpolation):
     mode = "bilinear"
 
 
+@UPSAMPLERS.register
 class Bicubic(_Interpolation):
     """Bicubic interpolation between cell centres (a = −0.75, align_corners=False)."""
 

@@ -13,7 +13,7 @@ from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.geometry import interpolation_matrix, reflected_range, span
 from upfeat.normalization import IMAGENET
-from upfeat.upsamplers.base import Size, Upsampler, Window
+from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
 KEY_CHANNELS = 32
@@ -162,6 +162,7 @@ class JBUKernels:
         return functional.adaptive_conv2d(padded, weights.contiguous(), backend=stage.backend)
 
 
+@UPSAMPLERS.register
 class JBUStack(Upsampler):
     """Four joint bilateral upsamplers, each doubling, guided by the image at its own size.
 

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.normalization import HALF
-from upfeat.upsamplers.base import Size, Upsampler
+from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
 from upfeat.upsamplers.neighbourhood import NeighbourhoodKernels
 
 
+@UPSAMPLERS.register
 class JointBilateral(Upsampler):
     """One step from the grid to the image: nearby cells, weighed by distance and by likeness.
 

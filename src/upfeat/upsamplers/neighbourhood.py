@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.geometry import cell_of_pixels
-from upfeat.upsamplers.base import Kernels, Size, Upsampler, Window
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
 
 INITIAL_TEMPERATURE = 8.0
 INITIAL_SIGMA = 0.6
@@ -260,6 +260,7 @@ def _membership(cells: int, length: int, like: Tensor) -> Tensor:
     return inside / inside.sum(1, keepdim=True).clamp(min=1)
 
 
+@UPSAMPLERS.register
 class NeighbourhoodUpsampler(Upsampler):
     """Pixels attend to the coarse cells around them: like colours and textures share features.
 

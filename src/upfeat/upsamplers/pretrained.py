@@ -8,28 +8,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from upfeat.naming import unknown_name
 from upfeat.normalization import check_normalization
+from upfeat.registry import unknown_name
 from upfeat.storage import read_tensors
-from upfeat.upsamplers.base import Upsampler
+from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.detail import DetailUpsampler
-from upfeat.upsamplers.interpolate import Bicubic, Bilinear, Nearest
 from upfeat.upsamplers.jbu import JBUStack
-from upfeat.upsamplers.joint_bilateral import JointBilateral
-from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 
-UPSAMPLERS: dict[str, type[Upsampler]] = {
-    cls.name: cls
-    for cls in (
-        Nearest,
-        Bilinear,
-        Bicubic,
-        JointBilateral,
-        JBUStack,
-        NeighbourhoodUpsampler,
-        DetailUpsampler,
-    )
-}
 DEFAULT_UPSAMPLER = DetailUpsampler.name
 """What a backbone gets: with weights made for it, if there are any, or else for any backbone."""
 

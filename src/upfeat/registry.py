@@ -1,0 +1,66 @@
+"""Things known by name: registered where they are defined, suggested where a name is mistyped."""
+
+import difflib
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Registry(dict[str, Item]):
+    """Items by name, in the order of registration.
+
+    Example:
+        >>> shapes = Registry[type]("shape")
+        >>> @shapes.register
+        ... class Square:
+        ...     name = "square"
+        >>> shapes["square"].__name__
+        'Square'
+        >>> shapes.find("sqare")
+        Traceback (most recent call last):
+        ValueError: shape "sqare" is unknown; did you mean square?
+    """
+
+    def __init__(self, kind: str) -> None:
+        """Make an empty registry.
+
+        Args:
+            kind: noun for error messages, as "upsampler".
+        """
+        super().__init__()
+        self.kind = kind
+
+    def register(self, item: Item) -> Item:
+        """Add an item under its ``name``; usable as a decorator.
+
+        Raises:
+            ValueError: the name is taken by another item.
+        """
+        name: str = item.name  # pyright: ignore[reportAttributeAccessIssue]
+        other = self.setdefault(name, item)
+        if other is not item:
+            raise ValueError(f'{self.kind} "{name}" is registered already, as {other!r}')
+        return item
+
+    def find(self, name: str) -> Item:
+        """Return the item of a name.
+
+        Raises:
+            ValueError: there is none; close names are suggested.
+        """
+        if name not in self:
+            raise ValueError(unknown_name(self.kind, name, list(self)))
+        return self[name]
+
+
+def unknown_name(kind: str, name: str, known: list[str]) -> str:
+    """Compose one line on an unknown name, with close names as suggestions.
+
+    Args:
+        kind: what was looked for, as "backbone".
+        name: what the user gave.
+        known: all names there are.
+    """
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    return f'{kind} "{name}" is unknown; {hint}'

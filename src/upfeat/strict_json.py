@@ -1,0 +1,77 @@
+"""JSON from anywhere, as an object of which nothing is guessed: bounded, no NaN, no name twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+LARGEST = 1 << 20
+"""Bytes of a settings file, at most; ours are a few hundred."""
+
+
+def read_object(path: Path, *, largest: int = LARGEST) -> dict[str, Any]:
+    """Read a JSON file that holds one object.
+
+    Args:
+        path: the file.
+        largest: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is too large, not JSON, or JSON of another kind.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with path.open("rb") as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise ValueError(f"{path}: larger than {largest >> 10} KiB, so it holds no settings")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    return parse_object(text, str(path))
+
+
+def parse_object(text: str, source: str) -> dict[str, Any]:
+    """Parse the text of one JSON object.
+
+    Args:
+        text: the JSON.
+        source: what to call it in errors.
+
+    Raises:
+        ValueError: it is not JSON, holds something else, NaN or infinity, or a name twice, or is
+            nested more deeply than the interpreter's stack.
+
+    Example:
+        >>> parse_object('{"radius": 2}', "config.json")
+        {'radius': 2}
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError(f"{source}: not JSON of ours (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"{source}: not JSON ({_short(error)})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: holds {type(content).__name__}, not an object (name: value)")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{json.dumps(twice[:60])} is given twice")
+    return found
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
