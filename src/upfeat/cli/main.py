@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import bench, fit, info, raster, render, run, train
+from upfeat.cli import bench, extract, fit, info, raster, render, run, train
 from upfeat.cli import eval as evaluate
 
 COMMANDS = {
@@ -18,6 +18,7 @@ COMMANDS = {
     "train": train,
     "fit": fit,
     "render": render,
+    "extract": extract,
     "raster": raster,
     "eval": evaluate,
     "bench": bench,

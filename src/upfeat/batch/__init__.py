@@ -1,0 +1,6 @@
+"""Features of large sets of images: every item once, whatever happens in between."""
+
+from upfeat.batch.extract import Extraction, extract
+from upfeat.batch.items import Item, list_items
+
+__all__ = ["Extraction", "Item", "extract", "list_items"]
