@@ -2,11 +2,11 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,7 +167,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     calm, out = tmp_path / "calm", tmp_path / "out"
     extract(model(), [photos], calm, Extraction())
     generator = np.random.default_rng(0)
-    code = _CHILD.format(tests=os.path.dirname(os.path.dirname(__file__)))
+    code = _CHILD.format(tests=str(Path(__file__).parents[1]))
     ended = False
     for _ in range(20):
         child = subprocess.Popen([sys.executable, "-c", code, str(photos), str(out)])
