@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from upfeat._version import __version__
-from upfeat.batch.items import Damaged, Item, content_hash, list_items
+from upfeat.batch.engines import Engine, map_with_ray
+from upfeat.batch.items import Damaged, content_hash, list_items
 from upfeat.batch.ledger import Ledger
 from upfeat.failures import failure_reason
 from upfeat.features import UpsampledFeatures
@@ -23,10 +24,13 @@ from upfeat.model import FeatUp
 from upfeat.storage import write_tensors
 from upfeat.upsamplers import Upsampler
 
+LOCAL = Engine()
 KINDS = ("lazy", "features", "head")
 _AHEAD = 4
 """Images decoded before they are needed, and files that wait to be written."""
 
+Entry = dict[str, Any]
+Save = Callable[[Path], None]
 OnItem = Callable[[str, int], None]
 """Is told the key of an item and how many are through."""
 
@@ -105,6 +109,7 @@ def extract(
     folder: str | Path,
     extraction: Extraction,
     *,
+    engine: Engine = LOCAL,
     overwrite: bool = False,
     on_item: OnItem | None = None,
 ) -> Summary:
@@ -119,6 +124,7 @@ def extract(
         sources: see :func:`upfeat.batch.items.list_items`.
         folder: where results go.
         extraction: what is made of every image.
+        engine: where it is made; workers of a cluster must see ``folder``.
         overwrite: replace what was made with other settings.
         on_item: is told of progress.
 
@@ -129,106 +135,108 @@ def extract(
         OSError: the disk is full or cannot be written; what is done is kept.
     """
     folder = Path(folder)
-    ledger = Ledger(folder, extraction.settings(model), overwrite=overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
     summary = Summary()
     tell = on_item or (lambda key, through: None)
-    with hold(folder), ThreadPoolExecutor(_AHEAD) as decoders, ThreadPoolExecutor(1) as writer:
-        writing: deque[tuple[dict[str, Any], Future[None]]] = deque()
+    with hold(folder):
+        ledger = Ledger(folder, extraction.settings(model), overwrite=overwrite)
+        tasks = _tasks(sources, ledger, summary)
+        maker = Maker(model, extraction, folder)
+        if engine.name == "local":
+            results = maker(tasks)
+        else:
+            results = map_with_ray(engine, lambda: maker.one, tasks)
         try:
-            pieces = _decoded(model, sources, extraction, ledger, decoders, summary)
-            for through, (entry, pixels) in enumerate(pieces, start=1):
-                if pixels is not None:
-                    save = _compute(model, pixels, extraction)
-                    path = folder / entry["file"]
-                    writing.append((entry, writer.submit(_write, save, path)))
+            for entry in results:
+                ledger.record(entry)
+                if "error" in entry:
+                    summary.failures.append((entry["key"], entry["error"]))
+                else:
                     summary.made += 1
-                elif "error" in entry:
-                    ledger.record(entry)
-                while len(writing) > (_AHEAD if pixels is not None else 0):
-                    _settle(writing, ledger)
-                tell(entry["key"], through)
-            while writing:
-                _settle(writing, ledger)
+                tell(entry["key"], summary.made + summary.kept + len(summary.failures))
         finally:
             ledger.close()
         ledger.finish()
     return summary
 
 
-def _settle(writing: deque[tuple[dict[str, Any], Future[None]]], ledger: Ledger) -> None:
-    entry, done = writing.popleft()
-    done.result()
-    ledger.record(entry)
+def _tasks(
+    sources: Sequence[str | Path], ledger: Ledger, summary: Summary
+) -> Iterator[tuple[Entry, Any]]:
+    """Entry and content of every item that is not done."""
+    for item in list_items(sources):
+        if isinstance(item, Damaged):
+            yield {"key": item.key, "error": item.reason}, None
+            continue
+        try:
+            content = item.read()
+        except OSError as error:
+            yield {"key": item.key, "error": failure_reason(error)}, None
+            continue
+        entry = {"key": item.key, "sha256": content_hash(content)}
+        entry["file"] = f"{item.key}.safetensors"
+        if ledger.entries.get(item.key) == entry and (ledger.folder / entry["file"]).is_file():
+            summary.kept += 1
+        else:
+            yield entry, content
 
 
-def _write(save: Callable[[Path], None], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save(path)
+class Maker:
+    """Makes and writes the files of items."""
 
+    def __init__(self, model: FeatUp, extraction: Extraction, folder: Path) -> None:
+        """Keep what makes them."""
+        self._model, self._extraction, self._folder = model, extraction, folder
 
-def _decoded(
-    model: FeatUp,
-    sources: Sequence[str | Path],
-    extraction: Extraction,
-    ledger: Ledger,
-    pool: ThreadPoolExecutor,
-    summary: Summary,
-) -> Iterator[tuple[dict[str, Any], Tensor | None]]:
-    """Every item's entry, with its pixels where it is to be computed."""
-    waiting: deque[tuple[dict[str, Any], Future[Tensor] | None]] = deque()
+    def one(self, task: tuple[Entry, Any]) -> Entry:
+        """Make one item from beginning to end."""
+        return next(self([task]))
 
-    def ready() -> tuple[dict[str, Any], Tensor | None]:
-        entry, future = waiting.popleft()
-        if future is None:
+    def __call__(self, tasks: Iterable[tuple[Entry, Any]]) -> Iterator[Entry]:
+        """Make items while others are decoded and written; yield their entries in order."""
+        decoding: deque[tuple[Entry, Future[Tensor] | None]] = deque()
+        writing: deque[Future[Entry]] = deque()
+        with ThreadPoolExecutor(_AHEAD) as decoders, ThreadPoolExecutor(1) as writer:
+            ahead = iter(tasks)
+            while True:
+                while len(decoding) < _AHEAD and (task := next(ahead, None)) is not None:
+                    decoding.append((task[0], self._decode(decoders, *task)))
+                if not decoding and not writing:
+                    return
+                if decoding:
+                    entry, pixels = decoding.popleft()
+                    writing.append(writer.submit(self._finish, *self._compute(entry, pixels)))
+                while writing and (len(writing) > _AHEAD or not decoding):
+                    yield writing.popleft().result()
+
+    def _decode(
+        self, pool: ThreadPoolExecutor, entry: Entry, content: Any
+    ) -> Future[Tensor] | None:
+        if "error" in entry:
+            return None
+        return pool.submit(self._model.preprocess, content, self._extraction.size)
+
+    def _compute(self, entry: Entry, pixels: Future[Tensor] | None) -> tuple[Entry, Save | None]:
+        """What stores an item, or why there is nothing to store."""
+        if pixels is None:
             return entry, None
         try:
-            return entry, future.result()
+            return entry, _compute(self._model, pixels.result(), self._extraction)
         except Exception as error:
             reason = failure_reason(error)
             if reason is None:
                 raise
-            failed = {"key": entry["key"], "sha256": entry["sha256"], "error": reason}
-            summary.failures.append((entry["key"], reason))
-            return failed, None
+            return {"key": entry["key"], "sha256": entry["sha256"], "error": reason}, None
 
-    for item in list_items(sources):
-        waiting.append(_begin(item, model, extraction, ledger, pool, summary))
-        if len(waiting) > _AHEAD:
-            yield ready()
-    while waiting:
-        yield ready()
+    def _finish(self, entry: Entry, save: Save | None) -> Entry:
+        if save is not None:
+            path = self._folder / entry["file"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(path)
+        return entry
 
 
-def _begin(
-    item: Item | Damaged,
-    model: FeatUp,
-    extraction: Extraction,
-    ledger: Ledger,
-    pool: ThreadPoolExecutor,
-    summary: Summary,
-) -> tuple[dict[str, Any], Future[Tensor] | None]:
-    """Start to decode an item, unless it is done or cannot be read."""
-    if isinstance(item, Damaged):
-        summary.failures.append((item.key, item.reason))
-        return {"key": item.key, "error": item.reason}, None
-    try:
-        content = item.read()
-    except OSError as error:
-        reason = failure_reason(error) or str(error)
-        summary.failures.append((item.key, reason))
-        return {"key": item.key, "error": reason}, None
-    entry = {
-        "key": item.key,
-        "sha256": content_hash(content),
-        "file": f"{item.key}.safetensors",
-    }
-    if ledger.entries.get(item.key) == entry and (ledger.folder / entry["file"]).is_file():
-        summary.kept += 1
-        return entry, None
-    return entry, pool.submit(model.preprocess, content, extraction.size)
-
-
-def _compute(model: FeatUp, x: Tensor, extraction: Extraction) -> Callable[[Path], None]:
+def _compute(model: FeatUp, x: Tensor, extraction: Extraction) -> Save:
     """Make what is stored of one image; return what stores it."""
     with torch.inference_mode():
         lazy = model.lazy(x)
