@@ -22,29 +22,38 @@ if TYPE_CHECKING:
     from upfeat.model import FeatUp, load
     from upfeat.training import TrainConfig, train
     from upfeat.upsamplers import (
+        JAFAR,
+        NAF,
+        AnyUp,
         Bicubic,
         Bilinear,
         DetailUpsampler,
+        ImageFirst,
         JBUStack,
         JointBilateral,
         Nearest,
         NeighbourhoodUpsampler,
         Upsampler,
         list_upsamplers,
+        load_upsampler,
     )
 
 # Imported when first asked for: the command answers --help before PyTorch would be loaded, and
 # using an upsampler needs nothing that training does. The list for type checkers stands above.
 _LAZY = {
+    "AnyUp": "upfeat.upsamplers",
     "Backbone": "upfeat.backbones",
     "Bicubic": "upfeat.upsamplers",
     "Bilinear": "upfeat.upsamplers",
     "DetailUpsampler": "upfeat.upsamplers",
     "FeatUp": "upfeat.model",
     "FitConfig": "upfeat.implicit.fit",
+    "ImageFirst": "upfeat.upsamplers",
     "ImplicitFeatures": "upfeat.implicit.features",
+    "JAFAR": "upfeat.upsamplers",
     "JBUStack": "upfeat.upsamplers",
     "JointBilateral": "upfeat.upsamplers",
+    "NAF": "upfeat.upsamplers",
     "Nearest": "upfeat.upsamplers",
     "NeighbourhoodUpsampler": "upfeat.upsamplers",
     "TrainConfig": "upfeat.training",
@@ -56,19 +65,24 @@ _LAZY = {
     "list_upsamplers": "upfeat.upsamplers",
     "load": "upfeat.model",
     "load_backbone": "upfeat.backbones",
+    "load_upsampler": "upfeat.upsamplers",
     "train": "upfeat.training",
 }
 
 __all__ = [
+    "AnyUp",
     "Backbone",
     "Bicubic",
     "Bilinear",
     "DetailUpsampler",
     "FeatUp",
     "FitConfig",
+    "ImageFirst",
     "ImplicitFeatures",
+    "JAFAR",
     "JBUStack",
     "JointBilateral",
+    "NAF",
     "Nearest",
     "NeighbourhoodUpsampler",
     "TrainConfig",
@@ -82,6 +96,7 @@ __all__ = [
     "list_upsamplers",
     "load",
     "load_backbone",
+    "load_upsampler",
     "train",
 ]
 

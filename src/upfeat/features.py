@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from upfeat._version import __version__
+from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.linear import principal_components
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers import Kernels, Upsampler, Window
@@ -69,7 +70,7 @@ def _recorded(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
-class UpsampledFeatures:
+class UpsampledFeatures(FeatureMap):
     """Features (B, C, H, W) that exist where they are asked for.
 
     Everything equals the same thing taken from :meth:`full`, to rounding.
@@ -87,27 +88,31 @@ class UpsampledFeatures:
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        missing: Tensor | None = None,
     ) -> None:
         """Keep what the map is made of.
 
         Args:
             features: (B, C, h, w), coarse.
-            guidance: (B, 3, H', W'), the normalised image.
+            guidance: (B, 3, H', W'), the normalised image; or of the upsampler's bands.
             upsampler: what makes one out of the other.
             output_size: (H, W); ``None`` for the guidance's.
             mean: normalisation of the guidance, RGB in [0, 1]; with it an 8-bit image is saved
                 without loss.
             std: likewise.
+            missing: bool, broadcasting to (B, 1, H, W): pixels without data, whose features are 0.
 
         Raises:
             ValueError: as :meth:`Upsampler.forward`.
         """
-        size = check_inputs(features, guidance, output_size)
+        size = check_inputs(features, guidance, output_size, upsampler.guidance_bands)
         self.features = features
         self.guidance = guidance
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
-        self._normalisation = None if mean is None or std is None else (list(mean), list(std))
+        known = mean is not None and std is not None and len(mean) == guidance.shape[1]
+        self._normalisation = (list(mean), list(std)) if known else None  # pyright: ignore[reportArgumentType]
+        self.missing = None if missing is None else missing.expand(-1, 1, *size)
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
         self._settled: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
 
@@ -135,7 +140,7 @@ class UpsampledFeatures:
         for start in range(0, self.shape[1], 64):
             block = slice(start, start + 64)
             out[:, block] = self.upsampler.render(*settled, head=block)
-        return out
+        return self._blank(out)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
         """A window of the map.
@@ -152,14 +157,8 @@ class UpsampledFeatures:
         Raises:
             ValueError: the window does not lie in the map.
         """
-        window = Window(*map(int, (top, left, height, width)))
-        inside = window.top >= 0 and window.left >= 0 and min(window.height, window.width) >= 1
-        if not inside or window.bottom > self.shape[2] or window.right > self.shape[3]:
-            raise ValueError(
-                f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
-                f"the map of {self.shape[2]}×{self.shape[3]}"
-            )
-        return self.upsampler.render(*self._settle(), window=window)
+        window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
+        return self._blank(self.upsampler.render(*self._settle(), window=window), window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -175,8 +174,7 @@ class UpsampledFeatures:
         """
         self._check_single("at")
         height, width = self.shape[2:]
-        if points.dim() != 2 or points.shape[1] != 2:
-            raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
+        check_points(points)
         last = torch.tensor([height - 1, width - 1], device=points.device)
         if not bool(((points >= 0) & (points <= last)).all()):
             raise ValueError(
@@ -188,6 +186,9 @@ class UpsampledFeatures:
         for tile in torch.unique(tiles, dim=0):
             inside = (tiles == tile).all(1)
             out[inside] = self._sample_tile(settled, points[inside], tile)
+        if self.missing is not None:
+            rows, columns = points.round().long().unbind(1)
+            out[self.missing[0, 0, rows, columns]] = 0
         return out
 
     def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -203,12 +204,7 @@ class UpsampledFeatures:
         Raises:
             ValueError: the head does not take C channels.
         """
-        if weight.dim() != 2 or weight.shape[1] != self.shape[1]:
-            raise ValueError(
-                f"weight must be (K, {self.shape[1]}) for these features, not {tuple(weight.shape)}"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+        check_head(weight, bias, self.shape[1])
         out = self._render(weight)
         return out if bias is None else add_offset(out, bias)
 
@@ -273,6 +269,7 @@ class UpsampledFeatures:
             ValueError: the features overflow float16.
         """
         tensors = {"features": self.features, "guidance": self.guidance}
+        missing = {} if self.missing is None else {"missing": self.missing}
         if not exact:
             if self.features.abs().max() > torch.finfo(torch.float16).max:
                 raise ValueError("features overflow float16; save(path, exact=True)")
@@ -292,7 +289,9 @@ class UpsampledFeatures:
             "upsampler": json.dumps({"upsampler": self.upsampler.name, **self.upsampler.config()}),
             "weights": _digest(self.upsampler),
         }
-        detached = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        detached = {
+            name: tensor.detach().contiguous() for name, tensor in (tensors | missing).items()
+        }
         write_tensors(path, detached, facts)
 
     @classmethod
@@ -325,10 +324,20 @@ class UpsampledFeatures:
             scale, shift = (tensors[key].to(dtype)[:, None, None] for key in ("scale", "shift"))
             guidance = guidance * scale + shift
         height, width = json.loads(facts["output_size"])
-        return cls(features, guidance, upsampler, (height, width))
+        missing = tensors.get("missing")
+        return cls(features, guidance, upsampler, (height, width), missing=missing)
 
     def _render(self, head: Tensor | None = None) -> Tensor:
-        return self.upsampler.render(*self._parts(), head=head)
+        return self._blank(self.upsampler.render(*self._parts(), head=head))
+
+    def _blank(self, out: Tensor, window: Window | None = None) -> Tensor:
+        """Put 0 where there are no data, in the whole map or a window of it."""
+        if self.missing is None:
+            return out
+        missing = self.missing
+        if window is not None:
+            missing = missing[..., window.top : window.bottom, window.left : window.right]
+        return blank(out, missing)
 
     def _settle(self) -> tuple[Kernels, Tensor]:
         """Kernels and features that give the same map, with all done that no window changes.
@@ -396,6 +405,12 @@ class UpsampledFeatures:
             return 1 / (255 * std), -mean / std
         low, high = self.guidance.detach().cpu().float().transpose(0, 1).flatten(1).aminmax(dim=1)
         return (high - low).clamp(min=1e-6) / 255, low
+
+
+def blank(out: Tensor, missing: Tensor) -> Tensor:
+    """Put 0 where there are no data; in place when autograd does not watch."""
+    watched = torch.is_grad_enabled() and out.requires_grad
+    return out.masked_fill(missing, 0) if watched else out.masked_fill_(missing, 0)
 
 
 def _digest(upsampler: Upsampler) -> str:

@@ -12,6 +12,8 @@ A backend asked for by name that cannot run raises ``ValueError`` with the reaso
 differentiable in every tensor argument.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -208,6 +210,95 @@ def neighbourhood_weights(
     return dispatch.call(
         "neighbourhood_weights", backend, queries, keys, *scalars, radius, size, origin
     )
+
+
+def window_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    *,
+    heads: int = 1,
+    blocks: Sequence[int] | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention from every pixel to a rectangle of coarse cells.
+
+    Head n compares block n of the D channels: its weights are the softmax over the pixel's cells of
+    scale·⟨queries, keys⟩. Heads are averaged and weigh all values alike, or each weighs a block of
+    the values' channels of its own. Which cells a pixel attends to depends on its row and its
+    column: those of both ranges.
+
+    Args:
+        queries: (B, D, H, W).
+        keys: (B, D, h, w).
+        values: (B, C, h, w), of any floating type; the result has it.
+        rows: the first cell of every row of pixels, then one past its last one, 2·H numbers.
+        columns: likewise, 2·W.
+        heads: N, a divisor of D.
+        blocks: channels of the values that go with each head, C in all; ``None`` or one number for
+            the mean of the heads.
+        scale: of the inner products; ``None`` for 1/√(D/N).
+        backend: see the module's docstring.
+
+    Returns:
+        (B, C, H, W).
+
+    Raises:
+        ValueError: shapes, types or devices disagree, a range is empty or leaves the grid, or the
+            backend cannot run.
+    """
+    keys = _check_pair("queries", queries, keys, other="keys")
+    for label, tensor in (("queries", queries), ("keys", keys), ("values", values)):
+        _check_not_empty(label, tensor)
+    if values.dim() != 4 or not values.is_floating_point():
+        raise ValueError(f"values is {values.dtype} {tuple(values.shape)}; give float (B, C, h, w)")
+    if (values.shape[0], *values.shape[2:]) != (keys.shape[0], *keys.shape[2:]):
+        raise ValueError(
+            f"values is {tuple(values.shape)} and keys {tuple(keys.shape)}; "
+            "batch and grid must agree"
+        )
+    if values.device != keys.device:
+        raise ValueError(f"values is on {values.device} and keys on {keys.device}; move one")
+    if heads < 1 or queries.shape[1] != keys.shape[1] or queries.shape[1] % heads:
+        raise ValueError(
+            f"queries have {queries.shape[1]} channels and keys {keys.shape[1]}; they must agree, "
+            f"and be a multiple of heads={heads}"
+        )
+    blocks = [values.shape[1]] if blocks is None else list(blocks)
+    if len(blocks) not in (1, heads) or sum(blocks) != values.shape[1] or min(blocks) < 0:
+        raise ValueError(
+            f"blocks={blocks} must be {heads} numbers of channels, or one, {values.shape[1]} in all"
+        )
+    for label, bounds, axis in (("rows", rows, 2), ("columns", columns, 3)):
+        _check_ranges(label, bounds, queries.shape[axis], keys.shape[axis])
+    scale = (queries.shape[1] // heads) ** -0.5 if scale is None else float(scale)
+    return dispatch.call(
+        "window_attention",
+        backend,
+        queries,
+        keys,
+        values,
+        list(rows),
+        list(columns),
+        heads,
+        scale,
+        blocks,
+    )
+
+
+def _check_ranges(label: str, bounds: Sequence[int], length: int, cells: int) -> None:
+    """Check that ranges of cells, one for each of ``length`` pixels, lie in the grid."""
+    if len(bounds) != 2 * length:
+        raise ValueError(f"{label} has {len(bounds)} numbers; give a first and an end for {length}")
+    for first, stop in zip(bounds[:length], bounds[length:], strict=True):
+        if not 0 <= first < stop <= cells:
+            raise ValueError(
+                f"{label} holds the cells {first} to {stop}; each range must hold one at least "
+                f"and lie in 0 to {cells}"
+            )
 
 
 def _check_window(

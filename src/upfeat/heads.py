@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.backbones import Backbone
+from upfeat.provenance import digest
 from upfeat.storage import read_tensors, write_tensors
 
 FORMAT = "upfeat-head-1"
@@ -61,8 +62,6 @@ class SavedHead:
 
 def describe_backbone(backbone: Backbone) -> dict[str, str]:
     """Name what decides a backbone's features, as strings."""
-    from upfeat.evaluation.provenance import digest
-
     return {
         "name": backbone.name,
         "embed_dim": str(backbone.embed_dim),

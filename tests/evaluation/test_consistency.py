@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 import upfeat
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
-from upfeat.evaluation import EvalConfig, consistency, evaluate
+from upfeat.evaluation import EvalConfig, evaluate
 from upfeat.evaluation import downsampler_fit as fitting
+from upfeat.evaluation.data.view_features import view_features
 from upfeat.evaluation.downsampler_fit import Cells, fit, leading_components, to_cells
-from upfeat.evaluation.view_features import view_features
+from upfeat.evaluation.tasks import consistency
 
 FAST = EvalConfig(size=48, seeds=2, views=2, downsamplers=("box", "simple", "attention"))
 
@@ -148,8 +149,8 @@ def test_leading_components_have_variance_one_and_do_not_mix(run, colour_backbon
 
 
 def test_views_are_kept_on_disk(run, colour_backbone, folder, tmp_path):
-    from upfeat.evaluation.datasets import read_photographs
-    from upfeat.evaluation.prepared import prepare
+    from upfeat.evaluation.data.folders import read_photographs
+    from upfeat.evaluation.data.prepared import prepare
 
     dataset = read_photographs(folder)
     images = prepare(dataset, dataset.test, colour_backbone, 48, tmp_path, label="")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from upfeat.evaluation.readers import CITYSCAPES_CLASSES, LAYOUTS, VOC_CLASSES, read_dataset
+from upfeat.evaluation.data.layouts import CITYSCAPES_CLASSES, LAYOUTS, VOC_CLASSES, read_dataset
 
 VALUES = {
     # What label files hold, and the class each value must become.

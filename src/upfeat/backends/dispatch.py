@@ -17,7 +17,7 @@ from upfeat.backends import eager, reference, torch_operators
 
 logger = logging.getLogger(__name__)
 
-Argument: TypeAlias = Tensor | list[Tensor] | int | Sequence[int]
+Argument: TypeAlias = Tensor | list[Tensor] | int | float | Sequence[int]
 
 BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
     "triton": torch_operators.TRITON,

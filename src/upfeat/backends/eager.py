@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.backends.tiled_attention import window_attention
 from upfeat.geometry import (
     cell_distances,
     gather_cells,
@@ -21,6 +22,15 @@ from upfeat.geometry import (
     spatial_kernel,
     window_radius,
 )
+
+__all__ = [
+    "adaptive_conv2d",
+    "bilateral_weights",
+    "joint_bilateral_upsample",
+    "neighbourhood_upsample",
+    "neighbourhood_weights",
+    "window_attention",
+]
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor) -> Tensor:

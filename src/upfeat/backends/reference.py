@@ -77,6 +77,40 @@ def neighbourhood_weights(
     return torch.softmax(logits.masked_fill(far.flatten(0, 1), -torch.inf), dim=1)
 
 
+def window_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    heads: int,
+    scale: float,
+    blocks: Sequence[int],
+) -> Tensor:
+    """See :func:`upfeat.functional.window_attention`: all cells for all pixels, most masked out."""
+    seen = []
+    for axis, bounds in ((2, rows), (3, columns)):
+        first, stop = torch.tensor(bounds, device=keys.device).unflatten(0, (2, -1))
+        cell = torch.arange(keys.shape[axis], device=keys.device)
+        seen.append((cell >= first[:, None]) & (cell < stop[:, None]))  # (pixels, cells)
+    inside = seen[0][:, None, :, None] & seen[1][None, :, None, :]  # (H, W, h, w)
+    exact = torch.promote_types(torch.promote_types(queries.dtype, values.dtype), torch.float32)
+    products = torch.einsum(
+        "bndyx,bndij->bnyxij",
+        queries.to(exact).unflatten(1, (heads, -1)),
+        keys.to(exact).unflatten(1, (heads, -1)),
+    )
+    logits = (scale * products).masked_fill(~inside, -torch.inf)
+    weights = logits.flatten(4).softmax(4).view_as(logits)
+    if len(blocks) == 1:
+        weights = weights.mean(1, keepdim=True)
+    parts = [
+        torch.einsum("byxij,bcij->bcyx", weights[:, n], block.to(exact))
+        for n, block in enumerate(values.split(list(blocks), dim=1))
+    ]
+    return torch.cat(parts, dim=1).to(values.dtype)
+
+
 def _cells_around(
     coarse: Tensor,
     radius: int,

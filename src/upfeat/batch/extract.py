@@ -21,6 +21,7 @@ from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.locks import hold
 from upfeat.model import FeatUp
+from upfeat.provenance import digest
 from upfeat.storage import write_tensors
 from upfeat.upsamplers import Upsampler
 
@@ -68,8 +69,6 @@ class Extraction:
 
     def settings(self, model: FeatUp) -> dict[str, Any]:
         """All that decides results beside the images, as JSON values."""
-        from upfeat.evaluation.provenance import digest
-
         head = self.head
         return {
             "upfeat_version": __version__,

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.cli.choices import DEFAULT_BACKBONE
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -35,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "not fitted again",
     )
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
     )
     parser.add_argument(
         "--preset",

@@ -46,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bands",
-        type=_bands,
+        type=bands_of,
         metavar="N,N,N",
         help="three bands, or one, counted from 1 (default: those marked red, green, blue)",
     )
     parser.add_argument(
         "--scale",
-        type=_scale,
+        type=scale_of,
         metavar="LOW,HIGH",
         help="values that become black and white (default: 0,255 for 8 bits, else the 2nd and 98th "
         "percentile of each band)",
@@ -123,14 +123,16 @@ def _output(options: argparse.Namespace, model: FeatUp) -> Output:
     return HeadOutput(head.weight, head.bias, head.names, facts, form=form)
 
 
-def _bands(text: str) -> list[int]:
+def bands_of(text: str) -> list[int]:
+    """Read "4,3,2"."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f'"{text}" must be bands such as 4,3,2') from None
 
 
-def _scale(text: str) -> tuple[float, float]:
+def scale_of(text: str) -> tuple[float, float]:
+    """Read "0,3000"."""
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:

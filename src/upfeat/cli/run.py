@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from upfeat.cli.choices import DEFAULT_BACKBONE, UPSAMPLER_HELP
+
 HELP = "Upsample the features of photographs; write them, and a picture of each."
 EXAMPLE = "  upfeat run photo.jpg -o out/\n  upfeat run *.jpg -o out/ --size 448 --dtype fp32"
 
@@ -17,13 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="where results go"
     )
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
     )
     parser.add_argument(
         "--upsampler",
         metavar="NAME",
-        help="nearest, bilinear, bicubic, joint_bilateral (default), jbu_stack, a folder that "
-        "save_pretrained wrote, or a published .ckpt",
+        help=UPSAMPLER_HELP,
     )
     parser.add_argument(
         "--size",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
-from upfeat.evaluation.prepared import PreparedSet
+from upfeat.evaluation.data.prepared import PreparedSet
 from upfeat.linear import leading_axes
 from upfeat.losses import SpatialUncertainty, gaussian_reconstruction
 from upfeat.optimisers import LBFGS, NAdam

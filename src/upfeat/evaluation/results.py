@@ -5,37 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from upfeat._version import __version__
-from upfeat.evaluation.datasets import Problem
-from upfeat.evaluation.provenance import SCORING, source_digest
+from upfeat.evaluation.data.folders import Problem
+from upfeat.provenance import versions
 from upfeat.storage import write_bytes
 
 FORMAT = "upfeat-eval-1"
-
-HIGHER_IS_BETTER = {
-    "miou": True,
-    "accuracy": True,
-    "boundary_f": True,
-    "boundary_miou": True,
-    "rmse": False,
-    "abs_rel": False,
-    "delta_1.25": True,
-    "average_drop": False,
-    "average_increase": True,
-    "error": False,
-    "cosine": True,
-    "nll": False,
-    "drift": True,
-}
-"""Every score there is, and its good direction."""
 
 
 @dataclass
@@ -82,7 +61,7 @@ class Results:
     rows: list[Row]
     problems: list[Problem]
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    versions: dict[str, str] = field(default_factory=versions)
 
     @property
     def protocols(self) -> list[str]:
@@ -125,22 +104,6 @@ def summary(values: list[float]) -> dict[str, Any]:
         "mean": statistics.fmean(values) if defined else None,
         "spread": statistics.stdev(values) if defined and len(values) > 1 else None,
         "values": [value if math.isfinite(value) else None for value in values],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what the result depends on."""
-    import numpy
-    import PIL
-
-    return {
-        "upfeat": __version__,
-        "source": source_digest(SCORING)[:16],
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "pillow": PIL.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
     }
 
 

@@ -329,6 +329,11 @@ def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> T
         return _shipped(ONE_PASS)(features, normalised(guidance, _ONE_PASS_PIXELS), map_size)[0]
 
 
+def shipped_models() -> list[Upsampler]:
+    """The upsamplers whose weights every fit depends on."""
+    return [_shipped(name) for name in (QUERIES, ONE_PASS)]
+
+
 def _shipped(name: str) -> Upsampler:
     """An upsampler with the weights that are shipped for any backbone."""
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn, then replaced

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from upfeat.raster.outputs import Output
 from upfeat.raster.plan import MASK_HALO, Plan
 from upfeat.raster.scene import Scene
 from upfeat.raster.store import Store
-from upfeat.tiling import Tile, split
+from upfeat.tiling import split
 from upfeat.upsamplers import Window
 
 OnTile = Callable[[int, int], None]
@@ -60,6 +60,8 @@ def upsample_raster(
     """
     stride = model.backbone.stride
     provenance = {"upfeat_version": __version__, **what.facts, "raster": scene.facts}
+    if Path(output).exists() and Path(output).samefile(scene.path):
+        raise ValueError(f"{output}: is the raster itself; give another name")
     store = Store(
         Path(output),
         (what.count, *scene.size),
@@ -69,17 +71,17 @@ def upsample_raster(
         resume=resume,
         overwrite=overwrite,
     )
-    tiles = list(split(plan.grid, plan.tile, halo=plan.halo, step=plan.step))
+    total = sum(1 for _ in split(plan.grid, plan.tile))
     tell = on_tile or (lambda done, total: None)
     try:
         with ThreadPoolExecutor(1) as pool:
             writing: Future[None] | None = None
-            for index, tile, values in _compute(scene, model, what, plan, tiles, store.done):
+            for piece in pieces(scene, model, plan, lambda index, _: index not in store.done):
+                values = _render(piece, model, what)
                 if writing is not None:
                     writing.result()
-                core = _pixels(tile.core, stride, scene.size)
-                writing = pool.submit(store.write, index, core, values)
-                tell(index + 1, len(tiles))
+                writing = pool.submit(store.write, piece.index, piece.pixels, values)
+                tell(piece.index + 1, total)
             if writing is not None:
                 writing.result()
     except BaseException:
@@ -89,6 +91,16 @@ def upsample_raster(
     return Path(output)
 
 
+@torch.inference_mode()
+def _render(piece: Piece, model: FeatUp, what: Output) -> Any:
+    """Values of a tile, masked pixels as no-data."""
+    if piece.coarse is None:
+        return what.empty(piece.pixels)
+    values = what.render(model, piece.coarse, piece.guidance, piece.inner)
+    values[:, ~piece.valid] = what.nodata
+    return values
+
+
 def _pixels(cells: Window, stride: int, size: tuple[int, int]) -> Window:
     """Pixels of a window of cells, as far as the raster goes."""
     top, left = cells.top * stride, cells.left * stride
@@ -96,45 +108,73 @@ def _pixels(cells: Window, stride: int, size: tuple[int, int]) -> Window:
     return Window(top, left, bottom - top, right - left)
 
 
+class Piece(NamedTuple):
+    """One tile, ready to be upsampled.
+
+    Attributes:
+        index: of the tile.
+        pixels: of the raster, that the tile writes.
+        coarse: (1, C, h, w) features of the tile and its halo; ``None`` where no pixel is valid.
+        guidance: (1, 3, H, W) their image.
+        inner: ``pixels`` in coordinates of ``guidance``.
+        valid: (pixels.height, pixels.width) bool array.
+    """
+
+    index: int
+    pixels: Window
+    coarse: Tensor | None
+    guidance: Tensor
+    inner: Window
+    valid: Any
+
+
 @torch.inference_mode()
-def _compute(
-    scene: Scene, model: FeatUp, what: Output, plan: Plan, tiles: list[Tile], done: set[int]
-) -> Iterator[tuple[int, Tile, Any]]:
-    """Index, tile and values (K, height, width) of all tiles that are not done."""
+def pieces(
+    scene: Scene, model: FeatUp, plan: Plan, wanted: Callable[[int, Window], bool]
+) -> Iterator[Piece]:
+    """Compute the coarse features of tiles from top to bottom.
+
+    Args:
+        scene: an open raster.
+        model: backbone and upsampler.
+        plan: how it is cut.
+        wanted: whether a tile of an index and of pixels of the raster is to be made.
+    """
     backbone, stride = model.backbone, model.backbone.stride
 
     def normalized(pixels: Tensor) -> Tensor:
         return (pixels[None].to(backbone.mean.device) - backbone.mean) / backbone.std
 
-    waiting = [(index, tile) for index, tile in enumerate(tiles) if index not in done]
+    tiles = enumerate(split(plan.grid, plan.tile, halo=plan.halo, step=plan.step))
+    waiting = [
+        (index, tile, pixels)
+        for index, tile in tiles
+        if wanted(index, pixels := _pixels(tile.core, stride, scene.size))
+    ]
     if not waiting:
         return
-    source = strips(
-        backbone,
-        lambda window: normalized(scene.read(window)[0]),
-        plan.grid,
-        tile=plan.backbone_tile,
-        halo=plan.backbone_halo,
-        first_row=waiting[0][1].outer.top,
+    rows = Rows(
+        strips(
+            backbone,
+            lambda window: normalized(scene.read(window)[0]),
+            plan.grid,
+            tile=plan.backbone_tile,
+            halo=plan.backbone_halo,
+            first_row=waiting[0][1].outer.top,
+        )
     )
-    rows = Rows(source)
-    for index, tile in waiting:
+    for index, tile, pixels in waiting:
         outer = tile.outer
-        coarse = rows(outer.top, outer.bottom)[:, :, :, outer.left : outer.right]
-        pixels = Window(*(stride * side for side in outer))
-        image, valid = scene.read(pixels)
-        core = _pixels(tile.core, stride, scene.size)
-        inside = valid[core.top - pixels.top :, core.left - pixels.left :]
-        inside = inside[: core.height, : core.width].numpy()
-        if not inside.any():
-            yield index, tile, what.empty(core)
-            continue
-        coarse = _fill_cells(coarse, valid, stride)
+        seen = Window(*(stride * side for side in outer))
+        image, valid = scene.read(seen)
+        inner = Window(pixels.top - seen.top, pixels.left - seen.left, *pixels[2:])
+        inside = valid[inner.top : inner.bottom, inner.left : inner.right].numpy()
+        coarse = None
+        if inside.any():
+            coarse = rows(outer.top, outer.bottom)[:, :, :, outer.left : outer.right]
+            coarse = _fill_cells(coarse, valid, stride)
         guidance = model.guidance(normalized(image))
-        inner = Window(core.top - pixels.top, core.left - pixels.left, core.height, core.width)
-        values = what.render(model, coarse, guidance, inner)
-        values[:, ~inside] = what.nodata
-        yield index, tile, values
+        yield Piece(index, pixels, coarse, guidance, inner, inside)
 
 
 def _fill_cells(coarse: Tensor, valid: Tensor, stride: int) -> Tensor:

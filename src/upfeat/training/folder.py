@@ -20,8 +20,7 @@ from typing import Any, TextIO
 
 from upfeat import locks
 from upfeat.backbones import Backbone
-from upfeat.evaluation.provenance import digest, identify_backbone
-from upfeat.evaluation.results import versions
+from upfeat.provenance import digest, identify_backbone, versions
 from upfeat.storage import write_bytes
 from upfeat.strict_json import read_object
 from upfeat.training.checkpoint import Checkpoints
@@ -131,7 +130,7 @@ class RunFolder:
 
     def finish(self, outcome: dict[str, Any]) -> None:
         """Write the outcome beside what the run was started with, there and with the weights."""
-        run = {**(self._read_run() or {}), **outcome, "versions": versions()}
+        run = {**(self._read_run() or {}), **outcome, "versions": versions("upfeat.training.loop")}
         write_json(self.path / "run.json", run)
         # Weights travel: they keep the recipe and the data's name, not where either lay.
         settings = {key: value for key, value in run["config"].items() if key != "out"}
@@ -174,7 +173,7 @@ class RunFolder:
             "started_with": {"backbone": names, "photos": str(listing.folder.resolve())},
             "backbones": [describe(backbone) for backbone in backbones],
             "photographs": listing.to_json(),
-            "versions": versions(),
+            "versions": versions("upfeat.training.loop"),
         }
         write_json(self.path / "run.json", run)
 

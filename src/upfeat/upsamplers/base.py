@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
@@ -26,6 +27,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 from upfeat.backends import dispatch
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
+from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
@@ -57,14 +59,26 @@ class Upsampler(nn.Module, ABC):
     """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
     linear: ClassVar[bool] = True
     """Whether anything may be upsampled in place of the features, such as a head's output."""
+    unsaved: ClassVar[frozenset[str]] = frozenset({"backend", "start"})
+    """Arguments of constructors that no file may give: where to compute, what else to read."""
+    always_small: ClassVar[bool] = False
+    """Whether no arguments make it larger than some hundred megabytes."""
+    magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
+    guidance_bands: int | None = 3
+    """How many bands the guidance must have; ``None``: any number (:mod:`.bands` has the rule)."""
     backend: str = "auto"
     """The backend that every operator runs on; see :meth:`set_backend`."""
     mean: Colour | None = None
     """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's own."""
     std: Colour | None = None
     """Standard deviation that it is normalised by, likewise."""
+    published_by: ClassVar[str | None] = None
+    """The repository that published the weights, where the package has none."""
+    origin: str | None = None
+    """What the file that it was loaded from turned out to be; ``None`` where there was none."""
 
     def set_backend(self, backend: str) -> None:
         """Choose the backend of every operator, for weights, sums, windows and training alike.
@@ -92,14 +106,16 @@ class Upsampler(nn.Module, ABC):
         """Bring an image from a backbone's normalisation into the upsampler's.
 
         Args:
-            x: (B, 3, H, W), normalised for the backbone.
+            x: (B, 3, H, W), normalised for the backbone; of other numbers of bands as it is.
             source: the backbone.
 
         Returns:
             ``x`` itself where both agree; otherwise (B, 3, H, W) of its dtype.
         """
         own = self.normalization
-        return x if own is None else source.normalization.convert(x, own)
+        if own is None or x.shape[1] != 3:  # other bands are put on one footing by their values
+            return x
+        return source.normalization.convert(x, own)
 
     @abstractmethod
     def prepare(
@@ -112,7 +128,7 @@ class Upsampler(nn.Module, ABC):
         """Make the weights of one guidance.
 
         Args:
-            guidance: (B, 3, H, W) normalised image.
+            guidance: (B, 3, H, W) normalised image, or of :attr:`guidance_bands`.
             grid_size: (h, w) of the features to come.
             output_size: (height, width) of the result.
             features: (B, C, h, w), the image's own; only upsamplers with :attr:`needs_features`
@@ -137,6 +153,7 @@ class Upsampler(nn.Module, ABC):
             features: (B, C, h, w).
             guidance: (B, 3, H, W), the image that the features came from, normalised by
                 :attr:`mean` and :attr:`std`; :class:`upfeat.FeatUp` brings it there by itself.
+                Where :attr:`guidance_bands` is ``None``, any number of bands, in any units.
             output_size: (height, width) of the result in pixels; ``None`` for the guidance's.
 
         Returns:
@@ -145,7 +162,7 @@ class Upsampler(nn.Module, ABC):
         Raises:
             ValueError: shapes or batch sizes disagree, or the features hold NaN or infinity.
         """
-        size = check_inputs(features, guidance, output_size)
+        size = check_inputs(features, guidance, output_size, self.guidance_bands)
         grid = (features.shape[2], features.shape[3])
         kernels = self.prepare(guidance, grid, size, features)
         return self.render(kernels, self.mix(features))
@@ -214,12 +231,14 @@ class Upsampler(nn.Module, ABC):
 
         Raises:
             OSError: the folder cannot be written.
+            ValueError: a weight is NaN or infinite.
         """
         from upfeat.storage import write_bytes, write_tensors
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
+        check_values(f"{folder}: not written", state, magnitudes=self.magnitudes)
+        folder.mkdir(parents=True, exist_ok=True)
         write_tensors(folder / "model.safetensors", state, {"upsampler": self.name})
         config = {"upsampler": self.name, **self.config()}
         if self.mean is not None and self.std is not None:
@@ -236,11 +255,35 @@ class Upsampler(nn.Module, ABC):
 
         Raises:
             FileNotFoundError: the folder, or one of its two files, is not there.
-            ValueError: it holds another upsampler, or tensors that do not fit.
+            ValueError: it holds another upsampler, arguments out of range, or tensors that do not
+                fit or are not finite.
         """
         from upfeat.upsamplers.pretrained import load_pretrained
 
         return load_pretrained(cls, folder)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # Every way of loading weights comes by here, before any of them is changed.
+        own = {name: one for name, one in state_dict.items() if name.startswith(prefix)}
+        check_values(f"weights of {type(self).__name__}", own, magnitudes=self.magnitudes)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
 
 
 UPSAMPLERS = Registry[type[Upsampler]]("upsampler")
@@ -265,8 +308,10 @@ def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:
     return (head @ features.flatten(2)).unflatten(2, features.shape[2:])
 
 
-def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -> Size:
-    """Check an upsampler's arguments; return the output size.
+def check_inputs(
+    features: Tensor, guidance: Tensor, output_size: Size | None, bands: int | None = 3
+) -> Size:
+    """Check an upsampler's arguments, with its ``guidance_bands``; return the output size.
 
     Raises:
         ValueError: as :meth:`Upsampler.forward`.
@@ -277,9 +322,10 @@ def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -
                 f"{label} must be (B, channels, height, width), none of the last three 0, "
                 f"not {tuple(tensor.shape)}"
             )
-    if guidance.shape[1] != 3:
+    if bands not in (None, guidance.shape[1]):
         raise ValueError(
-            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image (3)"
+            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
+            'or use an upsampler that takes any bands, as "detail_universal"'
         )
     if features.shape[0] != guidance.shape[0]:
         raise ValueError(

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.bounds import MOST_CHANNELS, number, whole
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, apply_head
 from upfeat.upsamplers.neighbourhood import (
+    MOST_WIDTH,
     NeighbourhoodKernels,
     NeighbourhoodUpsampler,
     pointwise,
@@ -184,6 +187,7 @@ class DetailUpsampler(Upsampler):
     """
 
     name = "detail"
+    magnitudes = NeighbourhoodUpsampler.magnitudes
 
     def __init__(
         self,
@@ -210,11 +214,12 @@ class DetailUpsampler(Upsampler):
             query_dim: width of queries and keys.
             levels: scales of the encoder.
             back_projections: corrections of each step.
-            width: maps of detail, ≥ 2.
-            depth: blocks of the network that makes them, ≥ 0.
-            widening: σ of the second step, in cells of the finer grid, over that of the first, > 0.
-            ridge: penalty of the regression, in units of the queries' mean variance, ≥ 0; 0 leaves
-                the regression out.
+            width: maps of detail, from 2 to 1024.
+            depth: blocks of the network that makes them, from 0 to 64.
+            widening: σ of the second step, in cells of the finer grid, over that of the first, from
+                0.05 to 100.
+            ridge: penalty of the regression, in units of the queries' mean variance, from 0 to 1e6;
+                0 leaves the regression out.
             start: name or folder of a trained neighbourhood upsampler, whose encoder is taken;
                 it must have the same radius, query_dim and levels.
             backend: of the operators; see :mod:`upfeat.functional`.
@@ -224,16 +229,13 @@ class DetailUpsampler(Upsampler):
             ValueError: an argument is out of range, or ``start`` is another upsampler.
         """
         super().__init__()
-        for label, value, least in (("embed_dim", embed_dim, 1), ("width", width, 2)):
-            if value is not None and value < least:
-                raise ValueError(f"{label}={value} must be {least} or more")
-        for label, value in (("depth", depth), ("ridge", ridge)):
-            if not value >= 0:
-                raise ValueError(f"{label}={value} must be 0 or more")
-        if not widening > 0:
-            raise ValueError(f"widening={widening} must be above 0")
-        self.embed_dim, self.width, self.depth = embed_dim, width, depth
-        self.widening, self.ridge = widening, ridge
+        embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS, optional=True)
+        self.embed_dim = embed_dim
+        self.guidance_bands = None if embed_dim is None else 3  # the network sees RGB
+        self.width = whole("width", width, 2, MOST_WIDTH)
+        self.depth = whole("depth", depth, 0, 64)
+        self.widening = number("widening", widening, 0.05, 100)
+        self.ridge = number("ridge", ridge, 0, 1e6)
         self.neighbourhood = NeighbourhoodUpsampler(
             radius=radius,
             query_dim=query_dim,
@@ -242,8 +244,10 @@ class DetailUpsampler(Upsampler):
         )
         if embed_dim is not None:
             # Channels last: a third faster on a CPU.
-            self.network = DetailNetwork(width, depth).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            self.detail = nn.Conv2d(width, embed_dim, 1)
+            self.network = DetailNetwork(self.width, self.depth).to(
+                memory_format=torch.channels_last
+            )  # pyright: ignore[reportCallIssue]
+            self.detail = nn.Conv2d(self.width, embed_dim, 1)
             self.channel_mix = nn.Conv2d(embed_dim, embed_dim, 1, bias=False)
             for layer in (self.detail, self.channel_mix):
                 nn.init.zeros_(layer.weight)
@@ -272,7 +276,8 @@ class DetailUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
-        step = self.neighbourhood
+        guidance = even_bands(guidance)
+        step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
         queries = step.queries(guidance, output_size)
         finer_means = F.adaptive_avg_pool2d(queries, finer)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from upfeat.tensor_checks import check_values
+from upfeat.upsamplers.tensor_files import load_pickled
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,18 @@ def read_featup(path: str | Path) -> tuple[dict[str, Tensor], int]:
         ValueError: as :meth:`upfeat.JBUStack.from_featup`.
     """
     path = Path(path)
-    content = _load_tensors(path)
+    content = load_pickled(path)
+    return featup_state(path, content.get("state_dict", content))
+
+
+def featup_state(path: Path, content: Any) -> tuple[dict[str, Tensor], int]:
+    """The state of a ``JBUStack``, and its ``embed_dim``, of a file's tensors by published names.
+
+    Raises:
+        ValueError: tensors are missing, or of another shape.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {type(content).__name__}, not a dictionary of tensors")
     bias = content.get(f"{_MIX}bias")
     embed_dim = bias.numel() if isinstance(bias, Tensor) else 0
     layout = _layout(embed_dim)
@@ -62,9 +73,10 @@ def read_featup(path: str | Path) -> tuple[dict[str, Tensor], int]:
     ]
     if wrong:
         raise ValueError(f"{path}: tensors of another shape: {'; '.join(wrong)}")
-    extra = sorted(set(content) - set(layout))
+    extra = sorted(map(str, set(content) - set(layout)))
     if extra:
         logger.info("%s: left unread: %s", path, ", ".join(extra))
+    check_values(path, {name: content[name] for name in layout}, floating=True)
     return {ours: content[theirs].float() for theirs, (ours, _) in layout.items()}, embed_dim
 
 
@@ -82,27 +94,3 @@ def _layout(embed_dim: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         f"{_MIX}weight": ("channel_mix.weight", (embed_dim, embed_dim, 1, 1)),
         f"{_MIX}bias": ("channel_mix.bias", (embed_dim,)),
     }
-
-
-def _load_tensors(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with warnings.catch_warnings():
-            # A pickle of another protocol than PyTorch writes is refused or read, as it deserves.
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # PyTorch's message goes on for lines with advice to switch its protection off.
-        reason = str(error).partition("\n")[0].partition("WeightsUnpickler error")[0].strip()
-        raise ValueError(
-            f"{path}: holds more than tensors, so it was not loaded (it could run code); save its "
-            f"state_dict alone with torch.save [{type(error).__name__}: {reason[:80]}]"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0][:120]
-        raise ValueError(f"{path}: not a whole PyTorch checkpoint ({reason})") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}, not a dictionary of tensors")
-    return state

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.backends import dispatch
+from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.geometry import interpolation_matrix, reflected_range, span
 from upfeat.normalization import IMAGENET
+from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -175,6 +178,7 @@ class JBUStack(Upsampler):
     """
 
     name = "jbu_stack"
+    magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {"sigma_spatial": (1e-6, 1e6)}
 
     def __init__(
         self,
@@ -189,20 +193,20 @@ class JBUStack(Upsampler):
         Args:
             embed_dim: number of feature channels C that the channel mix expects; ``None`` for no
                 mix, which serves any C ("universal").
-            radius: window radius r ≥ 1.
-            n_stages: how many stages, ≥ 1.
+            radius: window radius r, from 1 to 16.
+            n_stages: how many stages, from 1 to 16.
             backend: of the operators; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
         """
         super().__init__()
-        for label, value in (("embed_dim", embed_dim), ("radius", radius), ("n_stages", n_stages)):
-            if value is not None and value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
+        embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS, optional=True)
+        n_stages = whole("n_stages", n_stages, 1, 16)
         self.embed_dim = embed_dim
-        self.radius = radius
-        self.stages = nn.ModuleList(JBUStage(radius) for _ in range(n_stages))
+        self.guidance_bands = None if embed_dim is None else 3
+        self.radius = whole("radius", radius, 1, 16)
+        self.stages = nn.ModuleList(JBUStage(self.radius) for _ in range(n_stages))
         self.set_backend(backend)
         self.channel_dropout = nn.Dropout2d(0.2)
         self.channel_mix = None if embed_dim is None else nn.Conv2d(embed_dim, embed_dim, 1)
@@ -223,9 +227,8 @@ class JBUStack(Upsampler):
         features: Tensor | None = None,
     ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
-        return JBUKernels(
-            self.stages, guidance, stage_sizes(grid_size, output_size, len(self.stages))
-        )
+        sizes = stage_sizes(grid_size, output_size, len(self.stages))
+        return JBUKernels(self.stages, three_bands(guidance), sizes)
 
     def mix(self, features: Tensor) -> Tensor:
         """X + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
@@ -271,8 +274,12 @@ class JBUStack(Upsampler):
         from upfeat.upsamplers.featup_checkpoint import read_featup
 
         state, embed_dim = read_featup(path)
-        stack = cls(embed_dim)
-        stack.load_state_dict(state)
+        with torch.random.fork_rng(devices=[]):
+            stack = cls(embed_dim)
+        try:
+            stack.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         stack.mean, stack.std = IMAGENET  # every published one was trained with it
         return stack.eval()
 

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.bounds import number, whole
 from upfeat.normalization import HALF
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
-from upfeat.upsamplers.neighbourhood import NeighbourhoodKernels
+from upfeat.upsamplers.neighbourhood import MOST_RADIUS, NeighbourhoodKernels
 
 
 @UPSAMPLERS.register
@@ -26,6 +28,7 @@ class JointBilateral(Upsampler):
     """
 
     name = "joint_bilateral"
+    guidance_bands = None
     mean, std = HALF
 
     def __init__(
@@ -39,24 +42,19 @@ class JointBilateral(Upsampler):
         """Choose the Gaussians.
 
         Args:
-            radius: how many cells to each side take part, ≥ 1.
-            sigma_spatial: standard deviation of distance, in cells, > 0.
+            radius: how many cells to each side take part, from 1 to 16.
+            sigma_spatial: standard deviation of distance, in cells, from 0.001 to 1000.
             sigma_range: standard deviation of colour, in units of the normalised guidance (black
-                is −1, white 1), > 0.
+                is −1, white 1), from 0.001 to 1000.
             backend: of the operators; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: one of them is out of range.
         """
         super().__init__()
-        if radius < 1:
-            raise ValueError(f"radius={radius} must be 1 or more")
-        for label, sigma in (("sigma_spatial", sigma_spatial), ("sigma_range", sigma_range)):
-            if not sigma > 0:
-                raise ValueError(f"{label}={sigma} must be above 0")
-        self.radius = radius
-        self.sigma_spatial = sigma_spatial
-        self.sigma_range = sigma_range
+        self.radius = whole("radius", radius, 1, MOST_RADIUS)
+        self.sigma_spatial = number("sigma_spatial", sigma_spatial, 1e-3, 1e3)
+        self.sigma_range = number("sigma_range", sigma_range, 1e-3, 1e3)
         self.set_backend(backend)
 
     def config(self) -> dict[str, Any]:
@@ -75,6 +73,8 @@ class JointBilateral(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
+        if guidance.shape[1] != 3:
+            guidance = even_bands(guidance) * HALF.std[0]  # as widely spread as RGB from −1 to 1
         fine = F.adaptive_avg_pool2d(guidance, output_size) / self.sigma_range  # (B, 3, H, W)
         coarse = F.adaptive_avg_pool2d(fine, grid_size)  # (B, 3, h, w)
         # −|a − b|²/2 is ⟨a, b⟩ − |b|²/2 but for what depends on the pixel a alone, which softmax

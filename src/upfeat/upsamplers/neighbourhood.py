@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat import functional
+from upfeat.bounds import whole
 from upfeat.geometry import cell_of_pixels
+from upfeat.randomness import stream
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
+
+MOST_RADIUS, MOST_WIDTH, MOST_LEVELS, MOST_BACK_PROJECTIONS = 16, 1024, 16, 100
+"""Far beyond use; a configuration from anywhere builds nothing larger."""
 
 INITIAL_TEMPERATURE = 8.0
 INITIAL_SIGMA = 0.6
@@ -30,29 +37,48 @@ class PyramidEncoder(nn.Module):
     neighbourhood of about 2^levels pixels at the cost of little more than one layer at full size.
     """
 
-    def __init__(self, width: int, levels: int) -> None:
+    def __init__(self, width: int, levels: int, channels: int = 3) -> None:
         """Make an encoder with initial weights.
 
         Args:
             width: channels of every level and of the queries, ≥ 1.
             levels: how many scales, ≥ 1.
+            channels: bands of the guidance, ≥ 1.
         """
         super().__init__()
-        self.entry = _window_of_three(3, width)
+        self.entry = _window_of_three(channels, width)
         self.coarser = nn.ModuleList(_Correction(width) for _ in range(levels - 1))
         self.join = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(levels))
+        # Without values ("meta") only shapes are asked for, and arithmetic would import a compiler.
+        if not self.entry.weight.is_meta:
+            self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator | None = None) -> None:
+        """Set the weights that descriptors of colour and texture start from."""
+        width, channels = self.entry.weight.shape[:2]
         window = torch.tensor([0.25, 0.5, 0.25])
-        colours = torch.randn(width, 3) / INITIAL_COLOUR_SCALE
-        with torch.no_grad():
-            self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
-            nn.init.uniform_(self.entry.bias, -math.pi, math.pi)  # pyright: ignore[reportArgumentType]
-            for join in self.join:
-                assert isinstance(join, nn.Conv2d)
-                nn.init.orthogonal_(join.weight.view(width, width))
-                nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
+        colours = torch.randn(width, channels, generator=generator) / INITIAL_COLOUR_SCALE
+        self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
+        assert self.entry.bias is not None
+        nn.init.uniform_(self.entry.bias, -math.pi, math.pi, generator=generator)
+        for join in self.join:
+            assert isinstance(join, nn.Conv2d)
+            nn.init.orthogonal_(join.weight.view(width, width), generator=generator)
+            nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def untrained(cls, width: int, levels: int, channels: int) -> PyramidEncoder:
+        """Make the encoder that training would start from, always the same for its arguments."""
+        with torch.device("meta"):  # whose initial values take nothing from the global generator
+            encoder = cls(width, levels, channels)
+            encoder.coarser = nn.ModuleList(nn.Identity() for _ in encoder.coarser)
+        encoder = encoder.to_empty(device="cpu")
+        encoder._initialise(stream("bands", width, levels, channels))
+        return encoder
 
     def forward(self, guidance: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width, H, W), any size, channels last."""
+        """(B, channels, H, W) -> (B, width, H, W), any size, channels last."""
         entry = self.entry(guidance.contiguous(memory_format=torch.channels_last))
         scales = [torch.sin(entry) if torch.is_grad_enabled() else entry.sin_()]
         del entry
@@ -276,6 +302,11 @@ class NeighbourhoodUpsampler(Upsampler):
     """
 
     name = "neighbourhood"
+    guidance_bands = None
+    magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "log_temperature": (0.0, 10.0),
+        "log_sigma": (0.0, 5.0),
+    }
 
     def __init__(
         self,
@@ -289,12 +320,12 @@ class NeighbourhoodUpsampler(Upsampler):
         """Make an upsampler with initial (untrained) weights.
 
         Args:
-            radius: how many cells to each side take part, ≥ 1.
-            query_dim: width of queries and keys, ≥ 1.
-            levels: scales of the encoder, ≥ 1.
+            radius: how many cells to each side take part, from 1 to 16.
+            query_dim: width of queries and keys, from 1 to 1024.
+            levels: scales of the encoder, from 1 to 16.
             back_projections: how often to correct the coarse features by what the output, averaged
                 over each cell, lacks of them (iterative back-projection, Irani and Peleg,
-                1991), ≥ 0.
+                1991), from 0 to 100.
                 Without, the output is a weighted mean and never leaves the range of the features;
                 each time, its means over cells come closer to the features, at next to no cost.
             backend: of the operators; see :mod:`upfeat.functional`.
@@ -303,17 +334,49 @@ class NeighbourhoodUpsampler(Upsampler):
             ValueError: an argument is out of range.
         """
         super().__init__()
-        for label, value in (("radius", radius), ("query_dim", query_dim), ("levels", levels)):
-            if value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
-        if back_projections < 0:
-            raise ValueError(f"back_projections={back_projections} must be 0 or more")
-        self.radius, self.query_dim, self.levels = radius, query_dim, levels
-        self.back_projections = back_projections
+        self.radius = whole("radius", radius, 1, MOST_RADIUS)
+        self.query_dim = whole("query_dim", query_dim, 1, MOST_WIDTH)
+        self.levels = whole("levels", levels, 1, MOST_LEVELS)
+        self.back_projections = whole(
+            "back_projections", back_projections, 0, MOST_BACK_PROJECTIONS
+        )
         self.set_backend(backend)
-        self.encoder = PyramidEncoder(query_dim, levels)
+        self.encoder = PyramidEncoder(self.query_dim, self.levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
         self.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
+        # A plain dictionary: made from the other settings, they are no part of the state.
+        self._for_bands: dict[tuple[object, ...], NeighbourhoodUpsampler] = {}
+
+    def for_bands(self, guidance: Tensor) -> NeighbourhoodUpsampler:
+        """The same step for guidance that is not RGB: without training, by all of its bands.
+
+        The entry of its encoder is random Fourier features of the bands, which make a Gaussian
+        kernel of the distance between them; they are drawn once and for all. Temperature and σ are
+        those that training starts from; everything else is as here.
+
+        Args:
+            guidance: (B, N, H, W), as :func:`upfeat.upsamplers.bands.even_bands` returns it.
+
+        Returns:
+            An upsampler for N bands, on the guidance's device and of its dtype; this one for 3.
+        """
+        channels = guidance.shape[1]
+        if channels == self.encoder.entry.in_channels:
+            return self
+        key = (channels, guidance.device, guidance.dtype, *self.config().values())
+        if key not in self._for_bands:
+            # Kept for the next guidance, which may want gradients where this one does not.
+            with torch.inference_mode(False):
+                with torch.device("meta"):
+                    step = NeighbourhoodUpsampler(**self.config())
+                step.encoder = PyramidEncoder.untrained(self.query_dim, self.levels, channels)
+                step.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
+                step.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
+                step.to(device=guidance.device, dtype=guidance.dtype).eval().requires_grad_(False)
+            self._for_bands[key] = step
+        step = self._for_bands[key]
+        step.set_backend(self.backend)
+        return step
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
@@ -341,8 +404,10 @@ class NeighbourhoodUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
-        queries = self.queries(guidance, output_size)
-        return self.attend(queries, unit(F.adaptive_avg_pool2d(queries, grid_size)))
+        guidance = even_bands(guidance)
+        step = self.for_bands(guidance)
+        queries = step.queries(guidance, output_size)
+        return step.attend(queries, unit(F.adaptive_avg_pool2d(queries, grid_size)))
 
     def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
         """See :meth:`Upsampler.settle`; the corrections are made."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
 from upfeat.storage import read_tensors
+from upfeat.strict_json import read_object
+from upfeat.tensor_checks import check_layouts, read_layouts
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
+from upfeat.upsamplers.blueprint import build
+from upfeat.upsamplers.checkpoints import load_checkpoint
 from upfeat.upsamplers.detail import DetailUpsampler
-from upfeat.upsamplers.jbu import JBUStack
+from upfeat.upsamplers.tensor_files import SUFFIXES
 
 DEFAULT_UPSAMPLER = DetailUpsampler.name
 """What a backbone gets: with weights made for it, if there are any, or else for any backbone."""
@@ -33,7 +34,44 @@ def list_upsamplers() -> list[str]:
     A class's name ("jbu_stack") stands for the weights that suit the backbone best; a full one
     ("jbu_stack_universal") for those weights.
     """
-    return sorted({*UPSAMPLERS, *_shipped_names()})
+    usable = {name for name, cls in UPSAMPLERS.items() if cls.published_by is None}
+    return sorted({*usable, *_shipped_names()})
+
+
+def load_upsampler(name: str | Path, *, sha256: str | None = None) -> Upsampler:
+    """Load an upsampler for features that one already has; in eval mode and frozen.
+
+    Args:
+        name: one of :func:`list_upsamplers` ("detail": weights that suit any backbone); a folder
+            that ``save_pretrained`` wrote; or a file of a published upsampler, FeatUp, AnyUp,
+            JAFAR or NAF, which is recognised by its tensors. Only tensors are read, never code.
+        sha256: what the file must hash to; ``None`` for no check.
+
+    Returns:
+        The upsampler; call it as ``upsampler(features, image)``, the image normalised by its
+        ``mean`` and ``std``. What a file turned out to be is in its ``origin`` and logged at INFO
+        level.
+
+    Raises:
+        FileNotFoundError: ``name`` is a path where nothing is.
+        ValueError: there is no such upsampler, or the file is damaged, another one than
+            ``sha256`` says, or holds more than tensors.
+
+    Example:
+        >>> import torch
+        >>> upsampler = load_upsampler("detail")
+        >>> upsampler(torch.rand(1, 384, 8, 8), torch.rand(1, 3, 112, 112)).shape
+        torch.Size([1, 384, 112, 112])
+    """
+    if _is_checkpoint(name):
+        return load_checkpoint(name, sha256=sha256)
+    if sha256 is not None:
+        raise ValueError(f"sha256 is for checkpoint files; {str(name)!r} is none")
+    return create_upsampler(name).requires_grad_(False)
+
+
+def _is_checkpoint(name: str | Path) -> bool:
+    return Path(name).suffix.lower() in SUFFIXES or Path(name).is_file()
 
 
 def create_upsampler(
@@ -43,7 +81,7 @@ def create_upsampler(
 
     Args:
         name: one of :func:`list_upsamplers`, a folder that ``save_pretrained`` wrote, or a
-            published FeatUp checkpoint (``.ckpt``); ``None`` for the default.
+            published checkpoint (see :func:`load_upsampler`); ``None`` for the default.
         embed_dim: number of channels it will be given, checked where it matters.
         backbone: name of the backbone, for weights that were trained for it; any backbone gets
             the universal ones without.
@@ -60,9 +98,15 @@ def create_upsampler(
             if getattr(upsampler, "embed_dim", None) in (None, embed_dim) or candidate == name:
                 return upsampler
     if name in UPSAMPLERS:
+        published_by = UPSAMPLERS[name].published_by
+        if published_by is not None:
+            raise ValueError(
+                f"{name} has no weights in this package; give the file that {published_by} "
+                'published, as upsampler="path/to/file.pth"'
+            )
         return UPSAMPLERS[name]().eval()
-    if Path(name).suffix == ".ckpt":
-        return JBUStack.from_featup(name)
+    if _is_checkpoint(name):
+        return load_checkpoint(name)
     if Path(name).is_dir() or "/" in name:
         return load_pretrained(Upsampler, name)
     raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
@@ -76,53 +120,33 @@ def _shipped_names() -> list[str]:
 def load_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:
     """See :meth:`Upsampler.from_pretrained`; ``cls`` is what the result must be."""
     folder = _local_folder(folder)
-    config = _read_config(folder / CONFIG_FILE)
+    path = folder / CONFIG_FILE
+    config = read_object(path)
     mean, std = config.pop("mean", None), config.pop("std", None)
-    name = config.pop("upsampler", None)
-    saved = UPSAMPLERS.get(str(name))
-    if saved is None:
-        raise ValueError(f"{folder}: {unknown_name('upsampler', str(name), list_upsamplers())}")
+    saved = _class_of(config, path)
     if not issubclass(saved, cls):
         raise ValueError(f"{folder}: holds a {saved.__name__}; load it with that class")
-    try:
-        upsampler = saved(**config)
-    except TypeError as error:
-        raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
+    empty = build(saved, config, path, values=False)
+    layouts, _ = read_layouts(folder / WEIGHTS_FILE)
+    check_layouts(folder / WEIGHTS_FILE, layouts, empty.state_dict())
+    upsampler = build(saved, config, path)
     if (mean, std) != (None, None):
         upsampler.mean, upsampler.std = check_normalization(mean, std)
     state, _ = read_tensors(folder / WEIGHTS_FILE)
-    check_state(folder / WEIGHTS_FILE, state, upsampler.state_dict())
-    upsampler.load_state_dict(state)
+    try:
+        upsampler.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
     return upsampler.eval()
 
 
-def check_state(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Check that ``found`` has the names and shapes of ``expected``.
-
-    Raises:
-        ValueError: it does not; every name at fault is in the message.
-    """
-    faults = [f"missing {name}" for name in sorted(set(expected) - set(found))]
-    faults += [f"extra {name}" for name in sorted(set(found) - set(expected))]
-    faults += [
-        f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
-        for name in sorted(set(found) & set(expected))
-        if found[name].shape != expected[name].shape
-    ]
-    if faults:
-        raise ValueError(f"{path}: its tensors do not fit its configuration: {'; '.join(faults)}")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: holds {type(config).__name__}, not an object")
-    return config
+def _class_of(config: dict[str, Any], path: Path) -> type[Upsampler]:
+    """The class that a configuration names, which is taken out of it."""
+    name = config.pop("upsampler", None)
+    saved = UPSAMPLERS.get(name) if isinstance(name, str) else None
+    if saved is None:
+        raise ValueError(f"{path}: {unknown_name('upsampler', str(name)[:60], list(UPSAMPLERS))}")
+    return saved
 
 
 def _local_folder(folder: str | Path) -> Path:

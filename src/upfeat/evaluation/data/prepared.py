@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.evaluation.datasets import IGNORE_INDEX, Dataset, Problem, Sample
-from upfeat.evaluation.provenance import PREPARING, identify_backbone, source_digest
+from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem, Sample
+from upfeat.provenance import identify_backbone, source_digest
 from upfeat.storage import read_tensors, write_tensors
-from upfeat.upsamplers import Upsampler
+
+DECISIVE = (__name__, "upfeat.evaluation.data.layouts")
+"""Modules that decide what a prepared image is, with all that they import."""
 
 OnStep = Callable[[str, int, int], None]
 """Told of progress: what is being done, how many are done, of how many."""
@@ -90,9 +92,10 @@ def normalised(image: Tensor, backbone: Backbone) -> Tensor:
     return (image[None].float() / 255 - backbone.mean) / backbone.std
 
 
-def guidance_of(image: Tensor, backbone: Backbone, upsampler: Upsampler) -> Tensor:
-    """(3, H, W) uint8 -> (1, 3, H, W) as an upsampler of the backbone's features takes it."""
-    return upsampler.guidance_from(normalised(image, backbone), backbone)
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """Randomness that depends on a seed and a name, not on the order of work."""
+    found = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(found[:7], "big"))
 
 
 def prepare(
@@ -126,7 +129,7 @@ def prepare(
             f"{backbone.name} ({backbone.stride})"
         )
     device = backbone.mean.device
-    made_by = f"{identify_backbone(backbone)}|{device.type}|{source_digest(PREPARING)}"
+    made_by = f"{identify_backbone(backbone)}|{device.type}|{source_digest(*DECISIVE)}"
     names, files = [], []
     for done, sample in enumerate(samples):
         if on_step is not None:

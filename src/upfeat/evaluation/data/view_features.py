@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
-from upfeat.evaluation.prepared import PreparedSet, normalised, read_whole
-from upfeat.evaluation.probing import named_generator
-from upfeat.evaluation.provenance import VIEWING, source_digest
+from upfeat.evaluation.data.prepared import PreparedSet, named_generator, normalised, read_whole
+from upfeat.provenance import source_digest
 from upfeat.storage import write_tensors
 from upfeat.views import Jitter, apply_jitter, sample_jitters
 
@@ -33,7 +32,7 @@ def view_features(
     sample = images[index]
     generator = named_generator(seed, sample.name)
     views = sample_jitters(count, size=sample.size, generator=generator)
-    recipe = f"{sample.name}|{seed}|{count}|{source_digest(VIEWING)}"
+    recipe = f"{sample.name}|{seed}|{count}|{source_digest(__name__)}"
     name = f"{images.files[index].stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     path = images.files[index].with_name(f"{name}.safetensors")
     stored = read_whole(path)

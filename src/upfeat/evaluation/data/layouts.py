@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfeat.evaluation.datasets import (
+from upfeat.evaluation.data.folders import (
     IGNORE_INDEX,
     Dataset,
     Problem,

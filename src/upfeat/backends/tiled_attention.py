@@ -1,0 +1,122 @@
+"""Window attention in plain PyTorch: tiles of pixels, as matrix products over the cells they see.
+
+Pixels side by side see nearly the same cells. A tile takes the cells that any of its pixels sees,
+and masks those that a pixel does not; its weights are all that exists at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MOST_WEIGHTS = 2**21
+"""Weights of a tile of one image: 8 MiB in float32."""
+
+
+class Run(NamedTuple):
+    """Pixels side by side on one axis, and the cells that any of them sees."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+    """One past the last cell."""
+
+
+def window_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    heads: int,
+    scale: float,
+    blocks: Sequence[int],
+) -> Tensor:
+    """See :func:`upfeat.functional.window_attention`."""
+    # Inner products and softmax in float32 at least; the values' sum too.
+    exact = torch.promote_types(torch.promote_types(queries.dtype, values.dtype), torch.float32)
+    queries = (queries * scale).to(exact).unflatten(1, (heads, -1))  # (B, N, D/N, H, W)
+    keys = keys.to(exact).unflatten(1, (heads, -1))
+    widest = max(run.last - run.first for run in runs(columns, 1, 1))
+    bands = []
+    for band in runs(rows, 2, _most_rows(rows, widest, heads)):
+        cells = (band.last - band.first) * (widest + 2) * heads
+        most = max(_MOST_WEIGHTS // (cells * (band.stop - band.start)), 1)
+        tiles = [
+            _tile(queries, keys, values, band, run, (rows, columns), blocks)
+            for run in runs(columns, 2, most)
+        ]
+        bands.append(torch.cat(tiles, dim=3).to(values.dtype))
+    return torch.cat(bands, dim=2)
+
+
+def _most_rows(rows: Sequence[int], widest: int, heads: int) -> int:
+    """How many rows of pixels make a band: a strip of 32 pixels' weights must stay small."""
+    tallest = max(run.last - run.first for run in runs(rows, 1, 1)) + 2
+    return max(_MOST_WEIGHTS // (tallest * (widest + 2) * heads * 32), 1)
+
+
+def runs(bounds: Sequence[int], slack: int, most: int) -> Iterator[Run]:
+    """Cut an axis into runs of pixels that see nearly the same cells.
+
+    Args:
+        bounds: first cells, then ends.
+        slack: how many more cells a run may see than its first pixel.
+        most: pixels of a run.
+    """
+    length = len(bounds) // 2
+    start, first, last = 0, bounds[0], bounds[length]
+    width = last - first
+    for pixel in range(1, length):
+        low, high = min(first, bounds[pixel]), max(last, bounds[length + pixel])
+        if high - low > width + slack or pixel - start >= most:
+            yield Run(start, pixel, first, last)
+            start, first, last = pixel, bounds[pixel], bounds[length + pixel]
+            width = last - first
+        else:
+            first, last = low, high
+    yield Run(start, length, first, last)
+
+
+def _tile(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    band: Run,
+    run: Run,
+    bounds: tuple[Sequence[int], Sequence[int]],
+    blocks: Sequence[int],
+) -> Tensor:
+    """The pixels where a band of rows and a run of columns meet, (B, C, height, width)."""
+    query = queries[..., band.start : band.stop, run.start : run.stop].flatten(3)  # (B, N, d, P)
+    cells = (..., slice(band.first, band.last), slice(run.first, run.last))
+    key, value = keys[cells].flatten(3), values[cells].flatten(2)  # (B, N, d, M), (B, C, M)
+    logits = query.mT @ key  # (B, N, P, M)
+    outside = _outside(bounds, band, run, logits.device)
+    if outside is not None:
+        logits = logits.masked_fill(outside, -torch.inf)
+    weights = logits.softmax(3)
+    if len(blocks) == 1:
+        weights = weights.mean(1, keepdim=True)
+    value = value.to(weights.dtype)
+    parts = [block @ weights[:, n].mT for n, block in enumerate(value.split(list(blocks), dim=1))]
+    return torch.cat(parts, dim=1).unflatten(2, (band.stop - band.start, run.stop - run.start))
+
+
+def _outside(
+    bounds: tuple[Sequence[int], Sequence[int]], band: Run, run: Run, device: torch.device
+) -> Tensor | None:
+    """Which of the tile's cells a pixel does not see, (P, M); ``None`` where it sees all."""
+    seen = []
+    for axis, tile in zip(bounds, (band, run), strict=True):
+        length = len(axis) // 2
+        first = axis[tile.start : tile.stop]
+        stop = axis[length + tile.start : length + tile.stop]
+        cells = range(tile.first, tile.last)
+        seen.append([[a <= cell < b for cell in cells] for a, b in zip(first, stop, strict=True)])
+    if all(all(map(all, axis)) for axis in seen):
+        return None
+    rows, columns = (torch.tensor(axis, device=device) for axis in seen)
+    return ~(rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)

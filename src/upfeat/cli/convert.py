@@ -1,0 +1,38 @@
+"""``upfeat convert``: a published checkpoint in, safetensors with provenance out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "Turn the checkpoint of a published upsampler into safetensors that say where they are from."
+EXAMPLE = (
+    "  upfeat convert naf_release.pth naf.safetensors\n"
+    "  upfeat run photo.jpg -o out/ --upsampler naf.safetensors"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="of FeatUp (.ckpt), AnyUp, JAFAR or NAF (.pth); recognised by its tensors, and "
+        "nothing else in it is read",
+    )
+    parser.add_argument("output", type=Path, help="the safetensors file to write")
+    parser.add_argument("--sha256", metavar="HEX", help="what the checkpoint must hash to")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the output where it exists"
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Convert, and say what was found."""
+    from upfeat.upsamplers.checkpoints import write_checkpoint
+
+    if options.output.exists() and not options.overwrite:
+        raise ValueError(f"{options.output}: exists; name another file, or give --overwrite")
+    facts = write_checkpoint(options.checkpoint, options.output, sha256=options.sha256)
+    print(f"{options.output}  {facts['about']}")
+    return 0

@@ -1,0 +1,73 @@
+"""Evaluations as users call them: results and a report on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from upfeat.backbones import Backbone
+from upfeat.evaluation.config import EvalConfig
+from upfeat.evaluation.data.prepared import OnStep
+from upfeat.evaluation.harness import score
+from upfeat.evaluation.report.page import write_report
+from upfeat.evaluation.results import Results
+from upfeat.evaluation.task import Task
+from upfeat.evaluation.tasks import find_task
+
+
+def evaluate(
+    task: str | type[Task],
+    folder: str | Path,
+    out: str | Path,
+    *,
+    upsamplers: Sequence[str] | None = None,
+    backbone: str | Backbone | None = None,
+    config: EvalConfig | None = None,
+    layout: str = "folder",
+    device: str | torch.device = "cpu",
+    on_step: OnStep | None = None,
+) -> Results:
+    """Compare upsamplers on a dataset; write ``results.json`` and ``report.html``.
+
+    What is already in ``out`` from an interrupted run with the same data, weights and settings is
+    used again.
+
+    Args:
+        task: one of :func:`upfeat.evaluation.tasks.list_tasks`, or a class of one's own.
+        folder: the data: photographs with labels (``seg``) or depth maps (``depth``), or
+            photographs alone.
+        out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
+            rows, and may be deleted afterwards.
+        upsamplers: names, folders or checkpoints, as ``upfeat.load`` takes them; and "implicit",
+            which fits every image. ``None`` for :data:`upfeat.evaluation.harness.BASELINES` and
+            the backbone's default.
+        backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, and for ``cam``
+            at the stride that its classifier reads.
+        config: settings.
+        layout: how the data lies on disk: ``folder``, ``coco_stuff``, ``ade20k``, ``cityscapes``,
+            ``voc`` or ``nyuv2``.
+        device: where backbone, upsamplers and probes run. Digits repeat on the CPU; elsewhere they
+            may differ in the last places.
+        on_step: is told of progress.
+
+    Raises:
+        FileNotFoundError: the data or an upsampler is not there.
+        ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written.
+    """
+    kind = find_task(task) if isinstance(task, str) else task
+    results = score(
+        kind,
+        folder,
+        out,
+        upsamplers=upsamplers,
+        backbone=backbone,
+        config=config,
+        layout=layout,
+        device=device,
+        on_step=on_step,
+    )
+    results.write(Path(out) / "results.json")
+    write_report(results, Path(out) / "report.html", kind)
+    return results

@@ -1,0 +1,167 @@
+"""Names for what a stored result depends on: code, weights, and functions that have none."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import platform
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from upfeat._version import __version__
+from upfeat.backbones import Backbone
+from upfeat.backends.cpu import library as cpu_library
+from upfeat.upsamplers.base import Upsampler
+
+_PACKAGE = Path(__file__).parent
+
+
+@lru_cache
+def source_digest(*modules: str) -> str:
+    """SHA-256 over modules and all that they import of this package.
+
+    Results that are kept under it are not reused once any of that code has changed. The compiled
+    library counts where the module that loads it does.
+
+    Args:
+        *modules: full names, as "upfeat.evaluation.harness".
+    """
+    digest = hashlib.sha256()
+    for path in source_files(*modules):
+        digest.update(f"{path.relative_to(_PACKAGE).as_posix()}\n".encode())
+        digest.update(path.read_bytes())
+        if path.parent.name == "cpu" and path.name == "library.py":
+            digest.update(_compiled())
+    return digest.hexdigest()
+
+
+def source_files(*modules: str) -> list[Path]:
+    """Files of this package that modules import, at any depth, and their own; sorted.
+
+    Packages that a module merely lies in do not count: their ``__init__`` decides nothing.
+    """
+    seen: set[Path] = set()
+    names = list(modules)
+    while names:
+        path = _file(names.pop())
+        if path is not None and path not in seen:
+            seen.add(path)
+            names += _mentioned(path)
+    return sorted(seen)
+
+
+def _file(module: str) -> Path | None:
+    """The source of a module of this package; ``None`` where it is none."""
+    package, *parts = module.split(".")
+    if package != "upfeat" or not parts:
+        return None
+    path = _PACKAGE.joinpath(*parts)
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((file for file in candidates if file.is_file()), None)
+
+
+@lru_cache(maxsize=512)
+def _mentioned(path: Path) -> list[str]:
+    """Modules that a file imports, in functions too, or names as text for a later import."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            parts = [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [part if _file(part) else node.module for part in parts]
+        elif isinstance(node, ast.Constant) and str(node.value).startswith(f"{__package__}."):
+            names += _matching(str(node.value))
+    return names
+
+
+def _matching(text: str) -> list[str]:
+    """Modules that a text names; those of a package where it ends in a dot, as a prefix does."""
+    if not text.endswith("."):
+        return [text]
+    folder = _PACKAGE.joinpath(*text.split(".")[1:])
+    if folder == _PACKAGE:
+        return []
+    return [text + file.stem for file in folder.glob("*.py")]
+
+
+def _compiled() -> bytes:
+    """The compiled library that runs here; nothing where there is none."""
+    if cpu_library.unavailable_reason() is not None:
+        return b""
+    facts = cpu_library.library_info()
+    return f"{facts['isa']}\n".encode() + Path(facts["path"]).read_bytes()
+
+
+def versions(*modules: str) -> dict[str, str]:
+    """Versions of what a result depends on.
+
+    Args:
+        *modules: whose source counts, see :func:`source_digest`.
+    """
+    import numpy
+    import PIL
+
+    return {
+        "upfeat": __version__,
+        "source": source_digest(*modules)[:16],
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "pillow": PIL.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def digest(module: nn.Module) -> str:
+    """A name for a module's weights: SHA-256 over its parameters and buffers, with their names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(_bytes(tensor))
+    return found.hexdigest()
+
+
+def identify_upsampler(upsampler: Upsampler) -> str:
+    """A name for all that decides what an upsampler does: class, configuration, weights.
+
+    A class of this package is known by its name, as its source is part of :func:`source_digest`;
+    any other by the content of its file too.
+    """
+    cls = type(upsampler)
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if not cls.__module__.startswith("upfeat."):
+        name += f"|{hashlib.sha256(_source(cls)).hexdigest()}"
+    return f"{name}|{upsampler.config()}|{digest(upsampler)}"
+
+
+def _source(cls: type) -> bytes:
+    """Content of the file that defines a class; nothing for one typed at a prompt."""
+    try:
+        return Path(inspect.getfile(cls)).read_bytes()
+    except (TypeError, OSError):
+        return b""
+
+
+@torch.no_grad()
+def identify_backbone(backbone: Backbone) -> str:
+    """A name for all that decides a backbone's features.
+
+    A function has no weights to go by, so what the backbone makes of one fixed picture counts too.
+    """
+    side = 2 * backbone.stride
+    ramp = torch.arange(3 * side * side, dtype=torch.float32).mul(0.7).sin().view(1, 3, side, side)
+    response = backbone(ramp.to(backbone.mean.device))
+    cls = type(backbone)
+    known = f"{cls.__module__}.{cls.__qualname__}|{backbone.name}|{digest(backbone)}"
+    normalisation = f"{backbone.mean.flatten().tolist()}|{backbone.std.flatten().tolist()}"
+    return f"{known}|{normalisation}|{hashlib.sha256(_bytes(response)).hexdigest()}"
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return flat.view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,305 @@
+"""Published upsamplers from their own files: which one it is, its tensors, and nothing else.
+
+A file is recognised by the names of its tensors, whatever it is called; its tensors are read, its
+code never is. :func:`write_checkpoint` turns any of them into one safetensors file that says where
+it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from upfeat._version import __version__
+from upfeat.storage import read_tensors, write_tensors
+from upfeat.strict_json import parse_object
+from upfeat.upsamplers.anyup import AnyUp
+from upfeat.upsamplers.base import Upsampler
+from upfeat.upsamplers.blueprint import build
+from upfeat.upsamplers.featup_checkpoint import featup_state
+from upfeat.upsamplers.jafar import JAFAR
+from upfeat.upsamplers.jbu import JBUStack
+from upfeat.upsamplers.naf import NAF
+from upfeat.upsamplers.tensor_files import file_digest, is_safetensors, load_pickled
+
+logger = logging.getLogger(__name__)
+
+_FORMAT = "upfeat-upsampler-1"
+
+
+class Layout(NamedTuple):
+    """How one method's tensors are called, and how to make the module they belong to."""
+
+    label: str
+    repository: str
+    licence: str
+    """Of the published weights."""
+    mark: str
+    """A tensor that only this method has."""
+    names: Mapping[str, str]
+    """Our names to published ones: regular expressions, applied in order."""
+    make: Callable[[Mapping[str, Tensor]], Upsampler]
+    """From tensors by published names."""
+
+
+_ATTENTION = "cross_decode.cross_attn.attention."
+_QUERIES_AND_KEYS = {
+    r"^image\.frequencies$": "rope.freqs",
+    r"^image\.": "",
+    r"^features_encoder\.": "key_features_encoder.",
+    r"^projection\.blend\.": "cross_decode.conv2d.",
+    r"^projection\.norm_query\.": "cross_decode.cross_attn.norm_q.",
+    r"^projection\.norm_key\.": "cross_decode.cross_attn.norm_k.",
+    r"^projection\.(query|key)\.bias$": f"{_ATTENTION}in_proj_bias",
+}
+LAYOUTS = (
+    Layout(
+        "AnyUp",
+        "wimmerth/anyup",
+        "CC-BY-4.0",
+        "key_features_encoder.0.basis",
+        {
+            **_QUERIES_AND_KEYS,
+            r"^projection\.(query|key)\.weight$": f"{_ATTENTION}in_proj_weight",
+            r"\.norm1\.": ".block.0.",
+            r"\.conv1\.": ".block.2.",
+            r"\.norm2\.": ".block.3.",
+            r"\.conv2\.": ".block.5.",
+        },
+        lambda state: AnyUp(),
+    ),
+    Layout(
+        "JAFAR",
+        "PaulCouairon/JAFAR",
+        "Apache-2.0",
+        "sft_key.gamma.weight",
+        {
+            **_QUERIES_AND_KEYS,
+            r"^projection\.query\.weight$": f"{_ATTENTION}q_proj_weight",
+            r"^projection\.key\.weight$": f"{_ATTENTION}k_proj_weight",
+            r"^(gamma|beta)\.": r"sft_key.\1.",
+        },
+        lambda state: JAFAR(_inputs(state, "key_features_encoder.0.weight")),
+    ),
+    Layout(
+        "NAF",
+        "valeoai/NAF",
+        "Apache-2.0",
+        "image_encoder.sem_encoder.0.weight",
+        {
+            r"^colours\.": "image_encoder.encoder.",
+            r"^surroundings\.": "image_encoder.sem_encoder.",
+            r"^periods$": "image_encoder.rope.periods",
+        },
+        lambda state: NAF(),
+    ),
+)
+_FEATUP = ("FeatUp", "mhamilton723/FeatUp", "MIT")
+_FEATUP_MARK = "upsampler.up1.range_temp"
+_SHARED = (f"{_ATTENTION}in_proj_weight", f"{_ATTENTION}in_proj_bias")
+"""Tensors that hold queries, keys and values one below the other."""
+
+
+def _inputs(state: Mapping[str, Tensor], name: str) -> int:
+    """The input channels of a convolution, 1 where there is none (which is reported later)."""
+    weight = state.get(name)
+    return weight.shape[1] if weight is not None and weight.dim() == 4 else 1
+
+
+def load_checkpoint(path: str | Path, *, sha256: str | None = None) -> Upsampler:
+    """Read an upsampler from a file, recognised by its tensors; in eval mode and frozen.
+
+    What it is, and of which licence, is logged at INFO level and kept in its ``origin``.
+
+    Args:
+        path: of AnyUp, JAFAR, NAF or FeatUp as published, or of :func:`write_checkpoint`; a PyTorch
+            or a safetensors file.
+        sha256: what its bytes must hash to, 64 hexadecimal digits; ``None`` for no check.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file has another hash, is not a whole one, holds more than tensors, is none
+            of these upsamplers, or its tensors are missing, of other shapes, or not finite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    digest = file_digest(path)
+    if sha256 is not None and sha256.lower() != digest:
+        raise ValueError(
+            f"{path}: its sha256 is {digest}, not {sha256.lower()}; it is another file than the "
+            "one expected, or a damaged one"
+        )
+    content, facts = read_tensors(path) if is_safetensors(path) else (load_pickled(path), {})
+    if facts.get("format") == _FORMAT:
+        upsampler, about = _own(path, content, facts)
+    else:
+        upsampler, about = _published(path, content)
+    size = sum(parameter.numel() for parameter in upsampler.parameters())
+    upsampler.origin = f"{about}; {size:,} parameters; {path.name}, sha256 {digest}"
+    logger.info("%s: %s", path, upsampler.origin)
+    return upsampler.eval().requires_grad_(False)
+
+
+def write_checkpoint(
+    source: str | Path, target: str | Path, *, sha256: str | None = None
+) -> dict[str, str]:
+    """Turn a checkpoint into one safetensors file with its provenance.
+
+    Args:
+        source: what :func:`load_checkpoint` reads.
+        target: the file; replaced whole or not at all.
+        sha256: of the source, as there.
+
+    Returns:
+        What was written beside the tensors: what it is, where it came from, its licence.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no such folder to write to.
+        ValueError: as :func:`load_checkpoint`, or both are the same file.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise ValueError(f"{target}: is the file that is read; name another one")
+    upsampler = load_checkpoint(source, sha256=sha256)
+    facts = {
+        "format": _FORMAT,
+        "upsampler": upsampler.name,
+        "config": json.dumps(upsampler.config()),
+        "about": str(upsampler.origin).partition(";")[0],
+        "source": source.name,
+        "source_sha256": file_digest(source),
+        "upfeat_version": __version__,
+    }
+    state = {name: value.contiguous() for name, value in upsampler.state_dict().items()}
+    write_tensors(target, state, facts)
+    return facts
+
+
+def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[Upsampler, str]:
+    """What :func:`write_checkpoint` wrote."""
+    classes: dict[str, type[Upsampler]] = {cls.name: cls for cls in (AnyUp, JAFAR, NAF, JBUStack)}
+    try:
+        cls = classes[facts["upsampler"]]
+        config = parse_object(facts["config"], "config")
+        # Without values first: nothing is made larger than the file's own tensors.
+        empty = build(cls, config, "config", values=False).state_dict()
+        for name, tensor in empty.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise ValueError(f"{name} is missing or of another shape than its config implies")
+        upsampler = build(cls, config, "config")
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: its description is damaged ({error})") from None
+    names = {name: (name, None) for name in upsampler.state_dict()}
+    _fill(path, facts["upsampler"], upsampler, state, names)
+    return upsampler, facts.get("about", facts["upsampler"])
+
+
+def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
+    """A file with tensors by published names."""
+    found = list(_dictionaries(content))
+    for state in found:
+        if _FEATUP_MARK in state:
+            stack_state, embed_dim = featup_state(path, state)
+            upsampler = JBUStack(embed_dim)
+            names = {name: (name, None) for name in upsampler.state_dict()}
+            _fill(path, "FeatUp", upsampler, stack_state, names)
+            return upsampler, _describe(*_FEATUP)
+    for state in found:
+        for layout in LAYOUTS:
+            mark = next((name for name in state if f".{name}".endswith(f".{layout.mark}")), None)
+            if mark is None:
+                continue
+            prefix = mark.removesuffix(layout.mark)
+            tensors = {
+                name.removeprefix(prefix): value
+                for name, value in state.items()
+                if name.startswith(prefix)
+            }
+            upsampler = layout.make(tensors)
+            _fill(path, layout.label, upsampler, tensors, _names(layout, upsampler))
+            return upsampler, _describe(layout.label, layout.repository, layout.licence)
+    known = ", ".join(["FeatUp", *(layout.label for layout in LAYOUTS)])
+    names = [name for state in found for name in state]
+    raise ValueError(
+        f"{path}: none of its {len(names)} tensors is one that {known} is known by"
+        + (f" (they are {', '.join(names[:3])}, …)" if names else "")
+    )
+
+
+def _describe(label: str, repository: str, licence: str) -> str:
+    return f"{label} (layout of {repository}, whose published weights are {licence})"
+
+
+def _dictionaries(content: object) -> list[dict[str, Tensor]]:
+    """All dictionaries of tensors in a file, outermost first: training scripts wrap them."""
+    if not isinstance(content, dict):
+        return []
+    tensors = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    inner = [state for value in content.values() for state in _dictionaries(value)]
+    return [tensors, *inner] if tensors else inner
+
+
+def _names(layout: Layout, upsampler: Upsampler) -> dict[str, tuple[str, int | None]]:
+    """Our names to the published ones; with a number, which third of that tensor it is."""
+    names: dict[str, tuple[str, int | None]] = {}
+    for ours in upsampler.state_dict():
+        theirs = ours
+        for pattern, replacement in layout.names.items():
+            theirs = re.sub(pattern, replacement, theirs)
+        part = None
+        if theirs in _SHARED:
+            part = 0 if ".query." in ours else 1
+        names[ours] = (theirs, part)
+    return names
+
+
+def _fill(
+    path: Path,
+    label: str,
+    upsampler: Upsampler,
+    tensors: Mapping[str, Tensor],
+    names: Mapping[str, tuple[str, int | None]],
+) -> None:
+    """Copy a file's tensors into an upsampler.
+
+    Raises:
+        ValueError: some are missing, of another shape, or not finite.
+    """
+    state: dict[str, Tensor] = {}
+    faults = []
+    for ours, expected in upsampler.state_dict().items():
+        theirs, part = names[ours]
+        value = tensors.get(theirs)
+        shape = tuple(expected.shape)
+        if part is not None:
+            shape = (3 * shape[0], *shape[1:])
+        if value is None:
+            faults.append(f"{theirs} is missing")
+        elif tuple(value.shape) != shape:
+            faults.append(f"{theirs} is {tuple(value.shape)}, not {shape}")
+        elif not value.is_floating_point():
+            faults.append(f"{theirs} is {value.dtype}, not floating point")
+        elif not bool(torch.isfinite(value).all()):
+            faults.append(f"{theirs} holds NaN or infinity")
+        else:
+            state[ours] = value.float() if part is None else value.float().chunk(3)[part]
+    if faults:
+        faults = list(dict.fromkeys(faults))
+        rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(f"{path}: not {label} as published: {'; '.join(faults[:3])}{rest}")
+    unread = sorted(set(tensors) - {theirs for theirs, _ in names.values()})
+    if unread:
+        logger.info("%s: left unread: %s", path, ", ".join(unread))
+    upsampler.load_state_dict(state)

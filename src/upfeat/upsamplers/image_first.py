@@ -1,0 +1,55 @@
+"""Upsamplers under the call that AnyUp, JAFAR, NAF and LoftUp are known by: the image first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from upfeat.types import Size
+from upfeat.upsamplers.base import Upsampler
+
+
+class ImageFirst(nn.Module):
+    """An upsampler that is called as ``(image, features, output_size)``.
+
+    For code that was written for ``torch.hub.load("valeoai/NAF", "naf")`` and the like: nothing but
+    the line that loads it changes.
+    """
+
+    def __init__(self, upsampler: Upsampler) -> None:
+        """Wrap an upsampler.
+
+        Args:
+            upsampler: any.
+        """
+        super().__init__()
+        self.upsampler = upsampler
+
+    def forward(
+        self,
+        image: Tensor,
+        features: Tensor,
+        output_size: Size | None = None,
+        *,
+        out: Tensor | None = None,
+        q_chunk_size: int | None = None,
+    ) -> Tensor:
+        """Upsample features.
+
+        Args:
+            image: (B, 3, H, W), normalised as the upsampler's weights were trained: by ImageNet's
+                mean and standard deviation for the published ones.
+            features: (B, C, h, w).
+            output_size: (height, width); ``None`` for the image's.
+            out: a buffer to fill; see :meth:`upfeat.AnyUp.forward`.
+            q_chunk_size: AnyUp's bound on memory; accepted and not needed.
+
+        Returns:
+            (B, C, *output_size).
+
+        Raises:
+            ValueError: as :meth:`Upsampler.forward`.
+        """
+        options: dict[str, Any] = {} if out is None else {"out": out}
+        return self.upsampler(features, image, output_size, **options)

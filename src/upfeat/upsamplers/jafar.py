@@ -1,0 +1,160 @@
+"""JAFAR: every pixel attends to all cells; keys know the features, values are the features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.bounds import MOST_CHANNELS, whole
+from upfeat.types import Size
+from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, whole_window
+from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.residual_encoder import (
+    GROUPS,
+    ResidualEncoder,
+    convolve,
+    corner_coordinates,
+    rotate_pairs,
+)
+
+
+class ImageQueries(nn.Module):
+    """The part that AnyUp and JAFAR share: an encoded image, rotated by place; queries and keys."""
+
+    def __init__(self, width: int) -> None:
+        """Make it with initial weights.
+
+        Args:
+            width: channels throughout.
+        """
+        super().__init__()
+        self.image_encoder = ResidualEncoder(3, width)
+        self.query_encoder = ResidualEncoder(width, width)
+        self.key_encoder = ResidualEncoder(width, width)
+        self.frequencies = nn.Parameter(torch.zeros(2, width))
+        # A geometric series of angles for each axis: rows turn one half, columns the other.
+        series = 2 * torch.pi * 100.0 ** torch.linspace(0, -1, width // 4)
+        with torch.no_grad():
+            self.frequencies[0, : width // 2] = series.repeat(2)
+            self.frequencies[1, width // 2 :] = series.repeat(2)
+
+    def forward(
+        self, guidance: Tensor, grid_size: Size, output_size: Size
+    ) -> tuple[Tensor, Tensor]:
+        """(B, 3, H, W) -> queries (B, width, *output_size), image keys (B, width, *grid_size)."""
+        encoded = self.image_encoder(guidance)
+        angles = corner_coordinates(encoded.shape[2:], encoded) @ self.frequencies.to(encoded.dtype)  # type: ignore[arg-type]
+        encoded = rotate_pairs(encoded, angles.permute(2, 0, 1))
+        return (
+            self.query_encoder.pooled(encoded, output_size),
+            self.key_encoder.pooled(encoded, grid_size),
+        )
+
+
+class Projection(nn.Module):
+    """From queries and keys to what heads compare: a 3×3 convolution, unit scale, two maps."""
+
+    def __init__(self, width: int) -> None:
+        """Make it with PyTorch's initial weights.
+
+        Args:
+            width: channels of queries and keys.
+        """
+        super().__init__()
+        self.blend = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm_query = nn.RMSNorm(width)
+        self.norm_key = nn.RMSNorm(width)
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+
+    def forward(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, width, H, W) and (B, width, h, w) -> the same."""
+        queries = convolve(self.blend, queries).permute(0, 2, 3, 1)
+        keys = keys.permute(0, 2, 3, 1)
+        queries = _compare(self.norm_query, self.query, queries)
+        keys = _compare(self.norm_key, self.key, keys)
+        return queries.permute(0, 3, 1, 2), keys.permute(0, 3, 1, 2)
+
+
+def _compare(norm: nn.RMSNorm, layer: nn.Linear, x: Tensor) -> Tensor:
+    """(…, width) at unit scale, mapped to what heads compare; in the precision of ``x``."""
+    x = F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype))
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+@UPSAMPLERS.register
+class JAFAR(AttentionUpsampler):
+    """Queries from the image; keys from the image, modulated by the features; all cells attended.
+
+    Weights are the mean of the heads', positive with sum 1: nothing leaves the range of the
+    features. They depend on the features, and the output is linear in the values given them. Made
+    for one backbone: its keys see the features through a map of ``embed_dim`` channels.
+
+    Source: Couairon et al., JAFAR: Jack up Any Feature at Any Resolution, 2025.
+    """
+
+    name = "jafar"
+    published_by = "PaulCouairon/JAFAR"
+    needs_features = True
+
+    def __init__(
+        self, embed_dim: int, *, width: int = 128, heads: int = 4, backend: str = "auto"
+    ) -> None:
+        """Make an untrained one; :func:`upfeat.load_upsampler` reads published weights.
+
+        Args:
+            embed_dim: number C of feature channels.
+            width: channels of queries and keys.
+            heads: of the attention.
+            backend: of its operator; see :mod:`upfeat.functional`.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        super().__init__(width=width, heads=heads, backend=backend)
+        embed_dim, width = whole("embed_dim", embed_dim, 1, MOST_CHANNELS), self.width
+        self.embed_dim = embed_dim
+        self.image = ImageQueries(width)
+        self.features_encoder = ResidualEncoder(embed_dim, width)
+        self.gamma = nn.Conv2d(width, width, 1, bias=False)
+        self.beta = nn.Conv2d(width, width, 1, bias=False)
+        self.projection = Projection(width)
+
+    def config(self) -> dict[str, Any]:
+        """See :meth:`Upsampler.config`."""
+        return {"embed_dim": self.embed_dim, "width": self.width, "heads": self.heads}
+
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> AttentionKernels:
+        """See :meth:`Upsampler.prepare`; the features are needed.
+
+        Raises:
+            ValueError: there are no features, or they have another number of channels.
+        """
+        if features is None:
+            raise ValueError("features are missing: JAFAR's weights depend on them; pass features=")
+        if features.shape[1] != self.embed_dim:
+            raise ValueError(
+                f"features has {features.shape[1]} channels but this JAFAR is made for "
+                f"{self.embed_dim}; take the checkpoint of the features' backbone, or AnyUp"
+            )
+        queries, keys = self.image(self.exact(guidance), grid_size, output_size)
+        seen = self.features_encoder(F.normalize(self.exact(features), dim=1))
+        keys = convolve(self.gamma, seen) * F.group_norm(keys, GROUPS) + convolve(self.beta, seen)
+        queries, keys = self.projection(F.group_norm(queries, GROUPS), keys)
+        return AttentionKernels(
+            queries,
+            keys,
+            whole_window(grid_size[0], output_size[0]),
+            whole_window(grid_size[1], output_size[1]),
+            heads=self.heads,
+            backend=self.backend,
+        )

@@ -1,0 +1,123 @@
+"""NAF: pixels attend to 9×9 cells, by the image alone; each head weighs channels of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.bounds import whole
+from upfeat.types import Size
+from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, shifted_window
+from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
+
+_MOST_PIXELS = 4
+"""Images are shrunk to at most so many pixels for each one of the output, as published."""
+
+
+@UPSAMPLERS.register
+class NAF(AttentionUpsampler):
+    """Queries are image codes rotated by place, keys their means over cells; 9×9 cells attended.
+
+    The weights depend on the image alone, and heads share out the channels: with four, the first
+    quarter of the features goes by the first head's weights, and so on. At the border the window
+    is shifted inwards and holds as many cells as elsewhere (NATTEN's rule); an axis of fewer cells
+    than the window is attended to whole. The cell of a pixel is the one its centre lies in, for any
+    sizes; code on NATTEN rounds the ratio down, and agrees where it is a whole number.
+
+    Source: Chambon et al., NAF: Zero-Shot Feature Upsampling via Neighborhood Attention Filtering,
+    2025.
+    """
+
+    name = "naf"
+    published_by = "valeoai/NAF"
+    linear = False  # in the features; but a map of mixed channels has no heads that go with it
+
+    def __init__(
+        self,
+        *,
+        width: int = 256,
+        heads: int = 4,
+        window_side: int = 9,
+        backend: str = "auto",
+    ) -> None:
+        """Make an untrained one; :func:`upfeat.load_upsampler` reads published weights.
+
+        Args:
+            width: channels of queries and keys; half from each encoder.
+            heads: of the attention.
+            window_side: cells, odd.
+            backend: of the attention's operator; see :mod:`upfeat.functional`.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        super().__init__(width=width, heads=heads, backend=backend)
+        width, heads = self.width, self.heads
+        if width % 16:
+            raise ValueError(f"width={width} must be a multiple of 16")
+        self.window_side = whole("window_side", window_side, 1, 63)
+        if self.window_side % 2 == 0:
+            raise ValueError(f"window_side={window_side} must be odd")
+        # One knows a pixel's own colour, the other its surroundings.
+        self.colours = ResidualEncoder(3, width // 2, bias=True, residual=False)
+        self.surroundings = ResidualEncoder(
+            3, width // 2, entry_size=3, kernel_size=3, bias=True, residual=False
+        )
+        angles = width // heads // 4
+        periods = 100.0 ** (torch.arange(angles) / angles)
+        self.register_buffer("periods", periods)
+        self.periods: Tensor
+
+    def config(self) -> dict[str, Any]:
+        """See :meth:`Upsampler.config`."""
+        return {"width": self.width, "heads": self.heads, "window_side": self.window_side}
+
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> AttentionKernels:
+        """See :meth:`Upsampler.prepare`; the features play no part."""
+        image = _shrink(self.exact(guidance), output_size)
+        codes = [
+            encoder.pooled(image, output_size) for encoder in (self.colours, self.surroundings)
+        ]
+        queries = torch.cat(codes, dim=1).unflatten(1, (self.heads, -1))
+        queries = rotate_pairs(queries, self._angles(output_size, queries)).flatten(1, 2)
+        return AttentionKernels(
+            queries,
+            mean_over_cells(queries, grid_size),
+            shifted_window(grid_size[0], output_size[0], self.window_side),
+            shifted_window(grid_size[1], output_size[1], self.window_side),
+            heads=self.heads,
+            split=True,
+            backend=self.backend,
+        )
+
+    def _angles(self, size: Size, like: Tensor) -> Tensor:
+        """Of every channel of one head at every pixel, (D/heads, H, W)."""
+        frequencies = 2 * torch.pi / self.periods.to(like.dtype)
+        rows, columns = (
+            ((torch.arange(side, dtype=like.dtype, device=like.device) + 0.5) / side * 2 - 1)
+            * frequencies[:, None]
+            for side in size
+        )
+        both = torch.cat(
+            [rows[:, :, None].expand(-1, -1, size[1]), columns[:, None].expand(-1, size[0], -1)]
+        )
+        return both.repeat(2, 1, 1)
+
+
+def _shrink(image: Tensor, output_size: Size) -> Tensor:
+    height, width = image.shape[2:]
+    if height <= _MOST_PIXELS * output_size[0] and width <= _MOST_PIXELS * output_size[1]:
+        return image
+    most = _MOST_PIXELS * min(output_size)
+    size = (min(height, most), min(width, most))
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)

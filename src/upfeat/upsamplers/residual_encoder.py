@@ -1,0 +1,176 @@
+"""The image encoders of published attention upsamplers, and what goes with them.
+
+AnyUp, JAFAR and NAF share one design: a convolution, then blocks of (group norm, SiLU, convolution)
+twice, most of them 1×1; queries and keys rotated by their place in the image. Group norms see the
+whole image, so an encoder runs once for an image, and whatever is cut into windows comes after it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.geometry import reflect_pad
+from upfeat.types import Size
+
+GROUPS = 8
+"""Of every group norm, in each of the published models."""
+
+
+class NormBlock(nn.Module):
+    """Group norm, SiLU, convolution; twice; added to its input where it is residual."""
+
+    def __init__(self, width: int, kernel_size: int, *, bias: bool, residual: bool) -> None:
+        """Make a block with PyTorch's initial weights.
+
+        Args:
+            width: channels in and out, a multiple of :data:`GROUPS`.
+            kernel_size: of both convolutions, odd; edges are reflected.
+            bias: whether the convolutions have one.
+            residual: whether the input is added.
+        """
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, width)
+        self.conv1 = reflecting(width, width, kernel_size, bias=bias)
+        self.norm2 = nn.GroupNorm(GROUPS, width)
+        self.conv2 = reflecting(width, width, kernel_size, bias=bias)
+        self.residual = residual
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """What the second convolution gets, (B, width, H, W) -> the same."""
+        x = convolve(self.conv1, _activate(self.norm1, x))
+        return _activate(self.norm2, x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) -> the same."""
+        out = convolve(self.conv2, self.hidden(x))
+        return x + out if self.residual else out
+
+
+class ResidualEncoder(nn.Sequential):
+    """A convolution and :class:`NormBlock` layers, with the tensor names of the published models.
+
+    Maps are channels last: on a CPU a 1×1 convolution is then a matrix product.
+    """
+
+    def __init__(
+        self,
+        inputs: int | None,
+        width: int,
+        *,
+        entry_size: int = 1,
+        kernel_size: int = 1,
+        depth: int = 2,
+        bias: bool = False,
+        residual: bool = True,
+    ) -> None:
+        """Make an encoder with PyTorch's initial weights.
+
+        Args:
+            inputs: channels of its input; ``None`` leaves the first convolution out (something else
+                then stands in its place, as layer 0).
+            width: channels of its output.
+            entry_size: kernel size of the first convolution.
+            kernel_size: of those in the blocks.
+            depth: number of blocks.
+            bias: whether convolutions have one.
+            residual: whether blocks add their input.
+        """
+        entry = nn.Identity()
+        if inputs is not None:
+            entry = reflecting(inputs, width, entry_size, bias=bias)
+        super().__init__(
+            entry,
+            *(NormBlock(width, kernel_size, bias=bias, residual=residual) for _ in range(depth)),
+        )
+
+    @property
+    def entry(self) -> nn.Module:
+        """The first convolution."""
+        return self[0]
+
+    @property
+    def blocks(self) -> list[NormBlock]:
+        """The layers after it."""
+        return [block for block in self if isinstance(block, NormBlock)]
+
+    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(B, inputs, H, W) -> (B, width, H, W), channels last."""
+        x = convolve(self[0], x) if isinstance(self[0], nn.Conv2d) else self[0](x)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def pooled(self, x: Tensor, size: Size) -> Tensor:
+        """The means of :meth:`forward` over the cells of a grid, (B, inputs, H, W) -> (…, *size).
+
+        The last 1×1 convolution is linear, so it may follow the mean: on a coarser grid it then
+        costs next to nothing.
+        """
+        *blocks, last = self.blocks
+        if size[0] * size[1] >= x.shape[2] * x.shape[3] or last.conv2.kernel_size != (1, 1):
+            return mean_over_cells(self(x), size)
+        x = convolve(self[0], x) if isinstance(self[0], nn.Conv2d) else self[0](x)
+        for block in blocks:
+            x = block(x)
+        out = convolve(last.conv2, mean_over_cells(last.hidden(x), size))
+        return mean_over_cells(x, size) + out if last.residual else out
+
+
+def reflecting(inputs: int, outputs: int, kernel_size: int, *, bias: bool) -> nn.Conv2d:
+    """A convolution that keeps the size; edges are reflected."""
+    return nn.Conv2d(
+        inputs,
+        outputs,
+        kernel_size,
+        padding=kernel_size // 2,
+        padding_mode="reflect" if kernel_size > 1 else "zeros",
+        bias=bias,
+    )
+
+
+def convolve(layer: nn.Module, x: Tensor) -> Tensor:
+    """A convolution of channels-last maps, in their precision; a 1×1 one as a matrix product.
+
+    Edges are reflected as often as it takes, so that a map of one pixel has some too.
+    """
+    assert isinstance(layer, nn.Conv2d)
+    weight = layer.weight.to(x.dtype)
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    if layer.kernel_size == (1, 1):
+        out = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
+        return out.permute(0, 3, 1, 2)
+    x = x.contiguous(memory_format=torch.channels_last)
+    reach = layer.kernel_size[0] // 2
+    if layer.padding_mode == "reflect":
+        return F.conv2d(reflect_pad(x, reach), weight, bias)
+    return F.conv2d(x, weight, bias, padding=reach)
+
+
+def _activate(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+    x = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    return F.silu(x) if torch.is_grad_enabled() else F.silu(x, inplace=True)
+
+
+def mean_over_cells(x: Tensor, size: Size) -> Tensor:
+    """Adaptive average pooling; nothing where the size is that of ``x``."""
+    return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
+
+
+def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate channel i against channel i + D/2 (rotary position codes).
+
+    Args:
+        x: (…, D, H, W).
+        angles: (D, H, W) in radians, one for each channel.
+    """
+    first, second = x.chunk(2, dim=-3)
+    return x * angles.cos() + torch.cat([-second, first], dim=-3) * angles.sin()
+
+
+def corner_coordinates(size: Size, like: Tensor) -> Tensor:
+    """(y, x) of every pixel, 0 at the first and 1 at the last, (H, W, 2)."""
+    axes = [torch.linspace(0, 1, side, dtype=like.dtype, device=like.device) for side in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)

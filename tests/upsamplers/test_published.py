@@ -1,0 +1,242 @@
+"""AnyUp, JAFAR and NAF against the obvious way, their promises, and the published cases."""
+
+from pathlib import Path
+
+import numpy as np
+import published_reference as obvious
+import pytest
+import torch
+
+import upfeat
+from upfeat.types import Window
+from upfeat.upsamplers.attention import relative_window, shifted_window
+
+CHECKPOINTS = Path(__file__).parents[2].parent / "shared" / "data" / "checkpoints"
+NAMES = ("anyup", "jafar", "naf")
+CASES = [
+    ("anyup_multi_backbone.pth", "anyup_multi"),
+    ("anyup_paper.pth", "anyup_paper"),
+    ("jafar_vit_small_patch14_dinov2.pth", "jafar"),
+    ("naf_layout_random.pth", "naf"),
+]
+
+
+def tiny(name, dtype=torch.float64, **options):
+    """A small one with random weights, large enough that heads disagree."""
+    torch.manual_seed(0)
+    make = {
+        "anyup": lambda: upfeat.AnyUp(width=16, heads=2, **options),
+        "jafar": lambda: upfeat.JAFAR(8, width=16, heads=2, **options),
+        "naf": lambda: upfeat.NAF(width=32, heads=2, window_side=3, **options),
+    }
+    upsampler = make[name]()
+    with torch.no_grad():
+        for parameter in upsampler.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return upsampler.to(dtype).eval().requires_grad_(False)
+
+
+def run_obvious(upsampler, image, features, size):
+    options = {"heads": upsampler.heads}
+    if upsampler.name == "naf":
+        options["side"] = upsampler.window_side
+    elif upsampler.name == "anyup":
+        options["ratio"] = upsampler.window_ratio
+    way = getattr(obvious, upsampler.name)
+    return way(obvious.published_state(upsampler), image, features, size, **options)
+
+
+def sample(size=(20, 27), grid=(5, 4), channels=8, batch=2, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(batch, 3, *size, generator=generator, dtype=torch.float64)
+    features = torch.randn(batch, channels, *grid, generator=generator, dtype=torch.float64)
+    return image.to(dtype), features.to(dtype)
+
+
+def error(found, expected):
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("backend", ["eager", "reference", "auto"])
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("size", "grid", "output_size"),
+    [((20, 27), (5, 4), (20, 27)), ((24, 24), (3, 3), (12, 13)), ((9, 50), (2, 7), (11, 10))],
+)
+def test_equals_the_obvious_way(name, size, grid, output_size, backend):
+    upsampler = tiny(name, backend=backend)
+    image, features = sample(size, grid)
+    expected = run_obvious(upsampler, image, features, output_size)
+    assert error(upsampler(features, image, output_size), expected) < 1e-12
+    half = tiny(name, torch.float32, backend=backend)
+    found = half(features.float(), image.float(), output_size)
+    assert found.dtype == torch.float32
+    assert error(found, expected) < 1e-5
+    found = half(features.bfloat16(), image.bfloat16(), output_size)
+    assert found.dtype == torch.bfloat16
+    exact = run_obvious(
+        upsampler, image.bfloat16().double(), features.bfloat16().double(), output_size
+    )
+    assert error(found, exact) < 2e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_grids_smaller_than_the_window(name):
+    upsampler = tiny(name)
+    image, features = sample((10, 8), (2, 2))
+    expected = run_obvious(upsampler, image, features, (10, 8))
+    assert error(upsampler(features, image), expected) < 1e-12
+    image, features = sample((4, 6), (1, 1))
+    out = upsampler(features, image)
+    torch.testing.assert_close(out, features.expand_as(out))  # one cell: nothing else to take
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_window_is_the_window_of_the_whole(name):
+    upsampler = tiny(name)
+    image, features = sample(batch=1)
+    lazy = upfeat.UpsampledFeatures(features, image, upsampler, (33, 21))
+    whole = lazy.full()
+    torch.testing.assert_close(lazy.crop(7, 3, 11, 9), whole[:, :, 7:18, 3:12])
+    points = torch.tensor([[0.0, 0.0], [32.0, 20.0], [7.0, 13.0]])
+    expected = torch.stack([whole[0, :, int(y), int(x)] for y, x in points])
+    torch.testing.assert_close(lazy.at(points), expected)
+    weight, bias = torch.randn(3, 8).double(), torch.randn(3).double()
+    expected = torch.einsum("kc,bcyx->bkyx", weight, whole) + bias[:, None, None]
+    torch.testing.assert_close(lazy.project(weight, bias), expected)
+    torch.testing.assert_close(lazy.project(weight[:1]), expected[:, :1] - bias[0])
+
+
+def test_channels_of_split_heads_by_range():
+    upsampler = tiny("naf")
+    image, features = sample()
+    kernels = upsampler.prepare(image, (5, 4), (20, 27))
+    whole = upsampler.render(kernels, features)
+    window = Window(2, 3, 5, 6)
+    for channels in (slice(0, 3), slice(2, 7), slice(4, None)):
+        part = upsampler.render(kernels, features, head=channels)
+        torch.testing.assert_close(part, whole[:, channels])
+        part = upsampler.render(kernels, features, head=channels, window=window)
+        torch.testing.assert_close(part, whole[:, channels, 2:7, 3:9])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_images_of_a_batch_do_not_meet(name):
+    upsampler = tiny(name)
+    image, features = sample()
+    both = upsampler(features, image)
+    for index in (0, 1):
+        alone = upsampler(features[index : index + 1], image[index : index + 1])
+        torch.testing.assert_close(both[index : index + 1], alone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_a_mean_of_the_features(name):
+    upsampler = tiny(name)
+    image, features = sample()
+    out = upsampler(features, image)
+    assert float(out.max()) <= float(features.max()) + 1e-9
+    constant = features[:, :, :1, :1].expand_as(features)
+    out = upsampler(constant, image)
+    torch.testing.assert_close(out, constant[:, :, :1, :1].expand_as(out))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients(name):
+    upsampler = tiny(name)
+    image, features = sample((7, 6), (3, 2), channels=8, batch=1)
+    image, features = image.requires_grad_(), features.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda f, x: upsampler(f, x, (6, 5)), (features, image), fast_mode=True
+    )
+    names = [name for name, _ in upsampler.named_parameters()]
+    values = [value.clone().requires_grad_() for value in upsampler.parameters()]
+
+    def by_parameters(*given):
+        state = dict(zip(names, given, strict=True))
+        return torch.func.functional_call(upsampler, state, (features.detach(), image.detach()))
+
+    assert torch.autograd.gradcheck(by_parameters, values, fast_mode=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fills_a_buffer(name, dtype, monkeypatch):
+    monkeypatch.setattr("upfeat.upsamplers.attention._BAND_BYTES", 5000)  # several bands
+    upsampler = tiny(name, torch.float32)
+    image, features = sample(dtype=torch.float32)
+    expected = upsampler(features, image)
+    buffer = torch.full((2, 8, 20, 27), torch.nan, dtype=dtype)
+    assert upsampler(features, image, out=buffer) is buffer
+    torch.testing.assert_close(buffer.float(), expected, rtol=2e-3, atol=2e-3)
+    with pytest.raises(ValueError, match="buffer of"):
+        upsampler(features, image, out=buffer[:, :, 1:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_image_first(name):
+    upsampler = tiny(name)
+    image, features = sample()
+    module = upfeat.ImageFirst(upsampler)
+    torch.testing.assert_close(module(image, features), upsampler(features, image))
+    out = module(image, features, (9, 9), q_chunk_size=100)
+    torch.testing.assert_close(out, upsampler(features, image, (9, 9)))
+    buffer = torch.empty_like(out)
+    torch.testing.assert_close(module(image, features, (9, 9), out=buffer), out)
+
+
+def test_saved_and_read(tmp_path):
+    for name in NAMES:
+        upsampler = tiny(name, torch.float32)
+        upsampler.save_pretrained(tmp_path / name)
+        again = upfeat.load_upsampler(tmp_path / name)
+        image, features = sample(dtype=torch.float32)
+        assert torch.equal(upsampler(features, image), again(features, image))
+        assert again.normalization == upsampler.normalization
+
+
+def test_bad_input():
+    image, features = sample(channels=6)
+    with pytest.raises(ValueError, match="6 channels but this JAFAR is made for 8"):
+        tiny("jafar")(features, image)
+    with pytest.raises(ValueError, match="5 channels, which its 2 heads cannot share"):
+        tiny("naf")(features[:, :5], image)
+    with pytest.raises(ValueError, match="features are missing"):
+        tiny("anyup").prepare(image, (5, 4), (20, 27))
+    for make in (
+        lambda: upfeat.AnyUp(width=20),
+        lambda: upfeat.AnyUp(window_ratio=0),
+        lambda: upfeat.AnyUp(basis_side=4),
+        lambda: upfeat.JAFAR(0),
+        lambda: upfeat.NAF(window_side=2),
+        lambda: upfeat.NAF(backend="cuda"),
+    ):
+        with pytest.raises(ValueError, match="="):
+            make()
+
+
+def test_windows_of_cells():
+    assert shifted_window(12, 12, 9)[:12] == [0, 0, 0, 0, 0, 1, 2, 3, 3, 3, 3, 3]
+    assert shifted_window(4, 8, 9) == [0] * 8 + [4] * 8
+    # 10 pixels on 3 cells: the cell that a pixel's centre lies in, not a ratio rounded down
+    assert shifted_window(3, 10, 1)[:10] == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    for cells, length in ((14, 56), (11, 47), (16, 224), (5, 35), (64, 1000), (10, 100)):
+        at = (torch.arange(length, dtype=torch.float32) + 0.5) / length
+        low = ((at - 0.1).clamp(0, 1) * cells).floor().long().tolist()
+        high = ((at + 0.1).clamp(0, 1) * cells).ceil().long().tolist()
+        assert relative_window(cells, length, 0.1) == low + high
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="no ../shared beside this checkout")
+@pytest.mark.parametrize(("file", "cases"), CASES)
+def test_published_cases(file, cases):
+    upsampler = upfeat.load_upsampler(CHECKPOINTS / file)
+    for path in sorted((CHECKPOINTS / "cases").glob(f"{cases}*.npz")):
+        case = np.load(path)
+        image, features = (torch.from_numpy(case[name]) for name in ("image", "features"))
+        expected = torch.from_numpy(case["output"]).double()
+        size = tuple(case["output_size"].tolist())
+        assert error(upsampler(features, image, size), expected) < 1e-5, path.name
+        found = upsampler(features.bfloat16(), image.bfloat16(), size)
+        assert error(found, expected) < 2e-2, path.name
