@@ -74,10 +74,10 @@ def values_of(output):
 
 
 def whole(path, model):
-    """All pixels at once; the raster's edge repeated up to whole cells."""
+    """All pixels at once; the raster's edge repeated up to whole steps."""
     with Scene(path) as scene, torch.no_grad():
-        stride = model.backbone.stride
-        height, width = (-(-side // stride) * stride for side in scene.size)
+        step = model.backbone.stride * model.upsampler.step
+        height, width = (-(-side // step) * step for side in scene.size)
         image = scene.read(Window(0, 0, height, width))[0][None]
         out = model((image - model.backbone.mean) / model.backbone.std)
     return out[0, :, : scene.size[0], : scene.size[1]].numpy()

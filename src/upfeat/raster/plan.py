@@ -21,7 +21,7 @@ DEFAULT_BUDGET = 4 * 10**9
 MASK_HALO = 4
 """Masked cells so near to valid ones take their features; those farther away are 0."""
 
-_TILES = (1024, 768, 512, 384, 256, 192, 128)
+_TILES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
 """Sides tried, pixels, largest first."""
 _WINDOW = 512
 """Side of the windows of a backbone with global attention, pixels."""
@@ -35,7 +35,7 @@ class Plan:
     """How a raster is cut; all sides in cells.
 
     Attributes:
-        grid: (h, w) of all coarse features.
+        grid: (h, w) of all coarse features; whole steps, beyond the raster if need be.
         tile: side of a tile that is written.
         halo: cells around it that the upsampler reads.
         step: tiles read from multiples of it.
@@ -103,8 +103,8 @@ def make_plan(
             f"{model.upsampler.name} looks at the whole image and cannot work in tiles; choose an "
             "upsampler that does not, such as detail"
         )
-    grid = (-(-size[0] // stride), -(-size[1] // stride))
-    step = model.upsampler.tile_step(stride)
+    step = model.upsampler.step
+    height, width = (step * -(-side // (stride * step)) for side in size)
     halo = receptive_halo(model.backbone)
     resident = status("VmRSS") or 0
     activations = activation_bytes(model.backbone)
@@ -112,7 +112,7 @@ def make_plan(
     for side in _TILES if tile is None else (tile,):
         cells = step * max(1, side // (stride * step))
         through = cells if halo is not None else max(_WINDOW // stride, 1)
-        plan = Plan(grid, cells, reach + MASK_HALO, step, through, halo)
+        plan = Plan((height, width), cells, reach + MASK_HALO, step, through, halo)
         needed = resident + _needed(plan, model, what, activations)
         if needed <= max_memory or tile is not None:
             return plan
