@@ -7,7 +7,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from upfeat.bounds import LARGEST, whole
 from upfeat.types import Size, Window
+from upfeat.upsamplers.base import check_finite
 
 
 class FeatureMap(ABC):
@@ -40,9 +42,10 @@ def check_window(size: Size, top: int, left: int, height: int, width: int) -> Wi
     """Check that a window lies in a map.
 
     Raises:
-        ValueError: it does not.
+        ValueError: it does not, or its sides are not whole numbers.
     """
-    window = Window(*map(int, (top, left, height, width)))
+    sides = {"top": top, "left": left, "height": height, "width": width}
+    window = Window(*(whole(name, side, -LARGEST) for name, side in sides.items()))
     inside = min(window.top, window.left) >= 0 and min(window.height, window.width) >= 1
     if not inside or window.bottom > size[0] or window.right > size[1]:
         raise ValueError(
@@ -53,7 +56,7 @@ def check_window(size: Size, top: int, left: int, height: int, width: int) -> Wi
 
 
 def check_head(weight: Tensor, bias: Tensor | None, channels: int) -> None:
-    """Check that a linear head takes a map's channels.
+    """Check that a linear head takes a map's channels, and is finite.
 
     Raises:
         ValueError: it does not.
@@ -64,13 +67,18 @@ def check_head(weight: Tensor, bias: Tensor | None, channels: int) -> None:
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_finite(name, tensor, "check how the head was fitted")
 
 
 def check_points(points: Tensor) -> None:
-    """Check the shape of points.
+    """Check the shape and type of points.
 
     Raises:
-        ValueError: it is not (N, 2).
+        ValueError: they are not (N, 2) numbers.
     """
     if points.dim() != 2 or points.shape[1] != 2:
         raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
+    if points.is_complex() or points.dtype is torch.bool:
+        raise ValueError(f"points is {points.dtype}; give numbers of pixels")

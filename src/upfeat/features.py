@@ -7,24 +7,21 @@ coarse grid before it, and a point or a crop needs its own pixels and what their
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from upfeat._version import __version__
+from upfeat.bounds import number, whole
 from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
+from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
-from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.base import UPSAMPLERS, add_offset, check_inputs
+from upfeat.upsamplers.base import add_offset, check_finite, check_inputs
 
 _TILE = 32
-_FORMAT = "upfeat-lazy-features-1"
 
 
 class PCA(NamedTuple):
@@ -110,8 +107,10 @@ class UpsampledFeatures(FeatureMap):
         self.guidance = guidance
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
-        known = mean is not None and std is not None and len(mean) == guidance.shape[1]
-        self._normalisation = (list(mean), list(std)) if known else None  # pyright: ignore[reportArgumentType]
+        self._normalization = None
+        if mean is not None and std is not None and len(mean) == guidance.shape[1]:
+            means = tuple(number("mean", one) for one in mean)
+            self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
         self.missing = None if missing is None else missing.expand(-1, 1, *size)
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
         self._settled: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
@@ -132,14 +131,21 @@ class UpsampledFeatures(FeatureMap):
         Args:
             dtype: of the result; ``None`` for the features'. A smaller one is filled in blocks of
                 channels, so that the map never exists in the larger one.
+
+        Raises:
+            ValueError: the dtype is not of floating numbers, or the map overflows it.
         """
-        if dtype in (None, self.features.dtype):
+        if dtype is None or dtype is self.features.dtype:
             return self._render()
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
         settled = self._settle()
         out = torch.empty(self.shape, dtype=dtype, device=self.features.device)
         for start in range(0, self.shape[1], 64):
             block = slice(start, start + 64)
             out[:, block] = self.upsampler.render(*settled, head=block)
+            if not bool(torch.isfinite(out[:, block]).all()):
+                raise ValueError(f"the map overflows {dtype}; use bfloat16 or float32")
         return self._blank(out)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
@@ -229,6 +235,7 @@ class UpsampledFeatures(FeatureMap):
             )
         if target.numel() != self.shape[1]:
             target = self.at(target[None].float())[0]
+        check_finite("target", target, "check where it comes from")
         product = self.project(target[None])
         if not cosine:
             return product
@@ -239,7 +246,7 @@ class UpsampledFeatures(FeatureMap):
         """Principal components, fitted on the coarse features, applied at every pixel.
 
         Args:
-            k: how many, from 1 to C.
+            k: number of components, from 1 to C.
 
         Returns:
             The map of coordinates, equal to ``(full − mean)·components``, with the basis.
@@ -247,9 +254,7 @@ class UpsampledFeatures(FeatureMap):
         Raises:
             ValueError: k is out of range.
         """
-        channels = self.shape[1]
-        if not 1 <= k <= channels:
-            raise ValueError(f"k={k} must be from 1 to the number of channels, {channels}")
+        k = whole("k", k, 1, self.shape[1])
         samples = self.features.detach().transpose(0, 1).flatten(1).float().T  # (B·h·w, C)
         mean, components, _ = principal_components(samples, k)
         components = components.to(self.features.dtype).contiguous()
@@ -262,37 +267,17 @@ class UpsampledFeatures(FeatureMap):
         Args:
             path: the safetensors file.
             exact: keep features and guidance as they are. Otherwise features are stored in
-                float16 and the guidance in 8 bits per colour, which an 8-bit photograph at its
-                own size survives unchanged.
+                float16; the guidance in 8 bits per colour where it is a normalised photograph,
+                which one of 8 bits at its own size survives unchanged, in 16 bits over its own
+                range where it is not, and as it is where neither would do.
 
         Raises:
-            ValueError: the features overflow float16.
+            ValueError: features or guidance are NaN or infinite, or the features overflow float16
+                or are too small for it.
         """
-        tensors = {"features": self.features, "guidance": self.guidance}
-        missing = {} if self.missing is None else {"missing": self.missing}
-        if not exact:
-            if self.features.abs().max() > torch.finfo(torch.float16).max:
-                raise ValueError("features overflow float16; save(path, exact=True)")
-            scale, shift = self._quantisation()
-            levels = ((self.guidance - shift[:, None, None]) / scale[:, None, None]).round()
-            tensors = {
-                "features": self.features.half(),
-                "guidance": levels.clamp(0, 255).byte(),
-                "scale": scale,
-                "shift": shift,
-            }
-        facts = {
-            "format": _FORMAT,
-            "upfeat_version": __version__,
-            "dtype": str(self.features.dtype).removeprefix("torch."),
-            "output_size": json.dumps(list(self.shape[2:])),
-            "upsampler": json.dumps({"upsampler": self.upsampler.name, **self.upsampler.config()}),
-            "weights": _digest(self.upsampler),
-        }
-        detached = {
-            name: tensor.detach().contiguous() for name, tensor in (tensors | missing).items()
-        }
-        write_tensors(path, detached, facts)
+        size = (self.shape[2], self.shape[3])
+        inputs = self.features, self.guidance, self.upsampler, size
+        write_parts(path, Parts(*inputs, self._normalization, self.missing), exact=exact)
 
     @classmethod
     def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:
@@ -306,26 +291,20 @@ class UpsampledFeatures(FeatureMap):
             FileNotFoundError: there is no such file.
             ValueError: it is of another kind, or the upsampler is another one.
         """
-        tensors, facts = read_tensors(path)
-        if facts.get("format") != _FORMAT:
-            found = facts.get("format", "no format")
-            raise ValueError(f"{path}: not lazy features of this version ({found}, not {_FORMAT})")
-        config = json.loads(facts["upsampler"])
-        name = config.pop("upsampler")
-        if upsampler is None and facts["weights"] == "none" and name in UPSAMPLERS:
-            upsampler = UPSAMPLERS[name](**config).eval()
-        if upsampler is None:
-            raise ValueError(f"{path}: made by a {name} with weights; give it as upsampler=")
-        if upsampler.name != name or _digest(upsampler) != facts["weights"]:
-            raise ValueError(f"{path}: made by a {name} with other weights than the one given")
-        dtype = getattr(torch, facts["dtype"])
-        features, guidance = tensors["features"].to(dtype), tensors["guidance"].to(dtype)
-        if "scale" in tensors:
-            scale, shift = (tensors[key].to(dtype)[:, None, None] for key in ("scale", "shift"))
-            guidance = guidance * scale + shift
-        height, width = json.loads(facts["output_size"])
-        missing = tensors.get("missing")
-        return cls(features, guidance, upsampler, (height, width), missing=missing)
+        parts = read_parts(path, upsampler)
+        mean, std = parts.normalization or (None, None)
+        try:
+            return cls(*parts[:4], mean=mean, std=std, missing=parts.missing)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: the parts. What was made of them is made again when it is needed."""
+        state = {**self.__dict__, "_made": None, "_settled": None}
+        for name in ("features", "guidance"):
+            # No copy can carry the graph that a tensor came from.
+            state[name] = state[name] if state[name].is_leaf else state[name].detach()
+        return state
 
     def _render(self, head: Tensor | None = None) -> Tensor:
         return self._blank(self.upsampler.render(*self._parts(), head=head))
@@ -398,28 +377,8 @@ class UpsampledFeatures(FeatureMap):
         lower = torch.lerp(patch[:, below, x], patch[:, below, right], part[:, 1])
         return torch.lerp(upper, lower, part[:, 0]).T
 
-    def _quantisation(self) -> tuple[Tensor, Tensor]:
-        """Step and origin of 8-bit colours, (3,) each."""
-        if self._normalisation is not None:
-            mean, std = (torch.tensor(values) for values in self._normalisation)
-            return 1 / (255 * std), -mean / std
-        low, high = self.guidance.detach().cpu().float().transpose(0, 1).flatten(1).aminmax(dim=1)
-        return (high - low).clamp(min=1e-6) / 255, low
-
 
 def blank(out: Tensor, missing: Tensor) -> Tensor:
     """Put 0 where there are no data; in place when autograd does not watch."""
     watched = torch.is_grad_enabled() and out.requires_grad
     return out.masked_fill(missing, 0) if watched else out.masked_fill_(missing, 0)
-
-
-def _digest(upsampler: Upsampler) -> str:
-    """A name for an upsampler's weights; "none" where it has none."""
-    state = upsampler.state_dict()
-    if not state:
-        return "none"
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -118,6 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="cpu, cuda, cuda:1, … (default: %(default)s)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a results.json or report.html that upfeat did not write",
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -154,6 +159,7 @@ def execute(options: argparse.Namespace) -> int:
             config=config,
             layout=options.layout,
             device=options.device,
+            overwrite=options.overwrite,
             on_step=_shower(progress),
         )
     for problem in results.problems[:_PROBLEMS_SHOWN]:

@@ -25,10 +25,16 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 
 from upfeat.backends import dispatch
+from upfeat.bounds import shown
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
+
+LONGEST_SIDE = 1 << 20
+"""Pixels of an output's side, at most."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
 
@@ -337,19 +343,24 @@ def check_inputs(
             f"features is on {features.device} and guidance on {guidance.device}; "
             "move one with .to()"
         )
-    _check_finite("features", features, "check the backbone's input and its precision")
-    _check_finite("guidance", guidance, "check the image")
+    check_finite("features", features, "check the backbone's input and its precision")
+    check_finite("guidance", guidance, "check the image")
     if output_size is None:
         return guidance.shape[2], guidance.shape[3]
     return check_output_size(output_size)
 
 
-def _check_finite(label: str, tensor: Tensor, fix: str) -> None:
+def check_finite(label: str, tensor: Tensor, fix: str) -> None:
     """Refuse NaN where it enters: it would spread over a window at every later stage.
 
     One pass over the inputs, which are small beside the output. Left out where a value must not
     steer the program: in a graph being compiled and under ``torch.func`` transforms.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or of a type that is not computed with.
     """
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{label} is {tensor.dtype}; give floating numbers, as .float() does")
     if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor):
         return
     if not bool(torch.isfinite(tensor).all()):
@@ -368,12 +379,18 @@ def check_output_size(output_size: Size) -> Size:
     try:
         height, width = (int(side) for side in output_size)
         valid = (height, width) == tuple(output_size) and min(height, width) >= 1
-    except (TypeError, ValueError):
+        valid = valid and not any(isinstance(side, bool | str) for side in output_size)
+    except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise ValueError(
-            f"output_size={output_size!r} must be (height, width), two whole numbers of pixels "
-            "of at least 1"
+            f"output_size={shown(output_size)} must be (height, width), two whole numbers of "
+            "pixels of at least 1"
+        )
+    if max(height, width) > LONGEST_SIDE:  # pyright: ignore[reportPossiblyUnboundVariable]
+        raise ValueError(
+            f"output_size={shown(output_size)} has a side of more than {LONGEST_SIDE} pixels; "
+            "render parts of it"
         )
     return height, width  # pyright: ignore[reportPossiblyUnboundVariable]
 

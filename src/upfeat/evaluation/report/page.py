@@ -11,6 +11,7 @@ from upfeat.evaluation.report.figures import draw_chart, draw_samples
 from upfeat.evaluation.results import Results, Row, summary
 from upfeat.evaluation.task import Score, Task
 from upfeat.evaluation.tasks import find_task
+from upfeat.outputs import html_mark
 from upfeat.storage import write_bytes
 
 BASELINE = "bilinear"
@@ -97,7 +98,7 @@ def render(results: Results, task: type[Task] | None = None) -> str:
         _provenance(results),
     ]
     return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f"<!doctype html><html lang=en><head><meta charset=utf-8>{html_mark()}"
         '<meta name=viewport content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"{''.join(parts)}</body></html>\n"
