@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
+_SECONDS = 10
 _AHEAD = 2
 """Tasks that wait at each worker."""
 
@@ -75,7 +77,9 @@ def map_with_ray(
         options = {"max_restarts": -1, "max_task_retries": -1, "num_cpus": 1}
         actor = ray.remote(**options)(_Worker)
         count = engine.workers or int(ray.cluster_resources().get("CPU", 1))
-        workers = [actor.remote(make_worker) for _ in range(count)]
+        # Kept here for as long as workers may be started again: Ray forgets what nobody holds.
+        made = ray.put(make_worker)
+        workers = [actor.remote(made) for _ in range(count)]
         running: dict[Any, Any] = {}
         free = workers * _AHEAD
         for task in tasks:
@@ -118,6 +122,7 @@ def _connected(ray: Any, engine: Engine) -> Iterator[None]:
     if engine.address is None:
         options |= {"num_cpus": engine.workers, "include_dashboard": False}
     else:
+        _check_answers(engine.address)
         options["address"] = engine.address
     try:
         ray.init(**options)
@@ -128,3 +133,18 @@ def _connected(ray: Any, engine: Engine) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuse a cluster that nobody answers for: Ray itself would go on trying for minutes.
+
+    Raises:
+        ValueError: nobody answers.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # "auto", "local" or a name: Ray knows at once
+        return
+    try:
+        socket.create_connection((host or "127.0.0.1", int(port)), _SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f'address="{address}": no Ray cluster answers ({error})') from None

@@ -10,7 +10,8 @@ HELP = "Extract features of large sets: folders, lists, tar archives and videos;
 EXAMPLE = (
     "  upfeat extract photos/ -o features/\n"
     "  upfeat extract shard-000.tar shard-001.tar -o features/ --kind features --size 224\n"
-    "  upfeat extract photos/ -o maps/ --head probe.safetensors"
+    "  upfeat extract photos/ -o maps/ --head probe.safetensors\n"
+    "  upfeat extract photos/ -o features/ --engine ray --workers 2"
 )
 
 
@@ -49,6 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp16", "fp32"), default="fp16", help="of maps (default: fp16)"
     )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="this process (default), or workers of Ray on this machine or a cluster",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="of Ray (default: one per CPU)")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of a Ray cluster (default: one of this machine)"
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace features made with other settings"
@@ -61,7 +72,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
     import upfeat
-    from upfeat.batch import Extraction, extract
+    from upfeat.batch import Engine, Extraction, extract
     from upfeat.heads import load_head
 
     model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
@@ -80,6 +91,7 @@ def execute(options: argparse.Namespace) -> int:
             options.sources,
             options.output,
             extraction,
+            engine=Engine(options.engine, options.workers, options.address),
             overwrite=options.overwrite,
             on_item=lambda key, done: progress.update(task, completed=done, description=key),
         )
