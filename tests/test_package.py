@@ -13,7 +13,7 @@ SOURCE = Path(upfeat.__file__).parent
 
 # Lower layers first; a module imports from its own layer or from lower ones.
 LAYERS = [
-    {"types", "geometry", "linear", "registry"},
+    {"types", "geometry", "resampling", "linear", "registry"},
     {
         "_version",
         "bounds",
@@ -40,7 +40,8 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"feature_map", "lazy_files", "features"},
-    {"provenance", "probes", "implicit", "model", "environment", "tiling", "mosaic"},
+    {"testing"},
+    {"provenance", "probes", "implicit", "model", "attach", "environment", "tiling", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.upsamplers.neighbourhood import PyramidEncoder, unit
+from upfeat.upsamplers.encoder import PyramidEncoder, unit
 
 # Numbers in a map of queries: 256 MiB. Of larger images the map is coarser than they are.
 _LARGEST_MAP = 1 << 26
