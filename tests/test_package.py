@@ -42,8 +42,8 @@ LAYERS = [
     {"feature_map", "lazy_files", "features"},
     {"testing"},
     {"provenance", "probes", "implicit", "model", "attach", "environment", "tiling", "mosaic"},
-    {"training", "evaluation", "run", "benchmark"},
-    {"batch", "raster", "demo"},
+    {"training", "evaluation", "run", "benchmark", "heads"},
+    {"batch", "raster", "labelled", "demo"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -77,7 +77,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
-    from upfeat.raster import Scene, make_plan, parse_memory, upsample_raster
+    from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tile, upsample_raster
 
     budget = parse_memory(options.max_memory)
     model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
@@ -88,7 +88,8 @@ def execute(options: argparse.Namespace) -> int:
         Scene(options.raster, bands=options.bands, scale=options.scale) as scene,
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
-        plan = make_plan(scene.size, model, what, max_memory=budget)
+        tile = unfinished_tile(options.output) if options.resume else None
+        plan = make_plan(scene.size, model, what, max_memory=budget, tile=tile)
         task = progress.add_task(options.raster.name)
         upsample_raster(
             scene,

@@ -4,6 +4,7 @@ from upfeat.raster.outputs import Features, HeadOutput
 from upfeat.raster.plan import make_plan, parse_memory
 from upfeat.raster.run import upsample_raster
 from upfeat.raster.scene import Scene
+from upfeat.raster.store import unfinished_tile
 
 __all__ = [
     "Features",
@@ -11,5 +12,6 @@ __all__ = [
     "Scene",
     "make_plan",
     "parse_memory",
+    "unfinished_tile",
     "upsample_raster",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,10 @@ class Scene:
             raise FileNotFoundError(f"{self.path}: no such file")
         self._error = rasterio.errors.RasterioError
         try:
-            self._file = rasterio.open(self.path)
+            with warnings.catch_warnings():
+                # A raster without a place on the ground has pixels and features all the same.
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+                self._file = rasterio.open(self.path)
         except self._error as error:
             raise ValueError(f"{self.path}: not a raster that GDAL can read ({error})") from None
         file = self._file

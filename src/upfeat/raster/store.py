@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ FORMAT = "upfeat-raster-1"
 _SETTINGS, _LEDGER = "settings.json", "tiles.txt"
 _ARRAY = "features"
 _CHUNK = 128
-_PREDICTOR = {"u": 2, "f": 3}
 
 
 def _import_zarr() -> Any:
@@ -75,7 +75,7 @@ class Store:
             ValueError: the output exists already, has other settings, or cannot be
                 written.
         """
-        self.output, self.partial = output, output.with_name(output.name + ".partial")
+        self.output, self.partial = output, _partial(output)
         if output.suffix.lower() not in (".zarr", ".tif", ".tiff"):
             raise ValueError(f"{output}: must end in .zarr or .tif")
         self._zarr = _import_zarr()
@@ -107,7 +107,7 @@ class Store:
             shards=(self._shape[0], self._tile, self._tile),
             fill_value=float("nan") if self._dtype.kind == "f" else 255,
             dimension_names=("feature", "y", "x"),
-            attributes={"grid_mapping": "spatial_ref"},
+            attributes={"grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
         )
         # Last: what has settings can be gone on with.
         _write_json(self.partial / _SETTINGS, self._settings)
@@ -165,7 +165,10 @@ class Store:
         if self.output.suffix.lower() == ".zarr":
             self._finish_zarr(scene, names, provenance)
         else:
-            with replacing(self.output) as temporary:
+            with replacing(self.output) as temporary, warnings.catch_warnings():
+                # A raster without a place on the ground has none in the output either.
+                errors = import_rasterio("writing GeoTIFF").errors
+                warnings.simplefilter("ignore", errors.NotGeoreferencedWarning)
                 self._write_cog(temporary, scene, names, provenance)
             shutil.rmtree(self.partial)
 
@@ -193,7 +196,7 @@ class Store:
         rasterio = import_rasterio("writing GeoTIFF")
         count, height, width = self._shape
         categorical = self._dtype.kind == "u"
-        plain = path.with_name(path.name + ".plain.tif")
+        plain = self.partial / "plain.tif"
         profile = {
             "driver": "GTiff",
             "count": count,
@@ -217,16 +220,30 @@ class Store:
                 for index, name in enumerate(names[:count], start=1):
                     target.set_band_description(index, name)
                 target.update_tags(upfeat=json.dumps(dict(provenance), sort_keys=True))
-            rasterio.shutil.copy(
+            importlib.import_module("rasterio.shutil").copy(
                 plain,
                 path,
                 driver="COG",
                 compress="deflate",
-                predictor=_PREDICTOR[self._dtype.kind],
+                predictor="YES",
                 resampling="mode" if categorical else "average",
             )
         finally:
             plain.unlink(missing_ok=True)
+
+
+def unfinished_tile(output: Path) -> int | None:
+    """Side of the tiles of an unfinished output, pixels; ``None`` if there is none.
+
+    Args:
+        output: the final path.
+    """
+    path = _partial(output) / _SETTINGS
+    return json.loads(path.read_text(encoding="utf-8"))["tile"] if path.is_file() else None
+
+
+def _partial(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
 
 
 def _write_axes(group: Any, scene: Scene, names: list[str]) -> None:
