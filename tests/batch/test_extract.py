@@ -104,6 +104,17 @@ def test_bad_items_are_listed_and_the_others_done(tmp_path, photos, capsys):
     assert sum("error" in item for item in items) == 3
 
 
+def test_files_of_others_are_kept(tmp_path, photos):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.png.safetensors").write_text("mine")
+    summary = extract(model(), [photos], out, Extraction())
+    assert summary.made == 3
+    assert "was not made by upfeat" in summary.failures[0][1]
+    assert (out / "a.png.safetensors").read_text() == "mine"
+    assert extract(model(), [photos], out, Extraction(), overwrite=True).made == 4
+
+
 def test_archives_are_read_in_order_and_truncated_ones_up_to_there(tmp_path):
     path = tmp_path / "shard.tar"
     with tarfile.open(path, "w") as archive:

@@ -51,9 +51,10 @@ def test_a_labelled_raster_gives_a_map(tmp_path, capsys):
     assert main(["raster", *shared, str(out), "--head", str(head)]) == 0
     found = values_of(out)[0]
     assert (found == np.tile(label, (2, 3))).mean() > 0.95
-    code = main(["probe", *shared, str(head), "--labels", str(labels)])
-    assert code == 2
-    assert "exists already" in capsys.readouterr().err
+    arguments = ["probe", *shared, str(tmp_path / "mine.safetensors"), "--labels", str(labels)]
+    (tmp_path / "mine.safetensors").write_text("mine")
+    assert main(arguments) == 2
+    assert "was not made by upfeat" in capsys.readouterr().err
     assert main(["probe", *shared, str(scene), "--labels", str(labels), "--overwrite"]) == 2
 
 

@@ -179,8 +179,10 @@ def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
     (output / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists already"):
         upsample(path, output, model)
+    with pytest.raises(ValueError, match="exists already and is a folder"):
+        upsample(path, output, model, overwrite=True)
     assert (output / "mine.txt").read_text() == "mine"
-    with pytest.raises(ValueError, match="is the raster itself"):
+    with pytest.raises(ValueError, match="is the input"):
         upsample(path, path, model, overwrite=True)
 
 

@@ -19,8 +19,11 @@ from upfeat.batch.ledger import Ledger
 from upfeat.failures import failure_reason
 from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone
+from upfeat.lazy_files import FORMAT as LAZY
 from upfeat.locks import hold
+from upfeat.marks import FEATURES
 from upfeat.model import FeatUp
+from upfeat.outputs import Inputs, check_output
 from upfeat.provenance import digest
 from upfeat.storage import write_tensors
 from upfeat.upsamplers import Upsampler
@@ -140,7 +143,7 @@ def extract(
     with hold(folder):
         ledger = Ledger(folder, extraction.settings(model), overwrite=overwrite)
         tasks = _tasks(sources, ledger, summary)
-        maker = Maker(model, extraction, folder)
+        maker = Maker(model, extraction, folder, Inputs(sources), overwrite=overwrite)
         if engine.name == "local":
             results = maker(tasks)
         else:
@@ -183,9 +186,18 @@ def _tasks(
 class Maker:
     """Makes and writes the files of items."""
 
-    def __init__(self, model: FeatUp, extraction: Extraction, folder: Path) -> None:
-        """Keep what makes them."""
+    def __init__(
+        self,
+        model: FeatUp,
+        extraction: Extraction,
+        folder: Path,
+        inputs: Inputs,
+        *,
+        overwrite: bool = False,
+    ) -> None:
+        """Keep what makes them, and what must not be written over."""
         self._model, self._extraction, self._folder = model, extraction, folder
+        self._inputs, self._overwrite = inputs, overwrite
 
     def one(self, task: tuple[Entry, Any]) -> Entry:
         """Make one item from beginning to end."""
@@ -230,6 +242,11 @@ class Maker:
     def _finish(self, entry: Entry, save: Save | None) -> Entry:
         if save is not None:
             path = self._folder / entry["file"]
+            kind = LAZY if self._extraction.kind == "lazy" else FEATURES
+            try:
+                check_output(path, self._inputs, kind, overwrite=self._overwrite)
+            except ValueError as error:
+                return {"key": entry["key"], "sha256": entry["sha256"], "error": str(error)}
             path.parent.mkdir(parents=True, exist_ok=True)
             save(path)
         return entry
@@ -248,7 +265,7 @@ def _compute(model: FeatUp, x: Tensor, extraction: Extraction) -> Save:
             head = extraction.head
             stored = lazy.project(head.weight.to(x), head.bias.to(x))[0].to(dtype)
         stored = stored.cpu().contiguous()
-    facts = {"format": "upfeat-features", "upfeat_version": __version__, "kind": extraction.kind}
+    facts = {"format": FEATURES, "upfeat_version": __version__, "kind": extraction.kind}
     return lambda path: write_tensors(path, {"features": stored}, facts)
 
 

@@ -95,15 +95,14 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _check_output(options: argparse.Namespace) -> None:
+    from upfeat.heads import FORMAT
+    from upfeat.outputs import Inputs, check_output
+
     output: Path = options.output
     if output.suffix != ".safetensors":
         raise ValueError(f"{output}: must end in .safetensors")
-    inputs = [path for path in (options.source, options.labels) if path is not None]
-    if output.exists():
-        if any(path.exists() and output.samefile(path) for path in inputs):
-            raise ValueError(f"{output}: is an input; give another name")
-        if not options.overwrite:
-            raise ValueError(f"{output}: exists already; give another name, or --overwrite")
+    inputs = Inputs([options.source, options.labels, options.backbone, options.upsampler])
+    check_output(output, inputs, FORMAT, overwrite=options.overwrite)
     if not output.parent.is_dir():
         raise ValueError(f"{output}: its folder does not exist")
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from upfeat._version import __version__
 from upfeat.model import FeatUp
 from upfeat.mosaic import Rows, strips
+from upfeat.outputs import Inputs, check_output
 from upfeat.raster.outputs import Output
 from upfeat.raster.plan import MASK_HALO, Plan
 from upfeat.raster.scene import Scene
-from upfeat.raster.store import Store
+from upfeat.raster.store import FORMAT, Store
 from upfeat.tiling import split
 from upfeat.upsamplers import Window
 
@@ -60,10 +61,10 @@ def upsample_raster(
     """
     stride = model.backbone.stride
     provenance = {"upfeat_version": __version__, **what.facts, "raster": scene.facts}
-    if Path(output).exists() and Path(output).samefile(scene.path):
-        raise ValueError(f"{output}: is the raster itself; give another name")
+    output = Path(output)
+    check_output(output, Inputs([scene.path]), FORMAT, overwrite=overwrite)
     store = Store(
-        Path(output),
+        output,
         (what.count, *scene.size),
         what.dtype,
         plan.tile * stride,
@@ -88,7 +89,7 @@ def upsample_raster(
         store.close()
         raise
     store.finish(scene, what.names, provenance)
-    return Path(output)
+    return output
 
 
 @torch.inference_mode()

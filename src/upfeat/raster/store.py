@@ -26,6 +26,7 @@ from upfeat.upsamplers import Window
 FORMAT = "upfeat-raster-1"
 _SETTINGS, _LEDGER = "settings.json", "tiles.txt"
 _ARRAY = "features"
+_PLAIN = "plain.tif"
 _CHUNK = 128
 
 
@@ -96,6 +97,9 @@ class Store:
 
     def _begin(self) -> None:
         if self.partial.exists():
+            known = {_ARRAY, _LEDGER, _SETTINGS, _PLAIN}
+            if {child.name for child in self.partial.iterdir()} - known:
+                raise ValueError(f"{self.partial}: is not an unfinished raster; remove it")
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
         chunk = min(_CHUNK, self._tile)
@@ -115,8 +119,6 @@ class Store:
     def _go_on(self, resume: bool) -> None:
         path = self.partial / _SETTINGS
         if not path.is_file():
-            if any(child.name != _ARRAY for child in self.partial.iterdir()):
-                raise ValueError(f"{self.partial}: is not an unfinished raster; remove it")
             self._begin()  # killed before it got as far as its settings
             return
         if not resume:
@@ -181,7 +183,7 @@ class Store:
             (self.partial / leftover).unlink(missing_ok=True)
         for stray in self.partial.rglob("*.partial"):  # of a chunk whose writer was killed
             stray.unlink()
-        attributes = {"Conventions": "CF-1.11", "upfeat": dict(provenance)}
+        attributes = {"Conventions": "CF-1.11", "format": FORMAT, "upfeat": dict(provenance)}
         group = self._zarr.open_group(str(self.partial), mode="a", zarr_format=3)
         group.update_attributes(attributes)
         _write_axes(group, scene, names)
@@ -196,7 +198,7 @@ class Store:
         rasterio = import_rasterio("writing GeoTIFF")
         count, height, width = self._shape
         categorical = self._dtype.kind == "u"
-        plain = self.partial / "plain.tif"
+        plain = self.partial / _PLAIN
         profile = {
             "driver": "GTiff",
             "count": count,
