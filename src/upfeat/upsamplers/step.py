@@ -352,12 +352,10 @@ class PooledWeights(Computed):
 
     def _pool(self, weights: Tensor, pixels: Window, cells: Window) -> Tensor:
         """Pool the weights of all pixels of some cells."""
-        down, across = (
-            divmod(length, count)
-            for count, length in zip(self.size, self.kernels.output_size, strict=True)
-        )
-        if not (down[1] or across[1]):
-            return F.avg_pool2d(weights, (down[0], across[0]))
+        (height, width), (cells_down, cells_across) = self.kernels.output_size, self.size
+        # Not by divmod, which compilers cannot trace for sizes that they do not know.
+        if height % cells_down == 0 and width % cells_across == 0:
+            return F.avg_pool2d(weights, (height // cells_down, width // cells_across))
         rows, columns = (
             _membership(count, length, own, seen, weights)
             for count, length, own, seen in zip(
