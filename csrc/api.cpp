@@ -4,6 +4,7 @@
 #include <initializer_list>
 
 #include "axis.h"
+#include "encoder.h"
 #include "plan.h"
 #include "runtime.h"
 #include "upfeat.h"
@@ -205,6 +206,43 @@ int attend(const Attention& attention, const UpfeatTensor* weights, const Mode& 
   return kernels->attend(runtime, attention, *weights, axes.rows, axes.columns);
 }
 
+// The scales of an image halve, rounded up, while both sides are 2 or more.
+int64_t encoder_lengths(const UpfeatTensor& guidance, int64_t most, int64_t* rows,
+                        int64_t* columns) {
+  rows[0] = guidance.size[2];
+  columns[0] = guidance.size[3];
+  int64_t levels = 1;
+  while (levels < most && rows[levels - 1] >= 2 && columns[levels - 1] >= 2) {
+    rows[levels] = (rows[levels - 1] + 1) / 2;
+    columns[levels] = (columns[levels - 1] + 1) / 2;
+    ++levels;
+  }
+  return levels;
+}
+
+int encode(const UpfeatTensor* guidance, const UpfeatEncoder& encoder, const UpfeatTensor* queries,
+           int64_t top, int64_t left, bool unit, int isa, int threads) {
+  if (!all_valid({guidance, queries})) return UPFEAT_BAD_ARGUMENT;
+  const int64_t *g = guidance->size, *q = queries->size;
+  if (encoder.levels < 1 || encoder.levels > kMostLevels || encoder.width < 32 ||
+      encoder.width % 32 || q[1] > encoder.width || q[0] != g[0] ||
+      !lies_in(top, q[2], g[2]) || !lies_in(left, q[3], g[3])) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  if (is_empty(*queries)) return UPFEAT_OK;
+  if (!g[1]) return UPFEAT_BAD_ARGUMENT;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  EncoderPlan plan{};
+  int64_t rows[kMostLevels], columns[kMostLevels];
+  plan.levels = encoder_lengths(*guidance, encoder.levels, rows, columns);
+  plan_encoder_axis(plan.rows, rows, plan.levels, top, q[2]);
+  plan_encoder_axis(plan.columns, columns, plan.levels, left, q[3]);
+  prepare_output(*queries, threads);
+  const double work = elements(*queries) * static_cast<double>(6 * encoder.width);
+  return kernels->encode(runtime_for(threads, work), *guidance, encoder, plan, *queries, unit);
+}
+
 // No exception may cross into C: running out of memory is the only one there is.
 template <typename Body>
 int guarded(Body body) {
@@ -370,6 +408,15 @@ int upfeat_stage_forward(const UpfeatTensor* features, const UpfeatTensor* guida
   weights.size[1] = (2 * radius + 1) * (2 * radius + 1);
   return guarded([&] {
     return forward(features, staged(guidance, stage, radius), weights, out, kBicubic, isa, threads);
+  });
+}
+
+int upfeat_encode(const UpfeatTensor* guidance, const UpfeatEncoder* encoder,
+                  const UpfeatTensor* queries, int64_t top, int64_t left, int64_t unit, int isa,
+                  int threads) {
+  if (!encoder) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return encode(guidance, *encoder, queries, top, left, unit != 0, isa, threads);
   });
 }
 

@@ -70,6 +70,26 @@ struct Attention {
   double sigma;
 };
 
+// A run along one axis, one past its end.
+struct EncoderSpan {
+  int64_t start, stop;
+};
+
+// One scale of the encoder along one axis: what is laid over finer scales, the scale itself, and the
+// mean of the finer scale that it is made of.
+struct EncoderAxis {
+  int64_t length;
+  EncoderSpan out, seen, read;
+};
+
+constexpr int64_t kMostLevels = 32;
+constexpr int64_t kEncoderRows = 8;  // rows of one task
+
+struct EncoderPlan {
+  int64_t levels;
+  EncoderAxis rows[kMostLevels], columns[kMostLevels];
+};
+
 struct Kernels {
   int (*upsample)(const Runtime&, const UpfeatTensor& features, const WeightSource&,
                   const UpfeatTensor& out, const Axis& rows, const Axis& columns);
@@ -85,6 +105,8 @@ struct Kernels {
   int (*grad_attend)(const Runtime&, const Attention&, const UpfeatTensor& grad,
                      const UpfeatTensor& grad_queries, const UpfeatTensor& grad_keys,
                      double* grad_scalars, const Axis& rows, const Axis& columns);
+  int (*encode)(const Runtime&, const UpfeatTensor& guidance, const UpfeatEncoder&,
+                const EncoderPlan&, const UpfeatTensor& queries, bool unit);
 };
 
 const Kernels* kernels_baseline();

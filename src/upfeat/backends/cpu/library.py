@@ -23,7 +23,10 @@ STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
     *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
 )
-_ABI = 3
+ENCODER_ARRAYS = tuple(
+    f"{layer}_{part}" for layer in ("entry", "hidden", "last", "join") for part in "wb"
+)
+_ABI = 4
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -48,6 +51,18 @@ class Stage(ctypes.Structure):
         ("temperature", ctypes.c_double),
         ("sigma_spatial", ctypes.c_double),
         ("fixup_scale", ctypes.c_double),
+    ]
+
+
+class Encoder(ctypes.Structure):
+    """The encoder of the neighbourhood upsampler: dense float32 arrays by address, and sizes."""
+
+    keep: dict[str, Tensor]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ENCODER_ARRAYS),
+        ("width", ctypes.c_int64),
+        ("levels", ctypes.c_int64),
     ]
 
 

@@ -22,6 +22,7 @@ from upfeat.backends.cpu.arguments import (
     shrinks,
     weights_shape,
 )
+from upfeat.backends.cpu.encoder import can_run_pyramid_queries, pyramid_queries
 from upfeat.backends.cpu.library import Window, call, library_info, unavailable_reason
 from upfeat.backends.cpu.stage import (
     can_run_jbu_stage,
@@ -42,6 +43,7 @@ __all__ = [
     "can_run_joint_bilateral_upsample",
     "can_run_neighbourhood_upsample",
     "can_run_neighbourhood_weights",
+    "can_run_pyramid_queries",
     "jbu_stage",
     "jbu_stage_weights",
     "joint_bilateral_upsample",
@@ -51,6 +53,7 @@ __all__ = [
     "neighbourhood_upsample_backward",
     "neighbourhood_weights",
     "neighbourhood_weights_backward",
+    "pyramid_queries",
     "unavailable_reason",
 ]
 
