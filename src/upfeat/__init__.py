@@ -15,7 +15,13 @@ from upfeat._version import __version__
 
 if TYPE_CHECKING:
     from upfeat import functional
-    from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
+    from upfeat.backbones import (
+        Backbone,
+        WrappedBackbone,
+        list_backbones,
+        load_backbone,
+        tokens_to_grid,
+    )
     from upfeat.features import UpsampledFeatures
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
@@ -96,6 +102,7 @@ __all__ = [
     "list_upsamplers",
     "load",
     "load_backbone",
+    "tokens_to_grid",
     "load_upsampler",
     "train",
 ]

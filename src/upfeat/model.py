@@ -76,11 +76,17 @@ class FeatUp(nn.Module):
         Raises:
             ValueError: x is not such an image, or the backbone returns NaN.
         """
-        return self.upsampler(self.backbone(x), self.guidance(x), output_size)
+        return self.upsampler(*self._inputs(x), output_size)
 
     def guidance(self, x: Tensor) -> Tensor:
-        """The image as the upsampler sees it: in its own normalisation, where that differs."""
+        """Bring the image into the upsampler's own normalisation, where that differs."""
         return self.upsampler.guidance_from(x, self.backbone)
+
+    def _inputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and guidance of an image, in the type that the upsampler computes in."""
+        floating = (one.dtype for one in self.upsampler.parameters() if one.is_floating_point())
+        dtype = next(floating, x.dtype)
+        return self.backbone(x).to(dtype), self.guidance(x).to(dtype)
 
     def lazy(self, x: Tensor, output_size: tuple[int, int] | None = None) -> UpsampledFeatures:
         """The same features, of which only what is asked for is computed at full size.
@@ -90,8 +96,9 @@ class FeatUp(nn.Module):
             output_size: likewise.
         """
         mean, std = self.upsampler.normalization or self.backbone.normalization
+        features, guidance = self._inputs(x)
         return UpsampledFeatures(
-            self.backbone(x), self.guidance(x), self.upsampler, output_size, mean=mean, std=std
+            features, guidance, self.upsampler, output_size, mean=mean, std=std
         )
 
 
