@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from upfeat._version import __version__
+from upfeat.attach import attach
 
 if TYPE_CHECKING:
     from upfeat import functional
@@ -96,6 +97,7 @@ __all__ = [
     "Upsampler",
     "WrappedBackbone",
     "__version__",
+    "attach",
     "fit_implicit",
     "functional",
     "list_backbones",

@@ -90,7 +90,9 @@ def _noise(backbone: Backbone, count: int, size: Size | None = None) -> Tensor:
     stride = backbone.stride
     draw = torch.Generator().manual_seed(1)
     height, width = size or (5 * stride, 4 * stride)
-    return torch.randn(count, 3, height, width, generator=draw).to(backbone.mean.device)
+    return torch.randn(count, backbone.in_channels, height, width, generator=draw).to(
+        backbone.mean.device
+    )
 
 
 @torch.no_grad()

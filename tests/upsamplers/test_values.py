@@ -23,6 +23,9 @@ ARGUMENTS = {
         *("embed_dim", "radius", "query_dim", "levels", "back_projections"),
         *("width", "depth", "widening", "ridge"),
     ),
+    "anyup": ("width", "heads", "window_ratio", "basis_side"),
+    "jafar": ("embed_dim", "width", "heads"),
+    "naf": ("width", "heads", "window_side"),
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 WRONG = [
@@ -39,6 +42,9 @@ def upsampler(name):
         "jbu_stack": lambda: upfeat.JBUStack(5, radius=1, n_stages=2),
         "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(**small),
         "detail": lambda: upfeat.DetailUpsampler(5, width=4, depth=1, **small),
+        "anyup": lambda: UPSAMPLERS["anyup"](width=32),
+        "jafar": lambda: UPSAMPLERS["jafar"](5, width=32),
+        "naf": lambda: UPSAMPLERS["naf"](width=32),
     }
     return made[name]()
 
@@ -48,7 +54,7 @@ def test_constructors_take_no_nonsense(name, argument):
     for value in WRONG:
         before = time.perf_counter()
         with pytest.raises(ValueError, match=argument) as raised:
-            UPSAMPLERS[name](**{argument: value})
+            UPSAMPLERS[name](**{**({"embed_dim": 5} if name == "jafar" else {}), argument: value})
         assert time.perf_counter() - before < 1
         assert "\n" not in str(raised.value)
         assert len(str(raised.value)) < 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import importlib.util
 import inspect
@@ -76,41 +77,43 @@ def load_hub(source: str, *, pretrained: bool) -> nn.Module:
     local = Path(repo).expanduser().is_dir()
     if local and not (Path(repo).expanduser() / "hubconf.py").is_file():
         raise FileNotFoundError(f"hub:{source}: {repo} holds no hubconf.py")
-    place: dict[str, Any] = {
-        "repo_or_dir": str(Path(repo).expanduser()) if local else repo,
-        "source": "local" if local else "github",
-    }
-    trusted = {} if local else {"trust_repo": True, "skip_validation": True}
+    folder = str(Path(repo).expanduser())
+    options: dict[str, Any] = {"repo_or_dir": folder, "source": "local"}
+    if not local:
+        options = {"repo_or_dir": repo, "trust_repo": True, "skip_validation": True}
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            known = torch.hub.list(place["repo_or_dir"], source=place["source"], **trusted)
-    except Exception as error:
-        raise _unreachable(source, repo, local, error) from None
-    if name not in known:
-        raise ValueError(f"hub:{source}: {unknown_name('model', name, known)}")
-    try:
-        return _make_from_hub(place, name, pretrained, trusted)
+        with contextlib.redirect_stderr(io.StringIO()):
+            return _make_from_hub(options, name, pretrained)
     except OSError as error:
         raise _unreachable(source, repo, local, error) from None
     except Exception as error:
+        known = _entry_points(Path(folder) / "hubconf.py") if local else []
+        if known and name not in known:
+            raise ValueError(f"hub:{source}: {unknown_name('model', name, known)}") from None
         raise ValueError(f"hub:{source}: {type(error).__name__}: {_line(error)}") from None
 
 
-def _make_from_hub(
-    place: dict[str, Any], name: str, pretrained: bool, trusted: dict[str, Any]
-) -> nn.Module:
-    options: dict[str, Any] = dict(trusted)
-    if not pretrained:
-        options["pretrained"] = False
+def _entry_points(path: Path) -> list[str]:
+    """Names that a hubconf.py defines or imports for its users."""
+    names: list[str] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.append(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names += [alias.asname or alias.name for alias in node.names]
+    return [name for name in names if not name.startswith("_")]
+
+
+def _make_from_hub(options: dict[str, Any], name: str, pretrained: bool) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            made: Any = torch.hub.load(**place, model=name, **options)
-        except TypeError:
-            if pretrained:
-                raise
-            made = torch.hub.load(**place, model=name, **trusted)  # it takes no pretrained
+        if pretrained:
+            made: Any = torch.hub.load(model=name, **options)
+        else:
+            try:
+                made = torch.hub.load(model=name, pretrained=False, **options)
+            except TypeError:  # it takes no pretrained
+                made = torch.hub.load(model=name, **options)
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name} makes a {type(made).__name__}, not a module")
     return made

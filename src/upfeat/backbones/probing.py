@@ -29,6 +29,7 @@ class Question:
         prefix_tokens: class and register tokens, where it is known.
         stride: pixels per cell, where it is known.
         sizes: sides to try before the common ones.
+        channels: bands of the images.
     """
 
     call: Callable[[Tensor], object]
@@ -39,6 +40,7 @@ class Question:
     prefix_tokens: int | None = None
     stride: int | None = None
     sizes: Sequence[Size] = ()
+    channels: int = 3
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def read(question: Question, layouts: Sequence[Layout], x: Tensor) -> Tensor:
 
 def _blank(question: Question, size: Size) -> Tensor:
     like = question.like
-    return torch.zeros(1, 3, *size, device=like.device, dtype=like.dtype)
+    return torch.zeros(1, question.channels, *size, device=like.device, dtype=like.dtype)
 
 
 def _first_size(question: Question) -> tuple[int, object]:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from upfeat.normalization import HALF, IMAGENET, Normalization, check_normalization
+from upfeat.normalization import HALF, IMAGENET, Colour, Normalization, check_normalization
 
 _LOG = logging.getLogger("upfeat.backbones")
 
@@ -25,8 +25,8 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}
 class Settings(NamedTuple):
     """Images as a model wants them."""
 
-    mean: tuple[float, float, float] = IMAGENET.mean
-    std: tuple[float, float, float] = IMAGENET.std
+    mean: Colour = IMAGENET.mean
+    std: Colour = IMAGENET.std
     interpolation: str = "bicubic"
     """Filter for resizing."""
     input_size: int | None = None
@@ -35,6 +35,12 @@ class Settings(NamedTuple):
     """Class and register tokens, where the configuration says."""
     patch_size: int = 1
     """Sides of images must be multiples of it."""
+
+    def for_channels(self, channels: int) -> Settings:
+        """The same for images of another number of bands, which are then not normalised."""
+        if len(self.mean) == channels:
+            return self
+        return self._replace(mean=(0.0,) * channels, std=(1.0,) * channels)
 
 
 def settings_of(modules: nn.Module | Iterable[nn.Module]) -> Settings:
@@ -72,7 +78,7 @@ def _own_settings(module: nn.Module) -> Settings | None:
 
 def timm_settings(config: Mapping[str, Any]) -> Settings:
     """Of a configuration as timm keeps it with a model."""
-    mean, std = check_normalization(config["mean"], config["std"])
+    mean, std = (tuple(map(float, config[label])) for label in ("mean", "std"))
     size = config.get("input_size")
     interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
     return Settings(mean, std, interpolation, int(max(size[1:])) if size else None)

@@ -45,6 +45,7 @@ class WrappedBackbone(Backbone):
         layer: Layer | Sequence[Layer] | None = None,
         layout: str | None = None,
         prefix_tokens: int | None = None,
+        in_channels: int | None = None,
         input_size: int | None = None,
         probe_size: int | None = None,
         fit: str | None = None,
@@ -58,12 +59,15 @@ class WrappedBackbone(Backbone):
             embed_dim: number of channels; ``None`` to find out.
             stride: pixels per cell; ``None`` to find out.
             mean: normalisation that the module expects, RGB in [0, 1]; ``None`` for what a
-                configuration inside the module says, or else ImageNet's.
+                configuration inside the module says, or else ImageNet's, or none where the module
+                does not take three channels.
             std: likewise.
             layer: which of several outputs, by number or key; of a module that returns one, the
                 name of a module inside, as ``"layer4"``. A list concatenates.
             layout: ``"NCHW"``, ``"NHWC"`` or ``"tokens"``, where shapes do not tell.
             prefix_tokens: class and register tokens before those of the grid; ``None`` to find out.
+            in_channels: bands of the images that the module takes; ``None`` for those of its first
+                convolution, or 3.
             input_size: side of the images that the module was made for, pixels; ``None`` to find
                 out.
             probe_size: the same.
@@ -84,6 +88,8 @@ class WrappedBackbone(Backbone):
         held = held_modules(module)
         _settle_mode(module_name, module, held)
         settings = settings or settings_of(module if isinstance(module, nn.Module) else held)
+        channels = in_channels or _input_channels([module, *held])
+        settings = settings.for_channels(channels)
         layers = as_list(layer)
         if isinstance(module, nn.Module) and layers and _names_inside(module, layers):
             module, layers = LayerFeatures(module, [str(one) for one in layers]), None
@@ -96,6 +102,7 @@ class WrappedBackbone(Backbone):
             prefix_tokens=settings.prefix_tokens if prefix_tokens is None else prefix_tokens,
             stride=stride,
             sizes=_sizes(input_size or probe_size, settings),
+            channels=channels,
         )
         answer = probing.probe(question)
         super().__init__(
@@ -105,6 +112,7 @@ class WrappedBackbone(Backbone):
             mean=settings.mean if mean is None else mean,
             std=settings.std if std is None else std,
             interpolation=settings.interpolation,
+            in_channels=channels,
         )
         self.module = module
         self.held = nn.ModuleList([] if isinstance(module, nn.Module) else held)
@@ -174,7 +182,8 @@ class WrappedBackbone(Backbone):
         height, width = self.answer.size
         draw = torch.Generator().manual_seed(0)
         like = _first_tensor(self.module, list(self.held))
-        pair = torch.rand(2, 3, height, width, generator=draw).sub_(0.5).mul_(4).to(like)
+        pair = torch.rand(2, self.in_channels, height, width, generator=draw).sub_(0.5).mul_(4)
+        pair = pair.to(like)
         pair[1] *= 3
         with torch.random.fork_rng(devices=[]):
             alone, again = self._extract(pair[:1]), self._extract(pair[:1])
@@ -280,6 +289,15 @@ def _first_tensor(module: object, held: list[nn.Module]) -> Tensor:
             if first is not None:
                 return first
     return torch.empty(0)
+
+
+def _input_channels(modules: Sequence[object]) -> int:
+    """The channels that the first convolution takes; 3 without one."""
+    for module in modules:
+        for layer in module.modules() if isinstance(module, nn.Module) else ():
+            if isinstance(layer, nn.Conv2d):
+                return layer.in_channels
+    return 3
 
 
 def _plain_name(module: object) -> str:

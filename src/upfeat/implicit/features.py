@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from upfeat._version import __version__
+from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.images import read_image
 from upfeat.implicit.fields import Field, rebuild
 from upfeat.implicit.guides import sample
@@ -39,7 +40,7 @@ FORMAT = "upfeat-implicit-2"
 _POINTS = 1 << 16
 
 
-class ImplicitFeatures:
+class ImplicitFeatures(FeatureMap):
     """Features (1, C, H, W) of one image that can be asked for at any point and resolution.
 
     Everything is defined by the value at a point of the image, so renderings at different
@@ -103,6 +104,10 @@ class ImplicitFeatures:
             out[0, :, top : top + strip.shape[1]] = strip
         return out
 
+    def full(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The map at the resolution of the fit, see :meth:`render`; (1, C, H, W)."""
+        return self.render(dtype=dtype or torch.float32)
+
     def strips(self, output_size: Size | None = None) -> Iterator[tuple[int, Tensor]]:
         """Draw the map as strips (C, rows, width) with their first row, for maps of any size.
 
@@ -134,14 +139,8 @@ class ImplicitFeatures:
             ValueError: the window does not lie in the map.
         """
         size = self._size(output_size)
-        top, left, height, width = map(int, (top, left, height, width))
-        inside = min(top, left) >= 0 and min(height, width) >= 1
-        if not inside or top + height > size[0] or left + width > size[1]:
-            raise ValueError(
-                f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
-                f"the map of {size[0]}×{size[1]}"
-            )
-        return self._window((top, left, height, width), size, self.components, self.mean)[None]
+        window = check_window(size, top, left, height, width)
+        return self._window(window, size, self.components, self.mean)[None]
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points of the image, exactly: nothing is interpolated but the image.
@@ -156,8 +155,7 @@ class ImplicitFeatures:
         Raises:
             ValueError: points of another shape, or outside the image.
         """
-        if points.dim() != 2 or points.shape[1] != 2:
-            raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
+        check_points(points)
         size = points.new_tensor(self.shape[2:], dtype=torch.float64)
         places = (points.double() + 0.5) / size
         if not bool(((places >= 0) & (places <= 1)).all()):
@@ -183,12 +181,7 @@ class ImplicitFeatures:
         Raises:
             ValueError: the head does not take C channels.
         """
-        if weight.dim() != 2 or weight.shape[1] != self.shape[1]:
-            raise ValueError(
-                f"weight must be (K, {self.shape[1]}) for these features, not {tuple(weight.shape)}"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+        check_head(weight, bias, self.shape[1])
         with torch.no_grad():
             weight = weight.detach().to(self.components)
             components, constant = self.components @ weight.T, weight @ self.mean

@@ -163,11 +163,16 @@ def fit_implicit(
             f"image is {shorter} pixels on its shorter side, less than the stride of "
             f"{network.name} ({network.stride}); give a larger one, or size={network.stride}"
         )
-    size = min(shorter, max(_DEFAULT_SIZE, network.stride)) if config.size is None else config.size
+    size = default_size(shorter, network) if config.size is None else config.size
     shape = network.preprocess(pixels, size, align=True).shape[-2:]
     return fit_guidance(
         resize_image(pixels, (shape[0], shape[1])), network, config, on_step=on_step
     )
+
+
+def default_size(shorter: int, backbone: Backbone) -> int:
+    """The shorter side at which an image is fitted whose own is ``shorter`` pixels."""
+    return min(shorter, max(_DEFAULT_SIZE, backbone.stride))
 
 
 def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:

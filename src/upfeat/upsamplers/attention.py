@@ -16,6 +16,7 @@ from torch import Tensor
 
 from upfeat import functional
 from upfeat.backends import dispatch
+from upfeat.bounds import whole
 from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers.base import Kernels, Upsampler, apply_head, check_inputs
@@ -112,6 +113,8 @@ class AttentionUpsampler(Upsampler):
     mean, std = IMAGENET
     reach = None
 
+    always_small = True
+
     def __init__(self, *, width: int, heads: int, backend: str) -> None:
         """Check what they share.
 
@@ -120,9 +123,7 @@ class AttentionUpsampler(Upsampler):
         """
         super().__init__()
         dispatch.check_name(backend)
-        for label, value in (("width", width), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
+        width, heads = whole("width", width, 1, 1024), whole("heads", heads, 1, 256)
         if width % (4 * heads) or width % 8:
             raise ValueError(f"width={width} must be a multiple of 8 and of 4 times heads={heads}")
         self.width, self.heads, self.backend = width, heads, backend

@@ -25,10 +25,16 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 
 from upfeat.backends import dispatch
+from upfeat.bounds import shown
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
+
+LONGEST_SIDE = 1 << 20
+"""Pixels of an output's side, at most."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
 
@@ -61,10 +67,14 @@ class Upsampler(nn.Module, ABC):
     """Whether anything may be upsampled in place of the features, such as a head's output."""
     unsaved: ClassVar[frozenset[str]] = frozenset({"backend", "start"})
     """Arguments of constructors that no file may give: where to compute, what else to read."""
+    always_small: ClassVar[bool] = False
+    """Whether no arguments make it larger than some hundred megabytes."""
     magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
+    guidance_bands: int | None = 3
+    """How many bands the guidance must have; ``None``: any number (:mod:`.bands` has the rule)."""
     backend: str = "auto"
     """The backend that every operator runs on; see :meth:`set_backend`."""
     mean: Colour | None = None
@@ -102,14 +112,16 @@ class Upsampler(nn.Module, ABC):
         """Bring an image from a backbone's normalisation into the upsampler's.
 
         Args:
-            x: (B, 3, H, W), normalised for the backbone.
+            x: (B, 3, H, W), normalised for the backbone; of other numbers of bands as it is.
             source: the backbone.
 
         Returns:
             ``x`` itself where both agree; otherwise (B, 3, H, W) of its dtype.
         """
         own = self.normalization
-        return x if own is None else source.normalization.convert(x, own)
+        if own is None or x.shape[1] != 3:  # other bands are put on one footing by their values
+            return x
+        return source.normalization.convert(x, own)
 
     @abstractmethod
     def prepare(
@@ -122,7 +134,7 @@ class Upsampler(nn.Module, ABC):
         """Make the weights of one guidance.
 
         Args:
-            guidance: (B, 3, H, W) normalised image.
+            guidance: (B, 3, H, W) normalised image, or of :attr:`guidance_bands`.
             grid_size: (h, w) of the features to come.
             output_size: (height, width) of the result.
             features: (B, C, h, w), the image's own; only upsamplers with :attr:`needs_features`
@@ -147,6 +159,7 @@ class Upsampler(nn.Module, ABC):
             features: (B, C, h, w).
             guidance: (B, 3, H, W), the image that the features came from, normalised by
                 :attr:`mean` and :attr:`std`; :class:`upfeat.FeatUp` brings it there by itself.
+                Where :attr:`guidance_bands` is ``None``, any number of bands, in any units.
             output_size: (height, width) of the result in pixels; ``None`` for the guidance's.
 
         Returns:
@@ -155,7 +168,7 @@ class Upsampler(nn.Module, ABC):
         Raises:
             ValueError: shapes or batch sizes disagree, or the features hold NaN or infinity.
         """
-        size = check_inputs(features, guidance, output_size)
+        size = check_inputs(features, guidance, output_size, self.guidance_bands)
         grid = (features.shape[2], features.shape[3])
         kernels = self.prepare(guidance, grid, size, features)
         return self.render(kernels, self.mix(features))
@@ -301,8 +314,10 @@ def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:
     return (head @ features.flatten(2)).unflatten(2, features.shape[2:])
 
 
-def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -> Size:
-    """Check an upsampler's arguments; return the output size.
+def check_inputs(
+    features: Tensor, guidance: Tensor, output_size: Size | None, bands: int | None = 3
+) -> Size:
+    """Check an upsampler's arguments, with its ``guidance_bands``; return the output size.
 
     Raises:
         ValueError: as :meth:`Upsampler.forward`.
@@ -313,9 +328,10 @@ def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -
                 f"{label} must be (B, channels, height, width), none of the last three 0, "
                 f"not {tuple(tensor.shape)}"
             )
-    if guidance.shape[1] != 3:
+    if bands not in (None, guidance.shape[1]):
         raise ValueError(
-            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image (3)"
+            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
+            'or use an upsampler that takes any bands, as "detail_universal"'
         )
     if features.shape[0] != guidance.shape[0]:
         raise ValueError(
@@ -327,19 +343,24 @@ def check_inputs(features: Tensor, guidance: Tensor, output_size: Size | None) -
             f"features is on {features.device} and guidance on {guidance.device}; "
             "move one with .to()"
         )
-    _check_finite("features", features, "check the backbone's input and its precision")
-    _check_finite("guidance", guidance, "check the image")
+    check_finite("features", features, "check the backbone's input and its precision")
+    check_finite("guidance", guidance, "check the image")
     if output_size is None:
         return guidance.shape[2], guidance.shape[3]
     return check_output_size(output_size)
 
 
-def _check_finite(label: str, tensor: Tensor, fix: str) -> None:
+def check_finite(label: str, tensor: Tensor, fix: str) -> None:
     """Refuse NaN where it enters: it would spread over a window at every later stage.
 
     One pass over the inputs, which are small beside the output. Left out where a value must not
     steer the program: in a graph being compiled and under ``torch.func`` transforms.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or of a type that is not computed with.
     """
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{label} is {tensor.dtype}; give floating numbers, as .float() does")
     if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor):
         return
     if not bool(torch.isfinite(tensor).all()):
@@ -358,12 +379,18 @@ def check_output_size(output_size: Size) -> Size:
     try:
         height, width = (int(side) for side in output_size)
         valid = (height, width) == tuple(output_size) and min(height, width) >= 1
-    except (TypeError, ValueError):
+        valid = valid and not any(isinstance(side, bool | str) for side in output_size)
+    except (TypeError, ValueError, OverflowError):
         valid = False
     if not valid:
         raise ValueError(
-            f"output_size={output_size!r} must be (height, width), two whole numbers of pixels "
-            "of at least 1"
+            f"output_size={shown(output_size)} must be (height, width), two whole numbers of "
+            "pixels of at least 1"
+        )
+    if max(height, width) > LONGEST_SIDE:  # pyright: ignore[reportPossiblyUnboundVariable]
+        raise ValueError(
+            f"output_size={shown(output_size)} has a side of more than {LONGEST_SIDE} pixels; "
+            "render parts of it"
         )
     return height, width  # pyright: ignore[reportPossiblyUnboundVariable]
 

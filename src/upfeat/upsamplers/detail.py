@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, apply_head
 from upfeat.upsamplers.neighbourhood import (
     MOST_WIDTH,
@@ -230,6 +231,7 @@ class DetailUpsampler(Upsampler):
         super().__init__()
         embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS, optional=True)
         self.embed_dim = embed_dim
+        self.guidance_bands = None if embed_dim is None else 3  # the network sees RGB
         self.width = whole("width", width, 2, MOST_WIDTH)
         self.depth = whole("depth", depth, 0, 64)
         self.widening = number("widening", widening, 0.05, 100)
@@ -274,7 +276,8 @@ class DetailUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
-        step = self.neighbourhood
+        guidance = even_bands(guidance)
+        step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
         queries = step.queries(guidance, output_size)
         finer_means = F.adaptive_avg_pool2d(queries, finer)

@@ -39,6 +39,7 @@ class InterpolationKernels:
 
 
 class _Interpolation(Upsampler):
+    guidance_bands = None
     mode: ClassVar[str]
 
     def __init__(self, *, backend: str = "auto") -> None:

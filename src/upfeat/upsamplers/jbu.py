@@ -15,6 +15,7 @@ from upfeat.backends import dispatch
 from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.geometry import interpolation_matrix, reflected_range, span
 from upfeat.normalization import IMAGENET
+from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -203,6 +204,7 @@ class JBUStack(Upsampler):
         embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS, optional=True)
         n_stages = whole("n_stages", n_stages, 1, 16)
         self.embed_dim = embed_dim
+        self.guidance_bands = None if embed_dim is None else 3
         self.radius = whole("radius", radius, 1, 16)
         self.stages = nn.ModuleList(JBUStage(self.radius) for _ in range(n_stages))
         self.set_backend(backend)
@@ -225,9 +227,8 @@ class JBUStack(Upsampler):
         features: Tensor | None = None,
     ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
-        return JBUKernels(
-            self.stages, guidance, stage_sizes(grid_size, output_size, len(self.stages))
-        )
+        sizes = stage_sizes(grid_size, output_size, len(self.stages))
+        return JBUKernels(self.stages, three_bands(guidance), sizes)
 
     def mix(self, features: Tensor) -> Tensor:
         """X + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).

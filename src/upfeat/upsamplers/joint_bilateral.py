@@ -10,6 +10,7 @@ from torch import Tensor
 
 from upfeat.bounds import number, whole
 from upfeat.normalization import HALF
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
 from upfeat.upsamplers.neighbourhood import MOST_RADIUS, NeighbourhoodKernels
 
@@ -27,6 +28,7 @@ class JointBilateral(Upsampler):
     """
 
     name = "joint_bilateral"
+    guidance_bands = None
     mean, std = HALF
 
     def __init__(
@@ -71,6 +73,8 @@ class JointBilateral(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
+        if guidance.shape[1] != 3:
+            guidance = even_bands(guidance) * HALF.std[0]  # as widely spread as RGB from −1 to 1
         fine = F.adaptive_avg_pool2d(guidance, output_size) / self.sigma_range  # (B, 3, H, W)
         coarse = F.adaptive_avg_pool2d(fine, grid_size)  # (B, 3, h, w)
         # −|a − b|²/2 is ⟨a, b⟩ − |b|²/2 but for what depends on the pixel a alone, which softmax

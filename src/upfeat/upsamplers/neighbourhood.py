@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from upfeat import functional
 from upfeat.bounds import whole
 from upfeat.geometry import cell_of_pixels
+from upfeat.randomness import stream
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
 
 MOST_RADIUS, MOST_WIDTH, MOST_LEVELS, MOST_BACK_PROJECTIONS = 16, 1024, 16, 100
@@ -35,15 +37,16 @@ class PyramidEncoder(nn.Module):
     neighbourhood of about 2^levels pixels at the cost of little more than one layer at full size.
     """
 
-    def __init__(self, width: int, levels: int) -> None:
+    def __init__(self, width: int, levels: int, channels: int = 3) -> None:
         """Make an encoder with initial weights.
 
         Args:
             width: channels of every level and of the queries, ≥ 1.
             levels: how many scales, ≥ 1.
+            channels: bands of the guidance, ≥ 1.
         """
         super().__init__()
-        self.entry = _window_of_three(3, width)
+        self.entry = _window_of_three(channels, width)
         self.coarser = nn.ModuleList(_Correction(width) for _ in range(levels - 1))
         self.join = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(levels))
         # Without values ("meta") only shapes are asked for, and arithmetic would import a compiler.
@@ -51,19 +54,31 @@ class PyramidEncoder(nn.Module):
             self._initialise()
 
     @torch.no_grad()
-    def _initialise(self) -> None:
-        width = self.entry.out_channels
+    def _initialise(self, generator: torch.Generator | None = None) -> None:
+        """Set the weights that descriptors of colour and texture start from."""
+        width, channels = self.entry.weight.shape[:2]
         window = torch.tensor([0.25, 0.5, 0.25])
-        colours = torch.randn(width, 3) / INITIAL_COLOUR_SCALE
+        colours = torch.randn(width, channels, generator=generator) / INITIAL_COLOUR_SCALE
         self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
-        nn.init.uniform_(self.entry.bias, -math.pi, math.pi)  # pyright: ignore[reportArgumentType]
+        assert self.entry.bias is not None
+        nn.init.uniform_(self.entry.bias, -math.pi, math.pi, generator=generator)
         for join in self.join:
             assert isinstance(join, nn.Conv2d)
-            nn.init.orthogonal_(join.weight.view(width, width))
+            nn.init.orthogonal_(join.weight.view(width, width), generator=generator)
             nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
 
+    @classmethod
+    def untrained(cls, width: int, levels: int, channels: int) -> PyramidEncoder:
+        """Make the encoder that training would start from, always the same for its arguments."""
+        with torch.device("meta"):  # whose initial values take nothing from the global generator
+            encoder = cls(width, levels, channels)
+            encoder.coarser = nn.ModuleList(nn.Identity() for _ in encoder.coarser)
+        encoder = encoder.to_empty(device="cpu")
+        encoder._initialise(stream("bands", width, levels, channels))
+        return encoder
+
     def forward(self, guidance: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, width, H, W), any size, channels last."""
+        """(B, channels, H, W) -> (B, width, H, W), any size, channels last."""
         entry = self.entry(guidance.contiguous(memory_format=torch.channels_last))
         scales = [torch.sin(entry) if torch.is_grad_enabled() else entry.sin_()]
         del entry
@@ -287,6 +302,7 @@ class NeighbourhoodUpsampler(Upsampler):
     """
 
     name = "neighbourhood"
+    guidance_bands = None
     magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {
         "log_temperature": (0.0, 10.0),
         "log_sigma": (0.0, 5.0),
@@ -328,6 +344,39 @@ class NeighbourhoodUpsampler(Upsampler):
         self.encoder = PyramidEncoder(self.query_dim, self.levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
         self.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
+        # A plain dictionary: made from the other settings, they are no part of the state.
+        self._for_bands: dict[tuple[object, ...], NeighbourhoodUpsampler] = {}
+
+    def for_bands(self, guidance: Tensor) -> NeighbourhoodUpsampler:
+        """The same step for guidance that is not RGB: without training, by all of its bands.
+
+        The entry of its encoder is random Fourier features of the bands, which make a Gaussian
+        kernel of the distance between them; they are drawn once and for all. Temperature and σ are
+        those that training starts from; everything else is as here.
+
+        Args:
+            guidance: (B, N, H, W), as :func:`upfeat.upsamplers.bands.even_bands` returns it.
+
+        Returns:
+            An upsampler for N bands, on the guidance's device and of its dtype; this one for 3.
+        """
+        channels = guidance.shape[1]
+        if channels == self.encoder.entry.in_channels:
+            return self
+        key = (channels, guidance.device, guidance.dtype, *self.config().values())
+        if key not in self._for_bands:
+            # Kept for the next guidance, which may want gradients where this one does not.
+            with torch.inference_mode(False):
+                with torch.device("meta"):
+                    step = NeighbourhoodUpsampler(**self.config())
+                step.encoder = PyramidEncoder.untrained(self.query_dim, self.levels, channels)
+                step.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
+                step.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
+                step.to(device=guidance.device, dtype=guidance.dtype).eval().requires_grad_(False)
+            self._for_bands[key] = step
+        step = self._for_bands[key]
+        step.set_backend(self.backend)
+        return step
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
@@ -355,8 +404,10 @@ class NeighbourhoodUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
-        queries = self.queries(guidance, output_size)
-        return self.attend(queries, unit(F.adaptive_avg_pool2d(queries, grid_size)))
+        guidance = even_bands(guidance)
+        step = self.for_bands(guidance)
+        queries = step.queries(guidance, output_size)
+        return step.attend(queries, unit(F.adaptive_avg_pool2d(queries, grid_size)))
 
     def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
         """See :meth:`Upsampler.settle`; the corrections are made."""

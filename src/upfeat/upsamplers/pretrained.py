@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
@@ -15,6 +11,7 @@ from upfeat.storage import read_tensors
 from upfeat.strict_json import read_object
 from upfeat.tensor_checks import check_layouts, read_layouts
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
+from upfeat.upsamplers.blueprint import build
 from upfeat.upsamplers.checkpoints import load_checkpoint
 from upfeat.upsamplers.detail import DetailUpsampler
 from upfeat.upsamplers.tensor_files import SUFFIXES
@@ -150,33 +147,6 @@ def _class_of(config: dict[str, Any], path: Path) -> type[Upsampler]:
     if saved is None:
         raise ValueError(f"{path}: {unknown_name('upsampler', str(name)[:60], list(UPSAMPLERS))}")
     return saved
-
-
-def build(
-    cls: type[AnyUpsampler], config: dict[str, Any], source: str | Path, *, values: bool = True
-) -> AnyUpsampler:
-    """Make an upsampler from a configuration of anywhere; PyTorch's random state stays.
-
-    Args:
-        cls: its class.
-        config: arguments of the constructor.
-        source: what to call the configuration in errors.
-        values: ``False`` for a module that has shapes alone, to compare with the header of a file
-            before anything large is made.
-
-    Raises:
-        ValueError: an argument is unknown or out of range.
-    """
-    known = [name for name in inspect.signature(cls).parameters if name not in cls.unsaved]
-    for name in config:
-        if name not in known:
-            raise ValueError(f"{source}: {unknown_name('argument', name[:60], known)}")
-    place = nullcontext() if values else torch.device("meta")
-    try:
-        with torch.random.fork_rng(devices=[]), place:
-            return cls(**config)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: {error}") from None
 
 
 def _local_folder(folder: str | Path) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem, Sample
+from upfeat.failures import failure_reason
 from upfeat.provenance import identify_backbone, source_digest
 from upfeat.storage import read_tensors, write_tensors
 
@@ -138,12 +139,16 @@ def prepare(
             content = hashlib.sha256(dataset.identify(sample)).hexdigest()
             recipe = f"{content}|{dataset.name}|{dataset.classes}|{size}|{made_by}"
             path = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.safetensors"
-            if read_whole(path) is None:
-                tensors = _prepare_one(dataset, sample, backbone, size)
-                write_tensors(path, tensors, {"sample": sample.name})
-        except (ValueError, FileNotFoundError) as error:
-            dataset.problems.append(Problem(sample.name, _reason(error, sample)))
+            known = read_whole(path) is not None
+            tensors = None if known else _prepare_one(dataset, sample, backbone, size)
+        except Exception as error:
+            reason = failure_reason(error)
+            if reason is None:
+                raise
+            dataset.problems.append(Problem(sample.name, _without_paths(reason, sample)))
             continue
+        if tensors is not None:  # a disk that cannot be written is no sample's fault
+            write_tensors(path, tensors, {"sample": sample.name})
         names.append(sample.name)
         files.append(path)
     if on_step is not None:
@@ -190,8 +195,7 @@ def _resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.to(target.dtype).contiguous()
 
 
-def _reason(error: Exception, sample: Sample) -> str:
-    text = " ".join(str(error).split())
+def _without_paths(reason: str, sample: Sample) -> str:
     for path in (sample.image, sample.target):
-        text = text.removeprefix(f"{path}: ")
-    return text
+        reason = reason.removeprefix(f"{path}: ")
+    return reason
