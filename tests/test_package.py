@@ -42,7 +42,7 @@ LAYERS = [
     {"upsamplers", "backbones"},
     {"feature_map", "lazy_files", "features"},
     {"provenance", "probes", "implicit", "model", "attach", "environment", "mosaic"},
-    {"training", "evaluation", "run", "benchmark", "testing"},
+    {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},
     {"cli", "__main__"},
 ]
