@@ -41,6 +41,7 @@ LAYERS = [
     {"functional"},
     {"upsamplers", "backbones"},
     {"feature_map", "lazy_files", "features"},
+    {"testing"},
     {"provenance", "probes", "implicit", "model", "attach", "environment", "mosaic"},
     {"training", "evaluation", "run", "benchmark"},
     {"batch", "raster", "demo"},

@@ -73,6 +73,7 @@ _LAZY = {
     "load": "upfeat.model",
     "load_backbone": "upfeat.backbones",
     "load_upsampler": "upfeat.upsamplers",
+    "tokens_to_grid": "upfeat.backbones",
     "train": "upfeat.training",
 }
 

@@ -35,6 +35,12 @@ class Patches(nn.Module):
         }[self.shape]
 
 
+def _checked(module, **options):
+    backbone = upfeat.load_backbone(module, **options)
+    check_backbone(lambda: backbone)
+    return backbone
+
+
 @pytest.mark.parametrize(
     ("shape", "prefix"),
     [
@@ -45,7 +51,7 @@ class Patches(nn.Module):
 def test_every_form_is_recognised(shape, prefix):
     torch.manual_seed(0)
     module = Patches(shape, prefix=prefix)
-    backbone = check_backbone(lambda: module)
+    backbone = _checked(module)
     assert (backbone.stride, backbone.embed_dim) == (16, 12)
     x = torch.randn(1, 3, 48, 80)
     torch.testing.assert_close(backbone(x), module.project(x))
@@ -53,7 +59,7 @@ def test_every_form_is_recognised(shape, prefix):
 
 @pytest.mark.parametrize(("patch", "stride"), [(16, 8), (14, 7), (16, 12)])
 def test_overlapping_patches(patch, stride):
-    backbone = check_backbone(lambda: Patches(patch=patch, stride=stride))
+    backbone = _checked(Patches(patch=patch, stride=stride))
     assert backbone.stride == stride
     x = torch.randn(1, 3, 6 * stride, 4 * stride)
     assert backbone(x).shape[-2:] == (6, 4)
@@ -72,7 +78,7 @@ def test_patches_are_centred_on_their_cells():
 class TestOneSize:
     @pytest.mark.parametrize("fit", ["tile", "resize"])
     def test_contract(self, fit):
-        backbone = check_backbone(lambda: Patches(size=64), fit=fit)
+        backbone = _checked(Patches(size=64), fit=fit)
         assert backbone.input_size == (64, 64)
 
     def test_tiles_are_what_the_whole_would_be(self):
@@ -99,7 +105,7 @@ class TestOneSize:
             upfeat.load_backbone(Patches(size=64), fit="interpolate")
         with pytest.raises(ValueError, match="fit='squeeze' must be one of"):
             upfeat.load_backbone(Patches(), fit="squeeze")
-        with pytest.raises(ValueError, match="takes none of the image sizes tried .* input_size="):
+        with pytest.raises(ValueError, match=r"takes none of the image sizes tried .* input_size="):
             upfeat.load_backbone(Patches(size=80))
         assert upfeat.load_backbone(Patches(size=80), input_size=80).input_size == (80, 80)
 
@@ -138,9 +144,9 @@ class TestLayersInside:
         net = nn.Sequential(
             nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 8, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         )
-        backbone = check_backbone(lambda: net, layer="1")
+        backbone = _checked(net, layer="1")
         assert (backbone.stride, backbone.embed_dim) == (8, 8)
-        both = check_backbone(lambda: net, layer=["0", "1"])
+        both = _checked(net, layer=["0", "1"])
         assert (both.stride, both.embed_dim) == (4, 12)
 
     def test_keys_and_numbers_of_outputs(self):
@@ -157,6 +163,7 @@ class TestLayersInside:
 
 def test_ambiguity_is_asked_about():
     def cube(x):
+        assert x.shape[2] == x.shape[3] == 224
         return F.avg_pool2d(x[:, :1], 16).expand(-1, 14, -1, -1)
 
     with pytest.raises(ValueError, match='give layout="NCHW" or layout="NHWC"'):

@@ -59,5 +59,6 @@ def _make(family, **more):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contract(family):
-    backbone = check_backbone(lambda: _make(family))
+    backbone = upfeat.load_backbone(_make(family))
+    check_backbone(lambda: backbone)
     assert backbone.stride == FAMILIES[family][2]

@@ -50,5 +50,6 @@ def _make(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_contract(family):
     # Its float16 normalises padding, which is 0, by an epsilon that is 0 there too.
-    backbone = check_backbone(lambda: _make(family), half=family != "swinv2")
+    backbone = upfeat.load_backbone(_make(family))
+    check_backbone(lambda: backbone, without=["float16"] if family == "swinv2" else [])
     assert backbone.stride == FAMILIES[family][2]

@@ -28,6 +28,10 @@ Layer = int | str
 """A layer by its number or name."""
 
 
+class Ambiguous(ValueError):
+    """A tensor may be read in two ways."""
+
+
 class Layout(NamedTuple):
     """How one tensor of a model's output is to be read."""
 
@@ -186,7 +190,7 @@ def recognise(
     if layout is not None:
         kinds = [kind for kind in kinds if kind == layout]
     if len(kinds) == 2:
-        raise ValueError(
+        raise Ambiguous(
             f"{name} returned {shape} for an image of {side}×{side}, which may be (B, C, h, w) or "
             '(B, h, w, C): give layout="NCHW" or layout="NHWC"'
         )

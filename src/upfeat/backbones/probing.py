@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from upfeat.backbones.outputs import Layer, Layout, concatenate, recognise, select
+from upfeat.backbones.outputs import Ambiguous, Layer, Layout, concatenate, recognise, select
 from upfeat.types import Size
 
 _SIZES = (224, 256, 512, 384, 518, 448, 336, 112, 64, 32)
@@ -77,7 +77,7 @@ def probe(question: Question) -> Answer:
     """
     side, output = _first_size(question)
     tensors = select(output, question.layers, question.name)
-    layouts = [_recognise(question, tensor, side) for tensor in tensors]
+    layouts = [_recognise(question, one, side, index) for index, one in enumerate(tensors)]
     if all(layout.cells == 1 for layout in layouts):
         side, layouts, tensors = _not_pooled(question, side)
     maps = [
@@ -114,7 +114,7 @@ def _first_size(question: Question) -> tuple[int, object]:
     first: Exception | None = None
     tried = list(dict.fromkeys([*sides, *_SIZES]))
     for side in tried:
-        output, error = _attempt(question, side)
+        output, error = _attempt(question, (side, side))
         if error is None:
             return side, output
         first = first or error
@@ -125,10 +125,10 @@ def _first_size(question: Question) -> tuple[int, object]:
     ) from first
 
 
-def _attempt(question: Question, side: int) -> tuple[object, Exception | None]:
+def _attempt(question: Question, size: Size) -> tuple[object, Exception | None]:
     """What the model returns, or raises."""
     try:
-        return question.call(_blank(question, (side, side))), None
+        return question.call(_blank(question, size)), None
     except Exception as error:  # whatever a stranger's module raises
         return None, error
 
@@ -137,14 +137,18 @@ def _line(error: Exception | None) -> str:
     return (str(error).strip() or "nothing").splitlines()[0][:200]
 
 
-def _recognise(question: Question, tensor: Tensor, side: int) -> Layout:
-    return recognise(
-        tensor,
-        side,
-        question.name,
-        layout=question.layout,
-        prefix_tokens=question.prefix_tokens,
-    )
+def _recognise(question: Question, tensor: Tensor, side: int, index: int = 0) -> Layout:
+    """The layout of a tensor; where a square image leaves it open, an oblong one is shown."""
+    known = {"layout": question.layout, "prefix_tokens": question.prefix_tokens}
+    try:
+        return recognise(tensor, side, question.name, **known)  # pyright: ignore[reportArgumentType]
+    except Ambiguous:
+        output, _ = _attempt(question, (side, 2 * side))
+        if output is None:
+            raise
+        shape = select(output, question.layers, question.name)[index].shape
+        kind = "NCHW" if shape[3] == 2 * shape[2] else "NHWC"
+        return recognise(tensor, side, question.name, layout=kind)
 
 
 def _not_pooled(question: Question, side: int) -> tuple[int, list[Layout], list[Tensor]]:
@@ -152,7 +156,7 @@ def _not_pooled(question: Question, side: int) -> tuple[int, list[Layout], list[
     try:
         output = question.call(_blank(question, (2 * side, 2 * side)))
         tensors = select(output, question.layers, question.name)
-        layouts = [_recognise(question, tensor, 2 * side) for tensor in tensors]
+        layouts = [_recognise(question, one, 2 * side, index) for index, one in enumerate(tensors)]
         if any(layout.cells > 1 for layout in layouts):
             return 2 * side, layouts, tensors
     except Exception:  # it takes one size only
@@ -173,6 +177,16 @@ def _overlap(
     strides has n cells; half of it on either side puts each cell's patch around its centre.
     """
 
+    def least(start: int, wanted: int, most: int) -> int:
+        """The least number of pixels beyond ``start`` that give so many cells."""
+        low, high = -1, most
+        if count(start + high) < wanted:
+            raise refusal
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if count(start + middle) >= wanted else (middle, high)
+        return high
+
     def count(length: int) -> int:
         x = _blank(question, (length, length))
         tensor = select(question.call(x), question.layers, question.name)[0]
@@ -182,29 +196,21 @@ def _overlap(
         f"{question.name} turns {side}×{side} pixels into {cells}×{cells} cells, which is no whole "
         "stride; give stride=, or a probe_size that it divides"
     )
+    if len(layouts) > 1:
+        raise refusal
     try:
-        more = count(2 * side) - cells
-        if len(layouts) > 1 or more < 1 or side % more:
-            raise refusal
-        stride = side // more
-        if question.stride not in (None, stride):
-            raise ValueError(
-                f"{question.name}: stride={question.stride} was given, but its cells are {stride} "
-                "pixels apart; check its embed_dim and stride"
-            )
+        most = 3 * math.ceil(side / cells)
+        stride = least(side, cells + 2, most) - least(side, cells + 1, most)
         length = side - side % stride
-        low, high = 0, 4 * stride
-        if count(length + high) < length // stride:
-            raise refusal
-        while high - low > 1:
-            middle = (low + high) // 2
-            enough = count(length + middle) >= length // stride
-            low, high = (low, middle) if enough else (middle, high)
-    except ValueError:
-        raise
-    except Exception:
-        raise refusal from None
-    return stride, high
+        padding = least(length, length // stride, 4 * stride)
+    except Exception as error:  # whatever a stranger's module raises at another size
+        raise refusal from error
+    if question.stride not in (None, stride):
+        raise ValueError(
+            f"{question.name}: stride={question.stride} was given, but its cells are {stride} "
+            "pixels apart; check its embed_dim and stride"
+        )
+    return stride, padding
 
 
 def _sizes_taken(question: Question, answer: Answer) -> Answer:

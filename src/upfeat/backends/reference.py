@@ -63,18 +63,19 @@ def neighbourhood_weights(
     """See :func:`upfeat.functional.neighbourhood_weights`."""
     cells = _cells_around(keys, radius, output_size, origin, queries.shape[2:])
     products = torch.einsum("bdthw,bdhw->bthw", cells, queries)
-    apart = []
+    exact, apart = torch.promote_types(keys.dtype, torch.float32), []
     for axis in (0, 1):
         start, count = origin[axis], queries.shape[2 + axis]
         grid, length = keys.shape[2 + axis], output_size[axis]
         own = cell_of_pixels(grid, length, start, count, keys.device)
-        pixels = torch.arange(start, start + count, device=keys.device, dtype=keys.dtype)
+        pixels = torch.arange(start, start + count, device=keys.device, dtype=exact)
         offset = torch.arange(-radius, radius + 1, device=keys.device)[:, None]
         apart.append((pixels + 0.5) * grid / length - (own + offset + 0.5))  # (2r+1, count)
     rows, columns = apart[0][:, None, :, None], apart[1][None, :, None, :]
     logits = temperature * products - (rows**2 + columns**2).flatten(0, 1) / (2 * sigma**2)
     far = (rows.abs() > radius + 0.5 - 1e-4) | (columns.abs() > radius + 0.5 - 1e-4)
-    return torch.softmax(logits.masked_fill(far.flatten(0, 1), -torch.inf), dim=1)
+    weights = torch.softmax(logits.masked_fill(far.flatten(0, 1), -torch.inf), dim=1)
+    return weights.to(queries.dtype)
 
 
 def window_attention(
