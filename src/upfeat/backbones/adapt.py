@@ -45,7 +45,7 @@ def adapt(
         settings = settings or settings_of(module)
         network = timm.any_size(module) if interpolate else module
         chosen = timm.numbers(layers, type(module).__name__)
-        return Adapted(timm.TimmFeatures(network, chosen), None, settings)
+        return Adapted(timm.TimmFeatures(network, chosen), _all(chosen), settings)
     if transformers.is_transformers(module):
         assert isinstance(module, nn.Module)
         return _from_transformers(module, layers, interpolate, settings)
@@ -57,10 +57,15 @@ def adapt(
             return adapt(trunk, layers, interpolate=interpolate, settings=settings)
         chosen = timm.numbers(layers, type(tower).__name__)
         reader = open_clip.OpenClipFeatures(tower, chosen, interpolate=interpolate)
-        return Adapted(reader, None, settings)
+        return Adapted(reader, _all(chosen), settings)
     if isinstance(module, nn.Module) and hasattr(module, "get_intermediate_layers"):
         return _from_intermediates(module, layers, settings)
     return Adapted(module, layers, settings)
+
+
+def _all(chosen: Sequence[int] | None) -> list[Layer] | None:
+    """To be picked out of what a reader returns: everything, where it is several layers."""
+    return None if chosen is None or len(chosen) < 2 else list(range(len(chosen)))
 
 
 def _from_transformers(
@@ -75,7 +80,7 @@ def _from_transformers(
     settings = settings or settings_of(part)
     chosen = timm.numbers(layers, type(part).__name__)
     reader = transformers.TransformersFeatures(part, chosen, interpolate=interpolate)
-    return Adapted(reader, None, settings)
+    return Adapted(reader, _all(chosen), settings)
 
 
 def _from_intermediates(
@@ -88,4 +93,4 @@ def _from_intermediates(
     if chosen is not None and reader.count is not None:
         name = type(module).__name__
         reader.layers = [check_number(layer, reader.count, name) for layer in chosen]
-    return Adapted(reader, None, settings)
+    return Adapted(reader, _all(chosen), settings)

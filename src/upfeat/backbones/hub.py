@@ -161,6 +161,9 @@ class ExportedModel(nn.Module):
         """Unpack the program."""
         super().__init__()
         self.graph = program.module()
+        for part in self.graph.modules():
+            part.training = False
+        self.training = False
 
     def forward(self, x: Tensor) -> Any:
         """See the program."""
@@ -168,7 +171,6 @@ class ExportedModel(nn.Module):
 
     def train(self, mode: bool = True) -> ExportedModel:
         """Nothing: a program has the mode that it was exported in."""
-        self.training = mode
         return self
 
 

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from upfeat.backbones.libraries import import_library
-from upfeat.backbones.outputs import concatenate
 from upfeat.backbones.settings import OPENAI, Settings
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
 
 
 class OpenClipFeatures(nn.Module):
-    """Feature maps of an image tower's layers, (B, 3, H, W) -> (B, C, h, w).
+    """Feature maps of an image tower's layers, (B, 3, H, W) -> a list of (B, C, h, w).
 
     Layers are counted from 0. The last one is normed as the tower's head would have it; others are
     as the layer leaves them.
@@ -45,7 +44,7 @@ class OpenClipFeatures(nn.Module):
         self.tower = _Intermediates(tower, layers)
         self.interpolate = interpolate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """See the class."""
         tower: Any = self.tower.tower
         positions = getattr(tower, "positional_embedding", None)
@@ -70,7 +69,7 @@ class _Intermediates(nn.Module):
         self.tower = tower
         self.layers = layers
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         tower: Any = self.tower
         output = tower.forward_intermediates(
             x,
@@ -79,7 +78,7 @@ class _Intermediates(nn.Module):
             intermediates_only=True,
             output_fmt="NCHW",
         )
-        return concatenate(output["image_intermediates"])
+        return output["image_intermediates"]
 
 
 def _interpolated(positions: Tensor, own: tuple[int, ...], grid: tuple[int, int]) -> Tensor:

@@ -216,7 +216,8 @@ def _overlap(
 def _sizes_taken(question: Question, answer: Answer) -> Answer:
     """Whether the model takes another, oblong size, and of which sides' multiples."""
     stride, side = answer.stride, answer.size[0]
-    for multiple in dict.fromkeys((stride, math.lcm(32, stride), 64)):
+    coarsest = max(one.side // one.cells for one in answer.layouts)
+    for multiple in dict.fromkeys((coarsest, math.lcm(32, stride), 64)):
         if multiple % stride:
             continue
         short = max(side // 2 // multiple, 1 if multiple >= 32 else 2) * multiple

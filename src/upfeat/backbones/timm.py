@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from upfeat.backbones.libraries import import_library
-from upfeat.backbones.outputs import Layer, check_number, concatenate
+from upfeat.backbones.outputs import Layer, check_number
 from upfeat.registry import unknown_name
 
 
 class TimmFeatures(nn.Module):
-    """Feature maps of a timm model's layers, (B, 3, H, W) -> (B, C, h, w).
+    """Feature maps of a timm model's layers, (B, 3, H, W) -> a list of (B, C, h, w).
 
     Layers are those of ``forward_intermediates``, counted from 0. The last one is what the model's
     head would be given, after its norm; others are as the layer leaves them.
@@ -39,14 +39,14 @@ class TimmFeatures(nn.Module):
             self.layers = [check_number(layer, count, name) for layer in self.layers]
         self.last = self.layers is None or (count is not None and self.layers == [count - 1])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """See the class."""
         try:
-            return concatenate(self._run(x, self.last))
+            return self._run(x, self.last)
         except AssertionError:  # a model whose norm cannot be applied, or another size
             maps = self._run(x, False)
             self.last = False
-            return concatenate(maps)
+            return maps
 
     def _run(self, x: Tensor, norm: bool) -> list[Tensor]:
         run: Any = self.network

@@ -75,6 +75,17 @@ class TransformersFeatures(nn.Module):
         chosen = [states[offset + layer] for layer in self.layers]
         return chosen[0] if len(chosen) == 1 else chosen
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hooks by which transformers records hidden states; it installs them anew."""
+        for module in self.network.modules():
+            hooks = module._forward_hooks
+            for key, hook in list(hooks.items()):
+                if type(hook).__module__ == "builtins" and "output_cap" in hook.__qualname__:
+                    del hooks[key]
+            if hasattr(module, "_output_capturing_hooks_installed"):
+                module._output_capturing_hooks_installed = False  # pyright: ignore[reportArgumentType]
+        return self.__dict__
+
     def _last(self, output: Any) -> Any:
         """The last hidden state, as a map where the model keeps one."""
         if "feature_maps" in output:
