@@ -12,10 +12,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from upfeat._version import __version__
-from upfeat.attach import attach
 
 if TYPE_CHECKING:
     from upfeat import functional
+    from upfeat.attachment import attach
     from upfeat.backbones import (
         Backbone,
         WrappedBackbone,
@@ -46,7 +46,8 @@ if TYPE_CHECKING:
     )
 
 # Imported when first asked for: the command answers --help before PyTorch would be loaded, and
-# using an upsampler needs nothing that training does. The list for type checkers stands above.
+# using an upsampler needs nothing that training does. The list for type checkers stands above. No
+# module has the name of a public function: importing it would put it in the function's place.
 _LAZY = {
     "AnyUp": "upfeat.upsamplers",
     "Backbone": "upfeat.backbones",
@@ -67,6 +68,7 @@ _LAZY = {
     "UpsampledFeatures": "upfeat.features",
     "Upsampler": "upfeat.upsamplers",
     "WrappedBackbone": "upfeat.backbones",
+    "attach": "upfeat.attachment",
     "fit_implicit": "upfeat.implicit.fit",
     "list_backbones": "upfeat.backbones",
     "list_upsamplers": "upfeat.upsamplers",

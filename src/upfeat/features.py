@@ -20,6 +20,7 @@ from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.base import add_offset, check_finite, check_inputs
+from upfeat.upsamplers.maps import Map
 
 _TILE = 32
 
@@ -113,7 +114,7 @@ class UpsampledFeatures(FeatureMap):
             self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
         self.missing = None if missing is None else missing.expand(-1, 1, *size)
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
-        self._settled: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
+        self._settled: tuple[_Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
     @property
     def mixed(self) -> Tensor:
@@ -318,7 +319,7 @@ class UpsampledFeatures(FeatureMap):
             missing = missing[..., window.top : window.bottom, window.left : window.right]
         return blank(out, missing)
 
-    def _settle(self) -> tuple[Kernels, Tensor]:
+    def _settle(self) -> tuple[Kernels, Tensor | Map]:
         """Kernels and features that give the same map, with all done that no window changes.
 
         Kept for the next window, unless they would keep a gradient's graph with them.
@@ -327,7 +328,8 @@ class UpsampledFeatures(FeatureMap):
         if self._settled is not None and self._settled[0].holds([mixed]):
             return self._settled[1]
         found = self.upsampler.settle(kernels, mixed)
-        if found[1] is not mixed and not found[1].requires_grad:
+        recorded = found[1].requires_grad if isinstance(found[1], Tensor) else found[1].recorded
+        if found[1] is not mixed and not recorded:
             self._settled = _Snapshot([mixed]), found
         return found
 
@@ -361,7 +363,9 @@ class UpsampledFeatures(FeatureMap):
         if self.shape[0] != 1:
             raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
 
-    def _sample_tile(self, settled: tuple[Kernels, Tensor], points: Tensor, tile: Tensor) -> Tensor:
+    def _sample_tile(
+        self, settled: tuple[Kernels, Tensor | Map], points: Tensor, tile: Tensor
+    ) -> Tensor:
         """Features at points (N, 2) whose pixels start in one tile -> (N, C)."""
         top, left = (int(index) * _TILE for index in tile)
         height = min(_TILE + 1, self.shape[2] - top)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfeat.backbones.libraries import import_library
+from upfeat.backbones.libraries import import_library, without_broken
 from upfeat.backbones.outputs import check_number
 from upfeat.backbones.settings import Settings, cropping, transformers_settings
 from upfeat.types import Size
@@ -184,10 +184,18 @@ def load_transformers(source: str, *, pretrained: bool) -> tuple[nn.Module, Sett
         FileNotFoundError: it is no folder, and cannot be downloaded.
         ValueError: transformers is not installed, or cannot make the model.
     """
+    with without_broken("torchvision"):
+        return _load(source, pretrained)
+
+
+def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
     library = import_library("transformers", extra="transformers")
     if Path(source).expanduser().exists():
         source = str(Path(source).expanduser())
         _check_folder(Path(source), pretrained)
+    progress = library.utils.logging
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
     try:
         config = library.AutoConfig.from_pretrained(source)
         if pretrained:
@@ -199,6 +207,9 @@ def load_transformers(source: str, *, pretrained: bool) -> tuple[nn.Module, Sett
         raise _unreachable(source, error) from None
     except Exception as error:
         raise ValueError(f"hf:{source}: {_line(error)}") from None
+    finally:
+        if shown:
+            progress.enable_progress_bar()
     part = vision_part(network)
     settings = transformers_settings(getattr(part, "config", config), processor)
     crop = None if processor is None else cropping(processor)

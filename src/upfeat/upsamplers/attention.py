@@ -20,6 +20,7 @@ from upfeat.bounds import whole
 from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers.base import Kernels, Upsampler, apply_head, check_inputs
+from upfeat.upsamplers.maps import Map
 
 _BAND_BYTES = 32 * 2**20
 """About as much as a band of rows may take that is on its way to a caller's buffer."""
@@ -111,7 +112,6 @@ class AttentionUpsampler(Upsampler):
     """What AnyUp, JAFAR and NAF have in common; they differ in :meth:`prepare`."""
 
     mean, std = IMAGENET
-    reach = None
 
     always_small = True
 
@@ -190,7 +190,7 @@ class AttentionUpsampler(Upsampler):
     def through(
         self,
         kernels: Kernels,
-        mixed: Tensor,
+        mixed: Tensor | Map,
         *,
         head: Tensor | slice | None = None,
         window: Window | None = None,
@@ -203,6 +203,7 @@ class AttentionUpsampler(Upsampler):
         assert isinstance(kernels, AttentionKernels)
         if not kernels.split or head is None:
             return super().through(kernels, mixed, head=head, window=window)
+        assert isinstance(mixed, Tensor)
         window = Window(0, 0, *kernels.queries.shape[2:]) if window is None else window
         blocks = kernels.channel_blocks(mixed.shape[1])
         if isinstance(head, slice):

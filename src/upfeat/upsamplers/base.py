@@ -16,7 +16,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,11 @@ from upfeat.backends import dispatch
 from upfeat.bounds import shown
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
+from upfeat.storage import write_bytes, write_tensors
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
+from upfeat.upsamplers.maps import Map, is_recorded
+from upfeat.upsamplers.saved import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
 
 LONGEST_SIDE = 1 << 20
 """Pixels of an output's side, at most."""
@@ -42,11 +45,11 @@ AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
 class Kernels(Protocol):
     """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W), any C."""
+    def __call__(self, features: Any) -> Tensor:
+        """(B, C, h, w) -> (B, C, H, W), any C; features as :meth:`Upsampler.settle` gives them."""
         ...
 
-    def crop(self, features: Tensor, window: Window) -> Tensor:
+    def crop(self, features: Any, window: Window) -> Tensor:
         """The window of what :meth:`__call__` gives, computed alone.
 
         (B, C, h, w) -> (B, C, window.height, window.width).
@@ -85,6 +88,26 @@ class Upsampler(nn.Module, ABC):
     """The repository that published the weights, where the package has none."""
     origin: str | None = None
     """What the file that it was loaded from turned out to be; ``None`` where there was none."""
+
+    @property
+    def reach(self) -> int | None:
+        """Cells beyond its own that an output pixel depends on, at most; ``None``: the whole image.
+
+        Through features and guidance alike, where both guidance and output have 4 or more pixels a
+        cell. A window of a map (:meth:`render`) is that of the whole map anyway. A tile of an image
+        with as many cells around it, upsampled as an image of its own, is the same as in the whole
+        image if :attr:`step` divides its sides, those of the image, and the place where it begins.
+        Guidance that is not three bands is first evened over the whole image.
+        """
+        return None
+
+    @property
+    def step(self) -> int:
+        """Cells: tiles that begin and end at multiples of it can be images of their own.
+
+        See :attr:`reach`.
+        """
+        return 1
 
     def set_backend(self, backend: str) -> None:
         """Choose the backend of every operator, for weights, sums, windows and training alike.
@@ -176,7 +199,7 @@ class Upsampler(nn.Module, ABC):
     def render(
         self,
         kernels: Kernels,
-        mixed: Tensor,
+        mixed: Tensor | Map,
         *,
         head: Tensor | slice | None = None,
         window: Window | None = None,
@@ -206,7 +229,7 @@ class Upsampler(nn.Module, ABC):
     def through(
         self,
         kernels: Kernels,
-        mixed: Tensor,
+        mixed: Tensor | Map,
         *,
         head: Tensor | slice | None = None,
         window: Window | None = None,
@@ -215,7 +238,7 @@ class Upsampler(nn.Module, ABC):
         coarse = apply_head(mixed, head)
         return kernels(coarse) if window is None else kernels.crop(coarse, window)
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
+    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
         """Do what no window changes, once for any number of windows.
 
         Args:
@@ -239,17 +262,15 @@ class Upsampler(nn.Module, ABC):
             OSError: the folder cannot be written.
             ValueError: a weight is NaN or infinite.
         """
-        from upfeat.storage import write_bytes, write_tensors
-
         folder = Path(folder)
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
         check_values(f"{folder}: not written", state, magnitudes=self.magnitudes)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "model.safetensors", state, {"upsampler": self.name})
+        write_tensors(folder / WEIGHTS_FILE, state, {"upsampler": self.name})
         config = {"upsampler": self.name, **self.config()}
         if self.mean is not None and self.std is not None:
             config |= {"mean": list(self.mean), "std": list(self.std)}
-        write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_bytes(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:
@@ -264,9 +285,7 @@ class Upsampler(nn.Module, ABC):
             ValueError: it holds another upsampler, arguments out of range, or tensors that do not
                 fit or are not finite.
         """
-        from upfeat.upsamplers.pretrained import load_pretrained
-
-        return load_pretrained(cls, folder)
+        return load_pretrained(cls, folder, UPSAMPLERS)
 
     def _load_from_state_dict(
         self,
@@ -296,7 +315,11 @@ UPSAMPLERS = Registry[type[Upsampler]]("upsampler")
 """Classes by name; one registers where it is defined, by ``@UPSAMPLERS.register``."""
 
 
-def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:
+@overload
+def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor: ...
+@overload
+def apply_head(features: Tensor | Map, head: Tensor | slice | None) -> Tensor | Map: ...
+def apply_head(features: Tensor | Map, head: Tensor | slice | None) -> Tensor | Map:
     """Apply a linear head, or choose channels, at every cell.
 
     Args:
@@ -308,10 +331,32 @@ def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor:
     """
     if head is None:
         return features
+    if not isinstance(features, Tensor):
+        return Headed(features, head)
     if isinstance(head, slice):
         return features[:, head].contiguous()
     # On a CPU a matrix product is faster than a 1×1 convolution.
     return (head @ features.flatten(2)).unflatten(2, features.shape[2:])
+
+
+class Headed:
+    """A map after a head."""
+
+    def __init__(self, source: Map, head: Tensor | slice, bias: Tensor | None = None) -> None:
+        """Keep them; see :func:`apply_head`. The bias is (K,) or (B, K)."""
+        self.source, self.head, self.bias = source, head, bias
+        self.size = source.size
+        self.recorded = source.recorded or (isinstance(head, Tensor) and is_recorded(head))
+
+    def at(self, window: Window) -> Tensor:
+        """See :meth:`Map.at`."""
+        out = apply_head(self.source.at(window), self.head)
+        return out if self.bias is None else out + self.bias[..., None, None]
+
+
+def cells_of_pixels(pixels: int) -> int:
+    """Cells that so many pixels touch at most, where cells are 4 or more pixels wide."""
+    return -(-pixels // 4)
 
 
 def check_inputs(

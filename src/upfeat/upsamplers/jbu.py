@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.bounds import MOST_CHANNELS, whole
-from upfeat.geometry import interpolation_matrix, reflected_range, span
+from upfeat.geometry import reflected_range
 from upfeat.normalization import IMAGENET
+from upfeat.resampling import bicubic, pooled, resample
 from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
@@ -152,16 +154,23 @@ class JBUKernels:
         columns = reflected_range(
             window.left - radius, window.right + radius, size[1], features.device
         )
-        guidance = F.adaptive_avg_pool2d(self.guidance, size)
-        guidance = guidance.index_select(2, rows).index_select(3, columns)
+        above, beside = (
+            pooled(length, target, places.cpu())
+            for length, target, places in zip(
+                self.guidance.shape[2:], size, (rows, columns), strict=True
+            )
+        )
+        guidance = resample(self.guidance, above, beside)
         # The patch has a margin of the radius, so that its inside sees true neighbours.
         weights = stage(guidance)[:, :, radius : radius + window.height]
         weights = weights[..., radius : radius + window.width].to(features.dtype)
-        across_rows = interpolation_matrix(before[0], size[0], "bicubic", features)[rows]
-        across_columns = interpolation_matrix(before[1], size[1], "bicubic", features)[columns]
-        (top, bottom), (left, right) = span(across_rows), span(across_columns)
-        source = self._crop(features, Window(top, left, bottom - top, right - left), index - 1)
-        padded = across_rows[:, top:bottom] @ source @ across_columns[:, left:right].T
+        down, across = (
+            bicubic(length, target, places.cpu())
+            for length, target, places in zip(before, size, (rows, columns), strict=True)
+        )
+        read = Window(down.first, across.first, down.stop - down.first, across.stop - across.first)
+        source = self._crop(features, read, index - 1)
+        padded = resample(source, down, across, (read.top, read.left))
         return functional.adaptive_conv2d(padded, weights.contiguous(), backend=stage.backend)
 
 
@@ -229,6 +238,16 @@ class JBUStack(Upsampler):
         """See :meth:`Upsampler.prepare`."""
         sizes = stage_sizes(grid_size, output_size, len(self.stages))
         return JBUKernels(self.stages, three_bands(guidance), sizes)
+
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`."""
+        # Every stage reads its radius on its own grid, and two cells each side of the one before;
+        # grids double, but stop at four pixels a cell if the output does. Pooled guidance overlaps.
+        cells = 0.0
+        for stage in range(1, len(self.stages) + 1):
+            cells += self.radius / min(1 << stage, 4) + 2 / min(1 << (stage - 1), 4)
+        return math.ceil(cells) + 1
 
     def mix(self, features: Tensor) -> Tensor:
         """X + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).

@@ -7,283 +7,20 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat import functional
 from upfeat.bounds import whole
-from upfeat.geometry import cell_of_pixels
-from upfeat.randomness import stream
 from upfeat.upsamplers.bands import even_bands
-from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, cells_of_pixels
+from upfeat.upsamplers.encoder import PyramidEncoder
+from upfeat.upsamplers.maps import Computed, Map
+from upfeat.upsamplers.step import CellMeans, NeighbourhoodKernels, Queries, Units
 
 MOST_RADIUS, MOST_WIDTH, MOST_LEVELS, MOST_BACK_PROJECTIONS = 16, 1024, 16, 100
 """Far beyond use; a configuration from anywhere builds nothing larger."""
 
 INITIAL_TEMPERATURE = 8.0
 INITIAL_SIGMA = 0.6
-INITIAL_COLOUR_SCALE = 0.8
-"""Colours that differ by this, in units of the normalised guidance, start half unlike."""
-
-
-class PyramidEncoder(nn.Module):
-    """A query at every pixel, from the image at several scales.
-
-    The first layer is a sine of random projections of the colour, whose inner products are a
-    Gaussian kernel of colour distance (random Fourier features). Each coarser scale is the mean of
-    the finer one, plus a learned correction that starts at 0: a mean of such features describes the
-    colours of a window, so queries start as descriptors of colour and texture, and training goes on
-    from there. Scales are added up, coarser ones laid over finer ones bilinearly; a query knows a
-    neighbourhood of about 2^levels pixels at the cost of little more than one layer at full size.
-    """
-
-    def __init__(self, width: int, levels: int, channels: int = 3) -> None:
-        """Make an encoder with initial weights.
-
-        Args:
-            width: channels of every level and of the queries, ≥ 1.
-            levels: how many scales, ≥ 1.
-            channels: bands of the guidance, ≥ 1.
-        """
-        super().__init__()
-        self.entry = _window_of_three(channels, width)
-        self.coarser = nn.ModuleList(_Correction(width) for _ in range(levels - 1))
-        self.join = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(levels))
-        # Without values ("meta") only shapes are asked for, and arithmetic would import a compiler.
-        if not self.entry.weight.is_meta:
-            self._initialise()
-
-    @torch.no_grad()
-    def _initialise(self, generator: torch.Generator | None = None) -> None:
-        """Set the weights that descriptors of colour and texture start from."""
-        width, channels = self.entry.weight.shape[:2]
-        window = torch.tensor([0.25, 0.5, 0.25])
-        colours = torch.randn(width, channels, generator=generator) / INITIAL_COLOUR_SCALE
-        self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
-        assert self.entry.bias is not None
-        nn.init.uniform_(self.entry.bias, -math.pi, math.pi, generator=generator)
-        for join in self.join:
-            assert isinstance(join, nn.Conv2d)
-            nn.init.orthogonal_(join.weight.view(width, width), generator=generator)
-            nn.init.zeros_(join.bias)  # pyright: ignore[reportArgumentType]
-
-    @classmethod
-    def untrained(cls, width: int, levels: int, channels: int) -> PyramidEncoder:
-        """Make the encoder that training would start from, always the same for its arguments."""
-        with torch.device("meta"):  # whose initial values take nothing from the global generator
-            encoder = cls(width, levels, channels)
-            encoder.coarser = nn.ModuleList(nn.Identity() for _ in encoder.coarser)
-        encoder = encoder.to_empty(device="cpu")
-        encoder._initialise(stream("bands", width, levels, channels))
-        return encoder
-
-    def forward(self, guidance: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, width, H, W), any size, channels last."""
-        entry = self.entry(guidance.contiguous(memory_format=torch.channels_last))
-        scales = [torch.sin(entry) if torch.is_grad_enabled() else entry.sin_()]
-        del entry
-        for correction in self.coarser:
-            if min(scales[-1].shape[-2:]) < 2:
-                break
-            scales.append(correction(_halve(scales[-1])))
-        out = pointwise(self.join[len(scales) - 1], scales.pop())
-        while scales:  # each is let go once it is used: at full size they are the largest tensors
-            finer = pointwise(self.join[len(scales) - 1], scales.pop())
-            size = (finer.shape[2], finer.shape[3])
-            above = F.interpolate(out, size=size, mode="bilinear", align_corners=False)
-            out = finer + above if torch.is_grad_enabled() else finer.add_(above)
-            del finer, above
-        return out
-
-
-class _Correction(nn.Module):
-    """A scale and what is learned of it; the identity at the start."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.hidden = _window_of_three(width, width)
-        self.last = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # pyright: ignore[reportArgumentType]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) -> the same."""
-        return x + pointwise(self.last, F.gelu(self.hidden(x)))
-
-
-def _window_of_three(before: int, after: int) -> nn.Conv2d:
-    """A 3×3 convolution for channels-last maps: on a CPU twice as fast."""
-    layer = nn.Conv2d(before, after, 3, padding=1, padding_mode="replicate")
-    return layer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-
-
-def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """A 1×1 convolution of channels-last maps as the matrix product that it is.
-
-    On a CPU several times as fast as the convolution.
-    """
-    assert isinstance(layer, nn.Conv2d)
-    out = F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias)
-    return out.permute(0, 3, 1, 2)
-
-
-def _halve(x: Tensor) -> Tensor:
-    """Mean over 2×2, sides rounded up; over wider, overlapping cells where a side is odd."""
-    height, width = x.shape[-2:]
-    if height % 2 == 0 and width % 2 == 0:
-        return F.avg_pool2d(x, 2)  # the same, twice as fast
-    return F.adaptive_avg_pool2d(x, (-(-height // 2), -(-width // 2)))
-
-
-def unit(x: Tensor, *, over: bool = False) -> Tensor:
-    """Vectors over channels at unit length, 0 where they are 0.
-
-    Args:
-        x: (B, D, H, W); channels last it is several times as fast on a CPU.
-        over: the result may be written over ``x`` where autograd does not watch.
-
-    Returns:
-        (B, D, H, W).
-    """
-    length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    length = length.clamp(min=torch.finfo(x.dtype).tiny)
-    return x.div_(length) if over and not torch.is_grad_enabled() else x / length
-
-
-class NeighbourhoodKernels:
-    """Weights over the coarse cells around every pixel, made for the pixels that are asked for."""
-
-    def __init__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        temperature: Tensor,
-        sigma: Tensor,
-        *,
-        radius: int,
-        back_projections: int = 0,
-        backend: str = "auto",
-    ) -> None:
-        """Keep what weights are made of; see :func:`upfeat.functional.neighbourhood_weights`.
-
-        Args:
-            queries: (B, D, H, W).
-            keys: (B, D, h, w).
-            temperature: scalar.
-            sigma: scalar, in cells.
-            radius: in cells.
-            back_projections: how often the coarse features are corrected by what their mean over
-                each cell of the output lacks, before they are upsampled.
-            backend: of the operators.
-        """
-        self.queries, self.keys = queries, keys
-        self.temperature, self.sigma = temperature, sigma
-        self.radius, self.back_projections, self.backend = radius, back_projections, backend
-        self.grid_size: Size = (keys.shape[2], keys.shape[3])
-        self.output_size: Size = (queries.shape[2], queries.shape[3])
-        self._pooled: Tensor | None = None
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
-        whole = Window(0, 0, *self.output_size)
-        weights = self.weights(whole)
-        return self._sum(self._correct(features, weights), weights, whole)
-
-    def crop(self, features: Tensor, window: Window) -> Tensor:
-        """See :meth:`Kernels.crop`."""
-        if window == (0, 0, *self.output_size):
-            return self(features)
-        return self._sum(self._correct(features), self.weights(window), window)
-
-    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
-        """Do what no window changes, once for any number of them.
-
-        Args:
-            features: (B, C, h, w).
-
-        Returns:
-            Kernels and features that give the same, with the corrections made already.
-        """
-        if not self.back_projections:
-            return self, features
-        plain = NeighbourhoodKernels(
-            self.queries,
-            self.keys,
-            self.temperature,
-            self.sigma,
-            radius=self.radius,
-            backend=self.backend,
-        )
-        return plain, self._correct(features)
-
-    def weights(self, window: Window) -> Tensor:
-        """The weights of a window's pixels, (B, (2r+1)², window.height, window.width)."""
-        return functional.neighbourhood_weights(
-            self.queries[:, :, window.top : window.bottom, window.left : window.right],
-            self.keys,
-            self.temperature,
-            self.sigma,
-            radius=self.radius,
-            output_size=self.output_size,
-            window=window,
-            backend=self.backend,
-        )
-
-    def _sum(self, features: Tensor, weights: Tensor, window: Window) -> Tensor:
-        return functional.neighbourhood_upsample(
-            features,
-            weights.to(features.dtype),
-            output_size=self.output_size,
-            window=window,
-            backend=self.backend,
-        )
-
-    def _correct(self, features: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Add what is lost when the output is averaged over cells, (B, C, h, w) -> the same.
-
-        ``weights`` are those of all pixels, where they are at hand.
-        """
-        if self.back_projections and self._pooled is None:
-            if weights is None:
-                weights = self.weights(Window(0, 0, *self.output_size))
-            self._pooled = self._pool(weights)
-        corrected = features
-        for _ in range(self.back_projections):
-            assert self._pooled is not None
-            means = functional.neighbourhood_upsample(
-                corrected, self._pooled.to(features.dtype), backend=self.backend
-            )
-            corrected = corrected + (features - means)
-        return corrected
-
-    def _pool(self, weights: Tensor) -> Tensor:
-        """Mean weights over the pixels of each cell, (B, T, H, W) -> (B, T, h, w).
-
-        They upsample to the grid itself: what comes out is the mean over each cell of the whole
-        output. A cell in which no pixel of a small output lies keeps its own features.
-        """
-        down, across = (
-            divmod(length, cells)
-            for cells, length in zip(self.grid_size, self.output_size, strict=True)
-        )
-        if not (down[1] or across[1]):
-            return F.avg_pool2d(weights, (down[0], across[0]))
-        rows, columns = (
-            _membership(cells, length, weights)
-            for cells, length in zip(self.grid_size, self.output_size, strict=True)
-        )
-        pooled = rows @ weights @ columns.T
-        empty = 1 - rows.sum(1)[:, None] * columns.sum(1)
-        own = torch.zeros_like(pooled)
-        own[:, weights.shape[1] // 2] = empty
-        return pooled + own
-
-
-def _membership(cells: int, length: int, like: Tensor) -> Tensor:
-    """The mean over the pixels of each cell along one axis, as a matrix (cells, length)."""
-    own = cell_of_pixels(cells, length, 0, length, like.device)
-    inside = (own == torch.arange(cells, device=like.device)[:, None]).to(like.dtype)
-    return inside / inside.sum(1, keepdim=True).clamp(min=1)
 
 
 @UPSAMPLERS.register
@@ -389,12 +126,7 @@ class NeighbourhoodUpsampler(Upsampler):
 
     def queries(self, guidance: Tensor, output_size: Size) -> Tensor:
         """Unit queries, (B, 3, H, W) -> (B, query_dim, *output_size)."""
-        queries = self.encoder(guidance)
-        if queries.shape[-2:] != output_size:
-            queries = F.interpolate(
-                queries, size=output_size, mode="bilinear", align_corners=False, antialias=True
-            )
-        return unit(queries, over=True)
+        return Queries(self.encoder, guidance, output_size).all()
 
     def prepare(
         self,
@@ -406,16 +138,27 @@ class NeighbourhoodUpsampler(Upsampler):
         """See :meth:`Upsampler.prepare`."""
         guidance = even_bands(guidance)
         step = self.for_bands(guidance)
-        queries = step.queries(guidance, output_size)
-        return step.attend(queries, unit(F.adaptive_avg_pool2d(queries, grid_size)))
+        queries = Queries(step.encoder, guidance, output_size)
+        return step.attend(queries, Units(CellMeans(queries, grid_size)))
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`."""
+        # The pixels of the farthest cell whose key counts, and how far their queries look.
+        return self.radius * (1 + self.back_projections) + 1 + cells_of_pixels(self.encoder.halo)
+
+    @property
+    def step(self) -> int:
+        """See :attr:`Upsampler.step`."""
+        return self.encoder.period
+
+    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
         """See :meth:`Upsampler.settle`; the corrections are made."""
         assert isinstance(kernels, NeighbourhoodKernels)
         return kernels.settle(mixed)
 
     def attend(
-        self, queries: Tensor, keys: Tensor, *, widening: float = 1.0
+        self, queries: Computed, keys: Computed, *, widening: float = 1.0
     ) -> NeighbourhoodKernels:
         """The step from keys' cells to queries' pixels.
 

@@ -23,7 +23,7 @@ STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
     *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
 )
-_ABI = 2
+_ABI = 3
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -52,9 +52,15 @@ class Stage(ctypes.Structure):
 
 
 class Window(ctypes.Structure):
-    """Which part of an output the tensors of fine pixels hold: the whole size, and where it is."""
+    """The parts of an output and of a grid that tensors hold: whole sizes, and where they are."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("height", "width", "top", "left")]
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("height", "width", "top", "left"),
+            *("grid_height", "grid_width", "grid_top", "grid_left"),
+        )
+    ]
 
 
 class _Library:
