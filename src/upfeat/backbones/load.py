@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,7 @@ def load_backbone(
             * :func:`list_backbones`;
             * ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, ``"open_clip:NAME/TAG"``,
               ``"hub:REPO:NAME"``;
+            * such a name with layers: ``"timm:NAME@8"``, ``"hf:FOLDER@5,8"``;
             * a file: TorchScript (``.pt``, ``.ts``), an exported program (``.pt2``), or
               ``"my_file.py:make"``, a function of no arguments that makes a model;
             * a model of timm, transformers or open_clip, or any module or function that makes
@@ -102,14 +104,13 @@ def load_backbone(
     layers = as_list(layer)
     name, settings = None, None
     if isinstance(backbone, (str, Path)):
-        if str(backbone) in _BACKBONES:
-            _refuse(
-                f"{backbone}, which has .stride8, .stride16 and .stride32",
-                {"layer": layer, "fit": fit, **options},
-            )
-            return _place(_embedded(str(backbone), pretrained), device, dtype)
-        name = str(backbone)
+        name, layers = _split_layers(str(backbone), layers)
+        if name in _BACKBONES:
+            what = f"{name}, whose levels are named as efficientnet_lite0.stride8"
+            _refuse(what, {"layer": layers, "fit": fit, **options})
+            return _place(_embedded(name, pretrained), device, dtype)
         module, settings = _load_named(name, pretrained)
+        name = name if layers is None else f"{name}@{','.join(map(str, layers))}"
         if isinstance(module, Backbone):
             return _place(module, device, dtype)
     else:
@@ -124,6 +125,16 @@ def load_backbone(
         adapted.module, layer=adapted.layers, settings=adapted.settings, fit=fit, **options
     )
     return _place(made, device, dtype)
+
+
+def _split_layers(name: str, layers: Sequence[Layer] | None) -> tuple[str, Sequence[Layer] | None]:
+    """A name without its layers, as "timm:NAME@3,8", and the layers."""
+    found = re.fullmatch(r"(.+)@(-?\d+(?:,-?\d+)*)", name)
+    if found is None:
+        return name, layers
+    if layers is not None:
+        raise ValueError(f"layer={layers}: {name} names layers already; give one of both")
+    return found[1], [int(number) for number in found[2].split(",")]
 
 
 def _embedded(name: str, pretrained: bool) -> Backbone:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfeat.cli.choices import DEFAULT_BACKBONE
+from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -91,8 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         nargs="+",
         metavar="NAME",
-        help=f"default: {DEFAULT_BACKBONE}; of several, an upsampler that serves all is trained",
+        help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}); of several, an upsampler that serves "
+        "all is trained",
     )
+    add_layer(parser)
     parser.add_argument(
         "--config",
         type=Path,
@@ -187,6 +189,10 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for name in ("preset", "backbone"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
+    if options.layer is not None:
+        named = settings.get("backbone", DEFAULT_BACKBONE)
+        several = [named] if isinstance(named, str) else named
+        settings["backbone"] = [with_layers(one, options.layer) for one in several]
     for name in _FLAGS:
         if hasattr(options, name):
             settings[name] = _value(getattr(options, name))
