@@ -30,10 +30,10 @@ _BACKBONES: dict[str, tuple[int, tuple[int, ...]]] = {
     )
 }
 _LIBRARIES = {
-    "timm": "timm:NAME, a model of timm",
-    "hf": "hf:ID-OR-FOLDER, a vision model of transformers",
-    "open_clip": "open_clip:NAME/TAG, an image tower of open_clip",
-    "hub": "hub:REPO:NAME, a model of a torch.hub repository or folder",
+    "timm": "timm:NAME",
+    "hf": "hf:ID-OR-FOLDER",
+    "open_clip": "open_clip:NAME/TAG",
+    "hub": "hub:REPO:NAME",
 }
 _DTYPES = {
     "float32": torch.float32,
@@ -164,12 +164,15 @@ def _load_named(name: str, pretrained: bool) -> tuple[Any, Settings | None]:
     if Path(name).suffix == ".py":
         raise ValueError(f'"{name}" names no function; give {name}:FUNCTION, which makes a model')
     if separator:
-        raise ValueError(unknown_name("library", library, list(_LIBRARIES)) + "; " + _forms())
-    raise ValueError(f"{unknown_name('backbone', name, list_backbones())}; {_forms()}")
+        raise ValueError(f"{unknown_name('library', library, list(_LIBRARIES))} {_forms()}")
+    known = list_backbones()
+    if not any(f"lite{variant}" in name for variant in (1, 2)):  # they would crowd out Lite0
+        known = [one for one in known if one.startswith("efficientnet_lite0")]
+    raise ValueError(f"{unknown_name('backbone', name, known)} {_forms()}")
 
 
 def _forms() -> str:
-    return "or give " + "; ".join(_LIBRARIES.values())
+    return f"(or give {', '.join(_LIBRARIES.values())})"
 
 
 def _refuse(what: str, options: dict[str, Any]) -> None:
