@@ -26,9 +26,10 @@ namespace {
 #include "gradients.inl"
 #include "bilateral_gradients.inl"
 #include "neighbourhood.inl"
+#include "attention.inl"
 
-const Kernels kTable = {upsample,       make_weights, grad_features, grad_weights,
-                        grad_bilateral, attend,       grad_attend};
+const Kernels kTable = {upsample,       make_weights, grad_features,  grad_weights, grad_bilateral,
+                        attend,         grad_attend,  attend_windows, grad_windows};
 
 }  // namespace
 

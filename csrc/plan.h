@@ -70,6 +70,24 @@ struct Attention {
   double sigma;
 };
 
+// Attention from pixels to rectangles of cells. Runs are pixels side by side that see the same cells:
+// the first pixel of each, then the end.
+struct WindowAttention {
+  const UpfeatTensor *queries, *keys, *values, *out;
+  const UpfeatTensor *grad, *grad_queries, *grad_keys, *grad_values;  // backward; null if not asked
+  const int64_t *rows, *columns;  // first cells of pixel rows and columns, then their ends
+  int64_t heads;
+  double scale;
+  const int64_t* blocks;  // channels of the values for each head, or one number for their mean
+  int64_t n_blocks;
+  const int64_t *row_run, *column_run;
+  int64_t row_runs, column_runs, most_cells;
+  bool streamed;
+  // Backward: row runs are cut into bands, each with rows of the grid to sum gradients in.
+  int64_t bands, runs_per_band;
+  const int64_t *band_first, *band_offset;  // (B * bands): first grid row; rows before, and in all
+};
+
 struct Kernels {
   int (*upsample)(const Runtime&, const UpfeatTensor& features, const WeightSource&,
                   const UpfeatTensor& out, const Axis& rows, const Axis& columns);
@@ -85,6 +103,8 @@ struct Kernels {
   int (*grad_attend)(const Runtime&, const Attention&, const UpfeatTensor& grad,
                      const UpfeatTensor& grad_queries, const UpfeatTensor& grad_keys,
                      double* grad_scalars, const Axis& rows, const Axis& columns);
+  int (*attend_windows)(const Runtime&, const WindowAttention&);
+  int (*grad_windows)(const Runtime&, const WindowAttention&);
 };
 
 const Kernels* kernels_baseline();

@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 2
+#define UPFEAT_ABI 3
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -98,6 +98,31 @@ UPFEAT_API int upfeat_attend_backward(const UpfeatTensor* queries, const UpfeatT
                                       const UpfeatTensor* grad_keys, double* grad_scalars,
                                       const UpfeatWindow* window, int64_t radius,
                                       double temperature, double sigma, int isa, int threads);
+
+// Which cells pixels attend to: rows (2H) holds the first grid row of every row of pixels, then one
+// past its last; columns (2W) likewise. blocks: channels of the values that each head weighs; a
+// single number for the mean of the heads.
+typedef struct {
+  const int64_t* rows;
+  const int64_t* columns;
+  const int64_t* blocks;
+  int64_t n_blocks;
+  int64_t heads;
+  double scale;
+} UpfeatRanges;
+
+// out (B,C,H,W) from queries (B,D,H,W), keys (B,D,h,w), values (B,C,h,w): per head a softmax over
+// the pixel's cells of scale * <query, key>.
+UPFEAT_API int upfeat_window_forward(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                                     const UpfeatTensor* values, const UpfeatTensor* out,
+                                     const UpfeatRanges* ranges, int isa, int threads);
+// Any gradient may be null. Results do not depend on the thread count.
+UPFEAT_API int upfeat_window_backward(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                                      const UpfeatTensor* values, const UpfeatTensor* grad,
+                                      const UpfeatTensor* grad_queries,
+                                      const UpfeatTensor* grad_keys,
+                                      const UpfeatTensor* grad_values, const UpfeatRanges* ranges,
+                                      int isa, int threads);
 
 // weights (B,(2r+1)^2,H,W) from keys (B,D,H,W).
 UPFEAT_API int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights,

@@ -23,7 +23,7 @@ STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
     *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
 )
-_ABI = 2
+_ABI = 3
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -55,6 +55,18 @@ class Window(ctypes.Structure):
     """Which part of an output the tensors of fine pixels hold: the whole size, and where it is."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("height", "width", "top", "left")]
+
+
+class Ranges(ctypes.Structure):
+    """Which cells pixels attend to, and how many channels each head weighs; arrays by address."""
+
+    keep: list[ctypes.Array]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "columns", "blocks")),
+        *((name, ctypes.c_int64) for name in ("n_blocks", "heads")),
+        ("scale", ctypes.c_double),
+    ]
 
 
 class _Library:
