@@ -10,7 +10,8 @@
 namespace upfeat {
 namespace {
 
-constexpr int64_t kRunRows = 16, kRunColumns = 64;
+constexpr int64_t kRunColumns = 64;
+constexpr int64_t kLineFloats = int64_t{1} << 16;  // a run's rows of one line: 256 KiB
 constexpr int64_t kBands = 8;
 constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
@@ -72,7 +73,9 @@ struct Plan {
     attention.scale = ranges.scale;
     attention.blocks = ranges.blocks;
     attention.n_blocks = ranges.n_blocks;
-    row_run = runs_of(ranges.rows, queries->size[2], kRunRows);
+    const int64_t line = kTile * values->size[1];
+    attention.most_rows = std::min<int64_t>(std::max<int64_t>(kLineFloats / line, 1), 16);
+    row_run = runs_of(ranges.rows, queries->size[2], attention.most_rows);
     column_run = runs_of(ranges.columns, queries->size[3], kRunColumns);
     attention.row_run = row_run.data();
     attention.row_runs = static_cast<int64_t>(row_run.size()) - 1;

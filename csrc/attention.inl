@@ -120,7 +120,8 @@ struct WindowJob {
   // Backward: gradients of keys and values, one band of grid rows for each task.
   float *grad_keys, *grad_values;
   const int64_t *band_first, *band_offset;  // first grid row of each task's band; where it starts
-  bool streamed;
+  bool planar, streamed;
+  int64_t most_rows;  // of a run
 };
 
 // Scratch of one worker.
@@ -128,6 +129,7 @@ struct WindowScratch {
   float *keys, *values;              // packed: (heads.total, pack), (blocks.total, pack)
   float *query, *logits, *weights;   // (strip, heads.total), (heads, strip, pack) twice
   float *result, *other;             // (strip, blocks.total), (strip, heads.total)
+  float* lines;                      // (rows, kTile, blocks.total), for planar output
   int64_t *key_row, *value_row;      // offsets of the rows of cells
   int64_t pack;
 };
@@ -151,6 +153,7 @@ static int64_t window_scratch(const WindowJob& job, bool backward, char* at, Win
   s.weights = take(heads * kStrip * pack);
   s.result = take(kStrip * job.blocks.total);
   if (backward) s.other = take(kStrip * job.heads.total);
+  if (!backward) s.lines = take(job.planar ? job.most_rows * kTile * job.blocks.total : 0);
   s.key_row = reinterpret_cast<int64_t*>(take(2 * job.grid_rows));
   s.value_row = reinterpret_cast<int64_t*>(take(2 * job.grid_rows));
   if (out) *out = s;
@@ -271,7 +274,8 @@ static void read_strip(const UpfeatTensor& tensor, const Padded& layout, const W
 }
 
 static void write_strip(const UpfeatTensor& tensor, const Padded& layout, const WindowTile& tile,
-                        int64_t first, int64_t count, const float* from, bool streamed) {
+                        int64_t first, int64_t count, const float* from,
+                        bool streamed = false) {
   each_piece(tile, first, count, [&](int64_t y, int64_t x, int64_t wide, int64_t done) {
     const Row row = row_of(tensor, tile.batch, y);
     int64_t channel = 0, at = 0;
@@ -313,6 +317,20 @@ UPFEAT_INLINE IVec lanes_below(int64_t count) {
   return index < (IVec{} + most);
 }
 
+// The sum, or the most, of all lanes, in every lane.
+UPFEAT_INLINE Vec total_of(Vec value) {
+  UPFEAT_UNROLL
+  for (int lanes = kLanes; lanes > 1; lanes /= 2) value = add_halves(value, value);
+  return value;
+}
+UPFEAT_INLINE Vec most_of(Vec value) {
+  UPFEAT_UNROLL
+  for (int lanes = kLanes; lanes > 1; lanes /= 2) {
+    value = max(zip_low(value, value), zip_high(value, value));
+  }
+  return value;
+}
+
 // Softmax of `count` logits, in place; lanes behind them become 0.
 static void softmax_row(float* logits, int64_t count, float scale) {
   Vec top = splat(-3.4e38f), poison = {};
@@ -323,15 +341,14 @@ static void softmax_row(float* logits, int64_t count, float scale) {
     top = max(top, logit);
     poison += select(inside, logit * 0.0f, Vec{});  // 0, or NaN, which max and exp would lose
   }
-  float most = top[0];
-  for (int i = 1; i < kLanes; ++i) most = top[i] > most ? top[i] : most;
+  const Vec most = most_of(top);
   Vec sum = poison;
   for (int64_t k = 0; k < count; k += kLanes) {
     const Vec e = select(lanes_below(count - k), exp(load(logits + k) - most), Vec{});
     store(logits + k, e);
     sum += e;
   }
-  const float share = 1.0f / lane_sum(sum);
+  const Vec share = 1.0f / total_of(sum);
   for (int64_t k = 0; k < count; k += kLanes) store(logits + k, load(logits + k) * share);
 }
 
@@ -378,6 +395,17 @@ UPFEAT_INLINE void start_tile(const WindowJob& job, const WindowScratch& s,
   }
 }
 
+// A strip's results, (pixels, blocks.total), to their place in lines of kTile columns.
+static void keep_strip(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
+                       int64_t first, int64_t count) {
+  const size_t bytes = static_cast<size_t>(job.blocks.total) * 4;
+  each_piece(tile, first, count, [&](int64_t y, int64_t x, int64_t wide, int64_t done) {
+    const int64_t at = (y - tile.y) * kTile + x % kTile;
+    memcpy(s.lines + at * job.blocks.total, s.result + done * job.blocks.total,
+           static_cast<size_t>(wide) * bytes);
+  });
+}
+
 static void window_tile_forward(const WindowJob& job, const WindowScratch& s,
                                 const WindowTile& tile) {
   start_tile(job, s, tile);
@@ -396,7 +424,36 @@ static void window_tile_forward(const WindowJob& job, const WindowScratch& s,
       }
       at += vectors * kLanes;
     }
-    write_strip(*job.attention.out, job.blocks, tile, first, count, s.result, job.streamed);
+    if (job.planar) {
+      keep_strip(job, s, tile, first, count);
+    } else {
+      write_strip(*job.attention.out, job.blocks, tile, first, count, s.result);
+    }
+  }
+}
+
+// Planes are written in whole lines of kTile columns: pieces of lines would leave the caches
+// several times. Runs of columns are cut where lines end, and their results put together.
+static void planar_rows(const WindowJob& job, const WindowScratch& s, int64_t batch,
+                        int64_t row_run) {
+  const UpfeatTensor& out = *job.attention.out;
+  int64_t run = 0;
+  for (int64_t x = 0; x < out.size[3]; x += kTile) {
+    const int64_t end = smaller(x + kTile, out.size[3]);
+    WindowTile tile{};
+    for (int64_t column = x; column < end; column += tile.columns) {
+      while (job.column_run[run + 1] <= column) ++run;
+      tile = window_tile(job, batch, row_run, run);
+      tile.x = column;
+      tile.columns = smaller(job.column_run[run + 1], end) - column;
+      window_tile_forward(job, s, tile);
+    }
+    tile.x = x;
+    tile.columns = end - x;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      write_strip(out, job.blocks, tile, row * tile.columns, tile.columns,
+                  s.lines + row * kTile * job.blocks.total, job.streamed);
+    }
   }
 }
 
@@ -404,9 +461,10 @@ static void window_task(void* context, int64_t task, int worker) {
   const WindowJob& job = *static_cast<const WindowJob*>(context);
   WindowScratch s;
   window_scratch(job, false, job.scratch + worker * job.worker_bytes, &s);
-  const int64_t batch = task / job.tasks_per_image, part = task % job.tasks_per_image;
-  const int64_t end = smaller((part + 1) * job.runs_per_task, job.row_runs);
-  for (int64_t row_run = part * job.runs_per_task; row_run < end; ++row_run) {
+  const int64_t batch = task / job.tasks_per_image, row_run = task % job.tasks_per_image;
+  if (job.planar) {
+    planar_rows(job, s, batch, row_run);
+  } else {
     for (int64_t run = 0; run < job.column_runs; ++run) {
       window_tile_forward(job, s, window_tile(job, batch, row_run, run));
     }
@@ -430,7 +488,7 @@ static void softmax_strip_backward(const WindowJob& job, const WindowScratch& s,
       float* to = s.weights + (n * kStrip + i) * s.pack;
       Vec sum = {};
       for (int64_t k = 0; k < tile.count; k += kLanes) sum += load(weight + k) * load(grad + k);
-      const float total = lane_sum(sum);
+      const Vec total = total_of(sum);
       for (int64_t k = 0; k < tile.count; k += kLanes) {
         store(to + k, load(weight + k) * (load(grad + k) - total) * (scale * part));
       }
@@ -527,7 +585,7 @@ static void window_tile_backward(const WindowJob& job, const WindowScratch& s,
       }
     }
     if (job.attention.grad_queries) {
-      write_strip(*job.attention.grad_queries, job.heads, tile, first, count, s.other, false);
+      write_strip(*job.attention.grad_queries, job.heads, tile, first, count, s.other);
     }
   }
 }
@@ -609,6 +667,7 @@ static WindowJob window_job(const WindowAttention& attention) {
   job.column_run = attention.column_run;
   job.column_runs = attention.column_runs;
   job.most_cells = attention.most_cells;
+  job.most_rows = attention.most_rows;
   return job;
 }
 
@@ -616,7 +675,7 @@ static int attend_windows(const Runtime& runtime, const WindowAttention& attenti
   WindowJob job = window_job(attention);
   const int64_t batch = attention.values->size[0], grid = batch * job.grid_rows;
   job.tasks_per_image = job.row_runs;
-  job.runs_per_task = 1;
+  job.planar = attention.out->stride[3] == 1 && attention.out->stride[1] != 1;
   job.streamed = attention.streamed;
   job.worker_bytes = window_scratch(job, false, nullptr, nullptr);
   const int64_t across = grid * job.heads.total * job.pitch + kLanes;

@@ -81,7 +81,7 @@ struct WindowAttention {
   const int64_t* blocks;  // channels of the values for each head, or one number for their mean
   int64_t n_blocks;
   const int64_t *row_run, *column_run;
-  int64_t row_runs, column_runs, most_cells;
+  int64_t row_runs, column_runs, most_cells, most_rows;  // rows of a run
   bool streamed;
   // Backward: row runs are cut into bands, each with rows of the grid to sum gradients in.
   int64_t bands, runs_per_band;
