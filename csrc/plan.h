@@ -88,6 +88,17 @@ struct WindowAttention {
   const int64_t *band_first, *band_offset;  // (B * bands): first grid row; rows before, and in all
 };
 
+// A convolution with what stands before and behind it; see UpfeatLayer.
+struct Layer {
+  const UpfeatTensor *x, *residual, *out;
+  const float *weight, *bias, *scale, *shift, *rotate_rows, *rotate_columns;
+  int64_t inputs, outputs, pitch, in_pitch, kernel, pair, groups;
+  double epsilon;
+  bool winograd, silu, unit, reflect;
+  double* partial;  // (tasks, groups, 2): sums and sums of squares; or null
+  int64_t row_tasks, rows_per_task, column_tasks;
+};
+
 struct Kernels {
   int (*upsample)(const Runtime&, const UpfeatTensor& features, const WeightSource&,
                   const UpfeatTensor& out, const Axis& rows, const Axis& columns);
@@ -105,6 +116,9 @@ struct Kernels {
                      double* grad_scalars, const Axis& rows, const Axis& columns);
   int (*attend_windows)(const Runtime&, const WindowAttention&);
   int (*grad_windows)(const Runtime&, const WindowAttention&);
+  int (*run_layer)(const Runtime&, const Layer&);
+  int (*pool_layer)(const Runtime&, const Layer&);
+  int (*prepare_layer)(const Runtime&, const Layer&);
 };
 
 const Kernels* kernels_baseline();

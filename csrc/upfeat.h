@@ -124,6 +124,39 @@ UPFEAT_API int upfeat_window_backward(const UpfeatTensor* queries, const UpfeatT
                                       const UpfeatTensor* grad_values, const UpfeatRanges* ranges,
                                       int isa, int threads);
 
+// A convolution of an encoder, and what stands before it, done as pixels are read, in this order:
+// a rotation by place, a scale and a shift per channel, SiLU, unit scale. Arrays are dense float32;
+// channels of `weight`, `bias`, `scale` and `shift` are padded with zeros to a multiple of 16.
+typedef struct {
+  const float* weight;  // (inputs, pitch); kernel 3: (9 * channels, pitch) or, with winograd, the
+                        // transformed kernels (16, inputs, pitch)
+  const float* bias;    // (pitch,) or null
+  const float* scale;   // (B, in_pitch) or null
+  const float* shift;
+  const float* rotate_rows;     // (H, 2, inputs): cosines and sines of angles; or null
+  const float* rotate_columns;  // (W, 2, inputs): the angles of a pixel are the sum of both
+  int64_t inputs, outputs, pitch, in_pitch;
+  int64_t kernel;    // 1 or 3
+  int64_t winograd;  // kernel 3: F(2x2, 3x3); else without anything before it
+  int64_t silu, unit;
+  int64_t reflect;  // at the borders, in place of zeros
+  int64_t pair;     // channel i turns against i + pair, in blocks of 2 * pair
+  int64_t groups;   // of the sums
+  double epsilon;   // of the unit scale
+} UpfeatLayer;
+
+// out (B,O,H,W) from x (B,I,H,W) and, added, a residual or null; `out` may be the residual, or x
+// where the kernel is 1. sums (B, groups, 2) receives the sums of the output and of its squares.
+UPFEAT_API int upfeat_layer_forward(const UpfeatTensor* x, const UpfeatLayer* layer,
+                                    const UpfeatTensor* residual, const UpfeatTensor* out,
+                                    double* sums, int isa, int threads);
+// What stands before a convolution, alone: means over the cells of a grid (as adaptive average
+// pooling), or every pixel; there `out` may be x.
+UPFEAT_API int upfeat_layer_pool(const UpfeatTensor* x, const UpfeatLayer* layer,
+                                 const UpfeatTensor* out, int isa, int threads);
+UPFEAT_API int upfeat_layer_prepare(const UpfeatTensor* x, const UpfeatLayer* layer,
+                                    const UpfeatTensor* out, int isa, int threads);
+
 // weights (B,(2r+1)^2,H,W) from keys (B,D,H,W).
 UPFEAT_API int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights,
                                         int64_t radius, double temperature, double sigma_spatial,

@@ -122,10 +122,16 @@ class AnyUp(AttentionUpsampler):
         """
         if features is None:
             raise ValueError("features are missing: AnyUp's weights depend on them; pass features=")
-        queries, keys = self.image(self.exact(guidance), grid_size, output_size)
-        seen = self.features_encoder(F.normalize(self.exact(features), dim=1))
-        keys = self.aggregation(torch.cat([keys, seen], dim=1))
-        queries, keys = self.projection(queries, keys)
+        guidance, features = self.exact(guidance), self.exact(features)
+        queries, keys = self.image(
+            guidance,
+            grid_size,
+            output_size,
+            self.projection,
+            compiled=self.compiled(guidance, features),
+        )
+        seen = self.features_encoder(F.normalize(features, dim=1))
+        keys = self.projection.keys(self.aggregation(torch.cat([keys, seen], dim=1)))
         return AttentionKernels(
             queries,
             keys,

@@ -168,9 +168,3 @@ def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-3)
     return x * angles.cos() + torch.cat([-second, first], dim=-3) * angles.sin()
-
-
-def corner_coordinates(size: Size, like: Tensor) -> Tensor:
-    """(y, x) of every pixel, 0 at the first and 1 at the last, (H, W, 2)."""
-    axes = [torch.linspace(0, 1, side, dtype=like.dtype, device=like.device) for side in size]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)

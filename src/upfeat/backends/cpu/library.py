@@ -23,6 +23,11 @@ STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
     *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
 )
+LAYER_ARRAYS = ("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns")
+_LAYER_NUMBERS = (
+    *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
+    *("silu", "unit", "reflect", "pair", "groups"),
+)
 _ABI = 3
 _NO_MEMORY = 2
 _NO_ISA = 3
@@ -66,6 +71,18 @@ class Ranges(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("rows", "columns", "blocks")),
         *((name, ctypes.c_int64) for name in ("n_blocks", "heads")),
         ("scale", ctypes.c_double),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """A convolution and what stands before it: dense float32 arrays by address, and numbers."""
+
+    keep: list[Tensor]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in LAYER_ARRAYS),
+        *((name, ctypes.c_int64) for name in _LAYER_NUMBERS),
+        ("epsilon", ctypes.c_double),
     ]
 
 
