@@ -135,4 +135,20 @@ int upfeat_layer_prepare(const UpfeatTensor* x, const UpfeatLayer* given, const 
   });
 }
 
+int upfeat_patterns(const UpfeatTensor* features, const float* patterns, int64_t side,
+                    int64_t pitch, const UpfeatTensor* out, int isa, int threads) {
+  if (!all_valid({features, out}) || !patterns || side < 1) return UPFEAT_BAD_ARGUMENT;
+  const int64_t* f = features->size;
+  if (!sized(*out, f[0], out->size[1], f[2], f[3]) || side % 2 == 0) return UPFEAT_BAD_ARGUMENT;
+  if (pitch < (out->size[1] + 15) / 16 * 16) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*out) || is_empty(*features)) return UPFEAT_OK;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  return guarded([&] {
+    const double work = elements(*out) * static_cast<double>(f[1] * (side * side + 16));
+    return kernels->run_patterns(runtime_for(threads, work), *features, patterns, side, pitch,
+                                 *out);
+  });
+}
+
 }  // extern "C"

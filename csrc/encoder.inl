@@ -14,7 +14,34 @@ struct LayerJob {
   int64_t row_tasks, rows_per_task, column_tasks;
 };
 
-UPFEAT_INLINE Vec silu(Vec x) { return x / (exp(-x) + 1.0f); }
+UPFEAT_INLINE Vec silu(Vec x) {
+  const Vec below = exp(-x) + 1.0f;
+#if defined(__AVX512F__)
+  // A division takes as long as four steps of this: 14 bits, doubled.
+  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)below);
+  return x * (guess * (2.0f - below * guess));
+#else
+  return x / below;
+#endif
+}
+
+// Channels-last float32 rows whose channels fill whole vectors need not be copied to be read.
+UPFEAT_INLINE bool is_dense(const UpfeatTensor& tensor) {
+  return tensor.dtype == UPFEAT_FLOAT32 && tensor.stride[1] == 1 && tensor.size[1] % kLanes == 0;
+}
+// `count` pixels of a row as float32, one `pitch` after the other: in place, or in `room`.
+UPFEAT_INLINE const float* see_pixels(const UpfeatTensor& tensor, int64_t batch, int64_t y,
+                                      int64_t x, int64_t count, float* room, int64_t width,
+                                      int64_t* pitch) {
+  const Row row = row_of(tensor, batch, y);
+  if (is_dense(tensor)) {
+    *pitch = row.column_stride;
+    return static_cast<const float*>(row.at(0, x));
+  }
+  read_channels_last(row, 0, tensor.size[1], x, count, room, width);
+  *pitch = width;
+  return room;
+}
 
 // x cos - y sin and y cos + x sin of a pixel's channels i and i + pair; tables are (cos, sin) of
 // the row's and of the column's angle, which add up.
@@ -50,11 +77,30 @@ static void rotate_pixel(float* x, const float* row, const float* column, int64_
   }
 }
 
-// What stands before the convolution, on `count` pixels (count, in_width) of a row, in place.
+// What stands before the convolution, on `count` pixels of a row: (count, in_width).
 static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
                            float* pixels) {
   const Layer& layer = job.layer;
   const int64_t width = job.in_width;
+  int64_t pitch;
+  const float* from = see_pixels(*layer.x, batch, y, x, count, pixels, width, &pitch);
+  if (layer.scale && !layer.rotate_rows) {
+    const float* scale = layer.scale + batch * layer.in_pitch;
+    const float* shift = layer.shift + batch * layer.in_pitch;
+    for (int64_t i = 0; i < count; ++i) {
+      float* pixel = pixels + i * width;
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const Vec value = load(from + i * pitch + c) * load(scale + c) + load(shift + c);
+        store(pixel + c, layer.silu ? silu(value) : value);
+      }
+    }
+  } else if (from != pixels) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < width; c += kLanes) {
+        store(pixels + i * width + c, load(from + i * pitch + c));
+      }
+    }
+  }
   if (layer.rotate_rows) {
     const float* row = layer.rotate_rows + y * 2 * layer.inputs;
     for (int64_t i = 0; i < count; ++i) {
@@ -62,24 +108,13 @@ static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_
                    layer.inputs, layer.pair);
     }
   }
-  if (layer.scale) {
-    const float* scale = layer.scale + batch * layer.in_pitch;
-    const float* shift = layer.shift + batch * layer.in_pitch;
-    for (int64_t i = 0; i < count; ++i) {
-      float* pixel = pixels + i * width;
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const Vec value = load(pixel + c) * load(scale + c) + load(shift + c);
-        store(pixel + c, layer.silu ? silu(value) : value);
-      }
-    }
-  }
   if (layer.unit) {
     for (int64_t i = 0; i < count; ++i) {
       float* pixel = pixels + i * width;
       Vec sum = {};
       for (int64_t c = 0; c < width; c += kLanes) sum += load(pixel + c) * load(pixel + c);
-      const float mean = lane_sum(sum) / static_cast<float>(layer.inputs);
-      const float scale = 1.0f / __builtin_sqrtf(mean + static_cast<float>(layer.epsilon));
+      const Vec mean = total_of(sum) * (1.0f / static_cast<float>(layer.inputs));
+      const float scale = 1.0f / __builtin_sqrtf(mean[0] + static_cast<float>(layer.epsilon));
       for (int64_t c = 0; c < width; c += kLanes) store(pixel + c, load(pixel + c) * scale);
     }
   }
@@ -91,25 +126,32 @@ static void finish_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t
                           float* pixels, float* other, float* sums, double* partial) {
   const Layer& layer = job.layer;
   const int64_t width = job.out_width;
+  const float* residual = nullptr;
+  int64_t residual_pitch = 0, pitch = width;
   if (layer.residual) {
-    const Row row = row_of(*layer.residual, batch, y);
-    read_channels_last(row, 0, layer.outputs, x, count, other, width);
+    residual = see_pixels(*layer.residual, batch, y, x, count, other, width, &residual_pitch);
+  }
+  const Row row = row_of(*layer.out, batch, y);
+  const bool dense = is_dense(*layer.out);
+  float* to = pixels;
+  if (dense) {
+    to = static_cast<float*>(row.at(0, x));
+    pitch = row.column_stride;
   }
   for (int64_t c = 0; c < width; c += kLanes) {
     const Vec bias = layer.bias ? load(layer.bias + c) : Vec{};
     Vec sum = {}, squares = {};
     for (int64_t i = 0; i < count; ++i) {
       Vec value = load(pixels + i * width + c) + bias;
-      if (layer.residual) value += load(other + i * width + c);
-      store(pixels + i * width + c, value);
+      if (residual) value += load(residual + i * residual_pitch + c);
+      store(to + i * pitch + c, value);
       sum += value;
       squares += value * value;
     }
     store(sums + c, sum);
     store(sums + width + c, squares);
   }
-  write_channels_last(row_of(*layer.out, batch, y), 0, layer.outputs, x, count, pixels, width,
-                      false);
+  if (!dense) write_channels_last(row, 0, layer.outputs, x, count, pixels, width, false);
   if (!partial) return;
   const int64_t size = layer.outputs / layer.groups;
   for (int64_t c = 0; c < layer.outputs; ++c) {
@@ -167,8 +209,6 @@ static void pointwise_task(void* context, int64_t task, int worker) {
     for (int64_t x = 0; x < width; x += kLayerStrip) {
       const int64_t count = smaller(kLayerStrip, width - x), rows = (count + 3) / 4 * 4;
       if (layer.kernel == 1) {
-        const Row row = row_of(*layer.x, batch, y);
-        read_channels_last(row, 0, layer.inputs, x, count, pixels, job.in_width);
         prepare_pixels(job, batch, y, x, count, pixels);
       } else {
         read_windows(job, batch, y, x, count, pixels);
@@ -214,7 +254,6 @@ static void winograd_row(const LayerJob& job, const WinogradScratch& s, int64_t 
     return;
   }
   float* inside = line + (low - (x - 1)) * width;
-  read_channels_last(row_of(image, batch, from), 0, layer.inputs, low, high - low, inside, width);
   prepare_pixels(job, batch, from, low, high - low, inside);
   for (int64_t i = 0; i < kRingColumns; ++i) {
     const int64_t column = x - 1 + i;
@@ -354,13 +393,11 @@ static void pool_task(void* context, int64_t task, int worker) {
   const int64_t end = ((row + 1) * height + out.size[2] - 1) / out.size[2];
   for (int64_t i = 0; i < columns * width; ++i) sums[i] = 0;
   for (int64_t y = first; y < end; ++y) {
-    const Row line = row_of(image, batch, y);
     for (int64_t cell = 0; cell < columns; ++cell) {
       const int64_t left = cell * image.size[3] / columns;
       const int64_t right = ((cell + 1) * image.size[3] + columns - 1) / columns;
       for (int64_t x = left; x < right; x += kLayerStrip) {
         const int64_t count = smaller(kLayerStrip, right - x);
-        read_channels_last(line, 0, layer.inputs, x, count, pixels, width);
         prepare_pixels(job, batch, y, x, count, pixels);
         for (int64_t c = 0; c < width; c += kLanes) {
           Vec sum = load(sums + cell * width + c);
@@ -401,8 +438,6 @@ static void prepare_task(void* context, int64_t task, int worker) {
   const int64_t batch = task / height, y = task % height;
   for (int64_t x = 0; x < width; x += kLayerStrip) {
     const int64_t count = smaller(kLayerStrip, width - x);
-    read_channels_last(row_of(*layer.x, batch, y), 0, layer.inputs, x, count, pixels,
-                       job.in_width);
     prepare_pixels(job, batch, y, x, count, pixels);
     write_channels_last(row_of(*layer.out, batch, y), 0, layer.inputs, x, count, pixels,
                         job.in_width, false);
@@ -418,6 +453,80 @@ static int prepare_layer(const Runtime& runtime, const Layer& layer) {
   if (!job.scratch) return UPFEAT_NO_MEMORY;
   runtime.parallel_for(runtime.workers, layer.out->size[0] * layer.out->size[2], prepare_task,
                        &job);
+  runtime.release(job.scratch);
+  return UPFEAT_OK;
+}
+
+// Features in terms of patterns: per cell, every channel's window of the grid times every pattern,
+// divided by how many of the window's cells exist; the numbers read as one row for each pattern,
+// a softmax down every column, and the mean of each row.
+struct PatternJob {
+  const UpfeatTensor *features, *out;
+  const float* patterns;  // (side * side, pitch)
+  int64_t count, side, pitch;
+  char* scratch;
+  int64_t worker_bytes, rows, width;  // channels in fours, patterns in whole vectors
+};
+
+static void pattern_task(void* context, int64_t task, int worker) {
+  const PatternJob& job = *static_cast<const PatternJob*>(context);
+  const UpfeatTensor& features = *job.features;
+  const int64_t channels = features.size[1], taps = job.side * job.side, half = job.side / 2;
+  float* windows = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  float* responses = windows + job.rows * taps;
+  float* dense = responses + job.rows * job.width;
+  float* result = dense + channels * job.count + kLanes;
+  const int64_t batch = task / features.size[2], y = task % features.size[2];
+  for (int64_t x = 0; x < features.size[3]; ++x) {
+    int64_t inside = 0;
+    for (int64_t i = 0; i < job.rows * taps; ++i) windows[i] = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t row = y + tap / job.side - half, column = x + tap % job.side - half;
+      if (row < 0 || row >= features.size[2] || column < 0 || column >= features.size[3]) continue;
+      ++inside;
+      const Row from = row_of(features, batch, row);
+      for (int64_t c = 0; c < channels; ++c) {
+        windows[c * taps + tap] = read_one(from.at(c, column), 0, from.dtype);
+      }
+    }
+    multiply_rows(job.rows, windows, taps, 1, job.patterns, nullptr, 1, taps, job.pitch, responses,
+                  job.width, job.width / kLanes);
+    const float share = 1.0f / static_cast<float>(inside);
+    for (int64_t c = 0; c < channels; ++c) {  // without gaps, and then read in other rows
+      for (int64_t k = 0; k < job.count; ++k) {
+        dense[c * job.count + k] = responses[c * job.width + k] * share;
+      }
+    }
+    for (int64_t k = 0; k < job.count; ++k) result[k] = 0;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      // The last column may be read past a row's end: those lanes count for nothing.
+      const IVec mine = lanes_below(channels - c);
+      Vec most = splat(-3.4e38f), sum = {};
+      for (int64_t k = 0; k < job.count; ++k) most = max(most, load(dense + k * channels + c));
+      for (int64_t k = 0; k < job.count; ++k) sum += exp(load(dense + k * channels + c) - most);
+      const Vec scale = select(mine, 1.0f / sum, Vec{});
+      for (int64_t k = 0; k < job.count; ++k) {
+        const Vec e = exp(load(dense + k * channels + c) - most) * scale;
+        result[k] += total_of(select(mine, e, Vec{}))[0];
+      }
+    }
+    for (int64_t k = 0; k < job.count; ++k) result[k] *= 1.0f / static_cast<float>(channels);
+    write_channels_last(row_of(*job.out, batch, y), 0, job.count, x, 1, result, job.width, false);
+  }
+}
+
+static int run_patterns(const Runtime& runtime, const UpfeatTensor& features,
+                        const float* patterns, int64_t side, int64_t pitch,
+                        const UpfeatTensor& out) {
+  PatternJob job{&features, &out, patterns, out.size[1], side, pitch, nullptr, 0, 0, 0};
+  job.rows = (features.size[1] + 3) / 4 * 4;
+  job.width = whole_vectors(job.count);
+  const int64_t floats = job.rows * (side * side + job.width) + features.size[1] * job.count +
+                         kLanes + job.width + kLanes;
+  job.worker_bytes = (floats * 4 + 63) / 64 * 64;
+  job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
+  if (!job.scratch) return UPFEAT_NO_MEMORY;
+  runtime.parallel_for(runtime.workers, features.size[0] * features.size[2], pattern_task, &job);
   runtime.release(job.scratch);
   return UPFEAT_OK;
 }

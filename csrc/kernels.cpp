@@ -31,7 +31,8 @@ namespace {
 
 const Kernels kTable = {upsample,    make_weights,   grad_features, grad_weights,
                         grad_bilateral, attend,      grad_attend,   attend_windows,
-                        grad_windows,   run_layer,   pool_layer,    prepare_layer};
+                        grad_windows,   run_layer,   pool_layer,    prepare_layer,
+                        run_patterns};
 
 }  // namespace
 

@@ -119,6 +119,8 @@ struct Kernels {
   int (*run_layer)(const Runtime&, const Layer&);
   int (*pool_layer)(const Runtime&, const Layer&);
   int (*prepare_layer)(const Runtime&, const Layer&);
+  int (*run_patterns)(const Runtime&, const UpfeatTensor& features, const float* patterns,
+                      int64_t side, int64_t pitch, const UpfeatTensor& out);
 };
 
 const Kernels* kernels_baseline();

@@ -157,6 +157,11 @@ UPFEAT_API int upfeat_layer_pool(const UpfeatTensor* x, const UpfeatLayer* layer
 UPFEAT_API int upfeat_layer_prepare(const UpfeatTensor* x, const UpfeatLayer* layer,
                                     const UpfeatTensor* out, int isa, int threads);
 
+// out (B,K,h,w) from features (B,C,h,w) and patterns (side^2, pitch), K of them padded to a multiple
+// of 16: responses of each channel's windows, softmax over patterns, mean over channels (AnyUp's).
+UPFEAT_API int upfeat_patterns(const UpfeatTensor* features, const float* patterns, int64_t side,
+                               int64_t pitch, const UpfeatTensor* out, int isa, int threads);
+
 // weights (B,(2r+1)^2,H,W) from keys (B,D,H,W).
 UPFEAT_API int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights,
                                         int64_t radius, double temperature, double sigma_spatial,

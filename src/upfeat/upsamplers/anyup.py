@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.backends.cpu.encoder import match_patterns
 from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, relative_window
 from upfeat.upsamplers.base import UPSAMPLERS
@@ -123,14 +124,17 @@ class AnyUp(AttentionUpsampler):
         if features is None:
             raise ValueError("features are missing: AnyUp's weights depend on them; pass features=")
         guidance, features = self.exact(guidance), self.exact(features)
+        compiled = self.compiled(guidance, features)
         queries, keys = self.image(
-            guidance,
-            grid_size,
-            output_size,
-            self.projection,
-            compiled=self.compiled(guidance, features),
+            guidance, grid_size, output_size, self.projection, compiled=compiled
         )
-        seen = self.features_encoder(F.normalize(features, dim=1))
+        seen = F.normalize(features, dim=1)
+        if compiled:
+            patterns = self.features_encoder[0].basis  # pyright: ignore[reportAttributeAccessIssue]
+            seen = match_patterns(seen, patterns)
+        else:
+            seen = self.features_encoder[0](seen)
+        seen = self.features_encoder.blocks_of(seen)
         keys = self.projection.keys(self.aggregation(torch.cat([keys, seen], dim=1)))
         return AttentionKernels(
             queries,

@@ -97,7 +97,12 @@ class ResidualEncoder(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, inputs, H, W) -> (B, width, H, W), channels last."""
-        x = convolve(self[0], x) if isinstance(self[0], nn.Conv2d) else self[0](x)
+        return self.blocks_of(
+            convolve(self[0], x) if isinstance(self[0], nn.Conv2d) else self[0](x)
+        )
+
+    def blocks_of(self, x: Tensor) -> Tensor:
+        """What the blocks make of the first layer's output, (B, width, H, W) -> the same."""
         for block in self.blocks:
             x = block(x)
         return x

@@ -152,6 +152,25 @@ def apply(x: Tensor, before: Before) -> Tensor:
     return x
 
 
+def match_patterns(features: Tensor, patterns: Tensor) -> Tensor:
+    """Features in terms of patterns, as AnyUp's keys see them.
+
+    Args:
+        features: (B, C, h, w).
+        patterns: (K, 1, side, side).
+
+    Returns:
+        (B, K, h, w), float32, channels last.
+    """
+    count, side = patterns.shape[0], patterns.shape[-1]
+    matrix = _padded(patterns.reshape(count, -1).mT)
+    batch, _, height, width = features.shape
+    out = _channels_last(batch, count, height, width, torch.float32)
+    address = ctypes.c_void_p(matrix.data_ptr())
+    call("upfeat_patterns", features, address, side, matrix.shape[1], out)
+    return out
+
+
 def _channels_last(
     batch: int, channels: int, height: int, width: int, dtype: torch.dtype
 ) -> Tensor:
