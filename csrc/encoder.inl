@@ -120,6 +120,34 @@ static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_
   }
 }
 
+// Bias, residual and sums of kBlock vectors of channels; the sums of squares lie `width` behind.
+template <int kBlock>
+UPFEAT_APART void finish_channels(int64_t count, const float* from, int64_t width,
+                                  const float* bias, const float* residual,
+                                  int64_t residual_pitch, float* to, int64_t pitch, float* sums) {
+  Vec add[kBlock], sum[kBlock], squares[kBlock];
+  UPFEAT_UNROLL
+  for (int m = 0; m < kBlock; ++m) {
+    add[m] = bias ? load(bias + m * kLanes) : Vec{};
+    sum[m] = squares[m] = Vec{};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) {
+      Vec value = load(from + i * width + m * kLanes) + add[m];
+      if (residual) value += load(residual + i * residual_pitch + m * kLanes);
+      store(to + i * pitch + m * kLanes, value);
+      sum[m] += value;
+      squares[m] += value * value;
+    }
+  }
+  UPFEAT_UNROLL
+  for (int m = 0; m < kBlock; ++m) {
+    store(sums + m * kLanes, sum[m]);
+    store(sums + width + m * kLanes, squares[m]);
+  }
+}
+
 // What stands behind it, on `count` pixels (count, out_width); they are written. `other` has room
 // for as many, `sums` for (2, out_width).
 static void finish_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
@@ -138,18 +166,14 @@ static void finish_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t
     to = static_cast<float*>(row.at(0, x));
     pitch = row.column_stride;
   }
-  for (int64_t c = 0; c < width; c += kLanes) {
-    const Vec bias = layer.bias ? load(layer.bias + c) : Vec{};
-    Vec sum = {}, squares = {};
-    for (int64_t i = 0; i < count; ++i) {
-      Vec value = load(pixels + i * width + c) + bias;
-      if (residual) value += load(residual + i * residual_pitch + c);
-      store(to + i * pitch + c, value);
-      sum += value;
-      squares += value * value;
-    }
-    store(sums + c, sum);
-    store(sums + width + c, squares);
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= width; c += 4 * kLanes) {
+    finish_channels<4>(count, pixels + c, width, layer.bias ? layer.bias + c : nullptr,
+                       residual ? residual + c : nullptr, residual_pitch, to + c, pitch, sums + c);
+  }
+  for (; c < width; c += kLanes) {
+    finish_channels<1>(count, pixels + c, width, layer.bias ? layer.bias + c : nullptr,
+                       residual ? residual + c : nullptr, residual_pitch, to + c, pitch, sums + c);
   }
   if (!dense) write_channels_last(row, 0, layer.outputs, x, count, pixels, width, false);
   if (!partial) return;
