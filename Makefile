@@ -22,7 +22,7 @@ PIP := -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
 demo: $(CORE)/.core
 	@$(CORE)/bin/upfeat run $(PHOTO) -o out
-	@echo "The picture: $(abspath out)/$(basename $(notdir $(PHOTO))).png"
+	@echo "The picture: $(abspath out)/$(basename $(notdir $(PHOTO))).features.png"
 
 test: $(FULL)/.all
 	@$(FULL)/bin/python -m pytest $(ARGS)

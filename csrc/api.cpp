@@ -24,10 +24,15 @@ struct Mode {
 
 const Mode kBicubic{Kind::kBicubic, {}}, kPadded{Kind::kPadded, {}};
 
-bool lies_in(const UpfeatWindow& window, int64_t height, int64_t width) {
-  constexpr int64_t kMost = int64_t{1} << 30;  // products of two sizes stay below 2^63
-  return window.top >= 0 && window.left >= 0 && window.height <= kMost && window.width <= kMost &&
-         window.top <= window.height - height && window.left <= window.width - width;
+// Whether `count` from `start` on lie in `length`; products of two lengths stay below 2^63.
+bool lies_in(int64_t start, int64_t count, int64_t length) {
+  return start >= 0 && length <= (int64_t{1} << 30) && start <= length - count;
+}
+
+bool fits(const UpfeatWindow& in, int64_t height, int64_t width, const UpfeatTensor& coarse) {
+  return lies_in(in.top, height, in.height) && lies_in(in.left, width, in.width) &&
+         lies_in(in.grid_top, coarse.size[2], in.grid_height) &&
+         lies_in(in.grid_left, coarse.size[3], in.grid_width);
 }
 
 // Sizes of coarse against fine (H, W): what `Mode` requires.
@@ -36,7 +41,7 @@ bool sizes_fit(const UpfeatTensor& coarse, const UpfeatTensor& weights, int64_t 
   const int64_t height = weights.size[2], width = weights.size[3];
   if (!has_taps(weights, radius) || coarse.size[0] != weights.size[0]) return false;
   if (mode.kind == Kind::kCells) {
-    return coarse.size[2] >= 1 && coarse.size[3] >= 1 && lies_in(mode.window, height, width);
+    return coarse.size[2] >= 1 && coarse.size[3] >= 1 && fits(mode.window, height, width, coarse);
   }
   if (mode.kind == Kind::kPadded) {
     return coarse.size[2] == height + 2 * radius && coarse.size[3] == width + 2 * radius;
@@ -52,8 +57,10 @@ struct Axes {
              const Mode& mode) {
     const UpfeatWindow& in = mode.window;
     if (mode.kind == Kind::kCells) {
-      return cells_axis(rows, coarse.size[2], in.height, in.top, height, radius) &&
-             cells_axis(columns, coarse.size[3], in.width, in.left, width, radius);
+      return cells_axis(rows, {coarse.size[2], in.grid_height, in.grid_top}, in.height, in.top,
+                        height, radius) &&
+             cells_axis(columns, {coarse.size[3], in.grid_width, in.grid_left}, in.width, in.left,
+                        width, radius);
     }
     if (mode.kind == Kind::kPadded) {
       return padded_axis(rows, height, radius) && padded_axis(columns, width, radius);

@@ -54,17 +54,19 @@ enum class Kind { kBicubic, kPadded, kCells };
 struct Geometry {
   Kind kind;
   int64_t in, out, radius;
-  int64_t length = 0, start = 0;  // kCells: the whole axis, and the first coordinate on it
+  // kCells: the whole axis, and the first coordinate on it; all cells, and the first that is there.
+  int64_t length = 0, start = 0, all = 0, first = 0;
 
   // The cell that a coordinate's centre lies in.
   int64_t own(int64_t coordinate) const {
-    return (2 * (start + coordinate) + 1) * in / (2 * length);
+    return (2 * (start + coordinate) + 1) * all / (2 * length);
   }
 
   Reads reads(int64_t coordinate, int64_t tap) const {
     if (kind == Kind::kPadded) return Reads{1, {coordinate + tap}, {1.0}};
     if (kind == Kind::kCells) {
-      return Reads{1, {clamp(own(coordinate) + tap - radius, 0, in - 1)}, {1.0}};
+      const int64_t cell = clamp(own(coordinate) + tap - radius, 0, all - 1);
+      return Reads{1, {clamp(cell - first, 0, in - 1)}, {1.0}};
     }
     return bicubic_reads(reflect(coordinate + tap - radius, out), in, out);
   }
@@ -139,7 +141,7 @@ bool fill_distances(Axis& axis, const Geometry& geometry) {
   if (!allocate_array(axis.away, axis.taps * pitch)) return false;
   const double reach = static_cast<double>(geometry.radius) + 0.5 - 1e-4;
   for (int64_t y = 0; y < axis.out; ++y) {
-    const int64_t centre = (2 * (geometry.start + y) + 1) * geometry.in, own = geometry.own(y);
+    const int64_t centre = (2 * (geometry.start + y) + 1) * geometry.all, own = geometry.own(y);
     for (int64_t tap = 0; tap < axis.taps; ++tap) {
       const int64_t cell = (2 * (own + tap - geometry.radius) + 1) * geometry.length;
       const double apart =
@@ -169,9 +171,10 @@ bool padded_axis(Axis& axis, int64_t out, int64_t radius) {
   return build(axis, Geometry{Kind::kPadded, out + 2 * radius, out, radius});
 }
 
-bool cells_axis(Axis& axis, int64_t in, int64_t length, int64_t start, int64_t out,
+bool cells_axis(Axis& axis, const CellRange& cells, int64_t length, int64_t start, int64_t out,
                 int64_t radius) {
-  const Geometry geometry{Kind::kCells, in, out, radius, length, start};
+  const Geometry geometry{Kind::kCells, cells.count, out, radius, length, start, cells.all,
+                          cells.first};
   return build(axis, geometry) && fill_distances(axis, geometry);
 }
 

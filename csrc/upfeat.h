@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 3
+#define UPFEAT_ABI 4
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -66,10 +66,13 @@ UPFEAT_API int upfeat_conv_backward(const UpfeatTensor* padded, const UpfeatTens
                                     const UpfeatTensor* grad_weights, int64_t radius, int isa,
                                     int threads);
 
-// A window of an output of height x width: the part that tensors of fine pixels hold.
+// A window of an output of height x width: the part that tensors of fine pixels hold. Tensors of
+// coarse cells hold a part of the grid too, with all cells that the window reads.
 typedef struct {
   int64_t height, width;  // of the whole output
   int64_t top, left;
+  int64_t grid_height, grid_width;  // of the whole grid
+  int64_t grid_top, grid_left;
 } UpfeatWindow;
 
 // out[p] = sum over |d| <= r of weights[d, p] * features[cell(p) + d], cells clamped to the grid,

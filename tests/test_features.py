@@ -1,10 +1,15 @@
 """Every part of lazy features equals the same part of the whole."""
 
+import copy
 import gc
+import json
+import pickle
 import weakref
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import upfeat
 from upfeat.upsamplers import create_upsampler
@@ -261,6 +266,233 @@ def test_loading_refuses_what_does_not_fit(tmp_path):
     write_tensors(path, {"features": torch.ones(1)}, {})
     with pytest.raises(ValueError, match="not lazy features"):
         upfeat.UpsampledFeatures.load(path)
+
+
+def _reading(value, **changes):
+    """Save lazy features, change what the file says, and read it."""
+
+    def read(path):
+        upsampler = upfeat.JointBilateral(radius=1)
+        lazy = upfeat.UpsampledFeatures(*_inputs(), upsampler)
+        lazy.save(path)
+        with safe_open(path, "pt") as file:
+            facts = file.metadata()
+        tensors = load_file(path)
+        for name, change in changes.items():
+            if name in tensors:
+                tensors[name] = change(tensors[name])
+            else:
+                facts[name] = change
+        save_file(tensors, path, metadata=facts)
+        return upfeat.UpsampledFeatures.load(path, value)
+
+    return read
+
+
+def _filled(value):
+    def change(tensor):
+        tensor = tensor.clone()
+        tensor.view(-1)[3] = value
+        return tensor
+
+    return change
+
+
+def _configured(**changes):
+    config = {"upsampler": "joint_bilateral", "radius": 1, "sigma_spatial": 0.7, "sigma_range": 0.3}
+    return json.dumps({**config, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dtype": "load"}, "dtype 'load' is none"),
+        ({"dtype": "int8"}, "dtype 'int8' is none"),
+        ({"output_size": "[1e9]"}, "its output size is not"),
+        ({"output_size": "[3, 1000000000000]"}, "its output size is not"),
+        ({"output_size": "[" * 9999}, "its output size is not"),
+        ({"output_size": "[true, 3]"}, "its output size is not"),
+        ({"upsampler": _configured(radius=10**9)}, "upsampler: radius=1000000000 must be 16 or"),
+        ({"upsampler": _configured(radius="2")}, "radius='2' must be a whole"),
+        ({"upsampler": _configured(sigma_range=0)}, "sigma_range=0 must be"),
+        ({"upsampler": _configured(start="x")}, 'argument "start" is unknown'),
+        ({"upsampler": '{"upsampler": "detail", "levels": 1000000}'}, "levels=1000000 must be"),
+        ({"upsampler": '{"upsampler": 3}'}, "does not say which upsampler"),
+        ({"upsampler": "[]"}, "holds list"),
+        ({"upsampler": "{" * 9999}, "not JSON"),
+        ({"weights": "abc"}, "with weights; give it"),
+        ({"normalization": '{"mean": [0, 0]}'}, "mean must be 3 values"),
+        ({"normalization": '{"mean": [0, 0, 0], "std": [1, 1, 0]}'}, "std=0 must be"),
+        ({"normalization": '{"mean": [0, "0", 0], "std": [1, 1, 1]}'}, "mean='0' must be"),
+        ({"features": _filled(torch.nan)}, "features holds NaN or infinity"),
+        ({"features": _filled(torch.inf)}, "features holds NaN or infinity"),
+        ({"features": lambda x: x.to(torch.int32)}, "features is torch.int32|features holds"),
+        ({"features": lambda x: x[0]}, r"lacks features \(B"),
+        ({"features": lambda x: x[:, :0]}, "features must be"),
+        ({"guidance": lambda x: x[:0]}, "batch size"),
+        ({"guidance": lambda x: x.float()}, "guidance holds torch.float32, not levels"),
+        ({"scale": _filled}, None),
+        ({"scale": lambda x: x * torch.nan}, "scale holds NaN"),
+        ({"scale": lambda x: x * 0}, "scale holds 0"),
+        ({"scale": lambda x: x[:2]}, r"scale is \(2,\), not a value for each of 3 channels"),
+        ({"shift": lambda x: x.double() * 1e40}, "shift holds"),
+    ],
+)
+def test_files_from_anywhere_are_refused_in_one_line(tmp_path, changes, words):
+    path = tmp_path / "x.safetensors"
+    if words is None:
+        assert _reading(None)(path).shape == (1, 7, 75, 101)
+        return
+    with pytest.raises(ValueError, match=words) as raised:
+        _reading(None, **changes)(path)
+    assert str(raised.value).startswith(f"{path}: ")
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 400
+
+
+def test_an_upsampler_of_other_settings_is_another_one(tmp_path):
+    with pytest.raises(ValueError, match=r"made by a joint_bilateral with radius=1; give that"):
+        _reading(upfeat.JointBilateral(radius=2))(tmp_path / "x.safetensors")
+    detail = _detail()
+    upfeat.UpsampledFeatures(*_inputs(), detail).save(tmp_path / "y.safetensors")
+    detail.ridge = 0.5
+    with pytest.raises(ValueError, match=r"made by a detail with ridge=0.3"):
+        upfeat.UpsampledFeatures.load(tmp_path / "y.safetensors", detail)
+
+
+IMAGES = {
+    "hdr": lambda: 10 * torch.randn(1, 3, 75, 101),
+    "a bright spot": lambda: _filled(1e6)(torch.randn(1, 3, 75, 101)),
+    "a large constant": lambda: 1e5 + torch.randn(1, 3, 75, 101),
+    "tiny": lambda: 1e-20 * torch.randn(1, 3, 75, 101),
+    "constant": lambda: torch.full((1, 3, 75, 101), 7.0),
+    "double": lambda: 10 * torch.randn(1, 3, 75, 101, dtype=torch.float64),
+    "half": lambda: 10 * torch.randn(1, 3, 75, 101).half(),
+    "several": lambda: torch.cat([torch.randn(1, 3, 75, 101), 50 * torch.randn(1, 3, 75, 101)]),
+}
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("image", IMAGES)
+def test_images_beyond_a_photographs_range_are_kept(tmp_path, image, normalised):
+    """Within a thousandth of a channel's deviation, whatever its values are."""
+    guidance = IMAGES[image]()
+    facts = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)} if normalised else {}
+    features = torch.randn(len(guidance), 4, 5, 6, dtype=guidance.dtype)
+    lazy = upfeat.UpsampledFeatures(features, guidance, upfeat.Bilinear(), **facts)
+    for attempt in (lazy, None):  # what was read may be saved again
+        attempt = attempt or upfeat.UpsampledFeatures.load(tmp_path / "x.safetensors")
+        attempt.save(tmp_path / "x.safetensors")
+    again = upfeat.UpsampledFeatures.load(tmp_path / "x.safetensors")
+    assert again.guidance.dtype == guidance.dtype
+    error = (again.guidance - guidance).abs().amax((0, 2, 3)).double()
+    deviation = guidance.double().transpose(0, 1).flatten(1).std(1)
+    allowed = 2e-3 * deviation + 2e-7 * guidance.double().abs().amax((0, 2, 3))
+    if image == "half":
+        allowed += 1e-2  # its own steps
+    if image == "tiny" and normalised:
+        allowed += 0.51 / 255 / 0.25  # of a photograph, half a level
+    assert bool((error <= allowed).all())
+
+
+def test_features_that_float16_cannot_hold_are_refused(tmp_path):
+    guidance = torch.randn(1, 3, 20, 20)
+    path = tmp_path / "x.safetensors"
+    for factor, words in ((1e6, "overflow float16"), (1e-9, "too small for float16")):
+        features = factor * torch.randn(1, 4, 5, 6)
+        lazy = upfeat.UpsampledFeatures(features, guidance, upfeat.Bilinear())
+        with pytest.raises(ValueError, match=words):
+            lazy.save(path)
+        assert not path.exists()
+        lazy.save(path, exact=True)
+        assert torch.equal(upfeat.UpsampledFeatures.load(path).features, features)
+        path.unlink()
+    lazy.features.view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match="features holds NaN"):
+        lazy.save(path, exact=True)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_used_features_can_be_copied(lazy, copied, mode):
+    with mode():
+        features, guidance = (one.clone() for one in (lazy.features, lazy.guidance))
+        used = upfeat.UpsampledFeatures(features, guidance, lazy.upsampler)
+        used.crop(3, 4, 20, 30)
+        used.at(torch.tensor([[1.5, 2.5]]))
+        expected = used.full()
+        again = copied(used)
+        assert again.features is not used.features
+        close(again.full(), expected)
+        close(again.crop(3, 4, 20, 30), expected[..., 3:23, 4:34])
+        # A copy is one of the features as they are, and goes its own way.
+        used.features.mul_(2)
+        close(copied(used).full(), used.full())
+        close(again.full(), expected)
+
+
+def test_a_copy_carries_no_graph():
+    features, guidance = _inputs()
+    features = features.requires_grad_() * 2
+    lazy = upfeat.UpsampledFeatures(features, guidance, upfeat.Bilinear())
+    lazy.crop(0, 0, 3, 3)
+    assert not copy.deepcopy(lazy).full().requires_grad
+    assert lazy.full().requires_grad
+
+
+def test_numbers_of_another_kind_are_refused(lazy):
+    for window in [(1.5, 0, 2, 2), (True, 0, 2, 2), ("1", 0, 2, 2), (0, 0, 2, float("nan"))]:
+        with pytest.raises(ValueError, match="must be a whole number"):
+            lazy.crop(*window)
+    assert lazy.crop(torch.tensor(1), 2.0, 3, 4).shape == (1, 7, 3, 4)
+    with pytest.raises(ValueError, match=r"points is torch.bool"):
+        lazy.at(torch.zeros(1, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"points is torch.complex64"):
+        lazy.at(torch.zeros(1, 2, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="points must lie"):
+        lazy.at(torch.tensor([[torch.nan, 0.0]]))
+    with pytest.raises(ValueError, match=r"weight is torch.int64"):
+        lazy.project(torch.ones(2, 7, dtype=torch.int64))
+    with pytest.raises(ValueError, match="weight holds NaN"):
+        lazy.project(torch.full((2, 7), torch.nan))
+    with pytest.raises(ValueError, match="bias holds NaN"):
+        lazy.project(torch.ones(2, 7), torch.full((2,), torch.inf))
+    with pytest.raises(ValueError, match="target holds NaN"):
+        lazy.similarity(torch.full((7,), torch.nan))
+    for dtype in (torch.int32, torch.bool, torch.complex64, "float16"):
+        with pytest.raises(ValueError, match="dtype="):
+            lazy.full(dtype)
+    for k in (1.5, True, "2", 8):
+        with pytest.raises(ValueError, match="k="):
+            lazy.pca(k)
+
+
+def test_an_overflow_of_the_whole_map_is_said():
+    features, guidance = _inputs()
+    lazy = upfeat.UpsampledFeatures(1e5 * features, guidance, upfeat.Bilinear())
+    with pytest.raises(ValueError, match=r"overflows torch.float16"):
+        lazy.full(torch.float16)
+    assert torch.isfinite(lazy.full(torch.bfloat16)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("which", ["features", "guidance"])
+def test_inputs_must_be_floating(lazy, dtype, which):
+    inputs = dict(zip(("features", "guidance"), _inputs(), strict=True))
+    inputs[which] = inputs[which].abs().to(dtype)
+    with pytest.raises(ValueError, match=rf"{which} is {dtype}; give floating"):
+        lazy.upsampler(*inputs.values())
+    with pytest.raises(ValueError, match=rf"{which} is {dtype}; give floating"):
+        upfeat.UpsampledFeatures(*inputs.values(), lazy.upsampler)
+
+
+@pytest.mark.parametrize(
+    "size", [(True, 3), ("3", 3), (3, 10**30), (10**9, 3), (2.5, 3), (float("nan"), 3), 3, (3,)]
+)
+def test_output_sizes(lazy, size):
+    with pytest.raises(ValueError, match="output_size="):
+        lazy.upsampler(lazy.features, lazy.guidance, size)
 
 
 def test_bad_arguments_are_named(lazy):

@@ -16,7 +16,7 @@ source_files = provenance.source_files
 
 
 def test_what_decides_a_score_is_found_by_its_imports():
-    found = names("upfeat.evaluation.harness")
+    found = names("upfeat.evaluation.harness", "upfeat.evaluation.tasks.seg")
     assert {"implicit/anchors.py", "evaluation/tasks/seg.py", "upsamplers/jbu.py"} <= found
     assert "backends/triton/window.py" in found  # imported by name, when a kernel starts
     assert "upsamplers/featup_checkpoint.py" in found  # imported in a function
@@ -30,21 +30,21 @@ def test_older_code_is_not_mistaken(changed, tmp_path, monkeypatch):
     shutil.copytree(provenance._PACKAGE, copy, ignore=shutil.ignore_patterns("weights", "*.so"))
     monkeypatch.setattr(provenance, "_PACKAGE", copy)
     plain = provenance.source_digest.__wrapped__
-    before = plain("upfeat.evaluation.harness")
-    assert plain("upfeat.evaluation.harness") == before
+    before = plain("upfeat.evaluation.tasks.seg")
+    assert plain("upfeat.evaluation.tasks.seg") == before
     path = copy / changed
     path.write_text(path.read_text() + "# changed\n")
-    assert plain("upfeat.evaluation.harness") != before
+    assert plain("upfeat.evaluation.tasks.seg") != before
 
 
 def test_cached_fits_are_keyed_by_code_and_weights(monkeypatch):
-    from upfeat.implicit import upsampler
+    from upfeat.evaluation import methods
 
     backbone = upfeat.load_backbone("efficientnet_lite0")
-    first = upsampler.ImplicitUpsampler(backbone).config()["recipe"]
-    assert upsampler.ImplicitUpsampler(backbone).config()["recipe"] == first
-    monkeypatch.setattr(upsampler, "source_digest", lambda *modules: "older")
-    assert upsampler.ImplicitUpsampler(backbone).config()["recipe"] != first
+    first = methods.ImplicitMethod(backbone).weights
+    assert methods.ImplicitMethod(backbone).weights == first
+    monkeypatch.setattr(methods, "source_digest", lambda *modules: "older")
+    assert methods.ImplicitMethod(backbone).weights != first
 
 
 def test_upsamplers_are_told_apart():

@@ -1,10 +1,16 @@
 """Files appear whole or not at all; one colour means one thing in every panel."""
 
+import os
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from upfeat.storage import read_tensors, replacing, write_bytes, write_tensors
+from upfeat import storage
+from upfeat.storage import read_tensors, replacing, sweep, write_bytes, write_tensors
 from upfeat.visualize import PCABasis, comparison, side_by_side
 
 
@@ -60,3 +66,119 @@ def test_comparison_has_four_panels():
     assert picture.height > 240
     wide = side_by_side([("a long caption below a narrow picture", Image.new("RGB", (4, 400)))])
     assert wide.width > 100
+
+
+def test_equal_content_is_equal_bytes_for_every_process(tmp_path):
+    code = (
+        "import sys, torch; from upfeat.storage import write_tensors\n"
+        "tensors = {'b': torch.ones(3), 'a': torch.ones(2).half(), 'c': torch.tensor(True)}\n"
+        "write_tensors(sys.argv[1], tensors, {key: key for key in 'qwertzuiop'})"
+    )
+    paths = [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    for path in paths:
+        subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+@pytest.mark.parametrize("dtype", storage._DTYPES)
+def test_every_type_comes_back_through_the_library(tmp_path, dtype):
+    from safetensors.torch import load_file
+
+    tensors = {
+        "scalar": torch.tensor(1).to(dtype),
+        "empty": torch.empty(0, 3).to(dtype),
+        "turned": torch.arange(6).view(2, 3).T.to(dtype),
+        "odd": torch.ones(5, dtype=torch.uint8),
+    }
+    write_tensors(tmp_path / "x.safetensors", tensors, {})
+    found = load_file(tmp_path / "x.safetensors")
+    assert set(found) == set(tensors)
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_types_that_the_format_lacks(tmp_path):
+    with pytest.raises(ValueError, match="complex64"):
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(1, dtype=torch.complex64)}, {})
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+def test_arrays_are_written_by_rows(tmp_path, suffix):
+    path, values = tmp_path / f"x{suffix}", np.random.rand(3, 5, 4).astype(np.float32)  # noqa: NPY002
+    with storage.create_array(path, values.shape, "float32", {"format": "x"}) as array:
+        array.write_rows(3, values[:, 3:])
+        array.write_rows(0, values[:, :3])
+    found = np.load(path) if suffix == ".npy" else read_tensors(path)[0]["features"].numpy()
+    assert np.array_equal(found, values)
+    if suffix == ".npy":
+        assert np.array_equal(np.load(path, mmap_mode="r"), values)
+
+
+def _limited(call, path):
+    """Run a call where no file may grow beyond 64 KiB; return what it raised."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        call(path)
+    except OSError as error:
+        return error
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return None
+
+
+def _fill_array(path):
+    with storage.create_array(path, (3, 200, 200), "float32", {}) as array:
+        array.write_rows(0, np.zeros((3, 200, 200), np.float32))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no limits of file sizes")
+@pytest.mark.parametrize("reserves", [True, False])
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("x.bin", lambda path: write_bytes(path, bytes(1 << 17))),
+        ("x.safetensors", lambda path: write_tensors(path, {"a": torch.zeros(1 << 16)}, {})),
+        ("y.safetensors", _fill_array),
+        ("y.npy", _fill_array),
+    ],
+)
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch, name, call, reserves):
+    if not reserves:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    error = _limited(call, tmp_path / name)
+    assert error is not None
+    assert error.filename == str(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_leftovers_of_the_dead_are_swept_and_nothing_else(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from upfeat import storage\n"
+        "with storage.replacing(Path(sys.argv[1]) / 'x.npy') as path:\n"
+        "    with storage.replacing_folder(Path(sys.argv[1]) / 'x.zarr') as folder:\n"
+        "        folder.mkdir(); (folder / 'chunk').write_text('1')\n"
+        "        print(flush=True); sys.stdin.read(); os.kill(os.getpid(), 9)"
+    )
+    strangers = [".upfeat", ".upfeat-x-abc", ".x.npy.abc", ".upfeat-12.npy", "upfeat-12-abcdefgh"]
+    for name in strangers:
+        (tmp_path / name).write_text("mine")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], **pipes) as child:
+        child.stdout.readline()
+        written = {path.name for path in tmp_path.iterdir()}
+        assert len(written) == len(strangers) + 2
+        sweep(tmp_path)  # its writer lives
+        assert {path.name for path in tmp_path.iterdir()} == written
+        child.communicate(b"")
+    sweep(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(strangers)
+    sweep(tmp_path / "none")
+
+
+def test_what_this_process_writes_is_not_swept(tmp_path):
+    with replacing(tmp_path / "x") as temporary:
+        sweep(tmp_path)
+        temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -15,6 +15,7 @@ from upfeat._version import __version__
 
 if TYPE_CHECKING:
     from upfeat import functional
+    from upfeat.attachment import attach
     from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
     from upfeat.features import UpsampledFeatures
     from upfeat.implicit.features import ImplicitFeatures
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     )
 
 # Imported when first asked for: the command answers --help before PyTorch would be loaded, and
-# using an upsampler needs nothing that training does. The list for type checkers stands above.
+# using an upsampler needs nothing that training does. The list for type checkers stands above. No
+# module has the name of a public function: importing it would put it in the function's place.
 _LAZY = {
     "AnyUp": "upfeat.upsamplers",
     "Backbone": "upfeat.backbones",
@@ -60,6 +62,7 @@ _LAZY = {
     "UpsampledFeatures": "upfeat.features",
     "Upsampler": "upfeat.upsamplers",
     "WrappedBackbone": "upfeat.backbones",
+    "attach": "upfeat.attachment",
     "fit_implicit": "upfeat.implicit.fit",
     "list_backbones": "upfeat.backbones",
     "list_upsamplers": "upfeat.upsamplers",
@@ -90,6 +93,7 @@ __all__ = [
     "Upsampler",
     "WrappedBackbone",
     "__version__",
+    "attach",
     "fit_implicit",
     "functional",
     "list_backbones",

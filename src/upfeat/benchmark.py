@@ -38,6 +38,8 @@ CHANNELS = (64, 384, 1024)
 JOBS = ("stack", "operator", "operator+backward")
 RIVALS = ("ours", "tap_major", "pixel_major", "unfold", "bilinear")
 _TAPS = 49
+FORMAT = "upfeat-bench-1"
+"""What files of measurements say they are."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,11 @@ def machine() -> dict[str, Any]:
 
 def as_json(measurements: list[Measurement]) -> dict[str, Any]:
     """Machine and measurements as JSON values."""
-    return {"machine": machine(), "measurements": [asdict(one) for one in measurements]}
+    return {
+        "format": FORMAT,
+        "machine": machine(),
+        "measurements": [asdict(one) for one in measurements],
+    }
 
 
 def _measure(

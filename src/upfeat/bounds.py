@@ -15,6 +15,8 @@ from upfeat.registry import unknown_name
 
 LARGEST = 1 << 31
 """Of counts without a bound of their own."""
+MOST_CHANNELS = 1 << 15
+"""Of features that a channel mix is made for: its weights are their square, 4 GiB."""
 
 
 @overload

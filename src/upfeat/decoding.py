@@ -93,6 +93,21 @@ def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
         )
 
 
+def image_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) of an image, upright, by its header; ``None`` where that does not say.
+
+    Nothing is decoded, and nothing raised: decoding proper says what is wrong with a file.
+    """
+    try:
+        with warnings.catch_warnings(), _opened(path) as image:
+            warnings.simplefilter("ignore")
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            width, height = image.size
+    except Exception:  # Pillow's readers raise what they like
+        return None
+    return (width, height) if turned else (height, width)
+
+
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     """Open without decoding. Pillow's own limit is below what telephones take; ours follows."""

@@ -7,23 +7,22 @@ coarse grid before it, and a point or a crop needs its own pixels and what their
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from upfeat._version import __version__
+from upfeat.bounds import number, whole
+from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
+from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
-from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.base import UPSAMPLERS, add_offset, check_inputs
+from upfeat.upsamplers.base import add_offset, check_finite, check_inputs
+from upfeat.upsamplers.maps import Map
 
 _TILE = 32
-_FORMAT = "upfeat-lazy-features-1"
 
 
 class PCA(NamedTuple):
@@ -69,7 +68,7 @@ def _recorded(tensors: list[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
-class UpsampledFeatures:
+class UpsampledFeatures(FeatureMap):
     """Features (B, C, H, W) that exist where they are asked for.
 
     Everything equals the same thing taken from :meth:`full`, to rounding.
@@ -87,29 +86,35 @@ class UpsampledFeatures:
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        missing: Tensor | None = None,
     ) -> None:
         """Keep what the map is made of.
 
         Args:
             features: (B, C, h, w), coarse.
-            guidance: (B, 3, H', W'), the normalised image.
+            guidance: (B, 3, H', W'), the normalised image; or of the upsampler's bands.
             upsampler: what makes one out of the other.
             output_size: (H, W); ``None`` for the guidance's.
             mean: normalisation of the guidance, RGB in [0, 1]; with it an 8-bit image is saved
                 without loss.
             std: likewise.
+            missing: bool, broadcasting to (B, 1, H, W): pixels without data, whose features are 0.
 
         Raises:
             ValueError: as :meth:`Upsampler.forward`.
         """
-        size = check_inputs(features, guidance, output_size)
+        size = check_inputs(features, guidance, output_size, upsampler.guidance_bands)
         self.features = features
         self.guidance = guidance
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
-        self._normalisation = None if mean is None or std is None else (list(mean), list(std))
+        self._normalization = None
+        if mean is not None and std is not None and len(mean) == guidance.shape[1]:
+            means = tuple(number("mean", one) for one in mean)
+            self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
+        self.missing = None if missing is None else missing.expand(-1, 1, *size)
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
-        self._settled: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
+        self._settled: tuple[_Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
     @property
     def mixed(self) -> Tensor:
@@ -127,15 +132,22 @@ class UpsampledFeatures:
         Args:
             dtype: of the result; ``None`` for the features'. A smaller one is filled in blocks of
                 channels, so that the map never exists in the larger one.
+
+        Raises:
+            ValueError: the dtype is not of floating numbers, or the map overflows it.
         """
-        if dtype in (None, self.features.dtype):
+        if dtype is None or dtype is self.features.dtype:
             return self._render()
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
         settled = self._settle()
         out = torch.empty(self.shape, dtype=dtype, device=self.features.device)
         for start in range(0, self.shape[1], 64):
             block = slice(start, start + 64)
             out[:, block] = self.upsampler.render(*settled, head=block)
-        return out
+            if not bool(torch.isfinite(out[:, block]).all()):
+                raise ValueError(f"the map overflows {dtype}; use bfloat16 or float32")
+        return self._blank(out)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
         """A window of the map.
@@ -152,14 +164,8 @@ class UpsampledFeatures:
         Raises:
             ValueError: the window does not lie in the map.
         """
-        window = Window(*map(int, (top, left, height, width)))
-        inside = window.top >= 0 and window.left >= 0 and min(window.height, window.width) >= 1
-        if not inside or window.bottom > self.shape[2] or window.right > self.shape[3]:
-            raise ValueError(
-                f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
-                f"the map of {self.shape[2]}×{self.shape[3]}"
-            )
-        return self.upsampler.render(*self._settle(), window=window)
+        window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
+        return self._blank(self.upsampler.render(*self._settle(), window=window), window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -175,8 +181,7 @@ class UpsampledFeatures:
         """
         self._check_single("at")
         height, width = self.shape[2:]
-        if points.dim() != 2 or points.shape[1] != 2:
-            raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
+        check_points(points)
         last = torch.tensor([height - 1, width - 1], device=points.device)
         if not bool(((points >= 0) & (points <= last)).all()):
             raise ValueError(
@@ -188,6 +193,9 @@ class UpsampledFeatures:
         for tile in torch.unique(tiles, dim=0):
             inside = (tiles == tile).all(1)
             out[inside] = self._sample_tile(settled, points[inside], tile)
+        if self.missing is not None:
+            rows, columns = points.round().long().unbind(1)
+            out[self.missing[0, 0, rows, columns]] = 0
         return out
 
     def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -203,12 +211,7 @@ class UpsampledFeatures:
         Raises:
             ValueError: the head does not take C channels.
         """
-        if weight.dim() != 2 or weight.shape[1] != self.shape[1]:
-            raise ValueError(
-                f"weight must be (K, {self.shape[1]}) for these features, not {tuple(weight.shape)}"
-            )
-        if bias is not None and bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+        check_head(weight, bias, self.shape[1])
         out = self._render(weight)
         return out if bias is None else add_offset(out, bias)
 
@@ -233,6 +236,7 @@ class UpsampledFeatures:
             )
         if target.numel() != self.shape[1]:
             target = self.at(target[None].float())[0]
+        check_finite("target", target, "check where it comes from")
         product = self.project(target[None])
         if not cosine:
             return product
@@ -243,7 +247,7 @@ class UpsampledFeatures:
         """Principal components, fitted on the coarse features, applied at every pixel.
 
         Args:
-            k: how many, from 1 to C.
+            k: number of components, from 1 to C.
 
         Returns:
             The map of coordinates, equal to ``(full − mean)·components``, with the basis.
@@ -251,9 +255,7 @@ class UpsampledFeatures:
         Raises:
             ValueError: k is out of range.
         """
-        channels = self.shape[1]
-        if not 1 <= k <= channels:
-            raise ValueError(f"k={k} must be from 1 to the number of channels, {channels}")
+        k = whole("k", k, 1, self.shape[1])
         samples = self.features.detach().transpose(0, 1).flatten(1).float().T  # (B·h·w, C)
         mean, components, _ = principal_components(samples, k)
         components = components.to(self.features.dtype).contiguous()
@@ -266,34 +268,17 @@ class UpsampledFeatures:
         Args:
             path: the safetensors file.
             exact: keep features and guidance as they are. Otherwise features are stored in
-                float16 and the guidance in 8 bits per colour, which an 8-bit photograph at its
-                own size survives unchanged.
+                float16; the guidance in 8 bits per colour where it is a normalised photograph,
+                which one of 8 bits at its own size survives unchanged, in 16 bits over its own
+                range where it is not, and as it is where neither would do.
 
         Raises:
-            ValueError: the features overflow float16.
+            ValueError: features or guidance are NaN or infinite, or the features overflow float16
+                or are too small for it.
         """
-        tensors = {"features": self.features, "guidance": self.guidance}
-        if not exact:
-            if self.features.abs().max() > torch.finfo(torch.float16).max:
-                raise ValueError("features overflow float16; save(path, exact=True)")
-            scale, shift = self._quantisation()
-            levels = ((self.guidance - shift[:, None, None]) / scale[:, None, None]).round()
-            tensors = {
-                "features": self.features.half(),
-                "guidance": levels.clamp(0, 255).byte(),
-                "scale": scale,
-                "shift": shift,
-            }
-        facts = {
-            "format": _FORMAT,
-            "upfeat_version": __version__,
-            "dtype": str(self.features.dtype).removeprefix("torch."),
-            "output_size": json.dumps(list(self.shape[2:])),
-            "upsampler": json.dumps({"upsampler": self.upsampler.name, **self.upsampler.config()}),
-            "weights": _digest(self.upsampler),
-        }
-        detached = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        write_tensors(path, detached, facts)
+        size = (self.shape[2], self.shape[3])
+        inputs = self.features, self.guidance, self.upsampler, size
+        write_parts(path, Parts(*inputs, self._normalization, self.missing), exact=exact)
 
     @classmethod
     def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:
@@ -307,30 +292,34 @@ class UpsampledFeatures:
             FileNotFoundError: there is no such file.
             ValueError: it is of another kind, or the upsampler is another one.
         """
-        tensors, facts = read_tensors(path)
-        if facts.get("format") != _FORMAT:
-            found = facts.get("format", "no format")
-            raise ValueError(f"{path}: not lazy features of this version ({found}, not {_FORMAT})")
-        config = json.loads(facts["upsampler"])
-        name = config.pop("upsampler")
-        if upsampler is None and facts["weights"] == "none" and name in UPSAMPLERS:
-            upsampler = UPSAMPLERS[name](**config).eval()
-        if upsampler is None:
-            raise ValueError(f"{path}: made by a {name} with weights; give it as upsampler=")
-        if upsampler.name != name or _digest(upsampler) != facts["weights"]:
-            raise ValueError(f"{path}: made by a {name} with other weights than the one given")
-        dtype = getattr(torch, facts["dtype"])
-        features, guidance = tensors["features"].to(dtype), tensors["guidance"].to(dtype)
-        if "scale" in tensors:
-            scale, shift = (tensors[key].to(dtype)[:, None, None] for key in ("scale", "shift"))
-            guidance = guidance * scale + shift
-        height, width = json.loads(facts["output_size"])
-        return cls(features, guidance, upsampler, (height, width))
+        parts = read_parts(path, upsampler)
+        mean, std = parts.normalization or (None, None)
+        try:
+            return cls(*parts[:4], mean=mean, std=std, missing=parts.missing)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: the parts. What was made of them is made again when it is needed."""
+        state = {**self.__dict__, "_made": None, "_settled": None}
+        for name in ("features", "guidance"):
+            # No copy can carry the graph that a tensor came from.
+            state[name] = state[name] if state[name].is_leaf else state[name].detach()
+        return state
 
     def _render(self, head: Tensor | None = None) -> Tensor:
-        return self.upsampler.render(*self._parts(), head=head)
+        return self._blank(self.upsampler.render(*self._parts(), head=head))
 
-    def _settle(self) -> tuple[Kernels, Tensor]:
+    def _blank(self, out: Tensor, window: Window | None = None) -> Tensor:
+        """Put 0 where there are no data, in the whole map or a window of it."""
+        if self.missing is None:
+            return out
+        missing = self.missing
+        if window is not None:
+            missing = missing[..., window.top : window.bottom, window.left : window.right]
+        return blank(out, missing)
+
+    def _settle(self) -> tuple[Kernels, Tensor | Map]:
         """Kernels and features that give the same map, with all done that no window changes.
 
         Kept for the next window, unless they would keep a gradient's graph with them.
@@ -339,7 +328,8 @@ class UpsampledFeatures:
         if self._settled is not None and self._settled[0].holds([mixed]):
             return self._settled[1]
         found = self.upsampler.settle(kernels, mixed)
-        if found[1] is not mixed and not found[1].requires_grad:
+        recorded = found[1].requires_grad if isinstance(found[1], Tensor) else found[1].recorded
+        if found[1] is not mixed and not recorded:
             self._settled = _Snapshot([mixed]), found
         return found
 
@@ -373,7 +363,9 @@ class UpsampledFeatures:
         if self.shape[0] != 1:
             raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
 
-    def _sample_tile(self, settled: tuple[Kernels, Tensor], points: Tensor, tile: Tensor) -> Tensor:
+    def _sample_tile(
+        self, settled: tuple[Kernels, Tensor | Map], points: Tensor, tile: Tensor
+    ) -> Tensor:
         """Features at points (N, 2) whose pixels start in one tile -> (N, C)."""
         top, left = (int(index) * _TILE for index in tile)
         height = min(_TILE + 1, self.shape[2] - top)
@@ -389,22 +381,8 @@ class UpsampledFeatures:
         lower = torch.lerp(patch[:, below, x], patch[:, below, right], part[:, 1])
         return torch.lerp(upper, lower, part[:, 0]).T
 
-    def _quantisation(self) -> tuple[Tensor, Tensor]:
-        """Step and origin of 8-bit colours, (3,) each."""
-        if self._normalisation is not None:
-            mean, std = (torch.tensor(values) for values in self._normalisation)
-            return 1 / (255 * std), -mean / std
-        low, high = self.guidance.detach().cpu().float().transpose(0, 1).flatten(1).aminmax(dim=1)
-        return (high - low).clamp(min=1e-6) / 255, low
 
-
-def _digest(upsampler: Upsampler) -> str:
-    """A name for an upsampler's weights; "none" where it has none."""
-    state = upsampler.state_dict()
-    if not state:
-        return "none"
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def blank(out: Tensor, missing: Tensor) -> Tensor:
+    """Put 0 where there are no data; in place when autograd does not watch."""
+    watched = torch.is_grad_enabled() and out.requires_grad
+    return out.masked_fill(missing, 0) if watched else out.masked_fill_(missing, 0)

@@ -87,6 +87,8 @@ def neighbourhood_upsample(
     *,
     output_size: tuple[int, int] | None = None,
     window: tuple[int, int, int, int] | None = None,
+    grid_size: tuple[int, int] | None = None,
+    cells: tuple[int, int, int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Sum the coarse cells around each pixel's own cell, weighted per pixel.
@@ -95,25 +97,29 @@ def neighbourhood_upsample(
     where cell(p) = ⌊(p + ½)·h/H⌋ on each axis.
 
     Args:
-        features: (B, C, h, w).
+        features: (B, C, h, w), or only some cells.
         weights: (B, (2r+1)², H, W), offsets row-major, or only those of the window.
         output_size: (H, W) of the whole output; the weights' size by default.
         window: (top, left, height, width) of the output that ``weights`` are; all of it by default.
+        grid_size: (h, w) of the whole grid; the features' size by default.
+        cells: (top, left, height, width) of the grid that ``features`` are; all of it by default.
+            They must hold the cells that the window reads.
         backend: see the module's docstring.
 
     Returns:
         (B, C, H, W), or (B, C, height, width) of the window.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the window does not lie in the output, or
-            the backend cannot run.
+        ValueError: shapes, dtypes or devices disagree, the window does not lie in the output or the
+            cells in the grid, or the backend cannot run.
     """
     weights = _check_pair("features", features, weights)
     window_radius(weights.shape[1])
     _check_not_empty("features", features)
     _check_not_empty("weights", weights)
-    size, origin = _check_window("weights", weights, output_size, window)
-    return dispatch.call("neighbourhood_upsample", backend, features, weights, size, origin)
+    fine = _check_window("weights", weights, output_size, window)
+    coarse = _check_window("features", features, grid_size, cells, whole="grid", part="cells")
+    return dispatch.call("neighbourhood_upsample", backend, features, weights, *fine, *coarse)
 
 
 def bilateral_weights(
@@ -165,6 +171,8 @@ def neighbourhood_weights(
     radius: int = 2,
     output_size: tuple[int, int] | None = None,
     window: tuple[int, int, int, int] | None = None,
+    grid_size: tuple[int, int] | None = None,
+    cells: tuple[int, int, int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """How much every pixel takes from each of the coarse cells around its own.
@@ -177,12 +185,15 @@ def neighbourhood_weights(
 
     Args:
         queries: (B, D, H, W), or only those of the window.
-        keys: (B, D, h, w).
+        keys: (B, D, h, w), or only some cells.
         temperature: scalar that multiplies the inner products.
         sigma: scalar width of the Gaussian of distance, in cells; not 0.
         radius: r ≥ 1, cells.
         output_size: (H, W) of the whole output; the queries' size by default.
         window: (top, left, height, width) of the output that ``queries`` are; all of it by default.
+        grid_size: (h, w) of the whole grid; the keys' size by default.
+        cells: (top, left, height, width) of the grid that ``keys`` are; all of it by default. They
+            must hold the cells that the window reads.
         backend: see the module's docstring.
 
     Returns:
@@ -190,8 +201,8 @@ def neighbourhood_weights(
         to 1 at every pixel.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the window does not lie in the output, the
-            radius is below 1, or the backend cannot run.
+        ValueError: shapes, dtypes or devices disagree, the window does not lie in the output or the
+            cells in the grid, the radius is below 1, or the backend cannot run.
     """
     keys = _check_pair("queries", queries, keys, other="keys")
     if radius < 1:
@@ -202,13 +213,14 @@ def neighbourhood_weights(
         )
     _check_not_empty("queries", queries)
     _check_not_empty("keys", keys)
-    size, origin = _check_window("queries", queries, output_size, window)
+    fine = _check_window("queries", queries, output_size, window)
+    coarse = _check_window("keys", keys, grid_size, cells, whole="grid", part="cells")
     scalars = [
         torch.as_tensor(scalar, dtype=queries.dtype, device=queries.device)
         for scalar in (temperature, sigma)
     ]
     return dispatch.call(
-        "neighbourhood_weights", backend, queries, keys, *scalars, radius, size, origin
+        "neighbourhood_weights", backend, queries, keys, *scalars, radius, *fine, *coarse
     )
 
 
@@ -306,17 +318,21 @@ def _check_window(
     tensor: Tensor,
     output_size: tuple[int, int] | None,
     window: tuple[int, int, int, int] | None,
+    *,
+    whole: str = "output",
+    part: str = "window",
 ) -> tuple[list[int], list[int]]:
-    """The whole output's size and where in it the tensor begins."""
+    """The whole map's size and where in it the tensor begins."""
     size = list(tensor.shape[-2:] if output_size is None else output_size)
     top, left, height, width = (0, 0, *size) if window is None else window
     if (height, width) != tuple(tensor.shape[-2:]):
         raise ValueError(
-            f"{name} are {_size(tensor)} but the window is {height}×{width}; give the window's"
+            f"{name} are {_size(tensor)} but {part} is {height}×{width}; give those of {part}"
         )
     if top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
         raise ValueError(
-            f"window={(top, left, height, width)} does not lie in an output of {size[0]}×{size[1]}"
+            f"{part}={(top, left, height, width)} does not lie in the {whole} of "
+            f"{size[0]}×{size[1]}"
         )
     return size, [top, left]
 

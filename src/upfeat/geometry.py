@@ -108,12 +108,6 @@ def interpolation_matrix(cells: int, length: int, mode: str, like: Tensor) -> Te
     return out[0, 0]
 
 
-def span(matrix: Tensor) -> tuple[int, int]:
-    """The first and one past the last column in which a matrix has anything."""
-    used = matrix.ne(0).any(0).nonzero().flatten()
-    return int(used[0]), int(used[-1]) + 1
-
-
 class Slots(NamedTuple):
     """Pixels of one axis laid out as equally many slots per cell."""
 
@@ -132,14 +126,17 @@ class Slots(NamedTuple):
         return len(self.pixels) == len(self.slots)
 
 
-def slots_of_cells(cells: int, length: int, start: int, count: int) -> Slots:
-    """Lay ``count`` pixels from ``start`` on, of ``length`` over ``cells`` cells, out as slots."""
+def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 0) -> Slots:
+    """Lay ``count`` pixels from ``start`` on, of ``length`` over ``cells`` cells, out as slots.
+
+    The first cell is counted from the cell ``skip`` on.
+    """
     # Plain integers: sizes are known, and a compiled graph must not depend on a tensor's value.
     low = (2 * start + 1) * cells // (2 * length)
     high = (2 * (start + count) - 1) * cells // (2 * length)
     # The first pixel whose centre lies in a cell, counted from the window's start.
     first = [
-        min(max(-((cells - 2 * length * index) // (2 * cells)) - start, 0), count)
+        min(max(first_pixel(cells, length, index) - start, 0), count)
         for index in range(low, high + 2)
     ]
     most = max(stop - begin for begin, stop in pairwise(first))
@@ -149,7 +146,7 @@ def slots_of_cells(cells: int, length: int, start: int, count: int) -> Slots:
         for index, (begin, stop) in enumerate(pairwise(first))
         for offset in range(stop - begin)
     ]
-    return Slots(low, high + 1 - low, pixels, slots)
+    return Slots(low - skip, high + 1 - low, pixels, slots)
 
 
 def gather_pixels(x: Tensor, rows: Slots, columns: Slots) -> Tensor:
@@ -189,6 +186,11 @@ def cell_of_pixels(cells: int, length: int, start: int, count: int, device: torc
     """The cell ⌊(p + ½)·cells/length⌋ of ``count`` pixels p from ``start`` on, (count,)."""
     pixels = torch.arange(start, start + count, device=device)
     return (2 * pixels + 1) * cells // (2 * length)
+
+
+def first_pixel(cells: int, length: int, cell: int) -> int:
+    """The first of ``length`` pixels that lies in a cell, or after it where none does."""
+    return min(max(-((cells - 2 * length * cell) // (2 * cells)), 0), length)
 
 
 def cell_distances(

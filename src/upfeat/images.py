@@ -114,6 +114,28 @@ def read_mask(mask: MaskLike, size: tuple[int, int]) -> Tensor:
     return values
 
 
+def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring a mask of pixels without data to another size.
+
+    Args:
+        mask: (H, W) or (B, 1, H, W), true (not 0) where there is no data.
+        size: (height, width).
+
+    Returns:
+        (1 or B, 1, *size) bool.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    batch = mask[None, None] if mask.dim() == 2 else mask
+    if batch.dim() != 4 or batch.shape[1] != 1:
+        raise ValueError(f"mask must be (H, W) or (B, 1, H, W), not {tuple(mask.shape)}")
+    missing = batch != 0
+    if tuple(missing.shape[2:]) == tuple(size):
+        return missing
+    return F.interpolate(missing.to(torch.uint8), size=size, mode="nearest-exact") != 0
+
+
 def fill_missing(values: Tensor, missing: Tensor) -> Tensor:
     """Fill pixels without data from the others: smoothly, from ever wider around.
 

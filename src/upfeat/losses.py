@@ -87,7 +87,7 @@ def gaussian_reconstruction(predicted: Tensor, target: Tensor, scale: Tensor) ->
     """
     _check_same("predicted", predicted, "target", target)
     try:
-        torch.broadcast_shapes(scale.shape, target.shape)
+        scale.expand_as(target)  # torch.broadcast_shapes would import SymPy, a second's work
     except RuntimeError:
         raise ValueError(
             f"scale must spread over target {tuple(target.shape)}, got {tuple(scale.shape)}"

@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.features import UpsampledFeatures
+from upfeat.features import UpsampledFeatures, blank
+from upfeat.images import fill_missing, resize_mask
+from upfeat.normalization import Normalization
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from upfeat.images import ImageLike
 
@@ -27,7 +30,11 @@ class FeatUp(nn.Module):
     """
 
     def __init__(
-        self, backbone: Backbone | Callable[[Tensor], Tensor], upsampler: Upsampler
+        self,
+        backbone: Backbone | Callable[[Tensor], Tensor],
+        upsampler: Upsampler,
+        *,
+        bands: Sequence[int] | None = None,
     ) -> None:
         """Join the two, in eval mode and frozen, so that no graph is recorded unless it is wanted.
 
@@ -37,9 +44,11 @@ class FeatUp(nn.Module):
         Args:
             backbone: a :class:`Backbone`, or a module or function to wrap as one.
             upsampler: any upsampler; one with an ``embed_dim`` must have the backbone's.
+            bands: the three of the image's bands, counted from 0, that the upsampler sees as red,
+                green and blue, for images that are not RGB; ``None`` for all of them.
 
         Raises:
-            ValueError: their channels differ.
+            ValueError: their channels differ, or there are no such bands.
         """
         super().__init__()
         self.backbone = load_backbone(backbone)
@@ -50,6 +59,14 @@ class FeatUp(nn.Module):
                 f"upsampler expects {expected} channels but {self.backbone.name} has "
                 f"{self.backbone.embed_dim}; use an upsampler made for it, or embed_dim=None"
             )
+        if bands is not None and (
+            len(bands) != 3 or not all(0 <= band < self.backbone.in_channels for band in bands)
+        ):
+            raise ValueError(
+                f"bands={bands!r} must be three of the {self.backbone.in_channels} bands that "
+                f"{self.backbone.name} takes, counted from 0"
+            )
+        self.bands = None if bands is None else tuple(bands)
         self.eval().requires_grad_(False)
 
     @property
@@ -63,12 +80,20 @@ class FeatUp(nn.Module):
         """Read and normalise an image, as :meth:`Backbone.preprocess`."""
         return self.backbone.preprocess(image, size, align=align, **reading)
 
-    def forward(self, x: Tensor, output_size: tuple[int, int] | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        output_size: tuple[int, int] | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         """Compute features at full resolution.
 
         Args:
             x: (B, 3, H, W) normalised image, any size of at least the backbone's stride.
             output_size: (height, width) of the result; ``None`` for the image's own.
+            mask: bool, (height, width) or (B, 1, height, width) of any size, true where there are
+                no data. Nothing there has any influence, and the features there are 0.
 
         Returns:
             (B, C, *output_size).
@@ -76,22 +101,57 @@ class FeatUp(nn.Module):
         Raises:
             ValueError: x is not such an image, or the backbone returns NaN.
         """
-        return self.upsampler(self.backbone(x), self.guidance(x), output_size)
+        if mask is None:
+            return self.upsampler(self.backbone(x), self.guidance(x), output_size)
+        x, features = self._without_data(x, mask)
+        out = self.upsampler(features, self.guidance(x), output_size)
+        return blank(out, resize_mask(mask, (out.shape[2], out.shape[3])).to(out.device))
+
+    def _without_data(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The image and its coarse features, both filled where there are no data."""
+        missing = resize_mask(mask, (x.shape[2], x.shape[3])).to(x.device)
+        x = fill_missing(x, missing)
+        features = self.backbone(x)
+        share = F.adaptive_avg_pool2d(missing.to(features.dtype), features.shape[-2:])
+        return x, fill_missing(features, share == 1)
 
     def guidance(self, x: Tensor) -> Tensor:
         """The image as the upsampler sees it: in its own normalisation, where that differs."""
-        return self.upsampler.guidance_from(x, self.backbone)
+        if self.bands is None:
+            return self.upsampler.guidance_from(x, self.backbone)
+        mean, std = (
+            tuple(values[band] for band in self.bands) for values in self.backbone.normalization
+        )
+        own, x = self.upsampler.normalization, x[:, list(self.bands)]
+        return x if own is None else Normalization(mean, std).convert(x, own)
 
-    def lazy(self, x: Tensor, output_size: tuple[int, int] | None = None) -> UpsampledFeatures:
+    def lazy(
+        self,
+        x: Tensor,
+        output_size: tuple[int, int] | None = None,
+        *,
+        mask: Tensor | None = None,
+    ) -> UpsampledFeatures:
         """The same features, of which only what is asked for is computed at full size.
 
         Args:
             x: as in :meth:`forward`.
             output_size: likewise.
+            mask: likewise.
         """
+        missing = None
+        if mask is None:
+            features = self.backbone(x)
+        else:
+            x, features = self._without_data(x, mask)
+            size = output_size or (x.shape[2], x.shape[3])
+            missing = resize_mask(mask, size).to(x.device)
         mean, std = self.upsampler.normalization or self.backbone.normalization
         return UpsampledFeatures(
-            self.backbone(x), self.guidance(x), self.upsampler, output_size, mean=mean, std=std
+            *(features, self.guidance(x), self.upsampler, output_size),
+            mean=mean,
+            std=std,
+            missing=missing,
         )
 
 
@@ -100,6 +160,7 @@ def load(
     *,
     upsampler: str | Path | Upsampler | None = None,
     device: str | torch.device | None = None,
+    bands: Sequence[int] | None = None,
 ) -> FeatUp:
     """Load a backbone with an upsampler, in eval mode and frozen.
 
@@ -111,6 +172,7 @@ def load(
             published FeatUp checkpoint (``.ckpt``), or an upsampler; ``None`` for the backbone's
             best, which for any but the embedded ones needs no training.
         device: where to put both; ``None`` for the CPU.
+        bands: see :class:`FeatUp`.
 
     Raises:
         FileNotFoundError: ``upsampler`` is a path where nothing is.
@@ -125,7 +187,7 @@ def load(
     network = load_backbone(backbone)
     if not isinstance(upsampler, Upsampler):
         upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
-    model = FeatUp(network, upsampler)
+    model = FeatUp(network, upsampler, bands=bands)
     if device is None:
         return model
     try:

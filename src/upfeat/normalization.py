@@ -8,8 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-Colour = tuple[float, float, float]
-"""A value for each of red, green and blue."""
+Colour = tuple[float, ...]
+"""A value for each of red, green and blue, or for each band."""
 
 
 class Normalization(NamedTuple):
@@ -67,28 +67,31 @@ HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Colours from −1 to 1."""
 
 
-def check_normalization(mean: object, std: object) -> Normalization:
+def check_normalization(mean: object, std: object, channels: int = 3) -> Normalization:
     """Check a mean and a standard deviation.
 
     Args:
-        mean: 3 numbers, RGB in [0, 1].
-        std: 3 numbers above 0.
+        mean: 3 numbers, RGB in [0, 1]; or as many as there are channels.
+        std: likewise, above 0.
+        channels: of the images.
 
     Raises:
         ValueError: they are not.
     """
-    found = _three(mean), _three(std)
+    found = _numbers(mean, channels), _numbers(std, channels)
     if found[0] is None or found[1] is None or min(found[1]) <= 0:
-        raise ValueError(f"mean={mean!r} and std={std!r} must be 3 values each, std above 0")
+        raise ValueError(
+            f"mean={mean!r} and std={std!r} must be {channels} values each, std above 0"
+        )
     return Normalization(found[0], found[1])
 
 
-def _three(values: object) -> Colour | None:
-    """Three finite numbers, or ``None`` where they are not."""
+def _numbers(values: object, count: int) -> Colour | None:
+    """So many finite numbers, or ``None`` where they are not."""
     if not isinstance(values, Iterable):
         return None
     try:
-        red, green, blue = (float(value) for value in values)
+        numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError):
         return None
-    return (red, green, blue) if all(map(math.isfinite, (red, green, blue))) else None
+    return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfeat.implicit.upsampler import ImplicitKernels
 from upfeat.linear import ridge
 from upfeat.optimisers import LBFGS
-from upfeat.upsamplers import Kernels, Upsampler
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4)
 """Penalties tried, strongest first, on standardised features beside the mean loss."""
@@ -64,24 +62,6 @@ class Pixels:
 
     def __getitem__(self, images: Tensor) -> Pixels:
         return Pixels(self.features[images], self.targets[images])
-
-
-def head_map(upsampler: Upsampler, kernels: Kernels, features: Tensor, head: Head) -> Tensor:
-    """The head's output at every pixel of the upsampled features, which are not computed.
-
-    Args:
-        upsampler: what ``kernels`` came from.
-        kernels: of the image, from :meth:`Upsampler.prepare`.
-        features: (B, C, h, w).
-        head: K outputs.
-
-    Returns:
-        (B, K, H, W), equal to the head applied to ``upsampler(features, guidance)``.
-    """
-    if isinstance(kernels, ImplicitKernels):
-        return kernels.project(head.weight, head.bias)
-    out = upsampler.render(kernels, upsampler.mix(features), head=head.weight)
-    return out + head.bias[:, None, None]
 
 
 def draw_pixels(usable: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ import difflib
 from typing import TypeVar
 
 Item = TypeVar("Item")
+AnyItem = TypeVar("AnyItem")
 
 
 class Registry(dict[str, Item]):
@@ -30,14 +31,14 @@ class Registry(dict[str, Item]):
         super().__init__()
         self.kind = kind
 
-    def register(self, item: Item) -> Item:
+    def register(self, item: AnyItem) -> AnyItem:
         """Add an item under its ``name``; usable as a decorator.
 
         Raises:
             ValueError: the name is taken by another item.
         """
         name: str = item.name  # pyright: ignore[reportAttributeAccessIssue]
-        other = self.setdefault(name, item)
+        other = self.setdefault(name, item)  # pyright: ignore[reportArgumentType]
         if other is not item:
             raise ValueError(f'{self.kind} "{name}" is registered already, as {other!r}')
         return item

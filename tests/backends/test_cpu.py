@@ -255,7 +255,7 @@ def every_operator():
     features, weights, grad = problem(((2, 40, 24, 20), (48, 41), 3))
     keys, guidance, coarse = randn(2, 32, 48, 41), randn(2, 3, 48, 41), randn(2, 32, 24, 20)
     parameters = stage_parameters()
-    whole = (48, 41), (0, 0)
+    whole = (48, 41), (0, 0), (24, 20), (0, 0)
     return [
         cpu.joint_bilateral_upsample(features, weights),
         *cpu.joint_bilateral_upsample_backward(grad, features, weights, True, True),

@@ -53,7 +53,7 @@ def test_range_kernel_gradients_equal_the_reference():
 @pytest.mark.parametrize("operator", WINDOWED)
 def test_opcheck(operator):
     values, weights = inputs(operator)
-    options = ([12, 10], [2, 1]) if WINDOWED[operator] else ()
+    options = ([12, 10], [2, 1], [4, 3], [0, 0]) if WINDOWED[operator] else ()
     op = getattr(torch.ops.upfeat, f"{operator}_cpu").default
     for layout in (torch.contiguous_format, torch.channels_last):
         laid = values.clone(memory_format=layout)
@@ -74,8 +74,8 @@ def test_opcheck_neighbourhood_weights():
     queries = torch.randn(1, 4, 7, 5, requires_grad=True)
     keys = torch.randn(1, 4, 2, 3, requires_grad=True)
     operator = torch.ops.upfeat.neighbourhood_weights_cpu.default
-    torch.library.opcheck(operator, (queries, keys, *scalars, 2, [7, 5], [0, 0]))
-    torch.library.opcheck(operator, (queries, keys, *scalars, 1, [9, 8], [2, 1]))
+    torch.library.opcheck(operator, (queries, keys, *scalars, 2, [7, 5], [0, 0], [2, 3], [0, 0]))
+    torch.library.opcheck(operator, (queries, keys, *scalars, 1, [9, 8], [2, 1], [3, 3], [1, 0]))
 
 
 @pytest.mark.slow

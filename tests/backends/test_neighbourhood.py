@@ -221,6 +221,55 @@ def test_a_window_of_the_sum_equals_the_window_of_the_whole(backend, case):
         close(found[0], whole[:, :, rows, columns])
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_cells_that_a_window_reads_are_enough(backend, case):
+    (batch, *_), grid, (height, width), radius = case
+    queries, keys, *scalars = attention(case)
+    features, _ = values(case)
+    for window in ((height // 2, width // 3, 1 + height // 3, 1), (0, width - 1, height, 1)):
+        rows, columns = (
+            slice(start, start + count) for start, count in zip(*pairs(window), strict=True)
+        )
+        ends = [
+            [(2 * at + 1) * cells // (2 * length) for at in (start, start + count - 1)]
+            for start, count, cells, length in zip(
+                *pairs(window), grid, (height, width), strict=True
+            )
+        ]
+        spans = [
+            (max(low - radius, 0), min(high + radius + 1, cells))
+            for (low, high), cells in zip(ends, grid, strict=True)
+        ]
+        cells = (*(low for low, _ in spans), *(high - low for low, high in spans))
+        near = tuple(slice(*span) for span in spans)
+        whole = {"output_size": (height, width), "window": window, "backend": backend}
+        part = {**whole, "grid_size": grid, "cells": cells}
+        seen = queries[:, :, rows, columns]
+        weights = functional.neighbourhood_weights(seen, keys, *scalars, radius=radius, **whole)
+        inputs = seen, keys[(..., *near)], *scalars
+        out = functional.neighbourhood_weights(*inputs, radius=radius, **part)
+        close(out, weights, 1e-6)
+        grad = randn(batch, features.shape[1], *weights.shape[2:], seed=4)
+        found, expected = (
+            with_gradients(
+                lambda f, w, *, backend, o=options: functional.neighbourhood_upsample(
+                    f, w, **{**o, "backend": backend}
+                ),
+                backend,
+                (given, weights),
+                grad,
+            )
+            for given, options in ((features[(..., *near)], part), (features, whole))
+        )
+        close(found[0], expected[0], 1e-6)
+        close(found[1], expected[1][(..., *near)], 1e-5)
+        close(found[2], expected[2], 1e-5)
+
+
+def pairs(window):
+    return window[:2], window[2:]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_storage_is_rounded_once(isa, dtype):
     case = ((2, 20, 19), (4, 5), (13, 20), 2)
@@ -299,7 +348,7 @@ def test_empty_batches_and_no_channels(backend):
 def test_the_library_leaves_far_smaller_outputs_to_pytorch():
     features, weights = randn(1, 2, 9, 4), randn(1, 9, 2, 4)
     reason = dispatch.reason_against(
-        "neighbourhood_upsample", "cpu", features, weights, (2, 4), (0, 0)
+        "neighbourhood_upsample", "cpu", features, weights, (2, 4), (0, 0), (9, 4), (0, 0)
     )
     assert "a quarter of the grid" in reason
     with pytest.raises(ValueError, match="a quarter of the grid"):
@@ -320,7 +369,7 @@ def test_bad_arguments_are_named():
         weights(queries, keys.double(), 1.0, 1.0)
     with pytest.raises(ValueError, match="keys is 0×3"):
         weights(queries, keys[:, :, :0], 1.0, 1.0)
-    with pytest.raises(ValueError, match="queries are 6×6 but the window is 3×4"):
+    with pytest.raises(ValueError, match="queries are 6×6 but window is 3×4"):
         weights(queries, keys, 1.0, 1.0, output_size=(9, 9), window=(0, 0, 3, 4))
-    with pytest.raises(ValueError, match="does not lie in an output of 9×9"):
+    with pytest.raises(ValueError, match="does not lie in the output of 9×9"):
         weights(queries, keys, 1.0, 1.0, output_size=(9, 9), window=(4, 0, 6, 6))

@@ -180,8 +180,8 @@ class TestOnDevice:
     @pytest.mark.parametrize("size", [(8, 12), (7, 9)])
     def test_neighbourhood(self, size):
         features, weights = draw(1, 3, 4, 3), draw(1, 25, *size, seed=2)
-        check_pair("neighbourhood_upsample", features, weights, size, (0, 0))
-        check_pair("neighbourhood_upsample", features, weights, (19, 23), (8, 5))
+        check_pair("neighbourhood_upsample", features, weights, size, (0, 0), (4, 3), (0, 0))
+        check_pair("neighbourhood_upsample", features, weights, (19, 23), (8, 5), (9, 7), (2, 1))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_strided_arguments(self, dtype):
@@ -346,7 +346,7 @@ def test_windows_hold_all_of_the_resize_and_the_border(source, target, radius):
     "axis",
     [
         *(bicubic_axis(4, 8, 3), bicubic_axis(5, 7, 2), plain_axis(5, 3)),
-        *(replicated_axis(3, 10, 1), replicated_axis(9, 10, 1, 30, 17)),
+        *(replicated_axis(3, 10, 1), replicated_axis(9, 10, 1, 30, 17, 11, 2)),
     ],
 )
 def test_begin_and_end_are_the_windows_turned_round(axis):

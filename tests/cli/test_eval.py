@@ -7,7 +7,7 @@ import pytest
 from evaluation.scenes import write_dataset
 
 from upfeat.cli import eval as command
-from upfeat.evaluation.tasks import downsampler_fit
+from upfeat.evaluation import downsampler_fit
 
 
 @pytest.fixture

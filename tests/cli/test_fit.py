@@ -37,7 +37,7 @@ def test_one_photograph_to_one_file(photo, tmp_path, capsys):
     features = upfeat.ImplicitFeatures.load(fitted)
     assert features.shape == (1, 112, 48, 64)
     assert features.facts["backbone"] == "efficientnet_lite0"
-    assert fitted.with_suffix(".png").is_file()
+    assert fitted.with_suffix(".features.png").is_file()
 
 
 def test_rendered_files_agree(fitted, tmp_path, capsys):
@@ -77,7 +77,8 @@ def test_a_folder_is_fitted_once(photo, tmp_path, capsys):
         "a.safetensors",
         "b.safetensors",
     ]
-    (tmp_path / "out" / "b.safetensors").write_bytes(b"cut off")
+    cut = tmp_path / "out" / "b.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
     Image.new("RGB", (40, 40)).save(folder / "a.png")
     capsys.readouterr()
     assert main([*arguments, *QUICK]) == 0
@@ -152,5 +153,12 @@ def test_zarr_is_optional(fitted, tmp_path):
     implicit_files.write_rendering(features, path)
     array = np.asarray(zarr.open_array(str(path), mode="r"))
     assert np.array_equal(array, features.render()[0].half().numpy())
+    implicit_files.write_rendering(features, path, (20, 30))  # our own is replaced
+    assert np.asarray(zarr.open_array(str(path), mode="r")).shape == (112, 20, 30)
+    other = tmp_path / "other.zarr"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="exists already"):
-        implicit_files.write_rendering(features, path)
+        implicit_files.write_rendering(features, other)
+    assert main(["render", str(fitted), "-o", str(other), "--overwrite"]) == 2
+    assert (other / "mine.txt").read_text() == "mine"

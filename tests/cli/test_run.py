@@ -28,8 +28,8 @@ def photo(tmp_path):
 def test_writes_features_and_picture(photo, tmp_path, capsys):
     assert main(["run", str(photo), "-o", str(tmp_path / "new" / "out")]) == 0
     out = tmp_path / "new" / "out"
-    assert sorted(p.name for p in out.iterdir()) == ["small.png", "small.safetensors"]
-    assert str(out / "small.png") in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["small.features.png", "small.safetensors"]
+    assert str(out / "small.features.png") in capsys.readouterr().out
     with safe_open(out / "small.safetensors", framework="pt") as file:
         features, facts = file.get_tensor("features"), file.metadata()
     assert features.dtype == torch.float16
@@ -64,7 +64,7 @@ def test_a_bad_photograph_does_not_stop_the_others(photo, tmp_path, capsys):
     paths = [tmp_path / "text.jpg", photo, tmp_path / "none.jpg"]
     assert main(["run", *map(str, paths), "-o", str(tmp_path / "out")]) == 2
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "small.png",
+        "small.features.png",
         "small.safetensors",
     ]
     errors = capsys.readouterr().err.strip().splitlines()
@@ -110,7 +110,7 @@ def test_unwritable_folder(photo, tmp_path, capsys):
 
 
 def test_too_large_for_memory(photo, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("upfeat.run._available_memory", lambda: 1000)
+    monkeypatch.setattr("upfeat.machine.available_memory", lambda device=None: 100_000)
     assert main(["run", str(photo), "-o", str(tmp_path / "out")]) == 2
     assert "give a smaller size" in capsys.readouterr().err
     assert not list((tmp_path / "out").iterdir())

@@ -4,11 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
-from PIL import Image
+import pytest
+from evaluation.scenes import write_dataset
 
 import upfeat
+from upfeat import model
+from upfeat.cli import choices, main
 from upfeat.cli.main import COMMANDS
+from upfeat.evaluation import harness
+from upfeat.upsamplers import pretrained
+from upfeat.upsamplers.base import UPSAMPLERS
 
 # A command line that is refused, or that asks for help, has no use for these.
 HEAVY = ("torch", "numpy", "PIL", "rich", "safetensors", "scipy", "torchvision", "timm")
@@ -44,6 +51,19 @@ def loaded(*lines):
     return [line for line in shown if line.startswith("LOADED")]
 
 
+def test_help_lists_the_names_that_there_are(capsys):
+    assert choices.DEFAULT_UPSAMPLER == pretrained.DEFAULT_UPSAMPLER
+    assert choices.DEFAULT_BACKBONE == model.DEFAULT_BACKBONE
+    assert choices.BASELINES == harness.BASELINES
+    by_name = set(UPSAMPLERS) & set(upfeat.list_upsamplers())
+    assert sorted(choices.UPSAMPLERS) == sorted(by_name)
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ", ".join(choices.UPSAMPLERS) in shown
+    assert "(default: detail)" in shown
+
+
 def test_help_imports_nothing_heavy():
     lines = [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS)]
     assert loaded(*lines) == ["LOADED 0 []"] * len(lines)
@@ -62,6 +82,8 @@ print("torch" in sys.modules, set(upfeat.__all__) - set(dir(upfeat)), hasattr(up
     assert python(code) == ["False set() False"]
     assert set(upfeat.__all__) == {*upfeat._LAZY, "functional", "__version__"}
     assert upfeat.backbones.Backbone is upfeat.Backbone
+    modules = {path.stem for path in Path(upfeat.__file__).parent.iterdir()}
+    assert not modules & set(upfeat._LAZY)
 
 
 SHOW_THREADS = """
@@ -78,26 +100,36 @@ def test_waiting_threads_sleep_unless_the_user_says_otherwise():
     assert python(SHOW_THREADS, OMP_WAIT_POLICY="ACTIVE") == ["None ACTIVE False"]
 
 
-def test_what_a_command_imports(tmp_path):
-    """PyTorch, but not its compiler, which takes as long as all the rest of it."""
-    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+def test_what_commands_import(tmp_path):
+    """PyTorch, but not its compiler, which takes as long as all the rest of it, nor SymPy."""
+    write_dataset(tmp_path / "data")
     code = """
-import os, sys
+import json, os, sys
 from upfeat.cli import main
-print(main(sys.argv[1:]), os.environ["GOMP_SPINCOUNT"], "torch._dynamo" in sys.modules)
+for line in json.loads(sys.argv[1]):
+    assert main(line) == 0, line
+print(os.environ["GOMP_SPINCOUNT"], [m for m in ("torch._dynamo", "sympy") if m in sys.modules])
 """
-    arguments = [
-        "train",
-        str(tmp_path),
-        "-o",
-        str(tmp_path / "run"),
+    photo, out = str(tmp_path / "data" / "train" / "images" / "s0.png"), str(tmp_path / "out")
+    run = ["run", photo, "-o", out]
+    fit = ["fit", photo, "-o", str(tmp_path / "a.safetensors"), "--views", "2", "--size", "32"]
+    train = [
         "--steps",
+        "1",
+        "--views",
+        "1",
+        "--validation-images",
+        "0",
+        "--batch-size",
         "1",
         "--size",
         "32",
     ]
-    arguments += ["--validation-images", "0", "--batch-size", "1", "--views", "1"]
-    assert python(code, *arguments)[-1] == "0 1000 False"
+    train = ["train", str(tmp_path / "data"), "-o", str(tmp_path / "run"), *train]
+    evaluate = ["--size", "32", "--seeds", "1", "--pixels", "16", "--upsamplers", "bilinear"]
+    evaluate = ["eval", "seg", str(tmp_path / "data"), "-o", str(tmp_path / "eval"), *evaluate]
+    lines = json.dumps([run, fit, train, evaluate])
+    assert python(code, lines)[-1] == "1000 []"
 
 
 def test_operators_are_there_where_pytorch_is():

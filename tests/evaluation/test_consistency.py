@@ -7,10 +7,10 @@ import torch.nn.functional as F
 import upfeat
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
 from upfeat.evaluation import EvalConfig, evaluate
+from upfeat.evaluation import downsampler_fit as fitting
 from upfeat.evaluation.data.view_features import view_features
+from upfeat.evaluation.downsampler_fit import Cells, fit, leading_components, to_cells
 from upfeat.evaluation.tasks import consistency
-from upfeat.evaluation.tasks import downsampler_fit as fitting
-from upfeat.evaluation.tasks.downsampler_fit import Cells, fit, leading_components, to_cells
 
 FAST = EvalConfig(size=48, seeds=2, views=2, downsamplers=("box", "simple", "attention"))
 

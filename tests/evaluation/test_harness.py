@@ -56,7 +56,7 @@ def test_files_and_rows(run, tmp_path):
 
 def test_implicit_features_have_rows_of_their_own(run, monkeypatch):
     few = FitConfig(views=4, held_out=2, anchors=32, components=3, max_pad=4)
-    monkeypatch.setattr("upfeat.implicit.upsampler.FitConfig", lambda: few)
+    monkeypatch.setattr("upfeat.evaluation.methods.FitConfig", lambda: few)
     results = run(upsamplers=("bilinear", "implicit"))
     rows = {row.protocol: row for row in results.rows if row.upsampler == "implicit"}
     assert set(rows) == {"own", "transfer"}  # probabilities are no features: nothing to fit

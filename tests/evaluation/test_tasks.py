@@ -95,7 +95,7 @@ def test_activation_is_the_classifier_on_every_pixel(name):
     x = torch.randn(1, 3, 64, 96, generator=generator)
     features = backbone(x)
     upsampler = create_upsampler(name, backbone.embed_dim)
-    heat = activation(upsampler, features, x, backbone.head_of(7))
+    heat = activation(upfeat.UpsampledFeatures(features, x, upsampler), backbone.head_of(7))
     weight = backbone.network.classifier.weight[7]
     logits = torch.einsum("c,chw->hw", weight, upsampler(features, x)[0]).clamp(min=0)
     torch.testing.assert_close(heat, logits / logits.max(), rtol=1e-3, atol=1e-3)

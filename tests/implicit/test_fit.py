@@ -35,7 +35,6 @@ from upfeat.implicit.published import (
     evaluate_waves,
     train_network,
 )
-from upfeat.implicit.upsampler import ImplicitUpsampler
 from upfeat.views import apply_jitter, sample_jitters
 
 VIEWS = {"max_pad": 6, "max_zoom": 1.8}
@@ -439,32 +438,6 @@ def test_waves_give_the_values_and_gradients_of_the_network(training):
         found.append([values.detach(), *(parameter.grad for parameter in field.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-8)
-
-
-def test_as_an_upsampler(tmp_path):
-    backbone, guidance = Pooled(), scene()
-    image = (guidance[None].float() / 255 - backbone.mean) / backbone.std
-    upsampler = ImplicitUpsampler(backbone, FAST, tmp_path / "fits").eval()
-    coarse = backbone(image)
-    drawn = upsampler(coarse, image)
-    assert torch.equal(drawn, fit_guidance(guidance, backbone, FAST).render())
-    assert len(list((tmp_path / "fits").iterdir())) == 1
-
-    class Never(Pooled):
-        def extract(self, x):
-            raise AssertionError("was fitted before")
-
-    again = ImplicitUpsampler(Never(), FAST, tmp_path / "fits")
-    kernels = again.prepare(image, (6, 8), (48, 64))
-    assert torch.equal(kernels(coarse), drawn)
-    weight, bias = torch.randn(2, 5), torch.randn(2)
-    expected = nn.functional.conv2d(drawn, weight[..., None, None], bias)
-    torch.testing.assert_close(kernels.project(weight, bias), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="project"):
-        kernels(coarse[:, :2])
-    with pytest.raises(ValueError, match="one image"):
-        upsampler.prepare(image.repeat(2, 1, 1, 1), (6, 8), (48, 64))
-    assert not upsampler.state_dict()
 
 
 def test_a_file_is_a_hundredth_of_the_map(tmp_path):

@@ -55,7 +55,9 @@ def die_in_write(number):
         if len(calls) < number:
             original(path, content)
             return
-        Path(path.parent, f".{path.name}.half.ckpt").write_bytes(content[: len(content) // 2])
+        Path(path.parent, f".upfeat-{os.getpid()}-half.ckpt").write_bytes(
+            content[: len(content) // 2]
+        )
         os.kill(os.getpid(), signal.SIGKILL)
 
     original, checkpoint.write_bytes = checkpoint.write_bytes, write

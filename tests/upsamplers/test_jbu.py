@@ -66,16 +66,6 @@ def test_channel_mix_commutes_with_upsampling():
         torch.testing.assert_close(stack(features, guidance), after, rtol=1e-4, atol=1e-5)
 
 
-def test_linear_head_commutes_with_upsampling():
-    stack = upfeat.JBUStack().eval()
-    features, guidance = torch.randn(1, 5, 3, 4), torch.randn(1, 3, 24, 40)
-    head = torch.nn.Conv2d(5, 2, 1, bias=False)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            stack(head(features), guidance), head(stack(features, guidance)), rtol=1e-4, atol=1e-5
-        )
-
-
 def test_every_parameter_learns():
     torch.manual_seed(0)
     stack = upfeat.JBUStack(4)

@@ -5,49 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import upfeat
 from upfeat.upsamplers import create_upsampler
 
 UNTRAINED = ["nearest", "bilinear", "bicubic", "joint_bilateral"]
-
-
-@pytest.mark.parametrize("name", UNTRAINED)
-class TestUntrained:
-    def test_constants_stay_constant(self, name):
-        features = torch.arange(1.0, 4.0).view(1, 3, 1, 1).expand(1, 3, 4, 5)
-        out = create_upsampler(name)(features, torch.randn(1, 3, 37, 50))
-        torch.testing.assert_close(out, features[:, :, :1, :1].expand(1, 3, 37, 50))
-
-    @pytest.mark.parametrize("axis", [-1, -2])
-    def test_flipping_the_input_flips_the_output(self, name, axis):
-        upsampler = create_upsampler(name)
-        features, guidance = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 33, 50)
-        if name == "nearest":
-            guidance = torch.randn(2, 3, 32, 50)
-        flipped = upsampler(features.flip(axis), guidance.flip(axis))
-        expected = upsampler(features, guidance).flip(axis)
-        torch.testing.assert_close(flipped, expected, rtol=1e-4, atol=5e-5)
-
-    def test_output_size_defaults_to_the_guidance(self, name):
-        upsampler = create_upsampler(name)
-        features, guidance = torch.randn(1, 2, 3, 4), torch.randn(1, 3, 48, 64)
-        assert upsampler(features, guidance).shape == (1, 2, 48, 64)
-
-    @given(size=st.tuples(st.integers(1, 90), st.integers(1, 90)))
-    @settings(deadline=None, max_examples=30)
-    def test_output_size_is_honoured(self, name, size):
-        out = create_upsampler(name)(torch.randn(1, 2, 4, 3), torch.randn(1, 3, 32, 24), size)
-        assert out.shape == (1, 2, *size)
-
-    def test_half_precision(self, name):
-        upsampler = create_upsampler(name)
-        features, guidance = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 32, 32)
-        out = upsampler(features.bfloat16(), guidance)
-        assert out.dtype == torch.bfloat16
-        torch.testing.assert_close(out.float(), upsampler(features, guidance), rtol=0.03, atol=0.03)
 
 
 def test_jbu_stack_flip_with_symmetric_filters():

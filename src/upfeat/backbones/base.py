@@ -27,6 +27,7 @@ class Backbone(nn.Module, ABC):
         name: what provenance calls it.
         embed_dim: number C of feature channels.
         stride: image pixels per feature cell, on both axes.
+        in_channels: bands of the images it takes, 3 for RGB.
         mean: per-channel mean that :meth:`preprocess` subtracts, RGB in [0, 1].
         std: per-channel standard deviation that it divides by.
     """
@@ -39,18 +40,21 @@ class Backbone(nn.Module, ABC):
         stride: int,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        in_channels: int = 3,
     ) -> None:
         """Record what callers may rely on.
 
         Raises:
-            ValueError: ``embed_dim`` or ``stride`` is below 1, or mean and std are not 3 values.
+            ValueError: a number is below 1, or mean and std do not have a value for each channel.
         """
         super().__init__()
-        for label, value in (("embed_dim", embed_dim), ("stride", stride)):
+        numbers = {"embed_dim": embed_dim, "stride": stride, "in_channels": in_channels}
+        for label, value in numbers.items():
             if value < 1:
                 raise ValueError(f"{label}={value} must be 1 or more")
-        self._normalization = check_normalization(mean, std)
+        self._normalization = check_normalization(mean, std, in_channels)
         self.name = name
+        self.in_channels = in_channels
         self.embed_dim = embed_dim
         self.stride = stride
         self.mean: Tensor
@@ -80,8 +84,8 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
         """
-        if x.dim() != 4 or x.shape[1] != 3:
-            raise ValueError(f"x must be (B, 3, H, W), not {tuple(x.shape)}")
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be (B, {self.in_channels}, H, W), not {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x is {x.dtype}; give the normalised image, as preprocess returns it")
         size = self.grid_aligned((x.shape[2], x.shape[3]))
@@ -128,7 +132,7 @@ class Backbone(nn.Module, ABC):
             FileNotFoundError: there is no such file.
             ValueError: it cannot be read, or a side would be shorter than the stride.
         """
-        pixels = read_image(image, **reading)  # (3, H, W) in [0, 1]
+        pixels = read_image(image, channels=self.in_channels, **reading)  # (3, H, W) in [0, 1]
         target = self._target_size((pixels.shape[1], pixels.shape[2]), size, align)
         pixels = pixels.to(self.mean.device)[None]
         if target != tuple(pixels.shape[-2:]):

@@ -27,8 +27,9 @@ class WrappedBackbone(Backbone):
         name: str | None = None,
         embed_dim: int | None = None,
         stride: int | None = None,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        in_channels: int | None = None,
         probe_size: int = _PROBE_SIZE,
     ) -> None:
         """Wrap ``module``.
@@ -38,8 +39,11 @@ class WrappedBackbone(Backbone):
             name: what provenance calls it; ``None`` for the class's or function's name.
             embed_dim: number of channels; ``None`` to find out.
             stride: pixels per cell; ``None`` to find out.
-            mean: normalisation that the module expects, RGB in [0, 1].
+            mean: normalisation that the module expects, RGB in [0, 1]; ``None`` for ImageNet's, or
+                for none where the module does not take three channels.
             std: likewise.
+            in_channels: bands of the images that the module takes; ``None`` for those of its first
+                convolution, or 3.
             probe_size: side of the blank image, pixels.
 
         Raises:
@@ -49,12 +53,19 @@ class WrappedBackbone(Backbone):
         module_name = getattr(module, "__name__", type(module).__name__)
         if isinstance(module, nn.Module):
             module.eval()
+        channels = in_channels or _input_channels(module)
         if embed_dim is None or stride is None:
-            found = _probe(module, module_name, probe_size)
+            found = _probe(module, module_name, probe_size, channels)
             embed_dim = embed_dim or found[0]
             stride = stride or found[1]
+        rgb = channels == 3
         super().__init__(
-            name=name or module_name, embed_dim=embed_dim, stride=stride, mean=mean, std=std
+            name=name or module_name,
+            embed_dim=embed_dim,
+            stride=stride,
+            mean=mean or (IMAGENET_MEAN if rgb else (0.0,) * channels),
+            std=std or (IMAGENET_STD if rgb else (1.0,) * channels),
+            in_channels=channels,
         )
         self.module = module
 
@@ -77,12 +88,20 @@ class WrappedBackbone(Backbone):
         return features
 
 
-def _probe(module: Callable[[Tensor], Tensor], name: str, size: int) -> tuple[int, int]:
+def _input_channels(module: object) -> int:
+    """The channels that a module's first convolution takes; 3 without one."""
+    layers = module.modules() if isinstance(module, nn.Module) else ()
+    return next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), 3)
+
+
+def _probe(
+    module: Callable[[Tensor], Tensor], name: str, size: int, channels: int
+) -> tuple[int, int]:
     """The module's ``embed_dim`` and ``stride``, from what it makes of a blank image."""
     parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
     like = torch.empty(0) if parameter is None else parameter
     with torch.no_grad():
-        blank = torch.zeros(1, 3, size, size, device=like.device, dtype=like.dtype)
+        blank = torch.zeros(1, channels, size, size, device=like.device, dtype=like.dtype)
         features = _check_features(module(blank), name)
     channels, height, width = features.shape[1:]
     if height != width or size % height:

@@ -74,10 +74,13 @@ def neighbourhood_upsample(
     weights: Tensor,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`.
 
-    The weights are those of a window of an output of ``output_size``, from ``origin`` on.
+    The weights are those of a window of an output of ``output_size``, from ``origin`` on, and the
+    features the cells of a grid of ``grid_size``, from ``grid_origin`` on.
 
     All pixels of one coarse cell read the same (2r+1)² cells, so the sum is one small matrix
     product per cell: (pixels of the cell × taps)·(taps × C). Where the output is not a whole
@@ -85,8 +88,8 @@ def neighbourhood_upsample(
     """
     radius, counts = window_radius(weights.shape[1]), weights.shape[2:]
     rows, columns = (
-        slots_of_cells(*axis)
-        for axis in zip(features.shape[2:], output_size, origin, counts, strict=True)
+        slots_of_cells(*axis, skip=skip)
+        for *axis, skip in zip(grid_size, output_size, origin, counts, grid_origin, strict=True)
     )
     # Only the cells that are read: the whole map may be many times larger.
     top, left = (max(axis.first - radius, 0) for axis in (rows, columns))
@@ -112,16 +115,20 @@ def neighbourhood_weights(
     radius: int,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_weights`; one matrix product per coarse cell."""
     batch, _, height, width = queries.shape
     axes = [
         (cells, length, start, count)
         for cells, length, start, count in zip(
-            keys.shape[2:], output_size, origin, (height, width), strict=True
+            grid_size, output_size, origin, (height, width), strict=True
         )
     ]
-    rows, columns = (slots_of_cells(*axis) for axis in axes)
+    rows, columns = (
+        slots_of_cells(*axis, skip=skip) for axis, skip in zip(axes, grid_origin, strict=True)
+    )
     around = gather_cells(keys, radius, rows, columns)  # (cells, D, T)
     products = torch.bmm(gather_pixels(queries, rows, columns), around)  # (cells, pixels, T)
     products = scatter_pixels(products, batch, rows, columns)  # (B, T, height, width)

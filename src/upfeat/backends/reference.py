@@ -43,11 +43,16 @@ def bilateral_weights(
 
 
 def neighbourhood_upsample(
-    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+    features: Tensor,
+    weights: Tensor,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`."""
-    radius = window_radius(weights.shape[1])
-    cells = _cells_around(features, radius, output_size, origin, weights.shape[2:])
+    place = output_size, origin, grid_size, grid_origin
+    cells = _cells_around(features, window_radius(weights.shape[1]), weights.shape[2:], *place)
     return torch.einsum("bcthw,bthw->bchw", cells, weights)
 
 
@@ -59,22 +64,26 @@ def neighbourhood_weights(
     radius: int,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_weights`."""
-    cells = _cells_around(keys, radius, output_size, origin, queries.shape[2:])
+    place = output_size, origin, grid_size, grid_origin
+    cells = _cells_around(keys, radius, queries.shape[2:], *place)
     products = torch.einsum("bdthw,bdhw->bthw", cells, queries)
-    apart = []
+    exact, apart = torch.promote_types(keys.dtype, torch.float32), []
     for axis in (0, 1):
         start, count = origin[axis], queries.shape[2 + axis]
-        grid, length = keys.shape[2 + axis], output_size[axis]
+        grid, length = grid_size[axis], output_size[axis]
         own = cell_of_pixels(grid, length, start, count, keys.device)
-        pixels = torch.arange(start, start + count, device=keys.device, dtype=keys.dtype)
+        pixels = torch.arange(start, start + count, device=keys.device, dtype=exact)
         offset = torch.arange(-radius, radius + 1, device=keys.device)[:, None]
         apart.append((pixels + 0.5) * grid / length - (own + offset + 0.5))  # (2r+1, count)
     rows, columns = apart[0][:, None, :, None], apart[1][None, :, None, :]
     logits = temperature * products - (rows**2 + columns**2).flatten(0, 1) / (2 * sigma**2)
     far = (rows.abs() > radius + 0.5 - 1e-4) | (columns.abs() > radius + 0.5 - 1e-4)
-    return torch.softmax(logits.masked_fill(far.flatten(0, 1), -torch.inf), dim=1)
+    weights = torch.softmax(logits.masked_fill(far.flatten(0, 1), -torch.inf), dim=1)
+    return weights.to(queries.dtype)
 
 
 def window_attention(
@@ -114,15 +123,17 @@ def window_attention(
 def _cells_around(
     coarse: Tensor,
     radius: int,
+    size: Sequence[int],
     output_size: Sequence[int],
     origin: Sequence[int],
-    size: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Tensor:
     """(B, K, h, w) to the cells around every pixel of a window, (B, K, (2r+1)², height, width)."""
     rows, columns = (
-        cell_of_pixels(cells, length, start, count, coarse.device)
-        for cells, length, start, count in zip(
-            coarse.shape[2:], output_size, origin, size, strict=True
+        cell_of_pixels(cells, length, start, count, coarse.device) - first
+        for cells, length, start, count, first in zip(
+            grid_size, output_size, origin, size, grid_origin, strict=True
         )
     )
     padded = F.pad(coarse, (radius,) * 4, mode="replicate")

@@ -21,10 +21,13 @@ from upfeat.backends.triton import operators as triton
 
 _LIBRARY = torch.library.Library("upfeat", "DEF")
 
+_PLACE = [f"SymInt[] {name}" for name in ("output_size", "origin", "grid_size", "grid_origin")]
+"""Which window of an output, and which part of a grid, tensors are."""
+
 WINDOWED: dict[str, list[str]] = {
     "adaptive_conv2d": [],
     "joint_bilateral_upsample": [],
-    "neighbourhood_upsample": ["SymInt[] output_size", "SymInt[] origin"],
+    "neighbourhood_upsample": _PLACE,
 }
 """Operators of (values, weights) that are linear in both, with the options they take."""
 
@@ -32,7 +35,7 @@ WEIGHTS = {
     "bilateral_weights": (["keys", "temperature", "sigma_spatial"], ["int radius"]),
     "neighbourhood_weights": (
         ["queries", "keys", "temperature", "sigma"],
-        ["int radius", "SymInt[] output_size", "SymInt[] origin"],
+        ["int radius", *_PLACE],
     ),
 }
 """Operators that make weights, with the tensors and the options they take."""

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="14:224 with 64 channels only, without unfolding"
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file that upfeat bench did not write"
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -34,8 +37,13 @@ def execute(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from upfeat.benchmark import RIVALS, as_json, run_benchmark
-    from upfeat.storage import write_bytes
+    from upfeat.benchmark import FORMAT, RIVALS, as_json, run_benchmark
+    from upfeat.outputs import Inputs, check_output
+    from upfeat.storage import sweep, write_bytes
+
+    if options.output is not None:
+        check_output(options.output, Inputs(()), FORMAT, overwrite=options.overwrite)
+        sweep(options.output.parent)
 
     sizes = ((14, 224),) if options.quick else tuple(map(_size, options.sizes))
     channels = (64,) if options.quick else tuple(options.channels)

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.cli.choices import BASELINES, DEFAULT_BACKBONE
+from upfeat.evaluation.tasks import list_tasks
+
 if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
@@ -28,8 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "task",
-        choices=("seg", "depth", "cam", "consistency"),
-        help="probe of classes; probe of depth; class activation maps; unseen views",
+        choices=list_tasks(),
+        metavar="task",
+        help="; ".join(f"{name}: {question}" for name, question in list_tasks().items()),
     )
     parser.add_argument(
         "folder",
@@ -50,10 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--upsamplers",
         nargs="+",
         metavar="NAME",
-        help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, "
-        "NAF, FeatUp), or implicit: fits "
-        "every image, about 10 s each (default: nearest bilinear bicubic joint_bilateral jbu_stack "
-        "neighbourhood, and the backbone's default)",
+        help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, NAF, "
+        "FeatUp), or implicit: fits every image, about 10 s each (default: "
+        f"{' '.join(BASELINES)}, and the backbone's default)",
     )
     parser.add_argument(
         "--protocol",
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         metavar="NAME",
-        help="default: efficientnet_lite0, for cam efficientnet_lite0.stride32",
+        help=f"default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32",
     )
     parser.add_argument(
         "--size",
@@ -115,6 +118,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="cpu, cuda, cuda:1, … (default: %(default)s)",
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a results.json or report.html that upfeat did not write",
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
@@ -151,6 +159,7 @@ def execute(options: argparse.Namespace) -> int:
             config=config,
             layout=options.layout,
             device=options.device,
+            overwrite=options.overwrite,
             on_step=_shower(progress),
         )
     for problem in results.problems[:_PROBLEMS_SHOWN]:
@@ -182,8 +191,9 @@ def _table(results: Results) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from upfeat.evaluation.report.page import SCORE_NAMES, best_mean, shown
-    from upfeat.evaluation.results import HIGHER_IS_BETTER, summary
+    from upfeat.evaluation.report.page import best_mean, heading, shown
+    from upfeat.evaluation.results import summary
+    from upfeat.evaluation.tasks import find_task
 
     data = results.data
     counts = ", ".join(
@@ -193,16 +203,17 @@ def _table(results: Results) -> Table:
     names = list(results.rows[0].scores)
     for name in ("protocol", "upsampler"):
         table.add_column(name, no_wrap=True)
-    heads = [f"{SCORE_NAMES[name]} {'↑' if HIGHER_IS_BETTER[name] else '↓'}" for name in names]
+    scores = find_task(results.task).scores
+    heads = [heading(scores[name]) for name in names]
     for head in (*heads, "s/image", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     for protocol in results.protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
-        best = {name: best_mean(rows, name) for name in names}
+        best = {name: best_mean(rows, name, scores[name]) for name in names}
         for row in rows:
             cells = []
             for name in names:
-                mean, spread = shown(name, row.scores[name])
+                mean, spread = shown(scores[name], row.scores[name])
                 own = summary(row.scores[name])["mean"]
                 mean = f"[bold]{mean}[/]" if own is not None and own == best[name] else mean
                 cells.append(f"{mean} [dim]{spread}[/]" if spread else mean)

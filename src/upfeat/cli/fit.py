@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from upfeat.cli.choices import DEFAULT_BACKBONE
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from upfeat.cli.console import Plan
+    from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitProgress, OnFit
+    from upfeat.outputs import Photo
 
 HELP = "Fit implicit features to photographs: small files that draw features at any resolution."
 EXAMPLE = (
@@ -23,7 +28,11 @@ EXAMPLE = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "photos", nargs="+", type=Path, metavar="photo", help="image file, or a folder of them"
+        "photos",
+        nargs="+",
+        type=Path,
+        metavar="photo",
+        help="image file, or a folder, searched with all below",
     )
     parser.add_argument(
         "-o",
@@ -31,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a .safetensors file for one photograph, or a folder; what a folder already holds is "
-        "not fitted again",
+        help="a .safetensors file for one photograph, or a folder; what is there already is not "
+        "fitted again. The picture goes beside it: NAME.features.png",
     )
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
     )
     parser.add_argument(
         "--preset",
@@ -56,72 +65,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave the image out of the file; rendering then needs it",
     )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=1 << 28,
+        metavar="N",
+        help="refuse larger photographs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that upfeat did not make (never one that is read)",
+    )
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
 
 
 def execute(options: argparse.Namespace) -> int:
     """Fit; bad photographs are reported at the end and the others done."""
-    from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
-    from upfeat.cli.main import one_line
-    from upfeat.implicit.files import find_photographs, fit_photograph, is_fitted
+    from upfeat.cli.console import Batch, progress_bar, say
+    from upfeat.implicit.features import FORMAT
+    from upfeat.implicit.files import fit_photograph, recipe_of
     from upfeat.implicit.fit import FitConfig
+    from upfeat.outputs import make_folder
+    from upfeat.provenance import identify_backbone
 
     config = FitConfig(
         preset=options.preset, size=options.size, views=options.views, seed=options.seed
     )
-    backbone = upfeat.load(options.backbone, upsampler="bilinear", device=options.device).backbone
-    plan = _plan(find_photographs(options.photos), options.output, not options.no_picture)
-    failures = 0
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(elapsed_when_finished=True))
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        for photo, output, picture in plan:
-            if len(plan) > 1 and is_fitted(photo, backbone, config, output):
-                print(f"{output}  done before")
-                continue
-            task = progress.add_task(photo.name)
-            try:
-                features = fit_photograph(
-                    photo,
-                    backbone,
-                    config,
-                    output,
-                    picture=picture,
-                    guidance=not options.no_guidance,
-                    on_step=_shower(progress, task, photo.name),
-                )
-            except (ValueError, OSError) as error:
-                failures += 1
-                reason = one_line(error)
-                shown = reason if str(photo) in reason else f"{photo}: {reason}"
-                print(f"upfeat fit: error: {shown}", file=sys.stderr)
-            else:
-                facts = features.facts
-                print(
-                    f"{output}  {'×'.join(map(str, features.shape[1:]))}, {facts['views']} views, "
-                    f"held-out loss {facts['held_out']:.4f}"
-                )
-            progress.remove_task(task)
-    if failures and len(plan) > 1:
-        print(f"upfeat fit: {failures} of {len(plan)} photographs failed", file=sys.stderr)
-    return 2 if failures else 0
+    guidance = not options.no_guidance
+    with Batch("fit", options.photos) as batch:
+        plan, folder = _plan(batch.photos, options.output, not options.no_picture)
+        plan = batch.permitted(plan, (options.backbone,), FORMAT, overwrite=options.overwrite)
+        if not plan:
+            return batch.exit_code
+        model = upfeat.load(options.backbone, upsampler="bilinear", device=options.device)
+        make_folder(folder)
+        made_by = identify_backbone(model.backbone)
+        recipe = partial(recipe_of, made_by=made_by, config=config, guidance=guidance)
+        if folder == options.output:
+            plan = batch.pending(plan, recipe)
+        columns = (
+            *Progress.get_default_columns()[:3],
+            TimeRemainingColumn(elapsed_when_finished=True),
+        )
+        with progress_bar(*columns, keep=True) as progress:
+            for photo, outputs in plan:
+                task, features = progress.add_task(photo.name), None
+                with batch.attempt(photo):
+                    features = fit_photograph(
+                        photo,
+                        model.backbone,
+                        config,
+                        outputs.features,
+                        picture=outputs.picture,
+                        guidance=guidance,
+                        max_pixels=options.max_pixels,
+                        made_by=made_by,
+                        on_step=_shower(progress, task, photo.name),
+                    )
+                if features is not None:
+                    say(f"{outputs.features}  {_outcome(features)}")
+                progress.remove_task(task)
+    return batch.exit_code
 
 
-def _plan(photos: list[Path], output: Path, picture: bool) -> list[tuple[Path, Path, Path | None]]:
-    """Every photograph with its file and its picture."""
-    from upfeat.run import plan_outputs
+def _plan(photos: list[Photo], output: Path, picture: bool) -> tuple[Plan, Path]:
+    """Every photograph with its files, and the folder of them all."""
+    from upfeat.outputs import Outputs, picture_of, plan_outputs
 
     if output.suffix == ".safetensors" and not output.is_dir():
         if len(photos) > 1:
             raise ValueError(f"{output}: is one file for {len(photos)} photographs; give a folder")
-        plan_outputs([], output.parent)
-        return [(photos[0], output, output.with_suffix(".png") if picture else None)]
-    planned = plan_outputs(photos, output, picture=picture)
-    return [(photo, outputs.features, outputs.picture) for photo, outputs in planned]
+        one = Outputs(output, picture_of(output) if picture else None)
+        return [(photo.path, one) for photo in photos], output.parent
+    return plan_outputs(photos, output, picture=picture), output
+
+
+def _outcome(features: ImplicitFeatures) -> str:
+    facts = features.facts
+    shape = "×".join(map(str, features.shape[1:]))
+    return f"{shape}, {facts['views']} views, held-out loss {facts['held_out']:.4f}"
 
 
 def _shower(progress: Progress, task: TaskID, name: str) -> OnFit:

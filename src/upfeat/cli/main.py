@@ -71,12 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             return COMMANDS[options.command].execute(options)
-    except (ValueError, OSError) as error:
-        print(f"upfeat {options.command}: error: {one_line(error)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print(f"upfeat {options.command}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        from upfeat.failures import failure_reason
+
+        reason = failure_reason(error)
+        if reason is None:
+            raise
+        print(f"upfeat {options.command}: error: {reason}", file=sys.stderr)
+        return 2
 
 
 def calm_threads() -> None:
@@ -88,13 +93,6 @@ def calm_threads() -> None:
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and "torch" not in sys.modules:
         os.environ["GOMP_SPINCOUNT"] = _SPINS
-
-
-def one_line(error: Exception) -> str:
-    """The error's message without line breaks; a system error's with its file."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _show_warning(

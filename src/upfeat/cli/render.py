@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from pathlib import Path
 
@@ -33,32 +34,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp16", "fp32"), default="fp16", help="of values (default: %(default)s)"
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a file that upfeat did not make (never one that is read)",
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
     """Render."""
     import torch
-    from rich.console import Console
-    from rich.progress import Progress
 
+    from upfeat.cli.console import progress_bar, say
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.files import write_rendering
+    from upfeat.marks import FEATURES, PICTURE
+    from upfeat.outputs import Inputs, check_output
+    from upfeat.storage import sweep
 
-    size = _parse_size(options.size)
+    # Writers of zarr that a full disk has stopped would tell of it twice, when they are collected.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    size, output = _parse_size(options.size), options.output
+    picture = output.suffix.lower() in (".png", ".jpg", ".jpeg")
+    inputs = Inputs([options.file, options.image])
+    check_output(output, inputs, PICTURE if picture else FEATURES, overwrite=options.overwrite)
+    sweep(output.parent)
     features = ImplicitFeatures.load(options.file, options.image)
     dtype = torch.float16 if options.dtype == "fp16" else torch.float32
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(options.output.name)
+    with progress_bar() as progress:
+        task = progress.add_task(output.name)
         write_rendering(
             features,
-            options.output,
+            output,
             size,
             dtype=dtype,
             on_rows=lambda done, total: progress.update(task, completed=done, total=total),
         )
     height, width = size or (features.shape[2], features.shape[3])
-    print(f"{options.output}  {features.shape[1]}×{height}×{width}")
+    say(f"{output}  {features.shape[1]}×{height}×{width}")
     return 0
 
 

@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upfeat.cli.choices import DEFAULT_BACKBONE, UPSAMPLER_HELP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from upfeat.cli.console import Batch, Plan
+    from upfeat.outputs import Outputs
 
 HELP = "Upsample the features of photographs; write them, and a picture of each."
-EXAMPLE = "  upfeat run photo.jpg -o out/\n  upfeat run *.jpg -o out/ --size 448 --dtype fp32"
+EXAMPLE = (
+    "  upfeat run photo.jpg -o out/\n"
+    "  upfeat run photos/ -o out/\n"
+    "  upfeat run *.jpg -o out/ --size 448 --dtype fp32"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("photos", nargs="+", type=Path, metavar="photo", help="image file")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="where results go"
+        "photos",
+        nargs="+",
+        type=Path,
+        metavar="photo",
+        help="image file, or a folder, searched with all below",
     )
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where results go: NAME.safetensors and NAME.features.png",
+    )
+    parser.add_argument(
+        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
     )
     parser.add_argument(
         "--upsampler",
         metavar="NAME",
-        help="nearest, bilinear, bicubic, joint_bilateral (default), jbu_stack, a folder that "
-        "save_pretrained wrote, or a published .ckpt",
+        help=UPSAMPLER_HELP,
     )
     parser.add_argument(
         "--size",
@@ -39,41 +63,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=1 << 28,
+        metavar="N",
+        help="refuse larger photographs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that upfeat did not make (never one that is read)",
+    )
 
 
 def execute(options: argparse.Namespace) -> int:
     """Run; bad photographs are reported at the end and the others done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     import upfeat
-    from upfeat.cli.main import one_line
-    from upfeat.run import DTYPES, plan_outputs, run_photo
+    from upfeat.cli.console import Batch, announce_size
+    from upfeat.marks import FEATURES
+    from upfeat.outputs import make_folder
+    from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
 
-    model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
-    plan = plan_outputs(options.photos, options.output, picture=not options.no_picture)
-    failures = []
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    pictures, dtype = not options.no_picture, DTYPES[options.dtype]
+    with Batch("run", options.photos) as batch:
+        plan = plan_outputs(batch.photos, options.output, picture=pictures)
+        others = (options.backbone, options.upsampler)
+        plan = batch.permitted(plan, others, FEATURES, overwrite=options.overwrite)
+        if not plan:
+            return batch.exit_code
+        model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+        make_folder(options.output)
+        made_by = describe_model(model)
+        recipe = partial(recipe_of, made_by=made_by, size=options.size, dtype=dtype)
+        plan = batch.pending(plan, recipe)
+        measure = partial(size_on_disk, model, size=options.size, dtype=dtype, picture=pictures)
+        announce_size("run", [measure(photo) for photo, _ in plan], options.output)
+        settings = {"size": options.size, "dtype": dtype, "max_pixels": options.max_pixels}
+        _run_all(batch, plan, partial(run_photo, model, made_by=made_by, **settings))
+    return batch.exit_code
+
+
+def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Tensor]) -> None:
+    from upfeat.cli.console import progress_bar, say
+
+    with progress_bar() as progress:
         task = progress.add_task("", total=len(plan))
         for photo, outputs in plan:
             progress.update(task, description=photo.name)
-            try:
-                stored = run_photo(
-                    model, photo, outputs, size=options.size, dtype=DTYPES[options.dtype]
-                )
-            except (ValueError, OSError) as error:
-                failures.append((photo, one_line(error)))
-            else:
-                written = " ".join(
-                    str(path) for path in (outputs.features, outputs.picture) if path
-                )
+            shape = None
+            with batch.attempt(photo):
+                shape = run(photo, outputs).shape
+            if shape is not None:
                 progress.console.file.flush()
-                print(f"{written}  {'×'.join(map(str, stored.shape))}")
+                say(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")
             progress.advance(task)
-    for photo, reason in failures:
-        shown = reason if str(photo) in reason else f"{photo}: {reason}"
-        print(f"upfeat run: error: {shown}", file=sys.stderr)
-    if failures and len(plan) > 1:
-        print(f"upfeat run: {len(failures)} of {len(plan)} photographs failed", file=sys.stderr)
-    return 2 if failures else 0

@@ -10,12 +10,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfeat.cli.choices import DEFAULT_BACKBONE
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from upfeat.training import StepReport, TrainConfig
 
-DEFAULT_BACKBONE = "efficientnet_lite0"
 HELP = "Train an upsampler for a backbone on a folder of photographs."
 EXAMPLE = (
     "  upfeat train photos/ -o runs/x\n"
@@ -90,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         nargs="+",
         metavar="NAME",
-        help="default: efficientnet_lite0; of several, an upsampler that serves all is trained",
+        help=f"default: {DEFAULT_BACKBONE}; of several, an upsampler that serves all is trained",
     )
     parser.add_argument(
         "--config",

@@ -11,26 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backbones import Backbone
-from upfeat.evaluation.data.prepared import PreparedSet
-from upfeat.evaluation.guidance import guidance_of
-from upfeat.implicit.upsampler import ImplicitUpsampler
-from upfeat.upsamplers import Upsampler
+from upfeat.evaluation.data.prepared import Prepared, PreparedSet
+from upfeat.evaluation.methods import Method
 
 N_MEASURED = 8
 """Images on which time, memory and drift are measured."""
 
 
 @torch.no_grad()
-def measure(
-    upsampler: Upsampler, images: PreparedSet, backbone: Backbone
-) -> tuple[dict[str, float | None], float]:
+def measure(method: Method, images: PreparedSet) -> tuple[dict[str, float | None], float]:
     """Upsample all channels of a few images.
 
     Args:
-        upsampler: to measure.
+        method: to measure.
         images: the first few are taken.
-        backbone: whose features and normalisation they have.
 
     Returns:
         ``seconds``, the median per image; ``memory_mib``, the most that one image added to the
@@ -39,14 +33,12 @@ def measure(
         between the upsampled features, averaged over each cell, and the coarse ones: 1 means
         unchanged.
     """
-    if isinstance(upsampler, ImplicitUpsampler):
-        upsampler = upsampler.uncached()
+    method = method.fresh()
     seconds, rises, cosines = [], [], []
     for index in range(min(N_MEASURED, len(images))):
         sample = images[index]
         features = sample.features[None]
-        guidance = guidance_of(sample.image, backbone, upsampler)
-        upsampled, elapsed, rise = _watched(upsampler, features, guidance)
+        upsampled, elapsed, rise = _watched(method, sample)
         seconds.append(elapsed)
         rises.append(rise)
         pooled = F.adaptive_avg_pool2d(upsampled, (features.shape[2], features.shape[3]))
@@ -58,19 +50,18 @@ def measure(
     return cost, sum(cosines) / len(cosines)
 
 
-def _watched(
-    upsampler: Upsampler, features: Tensor, guidance: Tensor
-) -> tuple[Tensor, float, float | None]:
+def _watched(method: Method, sample: Prepared) -> tuple[Tensor, float, float | None]:
     """The upsampled features, seconds, and the rise of memory in MiB."""
-    on_gpu = features.device.type == "cuda"
+    device = sample.features.device.type
+    on_gpu = device == "cuda"
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        before = _reset_peak() if features.device.type == "cpu" else None
+        before = _reset_peak() if device == "cpu" else None
     start = time.perf_counter()
-    upsampled = upsampler(features, guidance)
+    upsampled = method(sample).full()
     if on_gpu:
         torch.cuda.synchronize()
     elapsed = time.perf_counter() - start

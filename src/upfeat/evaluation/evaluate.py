@@ -12,11 +12,16 @@ from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.prepared import OnStep
 from upfeat.evaluation.harness import score
 from upfeat.evaluation.report.page import write_report
-from upfeat.evaluation.results import Results
+from upfeat.evaluation.results import FORMAT, Results
+from upfeat.evaluation.task import Task
+from upfeat.evaluation.tasks import find_task
+from upfeat.marks import REPORT
+from upfeat.outputs import Inputs, check_output
+from upfeat.storage import sweep
 
 
 def evaluate(
-    task: str,
+    task: str | type[Task],
     folder: str | Path,
     out: str | Path,
     *,
@@ -25,6 +30,7 @@ def evaluate(
     config: EvalConfig | None = None,
     layout: str = "folder",
     device: str | torch.device = "cpu",
+    overwrite: bool = False,
     on_step: OnStep | None = None,
 ) -> Results:
     """Compare upsamplers on a dataset; write ``results.json`` and ``report.html``.
@@ -33,7 +39,7 @@ def evaluate(
     used again.
 
     Args:
-        task: one of :data:`upfeat.evaluation.harness.TASKS`.
+        task: one of :func:`upfeat.evaluation.tasks.list_tasks`, or a class of one's own.
         folder: the data: photographs with labels (``seg``) or depth maps (``depth``), or
             photographs alone.
         out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
@@ -48,14 +54,22 @@ def evaluate(
             ``voc`` or ``nyuv2``.
         device: where backbone, upsamplers and probes run. Digits repeat on the CPU; elsewhere they
             may differ in the last places.
+        overwrite: replace a ``results.json`` or ``report.html`` in ``out`` that no evaluation
+            wrote.
         on_step: is told of progress.
 
     Raises:
         FileNotFoundError: the data or an upsampler is not there.
         ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written.
     """
+    kind = find_task(task) if isinstance(task, str) else task
+    out = Path(out)
+    for name, format_name in (("results.json", FORMAT), ("report.html", REPORT)):
+        check_output(out / name, Inputs(upsamplers or ()), format_name, overwrite=overwrite)
+    sweep(out)
+    sweep(out / "cache")
     results = score(
-        task,
+        kind,
         folder,
         out,
         upsamplers=upsamplers,
@@ -65,6 +79,6 @@ def evaluate(
         device=device,
         on_step=on_step,
     )
-    results.write(Path(out) / "results.json")
-    write_report(results, Path(out) / "report.html")
+    results.write(out / "results.json")
+    write_report(results, out / "report.html", kind)
     return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,25 +12,15 @@ from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import (
     Dataset,
     check_not_empty,
-    read_photographs,
     subset,
 )
-from upfeat.evaluation.data.layouts import read_dataset
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
-from upfeat.evaluation.report.pictures import encode_indices, encode_photo, encode_values
-from upfeat.evaluation.results import Results, Row, RowStore
-from upfeat.evaluation.tasks.base import Task
-from upfeat.evaluation.tasks.cam import CAM_BACKBONE, ClassActivation, Penultimate
-from upfeat.evaluation.tasks.consistency import N_FIT_IMAGES, Consistency
-from upfeat.evaluation.tasks.depth import Depth, depth_range
-from upfeat.evaluation.tasks.seg import Segmentation
-from upfeat.implicit.upsampler import ImplicitUpsampler
-from upfeat.provenance import digest, identify_backbone, identify_upsampler
-from upfeat.upsamplers import Upsampler, create_upsampler
-
-TASKS = ("seg", "depth", "cam", "consistency")
-
-DEFAULT_BACKBONE = "efficientnet_lite0"
+from upfeat.evaluation.methods import load_methods
+from upfeat.evaluation.report.pictures import encode_photo
+from upfeat.evaluation.results import Results, RowStore
+from upfeat.evaluation.task import Task
+from upfeat.provenance import digest, identify_backbone, versions
+from upfeat.upsamplers import create_upsampler
 
 BASELINES = (
     "nearest",
@@ -44,7 +34,7 @@ BASELINES = (
 
 
 def score(
-    task: str,
+    task: type[Task],
     folder: str | Path,
     out: str | Path,
     *,
@@ -56,36 +46,38 @@ def score(
     on_step: OnStep | None,
 ) -> Results:
     """Score upsamplers; everything of :func:`upfeat.evaluation.evaluate` but its two files."""
-    if task not in TASKS:
-        raise ValueError(f'task="{task}" is unknown; known: {", ".join(TASKS)}')
     config = config or EvalConfig()
     network = _load_backbone(task, backbone, checked_device(device))
     out, cache = Path(out), Path(out) / "cache"
     if upsamplers is None:
         best = create_upsampler(None, network.embed_dim, backbone=network.name).name
         upsamplers = tuple(dict.fromkeys((*BASELINES, best)))
-    models = _load_upsamplers(upsamplers, network, cache)
+    methods = load_methods(upsamplers, network, cache)
     dataset = _read_dataset(task, Path(folder), layout, config)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{out}: cannot be written ({error.strerror})") from None
     parts = _prepare_splits(dataset, Path(folder), network, config, cache, on_step)
-    evaluation = _task(task, parts, dataset, network, config, on_step)
+    evaluation = task(parts, dataset, network, config, on_step)
     results = Results(
-        task,
+        task.name(),
         {"name": dataset.name, "layout": layout, "classes": dataset.classes, **_facts(parts)},
         {"name": network.name, "weights": digest(network), "stride": network.stride},
         config.to_json(),
         rows=[],
         problems=[],
+        versions={**versions(__name__, task.__module__), "device": str(network.mean.device)},
     )
-    results.versions["device"] = str(network.mean.device)
-    recipe = {"task": task, "data": results.data, "backbone": identify_backbone(network)}
+    recipe = {"task": results.task, "data": results.data, "backbone": identify_backbone(network)}
     settings = {"config": results.settings, "versions": results.versions}
     store = RowStore(cache, {**recipe, **settings})
-    for label, upsampler in models.items():
-        results.rows += _stored(store, label, upsampler, evaluation.rows)
+    for label, method in methods.items():
+        rows = store.load(label, method.identity)
+        if rows is None:
+            rows = evaluation.rows(label, method)
+            store.save(label, method.identity, rows)
+        results.rows += rows
     results.problems = dataset.problems + evaluation.problems
     results.examples = _examples(task, parts["test"], config)
     return results
@@ -106,69 +98,29 @@ def checked_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _task(
-    task: str,
-    parts: dict[str, PreparedSet],
-    dataset: Dataset,
-    backbone: Backbone,
-    config: EvalConfig,
-    on_step: OnStep | None,
-) -> Task:
-    if task == "seg":
-        return Segmentation(parts, dataset.classes, backbone, config, on_step)
-    if task == "depth":
-        return Depth(parts, backbone, config, on_step)
-    if task == "consistency":
-        return Consistency(parts, backbone, config, on_step)
-    assert isinstance(backbone, Penultimate)
-    return ClassActivation(parts, backbone, config, on_step)
-
-
-def _stored(
-    store: RowStore,
-    label: str,
-    upsampler: Upsampler,
-    compute: Callable[[str, Upsampler], list[Row]],
-) -> list[Row]:
-    key = identify_upsampler(upsampler)
-    rows = store.load(label, key)
-    if rows is None:
-        rows = compute(label, upsampler)
-        store.save(label, key, rows)
-    return rows
-
-
 def _facts(parts: dict[str, PreparedSet]) -> dict[str, dict[str, str | int]]:
     return {name: {"images": len(part), "digest": part.digest} for name, part in parts.items()}
 
 
-def _examples(task: str, test: PreparedSet, config: EvalConfig) -> dict[str, dict[str, str]]:
+def _examples(task: type[Task], test: PreparedSet, config: EvalConfig) -> dict[str, dict[str, str]]:
     """The pictures that every row shares: image and target."""
     examples = {}
-    if task == "consistency":
+    if task.pictures is None:
         return examples
     for index in config.choose_pictures(len(test)):
         sample = test[index]
         example = {"image": f"data:image/jpeg;base64,{encode_photo(sample.image)}"}
-        if task == "seg":
-            example["target"] = encode_indices(sample.label)
-        elif task == "depth":
-            encoded = encode_values(sample.label, *depth_range(sample.label))
-            example["target"] = f"data:image/png;base64,{encoded}"
+        target = task.draw_target(sample)
+        if target is not None:
+            example["target"] = target
         examples[sample.name] = example
     return examples
 
 
-def _read_dataset(task: str, folder: Path, layout: str, config: EvalConfig) -> Dataset:
-    if task == "seg" or task == "depth":
-        dataset = read_dataset(folder, task, layout=layout, split_seed=config.split_seed)
-    else:
-        fits = task == "consistency"
-        dataset = read_photographs(folder, split_seed=config.split_seed if fits else None)
-    limit = config.max_train
-    if task == "consistency":
-        limit = min(limit or N_FIT_IMAGES, N_FIT_IMAGES)
-    dataset.train = subset(dataset.train, limit, seed=config.split_seed)
+def _read_dataset(task: type[Task], folder: Path, layout: str, config: EvalConfig) -> Dataset:
+    dataset = task.read(folder, layout, config)
+    limits = [limit for limit in (config.max_train, task.max_train) if limit is not None]
+    dataset.train = subset(dataset.train, min(limits, default=None), seed=config.split_seed)
     dataset.test = subset(dataset.test, config.max_test, seed=config.split_seed)
     return dataset
 
@@ -193,32 +145,8 @@ def _prepare_splits(
     return prepared
 
 
-def _load_backbone(task: str, backbone: str | Backbone | None, device: torch.device) -> Backbone:
-    network = load_backbone(backbone or (CAM_BACKBONE if task == "cam" else DEFAULT_BACKBONE))
-    if task == "cam":
-        network = Penultimate(network)
+def _load_backbone(
+    task: type[Task], backbone: str | Backbone | None, device: torch.device
+) -> Backbone:
+    network = task.adapt(load_backbone(backbone or task.default_backbone))
     return network.eval().requires_grad_(False).to(device)
-
-
-def _load_upsamplers(names: Sequence[str], backbone: Backbone, cache: Path) -> dict[str, Upsampler]:
-    """Load upsamplers under distinct labels: the name, or the last part of a path."""
-    if not names:
-        raise ValueError("upsamplers is empty; name at least one")
-    models: dict[str, Upsampler] = {}
-    for name in dict.fromkeys(names):
-        if name == ImplicitUpsampler.name:
-            upsampler: Upsampler = ImplicitUpsampler(backbone, cache=cache)
-        else:
-            upsampler = create_upsampler(name, backbone.embed_dim, backbone=backbone.name)
-        expected = getattr(upsampler, "embed_dim", None)
-        if expected not in (None, backbone.embed_dim):
-            raise ValueError(
-                f"{name} expects {expected} channels but {backbone.name} has "
-                f"{backbone.embed_dim}; use an upsampler made for it, or another backbone"
-            )
-        label, number = Path(name).name or name, 2
-        while label in models:
-            label = f"{Path(name).name}-{number}"
-            number += 1
-        models[label] = upsampler.eval().requires_grad_(False).to(backbone.mean.device)
-    return models

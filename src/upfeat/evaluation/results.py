@@ -16,26 +16,6 @@ from upfeat.storage import write_bytes
 
 FORMAT = "upfeat-eval-1"
 
-SCORING = "upfeat.evaluation.harness"
-"""The module that decides scores, with all that it imports; reports are no part of it."""
-
-HIGHER_IS_BETTER = {
-    "miou": True,
-    "accuracy": True,
-    "boundary_f": True,
-    "boundary_miou": True,
-    "rmse": False,
-    "abs_rel": False,
-    "delta_1.25": True,
-    "average_drop": False,
-    "average_increase": True,
-    "error": False,
-    "cosine": True,
-    "nll": False,
-    "drift": True,
-}
-"""Every score there is, and its good direction."""
-
 
 @dataclass
 class Row:
@@ -81,7 +61,7 @@ class Results:
     rows: list[Row]
     problems: list[Problem]
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: versions(SCORING))
+    versions: dict[str, str] = field(default_factory=versions)
 
     @property
     def protocols(self) -> list[str]:

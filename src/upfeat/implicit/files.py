@@ -4,51 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
-import shutil
-import tempfile
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 
+from upfeat import machine
 from upfeat._version import __version__
 from upfeat.backbones import Backbone
-from upfeat.implicit.features import FORMAT, ImplicitFeatures
-from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, fit_implicit
-from upfeat.storage import replacing
+from upfeat.decoding import MAX_PIXELS, image_size
+from upfeat.images import read_image
+from upfeat.implicit.features import ImplicitFeatures
+from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, default_size, fit_implicit
+from upfeat.marks import FEATURES, encode_picture, kind_of
+from upfeat.outputs import Outputs, check_space, digest, file_digest, is_done, watched
+from upfeat.provenance import identify_backbone
+from upfeat.storage import create_array, replacing, replacing_folder, write_bytes
 from upfeat.visualize import PCABasis, side_by_side, to_image
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 RENDERINGS = (".safetensors", ".npy", ".zarr", ".png", ".jpg", ".jpeg")
 """What :func:`write_rendering` can write."""
 
 _PICTURES = (".png", ".jpg", ".jpeg")
-_DTYPES = {"float16": "F16", "float32": "F32"}
-
-
-def find_photographs(paths: list[Path]) -> list[Path]:
-    """Replace every folder by the image files in it, sorted by name; others stay as they are.
-
-    Raises:
-        ValueError: a folder holds no image file.
-    """
-    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(p for p in path.iterdir() if p.suffix.lower() in known and p.is_file())
-        if not inside:
-            raise ValueError(f"{path}: no image file in this folder")
-        found += inside
-    return found
+# Bytes a pixel, measured: of a picture while it is drawn; of an image while it is fitted, beside
+# its features. Bytes of the tables of basis functions, of whatever size the image.
+_DRAWING = 60
+_FITTING = 5200
+_FIT_TABLES = 200 << 20
 
 
 def fit_photograph(
@@ -59,9 +50,13 @@ def fit_photograph(
     *,
     picture: Path | None = None,
     guidance: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    made_by: str | None = None,
     on_step: OnFit | None = None,
 ) -> ImplicitFeatures:
-    """Fit one photograph and write the result; the picture appears as soon as there is a first one.
+    """Fit one photograph and write the result.
+
+    Where there is no picture yet, one appears as soon as there is a first result to draw.
 
     Args:
         photo: an image file.
@@ -70,49 +65,95 @@ def fit_photograph(
         output: the safetensors file; replaced when the fit has ended.
         picture: where to draw image and features, or ``None``.
         guidance: keep the image in the file.
+        max_pixels: as :func:`upfeat.images.read_image` takes it.
+        made_by: what ``identify_backbone`` says, where it is known already.
         on_step: is told of progress.
 
     Raises:
         FileNotFoundError: there is no such photograph.
-        ValueError: as :func:`fit_implicit`.
+        ValueError: as :func:`fit_implicit`; or memory would not do.
         OSError: writing failed.
     """
+    early = picture if picture is not None and not picture.exists() else None
 
     def tell(progress: FitProgress) -> None:
-        if picture is not None and progress.features is not None:
-            write_picture(progress.features, picture)
+        if early is not None and progress.features is not None:
+            write_picture(progress.features, early)
         if on_step is not None:
             on_step(progress)
 
-    features = fit_implicit(photo, backbone, config, on_step=tell)
-    features.facts |= _recipe(photo, backbone, config)
-    features.save(output, guidance=guidance)
-    if picture is not None:
-        write_picture(features, picture)
+    with watched(photo) as source:
+        _check_memory(photo, backbone, config)
+        pixels = read_image(photo, max_pixels=max_pixels)
+    recipe = _recipe(source, made_by or identify_backbone(backbone), config, guidance=guidance)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        features = fit_implicit(pixels, backbone, config, on_step=tell)
+        features.facts |= {**recipe, "recipe": digest(recipe)}
+        _write(features, output, picture, digest(recipe), guidance=guidance)
+    except BaseException:
+        if early is not None:
+            early.unlink(missing_ok=True)
+        raise
     return features
 
 
-def is_fitted(photo: Path, backbone: Backbone, config: FitConfig, output: Path) -> bool:
-    """Whether ``output`` is what :func:`fit_photograph` would write, from an earlier run."""
-    if not output.is_file() or not photo.is_file():
-        return False
+def _write(
+    features: ImplicitFeatures, output: Path, picture: Path | None, recipe: str, *, guidance: bool
+) -> None:
+    """Write both files, or neither."""
+    if picture is None:
+        features.save(output, guidance=guidance)
+        return
+    with replacing(picture) as temporary:
+        temporary.write_bytes(_drawn(features, picture.suffix, recipe))
+        features.save(output, guidance=guidance)
+
+
+def is_fitted(
+    photo: Path,
+    backbone: Backbone,
+    config: FitConfig,
+    output: Path,
+    *,
+    picture: Path | None = None,
+    guidance: bool = True,
+) -> bool:
+    """Whether an earlier run has written what :func:`fit_photograph` would write.
+
+    The arguments are those of that function.
+    """
     try:
-        with safe_open(output, framework="pt") as file:
-            known = file.metadata() or {}
-        facts = json.loads(known.get("facts", "{}"))
-    except (SafetensorError, ValueError, OSError):
+        recipe = recipe_of(photo, identify_backbone(backbone), config, guidance=guidance)
+    except OSError:
         return False
-    if known.get("format") != FORMAT or known.get("upfeat_version") != __version__:
-        return False
-    return all(facts.get(key) == value for key, value in _recipe(photo, backbone, config).items())
+    return is_done(Outputs(output, picture), recipe)
+
+
+def recipe_of(photo: Path, made_by: str, config: FitConfig, *, guidance: bool) -> str:
+    """Digest of all that the fit of a photograph depends on, as its result records it.
+
+    Args:
+        photo: the file.
+        made_by: what ``identify_backbone`` says.
+        config: settings.
+        guidance: whether the image is kept in the result.
+
+    Raises:
+        OSError: the photograph cannot be read.
+    """
+    return digest(_recipe(file_digest(photo), made_by, config, guidance=guidance))
 
 
 def write_picture(features: ImplicitFeatures, path: Path) -> None:
     """Draw the image beside a PCA of its features, at the size of the fit."""
+    write_bytes(path, _drawn(features, path.suffix, ""))
+
+
+def _drawn(features: ImplicitFeatures, suffix: str, recipe: str) -> bytes:
     image = to_image(features.guidance.float() / 255)
     panels = [("image", image), ("implicit features", draw(features))]
-    with replacing(path) as temporary:
-        side_by_side(panels).save(temporary)
+    return encode_picture(side_by_side(panels), suffix, recipe=recipe)
 
 
 def draw(features: ImplicitFeatures, output_size: tuple[int, int] | None = None) -> Image.Image:
@@ -158,75 +199,88 @@ def write_rendering(
         raise ValueError(f"{path}: cannot write {suffix or 'this'}; use {', '.join(RENDERINGS)}")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first")
+    size = output_size or (features.shape[2], features.shape[3])
     if suffix in _PICTURES:
-        with replacing(path) as temporary:
-            draw(features, output_size).save(temporary)
+        _check_drawing(path, size)
+        write_bytes(path, encode_picture(draw(features, output_size), suffix))
         return
     name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
+    if name not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype} must be torch.float16 or torch.float32")
-    size = output_size or (features.shape[2], features.shape[3])
     shape = (features.shape[1], *size)
-    create = {".npy": _create_npy, ".zarr": _create_zarr}.get(suffix, _create_safetensors)
-    with create(path, shape, name) as array:
+    with _create(path, shape, name) as write_rows:
         for top, strip in features.strips(size):
             values = strip.to(dtype)
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{path}: features overflow {name}; write float32")
-            bottom = top + strip.shape[1]
-            array[:, top:bottom] = values.numpy()
+            write_rows(top, values.numpy())
             if on_rows is not None:
-                on_rows(bottom, size[0])
+                on_rows(top + strip.shape[1], size[0])
+
+
+WriteRows = Callable[[int, "NDArray[Any]"], None]
+"""Write rows (C, rows, W) from the given one on."""
 
 
 @contextmanager
-def _create_npy(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Any]:
-    with replacing(path) as temporary:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-        yield array
-        array.flush()
+def _create(path: Path, shape: tuple[int, int, int], dtype: str) -> Iterator[WriteRows]:
+    if path.suffix.lower() == ".zarr":
+        with _create_zarr(path, shape, dtype) as write_rows:
+            yield write_rows
+        return
+    needed = math.prod(shape) * np.dtype(dtype).itemsize
+    check_space(path, needed)
+    facts = {"format": FEATURES, "upfeat_version": __version__}
+    with create_array(path, shape, dtype, facts) as array:
+        yield array.write_rows
 
 
 @contextmanager
-def _create_safetensors(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Any]:
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    entry = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [0, size]}
-    facts = {"format": "upfeat-features", "upfeat_version": __version__}
-    header = json.dumps({"__metadata__": facts, "features": entry}).encode()
-    header += b" " * (-len(header) % 8)
-    with replacing(path) as temporary:
-        with temporary.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + size)
-        array = np.memmap(temporary, dtype=dtype, mode="r+", offset=8 + len(header), shape=shape)
-        yield array
-        array.flush()
-
-
-@contextmanager
-def _create_zarr(path: Path, shape: tuple[int, ...], dtype: str) -> Iterator[Any]:
+def _create_zarr(path: Path, shape: tuple[int, int, int], dtype: str) -> Iterator[WriteRows]:
     try:
         zarr = importlib.import_module("zarr")
     except ImportError:
         raise ValueError(
             f"{path}: writing zarr needs the package zarr: pip install 'upfeat[zarr]'"
         ) from None
-    if path.exists():
+    if path.exists() and kind_of(path) != FEATURES:
         raise ValueError(f"{path}: exists already; remove it first")
-    folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        inside = folder / path.name
+    with replacing_folder(path) as temporary:
         chunks = (shape[0], min(64, shape[1]), min(64, shape[2]))
-        yield zarr.open_array(str(inside), mode="w", shape=shape, chunks=chunks, dtype=dtype)
-        inside.replace(path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        array = zarr.open_array(str(temporary), mode="w", shape=shape, chunks=chunks, dtype=dtype)
+        array.attrs.update({"format": FEATURES, "upfeat_version": __version__})
+
+        def write_rows(top: int, values: NDArray[Any]) -> None:
+            array[:, top : top + values.shape[1]] = values
+
+        yield write_rows
 
 
-def _recipe(photo: Path, backbone: Backbone, config: FitConfig) -> dict[str, Any]:
+def _check_drawing(path: Path, size: tuple[int, int]) -> None:
+    """Refuse a picture that would not fit into memory."""
+    needed, available = size[0] * size[1] * _DRAWING, machine.available_memory()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"{path}: a picture of {size[1]}x{size[0]} pixels needs about "
+            f"{machine.readable(needed)} and {machine.readable(available)} of memory are free; "
+            f"give a smaller --size, or write values (.npy, .safetensors), which need little"
+        )
+
+
+def _check_memory(photo: Path, backbone: Backbone, config: FitConfig) -> None:
+    """Refuse a photograph that would not fit into memory, before it is decoded."""
+    own = image_size(photo)
+    if own is not None:
+        size = default_size(min(own), backbone) if config.size is None else config.size
+        a_pixel = _FITTING + 8 * backbone.embed_dim
+        machine.check_fits(photo, own, size, a_pixel, fixed=_FIT_TABLES)
+
+
+def _recipe(source: str, made_by: str, config: FitConfig, *, guidance: bool) -> dict[str, Any]:
     """All that a fit depends on, as JSON values."""
     return {
-        "source": hashlib.sha256(photo.read_bytes()).hexdigest(),
-        "backbone": backbone.name,
+        "source": source,
+        "backbone_identity": hashlib.sha256(made_by.encode()).hexdigest(),
         "config": asdict(config),
+        "guidance": guidance,
     }

@@ -14,14 +14,9 @@ import torch
 from torch import Tensor
 
 from upfeat.storage import write_bytes
+from upfeat.upsamplers.tensor_files import UNREADABLE
 
 FORMAT = "upfeat-train-1"
-
-UNREADABLE = (
-    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(ArithmeticError, MemoryError, AssertionError),
-)
-"""What PyTorch raises of damaged files, beside ``UnpicklingError``."""
 
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 

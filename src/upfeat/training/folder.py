@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -21,7 +22,7 @@ from typing import Any, TextIO
 from upfeat import locks
 from upfeat.backbones import Backbone
 from upfeat.provenance import digest, identify_backbone, versions
-from upfeat.storage import write_bytes
+from upfeat.storage import sweep, write_bytes
 from upfeat.strict_json import read_object
 from upfeat.training.checkpoint import Checkpoints
 from upfeat.training.config import TrainConfig
@@ -109,6 +110,8 @@ class RunFolder:
                 other settings, backbones or photographs; or no photograph can be used.
             OSError: the folder cannot be written.
         """
+        for folder in (self.path, self.checkpoints.folder, self.upsampler):
+            sweep(folder)
         run = self._read_run()
         if run is not None and not resume:
             raise ValueError(
@@ -117,7 +120,6 @@ class RunFolder:
             )
         state = None
         if run is not None:
-            self._sweep()
             state = self.checkpoints.newest()
             self._check_same(run, config, backbones, photos)
             self._write_settings(config)
@@ -155,16 +157,17 @@ class RunFolder:
         for damaged in self.checkpoints.paths():
             # Of a run that never got as far as its run.json: not ours.
             raise ValueError(f"{damaged}: a checkpoint without run.json; give another folder")
-        self._write_settings(config)
-        write_json(
-            self.path / "photographs.json",
-            {
-                "files": listing.files,
-                "skipped": [asdict(one) for one in listing.skipped],
-                "train": listing.train,
-                "validation": listing.validation,
-            },
-        )
+        photographs = {
+            "files": listing.files,
+            "skipped": [asdict(one) for one in listing.skipped],
+            "train": listing.train,
+            "validation": listing.validation,
+        }
+        files = self._settings_files(config)
+        files[self.path / "photographs.json"] = encode_json(photographs)
+        self._check_free(files)
+        for path, content in files.items():
+            _write(path, content)
         # Last, since it is what makes the folder a run.
         run = {
             "format": "upfeat-run-1",
@@ -177,17 +180,28 @@ class RunFolder:
         }
         write_json(self.path / "run.json", run)
 
-    def _write_settings(self, config: TrainConfig) -> None:
-        settings = config.to_json()
-        write_json(self.path / "config.json", settings)
-        _write_yaml(self.path / "config.yaml", settings)
+    def _check_free(self, files: dict[Path, bytes]) -> None:
+        """Refuse a folder in which the run would replace files of somebody else's.
 
-    def _sweep(self) -> None:
-        """Remove what a killed process was writing."""
-        for folder in (self.path, self.checkpoints.folder, self.upsampler):
-            for leftover in folder.glob(".*"):
-                if leftover.suffix in (".ckpt", ".json", ".jsonl", ".yaml", ".safetensors"):
-                    leftover.unlink(missing_ok=True)
+        A start that was killed leaves the first of its own, which are the same again.
+        """
+        for path in (self.log, self.upsampler, *files):
+            alike = path in files and path.is_file() and path.read_bytes() == files[path]
+            if os.path.lexists(path) and not alike:
+                raise ValueError(
+                    f"{path}: exists already and is not of this run; remove it, or give another "
+                    "folder"
+                )
+
+    def _write_settings(self, config: TrainConfig) -> None:
+        for path, content in self._settings_files(config).items():
+            _write(path, content)
+
+    def _settings_files(self, config: TrainConfig) -> dict[Path, bytes]:
+        settings = config.to_json()
+        files = {self.path / "config.json": encode_json(settings)}
+        text = _yaml(settings)
+        return files if text is None else {**files, self.path / "config.yaml": text}
 
     def _check_same(
         self,
@@ -272,9 +286,13 @@ def describe(backbone: Backbone) -> dict[str, Any]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a JSON file, whole or not at all."""
+    _write(path, encode_json(content))
+
+
+def encode_json(content: dict[str, Any]) -> bytes:
+    """A JSON file's bytes."""
     # In ASCII: file names may hold what no encoding allows.
-    text = json.dumps(content, indent=2, allow_nan=False)
-    _write(path, (text + "\n").encode())
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -285,12 +303,13 @@ def _write(path: Path, content: bytes) -> None:
         raise OSError(error.errno, f"not written ({error.strerror})", str(path)) from None
 
 
-def _write_yaml(path: Path, settings: dict[str, Any]) -> None:
+def _yaml(settings: dict[str, Any]) -> bytes | None:
+    """A YAML file's bytes; ``None`` where PyYAML is not installed."""
     try:
         import yaml
     except ImportError:
-        return
-    _write(path, yaml.safe_dump(settings, sort_keys=False).encode())
+        return None
+    return yaml.safe_dump(settings, sort_keys=False).encode()
 
 
 def _compare_files(there: list[list[Any]], here: list[tuple[str, int]]) -> list[str]:

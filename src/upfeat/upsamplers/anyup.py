@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backends.cpu.encoder import match_patterns
+from upfeat.bounds import number, whole
 from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, relative_window
 from upfeat.upsamplers.base import UPSAMPLERS
@@ -81,7 +82,7 @@ class AnyUp(AttentionUpsampler):
         Args:
             width: channels of queries and keys.
             heads: of the attention.
-            window_ratio: how far a pixel sees to each side, as a share of the image, > 0.
+            window_ratio: how far a pixel sees to each side, as a share of the image, to 1.
             basis_side: side of the patterns that features are compared with, odd.
             backend: of the attention's operator; see :mod:`upfeat.functional`.
 
@@ -89,14 +90,14 @@ class AnyUp(AttentionUpsampler):
             ValueError: an argument is out of range.
         """
         super().__init__(width=width, heads=heads, backend=backend)
-        if not window_ratio > 0:
-            raise ValueError(f"window_ratio={window_ratio} must be above 0")
-        if basis_side < 1 or basis_side % 2 == 0:
+        width = self.width
+        self.window_ratio = number("window_ratio", window_ratio, 0, 1, above=True)
+        self.basis_side = whole("basis_side", basis_side, 1, 31)
+        if self.basis_side % 2 == 0:
             raise ValueError(f"basis_side={basis_side} must be odd")
-        self.window_ratio, self.basis_side = window_ratio, basis_side
         self.image = ImageQueries(width)
         self.features_encoder = ResidualEncoder(None, width)
-        self.features_encoder[0] = FeatureBasis(width, basis_side)
+        self.features_encoder[0] = FeatureBasis(width, self.basis_side)
         self.aggregation = ResidualEncoder(2 * width, width, entry_size=3)
         self.projection = Projection(width)
 

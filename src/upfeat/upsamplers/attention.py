@@ -16,10 +16,12 @@ from torch import Tensor
 
 from upfeat import functional
 from upfeat.backends import dispatch
+from upfeat.bounds import whole
 from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.base import Kernels, Upsampler, apply_head, check_inputs
+from upfeat.upsamplers.maps import Map
 
 _BAND_BYTES = 32 * 2**20
 """About as much as a band of rows may take that is on its way to a caller's buffer."""
@@ -111,7 +113,8 @@ class AttentionUpsampler(Upsampler):
     """What AnyUp, JAFAR and NAF have in common; they differ in :meth:`prepare`."""
 
     mean, std = IMAGENET
-    reach = None
+
+    always_small = True
 
     def __init__(self, *, width: int, heads: int, backend: str) -> None:
         """Check what they share.
@@ -121,9 +124,7 @@ class AttentionUpsampler(Upsampler):
         """
         super().__init__()
         dispatch.check_name(backend)
-        for label, value in (("width", width), ("heads", heads)):
-            if value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
+        width, heads = whole("width", width, 1, 1024), whole("heads", heads, 1, 256)
         if width % (4 * heads) or width % 8:
             raise ValueError(f"width={width} must be a multiple of 8 and of 4 times heads={heads}")
         self.width, self.heads, self.backend = width, heads, backend
@@ -194,7 +195,7 @@ class AttentionUpsampler(Upsampler):
     def through(
         self,
         kernels: Kernels,
-        mixed: Tensor,
+        mixed: Tensor | Map,
         *,
         head: Tensor | slice | None = None,
         window: Window | None = None,
@@ -207,6 +208,7 @@ class AttentionUpsampler(Upsampler):
         assert isinstance(kernels, AttentionKernels)
         if not kernels.split or head is None:
             return super().through(kernels, mixed, head=head, window=window)
+        assert isinstance(mixed, Tensor)
         window = Window(0, 0, *kernels.queries.shape[2:]) if window is None else window
         blocks = kernels.channel_blocks(mixed.shape[1])
         if isinstance(head, slice):

@@ -19,8 +19,10 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.storage import read_tensors, write_tensors
+from upfeat.strict_json import parse_object
 from upfeat.upsamplers.anyup import AnyUp
 from upfeat.upsamplers.base import Upsampler
+from upfeat.upsamplers.blueprint import build
 from upfeat.upsamplers.featup_checkpoint import featup_state
 from upfeat.upsamplers.jafar import JAFAR
 from upfeat.upsamplers.jbu import JBUStack
@@ -183,10 +185,17 @@ def write_checkpoint(
 
 def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[Upsampler, str]:
     """What :func:`write_checkpoint` wrote."""
-    classes = {cls.name: cls for cls in (AnyUp, JAFAR, NAF, JBUStack)}
+    classes: dict[str, type[Upsampler]] = {cls.name: cls for cls in (AnyUp, JAFAR, NAF, JBUStack)}
     try:
-        upsampler = classes[facts["upsampler"]](**json.loads(facts["config"]))
-    except (KeyError, TypeError, ValueError) as error:
+        cls = classes[facts["upsampler"]]
+        config = parse_object(facts["config"], "config")
+        # Without values first: nothing is made larger than the file's own tensors.
+        empty = build(cls, config, "config", values=False).state_dict()
+        for name, tensor in empty.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise ValueError(f"{name} is missing or of another shape than its config implies")
+        upsampler = build(cls, config, "config")
+    except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its description is damaged ({error})") from None
     names = {name: (name, None) for name in upsampler.state_dict()}
     _fill(path, facts["upsampler"], upsampler, state, names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, apply_head
-from upfeat.upsamplers.neighbourhood import (
-    NeighbourhoodKernels,
-    NeighbourhoodUpsampler,
-    pointwise,
-    unit,
+from upfeat.bounds import MOST_CHANNELS, number, whole
+from upfeat.resampling import bilinear, resample
+from upfeat.upsamplers.bands import even_bands
+from upfeat.upsamplers.base import (
+    UPSAMPLERS,
+    Headed,
+    Kernels,
+    Size,
+    Upsampler,
+    Window,
+    apply_head,
+    cells_of_pixels,
 )
+from upfeat.upsamplers.encoder import pointwise, spans_of
+from upfeat.upsamplers.maps import Computed, Map, as_map, cut, inside, is_recorded, widened
+from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler
+from upfeat.upsamplers.regression import STEP, ImageRegression
+from upfeat.upsamplers.saved import load_named
+from upfeat.upsamplers.step import CellMeans, Coarser, NeighbourhoodKernels, Queries, Units
 
 FINER = 2
 """The grid on which detail is added is so many times finer than that of the features."""
@@ -40,6 +53,8 @@ class DetailNetwork(nn.Sequential):
             halve = nn.Conv2d(before, after, 3, 2, 1, padding_mode="replicate")
             layers += [halve, nn.GELU()]
         super().__init__(*layers, *(_Block(width) for _ in range(depth)))
+        self.reach = depth + 1
+        """How many cells beyond its own a value of the maps depends on."""
 
 
 class _Block(nn.Module):
@@ -57,52 +72,66 @@ class _Block(nn.Module):
         return x + pointwise(self.last, F.gelu(self.hidden(x)))
 
 
-class ImageRegression:
-    """What features lack between cells, by a linear map from queries that is fitted to themselves.
-
-    The features of the cells, less their mean over the 3×3 cells around, are regressed on the mean
-    queries of the cells, less theirs; what the first step leaves out of the mean queries of the
-    finer cells goes through the same map. Both are linear in the features, constants give nothing,
-    and features that are a linear map of the queries are found exactly but for the penalty.
-    """
+class DetailMaps(Computed):
+    """What the network makes of an image, (B, width, *finer grid)."""
 
     def __init__(
-        self, queries: Tensor, finer: Tensor, first: NeighbourhoodKernels, penalty: float
+        self, network: DetailNetwork, guidance: Tensor, finer: Size, *, whole: bool
     ) -> None:
-        """Prepare the regression of one guidance.
+        """Keep what they are made of.
 
         Args:
-            queries: (B, D, h, w), means over cells.
-            finer: (B, D, 2h, 2w), means over finer cells.
-            first: from the one grid to the other.
-            penalty: of the coefficients, in units of the queries' mean variance, > 0.
+            network: makes them.
+            guidance: (B, 3, H, W).
+            finer: the grid's size.
+            whole: make all at once.
         """
-        with torch.autocast(queries.device.type, enabled=False):
-            exact = torch.promote_types(queries.dtype, torch.float32)
-            rows, columns = (_mean_of_three(side, queries, exact) for side in queries.shape[2:])
-            inputs = queries.to(exact)
-            inputs = (inputs - rows @ inputs @ columns.T).flatten(2)  # (B, D, N)
-            gram = inputs @ inputs.mT
-            # The constant is for images without any colour or texture.
-            least = penalty * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
-            eye = torch.eye(gram.shape[1], dtype=exact, device=gram.device)
-            factor = torch.linalg.cholesky(gram + least[:, None, None] * eye)
-            fit = torch.cholesky_solve(inputs, factor).unflatten(2, queries.shape[2:])
-            # The features lose the mean around them by the adjoint, on fewer channels than theirs.
-            self.fit = (fit - rows.T @ fit @ columns).flatten(2).mT  # (B, N, D)
-        self.lacking = finer - first(queries)
+        recorded = is_recorded(guidance, *network.parameters())
+        super().__init__(finer, whole=whole or recorded, recorded=recorded, step=8)
+        self.network, self.guidance = network, guidance
+        self.seen: Size = (_PIXELS * finer[0], _PIXELS * finer[1])
 
-    def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, 2h, 2w)."""
-        out = features.flatten(2) @ self.fit.to(features.dtype)  # (B, C, D)
-        out = out @ self.lacking.flatten(2).to(features.dtype)
-        return out.unflatten(2, self.lacking.shape[2:])
+    def compute(self, window: Window) -> Tensor:
+        """See :meth:`Computed.compute`."""
+        if window == (0, 0, *self.size):
+            image = self.guidance
+            if image.shape[-2:] != self.seen:
+                image = F.interpolate(
+                    image, size=self.seen, mode="bilinear", align_corners=False, antialias=True
+                )
+            return self._run(image)
+        around = widened(window, self.network.reach, self.size)
+        rows, columns = (
+            bilinear(length, target, torch.arange(_PIXELS * start, _PIXELS * stop), antialias=True)
+            for length, target, (start, stop) in zip(
+                self.guidance.shape[2:], self.seen, spans_of(around), strict=True
+            )
+        )
+        return cut(self._run(resample(self.guidance, rows, columns)), inside(window, around))
+
+    def _run(self, image: Tensor) -> Tensor:
+        return self.network(image.contiguous(memory_format=torch.channels_last)).contiguous()
 
 
-def _mean_of_three(length: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mean of each value and its two neighbours, edges replicated, (length, length)."""
-    eye = torch.eye(length, dtype=dtype, device=like.device)
-    return (torch.cat([eye[:1], eye[:-1]]) + eye + torch.cat([eye[1:], eye[-1:]])) / 3
+class FinerFeatures(Computed):
+    """Features on the finer grid, with detail, (B, C, *finer grid)."""
+
+    def __init__(self, kernels: DetailKernels, features: Map) -> None:
+        """Keep both."""
+        recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
+        whole = kernels.first.whole or recorded
+        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=4)
+        self.kernels, self.features = kernels, features
+
+    def compute(self, window: Window) -> Tensor:
+        """See :meth:`Computed.compute`."""
+        kernels = self.kernels
+        fine = kernels.first.at(self.features, window)
+        if kernels.regression is not None:
+            fine = fine + kernels.regression.at(self.features, window)
+        if kernels.detail is not None:
+            fine = fine + kernels.detail.at(window).to(fine.dtype)
+        return fine
 
 
 class DetailKernels:
@@ -114,8 +143,8 @@ class DetailKernels:
         last: NeighbourhoodKernels,
         *,
         regression: ImageRegression | None = None,
-        maps: Tensor | None = None,
-        detail: Tensor | None = None,
+        maps: Map | None = None,
+        detail: Map | None = None,
     ) -> None:
         """Keep the parts.
 
@@ -128,6 +157,7 @@ class DetailKernels:
         """
         self.first, self.last, self.regression = first, last, regression
         self.maps, self.detail = maps, detail
+        self.recorded = last.recorded or (detail is not None and detail.recorded)
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
@@ -137,24 +167,22 @@ class DetailKernels:
         """See :meth:`Kernels.crop`."""
         return self.last.crop(self._on_finer_grid(features), window)
 
-    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor]:
+    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
         """See :meth:`NeighbourhoodKernels.settle`; the first step and the detail are done too."""
         return self.last.settle(self._on_finer_grid(features))
 
     def to_finer_grid(self, features: Tensor) -> Tensor:
         """What the features themselves tell of the finer grid, (B, C, h, w) -> (B, C, 2h, 2w)."""
-        fine = self.first(features)
-        return fine if self.regression is None else fine + self.regression(features)
+        return FinerFeatures(self.adding(None), as_map(features)).all()
 
-    def adding(self, detail: Tensor) -> DetailKernels:
+    def adding(self, detail: Map | None) -> DetailKernels:
         """The same kernels with this detail, (B, C, *finer grid)."""
         return DetailKernels(
             self.first, self.last, regression=self.regression, maps=self.maps, detail=detail
         )
 
-    def _on_finer_grid(self, features: Tensor) -> Tensor:
-        fine = self.to_finer_grid(features)
-        return fine if self.detail is None else fine + self.detail.to(fine.dtype)
+    def _on_finer_grid(self, features: Tensor) -> Map:
+        return FinerFeatures(self, as_map(features))
 
 
 @UPSAMPLERS.register
@@ -184,6 +212,7 @@ class DetailUpsampler(Upsampler):
     """
 
     name = "detail"
+    magnitudes = NeighbourhoodUpsampler.magnitudes
 
     def __init__(
         self,
@@ -210,11 +239,12 @@ class DetailUpsampler(Upsampler):
             query_dim: width of queries and keys.
             levels: scales of the encoder.
             back_projections: corrections of each step.
-            width: maps of detail, ≥ 2.
-            depth: blocks of the network that makes them, ≥ 0.
-            widening: σ of the second step, in cells of the finer grid, over that of the first, > 0.
-            ridge: penalty of the regression, in units of the queries' mean variance, ≥ 0; 0 leaves
-                the regression out.
+            width: maps of detail, from 2 to 1024.
+            depth: blocks of the network that makes them, from 0 to 64.
+            widening: σ of the second step, in cells of the finer grid, over that of the first, from
+                0.05 to 100.
+            ridge: penalty of the regression, in units of the queries' mean variance, from 0 to 1e6;
+                0 leaves the regression out.
             start: name or folder of a trained neighbourhood upsampler, whose encoder is taken;
                 it must have the same radius, query_dim and levels.
             backend: of the operators; see :mod:`upfeat.functional`.
@@ -224,17 +254,14 @@ class DetailUpsampler(Upsampler):
             ValueError: an argument is out of range, or ``start`` is another upsampler.
         """
         super().__init__()
-        for label, value, least in (("embed_dim", embed_dim, 1), ("width", width, 2)):
-            if value is not None and value < least:
-                raise ValueError(f"{label}={value} must be {least} or more")
-        for label, value in (("depth", depth), ("ridge", ridge)):
-            if not value >= 0:
-                raise ValueError(f"{label}={value} must be 0 or more")
-        if not widening > 0:
-            raise ValueError(f"widening={widening} must be above 0")
-        self.embed_dim, self.width, self.depth = embed_dim, width, depth
-        self.widening, self.ridge = widening, ridge
-        self.neighbourhood = NeighbourhoodUpsampler(
+        embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS, optional=True)
+        self.embed_dim = embed_dim
+        self.guidance_bands = None if embed_dim is None else 3  # the network sees RGB
+        self.width = whole("width", width, 2, MOST_WIDTH)
+        self.depth = whole("depth", depth, 0, 64)
+        self.widening = number("widening", widening, 0.05, 100)
+        self.ridge = number("ridge", ridge, 0, 1e6)
+        self.neighbourhood: NeighbourhoodUpsampler = NeighbourhoodUpsampler(
             radius=radius,
             query_dim=query_dim,
             levels=levels,
@@ -242,8 +269,10 @@ class DetailUpsampler(Upsampler):
         )
         if embed_dim is not None:
             # Channels last: a third faster on a CPU.
-            self.network = DetailNetwork(width, depth).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-            self.detail = nn.Conv2d(width, embed_dim, 1)
+            self.network: DetailNetwork = DetailNetwork(self.width, self.depth).to(
+                memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
+            )
+            self.detail = nn.Conv2d(self.width, embed_dim, 1)
             self.channel_mix = nn.Conv2d(embed_dim, embed_dim, 1, bias=False)
             for layer in (self.detail, self.channel_mix):
                 nn.init.zeros_(layer.weight)
@@ -272,29 +301,41 @@ class DetailUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
-        step = self.neighbourhood
+        guidance = even_bands(guidance)
+        step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
-        queries = step.queries(guidance, output_size)
-        finer_means = F.adaptive_avg_pool2d(queries, finer)
-        means = F.avg_pool2d(finer_means, FINER)
-        middle = unit(finer_means)  # keys of the last step, queries of the first
-        first = step.attend(middle, unit(means))
+        queries = Queries(step.encoder, guidance, output_size)
+        finer_means = CellMeans(queries, finer)
+        means = Coarser(finer_means, FINER)
+        middle = Units(finer_means)  # keys of the last step, queries of the first
+        first = step.attend(middle, Units(means))
         last = step.attend(queries, middle, widening=self.widening)
         regression = None
         if self.ridge:
-            regression = ImageRegression(means, finer_means, first, self.ridge)
-        maps = None if self.embed_dim is None else self._maps(guidance, finer)
+            regression = ImageRegression(means, finer_means, first, penalty=self.ridge, step=STEP)
+        maps = None
+        if self.embed_dim is not None:
+            maps = DetailMaps(self.network, guidance, finer, whole=queries.whole)
         return DetailKernels(first, last, regression=regression, maps=maps)
 
-    def _maps(self, guidance: Tensor, finer: Size) -> Tensor:
-        """What the network makes of an image, (B, 3, H, W) -> (B, width, *finer)."""
-        size = (_PIXELS * finer[0], _PIXELS * finer[1])
-        if guidance.shape[-2:] != size:
-            guidance = F.interpolate(
-                guidance, size=size, mode="bilinear", align_corners=False, antialias=True
-            )
-        seen = guidance.contiguous(memory_format=torch.channels_last)
-        return self.network(seen).contiguous()
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`."""
+        # On the finer grid the last step looks as far, in half as many cells.
+        radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
+        finer = -(-radius * rounds // FINER) + 1
+        pixels = cells_of_pixels(self.neighbourhood.encoder.halo)
+        found = [finer + radius * rounds + 1 + pixels]
+        if self.ridge:
+            found.append(finer + 2 * STEP + 1 + pixels)
+        if self.embed_dim is not None:
+            found.append(finer + self.network.reach // FINER + 2)
+        return max(found)
+
+    @property
+    def step(self) -> int:
+        """See :attr:`Upsampler.step`."""
+        return math.lcm(self.neighbourhood.step, STEP if self.ridge else 1)
 
     def mix(self, features: Tensor) -> Tensor:
         """X + W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w); without a mix the same.
@@ -314,7 +355,7 @@ class DetailUpsampler(Upsampler):
     def through(
         self,
         kernels: Kernels,
-        mixed: Tensor,
+        mixed: Tensor | Map,
         *,
         head: Tensor | slice | None = None,
         window: Window | None = None,
@@ -324,7 +365,7 @@ class DetailUpsampler(Upsampler):
             kernels = self._with_detail(kernels, head)
         return super().through(kernels, mixed, head=head, window=window)
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor]:
+    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
         """See :meth:`Upsampler.settle`; the last step, and features (B, C, 2h, 2w) with detail."""
         assert isinstance(kernels, DetailKernels)
         return self._with_detail(kernels, None).settle(mixed)
@@ -332,7 +373,7 @@ class DetailUpsampler(Upsampler):
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
         """What the network adds between the steps, (B, C, 2h, 2w)."""
         assert kernels.maps is not None, "there is no network without embed_dim"
-        return self._detail(kernels.maps, None)
+        return self._detail(kernels.maps, None).at(Window(0, 0, *kernels.maps.size))
 
     def _with_detail(self, kernels: DetailKernels, head: Tensor | slice | None) -> DetailKernels:
         """The kernels with what a head makes of the network's detail."""
@@ -340,7 +381,7 @@ class DetailUpsampler(Upsampler):
             return kernels
         return kernels.adding(self._detail(kernels.maps, head))
 
-    def _detail(self, maps: Tensor, head: Tensor | slice | None) -> Tensor:
+    def _detail(self, maps: Map, head: Tensor | slice | None) -> Map:
         """The network's detail after a head, (B, width, …) -> (B, K, …)."""
         basis, constant = self.detail.weight.flatten(1), self.detail.bias
         assert constant is not None
@@ -348,12 +389,10 @@ class DetailUpsampler(Upsampler):
             basis, constant = basis[head], constant[head]
         elif head is not None:
             basis, constant = head @ basis, head @ constant  # (K, width) or (B, K, width)
-        return apply_head(maps, basis) + constant[..., None, None]
+        return Headed(maps, basis, constant)
 
     def _start_from(self, start: str | Path) -> None:
-        from upfeat.upsamplers.pretrained import create_upsampler
-
-        trained = create_upsampler(start)
+        trained = load_named(start, UPSAMPLERS)
         if not isinstance(trained, NeighbourhoodUpsampler):
             raise ValueError(
                 f"start={start!s} holds a {type(trained).__name__}; give a neighbourhood upsampler"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from upfeat.tensor_checks import check_values
 from upfeat.upsamplers.tensor_files import load_pickled
 
 logger = logging.getLogger(__name__)
@@ -72,9 +73,10 @@ def featup_state(path: Path, content: Any) -> tuple[dict[str, Tensor], int]:
     ]
     if wrong:
         raise ValueError(f"{path}: tensors of another shape: {'; '.join(wrong)}")
-    extra = sorted(set(content) - set(layout))
+    extra = sorted(map(str, set(content) - set(layout)))
     if extra:
         logger.info("%s: left unread: %s", path, ", ".join(extra))
+    check_values(path, {name: content[name] for name in layout}, floating=True)
     return {ours: content[theirs].float() for theirs, (ours, _) in layout.items()}, embed_dim
 
 

@@ -39,7 +39,14 @@ class InterpolationKernels:
 
 
 class _Interpolation(Upsampler):
+    guidance_bands = None
     mode: ClassVar[str]
+    cells: ClassVar[int]
+
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`."""
+        return self.cells
 
     def __init__(self, *, backend: str = "auto") -> None:
         """Make it.
@@ -79,6 +86,7 @@ class Nearest(_Interpolation):
     """The value of the cell that a pixel lies in."""
 
     name = "nearest"
+    cells = 0
     mode = "nearest-exact"
 
 
@@ -87,6 +95,7 @@ class Bilinear(_Interpolation):
     """Bilinear interpolation between cell centres (align_corners=False)."""
 
     name = "bilinear"
+    cells = 1
     mode = "bilinear"
 
 
@@ -95,4 +104,5 @@ class Bicubic(_Interpolation):
     """Bicubic interpolation between cell centres (a = −0.75, align_corners=False)."""
 
     name = "bicubic"
+    cells = 2
     mode = "bicubic"

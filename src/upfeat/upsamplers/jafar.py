@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, whole_window
@@ -170,8 +171,7 @@ class JAFAR(AttentionUpsampler):
             ValueError: an argument is out of range.
         """
         super().__init__(width=width, heads=heads, backend=backend)
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim={embed_dim} must be 1 or more")
+        embed_dim, width = whole("embed_dim", embed_dim, 1, MOST_CHANNELS), self.width
         self.embed_dim = embed_dim
         self.image = ImageQueries(width)
         self.features_encoder = ResidualEncoder(embed_dim, width)

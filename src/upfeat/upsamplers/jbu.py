@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +13,11 @@ from torch import Tensor, nn
 
 from upfeat import functional
 from upfeat.backends import dispatch
-from upfeat.geometry import interpolation_matrix, reflected_range, span
+from upfeat.bounds import MOST_CHANNELS, whole
+from upfeat.geometry import reflected_range
 from upfeat.normalization import IMAGENET
+from upfeat.resampling import bicubic, pooled, resample
+from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -149,16 +154,23 @@ class JBUKernels:
         columns = reflected_range(
             window.left - radius, window.right + radius, size[1], features.device
         )
-        guidance = F.adaptive_avg_pool2d(self.guidance, size)
-        guidance = guidance.index_select(2, rows).index_select(3, columns)
+        above, beside = (
+            pooled(length, target, places.cpu())
+            for length, target, places in zip(
+                self.guidance.shape[2:], size, (rows, columns), strict=True
+            )
+        )
+        guidance = resample(self.guidance, above, beside)
         # The patch has a margin of the radius, so that its inside sees true neighbours.
         weights = stage(guidance)[:, :, radius : radius + window.height]
         weights = weights[..., radius : radius + window.width].to(features.dtype)
-        across_rows = interpolation_matrix(before[0], size[0], "bicubic", features)[rows]
-        across_columns = interpolation_matrix(before[1], size[1], "bicubic", features)[columns]
-        (top, bottom), (left, right) = span(across_rows), span(across_columns)
-        source = self._crop(features, Window(top, left, bottom - top, right - left), index - 1)
-        padded = across_rows[:, top:bottom] @ source @ across_columns[:, left:right].T
+        down, across = (
+            bicubic(length, target, places.cpu())
+            for length, target, places in zip(before, size, (rows, columns), strict=True)
+        )
+        read = Window(down.first, across.first, down.stop - down.first, across.stop - across.first)
+        source = self._crop(features, read, index - 1)
+        padded = resample(source, down, across, (read.top, read.left))
         return functional.adaptive_conv2d(padded, weights.contiguous(), backend=stage.backend)
 
 
@@ -175,6 +187,7 @@ class JBUStack(Upsampler):
     """
 
     name = "jbu_stack"
+    magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {"sigma_spatial": (1e-6, 1e6)}
 
     def __init__(
         self,
@@ -189,20 +202,20 @@ class JBUStack(Upsampler):
         Args:
             embed_dim: number of feature channels C that the channel mix expects; ``None`` for no
                 mix, which serves any C ("universal").
-            radius: window radius r ≥ 1.
-            n_stages: how many stages, ≥ 1.
+            radius: window radius r, from 1 to 16.
+            n_stages: how many stages, from 1 to 16.
             backend: of the operators; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
         """
         super().__init__()
-        for label, value in (("embed_dim", embed_dim), ("radius", radius), ("n_stages", n_stages)):
-            if value is not None and value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
+        embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS, optional=True)
+        n_stages = whole("n_stages", n_stages, 1, 16)
         self.embed_dim = embed_dim
-        self.radius = radius
-        self.stages = nn.ModuleList(JBUStage(radius) for _ in range(n_stages))
+        self.guidance_bands = None if embed_dim is None else 3
+        self.radius = whole("radius", radius, 1, 16)
+        self.stages = nn.ModuleList(JBUStage(self.radius) for _ in range(n_stages))
         self.set_backend(backend)
         self.channel_dropout = nn.Dropout2d(0.2)
         self.channel_mix = None if embed_dim is None else nn.Conv2d(embed_dim, embed_dim, 1)
@@ -223,9 +236,18 @@ class JBUStack(Upsampler):
         features: Tensor | None = None,
     ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
-        return JBUKernels(
-            self.stages, guidance, stage_sizes(grid_size, output_size, len(self.stages))
-        )
+        sizes = stage_sizes(grid_size, output_size, len(self.stages))
+        return JBUKernels(self.stages, three_bands(guidance), sizes)
+
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`."""
+        # Every stage reads its radius on its own grid, and two cells each side of the one before;
+        # grids double, but stop at four pixels a cell if the output does. Pooled guidance overlaps.
+        cells = 0.0
+        for stage in range(1, len(self.stages) + 1):
+            cells += self.radius / min(1 << stage, 4) + 2 / min(1 << (stage - 1), 4)
+        return math.ceil(cells) + 1
 
     def mix(self, features: Tensor) -> Tensor:
         """X + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
@@ -271,8 +293,12 @@ class JBUStack(Upsampler):
         from upfeat.upsamplers.featup_checkpoint import read_featup
 
         state, embed_dim = read_featup(path)
-        stack = cls(embed_dim)
-        stack.load_state_dict(state)
+        with torch.random.fork_rng(devices=[]):
+            stack = cls(embed_dim)
+        try:
+            stack.load_state_dict(state)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         stack.mean, stack.std = IMAGENET  # every published one was trained with it
         return stack.eval()
 

@@ -8,9 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.bounds import number, whole
 from upfeat.normalization import HALF
+from upfeat.resampling import pooled, resample
+from upfeat.types import Window
+from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
-from upfeat.upsamplers.neighbourhood import NeighbourhoodKernels
+from upfeat.upsamplers.encoder import spans_of
+from upfeat.upsamplers.maps import Computed, is_recorded, is_whole
+from upfeat.upsamplers.neighbourhood import MOST_RADIUS
+from upfeat.upsamplers.step import CellMeans, NeighbourhoodKernels, Pixels
 
 
 @UPSAMPLERS.register
@@ -26,6 +33,7 @@ class JointBilateral(Upsampler):
     """
 
     name = "joint_bilateral"
+    guidance_bands = None
     mean, std = HALF
 
     def __init__(
@@ -39,24 +47,19 @@ class JointBilateral(Upsampler):
         """Choose the Gaussians.
 
         Args:
-            radius: how many cells to each side take part, ≥ 1.
-            sigma_spatial: standard deviation of distance, in cells, > 0.
+            radius: how many cells to each side take part, from 1 to 16.
+            sigma_spatial: standard deviation of distance, in cells, from 0.001 to 1000.
             sigma_range: standard deviation of colour, in units of the normalised guidance (black
-                is −1, white 1), > 0.
+                is −1, white 1), from 0.001 to 1000.
             backend: of the operators; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: one of them is out of range.
         """
         super().__init__()
-        if radius < 1:
-            raise ValueError(f"radius={radius} must be 1 or more")
-        for label, sigma in (("sigma_spatial", sigma_spatial), ("sigma_range", sigma_range)):
-            if not sigma > 0:
-                raise ValueError(f"{label}={sigma} must be above 0")
-        self.radius = radius
-        self.sigma_spatial = sigma_spatial
-        self.sigma_range = sigma_range
+        self.radius = whole("radius", radius, 1, MOST_RADIUS)
+        self.sigma_spatial = number("sigma_spatial", sigma_spatial, 1e-3, 1e3)
+        self.sigma_range = number("sigma_range", sigma_range, 1e-3, 1e3)
         self.set_backend(backend)
 
     def config(self) -> dict[str, Any]:
@@ -75,18 +78,67 @@ class JointBilateral(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
-        fine = F.adaptive_avg_pool2d(guidance, output_size) / self.sigma_range  # (B, 3, H, W)
-        coarse = F.adaptive_avg_pool2d(fine, grid_size)  # (B, 3, h, w)
-        # −|a − b|²/2 is ⟨a, b⟩ − |b|²/2 but for what depends on the pixel a alone, which softmax
-        # drops: an inner product with one more channel.
-        queries = F.pad(fine, (0, 0, 0, 0, 0, 1), value=1.0)
-        keys = torch.cat([coarse, coarse.square().sum(1, keepdim=True) / -2], dim=1)
-
+        if guidance.shape[1] != 3:
+            guidance = even_bands(guidance) * HALF.std[0]  # as widely spread as RGB from −1 to 1
+        colours = Colours(guidance, output_size, self.sigma_range)
         return NeighbourhoodKernels(
-            queries,
-            keys,
+            colours,
+            ColourKeys(CellMeans(colours, grid_size)),
             guidance.new_tensor(1.0),
             guidance.new_tensor(self.sigma_spatial),
             radius=self.radius,
             backend=self.backend,
         )
+
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`; cells that share pixels overlap."""
+        return self.radius + 1
+
+
+class Colours(Pixels):
+    """Colours of an output's pixels in units of σ, and a channel of ones: (B, 4, H, W).
+
+    −|a − b|²/2 is ⟨a, b⟩ − |b|²/2 but for what depends on the pixel a alone, which softmax drops:
+    an inner product with one more channel.
+    """
+
+    def __init__(self, guidance: Tensor, output_size: Size, sigma: float) -> None:
+        """Keep what they are made of.
+
+        Args:
+            guidance: (B, 3, H', W').
+            output_size: (H, W).
+            sigma: standard deviation of colour.
+        """
+        self.guidance, self.sigma = guidance, sigma
+        self.seen: Size = (guidance.shape[2], guidance.shape[3])
+        recorded = is_recorded(guidance)
+        whole = is_whole(recorded, self.seen, output_size)
+        super().__init__(output_size, whole=whole, recorded=recorded)
+
+    def compute(self, window: Window) -> Tensor:
+        """See :meth:`Computed.compute`."""
+        if window == (0, 0, *self.size):
+            colours = F.adaptive_avg_pool2d(self.guidance, self.size)
+        else:
+            rows, columns = (
+                pooled(length, target, torch.arange(*span))
+                for length, target, span in zip(self.seen, self.size, spans_of(window), strict=True)
+            )
+            colours = resample(self.guidance, rows, columns)
+        return F.pad(colours / self.sigma, (0, 0, 0, 0, 0, 1), value=1.0)
+
+
+class ColourKeys(Computed):
+    """What stands opposite :class:`Colours` for cells: their colour and −|b|²/2, (B, 4, h, w)."""
+
+    def __init__(self, means: CellMeans) -> None:
+        """Keep the mean colours of cells."""
+        super().__init__(means.size, whole=means.whole, recorded=means.recorded, step=means.step)
+        self.means = means
+
+    def compute(self, window: Window) -> Tensor:
+        """See :meth:`Computed.compute`."""
+        coarse = self.means.at(window)[:, :-1]
+        return torch.cat([coarse, coarse.square().sum(1, keepdim=True) / -2], dim=1)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.bounds import whole
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, shifted_window
@@ -56,11 +57,12 @@ class NAF(AttentionUpsampler):
             ValueError: an argument is out of range.
         """
         super().__init__(width=width, heads=heads, backend=backend)
+        width, heads = self.width, self.heads
         if width % 16:
             raise ValueError(f"width={width} must be a multiple of 16")
-        if window_side < 1 or window_side % 2 == 0:
+        self.window_side = whole("window_side", window_side, 1, 63)
+        if self.window_side % 2 == 0:
             raise ValueError(f"window_side={window_side} must be odd")
-        self.window_side = window_side
         # One knows a pixel's own colour, the other its surroundings.
         self.colours = ResidualEncoder(3, width // 2, bias=True, residual=False)
         self.surroundings = ResidualEncoder(

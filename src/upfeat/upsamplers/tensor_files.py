@@ -13,6 +13,12 @@ import torch
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
 """What names of checkpoint files end with."""
 
+UNREADABLE = (
+    *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+    *(ArithmeticError, MemoryError, AssertionError),
+)
+"""What PyTorch raises of damaged files, beside ``UnpicklingError``."""
+
 
 def load_pickled(path: Path) -> dict[str, Any]:
     """Read what ``torch.save`` wrote, tensors and plain values only.
@@ -36,8 +42,8 @@ def load_pickled(path: Path) -> dict[str, Any]:
             f"{path}: holds more than tensors, so it was not loaded (it could run code); save its "
             f"state_dict alone with torch.save [{type(error).__name__}: {reason[:80]}]"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).partition("\n")[0][:120]
+    except UNREADABLE as error:
+        reason = str(error).partition("\n")[0][:120] or type(error).__name__
         raise ValueError(f"{path}: not a whole PyTorch checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not a dictionary of tensors")

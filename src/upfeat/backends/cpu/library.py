@@ -28,7 +28,7 @@ _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
     *("silu", "unit", "reflect", "pair", "groups"),
 )
-_ABI = 3
+_ABI = 4
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -57,9 +57,15 @@ class Stage(ctypes.Structure):
 
 
 class Window(ctypes.Structure):
-    """Which part of an output the tensors of fine pixels hold: the whole size, and where it is."""
+    """The parts of an output and of a grid that tensors hold: whole sizes, and where they are."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in ("height", "width", "top", "left")]
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("height", "width", "top", "left"),
+            *("grid_height", "grid_width", "grid_top", "grid_left"),
+        )
+    ]
 
 
 class Ranges(ctypes.Structure):

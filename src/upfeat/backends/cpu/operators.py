@@ -76,10 +76,16 @@ def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str |
 
 
 def can_run_neighbourhood_upsample(
-    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+    features: Tensor,
+    weights: Tensor,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> str | None:
     """Why :func:`neighbourhood_upsample` cannot run on these; ``None`` when it can."""
-    return _too_coarse(features, output_size) or reason_against(features=features, weights=weights)
+    del origin, grid_origin
+    return _too_coarse(grid_size, output_size) or reason_against(features=features, weights=weights)
 
 
 def can_run_bilateral_weights(keys: Tensor, *_: object) -> str | None:
@@ -91,11 +97,12 @@ def can_run_neighbourhood_weights(
     queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
 ) -> str | None:
     """Why :func:`neighbourhood_weights` cannot run on these; ``None`` when it can."""
-    output_size = arguments[3] if len(arguments) > 3 else queries.shape[2:]
+    output_size, grid_size = arguments[3], arguments[5]
     assert isinstance(output_size, Sequence)
+    assert isinstance(grid_size, Sequence)
     if not queries.shape[1]:
         return "queries and keys have no channels"
-    return _too_coarse(keys, output_size) or reason_against(queries=queries, keys=keys)
+    return _too_coarse(grid_size, output_size) or reason_against(queries=queries, keys=keys)
 
 
 def adaptive_conv2d(
@@ -159,16 +166,20 @@ def neighbourhood_upsample(
     weights: Tensor,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
     *,
     channels_last: bool | None = None,
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`.
 
-    The weights are those of a window of an output of ``output_size``, from ``origin`` on.
+    The weights are those of a window of an output of ``output_size``, from ``origin`` on, and the
+    features the cells of a grid of ``grid_size``, from ``grid_origin`` on.
     ``channels_last`` is the memory format of the result; ``None`` takes that of ``features``.
     """
     radius = _check_upsample(features, weights)
-    window = _window_of("weights", weights, output_size, origin)
+    place = output_size, origin, grid_size, grid_origin
+    window = _window_of({"weights": weights, "features": features}, *place)
     out = output(features, weights, channels_last)
     if out.numel():
         call("upfeat_neighbourhood_forward", features, weights, out, window, radius)
@@ -183,10 +194,13 @@ def neighbourhood_upsample_backward(
     need_weights: bool,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Gradients:
     """Gradients of :func:`neighbourhood_upsample`, ``None`` where not needed."""
     radius = _check_upsample(features, weights)
-    window = _window_of("weights", weights, output_size, origin)
+    place = output_size, origin, grid_size, grid_origin
+    window = _window_of({"weights": weights, "features": features}, *place)
     needed = (need_features, need_weights)
     return _gradients(
         "upfeat_neighbourhood_backward", grad, features, weights, needed, window, radius
@@ -241,12 +255,16 @@ def neighbourhood_weights(
     radius: int,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_weights`.
 
-    The queries are those of a window of an output of ``output_size``, from ``origin`` on.
+    The queries are those of a window of an output of ``output_size``, from ``origin`` on, and the
+    keys the cells of a grid of ``grid_size``, from ``grid_origin`` on.
     """
-    window = _check_queries(queries, keys, radius, output_size, origin)
+    place = output_size, origin, grid_size, grid_origin
+    window = _check_queries(queries, keys, radius, *place)
     out = queries.new_empty(weights_shape(queries, radius))
     if out.numel():
         scalars = (float(temperature), float(sigma))
@@ -263,9 +281,12 @@ def neighbourhood_weights_backward(
     radius: int,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> tuple[Tensor, Tensor, float, float]:
     """Gradients of :func:`neighbourhood_weights`: of queries, keys, temperature and sigma."""
-    window = _check_queries(queries, keys, radius, output_size, origin)
+    place = output_size, origin, grid_size, grid_origin
+    window = _check_queries(queries, keys, radius, *place)
     check_shape("grad", grad, weights_shape(queries, radius))
     new = torch.empty_like if grad.numel() else torch.zeros_like
     to_queries, to_keys, scalars = new(queries), new(keys), (ctypes.c_double * 2)()
@@ -315,9 +336,9 @@ def _resized(features: Tensor, weights: Tensor) -> Tensor:
     return F.interpolate(features.float(), size=size, mode="bicubic", align_corners=False)
 
 
-def _too_coarse(coarse: Tensor, output_size: Sequence[int]) -> str | None:
+def _too_coarse(grid_size: Sequence[int], output_size: Sequence[int]) -> str | None:
     # The cells between two neighbouring pixels are all part of their shared window.
-    if any(a > 4 * b for a, b in zip(coarse.shape[2:], output_size, strict=True)):
+    if any(a > 4 * b for a, b in zip(grid_size, output_size, strict=True)):
         return "the output is less than a quarter of the grid along an axis"
     return None
 
@@ -342,6 +363,8 @@ def _check_queries(
     radius: int,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Window:
     check_image("queries", queries, radius)
     check_image("keys", keys, radius)
@@ -352,13 +375,21 @@ def _check_queries(
             f"{keys.dtype} and radius={radius} do not go together: give one type, at least one "
             "channel, one cell and radius 1"
         )
-    return _window_of("queries", queries, output_size, origin)
+    place = output_size, origin, grid_size, grid_origin
+    return _window_of({"queries": queries, "keys": keys}, *place)
 
 
 def _window_of(
-    name: str, tensor: Tensor, output_size: Sequence[int], origin: Sequence[int]
+    tensors: dict[str, Tensor],
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> Window:
-    for first, length, size in zip(origin, tensor.shape[2:], output_size, strict=True):
-        if first < 0 or first + length > size:
-            raise ValueError(f"origin={tuple(origin)} puts {name} outside {tuple(output_size)}")
-    return Window(*output_size, *origin)
+    """The window of a fine tensor, given first, and of a coarse one."""
+    places = (output_size, origin), (grid_size, grid_origin)
+    for (name, tensor), (size, start) in zip(tensors.items(), places, strict=True):
+        for first, count, length in zip(start, tensor.shape[2:], size, strict=True):
+            if first < 0 or first + count > length:
+                raise ValueError(f"{tuple(start)} puts {name} outside {tuple(size)}")
+    return Window(*output_size, *origin, *grid_size, *grid_origin)

@@ -85,10 +85,10 @@ def can_run_adaptive_conv2d(padded: Tensor, weights: Tensor) -> str | None:
 
 
 def can_run_neighbourhood_upsample(
-    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+    features: Tensor, weights: Tensor, *place: Sequence[int]
 ) -> str | None:
     """Why these arguments cannot run here; ``None`` when they can."""
-    del output_size, origin  # the tables know any window
+    del place  # the tables know any window
     return _reason_against(features, weights)
 
 
@@ -136,6 +136,8 @@ def neighbourhood_upsample(
     weights: Tensor,
     output_size: Sequence[int],
     origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
     *,
     channels_last: bool | None = None,
 ) -> Tensor:
@@ -146,12 +148,14 @@ def neighbourhood_upsample(
         weights: (B, (2r+1)², H, W) over the cells around each pixel's own, edges replicated.
         output_size: of the whole output, a window of which the weights are.
         origin: first row and column of the window.
+        grid_size: of the whole grid, some cells of which the features are.
+        grid_origin: first row and column of those.
         channels_last: memory format of the result; by default that of ``features``.
 
     Returns:
         (B, C, H, W), dtype of ``features``.
     """
-    axes = _cell_axes(features, weights, output_size, origin)
+    axes = _cell_axes(features, weights, output_size, origin, grid_size, grid_origin)
     return _folded_forward(features, weights, axes, channels_last)
 
 
@@ -161,11 +165,10 @@ def neighbourhood_upsample_backward(
     weights: Tensor,
     need_features: bool,
     need_weights: bool,
-    output_size: Sequence[int],
-    origin: Sequence[int],
+    *place: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of :func:`neighbourhood_upsample` for ``features`` and ``weights``."""
-    axes = _cell_axes(features, weights, output_size, origin)
+    axes = _cell_axes(features, weights, *place)
     return _folded_backward(grad, features, weights, axes, need_features, need_weights)
 
 
@@ -311,14 +314,22 @@ def _axes(
 
 
 def _cell_axes(
-    features: Tensor, weights: Tensor, output_size: Sequence[int], origin: Sequence[int]
+    features: Tensor,
+    weights: Tensor,
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
 ) -> tuple[Axis, Axis]:
     """The tables of both axes of a window, which read the cells around every pixel."""
     radius = _checked_radius(features, weights)
     rows, columns = (
-        replicated_axis(max(cells, 1), max(count, 1), radius, max(length, 1), start)
-        for cells, count, length, start in zip(
-            features.shape[2:], weights.shape[2:], output_size, origin, strict=True
+        replicated_axis(
+            max(cells, 1), max(count, 1), radius, max(length, 1), start, max(every, 1), skip
+        )
+        for cells, count, length, start, every, skip in zip(
+            *(features.shape[2:], weights.shape[2:], output_size, origin, grid_size, grid_origin),
+            strict=True,
         )
     )
     return rows, columns

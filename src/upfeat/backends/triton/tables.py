@@ -103,15 +103,22 @@ def bicubic_axis(source: int, target: int, radius: int) -> Axis:
 
 @lru_cache(maxsize=128)
 def replicated_axis(
-    source: int, target: int, radius: int, length: int | None = None, first: int = 0
+    source: int,
+    target: int,
+    radius: int,
+    length: int | None = None,
+    first: int = 0,
+    cells: int | None = None,
+    skip: int = 0,
 ) -> Axis:
     """Windows of the 2r+1 cells around the cell an output lies in, edges replicated.
 
-    The outputs are those from ``first`` on, of ``length`` in all.
+    The outputs are those from ``first`` on, of ``length`` in all; the source positions are the
+    cells from ``skip`` on, of ``cells`` in all.
     """
-    length = target if length is None else length
+    length, cells = length or target, cells or source
     outputs = torch.arange(first, first + target)[:, None]
-    cell = ((2 * outputs + 1) * source).div(2 * length, rounding_mode="floor")
+    cell = ((2 * outputs + 1) * cells).div(2 * length, rounding_mode="floor") - skip
     positions = (cell + torch.arange(-radius, radius + 1)).clamp(0, source - 1)[..., None]
     ones = torch.ones(target, 2 * radius + 1, 1, dtype=torch.float64)
     return _spread(source, target, cell - radius, positions, ones)

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat import machine
 from upfeat.backbones import Backbone
 from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem, Sample
+from upfeat.failures import failure_reason
 from upfeat.provenance import identify_backbone, source_digest
 from upfeat.storage import read_tensors, write_tensors
 
@@ -138,12 +140,16 @@ def prepare(
             content = hashlib.sha256(dataset.identify(sample)).hexdigest()
             recipe = f"{content}|{dataset.name}|{dataset.classes}|{size}|{made_by}"
             path = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.safetensors"
-            if read_whole(path) is None:
-                tensors = _prepare_one(dataset, sample, backbone, size)
-                write_tensors(path, tensors, {"sample": sample.name})
-        except (ValueError, FileNotFoundError) as error:
-            dataset.problems.append(Problem(sample.name, _reason(error, sample)))
+            known = read_whole(path) is not None
+            tensors = None if known else _prepare_one(dataset, sample, backbone, size)
+        except Exception as error:
+            reason = failure_reason(error)
+            if reason is None:
+                raise
+            dataset.problems.append(Problem(sample.name, _without_paths(reason, sample)))
             continue
+        if tensors is not None:  # a disk that cannot be written is no sample's fault
+            write_tensors(path, tensors, {"sample": sample.name})
         names.append(sample.name)
         files.append(path)
     if on_step is not None:
@@ -169,6 +175,9 @@ def _prepare_one(
             f"the label is {read.shape[0]}×{read.shape[1]} pixels but the image "
             f"{pixels.shape[1]}×{pixels.shape[2]} (height×width)"
         )
+    # What upsamplers will make of it counts too: five copies of a channel at most, and the network.
+    own = (pixels.shape[1], pixels.shape[2])
+    machine.check_fits(sample.image, own, size, 20 * backbone.embed_dim + 400)
     with torch.no_grad():
         x = backbone.denormalize(backbone.preprocess(pixels, size, align=True)) * 255
         image = x[0].round().to(torch.uint8)  # (3, H, W)
@@ -190,8 +199,7 @@ def _resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
     return resized.to(target.dtype).contiguous()
 
 
-def _reason(error: Exception, sample: Sample) -> str:
-    text = " ".join(str(error).split())
+def _without_paths(reason: str, sample: Sample) -> str:
     for path in (sample.image, sample.target):
-        text = text.removeprefix(f"{path}: ")
-    return text
+        reason = reason.removeprefix(f"{path}: ")
+    return reason

@@ -13,6 +13,7 @@ from PIL import Image
 
 from upfeat.evaluation.data.folders import IGNORE_INDEX
 from upfeat.evaluation.results import Results, Row, summary
+from upfeat.evaluation.task import Task
 
 _LEFT, _WIDTH, _STEP = 190, 700, 21
 
@@ -96,26 +97,26 @@ def _line(row: Row, xs: list[float], y: int) -> str:
     )
 
 
-def draw_samples(results: Results) -> str:
+def draw_samples(results: Results, task: type[Task]) -> str:
     """For every example: image and target, then each upsampler's prediction and its errors."""
     if not results.examples:
         return ""
-    parts = ["<h2>Predictions</h2>" if results.task != "cam" else "<h2>Maps</h2>"]
-    if results.task == "seg":
+    parts = [f"<h2>{task.pictures_title}</h2>"]
+    classes = task.pictures == "classes"
+    if classes:
         parts.append(_key(results.data["classes"]))
-    parts += [_sample(results, name) for name in results.examples]
+    parts += [_sample(results, task, name) for name in results.examples]
     note = "Images are evenly spaced over the test list, not chosen; predictions of the first seed."
-    if results.task == "seg":
+    if classes:
         note += " Beside each: wrong pixels in red, ignored ones in grey."
     return "".join([*parts, f"<p class=pm>{note}</p>"])
 
 
-def _sample(results: Results, name: str) -> str:
+def _sample(results: Results, task: type[Task], name: str) -> str:
     example = results.examples[name]
     side = [("image", example["image"])]
     if "target" in example:
-        what = "label" if results.task == "seg" else "depth"
-        side.append((what, _shown_target(results, example)))
+        side.append((task.target or "target", _shown_target(results, task, example)))
     left = "".join(f"<div class=cell>{label}{_img(source, label)}</div>" for label, source in side)
     n_columns = max(sum(row.protocol == p for row in results.rows) for p in results.protocols)
     right = []
@@ -123,9 +124,9 @@ def _sample(results: Results, name: str) -> str:
         rows = [row for row in results.rows if row.protocol == protocol and name in row.pictures]
         if rows and len(results.protocols) > 1:
             right.append(f"<h3>{escape(protocol)}</h3>")
-        right += [_prediction(results, example, row, name) for row in rows]
+        right += [_prediction(results, task, example, row, name) for row in rows]
     # Predictions come with their errors; other pictures are as wide as the image beside them.
-    width = "1fr" if results.task == "seg" else "8.5rem"
+    width = "1fr" if task.pictures == "classes" else "8.5rem"
     columns = f"grid-template-columns:repeat({n_columns},minmax(0,{width}))"
     return (
         f"<figure><figcaption>{escape(name)}</figcaption><div class=sample>"
@@ -134,25 +135,27 @@ def _sample(results: Results, name: str) -> str:
     )
 
 
-def _prediction(results: Results, example: dict[str, str], row: Row, name: str) -> str:
-    sources, shape = _shown_prediction(results, example, row.pictures[name])
+def _prediction(
+    results: Results, task: type[Task], example: dict[str, str], row: Row, name: str
+) -> str:
+    sources, shape = _shown_prediction(results, task, example, row.pictures[name])
     images = "".join(_img(source, f"{row.upsampler}, {row.protocol}") for source in sources)
     # Tall pictures stand side by side, wide ones one above the other.
     kind = "tall" if shape[0] > shape[1] and len(sources) > 1 else "wide"
     return f"<div class=cell>{escape(row.upsampler)}<div class='pair {kind}'>{images}</div></div>"
 
 
-def _shown_target(results: Results, example: dict[str, str]) -> str:
-    if results.task != "seg":
-        return example["target"]
+def _shown_target(results: Results, task: type[Task], example: dict[str, str]) -> str:
+    if task.pictures != "classes":
+        return f"data:image/png;base64,{example['target']}"
     return _png(palette(len(results.data["classes"]))[_indices(example["target"])])
 
 
 def _shown_prediction(
-    results: Results, example: dict[str, str], picture: str
+    results: Results, task: type[Task], example: dict[str, str], picture: str
 ) -> tuple[list[str], tuple[int, int]]:
     """Sources of the pictures, and their (height, width)."""
-    if results.task != "seg":
+    if task.pictures != "classes":
         # PNG and JPEG differ in their first bytes, also in base64.
         kind = "png" if picture.startswith("iVBOR") else "jpeg"
         return [f"data:image/{kind};base64,{picture}"], (1, 1)

@@ -8,87 +8,16 @@ from html import escape
 from pathlib import Path
 
 from upfeat.evaluation.report.figures import draw_chart, draw_samples
-from upfeat.evaluation.results import HIGHER_IS_BETTER, Results, Row, summary
+from upfeat.evaluation.results import Results, Row, summary
+from upfeat.evaluation.task import Score, Task
+from upfeat.evaluation.tasks import find_task
+from upfeat.marks import html_mark
 from upfeat.storage import write_bytes
-
-SCORE_NAMES = {
-    "miou": "mIoU",
-    "accuracy": "accuracy",
-    "boundary_f": "boundary F",
-    "boundary_miou": "mIoU at edges",
-    "drift": "cosine to coarse",
-    "rmse": "RMSE",
-    "abs_rel": "relative error",
-    "delta_1.25": "δ < 1.25",
-    "average_drop": "average drop",
-    "average_increase": "average increase",
-    "error": "view error",
-    "cosine": "view cosine",
-    "nll": "view NLL",
-}
-"""How people read the names of scores."""
-
-PERCENT = {
-    "miou",
-    "accuracy",
-    "boundary_f",
-    "boundary_miou",
-    "delta_1.25",
-    "average_drop",
-    "average_increase",
-}
-"""Scores shown times 100."""
-
-_EXPLANATIONS = {
-    "own": "the probe is trained on the upsampled features of the training images",
-    "transfer": "the probe is trained on the coarse features and applied to the upsampled ones; "
-    "upsampling its logits gives the same",
-    "probabilities": "the probe is trained on the coarse features and its softmax on the coarse "
-    "grid is upsampled instead of the features",
-    "box": "warped features come back to the backbone's grid by the mean over each cell, the same "
-    "for every upsampler",
-    "simple": "warped features come back by one blur, fitted to each upsampler on training images",
-    "attention": "warped features come back by FeatUp's attention downsampler, fitted to each "
-    "upsampler on training images",
-    "cam": "the image is masked by its class activation map, and classified again",
-    "miou": "intersection over union, mean over the classes that the test labels hold, %",
-    "accuracy": "share of labelled pixels that are right, %",
-    "boundary_f": "harmonic mean of precision and recall of class boundaries, where two edges "
-    "match within 0.75 % of the image's diagonal, %",
-    "boundary_miou": "mIoU over the pixels within that distance of a label edge, %",
-    "drift": "cosine between the upsampled features, averaged over each cell, and the coarse ones; "
-    "1 means that upsampling leaves the features' meaning alone",
-    "rmse": "root mean square error after the best scale and shift of each image, in the unit of "
-    "the depth maps",
-    "abs_rel": "mean error over the true depth, after the same alignment",
-    "delta_1.25": "share of pixels within a factor of 1.25 of the true depth, %",
-    "average_drop": "mean loss of the class's probability when only the activated part shows, %",
-    "average_increase": "share of images whose class grows more probable then, %",
-    "error": "squared error of the predicted features of unseen views over their variance; 0 is "
-    "perfect, 1 is as good as their mean",
-    "cosine": "mean cosine between predicted and actual centred features of unseen views",
-    "nll": "mean negative log-likelihood of those features, without its constant, under a standard "
-    "deviation for each cell that is fitted on training images; in units of the features",
-}
 
 BASELINE = "bilinear"
 """What every difference is from."""
 
 _MAX_COLUMNS = 12
-
-_TITLES = {
-    "seg": "Segmentation probes",
-    "depth": "Depth probes",
-    "cam": "Class activation maps",
-    "consistency": "Multi-view consistency",
-}
-_LEADS = {
-    "seg": "How well does a linear map of upsampled features tell classes apart at every pixel?",
-    "depth": "How well does a linear map of upsampled features tell near from far at every pixel?",
-    "cam": "Do upsampled features mark the pixels that the classifier's answer rests on?",
-    "consistency": "Do features upsampled once explain what the backbone sees in jittered views of "
-    "the same image?",
-}
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1d2430;--soft:#5b6675;--line:#d9dee6;--best:#0b6e4f;
@@ -142,38 +71,44 @@ th,td{padding:.2rem .4rem}h2{break-after:avoid}tr{break-inside:avoid}
 """
 
 
-def write_report(results: Results, path: Path) -> None:
+def write_report(results: Results, path: Path, task: type[Task] | None = None) -> None:
     """Write the report, whole or not at all; it needs no other file and no network."""
-    write_bytes(path, render(results).encode())
+    write_bytes(path, render(results, task).encode())
 
 
-def render(results: Results) -> str:
-    """The report as one HTML document."""
-    title = f"{_TITLES[results.task]} on {results.data['name']}"
+def render(results: Results, task: type[Task] | None = None) -> str:
+    """The report as one HTML document.
+
+    Args:
+        results: with at least one row.
+        task: that they are of; ``None`` for the one of that name.
+    """
+    task = task or find_task(results.task)
+    title = f"{task.title} on {results.data['name']}"
     name = next(iter(results.rows[0].scores))
-    chart = draw_chart(results, name, 100 if name in PERCENT else 1)
+    chart = draw_chart(results, name, 100 if task.scores[name].percent else 1)
     parts = [
-        f"<h1>{escape(title)}</h1><p class=lead>{escape(_LEADS[results.task])}</p>",
-        _facts(results),
-        _score_table(results),
-        f"<h2>{escape(SCORE_NAMES[name])}, every seed</h2>{chart}" if chart else "",
-        _class_table(results),
-        draw_samples(results),
-        _explanations(results),
+        f"<h1>{escape(title)}</h1><p class=lead>{escape(task.question)}</p>",
+        _facts(results, task),
+        _score_table(results, task),
+        f"<h2>{escape(task.scores[name].label)}, every seed</h2>{chart}" if chart else "",
+        _class_table(results, task),
+        draw_samples(results, task),
+        _explanations(results, task),
         _provenance(results),
     ]
     return (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
+        f"<!doctype html><html lang=en><head><meta charset=utf-8>{html_mark()}"
         '<meta name=viewport content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>"
         f"{''.join(parts)}</body></html>\n"
     )
 
 
-def shown(name: str, values: Sequence[float]) -> tuple[str, str]:
+def shown(score: Score, values: Sequence[float]) -> tuple[str, str]:
     """Mean and spread of a score as people read them; the spread is empty for one value."""
     found = summary(list(values))
-    factor, digits = (100, 2) if name in PERCENT else (1, 4)
+    factor, digits = (100, 2) if score.percent else (1, 4)
     if found["mean"] is None:
         return "–", ""
     spread = found["spread"]
@@ -181,16 +116,21 @@ def shown(name: str, values: Sequence[float]) -> tuple[str, str]:
     return mean, "" if spread is None else f"±{spread * factor:.{digits}f}"
 
 
-def best_mean(rows: Iterable[Row], name: str) -> float | None:
+def heading(score: Score) -> str:
+    """The head of a score's column, with its good direction."""
+    return f"{score.label} {'↑' if score.higher_is_better else '↓'}"
+
+
+def best_mean(rows: Iterable[Row], name: str, score: Score) -> float | None:
     """The best mean of a score; ``None`` where no row has one, or all have the same."""
     means = [summary(row.scores[name])["mean"] for row in rows]
     known = [mean for mean in means if mean is not None]
     if len(set(known)) < 2:
         return None
-    return max(known) if HIGHER_IS_BETTER[name] else min(known)
+    return max(known) if score.higher_is_better else min(known)
 
 
-def _facts(results: Results) -> str:
+def _facts(results: Results, task: type[Task]) -> str:
     """What was measured on what, at a glance."""
     data, settings, versions = results.data, results.settings, results.versions
     counts = ", ".join(
@@ -211,31 +151,23 @@ def _facts(results: Results) -> str:
         "upfeat": f"{versions['upfeat']}, source {versions['source'][:8]}",
         "PyTorch": f"{versions['torch']}, {versions.get('device', 'cpu')}",
     }
-    if results.task == "cam":
-        facts["repetitions"] = "one: nothing is drawn"
-    if results.task in ("seg", "depth"):
-        facts["probes"] = f"{settings['pixels']} pixels of each training image"
-    if results.task == "consistency":
-        facts["views"] = f"{settings['views']} of each test image"
+    facts |= task.facts(settings)
     items = "".join(
         f"<div><dt>{escape(key)}</dt><dd>{escape(value)}</dd></div>" for key, value in facts.items()
     )
     return f"<dl class=facts>{items}</dl>"
 
 
-def _score_table(results: Results) -> str:
+def _score_table(results: Results, task: type[Task]) -> str:
     names = list(results.rows[0].scores)
-    head = "".join(
-        f"<th>{escape(SCORE_NAMES[name])} {'↑' if HIGHER_IS_BETTER[name] else '↓'}</th>"
-        for name in names
-    )
+    head = "".join(f"<th>{escape(heading(task.scores[name]))}</th>" for name in names)
     body = []
     for protocol in results.protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
-        best = {name: best_mean(rows, name) for name in names}
-        body.append(_group(protocol, len(names) + 3))
+        best = {name: best_mean(rows, name, task.scores[name]) for name in names}
+        body.append(_group(protocol, task, len(names) + 3))
         for row in rows:
-            cells = [_score_cell(name, row, rows, best[name]) for name in names]
+            cells = [_score_cell(name, task.scores[name], row, rows, best[name]) for name in names]
             cells += [_cost_cell(row, "seconds", 3), _cost_cell(row, "memory_mib", 0)]
             base = " class=base" if row.upsampler == BASELINE else ""
             body.append(f"<tr{base}><td class=l>{escape(row.upsampler)}</td>{''.join(cells)}</tr>")
@@ -247,30 +179,30 @@ def _score_table(results: Results) -> str:
     )
 
 
-def _group(protocol: str, columns: int) -> str:
+def _group(protocol: str, task: type[Task], columns: int) -> str:
     """A line that opens a protocol's rows and says what it is."""
     return (
         f"<tr class=group><th colspan={columns}>{escape(protocol)}"
-        f"<span>{escape(_EXPLANATIONS[protocol])}</span></th></tr>"
+        f"<span>{escape(task.protocols[protocol])}</span></th></tr>"
     )
 
 
-def _score_cell(name: str, row: Row, rows: list[Row], best: float | None) -> str:
-    mean, spread = shown(name, row.scores[name])
+def _score_cell(name: str, score: Score, row: Row, rows: list[Row], best: float | None) -> str:
+    mean, spread = shown(score, row.scores[name])
     own = summary(row.scores[name])["mean"]
     base = next((other for other in rows if other.upsampler == BASELINE), None)
     below = ""
     if base is not None:
-        delta = "&nbsp;" if base is row else _difference(name, row, base)
+        delta = "&nbsp;" if base is row else _difference(name, score, row, base)
         below = f"<span class=delta>{delta}</span>"
     mark = " class=best" if own is not None and own == best else ""
     return f"<td><span{mark}>{mean}</span> <span class=pm>{spread}</span>{below}</td>"
 
 
-def _difference(name: str, row: Row, base: Row) -> str:
+def _difference(name: str, score: Score, row: Row, base: Row) -> str:
     """Mean and spread of the differences seed by seed: what all upsamplers share cancels."""
     pairs = zip(row.scores[name], base.scores[name], strict=True)
-    mean, spread = shown(name, [own - other for own, other in pairs])
+    mean, spread = shown(score, [own - other for own, other in pairs])
     sign = "" if mean.startswith("-") or mean == "–" else "+"
     return f"{sign}{mean} {spread}".replace("-", "−").strip()
 
@@ -280,7 +212,7 @@ def _cost_cell(row: Row, name: str, digits: int) -> str:
     return f"<td>{'–' if value is None else f'{value:.{digits}f}'}</td>"
 
 
-def _class_table(results: Results) -> str:
+def _class_table(results: Results, task: type[Task]) -> str:
     """IoU by class: upsamplers in lines while the classes fit side by side, else in columns."""
     if not any(row.per_class for row in results.rows):
         return ""
@@ -289,7 +221,7 @@ def _class_table(results: Results) -> str:
     if len(classes) <= _MAX_COLUMNS:
         corner, head = "upsampler", classes
         for protocol in results.protocols:
-            body.append(_group(protocol, len(classes) + 1))
+            body.append(_group(protocol, task, len(classes) + 1))
             for row in (row for row in results.rows if row.protocol == protocol):
                 cells = "".join(_iou_cell(row, name) for name in classes)
                 body.append(f"<tr><td class=l>{escape(row.upsampler)}</td>{cells}</tr>")
@@ -314,10 +246,10 @@ def _iou_cell(row: Row, name: str) -> str:
     return f'<td style="{tint}">{mean * 100:.1f}</td>'
 
 
-def _explanations(results: Results) -> str:
+def _explanations(results: Results, task: type[Task]) -> str:
     items = [
-        f"<dt>{escape(SCORE_NAMES[name])}</dt><dd>{escape(_EXPLANATIONS[name])}</dd>"
-        for name in results.rows[0].scores
+        f"<dt>{escape(score.label)}</dt><dd>{escape(score.meaning)}</dd>"
+        for score in (task.scores[name] for name in results.rows[0].scores)
     ]
     items.append(
         "<dt>s / image, MiB</dt><dd>to upsample all channels of one image: median time, and the "

@@ -1,1 +1,32 @@
-"""Tasks, one file each: what is fitted, what is scored, what the scores mean."""
+"""Tasks, one file each: its name is the task's, its docstring's first line says what is asked."""
+
+from __future__ import annotations
+
+import ast
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upfeat.registry import unknown_name
+
+if TYPE_CHECKING:
+    from upfeat.evaluation.task import Task
+
+
+def list_tasks() -> dict[str, str]:
+    """Names of tasks, with the question that each asks; nothing is imported for it."""
+    files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
+    docs = {path.stem: ast.get_docstring(ast.parse(path.read_bytes())) or "" for path in files}
+    return {name: text.partition("\n")[0] for name, text in docs.items()}
+
+
+def find_task(name: str) -> type[Task]:
+    """Import a task by name.
+
+    Raises:
+        ValueError: there is none; close names are suggested.
+    """
+    known = list_tasks()
+    if name not in known:
+        raise ValueError(f'task="{name}" is unknown; {unknown_name("task", name, list(known))}')
+    return import_module(f"{__name__}.{name}").TASK

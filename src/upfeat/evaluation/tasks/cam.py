@@ -13,6 +13,7 @@ Chattopadhay et al., Grad-CAM++, 2018, for the scores.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,13 +21,14 @@ from torch import Tensor
 from upfeat.backbones import Backbone, EfficientNetLite0
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
+from upfeat.evaluation.data.folders import Dataset
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, normalised
+from upfeat.evaluation.methods import Method
 from upfeat.evaluation.report.pictures import encode_heat
 from upfeat.evaluation.results import Row
-from upfeat.evaluation.tasks.base import Task
-from upfeat.probes import Head, head_map
-from upfeat.provenance import digest
-from upfeat.upsamplers import Upsampler
+from upfeat.evaluation.task import DRIFT, Score, Task
+from upfeat.feature_map import FeatureMap
+from upfeat.probes import Head
 
 CAM_BACKBONE = "efficientnet_lite0.stride32"
 """The level that the embedded classifier's head reads."""
@@ -67,19 +69,53 @@ class Penultimate(Backbone):
 class ClassActivation(Task):
     """Quality of activation maps on one set of images; nothing in it is drawn at random."""
 
+    title = "Class activation maps"
+    question = "Do upsampled features mark the pixels that the classifier's answer rests on?"
+    protocols: ClassVar = {
+        "cam": "the image is masked by its class activation map, and classified again",
+    }
+    scores: ClassVar = {
+        "average_drop": Score(
+            "average drop",
+            "mean loss of the class's probability when only the activated part shows, %",
+            higher_is_better=False,
+            percent=True,
+        ),
+        "average_increase": Score(
+            "average increase",
+            "share of images whose class grows more probable then, %",
+            percent=True,
+        ),
+        "drift": DRIFT,
+    }
+    pictures_title = "Maps"
+    default_backbone = CAM_BACKBONE
+
+    @classmethod
+    def adapt(cls, backbone: Backbone) -> Penultimate:
+        """See :meth:`Task.adapt`."""
+        return Penultimate(backbone)
+
+    @classmethod
+    def facts(cls, settings: Mapping[str, Any]) -> dict[str, str]:
+        """See :meth:`Task.facts`."""
+        return {"repetitions": "one: nothing is drawn"}
+
     def __init__(
         self,
         parts: Mapping[str, PreparedSet],
-        backbone: Penultimate,
+        dataset: Dataset,
+        backbone: Backbone,
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
         """See :meth:`Task.__init__`."""
-        super().__init__(parts, backbone, config, on_step)
+        super().__init__(parts, dataset, backbone, config, on_step)
+        assert isinstance(backbone, Penultimate)
         self.classifier = backbone
 
     @torch.no_grad()
-    def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
+    def rows(self, label: str, method: Method) -> list[Row]:
         """See :meth:`Task.rows`."""
         drops, increases, pictures = [], [], {}
         chosen = set(self.config.choose_pictures(len(self.test)))
@@ -87,9 +123,7 @@ class ClassActivation(Task):
             self.on_step(f"{label}: maps", index, len(self.test))
             image, features = normalised(sample.image, self.backbone), sample.features[None]
             before, category = self._probabilities(features).max(0)
-            head = self.classifier.head_of(int(category))
-            guidance = upsampler.guidance_from(image, self.backbone)
-            heat = activation(upsampler, features, guidance, head)
+            heat = activation(method(sample), self.classifier.head_of(int(category)))
             # A normalised image is grey at 0.
             after = self._probabilities(self.backbone(image * heat))[category]
             drops.append(float(((before - after) / before).clamp(min=0)))
@@ -97,33 +131,31 @@ class ClassActivation(Task):
             if index in chosen:
                 pictures[sample.name] = encode_heat(sample.image, heat)
         self.on_step(f"{label}: maps", len(self.test), len(self.test))
-        cost, drift = measure(upsampler, self.test, self.backbone)
+        cost, drift = measure(method, self.test)
         scores = {
             "average_drop": [sum(drops) / len(drops)],
             "average_increase": [sum(increases) / len(increases)],
             "drift": [drift],
         }
-        return [Row(label, "cam", digest(upsampler), scores, {}, cost, pictures)]
+        return [Row(label, "cam", method.weights, scores, {}, cost, pictures)]
 
     def _probabilities(self, features: Tensor) -> Tensor:
         """(1, 1280, h, w) -> (1000,), as the network itself classifies."""
         return self.classifier.network.classifier(features.mean((2, 3)))[0].softmax(0)
 
 
-def activation(upsampler: Upsampler, features: Tensor, guidance: Tensor, head: Head) -> Tensor:
+def activation(upsampled: FeatureMap, head: Head) -> Tensor:
     """Where features speak for a class.
 
     Args:
-        upsampler: in eval mode.
-        features: (1, C, h, w).
-        guidance: (1, 3, H, W) the image, in the upsampler's normalisation.
+        upsampled: (1, C, H, W).
         head: one output, the class's weight.
 
     Returns:
         (H, W) in [0, 1]; all 0 where nothing speaks for it.
     """
-    size = (guidance.shape[2], guidance.shape[3])
-    grid = (features.shape[2], features.shape[3])
-    kernels = upsampler.prepare(guidance, grid, size, features)
-    heat = head_map(upsampler, kernels, features, head)[0, 0].clamp(min=0)  # (H, W)
+    heat = upsampled.project(head.weight, head.bias)[0, 0].clamp(min=0)  # (H, W)
     return heat / heat.max().clamp(min=1e-12)
+
+
+TASK = ClassActivation

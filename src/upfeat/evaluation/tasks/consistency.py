@@ -11,6 +11,8 @@ with what the backbone makes of the jittered image. A protocol is a way back to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +21,10 @@ from torch import Tensor
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
+from upfeat.evaluation.data.folders import Dataset, read_photographs
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet, named_generator
 from upfeat.evaluation.data.view_features import view_features
-from upfeat.evaluation.guidance import guidance_of
-from upfeat.evaluation.results import Row
-from upfeat.evaluation.tasks.base import Task
-from upfeat.evaluation.tasks.downsampler_fit import (
+from upfeat.evaluation.downsampler_fit import (
     N_DIRECTIONS,
     Cells,
     Fitted,
@@ -33,10 +33,10 @@ from upfeat.evaluation.tasks.downsampler_fit import (
     leading_components,
     to_cells,
 )
+from upfeat.evaluation.methods import Method
+from upfeat.evaluation.results import Row
+from upfeat.evaluation.task import DRIFT, Score, Task
 from upfeat.losses import gaussian_reconstruction, random_projection
-from upfeat.probes import Head, head_map
-from upfeat.provenance import digest
-from upfeat.upsamplers import Upsampler
 from upfeat.views import Jitter, apply_jitter
 
 N_FIT_IMAGES = 64
@@ -46,29 +46,75 @@ _SUMS = ("error", "variance", "cosine", "likelihood")
 
 
 class Consistency(Task):
-    """View errors on one set of images, for any number of upsamplers."""
+    """View errors on one set of images, for any number of methods."""
+
+    title = "Multi-view consistency"
+    question = (
+        "Do features upsampled once explain what the backbone sees in jittered views of the same "
+        "image?"
+    )
+    protocols: ClassVar = {
+        "box": "warped features come back to the backbone's grid by the mean over each cell, the "
+        "same for every upsampler",
+        "simple": "warped features come back by one blur, fitted to each upsampler on training "
+        "images",
+        "attention": "warped features come back by FeatUp's attention downsampler, fitted to each "
+        "upsampler on training images",
+    }
+    scores: ClassVar = {
+        "error": Score(
+            "view error",
+            "squared error of the predicted features of unseen views over their variance; 0 is "
+            "perfect, 1 is as good as their mean",
+            higher_is_better=False,
+        ),
+        "cosine": Score(
+            "view cosine",
+            "mean cosine between predicted and actual centred features of unseen views",
+        ),
+        "nll": Score(
+            "view NLL",
+            "mean negative log-likelihood of those features, without its constant, under a "
+            "standard deviation for each cell that is fitted on training images; in units of the "
+            "features",
+            higher_is_better=False,
+        ),
+        "drift": DRIFT,
+    }
+    pictures = None
+    max_train = N_FIT_IMAGES
+
+    @classmethod
+    def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
+        """See :meth:`Task.read`."""
+        return read_photographs(folder, split_seed=config.split_seed)
+
+    @classmethod
+    def facts(cls, settings: Mapping[str, Any]) -> dict[str, str]:
+        """See :meth:`Task.facts`."""
+        return {"views": f"{settings['views']} of each test image"}
 
     def __init__(
         self,
         parts: Mapping[str, PreparedSet],
+        dataset: Dataset,
         backbone: Backbone,
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
         """See :meth:`Task.__init__`; finds the features' principal components."""
-        super().__init__(parts, backbone, config, on_step)
+        super().__init__(parts, dataset, backbone, config, on_step)
         self.leading = leading_components(self.train)  # (D, C)
 
     @torch.no_grad()
-    def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
+    def rows(self, label: str, method: Method) -> list[Row]:
         """See :meth:`Task.rows`; a seed draws jitters and fits, the same for all upsamplers."""
         names = self.config.downsamplers
-        fitted = self._fit(label, upsampler)
+        fitted = self._fit(label, method)
         sums = torch.zeros(self.config.seeds, len(names), len(_SUMS), dtype=torch.float64)
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: views", index, len(self.test))
-            guidance = guidance_of(sample.image, self.backbone, upsampler)
-            upsampled = upsampler(sample.features[None], guidance)
+            upsampled = method(sample).full()
             centre = sample.features.mean((1, 2))[None, :, None, None]
             for seed, each in enumerate(fitted):
                 views, seen = view_features(
@@ -76,8 +122,8 @@ class Consistency(Task):
                 )
                 sums[seed] += self._compare(upsampled, views, seen, centre, each)
         self.on_step(f"{label}: views", len(self.test), len(self.test))
-        cost, drift = measure(upsampler, self.test, self.backbone)
-        weights, count = digest(upsampler), len(self.test) * self.config.views
+        cost, drift = measure(method, self.test)
+        weights, count = method.weights, len(self.test) * self.config.views
         return [
             Row(label, name, weights, _scores(sums[:, index], count, drift), {}, cost)
             for index, name in enumerate(names)
@@ -105,12 +151,12 @@ class Consistency(Task):
                 row += torch.stack([squared.mean(), variance, cosine, likelihood]).cpu().double()
         return sums
 
-    def _fit(self, label: str, upsampler: Upsampler) -> list[list[Fitted]]:
+    def _fit(self, label: str, method: Method) -> list[list[Fitted]]:
         """Every downsampler of every seed; each image is upsampled once for all."""
         drawn: list[list[Cells]] = [[] for _ in range(self.config.seeds)]
         for index, sample in enumerate(self.train):
             self.on_step(f"{label}: cells", index, len(self.train))
-            for seed, cells in enumerate(self._draw(upsampler, index, sample)):
+            for seed, cells in enumerate(self._draw(method, index, sample)):
                 drawn[seed].append(cells)
         fitted = []
         for seed, parts in enumerate(drawn):
@@ -123,7 +169,7 @@ class Consistency(Task):
         self.on_step(f"{label}: downsamplers", len(drawn), len(drawn))
         return fitted
 
-    def _draw(self, upsampler: Upsampler, index: int, sample: Prepared) -> list[Cells]:
+    def _draw(self, method: Method, index: int, sample: Prepared) -> list[Cells]:
         """Cells of one training image, for every seed.
 
         Only the directions and components that are fitted on are upsampled.
@@ -134,12 +180,8 @@ class Consistency(Task):
             for generator in generators
         ]
         rows = torch.cat([self.leading, *(each.to(self.leading) for each in directions)])
-        head = Head(rows, rows.new_zeros(len(rows)))  # D + 30 S outputs
-        guidance = guidance_of(sample.image, self.backbone, upsampler)
-        features = sample.features[None]
-        grid = (features.shape[2], features.shape[3])
-        kernels = upsampler.prepare(guidance, grid, sample.size, features)
-        maps = head_map(upsampler, kernels, features, head)
+        grid = (sample.features.shape[1], sample.features.shape[2])
+        maps = method(sample).project(rows)  # D + 30 S outputs
         n_views = -(-N_FIT_IMAGES // len(self.train))
         n_cells = -(-count_cells(self.backbone.stride, len(self.leading)) // len(self.train))
         drawn = []
@@ -171,3 +213,6 @@ def _scores(sums: Tensor, count: int, drift: float) -> dict[str, list[float]]:
         "nll": (likelihood / count).tolist(),
         "drift": [drift],
     }
+
+
+TASK = Consistency

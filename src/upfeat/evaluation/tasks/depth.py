@@ -6,23 +6,59 @@ probe is trained up to both (see :func:`upfeat.probes.fit_depth`).
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
+from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
+from upfeat.evaluation.data.folders import Dataset
+from upfeat.evaluation.data.layouts import read_dataset
 from upfeat.evaluation.data.prepared import Prepared
-from upfeat.evaluation.guidance import guidance_of
+from upfeat.evaluation.methods import Method
 from upfeat.evaluation.metrics import align_depth, depth_errors, depth_scores
+from upfeat.evaluation.probing import Probing
 from upfeat.evaluation.report.pictures import encode_values
 from upfeat.evaluation.results import Row
-from upfeat.evaluation.tasks.probing import Probing
-from upfeat.probes import Head, Pixels, fit_depth, head_map
-from upfeat.provenance import digest
-from upfeat.upsamplers import Upsampler
+from upfeat.evaluation.task import DRIFT, Score
+from upfeat.probes import Head, Pixels, fit_depth
 
 
 class Depth(Probing):
-    """One dataset's depth probes and scores, for any number of upsamplers."""
+    """One dataset's depth probes and scores, for any number of methods."""
+
+    title = "Depth probes"
+    question = "How well does a linear map of upsampled features tell near from far at every pixel?"
+    scores: ClassVar = {
+        "rmse": Score(
+            "RMSE",
+            "root mean square error after the best scale and shift of each image, in the unit of "
+            "the depth maps",
+            higher_is_better=False,
+        ),
+        "abs_rel": Score(
+            "relative error",
+            "mean error over the true depth, after the same alignment",
+            higher_is_better=False,
+        ),
+        "delta_1.25": Score(
+            "δ < 1.25", "share of pixels within a factor of 1.25 of the true depth, %", percent=True
+        ),
+        "drift": DRIFT,
+    }
+    target = "depth"
+
+    @classmethod
+    def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
+        """See :meth:`Task.read`."""
+        return read_dataset(folder, "depth", layout=layout, split_seed=config.split_seed)
+
+    @classmethod
+    def draw_target(cls, sample: Prepared) -> str:
+        """See :meth:`Task.draw_target`."""
+        return encode_values(sample.label, *depth_range(sample.label))
 
     def usable(self, target: Tensor) -> Tensor:
         """See :meth:`Probing.usable`."""
@@ -32,17 +68,17 @@ class Depth(Probing):
         """See :meth:`Probing.fit_head`."""
         return fit_depth(pixels, generator)
 
-    def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
+    def rows(self, label: str, method: Method) -> list[Row]:
         """See :meth:`Task.rows`; fits its probes first."""
-        protocols = [name for name in self.config.protocols if name != "probabilities"]
-        heads = self.heads(label, upsampler, protocols)
+        protocols = [name for name in self.config.protocols if name in self.protocols]
+        heads = self.heads(label, method, protocols)
         sums = {name: torch.zeros(self.config.seeds, 4, dtype=torch.float64) for name in heads}
         pictures: dict[str, dict[str, str]] = {name: {} for name in heads}
         chosen = set(self.config.choose_pictures(len(self.test)))
         stacked = Head.cat([head for group in heads.values() for head in group])
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: test", index, len(self.test))
-            maps, depth = self._predict(upsampler, sample, stacked).cpu(), sample.label.cpu()
+            maps, depth = self._predict(method, sample, stacked).cpu(), sample.label.cpu()
             for name, group in zip(heads, maps.split(self.config.seeds), strict=True):
                 aligned = [align_depth(predicted, depth) for predicted in group]
                 sums[name] += torch.stack([depth_errors(each, depth) for each in aligned])
@@ -50,25 +86,24 @@ class Depth(Probing):
                     bounds = depth_range(depth)
                     pictures[name][sample.name] = encode_values(aligned[0], *bounds)
         self.on_step(f"{label}: test", len(self.test), len(self.test))
-        cost, drift = measure(upsampler, self.test, self.backbone)
+        cost, drift = measure(method, self.test)
         rows = []
         for name in heads:
             each = [depth_scores(seed) for seed in sums[name]]
             scores = {key: [found[key] for found in each] for key in each[0]} | {"drift": [drift]}
-            rows.append(Row(label, name, digest(upsampler), scores, {}, cost, pictures[name]))
+            rows.append(Row(label, name, method.weights, scores, {}, cost, pictures[name]))
         return rows
 
     @torch.no_grad()
-    def _predict(self, upsampler: Upsampler, sample: Prepared, head: Head) -> Tensor:
+    def _predict(self, method: Method, sample: Prepared, head: Head) -> Tensor:
         """(K, H, W), one map per output of the head."""
-        features = sample.features[None]
-        guidance = guidance_of(sample.image, self.backbone, upsampler)
-        grid = (features.shape[2], features.shape[3])
-        kernels = upsampler.prepare(guidance, grid, sample.size, features)
-        return head_map(upsampler, kernels, features, head)[0]
+        return method(sample).project(head.weight, head.bias)[0]
 
 
 def depth_range(depth: Tensor) -> tuple[float, float]:
     """Nearest and farthest known depth of a map."""
     low, high = depth[torch.isfinite(depth)].aminmax()
     return float(low), float(high)
+
+
+TASK = Depth

@@ -1,6 +1,6 @@
 """The segmentation probe: how well a linear map of upsampled features tells classes apart.
 
-Beside the protocols ``own`` and ``transfer`` (see :mod:`upfeat.evaluation.tasks.probing`) there is
+Beside the protocols ``own`` and ``transfer`` (see :mod:`upfeat.evaluation.probing`) there is
 ``probabilities``: the probe of ``transfer`` on the coarse grid, its softmax upsampled instead of
 the features. Softmax is not linear, so this is a method of its own; logits would be the same as
 ``transfer``.
@@ -8,7 +8,9 @@ the features. Softmax is not linear, so this is a method of its own; logits woul
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +20,66 @@ from upfeat.backbones import Backbone
 from upfeat.evaluation import metrics
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
-from upfeat.evaluation.data.folders import IGNORE_INDEX, Problem
+from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem
+from upfeat.evaluation.data.layouts import read_dataset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet
-from upfeat.evaluation.guidance import guidance_of
+from upfeat.evaluation.methods import Method, UpsamplerMethod
+from upfeat.evaluation.probing import PROTOCOLS, Probing
 from upfeat.evaluation.report.pictures import encode_indices
 from upfeat.evaluation.results import Row
-from upfeat.evaluation.tasks.probing import Probing
-from upfeat.probes import Head, Pixels, fit_classifier, head_map
-from upfeat.provenance import digest
-from upfeat.upsamplers import Kernels, Upsampler
+from upfeat.evaluation.task import DRIFT, Score
+from upfeat.features import UpsampledFeatures
+from upfeat.probes import Head, Pixels, fit_classifier
+from upfeat.upsamplers import Kernels
 
 
 class Segmentation(Probing):
-    """One dataset's probes and scores, for any number of upsamplers."""
+    """One dataset's probes and scores, for any number of methods."""
+
+    title = "Segmentation probes"
+    question = "How well does a linear map of upsampled features tell classes apart at every pixel?"
+    protocols: ClassVar = {
+        **PROTOCOLS,
+        "probabilities": "the probe is trained on the coarse features and its softmax on the "
+        "coarse grid is upsampled instead of the features",
+    }
+    scores: ClassVar = {
+        "miou": Score(
+            "mIoU",
+            "intersection over union, mean over the classes that the test labels hold, %",
+            percent=True,
+        ),
+        "accuracy": Score("accuracy", "share of labelled pixels that are right, %", percent=True),
+        "boundary_f": Score(
+            "boundary F",
+            "harmonic mean of precision and recall of class boundaries, where two edges match "
+            "within 0.75 % of the image's diagonal, %",
+            percent=True,
+        ),
+        "boundary_miou": Score(
+            "mIoU at edges",
+            "mIoU over the pixels within that distance of a label edge, %",
+            percent=True,
+        ),
+        "drift": DRIFT,
+    }
+    target = "label"
+    pictures = "classes"
+
+    @classmethod
+    def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
+        """See :meth:`Task.read`."""
+        return read_dataset(folder, "seg", layout=layout, split_seed=config.split_seed)
+
+    @classmethod
+    def draw_target(cls, sample: Prepared) -> str:
+        """See :meth:`Task.draw_target`."""
+        return encode_indices(sample.label)
 
     def __init__(
         self,
         parts: Mapping[str, PreparedSet],
-        classes: Sequence[str],
+        dataset: Dataset,
         backbone: Backbone,
         config: EvalConfig,
         on_step: OnStep | None = None,
@@ -45,8 +89,8 @@ class Segmentation(Probing):
         Raises:
             ValueError: no class is in both train and test, so nothing can be scored.
         """
-        super().__init__(parts, backbone, config, on_step)
-        self.classes = list(classes)
+        super().__init__(parts, dataset, backbone, config, on_step)
+        self.classes = list(dataset.classes)
         self.unseen = self._check_classes()
 
     def usable(self, target: Tensor) -> Tensor:
@@ -57,43 +101,42 @@ class Segmentation(Probing):
         """See :meth:`Probing.fit_head`."""
         return fit_classifier(pixels, len(self.classes), generator)
 
-    def rows(self, label: str, upsampler: Upsampler) -> list[Row]:
+    def rows(self, label: str, method: Method) -> list[Row]:
         """See :meth:`Task.rows`; fits its probes first."""
-        protocols = [p for p in self.config.protocols if upsampler.linear or p != "probabilities"]
-        heads = self.heads(label, upsampler, protocols)
+        linear = isinstance(method, UpsamplerMethod) and method.upsampler.linear
+        protocols = [p for p in self.config.protocols if p != "probabilities" or linear]
+        heads = self.heads(label, method, protocols)
         scores = {name: _Scores(self.config.seeds, len(self.classes)) for name in heads}
         chosen = set(self.config.choose_pictures(len(self.test)))
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: test", index, len(self.test))
             target = self._scored_label(sample)
-            for name, maps in self._predict(upsampler, sample, heads).items():
+            for name, maps in self._predict(method, sample, heads).items():
                 scores[name].add(maps, target)
                 if index in chosen:
                     scores[name].pictures[sample.name] = encode_indices(maps[0])
         self.on_step(f"{label}: test", len(self.test), len(self.test))
-        cost, drift = measure(upsampler, self.test, self.backbone)
-        weights = digest(upsampler)
+        cost, drift = measure(method, self.test)
         return [
-            scores[name].row(label, name, weights, self.classes, cost, drift) for name in protocols
+            scores[name].row(label, name, method.weights, self.classes, cost, drift)
+            for name in protocols
         ]
 
     def _predict(
-        self, upsampler: Upsampler, sample: Prepared, heads: dict[str, list[Head]]
+        self, method: Method, sample: Prepared, heads: dict[str, list[Head]]
     ) -> dict[str, Tensor]:
         """Class maps (S, H, W) of every protocol, on the CPU; only K channels are upsampled."""
-        features = sample.features[None]
-        guidance = guidance_of(sample.image, self.backbone, upsampler)
         n_classes = len(self.classes)
         with torch.no_grad():
-            grid = (features.shape[2], features.shape[3])
-            kernels = upsampler.prepare(guidance, grid, sample.size, features)
-            maps = {}
+            upsampled, maps = method(sample), {}
             for name, group in heads.items():
                 stacked = Head.cat(group)
                 if name == "probabilities":
-                    out = upsample_probabilities(kernels, features, stacked, n_classes)
+                    assert isinstance(upsampled, UpsampledFeatures)
+                    coarse = sample.features[None]
+                    out = upsample_probabilities(upsampled.kernels, coarse, stacked, n_classes)
                 else:
-                    out = head_map(upsampler, kernels, features, stacked)
+                    out = upsampled.project(stacked.weight, stacked.bias)
                 maps[name] = out.view(len(group), n_classes, *sample.size).argmax(1).cpu()
         return maps
 
@@ -185,3 +228,6 @@ class _Scores:
         iou = torch.stack([metrics.class_iou(matrix) for matrix in self.matrix])  # (S, K)
         per_class = {name: iou[:, index].tolist() for index, name in enumerate(classes)}
         return Row(label, protocol, weights, scores, per_class, cost, self.pictures)
+
+
+TASK = Segmentation

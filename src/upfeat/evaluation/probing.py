@@ -1,4 +1,4 @@
-"""What the probes of all tasks share: which pixels they see, and what they are trained on.
+"""Probing tasks: linear heads fitted on drawn pixels of each method's features.
 
 Protocols:
 
@@ -13,17 +13,24 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
+from upfeat.evaluation.data.folders import Dataset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet, named_generator
-from upfeat.evaluation.guidance import guidance_of
-from upfeat.evaluation.tasks.base import Task
+from upfeat.evaluation.methods import Method
+from upfeat.evaluation.task import Task
 from upfeat.probes import Head, Pixels, draw_pixels, read_cells, read_pixels
-from upfeat.upsamplers import Upsampler
+
+PROTOCOLS = {
+    "own": "the probe is trained on the upsampled features of the training images",
+    "transfer": "the probe is trained on the coarse features and applied to the upsampled ones; "
+    "upsampling its logits gives the same",
+}
 
 
 class Probing(Task):
@@ -32,13 +39,21 @@ class Probing(Task):
     def __init__(
         self,
         parts: Mapping[str, PreparedSet],
+        dataset: Dataset,
         backbone: Backbone,
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
         """See :meth:`Task.__init__`."""
-        super().__init__(parts, backbone, config, on_step)
+        super().__init__(parts, dataset, backbone, config, on_step)
         self._transfer_heads: list[Head] | None = None
+
+    protocols = PROTOCOLS
+
+    @classmethod
+    def facts(cls, settings: Mapping[str, Any]) -> dict[str, str]:
+        """See :meth:`Task.facts`."""
+        return {"probes": f"{settings['pixels']} pixels of each training image"}
 
     @abstractmethod
     def usable(self, target: Tensor) -> Tensor:
@@ -53,23 +68,20 @@ class Probing(Task):
         """One for each repetition."""
         return range(self.config.seeds)
 
-    def heads(
-        self, label: str, upsampler: Upsampler, protocols: Sequence[str]
-    ) -> dict[str, list[Head]]:
+    def heads(self, label: str, method: Method, protocols: Sequence[str]) -> dict[str, list[Head]]:
         """Probes of every protocol, one per seed; those that are not ``own`` share theirs."""
         return {
-            name: self._fit_upsampled(label, upsampler) if name == "own" else self._fit_coarse()
+            name: self._fit_upsampled(label, method) if name == "own" else self._fit_coarse()
             for name in protocols
         }
 
-    def _fit_upsampled(self, label: str, upsampler: Upsampler) -> list[Head]:
+    def _fit_upsampled(self, label: str, method: Method) -> list[Head]:
         """Probes on upsampled features; every image is upsampled once for all seeds."""
         drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
         for index, sample in enumerate(self.train):
             self.on_step(f"{label}: train", index, len(self.train))
             with torch.no_grad():
-                guidance = guidance_of(sample.image, self.backbone, upsampler)
-                upsampled = upsampler(sample.features[None], guidance)[0]
+                upsampled = method(sample).full()[0]
             for seed in self.seeds:
                 places = self._places(sample, seed)
                 read = read_pixels(upsampled, places), sample.label.flatten()[places]

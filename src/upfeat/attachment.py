@@ -1,0 +1,327 @@
+"""An upsampler behind a module in the middle of a network, and out again."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.normalization import IMAGENET, Normalization, check_normalization
+from upfeat.registry import unknown_name
+from upfeat.types import Size
+from upfeat.upsamplers import Upsampler
+
+Guidance = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+"""From the arguments of a network, positional and named, to its image (B, 3, H, W)."""
+
+
+def attach(
+    network: nn.Module,
+    layer: str | nn.Module,
+    upsampler: Upsampler,
+    *,
+    stride: int = 1,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    head: str | nn.Module | None = None,
+    guidance: Guidance | None = None,
+) -> Attachment:
+    """Upsample what a module inside a network returns, guided by the network's own input image.
+
+    Nothing is retrained and nothing is copied: hooks do it, until :meth:`Attachment.remove`.
+    Gradients flow through, to the network and to the upsampler.
+
+    Args:
+        network: the network, called with a normalised image (B, 3, H, W).
+        layer: the module in it, or its name as ``network.named_modules()`` has it ("layer4"). It
+            must return features (B, C, h, w); it is that output which is upsampled.
+        upsampler: any upsampler; one with an ``embed_dim`` must have the layer's channels.
+        stride: image pixels per cell of what comes out of the layer from then on.
+        mean: how the network's images are normalised, RGB in [0, 1]; ``None`` for ImageNet's.
+        std: likewise.
+        head: the module behind the layer, or its name, if what it learned on the coarse grid shall
+            mean the same on the fine one: its 3×3 and wider convolutions are dilated by the ratio
+            of the grids, its ``nn.Upsample`` by a factor enlarge by so much less. Of 1×1 and linear
+            layers, norms and global pooling nothing changes, with or without.
+        guidance: picks the image out of the network's arguments; ``None`` for the first
+            four-dimensional floating-point tensor.
+
+    Returns:
+        What takes it out again, by ``remove()`` or at the end of a ``with`` statement.
+
+    Raises:
+        ValueError: there is no such layer (close names are suggested), or an argument is out of
+            range; when the network is called: there is no image, or the layer returns no features.
+
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 16, stride=16), nn.Conv2d(8, 5, 1))
+        >>> from upfeat import NeighbourhoodUpsampler
+        >>> with attach(network, "0", NeighbourhoodUpsampler(), stride=4):
+        ...     network(torch.zeros(1, 3, 64, 96)).shape
+        torch.Size([1, 5, 16, 24])
+        >>> network(torch.zeros(1, 3, 64, 96)).shape
+        torch.Size([1, 5, 4, 6])
+    """
+    if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        network = network.module  # each replica sees its own part of the batch
+    if isinstance(stride, bool) or stride != int(stride) or stride < 1:
+        raise ValueError(f"stride={stride!r} must be a whole number of pixels, 1 or more")
+    normalization = IMAGENET
+    if mean is not None or std is not None:
+        normalization = check_normalization(mean, std)
+    return Attachment(
+        network,
+        _module(network, layer, "layer"),
+        upsampler,
+        stride=stride,
+        normalization=normalization,
+        head=None if head is None else _module(network, head, "head"),
+        guidance=guidance,
+    )
+
+
+class Attachment:
+    """An upsampler in a network, as :func:`attach` returns it.
+
+    Calls may be nested and come from several threads; each has its own image.
+
+    Attributes:
+        network: the network.
+        layer: the module whose output is upsampled.
+        upsampler: the upsampler, no part of ``network.parameters()``.
+        attached: whether it is still in place.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        layer: nn.Module,
+        upsampler: Upsampler,
+        *,
+        stride: int,
+        normalization: Normalization,
+        head: nn.Module | None,
+        guidance: Guidance | None,
+    ) -> None:
+        """Put it in place; see :func:`attach`."""
+        self.network, self.layer, self.upsampler = network, layer, upsampler
+        self.stride, self.normalization = stride, normalization
+        self._guidance = guidance or _first_image
+        # By thread: the images of the calls that are under way, and the ratio of the last grids.
+        self._images: dict[int, list[Tensor | None]] = {}
+        self._ratios: dict[int, Size] = {}
+        self._lock = _Lock()
+        self._changed: list[tuple[nn.Module, type[nn.Module]]] = []
+        self._handles = [
+            network.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            layer.register_forward_hook(self._upsample),
+            network.register_forward_hook(self._leave, always_call=True),
+        ]
+        if head is not None:
+            self._widen(head)
+        self.attached = True
+
+    def remove(self) -> None:
+        """Take the upsampler out; the network is as it was. Doing so twice does no harm."""
+        for handle in self._handles:
+            handle.remove()
+        for module, kind in self._changed:
+            module.__class__ = kind
+            del module._attachment
+        self._handles, self._changed, self.attached = [], [], False
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = f"stride {self.stride}" if self.attached else "removed"
+        name = next(
+            (name for name, module in self.network.named_modules() if module is self.layer), "?"
+        )
+        return f"Attachment({self.upsampler.name} behind {name or 'the network'}, {state})"
+
+    def ratio(self) -> Size:
+        """How many times finer than before the layer's last output was, in this thread."""
+        return self._ratios.get(_thread(), (1, 1))
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls = self._images.setdefault(_thread(), [])
+        calls.append(None)  # first, since leaving takes one off whether this fails or not
+        calls[-1] = self._guidance(args, kwargs)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        thread = _thread()
+        images = self._images.get(thread)
+        if images:
+            images.pop()
+        if not images:
+            self._images.pop(thread, None)
+            self._ratios.pop(thread, None)
+
+    def _upsample(self, module: nn.Module, args: tuple[Any, ...], features: object) -> object:
+        thread = _thread()
+        images = self._images.get(thread)
+        image = images[-1] if images else None
+        if image is None:  # called by itself, not by the network
+            return features
+        if not isinstance(features, Tensor) or features.dim() != 4:
+            found = f"{tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
+            raise ValueError(
+                f"the layer to upsample behind returned {found}, not features (B, C, h, w); choose "
+                "a layer that does, or one that the tokens are reshaped by"
+            )
+        image = self._guidance_of(image)
+        size = -(-image.shape[2] // self.stride), -(-image.shape[3] // self.stride)
+        before = features.shape[2:]
+        self._ratios[thread] = (
+            max(round(size[0] / before[0]), 1),
+            max(round(size[1] / before[1]), 1),
+        )
+        return self._apply(features, image, size)
+
+    def _guidance_of(self, image: Tensor) -> Tensor:
+        own = self.upsampler.normalization
+        if own is None or image.shape[1] != 3:
+            return image
+        return self.normalization.convert(image, own)
+
+    def _apply(self, features: Tensor, image: Tensor, size: Size) -> Tensor:
+        """Upsample in the precision of the upsampler's weights, on the features' device."""
+        weight = next(self.upsampler.parameters(), features)
+        inputs = features.to(weight.dtype), image.to(features.device, weight.dtype)
+        if weight.device == features.device:
+            return self.upsampler(*inputs, size).to(features.dtype)
+        # A replica on another device. Its weights are those of here, and gradients come back.
+        moved = {
+            name: value.to(features.device)
+            for name, value in (
+                *self.upsampler.named_parameters(),
+                *self.upsampler.named_buffers(),
+            )
+        }
+        with self._lock:  # it swaps the weights of the module itself for the time of the call
+            out = torch.func.functional_call(self.upsampler, moved, (*inputs, size))
+        return out.to(features.dtype)
+
+    def _widen(self, head: nn.Module) -> None:
+        unchanged = []
+        for name, module in head.named_modules():
+            kind = _kind_on_a_finer_grid(module)
+            if kind is not None:
+                self._changed.append((module, type(module)))
+                module.__class__ = kind
+                module._attachment = self  # pyright: ignore[reportArgumentType]
+            elif _depends_on_the_grid(module):
+                unchanged.append(name or type(module).__name__)
+        if unchanged:
+            warnings.warn(
+                f"head: {', '.join(unchanged)} cannot be carried over to a finer grid and see "
+                "less of the image there",
+                stacklevel=4,
+            )
+
+
+class _Lock:
+    """A lock that copies of a network may copy, as a new one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type[_Lock], tuple[()]]:
+        return _Lock, ()
+
+
+class _DilatedConv2d(nn.Conv2d):
+    """A convolution whose taps are as far apart in the image as they were on the coarse grid."""
+
+    _attachment: Attachment
+
+    def forward(self, input: Tensor) -> Tensor:
+        ratio = self._attachment.ratio()
+        if ratio == (1, 1):
+            return super().forward(input)
+        dilation = [own * times for own, times in zip(self.dilation, ratio, strict=True)]
+        if isinstance(self.padding, str):
+            padding = [0, 0]
+            if self.padding == "same":
+                padding = [
+                    d * (k - 1) // 2 for d, k in zip(dilation, self.kernel_size, strict=True)
+                ]
+        else:
+            padding = [own * times for own, times in zip(self.padding, ratio, strict=True)]
+        if self.padding_mode != "zeros" and any(padding):
+            input = F.pad(input, (padding[1],) * 2 + (padding[0],) * 2, mode=self.padding_mode)
+            padding = [0, 0]
+        return F.conv2d(input, self.weight, self.bias, 1, padding, dilation, self.groups)
+
+
+class _SmallerUpsample(nn.Upsample):
+    """An enlargement that is left to do after the upsampler's."""
+
+    _attachment: Attachment
+
+    def forward(self, input: Tensor) -> Tensor:
+        factor = self.scale_factor
+        assert factor is not None
+        factors = factor if isinstance(factor, tuple) else (factor, factor)
+        sides = zip(input.shape[2:], factors, self._attachment.ratio(), strict=True)
+        size = [max(round(side * factor / ratio), 1) for side, factor, ratio in sides]
+        return F.interpolate(input, size=size, mode=self.mode, align_corners=self.align_corners)
+
+
+def _kind_on_a_finer_grid(module: nn.Module) -> type[nn.Module] | None:
+    """The class that does a module's work on a finer grid; ``None`` where none is needed or is."""
+    if type(module) is nn.Conv2d and max(module.kernel_size) > 1 and max(module.stride) == 1:
+        return _DilatedConv2d
+    if type(module) is nn.Upsample and module.scale_factor is not None:
+        return _SmallerUpsample
+    return None
+
+
+def _depends_on_the_grid(module: nn.Module) -> bool:
+    """Whether a module, left alone, means something else on a finer grid."""
+    pools = nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.ConvTranspose2d, nn.Unfold, nn.PixelShuffle
+    if isinstance(module, nn.Conv2d):
+        return max(module.kernel_size) > 1 or max(module.stride) > 1
+    return isinstance(module, pools)
+
+
+def _thread() -> int:
+    """Whose call it is; a graph that is being compiled is one thread's."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _module(network: nn.Module, module: str | nn.Module, label: str) -> nn.Module:
+    """The module of a name, or checked to be in the network."""
+    known = dict(network.named_modules())
+    if isinstance(module, str):
+        if module not in known:
+            raise ValueError(unknown_name(label, module, [name for name in known if name]))
+        return known[module]
+    if not any(module is other for other in known.values()):
+        raise ValueError(f"{label} is a {type(module).__name__} that is not in the network")
+    return module
+
+
+def _first_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+            return value
+    raise ValueError(
+        "the network was called without an image (B, 3, H, W); say by guidance= how to get it from "
+        "the arguments"
+    )

@@ -1,0 +1,166 @@
+"""What commands have in common at the terminal: progress, failures of a batch, safe printing."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from upfeat.failures import failure_reason, one_line
+from upfeat.machine import readable
+from upfeat.marks import PICTURE
+from upfeat.outputs import Inputs, Outputs, Photo, check_output, find_photographs, is_done
+from upfeat.storage import sweep
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
+Plan = list[tuple[Path, Outputs]]
+"""Photographs and where their results go."""
+
+
+def say(text: str) -> None:
+    """Print a line; characters that the terminal cannot show are escaped, as in odd file names."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def note(command: str, text: str) -> None:
+    """Tell the user something that is no result, on standard error."""
+    print(f"upfeat {command}: note: {text}", file=sys.stderr)
+
+
+@contextmanager
+def progress_bar(*columns: str | ProgressColumn, keep: bool = False) -> Iterator[Progress]:
+    """A progress bar on standard error; nothing where that is no terminal.
+
+    Args:
+        columns: of the bar; by default those of rich.
+        keep: leave it on the screen when the work has ended.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=not keep, disable=not console.is_terminal
+    ) as progress:
+        yield progress
+
+
+class Batch:
+    """Work on many photographs: one that fails is reported at the end, and the others are done."""
+
+    def __init__(self, command: str, paths: Sequence[Path]) -> None:
+        """Find the photographs.
+
+        Args:
+            command: whose errors these are.
+            paths: files, and folders to search.
+        """
+        self.command = command
+        self.found = find_photographs(paths)
+        self.photos = [one for one in self.found if isinstance(one, Photo)]
+        self._order = {photo.path: place for place, photo in enumerate(self.photos)}
+        self._failures: list[tuple[int, str]] = []
+        for one in self.found:
+            if not isinstance(one, Photo):
+                self._failures.append((-1, one_line(one)))
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Report what failed, in the order given; also when the rest was interrupted."""
+        for _, line in sorted(self._failures, key=lambda failure: failure[0]):
+            print(f"upfeat {self.command}: error: {line}", file=sys.stderr)
+        total = len(self._order) + len(self.found) - len(self.photos)
+        if self._failures and total > 1:
+            count = f"{len(self._failures)} of {total} photographs failed"
+            print(f"upfeat {self.command}: {count}", file=sys.stderr)
+
+    @property
+    def exit_code(self) -> int:
+        """2 if anything failed, else 0."""
+        return 2 if self._failures else 0
+
+    @contextmanager
+    def attempt(self, photo: Path) -> Iterator[None]:
+        """Do one photograph: note what fails, let faults of the program through."""
+        try:
+            yield
+        except Exception as error:
+            reason = failure_reason(error)
+            if reason is None:
+                raise
+            line = reason if str(photo) in reason else f"{photo}: {reason}"
+            self._failures.append((self._order.get(photo, -1), line))
+
+    def permitted(
+        self, plan: Plan, others: Sequence[str | Path | None], kind: str, *, overwrite: bool
+    ) -> Plan:
+        """Leave out, as failed, photographs whose results may not be written where they would go.
+
+        Args:
+            plan: photographs and their outputs.
+            others: what the command reads beside the photographs.
+            kind: what files of features will say they are.
+            overwrite: as :func:`upfeat.outputs.check_output` takes it.
+        """
+        inputs = Inputs([*(photo for photo, _ in plan), *others])
+        kept = []
+        for photo, outputs in plan:
+            with self.attempt(photo):
+                check_output(outputs.features, inputs, kind, overwrite=overwrite)
+                if outputs.picture is not None:
+                    check_output(outputs.picture, inputs, PICTURE, overwrite=overwrite)
+                kept.append((photo, outputs))
+        return kept
+
+    def pending(self, plan: Plan, recipe: Callable[[Path], str]) -> Plan:
+        """Leave out photographs that are done, and say so; sweep the folders of the others.
+
+        Args:
+            plan: photographs and their outputs.
+            recipe: digest of all that a photograph's results depend on.
+        """
+        for folder in {outputs.features.parent for _, outputs in plan}:
+            sweep(folder)
+        kept = []
+        for photo, outputs in plan:
+            done = None
+            with self.attempt(photo):
+                done = is_done(outputs, recipe(photo))
+            if done:
+                say(f"{outputs.features}  done before")
+            elif done is not None:
+                kept.append((photo, outputs))
+        return kept
+
+
+def announce_size(command: str, sizes: Sequence[int | None], folder: Path) -> None:
+    """Say what many results will take on disk, before they do.
+
+    Args:
+        command: that writes them.
+        sizes: bytes of each; those that are not known do not count.
+        folder: where they go.
+    """
+    if len(sizes) < 2:
+        return
+    total, free = sum(size or 0 for size in sizes), shutil.disk_usage(folder).free
+    text = f"{len(sizes)} photographs take about {readable(total)} in {folder}"
+    if total > free:
+        text += f", where only {readable(free)} are free: some will fail; give a smaller --size"
+    else:
+        text += f" ({readable(free)} free)"
+    note(command, text)

@@ -1,0 +1,67 @@
+"""Errors that are about one file, the disk or the memory, and not about the program.
+
+The one place that knows which: batches go on after such an error, commands say it in one line, and
+anything else is a fault of the program and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+
+from PIL import Image
+from safetensors import SafetensorError
+
+from upfeat.machine import readable
+
+_FAILURES = (
+    OSError,
+    ValueError,
+    EOFError,
+    SyntaxError,  # Pillow's, for damaged PNG files
+    struct.error,
+    zlib.error,
+    SafetensorError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+# PyTorch raises RuntimeError where an allocation fails; only its words tell.
+_ALLOCATOR = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|bad_alloc|"
+    r"Storage size calculation overflowed|Invalid buffer size",
+    re.IGNORECASE,
+)
+_TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
+
+
+def failure_reason(error: BaseException) -> str | None:
+    """One line about an error that one file, the disk or the memory is to blame for.
+
+    Args:
+        error: any.
+
+    Returns:
+        The line; ``None`` for a fault of the program, which should be raised again.
+    """
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _ALLOCATOR.search(str(error))
+    ):
+        return f"not enough memory{_tried(str(error))}; give a smaller size"
+    return one_line(error) if isinstance(error, _FAILURES) else None
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message without line breaks; a system error's with its file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _tried(text: str) -> str:
+    found = _TRIED.search(text)
+    if found is None:
+        return ""
+    amount, _, unit = found[1].partition(" ")
+    shown = readable(float(amount)) if unit == "bytes" else found[1].rstrip(".")
+    return f" (tried to allocate {shown})"

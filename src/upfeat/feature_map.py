@@ -1,0 +1,84 @@
+"""Feature maps of which only what is asked for is made: what every one of them offers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from upfeat.bounds import LARGEST, whole
+from upfeat.types import Size, Window
+from upfeat.upsamplers.base import check_finite
+
+
+class FeatureMap(ABC):
+    """Features (B, C, H, W) that exist where they are asked for.
+
+    Attributes:
+        shape: (B, C, H, W) of the whole map.
+    """
+
+    shape: torch.Size
+
+    @abstractmethod
+    def full(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Make the whole map, (B, C, H, W), in this dtype."""
+
+    @abstractmethod
+    def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """Make a window of the map, (B, C, height, width)."""
+
+    @abstractmethod
+    def at(self, points: Tensor) -> Tensor:
+        """Make features at points (N, 2), rows (y, x) in pixels: (N, C)."""
+
+    @abstractmethod
+    def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Apply a linear head (K, C), (K,) at every pixel, (B, K, H, W), without the C channels."""
+
+
+def check_window(size: Size, top: int, left: int, height: int, width: int) -> Window:
+    """Check that a window lies in a map.
+
+    Raises:
+        ValueError: it does not, or its sides are not whole numbers.
+    """
+    sides = {"top": top, "left": left, "height": height, "width": width}
+    window = Window(*(whole(name, side, -LARGEST) for name, side in sides.items()))
+    inside = min(window.top, window.left) >= 0 and min(window.height, window.width) >= 1
+    if not inside or window.bottom > size[0] or window.right > size[1]:
+        raise ValueError(
+            f"crop(top={top}, left={left}, height={height}, width={width}) does not lie in "
+            f"the map of {size[0]}×{size[1]}"
+        )
+    return window
+
+
+def check_head(weight: Tensor, bias: Tensor | None, channels: int) -> None:
+    """Check that a linear head takes a map's channels, and is finite.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if weight.dim() != 2 or weight.shape[1] != channels:
+        raise ValueError(
+            f"weight must be (K, {channels}) for these features, not {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be ({len(weight)},), not {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_finite(name, tensor, "check how the head was fitted")
+
+
+def check_points(points: Tensor) -> None:
+    """Check the shape and type of points.
+
+    Raises:
+        ValueError: they are not (N, 2) numbers.
+    """
+    if points.dim() != 2 or points.shape[1] != 2:
+        raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
+    if points.is_complex() or points.dtype is torch.bool:
+        raise ValueError(f"points is {points.dtype}; give numbers of pixels")

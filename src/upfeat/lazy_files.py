@@ -1,0 +1,258 @@
+"""Lazy features on disk: coarse features and image in few bytes, and nothing that is not faithful.
+
+Features go as float16, the image as 8 bits a colour where it is one; where either would lose more
+than that says, it is stored better or refused. What is read is checked as if it came from anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from upfeat._version import __version__
+from upfeat.bounds import number
+from upfeat.storage import read_tensors, write_tensors
+from upfeat.strict_json import parse_object
+from upfeat.tensor_checks import check_values, read_layouts
+from upfeat.types import Size
+from upfeat.upsamplers.base import UPSAMPLERS, Upsampler, check_output_size
+from upfeat.upsamplers.blueprint import build
+
+FORMAT = "upfeat-lazy-features-1"
+"""What files say they are."""
+
+Colour = tuple[float, ...]
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
+_HALF_ERROR = 2.0**-10
+"""Share of the largest feature that float16 may cost; of numbers above 6e-5 it costs half."""
+_COARSEST = 1e-3
+"""Largest error of a stored image, in deviations of its channel."""
+_LEVELS = (1 << 16) - 1
+
+
+class Parts(NamedTuple):
+    """What lazy features are made of."""
+
+    features: Tensor
+    guidance: Tensor
+    upsampler: Upsampler
+    output_size: Size
+    normalization: tuple[Colour, Colour] | None
+    """Mean and standard deviation of the guidance's channels."""
+    missing: Tensor | None
+    """(B, 1, *output_size) bool: pixels without data."""
+
+
+def write_parts(path: str | Path, parts: Parts, *, exact: bool) -> None:
+    """Write lazy features.
+
+    Args:
+        path: the safetensors file.
+        parts: what they are made of.
+        exact: keep features and guidance as they are.
+
+    Raises:
+        ValueError: features or guidance are NaN or infinite, or the features lose too much in
+            float16.
+    """
+    features, guidance = parts.features.detach(), parts.guidance.detach()
+    for name, tensor in (("features", features), ("guidance", guidance)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinity; nothing is written")
+    tensors = {"features": features, "guidance": guidance}
+    if not exact:
+        tensors = {"features": _halved(features), **_quantised(guidance, parts.normalization)}
+    if parts.missing is not None:
+        tensors["missing"] = parts.missing
+    name, config = parts.upsampler.name, parts.upsampler.config()
+    facts = {
+        "format": FORMAT,
+        "upfeat_version": __version__,
+        "dtype": str(features.dtype).removeprefix("torch."),
+        "output_size": json.dumps(list(parts.output_size)),
+        "upsampler": json.dumps({"upsampler": name, **config}),
+        "weights": digest(parts.upsampler),
+    }
+    if parts.normalization is not None:
+        mean, std = parts.normalization
+        facts["normalization"] = json.dumps({"mean": mean, "std": std})
+    write_tensors(path, {name: one.contiguous() for name, one in tensors.items()}, facts)
+
+
+def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
+    """Read what :func:`write_parts` wrote.
+
+    Args:
+        path: the file.
+        upsampler: the one that was used; ``None`` where it has no weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is of another kind or damaged, or the upsampler is another one.
+    """
+    layouts, facts = read_layouts(path)
+    if facts.get("format") != FORMAT:
+        found = facts.get("format", "no format")
+        raise ValueError(f"{path}: not lazy features of this version ({found}, not {FORMAT})")
+    for name in ("features", "guidance"):
+        if name not in layouts or len(layouts[name].shape) != 4:
+            raise ValueError(f"{path}: damaged: lacks {name} (B, channels, height, width)")
+    if set(layouts) - {"features", "guidance", "scale", "shift", "missing"}:
+        raise ValueError(f"{path}: damaged: holds more tensors than lazy features have")
+    dtype = _DTYPES.get(facts.get("dtype", ""))
+    if dtype is None:
+        raise ValueError(f"{path}: damaged: dtype {facts.get('dtype')!r:.40} is none of features")
+    upsampler = _upsampler(path, facts, upsampler)
+    size = _output_size(path, facts)
+    tensors, _ = read_tensors(path)
+    anything = {"features": (0.0, torch.inf), "guidance": (0.0, torch.inf)}
+    features = tensors["features"]
+    check_values(path, {"features": features}, magnitudes=anything, floating=True)
+    guidance = tensors["guidance"]
+    if "scale" in tensors or "shift" in tensors:
+        guidance = _restored(path, tensors)
+    check_values(path, {"guidance": guidance}, magnitudes=anything, floating=True)
+    known, missing = _normalization(path, facts, guidance.shape[1]), _missing(path, tensors, size)
+    return Parts(features.to(dtype), guidance.to(dtype), upsampler, size, known, missing)
+
+
+def digest(upsampler: Upsampler) -> str:
+    """A name for an upsampler's weights; "none" where it has none."""
+    state = upsampler.state_dict()
+    if not state:
+        return "none"
+    found = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        found.update(name.encode())
+        found.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _halved(features: Tensor) -> Tensor:
+    """Features in float16, if they survive it.
+
+    Raises:
+        ValueError: they overflow, or are so small that steps of float16 show.
+    """
+    half = features.half()
+    if not bool(torch.isfinite(half).all()):
+        raise ValueError("features overflow float16; save(path, exact=True)")
+    error, largest = (half.to(features) - features).abs().max(), features.abs().max()
+    if error > _HALF_ERROR * largest:
+        raise ValueError(
+            f"features, at most {float(largest):.2g}, are too small for float16; "
+            "save(path, exact=True)"
+        )
+    return half
+
+
+def _quantised(guidance: Tensor, normalization: tuple[Colour, Colour] | None) -> dict[str, Tensor]:
+    """The image in few bits: 8 for a photograph, 16 for other values, all where these are few.
+
+    Stored levels times ``scale`` plus ``shift`` is the image, each a value for a channel.
+    """
+    values = guidance.double()
+    if normalization is not None:
+        mean, std = (values.new_tensor(one) for one in normalization)
+        levels = ((values * _per_channel(std) + _per_channel(mean)) * 255).round()
+        if bool((levels >= 0).all()) and bool((levels <= 255).all()):
+            scale, shift = 1 / (255 * std), -mean / std
+            return {"guidance": levels.byte(), "scale": scale.float(), "shift": shift.float()}
+    flat = values.transpose(0, 1).flatten(1)  # (channels, B·H·W)
+    low, high = flat.aminmax(dim=1)
+    scale = (high - low) / _LEVELS
+    # Of a constant channel, any step will do.
+    scale = torch.where(scale > 0, scale, 1.0)
+    if bool((scale / 2 > _COARSEST * flat.std(1, correction=0)).logical_and(high > low).any()):
+        return {"guidance": guidance}
+    middle = low + (1 << 15) * scale
+    levels = ((values - _per_channel(middle)) / _per_channel(scale)).round()
+    tensors = {"scale": scale.float(), "shift": middle.float()}
+    restored = levels * _per_channel(tensors["scale"]) + _per_channel(tensors["shift"])
+    if bool(((restored - values).abs() > _per_channel(scale)).any()):  # a large constant besides
+        return {"guidance": guidance}
+    return {"guidance": levels.to(torch.int16), **tensors}
+
+
+def _per_channel(values: Tensor) -> Tensor:
+    return values[:, None, None]
+
+
+def _restored(path: str | Path, tensors: dict[str, Tensor]) -> Tensor:
+    """The inverse of :func:`_quantised`."""
+    guidance = tensors["guidance"]
+    steps = {name: tensors.get(name, torch.empty(0)) for name in ("scale", "shift")}
+    check_values(
+        path, steps, magnitudes={"scale": (1e-30, 1e30), "shift": (0, 1e30)}, floating=True
+    )
+    channels = guidance.shape[1]
+    for name, tensor in steps.items():
+        if tuple(tensor.shape) != (channels,):
+            raise ValueError(
+                f"{path}: damaged: {name} is {tuple(tensor.shape)}, not a value for each of "
+                f"{channels} channels"
+            )
+    if guidance.dtype not in (torch.uint8, torch.int16):
+        raise ValueError(f"{path}: damaged: guidance holds {guidance.dtype}, not levels")
+    return guidance.float() * _per_channel(steps["scale"]) + _per_channel(steps["shift"])
+
+
+def _upsampler(path: str | Path, facts: dict[str, str], given: Upsampler | None) -> Upsampler:
+    """The upsampler of the file: the one given, if it is the same, or one without weights."""
+    config = parse_object(facts.get("upsampler", ""), f"{path}: upsampler")
+    name, weights = config.pop("upsampler", None), facts.get("weights")
+    if not isinstance(name, str) or not isinstance(weights, str):
+        raise ValueError(f"{path}: damaged: does not say which upsampler made it")
+    if given is None and weights == "none" and name in UPSAMPLERS:
+        given = build(UPSAMPLERS[name], config, f"{path}: upsampler").eval()
+    if given is None:
+        raise ValueError(f"{path}: made by a {name[:60]} with weights; give it as upsampler=")
+    if given.name != name or digest(given) != weights:
+        raise ValueError(f"{path}: made by a {name[:60]} with other weights than the one given")
+    own: dict[str, Any] = json.loads(json.dumps(given.config()))
+    other = [key for key in {**own, **config} if own.get(key) != config.get(key)]
+    if other:
+        listed = ", ".join(f"{key}={config.get(key)!r:.40}" for key in sorted(other))
+        raise ValueError(f"{path}: made by a {name[:60]} with {listed}; give that as upsampler=")
+    return given
+
+
+def _output_size(path: str | Path, facts: dict[str, str]) -> Size:
+    try:
+        height, width = json.loads(facts["output_size"])
+        return check_output_size((height, width))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise ValueError(f"{path}: damaged: its output size is not two whole numbers") from None
+
+
+def _normalization(
+    path: str | Path, facts: dict[str, str], channels: int
+) -> tuple[Colour, Colour] | None:
+    if "normalization" not in facts:
+        return None
+    found = parse_object(facts["normalization"], f"{path}: normalization")
+    values = []
+    for name, least in (("mean", -1e9), ("std", 1e-9)):
+        one = found.get(name)
+        if not isinstance(one, list) or len(one) != channels:
+            raise ValueError(f"{path}: normalization: {name} must be {channels} values")
+        values.append(tuple(number(f"{path}: {name}", value, least, 1e9) for value in one))
+    return values[0], values[1]
+
+
+def _missing(path: str | Path, tensors: dict[str, Tensor], size: Size) -> Tensor | None:
+    missing = tensors.get("missing")
+    if missing is None:
+        return None
+    shape = (len(tensors["features"]), 1, *size)
+    if missing.dtype is not torch.bool or tuple(missing.shape) != shape:
+        raise ValueError(f"{path}: damaged: missing is no mask of {'×'.join(map(str, shape))}")
+    return missing

@@ -1,0 +1,316 @@
+"""Which files a command reads and writes: found, named, and never a file that is not ours to write.
+
+Whatever does not say that upfeat made it (:mod:`upfeat.marks`) is somebody else's, and so is every
+input.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from upfeat._version import __version__
+from upfeat.machine import readable
+from upfeat.marks import kind_of, picture_facts
+from upfeat.storage import replacing, sweep
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photograph to be worked on.
+
+    Attributes:
+        path: of the file.
+        below: the folder it lies in, relative to the one that was given; empty for a file given by
+            name.
+    """
+
+    path: Path
+    below: Path = Path()
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where one photograph's results go."""
+
+    features: Path
+    picture: Path | None
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Every file."""
+        return (self.features,) if self.picture is None else (self.features, self.picture)
+
+
+def find_photographs(paths: Iterable[Path]) -> list[Photo | OSError | ValueError]:
+    """Replace every folder by the photographs in it and in the folders below it, sorted by name.
+
+    Hidden files and folders, and pictures that upfeat made, are left out of folders; what is given
+    by name is taken as it is.
+
+    Returns:
+        The photographs; an error for a folder that holds none or cannot be read.
+    """
+    found: list[Photo | OSError | ValueError] = []
+    for path in paths:
+        try:
+            inside = _search(path) if path.is_dir() else [Photo(path)]
+        except OSError as error:
+            found.append(error)
+            continue
+        found += inside or [ValueError(f"{path}: no image file in this folder")]
+    return found
+
+
+def _search(folder: Path) -> list[Photo]:
+    """Photographs in a folder and below it."""
+    Image.init()
+    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
+    known |= {".heic", ".heif"}
+    found = []
+    for place, folders, names in os.walk(folder, onerror=_raise):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(place, name)
+            if name.startswith(".") or path.suffix.lower() not in known or not path.is_file():
+                continue
+            if not (name.endswith(".features.png") and _is_ours(path)):
+                found.append(Photo(path, Path(place).relative_to(folder)))
+    return found
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return kind_of(path) is not None
+    except OSError:
+        return False
+
+
+def plan_outputs(
+    photos: Sequence[Path | Photo], folder: Path, *, picture: bool = True
+) -> list[tuple[Path, Outputs]]:
+    """Name the results of every photograph: its own name, numbered where two are alike.
+
+    Nothing is made or written.
+
+    Args:
+        photos: the photographs; one named twice is done once. Those of folders keep the folders
+            below.
+        folder: where results go.
+        picture: whether pictures are wanted.
+    """
+    planned = []
+    taken: set[tuple[str, str]] = set()
+    for photo in _once(photos):
+        stem, number = photo.path.stem, 2
+        below = str(photo.below).casefold()
+        while (below, stem.casefold()) in taken:
+            stem = f"{photo.path.stem}-{number}"
+            number += 1
+        taken.add((below, stem.casefold()))
+        features = folder / photo.below / f"{stem}.safetensors"
+        planned.append((photo.path, Outputs(features, picture_of(features) if picture else None)))
+    return planned
+
+
+def _once(photos: Sequence[Path | Photo]) -> Iterable[Photo]:
+    """Each file once, as it is named first."""
+    known: dict[Path, Photo] = {}
+    for photo in photos:
+        whole = photo if isinstance(photo, Photo) else Photo(photo)
+        known.setdefault(whole.path, whole)
+    return known.values()
+
+
+def picture_of(features: Path) -> Path:
+    """Where the picture of a file of features goes: ``photo.features.png``."""
+    return features.with_name(f"{features.stem}.features.png")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results, sweep it, and see that it can be written.
+
+    Raises:
+        ValueError: it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
+        with suppress(_Writable), replacing(folder / "upfeat"):
+            raise _Writable
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+
+
+class _Writable(Exception):
+    """Raised inside :func:`replacing` to undo a trial file."""
+
+
+class Inputs:
+    """Files that are read, told again by whatever path: links, other case, ``.``."""
+
+    def __init__(self, paths: Iterable[str | Path | None]) -> None:
+        """Note what each path leads to.
+
+        Args:
+            paths: files, folders whose files count (not those of folders below), and names of
+                backbones or upsamplers, which may be paths.
+        """
+        self._known: dict[object, Path] = {}
+        for path in _parts(paths):
+            inside = []
+            with suppress(OSError):
+                inside = [Path(entry.path) for entry in os.scandir(path)] if path.is_dir() else []
+            for one in (path, *inside):
+                for key in _identities(one):
+                    self._known.setdefault(key, one)
+
+    def find(self, output: Path) -> Path | None:
+        """The input that an output would replace."""
+        return next((self._known[key] for key in _identities(output) if key in self._known), None)
+
+
+def _parts(paths: Iterable[str | Path | None]) -> Iterator[Path]:
+    """Paths as they are, and what names such as "hf:folder" and "file.py:function" speak of."""
+    for path in paths:
+        if path is None:
+            continue
+        yield Path(path)
+        if isinstance(path, str):
+            before, _, after = path.partition(":")
+            yield from (Path(part) for part in (before, after) if after)
+
+
+def _identities(path: Path) -> list[object]:
+    """What a path leads to: the place, and where there is something, what that is to the system."""
+    found: list[object] = [os.path.normcase(os.path.realpath(path))]
+    with suppress(OSError, ValueError):
+        state = path.stat()
+        if state.st_ino:
+            found.append((state.st_dev, state.st_ino))
+    return found
+
+
+def check_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = False) -> None:
+    """Refuse to write to an input, or over a file that is not an earlier result of the same kind.
+
+    Args:
+        output: the file, or folder (zarr), about to be written.
+        inputs: all files that the command reads.
+        kind: what the output will say it is.
+        overwrite: replace other files, though never an input or a folder that is not ours.
+
+    Raises:
+        ValueError: it may not be written.
+    """
+    given = inputs.find(output)
+    if given is not None:
+        raise ValueError(f"{output}: is the input {given}; give another output")
+    if not os.path.lexists(output):
+        return
+    found = kind_of(output)
+    if found == kind:
+        return
+    if output.is_dir():
+        raise ValueError(f"{output}: exists already and is a folder; remove it, or give another")
+    if not overwrite:
+        what = "was not made by upfeat" if found is None else f"holds {found}, not {kind}"
+        raise ValueError(
+            f"{output}: exists already and {what}; give --overwrite, or another output"
+        )
+
+
+@contextmanager
+def watched(photo: Path) -> Iterator[str]:
+    """Give the SHA-256 of a file that is read inside the block.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it changed meanwhile, so that the digest may be another file's.
+    """
+    _check_file(photo)
+    before = _state(photo)
+    yield file_digest(photo)
+    if _state(photo) != before:
+        raise ValueError(f"{photo}: changed while it was read; try again")
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}")
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    state = path.stat()
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    _check_file(path)
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def digest(recipe: Mapping[str, Any]) -> str:
+    """SHA-256 over all that a result depends on, JSON values by name."""
+    text = json.dumps({**recipe, "upfeat_version": __version__}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_done(outputs: Outputs, recipe: str) -> bool:
+    """Whether whole results of the same recipe are there already.
+
+    Args:
+        outputs: where they would be.
+        recipe: as :func:`digest` gave it, and as it was written into the files.
+    """
+    try:
+        with safe_open(outputs.features, framework="pt") as file:
+            facts = file.metadata() or {}
+        written = facts.get("recipe") or json.loads(facts.get("facts", "{}")).get("recipe")
+        picture = outputs.picture
+        drawn = recipe if picture is None else picture_facts(picture).get("recipe")
+    except (SafetensorError, OSError, ValueError, AttributeError):
+        return False
+    return written == recipe == drawn
+
+
+def check_space(output: Path, needed: int | None) -> None:
+    """Refuse a file that the disk has no room for, before the work for it is done.
+
+    Args:
+        output: the file; its folder, or one above, exists.
+        needed: bytes; ``None`` where that is not known.
+
+    Raises:
+        OSError: there is no room.
+    """
+    folder = next(folder for folder in output.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(folder).free
+    if needed is not None and needed > free:
+        reason = f"No space left on device: {readable(needed)} needed, {readable(free)} free"
+        raise OSError(errno.ENOSPC, reason, str(output))

@@ -1,0 +1,151 @@
+"""Checks of tensors from files: names, shapes and types before they are read, values before use.
+
+A file's header says what is in it at no cost, so nothing large is built or read for a file whose
+tensors do not fit. A NaN among weights would spread over every output, or over none that is looked
+at; it is refused by the tensor's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+LARGEST = 1e9
+"""Magnitude that a weight may have; those of trained networks are far below."""
+
+_FLOATS = {
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+}
+"""Types that can be computed with, by their names in safetensors files."""
+_NAMES_SHOWN = 4
+
+
+class Layout(NamedTuple):
+    """A tensor that has not been read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    """As safetensors call it: "F32", "I64", …"""
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether it can be computed with."""
+        return self.dtype in _FLOATS.values()
+
+
+def read_layouts(path: str | Path) -> tuple[dict[str, Layout], dict[str, str]]:
+    """Read the header of a safetensors file alone.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Shapes and types by name, and the metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a whole safetensors file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            layouts = {
+                name: Layout(tuple(part.get_shape()), part.get_dtype())
+                for name, part in parts.items()
+            }
+            return layouts, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a whole safetensors file ({reason})") from None
+
+
+def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
+    """Layouts of tensors that have been read."""
+    return {
+        name: Layout(tuple(one.shape), _FLOATS.get(one.dtype, str(one.dtype)))
+        for name, one in tensors.items()
+    }
+
+
+def check_layouts(
+    source: str | Path, found: Mapping[str, Layout], expected: Mapping[str, Tensor]
+) -> None:
+    """Check that tensors have the names and shapes expected, and can be computed with.
+
+    Args:
+        source: what to call the file in errors.
+        found: what it holds.
+        expected: what it should; tensors without values ("meta") will do.
+
+    Raises:
+        ValueError: it does not; the names at fault are in the message.
+    """
+    faults = [f"missing {name}" for name in sorted(set(expected) - set(found))]
+    faults += [f"extra {name}" for name in sorted(set(found) - set(expected))]
+    for name in sorted(set(found) & set(expected)):
+        layout, tensor = found[name], expected[name]
+        if layout.shape != tuple(tensor.shape):
+            faults.append(f"{name} is {layout.shape}, not {tuple(tensor.shape)}")
+        elif layout.is_floating != tensor.is_floating_point():
+            wanted = "floating" if tensor.is_floating_point() else "whole"
+            faults.append(f"{name} holds {layout.dtype}, not {wanted} numbers")
+    if faults:
+        more = len(faults) - _NAMES_SHOWN
+        rest = f"; and {more} more" if more > 0 else ""
+        raise ValueError(
+            f"{source}: its tensors do not fit its configuration: "
+            f"{'; '.join(faults[:_NAMES_SHOWN])}{rest}"
+        )
+
+
+def check_values(
+    source: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    magnitudes: Mapping[str, tuple[float, float]] | None = None,
+    floating: bool = False,
+) -> None:
+    """Check that tensors are finite and within bounds.
+
+    Args:
+        source: what to call where they come from in errors.
+        tensors: by name; whole numbers and tensors without values pass.
+        magnitudes: smallest and largest magnitude, by the last part of a name; others may have up
+            to :data:`LARGEST`.
+        floating: refuse tensors that are not of 16 to 64 bits of floating point.
+
+    Raises:
+        ValueError: one is not; it is named.
+    """
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided:
+            raise ValueError(
+                f"{source}: {name} is a {tensor.layout} tensor; save it as a dense one"
+            )
+        if tensor.dtype not in _FLOATS:
+            if floating or tensor.is_complex():
+                raise ValueError(f"{source}: {name} holds {tensor.dtype}, not floating numbers")
+            continue
+        if tensor.is_meta or not tensor.numel():
+            continue
+        low, high = (magnitudes or {}).get(name.rpartition(".")[2], (0.0, LARGEST))
+        least, most = tensor.detach().abs().aminmax()
+        if not bool(torch.isfinite(most)):
+            raise ValueError(f"{source}: {name} holds NaN or infinity")
+        if not low <= float(least) <= float(most) <= high:
+            outside = float(most) if float(most) > high else float(least)
+            raise ValueError(
+                f"{source}: {name} holds {outside:.3g}; magnitudes from {low:g} to {high:g} make "
+                "sense"
+            )

@@ -1,0 +1,188 @@
+"""Maps of which only the part that is asked for is computed.
+
+What an upsampler makes of one image is a chain of maps: queries of pixels, their means over cells,
+weights averaged over cells, features on a finer grid. A part of one depends on a part of those
+before it that is a little larger. Small images, and those that gradients go through, are computed
+whole; of others each map keeps the parts that it was asked for.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import product
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    is_functorch_wrapped_tensor,
+)
+
+from upfeat.types import Size, Window
+
+WHOLE = 1 << 20
+"""Pixels up to which everything of an image is computed at once and kept."""
+
+TILE = 512
+"""Side of the windows, in pixels, in which more is computed."""
+
+
+@runtime_checkable
+class Map(Protocol):
+    """A map (B, K, H, W) that gives its windows."""
+
+    size: Size
+    """(H, W)."""
+    recorded: bool
+    """Whether autograd records it."""
+
+    def at(self, window: Window) -> Tensor:
+        """(B, K, window.height, window.width)."""
+        ...
+
+
+class Given:
+    """A map that is there."""
+
+    def __init__(self, values: Tensor) -> None:
+        """Keep (B, K, H, W)."""
+        self.values = values
+        self.recorded = is_recorded(values)
+        self.size: Size = (values.shape[2], values.shape[3])
+
+    def at(self, window: Window) -> Tensor:
+        """See :meth:`Map.at`."""
+        return cut(self.values, window)
+
+
+class Computed(ABC):
+    """A map that is computed where it is asked for, and kept.
+
+    Gradients are recorded as they were when it was made, whoever asks first.
+    """
+
+    def __init__(self, size: Size, *, whole: bool, recorded: bool, step: int = 1) -> None:
+        """Start with nothing.
+
+        Args:
+            size: (H, W).
+            whole: compute all of it at the first call.
+            recorded: let autograd record it.
+            step: parts are widened to multiples of this.
+        """
+        self.size = size
+        self.whole = whole
+        self.recorded = recorded
+        self.step = step
+        self._all: Tensor | None = None
+        self._parts: tuple[Tensor, list[bytearray]] | None = None
+
+    @abstractmethod
+    def compute(self, window: Window) -> Tensor:
+        """Values of a window, (B, K, window.height, window.width)."""
+
+    def at(self, window: Window) -> Tensor:
+        """See :meth:`Map.at`."""
+        if self.whole:
+            return cut(self.all(), window)
+        kept = self._parts
+        missing = self._missing(window, None if kept is None else kept[1])
+        if missing is not None:
+            with torch.no_grad():
+                self._parts = kept = self._keep(missing, self.compute(missing), kept)
+        assert kept is not None
+        return cut(kept[0], window)
+
+    def all(self) -> Tensor:
+        """The whole map, (B, K, H, W)."""
+        if self._all is None:
+            with torch.set_grad_enabled(self.recorded):
+                self._all = self.compute(Window(0, 0, *self.size))
+        return self._all
+
+    def _missing(self, window: Window, known: list[bytearray] | None) -> Window | None:
+        """The smallest rectangle of blocks that holds all of a window that is not known."""
+        blocks = [
+            (row, column)
+            for row, column in self._blocks(window)
+            if known is None or not known[row][column]
+        ]
+        if not blocks:
+            return None
+        (top, bottom), (left, right) = (
+            (self.step * min(places), min(self.step * (max(places) + 1), length))
+            for places, length in zip(zip(*blocks, strict=True), self.size, strict=True)
+        )
+        return Window(top, left, bottom - top, right - left)
+
+    def _keep(
+        self, window: Window, values: Tensor, kept: tuple[Tensor, list[bytearray]] | None
+    ) -> tuple[Tensor, list[bytearray]]:
+        if kept is None:
+            rows, columns = (-(-length // self.step) for length in self.size)
+            # Memory that is not written is not used; and not a tensor of inference mode, which
+            # could not be written outside of it.
+            with torch.inference_mode(False):
+                shape = (*values.shape[:2], *self.size)
+                room = torch.empty(shape, dtype=values.dtype, device=values.device)
+            kept = room, [bytearray(columns) for _ in range(rows)]
+        cut(kept[0], window).copy_(values)
+        for row, column in self._blocks(window):
+            kept[1][row][column] = 1
+        return kept
+
+    def _blocks(self, window: Window) -> Iterator[tuple[int, int]]:
+        return product(
+            range(window.top // self.step, -(-window.bottom // self.step)),
+            range(window.left // self.step, -(-window.right // self.step)),
+        )
+
+
+def as_map(features: Tensor | Map) -> Map:
+    """A tensor as a map."""
+    return Given(features) if isinstance(features, Tensor) else features
+
+
+def is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd, or a transform of ``torch.func``, follows what is made of tensors."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled()
+    return torch.is_grad_enabled() and any(
+        one.requires_grad or is_functorch_wrapped_tensor(one) for one in tensors
+    )
+
+
+def is_whole(recorded: bool, *sizes: Size) -> bool:
+    """Whether everything of an image of these sizes is computed at once."""
+    return recorded or torch.compiler.is_compiling() or max(h * w for h, w in sizes) <= WHOLE
+
+
+def tiles(size: Size, side: int) -> Iterator[Window]:
+    """Windows of at most ``side``² that cover a map once, row by row."""
+    for top, left in product(range(0, size[0], side), range(0, size[1], side)):
+        yield Window(top, left, min(side, size[0] - top), min(side, size[1] - left))
+
+
+def cut(values: Tensor, window: Window) -> Tensor:
+    """The window of (B, K, H, W); ``values`` themselves where it is all of them."""
+    if window == (0, 0, *values.shape[2:]):
+        return values
+    return values[:, :, window.top : window.bottom, window.left : window.right]
+
+
+def widened(window: Window, margin: int, size: Size) -> Window:
+    """A window with a margin on every side, as far as the map goes."""
+    top, left = max(window.top - margin, 0), max(window.left - margin, 0)
+    bottom, right = min(window.bottom + margin, size[0]), min(window.right + margin, size[1])
+    return Window(top, left, bottom - top, right - left)
+
+
+def inside(window: Window, outer: Window) -> Window:
+    """A window in coordinates of one that holds it."""
+    return Window(window.top - outer.top, window.left - outer.left, window.height, window.width)
+
+
+def moved(window: Window, by: Window) -> Window:
+    """The way back from :func:`inside`."""
+    return Window(window.top + by.top, window.left + by.left, window.height, window.width)

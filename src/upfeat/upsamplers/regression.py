@@ -1,0 +1,215 @@
+"""The regression of one image's features on its colours and textures."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from upfeat.types import Window
+from upfeat.upsamplers.maps import Computed, Map, cut, inside, widened
+
+if TYPE_CHECKING:
+    from upfeat.upsamplers.neighbourhood import NeighbourhoodKernels
+
+STEP = 16
+"""Cells from one window of the regression to the next; a window is twice as wide."""
+
+
+class _Share(NamedTuple):
+    """How much of one window counts at a run of fine cells."""
+
+    fine: Window
+    """The fine cells at which it counts."""
+    factors: Tensor
+    """(fine.height, fine.width), in (0, 1]."""
+
+
+class Lacking(Computed):
+    """What the first step leaves out of the mean queries of finer cells, (B, D, *finer grid)."""
+
+    def __init__(self, means: Map, finer: Computed, first: NeighbourhoodKernels) -> None:
+        """Keep what it is made of; see :class:`ImageRegression`."""
+        recorded = finer.recorded or first.recorded
+        super().__init__(finer.size, whole=finer.whole, recorded=recorded, step=4)
+        self.means, self.finer, self.first = means, finer, first
+
+    def compute(self, window: Window) -> Tensor:
+        """See :meth:`Computed.compute`."""
+        return self.finer.at(window) - self.first.at(self.means, window)
+
+
+class ImageRegression:
+    """Predict the detail that coarse features miss, from this image's colours and textures.
+
+    The features of the cells, less their mean over the 3×3 cells around, are ridge-regressed on the
+    mean queries of the cells, less theirs; what the first step leaves out of the mean queries of
+    the finer cells goes through the same map. All of it is linear in the features, constants give
+    nothing, and features that are a linear map of the queries are found exactly but for the
+    penalty.
+
+    A large image has one regression for each of many windows of 2·``step`` cells that overlap by
+    half, and blends what they say smoothly from one centre to the next. Windows begin at
+    multiples of ``step``, so that a part of an image has those of the whole. An image of one window
+    has one regression.
+    """
+
+    def __init__(
+        self,
+        means: Computed,
+        finer: Computed,
+        first: NeighbourhoodKernels,
+        *,
+        penalty: float,
+        step: int,
+    ) -> None:
+        """Keep what the regression of one guidance is made of.
+
+        Args:
+            means: (B, D, h, w), queries averaged over cells.
+            finer: (B, D, f·h, f·w), averaged over finer cells.
+            first: the step from the one grid to the other.
+            penalty: of the coefficients, in units of the queries' mean variance, > 0.
+            step: cells from one window to the next.
+        """
+        self.means, self.lacking = means, Lacking(means, finer, first)
+        self.penalty, self.step = penalty, step
+        self.counts = tuple(
+            1 if length <= 2 * step else math.ceil(length / step) - 1 for length in means.size
+        )
+        self._fits: dict[tuple[int, int], Tensor] = {}
+
+    def at(self, features: Map, window: Window) -> Tensor:
+        """Detail of a window of the finer grid, (B, C, window.height, window.width).
+
+        Args:
+            features: (B, C, h, w).
+            window: of the finer grid.
+        """
+        lacking = self.lacking.at(window)
+        if self.counts == (1, 1):
+            return _apply(self._map(features, 0, 0), lacking)
+        out = None
+        for (row, column), share in self._shares(window, lacking).items():
+            place = inside(share.fine, window)
+            part = _apply(self._map(features, row, column), cut(lacking, place) * share.factors)
+            if out is None:
+                out = part.new_zeros((*part.shape[:2], window.height, window.width))
+            cut(out, place).add_(part)
+        assert out is not None
+        return out
+
+    def _map(self, features: Map, row: int, column: int) -> Tensor:
+        """The linear map of one window, from queries to features, (B, C, D)."""
+        outer = widened(self._cells(row, column), 1, self.means.size)
+        values = features.at(outer).flatten(2)
+        return values @ self._fit(row, column).to(values.dtype)
+
+    def _fit(self, row: int, column: int) -> Tensor:
+        """What the map of one window makes of features around it, (B, N, D).
+
+        They lose the mean around them by the adjoint, on fewer channels than theirs.
+        """
+        fit = self._fits.get((row, column))
+        if fit is None:
+            fit = self._solve(self._cells(row, column))
+            if not fit.requires_grad:
+                self._fits[row, column] = fit
+        return fit
+
+    def _solve(self, cells: Window) -> Tensor:
+        outer = widened(cells, 1, self.means.size)
+        seen = self.means.at(outer)
+        with torch.autocast(seen.device.type, enabled=False):
+            exact = torch.promote_types(seen.dtype, torch.float32)
+            own, around = (
+                [
+                    make(start, count, first, length, like=seen, dtype=exact)
+                    for start, count, first, length in (
+                        (cells.top, cells.height, outer.top, outer.height),
+                        (cells.left, cells.width, outer.left, outer.width),
+                    )
+                ]
+                for make in (_selection, _mean_of_three)
+            )
+            seen = seen.to(exact)
+            mean = around[0] @ seen @ around[1].T
+            inputs = (cut(seen, inside(cells, outer)) - mean).flatten(2)  # (B, D, N)
+            gram = inputs @ inputs.mT
+            # The constant is for images without any colour or texture.
+            least = self.penalty * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
+            eye = torch.eye(gram.shape[1], dtype=exact, device=gram.device)
+            factor = torch.linalg.cholesky(gram + least[:, None, None] * eye)
+            fit = torch.cholesky_solve(inputs, factor).unflatten(2, (cells.height, cells.width))
+            spread = own[0].T @ fit @ own[1] if cells != outer else fit
+            return (spread - around[0].T @ fit @ around[1]).flatten(2).mT
+
+    def _cells(self, row: int, column: int) -> Window:
+        """The cells that a window is fitted to."""
+        spans = []
+        for place, count, length in zip((row, column), self.counts, self.means.size, strict=True):
+            start = place * self.step
+            spans.append((start, length if place == count - 1 else start + 2 * self.step))
+        (top, bottom), (left, right) = spans
+        return Window(top, left, bottom - top, right - left)
+
+    def _shares(self, window: Window, like: Tensor) -> dict[tuple[int, int], _Share]:
+        """The windows of the regression that count in a window of the finer grid."""
+        across = [
+            self._shares_along(axis, start, count, like)
+            for axis, start, count in (
+                (0, window.top, window.height),
+                (1, window.left, window.width),
+            )
+        ]
+        return {
+            (row, column): _Share(Window(top, left, len(down), len(over)), down[:, None] * over)
+            for row, (top, down) in across[0].items()
+            for column, (left, over) in across[1].items()
+        }
+
+    def _shares_along(
+        self, axis: int, start: int, count: int, like: Tensor
+    ) -> dict[int, tuple[int, Tensor]]:
+        """For each window along an axis its first fine cell in a run, and its factors there."""
+        windows, length = self.counts[axis], self.means.size[axis]
+        places = torch.arange(start, start + count, dtype=torch.float64)
+        cells = (places + 0.5) * length / self.lacking.size[axis]
+        # In units of windows, 0 at the centre of the first.
+        along = (cells / self.step - 1).clamp(0, windows - 1)
+        found = {}
+        for place in range(windows):
+            near = (1 - (along - place).abs()).clamp(min=0)
+            used = near.nonzero().flatten()
+            if len(used):
+                first, last = int(used[0]), int(used[-1]) + 1
+                smooth = (near * near * (3 - 2 * near))[first:last]
+                found[place] = start + first, smooth.to(like.device, like.dtype)
+        return found
+
+
+def _apply(matrix: Tensor, values: Tensor) -> Tensor:
+    """(B, C, D), (B, D, h, w) -> (B, C, h, w)."""
+    return (matrix @ values.flatten(2).to(matrix.dtype)).unflatten(2, values.shape[2:])
+
+
+def _selection(
+    start: int, count: int, first: int, length: int, *, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``count`` values from ``start`` on out of ``length`` from ``first`` on, (count, length)."""
+    eye = torch.eye(length, dtype=dtype, device=like.device)
+    return eye[start - first : start - first + count]
+
+
+def _mean_of_three(
+    start: int, count: int, first: int, length: int, *, like: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """The mean of each of ``count`` values and its two neighbours, ends replicated.
+
+    As a matrix (count, length), arguments as in :func:`_selection`.
+    """
+    eye = torch.eye(length, dtype=dtype, device=like.device)
+    means = (torch.cat([eye[:1], eye[:-1]]) + eye + torch.cat([eye[1:], eye[-1:]])) / 3
+    return means[start - first : start - first + count]

@@ -1,0 +1,127 @@
+"""The code of documents: blocks with their places, and how a page's are run.
+
+Pages are Markdown. Every ``python`` block is executed, every ``sh`` block and every indented line
+that starts with a command is run or parsed, in the order of the page, in one folder and with one
+namespace for each page. What a reader would bring along is brought by :func:`furnish`.
+
+A comment on the line before a block says what is special about it::
+
+    <!-- needs: timm -->      skipped where that module is not installed
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = ROOT / "examples" / "photos"
+PAGES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "csrc" / "README.md")
+    if path.name != "CHANGELOG.md"
+)
+
+_FENCE = re.compile(
+    r"(?:^<!--\s*needs:\s*(?P<needs>[\w., ]+?)\s*-->\n)?"
+    r"^```(?P<language>\w*)[^\n]*\n(?P<code>.*?)^```\s*$",
+    re.MULTILINE | re.DOTALL,
+)
+_INDENTED = re.compile(r"(?<=\n\n)(?P<code>(?: {4}[^\n]*\n)+)")
+_COMMAND = re.compile(r"\s*(upfeat|torchrun|python -m upfeat)\s")
+
+
+@dataclass(frozen=True)
+class Block:
+    """Code in a page.
+
+    Attributes:
+        language: of its fence; "sh" for indented commands.
+        code: its lines.
+        line: of the page that its first line is.
+        needs: modules without which it is left out.
+    """
+
+    language: str
+    code: str
+    line: int
+    needs: tuple[str, ...] = ()
+
+
+def blocks(text: str) -> list[Block]:
+    """Blocks of a page in order."""
+    found = []
+    for match in _FENCE.finditer(text):
+        needs = tuple(re.findall(r"[\w.]+", match["needs"] or ""))
+        line = text.count("\n", 0, match.start("code")) + 1
+        found.append(Block(match["language"], match["code"], line, needs))
+    # Blanked, so that the indented lines inside fences are not found twice.
+    rest = _FENCE.sub(lambda match: "\n" * match[0].count("\n"), text)
+    for match in _INDENTED.finditer(rest):
+        if _COMMAND.match(match["code"]):
+            line = rest.count("\n", 0, match.start("code")) + 1
+            found.append(Block("sh", match["code"], line))
+    return sorted(found, key=lambda block: block.line)
+
+
+def command_lines(code: str) -> list[list[str]]:
+    """Words of each line of a shell block: continued lines joined, comments dropped."""
+    joined = re.sub(r"\\\n\s*", "", code)
+    return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def furnish(folder: Path) -> dict[str, object]:
+    """Put what documents speak of into a folder; return the names that their Python uses."""
+    cat = Image.open(PHOTOS / "cat.jpg")
+    cat.resize((80, 64)).save(folder / "photo.jpg")
+    (folder / "photos").mkdir()
+    for index in range(3):
+        cat.crop((40 * index, 20, 40 * index + 160, 140)).resize((96, 72)).save(
+            folder / "photos" / f"{index}.jpg"
+        )
+    torch.save(_published_state(), folder / "published.ckpt")
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 16, 16, stride=16), nn.Tanh())
+    return {
+        "my_module": module,
+        "network": module,
+        "points": torch.rand(5, 2, generator=generator) * 40,
+        "top": 3,
+        "left": 5,
+        "height": 20,
+        "width": 30,
+        "weight": torch.randn(4, 112, generator=generator),
+        "bias": torch.zeros(4),
+        "array": np.zeros((48, 64, 3), np.uint8),
+    }
+
+
+def _published_state(embed_dim: int = 6) -> dict[str, dict[str, torch.Tensor]]:
+    """What a published checkpoint holds, in small."""
+    shapes = {
+        "range_temp": (),
+        "sigma_spatial": (),
+        "range_proj.0.weight": (32, 3, 1, 1),
+        "range_proj.0.bias": (32,),
+        "range_proj.3.weight": (32, 32, 1, 1),
+        "range_proj.3.bias": (32,),
+        "fixup_proj.0.weight": (49, 52, 1, 1),
+        "fixup_proj.0.bias": (49,),
+        "fixup_proj.3.weight": (49, 49, 1, 1),
+        "fixup_proj.3.bias": (49,),
+    }
+    state = {
+        f"upsampler.up{stage}.{name}": torch.ones(shape)
+        for stage in range(1, 5)
+        for name, shape in shapes.items()
+    }
+    state["upsampler.fixup_proj.1.weight"] = torch.eye(embed_dim)[:, :, None, None]
+    state["upsampler.fixup_proj.1.bias"] = torch.zeros(embed_dim)
+    return {"state_dict": state}

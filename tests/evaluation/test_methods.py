@@ -1,0 +1,54 @@
+"""Methods: any way to features of an image's size, alike to every task."""
+
+import pytest
+import torch
+
+import upfeat
+from upfeat.evaluation.data.prepared import Prepared, normalised
+from upfeat.evaluation.methods import ImplicitMethod, UpsamplerMethod, load_methods
+from upfeat.implicit.fit import FitConfig, fit_guidance
+
+FEW = FitConfig(views=4, held_out=2, anchors=32, components=3, max_pad=4)
+
+
+@pytest.fixture
+def sample(colour_backbone):
+    image = torch.randint(256, (3, 48, 64), generator=torch.Generator().manual_seed(0))
+    image = image.to(torch.uint8)
+    with torch.no_grad():
+        features = colour_backbone(normalised(image, colour_backbone))[0]
+    return Prepared("noise", image, features, None)
+
+
+def test_an_upsampler_gives_what_it_gives(sample, colour_backbone):
+    method = UpsamplerMethod(upfeat.Bilinear(), colour_backbone)
+    expected = upfeat.Bilinear()(sample.features[None], torch.zeros(1, 3, 48, 64))
+    assert torch.equal(method(sample).full(), expected)
+
+
+def test_fits_are_kept_and_found(sample, colour_backbone, tmp_path, monkeypatch):
+    method = ImplicitMethod(colour_backbone, FEW, tmp_path / "fits")
+    drawn = method(sample).full()
+    assert torch.equal(drawn, fit_guidance(sample.image, colour_backbone, FEW).full())
+    assert len(list((tmp_path / "fits").iterdir())) == 1
+    weight, bias = torch.randn(2, 6), torch.randn(2)
+    expected = torch.nn.functional.conv2d(drawn, weight[..., None, None], bias)
+    found = method(sample).project(weight, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    def never(*arguments):
+        raise AssertionError("was fitted before")
+
+    monkeypatch.setattr("upfeat.evaluation.methods.fit_guidance", never)
+    assert torch.equal(method(sample).full(), drawn)
+    with pytest.raises(AssertionError, match="fitted before"):
+        method.fresh()(sample)
+
+
+def test_labels_are_told_apart(colour_backbone, tmp_path):
+    for folder in ("a", "b"):
+        upfeat.Bilinear().save_pretrained(tmp_path / folder / "mine")
+    names = ["bilinear", str(tmp_path / "a" / "mine"), str(tmp_path / "b" / "mine")]
+    assert list(load_methods(names, colour_backbone, tmp_path)) == ["bilinear", "mine", "mine-2"]
+    with pytest.raises(ValueError, match="upsamplers is empty"):
+        load_methods([], colour_backbone, tmp_path)

@@ -1,0 +1,59 @@
+"""Parts of pooled and interpolated maps equal those that PyTorch makes whole."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from upfeat.resampling import bicubic, bilinear, pooled, resample
+
+SIDES = st.integers(1, 40)
+
+
+def _antialiased(length, target, positions):
+    return bilinear(length, target, positions, antialias=True)
+
+
+KINDS = {
+    "pooled": (pooled, F.adaptive_avg_pool2d, 1e-12),
+    "bilinear": (bilinear, lambda x, size: F.interpolate(x, size, mode="bilinear"), 1e-12),
+    # PyTorch rounds positions to float32 here.
+    "antialiased": (
+        _antialiased,
+        lambda x, size: F.interpolate(x, size, mode="bilinear", antialias=True),
+        1e-5,
+    ),
+    "bicubic": (bicubic, lambda x, size: F.interpolate(x, size, mode="bicubic"), 1e-12),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    size=st.tuples(SIDES, SIDES),
+    target=st.tuples(SIDES, SIDES),
+    shares=st.tuples(*[st.floats(0, 1)] * 4),
+)
+@settings(deadline=None, max_examples=40)
+def test_a_part_is_part_of_the_whole(kind, size, target, shares):
+    reads, whole, tolerance = KINDS[kind]
+    x = torch.randn(1, 2, *size, dtype=torch.float64)
+    places = []
+    for axis in (0, 1):
+        start = int(shares[axis] * (target[axis] - 1))
+        count = 1 + int(shares[2 + axis] * (target[axis] - start - 1))
+        places.append(torch.arange(start, start + count))
+    rows, columns = (reads(*axis) for axis in zip(size, target, places, strict=True))
+    expected = whole(x, target)[:, :, places[0]][..., places[1]]
+    torch.testing.assert_close(resample(x, rows, columns), expected, rtol=0, atol=tolerance)
+    part = x[:, :, rows.first : rows.stop, columns.first : columns.stop]
+    found = resample(part, rows, columns, (rows.first, columns.first))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+def test_positions_come_in_any_order():
+    x = torch.randn(1, 2, 6, 5)
+    places = torch.tensor([3, 3, 0, 7])
+    out = resample(x, bicubic(6, 9, places), bicubic(5, 9, places.flip(0)))
+    expected = F.interpolate(x, (9, 9), mode="bicubic")[:, :, places][..., places.flip(0)]
+    torch.testing.assert_close(out, expected)
