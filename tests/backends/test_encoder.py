@@ -75,7 +75,7 @@ def test_in_place_and_by_threads(threads, isa):
 
 def test_group_norm_of_sums():
     x, weight = random(2, 16, 11, 9), torch.eye(16)
-    out, sums = layer(x, weight, groups=4)
+    _, sums = layer(x, weight, groups=4)
     gain, bias = random(16), random(16)
     before = sums.norm(gain, bias, 1e-5)
     found = x * before.scale[..., None, None] + before.shift[..., None, None]

@@ -131,8 +131,9 @@ class AnyUp(AttentionUpsampler):
         )
         seen = F.normalize(features, dim=1)
         if compiled:
-            patterns = self.features_encoder[0].basis  # pyright: ignore[reportAttributeAccessIssue]
-            seen = match_patterns(seen, patterns)
+            basis = self.features_encoder[0]
+            assert isinstance(basis, FeatureBasis)
+            seen = match_patterns(seen, basis.basis)
         else:
             seen = self.features_encoder[0](seen)
         seen = self.features_encoder.blocks_of(seen)

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -182,7 +182,10 @@ def library_info() -> dict[str, Any]:
     }
 
 
-def call(name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array | float | None) -> None:
+Argument: TypeAlias = Tensor | ctypes.Structure | ctypes.Array | ctypes.c_void_p | float | None
+
+
+def call(name: str, *arguments: Argument) -> None:
     """Call a function of the library; instruction set and thread count are added.
 
     Tensors go as descriptors, integers as int64, floats as double, ``None`` as null.
@@ -204,7 +207,7 @@ def call(name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array | float
     assert status == 0, f"{name} refused its arguments"
 
 
-def _argument(value: Tensor | ctypes.Structure | ctypes.Array | float | None) -> Any:
+def _argument(value: Argument) -> Any:
     if isinstance(value, Tensor):
         sizes, strides = (
             (ctypes.c_int64 * 4)(*value.shape),
