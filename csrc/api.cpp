@@ -1,47 +1,13 @@
 // The C interface: checks shapes, builds the tables, calls the kernels. The checks are the last
 // line: whatever passes them reads and writes only inside its tensors.
-#include <exception>
-#include <initializer_list>
-
 #include "axis.h"
-#include "encoder.h"
+#include "checks.h"
 #include "plan.h"
 #include "runtime.h"
 #include "upfeat.h"
 
 namespace upfeat {
 namespace {
-
-double elements(const UpfeatTensor& tensor) {
-  double count = 1;
-  for (int64_t size : tensor.size) count *= static_cast<double>(size);
-  return count;
-}
-
-bool valid(const UpfeatTensor* tensor) {
-  if (!tensor || tensor->dtype < 0 || tensor->dtype > 2) return false;
-  bool empty = false;
-  for (int64_t size : tensor->size) {
-    if (size < 0) return false;
-    empty = empty || size == 0;
-  }
-  return empty || tensor->data;
-}
-
-bool all_valid(std::initializer_list<const UpfeatTensor*> tensors) {
-  for (const UpfeatTensor* tensor : tensors) {
-    if (!valid(tensor)) return false;
-  }
-  return true;
-}
-
-bool is_empty(const UpfeatTensor& tensor) {
-  return !tensor.size[0] || !tensor.size[1] || !tensor.size[2] || !tensor.size[3];
-}
-
-bool sized(const UpfeatTensor& tensor, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return tensor.size[0] == n && tensor.size[1] == c && tensor.size[2] == h && tensor.size[3] == w;
-}
 
 // Whether `radius` gives tensor.size[1] taps; also bounds the radius.
 bool has_taps(const UpfeatTensor& tensor, int64_t radius) {
@@ -57,11 +23,6 @@ struct Mode {
 };
 
 const Mode kBicubic{Kind::kBicubic, {}}, kPadded{Kind::kPadded, {}};
-
-// Whether `count` from `start` on lie in `length`; products of two lengths stay below 2^63.
-bool lies_in(int64_t start, int64_t count, int64_t length) {
-  return start >= 0 && length <= (int64_t{1} << 30) && start <= length - count;
-}
 
 bool fits(const UpfeatWindow& in, int64_t height, int64_t width, const UpfeatTensor& coarse) {
   return lies_in(in.top, height, in.height) && lies_in(in.left, width, in.width) &&
@@ -204,53 +165,6 @@ int attend(const Attention& attention, const UpfeatTensor* weights, const Mode& 
   }
   prepare_output(*weights, threads);
   return kernels->attend(runtime, attention, *weights, axes.rows, axes.columns);
-}
-
-// The scales of an image halve, rounded up, while both sides are 2 or more.
-int64_t encoder_lengths(const UpfeatTensor& guidance, int64_t most, int64_t* rows,
-                        int64_t* columns) {
-  rows[0] = guidance.size[2];
-  columns[0] = guidance.size[3];
-  int64_t levels = 1;
-  while (levels < most && rows[levels - 1] >= 2 && columns[levels - 1] >= 2) {
-    rows[levels] = (rows[levels - 1] + 1) / 2;
-    columns[levels] = (columns[levels - 1] + 1) / 2;
-    ++levels;
-  }
-  return levels;
-}
-
-int encode(const UpfeatTensor* guidance, const UpfeatEncoder& encoder, const UpfeatTensor* queries,
-           int64_t top, int64_t left, bool unit, int isa, int threads) {
-  if (!all_valid({guidance, queries})) return UPFEAT_BAD_ARGUMENT;
-  const int64_t *g = guidance->size, *q = queries->size;
-  if (encoder.levels < 1 || encoder.levels > kMostLevels || encoder.width < 32 ||
-      encoder.width % 32 || q[1] > encoder.width || q[0] != g[0] ||
-      !lies_in(top, q[2], g[2]) || !lies_in(left, q[3], g[3])) {
-    return UPFEAT_BAD_ARGUMENT;
-  }
-  if (is_empty(*queries)) return UPFEAT_OK;
-  if (!g[1]) return UPFEAT_BAD_ARGUMENT;
-  const Kernels* kernels = kernels_for(isa);
-  if (!kernels) return UPFEAT_NO_ISA;
-  EncoderPlan plan{};
-  int64_t rows[kMostLevels], columns[kMostLevels];
-  plan.levels = encoder_lengths(*guidance, encoder.levels, rows, columns);
-  plan_encoder_axis(plan.rows, rows, plan.levels, top, q[2]);
-  plan_encoder_axis(plan.columns, columns, plan.levels, left, q[3]);
-  prepare_output(*queries, threads);
-  const double work = elements(*queries) * static_cast<double>(6 * encoder.width);
-  return kernels->encode(runtime_for(threads, work), *guidance, encoder, plan, *queries, unit);
-}
-
-// No exception may cross into C: running out of memory is the only one there is.
-template <typename Body>
-int guarded(Body body) {
-  try {
-    return body();
-  } catch (const std::exception&) {
-    return UPFEAT_NO_MEMORY;
-  }
 }
 
 WeightSource given(const UpfeatTensor* weights, int64_t radius) {
@@ -408,15 +322,6 @@ int upfeat_stage_forward(const UpfeatTensor* features, const UpfeatTensor* guida
   weights.size[1] = (2 * radius + 1) * (2 * radius + 1);
   return guarded([&] {
     return forward(features, staged(guidance, stage, radius), weights, out, kBicubic, isa, threads);
-  });
-}
-
-int upfeat_encode(const UpfeatTensor* guidance, const UpfeatEncoder* encoder,
-                  const UpfeatTensor* queries, int64_t top, int64_t left, int64_t unit, int isa,
-                  int threads) {
-  if (!encoder) return UPFEAT_BAD_ARGUMENT;
-  return guarded([&] {
-    return encode(guidance, *encoder, queries, top, left, unit != 0, isa, threads);
   });
 }
 

@@ -1,498 +1,556 @@
-// The encoder of the neighbourhood upsampler: unit queries of a window of an image.
-//
-// s0 = sin(conv3x3(image)), x[k] = mean of s[k-1] over 2x2, s[k] = x[k] + W gelu(conv3x3(x[k])),
-// o[k] = J[k] s[k] + o[k+1] laid over it bilinearly; the queries are o[0] at unit length. Of every
-// scale only what the window depends on is made. s0 is made twice, a row at a time, since keeping it
-// would cost more than making it.
-//
-// Pixels are rows of `width` floats, channels side by side, so that a 3x3 window is three runs and
-// every layer the same product: kPixels pixels times kVecs vectors of outputs in registers.
+// Layers of convolutional image encoders: what stands before a convolution (a group norm that is
+// already a scale and a shift, SiLU, a rotation by place, or unit scale) is done as pixels are read,
+// what stands behind it (bias, residual, the sums that the next norm needs) as they are written.
 
-#if defined(__AVX512F__)
-constexpr int kPixels = 12, kVecs = 2;
-#elif defined(__AVX2__) || defined(__aarch64__)
-constexpr int kPixels = 6, kVecs = 2;
-#else
-constexpr int kPixels = 3, kVecs = 2;
-#endif
+constexpr int64_t kLayerStrip = 32;   // pixels at work at a time
+constexpr int64_t kWinogradTiles = 32;  // 2x2 pixels each
+constexpr int64_t kWinogradBlock = 64;  // output channels at a time
 
-// A 3x3 or 1x1 layer: `runs` runs of `inputs` floats that lie side by side.
-struct Layer {
-  const float* weight;  // (runs, inputs, width)
-  const float* bias;    // (width,)
-  int64_t runs, inputs;
-};
-
-// sum[p][v] += in[p][i] * weight[i][v] over a run of inputs.
-template <int kCount>
-UPFEAT_INLINE void add_run(Vec (*sum)[kVecs], const float* in, int64_t step, int64_t inputs,
-                           const float* weight, int64_t width) {
-  for (int64_t i = 0; i < inputs; ++i) {
-    Vec w[kVecs];
-    UPFEAT_UNROLL
-    for (int v = 0; v < kVecs; ++v) w[v] = load(weight + i * width + v * kLanes);
-    UPFEAT_UNROLL
-    for (int p = 0; p < kCount; ++p) {
-      const Vec value = splat(in[p * step + i]);
-      UPFEAT_UNROLL
-      for (int v = 0; v < kVecs; ++v) sum[p][v] += value * w[v];
-    }
-  }
-}
-
-// out[p][...] = bias + sum over runs, for kCount pixels `step` floats apart in each run.
-template <int kCount>
-UPFEAT_APART void apply_layer(const Layer& layer, const float* const* in, int64_t step,
-                              int64_t width, float* out) {
-  for (int64_t c = 0; c < width; c += kVecs * kLanes) {
-    Vec sum[kCount][kVecs];
-    UPFEAT_UNROLL
-    for (int p = 0; p < kCount; ++p) {
-      UPFEAT_UNROLL
-      for (int v = 0; v < kVecs; ++v) sum[p][v] = load(layer.bias + c + v * kLanes);
-    }
-    for (int64_t run = 0; run < layer.runs; ++run) {
-      add_run<kCount>(sum, in[run], step, layer.inputs,
-                      layer.weight + run * layer.inputs * width + c, width);
-    }
-    UPFEAT_UNROLL
-    for (int p = 0; p < kCount; ++p) {
-      UPFEAT_UNROLL
-      for (int v = 0; v < kVecs; ++v) store(out + p * width + c + v * kLanes, sum[p][v]);
-    }
-  }
-}
-
-// The same for any number of pixels of a row.
-static void apply_row(const Layer& layer, const float* const* rows, int64_t step, int64_t width,
-                      int64_t pixels, float* out) {
-  const float* in[3] = {rows[0], rows[layer.runs > 1 ? 1 : 0], rows[layer.runs > 2 ? 2 : 0]};
-  int64_t x = 0;
-  for (; x + kPixels <= pixels; x += kPixels) {
-    apply_layer<kPixels>(layer, in, step, width, out + x * width);
-    for (const float*& run : in) run += kPixels * step;
-  }
-  for (; x < pixels; ++x) {
-    apply_layer<1>(layer, in, step, width, out + x * width);
-    for (const float*& run : in) run += step;
-  }
-}
-
-// sin(x) for |x| <= kFar: reduced by multiples of pi in four parts, Taylor on |r| <= pi/2 (6e-8).
-constexpr float kFar = 8192.0f;
-
-UPFEAT_INLINE Vec sine(Vec x) {
-  const Vec magic = splat(12582912.0f);
-  const Vec shifted = x * 0.318309886f + magic;
-  const Vec whole = shifted - magic;
-  Vec r = x - whole * 3.140625f;
-  r = r - whole * 0.0009670257568359375f;
-  r = r - whole * 6.2771141529083252e-7f;
-  r = r - whole * 1.2154201256553420e-10f;
-  const Vec t = r * r;
-  Vec p = splat(-1.0f / 39916800.0f);
-  p = p * t + 1.0f / 362880.0f;
-  p = p * t - 1.0f / 5040.0f;
-  p = p * t + 1.0f / 120.0f;
-  p = p * t - 1.0f / 6.0f;
-  const Vec value = r + r * t * p;
-  return as_float(as_bits(value) ^ (as_bits(shifted) << 31));
-}
-
-// Where a row has values beyond kFar, which lose digits, one by one in double.
-static void sine_row(float* row, int64_t count) {
-  Vec most{};
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec x = load(row + i);
-    most = max(most, max(x, -x));
-  }
-  bool far = false;
-  for (int i = 0; i < kLanes; ++i) far |= !(most[i] <= kFar);
-  for (int64_t i = 0; far && i < count; ++i) {
-    row[i] = static_cast<float>(__builtin_sin(static_cast<double>(row[i])));
-  }
-  for (int64_t i = 0; !far && i < count; i += kLanes) store(row + i, sine(load(row + i)));
-}
-
-static void gelu_row(float* row, int64_t count) {
-  for (int64_t i = 0; i < count; i += kLanes) store(row + i, gelu(load(row + i)));
-}
-
-struct HalvedColumn {
-  int64_t offset, count;  // in floats, in columns
-};
-
-struct LaidColumn {
-  int64_t left, right;  // in floats
-  float share;          // of the right one
-};
-
-struct EncoderJob {
-  UpfeatTensor guidance, queries;
-  const EncoderPlan* plan;
-  const UpfeatEncoder* encoder;
-  Layer entry;
-  bool unit;
-  int64_t batch, level;
-  // Along the columns of every scale: which values of the finer scale a value is the mean of, and
-  // which two of the coarser one a value lies between.
-  HalvedColumn* halved[kMostLevels];
-  LaidColumn* laid[kMostLevels];
-  float* read[kMostLevels];   // x[k], a pixel wider than it is on either side
-  float* seen[kMostLevels];   // s[k], then o[k]
+struct LayerJob {
+  Layer layer;
+  int64_t in_width, out_width;  // channels in whole vectors
   char* scratch;
   int64_t worker_bytes;
+  int64_t row_tasks, rows_per_task, column_tasks;
 };
 
-UPFEAT_INLINE Layer layer_of(const float* weight, const float* bias, int64_t runs, int64_t inputs) {
-  return Layer{weight, bias, runs, inputs};
+UPFEAT_INLINE Vec silu(Vec x) {
+  const Vec below = exp(-x) + 1.0f;
+#if defined(__AVX512F__)
+  // A division takes as long as four steps of this: 14 bits, doubled.
+  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)below);
+  return x * (guess * (2.0f - below * guess));
+#else
+  return x / below;
+#endif
 }
 
-// The values that value `at` of `coarse` is the mean of, of `fine`: two, or three of which some are
-// shared where sides are odd.
-UPFEAT_INLINE void halved_span(int64_t fine, int64_t coarse, int64_t at, int64_t* low,
-                               int64_t* high) {
-  *low = at * fine / coarse;
-  *high = ((at + 1) * fine + coarse - 1) / coarse;
+// Channels-last float32 rows whose channels fill whole vectors need not be copied to be read.
+UPFEAT_INLINE bool is_dense(const UpfeatTensor& tensor) {
+  return tensor.dtype == UPFEAT_FLOAT32 && tensor.stride[1] == 1 && tensor.size[1] % kLanes == 0;
+}
+// `count` pixels of a row as float32, one `pitch` after the other: in place, or in `room`.
+UPFEAT_INLINE const float* see_pixels(const UpfeatTensor& tensor, int64_t batch, int64_t y,
+                                      int64_t x, int64_t count, float* room, int64_t width,
+                                      int64_t* pitch) {
+  const Row row = row_of(tensor, batch, y);
+  if (is_dense(tensor)) {
+    *pitch = row.column_stride;
+    return static_cast<const float*>(row.at(0, x));
+  }
+  read_channels_last(row, 0, tensor.size[1], x, count, room, width);
+  *pitch = width;
+  return room;
 }
 
-// The two values of `coarse` that pixel `at` of `fine` lies between; returns the share of the second.
-UPFEAT_INLINE float laid_place(int64_t coarse, int64_t fine, int64_t at, int64_t* low,
-                               int64_t* high) {
-  const int64_t numerator = (2 * at + 1) * coarse - fine;
-  *low = numerator < 0 ? 0 : numerator / (2 * fine);
-  *high = *low + 1 < coarse ? *low + 1 : *low;
-  if (numerator < 0) return 0;
-  return static_cast<float>(numerator - *low * 2 * fine) / static_cast<float>(2 * fine);
+// x cos - y sin and y cos + x sin of a pixel's channels i and i + pair; tables are (cos, sin) of
+// the row's and of the column's angle, which add up.
+static void rotate_pixel(float* x, const float* row, const float* column, int64_t channels,
+                         int64_t pair) {
+  const auto turn = [&](int64_t c, float own, float partner) {
+    const float cosine = row[c] * column[c] - row[channels + c] * column[channels + c];
+    const float sine = row[channels + c] * column[c] + row[c] * column[channels + c];
+    return own * cosine + partner * sine;
+  };
+  for (int64_t block = 0; block < channels; block += 2 * pair) {
+    int64_t i = block;
+    for (; i + kLanes <= block + pair; i += kLanes) {
+      const int64_t j = i + pair;
+      const Vec first = load(x + i), second = load(x + j);
+      const Vec cos_i = load(row + i) * load(column + i) -
+                        load(row + channels + i) * load(column + channels + i);
+      const Vec sin_i = load(row + channels + i) * load(column + i) +
+                        load(row + i) * load(column + channels + i);
+      const Vec cos_j = load(row + j) * load(column + j) -
+                        load(row + channels + j) * load(column + channels + j);
+      const Vec sin_j = load(row + channels + j) * load(column + j) +
+                        load(row + j) * load(column + channels + j);
+      store(x + i, first * cos_i - second * sin_i);
+      store(x + j, second * cos_j + first * sin_j);
+    }
+    for (; i < block + pair; ++i) {
+      const int64_t j = i + pair;
+      const float first = x[i], second = x[j];
+      x[i] = turn(i, first, -second);
+      x[j] = turn(j, second, first);
+    }
+  }
 }
 
-UPFEAT_INLINE int64_t clamped(int64_t value, int64_t low, int64_t end) {
-  return value < low ? low : (value >= end ? end - 1 : value);
-}
-
-// Rows of the image, its channels side by side, and of s0: the last few that a worker made.
-struct EntryRows {
-  static constexpr int64_t kSlots = 4;
-  float* image;  // (kSlots, columns + 2, channels)
-  float* scale;  // (kSlots, columns, width)
-  int64_t image_held[kSlots], scale_held[kSlots];
-};
-
-UPFEAT_INLINE int64_t entry_columns(const EncoderJob& job) {
-  const EncoderSpan& columns = job.plan->columns[0].seen;
-  return columns.stop - columns.start;
-}
-
-static EntryRows entry_rows(const EncoderJob& job, char* at) {
-  EntryRows rows{};
-  rows.image = reinterpret_cast<float*>(at);
-  const int64_t image = EntryRows::kSlots * (entry_columns(job) + 2) * job.guidance.size[1];
-  rows.scale = rows.image + (image + 15) / 16 * 16;
-  for (int64_t i = 0; i < EntryRows::kSlots; ++i) rows.image_held[i] = rows.scale_held[i] = -1;
-  return rows;
-}
-
-UPFEAT_INLINE int64_t entry_bytes(const EncoderJob& job) {
-  const int64_t columns = entry_columns(job) + 2;
-  const int64_t image = EntryRows::kSlots * columns * job.guidance.size[1];
-  const int64_t scale = EntryRows::kSlots * columns * job.encoder->width;
-  return rounded(((image + 15) / 16 * 16 + scale) * 4);
-}
-
-static const float* image_row(const EncoderJob& job, EntryRows& rows, int64_t y) {
-  const UpfeatTensor& image = job.guidance;
-  const EncoderSpan& columns = job.plan->columns[0].seen;
-  const int64_t channels = image.size[1], count = columns.stop - columns.start + 2;
-  const int64_t slot = y % EntryRows::kSlots;
-  float* to = rows.image + slot * count * channels;
-  if (rows.image_held[slot] == y) return to;
-  const Row row = row_of(image, job.batch, y);
-  const int64_t low = larger(columns.start - 1, 0);
-  const int64_t high = smaller(columns.stop + 1, image.size[3]);
-  const int64_t before = low - (columns.start - 1);
-  for (int64_t c = 0; c < channels; ++c) {
-    const char* from = static_cast<const char*>(row.at(c, low));
-    float* line = to + c;
-    if (row.dtype == UPFEAT_FLOAT32) {
-      const float* values = reinterpret_cast<const float*>(from);
-      for (int64_t x = 0; x < high - low; ++x) {
-        line[(before + x) * channels] = values[x * row.column_stride];
+// What stands before the convolution, on `count` pixels of a row: (count, in_width).
+static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
+                           float* pixels) {
+  const Layer& layer = job.layer;
+  const int64_t width = job.in_width;
+  int64_t pitch;
+  const float* from = see_pixels(*layer.x, batch, y, x, count, pixels, width, &pitch);
+  if (layer.scale && !layer.rotate_rows) {
+    const float* scale = layer.scale + batch * layer.in_pitch;
+    const float* shift = layer.shift + batch * layer.in_pitch;
+    for (int64_t i = 0; i < count; ++i) {
+      float* pixel = pixels + i * width;
+      for (int64_t c = 0; c < width; c += kLanes) {
+        const Vec value = load(from + i * pitch + c) * load(scale + c) + load(shift + c);
+        store(pixel + c, layer.silu ? silu(value) : value);
       }
+    }
+  } else if (from != pixels) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t c = 0; c < width; c += kLanes) {
+        store(pixels + i * width + c, load(from + i * pitch + c));
+      }
+    }
+  }
+  if (layer.rotate_rows) {
+    const float* row = layer.rotate_rows + y * 2 * layer.inputs;
+    for (int64_t i = 0; i < count; ++i) {
+      rotate_pixel(pixels + i * width, row, layer.rotate_columns + (x + i) * 2 * layer.inputs,
+                   layer.inputs, layer.pair);
+    }
+  }
+  if (layer.unit) {
+    for (int64_t i = 0; i < count; ++i) {
+      float* pixel = pixels + i * width;
+      Vec sum = {};
+      for (int64_t c = 0; c < width; c += kLanes) sum += load(pixel + c) * load(pixel + c);
+      const Vec mean = total_of(sum) * (1.0f / static_cast<float>(layer.inputs));
+      const float scale = 1.0f / __builtin_sqrtf(mean[0] + static_cast<float>(layer.epsilon));
+      for (int64_t c = 0; c < width; c += kLanes) store(pixel + c, load(pixel + c) * scale);
+    }
+  }
+}
+
+// Bias, residual and sums of kBlock vectors of channels; the sums of squares lie `width` behind.
+template <int kBlock>
+UPFEAT_APART void finish_channels(int64_t count, const float* from, int64_t width,
+                                  const float* bias, const float* residual,
+                                  int64_t residual_pitch, float* to, int64_t pitch, float* sums) {
+  Vec add[kBlock], sum[kBlock], squares[kBlock];
+  UPFEAT_UNROLL
+  for (int m = 0; m < kBlock; ++m) {
+    add[m] = bias ? load(bias + m * kLanes) : Vec{};
+    sum[m] = squares[m] = Vec{};
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) {
+      Vec value = load(from + i * width + m * kLanes) + add[m];
+      if (residual) value += load(residual + i * residual_pitch + m * kLanes);
+      store(to + i * pitch + m * kLanes, value);
+      sum[m] += value;
+      squares[m] += value * value;
+    }
+  }
+  UPFEAT_UNROLL
+  for (int m = 0; m < kBlock; ++m) {
+    store(sums + m * kLanes, sum[m]);
+    store(sums + width + m * kLanes, squares[m]);
+  }
+}
+
+// What stands behind it, on `count` pixels (count, out_width); they are written. `other` has room
+// for as many, `sums` for (2, out_width).
+static void finish_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
+                          float* pixels, float* other, float* sums, double* partial) {
+  const Layer& layer = job.layer;
+  const int64_t width = job.out_width;
+  const float* residual = nullptr;
+  int64_t residual_pitch = 0, pitch = width;
+  if (layer.residual) {
+    residual = see_pixels(*layer.residual, batch, y, x, count, other, width, &residual_pitch);
+  }
+  const Row row = row_of(*layer.out, batch, y);
+  const bool dense = is_dense(*layer.out);
+  float* to = pixels;
+  if (dense) {
+    to = static_cast<float*>(row.at(0, x));
+    pitch = row.column_stride;
+  }
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= width; c += 4 * kLanes) {
+    finish_channels<4>(count, pixels + c, width, layer.bias ? layer.bias + c : nullptr,
+                       residual ? residual + c : nullptr, residual_pitch, to + c, pitch, sums + c);
+  }
+  for (; c < width; c += kLanes) {
+    finish_channels<1>(count, pixels + c, width, layer.bias ? layer.bias + c : nullptr,
+                       residual ? residual + c : nullptr, residual_pitch, to + c, pitch, sums + c);
+  }
+  if (!dense) write_channels_last(row, 0, layer.outputs, x, count, pixels, width, false);
+  if (!partial) return;
+  const int64_t size = layer.outputs / layer.groups;
+  for (int64_t c = 0; c < layer.outputs; ++c) {
+    partial[c / size * 2] += static_cast<double>(sums[c]);
+    partial[c / size * 2 + 1] += static_cast<double>(sums[width + c]);
+  }
+}
+
+UPFEAT_INLINE double* partial_of(const LayerJob& job, int64_t task) {
+  if (!job.layer.partial) return nullptr;
+  double* partial = job.layer.partial + task * job.layer.groups * 2;
+  for (int64_t i = 0; i < job.layer.groups * 2; ++i) partial[i] = 0;
+  return partial;
+}
+
+// Row or column -1 and n mirrored; or -1 for zeros.
+UPFEAT_INLINE int64_t mirrored(int64_t index, int64_t length, bool reflect) {
+  if (index >= 0 && index < length) return index;
+  if (!reflect || index > length) return -1;
+  if (length == 1) return 0;
+  return index < 0 ? 1 : length - 2;
+}
+
+// 3x3 windows of few channels as rows of a matrix, (count, in_width).
+static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
+                         float* pixels) {
+  const UpfeatTensor& image = *job.layer.x;
+  const int64_t channels = image.size[1];
+  for (int64_t i = 0; i < count * job.in_width; ++i) pixels[i] = 0;
+  for (int64_t tap = 0; tap < 9; ++tap) {
+    const int64_t from = mirrored(y + tap / 3 - 1, image.size[2], job.layer.reflect);
+    if (from < 0) continue;
+    const Row row = row_of(image, batch, from);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = mirrored(x + i + tap % 3 - 1, image.size[3], job.layer.reflect);
+      if (at < 0) continue;
+      float* to = pixels + i * job.in_width + tap * channels;
+      for (int64_t c = 0; c < channels; ++c) to[c] = read_one(row.at(c, at), 0, row.dtype);
+    }
+  }
+}
+
+static void pointwise_task(void* context, int64_t task, int worker) {
+  const LayerJob& job = *static_cast<const LayerJob*>(context);
+  const Layer& layer = job.layer;
+  float* pixels = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  float* result = pixels + kLayerStrip * job.in_width;
+  float* other = result + kLayerStrip * job.out_width;
+  float* sums = other + kLayerStrip * job.out_width;
+  double* partial = partial_of(job, task);
+  const int64_t batch = task / job.row_tasks, first = task % job.row_tasks * job.rows_per_task;
+  const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
+  const int64_t width = layer.out->size[3], vectors = job.out_width / kLanes;
+  for (int64_t y = first; y < end; ++y) {
+    for (int64_t x = 0; x < width; x += kLayerStrip) {
+      const int64_t count = smaller(kLayerStrip, width - x), rows = (count + 3) / 4 * 4;
+      if (layer.kernel == 1) {
+        prepare_pixels(job, batch, y, x, count, pixels);
+      } else {
+        read_windows(job, batch, y, x, count, pixels);
+      }
+      for (int64_t i = count * job.in_width; i < rows * job.in_width; ++i) pixels[i] = 0;
+      multiply_rows(rows, pixels, job.in_width, 1, layer.weight, nullptr, 1, layer.inputs,
+                    layer.pitch, result, job.out_width, vectors);
+      finish_pixels(job, batch, y, x, count, result, other, sums, partial);
+    }
+  }
+}
+
+// F(2x2, 3x3) of Winograd: 16 products of matrices in place of 36, exact but for rounding.
+struct WinogradScratch {
+  float *ring, *tiles, *products, *result, *other, *sums;
+};
+constexpr int64_t kRingColumns = 2 * kWinogradTiles + 2;
+
+static int64_t winograd_scratch(const LayerJob& job, float* at, WinogradScratch* out) {
+  WinogradScratch s{};
+  s.ring = at;
+  s.tiles = s.ring + 4 * kRingColumns * job.in_width;
+  s.products = s.tiles + 16 * kWinogradTiles * job.in_width;
+  s.result = s.products + 16 * kWinogradTiles * kWinogradBlock;
+  s.other = s.result + 2 * 2 * kWinogradTiles * job.out_width;
+  s.sums = s.other + 2 * kWinogradTiles * job.out_width;
+  if (out) *out = s;
+  return s.sums + 2 * job.out_width - at;
+}
+
+// Row y of the input, prepared, columns x - 1 to x + 2 * kWinogradTiles, to its place in the ring.
+static void winograd_row(const LayerJob& job, const WinogradScratch& s, int64_t batch, int64_t y,
+                         int64_t x) {
+  const Layer& layer = job.layer;
+  const UpfeatTensor& image = *layer.x;
+  const int64_t width = job.in_width;
+  float* line = s.ring + (y + 1) % 4 * kRingColumns * width;
+  const int64_t from = mirrored(y, image.size[2], layer.reflect);
+  const int64_t low = x > 0 ? x - 1 : 0;
+  const int64_t high = smaller(x + 2 * kWinogradTiles + 1, image.size[3]);
+  if (from < 0) {
+    for (int64_t i = 0; i < kRingColumns * width; ++i) line[i] = 0;
+    return;
+  }
+  float* inside = line + (low - (x - 1)) * width;
+  prepare_pixels(job, batch, from, low, high - low, inside);
+  for (int64_t i = 0; i < kRingColumns; ++i) {
+    const int64_t column = x - 1 + i;
+    if (column >= low && column < high) continue;
+    const int64_t at = mirrored(column, image.size[3], layer.reflect);
+    float* to = line + i * width;
+    if (at < 0) {
+      for (int64_t c = 0; c < width; ++c) to[c] = 0;
     } else {
-      for (int64_t x = 0; x < high - low; ++x) {
-        line[(before + x) * channels] = read_one(from, x * row.column_stride, row.dtype);
+      memcpy(to, line + (at - (x - 1)) * width, static_cast<size_t>(width) * 4);
+    }
+  }
+}
+
+static void winograd_inputs(const LayerJob& job, const WinogradScratch& s, int64_t y) {
+  const int64_t width = job.in_width;
+  const float* lines[4];
+  for (int64_t i = 0; i < 4; ++i) lines[i] = s.ring + (y + i) % 4 * kRingColumns * width;
+  for (int64_t tile = 0; tile < kWinogradTiles; ++tile) {
+    for (int64_t c = 0; c < width; c += kLanes) {
+      Vec down[4][4];
+      UPFEAT_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const int64_t at = (2 * tile + j) * width + c;
+        const Vec d0 = load(lines[0] + at), d1 = load(lines[1] + at);
+        const Vec d2 = load(lines[2] + at), d3 = load(lines[3] + at);
+        down[0][j] = d0 - d2;
+        down[1][j] = d1 + d2;
+        down[2][j] = d2 - d1;
+        down[3][j] = d1 - d3;
+      }
+      float* to = s.tiles + tile * width + c;
+      const int64_t step = kWinogradTiles * width;
+      UPFEAT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        store(to + (4 * i + 0) * step, down[i][0] - down[i][2]);
+        store(to + (4 * i + 1) * step, down[i][1] + down[i][2]);
+        store(to + (4 * i + 2) * step, down[i][2] - down[i][1]);
+        store(to + (4 * i + 3) * step, down[i][1] - down[i][3]);
       }
     }
-    if (before) line[0] = line[channels];
-    if (before + high - low < count) line[(count - 1) * channels] = line[(count - 2) * channels];
   }
-  rows.image_held[slot] = y;
-  return to;
 }
 
-static const float* scale_row(const EncoderJob& job, EntryRows& rows, int64_t y) {
-  const int64_t columns = entry_columns(job), width = job.encoder->width;
-  const int64_t slot = y % EntryRows::kSlots;
-  float* to = rows.scale + slot * columns * width;
-  if (rows.scale_held[slot] == y) return to;
-  const float* around[3];
-  for (int64_t i = 0; i < 3; ++i) {
-    around[i] = image_row(job, rows, clamped(y - 1 + i, 0, job.guidance.size[2]));
-  }
-  apply_row(job.entry, around, job.guidance.size[1], width, columns, to);
-  sine_row(to, columns * width);
-  rows.scale_held[slot] = y;
-  return to;
-}
-
-// One row of x[k] from the rows of s[k-1] that it is the mean of, replicated at its ends.
-static void halve_row(const EncoderJob& job, int64_t level, int64_t y, const float* const* from,
-                      int64_t count) {
-  const EncoderAxis& columns = job.plan->columns[level];
-  const int64_t width = job.encoder->width, size = columns.read.stop - columns.read.start;
-  float* row = job.read[level] + (y - job.plan->rows[level].read.start) * (size + 2) * width;
-  for (int64_t x = 0; x < size; ++x) {
-    const HalvedColumn column = job.halved[level][x];
-    const float share = 1.0f / static_cast<float>(count * column.count);
-    float* to = row + (x + 1) * width;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      Vec sum{};
-      for (int64_t i = 0; i < count; ++i) {
-        const float* at = from[i] + column.offset + c;
-        for (int64_t n = 0; n < column.count; ++n) sum += load(at + n * width);
+static void winograd_outputs(const LayerJob& job, const WinogradScratch& s, int64_t channel,
+                             int64_t channels) {
+  const int64_t step = kWinogradTiles * kWinogradBlock;
+  const int64_t second = 2 * kWinogradTiles * job.out_width;  // the second row of pixels
+  for (int64_t tile = 0; tile < kWinogradTiles; ++tile) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const float* from = s.products + tile * kWinogradBlock + c;
+      Vec down[2][4];
+      UPFEAT_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const Vec m0 = load(from + j * step), m1 = load(from + (4 + j) * step);
+        const Vec m2 = load(from + (8 + j) * step), m3 = load(from + (12 + j) * step);
+        down[0][j] = m0 + m1 + m2;
+        down[1][j] = m1 - m2 - m3;
       }
-      store(to + c, sum * share);
-    }
-  }
-  memcpy(row, row + width, static_cast<size_t>(width) * 4);
-  memcpy(row + (size + 1) * width, row + size * width, static_cast<size_t>(width) * 4);
-}
-
-static void halve_task(void* context, int64_t task, int worker) {
-  const EncoderJob& job = *static_cast<EncoderJob*>(context);
-  const int64_t level = job.level, width = job.encoder->width;
-  const EncoderAxis &rows = job.plan->rows[level], &finer = job.plan->rows[level - 1];
-  const EncoderAxis& across = job.plan->columns[level - 1];
-  const int64_t pitch = (across.seen.stop - across.seen.start) * width;
-  EntryRows entry = level == 1 ? entry_rows(job, job.scratch + worker * job.worker_bytes)
-                               : EntryRows{};
-  const int64_t first = rows.read.start + task * kEncoderRows;
-  const int64_t last = smaller(first + kEncoderRows, rows.read.stop);
-  for (int64_t y = first; y < last; ++y) {
-    int64_t low, high;
-    halved_span(finer.length, rows.length, y, &low, &high);
-    const float* from[3] = {};
-    for (int64_t i = 0; i < high - low; ++i) {
-      from[i] = level == 1 ? scale_row(job, entry, low + i)
-                           : job.seen[level - 1] + (low + i - finer.seen.start) * pitch;
-    }
-    halve_row(job, level, y, from, high - low);
-  }
-}
-
-// s[k] from x[k].
-static void correct_task(void* context, int64_t task, int worker) {
-  const EncoderJob& job = *static_cast<EncoderJob*>(context);
-  const UpfeatEncoder& encoder = *job.encoder;
-  const int64_t level = job.level, width = encoder.width;
-  const EncoderAxis &rows = job.plan->rows[level], &columns = job.plan->columns[level];
-  const int64_t wide = columns.read.stop - columns.read.start + 2;
-  const int64_t size = columns.seen.stop - columns.seen.start;
-  const int64_t shift = columns.seen.start - columns.read.start;
-  float* hidden = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
-  const int64_t first = rows.seen.start + task * kEncoderRows;
-  const int64_t last = smaller(first + kEncoderRows, rows.seen.stop);
-  for (int64_t y = first; y < last; ++y) {
-    const float* around[3];
-    for (int64_t i = 0; i < 3; ++i) {
-      const int64_t at = clamped(y - 1 + i, rows.read.start, rows.read.stop);
-      around[i] = job.read[level] + ((at - rows.read.start) * wide + shift) * width;
-    }
-    const float* own = around[1] + width;
-    float* to = job.seen[level] + (y - rows.seen.start) * size * width;
-    if (!encoder.hidden_w) {
-      memcpy(to, own, static_cast<size_t>(size * width) * 4);
-      continue;
-    }
-    const int64_t number = level - 1;
-    const Layer first_layer = layer_of(encoder.hidden_w + number * 9 * width * width,
-                                       encoder.hidden_b + number * width, 3, 3 * width);
-    const Layer second = layer_of(encoder.last_w + number * width * width,
-                                  encoder.last_b + number * width, 1, width);
-    apply_row(first_layer, around, width, width, size, hidden);
-    gelu_row(hidden, size * width);
-    const float* in[1] = {hidden};
-    apply_row(second, in, width, width, size, to);
-    for (int64_t i = 0; i < size * width; i += kLanes) store(to + i, load(to + i) + load(own + i));
-  }
-}
-
-// Adds row y of o[k+1], laid over scale k, to `to`.
-static void lay_over(const EncoderJob& job, int64_t level, int64_t y, float* to) {
-  const EncoderAxis &rows = job.plan->rows[level], &columns = job.plan->columns[level];
-  const EncoderAxis &above = job.plan->rows[level + 1], &beside = job.plan->columns[level + 1];
-  const int64_t width = job.encoder->width;
-  const int64_t pitch = (beside.seen.stop - beside.seen.start) * width;
-  const float* base = job.seen[level + 1];
-  int64_t low, high;
-  const float down = laid_place(above.length, rows.length, y, &low, &high);
-  const float* upper = base + (low - above.seen.start) * pitch;
-  const float* lower = base + (high - above.seen.start) * pitch;
-  const LaidColumn* column = job.laid[level];
-  for (int64_t x = columns.out.start; x < columns.out.stop; ++x, ++column, to += width) {
-    const float part = column->share;
-    const float *left = upper + column->left, *right = upper + column->right;
-    const float *left_below = lower + column->left, *right_below = lower + column->right;
-    const float share[4] = {(1 - down) * (1 - part), (1 - down) * part, down * (1 - part),
-                            down * part};
-    for (int64_t c = 0; c < width; c += kLanes) {
-      Vec sum = load(to + c);
-      sum += load(left + c) * share[0] + load(right + c) * share[1];
-      sum += load(left_below + c) * share[2] + load(right_below + c) * share[3];
-      store(to + c, sum);
+      float* to = s.result + 2 * tile * job.out_width + channel + c;
+      UPFEAT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        store(to + i * second, down[i][0] + down[i][1] + down[i][2]);
+        store(to + i * second + job.out_width, down[i][1] - down[i][2] - down[i][3]);
+      }
     }
   }
 }
 
-// o[k] over s[k], in place, a row at a time: only a pixel's own s counts.
-static void join_task(void* context, int64_t task, int worker) {
-  const EncoderJob& job = *static_cast<EncoderJob*>(context);
-  const int64_t level = job.level, width = job.encoder->width;
-  const EncoderAxis &rows = job.plan->rows[level], &columns = job.plan->columns[level];
-  const int64_t size = columns.seen.stop - columns.seen.start;
-  const int64_t count = columns.out.stop - columns.out.start;
-  float* made = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
-  const Layer join = layer_of(job.encoder->join_w + level * width * width,
-                              job.encoder->join_b + level * width, 1, width);
-  const int64_t first = rows.out.start + task * kEncoderRows;
-  const int64_t last = smaller(first + kEncoderRows, rows.out.stop);
-  for (int64_t y = first; y < last; ++y) {
-    float* own = job.seen[level] + ((y - rows.seen.start) * size + columns.out.start -
-                                    columns.seen.start) * width;
-    const float* in[1] = {own};
-    apply_row(join, in, width, width, count, made);
-    if (level + 1 < job.plan->levels) lay_over(job, level, y, made);
-    memcpy(own, made, static_cast<size_t>(count * width) * 4);
-  }
-}
-
-// x / max(|x|, tiny), as a division by the length alone would give nothing for 0.
-static void unit_row(float* row, int64_t pixels, int64_t width) {
-  for (int64_t x = 0; x < pixels; ++x, row += width) {
-    Vec sum{};
-    for (int64_t c = 0; c < width; c += kLanes) sum += load(row + c) * load(row + c);
-    const float length = __builtin_sqrtf(lane_sum(sum));
-    const float scale = 1.0f / (length > 1.17549435e-38f ? length : 1.17549435e-38f);
-    for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) * scale);
-  }
-}
-
-static void query_task(void* context, int64_t task, int worker) {
-  const EncoderJob& job = *static_cast<EncoderJob*>(context);
-  const int64_t width = job.encoder->width;
-  const EncoderAxis &rows = job.plan->rows[0], &columns = job.plan->columns[0];
-  const int64_t count = columns.out.stop - columns.out.start;
-  char* at = job.scratch + worker * job.worker_bytes;
-  EntryRows entry = entry_rows(job, at);
-  float* made = reinterpret_cast<float*>(at + entry_bytes(job));
-  const Layer join = layer_of(job.encoder->join_w, job.encoder->join_b, 1, width);
-  const bool direct = writes_in_place(job.queries) && job.queries.size[1] == width &&
-                      job.queries.stride[3] == width;
-  const int64_t first = rows.out.start + task * kEncoderRows;
-  const int64_t last = smaller(first + kEncoderRows, rows.out.stop);
-  for (int64_t y = first; y < last; ++y) {
-    const float* in[1] = {scale_row(job, entry, y) +
-                          (columns.out.start - columns.seen.start) * width};
-    const Row row = row_of(job.queries, job.batch, y - rows.out.start);
-    float* to = direct ? reinterpret_cast<float*>(row.data) : made;
-    apply_row(join, in, width, width, count, to);
-    if (job.plan->levels > 1) lay_over(job, 0, y, to);
-    if (job.unit) unit_row(to, count, width);
-    if (!direct) {
-      write_channels_last(row, 0, job.queries.size[1], 0, count, made, width, false);
+static void winograd_task(void* context, int64_t task, int worker) {
+  const LayerJob& job = *static_cast<const LayerJob*>(context);
+  const Layer& layer = job.layer;
+  WinogradScratch s;
+  winograd_scratch(job, reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes), &s);
+  double* partial = partial_of(job, task);
+  const int64_t x = task % job.column_tasks * 2 * kWinogradTiles;
+  const int64_t part = task / job.column_tasks;
+  const int64_t batch = part / job.row_tasks, first = part % job.row_tasks * job.rows_per_task;
+  const int64_t height = layer.out->size[2];
+  const int64_t end = smaller(first + job.rows_per_task, height);
+  const int64_t columns = smaller(2 * kWinogradTiles, layer.out->size[3] - x);
+  const int64_t tiles = ((columns + 1) / 2 + 3) / 4 * 4;
+  winograd_row(job, s, batch, first - 1, x);
+  winograd_row(job, s, batch, first, x);
+  for (int64_t y = first; y < end; y += 2) {
+    winograd_row(job, s, batch, y + 1, x);
+    winograd_row(job, s, batch, y + 2, x);
+    winograd_inputs(job, s, y);
+    for (int64_t channel = 0; channel < job.out_width; channel += kWinogradBlock) {
+      const int64_t channels = smaller(kWinogradBlock, job.out_width - channel);
+      for (int64_t k = 0; k < 16; ++k) {
+        multiply_rows(tiles, s.tiles + k * kWinogradTiles * job.in_width, job.in_width, 1,
+                      layer.weight + k * layer.inputs * layer.pitch + channel, nullptr, 1,
+                      layer.inputs, layer.pitch, s.products + k * kWinogradTiles * kWinogradBlock,
+                      kWinogradBlock, channels / kLanes);
+      }
+      winograd_outputs(job, s, channel, channels);
+    }
+    for (int64_t row = 0; row < smaller(2, height - y); ++row) {
+      finish_pixels(job, batch, y + row, x, columns,
+                    s.result + row * 2 * kWinogradTiles * job.out_width, s.other, s.sums, partial);
     }
   }
 }
 
-static void run_phase(const Runtime& runtime, EncoderJob& job, const EncoderSpan& rows,
-                      TaskBody body) {
-  const int64_t count = rows.stop - rows.start;
-  runtime.parallel_for(runtime.workers, (count + kEncoderRows - 1) / kEncoderRows, body, &job);
-}
-
-static void fill_columns(EncoderJob& job, int64_t level, HalvedColumn* halved, LaidColumn* laid) {
-  const EncoderAxis &columns = job.plan->columns[level], &finer = job.plan->columns[level - 1];
-  const int64_t width = job.encoder->width;
-  job.halved[level] = halved;
-  for (int64_t x = columns.read.start; x < columns.read.stop; ++x, ++halved) {
-    int64_t low, high;
-    halved_span(finer.length, columns.length, x, &low, &high);
-    *halved = HalvedColumn{(low - finer.seen.start) * width, high - low};
-  }
-  job.laid[level - 1] = laid;
-  for (int64_t x = finer.out.start; x < finer.out.stop; ++x, ++laid) {
-    int64_t low, high;
-    const float share = laid_place(columns.length, finer.length, x, &low, &high);
-    *laid = LaidColumn{(low - columns.seen.start) * width, (high - columns.seen.start) * width,
-                       share};
-  }
-}
-
-static int encode(const Runtime& runtime, const UpfeatTensor& guidance,
-                  const UpfeatEncoder& encoder, const EncoderPlan& plan,
-                  const UpfeatTensor& queries, bool unit) {
-  EncoderJob job{};
-  job.guidance = guidance;
-  job.queries = queries;
-  job.plan = &plan;
-  job.encoder = &encoder;
-  job.entry = layer_of(encoder.entry_w, encoder.entry_b, 3, 3 * guidance.size[1]);
-  job.unit = unit;
-  int64_t floats = 0, offset[kMostLevels][2], halved = 0, laid = 0;
-  for (int64_t level = 1; level < plan.levels; ++level) {
-    const EncoderAxis &rows = plan.rows[level], &columns = plan.columns[level];
-    halved += columns.read.stop - columns.read.start;
-    laid += plan.columns[level - 1].out.stop - plan.columns[level - 1].out.start;
-    offset[level][0] = floats;
-    floats += (rows.read.stop - rows.read.start) * (columns.read.stop - columns.read.start + 2) *
-              encoder.width;
-    offset[level][1] = floats;
-    floats += (rows.seen.stop - rows.seen.start) * (columns.seen.stop - columns.seen.start) *
-              encoder.width;
-  }
-  job.worker_bytes = entry_bytes(job) + rounded((entry_columns(job) + 2) * encoder.width * 4);
-  float* maps = static_cast<float*>(runtime.allocate(floats * 4));
+static int run_layer(const Runtime& runtime, const Layer& layer) {
+  LayerJob job{};
+  job.layer = layer;
+  job.in_width = whole_vectors(layer.inputs);
+  job.out_width = whole_vectors(layer.outputs);
+  job.row_tasks = layer.row_tasks;
+  job.rows_per_task = layer.rows_per_task;
+  job.column_tasks = layer.column_tasks;
+  const int64_t floats =
+      layer.winograd ? winograd_scratch(job, nullptr, nullptr)
+                     : kLayerStrip * (job.in_width + 2 * job.out_width) + 2 * job.out_width;
+  job.worker_bytes = (floats * 4 + 63) / 64 * 64;
   job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
-  char* tables = static_cast<char*>(runtime.allocate(
-      halved * static_cast<int64_t>(sizeof(HalvedColumn)) +
-      laid * static_cast<int64_t>(sizeof(LaidColumn))));
-  if (!maps || !job.scratch || !tables) {
-    runtime.release(maps);
-    runtime.release(job.scratch);
-    runtime.release(tables);
-    return UPFEAT_NO_MEMORY;
-  }
-  HalvedColumn* next_halved = reinterpret_cast<HalvedColumn*>(tables);
-  LaidColumn* next_laid = reinterpret_cast<LaidColumn*>(next_halved + halved);
-  for (int64_t level = 1; level < plan.levels; ++level) {
-    job.read[level] = maps + offset[level][0];
-    job.seen[level] = maps + offset[level][1];
-    fill_columns(job, level, next_halved, next_laid);
-    next_halved += plan.columns[level].read.stop - plan.columns[level].read.start;
-    next_laid += plan.columns[level - 1].out.stop - plan.columns[level - 1].out.start;
-  }
-  for (job.batch = 0; job.batch < guidance.size[0]; ++job.batch) {
-    for (job.level = 1; job.level < plan.levels; ++job.level) {
-      run_phase(runtime, job, plan.rows[job.level].read, halve_task);
-      run_phase(runtime, job, plan.rows[job.level].seen, correct_task);
-    }
-    for (job.level = plan.levels - 1; job.level >= 1; --job.level) {
-      run_phase(runtime, job, plan.rows[job.level].out, join_task);
-    }
-    run_phase(runtime, job, plan.rows[0].out, query_task);
-  }
-  runtime.release(maps);
+  if (!job.scratch) return UPFEAT_NO_MEMORY;
+  const int64_t tasks = layer.out->size[0] * layer.row_tasks * layer.column_tasks;
+  runtime.parallel_for(runtime.workers, tasks, layer.winograd ? winograd_task : pointwise_task,
+                       &job);
   runtime.release(job.scratch);
-  runtime.release(tables);
+  return UPFEAT_OK;
+}
+
+// Means over the cells of a grid, of prepared pixels. A task is a row of the grid.
+static void pool_task(void* context, int64_t task, int worker) {
+  const LayerJob& job = *static_cast<const LayerJob*>(context);
+  const Layer& layer = job.layer;
+  const UpfeatTensor &image = *layer.x, &out = *layer.out;
+  float* pixels = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  float* sums = pixels + kLayerStrip * job.in_width;  // (columns, in_width)
+  const int64_t width = job.in_width, batch = task / out.size[2], row = task % out.size[2];
+  const int64_t height = image.size[2], columns = out.size[3];
+  const int64_t first = row * height / out.size[2];
+  const int64_t end = ((row + 1) * height + out.size[2] - 1) / out.size[2];
+  for (int64_t i = 0; i < columns * width; ++i) sums[i] = 0;
+  for (int64_t y = first; y < end; ++y) {
+    for (int64_t cell = 0; cell < columns; ++cell) {
+      const int64_t left = cell * image.size[3] / columns;
+      const int64_t right = ((cell + 1) * image.size[3] + columns - 1) / columns;
+      for (int64_t x = left; x < right; x += kLayerStrip) {
+        const int64_t count = smaller(kLayerStrip, right - x);
+        prepare_pixels(job, batch, y, x, count, pixels);
+        for (int64_t c = 0; c < width; c += kLanes) {
+          Vec sum = load(sums + cell * width + c);
+          for (int64_t i = 0; i < count; ++i) sum += load(pixels + i * width + c);
+          store(sums + cell * width + c, sum);
+        }
+      }
+    }
+  }
+  for (int64_t cell = 0; cell < columns; ++cell) {
+    const int64_t left = cell * image.size[3] / columns;
+    const int64_t right = ((cell + 1) * image.size[3] + columns - 1) / columns;
+    const float share = 1.0f / static_cast<float>((end - first) * (right - left));
+    for (int64_t c = 0; c < width; ++c) sums[cell * width + c] *= share;
+  }
+  write_channels_last(row_of(out, batch, row), 0, layer.inputs, 0, columns, sums, width, false);
+}
+
+static int pool_layer(const Runtime& runtime, const Layer& layer) {
+  LayerJob job{};
+  job.layer = layer;
+  job.in_width = whole_vectors(layer.inputs);
+  job.worker_bytes = (kLayerStrip + layer.out->size[3]) * job.in_width * 4;
+  job.worker_bytes = (job.worker_bytes + 63) / 64 * 64;
+  job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
+  if (!job.scratch) return UPFEAT_NO_MEMORY;
+  runtime.parallel_for(runtime.workers, layer.out->size[0] * layer.out->size[2], pool_task, &job);
+  runtime.release(job.scratch);
+  return UPFEAT_OK;
+}
+
+// Pixels prepared and written as they are: a rotation alone, for one.
+static void prepare_task(void* context, int64_t task, int worker) {
+  const LayerJob& job = *static_cast<const LayerJob*>(context);
+  const Layer& layer = job.layer;
+  float* pixels = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  const int64_t height = layer.out->size[2], width = layer.out->size[3];
+  const int64_t batch = task / height, y = task % height;
+  for (int64_t x = 0; x < width; x += kLayerStrip) {
+    const int64_t count = smaller(kLayerStrip, width - x);
+    prepare_pixels(job, batch, y, x, count, pixels);
+    write_channels_last(row_of(*layer.out, batch, y), 0, layer.inputs, x, count, pixels,
+                        job.in_width, false);
+  }
+}
+
+static int prepare_layer(const Runtime& runtime, const Layer& layer) {
+  LayerJob job{};
+  job.layer = layer;
+  job.in_width = whole_vectors(layer.inputs);
+  job.worker_bytes = kLayerStrip * job.in_width * 4;
+  job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
+  if (!job.scratch) return UPFEAT_NO_MEMORY;
+  runtime.parallel_for(runtime.workers, layer.out->size[0] * layer.out->size[2], prepare_task,
+                       &job);
+  runtime.release(job.scratch);
+  return UPFEAT_OK;
+}
+
+// Features in terms of patterns: per cell, every channel's window of the grid times every pattern,
+// divided by how many of the window's cells exist; the numbers read as one row for each pattern,
+// a softmax down every column, and the mean of each row.
+struct PatternJob {
+  const UpfeatTensor *features, *out;
+  const float* patterns;  // (side * side, pitch)
+  int64_t count, side, pitch;
+  char* scratch;
+  int64_t worker_bytes, rows, width;  // channels in fours, patterns in whole vectors
+};
+
+static void pattern_task(void* context, int64_t task, int worker) {
+  const PatternJob& job = *static_cast<const PatternJob*>(context);
+  const UpfeatTensor& features = *job.features;
+  const int64_t channels = features.size[1], taps = job.side * job.side, half = job.side / 2;
+  float* windows = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  float* responses = windows + job.rows * taps;
+  float* dense = responses + job.rows * job.width;
+  float* result = dense + channels * job.count + kLanes;
+  const int64_t batch = task / features.size[2], y = task % features.size[2];
+  for (int64_t x = 0; x < features.size[3]; ++x) {
+    int64_t inside = 0;
+    for (int64_t i = 0; i < job.rows * taps; ++i) windows[i] = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t row = y + tap / job.side - half, column = x + tap % job.side - half;
+      if (row < 0 || row >= features.size[2] || column < 0 || column >= features.size[3]) continue;
+      ++inside;
+      const Row from = row_of(features, batch, row);
+      for (int64_t c = 0; c < channels; ++c) {
+        windows[c * taps + tap] = read_one(from.at(c, column), 0, from.dtype);
+      }
+    }
+    multiply_rows(job.rows, windows, taps, 1, job.patterns, nullptr, 1, taps, job.pitch, responses,
+                  job.width, job.width / kLanes);
+    const float share = 1.0f / static_cast<float>(inside);
+    for (int64_t c = 0; c < channels; ++c) {  // without gaps, and then read in other rows
+      for (int64_t k = 0; k < job.count; ++k) {
+        dense[c * job.count + k] = responses[c * job.width + k] * share;
+      }
+    }
+    for (int64_t k = 0; k < job.count; ++k) result[k] = 0;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      // The last column may be read past a row's end: those lanes count for nothing.
+      const IVec mine = lanes_below(channels - c);
+      Vec most = splat(-3.4e38f), sum = {};
+      for (int64_t k = 0; k < job.count; ++k) most = max(most, load(dense + k * channels + c));
+      for (int64_t k = 0; k < job.count; ++k) sum += exp(load(dense + k * channels + c) - most);
+      const Vec scale = select(mine, 1.0f / sum, Vec{});
+      for (int64_t k = 0; k < job.count; ++k) {
+        const Vec e = exp(load(dense + k * channels + c) - most) * scale;
+        result[k] += total_of(select(mine, e, Vec{}))[0];
+      }
+    }
+    for (int64_t k = 0; k < job.count; ++k) result[k] *= 1.0f / static_cast<float>(channels);
+    write_channels_last(row_of(*job.out, batch, y), 0, job.count, x, 1, result, job.width, false);
+  }
+}
+
+static int run_patterns(const Runtime& runtime, const UpfeatTensor& features,
+                        const float* patterns, int64_t side, int64_t pitch,
+                        const UpfeatTensor& out) {
+  PatternJob job{&features, &out, patterns, out.size[1], side, pitch, nullptr, 0, 0, 0};
+  job.rows = (features.size[1] + 3) / 4 * 4;
+  job.width = whole_vectors(job.count);
+  const int64_t floats = job.rows * (side * side + job.width) + features.size[1] * job.count +
+                         kLanes + job.width + kLanes;
+  job.worker_bytes = (floats * 4 + 63) / 64 * 64;
+  job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
+  if (!job.scratch) return UPFEAT_NO_MEMORY;
+  runtime.parallel_for(runtime.workers, features.size[0] * features.size[2], pattern_task, &job);
+  runtime.release(job.scratch);
   return UPFEAT_OK;
 }

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import upfeat
-from upfeat.attach import Attachment
+from upfeat.attachment import Attachment
 
 
 class Segmenter(nn.Module):

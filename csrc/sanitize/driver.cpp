@@ -212,7 +212,7 @@ void neighbourhood(const Shape& s, int64_t dtype, Layout layout, int isa, bool w
 }
 
 // Queries of a whole image and of a window, with and without corrections.
-void encoder(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) {
+void pyramid(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) {
   const int64_t width = 32 * (1 + s.c % 2), levels = 1 + s.c % 5, channels = 1 + s.c % 4;
   const auto array = [](int64_t count) {
     return Buffer(1, 1, 1, count, UPFEAT_FLOAT32, Layout::kPlanes);
@@ -226,13 +226,13 @@ void encoder(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) 
                       array(levels * width * width),
                       array(levels * width)};
   const auto at = [&](int i) { return static_cast<const float*>(arrays[i].tensor.data); };
-  const UpfeatEncoder parts{at(0), at(1), whole ? at(2) : nullptr, at(3), at(4), at(5), at(6),
+  const UpfeatPyramid parts{at(0), at(1), whole ? at(2) : nullptr, at(3), at(4), at(5), at(6),
                             at(7), width, levels};
   const int64_t top = whole ? 0 : s.height / 2, left = whole ? 0 : s.width / 3;
   Buffer guidance(s.n, channels, s.height, s.width, dtype, layout);
   Buffer queries(s.n, s.c % width + (s.c > 0), s.height - top, s.width - left, dtype, layout);
-  repeat("encode", {&queries}, [&](int threads) {
-    return upfeat_encode(&guidance.tensor, &parts, &queries.tensor, top, left, 1, isa, threads);
+  repeat("pyramid", {&queries}, [&](int threads) {
+    return upfeat_pyramid(&guidance.tensor, &parts, &queries.tensor, top, left, 1, isa, threads);
   });
 }
 
@@ -255,8 +255,8 @@ int main() {
           guidance_side(shape, dtype, layout, isa);
           neighbourhood(shape, dtype, layout, isa, true);
           neighbourhood(shape, dtype, layout, isa, false);
-          encoder(shape, dtype, layout, isa, true);
-          encoder(shape, dtype, layout, isa, false);
+          pyramid(shape, dtype, layout, isa, true);
+          pyramid(shape, dtype, layout, isa, false);
         }
       }
     }

@@ -12,11 +12,17 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from upfeat._version import __version__
-from upfeat.attach import attach
 
 if TYPE_CHECKING:
     from upfeat import functional
-    from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
+    from upfeat.attachment import attach
+    from upfeat.backbones import (
+        Backbone,
+        WrappedBackbone,
+        list_backbones,
+        load_backbone,
+        tokens_to_grid,
+    )
     from upfeat.features import UpsampledFeatures
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
@@ -40,7 +46,8 @@ if TYPE_CHECKING:
     )
 
 # Imported when first asked for: the command answers --help before PyTorch would be loaded, and
-# using an upsampler needs nothing that training does. The list for type checkers stands above.
+# using an upsampler needs nothing that training does. The list for type checkers stands above. No
+# module has the name of a public function: importing it would put it in the function's place.
 _LAZY = {
     "AnyUp": "upfeat.upsamplers",
     "Backbone": "upfeat.backbones",
@@ -61,12 +68,14 @@ _LAZY = {
     "UpsampledFeatures": "upfeat.features",
     "Upsampler": "upfeat.upsamplers",
     "WrappedBackbone": "upfeat.backbones",
+    "attach": "upfeat.attachment",
     "fit_implicit": "upfeat.implicit.fit",
     "list_backbones": "upfeat.backbones",
     "list_upsamplers": "upfeat.upsamplers",
     "load": "upfeat.model",
     "load_backbone": "upfeat.backbones",
     "load_upsampler": "upfeat.upsamplers",
+    "tokens_to_grid": "upfeat.backbones",
     "train": "upfeat.training",
 }
 
@@ -98,6 +107,7 @@ __all__ = [
     "list_upsamplers",
     "load",
     "load_backbone",
+    "tokens_to_grid",
     "load_upsampler",
     "train",
 ]

@@ -1,156 +1,124 @@
-"""The compiled encoder of the neighbourhood upsampler against PyTorch's layers."""
+"""Compiled encoder layers against PyTorch's, in float64."""
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
 
-import upfeat
 from upfeat.backends import dispatch
-from upfeat.backends.cpu import operators as cpu
-from upfeat.types import Window
-from upfeat.upsamplers.encoder import PyramidEncoder, plan, unit
-from upfeat.upsamplers.maps import cut
+from upfeat.backends.cpu.encoder import Before, apply, layer, match_patterns, pool
+from upfeat.geometry import reflect_pad
+from upfeat.upsamplers.anyup import FeatureBasis
 
-pytestmark = pytest.mark.skipif(
-    cpu.unavailable_reason() is not None, reason=str(cpu.unavailable_reason())
+REASON = dispatch.availability()["cpu"]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def error(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1]))
+
+
+@pytest.mark.parametrize("reflect", [True, False])
+@pytest.mark.parametrize(
+    "shape",  # batch, inputs, outputs, height, width, kernel
+    [
+        (2, 3, 128, 20, 33, 1),
+        (1, 128, 128, 17, 70, 1),
+        (2, 3, 128, 9, 70, 3),
+        (2, 48, 64, 9, 70, 3),
+        (1, 32, 48, 1, 1, 3),
+        (1, 32, 24, 2, 129, 3),
+        (1, 20, 24, 33, 65, 3),
+        (1, 16, 16, 3, 1, 3),
+    ],
 )
-
-# Image, window (top, left, height, width), width of queries, levels: even and odd sides, tiny,
-# fewer levels than there could be and more, widths beside any vector.
-CASES = [
-    ((48, 64), (0, 0, 48, 64), 32, 4),
-    ((61, 45), (0, 0, 61, 45), 8, 4),
-    ((61, 45), (17, 30, 9, 15), 33, 3),
-    ((90, 77), (40, 3, 1, 1), 32, 5),
-    ((1, 1), (0, 0, 1, 1), 4, 3),
-    ((2, 40), (1, 5, 1, 30), 5, 4),
-    ((30, 31), (4, 4, 26, 27), 64, 1),
-    ((5, 7), (0, 2, 5, 5), 1, 9),
-]
-
-
-def make(width, levels, channels=3):
-    torch.manual_seed(width + levels)
-    encoder = PyramidEncoder(width, levels, channels).requires_grad_(False)
-    for name, parameter in encoder.named_parameters():
-        if "last" in name:  # 0 at the start
-            nn.init.normal_(parameter, std=0.5 / width**0.5)
-    return encoder
-
-
-def draw(size, channels=3, batch=2):
-    generator = torch.Generator().manual_seed(sum(size))
-    return torch.randn(batch, channels, *size, generator=generator)
-
-
-def run(encoder, guidance, window, *, of_unit_length=True):
-    parameters = encoder.parameters_in_order()
-    return dispatch.call("pyramid_queries", "cpu", guidance, parameters, window, of_unit_length)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_equals_the_layers(isa, case):
-    size, window, width, levels = case
-    encoder, guidance = make(width, levels), draw(size)
-    exact = encoder.double()(guidance.double())
-    found = run(encoder.float(), guidance, window, of_unit_length=False)
-    expected = cut(exact, Window(*window))
-    scale = max(1.0, float(expected.abs().max()))
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5 * scale)
-    found = run(encoder, guidance, window)
-    torch.testing.assert_close(found.double(), unit(expected), rtol=0, atol=3e-5)
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_window_is_the_window_of_the_whole(case):
-    size, window, width, levels = case
-    encoder, guidance = make(width, levels).double(), draw(size).double()
-    expected = cut(encoder(guidance), Window(*window))
-    found = encoder.window(guidance, Window(*window))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    assert len(plan(encoder.sizes(size), Window(*window))) <= levels
-
-
-@pytest.mark.parametrize("channels", [1, 5])
-def test_other_bands_without_corrections(isa, channels):
-    encoder = PyramidEncoder.untrained(16, 3, channels)
-    guidance = draw((40, 30), channels)
-    expected = unit(encoder(guidance))[:, :, 10:30]
-    found = run(encoder, guidance, (10, 0, 20, 30))
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-def test_colours_far_beyond_the_usual(isa):
-    encoder, guidance = make(32, 2), 1e5 * draw((20, 24))
-    entry = encoder.entry(guidance).double()
-    expected = encoder.join[0].double()(torch.sin(entry))
-    encoder = make(32, 1)
-    encoder.join[0].load_state_dict(make(32, 2).join[0].state_dict())
-    encoder.entry.load_state_dict(make(32, 2).entry.state_dict())
-    # Products of 1e5 are rounded to 0.01: it is the sine of nearly the same.
-    found = run(encoder, guidance, (0, 0, 20, 24), of_unit_length=False)
-    assert torch.isfinite(found).all()
-    assert (found - expected).abs().median() < 0.1
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_storage_is_rounded_once(isa, dtype):
-    encoder, guidance = make(32, 3), draw((33, 40)).to(dtype)
-    expected = run(encoder, guidance.float(), (3, 4, 20, 30))
-    found = run(encoder, guidance, (3, 4, 20, 30))
-    assert found.dtype == dtype
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=torch.finfo(dtype).eps)
-
-
-def test_strides_and_threads_do_not_matter(isa, threads):
-    encoder, guidance = make(32, 4), draw((130, 90))
-    big = torch.full((5, 3, 261, 181), torch.nan)
-    big[1::2, :, 1::2, 1::2] = guidance
-    changed = [
-        guidance.contiguous(memory_format=torch.channels_last),
-        big[1::2, :, 1::2, 1::2],
-        guidance.transpose(2, 3).contiguous().transpose(2, 3),
-    ]
-    threads(1)
-    expected = run(encoder, guidance, (2, 3, 120, 80))
-    assert expected.is_contiguous(memory_format=torch.channels_last)
-    for count in (1, 2, 5):
-        threads(count)
-        for one in changed:
-            assert torch.equal(run(encoder, one, (2, 3, 120, 80)), expected)
-
-
-def test_what_does_not_fit_is_refused():
-    encoder, guidance = make(8, 2), draw((20, 24))
-    with pytest.raises(ValueError, match="does not lie in"):
-        run(encoder, guidance, (10, 0, 11, 24))
-    with pytest.raises(ValueError, match=r"entry has shape \(8, 3, 3, 3\); it must be \(8, 4"):
-        run(encoder, draw((20, 24), 4), (0, 0, 20, 24))
-    with pytest.raises(ValueError, match="float64"):
-        run(encoder, guidance.double(), (0, 0, 20, 24))
-
-
-def test_upsamplers_run_it_and_nothing_else_changes(monkeypatch):
-    up = upfeat.NeighbourhoodUpsampler(query_dim=8, levels=3).eval()
-    features, guidance = torch.randn(1, 4, 5, 6), draw((40, 48), batch=1)
-    ran = []
-    compiled = dispatch.BACKENDS["cpu"].pyramid_queries
-    monkeypatch.setattr(
-        dispatch.BACKENDS["cpu"], "pyramid_queries", lambda *a: ran.append(1) or compiled(*a)
+def test_convolutions(shape, reflect, isa):
+    batch, inputs, outputs, height, width, kernel = shape
+    x, bias = random(batch, inputs, height, width), random(outputs)
+    weight = random(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5
+    residual = random(batch, outputs, height, width)
+    before, seen = None, x.double()
+    if inputs >= 16:
+        before = Before(
+            scale=random(batch, inputs), shift=random(batch, inputs + 1)[:, 1:], silu=True
+        )
+        scale, shift = (each.double()[..., None, None] for each in (before.scale, before.shift))
+        seen = F.silu(seen * scale + shift)
+    if kernel == 3:
+        seen = reflect_pad(seen, 1) if reflect else F.pad(seen, (1, 1, 1, 1))
+    expected = F.conv2d(seen, weight.double(), bias.double()) + residual
+    sums = torch.stack(
+        [each.reshape(batch, 8, -1).sum(2) for each in (expected, expected.square())], dim=2
     )
-    with torch.no_grad():
-        found = up(features, guidance)
-        assert ran == [1]
-        up.set_backend("eager")
-        torch.testing.assert_close(up(features, guidance), found, rtol=0, atol=1e-5)
-    assert ran == [1]
-    up.set_backend("auto")
-    up(features, guidance).sum().backward()  # gradients go through PyTorch's layers
-    assert ran == [1]
+    out, found = layer(x, weight, bias, before=before, residual=residual, reflect=reflect, groups=8)
+    assert error(out, expected) < 1e-6
+    assert error(found.values, sums) < 1e-6
+    half, _ = layer(x.half(), weight, bias, before=before, residual=residual, reflect=reflect)
+    assert half.dtype == torch.float16
+    assert error(half, expected) < 2e-3
 
 
-@pytest.mark.slow
-def test_opcheck():
-    encoder, guidance = make(8, 3), draw((20, 24), batch=1)
-    arguments = (guidance, encoder.parameters_in_order(), [2, 3, 10, 12], True)
-    torch.library.opcheck(torch.ops.upfeat.pyramid_queries_cpu.default, arguments)
+def test_in_place_and_by_threads(threads, isa):
+    x, weight = random(2, 32, 70, 41), random(32, 32)
+    fresh, sums = layer(x, weight, residual=x, groups=4)
+    for count in (1, 3):
+        threads(count)
+        buffer = x.clone()
+        out, found = layer(buffer, weight, residual=buffer, groups=4, out=buffer)
+        assert out is buffer
+        assert torch.equal(out, fresh)
+        assert torch.equal(found.values, sums.values)
+
+
+def test_group_norm_of_sums():
+    x, weight = random(2, 16, 11, 9), torch.eye(16)
+    _, sums = layer(x, weight, groups=4)
+    gain, bias = random(16), random(16)
+    before = sums.norm(gain, bias, 1e-5)
+    found = x * before.scale[..., None, None] + before.shift[..., None, None]
+    assert error(found, F.group_norm(x, 4, gain, bias)) < 1e-6
+    part = sums.part(8, 16).norm(None, None, 1e-5)
+    found = x[:, 8:] * part.scale[..., None, None] + part.shift[..., None, None]
+    assert error(found, F.group_norm(x[:, 8:], 2)) < 1e-6
+
+
+@pytest.mark.parametrize("pair", [32, 16, 4, 2])
+def test_rotation(pair, isa):
+    x, angles = random(2, 64, 10, 12), (random(10, 64), random(12, 64))
+    both = (angles[0][:, None] + angles[1]).permute(2, 0, 1).double()
+    turned = both.unflatten(0, (-1, 2, pair))
+    first, second = x.double().unflatten(1, (-1, 2, pair)).unbind(2)
+    expected = torch.stack(
+        [
+            first * turned[:, 0].cos() - second * turned[:, 0].sin(),
+            second * turned[:, 1].cos() + first * turned[:, 1].sin(),
+        ],
+        dim=2,
+    ).flatten(1, 3)
+    assert error(apply(x.clone(), Before(rotate=angles, pair=pair)), expected) < 1e-6
+
+
+def test_pooling_and_unit_scale(isa):
+    x = random(2, 48, 10, 13)
+    before = Before(scale=torch.full((2, 48), 2.0), shift=torch.zeros(2, 48), silu=True)
+    expected = F.adaptive_avg_pool2d(F.silu(2 * x), (3, 5))
+    assert error(pool(x, (3, 5), before), expected) < 1e-6
+    assert error(pool(x, (20, 30)), F.adaptive_avg_pool2d(x, (20, 30))) < 1e-6
+    weight = random(32, 48)
+    expected = F.linear(F.rms_norm(x.permute(0, 2, 3, 1), (48,), eps=1e-6), weight)
+    out, _ = layer(x, weight, before=Before(unit=1e-6))
+    assert error(out, expected.permute(0, 3, 1, 2)) < 1e-6
+
+
+@pytest.mark.parametrize(("width", "channels"), [(16, 5), (24, 32), (128, 50)])
+def test_patterns(width, channels, isa):
+    torch.manual_seed(0)
+    basis, features = (
+        FeatureBasis(width, 5).double().requires_grad_(False),
+        random(2, channels, 4, 6),
+    )
+    expected = basis(features.double())
+    assert error(match_patterns(features, basis.basis.float()), expected) < 1e-6

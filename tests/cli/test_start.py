@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from evaluation.scenes import write_dataset
@@ -81,6 +82,8 @@ print("torch" in sys.modules, set(upfeat.__all__) - set(dir(upfeat)), hasattr(up
     assert python(code) == ["False set() False"]
     assert set(upfeat.__all__) == {*upfeat._LAZY, "functional", "__version__"}
     assert upfeat.backbones.Backbone is upfeat.Backbone
+    modules = {path.stem for path in Path(upfeat.__file__).parent.iterdir()}
+    assert not modules & set(upfeat._LAZY)
 
 
 SHOW_THREADS = """

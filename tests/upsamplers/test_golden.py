@@ -1,4 +1,4 @@
-"""Features of shipped weights are what they were, digit for digit, where one regression covers all."""
+"""Features of shipped weights are what they were where one regression covers the image."""
 
 import pytest
 import torch

@@ -135,7 +135,7 @@ class PyramidEncoder(nn.Module):
         return out
 
     def parameters_in_order(self) -> list[Tensor]:
-        """What the compiled encoder takes; see :mod:`upfeat.backends.cpu.encoder`."""
+        """What the compiled encoder takes; see :mod:`upfeat.backends.cpu.pyramid`."""
         layers: list[nn.Module] = [self.entry]
         for correction in self.coarser:
             if isinstance(correction, _Correction):
