@@ -54,7 +54,7 @@ def page_name(path):
 
 
 @pytest.fixture
-def furnished(tmp_path, monkeypatch):
+def furnished(tmp_path, monkeypatch, torchvision_operators):
     """A folder with what documents speak of, and trainings and fits that cost little."""
     monkeypatch.chdir(tmp_path)
     names = documents.furnish(tmp_path)

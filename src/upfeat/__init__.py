@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
     from upfeat.model import FeatUp, load
+    from upfeat.text import TextBackbone, load_text_backbone
     from upfeat.training import TrainConfig, train
     from upfeat.upsamplers import (
         JAFAR,
@@ -58,6 +59,7 @@ _LAZY = {
     "NAF": "upfeat.upsamplers",
     "Nearest": "upfeat.upsamplers",
     "NeighbourhoodUpsampler": "upfeat.upsamplers",
+    "TextBackbone": "upfeat.text",
     "TrainConfig": "upfeat.training",
     "UpsampledFeatures": "upfeat.features",
     "Upsampler": "upfeat.upsamplers",
@@ -68,6 +70,7 @@ _LAZY = {
     "list_upsamplers": "upfeat.upsamplers",
     "load": "upfeat.model",
     "load_backbone": "upfeat.backbones",
+    "load_text_backbone": "upfeat.text",
     "load_upsampler": "upfeat.upsamplers",
     "train": "upfeat.training",
 }
@@ -88,6 +91,7 @@ __all__ = [
     "NAF",
     "Nearest",
     "NeighbourhoodUpsampler",
+    "TextBackbone",
     "TrainConfig",
     "UpsampledFeatures",
     "Upsampler",
@@ -100,6 +104,7 @@ __all__ = [
     "list_upsamplers",
     "load",
     "load_backbone",
+    "load_text_backbone",
     "load_upsampler",
     "train",
 ]
