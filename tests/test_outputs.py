@@ -8,17 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from upfeat.marks import FEATURES, PICTURE, encode_picture, kind_of
 from upfeat.outputs import (
-    FEATURES,
-    PICTURE,
     Inputs,
     Outputs,
     check_output,
     digest,
-    encode_picture,
     find_photographs,
     is_done,
-    kind_of,
     plan_outputs,
     watched,
 )

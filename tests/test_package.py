@@ -1,6 +1,8 @@
 """What the package promises as a whole: layers, light imports, a typed marker."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,68 +12,77 @@ import pytest
 import upfeat
 
 SOURCE = Path(upfeat.__file__).parent
-
-# Lower layers first; a module imports from its own layer or from lower ones.
-LAYERS = [
-    {"types", "geometry", "resampling", "linear", "registry"},
-    {
-        "_version",
-        "bounds",
-        "strict_json",
-        "tensor_checks",
-        "optimisers",
-        "normalization",
-        "randomness",
-        "images",
-        "decoding",
-        "colour",
-        "machine",
-        "failures",
-        "storage",
-        "outputs",
-        "locks",
-        "visualize",
-        "views",
-        "losses",
-        "downsamplers",
-        "pooling",
-    },
-    {"backends"},
-    {"functional"},
-    {"upsamplers", "backbones"},
-    {"feature_map", "lazy_files", "features"},
-    {"testing"},
-    {"provenance", "probes", "implicit", "model", "attachment", "environment", "tiling", "mosaic"},
-    {"training", "evaluation", "run", "benchmark"},
-    {"batch", "raster", "demo"},
-    {"cli", "__main__"},
-]
-RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 
-def _imports(path: Path) -> set[str]:
+def _ranks():
+    """The row of each name in the table of docs/architecture.md, lowest first."""
+    table = ARCHITECTURE.read_text().partition("## Modules, lowest first")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]+`) \|", table, re.MULTILINE)
+    return {
+        name.strip("/"): rank
+        for rank, row in enumerate(rows)
+        for name in re.findall(r"`(.+?)`", row)
+    }
+
+
+RANK = _ranks()
+
+
+def _name(path):
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(("upfeat", *parts)).removesuffix(".__init__")
+
+
+FILES = {_name(path): path for path in sorted(SOURCE.rglob("*.py"))}
+del FILES["upfeat"]  # imports nothing until a name is asked for
+
+
+def _imported(path):
+    """Modules that a file imports, in functions too; for type checkers alone does not count."""
+    tree = ast.parse(path.read_text())
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            skipped |= {id(inner) for part in node.body for inner in ast.walk(part)}
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "upfeat":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in FILES else node.module for name in names}
         elif isinstance(node, ast.Import):
-            found |= {
-                alias.name.split(".")[1] for alias in node.names if alias.name.startswith("upfeat.")
-            }
-    return found
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name in FILES}
 
 
-@pytest.mark.parametrize(
-    "path",
-    [path for path in sorted(SOURCE.rglob("*.py")) if path != SOURCE / "__init__.py"],
-    ids=lambda path: str(path.relative_to(SOURCE)),
-)
-def test_imports_run_one_way(path):
-    own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    assert own in RANK, f"give {own} a layer"
-    above = {name for name in _imports(path) if name in RANK and RANK[name] > RANK[own]}
-    assert not above, f"{own} imports from higher layers: {above}"
+IMPORTS = {name: _imported(path) - {name} for name, path in FILES.items()}
+
+
+def _layer(name):
+    return name.split(".")[1]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_one_way(name):
+    own = _layer(name)
+    assert own in RANK, f"give {own} a row in the table of docs/architecture.md"
+    above = {other for other in IMPORTS[name] if RANK[_layer(other)] > RANK[own]}
+    assert not above, f"{name} imports from higher rows of docs/architecture.md: {above}"
+
+
+def test_no_file_imports_itself_by_a_detour():
+    """Not in folders, not in functions: files can be read in an order that explains each."""
+    try:
+        graphlib.TopologicalSorter(IMPORTS).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_the_architecture_lists_what_there_is():
+    listed = set(RANK) - {_layer(name) for name in FILES}
+    assert not listed, f"docs/architecture.md lists {listed}, which is not there"
 
 
 def test_import_loads_no_optional_dependency():

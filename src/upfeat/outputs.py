@@ -1,42 +1,29 @@
 """Which files a command reads and writes: found, named, and never a file that is not ours to write.
 
-What upfeat writes says so inside: safetensors in its metadata, pictures in a text, ``.npy`` by the
-length of its header, zarr in its attributes, JSON and HTML by a word at their start. Whatever does
-not is somebody else's, and so is every input.
+Whatever does not say that upfeat made it (:mod:`upfeat.marks`) is somebody else's, and so is every
+input.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from upfeat._version import __version__
 from upfeat.machine import readable
-from upfeat.storage import is_our_npy, read_metadata, replacing, sweep
-
-FEATURES = "upfeat-features"
-"""What files of feature maps say they are."""
-PICTURE = "upfeat-picture"
-"""What pictures say they are."""
-
-REPORT = "upfeat-report"
-"""What reports say they are."""
-
-_PICTURES = (".png", ".jpg", ".jpeg")
-_HTML_MARK = '<meta name=generator content="upfeat'
+from upfeat.marks import kind_of, picture_facts
+from upfeat.storage import replacing, sweep
 
 
 @dataclass(frozen=True)
@@ -181,13 +168,11 @@ class Inputs:
         """Note what each path leads to.
 
         Args:
-            paths: files, and folders whose files count, not those of folders below.
+            paths: files, folders whose files count (not those of folders below), and names of
+                backbones or upsamplers, which may be paths.
         """
         self._known: dict[object, Path] = {}
-        for path in paths:
-            if path is None:
-                continue
-            path = Path(path)
+        for path in _parts(paths):
             inside = []
             with suppress(OSError):
                 inside = [Path(entry.path) for entry in os.scandir(path)] if path.is_dir() else []
@@ -198,6 +183,17 @@ class Inputs:
     def find(self, output: Path) -> Path | None:
         """The input that an output would replace."""
         return next((self._known[key] for key in _identities(output) if key in self._known), None)
+
+
+def _parts(paths: Iterable[str | Path | None]) -> Iterator[Path]:
+    """Paths as they are, and what names such as "hf:folder" and "file.py:function" speak of."""
+    for path in paths:
+        if path is None:
+            continue
+        yield Path(path)
+        if isinstance(path, str):
+            before, _, after = path.partition(":")
+            yield from (Path(part) for part in (before, after) if after)
 
 
 def _identities(path: Path) -> list[object]:
@@ -237,89 +233,6 @@ def check_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = F
         raise ValueError(
             f"{output}: exists already and {what}; give --overwrite, or another output"
         )
-
-
-def kind_of(path: Path) -> str | None:
-    """What a file that upfeat made says it is, such as "upfeat-features"; ``None`` for any other.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    suffix = path.suffix.lower()
-    if not path.exists():
-        return None  # a link that leads nowhere, at most
-    try:
-        if path.is_dir():
-            return _ours(_zarr_attributes(path).get("format"))
-        if suffix == ".safetensors":
-            return _ours(read_metadata(path).get("format"))
-        if suffix in _PICTURES:
-            return _ours(_picture_facts(path).get("format"))
-        if suffix == ".npy":
-            return FEATURES if is_our_npy(path) else None
-        if suffix == ".json":
-            return _ours(json.loads(path.read_bytes()).get("format"))
-        if suffix in (".html", ".htm"):
-            with path.open("rb") as file:
-                return REPORT if _HTML_MARK.encode() in file.read(1024) else None
-    except (ValueError, AttributeError, RecursionError):
-        pass
-    return None
-
-
-def html_mark() -> str:
-    """What the head of an HTML page says so that it is known as ours."""
-    return f'{_HTML_MARK} {__version__}">'
-
-
-def _ours(name: object) -> str | None:
-    return name if isinstance(name, str) and name.startswith("upfeat-") else None
-
-
-def _zarr_attributes(folder: Path) -> Mapping[str, Any]:
-    """Of a zarr array, of format 3 or 2."""
-    if (folder / "zarr.json").is_file():
-        return json.loads((folder / "zarr.json").read_bytes()).get("attributes", {})
-    if (folder / ".zattrs").is_file():
-        return json.loads((folder / ".zattrs").read_bytes())
-    return {}
-
-
-def encode_picture(picture: Image.Image, suffix: str, *, recipe: str = "") -> bytes:
-    """A picture as the bytes of a file that says it is ours.
-
-    Args:
-        picture: to encode.
-        suffix: ".png", or else JPEG.
-        recipe: digest of all that the picture depends on, for :func:`is_done`.
-    """
-    facts = {"Software": f"upfeat {__version__}", "format": PICTURE, "recipe": recipe}
-    content = io.BytesIO()
-    if suffix.lower() == ".png":
-        texts = PngImagePlugin.PngInfo()
-        for key, value in facts.items():
-            texts.add_text(key, value)
-        picture.save(content, format="PNG", pnginfo=texts)
-    else:
-        picture.save(content, format="JPEG", comment=json.dumps(facts).encode())
-    return content.getvalue()
-
-
-def _picture_facts(path: Path) -> Mapping[str, Any]:
-    """The texts inside a picture; of one that is not whole, none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(path) as opened:
-                info = opened.info
-        except PermissionError:
-            raise
-        except (OSError, SyntaxError, Image.DecompressionBombError):
-            return {}
-    comment = info.get("comment")
-    if isinstance(comment, bytes):
-        return json.loads(comment)
-    return {str(key): value for key, value in info.items() if isinstance(value, str)}
 
 
 @contextmanager
@@ -380,7 +293,7 @@ def is_done(outputs: Outputs, recipe: str) -> bool:
             facts = file.metadata() or {}
         written = facts.get("recipe") or json.loads(facts.get("facts", "{}")).get("recipe")
         picture = outputs.picture
-        drawn = recipe if picture is None else _picture_facts(picture).get("recipe")
+        drawn = recipe if picture is None else picture_facts(picture).get("recipe")
     except (SafetensorError, OSError, ValueError, AttributeError):
         return False
     return written == recipe == drawn

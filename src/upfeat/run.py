@@ -13,17 +13,9 @@ from upfeat import machine
 from upfeat._version import __version__
 from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.images import read_image
+from upfeat.marks import FEATURES, encode_picture
 from upfeat.model import FeatUp
-from upfeat.outputs import (
-    FEATURES,
-    Outputs,
-    check_space,
-    digest,
-    encode_picture,
-    file_digest,
-    plan_outputs,
-    watched,
-)
+from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outputs, watched
 from upfeat.provenance import identify_backbone, identify_upsampler
 from upfeat.storage import replacing, write_tensors
 from upfeat.visualize import comparison

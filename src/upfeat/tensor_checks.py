@@ -70,6 +70,14 @@ def read_layouts(path: str | Path) -> tuple[dict[str, Layout], dict[str, str]]:
         raise ValueError(f"{path}: not a whole safetensors file ({reason})") from None
 
 
+def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
+    """Layouts of tensors that have been read."""
+    return {
+        name: Layout(tuple(one.shape), _FLOATS.get(one.dtype, str(one.dtype)))
+        for name, one in tensors.items()
+    }
+
+
 def check_layouts(
     source: str | Path, found: Mapping[str, Layout], expected: Mapping[str, Tensor]
 ) -> None:

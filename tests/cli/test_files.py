@@ -12,7 +12,7 @@ from PIL import Image
 
 import upfeat
 from upfeat.cli import main
-from upfeat.outputs import kind_of
+from upfeat.marks import kind_of
 from upfeat.storage import read_tensors
 
 QUICK_FIT = ["--views", "1"]
@@ -380,3 +380,38 @@ def test_thirty_photographs_ten_of_them_bad_in_ten_ways(tmp_path):
         stored = read_tensors(out / f"{photo.stem}.safetensors")[0]["features"]
         expected = model(model.preprocess(photo))[0]
         torch.testing.assert_close(stored.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_results_of_two_processes_are_equal_byte_for_byte(tmp_path):
+    photo = _photo(tmp_path / "photo.png")
+    for out in ("1", "2"):
+        for command, *more in (("run", "--upsampler", "detail"), ("fit", "--views", "1")):
+            arguments = [command, str(photo), "-o", str(tmp_path / out / command), *more]
+            code = f"from upfeat.cli import main; main({arguments!r})"
+            subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert len(_contents(tmp_path / "1")) == 4
+    assert _contents(tmp_path / "1") == _contents(tmp_path / "2")
+
+
+def test_a_picture_that_cannot_be_written_leaves_no_features(tmp_path, monkeypatch, capsys):
+    from upfeat.implicit import files
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "photo.features.png")
+
+    photo = _photo(tmp_path / "photo.png")
+    for module in (files, sys.modules["upfeat.run"]):
+        monkeypatch.setattr(module, "replacing", full)
+    for command in ("run", "fit"):
+        assert _command(command, photo, tmp_path / command) == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert not list((tmp_path / command).iterdir())
+
+
+def test_an_evaluation_beyond_the_memory_is_refused(tmp_path, capsys):
+    for seed in range(2):
+        _photo(tmp_path / "data" / f"{seed}.png", (64, 64), seed)
+    command = ["eval", "consistency", str(tmp_path / "data"), "-o", str(tmp_path / "out")]
+    assert main([*command, "--upsamplers", "nearest", "--size", "100000"]) == 2
+    assert "give a smaller size" in capsys.readouterr().err

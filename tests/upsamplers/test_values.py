@@ -13,7 +13,7 @@ from upsamplers.test_checkpoints import published_state, save
 
 import upfeat
 from upfeat.tensor_checks import Layout, check_layouts, check_values
-from upfeat.upsamplers.pretrained import UPSAMPLERS
+from upfeat.upsamplers.base import UPSAMPLERS
 
 ARGUMENTS = {
     "joint_bilateral": ("radius", "sigma_spatial", "sigma_range"),

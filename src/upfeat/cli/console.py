@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING
 
 from upfeat.failures import failure_reason, one_line
 from upfeat.machine import readable
-from upfeat.outputs import (
-    PICTURE,
-    Inputs,
-    Outputs,
-    Photo,
-    check_output,
-    find_photographs,
-    is_done,
-)
+from upfeat.marks import PICTURE
+from upfeat.outputs import Inputs, Outputs, Photo, check_output, find_photographs, is_done
 from upfeat.storage import sweep
 
 if TYPE_CHECKING:

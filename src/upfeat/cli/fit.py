@@ -99,7 +99,7 @@ def execute(options: argparse.Namespace) -> int:
     guidance = not options.no_guidance
     with Batch("fit", options.photos) as batch:
         plan, folder = _plan(batch.photos, options.output, not options.no_picture)
-        plan = batch.permitted(plan, (), FORMAT, overwrite=options.overwrite)
+        plan = batch.permitted(plan, (options.backbone,), FORMAT, overwrite=options.overwrite)
         if not plan:
             return batch.exit_code
         model = upfeat.load(options.backbone, upsampler="bilinear", device=options.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import re
 from pathlib import Path
 
@@ -47,9 +48,12 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.cli.console import progress_bar, say
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.files import write_rendering
-    from upfeat.outputs import FEATURES, PICTURE, Inputs, check_output
+    from upfeat.marks import FEATURES, PICTURE
+    from upfeat.outputs import Inputs, check_output
     from upfeat.storage import sweep
 
+    # Writers of zarr that a full disk has stopped would tell of it twice, when they are collected.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     size, output = _parse_size(options.size), options.output
     picture = output.suffix.lower() in (".png", ".jpg", ".jpeg")
     inputs = Inputs([options.file, options.image])

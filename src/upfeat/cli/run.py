@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import DEFAULT_BACKBONE, UPSAMPLER_HELP
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from upfeat.cli.console import Batch, Plan
+    from upfeat.outputs import Outputs
 
 HELP = "Upsample the features of photographs; write them, and a picture of each."
 EXAMPLE = (
@@ -72,14 +80,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Run; bad photographs are reported at the end and the others done."""
     import upfeat
-    from upfeat.cli.console import Batch, announce_size, progress_bar, say
-    from upfeat.outputs import FEATURES, make_folder
+    from upfeat.cli.console import Batch, announce_size
+    from upfeat.marks import FEATURES
+    from upfeat.outputs import make_folder
     from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
 
     pictures, dtype = not options.no_picture, DTYPES[options.dtype]
     with Batch("run", options.photos) as batch:
         plan = plan_outputs(batch.photos, options.output, picture=pictures)
-        others = (options.upsampler,)
+        others = (options.backbone, options.upsampler)
         plan = batch.permitted(plan, others, FEATURES, overwrite=options.overwrite)
         if not plan:
             return batch.exit_code
@@ -90,24 +99,22 @@ def execute(options: argparse.Namespace) -> int:
         plan = batch.pending(plan, recipe)
         measure = partial(size_on_disk, model, size=options.size, dtype=dtype, picture=pictures)
         announce_size("run", [measure(photo) for photo, _ in plan], options.output)
-        with progress_bar() as progress:
-            task = progress.add_task("", total=len(plan))
-            for photo, outputs in plan:
-                progress.update(task, description=photo.name)
-                stored = None
-                with batch.attempt(photo):
-                    stored = run_photo(
-                        model,
-                        photo,
-                        outputs,
-                        size=options.size,
-                        dtype=dtype,
-                        max_pixels=options.max_pixels,
-                        made_by=made_by,
-                    )
-                if stored is not None:
-                    progress.console.file.flush()
-                    shape = "×".join(map(str, stored.shape))
-                    say(f"{' '.join(map(str, outputs.paths))}  {shape}")
-                progress.advance(task)
+        settings = {"size": options.size, "dtype": dtype, "max_pixels": options.max_pixels}
+        _run_all(batch, plan, partial(run_photo, model, made_by=made_by, **settings))
     return batch.exit_code
+
+
+def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Tensor]) -> None:
+    from upfeat.cli.console import progress_bar, say
+
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(plan))
+        for photo, outputs in plan:
+            progress.update(task, description=photo.name)
+            shape = None
+            with batch.attempt(photo):
+                shape = run(photo, outputs).shape
+            if shape is not None:
+                progress.console.file.flush()
+                say(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")
+            progress.advance(task)

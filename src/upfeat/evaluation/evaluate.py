@@ -15,7 +15,8 @@ from upfeat.evaluation.report.page import write_report
 from upfeat.evaluation.results import FORMAT, Results
 from upfeat.evaluation.task import Task
 from upfeat.evaluation.tasks import find_task
-from upfeat.outputs import REPORT, Inputs, check_output
+from upfeat.marks import REPORT
+from upfeat.outputs import Inputs, check_output
 from upfeat.storage import sweep
 
 

@@ -8,33 +8,28 @@ function, the image, and the basis in which it works: about a hundredth of the m
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.images import read_image
-from upfeat.implicit.fields import Field, rebuild
+from upfeat.implicit.fields import Field
 from upfeat.implicit.guides import sample
-from upfeat.storage import read_tensors, write_tensors
+from upfeat.implicit.stored import FORMAT, encode, read_stored
+from upfeat.storage import write_tensors
 from upfeat.types import Size
 from upfeat.upsamplers.base import check_output_size
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike
-
-FORMAT = "upfeat-implicit-2"
-"""What files say they are."""
 
 # Points whose values exist at once, beside the result.
 _POINTS = 1 << 16
@@ -92,16 +87,23 @@ class ImplicitFeatures(FeatureMap):
             (1, C, height, width).
 
         Raises:
-            ValueError: the size is not two whole numbers, or ``out`` has another shape.
+            ValueError: the size is not two whole numbers, ``out`` has another shape, or the dtype
+                is not of floating numbers or overflows.
         """
         size = self._size(output_size)
+        own = dtype if out is None else out.dtype
+        if not isinstance(own, torch.dtype) or not own.is_floating_point:
+            raise ValueError(f"dtype={own} must be one of floating numbers, as torch.float16")
         shape = (1, self.shape[1], *size)
         if out is None:
             out = torch.empty(shape, dtype=dtype)
         elif tuple(out.shape) != shape:
             raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
         for top, strip in self.strips(size):
-            out[0, :, top : top + strip.shape[1]] = strip
+            part = out[0, :, top : top + strip.shape[1]]
+            part.copy_(strip)
+            if own.itemsize < strip.dtype.itemsize and not bool(torch.isfinite(part).all()):
+                raise ValueError(f"the map overflows {own}; use bfloat16 or float32")
         return out
 
     def full(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -202,11 +204,17 @@ class ImplicitFeatures(FeatureMap):
             path: the file.
             guidance: keep the image inside; otherwise only its fingerprint, and :meth:`load` needs
                 the image.
+
+        Raises:
+            ValueError: something to be written is NaN or infinite.
         """
         tensors = {f"field.{name}": value for name, value in self.field.tensors().items()}
         tensors |= {"components": self.components, "mean": self.mean}
+        for name, value in tensors.items():
+            if not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} holds NaN or infinity; nothing is written")
         if guidance:
-            tensors["guidance_png"] = _encode(self.guidance)
+            tensors["guidance_png"] = encode(self.guidance)
         facts = {
             "format": FORMAT,
             "upfeat_version": __version__,
@@ -231,29 +239,17 @@ class ImplicitFeatures(FeatureMap):
             ValueError: the file is truncated, of another kind or version, or was made from another
                 image.
         """
-        tensors, facts = read_tensors(path)
-        if facts.get("format") != FORMAT:
-            found = facts.get("format", "no format")
-            raise ValueError(
-                f"{path}: not implicit features of this version ({found}, not {FORMAT})"
-            )
-        try:
-            height, width = json.loads(facts["image_size"])
-            parts = {k.removeprefix("field."): v for k, v in tensors.items() if k[:6] == "field."}
-            field = rebuild(facts["field"], parts, json.loads(facts["field_facts"]))
-            components, mean = tensors["components"], tensors["mean"]
-            provenance = json.loads(facts["facts"])
-        except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"{path}: damaged: {' '.join(str(error).split())}") from None
-        guidance = _decode(tensors["guidance_png"]) if "guidance_png" in tensors else None
+        stored = read_stored(path)
+        guidance = stored.guidance
+        if guidance is not None and fingerprint(guidance) != stored.image_digest:
+            raise ValueError(f"{path}: damaged: its image is not that of the fit")
         if image is not None:
-            given = resize_image(read_image(image), (height, width))
-            if fingerprint(given) != facts.get("image_digest"):
+            guidance = resize_image(read_image(image), stored.image_size)
+            if fingerprint(guidance) != stored.image_digest:
                 raise ValueError(f"{path}: was made from another image than the one given")
-            guidance = given
         if guidance is None:
             raise ValueError(f"{path}: does not hold its image; give it as image=")
-        return cls(field, guidance, components, mean, provenance)
+        return cls(stored.field, guidance, stored.components, stored.mean, stored.facts)
 
     def _size(self, output_size: Size | None) -> Size:
         if output_size is None:
@@ -301,17 +297,3 @@ def fingerprint(guidance: Tensor) -> str:
     found = hashlib.sha256(str(tuple(guidance.shape)).encode())
     found.update(guidance.contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def _encode(guidance: Tensor) -> Tensor:
-    """(3, H, W) uint8 -> the bytes of a PNG file, (N,) uint8: lossless, half the size."""
-    buffer = io.BytesIO()
-    Image.fromarray(guidance.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
-    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
-
-
-def _decode(encoded: Tensor) -> Tensor:
-    """The inverse of :func:`_encode`."""
-    with Image.open(io.BytesIO(encoded.numpy().tobytes())) as opened:
-        array = np.array(opened.convert("RGB"))
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous()

@@ -18,7 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from upfeat.bounds import number, whole
 from upfeat.implicit.guides import QueryGuide, colours
+from upfeat.tensor_checks import check_values
+
+MOST_ANCHORS = 1 << 14
+"""Of a kernel field: they are compared with one another, in a table of 2 GiB."""
+MOST_SCALES = 16
 
 _TILE_CELLS = 4
 # Bumps further than this many standard deviations are below 2e-8.
@@ -325,26 +331,61 @@ class NetworkField(nn.Module):
 
 
 def rebuild(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Field:
-    """Make a field from what its ``kind``, ``tensors()`` and ``facts()`` said.
+    """Make a field from what its ``kind``, ``tensors()`` and ``facts()`` said, of any file.
 
     Raises:
-        ValueError: they do not fit together.
+        ValueError: they do not fit together, or are out of bounds or not finite.
     """
+    anything = {name.rpartition(".")[2]: (0.0, math.inf) for name in tensors}
+    check_values("field", tensors, magnitudes=anything, floating=True)
     try:
         if kind == KernelField.kind:
-            grid_size = (int(facts["grid_size"][0]), int(facts["grid_size"][1]))
-            coefficients = tensors["coefficients"].float()
-            anchors = torch.cat(
-                [tensors["anchor_places"], tensors["anchor_queries"].float()], dim=1
-            )
-            weights = {k[6:]: v for k, v in tensors.items() if k.startswith("guide.")}
-            guide = QueryGuide.rebuild(weights, facts["guide"])
-            parts = anchors, tensors["scales"], coefficients, guide
-            return KernelField(*parts, grid_size=grid_size, nugget=float(facts["nugget"]))
-        field = NetworkField(**facts)
-        field.load_state_dict(tensors)
-        return field.eval().requires_grad_(False)
+            return _rebuild_kernel(tensors, facts)
+        if kind == NetworkField.kind:
+            return _rebuild_network(tensors, facts)
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"its parts do not fit together ({' '.join(str(error).split())})"
         ) from None
+    raise ValueError(f"field {kind[:60]!r} is unknown; known: kernel, network")
+
+
+def _rebuild_kernel(tensors: dict[str, Tensor], facts: dict[str, Any]) -> KernelField:
+    height, width = facts["grid_size"]
+    grid_size = whole("grid_size", height, 1, 1 << 20), whole("grid_size", width, 1, 1 << 20)
+    places, queries = tensors["anchor_places"], tensors["anchor_queries"]
+    scales, coefficients = tensors["scales"], tensors["coefficients"]
+    count = len(places)
+    if not 1 <= count <= MOST_ANCHORS or len(queries) != count or len(coefficients) != count:
+        raise ValueError(f"it has {count} anchors, which do not fit its coefficients")
+    if {places.dim(), queries.dim(), coefficients.dim()} != {2} or places.shape[1] != 2:
+        raise ValueError("its anchors and coefficients are not tables")
+    if scales.dim() != 2 or scales.shape[1] != 3 or not 1 <= len(scales) <= MOST_SCALES:
+        raise ValueError(f"scales is {tuple(scales.shape)}, not (up to {MOST_SCALES}, 3)")
+    for value in scales.flatten().tolist():
+        number("scales", value, 1e-6, 1e6)
+    weights = {k[6:]: v for k, v in tensors.items() if k.startswith("guide.")}
+    guide = QueryGuide.rebuild(weights, facts["guide"])
+    anchors = torch.cat([places.float(), queries.float()], dim=1)
+    parts = anchors, scales.float(), coefficients.float(), guide
+    return KernelField(
+        *parts, grid_size=grid_size, nugget=number("nugget", facts["nugget"], 1e-9, 1)
+    )
+
+
+def _rebuild_network(tensors: dict[str, Tensor], facts: dict[str, Any]) -> NetworkField:
+    width, hidden = whole("width", facts["width"]), whole("hidden", facts["hidden"])
+    frequencies = whole("frequencies", facts["frequencies"])
+    # Before it is built: it is no larger than the file.
+    for name, shape in (
+        ("phases", (2, 5, frequencies)),
+        ("first.weight", (hidden, 10 * frequencies + 3)),
+        ("last.weight", (width, hidden)),
+    ):
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
+    number("dropout", facts["dropout"], 0, 1, below=True)
+    with torch.random.fork_rng(devices=[]):
+        field = NetworkField(**facts)
+    field.load_state_dict(tensors)
+    return field.eval().requires_grad_(False)

@@ -22,19 +22,10 @@ from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.images import read_image
 from upfeat.implicit.features import ImplicitFeatures
 from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, default_size, fit_implicit
-from upfeat.outputs import (
-    FEATURES,
-    Outputs,
-    check_space,
-    digest,
-    encode_picture,
-    file_digest,
-    is_done,
-    kind_of,
-    watched,
-)
+from upfeat.marks import FEATURES, encode_picture, kind_of
+from upfeat.outputs import Outputs, check_space, digest, file_digest, is_done, watched
 from upfeat.provenance import identify_backbone
-from upfeat.storage import create_array, replacing_folder, write_bytes
+from upfeat.storage import create_array, replacing, replacing_folder, write_bytes
 from upfeat.visualize import PCABasis, side_by_side, to_image
 
 if TYPE_CHECKING:
@@ -99,14 +90,24 @@ def fit_photograph(
     try:
         features = fit_implicit(pixels, backbone, config, on_step=tell)
         features.facts |= {**recipe, "recipe": digest(recipe)}
-        features.save(output, guidance=guidance)
-        if picture is not None:
-            write_picture(features, picture, recipe=digest(recipe))
+        _write(features, output, picture, digest(recipe), guidance=guidance)
     except BaseException:
         if early is not None:
             early.unlink(missing_ok=True)
         raise
     return features
+
+
+def _write(
+    features: ImplicitFeatures, output: Path, picture: Path | None, recipe: str, *, guidance: bool
+) -> None:
+    """Write both files, or neither."""
+    if picture is None:
+        features.save(output, guidance=guidance)
+        return
+    with replacing(picture) as temporary:
+        temporary.write_bytes(_drawn(features, picture.suffix, recipe))
+        features.save(output, guidance=guidance)
 
 
 def is_fitted(
@@ -144,17 +145,15 @@ def recipe_of(photo: Path, made_by: str, config: FitConfig, *, guidance: bool) -
     return digest(_recipe(file_digest(photo), made_by, config, guidance=guidance))
 
 
-def write_picture(features: ImplicitFeatures, path: Path, *, recipe: str = "") -> None:
-    """Draw the image beside a PCA of its features, at the size of the fit.
+def write_picture(features: ImplicitFeatures, path: Path) -> None:
+    """Draw the image beside a PCA of its features, at the size of the fit."""
+    write_bytes(path, _drawn(features, path.suffix, ""))
 
-    Args:
-        features: what to draw.
-        path: the file.
-        recipe: digest of all that the picture depends on; none while the fit goes on.
-    """
+
+def _drawn(features: ImplicitFeatures, suffix: str, recipe: str) -> bytes:
     image = to_image(features.guidance.float() / 255)
     panels = [("image", image), ("implicit features", draw(features))]
-    write_bytes(path, encode_picture(side_by_side(panels), path.suffix, recipe=recipe))
+    return encode_picture(side_by_side(panels), suffix, recipe=recipe)
 
 
 def draw(features: ImplicitFeatures, output_size: tuple[int, int] | None = None) -> Image.Image:

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.bounds import LARGEST, number, shown, whole
 from upfeat.images import read_image
 from upfeat.implicit.anchors import fit_kernel
 from upfeat.implicit.features import ImplicitFeatures, resize_image
-from upfeat.implicit.fields import Field
+from upfeat.implicit.fields import MOST_ANCHORS, Field
 from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitters
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.randomness import stream
@@ -28,6 +29,27 @@ PRESETS = ("fast", "reference")
 _DEFAULT_SIZE = 224
 _PCA_VIEWS = 50
 _REPORT_EVERY = 50
+_LEAST_VARIANCE = 1e-10
+"""Of held-out features over their mean square: below, they vary by rounding alone."""
+_MOST_ERROR = 1e3
+"""Over that variance: the error of constant features, fitted to rounding, is small too."""
+
+
+_WHOLE: dict[str, tuple[int, int, bool]] = {
+    "size": (1, 1 << 14, True),
+    "seed": (0, (1 << 63) - 1, False),
+    "views": (1, 1 << 20, True),
+    "zoomed_views": (0, 1 << 16, False),
+    "held_out": (1, 1 << 16, False),
+    "components": (1, 1 << 15, False),
+    "anchors": (1, MOST_ANCHORS, False),
+    "steps": (1, LARGEST, False),
+    "views_per_step": (1, 1 << 16, False),
+}
+"""Whole numbers: least, most, and whether none is allowed."""
+
+_NUMBERS: dict[str, tuple[float, float]] = {"max_pad": (0, 1 << 14), "max_zoom": (1, 1e3)}
+"""Numbers: least and greatest."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +106,17 @@ class FitConfig:
         for name, choices in (("preset", PRESETS), ("downsampler", ("attention", "simple"))):
             if getattr(self, name) not in choices:
                 listed = " or ".join(f'"{choice}"' for choice in choices)
-                raise ValueError(f'{name}="{getattr(self, name)}" must be {listed}')
-        for name in ("views", "held_out", "components", "anchors", "steps", "views_per_step"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
-        if not (0 < self.learning_rate < math.inf):
-            raise ValueError(f"learning_rate={self.learning_rate} must be above 0")
-        if self.zoomed_views < 0:
-            raise ValueError(f"zoomed_views={self.zoomed_views} must be 0 or more")
+                raise ValueError(f"{name}={shown(getattr(self, name))} must be {listed}")
+        checked: dict[str, Any] = {}
+        for name, (least, most, optional) in _WHOLE.items():
+            checked[name] = whole(name, getattr(self, name), least, most, optional=optional)
+        for name, (low, high) in _NUMBERS.items():
+            checked[name] = number(name, getattr(self, name), low, high)
         for name in ("tolerance", "slack"):
-            value = getattr(self, name)
-            if not 0 <= value < 1:
-                raise ValueError(f"{name}={value} must be from 0 to below 1")
+            checked[name] = number(name, getattr(self, name), 0, 1, below=True)
+        checked["learning_rate"] = number("learning_rate", self.learning_rate, 0, 10, above=True)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     @property
     def n_views(self) -> int:
@@ -308,9 +328,25 @@ def _assemble(
     config: FitConfig,
     views: int,
 ) -> ImplicitFeatures:
-    """Join the parts, judge them by the held-out views and write down where they come from."""
+    """Join the parts, judge them by the held-out views and write down where they come from.
+
+    Raises:
+        ValueError: there was too little to fit to, so that the features are not finite, or to judge
+            by.
+    """
     features = ImplicitFeatures(field, guidance, basis.components, basis.mean)
     loss, scale = observer.held_out_loss(features.render()), observer.held_out_variance
+    cells = "×".join(map(str, observer.grid_size))
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the fit to {views} views of {cells} cells is not finite; give more views "
+            f"(views={config.views} now), or a larger size"
+        )
+    if scale < _LEAST_VARIANCE * observer.held_out_square and loss > _MOST_ERROR * scale:
+        raise ValueError(
+            f"the features of {config.held_out} held-out views of {cells} cells do not vary, so "
+            "there is nothing to judge the fit by; give more (held_out=), or a larger size"
+        )
     facts: dict[str, Any] = {
         "backbone": observer.backbone.name,
         "stride": observer.backbone.stride,

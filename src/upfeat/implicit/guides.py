@@ -10,7 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.bounds import whole
+from upfeat.tensor_checks import check_layouts, layouts_of
 from upfeat.upsamplers.encoder import PyramidEncoder, unit
+from upfeat.upsamplers.neighbourhood import MOST_LEVELS, MOST_WIDTH
 
 # Numbers in a map of queries: 256 MiB. Of larger images the map is coarser than they are.
 _LARGEST_MAP = 1 << 26
@@ -59,10 +62,15 @@ class QueryGuide:
 
         Raises:
             KeyError: a setting is missing.
-            RuntimeError: the weights do not fit the settings.
+            ValueError: one is out of bounds, or the weights do not fit the settings.
         """
+        width = whole("width", facts["width"], 1, MOST_WIDTH)
+        levels = whole("levels", facts["levels"], 1, MOST_LEVELS)
+        with torch.device("meta"):
+            expected = PyramidEncoder(width, levels).state_dict()
+        check_layouts("guide", layouts_of(tensors), expected)
         with torch.random.fork_rng(devices=[]):  # the first weights are drawn, then replaced
-            encoder = PyramidEncoder(int(facts["width"]), int(facts["levels"]))
+            encoder = PyramidEncoder(width, levels)
         encoder.load_state_dict(tensors)
         return QueryGuide(encoder)
 

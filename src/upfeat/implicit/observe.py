@@ -114,6 +114,11 @@ class Observer:
         flat = self.held_features.transpose(0, 1).flatten(1)
         return float(flat.var(1, correction=0).mean())
 
+    @property
+    def held_out_square(self) -> float:
+        """Mean square of the held-out features."""
+        return float(self.held_features.square().mean())
+
 
 def zoomed_jitters(
     n: int,

@@ -28,7 +28,6 @@ from upfeat.upsamplers import (
     list_upsamplers,
 )
 from upfeat.upsamplers.base import UPSAMPLERS
-from upfeat.upsamplers.pretrained import load_pretrained
 
 _LEAST_STD = 0.05
 """Of a normalisation that upsamplers are trained in."""
@@ -287,7 +286,7 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
             raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
         if options:
             raise ValueError(f"upsampler_options={options} are for a name; {name} is saved weights")
-        upsampler = load_pretrained(Upsampler, name)
+        upsampler = Upsampler.from_pretrained(name)
     else:
         upsampler = _initial(cls, options, config.seed, backbones)
     expected = getattr(upsampler, "embed_dim", None)

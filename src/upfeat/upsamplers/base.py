@@ -28,9 +28,11 @@ from upfeat.backends import dispatch
 from upfeat.bounds import shown
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
+from upfeat.storage import write_bytes, write_tensors
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
 from upfeat.upsamplers.maps import Map, is_recorded
+from upfeat.upsamplers.saved import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
 
 LONGEST_SIDE = 1 << 20
 """Pixels of an output's side, at most."""
@@ -260,17 +262,15 @@ class Upsampler(nn.Module, ABC):
             OSError: the folder cannot be written.
             ValueError: a weight is NaN or infinite.
         """
-        from upfeat.storage import write_bytes, write_tensors
-
         folder = Path(folder)
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
         check_values(f"{folder}: not written", state, magnitudes=self.magnitudes)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "model.safetensors", state, {"upsampler": self.name})
+        write_tensors(folder / WEIGHTS_FILE, state, {"upsampler": self.name})
         config = {"upsampler": self.name, **self.config()}
         if self.mean is not None and self.std is not None:
             config |= {"mean": list(self.mean), "std": list(self.std)}
-        write_bytes(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+        write_bytes(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     @classmethod
     def from_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:
@@ -285,9 +285,7 @@ class Upsampler(nn.Module, ABC):
             ValueError: it holds another upsampler, arguments out of range, or tensors that do not
                 fit or are not finite.
         """
-        from upfeat.upsamplers.pretrained import load_pretrained
-
-        return load_pretrained(cls, folder)
+        return load_pretrained(cls, folder, UPSAMPLERS)
 
     def _load_from_state_dict(
         self,

@@ -10,18 +10,17 @@ from typing import Any, TypeVar
 import torch
 
 from upfeat.registry import unknown_name
-from upfeat.upsamplers.base import Upsampler
 
-AnyUpsampler = TypeVar("AnyUpsampler", bound=Upsampler)
+AnyClass = TypeVar("AnyClass")
 
 
 def build(
-    cls: type[AnyUpsampler], config: dict[str, Any], source: str | Path, *, values: bool = True
-) -> AnyUpsampler:
+    cls: type[AnyClass], config: dict[str, Any], source: str | Path, *, values: bool = True
+) -> AnyClass:
     """Make an upsampler from a configuration of anywhere; PyTorch's random state stays.
 
     Args:
-        cls: its class.
+        cls: its class, with the attributes ``unsaved`` and ``always_small`` of an upsampler's.
         config: arguments of the constructor.
         source: what to call the configuration in errors.
         values: ``False`` for a module that has shapes alone, to compare with the header of a file
@@ -30,11 +29,12 @@ def build(
     Raises:
         ValueError: an argument is unknown or out of range.
     """
-    known = [name for name in inspect.signature(cls).parameters if name not in cls.unsaved]
+    about: Any = cls
+    known = [name for name in inspect.signature(cls).parameters if name not in about.unsaved]
     for name in config:
         if name not in known:
             raise ValueError(f"{source}: {unknown_name('argument', name[:60], known)}")
-    place = nullcontext() if values or cls.always_small else torch.device("meta")
+    place = nullcontext() if values or about.always_small else torch.device("meta")
     try:
         with torch.random.fork_rng(devices=[]), place:
             return cls(**config)

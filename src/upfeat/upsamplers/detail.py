@@ -28,6 +28,7 @@ from upfeat.upsamplers.encoder import pointwise, spans_of
 from upfeat.upsamplers.maps import Computed, Map, as_map, cut, inside, is_recorded, widened
 from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler
 from upfeat.upsamplers.regression import STEP, ImageRegression
+from upfeat.upsamplers.saved import load_named
 from upfeat.upsamplers.step import CellMeans, Coarser, NeighbourhoodKernels, Queries, Units
 
 FINER = 2
@@ -391,9 +392,7 @@ class DetailUpsampler(Upsampler):
         return Headed(maps, basis, constant)
 
     def _start_from(self, start: str | Path) -> None:
-        from upfeat.upsamplers.pretrained import create_upsampler
-
-        trained = create_upsampler(start)
+        trained = load_named(start, UPSAMPLERS)
         if not isinstance(trained, NeighbourhoodUpsampler):
             raise ValueError(
                 f"start={start!s} holds a {type(trained).__name__}; give a neighbourhood upsampler"

@@ -1,31 +1,18 @@
-"""Rebuild saved upsamplers, and find upsamplers by name."""
+"""Upsamplers by name, from folders, and from published files."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
 
-from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
-from upfeat.storage import read_tensors
-from upfeat.strict_json import read_object
-from upfeat.tensor_checks import check_layouts, read_layouts
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
-from upfeat.upsamplers.blueprint import build
 from upfeat.upsamplers.checkpoints import load_checkpoint
 from upfeat.upsamplers.detail import DetailUpsampler
+from upfeat.upsamplers.saved import find_saved, load_pretrained, shipped_names
 from upfeat.upsamplers.tensor_files import SUFFIXES
 
 DEFAULT_UPSAMPLER = DetailUpsampler.name
 """What a backbone gets: with weights made for it, if there are any, or else for any backbone."""
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-
-_SHIPPED = Path(__file__).parent.parent / "weights"
-"""Folders that ``save_pretrained`` wrote: ``CLASS_BACKBONE``, or ``CLASS_universal`` for any."""
-
-AnyUpsampler = TypeVar("AnyUpsampler", bound=Upsampler)
 
 
 def list_upsamplers() -> list[str]:
@@ -35,7 +22,7 @@ def list_upsamplers() -> list[str]:
     ("jbu_stack_universal") for those weights.
     """
     usable = {name for name, cls in UPSAMPLERS.items() if cls.published_by is None}
-    return sorted({*usable, *_shipped_names()})
+    return sorted({*usable, *shipped_names()})
 
 
 def load_upsampler(name: str | Path, *, sha256: str | None = None) -> Upsampler:
@@ -91,81 +78,11 @@ def create_upsampler(
         ValueError: there is no such upsampler; close names are suggested.
     """
     name = DEFAULT_UPSAMPLER if name is None else str(name)
-    shipped = _shipped_names()
-    for candidate in (f"{name}_{backbone}", f"{name}_universal", name):
-        if candidate in shipped and (name in UPSAMPLERS or candidate == name):
-            upsampler = load_pretrained(Upsampler, _SHIPPED / candidate)
-            if getattr(upsampler, "embed_dim", None) in (None, embed_dim) or candidate == name:
-                return upsampler
-    if name in UPSAMPLERS:
-        published_by = UPSAMPLERS[name].published_by
-        if published_by is not None:
-            raise ValueError(
-                f"{name} has no weights in this package; give the file that {published_by} "
-                'published, as upsampler="path/to/file.pth"'
-            )
-        return UPSAMPLERS[name]().eval()
+    found = find_saved(name, UPSAMPLERS, embed_dim, backbone=backbone)
+    if found is not None:
+        return found
     if _is_checkpoint(name):
         return load_checkpoint(name)
     if Path(name).is_dir() or "/" in name:
-        return load_pretrained(Upsampler, name)
+        return load_pretrained(Upsampler, name, UPSAMPLERS)
     raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
-
-
-def _shipped_names() -> list[str]:
-    """Weights inside the package."""
-    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
-
-
-def load_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:
-    """See :meth:`Upsampler.from_pretrained`; ``cls`` is what the result must be."""
-    folder = _local_folder(folder)
-    path = folder / CONFIG_FILE
-    config = read_object(path)
-    mean, std = config.pop("mean", None), config.pop("std", None)
-    saved = _class_of(config, path)
-    if not issubclass(saved, cls):
-        raise ValueError(f"{folder}: holds a {saved.__name__}; load it with that class")
-    empty = build(saved, config, path, values=False)
-    layouts, _ = read_layouts(folder / WEIGHTS_FILE)
-    check_layouts(folder / WEIGHTS_FILE, layouts, empty.state_dict())
-    upsampler = build(saved, config, path)
-    if (mean, std) != (None, None):
-        upsampler.mean, upsampler.std = check_normalization(mean, std)
-    state, _ = read_tensors(folder / WEIGHTS_FILE)
-    try:
-        upsampler.load_state_dict(state)
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
-    return upsampler.eval()
-
-
-def _class_of(config: dict[str, Any], path: Path) -> type[Upsampler]:
-    """The class that a configuration names, which is taken out of it."""
-    name = config.pop("upsampler", None)
-    saved = UPSAMPLERS.get(name) if isinstance(name, str) else None
-    if saved is None:
-        raise ValueError(f"{path}: {unknown_name('upsampler', str(name)[:60], list(UPSAMPLERS))}")
-    return saved
-
-
-def _local_folder(folder: str | Path) -> Path:
-    if Path(folder).is_dir():
-        return Path(folder)
-    if isinstance(folder, Path) or folder.count("/") != 1 or folder.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{folder}: no such folder")
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    except ImportError:
-        raise FileNotFoundError(
-            f"{folder}: no such folder; to load it from the Hugging Face hub, "
-            "pip install huggingface_hub"
-        ) from None
-    try:
-        return Path(snapshot_download(folder, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise FileNotFoundError(
-            f"{folder}: no such folder, and not on the hub ({reason})"
-        ) from None

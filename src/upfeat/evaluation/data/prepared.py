@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat import machine
 from upfeat.backbones import Backbone
 from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem, Sample
 from upfeat.failures import failure_reason
@@ -174,6 +175,9 @@ def _prepare_one(
             f"the label is {read.shape[0]}×{read.shape[1]} pixels but the image "
             f"{pixels.shape[1]}×{pixels.shape[2]} (height×width)"
         )
+    # What upsamplers will make of it counts too: five copies of a channel at most, and the network.
+    own = (pixels.shape[1], pixels.shape[2])
+    machine.check_fits(sample.image, own, size, 20 * backbone.embed_dim + 400)
     with torch.no_grad():
         x = backbone.denormalize(backbone.preprocess(pixels, size, align=True)) * 255
         image = x[0].round().to(torch.uint8)  # (3, H, W)

@@ -11,7 +11,7 @@ from upfeat.evaluation.report.figures import draw_chart, draw_samples
 from upfeat.evaluation.results import Results, Row, summary
 from upfeat.evaluation.task import Score, Task
 from upfeat.evaluation.tasks import find_task
-from upfeat.outputs import html_mark
+from upfeat.marks import html_mark
 from upfeat.storage import write_bytes
 
 BASELINE = "bilinear"

@@ -1,0 +1,145 @@
+"""Folders with an upsampler's configuration and weights: rebuilt, and those that are shipped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+from upfeat.normalization import check_normalization
+from upfeat.registry import unknown_name
+from upfeat.storage import read_tensors
+from upfeat.strict_json import read_object
+from upfeat.tensor_checks import check_layouts, read_layouts
+from upfeat.upsamplers.blueprint import build
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+
+_SHIPPED = Path(__file__).parent.parent / "weights"
+"""Folders that ``save_pretrained`` wrote: ``CLASS_BACKBONE``, or ``CLASS_universal`` for any."""
+
+AnyModule = TypeVar("AnyModule")
+
+
+def shipped_names() -> list[str]:
+    """Weights inside the package."""
+    return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
+
+
+def find_saved(
+    name: str,
+    classes: Mapping[str, type[Any]],
+    embed_dim: int | None = None,
+    *,
+    backbone: str | None = None,
+) -> Any:
+    """An upsampler with the shipped weights that suit best, or one that needs none; or ``None``.
+
+    Args:
+        name: of a class, or of shipped weights.
+        classes: by name.
+        embed_dim: number of channels it will be given, checked where it matters.
+        backbone: name of the backbone, for weights that were trained for it.
+
+    Raises:
+        ValueError: the class has no weights here.
+    """
+    shipped = shipped_names()
+    for candidate in (f"{name}_{backbone}", f"{name}_universal", name):
+        if candidate in shipped and (name in classes or candidate == name):
+            upsampler = load_pretrained(nn.Module, _SHIPPED / candidate, classes)
+            if getattr(upsampler, "embed_dim", None) in (None, embed_dim) or candidate == name:
+                return upsampler
+    if name not in classes:
+        return None
+    published_by = classes[name].published_by
+    if published_by is not None:
+        raise ValueError(
+            f"{name} has no weights in this package; give the file that {published_by} "
+            'published, as upsampler="path/to/file.pth"'
+        )
+    return classes[name]().eval()
+
+
+def load_named(name: str | Path, classes: Mapping[str, type[Any]]) -> Any:
+    """An upsampler by name, or from a folder; in eval mode.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+        ValueError: there is no such upsampler; close names are suggested.
+    """
+    found = find_saved(str(name), classes)
+    if found is not None:
+        return found
+    if Path(name).is_dir() or "/" in str(name):
+        return load_pretrained(nn.Module, name, classes)
+    raise ValueError(unknown_name("upsampler", str(name), [*classes, *shipped_names()]))
+
+
+def load_pretrained(
+    cls: type[AnyModule], folder: str | Path, classes: Mapping[str, type[Any]]
+) -> AnyModule:
+    """Rebuild what :func:`save_pretrained` wrote; in eval mode.
+
+    Args:
+        cls: what the result must be.
+        folder: a local one, or the name of a model repository on the Hugging Face hub.
+        classes: by the names that folders give.
+
+    Raises:
+        FileNotFoundError: the folder, or one of its two files, is not there.
+        ValueError: it holds another class, or tensors that do not fit.
+    """
+    folder = _local_folder(folder)
+    path = folder / CONFIG_FILE
+    config = read_object(path)
+    mean, std = config.pop("mean", None), config.pop("std", None)
+    saved = _class_of(config, path, classes)
+    if not issubclass(saved, cls):
+        raise ValueError(f"{folder}: holds a {saved.__name__}; load it with that class")
+    empty: Any = build(saved, config, path, values=False)
+    layouts, _ = read_layouts(folder / WEIGHTS_FILE)
+    check_layouts(folder / WEIGHTS_FILE, layouts, empty.state_dict())
+    upsampler: Any = build(saved, config, path)
+    if (mean, std) != (None, None):
+        upsampler.mean, upsampler.std = check_normalization(mean, std)
+    state, _ = read_tensors(folder / WEIGHTS_FILE)
+    try:
+        upsampler.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
+    return upsampler.eval()
+
+
+def _class_of(config: dict[str, Any], path: Path, classes: Mapping[str, type[Any]]) -> type[Any]:
+    """The class that a configuration names, which is taken out of it."""
+    name = config.pop("upsampler", None)
+    saved = classes.get(name) if isinstance(name, str) else None
+    if saved is None:
+        raise ValueError(f"{path}: {unknown_name('upsampler', str(name)[:60], list(classes))}")
+    return saved
+
+
+def _local_folder(folder: str | Path) -> Path:
+    if Path(folder).is_dir():
+        return Path(folder)
+    if isinstance(folder, Path) or folder.count("/") != 1 or folder.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{folder}: no such folder")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    except ImportError:
+        raise FileNotFoundError(
+            f"{folder}: no such folder; to load it from the Hugging Face hub, "
+            "pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(folder, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"{folder}: no such folder, and not on the hub ({reason})"
+        ) from None

@@ -1,0 +1,21 @@
+"""What all tests share."""
+
+import importlib.util
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def torchvision_operators():
+    """Declare two operators that torchvision's wheel lacks beside a CPU build of PyTorch.
+
+    timm and open_clip import torchvision, which fails without them; none of their models runs them.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    declared = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            declared.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return declared
