@@ -81,11 +81,13 @@ def furnish(folder: Path) -> dict[str, object]:
     """Put what documents speak of into a folder; return the names that their Python uses."""
     cat = Image.open(PHOTOS / "cat.jpg")
     cat.resize((80, 64)).save(folder / "photo.jpg")
+    cat.resize((80, 64)).save(folder / "scene.tif")
     (folder / "photos").mkdir()
     for index in range(3):
         cat.crop((40 * index, 20, 40 * index + 160, 140)).resize((96, 72)).save(
             folder / "photos" / f"{index}.jpg"
         )
+    cat.resize((80, 64)).save(folder / "photos" / "photo.jpg")
     torch.save(_published_state(), folder / "published.ckpt")
     generator = torch.Generator().manual_seed(0)
     module = nn.Sequential(nn.Conv2d(3, 16, 16, stride=16), nn.Tanh())

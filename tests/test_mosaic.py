@@ -73,6 +73,20 @@ def test_blended_windows_have_no_step_at_their_borders():
     assert row.diff().max() < 0.12  # hard borders step by a quarter
 
 
+@pytest.mark.parametrize("halo", [3, None])
+@torch.no_grad()
+def test_strips_from_a_row_on_are_those_of_all_rows(halo):
+    backbone = convolutional()
+    x = torch.randn(1, 3, 8 * 23, 8 * 9)
+    whole = torch.cat(
+        [p.features for p in strips(backbone, crops(x), (23, 9), tile=8, halo=halo)], 2
+    )
+    parts = list(strips(backbone, crops(x), (23, 9), tile=8, halo=halo, first_row=13))
+    late = torch.cat([part.features for part in parts], 2)
+    assert 0 < parts[0].top <= 13
+    assert torch.equal(late[:, :, 13 - parts[0].top :], whole[:, :, 13:])
+
+
 def test_rows_are_made_when_asked_for_and_forgotten():
     made = []
 

@@ -92,6 +92,7 @@ def strips(
     tile: int,
     halo: int | None,
     overlap: int | None = None,
+    first_row: int = 0,
 ) -> Iterator[Strip]:
     """Compute coarse features from top to bottom.
 
@@ -102,18 +103,22 @@ def strips(
         tile: cells to a side that go through the backbone at once, beside the halo.
         halo: of :func:`receptive_halo`; ``None`` to blend overlapping windows.
         overlap: of those windows, cells; ``None`` for a quarter of ``tile``.
+        first_row: rows above it are not needed; those that come all the same may be wrong.
 
     Yields:
-        Strips that cover the grid, each row once.
+        Strips that cover the grid from ``first_row`` on, each row once.
 
     Raises:
         ValueError: ``tile`` is below 1, or ``overlap`` not below it.
     """
     if halo is None:
-        yield from _blended(backbone, read, grid, tile, tile // 4 if overlap is None else overlap)
+        overlap = tile // 4 if overlap is None else overlap
+        yield from _blended(backbone, read, grid, tile, overlap, first_row)
         return
     parts: list[Tensor] = []
     for piece in split(grid, tile, halo=halo):
+        if piece.core.bottom <= first_row:
+            continue
         inner = piece.inner
         features = _extract(backbone, read, piece.outer)
         parts.append(features[:, :, inner.top : inner.bottom, inner.left : inner.right].clone())
@@ -123,15 +128,18 @@ def strips(
 
 
 def _blended(
-    backbone: Backbone, read: Read, grid: Size, tile: int, overlap: int
+    backbone: Backbone, read: Read, grid: Size, tile: int, overlap: int, first_row: int
 ) -> Iterator[Strip]:
     """Strips of weighted means of overlapping windows."""
     pending: Tensor | None = None  # weighted sums, the last channel the weights
     top = 0  # first row of it
     for window in overlapping(grid, tile, overlap):
+        if window.bottom <= first_row:
+            continue
         features = _extract(backbone, read, window)
         if pending is None:
             pending = features.new_zeros(1, features.shape[1] + 1, 0, grid[1])
+            top = window.top
         if window.top > top:  # no later window reaches these rows
             rows = window.top - top
             yield Strip(top, _mean(pending[:, :, :rows]))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import bench, convert, fit, info, render, run, train
+from upfeat.cli import bench, convert, extract, fit, info, probe, raster, render, run, train
 from upfeat.cli import eval as evaluate
 
 COMMANDS = {
@@ -18,6 +18,9 @@ COMMANDS = {
     "train": train,
     "fit": fit,
     "render": render,
+    "extract": extract,
+    "probe": probe,
+    "raster": raster,
     "eval": evaluate,
     "bench": bench,
     "convert": convert,

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upfeat.cli.choices import DEFAULT_BACKBONE
+from upfeat.settings import add_flags, settings_of
+from upfeat.training.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from upfeat.training import StepReport, TrainConfig
+    from upfeat.training import StepReport
 
 HELP = "Train an upsampler for a backbone on a folder of photographs."
 EXAMPLE = (
@@ -24,49 +26,6 @@ EXAMPLE = (
     "  upfeat train photos/ -o runs/y --config recipe.yaml --steps 500 --upsampler jbu_stack\n"
     "  torchrun --nproc-per-node 2 -m upfeat train photos/ -o runs/z"
 )
-
-# Settings of the configuration that are flags of the same name, and what --help says of them.
-_FLAGS = {
-    "upsampler": "name, or a folder that save_pretrained wrote, to start from",
-    "back_projections": "corrections that the trained neighbourhood upsampler makes",
-    "steps": "of the optimiser",
-    "batch_size": "photographs of a step",
-    "views": "of each photograph",
-    "size": "side of the image that the upsampler sees, pixels",
-    "source_size": "side of the finer image that views are cut from, pixels",
-    "crop": "short_side, native or mixed",
-    "max_pad": "reflected border of the views, pixels",
-    "max_zoom": "views are magnified by up to this",
-    "zoom_probability": "share of views that are magnified",
-    "flip_probability": "share of views that are mirrored",
-    "downsampler": "attention, simple or cell",
-    "downsampler_size": "taps per side",
-    "saliency_dropout": "of the attention downsampler",
-    "projection_dim": "random directions that features are compared along",
-    "crf_weight": "of the CRF term",
-    "tv_weight": "of the total variation of the magnitude map",
-    "magnitude_weight": "of the magnitude's consistency",
-    "detail_weight": "of the detail upsampler's error against features of the enlarged image",
-    "mix_share": "share of its channel mix that the finished detail upsampler keeps",
-    "standardize": "true or false: compare channels in units of their deviation",
-    "colour_jitter": "deviation of gain and shift of the colours that the upsampler sees",
-    "mixed_normalization": "true or false: show half of the images normalised as ImageNet's",
-    "learning_rate": "of NAdam",
-    "schedule": "constant or cosine",
-    "clip": "largest gradient norm during the first steps",
-    "clip_steps": "how many they are",
-    "seed": "of everything that is drawn",
-    "accumulate": "parts that a step is computed in, to save memory",
-    "precision": "auto, fp32 or bf16",
-    "device": "cpu, cuda, …",
-    "workers": "processes that load photographs",
-    "checkpoint_every": "steps between checkpoints",
-    "keep": "how many checkpoints stay",
-    "log_every": "steps between lines of the log",
-    "validation_images": "photographs held out",
-    "validate_every": "steps between validations",
-    "patience": "stop after so many validations without a better one",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,22 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help="recipe to start from: default, detail, or reference (published)",
+        help=f"recipe to start from: {', '.join(PRESETS)} (reference: the published one)",
     )
     settings = parser.add_argument_group("settings (docs/training.md says more)")
-    for name, meaning in _FLAGS.items():
-        settings.add_argument(
-            f"--{name.replace('_', '-')}",
-            default=argparse.SUPPRESS,
-            metavar="VALUE",
-            help=meaning,
-        )
+    add_flags(settings, TrainConfig)
     settings.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="argument of the upsampler's constructor, as radius=2; may be given again",
+        help="upsampler option, e.g. radius=2 (repeatable)",
     )
     settings.add_argument(
         "--tensorboard",
@@ -151,7 +104,6 @@ def execute(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConfig]:
     """Backbone, photographs and settings: what is given, and of a resumed run what is not."""
-    from upfeat.training import TrainConfig
     from upfeat.training.started import read_started
 
     given, source = _settings(options)
@@ -187,11 +139,9 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for name in ("preset", "backbone"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
-    for name in _FLAGS:
+    for name in settings_of(TrainConfig):
         if hasattr(options, name):
-            settings[name] = _value(getattr(options, name))
-    if hasattr(options, "tensorboard"):
-        settings["tensorboard"] = True
+            settings[name] = _value(str(getattr(options, name)))
     if options.option:
         settings["upsampler_options"] = dict(_pair(text) for text in options.option)
     return settings, source

@@ -1,42 +1,68 @@
-"""What an evaluation can be told."""
+"""Settings of an evaluation."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+from upfeat.bounds import shown
+from upfeat.settings import Whole, check, documented, setting
 
 PROTOCOLS = ("own", "transfer", "probabilities")
 
 DOWNSAMPLERS = ("box", "simple", "attention")
 
 
+class Several(NamedTuple):
+    """One or more of a few names, each once."""
+
+    known: tuple[str, ...]
+
+    def __call__(self, name: str, value: Any) -> tuple[str, ...]:
+        """Check a value."""
+        listed = isinstance(value, tuple | list) and all(isinstance(one, str) for one in value)
+        if not listed or not value or not set(value) <= set(self.known):
+            raise ValueError(f"{name}={shown(value)} must be one or more of {self.known}")
+        if len(set(value)) < len(value):
+            raise ValueError(f"{name}={shown(value)} must name each once")
+        return tuple(value)
+
+
+@documented
 @dataclass(frozen=True)
 class EvalConfig:
-    """Settings; every one of them may change scores, and all are written beside them.
+    """Settings; every one of them may change scores, and all are written beside them."""
 
-    Attributes:
-        size: shorter side of the images as evaluated, pixels; labels are brought to the same size.
-        seeds: how many repetitions: 0, 1, …
-        protocols: of probes, among :data:`PROTOCOLS`.
-        pixels: drawn from each training image for each seed.
-        max_train: at most so many training images, drawn at random; ``None`` for all.
-        max_test: at most so many test images; ``None`` for all.
-        split_seed: of automatic splits and of ``max_train`` and ``max_test``.
-        views: jittered views of each test image, for consistency.
-        downsamplers: ways back to the backbone's grid, among :data:`DOWNSAMPLERS`, likewise.
-        pictures: test images shown in the report, evenly spaced over the list.
-    """
-
-    size: int = 224
-    seeds: int = 3
-    protocols: tuple[str, ...] = PROTOCOLS
-    pixels: int = 256
-    max_train: int | None = None
-    max_test: int | None = None
-    split_seed: int = 0
-    views: int = 5
-    downsamplers: tuple[str, ...] = ("box", "attention")
-    pictures: int = 5
+    size: int = setting(
+        224,
+        "shorter side of the images as evaluated, pixels; labels are brought to the same size",
+        Whole(1, 1 << 14),
+    )
+    seeds: int = setting(3, "number of repetitions, seeds 0, 1, …", Whole(1, 1 << 10))
+    protocols: tuple[str, ...] = setting(PROTOCOLS, "protocols of probes", Several(PROTOCOLS))
+    pixels: int = setting(
+        256, "pixels drawn from each training image for each seed", Whole(2, 1 << 20)
+    )
+    max_train: int | None = setting(
+        None,
+        "training images at most, drawn at random; `None` for all",
+        Whole(optional=True),
+    )
+    max_test: int | None = setting(
+        None, "test images at most, drawn at random; `None` for all", Whole(optional=True)
+    )
+    split_seed: int = setting(
+        0, "seed of automatic splits and of `max_train` and `max_test`", Whole(0)
+    )
+    views: int = setting(5, "jittered views of each test image, for consistency", Whole(1, 1 << 16))
+    downsamplers: tuple[str, ...] = setting(
+        ("box", "attention"),
+        "ways back to the backbone's grid, for consistency",
+        Several(DOWNSAMPLERS),
+    )
+    pictures: int = setting(
+        5, "test images shown in the report, evenly spaced over the list", Whole(0, 1 << 10)
+    )
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -44,18 +70,7 @@ class EvalConfig:
         Raises:
             ValueError: a setting is out of its range.
         """
-        for name in ("size", "seeds", "pixels", "max_train", "max_test", "views"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be 1 or more")
-        if self.pixels < 2:
-            raise ValueError(f"pixels={self.pixels} must be 2 or more")
-        if self.pictures < 0:
-            raise ValueError(f"pictures={self.pictures} must be 0 or more")
-        for name, known in (("protocols", PROTOCOLS), ("downsamplers", DOWNSAMPLERS)):
-            value = getattr(self, name)
-            if not value or not set(value) <= set(known) or len(set(value)) < len(value):
-                raise ValueError(f"{name}={value} must be one or more of {known}, each once")
+        check(self)
 
     def choose_pictures(self, count: int) -> list[int]:
         """Indices of the samples to show, of ``count``: evenly spaced, never chosen by eye."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.bounds import LARGEST, number, shown, whole
+from upfeat.bounds import shown
 from upfeat.images import read_image
 from upfeat.implicit.anchors import fit_kernel
 from upfeat.implicit.features import ImplicitFeatures, resize_image
@@ -20,6 +20,7 @@ from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitte
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.randomness import stream
 from upfeat.registry import unknown_name
+from upfeat.settings import Number, Whole, check, documented, setting
 from upfeat.views import sample_jitters, spread_jitters
 
 if TYPE_CHECKING:
@@ -35,67 +36,74 @@ _MOST_ERROR = 1e3
 """Over that variance: the error of constant features, fitted to rounding, is small too."""
 
 
-_WHOLE: dict[str, tuple[int, int, bool]] = {
-    "size": (1, 1 << 14, True),
-    "seed": (0, (1 << 63) - 1, False),
-    "views": (1, 1 << 20, True),
-    "zoomed_views": (0, 1 << 16, False),
-    "held_out": (1, 1 << 16, False),
-    "components": (1, 1 << 15, False),
-    "anchors": (1, MOST_ANCHORS, False),
-    "steps": (1, LARGEST, False),
-    "views_per_step": (1, 1 << 16, False),
-}
-"""Whole numbers: least, most, and whether none is allowed."""
+def _one_of(*known: str) -> Callable[[str, Any], str]:
+    """A check of a name among a few."""
 
-_NUMBERS: dict[str, tuple[float, float]] = {"max_pad": (0, 1 << 14), "max_zoom": (1, 1e3)}
-"""Numbers: least and greatest."""
+    def check_name(name: str, value: Any) -> str:
+        if value not in known:
+            listed = " or ".join(f'"{choice}"' for choice in known)
+            raise ValueError(f"{name}={shown(value)} must be {listed}")
+        return value
+
+    return check_name
 
 
+@documented
 @dataclass(frozen=True)
 class FitConfig:
-    """Settings of a fit.
+    """Settings of a fit."""
 
-    Attributes:
-        preset: "fast", a closed-form solution; or "reference", the published recipe (FeatUp,
-            section 3.3), some hundred times slower.
-        size: length of the shorter side at which the image is fitted, pixels; ``None`` for its own,
-            at most 224. The result can be drawn at any size.
-        seed: of all that is drawn at random.
-        views: jittered views to look at; ``None`` for at most 64 (fast: fewer where held-out views
-            gain nothing, and the image itself besides) or 3000 (reference).
-        zoomed_views: fast: magnified views, looked at beside those for their details.
-        held_out: views that are never fitted, by which the fit is judged.
-        components: principal components of the features in which the fit works.
-        max_pad: reflected border of views, pixels.
-        max_zoom: largest magnification of views.
-        tolerance: fast: stop when twice the views lower the held-out loss by less than this share.
-        slack: fast: how much of the held-out loss, as a share, may be given for a smoother map.
-            The smoothest is what a one-pass upsampler draws. Smoothness helps linear probes; 0
-            gives the least held-out loss.
-        anchors: fast: basis functions, at most.
-        steps: reference: of NAdam.
-        views_per_step: reference: drawn for each step.
-        learning_rate: reference: of NAdam.
-        downsampler: reference: "attention" or "simple".
-    """
-
-    preset: str = "fast"
-    size: int | None = None
-    seed: int = 0
-    views: int | None = None
-    zoomed_views: int = 48
-    held_out: int = 32
-    components: int = 128
-    max_pad: float = 30
-    max_zoom: float = 1.8
-    tolerance: float = 0.01
-    slack: float = 0.05
-    anchors: int = 1024
-    steps: int = 1200
-    views_per_step: int = 10
-    learning_rate: float = 2e-3
-    downsampler: str = "attention"
+    preset: str = setting(
+        "fast",
+        "`fast`, a closed-form solution; or `reference`, the published recipe (FeatUp, section "
+        "3.3), some hundred times slower",
+        _one_of(*PRESETS),
+    )
+    size: int | None = setting(
+        None,
+        "length of the shorter side at which the image is fitted, pixels; `None` for its own, at "
+        "most 224; the result can be drawn at any size",
+        Whole(1, 1 << 14, optional=True),
+    )
+    seed: int = setting(0, "seed of all that is drawn at random", Whole(0, (1 << 63) - 1))
+    views: int | None = setting(
+        None,
+        "jittered views to look at; `None` for at most 64 (fast: fewer where held-out views gain "
+        "nothing, and the image itself besides) or 3000 (reference)",
+        Whole(1, 1 << 20, optional=True),
+    )
+    zoomed_views: int = setting(
+        48, "fast: magnified views, looked at beside those for their details", Whole(0, 1 << 16)
+    )
+    held_out: int = setting(
+        32, "views that are never fitted, by which the fit is judged", Whole(1, 1 << 16)
+    )
+    components: int = setting(
+        128,
+        "principal components of the features in which the fit works",
+        Whole(1, 1 << 15),
+    )
+    max_pad: float = setting(30, "reflected border of views, pixels", Number(0, 1 << 14))
+    max_zoom: float = setting(1.8, "largest magnification of views", Number(1, 1e3))
+    tolerance: float = setting(
+        0.01,
+        "fast: stop when twice the views lower the held-out loss by less than this fraction",
+        Number(0, 1, below=True),
+    )
+    slack: float = setting(
+        0.05,
+        "fast: fraction of the held-out loss that may be given for a smoother map; the smoothest "
+        "is what a one-pass upsampler draws, smoothness helps linear probes, and 0 gives the least "
+        "held-out loss",
+        Number(0, 1, below=True),
+    )
+    anchors: int = setting(1024, "fast: basis functions, at most", Whole(1, MOST_ANCHORS))
+    steps: int = setting(1200, "reference: steps of NAdam", Whole())
+    views_per_step: int = setting(10, "reference: views drawn for each step", Whole(1, 1 << 16))
+    learning_rate: float = setting(2e-3, "reference: step size of NAdam", Number(0, 10, above=True))
+    downsampler: str = setting(
+        "attention", "reference: `attention` or `simple`", _one_of("attention", "simple")
+    )
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -103,20 +111,7 @@ class FitConfig:
         Raises:
             ValueError: a setting is out of its range.
         """
-        for name, choices in (("preset", PRESETS), ("downsampler", ("attention", "simple"))):
-            if getattr(self, name) not in choices:
-                listed = " or ".join(f'"{choice}"' for choice in choices)
-                raise ValueError(f"{name}={shown(getattr(self, name))} must be {listed}")
-        checked: dict[str, Any] = {}
-        for name, (least, most, optional) in _WHOLE.items():
-            checked[name] = whole(name, getattr(self, name), least, most, optional=optional)
-        for name, (low, high) in _NUMBERS.items():
-            checked[name] = number(name, getattr(self, name), low, high)
-        for name in ("tolerance", "slack"):
-            checked[name] = number(name, getattr(self, name), 0, 1, below=True)
-        checked["learning_rate"] = number("learning_rate", self.learning_rate, 0, 10, above=True)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        check(self)
 
     @property
     def n_views(self) -> int:

@@ -1,15 +1,17 @@
-"""What a training can be told, where it may come from, and what is wrong with it."""
+"""Settings of a training: declared once, from presets, files and flags."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from upfeat.bounds import LARGEST, choice, flag, number, shown, whole
+from upfeat.bounds import flag, shown
 from upfeat.registry import unknown_name
+from upfeat.settings import Choice, Number, Whole, check, documented, setting, settings_of
 from upfeat.strict_json import LARGEST as LARGEST_FILE
 from upfeat.strict_json import read_object
 
@@ -65,12 +67,47 @@ DETAIL: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": REFERENCE, "detail": DETAIL}
 """Recipes by name, each as changes to the defaults of :class:`TrainConfig`."""
 
-OPERATIONAL = frozenset(
-    {"out", "device", "workers", "checkpoint_every", "keep", "tensorboard", "log_every"}
-)
-"""Settings that change no result, and so may differ when a run is resumed."""
+
+Real = partial(Number, text=True)
+"""Numbers as text count too: YAML reads 1e-3, without a point, as a word."""
 
 
+class Name(NamedTuple):
+    """A name or a path, as text."""
+
+    optional: bool = True
+
+    def __call__(self, name: str, value: Any) -> str | None:
+        """Check a value."""
+        if isinstance(value, os.PathLike) and not self.optional:
+            return os.fspath(value)
+        if not isinstance(value, str) and not (self.optional and value is None):
+            raise ValueError(f"{name}={shown(value)} must be a name")
+        return value
+
+
+def options(name: str, value: Any) -> dict[str, Any]:
+    """Check names and values; a copy, so that nothing changes them afterwards."""
+    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{name}={shown(value)} must be names and values")
+    return dict(value)
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Check a list of names."""
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{name}={shown(value)} must be a list of names")
+    return tuple(value)
+
+
+def folder(name: str, value: Any) -> Path | None:
+    """Check a path."""
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={shown(value)} must be a folder")
+    return None if value is None else Path(value)
+
+
+@documented
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of a training.
@@ -79,145 +116,163 @@ class TrainConfig:
     else; ``TrainConfig.reference()`` is the published one. Pixels are those of the image that the
     upsampler sees, unless said otherwise.
 
-    Attributes:
-        upsampler: name, or a folder that ``save_pretrained`` wrote, to start from its weights.
-        upsampler_options: arguments of its constructor, by name.
-        frozen: names of parts of the upsampler that are not trained.
-        back_projections: corrections that a neighbourhood upsampler makes once it is trained; while
-            it is, none, since they would reward smooth weights. ``None`` leaves the constructor's.
-        steps: of the optimiser.
-        batch_size: photographs of a step, over all processes and accumulated parts together.
-        views: of each photograph.
-        size: side of the square image that the upsampler sees.
-        source_size: side of the finer image that views are cut from; ``None`` for ``size``.
-        crop: the square window that is taken of a photograph: as large as its shorter side
-            ("short_side"), in its own pixels ("native"), or between the two ("mixed").
-        max_pad: reflected border of the views.
-        max_zoom: views are magnified by up to this, at least 1.
-        zoom_probability: share of views that are magnified.
-        flip_probability: share of views that are mirrored.
-        downsampler: "attention", "simple", or "cell": the mean over each cell, blurred over cells.
-        downsampler_size: taps per side of the first two; ``None`` for the backbone's stride.
-        saliency_dropout: of the attention downsampler, in [0, 1).
-        projection_dim: random directions that features are compared along; ``None`` for all
-            channels as they are.
-        crf_weight: of the CRF term; 0 for none, as for the next two.
-        tv_weight: of the total variation of the magnitude map.
-        magnitude_weight: of the magnitude's consistency.
-        detail_weight: of the detail's error against the features of the enlarged image; for the
-            detail upsampler alone.
-        mix_share: share of the trained channel mix that the finished detail upsampler keeps, from
-            0 to 1: less explains views worse, but suits heads made for the coarse features better.
-        standardize: compare channels in units of their deviation, so that all weigh alike.
-        colour_jitter: deviation of a random gain and shift of each colour that the upsampler sees;
-            0 for none.
-        mixed_normalization: show the upsampler half of the images normalised by ImageNet's
-            statistics instead of the backbone's, so that the weights serve either.
-        learning_rate: of NAdam.
-        schedule: of the learning rate: "constant", or "cosine" down to 0.
-        clip: largest gradient norm during the first steps.
-        clip_steps: how many they are.
-        seed: of everything that is drawn.
-        accumulate: parts that each process computes its share of a step in, to save memory.
-        precision: of the backbone: "fp32", "bf16" (autocast), or "auto" for bf16 on a GPU.
-        device: "cpu", "cuda", …; ``None`` for a GPU if there is one.
-        workers: processes that load photographs; ``None`` for none, with a GPU up to 8.
-        out: folder of the run; ``None`` keeps nothing but the upsampler that is returned.
-        checkpoint_every: steps between checkpoints.
-        keep: how many of the newest checkpoints stay.
-        log_every: steps between lines of the log.
-        validation_images: photographs held out; ``None`` for a twentieth, at most 32.
-        validate_every: steps between validations.
-        patience: stop after so many validations without a better one; ``None`` for never.
-        tensorboard: write scalars and pictures for TensorBoard too.
-
     Raises:
         ValueError: a setting is out of its range.
     """
 
-    upsampler: str = "neighbourhood"
-    upsampler_options: dict[str, Any] = field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
-    back_projections: int | None = 2
-    steps: int = 250
-    batch_size: int = 4
-    views: int = 6
-    size: int = 224
-    source_size: int | None = None
-    crop: str = "short_side"
-    max_pad: float = 20.0
-    max_zoom: float = 4.0
-    zoom_probability: float = 0.8
-    flip_probability: float = 0.5
-    downsampler: str = "cell"
-    downsampler_size: int | None = None
-    saliency_dropout: float = 0.2
-    projection_dim: int | None = 30
-    crf_weight: float = 0.0
-    tv_weight: float = 0.0
-    magnitude_weight: float = 0.0
-    detail_weight: float = 0.0
-    mix_share: float = 1.0
-    standardize: bool = True
-    colour_jitter: float = 0.1
-    mixed_normalization: bool = False
-    learning_rate: float = 2e-3
-    schedule: str = "cosine"
-    clip: float = 1e-4
-    clip_steps: int = 10
+    upsampler: str = setting(
+        "neighbourhood", "name, or a folder of saved weights to start from", Name(optional=False)
+    )
+    upsampler_options: dict[str, Any] = setting(
+        {}, "arguments of its constructor (`--option radius=2`)", options, flag=False
+    )
+    frozen: tuple[str, ...] = setting(
+        (), "names of parts of the upsampler that are not trained (in a file)", names, flag=False
+    )
+    back_projections: int | None = setting(
+        2,
+        "corrections that the trained neighbourhood upsampler makes; none while it is trained, "
+        "since they would reward smooth weights; `None` leaves the constructor's",
+        Whole(0, 100, optional=True),
+    )
+    steps: int = setting(250, "steps of the optimiser", Whole())
+    batch_size: int = setting(
+        4,
+        "photographs of a step, over all processes and accumulated parts together",
+        Whole(1, 1 << 16),
+    )
+    views: int = setting(6, "views of each photograph", Whole(1, 1 << 16))
+    size: int = setting(
+        224,
+        "side of the square image that the upsampler sees, pixels; at least two cells of the "
+        "backbone",
+        Whole(1, 1 << 14),
+    )
+    source_size: int | None = setting(
+        None,
+        "side of the finer image that views are cut from, pixels, so that magnified views show new "
+        "detail; `None` for `size`",
+        Whole(1, 1 << 15, optional=True),
+    )
+    crop: str = setting(
+        "short_side",
+        "square window that is taken of a photograph: as large as its shorter side (`short_side`), "
+        "in its own pixels (`native`), or between the two (`mixed`)",
+        Choice(["short_side", "native", "mixed"]),
+    )
+    max_pad: float = setting(20.0, "reflected border of the views, pixels", Real(0, 1 << 14))
+    max_zoom: float = setting(4.0, "largest magnification of views, at least 1", Real(1, 1e3))
+    zoom_probability: float = setting(0.8, "fraction of views that are magnified", Real(0, 1))
+    flip_probability: float = setting(0.5, "fraction of views that are mirrored", Real(0, 1))
+    downsampler: str = setting(
+        "cell",
+        "way back to the backbone's grid: `attention`, `simple`, or `cell`, the mean over each "
+        "cell, blurred over cells",
+        Choice(["attention", "simple", "cell"]),
+    )
+    downsampler_size: int | None = setting(
+        None,
+        "taps per side of the first two; `None` for the backbone's stride",
+        Whole(1, 1 << 10, optional=True),
+    )
+    saliency_dropout: float = setting(
+        0.2, "dropout of the attention downsampler's saliency, below 1", Real(0, 1)
+    )
+    projection_dim: int | None = setting(
+        30,
+        "random directions that features are compared along; `None` for all channels as they are",
+        Whole(1, 1 << 16, optional=True),
+    )
+    crf_weight: float = setting(0.0, "weight of the CRF term", Real(0, 1e6))
+    tv_weight: float = setting(
+        0.0, "weight of the total variation of the magnitude map", Real(0, 1e6)
+    )
+    magnitude_weight: float = setting(0.0, "weight of the magnitude's consistency", Real(0, 1e6))
+    detail_weight: float = setting(
+        0.0,
+        "weight of the detail upsampler's error against the features of the enlarged image",
+        Real(0, 1e6),
+    )
+    mix_share: float = setting(
+        1.0,
+        "fraction of the trained channel mix that the finished detail upsampler keeps: less "
+        "explains views worse, but suits heads made for the coarse features better",
+        Real(0, 1),
+    )
+    standardize: bool = setting(
+        True, "compare channels in units of their deviation, so that all weigh alike", flag
+    )
+    colour_jitter: float = setting(
+        0.1,
+        "deviation of a random gain and shift of each colour that the upsampler sees; 0 for none",
+        Real(0, 10),
+    )
+    mixed_normalization: bool = setting(
+        False,
+        "show the upsampler half of the images normalised by ImageNet's statistics instead of the "
+        "backbone's, so that the weights serve either",
+        flag,
+    )
+    learning_rate: float = setting(2e-3, "step size of NAdam", Real(0, 10, above=True))
+    schedule: str = setting(
+        "cosine",
+        "of the learning rate: `constant`, or `cosine` down to 0",
+        Choice(["constant", "cosine"]),
+    )
+    clip: float = setting(
+        1e-4, "largest gradient norm during the first steps", Real(0, 1e9, above=True)
+    )
+    clip_steps: int = setting(10, "number of initial steps whose gradients are clipped", Whole(0))
 
-    seed: int = 0
-    accumulate: int = 1
-    precision: str = "auto"
-    device: str | None = None
-    workers: int | None = None
-    out: str | Path | None = None
-    checkpoint_every: int = 100
-    keep: int = 2
-    log_every: int = 1
-    validation_images: int | None = None
-    validate_every: int = 250
-    patience: int | None = None
-    tensorboard: bool = False
+    seed: int = setting(0, "seed of everything that is drawn", Whole(0, (1 << 63) - 1))
+    accumulate: int = setting(
+        1,
+        "parts that each process computes its share of a step in, to save memory",
+        Whole(1, 1 << 16),
+    )
+    precision: str = setting(
+        "auto",
+        "of the backbone: `fp32`, `bf16` (autocast), or `auto` for bf16 on a GPU",
+        Choice(["auto", "fp32", "bf16"]),
+    )
+    device: str | None = setting(
+        None, "`cpu`, `cuda`, …; `None` for a GPU if there is one", Name(), operational=True
+    )
+    workers: int | None = setting(
+        None,
+        "processes that load photographs; `None` for none, with a GPU up to 8",
+        Whole(0, 1 << 10, optional=True),
+        operational=True,
+    )
+    out: str | Path | None = setting(
+        None, "folder of the run (`-o`)", folder, flag=False, operational=True
+    )
+    checkpoint_every: int = setting(100, "steps between checkpoints", Whole(), operational=True)
+    keep: int = setting(2, "number of newest checkpoints that stay", Whole(), operational=True)
+    log_every: int = setting(1, "steps between lines of the log", Whole(), operational=True)
+    validation_images: int | None = setting(
+        None,
+        "photographs held out; `None` for a twentieth, at most 32",
+        Whole(0, optional=True),
+    )
+    validate_every: int = setting(250, "steps between validations", Whole())
+    patience: int | None = setting(
+        None,
+        "stop after so many validations without a better one; `None` for never",
+        Whole(optional=True),
+    )
+    tensorboard: bool = setting(
+        False,
+        "write scalars and pictures for TensorBoard too",
+        flag,
+        flag=False,
+        operational=True,
+    )
 
     def __post_init__(self) -> None:
         """Bring numbers to their types; check every range."""
-        if self.out is not None:
-            if not isinstance(self.out, str | os.PathLike):
-                raise ValueError(f"out={shown(self.out)} must be a folder")
-            object.__setattr__(self, "out", Path(self.out))
-        checked: dict[str, Any] = {}
-        for name, (least, most, optional) in _WHOLE.items():
-            checked[name] = whole(name, getattr(self, name), least, most, optional=optional)
-        for name, (low, high) in _NUMBERS.items():
-            checked[name] = number(name, getattr(self, name), low, high, text=True)
-        for name, high in _ABOVE_0.items():
-            checked[name] = number(name, getattr(self, name), 0, high, above=True, text=True)
-        for name, choices in _CHOICES.items():
-            choice(name, getattr(self, name), choices)
-        for name in ("tensorboard", "standardize", "mixed_normalization"):
-            flag(name, getattr(self, name))
-        self._check_names()
-        # Copies, so that nothing changes them afterwards.
-        checked["frozen"] = tuple(self.frozen)
-        checked["upsampler_options"] = dict(self.upsampler_options)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        check(self)
         self._check_together()
-
-    def _check_names(self) -> None:
-        if isinstance(self.upsampler, os.PathLike):
-            object.__setattr__(self, "upsampler", os.fspath(self.upsampler))
-        for name in ("upsampler", "device"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (name == "device" and value is None):
-                raise ValueError(f"{name}={shown(value)} must be a name")
-        options = self.upsampler_options
-        if not isinstance(options, dict) or not all(isinstance(one, str) for one in options):
-            raise ValueError(f"upsampler_options={shown(options)} must be names and values")
-        names = self.frozen
-        if not isinstance(names, list | tuple) or not all(isinstance(one, str) for one in names):
-            raise ValueError(f"frozen={shown(names)} must be a list of names")
 
     def _check_together(self) -> None:
         if self.source_size is not None and self.source_size < self.size:
@@ -304,6 +359,10 @@ class TrainConfig:
         ]
 
 
+OPERATIONAL = frozenset(name for name, one in settings_of(TrainConfig).items() if one.operational)
+"""Settings that change no result, and so may differ when a run is resumed."""
+
+
 def expand(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Settings by name, with those of the recipe that ``preset`` names.
 
@@ -358,41 +417,3 @@ def _parse(path: Path) -> Any:
         raise ValueError(f"{path}: not YAML of ours (nested too deeply)") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-
-
-_WHOLE: dict[str, tuple[int, int, bool]] = {
-    **dict.fromkeys(("steps", "checkpoint_every", "keep", "log_every"), (1, LARGEST, False)),
-    "validate_every": (1, LARGEST, False),
-    **dict.fromkeys(("batch_size", "views", "accumulate"), (1, 1 << 16, False)),
-    "size": (1, 1 << 14, False),
-    "source_size": (1, 1 << 15, True),
-    "downsampler_size": (1, 1 << 10, True),
-    "projection_dim": (1, 1 << 16, True),
-    "patience": (1, LARGEST, True),
-    "clip_steps": (0, LARGEST, False),
-    "seed": (0, (1 << 63) - 1, False),
-    "workers": (0, 1 << 10, True),
-    "validation_images": (0, LARGEST, True),
-    "back_projections": (0, 100, True),
-}
-"""Whole numbers: least, most, and whether none is allowed."""
-
-_NUMBERS: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("zoom_probability", "flip_probability", "saliency_dropout"), (0, 1)),
-    "mix_share": (0, 1),
-    **dict.fromkeys(("detail_weight", "crf_weight", "tv_weight", "magnitude_weight"), (0, 1e6)),
-    "max_pad": (0, 1 << 14),
-    "max_zoom": (1, 1e3),
-    "colour_jitter": (0, 10),
-}
-"""Numbers: least and greatest."""
-
-_ABOVE_0 = {"learning_rate": 10.0, "clip": 1e9}
-"""Numbers above 0: the greatest."""
-
-_CHOICES: dict[str, list[str]] = {
-    "crop": ["short_side", "native", "mixed"],
-    "downsampler": ["attention", "simple", "cell"],
-    "schedule": ["constant", "cosine"],
-    "precision": ["auto", "fp32", "bf16"],
-}

@@ -1,0 +1,7 @@
+"""Features of large sets of images: every item once, whatever happens in between."""
+
+from upfeat.batch.engines import Engine
+from upfeat.batch.extract import Extraction, extract, read_extracted
+from upfeat.batch.items import Item, list_items
+
+__all__ = ["Engine", "Extraction", "Item", "extract", "list_items", "read_extracted"]

@@ -1,0 +1,150 @@
+"""Ray as the engine of a batch: workers that hold the model, on one machine or a cluster.
+
+Tasks write their results themselves, whole or not at all and always the same bytes, so a task of
+a worker that was killed is simply done again by another. What is done is recorded by the driver
+alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_SECONDS = 10
+_AHEAD = 2
+"""Tasks that wait at each worker."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where the work of a batch is done.
+
+    Attributes:
+        name: "local", in this process, or "ray".
+        workers: of Ray; ``None`` for one on each CPU of this machine.
+        address: of a Ray cluster, as ``ray.init`` takes it; ``None`` for one of this machine that
+            begins and ends with the work.
+    """
+
+    name: str = "local"
+    workers: int | None = None
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        if self.name not in ("local", "ray"):
+            raise ValueError(f'engine="{self.name}" must be local or ray')
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers={self.workers} must be 1 or more")
+
+
+def map_with_ray(
+    engine: Engine,
+    make_worker: Callable[[], Callable[[Task], Result]],
+    tasks: Iterable[Task],
+) -> Iterator[Result]:
+    """Do tasks on a pool of workers; results come in the order in which they are ready.
+
+    Args:
+        engine: a Ray engine.
+        make_worker: is called once in each worker and gives what does a task; picklable.
+        tasks: picklable; taken from the iterable as workers get free.
+
+    Yields:
+        Results. Those of killed workers are computed again by new ones.
+
+    Raises:
+        ValueError: Ray is not installed, or the cluster cannot be reached.
+    """
+    try:
+        ray = importlib.import_module("ray")
+    except ImportError:
+        raise ValueError("engine=ray needs the package ray: pip install 'upfeat[ray]'") from None
+    with _connected(ray, engine):
+        # A worker that dies is started again, and its tasks with it.
+        options = {"max_restarts": -1, "max_task_retries": -1, "num_cpus": 1}
+        actor = ray.remote(**options)(_Worker)
+        count = engine.workers or int(ray.cluster_resources().get("CPU", 1))
+        # Kept here for as long as workers may be started again: Ray forgets what nobody holds.
+        made = ray.put(make_worker)
+        workers = [actor.remote(made) for _ in range(count)]
+        running: dict[Any, Any] = {}
+        free = workers * _AHEAD
+        for task in tasks:
+            if not free:
+                yield _next(ray, running, free)
+            worker = free.pop(0)
+            running[worker.run.remote(task)] = worker
+        while running:
+            yield _next(ray, running, free)
+
+
+def _next(ray: Any, running: dict[Any, Any], free: list[Any]) -> Any:
+    ready, _ = ray.wait(list(running), num_returns=1)
+    free.append(running.pop(ready[0]))
+    try:
+        return ray.get(ready[0])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+class _Worker:
+    """Holds what does tasks."""
+
+    def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
+        self._do = make_worker()
+
+    def run(self, task: Any) -> Any:
+        """Do one task."""
+        return self._do(task)
+
+
+@contextmanager
+def _connected(ray: Any, engine: Engine) -> Iterator[None]:
+    """Ray, started or found; what was started here is stopped afterwards."""
+    if ray.is_initialized():  # somebody else's, who will stop it
+        yield
+        return
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if engine.address is None:
+        options |= {"num_cpus": engine.workers, "include_dashboard": False}
+    else:
+        _check_answers(engine.address)
+        options["address"] = engine.address
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f'address="{engine.address}": no Ray cluster answers ({reason})') from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Refuse a cluster that nobody answers for: Ray itself would go on trying for minutes.
+
+    Raises:
+        ValueError: nobody answers.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # "auto", "local" or a name: Ray knows at once
+        return
+    try:
+        socket.create_connection((host or "127.0.0.1", int(port)), _SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f'address="{address}": no Ray cluster answers ({error})') from None

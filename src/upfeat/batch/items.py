@@ -1,0 +1,156 @@
+"""The items of a set: files of folders and lists, members of tar archives, frames of videos."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import io
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+_VIDEOS = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of a set.
+
+    Attributes:
+        key: unique in the set; a relative path with ``/``, which also names the output.
+        read: gives the encoded file, or a video's frame as (H, W, 3) uint8.
+    """
+
+    key: str
+    read: Callable[[], bytes | Any]
+
+
+@dataclass(frozen=True)
+class Damaged:
+    """A source that could not be listed to its end."""
+
+    key: str
+    reason: str
+
+
+def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
+    """List the items of sources, in an order that depends on their names alone.
+
+    Args:
+        sources: folders (searched to any depth), image files, ``.txt`` lists of image files (one
+            on a line, relative to the list), ``.tar`` archives, videos.
+
+    Yields:
+        Items, and what could not be listed. Members of archives must be read in the order in which
+        they come, and before the next item is asked for.
+
+    Raises:
+        FileNotFoundError: a source is not there.
+        ValueError: two sources would give the same keys.
+    """
+    prefixes: dict[str, Path] = {}
+    for source in map(Path, sources):
+        if not source.exists():
+            raise FileNotFoundError(f"{source}: no such file or folder")
+        if source.suffix.lower() == ".tar" or source.suffix.lower() in _VIDEOS or source.is_dir():
+            # A lone folder's items need no prefix.
+            prefix = "" if source.is_dir() and len(sources) == 1 else f"{source.resolve().name}/"
+            if prefix in prefixes:
+                raise ValueError(
+                    f"{source}: has the same name as {prefixes[prefix]}; their items could not be "
+                    "told apart: give them in two runs"
+                )
+            prefixes[prefix] = source
+    for source in map(Path, sources):
+        single = len(sources) == 1
+        if source.is_dir():
+            yield from _folder(source, "" if single else f"{source.resolve().name}/")
+        elif source.suffix.lower() == ".tar":
+            yield from _archive(source)
+        elif source.suffix.lower() in _VIDEOS:
+            yield from _video(source)
+        elif source.suffix.lower() == ".txt":
+            yield from _list(source)
+        else:
+            yield Item(source.name, source.read_bytes)
+
+
+def _is_image(name: str) -> bool:
+    return Image.registered_extensions().get(Path(name).suffix.lower(), "") in Image.OPEN
+
+
+def _folder(folder: Path, prefix: str) -> Iterator[Item]:
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if _is_image(path.name) and not path.name.startswith(".") and path.is_file()
+    )
+    for name in names:
+        yield Item(prefix + name, (folder / name).read_bytes)
+
+
+def _list(path: Path) -> Iterator[Item | Damaged]:
+    seen: set[str] = set()
+    for line in path.read_text(encoding="utf-8").splitlines():
+        name = line.strip()
+        if not name or name.startswith("#"):
+            continue
+        file = path.parent / name
+        key = name.lstrip("/").replace("../", "")
+        if key in seen:
+            yield Damaged(key, "stands in the list twice")
+            continue
+        seen.add(key)
+        yield Item(key, file.read_bytes)
+
+
+def _archive(path: Path) -> Iterator[Item | Damaged]:
+    """Image members of a tar archive, as WebDataset writes them."""
+    seen: set[str] = set()
+    try:
+        with tarfile.open(path, "r|") as archive:
+            for member in archive:
+                key = f"{path.name}/{member.name}"
+                if not member.isfile() or not _is_image(member.name):
+                    continue
+                if ".." in Path(member.name).parts or key in seen:
+                    yield Damaged(key, "doubles another member, or leads out of the archive")
+                    continue
+                seen.add(key)
+                file = archive.extractfile(member)
+                assert file is not None
+                content = file.read()
+                if len(content) < member.size:
+                    yield Damaged(key, "the archive is truncated")
+                    return
+                yield Item(key, io.BytesIO(content).getvalue)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        yield Damaged(path.name, f"a damaged archive ({error})")
+
+
+def _video(path: Path) -> Iterator[Item | Damaged]:
+    """Frames of the first video stream."""
+    try:
+        av = importlib.import_module("av")
+    except ImportError:
+        raise ValueError(
+            f"{path}: reading videos needs the package av: pip install 'upfeat[video]'"
+        ) from None
+    try:
+        with av.open(str(path)) as container:
+            for index, frame in enumerate(container.decode(video=0)):
+                pixels = frame.to_ndarray(format="rgb24")
+                yield Item(f"{path.name}/{index:06d}", lambda pixels=pixels: pixels)
+    except (av.FFmpegError, IndexError) as error:
+        yield Damaged(path.name, f"a damaged video ({error})")
+
+
+def content_hash(content: bytes | Any) -> str:
+    """SHA-256 of an encoded file, or of a frame's pixels."""
+    if isinstance(content, bytes):
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(f"{content.shape}".encode() + content.tobytes()).hexdigest()

@@ -1,0 +1,108 @@
+"""Which items of a set are done: a line for each, and at the end a manifest in order of keys."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from upfeat.storage import write_bytes
+
+FORMAT = "upfeat-extract-1"
+MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
+
+
+class Ledger:
+    """The record of one output folder.
+
+    An item is recorded after its file is in place. So what is recorded is there, and what was cut
+    off in between is done again, with the same result.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
+        """Open a folder's record, or begin one.
+
+        Args:
+            folder: of the output; made if need be.
+            settings: all that decides results beside the items, as JSON values.
+            overwrite: forget a record that was begun with other settings.
+
+        Raises:
+            ValueError: the folder's record was begun with other settings, or is not ours.
+            OSError: the folder cannot be written.
+        """
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.entries: dict[str, dict[str, Any]] = {}
+        self._file: TextIO | None = None
+        if overwrite:
+            return
+        for line in self._lines():
+            self.entries[line["key"]] = line
+
+    def _lines(self) -> list[dict[str, Any]]:
+        """What manifest and ledger hold, checked against the settings."""
+        lines: list[dict[str, Any]] = []
+        manifest = self.folder / MANIFEST
+        if manifest.is_file():
+            content = _parse(manifest.read_text(encoding="utf-8"), manifest)
+            self._check(content.get("settings"), manifest)
+            lines += content.get("items", [])
+        ledger = self.folder / LEDGER
+        if ledger.is_file():
+            whole = [x for x in ledger.read_bytes().splitlines(keepends=True) if x.endswith(b"\n")]
+            if whole:
+                self._check(_parse(whole[0].decode(), ledger).get("settings"), ledger)
+                lines += [_parse(line.decode(), ledger) for line in whole[1:]]
+        return lines
+
+    def _check(self, before: Any, path: Path) -> None:
+        if not isinstance(before, dict):
+            raise ValueError(f"{path}: not a record of upfeat extract; give another folder")
+        names = sorted({*before, *self.settings})
+        others = [name for name in names if before.get(name) != self.settings.get(name)]
+        if others:
+            raise ValueError(
+                f"{self.folder}: holds features made with another {', '.join(others)}; give "
+                "another folder, or --overwrite"
+            )
+
+    def record(self, entry: dict[str, Any]) -> None:
+        """Write down that an item is done, or why it cannot be."""
+        if self._file is None:
+            # Begun anew with what is known, so that a line that was cut off is gone.
+            known = [json.dumps({"settings": self.settings}, sort_keys=True)]
+            known += [json.dumps(one, sort_keys=True) for one in self.entries.values()]
+            write_bytes(self.folder / LEDGER, ("\n".join(known) + "\n").encode())
+            self._file = (self.folder / LEDGER).open("a", encoding="utf-8")
+        self.entries[entry["key"]] = entry
+        self._file.write(json.dumps(entry, sort_keys=True) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Replace the ledger by the manifest."""
+        self.close()
+        items = [self.entries[key] for key in sorted(self.entries)]
+        content = {"format": FORMAT, "settings": self.settings, "items": items}
+        text = json.dumps(content, indent=1, sort_keys=True) + "\n"
+        write_bytes(self.folder / MANIFEST, text.encode())
+        (self.folder / LEDGER).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leave the ledger for another time."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _parse(text: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); give another folder") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: not a record of upfeat extract; give another folder")
+    return content

@@ -1,0 +1,104 @@
+"""``upfeat extract``: features of a large set of images, exactly once each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "Extract features of large sets: folders, lists, tar archives and videos; resumable."
+EXAMPLE = (
+    "  upfeat extract photos/ -o features/\n"
+    "  upfeat extract shard-000.tar shard-001.tar -o features/ --kind features --size 224\n"
+    "  upfeat extract photos/ -o maps/ --head probe.safetensors\n"
+    "  upfeat extract photos/ -o features/ --engine ray --workers 2"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        type=Path,
+        metavar="source",
+        help="a folder (searched to any depth), an image, a .txt list, a .tar archive, a video",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="where results go; what it holds already is not made again",
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("lazy", "features"),
+        default="lazy",
+        help="coarse features and the image, to be upsampled when read (default; a hundredth of "
+        "the size), or full maps",
+    )
+    parser.add_argument("--head", type=Path, metavar="FILE", help="store what a head says instead")
+    parser.add_argument(
+        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+    )
+    parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="resize the shorter side first (default: no)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp16", "fp32"), default="fp16", help="of maps (default: fp16)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="this process (default), or workers of Ray on this machine or a cluster",
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="of Ray (default: one per CPU)")
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of a Ray cluster (default: one of this machine)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace features made with other settings"
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Run; bad items are listed at the end and in the manifest."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+
+    import upfeat
+    from upfeat.batch import Engine, Extraction, extract
+    from upfeat.heads import load_head
+
+    model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+    head = None if options.head is None else load_head(options.head)
+    if head is not None:
+        head.check_backbone(model.backbone, str(options.head))
+    dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
+    kind = options.kind if head is None else "head"
+    extraction = Extraction(kind, options.size, dtype, head)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        summary = extract(
+            model,
+            options.sources,
+            options.output,
+            extraction,
+            engine=Engine(options.engine, options.workers, options.address),
+            overwrite=options.overwrite,
+            on_item=lambda key, done: progress.update(task, completed=done, description=key),
+        )
+    for key, reason in summary.failures:
+        print(f"upfeat extract: error: {key}: {reason}", file=sys.stderr)
+    print(
+        f"{options.output}  {summary.made} made, {summary.kept} there before, "
+        f"{len(summary.failures)} failed"
+    )
+    return 2 if summary.failures else 0

@@ -1,0 +1,111 @@
+"""``upfeat probe``: a linear head on upsampled features, for run, extract and raster."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from upfeat.cli.raster import bands_of, scale_of
+
+HELP = "Train a linear head on labelled photographs or a labelled raster; print its scores."
+EXAMPLE = (
+    "  upfeat probe labelled/ -o head.safetensors\n"
+    "  upfeat probe scene.tif --labels fields.geojson -o head.safetensors\n"
+    "  upfeat raster scene.tif -o landcover.tif --head head.safetensors"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "source",
+        type=Path,
+        help="a folder with images/, labels/ and classes.json, or a raster with --labels",
+    )
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the head, .safetensors"
+    )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        metavar="FILE",
+        help="of a raster: class indices on its grid, or GeoJSON with a property class",
+    )
+    parser.add_argument(
+        "--classes", type=_names, metavar="A,B,…", help="names, in the order of indices"
+    )
+    parser.add_argument(
+        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+    )
+    parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="resize photographs' shorter side (default: no)"
+    )
+    parser.add_argument(
+        "--bands", type=bands_of, metavar="N,N,N", help="of a raster, as upfeat raster takes them"
+    )
+    parser.add_argument("--scale", type=scale_of, metavar="LOW,HIGH", help="likewise")
+    parser.add_argument("--max-memory", default="4GB", metavar="AMOUNT", help="default: 4GB")
+    parser.add_argument("--pixels", type=int, default=2000, metavar="N", help="of each image")
+    parser.add_argument("--folds", type=int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Train, print the scores, write the head."""
+    from rich.console import Console
+
+    import upfeat
+    from upfeat.heads import save_head
+    from upfeat.labelled import train_on_folder, train_on_raster
+    from upfeat.raster import Scene, parse_memory
+
+    _check_output(options)
+    for name, least in (("pixels", 1), ("folds", 2)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} {getattr(options, name)} must be {least} or more")
+    model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+    shared = {"pixels": options.pixels, "folds": options.folds, "seed": options.seed}
+    console = Console(stderr=True)
+    with console.status("reading …") as status:
+        if options.labels is None:
+            head, scores = train_on_folder(
+                model, options.source, size=options.size, on_image=status.update, **shared
+            )
+        else:
+            with Scene(options.source, bands=options.bands, scale=options.scale) as scene:
+                head, scores = train_on_raster(
+                    model,
+                    scene,
+                    options.labels,
+                    options.classes,
+                    max_memory=parse_memory(options.max_memory),
+                    on_tile=status.update,
+                    **shared,
+                )
+    save_head(options.output, head)
+    folds = len(scores.accuracy)
+    print(f"cross-validated, {scores.groups} images or tiles in {folds} folds, IoU of pixels:")
+    for line in scores.lines(head.names):
+        print(f"  {line}")
+    print(f"{options.output}  {len(head.names)} classes")
+    return 0
+
+
+def _check_output(options: argparse.Namespace) -> None:
+    from upfeat.heads import FORMAT
+    from upfeat.outputs import Inputs, check_output
+
+    output: Path = options.output
+    if output.suffix != ".safetensors":
+        raise ValueError(f"{output}: must end in .safetensors")
+    inputs = Inputs([options.source, options.labels, options.backbone, options.upsampler])
+    check_output(output, inputs, FORMAT, overwrite=options.overwrite)
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: its folder does not exist")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]

@@ -1,0 +1,141 @@
+"""``upfeat raster``: a georeferenced raster in, a map of its features or of a head out."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from upfeat.model import FeatUp
+    from upfeat.raster.outputs import Output
+
+HELP = "Upsample the features of a georeferenced raster of any size, in tiles."
+EXAMPLE = (
+    "  upfeat raster scene.tif -o scene.zarr\n"
+    "  upfeat raster scene.tif -o landcover.tif --head probe.safetensors\n"
+    "  upfeat raster scene.tif -o scene.zarr --bands 4,3,2 --max-memory 2GB --resume"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("raster", type=Path, help="anything that GDAL reads: GeoTIFF, COG, VRT, …")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PATH",
+        help="scene.zarr, or scene.tif (a Cloud Optimized GeoTIFF)",
+    )
+    parser.add_argument(
+        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+    )
+    parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
+    parser.add_argument(
+        "--head",
+        type=Path,
+        metavar="FILE",
+        help="write what a head of upfeat probe says instead of the features",
+    )
+    parser.add_argument(
+        "--write",
+        choices=("classes", "probabilities", "values"),
+        help="of a head (default: classes for one of classes, values for others)",
+    )
+    parser.add_argument(
+        "--bands",
+        type=bands_of,
+        metavar="N,N,N",
+        help="three bands, or one, counted from 1 (default: those marked red, green, blue)",
+    )
+    parser.add_argument(
+        "--scale",
+        type=scale_of,
+        metavar="LOW,HIGH",
+        help="values that become black and white (default: 0,255 for 8 bits, else the 2nd and 98th "
+        "percentile of each band)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        default="4GB",
+        metavar="AMOUNT",
+        help="that the process may take, as 2GB or 500MiB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dtype", choices=("fp16", "fp32"), default="fp16", help="of features (default: fp16)"
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
+    parser.add_argument("--resume", action="store_true", help="go on with an unfinished output")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Plan, run, say where the result is."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeRemainingColumn
+
+    import upfeat
+    from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tile, upsample_raster
+
+    budget = parse_memory(options.max_memory)
+    model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+    what = _output(options, model)
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(elapsed_when_finished=True))
+    with (
+        Scene(options.raster, bands=options.bands, scale=options.scale) as scene,
+        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+    ):
+        tile = unfinished_tile(options.output) if options.resume else None
+        plan = make_plan(scene.size, model, what, max_memory=budget, tile=tile)
+        task = progress.add_task(options.raster.name)
+        upsample_raster(
+            scene,
+            options.output,
+            model,
+            what,
+            plan,
+            resume=options.resume,
+            overwrite=options.overwrite,
+            on_tile=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+        size = f"{what.count}×{scene.size[0]}×{scene.size[1]}"
+    print(f"{options.output}  {size} {what.dtype}")
+    return 0
+
+
+def _output(options: argparse.Namespace, model: FeatUp) -> Output:
+    from upfeat.heads import describe_backbone, load_head
+    from upfeat.raster.outputs import Features, HeadOutput
+
+    facts = {"backbone": describe_backbone(model.backbone), "upsampler": model.upsampler.name}
+    if options.head is None:
+        if options.write is not None:
+            raise ValueError(f"--write {options.write} is about a head; give one by --head")
+        dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
+        return Features(model.embed_dim, facts, dtype)
+    head = load_head(options.head)
+    head.check_backbone(model.backbone, str(options.head))
+    form = options.write or head.kind
+    if head.kind == "values" and form != "values":
+        raise ValueError(f"--write {form}: {options.head} has no classes but values")
+    return HeadOutput(head.weight, head.bias, head.names, facts, form=form)
+
+
+def bands_of(text: str) -> list[int]:
+    """Read "4,3,2"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" must be bands such as 4,3,2') from None
+
+
+def scale_of(text: str) -> tuple[float, float]:
+    """Read "0,3000"."""
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" must be two numbers such as 0,3000') from None
+    return low, high

@@ -1,0 +1,128 @@
+"""Linear heads as files that say what made the features they were trained on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upfeat._version import __version__
+from upfeat.backbones import Backbone
+from upfeat.provenance import digest
+from upfeat.storage import read_tensors, write_tensors
+
+FORMAT = "upfeat-head-1"
+KINDS = ("classes", "values")
+
+
+@dataclass(frozen=True)
+class SavedHead:
+    """A linear head with what its outputs mean.
+
+    Attributes:
+        weight: (K, C) float32.
+        bias: (K,) float32.
+        names: of the K outputs.
+        kind: "classes", logits of which the largest wins, or "values", numbers as they are.
+        backbone: what made the features, as :func:`describe_backbone` says.
+        upsampler: name of the upsampler that it was trained with; others serve as well.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    names: list[str]
+    kind: str
+    backbone: dict[str, str]
+    upsampler: str
+
+    def check_backbone(self, backbone: Backbone, label: str) -> None:
+        """Refuse features that the head was not trained on.
+
+        Raises:
+            ValueError: the backbone is another one, or has other weights or normalisation.
+        """
+        now = describe_backbone(backbone)
+        other = [name for name in now if self.backbone.get(name) != now[name]]
+        if not other:
+            return
+        if "name" in other:
+            raise ValueError(
+                f"{label}: was trained on features of {self.backbone.get('name')}, not of "
+                f"{backbone.name}; give that backbone, or train a head for this one (upfeat probe)"
+            )
+        raise ValueError(
+            f"{label}: was trained on {backbone.name} with another {', '.join(other)}; train a "
+            "head for this one (upfeat probe)"
+        )
+
+
+def describe_backbone(backbone: Backbone) -> dict[str, str]:
+    """Name what decides a backbone's features, as strings."""
+    return {
+        "name": backbone.name,
+        "embed_dim": str(backbone.embed_dim),
+        "stride": str(backbone.stride),
+        "normalization": f"{backbone.mean.flatten().tolist()} {backbone.std.flatten().tolist()}",
+        "weights": digest(backbone),
+    }
+
+
+def save_head(path: str | Path, head: SavedHead) -> None:
+    """Write a head as safetensors, whole or not at all.
+
+    Raises:
+        OSError: writing failed.
+    """
+    metadata = {
+        "format": FORMAT,
+        "upfeat_version": __version__,
+        "kind": head.kind,
+        "names": json.dumps(head.names),
+        "backbone": json.dumps(head.backbone, sort_keys=True),
+        "upsampler": head.upsampler,
+    }
+    tensors = {"weight": head.weight.contiguous(), "bias": head.bias.contiguous()}
+    write_tensors(path, tensors, metadata)
+
+
+def load_head(path: str | Path) -> SavedHead:
+    """Read a head.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no head, or a damaged one.
+    """
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a head; upfeat probe trains one")
+    try:
+        names, backbone = json.loads(metadata["names"]), json.loads(metadata["backbone"])
+        head = SavedHead(
+            tensors["weight"],
+            tensors["bias"],
+            names,
+            metadata["kind"],
+            backbone,
+            metadata["upsampler"],
+        )
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path}: a damaged head ({error})") from None
+    _check_shapes(head.weight, head.bias, names, path)
+    if head.kind not in KINDS:
+        raise ValueError(f'{path}: kind="{head.kind}" must be classes or values')
+    return head
+
+
+def _check_shapes(weight: Tensor, bias: Tensor, names: Sequence[str], path: str | Path) -> None:
+    fits = weight.dim() == 2 and bias.shape == weight.shape[:1] and len(names) == len(weight)
+    if not fits or not weight.is_floating_point():
+        raise ValueError(
+            f"{path}: a damaged head: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, "
+            f"{len(names)} names"
+        )
+    if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise ValueError(f"{path}: holds NaN or infinity")

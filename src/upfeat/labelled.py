@@ -1,0 +1,219 @@
+"""Linear heads trained on upsampled features: from labelled photographs, or a labelled raster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from upfeat.evaluation.data.folders import IGNORE_INDEX, read_folder
+from upfeat.evaluation.metrics import class_iou, confusion_matrix
+from upfeat.features import UpsampledFeatures
+from upfeat.heads import SavedHead, describe_backbone
+from upfeat.model import FeatUp
+from upfeat.probes import Head, Pixels, draw_pixels, fit_classifier, read_pixels
+from upfeat.raster.labels import read_labels
+from upfeat.raster.outputs import HeadOutput
+from upfeat.raster.plan import DEFAULT_BUDGET, make_plan
+from upfeat.raster.run import pieces
+from upfeat.raster.scene import Scene
+from upfeat.types import Window
+
+LABEL_TILE = 512
+"""Side of the tiles that labelled pixels are drawn from and kept out by, pixels."""
+
+OnGroup = Callable[[str], None]
+"""Is told which image or tile is being read."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Cross-validated scores of a head, on the sampled pixels of groups kept out.
+
+    Attributes:
+        iou: (folds, K), NaN where a class is not in a fold.
+        accuracy: (folds,).
+        groups: number of images, or tiles of a raster.
+    """
+
+    iou: Tensor
+    accuracy: Tensor
+    groups: int
+
+    def lines(self, names: list[str]) -> list[str]:
+        """The scores as text, a line for each class and one for the mean."""
+        rows = [(name, self.iou[:, index]) for index, name in enumerate(names)]
+        rows += [("mean IoU", self.iou.nanmean(1)), ("accuracy", self.accuracy)]
+        width = max(len(name) for name, _ in rows)
+        return [f"{name:<{width}}  {_spread(values)}" for name, values in rows]
+
+
+def _spread(values: Tensor) -> str:
+    known = 100 * values[~values.isnan()]
+    if not len(known):
+        return "–"
+    spread = f" ± {known.std(correction=0):.1f}" if len(known) > 1 else ""
+    return f"{known.mean():.1f}{spread} %"
+
+
+def train_on_folder(
+    model: FeatUp,
+    folder: str | Path,
+    *,
+    size: int | None = None,
+    pixels: int = 2000,
+    folds: int = 5,
+    seed: int = 0,
+    on_image: OnGroup | None = None,
+) -> tuple[SavedHead, Scores]:
+    """Train a head on a folder of photographs and labels.
+
+    Args:
+        model: backbone and upsampler.
+        folder: ``images/``, ``labels/`` and ``classes.json``, or these in ``train/``; see
+            :func:`upfeat.evaluation.data.folders.read_folder`. A ``test/`` is not looked at.
+        size: shorter side that images are brought to; ``None`` for their own.
+        pixels: drawn from each image.
+        folds: of the cross-validation, at most one for each image.
+        seed: of pixels and folds.
+        on_image: is told of progress.
+
+    Raises:
+        FileNotFoundError: the folder or a part of it is not there.
+        ValueError: fewer than two images can be used, or they show fewer than two classes.
+    """
+    dataset = read_folder(folder)
+    split = (Path(folder) / "train").is_dir()
+    samples = dataset.train if split else [*dataset.train, *dataset.test]
+    generator = torch.Generator().manual_seed(seed)
+
+    def groups() -> Iterator[tuple[Tensor, Tensor]]:
+        for sample in sorted(samples, key=lambda one: one.name):
+            if on_image is not None:
+                on_image(sample.name)
+            read = dataset.read_target(sample)
+            label = torch.from_numpy(read).long()
+            x = model.preprocess(sample.image)
+            if x.shape[2:] != label.shape:
+                raise ValueError(
+                    f"{sample.target}: is {label.shape[0]}×{label.shape[1]} pixels but its image "
+                    f"{x.shape[2]}×{x.shape[3]} (height×width)"
+                )
+            if size is not None:
+                x = model.preprocess(sample.image, size)
+                shape = (x.shape[2], x.shape[3])
+                label = torch.nn.functional.interpolate(
+                    label[None, None].float(), size=shape, mode="nearest-exact"
+                )[0, 0].long()
+            if not bool((label != IGNORE_INDEX).any()):
+                continue
+            places = draw_pixels(label != IGNORE_INDEX, pixels, generator)
+            with torch.inference_mode():
+                features = read_pixels(model(x)[0], places.to(x.device)).cpu()
+            yield features, label.flatten()[places]
+
+    return _train(list(groups()), model, dataset.classes, folds, seed)
+
+
+def train_on_raster(
+    model: FeatUp,
+    scene: Scene,
+    labels: str | Path,
+    names: list[str] | None = None,
+    *,
+    max_memory: int = DEFAULT_BUDGET,
+    pixels: int = 2000,
+    folds: int = 5,
+    seed: int = 0,
+    on_tile: OnGroup | None = None,
+) -> tuple[SavedHead, Scores]:
+    """Train a head on a raster of which parts are labelled; tiles are kept out in turn.
+
+    Args:
+        model: backbone and upsampler.
+        scene: an open raster.
+        labels: a raster on the same grid, class indices with 255 or its no-data for unlabelled
+            pixels; or a GeoJSON file in the raster's reference system, features of which have a
+            property ``class``, a name.
+        names: of the classes; ``None``: those of the GeoJSON, or the indices.
+        max_memory: bytes that the process may hold.
+        pixels: drawn from each tile.
+        folds: of the cross-validation, at most one for each tile.
+        seed: of pixels and folds.
+        on_tile: is told of progress.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the labels do not fit the raster, or there are too few.
+    """
+    source = read_labels(labels, scene, names)
+    what = HeadOutput(torch.zeros(1, 1), torch.zeros(1), ["features"], {})
+    plan = make_plan(scene.size, model, what, max_memory=max_memory, tile=LABEL_TILE)
+    generator = torch.Generator().manual_seed(seed)
+
+    def labelled(_: int, window: Window) -> bool:
+        return bool((source.read(window) != IGNORE_INDEX).any())
+
+    groups = []
+    for piece in pieces(scene, model, plan, labelled):
+        label = torch.from_numpy(source.read(piece.pixels)).long()
+        usable = (label != IGNORE_INDEX) & torch.from_numpy(piece.valid)
+        if piece.coarse is None or not bool(usable.any()):
+            continue
+        if on_tile is not None:
+            on_tile(f"row {piece.pixels.top}, column {piece.pixels.left}")
+        places = draw_pixels(usable, pixels, generator)
+        with torch.inference_mode():
+            lazy = UpsampledFeatures(piece.coarse, piece.guidance, model.upsampler)
+            window = lazy.crop(*piece.inner)[0]
+            groups.append((read_pixels(window, places).cpu(), label.flatten()[places]))
+    return _train(groups, model, source.names, folds, seed)
+
+
+def _train(
+    groups: list[tuple[Tensor, Tensor]], model: FeatUp, names: list[str], folds: int, seed: int
+) -> tuple[SavedHead, Scores]:
+    """Cross-validate over groups and fit on all of them."""
+    if len(groups) < 2:
+        raise ValueError(f"{len(groups)} labelled images or tiles are too few; two are the least")
+    stacked = Pixels(
+        torch.stack([one[0] for one in groups]).float().clone(),
+        torch.stack([one[1] for one in groups]),
+    )
+    if len(stacked.targets.unique()) < 2:
+        raise ValueError("the labels show one class only; a head needs two")
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed))
+    results = [
+        _score(stacked, held_out, len(names), seed)
+        for held_out in order.tensor_split(min(folds, len(groups)))
+    ]
+    scores = Scores(
+        torch.stack([one[0] for one in results]),
+        torch.stack([one[1] for one in results]),
+        len(groups),
+    )
+    head = fit_classifier(stacked, len(names), torch.Generator().manual_seed(seed))
+    saved = SavedHead(
+        head.weight,
+        head.bias,
+        names,
+        "classes",
+        describe_backbone(model.backbone),
+        model.upsampler.name,
+    )
+    return saved, scores
+
+
+def _score(pixels: Pixels, held_out: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """IoU (K,) and accuracy of groups that a head was not fitted on."""
+    kept = torch.ones(len(pixels.features), dtype=torch.bool)
+    kept[held_out] = False
+    fitted = pixels[kept.nonzero()[:, 0]]
+    head: Head = fit_classifier(fitted, classes, torch.Generator().manual_seed(seed))
+    targets = pixels.targets[held_out].flatten()[None]
+    guessed = head(pixels.features[held_out].flatten(0, 1)).argmax(1)[None]
+    matrix = confusion_matrix(guessed[None], targets.to(torch.uint8), classes)[0]
+    return class_iou(matrix), matrix.diagonal().sum() / matrix.sum()

@@ -1,0 +1,17 @@
+"""Georeferenced rasters of any size: read by windows, upsampled by tiles, written as they come."""
+
+from upfeat.raster.outputs import Features, HeadOutput
+from upfeat.raster.plan import make_plan, parse_memory
+from upfeat.raster.run import upsample_raster
+from upfeat.raster.scene import Scene
+from upfeat.raster.store import unfinished_tile
+
+__all__ = [
+    "Features",
+    "HeadOutput",
+    "Scene",
+    "make_plan",
+    "parse_memory",
+    "unfinished_tile",
+    "upsample_raster",
+]

@@ -1,0 +1,216 @@
+"""A raster as the image that a backbone sees: chosen bands, one scaling, a mask, by windows."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upfeat.upsamplers import Window
+
+PERCENTILES = (2.0, 98.0)
+"""Values of a band that become 0 and 1, where its type does not say."""
+
+_OVERVIEW_SIDE = 1024
+_COLOURS = ("red", "green", "blue")
+
+Scale = tuple[float, float] | Sequence[tuple[float, float]] | None
+"""(low, high) for all bands, a pair for each, or ``None`` to find out."""
+
+
+def import_rasterio(needed_for: str) -> Any:
+    """Import rasterio and its errors.
+
+    Raises:
+        ValueError: it is not installed.
+    """
+    try:
+        importlib.import_module("rasterio.errors")
+        return importlib.import_module("rasterio")
+    except ImportError:
+        raise ValueError(
+            f"{needed_for} needs the package rasterio: pip install 'upfeat[raster]'"
+        ) from None
+
+
+class Scene:
+    """An open raster.
+
+    Attributes:
+        path: of the file.
+        size: (height, width), pixels.
+        bands: chosen bands, counted from 1, in the order in which the backbone sees them.
+        crs: coordinate reference system, or ``None``.
+        transform: from (column, row) to coordinates.
+        scales: (low, high) of each band: the values that become 0 and 1.
+        fill: (bands,) in [0, 1]: what masked pixels show the backbone, the mean of the valid ones.
+    """
+
+    def __init__(
+        self, path: str | Path, *, bands: Sequence[int] | None = None, scale: Scale = None
+    ) -> None:
+        """Open a raster and look at a coarse overview of it.
+
+        Args:
+            path: anything that rasterio opens: GeoTIFF, COG, VRT, JP2, ….
+            bands: three bands, or one to be shown grey, counted from 1; ``None`` for those marked
+                red, green and blue, or the only ones there are.
+            scale: the values that become 0 and 1: (low, high) for all bands, or one pair for each.
+                ``None``: 0 to 255 for uint8, and for other types the 2nd and 98th percentile of
+                each band over the whole raster.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no raster, bands must be chosen, or no pixel is valid.
+        """
+        rasterio = import_rasterio("reading rasters")
+        self.path = Path(path)
+        if not self.path.exists():
+            raise FileNotFoundError(f"{self.path}: no such file")
+        self._error = rasterio.errors.RasterioError
+        try:
+            with warnings.catch_warnings():
+                # A raster without a place on the ground has pixels and features all the same.
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+                self._file = rasterio.open(self.path)
+        except self._error as error:
+            raise ValueError(f"{self.path}: not a raster that GDAL can read ({error})") from None
+        file = self._file
+        self.size = (int(file.height), int(file.width))
+        self.crs, self.transform = file.crs, file.transform
+        self.bands = _choose_bands(file, bands)
+        overview, valid = self._overview()
+        if not valid.any():
+            raise ValueError(f"{self.path}: holds no valid pixel: all of it is no-data")
+        self.scales = self._find_scales(scale, overview, valid)
+        scaled = self._scaled(overview)[:, valid]
+        self.fill = scaled.mean(axis=1, dtype=np.float64).astype(np.float32)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What of the raster decides features, as JSON values."""
+        return {
+            "size": list(self.size),
+            "bands": list(self.bands),
+            "scales": [list(pair) for pair in self.scales],
+            "fill": [float(value) for value in self.fill],
+            "crs": self.crs.to_wkt() if self.crs else None,
+            "transform": list(self.transform)[:6],
+        }
+
+    def read(self, window: Window) -> tuple[Tensor, Tensor]:
+        """Read a window.
+
+        Args:
+            window: in pixels; what lies beyond the raster repeats its edge.
+
+        Returns:
+            (3, height, width) in [0, 1], masked pixels filled; and (height, width) bool, True
+            where a pixel is valid.
+
+        Raises:
+            ValueError: a block of the file is damaged.
+        """
+        bottom, right = min(window.bottom, self.size[0]), min(window.right, self.size[1])
+        values, valid = self._read(
+            Window(window.top, window.left, bottom - window.top, right - window.left)
+        )
+        image = self._scaled(values)
+        image[:, ~valid] = self.fill[:, None]
+        beyond = (window.bottom - bottom, window.right - right)
+        if any(beyond):
+            below, beside = (0, beyond[0]), (0, beyond[1])
+            image = np.pad(image, ((0, 0), below, beside), mode="edge")
+            valid = np.pad(valid, (below, beside), mode="edge")
+        pixels = torch.from_numpy(image).expand(3, -1, -1)
+        return pixels, torch.from_numpy(valid)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> Scene:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, window: Window) -> tuple[Any, Any]:
+        """Values of the chosen bands, and where all of them are valid."""
+        region = ((window.top, window.bottom), (window.left, window.right))
+        try:
+            values = self._file.read(self.bands, window=region)
+            masks = self._file.read_masks(self.bands, window=region)
+        except self._error as error:
+            raise ValueError(
+                f"{self.path}: rows {window.top} to {window.bottom - 1}, columns {window.left} to "
+                f"{window.right - 1} cannot be read, the file is damaged there ({error})"
+            ) from None
+        return values, _valid(values, masks)
+
+    def _overview(self) -> tuple[Any, Any]:
+        shape = tuple(min(side, _OVERVIEW_SIDE) for side in self.size)
+        try:
+            values = self._file.read(self.bands, out_shape=(len(self.bands), *shape))
+            masks = self._file.read_masks(self.bands, out_shape=(len(self.bands), *shape))
+        except self._error as error:
+            raise ValueError(f"{self.path}: damaged, it cannot be read ({error})") from None
+        return values, _valid(values, masks)
+
+    def _find_scales(self, scale: Scale, overview: Any, valid: Any) -> list[tuple[float, float]]:
+        count = len(self.bands)
+        if scale is None:
+            if overview.dtype == np.uint8:
+                return [(0.0, 255.0)] * count
+            ends = np.percentile(overview[:, valid].astype(np.float64), PERCENTILES, axis=1).T
+            # A band of one value is shown as black.
+            return [(float(low), float(high if high > low else low + 1)) for low, high in ends]
+        pairs = np.asarray(scale, dtype=np.float64)
+        if pairs.shape == (2,):
+            pairs = np.tile(pairs, (count, 1))
+        if pairs.shape != (count, 2) or not (pairs[:, 0] < pairs[:, 1]).all():
+            raise ValueError(
+                f"scale={scale!r} must be (low, high) with low below high, or {count} such pairs, "
+                "one for each band"
+            )
+        return [(float(low), float(high)) for low, high in pairs]
+
+    def _scaled(self, values: Any) -> Any:
+        """Band values to [0, 1], float32."""
+        pairs = np.asarray(self.scales, dtype=np.float32)
+        low, high = pairs.T.reshape(2, -1, *[1] * (values.ndim - 1))
+        with np.errstate(invalid="ignore"):
+            return np.clip((values.astype(np.float32) - low) / (high - low), 0, 1)
+
+
+def _valid(values: Any, masks: Any) -> Any:
+    valid = (masks != 0).all(axis=0)
+    return valid & np.isfinite(values).all(axis=0) if values.dtype.kind == "f" else valid
+
+
+def _choose_bands(file: Any, bands: Sequence[int] | None) -> list[int]:
+    """Check the chosen bands, or find the ones that need no choice."""
+    if bands is not None:
+        chosen = [int(band) for band in bands]
+        if len(chosen) not in (1, 3) or not all(1 <= band <= file.count for band in chosen):
+            raise ValueError(
+                f"bands={chosen} must be three bands or one, each from 1 to {file.count}, for "
+                f"{file.name}"
+            )
+        return chosen
+    names = [interpretation.name for interpretation in file.colorinterp]
+    if all(colour in names for colour in _COLOURS):
+        return [names.index(colour) + 1 for colour in _COLOURS]
+    shown = [index + 1 for index, name in enumerate(names) if name != "alpha"]
+    if len(shown) in (1, 3):
+        return shown
+    raise ValueError(
+        f"{file.name}: has {len(shown)} bands, none marked red, green and blue; choose three (or "
+        "one), for example bands=[4, 3, 2] (--bands 4,3,2)"
+    )

@@ -1,0 +1,146 @@
+"""Settings as data: one declaration gives the check, the flag, the docstring and the table row."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+from upfeat import bounds
+from upfeat.bounds import LARGEST
+
+AnyConfig = TypeVar("AnyConfig", bound=type)
+
+
+class Setting(NamedTuple):
+    """What is known of a field of a configuration."""
+
+    meaning: str
+    """A phrase, in lower case, for the docstring, ``--help`` and the table of the documents."""
+    check: Callable[[str, Any], Any]
+    """From name and value to the value in its type; raises ValueError where it is out of range."""
+    flag: bool = True
+    """Whether the command has a flag of that name."""
+    operational: bool = False
+    """Whether it changes no result."""
+
+
+def setting(
+    default: Any,
+    meaning: str,
+    check: Callable[[str, Any], Any],
+    *,
+    flag: bool = True,
+    operational: bool = False,
+) -> Any:
+    """Declare a field of a configuration; see :class:`Setting`.
+
+    Example:
+        >>> @documented
+        ... @dataclasses.dataclass(frozen=True)
+        ... class Config:
+        ...     '''Settings of a walk.'''
+        ...
+        ...     steps: int = setting(10, "how far to go", Whole(1, 99))
+        ...
+        ...     def __post_init__(self) -> None:
+        ...         check(self)
+        >>> Config(steps=100)
+        Traceback (most recent call last):
+        ValueError: steps=100 must be 99 or less
+        >>> print(table(Config))
+        | setting | default | meaning |
+        | --- | --- | --- |
+        | `steps` | `10` | how far to go |
+    """
+    metadata = {"setting": Setting(meaning, check, flag, operational)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Whole(NamedTuple):
+    """A whole number; see :func:`upfeat.bounds.whole`."""
+
+    least: int = 1
+    most: int = LARGEST
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> int | None:
+        """Check a value."""
+        return bounds.whole(name, value, self.least, self.most, optional=self.optional)
+
+
+class Number(NamedTuple):
+    """A finite number; see :func:`upfeat.bounds.number`."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    text: bool = False
+
+    def __call__(self, name: str, value: Any) -> float:
+        """Check a value."""
+        low, high, above, below, text = self
+        return bounds.number(name, value, low, high, above=above, below=below, text=text)
+
+
+class Choice(NamedTuple):
+    """One of a few names; see :func:`upfeat.bounds.choice`."""
+
+    known: Sequence[str]
+
+    def __call__(self, name: str, value: Any) -> str:
+        """Check a value."""
+        return bounds.choice(name, value, self.known)
+
+
+def settings_of(config: type) -> dict[str, Setting]:
+    """The declared settings of a configuration, by name."""
+    declared = {field.name: field.metadata.get("setting") for field in dataclasses.fields(config)}
+    return {name: one for name, one in declared.items() if one is not None}
+
+
+def check(config: Any) -> None:
+    """Check every setting of a configuration, and bring it to its type; for ``__post_init__``.
+
+    Raises:
+        ValueError: one is out of range.
+    """
+    checked = {
+        name: one.check(name, getattr(config, name))
+        for name, one in settings_of(type(config)).items()
+    }
+    for name, value in checked.items():
+        object.__setattr__(config, name, value)
+
+
+def documented(config: AnyConfig) -> AnyConfig:
+    """Append the settings to a configuration's docstring; a decorator above ``dataclass``."""
+    lines = [f"        {name}: {one.meaning}." for name, one in settings_of(config).items()]
+    config.__doc__ = "\n".join([(config.__doc__ or "").rstrip(), "", "    Attributes:", *lines, ""])
+    return config
+
+
+def add_flags(parser: argparse._ActionsContainer, config: type) -> None:
+    """Give a parser a flag for each setting; what is not given is not in the options."""
+    for name, one in settings_of(config).items():
+        if one.flag:
+            flag = f"--{name.replace('_', '-')}"
+            parser.add_argument(
+                flag, default=argparse.SUPPRESS, metavar="VALUE", help=one.meaning.replace("`", "")
+            )
+
+
+def table(config: type) -> str:
+    """The settings as a table of the documents."""
+    rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(config):
+        one = field.metadata.get("setting")
+        if one is not None:
+            missing = field.default is dataclasses.MISSING
+            default = field.default_factory() if missing else field.default  # pyright: ignore[reportCallIssue]
+            rows.append(f"| `{field.name}` | `{default!r}` | {one.meaning} |")
+    return "\n".join(rows)

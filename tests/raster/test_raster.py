@@ -1,0 +1,294 @@
+"""Rasters in tiles equal the whole; a ground point keeps its feature; killed runs go on."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import upfeat
+from upfeat.cli import main
+from upfeat.heads import SavedHead, describe_backbone, load_head, save_head
+from upfeat.raster import (
+    Features,
+    HeadOutput,
+    Scene,
+    make_plan,
+    unfinished_tile,
+    upsample_raster,
+)
+from upfeat.types import Window
+
+rasterio = pytest.importorskip("rasterio")
+zarr = pytest.importorskip("zarr", "3.0")
+
+from rasterio.transform import from_origin  # noqa: E402
+
+SIDE = (150, 205)
+
+
+def write(path, values, **profile):
+    """A GeoTIFF of (bands, H, W)."""
+    profile = {"crs": "EPSG:32633", "transform": from_origin(500000, 5200000, 10, 10), **profile}
+    with rasterio.open(
+        path,
+        "w",
+        driver="GTiff",
+        count=values.shape[0],
+        height=values.shape[1],
+        width=values.shape[2],
+        dtype=values.dtype,
+        **profile,
+    ) as file:
+        file.write(values)
+    return path
+
+
+def picture(height=SIDE[0], width=SIDE[1], bands=3):
+    """Fields with sharp borders, and noise."""
+    generator = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    fields = ((x // 37 + y // 29) % 5)[None] * 40 + 20 * np.arange(bands)[:, None, None]
+    return (fields + generator.integers(0, 15, (bands, height, width))).astype(np.uint8)
+
+
+def tiny(upsampler="detail"):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 6, 8, 8), torch.nn.GELU(), torch.nn.Conv2d(6, 5, 3, padding=1)
+    )
+    return upfeat.load(layers, upsampler=upsampler)
+
+
+def facts(model):
+    return {"backbone": describe_backbone(model.backbone), "upsampler": model.upsampler.name}
+
+
+def upsample(path, output, model, what=None, *, tile=64, **options):
+    what = what or Features(model.embed_dim, facts(model), "float32")
+    with Scene(path) as scene:
+        plan = make_plan(scene.size, model, what, tile=tile)
+        upsample_raster(scene, output, model, what, plan, **options)
+    return output
+
+
+def values_of(output):
+    if output.suffix == ".zarr":
+        return zarr.open_group(str(output), mode="r")["features"][:]
+    with rasterio.open(output) as file:
+        return file.read()
+
+
+def whole(path, model):
+    """All pixels at once; the raster's edge repeated up to whole steps."""
+    with Scene(path) as scene, torch.no_grad():
+        step = model.backbone.stride * model.upsampler.step
+        height, width = (-(-side // step) * step for side in scene.size)
+        image = scene.read(Window(0, 0, height, width))[0][None]
+        out = model((image - model.backbone.mean) / model.backbone.std)
+    return out[0, :, : scene.size[0], : scene.size[1]].numpy()
+
+
+@pytest.mark.parametrize("upsampler", ["bilinear", "neighbourhood", "detail"])
+def test_tiles_equal_the_whole(tmp_path, upsampler):
+    model = tiny(upsampler)
+    path = write(tmp_path / "scene.tif", picture())
+    out = values_of(upsample(path, tmp_path / "out.zarr", model))
+    np.testing.assert_allclose(out, whole(path, model), atol=2e-5)
+
+
+def test_a_head_is_applied_before_upsampling_and_georeferenced(tmp_path):
+    model = tiny()
+    path = write(tmp_path / "scene.tif", picture())
+    weight, bias = torch.randn(3, 5), torch.randn(3)
+    names = ["water", "field", "road"]
+    what = HeadOutput(weight, bias, names, facts(model), form="classes")
+    out = upsample(path, tmp_path / "out.tif", model, what)
+    logits = np.einsum("kc,chw->khw", weight, whole(path, model)) + bias.numpy()[:, None, None]
+    agree = values_of(out)[0] == logits.argmax(0)
+    assert agree.mean() > 0.999
+    with rasterio.open(path) as before, rasterio.open(out) as after:
+        assert (after.crs, after.transform) == (before.crs, before.transform)
+        assert after.nodata == 255
+        assert after.profile["tiled"]
+    probabilities = HeadOutput(weight, bias, names, facts(model), form="probabilities")
+    out = values_of(upsample(path, tmp_path / "soft.tif", model, probabilities))
+    np.testing.assert_allclose(out.sum(0), 1, atol=1e-5)
+
+
+def test_a_ground_point_keeps_its_feature_through_a_reprojection(tmp_path):
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture())
+    output = upsample(path, tmp_path / "out.zarr", model)
+    xarray = pytest.importorskip("xarray")
+    pytest.importorskip("rioxarray")
+    data = xarray.open_zarr(output, consolidated=False)
+    from rasterio.warp import transform
+
+    longitude, latitude = transform("EPSG:32633", "EPSG:4326", [500000 + 1235], [5200000 - 705])
+    x, y = transform("EPSG:4326", data.rio.crs, longitude, latitude)
+    picked = data["features"].sel(x=x[0], y=y[0], method="nearest")
+    np.testing.assert_allclose(picked, whole(path, model)[:, 70, 123], atol=2e-5)
+    assert data.rio.crs.to_epsg() == 32633
+
+
+def test_masked_pixels_are_neither_used_nor_written(tmp_path):
+    model = tiny()
+    values = picture().astype(np.float32)
+    values[:, 40:90, 60:130] = -9999
+    first = write(tmp_path / "a.tif", values, nodata=-9999)
+    values[:, 40:90, 60:130] = np.nan
+    second = write(tmp_path / "b.tif", values, nodata=np.nan)
+    outs = [values_of(upsample(p, p.with_suffix(".zarr"), model)) for p in (first, second)]
+    np.testing.assert_array_equal(outs[0], outs[1])
+    assert np.isnan(outs[0][:, 40:90, 60:130]).all()
+    assert np.isfinite(outs[0]).sum() == outs[0].size - 5 * 50 * 70
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
+    model = tiny()
+    path = write(tmp_path / "scene.tif", picture())
+    calm = upsample(path, tmp_path / "calm.zarr", model)
+    output = tmp_path / "out.zarr"
+
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upsample(path, output, model, on_tile=stop)
+    assert not output.exists()
+    with pytest.raises(ValueError, match="unfinished raster; go on by --resume"):
+        upsample(path, output, model)
+    with pytest.raises(ValueError, match=r"begun with another .*tile"):
+        upsample(path, output, model, tile=256, resume=True)
+    assert unfinished_tile(output) == 128
+    upsample(path, output, model, resume=True)
+    files = {p.relative_to(calm): p.read_bytes() for p in calm.rglob("*") if p.is_file()}
+    again = {p.relative_to(output): p.read_bytes() for p in output.rglob("*") if p.is_file()}
+    assert files == again
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
+
+
+def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture())
+    output = tmp_path / "out.zarr"
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="exists already"):
+        upsample(path, output, model)
+    with pytest.raises(ValueError, match="exists already and is a folder"):
+        upsample(path, output, model, overwrite=True)
+    assert (output / "mine.txt").read_text() == "mine"
+    with pytest.raises(ValueError, match="is the input"):
+        upsample(path, path, model, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "profile"),
+    [
+        (picture(bands=1), {}),
+        ((picture().astype(np.uint16) * 13), {"crs": None}),
+        (picture(9, 11), {}),
+        (picture(), {"transform": rasterio.Affine(10, 0, 0, 0, 10, 0)}),  # south up
+        (picture(), {"transform": rasterio.Affine(7, 7, 0, 7, -7, 0)}),  # rotated
+    ],
+    ids=["one band", "uint16 without CRS", "one tile", "south up", "rotated"],
+)
+def test_odd_rasters_come_out_at_their_place(tmp_path, values, profile):
+    model = tiny()
+    path = write(tmp_path / "scene.tif", values, **profile)
+    head = HeadOutput(torch.randn(2, 5), torch.zeros(2), ["a", "b"], facts(model))
+    out = upsample(path, tmp_path / "out.tif", model, head)
+    with rasterio.open(path) as before, rasterio.open(out) as after:
+        assert (after.crs, after.transform) == (before.crs, before.transform)
+        assert after.shape == before.shape
+        assert np.isfinite(after.read()).all()
+    assert values_of(upsample(path, tmp_path / "out.zarr", model)).shape[1:] == values.shape[1:]
+
+
+def test_bad_rasters_are_refused_in_one_line(tmp_path, capsys):
+    scene = write(tmp_path / "many.tif", picture(bands=13))
+    empty = write(tmp_path / "empty.tif", np.zeros((3, 9, 9), np.uint8), nodata=0)
+    damaged = tmp_path / "damaged.tif"
+    damaged.write_bytes(scene.read_bytes()[:300])
+    text = tmp_path / "text.tif"
+    text.write_text("no raster")
+    cases = [
+        (scene, [], "choose three"),
+        (scene, ["--bands", "1,2,14"], "from 1 to 13"),
+        (scene, ["--bands", "1,x"], "must be bands"),
+        (scene, ["--bands", "1,2,3", "--scale", "5,5"], "low below high"),
+        (scene, ["--bands", "1,2,3", "--max-memory", "lots"], "must be an amount"),
+        (scene, ["--bands", "1,2,3", "--max-memory", "1MB"], "smallest that can work"),
+        (empty, [], "no valid pixel"),
+        (damaged, [], "damaged.tif"),
+        (text, [], "not a raster"),
+        (tmp_path / "nothing.tif", [], "no such file"),
+    ]
+    for path, more, reason in cases:
+        arguments = ["raster", str(path), "-o", str(tmp_path / "out.zarr"), *more]
+        try:
+            code = main(arguments)
+        except SystemExit as stopped:
+            code = stopped.code
+        printed = capsys.readouterr().err.strip()
+        assert code == 2
+        assert reason in printed, printed
+        assert len(printed.splitlines()) == 1
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_the_command_writes_what_a_head_says(tmp_path, capsys):
+    path = write(tmp_path / "scene.tif", picture(100, 120))
+    model = upfeat.load()
+    head = SavedHead(
+        torch.randn(2, 112),
+        torch.randn(2),
+        ["a", "b"],
+        "classes",
+        describe_backbone(model.backbone),
+        "detail",
+    )
+    save_head(tmp_path / "head.safetensors", head)
+    assert load_head(tmp_path / "head.safetensors").names == ["a", "b"]
+    arguments = ["raster", str(path), "--head", str(tmp_path / "head.safetensors")]
+    assert main([*arguments, "-o", str(tmp_path / "out.tif")]) == 0
+    assert "1×100×120 uint8" in capsys.readouterr().out
+    assert set(np.unique(values_of(tmp_path / "out.tif"))) <= {0, 1}
+    code = main([*arguments, "--backbone", "efficientnet_lite0.stride8", "-o", "x.tif"])
+    assert code == 2
+    assert "was trained on features of efficientnet_lite0, not" in capsys.readouterr().err
+
+
+def test_a_head_file_that_is_damaged_is_refused(tmp_path):
+    model = tiny("bilinear")
+    good = SavedHead(
+        torch.ones(2, 5),
+        torch.ones(2),
+        ["a", "b"],
+        "classes",
+        describe_backbone(model.backbone),
+        "bilinear",
+    )
+    bad = SavedHead(
+        torch.full((2, 5), torch.nan), good.bias, good.names, "classes", good.backbone, "bilinear"
+    )
+    save_head(tmp_path / "bad.safetensors", bad)
+    with pytest.raises(ValueError, match="NaN"):
+        load_head(tmp_path / "bad.safetensors")
+    upfeat.Bilinear().save_pretrained(tmp_path / "up")
+    with pytest.raises(ValueError, match="not a head"):
+        load_head(tmp_path / "up" / "model.safetensors")
+
+
+def test_settings_are_plain_json(tmp_path):
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture())
+    output = upsample(path, tmp_path / "out.zarr", model)
+    attributes = json.loads((output / "zarr.json").read_text())["attributes"]
+    assert attributes["Conventions"] == "CF-1.11"
+    assert attributes["upfeat"]["backbone"]["name"] == "Sequential"
+    shutil.rmtree(output)
