@@ -16,7 +16,13 @@ from upfeat._version import __version__
 if TYPE_CHECKING:
     from upfeat import functional
     from upfeat.attachment import attach
-    from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
+    from upfeat.backbones import (
+        Backbone,
+        WrappedBackbone,
+        list_backbones,
+        load_backbone,
+        tokens_to_grid,
+    )
     from upfeat.features import UpsampledFeatures
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
@@ -69,6 +75,7 @@ _LAZY = {
     "load": "upfeat.model",
     "load_backbone": "upfeat.backbones",
     "load_upsampler": "upfeat.upsamplers",
+    "tokens_to_grid": "upfeat.backbones",
     "train": "upfeat.training",
 }
 
@@ -100,6 +107,7 @@ __all__ = [
     "list_upsamplers",
     "load",
     "load_backbone",
+    "tokens_to_grid",
     "load_upsampler",
     "train",
 ]
