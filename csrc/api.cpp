@@ -1,46 +1,13 @@
 // The C interface: checks shapes, builds the tables, calls the kernels. The checks are the last
 // line: whatever passes them reads and writes only inside its tensors.
-#include <exception>
-#include <initializer_list>
-
 #include "axis.h"
+#include "checks.h"
 #include "plan.h"
 #include "runtime.h"
 #include "upfeat.h"
 
 namespace upfeat {
 namespace {
-
-double elements(const UpfeatTensor& tensor) {
-  double count = 1;
-  for (int64_t size : tensor.size) count *= static_cast<double>(size);
-  return count;
-}
-
-bool valid(const UpfeatTensor* tensor) {
-  if (!tensor || tensor->dtype < 0 || tensor->dtype > 2) return false;
-  bool empty = false;
-  for (int64_t size : tensor->size) {
-    if (size < 0) return false;
-    empty = empty || size == 0;
-  }
-  return empty || tensor->data;
-}
-
-bool all_valid(std::initializer_list<const UpfeatTensor*> tensors) {
-  for (const UpfeatTensor* tensor : tensors) {
-    if (!valid(tensor)) return false;
-  }
-  return true;
-}
-
-bool is_empty(const UpfeatTensor& tensor) {
-  return !tensor.size[0] || !tensor.size[1] || !tensor.size[2] || !tensor.size[3];
-}
-
-bool sized(const UpfeatTensor& tensor, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return tensor.size[0] == n && tensor.size[1] == c && tensor.size[2] == h && tensor.size[3] == w;
-}
 
 // Whether `radius` gives tensor.size[1] taps; also bounds the radius.
 bool has_taps(const UpfeatTensor& tensor, int64_t radius) {
@@ -203,16 +170,6 @@ int attend(const Attention& attention, const UpfeatTensor* weights, const Mode& 
   }
   prepare_output(*weights, threads);
   return kernels->attend(runtime, attention, *weights, axes.rows, axes.columns);
-}
-
-// No exception may cross into C: running out of memory is the only one there is.
-template <typename Body>
-int guarded(Body body) {
-  try {
-    return body();
-  } catch (const std::exception&) {
-    return UPFEAT_NO_MEMORY;
-  }
 }
 
 WeightSource given(const UpfeatTensor* weights, int64_t radius) {

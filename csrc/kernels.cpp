@@ -26,9 +26,13 @@ namespace {
 #include "gradients.inl"
 #include "bilateral_gradients.inl"
 #include "neighbourhood.inl"
+#include "attention.inl"
+#include "encoder.inl"
 
-const Kernels kTable = {upsample,       make_weights, grad_features, grad_weights,
-                        grad_bilateral, attend,       grad_attend};
+const Kernels kTable = {upsample,    make_weights,   grad_features, grad_weights,
+                        grad_bilateral, attend,      grad_attend,   attend_windows,
+                        grad_windows,   run_layer,   pool_layer,    prepare_layer,
+                        run_patterns};
 
 }  // namespace
 

@@ -22,6 +22,11 @@ from upfeat.backends.cpu.arguments import (
     shrinks,
     weights_shape,
 )
+from upfeat.backends.cpu.attention import (
+    can_run_window_attention,
+    window_attention,
+    window_attention_backward,
+)
 from upfeat.backends.cpu.library import Window, call, library_info, unavailable_reason
 from upfeat.backends.cpu.stage import (
     can_run_jbu_stage,
@@ -42,6 +47,7 @@ __all__ = [
     "can_run_joint_bilateral_upsample",
     "can_run_neighbourhood_upsample",
     "can_run_neighbourhood_weights",
+    "can_run_window_attention",
     "jbu_stage",
     "jbu_stage_weights",
     "joint_bilateral_upsample",
@@ -52,6 +58,8 @@ __all__ = [
     "neighbourhood_weights",
     "neighbourhood_weights_backward",
     "unavailable_reason",
+    "window_attention",
+    "window_attention_backward",
 ]
 
 Gradients = tuple[Tensor | None, Tensor | None]
