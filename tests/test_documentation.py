@@ -57,7 +57,7 @@ def page_name(path):
 
 
 @pytest.fixture
-def furnished(tmp_path, monkeypatch):
+def furnished(tmp_path, monkeypatch, torchvision_operators):
     """A folder with what documents speak of, and trainings and fits that cost little."""
     monkeypatch.chdir(tmp_path)
     page = types.ModuleType("page")  # so that classes of a page can be pickled
