@@ -1,46 +1,13 @@
 // The C interface: checks shapes, builds the tables, calls the kernels. The checks are the last
 // line: whatever passes them reads and writes only inside its tensors.
-#include <exception>
-#include <initializer_list>
-
 #include "axis.h"
+#include "checks.h"
 #include "plan.h"
 #include "runtime.h"
 #include "upfeat.h"
 
 namespace upfeat {
 namespace {
-
-double elements(const UpfeatTensor& tensor) {
-  double count = 1;
-  for (int64_t size : tensor.size) count *= static_cast<double>(size);
-  return count;
-}
-
-bool valid(const UpfeatTensor* tensor) {
-  if (!tensor || tensor->dtype < 0 || tensor->dtype > 2) return false;
-  bool empty = false;
-  for (int64_t size : tensor->size) {
-    if (size < 0) return false;
-    empty = empty || size == 0;
-  }
-  return empty || tensor->data;
-}
-
-bool all_valid(std::initializer_list<const UpfeatTensor*> tensors) {
-  for (const UpfeatTensor* tensor : tensors) {
-    if (!valid(tensor)) return false;
-  }
-  return true;
-}
-
-bool is_empty(const UpfeatTensor& tensor) {
-  return !tensor.size[0] || !tensor.size[1] || !tensor.size[2] || !tensor.size[3];
-}
-
-bool sized(const UpfeatTensor& tensor, int64_t n, int64_t c, int64_t h, int64_t w) {
-  return tensor.size[0] == n && tensor.size[1] == c && tensor.size[2] == h && tensor.size[3] == w;
-}
 
 // Whether `radius` gives tensor.size[1] taps; also bounds the radius.
 bool has_taps(const UpfeatTensor& tensor, int64_t radius) {
@@ -56,11 +23,6 @@ struct Mode {
 };
 
 const Mode kBicubic{Kind::kBicubic, {}}, kPadded{Kind::kPadded, {}};
-
-// Whether `count` from `start` on lie in `length`; products of two lengths stay below 2^63.
-bool lies_in(int64_t start, int64_t count, int64_t length) {
-  return start >= 0 && length <= (int64_t{1} << 30) && start <= length - count;
-}
 
 bool fits(const UpfeatWindow& in, int64_t height, int64_t width, const UpfeatTensor& coarse) {
   return lies_in(in.top, height, in.height) && lies_in(in.left, width, in.width) &&
@@ -203,16 +165,6 @@ int attend(const Attention& attention, const UpfeatTensor* weights, const Mode& 
   }
   prepare_output(*weights, threads);
   return kernels->attend(runtime, attention, *weights, axes.rows, axes.columns);
-}
-
-// No exception may cross into C: running out of memory is the only one there is.
-template <typename Body>
-int guarded(Body body) {
-  try {
-    return body();
-  } catch (const std::exception&) {
-    return UPFEAT_NO_MEMORY;
-  }
 }
 
 WeightSource given(const UpfeatTensor* weights, int64_t radius) {

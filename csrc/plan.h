@@ -70,6 +70,55 @@ struct Attention {
   double sigma;
 };
 
+// Attention from pixels to rectangles of cells. Runs are pixels side by side that see the same cells:
+// the first pixel of each, then the end.
+struct WindowAttention {
+  const UpfeatTensor *queries, *keys, *values, *out;
+  const UpfeatTensor *grad, *grad_queries, *grad_keys, *grad_values;  // backward; null if not asked
+  const int64_t *rows, *columns;  // first cells of pixel rows and columns, then their ends
+  int64_t heads;
+  double scale;
+  const int64_t* blocks;  // channels of the values for each head, or one number for their mean
+  int64_t n_blocks;
+  const int64_t *row_run, *column_run;
+  int64_t row_runs, column_runs, most_cells, most_rows;  // rows of a run
+  bool streamed;
+  // Backward: row runs are cut into bands, each with rows of the grid to sum gradients in.
+  int64_t bands, runs_per_band;
+  const int64_t *band_first, *band_offset;  // (B * bands): first grid row; rows before, and in all
+};
+
+// A convolution with what stands before and behind it; see UpfeatLayer.
+struct Layer {
+  const UpfeatTensor *x, *residual, *out;
+  const float *weight, *bias, *scale, *shift, *rotate_rows, *rotate_columns;
+  int64_t inputs, outputs, pitch, in_pitch, kernel, pair, groups;
+  double epsilon;
+  bool winograd, silu, unit, reflect;
+  double* partial;  // (tasks, groups, 2): sums and sums of squares; or null
+  int64_t row_tasks, rows_per_task, column_tasks;
+};
+
+// A run along one axis, one past its end.
+struct PyramidSpan {
+  int64_t start, stop;
+};
+
+// One scale of the encoder along one axis: what is laid over finer scales, the scale itself, and the
+// mean of the finer scale that it is made of.
+struct PyramidAxis {
+  int64_t length;
+  PyramidSpan out, seen, read;
+};
+
+constexpr int64_t kMostLevels = 32;
+constexpr int64_t kPyramidRows = 8;  // rows of one task
+
+struct PyramidPlan {
+  int64_t levels;
+  PyramidAxis rows[kMostLevels], columns[kMostLevels];
+};
+
 struct Kernels {
   int (*upsample)(const Runtime&, const UpfeatTensor& features, const WeightSource&,
                   const UpfeatTensor& out, const Axis& rows, const Axis& columns);
@@ -85,6 +134,15 @@ struct Kernels {
   int (*grad_attend)(const Runtime&, const Attention&, const UpfeatTensor& grad,
                      const UpfeatTensor& grad_queries, const UpfeatTensor& grad_keys,
                      double* grad_scalars, const Axis& rows, const Axis& columns);
+  int (*attend_windows)(const Runtime&, const WindowAttention&);
+  int (*grad_windows)(const Runtime&, const WindowAttention&);
+  int (*run_layer)(const Runtime&, const Layer&);
+  int (*pool_layer)(const Runtime&, const Layer&);
+  int (*prepare_layer)(const Runtime&, const Layer&);
+  int (*run_patterns)(const Runtime&, const UpfeatTensor& features, const float* patterns,
+                      int64_t side, int64_t pitch, const UpfeatTensor& out);
+  int (*encode_pyramid)(const Runtime&, const UpfeatTensor& guidance, const UpfeatPyramid&,
+                const PyramidPlan&, const UpfeatTensor& queries, bool unit);
 };
 
 const Kernels* kernels_baseline();

@@ -57,8 +57,14 @@ UPFEAT_INLINE IVec as_bits(Vec value) { return (IVec)value; }
 UPFEAT_INLINE Vec select(IVec mask, Vec yes, Vec no) {
   return as_float((mask & as_bits(yes)) | (~mask & as_bits(no)));
 }
+// The second where one is NaN, as the instructions have it.
+#if defined(__AVX512F__)
+UPFEAT_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+UPFEAT_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 UPFEAT_INLINE Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 UPFEAT_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
+#endif
 
 #if defined(__clang__)
 #define UPFEAT_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)

@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 3
+#define UPFEAT_ABI 5
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -43,6 +43,21 @@ typedef struct {
   double sigma_spatial;
   double fixup_scale;
 } UpfeatStage;
+
+// The encoder of the neighbourhood upsampler; every array is dense float32. Widths are padded with
+// zeros to a multiple of 32.
+typedef struct {
+  const float* entry_w;   // (3, 3, G, D): rows and columns of the window, channels in, channels out
+  const float* entry_b;   // (D,)
+  const float* hidden_w;  // (levels - 1, 3, 3, D, D), or null where scales have no correction
+  const float* hidden_b;  // (levels - 1, D)
+  const float* last_w;    // (levels - 1, D, D), channels in, channels out
+  const float* last_b;    // (levels - 1, D)
+  const float* join_w;    // (levels, D, D), channels in, channels out
+  const float* join_b;    // (levels, D)
+  int64_t width;          // D
+  int64_t levels;
+} UpfeatPyramid;
 
 UPFEAT_API int upfeat_abi(void);
 // Bit i is set when instruction set i can run here: 0 baseline, 1 avx2, 2 avx512.
@@ -102,6 +117,69 @@ UPFEAT_API int upfeat_attend_backward(const UpfeatTensor* queries, const UpfeatT
                                       const UpfeatWindow* window, int64_t radius,
                                       double temperature, double sigma, int isa, int threads);
 
+// Which cells pixels attend to: rows (2H) holds the first grid row of every row of pixels, then one
+// past its last; columns (2W) likewise. blocks: channels of the values that each head weighs; a
+// single number for the mean of the heads.
+typedef struct {
+  const int64_t* rows;
+  const int64_t* columns;
+  const int64_t* blocks;
+  int64_t n_blocks;
+  int64_t heads;
+  double scale;
+} UpfeatRanges;
+
+// out (B,C,H,W) from queries (B,D,H,W), keys (B,D,h,w), values (B,C,h,w): per head a softmax over
+// the pixel's cells of scale * <query, key>.
+UPFEAT_API int upfeat_window_forward(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                                     const UpfeatTensor* values, const UpfeatTensor* out,
+                                     const UpfeatRanges* ranges, int isa, int threads);
+// Any gradient may be null. Results do not depend on the thread count.
+UPFEAT_API int upfeat_window_backward(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                                      const UpfeatTensor* values, const UpfeatTensor* grad,
+                                      const UpfeatTensor* grad_queries,
+                                      const UpfeatTensor* grad_keys,
+                                      const UpfeatTensor* grad_values, const UpfeatRanges* ranges,
+                                      int isa, int threads);
+
+// A convolution of an encoder, and what stands before it, done as pixels are read, in this order:
+// a rotation by place, a scale and a shift per channel, SiLU, unit scale. Arrays are dense float32;
+// channels of `weight`, `bias`, `scale` and `shift` are padded with zeros to a multiple of 16.
+typedef struct {
+  const float* weight;  // (inputs, pitch); kernel 3: (9 * channels, pitch) or, with winograd, the
+                        // transformed kernels (16, inputs, pitch)
+  const float* bias;    // (pitch,) or null
+  const float* scale;   // (B, in_pitch) or null
+  const float* shift;
+  const float* rotate_rows;     // (H, 2, inputs): cosines and sines of angles; or null
+  const float* rotate_columns;  // (W, 2, inputs): the angles of a pixel are the sum of both
+  int64_t inputs, outputs, pitch, in_pitch;
+  int64_t kernel;    // 1 or 3
+  int64_t winograd;  // kernel 3: F(2x2, 3x3); else without anything before it
+  int64_t silu, unit;
+  int64_t reflect;  // at the borders, in place of zeros
+  int64_t pair;     // channel i turns against i + pair, in blocks of 2 * pair
+  int64_t groups;   // of the sums
+  double epsilon;   // of the unit scale
+} UpfeatLayer;
+
+// out (B,O,H,W) from x (B,I,H,W) and, added, a residual or null; `out` may be the residual, or x
+// where the kernel is 1. sums (B, groups, 2) receives the sums of the output and of its squares.
+UPFEAT_API int upfeat_layer_forward(const UpfeatTensor* x, const UpfeatLayer* layer,
+                                    const UpfeatTensor* residual, const UpfeatTensor* out,
+                                    double* sums, int isa, int threads);
+// What stands before a convolution, alone: means over the cells of a grid (as adaptive average
+// pooling), or every pixel; there `out` may be x.
+UPFEAT_API int upfeat_layer_pool(const UpfeatTensor* x, const UpfeatLayer* layer,
+                                 const UpfeatTensor* out, int isa, int threads);
+UPFEAT_API int upfeat_layer_prepare(const UpfeatTensor* x, const UpfeatLayer* layer,
+                                    const UpfeatTensor* out, int isa, int threads);
+
+// out (B,K,h,w) from features (B,C,h,w) and patterns (side^2, pitch), K of them padded to a multiple
+// of 16: responses of each channel's windows, softmax over patterns, mean over channels (AnyUp's).
+UPFEAT_API int upfeat_patterns(const UpfeatTensor* features, const float* patterns, int64_t side,
+                               int64_t pitch, const UpfeatTensor* out, int isa, int threads);
+
 // weights (B,(2r+1)^2,H,W) from keys (B,D,H,W).
 UPFEAT_API int upfeat_bilateral_forward(const UpfeatTensor* keys, const UpfeatTensor* weights,
                                         int64_t radius, double temperature, double sigma_spatial,
@@ -120,6 +198,12 @@ UPFEAT_API int upfeat_stage_weights(const UpfeatTensor* guidance, const UpfeatSt
 UPFEAT_API int upfeat_stage_forward(const UpfeatTensor* features, const UpfeatTensor* guidance,
                                     const UpfeatStage* stage, const UpfeatTensor* out,
                                     int64_t radius, int isa, int threads);
+
+// queries (B,d,h,w), d <= D, of the pixels of guidance (B,G,H,W) from (top, left) on; of unit length
+// if `unit` is not 0.
+UPFEAT_API int upfeat_pyramid(const UpfeatTensor* guidance, const UpfeatPyramid* encoder,
+                             const UpfeatTensor* queries, int64_t top, int64_t left, int64_t unit,
+                             int isa, int threads);
 
 #ifdef __cplusplus
 }

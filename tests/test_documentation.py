@@ -11,6 +11,8 @@ import doctest
 import importlib
 import pkgutil
 import re
+import sys
+import types
 from pathlib import Path
 
 import documents
@@ -21,6 +23,7 @@ from upfeat.cli import main
 from upfeat.cli.main import COMMANDS, build_parser
 from upfeat.evaluation import harness
 from upfeat.training.config import TrainConfig, read_settings
+from upfeat.upsamplers.base import UPSAMPLERS
 
 SOURCE = Path(upfeat.__file__).parent
 CUT_TRAINING = {
@@ -54,10 +57,12 @@ def page_name(path):
 
 
 @pytest.fixture
-def furnished(tmp_path, monkeypatch):
+def furnished(tmp_path, monkeypatch, torchvision_operators):
     """A folder with what documents speak of, and trainings and fits that cost little."""
     monkeypatch.chdir(tmp_path)
-    names = documents.furnish(tmp_path)
+    page = types.ModuleType("page")  # so that classes of a page can be pickled
+    vars(page).update(documents.furnish(tmp_path))
+    monkeypatch.setitem(sys.modules, "page", page)
     train, fit_implicit = upfeat.train, upfeat.fit_implicit
 
     def cut_train(backbone, photos, config=None, **options):
@@ -69,7 +74,10 @@ def furnished(tmp_path, monkeypatch):
 
     monkeypatch.setattr(upfeat, "train", cut_train)
     monkeypatch.setattr(upfeat, "fit_implicit", cut_fit)
-    return names
+    registered = dict(UPSAMPLERS)
+    yield vars(page)
+    for name in set(UPSAMPLERS) - set(registered):  # what a page has added
+        del UPSAMPLERS[name]
 
 
 def parse(arguments):

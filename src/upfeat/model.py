@@ -102,9 +102,9 @@ class FeatUp(nn.Module):
             ValueError: x is not such an image, or the backbone returns NaN.
         """
         if mask is None:
-            return self.upsampler(self.backbone(x), self.guidance(x), output_size)
+            return self.upsampler(*self._inputs(self.backbone(x), x), output_size)
         x, features = self._without_data(x, mask)
-        out = self.upsampler(features, self.guidance(x), output_size)
+        out = self.upsampler(*self._inputs(features, x), output_size)
         return blank(out, resize_mask(mask, (out.shape[2], out.shape[3])).to(out.device))
 
     def _without_data(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,6 +124,12 @@ class FeatUp(nn.Module):
         )
         own, x = self.upsampler.normalization, x[:, list(self.bands)]
         return x if own is None else Normalization(mean, std).convert(x, own)
+
+    def _inputs(self, features: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and guidance of an image, in the type that the upsampler computes in."""
+        floating = (one.dtype for one in self.upsampler.parameters() if one.is_floating_point())
+        dtype = next(floating, x.dtype)
+        return features.to(dtype), self.guidance(x).to(dtype)
 
     def lazy(
         self,
@@ -148,7 +154,7 @@ class FeatUp(nn.Module):
             missing = resize_mask(mask, size).to(x.device)
         mean, std = self.upsampler.normalization or self.backbone.normalization
         return UpsampledFeatures(
-            *(features, self.guidance(x), self.upsampler, output_size),
+            *(*self._inputs(features, x), self.upsampler, output_size),
             mean=mean,
             std=std,
             missing=missing,
@@ -165,9 +171,10 @@ def load(
     """Load a backbone with an upsampler, in eval mode and frozen.
 
     Args:
-        backbone: one of ``upfeat.list_backbones()``; or your own, a :class:`Backbone` or any module
-            or function from (B, 3, H, W) to (B, C, h, w). A module's parameters are frozen in
-            place; for options as its normalisation, wrap it by :func:`upfeat.load_backbone`.
+        backbone: a name or model as :func:`upfeat.load_backbone` takes them: one of
+            ``upfeat.list_backbones()``, ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, a model of those
+            libraries, or any module or function that makes features. A module's parameters are
+            frozen in place; for options, such as a layer, call :func:`upfeat.load_backbone`.
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
             published FeatUp checkpoint (``.ckpt``), or an upsampler; ``None`` for the backbone's
             best, which for any but the embedded ones needs no training.

@@ -157,6 +157,49 @@ def _weights(
     return getattr(torch.ops.upfeat, name)
 
 
+def _attention(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register window attention and its gradients."""
+    name = f"window_attention_{backend}"
+    tensors = "Tensor queries, Tensor keys, Tensor values"
+    options = "SymInt[] rows, SymInt[] columns, int heads, float scale, SymInt[] blocks"
+    _LIBRARY.define(f"{name}({tensors}, {options}) -> Tensor")
+    _LIBRARY.define(
+        f"{name}_backward(Tensor grad, {tensors}, {options}, bool[] needed) -> "
+        "(Tensor, Tensor, Tensor)"
+    )
+
+    def run_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        found = module.window_attention_backward(grad, *inputs)
+        return tuple(grad.new_empty(0) if one is None else one for one in found)
+
+    def fake(queries: Tensor, keys: Tensor, values: Tensor, *_: Any) -> Tensor:
+        return _empty_output(values, queries)
+
+    def fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.empty_like(tensor) if need else grad.new_empty(0)
+            for tensor, need in zip(inputs[:3], inputs[-1], strict=True)
+        )
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.options = inputs[3:]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed = list(ctx.needs_input_grad[:3])
+        found = gradient(grad, *ctx.saved_tensors, *ctx.options, needed)
+        parts = (one if need else None for one, need in zip(found, needed, strict=True))
+        return (*parts, *(None for _ in ctx.options))
+
+    _implement(name, module.window_attention, fake)
+    _implement(f"{name}_backward", run_backward, fake_backward)
+    torch.library.register_autograd(
+        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
+    )
+    gradient = getattr(torch.ops.upfeat, f"{name}_backward")
+    return getattr(torch.ops.upfeat, name)
+
+
 def _stage(backend: str, module: ModuleType) -> Callable[..., Tensor]:
     """Register the fused inference of one JBU stage; it has no gradient."""
     name = f"jbu_stage_{backend}"
@@ -169,6 +212,23 @@ def _stage(backend: str, module: ModuleType) -> Callable[..., Tensor]:
         return _empty_output(features, guidance)
 
     _implement(name, run, fake)
+    return getattr(torch.ops.upfeat, name)
+
+
+def _pyramid(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register the inference of a neighbourhood upsampler's encoder; it has no gradient."""
+    name = f"pyramid_queries_{backend}"
+    _LIBRARY.define(
+        f"{name}(Tensor guidance, Tensor[] parameters, SymInt[] window, bool unit) -> Tensor"
+    )
+
+    def fake(guidance: Tensor, parameters: list[Tensor], window: list[int], unit: bool) -> Tensor:
+        shape = (guidance.shape[0], len(parameters[1]), *window[2:])
+        return torch.empty(
+            shape, dtype=guidance.dtype, device=guidance.device, memory_format=torch.channels_last
+        )
+
+    _implement(name, module.pyramid_queries, fake)
     return getattr(torch.ops.upfeat, name)
 
 
@@ -207,9 +267,13 @@ def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
     for operator, (tensors, options) in WEIGHTS.items():
         if hasattr(module, operator):
             setattr(found, operator, _weights(backend, module, operator, tensors, options))
+    if hasattr(module, "window_attention"):
+        found.window_attention = _attention(backend, module)
     if hasattr(module, "jbu_stage"):
         found.jbu_stage = _stage(backend, module)
-    for operator in (*WINDOWED, *WEIGHTS, "jbu_stage"):
+    if hasattr(module, "pyramid_queries"):
+        found.pyramid_queries = _pyramid(backend, module)
+    for operator in (*WINDOWED, *WEIGHTS, "window_attention", "jbu_stage", "pyramid_queries"):
         check = getattr(module, f"can_run_{operator}", None)
         if check is not None:
             setattr(found, f"can_run_{operator}", _outside_transforms(check))

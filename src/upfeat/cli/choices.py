@@ -1,22 +1,36 @@
 """Names that --help lists.
 
-They stand here once more, because help is there before PyTorch could be imported; a test holds them
-against the registries.
+They stand here once more, or are read off the source, because help is there before PyTorch could be
+imported; a test holds them against the registries.
 """
 
+import argparse
+import re
+from pathlib import Path
+
 DEFAULT_BACKBONE = "efficientnet_lite0"
+BACKBONE_HELP = (
+    "efficientnet_lite0 (or .stride8, .stride32, …), timm:NAME, hf:ID-OR-FOLDER, "
+    "open_clip:NAME/TAG, hub:REPO:NAME, a TorchScript or exported file, or my_file.py:make"
+)
+LAYER_HELP = "of such a backbone, counted from 0 (default: the last); several are concatenated"
 
 DEFAULT_UPSAMPLER = "detail"
 
-UPSAMPLERS = (
-    "detail",
-    "neighbourhood",
-    "jbu_stack",
-    "joint_bilateral",
-    "bicubic",
-    "bilinear",
-    "nearest",
-)
+
+def _registered() -> list[str]:
+    """Names of the upsamplers that need no file, read off the source that registers them."""
+    pattern = r"^@UPSAMPLERS\.register\nclass [^\n]+\n(.*?)(?=^\S)"
+    found = []
+    for path in sorted((Path(__file__).parents[1] / "upsamplers").glob("*.py")):
+        for body in re.findall(pattern, path.read_text() + "\nend\n", re.MULTILINE | re.DOTALL):
+            name = re.search(r'^    name = "(\w+)"$', body, re.MULTILINE)
+            if name and not re.search(r"^    published_by = ", body, re.MULTILINE):
+                found.append(name[1])
+    return found
+
+
+UPSAMPLERS = tuple(sorted(_registered(), key=lambda name: (name != DEFAULT_UPSAMPLER, name)))
 
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "neighbourhood")
 """What every evaluation holds."""
@@ -26,3 +40,15 @@ UPSAMPLER_HELP = (
     "save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) (default: "
     f"{DEFAULT_UPSAMPLER})"
 )
+
+
+def add_layer(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--layer``."""
+    parser.add_argument("--layer", type=int, nargs="+", metavar="N", help=LAYER_HELP)
+
+
+def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
+    """A backbone's name with the layers of ``--layer``, as "timm:NAME@3,8"."""
+    if not layers:
+        return backbone
+    return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import BASELINES, DEFAULT_BACKBONE
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    BASELINES,
+    DEFAULT_BACKBONE,
+    add_layer,
+    with_layers,
+)
 from upfeat.evaluation.tasks import list_tasks
 
 if TYPE_CHECKING:
@@ -80,8 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         metavar="NAME",
-        help=f"default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32",
+        help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32)",
     )
+    add_layer(parser)
     parser.add_argument(
         "--size",
         type=int,
@@ -155,7 +162,7 @@ def execute(options: argparse.Namespace) -> int:
             options.folder,
             options.output,
             upsamplers=options.upsamplers,
-            backbone=options.backbone,
+            backbone=with_layers(options.backbone, options.layer),
             config=config,
             layout=options.layout,
             device=options.device,

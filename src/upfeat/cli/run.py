@@ -8,7 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, UPSAMPLER_HELP
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    DEFAULT_BACKBONE,
+    UPSAMPLER_HELP,
+    add_layer,
+    with_layers,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,8 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where results go: NAME.safetensors and NAME.features.png",
     )
     parser.add_argument(
-        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
     )
+    add_layer(parser)
     parser.add_argument(
         "--upsampler",
         metavar="NAME",
@@ -92,7 +102,8 @@ def execute(options: argparse.Namespace) -> int:
         plan = batch.permitted(plan, others, FEATURES, overwrite=options.overwrite)
         if not plan:
             return batch.exit_code
-        model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+        backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+        model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
         make_folder(options.output)
         made_by = describe_model(model)
         recipe = partial(recipe_of, made_by=made_by, size=options.size, dtype=dtype)

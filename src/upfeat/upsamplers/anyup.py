@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.backends.cpu.encoder import match_patterns
 from upfeat.bounds import number, whole
 from upfeat.types import Size
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, relative_window
@@ -123,10 +124,20 @@ class AnyUp(AttentionUpsampler):
         """
         if features is None:
             raise ValueError("features are missing: AnyUp's weights depend on them; pass features=")
-        queries, keys = self.image(self.exact(guidance), grid_size, output_size)
-        seen = self.features_encoder(F.normalize(self.exact(features), dim=1))
-        keys = self.aggregation(torch.cat([keys, seen], dim=1))
-        queries, keys = self.projection(queries, keys)
+        guidance, features = self.exact(guidance), self.exact(features)
+        compiled = self.compiled(guidance, features)
+        queries, keys = self.image(
+            guidance, grid_size, output_size, self.projection, compiled=compiled
+        )
+        seen = F.normalize(features, dim=1)
+        if compiled:
+            basis = self.features_encoder[0]
+            assert isinstance(basis, FeatureBasis)
+            seen = match_patterns(seen, basis.basis)
+        else:
+            seen = self.features_encoder[0](seen)
+        seen = self.features_encoder.blocks_of(seen)
+        keys = self.projection.keys(self.aggregation(torch.cat([keys, seen], dim=1)))
         return AttentionKernels(
             queries,
             keys,

@@ -19,6 +19,7 @@ from upfeat.backends import dispatch
 from upfeat.bounds import whole
 from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
+from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.base import Kernels, Upsampler, apply_head, check_inputs
 from upfeat.upsamplers.maps import Map
 
@@ -136,6 +137,10 @@ class AttentionUpsampler(Upsampler):
         """
         own = next(self.parameters()).dtype
         return x.to(torch.promote_types(torch.promote_types(x.dtype, own), torch.float32))
+
+    def compiled(self, *tensors: Tensor) -> bool:
+        """Whether the compiled library runs the image encoders on these."""
+        return self.backend in ("auto", "cpu") and compiled_encoders.can_run(self, *tensors)
 
     @abstractmethod
     def prepare(

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.types import Size
+from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, whole_window
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.residual_encoder import (
     GROUPS,
     ResidualEncoder,
     convolve,
-    corner_coordinates,
     group_norm,
     rotate_pairs,
 )
@@ -43,16 +43,71 @@ class ImageQueries(nn.Module):
             self.frequencies[1, width // 2 :] = series.repeat(2)
 
     def forward(
-        self, guidance: Tensor, grid_size: Size, output_size: Size
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        projection: Projection,
+        *,
+        normed: bool = False,
+        compiled: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) -> queries (B, width, *output_size), image keys (B, width, *grid_size)."""
+        """Queries as heads compare them, and keys that know the image alone.
+
+        Args:
+            guidance: (B, 3, H, W).
+            grid_size: (h, w).
+            output_size: (height, width).
+            projection: of the queries.
+            normed: whether a group norm without weights comes before it.
+            compiled: whether the compiled library does it.
+
+        Returns:
+            (B, width, *output_size) and (B, width, *grid_size).
+        """
+        if compiled:
+            return self._compiled(guidance, grid_size, output_size, projection, normed)
         encoded = self.image_encoder(guidance)
-        angles = corner_coordinates(encoded.shape[2:], encoded) @ self.frequencies.to(encoded.dtype)  # type: ignore[arg-type]
+        rows, columns = self._angles(encoded)
+        angles = rows[:, None] + columns  # (H, W, width)
         encoded = rotate_pairs(encoded, angles.permute(2, 0, 1))
-        return (
-            self.query_encoder.pooled(encoded, output_size),
-            self.key_encoder.pooled(encoded, grid_size),
+        queries = self.query_encoder.pooled(encoded, output_size)
+        keys = self.key_encoder.pooled(encoded, grid_size)
+        if normed:
+            queries = F.group_norm(queries, GROUPS)
+        return projection.queries(queries), keys
+
+    def _compiled(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        projection: Projection,
+        normed: bool,
+    ) -> tuple[Tensor, Tensor]:
+        queries, sums, keys = compiled_encoders.image_queries(
+            self.image_encoder,
+            self.query_encoder,
+            self.key_encoder,
+            self._angles(guidance),
+            guidance,
+            grid_size,
+            output_size,
+            groups=GROUPS if normed else 0,
         )
+        queries = compiled_encoders.project_queries(
+            queries, sums, projection.blend, projection.norm_query, projection.query
+        )
+        return queries, keys
+
+    def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows (H, width) and columns (W, width), 0 at the first; a pixel's are their sum."""
+        frequencies = self.frequencies.to(like.dtype)
+        rows, columns = (
+            torch.linspace(0, 1, side, dtype=like.dtype, device=like.device)[:, None] * each
+            for side, each in zip(like.shape[2:], frequencies, strict=True)
+        )
+        return rows, columns
 
 
 class Projection(nn.Module):
@@ -71,19 +126,20 @@ class Projection(nn.Module):
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
 
-    def forward(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, width, H, W) and (B, width, h, w) -> the same."""
-        queries = convolve(self.blend, queries).permute(0, 2, 3, 1)
-        keys = keys.permute(0, 2, 3, 1)
-        queries = _compare(self.norm_query, self.query, queries)
-        keys = _compare(self.norm_key, self.key, keys)
-        return queries.permute(0, 3, 1, 2), keys.permute(0, 3, 1, 2)
+    def queries(self, x: Tensor) -> Tensor:
+        """(B, width, H, W) -> the same."""
+        return _compare(self.norm_query, self.query, convolve(self.blend, x))
+
+    def keys(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) -> the same."""
+        return _compare(self.norm_key, self.key, x)
 
 
 def _compare(norm: nn.RMSNorm, layer: nn.Linear, x: Tensor) -> Tensor:
-    """(…, width) at unit scale, mapped to what heads compare; in the precision of ``x``."""
-    x = F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype))
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    """(B, width, H, W) at unit scale, mapped to what heads compare; in the precision of ``x``."""
+    x = x.permute(0, 2, 3, 1)
+    x = F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype)).permute(0, 3, 1, 2)
 
 
 @UPSAMPLERS.register
@@ -147,10 +203,18 @@ class JAFAR(AttentionUpsampler):
                 f"features has {features.shape[1]} channels but this JAFAR is made for "
                 f"{self.embed_dim}; take the checkpoint of the features' backbone, or AnyUp"
             )
-        queries, keys = self.image(self.exact(guidance), grid_size, output_size)
-        seen = self.features_encoder(F.normalize(self.exact(features), dim=1))
+        guidance, features = self.exact(guidance), self.exact(features)
+        queries, keys = self.image(
+            guidance,
+            grid_size,
+            output_size,
+            self.projection,
+            normed=True,
+            compiled=self.compiled(guidance, features),
+        )
+        seen = self.features_encoder(F.normalize(features, dim=1))
         keys = convolve(self.gamma, seen) * group_norm(keys, GROUPS) + convolve(self.beta, seen)
-        queries, keys = self.projection(group_norm(queries, GROUPS), keys)
+        keys = self.projection.keys(keys)
         return AttentionKernels(
             queries,
             keys,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from upfeat.bounds import whole
 from upfeat.types import Size
+from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, shifted_window
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
@@ -85,14 +86,21 @@ class NAF(AttentionUpsampler):
     ) -> AttentionKernels:
         """See :meth:`Upsampler.prepare`; the features play no part."""
         image = _shrink(self.exact(guidance), output_size)
-        codes = [
-            encoder.pooled(image, output_size) for encoder in (self.colours, self.surroundings)
-        ]
-        queries = torch.cat(codes, dim=1).unflatten(1, (self.heads, -1))
-        queries = rotate_pairs(queries, self._angles(output_size, queries)).flatten(1, 2)
+        if self.compiled(image):
+            half = guidance.dtype == torch.float16  # maps are large: stored as they are asked for
+            queries, keys = self._compiled(image.half() if half else image, grid_size, output_size)
+        else:
+            codes = [
+                encoder.pooled(image, output_size) for encoder in (self.colours, self.surroundings)
+            ]
+            queries = torch.cat(codes, dim=1).unflatten(1, (self.heads, -1))
+            rows, columns = self._angles(output_size, queries)
+            angles = rows[:, None] + columns  # (H, W, D/heads)
+            queries = rotate_pairs(queries, angles.permute(2, 0, 1)).flatten(1, 2)
+            keys = mean_over_cells(queries, grid_size)
         return AttentionKernels(
             queries,
-            mean_over_cells(queries, grid_size),
+            keys,
             shifted_window(grid_size[0], output_size[0], self.window_side),
             shifted_window(grid_size[1], output_size[1], self.window_side),
             heads=self.heads,
@@ -100,18 +108,31 @@ class NAF(AttentionUpsampler):
             backend=self.backend,
         )
 
-    def _angles(self, size: Size, like: Tensor) -> Tensor:
-        """Of every channel of one head at every pixel, (D/heads, H, W)."""
+    def _compiled(self, image: Tensor, grid_size: Size, output_size: Size) -> tuple[Tensor, Tensor]:
+        batch, half = image.shape[0], self.width // 2
+        queries = image.new_empty(batch, *output_size, self.width).permute(0, 3, 1, 2)
+        for index, encoder in enumerate((self.colours, self.surroundings)):
+            part = queries[:, index * half : (index + 1) * half]
+            compiled_encoders.encode(encoder, image, output_size, out=part)
+        angles = self._angles(output_size, image.new_empty(0, dtype=torch.float32))
+        rows, columns = (each.repeat(1, self.heads) for each in angles)
+        compiled_encoders.rotate(queries, (rows, columns), self.width // self.heads // 2)
+        return queries, compiled_encoders.pool(queries, grid_size).to(queries.dtype)
+
+    def _angles(self, size: Size, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every channel of a head: of rows (H, D/heads) and of columns (W, D/heads)."""
         frequencies = 2 * torch.pi / self.periods.to(like.dtype)
         rows, columns = (
-            ((torch.arange(side, dtype=like.dtype, device=like.device) + 0.5) / side * 2 - 1)
-            * frequencies[:, None]
+            ((torch.arange(side, dtype=like.dtype, device=like.device) + 0.5) / side * 2 - 1)[
+                :, None
+            ]
+            * frequencies
             for side in size
         )
-        both = torch.cat(
-            [rows[:, :, None].expand(-1, -1, size[1]), columns[:, None].expand(-1, size[0], -1)]
-        )
-        return both.repeat(2, 1, 1)
+        still = torch.zeros_like(rows[:1])
+        rows = torch.cat([rows, still.expand_as(rows)], dim=1).repeat(1, 2)
+        columns = torch.cat([still.expand_as(columns), columns], dim=1).repeat(1, 2)
+        return rows, columns
 
 
 def _shrink(image: Tensor, output_size: Size) -> Tensor:

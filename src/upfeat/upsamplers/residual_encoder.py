@@ -100,7 +100,12 @@ class ResidualEncoder(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """(B, inputs, H, W) -> (B, width, H, W), channels last."""
-        x = convolve(self[0], x) if isinstance(self[0], nn.Conv2d) else self[0](x)
+        return self.blocks_of(
+            convolve(self[0], x) if isinstance(self[0], nn.Conv2d) else self[0](x)
+        )
+
+    def blocks_of(self, x: Tensor) -> Tensor:
+        """What the blocks make of the first layer's output, (B, width, H, W) -> the same."""
         for block in self.blocks:
             x = block(x)
         return x
@@ -176,9 +181,3 @@ def rotate_pairs(x: Tensor, angles: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-3)
     return x * angles.cos() + torch.cat([-second, first], dim=-3) * angles.sin()
-
-
-def corner_coordinates(size: Size, like: Tensor) -> Tensor:
-    """(y, x) of every pixel, 0 at the first and 1 at the last, (H, W, 2)."""
-    axes = [torch.linspace(0, 1, side, dtype=like.dtype, device=like.device) for side in size]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,7 +23,15 @@ STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
     *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
 )
-_ABI = 3
+PYRAMID_ARRAYS = tuple(
+    f"{layer}_{part}" for layer in ("entry", "hidden", "last", "join") for part in "wb"
+)
+LAYER_ARRAYS = ("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns")
+_LAYER_NUMBERS = (
+    *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
+    *("silu", "unit", "reflect", "pair", "groups"),
+)
+_ABI = 5
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -51,6 +59,18 @@ class Stage(ctypes.Structure):
     ]
 
 
+class Pyramid(ctypes.Structure):
+    """The encoder of the neighbourhood upsampler: dense float32 arrays by address, and sizes."""
+
+    keep: dict[str, Tensor]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in PYRAMID_ARRAYS),
+        ("width", ctypes.c_int64),
+        ("levels", ctypes.c_int64),
+    ]
+
+
 class Window(ctypes.Structure):
     """The parts of an output and of a grid that tensors hold: whole sizes, and where they are."""
 
@@ -60,6 +80,30 @@ class Window(ctypes.Structure):
             *("height", "width", "top", "left"),
             *("grid_height", "grid_width", "grid_top", "grid_left"),
         )
+    ]
+
+
+class Ranges(ctypes.Structure):
+    """Which cells pixels attend to, and how many channels each head weighs; arrays by address."""
+
+    keep: list[ctypes.Array]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("rows", "columns", "blocks")),
+        *((name, ctypes.c_int64) for name in ("n_blocks", "heads")),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """A convolution and what stands before it: dense float32 arrays by address, and numbers."""
+
+    keep: list[Tensor]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in LAYER_ARRAYS),
+        *((name, ctypes.c_int64) for name in _LAYER_NUMBERS),
+        ("epsilon", ctypes.c_double),
     ]
 
 
@@ -153,7 +197,10 @@ def library_info() -> dict[str, Any]:
     }
 
 
-def call(name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array | float | None) -> None:
+Argument: TypeAlias = Tensor | ctypes.Structure | ctypes.Array | ctypes.c_void_p | float | None
+
+
+def call(name: str, *arguments: Argument) -> None:
     """Call a function of the library; instruction set and thread count are added.
 
     Tensors go as descriptors, integers as int64, floats as double, ``None`` as null.
@@ -175,7 +222,7 @@ def call(name: str, *arguments: Tensor | ctypes.Structure | ctypes.Array | float
     assert status == 0, f"{name} refused its arguments"
 
 
-def _argument(value: Tensor | ctypes.Structure | ctypes.Array | float | None) -> Any:
+def _argument(value: Argument) -> Any:
     if isinstance(value, Tensor):
         sizes, strides = (
             (ctypes.c_int64 * 4)(*value.shape),

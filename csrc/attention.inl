@@ -1,0 +1,756 @@
+// Attention from pixels to rectangles of cells, by several heads, forward and backward.
+//
+// Pixels that see the same cells make up a tile: runs of rows times runs of columns. A tile packs
+// the keys it sees with cells side by side, so that inner products, softmax and the sum over values
+// are all the same small matrix product: four rows of one operand against vectors of the other.
+
+// sum[i][m] = sum over k of a[i][k * a_step] * b[k][m], k over rows x columns of b.
+struct Product {
+  const float* a[4];
+  int64_t a_step;
+  const float* b;
+  const int64_t* row;  // offsets of b's rows, or null for a single one
+  int64_t rows, columns, b_step;
+  float* out[4];
+  bool add;
+};
+
+template <int kBlock>
+UPFEAT_APART void multiply_block(const Product& job, int64_t at) {
+  Vec sum[4][kBlock];
+  UPFEAT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) sum[i][m] = Vec{};
+  }
+  const float *a0 = job.a[0], *a1 = job.a[1], *a2 = job.a[2], *a3 = job.a[3];
+  const int64_t a_step = job.a_step, b_step = job.b_step;
+  int64_t r = 0;
+  do {
+    const float* b = job.b + (job.row ? job.row[r] : 0) + at;
+    int64_t k = job.columns;
+    do {
+      Vec right[kBlock];
+      UPFEAT_UNROLL
+      for (int m = 0; m < kBlock; ++m) right[m] = load(b + m * kLanes);
+      const Vec left[4] = {splat(*a0), splat(*a1), splat(*a2), splat(*a3)};
+      UPFEAT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        UPFEAT_UNROLL
+        for (int m = 0; m < kBlock; ++m) sum[i][m] += left[i] * right[m];
+      }
+      b += b_step;
+      a0 += a_step;
+      a1 += a_step;
+      a2 += a_step;
+      a3 += a_step;
+    } while (--k);
+  } while (++r < job.rows);
+  UPFEAT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) {
+      float* to = job.out[i] + at + m * kLanes;
+      store(to, job.add ? load(to) + sum[i][m] : sum[i][m]);
+    }
+  }
+}
+
+UPFEAT_INLINE void multiply(const Product& job, int64_t vectors) {
+  const Blocks blocks = blocks_of(vectors * kLanes);
+  for (int64_t index = 0; index < blocks.count; ++index) {
+    const int64_t at = blocks.begin(index) * kLanes;
+    switch (blocks.size(index)) {
+      case 1:
+        multiply_block<1>(job, at);
+        break;
+      case 2:
+        multiply_block<2>(job, at);
+        break;
+      case 3:
+        multiply_block<kMaxBlock >= 3 ? 3 : 1>(job, at);
+        break;
+      case 4:
+        multiply_block<kMaxBlock >= 4 ? 4 : 1>(job, at);
+        break;
+      case 5:
+        multiply_block<kMaxBlock >= 5 ? 5 : 1>(job, at);
+        break;
+      default:
+        multiply_block<kMaxBlock >= 6 ? 6 : 1>(job, at);
+    }
+  }
+}
+
+UPFEAT_INLINE int64_t whole_vectors(int64_t count) {
+  return (count + kLanes - 1) / kLanes * kLanes;
+}
+
+constexpr int64_t kStrip = 32;  // pixels at work at a time
+
+// Channels of a tensor in blocks that each fill whole vectors.
+struct Padded {
+  const int64_t* sizes;  // channels of each block, or null for equal ones
+  int64_t equal, count, total;
+};
+
+UPFEAT_INLINE int64_t block_size(const Padded& layout, int64_t n) {
+  return layout.sizes ? layout.sizes[n] : layout.equal;
+}
+UPFEAT_INLINE Padded padded_blocks(const int64_t* sizes, int64_t equal, int64_t count) {
+  Padded layout{sizes, equal, count, 0};
+  for (int64_t n = 0; n < count; ++n) layout.total += whole_vectors(block_size(layout, n));
+  return layout;
+}
+
+struct WindowJob {
+  WindowAttention attention;
+  Padded heads, blocks;  // of queries and keys; of values
+  int64_t grid_rows, grid_columns, pitch;
+  float* keys_across;    // (B, h, heads.total, pitch): columns side by side
+  float* keys_last;      // (B, h, w, heads.total); backward only
+  float* values_last;    // (B, h, w, blocks.total)
+  float* values_across;  // (B, h, blocks.total, pitch); backward only
+  // Runs of pixel rows and columns that see the same cells: first pixel of each, and the end.
+  const int64_t *row_run, *column_run;
+  int64_t row_runs, column_runs, most_cells;
+  int64_t tasks_per_image, runs_per_task;
+  char* scratch;
+  int64_t worker_bytes;
+  // Backward: gradients of keys and values, one band of grid rows for each task.
+  float *grad_keys, *grad_values;
+  const int64_t *band_first, *band_offset;  // first grid row of each task's band; where it starts
+  bool planar, streamed;
+  int64_t most_rows;  // of a run
+};
+
+// Scratch of one worker.
+struct WindowScratch {
+  float *keys, *values;              // packed: (heads.total, pack), (blocks.total, pack)
+  float *query, *logits, *weights;   // (strip, heads.total), (heads, strip, pack) twice
+  float *result, *other;             // (strip, blocks.total), (strip, heads.total)
+  float* lines;                      // (rows, kTile, blocks.total), for planar output
+  int64_t *key_row, *value_row;      // offsets of the rows of cells
+  int64_t pack;
+};
+
+UPFEAT_INLINE int64_t pack_pitch(int64_t cells) { return whole_vectors(cells) + kLanes; }
+
+static int64_t window_scratch(const WindowJob& job, bool backward, char* at, WindowScratch* out) {
+  int64_t used = 0;
+  const auto take = [&](int64_t count) {
+    float* place = reinterpret_cast<float*>(at + used);
+    used += (count * 4 + 63) / 64 * 64;
+    return place;
+  };
+  const int64_t pack = pack_pitch(job.most_cells), heads = job.heads.count;
+  WindowScratch s{};
+  s.pack = pack;
+  s.keys = take(job.heads.total * pack + kLanes);
+  if (backward) s.values = take(job.blocks.total * pack + kLanes);
+  s.query = take(kStrip * job.heads.total);
+  s.logits = take(heads * kStrip * pack);
+  s.weights = take(heads * kStrip * pack);
+  s.result = take(kStrip * job.blocks.total);
+  if (backward) s.other = take(kStrip * job.heads.total);
+  if (!backward) s.lines = take(job.planar ? job.most_rows * kTile * job.blocks.total : 0);
+  s.key_row = reinterpret_cast<int64_t*>(take(2 * job.grid_rows));
+  s.value_row = reinterpret_cast<int64_t*>(take(2 * job.grid_rows));
+  if (out) *out = s;
+  return used;
+}
+
+// One row of the grid to both layouts.
+struct LayoutJob {
+  const UpfeatTensor* tensor;
+  Padded layout;
+  float *last, *across;  // (B, h, w, total); (B, h, total, pitch); either may be null
+  int64_t pitch;
+  float* scratch;  // a row channels-last for each worker
+};
+
+static void layout_task(void* context, int64_t task, int worker) {
+  const LayoutJob& job = *static_cast<const LayoutJob*>(context);
+  const int64_t rows = job.tensor->size[2], columns = job.tensor->size[3];
+  const int64_t total = job.layout.total;
+  const Row row = row_of(*job.tensor, task / rows, task % rows);
+  float* last = job.last ? job.last + task * columns * total
+                         : job.scratch + worker * columns * total;
+  int64_t channel = 0, at = 0;
+  for (int64_t n = 0; n < job.layout.count; ++n) {
+    const int64_t size = block_size(job.layout, n);
+    if (size) read_channels_last(row, channel, size, 0, columns, last + at, total);
+    channel += size;
+    at += whole_vectors(size);
+  }
+  if (!job.across) return;
+  float* across = job.across + task * total * job.pitch;
+  for (int64_t c = 0; c < total; ++c) {
+    for (int64_t x = 0; x < columns; ++x) across[c * job.pitch + x] = last[x * total + c];
+    for (int64_t x = columns; x < job.pitch; ++x) across[c * job.pitch + x] = 0;
+  }
+}
+
+static int lay_out(const Runtime& runtime, const UpfeatTensor& tensor, const Padded& layout,
+                   float* last, float* across, int64_t pitch) {
+  LayoutJob job{&tensor, layout, last, across, pitch, nullptr};
+  if (!last) {
+    job.scratch = static_cast<float*>(
+        runtime.allocate(runtime.workers * tensor.size[3] * layout.total * 4));
+    if (!job.scratch) return UPFEAT_NO_MEMORY;
+  }
+  runtime.parallel_for(runtime.workers, tensor.size[0] * tensor.size[2], layout_task, &job);
+  if (job.scratch) runtime.release(job.scratch);
+  return UPFEAT_OK;
+}
+
+// The cells of a tile from (h, channels, pitch) to (channels, pack), cells side by side. Whole
+// vectors are copied; what a row's copy writes too far is written again by the next row's.
+static void pack_cells(const float* from, int64_t channels, int64_t pitch, const int64_t* cells,
+                       float* to, int64_t pack) {
+  const int64_t columns = cells[3] - cells[2];
+  for (int64_t c = 0; c < channels; ++c) {
+    float* row = to + c * pack;
+    for (int64_t y = cells[0]; y < cells[1]; ++y, row += columns) {
+      const float* source = from + (y * channels + c) * pitch + cells[2];
+      for (int64_t x = 0; x < columns; x += kLanes) store(row + x, load(source + x));
+    }
+    store(row, Vec{});  // lanes behind the last cell
+  }
+}
+
+// A tile: pixels [y, y + rows) x [x, x + columns) and the cells they see.
+struct WindowTile {
+  int64_t batch, y, rows, x, columns;
+  int64_t cells[4];  // first and last row, first and last column
+  int64_t count;     // of cells
+};
+
+UPFEAT_INLINE WindowTile window_tile(const WindowJob& job, int64_t batch, int64_t row_run,
+                                     int64_t column_run) {
+  const int64_t height = job.attention.queries->size[2], width = job.attention.queries->size[3];
+  WindowTile tile{};
+  tile.batch = batch;
+  tile.y = job.row_run[row_run];
+  tile.rows = job.row_run[row_run + 1] - tile.y;
+  tile.x = job.column_run[column_run];
+  tile.columns = job.column_run[column_run + 1] - tile.x;
+  tile.cells[0] = job.attention.rows[tile.y];
+  tile.cells[1] = job.attention.rows[height + tile.y];
+  tile.cells[2] = job.attention.columns[tile.x];
+  tile.cells[3] = job.attention.columns[width + tile.x];
+  tile.count = (tile.cells[1] - tile.cells[0]) * (tile.cells[3] - tile.cells[2]);
+  return tile;
+}
+
+// Calls body(row of pixels, first column, count, index in the strip) for the pieces of a strip.
+template <typename Body>
+UPFEAT_INLINE void each_piece(const WindowTile& tile, int64_t first, int64_t count, Body body) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t pixel = first + done, x = pixel % tile.columns;
+    const int64_t wide = smaller(tile.columns - x, count - done);
+    body(tile.y + pixel / tile.columns, tile.x + x, wide, done);
+    done += wide;
+  }
+}
+
+static void read_strip(const UpfeatTensor& tensor, const Padded& layout, const WindowTile& tile,
+                       int64_t first, int64_t count, float* to) {
+  each_piece(tile, first, count, [&](int64_t y, int64_t x, int64_t wide, int64_t done) {
+    const Row row = row_of(tensor, tile.batch, y);
+    int64_t channel = 0, at = 0;
+    for (int64_t n = 0; n < layout.count; ++n) {
+      const int64_t size = block_size(layout, n);
+      float* here = to + done * layout.total + at;
+      if (size) read_channels_last(row, channel, size, x, wide, here, layout.total);
+      channel += size;
+      at += whole_vectors(size);
+    }
+  });
+  // Rows of four are worked on at a time: the last ones may be empty.
+  for (int64_t i = count; i < (count + 3) / 4 * 4; ++i) {
+    for (int64_t c = 0; c < layout.total; ++c) to[i * layout.total + c] = 0;
+  }
+}
+
+static void write_strip(const UpfeatTensor& tensor, const Padded& layout, const WindowTile& tile,
+                        int64_t first, int64_t count, const float* from,
+                        bool streamed = false) {
+  each_piece(tile, first, count, [&](int64_t y, int64_t x, int64_t wide, int64_t done) {
+    const Row row = row_of(tensor, tile.batch, y);
+    int64_t channel = 0, at = 0;
+    for (int64_t n = 0; n < layout.count; ++n) {
+      const int64_t size = block_size(layout, n);
+      const float* here = from + done * layout.total + at;
+      if (size) write_channels_last(row, channel, size, x, wide, here, layout.total, streamed);
+      channel += size;
+      at += whole_vectors(size);
+    }
+  });
+}
+
+// Four rows of `rows` against b: a and out have their own pitches.
+UPFEAT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, int64_t a_step,
+                                 const float* b, const int64_t* row, int64_t b_rows,
+                                 int64_t columns, int64_t b_step, float* out, int64_t out_pitch,
+                                 int64_t vectors) {
+  for (int64_t i = 0; i < rows; i += 4) {
+    Product job{};
+    for (int j = 0; j < 4; ++j) {
+      job.a[j] = a + (i + j) * a_pitch;
+      job.out[j] = out + (i + j) * out_pitch;
+    }
+    job.a_step = a_step;
+    job.b = b;
+    job.row = row;
+    job.rows = b_rows;
+    job.columns = columns;
+    job.b_step = b_step;
+    multiply(job, vectors);
+  }
+}
+
+UPFEAT_INLINE IVec lanes_below(int64_t count) {
+  IVec index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
+  const int32_t most = static_cast<int32_t>(count < kLanes ? count : kLanes);
+  return index < (IVec{} + most);
+}
+
+// The sum, or the most, of all lanes, in every lane.
+UPFEAT_INLINE Vec total_of(Vec value) {
+  UPFEAT_UNROLL
+  for (int lanes = kLanes; lanes > 1; lanes /= 2) value = add_halves(value, value);
+  return value;
+}
+UPFEAT_INLINE Vec most_of(Vec value) {
+  UPFEAT_UNROLL
+  for (int lanes = kLanes; lanes > 1; lanes /= 2) {
+    value = max(zip_low(value, value), zip_high(value, value));
+  }
+  return value;
+}
+
+// Softmax of `count` logits, in place; lanes behind them become 0.
+static void softmax_row(float* logits, int64_t count, float scale) {
+  Vec top = splat(-3.4e38f), poison = {};
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const IVec inside = lanes_below(count - k);
+    const Vec logit = select(inside, load(logits + k) * scale, splat(-3.4e38f));
+    store(logits + k, logit);
+    top = max(top, logit);
+    poison += select(inside, logit * 0.0f, Vec{});  // 0, or NaN, which max and exp would lose
+  }
+  const Vec most = most_of(top);
+  Vec sum = poison;
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const Vec e = select(lanes_below(count - k), exp(load(logits + k) - most), Vec{});
+    store(logits + k, e);
+    sum += e;
+  }
+  const Vec share = 1.0f / total_of(sum);
+  for (int64_t k = 0; k < count; k += kLanes) store(logits + k, load(logits + k) * share);
+}
+
+// Weights of every head for a strip of pixels, (heads, strip, pack), in s.logits.
+static void strip_weights(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
+                          int64_t first, int64_t count) {
+  read_strip(*job.attention.queries, job.heads, tile, first, count, s.query);
+  const int64_t rows = (count + 3) / 4 * 4, depth = whole_vectors(job.heads.equal);
+  const float scale = static_cast<float>(job.attention.scale);
+  for (int64_t n = 0; n < job.heads.count; ++n) {
+    float* logits = s.logits + n * kStrip * s.pack;
+    multiply_rows(rows, s.query + n * depth, job.heads.total, 1, s.keys + n * depth * s.pack,
+                  nullptr, 1, job.heads.equal, s.pack, logits, s.pack,
+                  whole_vectors(tile.count) / kLanes);
+    for (int64_t i = 0; i < rows; ++i) softmax_row(logits + i * s.pack, tile.count, scale);
+  }
+}
+
+// The heads' mean where there is one block of values: (strip, pack) in s.weights.
+static const float* strip_shares(const WindowJob& job, const WindowScratch& s,
+                                 const WindowTile& tile, int64_t count) {
+  if (job.blocks.count > 1 || job.heads.count == 1) return s.logits;
+  const int64_t rows = (count + 3) / 4 * 4, heads = job.heads.count;
+  const float share = 1.0f / static_cast<float>(heads);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t k = 0; k < tile.count; k += kLanes) {
+      Vec sum = {};
+      for (int64_t n = 0; n < heads; ++n) sum += load(s.logits + (n * kStrip + i) * s.pack + k);
+      store(s.weights + i * s.pack + k, sum * share);
+    }
+  }
+  return s.weights;
+}
+
+UPFEAT_INLINE void start_tile(const WindowJob& job, const WindowScratch& s,
+                              const WindowTile& tile) {
+  const int64_t image = tile.batch * job.grid_rows;
+  pack_cells(job.keys_across + image * job.heads.total * job.pitch, job.heads.total, job.pitch,
+             tile.cells, s.keys, s.pack);
+  for (int64_t r = 0; r < tile.cells[1] - tile.cells[0]; ++r) {
+    const int64_t cell = (image + tile.cells[0] + r) * job.grid_columns + tile.cells[2];
+    s.key_row[r] = cell * job.heads.total;
+    s.value_row[r] = cell * job.blocks.total;
+  }
+}
+
+// A strip's results, (pixels, blocks.total), to their place in lines of kTile columns.
+static void keep_strip(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
+                       int64_t first, int64_t count) {
+  const size_t bytes = static_cast<size_t>(job.blocks.total) * 4;
+  each_piece(tile, first, count, [&](int64_t y, int64_t x, int64_t wide, int64_t done) {
+    const int64_t at = (y - tile.y) * kTile + x % kTile;
+    memcpy(s.lines + at * job.blocks.total, s.result + done * job.blocks.total,
+           static_cast<size_t>(wide) * bytes);
+  });
+}
+
+static void window_tile_forward(const WindowJob& job, const WindowScratch& s,
+                                const WindowTile& tile) {
+  start_tile(job, s, tile);
+  const int64_t pixels = tile.rows * tile.columns;
+  for (int64_t first = 0; first < pixels; first += kStrip) {
+    const int64_t count = smaller(kStrip, pixels - first), rows = (count + 3) / 4 * 4;
+    strip_weights(job, s, tile, first, count);
+    const float* shares = strip_shares(job, s, tile, count);
+    int64_t at = 0;
+    for (int64_t n = 0; n < job.blocks.count; ++n) {
+      const int64_t vectors = whole_vectors(block_size(job.blocks, n)) / kLanes;
+      if (vectors) {
+        multiply_rows(rows, shares + n * kStrip * s.pack, s.pack, 1, job.values_last + at,
+                      s.value_row, tile.cells[1] - tile.cells[0], tile.cells[3] - tile.cells[2],
+                      job.blocks.total, s.result + at, job.blocks.total, vectors);
+      }
+      at += vectors * kLanes;
+    }
+    if (job.planar) {
+      keep_strip(job, s, tile, first, count);
+    } else {
+      write_strip(*job.attention.out, job.blocks, tile, first, count, s.result);
+    }
+  }
+}
+
+// Planes are written in whole lines of kTile columns: pieces of lines would leave the caches
+// several times. Runs of columns are cut where lines end, and their results put together.
+static void planar_rows(const WindowJob& job, const WindowScratch& s, int64_t batch,
+                        int64_t row_run) {
+  const UpfeatTensor& out = *job.attention.out;
+  int64_t run = 0;
+  for (int64_t x = 0; x < out.size[3]; x += kTile) {
+    const int64_t end = smaller(x + kTile, out.size[3]);
+    WindowTile tile{};
+    for (int64_t column = x; column < end; column += tile.columns) {
+      while (job.column_run[run + 1] <= column) ++run;
+      tile = window_tile(job, batch, row_run, run);
+      tile.x = column;
+      tile.columns = smaller(job.column_run[run + 1], end) - column;
+      window_tile_forward(job, s, tile);
+    }
+    tile.x = x;
+    tile.columns = end - x;
+    for (int64_t row = 0; row < tile.rows; ++row) {
+      write_strip(out, job.blocks, tile, row * tile.columns, tile.columns,
+                  s.lines + row * kTile * job.blocks.total, job.streamed);
+    }
+  }
+}
+
+static void window_task(void* context, int64_t task, int worker) {
+  const WindowJob& job = *static_cast<const WindowJob*>(context);
+  WindowScratch s;
+  window_scratch(job, false, job.scratch + worker * job.worker_bytes, &s);
+  const int64_t batch = task / job.tasks_per_image, row_run = task % job.tasks_per_image;
+  if (job.planar) {
+    planar_rows(job, s, batch, row_run);
+  } else {
+    for (int64_t run = 0; run < job.column_runs; ++run) {
+      window_tile_forward(job, s, window_tile(job, batch, row_run, run));
+    }
+  }
+  if (job.streamed) fence_streams();
+}
+
+// In: weights of the heads in s.logits, gradients of the shares in s.weights. Out: gradients of the
+// inner products in s.weights.
+static void softmax_strip_backward(const WindowJob& job, const WindowScratch& s,
+                                   const WindowTile& tile, int64_t rows) {
+  const int64_t heads = job.heads.count;
+  const bool mean = job.blocks.count == 1 && heads > 1;
+  const float scale = static_cast<float>(job.attention.scale);
+  const float part = mean ? 1.0f / static_cast<float>(heads) : 1.0f;
+  // The heads' mean has one gradient for all, which lies where the first head's goes: last.
+  for (int64_t n = heads - 1; n >= 0; --n) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float* weight = s.logits + (n * kStrip + i) * s.pack;
+      const float* grad = s.weights + ((mean ? 0 : n) * kStrip + i) * s.pack;
+      float* to = s.weights + (n * kStrip + i) * s.pack;
+      Vec sum = {};
+      for (int64_t k = 0; k < tile.count; k += kLanes) sum += load(weight + k) * load(grad + k);
+      const Vec total = total_of(sum);
+      for (int64_t k = 0; k < tile.count; k += kLanes) {
+        store(to + k, load(weight + k) * (load(grad + k) - total) * (scale * part));
+      }
+    }
+  }
+}
+
+// rows[cell][...] += sum over the strip's pixels of shares[pixel][cell] * pixel values.
+static void add_to_cells(const WindowTile& tile, const float* shares, int64_t pack, int64_t pixels,
+                         const float* values, int64_t values_pitch, const int64_t* cell_row,
+                         float* to, int64_t to_pitch, int64_t vectors, float* spill) {
+  const int64_t columns = tile.cells[3] - tile.cells[2];
+  for (int64_t cell = 0; cell < tile.count; cell += 4) {
+    Product job{};
+    for (int j = 0; j < 4; ++j) {
+      const int64_t index = cell + j;
+      // Lanes behind the last cell are 0: what they add goes nowhere.
+      job.a[j] = shares + (index < tile.count ? index : cell);
+      job.out[j] = index < tile.count
+                       ? to + cell_row[index / columns] + index % columns * to_pitch
+                       : spill;
+    }
+    job.a_step = pack;
+    job.b = values;
+    job.rows = 1;
+    job.columns = pixels;
+    job.b_step = values_pitch;
+    job.add = true;
+    multiply(job, vectors);
+  }
+}
+
+static void window_tile_backward(const WindowJob& job, const WindowScratch& s,
+                                 const WindowTile& tile, int64_t task, float* spill) {
+  start_tile(job, s, tile);
+  const int64_t image = tile.batch * job.grid_rows, cells_down = tile.cells[1] - tile.cells[0];
+  const int64_t cells_across = tile.cells[3] - tile.cells[2];
+  pack_cells(job.values_across + image * job.blocks.total * job.pitch, job.blocks.total, job.pitch,
+             tile.cells, s.values, s.pack);
+  // The band of this task begins at its first grid row: offsets of rows move with it.
+  int64_t band_key[2], band_value[2];  // what the first row's offsets become, and the step
+  const int64_t first_row = tile.cells[0] - job.band_first[task];
+  const int64_t first_cell =
+      (job.band_offset[task] + first_row) * job.grid_columns + tile.cells[2];
+  band_key[0] = first_cell * job.heads.total;
+  band_key[1] = job.grid_columns * job.heads.total;
+  band_value[0] = first_cell * job.blocks.total;
+  band_value[1] = job.grid_columns * job.blocks.total;
+  const int64_t pixels = tile.rows * tile.columns, depth = whole_vectors(job.heads.equal);
+  for (int64_t first = 0; first < pixels; first += kStrip) {
+    const int64_t count = smaller(kStrip, pixels - first), rows = (count + 3) / 4 * 4;
+    strip_weights(job, s, tile, first, count);
+    read_strip(*job.attention.grad, job.blocks, tile, first, count, s.result);
+    if (job.grad_values) {
+      const float* shares = strip_shares(job, s, tile, count);
+      for (int64_t r = 0; r < cells_down; ++r) s.value_row[r] = band_value[0] + r * band_value[1];
+      int64_t at = 0;
+      for (int64_t n = 0; n < job.blocks.count; ++n) {
+        const int64_t vectors = whole_vectors(block_size(job.blocks, n)) / kLanes;
+        if (vectors) {
+          add_to_cells(tile, shares + n * kStrip * s.pack, s.pack, count, s.result + at,
+                       job.blocks.total, s.value_row, job.grad_values + at, job.blocks.total,
+                       vectors, spill);
+        }
+        at += vectors * kLanes;
+      }
+    }
+    if (!job.grad_keys && !job.attention.grad_queries) continue;
+    int64_t at = 0;
+    for (int64_t n = 0; n < job.blocks.count; ++n) {  // gradients of the shares
+      const int64_t size = block_size(job.blocks, n);
+      float* to = s.weights + n * kStrip * s.pack;
+      if (size) {
+        multiply_rows(rows, s.result + at, job.blocks.total, 1, s.values + at * s.pack, nullptr, 1,
+                      size, s.pack, to, s.pack, whole_vectors(tile.count) / kLanes);
+      } else {
+        for (int64_t i = 0; i < rows * s.pack; ++i) to[i] = 0;
+      }
+      at += whole_vectors(size);
+    }
+    softmax_strip_backward(job, s, tile, rows);
+    for (int64_t n = 0; n < job.heads.count; ++n) {
+      const float* products = s.weights + n * kStrip * s.pack;
+      if (job.grad_keys) {
+        for (int64_t r = 0; r < cells_down; ++r) s.value_row[r] = band_key[0] + r * band_key[1];
+        add_to_cells(tile, products, s.pack, count, s.query + n * depth, job.heads.total,
+                     s.value_row, job.grad_keys + n * depth, job.heads.total, depth / kLanes,
+                     spill);
+      }
+      if (job.attention.grad_queries) {
+        multiply_rows(rows, products, s.pack, 1, job.keys_last + n * depth, s.key_row, cells_down,
+                      cells_across, job.heads.total, s.other + n * depth, job.heads.total,
+                      depth / kLanes);
+      }
+    }
+    if (job.attention.grad_queries) {
+      write_strip(*job.attention.grad_queries, job.heads, tile, first, count, s.other);
+    }
+  }
+}
+
+static void window_task_backward(void* context, int64_t task, int worker) {
+  const WindowJob& job = *static_cast<const WindowJob*>(context);
+  WindowScratch s;
+  char* at = job.scratch + worker * job.worker_bytes;
+  float* spill = reinterpret_cast<float*>(at + window_scratch(job, true, at, &s));
+  const int64_t batch = task / job.tasks_per_image, part = task % job.tasks_per_image;
+  const int64_t end = smaller((part + 1) * job.runs_per_task, job.row_runs);
+  for (int64_t row_run = part * job.runs_per_task; row_run < end; ++row_run) {
+    for (int64_t run = 0; run < job.column_runs; ++run) {
+      window_tile_backward(job, s, window_tile(job, batch, row_run, run), task, spill);
+    }
+  }
+}
+
+// Adds the bands of one image's tasks up, in order, and writes one grid row.
+struct BandJob {
+  const WindowJob* job;
+  const float* bands;
+  Padded layout;
+  const UpfeatTensor* out;
+  float* scratch;
+};
+
+static void band_task(void* context, int64_t task, int worker) {
+  const BandJob& whole = *static_cast<const BandJob*>(context);
+  const WindowJob& job = *whole.job;
+  const int64_t batch = task / job.grid_rows, row = task % job.grid_rows;
+  const int64_t count = job.grid_columns * whole.layout.total;
+  float* sum = whole.scratch + worker * count;
+  for (int64_t i = 0; i < count; ++i) sum[i] = 0;
+  for (int64_t part = 0; part < job.tasks_per_image; ++part) {
+    const int64_t index = batch * job.tasks_per_image + part;
+    const int64_t inside = row - job.band_first[index];
+    const int64_t height = job.band_offset[index + 1] - job.band_offset[index];
+    if (inside < 0 || inside >= height) continue;
+    const float* band = whole.bands + (job.band_offset[index] + inside) * count;
+    for (int64_t i = 0; i < count; ++i) sum[i] += band[i];
+  }
+  const Row to = row_of(*whole.out, batch, row);
+  int64_t channel = 0, at = 0;
+  for (int64_t n = 0; n < whole.layout.count; ++n) {
+    const int64_t size = block_size(whole.layout, n);
+    if (size) {
+      write_channels_last(to, channel, size, 0, job.grid_columns, sum + at, whole.layout.total,
+                          false);
+    }
+    channel += size;
+    at += whole_vectors(size);
+  }
+}
+
+static int add_bands(const Runtime& runtime, const WindowJob& job, const float* bands,
+                     const Padded& layout, const UpfeatTensor& out) {
+  BandJob whole{&job, bands, layout, &out, nullptr};
+  whole.scratch = static_cast<float*>(
+      runtime.allocate(runtime.workers * job.grid_columns * layout.total * 4));
+  if (!whole.scratch) return UPFEAT_NO_MEMORY;
+  runtime.parallel_for(runtime.workers, out.size[0] * job.grid_rows, band_task, &whole);
+  runtime.release(whole.scratch);
+  return UPFEAT_OK;
+}
+
+// What both directions need: sizes, runs and keys and values in their layouts.
+static WindowJob window_job(const WindowAttention& attention) {
+  WindowJob job{};
+  job.attention = attention;
+  const UpfeatTensor &keys = *attention.keys, &values = *attention.values;
+  job.heads = padded_blocks(nullptr, keys.size[1] / attention.heads, attention.heads);
+  job.blocks = padded_blocks(attention.blocks, 0, attention.n_blocks);
+  job.grid_rows = values.size[2];
+  job.grid_columns = values.size[3];
+  job.pitch = job.grid_columns + kLanes;
+  job.row_run = attention.row_run;
+  job.row_runs = attention.row_runs;
+  job.column_run = attention.column_run;
+  job.column_runs = attention.column_runs;
+  job.most_cells = attention.most_cells;
+  job.most_rows = attention.most_rows;
+  return job;
+}
+
+static int attend_windows(const Runtime& runtime, const WindowAttention& attention) {
+  WindowJob job = window_job(attention);
+  const int64_t batch = attention.values->size[0], grid = batch * job.grid_rows;
+  job.tasks_per_image = job.row_runs;
+  job.planar = attention.out->stride[3] == 1 && attention.out->stride[1] != 1;
+  job.streamed = attention.streamed;
+  job.worker_bytes = window_scratch(job, false, nullptr, nullptr);
+  const int64_t across = grid * job.heads.total * job.pitch + kLanes;
+  const int64_t last = grid * job.grid_columns * job.blocks.total;
+  char* memory = static_cast<char*>(
+      runtime.allocate((across + 16 + last + 16) * 4 + job.worker_bytes * runtime.workers));
+  if (!memory) return UPFEAT_NO_MEMORY;
+  job.scratch = memory;
+  job.keys_across = reinterpret_cast<float*>(memory + job.worker_bytes * runtime.workers);
+  job.values_last = job.keys_across + (across + 15) / 16 * 16;
+  int status =
+      lay_out(runtime, *attention.keys, job.heads, nullptr, job.keys_across, job.pitch);
+  if (status == UPFEAT_OK) {
+    status = lay_out(runtime, *attention.values, job.blocks, job.values_last, nullptr, job.pitch);
+  }
+  if (status == UPFEAT_OK) {
+    runtime.parallel_for(runtime.workers, batch * job.tasks_per_image, window_task, &job);
+  }
+  runtime.release(memory);
+  return status;
+}
+
+// Gradients of keys and values are summed in as many bands of rows as the shape alone decides, and
+// the bands are added in order: results do not depend on the number of threads.
+static int grad_windows(const Runtime& runtime, const WindowAttention& attention) {
+  WindowJob job = window_job(attention);
+  const int64_t batch = attention.values->size[0], grid = batch * job.grid_rows;
+  job.tasks_per_image = attention.bands;
+  job.runs_per_task = attention.runs_per_band;
+  job.band_first = attention.band_first;
+  job.band_offset = attention.band_offset;
+  const int64_t band_cells =
+      attention.band_offset[batch * attention.bands] * job.grid_columns;
+  const int64_t spill = (job.blocks.total > job.heads.total ? job.blocks.total : job.heads.total);
+  job.worker_bytes = window_scratch(job, true, nullptr, nullptr) + (spill * 4 + 63) / 64 * 64;
+  const int64_t counts[] = {grid * job.heads.total * job.pitch + kLanes,
+                            grid * job.grid_columns * job.heads.total,
+                            grid * job.grid_columns * job.blocks.total,
+                            grid * job.blocks.total * job.pitch + kLanes,
+                            attention.grad_keys ? band_cells * job.heads.total : 0,
+                            attention.grad_values ? band_cells * job.blocks.total : 0};
+  int64_t total = 0;
+  for (int64_t count : counts) total += (count + 15) / 16 * 16;
+  char* memory = static_cast<char*>(
+      runtime.allocate(total * 4 + job.worker_bytes * runtime.workers));
+  if (!memory) return UPFEAT_NO_MEMORY;
+  job.scratch = memory;
+  float* at = reinterpret_cast<float*>(memory + job.worker_bytes * runtime.workers);
+  float* places[6];
+  for (int i = 0; i < 6; ++i) {
+    places[i] = at;
+    at += (counts[i] + 15) / 16 * 16;
+  }
+  job.keys_across = places[0];
+  job.keys_last = places[1];
+  job.values_last = places[2];
+  job.values_across = places[3];
+  job.grad_keys = attention.grad_keys ? places[4] : nullptr;
+  job.grad_values = attention.grad_values ? places[5] : nullptr;
+  for (float* each = places[4]; each < at; ++each) *each = 0;
+  int status =
+      lay_out(runtime, *attention.keys, job.heads, job.keys_last, job.keys_across, job.pitch);
+  if (status == UPFEAT_OK) {
+    status = lay_out(runtime, *attention.values, job.blocks, job.values_last, job.values_across,
+                     job.pitch);
+  }
+  if (status == UPFEAT_OK) {
+    runtime.parallel_for(runtime.workers, batch * job.tasks_per_image, window_task_backward, &job);
+    if (attention.grad_keys) {
+      status = add_bands(runtime, job, job.grad_keys, job.heads, *attention.grad_keys);
+    }
+  }
+  if (status == UPFEAT_OK && attention.grad_values) {
+    status = add_bands(runtime, job, job.grad_values, job.blocks, *attention.grad_values);
+  }
+  runtime.release(memory);
+  return status;
+}

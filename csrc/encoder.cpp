@@ -1,0 +1,154 @@
+// Layers of convolutional encoders: checks, how work is cut, and sums added in order.
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+#include "plan.h"
+#include "runtime.h"
+#include "upfeat.h"
+
+namespace upfeat {
+namespace {
+
+constexpr int64_t kMostTasks = 64;  // of one image: cuts depend on the shape alone
+constexpr int64_t kColumns = 64;    // of a Winograd task, as in encoder.inl
+
+Layer describe(const UpfeatTensor* x, const UpfeatLayer& given, const UpfeatTensor* out) {
+  Layer layer{};
+  layer.x = x;
+  layer.out = out;
+  layer.weight = given.weight;
+  layer.bias = given.bias;
+  layer.scale = given.scale;
+  layer.shift = given.shift;
+  layer.rotate_rows = given.rotate_rows;
+  layer.rotate_columns = given.rotate_columns;
+  layer.inputs = given.inputs;
+  layer.outputs = given.outputs;
+  layer.pitch = given.pitch;
+  layer.in_pitch = given.in_pitch;
+  layer.kernel = given.kernel;
+  layer.pair = given.pair;
+  layer.groups = given.groups;
+  layer.epsilon = given.epsilon;
+  layer.winograd = given.winograd != 0;
+  layer.silu = given.silu != 0;
+  layer.unit = given.unit != 0;
+  layer.reflect = given.reflect != 0;
+  return layer;
+}
+
+// What is done to pixels as they are read.
+bool preparation_fits(const UpfeatLayer& layer, int64_t channels) {
+  const int64_t vectors = (channels + 15) / 16 * 16;
+  if (layer.inputs != channels || channels < 1) return false;
+  if ((layer.scale == nullptr) != (layer.shift == nullptr)) return false;
+  if (layer.scale && layer.in_pitch < vectors) return false;
+  if ((layer.rotate_rows == nullptr) != (layer.rotate_columns == nullptr)) return false;
+  return !layer.rotate_rows || (layer.pair >= 1 && channels % (2 * layer.pair) == 0);
+}
+
+bool convolution_fits(const UpfeatTensor& x, const UpfeatLayer& layer, const UpfeatTensor* residual,
+                      const UpfeatTensor& out, const double* sums) {
+  const int64_t vectors = (layer.outputs + 15) / 16 * 16;
+  if (!layer.weight || layer.outputs < 1 || layer.pitch < vectors) return false;
+  if (layer.kernel != 1 && layer.kernel != 3) return false;
+  if (layer.winograd && layer.kernel != 3) return false;
+  const bool windows = layer.kernel == 3 && !layer.winograd;
+  if (windows) {  // taps times channels in a row, as they are
+    if (layer.inputs != 9 * x.size[1] || layer.scale || layer.rotate_rows || layer.unit) return false;
+  } else if (!preparation_fits(layer, x.size[1])) {
+    return false;
+  }
+  if (sums && (layer.groups < 1 || layer.outputs % layer.groups)) return false;
+  const int64_t* o = out.size;
+  if (!sized(out, x.size[0], layer.outputs, x.size[2], x.size[3])) return false;
+  return !residual || (valid(residual) && sized(*residual, o[0], o[1], o[2], o[3]));
+}
+
+}  // namespace
+}  // namespace upfeat
+
+using namespace upfeat;
+
+extern "C" {
+
+int upfeat_layer_forward(const UpfeatTensor* x, const UpfeatLayer* given,
+                         const UpfeatTensor* residual, const UpfeatTensor* out, double* sums,
+                         int isa, int threads) {
+  if (!all_valid({x, out}) || !given) return UPFEAT_BAD_ARGUMENT;
+  if (!convolution_fits(*x, *given, residual, *out, sums)) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*out)) return UPFEAT_OK;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  return guarded([&] {
+    Layer layer = describe(x, *given, out);
+    layer.residual = residual;
+    const int64_t height = out->size[2];
+    layer.rows_per_task = layer.winograd ? 16 : (height + kMostTasks - 1) / kMostTasks;
+    layer.row_tasks = (height + layer.rows_per_task - 1) / layer.rows_per_task;
+    layer.column_tasks = layer.winograd ? (out->size[3] + kColumns - 1) / kColumns : 1;
+    const int64_t per_image = layer.row_tasks * layer.column_tasks, width = 2 * layer.groups;
+    std::vector<double> partial;
+    if (sums) {
+      partial.resize(static_cast<size_t>(out->size[0] * per_image * width));
+      layer.partial = partial.data();
+    }
+    prepare_output(*out, threads);
+    const double work = elements(*out) * static_cast<double>(layer.inputs);
+    const int status = kernels->run_layer(runtime_for(threads, work), layer);
+    for (int64_t i = 0; sums && i < out->size[0] * width; ++i) {
+      sums[i] = 0;
+      for (int64_t task = 0; task < per_image; ++task) {
+        sums[i] += partial[static_cast<size_t>((i / width * per_image + task) * width + i % width)];
+      }
+    }
+    return status;
+  });
+}
+
+int upfeat_layer_pool(const UpfeatTensor* x, const UpfeatLayer* given, const UpfeatTensor* out,
+                      int isa, int threads) {
+  if (!all_valid({x, out}) || !given) return UPFEAT_BAD_ARGUMENT;
+  if (!preparation_fits(*given, x->size[1]) || is_empty(*x)) return UPFEAT_BAD_ARGUMENT;
+  if (!sized(*out, x->size[0], x->size[1], out->size[2], out->size[3])) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*out)) return UPFEAT_OK;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  return guarded([&] {
+    const Layer layer = describe(x, *given, out);
+    return kernels->pool_layer(runtime_for(threads, 16 * elements(*x)), layer);
+  });
+}
+
+int upfeat_layer_prepare(const UpfeatTensor* x, const UpfeatLayer* given, const UpfeatTensor* out,
+                         int isa, int threads) {
+  if (!all_valid({x, out}) || !given) return UPFEAT_BAD_ARGUMENT;
+  if (!preparation_fits(*given, x->size[1])) return UPFEAT_BAD_ARGUMENT;
+  if (!sized(*out, x->size[0], x->size[1], x->size[2], x->size[3])) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*out)) return UPFEAT_OK;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  return guarded([&] {
+    const Layer layer = describe(x, *given, out);
+    return kernels->prepare_layer(runtime_for(threads, 16 * elements(*x)), layer);
+  });
+}
+
+int upfeat_patterns(const UpfeatTensor* features, const float* patterns, int64_t side,
+                    int64_t pitch, const UpfeatTensor* out, int isa, int threads) {
+  if (!all_valid({features, out}) || !patterns || side < 1) return UPFEAT_BAD_ARGUMENT;
+  const int64_t* f = features->size;
+  if (!sized(*out, f[0], out->size[1], f[2], f[3]) || side % 2 == 0) return UPFEAT_BAD_ARGUMENT;
+  if (pitch < (out->size[1] + 15) / 16 * 16) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*out) || is_empty(*features)) return UPFEAT_OK;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  return guarded([&] {
+    const double work = elements(*out) * static_cast<double>(f[1] * (side * side + 16));
+    return kernels->run_patterns(runtime_for(threads, work), *features, patterns, side, pitch,
+                                 *out);
+  });
+}
+
+}  // extern "C"

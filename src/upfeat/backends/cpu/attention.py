@@ -1,0 +1,86 @@
+"""Attention from pixels to rectangles of cells, through the compiled library."""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from upfeat.backends.cpu.arguments import output
+from upfeat.backends.cpu.library import DTYPES, Ranges, call, unavailable_reason
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def can_run_window_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, *_: object
+) -> str | None:
+    """Why :func:`window_attention` cannot run on these; ``None`` when it can."""
+    missing = unavailable_reason()
+    if missing is not None:
+        return missing
+    for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
+        if tensor.device.type != "cpu":
+            return f"{name} is on {tensor.device}, not on the CPU"
+        if tensor.layout != torch.strided:
+            return f"{name} is {tensor.layout}, not strided"
+        if tensor.dtype not in DTYPES:
+            return f"{name} is {tensor.dtype}; float32, bfloat16 and float16 are supported"
+    return None
+
+
+def window_attention(
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    heads: int,
+    scale: float,
+    blocks: Sequence[int],
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """See :func:`upfeat.functional.window_attention`; ``out`` may be any strided buffer."""
+    out = output(values, queries, None) if out is None else out
+    if out.numel():
+        ranges = _ranges(rows, columns, heads, scale, blocks)
+        call("upfeat_window_forward", queries, keys, values, out, ranges)
+    return out
+
+
+def window_attention_backward(
+    grad: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    heads: int,
+    scale: float,
+    blocks: Sequence[int],
+    needed: Sequence[bool],
+) -> Gradients:
+    """Gradients of queries, keys and values, ``None`` where not needed."""
+    found = [
+        torch.empty_like(tensor) if need else None
+        for tensor, need in zip((queries, keys, values), needed, strict=True)
+    ]
+    if grad.numel() and any(needed):
+        ranges = _ranges(rows, columns, heads, scale, blocks)
+        call("upfeat_window_backward", queries, keys, values, grad, *found, ranges)
+    return found[0], found[1], found[2]
+
+
+def _ranges(
+    rows: Sequence[int],
+    columns: Sequence[int],
+    heads: int,
+    scale: float,
+    blocks: Sequence[int],
+) -> Ranges:
+    arrays = [(ctypes.c_int64 * len(each))(*each) for each in (rows, columns, blocks)]
+    addresses = (ctypes.addressof(array) for array in arrays)
+    ranges = Ranges(*addresses, len(blocks), heads, scale)
+    ranges.keep = arrays
+    return ranges

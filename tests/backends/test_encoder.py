@@ -1,0 +1,124 @@
+"""Compiled encoder layers against PyTorch's, in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from upfeat.backends import dispatch
+from upfeat.backends.cpu.encoder import Before, apply, layer, match_patterns, pool
+from upfeat.geometry import reflect_pad
+from upfeat.upsamplers.anyup import FeatureBasis
+
+REASON = dispatch.availability()["cpu"]
+pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+
+
+def error(found, expected):
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def random(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape) + shape[-1]))
+
+
+@pytest.mark.parametrize("reflect", [True, False])
+@pytest.mark.parametrize(
+    "shape",  # batch, inputs, outputs, height, width, kernel
+    [
+        (2, 3, 128, 20, 33, 1),
+        (1, 128, 128, 17, 70, 1),
+        (2, 3, 128, 9, 70, 3),
+        (2, 48, 64, 9, 70, 3),
+        (1, 32, 48, 1, 1, 3),
+        (1, 32, 24, 2, 129, 3),
+        (1, 20, 24, 33, 65, 3),
+        (1, 16, 16, 3, 1, 3),
+    ],
+)
+def test_convolutions(shape, reflect, isa):
+    batch, inputs, outputs, height, width, kernel = shape
+    x, bias = random(batch, inputs, height, width), random(outputs)
+    weight = random(outputs, inputs, kernel, kernel) / (inputs * kernel**2) ** 0.5
+    residual = random(batch, outputs, height, width)
+    before, seen = None, x.double()
+    if inputs >= 16:
+        before = Before(
+            scale=random(batch, inputs), shift=random(batch, inputs + 1)[:, 1:], silu=True
+        )
+        scale, shift = (each.double()[..., None, None] for each in (before.scale, before.shift))
+        seen = F.silu(seen * scale + shift)
+    if kernel == 3:
+        seen = reflect_pad(seen, 1) if reflect else F.pad(seen, (1, 1, 1, 1))
+    expected = F.conv2d(seen, weight.double(), bias.double()) + residual
+    sums = torch.stack(
+        [each.reshape(batch, 8, -1).sum(2) for each in (expected, expected.square())], dim=2
+    )
+    out, found = layer(x, weight, bias, before=before, residual=residual, reflect=reflect, groups=8)
+    assert error(out, expected) < 1e-6
+    assert error(found.values, sums) < 1e-6
+    half, _ = layer(x.half(), weight, bias, before=before, residual=residual, reflect=reflect)
+    assert half.dtype == torch.float16
+    assert error(half, expected) < 2e-3
+
+
+def test_in_place_and_by_threads(threads, isa):
+    x, weight = random(2, 32, 70, 41), random(32, 32)
+    fresh, sums = layer(x, weight, residual=x, groups=4)
+    for count in (1, 3):
+        threads(count)
+        buffer = x.clone()
+        out, found = layer(buffer, weight, residual=buffer, groups=4, out=buffer)
+        assert out is buffer
+        assert torch.equal(out, fresh)
+        assert torch.equal(found.values, sums.values)
+
+
+def test_group_norm_of_sums():
+    x, weight = random(2, 16, 11, 9), torch.eye(16)
+    _, sums = layer(x, weight, groups=4)
+    gain, bias = random(16), random(16)
+    before = sums.norm(gain, bias, 1e-5)
+    found = x * before.scale[..., None, None] + before.shift[..., None, None]
+    assert error(found, F.group_norm(x, 4, gain, bias)) < 1e-6
+    part = sums.part(8, 16).norm(None, None, 1e-5)
+    found = x[:, 8:] * part.scale[..., None, None] + part.shift[..., None, None]
+    assert error(found, F.group_norm(x[:, 8:], 2)) < 1e-6
+
+
+@pytest.mark.parametrize("pair", [32, 16, 4, 2])
+def test_rotation(pair, isa):
+    x, angles = random(2, 64, 10, 12), (random(10, 64), random(12, 64))
+    both = (angles[0][:, None] + angles[1]).permute(2, 0, 1).double()
+    turned = both.unflatten(0, (-1, 2, pair))
+    first, second = x.double().unflatten(1, (-1, 2, pair)).unbind(2)
+    expected = torch.stack(
+        [
+            first * turned[:, 0].cos() - second * turned[:, 0].sin(),
+            second * turned[:, 1].cos() + first * turned[:, 1].sin(),
+        ],
+        dim=2,
+    ).flatten(1, 3)
+    assert error(apply(x.clone(), Before(rotate=angles, pair=pair)), expected) < 1e-6
+
+
+def test_pooling_and_unit_scale(isa):
+    x = random(2, 48, 10, 13)
+    before = Before(scale=torch.full((2, 48), 2.0), shift=torch.zeros(2, 48), silu=True)
+    expected = F.adaptive_avg_pool2d(F.silu(2 * x), (3, 5))
+    assert error(pool(x, (3, 5), before), expected) < 1e-6
+    assert error(pool(x, (20, 30)), F.adaptive_avg_pool2d(x, (20, 30))) < 1e-6
+    weight = random(32, 48)
+    expected = F.linear(F.rms_norm(x.permute(0, 2, 3, 1), (48,), eps=1e-6), weight)
+    out, _ = layer(x, weight, before=Before(unit=1e-6))
+    assert error(out, expected.permute(0, 3, 1, 2)) < 1e-6
+
+
+@pytest.mark.parametrize(("width", "channels"), [(16, 5), (24, 32), (128, 50)])
+def test_patterns(width, channels, isa):
+    torch.manual_seed(0)
+    basis, features = (
+        FeatureBasis(width, 5).double().requires_grad_(False),
+        random(2, channels, 4, 6),
+    )
+    expected = basis(features.double())
+    assert error(match_patterns(features, basis.basis.float()), expected) < 1e-6
