@@ -74,7 +74,7 @@ class ImageQueries(nn.Module):
         queries = self.query_encoder.pooled(encoded, output_size)
         keys = self.key_encoder.pooled(encoded, grid_size)
         if normed:
-            queries = F.group_norm(queries, GROUPS)
+            queries = group_norm(queries, GROUPS)
         return projection.queries(queries), keys
 
     def _compiled(
