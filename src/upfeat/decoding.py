@@ -63,6 +63,8 @@ def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int
             raise FileNotFoundError(f"{source}: {what}")
     elif not isinstance(source, bytes):
         source = source.read()
+        if not isinstance(source, bytes):
+            raise ValueError(f'{label}: a file of text; open it by open(path, "rb")')
 
     try:
         with _opened(source) as image:

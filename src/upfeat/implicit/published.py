@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -204,9 +204,8 @@ def train_network(
     views_per_step: int,
     learning_rate: float,
     seed: int,
-    on_step: Callable[[int], None],
-) -> None:
-    """Train in place; leaves the network in eval mode.
+) -> Iterator[int]:
+    """Train in place, step by step; leaves the network in eval mode after the last.
 
     Args:
         fit: from :func:`create_network_fit`.
@@ -216,20 +215,23 @@ def train_network(
         views_per_step: drawn for each step.
         learning_rate: of NAdam.
         seed: draws the views of each step.
-        on_step: is told how many steps are done.
+
+    Yields:
+        The number of steps done.
     """
     optimiser = NAdam(fit.parameters(), lr=learning_rate)
     generator = stream(seed, "dropout of the downsampler")
     order = stream(seed, "order of views")
     fit.train()
-    with torch.enable_grad():
-        for step in range(steps):
-            chosen = torch.randperm(len(views), generator=order)[:views_per_step]
-            optimiser.zero_grad()
+    for step in range(1, steps + 1):
+        chosen = torch.randperm(len(views), generator=order)[:views_per_step]
+        optimiser.zero_grad()
+        with torch.enable_grad():
             loss = fit.backward(views[chosen], targets[chosen], generator)
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {step + 1}; lower learning_rate")
-            optimiser.step()
-            on_step(step + 1)
-    fit.eval()
-    fit.field.requires_grad_(False)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {step}; lower learning_rate")
+        optimiser.step()
+        if step == steps:
+            fit.eval()
+            fit.field.requires_grad_(False)
+        yield step
