@@ -273,7 +273,7 @@ def _settle_mode(name: str, module: object, held: list[nn.Module]) -> None:
 
 
 def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
-    """How images of other sizes are brought to the model; said where they cannot just be given."""
+    """Choose how images of other sizes are brought to the model."""
     if answer.any_size and fit in (None, "interpolate"):
         return "interpolate"
     if fit == "interpolate":
