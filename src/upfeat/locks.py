@@ -126,7 +126,7 @@ def _write(handle: int) -> None:
 
 
 def _read(handle: int) -> dict[str, Any]:
-    """Who holds the lock, as far as the file says."""
+    """Describe the holder of the lock, as far as the file says."""
     try:
         os.lseek(handle, 0, os.SEEK_SET)
         holder = json.loads(os.read(handle, 4096))

@@ -221,7 +221,8 @@ def _sizes_taken(question: Question, answer: Answer) -> Answer:
         if multiple % stride:
             continue
         short = max(side // 2 // multiple, 1 if multiple >= 32 else 2) * multiple
-        size = (short, short + multiple)
+        # Larger than its own on one axis: tables of positions may hold for smaller images only.
+        size = (short, (side // multiple + 1) * multiple)
         padded = (size[0] + answer.padding, size[1] + answer.padding)
         try:
             features = read(question, answer.layouts, _blank(question, padded))
