@@ -113,15 +113,29 @@ def comparison(
     Returns:
         Four captioned panels; the three of features share one PCA basis, fitted on the coarse map.
     """
-    size = (image.shape[1], image.shape[2])
     basis = PCABasis(coarse)
+    return draw_comparison(image, coarse, basis, basis.project(upsampled), label=label)
+
+
+def draw_comparison(
+    image: Tensor, coarse: Tensor, basis: PCABasis, sharp: Tensor, *, label: str = "upsampled"
+) -> Image.Image:
+    """The picture of :func:`comparison` from upsampled features that are projected already.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        coarse: (C, h, w).
+        basis: of all panels.
+        sharp: (3, H', W'), what :meth:`PCABasis.project` gives of the upsampled features.
+        label: caption of the last panel.
+    """
+    size = (image.shape[1], image.shape[2])
     # Projecting is linear and commutes with interpolation: 3 channels are interpolated, not C.
     grid = basis.project(coarse)[None]
     blocks = F.interpolate(grid, size=size, mode="nearest-exact")[0]
     smooth = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0]
-    sharp = basis.project(upsampled)
     panels = [("coarse features", coarse, blocks), ("bilinear", smooth, smooth)]
-    panels.append((label, upsampled, sharp))
+    panels.append((label, sharp, sharp))
     return side_by_side(
         [(f"image\n{_size(image)}", to_image(image))]
         + [(f"{name}\n{_size(sized)}", to_image(basis.colours(x))) for name, sized, x in panels]
