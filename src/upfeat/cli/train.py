@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"recipe to start from: {', '.join(PRESETS)} (reference: the published one)",
     )
-    settings = parser.add_argument_group("settings (docs/training.md says more)")
+    settings = parser.add_argument_group("settings (docs/guides/training.md says more)")
     add_flags(settings, TrainConfig)
     settings.add_argument(
         "--option",

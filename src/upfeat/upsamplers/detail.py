@@ -304,7 +304,7 @@ class DetailUpsampler(Upsampler):
         guidance = even_bands(guidance)
         step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
-        queries = Queries(step.encoder, guidance, output_size)
+        queries = Queries(step.encoder, guidance, output_size, self.backend)
         finer_means = CellMeans(queries, finer)
         means = Coarser(finer_means, FINER)
         middle = Units(finer_means)  # keys of the last step, queries of the first

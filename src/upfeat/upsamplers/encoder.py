@@ -134,6 +134,14 @@ class PyramidEncoder(nn.Module):
         assert out is not None
         return out
 
+    def parameters_in_order(self) -> list[Tensor]:
+        """What the compiled encoder takes; see :mod:`upfeat.backends.cpu.pyramid`."""
+        layers: list[nn.Module] = [self.entry]
+        for correction in self.coarser:
+            if isinstance(correction, _Correction):
+                layers += [correction.hidden, correction.last]
+        return [one for layer in (*layers, *self.join) for one in (layer.weight, layer.bias)]  # pyright: ignore[reportReturnType]
+
     def sizes(self, size: Size) -> list[Size]:
         """The size of every scale of an image, finest first."""
         sizes = [size]

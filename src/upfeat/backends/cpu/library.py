@@ -23,12 +23,15 @@ STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
     *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
 )
+PYRAMID_ARRAYS = tuple(
+    f"{layer}_{part}" for layer in ("entry", "hidden", "last", "join") for part in "wb"
+)
 LAYER_ARRAYS = ("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns")
 _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
     *("silu", "unit", "reflect", "pair", "groups"),
 )
-_ABI = 4
+_ABI = 5
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -53,6 +56,18 @@ class Stage(ctypes.Structure):
         ("temperature", ctypes.c_double),
         ("sigma_spatial", ctypes.c_double),
         ("fixup_scale", ctypes.c_double),
+    ]
+
+
+class Pyramid(ctypes.Structure):
+    """The encoder of the neighbourhood upsampler: dense float32 arrays by address, and sizes."""
+
+    keep: dict[str, Tensor]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in PYRAMID_ARRAYS),
+        ("width", ctypes.c_int64),
+        ("levels", ctypes.c_int64),
     ]
 
 
