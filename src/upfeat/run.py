@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import machine
@@ -33,6 +34,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _UPSAMPLING = 70
 # Rows of the map that exist at once. Always as many, so that a bound of memory changes no bit.
 _STRIP = 64
+_SHOWN = 2048
+"""Longest side of a panel of the picture, pixels."""
 
 
 def run_photo(
@@ -109,10 +112,10 @@ def _write(
     ):
         projected = _write_strips(file, lazy, dtype, basis, photo)
         if drawn is not None and basis is not None and outputs.picture is not None:
-            image = model.backbone.denormalize(x)[0].cpu()
+            image = _reduced(model.backbone.denormalize(x))[0].cpu()
             label = model.upsampler.name.replace("_", " ")
-            coarse = lazy.features[0].cpu()
-            picture = draw_comparison(image, coarse, basis, projected, label=label)
+            coarse, size = lazy.features[0].cpu(), (x.shape[2], x.shape[3])
+            picture = draw_comparison(image, coarse, basis, projected, label=label, size=size)
             recipe = facts["recipe"]
             drawn.write_bytes(encode_picture(picture, outputs.picture.suffix, recipe=recipe))
 
@@ -124,21 +127,30 @@ def _write_strips(
     basis: PCABasis | None,
     photo: Path,
 ) -> Tensor:
-    """Write the map from top to bottom; return its projection, (3, H, W), if there is a basis."""
+    """Write the map from top to bottom; return what the picture shows of it, (3, h, w)."""
     height, width = lazy.shape[2:]
-    projected = torch.empty(3, height if basis else 0, width)
+    projected = []
     for top in range(0, height, _STRIP):
         rows = min(_STRIP, height - top)
         strip = lazy.crop(top, 0, rows, width)[0].cpu()
         if basis is not None:
-            projected[:, top : top + rows] = basis.project(strip)
+            projected.append(_reduced(basis.project(strip)[None], max(height, width))[0])
         stored = strip.to(dtype)
         # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
         if not torch.isfinite(torch.stack(stored.aminmax())).all():
             raise ValueError(f"{photo}: its features overflow {dtype}; store them as bf16 or fp32")
         bits = stored.view(torch.int16) if dtype is torch.bfloat16 else stored
         file.write_rows(top, bits.numpy())
-    return projected
+    return torch.cat(projected, dim=1) if projected else torch.empty(3, 0, 0)
+
+
+def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
+    """Average over squares until the longest side, or that of the whole, fits into a panel."""
+    longest = longest or max(x.shape[2:])
+    factor = 1
+    while longest > factor * _SHOWN and factor < _STRIP:
+        factor *= 2
+    return x if factor == 1 else F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
 
 
 def _free(max_memory: int | None) -> float:

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from upfeat.linear import principal_components
+from upfeat.types import Size
 
 _MARGIN = 12
 _BACKGROUND = (255, 255, 255)
@@ -118,7 +119,13 @@ def comparison(
 
 
 def draw_comparison(
-    image: Tensor, coarse: Tensor, basis: PCABasis, sharp: Tensor, *, label: str = "upsampled"
+    image: Tensor,
+    coarse: Tensor,
+    basis: PCABasis,
+    sharp: Tensor,
+    *,
+    label: str = "upsampled",
+    size: Size | None = None,
 ) -> Image.Image:
     """The picture of :func:`comparison` from upsampled features that are projected already.
 
@@ -128,19 +135,25 @@ def draw_comparison(
         basis: of all panels.
         sharp: (3, H', W'), what :meth:`PCABasis.project` gives of the upsampled features.
         label: caption of the last panel.
+        size: (height, width) that captions name, where image and features are shown smaller.
     """
-    size = (image.shape[1], image.shape[2])
+    shown = (image.shape[1], image.shape[2])
     # Projecting is linear and commutes with interpolation: 3 channels are interpolated, not C.
     grid = basis.project(coarse)[None]
-    blocks = F.interpolate(grid, size=size, mode="nearest-exact")[0]
-    smooth = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0]
-    panels = [("coarse features", coarse, blocks), ("bilinear", smooth, smooth)]
-    panels.append((label, sharp, sharp))
+    blocks = F.interpolate(grid, size=shown, mode="nearest-exact")[0]
+    smooth = F.interpolate(grid, size=shown, mode="bilinear", align_corners=False)[0]
+    whole = _size(size or shown)
+    after = _size(size or (sharp.shape[1], sharp.shape[2]))
+    panels = [
+        (f"coarse features\n{_size((coarse.shape[1], coarse.shape[2]))}", blocks),
+        (f"bilinear\n{whole}", smooth),
+        (f"{label}\n{after}", sharp),
+    ]
     return side_by_side(
-        [(f"image\n{_size(image)}", to_image(image))]
-        + [(f"{name}\n{_size(sized)}", to_image(basis.colours(x))) for name, sized, x in panels]
+        [(f"image\n{whole}", to_image(image))]
+        + [(caption, to_image(basis.colours(panel))) for caption, panel in panels]
     )
 
 
-def _size(x: Tensor) -> str:
-    return f"{x.shape[-2]} x {x.shape[-1]}"
+def _size(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"
