@@ -284,3 +284,13 @@ def test_baselines_of_evaluations_are_documented():
     page = (documents.ROOT / "docs" / "guides" / "evaluation.md").read_text()
     listed = ", ".join(f"`{name}`" for name in harness.BASELINES)
     assert f"the baselines ({listed})" in " ".join(page.split())
+
+
+def test_first_lines_are_imperatives_or_noun_phrases():
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                question = re.match(r"(What|How|Whether|Why|Where|Which|Who)\b", first)
+                place = f"{path.relative_to(SOURCE)}:{getattr(node, 'lineno', 1)}"
+                assert not question, f"{place}: {first}"

@@ -194,7 +194,7 @@ def _recipe(
 
 
 def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """What of a recipe people may want to read."""
+    """Parts of a recipe that people may want to read."""
     return {"image_sha256": recipe["image_sha256"], "size": str(recipe["size"])}
 
 

@@ -176,7 +176,7 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _is_main() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun started."""
+    """Return whether this process is the one that speaks, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -135,7 +135,7 @@ class PyramidEncoder(nn.Module):
         return out
 
     def parameters_in_order(self) -> list[Tensor]:
-        """What the compiled encoder takes; see :mod:`upfeat.backends.cpu.pyramid`."""
+        """Arguments of the compiled encoder; see :mod:`upfeat.backends.cpu.pyramid`."""
         layers: list[nn.Module] = [self.entry]
         for correction in self.coarser:
             if isinstance(correction, _Correction):
@@ -179,7 +179,7 @@ class Level(NamedTuple):
 
 
 def plan(sizes: list[Size], window: Window) -> list[Level]:
-    """What each scale has to give for a window of queries, finest first.
+    """Windows that each scale has to give for a window of queries, finest first.
 
     Args:
         sizes: of all scales, finest first.

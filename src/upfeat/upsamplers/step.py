@@ -104,7 +104,7 @@ class Queries(Pixels):
         return unit(queries, over=True) if unit_length else queries
 
     def _can_fuse(self) -> bool:
-        """Whether the compiled encoder can run, which has no gradients."""
+        """Return whether the compiled encoder can run, which has no gradients."""
         if self.recorded or self.backend not in ("auto", "cpu"):
             return False
         if torch.is_autocast_enabled(self.guidance.device.type):
@@ -249,7 +249,7 @@ class NeighbourhoodKernels:
         return self._sum(values, self.weights(window), window, cells)
 
     def settle(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
-        """Do what no window changes, once for any number of them.
+        """Precompute everything that does not depend on the window.
 
         Args:
             features: (B, C, h, w).
@@ -429,7 +429,7 @@ def _membership(
 
 
 def _cells_of_tile(size: Size, grid_size: Size) -> int:
-    """How many cells a tile of pixels is wide."""
+    """Width of a tile of pixels, in cells."""
     pixels = max(length / cells for length, cells in zip(size, grid_size, strict=True))
     return max(int(TILE / pixels), 1)
 
