@@ -84,7 +84,7 @@ class Window(ctypes.Structure):
 
 
 class Ranges(ctypes.Structure):
-    """Which cells pixels attend to, and how many channels each head weighs; arrays by address."""
+    """Cells that pixels attend to, and channels that each head weighs; arrays by address."""
 
     keep: list[ctypes.Array]  # owners of the addresses
 
@@ -168,7 +168,7 @@ _library = _Library()
 
 
 def unavailable_reason() -> str | None:
-    """Why no operator of this backend can run here, in one line; ``None`` when they can."""
+    """Return why no operator of this backend can run here, in one line; ``None`` when they can."""
     return _library.load().reason
 
 

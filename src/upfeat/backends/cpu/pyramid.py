@@ -14,7 +14,7 @@ _WIDTH = 32
 
 
 def can_run_pyramid_queries(guidance: Tensor, *_: object) -> str | None:
-    """Why :func:`pyramid_queries` cannot run on these; ``None`` when it can."""
+    """Return why :func:`pyramid_queries` cannot run on these; ``None`` when it can."""
     return reason_against(guidance=guidance)
 
 
@@ -108,7 +108,7 @@ def _encoder(channels: int, parameters: list[Tensor]) -> Pyramid:
 
 
 def _joined(parameters: list[Tensor]) -> int:
-    """How many scales there are."""
+    """Number of scales."""
     corrections = sum(one.dim() == 4 and one.shape[-1] == 3 for one in parameters[2:])
     return corrections + 1 if corrections else len(parameters) // 2 - 1
 
