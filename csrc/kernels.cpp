@@ -28,11 +28,12 @@ namespace {
 #include "neighbourhood.inl"
 #include "attention.inl"
 #include "encoder.inl"
+#include "pyramid.inl"
 
 const Kernels kTable = {upsample,    make_weights,   grad_features, grad_weights,
                         grad_bilateral, attend,      grad_attend,   attend_windows,
                         grad_windows,   run_layer,   pool_layer,    prepare_layer,
-                        run_patterns};
+                        run_patterns,   encode_pyramid};
 
 }  // namespace
 

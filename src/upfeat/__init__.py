@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
     from upfeat.model import FeatUp, load
+    from upfeat.text import TextBackbone, load_text_backbone
     from upfeat.training import TrainConfig, train
     from upfeat.upsamplers import (
         JAFAR,
@@ -64,6 +65,7 @@ _LAZY = {
     "NAF": "upfeat.upsamplers",
     "Nearest": "upfeat.upsamplers",
     "NeighbourhoodUpsampler": "upfeat.upsamplers",
+    "TextBackbone": "upfeat.text",
     "TrainConfig": "upfeat.training",
     "UpsampledFeatures": "upfeat.features",
     "Upsampler": "upfeat.upsamplers",
@@ -74,6 +76,7 @@ _LAZY = {
     "list_upsamplers": "upfeat.upsamplers",
     "load": "upfeat.model",
     "load_backbone": "upfeat.backbones",
+    "load_text_backbone": "upfeat.text",
     "load_upsampler": "upfeat.upsamplers",
     "tokens_to_grid": "upfeat.backbones",
     "train": "upfeat.training",
@@ -95,6 +98,7 @@ __all__ = [
     "NAF",
     "Nearest",
     "NeighbourhoodUpsampler",
+    "TextBackbone",
     "TrainConfig",
     "UpsampledFeatures",
     "Upsampler",
@@ -107,6 +111,7 @@ __all__ = [
     "list_upsamplers",
     "load",
     "load_backbone",
+    "load_text_backbone",
     "tokens_to_grid",
     "load_upsampler",
     "train",

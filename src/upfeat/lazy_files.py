@@ -39,7 +39,7 @@ _LEVELS = (1 << 16) - 1
 
 
 class Parts(NamedTuple):
-    """What lazy features are made of."""
+    """Parts that lazy features are made of."""
 
     features: Tensor
     guidance: Tensor

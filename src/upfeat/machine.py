@@ -116,7 +116,7 @@ def _system() -> Iterator[int]:
 
 
 def _control_groups() -> Iterator[int]:
-    """What each limit on the way from this process's group to the root leaves."""
+    """Bytes that each limit on the way from this process's group to the root leaves."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -154,7 +154,7 @@ def _cached(path: Path, name: str) -> int:
 
 
 def _own_limits() -> Iterator[int]:
-    """What ``ulimit`` leaves of address space and of data."""
+    """Bytes that ``ulimit`` leaves of address space and of data."""
     if resource is None:
         return
     limits = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}

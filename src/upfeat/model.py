@@ -172,9 +172,10 @@ def load(
     """Load a backbone with an upsampler, in eval mode and frozen.
 
     Args:
-        backbone: one of ``upfeat.list_backbones()``; or your own, a :class:`Backbone` or any module
-            or function from (B, 3, H, W) to (B, C, h, w). A module's parameters are frozen in
-            place; for options as its normalisation, wrap it by :func:`upfeat.load_backbone`.
+        backbone: a name or model as :func:`upfeat.load_backbone` takes them: one of
+            ``upfeat.list_backbones()``, ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, a model of those
+            libraries, or any module or function that makes features. A module's parameters are
+            frozen in place; for options, such as a layer, call :func:`upfeat.load_backbone`.
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
             published FeatUp checkpoint (``.ckpt``), or an upsampler; ``None`` for the backbone's
             best, which for any but the embedded ones needs no training.

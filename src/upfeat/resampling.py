@@ -18,7 +18,7 @@ _CUBIC = -0.75
 
 
 class Reads(NamedTuple):
-    """How a run of values along one axis is made of those along another."""
+    """Dependence of a run of values along one axis on those along another."""
 
     first: int
     """The first position that is read."""
@@ -119,7 +119,7 @@ def _along(x: Tensor, axis: int, reads: Reads) -> Tensor:
 
 
 def _plain(reads: Reads) -> bool:
-    """Whether every value is the mean of equally many, side by side."""
+    """Return whether every value is the mean of equally many, side by side."""
     taps, count = reads.places.shape
     if reads.stop - reads.first != taps * count:
         return False

@@ -65,7 +65,7 @@ def run_photo(
         picture = outputs.picture is not None
         needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture)
         check_space(outputs.features, needed)
-        pixels = read_image(photo, max_pixels=max_pixels)
+        pixels = read_image(photo, channels=model.backbone.in_channels, max_pixels=max_pixels)
     x = model.preprocess(pixels, size, align=False)
     del pixels
     facts = _facts(model, photo, x, dtype)
@@ -131,7 +131,7 @@ def _recipe(
 
 
 def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """What of a recipe people may want to read."""
+    """Parts of a recipe that people may want to read."""
     return {"image_sha256": recipe["image_sha256"], "size": str(recipe["size"])}
 
 

@@ -318,7 +318,7 @@ def _npy_header(shape: Sequence[int], dtype: str) -> bytes:
 
 
 def is_our_npy(path: Path) -> bool:
-    """Whether a ``.npy`` file has the header that :func:`create_array` writes."""
+    """Return whether a ``.npy`` file has the header that :func:`create_array` writes."""
     with path.open("rb") as file:
         start = file.read(_NPY_HEADER)
     length = (_NPY_HEADER - 10).to_bytes(2, "little")

@@ -94,7 +94,7 @@ def _interpolated(positions: Tensor, own: tuple[int, ...], grid: tuple[int, int]
 
 
 def is_open_clip(module: object) -> bool:
-    """Whether it is a model of open_clip, or its image tower."""
+    """Return whether it is a model of open_clip, or its image tower."""
     return type(module).__module__.startswith("open_clip.") and (
         hasattr(module, "visual") or hasattr(module, "forward_intermediates")
     )
@@ -106,7 +106,7 @@ def image_tower(module: Any) -> nn.Module:
 
 
 def open_clip_settings(tower: Any) -> Settings:
-    """What the tower says of its images."""
+    """Size and normalisation of the tower's images."""
     config = getattr(tower, "preprocess_cfg", None) or {}
     mean = getattr(tower, "image_mean", None) or config.get("mean") or OPENAI.mean
     std = getattr(tower, "image_std", None) or config.get("std") or OPENAI.std

@@ -61,7 +61,7 @@ class TimmFeatures(nn.Module):
 
 
 def is_timm(module: object) -> bool:
-    """Whether it is a timm model whose intermediate features can be asked for."""
+    """Return whether it is a timm model whose intermediate features can be asked for."""
     return (
         isinstance(module, nn.Module)
         and callable(getattr(module, "forward_intermediates", None))
@@ -131,7 +131,7 @@ def load_timm(name: str, *, pretrained: bool) -> nn.Module:
 
 
 def _size_options(base: str) -> dict[str, Any]:
-    """What makes a model take any size."""
+    """Options that make a model take any size."""
     if base.startswith("swin"):
         return {"strict_img_size": False}
     if base.startswith(("vit", "eva", "deit", "flexivit", "aimv2")):

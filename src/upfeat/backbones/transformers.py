@@ -99,7 +99,7 @@ class TransformersFeatures(nn.Module):
 
 
 def is_transformers(module: object) -> bool:
-    """Whether it is a model of transformers."""
+    """Return whether it is a model of transformers."""
     return any(
         cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.")
         for cls in type(module).__mro__

@@ -144,7 +144,24 @@ class WrappedBackbone(Backbone):
         return aligned[0] // self.stride, aligned[1] // self.stride
 
     def extract(self, x: Tensor) -> Tensor:
-        """See :meth:`Backbone.extract`."""
+        """See :meth:`Backbone.extract`.
+
+        Raises:
+            ValueError: the module fails on an image of this size.
+        """
+        try:
+            return self._extract_fitted(x)
+        except (AssertionError, IndexError, RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or torch.compiler.is_compiling():
+                raise
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+            raise ValueError(
+                f"{self.name} fails on an image of {x.shape[2]}×{x.shape[3]}, {x.dtype} "
+                f'({type(error).__name__}: {reason}); if it takes some sizes only, give fit="tile"'
+            ) from error
+
+    def _extract_fitted(self, x: Tensor) -> Tensor:
+        """Features of an image that is brought to a size that the model takes."""
         if self.fit == "resize":
             return self._extract(sizes.resize(x, self.answer.size))
         if self.fit == "tile":
@@ -256,7 +273,7 @@ def _settle_mode(name: str, module: object, held: list[nn.Module]) -> None:
 
 
 def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
-    """How images of other sizes are brought to the model; said where they cannot just be given."""
+    """Choose how images of other sizes are brought to the model."""
     if answer.any_size and fit in (None, "interpolate"):
         return "interpolate"
     if fit == "interpolate":

@@ -1,4 +1,4 @@
-"""What an upsampler costs, and whether it changes what the features mean."""
+"""Cost of an upsampler, and how far it changes what the features mean."""
 
 from __future__ import annotations
 

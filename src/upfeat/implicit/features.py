@@ -274,7 +274,7 @@ class ImplicitFeatures(FeatureMap):
 
     @cached_property
     def _seen(self) -> Tensor:
-        """What the field looks at, (H', W', D): made when first needed."""
+        """The map that the field looks at, (H', W', D); made when first needed."""
         return self.field.look(self.guidance)
 
     @torch.no_grad()

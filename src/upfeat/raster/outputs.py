@@ -1,4 +1,4 @@
-"""What is written at every pixel: the features themselves, or what a linear head makes of them."""
+"""Values written at every pixel: the features themselves, or a linear head's output."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Features(Output):
 
 
 class HeadOutput(Output):
-    """What a linear head says: it runs on the coarse features, so K channels are upsampled."""
+    """Output of a linear head: it runs on the coarse features, so K channels are upsampled."""
 
     def __init__(
         self,

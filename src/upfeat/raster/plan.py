@@ -1,4 +1,4 @@
-"""How a raster is cut into tiles, and how large they may be within a memory budget."""
+"""Division of a raster into tiles as large as a memory budget allows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 @dataclass(frozen=True)
 class Plan:
-    """How a raster is cut; all sides in cells.
+    """Division of a raster; all sides in cells.
 
     Attributes:
         grid: (h, w) of all coarse features; whole steps, beyond the raster if need be.

@@ -1,4 +1,4 @@
-"""What the detail of an upsampler is trained on: the backbone's features of the enlarged image.
+"""Training target of an upsampler's detail: the backbone's features of the enlarged image.
 
 An image at twice its size shows the backbone finer things, in features that are not quite those of
 the image itself: they drift with magnification. A linear map, fitted to all images so far, takes
@@ -60,7 +60,7 @@ class RunningRegression(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether it has seen anything."""
+        """Return whether it has seen anything."""
         return bool(self.sums[0, 0] > 0)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What training minimises: upsampled features must explain what the backbone sees in views.
+"""Training objective: upsampled features must explain what the backbone sees in views.
 
 One step shows each image as several views. The image's features are upsampled once, warped as each
 view is, brought to the backbone's grid by a learned downsampler, and compared with the backbone's
@@ -56,7 +56,7 @@ class ViewBatch(NamedTuple):
 
 
 class _Upsampled(NamedTuple):
-    """What one image's features become at its own size."""
+    """One image's features at its own size."""
 
     values: Tensor
     """(B, P, H, W) along the image's directions, without the offset."""
@@ -235,7 +235,7 @@ class Objective(nn.Module):
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def _directions(self, batch: ViewBatch, generator: torch.Generator) -> Tensor | None:
-        """What every image is compared along, (B, C, P); ``None`` for all channels as they are.
+        """Directions that every image is compared along, (B, C, P); ``None`` for all channels.
 
         Random unit directions, in units of each channel's deviation over the image's views if
         channels are to weigh alike.

@@ -84,7 +84,7 @@ class Trainer:
         self.stale = 0
 
     def cautions(self) -> list[str]:
-        """What is allowed but seldom meant, a line each."""
+        """Warnings about settings that are allowed but seldom meant, a line each."""
         config, found = self.config, []
         if not isinstance(self.upsampler, DetailUpsampler):
             return found
@@ -105,7 +105,7 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or enough validations brought nothing better."""
+        """Return whether all steps are done, or enough validations brought nothing better."""
         patience = self.config.patience
         return self.step >= self.config.steps or (patience is not None and self.stale >= patience)
 
@@ -348,7 +348,7 @@ def _freeze(upsampler: Upsampler, parts: Sequence[str]) -> None:
 
 
 def _shares(config: TrainConfig, processes: Processes) -> list[slice]:
-    """Which images of a step's batch make up this process's parts, in order."""
+    """Images of a step's batch that make up this process's parts, in order."""
     parts = config.accumulate * processes.count
     if config.batch_size % parts:
         raise ValueError(

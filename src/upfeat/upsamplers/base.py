@@ -1,4 +1,4 @@
-"""What every upsampler is: linear in the features, with weights that depend on the image alone.
+"""The contract of upsamplers: linear in the features, with weights from the image alone.
 
 up(F) = K(g)·M(F) + o, where K(g) are per-pixel weights made from the guidance g, M a map of the
 channels of one cell, and o a constant per channel. So M runs on the coarse grid, a linear head
@@ -170,7 +170,7 @@ class Upsampler(nn.Module, ABC):
 
     @property
     def offset(self) -> Tensor | None:
-        """What is added to every output pixel, (C,), or ``None``."""
+        """Constant added to every output pixel, (C,), or ``None``."""
         return None
 
     def forward(
@@ -234,12 +234,12 @@ class Upsampler(nn.Module, ABC):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """What :meth:`render` gives, without the constant; ``head`` may be (B, K, C) too."""
+        """As :meth:`render`, without the constant; ``head`` may be (B, K, C) too."""
         coarse = apply_head(mixed, head)
         return kernels(coarse) if window is None else kernels.crop(coarse, window)
 
     def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
-        """Do what no window changes, once for any number of windows.
+        """Precompute everything that does not depend on the window.
 
         Args:
             kernels: of the image, from :meth:`prepare`.

@@ -1,4 +1,4 @@
-"""The neighbourhood step twice, and in between detail that the image tells of."""
+"""Two neighbourhood steps, with detail inferred from the image added between them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class _Block(nn.Module):
 
 
 class DetailMaps(Computed):
-    """What the network makes of an image, (B, width, *finer grid)."""
+    """The network's maps of an image, (B, width, *finer grid)."""
 
     def __init__(
         self, network: DetailNetwork, guidance: Tensor, finer: Size, *, whole: bool
@@ -172,7 +172,7 @@ class DetailKernels:
         return self.last.settle(self._on_finer_grid(features))
 
     def to_finer_grid(self, features: Tensor) -> Tensor:
-        """What the features themselves tell of the finer grid, (B, C, h, w) -> (B, C, 2h, 2w)."""
+        """Infer the finer grid from the features alone, (B, C, h, w) -> (B, C, 2h, 2w)."""
         return FinerFeatures(self.adding(None), as_map(features)).all()
 
     def adding(self, detail: Map | None) -> DetailKernels:
@@ -304,7 +304,7 @@ class DetailUpsampler(Upsampler):
         guidance = even_bands(guidance)
         step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
-        queries = Queries(step.encoder, guidance, output_size)
+        queries = Queries(step.encoder, guidance, output_size, self.backend)
         finer_means = CellMeans(queries, finer)
         means = Coarser(finer_means, FINER)
         middle = Units(finer_means)  # keys of the last step, queries of the first
@@ -380,7 +380,7 @@ class DetailUpsampler(Upsampler):
         return self._with_detail(kernels, None).settle(mixed)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
-        """What the network adds between the steps, (B, C, 2h, 2w)."""
+        """Detail that the network adds between the steps, (B, C, 2h, 2w)."""
         assert kernels.maps is not None, "there is no network without embed_dim"
         return self._detail(kernels.maps, None).at(Window(0, 0, *kernels.maps.size))
 

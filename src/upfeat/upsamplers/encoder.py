@@ -134,6 +134,14 @@ class PyramidEncoder(nn.Module):
         assert out is not None
         return out
 
+    def parameters_in_order(self) -> list[Tensor]:
+        """Arguments of the compiled encoder; see :mod:`upfeat.backends.cpu.pyramid`."""
+        layers: list[nn.Module] = [self.entry]
+        for correction in self.coarser:
+            if isinstance(correction, _Correction):
+                layers += [correction.hidden, correction.last]
+        return [one for layer in (*layers, *self.join) for one in (layer.weight, layer.bias)]  # pyright: ignore[reportReturnType]
+
     def sizes(self, size: Size) -> list[Size]:
         """The size of every scale of an image, finest first."""
         sizes = [size]
@@ -171,7 +179,7 @@ class Level(NamedTuple):
 
 
 def plan(sizes: list[Size], window: Window) -> list[Level]:
-    """What each scale has to give for a window of queries, finest first.
+    """Windows that each scale has to give for a window of queries, finest first.
 
     Args:
         sizes: of all scales, finest first.

@@ -38,7 +38,7 @@ class NormBlock(nn.Module):
         self.residual = residual
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What the second convolution gets, (B, width, H, W) -> the same."""
+        """Input of the second convolution, (B, width, H, W) -> the same."""
         x = convolve(self.conv1, _activate(self.norm1, x))
         return _activate(self.norm2, x)
 
@@ -102,7 +102,7 @@ class ResidualEncoder(nn.Sequential):
         )
 
     def blocks_of(self, x: Tensor) -> Tensor:
-        """What the blocks make of the first layer's output, (B, width, H, W) -> the same."""
+        """Apply the blocks to the first layer's output, (B, width, H, W) -> the same."""
         for block in self.blocks:
             x = block(x)
         return x

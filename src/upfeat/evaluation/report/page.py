@@ -131,7 +131,7 @@ def best_mean(rows: Iterable[Row], name: str, score: Score) -> float | None:
 
 
 def _facts(results: Results, task: type[Task]) -> str:
-    """What was measured on what, at a glance."""
+    """Data, settings and versions at a glance."""
     data, settings, versions = results.data, results.settings, results.versions
     counts = ", ".join(
         f"{data[part]['images']} {'to fit on' if part == 'train' else 'tested'}"
