@@ -2,8 +2,8 @@
 
     python benchmarks/learn_translation.py PHOTOS -o translation.safetensors
 
-``upfeat.load(backbone, passes=5, translation="translation.safetensors")`` uses it. The shipped one of
-the embedded backbone was made from 80 photographs, one each of 80 ImageNet classes, 256 pixels.
+``upfeat.load(backbone, passes=5, translation="translation.safetensors")`` uses it. The shipped one
+of the embedded backbone was made from 80 photographs, one each of 80 ImageNet classes, 256 pixels.
 """
 
 from __future__ import annotations

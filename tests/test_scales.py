@@ -1,4 +1,4 @@
-"""A second scale: linear in both, exact in windows, right on average, and refused where it cannot be."""
+"""A second scale: linear in both, exact in windows, right on average; refused in one line."""
 
 import pytest
 import torch

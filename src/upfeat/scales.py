@@ -106,7 +106,8 @@ def fit_translation(
     """
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} must be above 0")
-    gram = moment = None
+    gram: Tensor | None = None
+    moment: Tensor | None = None
     for x in images:
         own, second = _both(backbone, x)
         inputs, targets = (
@@ -114,7 +115,10 @@ def fit_translation(
         )
         inputs = torch.cat([inputs, torch.ones_like(inputs[:1])])
         here = inputs @ inputs.T, inputs @ targets.T
-        gram, moment = here if gram is None else (gram + here[0], moment + here[1])
+        if gram is None or moment is None:
+            gram, moment = here
+        else:
+            gram, moment = gram + here[0], moment + here[1]
     if gram is None or moment is None:
         raise ValueError("images is empty; give at least one")
     count, means = gram[-1, -1], gram[:-1, -1:] / gram[-1, -1]  # (C, 1)

@@ -323,7 +323,7 @@ class DetailUpsampler(Upsampler):
         """The second step alone, for features on a grid twice as fine; in eval mode."""
         step = NeighbourhoodUpsampler(**self.neighbourhood.config(), backend=self.backend)
         step.load_state_dict(self.neighbourhood.state_dict())
-        step.log_sigma += math.log(self.widening)
+        step.log_sigma.add_(math.log(self.widening))
         step.mean, step.std = self.mean, self.std
         return step.eval()
 
