@@ -19,7 +19,8 @@ from upfeat.feature_map import FeatureMap, check_head, check_points, check_windo
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.base import add_offset, check_finite, check_inputs
+from upfeat.upsamplers.checks import check_finite, check_inputs
+from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
 
 _TILE = 32

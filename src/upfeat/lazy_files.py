@@ -20,8 +20,9 @@ from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
 from upfeat.tensor_checks import check_values, read_layouts
 from upfeat.types import Size
-from upfeat.upsamplers.base import UPSAMPLERS, Upsampler, check_output_size
+from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.blueprint import build
+from upfeat.upsamplers.checks import check_output_size
 
 FORMAT = "upfeat-lazy-features-1"
 """What files say they are."""

@@ -148,6 +148,10 @@ class TestLayersInside:
         assert (backbone.stride, backbone.embed_dim) == (8, 8)
         both = _checked(net, layer=["0", "1"])
         assert (both.stride, both.embed_dim) == (4, 12)
+        net = nn.Sequential()
+        net.layer1 = nn.Conv2d(3, 4, 4, 4)
+        with pytest.raises(ValueError, match='layer "layr1" is unknown; did you mean layer1'):
+            upfeat.load_backbone(net, layer="layr1")
 
     def test_keys_and_numbers_of_outputs(self):
         module = Patches("list")

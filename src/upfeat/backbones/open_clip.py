@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from upfeat.backbones.libraries import import_library
+from upfeat.backbones.libraries import import_library, quiet
 from upfeat.backbones.settings import OPENAI, Settings
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
@@ -141,7 +141,9 @@ def load_open_clip(name: str, *, pretrained: bool) -> nn.Module:
             "or give pretrained=False for random ones"
         )
     try:
-        return image_tower(library.create_model(model, pretrained=tag if pretrained else None))
+        with quiet():
+            made = library.create_model(model, pretrained=tag if pretrained else None)
+        return image_tower(made)
     except Exception as error:
         if not pretrained:
             raise

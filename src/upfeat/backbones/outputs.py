@@ -28,6 +28,10 @@ Layer = int | str
 """A layer by its number or name."""
 
 
+class NothingToPick(ValueError):
+    """Layers were named of a model that returns one tensor."""
+
+
 class Ambiguous(ValueError):
     """A tensor may be read in two ways."""
 
@@ -82,7 +86,7 @@ def select(output: object, layers: Sequence[Layer] | None, name: str) -> list[Te
     """
     if isinstance(output, Tensor):
         if layers is not None:
-            raise ValueError(f"{name} returns one tensor: layer={_shown(layers)} picks nothing")
+            raise NothingToPick(f"{name} returns one tensor: layer={_shown(layers)} picks nothing")
         return [output]
     entries = _entries(output)
     if entries is None:

@@ -26,7 +26,7 @@ from upfeat.implicit.guides import sample
 from upfeat.implicit.stored import FORMAT, encode, read_stored
 from upfeat.storage import write_tensors
 from upfeat.types import Size
-from upfeat.upsamplers.base import check_output_size
+from upfeat.upsamplers.checks import check_output_size
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike

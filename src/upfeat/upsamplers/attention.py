@@ -20,7 +20,9 @@ from upfeat.bounds import whole
 from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.base import Kernels, Upsampler, apply_head, check_inputs
+from upfeat.upsamplers.base import Kernels, Upsampler
+from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
 
 _BAND_BYTES = 32 * 2**20

@@ -14,17 +14,9 @@ from torch import Tensor, nn
 from upfeat.bounds import MOST_CHANNELS, number, whole
 from upfeat.resampling import bilinear, resample
 from upfeat.upsamplers.bands import even_bands
-from upfeat.upsamplers.base import (
-    UPSAMPLERS,
-    Headed,
-    Kernels,
-    Size,
-    Upsampler,
-    Window,
-    apply_head,
-    cells_of_pixels,
-)
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, cells_of_pixels
 from upfeat.upsamplers.encoder import pointwise, spans_of
+from upfeat.upsamplers.head import Head, Headed, apply_head
 from upfeat.upsamplers.maps import Computed, Map, as_map, cut, inside, is_recorded, widened
 from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler
 from upfeat.upsamplers.regression import STEP, ImageRegression
@@ -394,11 +386,9 @@ class DetailUpsampler(Upsampler):
         """The network's detail after a head, (B, width, …) -> (B, K, …)."""
         basis, constant = self.detail.weight.flatten(1), self.detail.bias
         assert constant is not None
-        if isinstance(head, slice):
-            basis, constant = basis[head], constant[head]
-        elif head is not None:
-            basis, constant = head @ basis, head @ constant  # (K, width) or (B, K, width)
-        return Headed(maps, basis, constant)
+        one = Head(head)
+        # (K, width) or (B, K, width), and (K,) or (B, K)
+        return Headed(maps, one.on_channels(basis), one.on_channels(constant))
 
     def _start_from(self, start: str | Path) -> None:
         trained = load_named(start, UPSAMPLERS)
