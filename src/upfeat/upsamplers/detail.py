@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
-from upfeat.resampling import bilinear, resample
+from upfeat.resampling import bilinear, resample, resize
+from upfeat.transforms import channels_last
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, cells_of_pixels
 from upfeat.upsamplers.encoder import pointwise, spans_of
@@ -88,9 +89,7 @@ class DetailMaps(Computed):
         if window == (0, 0, *self.size):
             image = self.guidance
             if image.shape[-2:] != self.seen:
-                image = F.interpolate(
-                    image, size=self.seen, mode="bilinear", align_corners=False, antialias=True
-                )
+                image = resize(image, self.seen)
             return self._run(image)
         around = widened(window, self.network.reach, self.size)
         rows, columns = (
@@ -102,7 +101,7 @@ class DetailMaps(Computed):
         return cut(self._run(resample(self.guidance, rows, columns)), inside(window, around))
 
     def _run(self, image: Tensor) -> Tensor:
-        return self.network(image.contiguous(memory_format=torch.channels_last)).contiguous()
+        return self.network(channels_last(image)).contiguous()
 
 
 class FinerFeatures(Computed):

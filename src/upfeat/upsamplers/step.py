@@ -11,7 +11,7 @@ from torch import Tensor
 from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.geometry import cell_of_pixels, first_pixel
-from upfeat.resampling import bilinear, pooled, resample
+from upfeat.resampling import bilinear, pooled, resample, resize
 from upfeat.types import Size, Window
 from upfeat.upsamplers.encoder import PyramidEncoder, spans_of, unit, window_of
 from upfeat.upsamplers.maps import (
@@ -74,13 +74,7 @@ class Queries(Pixels):
         if self.seen == self.size:
             return self._encode(window, unit_length=True)
         if window == (0, 0, *self.size):
-            queries = F.interpolate(
-                self._encode(Window(0, 0, *self.seen)),
-                size=self.size,
-                mode="bilinear",
-                align_corners=False,
-                antialias=True,
-            )
+            queries = resize(self._encode(Window(0, 0, *self.seen)), self.size)
             return unit(queries, over=True)
         rows, columns = (
             bilinear(length, target, torch.arange(*span), antialias=True)
@@ -383,12 +377,10 @@ class PooledWeights(Computed):
 
     def _pool(self, weights: Tensor, pixels: Window, cells: Window) -> Tensor:
         """Pool the weights of all pixels of some cells."""
-        down, across = (
-            divmod(length, count)
-            for count, length in zip(self.size, self.kernels.output_size, strict=True)
-        )
-        if not (down[1] or across[1]):
-            return F.avg_pool2d(weights, (down[0], across[0]))
+        (height, width), (cells_down, cells_across) = self.kernels.output_size, self.size
+        # Not by divmod, which compilers cannot trace for sizes that they do not know.
+        if height % cells_down == 0 and width % cells_across == 0:
+            return F.avg_pool2d(weights, (height // cells_down, width // cells_across))
         rows, columns = (
             _membership(count, length, own, seen, weights)
             for count, length, own, seen in zip(
