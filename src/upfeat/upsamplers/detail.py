@@ -309,6 +309,15 @@ class DetailUpsampler(Upsampler):
             maps = DetailMaps(self.network, guidance, finer, whole=queries.whole)
         return DetailKernels(first, last, regression=regression, maps=maps)
 
+    @torch.no_grad()
+    def last_step(self) -> NeighbourhoodUpsampler:
+        """The second step alone, for features on a grid twice as fine; in eval mode."""
+        step = NeighbourhoodUpsampler(**self.neighbourhood.config(), backend=self.backend)
+        step.load_state_dict(self.neighbourhood.state_dict())
+        step.log_sigma.add_(math.log(self.widening))
+        step.mean, step.std = self.mean, self.std
+        return step.eval()
+
     @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`."""
