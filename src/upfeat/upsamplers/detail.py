@@ -111,7 +111,7 @@ class FinerFeatures(Computed):
         """Keep both."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.first.whole or recorded
-        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=4)
+        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=2)
         self.kernels, self.features = kernels, features
 
     def compute(self, window: Window) -> Tensor:
@@ -308,6 +308,15 @@ class DetailUpsampler(Upsampler):
         if self.embed_dim is not None:
             maps = DetailMaps(self.network, guidance, finer, whole=queries.whole)
         return DetailKernels(first, last, regression=regression, maps=maps)
+
+    @torch.no_grad()
+    def last_step(self) -> NeighbourhoodUpsampler:
+        """The second step alone, for features on a grid twice as fine; in eval mode."""
+        step = NeighbourhoodUpsampler(**self.neighbourhood.config(), backend=self.backend)
+        step.load_state_dict(self.neighbourhood.state_dict())
+        step.log_sigma.add_(math.log(self.widening))
+        step.mean, step.std = self.mean, self.std
+        return step.eval()
 
     @property
     def reach(self) -> int:
