@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.benchmark import machine, peak_memory
+from upfeat.benchmark import FORMAT, machine, peak_memory
 from upfeat.types import Size
 from upfeat.upsamplers import JAFAR, NAF, AnyUp, Upsampler, create_upsampler, load_upsampler
 from upfeat.upsamplers.attention import AttentionUpsampler, relative_window
@@ -80,7 +80,7 @@ def run_rivals(
 
 def as_json(rows: list[Row]) -> dict[str, Any]:
     """Machine and rows as JSON values."""
-    return {"machine": machine(), "rows": [asdict(row) for row in rows]}
+    return {"format": FORMAT, "machine": machine(), "rows": [asdict(row) for row in rows]}
 
 
 def _random(name: str) -> Upsampler:
