@@ -65,6 +65,9 @@ $(CORE)/.test: $(CORE)/.core
 $(FULL)/.all: $(FULL)/.torch $(SOURCES)
 	@echo "Installing upfeat with all extras …"
 	@$(FULL)/bin/python $(PIP) -e '.[dev]'
+	@$(FULL)/bin/python $(PIP) ftfy
+	@# Without what they depend on, so that the PyTorch that is there stays.
+	@$(FULL)/bin/python $(PIP) --no-deps timm torchvision open_clip_torch
 	@touch $@
 
 CMakeLists.txt:

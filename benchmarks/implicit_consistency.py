@@ -20,9 +20,9 @@ import torch
 
 import upfeat
 from upfeat.implicit.features import resize_image
-from upfeat.implicit.files import find_photographs
 from upfeat.implicit.fit import FitConfig, fit_guidance
 from upfeat.implicit.observe import Observer
+from upfeat.outputs import Photo, find_photographs
 from upfeat.upsamplers.pretrained import create_upsampler
 
 DEFAULT = ["bilinear", "bicubic", "joint_bilateral"]
@@ -73,7 +73,7 @@ def main():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = {n: create_upsampler(n, backbone.embed_dim).eval() for n in options.upsamplers}
-    photos = find_photographs([options.folder])
+    photos = [one.path for one in find_photographs([options.folder]) if isinstance(one, Photo)]
     count = min(options.count, len(photos))
     photos = [photos[(2 * i + 1) * len(photos) // (2 * count)] for i in range(count)]
     rows = []

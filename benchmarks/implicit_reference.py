@@ -23,10 +23,10 @@ import torch
 
 import upfeat
 from upfeat.implicit.features import ImplicitFeatures, resize_image
-from upfeat.implicit.files import find_photographs
 from upfeat.implicit.fit import FitConfig, fit_implicit
 from upfeat.implicit.observe import Observer, feature_basis
 from upfeat.implicit.published import create_network_fit, train_network
+from upfeat.outputs import Photo, find_photographs
 from upfeat.randomness import stream
 from upfeat.views import sample_jitters
 
@@ -57,14 +57,7 @@ def run_reference(guidance, backbone, config, steps, report):
         fit.train()
         return found
 
-    def on_step(step):
-        marks.append(time.process_time())
-        if step % 100 == 0 or step == steps:
-            curve.append({"step": step, **losses()})
-            report(curve[-1])
-            marks.append(time.process_time())
-
-    train_network(
+    training = train_network(
         fit,
         views,
         basis.encode(seen),
@@ -72,8 +65,13 @@ def run_reference(guidance, backbone, config, steps, report):
         views_per_step=config.views_per_step,
         learning_rate=config.learning_rate,
         seed=config.seed,
-        on_step=on_step,
     )
+    for step in training:
+        marks.append(time.process_time())
+        if step % 100 == 0 or step == steps:
+            curve.append({"step": step, **losses()})
+            report(curve[-1])
+            marks.append(time.process_time())
     per_step = median(b - a for a, b in itertools.pairwise(marks))
     whole = config.n_views * per_view + config.steps * per_step
     return {"curve": curve, "cpu_per_view": per_view, "cpu_per_step": per_step, "cpu_whole": whole}
@@ -128,7 +126,7 @@ def main():
     torch.set_num_threads(1)
     backbone = upfeat.load_backbone(options.backbone).requires_grad_(False)
     config = FitConfig(size=options.size)
-    photos = find_photographs(options.photos)
+    photos = [one.path for one in find_photographs(options.photos) if isinstance(one, Photo)]
     count = min(options.count, len(photos))
     photos = [photos[(2 * i + 1) * len(photos) // (2 * count)] for i in range(count)]
     known, rows = {}, []

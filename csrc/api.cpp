@@ -24,11 +24,6 @@ struct Mode {
 
 const Mode kBicubic{Kind::kBicubic, {}}, kPadded{Kind::kPadded, {}};
 
-// Whether `count` from `start` on lie in `length`; products of two lengths stay below 2^63.
-bool lies_in(int64_t start, int64_t count, int64_t length) {
-  return start >= 0 && length <= (int64_t{1} << 30) && start <= length - count;
-}
-
 bool fits(const UpfeatWindow& in, int64_t height, int64_t width, const UpfeatTensor& coarse) {
   return lies_in(in.top, height, in.height) && lies_in(in.left, width, in.width) &&
          lies_in(in.grid_top, coarse.size[2], in.grid_height) &&

@@ -40,6 +40,11 @@ inline bool sized(const UpfeatTensor& tensor, int64_t n, int64_t c, int64_t h, i
   return tensor.size[0] == n && tensor.size[1] == c && tensor.size[2] == h && tensor.size[3] == w;
 }
 
+// Whether `count` from `start` on lie in `length`; products of two lengths stay below 2^63.
+inline bool lies_in(int64_t start, int64_t count, int64_t length) {
+  return start >= 0 && length <= (int64_t{1} << 30) && start <= length - count;
+}
+
 // No exception may cross into C: running out of memory is the only one there is.
 template <typename Body>
 inline int guarded(Body body) {

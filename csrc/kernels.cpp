@@ -29,11 +29,12 @@ namespace {
 #include "attention.inl"
 #include "dense.inl"
 #include "encoder.inl"
+#include "pyramid.inl"
 
 const Kernels kTable = {upsample,    make_weights,   grad_features, grad_weights,
                         grad_bilateral, attend,      grad_attend,   attend_windows,
                         grad_windows,   run_layer,   pool_layer,    prepare_layer,
-                        run_patterns};
+                        run_patterns,   encode_pyramid};
 
 }  // namespace
 

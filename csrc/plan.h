@@ -99,6 +99,26 @@ struct Layer {
   int64_t row_tasks, rows_per_task, column_tasks;
 };
 
+// A run along one axis, one past its end.
+struct PyramidSpan {
+  int64_t start, stop;
+};
+
+// One scale of the encoder along one axis: what is laid over finer scales, the scale itself, and the
+// mean of the finer scale that it is made of.
+struct PyramidAxis {
+  int64_t length;
+  PyramidSpan out, seen, read;
+};
+
+constexpr int64_t kMostLevels = 32;
+constexpr int64_t kPyramidRows = 8;  // rows of one task
+
+struct PyramidPlan {
+  int64_t levels;
+  PyramidAxis rows[kMostLevels], columns[kMostLevels];
+};
+
 struct Kernels {
   int (*upsample)(const Runtime&, const UpfeatTensor& features, const WeightSource&,
                   const UpfeatTensor& out, const Axis& rows, const Axis& columns);
@@ -121,6 +141,8 @@ struct Kernels {
   int (*prepare_layer)(const Runtime&, const Layer&);
   int (*run_patterns)(const Runtime&, const UpfeatTensor& features, const float* patterns,
                       int64_t side, int64_t pitch, const UpfeatTensor& out);
+  int (*encode_pyramid)(const Runtime&, const UpfeatTensor& guidance, const UpfeatPyramid&,
+                const PyramidPlan&, const UpfeatTensor& queries, bool unit);
 };
 
 const Kernels* kernels_baseline();

@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 4
+#define UPFEAT_ABI 5
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -43,6 +43,21 @@ typedef struct {
   double sigma_spatial;
   double fixup_scale;
 } UpfeatStage;
+
+// The encoder of the neighbourhood upsampler; every array is dense float32. Widths are padded with
+// zeros to a multiple of 32.
+typedef struct {
+  const float* entry_w;   // (3, 3, G, D): rows and columns of the window, channels in, channels out
+  const float* entry_b;   // (D,)
+  const float* hidden_w;  // (levels - 1, 3, 3, D, D), or null where scales have no correction
+  const float* hidden_b;  // (levels - 1, D)
+  const float* last_w;    // (levels - 1, D, D), channels in, channels out
+  const float* last_b;    // (levels - 1, D)
+  const float* join_w;    // (levels, D, D), channels in, channels out
+  const float* join_b;    // (levels, D)
+  int64_t width;          // D
+  int64_t levels;
+} UpfeatPyramid;
 
 UPFEAT_API int upfeat_abi(void);
 // Bit i is set when instruction set i can run here: 0 baseline, 1 avx2, 2 avx512.
@@ -183,6 +198,12 @@ UPFEAT_API int upfeat_stage_weights(const UpfeatTensor* guidance, const UpfeatSt
 UPFEAT_API int upfeat_stage_forward(const UpfeatTensor* features, const UpfeatTensor* guidance,
                                     const UpfeatStage* stage, const UpfeatTensor* out,
                                     int64_t radius, int isa, int threads);
+
+// queries (B,d,h,w), d <= D, of the pixels of guidance (B,G,H,W) from (top, left) on; of unit length
+// if `unit` is not 0.
+UPFEAT_API int upfeat_pyramid(const UpfeatTensor* guidance, const UpfeatPyramid* encoder,
+                             const UpfeatTensor* queries, int64_t top, int64_t left, int64_t unit,
+                             int isa, int threads);
 
 #ifdef __cplusplus
 }

@@ -148,6 +148,7 @@ def test_bad_files_are_one_clear_line(picture, tmp_path):
         (b"bytes", "not an image"),
         ("https://host/a.jpg", "download it"),
         (12, "is a int"),
+        (io.StringIO("text"), "of text; open it by"),
     ],
 )
 def test_bad_arrays_are_named(image, words):

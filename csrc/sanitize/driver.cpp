@@ -168,13 +168,19 @@ void guidance_side(const Shape& s, int64_t dtype, Layout layout, int isa) {
   });
 }
 
-// Neighbourhoods on the whole output, and on a window of one that is half as large again.
+// Neighbourhoods on the whole output, and on a window of one that is half as large again, with half
+// of the cells.
 void neighbourhood(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) {
   const int64_t radius = s.radius ? s.radius : 1, taps = (2 * radius + 1) * (2 * radius + 1);
   const int64_t depth = s.c % 40 + 1;
   const UpfeatWindow window{whole ? s.height : s.height + s.height / 2,
-                            whole ? s.width : s.width + s.width / 2, whole ? 0 : s.height / 2,
-                            whole ? 0 : s.width / 3};
+                            whole ? s.width : s.width + s.width / 2,
+                            whole ? 0 : s.height / 2,
+                            whole ? 0 : s.width / 3,
+                            whole ? s.h : 2 * s.h,
+                            whole ? s.w : 2 * s.w,
+                            whole ? 0 : s.h / 2,
+                            whole ? 0 : s.w / 3};
   Buffer features(s.n, s.c, s.h, s.w, dtype, layout),
       grad_features(s.n, s.c, s.h, s.w, dtype, layout);
   Buffer weights(s.n, taps, s.height, s.width, dtype, layout);
@@ -205,6 +211,31 @@ void neighbourhood(const Shape& s, int64_t dtype, Layout layout, int isa, bool w
   });
 }
 
+// Queries of a whole image and of a window, with and without corrections.
+void pyramid(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) {
+  const int64_t width = 32 * (1 + s.c % 2), levels = 1 + s.c % 5, channels = 1 + s.c % 4;
+  const auto array = [](int64_t count) {
+    return Buffer(1, 1, 1, count, UPFEAT_FLOAT32, Layout::kPlanes);
+  };
+  Buffer arrays[8] = {array(9 * channels * width),
+                      array(width),
+                      array(levels * 9 * width * width),
+                      array(levels * width),
+                      array(levels * width * width),
+                      array(levels * width),
+                      array(levels * width * width),
+                      array(levels * width)};
+  const auto at = [&](int i) { return static_cast<const float*>(arrays[i].tensor.data); };
+  const UpfeatPyramid parts{at(0), at(1), whole ? at(2) : nullptr, at(3), at(4), at(5), at(6),
+                            at(7), width, levels};
+  const int64_t top = whole ? 0 : s.height / 2, left = whole ? 0 : s.width / 3;
+  Buffer guidance(s.n, channels, s.height, s.width, dtype, layout);
+  Buffer queries(s.n, s.c % width + (s.c > 0), s.height - top, s.width - left, dtype, layout);
+  repeat("pyramid", {&queries}, [&](int threads) {
+    return upfeat_pyramid(&guidance.tensor, &parts, &queries.tensor, top, left, 1, isa, threads);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -224,6 +255,8 @@ int main() {
           guidance_side(shape, dtype, layout, isa);
           neighbourhood(shape, dtype, layout, isa, true);
           neighbourhood(shape, dtype, layout, isa, false);
+          pyramid(shape, dtype, layout, isa, true);
+          pyramid(shape, dtype, layout, isa, false);
         }
       }
     }

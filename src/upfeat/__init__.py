@@ -16,11 +16,18 @@ from upfeat._version import __version__
 if TYPE_CHECKING:
     from upfeat import functional
     from upfeat.attachment import attach
-    from upfeat.backbones import Backbone, WrappedBackbone, list_backbones, load_backbone
+    from upfeat.backbones import (
+        Backbone,
+        WrappedBackbone,
+        list_backbones,
+        load_backbone,
+        tokens_to_grid,
+    )
     from upfeat.features import UpsampledFeatures
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
     from upfeat.model import FeatUp, load
+    from upfeat.text import TextBackbone, load_text_backbone
     from upfeat.training import TrainConfig, train
     from upfeat.upsamplers import (
         JAFAR,
@@ -58,6 +65,7 @@ _LAZY = {
     "NAF": "upfeat.upsamplers",
     "Nearest": "upfeat.upsamplers",
     "NeighbourhoodUpsampler": "upfeat.upsamplers",
+    "TextBackbone": "upfeat.text",
     "TrainConfig": "upfeat.training",
     "UpsampledFeatures": "upfeat.features",
     "Upsampler": "upfeat.upsamplers",
@@ -68,7 +76,9 @@ _LAZY = {
     "list_upsamplers": "upfeat.upsamplers",
     "load": "upfeat.model",
     "load_backbone": "upfeat.backbones",
+    "load_text_backbone": "upfeat.text",
     "load_upsampler": "upfeat.upsamplers",
+    "tokens_to_grid": "upfeat.backbones",
     "train": "upfeat.training",
 }
 
@@ -88,6 +98,7 @@ __all__ = [
     "NAF",
     "Nearest",
     "NeighbourhoodUpsampler",
+    "TextBackbone",
     "TrainConfig",
     "UpsampledFeatures",
     "Upsampler",
@@ -100,6 +111,8 @@ __all__ = [
     "list_upsamplers",
     "load",
     "load_backbone",
+    "load_text_backbone",
+    "tokens_to_grid",
     "load_upsampler",
     "train",
 ]

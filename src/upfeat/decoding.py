@@ -63,6 +63,8 @@ def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int
             raise FileNotFoundError(f"{source}: {what}")
     elif not isinstance(source, bytes):
         source = source.read()
+        if not isinstance(source, bytes):
+            raise ValueError(f'{label}: a file of text; open it by open(path, "rb")')
 
     try:
         with _opened(source) as image:
@@ -225,7 +227,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _unsaid_bands(image: Image.Image) -> bool:
-    """Whether a TIFF has a fourth band and does not say that it is transparency."""
+    """Return whether a TIFF has a fourth band and does not say that it is transparency."""
     if image.format != "TIFF":
         return False
     tags = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue]

@@ -19,7 +19,8 @@ from upfeat.feature_map import FeatureMap, check_head, check_points, check_windo
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.base import add_offset, check_finite, check_inputs
+from upfeat.upsamplers.checks import check_finite, check_inputs
+from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
 
 _TILE = 32
@@ -49,7 +50,7 @@ class _Snapshot:
         self.states = [one.clone() if one.is_inference() else one._version for one in tensors]
 
     def holds(self, tensors: list[Tensor]) -> bool:
-        """Whether these are the same tensors, unchanged, recorded by autograd or not as then."""
+        """Return whether these are the same tensors, unchanged, recorded by autograd alike."""
         return (
             len(tensors) == len(self.tensors)
             and self.recorded == _recorded(tensors)
@@ -64,7 +65,7 @@ class _Snapshot:
 
 
 def _recorded(tensors: list[Tensor]) -> bool:
-    """Whether autograd records what is made of tensors."""
+    """Return whether autograd records what is made of tensors."""
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
@@ -216,31 +217,35 @@ class UpsampledFeatures(FeatureMap):
         return out if bias is None else add_offset(out, bias)
 
     def similarity(self, target: Tensor, *, cosine: bool = True) -> Tensor:
-        """How like a vector, or the feature at a point, every pixel is.
+        """Compare every pixel with a vector, or with the feature at a point.
 
         Args:
-            target: (2,), a point (y, x) in pixels, or (C,), a vector; with C = 2 a vector.
+            target: (2,), a point (y, x) in pixels; (C,), a vector; or (K, C), several, as those of
+                texts. With C = 2 it is a vector.
             cosine: divide by both lengths. The lengths of the map's features need all channels,
                 which are computed a strip at a time; the inner product alone needs one.
 
         Returns:
-            (B, 1, H, W).
+            (B, K, H, W), K = 1 for one target.
 
         Raises:
             ValueError: the target is neither, or its point lies outside.
         """
-        if target.dim() != 1 or target.numel() not in (2, self.shape[1]):
+        channels = self.shape[1]
+        several = target.dim() == 2 and len(target) > 0 and target.shape[1] == channels
+        if not several and (target.dim() != 1 or target.numel() not in (2, channels)):
             raise ValueError(
-                f"target must be a point (2,) or a vector ({self.shape[1]},), not "
-                f"{tuple(target.shape)}"
+                f"target must be a point (2,), a vector ({channels},) or vectors (K, {channels}), "
+                f"not {tuple(target.shape)}"
             )
-        if target.numel() != self.shape[1]:
-            target = self.at(target[None].float())[0]
+        if not several:
+            point = target.numel() != channels
+            target = self.at(target[None].float()) if point else target[None]
         check_finite("target", target, "check where it comes from")
-        product = self.project(target[None])
+        product = self.project(target)
         if not cosine:
             return product
-        scale = self._lengths() * torch.linalg.vector_norm(target)
+        scale = self._lengths() * torch.linalg.vector_norm(target, dim=1)[:, None, None]
         return product / scale.clamp(min=1e-8)
 
     def pca(self, k: int = 3) -> PCA:
@@ -300,7 +305,7 @@ class UpsampledFeatures(FeatureMap):
             raise ValueError(f"{path}: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy keeps: the parts. What was made of them is made again when it is needed."""
+        """Keep the parts in a copy; results made of them are made again when needed."""
         state = {**self.__dict__, "_made": None, "_settled": None}
         for name in ("features", "guidance"):
             # No copy can carry the graph that a tensor came from.

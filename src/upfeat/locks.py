@@ -30,7 +30,7 @@ _held: set[int] = set()
 
 
 def lock_file(output: Path) -> Path:
-    """Where the lock of an output lies: ``.lock`` in a folder, ``.NAME.lock`` beside a file.
+    """Path of the lock of an output: ``.lock`` in a folder, ``.NAME.lock`` beside a file.
 
     Args:
         output: a folder that exists, or a file that may not.
@@ -109,7 +109,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _is_file_of(path: Path, handle: int) -> bool:
-    """Whether the path still names the open file."""
+    """Return whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except OSError:
@@ -126,7 +126,7 @@ def _write(handle: int) -> None:
 
 
 def _read(handle: int) -> dict[str, Any]:
-    """Who holds the lock, as far as the file says."""
+    """Describe the holder of the lock, as far as the file says."""
     try:
         os.lseek(handle, 0, os.SEEK_SET)
         holder = json.loads(os.read(handle, 4096))
@@ -136,7 +136,7 @@ def _read(handle: int) -> dict[str, Any]:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the writer of a lock file still runs; one on another machine counts as running."""
+    """Return whether a lock file's writer still runs; one on another machine counts as running."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or isinstance(pid, bool) or pid < 1:
         return False

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.features import UpsampledFeatures, blank
 from upfeat.images import fill_missing, resize_mask
-from upfeat.normalization import Normalization
-from upfeat.upsamplers import Upsampler, create_upsampler
+from upfeat.scales import FINER_WEIGHTS, PASSES, SecondScale, Translation, guidance_for
+from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,6 +70,11 @@ class FeatUp(nn.Module):
         self.eval().requires_grad_(False)
 
     @property
+    def passes(self) -> int:
+        """Cost of the features, in passes of the network over the image: 1 or 5."""
+        return getattr(self.backbone, "passes", 1)
+
+    @property
     def embed_dim(self) -> int:
         """Number C of feature channels."""
         return self.backbone.embed_dim
@@ -102,9 +107,9 @@ class FeatUp(nn.Module):
             ValueError: x is not such an image, or the backbone returns NaN.
         """
         if mask is None:
-            return self.upsampler(self.backbone(x), self.guidance(x), output_size)
+            return self.upsampler(*self._inputs(self.backbone(x), x), output_size)
         x, features = self._without_data(x, mask)
-        out = self.upsampler(features, self.guidance(x), output_size)
+        out = self.upsampler(*self._inputs(features, x), output_size)
         return blank(out, resize_mask(mask, (out.shape[2], out.shape[3])).to(out.device))
 
     def _without_data(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,13 +122,13 @@ class FeatUp(nn.Module):
 
     def guidance(self, x: Tensor) -> Tensor:
         """The image as the upsampler sees it: in its own normalisation, where that differs."""
-        if self.bands is None:
-            return self.upsampler.guidance_from(x, self.backbone)
-        mean, std = (
-            tuple(values[band] for band in self.bands) for values in self.backbone.normalization
-        )
-        own, x = self.upsampler.normalization, x[:, list(self.bands)]
-        return x if own is None else Normalization(mean, std).convert(x, own)
+        return guidance_for(self.upsampler, x, self.backbone, self.bands)
+
+    def _inputs(self, features: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and guidance of an image, in the type that the upsampler computes in."""
+        floating = (one.dtype for one in self.upsampler.parameters() if one.is_floating_point())
+        dtype = next(floating, x.dtype)
+        return features.to(dtype), self.guidance(x).to(dtype)
 
     def lazy(
         self,
@@ -148,7 +153,7 @@ class FeatUp(nn.Module):
             missing = resize_mask(mask, size).to(x.device)
         mean, std = self.upsampler.normalization or self.backbone.normalization
         return UpsampledFeatures(
-            *(features, self.guidance(x), self.upsampler, output_size),
+            *(*self._inputs(features, x), self.upsampler, output_size),
             mean=mean,
             std=std,
             missing=missing,
@@ -161,18 +166,27 @@ def load(
     upsampler: str | Path | Upsampler | None = None,
     device: str | torch.device | None = None,
     bands: Sequence[int] | None = None,
+    passes: int = 1,
+    translation: Translation | str | Path | None = None,
 ) -> FeatUp:
     """Load a backbone with an upsampler, in eval mode and frozen.
 
     Args:
-        backbone: one of ``upfeat.list_backbones()``; or your own, a :class:`Backbone` or any module
-            or function from (B, 3, H, W) to (B, C, h, w). A module's parameters are frozen in
-            place; for options as its normalisation, wrap it by :func:`upfeat.load_backbone`.
+        backbone: a name or model as :func:`upfeat.load_backbone` takes them: one of
+            ``upfeat.list_backbones()``, ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, a model of those
+            libraries, or any module or function that makes features. A module's parameters are
+            frozen in place; for options, such as a layer, call :func:`upfeat.load_backbone`.
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
             published FeatUp checkpoint (``.ckpt``), or an upsampler; ``None`` for the backbone's
             best, which for any but the embedded ones needs no training.
         device: where to put both; ``None`` for the CPU.
         bands: see :class:`FeatUp`.
+        passes: what the backbone may cost, in passes over the image. 5: it sees the image at twice
+            its size too (:class:`upfeat.scales.SecondScale`); the model's backbone then has half
+            the stride, and all else is as with 1.
+        translation: for ``passes=5``, what :func:`upfeat.scales.fit_translation` learnt for this
+            backbone, or a file of it; ``None`` for the shipped one, and where there is none to
+            learn one of each image from its own cells.
 
     Raises:
         FileNotFoundError: ``upsampler`` is a path where nothing is.
@@ -185,9 +199,16 @@ def load(
         torch.Size([1, 112, 64, 96])
     """
     network = load_backbone(backbone)
-    if not isinstance(upsampler, Upsampler):
-        upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
-    model = FeatUp(network, upsampler, bands=bands)
+    if passes not in PASSES:
+        raise ValueError(f"passes={passes!r} must be one of {PASSES}")
+    if passes == 1:
+        if translation is not None:
+            raise ValueError("translation is for passes=5; with passes=1 there is nothing for it")
+        if not isinstance(upsampler, Upsampler):
+            upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
+        model = FeatUp(network, upsampler, bands=bands)
+    else:
+        model = _two_scales(network, upsampler, bands, translation)
     if device is None:
         return model
     try:
@@ -195,3 +216,20 @@ def load(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+
+
+def _two_scales(
+    network: Backbone,
+    upsampler: str | Path | Upsampler | None,
+    bands: Sequence[int] | None,
+    translation: Translation | str | Path | None,
+) -> FeatUp:
+    """A model whose backbone sees the image at two scales."""
+    if isinstance(translation, str | Path):
+        translation = Translation.load(translation, network)
+    if not isinstance(upsampler, Upsampler):
+        name = FINER_WEIGHTS if upsampler is None else upsampler
+        upsampler = create_upsampler(name, network.embed_dim, backbone=network.name)
+    steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
+    scales = SecondScale(network, steps, bands=bands, translation=translation)
+    return FeatUp(scales, upsampler if steps is None else steps.last_step(), bands=bands)

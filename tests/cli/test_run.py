@@ -146,3 +146,21 @@ def test_installed_command():
     assert command, "the package is not installed with its command"
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == f"upfeat {upfeat.__version__}"
+
+
+def test_any_backbone_and_its_layers(photo, tmp_path, capsys):
+    code = "from torch import nn\n\n\ndef make():\n    return nn.Conv2d(3, 8, 16, 16)\n"
+    (tmp_path / "mine.py").write_text(code)
+    out = tmp_path / "out"
+    options = ["--backbone", f"{tmp_path / 'mine.py'}:make", "--upsampler", "bilinear"]
+    assert main(["run", str(photo), *options, "-o", str(out)]) == 0
+    with safe_open(out / "small.safetensors", framework="pt") as file:
+        assert file.metadata()["backbone"] == options[1]
+    for wrong, words in (
+        (["--layer", "8"], "levels are named as efficientnet_lite0.stride8"),
+        (["--backbone", "hf:none/of-it/here"], "hf:none/of-it/here"),
+        (["--backbone", "tim:resnet18"], "did you mean timm"),
+    ):
+        assert main(["run", str(photo), *wrong, "-o", str(tmp_path / "none")]) == 2
+        error = capsys.readouterr().err.strip().splitlines()
+        assert words in error[-1]

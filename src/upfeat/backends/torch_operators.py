@@ -215,6 +215,23 @@ def _stage(backend: str, module: ModuleType) -> Callable[..., Tensor]:
     return getattr(torch.ops.upfeat, name)
 
 
+def _pyramid(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register the inference of a neighbourhood upsampler's encoder; it has no gradient."""
+    name = f"pyramid_queries_{backend}"
+    _LIBRARY.define(
+        f"{name}(Tensor guidance, Tensor[] parameters, SymInt[] window, bool unit) -> Tensor"
+    )
+
+    def fake(guidance: Tensor, parameters: list[Tensor], window: list[int], unit: bool) -> Tensor:
+        shape = (guidance.shape[0], len(parameters[1]), *window[2:])
+        return torch.empty(
+            shape, dtype=guidance.dtype, device=guidance.device, memory_format=torch.channels_last
+        )
+
+    _implement(name, module.pyramid_queries, fake)
+    return getattr(torch.ops.upfeat, name)
+
+
 def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"upfeat::{name}", fake, lib=_LIBRARY)
@@ -254,7 +271,9 @@ def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
         found.window_attention = _attention(backend, module)
     if hasattr(module, "jbu_stage"):
         found.jbu_stage = _stage(backend, module)
-    for operator in (*WINDOWED, *WEIGHTS, "window_attention", "jbu_stage"):
+    if hasattr(module, "pyramid_queries"):
+        found.pyramid_queries = _pyramid(backend, module)
+    for operator in (*WINDOWED, *WEIGHTS, "window_attention", "jbu_stage", "pyramid_queries"):
         check = getattr(module, f"can_run_{operator}", None)
         if check is not None:
             setattr(found, f"can_run_{operator}", _outside_transforms(check))

@@ -4,10 +4,16 @@ They stand here once more, or are read off the source, because help is there bef
 imported; a test holds them against the registries.
 """
 
+import argparse
 import re
 from pathlib import Path
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
+BACKBONE_HELP = (
+    "efficientnet_lite0 (or .stride8, .stride32, …), timm:NAME, hf:ID-OR-FOLDER, "
+    "open_clip:NAME/TAG, hub:REPO:NAME, a TorchScript or exported file, or my_file.py:make"
+)
+LAYER_HELP = "of such a backbone, counted from 0 (default: the last); several are concatenated"
 
 DEFAULT_UPSAMPLER = "detail"
 
@@ -34,3 +40,15 @@ UPSAMPLER_HELP = (
     "save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) (default: "
     f"{DEFAULT_UPSAMPLER})"
 )
+
+
+def add_layer(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--layer``."""
+    parser.add_argument("--layer", type=int, nargs="+", metavar="N", help=LAYER_HELP)
+
+
+def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
+    """A backbone's name with the layers of ``--layer``, as "timm:NAME@3,8"."""
+    if not layers:
+        return backbone
+    return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"

@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import BASELINES, DEFAULT_BACKBONE
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    BASELINES,
+    DEFAULT_BACKBONE,
+    add_layer,
+    with_layers,
+)
 from upfeat.evaluation.tasks import list_tasks
 
 if TYPE_CHECKING:
@@ -80,8 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone",
         metavar="NAME",
-        help=f"default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32",
+        help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32)",
     )
+    add_layer(parser)
     parser.add_argument(
         "--size",
         type=int,
@@ -155,7 +162,7 @@ def execute(options: argparse.Namespace) -> int:
             options.folder,
             options.output,
             upsamplers=options.upsamplers,
-            backbone=options.backbone,
+            backbone=with_layers(options.backbone, options.layer),
             config=config,
             layout=options.layout,
             device=options.device,
@@ -191,7 +198,7 @@ def _table(results: Results) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from upfeat.evaluation.report.page import best_mean, heading, shown
+    from upfeat.evaluation.report.page import COSTS, best_mean, heading, shown
     from upfeat.evaluation.results import summary
     from upfeat.evaluation.tasks import find_task
 
@@ -205,7 +212,7 @@ def _table(results: Results) -> Table:
         table.add_column(name, no_wrap=True)
     scores = find_task(results.task).scores
     heads = [heading(scores[name]) for name in names]
-    for head in (*heads, "s/image", "MiB"):
+    for head in (*heads, "passes", "s/image", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     for protocol in results.protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
@@ -217,7 +224,7 @@ def _table(results: Results) -> Table:
                 own = summary(row.scores[name])["mean"]
                 mean = f"[bold]{mean}[/]" if own is not None and own == best[name] else mean
                 cells.append(f"{mean} [dim]{spread}[/]" if spread else mean)
-            for name, digits in (("seconds", 3), ("memory_mib", 0)):
+            for name, digits in COSTS.items():
                 value = row.cost.get(name)
                 cells.append("–" if value is None else f"{value:.{digits}f}")
             table.add_row(protocol, escape(row.upsampler), *cells)

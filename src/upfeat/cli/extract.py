@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
+
 HELP = "Extract features of large sets: folders, lists, tar archives and videos; resumable."
 EXAMPLE = (
     "  upfeat extract photos/ -o features/\n"
@@ -41,8 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--head", type=Path, metavar="FILE", help="store what a head says instead")
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
     )
+    add_layer(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="resize the shorter side first (default: no)"
@@ -75,7 +81,8 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.batch import Engine, Extraction, extract
     from upfeat.heads import load_head
 
-    model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+    model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
     head = None if options.head is None else load_head(options.head)
     if head is not None:
         head.check_backbone(model.backbone, str(options.head))

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import DEFAULT_BACKBONE
+from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -44,8 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "fitted again. The picture goes beside it: NAME.features.png",
     )
     parser.add_argument(
-        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
     )
+    add_layer(parser)
     parser.add_argument(
         "--preset",
         default="fast",
@@ -102,7 +106,8 @@ def execute(options: argparse.Namespace) -> int:
         plan = batch.permitted(plan, (options.backbone,), FORMAT, overwrite=options.overwrite)
         if not plan:
             return batch.exit_code
-        model = upfeat.load(options.backbone, upsampler="bilinear", device=options.device)
+        backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+        model = upfeat.load(backbone, upsampler="bilinear", device=options.device)
         make_folder(folder)
         made_by = identify_backbone(model.backbone)
         recipe = partial(recipe_of, made_by=made_by, config=config, guidance=guidance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
 from upfeat.cli.raster import bands_of, scale_of
 
 HELP = "Train a linear head on labelled photographs or a labelled raster; print its scores."
@@ -35,8 +36,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--classes", type=_names, metavar="A,B,…", help="names, in the order of indices"
     )
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
     )
+    add_layer(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="resize photographs' shorter side (default: no)"
@@ -66,7 +71,8 @@ def execute(options: argparse.Namespace) -> int:
     for name, least in (("pixels", 1), ("folds", 2)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} {getattr(options, name)} must be {least} or more")
-    model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+    model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
     shared = {"pixels": options.pixels, "folds": options.folds, "seed": options.seed}
     console = Console(stderr=True)
     with console.status("reading …") as status:

@@ -6,6 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
+
 if TYPE_CHECKING:
     from upfeat.model import FeatUp
     from upfeat.raster.outputs import Output
@@ -30,8 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="scene.zarr, or scene.tif (a Cloud Optimized GeoTIFF)",
     )
     parser.add_argument(
-        "--backbone", default="efficientnet_lite0", metavar="NAME", help="default: %(default)s"
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
     )
+    add_layer(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
         "--head",
@@ -80,7 +86,8 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tile, upsample_raster
 
     budget = parse_memory(options.max_memory)
-    model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+    model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
     what = _output(options, model)
     console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(elapsed_when_finished=True))

@@ -8,13 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, UPSAMPLER_HELP
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    DEFAULT_BACKBONE,
+    UPSAMPLER_HELP,
+    add_layer,
+    with_layers,
+)
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from upfeat.cli.console import Batch, Plan
     from upfeat.outputs import Outputs
+    from upfeat.types import Size
 
 HELP = "Upsample the features of photographs; write them, and a picture of each."
 EXAMPLE = (
@@ -42,8 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where results go: NAME.safetensors and NAME.features.png",
     )
     parser.add_argument(
-        "--backbone", default=DEFAULT_BACKBONE, metavar="NAME", help="default: %(default)s"
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
     )
+    add_layer(parser)
     parser.add_argument(
         "--upsampler",
         metavar="NAME",
@@ -61,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp16",
         help="of the stored features (default: %(default)s)",
     )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        choices=(1, 5),
+        default=1,
+        help="5: let the backbone see the image at twice its size too (default: %(default)s)",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
     parser.add_argument(
@@ -69,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1 << 28,
         metavar="N",
         help="refuse larger photographs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="AMOUNT",
+        help="that the process may take, as 2GB or 500MiB (default: what the machine has)",
     )
     parser.add_argument(
         "--overwrite",
@@ -81,6 +102,7 @@ def execute(options: argparse.Namespace) -> int:
     """Run; bad photographs are reported at the end and the others done."""
     import upfeat
     from upfeat.cli.console import Batch, announce_size
+    from upfeat.machine import parse_memory
     from upfeat.marks import FEATURES
     from upfeat.outputs import make_folder
     from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
@@ -92,7 +114,9 @@ def execute(options: argparse.Namespace) -> int:
         plan = batch.permitted(plan, others, FEATURES, overwrite=options.overwrite)
         if not plan:
             return batch.exit_code
-        model = upfeat.load(options.backbone, upsampler=options.upsampler, device=options.device)
+        backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+        chosen = {"upsampler": options.upsampler, "passes": options.passes}
+        model = upfeat.load(backbone, **chosen, device=options.device)
         make_folder(options.output)
         made_by = describe_model(model)
         recipe = partial(recipe_of, made_by=made_by, size=options.size, dtype=dtype)
@@ -100,11 +124,13 @@ def execute(options: argparse.Namespace) -> int:
         measure = partial(size_on_disk, model, size=options.size, dtype=dtype, picture=pictures)
         announce_size("run", [measure(photo) for photo, _ in plan], options.output)
         settings = {"size": options.size, "dtype": dtype, "max_pixels": options.max_pixels}
+        if options.max_memory is not None:
+            settings["max_memory"] = parse_memory(options.max_memory)
         _run_all(batch, plan, partial(run_photo, model, made_by=made_by, **settings))
     return batch.exit_code
 
 
-def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Tensor]) -> None:
+def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Size]) -> None:
     from upfeat.cli.console import progress_bar, say
 
     with progress_bar() as progress:
@@ -113,7 +139,7 @@ def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Tensor]) -
             progress.update(task, description=photo.name)
             shape = None
             with batch.attempt(photo):
-                shape = run(photo, outputs).shape
+                shape = run(photo, outputs)
             if shape is not None:
                 progress.console.file.flush()
                 say(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")

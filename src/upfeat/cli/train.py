@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfeat.cli.choices import DEFAULT_BACKBONE
+from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
 from upfeat.settings import add_flags, settings_of
 from upfeat.training.config import PRESETS, TrainConfig
 
@@ -50,8 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backbone",
         nargs="+",
         metavar="NAME",
-        help=f"default: {DEFAULT_BACKBONE}; of several, an upsampler that serves all is trained",
+        help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}); of several, an upsampler that serves "
+        "all is trained",
     )
+    add_layer(parser)
     parser.add_argument(
         "--config",
         type=Path,
@@ -63,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"recipe to start from: {', '.join(PRESETS)} (reference: the published one)",
     )
-    settings = parser.add_argument_group("settings (docs/training.md says more)")
+    settings = parser.add_argument_group("settings (docs/guides/training.md says more)")
     add_flags(settings, TrainConfig)
     settings.add_argument(
         "--option",
@@ -139,6 +141,10 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     for name in ("preset", "backbone"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
+    if options.layer is not None:
+        named = settings.get("backbone", DEFAULT_BACKBONE)
+        several = [named] if isinstance(named, str) else named
+        settings["backbone"] = [with_layers(one, options.layer) for one in several]
     for name in settings_of(TrainConfig):
         if hasattr(options, name):
             settings[name] = _value(str(getattr(options, name)))
@@ -170,7 +176,7 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _is_main() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun started."""
+    """Return whether this process is the one that speaks, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 

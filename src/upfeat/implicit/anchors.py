@@ -8,22 +8,22 @@ regression. Gradient descent does the same in thousands of passes over thousands
 The process's mean is what a one-pass upsampler makes of the image's own features, as far as the
 basis functions can say it: where the views have nothing to say, that is drawn, not a constant.
 
-Magnified views show more detail, but a backbone speaks of magnified things in other words, which no
-map can reconcile. Their features are therefore translated by a linear map, learnt from the image's
-own views, and of the result only what differs between neighbouring cells is taken.
+Magnified views show more detail, but backbone features shift with scale. A linear map, fitted per
+image, undoes that shift; only local differences are then used.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.implicit.config import FitConfig
 from upfeat.implicit.fields import BilateralKernel, KernelField, whitening
 from upfeat.implicit.guides import QueryGuide, normalised, sample
 from upfeat.implicit.observe import (
@@ -212,7 +212,7 @@ class KernelFit:
         return table.view(*self.map_size, -1)
 
     def _designs(self, views: Jitter) -> Iterator[Tensor]:
-        """What the basis functions look like in views: (N·h·w, M), some views at a time."""
+        """Basis functions as views show them: (N·h·w, M), some views at a time."""
         rows, columns = pooled_matrices(views, self.map_size, self.observer.grid_size)
         for start in range(0, len(views), _VIEWS_AT_ONCE):
             designs = [
@@ -230,20 +230,20 @@ class KernelFit:
         return self.basis.encode(features).permute(0, 2, 3, 1).flatten(0, 2)
 
 
+class Fitted(NamedTuple):
+    """The result of a round."""
+
+    field: KernelField
+    basis: Basis
+
+
+Round = tuple[int, Fitted | None]
+"""Views looked at so far, with the image itself, and what was fitted to them, if that is new."""
+
+
 def fit_kernel(
-    guidance: Tensor,
-    observer: Observer,
-    views: Jitter,
-    zoomed: Jitter,
-    *,
-    components: int,
-    anchors: int,
-    tolerance: float,
-    slack: float,
-    seed: int,
-    on_round: Callable[[KernelField, Basis, int], None],
-    on_views: Callable[[int], None],
-) -> None:
+    guidance: Tensor, observer: Observer, views: Jitter, zoomed: Jitter, config: FitConfig
+) -> Iterator[Round]:
     """Add views until held-out views are explained no better; then the details of magnified ones.
 
     First the image itself is looked at; then views in rounds, each doubling their number.
@@ -253,38 +253,40 @@ def fit_kernel(
         observer: of the same image.
         views: to look at, at most; every prefix should be well spread.
         zoomed: magnified views; may be none.
-        components: of the basis, at most.
-        anchors: basis functions, at most.
-        tolerance: stop when a round lowers the held-out loss by less than this share.
-        slack: of the choice of penalties, as :meth:`KernelFit.solve` takes it.
-        seed: draws the candidates for anchors.
-        on_round: is given the field, its basis and the number of views after every round; the last
-            one is the result.
-        on_views: is told how many views, with the image itself, have been looked at.
+        config: settings.
+
+    Yields:
+        Progress; the last round is the result.
     """
-    own = observer.observe(Jitter.identity(1, size=observer.size), on_views)
+    own = yield from _observe(observer, Jitter.identity(1, size=observer.size), 0)
     goal = min(_FIRST_ROUND, len(views))
-    features = observer.observe(views[slice(0, goal)], partial(_tell, on_views, 1))
-    basis = feature_basis(features, components, whiten=True)
-    fit = KernelFit(guidance, observer, basis, own, anchors=anchors, seed=seed)
+    features = yield from _observe(observer, views[slice(0, goal)], 1)
+    basis = feature_basis(features, config.components, whiten=True)
+    fit = KernelFit(guidance, observer, basis, own, anchors=config.anchors, seed=config.seed)
     fit.add(views[slice(0, goal)], features)
-    field, loss = fit.solve(slack)
-    on_round(field, basis, 1 + goal)
+    field, loss = fit.solve(config.slack)
+    yield 1 + goal, Fitted(field, basis)
     last = math.inf
-    while goal < len(views) and loss <= last * (1 - tolerance):
+    while goal < len(views) and loss <= last * (1 - config.tolerance):
         last, done, goal = loss, goal, min(2 * goal, len(views))
         added = views[slice(done, goal)]
-        fit.add(added, observer.observe(added, partial(_tell, on_views, 1 + done)))
-        field, loss = fit.solve(slack)
-        on_round(field, basis, 1 + goal)
+        fit.add(added, (yield from _observe(observer, added, 1 + done)))
+        field, loss = fit.solve(config.slack)
+        yield 1 + goal, Fitted(field, basis)
     if len(zoomed):
-        fit.add_details(zoomed, observer.observe(zoomed, partial(_tell, on_views, 1 + goal)))
-        field, _ = fit.solve(slack)
-        on_round(field, basis, 1 + goal + len(zoomed))
+        fit.add_details(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
+        field, _ = fit.solve(config.slack)
+        yield 1 + goal + len(zoomed), Fitted(field, basis)
 
 
-def _tell(on_views: Callable[[int], None], before: int, n: int) -> None:
-    on_views(before + n)
+def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round, None, Tensor]:
+    """Features of views, (N, C, h, w), telling how many views have been looked at."""
+    seen = []
+    for features in observer.batches(views):
+        seen.append(features)
+        before += len(features)
+        yield before, None
+    return torch.cat(seen)
 
 
 def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tensor:
@@ -315,7 +317,7 @@ def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tenso
 
 
 def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> Tensor:
-    """What the best upsampler for any backbone makes of features.
+    """Upsample features by the best upsampler for any backbone.
 
     Args:
         guidance: (3, H, W) uint8.
@@ -349,15 +351,15 @@ def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _details(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """What differs from the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
+    """Subtract the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
     maps = x.view(-1, *grid_size, x.shape[1]).permute(0, 3, 1, 2)
     around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return (maps - around).permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _translate(spoken: Tensor, known: Tensor) -> Tensor:
-    """The linear map of (N, k) that says (N, k) best, by ridge regression, applied: (N, k)."""
-    x, y = spoken.double(), known.double()
+def _translate(source: Tensor, target: Tensor) -> Tensor:
+    """Ridge-regress `target` on `source` and return the prediction, (N, k)."""
+    x, y = source.double(), target.double()
     x, mean = x - x.mean(0), y.mean(0)
     gram = x.T @ x / len(x)
     penalty = _TRANSLATION_PENALTY * float(gram.diagonal().mean()) + 1e-9

@@ -26,7 +26,7 @@ from upfeat.implicit.guides import sample
 from upfeat.implicit.stored import FORMAT, encode, read_stored
 from upfeat.storage import write_tensors
 from upfeat.types import Size
-from upfeat.upsamplers.base import check_output_size
+from upfeat.upsamplers.checks import check_output_size
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike
@@ -274,7 +274,7 @@ class ImplicitFeatures(FeatureMap):
 
     @cached_property
     def _seen(self) -> Tensor:
-        """What the field looks at, (H', W', D): made when first needed."""
+        """The map that the field looks at, (H', W', D); made when first needed."""
         return self.field.look(self.guidance)
 
     @torch.no_grad()

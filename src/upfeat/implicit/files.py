@@ -119,7 +119,7 @@ def is_fitted(
     picture: Path | None = None,
     guidance: bool = True,
 ) -> bool:
-    """Whether an earlier run has written what :func:`fit_photograph` would write.
+    """Return whether an earlier run has written what :func:`fit_photograph` would write.
 
     The arguments are those of that function.
     """

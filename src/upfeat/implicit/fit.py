@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,22 +11,20 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.bounds import shown
 from upfeat.images import read_image
 from upfeat.implicit.anchors import fit_kernel
+from upfeat.implicit.config import FitConfig
 from upfeat.implicit.features import ImplicitFeatures, resize_image
-from upfeat.implicit.fields import MOST_ANCHORS, Field
+from upfeat.implicit.fields import Field
 from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitters
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.randomness import stream
 from upfeat.registry import unknown_name
-from upfeat.settings import Number, Whole, check, documented, setting
 from upfeat.views import sample_jitters, spread_jitters
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike
 
-PRESETS = ("fast", "reference")
 _DEFAULT_SIZE = 224
 _PCA_VIEWS = 50
 _REPORT_EVERY = 50
@@ -36,94 +34,9 @@ _MOST_ERROR = 1e3
 """Over that variance: the error of constant features, fitted to rounding, is small too."""
 
 
-def _one_of(*known: str) -> Callable[[str, Any], str]:
-    """A check of a name among a few."""
-
-    def check_name(name: str, value: Any) -> str:
-        if value not in known:
-            listed = " or ".join(f'"{choice}"' for choice in known)
-            raise ValueError(f"{name}={shown(value)} must be {listed}")
-        return value
-
-    return check_name
-
-
-@documented
-@dataclass(frozen=True)
-class FitConfig:
-    """Settings of a fit."""
-
-    preset: str = setting(
-        "fast",
-        "`fast`, a closed-form solution; or `reference`, the published recipe (FeatUp, section "
-        "3.3), some hundred times slower",
-        _one_of(*PRESETS),
-    )
-    size: int | None = setting(
-        None,
-        "length of the shorter side at which the image is fitted, pixels; `None` for its own, at "
-        "most 224; the result can be drawn at any size",
-        Whole(1, 1 << 14, optional=True),
-    )
-    seed: int = setting(0, "seed of all that is drawn at random", Whole(0, (1 << 63) - 1))
-    views: int | None = setting(
-        None,
-        "jittered views to look at; `None` for at most 64 (fast: fewer where held-out views gain "
-        "nothing, and the image itself besides) or 3000 (reference)",
-        Whole(1, 1 << 20, optional=True),
-    )
-    zoomed_views: int = setting(
-        48, "fast: magnified views, looked at beside those for their details", Whole(0, 1 << 16)
-    )
-    held_out: int = setting(
-        32, "views that are never fitted, by which the fit is judged", Whole(1, 1 << 16)
-    )
-    components: int = setting(
-        128,
-        "principal components of the features in which the fit works",
-        Whole(1, 1 << 15),
-    )
-    max_pad: float = setting(30, "reflected border of views, pixels", Number(0, 1 << 14))
-    max_zoom: float = setting(1.8, "largest magnification of views", Number(1, 1e3))
-    tolerance: float = setting(
-        0.01,
-        "fast: stop when twice the views lower the held-out loss by less than this fraction",
-        Number(0, 1, below=True),
-    )
-    slack: float = setting(
-        0.05,
-        "fast: fraction of the held-out loss that may be given for a smoother map; the smoothest "
-        "is what a one-pass upsampler draws, smoothness helps linear probes, and 0 gives the least "
-        "held-out loss",
-        Number(0, 1, below=True),
-    )
-    anchors: int = setting(1024, "fast: basis functions, at most", Whole(1, MOST_ANCHORS))
-    steps: int = setting(1200, "reference: steps of NAdam", Whole())
-    views_per_step: int = setting(10, "reference: views drawn for each step", Whole(1, 1 << 16))
-    learning_rate: float = setting(2e-3, "reference: step size of NAdam", Number(0, 10, above=True))
-    downsampler: str = setting(
-        "attention", "reference: `attention` or `simple`", _one_of("attention", "simple")
-    )
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            ValueError: a setting is out of its range.
-        """
-        check(self)
-
-    @property
-    def n_views(self) -> int:
-        """Views to look at, at most."""
-        if self.views is not None:
-            return self.views
-        return 64 if self.preset == "fast" else 3000
-
-
 @dataclass(frozen=True)
 class FitProgress:
-    """How far a fit is.
+    """Progress of a fit.
 
     Attributes:
         done: units of work done.
@@ -198,7 +111,6 @@ def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:
     return replace(config, **settings)
 
 
-@torch.no_grad()
 def fit_guidance(
     guidance: Tensor, backbone: Backbone, config: FitConfig, *, on_step: OnFit | None = None
 ) -> ImplicitFeatures:
@@ -209,6 +121,27 @@ def fit_guidance(
         backbone: in whatever mode it is; it is run in eval mode.
         config: settings; ``size`` plays no part.
         on_step: is told of progress.
+    """
+    features = None
+    for progress in fit_rounds(guidance, backbone, config):
+        features = progress.features
+        if on_step is not None:
+            on_step(progress)
+    assert features is not None, "the last round has the result"
+    return features
+
+
+@torch.no_grad()
+def fit_rounds(guidance: Tensor, backbone: Backbone, config: FitConfig) -> Iterator[FitProgress]:
+    """Fit an image round by round; the features of the last one are the result.
+
+    Args:
+        guidance: (3, H, W) uint8.
+        backbone: in whatever mode it is; it is run in eval mode.
+        config: settings; ``size`` plays no part.
+
+    Yields:
+        Progress, with features where a round has made some.
     """
     was_training = backbone.training
     backbone.eval()
@@ -222,14 +155,12 @@ def fit_guidance(
             seed=config.seed,
         )
         fit = _fit_fast if config.preset == "fast" else _fit_reference
-        return fit(guidance, observer, config, on_step or (lambda progress: None))
+        yield from fit(guidance, observer, config)
     finally:
         backbone.train(was_training)
 
 
-def _fit_fast(
-    guidance: Tensor, observer: Observer, config: FitConfig, on_step: OnFit
-) -> ImplicitFeatures:
+def _fit_fast(guidance: Tensor, observer: Observer, config: FitConfig) -> Iterator[FitProgress]:
     total = config.held_out + 1 + config.n_views + config.zoomed_views
     views = spread_jitters(
         config.n_views,
@@ -238,36 +169,20 @@ def _fit_fast(
         max_zoom=config.max_zoom,
         generator=stream(config.seed, "views"),
     )
-
     zoomed = zoomed_jitters(
         config.zoomed_views, size=observer.size, generator=stream(config.seed, "zoomed views")
     )
-
-    found: list[ImplicitFeatures] = []
-
-    def tell_round(field: Field, basis: Basis, n: int) -> None:
-        found[:] = [_assemble(field, basis, guidance, observer, config, n)]
-        on_step(FitProgress(config.held_out + n, total, found[0].facts["held_out"], found[0]))
-
-    fit_kernel(
-        guidance,
-        observer,
-        views,
-        zoomed,
-        components=config.components,
-        anchors=config.anchors,
-        tolerance=config.tolerance,
-        slack=config.slack,
-        seed=config.seed,
-        on_round=tell_round,
-        on_views=lambda n: on_step(FitProgress(config.held_out + n, total)),
-    )
-    return found[0]
+    for done, fitted in fit_kernel(guidance, observer, views, zoomed, config):
+        progress = FitProgress(config.held_out + done, total)
+        if fitted is not None:
+            features = _assemble(*fitted, guidance, observer, config, done)
+            progress = replace(progress, held_out=features.facts["held_out"], features=features)
+        yield progress
 
 
 def _fit_reference(
-    guidance: Tensor, observer: Observer, config: FitConfig, on_step: OnFit
-) -> ImplicitFeatures:
+    guidance: Tensor, observer: Observer, config: FitConfig
+) -> Iterator[FitProgress]:
     n = config.n_views
     views = sample_jitters(
         n,
@@ -277,12 +192,11 @@ def _fit_reference(
         generator=stream(config.seed, "views"),
     )
     total = config.held_out + n + config.steps
-    first = views[slice(0, _PCA_VIEWS)]
-    features = observer.observe(first)
+    features = observer.observe(views[slice(0, _PCA_VIEWS)])
     basis = feature_basis(features, config.components, whiten=False)
     targets = [basis.encode(features)]
     for start in range(_PCA_VIEWS, n, _PCA_VIEWS):
-        on_step(FitProgress(config.held_out + start, total))
+        yield FitProgress(config.held_out + start, total)
         targets.append(basis.encode(observer.observe(views[slice(start, start + _PCA_VIEWS)])))
     fit = create_network_fit(
         guidance,
@@ -291,17 +205,7 @@ def _fit_reference(
         downsampler=config.downsampler,
         seed=config.seed,
     )
-
-    def tell(step: int) -> None:
-        found = None
-        if step % _REPORT_EVERY == 0 and step < config.steps:
-            fit.eval()
-            found = _assemble(fit.field, basis, guidance, observer, config, n)
-            fit.train()
-        held_out = found.facts["held_out"] if found else None
-        on_step(FitProgress(config.held_out + n + step, total, held_out, found))
-
-    train_network(
+    steps = train_network(
         fit,
         views,
         torch.cat(targets),
@@ -309,9 +213,16 @@ def _fit_reference(
         views_per_step=config.views_per_step,
         learning_rate=config.learning_rate,
         seed=config.seed,
-        on_step=tell,
     )
-    return _assemble(fit.field, basis, guidance, observer, config, n)
+    for step in steps:
+        progress = FitProgress(config.held_out + n + step, total)
+        if step % _REPORT_EVERY == 0 or step == config.steps:
+            fit.eval()
+            drawn = _assemble(fit.field, basis, guidance, observer, config, n)
+            if step < config.steps:
+                fit.train()
+            progress = replace(progress, held_out=drawn.facts["held_out"], features=drawn)
+        yield progress
 
 
 @torch.no_grad()

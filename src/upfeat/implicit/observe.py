@@ -1,8 +1,8 @@
-"""What one image's fit looks at: the backbone's features of views, and a basis for them."""
+"""Observations of one image's fit: the backbone's features of views, and a basis for them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -66,13 +66,11 @@ class Observer:
         self.held_features = self.observe(self.held)
         self.grid_size = (self.held_features.shape[2], self.held_features.shape[3])
 
-    @torch.no_grad()
-    def observe(self, views: Jitter, on_batch: Callable[[int], None] | None = None) -> Tensor:
-        """The backbone's features of views.
+    def observe(self, views: Jitter) -> Tensor:
+        """Extract the backbone's features of views.
 
         Args:
             views: of the image.
-            on_batch: is told how many are done.
 
         Returns:
             (N, C, h, w) float32 on the CPU.
@@ -80,7 +78,11 @@ class Observer:
         Raises:
             ValueError: the backbone gives NaN or infinity.
         """
-        seen = []
+        return torch.cat(list(self.batches(views)))
+
+    @torch.no_grad()
+    def batches(self, views: Jitter) -> Iterator[Tensor]:
+        """The same, some views at a time."""
         for start in range(0, len(views), BATCH):
             part = views[slice(start, start + BATCH)]
             rows, columns = part.matrices(device=self.image.device)
@@ -92,10 +94,7 @@ class Observer:
                     f"{self.backbone.name} gives features with NaN or infinity; check its weights "
                     "and its precision"
                 )
-            seen.append(features)
-            if on_batch is not None:
-                on_batch(min(start + BATCH, len(views)))
-        return torch.cat(seen)
+            yield features
 
     def held_out_loss(self, features: Tensor) -> float:
         """Mean squared error of the held-out views, in units of the features squared.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from upfeat.views import Jitter
 
 
 class Waves(NamedTuple):
-    """What the network's inputs at all pixels are made of, whatever its phases.
+    """Parts of the network's inputs at all pixels, whatever its phases.
 
     With a the angles, sin(a + p) = sin a · cos p + cos a · sin p: the inputs are a linear map of
     constants, which goes into the first layer. Their squares, for the channel norm, are a linear
@@ -101,7 +101,7 @@ class NetworkFit:
     def views_loss(
         self, values: Tensor, views: Jitter, targets: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        """How badly the map (1, k, H, W) explains the features of views, (N, k, h, w); the mean.
+        """Mean loss of the map (1, k, H, W) against the features of views, (N, k, h, w).
 
         The map is never shown as the views show it: the downsampler's weights, one channel, are
         carried back to it instead.
@@ -116,7 +116,7 @@ class NetworkFit:
         return reconstruction + losses.IMPLICIT_MAGNITUDE_WEIGHT * lengths
 
     def prior_loss(self, values: Tensor) -> Tensor:
-        """What holds the map itself, (1, k, H, W), smooth."""
+        """Penalties that hold the map itself, (1, k, H, W), smooth."""
         variation = losses.magnitude_variation(values)
         return (
             losses.IMPLICIT_MAGNITUDE_VARIATION_WEIGHT * variation
@@ -204,9 +204,8 @@ def train_network(
     views_per_step: int,
     learning_rate: float,
     seed: int,
-    on_step: Callable[[int], None],
-) -> None:
-    """Train in place; leaves the network in eval mode.
+) -> Iterator[int]:
+    """Train in place, step by step; leaves the network in eval mode after the last.
 
     Args:
         fit: from :func:`create_network_fit`.
@@ -216,20 +215,23 @@ def train_network(
         views_per_step: drawn for each step.
         learning_rate: of NAdam.
         seed: draws the views of each step.
-        on_step: is told how many steps are done.
+
+    Yields:
+        The number of steps done.
     """
     optimiser = NAdam(fit.parameters(), lr=learning_rate)
     generator = stream(seed, "dropout of the downsampler")
     order = stream(seed, "order of views")
     fit.train()
-    with torch.enable_grad():
-        for step in range(steps):
-            chosen = torch.randperm(len(views), generator=order)[:views_per_step]
-            optimiser.zero_grad()
+    for step in range(1, steps + 1):
+        chosen = torch.randperm(len(views), generator=order)[:views_per_step]
+        optimiser.zero_grad()
+        with torch.enable_grad():
             loss = fit.backward(views[chosen], targets[chosen], generator)
-            if not math.isfinite(loss):
-                raise ValueError(f"the loss is {loss} at step {step + 1}; lower learning_rate")
-            optimiser.step()
-            on_step(step + 1)
-    fit.eval()
-    fit.field.requires_grad_(False)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss is {loss} at step {step}; lower learning_rate")
+        optimiser.step()
+        if step == steps:
+            fit.eval()
+            fit.field.requires_grad_(False)
+        yield step

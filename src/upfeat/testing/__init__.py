@@ -11,7 +11,8 @@ Example:
     True
 """
 
+from upfeat.testing.backbones import check_backbone
 from upfeat.testing.operators import check_backend
 from upfeat.testing.upsamplers import check_upsampler
 
-__all__ = ["check_backend", "check_upsampler"]
+__all__ = ["check_backbone", "check_backend", "check_upsampler"]

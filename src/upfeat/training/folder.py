@@ -53,7 +53,7 @@ class RunFolder:
 
     @property
     def upsampler(self) -> Path:
-        """Where the trained weights go."""
+        """Folder of the trained weights."""
         return self.path / "upsampler"
 
     @property
@@ -270,7 +270,7 @@ class RunFolder:
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
-    """What identifies a backbone, as JSON values: its weights, or without any what it makes."""
+    """Identify a backbone, as JSON values: by its weights, or without any by its output."""
     known = digest(backbone)
     if not backbone.state_dict():
         known = hashlib.sha256(identify_backbone(backbone).encode()).hexdigest()

@@ -239,7 +239,7 @@ class _Loop:
         return comparison(image, features[0].cpu(), upsampled[0].cpu(), label=label)
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was interrupted: all stop after the same step."""
+        """Return whether any process was interrupted: all stop after the same step."""
         own = torch.tensor([float(self.interrupted.is_set())], device=self.processes.device)
         return float(self.processes.mean(own)) > 0
 

@@ -20,7 +20,9 @@ from upfeat.bounds import whole
 from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.base import Kernels, Upsampler, apply_head, check_inputs
+from upfeat.upsamplers.base import Kernels, Upsampler
+from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
 
 _BAND_BYTES = 32 * 2**20
@@ -69,7 +71,7 @@ class AttentionKernels:
         return self.attend(features, window, blocks)
 
     def channel_blocks(self, channels: int) -> list[int]:
-        """How many of C channels each head weighs.
+        """Number of the C channels that each head weighs.
 
         Raises:
             ValueError: they cannot be shared out evenly.
@@ -110,7 +112,7 @@ class AttentionKernels:
 
 
 class AttentionUpsampler(Upsampler):
-    """What AnyUp, JAFAR and NAF have in common; they differ in :meth:`prepare`."""
+    """Common base of AnyUp, JAFAR and NAF, which differ in :meth:`prepare`."""
 
     mean, std = IMAGENET
 
@@ -139,7 +141,7 @@ class AttentionUpsampler(Upsampler):
         return x.to(torch.promote_types(torch.promote_types(x.dtype, own), torch.float32))
 
     def compiled(self, *tensors: Tensor) -> bool:
-        """Whether the compiled library runs the image encoders on these."""
+        """Return whether the compiled library runs the image encoders on these."""
         return self.backend in ("auto", "cpu") and compiled_encoders.can_run(self, *tensors)
 
     @abstractmethod
@@ -231,7 +233,7 @@ class AttentionUpsampler(Upsampler):
 
 
 def _common(chosen: range, start: int, count: int) -> int:
-    """How many of a range of channels lie in a block."""
+    """Number of a range's channels that lie in a block."""
     return max(min(chosen.stop, start + count) - max(chosen.start, start), 0)
 
 

@@ -126,7 +126,7 @@ class NeighbourhoodUpsampler(Upsampler):
 
     def queries(self, guidance: Tensor, output_size: Size) -> Tensor:
         """Unit queries, (B, 3, H, W) -> (B, query_dim, *output_size)."""
-        return Queries(self.encoder, guidance, output_size).all()
+        return Queries(self.encoder, guidance, output_size, self.backend).all()
 
     def prepare(
         self,
@@ -138,7 +138,7 @@ class NeighbourhoodUpsampler(Upsampler):
         """See :meth:`Upsampler.prepare`."""
         guidance = even_bands(guidance)
         step = self.for_bands(guidance)
-        queries = Queries(step.encoder, guidance, output_size)
+        queries = Queries(step.encoder, guidance, output_size, self.backend)
         return step.attend(queries, Units(CellMeans(queries, grid_size)))
 
     @property

@@ -19,7 +19,7 @@ STEP = 16
 
 
 class _Share(NamedTuple):
-    """How much of one window counts at a run of fine cells."""
+    """Weight of one window at a run of fine cells."""
 
     fine: Window
     """The fine cells at which it counts."""
@@ -28,7 +28,7 @@ class _Share(NamedTuple):
 
 
 class Lacking(Computed):
-    """What the first step leaves out of the mean queries of finer cells, (B, D, *finer grid)."""
+    """Mean queries of finer cells less the first step's, (B, D, *finer grid)."""
 
     def __init__(self, means: Map, finer: Computed, first: NeighbourhoodKernels) -> None:
         """Keep what it is made of; see :class:`ImageRegression`."""
@@ -108,7 +108,7 @@ class ImageRegression:
         return values @ self._fit(row, column).to(values.dtype)
 
     def _fit(self, row: int, column: int) -> Tensor:
-        """What the map of one window makes of features around it, (B, N, D).
+        """Apply the map of one window to the features around it, (B, N, D).
 
         They lose the mean around them by the adjoint, on fewer channels than theirs.
         """

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import functional
+from upfeat.backends import dispatch
 from upfeat.geometry import cell_of_pixels, first_pixel
-from upfeat.resampling import bilinear, pooled, resample
+from upfeat.resampling import bilinear, pooled, resample, resize
 from upfeat.types import Size, Window
 from upfeat.upsamplers.encoder import PyramidEncoder, spans_of, unit, window_of
 from upfeat.upsamplers.maps import (
@@ -51,15 +52,18 @@ class Pixels(Computed):
 class Queries(Pixels):
     """Unit queries at the pixels of an output, (B, D, H, W)."""
 
-    def __init__(self, encoder: PyramidEncoder, guidance: Tensor, output_size: Size) -> None:
+    def __init__(
+        self, encoder: PyramidEncoder, guidance: Tensor, output_size: Size, backend: str
+    ) -> None:
         """Keep what they are made of.
 
         Args:
             encoder: makes them.
-            guidance: (B, 3, H', W').
+            guidance: (B, channels, H', W').
             output_size: (H, W).
+            backend: of the operators.
         """
-        self.encoder, self.guidance = encoder, guidance
+        self.encoder, self.guidance, self.backend = encoder, guidance, backend
         self.seen: Size = (guidance.shape[2], guidance.shape[3])
         recorded = is_recorded(guidance, *encoder.parameters())
         whole = is_whole(recorded, self.seen, output_size)
@@ -67,22 +71,41 @@ class Queries(Pixels):
 
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
-        if window == (0, 0, *self.size):
-            queries = self.encoder(self.guidance)
-            if self.seen != self.size:
-                queries = F.interpolate(
-                    queries, size=self.size, mode="bilinear", align_corners=False, antialias=True
-                )
-            return unit(queries, over=True)
         if self.seen == self.size:
-            return unit(self.encoder.window(self.guidance, window), over=True)
+            return self._encode(window, unit_length=True)
+        if window == (0, 0, *self.size):
+            queries = resize(self._encode(Window(0, 0, *self.seen)), self.size)
+            return unit(queries, over=True)
         rows, columns = (
             bilinear(length, target, torch.arange(*span), antialias=True)
             for length, target, span in zip(self.seen, self.size, spans_of(window), strict=True)
         )
         source = window_of((rows.first, rows.stop), (columns.first, columns.stop))
-        queries = self.encoder.window(self.guidance, source)
-        return unit(resample(queries, rows, columns, (source.top, source.left)), over=True)
+        queries = resample(self._encode(source), rows, columns, (source.top, source.left))
+        return unit(queries, over=True)
+
+    def _encode(self, window: Window, *, unit_length: bool = False) -> Tensor:
+        """A window of what the encoder gives; compiled where nothing has to be kept."""
+        if self._can_fuse():
+            parameters = self.encoder.parameters_in_order()
+            return dispatch.call(
+                "pyramid_queries", self.backend, self.guidance, parameters, window, unit_length
+            )
+        whole = window == (0, 0, *self.seen)
+        queries = (
+            self.encoder(self.guidance) if whole else self.encoder.window(self.guidance, window)
+        )
+        return unit(queries, over=True) if unit_length else queries
+
+    def _can_fuse(self) -> bool:
+        """Return whether the compiled encoder can run, which has no gradients."""
+        if self.recorded or self.backend not in ("auto", "cpu"):
+            return False
+        if torch.is_autocast_enabled(self.guidance.device.type):
+            return False
+        if self.guidance.dtype != self.encoder.entry.weight.dtype:
+            return False
+        return dispatch.reason_against("pyramid_queries", "cpu", self.guidance) is None
 
 
 class CellMeans(Computed):
@@ -220,7 +243,7 @@ class NeighbourhoodKernels:
         return self._sum(values, self.weights(window), window, cells)
 
     def settle(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
-        """Do what no window changes, once for any number of them.
+        """Precompute everything that does not depend on the window.
 
         Args:
             features: (B, C, h, w).
@@ -354,12 +377,10 @@ class PooledWeights(Computed):
 
     def _pool(self, weights: Tensor, pixels: Window, cells: Window) -> Tensor:
         """Pool the weights of all pixels of some cells."""
-        down, across = (
-            divmod(length, count)
-            for count, length in zip(self.size, self.kernels.output_size, strict=True)
-        )
-        if not (down[1] or across[1]):
-            return F.avg_pool2d(weights, (down[0], across[0]))
+        (height, width), (cells_down, cells_across) = self.kernels.output_size, self.size
+        # Not by divmod, which compilers cannot trace for sizes that they do not know.
+        if height % cells_down == 0 and width % cells_across == 0:
+            return F.avg_pool2d(weights, (height // cells_down, width // cells_across))
         rows, columns = (
             _membership(count, length, own, seen, weights)
             for count, length, own, seen in zip(
@@ -400,7 +421,7 @@ def _membership(
 
 
 def _cells_of_tile(size: Size, grid_size: Size) -> int:
-    """How many cells a tile of pixels is wide."""
+    """Width of a tile of pixels, in cells."""
     pixels = max(length / cells for length, cells in zip(size, grid_size, strict=True))
     return max(int(TILE / pixels), 1)
 

@@ -23,12 +23,15 @@ STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
     *("fix_w0", "fix_b0", "fix_w1", "fix_b1"),
 )
+PYRAMID_ARRAYS = tuple(
+    f"{layer}_{part}" for layer in ("entry", "hidden", "last", "join") for part in "wb"
+)
 LAYER_ARRAYS = ("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns")
 _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
     *("silu", "unit", "reflect", "pair", "groups"),
 )
-_ABI = 4
+_ABI = 5
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -56,6 +59,18 @@ class Stage(ctypes.Structure):
     ]
 
 
+class Pyramid(ctypes.Structure):
+    """The encoder of the neighbourhood upsampler: dense float32 arrays by address, and sizes."""
+
+    keep: dict[str, Tensor]  # owners of the addresses
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in PYRAMID_ARRAYS),
+        ("width", ctypes.c_int64),
+        ("levels", ctypes.c_int64),
+    ]
+
+
 class Window(ctypes.Structure):
     """The parts of an output and of a grid that tensors hold: whole sizes, and where they are."""
 
@@ -69,7 +84,7 @@ class Window(ctypes.Structure):
 
 
 class Ranges(ctypes.Structure):
-    """Which cells pixels attend to, and how many channels each head weighs; arrays by address."""
+    """Cells that pixels attend to, and channels that each head weighs; arrays by address."""
 
     keep: list[ctypes.Array]  # owners of the addresses
 
@@ -153,7 +168,7 @@ _library = _Library()
 
 
 def unavailable_reason() -> str | None:
-    """Why no operator of this backend can run here, in one line; ``None`` when they can."""
+    """Return why no operator of this backend can run here, in one line; ``None`` when they can."""
     return _library.load().reason
 
 

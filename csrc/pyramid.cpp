@@ -1,0 +1,94 @@
+// The encoder of the neighbourhood upsampler: what of every scale a window of queries depends on.
+#include "checks.h"
+#include "runtime.h"
+
+namespace upfeat {
+namespace {
+
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// floor((2p + 1) * coarse / (2 * fine) - 1/2), at least 0.
+int64_t cell_before(int64_t fine, int64_t coarse, int64_t pixel) {
+  const int64_t numerator = (2 * pixel + 1) * coarse - fine;
+  return numerator < 0 ? 0 : numerator / (2 * fine);
+}
+
+void plan_pyramid_axis(PyramidAxis* axes, const int64_t* lengths, int64_t levels, int64_t start,
+                       int64_t count) {
+  for (int64_t level = 0; level < levels; ++level) {
+    PyramidAxis& axis = axes[level];
+    axis.length = lengths[level];
+    if (level == 0) {
+      axis.out = {start, start + count};
+      continue;
+    }
+    const int64_t fine = lengths[level - 1], coarse = lengths[level];
+    const PyramidSpan& below = axes[level - 1].out;
+    axis.out.start = cell_before(fine, coarse, below.start);
+    axis.out.stop = smaller(cell_before(fine, coarse, below.stop - 1) + 2, coarse);
+  }
+  for (int64_t level = levels - 1; level >= 0; --level) {
+    PyramidAxis& axis = axes[level];
+    axis.seen = axis.out;
+    if (level + 1 < levels) {
+      const PyramidSpan& needed = axes[level + 1].read;
+      const int64_t fine = lengths[level], coarse = lengths[level + 1];
+      axis.seen.start = smaller(axis.seen.start, needed.start * fine / coarse);
+      axis.seen.stop = larger(axis.seen.stop, (needed.stop * fine + coarse - 1) / coarse);
+    }
+    axis.read.start = larger(axis.seen.start - 1, 0);
+    axis.read.stop = smaller(axis.seen.stop + 1, axis.length);
+  }
+}
+
+// The scales of an image halve, rounded up, while both sides are 2 or more.
+int64_t pyramid_lengths(const UpfeatTensor& guidance, int64_t most, int64_t* rows,
+                        int64_t* columns) {
+  rows[0] = guidance.size[2];
+  columns[0] = guidance.size[3];
+  int64_t levels = 1;
+  while (levels < most && rows[levels - 1] >= 2 && columns[levels - 1] >= 2) {
+    rows[levels] = (rows[levels - 1] + 1) / 2;
+    columns[levels] = (columns[levels - 1] + 1) / 2;
+    ++levels;
+  }
+  return levels;
+}
+
+int encode(const UpfeatTensor* guidance, const UpfeatPyramid& encoder, const UpfeatTensor* queries,
+           int64_t top, int64_t left, bool unit, int isa, int threads) {
+  if (!all_valid({guidance, queries})) return UPFEAT_BAD_ARGUMENT;
+  const int64_t *g = guidance->size, *q = queries->size;
+  if (encoder.levels < 1 || encoder.levels > kMostLevels || encoder.width < 32 ||
+      encoder.width % 32 || q[1] > encoder.width || q[0] != g[0] ||
+      !lies_in(top, q[2], g[2]) || !lies_in(left, q[3], g[3])) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  if (is_empty(*queries)) return UPFEAT_OK;
+  if (!g[1]) return UPFEAT_BAD_ARGUMENT;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  PyramidPlan plan{};
+  int64_t rows[kMostLevels], columns[kMostLevels];
+  plan.levels = pyramid_lengths(*guidance, encoder.levels, rows, columns);
+  plan_pyramid_axis(plan.rows, rows, plan.levels, top, q[2]);
+  plan_pyramid_axis(plan.columns, columns, plan.levels, left, q[3]);
+  prepare_output(*queries, threads);
+  const double work = elements(*queries) * static_cast<double>(6 * encoder.width);
+  return kernels->encode_pyramid(runtime_for(threads, work), *guidance, encoder, plan, *queries, unit);
+}
+
+}  // namespace
+}  // namespace upfeat
+
+using namespace upfeat;
+
+extern "C" int upfeat_pyramid(const UpfeatTensor* guidance, const UpfeatPyramid* encoder,
+                              const UpfeatTensor* queries, int64_t top, int64_t left, int64_t unit,
+                              int isa, int threads) {
+  if (!encoder) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return encode(guidance, *encoder, queries, top, left, unit != 0, isa, threads);
+  });
+}

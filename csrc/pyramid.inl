@@ -1,0 +1,498 @@
+// The encoder of the neighbourhood upsampler: unit queries of a window of an image.
+//
+// s0 = sin(conv3x3(image)), x[k] = mean of s[k-1] over 2x2, s[k] = x[k] + W gelu(conv3x3(x[k])),
+// o[k] = J[k] s[k] + o[k+1] laid over it bilinearly; the queries are o[0] at unit length. Of every
+// scale only what the window depends on is made. s0 is made twice, a row at a time, since keeping it
+// would cost more than making it.
+//
+// Pixels are rows of `width` floats, channels side by side, so that a 3x3 window is three runs and
+// every layer is the same product: kPixels pixels times kVecs vectors of outputs in registers.
+
+#if defined(__AVX512F__)
+constexpr int kPixels = 12, kVecs = 2;
+#elif defined(__AVX2__) || defined(__aarch64__)
+constexpr int kPixels = 6, kVecs = 2;
+#else
+constexpr int kPixels = 3, kVecs = 2;
+#endif
+
+// A 3x3 or 1x1 layer: `runs` runs of `inputs` floats that lie side by side.
+struct Runs {
+  const float* weight;  // (runs, inputs, width)
+  const float* bias;    // (width,)
+  int64_t runs, inputs;
+};
+
+// sum[p][v] += in[p][i] * weight[i][v] over a run of inputs.
+template <int kCount>
+UPFEAT_INLINE void add_run(Vec (*sum)[kVecs], const float* in, int64_t step, int64_t inputs,
+                           const float* weight, int64_t width) {
+  for (int64_t i = 0; i < inputs; ++i) {
+    Vec w[kVecs];
+    UPFEAT_UNROLL
+    for (int v = 0; v < kVecs; ++v) w[v] = load(weight + i * width + v * kLanes);
+    UPFEAT_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      const Vec value = splat(in[p * step + i]);
+      UPFEAT_UNROLL
+      for (int v = 0; v < kVecs; ++v) sum[p][v] += value * w[v];
+    }
+  }
+}
+
+// out[p][...] = bias + sum over runs, for kCount pixels `step` floats apart in each run.
+template <int kCount>
+UPFEAT_APART void multiply_block(const Runs& layer, const float* const* in, int64_t step,
+                              int64_t width, float* out) {
+  for (int64_t c = 0; c < width; c += kVecs * kLanes) {
+    Vec sum[kCount][kVecs];
+    UPFEAT_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      UPFEAT_UNROLL
+      for (int v = 0; v < kVecs; ++v) sum[p][v] = load(layer.bias + c + v * kLanes);
+    }
+    for (int64_t run = 0; run < layer.runs; ++run) {
+      add_run<kCount>(sum, in[run], step, layer.inputs,
+                      layer.weight + run * layer.inputs * width + c, width);
+    }
+    UPFEAT_UNROLL
+    for (int p = 0; p < kCount; ++p) {
+      UPFEAT_UNROLL
+      for (int v = 0; v < kVecs; ++v) store(out + p * width + c + v * kLanes, sum[p][v]);
+    }
+  }
+}
+
+// The same for any number of pixels of a row.
+static void multiply_row(const Runs& layer, const float* const* rows, int64_t step, int64_t width,
+                      int64_t pixels, float* out) {
+  const float* in[3] = {rows[0], rows[layer.runs > 1 ? 1 : 0], rows[layer.runs > 2 ? 2 : 0]};
+  int64_t x = 0;
+  for (; x + kPixels <= pixels; x += kPixels) {
+    multiply_block<kPixels>(layer, in, step, width, out + x * width);
+    for (const float*& run : in) run += kPixels * step;
+  }
+  for (; x < pixels; ++x) {
+    multiply_block<1>(layer, in, step, width, out + x * width);
+    for (const float*& run : in) run += step;
+  }
+}
+
+// sin(x) for |x| <= kFar: reduced by multiples of pi in four parts, Taylor on |r| <= pi/2 (6e-8).
+constexpr float kFar = 8192.0f;
+
+UPFEAT_INLINE Vec sine(Vec x) {
+  const Vec magic = splat(12582912.0f);
+  const Vec shifted = x * 0.318309886f + magic;
+  const Vec whole = shifted - magic;
+  Vec r = x - whole * 3.140625f;
+  r = r - whole * 0.0009670257568359375f;
+  r = r - whole * 6.2771141529083252e-7f;
+  r = r - whole * 1.2154201256553420e-10f;
+  const Vec t = r * r;
+  Vec p = splat(-1.0f / 39916800.0f);
+  p = p * t + 1.0f / 362880.0f;
+  p = p * t - 1.0f / 5040.0f;
+  p = p * t + 1.0f / 120.0f;
+  p = p * t - 1.0f / 6.0f;
+  const Vec value = r + r * t * p;
+  return as_float(as_bits(value) ^ (as_bits(shifted) << 31));
+}
+
+// Where a row has values beyond kFar, which lose digits, one by one in double.
+static void sine_row(float* row, int64_t count) {
+  Vec most{};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec x = load(row + i);
+    most = max(most, max(x, -x));
+  }
+  bool far = false;
+  for (int i = 0; i < kLanes; ++i) far |= !(most[i] <= kFar);
+  for (int64_t i = 0; far && i < count; ++i) {
+    row[i] = static_cast<float>(__builtin_sin(static_cast<double>(row[i])));
+  }
+  for (int64_t i = 0; !far && i < count; i += kLanes) store(row + i, sine(load(row + i)));
+}
+
+static void gelu_row(float* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(row + i, gelu(load(row + i)));
+}
+
+struct HalvedColumn {
+  int64_t offset, count;  // in floats, in columns
+};
+
+struct LaidColumn {
+  int64_t left, right;  // in floats
+  float share;          // of the right one
+};
+
+struct PyramidJob {
+  UpfeatTensor guidance, queries;
+  const PyramidPlan* plan;
+  const UpfeatPyramid* encoder;
+  Runs entry;
+  bool unit;
+  int64_t batch, level;
+  // Along the columns of every scale: which values of the finer scale a value is the mean of, and
+  // which two of the coarser one a value lies between.
+  HalvedColumn* halved[kMostLevels];
+  LaidColumn* laid[kMostLevels];
+  float* read[kMostLevels];   // x[k], a pixel wider than it is on either side
+  float* seen[kMostLevels];   // s[k], then o[k]
+  char* scratch;
+  int64_t worker_bytes;
+};
+
+UPFEAT_INLINE Runs runs_of(const float* weight, const float* bias, int64_t runs, int64_t inputs) {
+  return Runs{weight, bias, runs, inputs};
+}
+
+// The values that value `at` of `coarse` is the mean of, of `fine`: two, or three of which some are
+// shared where sides are odd.
+UPFEAT_INLINE void halved_span(int64_t fine, int64_t coarse, int64_t at, int64_t* low,
+                               int64_t* high) {
+  *low = at * fine / coarse;
+  *high = ((at + 1) * fine + coarse - 1) / coarse;
+}
+
+// The two values of `coarse` that pixel `at` of `fine` lies between; returns the share of the second.
+UPFEAT_INLINE float laid_place(int64_t coarse, int64_t fine, int64_t at, int64_t* low,
+                               int64_t* high) {
+  const int64_t numerator = (2 * at + 1) * coarse - fine;
+  *low = numerator < 0 ? 0 : numerator / (2 * fine);
+  *high = *low + 1 < coarse ? *low + 1 : *low;
+  if (numerator < 0) return 0;
+  return static_cast<float>(numerator - *low * 2 * fine) / static_cast<float>(2 * fine);
+}
+
+UPFEAT_INLINE int64_t clamped(int64_t value, int64_t low, int64_t end) {
+  return value < low ? low : (value >= end ? end - 1 : value);
+}
+
+// Rows of the image, its channels side by side, and of s0: the last few that a worker made.
+struct EntryRows {
+  static constexpr int64_t kSlots = 4;
+  float* image;  // (kSlots, columns + 2, channels)
+  float* scale;  // (kSlots, columns, width)
+  int64_t image_held[kSlots], scale_held[kSlots];
+};
+
+UPFEAT_INLINE int64_t entry_columns(const PyramidJob& job) {
+  const PyramidSpan& columns = job.plan->columns[0].seen;
+  return columns.stop - columns.start;
+}
+
+static EntryRows entry_rows(const PyramidJob& job, char* at) {
+  EntryRows rows{};
+  rows.image = reinterpret_cast<float*>(at);
+  const int64_t image = EntryRows::kSlots * (entry_columns(job) + 2) * job.guidance.size[1];
+  rows.scale = rows.image + (image + 15) / 16 * 16;
+  for (int64_t i = 0; i < EntryRows::kSlots; ++i) rows.image_held[i] = rows.scale_held[i] = -1;
+  return rows;
+}
+
+UPFEAT_INLINE int64_t entry_bytes(const PyramidJob& job) {
+  const int64_t columns = entry_columns(job) + 2;
+  const int64_t image = EntryRows::kSlots * columns * job.guidance.size[1];
+  const int64_t scale = EntryRows::kSlots * columns * job.encoder->width;
+  return rounded(((image + 15) / 16 * 16 + scale) * 4);
+}
+
+static const float* image_row(const PyramidJob& job, EntryRows& rows, int64_t y) {
+  const UpfeatTensor& image = job.guidance;
+  const PyramidSpan& columns = job.plan->columns[0].seen;
+  const int64_t channels = image.size[1], count = columns.stop - columns.start + 2;
+  const int64_t slot = y % EntryRows::kSlots;
+  float* to = rows.image + slot * count * channels;
+  if (rows.image_held[slot] == y) return to;
+  const Row row = row_of(image, job.batch, y);
+  const int64_t low = larger(columns.start - 1, 0);
+  const int64_t high = smaller(columns.stop + 1, image.size[3]);
+  const int64_t before = low - (columns.start - 1);
+  for (int64_t c = 0; c < channels; ++c) {
+    const char* from = static_cast<const char*>(row.at(c, low));
+    float* line = to + c;
+    if (row.dtype == UPFEAT_FLOAT32) {
+      const float* values = reinterpret_cast<const float*>(from);
+      for (int64_t x = 0; x < high - low; ++x) {
+        line[(before + x) * channels] = values[x * row.column_stride];
+      }
+    } else {
+      for (int64_t x = 0; x < high - low; ++x) {
+        line[(before + x) * channels] = read_one(from, x * row.column_stride, row.dtype);
+      }
+    }
+    if (before) line[0] = line[channels];
+    if (before + high - low < count) line[(count - 1) * channels] = line[(count - 2) * channels];
+  }
+  rows.image_held[slot] = y;
+  return to;
+}
+
+static const float* scale_row(const PyramidJob& job, EntryRows& rows, int64_t y) {
+  const int64_t columns = entry_columns(job), width = job.encoder->width;
+  const int64_t slot = y % EntryRows::kSlots;
+  float* to = rows.scale + slot * columns * width;
+  if (rows.scale_held[slot] == y) return to;
+  const float* around[3];
+  for (int64_t i = 0; i < 3; ++i) {
+    around[i] = image_row(job, rows, clamped(y - 1 + i, 0, job.guidance.size[2]));
+  }
+  multiply_row(job.entry, around, job.guidance.size[1], width, columns, to);
+  sine_row(to, columns * width);
+  rows.scale_held[slot] = y;
+  return to;
+}
+
+// One row of x[k] from the rows of s[k-1] that it is the mean of, replicated at its ends.
+static void halve_row(const PyramidJob& job, int64_t level, int64_t y, const float* const* from,
+                      int64_t count) {
+  const PyramidAxis& columns = job.plan->columns[level];
+  const int64_t width = job.encoder->width, size = columns.read.stop - columns.read.start;
+  float* row = job.read[level] + (y - job.plan->rows[level].read.start) * (size + 2) * width;
+  for (int64_t x = 0; x < size; ++x) {
+    const HalvedColumn column = job.halved[level][x];
+    const float share = 1.0f / static_cast<float>(count * column.count);
+    float* to = row + (x + 1) * width;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      Vec sum{};
+      for (int64_t i = 0; i < count; ++i) {
+        const float* at = from[i] + column.offset + c;
+        for (int64_t n = 0; n < column.count; ++n) sum += load(at + n * width);
+      }
+      store(to + c, sum * share);
+    }
+  }
+  memcpy(row, row + width, static_cast<size_t>(width) * 4);
+  memcpy(row + (size + 1) * width, row + size * width, static_cast<size_t>(width) * 4);
+}
+
+static void halve_task(void* context, int64_t task, int worker) {
+  const PyramidJob& job = *static_cast<PyramidJob*>(context);
+  const int64_t level = job.level, width = job.encoder->width;
+  const PyramidAxis &rows = job.plan->rows[level], &finer = job.plan->rows[level - 1];
+  const PyramidAxis& across = job.plan->columns[level - 1];
+  const int64_t pitch = (across.seen.stop - across.seen.start) * width;
+  EntryRows entry = level == 1 ? entry_rows(job, job.scratch + worker * job.worker_bytes)
+                               : EntryRows{};
+  const int64_t first = rows.read.start + task * kPyramidRows;
+  const int64_t last = smaller(first + kPyramidRows, rows.read.stop);
+  for (int64_t y = first; y < last; ++y) {
+    int64_t low, high;
+    halved_span(finer.length, rows.length, y, &low, &high);
+    const float* from[3] = {};
+    for (int64_t i = 0; i < high - low; ++i) {
+      from[i] = level == 1 ? scale_row(job, entry, low + i)
+                           : job.seen[level - 1] + (low + i - finer.seen.start) * pitch;
+    }
+    halve_row(job, level, y, from, high - low);
+  }
+}
+
+// s[k] from x[k].
+static void correct_task(void* context, int64_t task, int worker) {
+  const PyramidJob& job = *static_cast<PyramidJob*>(context);
+  const UpfeatPyramid& encoder = *job.encoder;
+  const int64_t level = job.level, width = encoder.width;
+  const PyramidAxis &rows = job.plan->rows[level], &columns = job.plan->columns[level];
+  const int64_t wide = columns.read.stop - columns.read.start + 2;
+  const int64_t size = columns.seen.stop - columns.seen.start;
+  const int64_t shift = columns.seen.start - columns.read.start;
+  float* hidden = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  const int64_t first = rows.seen.start + task * kPyramidRows;
+  const int64_t last = smaller(first + kPyramidRows, rows.seen.stop);
+  for (int64_t y = first; y < last; ++y) {
+    const float* around[3];
+    for (int64_t i = 0; i < 3; ++i) {
+      const int64_t at = clamped(y - 1 + i, rows.read.start, rows.read.stop);
+      around[i] = job.read[level] + ((at - rows.read.start) * wide + shift) * width;
+    }
+    const float* own = around[1] + width;
+    float* to = job.seen[level] + (y - rows.seen.start) * size * width;
+    if (!encoder.hidden_w) {
+      memcpy(to, own, static_cast<size_t>(size * width) * 4);
+      continue;
+    }
+    const int64_t number = level - 1;
+    const Runs first_product = runs_of(encoder.hidden_w + number * 9 * width * width,
+                                       encoder.hidden_b + number * width, 3, 3 * width);
+    const Runs second = runs_of(encoder.last_w + number * width * width,
+                                  encoder.last_b + number * width, 1, width);
+    multiply_row(first_product, around, width, width, size, hidden);
+    gelu_row(hidden, size * width);
+    const float* in[1] = {hidden};
+    multiply_row(second, in, width, width, size, to);
+    for (int64_t i = 0; i < size * width; i += kLanes) store(to + i, load(to + i) + load(own + i));
+  }
+}
+
+// Adds row y of o[k+1], laid over scale k, to `to`.
+static void lay_over(const PyramidJob& job, int64_t level, int64_t y, float* to) {
+  const PyramidAxis &rows = job.plan->rows[level], &columns = job.plan->columns[level];
+  const PyramidAxis &above = job.plan->rows[level + 1], &beside = job.plan->columns[level + 1];
+  const int64_t width = job.encoder->width;
+  const int64_t pitch = (beside.seen.stop - beside.seen.start) * width;
+  const float* base = job.seen[level + 1];
+  int64_t low, high;
+  const float down = laid_place(above.length, rows.length, y, &low, &high);
+  const float* upper = base + (low - above.seen.start) * pitch;
+  const float* lower = base + (high - above.seen.start) * pitch;
+  const LaidColumn* column = job.laid[level];
+  for (int64_t x = columns.out.start; x < columns.out.stop; ++x, ++column, to += width) {
+    const float part = column->share;
+    const float *left = upper + column->left, *right = upper + column->right;
+    const float *left_below = lower + column->left, *right_below = lower + column->right;
+    const float share[4] = {(1 - down) * (1 - part), (1 - down) * part, down * (1 - part),
+                            down * part};
+    for (int64_t c = 0; c < width; c += kLanes) {
+      Vec sum = load(to + c);
+      sum += load(left + c) * share[0] + load(right + c) * share[1];
+      sum += load(left_below + c) * share[2] + load(right_below + c) * share[3];
+      store(to + c, sum);
+    }
+  }
+}
+
+// o[k] over s[k], in place, a row at a time: only a pixel's own s counts.
+static void join_task(void* context, int64_t task, int worker) {
+  const PyramidJob& job = *static_cast<PyramidJob*>(context);
+  const int64_t level = job.level, width = job.encoder->width;
+  const PyramidAxis &rows = job.plan->rows[level], &columns = job.plan->columns[level];
+  const int64_t size = columns.seen.stop - columns.seen.start;
+  const int64_t count = columns.out.stop - columns.out.start;
+  float* made = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  const Runs join = runs_of(job.encoder->join_w + level * width * width,
+                              job.encoder->join_b + level * width, 1, width);
+  const int64_t first = rows.out.start + task * kPyramidRows;
+  const int64_t last = smaller(first + kPyramidRows, rows.out.stop);
+  for (int64_t y = first; y < last; ++y) {
+    float* own = job.seen[level] + ((y - rows.seen.start) * size + columns.out.start -
+                                    columns.seen.start) * width;
+    const float* in[1] = {own};
+    multiply_row(join, in, width, width, count, made);
+    if (level + 1 < job.plan->levels) lay_over(job, level, y, made);
+    memcpy(own, made, static_cast<size_t>(count * width) * 4);
+  }
+}
+
+// x / max(|x|, tiny), as a division by the length alone would give nothing for 0.
+static void unit_row(float* row, int64_t pixels, int64_t width) {
+  for (int64_t x = 0; x < pixels; ++x, row += width) {
+    Vec sum{};
+    for (int64_t c = 0; c < width; c += kLanes) sum += load(row + c) * load(row + c);
+    const float length = __builtin_sqrtf(lane_sum(sum));
+    const float scale = 1.0f / (length > 1.17549435e-38f ? length : 1.17549435e-38f);
+    for (int64_t c = 0; c < width; c += kLanes) store(row + c, load(row + c) * scale);
+  }
+}
+
+static void query_task(void* context, int64_t task, int worker) {
+  const PyramidJob& job = *static_cast<PyramidJob*>(context);
+  const int64_t width = job.encoder->width;
+  const PyramidAxis &rows = job.plan->rows[0], &columns = job.plan->columns[0];
+  const int64_t count = columns.out.stop - columns.out.start;
+  char* at = job.scratch + worker * job.worker_bytes;
+  EntryRows entry = entry_rows(job, at);
+  float* made = reinterpret_cast<float*>(at + entry_bytes(job));
+  const Runs join = runs_of(job.encoder->join_w, job.encoder->join_b, 1, width);
+  const bool direct = writes_in_place(job.queries) && job.queries.size[1] == width &&
+                      job.queries.stride[3] == width;
+  const int64_t first = rows.out.start + task * kPyramidRows;
+  const int64_t last = smaller(first + kPyramidRows, rows.out.stop);
+  for (int64_t y = first; y < last; ++y) {
+    const float* in[1] = {scale_row(job, entry, y) +
+                          (columns.out.start - columns.seen.start) * width};
+    const Row row = row_of(job.queries, job.batch, y - rows.out.start);
+    float* to = direct ? reinterpret_cast<float*>(row.data) : made;
+    multiply_row(join, in, width, width, count, to);
+    if (job.plan->levels > 1) lay_over(job, 0, y, to);
+    if (job.unit) unit_row(to, count, width);
+    if (!direct) {
+      write_channels_last(row, 0, job.queries.size[1], 0, count, made, width, false);
+    }
+  }
+}
+
+static void run_phase(const Runtime& runtime, PyramidJob& job, const PyramidSpan& rows,
+                      TaskBody body) {
+  const int64_t count = rows.stop - rows.start;
+  runtime.parallel_for(runtime.workers, (count + kPyramidRows - 1) / kPyramidRows, body, &job);
+}
+
+static void fill_columns(PyramidJob& job, int64_t level, HalvedColumn* halved, LaidColumn* laid) {
+  const PyramidAxis &columns = job.plan->columns[level], &finer = job.plan->columns[level - 1];
+  const int64_t width = job.encoder->width;
+  job.halved[level] = halved;
+  for (int64_t x = columns.read.start; x < columns.read.stop; ++x, ++halved) {
+    int64_t low, high;
+    halved_span(finer.length, columns.length, x, &low, &high);
+    *halved = HalvedColumn{(low - finer.seen.start) * width, high - low};
+  }
+  job.laid[level - 1] = laid;
+  for (int64_t x = finer.out.start; x < finer.out.stop; ++x, ++laid) {
+    int64_t low, high;
+    const float share = laid_place(columns.length, finer.length, x, &low, &high);
+    *laid = LaidColumn{(low - columns.seen.start) * width, (high - columns.seen.start) * width,
+                       share};
+  }
+}
+
+static int encode_pyramid(const Runtime& runtime, const UpfeatTensor& guidance,
+                  const UpfeatPyramid& encoder, const PyramidPlan& plan,
+                  const UpfeatTensor& queries, bool unit) {
+  PyramidJob job{};
+  job.guidance = guidance;
+  job.queries = queries;
+  job.plan = &plan;
+  job.encoder = &encoder;
+  job.entry = runs_of(encoder.entry_w, encoder.entry_b, 3, 3 * guidance.size[1]);
+  job.unit = unit;
+  int64_t floats = 0, offset[kMostLevels][2], halved = 0, laid = 0;
+  for (int64_t level = 1; level < plan.levels; ++level) {
+    const PyramidAxis &rows = plan.rows[level], &columns = plan.columns[level];
+    halved += columns.read.stop - columns.read.start;
+    laid += plan.columns[level - 1].out.stop - plan.columns[level - 1].out.start;
+    offset[level][0] = floats;
+    floats += (rows.read.stop - rows.read.start) * (columns.read.stop - columns.read.start + 2) *
+              encoder.width;
+    offset[level][1] = floats;
+    floats += (rows.seen.stop - rows.seen.start) * (columns.seen.stop - columns.seen.start) *
+              encoder.width;
+  }
+  job.worker_bytes = entry_bytes(job) + rounded((entry_columns(job) + 2) * encoder.width * 4);
+  float* maps = static_cast<float*>(runtime.allocate(floats * 4));
+  job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
+  char* tables = static_cast<char*>(runtime.allocate(
+      halved * static_cast<int64_t>(sizeof(HalvedColumn)) +
+      laid * static_cast<int64_t>(sizeof(LaidColumn))));
+  if (!maps || !job.scratch || !tables) {
+    runtime.release(maps);
+    runtime.release(job.scratch);
+    runtime.release(tables);
+    return UPFEAT_NO_MEMORY;
+  }
+  HalvedColumn* next_halved = reinterpret_cast<HalvedColumn*>(tables);
+  LaidColumn* next_laid = reinterpret_cast<LaidColumn*>(next_halved + halved);
+  for (int64_t level = 1; level < plan.levels; ++level) {
+    job.read[level] = maps + offset[level][0];
+    job.seen[level] = maps + offset[level][1];
+    fill_columns(job, level, next_halved, next_laid);
+    next_halved += plan.columns[level].read.stop - plan.columns[level].read.start;
+    next_laid += plan.columns[level - 1].out.stop - plan.columns[level - 1].out.start;
+  }
+  for (job.batch = 0; job.batch < guidance.size[0]; ++job.batch) {
+    for (job.level = 1; job.level < plan.levels; ++job.level) {
+      run_phase(runtime, job, plan.rows[job.level].read, halve_task);
+      run_phase(runtime, job, plan.rows[job.level].seen, correct_task);
+    }
+    for (job.level = plan.levels - 1; job.level >= 1; --job.level) {
+      run_phase(runtime, job, plan.rows[job.level].out, join_task);
+    }
+    run_phase(runtime, job, plan.rows[0].out, query_task);
+  }
+  runtime.release(maps);
+  runtime.release(job.scratch);
+  runtime.release(tables);
+  return UPFEAT_OK;
+}

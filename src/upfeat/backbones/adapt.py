@@ -1,0 +1,96 @@
+"""The way to a model's features, by the library that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from upfeat.backbones import hub, open_clip, timm, transformers
+from upfeat.backbones.outputs import Layer, check_number
+from upfeat.backbones.settings import Settings, settings_of
+
+
+class Adapted(NamedTuple):
+    """A model that returns features."""
+
+    module: Callable[[Tensor], Any]
+    layers: Sequence[Layer] | None
+    """Still to be picked out of what it returns."""
+    settings: Settings | None
+    """Of its own configuration; ``None`` to look for one inside."""
+
+
+def adapt(
+    module: Callable[[Tensor], Any],
+    layers: Sequence[Layer] | None,
+    *,
+    interpolate: bool,
+    settings: Settings | None = None,
+) -> Adapted:
+    """Ask a model for its features, in the way of its library; others stay as they are.
+
+    Args:
+        module: any module or function.
+        layers: numbers or names of layers; ``None`` for the last.
+        interpolate: let position embeddings be interpolated, for images of other sizes.
+        settings: of its images, where they are known.
+
+    Raises:
+        ValueError: a layer does not exist, or the model has no spatial features.
+    """
+    if timm.is_timm(module):
+        assert isinstance(module, nn.Module)
+        settings = settings or settings_of(module)
+        network = timm.any_size(module) if interpolate else module
+        chosen = timm.numbers(layers, type(module).__name__)
+        return Adapted(timm.TimmFeatures(network, chosen), _all(chosen), settings)
+    if transformers.is_transformers(module):
+        assert isinstance(module, nn.Module)
+        return _from_transformers(module, layers, interpolate, settings)
+    if open_clip.is_open_clip(module):
+        tower = open_clip.image_tower(module)
+        settings = settings or open_clip.open_clip_settings(tower)
+        trunk = getattr(tower, "trunk", None)
+        if trunk is not None:
+            return adapt(trunk, layers, interpolate=interpolate, settings=settings)
+        chosen = timm.numbers(layers, type(tower).__name__)
+        reader = open_clip.OpenClipFeatures(tower, chosen, interpolate=interpolate)
+        return Adapted(reader, _all(chosen), settings)
+    if isinstance(module, nn.Module) and hasattr(module, "get_intermediate_layers"):
+        return _from_intermediates(module, layers, settings)
+    return Adapted(module, layers, settings)
+
+
+def _all(chosen: Sequence[int] | None) -> list[Layer] | None:
+    """To be picked out of what a reader returns: everything, where it is several layers."""
+    return None if chosen is None or len(chosen) < 2 else list(range(len(chosen)))
+
+
+def _from_transformers(
+    module: nn.Module,
+    layers: Sequence[Layer] | None,
+    interpolate: bool,
+    settings: Settings | None,
+) -> Adapted:
+    part = transformers.vision_part(module)
+    if not transformers.is_transformers(part) and not hasattr(part, "config"):
+        return adapt(part, layers, interpolate=interpolate, settings=settings)
+    settings = settings or settings_of(part)
+    chosen = timm.numbers(layers, type(part).__name__)
+    reader = transformers.TransformersFeatures(part, chosen, interpolate=interpolate)
+    return Adapted(reader, _all(chosen), settings)
+
+
+def _from_intermediates(
+    module: nn.Module, layers: Sequence[Layer] | None, settings: Settings | None
+) -> Adapted:
+    if layers is not None and any(isinstance(layer, str) for layer in layers):
+        return Adapted(module, layers, settings)
+    chosen = timm.numbers(layers, type(module).__name__)
+    reader = hub.IntermediateLayers(module, chosen)
+    if chosen is not None and reader.count is not None:
+        name = type(module).__name__
+        reader.layers = [check_number(layer, reader.count, name) for layer in chosen]
+    return Adapted(reader, _all(chosen), settings)

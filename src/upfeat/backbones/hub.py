@@ -1,0 +1,206 @@
+"""Models from code that is not installed: torch.hub repositories, program files, Python files."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib.util
+import inspect
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upfeat.registry import unknown_name
+
+PROGRAMS = (".pt", ".pt2", ".ts", ".pth")
+"""Files of models: TorchScript, and programs that ``torch.export`` saved."""
+
+
+class IntermediateLayers(nn.Module):
+    """Layers of a model with ``get_intermediate_layers``, as DINO, DINOv2 and DINOv3 have it."""
+
+    def __init__(self, network: nn.Module, layers: Sequence[int] | None = None) -> None:
+        """Choose layers.
+
+        Args:
+            network: such a model.
+            layers: their numbers from 0; ``None`` for the last, after the model's norm.
+        """
+        super().__init__()
+        self.network = network
+        blocks: Any = getattr(network, "blocks", None)
+        self.count = None if blocks is None else len(blocks)
+        self.layers = layers
+        parameters = inspect.signature(network.get_intermediate_layers).parameters  # pyright: ignore[reportArgumentType]
+        self.options: dict[str, Any] = {}
+        if "reshape" in parameters:
+            self.options["reshape"] = True
+        if "norm" in parameters:
+            self.options["norm"] = layers is None
+
+    def forward(self, x: Tensor) -> Any:
+        """(B, 3, H, W) -> a map or tokens; of several layers a list."""
+        run: Any = self.network
+        if self.layers is None:
+            return list(run.get_intermediate_layers(x, 1, **self.options))[-1]
+        layers = list(self.layers)
+        if "reshape" in self.options:
+            found = list(run.get_intermediate_layers(x, layers, **self.options))
+        else:  # the first DINO: the last n, all of them
+            depth = self.count or max(layers) + 1
+            last = list(run.get_intermediate_layers(x, depth - min(layers)))
+            found = [last[layer - min(layers)] for layer in layers]
+        return found[0] if len(found) == 1 else found
+
+
+def load_hub(source: str, *, pretrained: bool) -> nn.Module:
+    """Load a model of a torch.hub repository.
+
+    Args:
+        source: ``REPO:NAME``; the repository a folder with ``hubconf.py``, or ``owner/name``.
+        pretrained: passed on where the repository's function takes it; such a function downloads.
+
+    Raises:
+        FileNotFoundError: the repository, or its weights, cannot be had.
+        ValueError: it has no such model, or the model cannot be made.
+    """
+    repo, _, name = source.rpartition(":")
+    if not repo or not name:
+        raise ValueError(
+            f'"hub:{source}" must be hub:REPO:NAME, as hub:facebookresearch/dinov2:NAME'
+        )
+    local = Path(repo).expanduser().is_dir()
+    if local and not (Path(repo).expanduser() / "hubconf.py").is_file():
+        raise FileNotFoundError(f"hub:{source}: {repo} holds no hubconf.py")
+    folder = str(Path(repo).expanduser())
+    options: dict[str, Any] = {"repo_or_dir": folder, "source": "local"}
+    if not local:
+        options = {"repo_or_dir": repo, "trust_repo": True, "skip_validation": True}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return _make_from_hub(options, name, pretrained)
+    except OSError as error:
+        raise _unreachable(source, repo, local, error) from None
+    except Exception as error:
+        if "internet connection" in str(error):
+            raise _unreachable(source, repo, local, error) from None
+        known = _entry_points(Path(folder) / "hubconf.py") if local else []
+        if known and name not in known:
+            raise ValueError(f"hub:{source}: {unknown_name('model', name, known)}") from None
+        raise ValueError(f"hub:{source}: {type(error).__name__}: {_line(error)}") from None
+
+
+def _entry_points(path: Path) -> list[str]:
+    """Names that a hubconf.py defines or imports for its users."""
+    names: list[str] = []
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names.append(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            names += [alias.asname or alias.name for alias in node.names]
+    return [name for name in names if not name.startswith("_")]
+
+
+def _make_from_hub(options: dict[str, Any], name: str, pretrained: bool) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if pretrained:
+            made: Any = torch.hub.load(model=name, **options)
+        else:
+            try:
+                made = torch.hub.load(model=name, pretrained=False, **options)
+            except TypeError:  # it takes no pretrained
+                made = torch.hub.load(model=name, **options)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"{name} makes a {type(made).__name__}, not a module")
+    return made
+
+
+def _unreachable(source: str, repo: str, local: bool, error: Exception) -> Exception:
+    reason = f"{type(error).__name__}: {_line(error)}"
+    if local:
+        return ValueError(f"hub:{source}: its hubconf.py or weights cannot be loaded ({reason})")
+    name = source.rpartition(":")[2]
+    return FileNotFoundError(
+        f"hub:{source}: the repository or its weights cannot be downloaded ({reason}); clone "
+        f"{repo} on a machine with a network, copy it here with torch.hub's checkpoints folder, "
+        f"and give hub:FOLDER:{name}"
+    )
+
+
+def load_program(path: Path) -> nn.Module:
+    """Load a model file: TorchScript, or a program that ``torch.export`` saved.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is neither; a file of weights alone is named as that.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            if path.suffix == ".pt2":
+                return ExportedModel(torch.export.load(path))
+            return torch.jit.load(str(path), map_location="cpu")
+        except Exception as error:
+            reason = _line(error)
+    raise ValueError(
+        f"{path}: neither TorchScript nor an exported program ({reason}); for a file of weights, "
+        "build the model, load them, and give the module"
+    )
+
+
+class ExportedModel(nn.Module):
+    """A program that ``torch.export`` saved, as a module that can be copied and has modes."""
+
+    def __init__(self, program: Any) -> None:
+        """Unpack the program."""
+        super().__init__()
+        self.graph = program.module()
+        for part in self.graph.modules():
+            part.training = False
+        self.training = False
+
+    def forward(self, x: Tensor) -> Any:
+        """See the program."""
+        return self.graph(x)
+
+    def train(self, mode: bool = True) -> ExportedModel:
+        """Nothing: a program has the mode that it was exported in."""
+        return self
+
+
+def load_function(source: str) -> object:
+    """Call a function of a Python file, ``my_file.py:make``, and return the model it makes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has no such function, or running it fails.
+    """
+    file, _, name = source.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        make: Callable[[], object] | None = getattr(module, name, None)
+        if callable(make):
+            return make() if not isinstance(make, nn.Module) else make
+    except Exception as error:
+        raise ValueError(f"{source}: {type(error).__name__}: {_line(error)}") from error
+    functions = [key for key, value in vars(module).items() if callable(value)]
+    raise ValueError(f"{path}: {unknown_name('function', name, functions)}")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

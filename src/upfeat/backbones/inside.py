@@ -1,0 +1,66 @@
+"""The output of a module inside a network, without the rest of the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from upfeat.backbones.outputs import concatenate
+
+
+class LayerFeatures(nn.Module):
+    """A network up to some of its modules, by their names; what they return, side by side.
+
+    The network runs until the last of them has; what comes after, such as a head for one image
+    size, is left out.
+    """
+
+    def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
+        """Choose modules.
+
+        Args:
+            network: any module.
+            names: of modules inside, as ``network.named_modules()`` has them.
+        """
+        super().__init__()
+        self.network = network
+        self.names = list(names)
+
+    def forward(self, x: Tensor) -> Any:
+        """(B, 3, H, W) -> what the modules return, maps concatenated."""
+        found: dict[str, Any] = {}
+
+        def keep(name: str) -> Any:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                found[name] = output
+                if len(found) == len(self.names):
+                    raise _Done
+
+            return hook
+
+        modules = dict(self.network.named_modules())
+        handles = [modules[name].register_forward_hook(keep(name)) for name in self.names]
+        try:
+            self.network(x)
+        except _Done:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in self.names if name not in found]
+        if missing:
+            raise ValueError(f"layer {', '.join(missing)} does not run when the network does")
+        outputs = [found[name] for name in self.names]
+        if len(outputs) == 1:
+            return outputs[0]
+        if any(not isinstance(one, Tensor) or one.dim() != 4 for one in outputs):
+            raise ValueError(
+                f"layers {', '.join(self.names)} do not all return (B, C, h, w); give one layer"
+            )
+        return concatenate(outputs)
+
+
+class _Done(Exception):
+    """All that is wanted has run."""

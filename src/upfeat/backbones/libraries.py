@@ -1,0 +1,73 @@
+"""Optional libraries, imported when they are needed, with one line where they are not there."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+_LOG = logging.getLogger("upfeat.backbones")
+
+
+def import_library(name: str, *, extra: str) -> Any:
+    """Import an optional library.
+
+    Args:
+        name: of the module.
+        extra: of this package that installs it.
+
+    Raises:
+        ValueError: it is not installed, or fails to import.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise ValueError(f"{name} cannot be imported: {error}") from None
+        raise ValueError(
+            f"{name} is not installed: pip install 'upfeat[{extra}]' (or pip install {name})"
+        ) from None
+    except Exception as error:  # as torchvision, where its build does not match PyTorch's
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{name} is installed but cannot be imported: {reason}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries from logging a download's every retry; its failure is raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
+def without_broken(name: str) -> Iterator[None]:
+    """Let libraries go on without another one that they use where it works, and it does not.
+
+    An installed torchvision of another build than PyTorch's fails to import, and with it all models
+    of transformers, none of which needs it.
+    """
+    if name in sys.modules or find_spec(name) is None:
+        yield
+        return
+    try:
+        import_module(name)
+    except Exception as error:  # whatever its build raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _LOG.warning("%s cannot be imported (%s): going on without it", name, reason)
+        for module in [one for one in sys.modules if one.partition(".")[0] == name]:
+            del sys.modules[module]
+        sys.modules[name] = None  # pyright: ignore[reportArgumentType]
+        try:
+            yield
+        finally:
+            sys.modules.pop(name, None)
+        return
+    yield

@@ -1,0 +1,206 @@
+"""Backbones by name, and whatever else users have, as backbones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upfeat.backbones import hub, open_clip, timm, transformers
+from upfeat.backbones.adapt import adapt
+from upfeat.backbones.base import Backbone
+from upfeat.backbones.efficientnet_lite import STRIDES, EfficientNetLite, EfficientNetLite0
+from upfeat.backbones.outputs import Layer
+from upfeat.backbones.settings import Settings
+from upfeat.backbones.wrap import WrappedBackbone, as_list
+from upfeat.registry import unknown_name
+
+_COMBINATIONS = ((8, 16), (8, 32), (16, 32), (8, 16, 32))
+_BACKBONES: dict[str, tuple[int, tuple[int, ...]]] = {
+    f"efficientnet_lite{variant}{level}": (variant, strides)
+    for variant in (0, 1, 2)
+    for level, strides in (
+        ("", (16,)),
+        *((f".stride{stride}", (stride,)) for stride in STRIDES),
+        *((f".stride{'+'.join(map(str, strides))}", strides) for strides in _COMBINATIONS),
+    )
+}
+_LIBRARIES = {
+    "timm": "timm:NAME",
+    "hf": "hf:ID-OR-FOLDER",
+    "open_clip": "open_clip:NAME/TAG",
+    "hub": "hub:REPO:NAME",
+}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+def list_backbones() -> list[str]:
+    """The backbones that are named without a library.
+
+    :func:`load_backbone` takes ``timm:NAME``, ``hf:ID``, ``open_clip:NAME/TAG`` and
+    ``hub:REPO:NAME`` too.
+    """
+    return list(_BACKBONES)
+
+
+def load_backbone(
+    backbone: str | Path | Callable[[Tensor], Any],
+    *,
+    pretrained: bool = True,
+    layer: Layer | Sequence[Layer] | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    fit: str | None = None,
+    **options: Any,
+) -> Backbone:
+    """Load a backbone by name, or make one of a module.
+
+    Args:
+        backbone: one of
+
+            * :func:`list_backbones`;
+            * ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, ``"open_clip:NAME/TAG"``,
+              ``"hub:REPO:NAME"``;
+            * such a name with layers: ``"timm:NAME@8"``, ``"hf:FOLDER@5,8"``;
+            * a file: TorchScript (``.pt``, ``.ts``), an exported program (``.pt2``), or
+              ``"my_file.py:make"``, a function of no arguments that makes a model;
+            * a model of timm, transformers or open_clip, or any module or function that makes
+              features of (B, 3, H, W): see :class:`WrappedBackbone` for what it may return;
+            * a :class:`Backbone`, which is returned as it is.
+        pretrained: load a named backbone's trained weights; otherwise random ones.
+        layer: number of the layer, from 0, as the model counts them (of a transformer its blocks,
+            of a hierarchical network its stages); of a module without numbered layers, the name of
+            a module inside; of several outputs, a key. A list concatenates, on the finest grid.
+            ``None`` for the last, after the model's last norm.
+        device: where to put it; ``None`` to leave it where it is.
+        dtype: what it computes in, as ``torch.bfloat16``; features still come in the image's type.
+        fit: how images of other sizes are brought to a model that takes one only:
+            ``"interpolate"`` its position embeddings (the default where its library can),
+            ``"tile"`` (the default elsewhere) or ``"resize"``.
+        **options: of :class:`WrappedBackbone`: ``mean``, ``std``, ``input_size``, ``name``,
+            ``layout``, ``prefix_tokens``, ``stride``, ``embed_dim``.
+
+    Raises:
+        FileNotFoundError: a file, folder or download is not to be had.
+        ValueError: there is no such backbone (close names are suggested), a library is missing, or
+            the model has no spatial features; in one line, with the fix.
+
+    Example:
+        >>> load_backbone("efficientnet_lite0.stride8").embed_dim
+        40
+    """
+    if isinstance(backbone, Backbone):
+        _refuse("a Backbone", {"layer": layer, "fit": fit, **options})
+        return _place(backbone, device, dtype)
+    layers = as_list(layer)
+    name, settings = None, None
+    if isinstance(backbone, (str, Path)):
+        name, layers = _split_layers(str(backbone), layers)
+        if name in _BACKBONES:
+            what = f"{name}, whose levels are named as efficientnet_lite0.stride8"
+            _refuse(what, {"layer": layers, "fit": fit, **options})
+            return _place(_embedded(name, pretrained), device, dtype)
+        module, settings = _load_named(name, pretrained)
+        name = name if layers is None else f"{name}@{','.join(map(str, layers))}"
+        if isinstance(module, Backbone):
+            return _place(module, device, dtype)
+    else:
+        module = backbone
+    module = _cast(module, device, dtype)
+    adapted = adapt(module, layers, interpolate=fit in (None, "interpolate"), settings=settings)
+    options = {
+        "name": name or getattr(module, "__name__", None) or type(module).__name__,
+        **options,
+    }
+    made = WrappedBackbone(
+        adapted.module, layer=adapted.layers, settings=adapted.settings, fit=fit, **options
+    )
+    return _place(made, device, dtype)
+
+
+def _split_layers(name: str, layers: Sequence[Layer] | None) -> tuple[str, Sequence[Layer] | None]:
+    """A name without its layers, as "timm:NAME@3,8", and the layers."""
+    found = re.fullmatch(r"(.+)@(-?\d+(?:,-?\d+)*)", name)
+    if found is None:
+        return name, layers
+    if layers is not None:
+        raise ValueError(f"layer={layers}: {name} names layers already; give one of both")
+    return found[1], [int(number) for number in found[2].split(",")]
+
+
+def _embedded(name: str, pretrained: bool) -> Backbone:
+    variant, strides = _BACKBONES[name]
+    if variant == 0:
+        return EfficientNetLite0(strides, pretrained=pretrained)
+    return EfficientNetLite(variant, strides, pretrained=pretrained)
+
+
+def _load_named(name: str, pretrained: bool) -> tuple[Any, Settings | None]:
+    """The model of a name, and what is known of its images."""
+    library, separator, rest = name.partition(":")
+    if separator and library in _LIBRARIES:
+        if not rest:
+            raise ValueError(f'"{name}" names no model; give {_LIBRARIES[library]}')
+        if library == "timm":
+            return timm.load_timm(rest, pretrained=pretrained), None
+        if library == "hf":
+            return transformers.load_transformers(rest, pretrained=pretrained)
+        if library == "open_clip":
+            return open_clip.load_open_clip(rest, pretrained=pretrained), None
+        return hub.load_hub(rest, pretrained=pretrained), None
+    if Path(name).suffix in hub.PROGRAMS:
+        return hub.load_program(Path(name).expanduser()), None
+    if name.rpartition(":")[0].endswith(".py"):
+        return hub.load_function(name), None
+    if Path(name).suffix == ".py":
+        raise ValueError(f'"{name}" names no function; give {name}:FUNCTION, which makes a model')
+    if separator:
+        raise ValueError(f"{unknown_name('library', library, list(_LIBRARIES))} {_forms()}")
+    known = list_backbones()
+    if not any(f"lite{variant}" in name for variant in (1, 2)):  # they would crowd out Lite0
+        known = [one for one in known if one.startswith("efficientnet_lite0")]
+    raise ValueError(f"{unknown_name('backbone', name, known)} {_forms()}")
+
+
+def _forms() -> str:
+    return f"(or give {', '.join(_LIBRARIES.values())})"
+
+
+def _refuse(what: str, options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not an option of {what}")
+
+
+def _cast(module: Any, device: str | torch.device | None, dtype: str | torch.dtype | None) -> Any:
+    """A module where and in what it will compute, before it is shown images."""
+    if not isinstance(module, nn.Module) or (device is None and dtype is None):
+        return module
+    return _place(module, device, dtype)
+
+
+def _place(module: Any, device: str | torch.device | None, dtype: str | torch.dtype | None) -> Any:
+    if isinstance(dtype, str):
+        if dtype not in _DTYPES:
+            raise ValueError(unknown_name("dtype", dtype, list(_DTYPES)))
+        dtype = _DTYPES[dtype]
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} must be a floating-point type, as torch.bfloat16")
+    if dtype is not None:
+        module = module.to(dtype=dtype)
+    if device is None:
+        return module
+    try:
+        return module.to(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f'device="{device}" cannot be used: {reason}') from None

@@ -1,0 +1,238 @@
+"""Outputs of models, brought to (B, C, h, w): maps, tokens, and containers of them.
+
+A model is shown a square image once; from the shapes that come back :func:`recognise` decides how
+each tensor is laid out, and later outputs are read by that decision, without guessing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.backbones.tokens import square_grid, tokens_to_grid
+from upfeat.registry import unknown_name
+from upfeat.types import Size
+
+LAYOUTS = ("NCHW", "NHWC", "tokens")
+"""How a tensor may be laid out: (B, C, h, w), (B, h, w, C), (B, N, C)."""
+
+# What containers call the spatial features, best first: DINOv2's own dictionary, transformers',
+# torchvision's and common ones.
+_KNOWN_KEYS = ("x_norm_patchtokens", "last_hidden_state", "features", "feature_maps", "out", "x")
+
+Layer = int | str
+"""A layer by its number or name."""
+
+
+class NothingToPick(ValueError):
+    """Layers were named of a model that returns one tensor."""
+
+
+class Ambiguous(ValueError):
+    """A tensor may be read in two ways."""
+
+
+class Layout(NamedTuple):
+    """Reading of one tensor of a model's output."""
+
+    kind: str
+    """One of :data:`LAYOUTS`."""
+    cells: int
+    """To each side, of the square image that was shown."""
+    side: int
+    """Of that image, pixels."""
+    prefix_tokens: int = 0
+    """Before those of the grid."""
+
+    def read(self, tensor: Tensor, image: Size, name: str) -> Tensor:
+        """(B, C, h, w) of a tensor that came from an image of that (height, width)."""
+        if tensor.dim() != (3 if self.kind == "tokens" else 4):
+            raise ValueError(
+                f"{name} returned {tuple(tensor.shape)} for an image of {image[0]}×{image[1]}, "
+                f"which is not {self.kind} as before"
+            )
+        if self.kind == "NHWC":
+            return tensor.permute(0, 3, 1, 2)
+        if self.kind == "NCHW":
+            return tensor
+        return tokens_to_grid(tensor, self._grid(tensor.shape[1], image), self.prefix_tokens)
+
+    def _grid(self, count: int, image: Size) -> Size:
+        """The grid of that many tokens; cells that reach beyond the image may count or not."""
+        exact = [length * self.cells / self.side for length in image]
+        down, up = [int(value + 1e-6) for value in exact], [-int(-value + 1e-6) for value in exact]
+        for grid in ((round(exact[0]), round(exact[1])), (down[0], down[1]), (up[0], up[1])):
+            if grid[0] * grid[1] == count - self.prefix_tokens:
+                return grid
+        return round(exact[0]), round(exact[1])
+
+
+def select(output: object, layers: Sequence[Layer] | None, name: str) -> list[Tensor]:
+    """Pick the tensors that hold features out of a model's output.
+
+    Args:
+        output: a tensor; a list, tuple or dictionary of them; or an object with
+            ``last_hidden_state``.
+        layers: numbers or keys of what is wanted of a container; ``None`` for its features where
+            that is plain: a known key, the only map or tokens, or the last of a list of maps.
+        name: of the model, for messages.
+
+    Raises:
+        ValueError: it holds no features, or several among which to choose.
+    """
+    if isinstance(output, Tensor):
+        if layers is not None:
+            raise NothingToPick(f"{name} returns one tensor: layer={_shown(layers)} picks nothing")
+        return [output]
+    entries = _entries(output)
+    if entries is None:
+        raise ValueError(
+            f"{name} returned a {type(output).__name__}, not features (B, C, h, w); wrap it in a "
+            "function that picks the feature map"
+        )
+    if layers is not None:
+        return [_pick(entries, layer, name) for layer in layers]
+    for key in _KNOWN_KEYS:
+        if _holds(entries.get(key)):
+            return select(entries[key], None, name)
+    spatial = {key: value for key, value in entries.items() if _holds(value)}
+    if not spatial:
+        shapes = ", ".join(f"{key}: {_described(value)}" for key, value in entries.items())
+        raise ValueError(f"{name} returned {{{shapes}}}, in which there are no spatial features")
+    if len(spatial) == 1 or not isinstance(output, Mapping):
+        return select(list(spatial.values())[-1], None, name)
+    choices = ", ".join(repr(key) for key in spatial)
+    raise ValueError(f"{name} returned several maps: choose by layer=, one or a list of {choices}")
+
+
+def _entries(output: object) -> dict[Any, Any] | None:
+    """A container's entries by key or number; ``None`` for anything else."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if isinstance(output, Sequence) and not isinstance(output, str):
+        return dict(enumerate(output))
+    features = getattr(output, "last_hidden_state", None)
+    return None if features is None else {"last_hidden_state": features}
+
+
+def _holds(value: object) -> bool:
+    """Return whether it is, or contains, a map or tokens."""
+    if isinstance(value, Tensor):
+        return value.dim() in (3, 4) and value.is_floating_point()
+    entries = None if value is None else _entries(value)
+    return entries is not None and any(_holds(entry) for entry in entries.values())
+
+
+def _pick(entries: dict[Any, Any], layer: Layer, name: str) -> Tensor:
+    keys = list(entries)
+    if layer not in entries and isinstance(layer, int) and -len(keys) <= layer < len(keys):
+        layer = keys[layer]
+    if layer not in entries:
+        raise ValueError(f"{name}: {missing_layer(layer, [str(key) for key in keys])}")
+    value = entries[layer]
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: layer={layer!r} is a {type(value).__name__}, not a tensor")
+    return value
+
+
+def missing_layer(layer: Layer, names: Sequence[str]) -> str:
+    """One line about a layer that does not exist."""
+    if isinstance(layer, str):
+        return unknown_name("layer", layer, list(names))
+    return f"layer={layer} does not exist; there are {len(names)}, 0 to {len(names) - 1}"
+
+
+def check_number(layer: Layer, count: int, name: str) -> int:
+    """The number of a layer, counted from the start.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if not isinstance(layer, int) or not -count <= layer < count:
+        raise ValueError(f"{name}: layer={layer!r} does not exist; its layers are 0 to {count - 1}")
+    return layer % count
+
+
+def recognise(
+    tensor: Tensor,
+    side: int,
+    name: str,
+    *,
+    layout: str | None = None,
+    prefix_tokens: int | None = None,
+) -> Layout:
+    """Decide how a tensor is laid out that came from a square image.
+
+    Args:
+        tensor: of any shape.
+        side: of the image, pixels.
+        name: of the model, for messages.
+        layout: one of :data:`LAYOUTS`, where it is known.
+        prefix_tokens: class and register tokens, where it is known.
+
+    Raises:
+        ValueError: it is no feature map, or might be two; the message has the fix.
+    """
+    shape = tuple(tensor.shape)
+    if tensor.dim() == 3 and layout in (None, "tokens"):
+        found = square_grid(shape[1], side, prefix_tokens)
+        if found is None:
+            raise ValueError(
+                f"{name} returned {shape} for an image of {side}×{side}: {shape[1]} tokens form no "
+                "square grid; give prefix_tokens= (class and register tokens), or wrap it in a "
+                "function that uses upfeat.tokens_to_grid"
+            )
+        return Layout("tokens", found[0], side, found[1])
+    if tensor.dim() != 4 or layout == "tokens":
+        raise ValueError(f"{name} returned a tensor of shape {shape}, {_what(tensor)}")
+    fits = {"NCHW": shape[2:], "NHWC": shape[1:3]}
+    kinds = [kind for kind, (rows, columns) in fits.items() if rows == columns <= side]
+    if layout is not None:
+        kinds = [kind for kind in kinds if kind == layout]
+    if len(kinds) == 2:
+        raise Ambiguous(
+            f"{name} returned {shape} for an image of {side}×{side}, which may be (B, C, h, w) or "
+            '(B, h, w, C): give layout="NCHW" or layout="NHWC"'
+        )
+    if not kinds:
+        raise ValueError(
+            f"{name} turns {side}×{side} pixels into {shape[2]}×{shape[3]} cells, which is no "
+            "whole stride; give stride=, or a probe_size that it divides"
+        )
+    return Layout(kinds[0], fits[kinds[0]][0], side)
+
+
+def concatenate(maps: Sequence[Tensor]) -> Tensor:
+    """Lay maps over each other on the finest one's grid, bilinearly: (B, ΣC, h, w)."""
+    if len(maps) == 1:
+        return maps[0]
+    size = max((tuple(one.shape[2:]) for one in maps), key=lambda grid: grid[0] * grid[1])
+    return torch.cat([resized(one, (size[0], size[1])) for one in maps], dim=1)
+
+
+def resized(maps: Tensor, size: Size) -> Tensor:
+    """Maps on another grid, bilinearly; the same where it is theirs."""
+    if tuple(maps.shape[2:]) == size:
+        return maps
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _what(tensor: Tensor) -> str:
+    if tensor.dim() == 2:
+        return (
+            "a pooled vector or logits, not features (B, C, h, w); give layer= (the name of a "
+            "module inside), or a function that returns the map before the pooling"
+        )
+    return "not features (B, C, h, w); wrap it in a function that picks the feature map"
+
+
+def _described(value: object) -> str:
+    return f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _shown(layers: Sequence[Layer]) -> str:
+    return repr(layers[0] if len(layers) == 1 else list(layers))

@@ -1,0 +1,233 @@
+"""Properties of a model, from its output for a few blank images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from upfeat.backbones.outputs import Ambiguous, Layer, Layout, concatenate, recognise, select
+from upfeat.types import Size
+
+_SIZES = (224, 256, 512, 384, 518, 448, 336, 112, 64, 32)
+"""Sides that models of one size are made for, commonest first."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """Facts known of a model before it is asked.
+
+    Attributes:
+        call: the model, an image to whatever it returns.
+        name: for messages.
+        like: a tensor of the device and dtype that it wants.
+        layers: what to pick of a container.
+        layout: of its output, where it is known.
+        prefix_tokens: class and register tokens, where it is known.
+        stride: pixels per cell, where it is known.
+        sizes: sides to try before the common ones.
+        channels: bands of the images.
+    """
+
+    call: Callable[[Tensor], object]
+    name: str
+    like: Tensor
+    layers: Sequence[Layer] | None = None
+    layout: str | None = None
+    prefix_tokens: int | None = None
+    stride: int | None = None
+    sizes: Sequence[Size] = ()
+    channels: int = 3
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Findings about a model.
+
+    Attributes:
+        embed_dim: number of channels.
+        stride: pixels per cell, of the finest map.
+        layouts: of every tensor picked.
+        size: (height, width) of an image that it takes.
+        any_size: whether it takes others too.
+        padding: pixels by which an image is to be enlarged so that cells divide it: what patches
+            reach beyond their cell where they overlap.
+        multiple: sides must be multiples of it, itself one of the stride.
+    """
+
+    embed_dim: int
+    stride: int
+    size: Size
+    layouts: Sequence[Layout] = field(default_factory=list)
+    any_size: bool = True
+    padding: int = 0
+    multiple: int = 1
+
+
+@torch.no_grad()
+def probe(question: Question) -> Answer:
+    """Show the model blank images, and read off what it is.
+
+    Raises:
+        ValueError: it takes none of the sizes tried, its output is no feature map, or its stride is
+            no whole number.
+    """
+    side, output = _first_size(question)
+    tensors = select(output, question.layers, question.name)
+    layouts = [_recognise(question, one, side, index) for index, one in enumerate(tensors)]
+    if all(layout.cells == 1 for layout in layouts):
+        side, layouts, tensors = _not_pooled(question, side)
+    maps = [
+        one.read(tensor, (side, side), question.name)
+        for one, tensor in zip(layouts, tensors, strict=True)
+    ]
+    features = concatenate(maps)
+    cells = features.shape[2]
+    stride, padding = question.stride or side // cells, 0
+    if stride * cells != side:
+        stride, padding = _overlap(question, layouts, side, cells)
+    answer = Answer(features.shape[1], stride, (side, side), layouts, padding=padding)
+    return _sizes_taken(question, answer)
+
+
+def read(question: Question, layouts: Sequence[Layout], x: Tensor) -> Tensor:
+    """Features of an image by a model whose layouts are known, (B, C, h, w)."""
+    tensors = select(question.call(x), question.layers, question.name)
+    size = (x.shape[2], x.shape[3])
+    maps = [
+        one.read(tensor, size, question.name) for one, tensor in zip(layouts, tensors, strict=True)
+    ]
+    return concatenate(maps)
+
+
+def _blank(question: Question, size: Size) -> Tensor:
+    like = question.like
+    return torch.zeros(1, question.channels, *size, device=like.device, dtype=like.dtype)
+
+
+def _first_size(question: Question) -> tuple[int, object]:
+    """The first square size that the model takes, and what it makes of it."""
+    sides = [max(size) for size in question.sizes]
+    first: Exception | None = None
+    tried = list(dict.fromkeys([*sides, *_SIZES]))
+    for side in tried:
+        output, error = _attempt(question, (side, side))
+        if error is None:
+            return side, output
+        first = first or error
+    reason = f"{type(first).__name__}: {_line(first)}"
+    raise ValueError(
+        f"{question.name} takes none of the image sizes tried ({', '.join(map(str, tried))}); at "
+        f"{tried[0]} it says {reason}; give input_size= that it takes"
+    ) from first
+
+
+def _attempt(question: Question, size: Size) -> tuple[object, Exception | None]:
+    """Return the model's output, or the error it raises."""
+    try:
+        return question.call(_blank(question, size)), None
+    except Exception as error:  # whatever a stranger's module raises
+        return None, error
+
+
+def _line(error: Exception | None) -> str:
+    return (str(error).strip() or "nothing").splitlines()[0][:200]
+
+
+def _recognise(question: Question, tensor: Tensor, side: int, index: int = 0) -> Layout:
+    """The layout of a tensor; where a square image leaves it open, an oblong one is shown."""
+    known = {"layout": question.layout, "prefix_tokens": question.prefix_tokens}
+    try:
+        return recognise(tensor, side, question.name, **known)  # pyright: ignore[reportArgumentType]
+    except Ambiguous:
+        output, _ = _attempt(question, (side, 2 * side))
+        if output is None:
+            raise
+        shape = select(output, question.layers, question.name)[index].shape
+        kind = "NCHW" if shape[3] == 2 * shape[2] else "NHWC"
+        return recognise(tensor, side, question.name, layout=kind)
+
+
+def _not_pooled(question: Question, side: int) -> tuple[int, list[Layout], list[Tensor]]:
+    """The same of an image of twice the side, where a map must have more than one cell."""
+    try:
+        output = question.call(_blank(question, (2 * side, 2 * side)))
+        tensors = select(output, question.layers, question.name)
+        layouts = [_recognise(question, one, 2 * side, index) for index, one in enumerate(tensors)]
+        if any(layout.cells > 1 for layout in layouts):
+            return 2 * side, layouts, tensors
+    except Exception:  # it takes one size only
+        pass
+    raise ValueError(
+        f"{question.name} returns one cell for an image of {side}×{side}: a pooled vector, not "
+        "features (B, C, h, w); give layer= (the name of the module before the pooling), or a "
+        "function that returns the map before it"
+    )
+
+
+def _overlap(
+    question: Question, layouts: Sequence[Layout], side: int, cells: int
+) -> tuple[int, int]:
+    """Stride and padding of a model whose patches overlap, so that cells do not divide the image.
+
+    Cells grow by one for every stride of pixels. The padding is the least with which an image of n
+    strides has n cells; half of it on either side puts each cell's patch around its centre.
+    """
+
+    def least(start: int, wanted: int, most: int) -> int:
+        """The least number of pixels beyond ``start`` that give so many cells."""
+        low, high = -1, most
+        if count(start + high) < wanted:
+            raise refusal
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if count(start + middle) >= wanted else (middle, high)
+        return high
+
+    def count(length: int) -> int:
+        x = _blank(question, (length, length))
+        tensor = select(question.call(x), question.layers, question.name)[0]
+        return _recognise(question, tensor, length).cells
+
+    refusal = ValueError(
+        f"{question.name} turns {side}×{side} pixels into {cells}×{cells} cells, which is no whole "
+        "stride; give stride=, or a probe_size that it divides"
+    )
+    if len(layouts) > 1:
+        raise refusal
+    try:
+        most = 3 * math.ceil(side / cells)
+        stride = least(side, cells + 2, most) - least(side, cells + 1, most)
+        length = side - side % stride
+        padding = least(length, length // stride, 4 * stride)
+    except Exception as error:  # whatever a stranger's module raises at another size
+        raise refusal from error
+    if question.stride not in (None, stride):
+        raise ValueError(
+            f"{question.name}: stride={question.stride} was given, but its cells are {stride} "
+            "pixels apart; check its embed_dim and stride"
+        )
+    return stride, padding
+
+
+def _sizes_taken(question: Question, answer: Answer) -> Answer:
+    """Return whether the model takes another, oblong size, and of which sides' multiples."""
+    stride, side = answer.stride, answer.size[0]
+    coarsest = max(one.side // one.cells for one in answer.layouts)
+    for multiple in dict.fromkeys((coarsest, math.lcm(32, stride), 64)):
+        if multiple % stride:
+            continue
+        short = max(side // 2 // multiple, 1 if multiple >= 32 else 2) * multiple
+        # Larger than its own on one axis: tables of positions may hold for smaller images only.
+        size = (short, (side // multiple + 1) * multiple)
+        padded = (size[0] + answer.padding, size[1] + answer.padding)
+        try:
+            features = read(question, answer.layouts, _blank(question, padded))
+        except Exception:  # whatever a stranger's module raises
+            continue
+        if tuple(features.shape[2:]) == (size[0] // stride, size[1] // stride):
+            return replace(answer, multiple=multiple)
+    return replace(answer, multiple=stride, any_size=False)

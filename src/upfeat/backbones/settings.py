@@ -1,0 +1,135 @@
+"""Size and normalisation of images, from a model's own configuration."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from upfeat.normalization import HALF, IMAGENET, Colour, Normalization, check_normalization
+
+_LOG = logging.getLogger("upfeat.backbones")
+
+OPENAI = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""Of CLIP."""
+
+# What transformers' models were trained with, where no processor's configuration is at hand.
+_BY_TYPE = {"clip": OPENAI, "siglip": HALF, "vit": HALF, "deit": IMAGENET, "beit": HALF}
+
+# Pillow's numbers of filters, as processors store them.
+_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+
+class Settings(NamedTuple):
+    """Images as a model wants them."""
+
+    mean: Colour = IMAGENET.mean
+    std: Colour = IMAGENET.std
+    interpolation: str = "bicubic"
+    """Filter for resizing."""
+    input_size: int | None = None
+    """Side of the images that it was trained with, pixels."""
+    prefix_tokens: int | None = None
+    """Class and register tokens, where the configuration says."""
+    patch_size: int = 1
+    """Sides of images must be multiples of it."""
+
+    def for_channels(self, channels: int) -> Settings:
+        """The same for images of another number of bands, which are then not normalised."""
+        if len(self.mean) == channels:
+            return self
+        return self._replace(mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def settings_of(modules: nn.Module | Iterable[nn.Module]) -> Settings:
+    """Read the settings of modules, or of modules inside them; ImageNet's where none has any.
+
+    Args:
+        modules: one or several. Where those inside disagree, nothing is believed.
+    """
+    tops = [modules] if isinstance(modules, nn.Module) else list(modules)
+    found: list[Settings] = []
+    for top in tops:
+        for module in top.modules():
+            settings = _own_settings(module)
+            if settings is not None and settings not in found:
+                found.append(settings)
+    if len({(one.mean, one.std) for one in found}) > 1:
+        _LOG.warning(
+            "the module holds models of different normalisations; ImageNet's is taken: give mean= "
+            "and std= if it is another"
+        )
+        return Settings()
+    return found[0] if found else Settings()
+
+
+def _own_settings(module: nn.Module) -> Settings | None:
+    for attribute in ("pretrained_cfg", "default_cfg"):
+        config = getattr(module, attribute, None)
+        if isinstance(config, Mapping) and "mean" in config:
+            return timm_settings(config)
+    config = getattr(module, "config", None)
+    if hasattr(config, "model_type") and hasattr(config, "to_dict"):
+        return transformers_settings(config)
+    return None
+
+
+def timm_settings(config: Mapping[str, Any]) -> Settings:
+    """Of a configuration as timm keeps it with a model."""
+    mean, std = (tuple(map(float, config[label])) for label in ("mean", "std"))
+    size = config.get("input_size")
+    interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
+    return Settings(mean, std, interpolation, int(max(size[1:])) if size else None)
+
+
+def transformers_settings(config: Any, processor: Mapping[str, Any] | None = None) -> Settings:
+    """Of a transformers model.
+
+    Args:
+        config: the model's.
+        processor: its image processor's, as a dictionary; ``None`` where there is none, so that
+            the normalisation is that of the model's kind.
+    """
+    size = getattr(config, "image_size", None)
+    if isinstance(size, (list, tuple)):
+        size = max(size) if size else None
+    size = int(size) if isinstance(size, int) else None
+    patch = getattr(config, "patch_size", 1)
+    patch = patch if isinstance(patch, int) else 1
+    if processor is None:
+        kind = str(getattr(config, "model_type", "")).removesuffix("_vision_model")
+        normalization = _BY_TYPE.get(kind, IMAGENET)
+        return Settings(*normalization, input_size=size, patch_size=patch)
+    mean, std = _normalization(processor)
+    interpolation = _FILTERS.get(processor.get("resample", 3), "bicubic")
+    return Settings(mean, std, interpolation, size, patch_size=patch)
+
+
+def _normalization(processor: Mapping[str, Any]) -> Normalization:
+    """Apply a processor's arithmetic to colours in [0, 1]: times 255, rescaled, normalised."""
+    scale = 255 * float(processor.get("rescale_factor", 1 / 255))
+    if not processor.get("do_rescale", True):
+        scale = 255.0
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if processor.get("do_normalize", True):
+        mean = processor.get("image_mean") or IMAGENET.mean
+        std = processor.get("image_std") or IMAGENET.std
+    if isinstance(mean, (int, float)):
+        mean = (mean,) * 3
+    if isinstance(std, (int, float)):
+        std = (std,) * 3
+    return check_normalization([value / scale for value in mean], [value / scale for value in std])
+
+
+def cropping(processor: Mapping[str, Any]) -> str | None:
+    """The size that a processor crops images to, as "224×224"; ``None`` where it does not."""
+    if not processor.get("do_center_crop"):
+        return None
+    size = processor.get("crop_size") or processor.get("size") or {}
+    if isinstance(size, int):
+        return f"{size}×{size}"
+    if not isinstance(size, Mapping):
+        return "a square"
+    return f"{size.get('height', '?')}×{size.get('width', '?')}"

@@ -1,0 +1,92 @@
+"""Images of any size for a model that takes only one: resized to it, or cut into tiles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.tiling import raised_cosine
+from upfeat.types import Size
+
+FITS = ("interpolate", "tile", "resize")
+"""How a model of one image size is brought to others."""
+
+_OVERLAP = 0.25
+"""Least part of a tile that its neighbour shows too."""
+
+
+def resize(x: Tensor, size: Size) -> Tensor:
+    """An image at another size, (B, 3, H, W) -> (B, 3, *size); in single precision at least."""
+    if tuple(x.shape[2:]) == size:
+        return x
+    exact = x.float() if x.dtype.itemsize < 4 else x
+    exact = F.interpolate(exact, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return exact.to(x.dtype)
+
+
+def tiled_size(image: Size, window: Size, stride: int) -> Size:
+    """The size at which an image is tiled: its own, or enlarged until the window fits into it.
+
+    Args:
+        image: (height, width), multiples of the stride.
+        window: (height, width) that the model takes.
+        stride: pixels per cell.
+    """
+    scale = max(1.0, *(own / length for own, length in zip(window, image, strict=True)))
+    if scale == 1:
+        return image
+    sides = [
+        max(math.ceil(length * scale / stride - 1e-9) * stride, own)
+        for own, length in zip(window, image, strict=True)
+    ]
+    return sides[0], sides[1]
+
+
+def tiles(extract: Callable[[Tensor], Tensor], x: Tensor, window: Size, stride: int) -> Tensor:
+    """Features of an image through windows of one size that overlap and are blended.
+
+    Args:
+        extract: (B, 3, *window) -> (B, C, window / stride).
+        x: (B, 3, H, W), at least as large as the window, sides multiples of the stride.
+        window: (height, width), multiples of the stride.
+        stride: pixels per cell.
+
+    Returns:
+        (B, C, H/stride, W/stride).
+    """
+    grid = (x.shape[2] // stride, x.shape[3] // stride)
+    cells = (window[0] // stride, window[1] // stride)
+    if grid == cells:
+        return extract(x)
+    overlaps = [max(round(_OVERLAP * length), 1) if length > 1 else 0 for length in cells]
+    rows, columns = (_weights(*axis, x) for axis in zip(grid, cells, overlaps, strict=True))
+    out: Tensor | None = None
+    total = x.new_zeros(grid, dtype=torch.float32)
+    for top, down in rows.items():
+        for left, across in columns.items():
+            part = x[:, :, top * stride :, left * stride :][:, :, : window[0], : window[1]]
+            features = extract(part).float()
+            if out is None:
+                out = features.new_zeros(*features.shape[:2], *grid)
+            weight = down[:, None] * across
+            place = (..., slice(top, top + cells[0]), slice(left, left + cells[1]))
+            out[place] += weight * features
+            total[place] += weight
+    assert out is not None
+    return (out / total).to(x.dtype)
+
+
+def _weights(length: int, window: int, overlap: int, like: Tensor) -> dict[int, Tensor]:
+    """First cell of every window along one axis, and the window's weights."""
+    last = length - window
+    count = math.ceil(last / (window - overlap)) + 1
+    # Evenly spread, so that no two windows share nearly everything.
+    starts = sorted({round(index * last / max(count - 1, 1)) for index in range(count)})
+    return {
+        start: torch.tensor(raised_cosine(start, window, length, overlap), device=like.device)
+        for start in starts
+    }

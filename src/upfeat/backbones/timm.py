@@ -1,0 +1,159 @@
+"""Models of timm, by ``timm:NAME`` or as objects: their feature maps, not their logits."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from upfeat.backbones.libraries import import_library, quiet
+from upfeat.backbones.outputs import Layer, check_number
+from upfeat.registry import unknown_name
+
+
+class TimmFeatures(nn.Module):
+    """Feature maps of a timm model's layers, (B, 3, H, W) -> a list of (B, C, h, w).
+
+    Layers are those of ``forward_intermediates``, counted from 0. The last one is what the model's
+    head would be given, after its norm; others are as the layer leaves them.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[int] | None = None) -> None:
+        """Choose layers.
+
+        Args:
+            network: a timm model.
+            layers: their numbers; ``None`` for the last.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        super().__init__()
+        self.network = network
+        count = len(getattr(network, "feature_info", None) or ()) or None
+        self.layers = None if layers is None else list(layers)
+        if self.layers is not None and count is not None:
+            name = type(network).__name__
+            self.layers = [check_number(layer, count, name) for layer in self.layers]
+        self.last = self.layers is None or (count is not None and self.layers == [count - 1])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """See the class."""
+        try:
+            return self._run(x, self.last)
+        except AssertionError:  # a model whose norm cannot be applied, or another size
+            maps = self._run(x, False)
+            self.last = False
+            return maps
+
+    def _run(self, x: Tensor, norm: bool) -> list[Tensor]:
+        run: Any = self.network
+        return run.forward_intermediates(
+            x,
+            indices=1 if self.layers is None else sorted(self.layers),
+            norm=norm,
+            stop_early=not norm,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+
+
+def is_timm(module: object) -> bool:
+    """Return whether it is a timm model whose intermediate features can be asked for."""
+    return (
+        isinstance(module, nn.Module)
+        and callable(getattr(module, "forward_intermediates", None))
+        and isinstance(getattr(module, "pretrained_cfg", None), Mapping)
+    )
+
+
+def numbers(layers: Sequence[Layer] | None, name: str) -> list[int] | None:
+    """Layers that are counted, not named.
+
+    Raises:
+        ValueError: one is a name.
+    """
+    for layer in layers or ():
+        if not isinstance(layer, int):
+            raise ValueError(f"{name}: layer={layer!r} must be a number; its layers are counted")
+    return None if layers is None else [layer for layer in layers if isinstance(layer, int)]
+
+
+def any_size(network: nn.Module) -> nn.Module:
+    """The same model for images of any size, where its class knows how; the same parameters.
+
+    Position embeddings are interpolated, windows masked, by timm itself; the model that is given
+    stays as it is.
+    """
+    embed = getattr(network, "patch_embed", None)
+    if not isinstance(embed, nn.Module) or not hasattr(embed, "strict_img_size"):
+        return network
+    twin, embed_twin = _twin(network), _twin(embed)
+    embed_twin.strict_img_size = False  # pyright: ignore[reportArgumentType]
+    if hasattr(network, "dynamic_img_size") and not network.dynamic_img_size:
+        twin.dynamic_img_size = True  # pyright: ignore[reportArgumentType]
+        formats: Any = type(embed.output_fmt)
+        embed_twin.flatten = False  # pyright: ignore[reportArgumentType]
+        embed_twin.output_fmt = formats("NHWC")
+    twin.patch_embed = embed_twin
+    return twin
+
+
+def _twin(module: nn.Module) -> Any:
+    """A module of the same parameters and parts, whose attributes can be set apart."""
+    twin = copy.copy(module)
+    for registry in ("_modules", "_parameters", "_buffers"):
+        twin.__dict__[registry] = dict(module.__dict__[registry])
+    return twin
+
+
+def load_timm(name: str, *, pretrained: bool) -> nn.Module:
+    """Make a model of timm.
+
+    Raises:
+        ValueError: timm is not installed or cannot be imported, or has no such model (close names
+            are suggested).
+        FileNotFoundError: its weights cannot be downloaded.
+    """
+    library = _import_timm()
+    base = name.partition(".")[0]
+    if not library.is_model(base):
+        raise ValueError(unknown_name("timm model", base, library.list_models()))
+    try:
+        with quiet():
+            return _create(library, name, pretrained)
+    except Exception as error:
+        raise _cannot_make(name, error) from None
+
+
+def _create(library: Any, name: str, pretrained: bool) -> nn.Module:
+    try:
+        return library.create_model(name, pretrained=pretrained, **_size_options(name))
+    except TypeError:  # the model does not know the option
+        return library.create_model(name, pretrained=pretrained)
+
+
+def _size_options(name: str) -> dict[str, Any]:
+    """Options that make a model take any size."""
+    if name.startswith("swin"):
+        return {"strict_img_size": False}
+    if name.startswith(("vit", "eva", "deit", "flexivit", "aimv2")):
+        return {"dynamic_img_size": True}
+    return {}
+
+
+def _cannot_make(name: str, error: Exception) -> Exception:
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, RuntimeError)) and "pretrained" not in text.lower():
+        return ValueError(f"timm:{name}: {text[:200]}")
+    return FileNotFoundError(
+        f"timm:{name}: its weights are not in the cache and cannot be downloaded "
+        f"({type(error).__name__}); give pretrained=False for random ones, or download the model's "
+        'file and give a module: timm.create_model(name, checkpoint_path="FILE")'
+    )
+
+
+def _import_timm() -> Any:
+    return import_library("timm", extra="timm")

@@ -1,0 +1,68 @@
+"""Tokens of a transformer, laid out as the grid that they came from."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from upfeat.types import Size
+
+_MOST_PREFIX_TOKENS = 16
+"""Class and register tokens that are believed without being told of them."""
+
+
+def tokens_to_grid(tokens: Tensor, grid_size: Size, prefix_tokens: int | None = None) -> Tensor:
+    """Lay tokens out as a feature map.
+
+    Args:
+        tokens: (B, N, C): prefix tokens (class, registers), then one token for each cell, row by
+            row.
+        grid_size: (h, w) of the map.
+        prefix_tokens: number of tokens before those of the cells; ``None`` for N − h·w.
+
+    Returns:
+        (B, C, h, w).
+
+    Raises:
+        ValueError: the tokens are not (B, N, C), or do not fill the grid.
+
+    Example:
+        >>> import torch
+        >>> tokens_to_grid(torch.zeros(1, 1 + 6, 32), (2, 3), prefix_tokens=1).shape
+        torch.Size([1, 32, 2, 3])
+    """
+    if tokens.dim() != 3:
+        raise ValueError(f"tokens must be (B, N, C), not {tuple(tokens.shape)}")
+    height, width = grid_size
+    if min(height, width) < 1:
+        raise ValueError(f"grid_size={grid_size!r} must be (height, width), each 1 or more")
+    count = tokens.shape[1] - height * width
+    expected = count if prefix_tokens is None else prefix_tokens
+    if count != expected or not count >= 0:
+        named = "" if prefix_tokens is None else f"{prefix_tokens} prefix tokens and "
+        raise ValueError(
+            f"{tokens.shape[1]} tokens are not {named}a grid of {height}×{width}; check grid_size= "
+            "and prefix_tokens= (class and register tokens)"
+        )
+    return tokens[:, count:].mT.unflatten(2, (height, width))
+
+
+def square_grid(count: int, side: int, prefix_tokens: int | None = None) -> tuple[int, int] | None:
+    """Find the square grid that tokens of a square image form.
+
+    Args:
+        count: number of tokens.
+        side: of the image, pixels.
+        prefix_tokens: how many are not of the grid; ``None`` to find out. The fewest are believed
+            with which the cells divide the image, or else with which there is a square at all.
+
+    Returns:
+        Cells to a side and the number of prefix tokens; ``None`` where there is no such grid.
+    """
+    prefixes = range(_MOST_PREFIX_TOKENS + 1) if prefix_tokens is None else (prefix_tokens,)
+    squares = []
+    for prefix in prefixes:
+        cells = round(max(count - prefix, 0) ** 0.5)
+        if cells >= 1 and cells * cells == count - prefix and cells <= side:
+            squares.append((cells, prefix))
+    whole = [square for square in squares if side % square[0] == 0 and square[0] > 1]
+    return next(iter(whole or squares), None)

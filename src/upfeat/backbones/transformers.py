@@ -1,0 +1,295 @@
+"""Vision models of transformers, by ``hf:ID-OR-FOLDER`` or as objects."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upfeat.backbones.libraries import import_library, quiet, without_broken
+from upfeat.backbones.outputs import check_number
+from upfeat.backbones.settings import Settings, cropping, transformers_settings
+from upfeat.types import Size
+
+_LOG = logging.getLogger("upfeat.backbones")
+
+# What models of images and text call the part that sees.
+_TOWERS = ("vision_model", "vision_tower", "visual_model", "image_encoder")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+class TransformersFeatures(nn.Module):
+    """Hidden states of a transformers model's layers, or what it returns last.
+
+    Layers are counted from 0, the embedding not among them: layer 8 is ``hidden_states[9]``. The
+    last is ``last_hidden_state``, after the model's last norm.
+    """
+
+    def __init__(
+        self, network: nn.Module, layers: Sequence[int] | None = None, *, interpolate: bool = True
+    ) -> None:
+        """Choose layers.
+
+        Args:
+            network: a vision model, or one of images and text, whose vision part is taken.
+            layers: their numbers; ``None`` for the last.
+            interpolate: its position embeddings, for images of other sizes than its own.
+
+        Raises:
+            ValueError: it is no vision model, or there is no such layer.
+        """
+        super().__init__()
+        self.network = vision_part(network)
+        config: Any = self.network.config
+        self.blocks = _count_blocks(config)
+        self.layers = layers
+        if layers is not None and self.blocks is not None:
+            name = type(self.network).__name__
+            self.layers = [check_number(layer, self.blocks, name) for layer in layers]
+            if self.layers == [self.blocks - 1]:
+                self.layers = None
+        self.options = _options(self.network, interpolate)
+        self.masked = "noise" in inspect.signature(self.network.forward).parameters
+        self.patch = getattr(config, "patch_size", 16)
+
+    def forward(self, x: Tensor) -> Any:
+        """(B, 3, H, W) -> tokens or a map, of several layers a list."""
+        options: dict[str, Any] = dict(self.options)
+        if self.masked:  # else patches come back in a random order, some of them left out
+            count = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
+            options["noise"] = torch.arange(count, device=x.device).expand(len(x), -1)
+        with _unmasked(self.network.config), _whole_windows(self.network):
+            output = self.network(x, output_hidden_states=self.layers is not None, **options)
+        if self.layers is None:
+            return self._last(output)
+        states = output.get("reshaped_hidden_states") or output.hidden_states
+        offset = len(states) - self.blocks if self.blocks is not None else 0
+        chosen = [states[offset + layer] for layer in self.layers]
+        return chosen[0] if len(chosen) == 1 else chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hooks by which transformers records hidden states; it installs them anew."""
+        for module in self.network.modules():
+            hooks = module._forward_hooks
+            for key, hook in list(hooks.items()):
+                if type(hook).__module__ == "builtins" and "output_cap" in hook.__qualname__:
+                    del hooks[key]
+            if hasattr(module, "_output_capturing_hooks_installed"):
+                module._output_capturing_hooks_installed = False  # pyright: ignore[reportArgumentType]
+        return self.__dict__
+
+    def _last(self, output: Any) -> Any:
+        """The last hidden state, as a map where the model keeps one."""
+        if "feature_maps" in output:
+            return output["feature_maps"][-1]
+        if "last_hidden_state" not in output:
+            raise ValueError(
+                f"{type(self.network).__name__} returns {', '.join(output)}, no hidden states; "
+                "give its base model (.base_model)"
+            )
+        return output["last_hidden_state"]
+
+
+def is_transformers(module: object) -> bool:
+    """Return whether it is a model of transformers."""
+    return any(
+        cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.")
+        for cls in type(module).__mro__
+    )
+
+
+def vision_part(network: nn.Module) -> nn.Module:
+    """The part of a model that sees: its base model, or its vision tower.
+
+    Raises:
+        ValueError: it does not take images.
+    """
+    base: Any = network
+    if "For" in type(network).__name__:  # a head on a model, as ViTForImageClassification
+        base = getattr(network, "base_model", network)
+    inner = getattr(base, "timm_model", None)
+    if isinstance(inner, nn.Module):
+        return inner
+    for name in _TOWERS:
+        tower = getattr(base, name, None)
+        if isinstance(tower, nn.Module):
+            base = tower
+            break
+    parameters = inspect.signature(base.forward).parameters
+    if "pixel_values" not in parameters:
+        raise ValueError(
+            f"{type(network).__name__} takes no pixel_values: it is no vision model; give the part "
+            "of it that sees"
+        )
+    needed = [
+        name
+        for name, one in parameters.items()
+        if name != "pixel_values" and one.default is one.empty and one.kind in (0, 1, 3)
+    ]
+    if needed:
+        raise ValueError(
+            f"{type(base).__name__} needs {', '.join(needed)} beside the image; wrap it in a "
+            "function of the image that gives them"
+        )
+    return base
+
+
+def _count_blocks(config: Any) -> int | None:
+    """Number of layers or stages, embedding not counted."""
+    for name in ("num_encoder_blocks", "depths", "num_hidden_layers"):
+        value = getattr(config, name, None)
+        if value:
+            return len(value) if isinstance(value, (list, tuple)) else int(value)
+    return None
+
+
+def _options(network: Any, interpolate: bool) -> dict[str, Any]:
+    parameters = inspect.signature(network.forward).parameters
+    options: dict[str, Any] = {}
+    if interpolate and "interpolate_pos_encoding" in parameters:
+        options["interpolate_pos_encoding"] = True
+    return options
+
+
+@contextmanager
+def _unmasked(config: Any) -> Iterator[None]:
+    """No patch is left out while this lasts, by models that learn from masked images."""
+    ratio = getattr(config, "mask_ratio", None)
+    if ratio is None:
+        yield
+        return
+    config.mask_ratio = 0.0
+    try:
+        yield
+    finally:
+        config.mask_ratio = ratio
+
+
+def load_transformers(source: str, *, pretrained: bool) -> tuple[nn.Module, Settings]:
+    """Load a vision model and the settings of its image processor.
+
+    Args:
+        source: a folder, or the name of a model on the hub.
+        pretrained: load its weights; otherwise random ones.
+
+    Raises:
+        FileNotFoundError: it is no folder, and cannot be downloaded.
+        ValueError: transformers is not installed, or cannot make the model.
+    """
+    with without_broken("torchvision"):
+        return _load(source, pretrained)
+
+
+def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
+    library = import_library("transformers", extra="transformers")
+    if Path(source).expanduser().exists():
+        source = str(Path(source).expanduser())
+        _check_folder(Path(source), pretrained)
+    progress = library.utils.logging
+    shown = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        with quiet():
+            config = library.AutoConfig.from_pretrained(source)
+            if pretrained:
+                network = library.AutoModel.from_pretrained(source, dtype=torch.float32)
+            else:
+                network = library.AutoModel.from_config(config)
+            processor = _read_processor(source)
+    except OSError as error:
+        raise _unreachable(source, error) from None
+    except Exception as error:
+        raise ValueError(f"hf:{source}: {_line(error)}") from None
+    finally:
+        if shown:
+            progress.enable_progress_bar()
+    part = vision_part(network)
+    settings = transformers_settings(getattr(part, "config", config), processor)
+    crop = None if processor is None else cropping(processor)
+    if crop is not None:
+        _LOG.warning(
+            "hf:%s: its processor crops images to %s; upfeat keeps the whole image, at its own "
+            "size or the one you give",
+            *(source, crop),
+        )
+    if processor is None:
+        _LOG.warning(
+            "hf:%s has no preprocessor_config.json: mean %s and std %s are taken, as for its kind; "
+            "give mean= and std= if they are others",
+            *(source, settings.mean, settings.std),
+        )
+    return part, settings
+
+
+def _check_folder(folder: Path, pretrained: bool) -> None:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"hf:{folder}: holds no config.json; give a folder that save_pretrained of "
+            "transformers wrote"
+        )
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
+    if pretrained and not weights:
+        raise FileNotFoundError(
+            f"hf:{folder}: holds no weights (model.safetensors); put them there, or give "
+            "pretrained=False for random ones"
+        )
+
+
+@contextmanager
+def _whole_windows(network: nn.Module) -> Iterator[None]:
+    """Windows keep their size while this lasts, on images smaller than they are too.
+
+    transformers' Swin shrinks the windows of a layer for good when it sees a small image, for which
+    its position biases are then of the wrong size; padding, which it knows too, is always right.
+    """
+    layers: list[Any] = [
+        one for one in network.modules() if hasattr(one, "set_shift_and_window_size")
+    ]
+    shifts = [layer.shift_size for layer in layers]
+
+    def keep(layer: Any, shift: int, resolution: Size) -> None:
+        layer.shift_size = 0 if min(resolution) <= layer.window_size else shift
+
+    for layer, shift in zip(layers, shifts, strict=True):
+        layer.set_shift_and_window_size = partial(keep, layer, shift)
+    try:
+        yield
+    finally:
+        for layer, shift in zip(layers, shifts, strict=True):
+            del layer.set_shift_and_window_size
+            layer.shift_size = shift
+
+
+def _read_processor(source: str) -> dict[str, Any] | None:
+    """The image processor's configuration; ``None`` where there is none."""
+    cached: Any = import_library("transformers.utils", extra="transformers").cached_file
+    for name in _PROCESSOR_FILES:
+        local = Path(source) / name
+        if Path(source).is_dir():
+            path = local if local.is_file() else None
+        else:
+            path = cached(source, name, _raise_exceptions_for_missing_entries=False)
+        if path is not None:
+            found = json.loads(Path(path).read_text())
+            return found.get("image_processor", found)
+    return None
+
+
+def _unreachable(source: str, error: OSError) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"hf:{source}: no such folder, and not in the cache or on the hub ({_line(error)}); "
+        "download its config.json, model.safetensors and preprocessor_config.json into a folder "
+        "and give hf:FOLDER"
+    )
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

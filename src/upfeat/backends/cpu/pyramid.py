@@ -1,0 +1,107 @@
+"""The encoder of the neighbourhood upsampler on the compiled CPU library: inference only."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.backends.cpu.arguments import check_image, reason_against
+from upfeat.backends.cpu.library import Pyramid, call
+
+_WIDTH = 32
+"""Channels are padded with zeros to a multiple of this."""
+
+
+def can_run_pyramid_queries(guidance: Tensor, *_: object) -> str | None:
+    """Return why :func:`pyramid_queries` cannot run on these; ``None`` when it can."""
+    return reason_against(guidance=guidance)
+
+
+def pyramid_queries(
+    guidance: Tensor, parameters: Sequence[Tensor], window: Sequence[int], unit: bool
+) -> Tensor:
+    """Queries of a window of an image, without gradients.
+
+    Args:
+        guidance: (B, G, H, W), any strides.
+        parameters: weight and bias of the entry, (D, G, 3, 3); of the correction of each coarser
+            scale, (D, D, 3, 3) and (D, D), or of none; of the join of each scale, (D, D). Matrices
+            may carry trailing axes of size 1.
+        window: (top, left, height, width), within the image.
+        unit: give vectors of unit length.
+
+    Returns:
+        (B, D, height, width), channels last, of the guidance's type.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    check_image("guidance", guidance, 0)
+    encoder = _encoder(guidance.shape[1], [one.detach().float().cpu() for one in parameters])
+    top, left, height, width = (int(one) for one in window)
+    shape = guidance.shape[0], len(parameters[1]), height, width
+    if min(top, left) < 0 or top + height > guidance.shape[2] or left + width > guidance.shape[3]:
+        raise ValueError(f"window={tuple(window)} does not lie in {tuple(guidance.shape[2:])}")
+    out = torch.empty(
+        shape, dtype=guidance.dtype, device=guidance.device, memory_format=torch.channels_last
+    )
+    if out.numel():
+        call("upfeat_pyramid", guidance, encoder, out, top, left, int(unit))
+    return out
+
+
+def _encoder(channels: int, parameters: list[Tensor]) -> Pyramid:
+    width = len(parameters[1])
+    if tuple(parameters[0].shape) != (width, channels, 3, 3):
+        raise ValueError(
+            f"entry has shape {tuple(parameters[0].shape)}; it must be {(width, channels, 3, 3)}"
+        )
+    joined, pairs = _joined(parameters), list(zip(parameters[::2], parameters[1::2], strict=True))
+    hidden, last = pairs[1:-joined:2], pairs[2:-joined:2]
+    full = -(-width // _WIDTH) * _WIDTH
+    arrays = {
+        "entry_w": _window(parameters[0], channels, full),
+        "entry_b": _padded(parameters[1], full),
+        **_stack("hidden", hidden, full),
+        **_stack("last", last, full),
+        **_stack("join", pairs[-joined:], full),
+    }
+    encoder = Pyramid(
+        **{name: value.data_ptr() for name, value in arrays.items()}, width=full, levels=joined
+    )
+    encoder.keep = arrays  # the structure holds bare addresses
+    return encoder
+
+
+def _joined(parameters: list[Tensor]) -> int:
+    """Number of scales."""
+    corrections = sum(one.dim() == 4 and one.shape[-1] == 3 for one in parameters[2:])
+    return corrections + 1 if corrections else len(parameters) // 2 - 1
+
+
+def _stack(name: str, layers: list[tuple[Tensor, Tensor]], full: int) -> dict[str, Tensor]:
+    if not layers:
+        return {}
+    make = _window if layers[0][0].shape[-1] == 3 and layers[0][0].dim() == 4 else _matrix
+    return {
+        f"{name}_w": torch.stack([make(weight, full, full) for weight, _ in layers]),
+        f"{name}_b": torch.stack([_padded(bias, full) for _, bias in layers]),
+    }
+
+
+def _window(weight: Tensor, inputs: int, full: int) -> Tensor:
+    """(D, C, 3, 3) to (3, 3, inputs, full)."""
+    grown = F.pad(weight, (0, 0, 0, 0, 0, inputs - weight.shape[1], 0, full - weight.shape[0]))
+    return grown.permute(2, 3, 1, 0).contiguous()
+
+
+def _matrix(weight: Tensor, inputs: int, full: int) -> Tensor:
+    """(D, C) to (inputs, full)."""
+    weight = weight.flatten(1)
+    grown = F.pad(weight, (0, inputs - weight.shape[1], 0, full - weight.shape[0]))
+    return grown.T.contiguous()
+
+
+def _padded(bias: Tensor, full: int) -> Tensor:
+    return F.pad(bias, (0, full - len(bias))).contiguous()

@@ -1,0 +1,296 @@
+"""Dense features of CLIP and SigLIP in the space of their texts, and the texts' own.
+
+An image tower answers for a whole image: its last attention gathers the patches into one vector.
+Left out (MaskCLIP: Zhou, Loy and Dai, Extract Free Dense Labels from CLIP, 2022), every patch keeps
+what it would have contributed, which lies in the same space and can be held against a text there.
+For CLIP that is the last block's value projection; for SigLIP the pooling head, given one patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.backbones import Backbone
+from upfeat.normalization import HALF, Normalization
+
+CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+"""The normalisation of CLIP's images."""
+
+TEMPLATES = (
+    "a photo of a {}.",
+    "a photo of the {}.",
+    "a close-up photo of a {}.",
+    "a photo of many {}.",
+    "there is a {} in the scene.",
+)
+"""Sentences to put a class's name into; the mean over several is steadier than any of them."""
+
+
+def load_text_backbone(
+    model: str | nn.Module,
+    tokenizer: Callable[..., Any] | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> TextBackbone:
+    """Load a model of images and texts as a backbone whose features texts can be held against.
+
+    Args:
+        model: "hf:ID" or "hf:FOLDER" (CLIP and SigLIP of transformers), "open_clip:NAME/TAG", or a
+            loaded one: transformers' ``CLIPModel`` or ``SiglipModel``, or open_clip's ``CLIP``.
+        tokenizer: the model's own, for a loaded one; without, texts cannot be encoded.
+        mean: normalisation of its images, RGB in [0, 1]; ``None`` for the model's.
+        std: likewise.
+
+    Raises:
+        ValueError: it is none of these, its package is not installed, or it cannot be loaded.
+
+    The three lines stand in docs/guides/text.md.
+    """
+    name = None
+    if isinstance(model, str):
+        name = model
+        model, tokenizer, found = _load_named(model)
+        mean, std = mean or (found and found.mean), std or (found and found.std)
+    return TextBackbone(model, tokenizer, name=name, mean=mean, std=std)
+
+
+class TextBackbone(Backbone):
+    """A CLIP or SigLIP: dense features of images, and vectors of texts, in one space.
+
+    Frozen, in eval mode. Position embeddings are interpolated to the size of the image.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Callable[..., Any] | None = None,
+        *,
+        name: str | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        """Wrap a model; see :func:`load_text_backbone`.
+
+        Raises:
+            ValueError: its structure is none that is known.
+        """
+        tower = _tower(model)
+        super().__init__(
+            name=name or type(model).__name__,
+            embed_dim=tower.embed_dim(model),
+            stride=tower.patch(model),
+            mean=mean or tower.normalization(model).mean,
+            std=std or tower.normalization(model).std,
+        )
+        self.model, self.tokenizer = model, tokenizer
+        self._tower = tower
+        self.eval().requires_grad_(False)
+
+    def extract(self, x: Tensor) -> Tensor:
+        """See :meth:`Backbone.extract`."""
+        weight = next(self.model.parameters())
+        tokens = self._tower.patches(self.model, x.to(weight.dtype))  # (B, N, C)
+        grid = x.shape[2] // self.stride, x.shape[3] // self.stride
+        return tokens.mT.unflatten(2, grid).to(x.dtype)
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
+        """Encode texts.
+
+        Args:
+            prompts: K texts, or names of things with ``templates``.
+            templates: sentences with a place for each prompt, as :data:`TEMPLATES`; a prompt's
+                vector is the mean over them.
+
+        Returns:
+            (K, C), of unit length.
+
+        Raises:
+            ValueError: there are no prompts, a template has no place, or there is no tokenizer.
+        """
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError(f"prompts={prompts!r} must be one or more texts, in a list")
+        if not templates or not all("{}" in template for template in templates):
+            raise ValueError(f'templates={templates!r} must each have a place "{{}}" for a prompt')
+        if self.tokenizer is None:
+            raise ValueError(f"{self.name} was given without tokenizer=, which encode_text needs")
+        texts = [template.format(prompt) for prompt in prompts for template in templates]
+        vectors = F.normalize(self._tower.texts(self.model, self.tokenizer, texts).float(), dim=1)
+        return F.normalize(vectors.unflatten(0, (len(prompts), -1)).mean(1), dim=1)
+
+
+class _Clip:
+    """Transformers' CLIP."""
+
+    @staticmethod
+    def embed_dim(model: Any) -> int:
+        return model.config.projection_dim
+
+    @staticmethod
+    def patch(model: Any) -> int:
+        return model.config.vision_config.patch_size
+
+    @staticmethod
+    def normalization(model: Any) -> Normalization:
+        return CLIP
+
+    @staticmethod
+    def patches(model: Any, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, C): the last block's values, projected."""
+        tower = model.vision_model
+        out = tower(x, interpolate_pos_encoding=True, output_hidden_states=True)
+        last, before = tower.encoder.layers[-1], out.hidden_states[-2][:, 1:]
+        values = last.self_attn.out_proj(last.self_attn.v_proj(last.layer_norm1(before)))
+        return model.visual_projection(tower.post_layernorm(values))
+
+    @staticmethod
+    def texts(model: Any, tokenizer: Callable[..., Any], texts: list[str]) -> Tensor:
+        """K texts -> (K, C)."""
+        # SigLIP was trained on texts of one length and takes the last token for the whole.
+        padding = "max_length" if "siglip" in model.config.model_type else True
+        tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
+        device = next(model.parameters()).device
+        out = model.get_text_features(**{name: value.to(device) for name, value in tokens.items()})
+        return out if isinstance(out, Tensor) else out.pooler_output
+
+
+class _Siglip(_Clip):
+    """Transformers' SigLIP, whose pooling head attends to the patches."""
+
+    @staticmethod
+    def embed_dim(model: Any) -> int:
+        return model.config.vision_config.hidden_size
+
+    @staticmethod
+    def normalization(model: Any) -> Normalization:
+        return HALF
+
+    @staticmethod
+    def patches(model: Any, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, C): each patch through the pooling head alone."""
+        tower = model.vision_model
+        tokens = tower(x, interpolate_pos_encoding=True).last_hidden_state
+        attention = tower.head.attention
+        values = attention.out_proj(_value_projection(attention, tokens))
+        return values + tower.head.mlp(tower.head.layernorm(values))
+
+
+class _OpenClip:
+    """open_clip's CLIP with a vision transformer of its own."""
+
+    @staticmethod
+    def embed_dim(model: Any) -> int:
+        return model.visual.proj.shape[1]
+
+    @staticmethod
+    def patch(model: Any) -> int:
+        return model.visual.conv1.kernel_size[0]
+
+    @staticmethod
+    def normalization(model: Any) -> Normalization:
+        mean, std = (getattr(model.visual, name, None) for name in ("image_mean", "image_std"))
+        return Normalization(tuple(mean), tuple(std)) if mean and std else CLIP
+
+    @staticmethod
+    def patches(model: Any, x: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, N, C): the last block's values, projected."""
+        tower = model.visual
+        grid = tower.conv1(x)  # (B, width, h, w)
+        tokens = grid.flatten(2).mT
+        first = tower.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+        tokens = torch.cat([first, tokens], 1)
+        tokens = tower.ln_pre(tokens + _positions(tower.positional_embedding, grid))
+        batch_first = getattr(tower.transformer, "batch_first", False)
+        tokens = tokens if batch_first else tokens.transpose(0, 1)
+        for block in tower.transformer.resblocks[:-1]:
+            tokens = block(tokens)
+        tokens = tokens if batch_first else tokens.transpose(0, 1)
+        last = tower.transformer.resblocks[-1]
+        values = _value_projection(last.attn, last.ln_1(tokens[:, 1:]))
+        return tower.ln_post(last.ls_1(last.attn.out_proj(values))) @ tower.proj
+
+    @staticmethod
+    def texts(model: Any, tokenizer: Callable[..., Any], texts: list[str]) -> Tensor:
+        """K texts -> (K, C)."""
+        return model.encode_text(tokenizer(texts).to(next(model.parameters()).device))
+
+
+def _value_projection(attention: Any, tokens: Tensor) -> Tensor:
+    """Values of ``nn.MultiheadAttention``, before its output projection."""
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    width = attention.embed_dim
+    return F.linear(tokens, weight[2 * width :], None if bias is None else bias[2 * width :])
+
+
+def _positions(embedding: Tensor, grid: Tensor) -> Tensor:
+    """Position embeddings (1 + N, C) of a square for another grid (B, C, h, w): (1 + h·w, C)."""
+    height, width = grid.shape[2:]
+    side = round((len(embedding) - 1) ** 0.5)
+    if (height, width) == (side, side):
+        return embedding
+    square = embedding[1:].T.unflatten(1, (side, side))[None].float()
+    resized = F.interpolate(
+        square, size=(height, width), mode="bicubic", align_corners=False, antialias=True
+    )
+    return torch.cat([embedding[:1], resized[0].flatten(1).T.to(embedding.dtype)])
+
+
+def _tower(model: Any) -> Any:
+    """The way to a model's patches, by its structure."""
+    vision = getattr(model, "vision_model", None)
+    if vision is not None and hasattr(model, "get_text_features"):
+        if hasattr(model, "visual_projection") and hasattr(vision, "post_layernorm"):
+            return _Clip
+        if hasattr(getattr(vision, "head", None), "attention"):
+            return _Siglip
+    visual = getattr(model, "visual", None)
+    known = ("conv1", "class_embedding", "transformer", "proj")
+    pooled = getattr(visual, "attn_pool", None) is not None
+    if not pooled and all(getattr(visual, part, None) is not None for part in known):
+        return _OpenClip
+    raise ValueError(
+        f"model is a {type(model).__name__}, of which no dense features in the space of its texts "
+        "are known; give transformers' CLIPModel or SiglipModel, or open_clip's CLIP with a vision "
+        "transformer"
+    )
+
+
+def _load_named(name: str) -> tuple[nn.Module, Callable[..., Any], Normalization | None]:
+    source, _, rest = name.partition(":")
+    if source not in ("hf", "open_clip") or not rest:
+        raise ValueError(f'model="{name}" must be "hf:ID", "hf:FOLDER" or "open_clip:NAME/TAG"')
+    package = {"hf": "transformers", "open_clip": "open_clip_torch"}[source]
+    try:
+        return (_load_hf if source == "hf" else _load_open_clip)(rest)
+    except ImportError as error:
+        raise ValueError(f"{name}: pip install {package} to load it ({error})") from None
+    except (OSError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: cannot be loaded ({reason[:300]})") from None
+
+
+def _load_hf(name: str) -> tuple[nn.Module, Callable[..., Any], Normalization | None]:
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        AutoImageProcessor,
+        AutoModel,
+        AutoTokenizer,
+    )
+
+    model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+    processor = AutoImageProcessor.from_pretrained(name)
+    found = Normalization(tuple(processor.image_mean), tuple(processor.image_std))
+    return model, tokenizer, found
+
+
+def _load_open_clip(name: str) -> tuple[nn.Module, Callable[..., Any], Normalization | None]:
+    import open_clip  # pyright: ignore[reportMissingImports]
+
+    architecture, _, tag = name.partition("/")
+    model = open_clip.create_model(architecture, pretrained=tag or None)
+    return model, open_clip.get_tokenizer(architecture), None

@@ -1,0 +1,8 @@
+"""What the tests of backbones share."""
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _declared(torchvision_operators):
+    """Every library's import finds a torchvision that works."""

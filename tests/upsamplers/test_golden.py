@@ -1,0 +1,31 @@
+"""Features of shipped weights are what they were where one regression covers the image."""
+
+import pytest
+import torch
+
+from upfeat.upsamplers import create_upsampler
+
+# Sum, sum of squares and two values of a whole map in float64, as first published.
+EXPECTED = {
+    "detail_efficientnet_lite0": (15321.900736882, 794713.567848, 0.227478045, 1.488000057),
+    "detail_universal": (609.985131059, 394943.014386697, -0.088895199, 0.279933269),
+    "neighbourhood_universal": (702.056615846, 522655.280410328, -0.11037418, 0.157646817),
+    "joint_bilateral": (627.798262673, 206513.505325816, -0.064776495, 0.437363012),
+}
+
+
+def _wave(*shape):
+    count = torch.Size(shape).numel()
+    return torch.sin(0.37 * torch.arange(count, dtype=torch.float64) ** 1.13).view(shape)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_features_are_what_they_were(name):
+    features, guidance = _wave(1, 112, 7, 9), _wave(1, 3, 109, 141)
+    with torch.no_grad():
+        out = create_upsampler(name).double()(features, guidance)
+        single = create_upsampler(name)(features.float(), guidance.float())
+    found = (out.sum(), out.square().sum(), out[0, 3, 50, 60], out[0, 100, 108, 0])
+    for one, expected in zip(found, EXPECTED[name], strict=True):
+        assert float(one) == pytest.approx(expected, rel=1e-8, abs=1e-8)
+    torch.testing.assert_close(single.double(), out, rtol=0, atol=3e-5 * float(out.abs().max()))
