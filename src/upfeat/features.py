@@ -193,7 +193,7 @@ class UpsampledFeatures(FeatureMap):
         tiles = points.long() // _TILE
         for tile in torch.unique(tiles, dim=0):
             inside = (tiles == tile).all(1)
-            out[inside] = self._sample_tile(settled, points[inside], tile)
+            out[inside] = self._sample_tile(settled, points[inside])
         if self.missing is not None:
             rows, columns = points.round().long().unbind(1)
             out[self.missing[0, 0, rows, columns]] = 0
@@ -368,13 +368,14 @@ class UpsampledFeatures(FeatureMap):
         if self.shape[0] != 1:
             raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
 
-    def _sample_tile(
-        self, settled: tuple[Kernels, Tensor | Map], points: Tensor, tile: Tensor
-    ) -> Tensor:
-        """Features at points (N, 2) whose pixels start in one tile -> (N, C)."""
-        top, left = (int(index) * _TILE for index in tile)
-        height = min(_TILE + 1, self.shape[2] - top)
-        width = min(_TILE + 1, self.shape[3] - left)
+    def _sample_tile(self, settled: tuple[Kernels, Tensor | Map], points: Tensor) -> Tensor:
+        """Features at points (N, 2) that lie close together -> (N, C)."""
+        (top, left), (bottom, right) = (
+            points.amin(0).long().tolist(),
+            points.amax(0).long().tolist(),
+        )
+        height = min(bottom + 2, self.shape[2]) - top
+        width = min(right + 2, self.shape[3]) - left
         window = Window(top, left, height, width)
         patch = self.upsampler.render(*settled, window=window)[0]  # (C, height, width)
         points = points - torch.tensor([top, left], device=points.device)

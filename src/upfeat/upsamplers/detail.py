@@ -111,7 +111,7 @@ class FinerFeatures(Computed):
         """Keep both."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.first.whole or recorded
-        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=4)
+        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=2)
         self.kernels, self.features = kernels, features
 
     def compute(self, window: Window) -> Tensor:
