@@ -240,7 +240,7 @@ class NeighbourhoodKernels:
             if self.back_projections:
                 self.pooled.start_from(weights)
             return self._sum(self.corrected(source, Window(0, 0, *self.grid_size)), weights, window)
-        kernels, kept = self.settle(source)
+        kernels, kept = self.precompute(source)
         out = None
         for window in tiles(self.output_size, TILE):
             part = kernels.crop(kept, window)
@@ -262,7 +262,7 @@ class NeighbourhoodKernels:
         values = self.corrected(features, cells)
         return self._sum(values, self.weights(window), window, cells)
 
-    def settle(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
+    def precompute(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
         """Precompute everything that does not depend on the window.
 
         Args:
