@@ -257,7 +257,7 @@ class Objective(nn.Module):
                 head = torch.eye(count).to(features).expand(len(features), -1, -1)
             saliency = attention.saliency_weight.expand(len(features), -1, -1)
             head = torch.cat([head, saliency], dim=1)
-        out = self.upsampler.through(kernels, features, head=head)
+        out = self.upsampler.render_linear(kernels, features, head=head)
         # Unlike slices, a split puts its gradients together in one map.
         values, saliency = out.split([count, out.shape[1] - count], dim=1)
         offset = self.upsampler.offset

@@ -111,7 +111,7 @@ class FinerFeatures(Computed):
         """Keep both."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.first.whole or recorded
-        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=4)
+        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=2)
         self.kernels, self.features = kernels, features
 
     def compute(self, window: Window) -> Tensor:
@@ -158,9 +158,9 @@ class DetailKernels:
         """See :meth:`Kernels.crop`."""
         return self.last.crop(self._on_finer_grid(features), window)
 
-    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
-        """See :meth:`NeighbourhoodKernels.settle`; the first step and the detail are done too."""
-        return self.last.settle(self._on_finer_grid(features))
+    def precompute(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
+        """Precompute as :class:`NeighbourhoodKernels` does; the first step and the detail too."""
+        return self.last.precompute(self._on_finer_grid(features))
 
     def to_finer_grid(self, features: Tensor) -> Tensor:
         """Infer the finer grid from the features alone, (B, C, h, w) -> (B, C, 2h, 2w)."""
@@ -352,7 +352,7 @@ class DetailUpsampler(Upsampler):
             )
         return features + apply_head(features, self.channel_mix.weight.flatten(1))
 
-    def through(
+    def render_linear(
         self,
         kernels: Kernels,
         mixed: Tensor | Map,
@@ -360,15 +360,15 @@ class DetailUpsampler(Upsampler):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """See :meth:`Upsampler.through`; heads apply to the detail's basis too."""
-        if isinstance(kernels, DetailKernels):  # else settled: the features have their detail
+        """See :meth:`Upsampler.render_linear`; heads apply to the detail's basis too."""
+        if isinstance(kernels, DetailKernels):  # else precomputed: the features have their detail
             kernels = self._with_detail(kernels, head)
-        return super().through(kernels, mixed, head=head, window=window)
+        return super().render_linear(kernels, mixed, head=head, window=window)
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
-        """See :meth:`Upsampler.settle`; the last step, and features (B, C, 2h, 2w) with detail."""
+    def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
+        """See :meth:`Upsampler.precompute`; the last step, and features with their detail."""
         assert isinstance(kernels, DetailKernels)
-        return self._with_detail(kernels, None).settle(mixed)
+        return self._with_detail(kernels, None).precompute(mixed)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
         """Detail that the network adds between the steps, (B, C, 2h, 2w)."""

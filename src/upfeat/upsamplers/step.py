@@ -44,6 +44,11 @@ class Pixels(Computed):
         outer, values = self._last
         return cut(values, inside(window, outer))
 
+    def means(self, grid_size: Size, cells: Window) -> Tensor | None:
+        """Means over cells, (B, K, *cells), where they can be had without the pixels."""
+        del grid_size, cells
+        return None
+
     @abstractmethod
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
@@ -97,6 +102,15 @@ class Queries(Pixels):
         )
         return unit(queries, over=True) if unit_length else queries
 
+    def means(self, grid_size: Size, cells: Window) -> Tensor | None:
+        """See :meth:`Pixels.means`."""
+        if self.seen != self.size or not self._can_fuse():
+            return None
+        parameters = self.encoder.parameters_in_order()
+        return dispatch.call(
+            "pyramid_means", self.backend, self.guidance, parameters, grid_size, cells
+        )
+
     def _can_fuse(self) -> bool:
         """Return whether the compiled encoder can run, which has no gradients."""
         if self.recorded or self.backend not in ("auto", "cpu"):
@@ -111,7 +125,7 @@ class Queries(Pixels):
 class CellMeans(Computed):
     """The mean of a map over each cell of a grid, cells that share pixels overlapping."""
 
-    def __init__(self, source: Computed, grid_size: Size) -> None:
+    def __init__(self, source: Pixels, grid_size: Size) -> None:
         """Keep the map and the grid.
 
         Args:
@@ -129,19 +143,25 @@ class CellMeans(Computed):
         for part in tiles(
             (window.height, window.width), _cells_of_tile(self.source.size, self.size)
         ):
-            rows, columns = (
-                pooled(length, cells, torch.arange(*span))
-                for length, cells, span in zip(
-                    self.source.size, self.size, spans_of(moved(part, window)), strict=True
-                )
-            )
-            seen = window_of((rows.first, rows.stop), (columns.first, columns.stop))
-            values = resample(self.source.at(seen), rows, columns, (seen.top, seen.left))
+            values = self._part(moved(part, window))
             if out is None:
                 out = values.new_empty((*values.shape[:2], window.height, window.width))
             cut(out, part).copy_(values)
         assert out is not None
         return out
+
+    def _part(self, cells: Window) -> Tensor:
+        means = self.source.means(self.size, cells)
+        if means is not None:
+            return means
+        rows, columns = (
+            pooled(length, count, torch.arange(*span))
+            for length, count, span in zip(
+                self.source.size, self.size, spans_of(cells), strict=True
+            )
+        )
+        seen = window_of((rows.first, rows.stop), (columns.first, columns.stop))
+        return resample(self.source.at(seen), rows, columns, (seen.top, seen.left))
 
 
 class Coarser(Computed):
@@ -220,7 +240,7 @@ class NeighbourhoodKernels:
             if self.back_projections:
                 self.pooled.start_from(weights)
             return self._sum(self.corrected(source, Window(0, 0, *self.grid_size)), weights, window)
-        kernels, kept = self.settle(source)
+        kernels, kept = self.precompute(source)
         out = None
         for window in tiles(self.output_size, TILE):
             part = kernels.crop(kept, window)
@@ -242,7 +262,7 @@ class NeighbourhoodKernels:
         values = self.corrected(features, cells)
         return self._sum(values, self.weights(window), window, cells)
 
-    def settle(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
+    def precompute(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
         """Precompute everything that does not depend on the window.
 
         Args:
