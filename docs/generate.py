@@ -91,6 +91,29 @@ def cpu_operator_backward() -> str:
     )
 
 
+def rivals() -> str:
+    """Published upsamplers beside the plain form of their mathematics."""
+    rows, base = [], 0.0
+    for row in _read("rivals")["rows"]:
+        if row["name"] in ("anyup", "jafar", "naf") and row["way"] == "ours":
+            base = row["seconds"]
+        size = f"{row['grid']}→{row['size']}"
+        if row["seconds"] is None:
+            rows.append([row["name"], row["way"], size, "not run", row["skipped"], ""])
+            continue
+        rows.append(
+            [
+                row["name"],
+                row["way"],
+                size,
+                _milliseconds(row["seconds"]),
+                _ratio(row["seconds"] / base),
+                f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row["way"] in ("ours", "plain") else "",
+            ]
+        )
+    return _rows(["", "way", "size", "time", "of ours", "peak memory"], rows)
+
+
 def training_step() -> str:
     """A training step beside the same loss done otherwise."""
     parts = _read("training-step")["parts"]

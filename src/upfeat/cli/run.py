@@ -70,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp16",
         help="of the stored features (default: %(default)s)",
     )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        choices=(1, 5),
+        default=1,
+        help="5: let the backbone see the image at twice its size too (default: %(default)s)",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
     parser.add_argument(
@@ -108,7 +115,8 @@ def execute(options: argparse.Namespace) -> int:
         if not plan:
             return batch.exit_code
         backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-        model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
+        chosen = {"upsampler": options.upsampler, "passes": options.passes}
+        model = upfeat.load(backbone, **chosen, device=options.device)
         make_folder(options.output)
         made_by = describe_model(model)
         recipe = partial(recipe_of, made_by=made_by, size=options.size, dtype=dtype)

@@ -194,7 +194,7 @@ class AttentionUpsampler(Upsampler):
                 out[:, :, top : window.bottom] = self.render(kernels, features, window=window)
         return out
 
-    def through(
+    def render_linear(
         self,
         kernels: Kernels,
         mixed: Tensor | Map,
@@ -202,14 +202,14 @@ class AttentionUpsampler(Upsampler):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """See :meth:`Upsampler.through`.
+        """See :meth:`Upsampler.render_linear`.
 
         A head of heads that are split mixes their blocks of channels: what it takes of each block
         is upsampled by that block's weights, and the parts are added.
         """
         assert isinstance(kernels, AttentionKernels)
         if not kernels.split or head is None:
-            return super().through(kernels, mixed, head=head, window=window)
+            return super().render_linear(kernels, mixed, head=head, window=window)
         assert isinstance(mixed, Tensor)
         window = Window(0, 0, *kernels.queries.shape[2:]) if window is None else window
         blocks = kernels.channel_blocks(mixed.shape[1])

@@ -38,7 +38,7 @@ class Kernels(Protocol):
     """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
 
     def __call__(self, features: Any) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W), any C; features as :meth:`Upsampler.settle` gives them."""
+        """(B, C, h, w) -> (B, C, H, W), any C, or as :meth:`Upsampler.precompute` gives it."""
         ...
 
     def crop(self, features: Any, window: Window) -> Tensor:
@@ -209,11 +209,11 @@ class Upsampler(nn.Module, ABC):
             (B, K or C, height, width).
         """
         head = Head.of(head)
-        out = self.through(kernels, mixed, head=head.weight, window=window)
+        out = self.render_linear(kernels, mixed, head=head.weight, window=window)
         constant = head.constant(self.offset)
         return out if constant is None else add_offset(out, constant)
 
-    def through(
+    def render_linear(
         self,
         kernels: Kernels,
         mixed: Tensor | Map,
@@ -225,7 +225,7 @@ class Upsampler(nn.Module, ABC):
         coarse = apply_head(mixed, head)
         return kernels(coarse) if window is None else kernels.crop(coarse, window)
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
+    def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
         """Precompute everything that does not depend on the window.
 
         Args:

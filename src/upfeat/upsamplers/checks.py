@@ -30,7 +30,7 @@ def check_inputs(
                 f"{label} must be (B, channels, height, width), none of the last three 0, "
                 f"not {tuple(tensor.shape)}"
             )
-    if bands not in (None, guidance.shape[1]):
+    if bands is not None and guidance.shape[1] != bands:
         raise ValueError(
             f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
             'or use an upsampler that takes any bands, as "detail_universal"'

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
-from upfeat.resampling import bilinear, resample
+from upfeat.resampling import bilinear, resample, resize
+from upfeat.transforms import channels_last
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, cells_of_pixels
 from upfeat.upsamplers.encoder import pointwise, spans_of
@@ -88,9 +89,7 @@ class DetailMaps(Computed):
         if window == (0, 0, *self.size):
             image = self.guidance
             if image.shape[-2:] != self.seen:
-                image = F.interpolate(
-                    image, size=self.seen, mode="bilinear", align_corners=False, antialias=True
-                )
+                image = resize(image, self.seen)
             return self._run(image)
         around = widened(window, self.network.reach, self.size)
         rows, columns = (
@@ -102,7 +101,7 @@ class DetailMaps(Computed):
         return cut(self._run(resample(self.guidance, rows, columns)), inside(window, around))
 
     def _run(self, image: Tensor) -> Tensor:
-        return self.network(image.contiguous(memory_format=torch.channels_last)).contiguous()
+        return self.network(channels_last(image)).contiguous()
 
 
 class FinerFeatures(Computed):
@@ -112,7 +111,7 @@ class FinerFeatures(Computed):
         """Keep both."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.first.whole or recorded
-        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=4)
+        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=2)
         self.kernels, self.features = kernels, features
 
     def compute(self, window: Window) -> Tensor:
@@ -159,9 +158,9 @@ class DetailKernels:
         """See :meth:`Kernels.crop`."""
         return self.last.crop(self._on_finer_grid(features), window)
 
-    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
-        """See :meth:`NeighbourhoodKernels.settle`; the first step and the detail are done too."""
-        return self.last.settle(self._on_finer_grid(features))
+    def precompute(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
+        """Precompute as :class:`NeighbourhoodKernels` does; the first step and the detail too."""
+        return self.last.precompute(self._on_finer_grid(features))
 
     def to_finer_grid(self, features: Tensor) -> Tensor:
         """Infer the finer grid from the features alone, (B, C, h, w) -> (B, C, 2h, 2w)."""
@@ -310,6 +309,15 @@ class DetailUpsampler(Upsampler):
             maps = DetailMaps(self.network, guidance, finer, whole=queries.whole)
         return DetailKernels(first, last, regression=regression, maps=maps)
 
+    @torch.no_grad()
+    def last_step(self) -> NeighbourhoodUpsampler:
+        """The second step alone, for features on a grid twice as fine; in eval mode."""
+        step = NeighbourhoodUpsampler(**self.neighbourhood.config(), backend=self.backend)
+        step.load_state_dict(self.neighbourhood.state_dict())
+        step.log_sigma.add_(math.log(self.widening))
+        step.mean, step.std = self.mean, self.std
+        return step.eval()
+
     @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`."""
@@ -344,7 +352,7 @@ class DetailUpsampler(Upsampler):
             )
         return features + apply_head(features, self.channel_mix.weight.flatten(1))
 
-    def through(
+    def render_linear(
         self,
         kernels: Kernels,
         mixed: Tensor | Map,
@@ -352,15 +360,15 @@ class DetailUpsampler(Upsampler):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """See :meth:`Upsampler.through`; heads apply to the detail's basis too."""
-        if isinstance(kernels, DetailKernels):  # else settled: the features have their detail
+        """See :meth:`Upsampler.render_linear`; heads apply to the detail's basis too."""
+        if isinstance(kernels, DetailKernels):  # else precomputed: the features have their detail
             kernels = self._with_detail(kernels, head)
-        return super().through(kernels, mixed, head=head, window=window)
+        return super().render_linear(kernels, mixed, head=head, window=window)
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
-        """See :meth:`Upsampler.settle`; the last step, and features (B, C, 2h, 2w) with detail."""
+    def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
+        """See :meth:`Upsampler.precompute`; the last step, and features with their detail."""
         assert isinstance(kernels, DetailKernels)
-        return self._with_detail(kernels, None).settle(mixed)
+        return self._with_detail(kernels, None).precompute(mixed)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
         """Detail that the network adds between the steps, (B, C, 2h, 2w)."""

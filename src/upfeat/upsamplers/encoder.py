@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from upfeat.randomness import stream
 from upfeat.resampling import bilinear, pooled, resample
+from upfeat.transforms import channels_last
 from upfeat.types import Size, Window
 from upfeat.upsamplers.maps import cut, inside, widened
 
@@ -72,7 +73,7 @@ class PyramidEncoder(nn.Module):
 
     def forward(self, guidance: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, width, H, W), any size, channels last."""
-        entry = self.entry(guidance.contiguous(memory_format=torch.channels_last))
+        entry = self.entry(channels_last(guidance))
         scales = [torch.sin(entry) if torch.is_grad_enabled() else entry.sin_()]
         del entry
         for correction in self.coarser:
@@ -257,7 +258,7 @@ def _convolve(layer: nn.Conv2d, x: Tensor, around: Window, window: Window) -> Te
     (above, below), (before, after) = spans_of(around)
     sides = (left == before, right == after, top == above, bottom == below)
     padded = F.pad(x, [int(side) for side in sides], mode="replicate")
-    padded = padded.contiguous(memory_format=torch.channels_last)
+    padded = channels_last(padded)
     return F.conv2d(padded, layer.weight, layer.bias)
 
 

@@ -33,7 +33,7 @@ class Lacking(Computed):
     def __init__(self, means: Map, finer: Computed, first: NeighbourhoodKernels) -> None:
         """Keep what it is made of; see :class:`ImageRegression`."""
         recorded = finer.recorded or first.recorded
-        super().__init__(finer.size, whole=finer.whole, recorded=recorded, step=4)
+        super().__init__(finer.size, whole=finer.whole, recorded=recorded, step=2)
         self.means, self.finer, self.first = means, finer, first
 
     def compute(self, window: Window) -> Tensor:
@@ -91,8 +91,10 @@ class ImageRegression:
         lacking = self.lacking.at(window)
         if self.counts == (1, 1):
             return _apply(self._map(features, 0, 0), lacking)
+        shares = self._shares(window, lacking)
+        self._look_ahead(list(shares))
         out = None
-        for (row, column), share in self._shares(window, lacking).items():
+        for (row, column), share in shares.items():
             place = inside(share.fine, window)
             part = _apply(self._map(features, row, column), cut(lacking, place) * share.factors)
             if out is None:
@@ -100,6 +102,15 @@ class ImageRegression:
             cut(out, place).add_(part)
         assert out is not None
         return out
+
+    def _look_ahead(self, windows: list[tuple[int, int]]) -> None:
+        """Have the means of all windows computed at once: piece by piece, edges cost twice."""
+        new = [self._cells(*one) for one in windows if one not in self._fits]
+        if new:
+            top, left = min(one.top for one in new), min(one.left for one in new)
+            bottom, right = max(one.bottom for one in new), max(one.right for one in new)
+            cells = Window(top, left, bottom - top, right - left)
+            self.means.at(widened(cells, 1, self.means.size))
 
     def _map(self, features: Map, row: int, column: int) -> Tensor:
         """The linear map of one window, from queries to features, (B, C, D)."""

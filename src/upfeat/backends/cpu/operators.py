@@ -28,7 +28,12 @@ from upfeat.backends.cpu.attention import (
     window_attention_backward,
 )
 from upfeat.backends.cpu.library import Window, call, library_info, unavailable_reason
-from upfeat.backends.cpu.pyramid import can_run_pyramid_queries, pyramid_queries
+from upfeat.backends.cpu.pyramid import (
+    can_run_pyramid_means,
+    can_run_pyramid_queries,
+    pyramid_means,
+    pyramid_queries,
+)
 from upfeat.backends.cpu.stage import (
     can_run_jbu_stage,
     can_run_jbu_stage_weights,
@@ -48,6 +53,7 @@ __all__ = [
     "can_run_joint_bilateral_upsample",
     "can_run_neighbourhood_upsample",
     "can_run_neighbourhood_weights",
+    "can_run_pyramid_means",
     "can_run_pyramid_queries",
     "can_run_window_attention",
     "jbu_stage",
@@ -59,6 +65,7 @@ __all__ = [
     "neighbourhood_upsample_backward",
     "neighbourhood_weights",
     "neighbourhood_weights_backward",
+    "pyramid_means",
     "pyramid_queries",
     "unavailable_reason",
     "window_attention",
