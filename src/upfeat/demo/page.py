@@ -10,6 +10,7 @@ import base64
 import binascii
 import os
 import secrets
+import socket
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -70,14 +71,17 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         gr.HTML(_HEADING, elem_classes="uf-heading")
         picker = gr.HTML("", html_template=_picker(), js_on_load=_read("picker.js"))
         with gr.Row():
-            backbone = gr.Dropdown(models.backbones, label="Backbone")
+            backbone = gr.Dropdown(models.backbones, label="Backbone", min_width=180)
             upsampler = gr.Dropdown(
-                [(Path(name).name, name) for name in models.upsamplers], label="Upsampler"
+                [(Path(name).name, name) for name in models.upsamplers],
+                label="Upsampler",
+                min_width=180,
             )
             size = gr.Dropdown(
                 [(f"{one} pixels", one) for one in SIZES],
                 value=_START,
                 label="Output size (shorter side)",
+                min_width=180,
             )
         viewer = gr.HTML(
             {}, html_template=_read("viewer.html"), js_on_load=_read("viewer.js"), elem_id="viewer"
@@ -125,7 +129,7 @@ def serve(
 
     _, address, _ = blocks.launch(
         server_name=host,
-        server_port=port,
+        server_port=port or _free_port(host),
         prevent_thread_lock=True,
         quiet=True,
         share=False,
@@ -136,7 +140,7 @@ def serve(
         state_session_capacity=200,
         max_file_size=1,
         theme=_theme(),
-        css=_read("page.css"),
+        head=f"<style>{_read('page.css')}</style>",  # as css= it would be rewritten
         app_kwargs={
             "middleware": [Middleware(_Bounded)],
             "docs_url": None,
@@ -147,6 +151,14 @@ def serve(
     say(address)
     if block:
         blocks.block_thread()
+
+
+def _free_port(host: str) -> int:
+    """A port that is free now; Gradio itself takes 0 for one to look for."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
 
 
 class _Bounded:

@@ -4,9 +4,10 @@ const root = element.querySelector(".uf-viewer");
 const $ = (query) => root.querySelector(query);
 const $$ = (query) => [...root.querySelectorAll(query)];
 const COLOURS = ["#e66101", "#1e78dc", "#009e60"];
+const IDLE = { features: "Computing features…", similarity: "No pixel has been clicked yet.", segment: "Nothing has been painted yet.", text: "No text has been given yet." };
 const shown = {};  // by mode: { coarse, fine, low, high }
 let size = null, mode = "features", brush = 0, strokes = [], stroke = null;
-let zoom = 1, centre = [0.5, 0.5], cross = null, pending = null, waiting = false;
+let zoom = 1, centre = [0.5, 0.5], cross = null, pending = null, waiting = false, last = null;
 
 // ---- state that CSS shows
 function choose(group, name, value) {
@@ -55,6 +56,7 @@ function draw() {
     $(".uf-high").textContent = maps.high.toFixed(2);
   }
   $("[data-fetch=picture]").disabled = !maps;
+  if (!waiting) $(".uf-status").textContent = maps ? maps.status : IDLE[mode];
   place();
 }
 function place() {
@@ -152,7 +154,8 @@ function learn() {
 
 // ---- what arrives
 function receive(value) {
-  if (!value || !value.kind) return;
+  if (!value || !value.kind || value.number === last) return;  // announced more than once
+  last = value.number;
   if (value.kind === "error") { say({ error: value.error, status: value.status || "Nothing was changed." }); answered(); return; }
   if (value.kind === "photo") {
     for (const key of Object.keys(shown)) delete shown[key];
@@ -162,7 +165,7 @@ function receive(value) {
     root.style.setProperty("--uf-ratio", size[1] / size[0]);
     for (const base of $$(".uf-base")) base.src = value.photo;
     shown.name = value.name;
-    shown.features = value.maps;
+    shown.features = { ...value.maps, status: value.status };
     $(".uf-photo .uf-size").textContent = $(".uf-fine .uf-size").textContent = `${size[0]} × ${size[1]}`;
     $(".uf-coarse .uf-size").textContent = `${value.grid[0]} × ${value.grid[1]} cells`;
     const text = $(".uf-modes [data-mode=text]");
@@ -172,7 +175,7 @@ function receive(value) {
     setMode("features");
     paint();
   } else if (value.kind === "maps") {
-    shown[value.mode] = value.maps;
+    shown[value.mode] = { ...value.maps, status: value.status };
     if (value.mode === "segment") $("[data-fetch=head]").disabled = false;
     if (mode !== value.mode) setMode(value.mode); else draw();
   } else if (value.kind === "file") {
