@@ -71,17 +71,17 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         gr.HTML(_HEADING, elem_classes="uf-heading")
         picker = gr.HTML("", html_template=_picker(), js_on_load=_read("picker.js"))
         with gr.Row():
-            backbone = gr.Dropdown(models.backbones, label="Backbone", min_width=180)
+            backbone = gr.Dropdown(models.backbones, label="Backbone", min_width=240)
             upsampler = gr.Dropdown(
                 [(Path(name).name, name) for name in models.upsamplers],
                 label="Upsampler",
-                min_width=180,
+                min_width=240,
             )
             size = gr.Dropdown(
                 [(f"{one} pixels", one) for one in SIZES],
                 value=_START,
                 label="Output size (shorter side)",
-                min_width=180,
+                min_width=240,
             )
         viewer = gr.HTML(
             {}, html_template=_read("viewer.html"), js_on_load=_read("viewer.js"), elem_id="viewer"
@@ -101,7 +101,7 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         picker.choose(page.choose, chosen, **opening)
         picker.upload(page.upload, chosen, **opening)
         for control in (backbone, upsampler, size):
-            control.input(page.change, chosen, **listen)
+            control.change(page.change, chosen, **listen)
         viewer.pick(page.pick, [token], **listen)
         viewer.strokes(page.strokes, [token], **listen)
         viewer.prompt(page.prompt, [token], **listen)
