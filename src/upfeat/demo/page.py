@@ -407,9 +407,9 @@ def _notes(visits: Visits) -> str:
     )
 
 
-def _theme() -> gr.themes.Base:
+def _theme() -> Base:
     """Fonts of the visitor's own system: others would be fetched from outside."""
-    return gr.themes.Default(
+    return Default(
         font=["system-ui", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],
     )
