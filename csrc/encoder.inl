@@ -2,8 +2,8 @@
 // already a scale and a shift, SiLU, a rotation by place, or unit scale) is done as pixels are read,
 // what stands behind it (bias, residual, the sums that the next norm needs) as they are written.
 
-constexpr int64_t kLayerStrip = 32;   // pixels at work at a time
-constexpr int64_t kWinogradTiles = 32;  // 2x2 pixels each
+constexpr int64_t kLayerStrip = kDenseRows;     // pixels at work at a time
+constexpr int64_t kWinogradTiles = kDenseRows;  // 2x2 pixels each
 constexpr int64_t kWinogradBlock = 64;  // output channels at a time
 
 struct LayerJob {
@@ -12,6 +12,7 @@ struct LayerJob {
   char* scratch;
   int64_t worker_bytes;
   int64_t row_tasks, rows_per_task, column_tasks;
+  const char* right;  // the weights, packed; 16 of them with winograd
 };
 
 UPFEAT_INLINE Vec silu(Vec x) {
@@ -74,6 +75,18 @@ static void rotate_pixel(float* x, const float* row, const float* column, int64_
       x[i] = turn(i, first, -second);
       x[j] = turn(j, second, first);
     }
+  }
+}
+
+// Asks for pixels that will be read or written soon: memory is idle while products are made.
+UPFEAT_INLINE void fetch_pixels(const UpfeatTensor& tensor, int64_t batch, int64_t y, int64_t x,
+                                int64_t count) {
+  if (!is_dense(tensor) || x >= tensor.size[3] || y >= tensor.size[2]) return;
+  const Row row = row_of(tensor, batch, y);
+  const int64_t bytes = tensor.size[1] * 4;
+  for (int64_t i = 0; i < smaller(count, tensor.size[3] - x); ++i) {
+    const char* pixel = static_cast<const char*>(row.at(0, x + i));
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(pixel + at, 0, 2);
   }
 }
 
@@ -221,46 +234,58 @@ static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t 
 static void pointwise_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
   const Layer& layer = job.layer;
-  float* pixels = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  char* left = job.scratch + worker * job.worker_bytes;
+  float* pixels = reinterpret_cast<float*>(left + left_bytes(layer.inputs));
   float* result = pixels + kLayerStrip * job.in_width;
   float* other = result + kLayerStrip * job.out_width;
   float* sums = other + kLayerStrip * job.out_width;
   double* partial = partial_of(job, task);
   const int64_t batch = task / job.row_tasks, first = task % job.row_tasks * job.rows_per_task;
   const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
-  const int64_t width = layer.out->size[3], vectors = job.out_width / kLanes;
+  const int64_t width = layer.out->size[3];
+  memset(left, 0, static_cast<size_t>(left_bytes(layer.inputs)));
+  dense_begin();
   for (int64_t y = first; y < end; ++y) {
     for (int64_t x = 0; x < width; x += kLayerStrip) {
-      const int64_t count = smaller(kLayerStrip, width - x), rows = (count + 3) / 4 * 4;
+      const int64_t count = smaller(kLayerStrip, width - x);
       if (layer.kernel == 1) {
         prepare_pixels(job, batch, y, x, count, pixels);
       } else {
         read_windows(job, batch, y, x, count, pixels);
       }
-      for (int64_t i = count * job.in_width; i < rows * job.in_width; ++i) pixels[i] = 0;
-      multiply_rows(rows, pixels, job.in_width, 1, layer.weight, nullptr, 1, layer.inputs,
-                    layer.pitch, result, job.out_width, vectors);
+      for (int64_t i = 0; i < count; ++i) {
+        for (int64_t c = 0; c < job.in_width; c += kLanes) {
+          put_left(left, layer.inputs, i, c, load(pixels + i * job.in_width + c));
+        }
+      }
+      const bool last = x + kLayerStrip >= width;
+      fetch_pixels(*layer.x, batch, last ? y + 1 : y, last ? 0 : x + kLayerStrip, kLayerStrip);
+      fetch_pixels(layer.residual ? *layer.residual : *layer.out, batch, y, x, count);
+      multiply_dense(count, left, layer.inputs, job.right, job.out_width, 0, job.out_width, result,
+                     job.out_width);
       finish_pixels(job, batch, y, x, count, result, other, sums, partial);
     }
   }
+  dense_end();
 }
 
 // F(2x2, 3x3) of Winograd: 16 products of matrices in place of 36, exact but for rounding.
 struct WinogradScratch {
-  float *ring, *tiles, *products, *result, *other, *sums;
+  char* tiles;  // 16 left operands
+  float *ring, *products, *result, *other, *sums;
 };
 constexpr int64_t kRingColumns = 2 * kWinogradTiles + 2;
 
-static int64_t winograd_scratch(const LayerJob& job, float* at, WinogradScratch* out) {
+static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* out) {
   WinogradScratch s{};
-  s.ring = at;
-  s.tiles = s.ring + 4 * kRingColumns * job.in_width;
-  s.products = s.tiles + 16 * kWinogradTiles * job.in_width;
+  s.tiles = at;
+  s.ring = reinterpret_cast<float*>(at + 16 * left_bytes(job.layer.inputs));
+  s.products = s.ring + 4 * kRingColumns * job.in_width;
   s.result = s.products + 16 * kWinogradTiles * kWinogradBlock;
   s.other = s.result + 2 * 2 * kWinogradTiles * job.out_width;
   s.sums = s.other + 2 * kWinogradTiles * job.out_width;
   if (out) *out = s;
-  return s.sums + 2 * job.out_width - at;
+  return reinterpret_cast<char*>(s.sums + 2 * job.out_width) - at;
 }
 
 // Row y of the input, prepared, columns x - 1 to x + 2 * kWinogradTiles, to its place in the ring.
@@ -309,14 +334,14 @@ static void winograd_inputs(const LayerJob& job, const WinogradScratch& s, int64
         down[2][j] = d2 - d1;
         down[3][j] = d1 - d3;
       }
-      float* to = s.tiles + tile * width + c;
-      const int64_t step = kWinogradTiles * width;
+      const int64_t inputs = job.layer.inputs, step = left_bytes(inputs);
       UPFEAT_UNROLL
       for (int i = 0; i < 4; ++i) {
-        store(to + (4 * i + 0) * step, down[i][0] - down[i][2]);
-        store(to + (4 * i + 1) * step, down[i][1] + down[i][2]);
-        store(to + (4 * i + 2) * step, down[i][2] - down[i][1]);
-        store(to + (4 * i + 3) * step, down[i][1] - down[i][3]);
+        char* to = s.tiles + 4 * i * step;
+        put_left(to, inputs, tile, c, down[i][0] - down[i][2]);
+        put_left(to + step, inputs, tile, c, down[i][1] + down[i][2]);
+        put_left(to + 2 * step, inputs, tile, c, down[i][2] - down[i][1]);
+        put_left(to + 3 * step, inputs, tile, c, down[i][1] - down[i][3]);
       }
     }
   }
@@ -351,7 +376,9 @@ static void winograd_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
   const Layer& layer = job.layer;
   WinogradScratch s;
-  winograd_scratch(job, reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes), &s);
+  winograd_scratch(job, job.scratch + worker * job.worker_bytes, &s);
+  const int64_t left = left_bytes(layer.inputs), right = right_bytes(layer.inputs, job.out_width);
+  memset(s.tiles, 0, static_cast<size_t>(16 * left));
   double* partial = partial_of(job, task);
   const int64_t x = task % job.column_tasks * 2 * kWinogradTiles;
   const int64_t part = task / job.column_tasks;
@@ -359,7 +386,8 @@ static void winograd_task(void* context, int64_t task, int worker) {
   const int64_t height = layer.out->size[2];
   const int64_t end = smaller(first + job.rows_per_task, height);
   const int64_t columns = smaller(2 * kWinogradTiles, layer.out->size[3] - x);
-  const int64_t tiles = ((columns + 1) / 2 + 3) / 4 * 4;
+  const int64_t tiles = (columns + 1) / 2;
+  dense_begin();
   winograd_row(job, s, batch, first - 1, x);
   winograd_row(job, s, batch, first, x);
   for (int64_t y = first; y < end; y += 2) {
@@ -369,10 +397,9 @@ static void winograd_task(void* context, int64_t task, int worker) {
     for (int64_t channel = 0; channel < job.out_width; channel += kWinogradBlock) {
       const int64_t channels = smaller(kWinogradBlock, job.out_width - channel);
       for (int64_t k = 0; k < 16; ++k) {
-        multiply_rows(tiles, s.tiles + k * kWinogradTiles * job.in_width, job.in_width, 1,
-                      layer.weight + k * layer.inputs * layer.pitch + channel, nullptr, 1,
-                      layer.inputs, layer.pitch, s.products + k * kWinogradTiles * kWinogradBlock,
-                      kWinogradBlock, channels / kLanes);
+        multiply_dense(tiles, s.tiles + k * left, layer.inputs, job.right + k * right,
+                       job.out_width, channel, channel + channels,
+                       s.products + k * kWinogradTiles * kWinogradBlock, kWinogradBlock);
       }
       winograd_outputs(job, s, channel, channels);
     }
@@ -381,6 +408,7 @@ static void winograd_task(void* context, int64_t task, int worker) {
                     s.result + row * 2 * kWinogradTiles * job.out_width, s.other, s.sums, partial);
     }
   }
+  dense_end();
 }
 
 static int run_layer(const Runtime& runtime, const Layer& layer) {
@@ -391,12 +419,21 @@ static int run_layer(const Runtime& runtime, const Layer& layer) {
   job.row_tasks = layer.row_tasks;
   job.rows_per_task = layer.rows_per_task;
   job.column_tasks = layer.column_tasks;
-  const int64_t floats =
-      layer.winograd ? winograd_scratch(job, nullptr, nullptr)
-                     : kLayerStrip * (job.in_width + 2 * job.out_width) + 2 * job.out_width;
-  job.worker_bytes = (floats * 4 + 63) / 64 * 64;
-  job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
+  const int64_t floats = kLayerStrip * (job.in_width + 2 * job.out_width) + 2 * job.out_width;
+  job.worker_bytes = layer.winograd ? winograd_scratch(job, nullptr, nullptr)
+                                    : left_bytes(layer.inputs) + floats * 4;
+  job.worker_bytes = (job.worker_bytes + 63) / 64 * 64;
+  const int64_t matrices = layer.winograd ? 16 : 1;
+  const int64_t right = right_bytes(layer.inputs, job.out_width);
+  job.scratch = static_cast<char*>(
+      runtime.allocate(job.worker_bytes * runtime.workers + matrices * right));
   if (!job.scratch) return UPFEAT_NO_MEMORY;
+  char* packed = job.scratch + job.worker_bytes * runtime.workers;
+  for (int64_t k = 0; k < matrices; ++k) {
+    pack_right(layer.weight + k * layer.inputs * layer.pitch, layer.pitch, layer.inputs,
+               job.out_width, packed + k * right);
+  }
+  job.right = packed;
   const int64_t tasks = layer.out->size[0] * layer.row_tasks * layer.column_tasks;
   runtime.parallel_for(runtime.workers, tasks, layer.winograd ? winograd_task : pointwise_task,
                        &job);

@@ -27,6 +27,7 @@ namespace {
 #include "bilateral_gradients.inl"
 #include "neighbourhood.inl"
 #include "attention.inl"
+#include "dense.inl"
 #include "encoder.inl"
 #include "pyramid.inl"
 

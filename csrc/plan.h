@@ -114,7 +114,13 @@ struct PyramidAxis {
 constexpr int64_t kMostLevels = 32;
 constexpr int64_t kPyramidRows = 8;  // rows of one task
 
+// `count` cells from `first` on, of `all`: averages over their pixels are asked for, or none.
+struct PyramidCells {
+  int64_t first, count, all;
+};
+
 struct PyramidPlan {
+  PyramidCells cell_rows, cell_columns;  // 0 of them: queries of pixels
   int64_t levels;
   PyramidAxis rows[kMostLevels], columns[kMostLevels];
 };
@@ -148,5 +154,6 @@ struct Kernels {
 const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
+const Kernels* kernels_amx();
 
 }  // namespace upfeat

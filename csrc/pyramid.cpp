@@ -56,27 +56,60 @@ int64_t pyramid_lengths(const UpfeatTensor& guidance, int64_t most, int64_t* row
   return levels;
 }
 
-int encode(const UpfeatTensor* guidance, const UpfeatPyramid& encoder, const UpfeatTensor* queries,
+bool fits(const UpfeatPyramid& pyramid, const UpfeatTensor& guidance, const UpfeatTensor& out) {
+  return pyramid.levels >= 1 && pyramid.levels <= kMostLevels && pyramid.width >= 32 &&
+         pyramid.width % 32 == 0 && out.size[1] <= pyramid.width &&
+         out.size[0] == guidance.size[0] && guidance.size[1] >= 1;
+}
+
+int run(const UpfeatTensor& guidance, const UpfeatPyramid& pyramid, const UpfeatTensor& out,
+        PyramidPlan& plan, const PyramidSpan& down, const PyramidSpan& across, bool unit, int isa,
+        int threads) {
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  int64_t rows[kMostLevels], columns[kMostLevels];
+  plan.levels = pyramid_lengths(guidance, pyramid.levels, rows, columns);
+  plan_pyramid_axis(plan.rows, rows, plan.levels, down.start, down.stop - down.start);
+  plan_pyramid_axis(plan.columns, columns, plan.levels, across.start, across.stop - across.start);
+  prepare_output(out, threads);
+  const double work = static_cast<double>(down.stop - down.start) *
+                      static_cast<double>(across.stop - across.start) *
+                      static_cast<double>(6 * pyramid.width * pyramid.width);
+  return kernels->encode_pyramid(runtime_for(threads, work), guidance, pyramid, plan, out, unit);
+}
+
+int encode(const UpfeatTensor* guidance, const UpfeatPyramid& pyramid, const UpfeatTensor* queries,
            int64_t top, int64_t left, bool unit, int isa, int threads) {
   if (!all_valid({guidance, queries})) return UPFEAT_BAD_ARGUMENT;
   const int64_t *g = guidance->size, *q = queries->size;
-  if (encoder.levels < 1 || encoder.levels > kMostLevels || encoder.width < 32 ||
-      encoder.width % 32 || q[1] > encoder.width || q[0] != g[0] ||
-      !lies_in(top, q[2], g[2]) || !lies_in(left, q[3], g[3])) {
+  if (!lies_in(top, q[2], g[2]) || !lies_in(left, q[3], g[3])) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*queries)) return UPFEAT_OK;
+  if (!fits(pyramid, *guidance, *queries)) return UPFEAT_BAD_ARGUMENT;
+  PyramidPlan plan{};
+  return run(*guidance, pyramid, *queries, plan, {top, top + q[2]}, {left, left + q[3]}, unit, isa,
+             threads);
+}
+
+// The pixels of some cells: those that a cell shares with its neighbours count in both.
+PyramidSpan pixels_of(const PyramidCells& cells, int64_t length) {
+  return {cells.first * length / cells.all,
+          ((cells.first + cells.count) * length + cells.all - 1) / cells.all};
+}
+
+int means(const UpfeatTensor* guidance, const UpfeatPyramid& pyramid, const UpfeatTensor* out,
+          const PyramidCells& rows, const PyramidCells& columns, int isa, int threads) {
+  if (!all_valid({guidance, out})) return UPFEAT_BAD_ARGUMENT;
+  if (!lies_in(rows.first, rows.count, rows.all) ||
+      !lies_in(columns.first, columns.count, columns.all)) {
     return UPFEAT_BAD_ARGUMENT;
   }
-  if (is_empty(*queries)) return UPFEAT_OK;
-  if (!g[1]) return UPFEAT_BAD_ARGUMENT;
-  const Kernels* kernels = kernels_for(isa);
-  if (!kernels) return UPFEAT_NO_ISA;
+  if (is_empty(*out)) return UPFEAT_OK;
+  if (is_empty(*guidance) || !fits(pyramid, *guidance, *out)) return UPFEAT_BAD_ARGUMENT;
   PyramidPlan plan{};
-  int64_t rows[kMostLevels], columns[kMostLevels];
-  plan.levels = pyramid_lengths(*guidance, encoder.levels, rows, columns);
-  plan_pyramid_axis(plan.rows, rows, plan.levels, top, q[2]);
-  plan_pyramid_axis(plan.columns, columns, plan.levels, left, q[3]);
-  prepare_output(*queries, threads);
-  const double work = elements(*queries) * static_cast<double>(6 * encoder.width);
-  return kernels->encode_pyramid(runtime_for(threads, work), *guidance, encoder, plan, *queries, unit);
+  plan.cell_rows = rows;
+  plan.cell_columns = columns;
+  return run(*guidance, pyramid, *out, plan, pixels_of(rows, guidance->size[2]),
+             pixels_of(columns, guidance->size[3]), true, isa, threads);
 }
 
 }  // namespace
@@ -90,5 +123,16 @@ extern "C" int upfeat_pyramid(const UpfeatTensor* guidance, const UpfeatPyramid*
   if (!encoder) return UPFEAT_BAD_ARGUMENT;
   return guarded([&] {
     return encode(guidance, *encoder, queries, top, left, unit != 0, isa, threads);
+  });
+}
+
+extern "C" int upfeat_pyramid_means(const UpfeatTensor* guidance, const UpfeatPyramid* encoder,
+                                    const UpfeatTensor* out, int64_t grid_height,
+                                    int64_t grid_width, int64_t top, int64_t left, int isa,
+                                    int threads) {
+  if (!encoder || !out) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return means(guidance, *encoder, out, {top, out->size[2], grid_height},
+                 {left, out->size[3], grid_width}, isa, threads);
   });
 }

@@ -387,6 +387,49 @@ static void unit_row(float* row, int64_t pixels, int64_t width) {
   }
 }
 
+// Row y of the queries.
+static void query_row(const PyramidJob& job, EntryRows& entry, int64_t y, float* to) {
+  const int64_t width = job.encoder->width;
+  const PyramidAxis& columns = job.plan->columns[0];
+  const int64_t count = columns.out.stop - columns.out.start;
+  const Runs join = runs_of(job.encoder->join_w, job.encoder->join_b, 1, width);
+  const float* in[1] = {scale_row(job, entry, y) +
+                        (columns.out.start - columns.seen.start) * width};
+  multiply_row(join, in, width, width, count, to);
+  if (job.plan->levels > 1) lay_over(job, 0, y, to);
+  if (job.unit) unit_row(to, count, width);
+}
+
+// One row of cells: the mean of the queries of their pixels, which cells may share.
+static void mean_task(void* context, int64_t task, int worker) {
+  const PyramidJob& job = *static_cast<PyramidJob*>(context);
+  const int64_t width = job.encoder->width;
+  const PyramidAxis &rows = job.plan->rows[0], &columns = job.plan->columns[0];
+  const PyramidCells &down = job.plan->cell_rows, &across = job.plan->cell_columns;
+  char* at = job.scratch + worker * job.worker_bytes;
+  EntryRows entry = entry_rows(job, at);
+  float* made = reinterpret_cast<float*>(at + entry_bytes(job));
+  float* sums = made + (columns.out.stop - columns.out.start) * width;
+  int64_t low, high, left, right;
+  halved_span(rows.length, down.all, down.first + task, &low, &high);
+  for (int64_t i = 0; i < across.count * width; ++i) sums[i] = 0;
+  for (int64_t y = low; y < high; ++y) {
+    query_row(job, entry, y, made);
+    for (int64_t cell = 0; cell < across.count; ++cell) {
+      halved_span(columns.length, across.all, across.first + cell, &left, &right);
+      const float* from = made + (left - columns.out.start) * width;
+      const Vec share = splat(1.0f / static_cast<float>((high - low) * (right - left)));
+      for (int64_t c = 0; c < width; c += kLanes) {
+        Vec sum{};
+        for (int64_t x = 0; x < right - left; ++x) sum += load(from + x * width + c);
+        store(sums + cell * width + c, load(sums + cell * width + c) + sum * share);
+      }
+    }
+  }
+  write_channels_last(row_of(job.queries, job.batch, task), 0, job.queries.size[1], 0, across.count,
+                      sums, width, false);
+}
+
 static void query_task(void* context, int64_t task, int worker) {
   const PyramidJob& job = *static_cast<PyramidJob*>(context);
   const int64_t width = job.encoder->width;
@@ -395,19 +438,13 @@ static void query_task(void* context, int64_t task, int worker) {
   char* at = job.scratch + worker * job.worker_bytes;
   EntryRows entry = entry_rows(job, at);
   float* made = reinterpret_cast<float*>(at + entry_bytes(job));
-  const Runs join = runs_of(job.encoder->join_w, job.encoder->join_b, 1, width);
   const bool direct = writes_in_place(job.queries) && job.queries.size[1] == width &&
                       job.queries.stride[3] == width;
   const int64_t first = rows.out.start + task * kPyramidRows;
   const int64_t last = smaller(first + kPyramidRows, rows.out.stop);
   for (int64_t y = first; y < last; ++y) {
-    const float* in[1] = {scale_row(job, entry, y) +
-                          (columns.out.start - columns.seen.start) * width};
     const Row row = row_of(job.queries, job.batch, y - rows.out.start);
-    float* to = direct ? reinterpret_cast<float*>(row.data) : made;
-    multiply_row(join, in, width, width, count, to);
-    if (job.plan->levels > 1) lay_over(job, 0, y, to);
-    if (job.unit) unit_row(to, count, width);
+    query_row(job, entry, y, direct ? reinterpret_cast<float*>(row.data) : made);
     if (!direct) {
       write_channels_last(row, 0, job.queries.size[1], 0, count, made, width, false);
     }
@@ -460,7 +497,9 @@ static int encode_pyramid(const Runtime& runtime, const UpfeatTensor& guidance,
     floats += (rows.seen.stop - rows.seen.start) * (columns.seen.stop - columns.seen.start) *
               encoder.width;
   }
-  job.worker_bytes = entry_bytes(job) + rounded((entry_columns(job) + 2) * encoder.width * 4);
+  job.worker_bytes =
+      entry_bytes(job) +
+      rounded((entry_columns(job) + 2 + plan.cell_columns.count) * encoder.width * 4);
   float* maps = static_cast<float*>(runtime.allocate(floats * 4));
   job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
   char* tables = static_cast<char*>(runtime.allocate(
@@ -489,7 +528,11 @@ static int encode_pyramid(const Runtime& runtime, const UpfeatTensor& guidance,
     for (job.level = plan.levels - 1; job.level >= 1; --job.level) {
       run_phase(runtime, job, plan.rows[job.level].out, join_task);
     }
-    run_phase(runtime, job, plan.rows[0].out, query_task);
+    if (plan.cell_rows.count) {
+      runtime.parallel_for(runtime.workers, plan.cell_rows.count, mean_task, &job);
+    } else {
+      run_phase(runtime, job, plan.rows[0].out, query_task);
+    }
   }
   runtime.release(maps);
   runtime.release(job.scratch);

@@ -4,6 +4,10 @@
 #if defined(UPFEAT_X86)
 #include <cpuid.h>
 #endif
+#if defined(UPFEAT_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "memory.h"
 #include "threads.h"
@@ -19,14 +23,29 @@ bool has_f16c() {
 }
 #endif
 
+#if defined(UPFEAT_AMX)
+// Matrix tiles are there, and the system gives this process leave to use them.
+bool has_amx() {
+  constexpr int kAskForState = 0x1023, kTileData = 18;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // bfloat16 products; tiles
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // avx512bf16
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#endif
+
 void populate_task(void* begin, int64_t page, int) { populate_large_page(begin, page); }
 
 }  // namespace
 
 const Kernels* kernels_for(int isa) {
   const int mask = upfeat_isa_mask();
-  if (isa < 0) isa = (mask & 4) ? 2 : (mask & 2) ? 1 : 0;
-  if (isa > 2 || !(mask & (1 << isa))) return nullptr;
+  if (isa < 0) isa = (mask & 8) ? 3 : (mask & 4) ? 2 : (mask & 2) ? 1 : 0;
+  if (isa > 3 || !(mask & (1 << isa))) return nullptr;
+#if defined(UPFEAT_AMX)
+  if (isa == 3) return kernels_amx();
+#endif
 #if defined(UPFEAT_X86)
   if (isa == 2) return kernels_avx512();
   if (isa == 1) return kernels_avx2();
@@ -67,6 +86,10 @@ extern "C" int upfeat_isa_mask(void) {
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
       mask |= 4;
+#if defined(UPFEAT_AMX)
+      static const bool amx = has_amx();
+      if (amx) mask |= 8;
+#endif
     }
   }
 #endif

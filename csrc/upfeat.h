@@ -205,6 +205,13 @@ UPFEAT_API int upfeat_pyramid(const UpfeatTensor* guidance, const UpfeatPyramid*
                              const UpfeatTensor* queries, int64_t top, int64_t left, int64_t unit,
                              int isa, int threads);
 
+// out (B,d,h,w): the mean of the unit queries of each cell's pixels, for the cells from (top, left)
+// on of a grid that is laid over the guidance; cells that share pixels overlap.
+UPFEAT_API int upfeat_pyramid_means(const UpfeatTensor* guidance, const UpfeatPyramid* encoder,
+                                    const UpfeatTensor* out, int64_t grid_height,
+                                    int64_t grid_width, int64_t top, int64_t left, int isa,
+                                    int threads);
+
 #ifdef __cplusplus
 }
 #endif

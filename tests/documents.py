@@ -19,7 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from published_reference import published_state
 from torch import nn
+
+import upfeat
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -89,6 +92,7 @@ def furnish(folder: Path) -> dict[str, object]:
         )
     cat.resize((80, 64)).save(folder / "photos" / "photo.jpg")
     torch.save(_published_state(), folder / "published.ckpt")
+    torch.save(published_state(upfeat.NAF()), folder / "naf_release.pth")
     generator = torch.Generator().manual_seed(0)
     module = nn.Sequential(nn.Conv2d(3, 16, 16, stride=16), nn.Tanh())
     return {

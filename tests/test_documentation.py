@@ -258,7 +258,7 @@ def test_the_readme_knows_every_command():
 
 
 def test_settings_of_a_fit_are_documented_with_their_defaults():
-    page = (documents.ROOT / "docs" / "implicit.md").read_text()
+    page = (documents.ROOT / "docs" / "guides" / "implicit.md").read_text()
     rows = dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", page, re.MULTILINE))
     fields = dataclasses.fields(upfeat.FitConfig)
     assert rows.keys() == {field.name for field in fields}
@@ -267,7 +267,7 @@ def test_settings_of_a_fit_are_documented_with_their_defaults():
 
 
 def test_settings_of_a_training_are_documented():
-    page = (documents.ROOT / "docs" / "training.md").read_text()
+    page = (documents.ROOT / "docs" / "guides" / "training.md").read_text()
     cells = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|", page, re.MULTILINE)
     names = {name for cell in cells for name in re.findall(r"\w+", cell)}
     missing = {field.name for field in dataclasses.fields(TrainConfig)} - names - {"out"}
@@ -281,6 +281,16 @@ def test_every_docstring_of_a_configuration_names_its_fields():
 
 
 def test_baselines_of_evaluations_are_documented():
-    page = (documents.ROOT / "docs" / "evaluation.md").read_text()
+    page = (documents.ROOT / "docs" / "guides" / "evaluation.md").read_text()
     listed = ", ".join(f"`{name}`" for name in harness.BASELINES)
     assert f"the baselines ({listed})" in " ".join(page.split())
+
+
+def test_first_lines_are_imperatives_or_noun_phrases():
+    for path in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first = (ast.get_docstring(node) or "").partition("\n")[0]
+                question = re.match(r"(What|How|Whether|Why|Where|Which|Who)\b", first)
+                place = f"{path.relative_to(SOURCE)}:{getattr(node, 'lineno', 1)}"
+                assert not question, f"{place}: {first}"

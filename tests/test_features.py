@@ -104,13 +104,13 @@ def test_project_similarity_and_pca(lazy):
     close(found.components @ found.components.T, torch.eye(2))
 
 
-SETTLING = {"neighbourhood": _neighbourhood, "detail": _detail}
+PRECOMPUTING = {"neighbourhood": _neighbourhood, "detail": _detail}
 
 
-@pytest.fixture(params=SETTLING)
-def settling(request):
+@pytest.fixture(params=PRECOMPUTING)
+def precomputing(request):
     """Upsamplers of which a part is done once for all windows, to be changed by a test."""
-    return SETTLING[request.param]()
+    return PRECOMPUTING[request.param]()
 
 
 def _inputs(seed=0):
@@ -120,18 +120,18 @@ def _inputs(seed=0):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_what_no_window_changes_is_done_once(settling, mode, monkeypatch):
+def test_what_no_window_changes_is_done_once(precomputing, mode, monkeypatch):
     calls = []
     for cls in (NeighbourhoodKernels, DetailKernels):
-        settle = cls.settle
+        precompute = cls.precompute
 
-        def counted(self, features, settle=settle):
+        def counted(self, features, precompute=precompute):
             calls.append(type(self))
-            return settle(self, features)
+            return precompute(self, features)
 
-        monkeypatch.setattr(cls, "settle", counted)
+        monkeypatch.setattr(cls, "precompute", counted)
     with mode():
-        lazy = upfeat.UpsampledFeatures(*_inputs(), settling)
+        lazy = upfeat.UpsampledFeatures(*_inputs(), precomputing)
         lazy.at(torch.tensor([[0.0, 0.0], [70.0, 90.0], [3.5, 80.0]]))
         lazy.crop(31, 40, 9, 20)
         lazy.similarity(torch.tensor([10.0, 20.0]))
@@ -163,14 +163,14 @@ CHANGES |= {"other features": _other, "weights": _weights}
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_nothing_is_kept_of_what_has_changed(settling, mode, change):
+def test_nothing_is_kept_of_what_has_changed(precomputing, mode, change):
     with mode():
         features, guidance = (one.clone() for one in _inputs())
-        lazy = upfeat.UpsampledFeatures(features, guidance, settling)
+        lazy = upfeat.UpsampledFeatures(features, guidance, precomputing)
         before = lazy.crop(31, 40, 9, 20)
         assert torch.equal(lazy.crop(31, 40, 9, 20), before)
         CHANGES[change](lazy)
-        fresh = upfeat.UpsampledFeatures(lazy.features, lazy.guidance, settling)
+        fresh = upfeat.UpsampledFeatures(lazy.features, lazy.guidance, precomputing)
         expected = fresh.crop(31, 40, 9, 20)
         assert not torch.allclose(before, expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(lazy.crop(31, 40, 9, 20), expected)
@@ -180,27 +180,27 @@ def test_nothing_is_kept_of_what_has_changed(settling, mode, change):
         assert torch.equal(lazy.full(), fresh.full())
 
 
-def test_mixed_features_changed_in_place_are_seen(settling):
-    lazy = upfeat.UpsampledFeatures(*_inputs(), settling)
+def test_mixed_features_changed_in_place_are_seen(precomputing):
+    lazy = upfeat.UpsampledFeatures(*_inputs(), precomputing)
     lazy.crop(31, 40, 9, 20)
     lazy.mixed.mul_(2)
     close(lazy.crop(31, 40, 9, 20), lazy.full()[..., 31:40, 40:60])
 
 
-def test_gradients_are_those_of_the_whole_and_none_is_kept(settling):
+def test_gradients_are_those_of_the_whole_and_none_is_kept(precomputing):
     features, guidance = _inputs()
     features.requires_grad_()
-    lazy = upfeat.UpsampledFeatures(features, guidance, settling)
+    lazy = upfeat.UpsampledFeatures(features, guidance, precomputing)
     found = []
     for _ in range(2):  # the second time after a crop without gradient, and one with
         with torch.no_grad():
             assert not lazy.crop(31, 40, 9, 20).requires_grad
         loss = lazy.crop(31, 40, 9, 20).square().sum()
         found += torch.autograd.grad(loss, features, retain_graph=True)
-        assert lazy._settled is None
+        assert lazy._precomputed is None
     points = torch.tensor([[3.5, 7.5], [70.0, 90.0]])
     found += torch.autograd.grad(lazy.at(points).sum() + lazy.crop(0, 0, 9, 9).sum(), features)
-    full = settling(features, guidance)
+    full = precomputing(features, guidance)
     sampled = full[0, :, 3:5, 7:9].mean((1, 2)).sum() + full[0, :, 70, 90].sum()
     first = torch.autograd.grad(full[..., 31:40, 40:60].square().sum(), features, retain_graph=True)
     last = torch.autograd.grad(sampled + full[..., :9, :9].sum(), features)
@@ -208,21 +208,21 @@ def test_gradients_are_those_of_the_whole_and_none_is_kept(settling):
         torch.testing.assert_close(one, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_weights_get_their_gradients_after_a_crop_without(settling):
-    settling.requires_grad_()
-    lazy = upfeat.UpsampledFeatures(*_inputs(), settling)
+def test_weights_get_their_gradients_after_a_crop_without(precomputing):
+    precomputing.requires_grad_()
+    lazy = upfeat.UpsampledFeatures(*_inputs(), precomputing)
     with torch.no_grad():
         lazy.crop(31, 40, 9, 20)
     lazy.crop(31, 40, 9, 20).square().sum().backward()
-    found = {name: one.grad for name, one in settling.named_parameters()}
-    settling.zero_grad()
-    settling(*_inputs())[..., 31:40, 40:60].square().sum().backward()
-    for name, parameter in settling.named_parameters():
+    found = {name: one.grad for name, one in precomputing.named_parameters()}
+    precomputing.zero_grad()
+    precomputing(*_inputs())[..., 31:40, 40:60].square().sum().backward()
+    for name, parameter in precomputing.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-3, atol=1e-3)
 
 
-def test_only_the_last_is_kept(settling):
-    lazy = upfeat.UpsampledFeatures(*_inputs(), settling)
+def test_only_the_last_is_kept(precomputing):
+    lazy = upfeat.UpsampledFeatures(*_inputs(), precomputing)
     seen = []
     for seed in range(3):
         lazy.features = _inputs(seed)[0]

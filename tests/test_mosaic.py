@@ -5,7 +5,14 @@ import torch
 from torch import nn
 
 from upfeat import load_backbone
-from upfeat.mosaic import Rows, Strip, receptive_halo, strips
+from upfeat.mosaic import (
+    Rows,
+    Strip,
+    activation_bytes,
+    extract_within,
+    receptive_halo,
+    strips,
+)
 
 
 class Global(nn.Module):
@@ -104,3 +111,17 @@ def test_rows_are_made_when_asked_for_and_forgotten():
         rows(2, 9)
     with pytest.raises(ValueError, match="row 12 lies beyond"):
         rows(9, 13)
+
+
+@torch.no_grad()
+def test_a_bound_of_memory_changes_nothing_but_the_tiles():
+    backbone = convolutional()
+    x = torch.randn(1, 3, 8 * 61 + 3, 8 * 50)
+    whole = backbone(x)
+    side = 8 * (16 + 2 * receptive_halo(backbone)) + 8
+    bound = activation_bytes(backbone) * side**2
+    torch.testing.assert_close(extract_within(backbone, x, bound), whole, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"too little for Sequential; tiles of 128 pixels need"):
+        extract_within(backbone, x, bound / 4)
+    with pytest.raises(ValueError, match="cannot work in tiles"):
+        extract_within(load_backbone(Global()), x, 1000)

@@ -234,6 +234,12 @@ void pyramid(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) 
   repeat("pyramid", {&queries}, [&](int threads) {
     return upfeat_pyramid(&guidance.tensor, &parts, &queries.tensor, top, left, 1, isa, threads);
   });
+  Buffer means(s.n, s.c % width + (s.c > 0), s.h, s.w, dtype, layout);
+  repeat("pyramid_means", {&means}, [&](int threads) {
+    return upfeat_pyramid_means(&guidance.tensor, &parts, &means.tensor, whole ? s.h : 2 * s.h,
+                                whole ? s.w : 2 * s.w, whole ? 0 : s.h / 2, whole ? 0 : s.w / 3,
+                                isa, threads);
+  });
 }
 
 }  // namespace

@@ -149,7 +149,7 @@ class Attachment:
         return f"Attachment({self.upsampler.name} behind {name or 'the network'}, {state})"
 
     def ratio(self) -> Size:
-        """How many times finer than before the layer's last output was, in this thread."""
+        """Factor by which the layer's last output was finer than before, in this thread."""
         return self._ratios.get(_thread(), (1, 1))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -293,7 +293,7 @@ def _kind_on_a_finer_grid(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _depends_on_the_grid(module: nn.Module) -> bool:
-    """Whether a module, left alone, means something else on a finer grid."""
+    """Return whether a module, left alone, means something else on a finer grid."""
     pools = nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.ConvTranspose2d, nn.Unfold, nn.PixelShuffle
     if isinstance(module, nn.Conv2d):
         return max(module.kernel_size) > 1 or max(module.stride) > 1

@@ -94,7 +94,7 @@ def run_benchmark(
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Facts about this machine, beside numbers measured on it."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():

@@ -159,5 +159,5 @@ def _real(value: Any, text: bool) -> float:
 
 
 def _is_bool(value: Any) -> bool:
-    """Whether a value is true or false, NumPy's and PyTorch's included."""
+    """Return whether a value is true or false, NumPy's and PyTorch's included."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")

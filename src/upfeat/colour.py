@@ -69,7 +69,7 @@ def _transform(profile: Any, mode: str) -> Any:
 
 
 def _is_identity(transform: Any, mode: str) -> bool:
-    """Whether a transform leaves a lattice of colours as they are."""
+    """Return whether a transform leaves a lattice of colours as they are."""
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     axes = (levels, levels, levels) if mode == "RGB" else (levels,)
     lattice = np.stack(np.meshgrid(*axes), axis=-1).reshape(1, -1, len(axes))

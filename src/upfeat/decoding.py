@@ -227,7 +227,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _unsaid_bands(image: Image.Image) -> bool:
-    """Whether a TIFF has a fourth band and does not say that it is transparency."""
+    """Return whether a TIFF has a fourth band and does not say that it is transparency."""
     if image.format != "TIFF":
         return False
     tags = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue]

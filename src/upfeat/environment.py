@@ -1,4 +1,4 @@
-"""What is installed and what can run: for ``upfeat info`` and bug reports."""
+"""Installed versions and runnable backends, for ``upfeat info`` and bug reports."""
 
 from __future__ import annotations
 

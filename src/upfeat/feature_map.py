@@ -9,7 +9,7 @@ from torch import Tensor
 
 from upfeat.bounds import LARGEST, whole
 from upfeat.types import Size, Window
-from upfeat.upsamplers.base import check_finite
+from upfeat.upsamplers.checks import check_finite
 
 
 class FeatureMap(ABC):

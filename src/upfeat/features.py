@@ -7,6 +7,7 @@ coarse grid before it, and a point or a crop needs its own pixels and what their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,11 @@ from upfeat.bounds import number, whole
 from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
+from upfeat.machine import readable
+from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.base import add_offset, check_finite, check_inputs
+from upfeat.upsamplers.checks import check_finite, check_inputs
+from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
 
 _TILE = 32
@@ -49,7 +53,7 @@ class _Snapshot:
         self.states = [one.clone() if one.is_inference() else one._version for one in tensors]
 
     def holds(self, tensors: list[Tensor]) -> bool:
-        """Whether these are the same tensors, unchanged, recorded by autograd or not as then."""
+        """Return whether these are the same tensors, unchanged, recorded by autograd alike."""
         return (
             len(tensors) == len(self.tensors)
             and self.recorded == _recorded(tensors)
@@ -64,7 +68,7 @@ class _Snapshot:
 
 
 def _recorded(tensors: list[Tensor]) -> bool:
-    """Whether autograd records what is made of tensors."""
+    """Return whether autograd records what is made of tensors."""
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
@@ -114,7 +118,17 @@ class UpsampledFeatures(FeatureMap):
             self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
         self.missing = None if missing is None else missing.expand(-1, 1, *size)
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
-        self._settled: tuple[_Snapshot, tuple[Kernels, Tensor | Map]] | None = None
+        self._precomputed: tuple[_Snapshot, tuple[Kernels, Tensor | Map]] | None = None
+
+    def __repr__(self) -> str:
+        """One line: the shape, what it is made from, and the memory that the whole would take."""
+        dtype = str(self.features.dtype).removeprefix("torch.")
+        memory = readable(math.prod(self.shape) * self.features.element_size())
+        return (
+            f"{type(self).__name__}({times(self.shape)}, {dtype} on {self.features.device}; from "
+            f"features {times(self.features.shape)} and guidance {times(self.guidance.shape)} by "
+            f"{self.upsampler.name}; {memory} if full)"
+        )
 
     @property
     def mixed(self) -> Tensor:
@@ -140,11 +154,11 @@ class UpsampledFeatures(FeatureMap):
             return self._render()
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
-        settled = self._settle()
+        precomputed = self._precompute()
         out = torch.empty(self.shape, dtype=dtype, device=self.features.device)
         for start in range(0, self.shape[1], 64):
             block = slice(start, start + 64)
-            out[:, block] = self.upsampler.render(*settled, head=block)
+            out[:, block] = self.upsampler.render(*precomputed, head=block)
             if not bool(torch.isfinite(out[:, block]).all()):
                 raise ValueError(f"the map overflows {dtype}; use bfloat16 or float32")
         return self._blank(out)
@@ -165,7 +179,7 @@ class UpsampledFeatures(FeatureMap):
             ValueError: the window does not lie in the map.
         """
         window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
-        return self._blank(self.upsampler.render(*self._settle(), window=window), window)
+        return self._blank(self.upsampler.render(*self._precompute(), window=window), window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -188,11 +202,11 @@ class UpsampledFeatures(FeatureMap):
                 f"points must lie in the map: y from 0 to {height - 1}, x from 0 to {width - 1}"
             )
         out = self.features.new_empty((len(points), self.shape[1]))
-        settled = self._settle()
+        precomputed = self._precompute()
         tiles = points.long() // _TILE
         for tile in torch.unique(tiles, dim=0):
             inside = (tiles == tile).all(1)
-            out[inside] = self._sample_tile(settled, points[inside], tile)
+            out[inside] = self._sample_tile(precomputed, points[inside])
         if self.missing is not None:
             rows, columns = points.round().long().unbind(1)
             out[self.missing[0, 0, rows, columns]] = 0
@@ -216,7 +230,7 @@ class UpsampledFeatures(FeatureMap):
         return out if bias is None else add_offset(out, bias)
 
     def similarity(self, target: Tensor, *, cosine: bool = True) -> Tensor:
-        """How like a vector, or the feature at a point, every pixel is.
+        """Compare every pixel with a vector, or with the feature at a point.
 
         Args:
             target: (2,), a point (y, x) in pixels; (C,), a vector; or (K, C), several, as those of
@@ -304,8 +318,8 @@ class UpsampledFeatures(FeatureMap):
             raise ValueError(f"{path}: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy keeps: the parts. What was made of them is made again when it is needed."""
-        state = {**self.__dict__, "_made": None, "_settled": None}
+        """Keep the parts in a copy; results made of them are made again when needed."""
+        state = {**self.__dict__, "_made": None, "_precomputed": None}
         for name in ("features", "guidance"):
             # No copy can carry the graph that a tensor came from.
             state[name] = state[name] if state[name].is_leaf else state[name].detach()
@@ -323,28 +337,28 @@ class UpsampledFeatures(FeatureMap):
             missing = missing[..., window.top : window.bottom, window.left : window.right]
         return blank(out, missing)
 
-    def _settle(self) -> tuple[Kernels, Tensor | Map]:
+    def _precompute(self) -> tuple[Kernels, Tensor | Map]:
         """Kernels and features that give the same map, with all done that no window changes.
 
         Kept for the next window, unless they would keep a gradient's graph with them.
         """
         kernels, mixed = self._parts()
-        if self._settled is not None and self._settled[0].holds([mixed]):
-            return self._settled[1]
-        found = self.upsampler.settle(kernels, mixed)
+        if self._precomputed is not None and self._precomputed[0].holds([mixed]):
+            return self._precomputed[1]
+        found = self.upsampler.precompute(kernels, mixed)
         recorded = found[1].requires_grad if isinstance(found[1], Tensor) else found[1].recorded
         if found[1] is not mixed and not recorded:
-            self._settled = _Snapshot([mixed]), found
+            self._precomputed = _Snapshot([mixed]), found
         return found
 
     def _lengths(self) -> Tensor:
         """Euclidean length of every pixel's features, (B, 1, H, W), a strip at a time."""
-        settled = self._settle()
+        precomputed = self._precompute()
         height, width = self.shape[2:]
         lengths = []
         for top in range(0, height, _TILE):
             window = Window(top, 0, min(_TILE, height - top), width)
-            strip = self.upsampler.render(*settled, window=window)
+            strip = self.upsampler.render(*precomputed, window=window)
             lengths.append(torch.linalg.vector_norm(strip, dim=1, keepdim=True))
         return torch.cat(lengths, dim=2)
 
@@ -356,7 +370,7 @@ class UpsampledFeatures(FeatureMap):
             size = (self.shape[2], self.shape[3])
             kernels = self.upsampler.prepare(self.guidance, grid, size, self.features)
             self._made = _Snapshot(sources), (kernels, self.upsampler.mix(self.features))
-            self._settled = None
+            self._precomputed = None
         return self._made[1]
 
     def _sources(self) -> list[Tensor]:
@@ -367,15 +381,16 @@ class UpsampledFeatures(FeatureMap):
         if self.shape[0] != 1:
             raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
 
-    def _sample_tile(
-        self, settled: tuple[Kernels, Tensor | Map], points: Tensor, tile: Tensor
-    ) -> Tensor:
-        """Features at points (N, 2) whose pixels start in one tile -> (N, C)."""
-        top, left = (int(index) * _TILE for index in tile)
-        height = min(_TILE + 1, self.shape[2] - top)
-        width = min(_TILE + 1, self.shape[3] - left)
+    def _sample_tile(self, precomputed: tuple[Kernels, Tensor | Map], points: Tensor) -> Tensor:
+        """Features at points (N, 2) that lie close together -> (N, C)."""
+        (top, left), (bottom, right) = (
+            points.amin(0).long().tolist(),
+            points.amax(0).long().tolist(),
+        )
+        height = min(bottom + 2, self.shape[2]) - top
+        width = min(right + 2, self.shape[3]) - left
         window = Window(top, left, height, width)
-        patch = self.upsampler.render(*settled, window=window)[0]  # (C, height, width)
+        patch = self.upsampler.render(*precomputed, window=window)[0]  # (C, height, width)
         points = points - torch.tensor([top, left], device=points.device)
         low = points.floor()
         part = (points - low).to(patch.dtype)

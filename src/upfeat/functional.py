@@ -175,7 +175,7 @@ def neighbourhood_weights(
     cells: tuple[int, int, int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """How much every pixel takes from each of the coarse cells around its own.
+    """Weigh, for every pixel, the coarse cells around its own.
 
     weights[b, δ, p] = softmax over |δ|∞ ≤ r of temperature·⟨queries[p], keys[cell(p) + δ]⟩ −
     |p − centre(cell(p) + δ)|²/(2·sigma²), with distances in cells along each axis: pixel p lies at

@@ -88,7 +88,7 @@ def reflect_pad(x: Tensor, radius: int) -> Tensor:
 
 
 def interpolation_matrix(cells: int, length: int, mode: str, like: Tensor) -> Tensor:
-    """What PyTorch's interpolation from ``cells`` to ``length`` samples does, as a matrix.
+    """PyTorch's interpolation from ``cells`` to ``length`` samples, as a matrix.
 
     Args:
         cells: samples in.
@@ -122,7 +122,7 @@ class Slots(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether slots and pixels are the same thing."""
+        """Return whether slots and pixels are the same thing."""
         return len(self.pixels) == len(self.slots)
 
 
@@ -196,7 +196,7 @@ def first_pixel(cells: int, length: int, cell: int) -> int:
 def cell_distances(
     cells: int, length: int, start: int, count: int, radius: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How far ``count`` pixels from ``start`` on are from the cells of their window, on one axis.
+    """Distances of ``count`` pixels from ``start`` on to the cells of their window, on one axis.
 
     Args:
         cells: cells on the axis.

@@ -20,8 +20,9 @@ from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
 from upfeat.tensor_checks import check_values, read_layouts
 from upfeat.types import Size
-from upfeat.upsamplers.base import UPSAMPLERS, Upsampler, check_output_size
+from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.blueprint import build
+from upfeat.upsamplers.checks import check_output_size
 
 FORMAT = "upfeat-lazy-features-1"
 """What files say they are."""
@@ -39,7 +40,7 @@ _LEVELS = (1 << 16) - 1
 
 
 class Parts(NamedTuple):
-    """What lazy features are made of."""
+    """Parts that lazy features are made of."""
 
     features: Tensor
     guidance: Tensor

@@ -30,7 +30,7 @@ _held: set[int] = set()
 
 
 def lock_file(output: Path) -> Path:
-    """Where the lock of an output lies: ``.lock`` in a folder, ``.NAME.lock`` beside a file.
+    """Path of the lock of an output: ``.lock`` in a folder, ``.NAME.lock`` beside a file.
 
     Args:
         output: a folder that exists, or a file that may not.
@@ -71,6 +71,33 @@ def hold(output: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def hold_folder(folder: str | Path) -> Iterator[None]:
+    """Make a folder and be the only one to write it; gone after if nothing is in it.
+
+    Args:
+        folder: that results go to.
+
+    Raises:
+        ValueError: another process holds it, or it cannot be written.
+    """
+    folder = Path(folder)
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        with hold(folder):
+            yield
+    except PermissionError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+    finally:
+        with suppress(OSError):
+            for made in missing:
+                made.rmdir()
+
+
 def _take(path: Path, output: Path) -> int:
     """Open the lock file and lock it; return its handle."""
     while True:
@@ -109,7 +136,7 @@ def _lock(handle: int) -> bool | None:
 
 
 def _is_file_of(path: Path, handle: int) -> bool:
-    """Whether the path still names the open file."""
+    """Return whether the path still names the open file."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except OSError:
@@ -126,7 +153,7 @@ def _write(handle: int) -> None:
 
 
 def _read(handle: int) -> dict[str, Any]:
-    """Who holds the lock, as far as the file says."""
+    """Describe the holder of the lock, as far as the file says."""
     try:
         os.lseek(handle, 0, os.SEEK_SET)
         holder = json.loads(os.read(handle, 4096))
@@ -136,7 +163,7 @@ def _read(handle: int) -> dict[str, Any]:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the writer of a lock file still runs; one on another machine counts as running."""
+    """Return whether a lock file's writer still runs; one on another machine counts as running."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or isinstance(pid, bool) or pid < 1:
         return False

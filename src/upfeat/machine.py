@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +16,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 # Beyond this a limit of version 1 means none: it is written as the largest number there is.
@@ -56,6 +58,7 @@ def check_fits(
     *,
     fixed: int = 0,
     device: torch.device | str | None = None,
+    free: float | None = None,
 ) -> None:
     """Refuse an image whose decoding and features would not fit, before either is begun.
 
@@ -66,11 +69,12 @@ def check_fits(
         a_pixel: bytes that the work takes for each pixel of that.
         fixed: bytes that it takes besides.
         device: where the work is done; images are decoded by the CPU.
+        free: bytes that may be taken; ``None`` for what the machine has.
 
     Raises:
         ValueError: it would not fit; the message says what size would.
     """
-    free = available_memory()
+    bound, free = free, available_memory() if free is None else max(free, 0)
     decoding = own[0] * own[1] * _DECODING
     if free is not None and decoding > 0.9 * free:
         raise ValueError(
@@ -78,7 +82,7 @@ def check_fits(
             f"{readable(free)} of memory are free; give a smaller size of the image itself"
         )
     if device is not None and not str(device).startswith("cpu"):
-        free, decoding = available_memory(device), 0
+        free, decoding = available_memory(device) if bound is None else bound, 0
     height, width = resized(own, size)
     work = height * width * a_pixel
     needed = decoding + fixed + work
@@ -116,7 +120,7 @@ def _system() -> Iterator[int]:
 
 
 def _control_groups() -> Iterator[int]:
-    """What each limit on the way from this process's group to the root leaves."""
+    """Bytes that each limit on the way from this process's group to the root leaves."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -154,7 +158,7 @@ def _cached(path: Path, name: str) -> int:
 
 
 def _own_limits() -> Iterator[int]:
-    """What ``ulimit`` leaves of address space and of data."""
+    """Bytes that ``ulimit`` leaves of address space and of data."""
     if resource is None:
         return
     limits = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}
@@ -179,3 +183,33 @@ def status(field: str) -> int | None:
             if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def resident_memory() -> int | None:
+    """Bytes of memory that this process holds; ``None`` where the system does not tell."""
+    return status("VmRSS")
+
+
+def parse_memory(text: str | int) -> int:
+    """Read an amount of memory.
+
+    Args:
+        text: bytes, or a number with a unit: "2GB", "500 MB", "1.5GiB".
+
+    Returns:
+        Bytes.
+
+    Raises:
+        ValueError: it is no such amount.
+
+    Example:
+        >>> parse_memory("1.5 GB")
+        1500000000
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", str(text).lower())
+    if match is None:
+        raise ValueError(f'max_memory="{text}" must be an amount such as "2GB" or "500MiB"')
+    amount = int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.get(match[2], 0))
+    if amount < 1:
+        raise ValueError(f'max_memory="{text}" must be above 0')
+    return amount

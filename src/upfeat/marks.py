@@ -1,4 +1,4 @@
-"""What upfeat writes says so inside, so that it is never taken for a file of somebody else's.
+"""Marks inside files of upfeat, so that none is taken for somebody else's.
 
 Safetensors in their metadata, pictures in a text, ``.npy`` by the length of its header, zarr in its
 attributes, JSON and HTML by a word at their start.
@@ -31,7 +31,7 @@ _HTML_MARK = '<meta name=generator content="upfeat'
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file that upfeat made says it is, such as "upfeat-features"; ``None`` for any other.
+    """Kind of a file that upfeat made, such as "upfeat-features"; ``None`` for any other.
 
     Raises:
         OSError: it cannot be read.
@@ -59,7 +59,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def html_mark() -> str:
-    """What the head of an HTML page says so that it is known as ours."""
+    """Mark for the head of an HTML page, so that it is known as ours."""
     return f'{_HTML_MARK} {__version__}">'
 
 

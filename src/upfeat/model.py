@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.features import UpsampledFeatures, blank
 from upfeat.images import fill_missing, resize_mask
-from upfeat.normalization import Normalization
-from upfeat.upsamplers import Upsampler, create_upsampler
+from upfeat.scales import FINER_WEIGHTS, PASSES, SecondScale, Translation, guidance_for
+from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,6 +69,25 @@ class FeatUp(nn.Module):
         self.bands = None if bands is None else tuple(bands)
         self.eval().requires_grad_(False)
 
+    def __repr__(self) -> str:
+        """One line: names, sizes, numbers of parameters, and where they are."""
+        backbone, upsampler = self.backbone, self.upsampler
+        counts = [
+            f"{sum(one.numel() for one in part.parameters()):,}" for part in (backbone, upsampler)
+        ]
+        first = next(self.parameters(), backbone.mean)
+        dtype = str(first.dtype).removeprefix("torch.")
+        return (
+            f"{type(self).__name__}({backbone.name} + {upsampler.name}: {backbone.embed_dim} "
+            f"channels, stride {backbone.stride}; {' + '.join(counts)} parameters, {dtype} on "
+            f"{first.device})"
+        )
+
+    @property
+    def passes(self) -> int:
+        """Cost of the features, in passes of the network over the image: 1 or 5."""
+        return getattr(self.backbone, "passes", 1)
+
     @property
     def embed_dim(self) -> int:
         """Number C of feature channels."""
@@ -117,13 +136,7 @@ class FeatUp(nn.Module):
 
     def guidance(self, x: Tensor) -> Tensor:
         """The image as the upsampler sees it: in its own normalisation, where that differs."""
-        if self.bands is None:
-            return self.upsampler.guidance_from(x, self.backbone)
-        mean, std = (
-            tuple(values[band] for band in self.bands) for values in self.backbone.normalization
-        )
-        own, x = self.upsampler.normalization, x[:, list(self.bands)]
-        return x if own is None else Normalization(mean, std).convert(x, own)
+        return guidance_for(self.upsampler, x, self.backbone, self.bands)
 
     def _inputs(self, features: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features and guidance of an image, in the type that the upsampler computes in."""
@@ -167,6 +180,8 @@ def load(
     upsampler: str | Path | Upsampler | None = None,
     device: str | torch.device | None = None,
     bands: Sequence[int] | None = None,
+    passes: int = 1,
+    translation: Translation | str | Path | None = None,
 ) -> FeatUp:
     """Load a backbone with an upsampler, in eval mode and frozen.
 
@@ -180,6 +195,12 @@ def load(
             best, which for any but the embedded ones needs no training.
         device: where to put both; ``None`` for the CPU.
         bands: see :class:`FeatUp`.
+        passes: what the backbone may cost, in passes over the image. 5: it sees the image at twice
+            its size too (:class:`upfeat.scales.SecondScale`); the model's backbone then has half
+            the stride, and all else is as with 1.
+        translation: for ``passes=5``, what :func:`upfeat.scales.fit_translation` learnt for this
+            backbone, or a file of it; ``None`` for the shipped one, and where there is none to
+            learn one of each image from its own cells.
 
     Raises:
         FileNotFoundError: ``upsampler`` is a path where nothing is.
@@ -192,9 +213,16 @@ def load(
         torch.Size([1, 112, 64, 96])
     """
     network = load_backbone(backbone)
-    if not isinstance(upsampler, Upsampler):
-        upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
-    model = FeatUp(network, upsampler, bands=bands)
+    if passes not in PASSES:
+        raise ValueError(f"passes={passes!r} must be one of {PASSES}")
+    if passes == 1:
+        if translation is not None:
+            raise ValueError("translation is for passes=5; with passes=1 there is nothing for it")
+        if not isinstance(upsampler, Upsampler):
+            upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
+        model = FeatUp(network, upsampler, bands=bands)
+    else:
+        model = _two_scales(network, upsampler, bands, translation)
     if device is None:
         return model
     try:
@@ -202,3 +230,20 @@ def load(
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+
+
+def _two_scales(
+    network: Backbone,
+    upsampler: str | Path | Upsampler | None,
+    bands: Sequence[int] | None,
+    translation: Translation | str | Path | None,
+) -> FeatUp:
+    """A model whose backbone sees the image at two scales."""
+    if isinstance(translation, str | Path):
+        translation = Translation.load(translation, network)
+    if not isinstance(upsampler, Upsampler):
+        name = FINER_WEIGHTS if upsampler is None else upsampler
+        upsampler = create_upsampler(name, network.embed_dim, backbone=network.name)
+    steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
+    scales = SecondScale(network, steps, bands=bands, translation=translation)
+    return FeatUp(scales, upsampler if steps is None else steps.last_step(), bands=bands)

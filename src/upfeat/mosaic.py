@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
+from upfeat.machine import readable
 from upfeat.tiling import overlapping, raised_cosine, split
 from upfeat.types import Size, Window
 
@@ -21,6 +23,7 @@ Read = Callable[[Window], Tensor]
 """From a window in pixels to (1, 3, height, width), normalised as the backbone wants it."""
 
 _PROBE_CELLS = 64
+_LEAST_TILE = 16
 _TOLERANCE = 1e-4
 
 
@@ -165,6 +168,83 @@ def _mean(sums: Tensor) -> Tensor:
 def _extract(backbone: Backbone, read: Read, cells: Window) -> Tensor:
     stride = backbone.stride
     return backbone(read(Window(*(stride * side for side in cells))))
+
+
+@torch.no_grad()
+def activation_bytes(backbone: Backbone) -> float:
+    """Measure the memory that a backbone's activations take, bytes for each pixel of its input.
+
+    It is that of the largest input and output of any of its modules, with half as much again for
+    what else is alive; functions without modules are taken for a network of 64 channels.
+    """
+    largest = 0
+
+    def record(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        nonlocal largest
+        held = [one for one in (*inputs, output) if isinstance(one, Tensor)]
+        largest = max(largest, sum(one.numel() * one.element_size() for one in held))
+
+    handles = [module.register_forward_hook(record) for module in backbone.modules()]
+    side = 8 * backbone.stride
+    try:
+        backbone(torch.zeros(1, 3, side, side, device=backbone.mean.device))
+    except (RuntimeError, ValueError):
+        largest = 0
+    finally:
+        for handle in handles:
+            handle.remove()
+    return 1.5 * max(largest / side**2, 64 * 4)
+
+
+@torch.no_grad()
+def extract_within(backbone: Backbone, x: Tensor, memory: float, *, label: str = "image") -> Tensor:
+    """Compute an image's coarse features within a bound of memory.
+
+    The whole image goes through the backbone where that fits, otherwise tiles whose halo makes them
+    exact.
+
+    Args:
+        backbone: in eval mode.
+        x: (1, 3, H, W), normalised.
+        memory: bytes that may be held beside the image and the result.
+        label: what errors call the image.
+
+    Returns:
+        (1, C, h, w).
+
+    Raises:
+        ValueError: the bound is too small for this backbone.
+    """
+    a_pixel = activation_bytes(backbone)
+    if x.shape[2] * x.shape[3] * a_pixel <= memory:
+        return backbone(x)
+    halo, stride = receptive_halo(backbone), backbone.stride
+    if halo is None:
+        raise ValueError(
+            f"{label}: {backbone.name} needs about {readable(x.shape[2] * x.shape[3] * a_pixel)} "
+            f"for {x.shape[2]}×{x.shape[3]} pixels and cannot work in tiles; give a smaller size, "
+            "or more memory"
+        )
+    tile = int((memory / a_pixel) ** 0.5 / stride) - 2 * halo
+    if tile < _LEAST_TILE:
+        least = ((_LEAST_TILE + 2 * halo) * stride) ** 2 * a_pixel
+        raise ValueError(
+            f"{label}: {readable(memory)} of memory are too little for {backbone.name}; tiles of "
+            f"{_LEAST_TILE * stride} pixels need about {readable(least)}"
+        )
+    height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
+    if (height, width) != tuple(x.shape[2:]):
+        x = F.interpolate(
+            x, size=(height, width), mode="bilinear", align_corners=False, antialias=True
+        )
+    parts = strips(
+        backbone,
+        lambda window: x[:, :, window.top : window.bottom, window.left : window.right],
+        (height // stride, width // stride),
+        tile=tile,
+        halo=halo,
+    )
+    return torch.cat([part.features for part in parts], dim=2)
 
 
 class Rows:

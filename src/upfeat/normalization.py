@@ -1,4 +1,4 @@
-"""How an image's colours are scaled before a network sees them, and the way from one to another."""
+"""Normalisation of an image's colours, and conversion from one to another."""
 
 from __future__ import annotations
 

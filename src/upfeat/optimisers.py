@@ -15,7 +15,7 @@ _MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
 def _unmarked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """What a decorator of PyTorch's wraps; the method itself where it is not wrapped."""
+    """Unwrap a method that PyTorch decorates; the method itself where it is not wrapped."""
     return getattr(method, "__wrapped__", method)
 
 

@@ -1,4 +1,4 @@
-"""Which files a command reads and writes: found, named, and never a file that is not ours to write.
+"""Files that a command reads and writes: found, named, and never one that is not ours to write.
 
 Whatever does not say that upfeat made it (:mod:`upfeat.marks`) is somebody else's, and so is every
 input.
@@ -42,7 +42,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where one photograph's results go."""
+    """Paths of one photograph's results."""
 
     features: Path
     picture: Path | None
@@ -138,7 +138,7 @@ def _once(photos: Sequence[Path | Photo]) -> Iterable[Photo]:
 
 
 def picture_of(features: Path) -> Path:
-    """Where the picture of a file of features goes: ``photo.features.png``."""
+    """Path of the picture of a file of features: ``photo.features.png``."""
     return features.with_name(f"{features.stem}.features.png")
 
 
@@ -197,7 +197,7 @@ def _parts(paths: Iterable[str | Path | None]) -> Iterator[Path]:
 
 
 def _identities(path: Path) -> list[object]:
-    """What a path leads to: the place, and where there is something, what that is to the system."""
+    """Identities of a path: the place, and that of the file which is there, to the system."""
     found: list[object] = [os.path.normcase(os.path.realpath(path))]
     with suppress(OSError, ValueError):
         state = path.stat()
@@ -282,7 +282,7 @@ def digest(recipe: Mapping[str, Any]) -> str:
 
 
 def is_done(outputs: Outputs, recipe: str) -> bool:
-    """Whether whole results of the same recipe are there already.
+    """Return whether whole results of the same recipe are there already.
 
     Args:
         outputs: where they would be.

@@ -104,7 +104,7 @@ def repeat_maps(x: Tensor, count: int) -> Tensor:
 
 
 class _Taps(NamedTuple):
-    """Where the taps of every cell along one axis lie: between two pixels, inside the map."""
+    """Positions of every cell's taps along one axis: between two pixels, inside the map."""
 
     low: Tensor  # (cells, k) index of the pixel before
     high: Tensor  # (cells, k) index of the pixel after
@@ -120,7 +120,7 @@ class _Span(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """Which maps are pooled by which weights, and where their cells read."""
+    """Assignment of weights to maps, and the places that their cells read."""
 
     maps: slice
     views: slice  # of the weights, unless they are shared, and of the result
@@ -260,7 +260,7 @@ class _PoolPatches(torch.autograd.Function):
 def _parts(
     plan: _Plan, values: Tensor, weights: Tensor, pooled: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a plan is about: its maps, its weights and their result."""
+    """Maps, weights and result of a plan."""
     kernels = weights if len(weights) == 1 else weights[plan.views]
     return values[plan.maps], kernels, pooled[plan.views]
 

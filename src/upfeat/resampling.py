@@ -18,7 +18,7 @@ _CUBIC = -0.75
 
 
 class Reads(NamedTuple):
-    """How a run of values along one axis is made of those along another."""
+    """Dependence of a run of values along one axis on those along another."""
 
     first: int
     """The first position that is read."""
@@ -108,6 +108,18 @@ def resample(x: Tensor, rows: Reads, columns: Reads, origin: Size = (0, 0)) -> T
     return _along(_along(x, 2, rows), 3, columns)
 
 
+def resize(x: Tensor, size: Size) -> Tensor:
+    """Bilinear interpolation of a whole map, as PyTorch's; antialiased where it becomes smaller.
+
+    Args:
+        x: (B, C, H, W), of any floating type: PyTorch on a CPU has none of 16 bits.
+        size: (height, width) of the result.
+    """
+    exact = x.float() if x.dtype.itemsize < 4 and x.device.type == "cpu" else x
+    out = F.interpolate(exact, size=size, mode="bilinear", align_corners=False, antialias=True)
+    return out.to(x.dtype)
+
+
 def _along(x: Tensor, axis: int, reads: Reads) -> Tensor:
     shape = (-1, 1) if axis == 2 else (-1,)
     out = None
@@ -119,7 +131,7 @@ def _along(x: Tensor, axis: int, reads: Reads) -> Tensor:
 
 
 def _plain(reads: Reads) -> bool:
-    """Whether every value is the mean of equally many, side by side."""
+    """Return whether every value is the mean of equally many, side by side."""
     taps, count = reads.places.shape
     if reads.stop - reads.first != taps * count:
         return False

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import machine
 from upfeat._version import __version__
 from upfeat.decoding import MAX_PIXELS, image_size
+from upfeat.features import UpsampledFeatures
 from upfeat.images import read_image
 from upfeat.marks import FEATURES, encode_picture
 from upfeat.model import FeatUp
+from upfeat.mosaic import extract_within
 from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outputs, watched
 from upfeat.provenance import identify_backbone, identify_upsampler
-from upfeat.storage import replacing, write_tensors
-from upfeat.visualize import comparison
+from upfeat.storage import ArrayFile, create_array, replacing
+from upfeat.visualize import PCABasis, draw_comparison
 
 __all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "run_photo"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Storage types of features, by the names that the command line uses."""
 
-# Bytes a pixel while the network and the upsampler work, beside the map; measured.
-_WORKING = 400
+# Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
+_UPSAMPLING = 70
+# Rows of the map that exist at once. Always as many, so that a bound of memory changes no bit.
+_STRIP = 64
+_SHOWN = 2048
+"""Longest side of a panel of the picture, pixels."""
 
 
 def run_photo(
@@ -37,9 +46,12 @@ def run_photo(
     size: int | None = None,
     dtype: torch.dtype = torch.float16,
     max_pixels: int = MAX_PIXELS,
+    max_memory: int | None = None,
     made_by: Mapping[str, Any] | None = None,
-) -> Tensor:
+) -> torch.Size:
     """Upsample one photograph's features and write them, with their provenance, and a picture.
+
+    The map goes to the file in strips and never exists whole.
 
     Args:
         model: backbone and upsampler.
@@ -48,10 +60,12 @@ def run_photo(
         size: length of the shorter side, pixels; ``None`` keeps the photograph's own size.
         dtype: type of the stored features.
         max_pixels: as :func:`upfeat.images.read_image` takes it.
+        max_memory: bytes that the process may hold; ``None`` for what the machine has. A tight
+            bound makes the backbone work in tiles.
         made_by: what :func:`describe_model` says, where it is known already.
 
     Returns:
-        The stored features, (C, H, W).
+        The shape of the stored features, (C, H, W).
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -61,42 +75,91 @@ def run_photo(
     """
     made_by = describe_model(model) if made_by is None else made_by
     with watched(photo) as source:
-        check_memory(model, photo, size, dtype)
+        check_memory(model, photo, size, max_memory)
         picture = outputs.picture is not None
         needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture)
         check_space(outputs.features, needed)
-        pixels = read_image(photo, channels=model.backbone.in_channels, max_pixels=max_pixels)
+        pixels = read_image(photo, max_pixels=max_pixels)
     x = model.preprocess(pixels, size, align=False)
     del pixels
     facts = _facts(model, photo, x, dtype)
     recipe = _recipe(source, made_by, size, dtype)
     with torch.inference_mode():
-        coarse = model.backbone(x)
-        upsampled = model.upsampler(coarse, model.guidance(x))
-        stored = upsampled[0].to(dtype).cpu().contiguous()
+        memory = _free(max_memory) - x.shape[2] * x.shape[3] * _UPSAMPLING
+        coarse = extract_within(model.backbone, x, memory, label=str(photo))
+        facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
+        lazy = UpsampledFeatures(coarse, model.guidance(x), model.upsampler)
+        _write(outputs, lazy, x, model, dtype, facts, photo)
+    return lazy.shape[1:]
+
+
+def _write(
+    outputs: Outputs,
+    lazy: UpsampledFeatures,
+    x: Tensor,
+    model: FeatUp,
+    dtype: torch.dtype,
+    facts: dict[str, str],
+    photo: Path,
+) -> None:
+    """Write both files, or neither."""
+    outputs.features.parent.mkdir(parents=True, exist_ok=True)
+    name = str(dtype).removeprefix("torch.")
+    basis = None if outputs.picture is None else PCABasis(lazy.features[0].cpu())
+    with (
+        nullcontext() if outputs.picture is None else replacing(outputs.picture) as drawn,
+        create_array(outputs.features, lazy.shape[1:], name, facts) as file,
+    ):
+        projected = _write_strips(file, lazy, dtype, basis, photo)
+        if drawn is not None and basis is not None and outputs.picture is not None:
+            image = _reduced(model.backbone.denormalize(x))[0].cpu()
+            label = model.upsampler.name.replace("_", " ")
+            coarse, size = lazy.features[0].cpu(), (x.shape[2], x.shape[3])
+            picture = draw_comparison(image, coarse, basis, projected, label=label, size=size)
+            recipe = facts["recipe"]
+            drawn.write_bytes(encode_picture(picture, outputs.picture.suffix, recipe=recipe))
+
+
+def _write_strips(
+    file: ArrayFile,
+    lazy: UpsampledFeatures,
+    dtype: torch.dtype,
+    basis: PCABasis | None,
+    photo: Path,
+) -> Tensor:
+    """Write the map from top to bottom; return what the picture shows of it, (3, h, w)."""
+    height, width = lazy.shape[2:]
+    projected = []
+    for top in range(0, height, _STRIP):
+        rows = min(_STRIP, height - top)
+        strip = lazy.crop(top, 0, rows, width)[0].cpu()
+        if basis is not None:
+            projected.append(_reduced(basis.project(strip)[None], max(height, width))[0])
+        stored = strip.to(dtype)
         # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
         if not torch.isfinite(torch.stack(stored.aminmax())).all():
             raise ValueError(f"{photo}: its features overflow {dtype}; store them as bf16 or fp32")
-        encoded = None
-        if outputs.picture is not None:
-            image = model.backbone.denormalize(x)[0].cpu()
-            label = model.upsampler.name.replace("_", " ")
-            drawn = comparison(image, coarse[0].cpu(), upsampled[0].cpu(), label=label)
-            encoded = encode_picture(drawn, outputs.picture.suffix, recipe=digest(recipe))
-    facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
-    _write(outputs, stored, facts, encoded)
-    return stored
+        bits = stored.view(torch.int16) if dtype is torch.bfloat16 else stored
+        file.write_rows(top, bits.numpy())
+    return torch.cat(projected, dim=1) if projected else torch.empty(3, 0, 0)
 
 
-def _write(outputs: Outputs, stored: Tensor, facts: dict[str, str], picture: bytes | None) -> None:
-    """Write both files, or neither."""
-    outputs.features.parent.mkdir(parents=True, exist_ok=True)
-    if outputs.picture is None or picture is None:
-        write_tensors(outputs.features, {"features": stored}, facts)
-        return
-    with replacing(outputs.picture) as temporary:
-        temporary.write_bytes(picture)
-        write_tensors(outputs.features, {"features": stored}, facts)
+def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
+    """Average over squares until the longest side, or that of the whole, fits into a panel."""
+    longest = longest or max(x.shape[2:])
+    factor = 1
+    while longest > factor * _SHOWN and factor < _STRIP:
+        factor *= 2
+    return x if factor == 1 else F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
+
+
+def _free(max_memory: int | None) -> float:
+    """Bytes that new data may take."""
+    free = machine.available_memory()
+    known = [math.inf if free is None else 0.9 * free]
+    if max_memory is not None:
+        known.append(max_memory - (machine.resident_memory() or 0))
+    return min(known)
 
 
 def describe_model(model: FeatUp) -> dict[str, str]:
@@ -131,7 +194,7 @@ def _recipe(
 
 
 def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """What of a recipe people may want to read."""
+    """Parts of a recipe that people may want to read."""
     return {"image_sha256": recipe["image_sha256"], "size": str(recipe["size"])}
 
 
@@ -154,7 +217,9 @@ def _size(tensor: Tensor) -> str:
     return f"{tensor.shape[-2]}x{tensor.shape[-1]}"
 
 
-def check_memory(model: FeatUp, photo: Path, size: int | None, dtype: torch.dtype) -> None:
+def check_memory(
+    model: FeatUp, photo: Path, size: int | None, max_memory: int | None = None
+) -> None:
     """Refuse a photograph that would not fit into memory, before it is decoded or resized.
 
     Raises:
@@ -162,9 +227,10 @@ def check_memory(model: FeatUp, photo: Path, size: int | None, dtype: torch.dtyp
     """
     own = image_size(photo)
     if own is not None:
-        # The map in float32 with what is made of it at times, and the copy that is stored.
-        a_pixel = model.embed_dim * (4 * 1.25 + dtype.itemsize) + _WORKING
-        machine.check_fits(photo, own, size, a_pixel, device=model.backbone.mean.device)
+        # Beside the strips: the image, its guidance, what the upsampler keeps.
+        free = None if max_memory is None else _free(max_memory)
+        device = model.backbone.mean.device
+        machine.check_fits(photo, own, size, _UPSAMPLING, device=device, free=free)
 
 
 def size_on_disk(

@@ -14,7 +14,7 @@ AnyConfig = TypeVar("AnyConfig", bound=type)
 
 
 class Setting(NamedTuple):
-    """What is known of a field of a configuration."""
+    """Declaration of one field of a configuration."""
 
     meaning: str
     """A phrase, in lower case, for the docstring, ``--help`` and the table of the documents."""

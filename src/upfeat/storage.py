@@ -293,13 +293,14 @@ def create_array(
     Args:
         path: ``.npy``, or else a safetensors file of one tensor, ``features``.
         shape: (C, H, W).
-        dtype: "float16" or "float32".
+        dtype: "float16", "float32", or of a safetensors file "bfloat16", whose rows are written as
+            int16 of the same bits.
         metadata: of the safetensors file.
 
     Raises:
         OSError: there is no space for it, or writing failed.
     """
-    kind = np.dtype(dtype).newbyteorder("<")
+    kind = np.dtype("int16" if dtype == "bfloat16" else dtype).newbyteorder("<")
     size = int(np.prod(shape)) * kind.itemsize
     if path.suffix.lower() == ".npy":
         header = _npy_header(shape, kind.str)
@@ -318,7 +319,7 @@ def _npy_header(shape: Sequence[int], dtype: str) -> bytes:
 
 
 def is_our_npy(path: Path) -> bool:
-    """Whether a ``.npy`` file has the header that :func:`create_array` writes."""
+    """Return whether a ``.npy`` file has the header that :func:`create_array` writes."""
     with path.open("rb") as file:
         start = file.read(_NPY_HEADER)
     length = (_NPY_HEADER - 10).to_bytes(2, "little")

@@ -37,7 +37,7 @@ class Layout(NamedTuple):
 
     @property
     def is_floating(self) -> bool:
-        """Whether it can be computed with."""
+        """Return whether it can be computed with."""
         return self.dtype in _FLOATS.values()
 
 

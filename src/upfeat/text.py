@@ -50,7 +50,7 @@ def load_text_backbone(
     Raises:
         ValueError: it is none of these, its package is not installed, or it cannot be loaded.
 
-    The three lines stand in docs/text.md.
+    The three lines stand in docs/guides/text.md.
     """
     name = None
     if isinstance(model, str):

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from upfeat.linear import principal_components
+from upfeat.types import Size
 
 _MARGIN = 12
 _BACKGROUND = (255, 255, 255)
@@ -113,20 +114,46 @@ def comparison(
     Returns:
         Four captioned panels; the three of features share one PCA basis, fitted on the coarse map.
     """
-    size = (image.shape[1], image.shape[2])
     basis = PCABasis(coarse)
+    return draw_comparison(image, coarse, basis, basis.project(upsampled), label=label)
+
+
+def draw_comparison(
+    image: Tensor,
+    coarse: Tensor,
+    basis: PCABasis,
+    sharp: Tensor,
+    *,
+    label: str = "upsampled",
+    size: Size | None = None,
+) -> Image.Image:
+    """The picture of :func:`comparison` from upsampled features that are projected already.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        coarse: (C, h, w).
+        basis: of all panels.
+        sharp: (3, H', W'), what :meth:`PCABasis.project` gives of the upsampled features.
+        label: caption of the last panel.
+        size: (height, width) that captions name, where image and features are shown smaller.
+    """
+    shown = (image.shape[1], image.shape[2])
     # Projecting is linear and commutes with interpolation: 3 channels are interpolated, not C.
     grid = basis.project(coarse)[None]
-    blocks = F.interpolate(grid, size=size, mode="nearest-exact")[0]
-    smooth = F.interpolate(grid, size=size, mode="bilinear", align_corners=False)[0]
-    sharp = basis.project(upsampled)
-    panels = [("coarse features", coarse, blocks), ("bilinear", smooth, smooth)]
-    panels.append((label, upsampled, sharp))
+    blocks = F.interpolate(grid, size=shown, mode="nearest-exact")[0]
+    smooth = F.interpolate(grid, size=shown, mode="bilinear", align_corners=False)[0]
+    whole = _size(size or shown)
+    after = _size(size or (sharp.shape[1], sharp.shape[2]))
+    panels = [
+        (f"coarse features\n{_size((coarse.shape[1], coarse.shape[2]))}", blocks),
+        (f"bilinear\n{whole}", smooth),
+        (f"{label}\n{after}", sharp),
+    ]
     return side_by_side(
-        [(f"image\n{_size(image)}", to_image(image))]
-        + [(f"{name}\n{_size(sized)}", to_image(basis.colours(x))) for name, sized, x in panels]
+        [(f"image\n{whole}", to_image(image))]
+        + [(caption, to_image(basis.colours(panel))) for caption, panel in panels]
     )
 
 
-def _size(x: Tensor) -> str:
-    return f"{x.shape[-2]} x {x.shape[-1]}"
+def _size(size: Size) -> str:
+    return f"{size[0]} x {size[1]}"

@@ -91,12 +91,14 @@ class TestHub:
         with pytest.raises(ValueError, match="must be hub:REPO:NAME"):
             upfeat.load_backbone("hub:net")
 
-        def offline(*args, **kwargs):
-            raise OSError("no route")
+        for error in (OSError("no route"), RuntimeError("there is no internet connection")):
 
-        monkeypatch.setattr(torch.hub, "load", offline)
-        with pytest.raises(FileNotFoundError, match="and give hub:FOLDER:net"):
-            upfeat.load_backbone("hub:someone/something:net")
+            def offline(*args, error=error, **kwargs):
+                raise error
+
+            monkeypatch.setattr(torch.hub, "load", offline)
+            with pytest.raises(FileNotFoundError, match="and give hub:FOLDER:net"):
+                upfeat.load_backbone("hub:someone/something:net")
 
 
 @pytest.fixture(scope="module")

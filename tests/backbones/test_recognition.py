@@ -148,6 +148,10 @@ class TestLayersInside:
         assert (backbone.stride, backbone.embed_dim) == (8, 8)
         both = _checked(net, layer=["0", "1"])
         assert (both.stride, both.embed_dim) == (4, 12)
+        net = nn.Sequential()
+        net.layer1 = nn.Conv2d(3, 4, 4, 4)
+        with pytest.raises(ValueError, match='layer "layr1" is unknown; did you mean layer1'):
+            upfeat.load_backbone(net, layer="layr1")
 
     def test_keys_and_numbers_of_outputs(self):
         module = Patches("list")
@@ -206,3 +210,35 @@ class TestTokensToGrid:
             upfeat.tokens_to_grid(tokens, (4, 3))
         with pytest.raises(ValueError, match=r"tokens must be \(B, N, C\)"):
             upfeat.tokens_to_grid(tokens[0], (2, 3))
+
+
+def test_a_size_that_fails_later_is_one_line():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project = nn.Conv2d(3, 8, 16, 16)
+
+        def forward(self, x):
+            return self.project(x) + torch.zeros(16, 16)[: x.shape[2] // 16, : x.shape[3] // 16]
+
+    backbone = upfeat.load_backbone(Picky())
+    with pytest.raises(ValueError, match=r'Picky fails on an image of 64×320.* fit="tile"'):
+        backbone(torch.randn(1, 3, 64, 320))
+    assert upfeat.load_backbone(Picky(), fit="tile")(torch.randn(1, 3, 64, 320)).shape[1] == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_with_a_backbone_in_half_precision(tmp_path, dtype):
+    from PIL import Image
+
+    for index in range(2):
+        pixels = torch.rand(3, 40, 44, generator=torch.Generator().manual_seed(index))
+        image = Image.fromarray(pixels.mul(255).byte().permute(1, 2, 0).numpy())
+        image.save(tmp_path / f"{index}.png")
+    backbone = upfeat.load_backbone(nn.Conv2d(3, 6, 8, stride=8), dtype=dtype)
+    config = upfeat.TrainConfig(
+        upsampler="neighbourhood", steps=1, batch_size=1, views=2, size=32, validation_images=0
+    )
+    upsampler = upfeat.train(backbone, tmp_path, config)
+    model = upfeat.FeatUp(backbone, upsampler)
+    assert model(model.preprocess(tmp_path / "0.png")).dtype == torch.float32

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import upfeat
@@ -69,6 +70,20 @@ def test_a_window_is_the_window_of_the_whole(case):
     found = encoder.window(guidance, Window(*window))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert len(plan(encoder.sizes(size), Window(*window))) <= levels
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("grid", [(1, 1), (3, 4), (7, 9), (15, 16)])
+def test_means_over_cells_are_those_of_the_queries(isa, case, grid):
+    size, _, width, levels = case
+    encoder, guidance = make(width, levels), draw(size)
+    expected = F.adaptive_avg_pool2d(unit(encoder.double()(guidance.double())), grid)
+    parameters = encoder.float().parameters_in_order()
+    for top, left in ((0, 0), (grid[0] // 2, grid[1] // 3)):
+        cells = (top, left, grid[0] - top, max((grid[1] - left) // 2, 1))
+        found = dispatch.call("pyramid_means", "cpu", guidance, parameters, grid, cells)
+        wanted = cut(expected, Window(*cells))
+        torch.testing.assert_close(found.double(), wanted, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("channels", [1, 5])
@@ -154,3 +169,5 @@ def test_opcheck():
     encoder, guidance = make(8, 3), draw((20, 24), batch=1)
     arguments = (guidance, encoder.parameters_in_order(), [2, 3, 10, 12], True)
     torch.library.opcheck(torch.ops.upfeat.pyramid_queries_cpu.default, arguments)
+    arguments = (guidance, encoder.parameters_in_order(), [3, 5], [1, 0, 2, 4])
+    torch.library.opcheck(torch.ops.upfeat.pyramid_means_cpu.default, arguments)

@@ -5,7 +5,8 @@ import torch
 
 import upfeat
 from upfeat.evaluation.data.prepared import Prepared, normalised
-from upfeat.evaluation.methods import ImplicitMethod, UpsamplerMethod, load_methods
+from upfeat.evaluation.methods import ImplicitMethod, UpsamplerMethod
+from upfeat.evaluation.named import load_methods
 from upfeat.implicit.fit import FitConfig, fit_guidance
 
 FEW = FitConfig(views=4, held_out=2, anchors=32, components=3, max_pad=4)
@@ -52,3 +53,18 @@ def test_labels_are_told_apart(colour_backbone, tmp_path):
     assert list(load_methods(names, colour_backbone, tmp_path)) == ["bilinear", "mine", "mine-2"]
     with pytest.raises(ValueError, match="upsamplers is empty"):
         load_methods([], colour_backbone, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "passes"), [("bilinear", 1), ("detail@5", 5), ("large_image", 4), ("shifted", 4)]
+)
+def test_methods_of_several_passes(sample, colour_backbone, tmp_path, name, passes):
+    method = load_methods([name], colour_backbone, tmp_path)[name]
+    assert method.passes == passes
+    with torch.no_grad():
+        full = method(sample).full()
+    assert full.shape == (1, 6, 48, 64)
+    # Mean colours are mean colours at every scale.
+    inner = slice(2, -2)
+    near = torch.nn.functional.avg_pool2d(full, 8)[0, :3, inner, inner]
+    torch.testing.assert_close(near, sample.features[:3, inner, inner], rtol=0.1, atol=0.12)

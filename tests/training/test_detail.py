@@ -8,7 +8,7 @@ from training.small import log, small_config, weights
 
 import upfeat
 from upfeat.training import TrainConfig
-from upfeat.training.detail import DetailTarget, RunningRegression
+from upfeat.training.recipes.detail import DetailTarget, RunningRegression
 
 SMALL = {"query_dim": 8, "levels": 2, "width": 4, "depth": 1}
 DETAIL = {

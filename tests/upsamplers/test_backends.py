@@ -7,7 +7,7 @@ import upfeat
 from upfeat.backends import dispatch
 from upfeat.backends.torch_operators import WEIGHTS, WINDOWED
 
-OPERATORS = (*WINDOWED, *WEIGHTS, "jbu_stage", "pyramid_queries")
+OPERATORS = (*WINDOWED, *WEIGHTS, "jbu_stage", "pyramid_queries", "pyramid_means")
 MAKERS = {
     "joint_bilateral": upfeat.JointBilateral,
     "jbu_stack": lambda **options: upfeat.JBUStack(4, n_stages=2, **options),

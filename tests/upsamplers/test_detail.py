@@ -140,11 +140,11 @@ def test_settled_it_gives_the_same_with_any_head_and_window(back_projections):
     up = _make(back_projections=back_projections)
     features, guidance = torch.randn(2, 4, 3, 4), torch.randn(2, 3, 48, 64)
     kernels, mixed = up.prepare(guidance, (3, 4), (48, 64)), up.mix(features)
-    settled = up.settle(kernels, mixed)
+    precomputed = up.precompute(kernels, mixed)
     for head in (None, slice(1, 3), torch.randn(2, 4), torch.randn(5, 4)):
         for window in (None, Window(0, 0, 48, 64), Window(9, 13, 8, 11)):
             expected = up.render(kernels, mixed, head=head, window=window)
-            found = up.render(*settled, head=head, window=window)
+            found = up.render(*precomputed, head=head, window=window)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

@@ -81,9 +81,9 @@ def test_any_crop_is_the_crop_of_the_whole(size, grid, shares, back_projections)
     window = Window(top, left, height, width)
     expected = kernels(features)[:, :, top : window.bottom, left : window.right]
     torch.testing.assert_close(kernels.crop(features, window), expected)
-    settled, corrected = kernels.settle(features)
-    torch.testing.assert_close(settled.crop(corrected, window), expected)
-    torch.testing.assert_close(settled(corrected), kernels(features))
+    precomputed, corrected = kernels.precompute(features)
+    torch.testing.assert_close(precomputed.crop(corrected, window), expected)
+    torch.testing.assert_close(precomputed(corrected), kernels(features))
 
 
 def _windows(height, width):

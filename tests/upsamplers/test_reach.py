@@ -119,8 +119,8 @@ def test_any_part_of_any_map_is_part_of_the_whole(grid, ratio, shares):
         window = Window(top, left, height, width)
         found = upsampler.render(kernels, mixed, window=window)
         torch.testing.assert_close(found, maps.cut(whole, window), rtol=0, atol=1e-7)
-        settled = upsampler.render(*upsampler.settle(kernels, mixed), window=window)
-        torch.testing.assert_close(settled, found, rtol=0, atol=1e-7)
+        precomputed = upsampler.render(*upsampler.precompute(kernels, mixed), window=window)
+        torch.testing.assert_close(precomputed, found, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("pixels", [4, 7, 8])

@@ -87,6 +87,8 @@ def load_hub(source: str, *, pretrained: bool) -> nn.Module:
     except OSError as error:
         raise _unreachable(source, repo, local, error) from None
     except Exception as error:
+        if "internet connection" in str(error):
+            raise _unreachable(source, repo, local, error) from None
         known = _entry_points(Path(folder) / "hubconf.py") if local else []
         if known and name not in known:
             raise ValueError(f"hub:{source}: {unknown_name('model', name, known)}") from None

@@ -1,4 +1,4 @@
-"""What a module inside a network returns, without the rest of the network."""
+"""The output of a module inside a network, without the rest of the network."""
 
 from __future__ import annotations
 

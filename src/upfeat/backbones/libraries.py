@@ -37,6 +37,17 @@ def import_library(name: str, *, extra: str) -> Any:
 
 
 @contextmanager
+def quiet() -> Iterator[None]:
+    """Keep libraries from logging a download's every retry; its failure is raised all the same."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.ERROR))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def without_broken(name: str) -> Iterator[None]:
     """Let libraries go on without another one that they use where it works, and it does not.
 

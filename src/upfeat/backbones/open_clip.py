@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from upfeat.backbones.libraries import import_library
+from upfeat.backbones.libraries import import_library, quiet
 from upfeat.backbones.settings import OPENAI, Settings
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
@@ -94,7 +94,7 @@ def _interpolated(positions: Tensor, own: tuple[int, ...], grid: tuple[int, int]
 
 
 def is_open_clip(module: object) -> bool:
-    """Whether it is a model of open_clip, or its image tower."""
+    """Return whether it is a model of open_clip, or its image tower."""
     return type(module).__module__.startswith("open_clip.") and (
         hasattr(module, "visual") or hasattr(module, "forward_intermediates")
     )
@@ -106,7 +106,7 @@ def image_tower(module: Any) -> nn.Module:
 
 
 def open_clip_settings(tower: Any) -> Settings:
-    """What the tower says of its images."""
+    """Size and normalisation of the tower's images."""
     config = getattr(tower, "preprocess_cfg", None) or {}
     mean = getattr(tower, "image_mean", None) or config.get("mean") or OPENAI.mean
     std = getattr(tower, "image_std", None) or config.get("std") or OPENAI.std
@@ -141,7 +141,9 @@ def load_open_clip(name: str, *, pretrained: bool) -> nn.Module:
             "or give pretrained=False for random ones"
         )
     try:
-        return image_tower(library.create_model(model, pretrained=tag if pretrained else None))
+        with quiet():
+            made = library.create_model(model, pretrained=tag if pretrained else None)
+        return image_tower(made)
     except Exception as error:
         if not pretrained:
             raise

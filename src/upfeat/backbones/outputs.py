@@ -1,4 +1,4 @@
-"""What models return, brought to (B, C, h, w): maps, tokens, and containers of them.
+"""Outputs of models, brought to (B, C, h, w): maps, tokens, and containers of them.
 
 A model is shown a square image once; from the shapes that come back :func:`recognise` decides how
 each tensor is laid out, and later outputs are read by that decision, without guessing again.
@@ -28,12 +28,16 @@ Layer = int | str
 """A layer by its number or name."""
 
 
+class NothingToPick(ValueError):
+    """Layers were named of a model that returns one tensor."""
+
+
 class Ambiguous(ValueError):
     """A tensor may be read in two ways."""
 
 
 class Layout(NamedTuple):
-    """How one tensor of a model's output is to be read."""
+    """Reading of one tensor of a model's output."""
 
     kind: str
     """One of :data:`LAYOUTS`."""
@@ -82,7 +86,7 @@ def select(output: object, layers: Sequence[Layer] | None, name: str) -> list[Te
     """
     if isinstance(output, Tensor):
         if layers is not None:
-            raise ValueError(f"{name} returns one tensor: layer={_shown(layers)} picks nothing")
+            raise NothingToPick(f"{name} returns one tensor: layer={_shown(layers)} picks nothing")
         return [output]
     entries = _entries(output)
     if entries is None:
@@ -116,7 +120,7 @@ def _entries(output: object) -> dict[Any, Any] | None:
 
 
 def _holds(value: object) -> bool:
-    """Whether it is, or contains, a map or tokens."""
+    """Return whether it is, or contains, a map or tokens."""
     if isinstance(value, Tensor):
         return value.dim() in (3, 4) and value.is_floating_point()
     entries = None if value is None else _entries(value)

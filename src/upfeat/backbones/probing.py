@@ -1,4 +1,4 @@
-"""What a model is like, from what it makes of a few blank images."""
+"""Properties of a model, from its output for a few blank images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIZES = (224, 256, 512, 384, 518, 448, 336, 112, 64, 32)
 
 @dataclass(frozen=True)
 class Question:
-    """What is known of a model before it is asked.
+    """Facts known of a model before it is asked.
 
     Attributes:
         call: the model, an image to whatever it returns.
@@ -45,7 +45,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model turned out to be.
+    """Findings about a model.
 
     Attributes:
         embed_dim: number of channels.
@@ -126,7 +126,7 @@ def _first_size(question: Question) -> tuple[int, object]:
 
 
 def _attempt(question: Question, size: Size) -> tuple[object, Exception | None]:
-    """What the model returns, or raises."""
+    """Return the model's output, or the error it raises."""
     try:
         return question.call(_blank(question, size)), None
     except Exception as error:  # whatever a stranger's module raises
@@ -214,14 +214,15 @@ def _overlap(
 
 
 def _sizes_taken(question: Question, answer: Answer) -> Answer:
-    """Whether the model takes another, oblong size, and of which sides' multiples."""
+    """Return whether the model takes another, oblong size, and of which sides' multiples."""
     stride, side = answer.stride, answer.size[0]
     coarsest = max(one.side // one.cells for one in answer.layouts)
     for multiple in dict.fromkeys((coarsest, math.lcm(32, stride), 64)):
         if multiple % stride:
             continue
         short = max(side // 2 // multiple, 1 if multiple >= 32 else 2) * multiple
-        size = (short, short + multiple)
+        # Larger than its own on one axis: tables of positions may hold for smaller images only.
+        size = (short, (side // multiple + 1) * multiple)
         padded = (size[0] + answer.padding, size[1] + answer.padding)
         try:
             features = read(question, answer.layouts, _blank(question, padded))

@@ -1,4 +1,4 @@
-"""What a model's own configuration says of the images that it wants."""
+"""Size and normalisation of images, from a model's own configuration."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
 
 
 def _normalization(processor: Mapping[str, Any]) -> Normalization:
-    """What a processor does to colours in [0, 1]: times 255, rescaled, normalised."""
+    """Apply a processor's arithmetic to colours in [0, 1]: times 255, rescaled, normalised."""
     scale = 255 * float(processor.get("rescale_factor", 1 / 255))
     if not processor.get("do_rescale", True):
         scale = 255.0

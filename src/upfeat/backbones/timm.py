@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from upfeat.backbones.libraries import import_library
+from upfeat.backbones.libraries import import_library, quiet
 from upfeat.backbones.outputs import Layer, check_number
 from upfeat.registry import unknown_name
 
@@ -61,7 +61,7 @@ class TimmFeatures(nn.Module):
 
 
 def is_timm(module: object) -> bool:
-    """Whether it is a timm model whose intermediate features can be asked for."""
+    """Return whether it is a timm model whose intermediate features can be asked for."""
     return (
         isinstance(module, nn.Module)
         and callable(getattr(module, "forward_intermediates", None))
@@ -122,19 +122,24 @@ def load_timm(name: str, *, pretrained: bool) -> nn.Module:
     if not library.is_model(base):
         raise ValueError(unknown_name("timm model", base, library.list_models()))
     try:
-        try:
-            return library.create_model(name, pretrained=pretrained, **_size_options(base))
-        except TypeError:  # the model does not know the option
-            return library.create_model(name, pretrained=pretrained)
+        with quiet():
+            return _create(library, name, pretrained)
     except Exception as error:
         raise _cannot_make(name, error) from None
 
 
-def _size_options(base: str) -> dict[str, Any]:
-    """What makes a model take any size."""
-    if base.startswith("swin"):
+def _create(library: Any, name: str, pretrained: bool) -> nn.Module:
+    try:
+        return library.create_model(name, pretrained=pretrained, **_size_options(name))
+    except TypeError:  # the model does not know the option
+        return library.create_model(name, pretrained=pretrained)
+
+
+def _size_options(name: str) -> dict[str, Any]:
+    """Options that make a model take any size."""
+    if name.startswith("swin"):
         return {"strict_img_size": False}
-    if base.startswith(("vit", "eva", "deit", "flexivit", "aimv2")):
+    if name.startswith(("vit", "eva", "deit", "flexivit", "aimv2")):
         return {"dynamic_img_size": True}
     return {}
 

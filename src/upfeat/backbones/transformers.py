@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfeat.backbones.libraries import import_library, without_broken
+from upfeat.backbones.libraries import import_library, quiet, without_broken
 from upfeat.backbones.outputs import check_number
 from upfeat.backbones.settings import Settings, cropping, transformers_settings
 from upfeat.types import Size
@@ -99,7 +99,7 @@ class TransformersFeatures(nn.Module):
 
 
 def is_transformers(module: object) -> bool:
-    """Whether it is a model of transformers."""
+    """Return whether it is a model of transformers."""
     return any(
         cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.")
         for cls in type(module).__mro__
@@ -197,12 +197,13 @@ def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
     shown = progress.is_progress_bar_enabled()
     progress.disable_progress_bar()
     try:
-        config = library.AutoConfig.from_pretrained(source)
-        if pretrained:
-            network = library.AutoModel.from_pretrained(source, dtype=torch.float32)
-        else:
-            network = library.AutoModel.from_config(config)
-        processor = _read_processor(source)
+        with quiet():
+            config = library.AutoConfig.from_pretrained(source)
+            if pretrained:
+                network = library.AutoModel.from_pretrained(source, dtype=torch.float32)
+            else:
+                network = library.AutoModel.from_config(config)
+            processor = _read_processor(source)
     except OSError as error:
         raise _unreachable(source, error) from None
     except Exception as error:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from upfeat.backbones import probing, sizes
 from upfeat.backbones.base import Backbone
 from upfeat.backbones.inside import LayerFeatures
-from upfeat.backbones.outputs import LAYOUTS, Layer
+from upfeat.backbones.outputs import LAYOUTS, Layer, NothingToPick, missing_layer
 from upfeat.backbones.settings import Settings, settings_of
 from upfeat.types import Size
 
@@ -104,7 +104,10 @@ class WrappedBackbone(Backbone):
             sizes=_sizes(input_size or probe_size, settings),
             channels=channels,
         )
-        answer = probing.probe(question)
+        try:
+            answer = probing.probe(question)
+        except NothingToPick as error:
+            raise _no_such_module(question.name, module, layers) or error from None
         super().__init__(
             name=name or module_name,
             embed_dim=embed_dim or answer.embed_dim,
@@ -144,7 +147,24 @@ class WrappedBackbone(Backbone):
         return aligned[0] // self.stride, aligned[1] // self.stride
 
     def extract(self, x: Tensor) -> Tensor:
-        """See :meth:`Backbone.extract`."""
+        """See :meth:`Backbone.extract`.
+
+        Raises:
+            ValueError: the module fails on an image of this size.
+        """
+        try:
+            return self._extract_fitted(x)
+        except (AssertionError, IndexError, RuntimeError, TypeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or torch.compiler.is_compiling():
+                raise
+            reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+            raise ValueError(
+                f"{self.name} fails on an image of {x.shape[2]}×{x.shape[3]}, {x.dtype} "
+                f'({type(error).__name__}: {reason}); if it takes some sizes only, give fit="tile"'
+            ) from error
+
+    def _extract_fitted(self, x: Tensor) -> Tensor:
+        """Features of an image that is brought to a size that the model takes."""
         if self.fit == "resize":
             return self._extract(sizes.resize(x, self.answer.size))
         if self.fit == "tile":
@@ -256,7 +276,7 @@ def _settle_mode(name: str, module: object, held: list[nn.Module]) -> None:
 
 
 def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
-    """How images of other sizes are brought to the model; said where they cannot just be given."""
+    """Choose how images of other sizes are brought to the model."""
     if answer.any_size and fit in (None, "interpolate"):
         return "interpolate"
     if fit == "interpolate":
@@ -302,6 +322,13 @@ def _input_channels(modules: Sequence[object]) -> int:
 
 def _plain_name(module: object) -> str:
     return getattr(module, "name", None) or type(module).__name__
+
+
+def _no_such_module(name: str, module: object, layers: Sequence[Layer] | None) -> ValueError | None:
+    """The refusal of a layer that is no module inside; ``None`` where it is a number."""
+    names = [one for one, _ in module.named_modules()] if isinstance(module, nn.Module) else []
+    wrong = next((one for one in layers or () if isinstance(one, str) and one not in names), None)
+    return None if wrong is None else ValueError(f"{name}: {missing_layer(wrong, names[1:])}")
 
 
 def _names_inside(module: nn.Module, layers: Sequence[Layer]) -> bool:

@@ -1,4 +1,4 @@
-"""Which backend runs an operator.
+"""Choice of the backend that runs an operator.
 
 A backend is a namespace with one function per operator and, where it cannot always run,
 ``can_run_<operator>`` that returns the reason it cannot. ``"auto"`` takes the first in
@@ -59,7 +59,7 @@ def check_name(backend: str) -> None:
 
 
 def reason_against(operator: str, backend: str, *arguments: Argument) -> str | None:
-    """Why ``backend`` cannot run ``operator`` on these arguments; ``None`` when it can.
+    """Return why ``backend`` cannot run ``operator`` on these arguments, or ``None``.
 
     Raises:
         ValueError: there is no backend of that name.

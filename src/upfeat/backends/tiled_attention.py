@@ -53,7 +53,7 @@ def window_attention(
 
 
 def _most_rows(rows: Sequence[int], widest: int, heads: int) -> int:
-    """How many rows of pixels make a band: a strip of 32 pixels' weights must stay small."""
+    """Rows of pixels in a band: a strip of 32 pixels' weights must stay small."""
     tallest = max(run.last - run.first for run in runs(rows, 1, 1)) + 2
     return max(_MOST_WEIGHTS // (tallest * (widest + 2) * heads * 32), 1)
 
@@ -108,7 +108,7 @@ def _tile(
 def _outside(
     bounds: tuple[Sequence[int], Sequence[int]], band: Run, run: Run, device: torch.device
 ) -> Tensor | None:
-    """Which of the tile's cells a pixel does not see, (P, M); ``None`` where it sees all."""
+    """Mask of the tile's cells that a pixel does not see, (P, M); ``None`` where it sees all."""
     seen = []
     for axis, tile in zip(bounds, (band, run), strict=True):
         length = len(axis) // 2

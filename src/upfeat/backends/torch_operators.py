@@ -232,6 +232,21 @@ def _pyramid(backend: str, module: ModuleType) -> Callable[..., Tensor]:
     return getattr(torch.ops.upfeat, name)
 
 
+def _pyramid_means(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+    """Register the means of queries over cells; it has no gradient."""
+    name = f"pyramid_means_{backend}"
+    options = "SymInt[] grid_size, SymInt[] cells"
+    _LIBRARY.define(f"{name}(Tensor guidance, Tensor[] parameters, {options}) -> Tensor")
+
+    def fake(
+        guidance: Tensor, parameters: list[Tensor], grid_size: list[int], cells: list[int]
+    ) -> Tensor:
+        return guidance.new_empty((guidance.shape[0], len(parameters[1]), *cells[2:]))
+
+    _implement(name, module.pyramid_means, fake)
+    return getattr(torch.ops.upfeat, name)
+
+
 def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"upfeat::{name}", fake, lib=_LIBRARY)
@@ -273,7 +288,9 @@ def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
         found.jbu_stage = _stage(backend, module)
     if hasattr(module, "pyramid_queries"):
         found.pyramid_queries = _pyramid(backend, module)
-    for operator in (*WINDOWED, *WEIGHTS, "window_attention", "jbu_stage", "pyramid_queries"):
+        found.pyramid_means = _pyramid_means(backend, module)
+    others = ("window_attention", "jbu_stage", "pyramid_queries", "pyramid_means")
+    for operator in (*WINDOWED, *WEIGHTS, *others):
         check = getattr(module, f"can_run_{operator}", None)
         if check is not None:
             setattr(found, f"can_run_{operator}", _outside_transforms(check))

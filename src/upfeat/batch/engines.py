@@ -25,7 +25,7 @@ _AHEAD = 2
 
 @dataclass(frozen=True)
 class Engine:
-    """Where the work of a batch is done.
+    """Place where the work of a batch is done.
 
     Attributes:
         name: "local", in this process, or "ray".

@@ -41,7 +41,7 @@ OnItem = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is made of every image.
+    """Recipe of the results of every image.
 
     Attributes:
         kind: "lazy", coarse features and the image, from which any part of the full map is made
@@ -92,7 +92,7 @@ class Extraction:
 
 @dataclass
 class Summary:
-    """What became of a set.
+    """Outcome of a set.
 
     Attributes:
         made: items that were computed.
@@ -228,7 +228,7 @@ class Maker:
         return pool.submit(self._model.preprocess, content, self._extraction.size)
 
     def _compute(self, entry: Entry, pixels: Future[Tensor] | None) -> tuple[Entry, Save | None]:
-        """What stores an item, or why there is nothing to store."""
+        """Return a function that stores an item, or the reason why there is nothing to store."""
         if pixels is None:
             return entry, None
         try:

@@ -1,4 +1,4 @@
-"""Which items of a set are done: a line for each, and at the end a manifest in order of keys."""
+"""Ledger of the items of a set that are done, and at the end a manifest in order of keys."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Ledger:
             self.entries[line["key"]] = line
 
     def _lines(self) -> list[dict[str, Any]]:
-        """What manifest and ledger hold, checked against the settings."""
+        """Read manifest and ledger, checked against the settings."""
         lines: list[dict[str, Any]] = []
         manifest = self.folder / MANIFEST
         if manifest.is_file():

@@ -7,7 +7,10 @@ import json
 from pathlib import Path
 
 HELP = "Time the operators and the JBU stack against plain PyTorch; print ratios, write JSON."
-EXAMPLE = "  upfeat bench --quick\n  upfeat bench --sizes 14:224 --channels 384 -o bench.json"
+EXAMPLE = (
+    "  upfeat bench --quick\n  upfeat bench --sizes 14:224 --channels 384 -o bench.json\n"
+    "  upfeat bench --rivals anyup_multi_backbone.pth"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--quick", action="store_true", help="14:224 with 64 channels only, without unfolding"
+    )
+    parser.add_argument(
+        "--rivals",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="time AnyUp, JAFAR and NAF instead, beside the plain form of their mathematics; with "
+        "the weights of these checkpoints, or random ones that cost the same",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write")
     parser.add_argument(
@@ -44,6 +55,8 @@ def execute(options: argparse.Namespace) -> int:
     if options.output is not None:
         check_output(options.output, Inputs(()), FORMAT, overwrite=options.overwrite)
         sweep(options.output.parent)
+    if options.rivals is not None:
+        return _rivals(options)
 
     sizes = ((14, 224),) if options.quick else tuple(map(_size, options.sizes))
     channels = (64,) if options.quick else tuple(options.channels)
@@ -72,6 +85,49 @@ def execute(options: argparse.Namespace) -> int:
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
     return 0
+
+
+def _rivals(options: argparse.Namespace) -> int:
+    """Measure published upsamplers; print a table, and write the file."""
+    from rich.console import Console
+
+    from upfeat.rivals import as_json, run_rivals
+    from upfeat.storage import write_bytes
+
+    if options.repeats < 1:
+        raise ValueError(f"--repeats {options.repeats} must be 1 or more")
+    status = Console(stderr=True)
+    with status.status("measuring") as shown:
+        rows = run_rivals(tuple(options.rivals), repeats=options.repeats, report=shown.update)
+    content = as_json(rows)
+    facts = content["machine"]
+    print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
+    Console(highlight=False).print(_rivals_table(rows))
+    if options.output is not None:
+        write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
+    return 0
+
+
+def _rivals_table(rows: list) -> object:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for heading in ("upsampler", "way", "size", "C"):
+        table.add_column(heading)
+    for heading in ("median", "of ours", "peak memory"):
+        table.add_column(heading, justify="right")
+    base = None
+    for row in rows:
+        if row.way == "ours" and row.name != "detail":
+            base = row.seconds
+        cells = [row.name, row.way, f"{row.grid}→{row.size}", str(row.channels)]
+        if row.seconds is None:
+            table.add_row(*cells, "—", row.skipped or "", "")
+            continue
+        peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
+        ratio = f"{row.seconds / base:.2f}×" if base else ""
+        table.add_row(*cells, f"{row.seconds * 1e3:.0f} ms", ratio, peak)
+    return table
 
 
 def _table(measurements: list) -> object:

@@ -1,4 +1,4 @@
-"""What commands have in common at the terminal: progress, failures of a batch, safe printing."""
+"""Shared terminal code of the commands: progress, failures of a batch, safe printing."""
 
 from __future__ import annotations
 

@@ -156,7 +156,11 @@ def execute(options: argparse.Namespace) -> int:
         downsamplers=tuple(options.downsampler),
     )
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    shown = Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    )  # without a terminal nothing but errors goes to stderr
+    with shown as progress:
         results = evaluate(
             options.task,
             options.folder,
@@ -198,7 +202,7 @@ def _table(results: Results) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    from upfeat.evaluation.report.page import best_mean, heading, shown
+    from upfeat.evaluation.report.page import COSTS, best_mean, heading, shown
     from upfeat.evaluation.results import summary
     from upfeat.evaluation.tasks import find_task
 
@@ -212,7 +216,7 @@ def _table(results: Results) -> Table:
         table.add_column(name, no_wrap=True)
     scores = find_task(results.task).scores
     heads = [heading(scores[name]) for name in names]
-    for head in (*heads, "s/image", "MiB"):
+    for head in (*heads, "passes", "s/image", "MiB"):
         table.add_column(head, justify="right", no_wrap=True)
     for protocol in results.protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
@@ -224,7 +228,7 @@ def _table(results: Results) -> Table:
                 own = summary(row.scores[name])["mean"]
                 mean = f"[bold]{mean}[/]" if own is not None and own == best[name] else mean
                 cells.append(f"{mean} [dim]{spread}[/]" if spread else mean)
-            for name, digits in (("seconds", 3), ("memory_mib", 0)):
+            for name, digits in COSTS.items():
                 value = row.cost.get(name)
                 cells.append("–" if value is None else f"{value:.{digits}f}")
             table.add_row(protocol, escape(row.upsampler), *cells)

@@ -17,10 +17,9 @@ from upfeat.cli.choices import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from upfeat.cli.console import Batch, Plan
     from upfeat.outputs import Outputs
+    from upfeat.types import Size
 
 HELP = "Upsample the features of photographs; write them, and a picture of each."
 EXAMPLE = (
@@ -71,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp16",
         help="of the stored features (default: %(default)s)",
     )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        choices=(1, 5),
+        default=1,
+        help="5: let the backbone see the image at twice its size too (default: %(default)s)",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
     parser.add_argument(
@@ -79,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1 << 28,
         metavar="N",
         help="refuse larger photographs (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="AMOUNT",
+        help="that the process may take, as 2GB or 500MiB (default: what the machine has)",
     )
     parser.add_argument(
         "--overwrite",
@@ -91,6 +102,7 @@ def execute(options: argparse.Namespace) -> int:
     """Run; bad photographs are reported at the end and the others done."""
     import upfeat
     from upfeat.cli.console import Batch, announce_size
+    from upfeat.machine import parse_memory
     from upfeat.marks import FEATURES
     from upfeat.outputs import make_folder
     from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
@@ -103,7 +115,8 @@ def execute(options: argparse.Namespace) -> int:
         if not plan:
             return batch.exit_code
         backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-        model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
+        chosen = {"upsampler": options.upsampler, "passes": options.passes}
+        model = upfeat.load(backbone, **chosen, device=options.device)
         make_folder(options.output)
         made_by = describe_model(model)
         recipe = partial(recipe_of, made_by=made_by, size=options.size, dtype=dtype)
@@ -111,11 +124,13 @@ def execute(options: argparse.Namespace) -> int:
         measure = partial(size_on_disk, model, size=options.size, dtype=dtype, picture=pictures)
         announce_size("run", [measure(photo) for photo, _ in plan], options.output)
         settings = {"size": options.size, "dtype": dtype, "max_pixels": options.max_pixels}
+        if options.max_memory is not None:
+            settings["max_memory"] = parse_memory(options.max_memory)
         _run_all(batch, plan, partial(run_photo, model, made_by=made_by, **settings))
     return batch.exit_code
 
 
-def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Tensor]) -> None:
+def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Size]) -> None:
     from upfeat.cli.console import progress_bar, say
 
     with progress_bar() as progress:
@@ -124,7 +139,7 @@ def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Tensor]) -
             progress.update(task, description=photo.name)
             shape = None
             with batch.attempt(photo):
-                shape = run(photo, outputs).shape
+                shape = run(photo, outputs)
             if shape is not None:
                 progress.console.file.flush()
                 say(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")

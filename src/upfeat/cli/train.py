@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"recipe to start from: {', '.join(PRESETS)} (reference: the published one)",
     )
-    settings = parser.add_argument_group("settings (docs/training.md says more)")
+    settings = parser.add_argument_group("settings (docs/guides/training.md says more)")
     add_flags(settings, TrainConfig)
     settings.add_argument(
         "--option",
@@ -176,7 +176,7 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _is_main() -> bool:
-    """Whether this process is the one that speaks, of those that torchrun started."""
+    """Return whether this process is the one that speaks, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 

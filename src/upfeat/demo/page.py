@@ -44,6 +44,7 @@ from upfeat.machine import readable, status
 # Before Gradio is imported: it would report each start to its makers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
+from gradio.themes import Base, Default
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable

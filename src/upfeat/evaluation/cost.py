@@ -1,4 +1,4 @@
-"""What an upsampler costs, and whether it changes what the features mean."""
+"""Cost of an upsampler, and how far it changes what the features mean."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ def measure(method: Method, images: PreparedSet) -> tuple[dict[str, float | None
         images: the first few are taken.
 
     Returns:
-        ``seconds``, the median per image; ``memory_mib``, the most that one image added to the
-        memory in use at any moment of its upsampling, the result included (of the process on the
-        CPU, of PyTorch on a GPU; ``None`` where the system does not tell); and the mean cosine
-        between the upsampled features, averaged over each cell, and the coarse ones: 1 means
-        unchanged.
+        ``passes`` of the backbone over an image (``None``: many); ``seconds``, the median an image,
+        without the pass that makes the coarse features of methods that start from them;
+        ``memory_mib``, the most that one image added to the memory in use at any moment of its
+        upsampling, the result included (of the process on the CPU, of PyTorch on a GPU; ``None``
+        where the system does not tell); and the mean cosine between the upsampled features,
+        averaged over each cell, and the coarse ones: 1 means unchanged.
     """
     method = method.fresh()
+    passes = None if method.passes is None else float(method.passes)
     seconds, rises, cosines = [], [], []
     for index in range(min(N_MEASURED, len(images))):
         sample = images[index]
@@ -46,7 +48,11 @@ def measure(method: Method, images: PreparedSet) -> tuple[dict[str, float | None
         # Its memory would serve the next image, whose need would then not be seen.
         del upsampled
     known = [rise for rise in rises if rise is not None]
-    cost = {"seconds": median(seconds), "memory_mib": max(known) if known else None}
+    cost = {
+        "passes": passes,
+        "seconds": median(seconds),
+        "memory_mib": max(known) if known else None,
+    }
     return cost, sum(cosines) / len(cosines)
 
 

@@ -79,7 +79,7 @@ class Fitted:
 
 
 def count_cells(kernel_size: int, n_components: int) -> int:
-    """How many cells of k×k pixels one seed may draw."""
+    """Number of cells of k×k pixels that one seed may draw."""
     return max(1, min(MAX_CELLS, MAX_VALUES // (kernel_size**2 * (N_DIRECTIONS + n_components))))
 
 
@@ -141,7 +141,7 @@ def _attention(
 
 
 def _pooled(downsampler: AttentionDownsampler | SimpleDownsampler, cells: Cells) -> Tensor:
-    """What a downsampler makes of cells: (N, 30)."""
+    """Downsample cells: (N, 30)."""
     if isinstance(downsampler, AttentionDownsampler):
         saliency = downsampler.saliency(cells.leading)
         return downsampler(cells.values, (1, 1), saliency=saliency)[..., 0, 0]

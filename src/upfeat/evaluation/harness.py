@@ -15,7 +15,7 @@ from upfeat.evaluation.data.folders import (
     subset,
 )
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
-from upfeat.evaluation.methods import load_methods
+from upfeat.evaluation.named import load_methods
 from upfeat.evaluation.report.pictures import encode_photo
 from upfeat.evaluation.results import Results, RowStore
 from upfeat.evaluation.task import Task

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from upfeat.implicit.anchors import shipped_models
 from upfeat.implicit.features import ImplicitFeatures, fingerprint
 from upfeat.implicit.fit import FitConfig, fit_guidance
 from upfeat.provenance import digest, identify_upsampler, source_digest
-from upfeat.upsamplers import Upsampler, create_upsampler
+from upfeat.upsamplers import Upsampler
 
 
 class Method(ABC):
@@ -25,10 +24,12 @@ class Method(ABC):
     Attributes:
         weights: name of its weights, for results.
         identity: name for all that decides what it gives, for rows that are kept.
+        passes: of the backbone over an image, those that the coarse features took included.
     """
 
     weights: str
     identity: str
+    passes: int | None = 1
 
     @abstractmethod
     def __call__(self, sample: Prepared) -> FeatureMap:
@@ -64,6 +65,7 @@ class ImplicitMethod(Method):
     """A fit to every image, kept on disk so that repetitions and interruptions cost nothing."""
 
     NAME = "implicit"
+    passes = None  # as many as the fit has views
     CODE = "upfeat.implicit.fit"
 
     def __init__(
@@ -100,40 +102,3 @@ class ImplicitMethod(Method):
         self.cache.mkdir(parents=True, exist_ok=True)
         features.save(path)
         return features
-
-
-def load_methods(names: Sequence[str], backbone: Backbone, cache: Path) -> dict[str, Method]:
-    """Load methods under distinct labels: the name, or the last part of a path.
-
-    Args:
-        names: of upsamplers, as ``upfeat.load`` takes them, and "implicit".
-        backbone: makes the features.
-        cache: folder for fits.
-
-    Raises:
-        FileNotFoundError: an upsampler is not there.
-        ValueError: there is no such upsampler, or it does not suit the backbone.
-    """
-    if not names:
-        raise ValueError("upsamplers is empty; name at least one")
-    methods: dict[str, Method] = {}
-    for name in dict.fromkeys(names):
-        label, number = Path(name).name or name, 2
-        while label in methods:
-            label = f"{Path(name).name}-{number}"
-            number += 1
-        methods[label] = _load(name, backbone, cache)
-    return methods
-
-
-def _load(name: str, backbone: Backbone, cache: Path) -> Method:
-    if name == ImplicitMethod.NAME:
-        return ImplicitMethod(backbone, cache=cache)
-    upsampler = create_upsampler(name, backbone.embed_dim, backbone=backbone.name)
-    expected = getattr(upsampler, "embed_dim", None)
-    if expected not in (None, backbone.embed_dim):
-        raise ValueError(
-            f"{name} expects {expected} channels but {backbone.name} has "
-            f"{backbone.embed_dim}; use an upsampler made for it, or another backbone"
-        )
-    return UpsamplerMethod(upsampler, backbone)

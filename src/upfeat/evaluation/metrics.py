@@ -108,14 +108,14 @@ def within(mask: Tensor, distance: int) -> Tensor:
 
 
 def edge_distance(size: tuple[int, int]) -> int:
-    """How far from an edge still counts as on it: 0.75 % of the diagonal, at least 1 pixel."""
+    """Distance that counts as on an edge: 0.75 % of the diagonal, at least 1 pixel."""
     return max(1, round(0.0075 * math.hypot(*size)))
 
 
 def boundary_counts(
     predicted: Tensor, label: Tensor, distance: int, *, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
-    """What :func:`boundary_f` needs of one image; counts of several images add up.
+    """Count boundary pixels of one image for :func:`boundary_f`; counts of several images add up.
 
     A change to or from an ignored pixel is no edge. Nor do edges count that lie within ``distance``
     of ignored pixels, which may hide the edge that they belong to: neither a true one that seems
@@ -185,7 +185,7 @@ def align_depth(predicted: Tensor, depth: Tensor) -> Tensor:
 
 
 def depth_errors(predicted: Tensor, depth: Tensor) -> Tensor:
-    """What depth scores need of one image; sums over several images add up.
+    """Sum the depth errors of one image; sums over several images add up.
 
     Args:
         predicted: (H, W) in the depth's units.

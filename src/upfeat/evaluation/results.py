@@ -1,4 +1,4 @@
-"""What an evaluation found: rows of scores, with what they were measured on, as JSON."""
+"""Results of an evaluation: rows of scores, with the data they were measured on, as JSON."""
 
 from __future__ import annotations
 

@@ -8,9 +8,8 @@ regression. Gradient descent does the same in thousands of passes over thousands
 The process's mean is what a one-pass upsampler makes of the image's own features, as far as the
 basis functions can say it: where the views have nothing to say, that is drawn, not a constant.
 
-Magnified views show more detail, but a backbone speaks of magnified things in other words, which no
-map can reconcile. Their features are therefore translated by a linear map, learnt from the image's
-own views, and of the result only what differs between neighbouring cells is taken.
+Magnified views show more detail, but backbone features shift with scale. A linear map, fitted per
+image, undoes that shift; only local differences are then used.
 """
 
 from __future__ import annotations
@@ -213,7 +212,7 @@ class KernelFit:
         return table.view(*self.map_size, -1)
 
     def _designs(self, views: Jitter) -> Iterator[Tensor]:
-        """What the basis functions look like in views: (N·h·w, M), some views at a time."""
+        """Basis functions as views show them: (N·h·w, M), some views at a time."""
         rows, columns = pooled_matrices(views, self.map_size, self.observer.grid_size)
         for start in range(0, len(views), _VIEWS_AT_ONCE):
             designs = [
@@ -318,7 +317,7 @@ def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tenso
 
 
 def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> Tensor:
-    """What the best upsampler for any backbone makes of features.
+    """Upsample features by the best upsampler for any backbone.
 
     Args:
         guidance: (3, H, W) uint8.
@@ -352,15 +351,15 @@ def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _details(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """What differs from the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
+    """Subtract the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
     maps = x.view(-1, *grid_size, x.shape[1]).permute(0, 3, 1, 2)
     around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return (maps - around).permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def _translate(spoken: Tensor, known: Tensor) -> Tensor:
-    """The linear map of (N, k) that says (N, k) best, by ridge regression, applied: (N, k)."""
-    x, y = spoken.double(), known.double()
+def _translate(source: Tensor, target: Tensor) -> Tensor:
+    """Ridge-regress `target` on `source` and return the prediction, (N, k)."""
+    x, y = source.double(), target.double()
     x, mean = x - x.mean(0), y.mean(0)
     gram = x.T @ x / len(x)
     penalty = _TRANSLATION_PENALTY * float(gram.diagonal().mean()) + 1e-9

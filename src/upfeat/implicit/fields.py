@@ -54,7 +54,7 @@ class Field(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What :func:`rebuild` needs."""
+        """Tensors for :func:`rebuild`."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -287,7 +287,7 @@ class NetworkField(nn.Module):
         return torch.cat([self._evaluate(*part) for part in parts])
 
     def angles(self, places: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
-        """What the waves are of, without their phases: (N, 150), and the scaled colours (N, 3)."""
+        """Arguments of the waves, without their phases: (N, 150), and the scaled colours (N, 3)."""
         colours = (colours - self.low) / (self.high - self.low) - 0.5
         inputs = torch.cat([places - 0.5, colours], dim=1)  # (N, 5)
         frequencies = torch.linspace(-2, 10, self.n_frequencies, device=places.device).exp()
@@ -305,7 +305,7 @@ class NetworkField(nn.Module):
         return (drawn >= self.dropout) / (1 - self.dropout)
 
     def after_first(self, x: Tensor) -> Tensor:
-        """What follows the first linear layer: (N, hidden) -> (N, k)."""
+        """The layers after the first linear one: (N, hidden) -> (N, k)."""
         x = self.norm_hidden(F.relu(x) * self.kept(x.shape[1]))
         return self.last(F.relu(self.second(x)))
 

@@ -36,7 +36,7 @@ _MOST_ERROR = 1e3
 
 @dataclass(frozen=True)
 class FitProgress:
-    """How far a fit is.
+    """Progress of a fit.
 
     Attributes:
         done: units of work done.

@@ -1,4 +1,4 @@
-"""What implicit features look at beside the place: maps of the image, read at points."""
+"""Maps of the image that implicit features read at points, beside the place."""
 
 from __future__ import annotations
 

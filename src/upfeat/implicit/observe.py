@@ -1,4 +1,4 @@
-"""What one image's fit looks at: the backbone's features of views, and a basis for them."""
+"""Observations of one image's fit: the backbone's features of views, and a basis for them."""
 
 from __future__ import annotations
 

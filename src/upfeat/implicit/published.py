@@ -21,7 +21,7 @@ from upfeat.views import Jitter
 
 
 class Waves(NamedTuple):
-    """What the network's inputs at all pixels are made of, whatever its phases.
+    """Parts of the network's inputs at all pixels, whatever its phases.
 
     With a the angles, sin(a + p) = sin a · cos p + cos a · sin p: the inputs are a linear map of
     constants, which goes into the first layer. Their squares, for the channel norm, are a linear
@@ -101,7 +101,7 @@ class NetworkFit:
     def views_loss(
         self, values: Tensor, views: Jitter, targets: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        """How badly the map (1, k, H, W) explains the features of views, (N, k, h, w); the mean.
+        """Mean loss of the map (1, k, H, W) against the features of views, (N, k, h, w).
 
         The map is never shown as the views show it: the downsampler's weights, one channel, are
         carried back to it instead.
@@ -116,7 +116,7 @@ class NetworkFit:
         return reconstruction + losses.IMPLICIT_MAGNITUDE_WEIGHT * lengths
 
     def prior_loss(self, values: Tensor) -> Tensor:
-        """What holds the map itself, (1, k, H, W), smooth."""
+        """Penalties that hold the map itself, (1, k, H, W), smooth."""
         variation = losses.magnitude_variation(values)
         return (
             losses.IMPLICIT_MAGNITUDE_VARIATION_WEIGHT * variation

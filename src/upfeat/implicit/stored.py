@@ -26,7 +26,7 @@ LONGEST_SIDE = 1 << 15
 
 
 class Stored(NamedTuple):
-    """What a file holds."""
+    """Content of a file."""
 
     field: Field
     components: Tensor

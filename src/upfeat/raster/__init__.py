@@ -1,7 +1,8 @@
 """Georeferenced rasters of any size: read by windows, upsampled by tiles, written as they come."""
 
+from upfeat.machine import parse_memory
 from upfeat.raster.outputs import Features, HeadOutput
-from upfeat.raster.plan import make_plan, parse_memory
+from upfeat.raster.plan import make_plan
 from upfeat.raster.run import upsample_raster
 from upfeat.raster.scene import Scene
 from upfeat.raster.store import unfinished_tile

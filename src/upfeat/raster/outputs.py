@@ -1,4 +1,4 @@
-"""What is written at every pixel: the features themselves, or what a linear head makes of them."""
+"""Values written at every pixel: the features themselves, or a linear head's output."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Features(Output):
 
 
 class HeadOutput(Output):
-    """What a linear head says: it runs on the coarse features, so K channels are upsampled."""
+    """Output of a linear head: it runs on the coarse features, so K channels are upsampled."""
 
     def __init__(
         self,
@@ -130,8 +130,18 @@ class HeadOutput(Output):
         out = model.upsampler.render(kernels, mixed, head=weight, window=window)[0]
         out = out + self._bias.to(out)[:, None, None]
         if self._form == "classes":
-            return out.argmax(0, keepdim=True).to(torch.uint8).cpu().numpy()
+            return _largest(out).cpu().numpy()
         return (out.softmax(0) if self._form == "probabilities" else out).float().cpu().numpy()
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Index of the largest of K maps (K, H, W), uint8 (1, H, W); faster than argmax."""
+    best = values[0].clone()
+    index = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
+    for number in range(1, len(values)):
+        index.masked_fill_(values[number] > best, number)
+        torch.maximum(best, values[number], out=best)
+    return index[None]
 
 
 def _prepare(model: FeatUp, coarse: Tensor, guidance: Tensor) -> tuple[Any, Tensor]:

@@ -1,18 +1,13 @@
-"""How a raster is cut into tiles, and how large they may be within a memory budget."""
+"""Division of a raster into tiles as large as a memory budget allows."""
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from upfeat.backbones import Backbone
-from upfeat.machine import status
+from upfeat.machine import resident_memory
 from upfeat.model import FeatUp
-from upfeat.mosaic import receptive_halo
+from upfeat.mosaic import activation_bytes, receptive_halo
 from upfeat.raster.outputs import Output
 from upfeat.tiling import Size
 
@@ -27,12 +22,11 @@ _WINDOW = 512
 """Side of the windows of a backbone with global attention, pixels."""
 _UPSAMPLER_BYTES = 600
 """Of an upsampler, for each pixel of a tile: image, queries and temporaries."""
-_UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a raster is cut; all sides in cells.
+    """Division of a raster; all sides in cells.
 
     Attributes:
         grid: (h, w) of all coarse features; whole steps, beyond the raster if need be.
@@ -49,31 +43,6 @@ class Plan:
     step: int
     backbone_tile: int
     backbone_halo: int | None
-
-
-def parse_memory(text: str | int) -> int:
-    """Read an amount of memory.
-
-    Args:
-        text: bytes, or a number with a unit: "2GB", "500 MB", "1.5GiB".
-
-    Returns:
-        Bytes.
-
-    Raises:
-        ValueError: it is no such amount.
-
-    Example:
-        >>> parse_memory("1.5 GB")
-        1500000000
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", str(text).lower())
-    if match is None:
-        raise ValueError(f'max_memory="{text}" must be an amount such as "2GB" or "500MiB"')
-    amount = int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.get(match[2], 0))
-    if amount < 1:
-        raise ValueError(f'max_memory="{text}" must be above 0')
-    return amount
 
 
 def make_plan(
@@ -106,7 +75,7 @@ def make_plan(
     step = model.upsampler.step
     height, width = (step * -(-side // (stride * step)) for side in size)
     halo = receptive_halo(model.backbone)
-    resident = status("VmRSS") or 0
+    resident = resident_memory() or 0
     activations = activation_bytes(model.backbone)
     needed = math.inf
     for side in _TILES if tile is None else (tile,):
@@ -133,29 +102,3 @@ def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> floa
     # One tile is being written while the next is computed, in float32 and as it is stored.
     written = (plan.tile * stride) ** 2 * what.count * (4 + 3 * what.dtype.itemsize)
     return rows + max(backbone, upsampler + written)
-
-
-@torch.no_grad()
-def activation_bytes(backbone: Backbone) -> float:
-    """Measure the memory that a backbone's activations take, bytes for each pixel of its input.
-
-    It is that of the largest input and output of any of its modules, with half as much again for
-    what else is alive; functions without modules are taken for a network of 64 channels.
-    """
-    largest = 0
-
-    def record(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        nonlocal largest
-        held = [one for one in (*inputs, output) if isinstance(one, Tensor)]
-        largest = max(largest, sum(one.numel() * one.element_size() for one in held))
-
-    handles = [module.register_forward_hook(record) for module in backbone.modules()]
-    side = 8 * backbone.stride
-    try:
-        backbone(torch.zeros(1, 3, side, side, device=backbone.mean.device))
-    except (RuntimeError, ValueError):
-        largest = 0
-    finally:
-        for handle in handles:
-            handle.remove()
-    return 1.5 * max(largest / side**2, 64 * 4)

@@ -94,7 +94,7 @@ class Scene:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What of the raster decides features, as JSON values."""
+        """Properties of the raster that decide features, as JSON values."""
         return {
             "size": list(self.size),
             "bands": list(self.bands),

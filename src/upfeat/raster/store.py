@@ -1,4 +1,4 @@
-"""Where tiles go: a sharded Zarr that remembers its tiles, moved into place when all are there.
+"""Store of tiles: a sharded Zarr that remembers its tiles, moved into place when complete.
 
 While a raster is under way its output is called ``NAME.partial``: a Zarr array, the settings that
 it was begun with, and a ledger of the tiles that are done. One tile is one shard, so a tile that

@@ -344,7 +344,7 @@ class TrainConfig:
         return content
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """How a run with settings ``other`` differs in its results: "seed: 0 there, 1 here".
+        """List how a run with settings ``other`` differs in its results: "seed: 0 there, 1 here".
 
         More steps under a constant learning rate do not count: they only go further.
         """

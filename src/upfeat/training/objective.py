@@ -1,4 +1,4 @@
-"""What training minimises: upsampled features must explain what the backbone sees in views.
+"""Training objective: upsampled features must explain what the backbone sees in views.
 
 One step shows each image as several views. The image's features are upsampled once, warped as each
 view is, brought to the backbone's grid by a learned downsampler, and compared with the backbone's
@@ -29,8 +29,8 @@ from upfeat.losses import (
     total_variation,
 )
 from upfeat.normalization import IMAGENET
-from upfeat.training.detail import DetailTarget
-from upfeat.upsamplers.detail import FINER, DetailKernels, DetailUpsampler
+from upfeat.training.recipes import recipe_for
+from upfeat.training.recipes.base import ENLARGEMENT
 from upfeat.views import Jitter, apply_jitter, sample_jitters
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ViewBatch(NamedTuple):
 
 
 class _Upsampled(NamedTuple):
-    """What one image's features become at its own size."""
+    """One image's features at its own size."""
 
     values: Tensor
     """(B, P, H, W) along the image's directions, without the offset."""
@@ -119,7 +119,7 @@ def make_batch(
 
 def _enlarge(images: Tensor, size: int) -> Tensor:
     """Images at twice the size that the upsampler sees, from the finest that there are."""
-    target = (FINER * size, FINER * size)
+    target = (ENLARGEMENT * size, ENLARGEMENT * size)
     if tuple(images.shape[-2:]) == target:
         return images
     return F.interpolate(images, size=target, mode="bicubic", align_corners=False, antialias=True)
@@ -175,19 +175,8 @@ class Objective(nn.Module):
         else:
             self.downsampler = CellDownsampler()
         self.uncertainty = SpatialUncertainty(embed_dim, generator=generator)
-        self.detail_target = None
-        if config.detail_weight:
-            if not isinstance(upsampler, DetailUpsampler):
-                raise ValueError(
-                    f"detail_weight={config.detail_weight:g} is of the detail upsampler alone; "
-                    "give 0"
-                )
-            if upsampler.embed_dim is None:
-                raise ValueError(
-                    f"detail_weight={config.detail_weight:g} trains the detail of one backbone; "
-                    "give one backbone, or detail_weight=0"
-                )
-            self.detail_target = DetailTarget(embed_dim)
+        # The name is part of checkpoints.
+        self.detail_target = recipe_for(upsampler, config).term(embed_dim)
 
     def forward(self, batch: ViewBatch, generator: torch.Generator) -> dict[str, Tensor]:
         """Compare one batch.
@@ -216,8 +205,6 @@ class Objective(nn.Module):
         if self.config.tv_weight:
             terms["tv"] = total_variation(magnitude(upsampled.values + upsampled.offset))
         if self.detail_target is not None and batch.enlarged is not None:
-            assert isinstance(self.upsampler, DetailUpsampler)
-            assert isinstance(kernels, DetailKernels)
             terms["detail"] = self.detail_target(
                 self.upsampler, kernels, batch.features, batch.enlarged
             )
@@ -235,7 +222,7 @@ class Objective(nn.Module):
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def _directions(self, batch: ViewBatch, generator: torch.Generator) -> Tensor | None:
-        """What every image is compared along, (B, C, P); ``None`` for all channels as they are.
+        """Directions that every image is compared along, (B, C, P); ``None`` for all channels.
 
         Random unit directions, in units of each channel's deviation over the image's views if
         channels are to weigh alike.
@@ -270,7 +257,7 @@ class Objective(nn.Module):
                 head = torch.eye(count).to(features).expand(len(features), -1, -1)
             saliency = attention.saliency_weight.expand(len(features), -1, -1)
             head = torch.cat([head, saliency], dim=1)
-        out = self.upsampler.through(kernels, features, head=head)
+        out = self.upsampler.render_linear(kernels, features, head=head)
         # Unlike slices, a split puts its gradients together in one map.
         values, saliency = out.split([count, out.shape[1] - count], dim=1)
         offset = self.upsampler.offset

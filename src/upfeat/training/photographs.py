@@ -74,7 +74,7 @@ class Listing:
         return f"{len(self.skipped)} of {len(self.files)} photographs skipped: {shown}{rest}"
 
     def to_json(self) -> dict[str, Any]:
-        """What the weights were trained on, as JSON values."""
+        """Photographs that the weights were trained on, as JSON values."""
         return {
             "folder": self.folder.name,
             "images": len(self.train),

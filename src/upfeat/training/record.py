@@ -1,4 +1,4 @@
-"""What a run tells as it goes: a line a step, a callback, and TensorBoard where it is wanted."""
+"""Log of a run: a line a step, a callback, and TensorBoard where it is wanted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one step brought.
+    """Result of one step.
 
     Attributes:
         step: its number, from 1.

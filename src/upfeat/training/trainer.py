@@ -20,13 +20,9 @@ from upfeat.registry import unknown_name
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
+from upfeat.training.recipes import recipe_for
 from upfeat.training.validation import normalised
-from upfeat.upsamplers import (
-    DetailUpsampler,
-    NeighbourhoodUpsampler,
-    Upsampler,
-    list_upsamplers,
-)
+from upfeat.upsamplers import Upsampler, list_upsamplers
 from upfeat.upsamplers.base import UPSAMPLERS
 
 _LEAST_STD = 0.05
@@ -63,8 +59,8 @@ class Trainer:
         self.shares = _shares(config, processes)
         _check_size(config, self.backbones)
         self.upsampler = new_upsampler(config, self.backbones)
-        if config.back_projections is not None:
-            self._correct(0)
+        self.recipe = recipe_for(self.upsampler, config)
+        self.recipe.start()
         _freeze(self.upsampler, config.frozen)
         self.objectives = nn.ModuleList(
             Objective(
@@ -84,28 +80,12 @@ class Trainer:
         self.stale = 0
 
     def cautions(self) -> list[str]:
-        """What is allowed but seldom meant, a line each."""
-        config, found = self.config, []
-        if not isinstance(self.upsampler, DetailUpsampler):
-            return found
-        frozen = any(part.partition(".")[0] == "neighbourhood" for part in config.frozen)
-        drawn = config.upsampler in UPSAMPLERS and config.upsampler_options.get("start") is None
-        if frozen and drawn:
-            found.append(
-                f"frozen={list(config.frozen)} without a start: the neighbourhood steps are "
-                "untrained and stay so; give --option start=neighbourhood_efficientnet_lite0, or "
-                "the folder of trained ones"
-            )
-        if self.upsampler.embed_dim is not None and not config.detail_weight:
-            found.append(
-                "detail_weight=0: the detail learns from the views alone, not from the features of "
-                "the enlarged image; give --detail-weight 1, or --preset detail"
-            )
-        return found
+        """Warnings about settings that are allowed but seldom meant, a line each."""
+        return self.recipe.cautions()
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or enough validations brought nothing better."""
+        """Return whether all steps are done, or enough validations brought nothing better."""
         patience = self.config.patience
         return self.step >= self.config.steps or (patience is not None and self.stale >= patience)
 
@@ -231,13 +211,7 @@ class Trainer:
         """Give the upsampler the weights of the best validation, if there was one."""
         if self.best:
             self.upsampler.load_state_dict(self.best["weights"])
-        self._correct(self.config.back_projections)
-        if isinstance(self.upsampler, DetailUpsampler):
-            self.upsampler.scale_mix(self.config.mix_share)
-
-    def _correct(self, back_projections: int | None) -> None:
-        if isinstance(self.upsampler, NeighbourhoodUpsampler) and back_projections is not None:
-            self.upsampler.back_projections = back_projections
+        self.recipe.finish()
 
     def state(self) -> dict[str, Any]:
         """Everything that coming steps depend on, beside configuration and data.
@@ -348,7 +322,7 @@ def _freeze(upsampler: Upsampler, parts: Sequence[str]) -> None:
 
 
 def _shares(config: TrainConfig, processes: Processes) -> list[slice]:
-    """Which images of a step's batch make up this process's parts, in order."""
+    """Images of a step's batch that make up this process's parts, in order."""
     parts = config.accumulate * processes.count
     if config.batch_size % parts:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How well held-out photographs are explained: the training's loss, and a plain relative error."""
+"""Validation on held-out photographs: the training's loss, and a plain relative error."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ from upfeat.bounds import whole
 from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.base import Kernels, Upsampler, apply_head, check_inputs
+from upfeat.upsamplers.base import Kernels, Upsampler
+from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
 
 _BAND_BYTES = 32 * 2**20
@@ -69,7 +71,7 @@ class AttentionKernels:
         return self.attend(features, window, blocks)
 
     def channel_blocks(self, channels: int) -> list[int]:
-        """How many of C channels each head weighs.
+        """Number of the C channels that each head weighs.
 
         Raises:
             ValueError: they cannot be shared out evenly.
@@ -110,7 +112,7 @@ class AttentionKernels:
 
 
 class AttentionUpsampler(Upsampler):
-    """What AnyUp, JAFAR and NAF have in common; they differ in :meth:`prepare`."""
+    """Common base of AnyUp, JAFAR and NAF, which differ in :meth:`prepare`."""
 
     mean, std = IMAGENET
 
@@ -139,7 +141,7 @@ class AttentionUpsampler(Upsampler):
         return x.to(torch.promote_types(torch.promote_types(x.dtype, own), torch.float32))
 
     def compiled(self, *tensors: Tensor) -> bool:
-        """Whether the compiled library runs the image encoders on these."""
+        """Return whether the compiled library runs the image encoders on these."""
         return self.backend in ("auto", "cpu") and compiled_encoders.can_run(self, *tensors)
 
     @abstractmethod
@@ -192,7 +194,7 @@ class AttentionUpsampler(Upsampler):
                 out[:, :, top : window.bottom] = self.render(kernels, features, window=window)
         return out
 
-    def through(
+    def render_linear(
         self,
         kernels: Kernels,
         mixed: Tensor | Map,
@@ -200,14 +202,14 @@ class AttentionUpsampler(Upsampler):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """See :meth:`Upsampler.through`.
+        """See :meth:`Upsampler.render_linear`.
 
         A head of heads that are split mixes their blocks of channels: what it takes of each block
         is upsampled by that block's weights, and the parts are added.
         """
         assert isinstance(kernels, AttentionKernels)
         if not kernels.split or head is None:
-            return super().through(kernels, mixed, head=head, window=window)
+            return super().render_linear(kernels, mixed, head=head, window=window)
         assert isinstance(mixed, Tensor)
         window = Window(0, 0, *kernels.queries.shape[2:]) if window is None else window
         blocks = kernels.channel_blocks(mixed.shape[1])
@@ -231,7 +233,7 @@ class AttentionUpsampler(Upsampler):
 
 
 def _common(chosen: range, start: int, count: int) -> int:
-    """How many of a range of channels lie in a block."""
+    """Number of a range's channels that lie in a block."""
     return max(min(chosen.stop, start + count) - max(chosen.start, start), 0)
 
 

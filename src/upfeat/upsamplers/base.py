@@ -1,4 +1,4 @@
-"""What every upsampler is: linear in the features, with weights that depend on the image alone.
+"""The contract of upsamplers: linear in the features, with weights from the image alone.
 
 up(F) = K(g)·M(F) + o, where K(g) are per-pixel weights made from the guidance g, M a map of the
 channels of one cell, and o a constant per channel. So M runs on the coarse grid, a linear head
@@ -6,8 +6,8 @@ applied to the coarse features gives what it would give after upsampling, and K(
 backbone, layer and block of channels that goes with one image.
 
 An upsampler may add what the image alone says, D(g), a few maps on a coarse grid times a basis of
-channels. A head then applies to the basis, so all of the above still holds; :meth:`through` is the
-one place that knows.
+channels. A head then applies to the basis, so all of the above still holds; :class:`Head` says how
+it applies to features, to a basis and to a constant.
 """
 
 from __future__ import annotations
@@ -16,28 +16,20 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, overload
+from typing import Any, ClassVar, Protocol, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_functorch_wrapped_tensor,
-)
 
 from upfeat.backends import dispatch
-from upfeat.bounds import shown
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
 from upfeat.storage import write_bytes, write_tensors
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
-from upfeat.upsamplers.maps import Map, is_recorded
+from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.head import Head, add_offset, apply_head
+from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.saved import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
-
-LONGEST_SIDE = 1 << 20
-"""Pixels of an output's side, at most."""
-
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
 
@@ -46,7 +38,7 @@ class Kernels(Protocol):
     """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
 
     def __call__(self, features: Any) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W), any C; features as :meth:`Upsampler.settle` gives them."""
+        """(B, C, h, w) -> (B, C, H, W), any C, or as :meth:`Upsampler.precompute` gives it."""
         ...
 
     def crop(self, features: Any, window: Window) -> Tensor:
@@ -170,7 +162,7 @@ class Upsampler(nn.Module, ABC):
 
     @property
     def offset(self) -> Tensor | None:
-        """What is added to every output pixel, (C,), or ``None``."""
+        """Constant added to every output pixel, (C,), or ``None``."""
         return None
 
     def forward(
@@ -201,7 +193,7 @@ class Upsampler(nn.Module, ABC):
         kernels: Kernels,
         mixed: Tensor | Map,
         *,
-        head: Tensor | slice | None = None,
+        head: Head | Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
         """Upsampled features, or a linear head of them, at every pixel or in a window.
@@ -209,24 +201,19 @@ class Upsampler(nn.Module, ABC):
         Args:
             kernels: of the image, from :meth:`prepare`.
             mixed: (B, C, h, w), the coarse features after :meth:`mix`.
-            head: (K, C), applied before upsampling with the same result; or a range of channels;
-                ``None`` for all channels as they are.
+            head: a :class:`Head`; or its weight alone, (K, C), applied before upsampling with the
+                same result; or a range of channels; ``None`` for all channels as they are.
             window: of the output; ``None`` for all of it.
 
         Returns:
             (B, K or C, height, width).
         """
-        out = self.through(kernels, mixed, head=head, window=window)
-        offset = self.offset
-        if offset is None:
-            return out
-        if isinstance(head, slice):
-            offset = offset[head]
-        elif head is not None:
-            offset = head @ offset
-        return add_offset(out, offset)
+        head = Head.of(head)
+        out = self.render_linear(kernels, mixed, head=head.weight, window=window)
+        constant = head.constant(self.offset)
+        return out if constant is None else add_offset(out, constant)
 
-    def through(
+    def render_linear(
         self,
         kernels: Kernels,
         mixed: Tensor | Map,
@@ -234,12 +221,12 @@ class Upsampler(nn.Module, ABC):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """What :meth:`render` gives, without the constant; ``head`` may be (B, K, C) too."""
+        """As :meth:`render`, without the constant; ``head`` may be (B, K, C) too."""
         coarse = apply_head(mixed, head)
         return kernels(coarse) if window is None else kernels.crop(coarse, window)
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
-        """Do what no window changes, once for any number of windows.
+    def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
+        """Precompute everything that does not depend on the window.
 
         Args:
             kernels: of the image, from :meth:`prepare`.
@@ -315,137 +302,6 @@ UPSAMPLERS = Registry[type[Upsampler]]("upsampler")
 """Classes by name; one registers where it is defined, by ``@UPSAMPLERS.register``."""
 
 
-@overload
-def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor: ...
-@overload
-def apply_head(features: Tensor | Map, head: Tensor | slice | None) -> Tensor | Map: ...
-def apply_head(features: Tensor | Map, head: Tensor | slice | None) -> Tensor | Map:
-    """Apply a linear head, or choose channels, at every cell.
-
-    Args:
-        features: (B, C, h, w).
-        head: (K, C), one for each image (B, K, C), a range of channels, or ``None`` for nothing.
-
-    Returns:
-        (B, K, h, w).
-    """
-    if head is None:
-        return features
-    if not isinstance(features, Tensor):
-        return Headed(features, head)
-    if isinstance(head, slice):
-        return features[:, head].contiguous()
-    # On a CPU a matrix product is faster than a 1×1 convolution.
-    return (head @ features.flatten(2)).unflatten(2, features.shape[2:])
-
-
-class Headed:
-    """A map after a head."""
-
-    def __init__(self, source: Map, head: Tensor | slice, bias: Tensor | None = None) -> None:
-        """Keep them; see :func:`apply_head`. The bias is (K,) or (B, K)."""
-        self.source, self.head, self.bias = source, head, bias
-        self.size = source.size
-        self.recorded = source.recorded or (isinstance(head, Tensor) and is_recorded(head))
-
-    def at(self, window: Window) -> Tensor:
-        """See :meth:`Map.at`."""
-        out = apply_head(self.source.at(window), self.head)
-        return out if self.bias is None else out + self.bias[..., None, None]
-
-
 def cells_of_pixels(pixels: int) -> int:
     """Cells that so many pixels touch at most, where cells are 4 or more pixels wide."""
     return -(-pixels // 4)
-
-
-def check_inputs(
-    features: Tensor, guidance: Tensor, output_size: Size | None, bands: int | None = 3
-) -> Size:
-    """Check an upsampler's arguments, with its ``guidance_bands``; return the output size.
-
-    Raises:
-        ValueError: as :meth:`Upsampler.forward`.
-    """
-    for label, tensor in (("features", features), ("guidance", guidance)):
-        if tensor.dim() != 4 or 0 in tensor.shape[1:]:
-            raise ValueError(
-                f"{label} must be (B, channels, height, width), none of the last three 0, "
-                f"not {tuple(tensor.shape)}"
-            )
-    if bands not in (None, guidance.shape[1]):
-        raise ValueError(
-            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
-            'or use an upsampler that takes any bands, as "detail_universal"'
-        )
-    if features.shape[0] != guidance.shape[0]:
-        raise ValueError(
-            f"features has batch size {features.shape[0]} and guidance {guidance.shape[0]}; "
-            "give one image per feature map, or expand() the smaller"
-        )
-    if features.device != guidance.device:
-        raise ValueError(
-            f"features is on {features.device} and guidance on {guidance.device}; "
-            "move one with .to()"
-        )
-    check_finite("features", features, "check the backbone's input and its precision")
-    check_finite("guidance", guidance, "check the image")
-    if output_size is None:
-        return guidance.shape[2], guidance.shape[3]
-    return check_output_size(output_size)
-
-
-def check_finite(label: str, tensor: Tensor, fix: str) -> None:
-    """Refuse NaN where it enters: it would spread over a window at every later stage.
-
-    One pass over the inputs, which are small beside the output. Left out where a value must not
-    steer the program: in a graph being compiled and under ``torch.func`` transforms.
-
-    Raises:
-        ValueError: a value is NaN or infinite, or of a type that is not computed with.
-    """
-    if tensor.dtype not in _FLOATS:
-        raise ValueError(f"{label} is {tensor.dtype}; give floating numbers, as .float() does")
-    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor):
-        return
-    if not bool(torch.isfinite(tensor).all()):
-        raise ValueError(
-            f"{label} holds NaN or infinity; {fix} (float16 overflows at 65504: use bfloat16 or "
-            "float32)"
-        )
-
-
-def check_output_size(output_size: Size) -> Size:
-    """Check that ``output_size`` is two whole numbers of at least 1.
-
-    Raises:
-        ValueError: it is not.
-    """
-    try:
-        height, width = (int(side) for side in output_size)
-        valid = (height, width) == tuple(output_size) and min(height, width) >= 1
-        valid = valid and not any(isinstance(side, bool | str) for side in output_size)
-    except (TypeError, ValueError, OverflowError):
-        valid = False
-    if not valid:
-        raise ValueError(
-            f"output_size={shown(output_size)} must be (height, width), two whole numbers of "
-            "pixels of at least 1"
-        )
-    if max(height, width) > LONGEST_SIDE:  # pyright: ignore[reportPossiblyUnboundVariable]
-        raise ValueError(
-            f"output_size={shown(output_size)} has a side of more than {LONGEST_SIDE} pixels; "
-            "render parts of it"
-        )
-    return height, width  # pyright: ignore[reportPossiblyUnboundVariable]
-
-
-def add_offset(out: Tensor, offset: Tensor) -> Tensor:
-    """Add a constant per channel; in place when autograd does not watch (the output is large).
-
-    Args:
-        out: (B, C, H, W).
-        offset: (C,).
-    """
-    shaped = offset[:, None, None]
-    return out + shaped if torch.is_grad_enabled() and out.requires_grad else out.add_(shaped)

@@ -35,7 +35,7 @@ _FORMAT = "upfeat-upsampler-1"
 
 
 class Layout(NamedTuple):
-    """How one method's tensors are called, and how to make the module they belong to."""
+    """Names of one method's tensors, and how to make the module they belong to."""
 
     label: str
     repository: str
@@ -184,7 +184,7 @@ def write_checkpoint(
 
 
 def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[Upsampler, str]:
-    """What :func:`write_checkpoint` wrote."""
+    """Read a file of :func:`write_checkpoint`."""
     classes: dict[str, type[Upsampler]] = {cls.name: cls for cls in (AnyUp, JAFAR, NAF, JBUStack)}
     try:
         cls = classes[facts["upsampler"]]

@@ -19,7 +19,7 @@ from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncode
 
 
 def can_run(module: nn.Module, *tensors: Tensor) -> bool:
-    """Whether the compiled layers may stand in for a module's: on a CPU, without gradients."""
+    """Return whether compiled layers may stand in for a module's: on a CPU, without gradients."""
     if torch.compiler.is_compiling() or unavailable_reason() is not None:
         return False
     everything = (*tensors, *module.parameters())
@@ -56,7 +56,7 @@ def encode(
 def finish(
     encoder: ResidualEncoder, x: Tensor, sums: Sums, size: Size, *, groups: int = 0
 ) -> tuple[Tensor, Sums | None]:
-    """What comes behind the first convolution, pooled to a grid.
+    """The layers behind the first convolution, pooled to a grid.
 
     Args:
         encoder: the encoder.

@@ -1,4 +1,4 @@
-"""The neighbourhood step twice, and in between detail that the image tells of."""
+"""Two neighbourhood steps, with detail inferred from the image added between them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
-from upfeat.resampling import bilinear, resample
+from upfeat.resampling import bilinear, resample, resize
+from upfeat.transforms import channels_last
 from upfeat.upsamplers.bands import even_bands
-from upfeat.upsamplers.base import (
-    UPSAMPLERS,
-    Headed,
-    Kernels,
-    Size,
-    Upsampler,
-    Window,
-    apply_head,
-    cells_of_pixels,
-)
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, cells_of_pixels
 from upfeat.upsamplers.encoder import pointwise, spans_of
+from upfeat.upsamplers.head import Head, Headed, apply_head
 from upfeat.upsamplers.maps import Computed, Map, as_map, cut, inside, is_recorded, widened
 from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler
 from upfeat.upsamplers.regression import STEP, ImageRegression
@@ -73,7 +66,7 @@ class _Block(nn.Module):
 
 
 class DetailMaps(Computed):
-    """What the network makes of an image, (B, width, *finer grid)."""
+    """The network's maps of an image, (B, width, *finer grid)."""
 
     def __init__(
         self, network: DetailNetwork, guidance: Tensor, finer: Size, *, whole: bool
@@ -96,9 +89,7 @@ class DetailMaps(Computed):
         if window == (0, 0, *self.size):
             image = self.guidance
             if image.shape[-2:] != self.seen:
-                image = F.interpolate(
-                    image, size=self.seen, mode="bilinear", align_corners=False, antialias=True
-                )
+                image = resize(image, self.seen)
             return self._run(image)
         around = widened(window, self.network.reach, self.size)
         rows, columns = (
@@ -110,7 +101,7 @@ class DetailMaps(Computed):
         return cut(self._run(resample(self.guidance, rows, columns)), inside(window, around))
 
     def _run(self, image: Tensor) -> Tensor:
-        return self.network(image.contiguous(memory_format=torch.channels_last)).contiguous()
+        return self.network(channels_last(image)).contiguous()
 
 
 class FinerFeatures(Computed):
@@ -120,7 +111,7 @@ class FinerFeatures(Computed):
         """Keep both."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.first.whole or recorded
-        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=4)
+        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=2)
         self.kernels, self.features = kernels, features
 
     def compute(self, window: Window) -> Tensor:
@@ -167,12 +158,12 @@ class DetailKernels:
         """See :meth:`Kernels.crop`."""
         return self.last.crop(self._on_finer_grid(features), window)
 
-    def settle(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
-        """See :meth:`NeighbourhoodKernels.settle`; the first step and the detail are done too."""
-        return self.last.settle(self._on_finer_grid(features))
+    def precompute(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
+        """Precompute as :class:`NeighbourhoodKernels` does; the first step and the detail too."""
+        return self.last.precompute(self._on_finer_grid(features))
 
     def to_finer_grid(self, features: Tensor) -> Tensor:
-        """What the features themselves tell of the finer grid, (B, C, h, w) -> (B, C, 2h, 2w)."""
+        """Infer the finer grid from the features alone, (B, C, h, w) -> (B, C, 2h, 2w)."""
         return FinerFeatures(self.adding(None), as_map(features)).all()
 
     def adding(self, detail: Map | None) -> DetailKernels:
@@ -318,6 +309,15 @@ class DetailUpsampler(Upsampler):
             maps = DetailMaps(self.network, guidance, finer, whole=queries.whole)
         return DetailKernels(first, last, regression=regression, maps=maps)
 
+    @torch.no_grad()
+    def last_step(self) -> NeighbourhoodUpsampler:
+        """The second step alone, for features on a grid twice as fine; in eval mode."""
+        step = NeighbourhoodUpsampler(**self.neighbourhood.config(), backend=self.backend)
+        step.load_state_dict(self.neighbourhood.state_dict())
+        step.log_sigma.add_(math.log(self.widening))
+        step.mean, step.std = self.mean, self.std
+        return step.eval()
+
     @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`."""
@@ -352,7 +352,7 @@ class DetailUpsampler(Upsampler):
             )
         return features + apply_head(features, self.channel_mix.weight.flatten(1))
 
-    def through(
+    def render_linear(
         self,
         kernels: Kernels,
         mixed: Tensor | Map,
@@ -360,18 +360,18 @@ class DetailUpsampler(Upsampler):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """See :meth:`Upsampler.through`; heads apply to the detail's basis too."""
-        if isinstance(kernels, DetailKernels):  # else settled: the features have their detail
+        """See :meth:`Upsampler.render_linear`; heads apply to the detail's basis too."""
+        if isinstance(kernels, DetailKernels):  # else precomputed: the features have their detail
             kernels = self._with_detail(kernels, head)
-        return super().through(kernels, mixed, head=head, window=window)
+        return super().render_linear(kernels, mixed, head=head, window=window)
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
-        """See :meth:`Upsampler.settle`; the last step, and features (B, C, 2h, 2w) with detail."""
+    def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
+        """See :meth:`Upsampler.precompute`; the last step, and features with their detail."""
         assert isinstance(kernels, DetailKernels)
-        return self._with_detail(kernels, None).settle(mixed)
+        return self._with_detail(kernels, None).precompute(mixed)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
-        """What the network adds between the steps, (B, C, 2h, 2w)."""
+        """Detail that the network adds between the steps, (B, C, 2h, 2w)."""
         assert kernels.maps is not None, "there is no network without embed_dim"
         return self._detail(kernels.maps, None).at(Window(0, 0, *kernels.maps.size))
 
@@ -385,11 +385,9 @@ class DetailUpsampler(Upsampler):
         """The network's detail after a head, (B, width, …) -> (B, K, …)."""
         basis, constant = self.detail.weight.flatten(1), self.detail.bias
         assert constant is not None
-        if isinstance(head, slice):
-            basis, constant = basis[head], constant[head]
-        elif head is not None:
-            basis, constant = head @ basis, head @ constant  # (K, width) or (B, K, width)
-        return Headed(maps, basis, constant)
+        one = Head(head)
+        # (K, width) or (B, K, width), and (K,) or (B, K)
+        return Headed(maps, one.on_channels(basis), one.on_channels(constant))
 
     def _start_from(self, start: str | Path) -> None:
         trained = load_named(start, UPSAMPLERS)

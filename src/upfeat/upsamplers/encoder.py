@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from upfeat.randomness import stream
 from upfeat.resampling import bilinear, pooled, resample
+from upfeat.transforms import channels_last
 from upfeat.types import Size, Window
 from upfeat.upsamplers.maps import cut, inside, widened
 
@@ -72,7 +73,7 @@ class PyramidEncoder(nn.Module):
 
     def forward(self, guidance: Tensor) -> Tensor:
         """(B, channels, H, W) -> (B, width, H, W), any size, channels last."""
-        entry = self.entry(guidance.contiguous(memory_format=torch.channels_last))
+        entry = self.entry(channels_last(guidance))
         scales = [torch.sin(entry) if torch.is_grad_enabled() else entry.sin_()]
         del entry
         for correction in self.coarser:
@@ -135,7 +136,7 @@ class PyramidEncoder(nn.Module):
         return out
 
     def parameters_in_order(self) -> list[Tensor]:
-        """What the compiled encoder takes; see :mod:`upfeat.backends.cpu.pyramid`."""
+        """Arguments of the compiled encoder; see :mod:`upfeat.backends.cpu.pyramid`."""
         layers: list[nn.Module] = [self.entry]
         for correction in self.coarser:
             if isinstance(correction, _Correction):
@@ -179,7 +180,7 @@ class Level(NamedTuple):
 
 
 def plan(sizes: list[Size], window: Window) -> list[Level]:
-    """What each scale has to give for a window of queries, finest first.
+    """Windows that each scale has to give for a window of queries, finest first.
 
     Args:
         sizes: of all scales, finest first.
@@ -257,7 +258,7 @@ def _convolve(layer: nn.Conv2d, x: Tensor, around: Window, window: Window) -> Te
     (above, below), (before, after) = spans_of(around)
     sides = (left == before, right == after, top == above, bottom == below)
     padded = F.pad(x, [int(side) for side in sides], mode="replicate")
-    padded = padded.contiguous(memory_format=torch.channels_last)
+    padded = channels_last(padded)
     return F.conv2d(padded, layer.weight, layer.bias)
 
 

@@ -17,6 +17,7 @@ from upfeat.upsamplers.residual_encoder import (
     GROUPS,
     ResidualEncoder,
     convolve,
+    group_norm,
     rotate_pairs,
 )
 
@@ -73,7 +74,7 @@ class ImageQueries(nn.Module):
         queries = self.query_encoder.pooled(encoded, output_size)
         keys = self.key_encoder.pooled(encoded, grid_size)
         if normed:
-            queries = F.group_norm(queries, GROUPS)
+            queries = group_norm(queries, GROUPS)
         return projection.queries(queries), keys
 
     def _compiled(
@@ -212,7 +213,7 @@ class JAFAR(AttentionUpsampler):
             compiled=self.compiled(guidance, features),
         )
         seen = self.features_encoder(F.normalize(features, dim=1))
-        keys = convolve(self.gamma, seen) * F.group_norm(keys, GROUPS) + convolve(self.beta, seen)
+        keys = convolve(self.gamma, seen) * group_norm(keys, GROUPS) + convolve(self.beta, seen)
         keys = self.projection.keys(keys)
         return AttentionKernels(
             queries,

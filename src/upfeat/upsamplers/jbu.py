@@ -91,13 +91,13 @@ class JBUStage(nn.Module):
         return functional.joint_bilateral_upsample(features, weights, backend=self.backend)
 
     def _compiled(self, guidance: Tensor) -> bool:
-        """Whether the operators run as compiled ones, which are differentiable once."""
+        """Return whether the operators run as compiled ones, which are differentiable once."""
         if self.backend not in ("auto", "cpu") or guidance.device.type != "cpu":
             return False
         return dispatch.reason_against("bilateral_weights", "cpu", guidance) is None
 
     def _can_fuse(self, features: Tensor, guidance: Tensor) -> bool:
-        """Whether the compiled stage can run, which neither drops out nor has gradients."""
+        """Return whether the compiled stage can run, which neither drops out nor has gradients."""
         if self.training or self.backend not in ("auto", "cpu"):
             return False
         watched = (features, guidance, self.range_temperature)
@@ -108,7 +108,7 @@ class JBUStage(nn.Module):
         return dispatch.reason_against("jbu_stage", "cpu", features, guidance) is None
 
     def _parameters_in_order(self) -> list[Tensor]:
-        """What the fused stage takes, in its order."""
+        """Parameters of the fused stage, in its order."""
         first, second = self.range_proj[0], self.range_proj[3]
         hidden, last = self.fixup_proj[0], self.fixup_proj[3]
         return [

@@ -131,7 +131,7 @@ class Colours(Pixels):
 
 
 class ColourKeys(Computed):
-    """What stands opposite :class:`Colours` for cells: their colour and −|b|²/2, (B, 4, h, w)."""
+    """Keys of cells opposite :class:`Colours`: their colour and −|b|²/2, (B, 4, h, w)."""
 
     def __init__(self, means: CellMeans) -> None:
         """Keep the mean colours of cells."""

@@ -145,7 +145,7 @@ def as_map(features: Tensor | Map) -> Map:
 
 
 def is_recorded(*tensors: Tensor) -> bool:
-    """Whether autograd, or a transform of ``torch.func``, follows what is made of tensors."""
+    """Return whether autograd, or a transform of ``torch.func``, records these tensors."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     return torch.is_grad_enabled() and any(
@@ -154,7 +154,7 @@ def is_recorded(*tensors: Tensor) -> bool:
 
 
 def is_whole(recorded: bool, *sizes: Size) -> bool:
-    """Whether everything of an image of these sizes is computed at once."""
+    """Return whether everything of an image of these sizes is computed at once."""
     return recorded or torch.compiler.is_compiling() or max(h * w for h, w in sizes) <= WHOLE
 
 

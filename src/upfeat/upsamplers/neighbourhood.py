@@ -152,10 +152,10 @@ class NeighbourhoodUpsampler(Upsampler):
         """See :attr:`Upsampler.step`."""
         return self.encoder.period
 
-    def settle(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
-        """See :meth:`Upsampler.settle`; the corrections are made."""
+    def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
+        """See :meth:`Upsampler.precompute`; the corrections are made."""
         assert isinstance(kernels, NeighbourhoodKernels)
-        return kernels.settle(mixed)
+        return kernels.precompute(mixed)
 
     def attend(
         self, queries: Computed, keys: Computed, *, widening: float = 1.0

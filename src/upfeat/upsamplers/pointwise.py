@@ -60,7 +60,7 @@ class PointwiseNetwork(nn.Sequential):
 
 
 def can_run_in_runs(*inputs: Tensor) -> bool:
-    """Whether :meth:`PointwiseNetwork.in_runs` is for these, and of use."""
+    """Return whether :meth:`PointwiseNetwork.in_runs` is for these, and of use."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return torch.is_grad_enabled() and all(

@@ -19,7 +19,7 @@ STEP = 16
 
 
 class _Share(NamedTuple):
-    """How much of one window counts at a run of fine cells."""
+    """Weight of one window at a run of fine cells."""
 
     fine: Window
     """The fine cells at which it counts."""
@@ -28,12 +28,12 @@ class _Share(NamedTuple):
 
 
 class Lacking(Computed):
-    """What the first step leaves out of the mean queries of finer cells, (B, D, *finer grid)."""
+    """Mean queries of finer cells less the first step's, (B, D, *finer grid)."""
 
     def __init__(self, means: Map, finer: Computed, first: NeighbourhoodKernels) -> None:
         """Keep what it is made of; see :class:`ImageRegression`."""
         recorded = finer.recorded or first.recorded
-        super().__init__(finer.size, whole=finer.whole, recorded=recorded, step=4)
+        super().__init__(finer.size, whole=finer.whole, recorded=recorded, step=2)
         self.means, self.finer, self.first = means, finer, first
 
     def compute(self, window: Window) -> Tensor:
@@ -91,8 +91,10 @@ class ImageRegression:
         lacking = self.lacking.at(window)
         if self.counts == (1, 1):
             return _apply(self._map(features, 0, 0), lacking)
+        shares = self._shares(window, lacking)
+        self._look_ahead(list(shares))
         out = None
-        for (row, column), share in self._shares(window, lacking).items():
+        for (row, column), share in shares.items():
             place = inside(share.fine, window)
             part = _apply(self._map(features, row, column), cut(lacking, place) * share.factors)
             if out is None:
@@ -101,6 +103,15 @@ class ImageRegression:
         assert out is not None
         return out
 
+    def _look_ahead(self, windows: list[tuple[int, int]]) -> None:
+        """Have the means of all windows computed at once: piece by piece, edges cost twice."""
+        new = [self._cells(*one) for one in windows if one not in self._fits]
+        if new:
+            top, left = min(one.top for one in new), min(one.left for one in new)
+            bottom, right = max(one.bottom for one in new), max(one.right for one in new)
+            cells = Window(top, left, bottom - top, right - left)
+            self.means.at(widened(cells, 1, self.means.size))
+
     def _map(self, features: Map, row: int, column: int) -> Tensor:
         """The linear map of one window, from queries to features, (B, C, D)."""
         outer = widened(self._cells(row, column), 1, self.means.size)
@@ -108,7 +119,7 @@ class ImageRegression:
         return values @ self._fit(row, column).to(values.dtype)
 
     def _fit(self, row: int, column: int) -> Tensor:
-        """What the map of one window makes of features around it, (B, N, D).
+        """Apply the map of one window to the features around it, (B, N, D).
 
         They lose the mean around them by the adjoint, on fewer channels than theirs.
         """

@@ -7,11 +7,14 @@ whole image, so an encoder runs once for an image, and whatever is cut into wind
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.geometry import reflect_pad
+from upfeat.transforms import channels_last, is_transformed
 from upfeat.types import Size
 
 GROUPS = 8
@@ -38,7 +41,7 @@ class NormBlock(nn.Module):
         self.residual = residual
 
     def hidden(self, x: Tensor) -> Tensor:
-        """What the second convolution gets, (B, width, H, W) -> the same."""
+        """Input of the second convolution, (B, width, H, W) -> the same."""
         x = convolve(self.conv1, _activate(self.norm1, x))
         return _activate(self.norm2, x)
 
@@ -102,7 +105,7 @@ class ResidualEncoder(nn.Sequential):
         )
 
     def blocks_of(self, x: Tensor) -> Tensor:
-        """What the blocks make of the first layer's output, (B, width, H, W) -> the same."""
+        """Apply the blocks to the first layer's output, (B, width, H, W) -> the same."""
         for block in self.blocks:
             x = block(x)
         return x
@@ -146,16 +149,21 @@ def convolve(layer: nn.Module, x: Tensor) -> Tensor:
     if layer.kernel_size == (1, 1):
         out = F.linear(x.permute(0, 2, 3, 1), weight.flatten(1), bias)
         return out.permute(0, 3, 1, 2)
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = channels_last(x)
     reach = layer.kernel_size[0] // 2
     if layer.padding_mode == "reflect":
         return F.conv2d(reflect_pad(x, reach), weight, bias)
     return F.conv2d(x, weight, bias, padding=reach)
 
 
+def group_norm(x: Tensor, groups: int, *rest: Any) -> Tensor:
+    """PyTorch's, for tensors of ``torch.func`` too, which it takes channels first alone."""
+    return F.group_norm(x.contiguous() if is_transformed(x) else x, groups, *rest)
+
+
 def _activate(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
-    x = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+    x = group_norm(x, norm.num_groups, weight, bias, norm.eps)
     return F.silu(x) if torch.is_grad_enabled() else F.silu(x, inplace=True)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.geometry import cell_of_pixels, first_pixel
-from upfeat.resampling import bilinear, pooled, resample
+from upfeat.resampling import bilinear, pooled, resample, resize
 from upfeat.types import Size, Window
 from upfeat.upsamplers.encoder import PyramidEncoder, spans_of, unit, window_of
 from upfeat.upsamplers.maps import (
@@ -44,6 +44,11 @@ class Pixels(Computed):
         outer, values = self._last
         return cut(values, inside(window, outer))
 
+    def means(self, grid_size: Size, cells: Window) -> Tensor | None:
+        """Means over cells, (B, K, *cells), where they can be had without the pixels."""
+        del grid_size, cells
+        return None
+
     @abstractmethod
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
@@ -74,13 +79,7 @@ class Queries(Pixels):
         if self.seen == self.size:
             return self._encode(window, unit_length=True)
         if window == (0, 0, *self.size):
-            queries = F.interpolate(
-                self._encode(Window(0, 0, *self.seen)),
-                size=self.size,
-                mode="bilinear",
-                align_corners=False,
-                antialias=True,
-            )
+            queries = resize(self._encode(Window(0, 0, *self.seen)), self.size)
             return unit(queries, over=True)
         rows, columns = (
             bilinear(length, target, torch.arange(*span), antialias=True)
@@ -103,8 +102,17 @@ class Queries(Pixels):
         )
         return unit(queries, over=True) if unit_length else queries
 
+    def means(self, grid_size: Size, cells: Window) -> Tensor | None:
+        """See :meth:`Pixels.means`."""
+        if self.seen != self.size or not self._can_fuse():
+            return None
+        parameters = self.encoder.parameters_in_order()
+        return dispatch.call(
+            "pyramid_means", self.backend, self.guidance, parameters, grid_size, cells
+        )
+
     def _can_fuse(self) -> bool:
-        """Whether the compiled encoder can run, which has no gradients."""
+        """Return whether the compiled encoder can run, which has no gradients."""
         if self.recorded or self.backend not in ("auto", "cpu"):
             return False
         if torch.is_autocast_enabled(self.guidance.device.type):
@@ -117,7 +125,7 @@ class Queries(Pixels):
 class CellMeans(Computed):
     """The mean of a map over each cell of a grid, cells that share pixels overlapping."""
 
-    def __init__(self, source: Computed, grid_size: Size) -> None:
+    def __init__(self, source: Pixels, grid_size: Size) -> None:
         """Keep the map and the grid.
 
         Args:
@@ -135,19 +143,25 @@ class CellMeans(Computed):
         for part in tiles(
             (window.height, window.width), _cells_of_tile(self.source.size, self.size)
         ):
-            rows, columns = (
-                pooled(length, cells, torch.arange(*span))
-                for length, cells, span in zip(
-                    self.source.size, self.size, spans_of(moved(part, window)), strict=True
-                )
-            )
-            seen = window_of((rows.first, rows.stop), (columns.first, columns.stop))
-            values = resample(self.source.at(seen), rows, columns, (seen.top, seen.left))
+            values = self._part(moved(part, window))
             if out is None:
                 out = values.new_empty((*values.shape[:2], window.height, window.width))
             cut(out, part).copy_(values)
         assert out is not None
         return out
+
+    def _part(self, cells: Window) -> Tensor:
+        means = self.source.means(self.size, cells)
+        if means is not None:
+            return means
+        rows, columns = (
+            pooled(length, count, torch.arange(*span))
+            for length, count, span in zip(
+                self.source.size, self.size, spans_of(cells), strict=True
+            )
+        )
+        seen = window_of((rows.first, rows.stop), (columns.first, columns.stop))
+        return resample(self.source.at(seen), rows, columns, (seen.top, seen.left))
 
 
 class Coarser(Computed):
@@ -226,7 +240,7 @@ class NeighbourhoodKernels:
             if self.back_projections:
                 self.pooled.start_from(weights)
             return self._sum(self.corrected(source, Window(0, 0, *self.grid_size)), weights, window)
-        kernels, kept = self.settle(source)
+        kernels, kept = self.precompute(source)
         out = None
         for window in tiles(self.output_size, TILE):
             part = kernels.crop(kept, window)
@@ -248,8 +262,8 @@ class NeighbourhoodKernels:
         values = self.corrected(features, cells)
         return self._sum(values, self.weights(window), window, cells)
 
-    def settle(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
-        """Do what no window changes, once for any number of them.
+    def precompute(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
+        """Precompute everything that does not depend on the window.
 
         Args:
             features: (B, C, h, w).
@@ -383,12 +397,10 @@ class PooledWeights(Computed):
 
     def _pool(self, weights: Tensor, pixels: Window, cells: Window) -> Tensor:
         """Pool the weights of all pixels of some cells."""
-        down, across = (
-            divmod(length, count)
-            for count, length in zip(self.size, self.kernels.output_size, strict=True)
-        )
-        if not (down[1] or across[1]):
-            return F.avg_pool2d(weights, (down[0], across[0]))
+        (height, width), (cells_down, cells_across) = self.kernels.output_size, self.size
+        # Not by divmod, which compilers cannot trace for sizes that they do not know.
+        if height % cells_down == 0 and width % cells_across == 0:
+            return F.avg_pool2d(weights, (height // cells_down, width // cells_across))
         rows, columns = (
             _membership(count, length, own, seen, weights)
             for count, length, own, seen in zip(
@@ -429,7 +441,7 @@ def _membership(
 
 
 def _cells_of_tile(size: Size, grid_size: Size) -> int:
-    """How many cells a tile of pixels is wide."""
+    """Width of a tile of pixels, in cells."""
     pixels = max(length / cells for length, cells in zip(size, grid_size, strict=True))
     return max(int(TILE / pixels), 1)
 

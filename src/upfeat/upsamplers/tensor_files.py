@@ -51,7 +51,7 @@ def load_pickled(path: Path) -> dict[str, Any]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file begins as safetensors do, whatever its name: a length, then an object."""
+    """Return whether a file begins as safetensors do: a length, then an object."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{"

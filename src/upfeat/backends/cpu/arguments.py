@@ -1,4 +1,4 @@
-"""What the compiled CPU kernels ask of their arguments, and the tensors they write to."""
+"""Requirements of the compiled CPU kernels on their arguments, and the tensors they write to."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from upfeat.backends.cpu.library import DTYPES, unavailable_reason
 
 
 def reason_against(**tensors: Tensor) -> str | None:
-    """What keeps this backend from running on these tensors."""
+    """Return why this backend cannot run on these tensors."""
     missing = unavailable_reason()
     if missing is not None:
         return missing
@@ -37,7 +37,7 @@ def output(source: Tensor, like: Tensor, channels_last: bool | None) -> Tensor:
 
 
 def shrinks(features: Tensor, fine: Tensor) -> bool:
-    """Whether an axis of the coarse tensor is longer than the fine one's."""
+    """Return whether an axis of the coarse tensor is longer than the fine one's."""
     return features.shape[2] > fine.shape[2] or features.shape[3] > fine.shape[3]
 
 

@@ -15,7 +15,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def can_run_window_attention(
     queries: Tensor, keys: Tensor, values: Tensor, *_: object
 ) -> str | None:
-    """Why :func:`window_attention` cannot run on these; ``None`` when it can."""
+    """Return why :func:`window_attention` cannot run on these; ``None`` when it can."""
     missing = unavailable_reason()
     if missing is not None:
         return missing

@@ -22,7 +22,7 @@ _LANES = 16
 
 @dataclass(frozen=True)
 class Before:
-    """What is done to pixels before a convolution, in this order."""
+    """Steps applied to pixels before a convolution, in this order."""
 
     rotate: tuple[Tensor, Tensor] | None = None
     """Angles of rows (H, C) and of columns (W, C), which add up: channel i turns against i + pair,
@@ -145,7 +145,7 @@ def pool(x: Tensor, size: tuple[int, int], before: Before | None = None) -> Tens
 
 
 def apply(x: Tensor, before: Before) -> Tensor:
-    """What ``before`` makes of ``x``, written over it."""
+    """Apply ``before`` to ``x``, written over it."""
     description = Layer()
     before.describe(description, x.shape[1])
     call("upfeat_layer_prepare", x, description, x)

@@ -2,8 +2,8 @@
 
 The library is plain C, built when the package is installed, and loaded through ctypes by the first
 call that needs it; the interpreter's lock is released while it runs. ``UPFEAT_LIBRARY`` names
-another build of it; ``UPFEAT_CPU_ISA`` (``baseline``, ``avx2``, ``avx512``) holds it to one
-instruction set.
+another build of it; ``UPFEAT_CPU_ISA`` (``baseline``, ``avx2``, ``avx512``, ``amx``) holds it to
+one instruction set.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
@@ -84,7 +84,7 @@ class Window(ctypes.Structure):
 
 
 class Ranges(ctypes.Structure):
-    """Which cells pixels attend to, and how many channels each head weighs; arrays by address."""
+    """Cells that pixels attend to, and channels that each head weighs; arrays by address."""
 
     keep: list[ctypes.Array]  # owners of the addresses
 
@@ -168,7 +168,7 @@ _library = _Library()
 
 
 def unavailable_reason() -> str | None:
-    """Why no operator of this backend can run here, in one line; ``None`` when they can."""
+    """Return why no operator of this backend can run here, in one line; ``None`` when they can."""
     return _library.load().reason
 
 

@@ -28,7 +28,12 @@ from upfeat.backends.cpu.attention import (
     window_attention_backward,
 )
 from upfeat.backends.cpu.library import Window, call, library_info, unavailable_reason
-from upfeat.backends.cpu.pyramid import can_run_pyramid_queries, pyramid_queries
+from upfeat.backends.cpu.pyramid import (
+    can_run_pyramid_means,
+    can_run_pyramid_queries,
+    pyramid_means,
+    pyramid_queries,
+)
 from upfeat.backends.cpu.stage import (
     can_run_jbu_stage,
     can_run_jbu_stage_weights,
@@ -48,6 +53,7 @@ __all__ = [
     "can_run_joint_bilateral_upsample",
     "can_run_neighbourhood_upsample",
     "can_run_neighbourhood_weights",
+    "can_run_pyramid_means",
     "can_run_pyramid_queries",
     "can_run_window_attention",
     "jbu_stage",
@@ -59,6 +65,7 @@ __all__ = [
     "neighbourhood_upsample_backward",
     "neighbourhood_weights",
     "neighbourhood_weights_backward",
+    "pyramid_means",
     "pyramid_queries",
     "unavailable_reason",
     "window_attention",
@@ -69,12 +76,12 @@ Gradients = tuple[Tensor | None, Tensor | None]
 
 
 def can_run_adaptive_conv2d(padded: Tensor, weights: Tensor) -> str | None:
-    """Why :func:`adaptive_conv2d` cannot run on these; ``None`` when it can."""
+    """Return why :func:`adaptive_conv2d` cannot run on these; ``None`` when it can."""
     return reason_against(padded=padded, weights=weights)
 
 
 def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str | None:
-    """Why :func:`joint_bilateral_upsample` cannot run on these; ``None`` when it can."""
+    """Return why :func:`joint_bilateral_upsample` cannot run on these; ``None`` when it can."""
     return reason_against(features=features, weights=weights)
 
 
@@ -86,20 +93,20 @@ def can_run_neighbourhood_upsample(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> str | None:
-    """Why :func:`neighbourhood_upsample` cannot run on these; ``None`` when it can."""
+    """Return why :func:`neighbourhood_upsample` cannot run on these; ``None`` when it can."""
     del origin, grid_origin
     return _too_coarse(grid_size, output_size) or reason_against(features=features, weights=weights)
 
 
 def can_run_bilateral_weights(keys: Tensor, *_: object) -> str | None:
-    """Why :func:`bilateral_weights` cannot run on these; ``None`` when it can."""
+    """Return why :func:`bilateral_weights` cannot run on these; ``None`` when it can."""
     return reason_against(keys=keys)
 
 
 def can_run_neighbourhood_weights(
     queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
 ) -> str | None:
-    """Why :func:`neighbourhood_weights` cannot run on these; ``None`` when it can."""
+    """Return why :func:`neighbourhood_weights` cannot run on these; ``None`` when it can."""
     output_size, grid_size = arguments[3], arguments[5]
     assert isinstance(output_size, Sequence)
     assert isinstance(grid_size, Sequence)

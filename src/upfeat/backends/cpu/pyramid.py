@@ -14,7 +14,7 @@ _WIDTH = 32
 
 
 def can_run_pyramid_queries(guidance: Tensor, *_: object) -> str | None:
-    """Why :func:`pyramid_queries` cannot run on these; ``None`` when it can."""
+    """Return why :func:`pyramid_queries` cannot run on these; ``None`` when it can."""
     return reason_against(guidance=guidance)
 
 
@@ -51,6 +51,39 @@ def pyramid_queries(
     return out
 
 
+def can_run_pyramid_means(guidance: Tensor, *_: object) -> str | None:
+    """Why :func:`pyramid_means` cannot run on these; ``None`` when it can."""
+    return reason_against(guidance=guidance)
+
+
+def pyramid_means(
+    guidance: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], cells: Sequence[int]
+) -> Tensor:
+    """Mean of the unit queries of each cell's pixels, without gradients; no queries are kept.
+
+    Args:
+        guidance: (B, G, H, W), any strides.
+        parameters: as in :func:`pyramid_queries`.
+        grid_size: (h, w) of a grid that is laid over the image; cells that share pixels overlap.
+        cells: (top, left, height, width) of the grid.
+
+    Returns:
+        (B, D, height, width), of the guidance's type.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    check_image("guidance", guidance, 0)
+    encoder = _encoder(guidance.shape[1], [one.detach().float().cpu() for one in parameters])
+    top, left, height, width = (int(one) for one in cells)
+    if min(top, left) < 0 or top + height > grid_size[0] or left + width > grid_size[1]:
+        raise ValueError(f"cells={tuple(cells)} do not lie in {tuple(grid_size)}")
+    out = guidance.new_empty((guidance.shape[0], len(parameters[1]), height, width))
+    if out.numel():
+        call("upfeat_pyramid_means", guidance, encoder, out, *map(int, grid_size), top, left)
+    return out
+
+
 def _encoder(channels: int, parameters: list[Tensor]) -> Pyramid:
     width = len(parameters[1])
     if tuple(parameters[0].shape) != (width, channels, 3, 3):
@@ -75,7 +108,7 @@ def _encoder(channels: int, parameters: list[Tensor]) -> Pyramid:
 
 
 def _joined(parameters: list[Tensor]) -> int:
-    """How many scales there are."""
+    """Number of scales."""
     corrections = sum(one.dim() == 4 and one.shape[-1] == 3 for one in parameters[2:])
     return corrections + 1 if corrections else len(parameters) // 2 - 1
 

@@ -25,12 +25,12 @@ _STAGE_PARAMETERS = (
 
 
 def can_run_jbu_stage_weights(guidance: Tensor, *_: object, **__: object) -> str | None:
-    """Why :func:`jbu_stage_weights` cannot run on these; ``None`` when it can."""
+    """Return why :func:`jbu_stage_weights` cannot run on these; ``None`` when it can."""
     return reason_against(guidance=guidance)
 
 
 def can_run_jbu_stage(features: Tensor, guidance: Tensor, *_: object, **__: object) -> str | None:
-    """Why :func:`jbu_stage` cannot run on these; ``None`` when it can."""
+    """Return why :func:`jbu_stage` cannot run on these; ``None`` when it can."""
     if features.dim() == 4 and guidance.dim() == 4 and shrinks(features, guidance):
         return "the output is smaller than the features"
     return reason_against(features=features, guidance=guidance)

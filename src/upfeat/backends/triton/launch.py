@@ -27,12 +27,12 @@ INT32_REACH = 2**31
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter is on, which runs kernels on the CPU, for tests."""
+    """Return whether Triton's interpreter is on, which runs kernels on the CPU, for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def in_half(source: Tensor, weights: Tensor) -> bool:
-    """Whether products run in half precision: both arguments have it, and the same one."""
+    """Return whether products run in half precision: both arguments have it, and the same one."""
     return source.dtype == weights.dtype != torch.float32
 
 

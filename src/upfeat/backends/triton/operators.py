@@ -54,7 +54,7 @@ SMALLEST_CAPABILITY = (8, 0)
 
 
 def unavailable_reason() -> str | None:
-    """Why no kernel here can run on this machine; ``None`` when they can."""
+    """Return why no kernel here can run on this machine; ``None`` when they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if launch.interpreted():
@@ -75,19 +75,19 @@ unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str | None:
-    """Why these arguments cannot run here; ``None`` when they can."""
+    """Return why these arguments cannot run here; ``None`` when they can."""
     return _reason_against(features, weights)
 
 
 def can_run_adaptive_conv2d(padded: Tensor, weights: Tensor) -> str | None:
-    """Why these arguments cannot run here; ``None`` when they can."""
+    """Return why these arguments cannot run here; ``None`` when they can."""
     return _reason_against(padded, weights)
 
 
 def can_run_neighbourhood_upsample(
     features: Tensor, weights: Tensor, *place: Sequence[int]
 ) -> str | None:
-    """Why these arguments cannot run here; ``None`` when they can."""
+    """Return why these arguments cannot run here; ``None`` when they can."""
     del place  # the tables know any window
     return _reason_against(features, weights)
 
@@ -95,7 +95,7 @@ def can_run_neighbourhood_upsample(
 def can_run_bilateral_weights(
     keys: Tensor, temperature: Tensor | float, sigma_spatial: Tensor | float, radius: int
 ) -> str | None:
-    """Why these arguments cannot run here; ``None`` when they can."""
+    """Return why these arguments cannot run here; ``None`` when they can."""
     del temperature, sigma_spatial  # scalars of any type and device are copied over
     if radius > 7:
         return f"radius={radius} needs more scores per pixel than registers hold; at most 7"

@@ -1,4 +1,4 @@
-"""What the GPU kernels need to know about one axis, and the block sizes they run with.
+"""Tables of one axis for the GPU kernels, and the block sizes they run with.
 
 Every operator is the same sum once bicubic and borders are folded into the weights::
 
@@ -160,7 +160,7 @@ def _cubic(offset: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How one kernel is cut into programs. Every number is a power of two.
+    """Division of one kernel into programs. Every number is a power of two.
 
     Attributes:
         rows: tile height, in outputs (or 2×2 groups of them, or source positions).

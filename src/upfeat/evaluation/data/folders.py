@@ -58,7 +58,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Problem:
-    """What was left out of an evaluation, or is weak in it, and why."""
+    """Something left out of an evaluation, or weak in it, with the reason."""
 
     name: str
     reason: str

@@ -1,4 +1,4 @@
-"""What the backbone makes of jittered views, computed once and kept on disk for all upsamplers."""
+"""Backbone features of jittered views, computed once and kept on disk for all upsamplers."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def best_mean(rows: Iterable[Row], name: str, score: Score) -> float | None:
 
 
 def _facts(results: Results, task: type[Task]) -> str:
-    """What was measured on what, at a glance."""
+    """Data, settings and versions at a glance."""
     data, settings, versions = results.data, results.settings, results.versions
     counts = ", ".join(
         f"{data[part]['images']} {'to fit on' if part == 'train' else 'tested'}"
@@ -158,6 +158,10 @@ def _facts(results: Results, task: type[Task]) -> str:
     return f"<dl class=facts>{items}</dl>"
 
 
+COSTS = {"passes": 0, "seconds": 3, "memory_mib": 0}
+"""Digits behind the point of each cost that is shown."""
+
+
 def _score_table(results: Results, task: type[Task]) -> str:
     names = list(results.rows[0].scores)
     head = "".join(f"<th>{escape(heading(task.scores[name]))}</th>" for name in names)
@@ -165,15 +169,16 @@ def _score_table(results: Results, task: type[Task]) -> str:
     for protocol in results.protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
         best = {name: best_mean(rows, name, task.scores[name]) for name in names}
-        body.append(_group(protocol, task, len(names) + 3))
+        body.append(_group(protocol, task, len(names) + 1 + len(COSTS)))
         for row in rows:
             cells = [_score_cell(name, task.scores[name], row, rows, best[name]) for name in names]
-            cells += [_cost_cell(row, "seconds", 3), _cost_cell(row, "memory_mib", 0)]
+            cells += [_cost_cell(row, name, digits) for name, digits in COSTS.items()]
             base = " class=base" if row.upsampler == BASELINE else ""
             body.append(f"<tr{base}><td class=l>{escape(row.upsampler)}</td>{''.join(cells)}</tr>")
     return (
         "<h2>Scores</h2><div class=scroll><table><thead><tr>"
-        f"<th class=l>upsampler</th>{head}<th>s / image</th><th>MiB</th></tr></thead>"
+        f"<th class=l>upsampler</th>{head}<th>passes</th><th>s / image</th>"
+        "<th>MiB</th></tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div><p class=pm>Best of each group in bold; "
         f"small figures below: difference from {BASELINE} (shaded), seed by seed.</p>"
     )

@@ -145,7 +145,7 @@ class ClassActivation(Task):
 
 
 def activation(upsampled: FeatureMap, head: Head) -> Tensor:
-    """Where features speak for a class.
+    """Map the pixels whose features speak for a class.
 
     Args:
         upsampled: (1, C, H, W).

@@ -1,4 +1,4 @@
-"""What the detail of an upsampler is trained on: the backbone's features of the enlarged image.
+"""Training target of an upsampler's detail: the backbone's features of the enlarged image.
 
 An image at twice its size shows the backbone finer things, in features that are not quite those of
 the image itself: they drift with magnification. A linear map, fitted to all images so far, takes
@@ -15,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.linear import ridge
-from upfeat.upsamplers.detail import DetailKernels, DetailUpsampler
+from upfeat.training.recipes.base import ENLARGEMENT, RECIPES, Recipe, Term
+from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.detail import FINER, DetailKernels, DetailUpsampler
+
+assert ENLARGEMENT == FINER, "features of the enlarged image are those of the finer grid"
 
 _RIDGE = 1e-2
 """Penalty on coefficients, in units of each input's variance."""
@@ -60,7 +64,7 @@ class RunningRegression(nn.Module):
 
     @property
     def ready(self) -> bool:
-        """Whether it has seen anything."""
+        """Return whether it has seen anything."""
         return bool(self.sums[0, 0] > 0)
 
     @torch.no_grad()
@@ -90,7 +94,7 @@ class RunningRegression(nn.Module):
         return weight, mean[n:] - weight @ mean[:n]
 
 
-class DetailTarget(nn.Module):
+class DetailTarget(Term):
     """The loss of an upsampler's detail, for one backbone."""
 
     def __init__(self, channels: int) -> None:
@@ -141,3 +145,44 @@ class DetailTarget(nn.Module):
         """Take in what the last step showed."""
         self.drift.absorb(mean)
         self.known.absorb(mean)
+
+
+@RECIPES.register
+class DetailRecipe(Recipe[DetailUpsampler]):
+    """A term for the detail, and a share of the channel mix in the end."""
+
+    name = DetailUpsampler.name
+
+    def finish(self) -> None:
+        """See :meth:`Recipe.finish`."""
+        self.upsampler.scale_mix(self.config.mix_share)
+
+    def cautions(self) -> list[str]:
+        """See :meth:`Recipe.cautions`."""
+        config, lines = self.config, []
+        frozen = any(part.partition(".")[0] == "neighbourhood" for part in config.frozen)
+        drawn = config.upsampler in UPSAMPLERS and config.upsampler_options.get("start") is None
+        if frozen and drawn:
+            lines.append(
+                f"frozen={list(config.frozen)} without a start: the neighbourhood steps are "
+                "untrained and stay so; give --option start=neighbourhood_efficientnet_lite0, or "
+                "the folder of trained ones"
+            )
+        if self.upsampler.embed_dim is not None and not config.detail_weight:
+            lines.append(
+                "detail_weight=0: the detail learns from the views alone, not from the features of "
+                "the enlarged image; give --detail-weight 1, or --preset detail"
+            )
+        return lines
+
+    def term(self, embed_dim: int) -> DetailTarget | None:
+        """See :meth:`Recipe.term`."""
+        weight = self.config.detail_weight
+        if not weight:
+            return None
+        if self.upsampler.embed_dim is None:
+            raise ValueError(
+                f"detail_weight={weight:g} trains the detail of one backbone; give one backbone, "
+                "or detail_weight=0"
+            )
+        return DetailTarget(embed_dim)

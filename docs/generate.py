@@ -1,0 +1,206 @@
+"""Write the generated tables of the documents: figures from benchmarks/*.json, settings from code.
+
+A page holds ``<!-- generated: NAME ARGUMENTS -->`` and ``<!-- end -->``; what stands between is
+replaced by what the function of that name returns.
+
+    python docs/generate.py            # writes pages
+    python docs/generate.py --check    # ends with 1 where a page would change
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from upfeat.evaluation.tasks import find_task, list_tasks
+from upfeat.settings import table
+
+DOCS = Path(__file__).parent
+BENCHMARKS = DOCS.parent / "benchmarks"
+_BLOCK = re.compile(r"(<!-- generated: (\w+)([^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+RIVALS = {
+    "ours": "ours (C++)",
+    "tap_major": "shifted multiply-adds, weights (taps, H, W)",
+    "pixel_major": "shifted multiply-adds, weights (H, W, taps)",
+    "unfold": "unfold and einsum",
+    "bilinear": "bilinear interpolation, no filter",
+}
+UPSAMPLERS = {
+    "implicit": "implicit",
+    "bilinear": "bilinear",
+    "bicubic": "bicubic",
+    "joint_bilateral": "joint bilateral",
+    "neighbourhood_efficientnet_lite0": "neighbourhood",
+    "jbu_stack_efficientnet_lite0": "JBU stack",
+    "detail_efficientnet_lite0": "detail",
+    "detail_universal": "detail, universal",
+}
+
+
+def settings(name: str) -> str:
+    """The settings of a configuration, by its full name."""
+    module, _, cls = name.rpartition(".")
+    return table(getattr(import_module(module), cls))
+
+
+def scores() -> str:
+    """Every score of every task."""
+    found = {
+        one.label: one.meaning for name in list_tasks() for one in find_task(name).scores.values()
+    }
+    return _rows(["score", "meaning"], [[label, meaning] for label, meaning in found.items()])
+
+
+def cpu_stack() -> str:
+    """The JBU stack beside its rivals."""
+    rows = _read("cpu-stack")["measurements"]
+    ours, output = rows[0], 4 * 384 * 224**2
+    return _rows(
+        ["", "time", "of ours", "peak memory", "of the 77 MB output"],
+        [
+            [
+                RIVALS[row["rival"]],
+                _milliseconds(row["seconds"]),
+                _ratio(row["seconds"] / ours["seconds"]),
+                f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+                _ratio(row["peak_bytes"] / output),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def cpu_operator_backward() -> str:
+    """One stage forward and backward beside its rivals."""
+    rows = _read("cpu-operator-backward")["measurements"]
+    return _rows(
+        ["", "time", "of ours"],
+        [
+            [
+                RIVALS[row["rival"]],
+                _milliseconds(row["seconds"]),
+                _ratio(row["seconds"] / rows[0]["seconds"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def rivals() -> str:
+    """Published upsamplers beside the plain form of their mathematics."""
+    rows, base = [], 0.0
+    for row in _read("rivals")["rows"]:
+        if row["name"] in ("anyup", "jafar", "naf") and row["way"] == "ours":
+            base = row["seconds"]
+        size = f"{row['grid']}→{row['size']}"
+        if row["seconds"] is None:
+            rows.append([row["name"], row["way"], size, "not run", row["skipped"], ""])
+            continue
+        rows.append(
+            [
+                row["name"],
+                row["way"],
+                size,
+                _milliseconds(row["seconds"]),
+                _ratio(row["seconds"] / base),
+                f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row["way"] in ("ours", "plain") else "",
+            ]
+        )
+    return _rows(["", "way", "size", "time", "of ours", "peak memory"], rows)
+
+
+def training_step() -> str:
+    """A training step beside the same loss done otherwise."""
+    parts = _read("training-step")["parts"]
+    labels = {
+        "jbu_stack": "JBU stack, ours",
+        "jbu_stack, all channels, eager": "the same loss with all channels upsampled by shifted "
+        "multiply-adds, projected last",
+        "neighbourhood": "neighbourhood, ours",
+        "backbone": "the backbone, beside each",
+    }
+    ours = parts["jbu_stack"]["seconds"]
+    rows = [[labels[name], parts[name]["seconds"]] for name in labels]
+    shown = [[label, f"{value:.3g}", _ratio(value / ours)] for label, value in rows]
+    return _rows(["", "seconds", "ratio"], shown)
+
+
+def implicit_consistency() -> str:
+    """Held-out loss of a fit beside upsamplers of one pass."""
+    means = sorted(_read("implicit_consistency")["mean"].items(), key=lambda item: item[1])
+    values = [f"**{means[0][1]:.3f}**", *(f"{value:.3f}" for _, value in means[1:])]
+    return _rows([UPSAMPLERS[name] for name, _ in means], [values])
+
+
+def implicit_reference() -> str:
+    """Held-out loss of the fast fit beside the published recipe."""
+    data = _read("implicit_reference")
+    rows = []
+    for row in data["rows"]:
+        last, cost = row["reference"]["curve"][-1], row["reference"]["cpu_whole"]
+        name = re.sub(r"^n\d+_|\.\w+$", "", row["photo"]).replace("_", " ")
+        rows.append(
+            [
+                name,
+                f"{row['fast']['mean']:.4f}",
+                f"{last['mean']:.4f}",
+                f"{last['own']:.4f}",
+                f"{cost / row['fast']['cpu']:.0f}",
+            ]
+        )
+    means = [f"{data[name]:.4f}" for name in ("fast_mean", "reference_mean", "reference_own")]
+    rows.append(["mean of all", *means, f"{data['median_ratio']:.0f} (median)"])
+    head = ["photograph", "fast", "published, mean", "published, own", "times the cost"]
+    return _rows(head, rows)
+
+
+def _read(name: str) -> Any:
+    return json.loads((BENCHMARKS / f"{name}.json").read_text())
+
+
+def _rows(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1000 * seconds
+    return f"{value:.1f} ms" if value < 20 else f"{value:,.0f} ms"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2g}" if value < 10 else f"{value:.3g}"
+
+
+def generated(text: str) -> str:
+    """A page with its tables written anew."""
+
+    def write(match: re.Match[str]) -> str:
+        begin, name, arguments, end = match.groups()
+        return f"{begin}{globals()[name](*arguments.split())}\n{end}"
+
+    return _BLOCK.sub(write, text)
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check all pages; 1 where one has drifted."""
+    drifted = []
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text()
+        new = generated(text)
+        if new != text:
+            drifted.append(page)
+            if "--check" not in arguments:
+                page.write_text(new)
+    for page in drifted:
+        print(page.relative_to(DOCS))
+    return int("--check" in arguments and bool(drifted))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,256 @@
+"""Published upsamplers beside the plain form of their own mathematics, within one run.
+
+The plain form takes the same weights and does what the definition says, in the operators that
+PyTorch has for it: planar 1×1 convolutions at the image's size, every query against every key,
+masks for the cells that a pixel must not see, the heads' weights kept and averaged. It is how such
+models are usually written down, and what they cost then.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.benchmark import FORMAT, machine, peak_memory
+from upfeat.types import Size
+from upfeat.upsamplers import JAFAR, NAF, AnyUp, Upsampler, create_upsampler, load_upsampler
+from upfeat.upsamplers.attention import AttentionUpsampler, relative_window
+from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncoder
+
+SETTINGS = (("anyup", 16, 224), ("jafar", 16, 224), ("naf", 28, 448))
+"""Name, grid and size at which each is measured, with 384 channels."""
+CHANNELS = 384
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to the same features."""
+
+    name: str
+    way: str
+    """"ours", "plain", or "floor": the encoders' convolutions alone, as matrix products."""
+    grid: int
+    size: int
+    channels: int
+    seconds: float | None
+    """Median; ``None`` where it was not run."""
+    peak_bytes: int | None
+    """Memory beyond what was in use before, highest during one call; Linux only."""
+    skipped: str | None = None
+
+
+@torch.no_grad()
+def run_rivals(
+    files: tuple[Path, ...] = (),
+    *,
+    repeats: int = 5,
+    memory_limit: int = 4 * 2**30,
+    report: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """Measure published upsamplers, this package's default and bilinear interpolation.
+
+    Calls of different ways alternate, so that a busy moment of the machine meets all of them.
+
+    Args:
+        files: checkpoints to take weights from; where there is none of a kind, random weights of
+            the published size do the same work.
+        repeats: timed rounds after one that is not.
+        memory_limit: bytes; a plain form that would need more is left out.
+        report: told of every round.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file holds none of them.
+    """
+    loaded = [load_upsampler(path) for path in files]
+    rows = []
+    for name, grid, size in SETTINGS:
+        upsampler = next((each for each in loaded if each.name == name), None)
+        rows += _measure(upsampler or _random(name), grid, size, repeats, memory_limit, report)
+    return rows
+
+
+def as_json(rows: list[Row]) -> dict[str, Any]:
+    """Machine and rows as JSON values."""
+    return {"format": FORMAT, "machine": machine(), "rows": [asdict(row) for row in rows]}
+
+
+def _random(name: str) -> Upsampler:
+    torch.manual_seed(0)
+    make = {"anyup": AnyUp, "jafar": lambda: JAFAR(CHANNELS), "naf": NAF}
+    return make[name]().eval().requires_grad_(False)
+
+
+def _measure(
+    upsampler: Upsampler,
+    grid: int,
+    size: int,
+    repeats: int,
+    memory_limit: int,
+    report: Callable[[str], None] | None,
+) -> list[Row]:
+    assert isinstance(upsampler, AttentionUpsampler)
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, 3, size, size, generator=generator)
+    features = torch.randn(1, CHANNELS, grid, grid, generator=generator)
+    default = create_upsampler(None)
+    ways: dict[str, Callable[[], object]] = {
+        "ours": lambda: upsampler(features, image),
+        "plain": lambda: plain(upsampler, features, image, (size, size)),
+        "floor": lambda: floor(upsampler, size * size),
+        "detail": lambda: default(features, image),
+        "bilinear": lambda: F.interpolate(features, size=(size, size), mode="bilinear"),
+    }
+    needed = 3 * 4 * upsampler.heads * size * size * grid * grid
+    skipped = {"plain": f"needs {needed / 2**30:.0f} GiB"} if needed > memory_limit else {}
+    peaks = {way: peak_memory(call) for way, call in ways.items() if way not in skipped}
+    times: dict[str, list[float]] = {way: [] for way in peaks}
+    for index in range(repeats):
+        for way in times:
+            start = time.perf_counter()
+            ways[way]()
+            times[way].append(time.perf_counter() - start)
+        if report is not None:
+            report(f"{upsampler.name}, round {index + 1} of {repeats}")
+    return [
+        Row(
+            upsampler.name if way in ("ours", "plain", "floor") else way,
+            way if way in ("ours", "plain", "floor") else "ours" if way == "detail" else "PyTorch",
+            grid,
+            size,
+            CHANNELS,
+            statistics.median(times[way]) if way in times else None,
+            peaks.get(way),
+            skipped.get(way),
+        )
+        for way in ways
+    ]
+
+
+def floor(upsampler: AttentionUpsampler, pixels: int) -> None:
+    """The multiplications of the encoders at full size and nothing else, as matrix products."""
+    encoders = [module for module in upsampler.modules() if isinstance(module, ResidualEncoder)]
+    if not isinstance(upsampler, NAF):
+        encoders = encoders[:3]  # those of the image; the others see the grid
+    for encoder in encoders:
+        for layer in encoder.modules():
+            if isinstance(layer, nn.Conv2d):
+                weight = layer.weight.flatten(1)
+                torch.mm(torch.ones(pixels, weight.shape[1]), weight.mT)
+
+
+def plain(upsampler: Upsampler, features: Tensor, image: Tensor, size: Size) -> Tensor:
+    """The definition of an upsampler, step by step, for all cells and all pixels.
+
+    Args:
+        upsampler: AnyUp, JAFAR or NAF.
+        features: (B, C, h, w).
+        image: (B, 3, H, W), normalised.
+        size: of the output.
+    """
+    if isinstance(upsampler, NAF):
+        return _plain_naf(upsampler, features, image, size)
+    assert isinstance(upsampler, AnyUp | JAFAR)
+    grid, parts = features.shape[2:], upsampler.image
+    encoded = _encode(parts.image_encoder, image)
+    rows, columns = parts._angles(encoded)
+    angles = (rows[:, None] + columns).permute(2, 0, 1)
+    first, second = encoded.chunk(2, dim=1)
+    encoded = encoded * angles.cos() + torch.cat([-second, first], dim=1) * angles.sin()
+    queries = F.adaptive_avg_pool2d(_encode(parts.query_encoder, encoded), size)
+    keys = F.adaptive_avg_pool2d(_encode(parts.key_encoder, encoded), grid)
+    normed = F.normalize(features, dim=1)
+    mask = None
+    if isinstance(upsampler, JAFAR):
+        known = _encode(upsampler.features_encoder, normed)
+        gamma, beta = (F.conv2d(known, part.weight) for part in (upsampler.gamma, upsampler.beta))
+        keys = gamma * F.group_norm(keys, GROUPS) + beta
+        queries = F.group_norm(queries, GROUPS)
+    else:
+        known = upsampler.features_encoder[0](normed)
+        known = _encode(upsampler.features_encoder, known, entry=False)
+        keys = _encode(upsampler.aggregation, torch.cat([keys, known], dim=1))
+        mask = ~_seen(grid, size, upsampler.window_ratio)
+    project = upsampler.projection
+    queries = F.conv2d(queries, project.blend.weight, padding=1)
+    query, key = (each.flatten(2).mT for each in (queries, keys))
+    query, key = project.norm_query(query), project.norm_key(key)
+    attention = _attention(upsampler)
+    _, weights = attention(query, key, key, attn_mask=mask, average_attn_weights=True)
+    return (weights @ features.flatten(2).mT).mT.unflatten(2, size)
+
+
+def _attention(upsampler: AnyUp | JAFAR) -> nn.MultiheadAttention:
+    """PyTorch's own module with these weights; what it makes of values is thrown away."""
+    width, project = upsampler.width, upsampler.projection
+    attention = nn.MultiheadAttention(width, upsampler.heads, batch_first=True).eval()
+    weights = (project.query.weight, project.key.weight, torch.eye(width))
+    attention.in_proj_weight.data = torch.cat(weights)
+    biases = (project.query.bias, project.key.bias, torch.zeros(width))
+    attention.in_proj_bias.data = torch.cat(biases)
+    return attention.requires_grad_(False)
+
+
+def _encode(encoder: ResidualEncoder, x: Tensor, *, entry: bool = True) -> Tensor:
+    """An encoder in planar convolutions."""
+    if entry:
+        x = _convolve(encoder[0], x)
+    for block in encoder.blocks:
+        y = _convolve(block.conv1, F.silu(block.norm1(x)))
+        y = _convolve(block.conv2, F.silu(block.norm2(y)))
+        x = x + y if _is_residual(block) else y
+    return x
+
+
+def _is_residual(block: NormBlock) -> bool:
+    return block.residual
+
+
+def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Conv2d)
+    reach = layer.kernel_size[0] // 2
+    if reach:
+        x = F.pad(x, (reach,) * 4, mode="reflect")
+    return F.conv2d(x, layer.weight, layer.bias)
+
+
+def _seen(grid: Size | torch.Size, size: Size, ratio: float) -> Tensor:
+    """Which cells a pixel sees, (H·W, h·w)."""
+    axes = []
+    for cells, length in zip(grid, size, strict=True):
+        first, stop = torch.tensor(relative_window(cells, length, ratio)).unflatten(0, (2, -1))
+        cell = torch.arange(cells)
+        axes.append((cell >= first[:, None]) & (cell < stop[:, None]))
+    return (axes[0][:, None, :, None] & axes[1][None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _plain_naf(upsampler: NAF, features: Tensor, image: Tensor, size: Size) -> Tensor:
+    codes = [_encode(part, image) for part in (upsampler.colours, upsampler.surroundings)]
+    codes = F.adaptive_avg_pool2d(torch.cat(codes, dim=1), size)
+    rows, columns = upsampler._angles(size, codes)
+    angles = (rows[:, None] + columns).permute(2, 0, 1)
+    out, side, grid = [], upsampler.window_side, features.shape[2:]
+    seen = []
+    for cells, length in zip(grid, size, strict=True):
+        own = (torch.arange(length) * 2 + 1) * cells // (2 * length)
+        first = (own - min(side, cells) // 2).clamp(0, cells - min(side, cells))[:, None]
+        seen.append((torch.arange(cells) >= first) & (torch.arange(cells) < first + side))
+    outside = ~(seen[0][:, None, :, None] & seen[1][None, :, None, :]).flatten(2).flatten(0, 1)
+    for code, values in zip(
+        codes.chunk(upsampler.heads, 1), features.chunk(upsampler.heads, 1), strict=True
+    ):
+        first, second = code.chunk(2, dim=1)
+        query = code * angles.cos() + torch.cat([-second, first], dim=1) * angles.sin()
+        key = F.adaptive_avg_pool2d(query, grid)
+        logits = query.flatten(2).mT @ key.flatten(2) / len(angles) ** 0.5
+        weights = logits.masked_fill(outside, -torch.inf).softmax(2)
+        out.append((weights @ values.flatten(2).mT).mT.unflatten(2, size))
+    return torch.cat(out, dim=1)

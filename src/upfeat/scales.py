@@ -1,0 +1,311 @@
+"""A second scale: features of the enlarged image, said in the words of the image's own.
+
+The backbone sees the image once as it is and once at twice its size, which costs five passes in
+all. The features of the two differ in kind, not only in detail: a linear map of channels with a
+constant, learnt in closed form, translates the second into the first. What they then say of each
+coarse cell is put right by the image's own features, so that only the detail comes from the second:
+
+    X = T·F₂ + c,    a·[X + K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
+
+K₁(g) is the first step of the detail upsampler and R(g) its regression, so that the second bracket
+is what one pass tells of the finer grid; the two err apart, and their mean errs less. All of it is
+linear in the features F and F₂, and the result is a backbone of half the stride: heads, points,
+crops and files know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.backbones import Backbone
+from upfeat.bounds import number
+from upfeat.linear import ridge
+from upfeat.normalization import Normalization
+from upfeat.provenance import digest
+from upfeat.storage import read_tensors, write_tensors
+from upfeat.types import Window
+from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
+from upfeat.upsamplers.maps import as_map
+
+PASSES = (1, 5)
+"""What the backbone may cost, in passes over the image."""
+
+FINER = 2
+"""The second image is so many times larger."""
+
+FINER_WEIGHTS = "detail_universal"
+"""The upsampler whose steps are taken where none is named."""
+
+PENALTY = 1e-2
+"""Of a translation learnt from many images, in units of the features' mean variance."""
+PENALTY_OF_ONE = 1.0
+"""Of one learnt from a single image, beside what it says of a cell."""
+
+SHARE = 0.65
+"""How much of the result the second scale has, a."""
+
+_SHIPPED = Path(__file__).parent / "weights"
+_FORMAT = "upfeat-translation-1"
+
+
+class Translation(NamedTuple):
+    """Turns features of the enlarged image into features as the image's own."""
+
+    weight: Tensor
+    """(C, C), or (B, C, C)."""
+    bias: Tensor
+    """(C,), or (B, C)."""
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w)."""
+        out = self.weight @ features.flatten(2) + self.bias[..., None]
+        return out.unflatten(2, features.shape[2:])
+
+    def save(self, path: str | Path, backbone: Backbone) -> None:
+        """Write it, with the backbone that it was learnt for."""
+        facts = {"format": _FORMAT, "backbone": backbone.name, "weights": digest(backbone)}
+        tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
+        write_tensors(path, tensors, facts)
+
+    @staticmethod
+    def load(path: str | Path, backbone: Backbone) -> Translation:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it holds something else, or was learnt for another backbone.
+        """
+        tensors, facts = read_tensors(path)
+        if facts.get("format") != _FORMAT or set(tensors) != {"weight", "bias"}:
+            raise ValueError(f"{path}: not a translation of features")
+        if facts.get("weights") != digest(backbone):
+            raise ValueError(
+                f"{path}: learnt for other weights ({facts.get('backbone')!r:.60}) than those of "
+                f"{backbone.name}; learn one by upfeat.scales.fit_translation"
+            )
+        return Translation(tensors["weight"], tensors["bias"])
+
+
+@torch.no_grad()
+def fit_translation(
+    backbone: Backbone, images: Iterable[Tensor], *, penalty: float = PENALTY
+) -> Translation:
+    """Learn a translation from images in closed form; no labels, one pass over them.
+
+    Args:
+        backbone: makes the features.
+        images: (B, 3, H, W) each, normalised; of any sizes. 80 photographs of 256 pixels are enough
+            for some hundred channels.
+        penalty: of the map's coefficients, in units of the features' mean variance, > 0.
+
+    Raises:
+        ValueError: there are no images, or the penalty is not above 0.
+
+    Example:
+        >>> backbone = upfeat.load_backbone("efficientnet_lite0")
+        >>> images = (backbone.preprocess(path, 256) for path in paths)
+        >>> translation = upfeat.scales.fit_translation(backbone, images)
+    """
+    if not penalty > 0:
+        raise ValueError(f"penalty={penalty} must be above 0")
+    gram: Tensor | None = None
+    moment: Tensor | None = None
+    for x in images:
+        own, second = _both(backbone, x)
+        inputs, targets = (
+            one.double().transpose(0, 1).flatten(1) for one in (F.avg_pool2d(second, FINER), own)
+        )
+        inputs = torch.cat([inputs, torch.ones_like(inputs[:1])])
+        here = inputs @ inputs.T, inputs @ targets.T
+        if gram is None or moment is None:
+            gram, moment = here
+        else:
+            gram, moment = gram + here[0], moment + here[1]
+    if gram is None or moment is None:
+        raise ValueError("images is empty; give at least one")
+    count, means = gram[-1, -1], gram[:-1, -1:] / gram[-1, -1]  # (C, 1)
+    level = moment[-1] / count
+    gram = gram[:-1, :-1] - count * means @ means.T
+    moment = moment[:-1] - count * means * level
+    weight = ridge(gram, moment, penalty * gram.diagonal().mean()).T
+    return Translation(weight.float(), (level - weight @ means[:, 0]).float())
+
+
+def _fit_one(own: Tensor, second: Tensor) -> Translation:
+    """Learn the translation of each image from its own cells: (B, C, h, w) both.
+
+    There may be fewer cells than channels, so that what the cells do not tell stays as it is: the
+    identity and a correction, by ridge regression in its dual form.
+    """
+    inputs, targets = (one.flatten(2).to(torch.float32) for one in (second, own))
+    centre, level = inputs.mean(2, keepdim=True), targets.mean(2, keepdim=True)
+    inputs, targets = inputs - centre, targets - level
+    gram = inputs.mT @ inputs  # (B, N, N)
+    least = PENALTY_OF_ONE * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-6
+    found = ridge(gram, inputs.mT, least)  # (B, N, C)
+    weight = torch.eye(inputs.shape[1], device=own.device) + (targets - inputs) @ found
+    bias = (level - weight @ centre)[..., 0]
+    return Translation(weight.to(own.dtype), bias.to(own.dtype))
+
+
+def shipped_translation(backbone: Backbone) -> Translation | None:
+    """The translation that comes with the package; ``None`` where there is none for the weights."""
+    path = _SHIPPED / f"translation_{backbone.name}.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        return Translation.load(path, backbone)
+    except ValueError:  # the same network with other weights
+        return None
+
+
+class SecondScale(Backbone):
+    """A backbone of half the stride, made of one and what it says of the enlarged image.
+
+    Attributes:
+        backbone: the one that it is made of.
+        passes: what it costs, in passes of that backbone over the image.
+    """
+
+    passes = 5
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        upsampler: DetailUpsampler | None = None,
+        *,
+        bands: Sequence[int] | None = None,
+        translation: Translation | None = None,
+        share: float = SHARE,
+    ) -> None:
+        """Join the two scales.
+
+        Args:
+            backbone: an even stride, and any image size, are what it needs.
+            upsampler: gives the first step; ``None`` for that of universal weights.
+            bands: those that the step sees, as :class:`upfeat.FeatUp` has them.
+            translation: from :func:`fit_translation`; ``None`` for the shipped one, and where there
+                is none to learn one of each image from its own cells.
+            share: of the second scale in the result, from 0 to 1.
+
+        Raises:
+            ValueError: the share is out of range, the stride is odd, or the translation has other
+                channels.
+        """
+        if backbone.stride % FINER:
+            raise ValueError(
+                f"passes={self.passes} needs a backbone of an even stride, and {backbone.name} has "
+                f"{backbone.stride}; use passes=1"
+            )
+        mean, std = backbone.normalization
+        super().__init__(
+            name=f"{backbone.name}.passes{self.passes}",
+            embed_dim=backbone.embed_dim,
+            stride=backbone.stride // FINER,
+            mean=mean,
+            std=std,
+            in_channels=backbone.in_channels,
+        )
+        self.share = number("share", share, 0, 1)
+        self.backbone = backbone
+        self.bands = None if bands is None else tuple(bands)
+        self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
+        translation = translation or shipped_translation(backbone)
+        channels = backbone.embed_dim
+        if translation is not None and translation.weight.shape != (channels, channels):
+            raise ValueError(
+                f"translation is of {translation.weight.shape[0]} channels and {backbone.name} has "
+                f"{channels}; learn one by upfeat.scales.fit_translation"
+            )
+        self.weight: Tensor | None
+        self.bias: Tensor | None
+        for label in Translation._fields:
+            self.register_buffer(
+                label, None if translation is None else getattr(translation, label)
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the step computes in; the backbone within sees to its own."""
+        return next(self.first.parameters()).dtype
+
+    def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Round both sides to the nearest whole multiples of the stride of the backbone within."""
+        return self.backbone.grid_aligned(size)
+
+    def extract(self, x: Tensor) -> Tensor:
+        """See :meth:`Backbone.extract`."""
+        own, second = _both(self.backbone, x)
+        return self.join(x, own, second)
+
+    def join(self, x: Tensor, own: Tensor, second: Tensor) -> Tensor:
+        """Join the features of both scales.
+
+        Args:
+            x: (B, 3, H, W) normalised image.
+            own: (B, C, h, w), its features.
+            second: (B, C, 2h, 2w), those of the image at twice its size.
+
+        Returns:
+            (B, C, 2h, 2w); linear in both, where the translation is given.
+        """
+        if self.weight is None or self.bias is None:
+            translation = _fit_one(own, F.avg_pool2d(second, FINER))
+        else:
+            translation = Translation(self.weight.to(own.dtype), self.bias.to(own.dtype))
+        finer = translation(second)
+        guidance = guidance_for(self.first, x, self.backbone, self.bands)
+        grid, size = (own.shape[2], own.shape[3]), (x.shape[2], x.shape[3])
+        kernels = self.first.prepare(guidance, grid, size)
+        # The first step is linear: one call serves both brackets.
+        finer = self.share * finer
+        out = finer + kernels.first(own - F.avg_pool2d(finer, FINER))
+        if kernels.regression is None or self.share == 1:
+            return out
+        told = kernels.regression.at(as_map(own), Window(0, 0, *second.shape[2:]))
+        return out + (1 - self.share) * told
+
+
+def guidance_for(
+    upsampler: Upsampler, x: Tensor, backbone: Backbone, bands: Sequence[int] | None
+) -> Tensor:
+    """The image as an upsampler sees it: in its own normalisation, where that differs.
+
+    Args:
+        upsampler: says which.
+        x: (B, C, H, W), normalised for the backbone.
+        backbone: whose normalisation it has.
+        bands: the three that the upsampler sees; ``None`` for all.
+    """
+    if bands is None:
+        return upsampler.guidance_from(x, backbone)
+    mean, std = (tuple(values[band] for band in bands) for values in backbone.normalization)
+    own, x = upsampler.normalization, x[:, list(bands)]
+    return x if own is None else Normalization(mean, std).convert(x, own)
+
+
+def _both(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Features of an image, (B, C, h, w), and of it at twice its size, (B, C, 2h, 2w).
+
+    Raises:
+        ValueError: the backbone's grid does not grow with the image.
+    """
+    height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
+    own = backbone(x)
+    larger = F.interpolate(
+        x, size=(FINER * height, FINER * width), mode="bicubic", align_corners=False
+    )
+    second = backbone(larger)
+    if second.shape[2:] != (FINER * own.shape[2], FINER * own.shape[3]):
+        raise ValueError(
+            f"passes=5 needs a backbone whose grid grows with the image: {backbone.name} gives "
+            f"{tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at twice the size; use "
+            "passes=1"
+        )
+    return own, second

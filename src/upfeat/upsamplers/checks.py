@@ -1,0 +1,97 @@
+"""Checks of what upsamplers are given."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
+    is_functorch_wrapped_tensor,
+)
+
+from upfeat.bounds import shown
+from upfeat.types import Size
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LONGEST_SIDE = 1 << 20
+"""Pixels of an output's side, at most."""
+
+
+def check_inputs(
+    features: Tensor, guidance: Tensor, output_size: Size | None, bands: int | None = 3
+) -> Size:
+    """Check an upsampler's arguments, with its ``guidance_bands``; return the output size.
+
+    Raises:
+        ValueError: as :meth:`Upsampler.forward`.
+    """
+    for label, tensor in (("features", features), ("guidance", guidance)):
+        if tensor.dim() != 4 or 0 in tensor.shape[1:]:
+            raise ValueError(
+                f"{label} must be (B, channels, height, width), none of the last three 0, "
+                f"not {tuple(tensor.shape)}"
+            )
+    if bands is not None and guidance.shape[1] != bands:
+        raise ValueError(
+            f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
+            'or use an upsampler that takes any bands, as "detail_universal"'
+        )
+    if features.shape[0] != guidance.shape[0]:
+        raise ValueError(
+            f"features has batch size {features.shape[0]} and guidance {guidance.shape[0]}; "
+            "give one image per feature map, or expand() the smaller"
+        )
+    if features.device != guidance.device:
+        raise ValueError(
+            f"features is on {features.device} and guidance on {guidance.device}; "
+            "move one with .to()"
+        )
+    check_finite("features", features, "check the backbone's input and its precision")
+    check_finite("guidance", guidance, "check the image")
+    if output_size is None:
+        return guidance.shape[2], guidance.shape[3]
+    return check_output_size(output_size)
+
+
+def check_finite(label: str, tensor: Tensor, fix: str) -> None:
+    """Refuse NaN where it enters: it would spread over a window at every later stage.
+
+    One pass over the inputs, which are small beside the output. Left out where a value must not
+    steer the program: in a graph being compiled and under ``torch.func`` transforms.
+
+    Raises:
+        ValueError: a value is NaN or infinite, or of a type that is not computed with.
+    """
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{label} is {tensor.dtype}; give floating numbers, as .float() does")
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor):
+        return
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError(
+            f"{label} holds NaN or infinity; {fix} (float16 overflows at 65504: use bfloat16 or "
+            "float32)"
+        )
+
+
+def check_output_size(output_size: Size) -> Size:
+    """Check that ``output_size`` is two whole numbers of at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    try:
+        height, width = (int(side) for side in output_size)
+        valid = (height, width) == tuple(output_size) and min(height, width) >= 1
+        valid = valid and not any(isinstance(side, bool | str) for side in output_size)
+    except (TypeError, ValueError, OverflowError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"output_size={shown(output_size)} must be (height, width), two whole numbers of "
+            "pixels of at least 1"
+        )
+    if max(height, width) > LONGEST_SIDE:  # pyright: ignore[reportPossiblyUnboundVariable]
+        raise ValueError(
+            f"output_size={shown(output_size)} has a side of more than {LONGEST_SIDE} pixels; "
+            "render parts of it"
+        )
+    return height, width  # pyright: ignore[reportPossiblyUnboundVariable]

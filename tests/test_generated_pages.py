@@ -1,0 +1,43 @@
+"""Tables of the documents that are made from benchmarks and code: none has drifted."""
+
+import importlib.util
+
+import documents
+import pytest
+
+
+@pytest.fixture(scope="module")
+def generate():
+    place = documents.ROOT / "docs" / "generate.py"
+    spec = importlib.util.spec_from_file_location("generate", place)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_page_has_drifted(generate, capsys):
+    code = generate.main(["--check"])
+    assert code == 0, f"run python docs/generate.py: {capsys.readouterr().out}"
+
+
+def test_drift_is_found(generate, monkeypatch):
+    page = documents.ROOT / "docs" / "evidence" / "performance.md"
+    text = page.read_text()
+    assert generate.generated(text) == text
+    read = generate._read
+
+    def slower(name):
+        data = read(name)
+        for row in data.get("measurements", ()):
+            row["seconds"] *= 2
+        return data
+
+    monkeypatch.setattr(generate, "_read", slower)
+    assert generate.generated(text) != text
+
+
+def test_every_setting_has_a_row(generate):
+    from upfeat.training.config import TrainConfig
+
+    table = generate.settings("upfeat.training.config.TrainConfig")
+    assert all(f"| `{name}` |" in table for name in TrainConfig.__dataclass_fields__)
