@@ -47,7 +47,7 @@ PENALTY = 1e-2
 PENALTY_OF_ONE = 1.0
 """Of one learnt from a single image, beside what it says of a cell."""
 
-SHARE = 0.65
+SHARE = 0.75
 """How much of the result the second scale has, a."""
 
 _SHIPPED = Path(__file__).parent / "weights"
