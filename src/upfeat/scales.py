@@ -108,9 +108,11 @@ def fit_translation(
         ValueError: there are no images, or the penalty is not above 0.
 
     Example:
-        >>> backbone = upfeat.load_backbone("efficientnet_lite0")
-        >>> images = (backbone.preprocess(path, 256) for path in paths)
-        >>> translation = upfeat.scales.fit_translation(backbone, images)
+        >>> from upfeat.backbones import load_backbone
+        >>> backbone = load_backbone(torch.nn.Conv2d(3, 4, 8, 8))
+        >>> images = (backbone.preprocess(image, 64) for image in torch.rand(2, 3, 80, 64))
+        >>> fit_translation(backbone, images).weight.shape
+        torch.Size([4, 4])
     """
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} must be above 0")
