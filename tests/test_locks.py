@@ -9,8 +9,10 @@ import sys
 import threading
 
 import pytest
+from PIL import Image
 
 from upfeat import locks
+from upfeat.cli.main import main
 
 HOLDER = """
 import sys, time
@@ -122,3 +124,20 @@ def test_without_locks_of_the_system_the_writer_must_live(tmp_path, monkeypatch,
         with locks.hold(tmp_path):
             pass
         assert not path.exists()
+
+
+def test_a_fit_and_an_evaluation_hold_what_they_write(holder, tmp_path, capsys):
+    """The command says who writes there, in one line, and touches nothing."""
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (48, 48)).save(photo)
+    assert main(["eval", "consistency", str(tmp_path), "-o", str(tmp_path)]) == 2
+    shown = capsys.readouterr().err
+    assert f"is being written by process {holder.pid} on " in shown
+    assert shown.count("\n") == 1
+    output = tmp_path / "fit.safetensors"
+    with locks.hold(output):
+        assert main(["fit", str(photo), "-o", str(output), "--views", "2", "--no-picture"]) == 2
+    shown = capsys.readouterr().err
+    assert f"is being written by process {os.getpid()} on " in shown
+    assert shown.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "photo.png"]

@@ -7,6 +7,7 @@ coarse grid before it, and a point or a crop needs its own pixels and what their
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from upfeat.bounds import number, whole
 from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
+from upfeat.machine import readable
+from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_finite, check_inputs
 from upfeat.upsamplers.head import add_offset
@@ -116,6 +119,16 @@ class UpsampledFeatures(FeatureMap):
         self.missing = None if missing is None else missing.expand(-1, 1, *size)
         self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
         self._precomputed: tuple[_Snapshot, tuple[Kernels, Tensor | Map]] | None = None
+
+    def __repr__(self) -> str:
+        """One line: the shape, what it is made from, and the memory that the whole would take."""
+        dtype = str(self.features.dtype).removeprefix("torch.")
+        memory = readable(math.prod(self.shape) * self.features.element_size())
+        return (
+            f"{type(self).__name__}({times(self.shape)}, {dtype} on {self.features.device}; from "
+            f"features {times(self.features.shape)} and guidance {times(self.guidance.shape)} by "
+            f"{self.upsampler.name}; {memory} if full)"
+        )
 
     @property
     def mixed(self) -> Tensor:

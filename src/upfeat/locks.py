@@ -71,6 +71,33 @@ def hold(output: str | Path) -> Iterator[None]:
         os.close(handle)
 
 
+@contextmanager
+def hold_folder(folder: str | Path) -> Iterator[None]:
+    """Make a folder and be the only one to write it; gone after if nothing is in it.
+
+    Args:
+        folder: that results go to.
+
+    Raises:
+        ValueError: another process holds it, or it cannot be written.
+    """
+    folder = Path(folder)
+    missing = [one for one in (folder, *folder.parents) if not one.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+    try:
+        with hold(folder):
+            yield
+    except PermissionError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
+    finally:
+        with suppress(OSError):
+            for made in missing:
+                made.rmdir()
+
+
 def _take(path: Path, output: Path) -> int:
     """Open the lock file and lock it; return its handle."""
     while True:

@@ -69,6 +69,20 @@ class FeatUp(nn.Module):
         self.bands = None if bands is None else tuple(bands)
         self.eval().requires_grad_(False)
 
+    def __repr__(self) -> str:
+        """One line: names, sizes, numbers of parameters, and where they are."""
+        backbone, upsampler = self.backbone, self.upsampler
+        counts = [
+            f"{sum(one.numel() for one in part.parameters()):,}" for part in (backbone, upsampler)
+        ]
+        first = next(self.parameters(), backbone.mean)
+        dtype = str(first.dtype).removeprefix("torch.")
+        return (
+            f"{type(self).__name__}({backbone.name} + {upsampler.name}: {backbone.embed_dim} "
+            f"channels, stride {backbone.stride}; {' + '.join(counts)} parameters, {dtype} on "
+            f"{first.device})"
+        )
+
     @property
     def passes(self) -> int:
         """Cost of the features, in passes of the network over the image: 1 or 5."""

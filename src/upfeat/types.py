@@ -1,5 +1,6 @@
 """Sizes and windows of maps, in whole pixels."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 Size: TypeAlias = tuple[int, int]
@@ -23,3 +24,8 @@ class Window(NamedTuple):
     def right(self) -> int:
         """One past the last column."""
         return self.left + self.width
+
+
+def times(shape: Sequence[int]) -> str:
+    """Sizes as people write them: "1×112×400×608"."""
+    return "×".join(map(str, shape))

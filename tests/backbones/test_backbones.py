@@ -1,5 +1,6 @@
 """The embedded backbone's weights and levels, the wrapper, and names."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -155,3 +156,36 @@ def test_preprocess_keeps_the_photographs_own_pixels(tmp_path):
     assert model.preprocess(tmp_path / "photo.png").shape == (1, 3, 40, 60)
     assert model.preprocess(tmp_path / "photo.png", 32).shape == (1, 3, 32, 48)
     assert model.preprocess(tmp_path / "photo.png", align=True).shape == (1, 3, 32, 64)
+
+
+def test_a_module_is_changed_in_place_as_said_and_a_copy_is_not():
+    """README says so; whoever trains theirs gives a copy."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    before = {name: one.clone() for name, one in module.state_dict().items()}
+    upfeat.load(copy.deepcopy(module), upsampler="bilinear")
+    assert module.training
+    assert all(one.training for one in module.modules())
+    assert all(one.requires_grad for one in module.parameters())
+    backbone = upfeat.load_backbone(module)
+    assert not any(one.training for one in module.modules())
+    assert all(one.requires_grad for one in module.parameters())
+    upfeat.load(backbone, upsampler="bilinear")
+    assert not any(one.requires_grad for one in module.parameters())
+    for name, one in module.state_dict().items():
+        assert torch.equal(one, before[name])
+    for text in (upfeat.load.__doc__, upfeat.FeatUp.__init__.__doc__):
+        assert "in place" in " ".join(text.split())
+
+
+def test_a_model_that_upsamples_is_no_backbone(tmp_path):
+    model = upfeat.load(upsampler="bilinear")
+    for use in (
+        lambda: upfeat.load_backbone(model),
+        lambda: upfeat.load(model),
+        lambda: upfeat.FeatUp(model, upfeat.Bilinear()),
+        lambda: upfeat.fit_implicit(torch.rand(3, 64, 64), model),
+        lambda: upfeat.train(model, tmp_path, upfeat.TrainConfig(out=tmp_path / "run")),
+    ):
+        with pytest.raises(ValueError, match=r"upsampled already; give its own backbone") as raised:
+            use()
+        assert "\n" not in str(raised.value)

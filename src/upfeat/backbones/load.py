@@ -98,6 +98,12 @@ def load_backbone(
         >>> load_backbone("efficientnet_lite0.stride8").embed_dim
         40
     """
+    inside = getattr(backbone, "backbone", None)
+    if isinstance(inside, Backbone) and hasattr(backbone, "upsampler"):
+        raise ValueError(
+            f"backbone is a {type(backbone).__name__}, whose features are upsampled already; give "
+            "its own backbone, as model.backbone"
+        )
     if isinstance(backbone, Backbone):
         _refuse("a Backbone", {"layer": layer, "fit": fit, **options})
         return _place(backbone, device, dtype)

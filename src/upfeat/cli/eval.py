@@ -156,7 +156,11 @@ def execute(options: argparse.Namespace) -> int:
         downsamplers=tuple(options.downsampler),
     )
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    shown = Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    )  # without a terminal nothing but errors goes to stderr
+    with shown as progress:
         results = evaluate(
             options.task,
             options.folder,

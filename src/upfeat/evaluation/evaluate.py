@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from upfeat import locks
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.prepared import OnStep
@@ -60,25 +61,27 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the data or an upsampler is not there.
-        ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written.
+        ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written, as
+            another process does.
     """
     kind = find_task(task) if isinstance(task, str) else task
     out = Path(out)
     for name, format_name in (("results.json", FORMAT), ("report.html", REPORT)):
         check_output(out / name, Inputs(upsamplers or ()), format_name, overwrite=overwrite)
-    sweep(out)
-    sweep(out / "cache")
-    results = score(
-        kind,
-        folder,
-        out,
-        upsamplers=upsamplers,
-        backbone=backbone,
-        config=config,
-        layout=layout,
-        device=device,
-        on_step=on_step,
-    )
-    results.write(out / "results.json")
-    write_report(results, out / "report.html", kind)
+    with locks.hold_folder(out):
+        sweep(out)
+        sweep(out / "cache")
+        results = score(
+            kind,
+            folder,
+            out,
+            upsamplers=upsamplers,
+            backbone=backbone,
+            config=config,
+            layout=layout,
+            device=device,
+            on_step=on_step,
+        )
+        results.write(out / "results.json")
+        write_report(results, out / "report.html", kind)
     return results

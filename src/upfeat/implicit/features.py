@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -24,8 +25,9 @@ from upfeat.images import read_image
 from upfeat.implicit.fields import Field
 from upfeat.implicit.guides import sample
 from upfeat.implicit.stored import FORMAT, encode, read_stored
+from upfeat.machine import readable
 from upfeat.storage import write_tensors
-from upfeat.types import Size
+from upfeat.types import Size, times
 from upfeat.upsamplers.checks import check_output_size
 
 if TYPE_CHECKING:
@@ -67,6 +69,18 @@ class ImplicitFeatures(FeatureMap):
         self.components, self.mean = components, mean
         self.facts = dict(facts or {})
         self.shape = torch.Size((1, components.shape[1], *guidance.shape[1:]))
+
+    def __repr__(self) -> str:
+        """One line: the shape, what draws it, and the memory that the whole would take."""
+        coefficients = sum(one.numel() for one in self.field.tensors().values())
+        held = self.facts.get("held_out")
+        loss = f", held-out loss {held:.4f}" if isinstance(held, float) else ""
+        return (
+            f"{type(self).__name__}({times(self.shape)} at the size of the fit, any other by "
+            f"render(); {self.facts.get('backbone', 'an unknown backbone')}, {self.field.kind} "
+            f"field of {coefficients:,} numbers, {len(self.components)} components{loss}; "
+            f"{readable(4 * math.prod(self.shape))} if full)"
+        )
 
     def render(
         self,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from upfeat import machine
+from upfeat import locks, machine
 from upfeat._version import __version__
 from upfeat.backbones import Backbone
 from upfeat.decoding import MAX_PIXELS, image_size
@@ -71,7 +71,8 @@ def fit_photograph(
 
     Raises:
         FileNotFoundError: there is no such photograph.
-        ValueError: as :func:`fit_implicit`; or memory would not do.
+        ValueError: as :func:`fit_implicit`; memory would not do; or another process writes the
+            output.
         OSError: writing failed.
     """
     early = picture if picture is not None and not picture.exists() else None
@@ -88,9 +89,10 @@ def fit_photograph(
     recipe = _recipe(source, made_by or identify_backbone(backbone), config, guidance=guidance)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        features = fit_implicit(pixels, backbone, config, on_step=tell)
-        features.facts |= {**recipe, "recipe": digest(recipe)}
-        _write(features, output, picture, digest(recipe), guidance=guidance)
+        with locks.hold(output):
+            features = fit_implicit(pixels, backbone, config, on_step=tell)
+            features.facts |= {**recipe, "recipe": digest(recipe)}
+            _write(features, output, picture, digest(recipe), guidance=guidance)
     except BaseException:
         if early is not None:
             early.unlink(missing_ok=True)

@@ -13,13 +13,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
-from upfeat import locks
 from upfeat.backbones import Backbone
 from upfeat.provenance import digest, identify_backbone, versions
 from upfeat.storage import sweep, write_bytes
@@ -60,28 +58,6 @@ class RunFolder:
     def log(self) -> Path:
         """The log."""
         return self.path / "losses.jsonl"
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Make the folder and be the only one to write it; gone after if nothing is in it.
-
-        Raises:
-            ValueError: another process holds it, or it cannot be written.
-        """
-        missing = [one for one in (self.path, *self.path.parents) if not one.exists()]
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
-        try:
-            with locks.hold(self.path):
-                yield
-        except PermissionError as error:
-            raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
-        finally:
-            with suppress(OSError):
-                for made in missing:
-                    made.rmdir()
 
     def start(
         self,

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from upfeat import locks
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.training.config import TrainConfig
 from upfeat.training.folder import RunFolder
@@ -299,7 +300,7 @@ def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Bac
 def _held(folder: RunFolder, group: Processes) -> Iterator[None]:
     """The folder, held by the first process for all of them."""
     with ExitStack() as stack:
-        group.on_main(lambda: stack.enter_context(folder.hold()))
+        group.on_main(lambda: stack.enter_context(locks.hold_folder(folder.path)))
         yield
 
 
