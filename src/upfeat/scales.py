@@ -47,7 +47,7 @@ PENALTY = 1e-2
 PENALTY_OF_ONE = 1.0
 """Of one learnt from a single image, beside what it says of a cell."""
 
-SHARE = 0.65
+SHARE = 0.75
 """How much of the result the second scale has, a."""
 
 _SHIPPED = Path(__file__).parent / "weights"
@@ -108,9 +108,11 @@ def fit_translation(
         ValueError: there are no images, or the penalty is not above 0.
 
     Example:
-        >>> backbone = upfeat.load_backbone("efficientnet_lite0")
-        >>> images = (backbone.preprocess(path, 256) for path in paths)
-        >>> translation = upfeat.scales.fit_translation(backbone, images)
+        >>> from upfeat.backbones import load_backbone
+        >>> backbone = load_backbone(torch.nn.Conv2d(3, 4, 8, 8))
+        >>> images = (backbone.preprocess(image, 64) for image in torch.rand(2, 3, 80, 64))
+        >>> fit_translation(backbone, images).weight.shape
+        torch.Size([4, 4])
     """
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} must be above 0")
