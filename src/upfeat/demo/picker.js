@@ -14,7 +14,7 @@ element.addEventListener("change", async (event) => {
   const file = event.target.files[0];
   event.target.value = "";
   if (file.size > limit) {
-    say({ error: `${file.name} has ${(file.size / 1048576).toFixed(0)} MiB; at most ${limit / 1048576} MiB are taken, so save it smaller first` });
+    say({ error: `${file.name} is larger than ${limit / 1048576} MiB; save it smaller first` });
     return;
   }
   say({ busy: "Computing features…" });
