@@ -245,9 +245,9 @@ def extract_within(backbone: Backbone, x: Tensor, memory: float, *, label: str =
     if tile < _LEAST_TILE:
         least = ((_LEAST_TILE + 2 * halo) * stride) ** 2 * a_pixel
         raise ValueError(
-            f"{label}: {readable(max(memory, 0))} of memory are too little for {backbone.name}; tiles of "
-            f"{_LEAST_TILE * stride} pixels need about {readable(least)}; give a smaller size, or more "
-            "memory"
+            f"{label}: {readable(max(memory, 0))} of memory are too little for {backbone.name}; "
+            f"tiles of {_LEAST_TILE * stride} pixels need about {readable(least)}; give a smaller "
+            "size, or more memory"
         )
     height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
     if (height, width) != tuple(x.shape[2:]):

@@ -222,7 +222,7 @@ def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, layer.weight, layer.bias)
 
 
-def _seen(grid: Size | torch.Size, size: Size, ratio: float) -> Tensor:
+def _seen(grid: Size, size: Size, ratio: float) -> Tensor:
     """Which cells a pixel sees, (H·W, h·w)."""
     axes = []
     for cells, length in zip(grid, size, strict=True):

@@ -82,7 +82,8 @@ def window_attention_backward(
     if not wanted:
         return None, None, None
     with torch.enable_grad():
-        out = tiled_attention.window_attention(*given, rows, columns, heads, scale, blocks)
+        q, k, v = given
+        out = tiled_attention.window_attention(q, k, v, rows, columns, heads, scale, blocks)
         found = iter(torch.autograd.grad(out, wanted, grad))
     parts = [next(found) if need else None for need in needed]
     return parts[0], parts[1], parts[2]
