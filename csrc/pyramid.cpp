@@ -100,11 +100,11 @@ int means(const UpfeatTensor* guidance, const UpfeatPyramid& pyramid, const Upfe
           const PyramidCells& rows, const PyramidCells& columns, int isa, int threads) {
   if (!all_valid({guidance, out})) return UPFEAT_BAD_ARGUMENT;
   if (!lies_in(rows.first, rows.count, rows.all) ||
-      !lies_in(columns.first, columns.count, columns.all) || is_empty(*guidance)) {
+      !lies_in(columns.first, columns.count, columns.all)) {
     return UPFEAT_BAD_ARGUMENT;
   }
   if (is_empty(*out)) return UPFEAT_OK;
-  if (!fits(pyramid, *guidance, *out)) return UPFEAT_BAD_ARGUMENT;
+  if (is_empty(*guidance) || !fits(pyramid, *guidance, *out)) return UPFEAT_BAD_ARGUMENT;
   PyramidPlan plan{};
   plan.cell_rows = rows;
   plan.cell_columns = columns;

@@ -159,6 +159,17 @@ def implicit_reference() -> str:
     return _rows(head, rows)
 
 
+def passes(part: str) -> str:
+    """Temperatures, or passes of the backbone, over backbones and sets."""
+    rows = []
+    for group in _read("passes")[part]:
+        rows.append([f"*{group['backbone']}: {group['data']}*", "", ""])
+        for name, scores in group["rows"].items():
+            own, transfer = (f"{scores[i]:.1f} / {scores[i + 1]:.1f}" for i in (0, 2))
+            rows.append([name, own, transfer])
+    return _rows(["", "own", "transfer"], rows)
+
+
 def _read(name: str) -> Any:
     return json.loads((BENCHMARKS / f"{name}.json").read_text())
 

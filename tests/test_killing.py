@@ -10,6 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.kills
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="forks a process with PyTorch")
 @pytest.mark.parametrize("command", killing.COMMANDS)
 def test_a_killed_command_is_as_good_as_an_undisturbed_one(command, tmp_path):

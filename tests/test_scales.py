@@ -78,10 +78,26 @@ def test_joining_is_linear_in_both_scales(translation):
 def test_features_that_know_no_scale_stay_as_they_are():
     """Where the second scale's cells average to the image's, it adds its detail and no more."""
     identity = Translation(torch.eye(4), torch.zeros(4))
-    scales = SecondScale(upfeat.load_backbone(colours), translation=identity)
+    backbone = upfeat.load_backbone(colours)
+    scales = SecondScale(backbone, translation=identity, share=1)
     second = torch.randn(1, 4, 16, 20)
     out = scales.join(photo(), F.avg_pool2d(second, 2), second)
     torch.testing.assert_close(out, second, rtol=1e-4, atol=1e-5)
+
+
+def test_the_share_leads_from_one_pass_to_the_second_scale(translation):
+    x, backbone = photo(), upfeat.load_backbone(colours)
+    own, second = torch.randn(1, 4, 8, 10), torch.randn(1, 4, 16, 20)
+    ends = [
+        SecondScale(backbone, translation=translation, share=share).join(x, own, second)
+        for share in (0, 0.25, 1)
+    ]
+    torch.testing.assert_close(ends[1], 0.75 * ends[0] + 0.25 * ends[2])
+    upsampler = create_upsampler("detail_universal")
+    kernels = upsampler.prepare(upsampler.guidance_from(x, backbone), (8, 10), (64, 80))
+    torch.testing.assert_close(ends[0], kernels.to_finer_grid(own))
+    with pytest.raises(ValueError, match="share=2"):
+        SecondScale(backbone, share=2)
 
 
 def test_a_translation_is_learnt_from_images():

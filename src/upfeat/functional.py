@@ -286,7 +286,7 @@ def window_attention(
         )
     for label, bounds, axis in (("rows", rows, 2), ("columns", columns, 3)):
         _check_ranges(label, bounds, queries.shape[axis], keys.shape[axis])
-    scale = (queries.shape[1] // heads) ** -0.5 if scale is None else float(scale)
+    factor = (queries.shape[1] // heads) ** -0.5 if scale is None else float(scale)
     return dispatch.call(
         "window_attention",
         backend,
@@ -296,7 +296,7 @@ def window_attention(
         list(rows),
         list(columns),
         heads,
-        scale,
+        factor,
         blocks,
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ Read = Callable[[Window], Tensor]
 _PROBE_CELLS = 64
 _LEAST_TILE = 16
 _TOLERANCE = 1e-4
+# Measured once for each backbone.
+_HALOS: WeakKeyDictionary[Backbone, int | None] = WeakKeyDictionary()
+_ACTIVATIONS: WeakKeyDictionary[Backbone, float] = WeakKeyDictionary()
 
 
 class Strip(NamedTuple):
@@ -36,7 +40,6 @@ class Strip(NamedTuple):
     """(1, C, rows, columns)."""
 
 
-@torch.no_grad()
 def receptive_halo(backbone: Backbone) -> int | None:
     """Measure how many cells beyond its own a cell of the features depends on.
 
@@ -50,6 +53,13 @@ def receptive_halo(backbone: Backbone) -> int | None:
         Cells to each side; ``None`` where a cell depends on more than a quarter of a long image, as
         with global attention, or where tiles disagree with the whole.
     """
+    if backbone not in _HALOS:
+        _HALOS[backbone] = _measure_halo(backbone)
+    return _HALOS[backbone]
+
+
+@torch.no_grad()
+def _measure_halo(backbone: Backbone) -> int | None:
     stride = backbone.stride
     try:
         reaches = [_spread(backbone, offset) for offset in (0, stride - 1)]
@@ -170,13 +180,19 @@ def _extract(backbone: Backbone, read: Read, cells: Window) -> Tensor:
     return backbone(read(Window(*(stride * side for side in cells))))
 
 
-@torch.no_grad()
 def activation_bytes(backbone: Backbone) -> float:
     """Measure the memory that a backbone's activations take, bytes for each pixel of its input.
 
     It is that of the largest input and output of any of its modules, with half as much again for
     what else is alive; functions without modules are taken for a network of 64 channels.
     """
+    if backbone not in _ACTIVATIONS:
+        _ACTIVATIONS[backbone] = _measure_activations(backbone)
+    return _ACTIVATIONS[backbone]
+
+
+@torch.no_grad()
+def _measure_activations(backbone: Backbone) -> float:
     largest = 0
 
     def record(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -229,8 +245,9 @@ def extract_within(backbone: Backbone, x: Tensor, memory: float, *, label: str =
     if tile < _LEAST_TILE:
         least = ((_LEAST_TILE + 2 * halo) * stride) ** 2 * a_pixel
         raise ValueError(
-            f"{label}: {readable(memory)} of memory are too little for {backbone.name}; tiles of "
-            f"{_LEAST_TILE * stride} pixels need about {readable(least)}"
+            f"{label}: {readable(max(memory, 0))} of memory are too little for {backbone.name}; "
+            f"tiles of {_LEAST_TILE * stride} pixels need about {readable(least)}; give a smaller "
+            "size, or more memory"
         )
     height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
     if (height, width) != tuple(x.shape[2:]):

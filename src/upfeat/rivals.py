@@ -159,7 +159,7 @@ def plain(upsampler: Upsampler, features: Tensor, image: Tensor, size: Size) -> 
     if isinstance(upsampler, NAF):
         return _plain_naf(upsampler, features, image, size)
     assert isinstance(upsampler, AnyUp | JAFAR)
-    grid, parts = features.shape[2:], upsampler.image
+    grid, parts = (features.shape[2], features.shape[3]), upsampler.image
     encoded = _encode(parts.image_encoder, image)
     rows, columns = parts._angles(encoded)
     angles = (rows[:, None] + columns).permute(2, 0, 1)
@@ -222,7 +222,7 @@ def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
     return F.conv2d(x, layer.weight, layer.bias)
 
 
-def _seen(grid: Size | torch.Size, size: Size, ratio: float) -> Tensor:
+def _seen(grid: Size, size: Size, ratio: float) -> Tensor:
     """Which cells a pixel sees, (H·W, h·w)."""
     axes = []
     for cells, length in zip(grid, size, strict=True):
@@ -237,7 +237,8 @@ def _plain_naf(upsampler: NAF, features: Tensor, image: Tensor, size: Size) -> T
     codes = F.adaptive_avg_pool2d(torch.cat(codes, dim=1), size)
     rows, columns = upsampler._angles(size, codes)
     angles = (rows[:, None] + columns).permute(2, 0, 1)
-    out, side, grid = [], upsampler.window_side, features.shape[2:]
+    out, side = [], upsampler.window_side
+    grid = (features.shape[2], features.shape[3])
     seen = []
     for cells, length in zip(grid, size, strict=True):
         own = (torch.arange(length) * 2 + 1) * cells // (2 * length)

@@ -5,10 +5,12 @@ all. The features of the two differ in kind, not only in detail: a linear map of
 constant, learnt in closed form, translates the second into the first. What they then say of each
 coarse cell is put right by the image's own features, so that only the detail comes from the second:
 
-    X = T·F₂ + c,    X + K₁(g)·(F − mean₂ₓ₂ X)
+    X = T·F₂ + c,    a·[X + K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
 
-K₁(g) is the first step of the detail upsampler. All of it is linear in the features F and F₂, and
-the result is a backbone of half the stride: heads, points, crops and files know nothing of it.
+K₁(g) is the first step of the detail upsampler and R(g) its regression, so that the second bracket
+is what one pass tells of the finer grid; the two err apart, and their mean errs less. All of it is
+linear in the features F and F₂, and the result is a backbone of half the stride: heads, points,
+crops and files know nothing of it.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone
+from upfeat.bounds import number
 from upfeat.linear import ridge
 from upfeat.normalization import Normalization
 from upfeat.provenance import digest
 from upfeat.storage import read_tensors, write_tensors
+from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
+from upfeat.upsamplers.maps import as_map
 
 PASSES = (1, 5)
 """What the backbone may cost, in passes over the image."""
@@ -41,6 +46,9 @@ PENALTY = 1e-2
 """Of a translation learnt from many images, in units of the features' mean variance."""
 PENALTY_OF_ONE = 1.0
 """Of one learnt from a single image, beside what it says of a cell."""
+
+SHARE = 0.75
+"""How much of the result the second scale has, a."""
 
 _SHIPPED = Path(__file__).parent / "weights"
 _FORMAT = "upfeat-translation-1"
@@ -100,9 +108,11 @@ def fit_translation(
         ValueError: there are no images, or the penalty is not above 0.
 
     Example:
-        >>> backbone = upfeat.load_backbone("efficientnet_lite0")
-        >>> images = (backbone.preprocess(path, 256) for path in paths)
-        >>> translation = upfeat.scales.fit_translation(backbone, images)
+        >>> from upfeat.backbones import load_backbone
+        >>> backbone = load_backbone(torch.nn.Conv2d(3, 4, 8, 8))
+        >>> images = (backbone.preprocess(image, 64) for image in torch.rand(2, 3, 80, 64))
+        >>> fit_translation(backbone, images).weight.shape
+        torch.Size([4, 4])
     """
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} must be above 0")
@@ -174,6 +184,7 @@ class SecondScale(Backbone):
         *,
         bands: Sequence[int] | None = None,
         translation: Translation | None = None,
+        share: float = SHARE,
     ) -> None:
         """Join the two scales.
 
@@ -183,9 +194,11 @@ class SecondScale(Backbone):
             bands: those that the step sees, as :class:`upfeat.FeatUp` has them.
             translation: from :func:`fit_translation`; ``None`` for the shipped one, and where there
                 is none to learn one of each image from its own cells.
+            share: of the second scale in the result, from 0 to 1.
 
         Raises:
-            ValueError: the stride is odd, or the translation has other channels.
+            ValueError: the share is out of range, the stride is odd, or the translation has other
+                channels.
         """
         if backbone.stride % FINER:
             raise ValueError(
@@ -201,6 +214,7 @@ class SecondScale(Backbone):
             std=std,
             in_channels=backbone.in_channels,
         )
+        self.share = number("share", share, 0, 1)
         self.backbone = backbone
         self.bands = None if bands is None else tuple(bands)
         self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
@@ -250,8 +264,14 @@ class SecondScale(Backbone):
         finer = translation(second)
         guidance = guidance_for(self.first, x, self.backbone, self.bands)
         grid, size = (own.shape[2], own.shape[3]), (x.shape[2], x.shape[3])
-        first = self.first.prepare(guidance, grid, size).first
-        return finer + first(own - F.avg_pool2d(finer, FINER))
+        kernels = self.first.prepare(guidance, grid, size)
+        # The first step is linear: one call serves both brackets.
+        finer = self.share * finer
+        out = finer + kernels.first(own - F.avg_pool2d(finer, FINER))
+        if kernels.regression is None or self.share == 1:
+            return out
+        told = kernels.regression.at(as_map(own), Window(0, 0, *second.shape[2:]))
+        return out + (1 - self.share) * told
 
 
 def guidance_for(

@@ -124,6 +124,18 @@ def weighing(depth, size, dtype, radius=3):
     return run
 
 
+def attending(depth, heads, channels, blocks, dtype, form=torch.contiguous_format):
+    def run():
+        queries = torch.zeros(1, depth, 40, 40, dtype=dtype).contiguous(memory_format=form)
+        keys, values = torch.zeros(1, depth, 5, 5), torch.zeros(1, channels, 5, 5, dtype=dtype)
+        bounds = [0] * 40 + [5] * 40
+        kernels.window_attention(
+            queries, keys.to(dtype), values, bounds, bounds, heads, 0.1, blocks or [channels]
+        )
+
+    return run
+
+
 LAST = torch.channels_last
 CALLS = {
     "doubling": upsampling(384, (16, 16), (32, 32), torch.float32),
@@ -142,11 +154,17 @@ CALLS = {
     "range_kernel_one_pixel": weighing(1, (1, 1), torch.float32),
     "range_kernel_widest": weighing(32, (32, 64), torch.float32, radius=7),
 }
-MAY_SPILL = {"range_kernel_widest"}
+CALLS |= {
+    "attention_mean": attending(128, 4, 384, None, torch.float32, LAST),
+    "attention_split": attending(256, 4, 384, [96] * 4, torch.float32, LAST),
+    "attention_split_half": attending(256, 4, 1024, [256] * 4, torch.float16),
+    "attention_odd": attending(30, 3, 7, [2, 0, 5], torch.bfloat16),
+}
+MAY_SPILL = {"range_kernel_widest", "attention_mean"}  # the latter 16 bytes on sm_80
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("call", CALLS)
 def test_compiles(call, capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
@@ -167,7 +185,7 @@ def test_every_kernel_is_compiled(monkeypatch):
     started = {kernel.__name__ for kernel, _, _ in launches}
     assert started == {
         "fold", "unfold", "gather_groups", "scatter_groups", "gather_tiles", "scatter_tiles",
-        "outer_tiles", "range_forward", "range_backward",
+        "outer_tiles", "range_forward", "range_backward", "attend_norms", "attend_values",
     }  # fmt: skip
 
 

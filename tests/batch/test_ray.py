@@ -17,8 +17,7 @@ from upfeat.batch import Engine, Extraction, extract
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Ray's own
 def test_a_killed_worker_loses_nothing(tmp_path):
-    import psutil
-
+    psutil = pytest.importorskip("psutil")
     photos = tmp_path / "photos"
     photos.mkdir()
     for seed in range(40):

@@ -269,10 +269,13 @@ def test_bench_keeps_files_of_others(tmp_path, capsys):
     assert path.read_text() == "{}"
 
 
-def test_an_enlargement_beyond_the_memory_is_refused_before_it_is_tried(tmp_path, capsys):
+def test_an_enlargement_beyond_the_memory_is_refused_before_it_is_tried(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("upfeat.machine.available_memory", lambda device=None: 4 * 10**9)
     photo = _photo(tmp_path / "photo.png", (600, 400))
     for command in ("run", "fit"):
-        assert main([command, str(photo), "-o", str(tmp_path / command), "--size", "200000"]) == 2
+        assert main([command, str(photo), "-o", str(tmp_path / command), "--size", "16000"]) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         assert "give a smaller size, at most about" in lines[0]
@@ -286,7 +289,7 @@ def test_out_of_memory_ends_one_photograph_only(tmp_path, capsys, monkeypatch):
 
     def fail_once(self, x):
         calls.append(x.shape)
-        if len(calls) == 3:  # the first is about the backbone itself
+        if len(calls) == 4:  # the first two are about the backbone itself
             raise RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9"
             )
@@ -409,9 +412,10 @@ def test_a_picture_that_cannot_be_written_leaves_no_features(tmp_path, monkeypat
         assert not list((tmp_path / command).iterdir())
 
 
-def test_an_evaluation_beyond_the_memory_is_refused(tmp_path, capsys):
+def test_an_evaluation_beyond_the_memory_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("upfeat.machine.available_memory", lambda device=None: 4 * 10**9)
     for seed in range(2):
         _photo(tmp_path / "data" / f"{seed}.png", (64, 64), seed)
     command = ["eval", "consistency", str(tmp_path / "data"), "-o", str(tmp_path / "out")]
-    assert main([*command, "--upsamplers", "nearest", "--size", "100000"]) == 2
+    assert main([*command, "--upsamplers", "nearest", "--size", "16000"]) == 2
     assert "give a smaller size" in capsys.readouterr().err

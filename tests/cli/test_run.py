@@ -53,6 +53,16 @@ def test_options(photo, tmp_path):
         assert file.get_tensor("features").dtype == torch.float32
 
 
+def test_five_passes(photo, tmp_path):
+    arguments = ["--passes", "5", "--dtype", "fp32", "--no-picture"]
+    assert main(["run", str(photo), "-o", str(tmp_path), *arguments]) == 0
+    with safe_open(tmp_path / "small.safetensors", framework="pt") as file:
+        features, facts = file.get_tensor("features"), file.metadata()
+    model = upfeat.load(passes=5)
+    torch.testing.assert_close(features, model(model.preprocess(photo))[0], rtol=1e-4, atol=1e-4)
+    assert (facts["backbone"], facts["grid_size"]) == ("efficientnet_lite0.passes5", "8x12")
+
+
 def test_saved_upsampler_by_folder(photo, tmp_path):
     upfeat.JBUStack(112).save_pretrained(tmp_path / "stack")
     arguments = ["--upsampler", str(tmp_path / "stack"), "--no-picture"]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import bench, convert, extract, fit, info, probe, raster, render, run, train
+from upfeat.cli import bench, convert, demo, extract, fit, info, probe, raster, render, run, train
 from upfeat.cli import eval as evaluate
 
 COMMANDS = {
@@ -24,6 +24,7 @@ COMMANDS = {
     "eval": evaluate,
     "bench": bench,
     "convert": convert,
+    "demo": demo,
     "info": info,
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +19,6 @@ from upfeat.cli.choices import (
 if TYPE_CHECKING:
     from upfeat.cli.console import Batch, Plan
     from upfeat.outputs import Outputs
-    from upfeat.types import Size
 
 HELP = "Upsample the features of photographs; write them, and a picture of each."
 EXAMPLE = (
@@ -130,7 +129,7 @@ def execute(options: argparse.Namespace) -> int:
     return batch.exit_code
 
 
-def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Size]) -> None:
+def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Sequence[int]]) -> None:
     from upfeat.cli.console import progress_bar, say
 
     with progress_bar() as progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,9 +96,8 @@ def _largest(file: Any) -> int:
 def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
     """Polygons, lines and points, drawn in the order of the file."""
     import_rasterio("reading labels")
-    from rasterio.features import rasterize
-    from rasterio.windows import Window as Region
-    from rasterio.windows import transform
+    rasterize = importlib.import_module("rasterio.features").rasterize
+    windows = importlib.import_module("rasterio.windows")
 
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -115,11 +115,11 @@ def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
     burnt = [(geometry, classes.index(name)) for geometry, name in shapes]
 
     def read(window: Window) -> Any:
-        region = Region(window.left, window.top, window.width, window.height)
+        region = windows.Window(window.left, window.top, window.width, window.height)
         return rasterize(
             burnt,
             out_shape=(window.height, window.width),
-            transform=transform(region, scene.transform),
+            transform=windows.transform(region, scene.transform),
             fill=UNLABELLED,
             dtype="uint8",
         )

@@ -145,6 +145,7 @@ def _largest(values: Tensor) -> Tensor:
 
 
 def _prepare(model: FeatUp, coarse: Tensor, guidance: Tensor) -> tuple[Any, Tensor]:
-    grid, size = tuple(coarse.shape[2:]), tuple(guidance.shape[2:])
+    grid = (coarse.shape[2], coarse.shape[3])
+    size = (guidance.shape[2], guidance.shape[3])
     kernels = model.upsampler.prepare(guidance, grid, size, features=coarse)
     return kernels, model.upsampler.mix(coarse)

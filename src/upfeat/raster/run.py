@@ -81,8 +81,8 @@ def upsample_raster(
                 values = _render(piece, model, what)
                 if writing is not None:
                     writing.result()
-                writing = pool.submit(store.write, piece.index, piece.pixels, values)
-                tell(piece.index + 1, total)
+                writing = pool.submit(store.write, piece.number, piece.pixels, values)
+                tell(piece.number + 1, total)
             if writing is not None:
                 writing.result()
     except BaseException:
@@ -113,7 +113,7 @@ class Piece(NamedTuple):
     """One tile, ready to be upsampled.
 
     Attributes:
-        index: of the tile.
+        number: of the tile.
         pixels: of the raster, that the tile writes.
         coarse: (1, C, h, w) features of the tile and its halo; ``None`` where no pixel is valid.
         guidance: (1, 3, H, W) their image.
@@ -121,7 +121,7 @@ class Piece(NamedTuple):
         valid: (pixels.height, pixels.width) bool array.
     """
 
-    index: int
+    number: int
     pixels: Window
     coarse: Tensor | None
     guidance: Tensor

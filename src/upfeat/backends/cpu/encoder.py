@@ -139,7 +139,7 @@ def pool(x: Tensor, size: tuple[int, int], before: Before | None = None) -> Tens
     """Means over the cells of a grid of what ``before`` makes of ``x``, float32, channels last."""
     description = Layer()
     (before or Before()).describe(description, x.shape[1])
-    out = _channels_last(*x.shape[:2], *size, torch.float32)
+    out = _channels_last(x.shape[0], x.shape[1], size[0], size[1], torch.float32)
     call("upfeat_layer_pool", x, description, out)
     return out
 

@@ -52,7 +52,7 @@ def pyramid_queries(
 
 
 def can_run_pyramid_means(guidance: Tensor, *_: object) -> str | None:
-    """Why :func:`pyramid_means` cannot run on these; ``None`` when it can."""
+    """Say why :func:`pyramid_means` cannot run on these; ``None`` when it can."""
     return reason_against(guidance=guidance)
 
 

@@ -46,8 +46,28 @@ import torch
 from torch import Tensor
 
 from upfeat.backends.triton import launch
+from upfeat.backends.triton.attention import window_attention, window_attention_backward
 from upfeat.backends.triton.tables import Axis, bicubic_axis, plain_axis, replicated_axis
 from upfeat.geometry import window_radius
+
+__all__ = [
+    "adaptive_conv2d",
+    "adaptive_conv2d_backward",
+    "bilateral_weights",
+    "bilateral_weights_backward",
+    "can_run_adaptive_conv2d",
+    "can_run_bilateral_weights",
+    "can_run_joint_bilateral_upsample",
+    "can_run_neighbourhood_upsample",
+    "can_run_window_attention",
+    "joint_bilateral_upsample",
+    "joint_bilateral_upsample_backward",
+    "neighbourhood_upsample",
+    "neighbourhood_upsample_backward",
+    "unavailable_reason",
+    "window_attention",
+    "window_attention_backward",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALLEST_CAPABILITY = (8, 0)
@@ -100,6 +120,14 @@ def can_run_bilateral_weights(
     if radius > 7:
         return f"radius={radius} needs more scores per pixel than registers hold; at most 7"
     return _reason_against(keys)
+
+
+def can_run_window_attention(
+    queries: Tensor, keys: Tensor, values: Tensor, *options: object
+) -> str | None:
+    """Return why these arguments cannot run here; ``None`` when they can."""
+    del options  # any ranges, heads and blocks
+    return _reason_against(queries, keys, values)
 
 
 def joint_bilateral_upsample(

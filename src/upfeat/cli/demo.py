@@ -1,0 +1,81 @@
+"""``upfeat demo``: the web page."""
+
+from __future__ import annotations
+
+import argparse
+
+from upfeat.cli.choices import BACKBONE_HELP
+
+HELP = "Serve a web page to try features on: click, paint, compare."
+EXAMPLE = "  upfeat demo\n  upfeat demo --upsampler published.safetensors --port 8000"
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--backbone",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=f"offer this one too, and first; may be repeated: {BACKBONE_HELP}",
+    )
+    parser.add_argument(
+        "--text-backbone",
+        metavar="NAME",
+        help="offer a CLIP or SigLIP, for texts: hf:ID-OR-FOLDER or open_clip:NAME/TAG",
+    )
+    parser.add_argument(
+        "--upsampler",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="offer this one too, and first: a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) "
+        "or a folder that save_pretrained wrote; may be repeated",
+    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to bind to (default: %(default)s, this machine alone); 0.0.0.0 lets everyone "
+        "who can reach this machine use the page, without a password and unencrypted",
+    )
+    parser.add_argument(
+        "--port", type=int, default=7860, help="0 for any free one (default: %(default)s)"
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    from importlib.util import find_spec
+
+    from upfeat.cli.console import note
+
+    if find_spec("gradio") is None:
+        raise ValueError('the page needs Gradio: pip install "upfeat[demo]"')
+    if not 0 <= options.port <= 65535:
+        raise ValueError(f"--port {options.port} must be from 0 to 65535")
+    from upfeat.demo.models import Models
+    from upfeat.demo.page import build, serve
+    from upfeat.demo.session import Visits
+
+    models = Models(
+        options.backbone,
+        options.upsampler,
+        text_backbone=options.text_backbone,
+        device=options.device,
+    )
+    if options.host not in _LOOPBACK:
+        note(
+            "demo",
+            f"bound to {options.host}: everyone who can reach this machine can use the page and "
+            "its processor; there is no password, and photographs travel unencrypted",
+        )
+    page = build(models, Visits())
+    serve(page, options.host, options.port, say=_announce)
+    return 0
+
+
+def _announce(address: str) -> None:
+    print(f"The page: {address} (Ctrl+C ends it)", flush=True)

@@ -1,0 +1,25 @@
+// The picker: bundled photographs, and one of the visitor's own, sent as it is.
+const limit = Number(element.querySelector("[data-limit]").dataset.limit);
+const say = (text) => document.dispatchEvent(new CustomEvent("upfeat-say", { detail: text }));
+
+element.addEventListener("click", (event) => {
+  const sample = event.target.closest("button[data-photo]");
+  if (!sample) return;
+  say({ busy: "Computing features…" });
+  trigger("choose", { photo: sample.dataset.photo });
+});
+
+element.addEventListener("change", async (event) => {
+  if (event.target.type !== "file" || !event.target.files.length) return;
+  const file = event.target.files[0];
+  event.target.value = "";
+  if (file.size > limit) {
+    say({ error: `${file.name} is larger than ${limit / 1048576} MiB; save it smaller first` });
+    return;
+  }
+  say({ busy: "Computing features…" });
+  const reader = new FileReader();
+  reader.onload = () => trigger("upload", { name: file.name, data: reader.result.split(",")[1] || "" });
+  reader.onerror = () => say({ error: `${file.name} cannot be read` });
+  reader.readAsDataURL(file);
+});

@@ -1,0 +1,87 @@
+"""What a page shows: tensors as PNG files in ``data:`` addresses, so that none is ever stored."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from upfeat.demo.session import Pair, Visit
+from upfeat.visualize import side_by_side, to_image
+
+CLASS_COLOURS = ((230, 97, 1), (30, 120, 220), (0, 158, 96))
+"""Orange, blue, green: told apart by colour-blind eyes too."""
+
+_HEAT = ((13, 8, 60), (84, 20, 120), (165, 44, 96), (225, 85, 60), (250, 160, 40), (252, 250, 180))
+"""Dark to light, ever lighter."""
+
+
+def png_address(image: Image.Image) -> str:
+    """A picture as a ``data:`` address; quickly rather than small."""
+    return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as a PNG file."""
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def heat_range(pair: Pair) -> tuple[float, float]:
+    """The values that are darkest and lightest, the same in both maps."""
+    low, high = torch.cat([part.flatten() for part in pair]).aminmax()
+    return float(low), max(float(high), float(low) + 1e-6)
+
+
+def heat_image(values: Tensor, low: float, high: float) -> Image.Image:
+    """(H, W) values as a picture of 256 colours."""
+    scaled = ((values - low) / (high - low)).clamp(0, 1)
+    image = Image.fromarray((scaled * 255).round().byte().numpy())
+    image.putpalette(_gradient(_HEAT))
+    return image
+
+
+def label_image(labels: Tensor) -> Image.Image:
+    """(H, W) class indices as a picture."""
+    image = Image.fromarray(labels.contiguous().numpy())
+    image.putpalette([value for colour in CLASS_COLOURS for value in colour])
+    return image
+
+
+def photo_image(visit: Visit) -> Image.Image:
+    """The photograph at the size of the result."""
+    return to_image(visit.photo / 255)
+
+
+def colour_images(visit: Visit) -> tuple[Image.Image, Image.Image]:
+    """Principal components: coarse, with a pixel for each cell, and upsampled."""
+    coarse, fine = visit.colours()
+    return to_image(coarse / 255), to_image(fine / 255)
+
+
+def sheet(visit: Visit, panels: Sequence[Image.Image], caption: str) -> Image.Image:
+    """The photograph, the coarse and the upsampled picture in a row."""
+    photo = photo_image(visit)
+    coarse, fine = (panel.convert("RGB") for panel in panels)
+    grid = f"{coarse.height} x {coarse.width}"
+    size = f"{fine.height} x {fine.width}"
+    return side_by_side(
+        [
+            (f"photograph\n{size}", photo),
+            (f"coarse {caption}\n{grid}", coarse),
+            (f"{visit.model.upsampler.name} {caption}\n{size}", fine),
+        ]
+    )
+
+
+def _gradient(colours: Sequence[tuple[int, int, int]]) -> list[int]:
+    table = np.array(colours, dtype=float)
+    places = np.linspace(0, len(table) - 1, 256)
+    channels = [np.interp(places, np.arange(len(table)), table[:, i]) for i in range(3)]
+    return np.stack(channels, 1).round().astype(int).flatten().tolist()
