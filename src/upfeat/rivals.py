@@ -223,7 +223,7 @@ def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _seen(grid: Size, size: Size, ratio: float) -> Tensor:
-    """Which cells a pixel sees, (H·W, h·w)."""
+    """Mask of the cells that a pixel sees, (H·W, h·w)."""
     axes = []
     for cells, length in zip(grid, size, strict=True):
         first, stop = torch.tensor(relative_window(cells, length, ratio)).unflatten(0, (2, -1))

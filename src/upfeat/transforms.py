@@ -10,7 +10,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Whether a tensor is one of a transform, whose values and memory are not to be had."""
+    """Tell tensors of a transform, whose values and memory are not to be had."""
     # A compiler cannot trace the question, and answers it for itself.
     return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x)
 

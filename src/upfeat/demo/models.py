@@ -78,7 +78,7 @@ class Models:
         return FeatUp(network, self._upsamplers[key])
 
     def has_texts(self, backbone: str) -> bool:
-        """Whether texts can be held against a backbone's features."""
+        """True where texts can be held against a backbone's features."""
         return isinstance(self._networks.get(backbone), TextBackbone)
 
     def _network(self, name: str) -> Backbone:

@@ -1,4 +1,4 @@
-"""What a page shows: tensors as PNG files in ``data:`` addresses, so that none is ever stored."""
+"""Pictures of a page: tensors as PNG files in ``data:`` addresses, so that none is ever stored."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ class Visit:
 
     @property
     def has_texts(self) -> bool:
-        """Whether texts can be held against these features."""
+        """True where texts can be held against these features."""
         return isinstance(self.model.backbone, TextBackbone)
 
     @property
