@@ -128,7 +128,7 @@ def test_copies(name):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected a call")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", MADE)
 def test_compile(name, dynamic):
