@@ -115,15 +115,13 @@ class Slots(NamedTuple):
     """The cell of the window's first pixel."""
     cells: int
     """How many cells the window touches."""
-    pixels: list[int]
-    """For every slot the pixel that fills it; some twice, where a cell has fewer than others."""
-    slots: list[int]
-    """For every pixel the slot to read it from."""
-
-    @property
-    def plain(self) -> bool:
-        """Return whether slots and pixels are the same thing."""
-        return len(self.pixels) == len(self.slots)
+    per_cell: int
+    """Slots of every cell."""
+    pixels: list[int] | None
+    """For every slot the pixel that fills it, some twice where a cell has fewer than others;
+    ``None`` where slots and pixels are the same thing."""
+    slots: list[int] | None
+    """For every pixel the slot to read it from, likewise."""
 
 
 def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 0) -> Slots:
@@ -131,6 +129,9 @@ def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 
 
     The first cell is counted from the cell ``skip`` on.
     """
+    if start == 0 and count == length and length % cells == 0:
+        # Without a list as long as the axis: a graph may be exported for sizes yet unknown.
+        return Slots(-skip, cells, length // cells, None, None)
     # Plain integers: sizes are known, and a compiled graph must not depend on a tensor's value.
     low = (2 * start + 1) * cells // (2 * length)
     high = (2 * (start + count) - 1) * cells // (2 * length)
@@ -146,30 +147,31 @@ def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 
         for index, (begin, stop) in enumerate(pairwise(first))
         for offset in range(stop - begin)
     ]
-    return Slots(low - skip, high + 1 - low, pixels, slots)
+    if len(pixels) == len(slots):
+        return Slots(low - skip, high + 1 - low, most, None, None)
+    return Slots(low - skip, high + 1 - low, most, pixels, slots)
 
 
 def gather_pixels(x: Tensor, rows: Slots, columns: Slots) -> Tensor:
     """(B, K, H, W) to one matrix per cell, (B·cells, pixels of the cell, K)."""
-    if not (rows.plain and columns.plain):
-        x = x.index_select(2, torch.tensor(rows.pixels, device=x.device))
-        x = x.index_select(3, torch.tensor(columns.pixels, device=x.device))
-    batch, depth, height, width = x.shape
-    down, across = height // rows.cells, width // columns.cells
+    for axis, pixels in ((2, rows.pixels), (3, columns.pixels)):
+        if pixels is not None:
+            x = x.index_select(axis, torch.tensor(pixels, device=x.device))
+    batch, depth, down, across = *x.shape[:2], rows.per_cell, columns.per_cell
     x = x.reshape(batch, depth, rows.cells, down, columns.cells, across)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, down * across, depth)
 
 
 def scatter_pixels(x: Tensor, batch: int, rows: Slots, columns: Slots) -> Tensor:
     """The way back from :func:`gather_pixels`: (B·cells, pixels of the cell, K) to (B, K, H, W)."""
-    down, across = len(rows.pixels) // rows.cells, len(columns.pixels) // columns.cells
-    x = x.reshape(batch, rows.cells, columns.cells, down, across, -1)
+    down, across = rows.per_cell, columns.per_cell
+    x = x.reshape(batch, rows.cells, columns.cells, down, across, x.shape[-1])
     x = x.permute(0, 5, 1, 3, 2, 4)  # (B, K, cells, down, cells, across)
-    x = x.reshape(batch, -1, len(rows.pixels), len(columns.pixels))
-    if rows.plain and columns.plain:
-        return x
-    x = x.index_select(2, torch.tensor(rows.slots, device=x.device))
-    return x.index_select(3, torch.tensor(columns.slots, device=x.device))
+    x = x.reshape(batch, x.shape[1], rows.cells * down, columns.cells * across)
+    for axis, slots in ((2, rows.slots), (3, columns.slots)):
+        if slots is not None:
+            x = x.index_select(axis, torch.tensor(slots, device=x.device))
+    return x
 
 
 def gather_cells(coarse: Tensor, radius: int, rows: Slots, columns: Slots) -> Tensor:
@@ -215,6 +217,6 @@ def cell_distances(
     pixels = torch.arange(start, start + count, device=like.device)
     offset = torch.arange(-radius, radius + 1, device=like.device)[:, None]
     apart = (2 * pixels + 1) * cells - (2 * (own + offset) + 1) * length  # in cells / (2·length)
-    far = apart.abs() > math.floor((2 * radius + 1 - 2e-4) * length)
+    far = apart.abs() > ((2 * radius + 1) * 10_000 - 2) * length // 10_000
     exact = torch.promote_types(like.dtype, torch.float32)
     return (apart.to(exact) / (2 * length)).square().to(like.dtype), far

@@ -1,10 +1,12 @@
-"""Ways in which PyTorch runs modules, with every upsampler: the table of docs/pytorch.md."""
+"""Ways in which PyTorch runs modules, with every upsampler: the table of docs/guides/pytorch.md."""
 
 import copy
 import pickle
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.export import Dim
 from torch.func import grad, jvp, vmap
 
 import upfeat
@@ -26,6 +28,9 @@ MADE = {
 }
 PLAIN = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack")
 """Those that are traced within a few seconds."""
+
+FIXED = ("anyup", "jafar", "naf")
+"""Those that are exported for fixed sizes alone."""
 
 
 def inputs(batch=1, height=3, width=4, stride=8, dtype=torch.float32):
@@ -147,3 +152,39 @@ def test_export(name):
     with torch.no_grad():
         program = torch.export.export(upsampler, inputs())
         close(program.module()(*inputs()), upsampler(*inputs()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", MADE)
+def test_export_for_any_size(name):
+    """Batch, height and width are open, the image's sides whole multiples of the grid's."""
+    upsampler = make(name)
+    batch, height, width = (Dim(one, min=3 * (one != "b"), max=32) for one in "bhw")
+    shapes = ({0: batch, 2: height, 3: width}, {0: batch, 2: 8 * height, 3: 8 * width})
+    refused = pytest.raises(ValueError, match=f"{upsampler.name} cannot be exported for a height")
+    with torch.no_grad(), refused if name in FIXED else nullcontext():
+        example = inputs(2, 4, 5)
+        program = torch.export.export(upsampler, example, dynamic_shapes=shapes).module()
+        for size in ((1, 3, 4), (3, 7, 5)):
+            close(program(*inputs(*size)), upsampler(*inputs(*size)))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["joint_bilateral", "neighbourhood"])
+def test_sizes_that_are_no_whole_multiples(name):
+    """A program for whole multiples refuses them, any other is right."""
+    upsampler = make(name)
+    height, tall = Dim("h", min=3, max=32), Dim("H", min=24, max=256)
+    other = inputs()[0], torch.rand(1, 3, 41, 32)
+    with torch.no_grad():
+        program = torch.export.export(
+            upsampler, inputs(), dynamic_shapes=({2: height}, {2: tall})
+        ).module()
+        close(program(*inputs(height=5)), upsampler(*inputs(height=5)))
+        if name == "joint_bilateral":
+            close(program(*other), upsampler(*other))
+        else:
+            with pytest.raises(Exception, match="Guard failed"):
+                program(*other)

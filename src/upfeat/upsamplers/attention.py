@@ -177,6 +177,12 @@ class AttentionUpsampler(Upsampler):
         Raises:
             ValueError: as :meth:`Upsampler.forward`, or the buffer has another shape.
         """
+        sides = (*features.shape[2:], *guidance.shape[2:])
+        if any(isinstance(side, torch.SymInt) for side in sides):
+            raise ValueError(
+                f"{self.name} cannot be exported for a height and width yet unknown: its windows "
+                "are tables of one size; export it for fixed ones, a dynamic batch included"
+            )
         if out is None:
             return super().forward(features, guidance, output_size)
         size = check_inputs(features, guidance, output_size)

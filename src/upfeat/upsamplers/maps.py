@@ -173,6 +173,8 @@ def cut(values: Tensor, window: Window) -> Tensor:
 
 def widened(window: Window, margin: int, size: Size) -> Window:
     """A window with a margin on every side, as far as the map goes."""
+    if window == (0, 0, *size):
+        return window
     top, left = max(window.top - margin, 0), max(window.left - margin, 0)
     bottom, right = min(window.bottom + margin, size[0]), min(window.right + margin, size[1])
     return Window(top, left, bottom - top, right - left)

@@ -303,6 +303,8 @@ class NeighbourhoodKernels:
 
     def cells_of(self, window: Window) -> Window:
         """The cells that a window's pixels read."""
+        if window == (0, 0, *self.output_size):
+            return Window(0, 0, *self.grid_size)
         spans = [
             [(2 * pixel + 1) * cells // (2 * length) for pixel in (start, stop - 1)]
             for (start, stop), cells, length in zip(
