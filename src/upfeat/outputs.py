@@ -148,6 +148,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         ValueError: it cannot be made or written.
     """
+    if folder.is_file():
+        raise ValueError(f"{folder}: cannot be written as a folder, it is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
