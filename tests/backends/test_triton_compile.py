@@ -160,7 +160,8 @@ CALLS |= {
     "attention_split_half": attending(256, 4, 1024, [256] * 4, torch.float16),
     "attention_odd": attending(30, 3, 7, [2, 0, 5], torch.bfloat16),
 }
-MAY_SPILL = {"range_kernel_widest", "attention_mean"}  # the latter 16 bytes on sm_80
+# Bytes: a few of the first, 16 of the second on sm_80, 96 of the third on sm_100.
+MAY_SPILL = {"range_kernel_widest", "attention_mean", "any_ratio_half"}
 
 
 @pytest.mark.slow
