@@ -2,6 +2,7 @@
 # make test       install with every extra; run every test that needs no GPU
 # make test-fast  install the core; run the quick tests
 # make lint       style and types (after make test's install)
+# make docs      build the documentation's site into build/site (after make test's install)
 # make sanitize   build the C++ kernels with AddressSanitizer and UBSan and drive them
 # make clean      remove what the above made
 #
@@ -16,7 +17,7 @@ FULL := .venv-full
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) Makefile
 PIP := -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-fast lint sanitize clean
+.PHONY: demo test test-fast lint docs sanitize clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -34,6 +35,10 @@ lint: $(FULL)/.all
 	@$(FULL)/bin/ruff check .
 	@$(FULL)/bin/ruff format --check .
 	@$(FULL)/bin/pyright --warnings --pythonpath $(FULL)/bin/python
+
+docs: $(FULL)/.all
+	@NO_MKDOCS_2_WARNING=1 $(FULL)/bin/python -m mkdocs build --quiet
+	@echo "The site: $(abspath build/site/index.html)"
 
 sanitize:
 	@bash csrc/sanitize/run.sh
