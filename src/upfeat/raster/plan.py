@@ -75,8 +75,8 @@ def make_plan(
         backbone_tile: of those that go through the backbone, cells; likewise.
 
     Raises:
-        ValueError: the upsampler looks at the whole image, or no tile is small enough; the
-            smallest budget that can work is named.
+        ValueError: the upsampler looks at the whole image or at early layers, or no tile is small
+            enough; the smallest budget that can work is named.
     """
     stride, reach = model.backbone.stride, model.upsampler.reach
     if reach is None:
@@ -84,6 +84,8 @@ def make_plan(
             f"{model.upsampler.name} looks at the whole image and cannot work in tiles; choose an "
             "upsampler that does not, such as detail"
         )
+    if model.early:
+        raise ValueError("early=True: rasters are made without early layers; load with early=False")
     step = model.upsampler.step
     height, width = (step * -(-side // (stride * step)) for side in size)
     halo = receptive_halo(model.backbone)

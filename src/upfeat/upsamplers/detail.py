@@ -203,6 +203,7 @@ class DetailUpsampler(Upsampler):
     """
 
     name = "detail"
+    takes_hidden = True
     magnitudes = NeighbourhoodUpsampler.magnitudes
 
     def __init__(
@@ -292,8 +293,19 @@ class DetailUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
+        return self.prepare_with(guidance, grid_size, output_size, features)
+
+    def prepare_with(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> DetailKernels:
+        """See :meth:`Upsampler.prepare_with`; the regression sees ``hidden`` too."""
         del features
-        return self._prepare(guidance, grid_size, output_size, None)
+        return self._prepare(guidance, grid_size, output_size, hidden=hidden)
 
     @property
     def means_halo(self) -> int | None:
@@ -321,12 +333,18 @@ class DetailUpsampler(Upsampler):
         """See :meth:`Upsampler.prepare_tile`."""
         del features
         size = (guidance.shape[2], guidance.shape[3])
-        return self._prepare(guidance, grid_size, size, means)
+        return self._prepare(guidance, grid_size, size, means=means)
 
     def _prepare(
-        self, guidance: Tensor, grid_size: Size, output_size: Size, means: Tensor | None
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        *,
+        hidden: Tensor | None = None,
+        means: Tensor | None = None,
     ) -> DetailKernels:
-        """Weights of a guidance, some of whose mean queries may be known: (B, D, 2h, 2w)."""
+        """Weights of a guidance whose mean queries may be known, (B, D, 2h, 2w)."""
         guidance = even_bands(guidance)
         step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
@@ -341,7 +359,7 @@ class DetailUpsampler(Upsampler):
         regression = None
         if self.ridge:
             regression = ImageRegression(
-                coarse_means, finer_means, first, penalty=self.ridge, step=STEP
+                coarse_means, finer_means, first, penalty=self.ridge, step=STEP, hidden=hidden
             )
         maps = None
         if self.embed_dim is not None:
