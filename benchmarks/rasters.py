@@ -116,7 +116,7 @@ def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str,
 
 def main() -> None:
     """Measure all sides."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Time of upfeat raster, by area.")
     parser.add_argument("--sides", type=int, nargs="+", default=[2000, 6000])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-memory", default="4GB")
