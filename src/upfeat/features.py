@@ -131,6 +131,13 @@ class UpsampledFeatures(FeatureMap):
         )
 
     @property
+    def parts(self) -> Parts:
+        """What the map is made of, as :func:`upfeat.lazy_files.write_parts` takes it."""
+        size = (self.shape[2], self.shape[3])
+        inputs = self.features, self.guidance, self.upsampler, size
+        return Parts(*inputs, self._normalization, self.missing)
+
+    @property
     def mixed(self) -> Tensor:
         """The coarse features after the upsampler's channel mix, (B, C, h, w)."""
         return self._parts()[1]
@@ -294,9 +301,7 @@ class UpsampledFeatures(FeatureMap):
             ValueError: features or guidance are NaN or infinite, or the features overflow float16
                 or are too small for it.
         """
-        size = (self.shape[2], self.shape[3])
-        inputs = self.features, self.guidance, self.upsampler, size
-        write_parts(path, Parts(*inputs, self._normalization, self.missing), exact=exact)
+        write_parts(path, self.parts, exact=exact)
 
     @classmethod
     def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:
