@@ -1,7 +1,7 @@
 """Write the generated tables of the documents: figures from benchmarks/*.json, settings from code.
 
 A page holds ``<!-- generated: NAME ARGUMENTS -->`` and ``<!-- end -->``; what stands between is
-replaced by what the function of that name returns.
+replaced by what the function of that name returns. Pictures of PICTURES are drawn anew, too.
 
     python docs/generate.py            # writes pages
     python docs/generate.py --check    # ends with 1 where a page would change
@@ -15,6 +15,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import diagram
 
 from upfeat.evaluation.tasks import find_task, list_tasks
 from upfeat.settings import table
@@ -40,6 +42,7 @@ UPSAMPLERS = {
     "detail_efficientnet_lite0": "detail",
     "detail_universal": "detail, universal",
 }
+PICTURES = {"architecture.svg": diagram.architecture}
 
 
 def settings(name: str) -> str:
@@ -208,6 +211,12 @@ def main(arguments: list[str]) -> int:
             drifted.append(page)
             if "--check" not in arguments:
                 page.write_text(new)
+    for name, draw in PICTURES.items():
+        path, new = DOCS / "images" / name, draw()
+        if not path.is_file() or path.read_text(encoding="utf-8") != new:
+            drifted.append(path)
+            if "--check" not in arguments:
+                path.write_text(new, encoding="utf-8")
     for page in drifted:
         print(page.relative_to(DOCS))
     return int("--check" in arguments and bool(drifted))

@@ -8,6 +8,12 @@ import pytest
 
 @pytest.fixture(scope="module")
 def generate():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(documents.ROOT / "docs")  # as a script has its own folder
+        yield loaded()
+
+
+def loaded():
     place = documents.ROOT / "docs" / "generate.py"
     spec = importlib.util.spec_from_file_location("generate", place)
     module = importlib.util.module_from_spec(spec)
