@@ -1,6 +1,7 @@
 """Tables of the documents that are made from benchmarks and code: none has drifted."""
 
 import importlib.util
+import re
 
 import documents
 import pytest
@@ -47,3 +48,9 @@ def test_every_setting_has_a_row(generate):
 
     table = generate.settings("upfeat.training.config.TrainConfig")
     assert all(f"| `{name}` |" in table for name in TrainConfig.__dataclass_fields__)
+
+
+def test_no_table_of_figures_is_typed_by_hand(generate):
+    for page in (documents.ROOT / "docs" / "evidence").glob("*.md"):
+        rest = generate._BLOCK.sub("", page.read_text())
+        assert re.findall(r"^\|.*\d.*\d.*\|$", rest, re.MULTILINE) == [], page.name
