@@ -132,7 +132,7 @@ class UpsampledFeatures(FeatureMap):
 
     @property
     def parts(self) -> Parts:
-        """The tensors that the map is made of, as :func:`upfeat.lazy_files.write_parts` takes it."""
+        """Tensors that the map is made of, as :func:`upfeat.lazy_files.write_parts` takes them."""
         size = (self.shape[2], self.shape[3])
         inputs = self.features, self.guidance, self.upsampler, size
         return Parts(*inputs, self._normalization, self.missing)

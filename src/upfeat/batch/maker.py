@@ -94,7 +94,7 @@ class Maker:
                 raise _WriteError(error) from None
 
     def _map(self, lazy: UpsampledFeatures) -> Tensor | None:
-        """The stored map of one image, (C, H, W); ``None`` for one that is made as it is written."""
+        """The map that is stored, (C, H, W); ``None`` for one that is made as it is written."""
         extraction = self._extraction
         dtype = getattr(torch, extraction.dtype)
         if extraction.head is not None:
