@@ -50,6 +50,8 @@ class Parts(NamedTuple):
     """Mean and standard deviation of the guidance's channels."""
     missing: Tensor | None
     """(B, 1, *output_size) bool: pixels without data."""
+    hidden: Tensor | None = None
+    """(B, D, h', w'): what early layers say."""
 
 
 def write_parts(
@@ -68,13 +70,15 @@ def write_parts(
             float16.
     """
     features, guidance = parts.features.detach(), parts.guidance.detach()
-    for name, tensor in (("features", features), ("guidance", guidance)):
+    hidden = {} if parts.hidden is None else {"hidden": parts.hidden.detach()}
+    for name, tensor in (("features", features), ("guidance", guidance), *hidden.items()):
         # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise ValueError(f"{name} holds NaN or infinity; nothing is written")
-    tensors = {"features": features, "guidance": guidance}
+    tensors = {"features": features, "guidance": guidance, **hidden}
     if not exact:
         tensors = {"features": _halved(features), **_quantised(guidance, parts.normalization)}
+        tensors |= {name: _halved(one, name) for name, one in hidden.items()}
     if parts.missing is not None:
         tensors["missing"] = parts.missing
     name, config = parts.upsampler.name, parts.upsampler.config()
@@ -110,7 +114,7 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     for name in ("features", "guidance"):
         if name not in layouts or len(layouts[name].shape) != 4:
             raise ValueError(f"{path}: damaged: lacks {name} (B, channels, height, width)")
-    if set(layouts) - {"features", "guidance", "scale", "shift", "missing"}:
+    if set(layouts) - {"features", "guidance", "hidden", "scale", "shift", "missing"}:
         raise ValueError(f"{path}: damaged: holds more tensors than lazy features have")
     dtype = _DTYPES.get(facts.get("dtype", ""))
     if dtype is None:
@@ -118,15 +122,18 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     upsampler = _upsampler(path, facts, upsampler)
     size = _output_size(path, facts)
     tensors, _ = read_tensors(path)
-    anything = {"features": (0.0, torch.inf), "guidance": (0.0, torch.inf)}
+    anything = dict.fromkeys(("features", "guidance", "hidden"), (0.0, torch.inf))
     features = tensors["features"]
-    check_values(path, {"features": features}, magnitudes=anything, floating=True)
+    found = {name: one for name, one in tensors.items() if name in ("features", "hidden")}
+    check_values(path, found, magnitudes=anything, floating=True)
     guidance = tensors["guidance"]
     if "scale" in tensors or "shift" in tensors:
         guidance = _restored(path, tensors)
     check_values(path, {"guidance": guidance}, magnitudes=anything, floating=True)
     known, missing = _normalization(path, facts, guidance.shape[1]), _missing(path, tensors, size)
-    return Parts(features.to(dtype), guidance.to(dtype), upsampler, size, known, missing)
+    hidden = tensors["hidden"].to(dtype) if "hidden" in tensors else None
+    features, guidance = features.to(dtype), guidance.to(dtype)
+    return Parts(features, guidance, upsampler, size, known, missing, hidden)
 
 
 def digest(upsampler: Upsampler) -> str:
@@ -141,7 +148,7 @@ def digest(upsampler: Upsampler) -> str:
     return found.hexdigest()
 
 
-def _halved(features: Tensor) -> Tensor:
+def _halved(features: Tensor, name: str = "features") -> Tensor:
     """Features in float16, if they survive it.
 
     Raises:
@@ -149,11 +156,11 @@ def _halved(features: Tensor) -> Tensor:
     """
     half = features.half()
     if not bool(torch.isfinite(half).all()):
-        raise ValueError("features overflow float16; save(path, exact=True)")
+        raise ValueError(f"{name} overflow float16; save(path, exact=True)")
     error, largest = (half.to(features) - features).abs().max(), features.abs().max()
     if error > _HALF_ERROR * largest:
         raise ValueError(
-            f"features, at most {float(largest):.2g}, are too small for float16; "
+            f"{name}, at most {float(largest):.2g}, are too small for float16; "
             "save(path, exact=True)"
         )
     return half

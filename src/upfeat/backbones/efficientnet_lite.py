@@ -46,7 +46,7 @@ _GROUPS = (
     _Group(1, 3, 1, 6, 320),
 )
 # The last group at each stride; its output is that level's features.
-_LEVEL_GROUPS = {8: 2, 16: 4, 32: 6}
+_LEVEL_GROUPS = {4: 1, 8: 2, 16: 4, 32: 6}
 # Factors of width and of depth; stem, head and the repeats of the first and last group are fixed.
 _VARIANTS = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2)}
 
@@ -169,19 +169,20 @@ class EfficientNetLite(Backbone):
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
-        # Sides that are multiples of the finest stride need not be of the coarser ones.
-        levels = self.levels(x)
-        size = levels[0].shape[-2:]
-        coarser = [
-            F.interpolate(level, size=size, mode="bilinear", align_corners=False)
-            for level in levels[1:]
-        ]
-        return torch.cat([levels[0], *coarser], dim=1)
+        return _joined(self.levels(x))
+
+    def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`Backbone.extract_with_hidden`: the last layer of half the stride."""
+        hidden, *levels = self._levels(x, [self.stride // 2, *self.strides])
+        return _joined(levels), hidden
 
     def levels(self, x: Tensor) -> list[Tensor]:
         """The features of every selected stride, finest first, each on its own grid."""
-        last = _LEVEL_GROUPS[self.strides[-1]]
-        wanted = {_LEVEL_GROUPS[stride] for stride in self.strides}
+        return self._levels(x, self.strides)
+
+    def _levels(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
+        last = _LEVEL_GROUPS[strides[-1]]
+        wanted = {_LEVEL_GROUPS[stride] for stride in strides}
         out = []
         x = self.stem(x)
         for index, group in enumerate(self.groups[: last + 1]):
@@ -204,6 +205,17 @@ class EfficientNetLite0(EfficientNetLite):
     def __init__(self, strides: Sequence[int] = (16,), *, pretrained: bool = True) -> None:
         """Build the network; arguments as of :class:`EfficientNetLite`."""
         super().__init__(0, strides, pretrained=pretrained)
+
+
+def _joined(levels: Sequence[Tensor]) -> Tensor:
+    """Maps side by side on the grid of the first."""
+    # Sides that are multiples of the finest stride need not be of the coarser ones.
+    size = levels[0].shape[-2:]
+    coarser = [
+        F.interpolate(level, size=size, mode="bilinear", align_corners=False)
+        for level in levels[1:]
+    ]
+    return torch.cat([levels[0], *coarser], dim=1)
 
 
 def _build_groups(scaled: Sequence[_Group]) -> list[nn.Sequential]:

@@ -203,6 +203,7 @@ class DetailUpsampler(Upsampler):
     """
 
     name = "detail"
+    takes_hidden = True
     magnitudes = NeighbourhoodUpsampler.magnitudes
 
     def __init__(
@@ -292,6 +293,17 @@ class DetailUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare`."""
+        return self.prepare_with(guidance, grid_size, output_size, features)
+
+    def prepare_with(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> DetailKernels:
+        """See :meth:`Upsampler.prepare_with`; the regression sees ``hidden`` too."""
         guidance = even_bands(guidance)
         step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
@@ -303,7 +315,9 @@ class DetailUpsampler(Upsampler):
         last = step.attend(queries, middle, widening=self.widening)
         regression = None
         if self.ridge:
-            regression = ImageRegression(means, finer_means, first, penalty=self.ridge, step=STEP)
+            regression = ImageRegression(
+                means, finer_means, first, penalty=self.ridge, step=STEP, hidden=hidden
+            )
         maps = None
         if self.embed_dim is not None:
             maps = DetailMaps(self.network, guidance, finer, whole=queries.whole)
