@@ -82,10 +82,6 @@ UPFEAT_INLINE void multiply(const Product& job, int64_t vectors) {
   }
 }
 
-UPFEAT_INLINE int64_t whole_vectors(int64_t count) {
-  return (count + kLanes - 1) / kLanes * kLanes;
-}
-
 constexpr int64_t kStrip = 32;  // pixels at work at a time
 
 // Channels of a tensor in blocks that each fill whole vectors.

@@ -20,9 +20,10 @@ from upfeat.upsamplers.encoder import pointwise, spans_of
 from upfeat.upsamplers.head import Head, Headed, apply_head
 from upfeat.upsamplers.maps import Computed, Map, as_map, cut, inside, is_recorded, widened
 from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler
+from upfeat.upsamplers.queries import CellMeans, Coarser, Queries, Units
 from upfeat.upsamplers.regression import STEP, ImageRegression
 from upfeat.upsamplers.saved import load_named
-from upfeat.upsamplers.step import CellMeans, Coarser, NeighbourhoodKernels, Queries, Units
+from upfeat.upsamplers.step import NeighbourhoodKernels
 
 FINER = 2
 """The grid on which detail is added is so many times finer than that of the features."""

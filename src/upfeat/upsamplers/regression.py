@@ -11,7 +11,8 @@ from torch import Tensor
 from upfeat.types import Window
 from upfeat.upsamplers.early import Beside, scale_behind
 from upfeat.upsamplers.maps import Computed, Map, cut, inside, widened
-from upfeat.upsamplers.step import Coarser, NeighbourhoodKernels
+from upfeat.upsamplers.queries import Coarser
+from upfeat.upsamplers.step import NeighbourhoodKernels
 
 STEP = 16
 """Cells from one window of the regression to the next; a window is twice as wide."""
