@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import upfeat
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels
+from upfeat.upsamplers.queries import CellMeans
 from upfeat.upsamplers.regression import ImageRegression
-from upfeat.upsamplers.step import CellMeans
 
 
 class Pattern(upfeat.Backbone):
