@@ -23,6 +23,7 @@ namespace {
 #include "block.inl"
 #include "weights.inl"
 #include "upsample.inl"
+#include "cells.inl"
 #include "gradients.inl"
 #include "bilateral_gradients.inl"
 #include "neighbourhood.inl"
@@ -36,7 +37,7 @@ namespace {
 #include "pyramid.inl"
 
 const Kernels kTable = {upsample,    make_weights,   grad_features, grad_weights,
-                        grad_bilateral, attend,      grad_attend,   attend_windows,
+                        grad_bilateral, attend, attend_shrinking, grad_attend, attend_windows,
                         grad_windows,   run_layer,   pool_layer,    prepare_layer,
                         run_patterns,   encode_pyramid};
 

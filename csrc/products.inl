@@ -78,10 +78,6 @@ UPFEAT_INLINE void multiply(const Product& job, int64_t vectors) {
   }
 }
 
-UPFEAT_INLINE int64_t whole_vectors(int64_t count) {
-  return (count + kLanes - 1) / kLanes * kLanes;
-}
-
 // Four rows of `rows` against b: a and out have their own pitches.
 UPFEAT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, int64_t a_step,
                                  const float* b, const int64_t* row, int64_t b_rows,

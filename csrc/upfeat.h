@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 6
+#define UPFEAT_ABI 7
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -110,6 +110,17 @@ UPFEAT_API int upfeat_attend_forward(const UpfeatTensor* queries, const UpfeatTe
                                      const UpfeatTensor* weights, const UpfeatWindow* window,
                                      int64_t radius, double temperature, double sigma, int isa,
                                      int threads);
+// The mean of those weights over the pixels of each cell, (B,(2r+1)^2,h',w'): of the h' x w' cells that
+// the window's pixels lie in. H >= h and W >= w.
+UPFEAT_API int upfeat_attend_means(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                                   const UpfeatTensor* means, const UpfeatWindow* window,
+                                   int64_t radius, double temperature, double sigma, int isa,
+                                   int threads);
+// upfeat_neighbourhood_forward with those weights, which are not kept. H >= h and W >= w.
+UPFEAT_API int upfeat_attend_sum(const UpfeatTensor* features, const UpfeatTensor* queries,
+                                 const UpfeatTensor* keys, const UpfeatTensor* out,
+                                 const UpfeatWindow* window, int64_t radius, double temperature,
+                                 double sigma, int isa, int threads);
 // grad_scalars receives d/d temperature and d/d sigma.
 UPFEAT_API int upfeat_attend_backward(const UpfeatTensor* queries, const UpfeatTensor* keys,
                                       const UpfeatTensor* grad, const UpfeatTensor* grad_queries,

@@ -22,7 +22,7 @@ from upfeat.linear import principal_components
 from upfeat.machine import readable
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.checks import check_finite, check_inputs
+from upfeat.upsamplers.checks import check_finite, check_hidden, check_inputs
 from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
 
@@ -91,6 +91,7 @@ class UpsampledFeatures(FeatureMap):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         missing: Tensor | None = None,
+        hidden: Tensor | None = None,
     ) -> None:
         """Keep what the map is made of.
 
@@ -103,12 +104,15 @@ class UpsampledFeatures(FeatureMap):
                 without loss.
             std: likewise.
             missing: bool, broadcasting to (B, 1, H, W): pixels without data, whose features are 0.
+            hidden: (B, D, h', w'), what early layers of the backbone say, for upsamplers that make
+                use of it; ``None`` for none.
 
         Raises:
             ValueError: as :meth:`Upsampler.forward`.
         """
         size = check_inputs(features, guidance, output_size, upsampler.guidance_bands)
-        self.features = features
+        check_hidden(hidden, features)
+        self.features, self.hidden = features, hidden
         self.guidance = guidance
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
@@ -123,12 +127,22 @@ class UpsampledFeatures(FeatureMap):
     def __repr__(self) -> str:
         """One line: the shape, what it is made from, and the memory that the whole would take."""
         dtype = str(self.features.dtype).removeprefix("torch.")
+        early = ""
+        if self.hidden is not None:
+            early = f", early layers {times(self.hidden.shape)}"
         memory = readable(math.prod(self.shape) * self.features.element_size())
         return (
             f"{type(self).__name__}({times(self.shape)}, {dtype} on {self.features.device}; from "
-            f"features {times(self.features.shape)} and guidance {times(self.guidance.shape)} by "
-            f"{self.upsampler.name}; {memory} if full)"
+            f"features {times(self.features.shape)}{early} and guidance "
+            f"{times(self.guidance.shape)} by {self.upsampler.name}; {memory} if full)"
         )
+
+    @property
+    def parts(self) -> Parts:
+        """Tensors that the map is made of, as :func:`upfeat.lazy_files.write_parts` takes them."""
+        size = (self.shape[2], self.shape[3])
+        inputs = self.features, self.guidance, self.upsampler, size
+        return Parts(*inputs, self._normalization, self.missing, self.hidden)
 
     @property
     def mixed(self) -> Tensor:
@@ -294,9 +308,7 @@ class UpsampledFeatures(FeatureMap):
             ValueError: features or guidance are NaN or infinite, or the features overflow float16
                 or are too small for it.
         """
-        size = (self.shape[2], self.shape[3])
-        inputs = self.features, self.guidance, self.upsampler, size
-        write_parts(path, Parts(*inputs, self._normalization, self.missing), exact=exact)
+        write_parts(path, self.parts, exact=exact)
 
     @classmethod
     def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:
@@ -313,16 +325,17 @@ class UpsampledFeatures(FeatureMap):
         parts = read_parts(path, upsampler)
         mean, std = parts.normalization or (None, None)
         try:
-            return cls(*parts[:4], mean=mean, std=std, missing=parts.missing)
+            return cls(*parts[:4], mean=mean, std=std, missing=parts.missing, hidden=parts.hidden)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the parts in a copy; results made of them are made again when needed."""
         state = {**self.__dict__, "_made": None, "_precomputed": None}
-        for name in ("features", "guidance"):
+        for name in ("features", "guidance", "hidden"):
             # No copy can carry the graph that a tensor came from.
-            state[name] = state[name] if state[name].is_leaf else state[name].detach()
+            if state[name] is not None and not state[name].is_leaf:
+                state[name] = state[name].detach()
         return state
 
     def _render(self, head: Tensor | None = None) -> Tensor:
@@ -368,14 +381,16 @@ class UpsampledFeatures(FeatureMap):
         if self._made is None or not self._made[0].holds(sources):
             grid = (self.features.shape[2], self.features.shape[3])
             size = (self.shape[2], self.shape[3])
-            kernels = self.upsampler.prepare(self.guidance, grid, size, self.features)
+            given = self.guidance, grid, size, self.features, self.hidden
+            kernels = self.upsampler.prepare_with(*given)
             self._made = _Snapshot(sources), (kernels, self.upsampler.mix(self.features))
             self._precomputed = None
         return self._made[1]
 
     def _sources(self) -> list[Tensor]:
         weights = (*self.upsampler.parameters(), *self.upsampler.buffers())
-        return [self.features, self.guidance, *weights]
+        hidden = [] if self.hidden is None else [self.hidden]
+        return [self.features, self.guidance, *hidden, *weights]
 
     def _check_single(self, method: str) -> None:
         if self.shape[0] != 1:
