@@ -188,9 +188,7 @@ class AttentionUpsampler(Upsampler):
         size = check_inputs(features, guidance, output_size)
         expected = (*features.shape[:2], *size)
         if tuple(out.shape) != expected or not out.is_floating_point():
-            raise ValueError(
-                f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
-            )
+            raise ValueError(buffer_refused(out, expected))
         with torch.no_grad():
             kernels = self.prepare(guidance, features.shape[2:], size, features)  # type: ignore[arg-type]
             row_bytes = 4 * features.shape[0] * features.shape[1] * size[1]
@@ -236,6 +234,11 @@ class AttentionUpsampler(Upsampler):
         ]
         out = kernels.attend(torch.cat(parts, dim=1), window, [outputs] * len(blocks))
         return out.unflatten(1, (len(blocks), outputs)).sum(1)
+
+
+def buffer_refused(out: Tensor, expected: tuple[int, ...]) -> str:
+    """Return the message for a buffer of another shape or of no floating-point type."""
+    return f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
 
 
 def _common(chosen: range, start: int, count: int) -> int:
