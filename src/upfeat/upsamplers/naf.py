@@ -124,6 +124,7 @@ class NAF(AttentionUpsampler):
         guidance: Tensor,
         output_size: Size | None = None,
         *,
+        hidden: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """See :meth:`AttentionUpsampler.forward`.
@@ -131,8 +132,8 @@ class NAF(AttentionUpsampler):
         On a CPU, a large output is filled a head's channels at a time, so that little stands
         beside it: never all queries, and few once most of the output is there.
         """
-        if not self._runs_by_heads(features, guidance, output_size, out):
-            return super().forward(features, guidance, output_size, out=out)
+        if hidden is not None or not self._runs_by_heads(features, guidance, output_size, out):
+            return super().forward(features, guidance, output_size, hidden=hidden, out=out)
         size = check_inputs(features, guidance, output_size)
         if out is None:
             out = features.new_empty(*features.shape[:2], *size)
@@ -141,7 +142,9 @@ class NAF(AttentionUpsampler):
         image = self._image(guidance, size)
         grid = (features.shape[2], features.shape[3])
         channels, pairs = features.shape[1] // self.heads, self.heads // 2
-        bounds = [shifted_window(*each, self.window_side) for each in zip(grid, size, strict=True)]
+        rows, columns = (
+            shifted_window(*each, self.window_side) for each in zip(grid, size, strict=True)
+        )
         for index in range(2):
             queries = self._codes(image, index, size)
             keys = compiled_encoders.pool(queries, grid).to(queries.dtype)
@@ -156,7 +159,8 @@ class NAF(AttentionUpsampler):
                     waiting.pop(0),
                     part,
                     features[:, block],
-                    *bounds,
+                    rows,
+                    columns,
                     heads,
                     (self.width // self.heads) ** -0.5,
                     [channels] * heads,
