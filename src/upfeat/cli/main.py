@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import bench, convert, demo, extract, fit, info, probe, raster, render, run, train
+from upfeat.cli import (
+    bench,
+    convert,
+    demo,
+    export,
+    extract,
+    fit,
+    info,
+    probe,
+    raster,
+    render,
+    run,
+    train,
+)
 from upfeat.cli import eval as evaluate
 
 COMMANDS = {
@@ -23,6 +36,7 @@ COMMANDS = {
     "raster": raster,
     "eval": evaluate,
     "bench": bench,
+    "export": export,
     "convert": convert,
     "demo": demo,
     "info": info,
