@@ -2,21 +2,28 @@
 # make test       install with every extra; run every test that needs no GPU
 # make test-fast  install the core; run the quick tests
 # make lint       style and types (after make test's install)
+# make docs      build the documentation's site into build/site (after make test's install)
 # make sanitize   build the C++ kernels with AddressSanitizer and UBSan and drive them
 # make clean      remove what the above made
 #
 # PYTHON=python3.12 make demo   chooses the interpreter (3.10 or newer).
+# JOBS=8 make test              runs the tests in eight processes instead of two.
 
 PYTHON ?= python3
 ARGS ?=
+JOBS ?= 2
 PHOTO ?= examples/photos/coffee.jpg
 
 CORE := .venv
 FULL := .venv-full
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*) Makefile
 PIP := -m pip --disable-pip-version-check install --quiet -c constraints.txt
+# Several processes of one thread each are faster than one of several threads; a file that takes long
+# is shared out as well.
+PYTEST := -m pytest -n $(JOBS) --dist worksteal
+test test-fast: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-fast lint sanitize clean
+.PHONY: demo test test-fast lint docs sanitize clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
@@ -25,15 +32,19 @@ demo: $(CORE)/.core
 	@echo "The picture: $(abspath out)/$(basename $(notdir $(PHOTO))).features.png"
 
 test: $(FULL)/.all
-	@$(FULL)/bin/python -m pytest $(ARGS)
+	@$(FULL)/bin/python $(PYTEST) $(ARGS)
 
 test-fast: $(CORE)/.test
-	@$(CORE)/bin/python -m pytest -m "not slow" $(ARGS)
+	@$(CORE)/bin/python $(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(FULL)/.all
 	@$(FULL)/bin/ruff check .
 	@$(FULL)/bin/ruff format --check .
 	@$(FULL)/bin/pyright --warnings --pythonpath $(FULL)/bin/python
+
+docs: $(FULL)/.all
+	@NO_MKDOCS_2_WARNING=1 $(FULL)/bin/python -m mkdocs build --quiet
+	@echo "The site: $(abspath build/site/index.html)"
 
 sanitize:
 	@bash csrc/sanitize/run.sh

@@ -138,9 +138,41 @@ int make_weights(const WeightSource& source, const UpfeatTensor& image, const Up
                                *weights);
 }
 
-int attend(const Attention& attention, const UpfeatTensor* weights, const Mode& mode,
-           int64_t radius, const UpfeatTensor* grad_queries, const UpfeatTensor* grad_keys,
-           double* grad_scalars, int isa, int threads) {
+// Tiles look at each cell of their pixels once: no fewer pixels than cells.
+bool enlarges(const UpfeatWindow& in) {
+  return in.height >= in.grid_height && in.width >= in.grid_width;
+}
+
+// Weights, or what is made of them without keeping them.
+int attend(const Neighbourhood& what, const UpfeatWindow& in, int64_t radius, int isa,
+           int threads) {
+  const UpfeatTensor &queries = *what.attention.queries, &keys = *what.attention.keys;
+  UpfeatTensor weights = queries;  // only the sizes are read
+  weights.size[1] = (2 * radius + 1) * (2 * radius + 1);
+  const Mode mode{Kind::kCells, in};
+  if (!queries.size[1] || queries.size[1] != keys.size[1] ||
+      !sizes_fit(keys, weights, radius, mode)) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  Axes axes;
+  if (!axes.build(keys, weights.size[2], weights.size[3], radius, mode)) return UPFEAT_NO_MEMORY;
+  double work = elements(weights) * static_cast<double>(queries.size[1] + 16);
+  if (what.out) {
+    work += elements(*what.out) * static_cast<double>(weights.size[1]);
+    prepare_output(*what.out, threads);
+  }
+  if (what.weights) prepare_output(*what.weights, threads);
+  const Runtime runtime = runtime_for(threads, work);
+  if (enlarges(in)) return kernels->attend(runtime, what, axes.rows, axes.columns);
+  if (what.out || what.means) return UPFEAT_BAD_ARGUMENT;
+  return kernels->attend_shrinking(runtime, what.attention, *what.weights, axes.rows, axes.columns);
+}
+
+int grad_attend(const Attention& attention, const UpfeatTensor* weights, const Mode& mode,
+                int64_t radius, const UpfeatTensor* grad_queries, const UpfeatTensor* grad_keys,
+                double* grad_scalars, int isa, int threads) {
   if (!all_valid({attention.queries, attention.keys, weights})) return UPFEAT_BAD_ARGUMENT;
   const int64_t *q = attention.queries->size, *k = attention.keys->size;
   if (radius < 1 || q[1] != k[1] || !sizes_fit(*attention.keys, *weights, radius, mode) ||
@@ -149,9 +181,8 @@ int attend(const Attention& attention, const UpfeatTensor* weights, const Mode& 
   }
   if (is_empty(*weights)) return UPFEAT_OK;
   if (!q[1]) return UPFEAT_BAD_ARGUMENT;
-  if (grad_scalars &&
-      (!all_valid({grad_queries, grad_keys}) || !sized(*grad_queries, q[0], q[1], q[2], q[3]) ||
-       !sized(*grad_keys, k[0], k[1], k[2], k[3]))) {
+  if (!all_valid({grad_queries, grad_keys}) || !sized(*grad_queries, q[0], q[1], q[2], q[3]) ||
+      !sized(*grad_keys, k[0], k[1], k[2], k[3])) {
     return UPFEAT_BAD_ARGUMENT;
   }
   const Kernels* kernels = kernels_for(isa);
@@ -159,12 +190,14 @@ int attend(const Attention& attention, const UpfeatTensor* weights, const Mode& 
   Axes axes;
   if (!axes.build(*attention.keys, q[2], q[3], radius, mode)) return UPFEAT_NO_MEMORY;
   const Runtime runtime = runtime_for(threads, elements(*weights) * static_cast<double>(q[1] + 16));
-  if (grad_scalars) {
-    return kernels->grad_attend(runtime, attention, *weights, *grad_queries, *grad_keys,
-                                grad_scalars, axes.rows, axes.columns);
-  }
-  prepare_output(*weights, threads);
-  return kernels->attend(runtime, attention, *weights, axes.rows, axes.columns);
+  return kernels->grad_attend(runtime, attention, *weights, *grad_queries, *grad_keys,
+                              grad_scalars, axes.rows, axes.columns);
+}
+
+// One row past the cell of the last pixel, less that of the first, along an axis of a window.
+int64_t cells_across(int64_t start, int64_t count, int64_t length, int64_t cells) {
+  const auto own = [&](int64_t at) { return (2 * at + 1) * cells / (2 * length); };
+  return own(start + count - 1) + 1 - own(start);
 }
 
 WeightSource given(const UpfeatTensor* weights, int64_t radius) {
@@ -257,10 +290,55 @@ int upfeat_neighbourhood_backward(const UpfeatTensor* features, const UpfeatTens
 int upfeat_attend_forward(const UpfeatTensor* queries, const UpfeatTensor* keys,
                           const UpfeatTensor* weights, const UpfeatWindow* window, int64_t radius,
                           double temperature, double sigma, int isa, int threads) {
-  if (!window) return UPFEAT_BAD_ARGUMENT;
+  if (!window || !all_valid({queries, keys, weights})) return UPFEAT_BAD_ARGUMENT;
+  const int64_t* q = queries->size;
+  if (radius < 1 || !has_taps(*weights, radius) ||
+      !sized(*weights, q[0], weights->size[1], q[2], q[3])) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  if (is_empty(*weights)) return UPFEAT_OK;
   return guarded([&] {
-    return attend({queries, keys, temperature, sigma}, weights, Mode{Kind::kCells, *window}, radius,
-                  nullptr, nullptr, nullptr, isa, threads);
+    return attend({{queries, keys, temperature, sigma}, weights, nullptr, nullptr, nullptr},
+                  *window, radius, isa, threads);
+  });
+}
+
+int upfeat_attend_means(const UpfeatTensor* queries, const UpfeatTensor* keys,
+                        const UpfeatTensor* means, const UpfeatWindow* window, int64_t radius,
+                        double temperature, double sigma, int isa, int threads) {
+  if (!window || !all_valid({queries, keys, means}) || radius < 1 || !has_taps(*means, radius)) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  const int64_t* q = queries->size;
+  if (is_empty(*means)) return UPFEAT_OK;
+  if (is_empty(*queries) || !fits(*window, q[2], q[3], *keys) || !enlarges(*window) ||
+      !sized(*means, q[0], means->size[1],
+             cells_across(window->top, q[2], window->height, window->grid_height),
+             cells_across(window->left, q[3], window->width, window->grid_width))) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  return guarded([&] {
+    return attend({{queries, keys, temperature, sigma}, nullptr, means, nullptr, nullptr}, *window,
+                  radius, isa, threads);
+  });
+}
+
+int upfeat_attend_sum(const UpfeatTensor* features, const UpfeatTensor* queries,
+                      const UpfeatTensor* keys, const UpfeatTensor* out,
+                      const UpfeatWindow* window, int64_t radius, double temperature, double sigma,
+                      int isa, int threads) {
+  if (!window || !all_valid({features, queries, keys, out}) || radius < 1) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  const int64_t *q = queries->size, *k = keys->size;
+  if (radius >= 32768 || !sized(*out, q[0], features->size[1], q[2], q[3])) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
+  if (is_empty(*out)) return UPFEAT_OK;
+  if (!sized(*features, k[0], features->size[1], k[2], k[3])) return UPFEAT_BAD_ARGUMENT;
+  return guarded([&] {
+    return attend({{queries, keys, temperature, sigma}, nullptr, nullptr, features, out}, *window,
+                  radius, isa, threads);
   });
 }
 
@@ -272,8 +350,8 @@ int upfeat_attend_backward(const UpfeatTensor* queries, const UpfeatTensor* keys
   if (!window || !grad_scalars) return UPFEAT_BAD_ARGUMENT;
   grad_scalars[0] = grad_scalars[1] = 0;
   return guarded([&] {
-    return attend({queries, keys, temperature, sigma}, grad, Mode{Kind::kCells, *window}, radius,
-                  grad_queries, grad_keys, grad_scalars, isa, threads);
+    return grad_attend({queries, keys, temperature, sigma}, grad, Mode{Kind::kCells, *window},
+                       radius, grad_queries, grad_keys, grad_scalars, isa, threads);
   });
 }
 

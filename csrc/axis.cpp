@@ -138,6 +138,8 @@ bool fill_tables(Axis& axis, const Geometry& geometry) {
 // so that windows are symmetric and flips commute.
 bool fill_distances(Axis& axis, const Geometry& geometry) {
   const int64_t pitch = axis.tiles * kTile;
+  if (!allocate_array(axis.own, axis.out)) return false;
+  for (int64_t y = 0; y < axis.out; ++y) axis.own[y] = geometry.own(y) - geometry.first;
   if (!allocate_array(axis.away, axis.taps * pitch)) return false;
   const double reach = static_cast<double>(geometry.radius) + 0.5 - 1e-4;
   for (int64_t y = 0; y < axis.out; ++y) {
@@ -186,6 +188,7 @@ void free_axis(Axis& axis) {
   release(axis.tile_coef);
   release(axis.tile_first);
   release(axis.tile_last);
+  release(axis.own);
   release(axis.away);
   axis = Axis{};
 }

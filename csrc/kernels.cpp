@@ -23,16 +23,21 @@ namespace {
 #include "block.inl"
 #include "weights.inl"
 #include "upsample.inl"
+#include "cells.inl"
 #include "gradients.inl"
 #include "bilateral_gradients.inl"
 #include "neighbourhood.inl"
-#include "attention.inl"
+#include "products.inl"
 #include "dense.inl"
+#include "attention.inl"
 #include "encoder.inl"
+#include "winograd.inl"
+#include "layers.inl"
+#include "patterns.inl"
 #include "pyramid.inl"
 
 const Kernels kTable = {upsample,    make_weights,   grad_features, grad_weights,
-                        grad_bilateral, attend,      grad_attend,   attend_windows,
+                        grad_bilateral, attend, attend_shrinking, grad_attend, attend_windows,
                         grad_windows,   run_layer,   pool_layer,    prepare_layer,
                         run_patterns,   encode_pyramid};
 

@@ -32,8 +32,10 @@ struct Axis {
   float* tile_coef = nullptr;     // (tiles, window, taps, kTile)
   int64_t* tile_first = nullptr;  // (tiles, window)
   int64_t* tile_last = nullptr;
-  // Only where an axis reads cells: squared distances from coordinates to the centres of their
+  // Only where an axis reads cells: the cell that a coordinate lies in, (out,), from the first that is
+  // there on; and squared distances from coordinates to the centres of their
   // cells, in cells, (taps, tiles * kTile); kOutOfReach where a cell must not count.
+  int64_t* own = nullptr;
   float* away = nullptr;
 };
 
@@ -68,6 +70,14 @@ struct Attention {
   const UpfeatTensor* keys;
   double temperature;
   double sigma;
+};
+
+// Weights over the cells around pixels, and what is made of them; what is null is not asked for.
+struct Neighbourhood {
+  Attention attention;
+  const UpfeatTensor* weights;
+  const UpfeatTensor* means;  // of the weights over the pixels of each cell
+  const UpfeatTensor *features, *out;  // their sum over cells
 };
 
 // Attention from pixels to rectangles of cells. Runs are pixels side by side that see the same cells:
@@ -135,8 +145,10 @@ struct Kernels {
                       const UpfeatTensor& grad_weights, const Axis& rows, const Axis& columns);
   int (*grad_bilateral)(const Runtime&, const WeightSource&, const UpfeatTensor& grad,
                         const UpfeatTensor& grad_keys, double* grad_scalars);
-  int (*attend)(const Runtime&, const Attention&, const UpfeatTensor& weights, const Axis& rows,
-                const Axis& columns);
+  int (*attend)(const Runtime&, const Neighbourhood&, const Axis& rows, const Axis& columns);
+  // The same for an output of fewer pixels than cells; weights only.
+  int (*attend_shrinking)(const Runtime&, const Attention&, const UpfeatTensor& weights,
+                          const Axis& rows, const Axis& columns);
   int (*grad_attend)(const Runtime&, const Attention&, const UpfeatTensor& grad,
                      const UpfeatTensor& grad_queries, const UpfeatTensor& grad_keys,
                      double* grad_scalars, const Axis& rows, const Axis& columns);

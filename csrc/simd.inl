@@ -29,7 +29,14 @@ constexpr int64_t kTilePixels = 2 * kTile;
 #define UPFEAT_APART static __attribute__((noinline))
 // Small constant loops over registers must be gone before registers are given out.
 #define UPFEAT_UNROLL _Pragma("GCC unroll 16")
+#define UPFEAT_LAMBDA __attribute__((always_inline))
+#define UPFEAT_APART_MEMBER __attribute__((noinline))
 #define UPFEAT_MEMBER inline __attribute__((always_inline))
+
+// Rounded up to whole vectors.
+UPFEAT_INLINE int64_t whole_vectors(int64_t count) {
+  return (count + kLanes - 1) / kLanes * kLanes;
+}
 
 UPFEAT_INLINE Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
 UPFEAT_INLINE void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
@@ -120,8 +127,7 @@ UPFEAT_INLINE Vec transpose_sum(Vec* rows) {
 }
 
 // e^x for x <= 0 and moderate x > 0; below -87 the result is about 1e-38, not 0. Two ulp.
-UPFEAT_INLINE Vec exp(Vec x) {
-  x = max(min(x, splat(88.0f)), splat(-87.0f));
+UPFEAT_INLINE Vec exp_within(Vec x) {  // for -87 <= x <= 88
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   const Vec shifted = x * 1.44269504f + magic;
   const Vec whole = shifted - magic;
@@ -138,6 +144,7 @@ UPFEAT_INLINE Vec exp(Vec x) {
   const IVec power = (as_bits(shifted) - as_bits(magic)) << 23;
   return as_float(as_bits(p) + power);
 }
+UPFEAT_INLINE Vec exp(Vec x) { return exp_within(max(min(x, splat(88.0f)), splat(-87.0f))); }
 
 // x * Phi(x). Phi - 1/2 is an odd rational function fitted on |x| <= 5.6 (error 1e-8 before
 // rounding).

@@ -96,8 +96,19 @@ UPFEAT_INLINE bool writes_in_place(const UpfeatTensor& out) {
   return out.dtype == UPFEAT_FLOAT32 && out.stride[1] == 1;
 }
 
+UPFEAT_INLINE bool writes_past_caches(const UpfeatTensor& out) {
+  return out.size[0] * out.size[1] * out.size[2] * out.size[3] * 4 >= kStreamedBytes;
+}
+
+// Where tiles are written.
+struct UpsampleTarget {
+  const Axis *rows, *columns;
+  const UpfeatTensor& out;
+  bool streamed;
+};
+
 // One tile of output, all channels.
-static void upsample_tile(const UpsampleJob& job, const CoarseRows& coarse, const Window& window,
+static void upsample_tile(const UpsampleTarget& job, const CoarseRows& coarse, const Window& window,
                           int64_t batch, int64_t group, int64_t tile, const float* folded,
                           float* block_buffer) {
   const Axis& columns = *job.columns;
@@ -147,6 +158,7 @@ static void upsample_task(void* context, int64_t task, int worker) {
   float* half = taps + rows.taps * columns.taps * kTilePixels;
   float* folded = half + half_folded_floats(rows, columns);
   float* block_buffer = folded + folded_floats(rows, columns);
+  const UpsampleTarget target{&rows, &columns, job.out, job.streamed};
   start_rows(maker, batch);
   start_coarse(coarse, batch);
   const int64_t end = smaller((chunk + 1) * job.chunks.size, rows.groups);
@@ -156,7 +168,7 @@ static void upsample_task(void* context, int64_t task, int worker) {
     for (int64_t tile = 0; tile < columns.tiles; ++tile) {
       make_tile(maker, batch, 2 * group, tile * kTile, taps);
       fold(rows, columns, group, tile, taps, half, folded);
-      upsample_tile(job, coarse, window, batch, group, tile, folded, block_buffer);
+      upsample_tile(target, coarse, window, batch, group, tile, folded, block_buffer);
     }
   }
   if (job.streamed) fence_streams();
@@ -169,7 +181,7 @@ static int upsample(const Runtime& runtime, const UpfeatTensor& features,
       &rows, &columns, out, describe(source), coarse_rows(features, rows.window), Chunks{},
       false, nullptr,  0};
   job.chunks = chunks_of(rows.groups, runtime.workers, out.size[0], job.coarse.direct ? 4 : 2);
-  job.streamed = out.size[0] * out.size[1] * out.size[2] * out.size[3] * 4 >= kStreamedBytes;
+  job.streamed = writes_past_caches(out);
   const int64_t floats = rows.taps * columns.taps * kTilePixels +
                          half_folded_floats(rows, columns) + folded_floats(rows, columns) +
                          kTilePixels * kTileChannels;

@@ -1,7 +1,7 @@
 """Write the generated tables of the documents: figures from benchmarks/*.json, settings from code.
 
 A page holds ``<!-- generated: NAME ARGUMENTS -->`` and ``<!-- end -->``; what stands between is
-replaced by what the function of that name returns.
+replaced by what the function of that name returns. Pictures of PICTURES are drawn anew, too.
 
     python docs/generate.py            # writes pages
     python docs/generate.py --check    # ends with 1 where a page would change
@@ -15,6 +15,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import diagram
 
 from upfeat.evaluation.tasks import find_task, list_tasks
 from upfeat.settings import table
@@ -40,6 +42,14 @@ UPSAMPLERS = {
     "detail_efficientnet_lite0": "detail",
     "detail_universal": "detail, universal",
 }
+GAINS = {
+    "bilinear": "bilinear",
+    "classical joint bilateral": "joint bilateral",
+    "neighbourhood": "neighbourhood",
+    "**detail**, the default": "**detail (the default)**",
+    "detail with the weights for any backbone": "detail, universal weights",
+}
+PICTURES = {"architecture.svg": diagram.architecture}
 
 
 def settings(name: str) -> str:
@@ -170,6 +180,71 @@ def passes(part: str) -> str:
     return _rows(["", "own", "transfer"], rows)
 
 
+def implicit_probes() -> str:
+    """Probes on implicit features beside those on upsamplers of one pass."""
+    rows: dict[str, list[str]] = {}
+    for row in _read("implicit_probes")["rows"]:
+        own = row["protocol"] == "own"
+        if row["protocol"] not in ("own", "transfer"):
+            continue
+        for name in ("miou", "boundary_f", "boundary_miou") if own else ("miou", "boundary_f"):
+            value = row["scores"][name]
+            spread = f" ± {100 * value['spread']:.1f}" if own else ""
+            rows.setdefault(UPSAMPLERS.get(row["upsampler"], row["upsampler"]), []).append(
+                f"{100 * value['mean']:.1f}{spread}"
+            )
+    head = ["upsampler", "own: mIoU", "own: boundary F", "own: mIoU near boundaries"]
+    head += ["transfer: mIoU", "transfer: boundary F"]
+    return _rows(head, [[name, *values] for name, values in rows.items()])
+
+
+def earlier(name: str) -> str:
+    """A measurement of former days, of which the figures were kept and the raw results were not."""
+    data = _read("earlier")[name]
+    several = "commits" if " to " in data["commit"] else "commit"
+    when = f"Measured {data['measured']}, {several} {data['commit']}; raw results were not kept."
+    return f"{_rows(data['head'], data['rows'])}\n\n*{when}*"
+
+
+def gains() -> str:
+    """The README's extract of the first table of results."""
+    data = _read("earlier")["probes"]["rows"]
+    cut = next(i for i, row in enumerate(data) if row[0] == "*transfer*")
+    own, transfer = ({row[0]: row[1:] for row in part} for part in (data[:cut], data[cut:]))
+
+    def short(values: list[str]) -> str:
+        return "{} ({})".format(*(value.partition(" ")[0] for value in values))
+
+    rows = []
+    for label, name in GAINS.items():
+        pairs = [(own[name][i : i + 2], transfer[name][i : i + 2]) for i in (0, 2)]
+        rows.append([label, *(f"{short(a)}, transfer {short(b)}" for a, b in pairs)])
+    return _rows(["", "photographs of people", "aerial roads"], rows)
+
+
+def probes(*titles: str) -> str:
+    """Probes of ``upfeat eval`` whose titles begin so, gathered by benchmarks/collect_probes.py."""
+    rows = []
+    for title, group in _read("probes").items():
+        if not title.startswith(" ".join(titles)):
+            continue
+        train, test = group["images"]
+        rows.append([f"*{title} ({train} + {test} images)*", "", ""])
+        names = list(group["protocols"]["own"])
+        for name in names:
+            shown = (_scores(group["protocols"][part][name]) for part in ("own", "transfer"))
+            rows.append([name, *shown])
+    return _rows(["", "own", "transfer"], rows)
+
+
+def _scores(scores: dict[str, list[float]]) -> str:
+    """Scores of one row: mIoU and boundary F, or RMSE and relative error."""
+    if "rmse" in scores:
+        return " / ".join(f"{scores[name][0]:.3f}" for name in ("rmse", "abs_rel"))
+    pairs = (scores[name] for name in ("miou", "boundary_f"))
+    return " / ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in pairs)
+
+
 def _read(name: str) -> Any:
     return json.loads((BENCHMARKS / f"{name}.json").read_text())
 
@@ -201,15 +276,21 @@ def generated(text: str) -> str:
 def main(arguments: list[str]) -> int:
     """Write or check all pages; 1 where one has drifted."""
     drifted = []
-    for page in sorted(DOCS.rglob("*.md")):
+    for page in [DOCS.parent / "README.md", *sorted(DOCS.rglob("*.md"))]:
         text = page.read_text()
         new = generated(text)
         if new != text:
             drifted.append(page)
             if "--check" not in arguments:
                 page.write_text(new)
+    for name, draw in PICTURES.items():
+        path, new = DOCS / "images" / name, draw()
+        if not path.is_file() or path.read_text(encoding="utf-8") != new:
+            drifted.append(path)
+            if "--check" not in arguments:
+                path.write_text(new, encoding="utf-8")
     for page in drifted:
-        print(page.relative_to(DOCS))
+        print(page.relative_to(DOCS.parent))
     return int("--check" in arguments and bool(drifted))
 
 

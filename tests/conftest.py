@@ -6,6 +6,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True)
+def _one_draw():
+    """Every test draws the same values, alone or after others, in one process or in several."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def torchvision_operators():
     """Declare two operators that torchvision's wheel lacks beside a CPU build of PyTorch.

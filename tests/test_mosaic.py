@@ -29,6 +29,12 @@ def convolutional():
     return load_backbone(layers).eval()
 
 
+def assert_alike(found, expected):
+    """Equal but for the order of sums, which convolutions choose by the size of their input."""
+    largest = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-5 * largest)
+
+
 def crops(x):
     return lambda w: x[:, :, w.top : w.bottom, w.left : w.right]
 
@@ -44,7 +50,7 @@ def test_tiles_of_a_convolutional_backbone_equal_the_whole(make):
     parts = list(strips(backbone, crops(x), grid, tile=6, halo=halo))
     assert [part.top for part in parts] == list(range(0, grid[0], 6))
     whole = backbone(x)
-    torch.testing.assert_close(torch.cat([p.features for p in parts], 2), whole, rtol=0, atol=2e-5)
+    assert_alike(torch.cat([part.features for part in parts], 2), whole)
 
 
 def test_a_halo_one_cell_short_is_not_exact():
@@ -120,7 +126,7 @@ def test_a_bound_of_memory_changes_nothing_but_the_tiles():
     whole = backbone(x)
     side = 8 * (16 + 2 * receptive_halo(backbone)) + 8
     bound = activation_bytes(backbone) * side**2
-    torch.testing.assert_close(extract_within(backbone, x, bound), whole, rtol=0, atol=1e-5)
+    assert_alike(extract_within(backbone, x, bound), whole)
     with pytest.raises(ValueError, match=r"too little for Sequential; tiles of 128 pixels need"):
         extract_within(backbone, x, bound / 4)
     with pytest.raises(ValueError, match="cannot work in tiles"):

@@ -91,6 +91,12 @@ def test_what_is_no_normalisation_is_refused(mean, std):
         check_normalization(mean, std)
 
 
+@pytest.mark.parametrize(("mean", "std"), [((0, 0, 0), (1, 1, 1e-300)), ((1e9, 0, 0), (1, 1, 1))])
+def test_normalisations_that_leave_float32_are_refused(mean, std):
+    with pytest.raises(ValueError, match="give std from 1e-06"):
+        check_normalization(mean, std)
+
+
 def test_training_gives_weights_one_normalisation():
     from upfeat.training.config import TrainConfig
     from upfeat.training.trainer import new_upsampler

@@ -1,5 +1,6 @@
 """Names of code: computed from imports, changed by every line that decides a result."""
 
+import ast
 import shutil
 
 import pytest
@@ -61,3 +62,21 @@ def test_classes_of_other_files_are_known_by_their_content(monkeypatch):
     before = provenance.identify_upsampler(Own())
     monkeypatch.setattr(provenance, "_source", lambda cls: b"edited")
     assert provenance.identify_upsampler(Own()) != before
+
+
+def test_imports_are_found_as_parsing_finds_them():
+    for path in sorted(provenance._PACKAGE.rglob("*.py")):
+        names = []
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                names += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                parts = [f"{node.module}.{alias.name}" for alias in node.names]
+                names += [part if provenance._file(part) else node.module for part in parts]
+            elif isinstance(node, ast.Constant) and str(node.value).startswith("upfeat."):
+                names += provenance._matching(str(node.value))
+        files = [
+            {provenance._file(name) for name in some} - {None}
+            for some in (names, provenance._mentioned(path))
+        ]
+        assert files[0] == files[1], path

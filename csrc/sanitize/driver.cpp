@@ -209,6 +209,21 @@ void neighbourhood(const Shape& s, int64_t dtype, Layout layout, int isa, bool w
     return upfeat_attend_forward(&queries.tensor, &keys.tensor, &weights.tensor, &window, radius,
                                  1.5, 0.8, isa, threads);
   });
+  if (window.height < window.grid_height || window.width < window.grid_width) return;
+  repeat("attend_sum", {&out}, [&](int threads) {
+    return upfeat_attend_sum(&features.tensor, &queries.tensor, &keys.tensor, &out.tensor, &window,
+                             radius, 1.5, 0.8, isa, threads);
+  });
+  const auto cells = [](int64_t start, int64_t count, int64_t length, int64_t all) {
+    const auto own = [&](int64_t at) { return (2 * at + 1) * all / (2 * length); };
+    return own(start + count - 1) + 1 - own(start);
+  };
+  Buffer means(s.n, taps, cells(window.top, s.height, window.height, window.grid_height),
+               cells(window.left, s.width, window.width, window.grid_width), dtype, layout);
+  repeat("attend_means", {&means}, [&](int threads) {
+    return upfeat_attend_means(&queries.tensor, &keys.tensor, &means.tensor, &window, radius, 1.5,
+                               0.8, isa, threads);
+  });
 }
 
 // Queries of a whole image and of a window, with and without corrections.

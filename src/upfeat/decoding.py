@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import sys
 import threading
 import warnings
@@ -81,6 +82,33 @@ def decode_pil(image: Image.Image, label: str) -> Decoded:
     return _from_pil(image, label, _unsaid_bands(image))
 
 
+def open_upright(path: Path, *, short_side: int | None = None) -> Image.Image:
+    """Decode a file that Pillow knows, upright, in its own mode and colours.
+
+    Args:
+        path: of the file.
+        short_side: pixels that its shorter side needs; a JPEG is decoded no finer than twice that.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: Pillow does not know it, or it is damaged or larger than :data:`MAX_PIXELS`.
+    """
+    try:
+        with _opened(path) as image:
+            check_pixels(image.size, label=str(path), max_pixels=MAX_PIXELS)
+            if short_side is not None and image.format == "JPEG":
+                # Twice as fine as the result: the reduction proper is done by resampling.
+                scale = 2 * short_side / min(image.size)
+                image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))  # pyright: ignore[reportArgumentType]
+            return _upright(image)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not an image that Pillow can read") from None
+    except (OSError, SyntaxError, EOFError, IndexError) as error:
+        raise ValueError(f"{path}: a damaged image ({error})") from None
+
+
 def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
     """Refuse images of more than ``max_pixels``; ``size`` is (width, height).
 
@@ -95,8 +123,8 @@ def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
         )
 
 
-def image_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of an image, upright, by its header; ``None`` where that does not say.
+def image_size(path: Path | bytes) -> tuple[int, int] | None:
+    """(height, width) of an image file, upright, by its header; ``None`` where that does not say.
 
     Nothing is decoded, and nothing raised: decoding proper says what is wrong with a file.
     """
@@ -198,7 +226,7 @@ def _deep_to_srgb(values: NDArray[Any], high: Image.Image, label: str) -> NDArra
     if not profile:
         return values
     before = high.convert("RGB")
-    after = _srgb(before, profile, label)
+    after = in_srgb(before, profile, label)
     if after is before:
         return values
     change = np.asarray(after).astype(np.int32) - np.asarray(before)
@@ -207,8 +235,8 @@ def _deep_to_srgb(values: NDArray[Any], high: Image.Image, label: str) -> NDArra
     return values
 
 
-def _srgb(image: Image.Image, profile: bytes | None, label: str) -> Image.Image:
-    """In sRGB; LittleCMS is loaded for those that need it."""
+def in_srgb(image: Image.Image, profile: bytes | None, label: str) -> Image.Image:
+    """Bring an image of this profile into sRGB; LittleCMS is loaded for those that need it."""
     if not profile and image.mode in ("L", "RGB"):
         return image
     from upfeat.colour import to_srgb
@@ -252,7 +280,7 @@ def _from_pil(image: Image.Image, label: str, unsaid: bool) -> Decoded:
         return Decoded(np.asarray(upright)[:, :, None])
     profile = upright.info.get("icc_profile")
     if unsaid and upright.mode == "RGBA":
-        colour = np.asarray(_srgb(upright.convert("RGB"), profile, label))
+        colour = np.asarray(in_srgb(upright.convert("RGB"), profile, label))
         return Decoded(np.concatenate([colour, np.asarray(upright)[..., 3:]], 2), alpha=None)
     alpha = None
     if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
@@ -263,7 +291,7 @@ def _from_pil(image: Image.Image, label: str, unsaid: bool) -> Decoded:
             alpha = None
     if upright.mode not in ("L", "RGB", "CMYK", "LAB"):
         upright = upright.convert("L" if upright.mode == "1" else "RGB")
-    values = np.asarray(_srgb(upright, profile, label))
+    values = np.asarray(in_srgb(upright, profile, label))
     values = values[:, :, None] if values.ndim == 2 else values
     if alpha is None:
         return Decoded(values)

@@ -5,6 +5,7 @@ i + ½ (align_corners=False); cells are found in exact integers. A *window* is a
 """
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -193,6 +194,29 @@ def cell_of_pixels(cells: int, length: int, start: int, count: int, device: torc
 def first_pixel(cells: int, length: int, cell: int) -> int:
     """The first of ``length`` pixels that lies in a cell, or after it where none does."""
     return min(max(-((cells - 2 * length * cell) // (2 * cells)), 0), length)
+
+
+def cells_of_window(
+    shape: Sequence[int],
+    output_size: Sequence[int],
+    origin: Sequence[int],
+    grid_size: Sequence[int],
+) -> tuple[int, int]:
+    """Count the rows and columns of cells that a window of pixels lies in.
+
+    Args:
+        shape: (height, width) of the window.
+        output_size: of all pixels.
+        origin: (top, left) of the window.
+        grid_size: (h, w), all cells.
+    """
+    rows, columns = (
+        ((2 * (start + count) - 1) * cells) // (2 * length)
+        + 1
+        - ((2 * start + 1) * cells) // (2 * length)
+        for count, length, start, cells in zip(shape, output_size, origin, grid_size, strict=True)
+    )
+    return rows, columns
 
 
 def cell_distances(

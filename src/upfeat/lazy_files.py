@@ -50,27 +50,35 @@ class Parts(NamedTuple):
     """Mean and standard deviation of the guidance's channels."""
     missing: Tensor | None
     """(B, 1, *output_size) bool: pixels without data."""
+    hidden: Tensor | None = None
+    """(B, D, h', w'): what early layers say."""
 
 
-def write_parts(path: str | Path, parts: Parts, *, exact: bool) -> None:
+def write_parts(
+    path: str | Path, parts: Parts, *, exact: bool = False, weights: str | None = None
+) -> None:
     """Write lazy features.
 
     Args:
         path: the safetensors file.
         parts: what they are made of.
         exact: keep features and guidance as they are.
+        weights: :func:`digest` of the upsampler, where it is known.
 
     Raises:
         ValueError: features or guidance are NaN or infinite, or the features lose too much in
             float16.
     """
     features, guidance = parts.features.detach(), parts.guidance.detach()
-    for name, tensor in (("features", features), ("guidance", guidance)):
-        if not bool(torch.isfinite(tensor).all()):
+    hidden = {} if parts.hidden is None else {"hidden": parts.hidden.detach()}
+    for name, tensor in (("features", features), ("guidance", guidance), *hidden.items()):
+        # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
+        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise ValueError(f"{name} holds NaN or infinity; nothing is written")
-    tensors = {"features": features, "guidance": guidance}
+    tensors = {"features": features, "guidance": guidance, **hidden}
     if not exact:
         tensors = {"features": _halved(features), **_quantised(guidance, parts.normalization)}
+        tensors |= {name: _halved(one, name) for name, one in hidden.items()}
     if parts.missing is not None:
         tensors["missing"] = parts.missing
     name, config = parts.upsampler.name, parts.upsampler.config()
@@ -80,7 +88,7 @@ def write_parts(path: str | Path, parts: Parts, *, exact: bool) -> None:
         "dtype": str(features.dtype).removeprefix("torch."),
         "output_size": json.dumps(list(parts.output_size)),
         "upsampler": json.dumps({"upsampler": name, **config}),
-        "weights": digest(parts.upsampler),
+        "weights": digest(parts.upsampler) if weights is None else weights,
     }
     if parts.normalization is not None:
         mean, std = parts.normalization
@@ -106,7 +114,7 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     for name in ("features", "guidance"):
         if name not in layouts or len(layouts[name].shape) != 4:
             raise ValueError(f"{path}: damaged: lacks {name} (B, channels, height, width)")
-    if set(layouts) - {"features", "guidance", "scale", "shift", "missing"}:
+    if set(layouts) - {"features", "guidance", "hidden", "scale", "shift", "missing"}:
         raise ValueError(f"{path}: damaged: holds more tensors than lazy features have")
     dtype = _DTYPES.get(facts.get("dtype", ""))
     if dtype is None:
@@ -114,15 +122,18 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     upsampler = _upsampler(path, facts, upsampler)
     size = _output_size(path, facts)
     tensors, _ = read_tensors(path)
-    anything = {"features": (0.0, torch.inf), "guidance": (0.0, torch.inf)}
+    anything = dict.fromkeys(("features", "guidance", "hidden"), (0.0, torch.inf))
     features = tensors["features"]
-    check_values(path, {"features": features}, magnitudes=anything, floating=True)
+    found = {name: one for name, one in tensors.items() if name in ("features", "hidden")}
+    check_values(path, found, magnitudes=anything, floating=True)
     guidance = tensors["guidance"]
     if "scale" in tensors or "shift" in tensors:
         guidance = _restored(path, tensors)
     check_values(path, {"guidance": guidance}, magnitudes=anything, floating=True)
     known, missing = _normalization(path, facts, guidance.shape[1]), _missing(path, tensors, size)
-    return Parts(features.to(dtype), guidance.to(dtype), upsampler, size, known, missing)
+    hidden = tensors["hidden"].to(dtype) if "hidden" in tensors else None
+    features, guidance = features.to(dtype), guidance.to(dtype)
+    return Parts(features, guidance, upsampler, size, known, missing, hidden)
 
 
 def digest(upsampler: Upsampler) -> str:
@@ -137,7 +148,7 @@ def digest(upsampler: Upsampler) -> str:
     return found.hexdigest()
 
 
-def _halved(features: Tensor) -> Tensor:
+def _halved(features: Tensor, name: str = "features") -> Tensor:
     """Features in float16, if they survive it.
 
     Raises:
@@ -145,11 +156,11 @@ def _halved(features: Tensor) -> Tensor:
     """
     half = features.half()
     if not bool(torch.isfinite(half).all()):
-        raise ValueError("features overflow float16; save(path, exact=True)")
+        raise ValueError(f"{name} overflow float16; save(path, exact=True)")
     error, largest = (half.to(features) - features).abs().max(), features.abs().max()
     if error > _HALF_ERROR * largest:
         raise ValueError(
-            f"features, at most {float(largest):.2g}, are too small for float16; "
+            f"{name}, at most {float(largest):.2g}, are too small for float16; "
             "save(path, exact=True)"
         )
     return half
@@ -160,13 +171,17 @@ def _quantised(guidance: Tensor, normalization: tuple[Colour, Colour] | None) ->
 
     Stored levels times ``scale`` plus ``shift`` is the image, each a value for a channel.
     """
-    values = guidance.double()
     if normalization is not None:
-        mean, std = (values.new_tensor(one) for one in normalization)
-        levels = ((values * _per_channel(std) + _per_channel(mean)) * 255).round()
-        if bool((levels >= 0).all()) and bool((levels <= 255).all()):
+        mean, std = (torch.tensor(one, dtype=torch.float64) for one in normalization)
+        # Of 255 levels, float32 is off by thousandths: what was a level is found again.
+        kind = torch.promote_types(guidance.dtype, torch.float32)
+        slope, middle = (_per_channel(255 * one).to(guidance.device, kind) for one in (std, mean))
+        levels = (guidance * slope).add_(middle).round_()
+        low, high = levels.aminmax()
+        if bool(low >= 0) and bool(high <= 255):
             scale, shift = 1 / (255 * std), -mean / std
             return {"guidance": levels.byte(), "scale": scale.float(), "shift": shift.float()}
+    values = guidance.double()
     flat = values.transpose(0, 1).flatten(1)  # (channels, B·H·W)
     low, high = flat.aminmax(dim=1)
     scale = (high - low) / _LEVELS

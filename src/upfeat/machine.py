@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -21,8 +23,8 @@ _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 # Beyond this a limit of version 1 means none: it is written as the largest number there is.
 _NO_LIMIT = 1 << 60
-# Bytes a pixel while a file is decoded to floats, measured.
-_DECODING = 40
+DECODING = 40
+"""Bytes a pixel while a file is decoded to floats, measured."""
 
 
 def available_memory(device: torch.device | str | None = None) -> int | None:
@@ -75,7 +77,7 @@ def check_fits(
         ValueError: it would not fit; the message says what size would.
     """
     bound, free = free, available_memory() if free is None else max(free, 0)
-    decoding = own[0] * own[1] * _DECODING
+    decoding = own[0] * own[1] * DECODING
     if free is not None and decoding > 0.9 * free:
         raise ValueError(
             f"{label}: decoding its {own[0]}×{own[1]} pixels needs about {readable(decoding)} and "
@@ -188,6 +190,17 @@ def status(field: str) -> int | None:
 def resident_memory() -> int | None:
     """Bytes of memory that this process holds; ``None`` where the system does not tell."""
     return status("VmRSS")
+
+
+def release_memory() -> None:
+    """Give memory that is no longer used back to the system (glibc; elsewhere it is collected).
+
+    The allocator keeps what each thread has freed for that thread alone, so a server whose threads
+    take turns grows by far more than it holds.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def parse_memory(text: str | int) -> int:

@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.budget import free_bytes
 from upfeat.features import UpsampledFeatures, blank
 from upfeat.images import fill_missing, resize_mask
+from upfeat.machine import parse_memory
+from upfeat.mosaic import extract_within
 from upfeat.scales import FINER_WEIGHTS, PASSES, SecondScale, Translation, guidance_for
+from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 
 if TYPE_CHECKING:
@@ -35,6 +39,8 @@ class FeatUp(nn.Module):
         upsampler: Upsampler,
         *,
         bands: Sequence[int] | None = None,
+        early: bool = False,
+        max_memory: int | str | None = None,
     ) -> None:
         """Join the two, in eval mode and frozen, so that no graph is recorded unless it is wanted.
 
@@ -46,9 +52,15 @@ class FeatUp(nn.Module):
             upsampler: any upsampler; one with an ``embed_dim`` must have the backbone's.
             bands: the three of the image's bands, counted from 0, that the upsampler sees as red,
                 green and blue, for images that are not RGB; ``None`` for all of them.
+            early: show the upsampler what earlier layers of the backbone say of the image, on finer
+                cells (:meth:`Backbone.with_hidden`); see :func:`load`.
+            max_memory: that the process may hold, with what it holds already, as "2GB"; ``None``
+                for no bound. Backbones that look only so far then work in tiles, and maps are made
+                part by part: on one thread the same bits.
 
         Raises:
-            ValueError: their channels differ, or there are no such bands.
+            ValueError: their channels differ, there are no such bands, or ``early`` is asked of an
+                upsampler or a backbone that has nothing for it.
         """
         super().__init__()
         self.backbone = load_backbone(backbone)
@@ -67,6 +79,10 @@ class FeatUp(nn.Module):
                 f"{self.backbone.name} takes, counted from 0"
             )
         self.bands = None if bands is None else tuple(bands)
+        self.early = early
+        self.max_memory = None if max_memory is None else parse_memory(max_memory)
+        if early:
+            _check_early(self.backbone, upsampler)
         self.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -77,9 +93,11 @@ class FeatUp(nn.Module):
         ]
         first = next(self.parameters(), backbone.mean)
         dtype = str(first.dtype).removeprefix("torch.")
+        early = " with early layers" if self.early else ""
         return (
-            f"{type(self).__name__}({backbone.name} + {upsampler.name}: {backbone.embed_dim} "
-            f"channels, stride {backbone.stride}; {' + '.join(counts)} parameters, {dtype} on "
+            f"{type(self).__name__}({backbone.name} + {upsampler.name}{early}: "
+            f"{backbone.embed_dim} channels, stride {backbone.stride}; {' + '.join(counts)} "
+            f"parameters, {dtype} on "
             f"{first.device})"
         )
 
@@ -105,7 +123,8 @@ class FeatUp(nn.Module):
         output_size: tuple[int, int] | None = None,
         *,
         mask: Tensor | None = None,
-    ) -> Tensor:
+        out: Any = None,
+    ) -> Any:
         """Compute features at full resolution.
 
         Args:
@@ -113,26 +132,55 @@ class FeatUp(nn.Module):
             output_size: (height, width) of the result; ``None`` for the image's own.
             mask: bool, (height, width) or (B, 1, height, width) of any size, true where there are
                 no data. Nothing there has any influence, and the features there are 0.
+            out: a tensor or an array, also in a file, that the features are written to part by
+                part, see :meth:`UpsampledFeatures.full`.
 
         Returns:
-            (B, C, *output_size).
+            (B, C, *output_size), or ``out``.
 
         Raises:
-            ValueError: x is not such an image, or the backbone returns NaN.
+            ValueError: x is not such an image, the backbone returns NaN, or the model's bound of
+                memory cannot be kept; the least one that can is named.
         """
+        if out is not None or self.max_memory is not None:
+            return self.lazy(x, output_size, mask=mask).full(out=out)
         if mask is None:
-            return self.upsampler(*self._inputs(self.backbone(x), x), output_size)
-        x, features = self._without_data(x, mask)
-        out = self.upsampler(*self._inputs(features, x), output_size)
+            return self._upsample(x, *self._seen(x), output_size)
+        x, features, hidden = self._without_data(x, mask)
+        out = self._upsample(x, features, hidden, output_size)
         return blank(out, resize_mask(mask, (out.shape[2], out.shape[3])).to(out.device))
 
-    def _without_data(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The image and its coarse features, both filled where there are no data."""
+    def _seen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the backbone says of an image, and its earlier layers, if they are made use of."""
+        if self.early:
+            return self.backbone.with_hidden(x)
+        if self.max_memory is None or (torch.is_grad_enabled() and self._trains(x)):
+            return self.backbone(x), None
+        free = free_bytes(self.max_memory)
+        return extract_within(self.backbone, x, free, label=f"max_memory={self.max_memory}"), None
+
+    def _trains(self, x: Tensor) -> bool:
+        return x.requires_grad or any(one.requires_grad for one in self.backbone.parameters())
+
+    def _upsample(
+        self, x: Tensor, features: Tensor, hidden: Tensor | None, output_size: Size | None
+    ) -> Tensor:
+        inputs = self._inputs(features, x)
+        if hidden is None:
+            return self.upsampler(*inputs, output_size)
+        return self.upsampler(*inputs, output_size, hidden=hidden.to(inputs[0]))
+
+    def _without_data(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The image and what the backbone says of it, all filled where there are no data."""
         missing = resize_mask(mask, (x.shape[2], x.shape[3])).to(x.device)
         x = fill_missing(x, missing)
-        features = self.backbone(x)
-        share = F.adaptive_avg_pool2d(missing.to(features.dtype), features.shape[-2:])
-        return x, fill_missing(features, share == 1)
+
+        def filled(maps: Tensor) -> Tensor:
+            share = F.adaptive_avg_pool2d(missing.to(maps.dtype), maps.shape[-2:])
+            return fill_missing(maps, share == 1)
+
+        features, hidden = self._seen(x)
+        return x, filled(features), None if hidden is None else filled(hidden)
 
     def guidance(self, x: Tensor) -> Tensor:
         """The image as the upsampler sees it: in its own normalisation, where that differs."""
@@ -160,17 +208,44 @@ class FeatUp(nn.Module):
         """
         missing = None
         if mask is None:
-            features = self.backbone(x)
+            features, hidden = self._seen(x)
         else:
-            x, features = self._without_data(x, mask)
+            x, features, hidden = self._without_data(x, mask)
             size = output_size or (x.shape[2], x.shape[3])
             missing = resize_mask(mask, size).to(x.device)
         mean, std = self.upsampler.normalization or self.backbone.normalization
+        inputs = self._inputs(features, x)
         return UpsampledFeatures(
-            *(*self._inputs(features, x), self.upsampler, output_size),
+            *(*inputs, self.upsampler, output_size),
             mean=mean,
             std=std,
             missing=missing,
+            hidden=None if hidden is None else hidden.to(inputs[0]),
+            max_memory=self.max_memory,
+        )
+
+
+def _check_early(backbone: Backbone, upsampler: Upsampler) -> None:
+    """Refuse what has no early layers, or nothing for them.
+
+    Raises:
+        ValueError: it does not; the message has the fix.
+    """
+    if not upsampler.takes_hidden:
+        raise ValueError(f"early=True: {upsampler.name} makes no use of early layers; take detail")
+    side = 4 * backbone.stride
+    blank = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
+    with torch.no_grad():
+        features, hidden = backbone.with_hidden(blank)
+    if hidden is None:
+        raise ValueError(
+            f"early=True: {backbone.name} says nothing of its earlier layers; use early=False, or "
+            "override Backbone.extract_with_hidden"
+        )
+    if hidden.dim() != 4 or not (hidden.shape[2] > features.shape[2]):
+        raise ValueError(
+            f"early=True: the earlier layers of {backbone.name} are {tuple(hidden.shape)} where "
+            f"its features are {tuple(features.shape)}: no finer grid; use early=False"
         )
 
 
@@ -181,6 +256,8 @@ def load(
     device: str | torch.device | None = None,
     bands: Sequence[int] | None = None,
     passes: int = 1,
+    early: bool = False,
+    max_memory: int | str | None = None,
     translation: Translation | str | Path | None = None,
 ) -> FeatUp:
     """Load a backbone with an upsampler, in eval mode and frozen.
@@ -198,6 +275,11 @@ def load(
         passes: what the backbone may cost, in passes over the image. 5: it sees the image at twice
             its size too (:class:`upfeat.scales.SecondScale`); the model's backbone then has half
             the stride, and all else is as with 1.
+        early: let the detail upsampler's regression see what earlier layers of the backbone say of
+            finer cells, at no cost to speak of; for backbones that tell, as the embedded ones do.
+            It is part of the model and of what :meth:`FeatUp.lazy` gives and saves; tools that work
+            in tiles go without.
+        max_memory: see :class:`FeatUp`.
         translation: for ``passes=5``, what :func:`upfeat.scales.fit_translation` learnt for this
             backbone, or a file of it; ``None`` for the shipped one, and where there is none to
             learn one of each image from its own cells.
@@ -220,9 +302,12 @@ def load(
             raise ValueError("translation is for passes=5; with passes=1 there is nothing for it")
         if not isinstance(upsampler, Upsampler):
             upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
-        model = FeatUp(network, upsampler, bands=bands)
+        model = FeatUp(network, upsampler, bands=bands, early=early)
     else:
+        if early:
+            raise ValueError("early=True is for passes=1; leave out one of the two")
         model = _two_scales(network, upsampler, bands, translation)
+    model.max_memory = None if max_memory is None else parse_memory(max_memory)
     if device is None:
         return model
     try:

@@ -67,23 +67,33 @@ HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 """Colours from −1 to 1."""
 
 
+STD_BOUNDS = (1e-6, 1e6)
+"""Standard deviations that images can have: a colour over a smaller one leaves float32."""
+
+
 def check_normalization(mean: object, std: object, channels: int = 3) -> Normalization:
     """Check a mean and a standard deviation.
 
     Args:
         mean: 3 numbers, RGB in [0, 1]; or as many as there are channels.
-        std: likewise, above 0.
+        std: likewise, from 1e-6 to 1e6.
         channels: of the images.
 
     Raises:
         ValueError: they are not.
     """
-    found = _numbers(mean, channels), _numbers(std, channels)
-    if found[0] is None or found[1] is None or min(found[1]) <= 0:
+    means, stds = _numbers(mean, channels), _numbers(std, channels)
+    if means is None or stds is None or min(stds) <= 0:
         raise ValueError(
             f"mean={mean!r} and std={std!r} must be {channels} values each, std above 0"
         )
-    return Normalization(found[0], found[1])
+    low, high = STD_BOUNDS
+    if not all(low <= one <= high for one in stds) or max(map(abs, means)) > high:
+        raise ValueError(
+            f"mean={mean!r} and std={std!r} are beyond any image; give std from {low:g} to "
+            f"{high:g} and mean from {-high:g} to {high:g}, in units of the images in [0, 1]"
+        )
+    return Normalization(means, stds)
 
 
 def _numbers(values: object, count: int) -> Colour | None:

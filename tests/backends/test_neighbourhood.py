@@ -373,3 +373,104 @@ def test_bad_arguments_are_named():
         weights(queries, keys, 1.0, 1.0, output_size=(9, 9), window=(0, 0, 3, 4))
     with pytest.raises(ValueError, match="does not lie in the output of 9×9"):
         weights(queries, keys, 1.0, 1.0, output_size=(9, 9), window=(4, 0, 6, 6))
+
+
+ENLARGING = [case for case in CASES if case[1][0] <= case[2][0] and case[1][1] <= case[2][1]]
+
+
+def unkept(queries, keys, scalars, radius, size, grid, window=None, cells=None):
+    """Arguments of the operators that keep no weights, for a window of pixels."""
+    window = window or (0, 0, *size)
+    cells = cells or (0, 0, *grid)
+    (rows, columns), (down, across) = (
+        tuple(slice(start, start + count) for start, count in zip(*pairs(one), strict=True))
+        for one in (window, cells)
+    )
+    seen, near = queries[:, :, rows, columns], keys[:, :, down, across]
+    return seen, near, *scalars, radius, size, window[:2], grid, cells[:2]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", ENLARGING, ids=str)
+def test_weights_that_are_not_kept_give_the_same_sums_and_means(isa, case, layout):
+    _, grid, size, radius = case
+    queries, keys, *scalars = attention(case)
+    features, _ = values(case)
+    exact = functional.neighbourhood_weights(
+        *(one.double() for one in (queries, keys, *scalars)), radius=radius, backend="reference"
+    )
+    given = [one.contiguous(memory_format=layout) for one in (queries, keys, features)]
+    arguments = unkept(given[0], given[1], scalars, radius, size, grid)
+    for channels in (1, features.shape[1]):  # few channels are summed in another way
+        some = given[2][:, :channels]
+        out = dispatch.call("neighbourhood_attention", "cpu", some, *arguments)
+        wanted = functional.neighbourhood_upsample(some.double(), exact, backend="reference")
+        close(out, wanted)
+    means = dispatch.call("neighbourhood_mean_weights", "cpu", *arguments)
+    rows, columns = (
+        (torch.arange(length) * 2 + 1) * cells // (2 * length) == torch.arange(cells)[:, None]
+        for length, cells in zip(size, grid, strict=True)
+    )
+    rows, columns = rows.double(), columns.double()
+    counts = rows.sum(1)[:, None] * columns.sum(1)
+    close(means, rows @ exact @ columns.T / counts)
+
+
+@pytest.mark.parametrize("case", ENLARGING, ids=str)
+def test_parts_without_kept_weights_equal_those_of_the_whole(isa, threads, case):
+    _, grid, size, radius = case
+    queries, keys, *scalars = attention(case)
+    features, _ = values(case)
+    whole = unkept(queries, keys, scalars, radius, size, grid)
+    operators = "neighbourhood_attention", "neighbourhood_mean_weights"
+    threads(1)
+    out = dispatch.call(operators[0], "cpu", features, *whole)
+    means = dispatch.call(operators[1], "cpu", *whole)
+    # The pixels of the cells from the middle on, and the cells that they read.
+    firsts = [-((n - 2 * m * (n // 2)) // (2 * n)) for n, m in zip(grid, size, strict=True)]
+    low = [max(n // 2 - radius, 0) for n in grid]
+    window = (*firsts, *(m - first for m, first in zip(size, firsts, strict=True)))
+    cells = (*low, *(n - first for n, first in zip(grid, low, strict=True)))
+    part = unkept(queries, keys, scalars, radius, size, grid, window, cells)
+    threads(3)
+    near = features[:, :, low[0] :, low[1] :]
+    close(
+        dispatch.call(operators[0], "cpu", near, *part), out[:, :, firsts[0] :, firsts[1] :], 1e-6
+    )
+    again = dispatch.call(operators[1], "cpu", *part)
+    close(again, means[:, :, grid[0] // 2 :, grid[1] // 2 :], 1e-6)
+    assert torch.equal(dispatch.call(operators[0], "cpu", features, *whole), out)
+    assert torch.equal(dispatch.call(operators[1], "cpu", *whole), means)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_storage_without_kept_weights(isa, dtype):
+    case = ((2, 20, 19), (4, 5), (13, 20), 2)
+    queries, keys, *scalars = (value.to(dtype) for value in attention(case))
+    features = values(case)[0].to(dtype)
+    arguments = unkept(queries, keys, scalars, 2, (13, 20), (4, 5))
+    out = dispatch.call("neighbourhood_attention", "cpu", features, *arguments)
+    exact = [one.float() for one in (features, queries, keys, *scalars)]
+    wanted = dispatch.call("neighbourhood_attention", "cpu", *exact, *arguments[4:])
+    assert out.dtype == dtype
+    close(out, wanted, torch.finfo(dtype).eps)
+
+
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the library")
+def test_smaller_outputs_keep_their_weights():
+    case = ((1, 4, 3), (3, 3), (1, 1), 1)
+    queries, keys, *scalars = attention(case)
+    arguments = unkept(queries, keys, scalars, 1, (1, 1), (3, 3))
+    with pytest.raises(ValueError, match="fewer pixels than the grid has cells"):
+        dispatch.call("neighbourhood_mean_weights", "cpu", *arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cpu.unavailable_reason() is not None, reason="needs the library")
+def test_opcheck_without_kept_weights():
+    queries, keys, *scalars = attention(((1, 8, 3), (3, 4), (9, 14), 1))
+    arguments = unkept(queries, keys, scalars, 1, (9, 14), (3, 4))
+    operators = torch.ops.upfeat
+    torch.library.opcheck(operators.neighbourhood_mean_weights_cpu.default, arguments)
+    features = randn(1, 3, 3, 4)
+    torch.library.opcheck(operators.neighbourhood_attention_cpu.default, (features, *arguments))

@@ -51,6 +51,9 @@ def test_files_and_rows(run, tmp_path):
     assert (page.count("<figure>"), page.count("<h3>")) == (2, 2 * 3)
     assert "http" not in page.replace("http-equiv", "")
     assert content["rows"][0]["cost"]["seconds"] > 0
+    differences = content["differences"]
+    assert {one["score"] for one in differences} == {"miou", "boundary_f"}
+    assert all(one["low"] <= one["high"] for one in differences)
     assert results.rows[0].scores["drift"][0] == pytest.approx(1, abs=1e-5)
 
 

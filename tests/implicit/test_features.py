@@ -16,6 +16,7 @@ from upfeat.implicit.fields import (
     whitening,
 )
 from upfeat.implicit.guides import QueryGuide, colours, sample
+from upfeat.normalization import HALF
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.neighbourhood import PyramidEncoder
@@ -188,15 +189,22 @@ def test_values_between_pixels():
 
 def test_queries_are_those_of_the_shipped_upsampler():
     upsampler = create_upsampler("neighbourhood_universal")
-    guide = QueryGuide(upsampler.encoder)
+    assert upsampler.normalization is not None
+    guide = QueryGuide(upsampler.encoder, upsampler.normalization)
     guidance = torch.randint(256, (3, 33, 50), dtype=torch.uint8)
     with torch.no_grad():
-        expected = upsampler.queries((guidance[None].float() / 255 - 0.5) / 0.5, (33, 50))
+        image = upsampler.normalization.apply(guidance[None].float() / 255)
+        expected = upsampler.queries(image, (33, 50))
     found = guide(guidance)
     torch.testing.assert_close(found.permute(2, 0, 1)[None], expected, rtol=0, atol=5e-3)
     torch.testing.assert_close(found.norm(dim=2), torch.ones(33, 50))
     again = QueryGuide.rebuild(guide.tensors(), guide.facts())
     assert torch.equal(again(guidance), found)
+    # Files of before say nothing: colours from -1 to 1.
+    former = {key: value for key, value in guide.facts().items() if key in ("width", "levels")}
+    assert QueryGuide.rebuild(guide.tensors(), former).normalization == HALF
+    with pytest.raises(ValueError, match="std above"):
+        QueryGuide.rebuild(guide.tensors(), {**guide.facts(), "std": [0.0, 1.0, 1.0]})
 
 
 def test_huge_images_have_coarser_queries(monkeypatch):

@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from odd_images import profile
 from PIL import Image
 
+from upfeat.images import read_image
 from upfeat.randomness import derive, global_stream, stream
 from upfeat.training.photographs import Photographs, list_photographs, load_parts, read_window
 
@@ -160,6 +162,16 @@ class TestWindow:
         window = read_window(tmp_path / f"a.{kind}", 32, "native", stream(0))
         assert window.shape == (3, 32, 32)
         assert window.dtype == torch.uint8
+
+    @pytest.mark.parametrize(("mode", "space"), [("RGB", "RGB "), ("L", "GRAY")])
+    def test_colours_are_those_that_every_other_command_sees(self, tmp_path, mode, space):
+        path = tmp_path / "a.png"
+        image = noise((40, 40)).convert(mode)
+        image.save(path, icc_profile=profile(space, gamma=1.4))
+        found = read_window(path, 40).float()
+        assert (found - (read_image(path) * 255)).abs().max() <= 1
+        without = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        assert (found - without).abs().max() > 10
 
     def test_exif_orientation(self, tmp_path):
         exif = Image.Exif()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import upfeat
 from upfeat.types import Window
-from upfeat.upsamplers import detail, maps, step
+from upfeat.upsamplers import detail, maps, queries, step
 
 MAKERS = {
     "nearest": upfeat.Nearest,
@@ -44,6 +44,7 @@ def large(monkeypatch):
     """Makes every image count as large."""
     monkeypatch.setattr(maps, "WHOLE", 0)
     monkeypatch.setattr(step, "TILE", 40)
+    monkeypatch.setattr(queries, "TILE", 40)
 
 
 def make(name, seed=0):
@@ -114,6 +115,7 @@ def test_any_part_of_any_map_is_part_of_the_whole(grid, ratio, shares):
         whole = upsampler(features, guidance)
         patch.setattr(maps, "WHOLE", 0)
         patch.setattr(step, "TILE", 16)
+        patch.setattr(queries, "TILE", 16)
         kernels = upsampler.prepare(guidance, grid, size)
         mixed = upsampler.mix(features)
         window = Window(top, left, height, width)
@@ -197,12 +199,12 @@ def test_gradients_of_large_images(large, monkeypatch):
 def test_a_point_of_a_large_image_computes_little(large, monkeypatch):
     upsampler, (features, guidance) = make("neighbourhood"), draw((60, 60), (480, 480))
     seen = []
-    original = step.Queries.compute
+    original = queries.Queries.compute
 
     def compute(self, window):
         seen.append(window)
         return original(self, window)
 
-    monkeypatch.setattr(step.Queries, "compute", compute)
+    monkeypatch.setattr(queries.Queries, "compute", compute)
     upfeat.UpsampledFeatures(features, guidance, upsampler).at(torch.tensor([[240.0, 240.0]]))
     assert 0 < sum(window.height * window.width for window in seen) < 0.25 * 480 * 480

@@ -104,16 +104,51 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
         """
+        dtype = x.dtype
+        return self.extract(self._ready(x)).to(dtype)
+
+    def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Compute features and, in the same pass, what earlier layers say.
+
+        Args:
+            x: as in :meth:`forward`.
+
+        Returns:
+            What :meth:`forward` returns; and (B, D, h', w'), a finer grid of the same image, of
+            the dtype of ``x``, or ``None`` where the backbone gives none.
+
+        Raises:
+            ValueError: likewise.
+        """
+        features, hidden = self.extract_with_hidden(self._ready(x))
+        return features.to(x.dtype), None if hidden is None else hidden.to(x.dtype)
+
+    def hidden(self, x: Tensor) -> Tensor | None:
+        """Features of earlier layers, on a finer grid; see :meth:`with_hidden`."""
+        return self.with_hidden(x)[1]
+
+    def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Extract features, and what earlier layers say on a finer grid; here ``None``.
+
+        A subclass overrides it that has such layers; ``x`` is as in :meth:`extract`.
+        """
+        return self.extract(x), None
+
+    def _ready(self, x: Tensor) -> Tensor:
+        """The image as :meth:`extract` takes it.
+
+        Raises:
+            ValueError: it is not (B, 3, H, W) normalised.
+        """
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be (B, {self.in_channels}, H, W), not {tuple(x.shape)}")
         if not x.is_floating_point():
             raise ValueError(f"x is {x.dtype}; give the normalised image, as preprocess returns it")
         size = self.grid_aligned((x.shape[2], x.shape[3]))
-        dtype = x.dtype
         if size != (x.shape[2], x.shape[3]):
-            x = x.float() if dtype.itemsize < 4 else x
+            x = x.float() if x.dtype.itemsize < 4 else x
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return self.extract(x.to(self.dtype)).to(dtype)
+        return x.to(self.dtype)
 
     def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The grid of the features of an image: its rounded sides over the stride.

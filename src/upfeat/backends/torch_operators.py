@@ -18,6 +18,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 
 from upfeat.backends.cpu import operators as cpu
 from upfeat.backends.triton import operators as triton
+from upfeat.geometry import cells_of_window
 
 _LIBRARY = torch.library.Library("upfeat", "DEF")
 
@@ -39,6 +40,9 @@ WEIGHTS = {
     ),
 }
 """Operators that make weights, with the tensors and the options they take."""
+
+UNKEPT = ("neighbourhood_attention", "neighbourhood_mean_weights")
+"""Operators that make neighbourhood weights and keep only what is made of them."""
 
 
 def _windowed(
@@ -247,6 +251,25 @@ def _pyramid_means(backend: str, module: ModuleType) -> Callable[..., Tensor]:
     return getattr(torch.ops.upfeat, name)
 
 
+def _neighbourhood(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
+    """Register what is made of neighbourhood weights that are not kept; it has no gradient."""
+    name, sums = f"{operator}_{backend}", operator == "neighbourhood_attention"
+    tensors, options = WEIGHTS["neighbourhood_weights"]
+    given = [f"Tensor {tensor}" for tensor in (["features", *tensors] if sums else tensors)]
+    _LIBRARY.define(f"{name}({', '.join([*given, *options])}) -> Tensor")
+
+    def fake_sum(features: Tensor, queries: Tensor, *_: Any) -> Tensor:
+        return _empty_output(features, queries)
+
+    def fake_means(queries: Tensor, *rest: Any) -> Tensor:
+        radius, output_size, origin, grid_size, _ = rest[3:]
+        cells = cells_of_window(queries.shape[2:], output_size, origin, grid_size)
+        return queries.new_empty((queries.shape[0], (2 * radius + 1) ** 2, *cells))
+
+    _implement(name, getattr(module, operator), fake_sum if sums else fake_means)
+    return getattr(torch.ops.upfeat, name)
+
+
 def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"upfeat::{name}", fake, lib=_LIBRARY)
@@ -289,8 +312,11 @@ def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
     if hasattr(module, "pyramid_queries"):
         found.pyramid_queries = _pyramid(backend, module)
         found.pyramid_means = _pyramid_means(backend, module)
+    for operator in UNKEPT:
+        if hasattr(module, operator):
+            setattr(found, operator, _neighbourhood(backend, module, operator))
     others = ("window_attention", "jbu_stage", "pyramid_queries", "pyramid_means")
-    for operator in (*WINDOWED, *WEIGHTS, *others):
+    for operator in (*WINDOWED, *WEIGHTS, *UNKEPT, *others):
         check = getattr(module, f"can_run_{operator}", None)
         if check is not None:
             setattr(found, f"can_run_{operator}", _outside_transforms(check))

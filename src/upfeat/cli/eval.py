@@ -179,7 +179,10 @@ def execute(options: argparse.Namespace) -> int:
     if more > 0:
         print(f"upfeat eval: note: and {more} more, in results.json", file=sys.stderr)
     # Rows are never cut: a narrow terminal wraps them, a file keeps them whole.
-    Console(width=max(Console().width, _TABLE_WIDTH)).print(_table(results))
+    console = Console(width=max(Console().width, _TABLE_WIDTH))
+    console.print(_table(results))
+    if results.differences:
+        console.print(_differences(results))
     return 0
 
 
@@ -233,4 +236,29 @@ def _table(results: Results) -> Table:
                 cells.append("–" if value is None else f"{value:.{digits}f}")
             table.add_row(protocol, escape(row.upsampler), *cells)
         table.add_section()
+    return table
+
+
+def _differences(results: Results) -> Table:
+    """Every row less bilinear and less the best of the others, in bold where images agree."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from upfeat.evaluation.report.page import differences
+
+    table = Table(
+        title="differences: mean, where 95 % of 1,000 draws of the test images lie, every seed"
+    )
+    for name in ("protocol", "upsampler", "less", "in"):
+        table.add_column(name, no_wrap=True)
+    for name in ("mean", "95 %", "seeds"):
+        table.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for one in differences(results):
+        if last not in (None, one.protocol):
+            table.add_section()
+        last = one.protocol
+        mean = f"[bold]{one.mean}[/]" if one.certain else one.mean
+        names = (one.protocol, escape(one.upsampler), escape(one.against), one.score)
+        table.add_row(*names, mean, escape(one.interval), one.seeds)
     return table

@@ -23,6 +23,7 @@ from upfeat.cli import (
     render,
     run,
     train,
+    video,
 )
 from upfeat.cli import eval as evaluate
 
@@ -34,6 +35,7 @@ COMMANDS = {
     "extract": extract,
     "probe": probe,
     "raster": raster,
+    "video": video,
     "eval": evaluate,
     "bench": bench,
     "export": export,

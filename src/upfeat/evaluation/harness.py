@@ -15,6 +15,7 @@ from upfeat.evaluation.data.folders import (
     subset,
 )
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
+from upfeat.evaluation.differences import find_differences
 from upfeat.evaluation.named import load_methods
 from upfeat.evaluation.report.pictures import encode_photo
 from upfeat.evaluation.results import Results, RowStore
@@ -78,6 +79,9 @@ def score(
             rows = evaluation.rows(label, method)
             store.save(label, method.identity, rows)
         results.rows += rows
+    better = {name: task.scores[name].higher_is_better for name in task.compared}
+    found = find_differences(results.rows, task.scores_of, better) if better else []
+    results.differences = [one.to_json() for one in found]
     results.problems = dataset.problems + evaluation.problems
     results.examples = _examples(task, parts["test"], config)
     return results

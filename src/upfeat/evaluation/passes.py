@@ -16,6 +16,8 @@ from upfeat.upsamplers import Bilinear
 
 SUFFIX = "@5"
 """Ends the names of upsamplers that are given features of two scales."""
+EARLY = "@early"
+"""Ends the names of those that are given what early layers say."""
 
 
 class Finer(Backbone):
@@ -119,7 +121,7 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
     """A method of several passes by name; ``None`` where it is none.
 
     Args:
-        name: "large_image", "shifted", or an upsampler's with "@5" behind it.
+        name: "large_image", "shifted", or an upsampler's with "@5" or "@early" behind it.
         backbone: makes the features.
 
     Raises:
@@ -132,4 +134,7 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
     if name.endswith(SUFFIX):
         upsampler = name.removesuffix(SUFFIX)
         return SeveralPasses(load(backbone, upsampler=upsampler, passes=5, device=device))
+    if name.endswith(EARLY):
+        upsampler = name.removesuffix(EARLY)
+        return SeveralPasses(load(backbone, upsampler=upsampler, early=True, device=device))
     return None

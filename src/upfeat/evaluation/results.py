@@ -29,6 +29,8 @@ class Row:
         per_class: class name to one IoU per seed; segmentation only.
         cost: seconds and memory of one image; not repeatable to the digit, unlike scores.
         pictures: sample name to a base64 PNG of the prediction of the first seed.
+        sums: what each test image adds to the scores, packed; see
+            :mod:`upfeat.evaluation.differences`.
     """
 
     upsampler: str
@@ -38,6 +40,7 @@ class Row:
     per_class: dict[str, list[float]] = field(default_factory=dict)
     cost: dict[str, float | None] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -52,6 +55,8 @@ class Results:
         rows: in the order asked for.
         problems: what was left out, and why.
         examples: sample name to base64 pictures of the image and its label, for the report.
+        differences: between the rows, as JSON values of
+            :class:`upfeat.evaluation.differences.Difference`.
     """
 
     task: str
@@ -62,6 +67,7 @@ class Results:
     problems: list[Problem]
     examples: dict[str, dict[str, str]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=versions)
+    differences: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def protocols(self) -> list[str]:
@@ -73,7 +79,7 @@ class Results:
         rows = []
         for row in self.rows:
             content = asdict(row)
-            del content["pictures"]
+            del content["pictures"], content["sums"]
             for key in ("scores", "per_class"):
                 content[key] = {name: summary(values) for name, values in content[key].items()}
             rows.append(content)
@@ -86,6 +92,7 @@ class Results:
             "versions": self.versions,
             "problems": [asdict(problem) for problem in self.problems],
             "rows": rows,
+            "differences": self.differences,
         }
 
     def write(self, path: Path) -> None:

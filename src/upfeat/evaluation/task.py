@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import Dataset, Problem, read_photographs
@@ -66,6 +68,8 @@ class Task(ABC):
     """Of predictions: "classes" are coloured and compared with the target; "shades" are shown as
     they are; ``None`` for no pictures."""
     pictures_title: ClassVar[str] = "Predictions"
+    compared: ClassVar[tuple[str, ...]] = ()
+    """Scores of which differences between methods are shown; :meth:`scores_of` gives them."""
     default_backbone: ClassVar[str] = "efficientnet_lite0"
     max_train: ClassVar[int | None] = None
     """Training images that are used at most; ``None`` for all."""
@@ -115,6 +119,14 @@ class Task(ABC):
     @classmethod
     def facts(cls, settings: Mapping[str, Any]) -> dict[str, str]:
         """Settings worth a line in the report."""
+        return {}
+
+    @classmethod
+    def scores_of(cls, sums: Tensor) -> dict[str, Tensor]:
+        """Scores from what images add to them, summed: (…, M) -> (…) each; here none.
+
+        Rows that keep what each image adds (:attr:`Row.sums`) are compared by a paired bootstrap.
+        """
         return {}
 
     @classmethod

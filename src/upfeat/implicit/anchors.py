@@ -34,6 +34,7 @@ from upfeat.implicit.observe import (
     show,
 )
 from upfeat.linear import ridge
+from upfeat.normalization import HALF
 from upfeat.randomness import stream
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
@@ -124,7 +125,7 @@ class KernelFit:
         self.map_size = _map_size(observer.size, observer.grid_size, anchors)
         upsampler = _shipped(QUERIES)
         assert isinstance(upsampler, NeighbourhoodUpsampler)
-        self.guide = QueryGuide(upsampler.encoder)
+        self.guide = QueryGuide(upsampler.encoder, upsampler.normalization or HALF)
         positions = _positions(self.guide(guidance), self.map_size, observer.grid_size)
         self.anchors = spread_anchors(positions, anchors, self.scales[0], seed)
         self.anchors[:, 2:] = self.anchors[:, 2:].half()  # as they are stored
@@ -327,8 +328,10 @@ def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> T
     Returns:
         (k, *map_size).
     """
+    upsampler = _shipped(ONE_PASS)
+    image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
     with torch.no_grad():
-        return _shipped(ONE_PASS)(features, normalised(guidance, _ONE_PASS_PIXELS), map_size)[0]
+        return upsampler(features, image, map_size)[0]
 
 
 def shipped_models() -> list[Upsampler]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.bounds import whole
+from upfeat.normalization import HALF, Normalization, check_normalization
 from upfeat.tensor_checks import check_layouts, layouts_of
 from upfeat.upsamplers.encoder import PyramidEncoder, unit
 from upfeat.upsamplers.neighbourhood import MOST_LEVELS, MOST_WIDTH
@@ -31,12 +32,14 @@ class QueryGuide:
     what its fit drew.
     """
 
-    def __init__(self, encoder: PyramidEncoder) -> None:
+    def __init__(self, encoder: PyramidEncoder, normalization: Normalization = HALF) -> None:
         """Take a copy of the encoder.
 
         Args:
-            encoder: for images that are normalised by :func:`normalised`.
+            encoder: of an upsampler.
+            normalization: of the images that its weights were trained on.
         """
+        self.normalization = normalization
         self.encoder = copy.deepcopy(encoder).float().eval().requires_grad_(False)
         for value in self.encoder.state_dict().values():
             value.copy_(value.half())
@@ -45,7 +48,7 @@ class QueryGuide:
     @torch.no_grad()
     def __call__(self, guidance: Tensor) -> Tensor:
         """(3, H, W) uint8 -> (H', W', width) float32; the image's size, but for huge images."""
-        image = normalised(guidance, _LARGEST_MAP // self.width)
+        image = normalised(guidance, self.normalization, _LARGEST_MAP // self.width)
         return unit(self.encoder(image), over=True)[0].permute(1, 2, 0).contiguous()
 
     def tensors(self) -> dict[str, Tensor]:
@@ -54,7 +57,8 @@ class QueryGuide:
 
     def facts(self) -> dict[str, Any]:
         """Settings that :meth:`rebuild` needs, as JSON values."""
-        return {"width": self.width, "levels": self.levels}
+        mean, std = (list(one) for one in self.normalization)
+        return {"width": self.width, "levels": self.levels, "mean": mean, "std": std}
 
     @staticmethod
     def rebuild(tensors: dict[str, Tensor], facts: dict[str, Any]) -> QueryGuide:
@@ -66,26 +70,29 @@ class QueryGuide:
         """
         width = whole("width", facts["width"], 1, MOST_WIDTH)
         levels = whole("levels", facts["levels"], 1, MOST_LEVELS)
+        # Files that do not say are older than the question.
+        normalization = check_normalization(*(facts.get(key, HALF.mean) for key in ("mean", "std")))
         with torch.device("meta"):
             expected = PyramidEncoder(width, levels).state_dict()
         check_layouts("guide", layouts_of(tensors), expected)
         with torch.random.fork_rng(devices=[]):  # the first weights are drawn, then replaced
             encoder = PyramidEncoder(width, levels)
         encoder.load_state_dict(tensors)
-        return QueryGuide(encoder)
+        return QueryGuide(encoder, normalization)
 
 
-def normalised(guidance: Tensor, most: int) -> Tensor:
-    """An image as upsamplers for any backbone take it, mean and deviation 0.5.
+def normalised(guidance: Tensor, normalization: Normalization, most: int) -> Tensor:
+    """Normalise an image for an upsampler.
 
     Args:
         guidance: (3, H, W) uint8.
+        normalization: of the images that the upsampler's weights were trained on.
         most: pixels; a larger image is reduced.
 
     Returns:
         (1, 3, H', W') float32.
     """
-    image = guidance[None].float() / 127.5 - 1
+    image = normalization.apply(guidance[None].float() / 255)
     height, width = guidance.shape[1:]
     share = math.sqrt(most / (height * width))
     if share >= 1:

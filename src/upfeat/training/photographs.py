@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from upfeat.decoding import in_srgb, open_upright
 from upfeat.images import read_image
 from upfeat.randomness import stream
 
@@ -101,9 +101,7 @@ def list_photographs(
     """
     folder = Path(folder)
     files = find_photographs(folder)
-    # The filter is the process's, not a thread's, so it is set once, around all of them.
-    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         reasons = list(pool.map(lambda file: _reason_against(folder / file[0], size), files))
     skipped = [
         Skipped(name, reason)
@@ -144,10 +142,10 @@ def find_photographs(folder: str | Path) -> list[tuple[str, int]]:
 
 def _reason_against(path: Path, size: int) -> str | None:
     try:
-        image = _open(path, size)
+        image = open_upright(path, short_side=size)
         if min(image.size) < size:
             return f"{image.width}×{image.height} pixels, smaller than {size}"
-    except (ValueError, OSError, Image.DecompressionBombWarning) as error:
+    except (ValueError, OSError) as error:
         return " ".join(str(error).removeprefix(f"{path}: ").split())
     return None
 
@@ -240,7 +238,7 @@ def read_window(
         OSError: there is no such file.
         ValueError: it is damaged, or smaller than ``size``.
     """
-    image = _open(path, size if crop == "short_side" else None)
+    image = open_upright(path, short_side=size if crop == "short_side" else None)
     short = min(image.size)
     if short < size:
         raise ValueError(f"{path}: {image.width}×{image.height} pixels, smaller than {size}")
@@ -256,34 +254,17 @@ def read_window(
     left, top = (
         round(share * (whole - side)) for share, whole in zip(uniform[1:], image.size, strict=True)
     )
-    return _resized(image, (left, top, left + side, top + side), size)
+    return _resized(image, (left, top, left + side, top + side), size, str(path))
 
 
-def _open(path: Path, draft: int | None) -> Image.Image:
-    """Decode upright, a JPEG no finer than needed for a shorter side of ``draft`` pixels."""
-    try:
-        with Image.open(path) as image:
-            if draft is not None and image.format == "JPEG":
-                image.draft("RGB", _draft_size(image.size, draft))
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path}: not an image that Pillow can read") from None
-    except (SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: a damaged image ({error})") from None
-
-
-def _draft_size(size: tuple[int, int], short: int) -> tuple[int, int]:
-    # Twice as fine as the result, so that the reduction proper is still done by the resampling.
-    scale = 2 * short / min(size)
-    return (math.ceil(size[0] * scale), math.ceil(size[1] * scale))
-
-
-def _resized(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Tensor:
-    """A window of an image of any mode, (3, size, size) uint8."""
-    if image.mode in ("RGB", "L") and "transparency" not in image.info:
-        # In RGB first: modes are converted once and resampled alike.
+def _resized(image: Image.Image, box: tuple[int, int, int, int], size: int, label: str) -> Tensor:
+    """A window of an image of any mode, (3, size, size) uint8, in sRGB."""
+    profile = image.info.get("icc_profile")
+    plain = image.mode == "RGB" or (image.mode == "L" and not profile)
+    if plain and "transparency" not in image.info:
+        # In RGB first: modes are converted once and resampled alike; sRGB last, for fewer pixels.
         pixels = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+        pixels = in_srgb(pixels, profile, label)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
     values = read_image(image.crop(box))[None]
     values = F.interpolate(

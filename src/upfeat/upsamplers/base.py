@@ -26,7 +26,7 @@ from upfeat.registry import Registry
 from upfeat.storage import write_bytes, write_tensors
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
-from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.checks import check_hidden, check_inputs
 from upfeat.upsamplers.head import Head, add_offset, apply_head
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.saved import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
@@ -66,8 +66,12 @@ class Upsampler(nn.Module, ABC):
     """Whether no arguments make it larger than some hundred megabytes."""
     magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
+    takes_hidden: ClassVar[bool] = False
+    """Whether it makes use of what early layers of a backbone say."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
+    exact_parts: ClassVar[str] = "windows"
+    """Parts of a map that have the very sums of the whole: its "windows", or its "channels"."""
     guidance_bands: int | None = 3
     """How many bands the guidance must have; ``None``: any number (:mod:`.bands` has the rule)."""
     backend: str = "auto"
@@ -156,6 +160,72 @@ class Upsampler(nn.Module, ABC):
                 look at them, and they need them.
         """
 
+    def prepare_with(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+        hidden: Tensor | None = None,
+    ) -> Kernels:
+        """As :meth:`prepare`, given what early layers of the backbone say of the image.
+
+        Args:
+            guidance: as there.
+            grid_size: likewise.
+            output_size: likewise.
+            features: likewise.
+            hidden: (B, D, h', w'), a grid finer than that of the features; ``None`` for none.
+
+        Raises:
+            ValueError: the upsampler makes no use of it.
+        """
+        if hidden is not None:
+            raise ValueError(f"{self.name} makes no use of hidden; leave it out, or take detail")
+        return self.prepare(guidance, grid_size, output_size, features)
+
+    @property
+    def means_halo(self) -> int | None:
+        """Cells around a tile that its image must show where means are shared; ``None``: no means.
+
+        Those of a large image are made by :meth:`cell_means` and used by :meth:`prepare_tile`. A
+        multiple or a part of :attr:`step`.
+        """
+        return None
+
+    def cell_means(self, guidance: Tensor, grid_size: Size, cells: Window) -> Tensor:
+        """Means over cells that tiles of a large image look at far beyond themselves.
+
+        Made once for each cell of the large image, they are given to :meth:`prepare_tile` of every
+        tile that sees the cell.
+
+        Args:
+            guidance: (B, 3, H, W), a part of the image.
+            grid_size: (h, w) cells of that part.
+            cells: of them, those at least :attr:`means_halo` from ends that are not the image's.
+
+        Returns:
+            (B, D, f·cells.height, f·cells.width) for a factor f of the upsampler.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no means; see means_halo")
+
+    def prepare_tile(
+        self, guidance: Tensor, grid_size: Size, features: Tensor, means: Tensor | None
+    ) -> Kernels:
+        """Make the weights of a tile at the size of its image, as :meth:`prepare` does.
+
+        Args:
+            guidance: (B, 3, H, W); with means, of no effect farther than :attr:`means_halo` from
+                the pixels that are asked for.
+            grid_size: (h, w).
+            features: (B, C, h, w).
+            means: of all cells of the tile, as :meth:`cell_means` gives them; ``None`` where
+                :attr:`means_halo` is.
+        """
+        del means
+        size = (guidance.shape[2], guidance.shape[3])
+        return self.prepare(guidance, grid_size, size, features)
+
     def mix(self, features: Tensor) -> Tensor:
         """The map of each cell's channels, (B, C, h, w) -> (B, C, h, w). Here the identity."""
         return features
@@ -166,7 +236,12 @@ class Upsampler(nn.Module, ABC):
         return None
 
     def forward(
-        self, features: Tensor, guidance: Tensor, output_size: Size | None = None
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        output_size: Size | None = None,
+        *,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Upsample features.
 
@@ -176,6 +251,9 @@ class Upsampler(nn.Module, ABC):
                 :attr:`mean` and :attr:`std`; :class:`upfeat.FeatUp` brings it there by itself.
                 Where :attr:`guidance_bands` is ``None``, any number of bands, in any units.
             output_size: (height, width) of the result in pixels; ``None`` for the guidance's.
+            hidden: (B, D, h', w'), what early layers of the backbone say of the image, as
+                :meth:`upfeat.Backbone.with_hidden` gives it, for upsamplers with
+                :attr:`takes_hidden`; ``None`` for none.
 
         Returns:
             (B, C, *output_size).
@@ -185,7 +263,8 @@ class Upsampler(nn.Module, ABC):
         """
         size = check_inputs(features, guidance, output_size, self.guidance_bands)
         grid = (features.shape[2], features.shape[3])
-        kernels = self.prepare(guidance, grid, size, features)
+        check_hidden(hidden, features)
+        kernels = self.prepare_with(guidance, grid, size, features, hidden)
         return self.render(kernels, self.mix(features))
 
     def render(

@@ -52,6 +52,26 @@ def check_inputs(
     return check_output_size(output_size)
 
 
+def check_hidden(hidden: Tensor | None, features: Tensor) -> None:
+    """Check what early layers say against the features that they come with.
+
+    Raises:
+        ValueError: it is no such map of the same images.
+    """
+    if hidden is None:
+        return
+    if hidden.dim() != 4 or 0 in hidden.shape[1:] or len(hidden) != len(features):
+        raise ValueError(
+            f"hidden must be ({len(features)}, channels, height, width), as "
+            f"Backbone.with_hidden gives it, not {tuple(hidden.shape)}"
+        )
+    if hidden.device != features.device:
+        raise ValueError(
+            f"hidden is on {hidden.device} and features on {features.device}; move one with .to()"
+        )
+    check_finite("hidden", hidden, "check the backbone's input and its precision")
+
+
 def check_finite(label: str, tensor: Tensor, fix: str) -> None:
     """Refuse NaN where it enters: it would spread over a window at every later stage.
 

@@ -17,7 +17,8 @@ from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
 from upfeat.upsamplers.encoder import spans_of
 from upfeat.upsamplers.maps import Computed, is_recorded, is_whole
 from upfeat.upsamplers.neighbourhood import MOST_RADIUS
-from upfeat.upsamplers.step import CellMeans, NeighbourhoodKernels, Pixels
+from upfeat.upsamplers.queries import CellMeans, Pixels
+from upfeat.upsamplers.step import NeighbourhoodKernels
 
 
 @UPSAMPLERS.register

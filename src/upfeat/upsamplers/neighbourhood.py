@@ -14,7 +14,8 @@ from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, cells_of_pixels
 from upfeat.upsamplers.encoder import PyramidEncoder
 from upfeat.upsamplers.maps import Computed, Map
-from upfeat.upsamplers.step import CellMeans, NeighbourhoodKernels, Queries, Units
+from upfeat.upsamplers.queries import CellMeans, Queries, Units
+from upfeat.upsamplers.step import NeighbourhoodKernels
 
 MOST_RADIUS, MOST_WIDTH, MOST_LEVELS, MOST_BACK_PROJECTIONS = 16, 1024, 16, 100
 """Far beyond use; a configuration from anywhere builds nothing larger."""

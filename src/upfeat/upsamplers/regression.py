@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from upfeat.types import Window
+from upfeat.upsamplers.early import Beside, scale_behind
 from upfeat.upsamplers.maps import Computed, Map, cut, inside, widened
-
-if TYPE_CHECKING:
-    from upfeat.upsamplers.neighbourhood import NeighbourhoodKernels
+from upfeat.upsamplers.queries import Coarser
+from upfeat.upsamplers.step import NeighbourhoodKernels
 
 STEP = 16
 """Cells from one window of the regression to the next; a window is twice as wide."""
@@ -48,7 +48,8 @@ class ImageRegression:
     mean queries of the cells, less theirs; what the first step leaves out of the mean queries of
     the finer cells goes through the same map. All of it is linear in the features, constants give
     nothing, and features that are a linear map of the queries are found exactly but for the
-    penalty.
+    penalty. Where a backbone says what its earlier layers see on finer cells, that stands beside
+    the queries.
 
     A large image has one regression for each of many windows of 2·``step`` cells that overlap by
     half, and blends what they say smoothly from one centre to the next. Windows begin at
@@ -64,6 +65,7 @@ class ImageRegression:
         *,
         penalty: float,
         step: int,
+        hidden: Tensor | None = None,
     ) -> None:
         """Keep what the regression of one guidance is made of.
 
@@ -73,7 +75,14 @@ class ImageRegression:
             first: the step from the one grid to the other.
             penalty: of the coefficients, in units of the queries' mean variance, > 0.
             step: cells from one window to the next.
+            hidden: (B, D', h', w'), what early layers of a backbone say of the image, regressors
+                beside the queries; ``None`` for none.
         """
+        self.behind = 0
+        if hidden is not None:
+            beside = Beside(finer, hidden)
+            self.behind = hidden.shape[1]
+            means, finer = Coarser(beside, finer.size[0] // means.size[0]), beside
         self.means, self.lacking = means, Lacking(means, finer, first)
         self.penalty, self.step = penalty, step
         self.counts = tuple(
@@ -148,12 +157,18 @@ class ImageRegression:
             seen = seen.to(exact)
             mean = around[0] @ seen @ around[1].T
             inputs = (cut(seen, inside(cells, outer)) - mean).flatten(2)  # (B, D, N)
+            factors = None
+            if self.behind:
+                factors = scale_behind(inputs, inputs.shape[1] - self.behind)
+                inputs = factors * inputs
             gram = inputs @ inputs.mT
             # The constant is for images without any colour or texture.
             least = self.penalty * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
             eye = torch.eye(gram.shape[1], dtype=exact, device=gram.device)
             factor = torch.linalg.cholesky(gram + least[:, None, None] * eye)
-            fit = torch.cholesky_solve(inputs, factor).unflatten(2, (cells.height, cells.width))
+            fit = torch.cholesky_solve(inputs, factor)
+            fit = fit if factors is None else factors * fit
+            fit = fit.unflatten(2, (cells.height, cells.width))
             spread = own[0].T @ fit @ own[1] if cells != outer else fit
             return (spread - around[0].T @ fit @ around[1]).flatten(2).mT
 

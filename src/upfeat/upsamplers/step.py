@@ -1,8 +1,6 @@
-"""The step from cells to pixels, and the maps of one image that it is made of."""
+"""The step from cells to pixels: weights, corrections and sums of one image."""
 
 from __future__ import annotations
-
-from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +9,8 @@ from torch import Tensor
 from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.geometry import cell_of_pixels, first_pixel
-from upfeat.resampling import bilinear, pooled, resample, resize
-from upfeat.types import Size, Window
-from upfeat.upsamplers.encoder import PyramidEncoder, spans_of, unit, window_of
+from upfeat.types import Window
+from upfeat.upsamplers.encoder import spans_of, window_of
 from upfeat.upsamplers.maps import (
     TILE,
     Computed,
@@ -22,180 +19,11 @@ from upfeat.upsamplers.maps import (
     cut,
     inside,
     is_recorded,
-    is_whole,
     moved,
     tiles,
     widened,
 )
-
-
-class Pixels(Computed):
-    """A map of pixels, too large to keep unless it is computed whole: the last part is."""
-
-    _last: tuple[Window, Tensor] | None = None
-
-    def at(self, window: Window) -> Tensor:
-        """See :meth:`Map.at`."""
-        if self.whole:
-            return cut(self.all(), window)
-        if self._last is None or not _holds(self._last[0], window):
-            with torch.no_grad():
-                self._last = window, self.compute(window)
-        outer, values = self._last
-        return cut(values, inside(window, outer))
-
-    def means(self, grid_size: Size, cells: Window) -> Tensor | None:
-        """Means over cells, (B, K, *cells), where they can be had without the pixels."""
-        del grid_size, cells
-        return None
-
-    @abstractmethod
-    def compute(self, window: Window) -> Tensor:
-        """See :meth:`Computed.compute`."""
-
-
-class Queries(Pixels):
-    """Unit queries at the pixels of an output, (B, D, H, W)."""
-
-    def __init__(
-        self, encoder: PyramidEncoder, guidance: Tensor, output_size: Size, backend: str
-    ) -> None:
-        """Keep what they are made of.
-
-        Args:
-            encoder: makes them.
-            guidance: (B, channels, H', W').
-            output_size: (H, W).
-            backend: of the operators.
-        """
-        self.encoder, self.guidance, self.backend = encoder, guidance, backend
-        self.seen: Size = (guidance.shape[2], guidance.shape[3])
-        recorded = is_recorded(guidance, *encoder.parameters())
-        whole = is_whole(recorded, self.seen, output_size)
-        super().__init__(output_size, whole=whole, recorded=recorded)
-
-    def compute(self, window: Window) -> Tensor:
-        """See :meth:`Computed.compute`."""
-        if self.seen == self.size:
-            return self._encode(window, unit_length=True)
-        if window == (0, 0, *self.size):
-            queries = resize(self._encode(Window(0, 0, *self.seen)), self.size)
-            return unit(queries, over=True)
-        rows, columns = (
-            bilinear(length, target, torch.arange(*span), antialias=True)
-            for length, target, span in zip(self.seen, self.size, spans_of(window), strict=True)
-        )
-        source = window_of((rows.first, rows.stop), (columns.first, columns.stop))
-        queries = resample(self._encode(source), rows, columns, (source.top, source.left))
-        return unit(queries, over=True)
-
-    def _encode(self, window: Window, *, unit_length: bool = False) -> Tensor:
-        """A window of what the encoder gives; compiled where nothing has to be kept."""
-        if self._can_fuse():
-            parameters = self.encoder.parameters_in_order()
-            return dispatch.call(
-                "pyramid_queries", self.backend, self.guidance, parameters, window, unit_length
-            )
-        whole = window == (0, 0, *self.seen)
-        queries = (
-            self.encoder(self.guidance) if whole else self.encoder.window(self.guidance, window)
-        )
-        return unit(queries, over=True) if unit_length else queries
-
-    def means(self, grid_size: Size, cells: Window) -> Tensor | None:
-        """See :meth:`Pixels.means`."""
-        if self.seen != self.size or not self._can_fuse():
-            return None
-        parameters = self.encoder.parameters_in_order()
-        return dispatch.call(
-            "pyramid_means", self.backend, self.guidance, parameters, grid_size, cells
-        )
-
-    def _can_fuse(self) -> bool:
-        """Return whether the compiled encoder can run, which has no gradients."""
-        if self.recorded or self.backend not in ("auto", "cpu"):
-            return False
-        if torch.is_autocast_enabled(self.guidance.device.type):
-            return False
-        if self.guidance.dtype != self.encoder.entry.weight.dtype:
-            return False
-        return dispatch.reason_against("pyramid_queries", "cpu", self.guidance) is None
-
-
-class CellMeans(Computed):
-    """The mean of a map over each cell of a grid, cells that share pixels overlapping."""
-
-    def __init__(self, source: Pixels, grid_size: Size) -> None:
-        """Keep the map and the grid.
-
-        Args:
-            source: (B, K, H, W).
-            grid_size: (h, w).
-        """
-        super().__init__(grid_size, whole=source.whole, recorded=source.recorded, step=8)
-        self.source = source
-
-    def compute(self, window: Window) -> Tensor:
-        """See :meth:`Computed.compute`."""
-        if self.whole:
-            return F.adaptive_avg_pool2d(self.source.all(), self.size)
-        out = None
-        for part in tiles(
-            (window.height, window.width), _cells_of_tile(self.source.size, self.size)
-        ):
-            values = self._part(moved(part, window))
-            if out is None:
-                out = values.new_empty((*values.shape[:2], window.height, window.width))
-            cut(out, part).copy_(values)
-        assert out is not None
-        return out
-
-    def _part(self, cells: Window) -> Tensor:
-        means = self.source.means(self.size, cells)
-        if means is not None:
-            return means
-        rows, columns = (
-            pooled(length, count, torch.arange(*span))
-            for length, count, span in zip(
-                self.source.size, self.size, spans_of(cells), strict=True
-            )
-        )
-        seen = window_of((rows.first, rows.stop), (columns.first, columns.stop))
-        return resample(self.source.at(seen), rows, columns, (seen.top, seen.left))
-
-
-class Coarser(Computed):
-    """The mean over each square of cells of a finer map."""
-
-    def __init__(self, finer: Computed, factor: int) -> None:
-        """Keep the map.
-
-        Args:
-            finer: (B, K, f·h, f·w).
-            factor: f.
-        """
-        size = finer.size[0] // factor, finer.size[1] // factor
-        super().__init__(size, whole=finer.whole, recorded=finer.recorded, step=finer.step)
-        self.finer, self.factor = finer, factor
-
-    def compute(self, window: Window) -> Tensor:
-        """See :meth:`Computed.compute`."""
-        return F.avg_pool2d(self.finer.at(Window(*(self.factor * n for n in window))), self.factor)
-
-
-class Units(Computed):
-    """A map with vectors of unit length."""
-
-    def __init__(self, source: Computed) -> None:
-        """Keep the map, (B, D, H, W)."""
-        super().__init__(
-            source.size, whole=source.whole, recorded=source.recorded, step=source.step
-        )
-        self.source = source
-
-    def compute(self, window: Window) -> Tensor:
-        """See :meth:`Computed.compute`."""
-        return unit(self.source.at(window))
+from upfeat.upsamplers.queries import cells_of_tile
 
 
 class NeighbourhoodKernels:
@@ -236,10 +64,13 @@ class NeighbourhoodKernels:
         """(B, C, h, w) -> (B, C, H, W)."""
         source, window = as_map(features), Window(0, 0, *self.output_size)
         if self.whole:
-            weights = self.weights(window)
-            if self.back_projections:
+            # Weights that are kept give their means too.
+            cells = Window(0, 0, *self.grid_size)
+            fused = self._unkept(window, cells) is not None
+            weights = None if fused else self.weights(window)
+            if weights is not None and self.back_projections:
                 self.pooled.start_from(weights)
-            return self._sum(self.corrected(source, Window(0, 0, *self.grid_size)), weights, window)
+            return self._sum(self.corrected(source, cells), window, cells, weights)
         kernels, kept = self.precompute(source)
         out = None
         for window in tiles(self.output_size, TILE):
@@ -259,8 +90,7 @@ class NeighbourhoodKernels:
         if self.whole and window == (0, 0, *self.output_size):
             return self(features)
         cells = self.cells_of(window)
-        values = self.corrected(features, cells)
-        return self._sum(values, self.weights(window), window, cells)
+        return self._sum(self.corrected(features, cells), window, cells)
 
     def precompute(self, features: Tensor | Map) -> tuple[NeighbourhoodKernels, Tensor | Map]:
         """Precompute everything that does not depend on the window.
@@ -301,6 +131,17 @@ class NeighbourhoodKernels:
             backend=self.backend,
         )
 
+    def mean_weights(self, window: Window) -> Tensor | None:
+        """Means over the pixels of each cell, (B, (2r+1)², *cells), if weights need not exist.
+
+        Args:
+            window: all pixels of the cells.
+        """
+        arguments = self._unkept(window, self.cells_of(window))
+        if arguments is None:
+            return None
+        return dispatch.call("neighbourhood_mean_weights", self.backend, *arguments)
+
     def cells_of(self, window: Window) -> Window:
         """The cells that a window's pixels read."""
         if window == (0, 0, *self.output_size):
@@ -339,8 +180,18 @@ class NeighbourhoodKernels:
         return values
 
     def _sum(
-        self, features: Tensor, weights: Tensor, window: Window, cells: Window | None = None
+        self, features: Tensor, window: Window, cells: Window, weights: Tensor | None = None
     ) -> Tensor:
+        """Sum features of some cells at a window of pixels, with the weights or with new ones."""
+        if weights is None:
+            operator, arguments = "neighbourhood_attention", self._unkept(window, cells)
+            if (
+                arguments is not None
+                and not is_recorded(features)
+                and dispatch.reason_against(operator, "cpu", features, *arguments) is None
+            ):
+                return dispatch.call(operator, self.backend, features, *arguments)
+            weights = self.weights(window)
         return functional.neighbourhood_upsample(
             features,
             weights.to(features.dtype),
@@ -350,6 +201,22 @@ class NeighbourhoodKernels:
             cells=cells,
             backend=self.backend,
         )
+
+    def _unkept(self, window: Window, cells: Window) -> list[dispatch.Argument] | None:
+        """Arguments of the operators that keep no weights; ``None`` where weights must exist.
+
+        That is where gradients go through them, and on other backends.
+        """
+        if self.recorded or self.backend not in ("auto", "cpu"):
+            return None
+        queries, keys = self.queries.at(window), self.keys.at(cells)
+        if torch.is_autocast_enabled(queries.device.type):
+            return None
+        scalars = (self.temperature, self.sigma, self.radius)
+        place = (self.output_size, window[:2], self.grid_size, cells[:2])
+        arguments = [queries, keys, *scalars, *place]
+        against = dispatch.reason_against("neighbourhood_mean_weights", "cpu", *arguments)
+        return arguments if against is None else None
 
 
 class PooledWeights(Computed):
@@ -377,7 +244,7 @@ class PooledWeights(Computed):
         output_size = self.kernels.output_size
         side = max(window.height, window.width)
         if not self.whole:
-            side = _cells_of_tile(output_size, self.size)
+            side = cells_of_tile(output_size, self.size)
         for part in tiles((window.height, window.width), side):
             cells = moved(part, window)
             pixels = window_of(
@@ -388,7 +255,9 @@ class PooledWeights(Computed):
                     )
                 )
             )
-            values = self._pool(self.kernels.weights(pixels), pixels, cells)
+            values = self.kernels.mean_weights(pixels)
+            if values is None:
+                values = self._pool(self.kernels.weights(pixels), pixels, cells)
             if part == (0, 0, window.height, window.width):
                 return values
             if out is None:
@@ -440,18 +309,3 @@ def _membership(
     numbers = torch.arange(*own, device=like.device)
     belongs = (places == numbers[:, None]).to(like.dtype)
     return belongs / belongs.sum(1, keepdim=True).clamp(min=1)
-
-
-def _cells_of_tile(size: Size, grid_size: Size) -> int:
-    """Width of a tile of pixels, in cells."""
-    pixels = max(length / cells for length, cells in zip(size, grid_size, strict=True))
-    return max(int(TILE / pixels), 1)
-
-
-def _holds(outer: Window, window: Window) -> bool:
-    return (
-        outer.top <= window.top
-        and outer.left <= window.left
-        and window.bottom <= outer.bottom
-        and window.right <= outer.right
-    )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from upfeat.backends.cpu.library import DTYPES, unavailable_reason
+from upfeat.backends.cpu.library import DTYPES, Window, call, unavailable_reason
 
 
 def reason_against(**tensors: Tensor) -> str | None:
@@ -114,3 +114,37 @@ def radius_of(name: str, taps: int) -> int:
     if side * side != taps or side % 2 == 0:
         raise ValueError(f"{name} has {taps} taps; give an odd square: 1, 9, 25, 49, …")
     return side // 2
+
+
+def check_upsample(features: Tensor, weights: Tensor) -> int:
+    """Check features against weights.
+
+    Returns:
+        The weights' radius.
+
+    Raises:
+        ValueError: they do not go together, or there are no cells.
+    """
+    radius = check_weights("features", features, weights)
+    if weights.numel() and 0 in features.shape[2:]:
+        raise ValueError(f"features has shape {tuple(features.shape)}; its grid is empty")
+    return radius
+
+
+def gradients(
+    name: str,
+    grad: Tensor,
+    source: Tensor,
+    weights: Tensor,
+    needed: tuple[bool, bool],
+    *options: Window | int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Call ``name`` for the gradients of source and weights; ``None`` where not needed."""
+    check_shape("grad", grad, (*source.shape[:2], *weights.shape[2:]))
+    # Nothing is written where there is no pixel or no channel.
+    new = torch.empty_like if grad.numel() else torch.zeros_like
+    to_source = new(source) if needed[0] else None
+    to_weights = new(weights) if needed[1] else None
+    if grad.numel() and any(needed):
+        call(name, source, weights, grad, to_source, to_weights, *options)
+    return to_source, to_weights

@@ -7,7 +7,6 @@ threads. :mod:`upfeat.backends.cpu.library` finds and calls the library.
 """
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +15,9 @@ from torch import Tensor
 from upfeat.backends.cpu.arguments import (
     check_image,
     check_shape,
+    check_upsample,
     check_weights,
+    gradients,
     output,
     reason_against,
     shrinks,
@@ -27,7 +28,19 @@ from upfeat.backends.cpu.attention import (
     window_attention,
     window_attention_backward,
 )
-from upfeat.backends.cpu.library import Window, call, library_info, unavailable_reason
+from upfeat.backends.cpu.library import call, library_info, unavailable_reason
+from upfeat.backends.cpu.neighbourhood import (
+    can_run_neighbourhood_attention,
+    can_run_neighbourhood_mean_weights,
+    can_run_neighbourhood_upsample,
+    can_run_neighbourhood_weights,
+    neighbourhood_attention,
+    neighbourhood_mean_weights,
+    neighbourhood_upsample,
+    neighbourhood_upsample_backward,
+    neighbourhood_weights,
+    neighbourhood_weights_backward,
+)
 from upfeat.backends.cpu.pyramid import (
     can_run_pyramid_means,
     can_run_pyramid_queries,
@@ -51,6 +64,8 @@ __all__ = [
     "can_run_jbu_stage",
     "can_run_jbu_stage_weights",
     "can_run_joint_bilateral_upsample",
+    "can_run_neighbourhood_attention",
+    "can_run_neighbourhood_mean_weights",
     "can_run_neighbourhood_upsample",
     "can_run_neighbourhood_weights",
     "can_run_pyramid_means",
@@ -61,6 +76,8 @@ __all__ = [
     "joint_bilateral_upsample",
     "joint_bilateral_upsample_backward",
     "library_info",
+    "neighbourhood_attention",
+    "neighbourhood_mean_weights",
     "neighbourhood_upsample",
     "neighbourhood_upsample_backward",
     "neighbourhood_weights",
@@ -85,34 +102,9 @@ def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str |
     return reason_against(features=features, weights=weights)
 
 
-def can_run_neighbourhood_upsample(
-    features: Tensor,
-    weights: Tensor,
-    output_size: Sequence[int],
-    origin: Sequence[int],
-    grid_size: Sequence[int],
-    grid_origin: Sequence[int],
-) -> str | None:
-    """Return why :func:`neighbourhood_upsample` cannot run on these; ``None`` when it can."""
-    del origin, grid_origin
-    return _too_coarse(grid_size, output_size) or reason_against(features=features, weights=weights)
-
-
 def can_run_bilateral_weights(keys: Tensor, *_: object) -> str | None:
     """Return why :func:`bilateral_weights` cannot run on these; ``None`` when it can."""
     return reason_against(keys=keys)
-
-
-def can_run_neighbourhood_weights(
-    queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
-) -> str | None:
-    """Return why :func:`neighbourhood_weights` cannot run on these; ``None`` when it can."""
-    output_size, grid_size = arguments[3], arguments[5]
-    assert isinstance(output_size, Sequence)
-    assert isinstance(grid_size, Sequence)
-    if not queries.shape[1]:
-        return "queries and keys have no channels"
-    return _too_coarse(grid_size, output_size) or reason_against(queries=queries, keys=keys)
 
 
 def adaptive_conv2d(
@@ -135,7 +127,7 @@ def adaptive_conv2d_backward(
     """Gradients of :func:`adaptive_conv2d`, ``None`` where not needed."""
     radius = _check_padded(padded, weights)
     needed = (need_padded, need_weights)
-    return _gradients("upfeat_conv_backward", grad, padded, weights, needed, radius)
+    return gradients("upfeat_conv_backward", grad, padded, weights, needed, radius)
 
 
 def joint_bilateral_upsample(
@@ -145,7 +137,7 @@ def joint_bilateral_upsample(
 
     ``channels_last`` is the memory format of the result; ``None`` takes that of ``features``.
     """
-    radius = _check_upsample(features, weights)
+    radius = check_upsample(features, weights)
     out = output(features, weights, channels_last)
     if out.numel():
         call("upfeat_jbu_forward", _resized(features, weights), weights, out, radius)
@@ -160,61 +152,15 @@ def joint_bilateral_upsample_backward(
     need_weights: bool,
 ) -> Gradients:
     """Gradients of :func:`joint_bilateral_upsample`, ``None`` where not needed."""
-    radius = _check_upsample(features, weights)
+    radius = check_upsample(features, weights)
     source, needed = _resized(features, weights), (need_features, need_weights)
-    to_source, to_weights = _gradients("upfeat_jbu_backward", grad, source, weights, needed, radius)
+    to_source, to_weights = gradients("upfeat_jbu_backward", grad, source, weights, needed, radius)
     if to_source is not None and source is not features:
         size, coarse = list(source.shape[2:]), list(features.shape)
         to_source = torch.ops.aten.upsample_bicubic2d_backward(to_source, size, coarse, False)
     if to_source is not None:
         to_source = to_source.to(features.dtype)
     return to_source, to_weights
-
-
-def neighbourhood_upsample(
-    features: Tensor,
-    weights: Tensor,
-    output_size: Sequence[int],
-    origin: Sequence[int],
-    grid_size: Sequence[int],
-    grid_origin: Sequence[int],
-    *,
-    channels_last: bool | None = None,
-) -> Tensor:
-    """See :func:`upfeat.functional.neighbourhood_upsample`.
-
-    The weights are those of a window of an output of ``output_size``, from ``origin`` on, and the
-    features the cells of a grid of ``grid_size``, from ``grid_origin`` on.
-    ``channels_last`` is the memory format of the result; ``None`` takes that of ``features``.
-    """
-    radius = _check_upsample(features, weights)
-    place = output_size, origin, grid_size, grid_origin
-    window = _window_of({"weights": weights, "features": features}, *place)
-    out = output(features, weights, channels_last)
-    if out.numel():
-        call("upfeat_neighbourhood_forward", features, weights, out, window, radius)
-    return out
-
-
-def neighbourhood_upsample_backward(
-    grad: Tensor,
-    features: Tensor,
-    weights: Tensor,
-    need_features: bool,
-    need_weights: bool,
-    output_size: Sequence[int],
-    origin: Sequence[int],
-    grid_size: Sequence[int],
-    grid_origin: Sequence[int],
-) -> Gradients:
-    """Gradients of :func:`neighbourhood_upsample`, ``None`` where not needed."""
-    radius = _check_upsample(features, weights)
-    place = output_size, origin, grid_size, grid_origin
-    window = _window_of({"weights": weights, "features": features}, *place)
-    needed = (need_features, need_weights)
-    return _gradients(
-        "upfeat_neighbourhood_backward", grad, features, weights, needed, window, radius
-    )
 
 
 def bilateral_weights(
@@ -257,83 +203,6 @@ def bilateral_weights_backward(
     return to_keys, scalars[0], scalars[1]
 
 
-def neighbourhood_weights(
-    queries: Tensor,
-    keys: Tensor,
-    temperature: float | Tensor,
-    sigma: float | Tensor,
-    radius: int,
-    output_size: Sequence[int],
-    origin: Sequence[int],
-    grid_size: Sequence[int],
-    grid_origin: Sequence[int],
-) -> Tensor:
-    """See :func:`upfeat.functional.neighbourhood_weights`.
-
-    The queries are those of a window of an output of ``output_size``, from ``origin`` on, and the
-    keys the cells of a grid of ``grid_size``, from ``grid_origin`` on.
-    """
-    place = output_size, origin, grid_size, grid_origin
-    window = _check_queries(queries, keys, radius, *place)
-    out = queries.new_empty(weights_shape(queries, radius))
-    if out.numel():
-        scalars = (float(temperature), float(sigma))
-        call("upfeat_attend_forward", queries, keys, out, window, radius, *scalars)
-    return out
-
-
-def neighbourhood_weights_backward(
-    grad: Tensor,
-    queries: Tensor,
-    keys: Tensor,
-    temperature: float | Tensor,
-    sigma: float | Tensor,
-    radius: int,
-    output_size: Sequence[int],
-    origin: Sequence[int],
-    grid_size: Sequence[int],
-    grid_origin: Sequence[int],
-) -> tuple[Tensor, Tensor, float, float]:
-    """Gradients of :func:`neighbourhood_weights`: of queries, keys, temperature and sigma."""
-    place = output_size, origin, grid_size, grid_origin
-    window = _check_queries(queries, keys, radius, *place)
-    check_shape("grad", grad, weights_shape(queries, radius))
-    new = torch.empty_like if grad.numel() else torch.zeros_like
-    to_queries, to_keys, scalars = new(queries), new(keys), (ctypes.c_double * 2)()
-    call(
-        *(
-            "upfeat_attend_backward",
-            queries,
-            keys,
-            grad,
-            to_queries,
-            to_keys,
-            scalars,
-            window,
-        ),
-        *(radius, float(temperature), float(sigma)),
-    )
-    return to_queries, to_keys, scalars[0], scalars[1]
-
-
-def _gradients(
-    name: str,
-    grad: Tensor,
-    source: Tensor,
-    weights: Tensor,
-    needed: tuple[bool, bool],
-    *options: Window | int,
-) -> Gradients:
-    check_shape("grad", grad, (*source.shape[:2], *weights.shape[2:]))
-    # Nothing is written where there is no pixel or no channel.
-    new = torch.empty_like if grad.numel() else torch.zeros_like
-    to_source = new(source) if needed[0] else None
-    to_weights = new(weights) if needed[1] else None
-    if grad.numel() and any(needed):
-        call(name, source, weights, grad, to_source, to_weights, *options)
-    return to_source, to_weights
-
-
 def _resized(features: Tensor, weights: Tensor) -> Tensor:
     """``features``, already resized along the axes that shrink.
 
@@ -346,60 +215,8 @@ def _resized(features: Tensor, weights: Tensor) -> Tensor:
     return F.interpolate(features.float(), size=size, mode="bicubic", align_corners=False)
 
 
-def _too_coarse(grid_size: Sequence[int], output_size: Sequence[int]) -> str | None:
-    # The cells between two neighbouring pixels are all part of their shared window.
-    if any(a > 4 * b for a, b in zip(grid_size, output_size, strict=True)):
-        return "the output is less than a quarter of the grid along an axis"
-    return None
-
-
-def _check_upsample(features: Tensor, weights: Tensor) -> int:
-    radius = check_weights("features", features, weights)
-    if weights.numel() and 0 in features.shape[2:]:
-        raise ValueError(f"features has shape {tuple(features.shape)}; its grid is empty")
-    return radius
-
-
 def _check_padded(padded: Tensor, weights: Tensor) -> int:
     radius = check_weights("padded", padded, weights)
     height, width = weights.shape[2:]
     check_shape("padded", padded, (*padded.shape[:2], height + 2 * radius, width + 2 * radius))
     return radius
-
-
-def _check_queries(
-    queries: Tensor,
-    keys: Tensor,
-    radius: int,
-    output_size: Sequence[int],
-    origin: Sequence[int],
-    grid_size: Sequence[int],
-    grid_origin: Sequence[int],
-) -> Window:
-    check_image("queries", queries, radius)
-    check_image("keys", keys, radius)
-    check_shape("keys", keys, (*queries.shape[:2], *keys.shape[2:]))
-    if queries.dtype != keys.dtype or not queries.shape[1] or 0 in keys.shape[2:] or radius < 1:
-        raise ValueError(
-            f"queries {tuple(queries.shape)}, {queries.dtype}, keys {tuple(keys.shape)}, "
-            f"{keys.dtype} and radius={radius} do not go together: give one type, at least one "
-            "channel, one cell and radius 1"
-        )
-    place = output_size, origin, grid_size, grid_origin
-    return _window_of({"queries": queries, "keys": keys}, *place)
-
-
-def _window_of(
-    tensors: dict[str, Tensor],
-    output_size: Sequence[int],
-    origin: Sequence[int],
-    grid_size: Sequence[int],
-    grid_origin: Sequence[int],
-) -> Window:
-    """The window of a fine tensor, given first, and of a coarse one."""
-    places = (output_size, origin), (grid_size, grid_origin)
-    for (name, tensor), (size, start) in zip(tensors.items(), places, strict=True):
-        for first, count, length in zip(start, tensor.shape[2:], size, strict=True):
-            if first < 0 or first + count > length:
-                raise ValueError(f"{tuple(start)} puts {name} outside {tuple(size)}")
-    return Window(*output_size, *origin, *grid_size, *grid_origin)

@@ -6,16 +6,15 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
+from upfeat.evaluation.differences import BASELINE
 from upfeat.evaluation.report.figures import draw_chart, draw_samples
 from upfeat.evaluation.results import Results, Row, summary
 from upfeat.evaluation.task import Score, Task
 from upfeat.evaluation.tasks import find_task
 from upfeat.marks import html_mark
 from upfeat.storage import write_bytes
-
-BASELINE = "bilinear"
-"""What every difference is from."""
 
 _MAX_COLUMNS = 12
 
@@ -92,6 +91,7 @@ def render(results: Results, task: type[Task] | None = None) -> str:
         _facts(results, task),
         _score_table(results, task),
         f"<h2>{escape(task.scores[name].label)}, every seed</h2>{chart}" if chart else "",
+        _difference_table(results, task),
         _class_table(results, task),
         draw_samples(results, task),
         _explanations(results, task),
@@ -114,6 +114,50 @@ def shown(score: Score, values: Sequence[float]) -> tuple[str, str]:
     spread = found["spread"]
     mean = f"{found['mean'] * factor:.{digits}f}"
     return mean, "" if spread is None else f"±{spread * factor:.{digits}f}"
+
+
+class ShownDifference(NamedTuple):
+    """A difference between two rows as people read it."""
+
+    protocol: str
+    upsampler: str
+    against: str
+    score: str
+    mean: str
+    interval: str
+    seeds: str
+    certain: bool
+    """Whether 0 lies outside the interval."""
+
+
+def differences(results: Results, task: type[Task] | None = None) -> list[ShownDifference]:
+    """The differences between rows as people read them."""
+    task = task or find_task(results.task)
+    found = []
+    for one in results.differences:
+        score = task.scores[one["score"]]
+        low, high = (_signed(score, one[name]) for name in ("low", "high"))
+        found.append(
+            ShownDifference(
+                *(one["protocol"], one["upsampler"], one["against"], score.label),
+                mean=_signed(score, one["mean"]),
+                interval=f"{low} to {high}",
+                seeds=" ".join(_signed(score, value) for value in one["values"]),
+                certain=_known(one["low"]) > 0 or _known(one["high"]) < 0,
+            )
+        )
+    return found
+
+
+def _known(value: float | None) -> float:
+    return 0.0 if value is None else value
+
+
+def _signed(score: Score, value: float | None) -> str:
+    if value is None:
+        return "–"
+    factor, digits = (100, 2) if score.percent else (1, 4)
+    return f"{value * factor:+.{digits}f}".replace("-", "−")
 
 
 def heading(score: Score) -> str:
@@ -210,6 +254,29 @@ def _difference(name: str, score: Score, row: Row, base: Row) -> str:
     mean, spread = shown(score, [own - other for own, other in pairs])
     sign = "" if mean.startswith("-") or mean == "–" else "+"
     return f"{sign}{mean} {spread}".replace("-", "−").strip()
+
+
+def _difference_table(results: Results, task: type[Task]) -> str:
+    rows = []
+    for one in differences(results, task):
+        names = (one.protocol, one.upsampler, one.against, one.score)
+        cells = "".join(f"<td class=l>{escape(name)}</td>" for name in names)
+        mark = " class=best" if one.certain else ""
+        rows.append(
+            f"<tr>{cells}<td><span{mark}>{one.mean}</span></td><td>{one.interval}</td>"
+            f"<td class=pm>{one.seeds}</td></tr>"
+        )
+    if not rows:
+        return ""
+    return (
+        "<h2>Differences</h2><details><summary>Every row less bilinear and less the best of the "
+        "others</summary><div class=scroll><table><thead><tr><th class=l>protocol</th>"
+        "<th class=l>upsampler</th><th class=l>less</th><th class=l>in</th><th>mean</th>"
+        f"<th>95 %</th><th>every seed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "<p class=pm>95 % of a thousand test sets, drawn from the test images with replacement, "
+        "the same for both rows, have a difference in that range; bold where 0 lies outside.</p>"
+        "</details>"
+    )
 
 
 def _cost_cell(row: Row, name: str, digits: int) -> str:

@@ -6,6 +6,7 @@ probe is trained up to both (see :func:`upfeat.probes.fit_depth`).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from upfeat.evaluation.cost import measure
 from upfeat.evaluation.data.folders import Dataset
 from upfeat.evaluation.data.layouts import read_dataset
 from upfeat.evaluation.data.prepared import Prepared
+from upfeat.evaluation.differences import pack_sums
 from upfeat.evaluation.methods import Method
 from upfeat.evaluation.metrics import align_depth, depth_errors, depth_scores
 from upfeat.evaluation.probing import Probing
@@ -48,12 +50,23 @@ class Depth(Probing):
         ),
         "drift": DRIFT,
     }
+    compared = ("rmse", "abs_rel")
     target = "depth"
 
     @classmethod
     def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
         """See :meth:`Task.read`."""
         return read_dataset(folder, "depth", layout=layout, split_seed=config.split_seed)
+
+    @classmethod
+    def scores_of(cls, sums: Tensor) -> dict[str, Tensor]:
+        """See :meth:`Task.scores_of`; sums are those of :func:`depth_errors`."""
+        squared, relative, close, count = sums.unbind(-1)
+        return {
+            "rmse": (squared / count).sqrt(),
+            "abs_rel": relative / count,
+            "delta_1.25": close / count,
+        }
 
     @classmethod
     def draw_target(cls, sample: Prepared) -> str:
@@ -72,7 +85,7 @@ class Depth(Probing):
         """See :meth:`Task.rows`; fits its probes first."""
         protocols = [name for name in self.config.protocols if name in self.protocols]
         heads = self.heads(label, method, protocols)
-        sums = {name: torch.zeros(self.config.seeds, 4, dtype=torch.float64) for name in heads}
+        sums: dict[str, list[Tensor]] = {name: [] for name in heads}
         pictures: dict[str, dict[str, str]] = {name: {} for name in heads}
         chosen = set(self.config.choose_pictures(len(self.test)))
         stacked = Head.cat([head for group in heads.values() for head in group])
@@ -81,7 +94,7 @@ class Depth(Probing):
             maps, depth = self._predict(method, sample, stacked).cpu(), sample.label.cpu()
             for name, group in zip(heads, maps.split(self.config.seeds), strict=True):
                 aligned = [align_depth(predicted, depth) for predicted in group]
-                sums[name] += torch.stack([depth_errors(each, depth) for each in aligned])
+                sums[name].append(torch.stack([depth_errors(each, depth) for each in aligned]))
                 if index in chosen:
                     bounds = depth_range(depth)
                     pictures[name][sample.name] = encode_values(aligned[0], *bounds)
@@ -89,9 +102,11 @@ class Depth(Probing):
         cost, drift = measure(method, self.test)
         rows = []
         for name in heads:
-            each = [depth_scores(seed) for seed in sums[name]]
+            kept = torch.stack(sums[name])  # (images, seeds, 4)
+            each = [depth_scores(seed) for seed in kept.sum(0)]
             scores = {key: [found[key] for found in each] for key in each[0]} | {"drift": [drift]}
-            rows.append(Row(label, name, method.weights, scores, {}, cost, pictures[name]))
+            row = Row(label, name, method.weights, scores, {}, cost, pictures[name])
+            rows.append(replace(row, sums=pack_sums(kept)))
         return rows
 
     @torch.no_grad()

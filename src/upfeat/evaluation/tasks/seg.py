@@ -23,6 +23,7 @@ from upfeat.evaluation.cost import measure
 from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem
 from upfeat.evaluation.data.layouts import read_dataset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet
+from upfeat.evaluation.differences import pack_sums
 from upfeat.evaluation.methods import Method, UpsamplerMethod
 from upfeat.evaluation.probing import PROTOCOLS, Probing
 from upfeat.evaluation.report.pictures import encode_indices
@@ -63,6 +64,7 @@ class Segmentation(Probing):
         ),
         "drift": DRIFT,
     }
+    compared = ("miou", "boundary_f")
     target = "label"
     pictures = "classes"
 
@@ -75,6 +77,17 @@ class Segmentation(Probing):
     def draw_target(cls, sample: Prepared) -> str:
         """See :meth:`Task.draw_target`."""
         return encode_indices(sample.label)
+
+    @classmethod
+    def scores_of(cls, sums: Tensor) -> dict[str, Tensor]:
+        """See :meth:`Task.scores_of`; sums are those of :meth:`_Scores.add`."""
+        hits, labelled, predicted = sums[..., :-4].unflatten(-1, (3, -1)).unbind(-2)
+        iou = hits / (labelled + predicted - hits).clamp(min=1)
+        iou = torch.where(labelled > 0, iou, torch.nan)
+        near_guess, guess, near_true, true = sums[..., -4:].unbind(-1)
+        precision, recall = near_guess / guess.clamp(min=1), near_true / true
+        boundary_f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+        return {"miou": iou.nanmean(-1), "boundary_f": boundary_f}
 
     def __init__(
         self,
@@ -199,14 +212,23 @@ class _Scores:
         self.near = torch.zeros_like(self.matrix)
         self.boundary = torch.zeros(seeds, 4, dtype=torch.int64)
         self.pictures: dict[str, str] = {}
+        self.sums: list[Tensor] = []
 
     def add(self, maps: Tensor, label: Tensor) -> None:
-        """Count one image: (S, H, W) predictions, (H, W) label."""
+        """Count one image: (S, H, W) predictions, (H, W) label.
+
+        What it adds is kept too, (S, 3·K + 4): hits, labelled and predicted pixels of each class,
+        then the counts of boundaries.
+        """
         distance = metrics.edge_distance((label.shape[0], label.shape[1]))
-        self.matrix += metrics.confusion_matrix(maps, label, self.n_classes)
+        matrix = metrics.confusion_matrix(maps, label, self.n_classes)
+        self.matrix += matrix
         band = metrics.near_edges(label, distance)
         self.near += metrics.confusion_matrix(maps, band, self.n_classes)
-        self.boundary += metrics.boundary_counts(maps, label, distance)
+        boundary = metrics.boundary_counts(maps, label, distance)
+        self.boundary += boundary
+        classes = (matrix.diagonal(dim1=1, dim2=2), matrix.sum(2), matrix.sum(1))
+        self.sums.append(torch.cat([*classes, boundary], dim=1))
 
     def row(
         self,
@@ -227,7 +249,8 @@ class _Scores:
         }
         iou = torch.stack([metrics.class_iou(matrix) for matrix in self.matrix])  # (S, K)
         per_class = {name: iou[:, index].tolist() for index, name in enumerate(classes)}
-        return Row(label, protocol, weights, scores, per_class, cost, self.pictures)
+        sums = pack_sums(torch.stack(self.sums))
+        return Row(label, protocol, weights, scores, per_class, cost, self.pictures, sums)
 
 
 TASK = Segmentation

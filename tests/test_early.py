@@ -1,0 +1,198 @@
+"""Early layers beside the queries: linear, exact in windows, better where they know more."""
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import upfeat
+from upfeat.upsamplers import create_upsampler
+from upfeat.upsamplers.detail import DetailKernels
+from upfeat.upsamplers.queries import CellMeans
+from upfeat.upsamplers.regression import ImageRegression
+
+
+class Pattern(upfeat.Backbone):
+    """Brightness of 8×8 cells, whose earlier layer has that of 4×4 cells, and a constant."""
+
+    def __init__(self, shape=None):
+        super().__init__(name="pattern", embed_dim=2, stride=8)
+        self.shape = shape
+
+    def extract(self, x):
+        return F.avg_pool2d(self._layer(x), 2)
+
+    def extract_with_hidden(self, x):
+        layer = self._layer(x)
+        hidden = layer if self.shape is None else layer.new_ones(len(x), *self.shape)
+        return F.avg_pool2d(layer, 2), hidden
+
+    def _layer(self, x):
+        level = F.avg_pool2d(x.square().mean(1, keepdim=True), 4)
+        return torch.cat([level, level.square()], dim=1)
+
+
+@pytest.fixture
+def model():
+    return upfeat.load(Pattern(), early=True)
+
+
+def photo(height=64, width=80, seed=0, count=1):
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def test_early_layers_tell_what_colours_cannot(model):
+    """Noise whose mean brightness varies: its colours are alike everywhere, the layer is not."""
+    x = photo(128, 128)
+    finer = F.avg_pool2d(model.backbone._layer(x), 1)
+    lost = {}
+    for early in (False, True):
+        kernels = upfeat.load(Pattern(), early=early).lazy(x).kernels
+        assert isinstance(kernels, DetailKernels)
+        made = kernels.to_finer_grid(model.backbone(x))
+        lost[early] = float((made - finer).square().mean() / finer.var())
+    assert lost[True] < 0.5 * lost[False]
+
+
+def test_every_way_gives_the_same(model):
+    x = photo(64, 72)
+    full, lazy = model(x), model.lazy(x)
+    assert not torch.allclose(full, upfeat.load(Pattern())(x), atol=1e-3)
+    torch.testing.assert_close(lazy.full(), full)
+    torch.testing.assert_close(lazy.crop(5, 7, 30, 20), full[:, :, 5:35, 7:27])
+    weight, bias = torch.randn(3, 2), torch.randn(3)
+    expected = F.conv2d(full, weight[..., None, None], bias)
+    torch.testing.assert_close(lazy.project(weight, bias), expected, rtol=1e-4, atol=1e-4)
+    both = model(torch.cat([x, photo(64, 72, 1)]))
+    torch.testing.assert_close(both[:1], full, rtol=1e-4, atol=1e-5)
+    again = pickle.loads(pickle.dumps(lazy))
+    torch.testing.assert_close(again.full(), full)
+
+
+def test_linear_in_the_last_layers_features(model):
+    lazy, up = model.lazy(photo()), model.upsampler
+    a, b = torch.randn(1, 3, 8, 10), torch.randn(1, 3, 8, 10)
+    sums = up.render(lazy.kernels, a + 2 * b)
+    parts = up.render(lazy.kernels, a) + 2 * up.render(lazy.kernels, b)
+    torch.testing.assert_close(sums, parts, rtol=1e-4, atol=1e-4)
+    constant = torch.full((1, 1, 8, 10), 3.0)
+    torch.testing.assert_close(
+        up.render(lazy.kernels, constant), torch.full((1, 1, 64, 80), 3.0), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_masks_hide_early_layers_too(model):
+    x, mask = photo(64, 64), torch.zeros(64, 64, dtype=torch.bool)
+    mask[16:48, 16:48] = True
+    other = torch.where(mask, x + 100, x)
+    torch.testing.assert_close(model(x, mask=mask), model(other, mask=mask))
+
+
+def test_windows_of_a_large_image_are_those_of_the_whole(monkeypatch):
+    """Regressions of several windows, each computed where it is asked for."""
+    up = create_upsampler("detail_universal")
+    image, features, hidden = photo(320, 320), torch.randn(1, 2, 80, 40), torch.randn(1, 3, 160, 80)
+    whole = up.render(up.prepare_with(image, (80, 40), (320, 320), hidden=hidden), features)
+    monkeypatch.setattr("upfeat.upsamplers.maps.WHOLE", 1)
+    kernels = up.prepare_with(image, (80, 40), (320, 320), hidden=hidden)
+    window = upfeat.types.Window(150, 100, 40, 50)
+    part = up.render(*up.precompute(kernels, features), window=window)
+    torch.testing.assert_close(part, whole[:, :, 150:190, 100:150], rtol=1e-3, atol=1e-4)
+
+
+def test_units_of_early_layers_do_not_matter():
+    up, image = create_upsampler("detail_universal"), photo()
+    features, hidden = torch.randn(1, 2, 8, 10), torch.randn(1, 3, 16, 20)
+    expected = up(features, image, hidden=hidden)
+    torch.testing.assert_close(
+        up(features, image, hidden=50 * hidden + 7), expected, rtol=1e-3, atol=1e-3
+    )
+    flat = up(features, image, hidden=torch.ones(1, 3, 16, 20))
+    assert bool(flat.isfinite().all())
+    finer = F.interpolate(hidden, scale_factor=2.0)
+    torch.testing.assert_close(up(features, image, hidden=finer), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_reach_early_layers():
+    up, image = create_upsampler("detail_universal"), photo(32, 32)
+    hidden = torch.randn(1, 3, 8, 8, requires_grad=True)
+    up(torch.randn(1, 2, 4, 4), image, hidden=hidden).square().sum().backward()
+    assert hidden.grad is not None
+    assert float(hidden.grad.abs().max()) > 0
+
+
+def test_files_carry_them(model, tmp_path):
+    lazy = model.lazy(photo())
+    assert "early layers 1×2×16×20" in repr(lazy)
+    for exact, tolerance in ((True, 1e-6), (False, 2e-2)):
+        lazy.save(tmp_path / "lazy.safetensors", exact=exact)
+        again = upfeat.UpsampledFeatures.load(tmp_path / "lazy.safetensors", model.upsampler)
+        torch.testing.assert_close(again.full(), lazy.full(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_the_embedded_backbones_tell(stride):
+    backbone = upfeat.load_backbone(f"efficientnet_lite0.stride{stride}")
+    x = photo(64, 96)
+    features, hidden = backbone.with_hidden(x)
+    torch.testing.assert_close(features, backbone(x))
+    assert hidden is not None
+    assert hidden.shape[2:] == (2 * 64 // stride, 2 * 96 // stride)
+    torch.testing.assert_close(backbone.hidden(x), hidden)
+    assert "with early layers" in repr(upfeat.load(backbone, early=True))
+
+
+def test_a_stage_before_the_last_is_found():
+    stages = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 5, 4, 4), torch.nn.GELU()),
+        torch.nn.Sequential(torch.nn.Conv2d(5, 6, 3, 1, 1), torch.nn.GELU()),
+        torch.nn.Sequential(torch.nn.Conv2d(6, 6, 3, 1, 1), torch.nn.Conv2d(6, 7, 2, 2)),
+        torch.nn.Conv2d(7, 8, 1),
+    )
+    backbone = upfeat.load_backbone(stages)
+    x = photo(64, 48)
+    for _ in range(2):  # found, and known
+        features, hidden = backbone.with_hidden(x)
+        torch.testing.assert_close(features, backbone(x))
+        torch.testing.assert_close(hidden, stages[:2](x))
+    model = upfeat.load(stages, early=True)
+    assert model(x).shape == (1, 8, 64, 48)
+    assert not any(module._forward_hooks for module in stages.modules())
+
+
+def test_stages_of_timm_are_found(torchvision_operators):
+    timm = pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
+    network = timm.create_model("resnet10t", pretrained=False)
+    backbone = upfeat.load_backbone(network, layer=3)
+    features, hidden = backbone.with_hidden(photo(64, 96))
+    assert features.shape == (1, 256, 4, 6)
+    assert hidden is not None
+    assert hidden.shape == (1, 128, 8, 12)
+
+
+def test_what_cannot_be_is_said_in_one_line():
+    plain = torch.nn.Conv2d(3, 4, 8, 8)
+    with pytest.raises(ValueError, match="says nothing of its earlier layers; use early=False"):
+        upfeat.load(plain, early=True)
+    with pytest.raises(ValueError, match="no finer grid"):
+        upfeat.load(Pattern((2, 4, 4)), early=True)
+    with pytest.raises(ValueError, match=r"hidden must be \(1, channels"):
+        create_upsampler("detail_universal")(
+            torch.ones(1, 2, 4, 4), photo(32, 32), hidden=photo(count=2)
+        )
+    with pytest.raises(ValueError, match="bilinear makes no use of early layers"):
+        upfeat.load(Pattern(), upsampler="bilinear", early=True)
+    with pytest.raises(ValueError, match="bilinear makes no use of hidden"):
+        upfeat.Bilinear()(torch.ones(1, 2, 4, 4), photo(32, 32), hidden=photo(8, 8))
+    with pytest.raises(ValueError, match="early=True is for passes=1"):
+        upfeat.load(Pattern(), early=True, passes=5)
+
+
+def test_regressions_without_them_are_as_they_were():
+    up, image = create_upsampler("detail_universal"), photo()
+    kernels = up.prepare(image, (8, 10), (64, 80))
+    assert isinstance(kernels, DetailKernels)
+    assert isinstance(kernels.regression, ImageRegression)
+    assert kernels.regression.behind == 0
+    assert isinstance(kernels.regression.lacking.finer, CellMeans)
