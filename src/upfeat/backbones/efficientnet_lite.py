@@ -138,7 +138,7 @@ class ConvNorm(nn.Sequential):
         uneven = [before != after for before, after in pads]
         both = [before + self.stride * more for (before, _), more in zip(pads, uneven, strict=True)]
         out = F.conv2d(
-            input, channels_last(weight), bias, self.stride, both, 1, conv.groups
+            input, channels_last(weight), bias, self.stride, both, conv.dilation, conv.groups
         )  # (B, C_out, ⌈H/stride⌉ + 1 where uneven, …)
         out = out[:, :, int(uneven[0]) :, int(uneven[1]) :]
         return out.clamp_(0, 6) if len(self) > 2 else out
