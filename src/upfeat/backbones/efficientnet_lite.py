@@ -92,6 +92,7 @@ class ConvNorm(nn.Sequential):
         super().__init__(*layers, *([nn.ReLU6()] if activate else []))
         self.kernel_size = kernel_size
         self.stride = stride
+        self._kept: tuple[Tensor, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
@@ -117,17 +118,9 @@ class ConvNorm(nn.Sequential):
         Only rounding differs, by less than that of the layers themselves: the weights are
         multiplied in float64.
         """
-        conv, norm = self[0], self[1]
+        conv = self[0]
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None
-        assert variance is not None
-        dtype = conv.weight.dtype
-        exact = torch.float32 if input.device.type == "mps" else torch.float64  # that has none
-        scale = norm.weight.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
-        weight = (conv.weight.to(exact) * scale[:, None, None, None]).to(dtype)
-        bias = (norm.bias.to(exact) - mean.to(exact) * scale).to(dtype)
+        weight, bias = self._kept or self._fold(input.device)
         if conv.groups == 1 and self.kernel_size > 1:
             # With padding of its own, the sums of the stem depend on the size of the image.
             rows, columns = (self._padding(length) for length in input.shape[-2:])
@@ -138,10 +131,30 @@ class ConvNorm(nn.Sequential):
         uneven = [before != after for before, after in pads]
         both = [before + self.stride * more for (before, _), more in zip(pads, uneven, strict=True)]
         out = F.conv2d(
-            input, channels_last(weight), bias, self.stride, both, 1, conv.groups
+            input, weight, bias, self.stride, both, 1, conv.groups
         )  # (B, C_out, ⌈H/stride⌉ + 1 where uneven, …)
         out = out[:, :, int(uneven[0]) :, int(uneven[1]) :]
         return out.clamp_(0, 6) if len(self) > 2 else out
+
+    def _fold(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Weight, channels last, and bias of the one convolution."""
+        conv, norm = self[0], self[1]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        dtype = conv.weight.dtype
+        exact = torch.float32 if device.type == "mps" else torch.float64  # that has none
+        scale = norm.weight.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
+        weight = (conv.weight.to(exact) * scale[:, None, None, None]).to(dtype)
+        bias = (norm.bias.to(exact) - mean.to(exact) * scale).to(dtype)
+        return channels_last(weight), bias
+
+    @torch.no_grad()
+    def keep_folded(self) -> None:
+        """Fold once for all images to come, in a copy whose weights and place will not change."""
+        self._kept = self._fold(next(self.parameters()).device)
 
     def _padding(self, length: int) -> tuple[int, int]:
         steps = -(-length // self.stride)
