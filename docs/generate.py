@@ -222,6 +222,29 @@ def gains() -> str:
     return _rows(["", "photographs of people", "aerial roads"], rows)
 
 
+def probes(*titles: str) -> str:
+    """Probes of ``upfeat eval`` whose titles begin so, gathered by benchmarks/collect_probes.py."""
+    rows = []
+    for title, group in _read("probes").items():
+        if not title.startswith(" ".join(titles)):
+            continue
+        train, test = group["images"]
+        rows.append([f"*{title} ({train} + {test} images)*", "", ""])
+        names = list(group["protocols"]["own"])
+        for name in names:
+            shown = (_scores(group["protocols"][part][name]) for part in ("own", "transfer"))
+            rows.append([name, *shown])
+    return _rows(["", "own", "transfer"], rows)
+
+
+def _scores(scores: dict[str, list[float]]) -> str:
+    """Scores of one row: mIoU and boundary F, or RMSE and relative error."""
+    if "rmse" in scores:
+        return " / ".join(f"{scores[name][0]:.3f}" for name in ("rmse", "abs_rel"))
+    pairs = (scores[name] for name in ("miou", "boundary_f"))
+    return " / ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in pairs)
+
+
 def _read(name: str) -> Any:
     return json.loads((BENCHMARKS / f"{name}.json").read_text())
 
