@@ -96,7 +96,7 @@ class ConvNorm(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        if self._can_fold(input):
+        if self._kept is not None or self._can_fold(input):
             return self._folded(input)
         if self.kernel_size > 1:
             input = F.pad(input, [*self._padding(input.shape[-1]), *self._padding(input.shape[-2])])
