@@ -80,6 +80,19 @@ def shown(path: Path) -> str:
     return f"{head}``````{language}\n{path.read_text(encoding='utf-8')}\n``````\n"
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Give pages that the navigation does not name a place at the end of their folder's section."""
+    named = set(re.findall(r"[\w/]+\.md", str(config.nav)))
+    sections = {title: pages for entry in config.nav or [] for title, pages in entry.items()}
+    for page in sorted(DOCS.rglob("*.md")):
+        place = page.relative_to(DOCS).as_posix()
+        if place not in named:
+            heading = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+            folder = place.partition("/")[0]
+            sections[folder.capitalize() if "/" in place else "Project"].append({heading: place})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside of ``docs/`` that documents lead to."""
     waiting = [ROOT / name for name in ALWAYS]

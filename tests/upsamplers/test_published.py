@@ -173,6 +173,26 @@ def test_fills_a_buffer(name, dtype, monkeypatch):
         upsampler(features, image, out=buffer[:, :, 1:])
 
 
+@pytest.mark.parametrize("size", [(20, 27), (3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_outputs_head_by_head(dtype, size, monkeypatch):
+    upsampler = tiny("naf", torch.float32)
+    image, features = (each.to(dtype) for each in sample(dtype=torch.float32))
+    expected = upsampler(features, image, size)
+    monkeypatch.setattr("upfeat.upsamplers.naf._LARGE", 1)
+    close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
+    found = upsampler(features, image, size)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, **close)
+    buffer = torch.full_like(expected, torch.nan, memory_format=torch.channels_last)
+    assert upsampler(features, image, size, out=buffer) is buffer
+    torch.testing.assert_close(buffer, expected, **close)
+    with pytest.raises(ValueError, match="buffer of"):
+        upsampler(features, image, size, out=buffer[:, :, 1:])
+    with pytest.raises(ValueError, match="cannot share"):
+        upsampler(features[:, :7], image, size)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_image_first(name):
     upsampler = tiny(name)

@@ -70,6 +70,8 @@ class Upsampler(nn.Module, ABC):
     """Whether it makes use of what early layers of a backbone say."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
+    exact_parts: ClassVar[str] = "windows"
+    """Parts of a map that have the very sums of the whole: its "windows", or its "channels"."""
     guidance_bands: int | None = 3
     """How many bands the guidance must have; ``None``: any number (:mod:`.bands` has the rule)."""
     backend: str = "auto"

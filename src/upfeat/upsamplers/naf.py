@@ -8,15 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.backends.cpu import attention as cpu
+from upfeat.backends.cpu.library import DTYPES
 from upfeat.bounds import whole
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, shifted_window
+from upfeat.upsamplers.attention import (
+    AttentionKernels,
+    AttentionUpsampler,
+    buffer_refused,
+    shifted_window,
+)
 from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.checks import check_inputs
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4
 """Images are shrunk to at most so many pixels for each one of the output, as published."""
+_LARGE = 2**24
+"""Numbers of an output that is filled head by head: where its memory is more than the call's."""
 
 
 @UPSAMPLERS.register
@@ -85,11 +95,11 @@ class NAF(AttentionUpsampler):
         features: Tensor | None = None,
     ) -> AttentionKernels:
         """See :meth:`Upsampler.prepare`; the features play no part."""
-        image = _shrink(self.exact(guidance), output_size)
-        if self.compiled(image):
-            half = guidance.dtype == torch.float16  # maps are large: stored as they are asked for
-            queries, keys = self._compiled(image.half() if half else image, grid_size, output_size)
+        if self.heads % 2 == 0 and self.compiled(guidance):
+            image = self._image(guidance, output_size)
+            queries, keys = self._compiled(image, grid_size, output_size)
         else:
+            image = _shrink(self.exact(guidance), output_size)
             codes = [
                 encoder.pooled(image, output_size) for encoder in (self.colours, self.surroundings)
             ]
@@ -108,16 +118,89 @@ class NAF(AttentionUpsampler):
             backend=self.backend,
         )
 
+    def forward(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        output_size: Size | None = None,
+        *,
+        hidden: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`AttentionUpsampler.forward`.
+
+        On a CPU, a large output is filled a head's channels at a time, so that little stands
+        beside it: never all queries, and few once most of the output is there.
+        """
+        if hidden is not None or not self._runs_by_heads(features, guidance, output_size, out):
+            return super().forward(features, guidance, output_size, hidden=hidden, out=out)
+        size = check_inputs(features, guidance, output_size)
+        if out is None:
+            out = features.new_empty(*features.shape[:2], *size)
+        elif tuple(out.shape) != (*features.shape[:2], *size):
+            raise ValueError(buffer_refused(out, (*features.shape[:2], *size)))
+        image = self._image(guidance, size)
+        grid = (features.shape[2], features.shape[3])
+        channels, pairs = features.shape[1] // self.heads, self.heads // 2
+        rows, columns = (
+            shifted_window(*each, self.window_side) for each in zip(grid, size, strict=True)
+        )
+        for index in range(2):
+            queries = self._codes(image, index, size)
+            keys = compiled_encoders.pool(queries, grid).to(queries.dtype)
+            waiting = [queries]
+            if index == 1:  # as much of the output is there by now as there will be
+                waiting = [each.clone() for each in queries.chunk(pairs, 1)]
+            del queries
+            first, heads = index * pairs, pairs // len(waiting)
+            for part in keys.chunk(len(waiting), 1):
+                block = slice(first * channels, (first + heads) * channels)
+                cpu.window_attention(
+                    waiting.pop(0),
+                    part,
+                    features[:, block],
+                    rows,
+                    columns,
+                    heads,
+                    (self.width // self.heads) ** -0.5,
+                    [channels] * heads,
+                    out=out[:, block],
+                )
+                first += heads
+        return out
+
+    def _runs_by_heads(
+        self, features: Tensor, guidance: Tensor, output_size: Size | None, out: Tensor | None
+    ) -> bool:
+        if features.dim() != 4 or guidance.dim() != 4 or not self.compiled(features, guidance):
+            return False
+        if self.heads % 2 or features.shape[1] % self.heads or features.dtype not in DTYPES:
+            return False
+        if out is not None and (
+            out.device.type != "cpu" or out.dtype not in DTYPES or out.requires_grad
+        ):
+            return False
+        height, width = guidance.shape[2:] if output_size is None else output_size
+        return len(features) * features.shape[1] * height * width >= _LARGE
+
     def _compiled(self, image: Tensor, grid_size: Size, output_size: Size) -> tuple[Tensor, Tensor]:
-        batch, half = image.shape[0], self.width // 2
-        queries = image.new_empty(batch, *output_size, self.width).permute(0, 3, 1, 2)
-        for index, encoder in enumerate((self.colours, self.surroundings)):
-            part = queries[:, index * half : (index + 1) * half]
-            compiled_encoders.encode(encoder, image, output_size, out=part)
-        angles = self._angles(output_size, image.new_empty(0, dtype=torch.float32))
-        rows, columns = (each.repeat(1, self.heads) for each in angles)
-        compiled_encoders.rotate(queries, (rows, columns), self.width // self.heads // 2)
+        queries = image.new_empty(len(image), *output_size, self.width).permute(0, 3, 1, 2)
+        for index, part in enumerate(queries.chunk(2, dim=1)):
+            part.copy_(self._codes(image, index, output_size))
         return queries, compiled_encoders.pool(queries, grid_size).to(queries.dtype)
+
+    def _codes(self, image: Tensor, index: int, output_size: Size) -> Tensor:
+        """Queries of half the heads, by the first or the second encoder, (B, width/2, H, W)."""
+        encoder = (self.colours, self.surroundings)[index]
+        queries = compiled_encoders.encode(encoder, image, output_size).to(image.dtype)
+        angles = self._angles(output_size, image.new_empty(0, dtype=torch.float32))
+        rows, columns = (each.repeat(1, self.heads // 2) for each in angles)
+        return compiled_encoders.rotate(queries, (rows, columns), self.width // self.heads // 2)
+
+    def _image(self, guidance: Tensor, output_size: Size) -> Tensor:
+        """What the compiled encoders read, in the type that maps are stored in."""
+        image = _shrink(self.exact(guidance), output_size)
+        return image.half() if guidance.dtype == torch.float16 else image
 
     def _angles(self, size: Size, like: Tensor) -> tuple[Tensor, Tensor]:
         """Of every channel of a head: of rows (H, D/heads) and of columns (W, D/heads)."""
