@@ -102,7 +102,7 @@ class FeatUp(nn.Module):
         )
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> float:
         """Cost of the features, in passes of the network over the image: 1 or 5."""
         return getattr(self.backbone, "passes", 1)
 
