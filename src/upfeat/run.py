@@ -46,6 +46,7 @@ def run_photo(
     size: int | None = None,
     dtype: torch.dtype = torch.float16,
     max_pixels: int = MAX_PIXELS,
+    reading: Mapping[str, Any] | None = None,
     max_memory: int | None = None,
     made_by: Mapping[str, Any] | None = None,
 ) -> torch.Size:
@@ -60,6 +61,7 @@ def run_photo(
         size: length of the shorter side, pixels; ``None`` keeps the photograph's own size.
         dtype: type of the stored features.
         max_pixels: as :func:`upfeat.images.read_image` takes it.
+        reading: further options of it that decide the pixels, as ``bands`` and ``max_value``.
         max_memory: bytes that the process may hold; ``None`` for what the machine has. A tight
             bound makes the backbone work in tiles.
         made_by: what :func:`describe_model` says, where it is known already.
@@ -79,11 +81,12 @@ def run_photo(
         picture = outputs.picture is not None
         needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture)
         check_space(outputs.features, needed)
-        pixels = read_image(photo, max_pixels=max_pixels)
+        options = {"max_pixels": max_pixels, **(reading or {})}
+        pixels = read_image(photo, channels=model.backbone.in_channels, **options)
     x = model.preprocess(pixels, size, align=False)
     del pixels
     facts = _facts(model, photo, x, dtype)
-    recipe = _recipe(source, made_by, size, dtype)
+    recipe = _recipe(source, made_by, size, dtype, reading)
     with torch.inference_mode():
         memory = _free(max_memory) - x.shape[2] * x.shape[3] * _UPSAMPLING
         coarse = extract_within(model.backbone, x, memory, label=str(photo))
@@ -171,7 +174,12 @@ def describe_model(model: FeatUp) -> dict[str, str]:
 
 
 def recipe_of(
-    photo: Path, made_by: Mapping[str, Any], *, size: int | None, dtype: torch.dtype
+    photo: Path,
+    made_by: Mapping[str, Any],
+    *,
+    size: int | None,
+    dtype: torch.dtype,
+    reading: Mapping[str, Any] | None = None,
 ) -> str:
     """Digest of all that the results of a photograph depend on, as its results record it.
 
@@ -180,17 +188,23 @@ def recipe_of(
         made_by: what :func:`describe_model` says.
         size: as :func:`run_photo` takes it.
         dtype: likewise.
+        reading: likewise.
 
     Raises:
         OSError: the photograph cannot be read.
     """
-    return digest(_recipe(file_digest(photo), made_by, size, dtype))
+    return digest(_recipe(file_digest(photo), made_by, size, dtype, reading))
 
 
 def _recipe(
-    source: str, made_by: Mapping[str, Any], size: int | None, dtype: torch.dtype
+    source: str,
+    made_by: Mapping[str, Any],
+    size: int | None,
+    dtype: torch.dtype,
+    reading: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    return {"image_sha256": source, "size": size, "dtype": str(dtype), **made_by}
+    recipe = {"image_sha256": source, "size": size, "dtype": str(dtype), **made_by}
+    return recipe | ({"reading": dict(reading)} if reading else {})
 
 
 def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
