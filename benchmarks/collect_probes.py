@@ -51,7 +51,7 @@ def main() -> None:
     known = json.loads(TARGET.read_text()) if TARGET.exists() else {}
     content = json.loads((options.folder / "results.json").read_text())
     known[options.title] = collected(content)
-    TARGET.write_text(json.dumps(known, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+    TARGET.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

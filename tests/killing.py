@@ -15,6 +15,7 @@ import random
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from importlib import import_module
@@ -37,6 +38,8 @@ COMMANDS = {
     "raster": ("raster scene.tif -o out/scene.zarr", "--resume"),
     "render": ("render fitted.safetensors -o out/features.{suffix} --size 200x150", ""),
     "train": (f"train photos -o out {QUICK_TRAIN}", "--resume"),
+    "extract": ("extract photos shard.tar -o out --size 64 --workers 2", ""),
+    "extract_ray": ("extract photos shard.tar -o out --size 64 --engine ray --workers 2", ""),
     "eval": (
         "eval seg data -o out --size 32 --seeds 1 --pixels 16 --upsamplers nearest bilinear",
         "",
@@ -54,6 +57,8 @@ WHOLE = {
     "train": ("upsampler/*.safetensors",),
     "eval": (),
     "raster": (),
+    "extract": ("**/*.safetensors",),
+    "extract_ray": ("**/*.safetensors",),
 }
 
 
@@ -78,6 +83,9 @@ def write_inputs(folder: Path) -> None:
     tifffile = import_module("tifffile")
     tifffile.imwrite(folder / "scene.tif", np.stack(bands, -1), photometric="rgb", tile=(128, 128))
     (folder / "data" / "classes.json").write_text(json.dumps(["ground", "thing"]))
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for number in range(12):
+            archive.add(folder / "photos" / f"{number % 3}.png", f"{number:02d}.png")
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -225,12 +233,20 @@ def main() -> None:
 
     # All that a command imports, before the first fork; nothing is computed, since threads do not
     # survive it.
-    for name in ("model", "implicit.files", "training.loop", "evaluation.harness", "cli.main"):
+    for name in (
+        "model",
+        "implicit.files",
+        "training.loop",
+        "evaluation.harness",
+        "batch",
+        "cli.main",
+    ):
         import_module(f"upfeat.{name}")
     torch.set_num_threads(1)
     if options.command == "raster":
         plan = import_module("upfeat.raster.plan")
-        plan._TILES = plan._BACKBONE_TILES = (256,)
+        for name in ("_TILES", "_BACKBONE_TILES"):
+            setattr(plan, name, (256,))
 
     inputs = content(folder / "photos") | content(folder / "data")
     trial = Trial(options.command, folder)

@@ -102,7 +102,7 @@ class FeatUp(nn.Module):
         )
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> float:
         """Cost of the features, in passes of the network over the image: 1 or 5."""
         return getattr(self.backbone, "passes", 1)
 
@@ -216,7 +216,10 @@ class FeatUp(nn.Module):
         mean, std = self.upsampler.normalization or self.backbone.normalization
         inputs = self._inputs(features, x)
         return UpsampledFeatures(
-            *(*inputs, self.upsampler, output_size),
+            inputs[0],
+            inputs[1],
+            self.upsampler,
+            output_size,
             mean=mean,
             std=std,
             missing=missing,

@@ -31,8 +31,8 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
 _UPSAMPLING = 70
-# The same within a bound of memory, where nothing is kept that can be made again; and of decoding.
-_BOUNDED, _DECODING = 30, 30
+# The same within a bound of memory, measured at its peak; and of decoding.
+_BOUNDED, _DECODING = 70, 30
 # Bytes of the strips and of the picture.
 _STRIPS = 120 * 10**6
 # Rows and columns of the map that exist at once. Always as many: a bound of memory changes no bit.
@@ -49,6 +49,7 @@ def run_photo(
     size: int | None = None,
     dtype: torch.dtype = torch.float16,
     max_pixels: int = MAX_PIXELS,
+    reading: Mapping[str, Any] | None = None,
     max_memory: int | None = None,
     made_by: Mapping[str, Any] | None = None,
 ) -> torch.Size:
@@ -63,6 +64,7 @@ def run_photo(
         size: length of the shorter side, pixels; ``None`` keeps the photograph's own size.
         dtype: type of the stored features.
         max_pixels: as :func:`upfeat.images.read_image` takes it.
+        reading: further options of it that decide the pixels, as ``bands`` and ``max_value``.
         max_memory: bytes that the process may hold; ``None`` for what the machine has. A tight
             bound makes the backbone work in tiles.
         made_by: what :func:`describe_model` says, where it is known already.
@@ -82,9 +84,10 @@ def run_photo(
         picture = outputs.picture is not None
         needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture)
         check_space(outputs.features, needed)
-        x = model.preprocess(photo, size, align=False, max_pixels=max_pixels)
+        options = {"max_pixels": max_pixels, **(reading or {})}
+        x = model.preprocess(photo, size, align=False, **options)
     facts = _facts(model, photo, x, dtype)
-    recipe = _recipe(source, made_by, size, dtype)
+    recipe = _recipe(source, made_by, size, dtype, reading)
     # Not inference_mode, of whose tensors a map keeps copies to know whether they change.
     with torch.no_grad():
         coarse = extract_within(model.backbone, x, 0.9 * free_bytes(max_memory), label=str(photo))
@@ -191,7 +194,12 @@ def describe_model(model: FeatUp) -> dict[str, str]:
 
 
 def recipe_of(
-    photo: Path, made_by: Mapping[str, Any], *, size: int | None, dtype: torch.dtype
+    photo: Path,
+    made_by: Mapping[str, Any],
+    *,
+    size: int | None,
+    dtype: torch.dtype,
+    reading: Mapping[str, Any] | None = None,
 ) -> str:
     """Digest of all that the results of a photograph depend on, as its results record it.
 
@@ -200,17 +208,23 @@ def recipe_of(
         made_by: what :func:`describe_model` says.
         size: as :func:`run_photo` takes it.
         dtype: likewise.
+        reading: likewise.
 
     Raises:
         OSError: the photograph cannot be read.
     """
-    return digest(_recipe(file_digest(photo), made_by, size, dtype))
+    return digest(_recipe(file_digest(photo), made_by, size, dtype, reading))
 
 
 def _recipe(
-    source: str, made_by: Mapping[str, Any], size: int | None, dtype: torch.dtype
+    source: str,
+    made_by: Mapping[str, Any],
+    size: int | None,
+    dtype: torch.dtype,
+    reading: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    return {"image_sha256": source, "size": size, "dtype": str(dtype), **made_by}
+    recipe = {"image_sha256": source, "size": size, "dtype": str(dtype), **made_by}
+    return recipe | ({"reading": dict(reading)} if reading else {})
 
 
 def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:

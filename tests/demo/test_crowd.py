@@ -42,7 +42,7 @@ def ask(host, method, path, body=None):
 def visit(host, event, number):
     """Open the page's first photograph as a browser does; say what became of it."""
     session = f"visitor{number}"
-    data = ["", "efficientnet_lite0", "detail", 448]
+    data = ["", "efficientnet_lite0", "detail", 336]
     body = {"data": data, "fn_index": event, "session_hash": session, "event_data": None}
     connection, answer = ask(host, "POST", "/gradio_api/queue/join", body)
     answer.read()
@@ -54,15 +54,19 @@ def visit(host, event, number):
         if line.startswith(b"data: "):
             message = json.loads(line[6:])
             if message["msg"] == "process_completed":
-                connection.close()
-                return "shown" if message["success"] else str(message["output"])[:200]
-    return "cut off"
+                found = "shown" if message["success"] else str(message["output"])[:200]
+                break
+    else:
+        found = "cut off"
+    connection.close()
+    return found
 
 
 def test_fifty_visitors_at_once(served):
     host, process = served
-    _, answer = ask(host, "GET", "/config")
+    connection, answer = ask(host, "GET", "/config")
     event = json.loads(answer.read())["dependencies"][0]["id"]
+    connection.close()
     assert visit(host, event, 1000) == "shown"
     before, peaks = process.memory_info().rss, []
     for start in (0, VISITORS):
