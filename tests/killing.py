@@ -15,6 +15,7 @@ import random
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from importlib import import_module
@@ -36,6 +37,8 @@ COMMANDS = {
     "fit": ("fit photos/0.png photos/1.png -o out --views 2 --size 32", ""),
     "render": ("render fitted.safetensors -o out/features.{suffix} --size 200x150", ""),
     "train": (f"train photos -o out {QUICK_TRAIN}", "--resume"),
+    "extract": ("extract photos shard.tar -o out --size 64 --workers 2", ""),
+    "extract_ray": ("extract photos shard.tar -o out --size 64 --engine ray --workers 2", ""),
     "eval": (
         "eval seg data -o out --size 32 --seeds 1 --pixels 16 --upsamplers nearest bilinear",
         "",
@@ -50,6 +53,8 @@ WHOLE = {
     "render": ("*",),
     "train": ("upsampler/*.safetensors",),
     "eval": (),
+    "extract": ("**/*.safetensors",),
+    "extract_ray": ("**/*.safetensors",),
 }
 
 
@@ -67,6 +72,9 @@ def write_inputs(folder: Path) -> None:
                 (folder / "data" / part / kind).mkdir(exist_ok=True)
                 picture.save(folder / "data" / part / kind / f"{part}{index}.png")
     (folder / "data" / "classes.json").write_text(json.dumps(["ground", "thing"]))
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for number in range(12):
+            archive.add(folder / "photos" / f"{number % 3}.png", f"{number:02d}.png")
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -214,7 +222,14 @@ def main() -> None:
 
     # All that a command imports, before the first fork; nothing is computed, since threads do not
     # survive it.
-    for name in ("model", "implicit.files", "training.loop", "evaluation.harness", "cli.main"):
+    for name in (
+        "model",
+        "implicit.files",
+        "training.loop",
+        "evaluation.harness",
+        "batch",
+        "cli.main",
+    ):
         import_module(f"upfeat.{name}")
     torch.set_num_threads(1)
 
