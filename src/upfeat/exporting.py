@@ -76,10 +76,10 @@ def export(
         ValueError: the format is unknown, a library is not installed (the extra is named), the
             model cannot be exported (why, and what can be done), or the file does not agree.
 
-    Example:
-        >>> model = upfeat.load("efficientnet_lite0", upsampler="bilinear")  # doctest: +SKIP
-        >>> export(model, "model.onnx")["smallest_side"]  # doctest: +SKIP
-        '32'
+    Example::
+
+        facts = upfeat.export(upfeat.load("efficientnet_lite0"), "model.onnx")
+        facts["smallest_side"]  # "32"
     """
     path = Path(path)
     kind = check_format(path, format)

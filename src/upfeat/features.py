@@ -184,9 +184,10 @@ class UpsampledFeatures(FeatureMap):
             ValueError: the dtype is not of floating numbers, the map overflows it, ``out`` does not
                 fit, or the bound cannot be kept; the least one that can is named.
 
-        Example:
-            >>> file = np.memmap("map.bin", np.float16, "w+", shape=lazy.shape)  # doctest: +SKIP
-            >>> lazy.full(out=file, max_memory="1GB")  # doctest: +SKIP
+        Example::
+
+            file = np.memmap("map.bin", np.float16, "w+", shape=lazy.shape)
+            lazy.full(out=file, max_memory="1GB")
         """
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")

@@ -61,7 +61,7 @@ class Difference:
 
     @property
     def certain(self) -> bool:
-        """Whether 0 lies outside the interval."""
+        """True if 0 lies outside the interval."""
         return self.low > 0 or self.high < 0
 
     def to_json(self) -> dict[str, Any]:

@@ -240,12 +240,11 @@ class PooledWeights(Computed):
 
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
-        out = None
         output_size = self.kernels.output_size
-        side = max(window.height, window.width)
-        if not self.whole:
-            side = cells_of_tile(output_size, self.size)
-        for part in tiles((window.height, window.width), side):
+        if self.whole:
+            return self._values(Window(0, 0, *output_size), window)
+        out = None
+        for part in tiles((window.height, window.width), cells_of_tile(output_size, self.size)):
             cells = moved(part, window)
             pixels = window_of(
                 *(
@@ -255,9 +254,7 @@ class PooledWeights(Computed):
                     )
                 )
             )
-            values = self.kernels.mean_weights(pixels)
-            if values is None:
-                values = self._pool(self.kernels.weights(pixels), pixels, cells)
+            values = self._values(pixels, cells)
             if part == (0, 0, window.height, window.width):
                 return values
             if out is None:
@@ -265,6 +262,11 @@ class PooledWeights(Computed):
             cut(out, part).copy_(values)
         assert out is not None
         return out
+
+    def _values(self, pixels: Window, cells: Window) -> Tensor:
+        """Mean weights of some cells from all of their pixels."""
+        values = self.kernels.mean_weights(pixels)
+        return self._pool(self.kernels.weights(pixels), pixels, cells) if values is None else values
 
     def _pool(self, weights: Tensor, pixels: Window, cells: Window) -> Tensor:
         """Pool the weights of all pixels of some cells."""
