@@ -216,7 +216,10 @@ class FeatUp(nn.Module):
         mean, std = self.upsampler.normalization or self.backbone.normalization
         inputs = self._inputs(features, x)
         return UpsampledFeatures(
-            *(*inputs, self.upsampler, output_size),
+            inputs[0],
+            inputs[1],
+            self.upsampler,
+            output_size,
             mean=mean,
             std=std,
             missing=missing,
