@@ -2,8 +2,8 @@
 
     python benchmarks/exported.py FOLDER -o benchmarks/exported.json
 
-FOLDER holds model.onnx and model.pt2, as ``upfeat export`` writes them. Processor time of one thread,
-interleaved, medians; memory is what the peak of a process grows by, one process for each.
+FOLDER holds model.onnx and model.pt2, as ``upfeat export`` writes them. Processor time of one
+thread, interleaved, medians; memory is what the peak of a process grows by, one process for each.
 """
 
 import argparse
