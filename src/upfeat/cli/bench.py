@@ -127,7 +127,10 @@ def _rivals_table(rows: list) -> object:
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
         for name in ("seconds", "processor_seconds"):
             value = getattr(row, name)
-            cells += [f"{value * 1e3:.0f} ms", f"{value / getattr(base, name):.2f}×" if base else ""]
+            cells += [
+                f"{value * 1e3:.0f} ms",
+                f"{value / getattr(base, name):.2f}×" if base else "",
+            ]
         table.add_row(*cells, peak)
     return table
 
