@@ -111,10 +111,10 @@ def rivals() -> str:
     rows, base = [], 0.0
     for row in _read("rivals")["rows"]:
         if row["name"] in ("anyup", "jafar", "naf") and row["way"] == "ours":
-            base = row["seconds"]
+            base = row["processor_seconds"]
         size = f"{row['grid']}→{row['size']}"
         if row["seconds"] is None:
-            rows.append([row["name"], row["way"], size, "not run", row["skipped"], ""])
+            rows.append([row["name"], row["way"], size, "not run", row["skipped"], "", ""])
             continue
         rows.append(
             [
@@ -122,11 +122,32 @@ def rivals() -> str:
                 row["way"],
                 size,
                 _milliseconds(row["seconds"]),
-                _ratio(row["seconds"] / base),
+                _milliseconds(row["processor_seconds"]),
+                _ratio(row["processor_seconds"] / base),
                 f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row["way"] in ("ours", "plain") else "",
             ]
         )
-    return _rows(["", "way", "size", "time", "of ours", "peak memory"], rows)
+    return _rows(["", "way", "size", "time", "processor", "of ours", "peak memory"], rows)
+
+
+def rivals_memory() -> str:
+    """Memory of published upsamplers beside their output and their plain form."""
+    return _rows(
+        ["", "channels", "size", "type", "output", "peak", "of the output", "of the plain form"],
+        [
+            [
+                row["name"],
+                str(row["channels"]),
+                f"{row['grid']}→{row['size']}",
+                row["dtype"],
+                f"{row['output_bytes'] / 2**20:,.0f} MiB",
+                f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+                f"{row['peak_bytes'] / row['output_bytes']:.2f}",
+                f"{row['peak_bytes'] / row['plain_bytes']:.2f}" if "plain_bytes" in row else "",
+            ]
+            for row in _read("rivals-memory")["rows"]
+        ],
+    )
 
 
 def training_step() -> str:

@@ -339,9 +339,12 @@ def _write_onnx(
             input_names=task.names,
             output_names=["output"],
             verbose=False,
-            optimize=False,  # a run-time does it when it loads the file, in less time
+            optimize=False,  # looking for patterns takes as long as the rest; run-times do it
         )
     assert found is not None
+    optimizer = import_library("onnxscript.optimizer", extra="onnx")
+    optimizer.fold_constants(found.model)
+    optimizer.remove_unused_nodes(found.model)
     graph = found.model.graph
     for value in (*graph.inputs, *graph.outputs):
         sides = ("batch", None, "height", "width") if value.name != "features" else ("batch", None)

@@ -42,6 +42,8 @@ class Row:
     channels: int
     seconds: float | None
     """Median; ``None`` where it was not run."""
+    processor_seconds: float | None
+    """Median of what all threads together took: hardly changed by other work on the machine."""
     peak_bytes: int | None
     """Memory beyond what was in use before, highest during one call; Linux only."""
     skipped: str | None = None
@@ -112,14 +114,21 @@ def _measure(
     needed = 3 * 4 * upsampler.heads * size * size * grid * grid
     skipped = {"plain": f"needs {needed / 2**30:.0f} GiB"} if needed > memory_limit else {}
     peaks = {way: peak_memory(call) for way, call in ways.items() if way not in skipped}
-    times: dict[str, list[float]] = {way: [] for way in peaks}
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in peaks}
     for index in range(repeats):
         for way in times:
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             ways[way]()
-            times[way].append(time.perf_counter() - start)
+            times[way].append((time.perf_counter() - start, time.process_time() - used))
         if report is not None:
             report(f"{upsampler.name}, round {index + 1} of {repeats}")
+
+    def medians(pairs: list[tuple[float, float]] | None) -> tuple[float | None, float | None]:
+        if pairs is None:
+            return None, None
+        wall, processor = (statistics.median(each) for each in zip(*pairs, strict=True))
+        return wall, processor
+
     return [
         Row(
             upsampler.name if way in ("ours", "plain", "floor") else way,
@@ -127,7 +136,7 @@ def _measure(
             grid,
             size,
             CHANNELS,
-            statistics.median(times[way]) if way in times else None,
+            *medians(times.get(way)),
             peaks.get(way),
             skipped.get(way),
         )
@@ -143,8 +152,10 @@ def floor(upsampler: AttentionUpsampler, pixels: int) -> None:
     for encoder in encoders:
         for layer in encoder.modules():
             if isinstance(layer, nn.Conv2d):
-                weight = layer.weight.flatten(1)
-                torch.mm(torch.ones(pixels, weight.shape[1]), weight.mT)
+                taps = layer.weight.permute(2, 3, 1, 0).flatten(0, 1)  # (taps, inputs, outputs)
+                pixel = torch.ones(pixels, taps.shape[1])
+                for tap in taps:
+                    torch.mm(pixel, tap)
 
 
 def plain(upsampler: Upsampler, features: Tensor, image: Tensor, size: Size) -> Tensor:

@@ -114,19 +114,24 @@ def _rivals_table(rows: list) -> object:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("upsampler", "way", "size", "C"):
         table.add_column(heading)
-    for heading in ("median", "of ours", "peak memory"):
+    for heading in ("median", "of ours", "processor", "of ours", "peak memory"):
         table.add_column(heading, justify="right")
     base = None
     for row in rows:
         if row.way == "ours" and row.name != "detail":
-            base = row.seconds
+            base = row
         cells = [row.name, row.way, f"{row.grid}→{row.size}", str(row.channels)]
         if row.seconds is None:
-            table.add_row(*cells, "—", row.skipped or "", "")
+            table.add_row(*cells, "—", row.skipped or "", "", "", "")
             continue
         peak = "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f} MiB"
-        ratio = f"{row.seconds / base:.2f}×" if base else ""
-        table.add_row(*cells, f"{row.seconds * 1e3:.0f} ms", ratio, peak)
+        for name in ("seconds", "processor_seconds"):
+            value = getattr(row, name)
+            cells += [
+                f"{value * 1e3:.0f} ms",
+                f"{value / getattr(base, name):.2f}×" if base else "",
+            ]
+        table.add_row(*cells, peak)
     return table
 
 

@@ -1,0 +1,83 @@
+"""Time and memory of an exported default model against the model itself, in one run.
+
+    python benchmarks/exported.py FOLDER -o benchmarks/exported.json
+
+FOLDER holds model.onnx and model.pt2, as ``upfeat export`` writes them. Processor time of one
+thread, interleaved, medians; memory is what the peak of a process grows by, one process for each.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+SIDES = (224, 448)
+ROUNDS = 3
+
+
+def load(name, folder):
+    """A callable (1, 3, H, W) -> features."""
+    if name == "model":
+        import upfeat
+
+        return upfeat.load()
+    if name == "model.pt2":
+        return torch.export.load(folder / name).module()
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(folder / name, options)
+    return lambda x: session.run(None, {"image": x.numpy()})[0]
+
+
+def peak():
+    # Not getrusage, whose peak a process takes over from the one that started it.
+    (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in one)
+    return int(line.split()[1]) / 1024
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--memory", nargs=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory:
+        run, side = load(options.memory[0], options.folder), int(options.memory[1])
+        with torch.no_grad():
+            run(torch.rand(1, 3, 64, 80))
+            before = peak()
+            run(torch.rand(1, 3, side, side))
+        print(peak() - before)
+        return
+    names = ["model", "model.onnx", "model.pt2"]
+    rows = []
+    loaded = {name: load(name, options.folder) for name in names}
+    for side in SIDES:
+        x, times = torch.rand(1, 3, side, side), {name: [] for name in names}
+        with torch.no_grad():
+            for turn in range(ROUNDS + 1):
+                for name in names:
+                    start = time.process_time()
+                    loaded[name](x)
+                    if turn:
+                        times[name].append(time.process_time() - start)
+        for name in names:
+            command = [sys.executable, __file__, str(options.folder), "--memory", name, str(side)]
+            grown = float(subprocess.run(command, capture_output=True, check=True).stdout)
+            seconds = statistics.median(times[name])
+            rows.append({"form": name, "side": side, "seconds": seconds, "megabytes": grown})
+            print(rows[-1], flush=True)
+    if options.output:
+        options.output.write_text(json.dumps({"threads": 1, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
