@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
+    peek_interpreter_stack,
 )
 
 
@@ -13,6 +14,11 @@ def is_transformed(x: Tensor) -> bool:
     """Tell tensors of a transform, whose values and memory are not to be had."""
     # A compiler cannot trace the question, and answers it for itself.
     return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x)
+
+
+def is_transforming() -> bool:
+    """Tell a running transform: whatever is computed in it is one of its tensors."""
+    return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_functorch_wrapped_tensor,
-)
 
 from upfeat.backends.cpu.encoder import Before, Sums, apply, layer, pool
 from upfeat.backends.cpu.library import unavailable_reason
+from upfeat.transforms import is_transforming
 from upfeat.types import Size
 from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncoder
 
 
 def can_run(module: nn.Module, *tensors: Tensor) -> bool:
     """Return whether compiled layers may stand in for a module's: on a CPU, without gradients."""
-    if torch.compiler.is_compiling() or unavailable_reason() is not None:
+    if torch.compiler.is_compiling() or is_transforming() or unavailable_reason() is not None:
         return False
     everything = (*tensors, *module.parameters())
     if torch.is_grad_enabled() and any(each.requires_grad for each in everything):
         return False
     return all(
         type(each) in (Tensor, nn.Parameter)
-        and not is_functorch_wrapped_tensor(each)
         and each.device.type == "cpu"
         and each.dtype != torch.float64
         for each in everything
