@@ -11,7 +11,7 @@ namespace upfeat {
 namespace {
 
 constexpr int64_t kRunColumns = 64;
-constexpr int64_t kLineFloats = int64_t{1} << 16;  // a run's rows of one line: 256 KiB
+constexpr int64_t kLineFloats = int64_t{1} << 17;  // a run's rows of one line: 512 KiB
 constexpr int64_t kBands = 8;
 constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 

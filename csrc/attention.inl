@@ -4,84 +4,6 @@
 // the keys it sees with cells side by side, so that inner products, softmax and the sum over values
 // are all the same small matrix product: four rows of one operand against vectors of the other.
 
-// sum[i][m] = sum over k of a[i][k * a_step] * b[k][m], k over rows x columns of b.
-struct Product {
-  const float* a[4];
-  int64_t a_step;
-  const float* b;
-  const int64_t* row;  // offsets of b's rows, or null for a single one
-  int64_t rows, columns, b_step;
-  float* out[4];
-  bool add;
-};
-
-template <int kBlock>
-UPFEAT_APART void multiply_block(const Product& job, int64_t at) {
-  Vec sum[4][kBlock];
-  UPFEAT_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    UPFEAT_UNROLL
-    for (int m = 0; m < kBlock; ++m) sum[i][m] = Vec{};
-  }
-  const float *a0 = job.a[0], *a1 = job.a[1], *a2 = job.a[2], *a3 = job.a[3];
-  const int64_t a_step = job.a_step, b_step = job.b_step;
-  int64_t r = 0;
-  do {
-    const float* b = job.b + (job.row ? job.row[r] : 0) + at;
-    int64_t k = job.columns;
-    do {
-      Vec right[kBlock];
-      UPFEAT_UNROLL
-      for (int m = 0; m < kBlock; ++m) right[m] = load(b + m * kLanes);
-      const Vec left[4] = {splat(*a0), splat(*a1), splat(*a2), splat(*a3)};
-      UPFEAT_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        UPFEAT_UNROLL
-        for (int m = 0; m < kBlock; ++m) sum[i][m] += left[i] * right[m];
-      }
-      b += b_step;
-      a0 += a_step;
-      a1 += a_step;
-      a2 += a_step;
-      a3 += a_step;
-    } while (--k);
-  } while (++r < job.rows);
-  UPFEAT_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    UPFEAT_UNROLL
-    for (int m = 0; m < kBlock; ++m) {
-      float* to = job.out[i] + at + m * kLanes;
-      store(to, job.add ? load(to) + sum[i][m] : sum[i][m]);
-    }
-  }
-}
-
-UPFEAT_INLINE void multiply(const Product& job, int64_t vectors) {
-  const Blocks blocks = blocks_of(vectors * kLanes);
-  for (int64_t index = 0; index < blocks.count; ++index) {
-    const int64_t at = blocks.begin(index) * kLanes;
-    switch (blocks.size(index)) {
-      case 1:
-        multiply_block<1>(job, at);
-        break;
-      case 2:
-        multiply_block<2>(job, at);
-        break;
-      case 3:
-        multiply_block<kMaxBlock >= 3 ? 3 : 1>(job, at);
-        break;
-      case 4:
-        multiply_block<kMaxBlock >= 4 ? 4 : 1>(job, at);
-        break;
-      case 5:
-        multiply_block<kMaxBlock >= 5 ? 5 : 1>(job, at);
-        break;
-      default:
-        multiply_block<kMaxBlock >= 6 ? 6 : 1>(job, at);
-    }
-  }
-}
-
 constexpr int64_t kStrip = 32;  // pixels at work at a time
 
 // Channels of a tensor in blocks that each fill whole vectors.
@@ -117,8 +39,16 @@ struct WindowJob {
   float *grad_keys, *grad_values;
   const int64_t *band_first, *band_offset;  // first grid row of each task's band; where it starts
   bool planar, streamed;
+  bool dense;         // whether matrix tiles serve runs of many pixels
   int64_t most_rows;  // of a run
 };
+
+// With fewer pixels, it takes longer to bring their cells into shape than matrix tiles save.
+constexpr int64_t kDensePixels = 128;
+
+struct DenseCells;
+static int64_t dense_cells_bytes(const WindowJob& job, int64_t pack);
+static DenseCells* dense_cells(const WindowJob& job, int64_t pack, char* at);
 
 // Scratch of one worker.
 struct WindowScratch {
@@ -128,6 +58,7 @@ struct WindowScratch {
   float* lines;                      // (rows, kTile, blocks.total), for planar output
   int64_t *key_row, *value_row;      // offsets of the rows of cells
   int64_t pack;
+  DenseCells* cells;
 };
 
 UPFEAT_INLINE int64_t pack_pitch(int64_t cells) { return whole_vectors(cells) + kLanes; }
@@ -152,6 +83,10 @@ static int64_t window_scratch(const WindowJob& job, bool backward, char* at, Win
   if (!backward) s.lines = take(job.planar ? job.most_rows * kTile * job.blocks.total : 0);
   s.key_row = reinterpret_cast<int64_t*>(take(2 * job.grid_rows));
   s.value_row = reinterpret_cast<int64_t*>(take(2 * job.grid_rows));
+  if (!backward && job.dense) {
+    char* place = reinterpret_cast<char*>(take(dense_cells_bytes(job, pack) / 4));
+    if (out) s.cells = dense_cells(job, pack, place);
+  }
   if (out) *out = s;
   return used;
 }
@@ -220,6 +155,7 @@ struct WindowTile {
   int64_t batch, y, rows, x, columns;
   int64_t cells[4];  // first and last row, first and last column
   int64_t count;     // of cells
+  bool dense;        // the run has enough pixels for matrix tiles
 };
 
 UPFEAT_INLINE WindowTile window_tile(const WindowJob& job, int64_t batch, int64_t row_run,
@@ -236,6 +172,7 @@ UPFEAT_INLINE WindowTile window_tile(const WindowJob& job, int64_t batch, int64_
   tile.cells[2] = job.attention.columns[tile.x];
   tile.cells[3] = job.attention.columns[width + tile.x];
   tile.count = (tile.cells[1] - tile.cells[0]) * (tile.cells[3] - tile.cells[2]);
+  tile.dense = job.dense && tile.rows * tile.columns >= kDensePixels;
   return tile;
 }
 
@@ -285,27 +222,6 @@ static void write_strip(const UpfeatTensor& tensor, const Padded& layout, const 
   });
 }
 
-// Four rows of `rows` against b: a and out have their own pitches.
-UPFEAT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, int64_t a_step,
-                                 const float* b, const int64_t* row, int64_t b_rows,
-                                 int64_t columns, int64_t b_step, float* out, int64_t out_pitch,
-                                 int64_t vectors) {
-  for (int64_t i = 0; i < rows; i += 4) {
-    Product job{};
-    for (int j = 0; j < 4; ++j) {
-      job.a[j] = a + (i + j) * a_pitch;
-      job.out[j] = out + (i + j) * out_pitch;
-    }
-    job.a_step = a_step;
-    job.b = b;
-    job.row = row;
-    job.rows = b_rows;
-    job.columns = columns;
-    job.b_step = b_step;
-    multiply(job, vectors);
-  }
-}
-
 UPFEAT_INLINE IVec lanes_below(int64_t count) {
   IVec index;
   for (int i = 0; i < kLanes; ++i) index[i] = i;
@@ -327,8 +243,9 @@ UPFEAT_INLINE Vec most_of(Vec value) {
   return value;
 }
 
-// Softmax of `count` logits, in place; lanes behind them become 0.
-static void softmax_row(float* logits, int64_t count, float scale) {
+// Exponentials of `count` logits, in place; lanes behind them become 0. Returns what they are to be
+// multiplied by for a softmax.
+UPFEAT_INLINE Vec open_softmax(float* logits, int64_t count, float scale) {
   Vec top = splat(-3.4e38f), poison = {};
   for (int64_t k = 0; k < count; k += kLanes) {
     const IVec inside = lanes_below(count - k);
@@ -344,7 +261,11 @@ static void softmax_row(float* logits, int64_t count, float scale) {
     store(logits + k, e);
     sum += e;
   }
-  const Vec share = 1.0f / total_of(sum);
+  return 1.0f / total_of(sum);
+}
+
+static void softmax_row(float* logits, int64_t count, float scale) {
+  const Vec share = open_softmax(logits, count, scale);
   for (int64_t k = 0; k < count; k += kLanes) store(logits + k, load(logits + k) * share);
 }
 
@@ -402,23 +323,40 @@ static void keep_strip(const WindowJob& job, const WindowScratch& s, const Windo
   });
 }
 
+#include "attention_dense.inl"
+
+// Values of a strip's pixels by its weights, to s.result.
+static void strip_values(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
+                         int64_t count) {
+  const int64_t rows = (count + 3) / 4 * 4;
+  const float* shares = strip_shares(job, s, tile, count);
+  int64_t at = 0;
+  for (int64_t n = 0; n < job.blocks.count; ++n) {
+    const int64_t vectors = whole_vectors(block_size(job.blocks, n)) / kLanes;
+    if (vectors) {
+      multiply_rows(rows, shares + n * kStrip * s.pack, s.pack, 1, job.values_last + at,
+                    s.value_row, tile.cells[1] - tile.cells[0], tile.cells[3] - tile.cells[2],
+                    job.blocks.total, s.result + at, job.blocks.total, vectors);
+    }
+    at += vectors * kLanes;
+  }
+}
+
 static void window_tile_forward(const WindowJob& job, const WindowScratch& s,
                                 const WindowTile& tile) {
-  start_tile(job, s, tile);
   const int64_t pixels = tile.rows * tile.columns;
+  if (tile.dense) {
+    dense_start(job, s, tile);
+  } else {
+    start_tile(job, s, tile);
+  }
   for (int64_t first = 0; first < pixels; first += kStrip) {
-    const int64_t count = smaller(kStrip, pixels - first), rows = (count + 3) / 4 * 4;
-    strip_weights(job, s, tile, first, count);
-    const float* shares = strip_shares(job, s, tile, count);
-    int64_t at = 0;
-    for (int64_t n = 0; n < job.blocks.count; ++n) {
-      const int64_t vectors = whole_vectors(block_size(job.blocks, n)) / kLanes;
-      if (vectors) {
-        multiply_rows(rows, shares + n * kStrip * s.pack, s.pack, 1, job.values_last + at,
-                      s.value_row, tile.cells[1] - tile.cells[0], tile.cells[3] - tile.cells[2],
-                      job.blocks.total, s.result + at, job.blocks.total, vectors);
-      }
-      at += vectors * kLanes;
+    const int64_t count = smaller(kStrip, pixels - first);
+    if (tile.dense) {
+      dense_strip(job, s, tile, first, count);
+    } else {
+      strip_weights(job, s, tile, first, count);
+      strip_values(job, s, tile, count);
     }
     if (job.planar) {
       keep_strip(job, s, tile, first, count);
@@ -458,6 +396,7 @@ static void window_task(void* context, int64_t task, int worker) {
   WindowScratch s;
   window_scratch(job, false, job.scratch + worker * job.worker_bytes, &s);
   const int64_t batch = task / job.tasks_per_image, row_run = task % job.tasks_per_image;
+  if (job.dense) dense_begin();
   if (job.planar) {
     planar_rows(job, s, batch, row_run);
   } else {
@@ -465,6 +404,7 @@ static void window_task(void* context, int64_t task, int worker) {
       window_tile_forward(job, s, window_tile(job, batch, row_run, run));
     }
   }
+  if (job.dense) dense_end();
   if (job.streamed) fence_streams();
 }
 
@@ -673,6 +613,7 @@ static int attend_windows(const Runtime& runtime, const WindowAttention& attenti
   job.tasks_per_image = job.row_runs;
   job.planar = attention.out->stride[3] == 1 && attention.out->stride[1] != 1;
   job.streamed = attention.streamed;
+  job.dense = dense_fits(job);
   job.worker_bytes = window_scratch(job, false, nullptr, nullptr);
   const int64_t across = grid * job.heads.total * job.pitch + kLanes;
   const int64_t last = grid * job.grid_columns * job.blocks.total;

@@ -1,10 +1,16 @@
-// Strips of 32 rows times a matrix of weights, for encoders.
+// Strips of 32 rows times a matrix of weights, for encoders and attention.
 //
 // With AMX, float32 is taken apart into three bfloat16 of 8 bits each, and six of the nine products
 // of parts are summed in float32 tiles: what is left out lies below the last bit of float32. It is
-// as exact as multiply-adds in another order, at two to three times their speed.
+// as exact as multiply-adds in another order, at a multiple of their speed. Tiles are busy by
+// themselves for 16 cycles a product: `between` is called while they are, for work on vectors.
 
 constexpr int64_t kDenseRows = 32;
+constexpr int64_t kDenseBlock = 32;  // inputs of a step
+
+struct Operands {
+  const char *left, *right;
+};
 
 #if defined(__AMX_BF16__)
 
@@ -14,7 +20,9 @@ struct TileShapes {
   uint8_t rows[16];
 };
 
-UPFEAT_INLINE int64_t dense_depth(int64_t inputs) { return (inputs + 31) / 32 * 32; }
+UPFEAT_INLINE int64_t dense_blocks(int64_t inputs) {
+  return (inputs + kDenseBlock - 1) / kDenseBlock;
+}
 
 // Tiles belong to a thread; a task that uses them says when it begins and ends.
 UPFEAT_INLINE void dense_begin() {
@@ -31,90 +39,115 @@ UPFEAT_INLINE void dense_begin() {
 }
 UPFEAT_INLINE void dense_end() { _tile_release(); }
 
-UPFEAT_INLINE __m256i upper_half(Vec value) { return (__m256i)_mm512_cvtneps_pbh((__m512)value); }
-UPFEAT_INLINE Vec widen(__m256i halves) {
-  return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+// The upper halves of 32 floats, lane i of the first vector beside lane i of the second; they are
+// taken from both. Three times, and nothing is left.
+UPFEAT_INLINE __m512i take_halves(Vec* first, Vec* second) {
+  const IVec upper = IVec{} + static_cast<int32_t>(0xffff0000);
+  const IVec one = as_bits(*first), other = as_bits(*second);
+  const __m512i halves =
+      _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32((__m512i)one, 16), (__m512i)other);
+  *first -= as_float(one & upper);
+  *second -= as_float(other & upper);
+  return halves;
 }
 
-// Left operands: (3, kDenseRows, depth) bfloat16.
-UPFEAT_INLINE int64_t left_bytes(int64_t inputs) { return 3 * kDenseRows * dense_depth(inputs) * 2; }
-UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t c, Vec value) {
-  const int64_t depth = dense_depth(inputs), part = kDenseRows * depth;
-  uint16_t* to = reinterpret_cast<uint16_t*>(left) + row * depth + c;
-  const __m256i high = upper_half(value);
-  value = value - widen(high);
-  const __m256i middle = upper_half(value);
-  value = value - widen(middle);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), high);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + part), middle);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 2 * part), upper_half(value));
+// Left operands: three parts of (blocks, kDenseRows, 32) bfloat16. One line lies between parts:
+// what is written at a time must not all share a set of the cache.
+UPFEAT_INLINE int64_t left_part(int64_t inputs) {
+  return kDenseRows * kDenseBlock * dense_blocks(inputs) + kDenseBlock;
+}
+UPFEAT_INLINE int64_t left_bytes(int64_t inputs) { return 3 * left_part(inputs) * 2; }
+// Inputs 32 * block to 32 * block + 31 of a row; get(i) is a vector of them, asked for below `width`.
+template <typename Get>
+UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t block, int64_t width,
+                            Get get) {
+  const int64_t part = left_part(inputs), c = block * kDenseBlock;
+  Vec first = get(c), second = c + kLanes < width ? get(c + kLanes) : Vec{};
+  uint16_t* to =
+      reinterpret_cast<uint16_t*>(left) + (block * kDenseRows + row) * kDenseBlock;
+  UPFEAT_UNROLL
+  for (int i = 0; i < 3; ++i) _mm512_store_si512(to + i * part, take_halves(&first, &second));
 }
 
-// Right operands: (3, depth / 2, width, 2) bfloat16, pairs of rows side by side.
+// Right operands: (width / 32, blocks, 3, 2, 16, 16, 2) bfloat16: tiles in the order in which they
+// are loaded, two columns of tiles and the last parts first.
+constexpr int64_t kTileHalves = 512;
 UPFEAT_INLINE int64_t right_bytes(int64_t inputs, int64_t width) {
-  return 3 * dense_depth(inputs) * width * 2;
+  return (width + 31) / 32 * dense_blocks(inputs) * 6 * kTileHalves * 2;
 }
-static void pack_right(const float* weight, int64_t pitch, int64_t inputs, int64_t width,
-                       char* right) {
-  const int64_t depth = dense_depth(inputs), part = depth * width;
-  uint16_t* to = reinterpret_cast<uint16_t*>(right);
-  for (int64_t k = 0; k < depth; ++k) {
-    for (int64_t n = 0; n < width; ++n) {
-      float value = k < inputs ? weight[k * pitch + n] : 0;
-      for (int split = 0; split < 3; ++split) {
-        const uint16_t half = to_bfloat16(value);
-        to[split * part + (k / 2 * width + n) * 2 + k % 2] = half;
-        value -= from_bfloat16(half);
+// row(k) are the `width` floats of input k.
+template <typename Rows>
+static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
+  const int64_t blocks = dense_blocks(inputs);
+  for (int64_t k = 0; k < 16 * blocks; ++k) {
+    const int64_t block = k / 16, at = block * kDenseBlock + k % 16;
+    const float* one = at < inputs ? row(at) : nullptr;
+    const float* other = at + 16 < inputs ? row(at + 16) : nullptr;
+    for (int64_t n = 0; n < width; n += 16) {
+      uint16_t* to = reinterpret_cast<uint16_t*>(right) +
+                     ((n / 32 * blocks + block) * 6 + n / 16 % 2) * kTileHalves + k % 16 * 32;
+      Vec first = one ? load(one + n) : Vec{}, second = other ? load(other + n) : Vec{};
+      for (int i = 2; i >= 0; --i) {
+        _mm512_store_si512(to + 2 * i * kTileHalves, take_halves(&first, &second));
       }
     }
   }
 }
 
-#define UPFEAT_TILES(a)        \
-  _tile_dpbf16ps(0, 4, 6);     \
-  if (wide) _tile_dpbf16ps(1, 4, 7);   \
-  if (tall) _tile_dpbf16ps(2, 5, 6);   \
-  if (wide && tall) _tile_dpbf16ps(3, 5, 7)
-
-// Rows of the left times columns [first, end) of the right, to `out` (rows, out_pitch).
-static void multiply_dense(int64_t rows, const char* left, int64_t inputs, const char* right,
-                           int64_t width, int64_t first, int64_t end, float* out,
-                           int64_t out_pitch) {
-  const int64_t depth = dense_depth(inputs), left_part = kDenseRows * depth;
-  const int64_t right_part = depth * width;
-  const uint16_t* a = reinterpret_cast<const uint16_t*>(left);
-  const uint16_t* b = reinterpret_cast<const uint16_t*>(right);
+// The sum over `count` pairs of a left's rows times columns [first, end) of a right, to `out`
+// (rows, out_pitch); `first` is a multiple of 32.
+template <typename Between>
+UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_t count,
+                                  int64_t inputs, int64_t, int64_t first, int64_t end,
+                                  float* out, int64_t out_pitch, Between between) {
+  const int64_t part = left_part(inputs), blocks = dense_blocks(inputs);
   const bool tall = rows > 16;
-  const size_t left_step = static_cast<size_t>(depth) * 2, right_step = static_cast<size_t>(width) * 4;
   for (int64_t n = first; n < end; n += 32) {
     const bool wide = n + 16 < end;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (int64_t k = 0; k < depth; k += 32) {
-      const auto take_left = [&](int64_t part) __attribute__((always_inline)) {
-        _tile_loadd(4, a + part * left_part + k, left_step);
-        if (tall) _tile_loadd(5, a + part * left_part + 16 * depth + k, left_step);
-      };
-      const auto take_right = [&](int64_t part) __attribute__((always_inline)) {
-        const uint16_t* from = b + part * right_part + (k / 2 * width + n) * 2;
-        _tile_loadd(6, from, right_step);
-        if (wide) _tile_loadd(7, from + 32, right_step);
-      };
-      take_left(0);
-      take_right(2);
-      UPFEAT_TILES();
-      take_right(1);
-      UPFEAT_TILES();
-      take_left(1);
-      UPFEAT_TILES();
-      take_right(0);
-      UPFEAT_TILES();
-      take_left(2);
-      UPFEAT_TILES();
-      take_left(0);
-      UPFEAT_TILES();
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t* a = reinterpret_cast<const uint16_t*>(operands[i].left);
+      const uint16_t* b = reinterpret_cast<const uint16_t*>(operands[i].right) +
+                          n / 32 * blocks * 6 * kTileHalves;
+      for (int64_t k = 0; k < blocks; ++k) {
+        const auto take_left = [&](int which) UPFEAT_LAMBDA {
+          _tile_loadd(4, a + which * part, 64);
+          if (tall) _tile_loadd(5, a + which * part + 16 * kDenseBlock, 64);
+        };
+        const auto take_right = [&](int which) UPFEAT_LAMBDA {
+          _tile_loadd(6, b + 2 * which * kTileHalves, 64);
+          if (wide) _tile_loadd(7, b + (2 * which + 1) * kTileHalves, 64);
+        };
+        const auto add = [&](int line) UPFEAT_LAMBDA {
+          _tile_dpbf16ps(0, 4, 6);
+          if (wide) _tile_dpbf16ps(1, 4, 7);
+          if (tall) _tile_dpbf16ps(2, 5, 6);
+          if (wide && tall) _tile_dpbf16ps(3, 5, 7);
+          UPFEAT_UNROLL
+          for (int ahead = 0; ahead < 16; ++ahead) {
+            __builtin_prefetch(b + 6 * kTileHalves + (line * 16 + ahead) * 32, 0, 3);
+          }
+          between();
+        };
+        take_left(0);
+        take_right(0);
+        add(0);
+        take_right(1);
+        add(1);
+        take_left(1);
+        add(2);
+        take_right(2);
+        add(3);
+        take_left(2);
+        add(4);
+        take_left(0);
+        add(5);
+        a += kDenseRows * kDenseBlock;
+        b += 6 * kTileHalves;
+      }
     }
     float* to = out + n - first;
     const size_t step = static_cast<size_t>(out_pitch) * 4;
@@ -124,31 +157,43 @@ static void multiply_dense(int64_t rows, const char* left, int64_t inputs, const
     if (wide && tall) _tile_stored(3, to + 16 * out_pitch + 16, step);
   }
 }
-#undef UPFEAT_TILES
 
 #else
 
+UPFEAT_INLINE int64_t dense_blocks(int64_t inputs) {
+  return (inputs + kDenseBlock - 1) / kDenseBlock;
+}
 UPFEAT_INLINE void dense_begin() {}
 UPFEAT_INLINE void dense_end() {}
-UPFEAT_INLINE int64_t left_bytes(int64_t inputs) { return kDenseRows * whole_vectors(inputs) * 4; }
-UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t c, Vec value) {
-  store(reinterpret_cast<float*>(left) + row * whole_vectors(inputs) + c, value);
+UPFEAT_INLINE int64_t left_bytes(int64_t inputs) {
+  return kDenseRows * whole_vectors(inputs) * 4 + 64;
+}
+template <typename Get>
+UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t block, int64_t width,
+                            Get get) {
+  float* to = reinterpret_cast<float*>(left) + row * whole_vectors(inputs);
+  const int64_t end = smaller((block + 1) * kDenseBlock, width);
+  for (int64_t c = block * kDenseBlock; c < end; c += kLanes) store(to + c, get(c));
 }
 // The right operand is used as it is, (inputs, width).
 UPFEAT_INLINE int64_t right_bytes(int64_t inputs, int64_t width) { return inputs * width * 4; }
-static void pack_right(const float* weight, int64_t pitch, int64_t inputs, int64_t width,
-                       char* right) {
+template <typename Rows>
+static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
   float* to = reinterpret_cast<float*>(right);
   for (int64_t k = 0; k < inputs; ++k) {
-    memcpy(to + k * width, weight + k * pitch, static_cast<size_t>(width) * 4);
+    memcpy(to + k * width, row(k), static_cast<size_t>(width) * 4);
   }
 }
-static void multiply_dense(int64_t rows, const char* left, int64_t inputs, const char* right,
-                           int64_t width, int64_t first, int64_t end, float* out,
-                           int64_t out_pitch) {
-  multiply_rows((rows + 3) / 4 * 4, reinterpret_cast<const float*>(left), whole_vectors(inputs), 1,
-                reinterpret_cast<const float*>(right) + first, nullptr, 1, inputs, width, out,
-                out_pitch, (end - first) / kLanes);
+template <typename Between>
+UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_t count,
+                                  int64_t inputs, int64_t width, int64_t first, int64_t end,
+                                  float* out, int64_t out_pitch, Between) {
+  for (int64_t i = 0; i < count; ++i) {
+    multiply_rows((rows + 3) / 4 * 4, reinterpret_cast<const float*>(operands[i].left),
+                  whole_vectors(inputs), 1,
+                  reinterpret_cast<const float*>(operands[i].right) + first, nullptr, 1, inputs,
+                  width, out, out_pitch, (end - first) / kLanes, i > 0);
+  }
 }
 
 #endif

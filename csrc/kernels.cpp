@@ -27,9 +27,13 @@ namespace {
 #include "gradients.inl"
 #include "bilateral_gradients.inl"
 #include "neighbourhood.inl"
-#include "attention.inl"
+#include "products.inl"
 #include "dense.inl"
+#include "attention.inl"
 #include "encoder.inl"
+#include "winograd.inl"
+#include "layers.inl"
+#include "patterns.inl"
 #include "pyramid.inl"
 
 const Kernels kTable = {upsample,    make_weights,   grad_features, grad_weights,

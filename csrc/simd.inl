@@ -29,6 +29,8 @@ constexpr int64_t kTilePixels = 2 * kTile;
 #define UPFEAT_APART static __attribute__((noinline))
 // Small constant loops over registers must be gone before registers are given out.
 #define UPFEAT_UNROLL _Pragma("GCC unroll 16")
+#define UPFEAT_LAMBDA __attribute__((always_inline))
+#define UPFEAT_APART_MEMBER __attribute__((noinline))
 #define UPFEAT_MEMBER inline __attribute__((always_inline))
 
 // Rounded up to whole vectors.

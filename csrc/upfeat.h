@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 6
+#define UPFEAT_ABI 7
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -157,8 +157,8 @@ UPFEAT_API int upfeat_window_backward(const UpfeatTensor* queries, const UpfeatT
 // a rotation by place, a scale and a shift per channel, SiLU, unit scale. Arrays are dense float32;
 // channels of `weight`, `bias`, `scale` and `shift` are padded with zeros to a multiple of 16.
 typedef struct {
-  const float* weight;  // (inputs, pitch); kernel 3: (9 * channels, pitch) or, with winograd, the
-                        // transformed kernels (16, inputs, pitch)
+  const float* weight;  // (inputs, pitch); kernel 3: (9 * channels, pitch) with inputs = 9 *
+                        // channels or, with winograd, the same with inputs = channels
   const float* bias;    // (pitch,) or null
   const float* scale;   // (B, in_pitch) or null
   const float* shift;
@@ -166,7 +166,7 @@ typedef struct {
   const float* rotate_columns;  // (W, 2, inputs): the angles of a pixel are the sum of both
   int64_t inputs, outputs, pitch, in_pitch;
   int64_t kernel;    // 1 or 3
-  int64_t winograd;  // kernel 3: F(2x2, 3x3); else without anything before it
+  int64_t winograd;  // kernel 3: minimal filtering; else without anything before it
   int64_t silu, unit;
   int64_t reflect;  // at the borders, in place of zeros
   int64_t pair;     // channel i turns against i + pair, in blocks of 2 * pair

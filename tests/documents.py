@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from published_reference import published_state
 from torch import nn
 
 import upfeat
+from upfeat.frames import VideoWriter
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -91,6 +94,7 @@ def furnish(folder: Path) -> dict[str, object]:
             folder / "photos" / f"{index}.jpg"
         )
     cat.resize((80, 64)).save(folder / "photos" / "photo.jpg")
+    _write_clip(cat, folder / "clip.mp4")
     torch.save(_published_state(), folder / "published.ckpt")
     torch.save(published_state(upfeat.NAF()), folder / "naf_release.pth")
     generator = torch.Generator().manual_seed(0)
@@ -107,6 +111,15 @@ def furnish(folder: Path) -> dict[str, object]:
         "bias": torch.zeros(4),
         "array": np.zeros((48, 64, 3), np.uint8),
     }
+
+
+def _write_clip(image: Image.Image, path: Path) -> None:
+    """A video of three frames, where videos can be written."""
+    if find_spec("av") is None:
+        return
+    with VideoWriter(path, Fraction(10)) as writer:
+        for left in (0, 8, 16):
+            writer.add(np.asarray(image.crop((left, 0, left + 320, 256)).resize((80, 64))), None)
 
 
 def _published_state(embed_dim: int = 6) -> dict[str, dict[str, torch.Tensor]]:

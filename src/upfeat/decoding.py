@@ -123,8 +123,8 @@ def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
         )
 
 
-def image_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) of an image, upright, by its header; ``None`` where that does not say.
+def image_size(path: Path | bytes) -> tuple[int, int] | None:
+    """(height, width) of an image file, upright, by its header; ``None`` where that does not say.
 
     Nothing is decoded, and nothing raised: decoding proper says what is wrong with a file.
     """

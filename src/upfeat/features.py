@@ -138,6 +138,13 @@ class UpsampledFeatures(FeatureMap):
         )
 
     @property
+    def parts(self) -> Parts:
+        """Tensors that the map is made of, as :func:`upfeat.lazy_files.write_parts` takes them."""
+        size = (self.shape[2], self.shape[3])
+        inputs = self.features, self.guidance, self.upsampler, size
+        return Parts(*inputs, self._normalization, self.missing, self.hidden)
+
+    @property
     def mixed(self) -> Tensor:
         """The coarse features after the upsampler's channel mix, (B, C, h, w)."""
         return self._parts()[1]
@@ -301,10 +308,7 @@ class UpsampledFeatures(FeatureMap):
             ValueError: features or guidance are NaN or infinite, or the features overflow float16
                 or are too small for it.
         """
-        size = (self.shape[2], self.shape[3])
-        inputs = self.features, self.guidance, self.upsampler, size
-        parts = Parts(*inputs, self._normalization, self.missing, self.hidden)
-        write_parts(path, parts, exact=exact)
+        write_parts(path, self.parts, exact=exact)
 
     @classmethod
     def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:

@@ -54,13 +54,16 @@ class Parts(NamedTuple):
     """(B, D, h', w'): what early layers say."""
 
 
-def write_parts(path: str | Path, parts: Parts, *, exact: bool) -> None:
+def write_parts(
+    path: str | Path, parts: Parts, *, exact: bool = False, weights: str | None = None
+) -> None:
     """Write lazy features.
 
     Args:
         path: the safetensors file.
         parts: what they are made of.
         exact: keep features and guidance as they are.
+        weights: :func:`digest` of the upsampler, where it is known.
 
     Raises:
         ValueError: features or guidance are NaN or infinite, or the features lose too much in
@@ -69,7 +72,8 @@ def write_parts(path: str | Path, parts: Parts, *, exact: bool) -> None:
     features, guidance = parts.features.detach(), parts.guidance.detach()
     hidden = {} if parts.hidden is None else {"hidden": parts.hidden.detach()}
     for name, tensor in (("features", features), ("guidance", guidance), *hidden.items()):
-        if not bool(torch.isfinite(tensor).all()):
+        # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
+        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise ValueError(f"{name} holds NaN or infinity; nothing is written")
     tensors = {"features": features, "guidance": guidance, **hidden}
     if not exact:
@@ -84,7 +88,7 @@ def write_parts(path: str | Path, parts: Parts, *, exact: bool) -> None:
         "dtype": str(features.dtype).removeprefix("torch."),
         "output_size": json.dumps(list(parts.output_size)),
         "upsampler": json.dumps({"upsampler": name, **config}),
-        "weights": digest(parts.upsampler),
+        "weights": digest(parts.upsampler) if weights is None else weights,
     }
     if parts.normalization is not None:
         mean, std = parts.normalization
@@ -167,13 +171,17 @@ def _quantised(guidance: Tensor, normalization: tuple[Colour, Colour] | None) ->
 
     Stored levels times ``scale`` plus ``shift`` is the image, each a value for a channel.
     """
-    values = guidance.double()
     if normalization is not None:
-        mean, std = (values.new_tensor(one) for one in normalization)
-        levels = ((values * _per_channel(std) + _per_channel(mean)) * 255).round()
-        if bool((levels >= 0).all()) and bool((levels <= 255).all()):
+        mean, std = (torch.tensor(one, dtype=torch.float64) for one in normalization)
+        # Of 255 levels, float32 is off by thousandths: what was a level is found again.
+        kind = torch.promote_types(guidance.dtype, torch.float32)
+        slope, middle = (_per_channel(255 * one).to(guidance.device, kind) for one in (std, mean))
+        levels = (guidance * slope).add_(middle).round_()
+        low, high = levels.aminmax()
+        if bool(low >= 0) and bool(high <= 255):
             scale, shift = 1 / (255 * std), -mean / std
             return {"guidance": levels.byte(), "scale": scale.float(), "shift": shift.float()}
+    values = guidance.double()
     flat = values.transpose(0, 1).flatten(1)  # (channels, B·H·W)
     low, high = flat.aminmax(dim=1)
     scale = (high - low) / _LEVELS

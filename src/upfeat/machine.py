@@ -21,8 +21,8 @@ _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
 # Beyond this a limit of version 1 means none: it is written as the largest number there is.
 _NO_LIMIT = 1 << 60
-# Bytes a pixel while a file is decoded to floats, measured.
-_DECODING = 40
+DECODING = 40
+"""Bytes a pixel while a file is decoded to floats, measured."""
 
 
 def available_memory(device: torch.device | str | None = None) -> int | None:
@@ -75,7 +75,7 @@ def check_fits(
         ValueError: it would not fit; the message says what size would.
     """
     bound, free = free, available_memory() if free is None else max(free, 0)
-    decoding = own[0] * own[1] * _DECODING
+    decoding = own[0] * own[1] * DECODING
     if free is not None and decoding > 0.9 * free:
         raise ValueError(
             f"{label}: decoding its {own[0]}×{own[1]} pixels needs about {readable(decoding)} and "

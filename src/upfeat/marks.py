@@ -23,9 +23,15 @@ FEATURES = "upfeat-features"
 PICTURE = "upfeat-picture"
 """What pictures say they are."""
 
+VIDEO = "upfeat-video"
+"""What videos say they are, in their comment."""
+
 REPORT = "upfeat-report"
 """What reports say they are."""
 
+_VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
+_VIDEO_ENDS = 1 << 16
+"""Bytes at both ends of a video among which its comment stands, with all tables after it."""
 _PICTURES = (".png", ".jpg", ".jpeg")
 _HTML_MARK = '<meta name=generator content="upfeat'
 
@@ -46,6 +52,8 @@ def kind_of(path: Path) -> str | None:
             return _ours(read_metadata(path).get("format"))
         if suffix in _PICTURES:
             return _ours(picture_facts(path).get("format"))
+        if suffix in _VIDEOS:
+            return VIDEO if _is_our_video(path) else None
         if suffix == ".npy":
             return FEATURES if is_our_npy(path) else None
         if suffix == ".json":
@@ -56,6 +64,14 @@ def kind_of(path: Path) -> str | None:
     except (ValueError, AttributeError, RecursionError):
         pass
     return None
+
+
+def _is_our_video(path: Path) -> bool:
+    with path.open("rb") as file:
+        ends = file.read(_VIDEO_ENDS)
+        file.seek(max(path.stat().st_size - _VIDEO_ENDS, 0))
+        ends += file.read()
+    return VIDEO.encode() in ends
 
 
 def html_mark() -> str:

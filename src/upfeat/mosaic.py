@@ -7,13 +7,15 @@ are blended with raised cosines, which hides the seams but does not make them ex
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from upfeat.backbones import Backbone
 from upfeat.machine import readable
@@ -181,10 +183,11 @@ def _extract(backbone: Backbone, read: Read, cells: Window) -> Tensor:
 
 
 def activation_bytes(backbone: Backbone) -> float:
-    """Measure the memory that a backbone's activations take, bytes for each pixel of its input.
+    """Measure the memory that a backbone takes at its peak, bytes for each pixel of its input.
 
-    It is that of the largest input and output of any of its modules, with half as much again for
-    what else is alive; functions without modules are taken for a network of 64 channels.
+    Every tensor that its operators make is counted for as long as it lives, on two small images
+    whose difference leaves out what does not grow; a quarter is added for what operators take for
+    themselves.
     """
     if backbone not in _ACTIVATIONS:
         _ACTIVATIONS[backbone] = _measure_activations(backbone)
@@ -193,23 +196,50 @@ def activation_bytes(backbone: Backbone) -> float:
 
 @torch.no_grad()
 def _measure_activations(backbone: Backbone) -> float:
-    largest = 0
+    sides = (8 * backbone.stride, 16 * backbone.stride)
+    peaks = []
+    for side in sides:
+        x = torch.zeros(1, 3, side, side, device=backbone.mean.device)
+        counted = _LiveBytes()
+        with counted:
+            try:
+                backbone(x)
+            except (RuntimeError, ValueError):  # it takes one size only
+                return 1.5 * 64 * 4
+        peaks.append(counted.peak)
+    growth = (peaks[1] - peaks[0]) / (sides[1] ** 2 - sides[0] ** 2)
+    return 1.25 * max(growth, 12)
 
-    def record(_: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-        nonlocal largest
-        held = [one for one in (*inputs, output) if isinstance(one, Tensor)]
-        largest = max(largest, sum(one.numel() * one.element_size() for one in held))
 
-    handles = [module.register_forward_hook(record) for module in backbone.modules()]
-    side = 8 * backbone.stride
-    try:
-        backbone(torch.zeros(1, 3, side, side, device=backbone.mean.device))
-    except (RuntimeError, ValueError):
-        largest = 0
-    finally:
-        for handle in handles:
-            handle.remove()
-    return 1.5 * max(largest / side**2, 64 * 4)
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors that operators make, for as long as they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._held = 0
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for one in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(one, Tensor):
+                self._count(one)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        place, size = storage.data_ptr(), storage.nbytes()
+        if not self._users.get(place):
+            self._held += size
+            self.peak = max(self.peak, self._held)
+        self._users[place] = self._users.get(place, 0) + 1
+        weakref.finalize(tensor, self._forget, place, size).atexit = False
+
+    def _forget(self, place: int, size: int) -> None:
+        self._users[place] -= 1
+        if not self._users[place]:
+            self._held -= size
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -53,7 +54,11 @@ _DTYPES = {
 # which every reader takes for padding.
 _NPY_HEADER = 1088
 
+# Below this, asking the system for space costs more than the writing that it would save.
+_RESERVED = 1 << 20
+
 _open_handles: set[int] = set()
+_MASK = threading.Lock()
 
 
 @contextmanager
@@ -333,7 +338,7 @@ def _reserve(file: IO[bytes], size: int) -> None:
     Raises:
         OSError: there is no such space.
     """
-    if size == 0 or not hasattr(os, "posix_fallocate"):
+    if size < _RESERVED or not hasattr(os, "posix_fallocate"):
         return
     try:
         os.posix_fallocate(file.fileno(), 0, size)
@@ -385,7 +390,8 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _umask() -> int:
-    # The only way to read the mask is to set it.
-    mask = os.umask(0)
-    os.umask(mask)
+    # The only way to read the mask is to set it; of two threads that do, one would leave it at 0.
+    with _MASK:
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 
 import numpy as np
@@ -59,6 +60,18 @@ class PCABasis:
         """
         span = (self.high - self.low).clamp(min=1e-12)
         return ((projected - self.low[:, None, None]) / span[:, None, None]).clamp(0, 1)
+
+
+def class_colours(count: int) -> Tensor:
+    """Colours that tell classes apart, (count, 3) in [0, 1].
+
+    Hues go round by the golden ratio, so that neighbours differ however many there are.
+    """
+    rows = [
+        colorsys.hsv_to_rgb(0.61803399 * index % 1, 0.75 - 0.2 * (index % 2), 0.95)
+        for index in range(count)
+    ]
+    return torch.tensor(rows).view(count, 3)
 
 
 def to_image(colours: Tensor) -> Image.Image:

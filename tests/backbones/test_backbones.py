@@ -57,6 +57,19 @@ def test_concatenation_holds_each_level():
     assert torch.nn.functional.cosine_similarity(pooled, coarse).mean() > 0.9
 
 
+def test_folded_layers_give_what_the_layers_give():
+    """Without gradients, convolution and normalisation are one; only rounding differs."""
+    backbone = upfeat.load_backbone("efficientnet_lite0.stride8+16")
+    x = torch.randn(2, 3, 72, 104, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        folded = backbone(x)
+    layers = backbone(x.requires_grad_())
+    assert layers.requires_grad
+    layers = layers.detach()
+    torch.testing.assert_close(folded, layers, rtol=0, atol=1e-4 * float(layers.max()))
+    assert folded.is_contiguous()
+
+
 def test_sides_are_rounded_to_the_stride():
     backbone = upfeat.load_backbone("efficientnet_lite0")
     with torch.no_grad():

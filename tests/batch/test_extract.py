@@ -1,7 +1,9 @@
 """Every item once, whatever happens in between; bad ones are listed with their reasons."""
 
+import hashlib
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import upfeat
-from upfeat.batch import Extraction, extract
+from upfeat.batch import Engine, Extraction, extract, maker
+from upfeat.batch.budget import Budget
 from upfeat.batch.extract import read_extracted
+from upfeat.batch.replicas import replicate
 from upfeat.cli import main
 from upfeat.heads import SavedHead, describe_backbone
+from upfeat.machine import resident_memory
 
 
 def model():
@@ -151,6 +156,129 @@ def test_frames_of_a_video(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
         container.mux(stream.encode())
     assert extract(model(), [path], tmp_path / "out", Extraction()).made == 4
+
+
+class Stages(torch.nn.Module):
+    """A network of which a layer inside is taken, by a hook that each pass sets."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Conv2d(3, 4, 8, 8), torch.nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
+def function(x):
+    return torch.nn.functional.avg_pool2d(x, 8)
+
+
+@pytest.mark.parametrize("kind", ["module", "layer inside", "function"])
+def test_any_number_of_workers_gives_the_same_bytes(tmp_path, photos, kind):
+    torch.manual_seed(0)
+    if kind == "layer inside":
+        network = upfeat.load_backbone(Stages(), layer="first")
+    else:
+        network = torch.nn.Conv2d(3, 4, 8, 8) if kind == "module" else function
+    made_by = upfeat.load(network, upsampler="detail")
+    for seed in range(8):
+        (photos / f"more{seed}.png").write_bytes(encoded(seed, (64, 48)))
+    threads = torch.get_num_threads()
+    for count in (1, 4):
+        extract(
+            made_by, [photos], tmp_path / str(count), Extraction(), engine=Engine(workers=count)
+        )
+    assert tree(tmp_path / "1") == tree(tmp_path / "4")
+    assert torch.get_num_threads() == threads
+
+
+def test_copies_share_weights_and_nothing_else():
+    made_by = model()
+    first, second = replicate(made_by, 2)
+    assert first.model is made_by
+    assert second.model.backbone is not made_by.backbone
+    for one, other in zip(made_by.parameters(), second.model.parameters(), strict=True):
+        assert one is other
+    hooked = model()
+    hooked.backbone.module.register_forward_hook(lambda *_: None)
+    assert replicate(hooked, 2)[1].model is hooked
+
+
+def test_large_maps_go_to_their_file_in_strips(tmp_path, photos, monkeypatch):
+    extract(model(), [photos], tmp_path / "whole", Extraction("features", dtype="float32"))
+    monkeypatch.setattr(maker, "_STRIPED", 1000)
+    extract(model(), [photos], tmp_path / "strips", Extraction("features", dtype="float32"))
+    for name in ("a.png", "inner/c.png"):
+        whole, strips = (
+            load_file(tmp_path / part / f"{name}.safetensors")["features"]
+            for part in ("whole", "strips")
+        )
+        torch.testing.assert_close(strips, whole, rtol=0, atol=1e-5)
+
+
+def test_images_that_no_bound_of_memory_fits_are_listed(tmp_path, photos):
+    budget = Budget(5e6)
+    with (
+        budget.take(4e6),
+        pytest.raises(ValueError, match=r"needs about 6\.0 MB"),
+        budget.take(6e6),
+    ):
+        pass
+    with pytest.raises(ValueError, match="is less than the"):
+        extract(model(), [photos], tmp_path / "a", Extraction(), max_memory="1MB")
+    with pytest.raises(ValueError, match='max_memory="much"'):
+        extract(model(), [photos], tmp_path / "b", Extraction(), max_memory="much")
+    held = resident_memory()
+    if held is None:
+        pytest.skip("the system does not tell what this process holds")
+    (photos / "large.png").write_bytes(encoded(5, (1200, 1600)))
+    bound = held + (200 << 20)
+    summary = extract(model(), [photos], tmp_path / "c", Extraction(), max_memory=bound)
+    assert summary.made == 4
+    assert [key for key, _ in summary.failures] == ["large.png"]
+    assert "larger max_memory" in summary.failures[0][1]
+
+
+def test_what_a_killed_process_was_writing_is_swept(tmp_path, photos):
+    out = tmp_path / "out"
+    (out / "inner").mkdir(parents=True)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for folder in (out, out / "inner"):
+        (folder / f".upfeat-{gone.pid}-abc.safetensors").write_bytes(b"half")
+    extract(model(), [photos], out, Extraction())
+    assert not list(out.rglob(".upfeat-*"))
+
+
+def test_a_file_that_was_cut_short_is_made_again(tmp_path, photos):
+    out = tmp_path / "out"
+    extract(model(), [photos], out, Extraction())
+    before = tree(out)
+    (out / "b.png.safetensors").write_bytes(before[Path("b.png.safetensors")][:100])
+    assert extract(model(), [photos], out, Extraction()).made == 1
+    assert tree(out) == before
+    item = json.loads((out / "manifest.json").read_text())["items"][1]
+    content = before[Path(item["file"])]
+    assert item["size"] == len(content)
+    assert item["file_sha256"] == hashlib.sha256(content).hexdigest()
+
+
+def test_a_full_disk_ends_the_run_in_one_line(tmp_path, photos, capsys):
+    resource = pytest.importorskip("resource")
+    out = tmp_path / "out"
+    arguments = ["extract", str(photos), "-o", str(out), "--kind", "features"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600_000, limits[1]))
+    try:
+        assert main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    printed = capsys.readouterr().err
+    assert "File too large" in printed
+    assert len(printed.splitlines()) == 1
+    assert not list(out.rglob(".upfeat-*"))
+    assert main(arguments) == 0
+    assert re.match(r"\S+  [1-3] made, [1-3] there before, 0 failed", capsys.readouterr().out)
 
 
 def test_bad_settings_are_refused():

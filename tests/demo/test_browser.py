@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,7 @@ class Visitor:
         self.context = browser.new_context(viewport={"width": width, "height": height}, **options)
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
-        self.faults, self.outside = [], []
+        self.faults, self.outside, self.chosen, self.used = [], [], {}, False
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", lambda request: self._note(request.url, address))
         self.page.goto(address)
@@ -86,11 +87,30 @@ class Visitor:
     def loaded(self, count):
         self.viewer(f"[data-loaded='{count}']:not(.uf-working)")
 
+    def loading(self, act):
+        """Do something that opens a photograph; wait until it is shown."""
+        count = int(self.page.get_attribute(".uf-viewer", "data-loaded"))
+        act()
+        self.loaded(count + 1)
+
     def asking(self, act):
         """Do something that asks the server; wait for the answer."""
         answered = int(self.page.get_attribute(".uf-viewer", "data-answered"))
         act()
         self.viewer(f"[data-answered='{answered + 1}']")
+
+    def start_over(self):
+        """Go back to what a new visitor sees, without loading the page again."""
+        if not self.used:
+            self.used = True
+            return
+        for label, option in self.chosen.items():
+            self.loading(partial(self.choose, label, option))
+        self.chosen = {}
+        self.loading(self.page.get_by_role("button", name="A cat").click)
+        for name in ("Features", "Side by side"):
+            self.page.get_by_role("radio", name=name).click()
+        self.page.get_by_role("button", name="Reset").click()
 
     def source(self, query):
         return self.page.get_attribute(query, "src")
@@ -117,6 +137,7 @@ class Visitor:
         self.page.mouse.up()
 
     def choose(self, label, option):
+        self.chosen.setdefault(label, self.page.get_by_label(label).input_value())
         self.page.get_by_label(label).click()
         self.page.get_by_role("option", name=option, exact=True).click()
 
@@ -137,11 +158,18 @@ class Visitor:
         self.context.close()
 
 
-@pytest.fixture
-def visitor(browser, address):
+@pytest.fixture(scope="module")
+def one(browser, address):
+    """The same visitor for all tests: loading the page takes longer than most of them."""
     visitor = Visitor(browser, address)
     yield visitor
     visitor.leave()
+
+
+@pytest.fixture
+def visitor(one):
+    one.start_over()
+    return one
 
 
 def test_click_paint_compare_and_download(visitor, tmp_path):
@@ -188,6 +216,61 @@ def test_click_paint_compare_and_download(visitor, tmp_path):
     visitor.shot("slider-1280")
 
 
+def test_bad_uploads_are_one_line_and_change_nothing(visitor, tmp_path):
+    page, before = visitor.page, visitor.maps()
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes((PHOTOS / "cat.jpg").read_bytes()[:900])
+    large = tmp_path / "large.jpg"
+    large.write_bytes(bytes((16 << 20) + 1))
+    for path, words in ((bad, "bad.jpg"), (large, "save it smaller")):
+        page.set_input_files("input[type=file]", path)
+        page.wait_for_function(
+            f"document.querySelector('.uf-error').textContent.includes('{words}')"
+        )
+        assert page.get_by_role("alert").is_visible()
+        assert visitor.maps() == before
+    visitor.shot("error-1280")
+    assert "Traceback" not in page.content()
+    upload = partial(page.set_input_files, "input[type=file]", PHOTOS / "coffee.jpg")
+    visitor.loading(upload)
+    assert not page.locator(".uf-error").is_visible()
+
+
+def test_a_phone_beside_it_sees_its_own_photographs_in_dark_and_light(browser, address, visitor):
+    other = Visitor(browser, address, width=400, height=850, color_scheme="dark")
+    page = other.page
+    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.get_by_role("button", name="A cup of coffee").click()
+    other.loaded(2)
+    cat = visitor.source(".uf-photo .uf-base")
+    assert other.source(".uf-photo .uf-base") != cat
+    visitor.choose("Output size", "224 pixels")  # from what the server keeps of the first
+    visitor.says(".uf-photo figcaption", "224 × ")
+    assert visitor.download("Features").suggested_filename.startswith("cat")
+    assert other.download("Features").suggested_filename.startswith("coffee")
+
+    other.shot("features-400-dark")
+    keyboard_alone(other)
+    other.shot("similarity-400-dark")
+    page.emulate_media(color_scheme="light")
+    other.shot("similarity-400-light")
+    other.leave()
+
+
+def keyboard_alone(visitor):
+    """Choose a pixel and a mode by keys; every button has a name for those who cannot see it."""
+    page = visitor.page
+    page.locator(".uf-photo .uf-frame").focus()
+    page.keyboard.press("ArrowLeft")
+    visitor.asking(lambda: page.keyboard.press("Enter"))
+    page.get_by_role("radio", name="Similarity").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.get_attribute(".uf-viewer", "data-mode") == "segment"
+    page.keyboard.press("ArrowLeft")
+    unnamed = "all => all.filter((one) => !one.innerText.trim() && !one.ariaLabel && !one.title)"
+    assert page.locator("button:visible").evaluate_all(f"{unnamed[:-1]}).length") == 0
+
+
 def test_models_and_sizes(visitor):
     page = visitor.page
     visitor.choose("Output size", "224 pixels")
@@ -205,59 +288,6 @@ def test_models_and_sizes(visitor):
     page.wait_for_function(
         "was => document.querySelector('.uf-photo .uf-base').src !== was", arg=cat
     )
-
-
-def test_bad_uploads_are_one_line_and_change_nothing(visitor, tmp_path):
-    page, before = visitor.page, visitor.maps()
-    bad = tmp_path / "bad.jpg"
-    bad.write_bytes((PHOTOS / "cat.jpg").read_bytes()[:900])
-    large = tmp_path / "large.jpg"
-    large.write_bytes(bytes((16 << 20) + 1))
-    for path, words in ((bad, "bad.jpg"), (large, "save it smaller")):
-        page.set_input_files("input[type=file]", path)
-        page.wait_for_function(
-            f"document.querySelector('.uf-error').textContent.includes('{words}')"
-        )
-        assert page.get_by_role("alert").is_visible()
-        assert visitor.maps() == before
-    visitor.shot("error-1280")
-    assert "Traceback" not in page.content()
-    page.set_input_files("input[type=file]", PHOTOS / "coffee.jpg")
-    visitor.loaded(2)
-    assert not page.locator(".uf-error").is_visible()
-
-
-def test_two_visitors_never_see_each_others_photographs(browser, address, visitor):
-    other = Visitor(browser, address)
-    other.page.get_by_role("button", name="A cup of coffee").click()
-    other.loaded(2)
-    cat = visitor.source(".uf-photo .uf-base")
-    assert other.source(".uf-photo .uf-base") != cat
-    visitor.choose("Output size", "224 pixels")  # from what the server keeps of the first
-    visitor.says(".uf-photo figcaption", "224 × ")
-    assert visitor.download("Features").suggested_filename.startswith("cat")
-    assert other.download("Features").suggested_filename.startswith("coffee")
-    other.leave()
-
-
-@pytest.mark.parametrize("scheme", ["dark", "light"])
-def test_a_phone_with_the_keyboard_alone(browser, address, scheme):
-    visitor = Visitor(browser, address, width=400, height=850, color_scheme=scheme)
-    page = visitor.page
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
-    visitor.shot(f"features-400-{scheme}")
-    page.locator(".uf-photo .uf-frame").focus()
-    page.keyboard.press("ArrowLeft")
-    visitor.asking(lambda: page.keyboard.press("Enter"))
-    visitor.shot(f"similarity-400-{scheme}")
-    page.get_by_role("radio", name="Similarity").focus()
-    page.keyboard.press("ArrowRight")
-    assert page.get_attribute(".uf-viewer", "data-mode") == "segment"
-    unnamed = "all => all.filter((one) => !one.innerText.trim() && !one.ariaLabel && !one.title)"
-    assert (
-        page.locator("button:visible").evaluate_all(f"{unnamed.replace(')', ')', 1)}.length") == 0
-    )
-    visitor.leave()
 
 
 def test_large_requests_and_stored_uploads_are_refused(address):

@@ -15,7 +15,7 @@ from upfeat.raster import (
     HeadOutput,
     Scene,
     make_plan,
-    unfinished_tile,
+    unfinished_tiles,
     upsample_raster,
 )
 from upfeat.types import Window
@@ -68,7 +68,7 @@ def facts(model):
 def upsample(path, output, model, what=None, *, tile=64, **options):
     what = what or Features(model.embed_dim, facts(model), "float32")
     with Scene(path) as scene:
-        plan = make_plan(scene.size, model, what, tile=tile)
+        plan = make_plan(scene.size, model, what, tile=tile, backbone_tile=16)
         upsample_raster(scene, output, model, what, plan, **options)
     return output
 
@@ -96,6 +96,18 @@ def test_tiles_equal_the_whole(tmp_path, upsampler):
     path = write(tmp_path / "scene.tif", picture())
     out = values_of(upsample(path, tmp_path / "out.zarr", model))
     np.testing.assert_allclose(out, whole(path, model), atol=2e-5)
+
+
+def test_tiles_of_an_upsampler_with_a_network_equal_the_whole(tmp_path):
+    """Its image is read near the tile only, and what the regression sees far away is shared."""
+    torch.manual_seed(0)
+    upsampler = upfeat.DetailUpsampler(5, width=4, depth=1)
+    for layer in (upsampler.detail, upsampler.channel_mix):
+        torch.nn.init.normal_(layer.weight, std=0.1)
+    model = tiny(upsampler)
+    path = write(tmp_path / "scene.tif", picture(150, 500))
+    out = values_of(upsample(path, tmp_path / "out.zarr", model, tile=128))
+    np.testing.assert_allclose(out, whole(path, model), atol=5e-5)
 
 
 def test_a_head_is_applied_before_upsampling_and_georeferenced(tmp_path):
@@ -163,7 +175,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
         upsample(path, output, model)
     with pytest.raises(ValueError, match=r"begun with another .*tile"):
         upsample(path, output, model, tile=256, resume=True)
-    assert unfinished_tile(output) == 128
+    assert unfinished_tiles(output)["tile"] == 128
     upsample(path, output, model, resume=True)
     files = {p.relative_to(calm): p.read_bytes() for p in calm.rglob("*") if p.is_file()}
     again = {p.relative_to(output): p.read_bytes() for p in output.rglob("*") if p.is_file()}

@@ -124,7 +124,7 @@ class Backbone(nn.Module, ABC):
         return features.to(x.dtype), None if hidden is None else hidden.to(x.dtype)
 
     def hidden(self, x: Tensor) -> Tensor | None:
-        """What earlier layers say of an image, on a finer grid; see :meth:`with_hidden`."""
+        """Features of earlier layers, on a finer grid; see :meth:`with_hidden`."""
         return self.with_hidden(x)[1]
 
     def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones.base import Backbone
+from upfeat.transforms import channels_last, is_transformed
 
 STRIDES = (8, 16, 32)
 """Levels that can be selected, as pixels per feature cell."""
@@ -94,9 +95,53 @@ class ConvNorm(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        if self._can_fold(input):
+            return self._folded(input)
         if self.kernel_size > 1:
             input = F.pad(input, [*self._padding(input.shape[-1]), *self._padding(input.shape[-2])])
         return super().forward(input)
+
+    def _can_fold(self, input: Tensor) -> bool:
+        """Return whether nobody watches the layers: no gradients, no statistics, no tracing."""
+        if self.training or torch.compiler.is_compiling() or is_transformed(input):
+            return False
+        watched = torch.is_grad_enabled() and (
+            input.requires_grad or any(one.requires_grad for one in self.parameters())
+        )
+        hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in self)
+        return not watched and not hooked
+
+    def _folded(self, input: Tensor) -> Tensor:
+        """The layers as one convolution without copies of its input, twice as fast on a CPU.
+
+        Only rounding differs, by less than that of the layers themselves: the weights are
+        multiplied in float64.
+        """
+        conv, norm = self[0], self[1]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        dtype = conv.weight.dtype
+        exact = torch.float32 if input.device.type == "mps" else torch.float64  # that has none
+        scale = norm.weight.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
+        weight = (conv.weight.to(exact) * scale[:, None, None, None]).to(dtype)
+        bias = (norm.bias.to(exact) - mean.to(exact) * scale).to(dtype)
+        if conv.groups == 1 and self.kernel_size > 1:
+            # With padding of its own, the sums of the stem depend on the size of the image.
+            rows, columns = (self._padding(length) for length in input.shape[-2:])
+            input, pads = F.pad(input, [*columns, *rows]), [(0, 0), (0, 0)]
+        else:
+            pads = [self._padding(length) for length in input.shape[-2:]]
+        # One pixel more after than before is a stride more on both sides, less the first output.
+        uneven = [before != after for before, after in pads]
+        both = [before + self.stride * more for (before, _), more in zip(pads, uneven, strict=True)]
+        out = F.conv2d(
+            input, channels_last(weight), bias, self.stride, both, 1, conv.groups
+        )  # (B, C_out, ⌈H/stride⌉ + 1 where uneven, …)
+        out = out[:, :, int(uneven[0]) :, int(uneven[1]) :]
+        return out.clamp_(0, 6) if len(self) > 2 else out
 
     def _padding(self, length: int) -> tuple[int, int]:
         steps = -(-length // self.stride)
@@ -182,13 +227,14 @@ class EfficientNetLite(Backbone):
 
     def _levels(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
         last = _LEVEL_GROUPS[strides[-1]]
+        x = channels_last(x)
         wanted = {_LEVEL_GROUPS[stride] for stride in strides}
         out = []
         x = self.stem(x)
         for index, group in enumerate(self.groups[: last + 1]):
             x = group(x)
             if index in wanted:
-                out.append(x)
+                out.append(x.contiguous())
         return out
 
     def classify(self, x: Tensor) -> Tensor:

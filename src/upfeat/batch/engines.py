@@ -1,4 +1,8 @@
-"""Ray as the engine of a batch: workers that hold the model, on one machine or a cluster.
+"""Engines of a batch: threads of this process, or workers of Ray on one machine or a cluster.
+
+Every worker does whole tasks, from reading to writing, with one thread of PyTorch. On CPUs many
+images side by side are faster than many threads for one image; and the bits of a result depend on
+the number of threads (kernels are chosen by it), so that one engine's files equal another's.
 
 Tasks write their results themselves, whole or not at all and always the same bytes, so a task of
 a worker that was killed is simply done again by another. What is done is recorded by the driver
@@ -9,11 +13,17 @@ from __future__ import annotations
 
 import importlib
 import os
+import queue
 import socket
-from collections.abc import Callable, Iterable, Iterator
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import torch
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -29,7 +39,7 @@ class Engine:
 
     Attributes:
         name: "local", in this process, or "ray".
-        workers: of Ray; ``None`` for one on each CPU of this machine.
+        workers: threads, or workers of Ray; ``None`` for one on each CPU.
         address: of a Ray cluster, as ``ray.init`` takes it; ``None`` for one of this machine that
             begins and ends with the work.
     """
@@ -49,12 +59,54 @@ class Engine:
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers={self.workers} must be 1 or more")
 
+    @property
+    def threads(self) -> int:
+        """Workers of the local engine."""
+        return self.workers or torch.get_num_threads()
+
+
+def map_with_threads(
+    workers: Sequence[Callable[[Task], Result]], tasks: Iterable[Task]
+) -> Generator[Result]:
+    """Do tasks on threads, one for each worker; results come in the order of the tasks.
+
+    Args:
+        workers: what does a task, one at a time.
+        tasks: taken from the iterable a little ahead of the work.
+
+    Yields:
+        Results.
+    """
+    free: queue.SimpleQueue[Callable[[Task], Result]] = queue.SimpleQueue()
+    for worker in workers:
+        free.put(worker)
+    own = threading.local()
+
+    def begin() -> None:
+        torch.set_num_threads(1)
+        own.worker = free.get()
+
+    pending: deque[Future[Result]] = deque()
+    threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(len(workers), initializer=begin)
+    try:
+        for task in tasks:
+            pending.append(pool.submit(lambda task: own.worker(task), task))
+            if len(pending) > _AHEAD * len(workers):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # Set in a thread, it holds there and in threads that begin later; here only that is undone.
+        torch.set_num_threads(threads)
+
 
 def map_with_ray(
     engine: Engine,
     make_worker: Callable[[], Callable[[Task], Result]],
     tasks: Iterable[Task],
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """Do tasks on a pool of workers; results come in the order in which they are ready.
 
     Args:
@@ -104,6 +156,7 @@ class _Worker:
     """Holds what does tasks."""
 
     def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
+        torch.set_num_threads(1)
         self._do = make_worker()
 
     def run(self, task: Any) -> Any:

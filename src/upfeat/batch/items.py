@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-_VIDEOS = {".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v"}
+from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,11 @@ def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
     for source in map(Path, sources):
         if not source.exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
-        if source.suffix.lower() == ".tar" or source.suffix.lower() in _VIDEOS or source.is_dir():
+        if (
+            source.suffix.lower() == ".tar"
+            or source.suffix.lower() in VIDEO_SUFFIXES
+            or source.is_dir()
+        ):
             # A lone folder's items need no prefix.
             prefix = "" if source.is_dir() and len(sources) == 1 else f"{source.resolve().name}/"
             if prefix in prefixes:
@@ -71,7 +74,7 @@ def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
             yield from _folder(source, "" if single else f"{source.resolve().name}/")
         elif source.suffix.lower() == ".tar":
             yield from _archive(source)
-        elif source.suffix.lower() in _VIDEOS:
+        elif source.suffix.lower() in VIDEO_SUFFIXES:
             yield from _video(source)
         elif source.suffix.lower() == ".txt":
             yield from _list(source)
@@ -135,18 +138,11 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
 def _video(path: Path) -> Iterator[Item | Damaged]:
     """Frames of the first video stream."""
     try:
-        av = importlib.import_module("av")
-    except ImportError:
-        raise ValueError(
-            f"{path}: reading videos needs the package av: pip install 'upfeat[video]'"
-        ) from None
-    try:
-        with av.open(str(path)) as container:
-            for index, frame in enumerate(container.decode(video=0)):
-                pixels = frame.to_ndarray(format="rgb24")
-                yield Item(f"{path.name}/{index:06d}", lambda pixels=pixels: pixels)
-    except (av.FFmpegError, IndexError) as error:
-        yield Damaged(path.name, f"a damaged video ({error})")
+        for index, frame in enumerate(read_frames(path)):
+            pixels = frame.pixels
+            yield Item(f"{path.name}/{index:06d}", lambda pixels=pixels: pixels)
+    except DamagedVideo as error:
+        yield Damaged(path.name, str(error))
 
 
 def content_hash(content: bytes | Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -79,8 +78,10 @@ class Ledger:
             self._file = (self.folder / LEDGER).open("a", encoding="utf-8")
         self.entries[entry["key"]] = entry
         self._file.write(json.dumps(entry, sort_keys=True) + "\n")
+        # To the system, which keeps it whatever becomes of this process. Waiting for the disk at
+        # every item would not help against a power cut: the item's own file may be lost all the
+        # same, which its size then tells.
         self._file.flush()
-        os.fsync(self._file.fileno())
 
     def finish(self) -> None:
         """Replace the ledger by the manifest."""

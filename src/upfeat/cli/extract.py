@@ -62,9 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="local",
         help="this process (default), or workers of Ray on this machine or a cluster",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="of Ray (default: one per CPU)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="threads, or workers of Ray, each with an image at a time (default: one per CPU)",
+    )
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="of a Ray cluster (default: one of this machine)"
+    )
+    parser.add_argument(
+        "--max-memory",
+        metavar="AMOUNT",
+        help="that a process may take, as 2GB or 500MiB (default: what the machine has)",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(
@@ -100,6 +110,7 @@ def execute(options: argparse.Namespace) -> int:
             extraction,
             engine=Engine(options.engine, options.workers, options.address),
             overwrite=options.overwrite,
+            max_memory=options.max_memory,
             on_item=lambda key, done: progress.update(task, completed=done, description=key),
         )
     for key, reason in summary.failures:

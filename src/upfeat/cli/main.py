@@ -10,7 +10,20 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from upfeat._version import __version__
-from upfeat.cli import bench, convert, demo, extract, fit, info, probe, raster, render, run, train
+from upfeat.cli import (
+    bench,
+    convert,
+    demo,
+    extract,
+    fit,
+    info,
+    probe,
+    raster,
+    render,
+    run,
+    train,
+    video,
+)
 from upfeat.cli import eval as evaluate
 
 COMMANDS = {
@@ -21,6 +34,7 @@ COMMANDS = {
     "extract": extract,
     "probe": probe,
     "raster": raster,
+    "video": video,
     "eval": evaluate,
     "bench": bench,
     "convert": convert,

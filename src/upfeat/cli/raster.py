@@ -83,7 +83,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
-    from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tile, upsample_raster
+    from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tiles, upsample_raster
 
     budget = parse_memory(options.max_memory)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
@@ -95,8 +95,8 @@ def execute(options: argparse.Namespace) -> int:
         Scene(options.raster, bands=options.bands, scale=options.scale) as scene,
         Progress(*columns, console=console, disable=not console.is_terminal) as progress,
     ):
-        tile = unfinished_tile(options.output) if options.resume else None
-        plan = make_plan(scene.size, model, what, max_memory=budget, tile=tile)
+        begun = unfinished_tiles(options.output) if options.resume else {}
+        plan = make_plan(scene.size, model, what, max_memory=budget, **begun)
         task = progress.add_task(options.raster.name)
         upsample_raster(
             scene,

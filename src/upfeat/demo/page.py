@@ -23,6 +23,7 @@ from upfeat.demo.pictures import (
     colour_images,
     heat_image,
     heat_range,
+    jpeg_address,
     label_image,
     photo_image,
     png,
@@ -331,8 +332,8 @@ def _opened(visit: Visit) -> Answer:
         "grid": tuple(features.shape[2:]),
         "name": f"Upsampled ({visit.model.upsampler.name})",
         "texts": visit.has_texts,
-        "photo": png_address(photo_image(visit)),
-        "maps": {"coarse": png_address(coarse), "fine": png_address(fine)},
+        "photo": jpeg_address(photo_image(visit)),
+        "maps": {"coarse": png_address(coarse), "fine": jpeg_address(fine)},
         "status": " · ".join(parts),
     }
 
@@ -340,7 +341,8 @@ def _opened(visit: Visit) -> Answer:
 def _heat(pair: Pair, mode: str, text: str) -> Answer:
     low, high = heat_range(pair)
     maps: Answer = {"low": low, "high": high}
-    maps["coarse"], maps["fine"] = (png_address(heat_image(part, low, high)) for part in pair)
+    coarse, fine = (heat_image(part, low, high) for part in pair)
+    maps["coarse"], maps["fine"] = png_address(coarse), jpeg_address(fine)
     return {"kind": "maps", "mode": mode, "maps": maps, "status": text}
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a page: tensors as PNG files in ``data:`` addresses, so that none is ever stored."""
+"""Pictures of a page: tensors as files in ``data:`` addresses, so that none is ever stored."""
 
 from __future__ import annotations
 
@@ -24,6 +24,17 @@ _HEAT = ((13, 8, 60), (84, 20, 120), (165, 44, 96), (225, 85, 60), (250, 160, 40
 def png_address(image: Image.Image) -> str:
     """A picture as a ``data:`` address; quickly rather than small."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
+
+
+def jpeg_address(image: Image.Image) -> str:
+    """A picture with smooth colours as a ``data:`` address.
+
+    It takes half the time of PNG and a third of its size. Maps of cells and labels, whose pixels
+    are shown as blocks, stay PNG.
+    """
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=90, subsampling=0)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def png(image: Image.Image) -> bytes:

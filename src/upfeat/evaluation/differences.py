@@ -127,7 +127,7 @@ def find_differences(
 
 
 def _draw(count: int, rounds: int, seed: int) -> Tensor:
-    """How often each image is in each drawn set, (rounds, images)."""
+    """Count how often each image is in each drawn set, (rounds, images)."""
     generator = torch.Generator().manual_seed(seed)
     places = torch.randint(count, (rounds, count), generator=generator)
     drawn = torch.zeros(rounds, count, dtype=torch.float64)

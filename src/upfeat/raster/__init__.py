@@ -5,7 +5,7 @@ from upfeat.raster.outputs import Features, HeadOutput
 from upfeat.raster.plan import make_plan
 from upfeat.raster.run import upsample_raster
 from upfeat.raster.scene import Scene
-from upfeat.raster.store import unfinished_tile
+from upfeat.raster.store import unfinished_tiles
 
 __all__ = [
     "Features",
@@ -13,6 +13,6 @@ __all__ = [
     "Scene",
     "make_plan",
     "parse_memory",
-    "unfinished_tile",
+    "unfinished_tiles",
     "upsample_raster",
 ]

@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from upfeat.model import FeatUp
-from upfeat.upsamplers import Window
+from upfeat.upsamplers import Kernels, Upsampler, Window
+from upfeat.upsamplers.head import Head
+from upfeat.upsamplers.maps import moved, tiles
 
 NO_CLASS = 255
 """No-data of class maps."""
 
-_BLOCK = 64
+_BLOCK = 256
 """Channels that exist in float32 at once."""
+_SIDE = 512
+"""Side of the windows that are upsampled at once, pixels."""
+
+
+class RasterTile(NamedTuple):
+    """A part of a raster with what is known of it."""
+
+    coarse: Tensor
+    """(1, C, h, w) features of the tile and its halo."""
+    guidance: Tensor
+    """(1, 3, H, W) its image, as the upsampler wants it."""
+    means: Tensor | None
+    """Of :meth:`Upsampler.cell_means`, of all its cells."""
+    inner: Window
+    """Pixels to be written."""
 
 
 class Output(ABC):
@@ -40,19 +57,36 @@ class Output(ABC):
         """Number K of values at a pixel."""
         return len(self.names)
 
-    @abstractmethod
-    def render(self, model: FeatUp, coarse: Tensor, guidance: Tensor, window: Window) -> Any:
-        """Values in a window of a tile.
+    def render(self, model: FeatUp, tile: RasterTile) -> Any:
+        """Values of a tile.
 
         Args:
             model: backbone and upsampler.
-            coarse: (1, C, h, w) features of the tile.
-            guidance: (1, 3, H, W) its image, as the upsampler wants it.
-            window: of the tile, pixels.
+            tile: its image and features.
 
         Returns:
-            (K, window.height, window.width) of ``dtype``.
+            (K, tile.inner.height, tile.inner.width) of ``dtype``.
         """
+        kernels = model.upsampler.prepare_tile(
+            tile.guidance,
+            (tile.coarse.shape[2], tile.coarse.shape[3]),
+            tile.coarse,
+            tile.means,
+        )
+        mixed = model.upsampler.mix(tile.coarse)
+        inner = tile.inner
+        out = np.empty((self.count, inner.height, inner.width), dtype=self.dtype)
+        # Windows that fit into the processor's cache; always the same ones.
+        for part in tiles((inner.height, inner.width), _SIDE):
+            rows, columns = slice(part.top, part.bottom), slice(part.left, part.right)
+            self._fill(out[:, rows, columns], model.upsampler, kernels, mixed, moved(part, inner))
+        return out
+
+    @abstractmethod
+    def _fill(
+        self, out: Any, upsampler: Upsampler, kernels: Kernels, mixed: Tensor, window: Window
+    ) -> None:
+        """Write the values of a window, (K, window.height, window.width)."""
 
     def empty(self, window: Window) -> Any:
         """A window without a valid pixel."""
@@ -74,17 +108,15 @@ class Features(Output):
         self.dtype = np.dtype(dtype)
         self.facts = {"output": "features", "dtype": dtype, **facts}
 
-    def render(self, model: FeatUp, coarse: Tensor, guidance: Tensor, window: Window) -> Any:
-        """See :meth:`Output.render`."""
-        out = np.empty((self.count, window.height, window.width), dtype=self.dtype)
-        kernels, mixed = _prepare(model, coarse, guidance)
+    def _fill(
+        self, out: Any, upsampler: Upsampler, kernels: Kernels, mixed: Tensor, window: Window
+    ) -> None:
         for start in range(0, self.count, _BLOCK):
             block = slice(start, min(start + _BLOCK, self.count))
-            values = model.upsampler.render(kernels, mixed, head=block, window=window)[0]
+            values = upsampler.render(kernels, mixed, head=block, window=window)[0]
             out[block] = values.cpu().numpy()
         if not np.isfinite(out).all():
             raise ValueError(f"features overflow {self.dtype}; store them as float32")
-        return out
 
 
 class HeadOutput(Output):
@@ -123,15 +155,16 @@ class HeadOutput(Output):
         self.nodata = NO_CLASS if form == "classes" else float("nan")
         self.facts = {"output": form, "classes": self.classes, **facts}
 
-    def render(self, model: FeatUp, coarse: Tensor, guidance: Tensor, window: Window) -> Any:
-        """See :meth:`Output.render`."""
-        kernels, mixed = _prepare(model, coarse, guidance)
-        weight = self._weight.to(mixed)
-        out = model.upsampler.render(kernels, mixed, head=weight, window=window)[0]
-        out = out + self._bias.to(out)[:, None, None]
+    def _fill(
+        self, out: Any, upsampler: Upsampler, kernels: Kernels, mixed: Tensor, window: Window
+    ) -> None:
+        head = Head(self._weight.to(mixed), self._bias.to(mixed))
+        values = upsampler.render(kernels, mixed, head=head, window=window)[0]
         if self._form == "classes":
-            return _largest(out).cpu().numpy()
-        return (out.softmax(0) if self._form == "probabilities" else out).float().cpu().numpy()
+            values = _largest(values)
+        elif self._form == "probabilities":
+            values = values.softmax(0)
+        out[:] = values.cpu().numpy()
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -142,10 +175,3 @@ def _largest(values: Tensor) -> Tensor:
         index.masked_fill_(values[number] > best, number)
         torch.maximum(best, values[number], out=best)
     return index[None]
-
-
-def _prepare(model: FeatUp, coarse: Tensor, guidance: Tensor) -> tuple[Any, Tensor]:
-    grid = (coarse.shape[2], coarse.shape[3])
-    size = (guidance.shape[2], guidance.shape[3])
-    kernels = model.upsampler.prepare(guidance, grid, size, features=coarse)
-    return kernels, model.upsampler.mix(coarse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from upfeat.machine import resident_memory
@@ -20,8 +21,17 @@ _TILES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
 """Sides tried, pixels, largest first."""
 _WINDOW = 512
 """Side of the windows of a backbone with global attention, pixels."""
-_UPSAMPLER_BYTES = 600
-"""Of an upsampler, for each pixel of a tile: image, queries and temporaries."""
+_BACKBONE_TILES = (4096, 3584, 3072, 2560, *_TILES)
+"""Sides of the backbone's own tiles, pixels; the larger, the less their halos cost."""
+_LEAST_SHARE = 2
+"""A tile of the backbone is at least so many times as wide as its halo, where it may choose."""
+
+# Bytes of an upsampler for each pixel of a tile with its halo: image, guidance, maps on the grid.
+_TILE_BYTES = 80
+# Bytes of what is alive while a window is upsampled: queries, weights, values.
+_WINDOW_BYTES = 300 * 10**6
+# Bytes of shared means for each cell, on a grid twice as fine.
+_MEANS_BYTES = 4 * 32 * 4
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ def make_plan(
     *,
     max_memory: int = DEFAULT_BUDGET,
     tile: int | None = None,
+    backbone_tile: int | None = None,
 ) -> Plan:
     """Choose tiles for a raster.
 
@@ -61,10 +72,11 @@ def make_plan(
         what: is written.
         max_memory: bytes that the process may hold, with what it holds already.
         tile: side of a tile, pixels; ``None`` for the largest that the budget allows.
+        backbone_tile: of those that go through the backbone, cells; likewise.
 
     Raises:
-        ValueError: the upsampler looks at the whole image, or no tile is small enough; the
-            smallest budget that can work is named.
+        ValueError: the upsampler looks at the whole image or at early layers, or no tile is small
+            enough; the smallest budget that can work is named.
     """
     stride, reach = model.backbone.stride, model.upsampler.reach
     if reach is None:
@@ -72,23 +84,41 @@ def make_plan(
             f"{model.upsampler.name} looks at the whole image and cannot work in tiles; choose an "
             "upsampler that does not, such as detail"
         )
+    if model.early:
+        raise ValueError("early=True: rasters are made without early layers; load with early=False")
     step = model.upsampler.step
     height, width = (step * -(-side // (stride * step)) for side in size)
     halo = receptive_halo(model.backbone)
     resident = resident_memory() or 0
     activations = activation_bytes(model.backbone)
-    needed = math.inf
-    for side in _TILES if tile is None else (tile,):
+    needed, plan = math.inf, None
+    for side, through in _candidates(stride, halo, tile, backbone_tile):
         cells = step * max(1, side // (stride * step))
-        through = cells if halo is not None else max(_WINDOW // stride, 1)
         plan = Plan((height, width), cells, reach + MASK_HALO, step, through, halo)
         needed = resident + _needed(plan, model, what, activations)
-        if needed <= max_memory or tile is not None:
+        if needed <= max_memory:
             return plan
+    if tile is not None and plan is not None:
+        return plan  # an output that was begun goes on with its tiles
     raise ValueError(
         f"max_memory={max_memory / 1e9:.2f}GB is too little for a raster of {size[0]}×{size[1]} "
         f"pixels; the smallest that can work is about {needed / 1e9 + 0.05:.1f}GB"
     )
+
+
+def _candidates(
+    stride: int, halo: int | None, tile: int | None, backbone_tile: int | None
+) -> Iterator[tuple[int, int]]:
+    """Sides of tiles in pixels, and of the backbone's in cells, the best first."""
+    for side in _TILES if tile is None else (tile,):
+        if backbone_tile is not None:
+            yield side, backbone_tile
+        elif halo is None:
+            yield side, max(_WINDOW // stride, 1)
+        else:
+            sides = [max(own // stride, 1) for own in _BACKBONE_TILES]
+            wide = [own for own in sides if own >= _LEAST_SHARE * halo]
+            yield from ((side, own) for own in (sides if side == _TILES[-1] else wide))
 
 
 def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> float:
@@ -97,8 +127,11 @@ def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> floa
     outer = min(plan.tile + 2 * (plan.halo + plan.step), max(plan.grid))
     seen = min(plan.backbone_tile + 2 * (plan.backbone_halo or 0), max(plan.grid))
     rows = (outer + plan.backbone_tile) * plan.grid[1] * channels * 4
-    backbone = (seen * stride) ** 2 * activations
-    upsampler = (outer * stride) ** 2 * _UPSAMPLER_BYTES
-    # One tile is being written while the next is computed, in float32 and as it is stored.
-    written = (plan.tile * stride) ** 2 * what.count * (4 + 3 * what.dtype.itemsize)
-    return rows + max(backbone, upsampler + written)
+    if model.upsampler.means_halo is not None:
+        rows += (outer + plan.tile) * plan.grid[1] * _MEANS_BYTES
+    # The image, as it is read and as it is normalised.
+    backbone = (seen * stride) ** 2 * (activations + 30)
+    upsampler = (outer * stride) ** 2 * _TILE_BYTES + _WINDOW_BYTES
+    # One tile is being written while the next is computed; a shard is put together of its chunks.
+    written = (plan.tile * stride) ** 2 * what.count * 4 * what.dtype.itemsize
+    return rows + max(backbone, upsampler) + written

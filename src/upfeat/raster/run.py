@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,14 +14,15 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.model import FeatUp
-from upfeat.mosaic import Rows, strips
+from upfeat.mosaic import Rows, Strip, strips
 from upfeat.outputs import Inputs, check_output
-from upfeat.raster.outputs import Output
+from upfeat.raster.outputs import Output, RasterTile
 from upfeat.raster.plan import MASK_HALO, Plan
 from upfeat.raster.scene import Scene
 from upfeat.raster.store import FORMAT, Store
 from upfeat.tiling import split
 from upfeat.upsamplers import Window
+from upfeat.upsamplers.maps import cut, inside
 
 OnTile = Callable[[int, int], None]
 """Is told how many tiles are done, of how many."""
@@ -97,7 +99,8 @@ def _render(piece: Piece, model: FeatUp, what: Output) -> Any:
     """Values of a tile, masked pixels as no-data."""
     if piece.coarse is None:
         return what.empty(piece.pixels)
-    values = what.render(model, piece.coarse, piece.guidance, piece.inner)
+    tile = RasterTile(piece.coarse, piece.guidance, piece.means, piece.inner)
+    values = what.render(model, tile)
     values[:, ~piece.valid] = what.nodata
     return values
 
@@ -117,6 +120,7 @@ class Piece(NamedTuple):
         pixels: of the raster, that the tile writes.
         coarse: (1, C, h, w) features of the tile and its halo; ``None`` where no pixel is valid.
         guidance: (1, 3, H, W) their image.
+        means: of :meth:`Upsampler.cell_means`; ``None`` where there are none.
         inner: ``pixels`` in coordinates of ``guidance``.
         valid: (pixels.height, pixels.width) bool array.
     """
@@ -125,6 +129,7 @@ class Piece(NamedTuple):
     pixels: Window
     coarse: Tensor | None
     guidance: Tensor
+    means: Tensor | None
     inner: Window
     valid: Any
 
@@ -144,7 +149,7 @@ def pieces(
     backbone, stride = model.backbone, model.backbone.stride
 
     def normalized(pixels: Tensor) -> Tensor:
-        return (pixels[None].to(backbone.mean.device) - backbone.mean) / backbone.std
+        return (pixels[None].to(backbone.mean.device) - backbone.mean).div_(backbone.std)
 
     tiles = enumerate(split(plan.grid, plan.tile, halo=plan.halo, step=plan.step))
     waiting = [
@@ -164,18 +169,92 @@ def pieces(
             first_row=waiting[0][1].outer.top,
         )
     )
+    first_row = waiting[0][1].outer.top
+    means = _mean_rows(scene, model, plan, normalized, first_row)
     for index, tile, pixels in waiting:
         outer = tile.outer
         seen = Window(*(stride * side for side in outer))
-        image, valid = scene.read(seen)
+        valid = scene.read_valid(seen)
         inner = Window(pixels.top - seen.top, pixels.left - seen.left, *pixels[2:])
-        inside = valid[inner.top : inner.bottom, inner.left : inner.right].numpy()
+        usable = valid[inner.top : inner.bottom, inner.left : inner.right].numpy()
         coarse = None
-        if inside.any():
+        if usable.any():
             coarse = rows(outer.top, outer.bottom)[:, :, :, outer.left : outer.right]
             coarse = _fill_cells(coarse, valid, stride)
-        guidance = model.guidance(normalized(image))
-        yield Piece(index, pixels, coarse, guidance, inner, inside)
+        shared = None if means is None or coarse is None else means(outer)
+        shown = outer if means is None else _around(tile.core, model.upsampler.means_halo, outer)
+        guidance = _guidance(scene, model, shown, outer, normalized)
+        yield Piece(index, pixels, coarse, guidance, shared, inner, usable)
+
+
+def _around(core: Window, halo: int | None, outer: Window) -> Window:
+    """A window of cells with a halo, as far as the outer one goes."""
+    assert halo is not None
+    top, left = max(core.top - halo, outer.top), max(core.left - halo, outer.left)
+    bottom, right = min(core.bottom + halo, outer.bottom), min(core.right + halo, outer.right)
+    return Window(top, left, bottom - top, right - left)
+
+
+def _guidance(
+    scene: Scene,
+    model: FeatUp,
+    shown: Window,
+    outer: Window,
+    normalized: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The image of a window of cells, of which only a part is read; the rest is 0."""
+    stride = model.backbone.stride
+    guidance = model.guidance(normalized(scene.read(Window(*(stride * n for n in shown)))[0]))
+    if shown == outer:
+        return guidance
+    place = Window(*(stride * n for n in inside(shown, outer)))
+    # Memory that is not written takes no room.
+    out = guidance.new_zeros(1, guidance.shape[1], stride * outer.height, stride * outer.width)
+    cut(out, place).copy_(guidance)
+    return out
+
+
+def _mean_rows(
+    scene: Scene,
+    model: FeatUp,
+    plan: Plan,
+    normalized: Callable[[Tensor], Tensor],
+    first_row: int,
+) -> Callable[[Window], Tensor] | None:
+    """What tiles share of the image's means, from windows of cells that only go down.
+
+    Every cell is computed once, in tiles that always begin at the same places.
+    """
+    upsampler, stride = model.upsampler, model.backbone.stride
+    halo = upsampler.means_halo
+    if halo is None:
+        return None
+    factors: list[int] = []
+
+    def made() -> Iterator[Strip]:
+        parts: list[Tensor] = []
+        for piece in split(plan.grid, plan.tile, halo=halo):
+            core, outer = piece.core, piece.outer
+            if core.bottom <= first_row:
+                continue
+            image = scene.read(Window(*(stride * side for side in outer)))[0]
+            grid = (outer.height, outer.width)
+            guidance = model.guidance(normalized(image))
+            parts.append(upsampler.cell_means(guidance, grid, piece.inner))
+            if core.right == plan.grid[1]:
+                factors.append(parts[0].shape[2] // core.height)
+                yield Strip(factors[0] * core.top, torch.cat(parts, dim=3))
+                parts.clear()
+
+    source = made()
+    first = next(source)  # tells the factor
+    rows, factor = Rows(chain([first], source)), factors[0]
+
+    def read(cells: Window) -> Tensor:
+        kept = rows(factor * cells.top, factor * cells.bottom)
+        return kept[:, :, :, factor * cells.left : factor * cells.right].contiguous()
+
+    return read
 
 
 def _fill_cells(coarse: Tensor, valid: Tensor, stride: int) -> Tensor:

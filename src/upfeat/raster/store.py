@@ -234,14 +234,17 @@ class Store:
             plain.unlink(missing_ok=True)
 
 
-def unfinished_tile(output: Path) -> int | None:
-    """Side of the tiles of an unfinished output, pixels; ``None`` if there is none.
+def unfinished_tiles(output: Path) -> dict[str, int]:
+    """Sides of the tiles of an unfinished output, as ``make_plan`` takes them; empty without one.
 
     Args:
         output: the final path.
     """
     path = _partial(output) / _SETTINGS
-    return json.loads(path.read_text(encoding="utf-8"))["tile"] if path.is_file() else None
+    if not path.is_file():
+        return {}
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    return {name: settings[name] for name in ("tile", "backbone_tile") if name in settings}
 
 
 def _partial(output: Path) -> Path:

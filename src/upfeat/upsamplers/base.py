@@ -182,6 +182,48 @@ class Upsampler(nn.Module, ABC):
             raise ValueError(f"{self.name} makes no use of hidden; leave it out, or take detail")
         return self.prepare(guidance, grid_size, output_size, features)
 
+    @property
+    def means_halo(self) -> int | None:
+        """Cells around a tile that its image must show where means are shared; ``None``: no means.
+
+        Those of a large image are made by :meth:`cell_means` and used by :meth:`prepare_tile`. A
+        multiple or a part of :attr:`step`.
+        """
+        return None
+
+    def cell_means(self, guidance: Tensor, grid_size: Size, cells: Window) -> Tensor:
+        """Means over cells that tiles of a large image look at far beyond themselves.
+
+        Made once for each cell of the large image, they are given to :meth:`prepare_tile` of every
+        tile that sees the cell.
+
+        Args:
+            guidance: (B, 3, H, W), a part of the image.
+            grid_size: (h, w) cells of that part.
+            cells: of them, those at least :attr:`means_halo` from ends that are not the image's.
+
+        Returns:
+            (B, D, f·cells.height, f·cells.width) for a factor f of the upsampler.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no means; see means_halo")
+
+    def prepare_tile(
+        self, guidance: Tensor, grid_size: Size, features: Tensor, means: Tensor | None
+    ) -> Kernels:
+        """Make the weights of a tile at the size of its image, as :meth:`prepare` does.
+
+        Args:
+            guidance: (B, 3, H, W); with means, of no effect farther than :attr:`means_halo` from
+                the pixels that are asked for.
+            grid_size: (h, w).
+            features: (B, C, h, w).
+            means: of all cells of the tile, as :meth:`cell_means` gives them; ``None`` where
+                :attr:`means_halo` is.
+        """
+        del means
+        size = (guidance.shape[2], guidance.shape[3])
+        return self.prepare(guidance, grid_size, size, features)
+
     def mix(self, features: Tensor) -> Tensor:
         """The map of each cell's channels, (B, C, h, w) -> (B, C, h, w). Here the identity."""
         return features

@@ -305,19 +305,62 @@ class DetailUpsampler(Upsampler):
         hidden: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare_with`; the regression sees ``hidden`` too."""
+        del features
+        return self._prepare(guidance, grid_size, output_size, hidden=hidden)
+
+    @property
+    def means_halo(self) -> int | None:
+        """See :attr:`Upsampler.means_halo`; the regression is what looks far."""
+        if not self.ridge:
+            return None
+        radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
+        finer = -(-radius * rounds // FINER) + 1
+        seen = [finer + cells_of_pixels(self.neighbourhood.encoder.halo)]
+        if self.embed_dim is not None:
+            seen.append(finer + self.network.reach // FINER + 2)
+        step = self.neighbourhood.step
+        return step * -(-max(seen) // step)
+
+    def cell_means(self, guidance: Tensor, grid_size: Size, cells: Window) -> Tensor:
+        """See :meth:`Upsampler.cell_means`; mean queries of the finer cells."""
+        step, size = self.neighbourhood, (guidance.shape[2], guidance.shape[3])
+        queries = Queries(step.encoder, guidance, size, self.backend)
+        finer = (FINER * grid_size[0], FINER * grid_size[1])
+        return CellMeans(queries, finer).at(Window(*(FINER * side for side in cells)))
+
+    def prepare_tile(
+        self, guidance: Tensor, grid_size: Size, features: Tensor, means: Tensor | None
+    ) -> DetailKernels:
+        """See :meth:`Upsampler.prepare_tile`."""
+        del features
+        size = (guidance.shape[2], guidance.shape[3])
+        return self._prepare(guidance, grid_size, size, means=means)
+
+    def _prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        *,
+        hidden: Tensor | None = None,
+        means: Tensor | None = None,
+    ) -> DetailKernels:
+        """Weights of a guidance whose mean queries may be known, (B, D, 2h, 2w)."""
         guidance = even_bands(guidance)
         step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
         queries = Queries(step.encoder, guidance, output_size, self.backend)
         finer_means = CellMeans(queries, finer)
-        means = Coarser(finer_means, FINER)
+        if means is not None:
+            finer_means.start_from(means)
+        coarse_means = Coarser(finer_means, FINER)
         middle = Units(finer_means)  # keys of the last step, queries of the first
-        first = step.attend(middle, Units(means))
+        first = step.attend(middle, Units(coarse_means))
         last = step.attend(queries, middle, widening=self.widening)
         regression = None
         if self.ridge:
             regression = ImageRegression(
-                means, finer_means, first, penalty=self.ridge, step=STEP, hidden=hidden
+                coarse_means, finer_means, first, penalty=self.ridge, step=STEP, hidden=hidden
             )
         maps = None
         if self.embed_dim is not None:

@@ -136,6 +136,11 @@ class CellMeans(Computed):
         assert out is not None
         return out
 
+    def start_from(self, means: Tensor) -> None:
+        """Take the means of all cells, (B, K, h, w), which are known."""
+        self._all = means
+        self._parts = means, [bytearray(b"\1" * means.shape[3]) for _ in range(means.shape[2])]
+
     def _part(self, cells: Window) -> Tensor:
         means = self.source.means(self.size, cells)
         if means is not None:

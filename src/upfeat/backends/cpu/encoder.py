@@ -1,8 +1,8 @@
 """Layers of convolutional encoders through the compiled library: inference only.
 
 A layer reads pixels once and writes them once: the norm and activation before a convolution are
-applied on the way in, bias, residual and the sums for the next norm on the way out. 3×3 kernels go
-through Winograd's F(2×2, 3×3), 16 multiplications in place of 36.
+applied on the way in, bias, residual and the sums for the next norm on the way out. 3×3 kernels of
+many channels go through Winograd's minimal filtering, 16 or 24 multiplications in place of 36.
 """
 
 from __future__ import annotations
@@ -115,10 +115,8 @@ def layer(
         description.inputs = 9 * channels
     else:
         before.describe(description, channels)
-    matrix = weight.reshape(outputs, -1)
-    if kernel == 3:
-        matrix = weight.permute(0, 2, 3, 1).reshape(outputs, -1) if windows else _winograd(weight)
-    _point(description, "weight", _padded(matrix.mT if matrix.dim() == 2 else matrix))
+    matrix = weight if kernel == 1 else weight.permute(0, 2, 3, 1)
+    _point(description, "weight", _padded(matrix.reshape(outputs, -1).mT))
     if bias is not None:
         _point(description, "bias", _padded(bias))
     description.outputs = outputs
@@ -189,14 +187,3 @@ def _point(description: Layer, name: str, array: Tensor) -> None:
     if not hasattr(description, "keep"):
         description.keep = []
     description.keep.append(array)
-
-
-_WINOGRAD = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-
-
-def _winograd(weight: Tensor) -> Tensor:
-    """Kernels (O, I, 3, 3) transformed, (16, I, O); rounded once, from float64."""
-    matrix = torch.tensor(_WINOGRAD, dtype=torch.float64)
-    both = torch.kron(matrix, matrix)  # (16, 9)
-    flat = weight.double().permute(2, 3, 1, 0).reshape(9, -1)
-    return (both @ flat).unflatten(1, (weight.shape[1], weight.shape[0]))

@@ -31,7 +31,7 @@ _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
     *("silu", "unit", "reflect", "pair", "groups"),
 )
-_ABI = 6
+_ABI = 7
 _NO_MEMORY = 2
 _NO_ISA = 3
 

@@ -1,0 +1,153 @@
+"""Measure ``upfeat.batch.extract`` against the backbone alone, and explicit maps against the disk.
+
+    python benchmarks/extract_throughput.py [OUT.json] [--images 96] [--rounds 5] [--size 224]
+
+Rounds alternate between the backbone on tensors that lie in memory, in batches of several sizes and
+all threads for each; and the whole of extract on JPEG files of the same size. What is reported are
+medians of wall-clock rates, and of processor time for an image: on a machine that does other things
+as well, the latter says more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageEnhance
+
+import upfeat
+from upfeat.batch import Extraction, extract
+
+PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
+BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+def write_photos(folder: Path, count: int, size: int) -> int:
+    """Write JPEG files, crops of the bundled photographs; return their bytes."""
+    folder.mkdir()
+    sources = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))]
+    for number in range(count):
+        source = sources[number % len(sources)]
+        image = source.resize((size + 2 * number, size + 2 * number)).crop((0, 0, size, size))
+        image = ImageEnhance.Brightness(image).enhance(0.7 + 0.6 * number / count)
+        image.save(folder / f"{number:05d}.jpg", quality=90)
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def timed(work: Callable[[], object], count: int) -> dict[str, float]:
+    """Images per second by the clock, and milliseconds of processor time for each."""
+    wall, used = time.perf_counter(), time.process_time()
+    work()
+    wall, used = time.perf_counter() - wall, time.process_time() - used
+    return {"images_per_second": count / wall, "cpu_ms_per_image": 1000 * used / count}
+
+
+def backbone_alone(x: torch.Tensor, backbone: torch.nn.Module, batch: int) -> None:
+    """Compute features of all images, batch by batch."""
+    with torch.inference_mode():
+        for start in range(0, len(x), batch):
+            backbone(x[start : start + batch])
+
+
+def write_plainly(folder: Path, count: int, size: int) -> None:
+    """Write that many files of that many bytes, and wait for the disk."""
+    folder.mkdir()
+    content = os.urandom(size)
+    for number in range(count):
+        with (folder / f"{number}.bin").open("wb") as file:
+            file.write(content)
+    os.sync()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
+    options = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="extract-", dir=options.folder))
+    count, photos = options.images, root / "photos"
+    encoded = write_photos(photos, count, options.size)
+    model = upfeat.load()
+    x = torch.cat([model.preprocess(path) for path in sorted(photos.iterdir())])
+    explicit = max(count // 8, 4)
+    short = [str(path) for path in sorted(photos.iterdir())[:explicit]]
+
+    runs: dict[str, list[dict[str, float]]] = {}
+    sizes: dict[str, int] = {}
+
+    def add(name: str, work: Callable[[], object], images: int) -> None:
+        runs.setdefault(name, []).append(timed(work, images))
+
+    def stored(name: str, sources: list[str], images: int) -> None:
+        folder = root / name
+        shutil.rmtree(folder, ignore_errors=True)
+        kind = "lazy" if name.startswith("lazy") else "features"
+        add(name, lambda: (extract(model, sources, folder, Extraction(kind)), os.sync()), images)
+        sizes[name] = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // images
+
+    for _ in range(options.rounds):
+        for batch in BATCHES:
+            work = partial(backbone_alone, x, model.backbone, batch)
+            add(f"backbone, batch {batch}", work, count)
+        stored("lazy", [str(photos)], count)
+        stored("features", short, explicit)
+        shutil.rmtree(root / "plain", ignore_errors=True)
+        add(
+            "plain writing of as many bytes",
+            lambda: write_plainly(root / "plain", explicit, sizes["features"]),
+            explicit,
+        )
+    shutil.rmtree(root)
+    result = summary(runs, sizes, encoded // count)
+    result |= {"size": options.size, "images": count, "rounds": options.rounds}
+    result |= {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    print(json.dumps(result, indent=1))
+    if options.out is not None:
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def summary(
+    runs: dict[str, list[dict[str, float]]], sizes: dict[str, int], encoded: int
+) -> dict[str, object]:
+    """Medians, and the ratios of them that matter."""
+    medians = {
+        name: {key: round(statistics.median(run[key] for run in taken), 2) for key in taken[0]}
+        for name, taken in runs.items()
+    }
+    alone = [name for name in medians if name.startswith("backbone")]
+    best = max(alone, key=lambda name: medians[name]["images_per_second"])
+    thrifty = min(alone, key=lambda name: medians[name]["cpu_ms_per_image"])
+    lazy = medians["lazy"]
+    written, plain = medians["features"], medians["plain writing of as many bytes"]
+    return {
+        "rates": medians,
+        "best_batch": best,
+        "lazy_share_of_backbone_by_clock": round(
+            lazy["images_per_second"] / medians[best]["images_per_second"], 3
+        ),
+        "lazy_share_of_backbone_by_processor_time": round(
+            medians[thrifty]["cpu_ms_per_image"] / lazy["cpu_ms_per_image"], 3
+        ),
+        "bytes_per_image": {"jpeg": encoded, **sizes},
+        "explicit_megabytes_per_second": round(
+            written["images_per_second"] * sizes["features"] / 1e6, 1
+        ),
+        "disk_megabytes_per_second": round(plain["images_per_second"] * sizes["features"] / 1e6, 1),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Time and memory of ``upfeat raster --head`` over generated rasters, by their area.
+
+    python benchmarks/rasters.py --sides 2000 20000 --threads 2 --max-memory 4GB --json rasters.json
+
+A raster has fields with borders, textures and noise, three bands of bytes in deflated blocks of 512
+pixels; the head has five classes. Each raster is a process of its own, whose processor time and
+largest resident memory the system counts. Its progress is written to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import rasterio
+import torch
+from rasterio.transform import from_origin
+
+import upfeat
+from upfeat.heads import SavedHead, describe_backbone, save_head
+from upfeat.machine import readable
+
+BLOCK = 512
+PATTERN = 8 * BLOCK
+CLASSES = ["water", "field", "forest", "road", "roof"]
+
+
+def make_raster(path: Path, side: int) -> None:
+    """Write a square raster block by block; every block differs from the others."""
+    profile = {
+        "driver": "GTiff",
+        "count": 3,
+        "height": side,
+        "width": side,
+        "dtype": "uint8",
+        "crs": "EPSG:32633",
+        "transform": from_origin(500000, 5200000, 1, 1),
+        "photometric": "rgb",
+    }
+    blocks = {"tiled": True, "blockxsize": BLOCK, "blockysize": BLOCK}
+    generator = np.random.default_rng(0)
+    y, x = np.mgrid[:PATTERN, :PATTERN]
+    fields = ((x // 97 + y // 61) % 5 * 35)[None] + np.array([10, 30, 60])[:, None, None]
+    waves = 25 * np.sin(x / 53) * np.cos(y / 71)
+    noise = generator.integers(0, 30, (3, PATTERN // 4, PATTERN // 4)).repeat(4, 1).repeat(4, 2)
+    pattern = np.clip(fields + waves + noise, 0, 235).astype(np.uint8)
+    with rasterio.open(path, "w", **profile, **blocks, compress="deflate", zlevel=1) as file:
+        for top in range(0, side, BLOCK):
+            for left in range(0, side, BLOCK):
+                rows, columns = min(BLOCK, side - top), min(BLOCK, side - left)
+                row, column = generator.integers(0, PATTERN - BLOCK, 2)
+                part = pattern[:, row : row + rows, column : column + columns]
+                shade = generator.integers(0, 20, dtype=np.uint8)
+                file.write(part + shade, window=((top, top + rows), (left, left + columns)))
+
+
+def make_head(path: Path) -> None:
+    """Write a head of random weights for the default backbone."""
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(len(CLASSES), backbone.embed_dim, generator=generator)
+    bias = torch.zeros(len(CLASSES))
+    head = SavedHead(weight, bias, CLASSES, "classes", describe_backbone(backbone), "detail")
+    save_head(path, head)
+
+
+def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str, float | int]:
+    """Run the command on one raster and report what it took."""
+    raster, output = folder / f"{side}.tif", folder / f"{side}.classes.tif"
+    if not raster.exists():
+        make_raster(raster, side)
+    command = [sys.executable, "-m", "upfeat", "raster", str(raster), "-o", str(output)]
+    command += ["--head", str(folder / "head.safetensors"), "--max-memory", max_memory]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    started = time.perf_counter()
+    child = subprocess.Popen([*command, "--overwrite"], env=environment)
+    ledger = folder / f"{output.name}.partial" / "tiles.txt"
+    told = started
+    while True:
+        number, status, used = os.wait4(child.pid, os.WNOHANG)
+        if number:
+            break
+        time.sleep(0.2)
+        if time.perf_counter() - told > 60:
+            told = time.perf_counter()
+            done = ledger.read_text().count("\n") if ledger.exists() else 0
+            print(
+                f"{side}²: {done} tiles after {told - started:.0f} s", file=sys.stderr, flush=True
+            )
+    if status:
+        sys.exit(f"upfeat raster: status {status}")
+    seconds, processor = time.perf_counter() - started, used.ru_utime + used.ru_stime
+    megapixels = side * side / 1e6
+    found = {
+        "side": side,
+        "megapixels": megapixels,
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor, 1),
+        "processor_seconds_a_megapixel": round(processor / megapixels, 3),
+        "peak_bytes": used.ru_maxrss * 1024,
+        "output_bytes": output.stat().st_size,
+    }
+    text = f"{side}²: {seconds:.0f} s, {processor:.0f} s of processors, "
+    text += f"{found['processor_seconds_a_megapixel']} s a megapixel, "
+    print(text + f"peak {readable(found['peak_bytes'])}", file=sys.stderr, flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure all sides."""
+    parser = argparse.ArgumentParser(description="Time of upfeat raster, by area.")
+    parser.add_argument("--sides", type=int, nargs="+", default=[2000, 6000])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--max-memory", default="4GB")
+    parser.add_argument("--folder", type=Path, help="for rasters and results (default: temporary)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        make_head(folder / "head.safetensors")
+        shared = (options.threads, options.max_memory)
+        rows = [measure(folder, side, *shared) for side in options.sides]
+    report = {
+        "upfeat": upfeat.__version__,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "threads": options.threads,
+        "max_memory": options.max_memory,
+        "rasters": rows,
+    }
+    text = json.dumps(report, indent=1) + "\n"
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+// Features in terms of patterns: per cell, every channel's window of the grid times every pattern,
+// divided by how many of the window's cells exist; the numbers read as one row for each pattern,
+// a softmax down every column, and the mean of each row.
+struct PatternJob {
+  const UpfeatTensor *features, *out;
+  const float* patterns;  // (side * side, pitch)
+  int64_t count, side, pitch;
+  char* scratch;
+  int64_t worker_bytes, rows, width;  // channels in fours, patterns in whole vectors
+};
+
+static void pattern_task(void* context, int64_t task, int worker) {
+  const PatternJob& job = *static_cast<const PatternJob*>(context);
+  const UpfeatTensor& features = *job.features;
+  const int64_t channels = features.size[1], taps = job.side * job.side, half = job.side / 2;
+  float* windows = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  float* responses = windows + job.rows * taps;
+  float* dense = responses + job.rows * job.width;
+  float* result = dense + channels * job.count + kLanes;
+  const int64_t batch = task / features.size[2], y = task % features.size[2];
+  for (int64_t x = 0; x < features.size[3]; ++x) {
+    int64_t inside = 0;
+    for (int64_t i = 0; i < job.rows * taps; ++i) windows[i] = 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t row = y + tap / job.side - half, column = x + tap % job.side - half;
+      if (row < 0 || row >= features.size[2] || column < 0 || column >= features.size[3]) continue;
+      ++inside;
+      const Row from = row_of(features, batch, row);
+      for (int64_t c = 0; c < channels; ++c) {
+        windows[c * taps + tap] = read_one(from.at(c, column), 0, from.dtype);
+      }
+    }
+    multiply_rows(job.rows, windows, taps, 1, job.patterns, nullptr, 1, taps, job.pitch, responses,
+                  job.width, job.width / kLanes);
+    const float share = 1.0f / static_cast<float>(inside);
+    for (int64_t c = 0; c < channels; ++c) {  // without gaps, and then read in other rows
+      for (int64_t k = 0; k < job.count; ++k) {
+        dense[c * job.count + k] = responses[c * job.width + k] * share;
+      }
+    }
+    for (int64_t k = 0; k < job.count; ++k) result[k] = 0;
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      // The last column may be read past a row's end: those lanes count for nothing.
+      const IVec mine = lanes_below(channels - c);
+      Vec most = splat(-3.4e38f), sum = {};
+      for (int64_t k = 0; k < job.count; ++k) most = max(most, load(dense + k * channels + c));
+      for (int64_t k = 0; k < job.count; ++k) sum += exp(load(dense + k * channels + c) - most);
+      const Vec scale = select(mine, 1.0f / sum, Vec{});
+      for (int64_t k = 0; k < job.count; ++k) {
+        const Vec e = exp(load(dense + k * channels + c) - most) * scale;
+        result[k] += total_of(select(mine, e, Vec{}))[0];
+      }
+    }
+    for (int64_t k = 0; k < job.count; ++k) result[k] *= 1.0f / static_cast<float>(channels);
+    write_channels_last(row_of(*job.out, batch, y), 0, job.count, x, 1, result, job.width, false);
+  }
+}
+
+static int run_patterns(const Runtime& runtime, const UpfeatTensor& features,
+                        const float* patterns, int64_t side, int64_t pitch,
+                        const UpfeatTensor& out) {
+  PatternJob job{&features, &out, patterns, out.size[1], side, pitch, nullptr, 0, 0, 0};
+  job.rows = (features.size[1] + 3) / 4 * 4;
+  job.width = whole_vectors(job.count);
+  const int64_t floats = job.rows * (side * side + job.width) + features.size[1] * job.count +
+                         kLanes + job.width + kLanes;
+  job.worker_bytes = (floats * 4 + 63) / 64 * 64;
+  job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
+  if (!job.scratch) return UPFEAT_NO_MEMORY;
+  runtime.parallel_for(runtime.workers, features.size[0] * features.size[2], pattern_task, &job);
+  runtime.release(job.scratch);
+  return UPFEAT_OK;
+}

@@ -1,0 +1,334 @@
+// 3x3 convolutions of many channels by Winograd's minimal filtering, exact but for rounding.
+//
+// Where vectors multiply, F(2x2, 3x3): 16 products of matrices for 2x2 pixels in place of 36. Where
+// tiles do, F(2, 3) along rows alone: 12 products for 2 pixels in place of 18, whose transformed
+// rows and weights stay in the caches, and which the tiles do in the time that it takes to transform.
+
+// Of a matrix, how much of each tap it holds along one axis.
+constexpr double kWinogradShares[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+
+#if defined(__AMX_BF16__)
+
+constexpr int64_t kWinogradMatrices = 12;
+UPFEAT_INLINE double winograd_share(int64_t matrix, int64_t tap) {
+  return matrix / 4 == tap / 3 ? kWinogradShares[matrix % 4][tap % 3] : 0;
+}
+
+// Input columns of 32 pairs of pixels.
+constexpr int64_t kLineColumns = 2 * kWinogradTiles + 2;
+
+struct WinogradScratch {
+  char* rows;  // 4 rows of the input, each 4 left operands
+  float *line, *products, *result, *other, *sums;
+};
+
+static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* out) {
+  WinogradScratch s{};
+  s.rows = at;
+  s.line = reinterpret_cast<float*>(at + 16 * left_bytes(job.layer.inputs));
+  s.products = s.line + kLineColumns * job.in_width;
+  s.result = s.products + 4 * (kWinogradTiles * job.out_width + 16);
+  s.other = s.result + 2 * kWinogradTiles * job.out_width;
+  s.sums = s.other + 2 * kWinogradTiles * job.out_width;
+  if (out) *out = s;
+  return reinterpret_cast<char*>(s.sums + 2 * job.out_width) - at;
+}
+
+// Prepares and transforms one row of the input, columns x - 1 to x + 2 * kWinogradTiles, in steps.
+struct RowIntake {
+  const LayerJob& job;
+  const WinogradScratch& s;
+  int64_t batch, x, high;
+  int64_t row, next, end, blocks;
+  char* left;
+
+  UPFEAT_MEMBER void begin(int64_t y) {
+    const int64_t inputs = job.layer.inputs;
+    row = mirrored(y, job.layer.x->size[2], job.layer.reflect);
+    left = s.rows + (y + 1) % 4 * 4 * left_bytes(inputs);
+    blocks = dense_blocks(inputs);
+    next = 0;
+    end = kWinogradTiles * (blocks + 1);
+    if (row < 0) {
+      memset(left, 0, static_cast<size_t>(4 * left_bytes(inputs)));
+      end = 0;
+    } else {
+      prepare(x > 0 ? 0 : 1, 4);
+      if (x == 0) mirror(0);
+    }
+  }
+
+  UPFEAT_MEMBER void step() {
+    if (next < end) work();
+  }
+
+ private:
+  UPFEAT_APART_MEMBER void work() {
+    const int64_t tile = next / (blocks + 1), part = next % (blocks + 1);
+    ++next;
+    if (part) {
+      transform(tile, part - 1);
+    } else if (tile) {
+      prepare(2 * tile + 2, 2 * tile + 4);
+    }
+  }
+
+  // Columns [from, to) of the line.
+  UPFEAT_MEMBER void prepare(int64_t from, int64_t to) {
+    const int64_t inside = smaller(to, high - x + 1);
+    if (inside > from) {
+      prepare_pixels(job, batch, row, x - 1 + from, inside - from, s.line + from * job.in_width);
+    }
+    for (int64_t i = inside > from ? inside : from; i < to; ++i) mirror(i);
+  }
+
+  UPFEAT_MEMBER void mirror(int64_t i) {
+    const int64_t width = job.in_width;
+    const int64_t at = mirrored(x - 1 + i, job.layer.x->size[3], job.layer.reflect);
+    const size_t bytes = static_cast<size_t>(width) * 4;
+    if (at < 0) {
+      memset(s.line + i * width, 0, bytes);
+    } else {
+      memcpy(s.line + i * width, s.line + (at - x + 1) * width, bytes);
+    }
+  }
+
+  UPFEAT_MEMBER void transform(int64_t tile, int64_t block) {
+    const int64_t width = job.in_width, inputs = job.layer.inputs, size = left_bytes(inputs);
+    const float* d = s.line + 2 * tile * width;
+    const auto at = [&](int64_t i, int64_t c) UPFEAT_LAMBDA { return load(d + i * width + c); };
+    put_left(left, inputs, tile, block, width,
+             [&](int64_t c) UPFEAT_LAMBDA { return at(0, c) - at(2, c); });
+    put_left(left + size, inputs, tile, block, width,
+             [&](int64_t c) UPFEAT_LAMBDA { return at(1, c) + at(2, c); });
+    put_left(left + 2 * size, inputs, tile, block, width,
+             [&](int64_t c) UPFEAT_LAMBDA { return at(2, c) - at(1, c); });
+    put_left(left + 3 * size, inputs, tile, block, width,
+             [&](int64_t c) UPFEAT_LAMBDA { return at(1, c) - at(3, c); });
+  }
+};
+
+// The four products of every tile to its two pixels.
+static void winograd_outputs(const LayerJob& job, const WinogradScratch& s, int64_t tiles) {
+  const int64_t width = job.out_width, plane = kWinogradTiles * width + 16;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const float* from = s.products + tile * width;
+    float* to = s.result + 2 * tile * width;
+    for (int64_t c = 0; c < width; c += kLanes) {
+      const Vec m1 = load(from + plane + c), m2 = load(from + 2 * plane + c);
+      store(to + c, load(from + c) + (m1 + m2));
+      store(to + width + c, (m1 - m2) - load(from + 3 * plane + c));
+    }
+  }
+}
+
+static void winograd_task(void* context, int64_t task, int worker) {
+  const LayerJob& job = *static_cast<const LayerJob*>(context);
+  const Layer& layer = job.layer;
+  WinogradScratch s;
+  winograd_scratch(job, job.scratch + worker * job.worker_bytes, &s);
+  const int64_t left = left_bytes(layer.inputs), right = right_bytes(layer.inputs, job.out_width);
+  double* partial = partial_of(job, task);
+  const int64_t x = task % job.column_tasks * 2 * kWinogradTiles;
+  const int64_t part = task / job.column_tasks;
+  const int64_t batch = part / job.row_tasks, first = part % job.row_tasks * job.rows_per_task;
+  const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
+  const int64_t columns = smaller(2 * kWinogradTiles, layer.out->size[3] - x);
+  const int64_t tiles = (columns + 1) / 2, plane = kWinogradTiles * job.out_width + 16;
+  const int64_t high = smaller(x + 2 * kWinogradTiles + 1, layer.x->size[3]);
+  RowIntake intake{job, s, batch, x, high, 0, 0, 0, 1, nullptr};
+  Fetch fetch{nullptr, nullptr};
+  dense_begin();
+  for (int64_t y = first - 1; y < first + 2; ++y) {
+    intake.begin(y);
+    while (intake.next < intake.end) intake.step();
+  }
+  for (int64_t y = first; y < end; ++y) {
+    if (y + 1 < end) intake.begin(y + 2);
+    fetch.begin(layer.residual ? *layer.residual : *layer.out, batch, Strip{y, x, columns});
+    for (int64_t matrix = 0; matrix < 4; ++matrix) {
+      Operands operands[3];
+      for (int64_t tap = 0; tap < 3; ++tap) {
+        operands[tap] = {s.rows + ((y + tap) % 4 * 4 + matrix) * left,
+                         job.right + (4 * tap + matrix) * right};
+      }
+      multiply_dense(tiles, operands, 3, layer.inputs, job.out_width, 0, job.out_width,
+                     s.products + matrix * plane, job.out_width,
+                     [&]() UPFEAT_LAMBDA {
+                       intake.step();
+                       fetch.step();
+                     });
+    }
+    while (intake.next < intake.end) intake.step();
+    winograd_outputs(job, s, tiles);
+    finish_pixels(job, batch, y, x, columns, s.result, s.other, s.sums, partial);
+  }
+  dense_end();
+}
+
+#else
+
+constexpr int64_t kWinogradMatrices = 16;
+UPFEAT_INLINE double winograd_share(int64_t matrix, int64_t tap) {
+  return kWinogradShares[matrix / 4][tap / 3] * kWinogradShares[matrix % 4][tap % 3];
+}
+
+struct WinogradScratch {
+  char* tiles;  // 16 left operands
+  float *ring, *products, *result, *other, *sums;
+};
+constexpr int64_t kRingColumns = 2 * kWinogradTiles + 2;
+// Floats of a product; planes of a power of two would all share a set of the cache.
+constexpr int64_t kWinogradPlane = kWinogradTiles * kWinogradBlock + 16;
+
+static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* out) {
+  WinogradScratch s{};
+  s.tiles = at;
+  s.ring = reinterpret_cast<float*>(at + 16 * left_bytes(job.layer.inputs));
+  s.products = s.ring + 4 * kRingColumns * job.in_width;
+  s.result = s.products + 16 * kWinogradPlane;
+  s.other = s.result + 2 * 2 * kWinogradTiles * job.out_width;
+  s.sums = s.other + 2 * kWinogradTiles * job.out_width;
+  if (out) *out = s;
+  return reinterpret_cast<char*>(s.sums + 2 * job.out_width) - at;
+}
+
+// Row y of the input, prepared, columns x - 1 to x + 2 * kWinogradTiles, to its place in the ring.
+static void winograd_row(const LayerJob& job, const WinogradScratch& s, int64_t batch, int64_t y,
+                         int64_t x) {
+  const Layer& layer = job.layer;
+  const UpfeatTensor& image = *layer.x;
+  const int64_t width = job.in_width;
+  float* line = s.ring + (y + 1) % 4 * kRingColumns * width;
+  const int64_t from = mirrored(y, image.size[2], layer.reflect);
+  const int64_t low = x > 0 ? x - 1 : 0;
+  const int64_t high = smaller(x + 2 * kWinogradTiles + 1, image.size[3]);
+  if (from < 0) {
+    for (int64_t i = 0; i < kRingColumns * width; ++i) line[i] = 0;
+    return;
+  }
+  float* inside = line + (low - (x - 1)) * width;
+  prepare_pixels(job, batch, from, low, high - low, inside);
+  for (int64_t i = 0; i < kRingColumns; ++i) {
+    const int64_t column = x - 1 + i;
+    if (column >= low && column < high) continue;
+    const int64_t at = mirrored(column, image.size[3], layer.reflect);
+    float* to = line + i * width;
+    if (at < 0) {
+      for (int64_t c = 0; c < width; ++c) to[c] = 0;
+    } else {
+      memcpy(to, line + (at - (x - 1)) * width, static_cast<size_t>(width) * 4);
+    }
+  }
+}
+
+static void winograd_inputs(const LayerJob& job, const WinogradScratch& s, int64_t y) {
+  const int64_t width = job.in_width, inputs = job.layer.inputs, step = left_bytes(inputs);
+  const float* lines[4];
+  for (int64_t i = 0; i < 4; ++i) lines[i] = s.ring + (y + i) % 4 * kRingColumns * width;
+  const float* pairs[4][2] = {
+      {lines[0], lines[2]}, {lines[1], lines[2]}, {lines[2], lines[1]}, {lines[1], lines[3]}};
+  for (int64_t tile = 0; tile < kWinogradTiles; ++tile) {
+    for (int64_t block = 0; block < dense_blocks(inputs); ++block) {
+      UPFEAT_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const float* one = pairs[i][0] + 2 * tile * width;
+        const float* other = pairs[i][1] + 2 * tile * width;
+        // Down the columns, one row of four; the second one's are added.
+        const auto down = [&](int j, int64_t c) UPFEAT_LAMBDA {
+          const Vec a = load(one + j * width + c), b = load(other + j * width + c);
+          return i == 1 ? a + b : a - b;
+        };
+        char* to = s.tiles + 4 * i * step;
+        put_left(to, inputs, tile, block, width,
+                 [&](int64_t c) UPFEAT_LAMBDA { return down(0, c) - down(2, c); });
+        put_left(to + step, inputs, tile, block, width,
+                 [&](int64_t c) UPFEAT_LAMBDA { return down(1, c) + down(2, c); });
+        put_left(to + 2 * step, inputs, tile, block, width,
+                 [&](int64_t c) UPFEAT_LAMBDA { return down(2, c) - down(1, c); });
+        put_left(to + 3 * step, inputs, tile, block, width,
+                 [&](int64_t c) UPFEAT_LAMBDA { return down(1, c) - down(3, c); });
+      }
+    }
+  }
+}
+
+static void winograd_outputs(const LayerJob& job, const WinogradScratch& s, int64_t channel,
+                             int64_t channels) {
+  const int64_t step = kWinogradPlane;
+  const int64_t second = 2 * kWinogradTiles * job.out_width;  // the second row of pixels
+  for (int64_t tile = 0; tile < kWinogradTiles; ++tile) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      const float* from = s.products + tile * kWinogradBlock + c;
+      Vec down[2][4];
+      UPFEAT_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const Vec m0 = load(from + j * step), m1 = load(from + (4 + j) * step);
+        const Vec m2 = load(from + (8 + j) * step), m3 = load(from + (12 + j) * step);
+        down[0][j] = m0 + m1 + m2;
+        down[1][j] = m1 - m2 - m3;
+      }
+      float* to = s.result + 2 * tile * job.out_width + channel + c;
+      UPFEAT_UNROLL
+      for (int i = 0; i < 2; ++i) {
+        store(to + i * second, down[i][0] + down[i][1] + down[i][2]);
+        store(to + i * second + job.out_width, down[i][1] - down[i][2] - down[i][3]);
+      }
+    }
+  }
+}
+
+static void winograd_task(void* context, int64_t task, int worker) {
+  const LayerJob& job = *static_cast<const LayerJob*>(context);
+  const Layer& layer = job.layer;
+  WinogradScratch s;
+  winograd_scratch(job, job.scratch + worker * job.worker_bytes, &s);
+  const int64_t left = left_bytes(layer.inputs), right = right_bytes(layer.inputs, job.out_width);
+  memset(s.tiles, 0, static_cast<size_t>(16 * left));
+  double* partial = partial_of(job, task);
+  const int64_t x = task % job.column_tasks * 2 * kWinogradTiles;
+  const int64_t part = task / job.column_tasks;
+  const int64_t batch = part / job.row_tasks, first = part % job.row_tasks * job.rows_per_task;
+  const int64_t height = layer.out->size[2];
+  const int64_t end = smaller(first + job.rows_per_task, height);
+  const int64_t columns = smaller(2 * kWinogradTiles, layer.out->size[3] - x);
+  const int64_t tiles = (columns + 1) / 2;
+  dense_begin();
+  winograd_row(job, s, batch, first - 1, x);
+  winograd_row(job, s, batch, first, x);
+  for (int64_t y = first; y < end; y += 2) {
+    winograd_row(job, s, batch, y + 1, x);
+    winograd_row(job, s, batch, y + 2, x);
+    winograd_inputs(job, s, y);
+    for (int64_t channel = 0; channel < job.out_width; channel += kWinogradBlock) {
+      const int64_t channels = smaller(kWinogradBlock, job.out_width - channel);
+      for (int64_t k = 0; k < 16; ++k) {
+        const Operands operands{s.tiles + k * left, job.right + k * right};
+        multiply_dense(tiles, &operands, 1, layer.inputs, job.out_width, channel, channel + channels,
+                       s.products + k * kWinogradPlane, kWinogradBlock, [] {});
+      }
+      winograd_outputs(job, s, channel, channels);
+    }
+    for (int64_t row = 0; row < smaller(2, height - y); ++row) {
+      finish_pixels(job, batch, y + row, x, columns,
+                    s.result + row * 2 * kWinogradTiles * job.out_width, s.other, s.sums, partial);
+    }
+  }
+  dense_end();
+}
+
+#endif
+
+// One of the transformed kernels, (inputs, pitch), rounded once.
+static void winograd_matrix(const Layer& layer, int64_t matrix, float* to) {
+  const int64_t count = layer.inputs * layer.pitch;
+  double shares[9];
+  for (int64_t tap = 0; tap < 9; ++tap) shares[tap] = winograd_share(matrix, tap);
+  for (int64_t i = 0; i < count; ++i) {
+    double sum = 0;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      if (shares[tap] != 0) sum += shares[tap] * static_cast<double>(layer.weight[tap * count + i]);
+    }
+    to[i] = static_cast<float>(sum);
+  }
+}

@@ -1,0 +1,217 @@
+"""Dense grids as tools of pathology exchange them: an array (d, gh, gw) and its geometry beside it.
+
+``ID.pt`` holds the tensor, ``ID.meta.json`` the geometry: the size that was asked for, that size
+padded at the bottom and on the right to whole patches, and the grid. The geometry is written last
+and so says that the grid is whole. slide2vec writes and reads such pairs.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from upfeat.geometry import reflect_pad
+from upfeat.images import read_image
+from upfeat.model import FeatUp
+from upfeat.storage import write_bytes
+from upfeat.types import Size
+
+if TYPE_CHECKING:
+    from upfeat.images import ImageLike
+
+
+@dataclass(frozen=True)
+class DenseGrid:
+    """Features of one image on a coarse grid, and how the grid lies on it.
+
+    Attributes:
+        features: (d, gh, gw).
+        target_size: (height, width) of the image, pixels.
+        patch_size: (height, width) of a cell, pixels.
+        facts: whatever else the geometry says.
+    """
+
+    features: Tensor
+    target_size: Size
+    patch_size: Size
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check that grid and sizes fit.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.features.dim() != 3:
+            raise ValueError(f"features must be (d, gh, gw), not {tuple(self.features.shape)}")
+        sides = zip(self.features.shape[1:], self.target_size, self.patch_size, strict=True)
+        for cells, pixels, patch in sides:
+            if cells < 1 or patch < 1 or cells != -(-pixels // patch):
+                raise ValueError(
+                    f"a grid of {tuple(self.features.shape[1:])} cells of {self.patch_size} pixels "
+                    f"does not cover an image of {self.target_size} pixels once"
+                )
+
+    @property
+    def encoded_size(self) -> Size:
+        """(height, width) of the padded image that the grid covers, pixels."""
+        _, rows, columns = self.features.shape
+        return rows * self.patch_size[0], columns * self.patch_size[1]
+
+    @property
+    def pad(self) -> Size:
+        """Rows below the image and columns right of it that were padded."""
+        height, width = self.encoded_size
+        return height - self.target_size[0], width - self.target_size[1]
+
+    def upsample(self, model: FeatUp, image: ImageLike, output_size: Size | None = None) -> Tensor:
+        """Upsample the grid by the image that it was made of, whoever made it.
+
+        Args:
+            model: its upsampler is used; its backbone says how the image is normalised.
+            image: of ``target_size`` pixels.
+            output_size: (height, width) of the result; ``None`` for the image's.
+
+        Returns:
+            (d, *output_size).
+
+        Raises:
+            ValueError: the image has another size.
+        """
+        x = _padded(model, image, self.encoded_size, self.target_size)
+        height, width = self.encoded_size
+        whole = output_size or self.target_size
+        scaled = tuple(
+            round(out * encoded / target)
+            for out, encoded, target in zip(whole, (height, width), self.target_size, strict=True)
+        )
+        with torch.inference_mode():
+            features = self.features[None].to(x)
+            out = model.upsampler(features, model.guidance(x), (scaled[0], scaled[1]))
+        return out[0, :, : whole[0], : whole[1]]
+
+
+def encode_grid(model: FeatUp, image: ImageLike) -> DenseGrid:
+    """Compute the grid of one image; sides are padded by reflection, not resized, to whole cells.
+
+    Args:
+        model: its backbone makes the features.
+        image: as :meth:`upfeat.FeatUp.preprocess` takes it.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    pixels = read_image(image)
+    size, stride = (pixels.shape[1], pixels.shape[2]), model.backbone.stride
+    encoded = (-(-size[0] // stride) * stride, -(-size[1] // stride) * stride)
+    with torch.inference_mode():
+        features = model.backbone(_padded(model, pixels, encoded, size))[0]
+    facts = {"encoder_name": model.backbone.name, "pad_mode": "reflect"}
+    return DenseGrid(features.cpu(), size, (stride, stride), facts)
+
+
+def _padded(model: FeatUp, image: ImageLike, encoded: Size, target: Size) -> Tensor:
+    """The normalised image, padded at the bottom and on the right."""
+    x = model.preprocess(image)
+    size = (x.shape[2], x.shape[3])
+    if size != tuple(target):
+        raise ValueError(f"the image has {size} pixels, and the grid is of one of {target}")
+    down, across = encoded[0] - size[0], encoded[1] - size[1]
+    radius = max(down, across)
+    if not radius:
+        return x
+    return reflect_pad(x, radius)[:, :, radius:, radius:][:, :, : encoded[0], : encoded[1]]
+
+
+def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "float32") -> Path:
+    """Write a grid and then its geometry.
+
+    Args:
+        folder: that is there.
+        name: of the sample.
+        grid: to write.
+        dtype: "float32" or "float16".
+
+    Returns:
+        The path of the grid.
+
+    Raises:
+        ValueError: the dtype is another.
+        OSError: writing failed.
+    """
+    if dtype not in ("float32", "float16"):
+        raise ValueError(f'dtype="{dtype}" must be float32 or float16')
+    path = Path(folder) / f"{name}.pt"
+    content = io.BytesIO()
+    torch.save(grid.features.to(getattr(torch, dtype)).contiguous().clone(), content)
+    geometry = {
+        "encoder_level": "tile",
+        "pad_mode": "reflect",
+        "feature_kind": "patch_features",
+        "window_size": None,
+        "overlap": 0.0,
+        **grid.facts,
+        "sample_id": name,
+        "artifact_type": "dense_image_embeddings",
+        "format": "pt",
+        "dtype": dtype,
+        "feature_dim": len(grid.features),
+        "grid_shape": list(grid.features.shape[1:]),
+        "target_size": list(grid.target_size),
+        "patch_size": list(grid.patch_size),
+        "encoded_size": list(grid.encoded_size),
+        "pad": list(grid.pad),
+    }
+    _geometry_path(path).unlink(missing_ok=True)  # it is not that of what is written now
+    write_bytes(path, content.getvalue())
+    write_bytes(_geometry_path(path), (json.dumps(geometry, indent=1) + "\n").encode())
+    return path
+
+
+def read_grid(path: str | Path) -> DenseGrid:
+    """Read a grid with its geometry, whoever wrote it; no code in it is run.
+
+    Args:
+        path: ``ID.pt``.
+
+    Raises:
+        FileNotFoundError: the grid or its geometry is not there.
+        ValueError: it is no grid, or the two do not fit.
+    """
+    path = Path(path)
+    for one in (path, _geometry_path(path)):
+        if not one.is_file():
+            raise FileNotFoundError(f"{one}: no such file")
+    try:
+        geometry = json.loads(_geometry_path(path).read_text(encoding="utf-8"))
+        target, patch = (_size(geometry[name]) for name in ("target_size", "patch_size"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{_geometry_path(path)}: no geometry of a grid ({error})") from None
+    try:
+        features = torch.load(path, weights_only=True, map_location="cpu")
+    except (RuntimeError, EOFError, pickle.UnpicklingError):
+        raise ValueError(f"{path}: not a tensor, or a damaged file") from None
+    if not isinstance(features, Tensor):
+        raise ValueError(f"{path}: holds a {type(features).__name__}, not a tensor")
+    try:
+        return DenseGrid(features, target, patch, geometry)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _size(value: Any) -> Size:
+    """(height, width); a whole number stands for both."""
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
+def _geometry_path(path: Path) -> Path:
+    return path.with_suffix(".meta.json")

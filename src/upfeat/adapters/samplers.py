@@ -1,0 +1,112 @@
+"""Tiles of a map as a sampler of places on the ground, and the way back from tiles to a map."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from upfeat.bounds import number
+from upfeat.tiling import Tile, split
+from upfeat.types import Size
+
+Query = tuple[slice, slice]
+"""Part of the ground in the units of the coordinate system: x from west to east, y from south to
+north, each with the resolution as its step."""
+
+
+class TileSampler:
+    """Tiles with halos as queries for a geographic data set, as those of torchgeo.
+
+    It goes where ``torch.utils.data.DataLoader(dataset, sampler=...)`` takes one. Every query is
+    the outer window of a tile; :func:`stitch` puts what was made of the cores together. With a halo
+    of at least what the model looks at, the result equals that of the whole image.
+
+    Example:
+        >>> sampler = TileSampler((500.0, 0.0, 540.0, 20.0), 0.5, tile=32, halo=8)
+        >>> sampler.size, len(sampler), next(iter(sampler))
+        ((40, 80), 6, (slice(500.0, 520.0, 0.5), slice(0.0, 20.0, 0.5)))
+    """
+
+    def __init__(
+        self,
+        bounds: tuple[float, float, float, float],
+        resolution: float,
+        *,
+        tile: int,
+        halo: int = 0,
+        step: int = 1,
+    ) -> None:
+        """Cut the ground into tiles.
+
+        Args:
+            bounds: (west, south, east, north).
+            resolution: side of a pixel, in the same units.
+            tile: side of a core, pixels.
+            halo: pixels around every core that are read too.
+            step: tiles and halos begin at multiples of it, pixels; the backbone's stride.
+
+        Raises:
+            ValueError: the bounds are empty, or a number is out of range.
+        """
+        resolution = number("resolution", resolution, 0, above=True)
+        west, south, east, north = bounds
+        if not (west < east and south < north):
+            raise ValueError(f"bounds={bounds} must be (west, south, east, north) and not empty")
+        self.resolution, self._west, self._north = resolution, west, north
+        # Whole pixels; what lies beyond the last whole one by less than a hundredth is rounding.
+        self.size: Size = (
+            max(math.floor((north - south) / resolution + 0.01), 1),
+            max(math.floor((east - west) / resolution + 0.01), 1),
+        )
+        self.tiles: list[Tile] = list(split(self.size, tile, halo=halo, step=step))
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __iter__(self) -> Iterator[Query]:
+        for tile in self.tiles:
+            outer = tile.outer
+            left = self._west + outer.left * self.resolution
+            top = self._north - outer.top * self.resolution
+            yield (
+                slice(left, left + outer.width * self.resolution, self.resolution),
+                slice(top - outer.height * self.resolution, top, self.resolution),
+            )
+
+
+def stitch(parts: Iterable[Tensor], sampler: TileSampler) -> Tensor:
+    """Put the maps of tiles together.
+
+    Args:
+        parts: (C, height, width) of every outer window, in the sampler's order.
+        sampler: that gave the windows.
+
+    Returns:
+        (C, *sampler.size).
+
+    Raises:
+        ValueError: there are fewer or more parts than tiles, or one has another size.
+    """
+    out: Tensor | None = None
+    count = 0
+    for count, part in enumerate(parts, start=1):
+        if count > len(sampler):
+            raise ValueError(f"parts are more than the {len(sampler)} tiles of the sampler")
+        tile = sampler.tiles[count - 1]
+        if tuple(part.shape[1:]) != (tile.outer.height, tile.outer.width):
+            raise ValueError(
+                f"part {count} has {tuple(part.shape[1:])} pixels, not "
+                f"{(tile.outer.height, tile.outer.width)}"
+            )
+        if out is None:
+            out = torch.empty((part.shape[0], *sampler.size), dtype=part.dtype, device=part.device)
+        core, inner = tile.core, tile.inner
+        out[:, core.top : core.bottom, core.left : core.right] = part[
+            :, inner.top : inner.bottom, inner.left : inner.right
+        ]
+    if out is None or count < len(sampler):
+        raise ValueError(f"parts are {count}, and the sampler has {len(sampler)} tiles")
+    return out

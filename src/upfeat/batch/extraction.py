@@ -1,0 +1,65 @@
+"""Recipe of the results of a set of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from upfeat._version import __version__
+from upfeat.batch.items import content_hash
+from upfeat.heads import SavedHead, describe_backbone
+from upfeat.model import FeatUp
+from upfeat.provenance import digest
+
+KINDS = ("lazy", "features", "head")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """Recipe of the results of every image.
+
+    Attributes:
+        kind: "lazy", coarse features and the image, from which any part of the full map is made
+            when it is read (about a hundredth of its size); "features", the full map; "head", what
+            a linear head says at every pixel.
+        size: shorter side that images are brought to, pixels; ``None`` for their own.
+        dtype: of stored maps, "float16" or "float32".
+        head: for "head".
+    """
+
+    kind: str = "lazy"
+    size: int | None = None
+    dtype: str = "float16"
+    head: SavedHead | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ValueError: one is out of range.
+        """
+        if self.kind not in KINDS:
+            raise ValueError(f'kind="{self.kind}" must be one of {", ".join(KINDS)}')
+        if (self.kind == "head") != (self.head is not None):
+            raise ValueError(f'kind="{self.kind}" and head={self.head!r} do not go together')
+        if self.dtype not in ("float16", "float32"):
+            raise ValueError(f'dtype="{self.dtype}" must be float16 or float32')
+
+    def settings(self, model: FeatUp) -> dict[str, Any]:
+        """All that decides results beside the images, as JSON values."""
+        head = self.head
+        return {
+            "upfeat_version": __version__,
+            "kind": self.kind,
+            "size": self.size,
+            "dtype": self.dtype,
+            "backbone": describe_backbone(model.backbone),
+            "upsampler": {
+                "name": model.upsampler.name,
+                "config": model.upsampler.config(),
+                "weights": digest(model.upsampler),
+            },
+            "head": None
+            if head is None
+            else {"names": head.names, "weight": content_hash(head.weight.numpy())},
+        }

@@ -1,0 +1,151 @@
+"""One item of a set from beginning to end: decoded, computed, written."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upfeat import machine
+from upfeat._version import __version__
+from upfeat.batch.budget import Budget
+from upfeat.batch.extraction import Extraction
+from upfeat.batch.replicas import Replica
+from upfeat.decoding import image_size
+from upfeat.failures import failure_reason
+from upfeat.features import UpsampledFeatures
+from upfeat.lazy_files import FORMAT as LAZY
+from upfeat.lazy_files import digest, write_parts
+from upfeat.marks import FEATURES
+from upfeat.mosaic import activation_bytes
+from upfeat.outputs import Inputs, check_output, file_digest
+from upfeat.storage import create_array, write_tensors
+
+Entry = dict[str, Any]
+Task = tuple[Entry, Any]
+"""What is known of an item, and its content: the bytes of a file, or a frame."""
+
+# Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
+_UPSAMPLING = 70
+_STRIPED = 1 << 26
+"""Larger maps, in bytes of float32, go to their file in strips and never exist whole."""
+_STRIP = 64
+"""Rows of a strip."""
+
+
+class Maker:
+    """Makes and writes the files of items."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        extraction: Extraction,
+        folder: Path,
+        inputs: Inputs,
+        *,
+        overwrite: bool = False,
+        budget: Budget | None = None,
+    ) -> None:
+        """Keep what makes them, and what must not be written over."""
+        self._model, self._turn = replica
+        self._extraction, self._folder = extraction, folder
+        self._inputs, self._overwrite = inputs, overwrite
+        self._budget = budget
+        self._weights = digest(self._model.upsampler)
+
+    def __call__(self, task: Task) -> Entry:
+        """Make one item; return what the ledger shall say of it."""
+        entry, content = task
+        if "error" in entry:
+            return entry
+        try:
+            if self._budget is None:
+                self._make(entry["file"], content)
+            else:
+                with self._budget.take(self._needed(content)):
+                    self._make(entry["file"], content)
+        except _WriteError as error:
+            # A disk that cannot be written is no fault of the item.
+            raise error.reason from None
+        except Exception as error:
+            reason = failure_reason(error)
+            if reason is None:
+                raise
+            return {"key": entry["key"], "sha256": entry["sha256"], "error": reason}
+        path = self._folder / entry["file"]
+        return entry | {"size": path.stat().st_size, "file_sha256": file_digest(path)}
+
+    def _make(self, name: str, content: Any) -> None:
+        x = self._model.preprocess(content, self._extraction.size)
+        path = self._folder / name
+        kind = LAZY if self._extraction.kind == "lazy" else FEATURES
+        with torch.inference_mode():
+            with self._turn:
+                lazy = self._model.lazy(x)
+                stored = self._map(lazy)
+            check_output(path, self._inputs, kind, overwrite=self._overwrite)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._write(path, lazy, stored)
+            except OSError as error:
+                raise _WriteError(error) from None
+
+    def _map(self, lazy: UpsampledFeatures) -> Tensor | None:
+        """The map that is stored, (C, H, W); ``None`` for one that is made as it is written."""
+        extraction = self._extraction
+        dtype = getattr(torch, extraction.dtype)
+        if extraction.head is not None:
+            head = extraction.head
+            weight, bias = head.weight.to(lazy.features), head.bias.to(lazy.features)
+            return lazy.project(weight, bias)[0].to(dtype).cpu().contiguous()
+        if extraction.kind == "lazy" or _is_striped(lazy.shape):
+            return None
+        return lazy.full(dtype)[0].cpu().contiguous()
+
+    def _write(self, path: Path, lazy: UpsampledFeatures, stored: Tensor | None) -> None:
+        if self._extraction.kind == "lazy":
+            write_parts(path, lazy.parts, weights=self._weights)
+            return
+        facts = {"format": FEATURES, "upfeat_version": __version__, "kind": self._extraction.kind}
+        if stored is not None:
+            write_tensors(path, {"features": stored}, facts)
+            return
+        with self._turn, create_array(path, lazy.shape[1:], self._extraction.dtype, facts) as file:
+            for top in range(0, lazy.shape[2], _STRIP):
+                rows = min(_STRIP, lazy.shape[2] - top)
+                strip = lazy.crop(top, 0, rows, lazy.shape[3])[0]
+                strip = strip.to(getattr(torch, self._extraction.dtype)).cpu()
+                if not torch.isfinite(torch.stack(strip.aminmax())).all():
+                    raise ValueError(f"the map overflows {self._extraction.dtype}; use float32")
+                file.write_rows(top, strip.numpy())
+
+    def _needed(self, content: Any) -> float:
+        """Bytes that an item takes while it is made, as far as its header tells."""
+        own = image_size(content) if isinstance(content, bytes) else content.shape[:2]
+        if own is None:
+            return 0
+        model, extraction = self._model, self._extraction
+        height, width = machine.resized((int(own[0]), int(own[1])), extraction.size)
+        a_pixel = _UPSAMPLING + activation_bytes(model.backbone)
+        channels = 0
+        if extraction.kind != "lazy":
+            channels = model.embed_dim if extraction.head is None else len(extraction.head.weight)
+        rows = min(height, _STRIP) if _is_striped((channels, height, width)) else height
+        # The map as it is made, and as it is stored.
+        held = rows * width * channels * 8
+        return own[0] * own[1] * machine.DECODING + height * width * a_pixel + held
+
+
+def _is_striped(shape: tuple[int, ...]) -> bool:
+    return 4 * math.prod(shape) > _STRIPED
+
+
+class _WriteError(Exception):
+    """An error of the system while results are written."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason

@@ -1,0 +1,133 @@
+"""``upfeat video``: a video in, a video of its features out, and how stable they are."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    DEFAULT_BACKBONE,
+    UPSAMPLER_HELP,
+    add_layer,
+    with_layers,
+)
+
+if TYPE_CHECKING:
+    from upfeat.video import VideoReport
+
+HELP = "Write a video of a video's features, in one basis of colours; report its stability."
+EXAMPLE = (
+    "  upfeat video clip.mp4 -o out.mp4\n"
+    "  upfeat video clip.mp4 -o out.mp4 --size 360 --alone --report stability.json\n"
+    "  upfeat video clip.mp4 -o classes.mp4 --head probe.safetensors"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("video", type=Path, help="file that FFmpeg reads")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="where the result goes: .mp4, .mov, .mkv or .webm; without sound",
+    )
+    parser.add_argument(
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
+    )
+    add_layer(parser)
+    parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="resize the shorter side first (default: the video's own size)",
+    )
+    parser.add_argument(
+        "--passes",
+        type=int,
+        choices=(1, 5),
+        default=1,
+        help="5: let the backbone see frames at twice their size too (default: %(default)s)",
+    )
+    parser.add_argument("--head", type=Path, metavar="FILE", help="show the classes of a head")
+    parser.add_argument(
+        "--alone", action="store_true", help="features alone, without the frame beside them"
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=16,
+        metavar="N",
+        help="frames that the colours are fitted on (default: %(default)s)",
+    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the stability as JSON")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that upfeat did not make (never one that is read)",
+    )
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Run; code 2 where the video could not be read to its end."""
+    import upfeat
+    from upfeat.cli.console import progress_bar, say
+    from upfeat.frames import count_frames
+    from upfeat.heads import load_head
+    from upfeat.marks import VIDEO
+    from upfeat.outputs import Inputs, check_output
+    from upfeat.video import VideoSettings, render_video, write_report
+
+    inputs = Inputs([options.video, options.head, options.backbone, options.upsampler])
+    check_output(options.output, inputs, VIDEO, overwrite=options.overwrite)
+    if options.report is not None:
+        kind = f"{VIDEO}-report"
+        check_output(options.report, inputs, kind, overwrite=options.overwrite)
+    count_frames(options.video)  # what is wrong with it, before the model is loaded
+    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+    chosen = {"upsampler": options.upsampler, "passes": options.passes}
+    model = upfeat.load(backbone, **chosen, device=options.device)
+    head = None if options.head is None else load_head(options.head)
+    if head is not None:
+        head.check_backbone(model.backbone, str(options.head))
+    settings = VideoSettings(options.size, not options.alone, head, options.sample)
+    with progress_bar() as progress:
+        task = progress.add_task(options.video.name, total=None)
+        report = render_video(
+            model,
+            options.video,
+            options.output,
+            settings,
+            overwrite=options.overwrite,
+            on_frame=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if options.report is not None:
+        write_report(options.report, report)
+    say(f"{options.output}  {describe(report, classes=head is not None)}")
+    if report.damage is not None:
+        print(f"upfeat video: error: {report.damage}; the result ends there", file=sys.stderr)
+    return 2 if report.damage is not None else 0
+
+
+def describe(report: VideoReport, *, classes: bool) -> str:
+    """One line of a report."""
+    height, width = report.size
+    text = f"{report.frames} frames of {width}×{height}"
+    if report.flicker is None or report.drift is None or report.drift_coarse is None:
+        return f"{text}; nothing stands still, so that stability cannot be told"
+    flicker = f"{report.flicker:.2%} change class" if classes else f"flicker {report.flicker:.1f}"
+    return (
+        f"{text}; where nothing moves ({report.still:.0%}): drift of features "
+        f"{report.drift:.1%} (coarse {report.drift_coarse:.1%}), {flicker}, of the image "
+        f"{report.image:.1f} of 255"
+    )

@@ -1,0 +1,91 @@
+"""Grids and their geometry go to disk and back, ours and those of others."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import upfeat
+from upfeat.adapters import DenseGrid, encode_grid, read_grid, write_grid
+
+
+def model(upsampler="bilinear"):
+    torch.manual_seed(0)
+    return upfeat.load(torch.nn.Conv2d(3, 6, 14, 14), upsampler=upsampler)
+
+
+def picture(height, width):
+    values = np.random.default_rng(0).integers(0, 255, (height, width, 3))
+    return values.astype(np.uint8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(14, 60), st.integers(14, 60))
+def test_the_grid_covers_the_image_with_whole_patches(height, width):
+    grid = encode_grid(model(), picture(height, width))
+    rows, columns = -(-height // 14), -(-width // 14)
+    assert grid.features.shape == (6, rows, columns)
+    assert grid.encoded_size == (14 * rows, 14 * columns)
+    assert grid.pad == (14 * rows - height, 14 * columns - width)
+    assert grid.upsample(model(), picture(height, width)).shape == (6, height, width)
+
+
+def test_cells_without_padding_are_those_of_the_backbone():
+    made_by, image = model(), picture(30, 44)
+    grid = encode_grid(made_by, image)
+    whole = made_by.backbone(made_by.preprocess(image[:28, :42]))[0]
+    torch.testing.assert_close(grid.features[:, :2, :3], whole)
+    exact = encode_grid(made_by, image[:28, :42])
+    torch.testing.assert_close(exact.features, whole)
+    full = made_by(made_by.preprocess(image[:28, :42]))[0]
+    torch.testing.assert_close(exact.upsample(made_by, image[:28, :42]), full)
+
+
+def test_grid_and_geometry_on_disk(tmp_path):
+    grid = encode_grid(model(), picture(30, 44))
+    path = write_grid(tmp_path, "slide-1", grid)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["slide-1.meta.json", "slide-1.pt"]
+    again = read_grid(path)
+    assert torch.equal(again.features, grid.features)
+    assert (again.target_size, again.patch_size) == ((30, 44), (14, 14))
+    geometry = json.loads((tmp_path / "slide-1.meta.json").read_text())
+    assert geometry["grid_shape"] == [3, 4]
+    assert geometry["encoded_size"] == [42, 56]
+    assert geometry["pad"] == [12, 12]
+    half = read_grid(write_grid(tmp_path, "half", grid, "float16"))
+    assert half.features.dtype is torch.float16
+
+
+def test_grids_of_others_are_upsampled(tmp_path):
+    """Any channels, any patch, a geometry with one number for both sides."""
+    torch.save(torch.randn(20, 4, 4), tmp_path / "x.pt")
+    geometry = {"target_size": 60, "patch_size": 16, "encoder_name": "of somebody"}
+    (tmp_path / "x.meta.json").write_text(json.dumps(geometry))
+    grid = read_grid(tmp_path / "x.pt")
+    assert grid.encoded_size == (64, 64)
+    made_by = model("detail")
+    assert grid.upsample(made_by, picture(60, 60)).shape == (20, 60, 60)
+    assert grid.upsample(made_by, picture(60, 60), (30, 30)).shape == (20, 30, 30)
+    with pytest.raises(ValueError, match="the grid is of one of"):
+        grid.upsample(made_by, picture(60, 61))
+
+
+def test_a_grid_without_its_geometry_is_not_whole(tmp_path):
+    path = write_grid(tmp_path, "a", encode_grid(model(), picture(28, 28)))
+    (tmp_path / "a.meta.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.meta\.json: no such file"):
+        read_grid(path)
+    (tmp_path / "a.meta.json").write_text("{}")
+    with pytest.raises(ValueError, match="no geometry of a grid"):
+        read_grid(path)
+    (tmp_path / "a.meta.json").write_text('{"target_size": [99, 28], "patch_size": 14}')
+    with pytest.raises(ValueError, match="does not cover"):
+        read_grid(path)
+    path.write_bytes(b"no tensor")
+    with pytest.raises(ValueError, match="not a tensor"):
+        read_grid(path)
+    with pytest.raises(ValueError, match="float64"):
+        write_grid(tmp_path, "b", DenseGrid(torch.zeros(1, 2, 2), (28, 28), (14, 14)), "float64")

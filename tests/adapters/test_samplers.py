@@ -1,0 +1,72 @@
+"""Tiles as places on the ground: with a halo, tiles give what the whole gives."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+
+import upfeat
+from upfeat.adapters import TileSampler, stitch
+
+
+class Ground(Dataset):
+    """Answers queries as geographic data sets do."""
+
+    def __init__(self, values, west, north, resolution):
+        self.values, self.west, self.north, self.resolution = values, west, north, resolution
+
+    def __getitem__(self, query):
+        x, y = query
+        top, bottom, left, right = (
+            round(value / self.resolution)
+            for value in (self.north - y.stop, self.north - y.start, x.start - self.west,
+                          x.stop - self.west)
+        )  # fmt: skip
+        return {"image": torch.from_numpy(self.values[:, top:bottom, left:right])}
+
+
+def ground(height, width, resolution=0.6):
+    values = np.random.default_rng(0).random((3, height, width), dtype=np.float32)
+    west, south = 463_120.2, 5_250_010.8
+    bounds = (west, south, west + width * resolution, south + height * resolution)
+    return Ground(values, west, bounds[3], resolution), bounds
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(5, 70), st.integers(5, 70), st.integers(4, 40), st.integers(0, 12))
+def test_tiles_give_back_the_ground(height, width, tile, halo):
+    dataset, bounds = ground(height, width)
+    sampler = TileSampler(bounds, 0.6, tile=tile, halo=halo)
+    assert sampler.size == (height, width)
+    parts = [dataset[query]["image"] for query in sampler]
+    assert len(parts) == len(sampler)
+    assert torch.equal(stitch(parts, sampler), torch.from_numpy(dataset.values))
+
+
+def test_features_of_tiles_are_those_of_the_whole():
+    torch.manual_seed(0)
+    model = upfeat.load(torch.nn.Conv2d(3, 5, 8, 8), upsampler="bilinear")
+    dataset, bounds = ground(64, 96)
+    sampler = TileSampler(bounds, 0.6, tile=32, halo=16, step=8)
+    loader = DataLoader(dataset, sampler=sampler, batch_size=None)
+    with torch.no_grad():
+        tiled = stitch((model(batch["image"][None])[0] for batch in loader), sampler)
+        whole = model(torch.from_numpy(dataset.values)[None])[0]
+    torch.testing.assert_close(tiled, whole, rtol=0, atol=1e-5)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="west, south, east, north"):
+        TileSampler((1, 0, 0, 1), 0.1, tile=4)
+    with pytest.raises(ValueError, match="resolution"):
+        TileSampler((0, 0, 1, 1), 0, tile=4)
+    sampler = TileSampler((0, 0, 8, 8), 1, tile=4)
+    part = torch.zeros(1, 4, 4)
+    with pytest.raises(ValueError, match="has 4 tiles"):
+        stitch([part] * 3, sampler)
+    with pytest.raises(ValueError, match="more than the 4 tiles"):
+        stitch([part] * 5, sampler)
+    with pytest.raises(ValueError, match="not \\(4, 4\\)"):
+        stitch([torch.zeros(1, 3, 4)], sampler)

@@ -1,0 +1,255 @@
+"""Videos of features: one basis for all frames, frames as they come, and what flickers."""
+
+import dataclasses
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+import upfeat
+from upfeat.cli import main
+from upfeat.frames import DamagedVideo, Frame, VideoWriter, count_frames, read_frames
+from upfeat.heads import SavedHead, describe_backbone
+from upfeat.marks import VIDEO, kind_of
+from upfeat.outputs import make_folder
+from upfeat.video import VideoSettings, render_video, write_report
+
+av = pytest.importorskip("av")
+
+
+def model():
+    torch.manual_seed(0)
+    return upfeat.load(torch.nn.Conv2d(3, 6, 8, 8), upsampler="detail")
+
+
+def scene(index, size=(48, 65)):
+    """A disc that moves over a pattern that does not."""
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    pixels = np.stack([rows * 4, columns * 3, (rows // 8 + columns // 8) % 2 * 90 + 60], axis=2)
+    inside = (rows - 14) ** 2 + (columns - 8 - 2 * index) ** 2 < 36
+    pixels[inside] = (240, 40, 40)
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+def write_clip(path, count=8, size=(48, 65), make=scene):
+    with VideoWriter(path, Fraction(10)) as writer:
+        for index in range(count):
+            writer.add(make(index, size), None)
+    return path
+
+
+def plain_clip(path, sizes=((48, 64),), count=6):
+    """A video that says nothing of us."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.height, stream.width = sizes[0]
+        stream.pix_fmt = "yuv420p"
+        for index in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(scene(index, sizes[0]))))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm", ".mov"])
+def test_frames_survive_writing_with_their_times(tmp_path, suffix):
+    path = tmp_path / f"clip{suffix}"
+    times = [Fraction(0), Fraction(1, 10), Fraction(1, 4), Fraction(1, 2)]
+    with VideoWriter(path, Fraction(10)) as writer:
+        for index, time in enumerate(times):
+            writer.add(scene(index), time)
+    frames = list(read_frames(path))
+    assert count_frames(path) == len(frames) == 4
+    assert frames[0].pixels.shape == (48, 66, 3)  # of 65 columns
+    assert [float(frame.time) for frame in frames] == pytest.approx(
+        [float(time) for time in times], abs=0.002
+    )
+    error = np.abs(frames[2].pixels[:, :65].astype(int) - scene(2))
+    assert error.mean() < 12
+    assert kind_of(path) == VIDEO
+
+
+def test_all_frames_share_one_basis(tmp_path):
+    """A frame that returns gets the colours that it had, whatever was in between."""
+    order = (0, 9, 3, 0)
+    clip = write_clip(tmp_path / "a.mkv", 4, make=lambda index, size: scene(order[index], size))
+    out = tmp_path / "out.mkv"
+    report = render_video(model(), clip, out, VideoSettings(beside=False))
+    frames = [frame.pixels.astype(int) for frame in read_frames(out)]
+    assert report.frames == len(frames) == 4
+    assert report.size == (48, 66)
+    assert np.abs(frames[0] - frames[3]).mean() < 4
+    assert np.abs(frames[0] - frames[1]).mean() > 2 * np.abs(frames[0] - frames[3]).mean()
+
+
+def test_the_frame_stands_beside_its_features(tmp_path):
+    clip, out = write_clip(tmp_path / "a.mp4"), tmp_path / "out.mp4"
+    assert render_video(model(), clip, out).frames == 8
+    frame = next(read_frames(out)).pixels
+    assert frame.shape == (48, 132, 3)
+    assert np.abs(frame[:, :65].astype(int) - scene(0)).mean() < 16
+
+
+def test_what_does_not_move_does_not_flicker(tmp_path):
+    still = write_clip(tmp_path / "still.mp4", make=lambda index, size: scene(0, size))
+    moving = write_clip(
+        tmp_path / "moving.mp4",
+        make=lambda index, size: np.random.default_rng(index)
+        .integers(0, 255, (*size, 3), dtype=np.uint8),
+    )  # fmt: skip
+    calm = render_video(model(), still, tmp_path / "calm.mp4")
+    assert calm.still > 0.9
+    assert calm.drift < 0.1
+    assert calm.drift_coarse < 0.1
+    assert calm.flicker < 5
+    wild = render_video(model(), moving, tmp_path / "wild.mp4")
+    assert wild.still == 0
+    assert wild.drift is wild.drift_coarse is wild.flicker is wild.image is None
+
+
+def test_drift_is_that_of_all_channels(tmp_path, monkeypatch):
+    """Features that change where the image does not: random directions tell how much, roughly."""
+    clip = write_clip(tmp_path / "a.mkv", 6, make=lambda index, size: scene(0, size))
+    made_by, number = model(), [0]
+    plain = made_by.backbone.extract
+
+    def drifting(x):
+        number[0] += 1
+        noise = torch.randn(6, 1, 1, generator=torch.Generator().manual_seed(number[0]))
+        return plain(x) + 0.3 * noise
+
+    monkeypatch.setattr(made_by.backbone, "extract", drifting)
+    report = render_video(made_by, clip, tmp_path / "out.mkv")
+    # A constant of the whole grid comes through upsampling as it is.
+    assert report.drift == pytest.approx(report.drift_coarse, rel=0.5)
+    assert report.drift_coarse > 0.1
+
+
+def test_classes_of_a_head(tmp_path):
+    made_by = model()
+    head = SavedHead(
+        torch.randn(3, 6), torch.zeros(3), ["x", "y", "z"], "classes",
+        describe_backbone(made_by.backbone), "detail",
+    )  # fmt: skip
+    clip, out = write_clip(tmp_path / "a.mp4"), tmp_path / "out.mp4"
+    report = render_video(made_by, clip, out, VideoSettings(head=head))
+    assert 0 <= report.flicker < 0.2
+    with pytest.raises(ValueError, match="says values, not classes"):
+        VideoSettings(head=dataclasses.replace(head, kind="values"))
+
+
+def test_the_command_and_its_report(tmp_path, capsys):
+    clip, out = plain_clip(tmp_path / "a.mp4"), tmp_path / "out.mp4"
+    arguments = ["video", str(clip), "-o", str(out), "--report", str(tmp_path / "r.json")]
+    assert main([*arguments, "--upsampler", "bilinear", "--size", "32"]) == 0
+    assert "6 frames of 43×32" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r.json").read_text())["frames"] == 6
+    assert main([*arguments, "--upsampler", "nearest", "--size", "32", "--alone"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing.mp4", "no such file"),
+        ("text.mp4", "not a video, or a truncated one"),
+        ("short.mp4", "not a video, or a truncated one"),
+        ("sound.mp4", "has no video stream"),
+        (".", "is a folder, not a video"),
+    ],
+)
+def test_bad_videos_are_one_line(tmp_path, capsys, name, reason):
+    (tmp_path / "text.mp4").write_text("no video")
+    whole = plain_clip(tmp_path / "whole.mp4").read_bytes()
+    (tmp_path / "short.mp4").write_bytes(whole[: len(whole) // 2])
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert main(["video", str(tmp_path / name), "-o", str(tmp_path / "out.mp4")]) == 2
+    printed = capsys.readouterr().err
+    assert reason in printed
+    assert len(printed.splitlines()) == 1
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_outputs_of_others_are_kept(tmp_path, capsys):
+    clip, other = plain_clip(tmp_path / "a.mp4"), plain_clip(tmp_path / "b.mp4")
+    before = other.read_bytes()
+    for output, reason in (
+        (clip, "is the input"),
+        (other, "was not made by upfeat"),
+        (tmp_path / "out.gif", "must end in one of"),
+    ):
+        assert main(["video", str(clip), "-o", str(output)]) == 2
+        printed = capsys.readouterr().err
+        assert reason in printed
+        assert len(printed.splitlines()) == 1
+    assert other.read_bytes() == before
+
+
+def test_a_video_that_is_damaged_later_ends_there(tmp_path, monkeypatch):
+    clip = plain_clip(tmp_path / "a.mp4")
+
+    def damaged(path):
+        for number, frame in enumerate(read_frames(path)):
+            if number == 3:
+                raise DamagedVideo(f"{path}: damaged after frame 3")
+            yield frame
+
+    monkeypatch.setattr("upfeat.video.read_frames", damaged)
+    report = render_video(model(), clip, tmp_path / "out.mp4")
+    assert report.frames == 3
+    assert report.damage.endswith("damaged after frame 3")
+    write_report(tmp_path / "r.json", report)
+    assert "damaged" in json.loads((tmp_path / "r.json").read_text())["damage"]
+
+
+def test_nothing_is_left_of_a_video_that_fails(tmp_path, monkeypatch):
+    clip = plain_clip(tmp_path / "a.mp4")
+    make_folder(tmp_path / "out")
+
+    def failing(self, pixels, time):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(VideoWriter, "add", failing)
+    with pytest.raises(OSError, match="No space left"):
+        render_video(model(), clip, tmp_path / "out" / "b.mp4")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_frames_are_turned_upright(tmp_path, monkeypatch):
+    clip = plain_clip(tmp_path / "a.mp4")
+    plain = next(read_frames(clip)).pixels
+
+    class Turned:
+        def __init__(self, frame):
+            self._frame, self.rotation = frame, -90
+
+        def __getattr__(self, name):
+            return getattr(self._frame, name)
+
+    opened = av.open
+
+    class Container:
+        def __init__(self, path):
+            self._inside = opened(path)
+
+        def __getattr__(self, name):
+            return getattr(self._inside, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self._inside.close()
+
+        def decode(self, **which):
+            return map(Turned, self._inside.decode(**which))
+
+    monkeypatch.setattr(av, "open", Container)
+    found = next(read_frames(clip))
+    assert isinstance(found, Frame)
+    assert np.array_equal(found.pixels, np.rot90(plain, -1))
