@@ -1,4 +1,5 @@
 # make demo       install, upsample a bundled photograph's features, say where the picture is
+# make page       install, serve the web page on this machine, say its address
 # make test       install with every extra; run every test that needs no GPU
 # make test-fast  install the core; run the quick tests
 # make lint       style and types (after make test's install)
@@ -23,13 +24,16 @@ PIP := -m pip --disable-pip-version-check install --quiet -c constraints.txt
 PYTEST := -m pytest -n $(JOBS) --dist worksteal
 test test-fast: export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-fast lint docs sanitize clean
+.PHONY: demo page test test-fast lint docs sanitize clean
 .SUFFIXES:
 .DELETE_ON_ERROR:
 
 demo: $(CORE)/.core
 	@$(CORE)/bin/upfeat run $(PHOTO) -o out
 	@echo "The picture: $(abspath out)/$(basename $(notdir $(PHOTO))).features.png"
+
+page: $(CORE)/.page
+	@$(CORE)/bin/upfeat demo $(ARGS)
 
 test: $(FULL)/.all
 	@$(FULL)/bin/python $(PYTEST) $(ARGS)
@@ -67,6 +71,10 @@ clean:
 $(CORE)/.core: $(CORE)/.torch $(SOURCES)
 	@echo "Installing upfeat …"
 	@$(CORE)/bin/python $(PIP) -e .
+	@touch $@
+
+$(CORE)/.page: $(CORE)/.core
+	@$(CORE)/bin/python $(PIP) -e '.[demo]'
 	@touch $@
 
 $(CORE)/.test: $(CORE)/.core

@@ -2,6 +2,14 @@
 
 >>> naf = torch.hub.load("OWNER/upfeat", "naf", checkpoint="naf_release.pth")  # doctest: +SKIP
 >>> upsampled = naf(image, features, (height, width))  # doctest: +SKIP
+
+FeatUp's JBU stacks go by the names that FeatUp published them under:
+
+>>> stack = torch.hub.load("OWNER/upfeat", "dino16")  # doctest: +SKIP
+>>> upsampled = stack(features, image)  # doctest: +SKIP
+>>> backbone = "timm:vit_small_patch16_224.dino"
+>>> model = torch.hub.load("OWNER/upfeat", "dino16", backbone=backbone)  # doctest: +SKIP
+>>> upsampled, coarse = model(image), model.backbone(image)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -10,6 +18,11 @@ import sys
 from pathlib import Path
 
 import torch
+
+_FEATUP = (
+    "https://marhamilresearch4.blob.core.windows.net/feature-upsampling-public/pretrained/"
+    "{folder}{name}_jbu_stack_cocostuff.ckpt"
+)
 
 dependencies = ["torch", "numpy", "PIL", "safetensors"]
 
@@ -65,6 +78,132 @@ def naf(
 ) -> upfeat.ImageFirst:
     """NAF (``naf_release.pth``, of the releases of valeoai/NAF); see :func:`anyup`."""
     return _load("naf", checkpoint, sha256, device)
+
+
+def dino16(
+    pretrained: bool = True,
+    use_norm: bool = True,
+    *,
+    checkpoint: str | None = None,
+    backbone: str | torch.nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> upfeat.JBUStack | upfeat.FeatUp:
+    """FeatUp's JBU stack for DINO ViT-S/16 (384 channels), called as ``(features, image)``.
+
+    Args:
+        pretrained: read the published weights; otherwise initial ones.
+        use_norm: those trained on features after a norm over channels; the published code puts one
+            behind its backbone.
+        checkpoint: their file; ``None`` for that of :func:`torch.hub.get_dir`, downloaded if it is
+            not there. Tensors are read, code is not.
+        backbone: a name or module as :func:`upfeat.load` takes it, to join with the stack; the
+            result is then called with the image alone. ``None`` for the stack.
+        device: where to put it.
+
+    Raises:
+        FileNotFoundError: the file is not there and cannot be downloaded; the message says which
+            and where to put it.
+    """
+    return _featup("dino16", 384, pretrained, use_norm, checkpoint, backbone, device)
+
+
+def dinov2(
+    pretrained: bool = True,
+    use_norm: bool = True,
+    *,
+    checkpoint: str | None = None,
+    backbone: str | torch.nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> upfeat.JBUStack | upfeat.FeatUp:
+    """FeatUp's JBU stack for DINOv2 ViT-S/14 (384 channels); see :func:`dino16`."""
+    return _featup("dinov2", 384, pretrained, use_norm, checkpoint, backbone, device)
+
+
+def vit(
+    pretrained: bool = True,
+    use_norm: bool = True,
+    *,
+    checkpoint: str | None = None,
+    backbone: str | torch.nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> upfeat.JBUStack | upfeat.FeatUp:
+    """FeatUp's JBU stack for a supervised ViT-S/16 (384 channels); see :func:`dino16`."""
+    return _featup("vit", 384, pretrained, use_norm, checkpoint, backbone, device)
+
+
+def clip(
+    pretrained: bool = True,
+    use_norm: bool = True,
+    *,
+    checkpoint: str | None = None,
+    backbone: str | torch.nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> upfeat.JBUStack | upfeat.FeatUp:
+    """FeatUp's JBU stack for CLIP ViT-B/16 (512 channels); see :func:`dino16`."""
+    return _featup("clip", 512, pretrained, use_norm, checkpoint, backbone, device)
+
+
+def maskclip(
+    pretrained: bool = True,
+    use_norm: bool = True,
+    *,
+    checkpoint: str | None = None,
+    backbone: str | torch.nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> upfeat.JBUStack | upfeat.FeatUp:
+    """FeatUp's JBU stack for MaskCLIP (512 channels); see :func:`dino16`."""
+    return _featup("maskclip", 512, pretrained, use_norm, checkpoint, backbone, device)
+
+
+def resnet50(
+    pretrained: bool = True,
+    use_norm: bool = True,
+    *,
+    checkpoint: str | None = None,
+    backbone: str | torch.nn.Module | None = None,
+    device: str | torch.device = "cpu",
+) -> upfeat.JBUStack | upfeat.FeatUp:
+    """FeatUp's JBU stack for ResNet-50 (2048 channels); see :func:`dino16`."""
+    return _featup("resnet50", 2048, pretrained, use_norm, checkpoint, backbone, device)
+
+
+def _featup(
+    name: str,
+    channels: int,
+    pretrained: bool,
+    use_norm: bool,
+    checkpoint: str | None,
+    backbone: str | torch.nn.Module | None,
+    device: str | torch.device,
+) -> upfeat.JBUStack | upfeat.FeatUp:
+    if pretrained:
+        path = _published(name, use_norm) if checkpoint is None else Path(checkpoint)
+        stack = upfeat.JBUStack.from_featup(path)
+    else:
+        stack = upfeat.JBUStack(channels)
+    if stack.embed_dim != channels:
+        raise ValueError(f"{checkpoint}: is for {stack.embed_dim} channels; {name} has {channels}")
+    if backbone is None:
+        return stack.to(device).eval()
+    return upfeat.load(backbone, upsampler=stack).to(device)
+
+
+def _published(name: str, use_norm: bool) -> Path:
+    """The published file, downloaded once into the folder of torch.hub."""
+    folder = "" if use_norm else "no_norm/"
+    url = _FEATUP.format(folder=folder, name=name)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / "featup" / f"{folder}{name}.ckpt"
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), progress=False)
+    except OSError as error:  # URLError is one
+        raise FileNotFoundError(
+            f"{name}: its weights cannot be downloaded ({error}); download {url} and put it at "
+            f"{path}, or give checkpoint=FILE"
+        ) from None
+    return path
 
 
 def _load(

@@ -1,9 +1,10 @@
 """Measure ``upfeat.batch.extract`` against the backbone alone, and explicit maps against the disk.
 
-    python benchmarks/extract_throughput.py [OUT.json] [--images 96] [--rounds 5] [--size 224]
+    python benchmarks/extract_throughput.py [OUT.json] [--images 128] [--rounds 5] [--size 224]
 
-Rounds alternate between the backbone on tensors that lie in memory, in batches of several sizes and
-all threads for each; and the whole of extract on JPEG files of the same size. What is reported are
+Rounds hold the backbone on tensors that lie in memory, in batches of several sizes
+with all threads for each, and with one image on each thread; and the whole of extract on JPEG
+files of the same size. What is reported are
 medians of wall-clock rates, and of processor time for an image: on a machine that does other things
 as well, the latter says more.
 """
@@ -13,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +31,8 @@ import upfeat
 from upfeat.batch import Extraction, extract
 
 PHOTOS = Path(__file__).parents[1] / "examples" / "photos"
-BATCHES = (1, 2, 4, 8, 16, 32)
+SIDE_BY_SIDE = "backbone, an image a thread"
+BATCHES = (1, 2, 4, 8, 16)
 
 
 def write_photos(folder: Path, count: int, size: int) -> int:
@@ -51,11 +55,25 @@ def timed(work: Callable[[], object], count: int) -> dict[str, float]:
     return {"images_per_second": count / wall, "cpu_ms_per_image": 1000 * used / count}
 
 
-def backbone_alone(x: torch.Tensor, backbone: torch.nn.Module, batch: int) -> None:
+def alone(x: torch.Tensor, backbone: torch.nn.Module, batch: int) -> None:
     """Compute features of all images, batch by batch."""
     with torch.inference_mode():
         for start in range(0, len(x), batch):
             backbone(x[start : start + batch])
+
+
+def an_image_a_thread(x: torch.Tensor, backbone: torch.nn.Module) -> None:
+    """Compute features of all images, one on each thread at a time."""
+    threads = torch.get_num_threads()
+
+    def one(index: int) -> None:
+        torch.set_num_threads(1)
+        with torch.inference_mode():
+            backbone(x[index : index + 1])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(one, range(len(x))))
+    torch.set_num_threads(threads)
 
 
 def write_plainly(folder: Path, count: int, size: int) -> None:
@@ -72,7 +90,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
@@ -82,7 +100,7 @@ def main() -> None:
     encoded = write_photos(photos, count, options.size)
     model = upfeat.load()
     x = torch.cat([model.preprocess(path) for path in sorted(photos.iterdir())])
-    explicit = max(count // 8, 4)
+    explicit = max(count // 16, 4)
     short = [str(path) for path in sorted(photos.iterdir())[:explicit]]
 
     runs: dict[str, list[dict[str, float]]] = {}
@@ -91,25 +109,35 @@ def main() -> None:
     def add(name: str, work: Callable[[], object], images: int) -> None:
         runs.setdefault(name, []).append(timed(work, images))
 
-    def stored(name: str, sources: list[str], images: int) -> None:
-        folder = root / name
+    def stored(kind: str, sources: list[str], images: int, after: Callable[[], object]) -> None:
+        folder = root / kind
         shutil.rmtree(folder, ignore_errors=True)
-        kind = "lazy" if name.startswith("lazy") else "features"
-        add(name, lambda: (extract(model, sources, folder, Extraction(kind)), os.sync()), images)
-        sizes[name] = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // images
+        add(kind, lambda: (extract(model, sources, folder, Extraction(kind)), after()), images)
+        sizes[kind] = sum(path.stat().st_size for path in folder.glob("*.safetensors")) // images
 
-    for _ in range(options.rounds):
-        for batch in BATCHES:
-            work = partial(backbone_alone, x, model.backbone, batch)
-            add(f"backbone, batch {batch}", work, count)
-        stored("lazy", [str(photos)], count)
-        stored("features", short, explicit)
-        shutil.rmtree(root / "plain", ignore_errors=True)
-        add(
-            "plain writing of as many bytes",
-            lambda: write_plainly(root / "plain", explicit, sizes["features"]),
-            explicit,
+    part = x[: max(count // 2, 16)]
+    works: list[Callable[[], None]] = [
+        partial(
+            add, f"backbone, batch {batch}", partial(alone, part, model.backbone, batch), len(part)
         )
+        for batch in BATCHES
+    ]
+    works.append(
+        partial(add, SIDE_BY_SIDE, partial(an_image_a_thread, part, model.backbone), len(part))
+    )
+    works.append(partial(stored, "lazy", [str(photos)], count, bool))
+    # In another order each time: what else the machine does comes and goes.
+    order = random.Random(0)
+    for _ in range(options.rounds):
+        order.shuffle(works)
+        for work in works:
+            work()
+    # Waiting for the disk makes others wait as well, so this comes after.
+    for _ in range(options.rounds):
+        stored("features", short, explicit, os.sync)
+        shutil.rmtree(root / "plain", ignore_errors=True)
+        writing = partial(write_plainly, root / "plain", explicit, sizes["features"])
+        add("plain writing of as many bytes", writing, explicit)
     shutil.rmtree(root)
     result = summary(runs, sizes, encoded // count)
     result |= {"size": options.size, "images": count, "rounds": options.rounds}
@@ -127,7 +155,7 @@ def summary(
         name: {key: round(statistics.median(run[key] for run in taken), 2) for key in taken[0]}
         for name, taken in runs.items()
     }
-    alone = [name for name in medians if name.startswith("backbone")]
+    alone = [name for name in medians if name.startswith("backbone, batch")]
     best = max(alone, key=lambda name: medians[name]["images_per_second"])
     thrifty = min(alone, key=lambda name: medians[name]["cpu_ms_per_image"])
     lazy = medians["lazy"]
@@ -140,6 +168,12 @@ def summary(
         ),
         "lazy_share_of_backbone_by_processor_time": round(
             medians[thrifty]["cpu_ms_per_image"] / lazy["cpu_ms_per_image"], 3
+        ),
+        "lazy_share_of_an_image_a_thread": round(
+            lazy["images_per_second"] / medians[SIDE_BY_SIDE]["images_per_second"], 3
+        ),
+        "lazy_share_of_an_image_a_thread_by_processor_time": round(
+            medians[SIDE_BY_SIDE]["cpu_ms_per_image"] / lazy["cpu_ms_per_image"], 3
         ),
         "bytes_per_image": {"jpeg": encoded, **sizes},
         "explicit_megabytes_per_second": round(

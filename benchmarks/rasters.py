@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,10 @@ def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str,
     """Run the command on one raster and report what it took."""
     raster, output = folder / f"{side}.tif", folder / f"{side}.classes.tif"
     if not raster.exists():
-        make_raster(raster, side)
+        # In a process of its own: a child's largest memory begins with that of its parent.
+        making = get_context("spawn").Process(target=make_raster, args=(raster, side))
+        making.start()
+        making.join()
     command = [sys.executable, "-m", "upfeat", "raster", str(raster), "-o", str(output)]
     command += ["--head", str(folder / "head.safetensors"), "--max-memory", max_memory]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}

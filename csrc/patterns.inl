@@ -9,6 +9,24 @@ struct PatternJob {
   int64_t worker_bytes, rows, width;  // channels in fours, patterns in whole vectors
 };
 
+// Exponentials down the columns of (count, channels), in place, and by what each column is to be
+// multiplied for a softmax of `share` times the numbers.
+static void softmax_columns(float* numbers, int64_t count, int64_t channels, float share,
+                            float* scales) {
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const IVec mine = lanes_below(channels - c);
+    Vec most = splat(-3.4e38f), sum = {};
+    for (int64_t k = 0; k < count; ++k) most = max(most, load(numbers + k * channels + c));
+    for (int64_t k = 0; k < count; ++k) {
+      float* at = numbers + k * channels + c;
+      const Vec number = load(at), e = exp((number - most) * share);
+      store(at, select(mine, e, number));  // what lies past the row's end is another's
+      sum += e;
+    }
+    store(scales + c, 1.0f / sum);
+  }
+}
+
 static void pattern_task(void* context, int64_t task, int worker) {
   const PatternJob& job = *static_cast<const PatternJob*>(context);
   const UpfeatTensor& features = *job.features;
@@ -17,6 +35,7 @@ static void pattern_task(void* context, int64_t task, int worker) {
   float* responses = windows + job.rows * taps;
   float* dense = responses + job.rows * job.width;
   float* result = dense + channels * job.count + kLanes;
+  float* scales = result + job.width + kLanes;
   const int64_t batch = task / features.size[2], y = task % features.size[2];
   for (int64_t x = 0; x < features.size[3]; ++x) {
     int64_t inside = 0;
@@ -32,26 +51,25 @@ static void pattern_task(void* context, int64_t task, int worker) {
     }
     multiply_rows(job.rows, windows, taps, 1, job.patterns, nullptr, 1, taps, job.pitch, responses,
                   job.width, job.width / kLanes);
-    const float share = 1.0f / static_cast<float>(inside);
-    for (int64_t c = 0; c < channels; ++c) {  // without gaps, and then read in other rows
-      for (int64_t k = 0; k < job.count; ++k) {
-        dense[c * job.count + k] = responses[c * job.width + k] * share;
+    // Without gaps, and then read in other rows.
+    float* numbers = responses;
+    if (job.width != job.count) {
+      numbers = dense;
+      for (int64_t c = 0; c < channels; ++c) {
+        memcpy(dense + c * job.count, responses + c * job.width,
+               static_cast<size_t>(job.count) * 4);
       }
     }
-    for (int64_t k = 0; k < job.count; ++k) result[k] = 0;
-    for (int64_t c = 0; c < channels; c += kLanes) {
-      // The last column may be read past a row's end: those lanes count for nothing.
-      const IVec mine = lanes_below(channels - c);
-      Vec most = splat(-3.4e38f), sum = {};
-      for (int64_t k = 0; k < job.count; ++k) most = max(most, load(dense + k * channels + c));
-      for (int64_t k = 0; k < job.count; ++k) sum += exp(load(dense + k * channels + c) - most);
-      const Vec scale = select(mine, 1.0f / sum, Vec{});
-      for (int64_t k = 0; k < job.count; ++k) {
-        const Vec e = exp(load(dense + k * channels + c) - most) * scale;
-        result[k] += total_of(select(mine, e, Vec{}))[0];
+    softmax_columns(numbers, job.count, channels, 1.0f / static_cast<float>(inside), scales);
+    for (int64_t k = 0; k < job.count; ++k) {
+      Vec sum = {};
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        // The last column may be read past a row's end: those lanes count for nothing.
+        sum += select(lanes_below(channels - c), load(numbers + k * channels + c) * load(scales + c),
+                      Vec{});
       }
+      result[k] = total_of(sum)[0] * (1.0f / static_cast<float>(channels));
     }
-    for (int64_t k = 0; k < job.count; ++k) result[k] *= 1.0f / static_cast<float>(channels);
     write_channels_last(row_of(*job.out, batch, y), 0, job.count, x, 1, result, job.width, false);
   }
 }
@@ -63,7 +81,7 @@ static int run_patterns(const Runtime& runtime, const UpfeatTensor& features,
   job.rows = (features.size[1] + 3) / 4 * 4;
   job.width = whole_vectors(job.count);
   const int64_t floats = job.rows * (side * side + job.width) + features.size[1] * job.count +
-                         kLanes + job.width + kLanes;
+                         2 * kLanes + job.width + whole_vectors(features.size[1]);
   job.worker_bytes = (floats * 4 + 63) / 64 * 64;
   job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
   if (!job.scratch) return UPFEAT_NO_MEMORY;

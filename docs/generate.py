@@ -32,6 +32,11 @@ RIVALS = {
     "unfold": "unfold and einsum",
     "bilinear": "bilinear interpolation, no filter",
 }
+NOW = {"detail with the weights for any backbone": "detail_universal"}
+FINER = {
+    "… and early layers (`early=True`)": "detail_universal@early",
+    "… and a second scale (`passes=5`)": "detail_universal@5",
+}
 UPSAMPLERS = {
     "implicit": "implicit",
     "bilinear": "bilinear",
@@ -218,8 +223,48 @@ def gains() -> str:
     rows = []
     for label, name in GAINS.items():
         pairs = [(own[name][i : i + 2], transfer[name][i : i + 2]) for i in (0, 2)]
-        rows.append([label, *(f"{short(a)}, transfer {short(b)}" for a, b in pairs)])
+        cells = [f"{short(a)}, transfer {short(b)}" for a, b in pairs]
+        if label in NOW:  # measured again since
+            cells[1] = _roads_now(NOW[label])
+        rows.append([label, *cells])
+    for label, name in FINER.items():
+        rows.append([label, "", _roads_now(name)])
     return _rows(["", "photographs of people", "aerial roads"], rows)
+
+
+def _roads_now(name: str) -> str:
+    """A cell of :func:`gains`, of the last measurement on the roads."""
+    found = _read("probes")["EfficientNet-Lite0: aerial roads"]["protocols"]
+    own, transfer = (
+        "{:.1f} ({:.1f})".format(
+            *(100 * found[part][name][key][0] for key in ("miou", "boundary_f"))
+        )
+        for part in ("own", "transfer")
+    )
+    return f"{own}, transfer {transfer}"
+
+
+def probes(*titles: str) -> str:
+    """Probes of ``upfeat eval`` whose titles begin so, gathered by benchmarks/collect_probes.py."""
+    rows = []
+    for title, group in _read("probes").items():
+        if not title.startswith(" ".join(titles)):
+            continue
+        train, test = group["images"]
+        rows.append([f"*{title} ({train} + {test} images)*", "", ""])
+        names = list(group["protocols"]["own"])
+        for name in names:
+            shown = (_scores(group["protocols"][part][name]) for part in ("own", "transfer"))
+            rows.append([name, *shown])
+    return _rows(["", "own", "transfer"], rows)
+
+
+def _scores(scores: dict[str, list[float]]) -> str:
+    """Scores of one row: mIoU and boundary F, or RMSE and relative error."""
+    if "rmse" in scores:
+        return " / ".join(f"{scores[name][0]:.3f}" for name in ("rmse", "abs_rel"))
+    pairs = (scores[name] for name in ("miou", "boundary_f"))
+    return " / ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in pairs)
 
 
 def _read(name: str) -> Any:

@@ -80,6 +80,19 @@ def shown(path: Path) -> str:
     return f"{head}``````{language}\n{path.read_text(encoding='utf-8')}\n``````\n"
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Give pages that the navigation does not name a place at the end of their folder's section."""
+    named = set(re.findall(r"[\w/]+\.md", str(config.nav)))
+    sections = {title: pages for entry in config.nav or [] for title, pages in entry.items()}
+    for page in sorted(DOCS.rglob("*.md")):
+        place = page.relative_to(DOCS).as_posix()
+        if place not in named:
+            heading = page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+            folder = place.partition("/")[0]
+            sections[folder.capitalize() if "/" in place else "Project"].append({heading: place})
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the files outside of ``docs/`` that documents lead to."""
     waiting = [ROOT / name for name in ALWAYS]
@@ -142,9 +155,9 @@ def _command(name: str, parser: ArgumentParser, example: str) -> str:
         if action.option_strings and action.nargs != 0:
             values = "|".join(map(str, action.choices or ())) or action.metavar or action.dest
             words += f" {str(values).upper() if not action.choices else values}"
-        words = words.replace("|", "\\|")
+        words = words.replace("|", "&#124;").replace("<", "&lt;")  # escapes stay visible in code
         text = (action.help or "").replace("%%", "%").replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| `{words}` | {text % vars(action) if '%(' in text else text} |")
+        lines.append(f"| <code>{words}</code> | {text % vars(action) if '%(' in text else text} |")
     return "\n".join([*lines, ""])
 
 

@@ -15,6 +15,7 @@ import random
 import shutil
 import signal
 import sys
+import tarfile
 import tempfile
 import time
 from importlib import import_module
@@ -34,13 +35,18 @@ QUICK_TRAIN = (
 COMMANDS = {
     "run": ("run photos -o out", ""),
     "fit": ("fit photos/0.png photos/1.png -o out --views 2 --size 32", ""),
+    "raster": ("raster scene.tif -o out/scene.zarr", "--resume"),
     "render": ("render fitted.safetensors -o out/features.{suffix} --size 200x150", ""),
     "train": (f"train photos -o out {QUICK_TRAIN}", "--resume"),
+    "extract": ("extract photos shard.tar -o out --size 64 --workers 2", ""),
+    "extract_ray": ("extract photos shard.tar -o out --size 64 --engine ray --workers 2", ""),
     "eval": (
         "eval seg data -o out --size 32 --seeds 1 --pixels 16 --upsamplers nearest bilinear",
         "",
     ),
 }
+# Several tiles of a small raster.
+RASTER = (300, 520)
 SUFFIXES = ("npy", "safetensors", "png")
 # Files that are of one piece: there whole, or not there. Of others a killed process leaves a state
 # to go on from.
@@ -50,6 +56,9 @@ WHOLE = {
     "render": ("*",),
     "train": ("upsampler/*.safetensors",),
     "eval": (),
+    "raster": (),
+    "extract": ("**/*.safetensors",),
+    "extract_ray": ("**/*.safetensors",),
 }
 
 
@@ -66,7 +75,17 @@ def write_inputs(folder: Path) -> None:
             for kind, picture in (("images", image), ("labels", label)):
                 (folder / "data" / part / kind).mkdir(exist_ok=True)
                 picture.save(folder / "data" / part / kind / f"{part}{index}.png")
+    values = np.random.default_rng(9).integers(0, 255, (3, 30, 52)).astype(np.uint8)
+    bands = [
+        np.asarray(Image.fromarray(band).resize(RASTER[::-1], Image.Resampling.BICUBIC))
+        for band in values
+    ]
+    tifffile = import_module("tifffile")
+    tifffile.imwrite(folder / "scene.tif", np.stack(bands, -1), photometric="rgb", tile=(128, 128))
     (folder / "data" / "classes.json").write_text(json.dumps(["ground", "thing"]))
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for number in range(12):
+            archive.add(folder / "photos" / f"{number % 3}.png", f"{number:02d}.png")
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -214,9 +233,20 @@ def main() -> None:
 
     # All that a command imports, before the first fork; nothing is computed, since threads do not
     # survive it.
-    for name in ("model", "implicit.files", "training.loop", "evaluation.harness", "cli.main"):
+    for name in (
+        "model",
+        "implicit.files",
+        "training.loop",
+        "evaluation.harness",
+        "batch",
+        "cli.main",
+    ):
         import_module(f"upfeat.{name}")
     torch.set_num_threads(1)
+    if options.command == "raster":
+        plan = import_module("upfeat.raster.plan")
+        for name in ("_TILES", "_BACKBONE_TILES"):
+            setattr(plan, name, (256,))
 
     inputs = content(folder / "photos") | content(folder / "data")
     trial = Trial(options.command, folder)

@@ -46,6 +46,7 @@ PARSED = {
     "eval": "needs data sets and minutes",
     "bench": "measures for minutes",
     "probe": "needs labels",
+    "export": "traces for a minute",
     "demo": "serves until it is stopped",
     "video": "needs a video",
     "raster": "needs georeferenced data",

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 import upfeat
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels
+from upfeat.upsamplers.queries import CellMeans
 from upfeat.upsamplers.regression import ImageRegression
-from upfeat.upsamplers.step import CellMeans
 
 
 class Pattern(upfeat.Backbone):
@@ -141,6 +141,34 @@ def test_the_embedded_backbones_tell(stride):
     assert hidden.shape[2:] == (2 * 64 // stride, 2 * 96 // stride)
     torch.testing.assert_close(backbone.hidden(x), hidden)
     assert "with early layers" in repr(upfeat.load(backbone, early=True))
+
+
+def test_a_stage_before_the_last_is_found():
+    stages = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 5, 4, 4), torch.nn.GELU()),
+        torch.nn.Sequential(torch.nn.Conv2d(5, 6, 3, 1, 1), torch.nn.GELU()),
+        torch.nn.Sequential(torch.nn.Conv2d(6, 6, 3, 1, 1), torch.nn.Conv2d(6, 7, 2, 2)),
+        torch.nn.Conv2d(7, 8, 1),
+    )
+    backbone = upfeat.load_backbone(stages)
+    x = photo(64, 48)
+    for _ in range(2):  # found, and known
+        features, hidden = backbone.with_hidden(x)
+        torch.testing.assert_close(features, backbone(x))
+        torch.testing.assert_close(hidden, stages[:2](x))
+    model = upfeat.load(stages, early=True)
+    assert model(x).shape == (1, 8, 64, 48)
+    assert not any(module._forward_hooks for module in stages.modules())
+
+
+def test_stages_of_timm_are_found(torchvision_operators):
+    timm = pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
+    network = timm.create_model("resnet10t", pretrained=False)
+    backbone = upfeat.load_backbone(network, layer=3)
+    features, hidden = backbone.with_hidden(photo(64, 96))
+    assert features.shape == (1, 256, 4, 6)
+    assert hidden is not None
+    assert hidden.shape == (1, 128, 8, 12)
 
 
 def test_what_cannot_be_is_said_in_one_line():

@@ -1,6 +1,7 @@
 """The documentation's site: what it names, how its links lead, the pictures it shows."""
 
 import re
+import types
 from importlib import import_module
 
 import documents
@@ -31,10 +32,14 @@ def test_the_reference_has_every_public_name():
     assert set(upfeat.__all__) - listed <= {"__version__"}
 
 
-def test_every_page_has_its_place_in_the_site():
-    navigation = (documents.ROOT / "mkdocs.yml").read_text()
+def test_every_page_has_its_place_in_the_site(hooks):
+    config = types.SimpleNamespace(nav=[{"Home": "README.md"}])
+    config.nav += [{name: []} for name in ("Start", "Concepts", "Guides", "Reference")]
+    config.nav += [{"Evidence": []}, {"Project": []}]
+    hooks.on_config(config)
+    shown = str(config.nav)
     for page in DOCS.rglob("*.md"):
-        assert f": {page.relative_to(DOCS).as_posix()}\n" in navigation, page
+        assert f"'{page.relative_to(DOCS).as_posix()}'" in shown, page
 
 
 def test_links_lead_to_the_site_s_own_pages(hooks):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         load_backbone,
         tokens_to_grid,
     )
+    from upfeat.exporting import export
     from upfeat.features import UpsampledFeatures
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
@@ -71,6 +72,7 @@ _LAZY = {
     "Upsampler": "upfeat.upsamplers",
     "WrappedBackbone": "upfeat.backbones",
     "attach": "upfeat.attachment",
+    "export": "upfeat.exporting",
     "fit_implicit": "upfeat.implicit.fit",
     "list_backbones": "upfeat.backbones",
     "list_upsamplers": "upfeat.upsamplers",
@@ -105,6 +107,7 @@ __all__ = [
     "WrappedBackbone",
     "__version__",
     "attach",
+    "export",
     "fit_implicit",
     "functional",
     "list_backbones",

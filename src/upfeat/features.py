@@ -8,7 +8,7 @@ coarse grid before it, and a point or a crop needs its own pixels and what their
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from upfeat.bounds import number, whole
+from upfeat.budget import Buffer, free_bytes, plan_blocks, plan_windows
 from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
-from upfeat.machine import readable
+from upfeat.machine import parse_memory, readable
 from upfeat.snapshots import Snapshot
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_finite, check_hidden, check_inputs
-from upfeat.upsamplers.head import add_offset
+from upfeat.upsamplers.head import Head, add_offset, apply_head
 from upfeat.upsamplers.maps import Map
 
 _TILE = 32
@@ -61,6 +62,7 @@ class UpsampledFeatures(FeatureMap):
         std: Sequence[float] | None = None,
         missing: Tensor | None = None,
         hidden: Tensor | None = None,
+        max_memory: int | str | None = None,
     ) -> None:
         """Keep what the map is made of.
 
@@ -75,6 +77,8 @@ class UpsampledFeatures(FeatureMap):
             missing: bool, broadcasting to (B, 1, H, W): pixels without data, whose features are 0.
             hidden: (B, D, h', w'), what early layers of the backbone say, for upsamplers that make
                 use of it; ``None`` for none.
+            max_memory: that the process may hold while :meth:`full` and :meth:`project` run, as
+                "2GB"; ``None`` for no bound.
 
         Raises:
             ValueError: as :meth:`Upsampler.forward`.
@@ -82,6 +86,7 @@ class UpsampledFeatures(FeatureMap):
         size = check_inputs(features, guidance, output_size, upsampler.guidance_bands)
         check_hidden(hidden, features)
         self.features, self.hidden = features, hidden
+        self.max_memory = None if max_memory is None else parse_memory(max_memory)
         self.guidance = guidance
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
@@ -123,28 +128,41 @@ class UpsampledFeatures(FeatureMap):
         """The image's upsampling weights."""
         return self._parts()[0]
 
-    def full(self, dtype: torch.dtype | None = None) -> Tensor:
+    def full(
+        self,
+        dtype: torch.dtype | None = None,
+        *,
+        out: Any = None,
+        max_memory: int | str | None = None,
+    ) -> Any:
         """The whole map, (B, C, H, W).
 
         Args:
-            dtype: of the result; ``None`` for the features'. A smaller one is filled in blocks of
-                channels, so that the map never exists in the larger one.
+            dtype: of the result; ``None`` for the features', or that of ``out``. A smaller one is
+                filled part by part, so that the map never exists in the larger one.
+            out: a tensor on any device, or a NumPy array such as a :class:`numpy.memmap`, of the
+                map's shape: the map is written to it part by part.
+            max_memory: that the process may hold, with what it holds already, as "2GB"; ``None``
+                for :attr:`max_memory`. It changes no bit of the result on one thread. Memory of
+                an ``out`` in memory is the caller's and not counted.
+
+        Returns:
+            A tensor, or ``out``.
 
         Raises:
-            ValueError: the dtype is not of floating numbers, or the map overflows it.
+            ValueError: the dtype is not of floating numbers, the map overflows it, ``out`` does not
+                fit, or the bound cannot be kept; the least one that can is named.
+
+        Example:
+            >>> file = np.memmap("map.bin", np.float16, "w+", shape=lazy.shape)  # doctest: +SKIP
+            >>> lazy.full(out=file, max_memory="1GB")  # doctest: +SKIP
         """
-        if dtype is None or dtype is self.features.dtype:
-            return self._render()
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
-        precomputed = self._precompute()
-        out = torch.empty(self.shape, dtype=dtype, device=self.features.device)
-        for start in range(0, self.shape[1], 64):
-            block = slice(start, start + 64)
-            out[:, block] = self.upsampler.render(*precomputed, head=block)
-            if not bool(torch.isfinite(out[:, block]).all()):
-                raise ValueError(f"the map overflows {dtype}; use bfloat16 or float32")
-        return self._blank(out)
+        bound = self.max_memory if max_memory is None else parse_memory(max_memory)
+        if out is None and bound is None and dtype in (None, self.features.dtype):
+            return self._render()
+        return self._fill(Head(), dtype, out, bound)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
         """A window of the map.
@@ -162,7 +180,9 @@ class UpsampledFeatures(FeatureMap):
             ValueError: the window does not lie in the map.
         """
         window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
-        return self._blank(self.upsampler.render(*self._precompute(), window=window), window)
+        # Within a bound of memory, features on finer grids are made again rather than kept.
+        made = self._precompute() if self.max_memory is None else self._parts()
+        return self._blank(self.upsampler.render(*made, window=window), window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -195,22 +215,34 @@ class UpsampledFeatures(FeatureMap):
             out[self.missing[0, 0, rows, columns]] = 0
         return out
 
-    def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def project(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        out: Any = None,
+        max_memory: int | str | None = None,
+    ) -> Any:
         """Apply a linear head at every pixel, at the cost of K channels instead of C.
 
         Args:
             weight: (K, C).
             bias: (K,), or ``None``.
+            out: of shape (B, K, H, W), see :meth:`full`.
+            max_memory: likewise.
 
         Returns:
             (B, K, H, W), equal to the head applied to :meth:`full`.
 
         Raises:
-            ValueError: the head does not take C channels.
+            ValueError: the head does not take C channels, or as :meth:`full`.
         """
         check_head(weight, bias, self.shape[1])
-        out = self._render(weight)
-        return out if bias is None else add_offset(out, bias)
+        bound = self.max_memory if max_memory is None else parse_memory(max_memory)
+        if out is not None or bound is not None:
+            return self._fill(Head(weight, bias), None, out, bound)
+        made = self._render(weight)
+        return made if bias is None else add_offset(made, bias)
 
     def similarity(self, target: Tensor, *, cosine: bool = True) -> Tensor:
         """Compare every pixel with a vector, or with the feature at a point.
@@ -309,6 +341,63 @@ class UpsampledFeatures(FeatureMap):
 
     def _render(self, head: Tensor | None = None) -> Tensor:
         return self._blank(self.upsampler.render(*self._parts(), head=head))
+
+    def _fill(self, head: Head, dtype: torch.dtype | None, out: Any, bound: int | None) -> Any:
+        """Make the map of a head part by part, into a buffer or a new tensor."""
+        if _recorded(self._sources()):
+            raise ValueError(
+                "out=, dtype= and max_memory= record no gradients; use torch.no_grad()"
+            )
+        channels = len(head.weight) if isinstance(head.weight, Tensor) else self.shape[1]
+        shape = (self.shape[0], channels, *self.shape[2:])
+        held, free = 0, math.inf if bound is None else free_bytes(bound)
+        if out is None:
+            dtype = dtype or self.features.dtype
+            held = math.prod(shape) * dtype.itemsize
+        elif dtype not in (None, Buffer(out, shape).dtype):
+            raise ValueError(f"dtype={dtype} and out of {out.dtype} disagree; leave out dtype")
+        by_channels = self.upsampler.exact_parts == "channels"
+        seen = (self.guidance.shape[2], self.guidance.shape[3])
+        plan = (
+            plan_blocks(shape, free, held) if by_channels else plan_windows(shape, seen, free, held)
+        )
+        if out is None:
+            out = torch.empty(shape, dtype=dtype, device=self.features.device)
+        buffer = Buffer(out, shape)
+        with torch.no_grad():
+            for channels_of, window, values in self._made_parts(
+                head, plan, bounded=bound is not None
+            ):
+                buffer.write(channels_of, window, self._blank(values, window))
+        return out
+
+    def _made_parts(
+        self, head: Head, plan: Iterator[Any], *, bounded: bool
+    ) -> Iterator[tuple[slice, Window, Tensor]]:
+        """Parts of the map of a head: their channels, their window, their values."""
+        upsampler, everywhere = self.upsampler, Window(0, 0, *self.shape[2:])
+        constants = [upsampler.offset if head.weight is None else None, head.bias]
+        if head.weight is not None and upsampler.offset is not None:
+            constants[0] = head.on_channels(upsampler.offset)
+        if upsampler.exact_parts == "channels":
+            kernels, mixed = self._parts()
+            mixed = apply_head(mixed, head.weight)
+            for block in plan:
+                values = kernels(mixed[:, block].contiguous())
+                for constant in constants:
+                    if constant is not None:
+                        values = add_offset(values, constant[block])
+                yield block, everywhere, values
+            return
+        keeps = head.weight is None and not bounded
+        kernels, mixed = self._precompute() if keeps else self._parts()
+        for window in plan:
+            values = upsampler.render(kernels, mixed, head=head.weight, window=window)
+            yield (
+                slice(None),
+                window,
+                values if head.bias is None else add_offset(values, head.bias),
+            )
 
     def _blank(self, out: Tensor, window: Window | None = None) -> Tensor:
         """Put 0 where there are no data, in the whole map or a window of it."""

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.budget import free_bytes
 from upfeat.features import UpsampledFeatures, blank
 from upfeat.images import fill_missing, resize_mask
+from upfeat.machine import parse_memory
+from upfeat.mosaic import extract_within
 from upfeat.scales import FINER_WEIGHTS, PASSES, SecondScale, Translation, guidance_for
 from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
@@ -37,6 +40,7 @@ class FeatUp(nn.Module):
         *,
         bands: Sequence[int] | None = None,
         early: bool = False,
+        max_memory: int | str | None = None,
     ) -> None:
         """Join the two, in eval mode and frozen, so that no graph is recorded unless it is wanted.
 
@@ -50,6 +54,9 @@ class FeatUp(nn.Module):
                 green and blue, for images that are not RGB; ``None`` for all of them.
             early: show the upsampler what earlier layers of the backbone say of the image, on finer
                 cells (:meth:`Backbone.with_hidden`); see :func:`load`.
+            max_memory: that the process may hold, with what it holds already, as "2GB"; ``None``
+                for no bound. Backbones that look only so far then work in tiles, and maps are made
+                part by part: on one thread the same bits.
 
         Raises:
             ValueError: their channels differ, there are no such bands, or ``early`` is asked of an
@@ -73,6 +80,7 @@ class FeatUp(nn.Module):
             )
         self.bands = None if bands is None else tuple(bands)
         self.early = early
+        self.max_memory = None if max_memory is None else parse_memory(max_memory)
         if early:
             _check_early(self.backbone, upsampler)
         self.eval().requires_grad_(False)
@@ -94,7 +102,7 @@ class FeatUp(nn.Module):
         )
 
     @property
-    def passes(self) -> int:
+    def passes(self) -> float:
         """Cost of the features, in passes of the network over the image: 1 or 5."""
         return getattr(self.backbone, "passes", 1)
 
@@ -115,7 +123,8 @@ class FeatUp(nn.Module):
         output_size: tuple[int, int] | None = None,
         *,
         mask: Tensor | None = None,
-    ) -> Tensor:
+        out: Any = None,
+    ) -> Any:
         """Compute features at full resolution.
 
         Args:
@@ -123,13 +132,18 @@ class FeatUp(nn.Module):
             output_size: (height, width) of the result; ``None`` for the image's own.
             mask: bool, (height, width) or (B, 1, height, width) of any size, true where there are
                 no data. Nothing there has any influence, and the features there are 0.
+            out: a tensor or an array, also in a file, that the features are written to part by
+                part, see :meth:`UpsampledFeatures.full`.
 
         Returns:
-            (B, C, *output_size).
+            (B, C, *output_size), or ``out``.
 
         Raises:
-            ValueError: x is not such an image, or the backbone returns NaN.
+            ValueError: x is not such an image, the backbone returns NaN, or the model's bound of
+                memory cannot be kept; the least one that can is named.
         """
+        if out is not None or self.max_memory is not None:
+            return self.lazy(x, output_size, mask=mask).full(out=out)
         if mask is None:
             return self._upsample(x, *self._seen(x), output_size)
         x, features, hidden = self._without_data(x, mask)
@@ -138,7 +152,15 @@ class FeatUp(nn.Module):
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the backbone says of an image, and its earlier layers, if they are made use of."""
-        return self.backbone.with_hidden(x) if self.early else (self.backbone(x), None)
+        if self.early:
+            return self.backbone.with_hidden(x)
+        if self.max_memory is None or (torch.is_grad_enabled() and self._trains(x)):
+            return self.backbone(x), None
+        free = free_bytes(self.max_memory)
+        return extract_within(self.backbone, x, free, label=f"max_memory={self.max_memory}"), None
+
+    def _trains(self, x: Tensor) -> bool:
+        return x.requires_grad or any(one.requires_grad for one in self.backbone.parameters())
 
     def _upsample(
         self, x: Tensor, features: Tensor, hidden: Tensor | None, output_size: Size | None
@@ -194,11 +216,15 @@ class FeatUp(nn.Module):
         mean, std = self.upsampler.normalization or self.backbone.normalization
         inputs = self._inputs(features, x)
         return UpsampledFeatures(
-            *(*inputs, self.upsampler, output_size),
+            inputs[0],
+            inputs[1],
+            self.upsampler,
+            output_size,
             mean=mean,
             std=std,
             missing=missing,
             hidden=None if hidden is None else hidden.to(inputs[0]),
+            max_memory=self.max_memory,
         )
 
 
@@ -234,6 +260,7 @@ def load(
     bands: Sequence[int] | None = None,
     passes: int = 1,
     early: bool = False,
+    max_memory: int | str | None = None,
     translation: Translation | str | Path | None = None,
 ) -> FeatUp:
     """Load a backbone with an upsampler, in eval mode and frozen.
@@ -255,6 +282,7 @@ def load(
             finer cells, at no cost to speak of; for backbones that tell, as the embedded ones do.
             It is part of the model and of what :meth:`FeatUp.lazy` gives and saves; tools that work
             in tiles go without.
+        max_memory: see :class:`FeatUp`.
         translation: for ``passes=5``, what :func:`upfeat.scales.fit_translation` learnt for this
             backbone, or a file of it; ``None`` for the shipped one, and where there is none to
             learn one of each image from its own cells.
@@ -282,6 +310,7 @@ def load(
         if early:
             raise ValueError("early=True is for passes=1; leave out one of the two")
         model = _two_scales(network, upsampler, bands, translation)
+    model.max_memory = None if max_memory is None else parse_memory(max_memory)
     if device is None:
         return model
     try:

@@ -251,18 +251,21 @@ def extract_within(backbone: Backbone, x: Tensor, memory: float, *, label: str =
 
     Args:
         backbone: in eval mode.
-        x: (1, 3, H, W), normalised.
+        x: (B, 3, H, W), normalised.
         memory: bytes that may be held beside the image and the result.
         label: what errors call the image.
 
     Returns:
-        (1, C, h, w).
+        (B, C, h, w).
 
     Raises:
         ValueError: the bound is too small for this backbone.
     """
     a_pixel = activation_bytes(backbone)
-    if x.shape[2] * x.shape[3] * a_pixel <= memory:
+    if len(x) > 1 and x.shape[2] * x.shape[3] * len(x) * a_pixel > memory:
+        images = [extract_within(backbone, one, memory, label=label) for one in x.split(1)]
+        return torch.cat(images)
+    if len(x) * x.shape[2] * x.shape[3] * a_pixel <= memory:
         return backbone(x)
     halo, stride = receptive_halo(backbone), backbone.stride
     if halo is None:

@@ -195,10 +195,22 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path, photos, kind):
 def test_copies_share_weights_and_nothing_else():
     made_by = model()
     first, second = replicate(made_by, 2)
-    assert first.model is made_by
-    assert second.model.backbone is not made_by.backbone
+    assert len({made_by.backbone, first.model.backbone, second.model.backbone}) == 3
     for one, other in zip(made_by.parameters(), second.model.parameters(), strict=True):
         assert one is other
+    lite = upfeat.load(upsampler="bilinear")
+    x = lite.preprocess(np.zeros((64, 48, 3), np.uint8))
+    with torch.inference_mode():
+        kept, expected = replicate(lite, 1)[0].model, lite(x)
+        close = {"rtol": 0, "atol": 1e-5 * float(expected.abs().max())}
+        torch.testing.assert_close(kept(x), expected, **close)
+        kept(x[..., :32])  # another size in between
+        torch.testing.assert_close(kept(x), expected, **close)
+        assert torch.equal(kept(x), kept(x))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(lite.state_dict().values(), kept.state_dict().values(), strict=True)
+    )
     hooked = model()
     hooked.backbone.module.register_forward_hook(lambda *_: None)
     assert replicate(hooked, 2)[1].model is hooked

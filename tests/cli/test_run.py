@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import odd_images
 import pytest
 import torch
 from PIL import Image
@@ -51,6 +53,28 @@ def test_options(photo, tmp_path):
     with safe_open(tmp_path / "out" / "small.safetensors", framework="pt") as file:
         assert file.get_tensor("features").shape == (40, 40, 59)
         assert file.get_tensor("features").dtype == torch.float32
+
+
+def test_bands_and_the_value_of_white(tmp_path, capsys):
+    """As the Python door takes them; results of other ones are not taken for these."""
+    values = np.random.default_rng(0).integers(0, 3000, (40, 48, 3), dtype=np.uint16)
+    photo = tmp_path / "scene.png"
+    photo.write_bytes(odd_images.png(values, colour=2, depth=16))
+    arguments = ["run", str(photo), "-o", str(tmp_path), "--upsampler", "bilinear"]
+    arguments += ["--dtype", "fp32", "--no-picture"]
+    assert main([*arguments, "--bands", "2,1,0", "--max-value", "3000"]) == 0
+    model = upfeat.load(upsampler="bilinear")
+    with torch.inference_mode():
+        expected = model(model.preprocess(photo, bands=(2, 1, 0), max_value=3000))[0]
+    with safe_open(tmp_path / "scene.safetensors", framework="pt") as file:
+        found = file.get_tensor("features")
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert main([*arguments, "--bands", "2,1,0", "--max-value", "3000"]) == 0
+    assert "done before" in capsys.readouterr().out
+    assert main([*arguments, "--max-value", "3000"]) == 0
+    assert "done before" not in capsys.readouterr().out
+    assert main([*arguments, "--bands", "2,1,7", "--max-value", "3000"]) == 2
+    assert "7" in capsys.readouterr().err
 
 
 def test_five_passes(photo, tmp_path):

@@ -271,6 +271,19 @@ def keyboard_alone(visitor):
     assert page.locator("button:visible").evaluate_all(f"{unnamed[:-1]}).length") == 0
 
 
+def test_who_is_turned_away_may_ask_again(visitor):
+    page = visitor.page
+    full = {"status": 503, "json": {"detail": "Queue is full."}}
+    page.route("**/queue/join*", lambda route: route.fulfill(**full))
+    visitor.asking(lambda: visitor.click(0.3, 0.3))
+    visitor.says(".uf-error", "try again")
+    visitor.shot("busy-1280")
+    page.unroute("**/queue/join*")
+    visitor.asking(lambda: visitor.click(0.4, 0.4))
+    visitor.says(".uf-status", "Similarity with pixel")
+    assert not page.locator(".uf-error").is_visible()
+
+
 def test_models_and_sizes(visitor):
     page = visitor.page
     visitor.choose("Output size", "224 pixels")

@@ -7,6 +7,7 @@ import upfeat
 from upfeat.evaluation.data.prepared import Prepared, normalised
 from upfeat.evaluation.methods import ImplicitMethod, UpsamplerMethod
 from upfeat.evaluation.named import load_methods
+from upfeat.evaluation.passes import Strided
 from upfeat.implicit.fit import FitConfig, fit_guidance
 
 FEW = FitConfig(views=4, held_out=2, anchors=32, components=3, max_pad=4)
@@ -69,3 +70,22 @@ def test_methods_of_several_passes(sample, colour_backbone, tmp_path, name, pass
     near = torch.nn.functional.avg_pool2d(full, 8)[0, :3, inner, inner]
     # Noise is averaged over other pixels where cells are seen a quarter of a cell off.
     assert (near - sample.features[:3, inner, inner]).abs().mean() < 0.12
+
+
+def test_strided_cells_are_the_coarse_ones_and_those_between():
+    """Every second one is the coarse grid's: inside, where no layer sees the image's borders."""
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    x = torch.randn(1, 3, 320, 336, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        coarse, finer = backbone(x), Strided(backbone)(x)
+    assert finer.shape == (1, 112, 40, 42)
+    inside = slice(9, 11)
+    found = finer[:, :, 1::2, 1::2][:, :, inside, inside]
+    expected = coarse[:, :, inside, inside]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(coarse.abs().max()))
+    assert Strided(backbone).passes == 2.5
+
+
+def test_other_backbones_are_not_strided(colour_backbone):
+    with pytest.raises(ValueError, match="strided is for EfficientNet-Lite at stride 16"):
+        Strided(colour_backbone)

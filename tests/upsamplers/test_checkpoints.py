@@ -6,10 +6,12 @@ import pickle
 import sys
 import types
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
 from jbu_reference import reference, relative_error
+from torch import nn
 
 import upfeat
 
@@ -174,3 +176,44 @@ def test_hub_names_are_fetched(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", hub.errors)
     assert upfeat.JointBilateral.from_pretrained("owner/name").radius == 3
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The entries of torch.hub, in a folder of its own, out of reach of any network."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    import hubconf
+
+    def unreachable(url, *_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return hubconf
+
+
+def test_hub_entries_of_featup(hub, tmp_path):
+    names = {"dino16": 384, "dinov2": 384, "vit": 384, "clip": 512, "maskclip": 512}
+    for name, channels in names.items():
+        stack = getattr(hub, name)(pretrained=False)
+        assert isinstance(stack, upfeat.JBUStack)
+        assert stack.embed_dim == channels
+    path = save(tmp_path / "own.ckpt", {"state_dict": published_state(384)})
+    stack = hub.dino16(checkpoint=str(path))
+    image, features = torch.randn(1, 3, 32, 48), torch.randn(1, 384, 2, 3)
+    assert stack(features, image).shape == (1, 384, 32, 48)
+    model = hub.dino16(checkpoint=str(path), backbone=nn.Conv2d(3, 384, 16, 16))
+    assert relative_error(model(image), stack(model.backbone(image), image)) < 1e-5
+    with pytest.raises(ValueError, match="is for 384 channels; clip has 512"):
+        hub.clip(checkpoint=str(path))
+
+
+def test_hub_entries_say_what_to_download_and_where_to_put_it(hub, tmp_path):
+    with pytest.raises(FileNotFoundError) as refused:
+        hub.maskclip(use_norm=False)
+    line = str(refused.value)
+    assert "no_norm/maskclip_jbu_stack_cocostuff.ckpt and put it at" in line
+    where = line.partition("put it at ")[2].partition(", or give")[0]
+    Path(where).parent.mkdir(parents=True, exist_ok=True)
+    save(Path(where), published_state(512))
+    assert hub.maskclip(use_norm=False).embed_dim == 512

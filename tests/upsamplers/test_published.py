@@ -173,6 +173,46 @@ def test_fills_a_buffer(name, dtype, monkeypatch):
         upsampler(features, image, out=buffer[:, :, 1:])
 
 
+@pytest.mark.parametrize("size", [(20, 27), (3, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_large_outputs_head_by_head(dtype, size, monkeypatch):
+    upsampler = tiny("naf", torch.float32)
+    image, features = (each.to(dtype) for each in sample(dtype=torch.float32))
+    expected = upsampler(features, image, size)
+    monkeypatch.setattr("upfeat.upsamplers.naf._LARGE", 1)
+    close = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 4e-3, "atol": 4e-3}
+    found = upsampler(features, image, size)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, expected, **close)
+    buffer = torch.full_like(expected, torch.nan, memory_format=torch.channels_last)
+    assert upsampler(features, image, size, out=buffer) is buffer
+    torch.testing.assert_close(buffer, expected, **close)
+    with pytest.raises(ValueError, match="buffer of"):
+        upsampler(features, image, size, out=buffer[:, :, 1:])
+    with pytest.raises(ValueError, match="cannot share"):
+        upsampler(features[:, :7], image, size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_of_half_precision(name, dtype):
+    image, features = (each.to(dtype) for each in sample(batch=1))
+    halved = tiny(name, torch.float32).to(dtype)
+    out = halved(features, image)
+    assert out.dtype == dtype
+    exact = halved.double()(features.double(), image.double())
+    assert error(out, exact) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+    assert halved.to(dtype)(features.float(), image.float()).dtype == torch.float32
+
+
+def test_output_much_smaller_than_the_image():
+    """NAF shrinks it first: coordinates in float32 alone would cost two digits."""
+    upsampler = tiny("naf", torch.float32)
+    image, features = sample((90, 61), (7, 9), batch=1)
+    expected = tiny("naf")(features, image, (8, 5))
+    assert error(upsampler(features.float(), image.float(), (8, 5)), expected) < 3e-6
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_image_first(name):
     upsampler = tiny(name)

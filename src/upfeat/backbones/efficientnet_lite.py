@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -92,10 +93,12 @@ class ConvNorm(nn.Sequential):
         super().__init__(*layers, *([nn.ReLU6()] if activate else []))
         self.kernel_size = kernel_size
         self.stride = stride
+        self._kept: tuple[Tensor, Tensor] | None = None
+        self._packed: tuple[torch.Size, Tensor] | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        if self._can_fold(input):
+        if self._kept is not None or self._can_fold(input):
             return self._folded(input)
         if self.kernel_size > 1:
             input = F.pad(input, [*self._padding(input.shape[-1]), *self._padding(input.shape[-2])])
@@ -117,17 +120,9 @@ class ConvNorm(nn.Sequential):
         Only rounding differs, by less than that of the layers themselves: the weights are
         multiplied in float64.
         """
-        conv, norm = self[0], self[1]
+        conv = self[0]
         assert isinstance(conv, nn.Conv2d)
-        assert isinstance(norm, nn.BatchNorm2d)
-        mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None
-        assert variance is not None
-        dtype = conv.weight.dtype
-        exact = torch.float32 if input.device.type == "mps" else torch.float64  # that has none
-        scale = norm.weight.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
-        weight = (conv.weight.to(exact) * scale[:, None, None, None]).to(dtype)
-        bias = (norm.bias.to(exact) - mean.to(exact) * scale).to(dtype)
+        weight, bias = self._kept or self._fold(input.device)
         if conv.groups == 1 and self.kernel_size > 1:
             # With padding of its own, the sums of the stem depend on the size of the image.
             rows, columns = (self._padding(length) for length in input.shape[-2:])
@@ -137,16 +132,81 @@ class ConvNorm(nn.Sequential):
         # One pixel more after than before is a stride more on both sides, less the first output.
         uneven = [before != after for before, after in pads]
         both = [before + self.stride * more for (before, _), more in zip(pads, uneven, strict=True)]
-        out = F.conv2d(
-            input, channels_last(weight), bias, self.stride, both, 1, conv.groups
-        )  # (B, C_out, ⌈H/stride⌉ + 1 where uneven, …)
-        out = out[:, :, int(uneven[0]) :, int(uneven[1]) :]
-        return out.clamp_(0, 6) if len(self) > 2 else out
+        if self._kept is not None and packs(input):
+            out = self._convolve_packed(input, weight, bias, both)
+        else:
+            out = F.conv2d(input, weight, bias, self.stride, both, conv.dilation, conv.groups)
+            out = out.clamp_(0, 6) if len(self) > 2 else out
+        # (B, C_out, ⌈H/stride⌉ + 1 where uneven, …)
+        return out[:, :, int(uneven[0]) :, int(uneven[1]) :]
+
+    def _convolve_packed(
+        self, input: Tensor, weight: Tensor, bias: Tensor, both: list[int]
+    ) -> Tensor:
+        """Convolve and apply ReLU6 in one pass, with weights in oneDNN's own order.
+
+        They are kept for images of one size, the last one's, so that many sizes take no memory.
+        """
+        conv = self[0]
+        assert isinstance(conv, nn.Conv2d)
+        shape = [self.stride, self.stride], list(conv.dilation), conv.groups
+        if self._packed is None or self._packed[0] != input.shape:
+            order = torch.ops.mkldnn._reorder_convolution_weight
+            self._packed = input.shape, order(weight, both, *shape, list(input.shape))
+        after, limits = ("hardtanh", [0.0, 6.0]) if len(self) > 2 else ("none", [])
+        return torch.ops.mkldnn._convolution_pointwise(
+            input, self._packed[1], bias, both, *shape, after, limits, ""
+        )
+
+    def _fold(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Weight, channels last, and bias of the one convolution."""
+        conv, norm = self[0], self[1]
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None
+        assert variance is not None
+        dtype = conv.weight.dtype
+        exact = torch.float32 if device.type == "mps" else torch.float64  # that has none
+        scale = norm.weight.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
+        weight = (conv.weight.to(exact) * scale[:, None, None, None]).to(dtype)
+        bias = (norm.bias.to(exact) - mean.to(exact) * scale).to(dtype)
+        return channels_last(weight), bias
+
+    @torch.no_grad()
+    def keep_folded(self) -> None:
+        """Fold once for all images to come, in a copy whose weights and place will not change."""
+        self._kept = self._fold(next(self.parameters()).device)
 
     def _padding(self, length: int) -> tuple[int, int]:
         steps = -(-length // self.stride)
         total = max((steps - 1) * self.stride + self.kernel_size - length, 0)
         return total // 2, total - total // 2
+
+
+def packs(input: Tensor) -> bool:
+    """Return whether this PyTorch has oneDNN's fused convolution for such an input.
+
+    PyTorch's compiler uses it on CPUs. Where it is missing or gives something else, plain
+    convolutions do the same.
+    """
+    return input.dtype is torch.float32 and input.device.type == "cpu" and _has_fused()
+
+
+@cache
+def _has_fused() -> bool:
+    try:
+        with torch.inference_mode():
+            x = channels_last(torch.linspace(-9, 9, 2 * 5 * 5).view(1, 2, 5, 5))
+            weight, bias = channels_last(torch.ones(3, 2, 1, 1)), torch.ones(3)
+            sizes = [0, 0], [1, 1], [1, 1], 1
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, list(x.shape))
+            out = torch.ops.mkldnn._convolution_pointwise(
+                x, packed, bias, *sizes, "hardtanh", [0.0, 6.0], ""
+            )
+            return torch.allclose(out, F.conv2d(x, weight, bias).clamp(0, 6), atol=1e-4)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 class InvertedResidual(nn.Module):

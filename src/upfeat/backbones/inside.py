@@ -1,8 +1,8 @@
-"""The output of a module inside a network, without the rest of the network."""
+"""The outputs of modules inside a network."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,6 +60,41 @@ class LayerFeatures(nn.Module):
                 f"layers {', '.join(self.names)} do not all return (B, C, h, w); give one layer"
             )
         return concatenate(outputs)
+
+
+def outputs_inside(
+    network: nn.Module, run: Callable[[], Tensor], names: Sequence[str] | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run a network and see what modules inside return that are maps (B, C, h, w).
+
+    Args:
+        network: whose modules to watch.
+        run: runs it.
+        names: of modules, as ``network.named_modules()`` has them; ``None`` for all.
+
+    Returns:
+        What ``run`` returned, and the maps by name, in the order in which modules ended.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.dim() == 4:
+                found.pop(name, None)  # one that runs twice stands where it ran last
+                found[name] = output
+
+        return hook
+
+    modules = dict(network.named_modules())
+    handles = [
+        modules[name].register_forward_hook(keep(name))
+        for name in (modules if names is None else names)
+    ]
+    try:
+        return run(), found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Done(Exception):

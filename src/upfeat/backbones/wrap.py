@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones import probing, sizes
 from upfeat.backbones.base import Backbone
-from upfeat.backbones.inside import LayerFeatures
+from upfeat.backbones.inside import LayerFeatures, outputs_inside
 from upfeat.backbones.outputs import LAYOUTS, Layer, NothingToPick, missing_layer
 from upfeat.backbones.settings import Settings, settings_of
 from upfeat.types import Size
@@ -121,6 +121,7 @@ class WrappedBackbone(Backbone):
         self.held = nn.ModuleList([] if isinstance(module, nn.Module) else held)
         self.answer, self.layers = answer, layers
         self.fit = _choose_fit(self.name, fit, answer)
+        self._earlier: str | None = None
         if not isinstance(module, nn.Module):
             self._check_independence()
 
@@ -162,6 +163,29 @@ class WrappedBackbone(Backbone):
                 f"{self.name} fails on an image of {x.shape[2]}×{x.shape[3]}, {x.dtype} "
                 f'({type(error).__name__}: {reason}); if it takes some sizes only, give fit="tile"'
             ) from error
+
+    def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`Backbone.extract_with_hidden`.
+
+        The earlier layer is the last module, of those least deep inside, that returns a map (B, D,
+        2h, 2w) where the features are (B, C, h, w): a stage of a convolutional network. It is found
+        when it is first asked for. Tokens have none, nor has a model whose images are padded or
+        tiled to a size.
+        """
+        plain = self.fit == "interpolate" and not self.answer.padding
+        if not isinstance(self.module, nn.Module) or not plain:
+            return self.extract(x), None
+        if x.shape[2] % self.answer.multiple or x.shape[3] % self.answer.multiple:
+            return self.extract(x), None
+        names = None if self._earlier is None else [self._earlier]
+        features, maps = outputs_inside(self.module, lambda: self.extract(x), names)
+        finer = (2 * features.shape[2], 2 * features.shape[3])
+        fitting = [name for name, one in maps.items() if tuple(one.shape[2:]) == finer]
+        if not fitting:
+            return features, None
+        depth = min(name.count(".") for name in fitting)
+        self._earlier = [name for name in fitting if name.count(".") == depth][-1]
+        return features, maps[self._earlier]
 
     def _extract_fitted(self, x: Tensor) -> Tensor:
         """Features of an image that is brought to a size that the model takes."""

@@ -54,6 +54,7 @@ class Extraction:
             "size": self.size,
             "dtype": self.dtype,
             "backbone": describe_backbone(model.backbone),
+            "early": model.early,
             "upsampler": {
                 "name": model.upsampler.name,
                 "config": model.upsampler.config(),

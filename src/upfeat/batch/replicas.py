@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from torch import nn
 
+from upfeat.backbones.efficientnet_lite import ConvNorm
 from upfeat.model import FeatUp
 
 
@@ -25,29 +26,32 @@ class Replica(NamedTuple):
 
 
 def replicate(model: FeatUp, count: int) -> list[Replica]:
-    """Make models for several threads.
+    """Make models for several threads, for as long as the model's weights do not change.
 
     Args:
         model: what every one of them computes.
         count: threads.
 
     Returns:
-        That many: the model and copies that share its parameters and buffers; or, where copies are
-        not sure to be apart (functions, hooks that somebody registered), the model again and
-        again, with a lock.
+        That many copies that share the model's parameters and buffers; or, where copies are not
+        sure to be apart (functions, hooks that somebody registered), the model again and again,
+        with a lock.
     """
-    turn = threading.Lock()
-    shared = [Replica(model, turn if count > 1 else nullcontext()) for _ in range(count)]
+    turn = threading.Lock() if count > 1 else nullcontext()
+    shared = [Replica(model, turn) for _ in range(count)]
     if not all(_is_of_modules(part) for part in (model.backbone, model.upsampler)):
         return shared
     memo = {id(one): one for one in (*model.parameters(), *model.buffers())}
     try:
-        copies = [copy.deepcopy(model, dict(memo)) for _ in range(count - 1)]
+        copies = [copy.deepcopy(model, dict(memo)) for _ in range(count)]
     except Exception:  # modules of strangers raise what they like
         return shared
     if any(_is_hooked(one) for one in copies):
         return shared
-    return [Replica(one, nullcontext()) for one in (model, *copies)]
+    for module in (module for one in copies for module in one.modules()):
+        if isinstance(module, ConvNorm):
+            module.keep_folded()
+    return [Replica(one, nullcontext()) for one in copies]
 
 
 def _is_of_modules(module: nn.Module) -> bool:

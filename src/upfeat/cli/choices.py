@@ -52,3 +52,11 @@ def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
     if not layers:
         return backbone
     return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"
+
+
+def bands_of(text: str) -> list[int]:
+    """Read "4,3,2"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'"{text}" must be bands such as 4,3,2') from None

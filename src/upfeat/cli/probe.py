@@ -5,8 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
-from upfeat.cli.raster import bands_of, scale_of
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    DEFAULT_BACKBONE,
+    add_layer,
+    bands_of,
+    with_layers,
+)
+from upfeat.cli.raster import scale_of
 
 HELP = "Train a linear head on labelled photographs or a labelled raster; print its scores."
 EXAMPLE = (

@@ -6,7 +6,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    DEFAULT_BACKBONE,
+    add_layer,
+    bands_of,
+    with_layers,
+)
 
 if TYPE_CHECKING:
     from upfeat.model import FeatUp
@@ -129,14 +135,6 @@ def _output(options: argparse.Namespace, model: FeatUp) -> Output:
     if head.kind == "values" and form != "values":
         raise ValueError(f"--write {form}: {options.head} has no classes but values")
     return HeadOutput(head.weight, head.bias, head.names, facts, form=form)
-
-
-def bands_of(text: str) -> list[int]:
-    """Read "4,3,2"."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'"{text}" must be bands such as 4,3,2') from None
 
 
 def scale_of(text: str) -> tuple[float, float]:

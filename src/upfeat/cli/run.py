@@ -13,6 +13,7 @@ from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_layer,
+    bands_of,
     with_layers,
 )
 
@@ -86,6 +87,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refuse larger photographs (default: %(default)s)",
     )
     parser.add_argument(
+        "--bands",
+        type=bands_of,
+        metavar="N,N,N",
+        help="of files of several bands, those to take, counted from 0 (default: the first three)",
+    )
+    parser.add_argument(
+        "--max-value",
+        type=float,
+        metavar="VALUE",
+        help="that becomes white, as 4095 for 12 bits, 10000 for many reflectances (default: the "
+        "largest of the file's type)",
+    )
+    parser.add_argument(
         "--max-memory",
         metavar="AMOUNT",
         help="that the process may take, as 2GB or 500MiB (default: what the machine has)",
@@ -118,11 +132,14 @@ def execute(options: argparse.Namespace) -> int:
         model = upfeat.load(backbone, **chosen, device=options.device)
         make_folder(options.output)
         made_by = describe_model(model)
-        recipe = partial(recipe_of, made_by=made_by, size=options.size, dtype=dtype)
+        given = {"bands": options.bands, "max_value": options.max_value}
+        reading = {name: value for name, value in given.items() if value is not None}
+        shared = {"size": options.size, "dtype": dtype, "reading": reading}
+        recipe = partial(recipe_of, made_by=made_by, **shared)
         plan = batch.pending(plan, recipe)
         measure = partial(size_on_disk, model, size=options.size, dtype=dtype, picture=pictures)
         announce_size("run", [measure(photo) for photo, _ in plan], options.output)
-        settings = {"size": options.size, "dtype": dtype, "max_pixels": options.max_pixels}
+        settings = {**shared, "max_pixels": options.max_pixels}
         if options.max_memory is not None:
             settings["max_memory"] = parse_memory(options.max_memory)
         _run_all(batch, plan, partial(run_photo, model, made_by=made_by, **settings))

@@ -8,7 +8,6 @@ upsampling weights, which are large, only for the last few.
 from __future__ import annotations
 
 import copy
-import gc
 import tempfile
 import threading
 import time
@@ -24,7 +23,7 @@ from torch import Tensor
 from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.images import read_image
-from upfeat.machine import resized
+from upfeat.machine import release_memory, resized
 from upfeat.probes import LinearProbe, Pixels, fit_classifier
 from upfeat.text import TextBackbone
 from upfeat.visualize import PCABasis
@@ -306,7 +305,7 @@ class Visits:
             self._visits.pop(token, None)
             self._visits[token] = self._clock(), visit
             self._tidy()
-        gc.collect()  # weights refer to themselves, and would stay until the collector's own time
+        release_memory()  # weights refer to themselves, and threads keep what they have freed
 
     def get(self, token: str | None) -> Visit:
         """Return a visitor's photograph.

@@ -120,6 +120,24 @@ function answered() {
   root.dataset.answered = String(Number(root.dataset.answered || 0) + 1);
   if (pending) { const [kind, data] = pending; pending = null; ask(kind, data); }
 }
+// Gradio tells nobody when the queue takes no more; without this the viewer would wait for ever.
+function refused() {
+  pending = null;
+  say({ error: "Too many requests are waiting here; try again in a moment.", status: "Nothing was changed." });
+  answered();
+}
+const plainFetch = window.fetch;
+window.fetch = async (...request) => {
+  const joins = String(request[0]?.url ?? request[0]).includes("/queue/join");
+  try {
+    const answer = await plainFetch(...request);
+    if (joins && !answer.ok) refused();
+    return answer;
+  } catch (error) {
+    if (joins) refused();
+    throw error;
+  }
+};
 function pick(y, x) {
   cross = [y, x];
   if (mode === "segment") {

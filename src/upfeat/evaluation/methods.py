@@ -29,7 +29,7 @@ class Method(ABC):
 
     weights: str
     identity: str
-    passes: int | None = 1
+    passes: float | None = 1
 
     @abstractmethod
     def __call__(self, sample: Prepared) -> FeatureMap:

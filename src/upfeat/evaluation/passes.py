@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
+from upfeat.backbones.efficientnet_lite import ConvNorm, EfficientNetLite
 from upfeat.evaluation.data.prepared import Prepared, normalised
 from upfeat.evaluation.methods import Method
 from upfeat.features import UpsampledFeatures
@@ -27,7 +30,7 @@ class Finer(Backbone):
         passes: over the image, in all.
     """
 
-    passes = 4
+    passes: float = 4
 
     def __init__(self, backbone: Backbone, suffix: str) -> None:
         """Take another backbone's properties, and half its stride.
@@ -94,12 +97,62 @@ class Shifted(Finer):
         return torch.stack(rows, 3).flatten(4, 5).flatten(2, 3)  # (B, C, h, 2, w, 2)
 
 
+class Strided(Finer):
+    """An EfficientNet-Lite whose last stride is taken out, the layers after it dilated instead.
+
+    Every second cell of every second row is, away from the borders, the coarse grid's; what lies
+    between is computed rather than guessed. The layers after the stride cost four times as much.
+    """
+
+    passes = 2.5
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Take out the stride of a copy.
+
+        Raises:
+            ValueError: it is another backbone, or has no stride in its last layers.
+        """
+        super().__init__(backbone, "strided")
+        if not isinstance(backbone, EfficientNetLite) or backbone.strides != [16]:
+            raise ValueError(
+                f"strided is for EfficientNet-Lite at stride 16, not {backbone.name}; use "
+                "large_image or shifted"
+            )
+        self.backbone: EfficientNetLite = copy.deepcopy(backbone)
+        filters = [
+            module
+            for group in self.backbone.groups[3:5]
+            for module in group.modules()
+            if isinstance(module, ConvNorm) and module.kernel_size > 1
+        ]
+        first, *rest = filters
+        first.stride = 1
+        _convolution(first).stride = (1, 1)
+        for module in rest:
+            _convolution(module).dilation = (2, 2)
+            module.kernel_size = 2 * (module.kernel_size - 1) + 1  # as its padding sees it
+
+    def extract(self, x: Tensor) -> Tensor:
+        """See :meth:`Backbone.extract`."""
+        return self.backbone.extract(x)
+
+
+def _convolution(module: ConvNorm) -> nn.Conv2d:
+    found = module[0]
+    assert isinstance(found, nn.Conv2d)
+    return found
+
+
 def _moved(x: Tensor, down: float, right: float) -> Tensor:
     """The image as seen from so many pixels further down and right, its borders replicated."""
     height, width = x.shape[2:]
     matrix = x.new_tensor([[1, 0, 2 * right / width], [0, 1, 2 * down / height]])
     grid = F.affine_grid(matrix.expand(len(x), 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+WAYS = {"large_image": LargeImage, "shifted": Shifted, "strided": Strided}
+"""Grids twice as fine, by the names that ``upfeat eval`` uses."""
 
 
 class SeveralPasses(Method):
@@ -121,16 +174,15 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
     """A method of several passes by name; ``None`` where it is none.
 
     Args:
-        name: "large_image", "shifted", or an upsampler's with "@5" or "@early" behind it.
+        name: one of :data:`WAYS`, or an upsampler's with "@5" or "@early" behind it.
         backbone: makes the features.
 
     Raises:
         ValueError: there is no such upsampler, or the backbone cannot make them.
     """
     device = backbone.mean.device
-    if name in ("large_image", "shifted"):
-        finer = LargeImage(backbone) if name == "large_image" else Shifted(backbone)
-        return SeveralPasses(FeatUp(finer, Bilinear()).to(device))
+    if name in WAYS:
+        return SeveralPasses(FeatUp(WAYS[name](backbone), Bilinear()).to(device))
     if name.endswith(SUFFIX):
         upsampler = name.removesuffix(SUFFIX)
         return SeveralPasses(load(backbone, upsampler=upsampler, passes=5, device=device))

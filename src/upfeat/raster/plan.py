@@ -10,6 +10,7 @@ from upfeat.machine import resident_memory
 from upfeat.model import FeatUp
 from upfeat.mosaic import activation_bytes, receptive_halo
 from upfeat.raster.outputs import Output
+from upfeat.raster.scene import CACHE_BYTES
 from upfeat.tiling import Size
 
 DEFAULT_BUDGET = 4 * 10**9
@@ -126,12 +127,13 @@ def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> floa
     stride, channels = model.backbone.stride, model.embed_dim
     outer = min(plan.tile + 2 * (plan.halo + plan.step), max(plan.grid))
     seen = min(plan.backbone_tile + 2 * (plan.backbone_halo or 0), max(plan.grid))
-    rows = (outer + plan.backbone_tile) * plan.grid[1] * channels * 4
+    # What is kept of rows is copied when more come.
+    rows = 2 * (outer + plan.backbone_tile) * plan.grid[1] * channels * 4
     if model.upsampler.means_halo is not None:
-        rows += (outer + plan.tile) * plan.grid[1] * _MEANS_BYTES
+        rows += 2 * (outer + plan.tile) * plan.grid[1] * _MEANS_BYTES
     # The image, as it is read and as it is normalised.
     backbone = (seen * stride) ** 2 * (activations + 30)
     upsampler = (outer * stride) ** 2 * _TILE_BYTES + _WINDOW_BYTES
     # One tile is being written while the next is computed; a shard is put together of its chunks.
     written = (plan.tile * stride) ** 2 * what.count * 4 * what.dtype.itemsize
-    return rows + max(backbone, upsampler) + written
+    return CACHE_BYTES + rows + max(backbone, upsampler) + written

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,9 @@ from upfeat.upsamplers import Window
 
 PERCENTILES = (2.0, 98.0)
 """Values of a band that become 0 and 1, where its type does not say."""
+
+CACHE_BYTES = 128 * 2**20
+"""Decoded blocks of the file that GDAL keeps, of all bands."""
 
 _OVERVIEW_SIDE = 1024
 _COLOURS = ("red", "green", "blue")
@@ -38,6 +43,17 @@ def import_rasterio(needed_for: str) -> Any:
         raise ValueError(
             f"{needed_for} needs the package rasterio: pip install 'upfeat[raster]'"
         ) from None
+
+
+def block_cache(rasterio: Any) -> AbstractContextManager[Any]:
+    """A bound of the blocks that GDAL keeps, otherwise a twentieth of the machine's memory.
+
+    GDAL asks for the bound once, at the first block that it reads; a user's own (the environment's
+    ``GDAL_CACHEMAX``) stays.
+    """
+    if "GDAL_CACHEMAX" in os.environ:
+        return nullcontext()
+    return rasterio.Env(GDAL_CACHEMAX=CACHE_BYTES)
 
 
 class Scene:
@@ -90,7 +106,8 @@ class Scene:
         all_valid = [rasterio.enums.MaskFlags.all_valid]
         # Whether no pixel can be without data, so that nobody has to look.
         self._whole = np.dtype(file.dtypes[0]).kind != "f" and all(f == all_valid for f in flags)
-        overview, valid = self._overview()
+        with block_cache(rasterio):
+            overview, valid = self._overview()
         if not valid.any():
             raise ValueError(f"{self.path}: holds no valid pixel: all of it is no-data")
         self.scales = self._find_scales(scale, overview, valid)

@@ -160,6 +160,7 @@ class AttentionUpsampler(Upsampler):
         guidance: Tensor,
         output_size: Size | None = None,
         *,
+        hidden: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Upsample features; see :meth:`Upsampler.forward`.
@@ -168,6 +169,7 @@ class AttentionUpsampler(Upsampler):
             features: (B, C, h, w).
             guidance: (B, 3, H, W) normalised by :attr:`mean` and :attr:`std`.
             output_size: (height, width); ``None`` for the guidance's.
+            hidden: ``None``: these make no use of it.
             out: a buffer (B, C, *output_size) of any floating type, on any device, to fill a band
                 of rows at a time: nothing else of that size then exists. No gradient goes through.
 
@@ -184,15 +186,14 @@ class AttentionUpsampler(Upsampler):
                 "are tables of one size; export it for fixed ones, a dynamic batch included"
             )
         if out is None:
-            return super().forward(features, guidance, output_size)
+            return super().forward(features, guidance, output_size, hidden=hidden)
         size = check_inputs(features, guidance, output_size)
         expected = (*features.shape[:2], *size)
         if tuple(out.shape) != expected or not out.is_floating_point():
-            raise ValueError(
-                f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
-            )
+            raise ValueError(buffer_refused(out, expected))
         with torch.no_grad():
-            kernels = self.prepare(guidance, features.shape[2:], size, features)  # type: ignore[arg-type]
+            grid = (features.shape[2], features.shape[3])
+            kernels = self.prepare_with(guidance, grid, size, features, hidden)
             row_bytes = 4 * features.shape[0] * features.shape[1] * size[1]
             band = max(1, _BAND_BYTES // row_bytes)
             for top in range(0, size[0], band):
@@ -236,6 +237,11 @@ class AttentionUpsampler(Upsampler):
         ]
         out = kernels.attend(torch.cat(parts, dim=1), window, [outputs] * len(blocks))
         return out.unflatten(1, (len(blocks), outputs)).sum(1)
+
+
+def buffer_refused(out: Tensor, expected: tuple[int, ...]) -> str:
+    """Return the message for a buffer of another shape or of no floating-point type."""
+    return f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
 
 
 def _common(chosen: range, start: int, count: int) -> int:

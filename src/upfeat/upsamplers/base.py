@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from upfeat.backends import dispatch
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
+from upfeat.sharing import CARD_FILE, model_card, push_to_hub, read_record
 from upfeat.storage import write_bytes, write_tensors
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
@@ -70,6 +71,8 @@ class Upsampler(nn.Module, ABC):
     """Whether it makes use of what early layers of a backbone say."""
     needs_features: ClassVar[bool] = False
     """Whether the weights depend on the features too, not on the image alone."""
+    exact_parts: ClassVar[str] = "windows"
+    """Parts of a map that have the very sums of the whole: its "windows", or its "channels"."""
     guidance_bands: int | None = 3
     """How many bands the guidance must have; ``None``: any number (:mod:`.bands` has the rule)."""
     backend: str = "auto"
@@ -335,6 +338,33 @@ class Upsampler(nn.Module, ABC):
         if self.mean is not None and self.std is not None:
             config |= {"mean": list(self.mean), "std": list(self.std)}
         write_bytes(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+
+    def push_to_hub(self, repo_id: str, *, run: str | Path | None = None, **options: Any) -> str:
+        """Put the upsampler on the Hugging Face hub, with a model card; needs ``huggingface_hub``.
+
+        Args:
+            repo_id: "owner/name"; :meth:`from_pretrained` takes it.
+            run: folder of the training that made it, whose settings, versions and scores go into
+                the card; ``None`` for none.
+            **options: of ``huggingface_hub.ModelHubMixin.push_to_hub``, as ``private``, ``token``,
+                ``branch``, ``commit_message``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            FileNotFoundError: ``run`` is no folder of a training.
+            ValueError: huggingface_hub is not installed, or the name is none.
+            OSError: the hub is out of reach, or refuses.
+        """
+        record = {} if run is None else read_record(Path(run))
+
+        def save(folder: Path) -> None:
+            self.save_pretrained(folder)
+            card = model_card({"upsampler": self.name, **self.config()}, record, repo_id)
+            write_bytes(folder / CARD_FILE, card.encode())
+
+        return push_to_hub(save, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:

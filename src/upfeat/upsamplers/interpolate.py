@@ -40,6 +40,7 @@ class InterpolationKernels:
 
 class _Interpolation(Upsampler):
     guidance_bands = None
+    exact_parts = "channels"
     mode: ClassVar[str]
     cells: ClassVar[int]
 

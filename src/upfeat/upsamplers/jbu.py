@@ -187,6 +187,7 @@ class JBUStack(Upsampler):
     """
 
     name = "jbu_stack"
+    exact_parts = "channels"
     magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {"sigma_spatial": (1e-6, 1e6)}
 
     def __init__(

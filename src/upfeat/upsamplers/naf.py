@@ -8,15 +8,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.backends.cpu import attention as cpu
+from upfeat.backends.cpu.library import DTYPES
 from upfeat.bounds import whole
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, shifted_window
+from upfeat.upsamplers.attention import (
+    AttentionKernels,
+    AttentionUpsampler,
+    buffer_refused,
+    shifted_window,
+)
 from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.checks import check_inputs
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4
 """Images are shrunk to at most so many pixels for each one of the output, as published."""
+_LARGE = 2**24
+"""Numbers of an output that is filled head by head: where its memory is more than the call's."""
 
 
 @UPSAMPLERS.register
@@ -85,11 +95,11 @@ class NAF(AttentionUpsampler):
         features: Tensor | None = None,
     ) -> AttentionKernels:
         """See :meth:`Upsampler.prepare`; the features play no part."""
-        image = _shrink(self.exact(guidance), output_size)
-        if self.compiled(image):
-            half = guidance.dtype == torch.float16  # maps are large: stored as they are asked for
-            queries, keys = self._compiled(image.half() if half else image, grid_size, output_size)
+        if self.heads % 2 == 0 and self.compiled(guidance):
+            image = self._image(guidance, output_size)
+            queries, keys = self._compiled(image, grid_size, output_size)
         else:
+            image = _shrink(self.exact(guidance), output_size)
             codes = [
                 encoder.pooled(image, output_size) for encoder in (self.colours, self.surroundings)
             ]
@@ -108,16 +118,93 @@ class NAF(AttentionUpsampler):
             backend=self.backend,
         )
 
+    def forward(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        output_size: Size | None = None,
+        *,
+        hidden: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`AttentionUpsampler.forward`.
+
+        On a CPU, a large output is filled a head's channels at a time, so that little stands
+        beside it: never all queries, and few once most of the output is there.
+        """
+        if hidden is not None or not self._runs_by_heads(features, guidance, output_size, out):
+            return super().forward(features, guidance, output_size, hidden=hidden, out=out)
+        size = check_inputs(features, guidance, output_size)
+        expected = (*features.shape[:2], *size)
+        if out is None:
+            out = features.new_empty(expected)
+        elif tuple(out.shape) != expected:
+            raise ValueError(buffer_refused(out, expected))
+        image = self._image(guidance, size)
+        grid = (features.shape[2], features.shape[3])
+        for index, (values, part) in enumerate(
+            zip(features.chunk(2, dim=1), out.chunk(2, dim=1), strict=True)
+        ):
+            queries = self._codes(image, index, size)
+            keys = compiled_encoders.pool(queries, grid).to(queries.dtype)
+            # Most of the output is there by the second half: heads that are done make room.
+            waiting = [queries] if index == 0 else _copies(queries, self.heads // 2)
+            del queries
+            self._fill(waiting, keys, values, part)
+        return out
+
+    def _fill(self, waiting: list[Tensor], keys: Tensor, values: Tensor, out: Tensor) -> None:
+        """Attention of some heads to their channels, the queries let go of one by one."""
+        parts, size = len(waiting), (out.shape[2], out.shape[3])
+        grid = (keys.shape[2], keys.shape[3])
+        rows, columns = (
+            shifted_window(*each, self.window_side) for each in zip(grid, size, strict=True)
+        )
+        depth = self.width // self.heads
+        heads = keys.shape[1] // depth // parts
+        blocks = [values.shape[1] // parts // heads] * heads
+        for key, value, to in zip(*(x.chunk(parts, 1) for x in (keys, values, out)), strict=True):
+            query = waiting.pop(0)
+            cpu.window_attention(
+                query, key, value, rows, columns, heads, depth**-0.5, blocks, out=to
+            )
+
+    def _runs_by_heads(
+        self, features: Tensor, guidance: Tensor, output_size: Size | None, out: Tensor | None
+    ) -> bool:
+        if not isinstance(features, Tensor) or not isinstance(guidance, Tensor):
+            return False
+        if features.dim() != 4 or guidance.dim() != 4 or not self.compiled(features, guidance):
+            return False
+        if self.heads % 2 or features.shape[1] % self.heads or features.dtype not in DTYPES:
+            return False
+        if out is not None and (
+            out.device.type != "cpu" or out.dtype not in DTYPES or out.requires_grad
+        ):
+            return False
+        sides = guidance.shape[2:] if output_size is None else output_size
+        if not isinstance(sides, tuple | list) or [type(each) for each in sides] != [int, int]:
+            return False
+        return features.shape[0] * features.shape[1] * sides[0] * sides[1] >= _LARGE
+
     def _compiled(self, image: Tensor, grid_size: Size, output_size: Size) -> tuple[Tensor, Tensor]:
-        batch, half = image.shape[0], self.width // 2
-        queries = image.new_empty(batch, *output_size, self.width).permute(0, 3, 1, 2)
-        for index, encoder in enumerate((self.colours, self.surroundings)):
-            part = queries[:, index * half : (index + 1) * half]
-            compiled_encoders.encode(encoder, image, output_size, out=part)
-        angles = self._angles(output_size, image.new_empty(0, dtype=torch.float32))
-        rows, columns = (each.repeat(1, self.heads) for each in angles)
-        compiled_encoders.rotate(queries, (rows, columns), self.width // self.heads // 2)
+        queries = image.new_empty(len(image), *output_size, self.width).permute(0, 3, 1, 2)
+        for index, part in enumerate(queries.chunk(2, dim=1)):
+            part.copy_(self._codes(image, index, output_size))
         return queries, compiled_encoders.pool(queries, grid_size).to(queries.dtype)
+
+    def _codes(self, image: Tensor, index: int, output_size: Size) -> Tensor:
+        """Queries of half the heads, by the first or the second encoder, (B, width/2, H, W)."""
+        encoder = (self.colours, self.surroundings)[index]
+        queries = compiled_encoders.encode(encoder, image, output_size).to(image.dtype)
+        angles = self._angles(output_size, image.new_empty(0, dtype=torch.float32))
+        rows, columns = (each.repeat(1, self.heads // 2) for each in angles)
+        return compiled_encoders.rotate(queries, (rows, columns), self.width // self.heads // 2)
+
+    def _image(self, guidance: Tensor, output_size: Size) -> Tensor:
+        """What the compiled encoders read, in the type that maps are stored in."""
+        image = _shrink(self.exact(guidance), output_size)
+        return image.half() if guidance.dtype == torch.float16 else image
 
     def _angles(self, size: Size, like: Tensor) -> tuple[Tensor, Tensor]:
         """Of every channel of a head: of rows (H, D/heads) and of columns (W, D/heads)."""
@@ -135,10 +222,18 @@ class NAF(AttentionUpsampler):
         return rows, columns
 
 
+def _copies(queries: Tensor, count: int) -> list[Tensor]:
+    return [each.clone() for each in queries.chunk(count, dim=1)]
+
+
 def _shrink(image: Tensor, output_size: Size) -> Tensor:
     height, width = image.shape[2:]
     if height <= _MOST_PIXELS * output_size[0] and width <= _MOST_PIXELS * output_size[1]:
         return image
     most = _MOST_PIXELS * min(output_size)
     size = (min(height, most), min(width, most))
-    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    if image.device.type != "cpu":
+        return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    # In float32, PyTorch's coordinates are wrong in the sixth digit.
+    exact = F.interpolate(image.double(), size=size, mode="bilinear", align_corners=False)
+    return exact.to(image.dtype)

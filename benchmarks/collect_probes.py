@@ -1,0 +1,58 @@
+"""Gather results of ``upfeat eval`` into one file, of which docs/generate.py makes tables.
+
+    upfeat eval seg data/clothing --backbone efficientnet_lite0 -o out/lite0_clothing …
+    python benchmarks/collect_probes.py --title "EfficientNet-Lite0: clothing" out/lite0_clothing
+
+Adds the folder's results to benchmarks/probes.json under the title, or replaces what stands there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+TARGET = Path(__file__).with_name("probes.json")
+_KEPT = ("miou", "boundary_f", "rmse", "abs_rel")
+
+
+def collected(content: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a results.json: means and spreads by protocol and upsampler."""
+    data, settings = content["data"], content["settings"]
+    protocols: dict[str, dict[str, Any]] = {}
+    for row in content["rows"]:
+        scores = {
+            name: [value["mean"], value["spread"]]
+            for name, value in row["scores"].items()
+            if name in _KEPT
+        }
+        rounded = {
+            name: [None if one is None else round(one, 5) for one in pair]
+            for name, pair in scores.items()
+        }
+        protocols.setdefault(row["protocol"], {})[row["upsampler"]] = rounded
+    return {
+        "task": content["task"],
+        "images": [data[part]["images"] for part in ("train", "test")],
+        "seeds": settings["seeds"],
+        "size": settings["size"],
+        "source": content["versions"]["source"][:12],
+        "protocols": protocols,
+    }
+
+
+def main() -> None:
+    """Read a folder's results and add them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--title", required=True)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    known = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+    content = json.loads((options.folder / "results.json").read_text())
+    known[options.title] = collected(content)
+    TARGET.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

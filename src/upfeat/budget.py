@@ -1,0 +1,165 @@
+"""Maps made part by part into a buffer, so that what exists at once keeps to a bound of memory.
+
+A part is a window of all channels, or a block of channels of all pixels: whichever of the two an
+upsampler computes with the very sums of the whole (:attr:`Upsampler.exact_parts`).
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from upfeat import machine
+from upfeat.machine import readable
+from upfeat.types import Size, Window, times
+from upfeat.upsamplers.maps import WHOLE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_ROWS = (512, 256, 128, 64)
+"""Heights of strips of the whole width that are tried first: a file has rows side by side."""
+_SIDES = (256, 128, 64, 32)
+"""Sides of windows that are tried then, pixels."""
+_BLOCKS = (256, 64, 16, 4)
+"""Numbers of channels that are tried; PyTorch interpolates three and fewer by other sums."""
+
+# Bytes, measured: of an image's weights for each pixel, where all of them are made at once and
+# where they are not, and of a window's besides its values.
+_KEPT_WHOLE, _KEPT = 200, 24
+_A_PIXEL = 300
+
+
+class Buffer:
+    """A caller's tensor or array, on any device or in a file, that a map is written to."""
+
+    def __init__(self, out: Any, shape: Sequence[int]) -> None:
+        """Check that it can hold the map.
+
+        Args:
+            out: a tensor, or a NumPy array such as :class:`numpy.memmap`.
+            shape: (B, C, H, W) of the map.
+
+        Raises:
+            ValueError: it has another shape, does not hold floating numbers, or is read-only.
+            TypeError: it is neither.
+        """
+        if not isinstance(out, Tensor | np.ndarray):
+            raise TypeError(f"out must be a tensor or a NumPy array, not {type(out).__name__}")
+        if tuple(out.shape) != tuple(shape):
+            raise ValueError(f"out is {times(out.shape)}; the map is {times(shape)}")
+        self.out, self._file = out, None
+        if isinstance(out, np.ndarray):
+            if not out.flags.writeable:
+                raise ValueError("out is read-only; open it for writing, as mode='r+'")
+            if out.dtype.kind != "f" or out.dtype.itemsize > 8 or not out.dtype.isnative:
+                raise ValueError(f"out is {out.dtype}; give float16, float32 or float64")
+            self._tensor = torch.from_numpy(np.asarray(out))
+            self._file = out.base if isinstance(out.base, mmap.mmap) else None
+        else:
+            if not out.is_floating_point():
+                raise ValueError(f"out is {out.dtype}; give one of floating numbers")
+            if out.requires_grad:
+                raise ValueError("out requires gradients; give out.detach()")
+            self._tensor = out
+        self.dtype = self._tensor.dtype
+
+    def write(self, channels: slice, window: Window, values: Tensor) -> None:
+        """Write a part.
+
+        Args:
+            channels: of the map.
+            window: of its pixels.
+            values: (B, channels, window.height, window.width).
+
+        Raises:
+            ValueError: a value overflows the buffer's type.
+        """
+        rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
+        place = self._tensor[:, channels, rows, columns]
+        place.copy_(values)
+        # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
+        narrow = self.dtype.itemsize < values.dtype.itemsize
+        if narrow and not bool(torch.isfinite(torch.stack(place.aminmax())).all()):
+            raise ValueError(f"the map overflows {self.dtype}; use bfloat16 or float32")
+        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
+            # What is written stays in the file; this process need not hold it.
+            with suppress(OSError, ValueError):
+                self._file.flush()
+                self._file.madvise(mmap.MADV_DONTNEED)
+
+
+def free_bytes(max_memory: int | None) -> float:
+    """Bytes that new data may take, with the limits of the machine and of its containers.
+
+    Args:
+        max_memory: bytes that the process may hold; ``None`` for what the machine has.
+    """
+    free = machine.available_memory()
+    known = [math.inf if free is None else 0.9 * free]
+    if max_memory is not None:
+        known.append(max_memory - (machine.resident_memory() or 0))
+    return min(known)
+
+
+def plan_windows(shape: Sequence[int], size: Size, free: float, held: float) -> Iterator[Window]:
+    """Cut a map into the largest windows that a bound of memory allows.
+
+    Args:
+        shape: (B, C, H, W) of the map.
+        size: (height, width) of the guidance.
+        free: bytes that may be taken.
+        held: bytes that the result takes in memory, 0 for a caller's buffer.
+
+    Raises:
+        ValueError: there are no such windows; the least bound is named.
+    """
+    batch, channels, height, width = shape
+    pixels = batch * max(height * width, size[0] * size[1])
+    kept = pixels * (_KEPT_WHOLE if pixels <= batch * WHOLE else _KEPT)
+    needed = math.inf
+    for rows, columns in (*((rows, width) for rows in _ROWS), *((side, side) for side in _SIDES)):
+        area = batch * min(rows, height) * min(columns, width)
+        needed = held + kept + area * (2 * 4 * channels + _A_PIXEL)
+        if needed <= free:
+            return _windows((height, width), rows, columns)
+    raise _too_little(shape, free, needed, held)
+
+
+def plan_blocks(shape: Sequence[int], free: float, held: float) -> Iterator[slice]:
+    """Cut a map into blocks of channels; see :func:`plan_windows`."""
+    batch, channels, height, width = shape
+    pixels = batch * height * width
+    needed = math.inf
+    for block in _BLOCKS:
+        # The values, those of the stage before, and one more stage's with its margins.
+        needed = held + pixels * (2 * 4 * min(block, channels) + _KEPT)
+        if needed <= free:
+            # The last block is as wide as the others, and begins earlier instead.
+            last = max(channels - block, 0)
+            return (slice(at, at + block) for at in (*range(0, last, block), last))
+    raise _too_little(shape, free, needed, held)
+
+
+def _windows(size: Size, rows: int, columns: int) -> Iterator[Window]:
+    """Windows of at most ``rows`` by ``columns`` that cover a map once, row by row."""
+    for top, left in product(range(0, size[0], rows), range(0, size[1], columns)):
+        yield Window(top, left, min(rows, size[0] - top), min(columns, size[1] - left))
+
+
+def _too_little(shape: Sequence[int], free: float, needed: float, held: float) -> ValueError:
+    resident = machine.resident_memory() or 0
+    advice = "; give a buffer as out=, such as a numpy.memmap, for less" if held else ""
+    return ValueError(
+        f"max_memory={readable(free + resident)} is too little for a map of {times(shape)}, of "
+        f"which {readable(resident)} are held already; the smallest that can work is about "
+        f"{readable(1.02 * (needed + resident))}{advice}"
+    )

@@ -1,0 +1,94 @@
+"""``upfeat export``: a model as a file that runs without this package."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    DEFAULT_BACKBONE,
+    UPSAMPLER_HELP,
+    add_layer,
+    with_layers,
+)
+
+HELP = "Write backbone, upsampler and an optional head as ONNX or as an exported program."
+EXAMPLE = (
+    "  upfeat export -o model.onnx\n"
+    "  upfeat export --head head.safetensors --stride 4 -o classes.onnx\n"
+    "  upfeat export --backbone timm:resnet18 --upsampler bilinear -o model.pt2"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="the file to write, .onnx (for onnxruntime) or .pt2 (for torch.export.load)",
+    )
+    parser.add_argument(
+        "--format", metavar="onnx|pt2", help="of the file (default: what its name ends with)"
+    )
+    parser.add_argument(
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
+    )
+    add_layer(parser)
+    parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
+    parser.add_argument("--head", metavar="FILE", help="a linear head that upfeat probe trained")
+    parser.add_argument(
+        "--size",
+        metavar="WIDTHxHEIGHT",
+        help="of the only images that the file takes (default: any size)",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=1,
+        metavar="PIXELS",
+        help="pixels of the image for each of the output (default: %(default)s, the image's size)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+
+
+def execute(options: argparse.Namespace) -> int:
+    """Export, check the file, and say what was measured."""
+    import upfeat
+    from upfeat.exporting import check_format
+
+    check_format(options.output, options.format)
+    if options.output.exists() and not options.overwrite:
+        raise ValueError(f"{options.output}: exists; name another file, or give --overwrite")
+    size = _parse_size(options.size)
+    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+    model = upfeat.load(backbone, upsampler=options.upsampler)
+    facts = upfeat.export(
+        model,
+        options.output,
+        format=options.format,
+        head=options.head,
+        size=size,
+        stride=options.stride,
+    )
+    sides = f"sides from {facts['smallest_side']}" if size is None else options.size
+    print(
+        f"{options.output}  {', '.join((facts['backbone'], facts['upsampler']))}  "
+        f"{facts['output_channels']} channels, {sides}, error {facts['largest_error']}"
+    )
+    return 0
+
+
+def _parse_size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise ValueError(f"--size {text} must be WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(height), int(width)

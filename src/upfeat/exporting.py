@@ -1,0 +1,441 @@
+"""Models and upsamplers as files that run without this package: ONNX, and exported programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from upfeat._version import __version__
+from upfeat.backbones.libraries import import_library
+from upfeat.heads import SavedHead, load_head
+from upfeat.model import FeatUp
+from upfeat.portable.form import FixedForm, Form, form_of
+from upfeat.portable.model import PortableModel, PortableUpsampler
+from upfeat.provenance import digest, identify_backbone, identify_upsampler
+from upfeat.scales import SecondScale
+from upfeat.storage import replacing
+from upfeat.types import Size
+from upfeat.upsamplers import Upsampler
+from upfeat.upsamplers.head import Head
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+FORMATS = ("onnx", "pt2")
+METADATA = "upfeat.json"
+"""Name of the facts in an exported program; ONNX holds each under its own name."""
+TOLERANCE = 1e-4
+"""Largest error that a file may have, over the largest magnitude of what it gives."""
+
+_LOG = logging.getLogger("upfeat.export")
+
+
+def export(
+    model: FeatUp | Upsampler,
+    path: str | Path,
+    *,
+    format: str | None = None,
+    head: SavedHead | str | Path | tuple[Tensor, Tensor | None] | None = None,
+    size: Size | None = None,
+    stride: int = 1,
+    channels: int | None = None,
+) -> dict[str, str]:
+    """Write a model as a file that needs PyTorch or an ONNX run-time, and nothing of this package.
+
+    Batch, height and width are free. The file is run at two sizes that it was not traced with, and
+    is kept only if it gives what the model gives.
+
+    Args:
+        model: from :func:`upfeat.load`, which takes ``image`` (B, 3, H, W), normalised by the
+            backbone's mean and std; or an upsampler, which takes ``features`` (B, C, h, w) and
+            ``guidance`` (B, 3, H, W) normalised by its own. On the CPU.
+        path: the file to write, ``.onnx`` or ``.pt2``.
+        format: "onnx" or "pt2"; ``None`` for what the name ends with.
+        head: a linear head that ``upfeat probe`` trained, its file, or weight (K, C) and bias (K,);
+            the output is then (B, K, …).
+        size: (height, width) of the only images that the file is to take, for models that cannot be
+            exported for any; ``None`` for any.
+        stride: pixels of the image for each one of the output, on both axes.
+        channels: C of an upsampler that takes any number.
+
+    Returns:
+        The file's metadata: mean and std, stride, channels, sizes, the largest error that was
+        measured, names and digests of what it was made from.
+
+    Raises:
+        FileNotFoundError: there is no such folder or head.
+        ValueError: the format is unknown, a library is not installed (the extra is named), the
+            model cannot be exported (why, and what can be done), or the file does not agree.
+
+    Example:
+        >>> model = upfeat.load("efficientnet_lite0", upsampler="bilinear")  # doctest: +SKIP
+        >>> export(model, "model.onnx")["smallest_side"]  # doctest: +SKIP
+        '32'
+    """
+    path = Path(path)
+    kind = check_format(path, format)
+    _check_size("stride", stride)
+    if kind == "onnx":
+        for library in ("onnx", "onnxscript", "onnxruntime"):
+            import_library(library, extra="onnx")
+    task = _Task(model, head, size=size, stride=stride, channels=channels)
+    facts = {"format": f"upfeat-export-1 {kind}", **task.facts()}
+    program = task.trace()
+    with replacing(path) as temporary:
+        _WRITERS[kind](program, temporary, facts, task)
+        error = _measure(task, _READERS[kind](temporary))
+        facts["largest_error"] = f"{error:.1e}"
+    _LOG.info("%s: largest error %s", path, facts["largest_error"])
+    return facts
+
+
+class _Task:
+    """One export: the module to trace, its inputs, and the model that it must agree with."""
+
+    def __init__(
+        self,
+        model: FeatUp | Upsampler,
+        head: SavedHead | str | Path | tuple[Tensor, Tensor | None] | None,
+        *,
+        size: Size | None,
+        stride: int,
+        channels: int | None,
+    ) -> None:
+        if not isinstance(model, FeatUp | Upsampler):
+            raise TypeError(f"model is a {type(model).__name__}; give what upfeat.load returns")
+        self.model, self.size, self.stride = model, size, stride
+        self.upsampler = model.upsampler if isinstance(model, FeatUp) else model
+        self.head, self.head_facts = _read_head(head, model)
+        self.names: list[str] = ["image"] if isinstance(model, FeatUp) else ["features", "guidance"]
+        self._check()
+        if isinstance(model, FeatUp):
+            self.cells, self.channels = model.backbone.stride, model.embed_dim
+            self.bands = model.backbone.in_channels
+            self.module: nn.Module = PortableModel(model, self.head, stride)
+            form = self.module.form
+        else:
+            self.cells, self.bands = 8, 3
+            self.channels = getattr(model, "embed_dim", None) or channels
+            if self.channels is None:
+                raise ValueError(
+                    f"{model.name} takes any number of channels; give channels=C, those of the "
+                    "features to come"
+                )
+            form = form_of(model, self.head)
+            self.module = PortableUpsampler(form, stride)
+        assert isinstance(form, Form)
+        if size is None and isinstance(form, FixedForm):
+            raise ValueError(
+                f"{self.upsampler.name} cannot be exported for any size: what a pixel sees is a "
+                "table of one size; give size=(height, width)"
+            )
+        self.least = max(2 * self.cells, form.least_side)
+
+    def _check(self) -> None:
+        """Refuse what no file can hold."""
+        model = self.model
+        first = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
+        if first.device.type != "cpu":
+            raise ValueError(f"model is on {first.device}; export it from the CPU: model.cpu()")
+        if isinstance(model, FeatUp):
+            if isinstance(model.backbone, SecondScale):
+                raise ValueError("a model with passes=5 cannot be exported; use passes=1")
+            if model.backbone.in_channels != 3 and model.bands is None:
+                raise ValueError(
+                    f"{model.backbone.name} takes {model.backbone.in_channels} bands, whose "
+                    "decorrelation cannot be exported; give upfeat.load(bands=…), three of them"
+                )
+        dtypes = {one.dtype for one in self.upsampler.parameters()}
+        if dtypes - {torch.float32}:
+            raise ValueError("the upsampler is not in float32; export model.float()")
+        if self.size is not None:
+            for side in self.size:
+                _check_size("size", side)
+
+    def facts(self) -> dict[str, str]:
+        """What whoever runs the file must know, and where it comes from."""
+        model, upsampler, weight = self.model, self.upsampler, self.head.weight
+        assert not isinstance(weight, slice)
+        normalization = upsampler.normalization
+        facts: dict[str, str] = {
+            "made_by": f"upfeat {__version__}, torch {torch.__version__}",
+            "inputs": ", ".join(self.names),
+            "upsampler": upsampler.name,
+            "upsampler_identity": identify_upsampler(upsampler),
+            "channels": str(self.channels),
+            "output_channels": str(self.channels if weight is None else len(weight)),
+            "output_stride": str(self.stride),
+        }
+        if isinstance(model, FeatUp):
+            normalization = model.backbone.normalization
+            facts |= {"backbone": model.backbone.name, "stride": str(model.backbone.stride)}
+            facts["backbone_identity"] = identify_backbone(model.backbone)
+            facts["backbone_sha256"] = digest(model.backbone)
+        if normalization is not None:
+            facts |= {"mean": json.dumps(normalization.mean), "std": json.dumps(normalization.std)}
+        if self.size is None:
+            facts["smallest_side"] = str(self.least)
+        else:
+            facts["size"] = json.dumps(list(self.size))
+        return facts | self.head_facts
+
+    def inputs(self, size: Size, batch: int = 1) -> tuple[Tensor, ...]:
+        """Smooth random images, and features where they are asked for."""
+        generator = torch.Generator().manual_seed(size[0] * size[1])
+        coarse = torch.randn(batch, self.bands, 9, 11, generator=generator)
+        image = nn.functional.interpolate(coarse, size=size, mode="bicubic")
+        image = image + 0.1 * torch.randn(image.shape, generator=generator)
+        if isinstance(self.model, FeatUp):
+            return (image,)
+        grid = (max(size[0] // self.cells, 1), max(size[1] // self.cells, 1))
+        features = torch.randn(batch, self.channels or 1, *grid, generator=generator)
+        return features, image
+
+    @torch.no_grad()
+    def expected(self, inputs: Sequence[Tensor]) -> Tensor:
+        """What the model itself makes of them."""
+        image = inputs[-1]
+        size = (image.shape[2] // self.stride, image.shape[3] // self.stride)
+        features, guidance = inputs[0], image
+        if isinstance(self.model, FeatUp):
+            features, guidance = self.model._inputs(self.model.backbone(image), image)
+        grid = (features.shape[2], features.shape[3])
+        kernels = self.upsampler.prepare(guidance, grid, size, features)
+        return self.upsampler.render(kernels, self.upsampler.mix(features), head=self.head)
+
+    def trace(self) -> torch.export.ExportedProgram:
+        """Trace the module, for any size or for one.
+
+        Raises:
+            ValueError: it cannot be traced.
+        """
+        any_size = self.size is None
+        # Sides that are no whole multiples of anything, and not alike.
+        size = self.size or (4 * self.cells + 3, 5 * self.cells + 1)
+        if any_size:
+            size = (max(size[0], self.least), max(size[1], self.least))
+        inputs = self.inputs(size, batch=2)
+        dim = torch.export.Dim.DYNAMIC  # pyright: ignore[reportAttributeAccessIssue]
+        free = {2: dim, 3: dim} if any_size else {}
+        shapes = tuple({0: dim, **free} for _ in inputs)
+        if any_size:
+            least = dim(min=self.least)
+            shapes = (*shapes[:-1], {0: dim, 2: least, 3: least})
+        try:
+            with torch.no_grad(), _without_questions():
+                program = torch.export.export(
+                    self.module,
+                    inputs,
+                    dynamic_shapes=shapes,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+            return _without_conditions(program)
+        except Exception as error:
+            raise self._refusal(error) from error
+
+    def _refusal(self, error: Exception) -> ValueError:
+        label = self.upsampler.name
+        if isinstance(self.model, FeatUp):
+            label = f"{self.model.backbone.name} + {label}"
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        if self.size is not None:
+            return ValueError(f"{label} cannot be exported ({type(error).__name__}: {reason})")
+        return ValueError(
+            f"{label} cannot be exported for any size ({type(error).__name__}: {reason}); give "
+            "size=(height, width) of the images to come"
+        )
+
+
+def check_format(path: Path, format: str | None) -> str:
+    """The format of a file: one that is given, or what its name ends with.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+        ValueError: there is no such format.
+    """
+    found = path.suffix.removeprefix(".").lower() if format is None else format
+    if found not in FORMATS:
+        given = f"{path.name}" if format is None else f"format={format!r}"
+        raise ValueError(f'{given}: unknown format; choose .onnx or .pt2 (format="onnx", "pt2")')
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
+    return found
+
+
+def _check_size(label: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{label}={value!r} must be whole numbers of at least 1")
+
+
+@contextmanager
+def _without_questions() -> Iterator[None]:
+    """Trace without asking of each size whether it is 0 or 1 or a multiple of another.
+
+    Every question asked becomes a condition of the program, and takes the longer the more sizes
+    there are. Settings that a release of PyTorch does not know are left out.
+    """
+    from torch._dynamo import config as tracing
+    from torch.fx.experimental import _config as symbols
+
+    wanted = {"backed_size_oblivious": True, "aggressive_guard_free_semantics": 2}
+    known = {name: value for name, value in wanted.items() if hasattr(symbols, name)}
+    with (
+        warnings.catch_warnings(),
+        symbols.patch(**known),  # pyright: ignore[reportAttributeAccessIssue]
+        tracing.patch(fake_tensor_cache_enabled=False),  # pyright: ignore[reportAttributeAccessIssue]
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _without_conditions(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take out what the tracer noted of its examples' sizes, as that a batch of two is not of one.
+
+    What decides is a run at other sizes.
+    """
+    conditions = {"_assert_scalar.default", "sym_constrain_range_for_size.default"}
+    for node in list(program.graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in conditions:
+            program.graph.erase_node(node)
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program
+
+
+def _write_program(
+    program: torch.export.ExportedProgram, path: Path, facts: dict[str, str], task: _Task
+) -> None:
+    del task
+    buffer = BytesIO()  # saving to a path asks for its ending
+    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts, indent=2)})
+    path.write_bytes(buffer.getvalue())
+
+
+def _read_program(path: Path) -> Callable[[Sequence[Tensor]], Tensor]:
+    module = torch.export.load(BytesIO(path.read_bytes())).module()
+
+    def run(inputs: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return module(*inputs)
+
+    return run
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram, path: Path, facts: dict[str, str], task: _Task
+) -> None:
+    with _without_questions(), _quiet_exporter():
+        found = torch.onnx.export(
+            program,
+            input_names=task.names,
+            output_names=["output"],
+            verbose=False,
+            optimize=False,  # a run-time does it when it loads the file, in less time
+        )
+    assert found is not None
+    graph = found.model.graph
+    for value in (*graph.inputs, *graph.outputs):
+        sides = ("batch", None, "height", "width") if value.name != "features" else ("batch", None)
+        for axis, side in enumerate(sides):
+            if side is not None and not isinstance(value.shape[axis], int):  # type: ignore[index]
+                prefix = "output_" if value.name == "output" and axis and task.stride > 1 else ""
+                value.shape[axis] = prefix + side  # type: ignore[index]
+    found.model.metadata_props.update(facts)
+    found.model.producer_name, found.model.producer_version = "upfeat", __version__
+    found.save(path)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's notes on operators of other libraries to itself."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _read_onnx(path: Path) -> Callable[[Sequence[Tensor]], Tensor]:
+    runtime: Any = import_library("onnxruntime", extra="onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [one.name for one in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> Tensor:
+        given = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, given)[0])
+
+    return run
+
+
+_WRITERS = {"onnx": _write_onnx, "pt2": _write_program}
+_READERS = {"onnx": _read_onnx, "pt2": _read_program}
+
+
+def _measure(task: _Task, run: Callable[[Sequence[Tensor]], Tensor]) -> float:
+    """Largest error of a file, over the largest magnitude, at sizes that it was not traced with.
+
+    Raises:
+        ValueError: it is too large, or the file cannot be run.
+    """
+    cells, least = task.cells, task.least
+    sizes = [(3 * cells, 6 * cells), (7 * cells + cells // 2 + 1, 3 * cells - 1)]
+    found = 0.0
+    for batch, (height, width) in enumerate(sizes if task.size is None else [task.size], start=1):
+        size = task.size or (max(height, least), max(width, least))
+        inputs = task.inputs(size, batch)
+        expected = task.expected(inputs)
+        try:
+            out = run(inputs)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(f"the exported file does not run at {size}: {reason}") from error
+        if out.shape != expected.shape:
+            raise ValueError(
+                f"the exported file gives {tuple(out.shape)} at {size}, not {tuple(expected.shape)}"
+            )
+        error = float((out - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        found = max(found, error)
+        if not error < TOLERANCE:
+            raise ValueError(f"the exported file differs from the model by {error:.1e} at {size}")
+    return found
+
+
+def _read_head(
+    head: SavedHead | str | Path | tuple[Tensor, Tensor | None] | None, model: FeatUp | Upsampler
+) -> tuple[Head, dict[str, str]]:
+    """A head, and what the file says of it."""
+    if head is None:
+        return Head(), {}
+    if isinstance(head, str | Path):
+        label, head = str(head), load_head(head)
+    else:
+        label = "head"
+    facts: dict[str, str] = {}
+    if isinstance(head, SavedHead):
+        if isinstance(model, FeatUp):
+            head.check_backbone(model.backbone, label)
+        facts = {"head_kind": head.kind, "head_names": json.dumps(head.names)}
+        head = head.weight, head.bias
+    weight, bias = head
+    channels = getattr(model, "embed_dim", None) or weight.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != channels:
+        raise ValueError(
+            f"{label}: weight is {tuple(weight.shape)}; give (K, {channels}), one row per output"
+        )
+    return Head(weight.float(), None if bias is None else bias.float()), facts

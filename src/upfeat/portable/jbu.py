@@ -1,0 +1,88 @@
+"""The JBU stack and plain interpolation for any size."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upfeat.portable.form import PORTABLE, Form
+from upfeat.portable.neighbourhood import cell_means
+from upfeat.types import Size
+from upfeat.upsamplers import Bicubic, Bilinear, JBUStack, Nearest
+from upfeat.upsamplers.head import Head
+from upfeat.upsamplers.interpolate import InterpolationKernels
+from upfeat.upsamplers.jbu import JBUStage
+
+
+@PORTABLE.register
+class PortableJBU(Form):
+    """A :class:`JBUStack` as a graph."""
+
+    name = JBUStack.name
+
+    def __init__(self, upsampler: JBUStack, head: Head) -> None:
+        """See :class:`Form`."""
+        super().__init__(upsampler, head)
+        self.stages = copy.deepcopy(upsampler.stages)
+        for stage in self.stages:
+            assert isinstance(stage, JBUStage)
+            stage.backend = "eager"
+
+    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+        """See :meth:`Form.kernels`."""
+        target = guidance.shape[2:] if size is None else size
+        grid = features.shape[2:]
+        for number, stage in enumerate(self.stages, start=1):
+            assert isinstance(stage, JBUStage)
+            if number == len(self.stages):
+                seen = guidance if size is None else cell_means(guidance, size)
+            else:
+                sides: list[Any] = [
+                    torch.sym_min(cells * 2**number, side)
+                    for cells, side in zip(grid, target, strict=True)
+                ]
+                seen = cell_means(guidance, sides)
+            features = stage.upsample(features, seen)
+        return features
+
+
+class _Interpolation(Form):
+    mode: str
+
+    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+        """See :meth:`Form.kernels`."""
+        target = (guidance.shape[2], guidance.shape[3]) if size is None else size
+        return InterpolationKernels(target, self.mode)(features)
+
+
+@PORTABLE.register
+class PortableNearest(Form):
+    """:class:`Nearest` as a graph: by index, since formats round halves in their own ways."""
+
+    name = Nearest.name
+
+    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+        """See :meth:`Form.kernels`."""
+        target = guidance.shape[2:] if size is None else size
+        for axis, length in zip((2, 3), target, strict=True):
+            pixels = torch.arange(length, device=features.device)
+            own = (2 * pixels + 1) * features.shape[axis] // (2 * length)
+            features = features.index_select(axis, own)
+        return features
+
+
+@PORTABLE.register
+class PortableBilinear(_Interpolation):
+    """:class:`Bilinear` as a graph."""
+
+    name, mode = Bilinear.name, Bilinear.mode
+
+
+@PORTABLE.register
+class PortableBicubic(_Interpolation):
+    """:class:`Bicubic` as a graph."""
+
+    name, mode = Bicubic.name, Bicubic.mode

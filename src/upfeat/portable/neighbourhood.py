@@ -1,0 +1,138 @@
+"""The neighbourhood, the detail and the joint bilateral upsampler for any size."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.portable import axes
+from upfeat.portable.form import PORTABLE, Form
+from upfeat.portable.regression import Regression
+from upfeat.portable.step import Layout, Step, encode, unit
+from upfeat.types import Size
+from upfeat.upsamplers import DetailUpsampler, JointBilateral, NeighbourhoodUpsampler
+from upfeat.upsamplers.detail import FINER, DetailMaps
+from upfeat.upsamplers.head import Head
+
+
+@PORTABLE.register
+class PortableNeighbourhood(Form):
+    """A :class:`NeighbourhoodUpsampler` as a graph."""
+
+    name = NeighbourhoodUpsampler.name
+
+    def __init__(self, upsampler: NeighbourhoodUpsampler, head: Head) -> None:
+        """See :class:`Form`."""
+        super().__init__(upsampler, head)
+        self.encoder = copy.deepcopy(upsampler.encoder)
+        self.step = step_of(upsampler)
+        self.least_side = smallest_side(upsampler)
+
+    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+        """See :meth:`Form.kernels`."""
+        queries = encode(self.encoder, guidance, size)
+        keys = unit(cell_means(queries, features.shape[2:]))
+        layout = Layout(queries, keys, self.step.radius)
+        return self.step(layout, self.step.weights(layout, queries, keys), features)
+
+
+@PORTABLE.register
+class PortableDetail(Form):
+    """A :class:`DetailUpsampler` as a graph."""
+
+    name = DetailUpsampler.name
+
+    def __init__(self, upsampler: DetailUpsampler, head: Head) -> None:
+        """See :class:`Form`."""
+        super().__init__(upsampler, head)
+        steps = upsampler.neighbourhood
+        self.encoder = copy.deepcopy(steps.encoder)
+        self.first, self.last = step_of(steps), step_of(steps, widening=upsampler.widening)
+        self.regression = Regression(upsampler.ridge, steps.query_dim) if upsampler.ridge else None
+        self.network = None
+        if upsampler.embed_dim is not None:
+            self.network = copy.deepcopy(upsampler.network)
+            basis, constant = upsampler.detail.weight.detach(), upsampler.detail.bias
+            assert constant is not None
+            self.basis: Tensor
+            self.level: Tensor
+            self.register_buffer("basis", head.on_channels(basis.flatten(1)).clone())
+            self.register_buffer("level", head.on_channels(constant.detach()).clone())
+        self.least_side = smallest_side(steps)
+
+    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+        """See :meth:`Form.kernels`."""
+        queries = encode(self.encoder, guidance, size)
+        height, width = features.shape[2:]
+        finer_means = cell_means(queries, (FINER * height, FINER * width))
+        means = F.avg_pool2d(finer_means, FINER)
+        middle, keys = unit(finer_means), unit(means)
+        layout = Layout(middle, keys, self.first.radius)
+        weights = self.first.weights(layout, middle, keys)
+        fine = self.first(layout, weights, features)
+        if self.regression is not None:
+            lacking = finer_means - self.first(layout, weights, means)
+            fine = fine + self.regression(features, means, lacking)
+        if self.network is not None:
+            fine = fine + self._detail(guidance, (FINER * height, FINER * width))
+        layout = Layout(queries, middle, self.last.radius)
+        return self.last(layout, self.last.weights(layout, queries, middle), fine)
+
+    def _detail(self, guidance: Tensor, finer: Size) -> Tensor:
+        """The network's detail after the head, (B, K, *finer grid)."""
+        assert self.network is not None
+        seen = DetailMaps(self.network, guidance, finer, whole=True).seen
+        maps = self.network(axes.resize(guidance, seen))  # (B, width, 2h, 2w)
+        out = (self.basis @ maps.flatten(2)).unflatten(2, finer)
+        return out + self.level[:, None, None]
+
+
+@PORTABLE.register
+class PortableJointBilateral(Form):
+    """A :class:`JointBilateral` as a graph."""
+
+    name = JointBilateral.name
+
+    def __init__(self, upsampler: JointBilateral, head: Head) -> None:
+        """See :class:`Form`."""
+        super().__init__(upsampler, head)
+        self.sigma = upsampler.sigma_range
+        spatial = torch.tensor(upsampler.sigma_spatial)
+        self.step = Step(torch.tensor(1.0), spatial, radius=upsampler.radius)
+
+    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+        """See :meth:`Form.kernels`; colours and keys as the upsampler's module has them."""
+        colours = (guidance if size is None else cell_means(guidance, size)) / self.sigma
+        means = cell_means(colours, features.shape[2:])
+        keys = torch.cat([means, means.square().sum(1, keepdim=True) / -2], dim=1)
+        queries = torch.cat([colours, torch.ones_like(colours[:, :1])], dim=1)
+        layout = Layout(queries, keys, self.step.radius)
+        return self.step(layout, self.step.weights(layout, queries, keys), features)
+
+
+def step_of(upsampler: NeighbourhoodUpsampler, widening: float = 1.0) -> Step:
+    """The step of an upsampler's temperature and σ."""
+    return Step(
+        upsampler.log_temperature.exp(),
+        widening * upsampler.log_sigma.exp(),
+        radius=upsampler.radius,
+        back_projections=upsampler.back_projections,
+    )
+
+
+def smallest_side(upsampler: NeighbourhoodUpsampler) -> int:
+    """Pixels of images on which every scale of the encoder is used."""
+    return 2 ** max(upsampler.levels - 2, 0) + 1
+
+
+def cell_means(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """(B, K, H, W) -> (B, K, *grid), cells that share pixels overlapping."""
+    rows, columns = (
+        axes.pooled(length, cells, x.device)
+        for length, cells in zip(x.shape[2:], grid, strict=True)
+    )
+    return axes.resample(x, rows, columns)

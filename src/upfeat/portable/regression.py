@@ -1,0 +1,139 @@
+"""The regression of an image's features on its queries, all windows at once, for any size.
+
+A window is 2 × 2 blocks of :data:`STEP` cells a side, and its sums are the sums of theirs; the
+number of blocks is an axis of a tensor, so that one graph serves images of one window and of many.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from upfeat.portable import axes
+from upfeat.upsamplers.regression import STEP
+
+PRECISION = 1e-9
+"""What Newton's iteration leaves of the inverse's error, but for rounding."""
+
+
+class Regression(nn.Module):
+    """Detail that coarse features miss; see :class:`upfeat.upsamplers.regression.ImageRegression`.
+
+    Systems of equations are solved by Newton's iteration for the inverse, which is products of
+    matrices alone: exchange formats have no factorisations. The penalty bounds how unlike the
+    eigenvalues are, and so how many rounds it takes.
+    """
+
+    def __init__(self, penalty: float, width: int) -> None:
+        """Choose the number of rounds.
+
+        Args:
+            penalty: of the coefficients, in units of the queries' mean variance, > 0.
+            width: channels of the queries.
+        """
+        super().__init__()
+        self.penalty = penalty
+        condition = 1 + width / penalty
+        self.rounds = math.ceil(math.log2(max(-math.log(PRECISION) * (condition + 1) / 2, 2)))
+
+    def forward(self, features: Tensor, means: Tensor, lacking: Tensor) -> Tensor:
+        """Detail of the finer grid, (B, C, 2h, 2w).
+
+        Args:
+            features: (B, C, h, w).
+            means: (B, D, h, w), queries averaged over cells.
+            lacking: (B, D, 2h, 2w), what the first step leaves out of those of finer cells.
+        """
+        inputs, targets = _blocks(_differences(means)), _blocks(_differences(features))
+        gram = _windows(inputs @ inputs.mT)  # (B, n, m, D, D)
+        moment = _windows(targets @ inputs.mT)  # (B, n, m, C, D)
+        matrix = moment @ self._inverse(gram)
+        return _blend(matrix, lacking, (features.shape[2], features.shape[3]))
+
+    def _inverse(self, gram: Tensor) -> Tensor:
+        """(… D, D), positive semidefinite, to the inverse of it and the penalty."""
+        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+        # The constant is for images without any colour or texture.
+        least = self.penalty * mean + 1e-6
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        most = gram.shape[-1] * mean + least  # no eigenvalue is larger
+        matrix = gram + least * eye
+        inverse = 2 / (most + least) * eye
+        for _ in range(self.rounds):
+            inverse = inverse @ (2 * eye - matrix @ inverse)
+        return inverse
+
+
+def _differences(x: Tensor) -> Tensor:
+    """Values less their mean over 3×3 cells, ends replicated; (B, K, h, w)."""
+    return x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+
+def _blocks(x: Tensor, side: int = STEP) -> Tensor:
+    """(B, K, h, w) -> (B, blocks down, blocks across, K, side²), 0 beyond the last cell."""
+    for axis in (2, 3):
+        cells = x.shape[axis]
+        blocks = torch.sym_max((cells + side - 1) // side, 2)
+        places = torch.arange(blocks * side, device=x.device)
+        inside = (places < cells).to(x.dtype).view(-1, *(1 for _ in range(3 - axis)))
+        x = x.index_select(axis, places.clamp(max=cells - 1)) * inside
+        x = x.unflatten(axis, (blocks, side)) if axis == 3 else x
+    x = x.unflatten(2, (-1, side))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(4, 5)
+
+
+def _windows(x: Tensor) -> Tensor:
+    """Sums over 2 × 2 blocks, (B, n + 1, m + 1, …) -> (B, n, m, …)."""
+    x = x[:, :-1] + x[:, 1:]
+    return x[:, :, :-1] + x[:, :, 1:]
+
+
+def _blend(matrix: Tensor, lacking: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Apply the maps of the one to four windows around every finer cell, and blend smoothly.
+
+    Args:
+        matrix: (B, n, m, C, D).
+        lacking: (B, D, *finer grid).
+        grid: (h, w).
+
+    Returns:
+        (B, C, *finer grid).
+    """
+    down, across = matrix.shape[1:3]
+    device = matrix.device
+    # Block b lies between the centres of the windows b − 1 and b.
+    rows, columns = (_neighbours(count, device) for count in (down, across))
+    matrix = axes.read(axes.read(matrix, 2, columns), 1, rows)  # (B, n + 1, 2, m + 1, 2, C, D)
+    matrix = matrix.permute(0, 1, 3, 5, 2, 4, 6).flatten(4)  # (B, n + 1, m + 1, C, 4·D)
+    below, beside = (_shares(count, device) for count in (down, across))  # (blocks, 2, 2·STEP)
+    shares = below[:, None, :, None, :, None] * beside[None, :, None, :, None, :]
+    shares = shares.flatten(4).flatten(2, 3)  # (n + 1, m + 1, 4, 4·STEP²)
+    values = _blocks(lacking, side=2 * STEP)  # (B, n + 1, m + 1, D, 4·STEP²)
+    values = (shares[:, :, :, None].to(values.dtype) * values[:, :, :, None]).flatten(3, 4)
+    out = (matrix @ values).unflatten(4, (2 * STEP, 2 * STEP))  # (B, n + 1, m + 1, C, 32, 32)
+    out = out.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return out[:, :, : 2 * grid[0], : 2 * grid[1]]
+
+
+def _neighbours(count: int, device: torch.device) -> Tensor:
+    """The windows to either side of every block, (count + 1, 2)."""
+    block = torch.arange(count + 1, device=device)
+    return torch.stack([(block - 1).clamp(min=0), block.clamp(max=count - 1)], dim=1)
+
+
+def _shares(count: int, device: torch.device) -> Tensor:
+    """Weights of the windows to either side at the finer cells of every block, (count + 1, 2, 32).
+
+    The smooth step 3t² − 2t³ from one centre to the next; beyond the outer centres one window has
+    all.
+    """
+    side = 2 * STEP
+    block = torch.arange(count + 1, device=device)[:, None]
+    along = (torch.arange(side, device=device) + 0.5) / side
+    along = torch.where(block == 0, 1.0, torch.where(block == count, 0.0, along))
+    after = along * along * (3 - 2 * along)
+    # Before the first centre the window after it counts, after the last the one before.
+    return torch.stack([1 - after, after], dim=1)

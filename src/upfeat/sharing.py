@@ -1,0 +1,111 @@
+"""Folders of weights on the Hugging Face hub, by its own mixin, and the card that goes along."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from upfeat._version import __version__
+from upfeat.strict_json import read_object
+
+CARD_FILE = "README.md"
+RECORD_FILE = "training.json"
+"""What a training says of itself, beside its weights."""
+
+_TAGS = ("upfeat", "feature-upsampling", "image-feature-extraction")
+
+
+def push_to_hub(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:
+    """Put a saved folder on the hub, with :class:`huggingface_hub.ModelHubMixin`.
+
+    Args:
+        save: writes the folder, card included.
+        repo_id: "owner/name".
+        **options: of ``ModelHubMixin.push_to_hub``: ``commit_message``, ``private``, ``token``,
+            ``branch``, ``create_pr``, and patterns of files.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: huggingface_hub is not installed, or the name is none.
+        OSError: the hub is out of reach, or refuses.
+    """
+    try:
+        from huggingface_hub import ModelHubMixin
+    except ImportError:
+        raise ValueError(
+            "huggingface_hub is not installed: pip install 'upfeat[hub]' (or pip install "
+            "huggingface_hub)"
+        ) from None
+    owner, _, name = repo_id.partition("/")
+    if not (owner and name) or "/" in name:
+        raise ValueError(f"repo_id={repo_id!r} must be owner/name")
+
+    class Shared(ModelHubMixin):
+        def _save_pretrained(self, save_directory: Path) -> None:
+            save(Path(save_directory))
+
+    return str(Shared().push_to_hub(repo_id, **options))
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """The record of a training: of its folder, or of the folder of weights within.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    places = (run / RECORD_FILE, run / "upsampler" / RECORD_FILE)
+    path = next((one for one in places if one.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{run}: holds no {RECORD_FILE}; give the folder of a training")
+    return read_object(path)
+
+
+def model_card(config: Mapping[str, Any], record: Mapping[str, Any], name: str) -> str:
+    """The text of a card.
+
+    Args:
+        config: of the upsampler, with its name under "upsampler".
+        record: of its training; empty where there is none.
+        name: under which it is loaded.
+    """
+    channels = config.get("embed_dim")
+    fits = "features of any backbone" if channels is None else f"features of {channels} channels"
+    lines = ["---", "library_name: upfeat", "license: apache-2.0", "tags:"]
+    lines += [f"- {tag}" for tag in _TAGS]
+    lines += ["---", "", f"# {name}", ""]
+    lines += [f"A `{config['upsampler']}` upsampler of upfeat {__version__}, for {fits}.", ""]
+    lines += ["```python", "import upfeat", ""]
+    lines += [f'upsampler = upfeat.load_upsampler("{name}")']
+    lines += ["fine = upsampler(features, image)  # (B, C, h, w), (B, 3, H, W) -> (B, C, H, W)"]
+    lines += ["```", "", "## Configuration", "", *_table(config)]
+    if record:
+        lines += ["", "## Training", "", *_table(record)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(values: Mapping[str, Any]) -> list[str]:
+    """Settings as rows, those within others by both names; of files the names alone."""
+    rows = ["| setting | value |", "| --- | --- |"]
+    for name, value in _flat(values):
+        if isinstance(value, str):
+            shown = Path(value).name if Path(value).is_absolute() else value
+        else:
+            shown = json.dumps(value, ensure_ascii=False)
+        shown = shown.replace("|", "\\|").replace("\n", " ")
+        rows.append(f"| {name} | {shown if len(shown) <= 200 else shown[:200] + ' …'} |")
+    return rows
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{name}.")
+        else:
+            found.append((f"{prefix}{name}", value))
+    return found

@@ -1,0 +1,270 @@
+"""Exported files: equal to their models at other sizes, also where upfeat is not installed.
+
+The rows of the table in docs/guides/deployment.md are these tests.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import upfeat
+from upfeat.cli import main
+from upfeat.exporting import FORMATS, METADATA, export
+from upfeat.heads import SavedHead, describe_backbone, save_head
+from upfeat.portable import PORTABLE
+from upfeat.upsamplers.base import UPSAMPLERS
+
+SMALL = {"query_dim": 8, "levels": 2}
+MADE = {
+    "nearest": upfeat.Nearest,
+    "bilinear": upfeat.Bilinear,
+    "bicubic": upfeat.Bicubic,
+    "joint_bilateral": lambda: upfeat.JointBilateral(radius=1),
+    "jbu_stack": lambda: upfeat.JBUStack(8, radius=1, n_stages=2),
+    "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(back_projections=1, **SMALL),
+    "detail": lambda: upfeat.DetailUpsampler(8, width=4, depth=1, **SMALL),
+}
+FIXED = {
+    "anyup": lambda: UPSAMPLERS["anyup"](width=32),
+    "jafar": lambda: UPSAMPLERS["jafar"](8, width=32),
+    "naf": lambda: UPSAMPLERS["naf"](width=32),
+}
+"""Those that are exported for one size of images."""
+
+ELSEWHERE = """
+import json, sys
+import numpy as np
+
+try:
+    import upfeat
+except ImportError:
+    pass
+else:
+    raise SystemExit("upfeat is here")
+path, inputs, output = sys.argv[1:]
+inputs = list(np.load(inputs).values())
+if path.endswith("onnx"):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    facts = session.get_modelmeta().custom_metadata_map
+    names = [one.name for one in session.get_inputs()]
+    found = session.run(None, dict(zip(names, inputs)))[0]
+else:
+    import torch
+
+    extra = {"upfeat.json": ""}
+    module = torch.export.load(path, extra_files=extra).module()
+    facts = json.loads(extra["upfeat.json"])
+    found = module(*map(torch.from_numpy, inputs)).detach().numpy()
+np.savez(output, found)
+print(json.dumps(facts))
+"""
+
+
+@pytest.fixture(autouse=True)
+def quiet(recwarn):
+    """PyTorch's exporter warns of its own parts."""
+    return recwarn
+
+
+def made(name):
+    torch.manual_seed(0)
+    upsampler = {**MADE, **FIXED}[name]().eval().requires_grad_(False)
+    for parameter in upsampler.parameters():  # what starts as 0 counts too
+        if not parameter.any():
+            parameter.normal_(std=0.1)
+    return upsampler
+
+
+def run_elsewhere(path, tmp_path, *inputs):
+    """Run a file in a process without upfeat: what it gives, and its facts."""
+    np = pytest.importorskip("numpy")
+    np.savez(tmp_path / "in.npz", *(one.numpy() for one in inputs))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # -S -E would hide the libraries too; an import that fails stands for a package that is missing.
+    code = "import sys; sys.modules['upfeat'] = None\n" + ELSEWHERE
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), tmp_path / "in.npz", tmp_path / "out.npz"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.from_numpy(np.load(tmp_path / "out.npz")["arr_0"]), json.loads(done.stdout)
+
+
+def agree(found, expected):
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def needs(kind):
+    if kind == "onnx":
+        for library in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(library)
+
+
+def parts(batch, grid, size):
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(batch, 8, *grid, generator=generator)
+    return features, torch.randn(batch, 3, *size, generator=generator)
+
+
+def test_every_class_has_a_row():
+    assert {*MADE, *FIXED} == set(UPSAMPLERS)
+    assert set(MADE) == set(PORTABLE)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_runs_where_upfeat_is_not_installed(kind, tmp_path):
+    needs(kind)
+    upsampler, path = made("bilinear"), tmp_path / f"up.{kind}"
+    export(upsampler, path, channels=8)
+    given = parts(3, (4, 9), (50, 91))
+    found, facts = run_elsewhere(path, tmp_path, *given)
+    agree(found, upsampler(*given))
+    assert facts["upsampler"] == "bilinear"
+    assert facts["channels"] == "8"
+
+
+@pytest.mark.slow  # tracing takes ten seconds and more
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", sorted({*MADE} - {"bilinear"}))
+def test_upsamplers_of_any_size(name, kind, tmp_path):
+    needs(kind)
+    upsampler, path = made(name), tmp_path / f"up.{kind}"
+    facts = export(upsampler, path, channels=8)
+    assert float(facts["largest_error"]) < 1e-4
+    assert "size" not in facts
+    given = parts(1, (4, 9), (50, 91))
+    found, _ = run_elsewhere(path, tmp_path, *given)
+    agree(found, upsampler(*given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("name", FIXED)
+def test_upsamplers_of_one_size(name, kind, tmp_path):
+    needs(kind)
+    upsampler, path = made(name), tmp_path / f"up.{kind}"
+    with pytest.raises(ValueError, match=r"give size=\(height, width\)"):
+        export(upsampler, path, channels=8)
+    export(upsampler, path, channels=8, size=(24, 32))
+    given = parts(3, (3, 4), (24, 32))
+    found, facts = run_elsewhere(path, tmp_path, *given)
+    agree(found, upsampler(*given))
+    assert json.loads(facts["size"]) == [24, 32]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("upsampler", ["detail", "detail_universal"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_default(kind, upsampler, tmp_path):
+    """Several windows of the regression, and sides that are no multiples of the stride."""
+    needs(kind)
+    model, path = upfeat.load(upsampler=upsampler), tmp_path / f"model.{kind}"
+    facts = export(model, path)
+    x = torch.nn.functional.interpolate(torch.randn(1, 3, 9, 9), (100, 553), mode="bicubic")
+    found, stored = run_elsewhere(path, tmp_path, x)
+    agree(found, model(x))
+    assert json.loads(stored["mean"]) == [0.5, 0.5, 0.5]
+    assert stored["stride"] == "16"
+    assert stored["backbone_sha256"] == facts["backbone_sha256"]
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.GELU())
+    return upfeat.load(network, upsampler="bilinear")
+
+
+@pytest.mark.slow  # a trace and a reload
+def test_heads_and_strides(tiny, tmp_path):
+    weight, bias = torch.randn(3, 8), torch.randn(3)
+    head = SavedHead(
+        weight, bias, ["a", "b", "c"], "classes", describe_backbone(tiny.backbone), "bilinear"
+    )
+    save_head(tmp_path / "head.safetensors", head)
+    path = tmp_path / "model.pt2"
+    facts = export(tiny, path, head=tmp_path / "head.safetensors", stride=4)
+    assert json.loads(facts["head_names"]) == ["a", "b", "c"]
+    x = torch.randn(2, 3, 75, 52)
+    extra = {METADATA: ""}
+    found = torch.export.load(path, extra_files=extra).module()(x)
+    agree(found, tiny.lazy(x, (18, 13)).project(weight, bias))
+    # A file says of itself all that was returned, but for what was measured on it.
+    stored = json.loads(extra[METADATA])
+    assert {**stored, "largest_error": facts["largest_error"]} == facts
+
+
+@pytest.mark.slow
+def test_command(tmp_path, capsys):
+    output = tmp_path / "model.pt2"
+    arguments = ["export", "--upsampler", "nearest", "--size", "64x48", "-o", str(output)]
+    assert main(arguments) == 0
+    assert "112 channels, 64x48, error" in capsys.readouterr().out
+    module = torch.export.load(output).module()
+    x = torch.randn(3, 3, 48, 64)
+    agree(module(x), upfeat.load(upsampler="nearest")(x))
+    assert main(arguments) == 2
+    assert "exists; name another file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"path": "model.tflite"}, "unknown format; choose .onnx or .pt2"),
+        ({"format": "tflite"}, "format='tflite': unknown format"),
+        ({"path": "nowhere/model.onnx"}, "no such folder"),
+        ({"stride": 0}, "stride=0 must be"),
+        ({"size": (0, 32)}, "size=0 must be"),
+        ({"head": (torch.zeros(2, 5), None)}, r"weight is \(2, 5\); give \(K, 8\)"),
+        ({"head": "nothing.safetensors"}, "nothing.safetensors"),
+    ],
+)
+def test_refusals(tiny, tmp_path, options, words):
+    options = {"path": "model.pt2", **options}
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        export(tiny, tmp_path / options.pop("path"), **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_cannot_be_exported(tmp_path):
+    path = tmp_path / "model.pt2"
+    with pytest.raises(TypeError, match=r"give what upfeat\.load returns"):
+        export(nn.Conv2d(3, 8, 8, 8), path)
+    with pytest.raises(ValueError, match="use passes=1"):
+        export(upfeat.load(nn.Conv2d(3, 8, 8, 8), passes=5), path)
+    with pytest.raises(ValueError, match="three of them"):
+        export(upfeat.load(nn.Conv2d(4, 8, 8, 8), upsampler="bilinear"), path)
+    with pytest.raises(ValueError, match="give channels=C"):
+        export(upfeat.Bilinear(), path)
+    with pytest.raises(ValueError, match="not in float32"):
+        export(made("neighbourhood").double(), path, channels=8)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_library_that_is_missing_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ValueError, match=r"pip install 'upfeat\[onnx\]'"):
+        export(tiny, tmp_path / "model.onnx")
+
+
+def test_a_file_that_differs_is_not_kept(tiny, tmp_path, monkeypatch):
+    from upfeat import exporting
+
+    monkeypatch.setitem(
+        exporting._READERS, "pt2", lambda path: lambda inputs: inputs[0].new_ones(1)
+    )
+    with pytest.raises(ValueError, match="the exported file gives"):
+        export(tiny, tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
