@@ -21,7 +21,7 @@ from upfeat.feature_map import FeatureMap, check_head, check_points, check_windo
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
 from upfeat.machine import parse_memory, readable
-from upfeat.snapshots import Snapshot
+from upfeat.snapshots import Snapshot, watched
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_finite, check_hidden, check_inputs
@@ -344,7 +344,7 @@ class UpsampledFeatures(FeatureMap):
 
     def _fill(self, head: Head, dtype: torch.dtype | None, out: Any, bound: int | None) -> Any:
         """Make the map of a head part by part, into a buffer or a new tensor."""
-        if _recorded(self._sources()):
+        if watched(self._sources()):
             raise ValueError(
                 "out=, dtype= and max_memory= record no gradients; use torch.no_grad()"
             )

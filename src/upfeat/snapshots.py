@@ -16,14 +16,14 @@ class Snapshot:
     def __init__(self, tensors: list[Tensor]) -> None:
         """Take the snapshot."""
         self.tensors = tensors
-        self.recorded = _recorded(tensors)
+        self.recorded = watched(tensors)
         self.states = [one.clone() if one.is_inference() else one._version for one in tensors]
 
     def holds(self, tensors: list[Tensor]) -> bool:
         """Return whether these are the same tensors, unchanged, recorded by autograd alike."""
         return (
             len(tensors) == len(self.tensors)
-            and self.recorded == _recorded(tensors)
+            and self.recorded == watched(tensors)
             and all(
                 new is old
                 and (
@@ -34,6 +34,6 @@ class Snapshot:
         )
 
 
-def _recorded(tensors: list[Tensor]) -> bool:
+def watched(tensors: list[Tensor]) -> bool:
     """Return whether autograd records what is made of tensors."""
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
