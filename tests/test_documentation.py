@@ -22,7 +22,8 @@ import upfeat
 from upfeat.cli import main
 from upfeat.cli.main import COMMANDS, build_parser
 from upfeat.evaluation import harness
-from upfeat.training.config import TrainConfig, read_settings
+from upfeat.training.config import TrainConfig
+from upfeat.training.settings_file import read_settings
 from upfeat.upsamplers.base import UPSAMPLERS
 
 SOURCE = Path(upfeat.__file__).parent

@@ -5,7 +5,8 @@ import torch
 
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
 from upfeat.pooling import pool_patches, repeat_maps
-from upfeat.views import Jitter, apply_jitter, sample_jitters, warp
+from upfeat.views import Jitter, apply_jitter, sample_jitters
+from upfeat.warp import warp
 
 SHAPES = [
     # map, image of the jitter, grid, kernel size

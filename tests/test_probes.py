@@ -7,7 +7,7 @@ import upfeat
 from upfeat.evaluation.data.prepared import named_generator
 from upfeat.evaluation.tasks.seg import upsample_probabilities
 from upfeat.probes import (
-    Head,
+    LinearProbe,
     Pixels,
     draw_pixels,
     fit_classifier,
@@ -22,7 +22,7 @@ def _case(name):
     torch.manual_seed(0)
     upsampler = create_upsampler(name)
     features, guidance = torch.randn(1, 5, 4, 6), torch.randn(1, 3, 32, 48)
-    return upsampler, features, guidance, Head(torch.randn(7, 5), torch.randn(7))
+    return upsampler, features, guidance, LinearProbe(torch.randn(7, 5), torch.randn(7))
 
 
 @pytest.mark.parametrize("name", ["nearest", "bilinear", "bicubic", "joint_bilateral"])
@@ -38,7 +38,7 @@ def test_upsampled_logits_are_logits_of_upsampled_features(name):
 @torch.no_grad()
 def test_upsampled_probabilities_stay_probabilities_under_convex_weights():
     upsampler, features, guidance, _ = _case("joint_bilateral")
-    head = Head(torch.randn(6, 5), torch.randn(6))
+    head = LinearProbe(torch.randn(6, 5), torch.randn(6))
     kernels = upsampler.prepare(guidance, (4, 6), (32, 48))
     maps = upsample_probabilities(kernels, features, head, 3).view(2, 3, 32, 48)
     torch.testing.assert_close(maps.sum(1), torch.ones(2, 32, 48))

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from upfeat.geometry import reflect
 from upfeat.pooling import check_grid, pool_patches, repeat_maps, sample_patches
-from upfeat.views import Jitter, reflect, warp
+from upfeat.views import Jitter
+from upfeat.warp import warp
 
 __all__ = [
     "AttentionDownsampler",

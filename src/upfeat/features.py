@@ -21,6 +21,7 @@ from upfeat.feature_map import FeatureMap, check_head, check_points, check_windo
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
 from upfeat.machine import parse_memory, readable
+from upfeat.snapshots import Snapshot, watched
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_finite, check_hidden, check_inputs
@@ -39,38 +40,6 @@ class PCA(NamedTuple):
     """(k, C), orthonormal, most variance first."""
     mean: Tensor
     """(C,)."""
-
-
-class _Snapshot:
-    """Tensors as they were, to tell whether what was made of them still stands.
-
-    It holds them, so that no other tensor can take their place in memory. Those of inference mode
-    do not count their changes: of them it holds a copy too.
-    """
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = tensors
-        self.recorded = _recorded(tensors)
-        self.states = [one.clone() if one.is_inference() else one._version for one in tensors]
-
-    def holds(self, tensors: list[Tensor]) -> bool:
-        """Return whether these are the same tensors, unchanged, recorded by autograd alike."""
-        return (
-            len(tensors) == len(self.tensors)
-            and self.recorded == _recorded(tensors)
-            and all(
-                new is old
-                and (
-                    torch.equal(new, state) if isinstance(state, Tensor) else new._version == state
-                )
-                for new, old, state in zip(tensors, self.tensors, self.states, strict=True)
-            )
-        )
-
-
-def _recorded(tensors: list[Tensor]) -> bool:
-    """Return whether autograd records what is made of tensors."""
-    return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)
 
 
 class UpsampledFeatures(FeatureMap):
@@ -126,8 +95,8 @@ class UpsampledFeatures(FeatureMap):
             means = tuple(number("mean", one) for one in mean)
             self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
         self.missing = None if missing is None else missing.expand(-1, 1, *size)
-        self._made: tuple[_Snapshot, tuple[Kernels, Tensor]] | None = None
-        self._precomputed: tuple[_Snapshot, tuple[Kernels, Tensor | Map]] | None = None
+        self._made: tuple[Snapshot, tuple[Kernels, Tensor]] | None = None
+        self._precomputed: tuple[Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
     def __repr__(self) -> str:
         """One line: the shape, what it is made from, and the memory that the whole would take."""
@@ -376,7 +345,7 @@ class UpsampledFeatures(FeatureMap):
 
     def _fill(self, head: Head, dtype: torch.dtype | None, out: Any, bound: int | None) -> Any:
         """Make the map of a head part by part, into a buffer or a new tensor."""
-        if _recorded(self._sources()):
+        if watched(self._sources()):
             raise ValueError(
                 "out=, dtype= and max_memory= record no gradients; use torch.no_grad()"
             )
@@ -451,7 +420,7 @@ class UpsampledFeatures(FeatureMap):
         found = self.upsampler.precompute(kernels, mixed)
         recorded = found[1].requires_grad if isinstance(found[1], Tensor) else found[1].recorded
         if found[1] is not mixed and not recorded:
-            self._precomputed = _Snapshot([mixed]), found
+            self._precomputed = Snapshot([mixed]), found
         return found
 
     def _lengths(self) -> Tensor:
@@ -473,7 +442,7 @@ class UpsampledFeatures(FeatureMap):
             size = (self.shape[2], self.shape[3])
             given = self.guidance, grid, size, self.features, self.hidden
             kernels = self.upsampler.prepare_with(*given)
-            self._made = _Snapshot(sources), (kernels, self.upsampler.mix(self.features))
+            self._made = Snapshot(sources), (kernels, self.upsampler.mix(self.features))
             self._precomputed = None
         return self._made[1]
 

@@ -14,7 +14,7 @@ from upfeat.evaluation.metrics import class_iou, confusion_matrix
 from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.model import FeatUp
-from upfeat.probes import Head, Pixels, draw_pixels, fit_classifier, read_pixels
+from upfeat.probes import LinearProbe, Pixels, draw_pixels, fit_classifier, read_pixels
 from upfeat.raster.labels import read_labels
 from upfeat.raster.outputs import HeadOutput
 from upfeat.raster.plan import DEFAULT_BUDGET, make_plan
@@ -212,7 +212,7 @@ def _score(pixels: Pixels, held_out: Tensor, classes: int, seed: int) -> tuple[T
     kept = torch.ones(len(pixels.features), dtype=torch.bool)
     kept[held_out] = False
     fitted = pixels[kept.nonzero()[:, 0]]
-    head: Head = fit_classifier(fitted, classes, torch.Generator().manual_seed(seed))
+    head: LinearProbe = fit_classifier(fitted, classes, torch.Generator().manual_seed(seed))
     targets = pixels.targets[held_out].flatten()[None]
     guessed = head(pixels.features[held_out].flatten(0, 1)).argmax(1)[None]
     matrix = confusion_matrix(guessed[None], targets.to(torch.uint8), classes)[0]

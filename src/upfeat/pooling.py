@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from upfeat.geometry import reflect
-from upfeat.views import warp
+from upfeat.warp import warp
 
 # Cells of a row that share one matrix product. Their matrix is mostly zeros outside each cell's own
 # columns, so very wide maps are cut into runs; 16 keeps the products large and the waste small.

@@ -30,8 +30,11 @@ Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Head:
-    """A linear map of features: (K, C) weight, (K,) bias."""
+class LinearProbe:
+    """A fitted linear map of features: (K, C) weight, (K,) bias.
+
+    Upsamplers apply it as a :class:`upfeat.upsamplers.head.Head`.
+    """
 
     weight: Tensor
     bias: Tensor
@@ -41,9 +44,9 @@ class Head:
         return features @ self.weight.T + self.bias
 
     @staticmethod
-    def cat(heads: Sequence[Head]) -> Head:
+    def cat(heads: Sequence[LinearProbe]) -> LinearProbe:
         """Stack heads over their outputs."""
-        return Head(
+        return LinearProbe(
             torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
         )
 
@@ -92,7 +95,7 @@ def read_cells(features: Tensor, places: Tensor, size: tuple[int, int]) -> Tenso
     return features.flatten(1)[:, rows * width + columns].T
 
 
-def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -> Head:
+def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -> LinearProbe:
     """Fit multinomial logistic regression; choose its L2 penalty on held-out images.
 
     Args:
@@ -114,11 +117,13 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
         return value, gradient.div_(len(right))
 
     features = pixels.features
-    start = Head(features.new_zeros(n_classes, features.shape[2]), features.new_zeros(n_classes))
+    start = LinearProbe(
+        features.new_zeros(n_classes, features.shape[2]), features.new_zeros(n_classes)
+    )
     return _fit(pixels, start, loss, generator)
 
 
-def fit_depth(pixels: Pixels, generator: torch.Generator) -> Head:
+def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     """Fit a linear map to depth up to a scale and a shift of every image.
 
     The loss of an image is 1 − ρ, ρ the correlation of prediction and depth over its pixels: what
@@ -147,15 +152,15 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> Head:
     scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
     moment = scaled.T @ targets.flatten()[:, None]
     weight = ridge(scaled.T @ scaled / len(scaled), moment / len(scaled), 1e-3).T  # (1, C)
-    return _fit(pixels, Head(weight, weight.new_zeros(1)), loss, generator)
+    return _fit(pixels, LinearProbe(weight, weight.new_zeros(1)), loss, generator)
 
 
 def _fit(
     pixels: Pixels,
-    start: Head,
+    start: LinearProbe,
     loss: Loss,
     generator: torch.Generator,
-) -> Head:
+) -> LinearProbe:
     """Standardise, choose the penalty on held-out images, fit again on all of them."""
     flat = pixels.features.flatten(0, 1)
     mean, deviation = flat.mean(0), flat.std(0, correction=0).clamp(min=1e-6)
@@ -176,10 +181,10 @@ def _fit(
             lowest, best, chosen = value, head, penalty
     head = _minimise(best, scaled, loss, chosen)
     weight = head.weight / deviation
-    return Head(weight, head.bias - weight @ mean)
+    return LinearProbe(weight, head.bias - weight @ mean)
 
 
-def _minimise(start: Head, pixels: Pixels, loss: Loss, penalty: float) -> Head:
+def _minimise(start: LinearProbe, pixels: Pixels, loss: Loss, penalty: float) -> LinearProbe:
     weight, bias = start.weight.clone().requires_grad_(), start.bias.clone().requires_grad_()
     flat = pixels.features.flatten(0, 1)  # (N·P, C)
     optimiser = LBFGS(
@@ -192,13 +197,13 @@ def _minimise(start: Head, pixels: Pixels, loss: Loss, penalty: float) -> Head:
 
     @torch.no_grad()
     def closure() -> Tensor:
-        value, gradient = loss(Head(weight, bias)(flat), pixels.targets)
+        value, gradient = loss(LinearProbe(weight, bias)(flat), pixels.targets)
         weight.grad = gradient.T @ flat + penalty * weight
         bias.grad = gradient.sum(0)
         return value + penalty / 2 * weight.square().sum()
 
     optimiser.step(closure)
-    return Head(weight.detach(), bias.detach())
+    return LinearProbe(weight.detach(), bias.detach())
 
 
 def _standardised_rows(values: Tensor) -> Tensor:

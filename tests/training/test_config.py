@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from upfeat.training import TrainConfig
-from upfeat.training.config import OPERATIONAL, PRESETS, REFERENCE, read_settings
+from upfeat.training.config import OPERATIONAL, PRESETS, REFERENCE
+from upfeat.training.settings_file import read_settings
 
 
 @pytest.mark.parametrize(

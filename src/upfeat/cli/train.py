@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConf
 
 def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     """Flags over file over nothing, and what to call the source in errors."""
-    from upfeat.training.config import read_settings
+    from upfeat.training.settings_file import read_settings
 
     settings: dict[str, Any] = {}
     source = "flags"

@@ -24,7 +24,7 @@ from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.images import read_image
 from upfeat.machine import release_memory, resized
-from upfeat.probes import Head, Pixels, fit_classifier
+from upfeat.probes import LinearProbe, Pixels, fit_classifier
 from upfeat.text import TextBackbone
 from upfeat.visualize import PCABasis
 
@@ -374,7 +374,7 @@ def _cosines(features: Tensor, vectors: Tensor) -> Tensor:
     return torch.einsum("kc,chw->khw", F.normalize(vectors.float(), dim=1), unit).cpu()
 
 
-def _fit(features: Tensor, targets: Tensor, count: int) -> Head:
+def _fit(features: Tensor, targets: Tensor, count: int) -> LinearProbe:
     """A classifier of features (P, C); every class weighs the same, however much was painted."""
     largest = int(targets.bincount().max())
     balanced = torch.cat(

@@ -24,7 +24,7 @@ from upfeat.evaluation.data.folders import Dataset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet, named_generator
 from upfeat.evaluation.methods import Method
 from upfeat.evaluation.task import Task
-from upfeat.probes import Head, Pixels, draw_pixels, read_cells, read_pixels
+from upfeat.probes import LinearProbe, Pixels, draw_pixels, read_cells, read_pixels
 
 PROTOCOLS = {
     "own": "the probe is trained on the upsampled features of the training images",
@@ -46,7 +46,7 @@ class Probing(Task):
     ) -> None:
         """See :meth:`Task.__init__`."""
         super().__init__(parts, dataset, backbone, config, on_step)
-        self._transfer_heads: list[Head] | None = None
+        self._transfer_heads: list[LinearProbe] | None = None
 
     protocols = PROTOCOLS
 
@@ -60,7 +60,7 @@ class Probing(Task):
         """Pixels that a probe may be trained on: (H, W) -> (H, W) bool."""
 
     @abstractmethod
-    def fit_head(self, pixels: Pixels, generator: torch.Generator) -> Head:
+    def fit_head(self, pixels: Pixels, generator: torch.Generator) -> LinearProbe:
         """Train one probe."""
 
     @property
@@ -68,14 +68,16 @@ class Probing(Task):
         """One for each repetition."""
         return range(self.config.seeds)
 
-    def heads(self, label: str, method: Method, protocols: Sequence[str]) -> dict[str, list[Head]]:
+    def heads(
+        self, label: str, method: Method, protocols: Sequence[str]
+    ) -> dict[str, list[LinearProbe]]:
         """Probes of every protocol, one per seed; those that are not ``own`` share theirs."""
         return {
             name: self._fit_upsampled(label, method) if name == "own" else self._fit_coarse()
             for name in protocols
         }
 
-    def _fit_upsampled(self, label: str, method: Method) -> list[Head]:
+    def _fit_upsampled(self, label: str, method: Method) -> list[LinearProbe]:
         """Probes on upsampled features; every image is upsampled once for all seeds."""
         drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
         for index, sample in enumerate(self.train):
@@ -88,7 +90,7 @@ class Probing(Task):
                 drawn[seed].append(read)
         return self._fit_each(f"{label}: probe", drawn)
 
-    def _fit_coarse(self) -> list[Head]:
+    def _fit_coarse(self) -> list[LinearProbe]:
         """Probes on the cells that the same pixels lie in; made once for all upsamplers."""
         if self._transfer_heads is None:
             drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
@@ -100,7 +102,7 @@ class Probing(Task):
             self._transfer_heads = self._fit_each("probe on coarse features", drawn)
         return self._transfer_heads
 
-    def _fit_each(self, label: str, drawn: list[list[tuple[Tensor, Tensor]]]) -> list[Head]:
+    def _fit_each(self, label: str, drawn: list[list[tuple[Tensor, Tensor]]]) -> list[LinearProbe]:
         heads = []
         for seed, read in enumerate(drawn):
             self.on_step(label, seed, len(drawn))

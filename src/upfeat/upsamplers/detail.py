@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
-from upfeat.resampling import bilinear, resample, resize
-from upfeat.transforms import channels_last
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, cells_of_pixels
-from upfeat.upsamplers.encoder import pointwise, spans_of
+from upfeat.upsamplers.detail_network import DetailMaps, DetailNetwork
 from upfeat.upsamplers.head import Head, Headed, apply_head
-from upfeat.upsamplers.maps import Computed, Map, as_map, cut, inside, is_recorded, widened
+from upfeat.upsamplers.maps import Computed, Map, as_map
 from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler
 from upfeat.upsamplers.queries import CellMeans, Coarser, Queries, Units
 from upfeat.upsamplers.regression import STEP, ImageRegression
@@ -27,82 +23,6 @@ from upfeat.upsamplers.step import NeighbourhoodKernels
 
 FINER = 2
 """The grid on which detail is added is so many times finer than that of the features."""
-_PIXELS = 8
-"""Image pixels for each side of its cells, as the network sees the image."""
-
-
-class DetailNetwork(nn.Sequential):
-    """A small convolutional network, image to maps at an eighth of its size."""
-
-    def __init__(self, width: int, depth: int) -> None:
-        """Make it with PyTorch's initial weights.
-
-        Args:
-            width: number of maps, ≥ 2.
-            depth: residual blocks on the last grid, ≥ 0.
-        """
-        widths = (3, max(width * 3 // 8, 1), max(width * 3 // 4, 1), width)
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            halve = nn.Conv2d(before, after, 3, 2, 1, padding_mode="replicate")
-            layers += [halve, nn.GELU()]
-        super().__init__(*layers, *(_Block(width) for _ in range(depth)))
-        self.reach = depth + 1
-        """How many cells beyond its own a value of the maps depends on."""
-
-
-class _Block(nn.Module):
-    """Its input and a correction, which is 0 at the start."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.hidden = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
-        self.last = nn.Conv2d(width, width, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)  # pyright: ignore[reportArgumentType]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) -> the same."""
-        return x + pointwise(self.last, F.gelu(self.hidden(x)))
-
-
-class DetailMaps(Computed):
-    """The network's maps of an image, (B, width, *finer grid)."""
-
-    def __init__(
-        self, network: DetailNetwork, guidance: Tensor, finer: Size, *, whole: bool
-    ) -> None:
-        """Keep what they are made of.
-
-        Args:
-            network: makes them.
-            guidance: (B, 3, H, W).
-            finer: the grid's size.
-            whole: make all at once.
-        """
-        recorded = is_recorded(guidance, *network.parameters())
-        super().__init__(finer, whole=whole or recorded, recorded=recorded, step=8)
-        self.network, self.guidance = network, guidance
-        self.seen: Size = (_PIXELS * finer[0], _PIXELS * finer[1])
-
-    def compute(self, window: Window) -> Tensor:
-        """See :meth:`Computed.compute`."""
-        if window == (0, 0, *self.size):
-            image = self.guidance
-            if image.shape[-2:] != self.seen:
-                image = resize(image, self.seen)
-            return self._run(image)
-        around = widened(window, self.network.reach, self.size)
-        rows, columns = (
-            bilinear(length, target, torch.arange(_PIXELS * start, _PIXELS * stop), antialias=True)
-            for length, target, (start, stop) in zip(
-                self.guidance.shape[2:], self.seen, spans_of(around), strict=True
-            )
-        )
-        return cut(self._run(resample(self.guidance, rows, columns)), inside(window, around))
-
-    def _run(self, image: Tensor) -> Tensor:
-        return self.network(channels_last(image)).contiguous()
 
 
 class FinerFeatures(Computed):

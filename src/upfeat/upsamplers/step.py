@@ -66,11 +66,11 @@ class NeighbourhoodKernels:
         if self.whole:
             # Weights that are kept give their means too.
             cells = Window(0, 0, *self.grid_size)
-            fused = self._unkept(window, cells) is not None
+            fused = self._unkept(window) is not None
             weights = None if fused else self.weights(window)
             if weights is not None and self.back_projections:
                 self.pooled.start_from(weights)
-            return self._sum(self.corrected(source, cells), window, cells, weights)
+            return self._sum(self.corrected(source, cells), window, None, weights)
         kernels, kept = self.precompute(source)
         out = None
         for window in tiles(self.output_size, TILE):
@@ -137,7 +137,7 @@ class NeighbourhoodKernels:
         Args:
             window: all pixels of the cells.
         """
-        arguments = self._unkept(window, self.cells_of(window))
+        arguments = self._unkept(window)
         if arguments is None:
             return None
         return dispatch.call("neighbourhood_mean_weights", self.backend, *arguments)
@@ -180,11 +180,16 @@ class NeighbourhoodKernels:
         return values
 
     def _sum(
-        self, features: Tensor, window: Window, cells: Window, weights: Tensor | None = None
+        self,
+        features: Tensor,
+        window: Window,
+        cells: Window | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Sum features of some cells at a window of pixels, with the weights or with new ones."""
+        """Sum features of some cells, or all, at a window of pixels, with given weights or new."""
         if weights is None:
-            operator, arguments = "neighbourhood_attention", self._unkept(window, cells)
+            operator = "neighbourhood_attention"
+            arguments = self._unkept(window)
             if (
                 arguments is not None
                 and not is_recorded(features)
@@ -202,13 +207,15 @@ class NeighbourhoodKernels:
             backend=self.backend,
         )
 
-    def _unkept(self, window: Window, cells: Window) -> list[dispatch.Argument] | None:
+    def _unkept(self, window: Window) -> list[dispatch.Argument] | None:
         """Arguments of the operators that keep no weights; ``None`` where weights must exist.
 
-        That is where gradients go through them, and on other backends.
+        That is where gradients go through them, on other backends, and in traced graphs, which
+        would hold only for sizes that were compared.
         """
-        if self.recorded or self.backend not in ("auto", "cpu"):
+        if self.recorded or self.backend not in ("auto", "cpu") or torch.compiler.is_compiling():
             return None
+        cells = self.cells_of(window)
         queries, keys = self.queries.at(window), self.keys.at(cells)
         if torch.is_autocast_enabled(queries.device.type):
             return None

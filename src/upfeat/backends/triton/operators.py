@@ -36,17 +36,14 @@ that is slow, about 10 times the arithmetic floor predicted. The range kernel mo
 first-level cache at 1.3 times that floor: 1.5 to 2 predicted.
 """
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from upfeat.backends.triton import launch
 from upfeat.backends.triton.attention import window_attention, window_attention_backward
+from upfeat.backends.triton.availability import reason_against, unavailable_reason
 from upfeat.backends.triton.tables import Axis, bicubic_axis, plain_axis, replicated_axis
 from upfeat.geometry import window_radius
 
@@ -69,39 +66,15 @@ __all__ = [
     "window_attention_backward",
 ]
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SMALLEST_CAPABILITY = (8, 0)
-
-
-def unavailable_reason() -> str | None:
-    """Return why no kernel here can run on this machine; ``None`` when they can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    if launch.interpreted():
-        return None
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    if torch.version.hip is not None:
-        return "the kernels were never run on ROCm"
-    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
-    if not any(name and shutil.which(name) for name in compilers):
-        return "Triton needs a C compiler to start kernels (install gcc or clang, or set CC)"
-    return None
-
-
-# A lock and a loader are not for a compiled graph: the answer is a constant there. This is what
-# torch.compiler.assume_constant_result sets, which would import the whole compiler to do it.
-unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
 
 def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str | None:
     """Return why these arguments cannot run here; ``None`` when they can."""
-    return _reason_against(features, weights)
+    return reason_against(features, weights)
 
 
 def can_run_adaptive_conv2d(padded: Tensor, weights: Tensor) -> str | None:
     """Return why these arguments cannot run here; ``None`` when they can."""
-    return _reason_against(padded, weights)
+    return reason_against(padded, weights)
 
 
 def can_run_neighbourhood_upsample(
@@ -109,7 +82,7 @@ def can_run_neighbourhood_upsample(
 ) -> str | None:
     """Return why these arguments cannot run here; ``None`` when they can."""
     del place  # the tables know any window
-    return _reason_against(features, weights)
+    return reason_against(features, weights)
 
 
 def can_run_bilateral_weights(
@@ -119,7 +92,7 @@ def can_run_bilateral_weights(
     del temperature, sigma_spatial  # scalars of any type and device are copied over
     if radius > 7:
         return f"radius={radius} needs more scores per pixel than registers hold; at most 7"
-    return _reason_against(keys)
+    return reason_against(keys)
 
 
 def can_run_window_attention(
@@ -127,7 +100,7 @@ def can_run_window_attention(
 ) -> str | None:
     """Return why these arguments cannot run here; ``None`` when they can."""
     del options  # any ranges, heads and blocks
-    return _reason_against(queries, keys, values)
+    return reason_against(queries, keys, values)
 
 
 def joint_bilateral_upsample(
@@ -415,31 +388,3 @@ def _zeroed(x: Tensor | None) -> Tensor | None:
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
     return torch.as_tensor(value).detach().to(device, torch.float32)
-
-
-@lru_cache
-def _too_old(index: int) -> str | None:
-    found = torch.cuda.get_device_capability(index)
-    if found >= SMALLEST_CAPABILITY:
-        return None
-    return f"compute capability {found[0]}.{found[1]} is below 8.0"
-
-
-def _reason_against(*tensors: Tensor) -> str | None:
-    reason = unavailable_reason()
-    if reason is not None:
-        return reason
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            return f"dtype {tensor.dtype} is not float32, bfloat16 or float16"
-        if tensor.device != tensors[0].device:
-            return f"tensors are on {tensors[0].device} and {tensor.device}"
-        if tensor.layout != torch.strided:
-            return f"layout {tensor.layout} is not strided"
-        if tensor.is_cuda:
-            reason = _too_old(tensor.get_device())
-        elif not launch.interpreted():
-            reason = f"a tensor is on {tensor.device}, not on a CUDA device"
-        if reason is not None:
-            return reason
-    return None

@@ -28,7 +28,7 @@ from upfeat.evaluation.report.pictures import encode_heat
 from upfeat.evaluation.results import Row
 from upfeat.evaluation.task import DRIFT, Score, Task
 from upfeat.feature_map import FeatureMap
-from upfeat.probes import Head
+from upfeat.probes import LinearProbe
 
 CAM_BACKBONE = "efficientnet_lite0.stride32"
 """The level that the embedded classifier's head reads."""
@@ -60,10 +60,10 @@ class Penultimate(Backbone):
         """See :meth:`Backbone.extract`."""
         return self.network.head(self.network.extract(x))
 
-    def head_of(self, category: int) -> Head:
+    def head_of(self, category: int) -> LinearProbe:
         """The last layer's weight for one class, (1, 1280), without its bias."""
         weight = self.network.classifier.weight[category][None]
-        return Head(weight, weight.new_zeros(1))
+        return LinearProbe(weight, weight.new_zeros(1))
 
 
 class ClassActivation(Task):
@@ -144,7 +144,7 @@ class ClassActivation(Task):
         return self.classifier.network.classifier(features.mean((2, 3)))[0].softmax(0)
 
 
-def activation(upsampled: FeatureMap, head: Head) -> Tensor:
+def activation(upsampled: FeatureMap, head: LinearProbe) -> Tensor:
     """Map the pixels whose features speak for a class.
 
     Args:

@@ -25,7 +25,7 @@ from upfeat.evaluation.probing import Probing
 from upfeat.evaluation.report.pictures import encode_values
 from upfeat.evaluation.results import Row
 from upfeat.evaluation.task import DRIFT, Score
-from upfeat.probes import Head, Pixels, fit_depth
+from upfeat.probes import LinearProbe, Pixels, fit_depth
 
 
 class Depth(Probing):
@@ -77,7 +77,7 @@ class Depth(Probing):
         """See :meth:`Probing.usable`."""
         return torch.isfinite(target)
 
-    def fit_head(self, pixels: Pixels, generator: torch.Generator) -> Head:
+    def fit_head(self, pixels: Pixels, generator: torch.Generator) -> LinearProbe:
         """See :meth:`Probing.fit_head`."""
         return fit_depth(pixels, generator)
 
@@ -88,7 +88,7 @@ class Depth(Probing):
         sums: dict[str, list[Tensor]] = {name: [] for name in heads}
         pictures: dict[str, dict[str, str]] = {name: {} for name in heads}
         chosen = set(self.config.choose_pictures(len(self.test)))
-        stacked = Head.cat([head for group in heads.values() for head in group])
+        stacked = LinearProbe.cat([head for group in heads.values() for head in group])
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: test", index, len(self.test))
             maps, depth = self._predict(method, sample, stacked).cpu(), sample.label.cpu()
@@ -110,7 +110,7 @@ class Depth(Probing):
         return rows
 
     @torch.no_grad()
-    def _predict(self, method: Method, sample: Prepared, head: Head) -> Tensor:
+    def _predict(self, method: Method, sample: Prepared, head: LinearProbe) -> Tensor:
         """(K, H, W), one map per output of the head."""
         return method(sample).project(head.weight, head.bias)[0]
 

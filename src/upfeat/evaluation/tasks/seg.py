@@ -30,7 +30,7 @@ from upfeat.evaluation.report.pictures import encode_indices
 from upfeat.evaluation.results import Row
 from upfeat.evaluation.task import DRIFT, Score
 from upfeat.features import UpsampledFeatures
-from upfeat.probes import Head, Pixels, fit_classifier
+from upfeat.probes import LinearProbe, Pixels, fit_classifier
 from upfeat.upsamplers import Kernels
 
 
@@ -110,7 +110,7 @@ class Segmentation(Probing):
         """See :meth:`Probing.usable`."""
         return target != IGNORE_INDEX
 
-    def fit_head(self, pixels: Pixels, generator: torch.Generator) -> Head:
+    def fit_head(self, pixels: Pixels, generator: torch.Generator) -> LinearProbe:
         """See :meth:`Probing.fit_head`."""
         return fit_classifier(pixels, len(self.classes), generator)
 
@@ -136,14 +136,14 @@ class Segmentation(Probing):
         ]
 
     def _predict(
-        self, method: Method, sample: Prepared, heads: dict[str, list[Head]]
+        self, method: Method, sample: Prepared, heads: dict[str, list[LinearProbe]]
     ) -> dict[str, Tensor]:
         """Class maps (S, H, W) of every protocol, on the CPU; only K channels are upsampled."""
         n_classes = len(self.classes)
         with torch.no_grad():
             upsampled, maps = method(sample), {}
             for name, group in heads.items():
-                stacked = Head.cat(group)
+                stacked = LinearProbe.cat(group)
                 if name == "probabilities":
                     assert isinstance(upsampled, UpsampledFeatures)
                     coarse = sample.features[None]
@@ -185,7 +185,7 @@ class Segmentation(Probing):
 
 
 def upsample_probabilities(
-    kernels: Kernels, features: Tensor, head: Head, n_classes: int
+    kernels: Kernels, features: Tensor, head: LinearProbe, n_classes: int
 ) -> Tensor:
     """Upsample the softmax of coarse logits.
 

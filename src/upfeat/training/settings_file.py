@@ -1,0 +1,49 @@
+"""Files of settings: YAML or JSON."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from upfeat.strict_json import LARGEST as LARGEST_FILE
+from upfeat.strict_json import read_object
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a YAML or JSON file of settings.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not one, or PyYAML is missing.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        content = _parse(path)
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds {type(content).__name__}, not settings (name: value)")
+    return content
+
+
+def _parse(path: Path) -> Any:
+    if path.suffix.lower() == ".json":
+        return read_object(path)
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"{path}: larger than {LARGEST_FILE >> 10} KiB, so it holds no settings")
+    text = path.read_text(encoding="utf-8")
+    try:
+        import yaml
+    except ImportError:
+        raise ValueError(
+            f'{path}: reading YAML needs PyYAML; pip install "upfeat[train]", or give a .json file'
+        ) from None
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ValueError(f"{path}: not YAML of ours (nested too deeply)") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
