@@ -231,6 +231,7 @@ using namespace upfeat;
 extern "C" {
 
 int upfeat_abi(void) { return UPFEAT_ABI; }
+const char* upfeat_identity(void) { return UPFEAT_IDENTITY; }
 
 int upfeat_jbu_forward(const UpfeatTensor* features, const UpfeatTensor* weights,
                        const UpfeatTensor* out, int64_t radius, int isa, int threads) {

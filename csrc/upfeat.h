@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 7
+#define UPFEAT_ABI 8
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -60,6 +60,9 @@ typedef struct {
 } UpfeatPyramid;
 
 UPFEAT_API int upfeat_abi(void);
+// The package's version, a space, and the first 16 digits of this file's SHA-256: a library that was
+// left behind by an older build says so, whatever its number.
+UPFEAT_API const char* upfeat_identity(void);
 // Bit i is set when instruction set i can run here: 0 baseline, 1 avx2, 2 avx512.
 UPFEAT_API int upfeat_isa_mask(void);
 

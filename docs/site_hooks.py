@@ -155,9 +155,9 @@ def _command(name: str, parser: ArgumentParser, example: str) -> str:
         if action.option_strings and action.nargs != 0:
             values = "|".join(map(str, action.choices or ())) or action.metavar or action.dest
             words += f" {str(values).upper() if not action.choices else values}"
-        words = words.replace("|", "\\|")
+        words = words.replace("|", "&#124;").replace("<", "&lt;")  # escapes stay visible in code
         text = (action.help or "").replace("%%", "%").replace("|", "\\|").replace("<", "&lt;")
-        lines.append(f"| `{words}` | {text % vars(action) if '%(' in text else text} |")
+        lines.append(f"| <code>{words}</code> | {text % vars(action) if '%(' in text else text} |")
     return "\n".join([*lines, ""])
 
 

@@ -35,6 +35,7 @@ QUICK_TRAIN = (
 COMMANDS = {
     "run": ("run photos -o out", ""),
     "fit": ("fit photos/0.png photos/1.png -o out --views 2 --size 32", ""),
+    "raster": ("raster scene.tif -o out/scene.zarr", "--resume"),
     "render": ("render fitted.safetensors -o out/features.{suffix} --size 200x150", ""),
     "train": (f"train photos -o out {QUICK_TRAIN}", "--resume"),
     "extract": ("extract photos shard.tar -o out --size 64 --workers 2", ""),
@@ -44,6 +45,8 @@ COMMANDS = {
         "",
     ),
 }
+# Several tiles of a small raster.
+RASTER = (300, 520)
 SUFFIXES = ("npy", "safetensors", "png")
 # Files that are of one piece: there whole, or not there. Of others a killed process leaves a state
 # to go on from.
@@ -53,6 +56,7 @@ WHOLE = {
     "render": ("*",),
     "train": ("upsampler/*.safetensors",),
     "eval": (),
+    "raster": (),
     "extract": ("**/*.safetensors",),
     "extract_ray": ("**/*.safetensors",),
 }
@@ -71,6 +75,13 @@ def write_inputs(folder: Path) -> None:
             for kind, picture in (("images", image), ("labels", label)):
                 (folder / "data" / part / kind).mkdir(exist_ok=True)
                 picture.save(folder / "data" / part / kind / f"{part}{index}.png")
+    values = np.random.default_rng(9).integers(0, 255, (3, 30, 52)).astype(np.uint8)
+    bands = [
+        np.asarray(Image.fromarray(band).resize(RASTER[::-1], Image.Resampling.BICUBIC))
+        for band in values
+    ]
+    tifffile = import_module("tifffile")
+    tifffile.imwrite(folder / "scene.tif", np.stack(bands, -1), photometric="rgb", tile=(128, 128))
     (folder / "data" / "classes.json").write_text(json.dumps(["ground", "thing"]))
     with tarfile.open(folder / "shard.tar", "w") as archive:
         for number in range(12):
@@ -232,6 +243,10 @@ def main() -> None:
     ):
         import_module(f"upfeat.{name}")
     torch.set_num_threads(1)
+    if options.command == "raster":
+        plan = import_module("upfeat.raster.plan")
+        for name in ("_TILES", "_BACKBONE_TILES"):
+            setattr(plan, name, (256,))
 
     inputs = content(folder / "photos") | content(folder / "data")
     trial = Trial(options.command, folder)

@@ -35,6 +35,7 @@ def make_lazy(upsampler, size=(144, 176), channels=20, batch=1):
 @pytest.fixture
 def in_pieces(monkeypatch):
     """Parts as small as they get."""
+    monkeypatch.setattr(budget, "_ROWS", ())
     monkeypatch.setattr(budget, "_SIDES", (32,))
     monkeypatch.setattr(budget, "_BLOCKS", (4,))
 
@@ -73,7 +74,7 @@ def test_a_callers_buffer_is_filled(tmp_path, in_pieces):
 
 
 def test_a_model_keeps_to_its_bound(monkeypatch):
-    monkeypatch.setattr(budget, "_SIDES", (96,))
+    monkeypatch.setattr(budget, "_ROWS", (64,))
     model = upfeat.load("efficientnet_lite0")
     x = torch.randn(1, 3, 192, 208, generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(192, 208, dtype=torch.bool)

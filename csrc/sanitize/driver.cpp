@@ -2,10 +2,12 @@
 // types and layouts, all instruction sets and several thread counts. Tensors are allocated to the
 // byte, so that the sanitizers see any access outside them; results must be finite and the same for
 // every thread count.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "../upfeat.h"
@@ -257,6 +259,110 @@ void pyramid(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) 
   });
 }
 
+// Which cells pixels see: all; or windows of about a third of the axis, wandering.
+std::vector<int64_t> bounds_of(int64_t pixels, int64_t cells, bool whole) {
+  std::vector<int64_t> bounds(static_cast<size_t>(2 * pixels));
+  const int64_t side = cells / 3 + 1;
+  for (int64_t i = 0; i < pixels; ++i) {
+    const int64_t first = whole ? 0 : std::min(i * cells / pixels, cells - side);
+    bounds[static_cast<size_t>(i)] = first;
+    bounds[static_cast<size_t>(pixels + i)] = whole ? cells : first + side;
+  }
+  return bounds;
+}
+
+// Attention to rectangles of cells: the heads' mean, or blocks of channels, one of them empty.
+void windows(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) {
+  if (!s.c) return;
+  const int64_t heads = 1 + s.c % 3, depth = heads * (1 + s.c % 19);
+  Buffer queries(s.n, depth, s.height, s.width, dtype, layout);
+  Buffer keys(s.n, depth, s.h, s.w, dtype, layout), values(s.n, s.c, s.h, s.w, dtype, layout);
+  Buffer out(s.n, s.c, s.height, s.width, dtype, layout);
+  Buffer grad(s.n, s.c, s.height, s.width, dtype, layout);
+  Buffer grad_queries(s.n, depth, s.height, s.width, dtype, layout);
+  Buffer grad_keys(s.n, depth, s.h, s.w, dtype, layout);
+  Buffer grad_values(s.n, s.c, s.h, s.w, dtype, layout);
+  const std::vector<int64_t> rows = bounds_of(s.height, s.h, whole);
+  const std::vector<int64_t> columns = bounds_of(s.width, s.w, whole);
+  std::vector<int64_t> blocks(static_cast<size_t>(whole ? 1 : heads), 0);
+  blocks.back() = s.c;
+  const UpfeatRanges ranges{rows.data(), columns.data(), blocks.data(),
+                            static_cast<int64_t>(blocks.size()), heads, 0.5};
+  repeat("window_forward", {&out}, [&](int threads) {
+    return upfeat_window_forward(&queries.tensor, &keys.tensor, &values.tensor, &out.tensor,
+                                 &ranges, isa, threads);
+  });
+  repeat("window_backward", {&grad_queries, &grad_keys, &grad_values}, [&](int threads) {
+    return upfeat_window_backward(&queries.tensor, &keys.tensor, &values.tensor, &grad.tensor,
+                                  &grad_queries.tensor, &grad_keys.tensor, &grad_values.tensor,
+                                  &ranges, isa, threads);
+  });
+}
+
+// Layers of an encoder: 1x1 and 3x3 kernels, few and many channels, everything before and behind.
+void layers(const Shape& s, int64_t dtype, Layout layout, int isa, bool reflect) {
+  if (!s.c) return;
+  const auto array = [](int64_t count) {
+    return Buffer(1, 1, 1, count, UPFEAT_FLOAT32, Layout::kPlanes);
+  };
+  const auto at = [](const Buffer& buffer) { return static_cast<const float*>(buffer.tensor.data); };
+  const auto padded = [](int64_t count) { return (count + 15) / 16 * 16; };
+  const int64_t outputs = 8 * (1 + s.c % 7), pitch = padded(outputs), in_pitch = padded(s.c);
+  Buffer x(s.n, s.c, s.height, s.width, dtype, layout);
+  Buffer residual(s.n, outputs, s.height, s.width, dtype, layout);
+  Buffer out(s.n, outputs, s.height, s.width, dtype, layout);
+  Buffer weight = array(9 * s.c * pitch), bias = array(pitch);
+  Buffer scale = array(s.n * in_pitch + 1), shift = array(s.n * in_pitch + 1);
+  Buffer rows = array(s.height * 2 * s.c), columns = array(s.width * 2 * s.c);
+  std::vector<double> sums(static_cast<size_t>(s.n * 8 + 1));
+  const auto describe = [&](int64_t kernel, bool winograd) {
+    UpfeatLayer layer{};
+    layer.weight = at(weight);
+    layer.bias = at(bias);
+    layer.inputs = kernel == 3 && !winograd ? 9 * s.c : s.c;
+    layer.outputs = outputs;
+    layer.pitch = pitch;
+    layer.in_pitch = in_pitch;
+    layer.kernel = kernel;
+    layer.winograd = winograd;
+    layer.reflect = reflect;
+    layer.groups = 4;
+    layer.epsilon = 1e-5;
+    if (kernel == 1 || winograd) {
+      layer.scale = at(scale);
+      layer.shift = at(shift);
+      layer.silu = 1;
+    }
+    return layer;
+  };
+  for (const auto& [kernel, winograd] : {std::pair<int64_t, bool>{1, false}, {3, false}, {3, true}}) {
+    const UpfeatLayer layer = describe(kernel, winograd);
+    repeat("layer_forward", {&out}, [&](int threads) {
+      return upfeat_layer_forward(&x.tensor, &layer, reflect ? &residual.tensor : nullptr,
+                                  &out.tensor, sums.data(), isa, threads);
+    });
+  }
+  UpfeatLayer layer = describe(1, false);
+  Buffer means(s.n, s.c, s.h, s.w, dtype, layout), prepared(s.n, s.c, s.height, s.width, dtype, layout);
+  repeat("layer_pool", {&means}, [&](int threads) {
+    return upfeat_layer_pool(&x.tensor, &layer, &means.tensor, isa, threads);
+  });
+  if (s.c % 2 == 0) {
+    layer.rotate_rows = at(rows);
+    layer.rotate_columns = at(columns);
+    layer.pair = s.c / 2;
+  }
+  layer.unit = 1;
+  repeat("layer_prepare", {&prepared}, [&](int threads) {
+    return upfeat_layer_prepare(&x.tensor, &layer, &prepared.tensor, isa, threads);
+  });
+  Buffer patterns = array(9 * pitch), features(s.n, s.c, s.h, s.w, dtype, layout);
+  Buffer matches(s.n, outputs, s.h, s.w, dtype, layout);
+  repeat("patterns", {&matches}, [&](int threads) {
+    return upfeat_patterns(&features.tensor, at(patterns), 3, pitch, &matches.tensor, isa, threads);
+  });
+}
+
 }  // namespace
 
 int main() {
@@ -267,7 +373,7 @@ int main() {
       {1, 64, 9, 17, 18, 34, 3}, {2, 18, 1, 1, 1, 2, 3},   {1, 4, 1, 3, 3, 19, 5},
       {0, 4, 3, 3, 6, 6, 1},     {2, 0, 3, 3, 6, 6, 1}};
   const int mask = upfeat_isa_mask();
-  for (int isa = 0; isa < 3; ++isa) {
+  for (int isa = 0; isa < 4; ++isa) {
     if (!(mask & 1 << isa)) continue;
     for (const Shape& shape : shapes) {
       for (int64_t dtype = 0; dtype < 3; ++dtype) {
@@ -278,6 +384,10 @@ int main() {
           neighbourhood(shape, dtype, layout, isa, false);
           pyramid(shape, dtype, layout, isa, true);
           pyramid(shape, dtype, layout, isa, false);
+          for (bool either : {false, true}) {
+            windows(shape, dtype, layout, isa, either);
+            layers(shape, dtype, layout, isa, either);
+          }
         }
       }
     }

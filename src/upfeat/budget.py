@@ -10,6 +10,7 @@ import math
 import mmap
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,13 +20,15 @@ from torch import Tensor
 from upfeat import machine
 from upfeat.machine import readable
 from upfeat.types import Size, Window, times
-from upfeat.upsamplers.maps import WHOLE, tiles
+from upfeat.upsamplers.maps import WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_SIDES = (512, 256, 128, 64, 32)
-"""Sides of windows that are tried, pixels."""
+_ROWS = (512, 256, 128, 64)
+"""Heights of strips of the whole width that are tried first: a file has rows side by side."""
+_SIDES = (256, 128, 64, 32)
+"""Sides of windows that are tried then, pixels."""
 _BLOCKS = (256, 64, 16, 4)
 """Numbers of channels that are tried; PyTorch interpolates three and fewer by other sums."""
 
@@ -121,14 +124,13 @@ def plan_windows(shape: Sequence[int], size: Size, free: float, held: float) -> 
     """
     batch, channels, height, width = shape
     pixels = batch * max(height * width, size[0] * size[1])
-    # Features on a grid at most an eighth as fine, twice: as they are, and corrected.
-    kept = pixels * (_KEPT_WHOLE if pixels <= batch * WHOLE else _KEPT) + pixels * channels / 8
+    kept = pixels * (_KEPT_WHOLE if pixels <= batch * WHOLE else _KEPT)
     needed = math.inf
-    for side in _SIDES:
-        area = batch * min(side, height) * min(side, width)
+    for rows, columns in (*((rows, width) for rows in _ROWS), *((side, side) for side in _SIDES)):
+        area = batch * min(rows, height) * min(columns, width)
         needed = held + kept + area * (2 * 4 * channels + _A_PIXEL)
         if needed <= free:
-            return tiles((height, width), side)
+            return _windows((height, width), rows, columns)
     raise _too_little(shape, free, needed, held)
 
 
@@ -145,6 +147,12 @@ def plan_blocks(shape: Sequence[int], free: float, held: float) -> Iterator[slic
             last = max(channels - block, 0)
             return (slice(at, at + block) for at in (*range(0, last, block), last))
     raise _too_little(shape, free, needed, held)
+
+
+def _windows(size: Size, rows: int, columns: int) -> Iterator[Window]:
+    """Windows of at most ``rows`` by ``columns`` that cover a map once, row by row."""
+    for top, left in product(range(0, size[0], rows), range(0, size[1], columns)):
+        yield Window(top, left, min(rows, size[0] - top), min(columns, size[1] - left))
 
 
 def _too_little(shape: Sequence[int], free: float, needed: float, held: float) -> ValueError:

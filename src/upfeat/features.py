@@ -211,7 +211,9 @@ class UpsampledFeatures(FeatureMap):
             ValueError: the window does not lie in the map.
         """
         window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
-        return self._blank(self.upsampler.render(*self._precompute(), window=window), window)
+        # Within a bound of memory, features on finer grids are made again rather than kept.
+        made = self._precompute() if self.max_memory is None else self._parts()
+        return self._blank(self.upsampler.render(*made, window=window), window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -377,7 +379,7 @@ class UpsampledFeatures(FeatureMap):
             raise ValueError(
                 "out=, dtype= and max_memory= record no gradients; use torch.no_grad()"
             )
-        channels = self.shape[1] if head.weight is None else len(head.weight)
+        channels = len(head.weight) if isinstance(head.weight, Tensor) else self.shape[1]
         shape = (self.shape[0], channels, *self.shape[2:])
         held, free = 0, math.inf if bound is None else free_bytes(bound)
         if out is None:
@@ -394,12 +396,14 @@ class UpsampledFeatures(FeatureMap):
             out = torch.empty(shape, dtype=dtype, device=self.features.device)
         buffer = Buffer(out, shape)
         with torch.no_grad():
-            for channels_of, window, values in self._made_parts(head, plan):
+            for channels_of, window, values in self._made_parts(
+                head, plan, bounded=bound is not None
+            ):
                 buffer.write(channels_of, window, self._blank(values, window))
         return out
 
     def _made_parts(
-        self, head: Head, plan: Iterator[Any]
+        self, head: Head, plan: Iterator[Any], *, bounded: bool
     ) -> Iterator[tuple[slice, Window, Tensor]]:
         """Parts of the map of a head: their channels, their window, their values."""
         upsampler, everywhere = self.upsampler, Window(0, 0, *self.shape[2:])
@@ -416,7 +420,8 @@ class UpsampledFeatures(FeatureMap):
                         values = add_offset(values, constant[block])
                 yield block, everywhere, values
             return
-        kernels, mixed = self._parts() if head.weight is not None else self._precompute()
+        keeps = head.weight is None and not bounded
+        kernels, mixed = self._precompute() if keeps else self._parts()
         for window in plan:
             values = upsampler.render(kernels, mixed, head=head.weight, window=window)
             yield (

@@ -191,10 +191,12 @@ def plain(upsampler: Upsampler, features: Tensor, image: Tensor, size: Size) -> 
 def _attention(upsampler: AnyUp | JAFAR) -> nn.MultiheadAttention:
     """PyTorch's own module with these weights; what it makes of values is thrown away."""
     width, project = upsampler.width, upsampler.projection
-    attention = nn.MultiheadAttention(width, upsampler.heads, batch_first=True).eval()
-    weights = (project.query.weight, project.key.weight, torch.eye(width))
+    own = project.query.weight
+    attention = nn.MultiheadAttention(width, upsampler.heads, batch_first=True, dtype=own.dtype)
+    attention.eval()
+    weights = (own, project.key.weight, torch.eye(width, dtype=own.dtype))
     attention.in_proj_weight.data = torch.cat(weights)
-    biases = (project.query.bias, project.key.bias, torch.zeros(width))
+    biases = (project.query.bias, project.key.bias, own.new_zeros(width))
     attention.in_proj_bias.data = torch.cat(biases)
     return attention.requires_grad_(False)
 

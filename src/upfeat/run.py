@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import Tensor
 
 from upfeat import machine
 from upfeat._version import __version__
+from upfeat.budget import free_bytes
 from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.features import UpsampledFeatures
-from upfeat.images import read_image
 from upfeat.marks import FEATURES, encode_picture
 from upfeat.model import FeatUp
 from upfeat.mosaic import extract_within
@@ -32,8 +31,12 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 # Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
 _UPSAMPLING = 70
-# Rows of the map that exist at once. Always as many, so that a bound of memory changes no bit.
-_STRIP = 64
+# The same within a bound of memory, measured at its peak; and of decoding.
+_BOUNDED, _DECODING = 70, 30
+# Bytes of the strips and of the picture.
+_STRIPS = 120 * 10**6
+# Rows and columns of the map that exist at once. Always as many: a bound of memory changes no bit.
+_STRIP, _COLUMNS = 64, 1024
 _SHOWN = 2048
 """Longest side of a panel of the picture, pixels."""
 
@@ -82,25 +85,46 @@ def run_photo(
         needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture)
         check_space(outputs.features, needed)
         options = {"max_pixels": max_pixels, **(reading or {})}
-        pixels = read_image(photo, channels=model.backbone.in_channels, **options)
-    x = model.preprocess(pixels, size, align=False)
-    del pixels
+        x = model.preprocess(photo, size, align=False, **options)
     facts = _facts(model, photo, x, dtype)
     recipe = _recipe(source, made_by, size, dtype, reading)
-    with torch.inference_mode():
-        memory = _free(max_memory) - x.shape[2] * x.shape[3] * _UPSAMPLING
-        coarse = extract_within(model.backbone, x, memory, label=str(photo))
+    # Not inference_mode, of whose tensors a map keeps copies to know whether they change.
+    with torch.no_grad():
+        coarse = extract_within(model.backbone, x, 0.9 * free_bytes(max_memory), label=str(photo))
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
-        lazy = UpsampledFeatures(coarse, model.guidance(x), model.upsampler)
-        _write(outputs, lazy, x, model, dtype, facts, photo)
+        shown = None if outputs.picture is None else _image(model, x)
+        lazy = UpsampledFeatures(
+            coarse, _guidance(model, x), model.upsampler, max_memory=max_memory
+        )
+        del x
+        _write(outputs, lazy, shown, dtype, facts, photo)
     return lazy.shape[1:]
+
+
+def _image(model: FeatUp, x: Tensor) -> Tensor:
+    """The photograph as the picture shows it, (3, h, w); a few rows at a time."""
+    longest = max(x.shape[2:])
+    strips = [
+        _reduced(model.backbone.denormalize(part), longest)[0].cpu()
+        for part in x.split(16 * _STRIP, dim=2)
+    ]
+    return torch.cat(strips, dim=1)
+
+
+def _guidance(model: FeatUp, x: Tensor) -> Tensor:
+    """The image as the upsampler sees it, over the image itself where that can be."""
+    first = model.guidance(x[:, :, :1])
+    if first.shape[1] != x.shape[1] or first.dtype != x.dtype:
+        return model.guidance(x)
+    for part in x.split(16 * _STRIP, dim=2):
+        part.copy_(model.guidance(part))
+    return x
 
 
 def _write(
     outputs: Outputs,
     lazy: UpsampledFeatures,
-    x: Tensor,
-    model: FeatUp,
+    image: Tensor | None,
     dtype: torch.dtype,
     facts: dict[str, str],
     photo: Path,
@@ -114,10 +138,9 @@ def _write(
         create_array(outputs.features, lazy.shape[1:], name, facts) as file,
     ):
         projected = _write_strips(file, lazy, dtype, basis, photo)
-        if drawn is not None and basis is not None and outputs.picture is not None:
-            image = _reduced(model.backbone.denormalize(x))[0].cpu()
-            label = model.upsampler.name.replace("_", " ")
-            coarse, size = lazy.features[0].cpu(), (x.shape[2], x.shape[3])
+        if image is not None and drawn is not None and basis is not None and outputs.picture:
+            label = lazy.upsampler.name.replace("_", " ")
+            coarse, size = lazy.features[0].cpu(), (lazy.shape[2], lazy.shape[3])
             picture = draw_comparison(image, coarse, basis, projected, label=label, size=size)
             recipe = facts["recipe"]
             drawn.write_bytes(encode_picture(picture, outputs.picture.suffix, recipe=recipe))
@@ -131,14 +154,20 @@ def _write_strips(
     photo: Path,
 ) -> Tensor:
     """Write the map from top to bottom; return what the picture shows of it, (3, h, w)."""
-    height, width = lazy.shape[2:]
+    channels, height, width = lazy.shape[1:]
     projected = []
     for top in range(0, height, _STRIP):
         rows = min(_STRIP, height - top)
-        strip = lazy.crop(top, 0, rows, width)[0].cpu()
-        if basis is not None:
-            projected.append(_reduced(basis.project(strip)[None], max(height, width))[0])
-        stored = strip.to(dtype)
+        stored = torch.empty(channels, rows, width, dtype=dtype)
+        parts = []
+        for left in range(0, width, _COLUMNS):
+            columns = min(_COLUMNS, width - left)
+            values = lazy.crop(top, left, rows, columns)[0].cpu()
+            stored[:, :, left : left + columns] = values
+            if basis is not None:
+                parts.append(_reduced(basis.project(values)[None], max(height, width))[0])
+        if parts:
+            projected.append(torch.cat(parts, dim=2))
         # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
         if not torch.isfinite(torch.stack(stored.aminmax())).all():
             raise ValueError(f"{photo}: its features overflow {dtype}; store them as bf16 or fp32")
@@ -154,15 +183,6 @@ def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
     while longest > factor * _SHOWN and factor < _STRIP:
         factor *= 2
     return x if factor == 1 else F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
-
-
-def _free(max_memory: int | None) -> float:
-    """Bytes that new data may take."""
-    free = machine.available_memory()
-    known = [math.inf if free is None else 0.9 * free]
-    if max_memory is not None:
-        known.append(max_memory - (machine.resident_memory() or 0))
-    return min(known)
 
 
 def describe_model(model: FeatUp) -> dict[str, str]:
@@ -240,11 +260,22 @@ def check_memory(
         ValueError: it would not; the message says which size would.
     """
     own = image_size(photo)
-    if own is not None:
+    if own is None:
+        return
+    if max_memory is None:
         # Beside the strips: the image, its guidance, what the upsampler keeps.
-        free = None if max_memory is None else _free(max_memory)
-        device = model.backbone.mean.device
-        machine.check_fits(photo, own, size, _UPSAMPLING, device=device, free=free)
+        machine.check_fits(photo, own, size, _UPSAMPLING, device=model.backbone.mean.device)
+        return
+    height, width = machine.resized(own, size)
+    needed = _STRIPS + max(own[0] * own[1] * _DECODING, height * width * _BOUNDED)
+    free = free_bytes(max_memory)
+    if needed > free:
+        least = needed + (machine.resident_memory() or 0)
+        raise ValueError(
+            f"{photo}: {height}×{width} pixels need about {machine.readable(needed)} and "
+            f"{machine.readable(max(free, 0))} of memory are free; give a smaller size, or "
+            f"max_memory of {machine.readable(1.02 * least)}"
+        )
 
 
 def size_on_disk(

@@ -2,6 +2,7 @@
 
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 import upfeat
 from upfeat import functional
 from upfeat.backends import dispatch
+from upfeat.backends.cpu import library
 from upfeat.backends.torch_operators import WINDOWED
 
 REASON = dispatch.availability()["cpu"]
@@ -21,6 +23,35 @@ def inputs(operator, *, channels=5, grid=(4, 3), size=(9, 7), radius=3, batch=2)
     if operator == "adaptive_conv2d":
         grid = (size[0] + 2 * radius, size[1] + 2 * radius)
     return torch.randn(batch, channels, *grid, generator=generator), weights
+
+
+class Handle:
+    """A library of another build, as far as the loader asks it."""
+
+    def __init__(self, abi, identity):
+        self.upfeat_abi = lambda: abi
+        if identity is not None:
+            self.upfeat_identity = lambda: identity
+
+
+def test_a_library_of_another_build_is_refused():
+    handle = library._library.load().handle
+    abi, identity = handle.upfeat_abi(), handle.upfeat_identity()
+    version, interface = identity.split()
+    path = Path("libupfeat.so")
+    assert version.decode() == upfeat.__version__
+    assert library._mismatch(path, Handle(abi, identity)) is None
+    cases = [
+        (abi + 1, identity, "another version"),
+        (abi, None, "no library of upfeat"),
+        (abi, b"0.0.9 " + interface, "is of upfeat 0.0.9"),
+    ]
+    if Path(__file__).parents[2].joinpath("csrc", "upfeat.h").is_file():
+        cases.append((abi, version + b" 0123456789abcdef", "build it again"))
+    for abi, identity, message in cases:
+        reason = library._mismatch(path, Handle(abi, identity)) or ""
+        assert message in reason
+        assert "\n" not in reason
 
 
 @pytest.mark.parametrize("operator", WINDOWED)

@@ -42,7 +42,7 @@ def ask(host, method, path, body=None):
 def visit(host, event, number):
     """Open the page's first photograph as a browser does; say what became of it."""
     session = f"visitor{number}"
-    data = ["", "efficientnet_lite0", "detail", 448]
+    data = ["", "efficientnet_lite0", "detail", 336]
     body = {"data": data, "fn_index": event, "session_hash": session, "event_data": None}
     connection, answer = ask(host, "POST", "/gradio_api/queue/join", body)
     answer.read()

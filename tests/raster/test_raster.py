@@ -177,10 +177,36 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
         upsample(path, output, model, tile=256, resume=True)
     assert unfinished_tiles(output)["tile"] == 128
     upsample(path, output, model, resume=True)
+    upsample(path, output, model, resume=True)  # what is complete stays
     files = {p.relative_to(calm): p.read_bytes() for p in calm.rglob("*") if p.is_file()}
     again = {p.relative_to(output): p.read_bytes() for p in output.rglob("*") if p.is_file()}
     assert files == again
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
+
+
+def test_one_process_at_a_time_writes_an_output(tmp_path):
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture())
+    refused = []
+
+    def meanwhile(done, total):
+        with pytest.raises(ValueError, match="is being written by process"):
+            upsample(path, tmp_path / "out.tif", model, resume=True)
+        refused.append(done)
+
+    upsample(path, tmp_path / "out.tif", model, on_tile=meanwhile, tile=256)
+    assert refused
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.tif", "scene.tif"]
+
+
+def test_a_damaged_block_is_one_line(tmp_path):
+    blocks = {"tiled": True, "blockxsize": 64, "blockysize": 64, "compress": "deflate"}
+    path = write(tmp_path / "scene.tif", picture(200, 200), **blocks)
+    content = bytearray(path.read_bytes())
+    content[-3000:] = bytes(3000)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"scene\.tif: damaged, it cannot be read"):
+        Scene(path)
 
 
 def test_an_existing_output_is_kept_unless_told_otherwise(tmp_path):

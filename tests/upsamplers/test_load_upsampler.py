@@ -119,6 +119,8 @@ def test_damaged_files_in_one_line(files, tmp_path):
     mixed = torch.load(files["jafar"][0])
     mixed["key_features_encoder.0.basis"] = state["key_features_encoder.0.basis"]
     refused(mixed, "not AnyUp as published: .* more")
+    both = state | {"image_encoder.encoder.0.weight": torch.zeros(4)}
+    refused(both, "it also holds image_encoder.encoder.0.weight; two checkpoints")
     thin = {key: value[:1] for key, value in state.items()}
     refused(thin, "not AnyUp as published")
     whole = tmp_path / "y.safetensors"

@@ -193,6 +193,26 @@ def test_large_outputs_head_by_head(dtype, size, monkeypatch):
         upsampler(features[:, :7], image, size)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_of_half_precision(name, dtype):
+    image, features = (each.to(dtype) for each in sample(batch=1))
+    halved = tiny(name, torch.float32).to(dtype)
+    out = halved(features, image)
+    assert out.dtype == dtype
+    exact = halved.double()(features.double(), image.double())
+    assert error(out, exact) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
+    assert halved.to(dtype)(features.float(), image.float()).dtype == torch.float32
+
+
+def test_output_much_smaller_than_the_image():
+    """NAF shrinks it first: coordinates in float32 alone would cost two digits."""
+    upsampler = tiny("naf", torch.float32)
+    image, features = sample((90, 61), (7, 9), batch=1)
+    expected = tiny("naf")(features, image, (8, 5))
+    assert error(upsampler(features.float(), image.float(), (8, 5)), expected) < 3e-6
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_image_first(name):
     upsampler = tiny(name)

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat._version import __version__
+from upfeat.locks import hold
 from upfeat.model import FeatUp
 from upfeat.mosaic import Rows, Strip, strips
 from upfeat.outputs import Inputs, check_output
 from upfeat.raster.outputs import Output, RasterTile
 from upfeat.raster.plan import MASK_HALO, Plan
 from upfeat.raster.scene import Scene
-from upfeat.raster.store import FORMAT, Store
+from upfeat.raster.store import FORMAT, Store, is_finished
 from upfeat.tiling import split
 from upfeat.upsamplers import Window
 from upfeat.upsamplers.maps import cut, inside
@@ -50,7 +51,7 @@ def upsample_raster(
         model: backbone and upsampler.
         what: is written at every pixel.
         plan: of :func:`upfeat.raster.plan.make_plan`.
-        resume: go on with what a killed run left.
+        resume: go on with what a killed run left; what is complete is left as it is.
         overwrite: remove what is there.
         on_tile: is told of progress.
 
@@ -58,13 +59,34 @@ def upsample_raster(
         The path of the output.
 
     Raises:
-        ValueError: the output cannot be written, or the raster is damaged.
+        ValueError: the output cannot be written, another process writes it, or the raster is
+            damaged.
         OSError: writing failed; what was done is kept.
     """
-    stride = model.backbone.stride
     provenance = {"upfeat_version": __version__, **what.facts, "raster": scene.facts}
     output = Path(output)
+    if resume and is_finished(output, provenance):
+        return output
     check_output(output, Inputs([scene.path]), FORMAT, overwrite=overwrite)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # A name that is never a folder's: the lock then lies in one place.
+    with hold(output.with_name(output.name + ".unfinished")):
+        _write_tiles(scene, output, model, what, plan, provenance, resume, overwrite, on_tile)
+    return output
+
+
+def _write_tiles(
+    scene: Scene,
+    output: Path,
+    model: FeatUp,
+    what: Output,
+    plan: Plan,
+    provenance: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
+    on_tile: OnTile | None,
+) -> None:
+    stride = model.backbone.stride
     store = Store(
         output,
         (what.count, *scene.size),
@@ -91,7 +113,6 @@ def upsample_raster(
         store.close()
         raise
     store.finish(scene, what.names, provenance)
-    return output
 
 
 @torch.inference_mode()

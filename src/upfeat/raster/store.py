@@ -234,6 +234,31 @@ class Store:
             plain.unlink(missing_ok=True)
 
 
+def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
+    """Tell whether an output is there and complete, and made of the same; sweep what it came from.
+
+    Args:
+        output: the final path.
+        provenance: as it would be recorded.
+    """
+    try:
+        if output.suffix.lower() == ".zarr":
+            text = (output / "zarr.json").read_text(encoding="utf-8")
+            recorded = json.loads(text)["attributes"]["upfeat"]
+        else:
+            rasterio = import_rasterio("reading GeoTIFF")
+            with warnings.catch_warnings(), rasterio.open(output) as file:
+                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+                recorded = json.loads(file.tags()["upfeat"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    if recorded != json.loads(json.dumps(dict(provenance))):
+        return False
+    if (_partial(output) / _SETTINGS).is_file():
+        shutil.rmtree(_partial(output))  # killed between the output's name and this
+    return True
+
+
 def unfinished_tiles(output: Path) -> dict[str, int]:
     """Sides of the tiles of an unfinished output, as ``make_plan`` takes them; empty without one.
 

@@ -300,6 +300,14 @@ def _fill(
         rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(f"{path}: not {label} as published: {'; '.join(faults[:3])}{rest}")
     unread = sorted(set(tensors) - {theirs for theirs, _ in names.values()})
+    # What attention does with values is published but never used; anything else is another model's.
+    strangers = [name for name in unread if not name.startswith("cross_decode.")]
+    if strangers and label != "FeatUp":
+        rest = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
+        raise ValueError(
+            f"{path}: not {label} as published: it also holds {strangers[0]}{rest}; two "
+            "checkpoints in one file? Save one model's state_dict alone"
+        )
     if unread:
         logger.info("%s: left unread: %s", path, ", ".join(unread))
     upsampler.load_state_dict(state)

@@ -22,9 +22,12 @@ def check_inputs(
     """Check an upsampler's arguments, with its ``guidance_bands``; return the output size.
 
     Raises:
+        TypeError: features or guidance are no tensors.
         ValueError: as :meth:`Upsampler.forward`.
     """
     for label, tensor in (("features", features), ("guidance", guidance)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{label} is of type {type(tensor).__name__}; give a tensor")
         if tensor.dim() != 4 or 0 in tensor.shape[1:]:
             raise ValueError(
                 f"{label} must be (B, channels, height, width), none of the last three 0, "

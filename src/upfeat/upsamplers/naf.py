@@ -135,43 +135,45 @@ class NAF(AttentionUpsampler):
         if hidden is not None or not self._runs_by_heads(features, guidance, output_size, out):
             return super().forward(features, guidance, output_size, hidden=hidden, out=out)
         size = check_inputs(features, guidance, output_size)
+        expected = (*features.shape[:2], *size)
         if out is None:
-            out = features.new_empty(*features.shape[:2], *size)
-        elif tuple(out.shape) != (*features.shape[:2], *size):
-            raise ValueError(buffer_refused(out, (*features.shape[:2], *size)))
+            out = features.new_empty(expected)
+        elif tuple(out.shape) != expected:
+            raise ValueError(buffer_refused(out, expected))
         image = self._image(guidance, size)
         grid = (features.shape[2], features.shape[3])
-        channels, pairs = features.shape[1] // self.heads, self.heads // 2
+        for index, (values, part) in enumerate(
+            zip(features.chunk(2, dim=1), out.chunk(2, dim=1), strict=True)
+        ):
+            queries = self._codes(image, index, size)
+            keys = compiled_encoders.pool(queries, grid).to(queries.dtype)
+            # Most of the output is there by the second half: heads that are done make room.
+            waiting = [queries] if index == 0 else _copies(queries, self.heads // 2)
+            del queries
+            self._fill(waiting, keys, values, part)
+        return out
+
+    def _fill(self, waiting: list[Tensor], keys: Tensor, values: Tensor, out: Tensor) -> None:
+        """Attention of some heads to their channels, the queries let go of one by one."""
+        parts, size = len(waiting), (out.shape[2], out.shape[3])
+        grid = (keys.shape[2], keys.shape[3])
         rows, columns = (
             shifted_window(*each, self.window_side) for each in zip(grid, size, strict=True)
         )
-        for index in range(2):
-            queries = self._codes(image, index, size)
-            keys = compiled_encoders.pool(queries, grid).to(queries.dtype)
-            waiting = [queries]
-            if index == 1:  # as much of the output is there by now as there will be
-                waiting = [each.clone() for each in queries.chunk(pairs, 1)]
-            del queries
-            first, heads = index * pairs, pairs // len(waiting)
-            for part in keys.chunk(len(waiting), 1):
-                block = slice(first * channels, (first + heads) * channels)
-                cpu.window_attention(
-                    waiting.pop(0),
-                    part,
-                    features[:, block],
-                    rows,
-                    columns,
-                    heads,
-                    (self.width // self.heads) ** -0.5,
-                    [channels] * heads,
-                    out=out[:, block],
-                )
-                first += heads
-        return out
+        depth = self.width // self.heads
+        heads = keys.shape[1] // depth // parts
+        blocks = [values.shape[1] // parts // heads] * heads
+        for key, value, to in zip(*(x.chunk(parts, 1) for x in (keys, values, out)), strict=True):
+            query = waiting.pop(0)
+            cpu.window_attention(
+                query, key, value, rows, columns, heads, depth**-0.5, blocks, out=to
+            )
 
     def _runs_by_heads(
         self, features: Tensor, guidance: Tensor, output_size: Size | None, out: Tensor | None
     ) -> bool:
+        if not isinstance(features, Tensor) or not isinstance(guidance, Tensor):
+            return False
         if features.dim() != 4 or guidance.dim() != 4 or not self.compiled(features, guidance):
             return False
         if self.heads % 2 or features.shape[1] % self.heads or features.dtype not in DTYPES:
@@ -180,8 +182,10 @@ class NAF(AttentionUpsampler):
             out.device.type != "cpu" or out.dtype not in DTYPES or out.requires_grad
         ):
             return False
-        height, width = guidance.shape[2:] if output_size is None else output_size
-        return len(features) * features.shape[1] * height * width >= _LARGE
+        sides = guidance.shape[2:] if output_size is None else output_size
+        if not isinstance(sides, tuple | list) or [type(each) for each in sides] != [int, int]:
+            return False
+        return features.shape[0] * features.shape[1] * sides[0] * sides[1] >= _LARGE
 
     def _compiled(self, image: Tensor, grid_size: Size, output_size: Size) -> tuple[Tensor, Tensor]:
         queries = image.new_empty(len(image), *output_size, self.width).permute(0, 3, 1, 2)
@@ -218,10 +222,18 @@ class NAF(AttentionUpsampler):
         return rows, columns
 
 
+def _copies(queries: Tensor, count: int) -> list[Tensor]:
+    return [each.clone() for each in queries.chunk(count, dim=1)]
+
+
 def _shrink(image: Tensor, output_size: Size) -> Tensor:
     height, width = image.shape[2:]
     if height <= _MOST_PIXELS * output_size[0] and width <= _MOST_PIXELS * output_size[1]:
         return image
     most = _MOST_PIXELS * min(output_size)
     size = (min(height, most), min(width, most))
-    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    if image.device.type != "cpu":
+        return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    # In float32, PyTorch's coordinates are wrong in the sixth digit.
+    exact = F.interpolate(image.double(), size=size, mode="bilinear", align_corners=False)
+    return exact.to(image.dtype)

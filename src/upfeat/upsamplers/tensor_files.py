@@ -43,7 +43,9 @@ def load_pickled(path: Path) -> dict[str, Any]:
             f"state_dict alone with torch.save [{type(error).__name__}: {reason[:80]}]"
         ) from None
     except UNREADABLE as error:
-        reason = str(error).partition("\n")[0][:120] or type(error).__name__
+        reason = str(error).partition("\n")[0].partition(". ")[0][:120]
+        if isinstance(error, KeyError) or not reason:  # a byte that it has no name for, or nothing
+            reason = type(error).__name__
         raise ValueError(f"{path}: not a whole PyTorch checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not a dictionary of tensors")

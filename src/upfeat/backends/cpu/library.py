@@ -11,11 +11,14 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from upfeat._version import __version__
 
 ISAS = ("baseline", "avx2", "avx512", "amx")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -31,7 +34,7 @@ _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
     *("silu", "unit", "reflect", "pair", "groups"),
 )
-_ABI = 7
+_ABI = 8
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -141,14 +144,34 @@ class _Library:
             return
         try:
             handle = ctypes.CDLL(str(self.path))
-            abi = int(handle.upfeat_abi())
-        except (OSError, AttributeError) as error:
+        except OSError as error:
             self.reason = f"{self.path} cannot be loaded: {str(error).splitlines()[0]}"
             return
+        self.reason = _mismatch(self.path, handle)
+        if self.reason is None:
+            self._handle = handle
+
+
+def _mismatch(path: Path, handle: Any) -> str | None:
+    """Return why a library is not this package's, in one line; ``None`` where it is.
+
+    Calls into a library of another build would read arguments as they were then, and crash.
+    """
+    try:
+        abi = int(handle.upfeat_abi())
         if abi != _ABI:
-            self.reason = f"{self.path} is of another version ({abi}, not {_ABI}); reinstall upfeat"
-            return
-        self._handle = handle
+            return f"{path} is of another version ({abi}, not {_ABI}); reinstall upfeat"
+        handle.upfeat_identity.restype = ctypes.c_char_p
+        version, _, interface = handle.upfeat_identity().decode("ascii").partition(" ")
+    except AttributeError:
+        return f"{path} is no library of upfeat {__version__}; reinstall upfeat"
+    if version != __version__:
+        return f"{path} is of upfeat {version}, not {__version__}; reinstall upfeat"
+    source = Path(__file__).parent.joinpath(*[".."] * 4)  # of a source tree
+    header = source.resolve() / "csrc" / "upfeat.h"
+    if header.is_file() and sha256(header.read_bytes()).hexdigest()[:16] != interface:
+        return f"{path} is older than {header}; build it again (pip install -e .)"
+    return None
 
 
 def _candidates() -> Iterator[Path]:
