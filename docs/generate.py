@@ -288,6 +288,37 @@ def _scores(scores: dict[str, list[float]]) -> str:
     return " / ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in pairs)
 
 
+def extract_rates() -> str:
+    """Processor time of an image: the backbone alone, and the whole of extract."""
+    found = _read("extract")
+    rows = []
+    for name, rates in sorted(found["rates"].items()):
+        if name.startswith("backbone, batch") or name in ("lazy", "features"):
+            label = name if name.startswith("backbone") else f"upfeat extract --kind {name}"
+            rows.append([label, _milliseconds(rates["cpu_ms_per_image"] / 1000)])
+    share = found["lazy_share_of_backbone_by_processor_time"]
+    rows.append(["lazy: rate, of the best batch's", f"{share:.0%}"])
+    return _rows(["", "processor time an image"], rows)
+
+
+def extract_cost() -> str:
+    """Cost of a million images from the measured rates, the arithmetic shown."""
+    found, rows = _read("extract"), []
+    for kind in ("lazy", "features"):
+        spent, size = found["rates"][kind]["cpu_ms_per_image"], found["bytes_per_image"][kind]
+        hours = spent * 1e6 / 3.6e6
+        rows.append(
+            [
+                f"`{kind}`",
+                f"{spent:.1f} ms × 10⁶ / 3.6·10⁶ ms = {hours:,.1f} h",
+                f"{hours / 2:,.1f} h",
+                f"{hours / 64:,.2f} h",
+                f"{size:,} bytes × 10⁶ = {size / 1e6:,.2f} TB",
+            ]
+        )
+    return _rows(["", "hours of one core", "on 2 cores", "on 64", "on disk"], rows)
+
+
 def _read(name: str) -> Any:
     return json.loads((BENCHMARKS / f"{name}.json").read_text())
 

@@ -120,6 +120,8 @@ def map_with_ray(
     Raises:
         ValueError: Ray is not installed, or the cluster cannot be reached.
     """
+    # Read when it is imported: an address that is no cluster would be complained of line by line.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray = importlib.import_module("ray")
     except ImportError:

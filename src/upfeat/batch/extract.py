@@ -136,20 +136,22 @@ def _makers(
     bound: int | None,
 ) -> list[Maker]:
     """Makers for the workers of one process, which share its memory."""
-    budget = _budget(model, bound)
+    shared = {
+        "overwrite": overwrite,
+        "budget": _budget(bound),
+        "activations": partial(activation_bytes, model.backbone),
+    }
     return [
-        Maker(replica, extraction, folder, inputs, overwrite=overwrite, budget=budget)
-        for replica in replicate(model, count)
+        Maker(replica, extraction, folder, inputs, **shared) for replica in replicate(model, count)
     ]
 
 
-def _budget(model: FeatUp, bound: int | None) -> Budget:
+def _budget(bound: int | None) -> Budget:
     """Bytes that the images of this process may take.
 
     Raises:
         ValueError: the process holds more than its bound already.
     """
-    activation_bytes(model.backbone)  # measured by hooks, so before there are threads
     if bound is None:
         free = available_memory()
         return Budget(math.inf if free is None else 0.9 * free)

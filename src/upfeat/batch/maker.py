@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from upfeat.features import UpsampledFeatures
 from upfeat.lazy_files import FORMAT as LAZY
 from upfeat.lazy_files import digest, write_parts
 from upfeat.marks import FEATURES
-from upfeat.mosaic import activation_bytes
 from upfeat.outputs import Inputs, check_output, file_digest
 from upfeat.storage import create_array, write_tensors
 
@@ -30,6 +30,8 @@ Task = tuple[Entry, Any]
 
 # Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
 _UPSAMPLING = 70
+_SMALL, _GENEROUS = 1 << 16, 4000
+"""Pixels of images for whose backbone more bytes a pixel than any takes are set aside unasked."""
 _STRIPED = 1 << 26
 """Larger maps, in bytes of float32, go to their file in strips and never exist whole."""
 _STRIP = 64
@@ -48,12 +50,17 @@ class Maker:
         *,
         overwrite: bool = False,
         budget: Budget | None = None,
+        activations: Callable[[], float] = lambda: 0,
     ) -> None:
-        """Keep what makes them, and what must not be written over."""
+        """Keep what makes them, and what must not be written over.
+
+        ``activations`` measures the bytes that the backbone takes for each pixel: once for all
+        copies of it, and not for small images, since it takes as long as many of them.
+        """
         self._model, self._turn = replica
         self._extraction, self._folder = extraction, folder
         self._inputs, self._overwrite = inputs, overwrite
-        self._budget = budget
+        self._budget, self._activations = budget, activations
         self._weights = digest(self._model.upsampler)
 
     def __call__(self, task: Task) -> Entry:
@@ -129,7 +136,8 @@ class Maker:
             return 0
         model, extraction = self._model, self._extraction
         height, width = machine.resized((int(own[0]), int(own[1])), extraction.size)
-        a_pixel = _UPSAMPLING + activation_bytes(model.backbone)
+        small = height * width <= _SMALL
+        a_pixel = _UPSAMPLING + (_GENEROUS if small else self._activations())
         channels = 0
         if extraction.kind != "lazy":
             channels = model.embed_dim if extraction.head is None else len(extraction.head.weight)
