@@ -110,9 +110,10 @@ int upfeat_layer_forward(const UpfeatTensor* x, const UpfeatLayer* given,
 int upfeat_layer_pool(const UpfeatTensor* x, const UpfeatLayer* given, const UpfeatTensor* out,
                       int isa, int threads) {
   if (!all_valid({x, out}) || !given) return UPFEAT_BAD_ARGUMENT;
-  if (!preparation_fits(*given, x->size[1]) || is_empty(*x)) return UPFEAT_BAD_ARGUMENT;
+  if (!preparation_fits(*given, x->size[1])) return UPFEAT_BAD_ARGUMENT;
   if (!sized(*out, x->size[0], x->size[1], out->size[2], out->size[3])) return UPFEAT_BAD_ARGUMENT;
   if (is_empty(*out)) return UPFEAT_OK;
+  if (is_empty(*x)) return UPFEAT_BAD_ARGUMENT;  // means of nothing
   const Kernels* kernels = kernels_for(isa);
   if (!kernels) return UPFEAT_NO_ISA;
   return guarded([&] {
