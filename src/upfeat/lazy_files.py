@@ -122,7 +122,9 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     upsampler = _upsampler(path, facts, upsampler)
     size = _output_size(path, facts)
     tensors, _ = read_tensors(path)
-    anything = dict.fromkeys(("features", "guidance", "hidden"), (0.0, torch.inf))
+    anything: dict[str, tuple[float, float]] = {
+        name: (0.0, torch.inf) for name in ("features", "guidance", "hidden")
+    }
     features = tensors["features"]
     found = {name: one for name, one in tensors.items() if name in ("features", "hidden")}
     check_values(path, found, magnitudes=anything, floating=True)

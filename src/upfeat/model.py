@@ -176,7 +176,7 @@ class FeatUp(nn.Module):
         x = fill_missing(x, missing)
 
         def filled(maps: Tensor) -> Tensor:
-            share = F.adaptive_avg_pool2d(missing.to(maps.dtype), maps.shape[-2:])
+            share = F.adaptive_avg_pool2d(missing.to(maps.dtype), (maps.shape[-2], maps.shape[-1]))
             return fill_missing(maps, share == 1)
 
         features, hidden = self._seen(x)
