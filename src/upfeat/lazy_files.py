@@ -122,9 +122,8 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     upsampler = _upsampler(path, facts, upsampler)
     size = _output_size(path, facts)
     tensors, _ = read_tensors(path)
-    anything: dict[str, tuple[float, float]] = {
-        name: (0.0, torch.inf) for name in ("features", "guidance", "hidden")
-    }
+    any_size = 0.0, torch.inf
+    anything = {"features": any_size, "guidance": any_size, "hidden": any_size}
     features = tensors["features"]
     found = {name: one for name, one in tensors.items() if name in ("features", "hidden")}
     check_values(path, found, magnitudes=anything, floating=True)
