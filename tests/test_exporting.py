@@ -135,7 +135,8 @@ def test_a_file_runs_where_upfeat_is_not_installed(kind, tmp_path):
     assert facts["channels"] == "8"
 
 
-@pytest.mark.slow  # tracing takes ten seconds and more
+@pytest.mark.slow
+@pytest.mark.exports
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", sorted({*MADE} - {"bilinear"}))
 def test_upsamplers_of_any_size(name, kind, tmp_path):
@@ -150,6 +151,7 @@ def test_upsamplers_of_any_size(name, kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exports
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", FIXED)
 def test_upsamplers_of_one_size(name, kind, tmp_path):
@@ -165,6 +167,7 @@ def test_upsamplers_of_one_size(name, kind, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exports
 @pytest.mark.parametrize("upsampler", ["detail", "detail_universal"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_default(kind, upsampler, tmp_path):

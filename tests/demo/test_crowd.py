@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("gradio", reason='pip install "upfeat[demo]"')
 psutil = pytest.importorskip("psutil")
-pytestmark = pytest.mark.kills  # a minute of two cores; run apart
+pytestmark = [pytest.mark.slow, pytest.mark.kills]  # a minute of two cores; run apart
 VISITORS = 50
 MIB = 1 << 20
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import upfeat
 from upfeat.upsamplers import Window
 from upfeat.upsamplers.base import Upsampler
-from upfeat.upsamplers.detail import _Block
+from upfeat.upsamplers.detail_network import _Block
 
 SIDES = st.integers(1, 70)
 

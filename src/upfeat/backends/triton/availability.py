@@ -1,4 +1,4 @@
-"""Why kernels cannot run on this machine, or on these tensors."""
+"""Reasons why kernels cannot run on this machine, or on these tensors."""
 
 import importlib.util
 import os
