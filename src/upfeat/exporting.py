@@ -162,7 +162,7 @@ class _Task:
                 _check_size("size", side)
 
     def facts(self) -> dict[str, str]:
-        """What whoever runs the file must know, and where it comes from."""
+        """Facts that whoever runs the file needs, and where it comes from."""
         model, upsampler, weight = self.model, self.upsampler, self.head.weight
         assert not isinstance(weight, slice)
         normalization = upsampler.normalization
@@ -202,7 +202,7 @@ class _Task:
 
     @torch.no_grad()
     def expected(self, inputs: Sequence[Tensor]) -> Tensor:
-        """What the model itself makes of them."""
+        """The model's own result."""
         image = inputs[-1]
         size = (image.shape[2] // self.stride, image.shape[3] // self.stride)
         features, guidance = inputs[0], image

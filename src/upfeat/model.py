@@ -151,7 +151,7 @@ class FeatUp(nn.Module):
         return blank(out, resize_mask(mask, (out.shape[2], out.shape[3])).to(out.device))
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the backbone says of an image, and its earlier layers, if they are made use of."""
+        """Features of an image, and its earlier layers if they are made use of."""
         if self.early:
             return self.backbone.with_hidden(x)
         if self.max_memory is None or (torch.is_grad_enabled() and self._trains(x)):

@@ -214,6 +214,11 @@ def _measure_activations(backbone: Backbone) -> float:
 class _LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operators make, for as long as they live."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # To keep the compiler out would import it, which takes longer than the measurement.
+        return False
+
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0

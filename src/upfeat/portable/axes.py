@@ -17,7 +17,7 @@ Length = int
 
 
 class Taps(NamedTuple):
-    """What every value along an axis is made of."""
+    """Positions and factors of which every value along an axis is made."""
 
     places: Tensor
     """(count, T), positions that are read."""

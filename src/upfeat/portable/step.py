@@ -107,7 +107,7 @@ class Layout:
         return (apart.float() / (2 * length)).square(), far
 
     def filled(self) -> Tensor:
-        """Which slots are pixels of their cell, (h·w, P)."""
+        """A mask of the slots that are pixels of their cell, (h·w, P)."""
         both = self.down.filled[:, None, :, None] & self.across.filled[None, :, None, :]
         return both.flatten(2, 3).flatten(0, 1)
 

@@ -242,7 +242,7 @@ def _mean_rows(
     normalized: Callable[[Tensor], Tensor],
     first_row: int,
 ) -> Callable[[Window], Tensor] | None:
-    """What tiles share of the image's means, from windows of cells that only go down.
+    """Means of the image that tiles share, from windows of cells that only go down.
 
     Every cell is computed once, in tiles that always begin at the same places.
     """

@@ -202,7 +202,7 @@ class NAF(AttentionUpsampler):
         return compiled_encoders.rotate(queries, (rows, columns), self.width // self.heads // 2)
 
     def _image(self, guidance: Tensor, output_size: Size) -> Tensor:
-        """What the compiled encoders read, in the type that maps are stored in."""
+        """The image as the compiled encoders read it, in the type that maps are stored in."""
         image = _shrink(self.exact(guidance), output_size)
         return image.half() if guidance.dtype == torch.float16 else image
 
