@@ -176,7 +176,7 @@ def check_whole(command: str, expected: dict[str, bytes], out: Path, when: str) 
     for pattern in WHOLE[command]:
         for path in out.glob(pattern):
             name = str(path.relative_to(out))
-            if not name.startswith(".") and path.read_bytes() != expected[name]:
+            if not path.name.startswith(".") and path.read_bytes() != expected[name]:
                 sys.exit(f"{when}: {name} is there in part")
 
 
