@@ -15,7 +15,9 @@ FeatUp's JBU stacks go by the names that FeatUp published them under:
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,15 +82,23 @@ def naf(
     return _load("naf", checkpoint, sha256, device)
 
 
-def dino16(
-    pretrained: bool = True,
-    use_norm: bool = True,
-    *,
-    checkpoint: str | None = None,
-    backbone: str | torch.nn.Module | None = None,
-    device: str | torch.device = "cpu",
-) -> upfeat.JBUStack | upfeat.FeatUp:
-    """FeatUp's JBU stack for DINO ViT-S/16 (384 channels), called as ``(features, image)``.
+def _entry(name: str, channels: int, backbone_of: str) -> Callable[..., Any]:
+    def featup(
+        pretrained: bool = True,
+        use_norm: bool = True,
+        *,
+        checkpoint: str | None = None,
+        backbone: str | torch.nn.Module | None = None,
+        device: str | torch.device = "cpu",
+    ) -> upfeat.JBUStack | upfeat.FeatUp:
+        return _featup(name, channels, pretrained, use_norm, checkpoint, backbone, device)
+
+    featup.__name__ = featup.__qualname__ = name
+    featup.__doc__ = _DOCUMENTATION.format(backbone_of, channels)
+    return featup
+
+
+_DOCUMENTATION = """FeatUp's JBU stack for {} ({} channels), called as ``(features, image)``.
 
     Args:
         pretrained: read the published weights; otherwise initial ones.
@@ -104,67 +114,13 @@ def dino16(
         FileNotFoundError: the file is not there and cannot be downloaded; the message says which
             and where to put it.
     """
-    return _featup("dino16", 384, pretrained, use_norm, checkpoint, backbone, device)
 
-
-def dinov2(
-    pretrained: bool = True,
-    use_norm: bool = True,
-    *,
-    checkpoint: str | None = None,
-    backbone: str | torch.nn.Module | None = None,
-    device: str | torch.device = "cpu",
-) -> upfeat.JBUStack | upfeat.FeatUp:
-    """FeatUp's JBU stack for DINOv2 ViT-S/14 (384 channels); see :func:`dino16`."""
-    return _featup("dinov2", 384, pretrained, use_norm, checkpoint, backbone, device)
-
-
-def vit(
-    pretrained: bool = True,
-    use_norm: bool = True,
-    *,
-    checkpoint: str | None = None,
-    backbone: str | torch.nn.Module | None = None,
-    device: str | torch.device = "cpu",
-) -> upfeat.JBUStack | upfeat.FeatUp:
-    """FeatUp's JBU stack for a supervised ViT-S/16 (384 channels); see :func:`dino16`."""
-    return _featup("vit", 384, pretrained, use_norm, checkpoint, backbone, device)
-
-
-def clip(
-    pretrained: bool = True,
-    use_norm: bool = True,
-    *,
-    checkpoint: str | None = None,
-    backbone: str | torch.nn.Module | None = None,
-    device: str | torch.device = "cpu",
-) -> upfeat.JBUStack | upfeat.FeatUp:
-    """FeatUp's JBU stack for CLIP ViT-B/16 (512 channels); see :func:`dino16`."""
-    return _featup("clip", 512, pretrained, use_norm, checkpoint, backbone, device)
-
-
-def maskclip(
-    pretrained: bool = True,
-    use_norm: bool = True,
-    *,
-    checkpoint: str | None = None,
-    backbone: str | torch.nn.Module | None = None,
-    device: str | torch.device = "cpu",
-) -> upfeat.JBUStack | upfeat.FeatUp:
-    """FeatUp's JBU stack for MaskCLIP (512 channels); see :func:`dino16`."""
-    return _featup("maskclip", 512, pretrained, use_norm, checkpoint, backbone, device)
-
-
-def resnet50(
-    pretrained: bool = True,
-    use_norm: bool = True,
-    *,
-    checkpoint: str | None = None,
-    backbone: str | torch.nn.Module | None = None,
-    device: str | torch.device = "cpu",
-) -> upfeat.JBUStack | upfeat.FeatUp:
-    """FeatUp's JBU stack for ResNet-50 (2048 channels); see :func:`dino16`."""
-    return _featup("resnet50", 2048, pretrained, use_norm, checkpoint, backbone, device)
+dino16 = _entry("dino16", 384, "DINO ViT-S/16")
+dinov2 = _entry("dinov2", 384, "DINOv2 ViT-S/14")
+vit = _entry("vit", 384, "a supervised ViT-S/16")
+clip = _entry("clip", 512, "CLIP ViT-B/16")
+maskclip = _entry("maskclip", 512, "MaskCLIP")
+resnet50 = _entry("resnet50", 2048, "ResNet-50")
 
 
 def _featup(

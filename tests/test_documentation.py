@@ -292,9 +292,9 @@ def test_first_lines_are_imperatives_or_noun_phrases():
     questions = []
     for path in sorted(SOURCE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-                first = (ast.get_docstring(node) or "").partition("\n")[0]
+            # Of modules, classes and functions, and below attributes.
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                first = str(node.value.value).strip().partition("\n")[0]
                 if re.match(r"(What|How|Whether|Why|Where|Which|Who)\b", first):
-                    place = f"{path.relative_to(SOURCE)}:{getattr(node, 'lineno', 1)}"
-                    questions.append(f"{place}: {first}")
+                    questions.append(f"{path.relative_to(SOURCE)}:{node.lineno}: {first}")
     assert not questions

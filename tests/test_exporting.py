@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +15,10 @@ from torch import nn
 
 import upfeat
 from upfeat.cli import main
-from upfeat.exporting import FORMATS, METADATA, export
+from upfeat.exporting import export
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.portable import PORTABLE
+from upfeat.portable.formats import FORMATS, METADATA
 from upfeat.upsamplers.base import UPSAMPLERS
 
 SMALL = {"query_dim": 8, "levels": 2}
@@ -222,6 +224,19 @@ def test_command(tmp_path, capsys):
     assert "exists; name another file" in capsys.readouterr().err
 
 
+def test_an_input_is_never_replaced(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    backbone = nn.Conv2d(3, 4, 8, 8)
+    torch.jit.trace(backbone, torch.zeros(1, 3, 16, 16)).save("backbone.pt2")
+    before = Path("backbone.pt2").read_bytes()
+    Path("link.pt2").symlink_to("backbone.pt2")
+    for output in ("backbone.pt2", "link.pt2", "./backbone.pt2"):
+        arguments = ["export", "--backbone", "backbone.pt2", "-o", output, "--overwrite"]
+        assert main(arguments) == 2
+        assert "is the input backbone.pt2; give another output" in capsys.readouterr().err
+    assert Path("backbone.pt2").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -265,9 +280,7 @@ def test_a_library_that_is_missing_is_named(tiny, tmp_path, monkeypatch):
 def test_a_file_that_differs_is_not_kept(tiny, tmp_path, monkeypatch):
     from upfeat import exporting
 
-    monkeypatch.setitem(
-        exporting._READERS, "pt2", lambda path: lambda inputs: inputs[0].new_ones(1)
-    )
+    monkeypatch.setitem(exporting.READERS, "pt2", lambda path: lambda inputs: inputs[0].new_ones(1))
     with pytest.raises(ValueError, match="the exported file gives"):
         export(tiny, tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())

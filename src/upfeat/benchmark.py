@@ -39,7 +39,7 @@ JOBS = ("stack", "operator", "operator+backward")
 RIVALS = ("ours", "tap_major", "pixel_major", "unfold", "bilinear")
 _TAPS = 49
 FORMAT = "upfeat-bench-1"
-"""What files of measurements say they are."""
+"""The format that files of measurements name."""
 
 
 @dataclass(frozen=True)

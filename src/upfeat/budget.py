@@ -20,7 +20,9 @@ from torch import Tensor
 from upfeat import machine
 from upfeat.machine import readable
 from upfeat.types import Size, Window, times
-from upfeat.upsamplers.maps import WHOLE
+from upfeat.upsamplers import Kernels, Upsampler
+from upfeat.upsamplers.head import Head, add_offset, apply_head
+from upfeat.upsamplers.maps import WHOLE, Map
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -163,3 +165,41 @@ def _too_little(shape: Sequence[int], free: float, needed: float, held: float) -
         f"which {readable(resident)} are held already; the smallest that can work is about "
         f"{readable(1.02 * (needed + resident))}{advice}"
     )
+
+
+def made_parts(
+    upsampler: Upsampler,
+    kernels: Kernels,
+    mixed: Tensor | Map,
+    head: Head,
+    plan: Iterator[Any],
+) -> Iterator[tuple[slice, Window, Tensor]]:
+    """Make the parts of a plan of the map of a head: their channels, their window, their values.
+
+    Args:
+        upsampler: its :attr:`Upsampler.exact_parts` says of what the plan is.
+        kernels: of the image.
+        mixed: features that :meth:`Upsampler.mix` has seen.
+        head: applied to them.
+        plan: of :func:`plan_blocks` or :func:`plan_windows`.
+    """
+    if upsampler.exact_parts != "channels":
+        for window in plan:
+            values = upsampler.render(kernels, mixed, head=head.weight, window=window)
+            yield (
+                slice(None),
+                window,
+                values if head.bias is None else add_offset(values, head.bias),
+            )
+        return
+    assert isinstance(mixed, Tensor)
+    offset = upsampler.offset
+    if head.weight is not None and offset is not None:
+        offset = head.on_channels(offset)
+    mixed = apply_head(mixed, head.weight)
+    for block in plan:
+        values = kernels(mixed[:, block].contiguous())
+        for constant in (offset, head.bias):
+            if constant is not None:
+                values = add_offset(values, constant[block])
+        yield block, Window(0, 0, *values.shape[2:]), values

@@ -40,9 +40,9 @@ class Decoded(NamedTuple):
     values: NDArray[Any]
     """(H, W, bands): uint8, uint16, or float32."""
     alpha: bool | None = False
-    """Whether the last band is transparency; ``None`` where nobody said."""
+    """True if the last band is transparency; ``None`` where nobody said."""
     premultiplied: bool = False
-    """Whether the colours have been multiplied by it."""
+    """True if the colours have been multiplied by it."""
 
 
 def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int) -> Decoded:

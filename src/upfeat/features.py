@@ -8,7 +8,7 @@ coarse grid before it, and a point or a crop needs its own pixels and what their
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from upfeat.bounds import number, whole
-from upfeat.budget import Buffer, free_bytes, plan_blocks, plan_windows
+from upfeat.budget import Buffer, free_bytes, made_parts, plan_blocks, plan_windows
 from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
@@ -25,7 +25,7 @@ from upfeat.snapshots import Snapshot, watched
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_finite, check_hidden, check_inputs
-from upfeat.upsamplers.head import Head, add_offset, apply_head
+from upfeat.upsamplers.head import Head, add_offset
 from upfeat.upsamplers.maps import Map
 
 _TILE = 32
@@ -365,40 +365,12 @@ class UpsampledFeatures(FeatureMap):
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=self.features.device)
         buffer = Buffer(out, shape)
+        keeps = not by_channels and head.weight is None and bound is None
         with torch.no_grad():
-            for channels_of, window, values in self._made_parts(
-                head, plan, bounded=bound is not None
-            ):
-                buffer.write(channels_of, window, self._blank(values, window))
+            parts = self._precompute() if keeps else self._parts()
+            for block, window, values in made_parts(self.upsampler, *parts, head, plan):
+                buffer.write(block, window, self._blank(values, window))
         return out
-
-    def _made_parts(
-        self, head: Head, plan: Iterator[Any], *, bounded: bool
-    ) -> Iterator[tuple[slice, Window, Tensor]]:
-        """Parts of the map of a head: their channels, their window, their values."""
-        upsampler, everywhere = self.upsampler, Window(0, 0, *self.shape[2:])
-        constants = [upsampler.offset if head.weight is None else None, head.bias]
-        if head.weight is not None and upsampler.offset is not None:
-            constants[0] = head.on_channels(upsampler.offset)
-        if upsampler.exact_parts == "channels":
-            kernels, mixed = self._parts()
-            mixed = apply_head(mixed, head.weight)
-            for block in plan:
-                values = kernels(mixed[:, block].contiguous())
-                for constant in constants:
-                    if constant is not None:
-                        values = add_offset(values, constant[block])
-                yield block, everywhere, values
-            return
-        keeps = head.weight is None and not bounded
-        kernels, mixed = self._precompute() if keeps else self._parts()
-        for window in plan:
-            values = upsampler.render(kernels, mixed, head=head.weight, window=window)
-            yield (
-                slice(None),
-                window,
-                values if head.bias is None else add_offset(values, head.bias),
-            )
 
     def _blank(self, out: Tensor, window: Window | None = None) -> Tensor:
         """Put 0 where there are no data, in the whole map or a window of it."""

@@ -115,7 +115,7 @@ class Slots(NamedTuple):
     first: int
     """The cell of the window's first pixel."""
     cells: int
-    """How many cells the window touches."""
+    """The number of cells that the window touches."""
     per_cell: int
     """Slots of every cell."""
     pixels: list[int] | None

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     ImageLike = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any] | Tensor
-    """What :func:`read_image` takes."""
+    """The images that :func:`read_image` takes."""
     MaskLike = NDArray[Any] | Tensor | Image.Image | str | Path
-    """What ``mask=`` takes."""
+    """The masks that ``mask=`` takes."""
 
 _LUMINANCE = (0.299, 0.587, 0.114)
 """Grey of red, green and blue (Rec. 601, as Pillow's mode L)."""

@@ -25,7 +25,7 @@ from upfeat.upsamplers.blueprint import build
 from upfeat.upsamplers.checks import check_output_size
 
 FORMAT = "upfeat-lazy-features-1"
-"""What files say they are."""
+"""The format that files name."""
 
 Colour = tuple[float, ...]
 _DTYPES = {

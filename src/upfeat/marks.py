@@ -19,15 +19,15 @@ from upfeat._version import __version__
 from upfeat.storage import is_our_npy, read_metadata
 
 FEATURES = "upfeat-features"
-"""What files of feature maps say they are."""
+"""The mark of files of feature maps."""
 PICTURE = "upfeat-picture"
-"""What pictures say they are."""
+"""The mark of pictures."""
 
 VIDEO = "upfeat-video"
-"""What videos say they are, in their comment."""
+"""The mark of videos, in their comment."""
 
 REPORT = "upfeat-report"
-"""What reports say they are."""
+"""The mark of reports."""
 
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
 _VIDEO_ENDS = 1 << 16

@@ -34,7 +34,7 @@ from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.maps import as_map
 
 PASSES = (1, 5)
-"""What the backbone may cost, in passes over the image."""
+"""Costs of the backbone that can be chosen, in passes over the image."""
 
 FINER = 2
 """The second image is so many times larger."""
@@ -48,7 +48,7 @@ PENALTY_OF_ONE = 1.0
 """Of one learnt from a single image, beside what it says of a cell."""
 
 SHARE = 0.75
-"""How much of the result the second scale has, a."""
+"""The second scale's share of the result, a."""
 
 _SHIPPED = Path(__file__).parent / "weights"
 _FORMAT = "upfeat-translation-1"

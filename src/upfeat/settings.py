@@ -21,9 +21,9 @@ class Setting(NamedTuple):
     check: Callable[[str, Any], Any]
     """From name and value to the value in its type; raises ValueError where it is out of range."""
     flag: bool = True
-    """Whether the command has a flag of that name."""
+    """True if the command has a flag of that name."""
     operational: bool = False
-    """Whether it changes no result."""
+    """True if it changes no result."""
 
 
 def setting(

@@ -12,7 +12,7 @@ from upfeat.strict_json import read_object
 
 CARD_FILE = "README.md"
 RECORD_FILE = "training.json"
-"""What a training says of itself, beside its weights."""
+"""The file in which a training describes itself, beside its weights."""
 
 _TAGS = ("upfeat", "feature-upsampling", "image-feature-extraction")
 

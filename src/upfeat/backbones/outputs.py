@@ -18,7 +18,7 @@ from upfeat.registry import unknown_name
 from upfeat.types import Size
 
 LAYOUTS = ("NCHW", "NHWC", "tokens")
-"""How a tensor may be laid out: (B, C, h, w), (B, h, w, C), (B, N, C)."""
+"""Layouts of a tensor: (B, C, h, w), (B, h, w, C), (B, N, C)."""
 
 # What containers call the spatial features, best first: DINOv2's own dictionary, transformers',
 # torchvision's and common ones.

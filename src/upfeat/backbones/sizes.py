@@ -13,7 +13,7 @@ from upfeat.tiling import raised_cosine
 from upfeat.types import Size
 
 FITS = ("interpolate", "tile", "resize")
-"""How a model of one image size is brought to others."""
+"""Ways to bring a model of one image size to others."""
 
 _OVERLAP = 0.25
 """Least part of a tile that its neighbour shows too."""

@@ -23,7 +23,7 @@ from upfeat.geometry import cells_of_window
 _LIBRARY = torch.library.Library("upfeat", "DEF")
 
 _PLACE = [f"SymInt[] {name}" for name in ("output_size", "origin", "grid_size", "grid_origin")]
-"""Which window of an output, and which part of a grid, tensors are."""
+"""The window of an output, and the part of a grid, that tensors are."""
 
 WINDOWED: dict[str, list[str]] = {
     "adaptive_conv2d": [],

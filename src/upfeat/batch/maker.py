@@ -26,7 +26,7 @@ from upfeat.storage import create_array, write_tensors
 
 Entry = dict[str, Any]
 Task = tuple[Entry, Any]
-"""What is known of an item, and its content: the bytes of a file, or a frame."""
+"""An item's facts and its content: the bytes of a file, or a frame."""
 
 # Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
 _UPSAMPLING = 70

@@ -33,7 +33,7 @@ def _registered() -> list[str]:
 UPSAMPLERS = tuple(sorted(_registered(), key=lambda name: (name != DEFAULT_UPSAMPLER, name)))
 
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "neighbourhood")
-"""What every evaluation holds."""
+"""Upsamplers in every evaluation."""
 
 UPSAMPLER_HELP = (
     f"{', '.join(UPSAMPLERS)}; weights by their full name (upfeat info lists them), a folder that "
@@ -45,6 +45,17 @@ UPSAMPLER_HELP = (
 def add_layer(parser: argparse.ArgumentParser) -> None:
     """Declare ``--layer``."""
     parser.add_argument("--layer", type=int, nargs="+", metavar="N", help=LAYER_HELP)
+
+
+def add_backbone(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--backbone`` and ``--layer``."""
+    parser.add_argument(
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        metavar="NAME",
+        help=f"{BACKBONE_HELP} (default: %(default)s)",
+    )
+    add_layer(parser)
 
 
 def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:

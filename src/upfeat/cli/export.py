@@ -6,10 +6,9 @@ import argparse
 from pathlib import Path
 
 from upfeat.cli.choices import (
-    BACKBONE_HELP,
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
-    add_layer,
+    add_backbone,
     with_layers,
 )
 
@@ -34,13 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", metavar="onnx|pt2", help="of the file (default: what its name ends with)"
     )
-    parser.add_argument(
-        "--backbone",
-        default=DEFAULT_BACKBONE,
-        metavar="NAME",
-        help=f"{BACKBONE_HELP} (default: %(default)s)",
-    )
-    add_layer(parser)
+    add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
     parser.add_argument("--head", metavar="FILE", help="a linear head that upfeat probe trained")
     parser.add_argument(
@@ -61,11 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Export, check the file, and say what was measured."""
     import upfeat
-    from upfeat.exporting import check_format
+    from upfeat.outputs import Inputs, check_output
+    from upfeat.portable.formats import check_format
 
-    check_format(options.output, options.format)
+    kind = check_format(options.output, options.format)
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"{options.output}: exists; name another file, or give --overwrite")
+    inputs = Inputs([options.backbone, options.upsampler, options.head])
+    check_output(options.output, inputs, kind, overwrite=True)
     size = _parse_size(options.size)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
     model = upfeat.load(backbone, upsampler=options.upsampler)

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
+from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, with_layers
 
 HELP = "Extract features of large sets: folders, lists, tar archives and videos; resumable."
 EXAMPLE = (
@@ -42,13 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the size), or full maps",
     )
     parser.add_argument("--head", type=Path, metavar="FILE", help="store what a head says instead")
-    parser.add_argument(
-        "--backbone",
-        default=DEFAULT_BACKBONE,
-        metavar="NAME",
-        help=f"{BACKBONE_HELP} (default: %(default)s)",
-    )
-    add_layer(parser)
+    add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="resize the shorter side first (default: no)"

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
+from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, with_layers
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -43,13 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .safetensors file for one photograph, or a folder; what is there already is not "
         "fitted again. The picture goes beside it: NAME.features.png",
     )
-    parser.add_argument(
-        "--backbone",
-        default=DEFAULT_BACKBONE,
-        metavar="NAME",
-        help=f"{BACKBONE_HELP} (default: %(default)s)",
-    )
-    add_layer(parser)
+    add_backbone(parser)
     parser.add_argument(
         "--preset",
         default="fast",

@@ -6,9 +6,8 @@ import argparse
 from pathlib import Path
 
 from upfeat.cli.choices import (
-    BACKBONE_HELP,
     DEFAULT_BACKBONE,
-    add_layer,
+    add_backbone,
     bands_of,
     with_layers,
 )
@@ -41,13 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", type=_names, metavar="A,B,…", help="names, in the order of indices"
     )
-    parser.add_argument(
-        "--backbone",
-        default=DEFAULT_BACKBONE,
-        metavar="NAME",
-        help=f"{BACKBONE_HELP} (default: %(default)s)",
-    )
-    add_layer(parser)
+    add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="resize photographs' shorter side (default: no)"

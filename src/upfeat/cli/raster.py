@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
-    BACKBONE_HELP,
     DEFAULT_BACKBONE,
-    add_layer,
+    add_backbone,
     bands_of,
     with_layers,
 )
@@ -37,13 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="scene.zarr, or scene.tif (a Cloud Optimized GeoTIFF)",
     )
-    parser.add_argument(
-        "--backbone",
-        default=DEFAULT_BACKBONE,
-        metavar="NAME",
-        help=f"{BACKBONE_HELP} (default: %(default)s)",
-    )
-    add_layer(parser)
+    add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
         "--head",

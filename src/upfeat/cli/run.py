@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
-    BACKBONE_HELP,
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
-    add_layer,
+    add_backbone,
     bands_of,
     with_layers,
 )
@@ -46,13 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="where results go: NAME.safetensors and NAME.features.png",
     )
-    parser.add_argument(
-        "--backbone",
-        default=DEFAULT_BACKBONE,
-        metavar="NAME",
-        help=f"{BACKBONE_HELP} (default: %(default)s)",
-    )
-    add_layer(parser)
+    add_backbone(parser)
     parser.add_argument(
         "--upsampler",
         metavar="NAME",

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
-    BACKBONE_HELP,
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
-    add_layer,
+    add_backbone,
     with_layers,
 )
 
@@ -37,13 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="where the result goes: .mp4, .mov, .mkv or .webm; without sound",
     )
-    parser.add_argument(
-        "--backbone",
-        default=DEFAULT_BACKBONE,
-        metavar="NAME",
-        help=f"{BACKBONE_HELP} (default: %(default)s)",
-    )
-    add_layer(parser)
+    add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
     parser.add_argument(
         "--size",

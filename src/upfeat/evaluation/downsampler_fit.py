@@ -33,7 +33,7 @@ N_COMPONENTS = 32
 
 MAX_CELLS = 4096
 MAX_VALUES = 2**26
-"""What the cells of one seed may hold, in numbers: 256 MiB."""
+"""Numbers that the cells of one seed may hold: 256 MiB."""
 
 _STEPS = 150
 _BATCH = 256

@@ -31,7 +31,7 @@ BASELINES = (
     "jbu_stack",
     "neighbourhood",
 )
-"""What every comparison holds; a backbone with a better default of its own gets that as well."""
+"""Upsamplers in every comparison; a backbone with a better default of its own gets that as well."""
 
 
 def score(

@@ -57,13 +57,13 @@ class Task(ABC):
     title: ClassVar[str]
     """Of the report."""
     question: ClassVar[str]
-    """What is asked, for the report."""
+    """The question that scores answer, for the report."""
     scores: ClassVar[Mapping[str, Score]]
     """Every score of its rows; the first one is drawn as a chart."""
     protocols: ClassVar[Mapping[str, str]]
     """Every protocol of its rows, explained."""
     target: ClassVar[str | None] = None
-    """What targets are, for captions; ``None`` where images have none."""
+    """The targets' name, for captions; ``None`` where images have none."""
     pictures: ClassVar[str | None] = "shades"
     """Of predictions: "classes" are coloured and compared with the target; "shades" are shown as
     they are; ``None`` for no pictures."""

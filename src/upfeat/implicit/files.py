@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 RENDERINGS = (".safetensors", ".npy", ".zarr", ".png", ".jpg", ".jpeg")
-"""What :func:`write_rendering` can write."""
+"""Endings that :func:`write_rendering` can write."""
 
 _PICTURES = (".png", ".jpg", ".jpeg")
 # Bytes a pixel, measured: of a picture while it is drawn; of an image while it is fitted, beside

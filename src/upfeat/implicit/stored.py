@@ -20,7 +20,7 @@ from upfeat.tensor_checks import check_values
 from upfeat.types import Size
 
 FORMAT = "upfeat-implicit-2"
-"""What files say they are."""
+"""The format that files name."""
 LONGEST_SIDE = 1 << 15
 """Of the image of a fit, pixels, at most."""
 

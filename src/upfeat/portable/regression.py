@@ -16,7 +16,7 @@ from upfeat.portable import axes
 from upfeat.upsamplers.regression import STEP
 
 PRECISION = 1e-9
-"""What Newton's iteration leaves of the inverse's error, but for rounding."""
+"""The share of the inverse's error that Newton's iteration leaves, but for rounding."""
 
 
 class Regression(nn.Module):

@@ -60,21 +60,21 @@ class Upsampler(nn.Module, ABC):
     name: ClassVar[str]
     """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
     linear: ClassVar[bool] = True
-    """Whether anything may be upsampled in place of the features, such as a head's output."""
+    """True if anything may be upsampled in place of the features, such as a head's output."""
     unsaved: ClassVar[frozenset[str]] = frozenset({"backend", "start"})
     """Arguments of constructors that no file may give: where to compute, what else to read."""
     always_small: ClassVar[bool] = False
-    """Whether no arguments make it larger than some hundred megabytes."""
+    """True if no arguments make it larger than some hundred megabytes."""
     magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
     takes_hidden: ClassVar[bool] = False
-    """Whether it makes use of what early layers of a backbone say."""
+    """True if it makes use of what early layers of a backbone say."""
     needs_features: ClassVar[bool] = False
-    """Whether the weights depend on the features too, not on the image alone."""
+    """True if the weights depend on the features too, not on the image alone."""
     exact_parts: ClassVar[str] = "windows"
     """Parts of a map that have the very sums of the whole: its "windows", or its "channels"."""
     guidance_bands: int | None = 3
-    """How many bands the guidance must have; ``None``: any number (:mod:`.bands` has the rule)."""
+    """The number of bands of the guidance; ``None``: any (:mod:`.bands` has the rule)."""
     backend: str = "auto"
     """The backend that every operator runs on; see :meth:`set_backend`."""
     mean: Colour | None = None
@@ -84,7 +84,7 @@ class Upsampler(nn.Module, ABC):
     published_by: ClassVar[str | None] = None
     """The repository that published the weights, where the package has none."""
     origin: str | None = None
-    """What the file that it was loaded from turned out to be; ``None`` where there was none."""
+    """The kind of file that it was loaded from; ``None`` where there was none."""
 
     @property
     def reach(self) -> int | None:

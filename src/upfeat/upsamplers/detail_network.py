@@ -35,7 +35,7 @@ class DetailNetwork(nn.Sequential):
             layers += [halve, nn.GELU()]
         super().__init__(*layers, *(_Block(width) for _ in range(depth)))
         self.reach = depth + 1
-        """How many cells beyond its own a value of the maps depends on."""
+        """Cells beyond its own that a value of the maps depends on."""
 
 
 class _Block(nn.Module):

@@ -25,7 +25,7 @@ KEY_CHANNELS = 32
 """Width D of the learned range kernel's keys."""
 
 FIXUP_SCALE = 0.1
-"""How much of the fix-up's and the channel mix's output is added."""
+"""The share of the fix-up's and the channel mix's output that is added."""
 
 
 class JBUStage(nn.Module):

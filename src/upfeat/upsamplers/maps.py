@@ -35,7 +35,7 @@ class Map(Protocol):
     size: Size
     """(H, W)."""
     recorded: bool
-    """Whether autograd records it."""
+    """True if autograd records it."""
 
     def at(self, window: Window) -> Tensor:
         """(B, K, window.height, window.width)."""

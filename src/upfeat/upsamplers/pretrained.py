@@ -12,7 +12,7 @@ from upfeat.upsamplers.saved import find_saved, load_pretrained, shipped_names
 from upfeat.upsamplers.tensor_files import SUFFIXES
 
 DEFAULT_UPSAMPLER = DetailUpsampler.name
-"""What a backbone gets: with weights made for it, if there are any, or else for any backbone."""
+"""The default: with weights made for the backbone, if there are any, or else for any."""
 
 
 def list_upsamplers() -> list[str]:

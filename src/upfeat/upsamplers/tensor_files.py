@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
-"""What names of checkpoint files end with."""
+"""Endings of the names of checkpoint files."""
 
 UNREADABLE = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, MemoryError, AssertionError),
 )
-"""What PyTorch raises of damaged files, beside ``UnpicklingError``."""
+"""Errors that PyTorch raises of damaged files, beside ``UnpicklingError``."""
 
 
 def load_pickled(path: Path) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class Sums:
     values: Tensor
     """(B, groups, 2), float64."""
     count: int
-    """How many numbers each is made of."""
+    """The count of numbers that each is made of."""
     channels: int
 
     def norm(self, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Before:

@@ -127,7 +127,7 @@ class ShownDifference(NamedTuple):
     interval: str
     seeds: str
     certain: bool
-    """Whether 0 lies outside the interval."""
+    """True if 0 lies outside the interval."""
 
 
 def differences(results: Results, task: type[Task] | None = None) -> list[ShownDifference]:

@@ -1,0 +1,141 @@
+"""Files that an exported program can be written to and run from: ONNX, and PyTorch's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upfeat._version import __version__
+from upfeat.backbones.libraries import import_library
+
+FORMATS = ("onnx", "pt2")
+METADATA = "upfeat.json"
+"""Name of the facts in an exported program; ONNX holds each under its own name."""
+
+
+def check_format(path: Path, format: str | None) -> str:
+    """The format of a file: one that is given, or what its name ends with.
+
+    Raises:
+        FileNotFoundError: its folder is not there.
+        ValueError: there is no such format.
+    """
+    found = path.suffix.removeprefix(".").lower() if format is None else format
+    if found not in FORMATS:
+        given = f"{path.name}" if format is None else f"format={format!r}"
+        raise ValueError(f'{given}: unknown format; choose .onnx or .pt2 (format="onnx", "pt2")')
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; make it first")
+    return found
+
+
+@contextmanager
+def without_questions() -> Iterator[None]:
+    """Trace without asking of each size whether it is 0 or 1 or a multiple of another.
+
+    Every question asked becomes a condition of the program, and takes the longer the more sizes
+    there are. Settings that a release of PyTorch does not know are left out.
+    """
+    from torch._dynamo import config as tracing
+    from torch.fx.experimental import _config as symbols
+
+    wanted = {"backed_size_oblivious": True, "aggressive_guard_free_semantics": 2}
+    known = {name: value for name, value in wanted.items() if hasattr(symbols, name)}
+    with (
+        warnings.catch_warnings(),
+        symbols.patch(**known),  # pyright: ignore[reportAttributeAccessIssue]
+        tracing.patch(fake_tensor_cache_enabled=False),  # pyright: ignore[reportAttributeAccessIssue]
+    ):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _write_program(
+    program: torch.export.ExportedProgram, path: Path, facts: dict[str, str], *_: Any
+) -> None:
+    buffer = BytesIO()  # saving to a path asks for its ending
+    torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts, indent=2)})
+    path.write_bytes(buffer.getvalue())
+
+
+def _read_program(path: Path) -> Callable[[Sequence[Tensor]], Tensor]:
+    module = torch.export.load(BytesIO(path.read_bytes())).module()
+
+    def run(inputs: Sequence[Tensor]) -> Tensor:
+        with torch.no_grad():
+            return module(*inputs)
+
+    return run
+
+
+def _write_onnx(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    facts: dict[str, str],
+    names: Sequence[str],
+    stride: int,
+) -> None:
+    with without_questions(), _quiet_exporter():
+        found = torch.onnx.export(
+            program,
+            input_names=list(names),
+            output_names=["output"],
+            verbose=False,
+            optimize=False,  # looking for patterns takes as long as the rest; run-times do it
+        )
+    assert found is not None
+    optimizer = import_library("onnxscript.optimizer", extra="onnx")
+    optimizer.fold_constants(found.model)
+    optimizer.remove_unused_nodes(found.model)
+    graph = found.model.graph
+    for value in (*graph.inputs, *graph.outputs):
+        sides = ("batch", None, "height", "width") if value.name != "features" else ("batch", None)
+        for axis, side in enumerate(sides):
+            if side is not None and not isinstance(value.shape[axis], int):  # type: ignore[index]
+                prefix = "output_" if value.name == "output" and axis and stride > 1 else ""
+                value.shape[axis] = prefix + side  # type: ignore[index]
+    found.model.metadata_props.update(facts)
+    found.model.producer_name, found.model.producer_version = "upfeat", __version__
+    found.save(path)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Keep the exporter's notes on operators of other libraries to itself."""
+    log = logging.getLogger("torch.onnx")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+def _read_onnx(path: Path) -> Callable[[Sequence[Tensor]], Tensor]:
+    runtime: Any = import_library("onnxruntime", extra="onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = runtime.InferenceSession(
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+    names = [one.name for one in session.get_inputs()]
+
+    def run(inputs: Sequence[Tensor]) -> Tensor:
+        given = {name: one.numpy() for name, one in zip(names, inputs, strict=True)}
+        return torch.from_numpy(session.run(None, given)[0])
+
+    return run
+
+
+WRITERS = {"onnx": _write_onnx, "pt2": _write_program}
+READERS = {"onnx": _read_onnx, "pt2": _read_program}
