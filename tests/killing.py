@@ -62,8 +62,8 @@ WHOLE = {
 }
 
 
-def write_inputs(folder: Path) -> None:
-    """Photographs, and labels of them."""
+def write_inputs(folder: Path, *, scene: bool) -> None:
+    """Write photographs, labels of them, and a raster where one is needed."""
     for part in ("photos", "data/train", "data/test"):
         (folder / part).mkdir(parents=True)
     for index in range(3):
@@ -75,6 +75,16 @@ def write_inputs(folder: Path) -> None:
             for kind, picture in (("images", image), ("labels", label)):
                 (folder / "data" / part / kind).mkdir(exist_ok=True)
                 picture.save(folder / "data" / part / kind / f"{part}{index}.png")
+    if scene:
+        write_scene(folder)
+    (folder / "data" / "classes.json").write_text(json.dumps(["ground", "thing"]))
+    with tarfile.open(folder / "shard.tar", "w") as archive:
+        for number in range(12):
+            archive.add(folder / "photos" / f"{number % 3}.png", f"{number:02d}.png")
+
+
+def write_scene(folder: Path) -> None:
+    """Write a raster."""
     values = np.random.default_rng(9).integers(0, 255, (3, 30, 52)).astype(np.uint8)
     bands = [
         np.asarray(Image.fromarray(band).resize(RASTER[::-1], Image.Resampling.BICUBIC))
@@ -82,10 +92,6 @@ def write_inputs(folder: Path) -> None:
     ]
     tifffile = import_module("tifffile")
     tifffile.imwrite(folder / "scene.tif", np.stack(bands, -1), photometric="rgb", tile=(128, 128))
-    (folder / "data" / "classes.json").write_text(json.dumps(["ground", "thing"]))
-    with tarfile.open(folder / "shard.tar", "w") as archive:
-        for number in range(12):
-            archive.add(folder / "photos" / f"{number % 3}.png", f"{number:02d}.png")
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -229,7 +235,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="killing-"))
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    write_inputs(folder)
+    write_inputs(folder, scene=options.command == "raster")
 
     # All that a command imports, before the first fork; nothing is computed, since threads do not
     # survive it.

@@ -65,7 +65,7 @@ def find_photographs(paths: Iterable[Path]) -> list[Photo | OSError | ValueError
     found: list[Photo | OSError | ValueError] = []
     for path in paths:
         try:
-            inside = _search(path) if path.is_dir() else [Photo(path)]
+            inside = search(path) if path.is_dir() else [Photo(path)]
         except OSError as error:
             found.append(error)
             continue
@@ -73,17 +73,24 @@ def find_photographs(paths: Iterable[Path]) -> list[Photo | OSError | ValueError
     return found
 
 
-def _search(folder: Path) -> list[Photo]:
-    """Photographs in a folder and below it."""
-    Image.init()
-    known = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-    known |= {".heic", ".heif"}
+def is_image(name: str) -> bool:
+    """Return whether a file of this name is an image, one that an extra reads included."""
+    suffix = Path(name).suffix.lower()
+    return suffix in (".heic", ".heif") or Image.registered_extensions().get(suffix) in Image.OPEN
+
+
+def search(folder: Path) -> list[Photo]:
+    """Photographs in a folder and below it, folder by folder; see :func:`find_photographs`.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
     found = []
     for place, folders, names in os.walk(folder, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             path = Path(place, name)
-            if name.startswith(".") or path.suffix.lower() not in known or not path.is_file():
+            if name.startswith(".") or not is_image(name) or not path.is_file():
                 continue
             if not (name.endswith(".features.png") and _is_ours(path)):
                 found.append(Photo(path, Path(place).relative_to(folder)))

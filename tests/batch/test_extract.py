@@ -20,10 +20,13 @@ import upfeat
 from upfeat.batch import Engine, Extraction, extract, maker
 from upfeat.batch.budget import Budget
 from upfeat.batch.extract import read_extracted
+from upfeat.batch.items import list_items
 from upfeat.batch.replicas import replicate
 from upfeat.cli import main
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.machine import resident_memory
+from upfeat.marks import encode_picture
+from upfeat.training.photographs import find_photographs
 
 
 def model():
@@ -332,3 +335,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     if not ended:
         extract(model(), [photos], out, Extraction())
     assert tree(out) == tree(calm)
+
+
+def test_pictures_that_we_made_are_no_photographs(tmp_path):
+    photo = Image.fromarray(np.zeros((4, 4, 3), np.uint8))
+    photo.save(tmp_path / "a.png")
+    photo.save(tmp_path / "b.features.png")  # somebody's own
+    (tmp_path / "a.features.png").write_bytes(encode_picture(photo, ".png"))
+    keys = [item.key for item in list_items([tmp_path])]
+    assert keys == ["a.png", "b.features.png"]
+    assert [name for name, _ in find_photographs(tmp_path)] == keys

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
+from upfeat.outputs import is_image, search
 
 
 @dataclass(frozen=True)
@@ -82,17 +81,13 @@ def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
             yield Item(source.name, source.read_bytes)
 
 
-def _is_image(name: str) -> bool:
-    return Image.registered_extensions().get(Path(name).suffix.lower(), "") in Image.OPEN
-
-
-def _folder(folder: Path, prefix: str) -> Iterator[Item]:
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if _is_image(path.name) and not path.name.startswith(".") and path.is_file()
-    )
-    for name in names:
+def _folder(folder: Path, prefix: str) -> Iterator[Item | Damaged]:
+    try:
+        photos = search(folder)
+    except OSError as error:
+        yield Damaged(folder.name, str(error))
+        return
+    for name in sorted(photo.path.relative_to(folder).as_posix() for photo in photos):
         yield Item(prefix + name, (folder / name).read_bytes)
 
 
@@ -118,7 +113,7 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
                 key = f"{path.name}/{member.name}"
-                if not member.isfile() or not _is_image(member.name):
+                if not member.isfile() or not is_image(member.name):
                     continue
                 if ".." in Path(member.name).parts or key in seen:
                     yield Damaged(key, "doubles another member, or leads out of the archive")

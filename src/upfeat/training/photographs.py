@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from upfeat.decoding import in_srgb, open_upright
 from upfeat.images import read_image
+from upfeat.outputs import search
 from upfeat.randomness import stream
 
 SUFFIXES = frozenset(
@@ -119,7 +120,7 @@ def list_photographs(
 def find_photographs(folder: str | Path) -> list[tuple[str, int]]:
     """Name and size in bytes of every photograph in a folder and below it, sorted by name.
 
-    Hidden files and folders are left out.
+    Hidden files and folders, and pictures that upfeat made, are left out.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -129,12 +130,11 @@ def find_photographs(folder: str | Path) -> list[tuple[str, int]]:
     if not folder.is_dir():
         what = "is a file; give the folder it is in" if folder.exists() else "no such folder"
         raise FileNotFoundError(f"{folder}: {what}")
-    found = []
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if path.suffix.lower() in SUFFIXES and not hidden and path.is_file():
-            found.append((name.as_posix(), path.stat().st_size))
+    found = [
+        (photo.path.relative_to(folder).as_posix(), photo.path.stat().st_size)
+        for photo in search(folder)
+        if photo.path.suffix.lower() in SUFFIXES
+    ]
     if not found:
         raise ValueError(f"{folder}: holds no photographs ({', '.join(sorted(SUFFIXES))})")
     return sorted(found)
