@@ -1,6 +1,6 @@
 """Land cover: a labelled scene, a linear head on its features, and a map of the scene next to it.
 
-    python land_cover.py
+    python land_cover.py [folder]
 
 Two scenes are generated, 60 cm a pixel, with four kinds of ground in curved regions. The first has
 a few labelled polygons; of the second a map is made, with the same coordinate system to the pixel.
@@ -9,6 +9,7 @@ a few labelled polygons; of the second a map is made, with the same coordinate s
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -109,5 +110,5 @@ def main(folder: Path | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    for name, value in main().items():
+    for name, value in main(*map(Path, sys.argv[1:])).items():
         print(f"{name}: {value:.3f}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from upfeat.machine import resident_memory
+from upfeat.machine import readable, resident_memory
 from upfeat.model import FeatUp
 from upfeat.mosaic import activation_bytes, receptive_halo
 from upfeat.raster.outputs import Output
@@ -102,8 +102,9 @@ def make_plan(
     if tile is not None and plan is not None:
         return plan  # an output that was begun goes on with its tiles
     raise ValueError(
-        f"max_memory={max_memory / 1e9:.2f}GB is too little for a raster of {size[0]}×{size[1]} "
-        f"pixels; the smallest that can work is about {needed / 1e9 + 0.05:.1f}GB"
+        f"max_memory={readable(max_memory)} is too little for a raster of {size[0]}×{size[1]} "
+        f"pixels, of which {readable(resident)} are held already; the smallest that can work is "
+        f"about {readable(1.02 * needed)}"
     )
 
 
