@@ -124,7 +124,7 @@ def rivals() -> str:
                 _milliseconds(row["seconds"]),
                 _milliseconds(row["processor_seconds"]),
                 _ratio(row["processor_seconds"] / base),
-                f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row["way"] in ("ours", "plain") else "",
+                f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row["way"] in ("ours", "high", "plain") else "",
             ]
         )
     return _rows(["", "way", "size", "time", "processor", "of ours", "peak memory"], rows)

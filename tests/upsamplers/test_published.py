@@ -277,6 +277,8 @@ def test_published_cases(file, cases):
         image, features = (torch.from_numpy(case[name]) for name in ("image", "features"))
         expected = torch.from_numpy(case["output"]).double()
         size = tuple(case["output_size"].tolist())
-        assert error(upsampler(features, image, size), expected) < 1e-5, path.name
+        for precision in ("high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            assert error(upsampler(features, image, size), expected) < 1e-5, path.name
         found = upsampler(features.bfloat16(), image.bfloat16(), size)
         assert error(found, expected) < 2e-2, path.name
