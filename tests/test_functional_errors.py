@@ -1,4 +1,4 @@
-"""The operators' bad input: every argument is named with its value; NaN goes through every backend."""
+"""Bad input of the operators: every argument is named with its value, and NaN is never lost."""
 
 import numpy as np
 import pytest
