@@ -39,9 +39,10 @@ class FinerFeatures(Computed):
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
         kernels = self.kernels
-        fine = kernels.first.at(self.features, window)
-        if kernels.regression is not None:
-            fine = fine + kernels.regression.at(self.features, window)
+        parts = []
+        if kernels.regression is not None:  # first: of the means it needs the most
+            parts.append(kernels.regression.at(self.features, window))
+        fine = sum(parts, kernels.first.at(self.features, window))
         if kernels.detail is not None:
             fine = fine + kernels.detail.at(window).to(fine.dtype)
         return fine

@@ -123,7 +123,7 @@ class CellMeans(Computed):
             source: (B, K, H, W).
             grid_size: (h, w).
         """
-        super().__init__(grid_size, whole=source.whole, recorded=source.recorded, step=8)
+        super().__init__(grid_size, whole=source.whole, recorded=source.recorded, step=2)
         self.source = source
 
     def compute(self, window: Window) -> Tensor:
@@ -171,7 +171,8 @@ class Coarser(Computed):
             factor: f.
         """
         size = finer.size[0] // factor, finer.size[1] // factor
-        super().__init__(size, whole=finer.whole, recorded=finer.recorded, step=finer.step)
+        step = max(finer.step // factor, 1)
+        super().__init__(size, whole=finer.whole, recorded=finer.recorded, step=step)
         self.finer, self.factor = finer, factor
 
     def compute(self, window: Window) -> Tensor:

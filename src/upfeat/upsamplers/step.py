@@ -235,7 +235,7 @@ class PooledWeights(Computed):
 
     def __init__(self, kernels: NeighbourhoodKernels) -> None:
         """Keep the kernels whose weights they are."""
-        super().__init__(kernels.grid_size, whole=kernels.whole, recorded=kernels.recorded, step=4)
+        super().__init__(kernels.grid_size, whole=kernels.whole, recorded=kernels.recorded)
         self.kernels = kernels
 
     def start_from(self, weights: Tensor) -> None:
@@ -302,7 +302,7 @@ class Corrected(Computed):
         """Keep both."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.whole or recorded
-        super().__init__(kernels.grid_size, whole=whole, recorded=recorded, step=4)
+        super().__init__(kernels.grid_size, whole=whole, recorded=recorded)
         self.kernels, self.features = kernels, features
 
     def compute(self, window: Window) -> Tensor:
