@@ -36,9 +36,7 @@ def check_inputs(
                 f"not {tuple(tensor.shape)}"
             )
         if tensor.layout is not torch.strided:
-            raise ValueError(
-                f"{label} is {tensor.layout}; give a dense one, as .to_dense() does"
-            )
+            raise ValueError(f"{label} is {tensor.layout}; give a dense one, as .to_dense() does")
     if bands is not None and guidance.shape[1] != bands:
         raise ValueError(
             f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
