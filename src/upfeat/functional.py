@@ -30,7 +30,8 @@ __all__ = [
     "neighbourhood_weights",
 ]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that are computed with."""
 _LARGEST_RADIUS = 127
 """A window of 65,025 taps; that of the published networks is 3."""
 
@@ -371,7 +372,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} must have 4 dimensions, not shape {tuple(tensor.shape)}")
     if tensor.layout is not torch.strided:
         raise ValueError(f"{name} is {tensor.layout}; convert it with .to_dense()")
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} is {tensor.dtype}; convert it with .float()")
 
 

@@ -9,9 +9,9 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 
 from upfeat.bounds import shown
+from upfeat.functional import FLOATS
 from upfeat.types import Size
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BRIGHTEST = 1e18
 """Magnitude of guidance that squares still fit beside; rasters mark missing data by -3.4e38."""
 LONGEST_SIDE = 1 << 20
@@ -107,7 +107,7 @@ def check_finite(label: str, tensor: Tensor, fix: str, *, most: float | None = N
     Raises:
         ValueError: a value is NaN or infinite or larger, or of a type that is not computed with.
     """
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise ValueError(f"{label} is {tensor.dtype}; give floating numbers, as .float() does")
     if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor) or tensor.is_meta:
         return
