@@ -1,7 +1,8 @@
 """Write the generated tables of the documents: figures from benchmarks/*.json, settings from code.
 
 A page holds ``<!-- generated: NAME ARGUMENTS -->`` and ``<!-- end -->``; what stands between is
-replaced by what the function of that name returns. Pictures of PICTURES are drawn anew, too.
+replaced by what the function of that name returns. Figures within sentences are expressions of
+:mod:`figures`. Pictures of PICTURES are drawn anew, too.
 
     python docs/generate.py            # writes pages
     python docs/generate.py --check    # ends with 1 where a page would change
@@ -9,20 +10,19 @@ replaced by what the function of that name returns. Pictures of PICTURES are dra
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import diagram
+import figures
+from figures import data as _read
 
 from upfeat.evaluation.tasks import find_task, list_tasks
 from upfeat.settings import table
 
 DOCS = Path(__file__).parent
-BENCHMARKS = DOCS.parent / "benchmarks"
 _BLOCK = re.compile(r"(<!-- generated: (\w+)([^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 RIVALS = {
@@ -319,10 +319,6 @@ def extract_cost() -> str:
     return _rows(["", "hours of one core", "on 2 cores", "on 64", "on disk"], rows)
 
 
-def _read(name: str) -> Any:
-    return json.loads((BENCHMARKS / f"{name}.json").read_text())
-
-
 def _rows(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
@@ -338,13 +334,13 @@ def _ratio(value: float) -> str:
 
 
 def generated(text: str) -> str:
-    """A page with its tables written anew."""
+    """A page with its tables and figures written anew."""
 
     def write(match: re.Match[str]) -> str:
         begin, name, arguments, end = match.groups()
         return f"{begin}{globals()[name](*arguments.split())}\n{end}"
 
-    return _BLOCK.sub(write, text)
+    return figures.filled(_BLOCK.sub(write, text))
 
 
 def main(arguments: list[str]) -> int:

@@ -43,6 +43,34 @@ def test_drift_is_found(generate, monkeypatch):
     assert generate.generated(text) != text
 
 
+@pytest.fixture(scope="module")
+def figures(generate):
+    return generate.figures
+
+
+def test_a_figure_in_a_sentence_is_written(figures):
+    page = 'It is <!-- = data("probes")["x"]:.1f -->1.0<!-- / -->.'
+    names = {"x": 2.04}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figures, "data", lambda name: names)
+        assert figures.filled(page) == page.replace(">1.0<", ">2.0<")
+        names["x"] = -3
+        assert "−3.0" in figures.filled(page)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("one\n  <!-- = 1 -->1<!-- / -->", "a line begins with a figure"),
+        ("a <!-- = data('nothing')['x'] --><!-- / -->", "fails"),
+        ("a <!-- = probe('Lite', 'own', 'bilinear') --><!-- / -->", "tables of probes.json"),
+    ],
+)
+def test_a_figure_that_cannot_be_written_is_refused(figures, text, message):
+    with pytest.raises(ValueError, match=message):
+        figures.filled(text)
+
+
 def test_every_setting_has_a_row(generate):
     from upfeat.training.config import TrainConfig
 

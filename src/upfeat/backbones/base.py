@@ -104,8 +104,7 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
         """
-        dtype = x.dtype
-        return self.extract(self._ready(x)).to(dtype)
+        return self.extract(self._ready(x)).to(x.dtype)
 
     def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute features and, in the same pass, what earlier layers say.
@@ -138,12 +137,19 @@ class Backbone(nn.Module, ABC):
         """The image as :meth:`extract` takes it.
 
         Raises:
+            TypeError: it is no tensor.
             ValueError: it is not (B, 3, H, W) normalised.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x is of type {type(x).__name__}; give the normalised image, as preprocess(…) "
+                "returns it for a path, an array or a picture"
+            )
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be (B, {self.in_channels}, H, W), not {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"x is {x.dtype}; give the normalised image, as preprocess returns it")
+        if not x.is_floating_point() or x.layout is not torch.strided:
+            kind = x.layout if x.layout is not torch.strided else x.dtype
+            raise ValueError(f"x is {kind}; give the normalised image, as preprocess returns it")
         size = self.grid_aligned((x.shape[2], x.shape[3]))
         if size != (x.shape[2], x.shape[3]):
             x = x.float() if x.dtype.itemsize < 4 else x

@@ -255,7 +255,7 @@ class PooledWeights(Computed):
 
     def __init__(self, weights: PixelWeights) -> None:
         """Keep the weights whose means they are."""
-        super().__init__(weights.grid_size, whole=weights.whole, recorded=weights.recorded, step=4)
+        super().__init__(weights.grid_size, whole=weights.whole, recorded=weights.recorded)
         self.kernels = weights
 
     def start_from(self, weights: Tensor) -> None:
@@ -322,7 +322,7 @@ class Corrected(Computed):
         """Keep both."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.whole or recorded
-        super().__init__(kernels.grid_size, whole=whole, recorded=recorded, step=4)
+        super().__init__(kernels.grid_size, whole=whole, recorded=recorded)
         self.kernels, self.features = kernels, features
 
     def compute(self, window: Window) -> Tensor:
