@@ -11,6 +11,7 @@ from torch import Tensor
 from upfeat.backends import dispatch
 from upfeat.resampling import bilinear, pooled, resample, resize
 from upfeat.types import Size, Window
+from upfeat.upsamplers.checks import check_precision
 from upfeat.upsamplers.encoder import PyramidEncoder, spans_of, unit, window_of
 from upfeat.upsamplers.maps import TILE, Computed, cut, inside, is_recorded, is_whole, moved, tiles
 
@@ -53,7 +54,11 @@ class Queries(Pixels):
             guidance: (B, channels, H', W').
             output_size: (H, W).
             backend: of the operators.
+
+        Raises:
+            ValueError: the guidance is of another type than the encoder's weights.
         """
+        check_precision("guidance", guidance, encoder.entry.weight)
         self.encoder, self.guidance, self.backend = encoder, guidance, backend
         self.seen: Size = (guidance.shape[2], guidance.shape[3])
         recorded = is_recorded(guidance, *encoder.parameters())
