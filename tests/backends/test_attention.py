@@ -139,5 +139,5 @@ def test_bad_input_in_one_line():
     refused("blocks=\\[3, 4\\]", *given, rows, columns, heads=2, blocks=[3, 4])
     refused("multiple of heads=3", *given, rows, columns, heads=3)
     refused("batch and grid", queries, keys, values[:1], rows, columns)
-    refused("give float", queries, keys, values.long(), rows, columns)
+    refused("convert it with", queries, keys, values.long(), rows, columns)
     refused("has no such operator|float64", *given, rows, columns, backend="cpu")

@@ -58,6 +58,26 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     add_layer(parser)
 
 
+def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declare ``--engine``, ``--workers`` and ``--address``; ``what`` is one worker's task."""
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="this process (default), or workers of Ray on this machine or a cluster",
+    )
+    threads = "workers of Ray" if what == "tile" else "threads, or workers of Ray"
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help=f"{threads}, each with one {what} at a time (default: one per CPU)",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of a Ray cluster (default: one of this machine)"
+    )
+
+
 def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
     """A backbone's name with the layers of ``--layer``, as "timm:NAME@3,8"."""
     if not layers:
