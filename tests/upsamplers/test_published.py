@@ -270,7 +270,8 @@ def test_windows_of_cells():
 @pytest.mark.slow
 @pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="no ../shared beside this checkout")
 @pytest.mark.parametrize(("file", "cases"), CASES)
-def test_published_cases(file, cases):
+def test_published_cases(file, cases, request):
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
     upsampler = upfeat.load_upsampler(CHECKPOINTS / file)
     for path in sorted((CHECKPOINTS / "cases").glob(f"{cases}*.npz")):
         case = np.load(path)

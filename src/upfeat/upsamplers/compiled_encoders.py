@@ -167,11 +167,10 @@ def image_queries(
     rotated = Before(rotate=angles, pair=encoded.shape[1] // 2)
     queries, sums = layer(encoded, weights[1], before=rotated, groups=GROUPS)
     keys, key_sums = layer(encoded, weights[2], before=rotated, groups=GROUPS, out=spare)
-    assert sums is not None and key_sums is not None
+    assert sums is not None
+    assert key_sums is not None
     keys, _ = finish(key_encoder, keys, key_sums, grid_size, spare=encoded)
-    queries, after = finish(
-        query_encoder, queries, sums, output_size, spare=encoded, groups=groups
-    )
+    queries, after = finish(query_encoder, queries, sums, output_size, spare=encoded, groups=groups)
     return queries, after, keys
 
 
