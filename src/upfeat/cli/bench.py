@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
+
+from upfeat.cli.choices import path_of
 
 HELP = "Time the operators and the JBU stack against plain PyTorch; print ratios, write JSON."
 EXAMPLE = (
@@ -32,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rivals",
         nargs="*",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="time AnyUp, JAFAR and NAF instead, beside the plain form of their mathematics; with "
         "the weights of these checkpoints, or random ones that cost the same",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("-o", "--output", type=path_of, metavar="FILE", help="JSON file to write")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a file that upfeat bench did not write"
     )

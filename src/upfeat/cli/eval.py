@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
@@ -12,6 +11,7 @@ from upfeat.cli.choices import (
     BASELINES,
     DEFAULT_BACKBONE,
     add_layer,
+    path_of,
     with_layers,
 )
 from upfeat.evaluation.tasks import list_tasks
@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "folder",
-        type=Path,
+        type=path_of,
         help="train/ and test/ (or neither), with images/ and labels/ or depth/; cam and "
         "consistency take any folder of photographs",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="where results go"
+        "-o", "--output", type=path_of, required=True, metavar="FOLDER", help="where results go"
     )
     parser.add_argument(
         "--layout",

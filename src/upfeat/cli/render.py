@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-from pathlib import Path
+
+from upfeat.cli.choices import path_of
 
 HELP = "Draw fitted implicit features at any size."
 EXAMPLE = (
@@ -16,11 +17,11 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", type=Path, help="what upfeat fit wrote")
+    parser.add_argument("file", type=path_of, help="what upfeat fit wrote")
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="FILE",
         help=".safetensors, .npy or .zarr for values; .png or .jpg for a picture",
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the size of the fit)"
     )
     parser.add_argument(
-        "--image", type=Path, metavar="PHOTO", help="the photograph, where the file lacks it"
+        "--image", type=path_of, metavar="PHOTO", help="the photograph, where the file lacks it"
     )
     parser.add_argument(
         "--dtype", choices=("fp16", "fp32"), default="fp16", help="of values (default: %(default)s)"

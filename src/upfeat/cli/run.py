@@ -13,6 +13,7 @@ from upfeat.cli.choices import (
     UPSAMPLER_HELP,
     add_backbone,
     bands_of,
+    path_of,
     with_layers,
 )
 
@@ -33,14 +34,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "photos",
         nargs="+",
-        type=Path,
+        type=path_of,
         metavar="photo",
         help="image file, or a folder, searched with all below",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="FOLDER",
         help="where results go: NAME.safetensors and NAME.features.png",
