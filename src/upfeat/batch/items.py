@@ -134,6 +134,8 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                     yield Damaged(key, "the archive is truncated")
                     return
                 yield Item(key, io.BytesIO(content).getvalue)
+        if path.stat().st_size % tarfile.BLOCKSIZE:  # a header cut off is an end for tarfile
+            yield Damaged(path.name, "the archive is truncated")
     except (tarfile.TarError, EOFError, OSError) as error:
         yield Damaged(path.name, f"a damaged archive ({error})")
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-
-from upfeat.cli.choices import path_of
+from pathlib import Path
 
 HELP = "Time the operators and the JBU stack against plain PyTorch; print ratios, write JSON."
 EXAMPLE = (
@@ -33,12 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rivals",
         nargs="*",
-        type=path_of,
+        type=Path,
         metavar="FILE",
         help="time AnyUp, JAFAR and NAF instead, beside the plain form of their mathematics; with "
         "the weights of these checkpoints, or random ones that cost the same",
     )
-    parser.add_argument("-o", "--output", type=path_of, metavar="FILE", help="JSON file to write")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a file that upfeat bench did not write"
     )

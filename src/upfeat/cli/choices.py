@@ -86,15 +86,10 @@ def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
     return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"
 
 
-def path_of(text: str) -> Path:
-    """Read a path; an empty one would be this folder, and is an unset variable of the shell."""
-    return Path(name_of(text))
-
-
 def name_of(text: str) -> str:
-    """Read what must not be empty."""
+    """Read a name; an empty one is an unset variable of the shell."""
     if not text.strip():
-        raise argparse.ArgumentTypeError(f'"{text}" is empty')
+        raise argparse.ArgumentTypeError(f'"{text}" is empty; leave it out for the default')
     return text
 
 

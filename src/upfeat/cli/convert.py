@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-
-from upfeat.cli.choices import path_of
+from pathlib import Path
 
 HELP = "Turn the checkpoint of a published upsampler into safetensors that say where they are from."
 EXAMPLE = (
@@ -17,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "checkpoint",
-        type=path_of,
+        type=Path,
         help="of FeatUp (.ckpt), AnyUp, JAFAR or NAF (.pth); recognised by its tensors, and "
         "nothing else in it is read",
     )
-    parser.add_argument("output", type=path_of, help="the safetensors file to write")
+    parser.add_argument("output", type=Path, help="the safetensors file to write")
     parser.add_argument("--sha256", metavar="HEX", help="what the checkpoint must hash to")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the output where it exists"

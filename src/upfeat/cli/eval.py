@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
@@ -11,7 +12,7 @@ from upfeat.cli.choices import (
     BASELINES,
     DEFAULT_BACKBONE,
     add_layer,
-    path_of,
+    name_of,
     with_layers,
 )
 from upfeat.evaluation.tasks import list_tasks
@@ -43,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "folder",
-        type=path_of,
+        type=Path,
         help="train/ and test/ (or neither), with images/ and labels/ or depth/; cam and "
         "consistency take any folder of photographs",
     )
     parser.add_argument(
-        "-o", "--output", type=path_of, required=True, metavar="FOLDER", help="where results go"
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="where results go"
     )
     parser.add_argument(
         "--layout",
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backbone",
+        type=name_of,
         metavar="NAME",
         help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32)",
     )

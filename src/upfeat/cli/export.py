@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
-    path_of,
     with_layers,
 )
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=Path,
         required=True,
         metavar="FILE",
         help="the file to write, .onnx (for onnxruntime) or .pt2 (for torch.export.load)",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, add_engine, path_of, with_layers
+from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, add_engine, with_layers
 
 HELP = "Extract features of large sets: folders, lists, tar archives and videos; resumable."
 EXAMPLE = (
@@ -21,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=path_of,
+        type=Path,
         metavar="source",
         help="a folder (searched to any depth), an image, a .txt list, a .tar archive, a video",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=Path,
         required=True,
         metavar="FOLDER",
         help="where results go; what it holds already is not made again",
@@ -40,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="coarse features and the image, to be upsampled when read (default; a hundredth of "
         "the size), or full maps",
     )
-    parser.add_argument(
-        "--head", type=path_of, metavar="FILE", help="store what a head says instead"
-    )
+    parser.add_argument("--head", type=Path, metavar="FILE", help="store what a head says instead")
     add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(

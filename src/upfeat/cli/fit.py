@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, path_of, with_layers
+from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, with_layers
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "photos",
         nargs="+",
-        type=path_of,
+        type=Path,
         metavar="photo",
         help="image file, or a folder, searched with all below",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=Path,
         required=True,
         metavar="PATH",
         help="a .safetensors file for one photograph, or a folder; what is there already is not "

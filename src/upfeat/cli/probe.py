@@ -9,7 +9,6 @@ from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     add_backbone,
     bands_of,
-    path_of,
     with_layers,
 )
 from upfeat.cli.raster import scale_of
@@ -26,15 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "source",
-        type=path_of,
+        type=Path,
         help="a folder with images/, labels/ and classes.json, or a raster with --labels",
     )
     parser.add_argument(
-        "-o", "--output", type=path_of, required=True, metavar="FILE", help="the head, .safetensors"
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the head, .safetensors"
     )
     parser.add_argument(
         "--labels",
-        type=path_of,
+        type=Path,
         metavar="FILE",
         help="of a raster: class indices on its grid, or GeoJSON with a property class",
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
@@ -10,7 +11,6 @@ from upfeat.cli.choices import (
     add_backbone,
     add_engine,
     bands_of,
-    path_of,
     with_layers,
 )
 
@@ -28,13 +28,11 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument(
-        "raster", type=path_of, help="anything that GDAL reads: GeoTIFF, COG, VRT, …"
-    )
+    parser.add_argument("raster", type=Path, help="anything that GDAL reads: GeoTIFF, COG, VRT, …")
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=Path,
         required=True,
         metavar="PATH",
         help="scene.zarr, or scene.tif (a Cloud Optimized GeoTIFF)",
@@ -43,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
         "--head",
-        type=path_of,
+        type=Path,
         metavar="FILE",
         help="write what a head of upfeat probe says instead of the features",
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
-
-from upfeat.cli.choices import path_of
+from pathlib import Path
 
 HELP = "Draw fitted implicit features at any size."
 EXAMPLE = (
@@ -17,11 +16,11 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", type=path_of, help="what upfeat fit wrote")
+    parser.add_argument("file", type=Path, help="what upfeat fit wrote")
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=Path,
         required=True,
         metavar="FILE",
         help=".safetensors, .npy or .zarr for values; .png or .jpg for a picture",
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the size of the fit)"
     )
     parser.add_argument(
-        "--image", type=path_of, metavar="PHOTO", help="the photograph, where the file lacks it"
+        "--image", type=Path, metavar="PHOTO", help="the photograph, where the file lacks it"
     )
     parser.add_argument(
         "--dtype", choices=("fp16", "fp32"), default="fp16", help="of values (default: %(default)s)"

@@ -13,7 +13,6 @@ from upfeat.cli.choices import (
     UPSAMPLER_HELP,
     add_backbone,
     bands_of,
-    path_of,
     with_layers,
 )
 
@@ -34,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "photos",
         nargs="+",
-        type=path_of,
+        type=Path,
         metavar="photo",
         help="image file, or a folder, searched with all below",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=Path,
         required=True,
         metavar="FOLDER",
         help="where results go: NAME.safetensors and NAME.features.png",

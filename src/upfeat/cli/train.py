@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, path_of, with_layers
+from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, name_of, with_layers
 from upfeat.settings import add_flags, settings_of
 from upfeat.training.config import PRESETS, TrainConfig
 
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "photos",
-        type=path_of,
+        type=Path,
         nargs="?",
         help="folder of photographs, searched with all below; with --resume that of the run, "
         "unless it has moved",
     )
     parser.add_argument(
-        "-o", "--output", type=path_of, required=True, metavar="FOLDER", help="folder of the run"
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the run"
     )
     parser.add_argument(
         "--resume",
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backbone",
+        type=name_of,
         nargs="+",
         metavar="NAME",
         help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}); of several, an upsampler that serves "
@@ -56,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layer(parser)
     parser.add_argument(
         "--config",
-        type=path_of,
+        type=Path,
         metavar="FILE",
         help="settings as YAML or JSON, by the flags' names with _ for -; flags go before it",
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
-    path_of,
     with_layers,
 )
 
@@ -27,11 +27,11 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("video", type=path_of, help="file that FFmpeg reads")
+    parser.add_argument("video", type=Path, help="file that FFmpeg reads")
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=Path,
         required=True,
         metavar="FILE",
         help="where the result goes: .mp4, .mov, .mkv or .webm; without sound",
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="5: let the backbone see frames at twice their size too (default: %(default)s)",
     )
-    parser.add_argument("--head", type=path_of, metavar="FILE", help="show the classes of a head")
+    parser.add_argument("--head", type=Path, metavar="FILE", help="show the classes of a head")
     parser.add_argument(
         "--alone", action="store_true", help="features alone, without the frame beside them"
     )
@@ -62,9 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames that the colours are fitted on (default: %(default)s)",
     )
-    parser.add_argument(
-        "--report", type=path_of, metavar="FILE", help="write the stability as JSON"
-    )
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the stability as JSON")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(
         "--overwrite",
