@@ -48,7 +48,8 @@ class Backbone(nn.Module, ABC):
         """Record what callers may rely on.
 
         Raises:
-            ValueError: a number is no whole one of at least 1, or mean and std do not have a value for each channel.
+            ValueError: a number is no whole one of at least 1, or mean and std do not have a value
+                for each channel.
         """
         super().__init__()
         embed_dim, stride = whole("embed_dim", embed_dim), whole("stride", stride)
