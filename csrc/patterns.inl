@@ -19,7 +19,7 @@ static void softmax_columns(float* numbers, int64_t count, int64_t channels, flo
     for (int64_t k = 0; k < count; ++k) most = max(most, load(numbers + k * channels + c));
     for (int64_t k = 0; k < count; ++k) {
       float* at = numbers + k * channels + c;
-      const Vec number = load(at), e = exp((number - most) * share);
+      const Vec number = load(at), e = falling_exp((number - most) * share);
       store(at, select(mine, e, number));  // what lies past the row's end is another's
       sum += e;
     }
