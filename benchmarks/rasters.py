@@ -19,6 +19,7 @@ import tempfile
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rasterio
@@ -31,6 +32,8 @@ from upfeat.machine import readable
 
 BLOCK = 512
 PATTERN = 8 * BLOCK
+SMALLEST = 64
+"""Side of a raster that costs little beside the start of the program, pixels."""
 CLASSES = ["water", "field", "forest", "road", "roof"]
 
 
@@ -73,7 +76,7 @@ def make_head(path: Path) -> None:
     save_head(path, head)
 
 
-def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str, float | int]:
+def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str, Any]:
     """Run the command on one raster and report what it took."""
     raster, output = folder / f"{side}.tif", folder / f"{side}.classes.tif"
     if not raster.exists():
@@ -86,36 +89,51 @@ def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str,
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
     child = subprocess.Popen([*command, "--overwrite"], env=environment)
-    ledger = folder / f"{output.name}.partial" / "tiles.txt"
-    told = started
-    while True:
-        number, status, used = os.wait4(child.pid, os.WNOHANG)
-        if number:
-            break
-        time.sleep(0.2)
-        if time.perf_counter() - told > 60:
-            told = time.perf_counter()
-            done = ledger.read_text().count("\n") if ledger.exists() else 0
-            print(
-                f"{side}²: {done} tiles after {told - started:.0f} s", file=sys.stderr, flush=True
-            )
-    if status:
-        sys.exit(f"upfeat raster: status {status}")
+    progress, used = watch(child.pid, output, side, started)
     seconds, processor = time.perf_counter() - started, used.ru_utime + used.ru_stime
-    megapixels = side * side / 1e6
     found = {
         "side": side,
-        "megapixels": megapixels,
+        "megapixels": side * side / 1e6,
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor, 1),
-        "processor_seconds_a_megapixel": round(processor / megapixels, 3),
         "peak_bytes": used.ru_maxrss * 1024,
         "output_bytes": output.stat().st_size,
+        "progress": progress,
     }
     text = f"{side}²: {seconds:.0f} s, {processor:.0f} s of processors, "
-    text += f"{found['processor_seconds_a_megapixel']} s a megapixel, "
     print(text + f"peak {readable(found['peak_bytes'])}", file=sys.stderr, flush=True)
     return found
+
+
+def watch(number: int, output: Path, side: int, started: float) -> tuple[list[Any], Any]:
+    """Follow a run to its end: [seconds, tiles, resident bytes] every so often, and its usage."""
+    ledger = output.with_name(output.name + ".partial") / "tiles.txt"
+    progress: list[Any] = []
+    every = 60 if side > 8000 else 5
+    while True:
+        ended, status, used = os.wait4(number, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.2)
+        after = time.perf_counter() - started
+        if after > every * (len(progress) + 1):
+            done = ledger.read_text().count("\n") if ledger.exists() else 0
+            resident = resident_of(number)
+            progress.append([round(after), done, resident])
+            text = f"{side}²: {done} tiles after {after:.0f} s, {readable(resident)} resident"
+            print(text, file=sys.stderr, flush=True)
+    if status:
+        sys.exit(f"upfeat raster: status {status}")
+    return progress, used
+
+
+def resident_of(number: int) -> int:
+    """Bytes that a process holds; 0 where the system does not tell."""
+    try:
+        pages = int(Path(f"/proc/{number}/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
@@ -132,13 +150,22 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         make_head(folder / "head.safetensors")
         shared = (options.threads, options.max_memory)
+        # What the command costs before it comes to pixels.
+        start = measure(folder, SMALLEST, *shared)["processor_seconds"]
         rows = [measure(folder, side, *shared) for side in options.sides]
+    for row in rows:
+        whole, work = row["processor_seconds"], row["processor_seconds"] - start
+        row["processor_seconds_a_megapixel"] = round(whole / row["megapixels"], 3)
+        row["work_seconds_a_megapixel"] = round(work / row["megapixels"], 3)
+    each = [row["work_seconds_a_megapixel"] for row in rows]
     report = {
         "upfeat": upfeat.__version__,
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": options.threads,
         "max_memory": options.max_memory,
+        "start_processor_seconds": start,
+        "most_over_least_a_megapixel": round(max(each) / min(each), 3),
         "rasters": rows,
     }
     text = json.dumps(report, indent=1) + "\n"

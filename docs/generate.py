@@ -1,7 +1,8 @@
 """Write the generated tables of the documents: figures from benchmarks/*.json, settings from code.
 
 A page holds ``<!-- generated: NAME ARGUMENTS -->`` and ``<!-- end -->``; what stands between is
-replaced by what the function of that name returns. Pictures of PICTURES are drawn anew, too.
+replaced by what the function of that name returns. Figures within sentences are expressions of
+:mod:`figures`. Pictures of PICTURES are drawn anew, too.
 
     python docs/generate.py            # writes pages
     python docs/generate.py --check    # ends with 1 where a page would change
@@ -9,20 +10,19 @@ replaced by what the function of that name returns. Pictures of PICTURES are dra
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import diagram
+import figures
+from figures import data as _read
 
 from upfeat.evaluation.tasks import find_task, list_tasks
 from upfeat.settings import table
 
 DOCS = Path(__file__).parent
-BENCHMARKS = DOCS.parent / "benchmarks"
 _BLOCK = re.compile(r"(<!-- generated: (\w+)([^\n]*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 RIVALS = {
@@ -31,11 +31,6 @@ RIVALS = {
     "pixel_major": "shifted multiply-adds, weights (H, W, taps)",
     "unfold": "unfold and einsum",
     "bilinear": "bilinear interpolation, no filter",
-}
-NOW = {"detail with the weights for any backbone": "detail_universal"}
-FINER = {
-    "… and early layers (`early=True`)": "detail_universal@early",
-    "… and a second scale (`passes=5`)": "detail_universal@5",
 }
 UPSAMPLERS = {
     "implicit": "implicit",
@@ -49,10 +44,12 @@ UPSAMPLERS = {
 }
 GAINS = {
     "bilinear": "bilinear",
-    "classical joint bilateral": "joint bilateral",
-    "neighbourhood": "neighbourhood",
-    "**detail**, the default": "**detail (the default)**",
-    "detail with the weights for any backbone": "detail, universal weights",
+    "classical joint bilateral": "joint_bilateral",
+    "neighbourhood": "neighbourhood_efficientnet_lite0",
+    "**detail**, the default": "detail_efficientnet_lite0",
+    "detail with the weights for any backbone": "detail_universal",
+    "… and early layers (`early=True`)": "detail_universal@early",
+    "… and a second scale (`passes=5`)": "detail_universal@5",
 }
 PICTURES = {"architecture.svg": diagram.architecture}
 
@@ -106,6 +103,10 @@ def cpu_operator_backward() -> str:
     )
 
 
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
 def rivals() -> str:
     """Published upsamplers beside the plain form of their mathematics."""
     rows, base = [], 0.0
@@ -124,7 +125,7 @@ def rivals() -> str:
                 _milliseconds(row["seconds"]),
                 _milliseconds(row["processor_seconds"]),
                 _ratio(row["processor_seconds"] / base),
-                f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row["way"] in ("ours", "plain") else "",
+                "" if row["way"] in ("floor", "PyTorch") else _mebibytes(row["peak_bytes"]),
             ]
         )
     return _rows(["", "way", "size", "time", "processor", "of ours", "peak memory"], rows)
@@ -148,6 +149,15 @@ def rivals_memory() -> str:
             for row in _read("rivals-memory")["rows"]
         ],
     )
+
+
+def versions() -> str:
+    """Every job of two versions of the code, timed by turns."""
+    rows = []
+    for name, row in _read("versions")["rows"].items():
+        ratio = _ratio(row["before"] / row["now"])
+        rows.append([name, _milliseconds(row["before"]), _milliseconds(row["now"]), ratio])
+    return _rows(["", "before", "now", "times as fast"], rows)
 
 
 def training_step() -> str:
@@ -233,36 +243,22 @@ def earlier(name: str) -> str:
 
 
 def gains() -> str:
-    """The README's extract of the first table of results."""
-    data = _read("earlier")["probes"]["rows"]
-    cut = next(i for i, row in enumerate(data) if row[0] == "*transfer*")
-    own, transfer = ({row[0]: row[1:] for row in part} for part in (data[:cut], data[cut:]))
-
-    def short(values: list[str]) -> str:
-        return "{} ({})".format(*(value.partition(" ")[0] for value in values))
-
+    """The README's extract of the probes on EfficientNet-Lite0."""
+    sets = [
+        _read("probes")[f"EfficientNet-Lite0: {name}"]["protocols"]
+        for name in ("clothing", "aerial roads")
+    ]
     rows = []
     for label, name in GAINS.items():
-        pairs = [(own[name][i : i + 2], transfer[name][i : i + 2]) for i in (0, 2)]
-        cells = [f"{short(a)}, transfer {short(b)}" for a, b in pairs]
-        if label in NOW:  # measured again since
-            cells[1] = _roads_now(NOW[label])
-        rows.append([label, *cells])
-    for label, name in FINER.items():
-        rows.append([label, "", _roads_now(name)])
+        cells = [[_pair(part[one].get(name)) for one in ("own", "transfer")] for part in sets]
+        rows.append([label, *(f"{own}, transfer {transfer}" for own, transfer in cells)])
     return _rows(["", "photographs of people", "aerial roads"], rows)
 
 
-def _roads_now(name: str) -> str:
-    """A cell of :func:`gains`, of the last measurement on the roads."""
-    found = _read("probes")["EfficientNet-Lite0: aerial roads"]["protocols"]
-    own, transfer = (
-        "{:.1f} ({:.1f})".format(
-            *(100 * found[part][name][key][0] for key in ("miou", "boundary_f"))
-        )
-        for part in ("own", "transfer")
-    )
-    return f"{own}, transfer {transfer}"
+def _pair(scores: dict[str, list[float]] | None) -> str:
+    if scores is None:
+        return "not measured"
+    return "{:.1f} ({:.1f})".format(*(100 * scores[name][0] for name in ("miou", "boundary_f")))
 
 
 def probes(*titles: str) -> str:
@@ -319,10 +315,6 @@ def extract_cost() -> str:
     return _rows(["", "hours of one core", "on 2 cores", "on 64", "on disk"], rows)
 
 
-def _read(name: str) -> Any:
-    return json.loads((BENCHMARKS / f"{name}.json").read_text())
-
-
 def _rows(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines).replace("|  |", "| |")
@@ -338,13 +330,13 @@ def _ratio(value: float) -> str:
 
 
 def generated(text: str) -> str:
-    """A page with its tables written anew."""
+    """A page with its tables and figures written anew."""
 
     def write(match: re.Match[str]) -> str:
         begin, name, arguments, end = match.groups()
         return f"{begin}{globals()[name](*arguments.split())}\n{end}"
 
-    return _BLOCK.sub(write, text)
+    return figures.filled(_BLOCK.sub(write, text))
 
 
 def main(arguments: list[str]) -> int:

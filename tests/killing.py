@@ -36,6 +36,7 @@ COMMANDS = {
     "run": ("run photos -o out", ""),
     "fit": ("fit photos/0.png photos/1.png -o out --views 2 --size 32", ""),
     "raster": ("raster scene.tif -o out/scene.zarr", "--resume"),
+    "raster_ray": ("raster scene.tif -o out/scene.zarr --engine ray --workers 2", "--resume"),
     "render": ("render fitted.safetensors -o out/features.{suffix} --size 200x150", ""),
     "train": (f"train photos -o out {QUICK_TRAIN}", "--resume"),
     "extract": ("extract photos shard.tar -o out --size 64 --workers 2", ""),
@@ -45,6 +46,7 @@ COMMANDS = {
         "",
     ),
 }
+RASTERS = ("raster", "raster_ray")
 # Several tiles of a small raster.
 RASTER = (300, 520)
 SUFFIXES = ("npy", "safetensors", "png")
@@ -57,6 +59,7 @@ WHOLE = {
     "train": ("upsampler/*.safetensors",),
     "eval": (),
     "raster": (),
+    "raster_ray": (),
     "extract": ("**/*.safetensors",),
     "extract_ray": ("**/*.safetensors",),
 }
@@ -235,7 +238,7 @@ def main() -> None:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="killing-"))
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)
-    write_inputs(folder, scene=options.command == "raster")
+    write_inputs(folder, scene=options.command in RASTERS)
 
     # All that a command imports, before the first fork; nothing is computed, since threads do not
     # survive it.
@@ -249,7 +252,7 @@ def main() -> None:
     ):
         import_module(f"upfeat.{name}")
     torch.set_num_threads(1)
-    if options.command == "raster":
+    if options.command in RASTERS:
         plan = import_module("upfeat.raster.plan")
         for name in ("_TILES", "_BACKBONE_TILES"):
             setattr(plan, name, (256,))

@@ -5,14 +5,19 @@ import torch
 from torch import nn
 
 from upfeat import load_backbone
+from upfeat.activations import activation_bytes
 from upfeat.mosaic import (
     Rows,
     Strip,
-    activation_bytes,
+    backbone_tiles,
+    extract_tile,
     extract_within,
+    join_tiles,
     receptive_halo,
     strips,
 )
+from upfeat.types import Window
+from upfeat.upsamplers.maps import cut
 
 
 class Global(nn.Module):
@@ -84,6 +89,30 @@ def test_blended_windows_have_no_step_at_their_borders():
     parts = strips(backbone, crops(ramp), (32, 32), tile=16, halo=None, overlap=8)
     row = torch.cat([part.features for part in parts], 2)[0, 0, 16]
     assert row.diff().max() < 0.12  # hard borders step by a quarter
+
+
+@pytest.mark.parametrize(
+    ("make", "halo"), [(convolutional, 3), (lambda: load_backbone(Global()), None)]
+)
+@torch.no_grad()
+def test_tiles_that_are_joined_have_the_bits_of_strips(make, halo):
+    backbone, x = make(), torch.randn(1, 3, 19 * 8, 27 * 8)
+    grid, tile = (19, 27), 8
+    whole = torch.cat(
+        [s.features for s in strips(backbone, crops(x), grid, tile=tile, halo=halo)], dim=2
+    )
+    tiles = [(t, extract_tile(backbone, crops(x), t)) for t in backbone_tiles(grid, tile, halo)]
+    for region in (Window(0, 0, *grid), Window(5, 9, 11, 7), Window(18, 0, 1, 27)):
+        meeting = [
+            (t, f)
+            for t, f in tiles
+            if t.core.top < region.bottom
+            and region.top < t.core.bottom
+            and t.core.left < region.right
+            and region.left < t.core.right
+        ]
+        joined = join_tiles(meeting, grid, region, tile if halo is None else None)
+        assert torch.equal(joined, cut(whole, region))
 
 
 @pytest.mark.parametrize("halo", [3, None])

@@ -2,24 +2,13 @@
 
 import pytest
 import torch
+from small_upsamplers import SMALL
 
 import upfeat
 from upfeat import testing
 from upfeat.backends import dispatch
 from upfeat.testing.upsamplers import PROPERTIES
 from upfeat.upsamplers.base import UPSAMPLERS
-
-SMALL = {
-    "anyup": lambda: upfeat.AnyUp(width=16, heads=2),
-    "detail": lambda: upfeat.DetailUpsampler(4, query_dim=8, levels=3, width=8, depth=1),
-    "jafar": lambda: upfeat.JAFAR(4, width=16, heads=2),
-    "jbu_stack": lambda: upfeat.JBUStack(4, n_stages=2),
-    "naf": lambda: upfeat.NAF(width=32, heads=2, window_side=3),
-    "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(
-        query_dim=8, levels=3, back_projections=1
-    ),
-}
-"""Small ones of classes that are large by default; any other class is made without arguments."""
 
 UNCLAIMED = {
     "anyup": ["flips"],
@@ -30,9 +19,7 @@ UNCLAIMED = {
 
 
 def test_every_upsampler_class_conforms(name):
-    held = testing.check_upsampler(
-        SMALL.get(name, UPSAMPLERS[name]), without=UNCLAIMED.get(name, ())
-    )
+    held = testing.check_upsampler(SMALL[name], without=UNCLAIMED.get(name, ()))
     assert len(held) > len(PROPERTIES) // 2
 
 

@@ -51,7 +51,8 @@ class Buffer:
             shape: (B, C, H, W) of the map.
 
         Raises:
-            ValueError: it has another shape, does not hold floating numbers, or is read-only.
+            ValueError: it has another shape, does not hold floating numbers, is read-only or is
+                expanded.
             TypeError: it is neither.
         """
         if not isinstance(out, Tensor | np.ndarray):
@@ -71,6 +72,8 @@ class Buffer:
                 raise ValueError(f"out is {out.dtype}; give one of floating numbers")
             if out.requires_grad:
                 raise ValueError("out requires gradients; give out.detach()")
+            if any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
+                raise ValueError("out has the same memory for several values; give out.clone()")
             self._tensor = out
         self.dtype = self._tensor.dtype
 

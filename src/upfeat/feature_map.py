@@ -55,12 +55,33 @@ def check_window(size: Size, top: int, left: int, height: int, width: int) -> Wi
     return window
 
 
+def check_tensor(label: str, value: Tensor) -> None:
+    """Check that a value is a dense tensor with numbers in it.
+
+    Raises:
+        TypeError: it is none; modules with a weight are told how to give it.
+        ValueError: it is sparse, or on the meta device.
+    """
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        fix = "give its .weight and .bias" if hasattr(value, "weight") else "give a tensor"
+        raise TypeError(f"{label} is of type {kind}; {fix}")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{label} is {value.layout}; give a dense one, as .to_dense() does")
+    if value.is_meta:
+        raise ValueError(f"{label} is on meta, where tensors have no values")
+
+
 def check_head(weight: Tensor, bias: Tensor | None, channels: int) -> None:
     """Check that a linear head takes a map's channels, and is finite.
 
     Raises:
+        TypeError: weight or bias is no tensor.
         ValueError: it does not.
     """
+    check_tensor("weight", weight)
+    if bias is not None:
+        check_tensor("bias", bias)
     if weight.dim() != 2 or weight.shape[1] != channels:
         raise ValueError(
             f"weight must be (K, {channels}) for these features, not {tuple(weight.shape)}"
@@ -76,8 +97,10 @@ def check_points(points: Tensor) -> None:
     """Check the shape and type of points.
 
     Raises:
+        TypeError: they are no tensor.
         ValueError: they are not (N, 2) numbers.
     """
+    check_tensor("points", points)
     if points.dim() != 2 or points.shape[1] != 2:
         raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
     if points.is_complex() or points.dtype is torch.bool:

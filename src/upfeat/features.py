@@ -17,7 +17,14 @@ from torch import Tensor
 
 from upfeat.bounds import number, whole
 from upfeat.budget import Buffer, free_bytes, made_parts, plan_blocks, plan_windows
-from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
+from upfeat.feature_map import (
+    FeatureMap,
+    check_head,
+    check_points,
+    check_tensor,
+    check_window,
+)
+from upfeat.functional import FLOATS
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
 from upfeat.machine import parse_memory, readable
@@ -29,6 +36,19 @@ from upfeat.upsamplers.head import Head, add_offset
 from upfeat.upsamplers.maps import Map
 
 _TILE = 32
+
+
+def require_upsampler(upsampler: Any) -> None:
+    """Check that an upsampler is one.
+
+    Raises:
+        TypeError: it is a name, a class or another module.
+    """
+    if not isinstance(upsampler, Upsampler):
+        kind = "a class" if isinstance(upsampler, type) else f"of type {type(upsampler).__name__}"
+        raise TypeError(
+            f"upsampler is {kind}; give an Upsampler, as upfeat.load_upsampler(name) returns it"
+        )
 
 
 class PCA(NamedTuple):
@@ -81,8 +101,10 @@ class UpsampledFeatures(FeatureMap):
                 "2GB"; ``None`` for no bound.
 
         Raises:
+            TypeError: features or guidance are no tensors, or the upsampler is none.
             ValueError: as :meth:`Upsampler.forward`.
         """
+        require_upsampler(upsampler)
         size = check_inputs(features, guidance, output_size, upsampler.guidance_bands)
         check_hidden(hidden, features)
         self.features, self.hidden = features, hidden
@@ -158,7 +180,7 @@ class UpsampledFeatures(FeatureMap):
             file = np.memmap("map.bin", np.float16, "w+", shape=lazy.shape)
             lazy.full(out=file, max_memory="1GB")
         """
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        if dtype is not None and dtype not in FLOATS:
             raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
         bound = self.max_memory if max_memory is None else parse_memory(max_memory)
         if out is None and bound is None and dtype in (None, self.features.dtype):
@@ -227,7 +249,7 @@ class UpsampledFeatures(FeatureMap):
         """Apply a linear head at every pixel, at the cost of K channels instead of C.
 
         Args:
-            weight: (K, C).
+            weight: (K, C), of any floating type, as scikit-learn's float64.
             bias: (K,), or ``None``.
             out: of shape (B, K, H, W), see :meth:`full`.
             max_memory: likewise.
@@ -239,6 +261,8 @@ class UpsampledFeatures(FeatureMap):
             ValueError: the head does not take C channels, or as :meth:`full`.
         """
         check_head(weight, bias, self.shape[1])
+        weight = weight.to(self.features)
+        bias = None if bias is None else bias.to(self.features)
         bound = self.max_memory if max_memory is None else parse_memory(max_memory)
         if out is not None or bound is not None:
             return self._fill(Head(weight, bias), None, out, bound)
@@ -261,6 +285,7 @@ class UpsampledFeatures(FeatureMap):
             ValueError: the target is neither, or its point lies outside.
         """
         channels = self.shape[1]
+        check_tensor("target", target)
         several = target.dim() == 2 and len(target) > 0 and target.shape[1] == channels
         if not several and (target.dim() != 1 or target.numel() not in (2, channels)):
             raise ValueError(
@@ -271,6 +296,7 @@ class UpsampledFeatures(FeatureMap):
             point = target.numel() != channels
             target = self.at(target[None].float()) if point else target[None]
         check_finite("target", target, "check where it comes from")
+        target = target.to(self.features)
         product = self.project(target)
         if not cosine:
             return product

@@ -12,12 +12,14 @@ A backend asked for by name that cannot run raises ``ValueError`` with the reaso
 differentiable in every tensor argument.
 """
 
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from upfeat.backends import dispatch
+from upfeat.bounds import number, shown, whole
 from upfeat.geometry import window_radius
 
 __all__ = [
@@ -27,6 +29,11 @@ __all__ = [
     "neighbourhood_upsample",
     "neighbourhood_weights",
 ]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that are computed with."""
+_LARGEST_RADIUS = 127
+"""A window of 65,025 taps; that of the published networks is 3."""
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
@@ -150,16 +157,12 @@ def bilateral_weights(
 
     Source: FeatUp, section 3.2 (range and spatial kernels).
     """
-    if keys.dim() != 4:
-        raise ValueError(f"keys must be (B, D, H, W), not {tuple(keys.shape)}")
-    if radius < 0:
-        raise ValueError(f"radius={radius} must be 0 or more")
+    _check_tensor("keys", keys)
+    radius = whole("radius", radius, 0, _LARGEST_RADIUS)
     _check_not_empty("keys", keys)
-    scalars = [
-        torch.as_tensor(scalar, dtype=keys.dtype, device=keys.device)
-        for scalar in (temperature, sigma_spatial)
-    ]
-    return dispatch.call("bilateral_weights", backend, keys, *scalars, radius)
+    temperature = _scalar("temperature", temperature, keys)
+    sigma_spatial = _scalar("sigma_spatial", sigma_spatial, keys, divisor=True)
+    return dispatch.call("bilateral_weights", backend, keys, temperature, sigma_spatial, radius)
 
 
 def neighbourhood_weights(
@@ -205,8 +208,7 @@ def neighbourhood_weights(
             cells in the grid, the radius is below 1, or the backend cannot run.
     """
     keys = _check_pair("queries", queries, keys, other="keys")
-    if radius < 1:
-        raise ValueError(f"radius={radius} must be 1 or more")
+    radius = whole("radius", radius, 1, _LARGEST_RADIUS)
     if queries.shape[1] != keys.shape[1]:
         raise ValueError(
             f"queries have {queries.shape[1]} channels and keys {keys.shape[1]}; they must agree"
@@ -215,10 +217,10 @@ def neighbourhood_weights(
     _check_not_empty("keys", keys)
     fine = _check_window("queries", queries, output_size, window)
     coarse = _check_window("keys", keys, grid_size, cells, whole="grid", part="cells")
-    scalars = [
-        torch.as_tensor(scalar, dtype=queries.dtype, device=queries.device)
-        for scalar in (temperature, sigma)
-    ]
+    scalars = (
+        _scalar("temperature", temperature, queries),
+        _scalar("sigma", sigma, queries, divisor=True),
+    )
     return dispatch.call(
         "neighbourhood_weights", backend, queries, keys, *scalars, radius, *fine, *coarse
     )
@@ -263,10 +265,9 @@ def window_attention(
             backend cannot run.
     """
     keys = _check_pair("queries", queries, keys, other="keys")
+    _check_tensor("values", values)
     for label, tensor in (("queries", queries), ("keys", keys), ("values", values)):
         _check_not_empty(label, tensor)
-    if values.dim() != 4 or not values.is_floating_point():
-        raise ValueError(f"values is {values.dtype} {tuple(values.shape)}; give float (B, C, h, w)")
     if (values.shape[0], *values.shape[2:]) != (keys.shape[0], *keys.shape[2:]):
         raise ValueError(
             f"values is {tuple(values.shape)} and keys {tuple(keys.shape)}; "
@@ -274,27 +275,29 @@ def window_attention(
         )
     if values.device != keys.device:
         raise ValueError(f"values is on {values.device} and keys on {keys.device}; move one")
-    if heads < 1 or queries.shape[1] != keys.shape[1] or queries.shape[1] % heads:
+    heads = whole("heads", heads, 1)
+    if queries.shape[1] != keys.shape[1] or queries.shape[1] % heads:
         raise ValueError(
             f"queries have {queries.shape[1]} channels and keys {keys.shape[1]}; they must agree, "
             f"and be a multiple of heads={heads}"
         )
-    blocks = [values.shape[1]] if blocks is None else list(blocks)
+    blocks = [values.shape[1]] if blocks is None else _whole_numbers("blocks", blocks)
     if len(blocks) not in (1, heads) or sum(blocks) != values.shape[1] or min(blocks) < 0:
         raise ValueError(
             f"blocks={blocks} must be {heads} numbers of channels, or one, {values.shape[1]} in all"
         )
+    rows, columns = _whole_numbers("rows", rows), _whole_numbers("columns", columns)
     for label, bounds, axis in (("rows", rows, 2), ("columns", columns, 3)):
         _check_ranges(label, bounds, queries.shape[axis], keys.shape[axis])
-    factor = (queries.shape[1] // heads) ** -0.5 if scale is None else float(scale)
+    factor = (queries.shape[1] // heads) ** -0.5 if scale is None else number("scale", scale)
     return dispatch.call(
         "window_attention",
         backend,
         queries,
         keys,
         values,
-        list(rows),
-        list(columns),
+        rows,
+        columns,
         heads,
         factor,
         blocks,
@@ -323,8 +326,10 @@ def _check_window(
     part: str = "window",
 ) -> tuple[list[int], list[int]]:
     """The whole map's size and where in it the tensor begins."""
-    size = list(tensor.shape[-2:] if output_size is None else output_size)
-    top, left, height, width = (0, 0, *size) if window is None else window
+    label = "output_size" if whole == "output" else "grid_size"
+    size = list(tensor.shape[-2:]) if output_size is None else _whole_numbers(label, output_size, 2)
+    place = (0, 0, *size) if window is None else _whole_numbers(part, window, 4)
+    top, left, height, width = place
     if (height, width) != tuple(tensor.shape[-2:]):
         raise ValueError(
             f"{name} are {_size(tensor)} but {part} is {height}×{width}; give those of {part}"
@@ -339,11 +344,8 @@ def _check_window(
 
 def _check_pair(name: str, values: Tensor, weights: Tensor, other: str = "weights") -> Tensor:
     """Check that two (B, ·, ·, ·) tensors go together; return the other in the values' dtype."""
-    for label, tensor in ((name, values), (other, weights)):
-        if tensor.dim() != 4:
-            raise ValueError(f"{label} must have 4 dimensions, not shape {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{label} is {tensor.dtype}; convert it with .float()")
+    _check_tensor(name, values)
+    _check_tensor(other, weights)
     if values.shape[0] != weights.shape[0]:
         raise ValueError(
             f"{name} has batch size {values.shape[0]} and {other} {weights.shape[0]}; "
@@ -360,6 +362,42 @@ def _check_pair(name: str, values: Tensor, weights: Tensor, other: str = "weight
     raise ValueError(
         f"{name} is {values.dtype} and {other} {weights.dtype}; convert one with .to(dtype)"
     )
+
+
+def _check_tensor(name: str, tensor: Tensor) -> None:
+    """Check that something is a dense tensor of four axes whose numbers can be computed with."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is of type {type(tensor).__name__}; give a tensor")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions, not shape {tuple(tensor.shape)}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} is {tensor.layout}; convert it with .to_dense()")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} is {tensor.dtype}; convert it with .float()")
+
+
+def _scalar(name: str, value: Tensor | float, like: Tensor, *, divisor: bool = False) -> Tensor:
+    """A number as a tensor beside others; a tensor of one number keeps its gradient."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; give one real number")
+        value = value.reshape(()) if value.dim() else value
+        return value.to(like.device, like.dtype)
+    if number(name, value) == 0 and divisor:
+        raise ValueError(f"{name}={shown(value)} must not be 0")
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def _whole_numbers(name: str, values: Sequence[int], count: int | None = None) -> list[int]:
+    """A list of whole numbers, those that stand for sizes unknown in a graph included."""
+    try:
+        found = [n if isinstance(n, int | torch.SymInt) else operator.index(n) for n in values]
+    except TypeError:
+        found = None
+    if found is None or count not in (None, len(found)):
+        wanted = "whole numbers" if count is None else f"{count} whole numbers"
+        raise ValueError(f"{name}={shown(values)} must be {wanted}")
+    return found
 
 
 def _check_not_empty(name: str, tensor: Tensor) -> None:

@@ -160,7 +160,8 @@ def gather_pixels(x: Tensor, rows: Slots, columns: Slots) -> Tensor:
             x = x.index_select(axis, torch.tensor(pixels, device=x.device))
     batch, depth, down, across = *x.shape[:2], rows.per_cell, columns.per_cell
     x = x.reshape(batch, depth, rows.cells, down, columns.cells, across)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(-1, down * across, depth)
+    cells = batch * rows.cells * columns.cells  # -1 would be ambiguous where the batch is 0
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(cells, down * across, depth)
 
 
 def scatter_pixels(x: Tensor, batch: int, rows: Slots, columns: Slots) -> Tensor:
@@ -181,8 +182,9 @@ def gather_cells(coarse: Tensor, radius: int, rows: Slots, columns: Slots) -> Te
     padded = F.pad(coarse, (radius,) * 4, mode="replicate")
     padded = padded[:, :, rows.first : rows.first + rows.cells + 2 * radius]
     padded = padded[..., columns.first : columns.first + columns.cells + 2 * radius]
-    around = F.unfold(padded, 2 * radius + 1).view(batch, depth, (2 * radius + 1) ** 2, -1)
-    return around.permute(0, 3, 1, 2).reshape(-1, depth, (2 * radius + 1) ** 2)
+    taps, cells = (2 * radius + 1) ** 2, rows.cells * columns.cells
+    around = F.unfold(padded, 2 * radius + 1).view(batch, depth, taps, cells)
+    return around.permute(0, 3, 1, 2).reshape(batch * cells, depth, taps)
 
 
 def cell_of_pixels(cells: int, length: int, start: int, count: int, device: torch.device) -> Tensor:

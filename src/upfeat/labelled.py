@@ -17,8 +17,8 @@ from upfeat.model import FeatUp
 from upfeat.probes import LinearProbe, Pixels, draw_pixels, fit_classifier, read_pixels
 from upfeat.raster.labels import read_labels
 from upfeat.raster.outputs import HeadOutput
+from upfeat.raster.pieces import pieces
 from upfeat.raster.plan import DEFAULT_BUDGET, make_plan
-from upfeat.raster.run import pieces
 from upfeat.raster.scene import Scene
 from upfeat.types import Window
 

@@ -230,6 +230,11 @@ def _upsampler(path: str | Path, facts: dict[str, str], given: Upsampler | None)
         raise ValueError(f"{path}: damaged: does not say which upsampler made it")
     if given is None and weights == "none" and name in UPSAMPLERS:
         given = build(UPSAMPLERS[name], config, f"{path}: upsampler").eval()
+    if given is not None and not isinstance(given, Upsampler):
+        raise TypeError(
+            f"upsampler is of type {type(given).__name__}; give an Upsampler, as "
+            "upfeat.load_upsampler(name) returns it"
+        )
     if given is None:
         raise ValueError(f"{path}: made by a {name[:60]} with weights; give it as upsampler=")
     if given.name != name or digest(given) != weights:

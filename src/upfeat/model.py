@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.bounds import flag
 from upfeat.budget import free_bytes
-from upfeat.features import UpsampledFeatures, blank
+from upfeat.features import UpsampledFeatures, blank, require_upsampler
 from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import parse_memory
 from upfeat.mosaic import extract_within
@@ -59,10 +60,13 @@ class FeatUp(nn.Module):
                 part by part: on one thread the same bits.
 
         Raises:
+            TypeError: the upsampler is none.
             ValueError: their channels differ, there are no such bands, or ``early`` is asked of an
                 upsampler or a backbone that has nothing for it.
         """
         super().__init__()
+        require_upsampler(upsampler)
+        self.early = flag("early", early)
         self.backbone = load_backbone(backbone)
         self.upsampler = upsampler
         expected = getattr(upsampler, "embed_dim", None)
@@ -79,7 +83,6 @@ class FeatUp(nn.Module):
                 f"{self.backbone.name} takes, counted from 0"
             )
         self.bands = None if bands is None else tuple(bands)
-        self.early = early
         self.max_memory = None if max_memory is None else parse_memory(max_memory)
         if early:
             _check_early(self.backbone, upsampler)

@@ -7,20 +7,20 @@ are blended with raised cosines, which hides the seams but does not make them ex
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from upfeat.activations import activation_bytes
 from upfeat.backbones import Backbone
 from upfeat.machine import readable
-from upfeat.tiling import overlapping, raised_cosine, split
+from upfeat.tiling import Tile, overlapping, raised_cosine, split
 from upfeat.types import Size, Window
+from upfeat.upsamplers.maps import cut, inside
 
 Read = Callable[[Window], Tensor]
 """From a window in pixels to (1, 3, height, width), normalised as the backbone wants it."""
@@ -30,7 +30,6 @@ _LEAST_TILE = 16
 _TOLERANCE = 1e-4
 # Measured once for each backbone.
 _HALOS: WeakKeyDictionary[Backbone, int | None] = WeakKeyDictionary()
-_ACTIVATIONS: WeakKeyDictionary[Backbone, float] = WeakKeyDictionary()
 
 
 class Strip(NamedTuple):
@@ -130,16 +129,87 @@ def strips(
         overlap = tile // 4 if overlap is None else overlap
         yield from _blended(backbone, read, grid, tile, overlap, first_row)
         return
-    parts: list[Tensor] = []
+    row: Tensor | None = None
     for piece in split(grid, tile, halo=halo):
-        if piece.core.bottom <= first_row:
+        core = piece.core
+        if core.bottom <= first_row:
             continue
-        inner = piece.inner
-        features = _extract(backbone, read, piece.outer)
-        parts.append(features[:, :, inner.top : inner.bottom, inner.left : inner.right].clone())
-        if piece.core.right == grid[1]:
-            yield Strip(piece.core.top, torch.cat(parts, dim=3))
-            parts = []
+        features = extract_tile(backbone, read, piece)
+        if row is None:
+            row = features.new_empty(*features.shape[:2], core.height, grid[1])
+        row[..., core.left : core.right] = features
+        del features
+        if core.right == grid[1]:
+            strip, row = Strip(core.top, row), None
+            yield strip
+            del strip  # the reader's alone while the next one is made
+
+
+def backbone_tiles(grid: Size, tile: int, halo: int | None) -> list[Tile]:
+    """List the tiles that :func:`strips` sends through the backbone, in its order.
+
+    Args:
+        grid: as :func:`strips` takes it.
+        tile: likewise.
+        halo: likewise; windows that overlap are their own cores.
+    """
+    if halo is None:
+        return [Tile(window, window) for window in overlapping(grid, tile, tile // 4)]
+    return list(split(grid, tile, halo=halo))
+
+
+def extract_tile(backbone: Backbone, read: Read, tile: Tile) -> Tensor:
+    """Compute the coarse features of a tile's core, (1, C, core.height, core.width)."""
+    inner = tile.inner
+    features = _extract(backbone, read, tile.outer)
+    return features[:, :, inner.top : inner.bottom, inner.left : inner.right].clone()
+
+
+def join_tiles(
+    parts: Iterable[tuple[Tile, Tensor]], grid: Size, region: Window, blended: int | None = None
+) -> Tensor:
+    """Put together what :func:`strips` gives of a region, to the last bit.
+
+    Args:
+        parts: tiles of :func:`backbone_tiles` that meet the region, in their order, and what
+            :func:`extract_tile` gave of each.
+        grid: (h, w) of the whole image, cells.
+        region: of it.
+        blended: side of windows that overlap; ``None`` for tiles that do not.
+
+    Returns:
+        (1, C, region.height, region.width).
+    """
+    out: Tensor | None = None
+    for tile, features in parts:
+        if out is None:
+            channels = features.shape[1] + (blended is not None)
+            out = features.new_zeros(1, channels, region.height, region.width)
+        common = _common(tile.core, region)
+        here, there = inside(common, tile.core), inside(common, region)
+        if blended is None:
+            cut(out, there).copy_(cut(features, here))
+        else:
+            weight = _blend_weights(tile.core, grid, blended // 4, features)
+            place = cut(out, there)
+            place[:, :-1] += cut(features * weight, here)
+            place[:, -1:] += cut(weight[None, None], here)
+    assert out is not None
+    return out if blended is None else _mean(out)
+
+
+def _common(a: Window, b: Window) -> Window:
+    """The part of a window that lies in another."""
+    top, left = max(a.top, b.top), max(a.left, b.left)
+    bottom, right = min(a.bottom, b.bottom), min(a.right, b.right)
+    return Window(top, left, bottom - top, right - left)
+
+
+def _blend_weights(window: Window, grid: Size, overlap: int, like: Tensor) -> Tensor:
+    """Weights of the cells of a window that overlaps others, (height, width)."""
+    down = raised_cosine(window.top, window.height, grid[0], overlap)
+    across = raised_cosine(window.left, window.width, grid[1], overlap)
+    return like.new_tensor(down)[:, None] * like.new_tensor(across)
 
 
 def _blended(
@@ -163,9 +233,7 @@ def _blended(
         if missing > 0:
             more = pending.new_zeros(1, pending.shape[1], missing, grid[1])
             pending = torch.cat([pending, more], dim=2)
-        down = raised_cosine(window.top, window.height, grid[0], overlap)
-        across = raised_cosine(window.left, window.width, grid[1], overlap)
-        weight = features.new_tensor(down)[:, None] * features.new_tensor(across)
+        weight = _blend_weights(window, grid, overlap, features)
         place = pending[:, :, window.top - top : window.bottom - top, window.left : window.right]
         place[:, :-1] += features * weight
         place[:, -1:] += weight
@@ -180,71 +248,6 @@ def _mean(sums: Tensor) -> Tensor:
 def _extract(backbone: Backbone, read: Read, cells: Window) -> Tensor:
     stride = backbone.stride
     return backbone(read(Window(*(stride * side for side in cells))))
-
-
-def activation_bytes(backbone: Backbone) -> float:
-    """Measure the memory that a backbone takes at its peak, bytes for each pixel of its input.
-
-    Every tensor that its operators make is counted for as long as it lives, on two small images
-    whose difference leaves out what does not grow; a quarter is added for what operators take for
-    themselves.
-    """
-    if backbone not in _ACTIVATIONS:
-        _ACTIVATIONS[backbone] = _measure_activations(backbone)
-    return _ACTIVATIONS[backbone]
-
-
-@torch.no_grad()
-def _measure_activations(backbone: Backbone) -> float:
-    sides = (8 * backbone.stride, 16 * backbone.stride)
-    peaks = []
-    for side in sides:
-        x = torch.zeros(1, 3, side, side, device=backbone.mean.device)
-        counted = _LiveBytes()
-        with counted:
-            try:
-                backbone(x)
-            except (RuntimeError, ValueError):  # it takes one size only
-                return 1.5 * 64 * 4
-        peaks.append(counted.peak)
-    growth = (peaks[1] - peaks[0]) / (sides[1] ** 2 - sides[0] ** 2)
-    return 1.25 * max(growth, 12)
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operators make, for as long as they live."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        # To keep the compiler out would import it, which takes longer than the measurement.
-        return False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._held = 0
-        self._users: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for one in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(one, Tensor):
-                self._count(one)
-        return out
-
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        if not self._users.get(place):
-            self._held += size
-            self.peak = max(self.peak, self._held)
-        self._users[place] = self._users.get(place, 0) + 1
-        weakref.finalize(tensor, self._forget, place, size).atexit = False
-
-    def _forget(self, place: int, size: int) -> None:
-        self._users[place] -= 1
-        if not self._users[place]:
-            self._held -= size
 
 
 @torch.no_grad()

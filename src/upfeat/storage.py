@@ -70,8 +70,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
+        IsADirectoryError: ``path`` is a folder.
         OSError: writing failed; the error names ``path``, not the temporary.
     """
+    if path.is_dir():  # known before the work, not at its end
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with _naming(path), _temporary(path, folder=False) as temporary:
         yield temporary
         # mkstemp makes files private; a result gets the permissions any new file would.

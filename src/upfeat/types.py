@@ -26,6 +26,21 @@ class Window(NamedTuple):
         return self.left + self.width
 
 
+def scaled(window: Window, factor: int, divisor: int = 1) -> Window:
+    """A window in finer or coarser units: cells as pixels, by the stride.
+
+    Args:
+        window: the window.
+        factor: that its sides and place are multiplied by.
+        divisor: that they are divided by.
+
+    Example:
+        >>> scaled(Window(1, 2, 3, 4), 16)
+        Window(top=16, left=32, height=48, width=64)
+    """
+    return Window(*(factor * side // divisor for side in window))
+
+
 def times(shape: Sequence[int]) -> str:
     """Sizes as people write them: "1×112×400×608"."""
     return "×".join(map(str, shape))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat import machine
+from upfeat.activations import activation_bytes
 from upfeat.bounds import whole
 from upfeat.frames import (
     WRITTEN_SUFFIXES,
@@ -29,7 +30,6 @@ from upfeat.frames import (
 from upfeat.heads import SavedHead
 from upfeat.marks import VIDEO
 from upfeat.model import FeatUp
-from upfeat.mosaic import activation_bytes
 from upfeat.outputs import Inputs, check_output
 from upfeat.storage import replacing, sweep, write_bytes
 from upfeat.visualize import PCABasis, class_colours

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 import upfeat
 from upfeat.cli import main
+from upfeat.engines import Engine
 from upfeat.heads import SavedHead, describe_backbone, load_head, save_head
 from upfeat.raster import (
     Features,
@@ -18,6 +20,7 @@ from upfeat.raster import (
     unfinished_tiles,
     upsample_raster,
 )
+from upfeat.raster.store import Store
 from upfeat.types import Window
 
 rasterio = pytest.importorskip("rasterio")
@@ -73,6 +76,10 @@ def upsample(path, output, model, what=None, *, tile=64, **options):
     return output
 
 
+def tree(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 def values_of(output):
     if output.suffix == ".zarr":
         return zarr.open_group(str(output), mode="r")["features"][:]
@@ -88,6 +95,43 @@ def whole(path, model):
         image = scene.read(Window(0, 0, height, width))[0][None]
         out = model((image - model.backbone.mean) / model.backbone.std)
     return out[0, :, : scene.size[0], : scene.size[1]].numpy()
+
+
+@pytest.mark.parametrize("upsampler", ["bilinear", "detail"])
+@pytest.mark.parametrize("windows", [False, True], ids=["exact", "blended"])
+def test_parts_in_files_give_the_tiles_of_one_process(tmp_path, upsampler, windows, monkeypatch):
+    """What workers of Ray do, in this process."""
+
+    @contextmanager
+    def here(engine, make_worker):
+        workers = [make_worker(), make_worker()]
+        yield lambda tasks: (workers[index % 2](task) for index, task in enumerate(tasks))
+
+    model = tiny(upsampler)
+    if windows:
+        monkeypatch.setattr("upfeat.raster.plan.receptive_halo", lambda backbone: None)
+    path = write(tmp_path / "scene.tif", picture(), nodata=20)
+    calm = upsample(path, tmp_path / "calm.zarr", model)
+    monkeypatch.setattr("upfeat.raster.workers.ray_pool", here)
+    output = upsample(path, tmp_path / "out.zarr", model, engine=Engine("ray", 2))
+    assert tree(output) == tree(calm)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
+
+
+def test_a_worker_of_a_run_that_was_killed_writes_no_more(tmp_path):
+    store = Store(tmp_path / "out.zarr", (5, 64, 64), np.dtype("float32"), 64, {})
+    before = store.writer()
+    store.close()
+    after = Store(tmp_path / "out.zarr", (5, 64, 64), np.dtype("float32"), 64, {}, resume=True)
+    values = np.ones((5, 64, 64), np.float32)
+    with pytest.raises(ValueError, match="another run goes on with it"):
+        before.write(Window(0, 0, 64, 64), values)
+    after.write(0, Window(0, 0, 64, 64), values)
+    after.close()
+    shutil.rmtree(after.partial)
+    with pytest.raises(ValueError, match="another run"):
+        after.writer().write(Window(0, 0, 64, 64), values)
+    assert not after.partial.exists()
 
 
 @pytest.mark.parametrize("upsampler", ["bilinear", "neighbourhood", "detail"])
@@ -178,9 +222,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
     assert unfinished_tiles(output)["tile"] == 128
     upsample(path, output, model, resume=True)
     upsample(path, output, model, resume=True)  # what is complete stays
-    files = {p.relative_to(calm): p.read_bytes() for p in calm.rglob("*") if p.is_file()}
-    again = {p.relative_to(output): p.read_bytes() for p in output.rglob("*") if p.is_file()}
-    assert files == again
+    assert tree(output) == tree(calm)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
 
 

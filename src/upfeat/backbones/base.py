@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.bounds import shown, whole
 from upfeat.images import read_image
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
 
@@ -47,13 +48,12 @@ class Backbone(nn.Module, ABC):
         """Record what callers may rely on.
 
         Raises:
-            ValueError: a number is below 1, or mean and std do not have a value for each channel.
+            ValueError: a number is no whole one of at least 1, or mean and std do not have a value
+                for each channel.
         """
         super().__init__()
-        numbers = {"embed_dim": embed_dim, "stride": stride, "in_channels": in_channels}
-        for label, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
+        embed_dim, stride = whole("embed_dim", embed_dim), whole("stride", stride)
+        in_channels = whole("in_channels", in_channels)
         self._normalization = check_normalization(mean, std, in_channels)
         self.name = name
         self.in_channels = in_channels
@@ -104,8 +104,7 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
         """
-        dtype = x.dtype
-        return self.extract(self._ready(x)).to(dtype)
+        return self.extract(self._ready(x)).to(x.dtype)
 
     def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute features and, in the same pass, what earlier layers say.
@@ -138,12 +137,19 @@ class Backbone(nn.Module, ABC):
         """The image as :meth:`extract` takes it.
 
         Raises:
+            TypeError: it is no tensor.
             ValueError: it is not (B, 3, H, W) normalised.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"x is of type {type(x).__name__}; give the normalised image, as preprocess(…) "
+                "returns it for a path, an array or a picture"
+            )
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x must be (B, {self.in_channels}, H, W), not {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise ValueError(f"x is {x.dtype}; give the normalised image, as preprocess returns it")
+        if not x.is_floating_point() or x.layout is not torch.strided:
+            kind = x.layout if x.layout is not torch.strided else x.dtype
+            raise ValueError(f"x is {kind}; give the normalised image, as preprocess returns it")
         size = self.grid_aligned((x.shape[2], x.shape[3]))
         if size != (x.shape[2], x.shape[3]):
             x = x.float() if x.dtype.itemsize < 4 else x
@@ -204,6 +210,11 @@ class Backbone(nn.Module, ABC):
             ValueError: it cannot be read, or a side would be shorter than the stride.
         """
         pixels = read_image(image, channels=self.in_channels, **reading)  # (3, H, W) in [0, 1]
+        if len(pixels) != self.in_channels:
+            raise ValueError(
+                f"bands={shown(reading.get('bands'))} are {len(pixels)}; {self.name} takes "
+                f"{self.in_channels}: give as many"
+            )
         target = self._target_size((pixels.shape[1], pixels.shape[2]), size, align)
         pixels = pixels.to(self.mean.device)[None]
         if target != tuple(pixels.shape[-2:]):
@@ -218,12 +229,11 @@ class Backbone(nn.Module, ABC):
 
     def _target_size(self, own: tuple[int, int], size: int | None, align: bool) -> tuple[int, int]:
         if size is not None:
-            if isinstance(size, bool) or int(size) != size or size < self.stride:
-                raise ValueError(
-                    f"size={size!r} must be a whole number of pixels, at least the stride of "
-                    f"{self.name} ({self.stride})"
-                )
-            scale = size / min(own)
+            try:
+                scale = whole("size", size, self.stride) / min(own)
+            except ValueError as error:
+                stride = f"the stride of {self.name} is {self.stride} pixels"
+                raise ValueError(f"{error}; {stride}") from None
             own = (max(round(own[0] * scale), 1), max(round(own[1] * scale), 1))
         aligned = self.grid_aligned(own)
         return aligned if align else own

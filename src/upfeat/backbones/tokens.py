@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from upfeat.bounds import shown, whole
 from upfeat.types import Size
 
 _MOST_PREFIX_TOKENS = 16
@@ -23,6 +25,7 @@ def tokens_to_grid(tokens: Tensor, grid_size: Size, prefix_tokens: int | None = 
         (B, C, h, w).
 
     Raises:
+        TypeError: the tokens are no tensor.
         ValueError: the tokens are not (B, N, C), or do not fill the grid.
 
     Example:
@@ -30,11 +33,13 @@ def tokens_to_grid(tokens: Tensor, grid_size: Size, prefix_tokens: int | None = 
         >>> tokens_to_grid(torch.zeros(1, 1 + 6, 32), (2, 3), prefix_tokens=1).shape
         torch.Size([1, 32, 2, 3])
     """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens is of type {type(tokens).__name__}; give a tensor")
     if tokens.dim() != 3:
         raise ValueError(f"tokens must be (B, N, C), not {tuple(tokens.shape)}")
-    height, width = grid_size
-    if min(height, width) < 1:
-        raise ValueError(f"grid_size={grid_size!r} must be (height, width), each 1 or more")
+    height, width = _sides(grid_size)
+    if prefix_tokens is not None and not isinstance(prefix_tokens, torch.SymInt):
+        prefix_tokens = whole("prefix_tokens", prefix_tokens, 0)
     count = tokens.shape[1] - height * width
     expected = count if prefix_tokens is None else prefix_tokens
     if count != expected or not count >= 0:
@@ -44,6 +49,19 @@ def tokens_to_grid(tokens: Tensor, grid_size: Size, prefix_tokens: int | None = 
             "and prefix_tokens= (class and register tokens)"
         )
     return tokens[:, count:].mT.unflatten(2, (height, width))
+
+
+def _sides(grid_size: Size) -> Size:
+    """Height and width, in a graph sizes yet unknown too."""
+    try:
+        height, width = grid_size
+        if min(height, width) >= 1 and all(isinstance(n, int | torch.SymInt) for n in grid_size):
+            return height, width
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        f"grid_size={shown(grid_size)} must be (height, width), two whole numbers of at least 1"
+    )
 
 
 def square_grid(count: int, side: int, prefix_tokens: int | None = None) -> tuple[int, int] | None:

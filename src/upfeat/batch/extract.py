@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from upfeat.activations import activation_bytes
 from upfeat.batch.budget import Budget
-from upfeat.batch.engines import Engine, map_with_ray, map_with_threads
 from upfeat.batch.extraction import Extraction
 from upfeat.batch.items import Damaged, content_hash, list_items
 from upfeat.batch.ledger import Ledger
 from upfeat.batch.maker import Entry, Maker, Task
 from upfeat.batch.replicas import replicate
+from upfeat.engines import Engine, map_with_ray, map_with_threads
 from upfeat.failures import failure_reason
 from upfeat.features import UpsampledFeatures
 from upfeat.locks import hold
 from upfeat.machine import available_memory, parse_memory, readable, resident_memory
 from upfeat.model import FeatUp
-from upfeat.mosaic import activation_bytes
 from upfeat.outputs import Inputs
 from upfeat.storage import sweep
 from upfeat.upsamplers import Upsampler

@@ -51,6 +51,7 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     """Declare ``--backbone`` and ``--layer``."""
     parser.add_argument(
         "--backbone",
+        type=name_of,
         default=DEFAULT_BACKBONE,
         metavar="NAME",
         help=f"{BACKBONE_HELP} (default: %(default)s)",
@@ -58,11 +59,38 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     add_layer(parser)
 
 
+def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declare ``--engine``, ``--workers`` and ``--address``; ``what`` is one worker's task."""
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="this process (default), or workers of Ray on this machine or a cluster",
+    )
+    threads = "workers of Ray" if what == "tile" else "threads, or workers of Ray"
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help=f"{threads}, each with one {what} at a time (default: one per CPU)",
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="of a Ray cluster (default: one of this machine)"
+    )
+
+
 def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
     """A backbone's name with the layers of ``--layer``, as "timm:NAME@3,8"."""
     if not layers:
         return backbone
     return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"
+
+
+def name_of(text: str) -> str:
+    """Read a name; an empty one is an unset variable of the shell."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f'"{text}" is empty; leave it out for the default')
+    return text
 
 
 def bands_of(text: str) -> list[int]:

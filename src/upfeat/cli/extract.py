@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, with_layers
+from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, add_engine, with_layers
 
 HELP = "Extract features of large sets: folders, lists, tar archives and videos; resumable."
 EXAMPLE = (
@@ -50,21 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp16", "fp32"), default="fp16", help="of maps (default: fp16)"
     )
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="this process (default), or workers of Ray on this machine or a cluster",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        metavar="N",
-        help="threads, or workers of Ray, each with an image at a time (default: one per CPU)",
-    )
-    parser.add_argument(
-        "--address", metavar="HOST:PORT", help="of a Ray cluster (default: one of this machine)"
-    )
+    add_engine(parser, "image")
     parser.add_argument(
         "--max-memory",
         metavar="AMOUNT",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     add_backbone,
+    add_engine,
     bands_of,
     with_layers,
 )
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=("fp16", "fp32"), default="fp16", help="of features (default: fp16)"
     )
+    add_engine(parser, "tile")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument("--resume", action="store_true", help="go on with an unfinished output")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
@@ -82,6 +84,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
+    from upfeat.engines import Engine
     from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tiles, upsample_raster
 
     budget = parse_memory(options.max_memory)
@@ -103,6 +106,7 @@ def execute(options: argparse.Namespace) -> int:
             model,
             what,
             plan,
+            engine=Engine(options.engine, options.workers, options.address),
             resume=options.resume,
             overwrite=options.overwrite,
             on_tile=lambda done, total: progress.update(task, completed=done, total=total),

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from upfeat.activations import activation_bytes
 from upfeat.machine import readable, resident_memory
 from upfeat.model import FeatUp
-from upfeat.mosaic import activation_bytes, receptive_halo
+from upfeat.mosaic import receptive_halo
 from upfeat.raster.outputs import Output
 from upfeat.raster.scene import CACHE_BYTES
 from upfeat.tiling import Size

@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ FORMAT = "upfeat-raster-1"
 _SETTINGS, _LEDGER = "settings.json", "tiles.txt"
 _ARRAY = "features"
 _PLAIN = "plain.tif"
+_PARTS = "parts"
+_RUN = "run"
 _CHUNK = 128
 
 
@@ -92,12 +95,14 @@ class Store:
                 self._begin()
         except OSError as error:
             raise ValueError(f"{self.partial}: cannot be written ({error.strerror})") from None
-        self._values = self._zarr.open_array(str(self.partial / _ARRAY), mode="r+")
+        self._run = uuid.uuid4().hex
+        (self.partial / _RUN).write_text(self._run, encoding="ascii")
+        self._writer = self.writer()
         self._ledger = (self.partial / _LEDGER).open("a", encoding="ascii")
 
     def _begin(self) -> None:
         if self.partial.exists():
-            known = {_ARRAY, _LEDGER, _SETTINGS, _PLAIN}
+            known = {_ARRAY, _LEDGER, _SETTINGS, _PLAIN, _PARTS, _RUN}
             if {child.name for child in self.partial.iterdir()} - known:
                 raise ValueError(f"{self.partial}: is not an unfinished raster; remove it")
             shutil.rmtree(self.partial)
@@ -149,8 +154,20 @@ class Store:
             window: its pixels.
             values: (K, height, width).
         """
-        rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
-        self._values[:, rows, columns] = values
+        self._writer.write(window, values)
+        self.record(index)
+
+    def writer(self) -> TileWriter:
+        """Give what writes tiles, in this process or in others; picklable."""
+        return TileWriter(self.partial.resolve(), self._run)
+
+    @property
+    def parts(self) -> Path:
+        """The folder for what tiles are made of, where that is in files; it goes with the rest."""
+        return self.partial / _PARTS
+
+    def record(self, index: int) -> None:
+        """Say in the ledger that a tile is written."""
         self._ledger.write(f"{index}\n")
         self._ledger.flush()
         os.fsync(self._ledger.fileno())
@@ -179,7 +196,8 @@ class Store:
         self._ledger.close()
 
     def _finish_zarr(self, scene: Scene, names: list[str], provenance: Mapping[str, Any]) -> None:
-        for leftover in (_SETTINGS, _LEDGER):
+        shutil.rmtree(self.parts, ignore_errors=True)
+        for leftover in (_RUN, _SETTINGS, _LEDGER):
             (self.partial / leftover).unlink(missing_ok=True)
         for stray in self.partial.rglob("*.partial"):  # of a chunk whose writer was killed
             stray.unlink()
@@ -199,6 +217,7 @@ class Store:
         count, height, width = self._shape
         categorical = self._dtype.kind == "u"
         plain = self.partial / _PLAIN
+        values = self._zarr.open_array(str(self.partial / _ARRAY), mode="r")
         profile = {
             "driver": "GTiff",
             "count": count,
@@ -214,7 +233,7 @@ class Store:
         try:
             with rasterio.open(plain, "w", **profile) as target:
                 for top in range(0, height, self._tile):
-                    rows = self._values[:, top : top + self._tile]
+                    rows = values[:, top : top + self._tile]
                     target.write(
                         rows.astype(profile["dtype"]),
                         window=((top, top + rows.shape[1]), (0, width)),
@@ -232,6 +251,37 @@ class Store:
             )
         finally:
             plain.unlink(missing_ok=True)
+
+
+class TileWriter:
+    """Writes the tiles of an output, as long as the run that it belongs to goes on."""
+
+    def __init__(self, partial: Path, run: str) -> None:
+        """Remember the unfinished output's folder, and which run this is."""
+        self._partial, self._run = partial, run
+        self._values: Any = None
+
+    def write(self, window: Window, values: np.ndarray[Any, Any]) -> None:
+        """Write a tile.
+
+        Args:
+            window: its pixels.
+            values: (K, height, width).
+
+        Raises:
+            ValueError: another run goes on with the output, as after a driver was killed.
+            OSError: writing failed.
+        """
+        try:
+            run = (self._partial / _RUN).read_text(encoding="ascii")
+        except FileNotFoundError:
+            run = None
+        if run != self._run:
+            raise ValueError(f"{self._partial}: another run goes on with it")
+        if self._values is None:
+            self._values = _import_zarr().open_array(str(self._partial / _ARRAY), mode="r+")
+        rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
+        self._values[:, rows, columns] = values
 
 
 def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:

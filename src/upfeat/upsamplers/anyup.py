@@ -124,7 +124,7 @@ class AnyUp(AttentionUpsampler):
         """
         if features is None:
             raise ValueError("features are missing: AnyUp's weights depend on them; pass features=")
-        guidance, features = self.exact(guidance), self.exact(features)
+        guidance, features = self.exact(guidance, features), self.exact(features, guidance)
         compiled = self.compiled(guidance, features)
         queries, keys = self.image(
             guidance, grid_size, output_size, self.projection, compiled=compiled

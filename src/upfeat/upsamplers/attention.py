@@ -131,14 +131,16 @@ class AttentionUpsampler(Upsampler):
             raise ValueError(f"width={width} must be a multiple of 8 and of 4 times heads={heads}")
         self.width, self.heads, self.backend = width, heads, backend
 
-    def exact(self, x: Tensor) -> Tensor:
-        """Images and features in the precision of the encoders: float32 at least.
+    def exact(self, x: Tensor, *beside: Tensor) -> Tensor:
+        """Images and features in the precision of the encoders: float32 at least, alike for all.
 
         Their cost does not grow with the channels of the features, and five layers of half
         precision would cost the weights two digits.
         """
-        own = next(self.parameters()).dtype
-        return x.to(torch.promote_types(torch.promote_types(x.dtype, own), torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        for other in (next(self.parameters()), *beside):
+            dtype = torch.promote_types(dtype, other.dtype)
+        return x.to(dtype)
 
     def compiled(self, *tensors: Tensor) -> bool:
         """Return whether the compiled library runs the image encoders on these."""
@@ -179,8 +181,8 @@ class AttentionUpsampler(Upsampler):
         Raises:
             ValueError: as :meth:`Upsampler.forward`, or the buffer has another shape.
         """
-        sides = (*features.shape[2:], *guidance.shape[2:])
-        if any(isinstance(side, torch.SymInt) for side in sides):
+        given = [one for one in (features, guidance) if isinstance(one, Tensor)]
+        if any(isinstance(side, torch.SymInt) for one in given for side in one.shape[2:]):
             raise ValueError(
                 f"{self.name} cannot be exported for a height and width yet unknown: its windows "
                 "are tables of one size; export it for fixed ones, a dynamic batch included"

@@ -9,9 +9,11 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 
 from upfeat.bounds import shown
+from upfeat.functional import FLOATS
 from upfeat.types import Size
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BRIGHTEST = 1e18
+"""Magnitude of guidance that squares still fit beside; rasters mark missing data by -3.4e38."""
 LONGEST_SIDE = 1 << 20
 """Pixels of an output's side, at most."""
 
@@ -33,6 +35,8 @@ def check_inputs(
                 f"{label} must be (B, channels, height, width), none of the last three 0, "
                 f"not {tuple(tensor.shape)}"
             )
+        if tensor.layout is not torch.strided:
+            raise ValueError(f"{label} is {tensor.layout}; give a dense one, as .to_dense() does")
     if bands is not None and guidance.shape[1] != bands:
         raise ValueError(
             f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
@@ -49,7 +53,7 @@ def check_inputs(
             "move one with .to()"
         )
     check_finite("features", features, "check the backbone's input and its precision")
-    check_finite("guidance", guidance, "check the image")
+    check_finite("guidance", guidance, "check the image", most=_BRIGHTEST)
     if output_size is None:
         return guidance.shape[2], guidance.shape[3]
     return check_output_size(output_size)
@@ -75,24 +79,56 @@ def check_hidden(hidden: Tensor | None, features: Tensor) -> None:
     check_finite("hidden", hidden, "check the backbone's input and its precision")
 
 
-def check_finite(label: str, tensor: Tensor, fix: str) -> None:
+def check_precision(label: str, tensor: Tensor, weight: Tensor) -> None:
+    """Check that a tensor is of the type of the weights that it meets; autocast sees to it itself.
+
+    Raises:
+        ValueError: it is of another.
+    """
+    if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        raise ValueError(
+            f"{label} is {tensor.dtype} and the upsampler's weights are {weight.dtype}; convert "
+            f"one with .to({weight.dtype}) or .to({tensor.dtype})"
+        )
+
+
+def check_finite(label: str, tensor: Tensor, fix: str, *, most: float | None = None) -> None:
     """Refuse NaN where it enters: it would spread over a window at every later stage.
 
     One pass over the inputs, which are small beside the output. Left out where a value must not
     steer the program: in a graph being compiled and under ``torch.func`` transforms.
 
+    Args:
+        label: of the argument, for errors.
+        tensor: to be checked.
+        fix: what to do about NaN and infinity, for errors.
+        most: magnitude that a value may have; ``None`` for any that is finite.
+
     Raises:
-        ValueError: a value is NaN or infinite, or of a type that is not computed with.
+        ValueError: a value is NaN or infinite or larger, or of a type that is not computed with.
     """
-    if tensor.dtype not in _FLOATS:
+    if tensor.dtype not in FLOATS:
         raise ValueError(f"{label} is {tensor.dtype}; give floating numbers, as .float() does")
-    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor):
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor) or tensor.is_meta:
         return
     # A finite sum has finite parts, and takes a tenth of the time; an infinite one may overflow.
-    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+    if abs(float(tensor.detach().sum())) <= (
+        torch.finfo(tensor.dtype).max if most is None else most
+    ):
+        return
+    if not bool(torch.isfinite(tensor).all()):
         raise ValueError(
             f"{label} holds NaN or infinity; {fix} (float16 overflows at 65504: use bfloat16 or "
             "float32)"
+        )
+    if most is None:
+        return
+    least, largest = (float(one) for one in tensor.detach().aminmax())
+    outlier = largest if largest >= -least else least
+    if abs(outlier) > most:
+        raise ValueError(
+            f"{label} holds {outlier:.3g}; if that stands for missing data, replace it, by the "
+            "mean of its band say"
         )
 
 

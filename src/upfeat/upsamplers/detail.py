@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from upfeat.bounds import MOST_CHANNELS, number, whole
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, cells_of_pixels
+from upfeat.upsamplers.checks import check_precision
 from upfeat.upsamplers.detail_network import DetailMaps, DetailNetwork
 from upfeat.upsamplers.head import Head, Headed, apply_head
 from upfeat.upsamplers.maps import Computed, Map, as_map
@@ -38,9 +39,10 @@ class FinerFeatures(Computed):
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
         kernels = self.kernels
-        fine = kernels.first.at(self.features, window)
-        if kernels.regression is not None:
-            fine = fine + kernels.regression.at(self.features, window)
+        parts = []
+        if kernels.regression is not None:  # first: of the means it needs the most
+            parts.append(kernels.regression.at(self.features, window))
+        fine = sum(parts, kernels.first.at(self.features, window))
         if kernels.detail is not None:
             fine = fine + kernels.detail.at(window).to(fine.dtype)
         return fine
@@ -319,7 +321,7 @@ class DetailUpsampler(Upsampler):
         """X + W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w); without a mix the same.
 
         Raises:
-            ValueError: C is not the upsampler's ``embed_dim``.
+            ValueError: C is not the upsampler's ``embed_dim``, or the features are of another type.
         """
         if self.embed_dim is None:
             return features
@@ -328,6 +330,7 @@ class DetailUpsampler(Upsampler):
                 f"features has {features.shape[1]} channels but this DetailUpsampler is made for "
                 f"{self.embed_dim}; DetailUpsampler() takes any number"
             )
+        check_precision("features", features, self.channel_mix.weight)
         return features + apply_head(features, self.channel_mix.weight.flatten(1))
 
     def render_linear(

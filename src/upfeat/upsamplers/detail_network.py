@@ -68,7 +68,7 @@ class DetailMaps(Computed):
             whole: make all at once.
         """
         recorded = is_recorded(guidance, *network.parameters())
-        super().__init__(finer, whole=whole or recorded, recorded=recorded, step=8)
+        super().__init__(finer, whole=whole or recorded, recorded=recorded, step=2)
         self.network, self.guidance = network, guidance
         self.seen: Size = (_PIXELS * finer[0], _PIXELS * finer[1])
 

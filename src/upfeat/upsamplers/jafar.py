@@ -203,7 +203,7 @@ class JAFAR(AttentionUpsampler):
                 f"features has {features.shape[1]} channels but this JAFAR is made for "
                 f"{self.embed_dim}; take the checkpoint of the features' backbone, or AnyUp"
             )
-        guidance, features = self.exact(guidance), self.exact(features)
+        guidance, features = self.exact(guidance, features), self.exact(features, guidance)
         queries, keys = self.image(
             guidance,
             grid_size,

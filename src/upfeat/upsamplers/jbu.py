@@ -19,6 +19,7 @@ from upfeat.normalization import IMAGENET
 from upfeat.resampling import bicubic, pooled, resample
 from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
+from upfeat.upsamplers.checks import check_precision
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
 KEY_CHANNELS = 32
@@ -237,6 +238,7 @@ class JBUStack(Upsampler):
         features: Tensor | None = None,
     ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
+        check_precision("guidance", guidance, self.stages[0].sigma_spatial)
         sizes = stage_sizes(grid_size, output_size, len(self.stages))
         return JBUKernels(self.stages, three_bands(guidance), sizes)
 
@@ -254,7 +256,7 @@ class JBUStack(Upsampler):
         """X + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
 
         Raises:
-            ValueError: C is not the stack's ``embed_dim``.
+            ValueError: C is not the stack's ``embed_dim``, or the features are of another type.
         """
         if self.channel_mix is None:
             return features
@@ -264,6 +266,7 @@ class JBUStack(Upsampler):
                 f"{self.embed_dim}; build it with embed_dim={features.shape[1]}, or with "
                 "embed_dim=None for any number"
             )
+        check_precision("features", features, self.channel_mix.weight)
         # Dropping whole channels commutes with upsampling as the mix itself does.
         mixed = F.conv2d(self.channel_dropout(features), self.channel_mix.weight)
         return features + FIXUP_SCALE * mixed

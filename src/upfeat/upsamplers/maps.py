@@ -103,16 +103,20 @@ class Computed(ABC):
 
     def _missing(self, window: Window, known: list[bytearray] | None) -> Window | None:
         """The smallest rectangle of blocks that holds all of a window that is not known."""
-        blocks = [
-            (row, column)
-            for row, column in self._blocks(window)
-            if known is None or not known[row][column]
-        ]
-        if not blocks:
-            return None
+        rows, columns = self._blocks(window)
+        if known is not None:
+            gaps = [
+                (row, first, known[row].rfind(0, columns.start, columns.stop))
+                for row in rows
+                if (first := known[row].find(0, columns.start, columns.stop)) >= 0
+            ]
+            if not gaps:
+                return None
+            rows = range(gaps[0][0], gaps[-1][0] + 1)
+            columns = range(min(gap[1] for gap in gaps), max(gap[2] for gap in gaps) + 1)
         (top, bottom), (left, right) = (
-            (self.step * min(places), min(self.step * (max(places) + 1), length))
-            for places, length in zip(zip(*blocks, strict=True), self.size, strict=True)
+            (self.step * places.start, min(self.step * places.stop, length))
+            for places, length in zip((rows, columns), self.size, strict=True)
         )
         return Window(top, left, bottom - top, right - left)
 
@@ -128,12 +132,14 @@ class Computed(ABC):
                 room = torch.empty(shape, dtype=values.dtype, device=values.device)
             kept = room, [bytearray(columns) for _ in range(rows)]
         cut(kept[0], window).copy_(values)
-        for row, column in self._blocks(window):
-            kept[1][row][column] = 1
+        rows, columns = self._blocks(window)
+        for row in rows:
+            kept[1][row][columns.start : columns.stop] = b"\1" * len(columns)
         return kept
 
-    def _blocks(self, window: Window) -> Iterator[tuple[int, int]]:
-        return product(
+    def _blocks(self, window: Window) -> tuple[range, range]:
+        """Rows and columns of the blocks that a window touches."""
+        return (
             range(window.top // self.step, -(-window.bottom // self.step)),
             range(window.left // self.step, -(-window.right // self.step)),
         )
@@ -159,9 +165,10 @@ def is_whole(recorded: bool, *sizes: Size) -> bool:
 
 
 def tiles(size: Size, side: int) -> Iterator[Window]:
-    """Windows of at most ``side``² that cover a map once, row by row."""
-    for top, left in product(range(0, size[0], side), range(0, size[1], side)):
-        yield Window(top, left, min(side, size[0] - top), min(side, size[1] - left))
+    """Windows of at most ``side``² that cover a map once, row by row; all of about one size."""
+    height, width = (-(-length // -(-length // side)) for length in size)
+    for top, left in product(range(0, size[0], height), range(0, size[1], width)):
+        yield Window(top, left, min(height, size[0] - top), min(width, size[1] - left))
 
 
 def cut(values: Tensor, window: Window) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from upfeat.backends import dispatch
 from upfeat.resampling import bilinear, pooled, resample, resize
 from upfeat.types import Size, Window
+from upfeat.upsamplers.checks import check_precision
 from upfeat.upsamplers.encoder import PyramidEncoder, spans_of, unit, window_of
 from upfeat.upsamplers.maps import TILE, Computed, cut, inside, is_recorded, is_whole, moved, tiles
 
@@ -53,7 +54,11 @@ class Queries(Pixels):
             guidance: (B, channels, H', W').
             output_size: (H, W).
             backend: of the operators.
+
+        Raises:
+            ValueError: the guidance is of another type than the encoder's weights.
         """
+        check_precision("guidance", guidance, encoder.entry.weight)
         self.encoder, self.guidance, self.backend = encoder, guidance, backend
         self.seen: Size = (guidance.shape[2], guidance.shape[3])
         recorded = is_recorded(guidance, *encoder.parameters())
@@ -118,7 +123,7 @@ class CellMeans(Computed):
             source: (B, K, H, W).
             grid_size: (h, w).
         """
-        super().__init__(grid_size, whole=source.whole, recorded=source.recorded, step=8)
+        super().__init__(grid_size, whole=source.whole, recorded=source.recorded, step=2)
         self.source = source
 
     def compute(self, window: Window) -> Tensor:
@@ -166,7 +171,8 @@ class Coarser(Computed):
             factor: f.
         """
         size = finer.size[0] // factor, finer.size[1] // factor
-        super().__init__(size, whole=finer.whole, recorded=finer.recorded, step=finer.step)
+        step = max(finer.step // factor, 1)
+        super().__init__(size, whole=finer.whole, recorded=finer.recorded, step=step)
         self.finer, self.factor = finer, factor
 
     def compute(self, window: Window) -> Tensor:

@@ -23,8 +23,14 @@ class _Share(NamedTuple):
 
     fine: Window
     """The fine cells at which it counts."""
-    factors: Tensor
-    """(fine.height, fine.width), in (0, 1]."""
+    down: Tensor
+    """(fine.height,), in (0, 1], float64."""
+    across: Tensor
+    """(fine.width,)."""
+
+    def factors(self, like: Tensor) -> Tensor:
+        """(fine.height, fine.width)."""
+        return self.down.to(like)[:, None] * self.across.to(like)
 
 
 class Lacking(Computed):
@@ -97,15 +103,17 @@ class ImageRegression:
             features: (B, C, h, w).
             window: of the finer grid.
         """
-        lacking = self.lacking.at(window)
         if self.counts == (1, 1):
-            return _apply(self._map(features, 0, 0), lacking)
-        shares = self._shares(window, lacking)
-        self._look_ahead(list(shares))
+            return _apply(self._map(features, 0, 0), self.lacking.at(window))
+        shares = self._shares(window)
+        self._look_ahead(list(shares))  # before anything asks for a part of the same means
+        lacking = self.lacking.at(window)
         out = None
         for (row, column), share in shares.items():
             place = inside(share.fine, window)
-            part = _apply(self._map(features, row, column), cut(lacking, place) * share.factors)
+            part = _apply(
+                self._map(features, row, column), cut(lacking, place) * share.factors(lacking)
+            )
             if out is None:
                 out = part.new_zeros((*part.shape[:2], window.height, window.width))
             cut(out, place).add_(part)
@@ -181,24 +189,22 @@ class ImageRegression:
         (top, bottom), (left, right) = spans
         return Window(top, left, bottom - top, right - left)
 
-    def _shares(self, window: Window, like: Tensor) -> dict[tuple[int, int], _Share]:
+    def _shares(self, window: Window) -> dict[tuple[int, int], _Share]:
         """The windows of the regression that count in a window of the finer grid."""
         across = [
-            self._shares_along(axis, start, count, like)
+            self._shares_along(axis, start, count)
             for axis, start, count in (
                 (0, window.top, window.height),
                 (1, window.left, window.width),
             )
         ]
         return {
-            (row, column): _Share(Window(top, left, len(down), len(over)), down[:, None] * over)
+            (row, column): _Share(Window(top, left, len(down), len(over)), down, over)
             for row, (top, down) in across[0].items()
             for column, (left, over) in across[1].items()
         }
 
-    def _shares_along(
-        self, axis: int, start: int, count: int, like: Tensor
-    ) -> dict[int, tuple[int, Tensor]]:
+    def _shares_along(self, axis: int, start: int, count: int) -> dict[int, tuple[int, Tensor]]:
         """For each window along an axis its first fine cell in a run, and its factors there."""
         windows, length = self.counts[axis], self.means.size[axis]
         places = torch.arange(start, start + count, dtype=torch.float64)
@@ -211,8 +217,7 @@ class ImageRegression:
             used = near.nonzero().flatten()
             if len(used):
                 first, last = int(used[0]), int(used[-1]) + 1
-                smooth = (near * near * (3 - 2 * near))[first:last]
-                found[place] = start + first, smooth.to(like.device, like.dtype)
+                found[place] = start + first, (near * near * (3 - 2 * near))[first:last]
         return found
 
 

@@ -74,7 +74,7 @@ def load_named(name: str | Path, classes: Mapping[str, type[Any]]) -> Any:
     found = find_saved(str(name), classes)
     if found is not None:
         return found
-    if Path(name).is_dir() or "/" in str(name):
+    if str(name) and (Path(name).is_dir() or "/" in str(name)):
         return load_pretrained(nn.Module, name, classes)
     raise ValueError(unknown_name("upsampler", str(name), [*classes, *shipped_names()]))
 

@@ -26,8 +26,87 @@ from upfeat.upsamplers.maps import (
 from upfeat.upsamplers.queries import cells_of_tile
 
 
-class NeighbourhoodKernels:
+class PixelWeights:
     """Weights over the coarse cells around every pixel, made for the pixels that are asked for."""
+
+    def __init__(
+        self,
+        queries: Computed,
+        keys: Computed,
+        temperature: Tensor,
+        sigma: Tensor,
+        radius: int,
+        backend: str,
+    ) -> None:
+        """Keep what weights are made of; see :func:`upfeat.functional.neighbourhood_weights`."""
+        self.queries, self.keys = queries, keys
+        self.temperature, self.sigma = temperature, sigma
+        self.radius, self.backend = radius, backend
+        self.grid_size, self.output_size = keys.size, queries.size
+        self.whole = queries.whole
+        self.recorded = queries.recorded or keys.recorded or is_recorded(temperature, sigma)
+
+    def weights(self, window: Window) -> Tensor:
+        """The weights of a window's pixels, (B, (2r+1)², window.height, window.width)."""
+        cells = self.cells_of(window)
+        return functional.neighbourhood_weights(
+            self.queries.at(window),
+            self.keys.at(cells),
+            self.temperature,
+            self.sigma,
+            radius=self.radius,
+            output_size=self.output_size,
+            window=window,
+            grid_size=self.grid_size,
+            cells=cells,
+            backend=self.backend,
+        )
+
+    def mean_weights(self, window: Window) -> Tensor | None:
+        """Means over the pixels of each cell, (B, (2r+1)², *cells), if weights need not exist.
+
+        Args:
+            window: all pixels of the cells.
+        """
+        arguments = self._unkept(window)
+        if arguments is None:
+            return None
+        return dispatch.call("neighbourhood_mean_weights", self.backend, *arguments)
+
+    def cells_of(self, window: Window) -> Window:
+        """The cells that a window's pixels read."""
+        if window == (0, 0, *self.output_size):
+            return Window(0, 0, *self.grid_size)
+        spans = [
+            [(2 * pixel + 1) * cells // (2 * length) for pixel in (start, stop - 1)]
+            for (start, stop), cells, length in zip(
+                spans_of(window), self.grid_size, self.output_size, strict=True
+            )
+        ]
+        own = window_of(*((low, high + 1) for low, high in spans))
+        return widened(own, self.radius, self.grid_size)
+
+    def _unkept(self, window: Window) -> list[dispatch.Argument] | None:
+        """Arguments of the operators that keep no weights; ``None`` where weights must exist.
+
+        That is where gradients go through them, on other backends, and in traced graphs, which
+        would hold only for sizes that were compared.
+        """
+        if self.recorded or self.backend not in ("auto", "cpu") or torch.compiler.is_compiling():
+            return None
+        cells = self.cells_of(window)
+        queries, keys = self.queries.at(window), self.keys.at(cells)
+        if torch.is_autocast_enabled(queries.device.type):
+            return None
+        scalars = (self.temperature, self.sigma, self.radius)
+        place = (self.output_size, window[:2], self.grid_size, cells[:2])
+        arguments = [queries, keys, *scalars, *place]
+        against = dispatch.reason_against("neighbourhood_mean_weights", "cpu", *arguments)
+        return arguments if against is None else None
+
+
+class NeighbourhoodKernels(PixelWeights):
+    """Sums of coarse features with the weights of every pixel."""
 
     def __init__(
         self,
@@ -40,7 +119,7 @@ class NeighbourhoodKernels:
         back_projections: int = 0,
         backend: str = "auto",
     ) -> None:
-        """Keep what weights are made of; see :func:`upfeat.functional.neighbourhood_weights`.
+        """Keep what weights are made of; see :class:`PixelWeights`.
 
         Args:
             queries: (B, D, H, W).
@@ -52,13 +131,12 @@ class NeighbourhoodKernels:
                 each cell of the output lacks, before they are upsampled.
             backend: of the operators.
         """
-        self.queries, self.keys = queries, keys
-        self.temperature, self.sigma = temperature, sigma
-        self.radius, self.back_projections, self.backend = radius, back_projections, backend
-        self.grid_size, self.output_size = keys.size, queries.size
-        self.whole = queries.whole
-        self.recorded = queries.recorded or keys.recorded or is_recorded(temperature, sigma)
-        self.pooled = PooledWeights(self)
+        made_of = (queries, keys, temperature, sigma, radius, backend)
+        super().__init__(*made_of)
+        self.back_projections = back_projections
+        # Of weights of their own: objects that hold each other, and all the maps that they keep,
+        # would live until Python's collector comes by, which counts objects and not their bytes.
+        self.pooled = PooledWeights(PixelWeights(*made_of))
 
     def __call__(self, features: Tensor | Map) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
@@ -115,46 +193,6 @@ class NeighbourhoodKernels:
         corrected = Corrected(self, as_map(features))
         return plain, corrected.all() if corrected.whole else corrected
 
-    def weights(self, window: Window) -> Tensor:
-        """The weights of a window's pixels, (B, (2r+1)², window.height, window.width)."""
-        cells = self.cells_of(window)
-        return functional.neighbourhood_weights(
-            self.queries.at(window),
-            self.keys.at(cells),
-            self.temperature,
-            self.sigma,
-            radius=self.radius,
-            output_size=self.output_size,
-            window=window,
-            grid_size=self.grid_size,
-            cells=cells,
-            backend=self.backend,
-        )
-
-    def mean_weights(self, window: Window) -> Tensor | None:
-        """Means over the pixels of each cell, (B, (2r+1)², *cells), if weights need not exist.
-
-        Args:
-            window: all pixels of the cells.
-        """
-        arguments = self._unkept(window)
-        if arguments is None:
-            return None
-        return dispatch.call("neighbourhood_mean_weights", self.backend, *arguments)
-
-    def cells_of(self, window: Window) -> Window:
-        """The cells that a window's pixels read."""
-        if window == (0, 0, *self.output_size):
-            return Window(0, 0, *self.grid_size)
-        spans = [
-            [(2 * pixel + 1) * cells // (2 * length) for pixel in (start, stop - 1)]
-            for (start, stop), cells, length in zip(
-                spans_of(window), self.grid_size, self.output_size, strict=True
-            )
-        ]
-        own = window_of(*((low, high + 1) for low, high in spans))
-        return widened(own, self.radius, self.grid_size)
-
     def corrected(self, features: Map, cells: Window) -> Tensor:
         """Features with what is lost when the output is averaged over cells, at some cells."""
         parts = [cells]
@@ -207,24 +245,6 @@ class NeighbourhoodKernels:
             backend=self.backend,
         )
 
-    def _unkept(self, window: Window) -> list[dispatch.Argument] | None:
-        """Arguments of the operators that keep no weights; ``None`` where weights must exist.
-
-        That is where gradients go through them, on other backends, and in traced graphs, which
-        would hold only for sizes that were compared.
-        """
-        if self.recorded or self.backend not in ("auto", "cpu") or torch.compiler.is_compiling():
-            return None
-        cells = self.cells_of(window)
-        queries, keys = self.queries.at(window), self.keys.at(cells)
-        if torch.is_autocast_enabled(queries.device.type):
-            return None
-        scalars = (self.temperature, self.sigma, self.radius)
-        place = (self.output_size, window[:2], self.grid_size, cells[:2])
-        arguments = [queries, keys, *scalars, *place]
-        against = dispatch.reason_against("neighbourhood_mean_weights", "cpu", *arguments)
-        return arguments if against is None else None
-
 
 class PooledWeights(Computed):
     """Mean weights over the pixels of each cell, (B, T, h, w).
@@ -233,10 +253,10 @@ class PooledWeights(Computed):
     A cell in which no pixel of a small output lies keeps its own features.
     """
 
-    def __init__(self, kernels: NeighbourhoodKernels) -> None:
-        """Keep the kernels whose weights they are."""
-        super().__init__(kernels.grid_size, whole=kernels.whole, recorded=kernels.recorded, step=4)
-        self.kernels = kernels
+    def __init__(self, weights: PixelWeights) -> None:
+        """Keep the weights whose means they are."""
+        super().__init__(weights.grid_size, whole=weights.whole, recorded=weights.recorded)
+        self.kernels = weights
 
     def start_from(self, weights: Tensor) -> None:
         """Take the weights of all pixels, (B, T, H, W), which are at hand."""
@@ -302,7 +322,7 @@ class Corrected(Computed):
         """Keep both."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.whole or recorded
-        super().__init__(kernels.grid_size, whole=whole, recorded=recorded, step=4)
+        super().__init__(kernels.grid_size, whole=whole, recorded=recorded)
         self.kernels, self.features = kernels, features
 
     def compute(self, window: Window) -> Tensor:

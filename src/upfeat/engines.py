@@ -25,10 +25,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from upfeat.bounds import shown, whole
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _SECONDS = 10
+_MOST_WORKERS = 1 << 16
 _AHEAD = 2
 """Tasks that wait at each worker."""
 
@@ -52,12 +55,13 @@ class Engine:
         """Check the settings.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: one is out of range, or of no use.
         """
         if self.name not in ("local", "ray"):
             raise ValueError(f'engine="{self.name}" must be local or ray')
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be 1 or more")
+        whole("workers", self.workers, 1, _MOST_WORKERS, optional=True)
+        if self.address is not None and self.name != "ray":
+            raise ValueError(f'address={shown(self.address)} is for engine="ray"')
 
     @property
     def threads(self) -> int:
@@ -107,15 +111,24 @@ def map_with_ray(
     make_worker: Callable[[], Callable[[Task], Result]],
     tasks: Iterable[Task],
 ) -> Generator[Result]:
-    """Do tasks on a pool of workers; results come in the order in which they are ready.
+    """Do tasks on a pool of workers; see :func:`ray_pool`."""
+    with ray_pool(engine, make_worker) as do:
+        yield from do(tasks)
+
+
+@contextmanager
+def ray_pool(
+    engine: Engine, make_worker: Callable[[], Callable[[Task], Result]]
+) -> Iterator[Callable[[Iterable[Task]], Generator[Result]]]:
+    """Start a pool of workers of Ray.
 
     Args:
         engine: a Ray engine.
         make_worker: is called once in each worker and gives what does a task; picklable.
-        tasks: picklable; taken from the iterable as workers get free.
 
     Yields:
-        Results. Those of killed workers are computed again by new ones.
+        A function from picklable tasks, taken from their iterable as workers get free, to results
+        in the order in which they are ready. Those of killed workers are computed by new ones.
 
     Raises:
         ValueError: Ray is not installed, or the cluster cannot be reached.
@@ -134,15 +147,20 @@ def map_with_ray(
         # Kept here for as long as workers may be started again: Ray forgets what nobody holds.
         made = ray.put(make_worker)
         workers = [actor.remote(made) for _ in range(count)]
-        running: dict[Any, Any] = {}
-        free = workers * _AHEAD
-        for task in tasks:
-            if not free:
-                yield _next(ray, running, free)
-            worker = free.pop(0)
-            running[worker.run.remote(task)] = worker
-        while running:
+        yield lambda tasks: _do(ray, workers, tasks)
+
+
+def _do(ray: Any, workers: list[Any], tasks: Iterable[Any]) -> Generator[Any]:
+    """Keep every worker busy until no task is left."""
+    running: dict[Any, Any] = {}
+    free = workers * _AHEAD
+    for task in tasks:
+        if not free:
             yield _next(ray, running, free)
+        worker = free.pop(0)
+        running[worker.run.remote(task)] = worker
+    while running:
+        yield _next(ray, running, free)
 
 
 def _next(ray: Any, running: dict[Any, Any], free: list[Any]) -> Any:
@@ -159,10 +177,13 @@ class _Worker:
 
     def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
         torch.set_num_threads(1)
-        self._do = make_worker()
+        self._make_worker = make_worker
+        self._do: Callable[[Any], Any] | None = None
 
     def run(self, task: Any) -> Any:
-        """Do one task."""
+        """Do one task; the first begins with what does them, so that its errors are the task's."""
+        if self._do is None:
+            self._do = self._make_worker()
         return self._do(task)
 
 

@@ -1,0 +1,115 @@
+"""Figures within the sentences of documents: read from benchmarks/*.json, never typed by hand.
+
+A sentence holds an expression and, after it, its value, which ``docs/generate.py`` writes::
+
+    a fit takes <!-- = data("implicit_consistency")["median_seconds"]:.1f -->19.1<!-- / --> s
+
+The expression is Python, with a format after the colon as in an f-string. It knows the functions
+below, and arithmetic. A line must not begin with one: Markdown takes such a line for HTML.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+_FIGURE = re.compile(r"(<!-- = (.+?) -->)(.*?)(<!-- / -->)", re.DOTALL)
+_AT_START = re.compile(r"^ {0,3}<!-- = ", re.MULTILINE)
+
+
+def data(name: str) -> Any:
+    """The contents of ``benchmarks/NAME.json``."""
+    return json.loads((BENCHMARKS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def probe(
+    title: str, protocol: str, method: str, score: str = "miou", over: str | None = None
+) -> float:
+    """A score of ``benchmarks/probes.json`` in percent; with ``over``, the gain over that method.
+
+    Args:
+        title: a word or two of the table's title each, such as "Lite0 roads".
+        protocol: "own" or "transfer".
+        method: as the table names it.
+        score: "miou" or "boundary_f".
+        over: another method, whose score is subtracted.
+    """
+    titles = [name for name in data("probes") if all(word in name for word in title.split())]
+    if len(titles) != 1:
+        raise ValueError(f"{len(titles)} tables of probes.json are called {title!r}: {titles}")
+    rows = data("probes")[titles[0]]["protocols"][protocol]
+    return 100 * (rows[method][score][0] - (rows[over][score][0] if over else 0))
+
+
+def cell(table: str, row: str, column: int, part: int = 0, below: str | None = None) -> float:
+    """A number in a table of ``benchmarks/earlier.json``.
+
+    Args:
+        table: its name.
+        row: the row's first words, whole.
+        column: from 1; 0 is the row's name.
+        part: of several numbers in the cell, from 0.
+        below: the row after which to look, where names occur more than once.
+    """
+    rows = data("earlier")[table]["rows"]
+    start = next(i for i, line in enumerate(rows) if line[0] == below) if below else 0
+    line = next(line for line in rows[start:] if line[0] == row)
+    numbers = re.findall(r"[−-]?\d[\d,]*(?:\.\d+)?", line[column])
+    return float(numbers[part].replace(",", "").replace("−", "-"))
+
+
+def gain(column: int, part: str = "own", row: str = "**detail (the default)**") -> float:
+    """Points over bilinear in the table ``probes`` of ``benchmarks/earlier.json``."""
+    below = f"*{part}*"
+    own, base = (cell("probes", one, column, below=below) for one in (row, "bilinear"))
+    return own - base
+
+
+def implicit_probe(name: str, score: str = "miou", protocol: str = "own") -> float:
+    """A score of ``benchmarks/implicit_probes.json`` in percent."""
+    rows = data("implicit_probes")["rows"]
+    row = next(row for row in rows if (row["upsampler"], row["protocol"]) == (name, protocol))
+    return 100 * row["scores"][score]["mean"]
+
+
+def digits(kind: str, name: str = "") -> str:
+    """The difference of the embedded backbone, or the largest of all upsamplers, as 2.5e−6."""
+    rows = data("digits")["rows"]
+    chosen = [name] if name else [one for one in rows if one != "backbone"]
+    return f"{max(rows[one][kind] for one in chosen):.1e}".replace("e-0", "e-")
+
+
+def passes(protocol: str, score: str, over: str = "one pass") -> float:
+    """The mean gain of five passes over the backbones and sets of ``benchmarks/passes.json``."""
+    place = 2 * (protocol == "transfer") + (score == "boundary_f")
+    gains = [
+        group["rows"]["**five passes** (share 0.75)"][place] - group["rows"][over][place]
+        for group in data("passes")["passes"]
+    ]
+    return sum(gains) / len(gains)
+
+
+def filled(text: str) -> str:
+    """A page with its figures written anew.
+
+    Raises:
+        ValueError: a line begins with a figure, or an expression fails.
+    """
+    if match := _AT_START.search(text):
+        line = text[match.start() :].partition("\n")[0]
+        raise ValueError(f"a line begins with a figure, put a word before it: {line}")
+    known = ("data", "probe", "cell", "gain", "implicit_probe", "digits", "passes")
+    names = {name: globals()[name] for name in known}
+
+    def write(match: re.Match[str]) -> str:
+        begin, expression, _, end = match.groups()
+        try:
+            value = eval(f"f'''{{{expression}}}'''", dict(names))
+        except Exception as error:
+            raise ValueError(f"the figure {expression!r} fails: {error!r}") from error
+        return f"{begin}{value.replace('-', '−')}{end}"
+
+    return _FIGURE.sub(write, text)

@@ -1,0 +1,154 @@
+"""One tile of a raster after the other, with all that it is made of, and its values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.model import FeatUp
+from upfeat.raster.coarse import Source, read_image, streamed
+from upfeat.raster.outputs import Output, RasterTile
+from upfeat.raster.plan import MASK_HALO, Plan
+from upfeat.raster.scene import Scene
+from upfeat.tiling import Tile, split
+from upfeat.types import Window, scaled
+from upfeat.upsamplers.maps import cut, inside
+
+
+class Piece(NamedTuple):
+    """One tile, ready to be upsampled.
+
+    Attributes:
+        number: of the tile.
+        pixels: of the raster, that the tile writes.
+        coarse: (1, C, h, w) features of the tile and its halo; ``None`` where no pixel is valid.
+        guidance: (1, 3, H, W) their image.
+        means: of :meth:`Upsampler.cell_means`; ``None`` where there are none.
+        inner: ``pixels`` in coordinates of ``guidance``.
+        valid: (pixels.height, pixels.width) bool array.
+    """
+
+    number: int
+    pixels: Window
+    coarse: Tensor | None
+    guidance: Tensor
+    means: Tensor | None
+    inner: Window
+    valid: Any
+
+
+@torch.inference_mode()
+def pieces(
+    scene: Scene, model: FeatUp, plan: Plan, wanted: Callable[[int, Window], bool]
+) -> Iterator[Piece]:
+    """Compute the coarse features of tiles from top to bottom.
+
+    Args:
+        scene: an open raster.
+        model: backbone and upsampler.
+        plan: how it is cut.
+        wanted: whether a tile of an index and of pixels of the raster is to be made.
+    """
+    stride = model.backbone.stride
+    tiles = enumerate(split(plan.grid, plan.tile, halo=plan.halo, step=plan.step))
+    waiting = [
+        (index, tile)
+        for index, tile in tiles
+        if wanted(index, _pixels(tile.core, stride, scene.size))
+    ]
+    if not waiting:
+        return
+    source = streamed(scene, model, plan, waiting[0][1].outer.top)
+    for index, tile in waiting:
+        yield make_piece(scene, model, source, index, tile)
+
+
+@torch.inference_mode()
+def make_piece(scene: Scene, model: FeatUp, source: Source, index: int, tile: Tile) -> Piece:
+    """Collect what one tile is made of.
+
+    Args:
+        scene: an open raster.
+        model: backbone and upsampler.
+        source: of coarse features.
+        index: of the tile.
+        tile: in cells.
+    """
+    outer, stride = tile.outer, model.backbone.stride
+    pixels = _pixels(tile.core, stride, scene.size)
+    seen = scaled(outer, stride)
+    valid = scene.read_valid(seen)
+    inner = inside(pixels, seen)
+    usable = cut(valid[None, None], inner)[0, 0].numpy()
+    coarse = means = None
+    if usable.any():
+        coarse = _fill_cells(source.features(outer), valid, stride)
+        means = None if source.means is None else source.means(outer)
+    shown = outer
+    if source.means is not None:
+        shown = _around(tile.core, model.upsampler.means_halo, outer)
+    guidance = _guidance(scene, model, shown, outer)
+    return Piece(index, pixels, coarse, guidance, means, inner, usable)
+
+
+@torch.inference_mode()
+def render(piece: Piece, model: FeatUp, what: Output) -> Any:
+    """Make the values of a tile, (K, height, width); masked pixels are no-data."""
+    if piece.coarse is None:
+        return what.empty(piece.pixels)
+    tile = RasterTile(piece.coarse, piece.guidance, piece.means, piece.inner)
+    values = what.render(model, tile)
+    values[:, ~piece.valid] = what.nodata
+    return values
+
+
+def _pixels(cells: Window, stride: int, size: tuple[int, int]) -> Window:
+    """Pixels of a window of cells, as far as the raster goes."""
+    top, left = cells.top * stride, cells.left * stride
+    bottom, right = min(cells.bottom * stride, size[0]), min(cells.right * stride, size[1])
+    return Window(top, left, bottom - top, right - left)
+
+
+def _around(core: Window, halo: int | None, outer: Window) -> Window:
+    """A window of cells with a halo, as far as the outer one goes."""
+    assert halo is not None
+    top, left = max(core.top - halo, outer.top), max(core.left - halo, outer.left)
+    bottom, right = min(core.bottom + halo, outer.bottom), min(core.right + halo, outer.right)
+    return Window(top, left, bottom - top, right - left)
+
+
+def _guidance(scene: Scene, model: FeatUp, shown: Window, outer: Window) -> Tensor:
+    """The image of a window of cells, of which only a part is read; the rest is 0."""
+    stride = model.backbone.stride
+    guidance = model.guidance(read_image(scene, model, shown))
+    if shown == outer:
+        return guidance
+    shape = (1, guidance.shape[1], stride * outer.height, stride * outer.width)
+    if guidance.device.type == "cpu" and guidance.dtype is torch.float32:
+        # Memory that NumPy sets to 0 takes no room until it is written; PyTorch's does.
+        out = torch.from_numpy(np.zeros(shape, np.float32))
+    else:
+        out = guidance.new_zeros(shape)
+    cut(out, scaled(inside(shown, outer), stride)).copy_(guidance)
+    return out
+
+
+def _fill_cells(coarse: Tensor, valid: Tensor, stride: int) -> Tensor:
+    """Replace features of cells that are mostly masked by those of valid cells near them."""
+    if bool(valid.all()):
+        return coarse
+    share = F.avg_pool2d(valid[None, None].to(coarse.dtype), stride)
+    known = (share >= 0.5).to(coarse.device, coarse.dtype)
+    filled = coarse * known
+    for _ in range(MASK_HALO):
+        count = F.avg_pool2d(known, 3, 1, 1, count_include_pad=False)
+        mean = F.avg_pool2d(filled, 3, 1, 1, count_include_pad=False) / count.clamp(min=1e-6)
+        reached = (count > 0).to(coarse.dtype)
+        filled = torch.where(known > 0, filled, mean * reached)
+        known = reached
+    return filled

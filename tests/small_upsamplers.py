@@ -1,0 +1,19 @@
+"""A small upsampler of every class, for tests that run all of them."""
+
+import upfeat
+
+SMALL = {
+    "anyup": lambda: upfeat.AnyUp(width=16, heads=2),
+    "bicubic": upfeat.Bicubic,
+    "bilinear": upfeat.Bilinear,
+    "detail": lambda: upfeat.DetailUpsampler(4, query_dim=8, levels=3, width=8, depth=1),
+    "jafar": lambda: upfeat.JAFAR(4, width=16, heads=2),
+    "jbu_stack": lambda: upfeat.JBUStack(4, n_stages=2),
+    "joint_bilateral": upfeat.JointBilateral,
+    "naf": lambda: upfeat.NAF(width=32, heads=2, window_side=3),
+    "nearest": upfeat.Nearest,
+    "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(
+        query_dim=8, levels=3, back_projections=1
+    ),
+}
+"""By name of the class in the registry; of four channels where they are made for some."""
