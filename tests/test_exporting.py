@@ -261,8 +261,8 @@ def test_models_of_one_size_say_so(tmp_path):
     class Fixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.patches = nn.Conv2d(3, 4, 8, 8)
-            self.positions = nn.Parameter(torch.zeros(1, 4, 4, 4))
+            self.patches = nn.Conv2d(3, 6, 8, 8)
+            self.positions = nn.Parameter(torch.zeros(1, 6, 4, 4))
 
         def forward(self, x):
             """As models of one size do."""
