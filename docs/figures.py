@@ -61,6 +61,37 @@ def cell(table: str, row: str, column: int, part: int = 0, below: str | None = N
     return float(numbers[part].replace(",", "").replace("−", "-"))
 
 
+def gain(column: int, part: str = "own", row: str = "**detail (the default)**") -> float:
+    """Points over bilinear in the table ``probes`` of ``benchmarks/earlier.json``."""
+    below = f"*{part}*"
+    own, base = (cell("probes", one, column, below=below) for one in (row, "bilinear"))
+    return own - base
+
+
+def implicit_probe(name: str, score: str = "miou", protocol: str = "own") -> float:
+    """A score of ``benchmarks/implicit_probes.json`` in percent."""
+    rows = data("implicit_probes")["rows"]
+    row = next(row for row in rows if (row["upsampler"], row["protocol"]) == (name, protocol))
+    return 100 * row["scores"][score]["mean"]
+
+
+def digits(kind: str, name: str = "") -> str:
+    """The difference of the embedded backbone, or the largest of all upsamplers, as 2.5e−6."""
+    rows = data("digits")["rows"]
+    chosen = [name] if name else [one for one in rows if one != "backbone"]
+    return f"{max(rows[one][kind] for one in chosen):.1e}".replace("e-0", "e-")
+
+
+def passes(protocol: str, score: str, over: str = "one pass") -> float:
+    """The mean gain of five passes over the backbones and sets of ``benchmarks/passes.json``."""
+    place = 2 * (protocol == "transfer") + (score == "boundary_f")
+    gains = [
+        group["rows"]["**five passes** (share 0.75)"][place] - group["rows"][over][place]
+        for group in data("passes")["passes"]
+    ]
+    return sum(gains) / len(gains)
+
+
 def filled(text: str) -> str:
     """A page with its figures written anew.
 
@@ -70,7 +101,8 @@ def filled(text: str) -> str:
     if match := _AT_START.search(text):
         line = text[match.start() :].partition("\n")[0]
         raise ValueError(f"a line begins with a figure, put a word before it: {line}")
-    names = {"data": data, "probe": probe, "cell": cell}
+    known = ("data", "probe", "cell", "gain", "implicit_probe", "digits", "passes")
+    names = {name: globals()[name] for name in known}
 
     def write(match: re.Match[str]) -> str:
         begin, expression, _, end = match.groups()

@@ -32,11 +32,6 @@ RIVALS = {
     "unfold": "unfold and einsum",
     "bilinear": "bilinear interpolation, no filter",
 }
-NOW = {"detail with the weights for any backbone": "detail_universal"}
-FINER = {
-    "… and early layers (`early=True`)": "detail_universal@early",
-    "… and a second scale (`passes=5`)": "detail_universal@5",
-}
 UPSAMPLERS = {
     "implicit": "implicit",
     "bilinear": "bilinear",
@@ -49,10 +44,12 @@ UPSAMPLERS = {
 }
 GAINS = {
     "bilinear": "bilinear",
-    "classical joint bilateral": "joint bilateral",
-    "neighbourhood": "neighbourhood",
-    "**detail**, the default": "**detail (the default)**",
-    "detail with the weights for any backbone": "detail, universal weights",
+    "classical joint bilateral": "joint_bilateral",
+    "neighbourhood": "neighbourhood_efficientnet_lite0",
+    "**detail**, the default": "detail_efficientnet_lite0",
+    "detail with the weights for any backbone": "detail_universal",
+    "… and early layers (`early=True`)": "detail_universal@early",
+    "… and a second scale (`passes=5`)": "detail_universal@5",
 }
 PICTURES = {"architecture.svg": diagram.architecture}
 
@@ -150,6 +147,15 @@ def rivals_memory() -> str:
     )
 
 
+def versions() -> str:
+    """Every job of two versions of the code, timed by turns."""
+    rows = []
+    for name, row in _read("versions")["rows"].items():
+        ratio = _ratio(row["before"] / row["now"])
+        rows.append([name, _milliseconds(row["before"]), _milliseconds(row["now"]), ratio])
+    return _rows(["", "before", "now", "times as fast"], rows)
+
+
 def training_step() -> str:
     """A training step beside the same loss done otherwise."""
     parts = _read("training-step")["parts"]
@@ -233,36 +239,22 @@ def earlier(name: str) -> str:
 
 
 def gains() -> str:
-    """The README's extract of the first table of results."""
-    data = _read("earlier")["probes"]["rows"]
-    cut = next(i for i, row in enumerate(data) if row[0] == "*transfer*")
-    own, transfer = ({row[0]: row[1:] for row in part} for part in (data[:cut], data[cut:]))
-
-    def short(values: list[str]) -> str:
-        return "{} ({})".format(*(value.partition(" ")[0] for value in values))
-
+    """The README's extract of the probes on EfficientNet-Lite0."""
+    sets = [
+        _read("probes")[f"EfficientNet-Lite0: {name}"]["protocols"]
+        for name in ("clothing", "aerial roads")
+    ]
     rows = []
     for label, name in GAINS.items():
-        pairs = [(own[name][i : i + 2], transfer[name][i : i + 2]) for i in (0, 2)]
-        cells = [f"{short(a)}, transfer {short(b)}" for a, b in pairs]
-        if label in NOW:  # measured again since
-            cells[1] = _roads_now(NOW[label])
-        rows.append([label, *cells])
-    for label, name in FINER.items():
-        rows.append([label, "", _roads_now(name)])
+        cells = [[_pair(part[one].get(name)) for one in ("own", "transfer")] for part in sets]
+        rows.append([label, *(f"{own}, transfer {transfer}" for own, transfer in cells)])
     return _rows(["", "photographs of people", "aerial roads"], rows)
 
 
-def _roads_now(name: str) -> str:
-    """A cell of :func:`gains`, of the last measurement on the roads."""
-    found = _read("probes")["EfficientNet-Lite0: aerial roads"]["protocols"]
-    own, transfer = (
-        "{:.1f} ({:.1f})".format(
-            *(100 * found[part][name][key][0] for key in ("miou", "boundary_f"))
-        )
-        for part in ("own", "transfer")
-    )
-    return f"{own}, transfer {transfer}"
+def _pair(scores: dict[str, list[float]] | None) -> str:
+    if scores is None:
+        return "not measured"
+    return "{:.1f} ({:.1f})".format(*(100 * scores[name][0] for name in ("miou", "boundary_f")))
 
 
 def probes(*titles: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -164,3 +165,111 @@ def test_too_small_images_say_so(size):
     for bad in (0, 8, -3, 224.5):
         with pytest.raises(ValueError, match="size="):
             backbone.preprocess(Image.new("RGB", (64, 64)), size=bad)
+
+
+OPTIONS = [
+    ({"bands": 3}, "bands=3 must be numbers of image's bands, 0 to 2"),
+    ({"bands": "012"}, "bands='012' must be numbers"),
+    ({"bands": ()}, r"bands=\(\) must be numbers"),
+    ({"bands": (0, 1, 3)}, r"bands=\(0, 1, 3\) must be numbers"),
+    ({"bands": (True, 0, 1)}, r"bands=\(True, 0, 1\) must be numbers"),
+    ({"bands": (0.0, 1.0, 2.0)}, "bands=.* must be numbers"),
+    ({"bands": (0,)}, r"bands=\(0,\) are 1; efficientnet_lite0 takes 3"),
+    ({"bands": (0, 1, 2, 0)}, r"bands=\(0, 1, 2, 0\) are 4; efficientnet_lite0 takes 3"),
+    ({"max_value": float("inf")}, "max_value=inf must be a finite number above 0"),
+    ({"max_value": float("nan")}, "max_value=nan must be a number above 0"),
+    ({"max_value": 0}, "max_value=0 must be a number above 0"),
+    ({"max_value": "white"}, "max_value='white' must be a number above 0"),
+    ({"nodata": "none"}, "nodata='none' must be a number, or NaN"),
+    ({"nodata": True}, "nodata=True must be a number"),
+    ({"nodata": [1]}, r"nodata=\[1\] must be a number"),
+    ({"alpha": "yes"}, "alpha='yes' must be true or false"),
+    ({"alpha": True}, "alpha=True but image has 3 bands"),
+    ({"mask": 3}, "mask is a int; give an array"),
+    ({"mask": np.zeros((3, 3))}, "give one value for each pixel"),
+    ({"mask": np.ones((12, 20))}, "leaves no pixel of the image"),
+    ({"max_pixels": 0}, "max_pixels=0 must be 1 or more"),
+    ({"max_pixels": None}, "max_pixels=None must be a whole number"),
+    ({"max_pixels": 5}, "240 pixels, more than max_pixels=5"),
+    ({"size": 0}, "size=0 must be 16 or more; the stride of efficientnet_lite0 is 16 pixels"),
+    ({"size": 32.5}, r"size=32\.5 must be a whole number"),
+    ({"size": float("nan")}, "size=nan must be a whole number"),
+    ({"size": "32"}, "size='32' must be a whole number"),
+    ({"size": (32, 32)}, r"size=\(32, 32\) must be a whole number"),
+]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return upfeat.load_backbone("efficientnet_lite0")
+
+
+@pytest.mark.parametrize(("options", "words"), OPTIONS, ids=lambda value: str(value)[:40])
+def test_every_option_is_named_with_its_value(backbone, picture, options, words):
+    with pytest.raises(ValueError, match=words):
+        backbone.preprocess(np.asarray(picture), **options)
+
+
+def test_bands_by_any_whole_numbers(backbone, picture):
+    image = np.asarray(picture.resize((20, 32)))
+    expected = backbone.preprocess(image[..., ::-1])
+    for bands in ((2, 1, 0), [2, 1, 0], np.array([2, 1, 0]), torch.tensor([2, 1, 0])):
+        assert torch.equal(backbone.preprocess(image, bands=bands), expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, of what it does without
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "webp", "bmp", "gif"])
+def test_a_file_cut_off_anywhere_is_whole_or_refused(picture, kind):
+    file = io.BytesIO()
+    picture.save(file, kind)
+    content = file.getvalue()
+    whole = read_image(content)
+    for cut in {*range(12), *range(0, len(content), max(1, len(content) // 12)), len(content) - 1}:
+        found = _outcome(content[:cut])
+        if isinstance(found, str):
+            assert "\n" not in found
+        else:  # what is missing holds no pixels
+            assert torch.equal(found, whole)
+
+
+def _outcome(content):
+    try:
+        return read_image(content, max_pixels=1 << 16)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "webp", "bmp", "gif"])
+def test_pillows_own_limit_is_put_aside_and_comes_back(picture, kind, monkeypatch):
+    file = io.BytesIO()
+    picture.save(file, kind)
+    expected = read_image(file.getvalue())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # of 240; TIFF is looked at twice
+    results = []
+    threads = [
+        threading.Thread(target=lambda: results.append(read_image(file.getvalue())))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(result, expected) for result in results)
+    assert len(results) == 4
+    assert Image.MAX_IMAGE_PIXELS == 50
+    with pytest.raises(ValueError, match="more than max_pixels=239"):
+        read_image(file.getvalue(), max_pixels=239)
+    assert Image.MAX_IMAGE_PIXELS == 50
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["png", "jpeg", "tiff", "webp", "bmp", "gif"])
+def test_damaged_files_are_read_or_refused_in_one_line(picture, kind):
+    file, draw = io.BytesIO(), np.random.default_rng(0)
+    picture.save(file, kind)
+    for _ in range(40):
+        content = bytearray(file.getvalue())
+        for place in draw.integers(0, min(len(content), draw.choice([40, 200])), 2):
+            content[place] = draw.integers(256)
+        found = _outcome(bytes(content))
+        assert "\n" not in found if isinstance(found, str) else found.shape[0] == 3

@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import logging
 import math
+import struct
 import sys
 import threading
 import warnings
+import zlib
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from upfeat.types import times
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +29,8 @@ logger = logging.getLogger(__name__)
 MAX_PIXELS = 1 << 28
 """Default limit, about 268 million: the largest cameras' images, in 3 GiB as floats."""
 
-_LIMIT = threading.Lock()
+# What Pillow raises, by format, where a file is not what it says of itself.
+_DAMAGED = (OSError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 _BITS = 258
 _ORIENTATION = 274
 _EXTRA_SAMPLES = 338
@@ -73,8 +78,8 @@ def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int
             return _decode(image, source, label)
     except UnidentifiedImageError:
         return _without_pillow(source, label, max_pixels)
-    except (OSError, SyntaxError, EOFError, IndexError) as error:
-        raise ValueError(f"{label}: a truncated or damaged image ({error})") from None
+    except _DAMAGED as error:
+        raise ValueError(f"{label}: a truncated or damaged image ({_line(error)})") from None
 
 
 def decode_pil(image: Image.Image, label: str) -> Decoded:
@@ -105,8 +110,8 @@ def open_upright(path: Path, *, short_side: int | None = None) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that Pillow can read") from None
-    except (OSError, SyntaxError, EOFError, IndexError) as error:
-        raise ValueError(f"{path}: a damaged image ({error})") from None
+    except _DAMAGED as error:
+        raise ValueError(f"{path}: a damaged image ({_line(error)})") from None
 
 
 def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
@@ -138,19 +143,38 @@ def image_size(path: Path | bytes) -> tuple[int, int] | None:
     return (width, height) if turned else (height, width)
 
 
+class _Limit:
+    """Pillow's own limit, below what telephones take, put aside while any thread decodes.
+
+    Ours is applied between the opening of a file and its decoding, where Pillow looks again.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._users, self._limit = threading.Lock(), 0, None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._users:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_NO_LIMIT = _Limit()
+
+
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
-    """Open without decoding. Pillow's own limit is below what telephones take; ours follows."""
+    """Open without decoding."""
     # Never by name: Pillow maps uncompressed TIFF files into memory then and turns them wrongly.
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-        with _LIMIT:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                image = Image.open(file)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
-        with image:
-            yield image
+    file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
+    with _NO_LIMIT, file, Image.open(file) as image:
+        yield image
 
 
 def _decode(image: Image.Image, source: Path | bytes, label: str) -> Decoded:
@@ -323,10 +347,13 @@ def _by_pillow_heif(source: Path | bytes, label: str, max_pixels: int, brand: by
     file = source if isinstance(source, Path) else io.BytesIO(source)
     try:
         opened = pillow_heif.open_heif(file)
-        check_pixels(opened.size, label=label, max_pixels=max_pixels)
-        return _from_pil(opened.to_pillow(), label, unsaid=False)
-    except (OSError, SyntaxError, EOFError, RuntimeError) as error:
-        raise ValueError(f"{label}: a damaged HEIC image ({error})") from None
+        size = opened.size
+        image = opened.to_pillow() if size[0] * size[1] <= max_pixels else None
+    except (*_DAMAGED, ValueError, RuntimeError) as error:
+        raise ValueError(f"{label}: a damaged HEIC image ({_line(error)})") from None
+    check_pixels(size, label=label, max_pixels=max_pixels)
+    assert image is not None
+    return _from_pil(image, label, unsaid=False)
 
 
 def _by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None) -> Decoded:
@@ -346,22 +373,30 @@ def _by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None
                 size = (page.imagewidth, page.imagelength)
                 check_pixels(size, label=label, max_pixels=max_pixels)
             values = page.asarray()
-            extra, orientation = page.extrasamples, page.tags.valueof(_ORIENTATION, 1)
+            extra, orientation = page.extrasamples, int(page.tags.valueof(_ORIENTATION, 1))
+            extra = int(extra[-1]) if extra else 0
             planes, inverted = page.planarconfig == 2, page.photometric == 0
-    except (tifffile.TiffFileError, OSError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{label}: a damaged TIFF file ({error})") from None
     except ValueError as error:  # compressions that need imagecodecs, among others
-        raise ValueError(f"{label}: {' '.join(str(error).split())}") from None
+        raise ValueError(f"{label}: {_line(error)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # it believes what the file says of itself, and so fails anywhere
+        raise ValueError(f"{label}: a damaged TIFF file ({_line(error)})") from None
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise ValueError(f"{label}: a damaged TIFF file (its image is {times(values.shape)})")
     values = values[:, :, None] if values.ndim == 2 else values
     if planes and values.ndim == 3:
         values = np.moveaxis(values, 0, -1)
     if inverted and values.dtype.kind == "u":
         values = np.iinfo(values.dtype).max - values
-    alpha = int(extra[-1]) in (1, 2) if extra else False
+    alpha = extra in (1, 2)
     if values.shape[-1] == 4 and not alpha:
-        return Decoded(_turned(values, int(orientation)), alpha=None)
-    premultiplied = alpha and int(extra[-1]) == 1
-    return Decoded(_turned(values, int(orientation)), alpha, premultiplied)
+        return Decoded(_turned(values, orientation), alpha=None)
+    return Decoded(_turned(values, orientation), alpha, premultiplied=extra == 1)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:

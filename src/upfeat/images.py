@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from upfeat.bounds import flag, number, shown, whole
 from upfeat.decoding import MAX_PIXELS, Decoded, check_pixels, decode_file, decode_pil
 
 if TYPE_CHECKING:
@@ -72,6 +74,8 @@ def read_image(
         ValueError: it is not an image, a truncated one, too large, or of a kind not listed.
     """
     label = str(image) if isinstance(image, str | Path) else "image"
+    alpha = None if alpha is None else flag("alpha", alpha)
+    max_pixels = whole("max_pixels", max_pixels, 1, 1 << 48)
     decoded = _decode(image, label, max_pixels)
     missing = None if nodata is None else _without_data(decoded.values, nodata)
     if isinstance(image, np.ma.MaskedArray) and mask is None:
@@ -242,8 +246,8 @@ def _to_unit(
     """Bands (H, W, N) of any type to (N, H, W) float32 in [0, 1]."""
     array = decoded.values
     kind = array.dtype.kind
-    if max_value is not None and not max_value > 0:
-        raise ValueError(f"max_value={max_value!r} must be above 0")
+    if max_value is not None:
+        max_value = number("max_value", max_value, 0, above=True)
     whole = {"uint8": 255.0, "uint16": 65535.0, "bool": 1.0}.get(array.dtype.name)
     if max_value is None and whole is None and kind != "f":
         raise ValueError(
@@ -290,6 +294,10 @@ def _check_unit_range(values: Tensor, label: str, missing: Tensor | None) -> Non
 
 def _without_data(values: NDArray[Any], nodata: float) -> Tensor:
     """(H, W) bool: pixels whose bands all have the value."""
+    try:
+        nodata = float("x" if isinstance(nodata, str | bool) else nodata)
+    except (TypeError, ValueError):
+        raise ValueError(f"nodata={shown(nodata)} must be a number, or NaN") from None
     same = np.isnan(values) if np.isnan(nodata) else values == nodata
     return torch.from_numpy(same.all(2))
 
@@ -306,10 +314,10 @@ def _choose(
     """The bands that are wanted, of (N, H, W)."""
     count = len(values)
     if bands is not None:
-        wanted = list(bands)
-        if not wanted or not all(isinstance(band, int) and 0 <= band < count for band in wanted):
+        wanted = _numbers_of(bands, count)
+        if not wanted:
             raise ValueError(
-                f"bands={bands!r} must be numbers of {label}'s bands, 0 to {count - 1}"
+                f"bands={shown(bands)} must be numbers of {label}'s bands, 0 to {count - 1}"
             )
         return values[wanted]
     transparent = decoded.alpha if alpha is None else alpha
@@ -337,6 +345,16 @@ def _choose(
         f"{tuple(range(min(channels, count)))}"
         + ("; or, if the last is transparency, give alpha=True" if count == 2 else "")
     )
+
+
+def _numbers_of(bands: Sequence[int], count: int) -> list[int]:
+    """Bands as numbers from 0 to ``count`` − 1; none where they are something else."""
+    try:
+        found = [operator.index(band) for band in bands]
+    except TypeError:
+        return []
+    inside = all(0 <= band < count for band in found)
+    return found if inside and not any(isinstance(band, bool) for band in bands) else []
 
 
 def _on_white(values: Tensor, *, premultiplied: bool) -> Tensor:

@@ -144,10 +144,10 @@ def test_hostile_metadata_is_refused_at_once(tmp_path, kind, name, content, word
     else:
         facts["field_facts"] = json.dumps({**json.loads(facts["field_facts"]), name: content})
     write_tensors(path, tensors, facts)
-    before = time.perf_counter()
+    before = time.process_time()
     with pytest.raises(ValueError, match=words) as raised:
         ImplicitFeatures.load(path)
-    assert time.perf_counter() - before < 1
+    assert time.process_time() - before < 1
     assert str(raised.value).startswith(f"{path}: ")
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 500

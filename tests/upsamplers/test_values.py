@@ -52,10 +52,10 @@ def upsampler(name):
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_constructors_take_no_nonsense(name, argument):
     for value in WRONG:
-        before = time.perf_counter()
+        before = time.process_time()
         with pytest.raises(ValueError, match=argument) as raised:
             UPSAMPLERS[name](**{**({"embed_dim": 5} if name == "jafar" else {}), argument: value})
-        assert time.perf_counter() - before < 1
+        assert time.process_time() - before < 1
         assert "\n" not in str(raised.value)
         assert len(str(raised.value)) < 200
 
@@ -67,10 +67,10 @@ def test_configurations_take_no_nonsense(tmp_path, name, argument):
     config = json.loads((tmp_path / "config.json").read_text())
     for value in IN_FILES:
         (tmp_path / "config.json").write_text(json.dumps({**config, argument: value}))
-        before = time.perf_counter()
+        before = time.process_time()
         with pytest.raises(ValueError, match=f"config.json: .*{argument}|config.json: not JSON"):
             upfeat.Upsampler.from_pretrained(tmp_path)
-        assert time.perf_counter() - before < 1
+        assert time.process_time() - before < 1
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.bounds import shown, whole
 from upfeat.images import read_image
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
 
@@ -210,6 +211,11 @@ class Backbone(nn.Module, ABC):
             ValueError: it cannot be read, or a side would be shorter than the stride.
         """
         pixels = read_image(image, channels=self.in_channels, **reading)  # (3, H, W) in [0, 1]
+        if len(pixels) != self.in_channels:
+            raise ValueError(
+                f"bands={shown(reading.get('bands'))} are {len(pixels)}; {self.name} takes "
+                f"{self.in_channels}: give as many"
+            )
         target = self._target_size((pixels.shape[1], pixels.shape[2]), size, align)
         pixels = pixels.to(self.mean.device)[None]
         if target != tuple(pixels.shape[-2:]):
@@ -224,12 +230,11 @@ class Backbone(nn.Module, ABC):
 
     def _target_size(self, own: tuple[int, int], size: int | None, align: bool) -> tuple[int, int]:
         if size is not None:
-            if isinstance(size, bool) or int(size) != size or size < self.stride:
-                raise ValueError(
-                    f"size={size!r} must be a whole number of pixels, at least the stride of "
-                    f"{self.name} ({self.stride})"
-                )
-            scale = size / min(own)
+            try:
+                scale = whole("size", size, self.stride) / min(own)
+            except ValueError as error:
+                stride = f"the stride of {self.name} is {self.stride} pixels"
+                raise ValueError(f"{error}; {stride}") from None
             own = (max(round(own[0] * scale), 1), max(round(own[1] * scale), 1))
         aligned = self.grid_aligned(own)
         return aligned if align else own
