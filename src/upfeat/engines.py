@@ -25,10 +25,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from upfeat.bounds import shown, whole
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _SECONDS = 10
+_MOST_WORKERS = 1 << 16
 _AHEAD = 2
 """Tasks that wait at each worker."""
 
@@ -52,12 +55,13 @@ class Engine:
         """Check the settings.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: one is out of range, or of no use.
         """
         if self.name not in ("local", "ray"):
             raise ValueError(f'engine="{self.name}" must be local or ray')
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be 1 or more")
+        whole("workers", self.workers, 1, _MOST_WORKERS, optional=True)
+        if self.address is not None and self.name != "ray":
+            raise ValueError(f'address={shown(self.address)} is for engine="ray"')
 
     @property
     def threads(self) -> int:
