@@ -292,9 +292,18 @@ def extract_rates() -> str:
         if name.startswith("backbone, batch") or name in ("lazy", "features"):
             label = name if name.startswith("backbone") else f"upfeat extract --kind {name}"
             rows.append([label, _milliseconds(rates["cpu_ms_per_image"] / 1000)])
-    share = found["lazy_share_of_backbone_by_processor_time"]
-    rows.append(["lazy: rate, of the best batch's", f"{share:.0%}"])
-    return _rows(["", "processor time an image"], rows)
+    for row in rows:
+        name = row[0].removeprefix("upfeat extract --kind ")
+        row.insert(1, f"{found['rates'][name]['images_per_second']:.1f}")
+    rows.append(
+        [
+            "lazy, of the best batch's",
+            f"{found['lazy_share_of_backbone_by_clock']:.0%}",
+            f"{found['lazy_share_of_backbone_by_processor_time']:.0%}",
+        ]
+    )
+    head = ["", f"images a second, {found['threads']} threads", "processor time an image"]
+    return _rows(head, rows)
 
 
 def extract_cost() -> str:
