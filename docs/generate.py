@@ -284,6 +284,26 @@ def _scores(scores: dict[str, list[float]]) -> str:
     return " / ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in pairs)
 
 
+def exported() -> str:
+    """Exported files of the default model beside the model itself."""
+    found = _read("exported")
+    base = {row["side"]: row["seconds"] for row in found["rows"] if row["form"] == "model"}
+    labels = {"model": "the model itself", "model.onnx": "ONNX", "model.pt2": "exported program"}
+    rows: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        seconds = row["seconds"]
+        times = f"{_milliseconds(seconds)} ({_ratio(seconds / base[row['side']])})"
+        cells = [times, f"{row['megabytes']:,.0f} MB"]
+        rows.setdefault(row["form"], []).extend(cells)
+    for name, cells in rows.items():
+        size = found["bytes"].get(name)
+        cells.append("" if size is None else f"{size / 1e6:.1f} MB")
+        cells.append("" if size is None else f"{found['loading'][name]:.1f} s")
+    head = [text for side in base for text in (f"{side} pixels", "memory")]
+    shown = [[labels[name], *cells] for name, cells in rows.items()]
+    return _rows(["", *head, "file", "loading"], shown)
+
+
 def extract_rates() -> str:
     """Processor time of an image: the backbone alone, and the whole of extract."""
     found = _read("extract")
