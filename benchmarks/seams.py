@@ -4,7 +4,7 @@
 
 The coarse features of one photograph are made whole, as ``upfeat raster`` makes them (exact tiles,
 or windows of 512 pixels that overlap by a quarter and are blended), and as plain tiles of that
-side without halo or overlap; then upsampled. Score of a seam: the mean step of the features from one
+side without halo or overlap; then upsampled. Score of a seam: the mean step of features from one
 pixel to the next across the borders of the tiles, over the mean step everywhere else. Of the whole
 image it says what lies there by chance; its spread over other places of the grid is the noise.
 """
