@@ -98,7 +98,7 @@ _NOT_MEASURED = {
 }
 _TO_BE_WRITTEN = {
     "docs/evidence/results.md",
-    *(f"docs/guides/{name}.md" for name in ("deployment", "video")),
+    *(f"docs/guides/{name}.md" for name in ("deployment",)),
 }
 
 
