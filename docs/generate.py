@@ -396,6 +396,25 @@ def raster_cost() -> str:
     return _rows(["one core", "40 cores", "classes", "features, before compression"], [row])
 
 
+def seams() -> str:
+    """Scores of seams, tiled and whole."""
+    rows = [
+        [
+            f"`{row['backbone']}`" + ("" if row["halo"] is None else ", exact tiles"),
+            f"{row['whole']:.2f}",
+            f"{row['raster']:.2f}",
+            f"{row['noise']:.2f}",
+            f"{row['whole_at_plain']:.2f}",
+            f"{row['plain']:.2f}",
+            f"{row['relative_difference']:.2g}",
+        ]
+        for row in _read("seams")["rows"]
+    ]
+    head = ["backbone", "whole image", "`upfeat raster`", "noise"]
+    head += ["whole, at plain tiles", "plain tiles", "raster less whole, relative"]
+    return _rows(head, rows)
+
+
 def memory_bound() -> str:
     """Largest memory with and without a bound."""
     found = _read("memory")
