@@ -200,10 +200,14 @@ def _connected(ray: Any, engine: Engine) -> Iterator[None]:
     else:
         _check_answers(engine.address)
         options["address"] = engine.address
+    # On a machine that is busy with other work, Ray's own 30 seconds are too few.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises what it likes, also plain exceptions
         reason = " ".join(str(error).split())
+        if engine.address is None:
+            raise ValueError(f"engine=ray: Ray does not start here ({reason})") from None
         raise ValueError(f'address="{engine.address}": no Ray cluster answers ({reason})') from None
     try:
         yield
