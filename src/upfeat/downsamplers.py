@@ -133,7 +133,9 @@ class CellDownsampler(nn.Module):
         else:
             means = self._means_of_views(values, output_size, jitter)
         around = functional.pad(means, (self.blur_size // 2,) * 4, mode="replicate")
-        blurred = functional.conv2d(around.flatten(0, 1)[:, None], self.kernel()[None, None].to(means))
+        blurred = functional.conv2d(
+            around.flatten(0, 1)[:, None], self.kernel()[None, None].to(means)
+        )
         return blurred.view_as(means)
 
     def _means_of_views(
