@@ -42,6 +42,12 @@ UPSAMPLERS = {
     "detail_efficientnet_lite0": "detail",
     "detail_universal": "detail, universal",
 }
+TOKEN_ROWS = {
+    "anyup_multi_backbone.pth": "AnyUp (multi-backbone)",
+    "jafar_vit_small_patch14_dinov2.pth": "JAFAR (for DINOv2-S)",
+    "detail_universal": "**detail_universal** (one pass, the default)",
+    "detail_universal@5": "detail_universal, `passes=5`",
+}
 GAINS = {
     "bilinear": "bilinear",
     "classical joint bilateral": "joint_bilateral",
@@ -274,6 +280,23 @@ def probes(*titles: str) -> str:
             shown = (_scores(group["protocols"][part][name]) for part in ("own", "transfer"))
             rows.append([name, *shown])
     return _rows(["", "own", "transfer"], rows)
+
+
+def token_probes(*titles: str) -> str:
+    """Probes on the tokens of a transformer, with the processor time of each upsampler."""
+    measured = _read("token_seconds")["seconds"]
+    rows = [["*the backbone alone*", "", "", f"{measured['backbone']:.2f}"]]
+    for title, group in _read("probes").items():
+        if not title.startswith(" ".join(titles)):
+            continue
+        train, test = group["images"]
+        what = "RMSE / relative error" if group["task"] == "depth" else "mIoU / boundary F"
+        rows.append([f"*{title} ({train} + {test} images): {what}*", "", "", ""])
+        found = group["protocols"]
+        for name in (one for one in measured if one in found["own"]):
+            shown = [_scores(found[part][name]) for part in ("own", "transfer")]
+            rows.append([TOKEN_ROWS.get(name, name), *shown, f"{measured[name]:.2f}"])
+    return _rows(["", "own", "transfer", "seconds"], rows)
 
 
 def _scores(scores: dict[str, list[float]]) -> str:
