@@ -302,7 +302,10 @@ def token_probes(*titles: str) -> str:
 def _scores(scores: dict[str, list[float]]) -> str:
     """Scores of one row: mIoU and boundary F, or RMSE and relative error."""
     if "rmse" in scores:
-        return " / ".join(f"{scores[name][0]:.3f}" for name in ("rmse", "abs_rel"))
+        pairs = (scores[name] for name in ("rmse", "abs_rel"))
+        return " / ".join(
+            f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}") for mean, spread in pairs
+        )
     pairs = (scores[name] for name in ("miou", "boundary_f"))
     return " / ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in pairs)
 
