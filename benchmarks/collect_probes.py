@@ -42,16 +42,27 @@ def collected(content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def add(title: str, folder: Path) -> None:
+    """Put a folder's results under a title of probes.json.
+
+    Rows of an earlier run over the same images, seeds and size stay where this one has none.
+    """
+    known = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+    found, before = collected(json.loads((folder / "results.json").read_text())), known.get(title)
+    if before is not None and all(before[key] == found[key] for key in ("images", "seeds", "size")):
+        for protocol, rows in before["protocols"].items():
+            found["protocols"][protocol] = rows | found["protocols"].get(protocol, {})
+    known[title] = found
+    TARGET.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+
+
 def main() -> None:
     """Read a folder's results and add them."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--title", required=True)
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    known = json.loads(TARGET.read_text()) if TARGET.exists() else {}
-    content = json.loads((options.folder / "results.json").read_text())
-    known[options.title] = collected(content)
-    TARGET.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+    add(options.title, options.folder)
 
 
 if __name__ == "__main__":

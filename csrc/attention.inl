@@ -246,19 +246,21 @@ UPFEAT_INLINE Vec most_of(Vec value) {
 // Exponentials of `count` logits, in place; lanes behind them become 0. Returns what they are to be
 // multiplied by for a softmax.
 UPFEAT_INLINE Vec open_softmax(float* logits, int64_t count, float scale) {
-  Vec top = splat(-3.4e38f), poison = {};
-  for (int64_t k = 0; k < count; k += kLanes) {
-    const IVec inside = lanes_below(count - k);
-    const Vec logit = select(inside, load(logits + k) * scale, splat(-3.4e38f));
-    store(logits + k, logit);
-    top = max(top, logit);
-    poison += select(inside, logit * 0.0f, Vec{});  // 0, or NaN, which max and exp would lose
-  }
+  const int64_t whole = count / kLanes * kLanes;
+  const IVec inside = lanes_below(count - whole);
+  Vec top = splat(-__builtin_inff());
+  for (int64_t k = 0; k < whole; k += kLanes) top = max(top, load(logits + k) * scale);
+  if (whole < count) top = max(top, select(inside, load(logits + whole) * scale, top));
   const Vec most = most_of(top);
-  Vec sum = poison;
-  for (int64_t k = 0; k < count; k += kLanes) {
-    const Vec e = select(lanes_below(count - k), exp(load(logits + k) - most), Vec{});
+  Vec sum = {};
+  for (int64_t k = 0; k < whole; k += kLanes) {
+    const Vec e = falling_exp(load(logits + k) * scale - most);
     store(logits + k, e);
+    sum += e;
+  }
+  if (whole < count) {
+    const Vec e = select(inside, falling_exp(load(logits + whole) * scale - most), Vec{});
+    store(logits + whole, e);
     sum += e;
   }
   return 1.0f / total_of(sum);

@@ -4,6 +4,7 @@
 #if defined(__AMX_BF16__)
 
 constexpr int64_t kMostPacked = int64_t{16} << 20;
+constexpr int64_t kMostHeads = 16;  // whose mean is made here
 
 struct DenseCells {
   char *keys, *values;      // of every head; of all blocks side by side
@@ -31,6 +32,7 @@ static int64_t dense_cells_bytes(const WindowJob& job, int64_t pack) {
          job.heads.count * (left_bytes(dense_depth(job)) + right_bytes(dense_depth(job), pack));
 }
 static bool dense_fits(const WindowJob& job) {
+  if (job.blocks.count == 1 && job.heads.count > kMostHeads) return false;
   return dense_cells_bytes(job, pack_pitch(job.most_cells)) <= kMostPacked;
 }
 
@@ -87,24 +89,22 @@ static void dense_strip(const WindowJob& job, const WindowScratch& s, const Wind
   int64_t at = 0;
   for (int64_t n = 0; n < job.blocks.count; ++n) {
     const int64_t channels = whole_vectors(block_size(job.blocks, n));
+    const int64_t several = mean ? heads : 1;
     for (int64_t i = 0; i < count; ++i) {
       float* logits = s.logits + (n * kStrip + i) * s.pack;
-      Vec share = open_softmax(logits, tile.count, scale);
-      if (mean) {
-        const Vec part = splat(1.0f / static_cast<float>(heads));
-        for (int64_t k = 0; k < width; k += kLanes) store(logits + k, load(logits + k) * share);
-        for (int64_t head = 1; head < heads; ++head) {
-          float* others = logits + head * kStrip * s.pack;
-          const Vec other = open_softmax(others, tile.count, scale);
-          for (int64_t k = 0; k < width; k += kLanes) {
-            store(logits + k, load(logits + k) + load(others + k) * other);
-          }
-        }
-        share = part;
+      Vec share[kMostHeads];
+      for (int64_t head = 0; head < several; ++head) {
+        share[head] = open_softmax(logits + head * kStrip * s.pack, tile.count, scale) *
+                      (1.0f / static_cast<float>(several));
       }
       for (int64_t block = 0; block < dense_blocks(tile.count); ++block) {
-        put_left(dense.shares, tile.count, i, block, width,
-                 [&](int64_t c) UPFEAT_LAMBDA { return load(logits + c) * share; });
+        put_left(dense.shares, tile.count, i, block, width, [&](int64_t c) UPFEAT_LAMBDA {
+          Vec sum = load(logits + c) * share[0];
+          for (int64_t head = 1; head < several; ++head) {
+            sum += load(logits + head * kStrip * s.pack + c) * share[head];
+          }
+          return sum;
+        });
       }
     }
     if (channels) {

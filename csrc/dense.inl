@@ -1,9 +1,11 @@
 // Strips of 32 rows times a matrix of weights, for encoders and attention.
 //
-// With AMX, float32 is taken apart into three bfloat16 of 8 bits each, and six of the nine products
-// of parts are summed in float32 tiles: what is left out lies below the last bit of float32. It is
-// as exact as multiply-adds in another order, at a multiple of their speed. Tiles are busy by
-// themselves for 16 cycles a product: `between` is called while they are, for work on vectors.
+// With AMX, float32 is taken apart into three bfloat16 of 8 bits, and six of the nine products of
+// parts are summed in float32 tiles: what is left out lies below the last bit of float32. It is as
+// exact as multiply-adds in another order. Or else, where the caller wants speed, into two parts and
+// three products: 17 bits of each number count, and a layer has a relative error of 2e-6. Tiles are
+// busy by themselves for 16 cycles a product: `between` is called while they are, for work on
+// vectors.
 
 constexpr int64_t kDenseRows = 32;
 constexpr int64_t kDenseBlock = 32;  // inputs of a step
@@ -13,6 +15,8 @@ struct Operands {
 };
 
 #if defined(__AMX_BF16__)
+
+constexpr int kParts = UPFEAT_PARTS;  // 3 or 2
 
 struct TileShapes {
   uint8_t palette, start_row, reserved[14];
@@ -39,24 +43,21 @@ UPFEAT_INLINE void dense_begin() {
 }
 UPFEAT_INLINE void dense_end() { _tile_release(); }
 
-// The upper halves of 32 floats, lane i of the first vector beside lane i of the second; they are
-// taken from both. Three times, and nothing is left.
-UPFEAT_INLINE __m512i take_halves(Vec* first, Vec* second) {
-  const IVec upper = IVec{} + static_cast<int32_t>(0xffff0000);
-  const IVec one = as_bits(*first), other = as_bits(*second);
-  const __m512i halves =
-      _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32((__m512i)one, 16), (__m512i)other);
-  *first -= as_float(one & upper);
-  *second -= as_float(other & upper);
-  return halves;
+// What rounding to 8 bits leaves of numbers, still float32.
+UPFEAT_INLINE Vec upper_part(Vec x) {
+  return as_float((as_bits(x) + 0x8000) & (IVec{} + static_cast<int32_t>(0xffff0000)));
+}
+// 32 numbers as bfloat16, the first vector's before the second's.
+UPFEAT_INLINE __m512i narrowed(Vec first, Vec second) {
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
-// Left operands: three parts of (blocks, kDenseRows, 32) bfloat16. One line lies between parts:
-// what is written at a time must not all share a set of the cache.
+// Left operands: kParts of (blocks, kDenseRows, 32) bfloat16. A line lies between the parts: what is
+// written at a time must not share a set of the cache.
 UPFEAT_INLINE int64_t left_part(int64_t inputs) {
   return kDenseRows * kDenseBlock * dense_blocks(inputs) + kDenseBlock;
 }
-UPFEAT_INLINE int64_t left_bytes(int64_t inputs) { return 3 * left_part(inputs) * 2; }
+UPFEAT_INLINE int64_t left_bytes(int64_t inputs) { return kParts * left_part(inputs) * 2; }
 // Inputs 32 * block to 32 * block + 31 of a row; get(i) is a vector of them, asked for below `width`.
 template <typename Get>
 UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t block, int64_t width,
@@ -66,29 +67,43 @@ UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t blo
   uint16_t* to =
       reinterpret_cast<uint16_t*>(left) + (block * kDenseRows + row) * kDenseBlock;
   UPFEAT_UNROLL
-  for (int i = 0; i < 3; ++i) _mm512_store_si512(to + i * part, take_halves(&first, &second));
+  for (int i = 0; i < kParts - 1; ++i) {
+    const Vec one = upper_part(first), other = upper_part(second);
+    _mm512_store_si512(to + i * part, narrowed(one, other));
+    first -= one;
+    second -= other;
+  }
+  _mm512_store_si512(to + (kParts - 1) * part, narrowed(first, second));
 }
 
-// Right operands: (width / 32, blocks, 3, 2, 16, 16, 2) bfloat16: tiles in the order in which they
-// are loaded, two columns of tiles and the last parts first.
+// Right operands: (width / 32, blocks, kParts, 2, 16, 16, 2) bfloat16: tiles in the order in which
+// they are loaded, two columns of tiles and the last parts first.
 constexpr int64_t kTileHalves = 512;
+constexpr int64_t kStepHalves = 2 * kParts * kTileHalves;  // of 32 inputs by 32 outputs
 UPFEAT_INLINE int64_t right_bytes(int64_t inputs, int64_t width) {
-  return (width + 31) / 32 * dense_blocks(inputs) * 6 * kTileHalves * 2;
+  return (width + 31) / 32 * dense_blocks(inputs) * kStepHalves * 2;
+}
+// 16 numbers as bfloat16, each followed by one of 16 others.
+UPFEAT_INLINE __m512i beside(Vec first, Vec second) {
+  const __m512i low = _mm512_srli_epi32((__m512i)upper_part(first), 16);
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, low, (__m512i)upper_part(second));
 }
 // row(k) are the `width` floats of input k.
 template <typename Rows>
 static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
   const int64_t blocks = dense_blocks(inputs);
   for (int64_t k = 0; k < 16 * blocks; ++k) {
-    const int64_t block = k / 16, at = block * kDenseBlock + k % 16;
-    const float* one = at < inputs ? row(at) : nullptr;
-    const float* other = at + 16 < inputs ? row(at + 16) : nullptr;
+    const float* one = 2 * k < inputs ? row(2 * k) : nullptr;
+    const float* other = 2 * k + 1 < inputs ? row(2 * k + 1) : nullptr;
     for (int64_t n = 0; n < width; n += 16) {
       uint16_t* to = reinterpret_cast<uint16_t*>(right) +
-                     ((n / 32 * blocks + block) * 6 + n / 16 % 2) * kTileHalves + k % 16 * 32;
+                     (n / 32 * blocks + k / 16) * kStepHalves + n / 16 % 2 * kTileHalves +
+                     k % 16 * 32;
       Vec first = one ? load(one + n) : Vec{}, second = other ? load(other + n) : Vec{};
-      for (int i = 2; i >= 0; --i) {
-        _mm512_store_si512(to + 2 * i * kTileHalves, take_halves(&first, &second));
+      for (int i = kParts - 1; i >= 0; --i) {
+        _mm512_store_si512(to + 2 * i * kTileHalves, beside(first, second));
+        first -= upper_part(first);
+        second -= upper_part(second);
       }
     }
   }
@@ -111,7 +126,7 @@ UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_
     for (int64_t i = 0; i < count; ++i) {
       const uint16_t* a = reinterpret_cast<const uint16_t*>(operands[i].left);
       const uint16_t* b = reinterpret_cast<const uint16_t*>(operands[i].right) +
-                          n / 32 * blocks * 6 * kTileHalves;
+                          n / 32 * blocks * kStepHalves;
       for (int64_t k = 0; k < blocks; ++k) {
         const auto take_left = [&](int which) UPFEAT_LAMBDA {
           _tile_loadd(4, a + which * part, 64);
@@ -126,27 +141,31 @@ UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_
           if (wide) _tile_dpbf16ps(1, 4, 7);
           if (tall) _tile_dpbf16ps(2, 5, 6);
           if (wide && tall) _tile_dpbf16ps(3, 5, 7);
+          // The next step's tiles, shared out over this one's.
+          constexpr int kLines = kParts == 3 ? 16 : 22;
           UPFEAT_UNROLL
-          for (int ahead = 0; ahead < 16; ++ahead) {
-            __builtin_prefetch(b + 6 * kTileHalves + (line * 16 + ahead) * 32, 0, 3);
+          for (int ahead = 0; ahead < kLines; ++ahead) {
+            __builtin_prefetch(b + kStepHalves + (line * kLines + ahead) * 32, 0, 3);
           }
           between();
         };
+        // Left and right part (0 is the first) by which tile lies where: the least is loaded.
         take_left(0);
-        take_right(0);
-        add(0);
-        take_right(1);
-        add(1);
+        for (int which = 0; which < kParts; ++which) {
+          take_right(which);
+          add(which);
+        }
         take_left(1);
-        add(2);
-        take_right(2);
-        add(3);
-        take_left(2);
-        add(4);
-        take_left(0);
-        add(5);
+        add(kParts);
+        if (kParts == 3) {
+          take_right(1);
+          add(4);
+          take_left(2);
+          take_right(2);
+          add(5);
+        }
         a += kDenseRows * kDenseBlock;
-        b += 6 * kTileHalves;
+        b += kStepHalves;
       }
     }
     float* to = out + n - first;

@@ -260,11 +260,6 @@ static NeighbourhoodScratch place_neighbourhood(const NeighbourhoodJob& job, cha
   return to;
 }
 
-// e^x for x <= 0, 0 below -87; NaN stays NaN.
-UPFEAT_INLINE Vec falling_exp(Vec x) {
-  return select(x < splat(-87.0f), Vec{}, exp_within(max(splat(-87.0f), x)));
-}
-
 // softmax_vector from products with all of a tile's cells, (rows, columns, 2, kTile), of which each
 // pixel takes its own. A logit of -infinity or NaN makes the sum NaN.
 static void softmax_of_cells(const Attention& attention, const TilePlace& place,

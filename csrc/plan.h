@@ -167,5 +167,6 @@ const Kernels* kernels_baseline();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_amx();
+const Kernels* kernels_amx_high();
 
 }  // namespace upfeat

@@ -41,9 +41,11 @@ void populate_task(void* begin, int64_t page, int) { populate_large_page(begin, 
 
 const Kernels* kernels_for(int isa) {
   const int mask = upfeat_isa_mask();
+  if (isa == UPFEAT_BEST_HIGH && (mask & 16)) isa = 4;
   if (isa < 0) isa = (mask & 8) ? 3 : (mask & 4) ? 2 : (mask & 2) ? 1 : 0;
-  if (isa > 3 || !(mask & (1 << isa))) return nullptr;
+  if (isa > 4 || !(mask & (1 << isa))) return nullptr;
 #if defined(UPFEAT_AMX)
+  if (isa == 4) return kernels_amx_high();
   if (isa == 3) return kernels_amx();
 #endif
 #if defined(UPFEAT_X86)
@@ -88,7 +90,7 @@ extern "C" int upfeat_isa_mask(void) {
       mask |= 4;
 #if defined(UPFEAT_AMX)
       static const bool amx = has_amx();
-      if (amx) mask |= 8;
+      if (amx) mask |= 8 | 16;
 #endif
     }
   }

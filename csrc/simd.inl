@@ -147,6 +147,31 @@ UPFEAT_INLINE Vec exp_within(Vec x) {  // for -87 <= x <= 88
 }
 UPFEAT_INLINE Vec exp(Vec x) { return exp_within(max(splat(-87.0f), min(splat(88.0f), x))); }
 
+#if defined(__AVX512F__)
+// 2^(share * x), with a relative error of 7e-8; from -2^20 on, and 0 where that is below 2^-149.
+UPFEAT_INLINE Vec power_of_two(Vec x, float share) {
+  const Vec magic = splat(12582912.0f);
+  const Vec whole = (x * share + magic) - magic;
+  const Vec r = x * share - whole;
+  Vec p = splat(0.00132764713f);  // on [-1/2, 1/2]
+  p = p * r + 0.00967554096f;
+  p = p * r + 0.0555071309f;
+  p = p * r + 0.240221202f;
+  p = p * r + 0.693146944f;
+  p = p * r + 1.00000012f;
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+}
+#endif
+
+// e^x for x <= 0, 0 far below; NaN stays NaN.
+UPFEAT_INLINE Vec falling_exp(Vec x) {
+#if defined(__AVX512F__)
+  return power_of_two(max(splat(-120.0f), x), 1.44269504f);
+#else
+  return select(x < splat(-87.0f), Vec{}, exp_within(max(splat(-87.0f), x)));
+#endif
+}
+
 // x * Phi(x). Phi - 1/2 is an odd rational function fitted on |x| <= 5.6 (error 1e-8 before
 // rounding).
 UPFEAT_INLINE Vec gelu(Vec x) {

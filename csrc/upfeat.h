@@ -63,8 +63,10 @@ UPFEAT_API int upfeat_abi(void);
 // The package's version, a space, and the first 16 digits of this file's SHA-256: a library that was
 // left behind by an older build says so, whatever its number.
 UPFEAT_API const char* upfeat_identity(void);
-// Bit i is set when instruction set i can run here: 0 baseline, 1 avx2, 2 avx512.
+// Bit i is set when instruction set i can run here: 0 baseline, 1 avx2, 2 avx512, 3 amx, and 4 amx
+// with 17 bits of each float32 in dense products. An `isa` below 0 stands for the best.
 UPFEAT_API int upfeat_isa_mask(void);
+enum { UPFEAT_BEST = -1, UPFEAT_BEST_HIGH = -2 };  // of sets 0 to 3; of all
 
 // out (B,C,H,W) from features (B,C,h,w), H >= h and W >= w, and weights (B,(2r+1)^2,H,W): bicubic
 // resize, reflect padding and the per-pixel correlation in one.

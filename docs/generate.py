@@ -103,6 +103,10 @@ def cpu_operator_backward() -> str:
     )
 
 
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"
+
+
 def rivals() -> str:
     """Published upsamplers beside the plain form of their mathematics."""
     rows, base = [], 0.0
@@ -121,7 +125,7 @@ def rivals() -> str:
                 _milliseconds(row["seconds"]),
                 _milliseconds(row["processor_seconds"]),
                 _ratio(row["processor_seconds"] / base),
-                f"{row['peak_bytes'] / 2**20:,.0f} MiB" if row["way"] in ("ours", "plain") else "",
+                "" if row["way"] in ("floor", "PyTorch") else _mebibytes(row["peak_bytes"]),
             ]
         )
     return _rows(["", "way", "size", "time", "processor", "of ours", "peak memory"], rows)

@@ -14,10 +14,13 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from pathlib import Path
 
@@ -32,15 +35,16 @@ QUICK_TRAIN = (
     "--validate-every 3 --projection-dim 2 --precision fp32 --device cpu"
 )
 # What is run, and what is added when it is run again.
+RAY = " --engine ray --workers 2 --address {cluster}"
 COMMANDS = {
     "run": ("run photos -o out", ""),
     "fit": ("fit photos/0.png photos/1.png -o out --views 2 --size 32", ""),
     "raster": ("raster scene.tif -o out/scene.zarr", "--resume"),
-    "raster_ray": ("raster scene.tif -o out/scene.zarr --engine ray --workers 2", "--resume"),
+    "raster_ray": ("raster scene.tif -o out/scene.zarr" + RAY, "--resume"),
     "render": ("render fitted.safetensors -o out/features.{suffix} --size 200x150", ""),
     "train": (f"train photos -o out {QUICK_TRAIN}", "--resume"),
     "extract": ("extract photos shard.tar -o out --size 64 --workers 2", ""),
-    "extract_ray": ("extract photos shard.tar -o out --size 64 --engine ray --workers 2", ""),
+    "extract_ray": ("extract photos shard.tar -o out --size 64" + RAY, ""),
     "eval": (
         "eval seg data -o out --size 32 --seeds 1 --pixels 16 --upsamplers nearest bilinear",
         "",
@@ -192,13 +196,14 @@ def check_whole(command: str, expected: dict[str, bytes], out: Path, when: str) 
 class Trial:
     """One command in its folder, undisturbed and killed."""
 
-    def __init__(self, command: str, folder: Path) -> None:
-        self.command, self.folder = command, folder
+    def __init__(self, command: str, folder: Path, cluster: str = "") -> None:
+        self.command, self.folder, self.cluster = command, folder, cluster
         self.out, self.log = folder / "out", folder / "log.txt"
 
     def words(self, suffix: str, *, again: bool) -> list[str]:
         first, more = COMMANDS[self.command]
-        return [*first.format(suffix=suffix).split(), *(more.split() if again else ())]
+        first = first.format(suffix=suffix, cluster=self.cluster)
+        return [*first.split(), *(more.split() if again else ())]
 
     def clear(self) -> None:
         shutil.rmtree(self.out, ignore_errors=True)
@@ -225,6 +230,30 @@ class Trial:
         run(self.words(suffix, again=True), self.log)
         compare(expected, content(self.out), when)
         return in_time
+
+
+@contextmanager
+def cluster() -> Iterator[str]:
+    """A Ray of this machine with two workers, which outlives the commands that use it."""
+    code = (
+        "import ray, sys; "
+        "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False); "
+        "print(ray.get_runtime_context().gcs_address, flush=True); sys.stdin.read()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"RAY_raylet_start_wait_time_s": "120"},
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    try:
+        yield child.stdout.readline().strip()
+    finally:
+        child.stdin.close()
+        child.wait()
 
 
 def main() -> None:
@@ -257,25 +286,32 @@ def main() -> None:
         for name in ("_TILES", "_BACKBONE_TILES"):
             setattr(plan, name, (256,))
 
+    with cluster() if options.command.endswith("_ray") else nullcontext("") as address:
+        in_time = trials(Trial(options.command, folder, address), options.times, options.seed)
+    if in_time < options.times // 4:
+        sys.exit(f"{options.command}: only {in_time} of {options.times} kills came before the end")
+    print(json.dumps({"command": options.command, "times": options.times, "in_time": in_time}))
+
+
+def trials(trial: Trial, times: int, seed: int) -> int:
+    """Kill a command some times; return how often it was still at work."""
+    folder, command = trial.folder, trial.command
     inputs = content(folder / "photos") | content(folder / "data")
-    trial = Trial(options.command, folder)
-    if options.command == "render":
+    if command == "render":
         run(
             ["fit", "photos/0.png", "-o", "fitted.safetensors", "--views", "2", "--size", "32"],
             trial.log,
         )
-    suffixes = SUFFIXES if options.command == "render" else ("",)
+    suffixes = SUFFIXES if command == "render" else ("",)
     known = {suffix: trial.undisturbed(suffix) for suffix in suffixes}
-    draw = random.Random(options.seed)
+    draw = random.Random(seed)
     in_time = 0
-    for number in range(options.times):
+    for number in range(times):
         suffix = suffixes[number % len(suffixes)]
         expected, seconds = known[suffix]
         in_time += trial.disturbed(suffix, expected, draw.uniform(0, seconds))
     compare(inputs, content(folder / "photos") | content(folder / "data"), "inputs")
-    if in_time < options.times // 4:
-        sys.exit(f"{options.command}: only {in_time} of {options.times} kills came before the end")
-    print(json.dumps({"command": options.command, "times": options.times, "in_time": in_time}))
+    return in_time
 
 
 if __name__ == "__main__":

@@ -27,14 +27,12 @@ def test_a_bound_changes_no_byte(tmp_path, photo, monkeypatch):
     try:
         assert main(["run", str(photo), "-o", str(tmp_path / "free")]) == 0
         seen = []
-        from upfeat import mosaic
+        from upfeat import activations, mosaic
 
-        strips = mosaic.strips
-        monkeypatch.setattr(
-            mosaic, "strips", lambda *args, **kw: seen.append(kw["tile"]) or strips(*args, **kw)
-        )
+        tiles = mosaic._tile_within
+        monkeypatch.setattr(mosaic, "_tile_within", lambda *args: seen.append(1) or tiles(*args))
         # Enough for tiles with their halo, not for the whole.
-        working = 0.5e6 * mosaic.activation_bytes(upfeat.load().backbone)
+        working = 0.5e6 * activations.activation_bytes(upfeat.load().backbone)
         monkeypatch.setattr(run, "_STRIPS", 0)
         bound = resident_memory() + int(working)
         arguments = ["run", str(photo), "-o", str(tmp_path / "tight"), "--max-memory", str(bound)]

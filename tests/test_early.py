@@ -5,8 +5,14 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
 
 import upfeat
+from upfeat import run
+from upfeat.activations import activation_bytes
+from upfeat.mosaic import receptive_halo, see_within
+from upfeat.raster import Features, make_plan
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels
 from upfeat.upsamplers.queries import CellMeans
@@ -99,6 +105,32 @@ def test_windows_of_a_large_image_are_those_of_the_whole(monkeypatch):
     window = upfeat.types.Window(150, 100, 40, 50)
     part = up.render(*up.precompute(kernels, features), window=window)
     torch.testing.assert_close(part, whole[:, :, 150:190, 100:150], rtol=1e-3, atol=1e-4)
+
+
+def test_a_bound_of_memory_does_not_lose_them(tmp_path):
+    """The backbone works in tiles, and run writes what the model gives."""
+    model, x = upfeat.load(Pattern(), early=True), photo(8 * 45, 8 * 40)
+    halo = receptive_halo(model.backbone)
+    assert halo == 0
+    memory = activation_bytes(model.backbone) * (8 * 17) ** 2
+    whole = model.backbone.with_hidden(x)
+    parts = see_within(model.backbone, x, memory, early=True)
+    for part, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, expected, rtol=0, atol=1e-5 * float(expected.max()))
+    path = tmp_path / "photo.png"
+    pixels = (40 * photo(64, 72)[0].permute(1, 2, 0) + 99).clamp(0, 255).byte().numpy()
+    Image.fromarray(pixels).save(path)
+    outputs = run.Outputs(tmp_path / "photo.safetensors", None)
+    run.run_photo(model, path, outputs, dtype=torch.float32)
+    stored = load_file(outputs.features)["features"]
+    expected = model(model.preprocess(path))[0]
+    torch.testing.assert_close(stored, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_rasters_refuse_them():
+    model = upfeat.load(Pattern(), early=True)
+    with pytest.raises(ValueError, match="early=True: rasters are made without early layers"):
+        make_plan((64, 64), model, Features(2, {}))
 
 
 def test_units_of_early_layers_do_not_matter():

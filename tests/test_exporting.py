@@ -18,7 +18,7 @@ from upfeat.cli import main
 from upfeat.exporting import export
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.portable import PORTABLE
-from upfeat.portable.formats import FORMATS, METADATA
+from upfeat.portable.formats import FORMATS, METADATA, READERS
 from upfeat.upsamplers.base import UPSAMPLERS
 
 SMALL = {"query_dim": 8, "levels": 2}
@@ -183,6 +183,94 @@ def test_the_default(kind, upsampler, tmp_path):
     assert json.loads(stored["mean"]) == [0.5, 0.5, 0.5]
     assert stored["stride"] == "16"
     assert stored["backbone_sha256"] == facts["backbone_sha256"]
+
+
+class Asking(nn.Module):
+    """Tokens whose position embeddings are interpolated unless the grid is their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 8, 8)
+        self.positions = nn.Parameter(torch.randn(1, 8, 3, 3))
+
+    def forward(self, x):
+        """As transformers do."""
+        x, positions = self.patches(x), self.positions
+        if x.shape[2] * x.shape[3] != 9 or x.shape[2] != x.shape[3]:
+            positions = nn.functional.interpolate(positions, x.shape[2:], mode="bicubic")
+        return (x + positions).flatten(2).mT
+
+
+def small_transformer(family):
+    """A transformer as its users hold it, with random weights."""
+    if family == "timm":
+        timm = pytest.importorskip("timm", reason="timm is not installed")
+        options = {"embed_dim": 32, "depth": 1, "num_heads": 2, "img_size": 48}
+        return timm.create_model("vit_tiny_patch16_224", **options).eval()
+    if family == "dinov2":
+        library = pytest.importorskip("transformers", reason="transformers is not installed")
+        options = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        config = library.Dinov2Config(**options, image_size=42, patch_size=14)
+        return library.Dinov2Model(config).eval()
+    return Asking()
+
+
+@pytest.mark.slow  # libraries to import, traces, and files that are loaded elsewhere
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        pytest.param("plain", "pt2"),
+        *(
+            pytest.param(family, kind, marks=pytest.mark.exports)
+            for family in ("plain", "timm", "dinov2")
+            for kind in FORMATS
+            if (family, kind) != ("plain", "pt2")
+        ),
+    ],
+)
+@pytest.mark.usefixtures("torchvision_operators")
+def test_transformers_of_any_size(family, kind, tmp_path):
+    """Position embeddings are interpolated in the file, and their own grid is one of many."""
+    needs(kind)
+    model, path = upfeat.load(small_transformer(family), upsampler="bilinear"), f"model.{kind}"
+    facts = export(model, tmp_path / path)
+    assert "size" not in facts
+    own, stride = 3, model.backbone.stride
+    run = READERS[kind](tmp_path / path)
+    for size in ((own * stride, own * stride), (2 * stride, 5 * stride + 3)):
+        x = torch.randn(1, 3, *size)
+        agree(run([x]), model(x))
+    x = torch.randn(2, 3, 150, 61)
+    found, _ = run_elsewhere(tmp_path / path, tmp_path, x)
+    agree(found, model(x))
+
+
+@pytest.mark.slow  # a trace and a reload
+def test_what_nothing_reads_is_left_out(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 4096, 3, padding=1))
+    model = upfeat.load(upfeat.load_backbone(network, layer="0"), upsampler="nearest")
+    export(model, tmp_path / "model.pt2")
+    assert (tmp_path / "model.pt2").stat().st_size < 4 * network[1].weight.numel()
+    x = torch.randn(2, 3, 33, 50)
+    agree(torch.export.load(tmp_path / "model.pt2").module()(x), model(x))
+
+
+def test_models_of_one_size_say_so(tmp_path):
+    """Tiles are a loop over places, which no graph of any size holds."""
+
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches = nn.Conv2d(3, 6, 8, 8)
+            self.positions = nn.Parameter(torch.zeros(1, 6, 4, 4))
+
+        def forward(self, x):
+            """As models of one size do."""
+            return self.patches(x) + self.positions
+
+    model = upfeat.load(upfeat.load_backbone(Fixed(), input_size=32), upsampler="nearest")
+    with pytest.raises(ValueError, match=r"tiled over others.*give size=\(height, width\), or"):
+        export(model, tmp_path / "model.pt2")
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from upfeat.mosaic import (
     Strip,
     backbone_tiles,
     extract_tile,
-    extract_within,
     join_tiles,
     receptive_halo,
+    see_within,
     strips,
 )
 from upfeat.types import Window
@@ -155,8 +155,8 @@ def test_a_bound_of_memory_changes_nothing_but_the_tiles():
     whole = backbone(x)
     side = 8 * (16 + 2 * receptive_halo(backbone)) + 8
     bound = activation_bytes(backbone) * side**2
-    assert_alike(extract_within(backbone, x, bound), whole)
+    assert_alike(see_within(backbone, x, bound)[0], whole)
     with pytest.raises(ValueError, match=r"too little for Sequential; tiles of 128 pixels need"):
-        extract_within(backbone, x, bound / 4)
+        see_within(backbone, x, bound / 4)
     with pytest.raises(ValueError, match="cannot work in tiles"):
-        extract_within(load_backbone(Global()), x, 1000)
+        see_within(load_backbone(Global()), x, 1000)

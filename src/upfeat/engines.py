@@ -25,10 +25,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from upfeat.bounds import shown, whole
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _SECONDS = 10
+_MOST_WORKERS = 1 << 16
 _AHEAD = 2
 """Tasks that wait at each worker."""
 
@@ -52,12 +55,13 @@ class Engine:
         """Check the settings.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: one is out of range, or of no use.
         """
         if self.name not in ("local", "ray"):
             raise ValueError(f'engine="{self.name}" must be local or ray')
-        if self.workers is not None and self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be 1 or more")
+        whole("workers", self.workers, 1, _MOST_WORKERS, optional=True)
+        if self.address is not None and self.name != "ray":
+            raise ValueError(f'address={shown(self.address)} is for engine="ray"')
 
     @property
     def threads(self) -> int:
@@ -196,10 +200,14 @@ def _connected(ray: Any, engine: Engine) -> Iterator[None]:
     else:
         _check_answers(engine.address)
         options["address"] = engine.address
+    # On a machine that is busy with other work, Ray's own 30 seconds are too few.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises what it likes, also plain exceptions
         reason = " ".join(str(error).split())
+        if engine.address is None:
+            raise ValueError(f"engine=ray: Ray does not start here ({reason})") from None
         raise ValueError(f'address="{engine.address}": no Ray cluster answers ({reason})') from None
     try:
         yield

@@ -16,7 +16,14 @@ from upfeat.backbones.libraries import import_library
 from upfeat.heads import SavedHead, load_head
 from upfeat.model import FeatUp
 from upfeat.portable.form import FixedForm, Form, form_of
-from upfeat.portable.formats import READERS, WRITERS, check_format, without_questions
+from upfeat.portable.formats import (
+    READERS,
+    WRITERS,
+    check_format,
+    quiet_exporter,
+    without_questions,
+    without_unused,
+)
 from upfeat.portable.model import PortableModel, PortableUpsampler
 from upfeat.provenance import digest, identify_backbone, identify_upsampler
 from upfeat.scales import SecondScale
@@ -128,6 +135,13 @@ class _Task:
             form = form_of(model, self.head)
             self.module = PortableUpsampler(form, stride)
         assert isinstance(form, Form)
+        if size is None and getattr(getattr(model, "backbone", None), "fit", None) == "tile":
+            assert isinstance(model, FeatUp)
+            raise ValueError(
+                f"{model.backbone.name} takes one size of images and is tiled over others, which "
+                "cannot be exported for any size; give size=(height, width), or load the backbone "
+                'with fit="resize"'
+            )
         if size is None and isinstance(form, FixedForm):
             raise ValueError(
                 f"{self.upsampler.name} cannot be exported for any size: what a pixel sees is a "
@@ -226,14 +240,14 @@ class _Task:
             least = dim(min=self.least)
             shapes = (*shapes[:-1], {0: dim, 2: least, 3: least})
         try:
-            with torch.no_grad(), without_questions():
+            with torch.no_grad(), without_questions(), quiet_exporter():
                 program = torch.export.export(
                     self.module,
                     inputs,
                     dynamic_shapes=shapes,
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )
-            return _without_conditions(program)
+            return without_unused(_without_conditions(program))
         except Exception as error:
             raise self._refusal(error) from error
 
@@ -276,6 +290,7 @@ def _measure(task: _Task, run: Callable[[Sequence[Tensor]], Tensor]) -> float:
         ValueError: it is too large, or the file cannot be run.
     """
     cells, least = task.cells, task.least
+    fix = "" if task.size else "; give size=(height, width) of the images to come"
     sizes = [(3 * cells, 6 * cells), (7 * cells + cells // 2 + 1, 3 * cells - 1)]
     found = 0.0
     for batch, (height, width) in enumerate(sizes if task.size is None else [task.size], start=1):
@@ -286,15 +301,18 @@ def _measure(task: _Task, run: Callable[[Sequence[Tensor]], Tensor]) -> float:
             out = run(inputs)
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
-            raise ValueError(f"the exported file does not run at {size}: {reason}") from error
+            raise ValueError(f"the exported file does not run at {size}: {reason}{fix}") from error
         if out.shape != expected.shape:
             raise ValueError(
-                f"the exported file gives {tuple(out.shape)} at {size}, not {tuple(expected.shape)}"
+                f"the exported file gives {tuple(out.shape)} at {size}, not "
+                f"{tuple(expected.shape)}{fix}"
             )
         error = float((out - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         found = max(found, error)
         if not error < TOLERANCE:
-            raise ValueError(f"the exported file differs from the model by {error:.1e} at {size}")
+            raise ValueError(
+                f"the exported file differs from the model by {error:.1e} at {size}{fix}"
+            )
     return found
 
 

@@ -15,7 +15,7 @@ from upfeat.budget import free_bytes
 from upfeat.features import UpsampledFeatures, blank, require_upsampler
 from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import parse_memory
-from upfeat.mosaic import extract_within
+from upfeat.mosaic import see_within
 from upfeat.scales import FINER_WEIGHTS, PASSES, SecondScale, Translation, guidance_for
 from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
@@ -155,12 +155,10 @@ class FeatUp(nn.Module):
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features of an image, and its earlier layers if they are made use of."""
-        if self.early:
-            return self.backbone.with_hidden(x)
         if self.max_memory is None or (torch.is_grad_enabled() and self._trains(x)):
-            return self.backbone(x), None
-        free = free_bytes(self.max_memory)
-        return extract_within(self.backbone, x, free, label=f"max_memory={self.max_memory}"), None
+            return self.backbone.with_hidden(x) if self.early else (self.backbone(x), None)
+        free, label = free_bytes(self.max_memory), f"max_memory={self.max_memory}"
+        return see_within(self.backbone, x, free, early=self.early, label=label)
 
     def _trains(self, x: Tensor) -> bool:
         return x.requires_grad or any(one.requires_grad for one in self.backbone.parameters())
@@ -283,8 +281,8 @@ def load(
             the stride, and all else is as with 1.
         early: let the detail upsampler's regression see what earlier layers of the backbone say of
             finer cells, at no cost to speak of; for backbones that tell, as the embedded ones do.
-            It is part of the model and of what :meth:`FeatUp.lazy` gives and saves; tools that work
-            in tiles go without.
+            It is part of the model and of what :meth:`FeatUp.lazy` gives and saves; rasters are
+            refused.
         max_memory: see :class:`FeatUp`.
         translation: for ``passes=5``, what :func:`upfeat.scales.fit_translation` learnt for this
             backbone, or a file of it; ``None`` for the shipped one, and where there is none to

@@ -19,7 +19,7 @@ from upfeat.activations import activation_bytes
 from upfeat.backbones import Backbone
 from upfeat.machine import readable
 from upfeat.tiling import Tile, overlapping, raised_cosine, split
-from upfeat.types import Size, Window
+from upfeat.types import Size, Window, scaled
 from upfeat.upsamplers.maps import cut, inside
 
 Read = Callable[[Window], Tensor]
@@ -251,8 +251,10 @@ def _extract(backbone: Backbone, read: Read, cells: Window) -> Tensor:
 
 
 @torch.no_grad()
-def extract_within(backbone: Backbone, x: Tensor, memory: float, *, label: str = "image") -> Tensor:
-    """Compute an image's coarse features within a bound of memory.
+def see_within(
+    backbone: Backbone, x: Tensor, memory: float, *, early: bool = False, label: str = "image"
+) -> tuple[Tensor, Tensor | None]:
+    """Compute an image's coarse features, and early layers, within a bound of memory.
 
     The whole image goes through the backbone where that fits, otherwise tiles whose halo makes them
     exact.
@@ -261,20 +263,48 @@ def extract_within(backbone: Backbone, x: Tensor, memory: float, *, label: str =
         backbone: in eval mode.
         x: (B, 3, H, W), normalised.
         memory: bytes that may be held beside the image and the result.
+        early: compute what :meth:`Backbone.with_hidden` says of earlier layers too.
         label: what errors call the image.
 
     Returns:
-        (B, C, h, w).
+        (B, C, h, w), and (B, D, h', w') or ``None``.
 
     Raises:
         ValueError: the bound is too small for this backbone.
     """
     a_pixel = activation_bytes(backbone)
     if len(x) > 1 and x.shape[2] * x.shape[3] * len(x) * a_pixel > memory:
-        images = [extract_within(backbone, one, memory, label=label) for one in x.split(1)]
-        return torch.cat(images)
+        images = [see_within(backbone, y, memory, early=early, label=label) for y in x.split(1)]
+        features, hidden = zip(*images, strict=True)
+        return torch.cat(features), torch.cat(hidden) if hidden[0] is not None else None
     if len(x) * x.shape[2] * x.shape[3] * a_pixel <= memory:
-        return backbone(x)
+        return backbone.with_hidden(x) if early else (backbone(x), None)
+    halo, tile = _tile_within(backbone, x, memory, a_pixel, label)
+    height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
+    if (height, width) != tuple(x.shape[2:]):
+        x = F.interpolate(
+            x, size=(height, width), mode="bilinear", align_corners=False, antialias=True
+        )
+    grid = (height // backbone.stride, width // backbone.stride)
+    out: list[Tensor] = []
+    for piece in split(grid, tile, halo=halo):
+        seen = cut(x, scaled(piece.outer, backbone.stride))
+        maps = backbone.with_hidden(seen) if early else (backbone(seen), None)
+        for index, values in enumerate(one for one in maps if one is not None):
+            # Early layers are on a finer grid.
+            factor = values.shape[2] // piece.outer.height
+            if index == len(out):
+                shape = (*values.shape[:2], factor * grid[0], factor * grid[1])
+                out.append(values.new_empty(shape))
+            place = cut(out[index], scaled(piece.core, factor))
+            place.copy_(cut(values, scaled(piece.inner, factor)))
+    return out[0], out[1] if len(out) > 1 else None
+
+
+def _tile_within(
+    backbone: Backbone, x: Tensor, memory: float, a_pixel: float, label: str
+) -> tuple[int, int]:
+    """Halo and side of the tiles that a bound of memory allows, cells."""
     halo, stride = receptive_halo(backbone), backbone.stride
     if halo is None:
         raise ValueError(
@@ -290,19 +320,7 @@ def extract_within(backbone: Backbone, x: Tensor, memory: float, *, label: str =
             f"tiles of {_LEAST_TILE * stride} pixels need about {readable(least)}; give a smaller "
             "size, or more memory"
         )
-    height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
-    if (height, width) != tuple(x.shape[2:]):
-        x = F.interpolate(
-            x, size=(height, width), mode="bilinear", align_corners=False, antialias=True
-        )
-    parts = strips(
-        backbone,
-        lambda window: x[:, :, window.top : window.bottom, window.left : window.right],
-        (height // stride, width // stride),
-        tile=tile,
-        halo=halo,
-    )
-    return torch.cat([part.features for part in parts], dim=2)
+    return halo, tile
 
 
 class Rows:

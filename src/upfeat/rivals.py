@@ -36,7 +36,8 @@ class Row:
 
     name: str
     way: str
-    """"ours", "plain", or "floor": the encoders' convolutions alone, as matrix products."""
+    """"ours"; "high", the same under ``torch.set_float32_matmul_precision("high")``; "plain"; or
+    "floor": the encoders' convolutions alone, as matrix products."""
     grid: int
     size: int
     channels: int
@@ -106,6 +107,7 @@ def _measure(
     default = create_upsampler(None)
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: upsampler(features, image),
+        "high": lambda: _less_precise(upsampler, features, image),
         "plain": lambda: plain(upsampler, features, image, (size, size)),
         "floor": lambda: floor(upsampler, size * size),
         "detail": lambda: default(features, image),
@@ -131,8 +133,8 @@ def _measure(
 
     return [
         Row(
-            upsampler.name if way in ("ours", "plain", "floor") else way,
-            way if way in ("ours", "plain", "floor") else "ours" if way == "detail" else "PyTorch",
+            way if way in ("detail", "bilinear") else upsampler.name,
+            {"detail": "ours", "bilinear": "PyTorch"}.get(way, way),
             grid,
             size,
             CHANNELS,
@@ -142,6 +144,15 @@ def _measure(
         )
         for way in ways
     ]
+
+
+def _less_precise(upsampler: AttentionUpsampler, features: Tensor, image: Tensor) -> Tensor:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        return upsampler(features, image)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def floor(upsampler: AttentionUpsampler, pixels: int) -> None:

@@ -18,7 +18,7 @@ from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.features import UpsampledFeatures
 from upfeat.marks import FEATURES, encode_picture
 from upfeat.model import FeatUp
-from upfeat.mosaic import extract_within
+from upfeat.mosaic import see_within
 from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outputs, watched
 from upfeat.provenance import identify_backbone, identify_upsampler
 from upfeat.storage import ArrayFile, create_array, replacing
@@ -90,11 +90,13 @@ def run_photo(
     recipe = _recipe(source, made_by, size, dtype, reading)
     # Not inference_mode, of whose tensors a map keeps copies to know whether they change.
     with torch.no_grad():
-        coarse = extract_within(model.backbone, x, 0.9 * free_bytes(max_memory), label=str(photo))
+        coarse, hidden = see_within(
+            model.backbone, x, 0.9 * free_bytes(max_memory), early=model.early, label=str(photo)
+        )
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
         shown = None if outputs.picture is None else _image(model, x)
         lazy = UpsampledFeatures(
-            coarse, _guidance(model, x), model.upsampler, max_memory=max_memory
+            coarse, _guidance(model, x), model.upsampler, hidden=hidden, max_memory=max_memory
         )
         del x
         _write(outputs, lazy, shown, dtype, facts, photo)
@@ -187,10 +189,11 @@ def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
 
 def describe_model(model: FeatUp) -> dict[str, str]:
     """Names for all that decides the features of an image: backbone, upsampler, their weights."""
-    return {
+    described = {
         "backbone_identity": identify_backbone(model.backbone),
         "upsampler_identity": identify_upsampler(model.upsampler),
     }
+    return described | ({"early": "True"} if model.early else {})
 
 
 def recipe_of(

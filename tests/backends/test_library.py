@@ -54,6 +54,19 @@ def test_a_library_of_another_build_is_refused():
         assert "\n" not in reason
 
 
+def test_less_precision_where_pytorch_is_told_so(monkeypatch):
+    """PyTorch's setting: "high" is the sum of two bfloat16, and nobody has it without asking."""
+    monkeypatch.delenv("UPFEAT_CPU_ISA", raising=False)
+    exact = library.library_info()
+    try:
+        torch.set_float32_matmul_precision("high")
+        told = library.library_info()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert exact["isa"] != "amx_high"
+    assert told["isa"] == exact["available"][-1]
+
+
 @pytest.mark.parametrize("operator", WINDOWED)
 @pytest.mark.parametrize("size", [(8, 6), (9, 7), (4, 3), (3, 11)])
 def test_gradients_equal_the_reference(operator, size):

@@ -35,7 +35,7 @@ def test_table_and_file(tmp_path, monkeypatch, capsys):
     assert main(["bench", "--rivals", "--repeats", "1", "-o", str(target)]) == 0
     assert "anyup" in capsys.readouterr().out
     rows = json.loads(target.read_text())["rows"]
-    assert [row["way"] for row in rows[:3]] == ["ours", "plain", "floor"]
+    assert [row["way"] for row in rows[:4]] == ["ours", "high", "plain", "floor"]
     assert all(row["seconds"] > 0 for row in rows)
     assert main(["bench", "--rivals", str(tmp_path / "none.pth")]) == 2
     assert "no such file" in capsys.readouterr().err

@@ -87,6 +87,16 @@ def test_heads_and_other_output_sizes(name):
         close(form_of(upsampler, head)(features, guidance, size), expected)
 
 
+def test_the_nearest_cell_of_pixels_between_two():
+    nearest = upfeat.Nearest()
+    for cells in range(1, 12):
+        for length in range(1, 70):
+            features = torch.arange(float(cells)).view(1, 1, cells, 1)
+            guidance = torch.zeros(1, 3, length, 1)
+            expected = nearest(features, guidance)
+            assert torch.equal(form_of(nearest, Head())(features, guidance), expected)
+
+
 def test_an_image_without_any_colour_has_an_inverse():
     upsampler, (features, _) = made("detail"), inputs((6, 7), (48, 56))
     grey = torch.zeros(2, 3, 48, 56)
@@ -132,4 +142,4 @@ def test_interpolation_is_pytorchs(target):
 def test_slots_hold_every_pixel_once(length, cells):
     found = axes.slots(length, cells, torch.device("cpu"))
     assert sorted(found.pixels[found.filled].tolist()) == list(range(length))
-    assert torch.equal(found.pixels.flatten()[found.slots], torch.arange(length))
+    assert torch.equal(found.pixels[found.own, found.place], torch.arange(length))

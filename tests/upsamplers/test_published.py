@@ -270,13 +270,16 @@ def test_windows_of_cells():
 @pytest.mark.slow
 @pytest.mark.skipif(not CHECKPOINTS.is_dir(), reason="no ../shared beside this checkout")
 @pytest.mark.parametrize(("file", "cases"), CASES)
-def test_published_cases(file, cases):
+def test_published_cases(file, cases, request):
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
     upsampler = upfeat.load_upsampler(CHECKPOINTS / file)
     for path in sorted((CHECKPOINTS / "cases").glob(f"{cases}*.npz")):
         case = np.load(path)
         image, features = (torch.from_numpy(case[name]) for name in ("image", "features"))
         expected = torch.from_numpy(case["output"]).double()
         size = tuple(case["output_size"].tolist())
-        assert error(upsampler(features, image, size), expected) < 1e-5, path.name
+        for precision in ("high", "highest"):
+            torch.set_float32_matmul_precision(precision)
+            assert error(upsampler(features, image, size), expected) < 1e-5, path.name
         found = upsampler(features.bfloat16(), image.bfloat16(), size)
         assert error(found, expected) < 2e-2, path.name

@@ -48,13 +48,12 @@ class Backbone(nn.Module, ABC):
         """Record what callers may rely on.
 
         Raises:
-            ValueError: a number is below 1, or mean and std do not have a value for each channel.
+            ValueError: a number is no whole one of at least 1, or mean and std do not have a value
+                for each channel.
         """
         super().__init__()
-        numbers = {"embed_dim": embed_dim, "stride": stride, "in_channels": in_channels}
-        for label, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{label}={value} must be 1 or more")
+        embed_dim, stride = whole("embed_dim", embed_dim), whole("stride", stride)
+        in_channels = whole("in_channels", in_channels)
         self._normalization = check_normalization(mean, std, in_channels)
         self.name = name
         self.in_channels = in_channels

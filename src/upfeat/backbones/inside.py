@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from upfeat.backbones.outputs import concatenate
@@ -35,7 +36,9 @@ class LayerFeatures(nn.Module):
         def keep(name: str) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 found[name] = output
-                if len(found) == len(self.names):
+                # Whatever traces for an export must see every module end; what nothing reads of
+                # the rest is left out of the program.
+                if len(found) == len(self.names) and not _exporting():
                     raise _Done
 
             return hook
@@ -95,6 +98,10 @@ def outputs_inside(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _exporting() -> bool:
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 class _Done(Exception):

@@ -63,9 +63,18 @@ class Layout(NamedTuple):
 
     def _grid(self, count: int, image: Size) -> Size:
         """The grid of that many tokens; cells that reach beyond the image may count or not."""
+        down, across = (length * self.cells for length in image)
+        whole = (down // self.side, across // self.side)
+        rests = (down % self.side, across % self.side)
+        # In whole numbers where they suffice: a program that is traced knows no others.
+        if rests == (0, 0) and whole[0] * whole[1] == count - self.prefix_tokens:
+            return whole
         exact = [length * self.cells / self.side for length in image]
-        down, up = [int(value + 1e-6) for value in exact], [-int(-value + 1e-6) for value in exact]
-        for grid in ((round(exact[0]), round(exact[1])), (down[0], down[1]), (up[0], up[1])):
+        less, more = (
+            [int(value + 1e-6) for value in exact],
+            [-int(-value + 1e-6) for value in exact],
+        )
+        for grid in ((round(exact[0]), round(exact[1])), (less[0], less[1]), (more[0], more[1])):
             if grid[0] * grid[1] == count - self.prefix_tokens:
                 return grid
         return round(exact[0]), round(exact[1])

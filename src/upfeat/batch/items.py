@@ -7,7 +7,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
@@ -48,7 +48,8 @@ def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
 
     Raises:
         FileNotFoundError: a source is not there.
-        ValueError: two sources would give the same keys.
+        ValueError: a folder holds no image, a list is no text, or two sources would give the same
+            keys.
     """
     prefixes: dict[str, Path] = {}
     for source in map(Path, sources):
@@ -87,18 +88,25 @@ def _folder(folder: Path, prefix: str) -> Iterator[Item | Damaged]:
     except OSError as error:
         yield Damaged(folder.name, str(error))
         return
+    if not photos:
+        raise ValueError(f"{folder}: no image file in this folder")
     for name in sorted(photo.path.relative_to(folder).as_posix() for photo in photos):
         yield Item(prefix + name, (folder / name).read_bytes)
 
 
 def _list(path: Path) -> Iterator[Item | Damaged]:
     seen: set[str] = set()
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no list of names in UTF-8 ({error})") from None
+    for line in text.splitlines():
         name = line.strip()
         if not name or name.startswith("#"):
             continue
         file = path.parent / name
-        key = name.lstrip("/").replace("../", "")
+        # Never out of the folder of results, whatever the list says.
+        key = "/".join(part for part in PurePath(name).parts if part not in (file.anchor, ".."))
         if key in seen:
             yield Damaged(key, "stands in the list twice")
             continue
@@ -126,6 +134,8 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                     yield Damaged(key, "the archive is truncated")
                     return
                 yield Item(key, io.BytesIO(content).getvalue)
+        if path.stat().st_size % tarfile.BLOCKSIZE:  # a header cut off is an end for tarfile
+            yield Damaged(path.name, "the archive is truncated")
     except (tarfile.TarError, EOFError, OSError) as error:
         yield Damaged(path.name, f"a damaged archive ({error})")
 

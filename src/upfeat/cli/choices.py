@@ -51,6 +51,7 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     """Declare ``--backbone`` and ``--layer``."""
     parser.add_argument(
         "--backbone",
+        type=name_of,
         default=DEFAULT_BACKBONE,
         metavar="NAME",
         help=f"{BACKBONE_HELP} (default: %(default)s)",
@@ -83,6 +84,13 @@ def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
     if not layers:
         return backbone
     return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"
+
+
+def name_of(text: str) -> str:
+    """Read a name; an empty one is an unset variable of the shell."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f'"{text}" is empty; leave it out for the default')
+    return text
 
 
 def bands_of(text: str) -> list[int]:

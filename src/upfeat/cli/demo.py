@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from upfeat.cli.choices import BACKBONE_HELP
+from upfeat.cli.choices import BACKBONE_HELP, name_of
 
 HELP = "Serve a web page to try features on: click, paint, compare."
 EXAMPLE = "  upfeat demo\n  upfeat demo --upsampler published.safetensors --port 8000"
@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "--backbone",
+        type=name_of,
         action="append",
         default=[],
         metavar="NAME",

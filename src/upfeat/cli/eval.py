@@ -12,6 +12,7 @@ from upfeat.cli.choices import (
     BASELINES,
     DEFAULT_BACKBONE,
     add_layer,
+    name_of,
     with_layers,
 )
 from upfeat.evaluation.tasks import list_tasks
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backbone",
+        type=name_of,
         metavar="NAME",
         help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}, for cam {DEFAULT_BACKBONE}.stride32)",
     )

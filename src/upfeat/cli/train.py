@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, with_layers
+from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, name_of, with_layers
 from upfeat.settings import add_flags, settings_of
 from upfeat.training.config import PRESETS, TrainConfig
 
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backbone",
+        type=name_of,
         nargs="+",
         metavar="NAME",
         help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}); of several, an upsampler that serves "

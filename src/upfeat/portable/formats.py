@@ -59,6 +59,26 @@ def without_questions() -> Iterator[None]:
         yield
 
 
+def without_unused(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """Take out parameters and buffers that nothing reads, as of layers behind the chosen one."""
+    graph, signature = program.graph, program.graph_signature
+    unused = {
+        node.name: node for node in graph.nodes if node.op == "placeholder" and not node.users
+    }
+    kept, dropped = [], []
+    for one in signature.input_specs:
+        (kept if one.target is None or one.arg.name not in unused else dropped).append(one)
+    signature.input_specs[:] = kept
+    for one in dropped:
+        graph.erase_node(unused[one.arg.name])
+    names = {one.target for one in kept}
+    for values in (program.state_dict, program.constants):
+        for name in {one.target for one in dropped} - names:
+            values.pop(name, None)
+    program.graph_module.recompile()
+    return program
+
+
 def _write_program(
     program: torch.export.ExportedProgram, path: Path, facts: dict[str, str], *_: Any
 ) -> None:
@@ -84,7 +104,7 @@ def _write_onnx(
     names: Sequence[str],
     stride: int,
 ) -> None:
-    with without_questions(), _quiet_exporter():
+    with without_questions(), quiet_exporter():
         found = torch.onnx.export(
             program,
             input_names=list(names),
@@ -109,15 +129,17 @@ def _write_onnx(
 
 
 @contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """Keep the exporter's notes on operators of other libraries to itself."""
-    log = logging.getLogger("torch.onnx")
-    before = log.level
-    log.setLevel(logging.ERROR)
+def quiet_exporter() -> Iterator[None]:
+    """Keep notes on operators of other libraries, and on the example's answers, to themselves."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental")]
+    before = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        log.setLevel(before)
+        for log, level in zip(logs, before, strict=True):
+            log.setLevel(level)
 
 
 def _read_onnx(path: Path) -> Callable[[Sequence[Tensor]], Tensor]:

@@ -60,7 +60,11 @@ class _Interpolation(Form):
 
 @PORTABLE.register
 class PortableNearest(Form):
-    """:class:`Nearest` as a graph: by index, since formats round halves in their own ways."""
+    """:class:`Nearest` as a graph: by index, since formats round halves in their own ways.
+
+    Where a pixel's centre lies between two cells, PyTorch's rounding in float32 decides, and here
+    too.
+    """
 
     name = Nearest.name
 
@@ -68,9 +72,10 @@ class PortableNearest(Form):
         """See :meth:`Form.kernels`."""
         target = guidance.shape[2:] if size is None else size
         for axis, length in zip((2, 3), target, strict=True):
-            pixels = torch.arange(length, device=features.device)
-            own = (2 * pixels + 1) * features.shape[axis] // (2 * length)
-            features = features.index_select(axis, own)
+            cells, device = features.shape[axis], features.device
+            scale = torch.arange(cells, cells + 1, device=device).float() / length
+            own = ((torch.arange(length, device=device) + 0.5) * scale).floor().long()
+            features = features.index_select(axis, own.clamp(max=cells - 1))
         return features
 
 

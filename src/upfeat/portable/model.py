@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,4 +79,17 @@ def known_alone(length: int) -> int:
     torch._check(alone >= 2)
     torch._check(alone < 1 << 16)
     assert isinstance(alone, int | torch.SymInt)
+    _answer_by_example(alone, length)
     return alone
+
+
+def _answer_by_example(alone: int | torch.SymInt, length: torch.SymInt) -> None:
+    """Let questions about a length be answered as the traced example answers them.
+
+    Backbones ask whether a grid is their own before they interpolate position embeddings. The
+    example's is not, and what interpolation makes of embeddings of the same size is themselves.
+    """
+    node: Any = alone.node if isinstance(alone, torch.SymInt) else None
+    answers = getattr(getattr(node, "shape_env", None), "real_tensor_prop_unbacked_vals", None)
+    if answers is not None and length.node.hint is not None:
+        answers[node.expr] = length.node.hint

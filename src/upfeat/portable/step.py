@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 from upfeat.portable import axes
 from upfeat.types import Size
-from upfeat.upsamplers.encoder import PyramidEncoder, pointwise
+from upfeat.upsamplers.encoder import PyramidEncoder
+
+OUT_OF_REACH = -1e6
+"""Added to the logits of cells that do not count: finite, since 0 times it must be 0."""
 
 
 def encode(encoder: PyramidEncoder, guidance: Tensor, size: Size | None = None) -> Tensor:
@@ -32,11 +35,11 @@ def encode(encoder: PyramidEncoder, guidance: Tensor, size: Size | None = None) 
             axes.pooled(width, (width + 1) // 2, device, most=3),
         )
         scales.append(correction(halved))
-    out = pointwise(encoder.join[-1], scales.pop())
+    out = encoder.join[-1](scales.pop())
     for join in reversed(encoder.join[:-1]):  # pyright: ignore[reportArgumentType]
         finer = scales.pop()
         above = F.interpolate(out, size=finer.shape[-2:], mode="bilinear", align_corners=False)
-        out = pointwise(join, finer) + above
+        out = join(finer) + above
     return unit(out if size is None else axes.resize(out, size))
 
 
@@ -46,8 +49,17 @@ def unit(x: Tensor) -> Tensor:
     return x / length.clamp(min=torch.finfo(x.dtype).tiny)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """(B, K, H, W) -> (B, H·W, K): a row of channels for each place, as run-times copy best."""
+    return x.flatten(2).mT
+
+
 class Layout:
-    """Pixels of an output laid out by the cells of a grid, and the cells around each."""
+    """Pixels of an output laid out by the cells of a grid, and the cells around each.
+
+    Everything is moved a row of channels at a time, by one gather: maps with six axes transposed,
+    value by value, took three quarters of a graph's time.
+    """
 
     def __init__(self, output: Tensor, grid: Tensor, radius: int) -> None:
         """Read the sizes off two maps.
@@ -63,53 +75,62 @@ class Layout:
             axes.slots(length, cells, device)
             for length, cells in zip(self.size, self.grid, strict=True)
         )
-        self.rows, self.columns = (axes.around(cells, radius, device) for cells in self.grid)
+        rows, columns = (axes.around(cells, radius, device) for cells in self.grid)
+        self._cells = _pairs(rows, columns, self.grid[1])  # (h·w, (2r+1)²)
+        self._pixels = _pairs(self.down.pixels, self.across.pixels, self.size[1])  # (h·w, P)
+        high, wide = self.down.pixels.shape[1], self.across.pixels.shape[1]
+        cell = self.down.own[:, None] * self.grid[1] + self.across.own
+        place = self.down.place[:, None] * wide + self.across.place
+        self._slots = (cell * (high * wide) + place).flatten()  # (H·W,), through all cells
 
     def pixels(self, x: Tensor) -> Tensor:
         """(B, K, H, W) -> (B, h·w, P, K), the pixels of every cell."""
-        x = axes.read(axes.read(x, 3, self.across.pixels), 2, self.down.pixels)
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+        return axes.read(rows_of(x), 1, self._pixels)
 
-    def cells(self, x: Tensor) -> Tensor:
-        """(B, K, h, w) -> (B, h·w, (2r+1)², K), the cells around every cell."""
-        x = axes.read(axes.read(x, 3, self.columns), 2, self.rows)
-        return x.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+    def cells(self, rows: Tensor) -> Tensor:
+        """(B, h·w, K) -> (B, h·w, (2r+1)², K), the cells around every cell."""
+        return axes.read(rows, 1, self._cells)
 
     def image(self, x: Tensor) -> Tensor:
         """The way back from :meth:`pixels`: (B, h·w, P, K) -> (B, K, H, W)."""
-        (height, down), (width, across) = self.down.pixels.shape, self.across.pixels.shape
-        x = x.unflatten(2, (down, across)).unflatten(1, (height, width))
-        x = x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, K, h·P, w·P')
-        return x.index_select(2, self.down.slots).index_select(3, self.across.slots)
+        rows = x.flatten(1, 2).index_select(1, self._slots)  # (B, H·W, K)
+        return rows.mT.unflatten(2, self.size)
 
-    def away(self) -> tuple[Tensor, Tensor]:
-        """Squared distances of pixels to the cells around, and which are out of reach.
+    def nearness(self, sharpness: Tensor) -> Tensor:
+        """Logits of the distance of pixels to the cells around, (h·w, P, (2r+1)²).
 
-        In cells; (h·w, P, (2r+1)²) both.
+        Less what all cells of a pixel have in common. Cells out of reach, see
+        :func:`upfeat.geometry.cell_distances`, have :data:`OUT_OF_REACH`.
         """
-        down, below = self._away(self.size[0], self.grid[0], self.down, self.radius)
-        across, beside = self._away(self.size[1], self.grid[1], self.across, self.radius)
-        # (h, P, n) and (w, P', n) -> (h, w, P, P', n, n)
-        squared = down[:, None, :, None, :, None] + across[None, :, None, :, None, :]
-        far = below[:, None, :, None, :, None] | beside[None, :, None, :, None, :]
-        return tuple(  # pyright: ignore[reportReturnType]
-            one.flatten(4, 5).flatten(2, 3).flatten(0, 1) for one in (squared, far)
+        down, across = (
+            self._along(length, slots, sharpness)
+            for length, slots in zip(self.size, (self.down, self.across), strict=True)
         )
+        count = 2 * self.radius + 1
+        # (h, P, n) and (w, P', n) -> (h, w, P, P', n·n), with the taps innermost and copied whole
+        down = down.repeat_interleave(count, 2)[:, None, :, None]
+        across = across.repeat(1, 1, count)[None, :, None, :]
+        return (down + across).flatten(2, 3).flatten(0, 1)
 
-    @staticmethod
-    def _away(length: int, cells: int, slots: axes.Slots, radius: int) -> tuple[Tensor, Tensor]:
-        """See :func:`upfeat.geometry.cell_distances`; (cells, P, 2r+1)."""
-        device = slots.pixels.device
-        offset = torch.arange(-radius, radius + 1, device=device)
-        centre = torch.arange(cells, device=device)[:, None] + offset  # (cells, n)
-        apart = (2 * slots.pixels[:, :, None] + 1) * cells - (2 * centre[:, None] + 1) * length
+    def _along(self, length: int, slots: axes.Slots, sharpness: Tensor) -> Tensor:
+        """The same along one axis, (cells, P, 2r+1): −s·(a − δ)² + s·a² = s·δ·(2·a − δ)."""
+        radius = self.radius
+        offset = torch.arange(-radius, radius + 1, device=slots.away.device)
+        apart = slots.away[:, :, None] - 2 * length * offset
         far = apart.abs() > ((2 * radius + 1) * 10_000 - 2) * length // 10_000
-        return (apart.float() / (2 * length)).square(), far
+        away = slots.away.float()[:, :, None] / length  # 2·a
+        return sharpness * offset * (away - offset) + OUT_OF_REACH * far.float()
 
     def filled(self) -> Tensor:
         """A mask of the slots that are pixels of their cell, (h·w, P)."""
         both = self.down.filled[:, None, :, None] & self.across.filled[None, :, None, :]
         return both.flatten(2, 3).flatten(0, 1)
+
+
+def _pairs(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """(h, n) rows and (w, m) columns -> (h·w, n·m) places of a map of that width."""
+    places = rows[:, None, :, None] * width + columns[None, :, None, :]
+    return places.flatten(2, 3).flatten(0, 1)
 
 
 class Step(nn.Module):
@@ -134,30 +155,27 @@ class Step(nn.Module):
             queries: (B, D, H, W).
             keys: (B, D, h, w).
         """
-        products = layout.pixels(queries) @ layout.cells(keys).mT
-        squared, far = layout.away()
-        logits = self.temperature * products - squared * self.sharpness
-        return logits.masked_fill(far, -torch.inf).softmax(3)
+        around = layout.cells(rows_of(self.temperature * keys))
+        products = layout.pixels(queries) @ around.mT
+        return (products + layout.nearness(self.sharpness)).softmax(3)
 
     def forward(self, layout: Layout, weights: Tensor, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
-        features = self.corrected(layout, weights, features)
-        return layout.image(weights @ layout.cells(features))
+        rows = self.corrected(layout, weights, rows_of(features))
+        return layout.image(weights @ layout.cells(rows))
 
-    def corrected(self, layout: Layout, weights: Tensor, features: Tensor) -> Tensor:
-        """Features with what is lost when the output is averaged over cells."""
+    def corrected(self, layout: Layout, weights: Tensor, rows: Tensor) -> Tensor:
+        """Features, (B, h·w, C), with what is lost when the output is averaged over cells."""
         if not self.back_projections:
-            return features
+            return rows
         filled = layout.filled().to(weights.dtype)  # (h·w, P)
-        count = filled.sum(1)[:, None]
-        mean = (weights * filled[..., None]).sum(2) / count.clamp(min=1)  # (B, h·w, T)
+        count = filled.sum(1, keepdim=True)
+        mean = (filled / count.clamp(min=1))[:, None] @ weights  # (B, h·w, 1, T)
         # A cell in which no pixel lies keeps its own features.
         own = torch.zeros((2 * self.radius + 1) ** 2, dtype=mean.dtype, device=mean.device)
         own[own.shape[0] // 2] = 1
-        mean = mean + own * (count < 0.5).to(mean.dtype)
-        given = features
+        mean = mean + own * (count < 0.5).to(mean.dtype)[:, None]
+        given = rows
         for _ in range(self.back_projections):
-            means = (mean[:, :, None] @ layout.cells(features))[:, :, 0]  # (B, h·w, C)
-            means = means.mT.unflatten(2, layout.grid)
-            features = features + (given - means)
-        return features
+            rows = rows + (given - (mean @ layout.cells(rows))[:, :, 0])
+        return rows

@@ -140,13 +140,13 @@ class Scene:
             ValueError: a block of the file is damaged.
         """
         bottom, right = min(window.bottom, self.size[0]), min(window.right, self.size[1])
-        values, valid = self._read(
-            Window(window.top, window.left, bottom - window.top, right - window.left)
-        )
+        # Of a window that lies beyond altogether, the edge.
+        top, left = min(window.top, self.size[0] - 1), min(window.left, self.size[1] - 1)
+        values, valid = self._read(Window(top, left, bottom - top, right - left))
         image = self._scaled(values)
         if not valid.all():
             image[:, ~valid] = self.fill[:, None]
-        beyond = (window.bottom - bottom, window.right - right)
+        beyond = (window.height - values.shape[1], window.width - values.shape[2])
         if any(beyond):
             below, beside = (0, beyond[0]), (0, beyond[1])
             image = np.pad(image, ((0, 0), below, beside), mode="edge")

@@ -51,7 +51,13 @@ def encode(
 
 
 def finish(
-    encoder: ResidualEncoder, x: Tensor, sums: Sums, size: Size, *, groups: int = 0
+    encoder: ResidualEncoder,
+    x: Tensor,
+    sums: Sums,
+    size: Size,
+    *,
+    spare: Tensor | None = None,
+    groups: int = 0,
 ) -> tuple[Tensor, Sums | None]:
     """The layers behind the first convolution, pooled to a grid.
 
@@ -60,13 +66,13 @@ def finish(
         x: (B, width, H, W), the first convolution's output; written over.
         sums: of it.
         size: of the grid.
+        spare: another map of that shape, which may be written over; ``None`` for a new one.
         groups: of the sums to return; 0 for none.
 
     Returns:
         (B, width, *size), and its sums.
     """
     *blocks, last = encoder.blocks
-    spare = None
     for block in blocks:
         spare, inner = _hidden(block, x, sums, spare)
         x, after = _last(block, spare, inner, x, GROUPS)
@@ -149,19 +155,22 @@ def image_queries(
     Returns:
         Queries (B, width, *output_size), their sums, and keys (B, width, *grid_size).
     """
-    encoded = encode(encoder, image, (image.shape[2], image.shape[3]))
-    width = encoded.shape[1]
-    entries = [each.entry for each in (query_encoder, key_encoder)]
+    entries = [each.entry for each in (encoder, query_encoder, key_encoder)]
     assert all(isinstance(each, nn.Conv2d) for each in entries)
-    weight = torch.cat([each.weight for each in entries])  # pyright: ignore[reportArgumentType]
-    rotated = Before(rotate=angles, pair=width // 2)
-    both, sums = layer(encoded, weight, before=rotated, groups=2 * GROUPS)
-    del encoded
+    weights: list[Tensor] = [each.weight for each in entries]  # pyright: ignore
+    size = (image.shape[2], image.shape[3])
+    # Three maps at a time: pages that are new take as long as a layer.
+    encoded, sums = layer(image, weights[0], entries[0].bias, groups=GROUPS)  # pyright: ignore
+    spare = torch.empty_like(encoded)
     assert sums is not None
-    keys, _ = finish(key_encoder, both[:, width:], sums.part(width, 2 * width), grid_size)
-    queries, after = finish(
-        query_encoder, both[:, :width], sums.part(0, width), output_size, groups=groups
-    )
+    encoded, _ = finish(encoder, encoded, sums, size, spare=spare)
+    rotated = Before(rotate=angles, pair=encoded.shape[1] // 2)
+    queries, sums = layer(encoded, weights[1], before=rotated, groups=GROUPS)
+    keys, key_sums = layer(encoded, weights[2], before=rotated, groups=GROUPS, out=spare)
+    assert sums is not None
+    assert key_sums is not None
+    keys, _ = finish(key_encoder, keys, key_sums, grid_size, spare=encoded)
+    queries, after = finish(query_encoder, queries, sums, output_size, spare=encoded, groups=groups)
     return queries, after, keys
 
 

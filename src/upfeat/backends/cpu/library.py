@@ -3,7 +3,8 @@
 The library is plain C, built when the package is installed, and loaded through ctypes by the first
 call that needs it; the interpreter's lock is released while it runs. ``UPFEAT_LIBRARY`` names
 another build of it; ``UPFEAT_CPU_ISA`` (``baseline``, ``avx2``, ``avx512``, ``amx``) holds it to
-one instruction set.
+one instruction set. Where :func:`torch.set_float32_matmul_precision` allows it, matrix tiles take
+17 bits of each float32 (``amx_high``).
 """
 
 import ctypes
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from upfeat._version import __version__
 
-ISAS = ("baseline", "avx2", "avx512", "amx")
+ISAS = ("baseline", "avx2", "avx512", "amx", "amx_high")
+_BEST, _BEST_HIGH = -1, -2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STAGE_ARRAYS = (
     *("proj_w0", "proj_b0", "proj_w1", "proj_b1"),
@@ -210,12 +212,13 @@ def library_info() -> dict[str, Any]:
     handle = _library.load().handle
     mask = int(handle.upfeat_isa_mask())
     available = [name for bit, name in enumerate(ISAS) if mask >> bit & 1]
-    isa = _forced_isa()
+    isa = _chosen_isa()
     if isa >= 0 and ISAS[isa] not in available:
         raise _isa_error(ISAS[isa])
+    best = [name for name in available if isa == _BEST_HIGH or name != "amx_high"][-1]
     return {
         "path": str(_library.path),
-        "isa": available[-1] if isa < 0 else ISAS[isa],
+        "isa": best if isa < 0 else ISAS[isa],
         "available": available,
     }
 
@@ -234,7 +237,7 @@ def call(name: str, *arguments: Argument) -> None:
         ValueError: ``UPFEAT_CPU_ISA`` names an instruction set that cannot run here.
     """
     handle = _library.load().handle
-    isa = ctypes.c_int(_forced_isa())
+    isa = ctypes.c_int(_chosen_isa())
     threads = ctypes.c_int(torch.get_num_threads())
     status = getattr(handle, name)(*(_argument(value) for value in arguments), isa, threads)
     if status == _NO_ISA:
@@ -259,10 +262,10 @@ def _argument(value: Argument) -> Any:
     return ctypes.c_double(value) if isinstance(value, float) else value
 
 
-def _forced_isa() -> int:
+def _chosen_isa() -> int:
     name = os.environ.get("UPFEAT_CPU_ISA")
     if not name:
-        return -1
+        return _BEST if torch.get_float32_matmul_precision() == "highest" else _BEST_HIGH
     if name not in ISAS:
         raise _isa_error(name)
     return ISAS.index(name)
