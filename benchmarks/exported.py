@@ -4,6 +4,7 @@
 
 FOLDER holds model.onnx and model.pt2, as ``upfeat export`` writes them. Processor time of one
 thread, interleaved, medians; memory is what the peak of a process grows by, one process for each.
+Loading is measured once.
 """
 
 import argparse
@@ -59,7 +60,11 @@ def main():
         return
     names = ["model", "model.onnx", "model.pt2"]
     rows = []
-    loaded = {name: load(name, options.folder) for name in names}
+    loaded, loading = {}, {}
+    for name in names:
+        start = time.process_time()
+        loaded[name] = load(name, options.folder)
+        loading[name] = time.process_time() - start
     for side in SIDES:
         x, times = torch.rand(1, 3, side, side), {name: [] for name in names}
         with torch.no_grad():
@@ -73,10 +78,20 @@ def main():
             command = [sys.executable, __file__, str(options.folder), "--memory", name, str(side)]
             grown = float(subprocess.run(command, capture_output=True, check=True).stdout)
             seconds = statistics.median(times[name])
-            rows.append({"form": name, "side": side, "seconds": seconds, "megabytes": grown})
+            row = {"form": name, "side": side, "seconds": seconds, "megabytes": grown}
+            rows.append(
+                {key: one if isinstance(one, str) else round(one, 4) for key, one in row.items()}
+            )
             print(rows[-1], flush=True)
     if options.output:
-        options.output.write_text(json.dumps({"threads": 1, "rows": rows}, indent=1) + "\n")
+        found = {
+            "threads": 1,
+            "torch": torch.__version__,
+            "loading": {name: round(value, 2) for name, value in loading.items()},
+            "bytes": {name: (options.folder / name).stat().st_size for name in names[1:]},
+            "rows": rows,
+        }
+        options.output.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -105,11 +105,11 @@ def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str,
     return found
 
 
-def watch(number: int, output: Path, side: int, started: float) -> tuple[list[Any], Any]:
-    """Follow a run to its end: [seconds, tiles, resident bytes] every so often, and its usage."""
+def watch(number: int, output: Path, side: int, started: float) -> tuple[list[str], Any]:
+    """Follow a run to its end: lines of what it has done every so often, and its usage."""
     ledger = output.with_name(output.name + ".partial") / "tiles.txt"
-    progress: list[Any] = []
-    every = 60 if side > 8000 else 5
+    progress: list[str] = []
+    every = 300 if side > 8000 else 5
     while True:
         ended, status, used = os.wait4(number, os.WNOHANG)
         if ended:
@@ -119,9 +119,8 @@ def watch(number: int, output: Path, side: int, started: float) -> tuple[list[An
         if after > every * (len(progress) + 1):
             done = ledger.read_text().count("\n") if ledger.exists() else 0
             resident = resident_of(number)
-            progress.append([round(after), done, resident])
-            text = f"{side}²: {done} tiles after {after:.0f} s, {readable(resident)} resident"
-            print(text, file=sys.stderr, flush=True)
+            progress.append(f"{after:.0f} s: {done} tiles, {readable(resident)}")
+            print(f"{side}²: {progress[-1]}", file=sys.stderr, flush=True)
     if status:
         sys.exit(f"upfeat raster: status {status}")
     return progress, used
@@ -157,7 +156,7 @@ def main() -> None:
         whole, work = row["processor_seconds"], row["processor_seconds"] - start
         row["processor_seconds_a_megapixel"] = round(whole / row["megapixels"], 3)
         row["work_seconds_a_megapixel"] = round(work / row["megapixels"], 3)
-    each = [row["work_seconds_a_megapixel"] for row in rows]
+    each = [row["processor_seconds_a_megapixel"] for row in rows]
     report = {
         "upfeat": upfeat.__version__,
         "torch": torch.__version__,
@@ -168,7 +167,7 @@ def main() -> None:
         "most_over_least_a_megapixel": round(max(each) / min(each), 3),
         "rasters": rows,
     }
-    text = json.dumps(report, indent=1) + "\n"
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
     print(text)
     if options.json is not None:
         options.json.write_text(text)

@@ -284,6 +284,26 @@ def _scores(scores: dict[str, list[float]]) -> str:
     return " / ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in pairs)
 
 
+def exported() -> str:
+    """Exported files of the default model beside the model itself."""
+    found = _read("exported")
+    base = {row["side"]: row["seconds"] for row in found["rows"] if row["form"] == "model"}
+    labels = {"model": "the model itself", "model.onnx": "ONNX", "model.pt2": "exported program"}
+    rows: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        seconds = row["seconds"]
+        times = f"{_milliseconds(seconds)} ({_ratio(seconds / base[row['side']])})"
+        cells = [times, f"{row['megabytes']:,.0f} MB"]
+        rows.setdefault(row["form"], []).extend(cells)
+    for name, cells in rows.items():
+        size = found["bytes"].get(name)
+        cells.append("" if size is None else f"{size / 1e6:.1f} MB")
+        cells.append("" if size is None else f"{found['loading'][name]:.1f} s")
+    head = [text for side in base for text in (f"{side} pixels", "memory")]
+    shown = [[labels[name], *cells] for name, cells in rows.items()]
+    return _rows(["", *head, "file", "loading"], shown)
+
+
 def extract_rates() -> str:
     """Processor time of an image: the backbone alone, and the whole of extract."""
     found = _read("extract")
@@ -292,9 +312,18 @@ def extract_rates() -> str:
         if name.startswith("backbone, batch") or name in ("lazy", "features"):
             label = name if name.startswith("backbone") else f"upfeat extract --kind {name}"
             rows.append([label, _milliseconds(rates["cpu_ms_per_image"] / 1000)])
-    share = found["lazy_share_of_backbone_by_processor_time"]
-    rows.append(["lazy: rate, of the best batch's", f"{share:.0%}"])
-    return _rows(["", "processor time an image"], rows)
+    for row in rows:
+        name = row[0].removeprefix("upfeat extract --kind ")
+        row.insert(1, f"{found['rates'][name]['images_per_second']:.1f}")
+    rows.append(
+        [
+            "lazy, of the best batch's",
+            f"{found['lazy_share_of_backbone_by_clock']:.0%}",
+            f"{found['lazy_share_of_backbone_by_processor_time']:.0%}",
+        ]
+    )
+    head = ["", f"images a second, {found['threads']} threads", "processor time an image"]
+    return _rows(head, rows)
 
 
 def extract_cost() -> str:
@@ -313,6 +342,73 @@ def extract_cost() -> str:
             ]
         )
     return _rows(["", "hours of one core", "on 2 cores", "on 64", "on disk"], rows)
+
+
+def raster_rates() -> str:
+    """Time and memory of rasters by their area."""
+    rows = [
+        [
+            f"{row['side']:,} × {row['side']:,}",
+            f"{row['processor_seconds']:,.0f} s",
+            f"{row['processor_seconds_a_megapixel']:.2f} s",
+            f"{row['peak_bytes'] / 1e9:.2f} GB",
+            f"{row['output_bytes'] / 1e6:.1f} MB",
+        ]
+        for row in _read("rasters")["rasters"]
+    ]
+    return _rows(["pixels", "processor time", "a megapixel", "largest memory", "result"], rows)
+
+
+def raster_cost() -> str:
+    """Cost of 10⁹ pixels from the measured rate, the arithmetic shown."""
+    largest = max(_read("rasters")["rasters"], key=lambda row: row["side"])
+    rate, size = largest["processor_seconds_a_megapixel"], largest["output_bytes"]
+    hours, pixels = rate * 1000 / 3600, largest["megapixels"]
+    row = [
+        f"1,000 × {rate:.2f} s = {hours:.2f} h",
+        f"{60 * hours / 40:.1f} min",
+        f"1,000 × {size / 1e6:.1f} MB / {pixels:,.0f} = {size / 1e6 / pixels * 1000:,.0f} MB",
+        "10⁹ × 224 bytes = 224 GB",
+    ]
+    return _rows(["one core", "40 cores", "classes", "features, before compression"], [row])
+
+
+def seams() -> str:
+    """Scores of seams, tiled and whole."""
+    rows = [
+        [
+            f"`{row['backbone']}`" + ("" if row["halo"] is None else ", exact tiles"),
+            f"{row['whole']:.2f}",
+            f"{row['raster']:.2f}",
+            f"{row['noise']:.2f}",
+            f"{row['whole_at_plain']:.2f}",
+            f"{row['plain']:.2f}",
+            f"{row['relative_difference']:.2g}",
+        ]
+        for row in _read("seams")["rows"]
+    ]
+    head = ["backbone", "whole image", "`upfeat raster`", "noise"]
+    head += ["whole, at plain tiles", "plain tiles", "raster less whole, relative"]
+    return _rows(head, rows)
+
+
+def memory_bound() -> str:
+    """Largest memory with and without a bound."""
+    found = _read("memory")
+    names = {
+        "map": "`lazy.full(out=…)`, 64² cells to 1024² pixels, 384 channels, float32",
+        "run": "`upfeat run`, 4096 × 4096 pixels",
+    }
+    rows = [
+        [
+            names[one["job"]],
+            f"{one['unbounded']['peak_bytes'] / 1e9:.2f} GB",
+            f"{one['bounded']['peak_bytes'] / 1e9:.2f} GB",
+            "the same bits" if one["same_bits"] else "other bits",
+        ]
+        for one in found["results"]
+    ]
+    return _rows(["", "unbounded", f"bound of {found['max_memory']}", "result"], rows)
 
 
 def _rows(head: list[str], rows: list[list[str]]) -> str:

@@ -235,6 +235,8 @@ class Trial:
 @contextmanager
 def cluster() -> Iterator[str]:
     """A Ray of this machine with two workers, which outlives the commands that use it."""
+    # Newer Rays ask for a token; commands are forked and take this over.
+    os.environ["RAY_AUTH_MODE"] = "disabled"
     code = (
         "import ray, sys; "
         "ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False); "

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """Largest error that a file may have, over the largest magnitude of what it gives."""
 
+GIVE_SIZE = "give size=(height, width), --size WIDTHxHEIGHT"
+"""The way out for what cannot be exported for any size, in Python and on the command line."""
+
 _LOG = logging.getLogger("upfeat.export")
 
 
@@ -139,13 +142,13 @@ class _Task:
             assert isinstance(model, FeatUp)
             raise ValueError(
                 f"{model.backbone.name} takes one size of images and is tiled over others, which "
-                "cannot be exported for any size; give size=(height, width), or load the backbone "
-                'with fit="resize"'
+                f"cannot be exported for any size; {GIVE_SIZE}, or load the backbone with "
+                'fit="resize"'
             )
         if size is None and isinstance(form, FixedForm):
             raise ValueError(
                 f"{self.upsampler.name} cannot be exported for any size: what a pixel sees is a "
-                "table of one size; give size=(height, width)"
+                f"table of one size; {GIVE_SIZE}"
             )
         self.least = max(2 * self.cells, form.least_side)
 
@@ -259,14 +262,14 @@ class _Task:
         if self.size is not None:
             return ValueError(f"{label} cannot be exported ({type(error).__name__}: {reason})")
         return ValueError(
-            f"{label} cannot be exported for any size ({type(error).__name__}: {reason}); give "
-            "size=(height, width) of the images to come"
+            f"{label} cannot be exported for any size ({type(error).__name__}: {reason}); "
+            f"{GIVE_SIZE} of the images to come"
         )
 
 
 def _check_size(label: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{label}={value!r} must be whole numbers of at least 1")
+        raise ValueError(f"{label}={value!r} must be a whole number, 1 or more")
 
 
 def _without_conditions(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
@@ -290,7 +293,7 @@ def _measure(task: _Task, run: Callable[[Sequence[Tensor]], Tensor]) -> float:
         ValueError: it is too large, or the file cannot be run.
     """
     cells, least = task.cells, task.least
-    fix = "" if task.size else "; give size=(height, width) of the images to come"
+    fix = "" if task.size else f"; {GIVE_SIZE} of the images to come"
     sizes = [(3 * cells, 6 * cells), (7 * cells + cells // 2 + 1, 3 * cells - 1)]
     found = 0.0
     for batch, (height, width) in enumerate(sizes if task.size is None else [task.size], start=1):

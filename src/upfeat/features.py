@@ -34,6 +34,7 @@ from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_finite, check_hidden, check_inputs
 from upfeat.upsamplers.head import Head, add_offset
 from upfeat.upsamplers.maps import Map
+from upfeat.upsamplers.step import Corrected
 
 _TILE = 32
 
@@ -416,6 +417,8 @@ class UpsampledFeatures(FeatureMap):
         if self._precomputed is not None and self._precomputed[0].holds([mixed]):
             return self._precomputed[1]
         found = self.upsampler.precompute(kernels, mixed)
+        if self.max_memory is not None and isinstance(found[1], Corrected):
+            found[1].keep_less()
         recorded = found[1].requires_grad if isinstance(found[1], Tensor) else found[1].recorded
         if found[1] is not mixed and not recorded:
             self._precomputed = Snapshot([mixed]), found

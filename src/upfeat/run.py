@@ -32,11 +32,15 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
 _UPSAMPLING = 70
 # The same within a bound of memory, measured at its peak; and of decoding.
-_BOUNDED, _DECODING = 70, 30
+_BOUNDED, _DECODING = 33, 30
 # Bytes of the strips and of the picture.
-_STRIPS = 120 * 10**6
+_STRIPS = 100 * 10**6
 # Rows and columns of the map that exist at once. Always as many: a bound of memory changes no bit.
-_STRIP, _COLUMNS = 64, 1024
+_STRIP, _COLUMNS = 64, 512
+# Part of what is free that activations of the backbone may take; the allocator takes more.
+_BACKBONE = 0.65
+# Strips after which what the allocator has kept is given back, where memory is bounded.
+_RELEASED = 4
 _SHOWN = 2048
 """Longest side of a panel of the picture, pixels."""
 
@@ -90,27 +94,48 @@ def run_photo(
     recipe = _recipe(source, made_by, size, dtype, reading)
     # Not inference_mode, of whose tensors a map keeps copies to know whether they change.
     with torch.no_grad():
-        coarse, hidden = see_within(
-            model.backbone, x, 0.9 * free_bytes(max_memory), early=model.early, label=str(photo)
-        )
+        if max_memory is not None:
+            machine.release_memory()  # what decoding has left
+        free = _BACKBONE * free_bytes(max_memory)
+        coarse, hidden = see_within(model.backbone, x, free, early=model.early, label=str(photo))
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
         shown = None if outputs.picture is None else _image(model, x)
         lazy = UpsampledFeatures(
             coarse, _guidance(model, x), model.upsampler, hidden=hidden, max_memory=max_memory
         )
         del x
-        _write(outputs, lazy, shown, dtype, facts, photo)
-    return lazy.shape[1:]
+        shape = lazy.shape[1:]
+        outputs.features.parent.mkdir(parents=True, exist_ok=True)
+        basis = None if outputs.picture is None else PCABasis(coarse[0].cpu())
+        with (
+            nullcontext() if outputs.picture is None else replacing(outputs.picture) as drawn,
+            create_array(outputs.features, shape, _name(dtype), facts) as file,
+        ):
+            projected = _write_strips(file, lazy, dtype, basis, photo)
+            del lazy  # its memory serves the picture
+            if shown is not None and drawn is not None and basis is not None:
+                machine.release_memory()
+                label, whole = model.upsampler.name.replace("_", " "), (shape[1], shape[2])
+                panels = (shown / 255, coarse[0].cpu(), basis, torch.cat(projected, dim=1))
+                picture = draw_comparison(*panels, label=label, size=whole)
+                suffix, recipe = drawn.suffix, facts["recipe"]
+                drawn.write_bytes(encode_picture(picture, suffix, recipe=recipe))
+    return shape
 
 
 def _image(model: FeatUp, x: Tensor) -> Tensor:
-    """The photograph as the picture shows it, (3, h, w); a few rows at a time."""
+    """The photograph as the picture shows it, (3, h, w) of bytes; a few rows at a time."""
     longest = max(x.shape[2:])
     strips = [
-        _reduced(model.backbone.denormalize(part), longest)[0].cpu()
+        _bytes(_reduced(model.backbone.denormalize(part), longest)[0]).cpu()
         for part in x.split(16 * _STRIP, dim=2)
     ]
     return torch.cat(strips, dim=1)
+
+
+def _bytes(image: Tensor) -> Tensor:
+    """An image in [0, 1] as the picture will hold it: a quarter of the memory."""
+    return (image.clamp(0, 1) * 255).round().byte()
 
 
 def _guidance(model: FeatUp, x: Tensor) -> Tensor:
@@ -123,44 +148,22 @@ def _guidance(model: FeatUp, x: Tensor) -> Tensor:
     return x
 
 
-def _write(
-    outputs: Outputs,
-    lazy: UpsampledFeatures,
-    image: Tensor | None,
-    dtype: torch.dtype,
-    facts: dict[str, str],
-    photo: Path,
-) -> None:
-    """Write both files, or neither."""
-    outputs.features.parent.mkdir(parents=True, exist_ok=True)
-    name = str(dtype).removeprefix("torch.")
-    basis = None if outputs.picture is None else PCABasis(lazy.features[0].cpu())
-    with (
-        nullcontext() if outputs.picture is None else replacing(outputs.picture) as drawn,
-        create_array(outputs.features, lazy.shape[1:], name, facts) as file,
-    ):
-        projected = _write_strips(file, lazy, dtype, basis, photo)
-        if image is not None and drawn is not None and basis is not None and outputs.picture:
-            label = lazy.upsampler.name.replace("_", " ")
-            coarse, size = lazy.features[0].cpu(), (lazy.shape[2], lazy.shape[3])
-            picture = draw_comparison(image, coarse, basis, projected, label=label, size=size)
-            recipe = facts["recipe"]
-            drawn.write_bytes(encode_picture(picture, outputs.picture.suffix, recipe=recipe))
-
-
 def _write_strips(
     file: ArrayFile,
     lazy: UpsampledFeatures,
     dtype: torch.dtype,
     basis: PCABasis | None,
     photo: Path,
-) -> Tensor:
-    """Write the map from top to bottom; return what the picture shows of it, (3, h, w)."""
+) -> list[Tensor]:
+    """Write the map from top to bottom; return what the picture shows of it, strips (3, h, w)."""
     channels, height, width = lazy.shape[1:]
     projected = []
-    for top in range(0, height, _STRIP):
+    room = torch.empty(channels, min(_STRIP, height), width, dtype=dtype)
+    for number, top in enumerate(range(0, height, _STRIP)):
+        if lazy.max_memory is not None and number % _RELEASED == 0:
+            machine.release_memory()
         rows = min(_STRIP, height - top)
-        stored = torch.empty(channels, rows, width, dtype=dtype)
+        stored = room[:, :rows]
         parts = []
         for left in range(0, width, _COLUMNS):
             columns = min(_COLUMNS, width - left)
@@ -168,6 +171,7 @@ def _write_strips(
             stored[:, :, left : left + columns] = values
             if basis is not None:
                 parts.append(_reduced(basis.project(values)[None], max(height, width))[0])
+            del values
         if parts:
             projected.append(torch.cat(parts, dim=2))
         # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
@@ -175,7 +179,7 @@ def _write_strips(
             raise ValueError(f"{photo}: its features overflow {dtype}; store them as bf16 or fp32")
         bits = stored.view(torch.int16) if dtype is torch.bfloat16 else stored
         file.write_rows(top, bits.numpy())
-    return torch.cat(projected, dim=1) if projected else torch.empty(3, 0, 0)
+    return projected
 
 
 def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
@@ -246,8 +250,12 @@ def _facts(model: FeatUp, photo: Path, x: Tensor, dtype: torch.dtype) -> dict[st
         "stride": str(model.backbone.stride),
         "image_size": _size(x),
         "output_size": _size(x),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": _name(dtype),
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _size(tensor: Tensor) -> str:

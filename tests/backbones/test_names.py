@@ -90,6 +90,8 @@ class TestHub:
             upfeat.load_backbone(f"hub:{tmp_path}:net")
         with pytest.raises(ValueError, match="must be hub:REPO:NAME"):
             upfeat.load_backbone("hub:net")
+        with pytest.raises(FileNotFoundError, match="nowhere is no folder here, nor OWNER/NAME"):
+            upfeat.load_backbone("hub:nowhere:net")
 
         for error in (OSError("no route"), RuntimeError("there is no internet connection")):
 
@@ -222,6 +224,8 @@ def test_options_that_do_not_apply():
         upfeat.load_backbone(upfeat.load_backbone("efficientnet_lite0"), mean=(0, 0, 0))
     with pytest.raises(ValueError, match='library "tim" is unknown; did you mean timm'):
         upfeat.load_backbone("tim:resnet18")
+    with pytest.raises(TypeError, match="backbone=3 is no model; give a name, a module or a func"):
+        upfeat.load(3)
     with pytest.raises(ValueError, match='dtype "int8" is unknown'):
         upfeat.load_backbone("efficientnet_lite0", dtype="int8")
     with pytest.raises(ValueError, match="device="):

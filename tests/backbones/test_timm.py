@@ -111,6 +111,8 @@ def test_by_name():
         ValueError, match=r'timm model "resnet19" is unknown; did you mean .*resnet18'
     ):
         upfeat.load_backbone("timm:resnet19")
+    with pytest.raises(ValueError, match='weights of timm\'s resnet18 "a1_in1q" is unknown; did'):
+        upfeat.load_backbone("timm:resnet18.a1_in1q")
     with pytest.raises(ValueError, match="names no model; give timm:NAME"):
         upfeat.load_backbone("timm:")
 

@@ -12,6 +12,8 @@ import upfeat
 from upfeat.cli import main
 from upfeat.engines import Engine
 from upfeat.heads import SavedHead, describe_backbone, load_head, save_head
+from upfeat.machine import resident_memory
+from upfeat.mosaic import backbone_tiles
 from upfeat.raster import (
     Features,
     HeadOutput,
@@ -224,6 +226,35 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
     upsample(path, output, model, resume=True)  # what is complete stays
     assert tree(output) == tree(calm)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
+
+
+def test_work_and_memory_grow_with_the_area_and_no_faster(tmp_path):
+    """Pixels through the backbone for each that is written; what a plan needs at once."""
+    model, each = tiny(), []
+    make_plan((64, 64), model, Features(5, {}))  # measures the backbone, once
+    for side in (256, 768):
+        seen = []
+        hook = model.backbone.register_forward_pre_hook(
+            lambda _, arguments, seen=seen: seen.append(arguments[0].shape[-2:].numel())
+        )
+        path = write(tmp_path / f"{side}.tif", picture(side, side))
+        upsample(path, tmp_path / f"{side}.zarr", model, tile=128)
+        hook.remove()
+        each.append(sum(seen) / side**2)
+    assert each[1] <= 1.15 * each[0] <= 1.4
+
+
+def test_the_default_model_needs_less_than_its_bound_for_any_raster():
+    model, bound = upfeat.load(), 4 * 10**9
+    what = HeadOutput(torch.zeros(5, 112), torch.zeros(5), list("abcde"), {}, form="classes")
+    each = []
+    for side in (2000, 20000):
+        # Beside what this process holds, which is not the command's.
+        limit = bound - 400_000_000 + (resident_memory() or 0)
+        plan = make_plan((side, side), model, what, max_memory=limit)
+        tiles = backbone_tiles(plan.grid, plan.backbone_tile, plan.backbone_halo)
+        each.append(sum(t.outer.height * t.outer.width for t in tiles) * 16**2 / side**2)
+    assert max(each) < 1.35
 
 
 def test_one_process_at_a_time_writes_an_output(tmp_path):

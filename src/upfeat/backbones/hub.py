@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import inspect
 import io
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,6 +78,10 @@ def load_hub(source: str, *, pretrained: bool) -> nn.Module:
     local = Path(repo).expanduser().is_dir()
     if local and not (Path(repo).expanduser() / "hubconf.py").is_file():
         raise FileNotFoundError(f"hub:{source}: {repo} holds no hubconf.py")
+    if not local and re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w./-]+)?", repo) is None:
+        raise FileNotFoundError(
+            f"hub:{source}: {repo} is no folder here, nor OWNER/NAME of a repository on GitHub"
+        )
     folder = str(Path(repo).expanduser())
     options: dict[str, Any] = {"repo_or_dir": folder, "source": "local"}
     if not local:

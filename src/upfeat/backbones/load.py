@@ -17,6 +17,7 @@ from upfeat.backbones.efficientnet_lite import STRIDES, EfficientNetLite, Effici
 from upfeat.backbones.outputs import Layer
 from upfeat.backbones.settings import Settings
 from upfeat.backbones.wrap import WrappedBackbone, as_list
+from upfeat.bounds import shown
 from upfeat.registry import unknown_name
 
 _COMBINATIONS = ((8, 16), (8, 32), (16, 32), (8, 16, 32))
@@ -91,6 +92,7 @@ def load_backbone(
 
     Raises:
         FileNotFoundError: a file, folder or download is not to be had.
+        TypeError: it is no name, module or function.
         ValueError: there is no such backbone (close names are suggested), a library is missing, or
             the model has no spatial features; in one line, with the fix.
 
@@ -119,8 +121,13 @@ def load_backbone(
         name = name if layers is None else f"{name}@{','.join(map(str, layers))}"
         if isinstance(module, Backbone):
             return _place(module, device, dtype)
-    else:
+    elif callable(backbone):
         module = backbone
+    else:
+        raise TypeError(
+            f"backbone={shown(backbone)} is no model; give a name, a module or "
+            "a function (B, 3, H, W) -> (B, C, h, w)"
+        )
     module = _cast(module, device, dtype)
     adapted = adapt(module, layers, interpolate=fit in (None, "interpolate"), settings=settings)
     options = {

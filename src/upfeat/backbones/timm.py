@@ -118,9 +118,12 @@ def load_timm(name: str, *, pretrained: bool) -> nn.Module:
         FileNotFoundError: its weights cannot be downloaded.
     """
     library = _import_timm()
-    base = name.partition(".")[0]
+    base, _, tag = name.partition(".")
     if not library.is_model(base):
         raise ValueError(unknown_name("timm model", base, library.list_models()))
+    tags = [one.partition(".")[2] for one in library.list_pretrained(f"{base}.*")]
+    if tag and tag not in tags:
+        raise ValueError(unknown_name(f"weights of timm's {base}", tag, tags))
     try:
         with quiet():
             return _create(library, name, pretrained)

@@ -10,6 +10,7 @@ from pathlib import Path
 from upfeat._version import __version__
 from upfeat.engines import Engine
 from upfeat.locks import hold
+from upfeat.machine import release_memory
 from upfeat.model import FeatUp
 from upfeat.outputs import Inputs, check_output
 from upfeat.raster.outputs import Output
@@ -21,6 +22,8 @@ from upfeat.raster.workers import make_by_workers
 from upfeat.tiling import split
 
 LOCAL = Engine()
+_RELEASED = 1 << 22
+"""Pixels after which memory that is no longer used is given back: it costs a tenth of a second."""
 
 OnTile = Callable[[int, int], None]
 """Is told how many steps are done, of how many: tiles, and parts that workers of Ray make first."""
@@ -93,6 +96,7 @@ def _make_here(
     total = sum(1 for _ in split(plan.grid, plan.tile))
     with ThreadPoolExecutor(1) as pool:
         writing: Future[None] | None = None
+        since = 0
         for piece in pieces(scene, model, plan, lambda index, _: index not in store.done):
             number, pixels = piece.number, piece.pixels
             values = render(piece, model, what)
@@ -101,6 +105,11 @@ def _make_here(
                 writing.result()
             writing = pool.submit(store.write, number, pixels, values)
             del values
+            since += pixels.height * pixels.width
+            if since >= _RELEASED:
+                # Each thread that writes, compresses or computes keeps what it has freed.
+                release_memory()
+                since = 0
             tell(number + 1, total)
         if writing is not None:
             writing.result()

@@ -36,6 +36,11 @@ class FinerFeatures(Computed):
         super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=2)
         self.kernels, self.features = kernels, features
 
+    def keep_less(self) -> None:
+        """See :meth:`Computed.keep_less`."""
+        if self.kernels.regression is not None:
+            self.kernels.regression.lacking.keeps = False
+
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
         kernels = self.kernels

@@ -75,8 +75,16 @@ class Computed(ABC):
         self.whole = whole
         self.recorded = recorded
         self.step = step
+        self.keeps = True
         self._all: Tensor | None = None
         self._parts: tuple[Tensor, list[bytearray]] | None = None
+
+    def keep_less(self) -> None:
+        """Let maps that only this one reads compute their parts again rather than keep them.
+
+        For readers that ask for large parts, each once. Here there are no such maps.
+        """
+        return
 
     @abstractmethod
     def compute(self, window: Window) -> Tensor:
@@ -86,6 +94,11 @@ class Computed(ABC):
         """See :meth:`Map.at`."""
         if self.whole:
             return cut(self.all(), window)
+        if not self.keeps:
+            rows, columns = self._blocks(window)
+            outer = self._of_blocks(rows, columns)
+            with torch.no_grad():
+                return cut(self.compute(outer), inside(window, outer))
         kept = self._parts
         missing = self._missing(window, None if kept is None else kept[1])
         if missing is not None:
@@ -114,6 +127,9 @@ class Computed(ABC):
                 return None
             rows = range(gaps[0][0], gaps[-1][0] + 1)
             columns = range(min(gap[1] for gap in gaps), max(gap[2] for gap in gaps) + 1)
+        return self._of_blocks(rows, columns)
+
+    def _of_blocks(self, rows: range, columns: range) -> Window:
         (top, bottom), (left, right) = (
             (self.step * places.start, min(self.step * places.stop, length))
             for places, length in zip((rows, columns), self.size, strict=True)

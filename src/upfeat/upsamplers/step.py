@@ -325,6 +325,12 @@ class Corrected(Computed):
         super().__init__(kernels.grid_size, whole=whole, recorded=recorded)
         self.kernels, self.features = kernels, features
 
+    def keep_less(self) -> None:
+        """Let the features compute their parts again; see :meth:`Computed.keep_less`."""
+        if isinstance(self.features, Computed):
+            self.features.keeps = False
+            self.features.keep_less()
+
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
         return self.kernels.corrected(self.features, window)
