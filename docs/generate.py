@@ -42,6 +42,12 @@ UPSAMPLERS = {
     "detail_efficientnet_lite0": "detail",
     "detail_universal": "detail, universal",
 }
+TOKEN_ROWS = {
+    "anyup_multi_backbone.pth": "AnyUp (multi-backbone)",
+    "jafar_vit_small_patch14_dinov2.pth": "JAFAR (for DINOv2-S)",
+    "detail_universal": "**detail_universal** (one pass, the default)",
+    "detail_universal@5": "detail_universal, `passes=5`",
+}
 GAINS = {
     "bilinear": "bilinear",
     "classical joint bilateral": "joint_bilateral",
@@ -276,10 +282,30 @@ def probes(*titles: str) -> str:
     return _rows(["", "own", "transfer"], rows)
 
 
+def token_probes(*titles: str) -> str:
+    """Probes on the tokens of a transformer, with the processor time of each upsampler."""
+    measured = _read("token_seconds")["seconds"]
+    rows = [["*the backbone alone*", "", "", f"{measured['backbone']:.2f}"]]
+    for title, group in _read("probes").items():
+        if not title.startswith(" ".join(titles)):
+            continue
+        train, test = group["images"]
+        what = "RMSE / relative error" if group["task"] == "depth" else "mIoU / boundary F"
+        rows.append([f"*{title} ({train} + {test} images): {what}*", "", "", ""])
+        found = group["protocols"]
+        for name in (one for one in measured if one in found["own"]):
+            shown = [_scores(found[part][name]) for part in ("own", "transfer")]
+            rows.append([TOKEN_ROWS.get(name, name), *shown, f"{measured[name]:.2f}"])
+    return _rows(["", "own", "transfer", "seconds"], rows)
+
+
 def _scores(scores: dict[str, list[float]]) -> str:
     """Scores of one row: mIoU and boundary F, or RMSE and relative error."""
     if "rmse" in scores:
-        return " / ".join(f"{scores[name][0]:.3f}" for name in ("rmse", "abs_rel"))
+        pairs = (scores[name] for name in ("rmse", "abs_rel"))
+        return " / ".join(
+            f"{mean:.3f}" + ("" if spread is None else f" ± {spread:.3f}") for mean, spread in pairs
+        )
     pairs = (scores[name] for name in ("miou", "boundary_f"))
     return " / ".join(f"{100 * mean:.1f} ± {100 * spread:.1f}" for mean, spread in pairs)
 

@@ -33,7 +33,10 @@ def import_library(name: str, *, extra: str) -> Any:
         ) from None
     except Exception as error:  # as torchvision, where its build does not match PyTorch's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{name} is installed but cannot be imported: {reason}") from None
+        fix = ""
+        if "torchvision" in reason:
+            fix = "; install torchvision from where torch came from: their builds must match"
+        raise ValueError(f"{name} is installed but cannot be imported: {reason}{fix}") from None
 
 
 @contextmanager

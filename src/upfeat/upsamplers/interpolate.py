@@ -25,6 +25,8 @@ class InterpolationKernels:
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
         align_corners = None if self.mode == "nearest-exact" else False
+        # What has channels last, as tokens laid out as a grid, takes PyTorch four times as long.
+        features = features.contiguous()
         return F.interpolate(
             features, size=self.output_size, mode=self.mode, align_corners=align_corners
         )

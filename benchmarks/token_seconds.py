@@ -1,0 +1,67 @@
+"""Processor time of every upsampler on the tokens of a trained transformer, one thread.
+
+    python benchmarks/token_seconds.py DATA hf:FOLDER@8
+
+One image of 224×224 pixels, interleaved, medians; written to benchmarks/token_seconds.json. Those
+that start from features are timed without the backbone, five passes with all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from token_probes import RIVALS, SHIPPED, TRAINED
+
+import upfeat
+
+SIDE, ROUNDS = 224, 5
+TARGET = Path(__file__).with_name("token_seconds.json")
+
+
+def runs(backbone: str, rivals: list[str]) -> dict[str, Callable[[], object]]:
+    """What is timed, by name."""
+    model = upfeat.load(backbone)
+    image = torch.randn(1, 3, SIDE, SIDE)
+    image = torch.nn.functional.interpolate(image[:, :, :28, :28], (SIDE, SIDE), mode="bicubic")
+    features = model.backbone(image)
+    found: dict[str, Callable[[], object]] = {"backbone": lambda: model.backbone(image)}
+    for name in (*SHIPPED, *TRAINED, *rivals):
+        upsampler = upfeat.load_upsampler(name)
+        found[Path(name).name] = lambda one=upsampler: one(features, image)
+    five = upfeat.load(model.backbone, upsampler="detail_universal", passes=5)
+    found["detail_universal@5"] = lambda: five(image)
+    return found
+
+
+def main() -> None:
+    """Time and write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("backbone")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {}
+    with torch.no_grad():
+        timed = runs(
+            options.backbone, [str(options.data / "checkpoints" / name) for name in RIVALS]
+        )
+        for turn in range(ROUNDS + 1):
+            for name, run in timed.items():
+                start = time.process_time()
+                run()
+                if turn:  # the first makes what is kept
+                    times.setdefault(name, []).append(time.process_time() - start)
+    seconds = {name: round(statistics.median(values), 4) for name, values in times.items()}
+    content = {"side": SIDE, "threads": 1, "torch": torch.__version__, "seconds": seconds}
+    TARGET.write_text(json.dumps(content, indent=1) + "\n")
+    print(json.dumps(seconds))
+
+
+if __name__ == "__main__":
+    main()
