@@ -18,7 +18,7 @@ from torch.nn import functional
 from upfeat.geometry import reflect
 from upfeat.pooling import check_grid, pool_patches, repeat_maps, sample_patches
 from upfeat.views import Jitter
-from upfeat.warp import warp
+from upfeat.warp import check_map, warp
 
 __all__ = [
     "AttentionDownsampler",
@@ -74,9 +74,10 @@ class SimpleDownsampler(nn.Module):
         Returns:
             (B, C, h, w); (N, C, h, w) of views.
         """
-        height, width = output_size
-        weights = self.kernel().expand(1, height, width, -1, -1)
-        return pool_patches(values, weights, views=_matrices(jitter, values))
+        views = _matrices(jitter, values)
+        check_grid(values, output_size, views)
+        weights = self.kernel().expand(1, *output_size, -1, -1)
+        return pool_patches(values, weights, views=views)
 
 
 class CellDownsampler(nn.Module):
@@ -132,7 +133,9 @@ class CellDownsampler(nn.Module):
         else:
             means = self._means_of_views(values, output_size, jitter)
         around = functional.pad(means, (self.blur_size // 2,) * 4, mode="replicate")
-        blurred = functional.conv2d(around.flatten(0, 1)[:, None], self.kernel()[None, None])
+        blurred = functional.conv2d(
+            around.flatten(0, 1)[:, None], self.kernel()[None, None].to(means)
+        )
         return blurred.view_as(means)
 
     def _means_of_views(
@@ -234,15 +237,15 @@ class AttentionDownsampler(nn.Module):
         Raises:
             ValueError: another number of channels.
         """
-        if features.ndim != 4 or features.shape[1] != self.embed_dim:
+        check_map("features", features)
+        if features.shape[1] != self.embed_dim:
             shape = tuple(features.shape)
             raise ValueError(
                 f"features must have shape (B, {self.embed_dim}, H, W), got {shape}; if these are "
                 "projected values, pass the saliency of the whole features as saliency="
             )
-        return functional.conv2d(
-            features, self.saliency_weight[..., None, None], self.saliency_bias
-        )
+        weight = self.saliency_weight[..., None, None].to(features)
+        return functional.conv2d(features, weight, self.saliency_bias.to(features))
 
     def weights(
         self,
@@ -327,7 +330,11 @@ def gaussian_blur(x: Tensor) -> Tensor:
 
     Returns:
         (B, C, H, W).
+
+    Raises:
+        ValueError: these are no maps.
     """
+    check_map("x", x)
     channels = x.shape[1]
     taps = _gaussian().to(x)
     margin = _BLUR_SIZE // 2

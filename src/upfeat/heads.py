@@ -14,6 +14,7 @@ from upfeat._version import __version__
 from upfeat.backbones import Backbone
 from upfeat.provenance import digest
 from upfeat.storage import read_tensors, write_tensors
+from upfeat.strict_json import parse_object
 
 FORMAT = "upfeat-head-1"
 KINDS = ("classes", "values")
@@ -100,16 +101,18 @@ def load_head(path: str | Path) -> SavedHead:
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: not a head; upfeat probe trains one")
     try:
-        names, backbone = json.loads(metadata["names"]), json.loads(metadata["backbone"])
+        names = json.loads(metadata["names"])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("its names are no list of texts")
         head = SavedHead(
             tensors["weight"],
             tensors["bias"],
             names,
             metadata["kind"],
-            backbone,
+            parse_object(metadata["backbone"], "backbone"),
             metadata["upsampler"],
         )
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a damaged head ({error})") from None
     _check_shapes(head.weight, head.bias, names, path)
     if head.kind not in KINDS:
@@ -119,7 +122,7 @@ def load_head(path: str | Path) -> SavedHead:
 
 def _check_shapes(weight: Tensor, bias: Tensor, names: Sequence[str], path: str | Path) -> None:
     fits = weight.dim() == 2 and bias.shape == weight.shape[:1] and len(names) == len(weight)
-    if not fits or not weight.is_floating_point():
+    if not fits or not weight.is_floating_point() or not bias.is_floating_point():
         raise ValueError(
             f"{path}: a damaged head: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, "
             f"{len(names)} names"

@@ -110,7 +110,7 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
     layouts, facts = read_layouts(path)
     if facts.get("format") != FORMAT:
         found = facts.get("format", "no format")
-        raise ValueError(f"{path}: not lazy features of this version ({found}, not {FORMAT})")
+        raise ValueError(f"{path}: not lazy features of this version ({found!s:.60}, not {FORMAT})")
     for name in ("features", "guidance"):
         if name not in layouts or len(layouts[name].shape) != 4:
             raise ValueError(f"{path}: damaged: lacks {name} (B, channels, height, width)")

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from upfeat.bounds import number
 from upfeat.downsamplers import gaussian_blur
+from upfeat.warp import check_map
 
 # Weights of the published recipes, beside a reconstruction term of weight 1.
 JBU_CRF_WEIGHT = 1e-3
@@ -61,10 +63,12 @@ class SpatialUncertainty(nn.Module):
         Returns:
             (B, 1, h, w), at least 1e-4.
         """
-        if features.ndim != 4 or features.shape[1] != self.embed_dim:
+        check_map("features", features)
+        if features.shape[1] != self.embed_dim:
             shape = tuple(features.shape)
             raise ValueError(f"features must have shape (B, {self.embed_dim}, h, w), got {shape}")
-        log_scale = functional.conv2d(features, self.weight, self.bias) + 0.1
+        weight, bias = self.weight.to(features), self.bias.to(features)
+        log_scale = functional.conv2d(features, weight, bias) + 0.1
         return log_scale.exp().clamp(min=1e-4)
 
 
@@ -85,6 +89,9 @@ def gaussian_reconstruction(predicted: Tensor, target: Tensor, scale: Tensor) ->
     Raises:
         ValueError: shapes that do not fit together.
     """
+    for name, value in (("predicted", predicted), ("target", target), ("scale", scale)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is of type {type(value).__name__}; give a tensor")
     _check_same("predicted", predicted, "target", target)
     try:
         scale.expand_as(target)  # torch.broadcast_shapes would import SymPy, a second's work
@@ -104,7 +111,11 @@ def total_variation(x: Tensor) -> Tensor:
 
     Returns:
         A scalar; zero for constant maps.
+
+    Raises:
+        ValueError: these are no maps.
     """
+    check_map("x", x)
     vertical = (x[..., 1:, :] - x[..., :-1, :]).square().sum()
     horizontal = (x[..., :, 1:] - x[..., :, :-1]).square().sum()
     return (vertical + horizontal) / x.numel()
@@ -114,7 +125,11 @@ def magnitude(x: Tensor) -> Tensor:
     """Return the Euclidean length over channels: (B, C, H, W) -> (B, 1, H, W).
 
     Its gradient at a zero vector is zero.
+
+    Raises:
+        ValueError: these are no maps.
     """
+    check_map("x", x)
     return torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 
@@ -130,6 +145,7 @@ def magnitude_consistency(predicted: Tensor, target: Tensor) -> Tensor:
     Returns:
         A scalar.
     """
+    check_map("predicted", predicted)
     if predicted.shape[1] != 1:
         predicted = magnitude(predicted)
     length = magnitude(target)
@@ -188,8 +204,14 @@ def crf_pairwise(
         A scalar. Time and memory grow with B · n_points², not with C · n_points².
 
     Raises:
-        ValueError: features and image differ in batch or size.
+        ValueError: features and image differ in batch or size, or a number is out of range.
     """
+    check_map("features", features)
+    check_map("image", image)
+    for name, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
+        number(name, value, 0, above=True)
+    for name, value in (("w1", w1), ("w2", w2), ("shift", shift)):
+        number(name, value)
     if features.shape[-2:] != image.shape[-2:] or len(features) != len(image):
         raise ValueError(
             f"features {tuple(features.shape)} and image {tuple(image.shape)} must agree in batch "

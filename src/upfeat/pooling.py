@@ -25,6 +25,7 @@ the warp's matrices, and the warped values never exist.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -32,8 +33,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from upfeat.bounds import shown
 from upfeat.geometry import reflect
-from upfeat.warp import warp
+from upfeat.warp import check_map, warp
 
 # Cells of a row that share one matrix product. Their matrix is mostly zeros outside each cell's own
 # columns, so very wide maps are cut into runs; 16 keeps the products large and the waste small.
@@ -299,10 +301,15 @@ def check_grid(
     """Check that maps (B, C, H, W), or views of them, can be pooled to a grid.
 
     Raises:
+        TypeError: they are no tensor.
         ValueError: they are no maps, or the grid is finer than they are, or empty.
     """
-    if values.ndim != 4:
-        raise ValueError(f"values must have shape (B, C, H, W), got {tuple(values.shape)}")
+    check_map("values", values)
+    whole = isinstance(output_size, Sequence) and all(isinstance(n, int) for n in output_size)
+    if not whole or len(output_size) != 2:
+        raise ValueError(
+            f"output_size={shown(output_size)} must be (height, width), whole numbers of cells"
+        )
     height, width = values.shape[2:]
     if views is not None:
         if (views[0].shape[2], views[1].shape[2]) != (height, width):

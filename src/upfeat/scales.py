@@ -29,6 +29,7 @@ from upfeat.linear import ridge
 from upfeat.normalization import Normalization
 from upfeat.provenance import digest
 from upfeat.storage import read_tensors, write_tensors
+from upfeat.tensor_checks import check_layouts, check_values, layouts_of
 from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.maps import as_map
@@ -79,7 +80,8 @@ class Translation(NamedTuple):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds something else, or was learnt for another backbone.
+            ValueError: it holds something else, NaN or infinity, or was learnt for another
+                backbone.
         """
         tensors, facts = read_tensors(path)
         if facts.get("format") != _FORMAT or set(tensors) != {"weight", "bias"}:
@@ -89,6 +91,10 @@ class Translation(NamedTuple):
                 f"{path}: learnt for other weights ({facts.get('backbone')!r:.60}) than those of "
                 f"{backbone.name}; learn one by upfeat.scales.fit_translation"
             )
+        channels = backbone.embed_dim
+        expected = {"weight": torch.empty(channels, channels), "bias": torch.empty(channels)}
+        check_layouts(path, layouts_of(tensors), expected)
+        check_values(path, tensors)
         return Translation(tensors["weight"], tensors["bias"])
 
 

@@ -114,12 +114,17 @@ def size_of(x: Tensor) -> tuple[int, int]:
 
 
 def check_map(name: str, x: Tensor) -> None:
-    """Check that maps have four axes.
+    """Check that maps have four axes, with something along each but the first.
 
     Raises:
-        ValueError: they have not.
+        TypeError: they are no tensor.
+        ValueError: they have not, or do not hold dense floating numbers.
     """
-    if x.ndim != 4:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}; give a tensor")
+    if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{name} must have shape (B, C, h, w), got {tuple(x.shape)}")
+    if x.layout is not torch.strided:
+        raise ValueError(f"{name} must be dense, got {x.layout}; convert it with .to_dense()")
     if not x.is_floating_point():
         raise ValueError(f"{name} must be floating point, got {x.dtype}; convert it with .float()")

@@ -46,15 +46,15 @@ class Ledger:
         lines: list[dict[str, Any]] = []
         manifest = self.folder / MANIFEST
         if manifest.is_file():
-            content = _parse(manifest.read_text(encoding="utf-8"), manifest)
+            content = _parse(manifest.read_bytes(), manifest)
             self._check(content.get("settings"), manifest)
-            lines += content.get("items", [])
+            lines += _entries(content.get("items", []), manifest)
         ledger = self.folder / LEDGER
         if ledger.is_file():
             whole = [x for x in ledger.read_bytes().splitlines(keepends=True) if x.endswith(b"\n")]
             if whole:
-                self._check(_parse(whole[0].decode(), ledger).get("settings"), ledger)
-                lines += [_parse(line.decode(), ledger) for line in whole[1:]]
+                self._check(_parse(whole[0], ledger).get("settings"), ledger)
+                lines += _entries([_parse(line, ledger) for line in whole[1:]], ledger)
         return lines
 
     def _check(self, before: Any, path: Path) -> None:
@@ -99,10 +99,19 @@ class Ledger:
             self._file = None
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
+def _entries(found: Any, path: Path) -> list[dict[str, Any]]:
+    """Entries of items, each under its key."""
+    if not isinstance(found, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("key"), str) for one in found
+    ):
+        raise ValueError(f"{path}: damaged: an item has no key; give another folder")
+    return found
+
+
+def _parse(text: bytes, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error}); give another folder") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a record of upfeat extract; give another folder")

@@ -53,7 +53,9 @@ def read_stored(path: str | Path) -> Stored:
     tensors, facts = read_tensors(path)
     if facts.get("format") != FORMAT:
         found = facts.get("format", "no format")
-        raise ValueError(f"{path}: not implicit features of this version ({found}, not {FORMAT})")
+        raise ValueError(
+            f"{path}: not implicit features of this version ({found!s:.60}, not {FORMAT})"
+        )
     try:
         size = _size(facts["image_size"])
         parts = {k.removeprefix("field."): v for k, v in tensors.items() if k[:6] == "field."}

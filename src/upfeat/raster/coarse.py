@@ -24,7 +24,7 @@ from upfeat.types import Window, scaled
 
 
 class Source(NamedTuple):
-    """Coarse features and guidance of tiles, from windows of cells."""
+    """Coarse features and cell means of tiles, from windows of cells."""
 
     features: Callable[[Window], Tensor]
     """(1, C, height, width)."""
