@@ -45,11 +45,9 @@ UNKEPT = ("neighbourhood_attention", "neighbourhood_mean_weights")
 """Operators that make neighbourhood weights and keep only what is made of them."""
 
 
-def _windowed(
-    backend: str, module: ModuleType, operator: str, options: list[str]
-) -> Callable[..., Tensor]:
+def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
     """Register a windowed operator and its gradient."""
-    name = f"{operator}_{backend}"
+    name, options = f"{operator}_{backend}", WINDOWED[operator]
     forward: Callable[..., Tensor] = getattr(module, operator)
     backward = getattr(module, f"{operator}_backward")
     arguments = ", ".join(["Tensor values", "Tensor weights", *options])
@@ -106,22 +104,12 @@ def _windowed(
     return getattr(torch.ops.upfeat, name)
 
 
-def _weights(
-    backend: str,
-    module: ModuleType,
-    operator: str,
-    tensors: list[str],
-    options: list[str],
-) -> Callable[..., Tensor]:
+def _weights(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
     """Register an operator that makes weights, and the gradients of all its tensors.
 
-    Args:
-        backend: its name.
-        module: has ``operator`` and ``<operator>_backward``.
-        operator: its name; the first tensor has the weights' size, the first option is the radius.
-        tensors: names of the tensors it takes.
-        options: what else it takes, with types.
+    The first tensor has the weights' size, the first option is the radius.
     """
+    tensors, options = WEIGHTS[operator]
     name, count = f"{operator}_{backend}", len(tensors)
     forward: Callable[..., Tensor] = getattr(module, operator)
     backward = getattr(module, f"{operator}_backward")
@@ -161,9 +149,9 @@ def _weights(
     return getattr(torch.ops.upfeat, name)
 
 
-def _attention(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+def _attention(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
     """Register window attention and its gradients."""
-    name = f"window_attention_{backend}"
+    name = f"{operator}_{backend}"
     tensors = "Tensor queries, Tensor keys, Tensor values"
     options = "SymInt[] rows, SymInt[] columns, int heads, float scale, SymInt[] blocks"
     _LIBRARY.define(f"{name}({tensors}, {options}) -> Tensor")
@@ -204,9 +192,9 @@ def _attention(backend: str, module: ModuleType) -> Callable[..., Tensor]:
     return getattr(torch.ops.upfeat, name)
 
 
-def _stage(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+def _stage(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
     """Register the fused inference of one JBU stage; it has no gradient."""
-    name = f"jbu_stage_{backend}"
+    name = f"{operator}_{backend}"
     _LIBRARY.define(f"{name}(Tensor features, Tensor guidance, Tensor[] parameters) -> Tensor")
 
     def run(features: Tensor, guidance: Tensor, parameters: list[Tensor]) -> Tensor:
@@ -219,9 +207,9 @@ def _stage(backend: str, module: ModuleType) -> Callable[..., Tensor]:
     return getattr(torch.ops.upfeat, name)
 
 
-def _pyramid(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+def _pyramid(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
     """Register the inference of a neighbourhood upsampler's encoder; it has no gradient."""
-    name = f"pyramid_queries_{backend}"
+    name = f"{operator}_{backend}"
     _LIBRARY.define(
         f"{name}(Tensor guidance, Tensor[] parameters, SymInt[] window, bool unit) -> Tensor"
     )
@@ -236,9 +224,9 @@ def _pyramid(backend: str, module: ModuleType) -> Callable[..., Tensor]:
     return getattr(torch.ops.upfeat, name)
 
 
-def _pyramid_means(backend: str, module: ModuleType) -> Callable[..., Tensor]:
+def _pyramid_means(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
     """Register the means of queries over cells; it has no gradient."""
-    name = f"pyramid_means_{backend}"
+    name = f"{operator}_{backend}"
     options = "SymInt[] grid_size, SymInt[] cells"
     _LIBRARY.define(f"{name}(Tensor guidance, Tensor[] parameters, {options}) -> Tensor")
 
@@ -296,29 +284,25 @@ def _empty_output(values: Tensor, like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=values.dtype, device=values.device, memory_format=layout)
 
 
+OPERATORS = {
+    **dict.fromkeys(WINDOWED, _windowed),
+    **dict.fromkeys(WEIGHTS, _weights),
+    **dict.fromkeys(UNKEPT, _neighbourhood),
+    "window_attention": _attention,
+    "jbu_stage": _stage,
+    "pyramid_queries": _pyramid,
+    "pyramid_means": _pyramid_means,
+}
+"""Every operator that a compiled backend may have, and how it becomes one of PyTorch's."""
+
+
 def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
     """The backend with its operators replaced by differentiable ones."""
     found = SimpleNamespace(unavailable_reason=module.unavailable_reason)
-    for operator, options in WINDOWED.items():
+    for operator, register in OPERATORS.items():
         if hasattr(module, operator):
-            setattr(found, operator, _windowed(backend, module, operator, options))
-    for operator, (tensors, options) in WEIGHTS.items():
-        if hasattr(module, operator):
-            setattr(found, operator, _weights(backend, module, operator, tensors, options))
-    if hasattr(module, "window_attention"):
-        found.window_attention = _attention(backend, module)
-    if hasattr(module, "jbu_stage"):
-        found.jbu_stage = _stage(backend, module)
-    if hasattr(module, "pyramid_queries"):
-        found.pyramid_queries = _pyramid(backend, module)
-        found.pyramid_means = _pyramid_means(backend, module)
-    for operator in UNKEPT:
-        if hasattr(module, operator):
-            setattr(found, operator, _neighbourhood(backend, module, operator))
-    others = ("window_attention", "jbu_stage", "pyramid_queries", "pyramid_means")
-    for operator in (*WINDOWED, *WEIGHTS, *UNKEPT, *others):
-        check = getattr(module, f"can_run_{operator}", None)
-        if check is not None:
+            setattr(found, operator, register(backend, module, operator))
+        if check := getattr(module, f"can_run_{operator}", None):
             setattr(found, f"can_run_{operator}", _outside_transforms(check))
     return found
 
