@@ -156,7 +156,7 @@ def main() -> None:
         whole, work = row["processor_seconds"], row["processor_seconds"] - start
         row["processor_seconds_a_megapixel"] = round(whole / row["megapixels"], 3)
         row["work_seconds_a_megapixel"] = round(work / row["megapixels"], 3)
-    each = [row["processor_seconds_a_megapixel"] for row in rows]
+    each = [row["work_seconds_a_megapixel"] for row in rows]
     report = {
         "upfeat": upfeat.__version__,
         "torch": torch.__version__,

@@ -376,7 +376,7 @@ def raster_rates() -> str:
         [
             f"{row['side']:,} × {row['side']:,}",
             f"{row['processor_seconds']:,.0f} s",
-            f"{row['processor_seconds_a_megapixel']:.2f} s",
+            f"{row['work_seconds_a_megapixel']:.2f} s",
             f"{row['peak_bytes'] / 1e9:.2f} GB",
             f"{row['output_bytes'] / 1e6:.1f} MB",
         ]
@@ -388,7 +388,7 @@ def raster_rates() -> str:
 def raster_cost() -> str:
     """Cost of 10⁹ pixels from the measured rate, the arithmetic shown."""
     largest = max(_read("rasters")["rasters"], key=lambda row: row["side"])
-    rate, size = largest["processor_seconds_a_megapixel"], largest["output_bytes"]
+    rate, size = largest["work_seconds_a_megapixel"], largest["output_bytes"]
     hours, pixels = rate * 1000 / 3600, largest["megapixels"]
     row = [
         f"1,000 × {rate:.2f} s = {hours:.2f} h",

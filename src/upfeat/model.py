@@ -254,7 +254,7 @@ def _check_early(backbone: Backbone, upsampler: Upsampler) -> None:
 
 
 def load(
-    backbone: str | Backbone | Callable[[Tensor], Tensor] = DEFAULT_BACKBONE,
+    name: str | Backbone | Callable[[Tensor], Tensor] = DEFAULT_BACKBONE,
     *,
     upsampler: str | Path | Upsampler | None = None,
     device: str | torch.device | None = None,
@@ -267,7 +267,7 @@ def load(
     """Load a backbone with an upsampler, in eval mode and frozen.
 
     Args:
-        backbone: a name or model as :func:`upfeat.load_backbone` takes them: one of
+        name: of a backbone, or a model, as :func:`upfeat.load_backbone` takes them: one of
             ``upfeat.list_backbones()``, ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, a model of those
             libraries, or any module or function that makes features. A module's parameters are
             frozen in place; for options, such as a layer, call :func:`upfeat.load_backbone`.
@@ -298,7 +298,7 @@ def load(
         >>> model(torch.zeros(1, 3, 64, 96)).shape
         torch.Size([1, 112, 64, 96])
     """
-    network = load_backbone(backbone)
+    network = load_backbone(name)
     if passes not in PASSES:
         raise ValueError(f"passes={passes!r} must be one of {PASSES}")
     if passes == 1:
