@@ -238,7 +238,7 @@ class JBUStack(Upsampler):
         features: Tensor | None = None,
     ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
-        check_precision("guidance", guidance, self.stages[0].sigma_spatial)
+        check_precision("guidance", guidance, next(self.parameters()))
         sizes = stage_sizes(grid_size, output_size, len(self.stages))
         return JBUKernels(self.stages, three_bands(guidance), sizes)
 
