@@ -42,7 +42,9 @@ def _call(name, backend="auto", **changes):
 
 
 @pytest.mark.parametrize(("name", "label"), TENSORS)
-@pytest.mark.parametrize("make", [np.asarray, list, lambda _: None, str], ids=str)
+@pytest.mark.parametrize(
+    "make", [np.asarray, list, lambda _: None, str], ids=["array", "list", "none", "text"]
+)
 def test_what_is_no_tensor_is_refused_by_name(name, label, make):
     value = make(CALLS[name][0][label])
     with pytest.raises(TypeError, match=rf"^{label} is of type {type(value).__name__}; give a ten"):
