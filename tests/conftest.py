@@ -5,11 +5,20 @@ import importlib.util
 import pytest
 import torch
 
+from upfeat import machine
+
 
 @pytest.fixture(autouse=True)
 def _one_draw():
     """Every test draws the same values, alone or after others, in one process or in several."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Bytes that this process is said to hold: what it does hold, earlier tests decide."""
+    monkeypatch.setattr(machine, "resident_memory", lambda: 10**9)
+    return 10**9
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,6 @@ from upfeat.batch.items import list_items
 from upfeat.batch.replicas import replicate
 from upfeat.cli import main
 from upfeat.heads import SavedHead, describe_backbone
-from upfeat.machine import resident_memory
 from upfeat.marks import encode_picture
 from upfeat.training.photographs import find_photographs
 
@@ -231,7 +230,7 @@ def test_large_maps_go_to_their_file_in_strips(tmp_path, photos, monkeypatch):
         torch.testing.assert_close(strips, whole, rtol=0, atol=1e-5)
 
 
-def test_images_that_no_bound_of_memory_fits_are_listed(tmp_path, photos):
+def test_images_that_no_bound_of_memory_fits_are_listed(tmp_path, photos, held):
     budget = Budget(5e6)
     with (
         budget.take(4e6),
@@ -243,9 +242,6 @@ def test_images_that_no_bound_of_memory_fits_are_listed(tmp_path, photos):
         extract(model(), [photos], tmp_path / "a", Extraction(), max_memory="1MB")
     with pytest.raises(ValueError, match='max_memory="much"'):
         extract(model(), [photos], tmp_path / "b", Extraction(), max_memory="much")
-    held = resident_memory()
-    if held is None:
-        pytest.skip("the system does not tell what this process holds")
     (photos / "large.png").write_bytes(encoded(5, (1200, 1600)))
     bound = held + (200 << 20)
     summary = extract(model(), [photos], tmp_path / "c", Extraction(), max_memory=bound)

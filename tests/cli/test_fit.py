@@ -118,7 +118,7 @@ def test_without_its_image(photo, tmp_path, capsys):
     [
         (["fit", "none.jpg", "-o", "x.safetensors"], "no such file"),
         (["fit", "small.jpg", "small.jpg", "-o", "x.safetensors"], "give a folder"),
-        (["fit", "small.jpg", "-o", "x.safetensors", "--size", "3"], "at least the stride"),
+        (["fit", "small.jpg", "-o", "x.safetensors", "--size", "3"], "size=3 must be 16 or more"),
         (
             ["fit", "tiny.png", "-o", "x.safetensors"],
             "image is 12 pixels on its shorter",

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from upfeat import machine
 from upfeat.activations import activation_bytes
 from upfeat.batch.budget import Budget
 from upfeat.batch.extraction import Extraction
@@ -21,7 +22,7 @@ from upfeat.engines import Engine, map_with_ray, map_with_threads
 from upfeat.failures import failure_reason
 from upfeat.features import UpsampledFeatures
 from upfeat.locks import hold
-from upfeat.machine import available_memory, parse_memory, readable, resident_memory
+from upfeat.machine import available_memory, parse_memory, readable
 from upfeat.model import FeatUp
 from upfeat.outputs import Inputs
 from upfeat.storage import sweep
@@ -155,7 +156,7 @@ def _budget(bound: int | None) -> Budget:
     if bound is None:
         free = available_memory()
         return Budget(math.inf if free is None else 0.9 * free)
-    held = resident_memory() or 0
+    held = machine.resident_memory() or 0
     if held >= bound:
         raise ValueError(
             f'max_memory="{readable(bound)}" is less than the {readable(held)} that the process '

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from upfeat import machine
 from upfeat.activations import activation_bytes
-from upfeat.machine import readable, resident_memory
+from upfeat.machine import readable
 from upfeat.model import FeatUp
 from upfeat.mosaic import receptive_halo
 from upfeat.raster.outputs import Output
@@ -93,7 +94,7 @@ def make_plan(
     step = model.upsampler.step
     height, width = (step * -(-side // (stride * step)) for side in size)
     halo = receptive_halo(model.backbone)
-    resident = resident_memory() or 0
+    resident = machine.resident_memory() or 0
     activations = activation_bytes(model.backbone)
     needed, plan = math.inf, None
     for side, through in _candidates(stride, halo, tile, backbone_tile):
