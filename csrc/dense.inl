@@ -149,7 +149,8 @@ UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_
           }
           between();
         };
-        // Left and right part (0 is the first) by which tile lies where: the least is loaded.
+        // Left parts are numbered from the first, right ones as they lie, from the last. Pairs come
+        // in an order in which few tiles are loaded twice.
         take_left(0);
         for (int which = 0; which < kParts; ++which) {
           take_right(which);
