@@ -78,7 +78,9 @@ def nice_ticks(low: float, high: float) -> list[float]:
     step = next(part * unit for part in (0.2, 0.25, 0.5, 1, 2) if span / (part * unit) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)
     last = max(last, first + 1)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    # One digit beyond the step's own: 3 · 0.1 is 0.3, and steps of 1e-14 stay apart.
+    digits = 2 - math.floor(math.log10(step))
+    return [round(index * step, digits) for index in range(first, last + 1)]
 
 
 def _line(row: Row, xs: list[float], y: int) -> str:
