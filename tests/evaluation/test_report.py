@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -220,6 +220,8 @@ FINITE = st.floats(-1e9, 1e9).filter(lambda value: value == 0 or abs(value) > 1e
 
 @settings(max_examples=300, deadline=None)
 @given(FINITE, st.one_of(st.just(0.0), st.floats(1e-18, 1e9)))
+@example(0.0078125, 1e-18)
+@example(5e-324, 0.0)
 def test_ticks_enclose_any_range_and_are_even(low, span):
     high = low + span
     ticks = figures.nice_ticks(low, high)
@@ -227,7 +229,7 @@ def test_ticks_enclose_any_range_and_are_even(low, span):
     steps = np.diff(ticks)
     assert steps.min() > 0
     assert steps.max() < 1.01 * steps.min()
-    slack = 1e-9 * steps[0]
+    slack = 1e-9 * (steps[0] + abs(low))
     assert ticks[0] - slack <= low <= high <= ticks[-1] + slack
 
 

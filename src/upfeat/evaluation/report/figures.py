@@ -73,7 +73,9 @@ def draw_chart(results: Results, name: str, factor: float) -> str:
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """A few round numbers, evenly spaced, that enclose a range."""
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    # Values that differ by rounding alone are one value; 0 has no size of its own.
+    span = next((one for one in (high - low, size) if one > 1e-9 * size + 1e-300), 1.0)
     unit = 10 ** math.floor(math.log10(span))
     step = next(part * unit for part in (0.2, 0.25, 0.5, 1, 2) if span / (part * unit) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)
