@@ -27,6 +27,16 @@ def png(values, colour, depth, extra=b""):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + extra + data + chunk(b"IEND", b"")
 
 
+def shallow_png(values, depth, extra=b""):
+    """A grey PNG of (H, W) of 2 or 4 bits, W a multiple of four."""
+    count = 8 // depth
+    shifts = depth * np.arange(count - 1, -1, -1)
+    packed = (values.reshape(len(values), -1, count).astype(int) << shifts).sum(2)
+    content = png(packed[..., None], 0, 8, extra)
+    header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], depth, 0, 0, 0, 0)
+    return content[:8] + png_chunk(b"IHDR", header) + content[33:]
+
+
 def png_chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
@@ -126,8 +136,12 @@ def from_linear(light):
     return np.where(light <= 0.0031308, light * 12.92, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
-def p3_to_srgb(values):
-    """Display P3 of gamma 2.2, in [0, 1], to sRGB by the textbook's matrices."""
+def to_linear(values):
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def p3_to_srgb(values, linear=lambda values: values**2.2):
+    """Display P3 (of gamma 2.2) in [0, 1] to sRGB by the textbook's matrices."""
     srgb = np.array(
         [
             [0.4360747, 0.3850649, 0.1430804],
@@ -135,7 +149,7 @@ def p3_to_srgb(values):
             [0.0139322, 0.0971045, 0.7141733],
         ]
     )
-    return from_linear((values**2.2) @ np.array(P3) @ np.linalg.inv(srgb).T)
+    return from_linear(linear(values) @ np.array(P3) @ np.linalg.inv(srgb).T)
 
 
 def frames(kind):

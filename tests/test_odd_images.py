@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import struct
 import sys
 import warnings
 import zlib
@@ -19,7 +20,9 @@ from odd_images import (
     png_chunk,
     profile,
     saved,
+    shallow_png,
     tiff,
+    to_linear,
 )
 from PIL import Image, ImageCms
 
@@ -84,6 +87,15 @@ def lab():
     return saved(image, "TIFF"), np.broadcast_to(np.array([200, 100, 50]) / 255, COLOUR.shape)
 
 
+def animated(kind):
+    picture = Image.fromarray(COLOUR)
+    return saved(picture, kind, save_all=True, append_images=[picture.rotate(180)], lossless=True)
+
+
+def jpeg_2000():
+    return saved(Image.fromarray(COLOUR), "JPEG2000", irreversible=False)
+
+
 GRADIENT = np.tile(np.arange(0, 240, 12, dtype=np.uint8), (12, 1))[:, :, None]
 BANDS = np.random.default_rng(1).integers(0, 256, (12, 20, 6)).astype(np.uint8)
 HALVED = np.dstack([DEEP[..., :3] // 2, np.full((12, 20), 32768, np.uint16)])
@@ -91,6 +103,18 @@ PACKED = zlib.compress(profile("RGB "))
 PLANES = [Image.fromarray(COLOUR[..., band]) for band in (0, 1)]
 FLOATS = np.random.default_rng(2).random((12, 20, 3)).astype(np.float32)
 TWELVE_BITS = (DEEP[..., :3] >> 4).astype(np.uint16)
+GREYS = DEEP[..., :1]
+SIXTEEN = (DEEP[..., 0] >> 12).astype(np.uint8)
+P3_POINTS = (31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)
+P3_CHUNKS = png_chunk(b"gAMA", struct.pack(">I", 45455)) + png_chunk(
+    b"cHRM", struct.pack(">8I", *P3_POINTS)
+)
+
+
+def ascii_tag(number, text):
+    return (number, 2, text.encode() + b"\0")
+
+
 HOLED = np.where(np.arange(20)[None, :, None] < 4, 0, COLOUR).astype(np.uint8)
 
 # name: (content, options, pixels in [0, 1] or words of the error, tolerance, words of the warning)
@@ -175,6 +199,60 @@ CASES = {
         *(saved(Image.merge("LA", PLANES), "PNG"), {}),
         *(grey(on_white(UNIT[..., :1], UNIT[..., 1:2])), 1e-6, None),
     ),
+    "png of linear light": (
+        *(png(COLOUR, 2, 8, png_chunk(b"gAMA", struct.pack(">I", 100000))), {}),
+        *(from_linear(UNIT), 1.5 / 255, None),
+    ),
+    "png of linear light, sixteen bits of grey": (
+        *(png(GREYS, 0, 16, png_chunk(b"gAMA", struct.pack(">I", 100000))), {}),
+        *(grey(from_linear(GREYS / 65535)), 2.5 / 255, None),
+    ),
+    "png of linear light, sixteen bits": (
+        *(png(DEEP[..., :3], 2, 16, png_chunk(b"gAMA", struct.pack(">I", 100000))), {}),
+        *(from_linear(DEEP_UNIT), 2.5 / 255, None),
+    ),
+    "png of sRGB in other words": (
+        *(png(COLOUR, 2, 8, png_chunk(b"gAMA", struct.pack(">I", 45455))), {}, UNIT, 1e-6, None),
+    ),
+    "png of sRGB, which counts more than a gamma": (
+        png(COLOUR, 2, 8, png_chunk(b"sRGB", b"\0") + png_chunk(b"gAMA", struct.pack(">I", 10**5))),
+        *({}, UNIT, 1e-6, None),
+    ),
+    "png of display p3 by its points": (
+        *(png(COLOUR, 2, 8, P3_CHUNKS), {}, p3_to_srgb(UNIT, to_linear), 2.5 / 255, None),
+    ),
+    "png of display p3 by its number": (
+        *(png(COLOUR, 2, 8, png_chunk(b"cICP", bytes([12, 13, 0, 1]))), {}),
+        *(p3_to_srgb(UNIT, to_linear), 2.5 / 255, None),
+    ),
+    "png of high dynamic range": (
+        *(png(COLOUR, 2, 8, png_chunk(b"cICP", bytes([9, 16, 0, 1]))), {}),
+        *(UNIT, 1e-6, "high dynamic range"),
+    ),
+    "png of points that make no space": (
+        *(png(COLOUR, 2, 8, P3_CHUNKS[:16] + png_chunk(b"cHRM", bytes(32))), {}, UNIT, 1e-6, None),
+    ),
+    "png4 one grey transparent": (
+        shallow_png(SIXTEEN, 4, png_chunk(b"tRNS", struct.pack(">H", 5))),
+        {},
+        grey(np.where(SIXTEEN == 5, 1, SIXTEEN / 15)[..., None]),
+        *(1e-6, None),
+    ),
+    "png2 one grey transparent": (
+        shallow_png(SIXTEEN >> 2, 2, png_chunk(b"tRNS", struct.pack(">H", 2))),
+        {},
+        grey(np.where(SIXTEEN >> 2 == 2, 1, (SIXTEEN >> 2) / 3)[..., None]),
+        *(1e-6, None),
+    ),
+    "png16 one grey transparent": (
+        png(GREYS, 0, 16, png_chunk(b"tRNS", GREYS[3, 4].astype(">u2").tobytes())),
+        {},
+        grey(np.where(GREYS[3, 4] == GREYS, 1, GREYS / 65535)),
+        *(1e-6, None),
+    ),
+    "png animated": (animated("PNG"), {}, UNIT, 1e-6, "its first frame is taken"),
+    "webp animated": (animated("WEBP"), {}, UNIT, 1e-6, "its first frame is taken"),
+    "jpeg 2000": (jpeg_2000(), {}, UNIT, 1e-6, None),
     "jpeg ycck": (*ycck()[:1], {}, ycck()[1], 1e-6, None),
     "jpeg mpo": (*mpo()[:1], {}, mpo()[1], 1e-6, None),
     "jpeg cut": (saved(Image.fromarray(COLOUR), "JPEG")[:300], {}, "truncated or damaged", 0, None),
@@ -205,6 +283,32 @@ CASES = {
     "tiff16 orientation": (
         *(tiff(tall(8).astype(np.uint16) * 257, orientation=8), {}, UNIT, 1e-6, None),
     ),
+    "tiff16 grey": (tiff(GREYS, photometric=1), {}, grey(GREYS / 65535), 1e-6, None),
+    "tiff16 grey, white at 0": (
+        *(tiff(GREYS, photometric=0), {}, grey(1 - GREYS / 65535), 1e-6, None),
+    ),
+    "tiff16 grey, white at 0, big-endian": (
+        *(tiff(GREYS, photometric=0, order=">"), {}, grey(1 - GREYS / 65535), 1e-6),
+        *(None, "tifffile"),
+    ),
+    "tiff8 grey, white at 0": (
+        *(tiff(COLOUR[..., :1], photometric=0), {}, grey(1 - UNIT[..., :1]), 1e-6, None),
+    ),
+    "tiff that says what is no data": (
+        tiff(HOLED, tags=[ascii_tag(42113, "0")]),
+        *({}, HOLED / 255, 1e-6, r"48 pixels are 0, which the file says is no data"),
+    ),
+    "tiff that says what is no data, filled": (
+        *(tiff(HOLED, tags=[ascii_tag(42113, "0")]), {"nodata": 0}, None, 0, None),
+    ),
+    "tiff of a camera's sensor": (
+        tiff(GREYS, photometric=32803),
+        *({}, "a camera's raw file; develop it", 0, None, "tifffile"),
+    ),
+    "tiff of a camera, its thumbnail first": (
+        tiff(COLOUR, tags=[(330, 4, [8]), (254, 4, [1])]),
+        *({}, "a camera's raw file; develop it", 0, None),
+    ),
     "tiff six bands": (
         *(tiff(BANDS, photometric=1, extra=(0,) * 5), {}, "6 bands, not 3", 0, None, "tifffile"),
     ),
@@ -228,7 +332,18 @@ CASES = {
         *(png(COLOUR, 2, 8), {"mask": np.zeros((3, 3), bool)}, "one value for each pixel", 0, None),
     ),
     "too large": (png(COLOUR, 2, 8), {"max_pixels": 99}, "raise max_pixels", 0, None),
-    "nothing": (b"", {}, "not an image", 0, None),
+    "a header that promises too much": (
+        png(COLOUR, 2, 8)[:8]
+        + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 10**5, 10**5, 8, 2, 0, 0, 0))
+        + png(COLOUR, 2, 8)[33:],
+        *({}, "100000×100000 are 10,000,000,000 pixels, more than max_pixels=", 0, None),
+    ),
+    "nothing": (b"", {}, "an empty file", 0, None),
+    "noise": (b"noise" * 9, {}, "not an image", 0, None),
+    "a web page": (b"<!doctype html>", {}, "a web page, as servers send", 0, None),
+    "jpeg xl": (b"\xff\x0a" + bytes(40), {}, "a JPEG XL image; convert it", 0, None),
+    "an array": (b"\x93NUMPY" + bytes(40), {}, r"give numpy\.load of it", 0, None),
+    "medical": (bytes(128) + b"DICM", {}, "a DICOM file; give the array", 0, None),
 }
 
 

@@ -5,19 +5,27 @@ from __future__ import annotations
 import io
 import logging
 import math
-import struct
 import sys
 import threading
 import warnings
-import zlib
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from upfeat.types import times
+from upfeat.png_colours import HIGH_RANGE, coding_points, embedded_profile
+from upfeat.readers import (
+    DAMAGED,
+    HEIF,
+    Decoded,
+    by_tifffile,
+    check_pixels,
+    heif_image,
+    one_line,
+)
+from upfeat.signatures import LONGEST, kind_of, refuse_raw, value_without_data
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,29 +33,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
+# Pillow's word on files that we then read otherwise, on standard error where nobody listens.
+logging.getLogger("PIL.TiffImagePlugin").addFilter(lambda said: "More samples" not in str(said.msg))
 
 MAX_PIXELS = 1 << 28
 """Default limit, about 268 million: the largest cameras' images, in 3 GiB as floats."""
 
-# What Pillow raises, by format, where a file is not what it says of itself.
-_DAMAGED = (OSError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 _BITS = 258
 _ORIENTATION = 274
 _EXTRA_SAMPLES = 338
 _SAMPLES_PER_PIXEL = 277
 _PLANAR = 284
-_HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
-
-
-class Decoded(NamedTuple):
-    """The bands of an image, upright."""
-
-    values: NDArray[Any]
-    """(H, W, bands): uint8, uint16, or float32."""
-    alpha: bool | None = False
-    """True if the last band is transparency; ``None`` where nobody said."""
-    premultiplied: bool = False
-    """True if the colours have been multiplied by it."""
+_PHOTOMETRIC = 262
+_SHALLOW = {"L;2": 85, "L;4": 17}
+"""What Pillow multiplies greys of 2 and 4 bits by, but not the one that is transparent."""
 
 
 def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int) -> Decoded:
@@ -78,8 +77,8 @@ def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int
             return _decode(image, source, label)
     except UnidentifiedImageError:
         return _without_pillow(source, label, max_pixels)
-    except _DAMAGED as error:
-        raise ValueError(f"{label}: a truncated or damaged image ({_line(error)})") from None
+    except DAMAGED as error:
+        raise ValueError(f"{label}: a truncated or damaged image ({one_line(error)})") from None
 
 
 def decode_pil(image: Image.Image, label: str) -> Decoded:
@@ -110,22 +109,8 @@ def open_upright(path: Path, *, short_side: int | None = None) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that Pillow can read") from None
-    except _DAMAGED as error:
-        raise ValueError(f"{path}: a damaged image ({_line(error)})") from None
-
-
-def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
-    """Refuse images of more than ``max_pixels``; ``size`` is (width, height).
-
-    Raises:
-        ValueError: there are more.
-    """
-    pixels = size[0] * size[1]
-    if pixels > max_pixels:
-        raise ValueError(
-            f"{label}: {size[0]}×{size[1]} are {pixels:,} pixels, more than max_pixels="
-            f"{max_pixels:,}; if you trust it and have the memory, raise max_pixels"
-        )
+    except DAMAGED as error:
+        raise ValueError(f"{path}: a damaged image ({one_line(error)})") from None
 
 
 def image_size(path: Path | bytes) -> tuple[int, int] | None:
@@ -174,27 +159,37 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     # Never by name: Pillow maps uncompressed TIFF files into memory then and turns them wrongly.
     file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
     with _NO_LIMIT, file, Image.open(file) as image:
+        if image.format == "PNG" and (points := coding_points(source)):
+            image.info["cicp"] = points
         yield image
 
 
 def _decode(image: Image.Image, source: Path | bytes, label: str) -> Decoded:
     unsaid = _unsaid_bands(image)
     tiff = image.format == "TIFF"
+    tags: Any = {}
     raw = _raw_mode(image)
     if tiff:
         tags = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
+        refuse_raw(tags, _first_bytes(source), label)
         bands = tags.get(_SAMPLES_PER_PIXEL, 1)
         planes = bands > 1 and tags.get(_PLANAR) == 2 and max(tags.get(_BITS, (8,))) > 8
         if planes or bands > 4:
-            return _by_tifffile(source, label)
+            return by_tifffile(source, label)
     elif image.format != "MPO" and getattr(image, "is_animated", False):
         warnings.warn(f"{label}: an animation; its first frame is taken", stacklevel=2)
         image.seek(0)
+    if image.info.get("cicp", (0, 0))[1] in HIGH_RANGE:
+        warnings.warn(f"{label}: of high dynamic range (PQ or HLG); read as stored", stacklevel=2)
+    if raw in _SHALLOW and "transparency" in image.info:
+        image.info["transparency"] *= _SHALLOW[raw]
     if raw.partition(";")[0] in ("RGB", "RGBA", "RGBa", "RGBX", "LA") and ";16" in raw:
-        return _deep(image, source, raw, label, unsaid)
-    if unsaid and raw == "RGBX":  # a fourth band that Pillow leaves out
-        _reread(image, "RGBA", "RGBA")
-    return _from_pil(image, label, unsaid)
+        decoded = _deep(image, source, raw, label, unsaid)
+    else:
+        if unsaid and raw == "RGBX":  # a fourth band that Pillow leaves out
+            _reread(image, "RGBA", "RGBA")
+        decoded = _from_pil(image, label, unsaid)
+    return decoded._replace(nodata=value_without_data(tags)) if tiff else decoded
 
 
 def _raw_mode(image: Image.Image) -> str:
@@ -239,24 +234,36 @@ def _deep(image: Image.Image, source: Path | bytes, raw: str, label: str, unsaid
     if mode == "RGB" and isinstance(hidden, tuple):  # one colour is transparent
         opaque = (values != np.array(hidden, np.uint16)).any(2, keepdims=True)
         return Decoded(np.concatenate([values, opaque * np.uint16(65535)], 2), alpha=True)
-    values = _deep_to_srgb(values, upright, label)
+    values = _deep_to_srgb(values, upright.info, label)
     alpha = (None if unsaid else True) if mode == "RGBA" else False
     return Decoded(values, alpha, premultiplied=raw.startswith("RGBa"))
 
 
-def _deep_to_srgb(values: NDArray[Any], high: Image.Image, label: str) -> NDArray[Any]:
-    """Add what its profile changes of the high bytes: LittleCMS sees 8 bits through Pillow."""
-    profile = high.info.get("icc_profile")
+def _deep_to_srgb(values: NDArray[Any], info: dict[Any, Any], label: str) -> NDArray[Any]:
+    """Bring 16-bit greys or colours (H, W, bands) of these notes into sRGB.
+
+    LittleCMS sees 8 bits through Pillow: values lie between two levels, and so do their colours.
+    """
+    profile = embedded_profile(info)
     if not profile:
         return values
-    before = high.convert("RGB")
+    bands = 3 if values.shape[2] >= 3 else 1
+    level, rest = np.divmod(values[..., :bands], 257)
+    before = _picture(level)
     after = in_srgb(before, profile, label)
     if after is before:
         return values
-    change = np.asarray(after).astype(np.int32) - np.asarray(before)
-    colours = values[..., :3] + 257 * change
-    values[..., :3] = colours.clip(0, 65535)
-    return values
+    mode = "RGB" if bands == 3 else "L"
+    lower = np.asarray(after.convert(mode), np.int32).reshape(level.shape)
+    after = in_srgb(_picture(np.minimum(level + 1, 255)), profile, label)
+    upper = np.asarray(after.convert(mode), np.int32).reshape(level.shape)
+    colours = 257 * lower + (upper - lower) * rest
+    return np.concatenate([colours.clip(0, 65535).astype(np.uint16), values[..., bands:]], 2)
+
+
+def _picture(levels: NDArray[Any]) -> Image.Image:
+    levels = levels.astype(np.uint8)
+    return Image.fromarray(levels if levels.shape[2] == 3 else levels[..., 0])
 
 
 def in_srgb(image: Image.Image, profile: bytes | None, label: str) -> Image.Image:
@@ -298,11 +305,12 @@ def _from_pil(image: Image.Image, label: str, unsaid: bool) -> Decoded:
     if upright.mode.startswith("I;16") or upright.mode == "I":
         values = np.asarray(upright)
         # Mode I is 32 bits, which hold 16 in most files.
-        deeper = values.min(initial=0) < 0 or values.max(initial=0) > 65535
-        return Decoded((values if deeper else values.astype(np.uint16))[:, :, None])
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            return Decoded(values[:, :, None])
+        return _deep_grey(values.astype(np.uint16), image, upright, label)
     if upright.mode == "F":
         return Decoded(np.asarray(upright)[:, :, None])
-    profile = upright.info.get("icc_profile")
+    profile = embedded_profile(upright.info)
     if unsaid and upright.mode == "RGBA":
         colour = np.asarray(in_srgb(upright.convert("RGB"), profile, label))
         return Decoded(np.concatenate([colour, np.asarray(upright)[..., 3:]], 2), alpha=None)
@@ -322,89 +330,29 @@ def _from_pil(image: Image.Image, label: str, unsaid: bool) -> Decoded:
     return Decoded(np.concatenate([values, np.asarray(alpha)[:, :, None]], 2), alpha=True)
 
 
+def _deep_grey(values: NDArray[Any], image: Any, upright: Image.Image, label: str) -> Decoded:
+    """16-bit greys (H, W) with what Pillow leaves out: white at 0, transparency, profiles."""
+    if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
+        values = 65535 - values
+    hidden = upright.info.get("transparency")
+    opaque = None if hidden is None else (values != hidden) * np.uint16(65535)
+    deep = _deep_to_srgb(values[:, :, None], upright.info, label)
+    return Decoded(deep if opaque is None else np.dstack([deep, opaque]), opaque is not None)
+
+
 def _without_pillow(source: Path | bytes, label: str, max_pixels: int) -> Decoded:
     """Files that Pillow does not know, by the package that does."""
-    start = source[:16] if isinstance(source, bytes) else _first_bytes(source)
+    start = _first_bytes(source)
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
-        return _by_tifffile(source, label, max_pixels)
-    if start[4:8] == b"ftyp" and start[8:12] in (*_HEIF, b"avif", b"avis"):
-        return _by_pillow_heif(source, label, max_pixels, start[8:12])
-    raise ValueError(f"{label}: not an image that Pillow can read")
+        return by_tifffile(source, label, max_pixels)
+    if start[4:8] == b"ftyp" and start[8:12] in (*HEIF, b"avif", b"avis"):
+        return _from_pil(heif_image(source, label, max_pixels, start[8:12]), label, unsaid=False)
+    kind = kind_of(start)
+    raise ValueError(f"{label}: not an image that Pillow can read" + (f": {kind}" if kind else ""))
 
 
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(16)
-
-
-def _by_pillow_heif(source: Path | bytes, label: str, max_pixels: int, brand: bytes) -> Decoded:
-    if brand in (b"avif", b"avis"):
-        raise ValueError(f"{label}: an AVIF image; pip install -U pillow (11.3 or newer reads it)")
-    try:
-        import pillow_heif  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(f"{label}: a HEIC image; pip install pillow-heif to read it") from None
-    file = source if isinstance(source, Path) else io.BytesIO(source)
-    try:
-        opened = pillow_heif.open_heif(file)
-        size = opened.size
-        image = opened.to_pillow() if size[0] * size[1] <= max_pixels else None
-    except (*_DAMAGED, ValueError, RuntimeError) as error:
-        raise ValueError(f"{label}: a damaged HEIC image ({_line(error)})") from None
-    check_pixels(size, label=label, max_pixels=max_pixels)
-    assert image is not None
-    return _from_pil(image, label, unsaid=False)
-
-
-def _by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None) -> Decoded:
-    """TIFF files of many bands, of floats in colour, or with a plane for each band."""
-    try:
-        import tifffile  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            f"{label}: a TIFF file of a kind that Pillow cannot read (bands, depth or layout); "
-            "pip install tifffile imagecodecs to read it"
-        ) from None
-    file = source if isinstance(source, Path) else io.BytesIO(source)
-    try:
-        with tifffile.TiffFile(file) as opened:
-            page = opened.pages.first
-            if max_pixels is not None:
-                size = (page.imagewidth, page.imagelength)
-                check_pixels(size, label=label, max_pixels=max_pixels)
-            values = page.asarray()
-            extra, orientation = page.extrasamples, int(page.tags.valueof(_ORIENTATION, 1))
-            extra = int(extra[-1]) if extra else 0
-            planes, inverted = page.planarconfig == 2, page.photometric == 0
-    except ValueError as error:  # compressions that need imagecodecs, among others
-        raise ValueError(f"{label}: {_line(error)}") from None
-    except MemoryError:
-        raise
-    except Exception as error:  # it believes what the file says of itself, and so fails anywhere
-        raise ValueError(f"{label}: a damaged TIFF file ({_line(error)})") from None
-    if values.ndim not in (2, 3) or 0 in values.shape:
-        raise ValueError(f"{label}: a damaged TIFF file (its image is {times(values.shape)})")
-    values = values[:, :, None] if values.ndim == 2 else values
-    if planes and values.ndim == 3:
-        values = np.moveaxis(values, 0, -1)
-    if inverted and values.dtype.kind == "u":
-        values = np.iinfo(values.dtype).max - values
-    alpha = extra in (1, 2)
-    if values.shape[-1] == 4 and not alpha:
-        return Decoded(_turned(values, orientation), alpha=None)
-    return Decoded(_turned(values, orientation), alpha, premultiplied=extra == 1)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """An array (H, W, …) upright, from what its orientation tag says, 1 to 8."""
-    if orientation in (5, 6, 7, 8):
-        values = values.swapaxes(0, 1)
-    if orientation in (3, 4, 7, 8):
-        values = values[::-1]
-    if orientation in (2, 3, 6, 7):
-        values = values[:, ::-1]
-    return values
+def _first_bytes(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:LONGEST]
+    with source.open("rb") as file:
+        return file.read(LONGEST)

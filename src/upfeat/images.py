@@ -78,6 +78,8 @@ def read_image(
     max_pixels = whole("max_pixels", max_pixels, 1, 1 << 48)
     decoded = _decode(image, label, max_pixels)
     missing = None if nodata is None else _without_data(decoded.values, nodata)
+    if nodata is None and mask is None and decoded.nodata is not None:
+        _warn_if_without_data(decoded, label)
     if isinstance(image, np.ma.MaskedArray) and mask is None:
         hidden = np.asarray(np.ma.getmaskarray(image))
         mask = hidden if hidden.ndim == 2 else np.logical_and.reduce(hidden, axis=-1)
@@ -276,6 +278,17 @@ def _warn_if_dark(array: NDArray[Any], label: str) -> None:
             f"{label}: 16-bit values of at most {highest} of 65535, so nearly black; give "
             "max_value=, as 4095 for 12 bits or 10000 for reflectances",
             stacklevel=2,
+        )
+
+
+def _warn_if_without_data(decoded: Decoded, label: str) -> None:
+    assert decoded.nodata is not None
+    count = int(_without_data(decoded.values, decoded.nodata).sum())
+    if count:
+        warnings.warn(
+            f"{label}: {count:,} pixels are {decoded.nodata:g}, which the file says is no data; "
+            f"give nodata={decoded.nodata:g} to fill them",
+            stacklevel=3,
         )
 
 

@@ -104,11 +104,11 @@ def sizes_as_traced(program: torch.export.ExportedProgram) -> None:
         if node.op != "call_function" or node in returned or not isinstance(value, Tensor):
             continue
         sides = [_as_traced(side, symbols) for side in (*value.shape, *value.stride())]
-        if None not in sides and hasattr(value, "fake_mode"):
-            count = value.dim()
+        known, count = [side for side in sides if side is not None], value.dim()
+        if len(known) == len(sides) and hasattr(value, "fake_mode"):
             with value.fake_mode:  # pyright: ignore[reportAttributeAccessIssue]
                 node.meta["val"] = torch.empty_strided(
-                    sides[:count], sides[count:], dtype=value.dtype, device=value.device
+                    known[:count], known[count:], dtype=value.dtype, device=value.device
                 )
 
 

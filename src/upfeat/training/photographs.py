@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from upfeat.decoding import in_srgb, open_upright
 from upfeat.images import read_image
 from upfeat.outputs import search
+from upfeat.png_colours import embedded_profile
 from upfeat.randomness import stream
 
 SUFFIXES = frozenset(
@@ -259,7 +260,7 @@ def read_window(
 
 def _resized(image: Image.Image, box: tuple[int, int, int, int], size: int, label: str) -> Tensor:
     """A window of an image of any mode, (3, size, size) uint8, in sRGB."""
-    profile = image.info.get("icc_profile")
+    profile = embedded_profile(image.info)
     plain = image.mode == "RGB" or (image.mode == "L" and not profile)
     if plain and "transparency" not in image.info:
         # In RGB first: modes are converted once and resampled alike; sRGB last, for fewer pixels.

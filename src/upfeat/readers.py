@@ -1,0 +1,136 @@
+"""Image files that Pillow does not know, by the packages that do."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from upfeat.signatures import refuse_raw, value_without_data
+from upfeat.types import times
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# What Pillow raises, by format, where a file is not what it says of itself.
+DAMAGED = (OSError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
+HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+_ORIENTATION = 274
+
+
+class Decoded(NamedTuple):
+    """The bands of an image, upright."""
+
+    values: NDArray[Any]
+    """(H, W, bands): uint8, uint16, or float32."""
+    alpha: bool | None = False
+    """True if the last band is transparency; ``None`` where nobody said."""
+    premultiplied: bool = False
+    """True if the colours have been multiplied by it."""
+    nodata: float | None = None
+    """The value of pixels without data, where the file says one."""
+
+
+def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
+    """Refuse images of more than ``max_pixels``; ``size`` is (width, height).
+
+    Raises:
+        ValueError: there are more.
+    """
+    pixels = size[0] * size[1]
+    if pixels > max_pixels:
+        raise ValueError(
+            f"{label}: {size[0]}×{size[1]} are {pixels:,} pixels, more than max_pixels="
+            f"{max_pixels:,}; if you trust it and have the memory, raise max_pixels"
+        )
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, or its kind, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def heif_image(source: Path | bytes, label: str, max_pixels: int, brand: bytes) -> Image.Image:
+    """Decode a HEIC image by pillow-heif.
+
+    Raises:
+        ValueError: it is damaged, larger than ``max_pixels``, or the package is not installed.
+    """
+    if brand in (b"avif", b"avis"):
+        raise ValueError(f"{label}: an AVIF image; pip install -U pillow (11.3 or newer reads it)")
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(f"{label}: a HEIC image; pip install pillow-heif to read it") from None
+    file = source if isinstance(source, Path) else io.BytesIO(source)
+    try:
+        opened = pillow_heif.open_heif(file)
+        size = opened.size
+        image = opened.to_pillow() if size[0] * size[1] <= max_pixels else None
+    except (*DAMAGED, ValueError, RuntimeError) as error:
+        raise ValueError(f"{label}: a damaged HEIC image ({one_line(error)})") from None
+    check_pixels(size, label=label, max_pixels=max_pixels)
+    assert image is not None
+    return image
+
+
+def by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None) -> Decoded:
+    """Decode a TIFF file of many bands, of floats in colour, or with a plane for each band.
+
+    Raises:
+        ValueError: it is damaged, a camera's raw file, larger than ``max_pixels``, or the package
+            is not installed.
+    """
+    try:
+        import tifffile  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ValueError(
+            f"{label}: a TIFF file of a kind that Pillow cannot read (bands, depth or layout); "
+            "pip install tifffile imagecodecs to read it"
+        ) from None
+    file = source if isinstance(source, Path) else io.BytesIO(source)
+    try:
+        with tifffile.TiffFile(file) as opened:
+            page = opened.pages.first
+            tags = {tag.code: tag.value for tag in page.tags if tag.code < 65536}
+            if max_pixels is not None:
+                size = (page.imagewidth, page.imagelength)
+                check_pixels(size, label=label, max_pixels=max_pixels)
+            values = page.asarray()
+            extra, orientation = page.extrasamples, int(page.tags.valueof(_ORIENTATION, 1))
+            extra = int(extra[-1]) if extra else 0
+            planes, inverted = page.planarconfig == 2, page.photometric == 0
+    except ValueError as error:  # compressions that need imagecodecs, among others
+        raise ValueError(f"{label}: {one_line(error)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # it believes what the file says of itself, and so fails anywhere
+        raise ValueError(f"{label}: a damaged TIFF file ({one_line(error)})") from None
+    refuse_raw(tags, b"", label)
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise ValueError(f"{label}: a damaged TIFF file (its image is {times(values.shape)})")
+    values = values[:, :, None] if values.ndim == 2 else values
+    if planes and values.ndim == 3:
+        values = np.moveaxis(values, 0, -1)
+    if inverted and values.dtype.kind == "u":
+        values = np.iinfo(values.dtype).max - values
+    alpha = extra in (1, 2)
+    said = alpha if alpha or values.shape[-1] != 4 else None
+    values = _turned(values, orientation)
+    return Decoded(values, said, premultiplied=extra == 1, nodata=value_without_data(tags))
+
+
+def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:
+    """An array (H, W, …) upright, from what its orientation tag says, 1 to 8."""
+    if orientation in (5, 6, 7, 8):
+        values = values.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        values = values[::-1]
+    if orientation in (2, 3, 6, 7):
+        values = values[:, ::-1]
+    return values
