@@ -217,6 +217,39 @@ def test_missing_library(monkeypatch):
         upfeat.load_backbone("timm:resnet18")
 
 
+def test_a_library_left_out_is_suggested(tmp_path):
+    """Names that people copy from elsewhere, and folders."""
+    folder, repository = tmp_path / "model", tmp_path / "repository"
+    for path, file in ((folder, "config.json"), (repository, "hubconf.py")):
+        path.mkdir()
+        (path / file).touch()
+    for name, meant in (
+        (folder, f"hf:{folder}"),
+        (repository, f"hub:{repository}:NAME"),
+        ("facebook/dinov2-small", "hf:facebook/dinov2-small or open_clip:"),
+    ):
+        with pytest.raises(ValueError, match="is unknown; did you mean") as caught:
+            upfeat.load_backbone(name)
+        assert meant in str(caught.value)
+    with pytest.raises(ValueError, match=r'"@last" names no layers; give numbers, as hf:.*@5,8'):
+        upfeat.load_backbone(f"hf:{folder}@last")
+    with pytest.raises(FileNotFoundError, match=r"hf:/nowhere/at/all: no such folder$"):
+        upfeat.load_backbone("hf:/nowhere/at/all")
+
+
+def test_models_of_timm_without_its_name(torchvision_operators):
+    pytest.importorskip("timm", reason="timm is not installed", exc_type=ImportError)
+    with pytest.raises(ValueError, match=r"did you mean timm:resnet18\?"):
+        upfeat.load_backbone("resnet18")
+
+
+def test_a_hubconf_offers_its_own_names(repository):
+    imports = "from pathlib import Path\nfrom torch import nn\nimport sys\n"
+    (repository / "hubconf.py").write_text(imports + "def plain():\n    return nn.Identity()\n")
+    with pytest.raises(ValueError, match=r"known: plain$"):
+        upfeat.load_backbone(f"hub:{repository}:something_else")
+
+
 def test_options_that_do_not_apply():
     with pytest.raises(ValueError, match="layer: not an option of efficientnet_lite0"):
         upfeat.load_backbone("efficientnet_lite0", layer=3)

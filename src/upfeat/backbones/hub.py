@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import io
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,12 +102,13 @@ def load_hub(source: str, *, pretrained: bool) -> nn.Module:
 
 
 def _entry_points(path: Path) -> list[str]:
-    """Names that a hubconf.py defines or imports for its users."""
+    """Names that a hubconf.py defines, or imports from its own code, for its users."""
     names: list[str] = []
+    others = {*sys.stdlib_module_names, "numpy", "torch", "torchvision"}
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef):
             names.append(node.name)
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+        elif isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] not in others:
             names += [alias.asname or alias.name for alias in node.names]
     return [name for name in names if not name.startswith("_")]
 

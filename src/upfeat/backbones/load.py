@@ -144,6 +144,9 @@ def _split_layers(name: str, layers: Sequence[Layer] | None) -> tuple[str, Seque
     """A name without its layers, as "timm:NAME@3,8", and the layers."""
     found = re.fullmatch(r"(.+)@(-?\d+(?:,-?\d+)*)", name)
     if found is None:
+        whole, at, after = name.rpartition("@")
+        if at and Path(whole.removeprefix("hf:")).expanduser().is_dir():
+            raise ValueError(f'{whole}: "@{after}" names no layers; give numbers, as {whole}@5,8')
         return name, layers
     if layers is not None:
         raise ValueError(f"layer={layers}: {name} names layers already; give one of both")
@@ -178,10 +181,24 @@ def _load_named(name: str, pretrained: bool) -> tuple[Any, Settings | None]:
         raise ValueError(f'"{name}" names no function; give {name}:FUNCTION, which makes a model')
     if separator:
         raise ValueError(f"{unknown_name('library', library, list(_LIBRARIES))} {_forms()}")
+    if meant := _with_library(name):
+        raise ValueError(f'backbone "{name}" is unknown; did you mean {meant}?')
     known = list_backbones()
     if not any(f"lite{variant}" in name for variant in (1, 2)):  # they would crowd out Lite0
         known = [one for one in known if one.startswith("efficientnet_lite0")]
     raise ValueError(f"{unknown_name('backbone', name, known)} {_forms()}")
+
+
+def _with_library(name: str) -> str | None:
+    """The whole name of what somebody may have meant who left its library out."""
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return f"hf:{name}"
+    if (folder / "hubconf.py").is_file():
+        return f"hub:{name}:NAME"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.exists():
+        return f"hf:{name} or open_clip:{name}"
+    return f"timm:{name}" if timm.is_model(name) else None
 
 
 def _forms() -> str:

@@ -131,6 +131,15 @@ def load_timm(name: str, *, pretrained: bool) -> nn.Module:
         raise _cannot_make(name, error) from None
 
 
+def is_model(name: str) -> bool:
+    """Return whether timm, where it is installed, has a model of this name."""
+    try:
+        library = _import_timm()
+    except ValueError:
+        return False
+    return library.is_model(name.partition(".")[0])
+
+
 def _create(library: Any, name: str, pretrained: bool) -> nn.Module:
     try:
         return library.create_model(name, pretrained=pretrained, **_size_options(name))

@@ -284,6 +284,8 @@ def _read_processor(source: str) -> dict[str, Any] | None:
 
 
 def _unreachable(source: str, error: OSError) -> FileNotFoundError:
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        return FileNotFoundError(f"hf:{source}: no such folder")
     return FileNotFoundError(
         f"hf:{source}: no such folder, and not in the cache or on the hub ({_line(error)}); "
         "download its config.json, model.safetensors and preprocessor_config.json into a folder "
