@@ -34,7 +34,6 @@ def jobs() -> dict[str, Callable[[], object]]:
     """What is timed; code that every version can run."""
     import torch
     import torch.nn.functional as F
-
     from training_step import reduced_loss, stepper
 
     import upfeat
