@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def plain_clip(path, sizes=((48, 64),), count=6):
         for index in range(count):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(scene(index, sizes[0]))))
         container.mux(stream.encode())
-    return path
+    return Path(path)
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm", ".mov"])
@@ -68,6 +69,62 @@ def test_frames_survive_writing_with_their_times(tmp_path, suffix):
     error = np.abs(frames[2].pixels[:, :65].astype(int) - scene(2))
     assert error.mean() < 12
     assert kind_of(path) == VIDEO
+
+
+@pytest.mark.parametrize(
+    ("times", "written"),
+    [
+        ((None, None, None), (0, 0.1, 0.2)),  # at the rate
+        ((1, 0.5, None, 0.25, 3), (1, 1.1, 1.2, 1.3, 3)),  # never back
+        ((-1, -0.5, 0, 0.5), (0, 0.1, 0.2, 0.5)),  # never before the beginning
+        ((5, 6), (5, 6)),
+    ],
+)
+def test_times_only_go_on(tmp_path, times, written):
+    path = tmp_path / "clip.mp4"
+    with VideoWriter(path, Fraction(10)) as writer:
+        for index, time in enumerate(times):
+            writer.add(scene(index), None if time is None else Fraction(time))
+    assert [float(frame.time) for frame in read_frames(path)] == pytest.approx(written, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [(9, 33), (8, 8), (47, 48), (16, 301)])
+def test_frames_of_any_size_are_shown_whole(tmp_path, size):
+    """Encoders take even sides: an odd one is read with one row or column more."""
+    even = tuple(side + side % 2 for side in size)
+    clip, out = write_clip(tmp_path / "a.mkv", 1, size), tmp_path / "out.mkv"
+    frame = next(read_frames(clip)).pixels
+    assert frame.shape == (*even, 3)
+    assert np.abs(frame[: size[0], : size[1]].astype(int) - scene(0, size)).mean() < 20
+    report = render_video(model(), clip, out)
+    assert (report.frames, report.size) == (1, even)
+    # Of one frame, nothing can be compared.
+    assert (report.still, report.image, report.drift, report.flicker) == (0, None, None, None)
+    assert next(read_frames(out)).pixels.shape == (even[0], 2 * even[1], 3)
+
+
+def test_names_with_colons_and_percents_are_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("10:00").mkdir()
+    clip = plain_clip("clip.mp4", count=2).replace("12:30:00 100%03d.mp4")
+    assert len(list(read_frames(clip))) == count_frames(clip) == 2
+    out = Path("10:00/out.mp4")
+    assert render_video(model(), clip, out).frames == 2
+    assert [one.name for one in Path("10:00").iterdir()] == ["out.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": 0}, "size=0 must be 1 or more"),
+        ({"size": "64"}, "size='64' must be a whole number"),
+        ({"sample": 0}, "sample=0 must be 1 or more"),
+        ({"sample": 2.5}, "sample=2.5 must be a whole number"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        VideoSettings(**settings)
 
 
 def test_all_frames_share_one_basis(tmp_path):

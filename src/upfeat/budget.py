@@ -174,7 +174,7 @@ def made_parts(
     upsampler: Upsampler,
     kernels: Kernels,
     mixed: Tensor | Map,
-    head: Head,
+    head: Tensor | None,
     plan: Iterator[Any],
 ) -> Iterator[tuple[slice, Window, Tensor]]:
     """Make the parts of a plan of the map of a head: their channels, their window, their values.
@@ -183,26 +183,19 @@ def made_parts(
         upsampler: its :attr:`Upsampler.exact_parts` says of what the plan is.
         kernels: of the image.
         mixed: features that :meth:`Upsampler.mix` has seen.
-        head: applied to them.
+        head: (K, C), applied to them; ``None`` for none.
         plan: of :func:`plan_blocks` or :func:`plan_windows`.
     """
     if upsampler.exact_parts != "channels":
         for window in plan:
-            values = upsampler.render(kernels, mixed, head=head.weight, window=window)
-            yield (
-                slice(None),
-                window,
-                values if head.bias is None else add_offset(values, head.bias),
-            )
+            values = upsampler.render(kernels, mixed, head=head, window=window)
+            yield slice(None), window, values
         return
     assert isinstance(mixed, Tensor)
-    offset = upsampler.offset
-    if head.weight is not None and offset is not None:
-        offset = head.on_channels(offset)
-    mixed = apply_head(mixed, head.weight)
+    offset = Head(head).constant(upsampler.offset)
+    mixed = apply_head(mixed, head)
     for block in plan:
         values = kernels(mixed[:, block].contiguous())
-        for constant in (offset, head.bias):
-            if constant is not None:
-                values = add_offset(values, constant[block])
+        if offset is not None:
+            values = add_offset(values, offset[block])
         yield block, Window(0, 0, *values.shape[2:]), values

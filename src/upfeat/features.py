@@ -32,7 +32,7 @@ from upfeat.snapshots import Snapshot, watched
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_finite, check_hidden, check_inputs
-from upfeat.upsamplers.head import Head, add_offset
+from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.step import Corrected
 
@@ -186,7 +186,7 @@ class UpsampledFeatures(FeatureMap):
         bound = self.max_memory if max_memory is None else parse_memory(max_memory)
         if out is None and bound is None and dtype in (None, self.features.dtype):
             return self._render()
-        return self._fill(Head(), dtype, out, bound)
+        return self._fill(dtype, out, bound)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
         """A window of the map.
@@ -266,7 +266,7 @@ class UpsampledFeatures(FeatureMap):
         bias = None if bias is None else bias.to(self.features)
         bound = self.max_memory if max_memory is None else parse_memory(max_memory)
         if out is not None or bound is not None:
-            return self._fill(Head(weight, bias), None, out, bound)
+            return self._fill(None, out, bound, weight, bias)
         made = self._render(weight)
         return made if bias is None else add_offset(made, bias)
 
@@ -370,13 +370,20 @@ class UpsampledFeatures(FeatureMap):
     def _render(self, head: Tensor | None = None) -> Tensor:
         return self._blank(self.upsampler.render(*self._parts(), head=head))
 
-    def _fill(self, head: Head, dtype: torch.dtype | None, out: Any, bound: int | None) -> Any:
-        """Make the map of a head part by part, into a buffer or a new tensor."""
+    def _fill(
+        self,
+        dtype: torch.dtype | None,
+        out: Any,
+        bound: int | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+    ) -> Any:
+        """Make the map, or that of a head, part by part, into a buffer or a new tensor."""
         if watched(self._sources()):
             raise ValueError(
                 "out=, dtype= and max_memory= record no gradients; use torch.no_grad()"
             )
-        channels = len(head.weight) if isinstance(head.weight, Tensor) else self.shape[1]
+        channels = self.shape[1] if weight is None else len(weight)
         shape = (self.shape[0], channels, *self.shape[2:])
         held, free = 0, math.inf if bound is None else free_bytes(bound)
         if out is None:
@@ -392,11 +399,14 @@ class UpsampledFeatures(FeatureMap):
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=self.features.device)
         buffer = Buffer(out, shape)
-        keeps = not by_channels and head.weight is None and bound is None
+        keeps = not by_channels and weight is None and bound is None
         with torch.no_grad():
             parts = self._precompute() if keeps else self._parts()
-            for block, window, values in made_parts(self.upsampler, *parts, head, plan):
-                buffer.write(block, window, self._blank(values, window))
+            for block, window, values in made_parts(self.upsampler, *parts, weight, plan):
+                values = self._blank(values, window)
+                if bias is not None:
+                    values = add_offset(values, bias[block])
+                buffer.write(block, window, values)
         return out
 
     def _blank(self, out: Tensor, window: Window | None = None) -> Tensor:

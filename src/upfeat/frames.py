@@ -114,7 +114,8 @@ def _opened(av: Any, path: Path) -> Any:
         what = "is a folder, not a video" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: {what}")
     try:
-        container = av.open(str(path))
+        # Absolute: FFmpeg takes what stands before a colon for the name of a protocol.
+        container = av.open(str(path.absolute()))
     except av.FFmpegError as error:
         raise DamagedVideo(f"{path}: not a video, or a truncated one ({_reason(error)})") from None
     if not container.streams.video:
@@ -150,7 +151,7 @@ class VideoWriter:
         if name is None:
             raise ValueError(f"{path}: this PyAV has no encoder for {path.suffix}; give .mp4")
         self._codec = name
-        self._container = self._av.open(str(path), "w")
+        self._container = self._av.open(str(path.absolute()), "w")
         self._container.metadata["comment"] = f"{VIDEO} {__version__}"
         self._stream: Any = None
 

@@ -48,8 +48,13 @@ class SavedHead:
         """
         now = describe_backbone(backbone)
         other = [name for name in now if self.backbone.get(name) != now[name]]
-        if not other:
+        if not other and self.weight.shape[1] == backbone.embed_dim:
             return
+        if not other:
+            raise ValueError(
+                f"{label}: a damaged head: its weight is of {self.weight.shape[1]} channels, and "
+                f"{backbone.name} has {backbone.embed_dim}"
+            )
         if "name" in other:
             raise ValueError(
                 f"{label}: was trained on features of {self.backbone.get('name')}, not of "
@@ -105,8 +110,8 @@ def load_head(path: str | Path) -> SavedHead:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its names are no list of texts")
         head = SavedHead(
-            tensors["weight"],
-            tensors["bias"],
+            tensors["weight"].float(),
+            tensors["bias"].float(),
             names,
             metadata["kind"],
             parse_object(metadata["backbone"], "backbone"),
@@ -114,18 +119,18 @@ def load_head(path: str | Path) -> SavedHead:
         )
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a damaged head ({error})") from None
-    _check_shapes(head.weight, head.bias, names, path)
+    _check_shapes(tensors["weight"], tensors["bias"], names, path)
     if head.kind not in KINDS:
         raise ValueError(f'{path}: kind="{head.kind}" must be classes or values')
     return head
 
 
 def _check_shapes(weight: Tensor, bias: Tensor, names: Sequence[str], path: str | Path) -> None:
-    fits = weight.dim() == 2 and bias.shape == weight.shape[:1] and len(names) == len(weight)
+    fits = weight.dim() == 2 and bias.shape == weight.shape[:1] and len(names) == len(weight) > 0
     if not fits or not weight.is_floating_point() or not bias.is_floating_point():
         raise ValueError(
             f"{path}: a damaged head: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, "
             f"{len(names)} names"
         )
-    if not bool(torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+    if not bool(torch.isfinite(weight.float()).all() and torch.isfinite(bias.float()).all()):
         raise ValueError(f"{path}: holds NaN or infinity")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from upfeat.bounds import whole
 from upfeat.evaluation.data.folders import IGNORE_INDEX, read_folder
 from upfeat.evaluation.metrics import class_iou, confusion_matrix
 from upfeat.features import UpsampledFeatures
@@ -85,6 +86,7 @@ def train_on_folder(
         FileNotFoundError: the folder or a part of it is not there.
         ValueError: fewer than two images can be used, or they show fewer than two classes.
     """
+    _check_counts(pixels, folds)
     dataset = read_folder(folder)
     split = (Path(folder) / "train").is_dir()
     samples = dataset.train if split else [*dataset.train, *dataset.test]
@@ -149,6 +151,7 @@ def train_on_raster(
         FileNotFoundError: there is no such file.
         ValueError: the labels do not fit the raster, or there are too few.
     """
+    _check_counts(pixels, folds)
     source = read_labels(labels, scene, names)
     what = HeadOutput(torch.zeros(1, 1), torch.zeros(1), ["features"], {})
     plan = make_plan(scene.size, model, what, max_memory=max_memory, tile=LABEL_TILE)
@@ -171,6 +174,11 @@ def train_on_raster(
             window = lazy.crop(*piece.inner)[0]
             groups.append((read_pixels(window, places).cpu(), label.flatten()[places]))
     return _train(groups, model, source.names, folds, seed)
+
+
+def _check_counts(pixels: int, folds: int) -> None:
+    whole("pixels", pixels)
+    whole("folds", folds, 2)
 
 
 def _train(

@@ -21,6 +21,14 @@ def read_object(path: Path, *, largest: int = LARGEST) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is too large, not JSON, or JSON of another kind.
     """
+    return _object(read_value(path, largest=largest), str(path))
+
+
+def read_value(path: Path, *, largest: int = LARGEST) -> Any:
+    """Read a JSON file that holds anything, in UTF-8, with or without a byte order mark.
+
+    The arguments and errors are those of :func:`read_object`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     with path.open("rb") as file:
@@ -28,10 +36,10 @@ def read_object(path: Path, *, largest: int = LARGEST) -> dict[str, Any]:
     if len(content) > largest:
         raise ValueError(f"{path}: larger than {largest >> 10} KiB, so it holds no settings")
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
-    return parse_object(text, str(path))
+    return _parse(text, str(path))
 
 
 def parse_object(text: str, source: str) -> dict[str, Any]:
@@ -49,12 +57,19 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
         >>> parse_object('{"radius": 2}', "config.json")
         {'radius': 2}
     """
+    return _object(_parse(text, source), source)
+
+
+def _parse(text: str, source: str) -> Any:
     try:
-        content = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
     except RecursionError:
         raise ValueError(f"{source}: not JSON of ours (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"{source}: not JSON ({_short(error)})") from None
+
+
+def _object(content: Any, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{source}: holds {type(content).__name__}, not an object (name: value)")
     return content

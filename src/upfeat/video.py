@@ -69,7 +69,8 @@ class VideoSettings:
         Raises:
             ValueError: one is out of range.
         """
-        whole("sample", self.sample, 1)
+        whole("size", self.size, optional=True)
+        whole("sample", self.sample)
         if self.head is not None and self.head.kind != "classes":
             raise ValueError(
                 f"head: says {self.head.kind}, not classes; a video shows the classes of a head"

@@ -84,8 +84,66 @@ def test_a_grid_without_its_geometry_is_not_whole(tmp_path):
     (tmp_path / "a.meta.json").write_text('{"target_size": [99, 28], "patch_size": 14}')
     with pytest.raises(ValueError, match="does not cover"):
         read_grid(path)
-    path.write_bytes(b"no tensor")
-    with pytest.raises(ValueError, match="not a tensor"):
-        read_grid(path)
     with pytest.raises(ValueError, match="float64"):
         write_grid(tmp_path, "b", DenseGrid(torch.zeros(1, 2, 2), (28, 28), (14, 14)), "float64")
+
+
+def test_a_backbone_of_more_bands_makes_grids_too():
+    torch.manual_seed(0)
+    bands = upfeat.load_backbone(torch.nn.Conv2d(5, 6, 14, 14), mean=[0.5] * 5, std=[0.2] * 5)
+    made_by = upfeat.load(bands, upsampler="bilinear")
+    image = np.random.default_rng(0).random((30, 44, 5), np.float32)
+    grid = encode_grid(made_by, image)
+    expected = made_by.backbone(made_by.preprocess(image[:28, :42]))[0]
+    torch.testing.assert_close(grid.features[:, :2, :3], expected)
+    assert grid.upsample(made_by, image).shape == (6, 30, 44)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        [],
+        {"target_size": 28},
+        {"target_size": 28, "patch_size": None},
+        {"target_size": [28], "patch_size": 14},
+        {"target_size": "28", "patch_size": 14},
+        {"target_size": [28.5, 28], "patch_size": 14},
+        {"target_size": [28, float("inf")], "patch_size": 14},
+        {"target_size": [28, 28], "patch_size": 0},
+        {"target_size": [28, 28], "patch_size": -14},
+        {"target_size": True, "patch_size": 14},
+    ],
+    ids=json.dumps,
+)
+def test_geometries_that_are_none_are_named(tmp_path, geometry):
+    path = write_grid(tmp_path, "a", encode_grid(model(), picture(28, 28)))
+    (tmp_path / "a.meta.json").write_text(json.dumps(geometry))
+    with pytest.raises(ValueError, match=r"a\.meta\.json: no geometry of a grid"):
+        read_grid(path)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 0.6, 0.9, 0.99])
+def test_a_grid_that_is_cut_off_is_named(tmp_path, share):
+    path = write_grid(tmp_path, "a", encode_grid(model(), picture(28, 28)))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"a\.pt: not a tensor, or a damaged file"):
+        read_grid(path)
+
+
+@pytest.mark.parametrize("held", [{"features": torch.zeros(1, 2, 2)}, [1, 2], "text"], ids=str)
+def test_a_file_that_holds_something_else_is_named(tmp_path, held):
+    path = write_grid(tmp_path, "a", encode_grid(model(), picture(28, 28)))
+    torch.save(held, path)
+    with pytest.raises(ValueError, match=r"a\.pt: holds a \w+, not a tensor"):
+        read_grid(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "target", "patch"),
+    [((2, 2), 28, 14), ((1, 2, 3), 28, 14), ((1, 0, 2), (0, 28), 14), ((1, 2, 2), 29, 14)],
+)
+def test_grids_that_do_not_cover_their_image_are_refused(shape, target, patch):
+    sides = (target if isinstance(target, tuple) else (target, target), (patch, patch))
+    with pytest.raises(ValueError, match=r"features must be \(d, gh, gw\)|does not cover an image"):
+        DenseGrid(torch.zeros(shape), *sides)

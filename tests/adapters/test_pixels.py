@@ -126,8 +126,14 @@ def test_it_is_pickled_without_the_weights_that_a_name_stands_for():
 def test_bad_settings_are_refused():
     with pytest.raises(ValueError, match="not fitted"):
         PixelFeatures(network(), "bilinear").transform(picture())
-    with pytest.raises(ValueError, match="n_components"):
-        PixelFeatures(network(), "bilinear", 0).fit(picture())
+    for wrong in (0, -1, 1.5, "all", True):
+        with pytest.raises(ValueError, match=f"n_components={wrong!r}"):
+            PixelFeatures(network(), "bilinear", wrong).fit(picture())
+    fitted = PixelFeatures(network(), "bilinear", 3).fit(picture())
+    for call in (fitted.fit, fitted.transform, fitted.fit_transform):
+        for nothing in ([], (), np.zeros((0, 8, 8, 3), np.uint8)):
+            with pytest.raises(ValueError, match="holds no image"):
+                call(nothing)
     with pytest.raises(ValueError, match="colour: no setting"):
         PixelFeatures().set_params(colour=1)
     model = upfeat.load(network(), upsampler="bilinear")

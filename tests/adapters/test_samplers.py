@@ -58,8 +58,19 @@ def test_features_of_tiles_are_those_of_the_whole():
 
 
 def test_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match="west, south, east, north"):
-        TileSampler((1, 0, 0, 1), 0.1, tile=4)
+    for bounds in (
+        (1, 0, 0, 1),
+        (0, 1, 1, 1),
+        (0, 0, np.inf, 1),
+        (0, np.nan, 1, 1),
+        (0, 1),
+        "abcd",
+    ):
+        with pytest.raises(ValueError, match="west, south, east, north"):
+            TileSampler(bounds, 0.1, tile=4)
+    for name, value in (("tile", 0), ("tile", "4"), ("halo", -1), ("halo", 0.5), ("step", 0)):
+        with pytest.raises(ValueError, match=f"{name}="):
+            TileSampler((0, 0, 8, 8), 1, **{"tile": 4, name: value})
     with pytest.raises(ValueError, match="resolution"):
         TileSampler((0, 0, 1, 1), 0, tile=4)
     sampler = TileSampler((0, 0, 8, 8), 1, tile=4)
@@ -70,3 +81,7 @@ def test_bad_arguments_are_refused():
         stitch([part] * 5, sampler)
     with pytest.raises(ValueError, match="not \\(4, 4\\)"):
         stitch([torch.zeros(1, 3, 4)], sampler)
+    three = torch.zeros(3, 4, 4)
+    for other in (part, three.double()):
+        with pytest.raises(ValueError, match=r"part 2 has . channels of .*, and those before 3 of"):
+            stitch([three, other, three, three], sampler)

@@ -141,10 +141,14 @@ def test_archives_are_read_in_order_and_truncated_ones_up_to_there(tmp_path):
 
 
 def test_lists_and_files(tmp_path, photos):
-    (photos / "list.txt").write_text("# two\na.png\n\ninner/c.png\nmissing.png\na.png\n")
-    summary = extract(model(), [photos / "list.txt"], tmp_path / "out", Extraction())
+    (photos / "list.txt").write_text("# two\na.png\n\ninner/c.png\nmissing.png\na.png\nb\0.png\n")
+    out = tmp_path / "out"
+    summary = extract(model(), [photos / "list.txt"], out, Extraction())
     assert summary.made == 2
-    assert [key for key, _ in summary.failures] == ["missing.png", "a.png"]
+    assert [key for key, _ in summary.failures] == ["missing.png", "a.png (2)", "b\0.png"]
+    items = json.loads((out / "manifest.json").read_text())["items"]
+    assert [one["key"] for one in items if "file" in one] == ["a.png", "inner/c.png"]
+    assert extract(model(), [photos / "list.txt"], out, Extraction()).kept == 2
 
 
 def test_frames_of_a_video(tmp_path):
@@ -292,11 +296,36 @@ def test_a_full_disk_ends_the_run_in_one_line(tmp_path, photos, capsys):
     assert re.match(r"\S+  [1-3] made, [1-3] there before, 0 failed", capsys.readouterr().out)
 
 
-def test_bad_settings_are_refused():
-    with pytest.raises(ValueError, match='kind="all"'):
-        Extraction("all")
-    with pytest.raises(ValueError, match="do not go together"):
-        Extraction("head")
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"kind": "all"}, 'kind="all" must be one of lazy, features, head'),
+        ({"kind": "head"}, "do not go together"),
+        ({"dtype": "int8"}, "must be float16 or float32"),
+        ({"size": 0}, "size=0 must be 1 or more"),
+        ({"size": "224"}, "size='224' must be a whole number"),
+    ],
+)
+def test_bad_settings_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        Extraction(**settings)
+
+
+@pytest.mark.parametrize("kind", ["head", "features"])
+def test_values_beyond_float16_are_an_error_of_the_item(tmp_path, photos, kind):
+    network = torch.nn.Conv2d(3, 4, 8, 8)
+    torch.nn.init.constant_(network.bias, 1e6 if kind == "features" else 1)
+    made_by, head = upfeat.load(network, upsampler="detail"), None
+    if kind == "head":
+        backbone = describe_backbone(made_by.backbone)
+        weight = torch.full((1, 4), 1e7)
+        head = SavedHead(weight, torch.zeros(1), ["metres"], "values", backbone, "detail")
+    photo, out = photos / "a.png", tmp_path / "out"
+    ((key, reason),) = extract(made_by, [photo], out, Extraction(kind, head=head)).failures
+    assert (key, "float16" in reason) == ("a.png", True)
+    assert [one.name for one in out.iterdir()] == ["manifest.json"]
+    wider = Extraction(kind, head=head, dtype="float32")
+    assert extract(made_by, [photo], tmp_path / "wider", wider).made == 1
 
 
 _CHILD = """

@@ -73,7 +73,8 @@ def test_lists_name_what_they_cannot_give(tmp_path):
     assert first.read() == _png()
     with pytest.raises(FileNotFoundError):
         second.read()
-    assert third == Damaged("a.png", "stands in the list twice")
+    assert third.key == "a.png (2)"
+    assert "is in the set already" in third.reason
     (tmp_path / "list.txt").write_bytes(b"caf\xe9.png\n")
     with pytest.raises(ValueError, match=r"list\.txt: no list of names in UTF-8"):
         list(list_items([tmp_path / "list.txt"]))
@@ -105,9 +106,39 @@ def test_members_of_archives_that_would_leave_or_double_are_damaged(tmp_path):
     members = [("x/a.png", _png(1)), ("../out.png", _png()), ("x/a.png", _png(2)), ("n.txt", b"n")]
     good, out, twice = list_items([_tar(tmp_path / "s.tar", members)])
     assert (good.key, good.read()) == ("s.tar/x/a.png", _png(1))
-    for item in (out, twice):
-        assert isinstance(item, Damaged)
-        assert "doubles another member, or leads out" in item.reason
+    assert out == Damaged("s.tar/../out.png", "leads out of the archive")
+    assert twice.key == "s.tar/x/a.png (2)"
+    assert "is in the set already" in twice.reason
+
+
+def test_a_name_that_comes_twice_keeps_its_first_item(tmp_path):
+    """Results are named by it: the second would be written over the first."""
+    for number, folder in enumerate(("one", "two")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(_png(number))
+    (tmp_path / "one" / "list.txt").write_text("a.png\n")
+    sources = [tmp_path / "two" / "a.png", tmp_path / "one" / "list.txt", tmp_path / "one/a.png"]
+    first, *others = list_items(sources)
+    assert first.read() == _png(1)
+    assert [item.key for item in others] == ["a.png (2)", "a.png (3)"]
+    assert all(isinstance(item, Damaged) for item in others)
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_lists_of_any_editor_are_read(tmp_path, mark):
+    (tmp_path / "a.png").write_bytes(_png())
+    (tmp_path / "list.txt").write_bytes(mark + b"a.png\r\n")
+    (item,) = list_items([tmp_path / "list.txt"])
+    assert (item.key, item.read()) == ("a.png", _png())
+
+
+def test_sources_without_an_image_are_told(tmp_path):
+    (tmp_path / "list.txt").write_text("# none\n\n")
+    with pytest.raises(ValueError, match=r"list\.txt: holds no name of an image"):
+        list(list_items([tmp_path / "list.txt"]))
+    assert list(list_items([_tar(tmp_path / "s.tar", [("n.txt", b"n")])])) == [
+        Damaged("s.tar", "holds no image")
+    ]
 
 
 def test_an_archive_cut_off_anywhere_gives_whole_items_and_then_says_so(tmp_path):

@@ -126,6 +126,10 @@ def test_resuming_nothing_needs_photographs(tmp_path, capsys):
         ("run.json", '{"config": 1, "backbones": []}', "lacks the settings"),
         ("run.json", "\udc80", "not JSON"),
         ("photographs.json", "{}", "lacks files"),
+        ("photographs.json", '{"files": [3]}', "lacks files"),
+        ("photographs.json", '{"files": [["a", "b"]]}', "lacks files"),
+        ("photographs.json", '{"files": [], "skipped": ["x"]}', "lacks skipped"),
+        ("photographs.json", '{"files": [], "skipped": [], "train": [3]}', "lacks train"),
     ],
 )
 def test_damaged_runs_are_one_line(photos, tmp_path, capsys, name, content, words):

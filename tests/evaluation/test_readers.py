@@ -158,3 +158,51 @@ def test_wrong_layouts(tmp_path):
             read_dataset(tmp_path, other, layout=layout)
     with pytest.raises(ValueError, match="did you mean cityscapes"):
         read_dataset(tmp_path, layout="cityscape")
+
+
+def test_lists_are_read_as_utf_8_line_by_line(tmp_path):
+    """A mark at the start, blank lines and Windows' line ends are no part of a name."""
+    root = write("voc", tmp_path / "voc")
+    listed = root / "ImageSets" / "Segmentation" / "train.txt"
+    names = listed.read_text().split()
+    listed.write_bytes("\ufeff".encode() + "\r\n\r\n".join(names).encode() + b" \r\n\n")
+    dataset = read_dataset(root, layout="voc")
+    assert [sample.image.stem for sample in dataset.train] == names[:2]
+    assert len(dataset.problems) == 2
+    listed.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"train\.txt: not a list in UTF-8"):
+        read_dataset(root, layout="voc")
+
+
+def test_lines_that_name_no_class_are_passed_over(tmp_path):
+    root = write("coco_stuff", tmp_path / "coco")
+    lines = ["²: squared", "0: unlabeled", "183: beyond", "wood", "-1: no", "", "2: vélo: pliant"]
+    (root / "labels.txt").write_text("\n".join(lines), encoding="utf-8")
+    classes = read_dataset(root, layout="coco_stuff").classes
+    assert classes[:3] == ["class 0", "vélo: pliant", "class 2"]
+    root = write("ade20k", tmp_path / "ade")
+    (root / "objectInfo150.txt").write_text("1\tx\n²\ty\n0\tz\n151\tz\n2\n", encoding="utf-8")
+    assert read_dataset(root, layout="ade20k").classes[:3] == ["class 1", "2", "class 3"]
+
+
+@pytest.mark.parametrize("layout", sorted(VALUES))
+def test_layouts_of_which_a_split_is_empty(layout, tmp_path):
+    root = write(layout, tmp_path)
+    for path in root.rglob("*.png"):
+        if "val" in path.as_posix():
+            path.unlink()
+    with pytest.raises(ValueError, match=r"no usable sample to test on") as raised:
+        read_dataset(root, layout=layout)
+    assert len(str(raised.value)) < 1000
+
+
+def test_nyuv2_of_which_a_depth_map_is_missing(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "nyu_depth_v2_labeled.mat"
+    for images, depths, words in ((4, 3, "4 images but 3 depth"), (None, 3, "not the labelled")):
+        with h5py.File(path, "w") as file:
+            if images:
+                file["images"] = np.zeros((images, 3, 6, 4), np.uint8)
+            file["depths"] = np.ones((depths, 6, 4), np.float32)
+        with pytest.raises(ValueError, match=words):
+            read_dataset(tmp_path, "depth", layout="nyuv2")

@@ -81,15 +81,6 @@ def test_polygons_are_labels_too(tmp_path, capsys):
     assert 'property "class"' in capsys.readouterr().err
 
 
-def test_labels_on_another_grid_are_refused(tmp_path, capsys):
-    values, label = fields(160, 160)
-    scene = write(tmp_path / "scene.tif", values)
-    other = write(tmp_path / "labels.tif", label[None, :100])
-    arguments = ["probe", str(scene), "-o", str(tmp_path / "head.safetensors"), "--labels"]
-    assert main([*arguments, str(other)]) == 2
-    assert "on the grid of" in capsys.readouterr().err
-
-
 def test_a_folder_of_photographs_gives_a_head_for_extract(tmp_path, capsys):
     for kind in ("images", "labels"):
         (tmp_path / "data" / kind).mkdir(parents=True)

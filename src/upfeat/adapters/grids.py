@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from upfeat.bounds import whole
 from upfeat.geometry import reflect_pad
-from upfeat.images import read_image
 from upfeat.model import FeatUp
 from upfeat.storage import write_bytes
 from upfeat.types import Size
@@ -86,17 +86,22 @@ class DenseGrid:
         Raises:
             ValueError: the image has another size.
         """
-        x = _padded(model, image, self.encoded_size, self.target_size)
-        height, width = self.encoded_size
-        whole = output_size or self.target_size
+        x = model.preprocess(image)
+        size = (x.shape[2], x.shape[3])
+        if size != tuple(self.target_size):
+            raise ValueError(
+                f"the image has {size} pixels, and the grid is of one of {self.target_size}"
+            )
+        x = _padded(x, self.encoded_size)
+        wanted = output_size or self.target_size
         scaled = tuple(
             round(out * encoded / target)
-            for out, encoded, target in zip(whole, (height, width), self.target_size, strict=True)
+            for out, encoded, target in zip(wanted, self.encoded_size, size, strict=True)
         )
         with torch.inference_mode():
             features = self.features[None].to(x)
             out = model.upsampler(features, model.guidance(x), (scaled[0], scaled[1]))
-        return out[0, :, : whole[0], : whole[1]]
+        return out[0, :, : wanted[0], : wanted[1]]
 
 
 def encode_grid(model: FeatUp, image: ImageLike) -> DenseGrid:
@@ -109,23 +114,18 @@ def encode_grid(model: FeatUp, image: ImageLike) -> DenseGrid:
     Raises:
         ValueError: it cannot be read.
     """
-    pixels = read_image(image)
-    size, stride = (pixels.shape[1], pixels.shape[2]), model.backbone.stride
+    x = model.preprocess(image)
+    size, stride = (x.shape[2], x.shape[3]), model.backbone.stride
     encoded = (-(-size[0] // stride) * stride, -(-size[1] // stride) * stride)
     with torch.inference_mode():
-        features = model.backbone(_padded(model, pixels, encoded, size))[0]
+        features = model.backbone(_padded(x, encoded))[0]
     facts = {"encoder_name": model.backbone.name, "pad_mode": "reflect"}
     return DenseGrid(features.cpu(), size, (stride, stride), facts)
 
 
-def _padded(model: FeatUp, image: ImageLike, encoded: Size, target: Size) -> Tensor:
-    """The normalised image, padded at the bottom and on the right."""
-    x = model.preprocess(image)
-    size = (x.shape[2], x.shape[3])
-    if size != tuple(target):
-        raise ValueError(f"the image has {size} pixels, and the grid is of one of {target}")
-    down, across = encoded[0] - size[0], encoded[1] - size[1]
-    radius = max(down, across)
+def _padded(x: Tensor, encoded: Size) -> Tensor:
+    """A normalised image, padded at the bottom and on the right."""
+    radius = max(encoded[0] - x.shape[2], encoded[1] - x.shape[3])
     if not radius:
         return x
     return reflect_pad(x, radius)[:, :, radius:, radius:][:, :, : encoded[0], : encoded[1]]
@@ -193,7 +193,7 @@ def read_grid(path: str | Path) -> DenseGrid:
     try:
         geometry = json.loads(_geometry_path(path).read_text(encoding="utf-8"))
         target, patch = (_size(geometry[name]) for name in ("target_size", "patch_size"))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{_geometry_path(path)}: no geometry of a grid ({error})") from None
     try:
         features = torch.load(path, weights_only=True, map_location="cpu")
@@ -210,7 +210,7 @@ def read_grid(path: str | Path) -> DenseGrid:
 def _size(value: Any) -> Size:
     """(height, width); a whole number stands for both."""
     height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)
+    return whole("height", height), whole("width", width)
 
 
 def _geometry_path(path: Path) -> Path:

@@ -234,6 +234,8 @@ class PixelFeatures:
 def _images(X: Any) -> Iterator[Any]:
     """Images of a list, or of an array (N, H, W, bands); or the one that is given."""
     if isinstance(X, list | tuple) or (isinstance(X, np.ndarray) and X.ndim == 4):
+        if not len(X):
+            raise ValueError("X holds no image; give at least one")
         yield from X
     else:
         yield X

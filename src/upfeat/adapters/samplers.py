@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from upfeat.bounds import number
+from upfeat.bounds import number, shown, whole
 from upfeat.tiling import Tile, split
 from upfeat.types import Size
 
@@ -52,15 +52,21 @@ class TileSampler:
             ValueError: the bounds are empty, or a number is out of range.
         """
         resolution = number("resolution", resolution, 0, above=True)
-        west, south, east, north = bounds
-        if not (west < east and south < north):
-            raise ValueError(f"bounds={bounds} must be (west, south, east, north) and not empty")
+        try:
+            west, south, east, north = (number("bounds", one) for one in bounds)
+        except (TypeError, ValueError):
+            west = south = east = north = 0.0
+        if west >= east or south >= north:
+            raise ValueError(
+                f"bounds={shown(bounds)} must be (west, south, east, north), and not empty"
+            )
         self.resolution, self._west, self._north = resolution, west, north
         # Whole pixels; what lies beyond the last whole one by less than a hundredth is rounding.
         self.size: Size = (
             max(math.floor((north - south) / resolution + 0.01), 1),
             max(math.floor((east - west) / resolution + 0.01), 1),
         )
+        tile, halo, step = whole("tile", tile), whole("halo", halo, 0), whole("step", step)
         self.tiles: list[Tile] = list(split(self.size, tile, halo=halo, step=step))
 
     def __len__(self) -> int:
@@ -103,6 +109,11 @@ def stitch(parts: Iterable[Tensor], sampler: TileSampler) -> Tensor:
             )
         if out is None:
             out = torch.empty((part.shape[0], *sampler.size), dtype=part.dtype, device=part.device)
+        if len(part) != len(out) or part.dtype != out.dtype:
+            raise ValueError(
+                f"part {count} has {len(part)} channels of {part.dtype}, and those before "
+                f"{len(out)} of {out.dtype}"
+            )
         core, inner = tile.core, tile.inner
         out[:, core.top : core.bottom, core.left : core.right] = part[
             :, inner.top : inner.bottom, inner.left : inner.right

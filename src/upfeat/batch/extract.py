@@ -173,7 +173,7 @@ def _tasks(sources: Sequence[str | Path], ledger: Ledger, summary: Summary) -> I
             continue
         try:
             content = item.read()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a list may name anything
             yield {"key": item.key, "error": failure_reason(error)}, None
             continue
         entry = {"key": item.key, "sha256": content_hash(content)}
@@ -181,6 +181,7 @@ def _tasks(sources: Sequence[str | Path], ledger: Ledger, summary: Summary) -> I
         if _is_done(entry, ledger):
             summary.kept += 1
         else:
+            ledger.begin(item.key)
             yield entry, content
 
 

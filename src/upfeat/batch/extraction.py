@@ -7,6 +7,7 @@ from typing import Any
 
 from upfeat._version import __version__
 from upfeat.batch.items import content_hash
+from upfeat.bounds import whole
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.model import FeatUp
 from upfeat.provenance import digest
@@ -42,6 +43,7 @@ class Extraction:
             raise ValueError(f'kind="{self.kind}" must be one of {", ".join(KINDS)}')
         if (self.kind == "head") != (self.head is not None):
             raise ValueError(f'kind="{self.kind}" and head={self.head!r} do not go together')
+        whole("size", self.size, optional=True)
         if self.dtype not in ("float16", "float32"):
             raise ValueError(f'dtype="{self.dtype}" must be float16 or float32')
 

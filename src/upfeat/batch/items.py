@@ -48,9 +48,20 @@ def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
 
     Raises:
         FileNotFoundError: a source is not there.
-        ValueError: a folder holds no image, a list is no text, or two sources would give the same
+        ValueError: a source holds no image, a list is no text, or two sources would give the same
             keys.
     """
+    times: dict[str, int] = {}
+    for item in _list_all(sources):
+        times[item.key] = times.get(item.key, 0) + 1
+        if times[item.key] == 1:
+            yield item
+        else:  # under a key of its own: the first one's result stands
+            reason = f"{item.key} is in the set already; two of one name need two runs"
+            yield Damaged(f"{item.key} ({times[item.key]})", reason)
+
+
+def _list_all(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
     prefixes: dict[str, Path] = {}
     for source in map(Path, sources):
         if not source.exists():
@@ -95,38 +106,34 @@ def _folder(folder: Path, prefix: str) -> Iterator[Item | Damaged]:
 
 
 def _list(path: Path) -> Iterator[Item | Damaged]:
-    seen: set[str] = set()
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin it with a mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no list of names in UTF-8 ({error})") from None
-    for line in text.splitlines():
-        name = line.strip()
-        if not name or name.startswith("#"):
-            continue
+    names = [line.strip() for line in text.splitlines()]
+    names = [name for name in names if name and not name.startswith("#")]
+    if not names:
+        raise ValueError(f"{path}: holds no name of an image")
+    for name in names:
         file = path.parent / name
         # Never out of the folder of results, whatever the list says.
         key = "/".join(part for part in PurePath(name).parts if part not in (file.anchor, ".."))
-        if key in seen:
-            yield Damaged(key, "stands in the list twice")
-            continue
-        seen.add(key)
         yield Item(key, file.read_bytes)
 
 
 def _archive(path: Path) -> Iterator[Item | Damaged]:
     """Image members of a tar archive, as WebDataset writes them."""
-    seen: set[str] = set()
+    empty = True
     try:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
                 key = f"{path.name}/{member.name}"
                 if not member.isfile() or not is_image(member.name):
                     continue
-                if ".." in Path(member.name).parts or key in seen:
-                    yield Damaged(key, "doubles another member, or leads out of the archive")
+                empty = False
+                if ".." in Path(member.name).parts:
+                    yield Damaged(key, "leads out of the archive")
                     continue
-                seen.add(key)
                 file = archive.extractfile(member)
                 assert file is not None
                 content = file.read()
@@ -136,6 +143,8 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                 yield Item(key, io.BytesIO(content).getvalue)
         if path.stat().st_size % tarfile.BLOCKSIZE:  # a header cut off is an end for tarfile
             yield Damaged(path.name, "the archive is truncated")
+        elif empty:
+            yield Damaged(path.name, "holds no image")
     except (tarfile.TarError, EOFError, OSError) as error:
         yield Damaged(path.name, f"a damaged archive ({error})")
 

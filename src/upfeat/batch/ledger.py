@@ -15,8 +15,9 @@ MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
 class Ledger:
     """The record of one output folder.
 
-    An item is recorded after its file is in place. So what is recorded is there, and what was cut
-    off in between is done again, with the same result.
+    An item is recorded after its file is in place, and what was recorded of it before is struck out
+    before its file is touched. So what is recorded is there, and what was cut off in between is
+    done again, with the same result.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -36,6 +37,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         self.entries: dict[str, dict[str, Any]] = {}
         self._file: TextIO | None = None
+        self._overwrite = overwrite
         if overwrite:
             return
         for line in self._lines():
@@ -68,20 +70,33 @@ class Ledger:
                 "another folder, or --overwrite"
             )
 
+    def begin(self, key: str) -> None:
+        """Strike out what is recorded of an item, which is about to be made."""
+        file = self._open()
+        if self.entries.pop(key, None) is not None:
+            file.write(json.dumps({"key": key}) + "\n")
+            file.flush()
+
     def record(self, entry: dict[str, Any]) -> None:
         """Write down that an item is done, or why it cannot be."""
+        file = self._open()
+        self.entries[entry["key"]] = entry
+        file.write(json.dumps(entry, sort_keys=True) + "\n")
+        # To the system, which keeps it whatever becomes of this process. Waiting for the disk at
+        # every item would not help against a power cut: the item's own file may be lost all the
+        # same, which its size then tells.
+        file.flush()
+
+    def _open(self) -> TextIO:
+        """Begin the ledger anew with what is known, so that a line that was cut off is gone."""
         if self._file is None:
-            # Begun anew with what is known, so that a line that was cut off is gone.
             known = [json.dumps({"settings": self.settings}, sort_keys=True)]
             known += [json.dumps(one, sort_keys=True) for one in self.entries.values()]
             write_bytes(self.folder / LEDGER, ("\n".join(known) + "\n").encode())
             self._file = (self.folder / LEDGER).open("a", encoding="utf-8")
-        self.entries[entry["key"]] = entry
-        self._file.write(json.dumps(entry, sort_keys=True) + "\n")
-        # To the system, which keeps it whatever becomes of this process. Waiting for the disk at
-        # every item would not help against a power cut: the item's own file may be lost all the
-        # same, which its size then tells.
-        self._file.flush()
+            if self._overwrite:  # what it says of files holds no more
+                (self.folder / MANIFEST).unlink(missing_ok=True)
+        return self._file
 
     def finish(self) -> None:
         """Replace the ledger by the manifest."""
@@ -102,9 +117,14 @@ class Ledger:
 def _entries(found: Any, path: Path) -> list[dict[str, Any]]:
     """Entries of items, each under its key."""
     if not isinstance(found, list) or not all(
-        isinstance(one, dict) and isinstance(one.get("key"), str) for one in found
+        isinstance(one, dict)
+        and isinstance(one.get("key"), str)
+        and isinstance(one.get("size", 0), int)
+        for one in found
     ):
-        raise ValueError(f"{path}: damaged: an item has no key; give another folder")
+        raise ValueError(
+            f"{path}: damaged: an item has no key, or no size in bytes; give another folder"
+        )
     return found
 
 

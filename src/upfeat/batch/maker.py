@@ -107,7 +107,9 @@ class Maker:
         if extraction.head is not None:
             head = extraction.head
             weight, bias = head.weight.to(lazy.features), head.bias.to(lazy.features)
-            return lazy.project(weight, bias)[0].to(dtype).cpu().contiguous()
+            values = lazy.project(weight, bias)[0].to(dtype).cpu().contiguous()
+            self._check_range(values)
+            return values
         if extraction.kind == "lazy" or _is_striped(lazy.shape):
             return None
         return lazy.full(dtype)[0].cpu().contiguous()
@@ -125,9 +127,12 @@ class Maker:
                 rows = min(_STRIP, lazy.shape[2] - top)
                 strip = lazy.crop(top, 0, rows, lazy.shape[3])[0]
                 strip = strip.to(getattr(torch, self._extraction.dtype)).cpu()
-                if not torch.isfinite(torch.stack(strip.aminmax())).all():
-                    raise ValueError(f"the map overflows {self._extraction.dtype}; use float32")
+                self._check_range(strip)
                 file.write_rows(top, strip.numpy())
+
+    def _check_range(self, values: Tensor) -> None:
+        if not torch.isfinite(torch.stack(values.aminmax())).all():
+            raise ValueError(f"the map overflows {self._extraction.dtype}; use float32")
 
     def _needed(self, content: Any) -> float:
         """Bytes that an item takes while it is made, as far as its header tells."""

@@ -67,9 +67,6 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.raster import Scene, parse_memory
 
     _check_output(options)
-    for name, least in (("pixels", 1), ("folds", 2)):
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} {getattr(options, name)} must be {least} or more")
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
     model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
     shared = {"pixels": options.pixels, "folds": options.folds, "seed": options.seed}

@@ -9,11 +9,7 @@ import torch
 
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.data.folders import (
-    Dataset,
-    check_not_empty,
-    subset,
-)
+from upfeat.evaluation.data.folders import Dataset, check_not_empty, subset
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
 from upfeat.evaluation.differences import find_differences
 from upfeat.evaluation.named import load_methods
@@ -49,6 +45,10 @@ def score(
     """Score upsamplers; everything of :func:`upfeat.evaluation.evaluate` but its two files."""
     config = config or EvalConfig()
     network = _load_backbone(task, backbone, checked_device(device))
+    if config.size < network.stride:
+        raise ValueError(
+            f"size={config.size} must be at least the stride of {network.name} ({network.stride})"
+        )
     out, cache = Path(out), Path(out) / "cache"
     if upsamplers is None:
         best = create_upsampler(None, network.embed_dim, backbone=network.name).name
@@ -79,6 +79,11 @@ def score(
             rows = evaluation.rows(label, method)
             store.save(label, method.identity, rows)
         results.rows += rows
+    if not results.rows:
+        raise ValueError(
+            f"protocols={config.protocols} suit none of the upsamplers {', '.join(methods)}; give "
+            f"others of {', '.join(task.protocols)}"
+        )
     better = {name: task.scores[name].higher_is_better for name in task.compared}
     found = find_differences(results.rows, task.scores_of, better) if better else []
     results.differences = [one.to_json() for one in found]

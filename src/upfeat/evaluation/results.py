@@ -128,8 +128,8 @@ class RowStore:
         if not path.is_file():
             return None
         try:
-            return [Row(**content) for content in json.loads(path.read_text())]
-        except (ValueError, TypeError):
+            return [Row(**content) for content in json.loads(path.read_bytes())] or None
+        except (ValueError, TypeError, RecursionError):
             return None
 
     def save(self, label: str, weights: str, rows: list[Row]) -> None:

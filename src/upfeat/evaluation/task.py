@@ -107,9 +107,19 @@ class Task(ABC):
 
         Raises:
             FileNotFoundError: it is not there.
-            ValueError: a split is empty.
+            ValueError: a split is empty, or the layout is for another task.
         """
+        cls.check_layout(layout)
         return read_photographs(folder)
+
+    @classmethod
+    def check_layout(cls, layout: str) -> None:
+        """Refuse layouts of labelled sets for a task that takes photographs alone."""
+        if layout != "folder":
+            raise ValueError(
+                f"layout={layout} is for labelled sets; {cls.name()} takes any folder of "
+                "photographs: leave it out"
+            )
 
     @classmethod
     def adapt(cls, backbone: Backbone) -> Backbone:

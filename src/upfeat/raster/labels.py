@@ -6,16 +6,21 @@ import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from upfeat.raster.scene import Scene, import_rasterio
+from upfeat.bounds import number
+from upfeat.raster.scene import Scene, import_rasterio, open_raster
 from upfeat.types import Window
 
 UNLABELLED = 255
 _VECTORS = (".geojson", ".json")
+# Of a geometry's coordinates: a position is a list of numbers.
+_DEPTHS = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2}
+_DEPTHS["MultiPolygon"] = 3
 
 
 @dataclass(frozen=True)
@@ -41,20 +46,19 @@ def read_labels(path: str | Path, scene: Scene, names: list[str] | None = None) 
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: they are on another grid, or of another kind.
+        ValueError: they are on another grid, or of another kind, or of too many classes.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    return (_vector if path.suffix.lower() in _VECTORS else _raster)(path, scene, names)
+    labels = (_vector if path.suffix.lower() in _VECTORS else _raster)(path, scene, names)
+    if len(labels.names) > UNLABELLED:
+        raise ValueError(f"{path}: {len(labels.names)} classes; {UNLABELLED} are the most")
+    return labels
 
 
 def _raster(path: Path, scene: Scene, names: list[str] | None) -> Labels:
-    rasterio = import_rasterio("reading labels")
-    try:
-        file = rasterio.open(path)
-    except rasterio.errors.RasterioError as error:
-        raise ValueError(f"{path}: not a raster that GDAL can read ({error})") from None
+    file = open_raster(path, "reading labels")
     same = (file.height, file.width) == scene.size and file.transform.almost_equals(scene.transform)
     if not same or file.count != 1 or file.crs != scene.crs:
         raise ValueError(
@@ -66,8 +70,7 @@ def _raster(path: Path, scene: Scene, names: list[str] | None) -> Labels:
 
     def read(window: Window) -> Any:
         region = ((window.top, window.bottom), (window.left, window.right))
-        values = file.read(1, window=region).astype(np.int64)
-        unlabelled = (file.read_masks(1, window=region) == 0) | (values == UNLABELLED)
+        values, unlabelled = _read(file, path, region)
         known = values[~unlabelled]
         if known.size and (known.min() < 0 or known.max() >= len(classes)):
             raise ValueError(
@@ -76,21 +79,29 @@ def _raster(path: Path, scene: Scene, names: list[str] | None) -> Labels:
             )
         return np.where(unlabelled, UNLABELLED, values).astype(np.uint8)
 
-    classes = names or [str(index) for index in range(_largest(file) + 1)]
+    classes = names or [str(index) for index in range(_largest(file, path) + 1)]
     return Labels(classes, read)
 
 
-def _largest(file: Any) -> int:
+def _largest(file: Any, path: Path) -> int:
     """The largest class index, block by block."""
     largest = 1
     for _, window in file.block_windows(1):
-        values = file.read(1, window=window)
-        known = values[(file.read_masks(1, window=window) != 0) & (values != UNLABELLED)]
-        if known.size:
-            largest = max(largest, int(known.max()))
+        values, unlabelled = _read(file, path, window)
+        largest = max(largest, int(values[~unlabelled].max(initial=1)))
     if largest >= UNLABELLED:
-        raise ValueError(f"{file.name}: has class {largest}; 254 is the largest")
+        raise ValueError(f"{path}: has class {largest}; {UNLABELLED - 1} is the largest")
     return largest
+
+
+def _read(file: Any, path: Path, region: Any) -> tuple[Any, Any]:
+    """Values of a window, and where they are no labels."""
+    try:
+        values = file.read(1, window=region).astype(np.int64)
+        masks = file.read_masks(1, window=region)
+    except import_rasterio("reading labels").errors.RasterioError as error:
+        raise ValueError(f"{path}: damaged, it cannot be read ({error})") from None
+    return values, (masks == 0) | (values == UNLABELLED)
 
 
 def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
@@ -99,15 +110,8 @@ def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
     rasterize = importlib.import_module("rasterio.features").rasterize
     windows = importlib.import_module("rasterio.windows")
 
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        shapes = [(one["geometry"], str(one["properties"]["class"])) for one in content["features"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path}: not a GeoJSON of features with a property "class" ({error})'
-        ) from None
-    if not shapes:
-        raise ValueError(f"{path}: holds no feature")
+    shapes = _read_shapes(path)
+    _check_place(path, [geometry for geometry, _ in shapes], scene)
     classes = names or sorted({name for _, name in shapes})
     unknown = sorted({name for _, name in shapes} - set(classes))
     if unknown:
@@ -125,3 +129,65 @@ def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
         )
 
     return Labels(classes, read)
+
+
+def _read_shapes(path: Path) -> list[tuple[Any, str]]:
+    """Geometry and class of every feature of a GeoJSON file; those without a place are left out."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shapes = [(one["geometry"], one["properties"]["class"]) for one in content["features"]]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f'{path}: not a GeoJSON of features with a property "class" ({error})'
+        ) from None
+    for index, (geometry, name) in enumerate(shapes):
+        if name is None:
+            raise ValueError(f'{path}: feature {index}, from 0, has no "class"')
+        if geometry is not None and _bounds(geometry) is None:
+            raise ValueError(f"{path}: feature {index}, from 0, has no geometry to be drawn")
+    located = [(geometry, str(name)) for geometry, name in shapes if geometry is not None]
+    if not located:
+        raise ValueError(f"{path}: holds no feature")
+    return located
+
+
+def _bounds(geometry: Any) -> Any:
+    """Least and largest (x, y) of a geometry, (2, 2); ``None`` if it is damaged.
+
+    GDAL ends the process on some that are.
+    """
+    try:
+        places = [(number("x", x), number("y", y)) for x, y, *_ in _positions(geometry)]
+        whole = importlib.import_module("rasterio.features").is_valid_geom(geometry)
+        return np.array([np.min(places, axis=0), np.max(places, axis=0)]) if whole else None
+    except (TypeError, ValueError, KeyError, RecursionError):
+        return None
+
+
+def _positions(geometry: Any) -> list[Any]:
+    """Positions of a geometry of any kind."""
+    if geometry["type"] == "GeometryCollection":
+        return [place for part in geometry["geometries"] for place in _positions(part)]
+    found = [geometry["coordinates"]]
+    for _ in range(_DEPTHS[geometry["type"]]):
+        found = list(chain.from_iterable(found))
+    return found
+
+
+def _check_place(path: Path, geometries: list[Any], scene: Scene) -> None:
+    """Refuse features of which none is near the raster.
+
+    Raises:
+        ValueError: they lie elsewhere, as coordinates of another reference system do.
+    """
+    a, b, c, d, e, f = scene.transform[:6]
+    down, across = scene.size[0] * np.array([0, 0, 1, 1]), scene.size[1] * np.array([0, 1, 0, 1])
+    x, y = c + a * across + b * down, f + d * across + e * down
+    least, most = np.stack([_bounds(geometry) for geometry in geometries], axis=1)
+    near = (least <= (x.max(), y.max())) & (most >= (x.min(), y.min()))
+    if not near.all(axis=1).any():
+        system = f" ({scene.crs.to_string()})" if scene.crs else ""
+        raise ValueError(
+            f"{path}: no feature lies in {scene.path}; coordinates must be of its reference "
+            f"system{system}"
+        )

@@ -17,6 +17,8 @@ from upfeat.tiling import Size
 
 DEFAULT_BUDGET = 4 * 10**9
 """Bytes."""
+CHUNK = 128
+"""Side of the parts that a tile is stored in, pixels, or the nearest below that divides it."""
 MASK_HALO = 4
 """Masked cells so near to valid ones take their features; those farther away are 0."""
 
@@ -98,7 +100,7 @@ def make_plan(
     activations = activation_bytes(model.backbone)
     needed, plan = math.inf, None
     for side, through in _candidates(stride, halo, tile, backbone_tile):
-        cells = step * max(1, side // (stride * step))
+        cells = _tile_cells(side, stride, step)
         plan = Plan((height, width), cells, reach + MASK_HALO, step, through, halo)
         needed = resident + _needed(plan, model, what, activations)
         if needed <= max_memory:
@@ -125,6 +127,13 @@ def _candidates(
             sides = [max(own // stride, 1) for own in _BACKBONE_TILES]
             wide = [own for own in sides if own >= _LEAST_SHARE * halo]
             yield from ((side, own) for own in (sides if side == _TILES[-1] else wide))
+
+
+def _tile_cells(side: int, stride: int, step: int) -> int:
+    """Cells along a tile of at most so many pixels: whole chunks of the store, whole steps."""
+    chunk = step * max(1, CHUNK // (stride * step))
+    unit = chunk if side >= chunk * stride else step
+    return unit * max(1, side // (unit * stride))
 
 
 def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> float:

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfeat.upsamplers import Window
+from upfeat.bounds import shown, whole
+from upfeat.types import Window
 
 PERCENTILES = (2.0, 98.0)
 """Values of a band that become 0 and 1, where its type does not say."""
@@ -43,6 +44,22 @@ def import_rasterio(needed_for: str) -> Any:
         raise ValueError(
             f"{needed_for} needs the package rasterio: pip install 'upfeat[raster]'"
         ) from None
+
+
+def open_raster(path: Path, needed_for: str) -> Any:
+    """Open a file with rasterio.
+
+    Raises:
+        ValueError: it is no raster, or rasterio is not installed.
+    """
+    rasterio = import_rasterio(needed_for)
+    try:
+        with warnings.catch_warnings():
+            # A raster without a place on the ground has pixels and features all the same.
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            return rasterio.open(path)
+    except rasterio.errors.RasterioError as error:
+        raise ValueError(f"{path}: not a raster that GDAL can read ({error})") from None
 
 
 def block_cache(rasterio: Any) -> AbstractContextManager[Any]:
@@ -91,21 +108,25 @@ class Scene:
         if not self.path.exists():
             raise FileNotFoundError(f"{self.path}: no such file")
         self._error = rasterio.errors.RasterioError
-        try:
-            with warnings.catch_warnings():
-                # A raster without a place on the ground has pixels and features all the same.
-                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-                self._file = rasterio.open(self.path)
-        except self._error as error:
-            raise ValueError(f"{self.path}: not a raster that GDAL can read ({error})") from None
-        file = self._file
+        self._file = file = open_raster(self.path, "reading rasters")
         self.size = (int(file.height), int(file.width))
         self.crs, self.transform = file.crs, file.transform
         self.bands = _choose_bands(file, bands)
+        kinds = [np.dtype(file.dtypes[band - 1]) for band in self.bands]
+        if any(kind.kind == "c" for kind in kinds):
+            raise ValueError(
+                f"{self.path}: holds complex numbers; write their magnitude as a raster first"
+            )
         flags = [file.mask_flag_enums[band - 1] for band in self.bands]
         all_valid = [rasterio.enums.MaskFlags.all_valid]
+        # GDAL takes a band of transparency for a mask beside one or three bands only.
+        transparent = [index + 1 for index, name in enumerate(_names(file)) if name == "alpha"]
+        masked = all(rasterio.enums.MaskFlags.alpha in flag for flag in flags)
+        self._transparency = [] if masked else transparent
         # Whether no pixel can be without data, so that nobody has to look.
-        self._whole = np.dtype(file.dtypes[0]).kind != "f" and all(f == all_valid for f in flags)
+        self._whole = not self._transparency and all(
+            kind.kind != "f" and flag == all_valid for kind, flag in zip(kinds, flags, strict=True)
+        )
         with block_cache(rasterio):
             overview, valid = self._overview()
         if not valid.any():
@@ -175,7 +196,7 @@ class Scene:
         region = ((window.top, window.bottom), (window.left, window.right))
         try:
             values = self._file.read(self.bands, window=region)
-            masks = None if self._whole else self._file.read_masks(self.bands, window=region)
+            masks = None if self._whole else self._read_masks(window=region)
         except self._error as error:
             raise ValueError(
                 f"{self.path}: rows {window.top} to {window.bottom - 1}, columns {window.left} to "
@@ -189,10 +210,21 @@ class Scene:
         shape = tuple(min(side, _OVERVIEW_SIDE) for side in self.size)
         try:
             values = self._file.read(self.bands, out_shape=(len(self.bands), *shape))
-            masks = self._file.read_masks(self.bands, out_shape=(len(self.bands), *shape))
+            masks = self._read_masks(shape)
         except self._error as error:
             raise ValueError(f"{self.path}: damaged, it cannot be read ({error})") from None
         return values, _valid(values, masks)
+
+    def _read_masks(self, shape: tuple[int, ...] | None = None, window: Any = None) -> Any:
+        """Masks of the chosen bands, and transparency, (…, height, width): 0 where invalid."""
+        masks = []
+        for read, bands in (
+            (self._file.read_masks, self.bands),
+            (self._file.read, self._transparency),
+        ):
+            size = None if shape is None else (len(bands), *shape)
+            masks += list(read(bands, out_shape=size, window=window)) if bands else []
+        return np.stack(masks)
 
     def _find_scales(self, scale: Scale, overview: Any, valid: Any) -> list[tuple[float, float]]:
         count = len(self.bands)
@@ -201,16 +233,18 @@ class Scene:
                 return [(0.0, 255.0)] * count
             ends = np.percentile(overview[:, valid].astype(np.float64), PERCENTILES, axis=1).T
             # A band of one value is shown as black.
-            return [(float(low), float(high if high > low else low + 1)) for low, high in ends]
-        pairs = np.asarray(scale, dtype=np.float64)
-        if pairs.shape == (2,):
-            pairs = np.tile(pairs, (count, 1))
-        if pairs.shape != (count, 2) or not (pairs[:, 0] < pairs[:, 1]).all():
+            return [(low, high if _wide(low, high) else low + 1.0) for low, high in ends.tolist()]
+        try:
+            pairs = np.asarray(scale, dtype=np.float64)
+            pairs = np.tile(pairs, (count, 1)) if pairs.shape == (2,) else pairs
+        except (TypeError, ValueError):
+            pairs = np.empty(0)
+        if pairs.shape != (count, 2) or not all(_wide(*pair) for pair in pairs.tolist()):
             raise ValueError(
-                f"scale={scale!r} must be (low, high) with low below high, or {count} such pairs, "
-                "one for each band"
+                f"scale={shown(scale)} must be (low, high), two finite numbers with low below "
+                f"high, or {count} such pairs, one for each band"
             )
-        return [(float(low), float(high)) for low, high in pairs]
+        return [(low, high) for low, high in pairs.tolist()]
 
     def _scaled(self, values: Any) -> Any:
         """Band values to [0, 1], float32."""
@@ -222,10 +256,13 @@ class Scene:
             for band, table in enumerate(tables):
                 np.take(table, values[band], out=out[band], mode="clip")
             return out
-        pairs = np.asarray(self.scales, dtype=np.float32)
-        low, high = pairs.T.reshape(2, -1, *[1] * (values.ndim - 1))
-        with np.errstate(invalid="ignore"):
-            return np.clip((values.astype(np.float32) - low) / (high - low), 0, 1)
+        # float64 for values of more digits than float32 has.
+        kind = np.result_type(values.dtype, np.float32)
+        low, high = np.asarray(self.scales).T.reshape(2, -1, *[1] * (values.ndim - 1))
+        width = (high - low).astype(kind)
+        with np.errstate(invalid="ignore", over="ignore"):
+            scaled = np.clip((values.astype(kind) - low.astype(kind)) / width, 0, 1)
+        return scaled.astype(np.float32, copy=False)
 
 
 def _valid(values: Any, masks: Any) -> Any:
@@ -233,23 +270,36 @@ def _valid(values: Any, masks: Any) -> Any:
     return valid & np.isfinite(values).all(axis=0) if values.dtype.kind == "f" else valid
 
 
+def _names(file: Any) -> list[str]:
+    return [interpretation.name for interpretation in file.colorinterp]
+
+
+def _wide(low: float, high: float) -> bool:
+    """Return whether two numbers are finite and far enough apart to divide by, in float32."""
+    largest = float(np.finfo(np.float32).max)
+    return -largest <= low and high <= largest and high - low >= float(np.finfo(np.float32).tiny)
+
+
 def _choose_bands(file: Any, bands: Sequence[int] | None) -> list[int]:
     """Check the chosen bands, or find the ones that need no choice."""
     if bands is not None:
-        chosen = [int(band) for band in bands]
-        if len(chosen) not in (1, 3) or not all(1 <= band <= file.count for band in chosen):
+        try:
+            chosen = [whole("bands", band, 1, file.count) for band in bands]
+        except (TypeError, ValueError):
+            chosen = []
+        if len(chosen) not in (1, 3):
             raise ValueError(
-                f"bands={chosen} must be three bands or one, each from 1 to {file.count}, for "
-                f"{file.name}"
+                f"bands={shown(bands)} must be three bands or one, each from 1 to {file.count}, "
+                f"for {file.name}"
             )
         return chosen
-    names = [interpretation.name for interpretation in file.colorinterp]
+    names = _names(file)
     if all(colour in names for colour in _COLOURS):
         return [names.index(colour) + 1 for colour in _COLOURS]
-    shown = [index + 1 for index, name in enumerate(names) if name != "alpha"]
-    if len(shown) in (1, 3):
-        return shown
+    found = [index + 1 for index, name in enumerate(names) if name != "alpha"]
+    if len(found) in (1, 3):
+        return found
     raise ValueError(
-        f"{file.name}: has {len(shown)} bands, none marked red, green and blue; choose three (or "
+        f"{file.name}: has {len(found)} bands, none marked red, green and blue; choose three (or "
         "one), for example bands=[4, 3, 2] (--bands 4,3,2)"
     )

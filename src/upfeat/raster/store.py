@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from upfeat.raster.plan import CHUNK
 from upfeat.raster.scene import Scene, import_rasterio
 from upfeat.storage import replacing
 from upfeat.upsamplers import Window
@@ -30,7 +31,6 @@ _ARRAY = "features"
 _PLAIN = "plain.tif"
 _PARTS = "parts"
 _RUN = "run"
-_CHUNK = 128
 
 
 def _import_zarr() -> Any:
@@ -107,7 +107,7 @@ class Store:
                 raise ValueError(f"{self.partial}: is not an unfinished raster; remove it")
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
-        chunk = min(_CHUNK, self._tile)
+        chunk = next(side for side in range(CHUNK, 0, -1) if self._tile % side == 0)
         self._zarr.create_array(
             str(self.partial / _ARRAY),
             shape=self._shape,

@@ -30,6 +30,19 @@ from upfeat.training.started import read_run
 _NAMES_SHOWN = 3
 
 
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_LISTED: dict[str, Callable[[Any], bool]] = {
+    "files": lambda one: isinstance(one, list) and [type(part) for part in one] == [str, int],
+    "skipped": lambda one: isinstance(one, dict) and sorted(one) == ["name", "reason"],
+    "train": _is_name,
+    "validation": _is_name,
+}
+"""Entries of ``photographs.json``."""
+
+
 class RunFolder:
     """The files of one run.
 
@@ -239,8 +252,9 @@ class RunFolder:
         if not path.is_file():
             return None
         content = read_object(path, largest=1 << 30)
-        for name in ("files", "skipped", "train", "validation"):
-            if not isinstance(content.get(name), list):
+        for name, is_one in _LISTED.items():
+            found = content.get(name)
+            if not isinstance(found, list) or not all(is_one(entry) for entry in found):
                 raise ValueError(f"{path}: damaged: lacks {name}; give another folder")
         return content
 

@@ -10,7 +10,7 @@ sensible remains, refused.
 
 from __future__ import annotations
 
-import json
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,9 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from upfeat.bounds import number
 from upfeat.images import read_image
+from upfeat.strict_json import read_value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -81,6 +83,7 @@ class Dataset:
         read_image: gives a sample's photograph, RGB (3, H, W) in [0, 1].
         problems: what was left out so far.
         identify: gives bytes that change whenever the sample's content does.
+        reading: what else decides the targets, as the unit of depth maps.
         splits: those that must not be empty.
     """
 
@@ -94,6 +97,7 @@ class Dataset:
     identify: Callable[[Sample], bytes] = field(
         default=lambda sample: sample.image.read_bytes() + sample.target.read_bytes()
     )
+    reading: str = ""
     splits: tuple[str, ...] = ("train", "test")
 
 
@@ -115,7 +119,7 @@ def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) 
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
-    reader, classes = _target_reader(folder, task)
+    reader, classes, reading = _target_reader(folder, task)
     problems: list[Problem] = []
     if (folder / "train").is_dir():
         test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
@@ -124,9 +128,9 @@ def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) 
         splits = [_pair(part, task, problems, f"{part.name}/") for part in (folder / "train", test)]
     else:
         splits = list(split_randomly(_pair(folder, task, problems), seed=split_seed))
-    dataset = Dataset(
-        folder.resolve().name, splits[0], splits[1], classes, reader, problems=problems
-    )
+    name = folder.resolve().name
+    train, test = splits
+    dataset = Dataset(name, train, test, classes, reader, problems=problems, reading=reading)
     check_not_empty(dataset, folder)
     return dataset
 
@@ -259,12 +263,11 @@ def read_depth(path: Path, scale: float = 1.0) -> NDArray[np.float32]:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, or knows no depth.
     """
-    if path.suffix == ".npy":
+    if path.suffix.lower() == ".npy":
         try:
-            values = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
+            with path.open("rb") as file:  # not np.load, which takes archives of arrays too
+                values = np.lib.format.read_array(file, allow_pickle=False)
+        except (ValueError, EOFError) as error:
             raise ValueError(f"not a readable npy file ({error})") from None
     else:
         values = read_indices(path)
@@ -293,32 +296,38 @@ def read_classes(path: Path) -> tuple[list[str], int]:
         FileNotFoundError: there is no such file.
         ValueError: it holds anything else.
     """
-    content = _read_json(path)
+    content = read_value(path)
     names = content.get("classes") if isinstance(content, dict) else content
     ignore = content.get("ignore_index", IGNORE_INDEX) if isinstance(content, dict) else 255
     names = names if isinstance(names, list) else []
     count = sum(isinstance(name, str) for name in names)
-    if count < len(names) or not isinstance(ignore, int) or not 2 <= count <= MAX_CLASSES:
+    if count < len(names) or type(ignore) is not int or not 2 <= count <= MAX_CLASSES:
         raise ValueError(
             f'{path}: must hold {{"classes": [2 to {MAX_CLASSES} names], "ignore_index": 255}}'
         )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f'{path}: names the class "{twice}" twice; give each a name of its own')
     return names, ignore
 
 
-def _target_reader(folder: Path, task: Task) -> tuple[Callable[[Sample], NDArray[Any]], list[str]]:
+def _target_reader(
+    folder: Path, task: Task
+) -> tuple[Callable[[Sample], NDArray[Any]], list[str], str]:
+    """The reader of targets, the names of classes, and what else the targets depend on."""
     if task == "seg":
         classes, ignore = read_classes(folder / "classes.json")
-        return (
-            lambda sample: checked_label(read_indices(sample.target), len(classes), ignore)
-        ), classes
+
+        def label(sample: Sample) -> NDArray[np.uint8]:
+            return checked_label(read_indices(sample.target), len(classes), ignore)
+
+        return label, classes, f"ignore_index={ignore}"
     scale = 1.0
     if (folder / "depth.json").is_file():
-        content = _read_json(folder / "depth.json")
+        content = read_value(folder / "depth.json")
         found = content.get("scale") if isinstance(content, dict) else None
-        if not isinstance(found, int | float) or isinstance(found, bool) or not found > 0:
-            raise ValueError(f'{folder / "depth.json"}: must hold {{"scale": a number above 0}}')
-        scale = float(found)
-    return (lambda sample: read_depth(sample.target, scale)), []
+        scale = number(f"{folder / 'depth.json'}: scale", found, 0, above=True)
+    return (lambda sample: read_depth(sample.target, scale)), [], f"scale={scale}"
 
 
 def _pair(folder: Path, task: Task, problems: list[Problem], prefix: str = "") -> list[Sample]:
@@ -355,11 +364,13 @@ def _by_stem(
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in suffixes:
             continue
-        if path.stem in found:
-            other = found[path.stem].name
+        # Accents are one character on some systems and two on others, and archives keep that.
+        stem = unicodedata.normalize("NFC", path.stem)
+        if stem in found:
+            other = found[stem].name
             problems.append(Problem(f"{prefix}{folder.name}/{path.name}", f"doubles {other}"))
         else:
-            found[path.stem] = path
+            found[stem] = path
     return found
 
 
@@ -372,12 +383,3 @@ def _open(path: Path) -> Image.Image:
             return image.copy()
     except (UnidentifiedImageError, OSError, SyntaxError, EOFError, ValueError) as error:
         raise ValueError(f"not a readable picture ({' '.join(str(error).split())})") from None
-
-
-def _read_json(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None

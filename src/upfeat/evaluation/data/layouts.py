@@ -133,19 +133,12 @@ def _read_coco_stuff(folder: Path, split_seed: int) -> Dataset:
     listed = folder / "labels.txt"
     if listed.is_file():
         # Lines are "index: name", index 0 for unlabelled, one above the pixel values.
-        for line in listed.read_text().splitlines():
+        for line in _lines(listed):
             index, _, name = line.partition(":")
-            if index.strip().isdigit() and 1 <= int(index) <= _COCO_CLASSES:
+            if index.strip().isdecimal() and 1 <= int(index) <= _COCO_CLASSES:
                 names[int(index) - 1] = name.strip()
     problems: list[Problem] = []
-    train, test = (
-        _pair_by_name(
-            sorted(_existing(folder / "images" / split).glob("*.jpg")),
-            lambda path, split=split: folder / "annotations" / split / f"{path.stem}.png",
-            problems,
-        )
-        for split in ("train2017", "val2017")
-    )
+    train, test = (_annotated(folder, split, problems) for split in ("train2017", "val2017"))
     table = _table({index: index for index in range(_COCO_CLASSES)}, {IGNORE_INDEX})
     return _dataset("coco_stuff", train, test, names, table, problems)
 
@@ -155,19 +148,12 @@ def _read_ade20k(folder: Path, split_seed: int) -> Dataset:
     listed = folder / "objectInfo150.txt"
     if listed.is_file():
         # Columns are index, ratio, two counts, names; separated by tabs, below a head line.
-        for line in listed.read_text().splitlines()[1:]:
+        for line in _lines(listed)[1:]:
             columns = line.split("\t")
-            if columns[0].strip().isdigit() and 1 <= int(columns[0]) <= _ADE20K_CLASSES:
+            if columns[0].strip().isdecimal() and 1 <= int(columns[0]) <= _ADE20K_CLASSES:
                 names[int(columns[0]) - 1] = columns[-1].partition(",")[0].strip()
     problems: list[Problem] = []
-    train, test = (
-        _pair_by_name(
-            sorted(_existing(folder / "images" / split).glob("*.jpg")),
-            lambda path, split=split: folder / "annotations" / split / f"{path.stem}.png",
-            problems,
-        )
-        for split in ("training", "validation")
-    )
+    train, test = (_annotated(folder, split, problems) for split in ("training", "validation"))
     table = _table({index + 1: index for index in range(_ADE20K_CLASSES)}, {0})
     return _dataset("ade20k", train, test, names, table, problems)
 
@@ -198,8 +184,8 @@ def _read_voc(folder: Path, split_seed: int) -> Dataset:
     problems: list[Problem] = []
 
     def listed(split: str) -> Iterable[Path]:
-        names = _existing(folder / "ImageSets" / "Segmentation" / f"{split}.txt").read_text()
-        return (folder / "JPEGImages" / f"{name}.jpg" for name in names.split())
+        names = _lines(_existing(folder / "ImageSets" / "Segmentation" / f"{split}.txt"))
+        return (folder / "JPEGImages" / f"{name.strip()}.jpg" for name in names if name.strip())
 
     train, test = (
         _pair_by_name(
@@ -306,6 +292,23 @@ def _table(classes: dict[int, int], ignored: set[int]) -> NDArray[np.int64]:
     for value, index in classes.items():
         table[value] = index
     return table
+
+
+def _annotated(folder: Path, split: str, problems: list[Problem]) -> list[Sample]:
+    """Photographs ``images/SPLIT/NAME.jpg`` with ``annotations/SPLIT/NAME.png``."""
+    return _pair_by_name(
+        sorted(_existing(folder / "images" / split).glob("*.jpg")),
+        lambda path: folder / "annotations" / split / f"{path.stem}.png",
+        problems,
+    )
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines of a list in UTF-8, with or without a byte order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a list in UTF-8 ({error})") from None
 
 
 def _pair_by_name(

@@ -8,6 +8,7 @@ an interrupted run goes on where it stopped and a changed input is never mistake
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,8 +86,9 @@ class PreparedSet:
 
     @property
     def digest(self) -> str:
-        """Names the content of all of them."""
-        return hashlib.sha256("".join(path.stem for path in self.files).encode()).hexdigest()
+        """Digest of the names and the content of all of them: both decide scores."""
+        listed = zip(self.names, (path.stem for path in self.files), strict=True)
+        return hashlib.sha256(json.dumps(list(listed)).encode()).hexdigest()
 
 
 def normalised(image: Tensor, backbone: Backbone) -> Tensor:
@@ -122,14 +124,8 @@ def prepare(
         on_step: is told of progress.
 
     Raises:
-        ValueError: ``size`` is below the backbone's stride.
         OSError: ``cache`` cannot be written.
     """
-    if size < backbone.stride:
-        raise ValueError(
-            f"size={size} must be a whole number of pixels, at least the stride of "
-            f"{backbone.name} ({backbone.stride})"
-        )
     device = backbone.mean.device
     made_by = f"{identify_backbone(backbone)}|{device.type}|{source_digest(*DECISIVE)}"
     names, files = [], []
@@ -138,7 +134,9 @@ def prepare(
             on_step(label, done, len(samples))
         try:
             content = hashlib.sha256(dataset.identify(sample)).hexdigest()
-            recipe = f"{content}|{dataset.name}|{dataset.classes}|{size}|{made_by}"
+            recipe = (
+                f"{content}|{dataset.name}|{dataset.classes}|{dataset.reading}|{size}|{made_by}"
+            )
             path = cache / f"{hashlib.sha256(recipe.encode()).hexdigest()[:32]}.safetensors"
             known = read_whole(path) is not None
             tensors = None if known else _prepare_one(dataset, sample, backbone, size)

@@ -73,12 +73,16 @@ def draw_chart(results: Results, name: str, factor: float) -> str:
 
 def nice_ticks(low: float, high: float) -> list[float]:
     """A few round numbers, evenly spaced, that enclose a range."""
-    span = (high - low) or abs(high) or 1.0
+    size = max(abs(low), abs(high))
+    # Values that differ by rounding alone are one value; 0 has no size of its own.
+    span = next((one for one in (high - low, size) if one > 1e-9 * size + 1e-300), 1.0)
     unit = 10 ** math.floor(math.log10(span))
     step = next(part * unit for part in (0.2, 0.25, 0.5, 1, 2) if span / (part * unit) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)
     last = max(last, first + 1)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    # One digit beyond the step's own: 3 · 0.1 is 0.3, and steps of 1e-14 stay apart.
+    digits = 2 - math.floor(math.log10(step))
+    return [round(index * step, digits) for index in range(first, last + 1)]
 
 
 def _line(row: Row, xs: list[float], y: int) -> str:

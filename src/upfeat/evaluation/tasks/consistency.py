@@ -87,6 +87,7 @@ class Consistency(Task):
     @classmethod
     def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
         """See :meth:`Task.read`."""
+        cls.check_layout(layout)
         return read_photographs(folder, split_seed=config.split_seed)
 
     @classmethod

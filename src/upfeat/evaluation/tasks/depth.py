@@ -84,6 +84,8 @@ class Depth(Probing):
     def rows(self, label: str, method: Method) -> list[Row]:
         """See :meth:`Task.rows`; fits its probes first."""
         protocols = [name for name in self.config.protocols if name in self.protocols]
+        if not protocols:
+            return []
         heads = self.heads(label, method, protocols)
         sums: dict[str, list[Tensor]] = {name: [] for name in heads}
         pictures: dict[str, dict[str, str]] = {name: {} for name in heads}

@@ -1,0 +1,191 @@
+"""Rasters of any kind show the backbone the same picture; bad options are refused by name."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+rasterio = pytest.importorskip("rasterio")
+pytest.importorskip("zarr", "3.0")
+
+from raster.test_raster import facts, picture, values_of, whole, write  # noqa: E402
+
+import upfeat  # noqa: E402
+from upfeat.raster import Features, Scene, make_plan, upsample_raster  # noqa: E402
+from upfeat.types import Window  # noqa: E402
+
+SIDE = (40, 56)
+ALL = Window(0, 0, *SIDE)
+
+
+def shown(path, **options):
+    """The picture of a whole raster, and where it is valid."""
+    with Scene(path, **options) as scene:
+        image, valid = scene.read(ALL)
+        return image.numpy(), valid.numpy()
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32", "float32", "float64"])
+def test_a_band_of_any_type_is_the_same_picture(tmp_path, dtype):
+    values = picture(*SIDE)
+    path = write(tmp_path / "scene.tif", values.astype(dtype))
+    image, valid = shown(path, scale=(0, 255))
+    np.testing.assert_allclose(image, values / 255, atol=1e-6)
+    assert valid.all()
+    image, _ = shown(path)  # the 2nd and 98th percentile of each band
+    low, high = np.percentile(values, (2, 98), axis=(1, 2))[..., None, None]
+    np.testing.assert_allclose(image, np.clip((values - low) / (high - low), 0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float64"])
+def test_large_numbers_keep_their_last_digits(tmp_path, dtype):
+    """Seconds since 1970, or places in millimetres: float32 would not tell them apart."""
+    values = picture(*SIDE)
+    path = write(tmp_path / "scene.tif", values.astype(dtype) + dtype_(dtype, 1_700_000_000))
+    image, _ = shown(path, scale=(1_700_000_000, 1_700_000_255))
+    np.testing.assert_allclose(image, values / 255, atol=1e-6)
+
+
+def dtype_(dtype, value):
+    return np.dtype(dtype).type(value)
+
+
+@pytest.mark.parametrize("value", [0, 7, 2_000_000_000])
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_a_band_of_one_value_is_black(tmp_path, dtype, value):
+    path = write(tmp_path / "scene.tif", np.full((3, *SIDE), value, dtype))
+    image, valid = shown(path)
+    assert valid.all()
+    assert not image.any()
+
+
+def test_a_pixel_is_valid_where_all_its_bands_are(tmp_path):
+    values = picture(*SIDE).astype(np.float32)
+    values[0, 3, 4], values[1, 5, 6], values[2, 7, 8], values[1, 9, 9] = -1, np.nan, np.inf, -np.inf
+    path = write(tmp_path / "scene.tif", values, nodata=-1)
+    image, valid = shown(path)
+    assert np.argwhere(~valid).tolist() == [[3, 4], [5, 6], [7, 8], [9, 9]]
+    assert np.isfinite(image).all()
+    filled = image[:, ~valid]
+    np.testing.assert_array_equal(filled, np.repeat(filled[:, :1], 4, axis=1))
+    np.testing.assert_allclose(filled[:, 0], image[:, valid].mean(1), atol=1e-5)
+
+
+def test_bands_are_chosen_in_their_order(tmp_path):
+    values = picture(*SIDE, bands=13)
+    path = write(tmp_path / "scene.tif", values)
+    image, _ = shown(path, bands=[8, 4, 3])
+    np.testing.assert_allclose(image, values[[7, 3, 2]] / 255, atol=1e-6)
+    grey, _ = shown(path, bands=[13])
+    np.testing.assert_array_equal(grey, np.repeat(grey[:1], 3, axis=0))
+    pairs = [(0, 100), (50, 60), (10, 300)]
+    image, _ = shown(path, bands=[1, 2, 3], scale=pairs)
+    low, high = np.array(pairs, np.float32).T[..., None, None]
+    np.testing.assert_allclose(image, np.clip((values[:3] - low) / (high - low), 0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "names", [("blue", "green", "red", "alpha"), ("blue", "green", "red", "alpha", "undefined")]
+)
+def test_colours_are_found_by_their_names_and_transparency_is_a_mask(tmp_path, names):
+    values = picture(*SIDE, bands=len(names))
+    values[3] = 255
+    values[3, :9] = 0
+    path = write(tmp_path / "scene.tif", values)
+    with rasterio.open(path, "r+") as file:
+        file.colorinterp = [rasterio.enums.ColorInterp[name] for name in names]
+    image, valid = shown(path)
+    np.testing.assert_allclose(image[:, 9:], values[[2, 1, 0], 9:] / 255, atol=1e-6)
+    np.testing.assert_array_equal(valid, values[3] > 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    top=st.integers(0, SIDE[0] + 9),
+    left=st.integers(0, SIDE[1] + 9),
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+)
+def test_a_window_is_the_part_of_the_whole_and_repeats_its_edge(
+    scene_file, top, left, height, width
+):
+    window = Window(top, left, height, width)
+    with Scene(scene_file) as scene:
+        image, valid = scene.read(window)
+        everything, all_valid = scene.read(ALL)
+        assert torch.equal(scene.read_valid(window), valid)
+    rows = torch.arange(top, top + height).clamp(max=SIDE[0] - 1)
+    columns = torch.arange(left, left + width).clamp(max=SIDE[1] - 1)
+    assert torch.equal(image, everything[:, rows][:, :, columns])
+    assert torch.equal(valid, all_valid[rows][:, columns])
+
+
+@pytest.fixture(scope="module")
+def scene_file(tmp_path_factory):
+    values = picture(*SIDE)
+    values[:, 10:14, -3:] = 9
+    return write(tmp_path_factory.mktemp("scene") / "scene.tif", values, nodata=9)
+
+
+FAR = 1e39  # beyond float32
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        (5, 5),
+        (5, 4),
+        (0, np.nan),
+        (0, np.inf),
+        (-np.inf, 0),
+        (0, FAR),
+        (0, 1e-320),
+        (1, 2, 3),
+        ("low", "high"),
+        7,
+        [(0, 1), (0, 1)],
+        [(0, 1), (0, 1), (1, 0)],
+        [(0, 1), (0, 1), (0,)],
+    ],
+    ids=str,
+)
+def test_a_scale_is_two_numbers_or_a_pair_for_each_band(scene_file, scale):
+    with pytest.raises(ValueError, match=r"must be \(low, high\), two finite numbers"):
+        Scene(scene_file, scale=scale)
+
+
+@pytest.mark.parametrize(
+    "bands",
+    [[], [1, 2], [0, 1, 2], [1, 2, 4], [1.5, 2, 3], [True, 2, 3], ["1", 2, 3], 2, "123", [[1]]],
+    ids=str,
+)
+def test_bands_are_one_or_three_that_there_are(scene_file, bands):
+    with pytest.raises(ValueError, match="must be three bands or one, each from 1 to 3"):
+        Scene(scene_file, bands=bands)
+
+
+def test_complex_numbers_are_no_picture(tmp_path):
+    path = write(tmp_path / "radar.tif", picture(*SIDE).astype(np.complex64))
+    with pytest.raises(ValueError, match=r"radar\.tif: holds complex numbers"):
+        Scene(path)
+
+
+@pytest.mark.parametrize("stride", [3, 7, 12, 14, 16, 56])
+def test_tiles_of_any_stride_are_stored_and_go_on(tmp_path, stride):
+    """Patches of 14 pixels, as DINOv2's: their tiles are no multiple of the store's chunks."""
+    torch.manual_seed(0)
+    model = upfeat.load(torch.nn.Conv2d(3, 4, stride, stride), upsampler="bilinear")
+    path = write(tmp_path / "scene.tif", picture(150, 205))
+    what = Features(4, facts(model), "float32")
+    with Scene(path) as scene:
+        for tile in (None, 60):
+            plan = make_plan(scene.size, model, what, tile=tile)
+            side = plan.tile * stride
+            assert make_plan(scene.size, model, what, tile=side).tile == plan.tile
+            assert tile is None or side <= max(tile, stride)
+            out = tmp_path / f"{tile}.zarr"
+            upsample_raster(scene, out, model, what, plan)
+            expected = whole(path, model)
+            close = {"rtol": 0, "atol": 2e-5 * np.abs(expected).max()}
+            np.testing.assert_allclose(values_of(out), expected, **close)
