@@ -31,6 +31,7 @@ function say(text) {
   const error = $(".uf-error");
   error.hidden = !text.error;
   error.textContent = text.error || "";
+  if (text.error) error.scrollIntoView({ block: "nearest" });  // on a phone it is below the pictures
   if (text.status) $(".uf-status").textContent = text.status;
   root.classList.toggle("uf-busy", Boolean(text.busy));
   root.setAttribute("aria-busy", Boolean(text.busy));
