@@ -206,12 +206,16 @@ def _place(module: Any, device: str | torch.device | None, dtype: str | torch.dt
         if dtype not in _DTYPES:
             raise ValueError(unknown_name("dtype", dtype, list(_DTYPES)))
         dtype = _DTYPES[dtype]
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={shown(dtype)} must be a type of numbers, as torch.bfloat16")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} must be a floating-point type, as torch.bfloat16")
     if dtype is not None:
         module = module.to(dtype=dtype)
     if device is None:
         return module
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
+        raise ValueError(f"device={shown(device)} must be the name of one, as cpu or cuda")
     try:
         return module.to(device)
     except (RuntimeError, AssertionError) as error:
