@@ -58,6 +58,9 @@ def execute(options: argparse.Namespace) -> int:
 
     if options.output is not None:
         check_output(options.output, Inputs(()), FORMAT, overwrite=options.overwrite)
+        if not options.output.parent.is_dir():  # known before minutes of measuring, not after
+            folder = options.output.parent
+            raise ValueError(f"{options.output}: there is no folder {folder}; make it first")
         sweep(options.output.parent)
     whole("--repeats", options.repeats, most=_MOST_REPEATS)
     if options.rivals is not None:
