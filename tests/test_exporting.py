@@ -332,7 +332,7 @@ def test_an_input_is_never_replaced(tmp_path, capsys, monkeypatch):
         ({"format": "tflite"}, "format='tflite': unknown format"),
         ({"path": "nowhere/model.onnx"}, "no such folder"),
         ({"stride": 0}, "stride=0 must be"),
-        ({"size": (0, 32)}, "size=0 must be"),
+        ({"size": (0, 32)}, r"size=\(0, 32\) must be"),
         ({"head": (torch.zeros(2, 5), None)}, r"weight is \(2, 5\); give \(K, 8\)"),
         ({"head": "nothing.safetensors"}, "nothing.safetensors"),
     ],

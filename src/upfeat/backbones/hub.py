@@ -103,7 +103,7 @@ def load_hub(source: str, *, pretrained: bool) -> nn.Module:
 def _entry_points(path: Path) -> list[str]:
     """Names that a hubconf.py defines or imports for its users."""
     names: list[str] = []
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.FunctionDef):
             names.append(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):

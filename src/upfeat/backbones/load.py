@@ -118,9 +118,11 @@ def load_backbone(
             _refuse(what, {"layer": layers, "fit": fit, **options})
             return _place(_embedded(name, pretrained), device, dtype)
         module, settings = _load_named(name, pretrained)
-        name = name if layers is None else f"{name}@{','.join(map(str, layers))}"
         if isinstance(module, Backbone):
+            made_by = f"the Backbone that {name} makes"
+            _refuse(made_by, {"layer": layers, "fit": fit, **options})
             return _place(module, device, dtype)
+        name = name if layers is None else f"{name}@{','.join(map(str, layers))}"
     elif callable(backbone):
         module = backbone
     else:

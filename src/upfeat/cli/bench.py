@@ -54,6 +54,9 @@ def execute(options: argparse.Namespace) -> int:
 
     if options.output is not None:
         check_output(options.output, Inputs(()), FORMAT, overwrite=options.overwrite)
+        if not options.output.parent.is_dir():  # known before minutes of measuring, not after
+            folder = options.output.parent
+            raise ValueError(f"{options.output}: there is no folder {folder}; make it first")
         sweep(options.output.parent)
     if options.rivals is not None:
         return _rivals(options)
@@ -166,6 +169,6 @@ def _table(measurements: list) -> object:
 
 def _size(text: str) -> tuple[int, int]:
     grid, _, size = text.partition(":")
-    if not (grid.isdigit() and size.isdigit() and int(grid) > 0 and int(size) >= 8):
+    if not (grid.isdecimal() and size.isdecimal() and int(grid) > 0 and int(size) >= 8):
         raise ValueError(f"--sizes {text} must be GRID:SIZE in pixels, as 14:224; SIZE at least 8")
     return int(grid), int(size)

@@ -88,7 +88,6 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.implicit.features import FORMAT
     from upfeat.implicit.files import fit_photograph, recipe_of
     from upfeat.implicit.fit import FitConfig
-    from upfeat.outputs import make_folder
     from upfeat.provenance import identify_backbone
 
     config = FitConfig(
@@ -102,7 +101,7 @@ def execute(options: argparse.Namespace) -> int:
             return batch.exit_code
         backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
         model = upfeat.load(backbone, upsampler="bilinear", device=options.device)
-        make_folder(folder)
+        batch.make_folder(folder)
         made_by = identify_backbone(model.backbone)
         recipe = partial(recipe_of, made_by=made_by, config=config, guidance=guidance)
         if folder == options.output:
