@@ -25,6 +25,7 @@ from typing import IO, Any
 
 TARGET = Path(__file__).with_name("versions.json")
 NOW = Path(__file__).parents[1] / "src"
+PHOTO = Path(__file__).parents[1] / "examples" / "photos" / "coffee.jpg"
 ROUNDS, SECONDS = 9, 4.0  # of one job and version
 POINTS = [(1500.0, 2000.0), (1700.0, 900.0), (333.0, 3777.0), (2211.0, 1234.5), (1000.0, 3000.0)]
 
@@ -33,9 +34,12 @@ def jobs() -> dict[str, Callable[[], object]]:
     """What is timed; code that every version can run."""
     import torch
     import torch.nn.functional as F
+    from training_step import reduced_loss, stepper
 
     import upfeat
     from upfeat import functional
+    from upfeat.training import TrainConfig
+    from upfeat.training.objective import make_batch
     from upfeat.upsamplers import create_upsampler
 
     def random(*shape: int, gradient: bool = False) -> torch.Tensor:
@@ -113,6 +117,16 @@ def jobs() -> dict[str, Callable[[], object]]:
     given, places = (random(1, 112, 188, 250), photograph()), itertools.cycle(POINTS)
     found["a point of 12 megapixels"] = lambda: upfeat.UpsampledFeatures(*given, universal).at(
         torch.tensor([next(places)])
+    )
+    config, backbone = TrainConfig.reference(), upfeat.load_backbone("efficientnet_lite0")
+    images = F.interpolate(random(config.batch_size, 3, 28, 28), size=(config.size, config.size))
+    batch = make_batch(backbone, images, config, torch.Generator().manual_seed(4))
+    for trained in (upfeat.JBUStack(backbone.embed_dim), upfeat.NeighbourhoodUpsampler()):
+        found[f"training step, forward and backward, {type(trained).__name__}"] = stepper(
+            trained, batch, config, reduced_loss
+        )
+    found["a fit to one image of 112 pixels"] = lambda: upfeat.fit_implicit(
+        PHOTO, "efficientnet_lite0", upfeat.FitConfig(size=112)
     )
     return found
 

@@ -337,7 +337,7 @@ def test_an_input_is_never_replaced(tmp_path, capsys, monkeypatch):
         ({"format": "tflite"}, "format='tflite': unknown format"),
         ({"path": "nowhere/model.onnx"}, "no such folder"),
         ({"stride": 0}, "stride=0 must be"),
-        ({"size": (0, 32)}, "size=0 must be"),
+        ({"size": (0, 32)}, r"size=\(0, 32\) must be"),
         ({"head": (torch.zeros(2, 5), None)}, r"weight is \(2, 5\); give \(K, 8\)"),
         ({"head": "nothing.safetensors"}, "nothing.safetensors"),
     ],
@@ -355,6 +355,8 @@ def test_models_that_cannot_be_exported(tmp_path):
         export(nn.Conv2d(3, 8, 8, 8), path)
     with pytest.raises(ValueError, match="use passes=1"):
         export(upfeat.load(nn.Conv2d(3, 8, 8, 8), passes=5), path)
+    with pytest.raises(ValueError, match="use early=False"):
+        export(upfeat.load("efficientnet_lite0", early=True), path)
     with pytest.raises(ValueError, match="three of them"):
         export(upfeat.load(nn.Conv2d(4, 8, 8, 8), upsampler="bilinear"), path)
     with pytest.raises(ValueError, match="give channels=C"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from upfeat._version import __version__
 from upfeat.backbones.libraries import import_library
+from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.heads import SavedHead, load_head
 from upfeat.model import FeatUp
 from upfeat.portable.form import FixedForm, Form, form_of
@@ -30,6 +31,7 @@ from upfeat.scales import SecondScale
 from upfeat.storage import replacing
 from upfeat.types import Size
 from upfeat.upsamplers import Upsampler
+from upfeat.upsamplers.checks import check_output_size
 from upfeat.upsamplers.head import Head
 
 if TYPE_CHECKING:
@@ -88,7 +90,10 @@ def export(
     """
     path = Path(path)
     kind = check_format(path, format)
-    _check_size("stride", stride)
+    stride = whole("stride", stride)
+    channels = whole("channels", channels, 1, MOST_CHANNELS, optional=True)
+    if size is not None:
+        size = check_output_size(size, "size")
     if kind == "onnx":
         for library in ("onnx", "onnxscript", "onnxruntime"):
             import_library(library, extra="onnx")
@@ -150,7 +155,13 @@ class _Task:
                 f"{self.upsampler.name} cannot be exported for any size: what a pixel sees is a "
                 f"table of one size; {GIVE_SIZE}"
             )
-        self.least = max(2 * self.cells, form.least_side)
+        self.least = max(2 * self.cells, form.least_side, stride)
+        one = max(self.cells if isinstance(model, FeatUp) else 1, stride)
+        if size is not None and min(size) < one:
+            raise ValueError(
+                f"size={size} (height, width) must be at least {one} pixels on each side: one cell "
+                "of features, and one pixel of the output"
+            )
 
     def _check(self) -> None:
         """Refuse what no file can hold."""
@@ -161,6 +172,8 @@ class _Task:
         if isinstance(model, FeatUp):
             if isinstance(model.backbone, SecondScale):
                 raise ValueError("a model with passes=5 cannot be exported; use passes=1")
+            if model.early:
+                raise ValueError("a model with early=True cannot be exported; use early=False")
             if model.backbone.in_channels != 3 and model.bands is None:
                 raise ValueError(
                     f"{model.backbone.name} takes {model.backbone.in_channels} bands, whose "
@@ -169,9 +182,6 @@ class _Task:
         dtypes = {one.dtype for one in self.upsampler.parameters()}
         if dtypes - {torch.float32}:
             raise ValueError("the upsampler is not in float32; export model.float()")
-        if self.size is not None:
-            for side in self.size:
-                _check_size("size", side)
 
     def facts(self) -> dict[str, str]:
         """Facts that whoever runs the file needs, and where it comes from."""
@@ -265,11 +275,6 @@ class _Task:
             f"{label} cannot be exported for any size ({type(error).__name__}: {reason}); "
             f"{GIVE_SIZE} of the images to come"
         )
-
-
-def _check_size(label: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{label}={value!r} must be a whole number, 1 or more")
 
 
 def _without_conditions(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

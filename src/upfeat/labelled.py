@@ -86,7 +86,7 @@ def train_on_folder(
         FileNotFoundError: the folder or a part of it is not there.
         ValueError: fewer than two images can be used, or they show fewer than two classes.
     """
-    _check_counts(pixels, folds)
+    _check_settings(pixels, folds, seed)
     dataset = read_folder(folder)
     split = (Path(folder) / "train").is_dir()
     samples = dataset.train if split else [*dataset.train, *dataset.test]
@@ -151,7 +151,7 @@ def train_on_raster(
         FileNotFoundError: there is no such file.
         ValueError: the labels do not fit the raster, or there are too few.
     """
-    _check_counts(pixels, folds)
+    _check_settings(pixels, folds, seed)
     source = read_labels(labels, scene, names)
     what = HeadOutput(torch.zeros(1, 1), torch.zeros(1), ["features"], {})
     plan = make_plan(scene.size, model, what, max_memory=max_memory, tile=LABEL_TILE)
@@ -176,9 +176,10 @@ def train_on_raster(
     return _train(groups, model, source.names, folds, seed)
 
 
-def _check_counts(pixels: int, folds: int) -> None:
+def _check_settings(pixels: int, folds: int, seed: int) -> None:
     whole("pixels", pixels)
     whole("folds", folds, 2)
+    whole("seed", seed, 0, (1 << 63) - 1)
 
 
 def _train(

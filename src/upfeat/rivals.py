@@ -74,6 +74,9 @@ def run_rivals(
         ValueError: a file holds none of them.
     """
     loaded = [load_upsampler(path) for path in files]
+    for path, each in zip(files, loaded, strict=True):
+        if each.name not in {name for name, _, _ in SETTINGS}:
+            raise ValueError(f"{path}: holds {each.name}; give checkpoints of AnyUp, JAFAR or NAF")
     rows = []
     for name, grid, size in SETTINGS:
         upsampler = next((each for each in loaded if each.name == name), None)
@@ -103,7 +106,8 @@ def _measure(
     assert isinstance(upsampler, AttentionUpsampler)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, size, size, generator=generator)
-    features = torch.randn(1, CHANNELS, grid, grid, generator=generator)
+    channels = getattr(upsampler, "embed_dim", None) or CHANNELS
+    features = torch.randn(1, channels, grid, grid, generator=generator)
     default = create_upsampler(None)
     ways: dict[str, Callable[[], object]] = {
         "ours": lambda: upsampler(features, image),
@@ -137,7 +141,7 @@ def _measure(
             {"detail": "ours", "bilinear": "PyTorch"}.get(way, way),
             grid,
             size,
-            CHANNELS,
+            channels,
             *medians(times.get(way)),
             peaks.get(way),
             skipped.get(way),

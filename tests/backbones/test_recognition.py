@@ -57,12 +57,14 @@ def test_every_form_is_recognised(shape, prefix):
     torch.testing.assert_close(backbone(x), module.project(x))
 
 
+@pytest.mark.parametrize("shape", ["NCHW", "tokens"])
 @pytest.mark.parametrize(("patch", "stride"), [(16, 8), (14, 7), (16, 12)])
-def test_overlapping_patches(patch, stride):
-    backbone = _checked(Patches(patch=patch, stride=stride))
+def test_overlapping_patches(patch, stride, shape):
+    backbone = _checked(Patches(shape, patch=patch, stride=stride, prefix=1))
     assert backbone.stride == stride
-    x = torch.randn(1, 3, 6 * stride, 4 * stride)
-    assert backbone(x).shape[-2:] == (6, 4)
+    for cells in ((6, 4), (64, 2), (3, 70)):
+        x = torch.randn(1, 3, cells[0] * stride, cells[1] * stride)
+        assert backbone(x).shape[-2:] == cells
 
 
 def test_patches_are_centred_on_their_cells():

@@ -105,7 +105,7 @@ def _entry_points(path: Path) -> list[str]:
     """Names that a hubconf.py defines, or imports from its own code, for its users."""
     names: list[str] = []
     others = {*sys.stdlib_module_names, "numpy", "torch", "torchvision"}
-    for node in ast.parse(path.read_text()).body:
+    for node in ast.parse(path.read_bytes()).body:
         if isinstance(node, ast.FunctionDef):
             names.append(node.name)
         elif isinstance(node, ast.ImportFrom) and str(node.module).partition(".")[0] not in others:

@@ -18,6 +18,7 @@ from upfeat.backbones.outputs import Layer
 from upfeat.backbones.settings import Settings
 from upfeat.backbones.wrap import WrappedBackbone, as_list
 from upfeat.bounds import shown
+from upfeat.machine import find_device
 from upfeat.registry import unknown_name
 
 _COMBINATIONS = ((8, 16), (8, 32), (16, 32), (8, 16, 32))
@@ -118,9 +119,11 @@ def load_backbone(
             _refuse(what, {"layer": layers, "fit": fit, **options})
             return _place(_embedded(name, pretrained), device, dtype)
         module, settings = _load_named(name, pretrained)
-        name = name if layers is None else f"{name}@{','.join(map(str, layers))}"
         if isinstance(module, Backbone):
+            made_by = f"the Backbone that {name} makes"
+            _refuse(made_by, {"layer": layers, "fit": fit, **options})
             return _place(module, device, dtype)
+        name = name if layers is None else f"{name}@{','.join(map(str, layers))}"
     elif callable(backbone):
         module = backbone
     else:
@@ -223,14 +226,10 @@ def _place(module: Any, device: str | torch.device | None, dtype: str | torch.dt
         if dtype not in _DTYPES:
             raise ValueError(unknown_name("dtype", dtype, list(_DTYPES)))
         dtype = _DTYPES[dtype]
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={shown(dtype)} must be a type of numbers, as torch.bfloat16")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} must be a floating-point type, as torch.bfloat16")
     if dtype is not None:
         module = module.to(dtype=dtype)
-    if device is None:
-        return module
-    try:
-        return module.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+    return module if device is None else module.to(find_device(device))

@@ -6,6 +6,7 @@ each tensor is laid out, and later outputs are read by that decision, without gu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,8 @@ class Layout(NamedTuple):
     """Of that image, pixels."""
     prefix_tokens: int = 0
     """Before those of the grid."""
+    padding: int = 0
+    """Pixels of every later image that make no cells: its patches overlap by them."""
 
     def read(self, tensor: Tensor, image: Size, name: str) -> Tensor:
         """(B, C, h, w) of a tensor that came from an image of that (height, width)."""
@@ -63,6 +66,7 @@ class Layout(NamedTuple):
 
     def _grid(self, count: int, image: Size) -> Size:
         """The grid of that many tokens; cells that reach beyond the image may count or not."""
+        image = (image[0] - self.padding, image[1] - self.padding)
         down, across = (length * self.cells for length in image)
         whole = (down // self.side, across // self.side)
         rests = (down % self.side, across % self.side)
@@ -71,8 +75,8 @@ class Layout(NamedTuple):
             return whole
         exact = [length * self.cells / self.side for length in image]
         less, more = (
-            [int(value + 1e-6) for value in exact],
-            [-int(-value + 1e-6) for value in exact],
+            [math.floor(value + 1e-6) for value in exact],
+            [math.ceil(value - 1e-6) for value in exact],
         )
         for grid in ((round(exact[0]), round(exact[1])), (less[0], less[1]), (more[0], more[1])):
             if grid[0] * grid[1] == count - self.prefix_tokens:

@@ -89,6 +89,7 @@ def probe(question: Question) -> Answer:
     stride, padding = question.stride or side // cells, 0
     if stride * cells != side:
         stride, padding = _overlap(question, layouts, side, cells)
+        layouts = [layouts[0]._replace(cells=1, side=stride, padding=padding)]
     answer = Answer(features.shape[1], stride, (side, side), layouts, padding=padding)
     return _sizes_taken(question, answer)
 

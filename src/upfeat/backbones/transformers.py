@@ -278,7 +278,7 @@ def _read_processor(source: str) -> dict[str, Any] | None:
         else:
             path = cached(source, name, _raise_exceptions_for_missing_entries=False)
         if path is not None:
-            found = json.loads(Path(path).read_text())
+            found = json.loads(Path(path).read_bytes())
             return found.get("image_processor", found)
     return None
 

@@ -17,6 +17,7 @@ from upfeat.backbones.base import Backbone
 from upfeat.backbones.inside import LayerFeatures, outputs_inside
 from upfeat.backbones.outputs import LAYOUTS, Layer, NothingToPick, missing_layer
 from upfeat.backbones.settings import Settings, settings_of
+from upfeat.bounds import shown, whole
 from upfeat.types import Size
 
 _LOG = logging.getLogger("upfeat.backbones")
@@ -84,6 +85,14 @@ class WrappedBackbone(Backbone):
             raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
         if fit is not None and fit not in sizes.FITS:
             raise ValueError(f"fit={fit!r} must be one of {', '.join(sizes.FITS)}")
+        if name is not None and not isinstance(name, str):
+            raise ValueError(f"name={shown(name)} must be a text")
+        embed_dim = whole("embed_dim", embed_dim, optional=True)
+        stride = whole("stride", stride, optional=True)
+        in_channels = whole("in_channels", in_channels, 1, 1 << 12, optional=True)
+        input_size = whole("input_size", input_size, 1, 1 << 14, optional=True)
+        probe_size = whole("probe_size", probe_size, 1, 1 << 14, optional=True)
+        prefix_tokens = whole("prefix_tokens", prefix_tokens, 0, optional=True)
         module_name = getattr(module, "__name__", None) or _plain_name(module)
         held = held_modules(module)
         _settle_mode(module_name, module, held)
@@ -251,10 +260,13 @@ def as_list(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     """Layers as a list, one or several; ``None`` for the last.
 
     Raises:
-        ValueError: the list is empty.
+        ValueError: the list is empty, or holds something else.
     """
     if layer is None or isinstance(layer, (int, str)):
         return None if layer is None else [layer]
+    one_each = isinstance(layer, Sequence) and all(isinstance(one, (int, str)) for one in layer)
+    if not one_each or isinstance(layer, bytes):
+        raise ValueError(f"layer={shown(layer)} must be a number or a name, or a list of them")
     if not len(layer):
         raise ValueError("layer=[] is empty; give numbers or names, or None for the last")
     return list(layer)

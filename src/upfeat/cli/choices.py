@@ -23,7 +23,9 @@ def _registered() -> list[str]:
     pattern = r"^@UPSAMPLERS\.register\nclass [^\n]+\n(.*?)(?=^\S)"
     found = []
     for path in sorted((Path(__file__).parents[1] / "upsamplers").glob("*.py")):
-        for body in re.findall(pattern, path.read_text() + "\nend\n", re.MULTILINE | re.DOTALL):
+        for body in re.findall(
+            pattern, path.read_text("utf-8") + "\nend\n", re.MULTILINE | re.DOTALL
+        ):
             name = re.search(r'^    name = "(\w+)"$', body, re.MULTILINE)
             if name and not re.search(r"^    published_by = ", body, re.MULTILINE):
                 found.append(name[1])
@@ -91,6 +93,20 @@ def name_of(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f'"{text}" is empty; leave it out for the default')
     return text
+
+
+def size_of(text: str | None) -> tuple[int, int] | None:
+    """Read "1024x768", WIDTHxHEIGHT, as (height, width).
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+)[xX×](\d+)", text.strip())
+    if not found or 0 in (int(found[1]), int(found[2])):
+        raise ValueError(f"--size {text} must be WIDTHxHEIGHT in pixels, such as 1024x768")
+    return int(found[2]), int(found[1])
 
 
 def bands_of(text: str) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 from upfeat.failures import failure_reason, one_line
 from upfeat.machine import readable
 from upfeat.marks import PICTURE
-from upfeat.outputs import Inputs, Outputs, Photo, check_output, find_photographs, is_done
+from upfeat.outputs import (
+    Inputs,
+    Outputs,
+    Photo,
+    check_output,
+    find_photographs,
+    is_done,
+    make_folder,
+)
 from upfeat.storage import sweep
 
 if TYPE_CHECKING:
@@ -67,6 +75,7 @@ class Batch:
         self.photos = [one for one in self.found if isinstance(one, Photo)]
         self._order = {photo.path: place for place, photo in enumerate(self.photos)}
         self._failures: list[tuple[int, str]] = []
+        self._made: list[Path] = []
         for one in self.found:
             if not isinstance(one, Photo):
                 self._failures.append((-1, one_line(one)))
@@ -81,12 +90,24 @@ class Batch:
         trace: TracebackType | None,
     ) -> None:
         """Report what failed, in the order given; also when the rest was interrupted."""
+        for folder in self._made:
+            with suppress(OSError):
+                folder.rmdir()
         for _, line in sorted(self._failures, key=lambda failure: failure[0]):
             print(f"upfeat {self.command}: error: {line}", file=sys.stderr)
         total = len(self._order) + len(self.found) - len(self.photos)
         if self._failures and total > 1:
             count = f"{len(self._failures)} of {total} photographs failed"
             print(f"upfeat {self.command}: {count}", file=sys.stderr)
+
+    def make_folder(self, folder: Path) -> None:
+        """Make the folder of results; in the end it goes again if there is none.
+
+        Raises:
+            ValueError: as :func:`upfeat.outputs.make_folder`.
+        """
+        self._made = [one for one in (folder, *folder.parents) if not one.exists()]
+        make_folder(folder)
 
     @property
     def exit_code(self) -> int:

@@ -9,6 +9,7 @@ from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
+    size_of,
     with_layers,
 )
 
@@ -62,7 +63,7 @@ def execute(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.output}: exists; name another file, or give --overwrite")
     inputs = Inputs([options.backbone, options.upsampler, options.head])
     check_output(options.output, inputs, kind, overwrite=True)
-    size = _parse_size(options.size)
+    size = size_of(options.size)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
     model = upfeat.load(backbone, upsampler=options.upsampler)
     facts = upfeat.export(
@@ -79,12 +80,3 @@ def execute(options: argparse.Namespace) -> int:
         f"{facts['output_channels']} channels, {sides}, error {facts['largest_error']}"
     )
     return 0
-
-
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    width, _, height = text.lower().partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise ValueError(f"--size {text} must be WIDTHxHEIGHT in pixels, such as 1024x768")
-    return int(height), int(width)

@@ -67,6 +67,8 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.raster import Scene, parse_memory
 
     _check_output(options)
+    _check_source(options)
+    max_memory = parse_memory(options.max_memory)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
     model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
     shared = {"pixels": options.pixels, "folds": options.folds, "seed": options.seed}
@@ -83,7 +85,7 @@ def execute(options: argparse.Namespace) -> int:
                     scene,
                     options.labels,
                     options.classes,
-                    max_memory=parse_memory(options.max_memory),
+                    max_memory=max_memory,
                     on_tile=status.update,
                     **shared,
                 )
@@ -107,6 +109,18 @@ def _check_output(options: argparse.Namespace) -> None:
     check_output(output, inputs, FORMAT, overwrite=options.overwrite)
     if not output.parent.is_dir():
         raise ValueError(f"{output}: its folder does not exist")
+
+
+def _check_source(options: argparse.Namespace) -> None:
+    """Refuse options that are about the other kind of source, which would not be heeded."""
+    others = ("bands", "scale", "classes") if options.labels is None else ("size",)
+    for name in others:
+        if getattr(options, name) is not None:
+            if options.labels is None:
+                raise ValueError(f"--{name} is about a raster; give its --labels, or leave it out")
+            raise ValueError(f"--{name} is about photographs; a raster is taken as it is")
+    if options.labels is not None and options.source.is_dir():
+        raise ValueError(f"{options.source}: is a folder, which holds its labels; give no --labels")
 
 
 def _names(text: str) -> list[str]:

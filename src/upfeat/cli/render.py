@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 from pathlib import Path
+
+from upfeat.cli.choices import size_of
 
 HELP = "Draw fitted implicit features at any size."
 EXAMPLE = (
@@ -54,7 +55,7 @@ def execute(options: argparse.Namespace) -> int:
 
     # Writers of zarr that a full disk has stopped would tell of it twice, when they are collected.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    size, output = _parse_size(options.size), options.output
+    size, output = size_of(options.size), options.output
     picture = output.suffix.lower() in (".png", ".jpg", ".jpeg")
     inputs = Inputs([options.file, options.image])
     check_output(output, inputs, PICTURE if picture else FEATURES, overwrite=options.overwrite)
@@ -73,13 +74,3 @@ def execute(options: argparse.Namespace) -> int:
     height, width = size or (features.shape[2], features.shape[3])
     say(f"{output}  {features.shape[1]}×{height}×{width}")
     return 0
-
-
-def _parse_size(text: str | None) -> tuple[int, int] | None:
-    """WIDTHxHEIGHT to (height, width)."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"(\d+)[x×](\d+)", text.strip())
-    if not found or 0 in (int(found[1]), int(found[2])):
-        raise ValueError(f"--size {text} must be WIDTHxHEIGHT in pixels, such as 1024x768")
-    return int(found[2]), int(found[1])

@@ -110,7 +110,6 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.cli.console import Batch, announce_size
     from upfeat.machine import parse_memory
     from upfeat.marks import FEATURES
-    from upfeat.outputs import make_folder
     from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
 
     pictures, dtype = not options.no_picture, DTYPES[options.dtype]
@@ -123,7 +122,7 @@ def execute(options: argparse.Namespace) -> int:
         backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
         chosen = {"upsampler": options.upsampler, "passes": options.passes}
         model = upfeat.load(backbone, **chosen, device=options.device)
-        make_folder(options.output)
+        batch.make_folder(options.output)
         made_by = describe_model(model)
         given = {"bands": options.bands, "max_value": options.max_value}
         reading = {name: value for name, value in given.items() if value is not None}

@@ -132,8 +132,12 @@ def check_finite(label: str, tensor: Tensor, fix: str, *, most: float | None = N
         )
 
 
-def check_output_size(output_size: Size) -> Size:
-    """Check that ``output_size`` is two whole numbers of at least 1.
+def check_output_size(output_size: Size, name: str = "output_size") -> Size:
+    """Check that a size is two whole numbers of at least 1.
+
+    Args:
+        output_size: (height, width).
+        name: of the argument, for errors.
 
     Raises:
         ValueError: it is not.
@@ -146,12 +150,12 @@ def check_output_size(output_size: Size) -> Size:
         valid = False
     if not valid:
         raise ValueError(
-            f"output_size={shown(output_size)} must be (height, width), two whole numbers of "
-            "pixels of at least 1"
+            f"{name}={shown(output_size)} must be (height, width), two whole numbers of pixels of "
+            "at least 1"
         )
     if max(height, width) > LONGEST_SIDE:  # pyright: ignore[reportPossiblyUnboundVariable]
         raise ValueError(
-            f"output_size={shown(output_size)} has a side of more than {LONGEST_SIDE} pixels; "
+            f"{name}={shown(output_size)} has a side of more than {LONGEST_SIDE} pixels; "
             "render parts of it"
         )
     return height, width  # pyright: ignore[reportPossiblyUnboundVariable]

@@ -65,7 +65,10 @@ class Sums:
         mean, square = (self.values / self.count).unbind(2)
         scale = (square - mean.square()).clamp(min=0).add(epsilon).rsqrt()
         repeats = self.channels // self.values.shape[1]
-        scale, mean = scale.repeat_interleave(repeats, 1), mean.repeat_interleave(repeats, 1)
+        # Not by repeat_interleave, which takes 0.2 ms for as few numbers.
+        scale, mean = (
+            each[:, :, None].expand(-1, -1, repeats).flatten(1) for each in (scale, mean)
+        )
         if weight is not None:
             scale = scale * weight.double()
         shift = -mean * scale
