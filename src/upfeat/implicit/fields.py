@@ -364,6 +364,7 @@ def _rebuild_kernel(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Kernel
         raise ValueError(f"scales is {tuple(scales.shape)}, not (up to {MOST_SCALES}, 3)")
     for value in scales.flatten().tolist():
         number("scales", value, 1e-6, 1e6)
+    number("sum of scales' weights", float(scales[:, 2].sum()), 0.999, 1.001)
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("guide.")}
     guide = QueryGuide.rebuild(weights, facts["guide"])
     anchors = torch.cat([places.float(), queries.float()], dim=1)
