@@ -39,7 +39,18 @@ def test_what_does_not_fit_is_left_out():
     assert "GiB" in found.skipped
 
 
-@pytest.mark.parametrize("arguments", [["--sizes", "14x224"], ["--repeats", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--sizes", "14x224"],
+        ["--sizes", "²:224"],
+        ["--sizes", "14:99999999"],
+        ["--repeats", "0"],
+        ["--repeats", "9999999"],
+        ["--repeats", "9999999", "--rivals"],
+        ["--channels", "64", "99999999"],
+    ],
+)
 def test_bad_options_are_one_line(arguments, capsys):
     assert main(["bench", *arguments]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

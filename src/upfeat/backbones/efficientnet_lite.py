@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,6 +66,24 @@ def _scaled(variant: int) -> tuple[_Group, ...]:
     return tuple(scaled)
 
 
+class _Packed(NamedTuple):
+    """A convolution for images of one size."""
+
+    shape: torch.Size
+    border: list[int] | None
+    """What is padded first; ``None`` for nothing."""
+    arguments: tuple[Any, ...]
+    uneven: list[bool]
+    """Whether the first output is left out, by side."""
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        if self.border is not None:
+            input = F.pad(input, self.border)
+        out = torch.ops.mkldnn._convolution_pointwise.default(input, *self.arguments)
+        return out[:, :, int(self.uneven[0]) :, int(self.uneven[1]) :] if any(self.uneven) else out
+
+
 class ConvNorm(nn.Sequential):
     """Convolution, batch normalisation and, unless it is a projection, ReLU6.
 
@@ -94,10 +112,14 @@ class ConvNorm(nn.Sequential):
         self.kernel_size = kernel_size
         self.stride = stride
         self._kept: tuple[Tensor, Tensor] | None = None
-        self._packed: tuple[torch.Size, Tensor] | None = None
+        self._packed: _Packed | None = None
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
+        if self._kept is not None and packs(input):
+            if self._packed is None or self._packed.shape != input.shape:
+                self._packed = self._pack(input, *self._kept)
+            return self._packed(input)
         if self._kept is not None or self._can_fold(input):
             return self._folded(input)
         if self.kernel_size > 1:
@@ -123,40 +145,42 @@ class ConvNorm(nn.Sequential):
         conv = self[0]
         assert isinstance(conv, nn.Conv2d)
         weight, bias = self._kept or self._fold(input.device)
-        if conv.groups == 1 and self.kernel_size > 1:
-            # With padding of its own, the sums of the stem depend on the size of the image.
-            rows, columns = (self._padding(length) for length in input.shape[-2:])
-            input, pads = F.pad(input, [*columns, *rows]), [(0, 0), (0, 0)]
-        else:
-            pads = [self._padding(length) for length in input.shape[-2:]]
-        # One pixel more after than before is a stride more on both sides, less the first output.
-        uneven = [before != after for before, after in pads]
-        both = [before + self.stride * more for (before, _), more in zip(pads, uneven, strict=True)]
-        if self._kept is not None and packs(input):
-            out = self._convolve_packed(input, weight, bias, both)
-        else:
-            out = F.conv2d(input, weight, bias, self.stride, both, conv.dilation, conv.groups)
-            out = out.clamp_(0, 6) if len(self) > 2 else out
+        border, both, uneven = self._borders(input)
+        if border is not None:
+            input = F.pad(input, border)
+        out = F.conv2d(input, weight, bias, self.stride, both, conv.dilation, conv.groups)
+        out = out.clamp_(0, 6) if len(self) > 2 else out
         # (B, C_out, ⌈H/stride⌉ + 1 where uneven, …)
         return out[:, :, int(uneven[0]) :, int(uneven[1]) :]
 
-    def _convolve_packed(
-        self, input: Tensor, weight: Tensor, bias: Tensor, both: list[int]
-    ) -> Tensor:
-        """Convolve and apply ReLU6 in one pass, with weights in oneDNN's own order.
+    def _borders(self, input: Tensor) -> tuple[list[int] | None, list[int], list[bool]]:
+        """Padding in a copy, padding of the convolution, and outputs to leave out, by side."""
+        pads = [self._padding(length) for length in input.shape[-2:]]
+        conv = self[0]
+        assert isinstance(conv, nn.Conv2d)
+        if conv.groups == 1 and self.kernel_size > 1:
+            # With padding of its own, the sums of the stem depend on the size of the image.
+            return [*pads[1], *pads[0]], [0, 0], [False, False]
+        # One pixel more after than before is a stride more on both sides, less the first output.
+        uneven = [before != after for before, after in pads]
+        both = [before + self.stride * more for (before, _), more in zip(pads, uneven, strict=True)]
+        return None, both, uneven
 
-        They are kept for images of one size, the last one's, so that many sizes take no memory.
+    def _pack(self, input: Tensor, weight: Tensor, bias: Tensor) -> _Packed:
+        """All that a pass over images of this size needs, the last size's only.
+
+        Convolution and ReLU6 are one pass then, with weights in oneDNN's own order.
         """
         conv = self[0]
         assert isinstance(conv, nn.Conv2d)
-        shape = [self.stride, self.stride], list(conv.dilation), conv.groups
-        if self._packed is None or self._packed[0] != input.shape:
-            order = torch.ops.mkldnn._reorder_convolution_weight
-            self._packed = input.shape, order(weight, both, *shape, list(input.shape))
-        after, limits = ("hardtanh", [0.0, 6.0]) if len(self) > 2 else ("none", [])
-        return torch.ops.mkldnn._convolution_pointwise(
-            input, self._packed[1], bias, both, *shape, after, limits, ""
-        )
+        border, both, uneven = self._borders(input)
+        shape = list(input.shape)
+        if border is not None:
+            shape = [*shape[:2], shape[2] + sum(border[2:]), shape[3] + sum(border[:2])]
+        sizes = both, [self.stride, self.stride], list(conv.dilation), conv.groups
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, shape)
+        after = ("hardtanh", [0.0, 6.0], "") if len(self) > 2 else ("none", [], "")
+        return _Packed(input.shape, border, (packed, bias, *sizes, *after), uneven)
 
     def _fold(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Weight, channels last, and bias of the one convolution."""
@@ -224,7 +248,9 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
         out = self.project(self.filter(self.expand(x)))
-        return x + out if self.residual else out
+        if not self.residual:
+            return out
+        return out.add_(x) if torch.is_inference_mode_enabled() else x + out
 
 
 class EfficientNetLite(Backbone):

@@ -12,6 +12,9 @@ EXAMPLE = (
     "  upfeat bench --rivals anyup_multi_backbone.pth"
 )
 
+_MOST_REPEATS = 1000
+_LARGEST = 1 << 14
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -49,6 +52,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from upfeat.benchmark import FORMAT, RIVALS, as_json, run_benchmark
+    from upfeat.bounds import MOST_CHANNELS, whole
     from upfeat.outputs import Inputs, check_output
     from upfeat.storage import sweep, write_bytes
 
@@ -58,16 +62,15 @@ def execute(options: argparse.Namespace) -> int:
             folder = options.output.parent
             raise ValueError(f"{options.output}: there is no folder {folder}; make it first")
         sweep(options.output.parent)
+    whole("--repeats", options.repeats, most=_MOST_REPEATS)
     if options.rivals is not None:
         return _rivals(options)
 
     sizes = ((14, 224),) if options.quick else tuple(map(_size, options.sizes))
     channels = (64,) if options.quick else tuple(options.channels)
     rivals = tuple(name for name in RIVALS if not (options.quick and name == "unfold"))
-    if options.repeats < 1 or min(channels) < 1:
-        raise ValueError(
-            f"--repeats {options.repeats} and --channels {min(channels)} must be 1 or more"
-        )
+    for count in channels:
+        whole("--channels", count, most=MOST_CHANNELS)
     total = len(options.jobs) * len(sizes) * len(channels) * len(rivals)
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -97,8 +100,6 @@ def _rivals(options: argparse.Namespace) -> int:
     from upfeat.rivals import as_json, run_rivals
     from upfeat.storage import write_bytes
 
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats} must be 1 or more")
     status = Console(stderr=True)
     with status.status("measuring") as shown:
         rows = run_rivals(tuple(options.rivals), repeats=options.repeats, report=shown.update)
@@ -169,6 +170,9 @@ def _table(measurements: list) -> object:
 
 def _size(text: str) -> tuple[int, int]:
     grid, _, size = text.partition(":")
-    if not (grid.isdecimal() and size.isdecimal() and int(grid) > 0 and int(size) >= 8):
-        raise ValueError(f"--sizes {text} must be GRID:SIZE in pixels, as 14:224; SIZE at least 8")
+    digits = grid.isdecimal() and size.isdecimal()
+    if not (digits and 0 < int(grid) <= _LARGEST and 8 <= int(size) <= _LARGEST):
+        raise ValueError(
+            f"--sizes {text} must be GRID:SIZE in pixels, as 14:224; SIZE from 8 to {_LARGEST}"
+        )
     return int(grid), int(size)
