@@ -73,7 +73,7 @@ def test_one_upsampler_in_every_form(colour_backbone, tmp_path):
     assert made.training  # it stays as it was
     labels = list(load_methods([made, upfeat.JointBilateral()], colour_backbone, tmp_path))
     assert labels == ["joint_bilateral", "joint_bilateral-2"]
-    with pytest.raises(ValueError, match="jbu_stack expects 9 channels but .* has 6"):
+    with pytest.raises(ValueError, match="jbu_stack expects 9 channels"):
         load_methods(upfeat.JBUStack(9), colour_backbone, tmp_path)
 
 
