@@ -3,42 +3,15 @@
 import json
 
 import pytest
-import torch
-from evaluation.scenes import write_scene
-from implicit.test_features import make_features
-from published_reference import published_state
+from cli.place import write_place
 
-import upfeat
 from upfeat.cli import main
-
-MINE = """
-import torch
-import upfeat
-
-def make():
-    return upfeat.load_backbone(lambda x: torch.nn.functional.avg_pool2d(x, 8), name="mine")
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with one of everything; every case must leave it as it is."""
-    root = tmp_path_factory.mktemp("place")
-    for split, seeds in (("train", (0, 1)), ("test", (2,))):
-        for seed in seeds:
-            write_scene(root / "data" / split, f"s{seed}", seed)
-            write_scene(root / "labelled", f"s{seed}", seed)
-    for name in ("data", "labelled"):
-        (root / name / "classes.json").write_text('["ground", "box", "disc"]')
-    (root / "empty").mkdir()
-    (root / "photo.png").write_bytes((root / "data" / "train" / "images" / "s0.png").read_bytes())
-    (root / "text.txt").write_text("text")
-    (root / "mine.py").write_text(MINE)
-    torch.manual_seed(0)
-    torch.save(published_state(upfeat.NAF()), root / "naf.pth")
-    upfeat.JointBilateral().save_pretrained(root / "own")
-    make_features().save(root / "f.safetensors")
-    return root
+    """Every case must leave it as it is."""
+    return write_place(tmp_path_factory.mktemp("place"))
 
 
 def contents(folder):
@@ -161,11 +134,11 @@ BAD = {
     "bench --quick -o text.txt": "text.txt: exists already and was not made by upfeat",
     "bench --sizes 14x224": "--sizes 14x224 must be GRID:SIZE in pixels, as 14:224",
     "bench --sizes ²:224": "--sizes ²:224 must be GRID:SIZE",
-    "bench --sizes 14:7": "SIZE at least 8",
-    "bench --channels 0": "--channels 0 must be 1 or more",
-    "bench --repeats 0": "--repeats 0",
+    "bench --sizes 14:7": "SIZE from 8 to 16384",
+    "bench --channels 0": "--channels=0 must be 1 or more",
+    "bench --repeats 0": "--repeats=0 must be 1 or more",
     "bench --jobs sort": "--jobs: invalid choice: 'sort'",
-    "bench --rivals --repeats 0": "--repeats 0 must be 1 or more",
+    "bench --rivals --repeats 0": "--repeats=0 must be 1 or more",
     "bench --rivals none.pth": "none.pth: no such file",
     "bench --rivals own": "own: holds joint_bilateral; give checkpoints of AnyUp, JAFAR or NAF",
     "convert none.pth x.safetensors": "none.pth: no such file",
