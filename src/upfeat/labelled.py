@@ -98,8 +98,10 @@ def train_on_folder(
         for sample in sorted(samples, key=lambda one: one.name):
             if on_image is not None:
                 on_image(sample.name)
-            read = dataset.read_target(sample)
-            label = torch.from_numpy(read).long()
+            try:
+                label = torch.from_numpy(dataset.read_target(sample)).long()
+            except ValueError as error:  # which says what is wrong, not where
+                raise ValueError(f"{sample.target}: {error}") from None
             x = model.preprocess(sample.image)
             if x.shape[2:] != label.shape:
                 raise ValueError(

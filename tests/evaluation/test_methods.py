@@ -86,6 +86,25 @@ def test_strided_cells_are_the_coarse_ones_and_those_between():
     assert Strided(backbone).passes == 2.5
 
 
+@pytest.mark.parametrize("name", ["large_image", "shifted"])
+def test_cells_of_an_odd_stride_have_no_half(tmp_path, name):
+    odd = upfeat.load_backbone(lambda x: torch.nn.functional.avg_pool2d(x, 7))
+    with pytest.raises(ValueError, match=f"{name} needs a backbone of an even stride; .* has 7"):
+        load_methods([name], odd, tmp_path)
+
+
+def test_what_early_layers_say(tmp_path):
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    method = load_methods(["detail@early"], backbone, tmp_path)["detail@early"]
+    image = torch.randint(256, (3, 48, 64), generator=torch.Generator().manual_seed(0))
+    image = image.to(torch.uint8)
+    with torch.no_grad():
+        found = method(Prepared("noise", image, torch.zeros(112, 3, 4), None)).full()
+        model = upfeat.load(backbone, upsampler="detail", early=True)
+        expected = model(normalised(image, backbone))
+    torch.testing.assert_close(found, expected)
+
+
 def test_other_backbones_are_not_strided(colour_backbone):
     with pytest.raises(ValueError, match="strided is for EfficientNet-Lite at stride 16"):
         Strided(colour_backbone)

@@ -180,6 +180,14 @@ def test_a_folder_that_another_writes_is_refused(run, tmp_path):
     assert run().rows
 
 
+def test_a_cache_that_cannot_be_is_said(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cache").write_text("mine")
+    with pytest.raises(ValueError, match="out: cannot be written"):
+        run()
+    assert (tmp_path / "out" / "cache").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
