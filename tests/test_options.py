@@ -61,6 +61,14 @@ def test_calls_of_a_model(lazy):
     refuses(lambda x: call(x), "x")
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("photos", (str,)), ("config", ()), ("on_step", ())])
+def test_train(tmp_path, name, kinds):
+    given = {"photos": tmp_path / "none", "config": upfeat.TrainConfig()}
+    refuses(lambda **options: upfeat.train(network()[0], **options), name, kinds, **given)
+    with pytest.raises(TypeError, match="config is of type dict; give a TrainConfig, as TrainConf"):
+        upfeat.train(network()[0], tmp_path, {"steps": 3})
+
+
 def test_masks_are_tensors_or_arrays():
     model = upfeat.load(network()[0], upsampler="bilinear")
     x, mask = torch.randn(1, 3, 32, 48), torch.zeros(32, 48, dtype=torch.bool)
