@@ -56,6 +56,27 @@ def test_labels_are_told_apart(colour_backbone, tmp_path):
         load_methods([], colour_backbone, tmp_path)
 
 
+def test_one_upsampler_in_every_form(colour_backbone, tmp_path):
+    upfeat.JointBilateral(radius=1).save_pretrained(tmp_path / "mine")
+    made = upfeat.JointBilateral(radius=1).train()
+    for given, label in (
+        ("joint_bilateral", "joint_bilateral"),
+        (str(tmp_path / "mine"), "mine"),
+        (tmp_path / "mine", "mine"),
+        (made, "joint_bilateral"),
+        (["bilinear", made, made], "joint_bilateral"),  # one thing twice is one
+    ):
+        *_, (found, method) = load_methods(given, colour_backbone, tmp_path).items()
+        assert found == label
+        assert isinstance(method, UpsamplerMethod)
+        assert not method.upsampler.training
+    assert made.training  # it stays as it was
+    labels = list(load_methods([made, upfeat.JointBilateral()], colour_backbone, tmp_path))
+    assert labels == ["joint_bilateral", "joint_bilateral-2"]
+    with pytest.raises(ValueError, match="jbu_stack expects 9 channels"):
+        load_methods(upfeat.JBUStack(9), colour_backbone, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "passes"), [("bilinear", 1), ("detail@5", 5), ("large_image", 4), ("shifted", 4)]
 )

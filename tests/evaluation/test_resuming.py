@@ -206,6 +206,20 @@ def test_what_is_refused_leaves_nothing_behind(run, tmp_path, options, words):
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": None}, "task=None is no task; give a name or a subclass of Task"),
+        ({"task": EvalConfig}, "is no task"),
+        ({"config": {"size": 32}}, r"config=\{'size': 32\} is no EvalConfig"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(run, tmp_path, options, words):
+    with pytest.raises(TypeError, match=words):
+        run(**options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_protocols_that_suit_no_upsampler_are_refused(run, folder):
     only = replace(TINY, protocols=("probabilities",))
     with pytest.raises(ValueError, match="suit none of the upsamplers detail@5; give others"):
