@@ -17,7 +17,14 @@ from torch import Tensor
 
 from upfeat.bounds import number, whole
 from upfeat.budget import Buffer, free_bytes, made_parts, plan_blocks, plan_windows
-from upfeat.feature_map import FeatureMap, check_head, check_points, check_window, interpolate
+from upfeat.feature_map import (
+    FeatureMap,
+    check_head,
+    check_points,
+    check_tensor,
+    check_window,
+    interpolate,
+)
 from upfeat.functional import FLOATS
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
@@ -111,7 +118,7 @@ class UpsampledFeatures(FeatureMap):
         if mean is not None and std is not None and len(mean) == guidance.shape[1]:
             means = tuple(number("mean", one) for one in mean)
             self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
-        self.missing = None if missing is None else missing.expand(-1, 1, *size)
+        self.missing = None if missing is None else self._checked(missing)
         self._made: tuple[Snapshot, tuple[Kernels, Tensor]] | None = None
         self._precomputed: tuple[Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
@@ -410,6 +417,25 @@ class UpsampledFeatures(FeatureMap):
         weights = (*self.upsampler.parameters(), *self.upsampler.buffers())
         hidden = [] if self.hidden is None else [self.hidden]
         return [self.features, self.guidance, *hidden, *weights]
+
+    def _checked(self, missing: Tensor) -> Tensor:
+        """A mask of pixels without data, for every pixel.
+
+        Raises:
+            TypeError: it is no tensor.
+            ValueError: it is not of true and false, or has another shape.
+        """
+        check_tensor("missing", missing)
+        batch, _, *size = self.shape
+        try:
+            if missing.dtype is torch.bool:
+                return missing.expand(batch, 1, *size)
+        except RuntimeError:
+            pass
+        raise ValueError(
+            f"missing is {missing.dtype} of {tuple(missing.shape)}; it must be bool and broadcast "
+            f"to {(batch, 1, *size)}"
+        )
 
     def _check_single(self, method: str) -> None:
         if self.shape[0] != 1:

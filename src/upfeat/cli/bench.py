@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 HELP = "Time the operators and the JBU stack against plain PyTorch; print ratios, write JSON."
@@ -87,7 +88,7 @@ def execute(options: argparse.Namespace) -> int:
     facts = content["machine"]
     print(f"{facts['cpu']} ({facts['capability']}), {facts['threads']} threads, ", end="")
     print(f"torch {facts['torch']}")
-    Console(highlight=False).print(_table(found))
+    Console(highlight=False, width=_width()).print(_table(found))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
     return 0
@@ -106,7 +107,7 @@ def _rivals(options: argparse.Namespace) -> int:
     content = as_json(rows)
     facts = content["machine"]
     print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
-    Console(highlight=False).print(_rivals_table(rows))
+    Console(highlight=False, width=_width()).print(_rivals_table(rows))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
     return 0
@@ -117,7 +118,7 @@ def _rivals_table(rows: list) -> object:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("upsampler", "way", "size", "C"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("median", "of ours", "processor", "of ours", "peak memory"):
         table.add_column(heading, justify="right")
     base = None
@@ -144,7 +145,7 @@ def _table(measurements: list) -> object:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("job", "size", "C", "rival"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("median", "of ours", "peak memory", "of output"):
         table.add_column(heading, justify="right")
     ours = {
@@ -166,6 +167,11 @@ def _table(measurements: list) -> object:
         share = "" if one.peak_bytes is None else f"{one.peak_bytes / output:.2f}×"
         table.add_row(*row, f"{one.seconds * 1e3:.1f} ms", ratio, peak, share)
     return table
+
+
+def _width() -> int | None:
+    """Columns of the table: a terminal's own; of a file, enough for every name."""
+    return None if sys.stdout.isatty() else 120
 
 
 def _size(text: str) -> tuple[int, int]:
