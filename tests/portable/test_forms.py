@@ -90,7 +90,7 @@ def test_heads_and_other_output_sizes(name):
 
 
 @pytest.mark.parametrize("name", MADE)
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_equal_at_any_size_from_one_cell_on(name, data):
     """Images of one cell and of one row of cells, borders in every window, outputs of any size."""
