@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Measure, print a table of ratios, and write the file."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from upfeat.benchmark import FORMAT, RIVALS, as_json, run_benchmark
     from upfeat.bounds import MOST_CHANNELS, whole
+    from upfeat.cli.console import progress_bar
     from upfeat.outputs import Inputs, check_output
     from upfeat.storage import sweep, write_bytes
 
@@ -73,8 +73,7 @@ def execute(options: argparse.Namespace) -> int:
     for count in channels:
         whole("--channels", count, most=MOST_CHANNELS)
     total = len(options.jobs) * len(sizes) * len(channels) * len(rivals)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=total)
         found = run_benchmark(
             sizes=sizes,
