@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from mkdocs.plugins import get_plugin_logger
 from mkdocs.structure.files import File, Files
@@ -131,9 +132,19 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     """Take the worker of the search from the site itself, not from outside."""
     place = posixpath.relpath("site_worker.js", posixpath.dirname(page.url) or ".")
-    output = output.replace("https://unpkg.com/iframe-worker/shim", place)
+    return _kept_inside(output, place, page.file.src_uri)
+
+
+def on_post_template(output: str, template_name: str, config: MkDocsConfig) -> str:
+    """Likewise of pages that no document makes: 404.html, whose addresses begin at the root."""
+    root = urlsplit(config.site_url or "/").path
+    return _kept_inside(output, posixpath.join(root, "site_worker.js"), template_name)
+
+
+def _kept_inside(output: str, worker: str, name: str) -> str:
+    output = output.replace("https://unpkg.com/iframe-worker/shim", worker)
     for address in _OUTSIDE.findall(output):
-        log.warning("%s would be fetched from outside by %s", address, page.file.src_uri)
+        log.warning("%s would be fetched from outside by %s", address, name)
     return output
 
 

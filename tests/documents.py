@@ -2,7 +2,8 @@
 
 Pages are Markdown. Every ``python`` block is executed, every ``sh`` block and every indented line
 that starts with a command is run or parsed, in the order of the page, in one folder and with one
-namespace for each page. What a reader would bring along is brought by :func:`furnish`.
+namespace for each page. The files that a reader would bring along are brought by :func:`furnish`;
+every other name a page must make itself, so that a reader may paste it as it is.
 
 A comment on the line before a block says what is special about it::
 
@@ -22,10 +23,10 @@ import numpy as np
 import torch
 from PIL import Image
 from published_reference import published_state
-from torch import nn
 
 import upfeat
 from upfeat.frames import VideoWriter
+from upfeat.heads import SavedHead, describe_backbone, save_head
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -83,8 +84,8 @@ def command_lines(code: str) -> list[list[str]]:
     return [words for line in joined.splitlines() if (words := shlex.split(line, comments=True))]
 
 
-def furnish(folder: Path) -> dict[str, object]:
-    """Put what documents speak of into a folder; return the names that their Python uses."""
+def furnish(folder: Path) -> None:
+    """Put the files that documents speak of into a folder. Names, a page makes by itself."""
     cat = Image.open(PHOTOS / "cat.jpg")
     cat.resize((80, 64)).save(folder / "photo.jpg")
     cat.resize((80, 64)).save(folder / "scene.tif")
@@ -94,23 +95,17 @@ def furnish(folder: Path) -> dict[str, object]:
             folder / "photos" / f"{index}.jpg"
         )
     cat.resize((80, 64)).save(folder / "photos" / "photo.jpg")
+    _write_head(folder / "head.safetensors")
     _write_clip(cat, folder / "clip.mp4")
     torch.save(_published_state(), folder / "published.ckpt")
     torch.save(published_state(upfeat.NAF()), folder / "naf_release.pth")
-    generator = torch.Generator().manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 16, 16, stride=16), nn.Tanh())
-    return {
-        "my_module": module,
-        "network": module,
-        "points": torch.rand(5, 2, generator=generator) * 40,
-        "top": 3,
-        "left": 5,
-        "height": 20,
-        "width": 30,
-        "weight": torch.randn(4, 112, generator=generator),
-        "bias": torch.zeros(4),
-        "array": np.zeros((48, 64, 3), np.uint8),
-    }
+
+
+def _write_head(path: Path) -> None:
+    """A head of two classes for the default model."""
+    made_by = describe_backbone(upfeat.load_backbone("efficientnet_lite0"))
+    weight = torch.randn(2, 112, generator=torch.Generator().manual_seed(0))
+    save_head(path, SavedHead(weight, torch.zeros(2), ["a", "b"], "classes", made_by, "detail"))
 
 
 def _write_clip(image: Image.Image, path: Path) -> None:

@@ -63,7 +63,7 @@ def furnished(tmp_path, monkeypatch, torchvision_operators):
     """A folder with what documents speak of, and trainings and fits that cost little."""
     monkeypatch.chdir(tmp_path)
     page = types.ModuleType("page")  # so that classes of a page can be pickled
-    vars(page).update(documents.furnish(tmp_path))
+    documents.furnish(tmp_path)
     monkeypatch.setitem(sys.modules, "page", page)
     train, fit_implicit = upfeat.train, upfeat.fit_implicit
 

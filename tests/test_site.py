@@ -54,6 +54,16 @@ def test_links_lead_to_the_site_s_own_pages(hooks):
     assert readme == "![p](../images/coffee.jpg) [q](LICENSE.md)"
 
 
+def test_nothing_is_fetched_from_outside(hooks):
+    script = '<script src="https://unpkg.com/iframe-worker/shim"></script>'
+    config, page = types.SimpleNamespace(site_url=""), types.SimpleNamespace(url="guides/text.html")
+    page.file = types.SimpleNamespace(src_uri="guides/text.md")
+    inside = hooks.on_post_page(script, page, config)
+    assert inside == '<script src="../site_worker.js"></script>'
+    inside = hooks.on_post_template(script, "404.html", config)
+    assert inside == '<script src="/site_worker.js"></script>'
+
+
 def test_commands_are_described_by_their_parsers(hooks):
     text = hooks.commands()
     assert all(f"\n## upfeat {name}\n" in f"\n{text}" for name in ("run", "train", "demo"))

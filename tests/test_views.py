@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hostile import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -320,20 +321,44 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"max_pad": -1}, r"max_pad .* got -1"),
-            ({"max_zoom": 0.5}, r"max_zoom must be at least 1, got 0.5"),
-            ({"zoom_probability": 1.5}, r"zoom_probability .* got 1.5"),
-            ({"flip_probability": -0.1}, r"flip_probability .* got -0.1"),
-            ({"size": (0, 4)}, r"size must be \(height, width\).* got \(0, 4\)"),
+            ({"max_pad": -1}, "max_pad=-1 must be a number of at least 0"),
+            ({"max_zoom": 0.5}, r"max_zoom=0\.5 must be a number of at least 1"),
+            ({"zoom_probability": 1.5}, r"zoom_probability=1\.5 must be a number from 0 to 1"),
+            ({"flip_probability": -0.1}, r"flip_probability=-0\.1 must be a number from 0 to 1"),
+            ({"size": (0, 4)}, r"size=\(0, 4\) must be \(height, width\)"),
         ],
     )
     def test_sampling(self, changes: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             sample_jitters(2, **{"size": SIZE, **changes})
 
-    def test_count(self) -> None:
-        with pytest.raises(ValueError, match=r"n must be .* got 0"):
-            spread_jitters(0, size=SIZE)
+    @pytest.mark.parametrize("sample", [sample_jitters, spread_jitters])
+    def test_hostile_values(self, sample) -> None:
+        given = {"n": 2, "size": SIZE}
+        refuses(sample, "n", **given)
+        refuses(sample, "size", **given)
+        refuses(sample, "max_zoom", (float,), **given)
+        for name in ("max_pad", "zoom_probability", "flip_probability"):
+            refuses(sample, name, (float, int), **given)
+
+    @pytest.mark.parametrize("name", ["pad", "zoom", "offset", "flip"])
+    def test_hostile_parameters(self, name: str) -> None:
+        good = _views(2)
+        given = {one: getattr(good, one) for one in ("size", "pad", "zoom", "offset", "flip")}
+        refuses(Jitter, name, (torch.Tensor,), **given)
+        refuses(Jitter, "size", **given)
+        for value in (torch.nan, torch.inf):
+            if name in ("pad", "offset"):
+                with pytest.raises(ValueError, match=f"{name} holds NaN or infinity"):
+                    Jitter(**{**given, name: given[name] + value})
+
+    @pytest.mark.parametrize("size", [0, (0, 4), (4,), (4, 4.5), "44", (4, None)])
+    def test_sizes(self, size: object) -> None:
+        jitter = _views(2)
+        with pytest.raises(ValueError, match="input_size="):
+            jitter.matrices(size)
+        with pytest.raises(ValueError, match="output_size="):
+            apply_jitter(torch.rand(2, 1, *SIZE), jitter, output_size=size)
 
     @pytest.mark.parametrize(
         ("changes", "message"),

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.bounds import whole
+from upfeat.features import require_upsampler
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
 from upfeat.registry import unknown_name
 from upfeat.types import Size
@@ -55,6 +57,7 @@ def attach(
         What takes it out again, by ``remove()`` or at the end of a ``with`` statement.
 
     Raises:
+        TypeError: ``upsampler`` is none, or ``guidance`` no function.
         ValueError: there is no such layer (close names are suggested), or an argument is out of
             range; when the network is called: there is no image, or the layer returns no features.
 
@@ -69,8 +72,10 @@ def attach(
     """
     if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         network = network.module  # each replica sees its own part of the batch
-    if isinstance(stride, bool) or stride != int(stride) or stride < 1:
-        raise ValueError(f"stride={stride!r} must be a whole number of pixels, 1 or more")
+    require_upsampler(upsampler)
+    stride = whole("stride", stride)
+    if guidance is not None and not callable(guidance):
+        raise TypeError(f"guidance is of type {type(guidance).__name__}; give a function")
     normalization = IMAGENET
     if mean is not None or std is not None:
         normalization = check_normalization(mean, std)

@@ -103,6 +103,16 @@ def number(
     raise ValueError(f"{name}={shown(value)} must be {allowed}")
 
 
+def indices(values: Any, first: int, last: int) -> list[int]:
+    """Whole numbers from ``first`` to ``last``; none at all where one is something else."""
+    try:
+        found = [operator.index(value) for value in values]
+    except TypeError:
+        return []
+    inside = all(first <= one <= last for one in found)
+    return found if inside and not any(_is_bool(value) for value in values) else []
+
+
 def flag(name: str, value: Any) -> bool:
     """Check a yes or no.
 

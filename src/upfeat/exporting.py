@@ -172,6 +172,8 @@ class _Task:
         if isinstance(model, FeatUp):
             if isinstance(model.backbone, SecondScale):
                 raise ValueError("a model with passes=5 cannot be exported; use passes=1")
+            if model.early:
+                raise ValueError("a model with early=True cannot be exported; use early=False")
             if model.backbone.in_channels != 3 and model.bands is None:
                 raise ValueError(
                     f"{model.backbone.name} takes {model.backbone.in_channels} bands, whose "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from upfeat.bounds import flag, number, shown, whole
+from upfeat.bounds import flag, indices, number, shown, whole
 from upfeat.decoding import MAX_PIXELS, Decoded, check_pixels, decode_file, decode_pil
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def read_mask(mask: MaskLike, size: tuple[int, int]) -> Tensor:
     return values
 
 
-def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_mask(mask: Tensor | NDArray[Any], size: tuple[int, int]) -> Tensor:
     """Bring a mask of pixels without data to another size.
 
     Args:
@@ -129,8 +128,13 @@ def resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
         (1 or B, 1, *size) bool.
 
     Raises:
+        TypeError: it is neither a tensor nor an array.
         ValueError: it has another shape.
     """
+    if isinstance(mask, np.ndarray):
+        mask = torch.from_numpy(np.asarray(mask != 0))
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask is of type {type(mask).__name__}; give a tensor or an array")
     batch = mask[None, None] if mask.dim() == 2 else mask
     if batch.dim() != 4 or batch.shape[1] != 1:
         raise ValueError(f"mask must be (H, W) or (B, 1, H, W), not {tuple(mask.shape)}")
@@ -314,7 +318,7 @@ def _choose(
     """The bands that are wanted, of (N, H, W)."""
     count = len(values)
     if bands is not None:
-        wanted = _numbers_of(bands, count)
+        wanted = indices(bands, 0, count - 1)
         if not wanted:
             raise ValueError(
                 f"bands={shown(bands)} must be numbers of {label}'s bands, 0 to {count - 1}"
@@ -345,16 +349,6 @@ def _choose(
         f"{tuple(range(min(channels, count)))}"
         + ("; or, if the last is transparency, give alpha=True" if count == 2 else "")
     )
-
-
-def _numbers_of(bands: Sequence[int], count: int) -> list[int]:
-    """Bands as numbers from 0 to ``count`` − 1; none where they are something else."""
-    try:
-        found = [operator.index(band) for band in bands]
-    except TypeError:
-        return []
-    inside = all(0 <= band < count for band in found)
-    return found if inside and not any(isinstance(band, bool) for band in bands) else []
 
 
 def _on_white(values: Tensor, *, premultiplied: bool) -> Tensor:

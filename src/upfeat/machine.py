@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.bounds import shown
+
 if TYPE_CHECKING:
     import torch
 
@@ -50,6 +52,25 @@ def available_memory(device: torch.device | str | None = None) -> int | None:
         return None
     known = [*_system(), *_control_groups(), *_own_limits()]
     return max(min(known), 0) if known else None
+
+
+def find_device(device: torch.device | str | int) -> torch.device:
+    """Check that tensors can be put on a device.
+
+    Raises:
+        ValueError: they cannot, or it is no name of one.
+    """
+    import torch
+
+    if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
+        raise ValueError(f"device={shown(device)} must be the name of one, as cpu or cuda")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+    return found
 
 
 def check_fits(

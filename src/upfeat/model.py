@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.bounds import flag
+from upfeat.bounds import flag, indices, shown
 from upfeat.budget import free_bytes
 from upfeat.features import UpsampledFeatures, blank, require_upsampler
 from upfeat.images import fill_missing, resize_mask
-from upfeat.machine import parse_memory
+from upfeat.machine import find_device, parse_memory
 from upfeat.mosaic import see_within
 from upfeat.scales import FINER_WEIGHTS, PASSES, SecondScale, Translation, guidance_for
 from upfeat.types import Size
@@ -22,6 +22,8 @@ from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
 
     from upfeat.images import ImageLike
 
@@ -75,14 +77,13 @@ class FeatUp(nn.Module):
                 f"upsampler expects {expected} channels but {self.backbone.name} has "
                 f"{self.backbone.embed_dim}; use an upsampler made for it, or embed_dim=None"
             )
-        if bands is not None and (
-            len(bands) != 3 or not all(0 <= band < self.backbone.in_channels for band in bands)
-        ):
+        count = self.backbone.in_channels
+        self.bands = None if bands is None else tuple(indices(bands, 0, count - 1))
+        if self.bands is not None and len(self.bands) != 3:
             raise ValueError(
-                f"bands={bands!r} must be three of the {self.backbone.in_channels} bands that "
+                f"bands={shown(bands)} must be three of the {count} bands that "
                 f"{self.backbone.name} takes, counted from 0"
             )
-        self.bands = None if bands is None else tuple(bands)
         self.max_memory = None if max_memory is None else parse_memory(max_memory)
         if early:
             _check_early(self.backbone, upsampler)
@@ -125,7 +126,7 @@ class FeatUp(nn.Module):
         x: Tensor,
         output_size: tuple[int, int] | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | NDArray[Any] | None = None,
         out: Any = None,
     ) -> Any:
         """Compute features at full resolution.
@@ -133,8 +134,8 @@ class FeatUp(nn.Module):
         Args:
             x: (B, 3, H, W) normalised image, any size of at least the backbone's stride.
             output_size: (height, width) of the result; ``None`` for the image's own.
-            mask: bool, (height, width) or (B, 1, height, width) of any size, true where there are
-                no data. Nothing there has any influence, and the features there are 0.
+            mask: a tensor or an array, (height, width) or (B, 1, height, width) of any size, true
+                where there are no data. Nothing there has any influence, and features there are 0.
             out: a tensor or an array, also in a file, that the features are written to part by
                 part, see :meth:`UpsampledFeatures.full`.
 
@@ -171,7 +172,7 @@ class FeatUp(nn.Module):
             return self.upsampler(*inputs, output_size)
         return self.upsampler(*inputs, output_size, hidden=hidden.to(inputs[0]))
 
-    def _without_data(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _without_data(self, x: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """The image and what the backbone says of it, all filled where there are no data."""
         missing = resize_mask(mask, (x.shape[2], x.shape[3])).to(x.device)
         x = fill_missing(x, missing)
@@ -198,7 +199,7 @@ class FeatUp(nn.Module):
         x: Tensor,
         output_size: tuple[int, int] | None = None,
         *,
-        mask: Tensor | None = None,
+        mask: Tensor | NDArray[Any] | None = None,
     ) -> UpsampledFeatures:
         """The same features, of which only what is asked for is computed at full size.
 
@@ -312,13 +313,7 @@ def load(
             raise ValueError("early=True is for passes=1; leave out one of the two")
         model = _two_scales(network, upsampler, bands, translation)
     model.max_memory = None if max_memory is None else parse_memory(max_memory)
-    if device is None:
-        return model
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+    return model if device is None else model.to(find_device(device))
 
 
 def _two_scales(

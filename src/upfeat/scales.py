@@ -224,7 +224,11 @@ class SecondScale(Backbone):
         self.backbone = backbone
         self.bands = None if bands is None else tuple(bands)
         self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
-        translation = translation or shipped_translation(backbone)
+        if translation is None:
+            translation = shipped_translation(backbone)
+        elif not isinstance(translation, Translation):
+            kind = type(translation).__name__
+            raise TypeError(f"translation is of type {kind}; give a Translation, or a file of one")
         channels = backbone.embed_dim
         if translation is not None and translation.weight.shape != (channels, channels):
             raise ValueError(

@@ -114,13 +114,15 @@ class TextBackbone(Backbone):
         Raises:
             ValueError: there are no prompts, a template has no place, or there is no tokenizer.
         """
-        if isinstance(prompts, str) or not prompts:
+        texts = isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts)
+        if isinstance(prompts, str) or not texts or not prompts:
             raise ValueError(f"prompts={prompts!r} must be one or more texts, in a list")
         if not templates or not all("{}" in template for template in templates):
             raise ValueError(f'templates={templates!r} must each have a place "{{}}" for a prompt')
         if self.tokenizer is None:
             raise ValueError(f"{self.name} was given without tokenizer=, which encode_text needs")
-        texts = [template.format(prompt) for prompt in prompts for template in templates]
+        # Replaced, not formatted: other braces are letters of a text.
+        texts = [template.replace("{}", one) for one in prompts for template in templates]
         vectors = F.normalize(self._tower.texts(self.model, self.tokenizer, texts).float(), dim=1)
         return F.normalize(vectors.unflatten(0, (len(prompts), -1)).mean(1), dim=1)
 

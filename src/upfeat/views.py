@@ -31,6 +31,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upfeat.bounds import LARGEST, indices, number, shown, whole
 from upfeat.geometry import reflect
 from upfeat.warp import check_map, size_of, warp, working_dtype
 
@@ -61,6 +62,11 @@ class Jitter:
     def __post_init__(self) -> None:
         """Check shapes and ranges; bring every tensor to the CPU in one precision."""
         _check_size("size", self.size)
+        for name in ("pad", "zoom", "offset", "flip"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise TypeError(
+                    f"{name} is of type {type(getattr(self, name)).__name__}, no tensor"
+                )
         for name in ("pad", "zoom", "offset"):
             object.__setattr__(self, name, getattr(self, name).to("cpu", torch.float64))
         object.__setattr__(self, "flip", self.flip.to("cpu", torch.bool))
@@ -71,6 +77,9 @@ class Jitter:
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 raise ValueError(f"{name} must have shape {shape} to match zoom, got {found}")
+        for name in ("pad", "offset"):
+            if not bool(torch.isfinite(getattr(self, name)).all()):
+                raise ValueError(f"{name} holds NaN or infinity; give numbers of pixels")
         if not bool((self.zoom > 0).all()):
             raise ValueError(f"zoom must be positive, got {self.zoom.tolist()}; use 1 for no zoom")
 
@@ -159,8 +168,8 @@ class Jitter:
             rows (N, output height, input height) and columns (N, output width, input width):
             non-negative, every row sums to 1.
         """
-        source = _check_size("input_size", input_size or self.size)
-        target = _check_size("output_size", output_size or self.size)
+        source = self.size if input_size is None else _check_size("input_size", input_size)
+        target = self.size if output_size is None else _check_size("output_size", output_size)
         rows, columns = (self._matrix(axis, source[axis], target[axis]) for axis in (0, 1))
         return rows.to(device, dtype), columns.to(device, dtype)
 
@@ -227,7 +236,7 @@ def sample_jitters(
     Raises:
         ValueError: a parameter outside its range.
     """
-    _check_count(n)
+    n = whole("n", n)
     device = generator.device if generator is not None else None
     uniform = torch.rand(n, 4, dtype=torch.float64, generator=generator, device=device).cpu()
     chances = zoom_probability, flip_probability
@@ -253,7 +262,7 @@ def spread_jitters(
 
     Args and errors are those of :func:`sample_jitters`; the generator draws the scrambling.
     """
-    _check_count(n)
+    n = whole("n", n)
     device = generator.device if generator is not None else None
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
     sobol = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed)
@@ -312,14 +321,10 @@ def _from_uniform(
 ) -> Jitter:
     """Turn (N, 4) numbers in [0, 1) into views: zoom, top, left, flip."""
     _check_size("size", size)
-    if not 0 <= max_pad < math.inf:
-        raise ValueError(f"max_pad must be a number of pixels, at least 0, got {max_pad}")
-    if not 1 <= max_zoom < math.inf:
-        raise ValueError(f"max_zoom must be at least 1, got {max_zoom}; use 1 for no zoom")
-    for name, chance in zip(("zoom_probability", "flip_probability"), chances, strict=True):
-        if not 0 <= chance <= 1:
-            raise ValueError(f"{name} must lie between 0 and 1, got {chance}")
-    zoomed, flipped = chances
+    max_pad = number("max_pad", max_pad, 0, 1e9)
+    max_zoom = number("max_zoom", max_zoom, 1, 1e9)
+    zoomed = number("zoom_probability", chances[0], 0, 1)
+    flipped = number("flip_probability", chances[1], 0, 1)
     # One number decides both whether and how much: the share of [0, 1) left for zooms is stretched.
     share = ((uniform[:, 0] - (1 - zoomed)) / max(zoomed, 1e-12)).clamp(min=0)
     zoom = 1 + (max_zoom - 1) * share
@@ -337,12 +342,8 @@ def _rescale(index: Tensor, source: int, target: int) -> Tensor:
     return index * ratio + (ratio - 1) / 2
 
 
-def _check_count(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"n must be a number of views, at least 1, got {n}")
-
-
 def _check_size(name: str, size: tuple[int, int]) -> tuple[int, int]:
-    if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"{name} must be (height, width), each at least 1, got {tuple(size)}")
-    return size
+    sides = indices(size, 1, LARGEST)
+    if len(sides) != 2:
+        raise ValueError(f"{name}={shown(size)} must be (height, width), each at least 1")
+    return sides[0], sides[1]

@@ -28,7 +28,8 @@ def test_command_writes_every_measurement(tmp_path, capsys):
     assert {"cpu", "torch", "threads", "kernels"} <= set(found["machine"])
     assert len(found["measurements"]) == 3 * len(benchmark.RIVALS)
     assert all(one["seconds"] > 0 for one in found["measurements"])
-    assert "of ours" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("of ours", "operator+backward", *benchmark.RIVALS))
 
 
 def test_what_does_not_fit_is_left_out():
@@ -39,7 +40,18 @@ def test_what_does_not_fit_is_left_out():
     assert "GiB" in found.skipped
 
 
-@pytest.mark.parametrize("arguments", [["--sizes", "14x224"], ["--repeats", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--sizes", "14x224"],
+        ["--sizes", "²:224"],
+        ["--sizes", "14:99999999"],
+        ["--repeats", "0"],
+        ["--repeats", "9999999"],
+        ["--repeats", "9999999", "--rivals"],
+        ["--channels", "64", "99999999"],
+    ],
+)
 def test_bad_options_are_one_line(arguments, capsys):
     assert main(["bench", *arguments]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1

@@ -33,7 +33,7 @@ def fitted(photo, tmp_path):
 def test_one_photograph_to_one_file(photo, tmp_path, capsys):
     fitted = tmp_path / "new" / "small.safetensors"
     assert main(["fit", str(photo), "-o", str(fitted), *QUICK]) == 0
-    assert "held-out loss" in capsys.readouterr().out
+    assert ", 2 + 48 magnified views, held-out loss" in capsys.readouterr().out
     features = upfeat.ImplicitFeatures.load(fitted)
     assert features.shape == (1, 112, 48, 64)
     assert features.facts["backbone"] == "efficientnet_lite0"

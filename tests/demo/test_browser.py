@@ -239,9 +239,16 @@ def test_bad_uploads_are_one_line_and_change_nothing(visitor, tmp_path):
 def test_a_phone_beside_it_sees_its_own_photographs_in_dark_and_light(browser, address, visitor):
     other = Visitor(browser, address, width=400, height=850, color_scheme="dark")
     page = other.page
-    assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    page.eval_on_selector("[data-mode=text]", "button => { button.hidden = false; }")
+    for width in (320, 400):
+        page.set_viewport_size({"width": width, "height": 850})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.eval_on_selector("[data-mode=text]", "button => { button.hidden = true; }")
     page.get_by_role("button", name="A cup of coffee").click()
     other.loaded(2)
+    coffee = page.get_by_role("button", name="A cup of coffee")
+    playwright.expect(coffee).to_have_attribute("aria-pressed", "true")
+    assert page.locator(".uf-samples [aria-pressed=true]").count() == 1
     cat = visitor.source(".uf-photo .uf-base")
     assert other.source(".uf-photo .uf-base") != cat
     visitor.choose("Output size", "224 pixels")  # from what the server keeps of the first

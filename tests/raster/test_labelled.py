@@ -9,6 +9,7 @@ from PIL import Image
 
 from upfeat.cli import main
 from upfeat.heads import load_head
+from upfeat.labelled import train_on_folder, train_on_raster
 
 rasterio = pytest.importorskip("rasterio")
 pytest.importorskip("zarr", "3.0")
@@ -30,13 +31,19 @@ def test_a_labelled_raster_gives_a_map(tmp_path, capsys):
     values, label = fields()
     scene = write(tmp_path / "scene.tif", values)
     partly = label.copy()
-    partly[:, 100:200] = 255
+    partly[:, 100:] = 255
+    partly[90:] = 255
     labels = write(tmp_path / "labels.tif", partly[None])
     head, out = tmp_path / "head.safetensors", tmp_path / "map.tif"
     shared = [str(scene), "-o"]
     code = main(["probe", *shared, str(head), "--labels", str(labels), "--classes", "wheat,clover"])
     assert code == 2  # one tile cannot be kept out
     assert "two are the least" in capsys.readouterr().err
+    partly = label.copy()
+    partly[:, 100:200] = 255
+    write(tmp_path / "labels.tif", partly[None])  # a small raster has tiles enough
+    code = main(["probe", *shared, str(head), "--labels", str(labels), "--classes", "wheat,clover"])
+    assert code == 0
     large = np.tile(values, (1, 2, 3))
     write(tmp_path / "scene.tif", large)
     write(tmp_path / "labels.tif", np.tile(partly, (2, 3))[None])
@@ -79,6 +86,22 @@ def test_polygons_are_labels_too(tmp_path, capsys):
     code = main([*arguments, "--labels", str(tmp_path / "fields.geojson"), "--overwrite"])
     assert code == 2
     assert 'property "class"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"folds": 1}, "folds=1 must be 2 or more"),
+        ({"folds": 2.5}, "folds=2.5 must be a whole number"),
+        ({"pixels": 0}, "pixels=0 must be 1 or more"),
+        ({"pixels": "all"}, "pixels='all' must be a whole number"),
+    ],
+)
+def test_numbers_out_of_range_are_named_before_anything_is_read(tmp_path, settings, words):
+    with pytest.raises(ValueError, match=words):
+        train_on_folder(None, tmp_path / "none", **settings)
+    with pytest.raises(ValueError, match=words):
+        train_on_raster(None, None, tmp_path / "none", **settings)
 
 
 def test_a_folder_of_photographs_gives_a_head_for_extract(tmp_path, capsys):

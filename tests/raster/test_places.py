@@ -1,5 +1,6 @@
 """Places that cannot be written, clusters that are not there: one line, and nothing is lost."""
 
+import errno
 import os
 import subprocess
 
@@ -117,6 +118,34 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, small_model, capsys):
     )
     assert main(["raster", str(path), "-o", str(tmp_path / "out.zarr"), "--resume"]) == 0
     refused(["raster", path, "-o", tmp_path / "x.zarr", "--workers", 2], "for engine=ray", capsys)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("settings.json", b"", "settings.json: not JSON"),
+        ("settings.json", b"[]", "settings.json: holds list, not an object"),
+        ("settings.json", b'{"tile": "64"}', "tile='64' must be a whole number"),
+        ("settings.json", b'{"tile": -64}', "tile=-64 must be 1 or more"),
+        ("settings.json", b'{"tile": 64}', "was begun with another backbone_tile, format, raster"),
+        ("tiles.txt", b"0\nx\n", "tiles.txt: damaged; begin anew by --overwrite"),
+    ],
+)
+def test_a_damaged_begin_is_one_line(
+    tmp_path, small_model, capsys, monkeypatch, file, content, words
+):
+    def full(self, window, values):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = write(tmp_path / "scene.tif", picture())
+    arguments = ["raster", path, "-o", tmp_path / "out.zarr"]
+    with monkeypatch.context() as patched:
+        patched.setattr("upfeat.raster.store.TileWriter.write", full)
+        refused(arguments, "No space left on device", capsys)
+    (tmp_path / "out.zarr.partial" / file).write_bytes(content)
+    refused([*arguments, "--resume"], words, capsys)
+    assert not (tmp_path / "out.zarr").exists()
+    assert main([*map(str, arguments), "--overwrite"]) == 0
 
 
 def test_tiles_smaller_than_their_halo_equal_the_whole(tmp_path):

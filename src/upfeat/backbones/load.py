@@ -18,6 +18,7 @@ from upfeat.backbones.outputs import Layer
 from upfeat.backbones.settings import Settings
 from upfeat.backbones.wrap import WrappedBackbone, as_list
 from upfeat.bounds import shown
+from upfeat.machine import find_device
 from upfeat.registry import unknown_name
 
 _COMBINATIONS = ((8, 16), (8, 32), (16, 32), (8, 16, 32))
@@ -214,12 +215,4 @@ def _place(module: Any, device: str | torch.device | None, dtype: str | torch.dt
         raise ValueError(f"dtype={dtype} must be a floating-point type, as torch.bfloat16")
     if dtype is not None:
         module = module.to(dtype=dtype)
-    if device is None:
-        return module
-    if isinstance(device, bool) or not isinstance(device, str | int | torch.device):
-        raise ValueError(f"device={shown(device)} must be the name of one, as cpu or cuda")
-    try:
-        return module.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+    return module if device is None else module.to(find_device(device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 HELP = "Time the operators and the JBU stack against plain PyTorch; print ratios, write JSON."
@@ -11,6 +12,9 @@ EXAMPLE = (
     "  upfeat bench --quick\n  upfeat bench --sizes 14:224 --channels 384 -o bench.json\n"
     "  upfeat bench --rivals anyup_multi_backbone.pth"
 )
+
+_MOST_REPEATS = 1000
+_LARGEST = 1 << 14
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Measure, print a table of ratios, and write the file."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from upfeat.benchmark import FORMAT, RIVALS, as_json, run_benchmark
+    from upfeat.bounds import MOST_CHANNELS, whole
+    from upfeat.cli.console import progress_bar
     from upfeat.outputs import Inputs, check_output
     from upfeat.storage import sweep, write_bytes
 
@@ -58,19 +63,17 @@ def execute(options: argparse.Namespace) -> int:
             folder = options.output.parent
             raise ValueError(f"{options.output}: there is no folder {folder}; make it first")
         sweep(options.output.parent)
+    whole("--repeats", options.repeats, most=_MOST_REPEATS)
     if options.rivals is not None:
         return _rivals(options)
 
     sizes = ((14, 224),) if options.quick else tuple(map(_size, options.sizes))
     channels = (64,) if options.quick else tuple(options.channels)
     rivals = tuple(name for name in RIVALS if not (options.quick and name == "unfold"))
-    if options.repeats < 1 or min(channels) < 1:
-        raise ValueError(
-            f"--repeats {options.repeats} and --channels {min(channels)} must be 1 or more"
-        )
+    for count in channels:
+        whole("--channels", count, most=MOST_CHANNELS)
     total = len(options.jobs) * len(sizes) * len(channels) * len(rivals)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=total)
         found = run_benchmark(
             sizes=sizes,
@@ -84,7 +87,7 @@ def execute(options: argparse.Namespace) -> int:
     facts = content["machine"]
     print(f"{facts['cpu']} ({facts['capability']}), {facts['threads']} threads, ", end="")
     print(f"torch {facts['torch']}")
-    Console(highlight=False).print(_table(found))
+    Console(highlight=False, width=_width()).print(_table(found))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
     return 0
@@ -97,15 +100,13 @@ def _rivals(options: argparse.Namespace) -> int:
     from upfeat.rivals import as_json, run_rivals
     from upfeat.storage import write_bytes
 
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats} must be 1 or more")
     status = Console(stderr=True)
     with status.status("measuring") as shown:
         rows = run_rivals(tuple(options.rivals), repeats=options.repeats, report=shown.update)
     content = as_json(rows)
     facts = content["machine"]
     print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
-    Console(highlight=False).print(_rivals_table(rows))
+    Console(highlight=False, width=_width()).print(_rivals_table(rows))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
     return 0
@@ -116,7 +117,7 @@ def _rivals_table(rows: list) -> object:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("upsampler", "way", "size", "C"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("median", "of ours", "processor", "of ours", "peak memory"):
         table.add_column(heading, justify="right")
     base = None
@@ -143,7 +144,7 @@ def _table(measurements: list) -> object:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("job", "size", "C", "rival"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("median", "of ours", "peak memory", "of output"):
         table.add_column(heading, justify="right")
     ours = {
@@ -167,8 +168,16 @@ def _table(measurements: list) -> object:
     return table
 
 
+def _width() -> int | None:
+    """Columns of the table: a terminal's own; of a file, enough for every name."""
+    return None if sys.stdout.isatty() else 120
+
+
 def _size(text: str) -> tuple[int, int]:
     grid, _, size = text.partition(":")
-    if not (grid.isdecimal() and size.isdecimal() and int(grid) > 0 and int(size) >= 8):
-        raise ValueError(f"--sizes {text} must be GRID:SIZE in pixels, as 14:224; SIZE at least 8")
+    digits = grid.isdecimal() and size.isdecimal()
+    if not (digits and 0 < int(grid) <= _LARGEST and 8 <= int(size) <= _LARGEST):
+        raise ValueError(
+            f"--sizes {text} must be GRID:SIZE in pixels, as 14:224; SIZE from 8 to {_LARGEST}"
+        )
     return int(grid), int(size)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from upfeat.cli.console import Plan
     from upfeat.implicit.features import ImplicitFeatures
-    from upfeat.implicit.fit import FitProgress, OnFit
+    from upfeat.implicit.fit import FitConfig, FitProgress, OnFit
     from upfeat.outputs import Photo
 
 HELP = "Fit implicit features to photographs: small files that draw features at any resolution."
@@ -126,7 +126,7 @@ def execute(options: argparse.Namespace) -> int:
                         on_step=_shower(progress, task, photo.name),
                     )
                 if features is not None:
-                    say(f"{outputs.features}  {_outcome(features)}")
+                    say(f"{outputs.features}  {_outcome(features, config)}")
                 progress.remove_task(task)
     return batch.exit_code
 
@@ -143,10 +143,14 @@ def _plan(photos: list[Photo], output: Path, picture: bool) -> tuple[Plan, Path]
     return plan_outputs(photos, output, picture=picture), output
 
 
-def _outcome(features: ImplicitFeatures) -> str:
+def _outcome(features: ImplicitFeatures, config: FitConfig) -> str:
     facts = features.facts
-    shape = "×".join(map(str, features.shape[1:]))
-    return f"{shape}, {facts['views']} views, held-out loss {facts['held_out']:.4f}"
+    shape, views = "×".join(map(str, features.shape[1:])), f"{facts['views']} views"
+    if config.preset == "fast":  # which counts all passes: the photograph's own is one
+        views = (
+            f"{facts['views'] - config.zoomed_views - 1} + {config.zoomed_views} magnified views"
+        )
+    return f"{shape}, {views}, held-out loss {facts['held_out']:.4f}"
 
 
 def _shower(progress: Progress, task: TaskID, name: str) -> OnFit:

@@ -72,7 +72,7 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         token = gr.State(None, time_to_live=visits.seconds, delete_callback=visits.drop)
         gr.HTML(_HEADING, elem_classes="uf-heading")
         picker = gr.HTML("", html_template=_picker(), js_on_load=_read("picker.js"))
-        with gr.Row():
+        with gr.Row(elem_classes="uf-models"):
             backbone = gr.Dropdown(models.backbones, label="Backbone", min_width=240)
             upsampler = gr.Dropdown(
                 [(Path(name).name, name) for name in models.upsamplers],
@@ -88,7 +88,7 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         viewer = gr.HTML(
             {}, html_template=_read("viewer.html"), js_on_load=_read("viewer.js"), elem_id="viewer"
         )
-        gr.HTML(_notes(visits), elem_classes="uf-hint")
+        gr.HTML(_notes(visits), elem_classes="uf-hint uf-notes")
         chosen = [token, backbone, upsampler, size]
         # One at a time: the work takes all cores anyway, and memory stays that of one.
         listen = {
@@ -237,7 +237,7 @@ class _Page:
         def work() -> Answer:
             y, x = (float(event._data[name]) for name in ("y", "x"))
             pair = self.visits.get(token).similarity(y, x)
-            return _heat(pair, "similarity", f"Similarity with pixel ({y:.0f}, {x:.0f})")
+            return _heat(pair, "similarity", f"Similarity with pixel (row {y:.0f}, column {x:.0f})")
 
         return _answered(work)
 
@@ -332,6 +332,7 @@ def _opened(visit: Visit) -> Answer:
         "grid": tuple(features.shape[2:]),
         "name": f"Upsampled ({visit.model.upsampler.name})",
         "texts": visit.has_texts,
+        "sample": visit.name if visit.name in PHOTOGRAPHS else None,
         "photo": jpeg_address(photo_image(visit)),
         "maps": {"coarse": png_address(coarse), "fine": jpeg_address(fine)},
         "status": " · ".join(parts),

@@ -2,6 +2,13 @@
 const limit = Number(element.querySelector("[data-limit]").dataset.limit);
 const say = (text) => document.dispatchEvent(new CustomEvent("upfeat-say", { detail: text }));
 
+// Which of the bundled photographs is shown, if it is one.
+document.addEventListener("upfeat-photo", (event) => {
+  for (const button of element.querySelectorAll("button[data-photo]")) {
+    button.setAttribute("aria-pressed", button.dataset.photo === event.detail);
+  }
+});
+
 element.addEventListener("click", (event) => {
   const sample = event.target.closest("button[data-photo]");
   if (!sample) return;

@@ -31,6 +31,7 @@ function say(text) {
   const error = $(".uf-error");
   error.hidden = !text.error;
   error.textContent = text.error || "";
+  if (text.error) error.scrollIntoView({ block: "nearest" });  // on a phone it is below the pictures
   if (text.status) $(".uf-status").textContent = text.status;
   root.classList.toggle("uf-busy", Boolean(text.busy));
   root.setAttribute("aria-busy", Boolean(text.busy));
@@ -45,6 +46,7 @@ function draw() {
   root.classList.toggle("uf-empty", !maps);
   $(".uf-coarse .uf-name").textContent = slider ? `Coarse ◂ ▸ ${shown.name || "Upsampled"}` : "Coarse";
   $(".uf-fine .uf-name").textContent = shown.name || "Upsampled";
+  if (size) $(".uf-coarse .uf-size").textContent = slider ? `${shown.cells} → ${size.join(" × ")}` : shown.cells;
   if (maps) {
     $(".uf-blocks").src = maps.coarse;
     for (const layer of $$(".uf-layer:not(.uf-blocks)")) layer.src = maps.fine;
@@ -52,8 +54,9 @@ function draw() {
   const legend = $(".uf-legend");
   legend.hidden = !maps || maps.low === undefined;
   if (!legend.hidden) {
-    $(".uf-low").textContent = maps.low.toFixed(2);
-    $(".uf-high").textContent = maps.high.toFixed(2);
+    const number = (value) => value.toFixed(2).replace("-", "−");
+    $(".uf-low").textContent = number(maps.low);
+    $(".uf-high").textContent = number(maps.high);
   }
   $("[data-fetch=picture]").disabled = !maps;
   if (!waiting) $(".uf-status").textContent = maps ? maps.status : IDLE[mode];
@@ -185,7 +188,8 @@ function receive(value) {
     shown.name = value.name;
     shown.features = { ...value.maps, status: value.status };
     $(".uf-photo .uf-size").textContent = $(".uf-fine .uf-size").textContent = `${size[0]} × ${size[1]}`;
-    $(".uf-coarse .uf-size").textContent = `${value.grid[0]} × ${value.grid[1]} cells`;
+    shown.cells = `${value.grid.join(" × ")} cells`;
+    document.dispatchEvent(new CustomEvent("upfeat-photo", { detail: value.sample }));
     const text = $(".uf-modes [data-mode=text]");
     text.hidden = !value.texts;
     $("[data-fetch=head]").disabled = true;

@@ -12,10 +12,11 @@ from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import Dataset, check_not_empty, subset
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
 from upfeat.evaluation.differences import find_differences
-from upfeat.evaluation.named import load_methods
+from upfeat.evaluation.named import Named, load_methods
 from upfeat.evaluation.report.pictures import encode_photo
 from upfeat.evaluation.results import Results, RowStore
 from upfeat.evaluation.task import Task
+from upfeat.machine import find_device
 from upfeat.provenance import digest, identify_backbone, versions
 from upfeat.upsamplers import create_upsampler
 
@@ -35,7 +36,7 @@ def score(
     folder: str | Path,
     out: str | Path,
     *,
-    upsamplers: Sequence[str] | None,
+    upsamplers: Named | Sequence[Named] | None,
     backbone: str | Backbone | None,
     config: EvalConfig | None,
     layout: str,
@@ -98,12 +99,9 @@ def checked_device(device: str | torch.device) -> torch.device:
     Raises:
         ValueError: they cannot.
     """
-    try:
-        found = torch.device(device)
-        float(torch.zeros(1, device=found))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+    found = find_device(device)
+    if found.type == "meta":
+        raise ValueError('device="meta" cannot be used: tensors have no values there')
     return found
 
 

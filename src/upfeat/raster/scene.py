@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfeat.bounds import shown, whole
+from upfeat.bounds import indices, shown
 from upfeat.types import Window
 
 PERCENTILES = (2.0, 98.0)
@@ -283,10 +283,7 @@ def _wide(low: float, high: float) -> bool:
 def _choose_bands(file: Any, bands: Sequence[int] | None) -> list[int]:
     """Check the chosen bands, or find the ones that need no choice."""
     if bands is not None:
-        try:
-            chosen = [whole("bands", band, 1, file.count) for band in bands]
-        except (TypeError, ValueError):
-            chosen = []
+        chosen = indices(bands, 1, file.count)
         if len(chosen) not in (1, 3):
             raise ValueError(
                 f"bands={shown(bands)} must be three bands or one, each from 1 to {file.count}, "

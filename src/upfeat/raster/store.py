@@ -20,9 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from upfeat.bounds import whole
 from upfeat.raster.plan import CHUNK
 from upfeat.raster.scene import Scene, import_rasterio
 from upfeat.storage import replacing
+from upfeat.strict_json import read_object
 from upfeat.upsamplers import Window
 
 FORMAT = "upfeat-raster-1"
@@ -131,7 +133,7 @@ class Store:
                 f"{self.partial}: holds an unfinished raster; go on by --resume, or begin anew by "
                 "--overwrite"
             )
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_object(path)
         names = sorted({*before, *self._settings})
         others = [name for name in names if before.get(name) != self._settings.get(name)]
         if others:
@@ -142,9 +144,11 @@ class Store:
         ledger = self.partial / _LEDGER
         if ledger.is_file():
             lines = ledger.read_bytes().splitlines(keepends=True)
-            whole = [line for line in lines if line.endswith(b"\n")]
-            ledger.write_bytes(b"".join(whole))
-            self.done = {int(line) for line in whole}
+            done = [line for line in lines if line.endswith(b"\n")]
+            ledger.write_bytes(b"".join(done))
+            if not all(line.strip().isdigit() for line in done):
+                raise ValueError(f"{ledger}: damaged; begin anew by --overwrite")
+            self.done = {int(line) for line in done}
 
     def write(self, index: int, window: Window, values: np.ndarray[Any, Any]) -> None:
         """Write a tile and say so in the ledger.
@@ -314,12 +318,16 @@ def unfinished_tiles(output: Path) -> dict[str, int]:
 
     Args:
         output: the final path.
+
+    Raises:
+        ValueError: its settings are damaged.
     """
     path = _partial(output) / _SETTINGS
     if not path.is_file():
         return {}
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    return {name: settings[name] for name in ("tile", "backbone_tile") if name in settings}
+    settings = read_object(path)
+    names = [name for name in ("tile", "backbone_tile") if name in settings]
+    return {name: whole(f"{path}: {name}", settings[name]) for name in names}
 
 
 def _partial(output: Path) -> Path:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from upfeat.machine import find_device
+
 Result = TypeVar("Result")
 
 
@@ -110,12 +112,7 @@ def processes(device: str | None) -> Iterator[Processes]:
 def _device(name: str | None, local_rank: int | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f'device="{name}" cannot be used: {reason}') from None
+    device = find_device(name)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", local_rank if local_rank is not None else 0)
     if device.type == "cuda":
