@@ -26,6 +26,7 @@ from published_reference import published_state
 
 import upfeat
 from upfeat.frames import VideoWriter
+from upfeat.heads import SavedHead, describe_backbone, save_head
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = ROOT / "examples" / "photos"
@@ -94,9 +95,17 @@ def furnish(folder: Path) -> None:
             folder / "photos" / f"{index}.jpg"
         )
     cat.resize((80, 64)).save(folder / "photos" / "photo.jpg")
+    _write_head(folder / "head.safetensors")
     _write_clip(cat, folder / "clip.mp4")
     torch.save(_published_state(), folder / "published.ckpt")
     torch.save(published_state(upfeat.NAF()), folder / "naf_release.pth")
+
+
+def _write_head(path: Path) -> None:
+    """A head of two classes for the default model."""
+    made_by = describe_backbone(upfeat.load_backbone("efficientnet_lite0"))
+    weight = torch.randn(2, 112, generator=torch.Generator().manual_seed(0))
+    save_head(path, SavedHead(weight, torch.zeros(2), ["a", "b"], "classes", made_by, "detail"))
 
 
 def _write_clip(image: Image.Image, path: Path) -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import upfeat
-from upfeat.batch.ledger import Ledger
 from upfeat.heads import SavedHead, describe_backbone, load_head, save_head
 from upfeat.scales import Translation
 from upfeat.storage import read_metadata, read_tensors, write_tensors
@@ -121,28 +120,6 @@ def test_facts_that_are_missing_or_nonsense_are_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("weight", torch.ones(3, 4)),
-        ("weight", torch.ones(4)),
-        ("weight", torch.full((2, 4), torch.nan)),
-        ("weight", torch.ones(2, 4, dtype=torch.int64)),
-        ("bias", torch.full((2,), torch.inf)),
-        ("bias", torch.ones(2, dtype=torch.int64)),
-        ("bias", None),
-    ],
-)
-def test_heads_whose_tensors_do_not_fit_are_refused(tmp_path, name, value):
-    path = tmp_path / "head.safetensors"
-    _head(path)
-    tensors, facts = read_tensors(path)
-    tensors = {key: one for key, one in {**tensors, name: value}.items() if one is not None}
-    write_tensors(path, tensors, facts)
-    with pytest.raises(ValueError, match=r"head\.safetensors: (a damaged head|holds NaN)"):
-        load_head(path)
-
-
-@pytest.mark.parametrize(
     ("name", "value", "words"),
     [
         ("weight", torch.eye(3), r"weight is \(3, 3\), not \(4, 4\)"),
@@ -178,80 +155,6 @@ def test_metadata_of_strangers_is_never_trusted(tmp_path):
         read_metadata(path)
     path.write_bytes((24).to_bytes(8, "little") + b'{"__metadata__": [1, 2]}')
     assert read_metadata(path) == {}
-
-
-SETTINGS = {"kind": "lazy", "size": None}
-
-
-def _filled(folder, count=3):
-    ledger = Ledger(folder, SETTINGS)
-    for index in range(count):
-        ledger.record({"key": f"{index}.png", "bytes": 10 + index})
-    return ledger
-
-
-def test_a_ledger_cut_off_anywhere_holds_its_whole_lines(tmp_path):
-    _filled(tmp_path).close()
-    content = (tmp_path / "ledger.jsonl").read_bytes()
-    for cut in range(len(content) + 1):
-        (tmp_path / "ledger.jsonl").write_bytes(content[:cut])
-        lines = content[:cut].count(b"\n")
-        keys = [f"{index}.png" for index in range(max(lines - 1, 0))]
-        assert list(Ledger(tmp_path, SETTINGS).entries) == keys
-
-
-def test_a_record_goes_on_from_manifest_and_ledger(tmp_path):
-    _filled(tmp_path, 2).finish()
-    assert not (tmp_path / "ledger.jsonl").exists()
-    again = Ledger(tmp_path, SETTINGS)
-    again.record({"key": "a.png", "bytes": 1})
-    again.record({"key": "0.png", "bytes": 99})
-    again.close()
-    found = Ledger(tmp_path, SETTINGS).entries
-    assert {key: one["bytes"] for key, one in found.items()} == {
-        "0.png": 99,
-        "1.png": 11,
-        "a.png": 1,
-    }
-
-
-@pytest.mark.parametrize("file", ["manifest.json", "ledger.jsonl"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"[1]\n",
-        b"nonsense\n",
-        b"\xff\xfe\n",
-        b"{}\n",
-        b'{"settings": 3}\n',
-        b"[" * 100_000 + b"\n",
-    ],
-    ids=lambda content: repr(content[:9]),
-)
-def test_records_of_others_are_refused_by_their_name(tmp_path, file, content):
-    (tmp_path / file).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{file}: not (JSON|a record of upfeat extract)"):
-        Ledger(tmp_path, SETTINGS)
-    assert (tmp_path / file).read_bytes() == content
-    Ledger(tmp_path, SETTINGS, overwrite=True)  # which does not look at it
-
-
-@pytest.mark.parametrize("items", [{"a": 1}, ["a"], [{"bytes": 1}], [{"key": 3}], None, 3])
-def test_items_without_a_key_are_damage(tmp_path, items):
-    content = {"settings": SETTINGS, "items": items}
-    (tmp_path / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"manifest\.json: damaged: an item has no key"):
-        Ledger(tmp_path, SETTINGS)
-    (tmp_path / "manifest.json").unlink()
-    (tmp_path / "ledger.jsonl").write_text(f'{json.dumps({"settings": SETTINGS})}\n{{"a": 1}}\n')
-    with pytest.raises(ValueError, match=r"ledger\.jsonl: damaged: an item has no key"):
-        Ledger(tmp_path, SETTINGS)
-
-
-def test_other_settings_are_named(tmp_path):
-    _filled(tmp_path).finish()
-    with pytest.raises(ValueError, match="holds features made with another kind, size; give"):
-        Ledger(tmp_path, {"kind": "features", "size": 224})
 
 
 def _state(step, weight):

@@ -317,6 +317,17 @@ def test_command(tmp_path, capsys):
     assert "exists; name another file" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.exports
+def test_an_output_coarser_than_two_cells(tmp_path):
+    upsampler, path = made("nearest"), tmp_path / "up.pt2"
+    facts = export(upsampler, path, channels=8, stride=40)
+    assert facts["smallest_side"] == "40"
+    features, image = parts(1, (4, 9), (50, 91))
+    found, _ = run_elsewhere(path, tmp_path, features, image)
+    agree(found, upsampler(features, image, (1, 2)))
+
+
 def test_an_input_is_never_replaced(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     backbone = nn.Conv2d(3, 4, 8, 8)
@@ -337,6 +348,12 @@ def test_an_input_is_never_replaced(tmp_path, capsys, monkeypatch):
         ({"format": "tflite"}, "format='tflite': unknown format"),
         ({"path": "nowhere/model.onnx"}, "no such folder"),
         ({"stride": 0}, "stride=0 must be"),
+        ({"stride": 2.5}, "stride=2.5 must be a whole number"),
+        ({"channels": 0}, "channels=0 must be 1 or more"),
+        ({"size": 32}, "size=32 must be"),
+        ({"size": (32, 32, 32)}, r"size=\(32, 32, 32\) must be"),
+        ({"size": (32, 7)}, r"size=\(32, 7\) .* at least 8 pixels on each side"),
+        ({"size": (32, 32), "stride": 33}, "at least 33 pixels on each side"),
         ({"size": (0, 32)}, r"size=\(0, 32\) must be"),
         ({"head": (torch.zeros(2, 5), None)}, r"weight is \(2, 5\); give \(K, 8\)"),
         ({"head": "nothing.safetensors"}, "nothing.safetensors"),

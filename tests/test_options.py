@@ -61,6 +61,30 @@ def test_calls_of_a_model(lazy):
     refuses(lambda x: call(x), "x")
 
 
+@pytest.mark.parametrize(("name", "kinds"), [("photos", (str,)), ("config", ()), ("on_step", ())])
+def test_train(tmp_path, name, kinds):
+    given = {"photos": tmp_path / "none", "config": upfeat.TrainConfig()}
+    refuses(lambda **options: upfeat.train(network()[0], **options), name, kinds, **given)
+    with pytest.raises(TypeError, match="config is of type dict; give a TrainConfig, as TrainConf"):
+        upfeat.train(network()[0], tmp_path, {"steps": 3})
+
+
+@pytest.mark.parametrize(
+    "name", ["features", "guidance", "upsampler", "output_size", "missing", "hidden"]
+)
+def test_lazy_features(name):
+    given = {
+        "features": torch.ones(1, 4, 2, 2),
+        "guidance": torch.ones(1, 3, 8, 8),
+        "upsampler": upfeat.Bilinear(),
+    }
+    kinds = (torch.Tensor,) if name == "output_size" else ()
+    refuses(upfeat.UpsampledFeatures, name, kinds, **given)
+    for wrong in (torch.ones(1, 1, 8, 8), torch.ones(2, 1, 8, 8) > 0, torch.ones(1, 1, 8, 7) > 0):
+        with pytest.raises(ValueError, match="missing is"):
+            upfeat.UpsampledFeatures(**given, missing=wrong)
+
+
 def test_masks_are_tensors_or_arrays():
     model = upfeat.load(network()[0], upsampler="bilinear")
     x, mask = torch.randn(1, 3, 32, 48), torch.zeros(32, 48, dtype=torch.bool)

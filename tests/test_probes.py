@@ -119,3 +119,55 @@ def test_one_image_is_enough_to_fit():
     pixels = _classification(1, 200)
     head = fit_classifier(pixels, 3, torch.Generator().manual_seed(0))
     assert torch.isfinite(head.weight).all()
+
+
+def drawn(images=3, pixels=8, channels=4):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(images, pixels, channels, generator=generator)
+    return features, torch.randint(3, (images, pixels), generator=generator)
+
+
+FEATURES, CLASSES = drawn()
+
+
+@pytest.mark.parametrize(
+    ("features", "targets", "words"),
+    [
+        (FEATURES, CLASSES[:2], r"features are \(3, 8, 4\) and targets \(2, 8\); give \(N, P, C\)"),
+        (FEATURES[0], CLASSES[0], r"features are \(8, 4\)"),
+        (FEATURES[:0], CLASSES[:0], "a pixel of an image at least"),
+        (FEATURES.long(), CLASSES, "features are torch.int64; give floating numbers"),
+        (FEATURES * torch.inf, CLASSES, "features hold NaN or infinity; leave such pixels out"),
+        (FEATURES, CLASSES + 1, "targets are from 1 to 3; give classes 0 to 2"),
+        (FEATURES, CLASSES - 1, "targets are from -1 to 1; give classes 0 to 2"),
+    ],
+)
+def test_pixels_that_no_head_can_be_fitted_on(features, targets, words):
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match=words):
+        fit_classifier(Pixels(features, targets), 3, generator)
+    if "classes" not in words:
+        with pytest.raises(ValueError, match=words):
+            fit_depth(Pixels(features, targets.float()), generator)
+
+
+def test_of_no_usable_pixel_none_is_drawn():
+    with pytest.raises(ValueError, match="no pixel is usable"):
+        draw_pixels(torch.zeros(3, 4, dtype=torch.bool), 2, torch.Generator())
+
+
+def test_depths_that_are_not_known_are_refused():
+    with pytest.raises(ValueError, match="targets hold NaN"):
+        fit_depth(Pixels(FEATURES, CLASSES * torch.nan), torch.Generator())
+
+
+@pytest.mark.parametrize("features", [FEATURES * 0 + 1, FEATURES * 1e-30, FEATURES * 1e30])
+def test_features_of_any_size_give_finite_heads(features):
+    for head in (
+        fit_classifier(Pixels(features, CLASSES), 3, torch.Generator().manual_seed(0)),
+        fit_classifier(Pixels(features, CLASSES * 0), 3, torch.Generator().manual_seed(0)),
+        fit_depth(Pixels(features, CLASSES.float()), torch.Generator().manual_seed(0)),
+    ):
+        assert torch.isfinite(head.weight).all()
+        assert torch.isfinite(head.bias).all()
+        assert torch.isfinite(head(features.flatten(0, 1))).all()

@@ -11,6 +11,9 @@ from upfeat.bounds import LARGEST, whole
 from upfeat.types import Size, Window
 from upfeat.upsamplers.checks import check_finite
 
+_STRIP = 32
+"""Rows whose channels exist at once."""
+
 
 class FeatureMap(ABC):
     """Features (B, C, H, W) that exist where they are asked for.
@@ -36,6 +39,59 @@ class FeatureMap(ABC):
     @abstractmethod
     def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Apply a linear head (K, C), (K,) at every pixel, (B, K, H, W), without the C channels."""
+
+    def similarity(self, target: Tensor, *, cosine: bool = True) -> Tensor:
+        """Compare every pixel with a vector, or with the feature at a point.
+
+        Args:
+            target: (2,), a point (y, x) in pixels; (C,), a vector; or (K, C), several, as those of
+                texts. With C = 2 it is a vector.
+            cosine: divide by both lengths. The lengths of the map's features need all channels,
+                which are computed a strip at a time; the inner product alone needs one.
+
+        Returns:
+            (B, K, H, W), K = 1 for one target.
+
+        Raises:
+            ValueError: the target is neither, or its point lies outside.
+        """
+        channels = self.shape[1]
+        check_tensor("target", target)
+        several = target.dim() == 2 and len(target) > 0 and target.shape[1] == channels
+        if not several and (target.dim() != 1 or target.numel() not in (2, channels)):
+            raise ValueError(
+                f"target must be a point (2,), a vector ({channels},) or vectors (K, {channels}), "
+                f"not {tuple(target.shape)}"
+            )
+        if not several:
+            point = target.numel() != channels
+            target = self.at(target[None].float()) if point else target[None]
+        check_finite("target", target, "check where it comes from")
+        product = self.project(target)
+        if not cosine:
+            return product
+        lengths = torch.linalg.vector_norm(target.to(product), dim=1)[:, None, None]
+        return product / (self._lengths() * lengths).clamp(min=1e-8)
+
+    def _lengths(self) -> Tensor:
+        """Euclidean length of every pixel's features, (B, 1, H, W), a strip at a time."""
+        height, width = self.shape[2:]
+        lengths = []
+        for top in range(0, height, _STRIP):
+            strip = self.crop(top, 0, min(_STRIP, height - top), width)
+            lengths.append(torch.linalg.vector_norm(strip, dim=1, keepdim=True))
+        return torch.cat(lengths, dim=2)
+
+
+def interpolate(maps: Tensor, points: Tensor) -> Tensor:
+    """Read maps (C, h, w) at points (N, 2) between their pixels, bilinearly: (N, C)."""
+    low = points.floor()
+    part = (points - low).to(maps.dtype)
+    y, x = low.long().unbind(1)
+    below, right = (y + 1).clamp(max=maps.shape[1] - 1), (x + 1).clamp(max=maps.shape[2] - 1)
+    upper = torch.lerp(maps[:, y, x], maps[:, y, right], part[:, 1])
+    lower = torch.lerp(maps[:, below, x], maps[:, below, right], part[:, 1])
+    return torch.lerp(upper, lower, part[:, 0]).T
 
 
 def check_window(size: Size, top: int, left: int, height: int, width: int) -> Window:

@@ -23,6 +23,7 @@ from upfeat.feature_map import (
     check_points,
     check_tensor,
     check_window,
+    interpolate,
 )
 from upfeat.functional import FLOATS
 from upfeat.lazy_files import Parts, read_parts, write_parts
@@ -31,7 +32,7 @@ from upfeat.machine import parse_memory, readable
 from upfeat.snapshots import Snapshot, watched
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.checks import check_finite, check_hidden, check_inputs
+from upfeat.upsamplers.checks import check_hidden, check_inputs
 from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.step import Corrected
@@ -117,7 +118,7 @@ class UpsampledFeatures(FeatureMap):
         if mean is not None and std is not None and len(mean) == guidance.shape[1]:
             means = tuple(number("mean", one) for one in mean)
             self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
-        self.missing = None if missing is None else missing.expand(-1, 1, *size)
+        self.missing = None if missing is None else self._checked(missing)
         self._made: tuple[Snapshot, tuple[Kernels, Tensor]] | None = None
         self._precomputed: tuple[Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
@@ -270,40 +271,6 @@ class UpsampledFeatures(FeatureMap):
         made = self._render(weight)
         return made if bias is None else add_offset(made, bias)
 
-    def similarity(self, target: Tensor, *, cosine: bool = True) -> Tensor:
-        """Compare every pixel with a vector, or with the feature at a point.
-
-        Args:
-            target: (2,), a point (y, x) in pixels; (C,), a vector; or (K, C), several, as those of
-                texts. With C = 2 it is a vector.
-            cosine: divide by both lengths. The lengths of the map's features need all channels,
-                which are computed a strip at a time; the inner product alone needs one.
-
-        Returns:
-            (B, K, H, W), K = 1 for one target.
-
-        Raises:
-            ValueError: the target is neither, or its point lies outside.
-        """
-        channels = self.shape[1]
-        check_tensor("target", target)
-        several = target.dim() == 2 and len(target) > 0 and target.shape[1] == channels
-        if not several and (target.dim() != 1 or target.numel() not in (2, channels)):
-            raise ValueError(
-                f"target must be a point (2,), a vector ({channels},) or vectors (K, {channels}), "
-                f"not {tuple(target.shape)}"
-            )
-        if not several:
-            point = target.numel() != channels
-            target = self.at(target[None].float()) if point else target[None]
-        check_finite("target", target, "check where it comes from")
-        target = target.to(self.features)
-        product = self.project(target)
-        if not cosine:
-            return product
-        scale = self._lengths() * torch.linalg.vector_norm(target, dim=1)[:, None, None]
-        return product / scale.clamp(min=1e-8)
-
     def pca(self, k: int = 3) -> PCA:
         """Principal components, fitted on the coarse features, applied at every pixel.
 
@@ -434,17 +401,6 @@ class UpsampledFeatures(FeatureMap):
             self._precomputed = Snapshot([mixed]), found
         return found
 
-    def _lengths(self) -> Tensor:
-        """Euclidean length of every pixel's features, (B, 1, H, W), a strip at a time."""
-        precomputed = self._precompute()
-        height, width = self.shape[2:]
-        lengths = []
-        for top in range(0, height, _TILE):
-            window = Window(top, 0, min(_TILE, height - top), width)
-            strip = self.upsampler.render(*precomputed, window=window)
-            lengths.append(torch.linalg.vector_norm(strip, dim=1, keepdim=True))
-        return torch.cat(lengths, dim=2)
-
     def _parts(self) -> tuple[Kernels, Tensor]:
         """Kernels and mixed features: kept, and made anew where what they came from has changed."""
         sources = self._sources()
@@ -462,6 +418,25 @@ class UpsampledFeatures(FeatureMap):
         hidden = [] if self.hidden is None else [self.hidden]
         return [self.features, self.guidance, *hidden, *weights]
 
+    def _checked(self, missing: Tensor) -> Tensor:
+        """A mask of pixels without data, for every pixel.
+
+        Raises:
+            TypeError: it is no tensor.
+            ValueError: it is not of true and false, or has another shape.
+        """
+        check_tensor("missing", missing)
+        batch, _, *size = self.shape
+        try:
+            if missing.dtype is torch.bool:
+                return missing.expand(batch, 1, *size)
+        except RuntimeError:
+            pass
+        raise ValueError(
+            f"missing is {missing.dtype} of {tuple(missing.shape)}; it must be bool and broadcast "
+            f"to {(batch, 1, *size)}"
+        )
+
     def _check_single(self, method: str) -> None:
         if self.shape[0] != 1:
             raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
@@ -475,15 +450,8 @@ class UpsampledFeatures(FeatureMap):
         height = min(bottom + 2, self.shape[2]) - top
         width = min(right + 2, self.shape[3]) - left
         window = Window(top, left, height, width)
-        patch = self.upsampler.render(*precomputed, window=window)[0]  # (C, height, width)
-        points = points - torch.tensor([top, left], device=points.device)
-        low = points.floor()
-        part = (points - low).to(patch.dtype)
-        y, x = low.long().unbind(1)
-        below, right = (y + 1).clamp(max=height - 1), (x + 1).clamp(max=width - 1)
-        upper = torch.lerp(patch[:, y, x], patch[:, y, right], part[:, 1])
-        lower = torch.lerp(patch[:, below, x], patch[:, below, right], part[:, 1])
-        return torch.lerp(upper, lower, part[:, 0]).T
+        patch = self.upsampler.render(*precomputed, window=window)[0]
+        return interpolate(patch, points - torch.tensor([top, left], device=points.device))
 
 
 def blank(out: Tensor, missing: Tensor) -> Tensor:

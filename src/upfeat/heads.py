@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ class SavedHead:
     kind: str
     backbone: dict[str, str]
     upsampler: str
+
+    def identity(self) -> str:
+        """A digest of all that decides what it says and what its outputs are called."""
+        found = hashlib.sha256(json.dumps([self.kind, *self.names]).encode())
+        for tensor in (self.weight, self.bias):
+            found.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def check_backbone(self, backbone: Backbone, label: str) -> None:
         """Refuse features that the head was not trained on.

@@ -24,7 +24,9 @@ from upfeat.raster.scene import Scene
 from upfeat.types import Window
 
 LABEL_TILE = 512
-"""Side of the tiles that labelled pixels are drawn from and kept out by, pixels."""
+"""Side of the tiles that labelled pixels are drawn from and kept out by, pixels.
+
+A fourth of the longer side of rasters that are smaller than two of them."""
 
 OnGroup = Callable[[str], None]
 """Is told which image or tile is being read."""
@@ -96,8 +98,10 @@ def train_on_folder(
         for sample in sorted(samples, key=lambda one: one.name):
             if on_image is not None:
                 on_image(sample.name)
-            read = dataset.read_target(sample)
-            label = torch.from_numpy(read).long()
+            try:
+                label = torch.from_numpy(dataset.read_target(sample)).long()
+            except ValueError as error:  # which says what is wrong, not where
+                raise ValueError(f"{sample.target}: {error}") from None
             x = model.preprocess(sample.image)
             if x.shape[2:] != label.shape:
                 raise ValueError(
@@ -154,7 +158,9 @@ def train_on_raster(
     _check_settings(pixels, folds, seed)
     source = read_labels(labels, scene, names)
     what = HeadOutput(torch.zeros(1, 1), torch.zeros(1), ["features"], {})
-    plan = make_plan(scene.size, model, what, max_memory=max_memory, tile=LABEL_TILE)
+    # A small raster has tiles to keep out, too.
+    side = LABEL_TILE if max(scene.size) >= 2 * LABEL_TILE else max(-(-max(scene.size) // 4), 64)
+    plan = make_plan(scene.size, model, what, max_memory=max_memory, tile=side)
     generator = torch.Generator().manual_seed(seed)
 
     def labelled(_: int, window: Window) -> bool:
@@ -187,7 +193,10 @@ def _train(
 ) -> tuple[SavedHead, Scores]:
     """Cross-validate over groups and fit on all of them."""
     if len(groups) < 2:
-        raise ValueError(f"{len(groups)} labelled images or tiles are too few; two are the least")
+        raise ValueError(
+            f"{len(groups)} labelled images or tiles are too few; two are the least: label more "
+            "images, or further parts of the raster"
+        )
     stacked = Pixels(
         torch.stack([one[0] for one in groups]).float().clone(),
         torch.stack([one[1] for one in groups]),

@@ -77,8 +77,13 @@ def draw_pixels(usable: Tensor, count: int, generator: torch.Generator) -> Tenso
 
     Returns:
         (count,) flat indices.
+
+    Raises:
+        ValueError: no pixel is usable.
     """
     places = usable.flatten().nonzero()[:, 0]
+    if not len(places):
+        raise ValueError("no pixel is usable, so none can be drawn; leave such images out")
     return places[torch.randint(len(places), (count,), generator=generator)]
 
 
@@ -105,7 +110,16 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
 
     Returns:
         K outputs: logits, on raw (not standardised) features.
+
+    Raises:
+        ValueError: shapes do not fit, features are not finite, or a target is no class.
     """
+    _check(pixels)
+    lowest, highest = (int(value) for value in pixels.targets.aminmax())
+    if lowest < 0 or highest >= n_classes:
+        raise ValueError(
+            f"targets are from {lowest} to {highest}; give classes 0 to {n_classes - 1}"
+        )
 
     def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         # By hand: for a few classes, three times as fast as cross_entropy and its backward.
@@ -136,7 +150,11 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
 
     Returns:
         One output; its scale and shift mean nothing.
+
+    Raises:
+        ValueError: shapes do not fit, or features or depths are not finite.
     """
+    _check(pixels)
     targets = _standardised_rows(pixels.targets.float())
     pixels = Pixels(pixels.features, targets)
 
@@ -153,6 +171,20 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     moment = scaled.T @ targets.flatten()[:, None]
     weight = ridge(scaled.T @ scaled / len(scaled), moment / len(scaled), 1e-3).T  # (1, C)
     return _fit(pixels, LinearProbe(weight, weight.new_zeros(1)), loss, generator)
+
+
+def _check(pixels: Pixels) -> None:
+    features, targets = pixels.features, pixels.targets
+    if features.dim() != 3 or targets.shape != features.shape[:2] or not targets.numel():
+        raise ValueError(
+            f"features are {tuple(features.shape)} and targets {tuple(targets.shape)}; give "
+            "(N, P, C) and (N, P), a pixel of an image at least"
+        )
+    for name, values in (("features", features), ("targets", targets)):
+        if name == "features" and not values.is_floating_point():
+            raise ValueError(f"features are {values.dtype}; give floating numbers")
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name} hold NaN or infinity; leave such pixels out")
 
 
 def _fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from upfeat import machine
@@ -16,13 +18,15 @@ from upfeat._version import __version__
 from upfeat.budget import free_bytes
 from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.features import UpsampledFeatures
+from upfeat.heads import SavedHead
 from upfeat.marks import FEATURES, encode_picture
 from upfeat.model import FeatUp
 from upfeat.mosaic import see_within
 from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outputs, watched
 from upfeat.provenance import identify_backbone, identify_upsampler
 from upfeat.storage import ArrayFile, create_array, replacing
-from upfeat.visualize import PCABasis, draw_comparison
+from upfeat.types import Size
+from upfeat.visualize import PCABasis, class_colours, draw_comparison, side_by_side, to_image
 
 __all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "run_photo"]
 
@@ -56,7 +60,8 @@ def run_photo(
     reading: Mapping[str, Any] | None = None,
     max_memory: int | None = None,
     made_by: Mapping[str, Any] | None = None,
-) -> torch.Size:
+    head: SavedHead | None = None,
+) -> tuple[int, ...]:
     """Upsample one photograph's features and write them, with their provenance, and a picture.
 
     The map goes to the file in strips and never exists whole.
@@ -72,9 +77,11 @@ def run_photo(
         max_memory: bytes that the process may hold; ``None`` for what the machine has. A tight
             bound makes the backbone work in tiles.
         made_by: what :func:`describe_model` says, where it is known already.
+        head: what it says of every pixel is stored in place of the features, and the picture shows
+            the classes; made for this backbone (:meth:`upfeat.heads.SavedHead.check_backbone`).
 
     Returns:
-        The shape of the stored features, (C, H, W).
+        The shape of what is stored, (C, H, W), or (K, H, W) of a head.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -82,15 +89,15 @@ def run_photo(
             overflow ``dtype``.
         OSError: writing failed.
     """
-    made_by = describe_model(model) if made_by is None else made_by
+    made_by = describe_model(model, head) if made_by is None else made_by
     with watched(photo) as source:
         check_memory(model, photo, size, max_memory)
         picture = outputs.picture is not None
-        needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture)
+        needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture, head=head)
         check_space(outputs.features, needed)
         options = {"max_pixels": max_pixels, **(reading or {})}
         x = model.preprocess(photo, size, align=False, **options)
-    facts = _facts(model, photo, x, dtype)
+    facts = _facts(model, photo, x, dtype, head)
     recipe = _recipe(source, made_by, size, dtype, reading)
     # Not inference_mode, of whose tensors a map keeps copies to know whether they change.
     with torch.no_grad():
@@ -104,20 +111,24 @@ def run_photo(
             coarse, _guidance(model, x), model.upsampler, hidden=hidden, max_memory=max_memory
         )
         del x
-        shape = lazy.shape[1:]
+        shape = tuple(lazy.shape[1:] if head is None else (len(head.weight), *lazy.shape[2:]))
         outputs.features.parent.mkdir(parents=True, exist_ok=True)
-        basis = None if outputs.picture is None else PCABasis(coarse[0].cpu())
+        basis = None if outputs.picture is None or head else PCABasis(coarse[0].cpu())
         with (
             nullcontext() if outputs.picture is None else replacing(outputs.picture) as drawn,
             create_array(outputs.features, shape, _name(dtype), facts) as file,
         ):
-            projected = _write_strips(file, lazy, dtype, basis, photo)
+            if head is None:
+                written = _write_strips(file, lazy, dtype, basis, photo)
+            else:
+                written = [_write_head(file, lazy, dtype, head, photo)]
             del lazy  # its memory serves the picture
-            if shown is not None and drawn is not None and basis is not None:
+            shows = head or basis
+            if shown is not None and drawn is not None and shows is not None:
                 machine.release_memory()
                 label, whole = model.upsampler.name.replace("_", " "), (shape[1], shape[2])
-                panels = (shown / 255, coarse[0].cpu(), basis, torch.cat(projected, dim=1))
-                picture = draw_comparison(*panels, label=label, size=whole)
+                panels = (shown / 255, coarse[0].cpu(), shows, torch.cat(written, dim=1))
+                picture = _draw(*panels, label=label, size=whole)
                 suffix, recipe = drawn.suffix, facts["recipe"]
                 drawn.write_bytes(encode_picture(picture, suffix, recipe=recipe))
     return shape
@@ -182,6 +193,55 @@ def _write_strips(
     return projected
 
 
+def _write_head(
+    file: ArrayFile,
+    lazy: UpsampledFeatures,
+    dtype: torch.dtype,
+    head: SavedHead,
+    photo: Path,
+) -> Tensor:
+    """Write what a head says of every pixel; return it, (K, H, W)."""
+    said = torch.empty(1, len(head.weight), *lazy.shape[2:], dtype=dtype)
+    lazy.project(head.weight, head.bias, out=said)  # K channels are upsampled, part by part
+    for top in range(0, said.shape[2], _STRIP):
+        stored = said[0, :, top : top + _STRIP].contiguous()
+        if not torch.isfinite(torch.stack(stored.aminmax())).all():
+            raise ValueError(f"{photo}: what the head says overflows {dtype}; take bf16 or fp32")
+        bits = stored.view(torch.int16) if dtype is torch.bfloat16 else stored
+        file.write_rows(top, bits.numpy())
+    return said[0]
+
+
+def _draw(
+    image: Tensor, coarse: Tensor, shows: SavedHead | PCABasis, fine: Tensor, **captions: Any
+) -> Image.Image:
+    draw: Any = _draw_head if isinstance(shows, SavedHead) else draw_comparison
+    return draw(image, coarse, shows, fine, **captions)
+
+
+def _draw_head(
+    image: Tensor, coarse: Tensor, head: SavedHead, said: Tensor, *, label: str, size: Size
+) -> Image.Image:
+    """The photograph, what a head says of the coarse features, and of the upsampled ones."""
+    cells = torch.einsum("kc,chw->khw", head.weight, coarse.float()) + head.bias[:, None, None]
+    step = -(-max(said.shape[1:]) // _SHOWN)
+    low, high = cells[0].min(), cells[0].max().clamp(min=cells[0].min() + 1e-12)
+
+    def colours(values: Tensor) -> Tensor:
+        if head.kind == "classes":
+            return class_colours(len(values))[values.argmax(0)].permute(2, 0, 1)
+        return ((values[:1].float() - low) / (high - low)).expand(3, -1, -1)
+
+    fine = colours(said[:, ::step, ::step])
+    panels = [("image", size, image), ("coarse", cells.shape[1:], colours(cells))]
+    return side_by_side(
+        [
+            (f"{name}\n{height} x {width}", to_image(picture))
+            for name, (height, width), picture in [*panels, (label, size, fine)]
+        ]
+    )
+
+
 def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
     """Average over squares until the longest side, or that of the whole, fits into a panel."""
     longest = longest or max(x.shape[2:])
@@ -191,12 +251,14 @@ def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
     return x if factor == 1 else F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
 
 
-def describe_model(model: FeatUp) -> dict[str, str]:
-    """Names for all that decides the features of an image: backbone, upsampler, their weights."""
+def describe_model(model: FeatUp, head: SavedHead | None = None) -> dict[str, str]:
+    """Names for all that decides what is stored of an image: backbone, upsampler, weights, head."""
     described = {
         "backbone_identity": identify_backbone(model.backbone),
         "upsampler_identity": identify_upsampler(model.upsampler),
     }
+    if head is not None:
+        described["head_identity"] = head.identity()
     return described | ({"early": "True"} if model.early else {})
 
 
@@ -239,8 +301,11 @@ def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
     return {"image_sha256": recipe["image_sha256"], "size": str(recipe["size"])}
 
 
-def _facts(model: FeatUp, photo: Path, x: Tensor, dtype: torch.dtype) -> dict[str, str]:
-    return {
+def _facts(
+    model: FeatUp, photo: Path, x: Tensor, dtype: torch.dtype, head: SavedHead | None
+) -> dict[str, str]:
+    said = {} if head is None else {"head": head.kind, "names": json.dumps(head.names)}
+    return said | {
         "format": FEATURES,
         "upfeat_version": __version__,
         "image": photo.name,
@@ -290,7 +355,13 @@ def check_memory(
 
 
 def size_on_disk(
-    model: FeatUp, photo: Path, *, size: int | None, dtype: torch.dtype, picture: bool
+    model: FeatUp,
+    photo: Path,
+    *,
+    size: int | None,
+    dtype: torch.dtype,
+    picture: bool,
+    head: SavedHead | None = None,
 ) -> int | None:
     """About how many bytes the results of a photograph take.
 
@@ -300,6 +371,7 @@ def size_on_disk(
         size: as :func:`run_photo` takes it.
         dtype: likewise.
         picture: whether there is a picture too.
+        head: as :func:`run_photo` takes it.
 
     Returns:
         ``None`` where the photograph does not tell its size.
@@ -309,4 +381,5 @@ def size_on_disk(
         return None
     height, width = machine.resized(own, size)
     # Four panels of some three bytes a pixel, compressed to half.
-    return height * width * (model.embed_dim * dtype.itemsize + (6 if picture else 0))
+    channels = model.embed_dim if head is None else len(head.weight)
+    return height * width * (channels * dtype.itemsize + (6 if picture else 0))

@@ -98,30 +98,86 @@ def test_a_run_that_overwrites_goes_on_without_the_word_again(tmp_path):
         Ledger(tmp_path, {"size": 1})
 
 
+SETTINGS = {"kind": "lazy", "size": None}
+
+
+def _filled(folder, count=3):
+    ledger = Ledger(folder, SETTINGS)
+    for index in range(count):
+        ledger.record({"key": f"{index}.png", "bytes": 10 + index})
+    return ledger
+
+
+def test_a_ledger_cut_off_anywhere_holds_its_whole_lines(tmp_path):
+    _filled(tmp_path).close()
+    content = (tmp_path / LEDGER).read_bytes()
+    for cut in range(len(content) + 1):
+        (tmp_path / LEDGER).write_bytes(content[:cut])
+        lines = content[:cut].count(b"\n")
+        keys = [f"{index}.png" for index in range(max(lines - 1, 0))]
+        assert list(Ledger(tmp_path, SETTINGS).entries) == keys
+
+
+def test_a_record_goes_on_from_manifest_and_ledger(tmp_path):
+    _filled(tmp_path, 2).finish()
+    assert not (tmp_path / LEDGER).exists()
+    again = Ledger(tmp_path, SETTINGS)
+    again.record({"key": "a.png", "bytes": 1})
+    again.record({"key": "0.png", "bytes": 99})
+    again.close()
+    found = Ledger(tmp_path, SETTINGS).entries
+    assert {key: one["bytes"] for key, one in found.items()} == {
+        "0.png": 99,
+        "1.png": 11,
+        "a.png": 1,
+    }
+
+
+@pytest.mark.parametrize("file", [MANIFEST, LEDGER])
 @pytest.mark.parametrize(
-    ("name", "content", "words"),
+    "content",
     [
-        (MANIFEST, b"\xff", "manifest.json: not JSON"),
-        (MANIFEST, b"[" * 100_000, "manifest.json: not JSON"),
-        (MANIFEST, b"[]", "not a record of upfeat extract"),
-        (MANIFEST, b"{}", "not a record of upfeat extract"),
-        (MANIFEST, b'{"settings": {}, "items": 3}', "an item has no key"),
-        (MANIFEST, b'{"settings": {}, "items": [{"key": 3}]}', "an item has no key"),
-        (MANIFEST, b'{"settings": {}, "items": [{"key": "a", "size": "9"}]}', "no size in bytes"),
-        (MANIFEST, b'{"settings": {}, "items": [{"key": "a", "size": null}]}', "no size in bytes"),
-        (LEDGER, b"{}\n", "ledger.jsonl: not a record of upfeat extract"),
-        (LEDGER, b'{"settings": {}}\nx\n', "ledger.jsonl: not JSON"),
-        (LEDGER, b'{"settings": {}}\n{"file": "a"}\n', "ledger.jsonl: damaged: an item has no key"),
-        (LEDGER, b'{"settings": {"size": 1}}\n', "made with another size"),
+        b"[1]\n",
+        b"nonsense\n",
+        b"\xff\xfe\n",
+        b"{}\n",
+        b'{"settings": 3}\n',
+        b"[" * 100_000 + b"\n",
     ],
+    ids=lambda content: repr(content[:9]),
 )
-def test_a_damaged_record_is_named(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError) as refused:
-        Ledger(tmp_path, {})
-    assert words in str(refused.value)
-    assert str(tmp_path) in str(refused.value)
-    assert (tmp_path / name).read_bytes() == content
+def test_records_of_others_are_refused_by_their_name(tmp_path, file, content):
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{file}: not (JSON|a record of upfeat extract)"):
+        Ledger(tmp_path, SETTINGS)
+    assert (tmp_path / file).read_bytes() == content
+    Ledger(tmp_path, SETTINGS, overwrite=True)  # which does not look at it
+
+
+@pytest.mark.parametrize("items", [{"a": 1}, ["a"], [{"bytes": 1}], [{"key": 3}], None, 3])
+def test_items_without_a_key_are_damage(tmp_path, items):
+    content = {"settings": SETTINGS, "items": items}
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged: an item has no key"):
+        Ledger(tmp_path, SETTINGS)
+    (tmp_path / MANIFEST).unlink()
+    (tmp_path / LEDGER).write_text(f'{json.dumps({"settings": SETTINGS})}\n{{"a": 1}}\n')
+    with pytest.raises(ValueError, match=r"ledger\.jsonl: damaged: an item has no key"):
+        Ledger(tmp_path, SETTINGS)
+
+
+def test_other_settings_are_named(tmp_path):
+    _filled(tmp_path).finish()
+    with pytest.raises(ValueError, match="holds features made with another kind, size; give"):
+        Ledger(tmp_path, {"kind": "features", "size": 224})
+
+
+@pytest.mark.parametrize("size", ["9", None, 9.5, [9]])
+def test_sizes_that_are_none_are_damage(tmp_path, size):
+    content = {"settings": SETTINGS, "items": [{"key": "a.png", "size": size}]}
+    (tmp_path / MANIFEST).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest\.json: damaged: .* no size in bytes"):
+        Ledger(tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize("content", [b"", b'{"settings": {"si'])

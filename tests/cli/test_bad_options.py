@@ -3,42 +3,15 @@
 import json
 
 import pytest
-import torch
-from evaluation.scenes import write_scene
-from implicit.test_features import make_features
-from published_reference import published_state
+from cli.place import write_place
 
-import upfeat
 from upfeat.cli import main
-
-MINE = """
-import torch
-import upfeat
-
-def make():
-    return upfeat.load_backbone(lambda x: torch.nn.functional.avg_pool2d(x, 8), name="mine")
-"""
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with one of everything; every case must leave it as it is."""
-    root = tmp_path_factory.mktemp("place")
-    for split, seeds in (("train", (0, 1)), ("test", (2,))):
-        for seed in seeds:
-            write_scene(root / "data" / split, f"s{seed}", seed)
-            write_scene(root / "labelled", f"s{seed}", seed)
-    for name in ("data", "labelled"):
-        (root / name / "classes.json").write_text('["ground", "box", "disc"]')
-    (root / "empty").mkdir()
-    (root / "photo.png").write_bytes((root / "data" / "train" / "images" / "s0.png").read_bytes())
-    (root / "text.txt").write_text("text")
-    (root / "mine.py").write_text(MINE)
-    torch.manual_seed(0)
-    torch.save(published_state(upfeat.NAF()), root / "naf.pth")
-    upfeat.JointBilateral().save_pretrained(root / "own")
-    make_features().save(root / "f.safetensors")
-    return root
+    """Every case must leave it as it is."""
+    return write_place(tmp_path_factory.mktemp("place"))
 
 
 def contents(folder):
@@ -49,7 +22,8 @@ def contents(folder):
     }
 
 
-EVAL = "eval seg data -o out --upsamplers nearest "
+TINY = "--backbone mine.py:make --upsamplers nearest"
+EVAL = f"eval seg data -o out {TINY} "
 FIT = "fit photo.png -o o.safetensors --backbone mine.py:make "
 RENDER = "render f.safetensors -o r.npy "
 EXPORT = "export -o m.pt2 --backbone mine.py:make --upsampler nearest "
@@ -58,7 +32,7 @@ RUN = "run photo.png -o out --backbone mine.py:make --upsampler nearest "
 
 BAD = {
     EVAL + "--size 0": "size=0 must be 1 or more",
-    EVAL + "--size 15": "size=15 must be at least the stride of efficientnet_lite0 (16)",
+    EVAL + "--size 7": "size=7 must be at least the stride of mine (8)",
     EVAL + "--size 99999": "size=99999 must be 16384 or less",
     EVAL + "--size big": "--size: invalid int value: 'big'",
     EVAL + "--seeds 0": "seeds=0 must be 1 or more",
@@ -75,22 +49,21 @@ BAD = {
     EVAL
     + "--layout voc": "ImageSets/Segmentation/train.txt: no such file or folder; is the layout",
     EVAL + "--device gpu9": 'device="gpu9" cannot be used',
-    EVAL + "--layer 3": "layer: not an option of efficientnet_lite0",
     EVAL + "--backbone ''": '--backbone: "" is empty; leave it out',
     EVAL + "--backbone mine.py:made": 'function "made" is unknown; did you mean make',
     "eval seg data -o out --upsamplers": "--upsamplers: expected at least one argument",
-    "eval seg data -o out --upsamplers bilinaer": "did you mean bilinear",
-    "eval seg data -o out --upsamplers bilinaer@5": "did you mean bilinear",
-    "eval seg data -o out --upsamplers none.pth": "none.pth",
+    "eval seg data -o out --upsamplers bilinaer --backbone mine.py:make": "did you mean bilinear",
+    "eval seg data -o out --upsamplers bilinaer@5 --backbone mine.py:make": "did you mean bilinear",
+    "eval seg data -o out --upsamplers none.pth --backbone mine.py:make": "none.pth",
     "eval cam data -o out --layout voc": "layout=voc is for labelled sets; cam takes any folder",
-    "eval consistency data -o out --layout voc": "consistency takes any folder",
+    f"eval consistency data -o out --layout voc {TINY}": "consistency takes any folder",
     "eval cam data -o out --backbone efficientnet_lite0": "use efficientnet_lite0.stride32",
     "eval cam empty -o out": "empty: no usable sample to test on",
-    "eval depth data -o out": "data/train/depth: no such folder",
-    "eval seg empty -o out": "empty/classes.json: no such file",
-    "eval seg none -o out": "none: no such folder",
-    "eval seg photo.png -o out": "photo.png: no such folder",
-    "eval seg data -o photo.png --upsamplers nearest": "photo.png: cannot be written",
+    f"eval depth data -o out {TINY}": "data/train/depth: no such folder",
+    f"eval seg empty -o out {TINY}": "empty/classes.json: no such file",
+    f"eval seg none -o out {TINY}": "none: no such folder",
+    f"eval seg photo.png -o out {TINY}": "photo.png: no such folder",
+    f"eval seg data -o photo.png {TINY}": "photo.png: cannot be written",
     "eval segm data -o out": "task: invalid choice: 'segm'",
     "eval seg data": "required: -o/--output",
     FIT + "--size 0": "size=0 must be 1 or more",
@@ -104,9 +77,9 @@ BAD = {
     FIT + "--layer 1": "layer: not an option of the Backbone that mine.py:make makes",
     FIT + "-o photo.png/o.safetensors": "photo.png: cannot be written as a folder",
     FIT + "-o text.txt": "text.txt: cannot be written as a folder",
-    "fit none.png -o new/deep/o.safetensors": "none.png: no such file",
+    "fit none.png -o new/deep/o.safetensors --backbone mine.py:make": "none.png: no such file",
     "fit empty -o out": "empty: no image file in this folder",
-    "fit text.txt -o new/deep/o.safetensors": "text.txt: not an image",
+    "fit text.txt -o new/deep/o.safetensors --backbone mine.py:make": "text.txt: not an image",
     RENDER + "--size 10": "--size 10 must be WIDTHxHEIGHT",
     RENDER + "--size 0x4": "--size 0x4 must be WIDTHxHEIGHT",
     RENDER + "--size 4x-4": "--size 4x-4 must be WIDTHxHEIGHT",
@@ -146,9 +119,9 @@ BAD = {
     PROBE + "--labels photo.png": "labelled: is a folder, which holds its labels; give no --labels",
     PROBE + "-o h.txt": "h.txt: must end in .safetensors",
     PROBE + "-o none/h.safetensors": "none/h.safetensors: its folder does not exist",
-    "probe photo.png -o h.safetensors": "photo.png: no such folder",
+    "probe photo.png -o h.safetensors --backbone mine.py:make": "photo.png: no such folder",
     "probe photo.png -o h.safetensors --labels text.txt --size 9": "--size is about photographs",
-    "probe empty -o h.safetensors": "empty/classes.json: no such file",
+    "probe empty -o h.safetensors --backbone mine.py:make": "empty/classes.json: no such file",
     RUN + "--max-pixels 0": "max_pixels=0 must be 1 or more",
     RUN + "--max-value nan": "max_value=nan must be a number above 0",
     RUN + "--max-memory much": 'max_memory="much" must be an amount such as "2GB"',
@@ -161,11 +134,11 @@ BAD = {
     "bench --quick -o text.txt": "text.txt: exists already and was not made by upfeat",
     "bench --sizes 14x224": "--sizes 14x224 must be GRID:SIZE in pixels, as 14:224",
     "bench --sizes ²:224": "--sizes ²:224 must be GRID:SIZE",
-    "bench --sizes 14:7": "SIZE at least 8",
-    "bench --channels 0": "--channels 0 must be 1 or more",
-    "bench --repeats 0": "--repeats 0",
+    "bench --sizes 14:7": "SIZE from 8 to 16384",
+    "bench --channels 0": "--channels=0 must be 1 or more",
+    "bench --repeats 0": "--repeats=0 must be 1 or more",
     "bench --jobs sort": "--jobs: invalid choice: 'sort'",
-    "bench --rivals --repeats 0": "--repeats 0 must be 1 or more",
+    "bench --rivals --repeats 0": "--repeats=0 must be 1 or more",
     "bench --rivals none.pth": "none.pth: no such file",
     "bench --rivals own": "own: holds joint_bilateral; give checkpoints of AnyUp, JAFAR or NAF",
     "convert none.pth x.safetensors": "none.pth: no such file",

@@ -1,5 +1,6 @@
 """``upfeat run`` and ``upfeat info`` as a user meets them."""
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from safetensors import safe_open
 
 import upfeat
 from upfeat.cli import main
+from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.run import plan_outputs
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
@@ -53,6 +55,32 @@ def test_options(photo, tmp_path):
     with safe_open(tmp_path / "out" / "small.safetensors", framework="pt") as file:
         assert file.get_tensor("features").shape == (40, 40, 59)
         assert file.get_tensor("features").dtype == torch.float32
+
+
+def test_a_head_in_place_of_the_features(photo, tmp_path, capsys):
+    model = upfeat.load()
+    weight = torch.randn(3, 112, generator=torch.Generator().manual_seed(0))
+    made_by, path = describe_backbone(model.backbone), tmp_path / "head.safetensors"
+    head = SavedHead(weight, torch.ones(3), ["a", "b", "c"], "classes", made_by, "detail")
+    save_head(path, head)
+    arguments = ["run", str(photo), "-o", str(tmp_path / "out"), "--head", str(path)]
+    assert main([*arguments, "--dtype", "fp32"]) == 0
+    assert "3×61×90" in capsys.readouterr().out
+    with safe_open(tmp_path / "out" / "small.safetensors", framework="pt") as file:
+        said, facts = file.get_tensor("features"), file.metadata()
+    expected = model.lazy(model.preprocess(photo)).project(weight, torch.ones(3))[0]
+    torch.testing.assert_close(said, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert (facts["head"], facts["names"]) == ("classes", '["a", "b", "c"]')
+    with Image.open(tmp_path / "out" / "small.features.png") as picture:
+        assert picture.width > 3 * 90
+
+    assert main([*arguments, "--dtype", "fp32"]) == 0  # done already
+    assert "3×61×90" not in capsys.readouterr().out
+    save_head(path, dataclasses.replace(head, bias=torch.zeros(3), kind="values"))
+    assert main([*arguments, "--dtype", "bf16"]) == 0
+    assert "3×61×90" in capsys.readouterr().out
+    assert main([*arguments, "--backbone", "efficientnet_lite0.stride8"]) == 2
+    assert "was trained on features of" in capsys.readouterr().err
 
 
 def test_bands_and_the_value_of_white(tmp_path, capsys):

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from hostile import refuses
 from PIL import Image
 
 import upfeat
@@ -76,8 +77,16 @@ def test_answers_equal_the_library(visit):
 
 @pytest.mark.parametrize("point", [(-1, 0), (0, 10_000), (float("nan"), 0)])
 def test_points_outside_are_refused(visit, point):
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match=r"outside|must be a finite number"):
         visit.similarity(*point)
+
+
+@pytest.mark.parametrize("name", ["y", "x"])
+def test_points_that_are_no_numbers_are_refused(visit, name):
+    refuses(visit.similarity, name, (int, float), y=1, x=1)
+    for value in (float("nan"), float("inf"), -1, 10**30):
+        with pytest.raises(ValueError):
+            visit.similarity(**{"y": 1, "x": 1, name: value})
 
 
 def test_strokes_become_labels_and_a_head(visit, tmp_path):

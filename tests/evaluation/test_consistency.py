@@ -1,5 +1,8 @@
 """Unseen views: known answers, fitted downsamplers, and what is kept on disk."""
 
+import json
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -80,6 +83,18 @@ def test_one_seed_gives_the_same_digits_whatever_else_runs(run, colour_backbone)
     assert [row.scores for row in first] == [row.scores for row in again]
     # How many seeds share one product rounds it differently.
     assert attention.scores["error"] == pytest.approx(first[2].scores["error"][:1], rel=1e-4)
+
+
+def test_views_of_one_cell_have_no_error(run, colour_backbone, tmp_path):
+    """Nor features that never change: there is no variance to compare with."""
+    small = EvalConfig(size=8, seeds=2, views=2, downsamplers=("box",), max_test=1)
+    rows = run(colour_backbone, ["bilinear"], config=small).rows
+    blind = upfeat.load_backbone(lambda x: torch.ones(len(x), 2, *(s // 8 for s in x.shape[2:])))
+    for row in (*rows, *run(blind, ["bilinear"], "blind").rows):
+        assert row.scores["error"] == pytest.approx([math.nan] * 2, nan_ok=True)
+    content = json.loads((tmp_path / "blind" / "results.json").read_bytes())
+    assert content["rows"][0]["scores"]["error"]["values"] == [None, None]
+    assert ">–<" in (tmp_path / "blind" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_report_knows_every_score(run, colour_backbone, tmp_path):

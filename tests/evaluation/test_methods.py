@@ -56,6 +56,27 @@ def test_labels_are_told_apart(colour_backbone, tmp_path):
         load_methods([], colour_backbone, tmp_path)
 
 
+def test_one_upsampler_in_every_form(colour_backbone, tmp_path):
+    upfeat.JointBilateral(radius=1).save_pretrained(tmp_path / "mine")
+    made = upfeat.JointBilateral(radius=1).train()
+    for given, label in (
+        ("joint_bilateral", "joint_bilateral"),
+        (str(tmp_path / "mine"), "mine"),
+        (tmp_path / "mine", "mine"),
+        (made, "joint_bilateral"),
+        (["bilinear", made, made], "joint_bilateral"),  # one thing twice is one
+    ):
+        *_, (found, method) = load_methods(given, colour_backbone, tmp_path).items()
+        assert found == label
+        assert isinstance(method, UpsamplerMethod)
+        assert not method.upsampler.training
+    assert made.training  # it stays as it was
+    labels = list(load_methods([made, upfeat.JointBilateral()], colour_backbone, tmp_path))
+    assert labels == ["joint_bilateral", "joint_bilateral-2"]
+    with pytest.raises(ValueError, match="jbu_stack expects 9 channels"):
+        load_methods(upfeat.JBUStack(9), colour_backbone, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "passes"), [("bilinear", 1), ("detail@5", 5), ("large_image", 4), ("shifted", 4)]
 )
@@ -84,6 +105,25 @@ def test_strided_cells_are_the_coarse_ones_and_those_between():
     expected = coarse[:, :, inside, inside]
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(coarse.abs().max()))
     assert Strided(backbone).passes == 2.5
+
+
+@pytest.mark.parametrize("name", ["large_image", "shifted"])
+def test_cells_of_an_odd_stride_have_no_half(tmp_path, name):
+    odd = upfeat.load_backbone(lambda x: torch.nn.functional.avg_pool2d(x, 7))
+    with pytest.raises(ValueError, match=f"{name} needs a backbone of an even stride; .* has 7"):
+        load_methods([name], odd, tmp_path)
+
+
+def test_what_early_layers_say(tmp_path):
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    method = load_methods(["detail@early"], backbone, tmp_path)["detail@early"]
+    image = torch.randint(256, (3, 48, 64), generator=torch.Generator().manual_seed(0))
+    image = image.to(torch.uint8)
+    with torch.no_grad():
+        found = method(Prepared("noise", image, torch.zeros(112, 3, 4), None)).full()
+        model = upfeat.load(backbone, upsampler="detail", early=True)
+        expected = model(normalised(image, backbone))
+    torch.testing.assert_close(found, expected)
 
 
 def test_other_backbones_are_not_strided(colour_backbone):

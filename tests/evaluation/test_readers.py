@@ -1,5 +1,7 @@
 """Known datasets on tiny generated copies of their official layouts."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -194,6 +196,31 @@ def test_layouts_of_which_a_split_is_empty(layout, tmp_path):
     with pytest.raises(ValueError, match=r"no usable sample to test on") as raised:
         read_dataset(root, layout=layout)
     assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize(("library", "package"), [("h5py", "h5py"), ("scipy.io.matlab", "scipy")])
+def test_libraries_that_are_missing_are_named(tmp_path, monkeypatch, library, package):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "nyu_depth_v2_labeled.mat", "w") as file:
+        file["images"] = np.zeros((2, 3, 6, 4), np.uint8)
+        file["depths"] = np.ones((2, 6, 4), np.float32)
+    (tmp_path / "splits.mat").write_text("text")
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=f"to read it, pip install {package}"):
+        read_dataset(tmp_path, "depth", layout="nyuv2")
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_folders_that_are_not_there_are_named(layout, tmp_path):
+    with pytest.raises(FileNotFoundError, match="none: no such folder"):
+        read_dataset(tmp_path / "none", LAYOUTS[layout][0], layout=layout)
+
+
+def test_values_beyond_a_byte_are_strange_too(tmp_path):
+    dataset = read_dataset(write("voc", tmp_path), layout="voc")
+    Image.fromarray(np.full((16, 24), 300, np.uint16)).save(dataset.train[0].target)
+    with pytest.raises(ValueError, match="label value 300 is not one of voc"):
+        dataset.read_target(dataset.train[0])
 
 
 def test_nyuv2_of_which_a_depth_map_is_missing(tmp_path):

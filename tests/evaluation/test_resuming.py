@@ -1,6 +1,7 @@
 """An evaluation that goes on gives what a fresh one gives: stopped, changed or damaged."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from upfeat.evaluation import EvalConfig, evaluate
 from upfeat.evaluation.results import Row, RowStore
 from upfeat.storage import read_tensors
 
-TINY = EvalConfig(size=32, seeds=2, pixels=20, pictures=1)
+TINY = EvalConfig(size=32, seeds=1, pixels=12, pictures=1, protocols=("own", "transfer"))
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def folder(tmp_path):
 @pytest.fixture
 def run(folder, colour_backbone, tmp_path):
     def call(out="out", task="seg", config=TINY, **options):
-        options = {"upsamplers": ("nearest", "bilinear"), "backbone": colour_backbone, **options}
+        options = {"upsamplers": ("bilinear",), "backbone": colour_backbone, **options}
         return evaluate(task, folder, tmp_path / out, config=config, **options)
 
     return call
@@ -47,7 +48,7 @@ def rename(folder):
 
 
 def relabel(folder):
-    path = folder / "train" / "labels" / "s0.png"
+    path = folder / "test" / "labels" / "s20.png"
     label = np.array(Image.open(path))
     label[:9] = 2
     Image.fromarray(label).save(path)
@@ -78,7 +79,7 @@ def test_what_changed_is_noticed(run, folder, change):
     assert (after["rows"] == before["rows"]) == (change == "nothing")
 
 
-@pytest.mark.parametrize("change", [{"pixels": 21}, {"size": 40}])
+@pytest.mark.parametrize("change", [{"pixels": 13}, {"size": 40}])
 def test_settings_that_changed_are_noticed(run, change):
     run("kept")
     config = replace(TINY, **change)
@@ -105,7 +106,7 @@ class StoppedError(Exception):
 
 
 def steps_of(run, out, stop=None):
-    """Run, perhaps until a step; how many there were."""
+    """Run, perhaps until a step: the results, ``None`` where it was stopped, and the steps."""
     count = 0
 
     def on_step(label, done, total):
@@ -115,22 +116,22 @@ def steps_of(run, out, stop=None):
         if count == stop:
             raise StoppedError(label)
 
-    if stop is None:
-        return run(out, on_step=on_step), count
-    with pytest.raises(StoppedError):
-        run(out, on_step=on_step)
+    with suppress(StoppedError):
+        return run(out, on_step=on_step, upsamplers=("nearest", "bilinear")), count
     return None, count
 
 
 def test_stopped_at_any_step_it_goes_on_to_the_same_end(run, tmp_path):
     whole, count = steps_of(run, "whole")
     assert count > 20
-    for stop in range(1, count + 1, 5):  # on and on in one folder, each time a little further
-        steps_of(run, "part", stop)
-        assert not list((tmp_path / "part").glob("re*.*"))
+    stop, resumed = 0, None
+    while resumed is None:  # on and on in one folder, each time a little further
+        stop += 3
+        resumed, _ = steps_of(run, "part", stop)
+        assert resumed or not list((tmp_path / "part").glob("re*.*"))
         for path in (tmp_path / "part" / "cache").iterdir():
             read_tensors(path) if path.suffix == ".safetensors" else json.loads(path.read_bytes())
-    resumed, _ = steps_of(run, "part")
+    assert 12 < stop < count  # the rows of the first upsampler were there at the end
     assert content(resumed) == content(whole)
     assert {path.name for path in (tmp_path / "part").iterdir()} == {
         *("cache", "report.html", "results.json"),
@@ -146,7 +147,7 @@ def test_a_damaged_cache_is_made_again(run, tmp_path, damage):
         path.write_bytes(path.read_bytes()[:-7] if damage is None else damage)
     assert content(run()) == whole
     rows = [json.loads(path.read_bytes()) for path in (tmp_path / "out" / "cache").glob("*.json")]
-    assert sorted(row[0]["upsampler"] for row in rows) == ["bilinear", "nearest"]
+    assert [row[0]["upsampler"] for row in rows] == ["bilinear"]
 
 
 DAMAGE = [b"", b"[]", b"{}", b"null", b"3", b'[{"a": 1}]', b'["a"]', b"[" * 99_999, b"\xff", b"[{"]
@@ -179,6 +180,14 @@ def test_a_folder_that_another_writes_is_refused(run, tmp_path):
     assert run().rows
 
 
+def test_a_cache_that_cannot_be_is_said(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "cache").write_text("mine")
+    with pytest.raises(ValueError, match="out: cannot be written"):
+        run()
+    assert (tmp_path / "out" / "cache").read_text() == "mine"
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -197,11 +206,25 @@ def test_what_is_refused_leaves_nothing_behind(run, tmp_path, options, words):
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"task": None}, "task=None is no task; give a name or a subclass of Task"),
+        ({"task": EvalConfig}, "is no task"),
+        ({"config": {"size": 32}}, r"config=\{'size': 32\} is no EvalConfig"),
+    ],
+)
+def test_what_is_of_another_kind_is_named(run, tmp_path, options, words):
+    with pytest.raises(TypeError, match=words):
+        run(**options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_protocols_that_suit_no_upsampler_are_refused(run, folder):
     only = replace(TINY, protocols=("probabilities",))
     with pytest.raises(ValueError, match="suit none of the upsamplers detail@5; give others"):
         run(config=only, upsamplers=("detail@5",))
     for split in ("train", "test"):
         (folder / split / "labels").rename(folder / split / "depth")
-    with pytest.raises(ValueError, match="suit none of the upsamplers nearest, bilinear; give"):
+    with pytest.raises(ValueError, match="suit none of the upsamplers bilinear; give"):
         run(config=only, task="depth")

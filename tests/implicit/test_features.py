@@ -283,3 +283,16 @@ def test_no_gradients_are_kept():
 
 def test_public_name():
     assert upfeat.ImplicitFeatures is ImplicitFeatures
+
+
+@both
+def test_similarity_is_that_of_the_whole_map(kind):
+    features = make_features(kind)
+    whole, targets = features.full(), torch.randn(3, 6)
+    cosines = nn.functional.cosine_similarity(whole[:, None], targets[:, :, None, None], dim=2)
+    torch.testing.assert_close(features.similarity(targets), cosines, rtol=0, atol=1e-5)
+    at_a_point = nn.functional.cosine_similarity(whole, whole[:, :, 5:6, 7:8], dim=1)[:, None]
+    found = features.similarity(torch.tensor([5.0, 7.0]))
+    torch.testing.assert_close(found, at_a_point, rtol=0, atol=1e-5)
+    products = torch.einsum("bchw,kc->bkhw", whole, targets)
+    torch.testing.assert_close(features.similarity(targets, cosine=False), products)

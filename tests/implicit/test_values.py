@@ -182,3 +182,27 @@ def test_an_overflow_is_said():
     with pytest.raises(ValueError, match=r"overflows torch.float16"):
         features.render(dtype=torch.float16)
     assert torch.isfinite(features.render(dtype=torch.bfloat16)).all()
+
+
+@pytest.mark.parametrize("preset", ["fast", "reference"])
+def test_the_default_type_of_numbers_plays_no_part(preset, tmp_path):
+    """As scientific code sets it: fits, files and maps stay in float32."""
+    image = torch.rand(3, 24, 32, generator=torch.Generator().manual_seed(0))
+    settings = {"views": 2, "held_out": 2, "anchors": 16, "zoomed_views": 2, "steps": 2}
+    weight = torch.ones(2, 3, dtype=torch.float32)
+    maps = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            backbone = upfeat.load_backbone(lambda x: torch.nn.functional.avg_pool2d(x, 8))
+            found = upfeat.fit_implicit(image, backbone, preset=preset, **settings)
+            found.save(tmp_path / "f.safetensors")
+            again = ImplicitFeatures.load(tmp_path / "f.safetensors")
+            assert torch.equal(again.full(), found.full())
+            maps.append((found.full(), found.project(weight)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for plain, other in zip(*maps, strict=True):
+        assert plain.dtype == other.dtype == torch.float32
+        if preset == "fast":  # which draws no weights
+            torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-4)

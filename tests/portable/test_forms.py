@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import upfeat
 from upfeat.portable import PORTABLE, FixedForm, axes, form_of
@@ -85,6 +87,37 @@ def test_heads_and_other_output_sizes(name):
         kernels = upsampler.prepare(guidance, (6, 7), size)
         expected = upsampler.render(kernels, upsampler.mix(features), head=head)
         close(form_of(upsampler, head)(features, guidance, size), expected)
+
+
+@pytest.mark.parametrize("name", MADE)
+@settings(max_examples=8, deadline=None)
+@given(data=st.data())
+def test_equal_at_any_size_from_one_cell_on(name, data):
+    """Images of one cell and of one row of cells, borders in every window, outputs of any size."""
+    upsampler = made(name)
+    form = form_of(upsampler, Head())
+    grid = data.draw(st.tuples(st.integers(1, 5), st.integers(1, 20)))
+    size = tuple(
+        data.draw(st.integers(max(cells, form.least_side), 4 * cells + 7)) for cells in grid
+    )
+    output_size = data.draw(st.tuples(st.integers(1, 30), st.integers(1, 30)))
+    features, guidance = inputs(grid, size)
+    with torch.no_grad():
+        found = form(features, guidance, output_size)
+        expected = upsampler(features, guidance, output_size)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 2e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_constants_stay_but_for_what_mixes_channels(name):
+    upsampler, (_, guidance) = made(name), inputs((3, 5), (29, 44))
+    with torch.no_grad():
+        found = form_of(upsampler, Head())(torch.full((2, 6, 3, 5), 2.0), guidance)
+        expected = upsampler(torch.full((2, 6, 3, 5), 2.0), guidance)
+    close(found, expected)
+    if getattr(upsampler, "embed_dim", None) is None:
+        close(found, torch.full_like(found, 2.0))
 
 
 def test_the_nearest_cell_of_pixels_between_two():

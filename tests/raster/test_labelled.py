@@ -31,13 +31,19 @@ def test_a_labelled_raster_gives_a_map(tmp_path, capsys):
     values, label = fields()
     scene = write(tmp_path / "scene.tif", values)
     partly = label.copy()
-    partly[:, 100:200] = 255
+    partly[:, 100:] = 255
+    partly[90:] = 255
     labels = write(tmp_path / "labels.tif", partly[None])
     head, out = tmp_path / "head.safetensors", tmp_path / "map.tif"
     shared = [str(scene), "-o"]
     code = main(["probe", *shared, str(head), "--labels", str(labels), "--classes", "wheat,clover"])
     assert code == 2  # one tile cannot be kept out
     assert "two are the least" in capsys.readouterr().err
+    partly = label.copy()
+    partly[:, 100:200] = 255
+    write(tmp_path / "labels.tif", partly[None])  # a small raster has tiles enough
+    code = main(["probe", *shared, str(head), "--labels", str(labels), "--classes", "wheat,clover"])
+    assert code == 0
     large = np.tile(values, (1, 2, 3))
     write(tmp_path / "scene.tif", large)
     write(tmp_path / "labels.tif", np.tile(partly, (2, 3))[None])

@@ -373,27 +373,6 @@ def test_the_command_writes_what_a_head_says(tmp_path, capsys):
     assert "was trained on features of efficientnet_lite0, not" in capsys.readouterr().err
 
 
-def test_a_head_file_that_is_damaged_is_refused(tmp_path):
-    model = tiny("bilinear")
-    good = SavedHead(
-        torch.ones(2, 5),
-        torch.ones(2),
-        ["a", "b"],
-        "classes",
-        describe_backbone(model.backbone),
-        "bilinear",
-    )
-    bad = SavedHead(
-        torch.full((2, 5), torch.nan), good.bias, good.names, "classes", good.backbone, "bilinear"
-    )
-    save_head(tmp_path / "bad.safetensors", bad)
-    with pytest.raises(ValueError, match="NaN"):
-        load_head(tmp_path / "bad.safetensors")
-    upfeat.Bilinear().save_pretrained(tmp_path / "up")
-    with pytest.raises(ValueError, match="not a head"):
-        load_head(tmp_path / "up" / "model.safetensors")
-
-
 def test_settings_are_plain_json(tmp_path):
     model = tiny("bilinear")
     path = write(tmp_path / "scene.tif", picture())

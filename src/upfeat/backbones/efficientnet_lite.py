@@ -71,10 +71,10 @@ class _Packed(NamedTuple):
 
     shape: torch.Size
     border: list[int] | None
-    """What is padded first; ``None`` for nothing."""
+    """Padding that comes first; ``None`` for none."""
     arguments: tuple[Any, ...]
     uneven: list[bool]
-    """Whether the first output is left out, by side."""
+    """True for the sides whose first output is left out."""
 
     def __call__(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""

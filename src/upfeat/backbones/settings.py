@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from upfeat.bounds import number
 from upfeat.normalization import HALF, IMAGENET, Colour, Normalization, check_normalization
 
 _LOG = logging.getLogger("upfeat.backbones")
@@ -109,7 +110,8 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
 
 def _normalization(processor: Mapping[str, Any]) -> Normalization:
     """Apply a processor's arithmetic to colours in [0, 1]: times 255, rescaled, normalised."""
-    scale = 255 * float(processor.get("rescale_factor", 1 / 255))
+    factor = processor.get("rescale_factor", 1 / 255)
+    scale = 255 * number("rescale_factor", factor, 0, above=True)
     if not processor.get("do_rescale", True):
         scale = 255.0
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 HELP = "Time the operators and the JBU stack against plain PyTorch; print ratios, write JSON."
@@ -49,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Measure, print a table of ratios, and write the file."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from upfeat.benchmark import FORMAT, RIVALS, as_json, run_benchmark
     from upfeat.bounds import MOST_CHANNELS, whole
+    from upfeat.cli.console import progress_bar
     from upfeat.outputs import Inputs, check_output
     from upfeat.storage import sweep, write_bytes
 
@@ -72,8 +73,7 @@ def execute(options: argparse.Namespace) -> int:
     for count in channels:
         whole("--channels", count, most=MOST_CHANNELS)
     total = len(options.jobs) * len(sizes) * len(channels) * len(rivals)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("measuring", total=total)
         found = run_benchmark(
             sizes=sizes,
@@ -87,7 +87,7 @@ def execute(options: argparse.Namespace) -> int:
     facts = content["machine"]
     print(f"{facts['cpu']} ({facts['capability']}), {facts['threads']} threads, ", end="")
     print(f"torch {facts['torch']}")
-    Console(highlight=False).print(_table(found))
+    Console(highlight=False, width=_width()).print(_table(found))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
     return 0
@@ -106,7 +106,7 @@ def _rivals(options: argparse.Namespace) -> int:
     content = as_json(rows)
     facts = content["machine"]
     print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
-    Console(highlight=False).print(_rivals_table(rows))
+    Console(highlight=False, width=_width()).print(_rivals_table(rows))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
     return 0
@@ -117,7 +117,7 @@ def _rivals_table(rows: list) -> object:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("upsampler", "way", "size", "C"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("median", "of ours", "processor", "of ours", "peak memory"):
         table.add_column(heading, justify="right")
     base = None
@@ -144,7 +144,7 @@ def _table(measurements: list) -> object:
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("job", "size", "C", "rival"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")
     for heading in ("median", "of ours", "peak memory", "of output"):
         table.add_column(heading, justify="right")
     ours = {
@@ -166,6 +166,11 @@ def _table(measurements: list) -> object:
         share = "" if one.peak_bytes is None else f"{one.peak_bytes / output:.2f}×"
         table.add_row(*row, f"{one.seconds * 1e3:.1f} ms", ratio, peak, share)
     return table
+
+
+def _width() -> int | None:
+    """Columns of the table: a terminal's own; of a file, enough for every name."""
+    return None if sys.stdout.isatty() else 120
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -139,6 +139,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    from upfeat.cli.console import progress_bar
     from upfeat.evaluation import EvalConfig, evaluate
 
     protocols = {
@@ -158,11 +159,7 @@ def execute(options: argparse.Namespace) -> int:
         downsamplers=tuple(options.downsampler),
     )
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    shown = Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    )  # without a terminal nothing but errors goes to stderr
-    with shown as progress:
+    with progress_bar(*columns) as progress:
         results = evaluate(
             options.task,
             options.folder,

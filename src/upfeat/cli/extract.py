@@ -64,11 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Run; bad items are listed at the end and in the manifest."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import MofNCompleteColumn, TextColumn
 
     import upfeat
     from upfeat.batch import Engine, Extraction, extract
+    from upfeat.cli.console import progress_bar
     from upfeat.heads import load_head
 
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
@@ -79,9 +79,8 @@ def execute(options: argparse.Namespace) -> int:
     dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
     kind = options.kind if head is None else "head"
     extraction = Extraction(kind, options.size, dtype, head)
-    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), MofNCompleteColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with progress_bar(*columns, keep=True) as progress:
         task = progress.add_task("", total=None)
         summary = extract(
             model,

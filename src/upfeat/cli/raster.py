@@ -80,10 +80,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Plan, run, say where the result is."""
-    from rich.console import Console
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
+    from upfeat.cli.console import progress_bar
     from upfeat.engines import Engine
     from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tiles, upsample_raster
 
@@ -91,11 +91,10 @@ def execute(options: argparse.Namespace) -> int:
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
     model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
     what = _output(options, model)
-    console = Console(stderr=True)
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(elapsed_when_finished=True))
     with (
         Scene(options.raster, bands=options.bands, scale=options.scale) as scene,
-        Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        progress_bar(*columns, keep=True) as progress,
     ):
         begun = unfinished_tiles(options.output) if options.resume else {}
         plan = make_plan(scene.size, model, what, max_memory=budget, **begun)

@@ -24,7 +24,8 @@ HELP = "Upsample the features of photographs; write them, and a picture of each.
 EXAMPLE = (
     "  upfeat run photo.jpg -o out/\n"
     "  upfeat run photos/ -o out/\n"
-    "  upfeat run *.jpg -o out/ --size 448 --dtype fp32"
+    "  upfeat run *.jpg -o out/ --size 448 --dtype fp32\n"
+    "  upfeat run photos/ -o classes/ --head head.safetensors"
 )
 
 
@@ -70,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="5: let the backbone see the image at twice its size too (default: %(default)s)",
     )
+    parser.add_argument(
+        "--head",
+        type=Path,
+        metavar="FILE",
+        help="of upfeat probe: write what it says of every pixel, and draw the classes",
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
     parser.add_argument(
@@ -108,6 +115,7 @@ def execute(options: argparse.Namespace) -> int:
     """Run; bad photographs are reported at the end and the others done."""
     import upfeat
     from upfeat.cli.console import Batch, announce_size
+    from upfeat.heads import load_head
     from upfeat.machine import parse_memory
     from upfeat.marks import FEATURES
     from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
@@ -115,23 +123,27 @@ def execute(options: argparse.Namespace) -> int:
     pictures, dtype = not options.no_picture, DTYPES[options.dtype]
     with Batch("run", options.photos) as batch:
         plan = plan_outputs(batch.photos, options.output, picture=pictures)
-        others = (options.backbone, options.upsampler)
+        others = (options.backbone, options.upsampler, options.head)
         plan = batch.permitted(plan, others, FEATURES, overwrite=options.overwrite)
         if not plan:
             return batch.exit_code
+        head = None if options.head is None else load_head(options.head)
         backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
         chosen = {"upsampler": options.upsampler, "passes": options.passes}
         model = upfeat.load(backbone, **chosen, device=options.device)
+        if head is not None:
+            head.check_backbone(model.backbone, str(options.head))
         batch.make_folder(options.output)
-        made_by = describe_model(model)
+        made_by = describe_model(model, head)
         given = {"bands": options.bands, "max_value": options.max_value}
         reading = {name: value for name, value in given.items() if value is not None}
         shared = {"size": options.size, "dtype": dtype, "reading": reading}
         recipe = partial(recipe_of, made_by=made_by, **shared)
         plan = batch.pending(plan, recipe)
-        measure = partial(size_on_disk, model, size=options.size, dtype=dtype, picture=pictures)
+        stored = {"size": options.size, "dtype": dtype, "head": head}
+        measure = partial(size_on_disk, model, picture=pictures, **stored)
         announce_size("run", [measure(photo) for photo, _ in plan], options.output)
-        settings = {**shared, "max_pixels": options.max_pixels}
+        settings = {**shared, "max_pixels": options.max_pixels, "head": head}
         if options.max_memory is not None:
             settings["max_memory"] = parse_memory(options.max_memory)
         _run_all(batch, plan, partial(run_photo, model, made_by=made_by, **settings))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.bounds import number
 from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.images import read_image
@@ -168,6 +169,7 @@ class Visit:
             ValueError: the pixel lies outside.
         """
         height, width = self.shape
+        y, x = number("y", y), number("x", x)
         if not (0 <= y < height and 0 <= x < width):
             raise ValueError(f"the pixel ({y:g}, {x:g}) lies outside of {height}×{width}")
         point = torch.tensor([[float(int(y)), float(int(x))]], device=self.lazy.features.device)
@@ -187,7 +189,7 @@ class Visit:
         backbone = self.model.backbone
         if not isinstance(backbone, TextBackbone):
             raise ValueError(f"{backbone.name} has no text tower; choose another backbone")
-        if not prompt.strip() or len(prompt) > MAX_PROMPT:
+        if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MAX_PROMPT:
             raise ValueError(f"a text of 1 to {MAX_PROMPT} characters is needed")
         vector = backbone.encode_text([prompt.strip()]).to(self.lazy.features)
         coarse = _cosines(self.lazy.features[0], vector)[0]

@@ -9,9 +9,11 @@ import torch
 
 from upfeat import locks
 from upfeat.backbones import Backbone
+from upfeat.bounds import shown
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.prepared import OnStep
 from upfeat.evaluation.harness import score
+from upfeat.evaluation.named import Named
 from upfeat.evaluation.report.page import write_report
 from upfeat.evaluation.results import FORMAT, Results
 from upfeat.evaluation.task import Task
@@ -26,7 +28,7 @@ def evaluate(
     folder: str | Path,
     out: str | Path,
     *,
-    upsamplers: Sequence[str] | None = None,
+    upsamplers: Named | Sequence[Named] | None = None,
     backbone: str | Backbone | None = None,
     config: EvalConfig | None = None,
     layout: str = "folder",
@@ -45,9 +47,9 @@ def evaluate(
             photographs alone.
         out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
             rows, and may be deleted afterwards.
-        upsamplers: names, folders or checkpoints, as ``upfeat.load`` takes them; and "implicit",
-            which fits every image. ``None`` for :data:`upfeat.evaluation.harness.BASELINES` and
-            the backbone's default.
+        upsamplers: one or more names, folders, checkpoints or upsamplers, as ``upfeat.load`` takes
+            them; and "implicit", which fits every image. ``None`` for
+            :data:`upfeat.evaluation.harness.BASELINES` and the backbone's default.
         backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, and for ``cam``
             at the stride that its classifier reads.
         config: settings.
@@ -61,13 +63,20 @@ def evaluate(
 
     Raises:
         FileNotFoundError: the data or an upsampler is not there.
+        TypeError: task or config is something else.
         ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written, as
             another process does.
     """
     kind = find_task(task) if isinstance(task, str) else task
+    if not (isinstance(kind, type) and issubclass(kind, Task)):
+        raise TypeError(f"task={shown(task)} is no task; give a name or a subclass of Task")
+    if not isinstance(config, EvalConfig | None):
+        raise TypeError(f"config={shown(config)} is no EvalConfig; give EvalConfig(size=…, …)")
     out = Path(out)
+    read = [upsamplers] if isinstance(upsamplers, Named) else upsamplers or ()
+    inputs = Inputs(one for one in read if isinstance(one, str | Path))
     for name, format_name in (("results.json", FORMAT), ("report.html", REPORT)):
-        check_output(out / name, Inputs(upsamplers or ()), format_name, overwrite=overwrite)
+        check_output(out / name, inputs, format_name, overwrite=overwrite)
     with locks.hold_folder(out):
         sweep(out)
         sweep(out / "cache")

@@ -12,7 +12,7 @@ from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import Dataset, check_not_empty, subset
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
 from upfeat.evaluation.differences import find_differences
-from upfeat.evaluation.named import load_methods
+from upfeat.evaluation.named import Named, load_methods
 from upfeat.evaluation.report.pictures import encode_photo
 from upfeat.evaluation.results import Results, RowStore
 from upfeat.evaluation.task import Task
@@ -36,7 +36,7 @@ def score(
     folder: str | Path,
     out: str | Path,
     *,
-    upsamplers: Sequence[str] | None,
+    upsamplers: Named | Sequence[Named] | None,
     backbone: str | Backbone | None,
     config: EvalConfig | None,
     layout: str,

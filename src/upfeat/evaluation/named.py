@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.methods import ImplicitMethod, Method, UpsamplerMethod
 from upfeat.evaluation.passes import find_passes
-from upfeat.upsamplers import create_upsampler
+from upfeat.upsamplers import Upsampler, create_upsampler
+
+Named = str | Path | Upsampler
+"""An upsampler as users give it: a name, a folder or checkpoint, or the thing itself."""
 
 
-def load_methods(names: Sequence[str], backbone: Backbone, cache: Path) -> dict[str, Method]:
+def load_methods(
+    upsamplers: Named | Sequence[Named], backbone: Backbone, cache: Path
+) -> dict[str, Method]:
     """Load methods under distinct labels: the name, or the last part of a path.
 
     Args:
-        names: of upsamplers, as ``upfeat.load`` takes them; "implicit"; and of methods of several
-            passes, see :func:`upfeat.evaluation.passes.find_passes`.
+        upsamplers: one or more, as ``upfeat.load`` takes them; "implicit"; and names of methods of
+            several passes, see :func:`upfeat.evaluation.passes.find_passes`.
         backbone: makes the features.
         cache: folder for fits.
 
@@ -24,25 +30,31 @@ def load_methods(names: Sequence[str], backbone: Backbone, cache: Path) -> dict[
         FileNotFoundError: an upsampler is not there.
         ValueError: there is no such upsampler, or it does not suit the backbone.
     """
-    if not names:
+    given = [upsamplers] if isinstance(upsamplers, Named) else list(upsamplers)
+    if not given:
         raise ValueError("upsamplers is empty; name at least one")
     methods: dict[str, Method] = {}
-    for name in dict.fromkeys(names):
-        label, number = Path(name).name or name, 2
+    for one in dict.fromkeys(given):
+        name = one.name if isinstance(one, Upsampler) else Path(one).name or str(one)
+        label, number = name, 2
         while label in methods:
-            label = f"{Path(name).name}-{number}"
+            label = f"{name}-{number}"
             number += 1
-        methods[label] = _load(name, backbone, cache)
+        methods[label] = _load(one, backbone, cache)
     return methods
 
 
-def _load(name: str, backbone: Backbone, cache: Path) -> Method:
-    if name == ImplicitMethod.NAME:
+def _load(given: Named, backbone: Backbone, cache: Path) -> Method:
+    name = given.name if isinstance(given, Upsampler) else str(given)
+    if isinstance(given, Upsampler):
+        upsampler = copy.deepcopy(given)  # which is frozen and moved, and may be in training
+    elif name == ImplicitMethod.NAME:
         return ImplicitMethod(backbone, cache=cache)
-    several = find_passes(name, backbone)
-    if several is not None:
-        return several
-    upsampler = create_upsampler(name, backbone.embed_dim, backbone=backbone.name)
+    else:
+        several = find_passes(name, backbone)
+        if several is not None:
+            return several
+        upsampler = create_upsampler(name, backbone.embed_dim, backbone=backbone.name)
     expected = getattr(upsampler, "embed_dim", None)
     if expected not in (None, backbone.embed_dim):
         raise ValueError(

@@ -120,7 +120,7 @@ class KernelFit:
             seed: draws the candidates for anchors.
         """
         self.observer, self.basis = observer, basis
-        self.scales = torch.tensor(SCALES)
+        self.scales = torch.tensor(SCALES, dtype=torch.float32)
         self.kernel = BilateralKernel(self.scales)
         self.map_size = _map_size(observer.size, observer.grid_size, anchors)
         upsampler = _shipped(QUERIES)
@@ -206,7 +206,7 @@ class KernelFit:
     def _table(self, positions: Tensor) -> Tensor:
         """Every basis function at every pixel of the map, whitened: (H', W', M)."""
         factor = whitening(self.kernel, self.anchors, NUGGET).float()
-        table = torch.empty(len(positions), len(self.anchors))
+        table = positions.new_empty(len(positions), len(self.anchors))
         for part in torch.arange(len(positions)).split(_ROWS):
             bumps = self.kernel(positions[part], self.anchors)
             table[part] = torch.linalg.solve_triangular(factor.mT, bumps, upper=True, left=False)
@@ -342,7 +342,7 @@ def shipped_models() -> list[Upsampler]:
 def _shipped(name: str) -> Upsampler:
     """An upsampler with the weights that are shipped for any backbone."""
     with torch.random.fork_rng(devices=[]):  # its first weights are drawn, then replaced
-        return create_upsampler(name)
+        return create_upsampler(name).float()
 
 
 def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

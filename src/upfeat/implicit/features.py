@@ -204,7 +204,7 @@ class ImplicitFeatures(FeatureMap):
             if bias is not None:
                 constant = constant + bias.detach().to(constant)
         size = self._size(output_size)
-        out = torch.empty(1, len(weight), *size)
+        out = components.new_empty(1, len(weight), *size)
         rows = max(1, _POINTS // size[1])
         for top in range(0, size[0], rows):
             window = (top, 0, min(rows, size[0] - top), size[1])

@@ -262,6 +262,7 @@ class NetworkField(nn.Module):
                 bound = 1 / math.sqrt(layer.in_features)
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
+        self.float()
 
     @property
     def width(self) -> int:
@@ -290,7 +291,8 @@ class NetworkField(nn.Module):
         """Arguments of the waves, without their phases: (N, 150), and the scaled colours (N, 3)."""
         colours = (colours - self.low) / (self.high - self.low) - 0.5
         inputs = torch.cat([places - 0.5, colours], dim=1)  # (N, 5)
-        frequencies = torch.linspace(-2, 10, self.n_frequencies, device=places.device).exp()
+        like = {"dtype": places.dtype, "device": places.device}
+        frequencies = torch.linspace(-2, 10, self.n_frequencies, **like).exp()
         return (inputs[:, :, None] * frequencies).flatten(1), colours
 
     def kept(self, channels: int) -> Tensor:
@@ -298,11 +300,11 @@ class NetworkField(nn.Module):
 
         As 2-D dropout does for one image; ones when not training.
         """
-        device = self.phases.device
+        ones = self.phases.new_ones(channels)
         if not self.training or self.dropout == 0:
-            return torch.ones(channels, device=device)
-        drawn = torch.rand(channels, generator=self.generator, device=device)
-        return (drawn >= self.dropout) / (1 - self.dropout)
+            return ones
+        drawn = torch.rand(ones.shape, generator=self.generator, out=torch.empty_like(ones))
+        return (drawn >= self.dropout).to(drawn) / (1 - self.dropout)
 
     def after_first(self, x: Tensor) -> Tensor:
         """The layers after the first linear one: (N, hidden) -> (N, k)."""
@@ -364,6 +366,7 @@ def _rebuild_kernel(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Kernel
         raise ValueError(f"scales is {tuple(scales.shape)}, not (up to {MOST_SCALES}, 3)")
     for value in scales.flatten().tolist():
         number("scales", value, 1e-6, 1e6)
+    number("sum of scales' weights", float(scales[:, 2].sum()), 0.999, 1.001)
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("guide.")}
     guide = QueryGuide.rebuild(weights, facts["guide"])
     anchors = torch.cat([places.float(), queries.float()], dim=1)

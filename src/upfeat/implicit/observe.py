@@ -54,7 +54,8 @@ class Observer:
         self.backbone = backbone
         self.size = (guidance.shape[1], guidance.shape[2])
         pixels = guidance[None].to(backbone.mean.device)
-        self.image = (pixels.float() / 255 - backbone.mean) / backbone.std
+        mean, std = backbone.mean.float(), backbone.std.float()
+        self.image = (pixels.float() / 255 - mean) / std
         self.max_pad, self.max_zoom = max_pad, max_zoom
         self.held = sample_jitters(
             held_out,

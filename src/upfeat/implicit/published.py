@@ -192,7 +192,8 @@ def create_network_fit(
         made = SimpleDownsampler(taps)
     uncertainty = losses.SpatialUncertainty(k, generator=stream(seed, "uncertainty"))
     colours = sample(field.look(guidance), places)
-    return NetworkFit(field, made, uncertainty, Waves.of(field, places.float(), colours), size)
+    waves = Waves.of(field, places.float(), colours)
+    return NetworkFit(field, made.float(), uncertainty.float(), waves, size)
 
 
 def train_network(

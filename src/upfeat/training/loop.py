@@ -63,6 +63,7 @@ def train(
 
     Raises:
         FileNotFoundError: there is no such folder of photographs.
+        TypeError: an argument is of another kind.
         ValueError: a setting or photograph cannot be used, ``config.out`` holds another run or is
             being written by another process, or features or loss became NaN or infinite (the last
             checkpoint stays).
@@ -70,6 +71,7 @@ def train(
         KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM, after a checkpoint.
     """
     config = TrainConfig() if config is None else config
+    _check_kinds(photos, config, on_step)
     if config.out is None:
         return _train_in_passing(backbone, photos, config, resume, on_step)
     folder = RunFolder(config)
@@ -102,6 +104,18 @@ def train(
         trainer.finish()
         group.on_main(lambda: _export(trainer, folder))
     return trainer.upsampler.cpu().eval()
+
+
+def _check_kinds(photos: object, config: object, on_step: object) -> None:
+    if not isinstance(photos, str | os.PathLike):
+        raise TypeError(f"photos is of type {type(photos).__name__}; give the path of a folder")
+    if not isinstance(config, TrainConfig):
+        raise TypeError(
+            f"config is of type {type(config).__name__}; give a TrainConfig, as "
+            "TrainConfig.from_mapping makes of names and values"
+        )
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step is of type {type(on_step).__name__}; give a function")
 
 
 def _train_in_passing(

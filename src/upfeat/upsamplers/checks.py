@@ -63,10 +63,13 @@ def check_hidden(hidden: Tensor | None, features: Tensor) -> None:
     """Check what early layers say against the features that they come with.
 
     Raises:
+        TypeError: it is no tensor.
         ValueError: it is no such map of the same images.
     """
     if hidden is None:
         return
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"hidden is of type {type(hidden).__name__}; give a tensor")
     if hidden.dim() != 4 or 0 in hidden.shape[1:] or len(hidden) != len(features):
         raise ValueError(
             f"hidden must be ({len(features)}, channels, height, width), as "

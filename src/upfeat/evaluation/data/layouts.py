@@ -117,7 +117,7 @@ def read_dataset(
     if layout == "folder":
         return read_folder(folder, task, split_seed=split_seed)
     if layout not in LAYOUTS:
-        raise ValueError(unknown_name("layout", layout, ["folder", *LAYOUTS]))
+        raise ValueError(unknown_name("layout", str(layout), ["folder", *LAYOUTS]))
     own_task, reader = LAYOUTS[layout]
     if own_task != task:
         raise ValueError(f"layout={layout} is for the task {own_task}, not {task}")

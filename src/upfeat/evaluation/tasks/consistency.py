@@ -208,8 +208,9 @@ class Consistency(Task):
 def _scores(sums: Tensor, count: int, drift: float) -> dict[str, list[float]]:
     """(seeds, 4) sums over views -> scores."""
     error, variance, cosine, likelihood = sums.unbind(1)
+    # Features of one cell, or that never change, have no variance to be compared with.
     return {
-        "error": (error / variance.clamp(min=1e-30)).tolist(),
+        "error": torch.where(variance > 0, error / variance, torch.nan).tolist(),
         "cosine": (cosine / count).tolist(),
         "nll": (likelihood / count).tolist(),
         "drift": [drift],
