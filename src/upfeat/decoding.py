@@ -46,7 +46,7 @@ _SAMPLES_PER_PIXEL = 277
 _PLANAR = 284
 _PHOTOMETRIC = 262
 _SHALLOW = {"L;2": 85, "L;4": 17}
-"""What Pillow multiplies greys of 2 and 4 bits by, but not the one that is transparent."""
+"""Factors by which Pillow multiplies greys of 2 and 4 bits, but not the transparent one."""
 
 
 def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int) -> Decoded:

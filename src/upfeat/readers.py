@@ -51,7 +51,7 @@ def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, or its kind, without line breaks."""
+    """The message of an error, or its kind, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
