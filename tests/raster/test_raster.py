@@ -2,7 +2,9 @@
 
 import json
 import shutil
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from upfeat.raster import (
     unfinished_tiles,
     upsample_raster,
 )
-from upfeat.raster.store import Store
+from upfeat.raster.store import Store, _write_axes
 from upfeat.types import Window
 
 rasterio = pytest.importorskip("rasterio")
@@ -223,6 +225,38 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
     assert unfinished_tiles(output)["tile"] == 128
     upsample(path, output, model, resume=True)
     upsample(path, output, model, resume=True)  # what is complete stays
+    assert tree(output) == tree(calm)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
+
+
+@pytest.mark.parametrize("number", range(7))
+def test_a_run_killed_as_it_finishes_is_finished_by_the_next(tmp_path, number, monkeypatch):
+    """Stopped before each change of a folder's entries, in turn."""
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture(70, 80))
+    calm, output = upsample(path, tmp_path / "calm.zarr", model), tmp_path / "out.zarr"
+    finish, changes = Store.finish, iter(range(number, -1, -1))
+
+    def stopping(change):
+        def stop(*arguments, **options):
+            own = threading.current_thread() is threading.main_thread()  # zarr's go to their end
+            if own and next(changes, 1) == 0:
+                raise KeyboardInterrupt
+            return change(*arguments, **options)
+
+        return stop
+
+    def finish_and_stop(*arguments):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("unlink", "replace"):
+                patch.setattr(Path, name, stopping(getattr(Path, name)))
+            patch.setattr("upfeat.raster.store._write_axes", stopping(_write_axes))
+            finish(*arguments)
+
+    with monkeypatch.context() as patch, suppress(KeyboardInterrupt):
+        patch.setattr(Store, "finish", finish_and_stop)
+        upsample(path, output, model)
+    upsample(path, output, model, resume=True)
     assert tree(output) == tree(calm)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
 

@@ -104,8 +104,7 @@ class Store:
 
     def _begin(self) -> None:
         if self.partial.exists():
-            known = {_ARRAY, _LEDGER, _SETTINGS, _PLAIN, _PARTS, _RUN}
-            if {child.name for child in self.partial.iterdir()} - known:
+            if not _is_unfinished(self.partial):
                 raise ValueError(f"{self.partial}: is not an unfinished raster; remove it")
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
@@ -201,8 +200,6 @@ class Store:
 
     def _finish_zarr(self, scene: Scene, names: list[str], provenance: Mapping[str, Any]) -> None:
         shutil.rmtree(self.parts, ignore_errors=True)
-        for leftover in (_RUN, _SETTINGS, _LEDGER):
-            (self.partial / leftover).unlink(missing_ok=True)
         for stray in self.partial.rglob("*.partial"):  # of a chunk whose writer was killed
             stray.unlink()
         attributes = {"Conventions": "CF-1.11", "format": FORMAT, "upfeat": dict(provenance)}
@@ -212,6 +209,7 @@ class Store:
         if self.output.exists():
             shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink()
         self.partial.replace(self.output)
+        _sweep(self.output)  # last: killed before, all of this is done again
 
     def _write_cog(
         self, path: Path, scene: Scene, names: list[str], provenance: Mapping[str, Any]
@@ -308,9 +306,25 @@ def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
         return False
     if recorded != json.loads(json.dumps(dict(provenance))):
         return False
-    if (_partial(output) / _SETTINGS).is_file():
-        shutil.rmtree(_partial(output))  # killed between the output's name and this
+    # Killed between the output's name and the end.
+    if _partial(output).is_dir() and _is_unfinished(_partial(output)):
+        shutil.rmtree(_partial(output))
+    if output.is_dir():
+        _sweep(output)
     return True
+
+
+def _is_unfinished(partial: Path) -> bool:
+    """Return whether a folder has settings, or what is there before or after them and no more."""
+    found = {child.name for child in partial.iterdir()}
+    known = {_ARRAY, _LEDGER, _PLAIN, _PARTS, _RUN}
+    return _SETTINGS in found or all(name in known or name.startswith(".upfeat-") for name in found)
+
+
+def _sweep(output: Path) -> None:
+    """Remove from a finished store what it was gone on with by."""
+    for leftover in (_RUN, _LEDGER, _SETTINGS):
+        (output / leftover).unlink(missing_ok=True)
 
 
 def unfinished_tiles(output: Path) -> dict[str, int]:
