@@ -70,7 +70,7 @@ def run_benchmark(
     memory_limit: int = 8 * 2**30,
     report: Callable[[Measurement], None] | None = None,
 ) -> list[Measurement]:
-    """Measure.
+    """Time every job, size and rival that fits in memory, and measure its memory.
 
     Args:
         sizes: (grid, size) pairs, pixels; both square.

@@ -64,7 +64,8 @@ def run_photo(
 ) -> tuple[int, ...]:
     """Upsample one photograph's features and write them, with their provenance, and a picture.
 
-    The map goes to the file in strips and never exists whole.
+    The map goes to the file in strips and never exists whole. What a head says does: it has few
+    outputs.
 
     Args:
         model: backbone and upsampler.
@@ -91,7 +92,8 @@ def run_photo(
     """
     made_by = describe_model(model, head) if made_by is None else made_by
     with watched(photo) as source:
-        check_memory(model, photo, size, max_memory)
+        a_pixel = 0 if head is None else len(head.weight) * dtype.itemsize
+        check_memory(model, photo, size, max_memory, held=a_pixel)
         picture = outputs.picture is not None
         needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture, head=head)
         check_space(outputs.features, needed)
@@ -328,9 +330,21 @@ def _size(tensor: Tensor) -> str:
 
 
 def check_memory(
-    model: FeatUp, photo: Path, size: int | None, max_memory: int | None = None
+    model: FeatUp,
+    photo: Path,
+    size: int | None,
+    max_memory: int | None = None,
+    *,
+    held: int = 0,
 ) -> None:
     """Refuse a photograph that would not fit into memory, before it is decoded or resized.
+
+    Args:
+        model: backbone and upsampler.
+        photo: an image file.
+        size: as :func:`run_photo` takes it.
+        max_memory: likewise.
+        held: bytes for each pixel of what exists whole.
 
     Raises:
         ValueError: it would not; the message says which size would.
@@ -340,10 +354,10 @@ def check_memory(
         return
     if max_memory is None:
         # Beside the strips: the image, its guidance, what the upsampler keeps.
-        machine.check_fits(photo, own, size, _UPSAMPLING, device=model.backbone.mean.device)
+        machine.check_fits(photo, own, size, _UPSAMPLING + held, device=model.backbone.mean.device)
         return
     height, width = machine.resized(own, size)
-    needed = _STRIPS + max(own[0] * own[1] * _DECODING, height * width * _BOUNDED)
+    needed = _STRIPS + max(own[0] * own[1] * _DECODING, height * width * (_BOUNDED + held))
     free = free_bytes(max_memory)
     if needed > free:
         least = needed + (machine.resident_memory() or 0)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 import upfeat
 from upfeat.cli import main
 from upfeat.heads import SavedHead, describe_backbone, save_head
-from upfeat.run import plan_outputs
+from upfeat.run import check_memory, plan_outputs
 
 PHOTOS = Path(__file__).parents[2] / "examples" / "photos"
 
@@ -176,6 +176,13 @@ def test_too_large_for_memory(photo, tmp_path, capsys, monkeypatch):
     assert main(["run", str(photo), "-o", str(tmp_path / "out")]) == 2
     assert "give a smaller size" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_map_of_a_head_counts_against_the_bound(photo, held):
+    model, bound = upfeat.load(), held + 2 * 10**9
+    check_memory(model, photo, None, bound)
+    with pytest.raises(ValueError, match="give a smaller size, or max_memory of"):
+        check_memory(model, photo, None, bound, held=10**6)
 
 
 def test_features_that_overflow_half_precision(photo, tmp_path, capsys, monkeypatch):

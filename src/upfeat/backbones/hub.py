@@ -179,7 +179,7 @@ class ExportedModel(nn.Module):
         return self.graph(x)
 
     def train(self, mode: bool = True) -> ExportedModel:
-        """Nothing: a program has the mode that it was exported in."""
+        """Change nothing: a program keeps the mode that it was exported in."""
         return self
 
 

@@ -52,7 +52,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def without_broken(name: str) -> Iterator[None]:
-    """Let libraries go on without another one that they use where it works, and it does not.
+    """Hide a package that is installed but broken, so that others go on without it.
 
     An installed torchvision of another build than PyTorch's fails to import, and with it all models
     of transformers, none of which needs it.

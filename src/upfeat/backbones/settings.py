@@ -78,7 +78,7 @@ def _own_settings(module: nn.Module) -> Settings | None:
 
 
 def timm_settings(config: Mapping[str, Any]) -> Settings:
-    """Of a configuration as timm keeps it with a model."""
+    """Read image size, normalisation and interpolation from a configuration of timm."""
     mean, std = (tuple(map(float, config[label])) for label in ("mean", "std"))
     size = config.get("input_size")
     interpolation = "bilinear" if config.get("interpolation") == "bilinear" else "bicubic"
@@ -86,7 +86,7 @@ def timm_settings(config: Mapping[str, Any]) -> Settings:
 
 
 def transformers_settings(config: Any, processor: Mapping[str, Any] | None = None) -> Settings:
-    """Of a transformers model.
+    """Read image size, normalisation and interpolation of a transformers model.
 
     Args:
         config: the model's.

@@ -1,7 +1,7 @@
 """Window attention in plain PyTorch: tiles of pixels, as matrix products over the cells they see.
 
 Pixels side by side see nearly the same cells. A tile takes the cells that any of its pixels sees,
-and masks those that a pixel does not; its weights are all that exists at a time.
+and masks those that a pixel does not. The weights of one tile exist at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,10 @@ from torch import Tensor
 
 _MOST_WEIGHTS = 2**21
 """Weights of a tile of one image: 8 MiB in float32."""
+_SLACK = 2
+"""Cells that a tile may see, along an axis, beyond those of its first pixel."""
+_STRIP = 32
+"""Pixels of a row whose weights must fit in a tile."""
 
 
 class Run(NamedTuple):
@@ -19,8 +23,9 @@ class Run(NamedTuple):
 
     start: int
     stop: int
+    """One past the last pixel."""
     first: int
-    last: int
+    end: int
     """One past the last cell."""
 
 
@@ -39,30 +44,31 @@ def window_attention(
     exact = torch.promote_types(torch.promote_types(queries.dtype, values.dtype), torch.float32)
     queries = (queries * scale).to(exact).unflatten(1, (heads, -1))  # (B, N, D/N, H, W)
     keys = keys.to(exact).unflatten(1, (heads, -1))
-    widest = max(run.last - run.first for run in runs(columns, 1, 1))
+    # Runs of one pixel: the most cells that a single pixel sees.
+    widest = max(run.end - run.first for run in runs(columns, 0, 1))
     bands = []
-    for band in runs(rows, 2, _most_rows(rows, widest, heads)):
-        cells = (band.last - band.first) * (widest + 2) * heads
-        most = max(_MOST_WEIGHTS // (cells * (band.stop - band.start)), 1)
+    for band in runs(rows, _SLACK, _most_rows(rows, widest, heads)):
+        a_pixel = (band.end - band.first) * (widest + _SLACK) * heads
+        most = max(_MOST_WEIGHTS // (a_pixel * (band.stop - band.start)), 1)
         tiles = [
             _tile(queries, keys, values, band, run, (rows, columns), blocks)
-            for run in runs(columns, 2, most)
+            for run in runs(columns, _SLACK, most)
         ]
         bands.append(torch.cat(tiles, dim=3).to(values.dtype))
     return torch.cat(bands, dim=2)
 
 
 def _most_rows(rows: Sequence[int], widest: int, heads: int) -> int:
-    """Rows of pixels in a band: a strip of 32 pixels' weights must stay small."""
-    tallest = max(run.last - run.first for run in runs(rows, 1, 1)) + 2
-    return max(_MOST_WEIGHTS // (tallest * (widest + 2) * heads * 32), 1)
+    """Rows of pixels in a band of which a strip of :data:`_STRIP` columns fits in a tile."""
+    tallest = max(run.end - run.first for run in runs(rows, 0, 1)) + _SLACK
+    return max(_MOST_WEIGHTS // (tallest * (widest + _SLACK) * heads * _STRIP), 1)
 
 
 def runs(bounds: Sequence[int], slack: int, most: int) -> Iterator[Run]:
     """Cut an axis into runs of pixels that see nearly the same cells.
 
     Args:
-        bounds: first cells, then ends.
+        bounds: the first cell of every pixel, then one past the last of every pixel.
         slack: how many more cells a run may see than its first pixel.
         most: pixels of a run.
     """
@@ -91,7 +97,7 @@ def _tile(
 ) -> Tensor:
     """The pixels where a band of rows and a run of columns meet, (B, C, height, width)."""
     query = queries[..., band.start : band.stop, run.start : run.stop].flatten(3)  # (B, N, d, P)
-    cells = (..., slice(band.first, band.last), slice(run.first, run.last))
+    cells = (..., slice(band.first, band.end), slice(run.first, run.end))
     key, value = keys[cells].flatten(3), values[cells].flatten(2)  # (B, N, d, M), (B, C, M)
     logits = query.mT @ key  # (B, N, P, M)
     outside = _outside(bounds, band, run, logits.device)
@@ -114,9 +120,10 @@ def _outside(
         length = len(axis) // 2
         first = axis[tile.start : tile.stop]
         stop = axis[length + tile.start : length + tile.stop]
-        cells = range(tile.first, tile.last)
+        cells = range(tile.first, tile.end)
         seen.append([[a <= cell < b for cell in cells] for a, b in zip(first, stop, strict=True)])
     if all(all(map(all, axis)) for axis in seen):
         return None
     rows, columns = (torch.tensor(axis, device=device) for axis in seen)
+    # (rows, 1, their cells, 1) and (1, columns, 1, their cells) -> (P, M)
     return ~(rows[:, None, :, None] & columns[None, :, None, :]).flatten(2).flatten(0, 1)

@@ -56,7 +56,7 @@ class Difference:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean difference over seeds."""
         return sum(self.values) / len(self.values)
 
     @property

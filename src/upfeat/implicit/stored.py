@@ -1,4 +1,4 @@
-"""Implicit features as they lie in a file: read as if it came from anywhere."""
+"""The file format of implicit features; files are read as untrusted input."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from upfeat.tensor_checks import check_values
 from upfeat.types import Size
 
 FORMAT = "upfeat-implicit-2"
-"""The format that files name."""
+"""Value of the metadata key ``format``; another layout gets another."""
 LONGEST_SIDE = 1 << 15
-"""Of the image of a fit, pixels, at most."""
+"""Largest height and width of the fitted image that a file may name, pixels."""
 
 
 class Stored(NamedTuple):
@@ -74,7 +74,7 @@ def read_stored(path: str | Path) -> Stored:
 
 
 def encode(guidance: Tensor) -> Tensor:
-    """(3, H, W) uint8 -> the bytes of a PNG file, (N,) uint8: lossless, half the size."""
+    """Encode an image (3, H, W) uint8 as a PNG file, (N,) uint8: half the bytes, none lost."""
     buffer = io.BytesIO()
     Image.fromarray(guidance.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
@@ -110,10 +110,9 @@ def _size(text: str) -> Size:
 
 
 def _check_basis(components: Tensor, mean: Tensor, width: int) -> None:
-    anything = {"components": (0.0, torch.inf), "mean": (0.0, torch.inf)}
-    check_values(
-        "basis", {"components": components, "mean": mean}, magnitudes=anything, floating=True
-    )
+    tensors = {"components": components, "mean": mean}
+    any_magnitude = dict.fromkeys(tensors, (0.0, torch.inf))  # features may have any finite scale
+    check_values("basis", tensors, magnitudes=any_magnitude, floating=True)
     if components.dim() != 2 or len(components) != width or components.shape[1] < 1:
         raise ValueError(
             f"components is {tuple(components.shape)}, not ({width}, channels) as the field gives"

@@ -180,7 +180,7 @@ def _write_onnx(
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Keep notes on operators of other libraries, and on the example's answers, to themselves."""
+    """Silence the exporters' log below errors, inside the block."""
     logs = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental")]
     before = [log.level for log in logs]
     for log in logs:

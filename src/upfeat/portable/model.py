@@ -63,7 +63,7 @@ class PortableUpsampler(nn.Module):
 
 
 def output_size(image: Tensor, stride: int) -> Size | None:
-    """The size of an output of so many pixels of the image each; ``None`` for the image's own."""
+    """The output's size, ``stride`` pixels of the image for each; ``None`` for the image's own."""
     return None if stride == 1 else (image.shape[2] // stride, image.shape[3] // stride)
 
 

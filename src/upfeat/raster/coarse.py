@@ -33,7 +33,7 @@ class Source(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A part of it that is made at once."""
+    """One tile of features or of means, which is made at once."""
 
     kind: str
     """"features" or "means"."""
@@ -49,7 +49,7 @@ def read_image(scene: Scene, model: FeatUp, cells: Window) -> Tensor:
 
 
 def streamed(scene: Scene, model: FeatUp, plan: Plan, first_row: int) -> Source:
-    """Make them from top to bottom; windows must not go back up.
+    """Make features and means from top to bottom, as windows ask; none may go back up.
 
     Args:
         scene: an open raster.

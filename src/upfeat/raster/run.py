@@ -17,7 +17,7 @@ from upfeat.raster.outputs import Output
 from upfeat.raster.pieces import pieces, render
 from upfeat.raster.plan import Plan
 from upfeat.raster.scene import Scene
-from upfeat.raster.store import FORMAT, Store, is_finished
+from upfeat.raster.store import FORMAT, Store, is_finished, sweep_finished
 from upfeat.raster.workers import make_by_workers
 from upfeat.tiling import split
 
@@ -71,6 +71,7 @@ def upsample_raster(
     provenance = {"upfeat_version": __version__, **what.facts, "raster": scene.facts}
     output = Path(output)
     if resume and is_finished(output, provenance):
+        sweep_finished(output)
         return output
     check_output(output, Inputs([scene.path]), FORMAT, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -287,7 +287,7 @@ class TileWriter:
 
 
 def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
-    """Tell whether an output is there and complete, and made of the same; sweep what it came from.
+    """Return whether an output is there, complete, and made of the same.
 
     Args:
         output: the final path.
@@ -304,14 +304,15 @@ def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
                 recorded = json.loads(file.tags()["upfeat"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    if recorded != json.loads(json.dumps(dict(provenance))):
-        return False
-    # Killed between the output's name and the end.
+    return recorded == json.loads(json.dumps(dict(provenance)))
+
+
+def sweep_finished(output: Path) -> None:
+    """Remove what a run left that was killed between naming its output and its end."""
     if _partial(output).is_dir() and _is_unfinished(_partial(output)):
         shutil.rmtree(_partial(output))
     if output.is_dir():
         _sweep(output)
-    return True
 
 
 def _is_unfinished(partial: Path) -> bool:

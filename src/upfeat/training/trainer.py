@@ -94,7 +94,7 @@ class Trainer:
         return cast(Objective, self.objectives[index])
 
     def learning_rate(self) -> float:
-        """Of the coming step."""
+        """Learning rate of the coming step."""
         if self.config.schedule == "constant":
             return self.config.learning_rate
         share = self.step / self.config.steps

@@ -157,7 +157,7 @@ def convolve(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(x: Tensor, groups: int, *rest: Any) -> Tensor:
-    """PyTorch's, for tensors of ``torch.func`` too, which it takes channels first alone."""
+    """Apply PyTorch's group norm, which takes tensors of ``torch.func`` channels first alone."""
     return F.group_norm(x.contiguous() if is_transformed(x) else x, groups, *rest)
 
 

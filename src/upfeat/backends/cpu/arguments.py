@@ -10,7 +10,7 @@ from upfeat.backends.cpu.library import DTYPES, Window, call, unavailable_reason
 
 
 def reason_against(**tensors: Tensor) -> str | None:
-    """Return why this backend cannot run on these tensors."""
+    """Return why this backend cannot run on these tensors; ``None`` when it can."""
     missing = unavailable_reason()
     if missing is not None:
         return missing
@@ -28,7 +28,10 @@ def reason_against(**tensors: Tensor) -> str | None:
 
 
 def output(source: Tensor, like: Tensor, channels_last: bool | None) -> Tensor:
-    """An empty result of the source's type, (B, C, H, W) with the size of ``like``."""
+    """An empty result of the source's type, (B, C, H, W) with the size of ``like``.
+
+    Channels lie last as ``channels_last`` says; ``None``: as they do in the source.
+    """
     shape = (*source.shape[:2], *like.shape[2:])
     if channels_last is None:
         channels_last = not source.is_contiguous() and source.stride(1) == 1
@@ -47,7 +50,7 @@ def weights_shape(image: Tensor, radius: int) -> tuple[int, int, int, int]:
 
 
 def check_weights(name: str, source: Tensor, weights: Tensor) -> int:
-    """Check values against weights.
+    """Check that values and weights have 4 axes, a type and place of ours, and one batch.
 
     Returns:
         The weights' radius.
@@ -72,7 +75,8 @@ def check_image(name: str, image: Tensor, radius: int) -> None:
     """Check an image that weights are made from.
 
     Raises:
-        ValueError: it has not 4 axes, the library cannot run on it, or the radius is negative.
+        ValueError: the image does not have 4 axes, the library cannot run on it, or the radius is
+            negative.
     """
     check_rank(name, image)
     reason = reason_against(**{name: image})
@@ -86,7 +90,7 @@ def check_rank(name: str, tensor: Tensor) -> None:
     """Check that a tensor has 4 axes.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     if tensor.dim() != 4:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have 4 axes")
@@ -96,12 +100,15 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     """Check a tensor's shape, type and device.
 
     Raises:
-        ValueError: one of them is wrong.
+        ValueError: the shape, type or device is another one.
     """
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
     if tensor.device.type != "cpu" or tensor.dtype not in DTYPES:
-        raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; give float on the CPU")
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device}; "
+            "give float32, bfloat16 or float16 on the CPU"
+        )
 
 
 def radius_of(name: str, taps: int) -> int:
@@ -117,7 +124,7 @@ def radius_of(name: str, taps: int) -> int:
 
 
 def check_upsample(features: Tensor, weights: Tensor) -> int:
-    """Check features against weights.
+    """Check as :func:`check_weights` does, and that the grid of the features is not empty.
 
     Returns:
         The weights' radius.
@@ -132,19 +139,19 @@ def check_upsample(features: Tensor, weights: Tensor) -> int:
 
 
 def gradients(
-    name: str,
+    function: str,
     grad: Tensor,
     source: Tensor,
     weights: Tensor,
     needed: tuple[bool, bool],
     *options: Window | int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Call ``name`` for the gradients of source and weights; ``None`` where not needed."""
+    """Call a function of the library for gradients; ``None`` for those that are not needed."""
     check_shape("grad", grad, (*source.shape[:2], *weights.shape[2:]))
-    # Nothing is written where there is no pixel or no channel.
+    # Without a pixel or a channel the library writes nothing, and gradients are 0.
     new = torch.empty_like if grad.numel() else torch.zeros_like
     to_source = new(source) if needed[0] else None
     to_weights = new(weights) if needed[1] else None
     if grad.numel() and any(needed):
-        call(name, source, weights, grad, to_source, to_weights, *options)
+        call(function, source, weights, grad, to_source, to_weights, *options)
     return to_source, to_weights

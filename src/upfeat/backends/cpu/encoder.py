@@ -77,7 +77,7 @@ class Sums:
         return Before(scale=scale.float(), shift=shift.float())
 
     def part(self, start: int, stop: int) -> Sums:
-        """Of a range of channels, whole groups."""
+        """Select the sums of channels ``start`` to ``stop``, which are whole groups."""
         size = self.channels // self.values.shape[1]
         return Sums(self.values[:, start // size : stop // size], self.count, stop - start)
 

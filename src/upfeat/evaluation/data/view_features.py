@@ -17,7 +17,7 @@ from upfeat.views import Jitter, apply_jitter, sample_jitters
 def view_features(
     images: PreparedSet, index: int, backbone: Backbone, count: int, seed: int
 ) -> tuple[Jitter, Tensor]:
-    """Jittered views of one image; a seed and the image's name draw them.
+    """Draw jittered views of one image, by a seed and its name; give their features too.
 
     Args:
         images: prepared by the backbone.
