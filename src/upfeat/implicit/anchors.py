@@ -14,6 +14,7 @@ image, undoes that shift; only local differences are then used.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -63,6 +64,11 @@ _FIRST_ROUND = 32
 # Numbers in the table of basis functions over the map: 512 MiB.
 _TABLE = 1 << 27
 _VIEWS_AT_ONCE = 8
+# Values of basis functions below this count as 0: their products are too small for single
+# precision's normal range, where processors are slow, and most anchors are far from most pixels.
+_NOTHING = 1e-15
+# Parts of a Gram matrix that are multiplied one by one: of those above the diagonal, none.
+_STRIPES = 4
 
 
 @dataclass
@@ -76,7 +82,11 @@ class Regression:
 
     def add(self, design: Tensor, targets: Tensor) -> None:
         """Add observations: (N, M), (N, k)."""
-        self.gram += (design.T @ design).double()
+        ends = [len(self.gram) * part // _STRIPES for part in range(_STRIPES + 1)]
+        for start, end in itertools.pairwise(ends):
+            part = (design[:, start:end].T @ design[:, :end]).double()
+            self.gram[start:end, :end] += part
+            self.gram[:start, start:end] += part[:, :start].T
         self.moment += (design.T @ targets).double()
 
     @staticmethod
@@ -131,6 +141,7 @@ class KernelFit:
         self.anchors[:, 2:] = self.anchors[:, 2:].half()  # as they are stored
         self.table = self._table(positions)  # (H', W', M)
         self.regression = Regression.empty(len(self.anchors), len(basis.components))
+        self._solved: tuple[Tensor, Tensor] | None = None
         self.mean = self._project(one_pass(guidance, basis.encode(own), self.map_size))
         self.held = torch.cat(list(self._designs(observer.held)))
         self.held_targets = self._targets(observer.held_features)
@@ -138,6 +149,7 @@ class KernelFit:
 
     def add(self, views: Jitter, features: Tensor) -> None:
         """Take in views (N) and what the backbone sees in them, (N, C, h, w)."""
+        self._solved = None
         targets = self._targets(features).split(_VIEWS_AT_ONCE * math.prod(self.observer.grid_size))
         for design, target in zip(self._designs(views), targets, strict=True):
             self.regression.add(design, target)
@@ -156,6 +168,7 @@ class KernelFit:
         known = known.permute(0, 2, 3, 1).flatten(0, 2)  # (N·h·w, k)
         translated = _details(_translate(self._targets(features), known), grid_size)
         parts = translated.split(_VIEWS_AT_ONCE * math.prod(grid_size))
+        self._solved = None
         for design, target in zip(self._designs(views), parts, strict=True):
             self.regression.add(_details(design, grid_size), target)
 
@@ -185,14 +198,19 @@ class KernelFit:
 
     def _coefficients(self, slack: float) -> Tensor:
         """Coefficients (M, k) as :meth:`solve` chooses them."""
-        rest = self.regression.beyond(self.mean)
-        solutions = [self.mean + rest.solve(penalty) for penalty in PENALTIES]
-        errors = torch.stack(
-            [(self.held @ x - self.held_targets).square().mean(0) for x in solutions]
-        )  # (penalties, k)
+        solutions, errors = self._solutions()
         good = errors <= errors.amin(0) * (1 + slack)
         best = good.long().cumsum(0).argmax(0)  # the last good one
-        return torch.stack(solutions)[best, :, torch.arange(len(best))].T
+        return solutions[best, :, torch.arange(len(best))].T
+
+    def _solutions(self) -> tuple[Tensor, Tensor]:
+        """Coefficients (P, M, k) by penalty and their errors (P, k), kept until views are added."""
+        if self._solved is None:
+            rest = self.regression.beyond(self.mean)
+            solutions = torch.stack([self.mean + rest.solve(penalty) for penalty in PENALTIES])
+            errors = [(self.held @ x - self.held_targets).square().mean(0) for x in solutions]
+            self._solved = solutions, torch.stack(errors)
+        return self._solved
 
     def _project(self, drawn: Tensor) -> Tensor:
         """Coefficients (M, k) that say a map (k, H', W'), by ridge regression on its pixels."""
@@ -209,7 +227,8 @@ class KernelFit:
         table = positions.new_empty(len(positions), len(self.anchors))
         for part in torch.arange(len(positions)).split(_ROWS):
             bumps = self.kernel(positions[part], self.anchors)
-            table[part] = torch.linalg.solve_triangular(factor.mT, bumps, upper=True, left=False)
+            values = torch.linalg.solve_triangular(factor.mT, bumps, upper=True, left=False)
+            table[part] = F.hardshrink(values, _NOTHING)
         return table.view(*self.map_size, -1)
 
     def _designs(self, views: Jitter) -> Iterator[Tensor]:
@@ -236,6 +255,10 @@ class Fitted(NamedTuple):
 
     field: KernelField
     basis: Basis
+    loss: float
+    """Mean squared error of the held-out views' features, by the map that was fitted."""
+    last: bool
+    """No round comes after it."""
 
 
 Round = tuple[int, Fitted | None]
@@ -265,19 +288,20 @@ def fit_kernel(
     basis = feature_basis(features, config.components, whiten=True)
     fit = KernelFit(guidance, observer, basis, own, anchors=config.anchors, seed=config.seed)
     fit.add(views[slice(0, goal)], features)
-    field, loss = fit.solve(config.slack)
-    yield 1 + goal, Fitted(field, basis)
-    last = math.inf
-    while goal < len(views) and loss <= last * (1 - config.tolerance):
-        last, done, goal = loss, goal, min(2 * goal, len(views))
+    before = math.inf
+    while True:
+        field, loss = fit.solve(config.slack)
+        more = goal < len(views) and loss <= before * (1 - config.tolerance)
+        yield 1 + goal, Fitted(field, basis, loss, last=not more and not len(zoomed))
+        if not more:
+            break
+        before, done, goal = loss, goal, min(2 * goal, len(views))
         added = views[slice(done, goal)]
         fit.add(added, (yield from _observe(observer, added, 1 + done)))
-        field, loss = fit.solve(config.slack)
-        yield 1 + goal, Fitted(field, basis)
     if len(zoomed):
         fit.add_details(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
-        field, _ = fit.solve(config.slack)
-        yield 1 + goal + len(zoomed), Fitted(field, basis)
+        field, loss = fit.solve(config.slack)
+        yield 1 + goal + len(zoomed), Fitted(field, basis, loss, last=True)
 
 
 def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round, None, Tensor]:

@@ -175,7 +175,10 @@ def _fit_fast(guidance: Tensor, observer: Observer, config: FitConfig) -> Iterat
     for done, fitted in fit_kernel(guidance, observer, views, zoomed, config):
         progress = FitProgress(config.held_out + done, total)
         if fitted is not None:
-            features = _assemble(*fitted, guidance, observer, config, done)
+            # Only the last round is worth a rendering: the others are judged by their design.
+            loss = None if fitted.last else fitted.loss
+            parts = fitted.field, fitted.basis, guidance, observer, config, done
+            features = _assemble(*parts, loss=loss)
             progress = replace(progress, held_out=features.facts["held_out"], features=features)
         yield progress
 
@@ -233,15 +236,21 @@ def _assemble(
     observer: Observer,
     config: FitConfig,
     views: int,
+    *,
+    loss: float | None = None,
 ) -> ImplicitFeatures:
     """Join the parts, judge them by the held-out views and write down where they come from.
+
+    Without a ``loss`` that is known already, the map is rendered for it.
 
     Raises:
         ValueError: there was too little to fit to, so that the features are not finite, or to judge
             by.
     """
     features = ImplicitFeatures(field, guidance, basis.components, basis.mean)
-    loss, scale = observer.held_out_loss(features.render()), observer.held_out_variance
+    if loss is None:
+        loss = observer.held_out_loss(features.render())
+    scale = observer.held_out_variance
     cells = "×".join(map(str, observer.grid_size))
     if not math.isfinite(loss):
         raise ValueError(

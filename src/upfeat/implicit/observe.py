@@ -14,8 +14,8 @@ from upfeat.linear import principal_components
 from upfeat.randomness import stream
 from upfeat.views import Jitter, sample_jitters
 
-BATCH = 16
-"""Views that go through the backbone together."""
+_BATCH, _BATCH_ON_CPU = 16, 4
+# Views that go through the backbone together: few stay in a processor's cache.
 
 
 class Observer:
@@ -84,8 +84,9 @@ class Observer:
     @torch.no_grad()
     def batches(self, views: Jitter) -> Iterator[Tensor]:
         """The same, some views at a time."""
-        for start in range(0, len(views), BATCH):
-            part = views[slice(start, start + BATCH)]
+        batch = _BATCH_ON_CPU if self.image.device.type == "cpu" else _BATCH
+        for start in range(0, len(views), batch):
+            part = views[slice(start, start + batch)]
             rows, columns = part.matrices(device=self.image.device)
             # Three channels: a dense product is quicker than leaving out its zeros.
             shown = rows[:, None] @ self.image @ columns.mT[:, None]
