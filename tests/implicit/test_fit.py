@@ -11,14 +11,7 @@ import upfeat
 from upfeat import losses
 from upfeat.backbones import Backbone
 from upfeat.implicit import anchors
-from upfeat.implicit.anchors import (
-    KernelFit,
-    Regression,
-    _details,
-    _translate,
-    one_pass,
-    spread_anchors,
-)
+from upfeat.implicit.anchors import KernelFit, spread_anchors
 from upfeat.implicit.features import ImplicitFeatures
 from upfeat.implicit.fields import NetworkField
 from upfeat.implicit.fit import FitConfig, fit_guidance
@@ -29,12 +22,14 @@ from upfeat.implicit.observe import (
     show,
     zoomed_jitters,
 )
+from upfeat.implicit.one_pass import one_pass
 from upfeat.implicit.published import (
     Waves,
     create_network_fit,
     evaluate_waves,
     train_network,
 )
+from upfeat.implicit.regression import Regression, details, translate
 from upfeat.views import apply_jitter, sample_jitters
 
 VIEWS = {"max_pad": 6, "max_zoom": 1.8}
@@ -140,6 +135,17 @@ def test_the_mean_of_large_maps_is_found_from_some_of_their_pixels(monkeypatch):
     assert (whole - part).square().mean() < 0.01 * whole.square().mean()
 
 
+def test_a_gram_matrix_is_the_same_in_parts():
+    for functions in (1, 3, 10):
+        design, targets = torch.randn(20, functions), torch.randn(20, 2)
+        sums = Regression.empty(functions, 2)
+        sums.add(design, targets)
+        sums.add(design, targets)
+        expected = 2 * design.double().T @ design.double()
+        torch.testing.assert_close(sums.gram, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(sums.gram, sums.gram.T, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("penalty", [1e-3, 1.0, 1e3])
 def test_what_coefficients_leave_is_what_observations_less_theirs_say(penalty):
     design, targets, known = torch.randn(50, 6), torch.randn(50, 3), torch.randn(6, 3)
@@ -178,16 +184,16 @@ def test_a_translation_undoes_a_linear_map():
     known = torch.randn(500, 4)
     turn = torch.linalg.qr(torch.randn(4, 4)).Q
     spoken = 2 * known @ turn + torch.randn(4)
-    assert (_translate(spoken, known) - known).square().mean() < 0.01
-    assert torch.equal(_translate(torch.ones(5, 3), torch.ones(5, 2)), torch.ones(5, 2))
+    assert (translate(spoken, known) - known).square().mean() < 0.01
+    assert torch.equal(translate(torch.ones(5, 3), torch.ones(5, 2)), torch.ones(5, 2))
 
 
 def test_details_have_no_constant_and_no_slope():
     y, x = torch.meshgrid(torch.arange(6.0), torch.arange(8.0), indexing="ij")
     slope = (2 * y - x + 5).flatten()[:, None]
-    inside = _details(slope, (6, 8)).view(6, 8)[1:-1, 1:-1]
+    inside = details(slope, (6, 8)).view(6, 8)[1:-1, 1:-1]
     torch.testing.assert_close(inside, torch.zeros(4, 6), rtol=0, atol=1e-5)
-    torch.testing.assert_close(_details(torch.ones(3, 2), (1, 3)), torch.zeros(3, 2))
+    torch.testing.assert_close(details(torch.ones(3, 2), (1, 3)), torch.zeros(3, 2))
 
 
 def test_slack_gives_smoother_maps_for_little_loss():

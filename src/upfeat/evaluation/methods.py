@@ -11,9 +11,9 @@ from upfeat.backbones import Backbone
 from upfeat.evaluation.data.prepared import Prepared, normalised
 from upfeat.feature_map import FeatureMap
 from upfeat.features import UpsampledFeatures
-from upfeat.implicit.anchors import shipped_models
 from upfeat.implicit.features import ImplicitFeatures, fingerprint
 from upfeat.implicit.fit import FitConfig, fit_guidance
+from upfeat.implicit.one_pass import shipped_models
 from upfeat.provenance import digest, identify_upsampler, source_digest
 from upfeat.upsamplers import Upsampler
 

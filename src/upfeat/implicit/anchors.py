@@ -14,10 +14,8 @@ image, undoes that shift; only local differences are then used.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor
 
 from upfeat.implicit.config import FitConfig
 from upfeat.implicit.fields import BilateralKernel, KernelField, whitening
-from upfeat.implicit.guides import QueryGuide, normalised, sample
+from upfeat.implicit.guides import QueryGuide, sample
 from upfeat.implicit.observe import (
     Basis,
     Observer,
@@ -34,30 +32,21 @@ from upfeat.implicit.observe import (
     pooled_matrices,
     show,
 )
-from upfeat.linear import ridge
+from upfeat.implicit.one_pass import QUERIES, one_pass, shipped
+from upfeat.implicit.regression import Regression, details, translate
 from upfeat.normalization import HALF
 from upfeat.randomness import stream
-from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
-from upfeat.upsamplers.pretrained import create_upsampler
 from upfeat.views import Jitter
 
 SCALES = ((0.75, 0.5, 0.7), (1.0, 5.0, 0.3))
 """The kernel: standard deviation in cells, in query, weight. The second part hardly looks at the
 query: where it is unlike all anchors', what remains is the place."""
-QUERIES = "neighbourhood_universal"
-"""The upsampler whose queries the kernel compares."""
-ONE_PASS = "detail_universal"
-"""The upsampler that draws the mean."""
 NUGGET = 1e-3
 PENALTIES = (1e-3, 1e-2, 1e-1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Of the mean's coefficients, for every pixel of the map; so many of those are looked at, about.
 _MEAN_PENALTY = 3.0
 _MEAN_PIXELS = 1 << 14
-# Of the image that the one-pass upsampler is shown, at most.
-_ONE_PASS_PIXELS = 1 << 21
-# Of the translation of magnified views, relative to the variance of their coordinates.
-_TRANSLATION_PENALTY = 0.03
 _CANDIDATES = 8192
 _ROWS = 1024
 _FIRST_ROUND = 32
@@ -67,43 +56,6 @@ _VIEWS_AT_ONCE = 8
 # Values of basis functions below this count as 0: their products are too small for single
 # precision's normal range, where processors are slow, and most anchors are far from most pixels.
 _NOTHING = 1e-15
-# Parts of a Gram matrix that are multiplied one by one: of those above the diagonal, none.
-_STRIPES = 4
-
-
-@dataclass
-class Regression:
-    """Sums that a ridge regression needs, to which views are added."""
-
-    gram: Tensor
-    """(M, M) float64."""
-    moment: Tensor
-    """(M, k) float64."""
-
-    def add(self, design: Tensor, targets: Tensor) -> None:
-        """Add observations: (N, M), (N, k)."""
-        ends = [len(self.gram) * part // _STRIPES for part in range(_STRIPES + 1)]
-        for start, end in itertools.pairwise(ends):
-            part = (design[:, start:end].T @ design[:, :end]).double()
-            self.gram[start:end, :end] += part
-            self.gram[:start, start:end] += part[:, :start].T
-        self.moment += (design.T @ targets).double()
-
-    @staticmethod
-    def empty(functions: int, width: int) -> Regression:
-        """Sums of nothing, for M functions and k targets."""
-        return Regression(
-            torch.zeros(functions, functions, dtype=torch.float64),
-            torch.zeros(functions, width, dtype=torch.float64),
-        )
-
-    def beyond(self, coefficients: Tensor) -> Regression:
-        """The same observations less what coefficients (M, k) say of them."""
-        return Regression(self.gram, self.moment - self.gram @ coefficients.double())
-
-    def solve(self, penalty: float) -> Tensor:
-        """Coefficients (M, k) that minimise squared error plus penalty · squared length."""
-        return ridge(self.gram, self.moment, penalty).float()
 
 
 class KernelFit:
@@ -133,7 +85,7 @@ class KernelFit:
         self.scales = torch.tensor(SCALES, dtype=torch.float32)
         self.kernel = BilateralKernel(self.scales)
         self.map_size = _map_size(observer.size, observer.grid_size, anchors)
-        upsampler = _shipped(QUERIES)
+        upsampler = shipped(QUERIES)
         assert isinstance(upsampler, NeighbourhoodUpsampler)
         self.guide = QueryGuide(upsampler.encoder, upsampler.normalization or HALF)
         positions = _positions(self.guide(guidance), self.map_size, observer.grid_size)
@@ -154,7 +106,7 @@ class KernelFit:
         for design, target in zip(self._designs(views), targets, strict=True):
             self.regression.add(design, target)
 
-    def add_details(self, views: Jitter, features: Tensor) -> None:
+    def adddetails(self, views: Jitter, features: Tensor) -> None:
         """Take in magnified views: differences of neighbouring cells, in the other views' words.
 
         Args:
@@ -166,11 +118,11 @@ class KernelFit:
         drawn = drawn.T.reshape(-1, *self.map_size)
         known = show(drawn, *pooled_matrices(views, self.map_size, grid_size))
         known = known.permute(0, 2, 3, 1).flatten(0, 2)  # (N·h·w, k)
-        translated = _details(_translate(self._targets(features), known), grid_size)
+        translated = details(translate(self._targets(features), known), grid_size)
         parts = translated.split(_VIEWS_AT_ONCE * math.prod(grid_size))
         self._solved = None
         for design, target in zip(self._designs(views), parts, strict=True):
-            self.regression.add(_details(design, grid_size), target)
+            self.regression.add(details(design, grid_size), target)
 
     def solve(self, slack: float) -> tuple[KernelField, float]:
         """Solve; each component has its own penalty.
@@ -299,7 +251,7 @@ def fit_kernel(
         added = views[slice(done, goal)]
         fit.add(added, (yield from _observe(observer, added, 1 + done)))
     if len(zoomed):
-        fit.add_details(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
+        fit.adddetails(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
         field, loss = fit.solve(config.slack)
         yield 1 + goal + len(zoomed), Fitted(field, basis, loss, last=True)
 
@@ -341,56 +293,12 @@ def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tenso
     return candidates[chosen]
 
 
-def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> Tensor:
-    """Upsample features by the best upsampler for any backbone.
-
-    Args:
-        guidance: (3, H, W) uint8.
-        features: (1, k, h, w) of the image itself.
-        map_size: of the result.
-
-    Returns:
-        (k, *map_size).
-    """
-    upsampler = _shipped(ONE_PASS)
-    image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
-    with torch.no_grad():
-        return upsampler(features, image, map_size)[0]
-
-
-def shipped_models() -> list[Upsampler]:
-    """The upsamplers whose weights every fit depends on."""
-    return [_shipped(name) for name in (QUERIES, ONE_PASS)]
-
-
-def _shipped(name: str) -> Upsampler:
-    """An upsampler with the weights that are shipped for any backbone."""
-    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, then replaced
-        return create_upsampler(name).float()
-
-
 def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Show (H', W', M) functions in one view: (h, H'), (w, W') -> (h·w, M)."""
     seen = rows.ne(0).any(0).nonzero()
     first, last = int(seen[0]), int(seen[-1]) + 1
     wide = columns @ table[first:last]  # (H'', w, M)
     return (rows[:, first:last] @ wide.flatten(1)).view(-1, table.shape[2])
-
-
-def _details(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Subtract the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
-    maps = x.view(-1, *grid_size, x.shape[1]).permute(0, 3, 1, 2)
-    around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    return (maps - around).permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _translate(source: Tensor, target: Tensor) -> Tensor:
-    """Ridge-regress `target` on `source` and return the prediction, (N, k)."""
-    x, y = source.double(), target.double()
-    x, mean = x - x.mean(0), y.mean(0)
-    gram = x.T @ x / len(x)
-    penalty = _TRANSLATION_PENALTY * float(gram.diagonal().mean()) + 1e-9
-    return (x @ ridge(gram, x.T @ (y - mean) / len(x), penalty) + mean).float()
 
 
 def _map_size(size: tuple[int, int], grid_size: tuple[int, int], anchors: int) -> tuple[int, int]:

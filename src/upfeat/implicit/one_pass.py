@@ -1,0 +1,46 @@
+"""What one pass draws of an image, and the shipped upsamplers that every fit makes use of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from upfeat.implicit.guides import normalised
+from upfeat.normalization import HALF
+from upfeat.upsamplers.base import Upsampler
+from upfeat.upsamplers.pretrained import create_upsampler
+
+QUERIES = "neighbourhood_universal"
+"""The upsampler whose queries the kernel compares."""
+ONE_PASS = "detail_universal"
+"""The upsampler that draws the mean."""
+# Of the image that the one-pass upsampler is shown, at most.
+_ONE_PASS_PIXELS = 1 << 21
+
+
+def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> Tensor:
+    """Upsample features by the best upsampler for any backbone.
+
+    Args:
+        guidance: (3, H, W) uint8.
+        features: (1, k, h, w) of the image itself.
+        map_size: of the result.
+
+    Returns:
+        (k, *map_size).
+    """
+    upsampler = shipped(ONE_PASS)
+    image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
+    with torch.no_grad():
+        return upsampler(features, image, map_size)[0]
+
+
+def shipped_models() -> list[Upsampler]:
+    """The upsamplers whose weights every fit depends on."""
+    return [shipped(name) for name in (QUERIES, ONE_PASS)]
+
+
+def shipped(name: str) -> Upsampler:
+    """An upsampler with the weights that are shipped for any backbone."""
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, then replaced
+        return create_upsampler(name).float()

@@ -1,0 +1,68 @@
+"""Sums that ridge regressions of a fit need, and what is made of views before they are added."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.linear import ridge
+
+# Parts of a Gram matrix that are multiplied one by one: of those above the diagonal, none.
+_STRIPES = 4
+# Of the translation of magnified views, relative to the variance of their coordinates.
+_TRANSLATION_PENALTY = 0.03
+
+
+@dataclass
+class Regression:
+    """Sums that a ridge regression needs, to which views are added."""
+
+    gram: Tensor
+    """(M, M) float64."""
+    moment: Tensor
+    """(M, k) float64."""
+
+    def add(self, design: Tensor, targets: Tensor) -> None:
+        """Add observations: (N, M), (N, k)."""
+        ends = [len(self.gram) * part // _STRIPES for part in range(_STRIPES + 1)]
+        for start, end in itertools.pairwise(ends):
+            part = (design[:, start:end].T @ design[:, :end]).double()
+            self.gram[start:end, :end] += part
+            self.gram[:start, start:end] += part[:, :start].T
+        self.moment += (design.T @ targets).double()
+
+    @staticmethod
+    def empty(functions: int, width: int) -> Regression:
+        """Sums of nothing, for M functions and k targets."""
+        return Regression(
+            torch.zeros(functions, functions, dtype=torch.float64),
+            torch.zeros(functions, width, dtype=torch.float64),
+        )
+
+    def beyond(self, coefficients: Tensor) -> Regression:
+        """The same observations less what coefficients (M, k) say of them."""
+        return Regression(self.gram, self.moment - self.gram @ coefficients.double())
+
+    def solve(self, penalty: float) -> Tensor:
+        """Coefficients (M, k) that minimise squared error plus penalty · squared length."""
+        return ridge(self.gram, self.moment, penalty).float()
+
+
+def details(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
+    """Subtract the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
+    maps = x.view(-1, *grid_size, x.shape[1]).permute(0, 3, 1, 2)
+    around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    return (maps - around).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def translate(source: Tensor, target: Tensor) -> Tensor:
+    """Ridge-regress `target` on `source` and return the prediction, (N, k)."""
+    x, y = source.double(), target.double()
+    x, mean = x - x.mean(0), y.mean(0)
+    gram = x.T @ x / len(x)
+    penalty = _TRANSLATION_PENALTY * float(gram.diagonal().mean()) + 1e-9
+    return (x @ ridge(gram, x.T @ (y - mean) / len(x), penalty) + mean).float()
