@@ -45,7 +45,7 @@ query: where it is unlike all anchors', what remains is the place."""
 NUGGET = 1e-3
 PENALTIES = (1e-3, 1e-2, 1e-1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Of the mean's coefficients, for every pixel of the map; so many of those are looked at, about.
-_MEAN_PENALTY = 3.0
+_MEAN_PENALTY = 0.1
 _MEAN_PIXELS = 1 << 14
 _CANDIDATES = 8192
 _ROWS = 1024
@@ -67,6 +67,7 @@ class KernelFit:
         observer: Observer,
         basis: Basis,
         own: Tensor,
+        hidden: Tensor | None = None,
         *,
         anchors: int,
         seed: int,
@@ -78,6 +79,7 @@ class KernelFit:
             observer: of the same image.
             basis: of the targets; coordinates of unit variance.
             own: (1, C, h, w), the backbone's features of the image itself.
+            hidden: (1, D, h', w'), what its earlier layers say of it; ``None`` for nothing.
             anchors: how many at most.
             seed: draws the candidates for anchors.
         """
@@ -94,7 +96,8 @@ class KernelFit:
         self.table = self._table(positions)  # (H', W', M)
         self.regression = Regression.empty(len(self.anchors), len(basis.components))
         self._solved: tuple[Tensor, Tensor] | None = None
-        self.mean = self._project(one_pass(guidance, basis.encode(own), self.map_size))
+        drawn = one_pass(guidance, basis.encode(own), self.map_size, hidden)
+        self.mean = self._project(drawn)
         self.held = torch.cat(list(self._designs(observer.held)))
         self.held_targets = self._targets(observer.held_features)
         self.outside = basis.loss(observer.held_features)
@@ -106,7 +109,7 @@ class KernelFit:
         for design, target in zip(self._designs(views), targets, strict=True):
             self.regression.add(design, target)
 
-    def adddetails(self, views: Jitter, features: Tensor) -> None:
+    def add_details(self, views: Jitter, features: Tensor) -> None:
         """Take in magnified views: differences of neighbouring cells, in the other views' words.
 
         Args:
@@ -114,7 +117,7 @@ class KernelFit:
             features: (N, C, h, w), what the backbone sees in them.
         """
         grid_size = self.observer.grid_size
-        drawn = self.table.flatten(0, 1) @ self._coefficients(0.0)  # (H'·W', k)
+        drawn = self.table.flatten(0, 1) @ self.solve(0.0)  # (H'·W', k)
         drawn = drawn.T.reshape(-1, *self.map_size)
         known = show(drawn, *pooled_matrices(views, self.map_size, grid_size))
         known = known.permute(0, 2, 3, 1).flatten(0, 2)  # (N·h·w, k)
@@ -124,36 +127,39 @@ class KernelFit:
         for design, target in zip(self._designs(views), parts, strict=True):
             self.regression.add(details(design, grid_size), target)
 
-    def solve(self, slack: float) -> tuple[KernelField, float]:
+    def solve(self, slack: float) -> Tensor:
         """Solve; each component has its own penalty.
 
         Args:
             slack: of the penalties whose held-out loss exceeds the least by no more than this
-                share, the largest is taken: the smoothest map.
+                fraction, the largest is taken: the smoothest map.
 
         Returns:
-            The field, and the mean squared error of the held-out views' features.
+            (M, k), the coefficients that explain the views.
         """
-        # Rounded as they are stored: a file draws what its fit drew, to the last bit.
-        coefficients = self._coefficients(slack).half().float().contiguous()
-        field = KernelField(
-            self.anchors,
-            self.scales,
-            coefficients,
-            self.guide,
-            grid_size=self.observer.grid_size,
-            nugget=NUGGET,
-        )
-        errors = (self.held @ coefficients - self.held_targets).square().mean(0)
-        explained = float(errors @ self.basis.components.square().sum(1))
-        return field, explained / self.basis.components.shape[1] + self.outside
-
-    def _coefficients(self, slack: float) -> Tensor:
-        """Coefficients (M, k) as :meth:`solve` chooses them."""
         solutions, errors = self._solutions()
         good = errors <= errors.amin(0) * (1 + slack)
         best = good.long().cumsum(0).argmax(0)  # the last good one
         return solutions[best, :, torch.arange(len(best))].T
+
+    def blend(self, coefficients: Tensor, share: float) -> KernelField:
+        """The field of a share of coefficients (M, k) and, for the rest, of the mean."""
+        # Rounded as they are stored: a file draws what its fit drew, to the last bit.
+        blended = torch.lerp(self.mean, coefficients, share).half().float().contiguous()
+        return KernelField(
+            self.anchors,
+            self.scales,
+            blended,
+            self.guide,
+            grid_size=self.observer.grid_size,
+            nugget=NUGGET,
+        )
+
+    def loss(self, coefficients: Tensor) -> float:
+        """Mean squared error of the held-out views' features."""
+        errors = (self.held @ coefficients - self.held_targets).square().mean(0)
+        explained = float(errors @ self.basis.components.square().sum(1))
+        return explained / self.basis.components.shape[1] + self.outside
 
     def _solutions(self) -> tuple[Tensor, Tensor]:
         """Coefficients (P, M, k) by penalty and their errors (P, k), kept until views are added."""
@@ -207,8 +213,8 @@ class Fitted(NamedTuple):
 
     field: KernelField
     basis: Basis
-    loss: float
-    """Mean squared error of the held-out views' features, by the map that was fitted."""
+    fit: KernelFit
+    """That it comes from."""
     last: bool
     """No round comes after it."""
 
@@ -234,26 +240,30 @@ def fit_kernel(
     Yields:
         Progress; the last round is the result.
     """
-    own = yield from _observe(observer, Jitter.identity(1, size=observer.size), 0)
+    own, hidden = observer.look_at_image()
+    yield 1, None
     goal = min(_FIRST_ROUND, len(views))
     features = yield from _observe(observer, views[slice(0, goal)], 1)
     basis = feature_basis(features, config.components, whiten=True)
-    fit = KernelFit(guidance, observer, basis, own, anchors=config.anchors, seed=config.seed)
+    chosen = {"anchors": config.anchors, "seed": config.seed}
+    fit = KernelFit(guidance, observer, basis, own, hidden, **chosen)
     fit.add(views[slice(0, goal)], features)
     before = math.inf
     while True:
-        field, loss = fit.solve(config.slack)
+        coefficients = fit.solve(config.slack)
+        loss = fit.loss(coefficients)
         more = goal < len(views) and loss <= before * (1 - config.tolerance)
-        yield 1 + goal, Fitted(field, basis, loss, last=not more and not len(zoomed))
+        field = fit.blend(coefficients, config.share)
+        yield 1 + goal, Fitted(field, basis, fit, last=not more and not len(zoomed))
         if not more:
             break
         before, done, goal = loss, goal, min(2 * goal, len(views))
         added = views[slice(done, goal)]
         fit.add(added, (yield from _observe(observer, added, 1 + done)))
     if len(zoomed):
-        fit.adddetails(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
-        field, loss = fit.solve(config.slack)
-        yield 1 + goal + len(zoomed), Fitted(field, basis, loss, last=True)
+        fit.add_details(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
+        field = fit.blend(fit.solve(config.slack), config.share)
+        yield 1 + goal + len(zoomed), Fitted(field, basis, fit, last=True)
 
 
 def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round, None, Tensor]:

@@ -74,6 +74,13 @@ class FitConfig:
         "held-out loss",
         Number(0, 1, below=True),
     )
+    share: float = setting(
+        0.5,
+        "fast: the views' share in the result, from 0 to 1; the rest is what a one-pass upsampler "
+        "draws, which tells classes and their boundaries apart better and suits heads of coarse "
+        "features; 1 explains views best",
+        Number(0, 1),
+    )
     anchors: int = setting(1024, "fast: basis functions, at most", Whole(1, MOST_ANCHORS))
     steps: int = setting(1200, "reference: steps of NAdam", Whole())
     views_per_step: int = setting(10, "reference: views drawn for each step", Whole(1, 1 << 16))

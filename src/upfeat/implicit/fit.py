@@ -176,7 +176,7 @@ def _fit_fast(guidance: Tensor, observer: Observer, config: FitConfig) -> Iterat
         progress = FitProgress(config.held_out + done, total)
         if fitted is not None:
             # Only the last round is worth a rendering: the others are judged by their design.
-            loss = None if fitted.last else fitted.loss
+            loss = None if fitted.last else fitted.fit.loss(fitted.field.coefficients)
             parts = fitted.field, fitted.basis, guidance, observer, config, done
             features = _assemble(*parts, loss=loss)
             progress = replace(progress, held_out=features.facts["held_out"], features=features)
@@ -271,5 +271,7 @@ def _assemble(
         "held_out": loss / max(scale, 1e-12),
         "held_out_loss": loss,
     }
+    if config.preset == "fast":
+        facts["share"] = config.share
     features.facts.update(facts)
     return features

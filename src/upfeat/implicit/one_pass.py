@@ -18,13 +18,16 @@ ONE_PASS = "detail_universal"
 _ONE_PASS_PIXELS = 1 << 21
 
 
-def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> Tensor:
+def one_pass(
+    guidance: Tensor, features: Tensor, map_size: tuple[int, int], hidden: Tensor | None = None
+) -> Tensor:
     """Upsample features by the best upsampler for any backbone.
 
     Args:
         guidance: (3, H, W) uint8.
         features: (1, k, h, w) of the image itself.
         map_size: of the result.
+        hidden: (1, D, h', w'), what earlier layers say of the image; ``None`` for nothing.
 
     Returns:
         (k, *map_size).
@@ -32,7 +35,7 @@ def one_pass(guidance: Tensor, features: Tensor, map_size: tuple[int, int]) -> T
     upsampler = shipped(ONE_PASS)
     image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
     with torch.no_grad():
-        return upsampler(features, image, map_size)[0]
+        return upsampler(features, image, map_size, hidden=hidden)[0]
 
 
 def shipped_models() -> list[Upsampler]:
