@@ -36,6 +36,7 @@ RIVALS = {
 }
 UPSAMPLERS = {
     "implicit": "implicit",
+    "blended": "implicit, blended (the default)",
     "bilinear": "bilinear",
     "bicubic": "bicubic",
     "joint_bilateral": "joint bilateral",

@@ -32,7 +32,7 @@ from upfeat.implicit.observe import (
     pooled_matrices,
     show,
 )
-from upfeat.implicit.one_pass import QUERIES, one_pass, shipped
+from upfeat.implicit.one_pass import QUERIES, into_own_words, one_pass, shipped
 from upfeat.implicit.regression import Regression, details, translate
 from upfeat.normalization import HALF
 from upfeat.randomness import stream
@@ -83,7 +83,7 @@ class KernelFit:
             anchors: how many at most.
             seed: draws the candidates for anchors.
         """
-        self.observer, self.basis = observer, basis
+        self.observer, self.basis, self.own = observer, basis, own
         self.scales = torch.tensor(SCALES, dtype=torch.float32)
         self.kernel = BilateralKernel(self.scales)
         self.map_size = _map_size(observer.size, observer.grid_size, anchors)
@@ -98,16 +98,20 @@ class KernelFit:
         self._solved: tuple[Tensor, Tensor] | None = None
         drawn = one_pass(guidance, basis.encode(own), self.map_size, hidden)
         self.mean = self._project(drawn)
-        self.held = torch.cat(list(self._designs(observer.held)))
-        self.held_targets = self._targets(observer.held_features)
+        self.held = Regression.empty(len(self.anchors), len(basis.components))
+        self._observe(observer.held, self._targets(observer.held_features), self.held)
         self.outside = basis.loss(observer.held_features)
 
     def add(self, views: Jitter, features: Tensor) -> None:
         """Take in views (N) and what the backbone sees in them, (N, C, h, w)."""
         self._solved = None
-        targets = self._targets(features).split(_VIEWS_AT_ONCE * math.prod(self.observer.grid_size))
-        for design, target in zip(self._designs(views), targets, strict=True):
-            self.regression.add(design, target)
+        self._observe(views, self._targets(features), self.regression)
+
+    def _observe(self, views: Jitter, targets: Tensor, sums: Regression) -> None:
+        """Add views (N), and what is to be seen in them, (N·h·w, k), to sums."""
+        parts = targets.split(_VIEWS_AT_ONCE * math.prod(self.observer.grid_size))
+        for design, target in zip(self._designs(views), parts, strict=True):
+            sums.add(design, target)
 
     def add_details(self, views: Jitter, features: Tensor) -> None:
         """Take in magnified views: differences of neighbouring cells, in the other views' words.
@@ -142,32 +146,60 @@ class KernelFit:
         best = good.long().cumsum(0).argmax(0)  # the last good one
         return solutions[best, :, torch.arange(len(best))].T
 
-    def blend(self, coefficients: Tensor, share: float) -> KernelField:
-        """The field of a share of coefficients (M, k) and, for the rest, of the mean."""
+    def blend(self, coefficients: Tensor, config: FitConfig) -> tuple[KernelField, Basis]:
+        """The share of the views, in the words of the image's own features, and of one pass.
+
+        Args:
+            coefficients: (M, k), of the views.
+            config: says how much of which.
+
+        Returns:
+            The field, and the basis of its values.
+        """
+        basis = self.basis
+        translated, shift = self._translate(coefficients, config.translation)
+        blended = torch.lerp(self.mean, translated, config.share)
         # Rounded as they are stored: a file draws what its fit drew, to the last bit.
-        blended = torch.lerp(self.mean, coefficients, share).half().float().contiguous()
-        return KernelField(
+        field = KernelField(
             self.anchors,
             self.scales,
-            blended,
+            blended.half().float().contiguous(),
             self.guide,
             grid_size=self.observer.grid_size,
             nugget=NUGGET,
         )
+        return field, Basis(basis.components, basis.mean + config.share * shift)
 
     def loss(self, coefficients: Tensor) -> float:
-        """Mean squared error of the held-out views' features."""
-        errors = (self.held @ coefficients - self.held_targets).square().mean(0)
-        explained = float(errors @ self.basis.components.square().sum(1))
+        """Mean squared error of the held-out views' features, by coefficients (M, k)."""
+        lengths = self.basis.components.square().sum(1).double()
+        explained = float(self.held.errors(coefficients) @ lengths)
         return explained / self.basis.components.shape[1] + self.outside
+
+    def _translate(self, coefficients: Tensor, part: float) -> tuple[Tensor, Tensor]:
+        """Coefficients (M, k) and shift (C,) of the map in the image's words, as far as asked for.
+
+        Many views agree on something else than what the image says by itself: they are magnified,
+        and their borders are reflected. A linear map of channels leads from one to the other.
+        """
+        shift = torch.zeros_like(self.basis.mean)
+        if part == 0:
+            return coefficients, shift
+        components, mean = self.basis.components, self.basis.mean
+        image = Jitter.identity(1, size=self.observer.size)
+        cells = torch.cat(list(self._designs(image))) @ coefficients @ components + mean
+        said = cells.T.reshape(1, -1, *self.observer.grid_size)
+        weight, bias = into_own_words(self.observer.backbone, said, self.own)
+        turned = components @ weight.T @ self.basis.inverse.T  # (k, k)
+        shift = weight @ mean + bias - mean
+        return torch.lerp(coefficients, coefficients @ turned, part), part * shift
 
     def _solutions(self) -> tuple[Tensor, Tensor]:
         """Coefficients (P, M, k) by penalty and their errors (P, k), kept until views are added."""
         if self._solved is None:
             rest = self.regression.beyond(self.mean)
             solutions = torch.stack([self.mean + rest.solve(penalty) for penalty in PENALTIES])
-            errors = [(self.held @ x - self.held_targets).square().mean(0) for x in solutions]
-            self._solved = solutions, torch.stack(errors)
+            self._solved = solutions, torch.stack([self.held.errors(x) for x in solutions])
         return self._solved
 
     def _project(self, drawn: Tensor) -> Tensor:
@@ -213,10 +245,8 @@ class Fitted(NamedTuple):
 
     field: KernelField
     basis: Basis
-    fit: KernelFit
-    """That it comes from."""
-    last: bool
-    """No round comes after it."""
+    map_size: tuple[int, int]
+    """Pixels at which it was fitted."""
 
 
 Round = tuple[int, Fitted | None]
@@ -253,8 +283,7 @@ def fit_kernel(
         coefficients = fit.solve(config.slack)
         loss = fit.loss(coefficients)
         more = goal < len(views) and loss <= before * (1 - config.tolerance)
-        field = fit.blend(coefficients, config.share)
-        yield 1 + goal, Fitted(field, basis, fit, last=not more and not len(zoomed))
+        yield 1 + goal, Fitted(*fit.blend(coefficients, config), fit.map_size)
         if not more:
             break
         before, done, goal = loss, goal, min(2 * goal, len(views))
@@ -262,8 +291,8 @@ def fit_kernel(
         fit.add(added, (yield from _observe(observer, added, 1 + done)))
     if len(zoomed):
         fit.add_details(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
-        field = fit.blend(fit.solve(config.slack), config.share)
-        yield 1 + goal + len(zoomed), Fitted(field, basis, fit, last=True)
+        fitted = fit.blend(fit.solve(config.slack), config)
+        yield 1 + goal + len(zoomed), Fitted(*fitted, fit.map_size)
 
 
 def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round, None, Tensor]:

@@ -77,8 +77,14 @@ class FitConfig:
     share: float = setting(
         0.5,
         "fast: the views' share in the result, from 0 to 1; the rest is what a one-pass upsampler "
-        "draws, which tells classes and their boundaries apart better and suits heads of coarse "
-        "features; 1 explains views best",
+        "draws, and both together tell classes apart better than either; 1 explains views better",
+        Number(0, 1),
+    )
+    translation: float = setting(
+        1.0,
+        "fast: how far what the views agree on is turned into the words of the image's own "
+        "features, from 0 to 1, by a linear map of channels; heads of coarse features need that; "
+        "`share=1` and `translation=0` explain views best",
         Number(0, 1),
     )
     anchors: int = setting(1024, "fast: basis functions, at most", Whole(1, MOST_ANCHORS))

@@ -199,10 +199,15 @@ class Basis(NamedTuple):
     mean: Tensor
     """(C,)."""
 
+    @property
+    def inverse(self) -> Tensor:
+        """(k, C), which turns features less their mean into coordinates."""
+        return self.components / self.components.square().sum(1, keepdim=True)
+
     def encode(self, features: Tensor) -> Tensor:
         """(N, C, h, w) features -> (N, k, h, w) coordinates."""
-        inverse = self.components / self.components.square().sum(1, keepdim=True)
-        return F.conv2d(features - self.mean[:, None, None], inverse[:, :, None, None])
+        inverse = self.inverse[:, :, None, None]
+        return F.conv2d(features - self.mean[:, None, None], inverse)
 
     def loss(self, features: Tensor) -> float:
         """Mean square of what the basis cannot say of features (N, C, h, w)."""
