@@ -22,7 +22,11 @@ def list_upsamplers() -> list[str]:
     A class's name ("jbu_stack") stands for the weights that suit the backbone best; a full one
     ("jbu_stack_universal") for those weights.
     """
-    usable = {name for name, cls in UPSAMPLERS.items() if cls.published_by is None}
+    usable = {
+        name
+        for name, cls in UPSAMPLERS.items()
+        if cls.published_by is None and not cls.wants_hidden  # which have no weights for any
+    }
     return sorted({*usable, *shipped_names()})
 
 

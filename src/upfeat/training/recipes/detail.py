@@ -153,6 +153,18 @@ class DetailRecipe(Recipe[DetailUpsampler]):
 
     name = DetailUpsampler.name
 
+    def start(self) -> None:
+        """See :meth:`Recipe.start`; views do not show early layers.
+
+        Raises:
+            ValueError: the upsampler's network sees nothing else.
+        """
+        if self.upsampler.wants_hidden:
+            raise ValueError(
+                f"upsampler={self.upsampler.name!r} is not taught by views but by "
+                "benchmarks/learn_early.py; train detail or neighbourhood"
+            )
+
     def finish(self) -> None:
         """See :meth:`Recipe.finish`."""
         self.upsampler.scale_mix(self.config.mix_share)
