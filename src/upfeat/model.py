@@ -330,7 +330,9 @@ def _two_scales(
     if isinstance(translation, str | Path):
         translation = Translation.load(translation, network)
     if not isinstance(upsampler, Upsampler):
-        name = FINER_WEIGHTS if upsampler is None else upsampler
+        name = upsampler
+        if name is None:
+            name = trained_for_early(network.name) or FINER_WEIGHTS
         upsampler = create_upsampler(name, network.embed_dim, backbone=network.name)
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
     scales = SecondScale(network, steps, bands=bands, translation=translation)

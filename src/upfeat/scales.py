@@ -50,6 +50,8 @@ PENALTY_OF_ONE = 1.0
 
 SHARE = 0.75
 """The second scale's share of the result, a."""
+SHARE_BESIDE_NETWORK = 0.5
+"""The same where one pass has a network of early layers: it tells more."""
 
 _SHIPPED = Path(__file__).parent / "weights"
 _FORMAT = "upfeat-translation-1"
@@ -190,7 +192,7 @@ class SecondScale(Backbone):
         *,
         bands: Sequence[int] | None = None,
         translation: Translation | None = None,
-        share: float = SHARE,
+        share: float | None = None,
     ) -> None:
         """Join the two scales.
 
@@ -200,7 +202,8 @@ class SecondScale(Backbone):
             bands: those that the step sees, as :class:`upfeat.FeatUp` has them.
             translation: from :func:`fit_translation`; ``None`` for the shipped one, and where there
                 is none to learn one of each image from its own cells.
-            share: of the second scale in the result, from 0 to 1.
+            share: of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.5 where
+                the upsampler was trained on early layers.
 
         Raises:
             ValueError: the share is out of range, the stride is odd, or the translation has other
@@ -220,10 +223,12 @@ class SecondScale(Backbone):
             std=std,
             in_channels=backbone.in_channels,
         )
-        self.share = number("share", share, 0, 1)
         self.backbone = backbone
         self.bands = None if bands is None else tuple(bands)
         self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
+        if share is None:
+            share = SHARE_BESIDE_NETWORK if self.first.wants_hidden else SHARE
+        self.share = number("share", share, 0, 1)
         if translation is None:
             translation = shipped_translation(backbone)
         elif not isinstance(translation, Translation):

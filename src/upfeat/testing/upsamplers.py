@@ -180,7 +180,7 @@ def heads(make: Make, channels: int) -> None:
 
 
 def _hidden(up: Upsampler) -> Tensor:
-    """What early layers of a backbone might say, (1, D, h', w')."""
+    """Random maps in place of a backbone's early layers, (1, D, h', w')."""
     channels = getattr(up, "hidden_dim", 4)
     generator = torch.Generator().manual_seed(3)
     return torch.randn(1, channels, 2 * GRID[0], 2 * GRID[1], generator=generator)
