@@ -2,7 +2,8 @@
 
     python benchmarks/implicit_consistency.py photos/ --count 20 -o implicit_consistency.json
 
-For every photograph: the fast fit, its time, and the mean squared error with which each map,
+For every photograph: the fast fit, alone and blended with one pass as by default, the first one's
+time, and the mean squared error with which each map,
 warped as a view and averaged over each cell, explains views that neither the fit nor its choice of
 penalty has seen; relative to the variance of the features in those views. One-pass upsamplers are
 given by name, or as folders that save_pretrained wrote.
@@ -26,6 +27,8 @@ from upfeat.outputs import Photo, find_photographs
 from upfeat.upsamplers.pretrained import create_upsampler
 
 DEFAULT = ["bilinear", "bicubic", "joint_bilateral"]
+ALONE = {"share": 1.0, "translation": 0.0}
+"""The fit without the blend with one pass."""
 UNSEEN_VIEWS = 64
 UNSEEN_SEED = 1_000_003
 
@@ -42,6 +45,8 @@ def measure(photo, backbone, upsamplers, config):
         "seconds": time.perf_counter() - start,
         "cpu_seconds": time.process_time() - cpu,
     }
+    default = FitConfig(size=config.size)
+    blended = fit_guidance(guidance, backbone, default)
     unseen = Observer(
         guidance,
         backbone,
@@ -52,6 +57,7 @@ def measure(photo, backbone, upsamplers, config):
     )
     scale = unseen.held_out_variance
     row["implicit"] = unseen.held_out_loss(features.render()) / scale
+    row["blended"] = unseen.held_out_loss(blended.render()) / scale
     image = unseen.image
     with torch.no_grad():
         coarse = backbone(image)
@@ -78,11 +84,11 @@ def main():
     photos = [photos[(2 * i + 1) * len(photos) // (2 * count)] for i in range(count)]
     rows = []
     for photo in photos:
-        rows.append(measure(photo, backbone, made, FitConfig(size=options.size)))
+        rows.append(measure(photo, backbone, made, FitConfig(size=options.size, **ALONE)))
         print(
             {k: round(v, 4) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True
         )
-        names = ["implicit", *made]
+        names = ["implicit", "blended", *made]
         result = {
             "backbone": backbone.name,
             "size": options.size,

@@ -125,7 +125,8 @@ def main():
     # One thread: threads that wait for each other would count as processor time.
     torch.set_num_threads(1)
     backbone = upfeat.load_backbone(options.backbone).requires_grad_(False)
-    config = FitConfig(size=options.size)
+    # The fit alone, as the published one is: not its blend with one pass.
+    config = FitConfig(size=options.size, share=1.0, translation=0.0)
     photos = [one.path for one in find_photographs(options.photos) if isinstance(one, Photo)]
     count = min(options.count, len(photos))
     photos = [photos[(2 * i + 1) * len(photos) // (2 * count)] for i in range(count)]

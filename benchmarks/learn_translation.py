@@ -1,6 +1,10 @@
 """Learn the translation between two scales of a backbone from photographs, without labels.
 
     python benchmarks/learn_translation.py PHOTOS -o translation.safetensors
+    python benchmarks/learn_translation.py PHOTOS -o views.safetensors --views --count 48 --size 176
+
+The second is that of what many views agree on, for ``upfeat.fit_implicit``; a photograph takes as
+long as its fit.
 
 ``upfeat.load(backbone, passes=5, translation="translation.safetensors")`` uses it. The shipped one
 of the embedded backbone was made from 80 photographs, one each of 80 ImageNet classes, 256 pixels.
@@ -9,13 +13,35 @@ of the embedded backbone was made from 80 photographs, one each of 80 ImageNet c
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import upfeat
-from upfeat.scales import PENALTY, fit_translation
+from upfeat.backbones import Backbone
+from upfeat.images import read_image
+from upfeat.implicit.config import FitConfig
+from upfeat.implicit.features import resize_image
+from upfeat.implicit.fit import fit_guidance
+from upfeat.scales import PENALTY, fit_translation, learn_translation
 from upfeat.training.photographs import SUFFIXES
+
+
+def pairs_of_fits(
+    backbone: Backbone, paths: list[Path], size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An image's features, and what was fitted to views of it, averaged over the same cells."""
+    config = FitConfig(share=1.0, translation=0.0)
+    for path in paths:
+        pixels = read_image(path)
+        shape = backbone.preprocess(pixels, size, align=True).shape[-2:]
+        guidance = resize_image(pixels, (shape[0], shape[1]))
+        own = backbone(backbone.normalization.apply(guidance[None].float() / 255))
+        fitted = fit_guidance(guidance, backbone, config).render()
+        yield own, F.adaptive_avg_pool2d(fitted, own.shape[2:])
 
 
 def main() -> None:
@@ -26,14 +52,20 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256, help="shorter side, pixels")
     parser.add_argument("--count", type=int, default=80, help="photographs, evenly spaced")
     parser.add_argument("--penalty", type=float, default=PENALTY)
+    parser.add_argument("--views", action="store_true", help="of fits to many views")
     options = parser.parse_args()
 
     backbone = upfeat.load_backbone(options.backbone).eval().requires_grad_(False)
     paths = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in SUFFIXES)
-    chosen = paths[:: max(len(paths) // options.count, 1)][: options.count]
-    images = (backbone.preprocess(path, options.size, align=True) for path in chosen)
-    with torch.inference_mode():
-        translation = fit_translation(backbone, images, penalty=options.penalty)
+    step = max(len(paths) // options.count, 1)
+    chosen = paths[step // 2 if options.views else 0 :: step][: options.count]
+    with torch.no_grad():
+        if options.views:
+            pairs = pairs_of_fits(backbone, chosen, options.size)
+            translation = learn_translation(pairs, options.penalty)
+        else:
+            images = (backbone.preprocess(path, options.size, align=True) for path in chosen)
+            translation = fit_translation(backbone, images, penalty=options.penalty)
     translation.save(options.output, backbone)
     print(f"{options.output}: from {len(chosen)} photographs")
 

@@ -75,6 +75,20 @@ def implicit_probe(name: str, score: str = "miou", protocol: str = "own") -> flo
     return 100 * row["scores"][score]["mean"]
 
 
+def implicit_share(
+    part: str, name: str, protocol: str = "own", score: str = "miou", over: str | None = None
+) -> float:
+    """A score of ``benchmarks/implicit_share.json`` in percent; with ``over``, the gain over it."""
+
+    def mean(label: str) -> float:
+        rows = data("implicit_share")[part]["rows"]
+        row = next(row for row in rows if (row["upsampler"], row["protocol"]) == (label, protocol))
+        values = row["scores"][score]
+        return 100 * sum(values) / len(values)
+
+    return mean(name) - (mean(over) if over else 0)
+
+
 def digits(kind: str, name: str = "") -> str:
     """The difference of the embedded backbone, or the largest of all upsamplers, as 2.5e−6."""
     rows = data("digits")["rows"]
@@ -101,7 +115,16 @@ def filled(text: str) -> str:
     if match := _AT_START.search(text):
         line = text[match.start() :].partition("\n")[0]
         raise ValueError(f"a line begins with a figure, put a word before it: {line}")
-    known = ("data", "probe", "cell", "gain", "implicit_probe", "digits", "passes")
+    known = (
+        "data",
+        "probe",
+        "cell",
+        "gain",
+        "implicit_probe",
+        "implicit_share",
+        "digits",
+        "passes",
+    )
     names = {name: globals()[name] for name in known}
 
     def write(match: re.Match[str]) -> str:

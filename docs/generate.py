@@ -11,6 +11,7 @@ replaced by what the function of that name returns. Figures within sentences are
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ import figures
 from figures import data as _read
 
 from upfeat.evaluation.tasks import find_task, list_tasks
+from upfeat.implicit.config import FitConfig
 from upfeat.settings import table
 
 DOCS = Path(__file__).parent
@@ -34,6 +36,7 @@ RIVALS = {
 }
 UPSAMPLERS = {
     "implicit": "implicit",
+    "blended": "implicit, blended (the default)",
     "bilinear": "bilinear",
     "bicubic": "bicubic",
     "joint_bilateral": "joint bilateral",
@@ -238,6 +241,25 @@ def implicit_probes() -> str:
     head = ["upsampler", "own: mIoU", "own: boundary F", "own: mIoU near boundaries"]
     head += ["transfer: mIoU", "transfer: boundary F"]
     return _rows(head, [[name, *values] for name, values in rows.items()])
+
+
+def implicit_share(part: str) -> str:
+    """Probes on fits with more and less of one pass in them."""
+    names = UPSAMPLERS | {
+        "detail_universal@early": "detail, universal, `early=True`",
+        "detail_universal@5": "detail, universal, `passes=5`",
+        "implicit@0.0": "implicit, `share=0`",
+        "implicit@1.0": "implicit, `share=1`",
+    }
+    rows: dict[str, list[str]] = {}
+    for row in _read("implicit_share")[part]["rows"]:
+        label = row["upsampler"]
+        name = names.get(label, f"implicit, `share={label.partition('@')[2]}`")
+        if label == f"implicit@{FitConfig().share}":
+            name = f"**{name}** (the default)"
+        pair = (statistics.mean(row["scores"][score]) for score in ("miou", "boundary_f"))
+        rows.setdefault(name, []).append(" / ".join(f"{100 * value:.1f}" for value in pair))
+    return _rows(["", "own", "transfer"], [[name, *values] for name, values in rows.items()])
 
 
 def earlier(name: str) -> str:

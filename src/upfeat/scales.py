@@ -122,15 +122,29 @@ def fit_translation(
         >>> fit_translation(backbone, images).weight.shape
         torch.Size([4, 4])
     """
+    both = (_both(backbone, x) for x in images)
+    return learn_translation(((own, F.avg_pool2d(second, FINER)) for own, second in both), penalty)
+
+
+@torch.no_grad()
+def learn_translation(
+    pairs: Iterable[tuple[Tensor, Tensor]], penalty: float = PENALTY
+) -> Translation:
+    """Learn a translation from pairs of features of the same cells.
+
+    Args:
+        pairs: (B, C, h, w) both: images' own features, and what is to be translated into them.
+        penalty: as :func:`fit_translation` takes it.
+
+    Raises:
+        ValueError: there are no pairs, or the penalty is not above 0.
+    """
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} must be above 0")
     gram: Tensor | None = None
     moment: Tensor | None = None
-    for x in images:
-        own, second = _both(backbone, x)
-        inputs, targets = (
-            one.double().transpose(0, 1).flatten(1) for one in (F.avg_pool2d(second, FINER), own)
-        )
+    for own, second in pairs:
+        inputs, targets = (one.double().transpose(0, 1).flatten(1) for one in (second, own))
         inputs = torch.cat([inputs, torch.ones_like(inputs[:1])])
         here = inputs @ inputs.T, inputs @ targets.T
         if gram is None or moment is None:
@@ -147,26 +161,36 @@ def fit_translation(
     return Translation(weight.float(), (level - weight @ means[:, 0]).float())
 
 
-def _fit_one(own: Tensor, second: Tensor) -> Translation:
-    """Learn the translation of each image from its own cells: (B, C, h, w) both.
+def fit_to_image(own: Tensor, second: Tensor, penalty: float = PENALTY_OF_ONE) -> Translation:
+    """Learn the translation of each image from its own cells.
 
     There may be fewer cells than channels, so that what the cells do not tell stays as it is: the
     identity and a correction, by ridge regression in its dual form.
+
+    Args:
+        own: (B, C, h, w), the image's features.
+        second: (B, C, h, w), what is to be translated, of the same cells.
+        penalty: of the correction, in units of a cell's variance.
     """
     inputs, targets = (one.flatten(2).to(torch.float32) for one in (second, own))
     centre, level = inputs.mean(2, keepdim=True), targets.mean(2, keepdim=True)
     inputs, targets = inputs - centre, targets - level
     gram = inputs.mT @ inputs  # (B, N, N)
-    least = PENALTY_OF_ONE * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-6
+    least = penalty * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-6
     found = ridge(gram, inputs.mT, least)  # (B, N, C)
-    weight = torch.eye(inputs.shape[1], device=own.device) + (targets - inputs) @ found
+    weight = torch.eye(inputs.shape[1]).to(inputs) + (targets - inputs) @ found
     bias = (level - weight @ centre)[..., 0]
     return Translation(weight.to(own.dtype), bias.to(own.dtype))
 
 
-def shipped_translation(backbone: Backbone) -> Translation | None:
-    """The translation that comes with the package; ``None`` where there is none for the weights."""
-    path = _SHIPPED / f"translation_{backbone.name}.safetensors"
+def shipped_translation(backbone: Backbone, kind: str = "translation") -> Translation | None:
+    """The translation that comes with the package; ``None`` where there is none for the weights.
+
+    Args:
+        backbone: whose features it is for.
+        kind: of features of the enlarged image, or "views": of those that many views agree on.
+    """
+    path = _SHIPPED / f"{kind}_{backbone.name}.safetensors"
     if not path.is_file():
         return None
     try:
@@ -276,7 +300,7 @@ class SecondScale(Backbone):
             (B, C, 2h, 2w); linear in both, where the translation is given.
         """
         if self.weight is None or self.bias is None:
-            translation = _fit_one(own, F.avg_pool2d(second, FINER))
+            translation = fit_to_image(own, F.avg_pool2d(second, FINER))
         else:
             translation = Translation(self.weight.to(own.dtype), self.bias.to(own.dtype))
         finer = translation(second)

@@ -122,6 +122,9 @@ def test_eval_replaces_files_of_others_where_it_is_told_to(place):
 def test_options_of_fit(place):
     shared = f"fit photo.png {MINE} --views 1 --size 24 -o"
     run(f"{shared} a.safetensors")
+    run(f"{shared} c.safetensors --share 1 --no-picture")
+    views = upfeat.ImplicitFeatures.load("c.safetensors")
+    assert views.facts["share"] == 1
     run(f"{shared} b.safetensors --seed 3 --no-guidance --no-picture --max-pixels 3072")
     assert kind_of(Path("a.features.png")) == PICTURE
     assert not Path("b.features.png").exists()
@@ -133,6 +136,7 @@ def test_options_of_fit(place):
     assert (whole.facts["seed"], other.facts["seed"]) == (0, 3)
     assert (whole.facts["backbone"], whole.facts["preset"]) == ("mine", "fast")
     assert not torch.equal(whole.full(), other.full())
+    assert not torch.equal(whole.full(), views.full())
 
 
 def test_options_of_render(place, capsys):

@@ -22,7 +22,7 @@ from upfeat.implicit.observe import (
     show,
     zoomed_jitters,
 )
-from upfeat.implicit.one_pass import one_pass
+from upfeat.implicit.one_pass import into_own_words, one_pass
 from upfeat.implicit.published import (
     Waves,
     create_network_fit,
@@ -30,10 +30,20 @@ from upfeat.implicit.published import (
     train_network,
 )
 from upfeat.implicit.regression import Regression, details, translate
+from upfeat.scales import shipped_translation
 from upfeat.views import apply_jitter, sample_jitters
 
 VIEWS = {"max_pad": 6, "max_zoom": 1.8}
-FAST = FitConfig(views=24, zoomed_views=8, held_out=6, anchors=200, max_pad=6, components=8)
+FAST = FitConfig(
+    views=24,
+    zoomed_views=8,
+    held_out=6,
+    anchors=200,
+    max_pad=6,
+    components=8,
+    share=1.0,
+    translation=0.0,
+)
 REFERENCE = dataclasses.replace(FAST, preset="reference", views=8, steps=4, views_per_step=3)
 
 
@@ -92,7 +102,7 @@ def test_the_design_is_what_views_do_to_the_map():
     basis = feature_basis(seen, 5, whiten=True)
     fit = KernelFit(guidance, watch, basis, backbone(watch.image), anchors=60, seed=0)
     fit.add(views, seen)
-    field, _ = fit.solve(0.0)
+    field = fit.blend(fit.solve(0.0), FAST)[0]
     drawn = ImplicitFeatures(field, guidance, basis.components, basis.mean).render(fit.map_size)
     expected = show(drawn[0], *pooled_matrices(views, fit.map_size, (6, 8)))
     design = torch.cat(list(fit._designs(views))) @ field.coefficients
@@ -112,11 +122,12 @@ def test_without_evidence_the_map_of_one_pass_is_drawn(monkeypatch):
     fit = KernelFit(guidance, watch, basis, own, anchors=200, seed=0)
     drawn = one_pass(guidance, basis.encode(own), fit.map_size)  # (k, H', W')
     table, pixels = fit.table.flatten(0, 1).double(), drawn.flatten(1).T.double()
-    gram = table.T @ table + 3 * torch.eye(table.shape[1])
+    gram = table.T @ table + anchors._MEAN_PENALTY * torch.eye(table.shape[1])
     expected = table @ torch.linalg.solve(gram, table.T @ pixels)  # of the map, all that fits
     expected = (expected.float() @ basis.components + basis.mean).T.view(1, 5, 48, 64)
     deviation = float(watch.held_out_variance) ** 0.5
-    found = ImplicitFeatures(fit.solve(0.0)[0], guidance, basis.components, basis.mean).render()
+    field = fit.blend(fit.solve(0.0), FAST)[0]
+    found = ImplicitFeatures(field, guidance, basis.components, basis.mean).render()
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * deviation)
     # The basis differs, and so what the penalty takes away, but not by much.
     torch.testing.assert_close(features.render(), expected, rtol=0, atol=0.2 * deviation)
@@ -206,6 +217,108 @@ def test_slack_gives_smoother_maps_for_little_loss():
     lengths = [fit.field.coefficients.square().sum() for fit in fits]
     assert lengths[1] < lengths[0]
     assert least <= smooth < 1.6 * least
+
+
+def fit_at(share, backbone=None, guidance=None, **changes):
+    config = dataclasses.replace(FAST, share=share, **changes)
+    return fit_guidance(scene() if guidance is None else guidance, backbone or Pooled(), config)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_a_share_lies_between_one_pass_and_the_views(share):
+    mean, mixed, views = (fit_at(part) for part in (0.0, share, 1.0))
+    expected = torch.lerp(mean.render((30, 50)), views.render((30, 50)), share)
+    scale = float(views.render().std())
+    torch.testing.assert_close(mixed.render((30, 50)), expected, rtol=0, atol=0.01 * scale)
+    points = torch.tensor([[0.0, 3.5], [20.25, 60.0]])
+    expected = torch.lerp(mean.at(points), views.at(points), share)
+    torch.testing.assert_close(mixed.at(points), expected, rtol=0, atol=0.01 * scale)
+    losses = [fit.facts["held_out"] for fit in (views, mixed, mean)]
+    assert losses == sorted(losses)
+
+
+def test_nothing_of_the_views_is_what_one_pass_draws():
+    guidance, backbone = scene(), Pooled()
+    drawn = fit_at(0.0, backbone, guidance).render()
+    image = (guidance[None].float() / 255 - backbone.mean) / backbone.std
+    one = upfeat.load(backbone, upsampler="detail_universal")(image)
+    assert float((drawn - one).square().mean()) < 0.05 * float(one.var())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_share_has_no_say_in_how_many_views_are_used(share):
+    eager = {"views": 128, "tolerance": 0.02}
+    assert fit_at(share, **eager).facts["views"] == fit_at(1.0, **eager).facts["views"]
+
+
+class Layered(Pooled):
+    """Has much to tell of finer cells, none of it in the image."""
+
+    fault = 0.0
+
+    def extract_with_hidden(self, x):
+        size = (1, 60, x.shape[2] // 2, x.shape[3] // 2)
+        return self.extract(x), torch.randn(size, generator=torch.Generator()) + self.fault
+
+
+def test_early_layers_have_a_part_in_what_one_pass_draws():
+    guidance, backbone = scene(), Layered()
+    plain, layered = (fit_at(0.0, one, guidance).render() for one in (Pooled(), backbone))
+    image = (guidance[None].float() / 255 - backbone.mean) / backbone.std
+    drawn = upfeat.load(backbone, upsampler="detail_universal", early=True)(image)
+    assert float((layered - drawn).square().mean()) < 0.7 * float((plain - drawn).square().mean())
+
+
+def test_early_layers_must_be_finite():
+    backbone = Layered()
+    backbone.fault = torch.nan
+    with pytest.raises(ValueError, match="NaN"):
+        fit_at(0.5, backbone)
+
+
+class Foreign(Pooled):
+    """Says images with reflected borders, and magnified ones, in other words: all but its own."""
+
+    def __init__(self, image):
+        super().__init__()
+        self.image = image
+
+    def extract(self, x):
+        seen = super().extract(x)
+        if x.shape == self.image.shape and torch.allclose(x, self.image, atol=1e-4):
+            return seen
+        return 0.5 * seen + 0.5 * seen.roll(1, dims=1) + 0.3
+
+
+def test_a_translation_turns_views_into_the_words_of_the_image():
+    guidance, plain = scene(), Pooled()
+    backbone = Foreign((guidance[None].float() / 255 - plain.mean) / plain.std)
+    without, half, within = (
+        fit_at(1.0, backbone, guidance, translation=part) for part in (0.0, 0.5, 1.0)
+    )
+    own = backbone(backbone.image)
+    errors = [
+        float((nn.functional.adaptive_avg_pool2d(fit.render(), (6, 8)) - own).square().mean())
+        for fit in (without, half, within)
+    ]
+    assert errors[2] < 0.3 * errors[0]
+    assert errors[2] < errors[1] < errors[0]
+    expected = torch.lerp(without.render(), within.render(), 0.5)
+    scale = float(expected.std())
+    torch.testing.assert_close(half.render(), expected, rtol=0, atol=0.01 * scale)
+    assert without.facts["held_out"] < within.facts["held_out"]
+
+
+def test_the_shipped_translation_is_that_of_the_shipped_weights():
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    weight, bias = shipped_translation(backbone, "views")
+    own, said = torch.randn(2, 1, 112, 3, 4)
+    found = into_own_words(backbone, said, own)
+    assert torch.equal(found.weight, weight)
+    assert torch.equal(found.bias, bias)
+    with torch.no_grad():
+        next(backbone.parameters()).mul_(1.01)
+    assert not torch.equal(into_own_words(backbone, said, own).weight, weight)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (224, 300)])

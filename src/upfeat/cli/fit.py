@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shorter side of the fit (default: the photograph's own, at most 224)",
     )
     parser.add_argument("--views", type=int, metavar="N", help="jittered views to look at, at most")
+    parser.add_argument(
+        "--share",
+        type=float,
+        metavar="S",
+        help="the views' share in the result, 0 to 1; the rest is what one pass draws",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--no-guidance",
@@ -93,6 +100,8 @@ def execute(options: argparse.Namespace) -> int:
     config = FitConfig(
         preset=options.preset, size=options.size, views=options.views, seed=options.seed
     )
+    if options.share is not None:
+        config = replace(config, share=options.share)
     guidance = not options.no_guidance
     with Batch("fit", options.photos) as batch:
         plan, folder = _plan(batch.photos, options.output, not options.no_picture)

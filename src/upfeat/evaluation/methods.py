@@ -15,6 +15,7 @@ from upfeat.implicit.features import ImplicitFeatures, fingerprint
 from upfeat.implicit.fit import FitConfig, fit_guidance
 from upfeat.implicit.one_pass import shipped_models
 from upfeat.provenance import digest, identify_upsampler, source_digest
+from upfeat.scales import shipped_translation
 from upfeat.upsamplers import Upsampler
 
 
@@ -80,8 +81,12 @@ class ImplicitMethod(Method):
         """
         self.backbone, self.config, self.cache = backbone, config or FitConfig(), cache
         parts = (backbone.name, digest(backbone), asdict(self.config), source_digest(self.CODE))
-        known = "|".join(map(str, (*parts, *map(digest, shipped_models()))))
-        self.weights = hashlib.sha256(known.encode()).hexdigest()
+        known = hashlib.sha256(
+            "|".join(map(str, (*parts, *map(digest, shipped_models())))).encode()
+        )
+        for tensor in shipped_translation(backbone, "views") or ():
+            known.update(tensor.numpy().tobytes())
+        self.weights = known.hexdigest()
         self.identity = f"{self.NAME}|{self.weights}"
 
     def fresh(self) -> ImplicitMethod:

@@ -32,7 +32,7 @@ from upfeat.implicit.observe import (
     pooled_matrices,
     show,
 )
-from upfeat.implicit.one_pass import QUERIES, one_pass, shipped
+from upfeat.implicit.one_pass import QUERIES, into_own_words, one_pass, shipped
 from upfeat.implicit.regression import Regression, details, translate
 from upfeat.normalization import HALF
 from upfeat.randomness import stream
@@ -45,7 +45,7 @@ query: where it is unlike all anchors', what remains is the place."""
 NUGGET = 1e-3
 PENALTIES = (1e-3, 1e-2, 1e-1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Of the mean's coefficients, for every pixel of the map; so many of those are looked at, about.
-_MEAN_PENALTY = 3.0
+_MEAN_PENALTY = 0.1
 _MEAN_PIXELS = 1 << 14
 _CANDIDATES = 8192
 _ROWS = 1024
@@ -67,6 +67,7 @@ class KernelFit:
         observer: Observer,
         basis: Basis,
         own: Tensor,
+        hidden: Tensor | None = None,
         *,
         anchors: int,
         seed: int,
@@ -78,10 +79,11 @@ class KernelFit:
             observer: of the same image.
             basis: of the targets; coordinates of unit variance.
             own: (1, C, h, w), the backbone's features of the image itself.
+            hidden: (1, D, h', w'), what its earlier layers say of it; ``None`` for nothing.
             anchors: how many at most.
             seed: draws the candidates for anchors.
         """
-        self.observer, self.basis = observer, basis
+        self.observer, self.basis, self.own = observer, basis, own
         self.scales = torch.tensor(SCALES, dtype=torch.float32)
         self.kernel = BilateralKernel(self.scales)
         self.map_size = _map_size(observer.size, observer.grid_size, anchors)
@@ -94,19 +96,24 @@ class KernelFit:
         self.table = self._table(positions)  # (H', W', M)
         self.regression = Regression.empty(len(self.anchors), len(basis.components))
         self._solved: tuple[Tensor, Tensor] | None = None
-        self.mean = self._project(one_pass(guidance, basis.encode(own), self.map_size))
-        self.held = torch.cat(list(self._designs(observer.held)))
-        self.held_targets = self._targets(observer.held_features)
+        drawn = one_pass(guidance, basis.encode(own), self.map_size, hidden)
+        self.mean = self._project(drawn)
+        self.held = Regression.empty(len(self.anchors), len(basis.components))
+        self._observe(observer.held, self._targets(observer.held_features), self.held)
         self.outside = basis.loss(observer.held_features)
 
     def add(self, views: Jitter, features: Tensor) -> None:
         """Take in views (N) and what the backbone sees in them, (N, C, h, w)."""
         self._solved = None
-        targets = self._targets(features).split(_VIEWS_AT_ONCE * math.prod(self.observer.grid_size))
-        for design, target in zip(self._designs(views), targets, strict=True):
-            self.regression.add(design, target)
+        self._observe(views, self._targets(features), self.regression)
 
-    def adddetails(self, views: Jitter, features: Tensor) -> None:
+    def _observe(self, views: Jitter, targets: Tensor, sums: Regression) -> None:
+        """Add views (N), and what is to be seen in them, (N·h·w, k), to sums."""
+        parts = targets.split(_VIEWS_AT_ONCE * math.prod(self.observer.grid_size))
+        for design, target in zip(self._designs(views), parts, strict=True):
+            sums.add(design, target)
+
+    def add_details(self, views: Jitter, features: Tensor) -> None:
         """Take in magnified views: differences of neighbouring cells, in the other views' words.
 
         Args:
@@ -114,7 +121,7 @@ class KernelFit:
             features: (N, C, h, w), what the backbone sees in them.
         """
         grid_size = self.observer.grid_size
-        drawn = self.table.flatten(0, 1) @ self._coefficients(0.0)  # (H'·W', k)
+        drawn = self.table.flatten(0, 1) @ self.solve(0.0)  # (H'·W', k)
         drawn = drawn.T.reshape(-1, *self.map_size)
         known = show(drawn, *pooled_matrices(views, self.map_size, grid_size))
         known = known.permute(0, 2, 3, 1).flatten(0, 2)  # (N·h·w, k)
@@ -124,44 +131,75 @@ class KernelFit:
         for design, target in zip(self._designs(views), parts, strict=True):
             self.regression.add(details(design, grid_size), target)
 
-    def solve(self, slack: float) -> tuple[KernelField, float]:
+    def solve(self, slack: float) -> Tensor:
         """Solve; each component has its own penalty.
 
         Args:
             slack: of the penalties whose held-out loss exceeds the least by no more than this
-                share, the largest is taken: the smoothest map.
+                fraction, the largest is taken: the smoothest map.
 
         Returns:
-            The field, and the mean squared error of the held-out views' features.
+            (M, k), the coefficients that explain the views.
         """
-        # Rounded as they are stored: a file draws what its fit drew, to the last bit.
-        coefficients = self._coefficients(slack).half().float().contiguous()
-        field = KernelField(
-            self.anchors,
-            self.scales,
-            coefficients,
-            self.guide,
-            grid_size=self.observer.grid_size,
-            nugget=NUGGET,
-        )
-        errors = (self.held @ coefficients - self.held_targets).square().mean(0)
-        explained = float(errors @ self.basis.components.square().sum(1))
-        return field, explained / self.basis.components.shape[1] + self.outside
-
-    def _coefficients(self, slack: float) -> Tensor:
-        """Coefficients (M, k) as :meth:`solve` chooses them."""
         solutions, errors = self._solutions()
         good = errors <= errors.amin(0) * (1 + slack)
         best = good.long().cumsum(0).argmax(0)  # the last good one
         return solutions[best, :, torch.arange(len(best))].T
+
+    def blend(self, coefficients: Tensor, config: FitConfig) -> tuple[KernelField, Basis]:
+        """The share of the views, in the words of the image's own features, and of one pass.
+
+        Args:
+            coefficients: (M, k), of the views.
+            config: says how much of which.
+
+        Returns:
+            The field, and the basis of its values.
+        """
+        basis = self.basis
+        translated, shift = self._translate(coefficients, config.translation)
+        blended = torch.lerp(self.mean, translated, config.share)
+        # Rounded as they are stored: a file draws what its fit drew, to the last bit.
+        field = KernelField(
+            self.anchors,
+            self.scales,
+            blended.half().float().contiguous(),
+            self.guide,
+            grid_size=self.observer.grid_size,
+            nugget=NUGGET,
+        )
+        return field, Basis(basis.components, basis.mean + config.share * shift)
+
+    def loss(self, coefficients: Tensor) -> float:
+        """Mean squared error of the held-out views' features, by coefficients (M, k)."""
+        lengths = self.basis.components.square().sum(1).double()
+        explained = float(self.held.errors(coefficients) @ lengths)
+        return explained / self.basis.components.shape[1] + self.outside
+
+    def _translate(self, coefficients: Tensor, part: float) -> tuple[Tensor, Tensor]:
+        """Coefficients (M, k) and shift (C,) of the map in the image's words, as far as asked for.
+
+        Many views agree on something else than what the image says by itself: they are magnified,
+        and their borders are reflected. A linear map of channels leads from one to the other.
+        """
+        shift = torch.zeros_like(self.basis.mean)
+        if part == 0:
+            return coefficients, shift
+        components, mean = self.basis.components, self.basis.mean
+        image = Jitter.identity(1, size=self.observer.size)
+        cells = torch.cat(list(self._designs(image))) @ coefficients @ components + mean
+        said = cells.T.reshape(1, -1, *self.observer.grid_size)
+        weight, bias = into_own_words(self.observer.backbone, said, self.own)
+        turned = components @ weight.T @ self.basis.inverse.T  # (k, k)
+        shift = weight @ mean + bias - mean
+        return torch.lerp(coefficients, coefficients @ turned, part), part * shift
 
     def _solutions(self) -> tuple[Tensor, Tensor]:
         """Coefficients (P, M, k) by penalty and their errors (P, k), kept until views are added."""
         if self._solved is None:
             rest = self.regression.beyond(self.mean)
             solutions = torch.stack([self.mean + rest.solve(penalty) for penalty in PENALTIES])
-            errors = [(self.held @ x - self.held_targets).square().mean(0) for x in solutions]
-            self._solved = solutions, torch.stack(errors)
+            self._solved = solutions, torch.stack([self.held.errors(x) for x in solutions])
         return self._solved
 
     def _project(self, drawn: Tensor) -> Tensor:
@@ -207,10 +245,8 @@ class Fitted(NamedTuple):
 
     field: KernelField
     basis: Basis
-    loss: float
-    """Mean squared error of the held-out views' features, by the map that was fitted."""
-    last: bool
-    """No round comes after it."""
+    map_size: tuple[int, int]
+    """Pixels at which it was fitted."""
 
 
 Round = tuple[int, Fitted | None]
@@ -234,26 +270,29 @@ def fit_kernel(
     Yields:
         Progress; the last round is the result.
     """
-    own = yield from _observe(observer, Jitter.identity(1, size=observer.size), 0)
+    own, hidden = observer.look_at_image()
+    yield 1, None
     goal = min(_FIRST_ROUND, len(views))
     features = yield from _observe(observer, views[slice(0, goal)], 1)
     basis = feature_basis(features, config.components, whiten=True)
-    fit = KernelFit(guidance, observer, basis, own, anchors=config.anchors, seed=config.seed)
+    chosen = {"anchors": config.anchors, "seed": config.seed}
+    fit = KernelFit(guidance, observer, basis, own, hidden, **chosen)
     fit.add(views[slice(0, goal)], features)
     before = math.inf
     while True:
-        field, loss = fit.solve(config.slack)
+        coefficients = fit.solve(config.slack)
+        loss = fit.loss(coefficients)
         more = goal < len(views) and loss <= before * (1 - config.tolerance)
-        yield 1 + goal, Fitted(field, basis, loss, last=not more and not len(zoomed))
+        yield 1 + goal, Fitted(*fit.blend(coefficients, config), fit.map_size)
         if not more:
             break
         before, done, goal = loss, goal, min(2 * goal, len(views))
         added = views[slice(done, goal)]
         fit.add(added, (yield from _observe(observer, added, 1 + done)))
     if len(zoomed):
-        fit.adddetails(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
-        field, loss = fit.solve(config.slack)
-        yield 1 + goal + len(zoomed), Fitted(field, basis, loss, last=True)
+        fit.add_details(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
+        fitted = fit.blend(fit.solve(config.slack), config)
+        yield 1 + goal + len(zoomed), Fitted(*fitted, fit.map_size)
 
 
 def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round, None, Tensor]:

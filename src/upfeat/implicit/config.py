@@ -74,6 +74,19 @@ class FitConfig:
         "held-out loss",
         Number(0, 1, below=True),
     )
+    share: float = setting(
+        0.5,
+        "fast: the views' share in the result, from 0 to 1; the rest is what a one-pass upsampler "
+        "draws, and both together tell classes apart better than either; 1 explains views better",
+        Number(0, 1),
+    )
+    translation: float = setting(
+        1.0,
+        "fast: how far what the views agree on is turned into the words of the image's own "
+        "features, from 0 to 1, by a linear map of channels; heads of coarse features need that; "
+        "`share=1` and `translation=0` explain views best",
+        Number(0, 1),
+    )
     anchors: int = setting(1024, "fast: basis functions, at most", Whole(1, MOST_ANCHORS))
     steps: int = setting(1200, "reference: steps of NAdam", Whole())
     views_per_step: int = setting(10, "reference: views drawn for each step", Whole(1, 1 << 16))

@@ -175,10 +175,7 @@ def _fit_fast(guidance: Tensor, observer: Observer, config: FitConfig) -> Iterat
     for done, fitted in fit_kernel(guidance, observer, views, zoomed, config):
         progress = FitProgress(config.held_out + done, total)
         if fitted is not None:
-            # Only the last round is worth a rendering: the others are judged by their design.
-            loss = None if fitted.last else fitted.loss
-            parts = fitted.field, fitted.basis, guidance, observer, config, done
-            features = _assemble(*parts, loss=loss)
+            features = _assemble(*fitted, guidance, observer, config, done)
             progress = replace(progress, held_out=features.facts["held_out"], features=features)
         yield progress
 
@@ -221,7 +218,7 @@ def _fit_reference(
         progress = FitProgress(config.held_out + n + step, total)
         if step % _REPORT_EVERY == 0 or step == config.steps:
             fit.eval()
-            drawn = _assemble(fit.field, basis, guidance, observer, config, n)
+            drawn = _assemble(fit.field, basis, None, guidance, observer, config, n)
             if step < config.steps:
                 fit.train()
             progress = replace(progress, held_out=drawn.facts["held_out"], features=drawn)
@@ -232,25 +229,22 @@ def _fit_reference(
 def _assemble(
     field: Field,
     basis: Basis,
+    size: tuple[int, int] | None,
     guidance: Tensor,
     observer: Observer,
     config: FitConfig,
     views: int,
-    *,
-    loss: float | None = None,
 ) -> ImplicitFeatures:
     """Join the parts, judge them by the held-out views and write down where they come from.
 
-    Without a ``loss`` that is known already, the map is rendered for it.
+    They are judged at this ``size``, or that of the image for ``None``.
 
     Raises:
         ValueError: there was too little to fit to, so that the features are not finite, or to judge
             by.
     """
     features = ImplicitFeatures(field, guidance, basis.components, basis.mean)
-    if loss is None:
-        loss = observer.held_out_loss(features.render())
-    scale = observer.held_out_variance
+    loss, scale = observer.held_out_loss(features.render(size)), observer.held_out_variance
     cells = "×".join(map(str, observer.grid_size))
     if not math.isfinite(loss):
         raise ValueError(
@@ -271,5 +265,7 @@ def _assemble(
         "held_out": loss / max(scale, 1e-12),
         "held_out_loss": loss,
     }
+    if config.preset == "fast":
+        facts |= {"share": config.share, "translation": config.translation}
     features.facts.update(facts)
     return features

@@ -90,13 +90,30 @@ class Observer:
             rows, columns = part.matrices(device=self.image.device)
             # Three channels: a dense product is quicker than leaving out its zeros.
             shown = rows[:, None] @ self.image @ columns.mT[:, None]
-            features = self.backbone(shown).float().cpu()
-            if not bool(torch.isfinite(features).all()):
-                raise ValueError(
-                    f"{self.backbone.name} gives features with NaN or infinity; check its weights "
-                    "and its precision"
-                )
-            yield features
+            yield self._checked(self.backbone(shown))
+
+    @torch.no_grad()
+    def look_at_image(self) -> tuple[Tensor, Tensor | None]:
+        """Extract the backbone's features of the image itself, and those of earlier layers.
+
+        Returns:
+            (1, C, h, w), and (1, D, h', w') or ``None``, float32 on the CPU.
+
+        Raises:
+            ValueError: as :meth:`observe`.
+        """
+        features, hidden = self.backbone.with_hidden(self.image)
+        return self._checked(features), None if hidden is None else self._checked(hidden)
+
+    def _checked(self, features: Tensor) -> Tensor:
+        """Features as float32 on the CPU."""
+        features = features.float().cpu()
+        if not bool(torch.isfinite(features).all()):
+            raise ValueError(
+                f"{self.backbone.name} gives features with NaN or infinity; check its weights "
+                "and its precision"
+            )
+        return features
 
     def held_out_loss(self, features: Tensor) -> float:
         """Mean squared error of the held-out views, in units of the features squared.
@@ -182,10 +199,15 @@ class Basis(NamedTuple):
     mean: Tensor
     """(C,)."""
 
+    @property
+    def inverse(self) -> Tensor:
+        """(k, C), which turns features less their mean into coordinates."""
+        return self.components / self.components.square().sum(1, keepdim=True)
+
     def encode(self, features: Tensor) -> Tensor:
         """(N, C, h, w) features -> (N, k, h, w) coordinates."""
-        inverse = self.components / self.components.square().sum(1, keepdim=True)
-        return F.conv2d(features - self.mean[:, None, None], inverse[:, :, None, None])
+        inverse = self.inverse[:, :, None, None]
+        return F.conv2d(features - self.mean[:, None, None], inverse)
 
     def loss(self, features: Tensor) -> float:
         """Mean square of what the basis cannot say of features (N, C, h, w)."""

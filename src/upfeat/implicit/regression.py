@@ -25,6 +25,9 @@ class Regression:
     """(M, M) float64."""
     moment: Tensor
     """(M, k) float64."""
+    squares: Tensor
+    """(k,) float64, of the targets."""
+    count: int = 0
 
     def add(self, design: Tensor, targets: Tensor) -> None:
         """Add observations: (N, M), (N, k)."""
@@ -34,6 +37,14 @@ class Regression:
             self.gram[start:end, :end] += part
             self.gram[:start, start:end] += part[:, :start].T
         self.moment += (design.T @ targets).double()
+        self.squares += targets.double().square().sum(0)
+        self.count += len(targets)
+
+    def errors(self, coefficients: Tensor) -> Tensor:
+        """Mean squared errors (k,) float64 of what coefficients (M, k) say."""
+        x = coefficients.double()
+        products = (x * (self.gram @ x - 2 * self.moment)).sum(0)
+        return (products + self.squares) / self.count
 
     @staticmethod
     def empty(functions: int, width: int) -> Regression:
@@ -41,11 +52,14 @@ class Regression:
         return Regression(
             torch.zeros(functions, functions, dtype=torch.float64),
             torch.zeros(functions, width, dtype=torch.float64),
+            torch.zeros(width, dtype=torch.float64),
         )
 
     def beyond(self, coefficients: Tensor) -> Regression:
         """The same observations less what coefficients (M, k) say of them."""
-        return Regression(self.gram, self.moment - self.gram @ coefficients.double())
+        moment = self.moment - self.gram @ coefficients.double()
+        squares = self.errors(coefficients) * self.count
+        return Regression(self.gram, moment, squares, self.count)
 
     def solve(self, penalty: float) -> Tensor:
         """Coefficients (M, k) that minimise squared error plus penalty · squared length."""
