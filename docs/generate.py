@@ -57,8 +57,8 @@ GAINS = {
     "neighbourhood": "neighbourhood_efficientnet_lite0",
     "**detail**, the default": "detail_efficientnet_lite0",
     "detail with the weights for any backbone": "detail_universal",
-    "… and early layers (`early=True`)": "detail_universal@early",
-    "… and a second scale (`passes=5`)": "detail_universal@5",
+    "early layers and a network taught for them (`early=True`)": "early_detail_efficientnet_lite0",
+    "… and a second scale (`passes=5`)": "early_detail_efficientnet_lite0@5",
 }
 PICTURES = {"architecture.svg": diagram.architecture}
 

@@ -8,6 +8,7 @@ from upfeat.registry import unknown_name
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.checkpoints import load_checkpoint
 from upfeat.upsamplers.detail import DetailUpsampler
+from upfeat.upsamplers.early_detail import EarlyDetailUpsampler
 from upfeat.upsamplers.saved import find_saved, load_pretrained, shipped_names
 from upfeat.upsamplers.tensor_files import SUFFIXES
 
@@ -21,7 +22,11 @@ def list_upsamplers() -> list[str]:
     A class's name ("jbu_stack") stands for the weights that suit the backbone best; a full one
     ("jbu_stack_universal") for those weights.
     """
-    usable = {name for name, cls in UPSAMPLERS.items() if cls.published_by is None}
+    usable = {
+        name
+        for name, cls in UPSAMPLERS.items()
+        if cls.published_by is None and not cls.wants_hidden  # which have no weights for any
+    }
     return sorted({*usable, *shipped_names()})
 
 
@@ -59,6 +64,12 @@ def load_upsampler(name: str | Path, *, sha256: str | None = None) -> Upsampler:
 
 def _is_checkpoint(name: str | Path) -> bool:
     return Path(name).suffix.lower() in SUFFIXES or Path(name).is_file()
+
+
+def trained_for_early(backbone: str) -> str | None:
+    """The name of weights that were trained on a backbone's early layers, if there are any."""
+    name = f"{EarlyDetailUpsampler.name}_{backbone}"
+    return name if name in shipped_names() else None
 
 
 def create_upsampler(
