@@ -59,7 +59,8 @@ def attach(
     Raises:
         TypeError: ``upsampler`` is none, or ``guidance`` no function.
         ValueError: there is no such layer (close names are suggested), an argument is out of
-            range, or the upsampler was trained on early layers; when the network is called: there is no image, or the layer returns no features.
+            range, or the upsampler was trained on early layers; when the network is called: there
+            is no image, or the layer returns no features.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 16, stride=16), nn.Conv2d(8, 5, 1))
@@ -75,8 +76,8 @@ def attach(
     require_upsampler(upsampler)
     if upsampler.wants_hidden:
         raise ValueError(
-            f"upsampler={upsampler.name!r} was trained on early layers, which it is not shown here; "
-            "give another, such as detail"
+            f"upsampler={upsampler.name!r} was trained on early layers, which it is not shown "
+            "here; give another, such as detail"
         )
     stride = whole("stride", stride)
     if guidance is not None and not callable(guidance):
