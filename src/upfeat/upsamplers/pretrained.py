@@ -86,11 +86,19 @@ def create_upsampler(
 
     Raises:
         FileNotFoundError: ``name`` is a path where nothing is.
-        ValueError: there is no such upsampler; close names are suggested.
+        ValueError: there is no such upsampler (close names are suggested), or its weights were
+            trained on the early layers of another backbone.
     """
     name = DEFAULT_UPSAMPLER if name is None else str(name)
     found = find_saved(name, UPSAMPLERS, embed_dim, backbone=backbone)
     if found is not None:
+        if found.wants_hidden and backbone is not None and name in shipped_names():
+            own = name.removeprefix(f"{found.name}_")
+            if own != backbone:
+                raise ValueError(
+                    f"upsampler={name!r} was trained on early layers of {own}, not of {backbone}; "
+                    "leave it out and give early=True"
+                )
         return found
     if _is_checkpoint(name):
         return load_checkpoint(name)
