@@ -30,7 +30,7 @@ def ways(
 ) -> dict[str, Callable[[Tensor], Tensor]]:
     """Every way from the prepared image to features of its size, by caption."""
 
-    def loaded(upsampler: str | Path, **options: object) -> Callable[[Tensor], Tensor]:
+    def loaded(upsampler: str | Path | None, **options: object) -> Callable[[Tensor], Tensor]:
         return upfeat.load(backbone, upsampler=upsampler, **options)  # pyright: ignore[reportArgumentType]
 
     found = {
@@ -39,10 +39,10 @@ def ways(
         "one pass": loaded("detail_universal"),
     }
     try:
-        found["one pass, early layers"] = loaded("detail_universal", early=True)
+        found["one pass, early layers"] = loaded(None, early=True)
     except ValueError as error:  # the backbone says nothing of them
         print(error)
-    found["five passes"] = loaded("detail_universal", passes=5)
+    found["five passes"] = loaded(None, passes=5)
     if fit:
 
         def fitted(x: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
     python benchmarks/implicit_share.py DATA -o out/
 
 DATA holds clothing/ and aerial_roads/ in the layout of ``upfeat eval``. An image is fitted twice,
-for the two ends of ``share``, since all that lies between is a sum of both; fits are kept in
-``out/``. Results go to benchmarks/implicit_share.json.
+without the blend and for the mean alone, since all that lies between is a sum of both; fits and
+maps are kept in ``out/``, some gigabytes. Results go to benchmarks/implicit_share.json.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import load_backbone
@@ -25,61 +26,86 @@ from upfeat.evaluation.differences import find_differences
 from upfeat.evaluation.methods import ImplicitMethod, Method
 from upfeat.evaluation.named import load_methods
 from upfeat.evaluation.tasks.seg import Segmentation
-from upfeat.feature_map import FeatureMap
+from upfeat.feature_map import FeatureMap, interpolate
 from upfeat.implicit.config import FitConfig
+from upfeat.implicit.features import fingerprint
+from upfeat.implicit.observe import Observer
+from upfeat.scales import Translation, shipped_translation
 from upfeat.storage import write_bytes
 
 TARGET = Path(__file__).with_name("implicit_share.json")
 IMAGES = {"clothing": (40, 24), "aerial_roads": (30, 20)}
-NAMED = ("bilinear", "detail_universal", "detail_universal@early", "detail_universal@5")
-DEFAULT = FitConfig().share
-SHARES = (0.35, 0.5, DEFAULT, 0.8, 1.0)
-ONLY_MEAN = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
+NAMED = (
+    "bilinear",
+    "detail_universal",
+    "detail_universal@early",
+    "early_detail_efficientnet_lite0",
+    "detail_universal@5",
+    "early_detail_efficientnet_lite0@5",
+)
+ALONE = FitConfig(share=1.0, translation=0.0)
+MEAN = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
 """The basis of a fit is that of its first 32 views; nothing else has a part in its mean."""
+JUDGED = 8
+VIEWS = {"max_pad": 30.0, "max_zoom": 1.8, "seed": 1_000_003}
+"""Of views that no fit has seen."""
+SHARES = (0.35, 0.5, 0.65, 1.0)
 
 
-class Blended(FeatureMap):
-    """A share of one map and, for the rest, of another."""
+class Drawn(FeatureMap):
+    """A map that exists in full."""
 
-    def __init__(self, fitted: FeatureMap, mean: FeatureMap, share: float) -> None:
-        """Keep the three."""
-        self.parts, self.share, self.shape = (mean, fitted), share, fitted.shape
-
-    def _lerp(self, call: str, *arguments: Any) -> Tensor:
-        start, end = (getattr(part, call)(*arguments) for part in self.parts)
-        return torch.lerp(start, end, self.share)
+    def __init__(self, maps: Tensor) -> None:
+        """Keep it, (1, C, H, W)."""
+        self.maps, self.shape = maps, maps.shape
 
     def full(self, dtype: torch.dtype | None = None) -> Tensor:
         """See :meth:`FeatureMap.full`."""
-        return self._lerp("full", dtype)
+        return self.maps.to(dtype or self.maps.dtype)
 
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
         """See :meth:`FeatureMap.crop`."""
-        return self._lerp("crop", top, left, height, width)
+        return self.maps[:, :, top : top + height, left : left + width]
 
     def at(self, points: Tensor) -> Tensor:
         """See :meth:`FeatureMap.at`."""
-        return self._lerp("at", points)
+        return interpolate(self.maps[0], points)
 
     def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """See :meth:`FeatureMap.project`."""
-        return self._lerp("project", weight, bias)
+        return F.conv2d(self.maps, weight[:, :, None, None], bias)
+
+
+class Kept(ImplicitMethod):
+    """Fits, and the maps that they draw, kept for every row that is made of them."""
+
+    def __call__(self, sample: Prepared) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """See :meth:`Method.__call__`."""
+        assert self.cache is not None
+        path = self.cache / f"drawn-{fingerprint(sample.image.cpu())[:24]}-{self.weights[:16]}.pt"
+        if not path.exists():
+            torch.save(super().__call__(sample).full(), path)
+        return Drawn(torch.load(path))
+
+    def fresh(self) -> Kept:
+        """See :meth:`Method.fresh`; the cost is none of this page's."""
+        return self
 
 
 class Share(Method):
-    """Fits with a share of the views in them."""
+    """Fits with a share of the views in them, the rest what one pass draws."""
 
     passes = None
 
-    def __init__(self, whole: ImplicitMethod, mean: ImplicitMethod, share: float) -> None:
+    def __init__(self, alone: Kept, mean: Kept, share: float, translation: Translation) -> None:
         """Blend what two methods have kept."""
-        self.whole, self.mean, self.share = whole, mean, share
-        self.weights = self.identity = f"{whole.weights}|{share}"
+        self.alone, self.mean, self.share, self.translation = alone, mean, share, translation
+        self.weights = self.identity = f"{alone.weights}|{share}"
 
-    def __call__(self, sample: Prepared) -> FeatureMap:
+    def __call__(self, sample: Prepared) -> Drawn:
         """See :meth:`Method.__call__`."""
-        whole = self.whole(sample)
-        return whole if self.share == 1 else Blended(whole, self.mean(sample), self.share)
+        alone, mean = self.alone(sample).full(), self.mean(sample).full()
+        return Drawn(torch.lerp(mean, self.translation(alone), self.share))
 
 
 def measure(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, Any]:
@@ -95,8 +121,12 @@ def measure(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, Any]
         samples = subset(getattr(dataset, name), count, seed=config.split_seed)
         parts[name] = prepare(dataset, samples, backbone, config.size, kept, label=name)
     methods = load_methods(NAMED, backbone, kept)
-    whole, mean = (ImplicitMethod(backbone, one, kept) for one in (FitConfig(share=1.0), ONLY_MEAN))
-    methods |= {f"implicit@{one}": Share(whole, mean, one) for one in sorted(set(SHARES))}
+    alone, mean = (Kept(backbone, one, kept) for one in (ALONE, MEAN))
+    translation = shipped_translation(backbone, "views")
+    assert translation is not None
+    methods["implicit alone"] = alone
+    for share in SHARES:
+        methods[f"implicit@{share}"] = Share(alone, mean, share, translation)
     task = Segmentation(parts, dataset, backbone, config)
     rows = []
     for label, method in methods.items():
@@ -116,16 +146,42 @@ def measure(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, Any]
     }
 
 
+def losses(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, float]:
+    """Held-out loss of the first test images, relative to that of a constant map."""
+    backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
+    config = EvalConfig()
+    dataset = Segmentation.read(folder, "folder", config)
+    samples = subset(dataset.test, images[1], seed=config.split_seed)
+    test = prepare(dataset, samples, backbone, config.size, kept, label="test")
+    alone, mean = (Kept(backbone, one, kept) for one in (ALONE, MEAN))
+    translation = shipped_translation(backbone, "views")
+    assert translation is not None
+    blended = Share(alone, mean, FitConfig().share, translation)
+    totals: dict[str, float] = dict.fromkeys(("alone", "blended", "one pass"), 0.0)
+    for index in range(JUDGED):
+        sample = test[index]
+        unseen = Observer(sample.image, backbone, held_out=64, **VIEWS)
+        for name, method in zip(totals, (alone, blended, mean), strict=True):
+            loss = unseen.held_out_loss(method(sample).full())
+            totals[name] += loss / unseen.held_out_variance / JUDGED
+    return totals
+
+
 def main() -> None:
     """Measure both sets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--sets", nargs="+", choices=list(IMAGES), default=list(IMAGES))
+    parser.add_argument("--losses", action="store_true", help="add held-out losses only")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    known: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {}
-    for name, images in IMAGES.items():
-        known[name] = measure(options.data / name, images, options.output / name)
+    for name in options.sets:
+        given = options.data / name, IMAGES[name], options.output / name
+        found = {} if options.losses else measure(*given)
+        found["held_out"] = losses(*given)
+        known: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+        known[name] = known.get(name, {}) | found
         write_bytes(TARGET, (json.dumps(known, indent=1) + "\n").encode())
 
 

@@ -57,8 +57,8 @@ GAINS = {
     "neighbourhood": "neighbourhood_efficientnet_lite0",
     "**detail**, the default": "detail_efficientnet_lite0",
     "detail with the weights for any backbone": "detail_universal",
-    "… and early layers (`early=True`)": "detail_universal@early",
-    "… and a second scale (`passes=5`)": "detail_universal@5",
+    "early layers and a network taught for them (`early=True`)": "early_detail_efficientnet_lite0",
+    "… and a second scale (`passes=5`)": "early_detail_efficientnet_lite0@5",
 }
 PICTURES = {"architecture.svg": diagram.architecture}
 
@@ -243,23 +243,45 @@ def implicit_probes() -> str:
     return _rows(head, [[name, *values] for name, values in rows.items()])
 
 
+SHARED = UPSAMPLERS | {
+    "detail_universal@early": "detail, universal, `early=True`",
+    "detail_universal@5": "detail, universal, `passes=5`",
+    "early_detail_efficientnet_lite0": "early detail (`early=True`)",
+    "early_detail_efficientnet_lite0@5": "early detail, `passes=5`",
+    "implicit alone": "implicit, `share=1, translation=0`",
+}
+
+
 def implicit_share(part: str) -> str:
     """Probes on fits with more and less of one pass in them."""
-    names = UPSAMPLERS | {
-        "detail_universal@early": "detail, universal, `early=True`",
-        "detail_universal@5": "detail, universal, `passes=5`",
-        "implicit@0.0": "implicit, `share=0`",
-        "implicit@1.0": "implicit, `share=1`",
-    }
     rows: dict[str, list[str]] = {}
     for row in _read("implicit_share")[part]["rows"]:
         label = row["upsampler"]
-        name = names.get(label, f"implicit, `share={label.partition('@')[2]}`")
+        name = SHARED.get(label, f"implicit, `share={label.partition('@')[2]}`")
         if label == f"implicit@{FitConfig().share}":
             name = f"**{name}** (the default)"
         pair = (statistics.mean(row["scores"][score]) for score in ("miou", "boundary_f"))
         rows.setdefault(name, []).append(" / ".join(f"{100 * value:.1f}" for value in pair))
     return _rows(["", "own", "transfer"], [[name, *values] for name, values in rows.items()])
+
+
+def implicit_gains() -> str:
+    """What a fit returns by default less other ways, in points."""
+    others = ["bilinear", "detail_universal", "detail_universal@5"]
+    others += ["early_detail_efficientnet_lite0", "early_detail_efficientnet_lite0@5"]
+    chosen = f"implicit@{FitConfig().share}"
+    rows = []
+    for other in [*others, "implicit alone"]:
+        cells = []
+        for part in ("clothing", "aerial_roads"):
+            for protocol in ("own", "transfer"):
+                place = part, chosen, protocol
+                gains = [
+                    figures.implicit_share(*place, one, other) for one in ("miou", "boundary_f")
+                ]
+                cells.append(" / ".join(f"{gain:+.1f}".replace("-", "−") for gain in gains))
+        rows.append([SHARED[other], *cells])
+    return _rows(["", "clothing: own", "transfer", "aerial roads: own", "transfer"], rows)
 
 
 def earlier(name: str) -> str:

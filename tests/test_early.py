@@ -15,6 +15,7 @@ from upfeat.mosaic import receptive_halo, see_within
 from upfeat.raster import Features, make_plan
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels
+from upfeat.upsamplers.pretrained import trained_for_early
 from upfeat.upsamplers.queries import CellMeans
 from upfeat.upsamplers.regression import ImageRegression
 
@@ -228,3 +229,88 @@ def test_regressions_without_them_are_as_they_were():
     assert isinstance(kernels.regression, ImageRegression)
     assert kernels.regression.behind == 0
     assert isinstance(kernels.regression.lacking.finer, CellMeans)
+
+
+def taught(network_of=3):
+    """A network of early layers whose weights are not 0."""
+    torch.manual_seed(0)
+    up = upfeat.EarlyDetailUpsampler(
+        2, hidden_dim=network_of, query_dim=8, levels=2, width=4, depth=1
+    )
+    with torch.no_grad():
+        for parameter in (up.detail.weight, up.early_network[2].last.weight):
+            parameter.normal_(std=0.3)
+    return up.eval().requires_grad_(False)
+
+
+def test_a_network_of_early_layers_is_shown_them_unasked():
+    model, x = upfeat.load(Pattern(), upsampler=taught(2)), photo(64, 72)
+    assert model.early
+    full, lazy = model(x), model.lazy(x)
+    without = model.upsampler(model.backbone(x), x)
+    assert float((full - without).abs().mean()) > 1e-3
+    torch.testing.assert_close(lazy.crop(5, 7, 30, 20), full[:, :, 5:35, 7:27])
+    weight, bias = torch.randn(3, 2), torch.randn(3)
+    expected = F.conv2d(full, weight[..., None, None], bias)
+    torch.testing.assert_close(lazy.project(weight, bias), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(lazy)).full(), full)
+
+
+def test_without_early_layers_it_is_the_detail_upsampler():
+    up, image, features = taught(), photo(), torch.randn(1, 2, 8, 10)
+    plain = upfeat.DetailUpsampler(query_dim=8, levels=2)
+    plain.neighbourhood.load_state_dict(up.neighbourhood.state_dict())
+    torch.testing.assert_close(up(features, image), plain.eval()(features, image))
+
+
+def test_a_network_sees_windows_as_it_sees_the_whole(monkeypatch):
+    up, image = taught(), photo(320, 320)
+    features, hidden = torch.randn(1, 2, 80, 40), torch.randn(1, 3, 160, 80)
+    whole = up(features, image, hidden=hidden)
+    monkeypatch.setattr("upfeat.upsamplers.maps.WHOLE", 1)
+    kernels = up.prepare_with(image, (80, 40), (320, 320), hidden=hidden)
+    for window in ((150, 100, 40, 50), (0, 0, 20, 30), (300, 290, 20, 30)):
+        part = up.render(kernels, features, window=upfeat.types.Window(*window))
+        top, left, height, width = window
+        expected = whole[:, :, top : top + height, left : left + width]
+        torch.testing.assert_close(part, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_early_layers_of_another_backbone_are_refused():
+    with pytest.raises(ValueError, match="hidden has 5 channels but this EarlyDetailUpsampler"):
+        taught()(torch.randn(1, 2, 8, 10), photo(), hidden=torch.randn(1, 5, 16, 20))
+
+
+def test_what_shows_no_early_layers_refuses_it():
+    with pytest.raises(ValueError, match="trained on early layers, which it is not shown here"):
+        upfeat.attach(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8, 8)), "0", taught(), stride=8)
+    with pytest.raises(ValueError, match="sees early layers cannot be exported"):
+        upfeat.export(upfeat.load(Pattern(), upsampler=taught(2)), "model.onnx")
+
+
+def test_weights_for_another_backbone_are_refused():
+    with pytest.raises(ValueError, match="was trained on early layers of efficientnet_lite1, not"):
+        upfeat.load("efficientnet_lite0", upsampler="early_detail_efficientnet_lite1")
+    with pytest.raises(ValueError, match="early_detail has no weights for pattern"):
+        upfeat.load(Pattern(), upsampler="early_detail")
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "efficientnet_lite1"])
+def test_taught_weights_are_what_early_takes(backbone):
+    assert trained_for_early(backbone) == f"early_detail_{backbone}"
+    up = create_upsampler(f"early_detail_{backbone}", 112, backbone=backbone)
+    assert up.hidden_dim == 40
+    assert trained_for_early("pattern") is None
+
+
+def test_five_passes_take_the_network_too():
+    """What one pass tells of the finer grid is the smaller part of them."""
+    scales = upfeat.load(Pattern(), upsampler=taught(2), passes=5).backbone
+    scales.share = 0.0
+    x = photo(64, 72)
+    kernels = scales.first.prepare_with(
+        x, (8, 9), (64, 72), hidden=scales.backbone.with_hidden(x)[1]
+    )
+    detail = scales.first.detail_on_finer_grid(kernels)
+    expected = kernels.to_finer_grid(scales.backbone(x)) + detail
+    torch.testing.assert_close(scales(x), expected, rtol=1e-4, atol=1e-5)

@@ -121,7 +121,8 @@ def parts(batch, grid, size):
 
 
 def test_every_class_has_a_row():
-    assert {*MADE, *FIXED} == set(UPSAMPLERS)
+    # Without early layers that one is the detail upsampler, in files too.
+    assert {*MADE, *FIXED} == set(UPSAMPLERS) - {"early_detail"}
     assert set(MADE) == set(PORTABLE)
 
 

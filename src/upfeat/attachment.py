@@ -58,8 +58,9 @@ def attach(
 
     Raises:
         TypeError: ``upsampler`` is none, or ``guidance`` no function.
-        ValueError: there is no such layer (close names are suggested), or an argument is out of
-            range; when the network is called: there is no image, or the layer returns no features.
+        ValueError: there is no such layer (close names are suggested), an argument is out of
+            range, or the upsampler was trained on early layers; when the network is called: there
+            is no image, or the layer returns no features.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 16, stride=16), nn.Conv2d(8, 5, 1))
@@ -73,6 +74,11 @@ def attach(
     if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         network = network.module  # each replica sees its own part of the batch
     require_upsampler(upsampler)
+    if upsampler.wants_hidden:
+        raise ValueError(
+            f"upsampler={upsampler.name!r} was trained on early layers, which it is not shown "
+            "here; give another, such as detail"
+        )
     stride = whole("stride", stride)
     if guidance is not None and not callable(guidance):
         raise TypeError(f"guidance is of type {type(guidance).__name__}; give a function")

@@ -173,7 +173,10 @@ class _Task:
             if isinstance(model.backbone, SecondScale):
                 raise ValueError("a model with passes=5 cannot be exported; use passes=1")
             if model.early:
-                raise ValueError("a model with early=True cannot be exported; use early=False")
+                raise ValueError(
+                    "a model that sees early layers cannot be exported; use early=False, and "
+                    "another upsampler than early_detail"
+                )
             if model.backbone.in_channels != 3 and model.bands is None:
                 raise ValueError(
                     f"{model.backbone.name} takes {model.backbone.in_channels} bands, whose "

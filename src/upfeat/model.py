@@ -19,6 +19,7 @@ from upfeat.mosaic import see_within
 from upfeat.scales import FINER_WEIGHTS, PASSES, SecondScale, Translation, guidance_for
 from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
+from upfeat.upsamplers.pretrained import trained_for_early
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -68,7 +69,7 @@ class FeatUp(nn.Module):
         """
         super().__init__()
         require_upsampler(upsampler)
-        self.early = flag("early", early)
+        self.early = flag("early", early) or upsampler.wants_hidden
         self.backbone = load_backbone(backbone)
         self.upsampler = upsampler
         expected = getattr(upsampler, "embed_dim", None)
@@ -85,7 +86,7 @@ class FeatUp(nn.Module):
                 f"{self.backbone.name} takes, counted from 0"
             )
         self.max_memory = None if max_memory is None else parse_memory(max_memory)
-        if early:
+        if self.early:
             _check_early(self.backbone, upsampler)
         self.eval().requires_grad_(False)
 
@@ -280,10 +281,11 @@ def load(
         passes: what the backbone may cost, in passes over the image. 5: it sees the image at twice
             its size too (:class:`upfeat.scales.SecondScale`); the model's backbone then has half
             the stride, and all else is as with 1.
-        early: let the detail upsampler's regression see what earlier layers of the backbone say of
-            finer cells, at no cost to speak of; for backbones that tell, as the embedded ones do.
-            It is part of the model and of what :meth:`FeatUp.lazy` gives and saves; rasters are
-            refused.
+        early: let the upsampler see what earlier layers of the backbone say of finer cells; for
+            backbones that tell, as the embedded ones do. Where ``upsampler`` is ``None`` it is one
+            that was trained to, if there is one for the backbone; else the detail upsampler, whose
+            regression sees them. An upsampler that was trained to is shown them unasked. It is part
+            of the model and of what :meth:`FeatUp.lazy` gives and saves; rasters are refused.
         max_memory: see :class:`FeatUp`.
         translation: for ``passes=5``, what :func:`upfeat.scales.fit_translation` learnt for this
             backbone, or a file of it; ``None`` for the shipped one, and where there is none to
@@ -306,6 +308,8 @@ def load(
         if translation is not None:
             raise ValueError("translation is for passes=5; with passes=1 there is nothing for it")
         if not isinstance(upsampler, Upsampler):
+            if upsampler is None and early:
+                upsampler = trained_for_early(network.name)
             upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
         model = FeatUp(network, upsampler, bands=bands, early=early)
     else:
@@ -326,7 +330,9 @@ def _two_scales(
     if isinstance(translation, str | Path):
         translation = Translation.load(translation, network)
     if not isinstance(upsampler, Upsampler):
-        name = FINER_WEIGHTS if upsampler is None else upsampler
+        name = upsampler
+        if name is None:
+            name = trained_for_early(network.name) or FINER_WEIGHTS
         upsampler = create_upsampler(name, network.embed_dim, backbone=network.name)
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
     scales = SecondScale(network, steps, bands=bands, translation=translation)

@@ -7,10 +7,10 @@ coarse cell is put right by the image's own features, so that only the detail co
 
     X = T·F₂ + c,    a·[X + K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
 
-K₁(g) is the first step of the detail upsampler and R(g) its regression, so that the second bracket
-is what one pass tells of the finer grid; the two err apart, and their mean errs less. All of it is
-linear in the features F and F₂, and the result is a backbone of half the stride: heads, points,
-crops and files know nothing of it.
+K₁(g) is the first step of the detail upsampler and R(g) its regression, with what a network tells
+of early layers where it has one; so the second bracket is what one pass tells of the finer grid.
+The two err apart, and their mean errs less. All of it is linear in the features F and F₂, and the
+result is a backbone of half the stride: heads, points, crops and files know nothing of it.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ PENALTY_OF_ONE = 1.0
 
 SHARE = 0.75
 """The second scale's share of the result, a."""
+SHARE_BESIDE_NETWORK = 0.5
+"""The same where one pass has a network of early layers: it tells more."""
 
 _SHIPPED = Path(__file__).parent / "weights"
 _FORMAT = "upfeat-translation-1"
@@ -214,7 +216,7 @@ class SecondScale(Backbone):
         *,
         bands: Sequence[int] | None = None,
         translation: Translation | None = None,
-        share: float = SHARE,
+        share: float | None = None,
     ) -> None:
         """Join the two scales.
 
@@ -224,7 +226,8 @@ class SecondScale(Backbone):
             bands: those that the step sees, as :class:`upfeat.FeatUp` has them.
             translation: from :func:`fit_translation`; ``None`` for the shipped one, and where there
                 is none to learn one of each image from its own cells.
-            share: of the second scale in the result, from 0 to 1.
+            share: of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.5 where
+                the upsampler was trained on early layers.
 
         Raises:
             ValueError: the share is out of range, the stride is odd, or the translation has other
@@ -244,10 +247,12 @@ class SecondScale(Backbone):
             std=std,
             in_channels=backbone.in_channels,
         )
-        self.share = number("share", share, 0, 1)
         self.backbone = backbone
         self.bands = None if bands is None else tuple(bands)
         self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
+        if share is None:
+            share = SHARE_BESIDE_NETWORK if self.first.wants_hidden else SHARE
+        self.share = number("share", share, 0, 1)
         if translation is None:
             translation = shipped_translation(backbone)
         elif not isinstance(translation, Translation):
@@ -277,16 +282,19 @@ class SecondScale(Backbone):
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
-        own, second = _both(self.backbone, x)
-        return self.join(x, own, second)
+        if not self.first.wants_hidden:
+            return self.join(x, *_both(self.backbone, x))
+        hidden = self.backbone.with_hidden(x)[1]
+        return self.join(x, *_both(self.backbone, x), hidden)
 
-    def join(self, x: Tensor, own: Tensor, second: Tensor) -> Tensor:
+    def join(self, x: Tensor, own: Tensor, second: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Join the features of both scales.
 
         Args:
             x: (B, 3, H, W) normalised image.
             own: (B, C, h, w), its features.
             second: (B, C, 2h, 2w), those of the image at twice its size.
+            hidden: what early layers say of the image, for steps that were trained on them.
 
         Returns:
             (B, C, 2h, 2w); linear in both, where the translation is given.
@@ -298,13 +306,15 @@ class SecondScale(Backbone):
         finer = translation(second)
         guidance = guidance_for(self.first, x, self.backbone, self.bands)
         grid, size = (own.shape[2], own.shape[3]), (x.shape[2], x.shape[3])
-        kernels = self.first.prepare(guidance, grid, size)
+        kernels = self.first.prepare_with(guidance, grid, size, hidden=hidden)
         # The first step is linear: one call serves both brackets.
         finer = self.share * finer
         out = finer + kernels.first(own - F.avg_pool2d(finer, FINER))
         if kernels.regression is None or self.share == 1:
             return out
         told = kernels.regression.at(as_map(own), Window(0, 0, *second.shape[2:]))
+        if kernels.maps is not None and hidden is not None:
+            told = told + self.first.detail_on_finer_grid(kernels)
         return out + (1 - self.share) * told
 
 

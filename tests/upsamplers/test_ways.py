@@ -22,6 +22,7 @@ MADE = {
     "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(back_projections=1, **SMALL),
     "detail": lambda: upfeat.DetailUpsampler(**SMALL),
     "detail of a backbone": lambda: upfeat.DetailUpsampler(8, width=4, depth=1, **SMALL),
+    "early_detail": lambda: upfeat.EarlyDetailUpsampler(8, hidden_dim=3, width=4, depth=1, **SMALL),
     "anyup": lambda: UPSAMPLERS["anyup"](width=32),
     "jafar": lambda: UPSAMPLERS["jafar"](8, width=32),
     "naf": lambda: UPSAMPLERS["naf"](width=32),
@@ -91,7 +92,9 @@ def test_grad(name):
 @pytest.mark.parametrize("name", MADE)
 def test_backward(name):
     upsampler, (features, guidance) = make(name).requires_grad_(), inputs()
-    upsampler(features.requires_grad_(), guidance.requires_grad_()).square().sum().backward()
+    shown = {"hidden": torch.rand(1, 3, 6, 8)} if upsampler.wants_hidden else {}
+    out = upsampler(features.requires_grad_(), guidance.requires_grad_(), **shown)
+    out.square().sum().backward()
     for label, parameter in (("features", features), *upsampler.named_parameters()):
         assert parameter.grad is not None, label
         assert torch.isfinite(parameter.grad).all(), label

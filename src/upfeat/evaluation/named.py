@@ -8,7 +8,8 @@ from pathlib import Path
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.methods import ImplicitMethod, Method, UpsamplerMethod
-from upfeat.evaluation.passes import find_passes
+from upfeat.evaluation.passes import SeveralPasses, find_passes
+from upfeat.model import load
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 Named = str | Path | Upsampler
@@ -61,4 +62,6 @@ def _load(given: Named, backbone: Backbone, cache: Path) -> Method:
             f"{name} expects {expected} channels but {backbone.name} has "
             f"{backbone.embed_dim}; use an upsampler made for it, or another backbone"
         )
+    if upsampler.wants_hidden:
+        return SeveralPasses(load(backbone, upsampler=upsampler, device=backbone.mean.device))
     return UpsamplerMethod(upsampler, backbone)

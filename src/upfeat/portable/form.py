@@ -97,4 +97,6 @@ class FixedForm(Form):
 
 def form_of(upsampler: Upsampler, head: Head) -> Form:
     """The form of an upsampler; :class:`FixedForm` where it has none of its own."""
-    return PORTABLE.get(type(upsampler).name, FixedForm)(upsampler, head)
+    names = (getattr(cls, "name", "") for cls in type(upsampler).__mro__)
+    made = next((PORTABLE[name] for name in names if name in PORTABLE), FixedForm)
+    return made(upsampler, head)

@@ -54,7 +54,7 @@ class PortableDetail(Form):
         self.first, self.last = step_of(steps), step_of(steps, widening=upsampler.widening)
         self.regression = Regression(upsampler.ridge, steps.query_dim) if upsampler.ridge else None
         self.network = None
-        if upsampler.embed_dim is not None:
+        if upsampler.network is not None:
             self.network = copy.deepcopy(upsampler.network)
             basis, constant = upsampler.detail.weight.detach(), upsampler.detail.bias
             assert constant is not None

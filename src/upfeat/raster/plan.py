@@ -92,7 +92,10 @@ def make_plan(
             "upsampler that does not, such as detail"
         )
     if model.early:
-        raise ValueError("early=True: rasters are made without early layers; load with early=False")
+        raise ValueError(
+            "early=True: rasters are made without early layers; load with early=False, and another "
+            "upsampler than early_detail"
+        )
     step = model.upsampler.step
     height, width = (step * -(-side // (stride * step)) for side in size)
     halo = receptive_halo(model.backbone)

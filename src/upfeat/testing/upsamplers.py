@@ -179,6 +179,13 @@ def heads(make: Make, channels: int) -> None:
     _close(lazy.project(weight, bias), expected + bias[:, None, None], 1e-3)
 
 
+def _hidden(up: Upsampler) -> Tensor:
+    """Random maps in place of a backbone's early layers, (1, D, h', w')."""
+    channels = getattr(up, "hidden_dim", 4)
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(1, channels, 2 * GRID[0], 2 * GRID[1], generator=generator)
+
+
 def gradients(make: Make, channels: int) -> None:
     """Gradients reach the features and every parameter, and are right along a direction."""
     up = _made(make).double()
@@ -189,7 +196,8 @@ def gradients(make: Make, channels: int) -> None:
     up.requires_grad_(True)
     features, guidance = (one.double() for one in _inputs(up, channels))
     features.requires_grad_()
-    up(features, guidance).square().mean().backward()
+    shown = {"hidden": _hidden(up).double()} if up.wants_hidden else {}
+    up(features, guidance, **shown).square().mean().backward()
     slopes = {"features": features.grad, **{n: p.grad for n, p in up.named_parameters()}}
     silent = [name for name, slope in slopes.items() if slope is None or not bool(slope.any())]
     require(not silent, f"nothing reaches {', '.join(silent)}")
@@ -197,7 +205,8 @@ def gradients(make: Make, channels: int) -> None:
         direction = torch.randn(features.shape, generator=generator).double()
         step = 1e-4
         ends = [
-            up(features + sign * step * direction, guidance).square().mean() for sign in (1, -1)
+            up(features + sign * step * direction, guidance, **shown).square().mean()
+            for sign in (1, -1)
         ]
         measured, computed = (ends[0] - ends[1]) / (2 * step), (features.grad * direction).sum()  # pyright: ignore[reportOptionalOperand]
     torch.testing.assert_close(computed, measured, rtol=1e-4, atol=1e-8)

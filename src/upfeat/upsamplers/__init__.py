@@ -4,6 +4,7 @@ from upfeat.upsamplers.anyup import AnyUp
 from upfeat.upsamplers.base import Kernels, Upsampler, Window
 from upfeat.upsamplers.checkpoints import write_checkpoint
 from upfeat.upsamplers.detail import DetailUpsampler
+from upfeat.upsamplers.early_detail import EarlyDetailUpsampler
 from upfeat.upsamplers.image_first import ImageFirst
 from upfeat.upsamplers.interpolate import Bicubic, Bilinear, Nearest
 from upfeat.upsamplers.jafar import JAFAR
@@ -23,6 +24,7 @@ __all__ = [
     "Bicubic",
     "Bilinear",
     "DetailUpsampler",
+    "EarlyDetailUpsampler",
     "JBUStack",
     "JointBilateral",
     "Kernels",

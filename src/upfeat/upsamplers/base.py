@@ -69,6 +69,8 @@ class Upsampler(nn.Module, ABC):
     """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
     takes_hidden: ClassVar[bool] = False
     """True if it makes use of what early layers of a backbone say."""
+    wants_hidden: ClassVar[bool] = False
+    """True if it was trained to: models that hold it show it the early layers unasked."""
     needs_features: ClassVar[bool] = False
     """True if the weights depend on the features too, not on the image alone."""
     exact_parts: ClassVar[str] = "windows"

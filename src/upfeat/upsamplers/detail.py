@@ -187,9 +187,10 @@ class DetailUpsampler(Upsampler):
             levels=levels,
             back_projections=back_projections,
         )
+        self.network: DetailNetwork | None = None
         if embed_dim is not None:
             # Channels last: a third faster on a CPU.
-            self.network: DetailNetwork = DetailNetwork(self.width, self.depth).to(
+            self.network = DetailNetwork(self.width, self.depth).to(
                 memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
             )
             self.detail = nn.Conv2d(self.width, embed_dim, 1)
@@ -209,7 +210,7 @@ class DetailUpsampler(Upsampler):
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
         steps = self.neighbourhood.config()
-        network = {} if self.embed_dim is None else {"width": self.width, "depth": self.depth}
+        network = {} if self.network is None else {"width": self.width, "depth": self.depth}
         own = {"widening": self.widening, "ridge": self.ridge}
         return {"embed_dim": self.embed_dim, **steps, **network, **own}
 
@@ -243,7 +244,7 @@ class DetailUpsampler(Upsampler):
         radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
         finer = -(-radius * rounds // FINER) + 1
         seen = [finer + cells_of_pixels(self.neighbourhood.encoder.halo)]
-        if self.embed_dim is not None:
+        if self.network is not None:
             seen.append(finer + self.network.reach // FINER + 2)
         step = self.neighbourhood.step
         return step * -(-max(seen) // step)
@@ -289,10 +290,17 @@ class DetailUpsampler(Upsampler):
             regression = ImageRegression(
                 coarse_means, finer_means, first, penalty=self.ridge, step=STEP, hidden=hidden
             )
-        maps = None
-        if self.embed_dim is not None:
-            maps = DetailMaps(self.network, guidance, finer, whole=queries.whole)
+        maps = self._maps(guidance, hidden, finer, whole=queries.whole)
         return DetailKernels(first, last, regression=regression, maps=maps)
+
+    def _maps(
+        self, guidance: Tensor, hidden: Tensor | None, finer: Size, *, whole: bool
+    ) -> Map | None:
+        """Maps of what is lacking, (B, width, *finer grid); ``None`` without a network."""
+        del hidden
+        if self.network is None:
+            return None
+        return DetailMaps(self.network, guidance, finer, whole=whole)
 
     @torch.no_grad()
     def last_step(self) -> NeighbourhoodUpsampler:
@@ -313,7 +321,7 @@ class DetailUpsampler(Upsampler):
         found = [finer + radius * rounds + 1 + pixels]
         if self.ridge:
             found.append(finer + 2 * STEP + 1 + pixels)
-        if self.embed_dim is not None:
+        if self.network is not None:
             found.append(finer + self.network.reach // FINER + 2)
         return max(found)
 
@@ -332,9 +340,11 @@ class DetailUpsampler(Upsampler):
             return features
         if features.shape[1] != self.embed_dim:
             raise ValueError(
-                f"features has {features.shape[1]} channels but this DetailUpsampler is made for "
-                f"{self.embed_dim}; DetailUpsampler() takes any number"
+                f"features has {features.shape[1]} channels but this {type(self).__name__} is made "
+                f"for {self.embed_dim}; DetailUpsampler() takes any number"
             )
+        if self.network is None:
+            return features
         check_precision("features", features, self.channel_mix.weight)
         return features + apply_head(features, self.channel_mix.weight.flatten(1))
 
@@ -393,6 +403,6 @@ class DetailUpsampler(Upsampler):
     @torch.no_grad()
     def scale_mix(self, share: float) -> None:
         """Keep only a share of the channel mix, if there is one: 0 leaves channels as they are."""
-        if self.embed_dim is None:
+        if self.network is None:
             return
         self.channel_mix.weight.mul_(share)

@@ -25,7 +25,7 @@ class Beside(Computed):
         """
         recorded = queries.recorded or is_recorded(hidden)
         super().__init__(queries.size, whole=queries.whole, recorded=recorded, step=queries.step)
-        self.queries, self.hidden = queries, _on_grid(hidden, queries.size)
+        self.queries, self.hidden = queries, on_grid(hidden, queries.size)
 
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
@@ -33,7 +33,8 @@ class Beside(Computed):
         return torch.cat([queries, cut(self.hidden, window).to(queries.dtype)], dim=1)
 
 
-def _on_grid(maps: Tensor, size: Size) -> Tensor:
+def on_grid(maps: Tensor, size: Size) -> Tensor:
+    """Bring maps to a grid: means over its cells, or values in between; (B, D, *size)."""
     if tuple(maps.shape[2:]) == size:
         return maps
     if maps.shape[2] >= size[0] and maps.shape[3] >= size[1]:

@@ -8,6 +8,7 @@ from upfeat.registry import unknown_name
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.checkpoints import load_checkpoint
 from upfeat.upsamplers.detail import DetailUpsampler
+from upfeat.upsamplers.early_detail import EarlyDetailUpsampler
 from upfeat.upsamplers.saved import find_saved, load_pretrained, shipped_names
 from upfeat.upsamplers.tensor_files import SUFFIXES
 
@@ -21,7 +22,11 @@ def list_upsamplers() -> list[str]:
     A class's name ("jbu_stack") stands for the weights that suit the backbone best; a full one
     ("jbu_stack_universal") for those weights.
     """
-    usable = {name for name, cls in UPSAMPLERS.items() if cls.published_by is None}
+    usable = {
+        name
+        for name, cls in UPSAMPLERS.items()
+        if cls.published_by is None and not cls.wants_hidden  # which have no weights for any
+    }
     return sorted({*usable, *shipped_names()})
 
 
@@ -61,6 +66,12 @@ def _is_checkpoint(name: str | Path) -> bool:
     return Path(name).suffix.lower() in SUFFIXES or Path(name).is_file()
 
 
+def trained_for_early(backbone: str) -> str | None:
+    """The name of weights that were trained on a backbone's early layers, if there are any."""
+    name = f"{EarlyDetailUpsampler.name}_{backbone}"
+    return name if name in shipped_names() else None
+
+
 def create_upsampler(
     name: str | Path | None, embed_dim: int | None = None, *, backbone: str | None = None
 ) -> Upsampler:
@@ -75,11 +86,19 @@ def create_upsampler(
 
     Raises:
         FileNotFoundError: ``name`` is a path where nothing is.
-        ValueError: there is no such upsampler; close names are suggested.
+        ValueError: there is no such upsampler (close names are suggested), or its weights were
+            trained on the early layers of another backbone.
     """
     name = DEFAULT_UPSAMPLER if name is None else str(name)
     found = find_saved(name, UPSAMPLERS, embed_dim, backbone=backbone)
     if found is not None:
+        if found.wants_hidden and backbone is not None and name in shipped_names():
+            own = name.removeprefix(f"{found.name}_")
+            if own != backbone:
+                raise ValueError(
+                    f"upsampler={name!r} was trained on early layers of {own}, not of {backbone}; "
+                    "leave it out and give early=True"
+                )
         return found
     if _is_checkpoint(name):
         return load_checkpoint(name)

@@ -61,6 +61,12 @@ def find_saved(
             f"{name} has no weights in this package; give the file that {published_by} "
             'published, as upsampler="path/to/file.pth"'
         )
+    if getattr(classes[name], "wants_hidden", False):
+        raise ValueError(
+            f"{name} has no weights for {backbone or 'this backbone'}: "
+            f"{', '.join(one for one in shipped if one.startswith(name))} are there; with "
+            "early=True and no upsampler, detail sees the early layers of any"
+        )
     return classes[name]().eval()
 
 

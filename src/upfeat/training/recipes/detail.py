@@ -153,6 +153,18 @@ class DetailRecipe(Recipe[DetailUpsampler]):
 
     name = DetailUpsampler.name
 
+    def start(self) -> None:
+        """See :meth:`Recipe.start`; views do not show early layers.
+
+        Raises:
+            ValueError: the upsampler's network sees nothing else.
+        """
+        if self.upsampler.wants_hidden:
+            raise ValueError(
+                f"upsampler={self.upsampler.name!r} is not taught by views but by "
+                "benchmarks/learn_early.py; train detail or neighbourhood"
+            )
+
     def finish(self) -> None:
         """See :meth:`Recipe.finish`."""
         self.upsampler.scale_mix(self.config.mix_share)
@@ -168,7 +180,7 @@ class DetailRecipe(Recipe[DetailUpsampler]):
                 "untrained and stay so; give --option start=neighbourhood_efficientnet_lite0, or "
                 "the folder of trained ones"
             )
-        if self.upsampler.embed_dim is not None and not config.detail_weight:
+        if self.upsampler.network is not None and not config.detail_weight:
             lines.append(
                 "detail_weight=0: the detail learns from the views alone, not from the features of "
                 "the enlarged image; give --detail-weight 1, or --preset detail"
@@ -180,7 +192,7 @@ class DetailRecipe(Recipe[DetailUpsampler]):
         weight = self.config.detail_weight
         if not weight:
             return None
-        if self.upsampler.embed_dim is None:
+        if self.upsampler.network is None:
             raise ValueError(
                 f"detail_weight={weight:g} trains the detail of one backbone; give one backbone, "
                 "or detail_weight=0"

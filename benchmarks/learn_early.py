@@ -1,0 +1,203 @@
+"""Teach one pass what five passes see: the network of the early detail upsampler, from photographs.
+
+    python benchmarks/learn_early.py PHOTOS -o early_detail_efficientnet_lite0/
+
+``upfeat.load(backbone, upsampler="early_detail_efficientnet_lite0/")`` uses it. For each
+photograph, shorter side 224 pixels, the target is what features of the image at twice its size,
+translated and put right cell by cell (``upfeat.scales``), have beyond the first step and the
+regression of detail_universal. The loss is the mean squared error in units of the target's
+deviation in each channel. No labels; the shipped weights took 1,000 photographs, one for each
+ImageNet class, ten rounds over nine tenths of them, and some ten minutes on one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import upfeat
+from upfeat.backbones import Backbone
+from upfeat.provenance import digest
+from upfeat.scales import SecondScale, fit_translation, guidance_for
+from upfeat.training.photographs import SUFFIXES
+from upfeat.types import Window
+from upfeat.upsamplers import DetailUpsampler, EarlyDetailUpsampler, create_upsampler
+from upfeat.upsamplers.early import on_grid
+from upfeat.upsamplers.maps import as_map
+
+BASE = "detail_universal"
+TEMPERATURE = 0.4
+"""Of the steps, over that of the base: chosen on training halves (docs/evidence/results.md)."""
+HELD_OUT = 10
+"""One photograph of so many is kept out."""
+
+
+class Pair(NamedTuple):
+    """One photograph on the finer grid, half precision."""
+
+    hidden: Tensor
+    """(1, D, h, w), what early layers say."""
+    target: Tensor
+    """(1, C, h, w), what is lacking."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("photos", type=Path, help="a folder of photographs")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="a folder")
+    parser.add_argument("--backbone", default="efficientnet_lite0")
+    parser.add_argument("--size", type=int, default=224, help="shorter side, pixels")
+    parser.add_argument("--rounds", type=float, default=10, help="over the photographs")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    backbone = upfeat.load_backbone(options.backbone).eval().requires_grad_(False)
+    paths = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in SUFFIXES)
+    pairs = collect(backbone, paths, options.size)
+    upsampler = make(backbone, pairs[0], options.width, options.depth, options.seed)
+    explained = train(upsampler, pairs, options.rounds, options.seed)
+    save(upsampler, options.output, backbone, len(paths), explained)
+
+
+@torch.inference_mode()
+def collect(backbone: Backbone, paths: list[Path], size: int) -> list[Pair]:
+    """Make all pairs."""
+    some = paths[:: max(len(paths) // 80, 1)][:80]
+    translation = fit_translation(
+        backbone, (backbone.preprocess(path, 256, align=True) for path in some)
+    )
+    base = create_upsampler(BASE)
+    assert isinstance(base, DetailUpsampler)
+    scales = SecondScale(backbone, base, translation=translation, share=1)
+    pairs = []
+    for index, path in enumerate(paths):
+        x = backbone.preprocess(path, size, align=True)
+        own, hidden = backbone.with_hidden(x)
+        assert hidden is not None, f"{backbone.name} says nothing of its earlier layers"
+        told = scales(x)
+        finer = Window(0, 0, *told.shape[2:])
+        guidance = guidance_for(base, x, backbone, None)
+        kernels = base.prepare(guidance, tuple(own.shape[2:]), tuple(x.shape[2:]))
+        assert kernels.regression is not None
+        known = kernels.first(own) + kernels.regression.at(as_map(own), finer)
+        hidden = on_grid(hidden, (finer.height, finer.width))
+        pairs.append(Pair(hidden.half(), (told - known).half()))
+        if index % 100 == 0:
+            print(f"{index} of {len(paths)} photographs", flush=True)
+    return pairs
+
+
+def make(backbone: Backbone, pair: Pair, width: int, depth: int, seed: int) -> EarlyDetailUpsampler:
+    """The upsampler with the base's encoder and an untrained network."""
+    torch.manual_seed(seed)
+    base = create_upsampler(BASE)
+    assert isinstance(base, DetailUpsampler)
+    steps = base.neighbourhood
+    upsampler = EarlyDetailUpsampler(
+        backbone.embed_dim,
+        hidden_dim=pair.hidden.shape[1],
+        width=width,
+        depth=depth,
+        widening=base.widening,
+        ridge=base.ridge,
+        radius=steps.radius,
+        query_dim=steps.query_dim,
+        levels=steps.levels,
+        back_projections=steps.back_projections,
+    )
+    upsampler.neighbourhood.load_state_dict(steps.state_dict())
+    with torch.no_grad():
+        upsampler.neighbourhood.log_temperature.add_(math.log(TEMPERATURE))
+    upsampler.mean, upsampler.std = base.mean, base.std
+    return upsampler
+
+
+def train(upsampler: EarlyDetailUpsampler, pairs: list[Pair], rounds: float, seed: int) -> float:
+    """Train the network; inputs and outputs are brought to units of their deviation on the way.
+
+    Returns:
+        The share of the target's energy that is explained on the photographs kept out.
+    """
+    training = [pair for index, pair in enumerate(pairs) if index % HELD_OUT]
+    testing = pairs[::HELD_OUT]
+    hidden = torch.cat([pair.hidden.float().flatten(2) for pair in training[::8]], 2)
+    mean, std = hidden.mean((0, 2))[:, None, None], hidden.std((0, 2))[:, None, None] + 1e-6
+    target = torch.cat([pair.target.float().flatten(2) for pair in training[::8]], 2)
+    unit = target.square().mean((0, 2)).sqrt()[:, None, None]
+    network, last = upsampler.early_network, upsampler.detail
+    torch.nn.init.kaiming_uniform_(last.weight, a=math.sqrt(5))
+    parameters = [*network.parameters(), *last.parameters()]
+    steps = int(rounds * len(training))
+    optimizer = torch.optim.AdamW(parameters, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        pair = training[int(torch.randint(len(training), (1,), generator=generator))]
+        inputs, wanted = (pair.hidden.float() - mean) / std, pair.target.float() / unit
+        if step % 2:
+            inputs, wanted = inputs.flip(3), wanted.flip(3)
+        loss = F.mse_loss(last(network(inputs)), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 1000 == 0:
+            print(f"step {step} of {steps}: loss {loss.item():.3f}", flush=True)
+    with torch.no_grad():
+        fold(upsampler, mean, std, unit)
+        error = total = 0.0
+        for pair in testing:
+            wanted = pair.target.float()
+            error += float((last(network(pair.hidden.float())) - wanted).square().sum())
+            total += float(wanted.square().sum())
+    return 1 - error / total
+
+
+def fold(upsampler: EarlyDetailUpsampler, mean: Tensor, std: Tensor, unit: Tensor) -> None:
+    """Take units into the first and the last layer: (C, 1, 1) each."""
+    entry, last = upsampler.early_network[0], upsampler.detail
+    assert isinstance(entry, torch.nn.Conv2d)
+    assert entry.bias is not None
+    assert last.bias is not None
+    entry.weight.div_(std)
+    entry.bias.sub_((entry.weight * mean).sum((1, 2, 3)))
+    last.weight.mul_(unit[..., None])
+    last.bias.mul_(unit.flatten())
+
+
+def save(
+    upsampler: EarlyDetailUpsampler,
+    folder: Path,
+    backbone: Backbone,
+    photographs: int,
+    explained: float,
+) -> None:
+    """Write weights in half precision, and what they were learnt from."""
+    with torch.no_grad():
+        for parameter in upsampler.parameters():
+            parameter.copy_(parameter.half())
+    upsampler.eval().half().save_pretrained(folder)
+    facts = {
+        "format": "upfeat-early-1",
+        "backbone": backbone.name,
+        "weights": digest(backbone),
+        "photographs": photographs,
+        "explained": round(explained, 3),
+        "temperature": TEMPERATURE,
+        "base": BASE,
+    }
+    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    print(f"{folder}: explains {100 * explained:.1f} % of what is lacking")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The detail upsampler with a network that sees what a backbone's early layers say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from upfeat.bounds import MOST_CHANNELS, whole
+from upfeat.upsamplers.base import UPSAMPLERS, Size
+from upfeat.upsamplers.detail import DetailUpsampler
+from upfeat.upsamplers.early_network import EarlyMaps, EarlyNetwork
+from upfeat.upsamplers.maps import Map
+from upfeat.upsamplers.neighbourhood import MOST_WIDTH
+
+
+@UPSAMPLERS.register
+class EarlyDetailUpsampler(DetailUpsampler):
+    """Adds detail that a backbone's early layers tell of.
+
+    As :class:`DetailUpsampler`, whose regression sees early layers too where they are given. What
+    is lacking after it is predicted by a network that sees early layers in place of pixels:
+
+        up(F) = K₂(g)·[(K₁(g) + R(g, e))·F + P·z(e) + b]
+
+    e are the early layers, z(e) ``width`` maps of them. The network learns, from photographs alone,
+    what features of the image at twice its size add (``benchmarks/learn_early.py``): most of what
+    five passes cost comes with one. Without early layers it is the detail upsampler without a
+    network.
+
+    Source: ours.
+    """
+
+    name = "early_detail"
+    wants_hidden = True
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        hidden_dim: int,
+        radius: int = 2,
+        query_dim: int = 32,
+        levels: int = 4,
+        back_projections: int = 1,
+        width: int = 128,
+        depth: int = 4,
+        widening: float = 1.25,
+        ridge: float = 0.3,
+        backend: str = "auto",
+    ) -> None:
+        """Make an upsampler with initial (untrained) weights.
+
+        Args:
+            embed_dim: number of feature channels C.
+            hidden_dim: channels of the early layers, as :meth:`upfeat.Backbone.with_hidden` gives
+                them.
+            radius: see :class:`DetailUpsampler`, as for the next three.
+            query_dim: width of queries and keys.
+            levels: scales of the encoder.
+            back_projections: corrections of each step.
+            width: maps of detail, from 2 to 1024.
+            depth: blocks of the network that makes them, from 0 to 64.
+            widening: see :class:`DetailUpsampler`, as for the next.
+            ridge: penalty of the regression.
+            backend: of the operators; see :mod:`upfeat.functional`.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        super().__init__(
+            radius=radius,
+            query_dim=query_dim,
+            levels=levels,
+            back_projections=back_projections,
+            widening=widening,
+            ridge=ridge,
+        )
+        self.embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS)
+        self.hidden_dim = whole("hidden_dim", hidden_dim, 1, MOST_CHANNELS)
+        self.width = whole("width", width, 2, MOST_WIDTH)
+        self.depth = whole("depth", depth, 0, 64)
+        self.early_network = EarlyNetwork(self.hidden_dim, self.width, self.depth)
+        self.detail = nn.Conv2d(self.width, self.embed_dim, 1)
+        nn.init.zeros_(self.detail.weight)
+        nn.init.zeros_(self.detail.bias)  # pyright: ignore[reportArgumentType]
+        self.set_backend(backend)
+
+    def config(self) -> dict[str, Any]:
+        """See :meth:`Upsampler.config`."""
+        network = {"hidden_dim": self.hidden_dim, "width": self.width, "depth": self.depth}
+        return super().config() | network
+
+    def _maps(
+        self, guidance: Tensor, hidden: Tensor | None, finer: Size, *, whole: bool
+    ) -> Map | None:
+        """See :meth:`DetailUpsampler._maps`; of the early layers, where they are given."""
+        del guidance
+        if hidden is None:
+            return None
+        if hidden.shape[1] != self.hidden_dim:
+            raise ValueError(
+                f"hidden has {hidden.shape[1]} channels but this EarlyDetailUpsampler is made for "
+                f"{self.hidden_dim}; give the early layers of the backbone that it was trained for"
+            )
+        return EarlyMaps(self.early_network, hidden, finer, whole=whole)
