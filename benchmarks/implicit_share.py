@@ -34,8 +34,15 @@ from upfeat.scales import Translation, shipped_translation
 from upfeat.storage import write_bytes
 
 TARGET = Path(__file__).with_name("implicit_share.json")
-IMAGES = {"clothing": (24, 16), "aerial_roads": (30, 20)}
-NAMED = ("bilinear", "detail_universal", "detail_universal@early", "detail_universal@5")
+IMAGES = {"clothing": (40, 24), "aerial_roads": (30, 20)}
+NAMED = (
+    "bilinear",
+    "detail_universal",
+    "detail_universal@early",
+    "early_detail_efficientnet_lite0",
+    "detail_universal@5",
+    "early_detail_efficientnet_lite0@5",
+)
 ALONE = FitConfig(share=1.0, translation=0.0)
 MEAN = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
 """The basis of a fit is that of its first 32 views; nothing else has a part in its mean."""
@@ -169,12 +176,12 @@ def main() -> None:
     parser.add_argument("--losses", action="store_true", help="add held-out losses only")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    known: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {}
     for name in options.sets:
         given = options.data / name, IMAGES[name], options.output / name
-        if not options.losses:
-            known[name] = measure(*given)
-        known[name]["held_out"] = losses(*given)
+        found = {} if options.losses else measure(*given)
+        found["held_out"] = losses(*given)
+        known: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+        known[name] = known.get(name, {}) | found
         write_bytes(TARGET, (json.dumps(known, indent=1) + "\n").encode())
 
 

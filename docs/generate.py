@@ -246,6 +246,8 @@ def implicit_probes() -> str:
 SHARED = UPSAMPLERS | {
     "detail_universal@early": "detail, universal, `early=True`",
     "detail_universal@5": "detail, universal, `passes=5`",
+    "early_detail_efficientnet_lite0": "early detail (`early=True`)",
+    "early_detail_efficientnet_lite0@5": "early detail, `passes=5`",
     "implicit alone": "implicit, `share=1, translation=0`",
 }
 
@@ -265,7 +267,8 @@ def implicit_share(part: str) -> str:
 
 def implicit_gains() -> str:
     """What a fit returns by default less other ways, in points."""
-    others = ["bilinear", "detail_universal", "detail_universal@early", "detail_universal@5"]
+    others = ["bilinear", "detail_universal", "detail_universal@5"]
+    others += ["early_detail_efficientnet_lite0", "early_detail_efficientnet_lite0@5"]
     chosen = f"implicit@{FitConfig().share}"
     rows = []
     for other in [*others, "implicit alone"]:
