@@ -4,22 +4,28 @@
     python benchmarks/digits.py write new.pt --weights OLD/src/upfeat/weights
     python benchmarks/digits.py write exact.pt --weights OLD/src/upfeat/weights --double
     python benchmarks/digits.py compare old.pt new.pt exact.pt --commits OLD NEW
+    python benchmarks/digits.py rounding
 
 Writes benchmarks/digits.json: for each upsampler, and for the embedded backbone, the largest
-relative difference, ‖a − b‖/‖b‖, over images that fit into one window of the regression.
+relative difference, ‖a − b‖/‖b‖, over images that fit into one window of the regression; and by
+``rounding``, which needs no other version, ways to compute the backbone against float64.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import upfeat
+from upfeat.backbones.efficientnet_lite import ConvNorm
 
 TARGET = Path(__file__).with_name("digits.json")
 PHOTO = Path(__file__).parents[1] / "examples" / "photos" / "coffee.jpg"
@@ -69,11 +75,64 @@ def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
+def shift_after(layers: ConvNorm, input: torch.Tensor) -> torch.Tensor:
+    """Run the layers with the scale of the normalisation folded and its shift added after."""
+    weight, shift = layers._fold(input.device)
+    border, both, uneven = layers._borders(input)
+    input = input if border is None else F.pad(input, border)
+    out = F.conv2d(input, weight, None, layers.stride, both, 1, layers[0].groups)
+    out = out + shift[:, None, None]
+    out = out.clamp_(0, 6) if len(layers) > 2 else out
+    return out[:, :, int(uneven[0]) :, int(uneven[1]) :]
+
+
+@torch.inference_mode()
+def rounding() -> dict[str, dict[str, float]]:
+    """Ways to compute the embedded backbone, against float64 and against its separate layers."""
+    torch.set_num_threads(1)
+    photo = Image.open(PHOTO).convert("RGB")
+    images = [
+        ((torch.from_numpy(np.array(photo.resize(size[::-1]))).permute(2, 0, 1) / 255 - 0.5) / 0.5)
+        for size in [(224, 224), (304, 416), (512, 512)]
+    ]
+    separate = mock.patch.object(ConvNorm, "_can_fold", return_value=False)
+    ways = {
+        "folded": [],
+        "scale folded, shift added after": [mock.patch.object(ConvNorm, "_folded", shift_after)],
+        "layers": [separate],
+        "layers, without oneDNN": [separate, torch.backends.mkldnn.flags(enabled=False)],
+    }
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    found = {}
+    for name, changes in ways.items():
+        with contextlib.ExitStack() as stack:
+            for change in changes:
+                stack.enter_context(change)
+            found[name] = [backbone(image[None]) for image in images]
+    backbone = backbone.to(torch.float64)
+    exact = [backbone(image[None].double()) for image in images]
+    return {
+        name: {
+            "from_float64": difference(features, exact),
+            "from_float64_largest": largest(features, exact),
+            "from_layers": difference(features, found["layers"]),
+            "from_layers_largest": largest(features, found["layers"]),
+        }
+        for name, features in found.items()
+    }
+
+
+def largest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """The largest of max|a − b| / max|b|."""
+    pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True)]
+    return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
 def main() -> None:
     """Write features, or compare what was written."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("action", choices=["write", "compare"])
-    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("action", choices=["write", "compare", "rounding"])
+    parser.add_argument("files", type=Path, nargs="*")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--double", action="store_true")
     parser.add_argument("--commits", nargs=2)
@@ -81,6 +140,10 @@ def main() -> None:
     if options.action == "write":
         dtype = torch.float64 if options.double else torch.float32
         torch.save(features_of(options.weights, dtype), options.files[0])
+        return
+    if options.action == "rounding":
+        content = json.loads(TARGET.read_text()) | {"backbone_rounding": rounding()}
+        TARGET.write_text(json.dumps(content, indent=1) + "\n")
         return
     old, new, exact = (torch.load(path) for path in options.files)
     rows = {
@@ -91,7 +154,8 @@ def main() -> None:
         }
         for name in old
     }
-    content = {"commits": options.commits, "torch": torch.__version__, "rows": rows}
+    content = json.loads(TARGET.read_text())
+    content |= {"commits": options.commits, "torch": torch.__version__, "rows": rows}
     TARGET.write_text(json.dumps(content, indent=1) + "\n")
 
 

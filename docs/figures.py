@@ -89,9 +89,9 @@ def implicit_share(
     return mean(name) - (mean(over) if over else 0)
 
 
-def digits(kind: str, name: str = "") -> str:
-    """The difference of the embedded backbone, or the largest of all upsamplers, as 2.5e−6."""
-    rows = data("digits")["rows"]
+def digits(kind: str, name: str = "", table: str = "rows") -> str:
+    """The difference of the row named, or the largest of all upsamplers, as 2.5e−6."""
+    rows = data("digits")[table]
     chosen = [name] if name else [one for one in rows if one != "backbone"]
     return f"{max(rows[one][kind] for one in chosen):.1e}".replace("e-0", "e-")
 

@@ -16,11 +16,11 @@ FITS = ("interpolate", "tile", "resize")
 """Ways to bring a model of one image size to others."""
 
 _OVERLAP = 0.25
-"""Least part of a tile that its neighbour shows too."""
+"""Least fraction of a tile that overlaps with its neighbour."""
 
 
 def resize(x: Tensor, size: Size) -> Tensor:
-    """An image at another size, (B, 3, H, W) -> (B, 3, *size); in single precision at least."""
+    """Resize images, (B, 3, H, W) -> (B, 3, *size), computing in float32 or better."""
     if tuple(x.shape[2:]) == size:
         return x
     exact = x.float() if x.dtype.itemsize < 4 else x
@@ -47,7 +47,7 @@ def tiled_size(image: Size, window: Size, stride: int) -> Size:
 
 
 def tiles(extract: Callable[[Tensor], Tensor], x: Tensor, window: Size, stride: int) -> Tensor:
-    """Features of an image through windows of one size that overlap and are blended.
+    """Extract features from overlapping windows of one size and blend them.
 
     Args:
         extract: (B, 3, *window) -> (B, C, window / stride).

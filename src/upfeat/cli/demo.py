@@ -20,20 +20,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help=f"offer this one too, and first; may be repeated: {BACKBONE_HELP}",
+        help=f"backbone to offer before the others; may be repeated: {BACKBONE_HELP}",
     )
     parser.add_argument(
         "--text-backbone",
         metavar="NAME",
-        help="offer a CLIP or SigLIP, for texts: hf:ID-OR-FOLDER or open_clip:NAME/TAG",
+        help="offer a CLIP or SigLIP model too, to search by text: hf:ID-OR-FOLDER or "
+        "open_clip:NAME/TAG",
     )
     parser.add_argument(
         "--upsampler",
         action="append",
         default=[],
         metavar="FILE",
-        help="offer this one too, and first: a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) "
-        "or a folder that save_pretrained wrote; may be repeated",
+        help="upsampler to offer before the others: a published checkpoint (AnyUp, JAFAR, NAF, "
+        "FeatUp) or a folder that save_pretrained wrote; may be repeated",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(

@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         type=Path,
-        help="train/ and test/ (or neither), with images/ and labels/ or depth/; cam and "
-        "consistency take any folder of photographs",
+        help="images/ beside labels/ or depth/, in train/ and test/ if it is split; for cam and "
+        "consistency any folder of photographs",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="where results go"
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layout",
         default="folder",
         choices=("folder", "coco_stuff", "ade20k", "cityscapes", "voc", "nyuv2"),
-        help="how the data lies on disk (default: %(default)s)",
+        help="layout of the data on disk (default: %(default)s)",
     )
     parser.add_argument(
         "--upsamplers",
@@ -69,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=("own", "transfer", "both"),
         default="both",
-        help="seg and depth: train probes on the upsampled features, or on the coarse ones "
-        "(default: both)",
+        help="seg and depth: probes trained on the upsampled features (own), or on the coarse ones "
+        "and applied to the upsampled (transfer) (default: both)",
     )
     parser.add_argument(
         "--downsampler",
@@ -103,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="drawn from each training image (default: %(default)s)",
+        help="pixels drawn from each training image (default: %(default)s)",
     )
     parser.add_argument(
         "--views",
@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="SEED",
-        help="of automatic splits and --max-train, --max-test (default: %(default)s)",
+        help="seed of automatic splits and of --max-train, --max-test (default: %(default)s)",
     )
     parser.add_argument(
         "--device",
@@ -170,7 +170,7 @@ def execute(options: argparse.Namespace) -> int:
             layout=options.layout,
             device=options.device,
             overwrite=options.overwrite,
-            on_step=_shower(progress),
+            on_step=_bars(progress),
         )
     for problem in results.problems[:_PROBLEMS_SHOWN]:
         print(f"upfeat eval: note: {problem}", file=sys.stderr)
@@ -185,16 +185,16 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _shower(progress: Progress) -> OnStep:
-    """Progress that shows one bar, renamed and restarted for each step."""
-    bars: dict[str, int] = {}
+def _bars(progress: Progress) -> OnStep:
+    """Return a callback that shows a bar for the step at hand and hides those before."""
+    tasks: dict[str, int] = {}
 
     def show(label: str, done: int, total: int) -> None:
-        if label not in bars:
-            for task in bars.values():
+        if label not in tasks:
+            for task in tasks.values():
                 progress.update(task, visible=False)  # pyright: ignore[reportArgumentType]
-            bars[label] = progress.add_task(label, total=total)
-        progress.update(bars[label], completed=done)  # pyright: ignore[reportArgumentType]
+            tasks[label] = progress.add_task(label, total=total)
+        progress.update(tasks[label], completed=done)  # pyright: ignore[reportArgumentType]
 
     return show
 
@@ -217,9 +217,9 @@ def _table(results: Results) -> Table:
     for name in ("protocol", "upsampler"):
         table.add_column(name, no_wrap=True)
     scores = find_task(results.task).scores
-    heads = [heading(scores[name]) for name in names]
-    for head in (*heads, "passes", "s/image", "MiB"):
-        table.add_column(head, justify="right", no_wrap=True)
+    headings = [heading(scores[name]) for name in names]
+    for title in (*headings, "passes", "s/image", "MiB"):
+        table.add_column(title, justify="right", no_wrap=True)
     for protocol in results.protocols:
         rows = [row for row in results.rows if row.protocol == protocol]
         best = {name: best_mean(rows, name, scores[name]) for name in names}
@@ -227,8 +227,8 @@ def _table(results: Results) -> Table:
             cells = []
             for name in names:
                 mean, spread = shown(scores[name], row.scores[name])
-                own = summary(row.scores[name])["mean"]
-                mean = f"[bold]{mean}[/]" if own is not None and own == best[name] else mean
+                exact = summary(row.scores[name])["mean"]  # unrounded
+                mean = f"[bold]{mean}[/]" if exact is not None and exact == best[name] else mean
                 cells.append(f"{mean} [dim]{spread}[/]" if spread else mean)
             for name, digits in COSTS.items():
                 value = row.cost.get(name)
@@ -239,7 +239,7 @@ def _table(results: Results) -> Table:
 
 
 def _differences(results: Results) -> Table:
-    """Every row less bilinear and less the best of the others, in bold where images agree."""
+    """Differences of rows from bilinear and from the best other row, bold where 0 is excluded."""
     from rich.markup import escape
     from rich.table import Table
 

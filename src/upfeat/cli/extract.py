@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="where results go; what it holds already is not made again",
+        help="where results go; items already in it are not extracted again",
     )
     parser.add_argument(
         "--kind",
@@ -41,20 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="coarse features and the image, to be upsampled when read (default; a hundredth of "
         "the size), or full maps",
     )
-    parser.add_argument("--head", type=Path, metavar="FILE", help="store what a head says instead")
+    parser.add_argument(
+        "--head", type=Path, metavar="FILE", help="store the maps of this head instead of features"
+    )
     add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
         "--size", type=int, metavar="PIXELS", help="resize the shorter side first (default: no)"
     )
     parser.add_argument(
-        "--dtype", choices=("fp16", "fp32"), default="fp16", help="of maps (default: fp16)"
+        "--dtype",
+        choices=("fp16", "fp32"),
+        default="fp16",
+        help="number type of stored maps (default: fp16)",
     )
     add_engine(parser, "image")
     parser.add_argument(
         "--max-memory",
         metavar="AMOUNT",
-        help="that a process may take, as 2GB or 500MiB (default: what the machine has)",
+        help="most memory for a process, as 2GB or 500MiB (default: what the machine has)",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(
@@ -63,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Run; bad items are listed at the end and in the manifest."""
+    """Extract; items that fail are listed at the end and in the manifest."""
     from rich.progress import MofNCompleteColumn, TextColumn
 
     import upfeat

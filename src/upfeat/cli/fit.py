@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="photo",
-        help="image file, or a folder, searched with all below",
+        help="image file, or a folder (searched to any depth)",
     )
     parser.add_argument(
         "-o",
@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a .safetensors file for one photograph, or a folder; what is there already is not "
-        "fitted again. The picture goes beside it: NAME.features.png",
+        help="a .safetensors file for one photograph, or a folder; photographs already fitted "
+        "there are skipped. The picture goes beside it: NAME.features.png",
     )
     add_backbone(parser)
     parser.add_argument(
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="shorter side of the fit (default: the photograph's own, at most 224)",
     )
-    parser.add_argument("--views", type=int, metavar="N", help="jittered views to look at, at most")
+    parser.add_argument("--views", type=int, metavar="N", help="most jittered views to use")
     parser.add_argument(
         "--share",
         type=float,
@@ -132,7 +132,7 @@ def execute(options: argparse.Namespace) -> int:
                         guidance=guidance,
                         max_pixels=options.max_pixels,
                         made_by=made_by,
-                        on_step=_shower(progress, task, photo.name),
+                        on_step=_bar_updater(progress, task, photo.name),
                     )
                 if features is not None:
                     say(f"{outputs.features}  {_outcome(features, config)}")
@@ -153,16 +153,19 @@ def _plan(photos: list[Photo], output: Path, picture: bool) -> tuple[Plan, Path]
 
 
 def _outcome(features: ImplicitFeatures, config: FitConfig) -> str:
+    """Describe a fit in a line: shape, views, held-out loss."""
     facts = features.facts
     shape, views = "×".join(map(str, features.shape[1:])), f"{facts['views']} views"
-    if config.preset == "fast":  # which counts all passes: the photograph's own is one
+    if config.preset == "fast":  # its "views" are all passes, the photograph's own included
         views = (
             f"{facts['views'] - config.zoomed_views - 1} + {config.zoomed_views} magnified views"
         )
     return f"{shape}, {views}, held-out loss {facts['held_out']:.4f}"
 
 
-def _shower(progress: Progress, task: TaskID, name: str) -> OnFit:
+def _bar_updater(progress: Progress, task: TaskID, name: str) -> OnFit:
+    """Return a callback that moves one photograph's bar and shows its held-out loss."""
+
     def show(step: FitProgress) -> None:
         progress.update(task, completed=step.done, total=step.total)
         if step.held_out is not None:

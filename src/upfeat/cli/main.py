@@ -44,9 +44,8 @@ COMMANDS = {
     "info": info,
 }
 
-
 _SPINS = "1000"
-"""Turns of a waiting thread before it sleeps, some microseconds."""
+"""Turns of its loop that a waiting thread makes before it sleeps: some microseconds."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,7 +57,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    """The parser of the whole command."""
+    """Build the parser of ``upfeat`` with all its commands."""
     parser = Parser(
         prog="upfeat", description="Features of any vision backbone, at any resolution."
     )
@@ -107,9 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def calm_threads() -> None:
     """Let PyTorch's threads sleep soon when they wait, unless the environment says otherwise.
 
-    GNU OpenMP lets a waiting thread spin. Where other processes are at work it so takes the core
-    that the thread it waits for needs: up to ten times slower there, and no faster on an idle
-    machine. It reads its settings when it is loaded, so this does nothing once PyTorch is.
+    A waiting thread of GNU OpenMP spins. On a busy machine it thereby keeps the core from the very
+    thread it waits for, which makes work up to ten times slower; on an idle one spinning gains
+    nothing. OpenMP reads these settings when it is loaded, together with PyTorch; after that this
+    function does nothing.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and "torch" not in sys.modules:
         os.environ["GOMP_SPINCOUNT"] = _SPINS

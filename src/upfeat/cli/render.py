@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", type=Path, metavar="PHOTO", help="the photograph, where the file lacks it"
     )
     parser.add_argument(
-        "--dtype", choices=("fp16", "fp32"), default="fp16", help="of values (default: %(default)s)"
+        "--dtype",
+        choices=("fp16", "fp32"),
+        default="fp16",
+        help="number type of values (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite",
@@ -43,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Render."""
+    """Render the features and write them, or a picture of them."""
     import torch
 
     from upfeat.cli.console import progress_bar, say
@@ -53,7 +56,8 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.outputs import Inputs, check_output
     from upfeat.storage import sweep
 
-    # Writers of zarr that a full disk has stopped would tell of it twice, when they are collected.
+    # zarr writers that a full disk has stopped report it a second time, through asyncio, when they
+    # are garbage-collected.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     size, output = size_of(options.size), options.output
     picture = output.suffix.lower() in (".png", ".jpg", ".jpeg")

@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from upfeat.model import FeatUp
 
 MAX_BYTES = 16 << 20
-"""Of an uploaded file."""
+"""Size of the largest file that may be uploaded."""
 
 MAX_PIXELS = 32_000_000
-"""Of an uploaded photograph, before it is made smaller."""
+"""Pixels of the largest photograph that may be uploaded; it is made smaller afterwards."""
 
 MAX_STROKE_POINTS = 4000
 """Painted pixels that a probe is fitted on; of more, evenly spaced ones are taken."""
@@ -52,7 +52,7 @@ _BLOCK = 32
 
 
 class Pair(NamedTuple):
-    """The same thing of the coarse features and of the upsampled ones."""
+    """One result twice: from the coarse features and from the upsampled ones."""
 
     coarse: Tensor
     """(..., h, w)."""
@@ -68,7 +68,7 @@ def read_upload(content: bytes, label: str = "the file") -> Tensor:
         label: what errors call it.
 
     Returns:
-        (3, H, W) uint8. Longer than 2:1, it is made smaller still: its area stays bounded.
+        (3, H, W) uint8. Photographs longer than 2:1 come out smaller: their area is bounded.
 
     Raises:
         ValueError: it is empty, too large, or no photograph.
@@ -139,12 +139,12 @@ class Visit:
 
     @property
     def has_texts(self) -> bool:
-        """True where texts can be held against these features."""
+        """True if the backbone can compare its features with texts."""
         return isinstance(self.model.backbone, TextBackbone)
 
     @property
     def kept(self) -> int:
-        """Bytes kept while nothing is asked: without upsampling weights."""
+        """Bytes kept between requests: without upsampling weights."""
         tensors = [self.lazy.features, self.lazy.guidance, self.original, self.photo]
         tensors += [*self._colours, self._lengths]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -159,7 +159,7 @@ class Visit:
 
     @torch.no_grad()
     def similarity(self, y: float, x: float) -> Pair:
-        """Cosines with one pixel: of every pixel's features, and of every cell's with its cell.
+        """Cosines of all pixels with the one at (y, x), and of all cells with the cell it lies in.
 
         Args:
             y: row, pixels of the result.
@@ -177,7 +177,7 @@ class Visit:
         rows, columns = self._cells(torch.tensor([[int(y), int(x)]]))
         coarse = self.lazy.features[0]  # (C, h, w)
         cell = coarse[:, rows, columns].T
-        return self._keep("similarity", _cosines(coarse, cell)[0], self._held_against(target)[0])
+        return self._keep("similarity", _cosines(coarse, cell)[0], self._pixel_cosines(target)[0])
 
     @torch.no_grad()
     def text(self, prompt: str) -> Pair:
@@ -193,7 +193,7 @@ class Visit:
             raise ValueError(f"a text of 1 to {MAX_PROMPT} characters is needed")
         vector = backbone.encode_text([prompt.strip()]).to(self.lazy.features)
         coarse = _cosines(self.lazy.features[0], vector)[0]
-        return self._keep("text", coarse, self._held_against(vector)[0])
+        return self._keep("text", coarse, self._pixel_cosines(vector)[0])
 
     @torch.no_grad()
     def segment(self, strokes: Sequence[Sequence[float]]) -> Pair:
@@ -247,8 +247,8 @@ class Visit:
         self.last = {name: Pair(coarse, fine)}  # one map alone, so that memory stays bounded
         return self.last[name]
 
-    def _held_against(self, vectors: Tensor) -> Tensor:
-        """Cosines (K, H, W) of every pixel with vectors (K, C)."""
+    def _pixel_cosines(self, vectors: Tensor) -> Tensor:
+        """Cosines (K, H, W) of the upsampled features with vectors (K, C)."""
         scale = torch.linalg.vector_norm(vectors, dim=1)[:, None, None] * self._lengths
         return self.lazy.project(vectors)[0].cpu() / scale.cpu().clamp(min=1e-8)
 
@@ -307,7 +307,7 @@ class Visits:
             self._visits.pop(token, None)
             self._visits[token] = self._clock(), visit
             self._tidy()
-        release_memory()  # weights refer to themselves, and threads keep what they have freed
+        release_memory()  # weights lie in reference cycles, and allocators keep what is freed
 
     def get(self, token: str | None) -> Visit:
         """Return a visitor's photograph.

@@ -26,7 +26,7 @@ from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
 
 _BAND_BYTES = 32 * 2**20
-"""About as much as a band of rows may take that is on its way to a caller's buffer."""
+"""Approximate size of a band of rows, before it is copied into a caller's buffer."""
 
 
 class AttentionKernels:
@@ -43,7 +43,7 @@ class AttentionKernels:
         split: bool = False,
         backend: str = "auto",
     ) -> None:
-        """Keep them.
+        """Keep the tensors and tables.
 
         Args:
             queries: (B, D, H, W).
@@ -132,7 +132,7 @@ class AttentionUpsampler(Upsampler):
         self.width, self.heads, self.backend = width, heads, backend
 
     def exact(self, x: Tensor, *beside: Tensor) -> Tensor:
-        """Images and features in the precision of the encoders: float32 at least, alike for all.
+        """Convert to the precision of the encoders: float32 at least, the same for all inputs.
 
         Their cost does not grow with the channels of the features, and five layers of half
         precision would cost the weights two digits.
@@ -213,8 +213,8 @@ class AttentionUpsampler(Upsampler):
     ) -> Tensor:
         """See :meth:`Upsampler.render_linear`.
 
-        A head of heads that are split mixes their blocks of channels: what it takes of each block
-        is upsampled by that block's weights, and the parts are added.
+        With split attention, a linear head mixes blocks of channels that have weights of their own:
+        its part for each block is upsampled by that block's weights, and the parts are added.
         """
         assert isinstance(kernels, AttentionKernels)
         if not kernels.split or head is None:
@@ -226,7 +226,7 @@ class AttentionUpsampler(Upsampler):
             chosen = range(*head.indices(mixed.shape[1]))
             if chosen.step != 1:
                 raise ValueError(f"head={head} must be a range of channels, one by one")
-            inside = [_common(chosen, n * blocks[0], blocks[0]) for n in range(len(blocks))]
+            inside = [_overlap(chosen, n * blocks[0], blocks[0]) for n in range(len(blocks))]
             return kernels.attend(mixed[:, head], window, inside)
         outputs = head.shape[-2]
         if len(blocks) * outputs >= mixed.shape[1]:  # fewer channels before the head than after
@@ -246,8 +246,8 @@ def buffer_refused(out: Tensor, expected: tuple[int, ...]) -> str:
     return f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
 
 
-def _common(chosen: range, start: int, count: int) -> int:
-    """Number of a range's channels that lie in a block."""
+def _overlap(chosen: range, start: int, count: int) -> int:
+    """Number of channels that a range has in common with a block."""
     return max(min(chosen.stop, start + count) - max(chosen.start, start), 0)
 
 
@@ -261,12 +261,12 @@ def _relative_window(cells: int, length: int, ratio: float) -> tuple[int, ...]:
 
 
 def relative_window(cells: int, length: int, ratio: float) -> list[int]:
-    """The cells less than a share of the axis away from each pixel; one that is touched counts.
+    """Cells within a fraction of the axis of each pixel, partly covered cells included.
 
     Args:
         cells: cells on the axis.
         length: pixels on it.
-        ratio: share of the axis to each side.
+        ratio: fraction of the axis to each side.
 
     Returns:
         First cells of all pixels, then one past their last ones.
