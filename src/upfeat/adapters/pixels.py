@@ -178,7 +178,7 @@ class PixelFeatures:
 
     @property
     def patch_size(self) -> int:
-        """Pixels of a cell of the backbone."""
+        """Pixels per cell of the backbone, along one side."""
         return self.model.backbone.stride
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -204,7 +204,7 @@ class PixelFeatures:
         return f"PixelFeatures({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A model that a name stands for is loaded again where it is needed.
+        # A model loaded by name is not pickled: the copy loads it again when it needs it.
         state = dict(self.__dict__)
         if isinstance(self.backbone, str):
             state.pop("_model", None)
@@ -232,7 +232,7 @@ class PixelFeatures:
 
 
 def _images(X: Any) -> Iterator[Any]:
-    """Images of a list, or of an array (N, H, W, bands); or the one that is given."""
+    """Yield the images of a list or of an array (N, H, W, bands), or a single image."""
     if isinstance(X, list | tuple) or (isinstance(X, np.ndarray) and X.ndim == 4):
         if not len(X):
             raise ValueError("X holds no image; give at least one")

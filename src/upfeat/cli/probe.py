@@ -35,10 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         type=Path,
         metavar="FILE",
-        help="of a raster: class indices on its grid, or GeoJSON with a property class",
+        help="labels of a raster: class indices on its grid, or GeoJSON with a property class",
     )
     parser.add_argument(
-        "--classes", type=_names, metavar="A,B,…", help="names, in the order of indices"
+        "--classes",
+        type=_names,
+        metavar="A,B,…",
+        help="names of the classes, in the order of their indices",
     )
     add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
@@ -46,11 +49,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=int, metavar="PIXELS", help="resize photographs' shorter side (default: no)"
     )
     parser.add_argument(
-        "--bands", type=bands_of, metavar="N,N,N", help="of a raster, as upfeat raster takes them"
+        "--bands", type=bands_of, metavar="N,N,N", help="bands of a raster, as in upfeat raster"
     )
-    parser.add_argument("--scale", type=scale_of, metavar="LOW,HIGH", help="likewise")
+    parser.add_argument(
+        "--scale", type=scale_of, metavar="LOW,HIGH", help="values of a raster, as in upfeat raster"
+    )
     parser.add_argument("--max-memory", default="4GB", metavar="AMOUNT", help="default: 4GB")
-    parser.add_argument("--pixels", type=int, default=2000, metavar="N", help="of each image")
+    parser.add_argument(
+        "--pixels",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="pixels drawn from each image (default: %(default)s)",
+    )
     parser.add_argument("--folds", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
@@ -112,7 +123,7 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _check_source(options: argparse.Namespace) -> None:
-    """Refuse options that are about the other kind of source, which would not be heeded."""
+    """Refuse options of the other kind of source, which would be ignored."""
     others = ("bands", "scale", "classes") if options.labels is None else ("size",)
     for name in others:
         if getattr(options, name) is not None:

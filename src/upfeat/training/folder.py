@@ -40,7 +40,7 @@ _LISTED: dict[str, Callable[[Any], bool]] = {
     "train": _is_name,
     "validation": _is_name,
 }
-"""Entries of ``photographs.json``."""
+"""Lists in ``photographs.json``, and the check of an entry of each."""
 
 
 class RunFolder:
@@ -120,7 +120,7 @@ class RunFolder:
         return listing, state
 
     def finish(self, outcome: dict[str, Any]) -> None:
-        """Write the outcome beside what the run was started with, there and with the weights."""
+        """Add the outcome to ``run.json``, and write its history beside the trained weights."""
         run = {**(self._read_run() or {}), **outcome, "versions": versions("upfeat.training.loop")}
         write_json(self.path / "run.json", run)
         # Weights travel: they keep the recipe and the data's name, not where either lay.
@@ -143,9 +143,9 @@ class RunFolder:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
-        for damaged in self.checkpoints.paths():
-            # Of a run that never got as far as its run.json: not ours.
-            raise ValueError(f"{damaged}: a checkpoint without run.json; give another folder")
+        for stray in self.checkpoints.paths():
+            # A run writes run.json before its first checkpoint, so this one is not ours.
+            raise ValueError(f"{stray}: a checkpoint without run.json; give another folder")
         photographs = {
             "files": listing.files,
             "skipped": [asdict(one) for one in listing.skipped],
@@ -172,7 +172,7 @@ class RunFolder:
     def _check_free(self, files: dict[Path, bytes]) -> None:
         """Refuse a folder in which the run would replace files of somebody else's.
 
-        A start that was killed leaves the first of its own, which are the same again.
+        Files that a killed start of this run left are allowed: their bytes are the same.
         """
         for path in (self.log, self.upsampler, *files):
             alike = path in files and path.is_file() and path.read_bytes() == files[path]
