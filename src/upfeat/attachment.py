@@ -281,7 +281,7 @@ class _DilatedConv2d(nn.Conv2d):
 
 
 class _SmallerUpsample(nn.Upsample):
-    """An enlargement that is left to do after the upsampler's."""
+    """An enlargement by the factor that remains after the upsampler's own."""
 
     _attachment: Attachment
 
@@ -295,7 +295,7 @@ class _SmallerUpsample(nn.Upsample):
 
 
 def _kind_on_a_finer_grid(module: nn.Module) -> type[nn.Module] | None:
-    """The class that does a module's work on a finer grid; ``None`` where none is needed or is."""
+    """Return the class that replaces a module on a finer grid; ``None`` for none."""
     if type(module) is nn.Conv2d and max(module.kernel_size) > 1 and max(module.stride) == 1:
         return _DilatedConv2d
     if type(module) is nn.Upsample and module.scale_factor is not None:
@@ -312,7 +312,7 @@ def _depends_on_the_grid(module: nn.Module) -> bool:
 
 
 def _thread() -> int:
-    """Whose call it is; a graph that is being compiled is one thread's."""
+    """Identify the thread that calls; graphs being compiled count as one thread."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 

@@ -107,7 +107,7 @@ class Backbone(nn.Module, ABC):
         return self.extract(self._ready(x)).to(x.dtype)
 
     def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute features and, in the same pass, what earlier layers say.
+        """Compute features and, in the same pass, those of earlier layers.
 
         Args:
             x: as in :meth:`forward`.
@@ -127,7 +127,7 @@ class Backbone(nn.Module, ABC):
         return self.with_hidden(x)[1]
 
     def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Extract features, and what earlier layers say on a finer grid; here ``None``.
+        """Extract features, and those of earlier layers on a finer grid; here ``None``.
 
         A subclass overrides it that has such layers; ``x`` is as in :meth:`extract`.
         """

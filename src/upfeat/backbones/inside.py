@@ -105,4 +105,4 @@ def _exporting() -> bool:
 
 
 class _Done(Exception):
-    """All that is wanted has run."""
+    """Raised to leave a network once the modules chosen have run."""

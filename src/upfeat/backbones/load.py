@@ -215,7 +215,7 @@ def _refuse(what: str, options: dict[str, Any]) -> None:
 
 
 def _cast(module: Any, device: str | torch.device | None, dtype: str | torch.dtype | None) -> Any:
-    """A module where and in what it will compute, before it is shown images."""
+    """Move a module to the device and dtype that it will compute in, before it is probed."""
     if not isinstance(module, nn.Module) or (device is None and dtype is None):
         return module
     return _place(module, device, dtype)

@@ -101,7 +101,7 @@ def is_open_clip(module: object) -> bool:
 
 
 def image_tower(module: Any) -> nn.Module:
-    """The part of a model that sees."""
+    """Return a model's image tower."""
     return getattr(module, "visual", module)
 
 

@@ -228,7 +228,7 @@ def concatenate(maps: Sequence[Tensor]) -> Tensor:
 
 
 def resized(maps: Tensor, size: Size) -> Tensor:
-    """Maps on another grid, bilinearly; the same where it is theirs."""
+    """Resize maps to a grid, bilinearly; maps on that grid already are returned as they are."""
     if tuple(maps.shape[2:]) == size:
         return maps
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -18,7 +18,7 @@ _SIZES = (224, 256, 512, 384, 518, 448, 336, 112, 64, 32)
 
 @dataclass(frozen=True)
 class Question:
-    """Facts known of a model before it is asked.
+    """A model to be probed, and the facts that are known of it already.
 
     Attributes:
         call: the model, an image to whatever it returns.
@@ -153,7 +153,7 @@ def _recognise(question: Question, tensor: Tensor, side: int, index: int = 0) ->
 
 
 def _not_pooled(question: Question, side: int) -> tuple[int, list[Layout], list[Tensor]]:
-    """The same of an image of twice the side, where a map must have more than one cell."""
+    """Probe again at twice the side, where a map, unlike a pooled vector, has several cells."""
     try:
         output = question.call(_blank(question, (2 * side, 2 * side)))
         tensors = select(output, question.layers, question.name)
@@ -215,7 +215,7 @@ def _overlap(
 
 
 def _sizes_taken(question: Question, answer: Answer) -> Answer:
-    """Return whether the model takes another, oblong size, and of which sides' multiples."""
+    """Complete an answer: does the model take oblong images too, and sides in which multiples."""
     stride, side = answer.stride, answer.size[0]
     coarsest = max(one.side // one.cells for one in answer.layouts)
     for multiple in dict.fromkeys((coarsest, math.lcm(32, stride), 64)):

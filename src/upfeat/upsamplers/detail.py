@@ -23,7 +23,7 @@ from upfeat.upsamplers.saved import load_named
 from upfeat.upsamplers.step import NeighbourhoodKernels
 
 FINER = 2
-"""The grid on which detail is added is so many times finer than that of the features."""
+"""Ratio of the finer grid, on which detail is added, to the grid of the features."""
 
 
 class FinerFeatures(Computed):
@@ -45,7 +45,9 @@ class FinerFeatures(Computed):
         """See :meth:`Computed.compute`."""
         kernels = self.kernels
         parts = []
-        if kernels.regression is not None:  # first: of the means it needs the most
+        if (
+            kernels.regression is not None
+        ):  # before the step: it needs more of the means, which are then kept
             parts.append(kernels.regression.at(self.features, window))
         fine = sum(parts, kernels.first.at(self.features, window))
         if kernels.detail is not None:
@@ -95,7 +97,7 @@ class DetailKernels:
         return FinerFeatures(self.adding(None), as_map(features)).all()
 
     def adding(self, detail: Map | None) -> DetailKernels:
-        """The same kernels with this detail, (B, C, *finer grid)."""
+        """Return the same kernels with this detail, (B, C, *finer grid)."""
         return DetailKernels(
             self.first, self.last, regression=self.regression, maps=self.maps, detail=detail
         )
@@ -106,7 +108,7 @@ class DetailKernels:
 
 @UPSAMPLERS.register
 class DetailUpsampler(Upsampler):
-    """Follows edges, and adds detail that the image tells of, in two ways.
+    """Upsampler that follows edges and adds detail inferred from the image, in two ways.
 
     Features go through the neighbourhood step to a grid twice as fine, and through a second one, of
     the same weights, to the output size. In between, where cells are half as wide, detail is added:
@@ -243,11 +245,11 @@ class DetailUpsampler(Upsampler):
             return None
         radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
         finer = -(-radius * rounds // FINER) + 1
-        seen = [finer + cells_of_pixels(self.neighbourhood.encoder.halo)]
+        halos = [finer + cells_of_pixels(self.neighbourhood.encoder.halo)]
         if self.network is not None:
-            seen.append(finer + self.network.reach // FINER + 2)
+            halos.append(finer + self.network.reach // FINER + 2)
         step = self.neighbourhood.step
-        return step * -(-max(seen) // step)
+        return step * -(-max(halos) // step)
 
     def cell_means(self, guidance: Tensor, grid_size: Size, cells: Window) -> Tensor:
         """See :meth:`Upsampler.cell_means`; mean queries of the finer cells."""
@@ -318,12 +320,12 @@ class DetailUpsampler(Upsampler):
         radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
         finer = -(-radius * rounds // FINER) + 1
         pixels = cells_of_pixels(self.neighbourhood.encoder.halo)
-        found = [finer + radius * rounds + 1 + pixels]
+        reaches = [finer + radius * rounds + 1 + pixels]
         if self.ridge:
-            found.append(finer + 2 * STEP + 1 + pixels)
+            reaches.append(finer + 2 * STEP + 1 + pixels)
         if self.network is not None:
-            found.append(finer + self.network.reach // FINER + 2)
-        return max(found)
+            reaches.append(finer + self.network.reach // FINER + 2)
+        return max(reaches)
 
     @property
     def step(self) -> int:
@@ -372,7 +374,7 @@ class DetailUpsampler(Upsampler):
         return self._detail(kernels.maps, None).at(Window(0, 0, *kernels.maps.size))
 
     def _with_detail(self, kernels: DetailKernels, head: Tensor | slice | None) -> DetailKernels:
-        """The kernels with what a head makes of the network's detail."""
+        """Return the kernels with the network's detail, after a head if one is given."""
         if kernels.maps is None:
             return kernels
         return kernels.adding(self._detail(kernels.maps, head))
@@ -381,9 +383,9 @@ class DetailUpsampler(Upsampler):
         """The network's detail after a head, (B, width, …) -> (B, K, …)."""
         basis, constant = self.detail.weight.flatten(1), self.detail.bias
         assert constant is not None
-        one = Head(head)
+        linear = Head(head)
         # (K, width) or (B, K, width), and (K,) or (B, K)
-        return Headed(maps, one.on_channels(basis), one.on_channels(constant))
+        return Headed(maps, linear.on_channels(basis), linear.on_channels(constant))
 
     def _start_from(self, start: str | Path) -> None:
         trained = load_named(start, UPSAMPLERS)

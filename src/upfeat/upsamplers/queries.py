@@ -17,7 +17,7 @@ from upfeat.upsamplers.maps import TILE, Computed, cut, inside, is_recorded, is_
 
 
 class Pixels(Computed):
-    """A map of pixels, too large to keep unless it is computed whole: the last part is."""
+    """A map of pixels, kept whole if it is computed whole; else its last window alone is kept."""
 
     _last: tuple[Window, Tensor] | None = None
 
@@ -32,7 +32,7 @@ class Pixels(Computed):
         return cut(values, inside(window, outer))
 
     def means(self, grid_size: Size, cells: Window) -> Tensor | None:
-        """Means over cells, (B, K, *cells), where they can be had without the pixels."""
+        """Means over cells, (B, K, *cells), if they can be computed without keeping pixels."""
         del grid_size, cells
         return None
 
@@ -47,7 +47,7 @@ class Queries(Pixels):
     def __init__(
         self, encoder: PyramidEncoder, guidance: Tensor, output_size: Size, backend: str
     ) -> None:
-        """Keep what they are made of.
+        """Keep the encoder and the guidance.
 
         Args:
             encoder: makes them.
@@ -81,7 +81,7 @@ class Queries(Pixels):
         return unit(queries, over=True)
 
     def _encode(self, window: Window, *, unit_length: bool = False) -> Tensor:
-        """A window of what the encoder gives; compiled where nothing has to be kept."""
+        """A window of the encoder's output, compiled if no gradients are recorded."""
         if self._can_fuse():
             parameters = self.encoder.parameters_in_order()
             return dispatch.call(
@@ -142,7 +142,7 @@ class CellMeans(Computed):
         return out
 
     def start_from(self, means: Tensor) -> None:
-        """Take the means of all cells, (B, K, h, w), which are known."""
+        """Use means of all cells, (B, K, h, w), that are known already."""
         self._all = means
         self._parts = means, [bytearray(b"\1" * means.shape[3]) for _ in range(means.shape[2])]
 
