@@ -20,9 +20,20 @@ _LARGEST = 1 << 14
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--sizes", nargs="+", default=["14:224", "28:448", "64:1024"], metavar="GRID:SIZE"
+        "--sizes",
+        nargs="+",
+        default=["14:224", "28:448", "64:1024"],
+        metavar="GRID:SIZE",
+        help="cells and output pixels of a side (default: 14:224 28:448 64:1024)",
     )
-    parser.add_argument("--channels", nargs="+", type=int, default=[64, 384, 1024], metavar="C")
+    parser.add_argument(
+        "--channels",
+        nargs="+",
+        type=int,
+        default=[64, 384, 1024],
+        metavar="C",
+        help="default: 64 384 1024",
+    )
     parser.add_argument(
         "--jobs",
         nargs="+",

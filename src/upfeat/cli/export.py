@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the file to write, .onnx (for onnxruntime) or .pt2 (for torch.export.load)",
     )
     parser.add_argument(
-        "--format", metavar="onnx|pt2", help="of the file (default: what its name ends with)"
+        "--format", metavar="onnx|pt2", help="format of the file (default: by its ending)"
     )
     add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
@@ -40,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         metavar="WIDTHxHEIGHT",
-        help="of the only images that the file takes (default: any size)",
+        help="fix the size of the images that the file takes (default: any size)",
     )
     parser.add_argument(
         "--stride",
         type=int,
         default=1,
         metavar="PIXELS",
-        help="pixels of the image for each of the output (default: %(default)s, the image's size)",
+        help="image pixels for each output pixel (default: %(default)s, the image's size)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 

@@ -1,4 +1,4 @@
-"""One tile of a raster after the other, with all that it is made of, and its values."""
+"""Inputs of a raster's tiles, computed one tile after the other, and the values made of them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Piece(NamedTuple):
     """One tile, ready to be upsampled.
 
     Attributes:
-        number: of the tile.
-        pixels: of the raster, that the tile writes.
+        number: index of the tile.
+        pixels: window of the raster that the tile writes.
         coarse: (1, C, h, w) features of the tile and its halo; ``None`` where no pixel is valid.
         guidance: (1, 3, H, W) their image.
         means: of :meth:`Upsampler.cell_means`; ``None`` where there are none.
@@ -70,7 +70,7 @@ def pieces(
 
 @torch.inference_mode()
 def make_piece(scene: Scene, model: FeatUp, source: Source, index: int, tile: Tile) -> Piece:
-    """Collect what one tile is made of.
+    """Read and compute the inputs of one tile.
 
     Args:
         scene: an open raster.
