@@ -25,10 +25,10 @@ from upfeat.feature_map import (
     check_window,
     interpolate,
 )
-from upfeat.functional import FLOATS
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
 from upfeat.machine import parse_memory, readable
+from upfeat.operator_checks import FLOATS
 from upfeat.snapshots import Snapshot, watched
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window

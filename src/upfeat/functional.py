@@ -12,15 +12,23 @@ A backend asked for by name that cannot run raises ``ValueError`` with the reaso
 differentiable in every tensor argument.
 """
 
-import operator
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from upfeat.backends import dispatch
-from upfeat.bounds import number, shown, whole
+from upfeat.bounds import number, whole
 from upfeat.geometry import window_radius
+from upfeat.operator_checks import (
+    check_not_empty,
+    check_pair,
+    check_ranges,
+    check_tensor,
+    check_window,
+    scalar,
+    size_of,
+    whole_numbers,
+)
 
 __all__ = [
     "adaptive_conv2d",
@@ -30,8 +38,6 @@ __all__ = [
     "neighbourhood_weights",
 ]
 
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Types that are computed with."""
 _LARGEST_RADIUS = 127
 """A window of 65,025 taps; that of the published networks is 3."""
 
@@ -54,13 +60,14 @@ def adaptive_conv2d(padded: Tensor, weights: Tensor, *, backend: str = "auto") -
 
     Source: FeatUp, section 3.2 (the adaptive convolution).
     """
-    weights = _check_pair("padded", padded, weights)
+    weights = check_pair("padded", padded, weights)
     radius = window_radius(weights.shape[1])
     expected = (weights.shape[2] + 2 * radius, weights.shape[3] + 2 * radius)
     if tuple(padded.shape[-2:]) != expected:
         raise ValueError(
-            f"padded is {_size(padded)} but weights of {weights.shape[1]} taps at {_size(weights)} "
-            f"need {expected[0]}×{expected[1]}: pad by the radius ({radius}) on every side"
+            f"padded is {size_of(padded)} but weights of {weights.shape[1]} taps at "
+            f"{size_of(weights)} need {expected[0]}×{expected[1]}: pad by the radius ({radius}) on "
+            "every side"
         )
     return dispatch.call("adaptive_conv2d", backend, padded, weights)
 
@@ -81,10 +88,10 @@ def joint_bilateral_upsample(features: Tensor, weights: Tensor, *, backend: str 
 
     Source: FeatUp, section 3.2, equation of one JBU stage.
     """
-    weights = _check_pair("features", features, weights)
+    weights = check_pair("features", features, weights)
     window_radius(weights.shape[1])
-    _check_not_empty("features", features)
-    _check_not_empty("weights", weights)
+    check_not_empty("features", features)
+    check_not_empty("weights", weights)
     return dispatch.call("joint_bilateral_upsample", backend, features, weights)
 
 
@@ -120,12 +127,12 @@ def neighbourhood_upsample(
         ValueError: shapes, dtypes or devices disagree, the window does not lie in the output or the
             cells in the grid, or the backend cannot run.
     """
-    weights = _check_pair("features", features, weights)
+    weights = check_pair("features", features, weights)
     window_radius(weights.shape[1])
-    _check_not_empty("features", features)
-    _check_not_empty("weights", weights)
-    fine = _check_window("weights", weights, output_size, window)
-    coarse = _check_window("features", features, grid_size, cells, whole="grid", part="cells")
+    check_not_empty("features", features)
+    check_not_empty("weights", weights)
+    fine = check_window("weights", weights, output_size, window)
+    coarse = check_window("features", features, grid_size, cells, whole="grid", part="cells")
     return dispatch.call("neighbourhood_upsample", backend, features, weights, *fine, *coarse)
 
 
@@ -157,11 +164,11 @@ def bilateral_weights(
 
     Source: FeatUp, section 3.2 (range and spatial kernels).
     """
-    _check_tensor("keys", keys)
+    check_tensor("keys", keys)
     radius = whole("radius", radius, 0, _LARGEST_RADIUS)
-    _check_not_empty("keys", keys)
-    temperature = _scalar("temperature", temperature, keys)
-    sigma_spatial = _scalar("sigma_spatial", sigma_spatial, keys, divisor=True)
+    check_not_empty("keys", keys)
+    temperature = scalar("temperature", temperature, keys)
+    sigma_spatial = scalar("sigma_spatial", sigma_spatial, keys, divisor=True)
     return dispatch.call("bilateral_weights", backend, keys, temperature, sigma_spatial, radius)
 
 
@@ -207,19 +214,19 @@ def neighbourhood_weights(
         ValueError: shapes, dtypes or devices disagree, the window does not lie in the output or the
             cells in the grid, the radius is below 1, or the backend cannot run.
     """
-    keys = _check_pair("queries", queries, keys, other="keys")
+    keys = check_pair("queries", queries, keys, other="keys")
     radius = whole("radius", radius, 1, _LARGEST_RADIUS)
     if queries.shape[1] != keys.shape[1]:
         raise ValueError(
             f"queries have {queries.shape[1]} channels and keys {keys.shape[1]}; they must agree"
         )
-    _check_not_empty("queries", queries)
-    _check_not_empty("keys", keys)
-    fine = _check_window("queries", queries, output_size, window)
-    coarse = _check_window("keys", keys, grid_size, cells, whole="grid", part="cells")
+    check_not_empty("queries", queries)
+    check_not_empty("keys", keys)
+    fine = check_window("queries", queries, output_size, window)
+    coarse = check_window("keys", keys, grid_size, cells, whole="grid", part="cells")
     scalars = (
-        _scalar("temperature", temperature, queries),
-        _scalar("sigma", sigma, queries, divisor=True),
+        scalar("temperature", temperature, queries),
+        scalar("sigma", sigma, queries, divisor=True),
     )
     return dispatch.call(
         "neighbourhood_weights", backend, queries, keys, *scalars, radius, *fine, *coarse
@@ -264,10 +271,10 @@ def window_attention(
         ValueError: shapes, types or devices disagree, a range is empty or leaves the grid, or the
             backend cannot run.
     """
-    keys = _check_pair("queries", queries, keys, other="keys")
-    _check_tensor("values", values)
+    keys = check_pair("queries", queries, keys, other="keys")
+    check_tensor("values", values)
     for label, tensor in (("queries", queries), ("keys", keys), ("values", values)):
-        _check_not_empty(label, tensor)
+        check_not_empty(label, tensor)
     if (values.shape[0], *values.shape[2:]) != (keys.shape[0], *keys.shape[2:]):
         raise ValueError(
             f"values is {tuple(values.shape)} and keys {tuple(keys.shape)}; "
@@ -281,14 +288,14 @@ def window_attention(
             f"queries have {queries.shape[1]} channels and keys {keys.shape[1]}; they must agree, "
             f"and be a multiple of heads={heads}"
         )
-    blocks = [values.shape[1]] if blocks is None else _whole_numbers("blocks", blocks)
+    blocks = [values.shape[1]] if blocks is None else whole_numbers("blocks", blocks)
     if len(blocks) not in (1, heads) or sum(blocks) != values.shape[1] or min(blocks) < 0:
         raise ValueError(
             f"blocks={blocks} must be {heads} numbers of channels, or one, {values.shape[1]} in all"
         )
-    rows, columns = _whole_numbers("rows", rows), _whole_numbers("columns", columns)
+    rows, columns = whole_numbers("rows", rows), whole_numbers("columns", columns)
     for label, bounds, axis in (("rows", rows, 2), ("columns", columns, 3)):
-        _check_ranges(label, bounds, queries.shape[axis], keys.shape[axis])
+        check_ranges(label, bounds, queries.shape[axis], keys.shape[axis])
     factor = (queries.shape[1] // heads) ** -0.5 if scale is None else number("scale", scale)
     return dispatch.call(
         "window_attention",
@@ -302,108 +309,3 @@ def window_attention(
         factor,
         blocks,
     )
-
-
-def _check_ranges(label: str, bounds: Sequence[int], length: int, cells: int) -> None:
-    """Check that ranges of cells, one for each of ``length`` pixels, lie in the grid."""
-    if len(bounds) != 2 * length:
-        raise ValueError(f"{label} has {len(bounds)} numbers; give a first and an end for {length}")
-    for first, stop in zip(bounds[:length], bounds[length:], strict=True):
-        if not 0 <= first < stop <= cells:
-            raise ValueError(
-                f"{label} holds the cells {first} to {stop}; each range must hold one at least "
-                f"and lie in 0 to {cells}"
-            )
-
-
-def _check_window(
-    name: str,
-    tensor: Tensor,
-    output_size: tuple[int, int] | None,
-    window: tuple[int, int, int, int] | None,
-    *,
-    whole: str = "output",
-    part: str = "window",
-) -> tuple[list[int], list[int]]:
-    """The whole map's size and where in it the tensor begins."""
-    label = "output_size" if whole == "output" else "grid_size"
-    size = list(tensor.shape[-2:]) if output_size is None else _whole_numbers(label, output_size, 2)
-    place = (0, 0, *size) if window is None else _whole_numbers(part, window, 4)
-    top, left, height, width = place
-    if (height, width) != tuple(tensor.shape[-2:]):
-        raise ValueError(
-            f"{name} are {_size(tensor)} but {part} is {height}×{width}; give those of {part}"
-        )
-    if top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
-        raise ValueError(
-            f"{part}={(top, left, height, width)} does not lie in the {whole} of "
-            f"{size[0]}×{size[1]}"
-        )
-    return size, [top, left]
-
-
-def _check_pair(name: str, values: Tensor, weights: Tensor, other: str = "weights") -> Tensor:
-    """Check that two (B, ·, ·, ·) tensors go together; return the other in the values' dtype."""
-    _check_tensor(name, values)
-    _check_tensor(other, weights)
-    if values.shape[0] != weights.shape[0]:
-        raise ValueError(
-            f"{name} has batch size {values.shape[0]} and {other} {weights.shape[0]}; "
-            "expand() the smaller one"
-        )
-    if values.device != weights.device:
-        raise ValueError(
-            f"{name} is on {values.device} and {other} on {weights.device}; move one with .to()"
-        )
-    if values.dtype == weights.dtype:
-        return weights
-    if torch.is_autocast_enabled(values.device.type):
-        return weights.to(values.dtype)
-    raise ValueError(
-        f"{name} is {values.dtype} and {other} {weights.dtype}; convert one with .to(dtype)"
-    )
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    """Check that something is a dense tensor of four axes whose numbers can be computed with."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is of type {type(tensor).__name__}; give a tensor")
-    if tensor.dim() != 4:
-        raise ValueError(f"{name} must have 4 dimensions, not shape {tuple(tensor.shape)}")
-    if tensor.layout is not torch.strided:
-        raise ValueError(f"{name} is {tensor.layout}; convert it with .to_dense()")
-    if tensor.dtype not in FLOATS:
-        raise ValueError(f"{name} is {tensor.dtype}; convert it with .float()")
-
-
-def _scalar(name: str, value: Tensor | float, like: Tensor, *, divisor: bool = False) -> Tensor:
-    """A number as a tensor beside others; a tensor of one number keeps its gradient."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex():
-            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; give one real number")
-        value = value.reshape(()) if value.dim() else value
-        return value.to(like.device, like.dtype)
-    if number(name, value) == 0 and divisor:
-        raise ValueError(f"{name}={shown(value)} must not be 0")
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
-
-
-def _whole_numbers(name: str, values: Sequence[int], count: int | None = None) -> list[int]:
-    """A list of whole numbers, those that stand for sizes unknown in a graph included."""
-    try:
-        found = [n if isinstance(n, int | torch.SymInt) else operator.index(n) for n in values]
-    except TypeError:
-        found = None
-    if found is None or count not in (None, len(found)):
-        wanted = "whole numbers" if count is None else f"{count} whole numbers"
-        raise ValueError(f"{name}={shown(values)} must be {wanted}")
-    return found
-
-
-def _check_not_empty(name: str, tensor: Tensor) -> None:
-    if 0 in tensor.shape[-2:]:
-        raise ValueError(f"{name} is {_size(tensor)} pixels; both sides must be at least 1")
-
-
-def _size(tensor: Tensor) -> str:
-    return f"{tensor.shape[-2]}×{tensor.shape[-1]}"

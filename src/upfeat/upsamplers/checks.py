@@ -9,7 +9,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 
 from upfeat.bounds import shown
-from upfeat.functional import FLOATS
+from upfeat.operator_checks import FLOATS
 from upfeat.types import Size
 
 _BRIGHTEST = 1e18

@@ -1,0 +1,121 @@
+"""Checks of what operators are given: each raises one line that names the argument."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from upfeat.bounds import number, shown
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that are computed with."""
+
+
+def check_ranges(label: str, bounds: Sequence[int], length: int, cells: int) -> None:
+    """Check that ranges of cells, one for each of ``length`` pixels, lie in the grid."""
+    if len(bounds) != 2 * length:
+        raise ValueError(f"{label} has {len(bounds)} numbers; give a first and an end for {length}")
+    for first, stop in zip(bounds[:length], bounds[length:], strict=True):
+        if not 0 <= first < stop <= cells:
+            raise ValueError(
+                f"{label} holds the cells {first} to {stop}; each range must hold one at least "
+                f"and lie in 0 to {cells}"
+            )
+
+
+def check_window(
+    name: str,
+    tensor: Tensor,
+    output_size: tuple[int, int] | None,
+    window: tuple[int, int, int, int] | None,
+    *,
+    whole: str = "output",
+    part: str = "window",
+) -> tuple[list[int], list[int]]:
+    """The whole map's size and where in it the tensor begins."""
+    label = "output_size" if whole == "output" else "grid_size"
+    size = list(tensor.shape[-2:]) if output_size is None else whole_numbers(label, output_size, 2)
+    place = (0, 0, *size) if window is None else whole_numbers(part, window, 4)
+    top, left, height, width = place
+    if (height, width) != tuple(tensor.shape[-2:]):
+        raise ValueError(
+            f"{name} are {size_of(tensor)} but {part} is {height}×{width}; give those of {part}"
+        )
+    if top < 0 or left < 0 or top + height > size[0] or left + width > size[1]:
+        raise ValueError(
+            f"{part}={(top, left, height, width)} does not lie in the {whole} of "
+            f"{size[0]}×{size[1]}"
+        )
+    return size, [top, left]
+
+
+def check_pair(name: str, values: Tensor, weights: Tensor, other: str = "weights") -> Tensor:
+    """Check that two (B, ·, ·, ·) tensors go together; return the other in the values' dtype."""
+    check_tensor(name, values)
+    check_tensor(other, weights)
+    if values.shape[0] != weights.shape[0]:
+        raise ValueError(
+            f"{name} has batch size {values.shape[0]} and {other} {weights.shape[0]}; "
+            "expand() the smaller one"
+        )
+    if values.device != weights.device:
+        raise ValueError(
+            f"{name} is on {values.device} and {other} on {weights.device}; move one with .to()"
+        )
+    if values.dtype == weights.dtype:
+        return weights
+    if torch.is_autocast_enabled(values.device.type):
+        return weights.to(values.dtype)
+    raise ValueError(
+        f"{name} is {values.dtype} and {other} {weights.dtype}; convert one with .to(dtype)"
+    )
+
+
+def check_tensor(name: str, tensor: Tensor) -> None:
+    """Check that something is a dense tensor of four axes whose numbers can be computed with."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is of type {type(tensor).__name__}; give a tensor")
+    if tensor.dim() != 4:
+        raise ValueError(f"{name} must have 4 dimensions, not shape {tuple(tensor.shape)}")
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name} is {tensor.layout}; convert it with .to_dense()")
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"{name} is {tensor.dtype}; convert it with .float()")
+
+
+def scalar(name: str, value: Tensor | float, like: Tensor, *, divisor: bool = False) -> Tensor:
+    """A number as a tensor beside others; a tensor of one number keeps its gradient."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; give one real number")
+        value = value.reshape(()) if value.dim() else value
+        return value.to(like.device, like.dtype)
+    if number(name, value) == 0 and divisor:
+        raise ValueError(f"{name}={shown(value)} must not be 0")
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def whole_numbers(name: str, values: Sequence[int], count: int | None = None) -> list[int]:
+    """A list of whole numbers, those that stand for sizes unknown in a graph included."""
+    try:
+        found = [n if isinstance(n, int | torch.SymInt) else operator.index(n) for n in values]
+    except TypeError:
+        found = None
+    if found is None or count not in (None, len(found)):
+        wanted = "whole numbers" if count is None else f"{count} whole numbers"
+        raise ValueError(f"{name}={shown(values)} must be {wanted}")
+    return found
+
+
+def check_not_empty(name: str, tensor: Tensor) -> None:
+    """Check that a map has pixels."""
+    if 0 in tensor.shape[-2:]:
+        raise ValueError(f"{name} is {size_of(tensor)} pixels; both sides must be at least 1")
+
+
+def size_of(tensor: Tensor) -> str:
+    """Height × width, for messages."""
+    return f"{tensor.shape[-2]}×{tensor.shape[-1]}"
