@@ -18,8 +18,12 @@ LAYER_HELP = "of such a backbone, counted from 0 (default: the last); several ar
 DEFAULT_UPSAMPLER = "detail"
 
 
+_WITHOUT_WEIGHTS = r"^    (published_by = |wants_hidden = True)"
+"""Classes that need a file, or weights of one backbone."""
+
+
 def _registered() -> list[str]:
-    """Names of the upsamplers that need no file, read off the source that registers them."""
+    """Names of the upsamplers that suit any backbone, read off the source that registers them."""
     pattern = r"^@UPSAMPLERS\.register\nclass [^\n]+\n(.*?)(?=^\S)"
     found = []
     for path in sorted((Path(__file__).parents[1] / "upsamplers").glob("*.py")):
@@ -27,7 +31,7 @@ def _registered() -> list[str]:
             pattern, path.read_text("utf-8") + "\nend\n", re.MULTILINE | re.DOTALL
         ):
             name = re.search(r'^    name = "(\w+)"$', body, re.MULTILINE)
-            if name and not re.search(r"^    published_by = ", body, re.MULTILINE):
+            if name and not re.search(_WITHOUT_WEIGHTS, body, re.MULTILINE):
                 found.append(name[1])
     return found
 
