@@ -104,7 +104,7 @@ def number(
 
 
 def indices(values: Any, first: int, last: int) -> list[int]:
-    """Whole numbers from ``first`` to ``last``; none at all where one is something else."""
+    """Values as whole numbers; an empty list if any is not one from ``first`` to ``last``."""
     try:
         found = [operator.index(value) for value in values]
     except TypeError:

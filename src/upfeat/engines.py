@@ -173,7 +173,7 @@ def _next(ray: Any, running: dict[Any, Any], free: list[Any]) -> Any:
 
 
 class _Worker:
-    """Holds what does tasks."""
+    """Ray actor that makes its task function at the first task, then calls it for each."""
 
     def __init__(self, make_worker: Callable[[], Callable[[Any], Any]]) -> None:
         torch.set_num_threads(1)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 WRITTEN_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 
-# Steps of time in a second: the most that MPEG-4 knows is 65,535, and this has all common rates.
+# Ticks in a second: MPEG-4 allows 65,535 at most, and most common frame rates divide this.
 _CLOCK = 60000
 _ENCODERS = {".webm": ("libvpx-vp9",)}
 _USUAL = ("libx264", "mpeg4")
@@ -55,7 +55,7 @@ def import_av(path: Path) -> Any:
 
 
 def count_frames(path: Path) -> int:
-    """Count the frames of a video's first stream without decoding them; about, if it is damaged.
+    """Count the frames of a video's first stream undecoded; approximately, if it is damaged.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,7 +68,7 @@ def count_frames(path: Path) -> int:
             for packet in container.demux(container.streams.video[0]):
                 count += packet.size > 0
         except av.FFmpegError:
-            pass  # who decodes will see, and say
+            pass  # read_frames reports the damage
     return count
 
 
@@ -86,7 +86,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DamagedVideo: it is no video, or damaged; frames before the damage have come.
+        DamagedVideo: it is no video, or damaged; raised after the frames before the damage.
         ValueError: PyAV is not installed.
     """
     av = import_av(path)
@@ -160,8 +160,8 @@ class VideoWriter:
 
         Args:
             pixels: (H, W, 3), all of one size.
-            time: seconds; ``None``, or one that is not later than the last frame's, for the next
-                moment at the video's rate.
+            time: seconds. If it is ``None`` or not later than the last frame's, the frame comes
+                one interval of the video's rate after that one, or first at 0.
         """
         height, width = pixels.shape[:2]
         pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

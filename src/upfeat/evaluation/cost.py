@@ -20,7 +20,7 @@ N_MEASURED = 8
 
 @torch.no_grad()
 def measure(method: Method, images: PreparedSet) -> tuple[dict[str, float | None], float]:
-    """Upsample all channels of a few images.
+    """Measure a method's passes, time and memory, and how well it keeps the coarse features.
 
     Args:
         method: to measure.

@@ -71,7 +71,7 @@ class Probing(Task):
     def heads(
         self, label: str, method: Method, protocols: Sequence[str]
     ) -> dict[str, list[LinearProbe]]:
-        """Probes of every protocol, one per seed; those that are not ``own`` share theirs."""
+        """Probes of each protocol, one per seed; all but ``own`` share those on coarse features."""
         return {
             name: self._fit_upsampled(label, method) if name == "own" else self._fit_coarse()
             for name in protocols

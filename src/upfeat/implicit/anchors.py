@@ -147,7 +147,7 @@ class KernelFit:
         return solutions[best, :, torch.arange(len(best))].T
 
     def blend(self, coefficients: Tensor, config: FitConfig) -> tuple[KernelField, Basis]:
-        """The share of the views, in the words of the image's own features, and of one pass.
+        """Blend the fit to views with the one-pass map; return the field and its basis.
 
         Args:
             coefficients: (M, k), of the views.

@@ -41,7 +41,7 @@ def read(x: Tensor, axis: int, taps: Tensor) -> Tensor:
 
 
 def weigh(x: Tensor, taps: Taps) -> Tensor:
-    """Sum what is read along the last but one axis, weighted: count in its place.
+    """Sum what is read along axis −2 with its factors: (…, L, width) -> (…, count, width).
 
     Rows are copied whole, and summed as a product of matrices.
     """

@@ -165,7 +165,7 @@ class Step(nn.Module):
         return layout.image(weights @ layout.cells(rows))
 
     def corrected(self, layout: Layout, weights: Tensor, rows: Tensor) -> Tensor:
-        """Features, (B, h·w, C), with what is lost when the output is averaged over cells."""
+        """Apply the back-projections to features, (B, h·w, C) -> the same shape."""
         if not self.back_projections:
             return rows
         filled = layout.filled().to(weights.dtype)  # (h·w, P)

@@ -296,7 +296,7 @@ class _Stacks(Dataset[Tensor | OSError]):
 
 
 class _Parts:
-    """The sample numbers of every part of every step, as far as one process has to do with them."""
+    """Sample numbers of the parts of each step that this process computes, a list for each."""
 
     def __init__(self, first: int, last: int, batch: int, shares: list[slice]) -> None:
         self.first, self.last, self.batch, self.shares = first, last, batch, shares

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """Those that train together; a process alone is one of one.
+    """Place of this process in a distributed training, and exchange with the others.
 
     Attributes:
         rank: number of this one.

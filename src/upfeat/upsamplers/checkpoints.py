@@ -156,7 +156,7 @@ def write_checkpoint(
     Args:
         source: what :func:`load_checkpoint` reads.
         target: the file; replaced whole or not at all.
-        sha256: of the source, as there.
+        sha256: hash that the source must have, as in :func:`load_checkpoint`.
 
     Returns:
         What was written beside the tensors: what it is, where it came from, its licence.
@@ -189,7 +189,7 @@ def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[U
     try:
         cls = classes[facts["upsampler"]]
         config = parse_object(facts["config"], "config")
-        # Without values first: nothing is made larger than the file's own tensors.
+        # Shapes first, without memory: a damaged config must not ask for more than the file holds.
         empty = build(cls, config, "config", values=False).state_dict()
         for name, tensor in empty.items():
             if name not in state or state[name].shape != tensor.shape:
@@ -197,6 +197,7 @@ def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[U
         upsampler = build(cls, config, "config")
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its description is damaged ({error})") from None
+    # Names are the same on both sides; None: the whole tensor (see _names).
     names = {name: (name, None) for name in upsampler.state_dict()}
     _fill(path, facts["upsampler"], upsampler, state, names)
     return upsampler, facts.get("about", facts["upsampler"])
@@ -227,10 +228,10 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
             _fill(path, layout.label, upsampler, tensors, _names(layout, upsampler))
             return upsampler, _describe(layout.label, layout.repository, layout.licence)
     known = ", ".join(["FeatUp", *(layout.label for layout in LAYOUTS)])
-    names = [name for state in found for name in state]
+    unknown = [name for state in found for name in state]
     raise ValueError(
-        f"{path}: none of its {len(names)} tensors is one that {known} is known by"
-        + (f" (they are {', '.join(names[:3])}, …)" if names else "")
+        f"{path}: none of its {len(unknown)} tensors is one that {known} is known by"
+        + (f" (they are {', '.join(unknown[:3])}, …)" if unknown else "")
     )
 
 
@@ -300,7 +301,7 @@ def _fill(
         rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(f"{path}: not {label} as published: {'; '.join(faults[:3])}{rest}")
     unread = sorted(set(tensors) - {theirs for theirs, _ in names.values()})
-    # What attention does with values is published but never used; anything else is another model's.
+    # Unread tensors of cross_decode act on attention's values, unused here; others are foreign.
     strangers = [name for name in unread if not name.startswith("cross_decode.")]
     if strangers and label != "FeatUp":
         rest = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""

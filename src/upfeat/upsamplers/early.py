@@ -43,7 +43,7 @@ def on_grid(maps: Tensor, size: Size) -> Tensor:
 
 
 def scale_behind(inputs: Tensor, first: int) -> Tensor:
-    """Factors that bring the regressors behind the first to :data:`WEIGHT` times their spread.
+    """Factors that scale early layers to :data:`WEIGHT` times the spread of the queries.
 
     Args:
         inputs: (B, D + D', N), each less its mean.

@@ -194,7 +194,7 @@ class NeighbourhoodKernels(PixelWeights):
         return plain, corrected.all() if corrected.whole else corrected
 
     def corrected(self, features: Map, cells: Window) -> Tensor:
-        """Features with what is lost when the output is averaged over cells, at some cells."""
+        """Apply the back-projections to features; return those of the cells of a window."""
         parts = [cells]
         for _ in range(self.back_projections):
             parts.append(widened(parts[-1], self.radius, self.grid_size))

@@ -206,8 +206,9 @@ def bilateral_weights_backward(
 def _resized(features: Tensor, weights: Tensor) -> Tensor:
     """``features``, already resized along the axes that shrink.
 
-    The kernels fold enlargement only: a shrinking axis would need windows without bound, and its
-    resized copy is no larger than ``features``. Bicubic resizing is separable, so this is exact.
+    The kernels fold bicubic enlargement into the weights. Shrinking is done here: folded, it would
+    need windows of any size, while its resized copy is no larger than ``features``. Bicubic
+    resizing is separable, so this is exact.
     """
     if not shrinks(features, weights):
         return features
