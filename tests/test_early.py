@@ -314,3 +314,12 @@ def test_five_passes_take_the_network_too():
     detail = scales.first.detail_on_finer_grid(kernels)
     expected = kernels.to_finer_grid(scales.backbone(x)) + detail
     torch.testing.assert_close(scales(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_five_passes_run_the_backbone_twice(monkeypatch):
+    """Once on the image, early layers included, and once on the larger one."""
+    model, seen = upfeat.load(Pattern(), upsampler=taught(2), passes=5), []
+    layer = Pattern._layer
+    monkeypatch.setattr(Pattern, "_layer", lambda self, x: seen.append(x.shape) or layer(self, x))
+    model(photo(64, 72))
+    assert [tuple(shape[2:]) for shape in seen] == [(64, 72), (128, 144)]

@@ -282,10 +282,11 @@ class SecondScale(Backbone):
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
-        if not self.first.wants_hidden:
-            return self.join(x, *_both(self.backbone, x))
-        hidden = self.backbone.with_hidden(x)[1]
-        return self.join(x, *_both(self.backbone, x), hidden)
+        if self.first.wants_hidden:
+            own, hidden = self.backbone.with_hidden(x)
+        else:
+            own, hidden = self.backbone(x), None
+        return self.join(x, own, _second(self.backbone, x, own), hidden)
 
     def join(self, x: Tensor, own: Tensor, second: Tensor, hidden: Tensor | None = None) -> Tensor:
         """Join the features of both scales.
@@ -337,13 +338,18 @@ def guidance_for(
 
 
 def _both(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of an image, (B, C, h, w), and of it at twice its size, (B, C, 2h, 2w).
+    """Features of an image, (B, C, h, w), and of it at twice its size, (B, C, 2h, 2w)."""
+    own = backbone(x)
+    return own, _second(backbone, x, own)
+
+
+def _second(backbone: Backbone, x: Tensor, own: Tensor) -> Tensor:
+    """Features of an image at twice its size, (B, C, 2h, 2w), beside its own.
 
     Raises:
         ValueError: the backbone's grid does not grow with the image.
     """
     height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
-    own = backbone(x)
     larger = F.interpolate(
         x, size=(FINER * height, FINER * width), mode="bicubic", align_corners=False
     )
@@ -354,4 +360,4 @@ def _both(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at twice the size; use "
             "passes=1"
         )
-    return own, second
+    return second

@@ -24,8 +24,8 @@ class EarlyDetailUpsampler(DetailUpsampler):
         up(F) = K₂(g)·[(K₁(g) + R(g, e))·F + P·z(e) + b]
 
     e are the early layers, z(e) ``width`` maps of them. The network learns, from photographs alone,
-    what features of the image at twice its size add (``benchmarks/learn_early.py``): most of what
-    five passes cost comes with one. Without early layers it is the detail upsampler without a
+    what features of the image at twice its size add (``benchmarks/learn_early.py``): much of what
+    five passes see can be told from one. Without early layers it is the detail upsampler without a
     network.
 
     Source: ours.
