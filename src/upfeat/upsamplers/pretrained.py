@@ -97,7 +97,7 @@ def create_upsampler(
             if own != backbone:
                 raise ValueError(
                     f"upsampler={name!r} was trained on early layers of {own}, not of {backbone}; "
-                    "leave it out and give early=True"
+                    f"give {found.name}, which takes those of the backbone's own"
                 )
         return found
     if _is_checkpoint(name):
