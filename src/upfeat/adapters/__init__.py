@@ -1,4 +1,4 @@
-"""Features as tools of other fields take them: pixel classifiers, pathology, geography."""
+"""Adapters to tools of other fields: pixel classifiers, pathology, geographic data sets."""
 
 from upfeat.adapters.grids import DenseGrid, encode_grid, read_grid, write_grid
 from upfeat.adapters.pixels import PixelFeatures

@@ -1,8 +1,8 @@
-"""Dense grids as tools of pathology exchange them: an array (d, gh, gw) and its geometry beside it.
+"""Files of dense feature grids in the format of pathology tools such as slide2vec.
 
-``ID.pt`` holds the tensor, ``ID.meta.json`` the geometry: the size that was asked for, that size
-padded at the bottom and on the right to whole patches, and the grid. The geometry is written last
-and so says that the grid is whole. slide2vec writes and reads such pairs.
+A grid is a pair of files. ``ID.pt`` contains the tensor (d, gh, gw). ``ID.meta.json`` contains the
+geometry: the image's size, the size padded at the bottom and on the right to whole patches, and the
+grid. The geometry is written last, so its presence shows that the tensor is complete.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DenseGrid:
-    """Features of one image on a coarse grid, and how the grid lies on it.
+    """Features of one image on a coarse grid, with the geometry of the grid.
 
     Attributes:
-        features: (d, gh, gw).
+        features: (d, gh, gw), d channels on gh × gw cells.
         target_size: (height, width) of the image, pixels.
         patch_size: (height, width) of a cell, pixels.
-        facts: whatever else the geometry says.
+        facts: further entries of the geometry, such as the name of the encoder.
     """
 
     features: Tensor
@@ -45,10 +45,10 @@ class DenseGrid:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that grid and sizes fit.
+        """Check that the cells of the grid cover the image once.
 
         Raises:
-            ValueError: they do not.
+            ValueError: there are too many or too few cells, or ``features`` is not (d, gh, gw).
         """
         if self.features.dim() != 3:
             raise ValueError(f"features must be (d, gh, gw), not {tuple(self.features.shape)}")
@@ -68,17 +68,17 @@ class DenseGrid:
 
     @property
     def pad(self) -> Size:
-        """Rows below the image and columns right of it that were padded."""
+        """Padded rows below the image and padded columns right of it, pixels."""
         height, width = self.encoded_size
         return height - self.target_size[0], width - self.target_size[1]
 
     def upsample(self, model: FeatUp, image: ImageLike, output_size: Size | None = None) -> Tensor:
-        """Upsample the grid by the image that it was made of, whoever made it.
+        """Upsample the grid, made by any encoder, with its image as guidance.
 
         Args:
-            model: its upsampler is used; its backbone says how the image is normalised.
-            image: of ``target_size`` pixels.
-            output_size: (height, width) of the result; ``None`` for the image's.
+            model: its upsampler is used, and its backbone's normalisation of images.
+            image: the image that the grid was made from, of ``target_size`` pixels.
+            output_size: (height, width) of the result, pixels; ``None`` for the image's size.
 
         Returns:
             (d, *output_size).
@@ -108,11 +108,11 @@ def encode_grid(model: FeatUp, image: ImageLike) -> DenseGrid:
     """Compute the grid of one image; sides are padded by reflection, not resized, to whole cells.
 
     Args:
-        model: its backbone makes the features.
-        image: as :meth:`upfeat.FeatUp.preprocess` takes it.
+        model: its backbone computes the features.
+        image: any image that :meth:`upfeat.FeatUp.preprocess` reads.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: the image cannot be read.
     """
     x = model.preprocess(image)
     size, stride = (x.shape[2], x.shape[3]), model.backbone.stride
@@ -124,7 +124,7 @@ def encode_grid(model: FeatUp, image: ImageLike) -> DenseGrid:
 
 
 def _padded(x: Tensor, encoded: Size) -> Tensor:
-    """A normalised image, padded at the bottom and on the right."""
+    """Pad a normalised image at the bottom and on the right, by reflection, to a size."""
     radius = max(encoded[0] - x.shape[2], encoded[1] - x.shape[3])
     if not radius:
         return x
@@ -135,16 +135,16 @@ def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "flo
     """Write a grid and then its geometry.
 
     Args:
-        folder: that is there.
-        name: of the sample.
-        grid: to write.
-        dtype: "float32" or "float16".
+        folder: an existing folder.
+        name: name of the sample, ID in the names of both files.
+        grid: grid to write.
+        dtype: type of the stored features, "float32" or "float16".
 
     Returns:
-        The path of the grid.
+        The path of the tensor, ``ID.pt``.
 
     Raises:
-        ValueError: the dtype is another.
+        ValueError: ``dtype`` is neither of these.
         OSError: writing failed.
     """
     if dtype not in ("float32", "float16"):
@@ -170,21 +170,21 @@ def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "flo
         "encoded_size": list(grid.encoded_size),
         "pad": list(grid.pad),
     }
-    _geometry_path(path).unlink(missing_ok=True)  # it is not that of what is written now
+    _geometry_path(path).unlink(missing_ok=True)  # an old geometry must not vouch for a new tensor
     write_bytes(path, content.getvalue())
     write_bytes(_geometry_path(path), (json.dumps(geometry, indent=1) + "\n").encode())
     return path
 
 
 def read_grid(path: str | Path) -> DenseGrid:
-    """Read a grid with its geometry, whoever wrote it; no code in it is run.
+    """Read a grid with its geometry, written by any tool; no code in the files is run.
 
     Args:
-        path: ``ID.pt``.
+        path: path of the tensor, ``ID.pt``.
 
     Raises:
-        FileNotFoundError: the grid or its geometry is not there.
-        ValueError: it is no grid, or the two do not fit.
+        FileNotFoundError: the tensor or its geometry does not exist.
+        ValueError: a file is damaged, or the geometry does not fit the tensor.
     """
     path = Path(path)
     for one in (path, _geometry_path(path)):
@@ -208,7 +208,7 @@ def read_grid(path: str | Path) -> DenseGrid:
 
 
 def _size(value: Any) -> Size:
-    """(height, width); a whole number stands for both."""
+    """Return (height, width) of a JSON value: a pair, or one number for a square."""
     height, width = (value, value) if isinstance(value, int) else value
     return whole("height", height), whole("width", width)
 

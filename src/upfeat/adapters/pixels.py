@@ -1,4 +1,4 @@
-"""Features of pixels as a transformer of scikit-learn, and as plug-ins of viewers ask for them."""
+"""Features of pixels as a transformer of scikit-learn, usable by viewers' plug-ins too."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 class PixelFeatures:
-    """Few features of every pixel, for classifiers that know nothing of images.
+    """A few features of every pixel, for classifiers of rows of numbers.
 
-    ``fit`` finds the principal components of the backbone's features over some images, and
-    ``transform`` gives their coordinates at every pixel. The components are taken before
-    upsampling, which is exact and costs ``n_components`` channels. scikit-learn is not needed; its
-    pipelines, ``clone`` and searches take this class all the same.
+    ``fit`` computes the principal components of the backbone's features over some images, and
+    ``transform`` the coordinates of every pixel in these components. Features are projected before
+    upsampling: the result is the same, and only ``n_components`` channels are upsampled.
+    scikit-learn is not required, but its pipelines, ``clone`` and searches accept this class.
 
     Attributes:
-        components_: (k, C), after ``fit``; orthonormal, most variance first.
-        mean_: (C,).
-        explained_variance_ratio_: (k,).
-        n_features_out_: k.
+        components_: (k, C) principal components after ``fit``, orthonormal, most variance first.
+        mean_: (C,) mean of the features.
+        explained_variance_ratio_: (k,) fraction of the variance along each component.
+        n_features_out_: number k of components.
 
     Example:
         >>> image = np.zeros((32, 48, 3), np.uint8)
@@ -51,16 +51,16 @@ class PixelFeatures:
         size: int | None = None,
         reading: dict[str, Any] | None = None,
     ) -> None:
-        """Keep the settings as they are, as scikit-learn wants; ``fit`` checks them.
+        """Store the settings unchanged, as scikit-learn requires; ``fit`` checks them.
 
         Args:
-            backbone: as :func:`upfeat.load` takes it, or a :class:`upfeat.FeatUp`.
-            upsampler: likewise.
-            n_components: of the result, at most the backbone's channels; ``None`` for all channels
-                as they are, for which nothing needs to be fitted.
-            size: shorter side that images are brought to before the backbone sees them, pixels;
-                features come at the image's own size all the same. ``None`` for its own.
-            reading: options of :func:`upfeat.images.read_image`, as ``{"max_value": 4095}``.
+            backbone: backbone for :func:`upfeat.load`, or a :class:`upfeat.FeatUp`.
+            upsampler: upsampler for :func:`upfeat.load`.
+            n_components: number of components, at most the backbone's channels; ``None`` for all
+                channels unchanged, which needs no ``fit``.
+            size: shorter side, pixels, to which images are resized for the backbone; the result has
+                the image's size all the same. ``None``: not resized.
+            reading: options of :func:`upfeat.images.read_image`, such as ``{"max_value": 4095}``.
         """
         self.backbone = backbone
         self.upsampler = upsampler
@@ -69,12 +69,12 @@ class PixelFeatures:
         self.reading = reading
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """Settings by name, as scikit-learn asks for them."""
+        """Return the settings by name, for scikit-learn; ``deep`` has no effect."""
         names = ("backbone", "upsampler", "n_components", "size", "reading")
         return {name: getattr(self, name) for name in names}
 
     def set_params(self, **params: Any) -> PixelFeatures:
-        """Change settings; what was fitted stays until ``fit`` is called again.
+        """Change settings; fitted components stay until ``fit`` is called again.
 
         Raises:
             ValueError: there is no such setting.
@@ -89,10 +89,10 @@ class PixelFeatures:
         return self
 
     def fit(self, X: ImageLike | list[Any], y: object = None) -> PixelFeatures:
-        """Find the principal components over all cells of some images.
+        """Compute the principal components of the features over all cells of some images.
 
         Args:
-            X: an image or a list of them, of any sizes; paths, arrays (H, W) or (H, W, 3), PIL
+            X: an image or a list of images of any sizes: paths, arrays (H, W) or (H, W, 3), or PIL
                 images.
             y: not used.
 
@@ -126,7 +126,7 @@ class PixelFeatures:
             X: as in :meth:`fit`.
 
         Returns:
-            (pixels, k) float32: the pixels of all images, row by row, image after image.
+            (pixels, k) float32: a row for each pixel, image after image, in reading order.
 
         Raises:
             ValueError: ``fit`` was not called, or an image cannot be read.
@@ -139,16 +139,16 @@ class PixelFeatures:
         return self.fit(X).transform(X)
 
     def get_features(self, image: ImageLike) -> NDArray[np.float32]:
-        """Compute the features of one image, as plug-ins for pixel classification ask for them.
+        """Compute the features of one image; plug-ins for pixel classification call this method.
 
         Args:
-            image: as in :meth:`fit`; arrays may have their bands first.
+            image: an image as in :meth:`fit`, or an array with its bands first.
 
         Returns:
             (k, H, W) float32.
 
         Raises:
-            ValueError: ``fit`` was not called, which only ``n_components=None`` does without.
+            ValueError: ``fit`` was not called, and ``n_components`` is not ``None``.
         """
         if isinstance(image, np.ndarray) and image.ndim == 3:
             bands = (1, 3, self.model.backbone.in_channels)
@@ -163,12 +163,12 @@ class PixelFeatures:
             return maps[0].float().cpu().numpy()
 
     def get_feature_names_out(self, input_features: object = None) -> NDArray[Any]:
-        """Names of the columns, as scikit-learn asks for them."""
+        """Return the names of the columns of :meth:`transform`, for scikit-learn."""
         return np.array([f"pixelfeatures{index}" for index in range(self.n_features_out_)], object)
 
     @property
     def model(self) -> FeatUp:
-        """Backbone and upsampler, loaded when they are first needed."""
+        """Backbone and upsampler, loaded on first use."""
         if "_model" not in self.__dict__:
             given = self.backbone
             self._model = given if isinstance(given, FeatUp) else load(
@@ -194,7 +194,7 @@ class PixelFeatures:
         )
 
     def __repr__(self) -> str:
-        """Settings that differ from the defaults."""
+        """Show the settings that differ from the defaults."""
         defaults = PixelFeatures().get_params()
         given = {
             name: value
@@ -204,7 +204,7 @@ class PixelFeatures:
         return f"PixelFeatures({', '.join(f'{name}={value!r}' for name, value in given.items())})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # A model loaded by name is not pickled: the copy loads it again when it needs it.
+        # A model loaded by name is not pickled: the copy loads it again on first use.
         state = dict(self.__dict__)
         if isinstance(self.backbone, str):
             state.pop("_model", None)

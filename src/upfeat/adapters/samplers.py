@@ -1,4 +1,4 @@
-"""Tiles of a map as a sampler of places on the ground, and the way back from tiles to a map."""
+"""Sampler of a map's tiles for geographic data sets, and the reassembly of tiles to a map."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from upfeat.tiling import Tile, split
 from upfeat.types import Size
 
 Query = tuple[slice, slice]
-"""Part of the ground in the units of the coordinate system: x from west to east, y from south to
-north, each with the resolution as its step."""
+"""Region (x, y) in units of the coordinate system: x from west to east, y from south to north; the
+step of each slice is the resolution."""
 
 
 class TileSampler:
-    """Tiles with halos as queries for a geographic data set, as those of torchgeo.
+    """Sampler of tiles with halos for a geographic data set, such as a data set of torchgeo.
 
-    It goes where ``torch.utils.data.DataLoader(dataset, sampler=...)`` takes one. Every query is
-    the outer window of a tile; :func:`stitch` puts what was made of the cores together. With a halo
-    of at least what the model looks at, the result equals that of the whole image.
+    Give it to ``torch.utils.data.DataLoader(dataset, sampler=...)``. Every query is the outer
+    window of a tile; :func:`stitch` joins the results of the cores. If the halo is at least the
+    model's reach, in pixels, the result equals the result of the whole image.
 
     Example:
         >>> sampler = TileSampler((500.0, 0.0, 540.0, 20.0), 0.5, tile=32, halo=8)
@@ -42,11 +42,12 @@ class TileSampler:
         """Cut the ground into tiles.
 
         Args:
-            bounds: (west, south, east, north).
-            resolution: side of a pixel, in the same units.
+            bounds: (west, south, east, north), in units of the coordinate system.
+            resolution: side of a pixel, in units of the coordinate system.
             tile: side of a core, pixels.
             halo: pixels around every core that are read too.
-            step: tiles and halos begin at multiples of it, pixels; the backbone's stride.
+            step: tiles and halos begin at multiples of this number of pixels; give the backbone's
+                stride.
 
         Raises:
             ValueError: the bounds are empty, or a number is out of range.
@@ -61,7 +62,7 @@ class TileSampler:
                 f"bounds={shown(bounds)} must be (west, south, east, north), and not empty"
             )
         self.resolution, self._west, self._north = resolution, west, north
-        # Whole pixels; what lies beyond the last whole one by less than a hundredth is rounding.
+        # Whole pixels only; a last pixel that lacks less than a hundredth, by rounding, counts.
         self.size: Size = (
             max(math.floor((north - south) / resolution + 0.01), 1),
             max(math.floor((east - west) / resolution + 0.01), 1),
@@ -84,17 +85,18 @@ class TileSampler:
 
 
 def stitch(parts: Iterable[Tensor], sampler: TileSampler) -> Tensor:
-    """Put the maps of tiles together.
+    """Join the maps of a sampler's tiles to one map.
 
     Args:
-        parts: (C, height, width) of every outer window, in the sampler's order.
-        sampler: that gave the windows.
+        parts: (C, height, width), the map of every outer window, in the sampler's order.
+        sampler: the sampler that gave the windows.
 
     Returns:
         (C, *sampler.size).
 
     Raises:
-        ValueError: there are fewer or more parts than tiles, or one has another size.
+        ValueError: there are fewer or more parts than tiles, or a part's shape or type does not
+            fit.
     """
     out: Tensor | None = None
     count = 0

@@ -1,4 +1,4 @@
-"""Backbones: the contract, the embedded ones, and whatever else users have as one."""
+"""Backbones: the base class, the embedded networks, and wrappers of other libraries' models."""
 
 from upfeat.backbones.base import Backbone
 from upfeat.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLite0

@@ -1,4 +1,4 @@
-"""The way to a model's features, by the library that it comes from."""
+"""Choice of the reader of a model's features, by the library that the model comes from."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from upfeat.backbones.settings import Settings, settings_of
 
 
 class Adapted(NamedTuple):
-    """A model that returns features."""
+    """A model as a function from images to features."""
 
     module: Callable[[Tensor], Any]
     layers: Sequence[Layer] | None
-    """Still to be picked out of what it returns."""
+    """Entries to pick from the function's output; ``None`` if no choice is left."""
     settings: Settings | None
-    """Of its own configuration; ``None`` to look for one inside."""
+    """Settings from the model's configuration; ``None`` to search the modules inside for them."""
 
 
 def adapt(
@@ -29,13 +29,13 @@ def adapt(
     interpolate: bool,
     settings: Settings | None = None,
 ) -> Adapted:
-    """Ask a model for its features, in the way of its library; others stay as they are.
+    """Put the reader of its library around a model; a model of no known library stays as it is.
 
     Args:
         module: any module or function.
         layers: numbers or names of layers; ``None`` for the last.
-        interpolate: let position embeddings be interpolated, for images of other sizes.
-        settings: of its images, where they are known.
+        interpolate: interpolate position embeddings for images of other sizes.
+        settings: settings of the model's images; ``None`` to read them from its configuration.
 
     Raises:
         ValueError: a layer does not exist, or the model has no spatial features.
@@ -64,7 +64,7 @@ def adapt(
 
 
 def _all(chosen: Sequence[int] | None) -> list[Layer] | None:
-    """To be picked out of what a reader returns: everything, where it is several layers."""
+    """Return the entries to pick from a reader's output: all if there are several, else none."""
     return None if chosen is None or len(chosen) < 2 else list(range(len(chosen)))
 
 

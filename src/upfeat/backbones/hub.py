@@ -1,4 +1,4 @@
-"""Models from code that is not installed: torch.hub repositories, program files, Python files."""
+"""Models from code that is no installed package: torch.hub repositories, programs, Python files."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from torch import Tensor, nn
 from upfeat.registry import unknown_name
 
 PROGRAMS = (".pt", ".pt2", ".ts", ".pth")
-"""Files of models: TorchScript, and programs that ``torch.export`` saved."""
+"""Suffixes of model files: TorchScript, and programs that ``torch.export`` saved."""
 
 
 class IntermediateLayers(nn.Module):
-    """Layers of a model with ``get_intermediate_layers``, as DINO, DINOv2 and DINOv3 have it."""
+    """Reader of layers by ``get_intermediate_layers``, a method of DINO, DINOv2 and DINOv3."""
 
     def __init__(self, network: nn.Module, layers: Sequence[int] | None = None) -> None:
         """Choose layers.
 
         Args:
-            network: such a model.
-            layers: their numbers from 0; ``None`` for the last, after the model's norm.
+            network: a model with the method ``get_intermediate_layers``.
+            layers: numbers of layers, from 0, read without the model's last norm; ``None`` for
+                the last layer, after that norm.
         """
         super().__init__()
         self.network = network
@@ -46,14 +47,14 @@ class IntermediateLayers(nn.Module):
             self.options["norm"] = layers is None
 
     def forward(self, x: Tensor) -> Any:
-        """(B, 3, H, W) -> a map or tokens; of several layers a list."""
+        """(B, 3, H, W) -> a map or tokens; a list of them for several layers."""
         run: Any = self.network
         if self.layers is None:
             return list(run.get_intermediate_layers(x, 1, **self.options))[-1]
         layers = list(self.layers)
         if "reshape" in self.options:
             found = list(run.get_intermediate_layers(x, layers, **self.options))
-        else:  # the first DINO: the last n, all of them
+        else:  # the first DINO takes only n, and returns the last n layers
             depth = self.count or max(layers) + 1
             last = list(run.get_intermediate_layers(x, depth - min(layers)))
             found = [last[layer - min(layers)] for layer in layers]
@@ -64,12 +65,14 @@ def load_hub(source: str, *, pretrained: bool) -> nn.Module:
     """Load a model of a torch.hub repository.
 
     Args:
-        source: ``REPO:NAME``; the repository a folder with ``hubconf.py``, or ``owner/name``.
-        pretrained: passed on where the repository's function takes it; such a function downloads.
+        source: ``REPO:NAME``, where REPO is a folder with ``hubconf.py``, or ``owner/name`` of a
+            repository on GitHub.
+        pretrained: passed to the repository's function if that takes it; the function may then
+            download weights.
 
     Raises:
-        FileNotFoundError: the repository, or its weights, cannot be had.
-        ValueError: it has no such model, or the model cannot be made.
+        FileNotFoundError: the repository or its weights cannot be downloaded.
+        ValueError: the repository has no such model, or the model cannot be made.
     """
     repo, _, name = source.rpartition(":")
     if not repo or not name:
@@ -102,7 +105,7 @@ def load_hub(source: str, *, pretrained: bool) -> nn.Module:
 
 
 def _entry_points(path: Path) -> list[str]:
-    """Names that a hubconf.py defines, or imports from its own code, for its users."""
+    """List the public names that a hubconf.py defines, or imports from its repository's code."""
     names: list[str] = []
     others = {*sys.stdlib_module_names, "numpy", "torch", "torchvision"}
     for node in ast.parse(path.read_bytes()).body:
@@ -121,7 +124,7 @@ def _make_from_hub(options: dict[str, Any], name: str, pretrained: bool) -> nn.M
         else:
             try:
                 made = torch.hub.load(model=name, pretrained=False, **options)
-            except TypeError:  # it takes no pretrained
+            except TypeError:  # the function has no parameter pretrained
                 made = torch.hub.load(model=name, **options)
     if not isinstance(made, nn.Module):
         raise ValueError(f"{name} makes a {type(made).__name__}, not a module")
@@ -145,7 +148,8 @@ def load_program(path: Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is neither; a file of weights alone is named as that.
+        ValueError: the file is neither TorchScript nor an exported program; weights alone make no
+            model.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -175,7 +179,7 @@ class ExportedModel(nn.Module):
         self.training = False
 
     def forward(self, x: Tensor) -> Any:
-        """See the program."""
+        """Run the program: its output for an image (B, 3, H, W)."""
         return self.graph(x)
 
     def train(self, mode: bool = True) -> ExportedModel:
@@ -188,7 +192,7 @@ def load_function(source: str) -> object:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it has no such function, or running it fails.
+        ValueError: the file has no such function, or running the file or the function fails.
     """
     file, _, name = source.rpartition(":")
     path = Path(file).expanduser()

@@ -1,4 +1,4 @@
-"""The outputs of modules inside a network."""
+"""Reading of the outputs of modules inside a network."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from upfeat.backbones.outputs import concatenate
 
 
 class LayerFeatures(nn.Module):
-    """A network up to some of its modules, by their names; what they return, side by side.
+    """A network that returns the concatenated outputs of some of its modules.
 
-    The network runs until the last of them has; what comes after, such as a head for one image
-    size, is left out.
+    The network runs only until the last of these modules has returned. Later modules, such as a
+    head for one image size, are not run.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
@@ -23,21 +23,21 @@ class LayerFeatures(nn.Module):
 
         Args:
             network: any module.
-            names: of modules inside, as ``network.named_modules()`` has them.
+            names: names of modules inside, as in ``network.named_modules()``.
         """
         super().__init__()
         self.network = network
         self.names = list(names)
 
     def forward(self, x: Tensor) -> Any:
-        """(B, 3, H, W) -> what the modules return, maps concatenated."""
+        """(B, 3, H, W) -> the output of the module, or the concatenated maps of several modules."""
         found: dict[str, Any] = {}
 
         def keep(name: str) -> Any:
             def hook(module: nn.Module, inputs: Any, output: Any) -> None:
                 found[name] = output
-                # Whatever traces for an export must see every module end; what nothing reads of
-                # the rest is left out of the program.
+                # A tracer must see every module return, so an export runs the whole network; the
+                # exported program then omits the operations that its output does not depend on.
                 if len(found) == len(self.names) and not _exporting():
                     raise _Done
 
@@ -68,22 +68,23 @@ class LayerFeatures(nn.Module):
 def outputs_inside(
     network: nn.Module, run: Callable[[], Tensor], names: Sequence[str] | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Run a network and see what modules inside return that are maps (B, C, h, w).
+    """Run a network and record the maps (B, C, h, w) that modules inside return.
 
     Args:
-        network: whose modules to watch.
-        run: runs it.
-        names: of modules, as ``network.named_modules()`` has them; ``None`` for all.
+        network: network whose modules to record.
+        run: function that runs the network.
+        names: names of modules, as in ``network.named_modules()``; ``None`` for all.
 
     Returns:
-        What ``run`` returned, and the maps by name, in the order in which modules ended.
+        The output of ``run``, and the maps by module name, in the order in which the modules
+        returned.
     """
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.dim() == 4:
-                found.pop(name, None)  # one that runs twice stands where it ran last
+                found.pop(name, None)  # a module that runs twice keeps the place of its last run
                 found[name] = output
 
         return hook
@@ -105,4 +106,4 @@ def _exporting() -> bool:
 
 
 class _Done(Exception):
-    """Raised to leave a network once the modules chosen have run."""
+    """Raised to leave a network once the chosen modules have run."""

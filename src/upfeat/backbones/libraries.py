@@ -1,4 +1,4 @@
-"""Optional libraries, imported when they are needed, with one line where they are not there."""
+"""Imports of optional libraries on demand, with a one-line error for a missing library."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def import_library(name: str, *, extra: str) -> Any:
     """Import an optional library.
 
     Args:
-        name: of the module.
-        extra: of this package that installs it.
+        name: name of the library's module.
+        extra: extra of this package that installs the library.
 
     Raises:
-        ValueError: it is not installed, or fails to import.
+        ValueError: the library is not installed, or fails to import.
     """
     try:
         return import_module(name)
@@ -31,7 +31,7 @@ def import_library(name: str, *, extra: str) -> Any:
         raise ValueError(
             f"{name} is not installed: pip install 'upfeat[{extra}]' (or pip install {name})"
         ) from None
-    except Exception as error:  # as torchvision, where its build does not match PyTorch's
+    except Exception as error:  # for example a torchvision whose build does not match PyTorch's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = ""
         if "torchvision" in reason:
@@ -41,7 +41,7 @@ def import_library(name: str, *, extra: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries from logging a download's every retry; its failure is raised all the same."""
+    """Silence libraries' log messages about retried downloads; a failure still raises an error."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.ERROR))
     try:
@@ -52,17 +52,17 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def without_broken(name: str) -> Iterator[None]:
-    """Hide a package that is installed but broken, so that others go on without it.
+    """Hide an installed package that fails to import, so that packages importing it still work.
 
-    An installed torchvision of another build than PyTorch's fails to import, and with it all models
-    of transformers, none of which needs it.
+    A torchvision whose build does not match PyTorch's fails to import, and with it fail all models
+    of transformers, although none of them needs torchvision.
     """
     if name in sys.modules or find_spec(name) is None:
         yield
         return
     try:
         import_module(name)
-    except Exception as error:  # whatever its build raises
+    except Exception as error:  # a broken build may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         _LOG.warning("%s cannot be imported (%s): going on without it", name, reason)
         for module in [one for one in sys.modules if one.partition(".")[0] == name]:

@@ -1,4 +1,4 @@
-"""Backbones by name, and whatever else users have, as backbones."""
+"""Loading of backbones by name, from files, and from models of other libraries."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ _DTYPES = {
 
 
 def list_backbones() -> list[str]:
-    """The backbones that are named without a library.
+    """List the names of the embedded backbones.
 
-    :func:`load_backbone` takes ``timm:NAME``, ``hf:ID``, ``open_clip:NAME/TAG`` and
-    ``hub:REPO:NAME`` too.
+    :func:`load_backbone` also takes ``timm:NAME``, ``hf:ID``, ``open_clip:NAME/TAG`` and
+    ``hub:REPO:NAME``.
     """
     return list(_BACKBONES)
 
@@ -64,38 +64,39 @@ def load_backbone(
     fit: str | None = None,
     **options: Any,
 ) -> Backbone:
-    """Load a backbone by name, or make one of a module.
+    """Load a backbone by name, or make a backbone from a module or function.
 
     Args:
         backbone: one of
 
-            * :func:`list_backbones`;
-            * ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, ``"open_clip:NAME/TAG"``,
-              ``"hub:REPO:NAME"``;
-            * such a name with layers: ``"timm:NAME@8"``, ``"hf:FOLDER@5,8"``;
+            * a name from :func:`list_backbones`;
+            * a name in a library: ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``,
+              ``"open_clip:NAME/TAG"`` or ``"hub:REPO:NAME"``;
+            * a name in a library with layers: ``"timm:NAME@8"``, ``"hf:FOLDER@5,8"``;
             * a file: TorchScript (``.pt``, ``.ts``), an exported program (``.pt2``), or
-              ``"my_file.py:make"``, a function of no arguments that makes a model;
-            * a model of timm, transformers or open_clip, or any module or function that makes
-              features of (B, 3, H, W): see :class:`WrappedBackbone` for what it may return;
-            * a :class:`Backbone`, which is returned as it is.
-        pretrained: load a named backbone's trained weights; otherwise random ones.
-        layer: number of the layer, from 0, as the model counts them (of a transformer its blocks,
-            of a hierarchical network its stages); of a module without numbered layers, the name of
-            a module inside; of several outputs, a key. A list concatenates, on the finest grid.
-            ``None`` for the last, after the model's last norm.
-        device: where to put it; ``None`` to leave it where it is.
-        dtype: what it computes in, as ``torch.bfloat16``; features still come in the image's type.
-        fit: how images of other sizes are brought to a model that takes one only:
-            ``"interpolate"`` its position embeddings (the default where its library can),
-            ``"tile"`` (the default elsewhere) or ``"resize"``.
-        **options: of :class:`WrappedBackbone`: ``mean``, ``std``, ``input_size``, ``name``,
-            ``layout``, ``prefix_tokens``, ``stride``, ``embed_dim``.
+              ``"my_file.py:make"``, a function without arguments that makes a model;
+            * a model of timm, transformers or open_clip, or any module or function from images
+              (B, 3, H, W) to features in one of the forms that :class:`WrappedBackbone` lists;
+            * a :class:`Backbone`, which is returned itself.
+        pretrained: load the trained weights of a named backbone; otherwise random weights.
+        layer: number of the layer, from 0: a transformer's blocks or a hierarchical network's
+            stages. For a module without numbered layers, the name of a module inside; for a model
+            with several outputs, the key of an output. The layers of a list are concatenated on
+            the finest grid. ``None`` for the last layer, after the model's last norm.
+        device: device to move the backbone to; ``None`` to leave it where it is.
+        dtype: floating-point type that the backbone computes in, such as ``torch.bfloat16``; the
+            features' dtype is the image's all the same.
+        fit: treatment of images of other sizes by a model for one size: ``"interpolate"``
+            interpolates its position embeddings (the default if its library can), ``"tile"``
+            covers the image with windows (the default otherwise), ``"resize"`` resizes the image.
+        **options: arguments of :class:`WrappedBackbone`: ``mean``, ``std``, ``input_size``,
+            ``name``, ``layout``, ``prefix_tokens``, ``stride``, ``embed_dim``.
 
     Raises:
-        FileNotFoundError: a file, folder or download is not to be had.
-        TypeError: it is no name, module or function.
+        FileNotFoundError: a file or folder does not exist, or a download fails.
+        TypeError: ``backbone`` is no name, module or function.
         ValueError: there is no such backbone (close names are suggested), a library is missing, or
-            the model has no spatial features; in one line, with the fix.
+            the model has no spatial features; the message is one line and names the fix.
 
     Example:
         >>> load_backbone("efficientnet_lite0.stride8").embed_dim
@@ -144,7 +145,7 @@ def load_backbone(
 
 
 def _split_layers(name: str, layers: Sequence[Layer] | None) -> tuple[str, Sequence[Layer] | None]:
-    """A name without its layers, as "timm:NAME@3,8", and the layers."""
+    """Split a name such as "timm:NAME@3,8" into the name and its layers, [3, 8]."""
     found = re.fullmatch(r"(.+)@(-?\d+(?:,-?\d+)*)", name)
     if found is None:
         whole, at, after = name.rpartition("@")
@@ -164,7 +165,7 @@ def _embedded(name: str, pretrained: bool) -> Backbone:
 
 
 def _load_named(name: str, pretrained: bool) -> tuple[Any, Settings | None]:
-    """The model of a name, and what is known of its images."""
+    """Load the model of a name, with its image settings if the loader reads them."""
     library, separator, rest = name.partition(":")
     if separator and library in _LIBRARIES:
         if not rest:
@@ -187,13 +188,14 @@ def _load_named(name: str, pretrained: bool) -> tuple[Any, Settings | None]:
     if meant := _with_library(name):
         raise ValueError(f'backbone "{name}" is unknown; did you mean {meant}?')
     known = list_backbones()
-    if not any(f"lite{variant}" in name for variant in (1, 2)):  # they would crowd out Lite0
+    # Suggestions of Lite1 and Lite2 would crowd out Lite0.
+    if not any(f"lite{variant}" in name for variant in (1, 2)):
         known = [one for one in known if one.startswith("efficientnet_lite0")]
     raise ValueError(f"{unknown_name('backbone', name, known)} {_forms()}")
 
 
 def _with_library(name: str) -> str | None:
-    """The whole name of what somebody may have meant who left its library out."""
+    """Complete a name whose library was left out, for a suggestion; ``None`` without a guess."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return f"hf:{name}"

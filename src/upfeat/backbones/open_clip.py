@@ -1,4 +1,4 @@
-"""Image towers of open_clip, by ``open_clip:NAME/TAG`` or as objects."""
+"""Image towers of open_clip models, loaded by ``open_clip:NAME/TAG`` or given as objects."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from upfeat.registry import unknown_name
 class OpenClipFeatures(nn.Module):
     """Feature maps of an image tower's layers, (B, 3, H, W) -> a list of (B, C, h, w).
 
-    Layers are counted from 0. The last one is normed as the tower's head would have it; others are
-    as the layer leaves them.
+    Layers are counted from 0. With ``layers=None``, the last layer's map is normed as for the
+    tower's head; chosen layers are returned without that norm.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class OpenClipFeatures(nn.Module):
         """Choose layers.
 
         Args:
-            tower: ``model.visual``.
-            layers: their numbers; ``None`` for the last.
-            interpolate: its position embeddings, for images of other sizes than its own.
+            tower: image tower, ``model.visual``.
+            layers: numbers of layers; ``None`` for the last.
+            interpolate: interpolate the position embeddings for images of other sizes.
 
         Raises:
-            ValueError: its intermediate features cannot be asked for.
+            ValueError: the tower has no method ``forward_intermediates``.
         """
         super().__init__()
         if not callable(getattr(tower, "forward_intermediates", None)):
@@ -45,7 +45,7 @@ class OpenClipFeatures(nn.Module):
         self.interpolate = interpolate
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """See the class."""
+        """(B, 3, H, W) -> one map (B, C, h, w) for each layer."""
         tower: Any = self.tower.tower
         positions = getattr(tower, "positional_embedding", None)
         patch = getattr(tower, "patch_size", None)
@@ -62,7 +62,7 @@ class OpenClipFeatures(nn.Module):
 
 
 class _Intermediates(nn.Module):
-    """A tower whose forward pass is that of its intermediate features."""
+    """A tower whose ``forward`` is ``forward_intermediates``, for ``functional_call``."""
 
     def __init__(self, tower: nn.Module, layers: Sequence[int] | None) -> None:
         super().__init__()
@@ -82,7 +82,16 @@ class _Intermediates(nn.Module):
 
 
 def _interpolated(positions: Tensor, own: tuple[int, ...], grid: tuple[int, int]) -> Tensor:
-    """Position embeddings (P + h·w, C) on another grid, those of prefix tokens as they are."""
+    """Interpolate position embeddings to another grid; those of the P prefix tokens stay.
+
+    Args:
+        positions: (P + h·w, C).
+        own: (h, w), the grid of ``positions``.
+        grid: (h', w'), the new grid.
+
+    Returns:
+        (P + h'·w', C).
+    """
     prefix = len(positions) - math.prod(own)
     cells = positions[prefix:].mT.unflatten(1, own)[None]
     cells = F.interpolate(
@@ -94,19 +103,19 @@ def _interpolated(positions: Tensor, own: tuple[int, ...], grid: tuple[int, int]
 
 
 def is_open_clip(module: object) -> bool:
-    """Return whether it is a model of open_clip, or its image tower."""
+    """Return whether a module is a model of open_clip, or the image tower of one."""
     return type(module).__module__.startswith("open_clip.") and (
         hasattr(module, "visual") or hasattr(module, "forward_intermediates")
     )
 
 
 def image_tower(module: Any) -> nn.Module:
-    """Return a model's image tower."""
+    """Return a model's image tower; a tower is returned itself."""
     return getattr(module, "visual", module)
 
 
 def open_clip_settings(tower: Any) -> Settings:
-    """Size and normalisation of the tower's images."""
+    """Read image size, normalisation and interpolation from a tower's configuration."""
     config = getattr(tower, "preprocess_cfg", None) or {}
     mean = getattr(tower, "image_mean", None) or config.get("mean") or OPENAI.mean
     std = getattr(tower, "image_std", None) or config.get("std") or OPENAI.std
@@ -117,11 +126,11 @@ def open_clip_settings(tower: Any) -> Settings:
 
 
 def load_open_clip(name: str, *, pretrained: bool) -> nn.Module:
-    """Make the image tower of a model of open_clip.
+    """Load the image tower of a model of open_clip.
 
     Args:
-        name: ``NAME`` or ``NAME/TAG``, the tag being that of the weights.
-        pretrained: load the tag's weights; otherwise random ones.
+        name: ``NAME/TAG``, where TAG names the weights; ``NAME`` for random weights.
+        pretrained: load the tag's weights; otherwise random weights.
 
     Raises:
         FileNotFoundError: the weights cannot be downloaded.

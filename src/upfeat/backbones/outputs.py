@@ -1,7 +1,7 @@
-"""Outputs of models, brought to (B, C, h, w): maps, tokens, and containers of them.
+"""Conversion of models' outputs (maps, tokens, and containers of them) to (B, C, h, w).
 
-A model is shown a square image once; from the shapes that come back :func:`recognise` decides how
-each tensor is laid out, and later outputs are read by that decision, without guessing again.
+A model is run once on a square image, and :func:`recognise` infers the layout of each tensor from
+its shape. Later outputs are converted by that layout, without inferring it again.
 """
 
 from __future__ import annotations
@@ -21,38 +21,47 @@ from upfeat.types import Size
 LAYOUTS = ("NCHW", "NHWC", "tokens")
 """Layouts of a tensor: (B, C, h, w), (B, h, w, C), (B, N, C)."""
 
-# What containers call the spatial features, best first: DINOv2's own dictionary, transformers',
-# torchvision's and common ones.
+# Keys of spatial features in containers, best first: of DINOv2, transformers and torchvision, then
+# other common keys.
 _KNOWN_KEYS = ("x_norm_patchtokens", "last_hidden_state", "features", "feature_maps", "out", "x")
 
 Layer = int | str
-"""A layer by its number or name."""
+"""Number or name of a layer."""
 
 
 class NothingToPick(ValueError):
-    """Layers were named of a model that returns one tensor."""
+    """Layers were given for a model that returns one tensor."""
 
 
 class Ambiguous(ValueError):
-    """A tensor may be read in two ways."""
+    """The shape of a tensor fits two layouts."""
 
 
 class Layout(NamedTuple):
-    """Reading of one tensor of a model's output."""
+    """Layout of one tensor of a model's output, inferred from a square image."""
 
     kind: str
     """One of :data:`LAYOUTS`."""
     cells: int
-    """To each side, of the square image that was shown."""
+    """Cells along each side of the square image."""
     side: int
-    """Of that image, pixels."""
+    """Side of the square image, pixels."""
     prefix_tokens: int = 0
-    """Before those of the grid."""
+    """Number of tokens before the cells' tokens."""
     padding: int = 0
-    """Pixels of every later image that make no cells: its patches overlap by them."""
+    """Pixels by which later images are enlarged, on each axis, without making more cells."""
 
     def read(self, tensor: Tensor, image: Size, name: str) -> Tensor:
-        """(B, C, h, w) of a tensor that came from an image of that (height, width)."""
+        """Convert a tensor of this layout to (B, C, h, w).
+
+        Args:
+            tensor: output of the model.
+            image: (height, width) of the image that the tensor was computed from, pixels.
+            name: name of the model, for messages.
+
+        Raises:
+            ValueError: the tensor has another number of axes, or its tokens form no grid.
+        """
         if tensor.dim() != (3 if self.kind == "tokens" else 4):
             raise ValueError(
                 f"{name} returned {tuple(tensor.shape)} for an image of {image[0]}×{image[1]}, "
@@ -65,12 +74,16 @@ class Layout(NamedTuple):
         return tokens_to_grid(tensor, self._grid(tensor.shape[1], image), self.prefix_tokens)
 
     def _grid(self, count: int, image: Size) -> Size:
-        """The grid of that many tokens; cells that reach beyond the image may count or not."""
+        """Return the grid that ``count`` tokens form on an image of (height, width).
+
+        A partial cell at the image's end may have a token or none: the grid that fits the count is
+        taken.
+        """
         image = (image[0] - self.padding, image[1] - self.padding)
         down, across = (length * self.cells for length in image)
         whole = (down // self.side, across // self.side)
         rests = (down % self.side, across % self.side)
-        # In whole numbers where they suffice: a program that is traced knows no others.
+        # Integers wherever they suffice: while a program is traced, sizes are symbolic integers.
         if rests == (0, 0) and whole[0] * whole[1] == count - self.prefix_tokens:
             return whole
         exact = [length * self.cells / self.side for length in image]
@@ -85,17 +98,17 @@ class Layout(NamedTuple):
 
 
 def select(output: object, layers: Sequence[Layer] | None, name: str) -> list[Tensor]:
-    """Pick the tensors that hold features out of a model's output.
+    """Select the tensors that contain features from a model's output.
 
     Args:
-        output: a tensor; a list, tuple or dictionary of them; or an object with
+        output: a tensor; a list, tuple or dictionary of tensors; or an object with
             ``last_hidden_state``.
-        layers: numbers or keys of what is wanted of a container; ``None`` for its features where
-            that is plain: a known key, the only map or tokens, or the last of a list of maps.
-        name: of the model, for messages.
+        layers: numbers or keys of a container's entries; ``None`` for the features under a known
+            key, the only map or tokens, or the last entry of a list.
+        name: name of the model, for messages.
 
     Raises:
-        ValueError: it holds no features, or several among which to choose.
+        ValueError: the output contains no features, or several entries without a choice.
     """
     if isinstance(output, Tensor):
         if layers is not None:
@@ -123,7 +136,7 @@ def select(output: object, layers: Sequence[Layer] | None, name: str) -> list[Te
 
 
 def _entries(output: object) -> dict[Any, Any] | None:
-    """A container's entries by key or number; ``None`` for anything else."""
+    """Return a container's entries by key or number; ``None`` if the output is no container."""
     if isinstance(output, Mapping):
         return dict(output)
     if isinstance(output, Sequence) and not isinstance(output, str):
@@ -133,7 +146,7 @@ def _entries(output: object) -> dict[Any, Any] | None:
 
 
 def _holds(value: object) -> bool:
-    """Return whether it is, or contains, a map or tokens."""
+    """Return whether a value is, or contains, a map or tokens."""
     if isinstance(value, Tensor):
         return value.dim() in (3, 4) and value.is_floating_point()
     entries = None if value is None else _entries(value)
@@ -153,14 +166,14 @@ def _pick(entries: dict[Any, Any], layer: Layer, name: str) -> Tensor:
 
 
 def missing_layer(layer: Layer, names: Sequence[str]) -> str:
-    """One line about a layer that does not exist."""
+    """Return a one-line message about a layer that does not exist."""
     if isinstance(layer, str):
         return unknown_name("layer", layer, list(names))
     return f"layer={layer} does not exist; there are {len(names)}, 0 to {len(names) - 1}"
 
 
 def check_number(layer: Layer, count: int, name: str) -> int:
-    """The number of a layer, counted from the start.
+    """Return the number of a layer counted from 0; negative numbers count from the last layer.
 
     Raises:
         ValueError: there is no such layer.
@@ -178,17 +191,18 @@ def recognise(
     layout: str | None = None,
     prefix_tokens: int | None = None,
 ) -> Layout:
-    """Decide how a tensor is laid out that came from a square image.
+    """Infer the layout of a tensor that a model computed from a square image.
 
     Args:
-        tensor: of any shape.
-        side: of the image, pixels.
-        name: of the model, for messages.
-        layout: one of :data:`LAYOUTS`, where it is known.
-        prefix_tokens: class and register tokens, where it is known.
+        tensor: output of the model, of any shape.
+        side: side of the image, pixels.
+        name: name of the model, for messages.
+        layout: one of :data:`LAYOUTS`; ``None`` to infer it.
+        prefix_tokens: number of class and register tokens; ``None`` to infer it.
 
     Raises:
-        ValueError: it is no feature map, or might be two; the message has the fix.
+        ValueError: the tensor is no feature map, or its shape fits two layouts; the message names
+            the fix.
     """
     shape = tuple(tensor.shape)
     if tensor.dim() == 3 and layout in (None, "tokens"):
@@ -220,7 +234,7 @@ def recognise(
 
 
 def concatenate(maps: Sequence[Tensor]) -> Tensor:
-    """Lay maps over each other on the finest one's grid, bilinearly: (B, ΣC, h, w)."""
+    """Resize maps bilinearly to the finest map's grid and concatenate them: (B, ΣC, h, w)."""
     if len(maps) == 1:
         return maps[0]
     size = max((tuple(one.shape[2:]) for one in maps), key=lambda grid: grid[0] * grid[1])

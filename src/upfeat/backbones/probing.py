@@ -1,4 +1,4 @@
-"""Properties of a model, from its output for a few blank images."""
+"""Measurement of a model's properties from its outputs for a few blank images."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from upfeat.backbones.outputs import Ambiguous, Layer, Layout, concatenate, reco
 from upfeat.types import Size
 
 _SIZES = (224, 256, 512, 384, 518, 448, 336, 112, 64, 32)
-"""Sides that models of one size are made for, commonest first."""
+"""Sides to try, pixels: the sizes that models of one size are commonly made for come first."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A model to be probed, and the facts that are known of it already.
+    """A model to be probed, and its properties that are known already.
 
     Attributes:
-        call: the model, an image to whatever it returns.
-        name: for messages.
-        like: a tensor of the device and dtype that it wants.
-        layers: what to pick of a container.
-        layout: of its output, where it is known.
-        prefix_tokens: class and register tokens, where it is known.
-        stride: pixels per cell, where it is known.
-        sizes: sides to try before the common ones.
+        call: the model, a function from an image to an output of any kind.
+        name: name of the model, for messages.
+        like: a tensor on the device and of the dtype that images must have.
+        layers: numbers or keys of entries to select from the output; see :func:`select`.
+        layout: layout of the output; ``None`` to infer it.
+        prefix_tokens: number of class and register tokens; ``None`` to infer it.
+        stride: pixels per cell; ``None`` to measure it.
+        sizes: image sizes to try before the common sizes.
         channels: bands of the images.
     """
 
@@ -45,17 +45,17 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """Findings about a model.
+    """Measured properties of a model.
 
     Attributes:
         embed_dim: number of channels.
-        stride: pixels per cell, of the finest map.
-        layouts: of every tensor picked.
-        size: (height, width) of an image that it takes.
-        any_size: whether it takes others too.
-        padding: pixels by which an image is to be enlarged so that cells divide it: what patches
-            reach beyond their cell where they overlap.
-        multiple: sides must be multiples of it, itself one of the stride.
+        stride: pixels per cell of the finest map.
+        size: (height, width) of an image that the model takes.
+        layouts: layout of every selected tensor.
+        any_size: True if the model takes images of other sizes too.
+        padding: pixels by which each axis of an image must be enlarged to give one cell for every
+            stride: the overhang of patches that are larger than their cell.
+        multiple: the sides of images must be multiples of this number, a multiple of the stride.
     """
 
     embed_dim: int
@@ -69,11 +69,11 @@ class Answer:
 
 @torch.no_grad()
 def probe(question: Question) -> Answer:
-    """Show the model blank images, and read off what it is.
+    """Run the model on blank images and infer its properties from the shapes of its outputs.
 
     Raises:
-        ValueError: it takes none of the sizes tried, its output is no feature map, or its stride is
-            no whole number.
+        ValueError: the model takes none of the sizes tried, its output is no feature map, or its
+            stride is no whole number.
     """
     side, output = _first_size(question)
     tensors = select(output, question.layers, question.name)
@@ -95,7 +95,7 @@ def probe(question: Question) -> Answer:
 
 
 def read(question: Question, layouts: Sequence[Layout], x: Tensor) -> Tensor:
-    """Features of an image by a model whose layouts are known, (B, C, h, w)."""
+    """Compute the features of an image, (B, C, h, w), by a model whose layouts are known."""
     tensors = select(question.call(x), question.layers, question.name)
     size = (x.shape[2], x.shape[3])
     maps = [
@@ -110,7 +110,7 @@ def _blank(question: Question, size: Size) -> Tensor:
 
 
 def _first_size(question: Question) -> tuple[int, object]:
-    """The first square size that the model takes, and what it makes of it."""
+    """Return the first square size that the model takes, and the model's output for it."""
     sides = [max(size) for size in question.sizes]
     first: Exception | None = None
     tried = list(dict.fromkeys([*sides, *_SIZES]))
@@ -127,10 +127,10 @@ def _first_size(question: Question) -> tuple[int, object]:
 
 
 def _attempt(question: Question, size: Size) -> tuple[object, Exception | None]:
-    """Return the model's output, or the error it raises."""
+    """Return the model's output and ``None``, or ``None`` and the error that it raises."""
     try:
         return question.call(_blank(question, size)), None
-    except Exception as error:  # whatever a stranger's module raises
+    except Exception as error:  # a user's module may raise anything
         return None, error
 
 
@@ -139,7 +139,7 @@ def _line(error: Exception | None) -> str:
 
 
 def _recognise(question: Question, tensor: Tensor, side: int, index: int = 0) -> Layout:
-    """The layout of a tensor; where a square image leaves it open, an oblong one is shown."""
+    """Infer the layout of a tensor; an oblong image decides where a square image is ambiguous."""
     known = {"layout": question.layout, "prefix_tokens": question.prefix_tokens}
     try:
         return recognise(tensor, side, question.name, **known)  # pyright: ignore[reportArgumentType]
@@ -153,14 +153,14 @@ def _recognise(question: Question, tensor: Tensor, side: int, index: int = 0) ->
 
 
 def _not_pooled(question: Question, side: int) -> tuple[int, list[Layout], list[Tensor]]:
-    """Probe again at twice the side, where a map, unlike a pooled vector, has several cells."""
+    """Probe again at twice the side, at which a map, unlike a pooled vector, has several cells."""
     try:
         output = question.call(_blank(question, (2 * side, 2 * side)))
         tensors = select(output, question.layers, question.name)
         layouts = [_recognise(question, one, 2 * side, index) for index, one in enumerate(tensors)]
         if any(layout.cells > 1 for layout in layouts):
             return 2 * side, layouts, tensors
-    except Exception:  # it takes one size only
+    except Exception:  # the model takes one size only
         pass
     raise ValueError(
         f"{question.name} returns one cell for an image of {side}×{side}: a pooled vector, not "
@@ -172,14 +172,15 @@ def _not_pooled(question: Question, side: int) -> tuple[int, list[Layout], list[
 def _overlap(
     question: Question, layouts: Sequence[Layout], side: int, cells: int
 ) -> tuple[int, int]:
-    """Stride and padding of a model whose patches overlap, so that cells do not divide the image.
+    """Measure stride and padding of a model whose cells do not divide the image.
 
-    Cells grow by one for every stride of pixels. The padding is the least with which an image of n
-    strides has n cells; half of it on either side puts each cell's patch around its centre.
+    The patches of such a model overlap. The stride is the number of pixels that adds one cell. The
+    padding is the least with which an image of n strides has n cells; half of it on either side
+    puts each cell's patch around the cell's centre.
     """
 
     def least(start: int, wanted: int, most: int) -> int:
-        """The least number of pixels beyond ``start`` that give so many cells."""
+        """Return the least number of pixels beyond ``start`` that give ``wanted`` cells."""
         low, high = -1, most
         if count(start + high) < wanted:
             raise refusal
@@ -204,7 +205,7 @@ def _overlap(
         stride = least(side, cells + 2, most) - least(side, cells + 1, most)
         length = side - side % stride
         padding = least(length, length // stride, 4 * stride)
-    except Exception as error:  # whatever a stranger's module raises at another size
+    except Exception as error:  # a user's module may raise anything at another size
         raise refusal from error
     if question.stride not in (None, stride):
         raise ValueError(
@@ -215,19 +216,19 @@ def _overlap(
 
 
 def _sizes_taken(question: Question, answer: Answer) -> Answer:
-    """Complete an answer: does the model take oblong images too, and sides in which multiples."""
+    """Complete an answer by ``any_size``, tested on an oblong image, and ``multiple``."""
     stride, side = answer.stride, answer.size[0]
     coarsest = max(one.side // one.cells for one in answer.layouts)
     for multiple in dict.fromkeys((coarsest, math.lcm(32, stride), 64)):
         if multiple % stride:
             continue
         short = max(side // 2 // multiple, 1 if multiple >= 32 else 2) * multiple
-        # Larger than its own on one axis: tables of positions may hold for smaller images only.
+        # One side is longer than before: tables of positions may suffice for smaller images only.
         size = (short, (side // multiple + 1) * multiple)
         padded = (size[0] + answer.padding, size[1] + answer.padding)
         try:
             features = read(question, answer.layouts, _blank(question, padded))
-        except Exception:  # whatever a stranger's module raises
+        except Exception:  # a user's module may raise anything
             continue
         if tuple(features.shape[2:]) == (size[0] // stride, size[1] // stride):
             return replace(answer, multiple=multiple)

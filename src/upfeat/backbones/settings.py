@@ -1,4 +1,4 @@
-"""Size and normalisation of images, from a model's own configuration."""
+"""Size and normalisation of a model's images, read from the model's configuration."""
 
 from __future__ import annotations
 
@@ -14,41 +14,48 @@ from upfeat.normalization import HALF, IMAGENET, Colour, Normalization, check_no
 _LOG = logging.getLogger("upfeat.backbones")
 
 OPENAI = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""Of CLIP."""
+"""Normalisation of CLIP."""
 
-# What transformers' models were trained with, where no processor's configuration is at hand.
+# Normalisation by the model type of transformers, for models without a processor's configuration.
 _BY_TYPE = {"clip": OPENAI, "siglip": HALF, "vit": HALF, "deit": IMAGENET, "beit": HALF}
 
-# Pillow's numbers of filters, as processors store them.
+# Pillow's numbers of resampling filters, which configurations of processors contain.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 
 
 class Settings(NamedTuple):
-    """Images as a model wants them."""
+    """Properties of the images that a model expects."""
 
     mean: Colour = IMAGENET.mean
     std: Colour = IMAGENET.std
     interpolation: str = "bicubic"
     """Filter for resizing."""
     input_size: int | None = None
-    """Side of the images that it was trained with, pixels."""
+    """Side of the images that the model was trained with, pixels."""
     prefix_tokens: int | None = None
-    """Class and register tokens, where the configuration says."""
+    """Number of class and register tokens; ``None`` if unknown."""
     patch_size: int = 1
-    """Sides of images must be multiples of it."""
+    """Pixels; the sides of images must be multiples of this number."""
 
     def for_channels(self, channels: int) -> Settings:
-        """The same for images of another number of bands, which are then not normalised."""
+        """Return settings for images of ``channels`` bands.
+
+        If mean and standard deviation are of another number of bands, images are not normalised.
+        """
         if len(self.mean) == channels:
             return self
         return self._replace(mean=(0.0,) * channels, std=(1.0,) * channels)
 
 
 def settings_of(modules: nn.Module | Iterable[nn.Module]) -> Settings:
-    """Read the settings of modules, or of modules inside them; ImageNet's where none has any.
+    """Read settings from the configurations of modules and of the modules inside them.
 
     Args:
-        modules: one or several. Where those inside disagree, nothing is believed.
+        modules: one module or several.
+
+    Returns:
+        The first settings found; the defaults, with ImageNet's normalisation, if no module has a
+        configuration or their normalisations differ.
     """
     tops = [modules] if isinstance(modules, nn.Module) else list(modules)
     found: list[Settings] = []
@@ -89,9 +96,9 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
     """Read image size, normalisation and interpolation of a transformers model.
 
     Args:
-        config: the model's.
-        processor: its image processor's, as a dictionary; ``None`` where there is none, so that
-            the normalisation is that of the model's kind.
+        config: configuration of the model.
+        processor: configuration of its image processor, as a dictionary; ``None`` to take the
+            usual normalisation of the model's type.
     """
     size = getattr(config, "image_size", None)
     if isinstance(size, (list, tuple)):
@@ -109,7 +116,11 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
 
 
 def _normalization(processor: Mapping[str, Any]) -> Normalization:
-    """Apply a processor's arithmetic to colours in [0, 1]: times 255, rescaled, normalised."""
+    """Return the normalisation of colours in [0, 1] that equals a processor's steps.
+
+    The processor multiplies colours from 0 to 255 by a factor, then subtracts its mean and divides
+    by its standard deviation; either step may be off.
+    """
     factor = processor.get("rescale_factor", 1 / 255)
     scale = 255 * number("rescale_factor", factor, 0, above=True)
     if not processor.get("do_rescale", True):
@@ -126,7 +137,7 @@ def _normalization(processor: Mapping[str, Any]) -> Normalization:
 
 
 def cropping(processor: Mapping[str, Any]) -> str | None:
-    """The size that a processor crops images to, as "224×224"; ``None`` where it does not."""
+    """Return the size that a processor crops images to, as "224×224"; ``None`` without a crop."""
     if not processor.get("do_center_crop"):
         return None
     size = processor.get("crop_size") or processor.get("size") or {}

@@ -1,4 +1,4 @@
-"""Images of any size for a model that takes only one: resized to it, or cut into tiles."""
+"""Adaptation of images of any size to a model for one size, by resizing or by tiles."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from upfeat.tiling import raised_cosine
 from upfeat.types import Size
 
 FITS = ("interpolate", "tile", "resize")
-"""Ways to bring a model of one image size to others."""
+"""Ways to apply a model to images of other sizes than the model's."""
 
 _OVERLAP = 0.25
 """Least fraction of a tile that overlaps with its neighbour."""
@@ -29,12 +29,15 @@ def resize(x: Tensor, size: Size) -> Tensor:
 
 
 def tiled_size(image: Size, window: Size, stride: int) -> Size:
-    """The size at which an image is tiled: its own, or enlarged until the window fits into it.
+    """Return the size at which an image is tiled: enlarged, if need be, until the window fits.
 
     Args:
-        image: (height, width), multiples of the stride.
-        window: (height, width) that the model takes.
+        image: (height, width) of the image, pixels, multiples of the stride.
+        window: (height, width) that the model takes, pixels.
         stride: pixels per cell.
+
+    Returns:
+        (height, width), pixels, multiples of the stride.
     """
     scale = max(1.0, *(own / length for own, length in zip(window, image, strict=True)))
     if scale == 1:
@@ -50,7 +53,7 @@ def tiles(extract: Callable[[Tensor], Tensor], x: Tensor, window: Size, stride: 
     """Extract features from overlapping windows of one size and blend them.
 
     Args:
-        extract: (B, 3, *window) -> (B, C, window / stride).
+        extract: function (B, 3, *window) -> (B, C, window[0]/stride, window[1]/stride).
         x: (B, 3, H, W), at least as large as the window, sides multiples of the stride.
         window: (height, width), multiples of the stride.
         stride: pixels per cell.
@@ -81,10 +84,10 @@ def tiles(extract: Callable[[Tensor], Tensor], x: Tensor, window: Size, stride: 
 
 
 def _weights(length: int, window: int, overlap: int, like: Tensor) -> dict[int, Tensor]:
-    """First cell of every window along one axis, and the window's weights."""
+    """Map the first cell of every window along one axis to the window's blending weights."""
     last = length - window
     count = math.ceil(last / (window - overlap)) + 1
-    # Evenly spread, so that no two windows share nearly everything.
+    # Spread evenly: otherwise the last two windows could overlap almost entirely.
     starts = sorted({round(index * last / max(count - 1, 1)) for index in range(count)})
     return {
         start: torch.tensor(raised_cosine(start, window, length, overlap), device=like.device)

@@ -1,4 +1,4 @@
-"""Models of timm, by ``timm:NAME`` or as objects: their feature maps, not their logits."""
+"""Feature maps of timm models, loaded by ``timm:NAME`` or given as objects."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from upfeat.registry import unknown_name
 class TimmFeatures(nn.Module):
     """Feature maps of a timm model's layers, (B, 3, H, W) -> a list of (B, C, h, w).
 
-    Layers are those of ``forward_intermediates``, counted from 0. The last one is what the model's
-    head would be given, after its norm; others are as the layer leaves them.
+    Layers are those of ``forward_intermediates``, counted from 0. If only the last layer is
+    chosen, its map is normed as for the model's head; otherwise maps are returned without norm.
     """
 
     def __init__(self, network: nn.Module, layers: Sequence[int] | None = None) -> None:
@@ -25,7 +25,7 @@ class TimmFeatures(nn.Module):
 
         Args:
             network: a timm model.
-            layers: their numbers; ``None`` for the last.
+            layers: numbers of layers; ``None`` for the last.
 
         Raises:
             ValueError: there is no such layer.
@@ -40,10 +40,10 @@ class TimmFeatures(nn.Module):
         self.last = self.layers is None or (count is not None and self.layers == [count - 1])
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """See the class."""
+        """(B, 3, H, W) -> one map (B, C, h, w) for each layer."""
         try:
             return self._run(x, self.last)
-        except AssertionError:  # a model whose norm cannot be applied, or another size
+        except AssertionError:  # the model's norm cannot be applied, or the image size is refused
             maps = self._run(x, False)
             self.last = False
             return maps
@@ -61,7 +61,7 @@ class TimmFeatures(nn.Module):
 
 
 def is_timm(module: object) -> bool:
-    """Return whether it is a timm model whose intermediate features can be asked for."""
+    """Return whether a module is a timm model with ``forward_intermediates``."""
     return (
         isinstance(module, nn.Module)
         and callable(getattr(module, "forward_intermediates", None))
@@ -70,10 +70,10 @@ def is_timm(module: object) -> bool:
 
 
 def numbers(layers: Sequence[Layer] | None, name: str) -> list[int] | None:
-    """Layers that are counted, not named.
+    """Check that layers are given by number, not by name, and return the numbers.
 
     Raises:
-        ValueError: one is a name.
+        ValueError: a layer is given by name; ``name`` is the model's in the message.
     """
     for layer in layers or ():
         if not isinstance(layer, int):
@@ -82,10 +82,10 @@ def numbers(layers: Sequence[Layer] | None, name: str) -> list[int] | None:
 
 
 def any_size(network: nn.Module) -> nn.Module:
-    """The same model for images of any size, where its class knows how; the same parameters.
+    """Return a copy of a model that takes images of any size, and shares the model's parameters.
 
-    Position embeddings are interpolated, windows masked, by timm itself; the model that is given
-    stays as it is.
+    timm then interpolates position embeddings and masks windows. The given model does not change;
+    a model whose class has no such option is returned itself.
     """
     embed = getattr(network, "patch_embed", None)
     if not isinstance(embed, nn.Module) or not hasattr(embed, "strict_img_size"):
@@ -102,7 +102,10 @@ def any_size(network: nn.Module) -> nn.Module:
 
 
 def _twin(module: nn.Module) -> Any:
-    """A module of the same parameters and parts, whose attributes can be set apart."""
+    """Copy a module so that attributes can be set without changing the original.
+
+    Parameters, buffers and submodules are shared.
+    """
     twin = copy.copy(module)
     for registry in ("_modules", "_parameters", "_buffers"):
         twin.__dict__[registry] = dict(module.__dict__[registry])
@@ -112,10 +115,14 @@ def _twin(module: nn.Module) -> Any:
 def load_timm(name: str, *, pretrained: bool) -> nn.Module:
     """Make a model of timm.
 
+    Args:
+        name: name of the model, with or without the tag of its weights, ``NAME.TAG``.
+        pretrained: load trained weights; otherwise random weights.
+
     Raises:
-        ValueError: timm is not installed or cannot be imported, or has no such model (close names
-            are suggested).
-        FileNotFoundError: its weights cannot be downloaded.
+        ValueError: timm is not installed or cannot be imported, or has no such model or weights
+            (close names are suggested).
+        FileNotFoundError: the weights cannot be downloaded.
     """
     library = _import_timm()
     base, _, tag = name.partition(".")
@@ -132,7 +139,7 @@ def load_timm(name: str, *, pretrained: bool) -> nn.Module:
 
 
 def is_model(name: str) -> bool:
-    """Return whether timm, where it is installed, has a model of this name."""
+    """Return whether timm is installed and has a model of this name."""
     try:
         library = _import_timm()
     except ValueError:
@@ -143,12 +150,12 @@ def is_model(name: str) -> bool:
 def _create(library: Any, name: str, pretrained: bool) -> nn.Module:
     try:
         return library.create_model(name, pretrained=pretrained, **_size_options(name))
-    except TypeError:  # the model does not know the option
+    except TypeError:  # the model does not have the option
         return library.create_model(name, pretrained=pretrained)
 
 
 def _size_options(name: str) -> dict[str, Any]:
-    """Options that make a model take any size."""
+    """Return the options with which a model of this name takes images of any size."""
     if name.startswith("swin"):
         return {"strict_img_size": False}
     if name.startswith(("vit", "eva", "deit", "flexivit", "aimv2")):

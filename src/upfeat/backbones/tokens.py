@@ -1,4 +1,4 @@
-"""Tokens of a transformer, laid out as the grid that they came from."""
+"""Conversion of a transformer's tokens to a feature map."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from upfeat.bounds import shown, whole
 from upfeat.types import Size
 
 _MOST_PREFIX_TOKENS = 16
-"""Class and register tokens that are believed without being told of them."""
+"""Largest number of class and register tokens that is inferred without being given."""
 
 
 def tokens_to_grid(tokens: Tensor, grid_size: Size, prefix_tokens: int | None = None) -> Tensor:
-    """Lay tokens out as a feature map.
+    """Arrange the tokens of cells as a feature map; prefix tokens are dropped.
 
     Args:
         tokens: (B, N, C): prefix tokens (class, registers), then one token for each cell, row by
             row.
         grid_size: (h, w) of the map.
-        prefix_tokens: number of tokens before those of the cells; ``None`` for N − h·w.
+        prefix_tokens: number of tokens before the cells' tokens; ``None`` for N − h·w.
 
     Returns:
         (B, C, h, w).
@@ -52,7 +52,7 @@ def tokens_to_grid(tokens: Tensor, grid_size: Size, prefix_tokens: int | None = 
 
 
 def _sides(grid_size: Size) -> Size:
-    """Height and width, in a graph sizes yet unknown too."""
+    """Check and return height and width, which are symbolic integers while a graph is traced."""
     try:
         height, width = grid_size
         if min(height, width) >= 1 and all(isinstance(n, int | torch.SymInt) for n in grid_size):
@@ -65,16 +65,16 @@ def _sides(grid_size: Size) -> Size:
 
 
 def square_grid(count: int, side: int, prefix_tokens: int | None = None) -> tuple[int, int] | None:
-    """Find the square grid that tokens of a square image form.
+    """Find the square grid that the tokens of a square image form.
 
     Args:
-        count: number of tokens.
-        side: of the image, pixels.
-        prefix_tokens: how many are not of the grid; ``None`` to find out. The fewest are believed
-            with which the cells divide the image, or else with which there is a square at all.
+        count: number of all tokens.
+        side: side of the image, pixels.
+        prefix_tokens: number of tokens that are no cells; ``None`` for the smallest number with
+            which the cells form a square that divides the image, or failing that, any square.
 
     Returns:
-        Cells to a side and the number of prefix tokens; ``None`` where there is no such grid.
+        Cells to a side and the number of prefix tokens; ``None`` if the tokens form no square.
     """
     prefixes = range(_MOST_PREFIX_TOKENS + 1) if prefix_tokens is None else (prefix_tokens,)
     squares = []

@@ -1,4 +1,4 @@
-"""Vision models of transformers, by ``hf:ID-OR-FOLDER`` or as objects."""
+"""Vision models of transformers, loaded by ``hf:ID-OR-FOLDER`` or given as objects."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from upfeat.types import Size
 
 _LOG = logging.getLogger("upfeat.backbones")
 
-# What models of images and text call the part that sees.
+# Attributes under which models of images and text store their vision part.
 _TOWERS = ("vision_model", "vision_tower", "visual_model", "image_encoder")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class TransformersFeatures(nn.Module):
-    """Hidden states of a transformers model's layers, or what it returns last.
+    """Hidden states of a transformers model's layers.
 
-    Layers are counted from 0, the embedding not among them: layer 8 is ``hidden_states[9]``. The
-    last is ``last_hidden_state``, after the model's last norm.
+    Layers are counted from 0 without the embedding: layer 8 is ``hidden_states[9]``. The last layer
+    alone is ``last_hidden_state``, after the model's last norm.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class TransformersFeatures(nn.Module):
         """Choose layers.
 
         Args:
-            network: a vision model, or one of images and text, whose vision part is taken.
-            layers: their numbers; ``None`` for the last.
-            interpolate: its position embeddings, for images of other sizes than its own.
+            network: a vision model, or a model of images and text, whose vision part is used.
+            layers: numbers of layers; ``None`` for the last.
+            interpolate: interpolate the position embeddings for images of other sizes.
 
         Raises:
-            ValueError: it is no vision model, or there is no such layer.
+            ValueError: the network is no vision model, or there is no such layer.
         """
         super().__init__()
         self.network = vision_part(network)
@@ -61,9 +61,9 @@ class TransformersFeatures(nn.Module):
         self.patch = getattr(config, "patch_size", 16)
 
     def forward(self, x: Tensor) -> Any:
-        """(B, 3, H, W) -> tokens or a map, of several layers a list."""
+        """(B, 3, H, W) -> tokens or a map; a list of them for several layers."""
         options: dict[str, Any] = dict(self.options)
-        if self.masked:  # else patches come back in a random order, some of them left out
+        if self.masked:  # without this noise, the model would shuffle the patches
             count = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
             options["noise"] = torch.arange(count, device=x.device).expand(len(x), -1)
         with _unmasked(self.network.config), _whole_windows(self.network):
@@ -76,7 +76,10 @@ class TransformersFeatures(nn.Module):
         return chosen[0] if len(chosen) == 1 else chosen
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hooks by which transformers records hidden states; it installs them anew."""
+        """Remove the hooks by which transformers records hidden states, which cannot be pickled.
+
+        transformers installs them again when hidden states are next requested.
+        """
         for module in self.network.modules():
             hooks = module._forward_hooks
             for key, hook in list(hooks.items()):
@@ -87,7 +90,7 @@ class TransformersFeatures(nn.Module):
         return self.__dict__
 
     def _last(self, output: Any) -> Any:
-        """The last hidden state, as a map where the model keeps one."""
+        """Return the last hidden state: a map if the output contains one, otherwise tokens."""
         if "feature_maps" in output:
             return output["feature_maps"][-1]
         if "last_hidden_state" not in output:
@@ -99,7 +102,7 @@ class TransformersFeatures(nn.Module):
 
 
 def is_transformers(module: object) -> bool:
-    """Return whether it is a model of transformers."""
+    """Return whether a module is a model of transformers."""
     return any(
         cls.__name__ == "PreTrainedModel" and cls.__module__.startswith("transformers.")
         for cls in type(module).__mro__
@@ -107,10 +110,10 @@ def is_transformers(module: object) -> bool:
 
 
 def vision_part(network: nn.Module) -> nn.Module:
-    """The part of a model that sees: its base model, or its vision tower.
+    """Return the vision part of a model: its base model without a head, or its vision tower.
 
     Raises:
-        ValueError: it does not take images.
+        ValueError: that part does not take images, or needs further arguments.
     """
     base: Any = network
     if "For" in type(network).__name__:  # a head on a model, as ViTForImageClassification
@@ -143,7 +146,7 @@ def vision_part(network: nn.Module) -> nn.Module:
 
 
 def _count_blocks(config: Any) -> int | None:
-    """Number of layers or stages, embedding not counted."""
+    """Return the number of layers or stages without the embedding; ``None`` if unknown."""
     for name in ("num_encoder_blocks", "depths", "num_hidden_layers"):
         value = getattr(config, name, None)
         if value:
@@ -161,7 +164,7 @@ def _options(network: Any, interpolate: bool) -> dict[str, Any]:
 
 @contextmanager
 def _unmasked(config: Any) -> Iterator[None]:
-    """No patch is left out while this lasts, by models that learn from masked images."""
+    """Set the mask ratio of a masked autoencoder to 0, so that no patch is left out."""
     ratio = getattr(config, "mask_ratio", None)
     if ratio is None:
         yield
@@ -178,10 +181,10 @@ def load_transformers(source: str, *, pretrained: bool) -> tuple[nn.Module, Sett
 
     Args:
         source: a folder, or the name of a model on the hub.
-        pretrained: load its weights; otherwise random ones.
+        pretrained: load the model's weights; otherwise random weights.
 
     Raises:
-        FileNotFoundError: it is no folder, and cannot be downloaded.
+        FileNotFoundError: there is no such folder, and the model cannot be downloaded.
         ValueError: transformers is not installed, or cannot make the model.
     """
     with without_broken("torchvision"):
@@ -245,10 +248,10 @@ def _check_folder(folder: Path, pretrained: bool) -> None:
 
 @contextmanager
 def _whole_windows(network: nn.Module) -> Iterator[None]:
-    """Windows keep their size while this lasts, on images smaller than they are too.
+    """Keep Swin's windows at their size, also on images smaller than a window.
 
-    transformers' Swin shrinks the windows of a layer for good when it sees a small image, for which
-    its position biases are then of the wrong size; padding, which it knows too, is always right.
+    On a small image, transformers' Swin would shrink a layer's windows permanently, and the layer's
+    position biases would no longer fit. With full windows it pads the image instead.
     """
     layers: list[Any] = [
         one for one in network.modules() if hasattr(one, "set_shift_and_window_size")
@@ -269,7 +272,7 @@ def _whole_windows(network: nn.Module) -> Iterator[None]:
 
 
 def _read_processor(source: str) -> dict[str, Any] | None:
-    """The image processor's configuration; ``None`` where there is none."""
+    """Read the image processor's configuration; ``None`` if there is none."""
     cached: Any = import_library("transformers.utils", extra="transformers").cached_file
     for name in _PROCESSOR_FILES:
         local = Path(source) / name

@@ -1,4 +1,4 @@
-"""Any module or function as a backbone."""
+"""Wrapper that makes a backbone from any module or function."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _LOG = logging.getLogger("upfeat.backbones")
 
 
 class WrappedBackbone(Backbone):
-    """A module or function that makes features of images, behind the backbone's contract.
+    """A backbone made from any module or function that computes features of images.
 
-    It may return (B, C, h, w), (B, h, w, C), tokens (B, N, C) with or without class and register
-    tokens, or a list, tuple or dictionary of those. What it returns, how many channels and pixels
-    per cell, and which image sizes it takes is found out on blank images.
+    The module may return (B, C, h, w), (B, h, w, C), tokens (B, N, C) with or without class and
+    register tokens, or a list, tuple or dictionary of these. The layout of its output, the number
+    of channels, the pixels per cell and the image sizes that it takes are measured on blank images.
 
-    A module is put in eval mode and stays in it, so that its batch statistics and dropout are
-    fixed; so are modules that a function closes over. Parameters keep their ``requires_grad``.
+    The module, or every module that a function uses, is put in eval mode and stays in it, so that
+    batch statistics and dropout are fixed. Parameters keep their ``requires_grad``.
     """
 
     def __init__(
@@ -52,34 +52,39 @@ class WrappedBackbone(Backbone):
         fit: str | None = None,
         settings: Settings | None = None,
     ) -> None:
-        """Wrap ``module``.
+        """Wrap a module or function.
 
         Args:
-            module: maps a normalised image (B, 3, H, W) to features.
-            name: what provenance calls it; ``None`` for the class's or function's name.
-            embed_dim: number of channels; ``None`` to find out.
-            stride: pixels per cell; ``None`` to find out.
-            mean: normalisation that the module expects, RGB in [0, 1]; ``None`` for what a
-                configuration inside the module says, or else ImageNet's, or none where the module
-                does not take three channels.
-            std: likewise.
-            layer: which of several outputs, by number or key; of a module that returns one, the
-                name of a module inside, as ``"layer4"``. A list concatenates.
-            layout: ``"NCHW"``, ``"NHWC"`` or ``"tokens"``, where shapes do not tell.
-            prefix_tokens: class and register tokens before those of the grid; ``None`` to find out.
-            in_channels: bands of the images that the module takes; ``None`` for those of its first
-                convolution, or 3.
-            input_size: side of the images that the module was made for, pixels; ``None`` to find
-                out.
-            probe_size: the same.
-            fit: for a module that takes one size only: ``"tile"`` covers larger images with
-                overlapping windows of that size (the default; smaller ones are enlarged),
-                ``"resize"`` squeezes every image to it.
-            settings: of a library's configuration, in place of what is found inside.
+            module: function from a normalised image (B, 3, H, W) to features.
+            name: name of the backbone in provenance and messages; ``None`` for the name of the
+                class or function.
+            embed_dim: number of channels; ``None`` to measure it.
+            stride: pixels per cell; ``None`` to measure it.
+            mean: mean that the module expects images to be normalised by, RGB in [0, 1]; ``None``
+                to read it from a configuration inside the module, or failing that, ImageNet's (no
+                normalisation for images of other than three bands).
+            std: standard deviation that the module expects images to be normalised by; ``None``
+                as for ``mean``.
+            layer: number or key of one of several outputs; for a module with one output, the name
+                of a module inside, such as ``"layer4"``. The outputs of a list of layers are
+                concatenated.
+            layout: ``"NCHW"``, ``"NHWC"`` or ``"tokens"``; ``None`` to infer it from shapes.
+            prefix_tokens: number of class and register tokens before the cells' tokens; ``None`` to
+                infer it.
+            in_channels: bands of the images that the module takes; ``None`` for the input channels
+                of its first convolution, or 3 without one.
+            input_size: side of the images that the module was made for, pixels; ``None`` to try
+                common sizes.
+            probe_size: side of the blank images, pixels; an alias of ``input_size``.
+            fit: treatment of images by a module that takes one size only: ``"tile"`` (the default)
+                covers larger images with overlapping windows of that size and enlarges smaller
+                images; ``"resize"`` resizes every image to it.
+            settings: image settings that a library's reader supplies; ``None`` to read them from
+                the modules inside.
 
         Raises:
-            ValueError: the module's output is no feature map, its stride no whole number, or it
-                takes no size that was tried; the message has the fix.
+            ValueError: the module's output is no feature map, its stride is no whole number, or it
+                takes none of the sizes tried; the message names the fix.
         """
         if layout is not None and layout not in LAYOUTS:
             raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
@@ -136,7 +141,7 @@ class WrappedBackbone(Backbone):
 
     @property
     def input_size(self) -> Size | None:
-        """The one image size, (height, width), that the model takes; ``None`` for any."""
+        """Only image size, (height, width) in pixels, that the model takes; ``None`` for any."""
         return self.answer.size if self.fit in ("tile", "resize") else None
 
     def train(self, mode: bool = True) -> WrappedBackbone:
@@ -176,10 +181,10 @@ class WrappedBackbone(Backbone):
     def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See :meth:`Backbone.extract_with_hidden`.
 
-        The earlier layer is the last module, of those least deep inside, that returns a map (B, D,
-        2h, 2w) where the features are (B, C, h, w): a stage of a convolutional network. It is found
-        when it is first asked for. Tokens have none, nor has a model whose images are padded or
-        tiled to a size.
+        The early layer is a module that returns a map (B, D, 2h, 2w) where the features are
+        (B, C, h, w), typically a stage of a convolutional network: of all such modules the least
+        nested, and of these the last. The first call searches for it. A model that returns tokens,
+        or whose images are padded, tiled or resized, has no early layer.
         """
         plain = self.fit == "interpolate" and not self.answer.padding
         if not isinstance(self.module, nn.Module) or not plain:
@@ -197,7 +202,7 @@ class WrappedBackbone(Backbone):
         return features, maps[self._earlier]
 
     def _extract_fitted(self, x: Tensor) -> Tensor:
-        """Features of an image that is brought to a size that the model takes."""
+        """Compute features of an image of any size, tiled or resized for the model if need be."""
         if self.fit == "resize":
             return self._extract(sizes.resize(x, self.answer.size))
         if self.fit == "tile":
@@ -208,7 +213,7 @@ class WrappedBackbone(Backbone):
         return self._extract(x)
 
     def _extract(self, x: Tensor) -> Tensor:
-        """Features of an image of a size that the model takes."""
+        """Compute features of an image of a size that the model takes, after padding."""
         answer, stride = self.answer, self.stride
         height, width = x.shape[2], x.shape[3]
         if answer.padding:
@@ -231,7 +236,7 @@ class WrappedBackbone(Backbone):
 
     @torch.no_grad()
     def _check_independence(self) -> None:
-        """Warn of a function whose features of an image depend on the batch, or on chance."""
+        """Warn if a function's features of an image depend on its batch or on chance."""
         height, width = self.answer.size
         draw = torch.Generator().manual_seed(0)
         like = _first_tensor(self.module, list(self.held))
@@ -242,7 +247,7 @@ class WrappedBackbone(Backbone):
             alone, again = self._extract(pair[:1]), self._extract(pair[:1])
             try:
                 together = self._extract(pair)[:1]
-            except Exception:  # it takes one image at a time
+            except Exception:  # the function takes one image at a time
                 together = alone
         scale = float(alone.abs().max()) + 1e-12
         for other, reason in ((again, "two calls differ"), (together, "they depend on the batch")):
@@ -257,10 +262,10 @@ class WrappedBackbone(Backbone):
 
 
 def as_list(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
-    """Layers as a list, one or several; ``None`` for the last.
+    """Return one layer or several as a list; ``None``, for the last layer, stays ``None``.
 
     Raises:
-        ValueError: the list is empty, or holds something else.
+        ValueError: the list is empty, or contains something other than numbers and names.
     """
     if layer is None or isinstance(layer, (int, str)):
         return None if layer is None else [layer]
@@ -273,7 +278,7 @@ def as_list(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
 
 
 def held_modules(function: object) -> list[nn.Module]:
-    """Modules that a function runs: closed over, bound to it, or named in it."""
+    """Find the modules that a function may run: closed over, bound, or global names in it."""
     if isinstance(function, nn.Module):
         return []
     held: dict[int, nn.Module] = {}
@@ -297,7 +302,7 @@ def held_modules(function: object) -> list[nn.Module]:
 
 
 def _settle_mode(name: str, module: object, held: list[nn.Module]) -> None:
-    """Put the module, or those that a function holds, in eval mode."""
+    """Put a module, or all modules that a function uses, in eval mode; warn of the latter."""
     if isinstance(module, nn.Module):
         module.eval()
     training = [_plain_name(one) for one in held if one.training]
@@ -312,7 +317,7 @@ def _settle_mode(name: str, module: object, held: list[nn.Module]) -> None:
 
 
 def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
-    """Choose how images of other sizes are brought to the model."""
+    """Choose the treatment of images of other sizes; warn if the model takes one size only."""
     if answer.any_size and fit in (None, "interpolate"):
         return "interpolate"
     if fit == "interpolate":
@@ -337,7 +342,7 @@ def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
 
 
 def _first_tensor(module: object, held: list[nn.Module]) -> Tensor:
-    """A tensor of the device and type that the module computes in."""
+    """Return a parameter, on the device and of the type that the module computes in."""
     for one in [module, *held]:
         if isinstance(one, nn.Module):
             floating = (p for p in one.parameters() if p.is_floating_point())
@@ -348,7 +353,7 @@ def _first_tensor(module: object, held: list[nn.Module]) -> Tensor:
 
 
 def _input_channels(modules: Sequence[object]) -> int:
-    """The channels that the first convolution takes; 3 without one."""
+    """Return the number of channels that the first convolution takes; 3 without a convolution."""
     for module in modules:
         for layer in module.modules() if isinstance(module, nn.Module) else ():
             if isinstance(layer, nn.Conv2d):
@@ -361,7 +366,7 @@ def _plain_name(module: object) -> str:
 
 
 def _no_such_module(name: str, module: object, layers: Sequence[Layer] | None) -> ValueError | None:
-    """The refusal of a layer that is no module inside; ``None`` where it is a number."""
+    """Return the error for a layer whose name is no module inside; ``None`` without such a name."""
     names = [one for one, _ in module.named_modules()] if isinstance(module, nn.Module) else []
     wrong = next((one for one in layers or () if isinstance(one, str) and one not in names), None)
     return None if wrong is None else ValueError(f"{name}: {missing_layer(wrong, names[1:])}")
@@ -373,7 +378,7 @@ def _names_inside(module: nn.Module, layers: Sequence[Layer]) -> bool:
 
 
 def _sizes(given: int | None, settings: Settings) -> list[Size]:
-    """Sizes to try first: one given, and the model's own, cut to whole patches."""
+    """List the sizes to try first: the given size and the configured size, cut to whole patches."""
     own = settings.input_size
     if own is not None:
         own = max(own - own % settings.patch_size, settings.patch_size)

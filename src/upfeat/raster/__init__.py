@@ -1,4 +1,4 @@
-"""Georeferenced rasters of any size: read by windows, upsampled by tiles, written as they come."""
+"""Upsampling of georeferenced rasters of any size, tile by tile, within a memory budget."""
 
 from upfeat.machine import parse_memory
 from upfeat.raster.outputs import Features, HeadOutput

@@ -1,7 +1,8 @@
-"""Coarse features of a raster, and means of its image, for one tile after the other.
+"""Coarse features and cell means of a raster: the inputs from which its tiles are upsampled.
 
-They are made on the way down, rows kept for as long as a tile may need them; or, by many workers,
-part by part into files, of which each tile then reads what it needs. Both give the same bits.
+One process computes them from top to bottom and keeps a row for as long as a tile may need it.
+Many workers first write them to files, part by part, and each tile then reads the parts it needs.
+Both ways give the same bits.
 """
 
 from __future__ import annotations
@@ -24,38 +25,42 @@ from upfeat.types import Window, scaled
 
 
 class Source(NamedTuple):
-    """Coarse features and cell means of tiles, from windows of cells."""
+    """Functions that return the coarse features and the cell means of a window of cells."""
 
     features: Callable[[Window], Tensor]
-    """(1, C, height, width)."""
+    """From a window to (1, C, window.height, window.width)."""
     means: Callable[[Window], Tensor] | None
-    """Of :meth:`Upsampler.cell_means`; ``None`` for upsamplers that have none."""
+    """From a window to its :meth:`Upsampler.cell_means`; ``None`` if the upsampler has no means."""
 
 
 class Part(NamedTuple):
-    """One tile of features or of means, which is made at once."""
+    """One tile of the coarse features or of the cell means, the unit that is computed at once."""
 
     kind: str
     """"features" or "means"."""
     number: int
+    """Index among the parts of its kind."""
     tile: Tile
+    """In cells."""
 
 
 def read_image(scene: Scene, model: FeatUp, cells: Window) -> Tensor:
-    """Read a window of cells as the backbone wants it, (1, 3, H, W)."""
+    """Read a window of cells as pixels, (1, 3, H, W), normalised for the backbone."""
     backbone = model.backbone
     pixels = scene.read(scaled(cells, backbone.stride))[0][None]
     return (pixels.to(backbone.mean.device) - backbone.mean).div_(backbone.std)
 
 
 def streamed(scene: Scene, model: FeatUp, plan: Plan, first_row: int) -> Source:
-    """Make features and means from top to bottom, as windows ask; none may go back up.
+    """Return a source that computes features and means on demand, from top to bottom.
+
+    No window may begin above the window requested before it: rows already passed are dropped.
 
     Args:
         scene: an open raster.
         model: backbone and upsampler.
-        plan: how it is cut.
-        first_row: rows of cells above it are not needed.
+        plan: division of the raster.
+        first_row: first row of cells that will be requested.
     """
     stride = model.backbone.stride
     rows = Rows(
@@ -78,9 +83,9 @@ def streamed(scene: Scene, model: FeatUp, plan: Plan, first_row: int) -> Source:
 def _streamed_means(
     scene: Scene, model: FeatUp, plan: Plan, first_row: int
 ) -> Callable[[Window], Tensor] | None:
-    """Means that tiles share, from windows of cells that only go down.
+    """Return :attr:`Source.means` of :func:`streamed`.
 
-    Every cell is computed once, in tiles that always begin at the same places.
+    The mean of each cell is computed once, in tiles that do not depend on the requested windows.
     """
     if model.upsampler.means_halo is None:
         return None
@@ -105,7 +110,7 @@ def _streamed_means(
 
     factors: list[int] = []
     source = made()
-    first = next(source)  # tells the factor
+    first = next(source)  # puts the factor into the list
     rows, factor = Rows(chain([first], source)), factors[0]
     del first
 
@@ -117,7 +122,7 @@ def _streamed_means(
 
 
 def list_parts(model: FeatUp, plan: Plan, kind: str) -> list[Part]:
-    """List the parts of one kind, "features" or "means", row by row."""
+    """List all parts of a raster of one kind, "features" or "means", row by row."""
     if kind == "features":
         tiles = backbone_tiles(plan.grid, plan.backbone_tile, plan.backbone_halo)
     elif model.upsampler.means_halo is None:
@@ -129,7 +134,7 @@ def list_parts(model: FeatUp, plan: Plan, kind: str) -> list[Part]:
 
 @torch.inference_mode()
 def make_part(scene: Scene, model: FeatUp, part: Part) -> Tensor:
-    """Compute a part, (1, C, height, width), of features or of means."""
+    """Compute the features or means of a part's core, (1, C, height, width)."""
     stride, tile = model.backbone.stride, part.tile
     if part.kind == "features":
         return extract_tile(
@@ -143,21 +148,21 @@ def make_part(scene: Scene, model: FeatUp, part: Part) -> Tensor:
 
 
 class Files:
-    """Parts as files of a folder."""
+    """Parts of a raster's coarse features and cell means, each stored in a file of one folder."""
 
     def __init__(self, folder: Path, model: FeatUp, plan: Plan) -> None:
-        """Know which parts there are; nothing is read yet.
+        """List the parts of the raster; no file is read yet.
 
         Args:
-            folder: that holds them.
+            folder: contains the files.
             model: backbone and upsampler.
-            plan: how the raster is cut.
+            plan: division of the raster.
         """
         self._folder, self._plan = folder, plan
         self.parts = {kind: list_parts(model, plan, kind) for kind in ("features", "means")}
 
     def missing(self, windows: list[Window]) -> list[Part]:
-        """Parts that windows of cells need and that are not there."""
+        """List the parts that windows of cells need and whose files do not exist yet."""
         return [
             part
             for parts in self.parts.values()
@@ -167,11 +172,11 @@ class Files:
         ]
 
     def write(self, part: Part, values: Tensor) -> None:
-        """Write a part, whole or not at all."""
+        """Write the file of a part, whole or not at all."""
         write_tensors(self._path(part), {"values": values}, {})
 
     def source(self) -> Source:
-        """Give what tiles are made of from the files."""
+        """Return a source that reads features and means from the files."""
         return Source(self._features, self._means if self.parts["means"] else None)
 
     def _features(self, cells: Window) -> Tensor:

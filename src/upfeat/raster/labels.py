@@ -18,7 +18,7 @@ from upfeat.types import Window
 
 UNLABELLED = 255
 _VECTORS = (".geojson", ".json")
-# Of a geometry's coordinates: a position is a list of numbers.
+# Nesting depth of a geometry's coordinates; a position, itself a list of numbers, has depth 0.
 _DEPTHS = {"Point": 0, "MultiPoint": 1, "LineString": 1, "MultiLineString": 2, "Polygon": 2}
 _DEPTHS["MultiPolygon"] = 3
 
@@ -28,8 +28,9 @@ class Labels:
     """Class indices of a raster's pixels.
 
     Attributes:
-        names: of the classes.
-        read: from a window to (height, width) uint8, 255 where there is no label.
+        names: names of the classes, in the order of indices.
+        read: function from a window of pixels to class indices, (height, width) uint8, 255 where
+            there is no label.
     """
 
     names: list[str]
@@ -42,11 +43,12 @@ def read_labels(path: str | Path, scene: Scene, names: list[str] | None = None) 
     Args:
         path: a raster of class indices, or a GeoJSON file whose features have a property ``class``.
         scene: the raster.
-        names: of the classes, in the order of indices.
+        names: names of the classes, in the order of indices; ``None``: the indices themselves for
+            a raster, the sorted values of ``class`` for a GeoJSON file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: they are on another grid, or of another kind, or of too many classes.
+        ValueError: the labels are on another grid, are no class indices, or have too many classes.
     """
     path = Path(path)
     if not path.is_file():
@@ -84,7 +86,7 @@ def _raster(path: Path, scene: Scene, names: list[str] | None) -> Labels:
 
 
 def _largest(file: Any, path: Path) -> int:
-    """The largest class index, block by block."""
+    """Return the largest class index of a raster, at least 1, reading block by block."""
     largest = 1
     for _, window in file.block_windows(1):
         values, unlabelled = _read(file, path, window)
@@ -95,7 +97,7 @@ def _largest(file: Any, path: Path) -> int:
 
 
 def _read(file: Any, path: Path, region: Any) -> tuple[Any, Any]:
-    """Values of a window, and where they are no labels."""
+    """Return the values of a window, and a mask that is True where a value is no label."""
     try:
         values = file.read(1, window=region).astype(np.int64)
         masks = file.read_masks(1, window=region)
@@ -105,7 +107,7 @@ def _read(file: Any, path: Path, region: Any) -> tuple[Any, Any]:
 
 
 def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
-    """Polygons, lines and points, drawn in the order of the file."""
+    """Labels from polygons, lines and points, drawn in the order of the file."""
     import_rasterio("reading labels")
     rasterize = importlib.import_module("rasterio.features").rasterize
     windows = importlib.import_module("rasterio.windows")
@@ -132,7 +134,7 @@ def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
 
 
 def _read_shapes(path: Path) -> list[tuple[Any, str]]:
-    """Geometry and class of every feature of a GeoJSON file; those without a place are left out."""
+    """Return geometry and class of each feature of a GeoJSON file that has a geometry."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         shapes = [(one["geometry"], one["properties"]["class"]) for one in content["features"]]
@@ -152,9 +154,9 @@ def _read_shapes(path: Path) -> list[tuple[Any, str]]:
 
 
 def _bounds(geometry: Any) -> Any:
-    """Least and largest (x, y) of a geometry, (2, 2); ``None`` if it is damaged.
+    """Return the least and the largest (x, y) of a geometry, (2, 2); ``None`` if it is damaged.
 
-    GDAL ends the process on some that are.
+    The check comes before rasterising since GDAL ends the process on some damaged geometries.
     """
     try:
         places = [(number("x", x), number("y", y)) for x, y, *_ in _positions(geometry)]
@@ -165,7 +167,7 @@ def _bounds(geometry: Any) -> Any:
 
 
 def _positions(geometry: Any) -> list[Any]:
-    """Positions of a geometry of any kind."""
+    """Return the positions of a geometry of any type as one flat list."""
     if geometry["type"] == "GeometryCollection":
         return [place for part in geometry["geometries"] for place in _positions(part)]
     found = [geometry["coordinates"]]
@@ -175,10 +177,10 @@ def _positions(geometry: Any) -> list[Any]:
 
 
 def _check_place(path: Path, geometries: list[Any], scene: Scene) -> None:
-    """Refuse features of which none is near the raster.
+    """Check that at least one geometry overlaps the raster's bounding box.
 
     Raises:
-        ValueError: they lie elsewhere, as coordinates of another reference system do.
+        ValueError: none does, as happens with coordinates of another reference system.
     """
     a, b, c, d, e, f = scene.transform[:6]
     down, across = scene.size[0] * np.array([0, 0, 1, 1]), scene.size[1] * np.array([0, 1, 0, 1])

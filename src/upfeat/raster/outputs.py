@@ -1,4 +1,4 @@
-"""Values written at every pixel: the features themselves, or a linear head's output."""
+"""Values to write at every pixel: the features themselves, or a linear head's output."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ from upfeat.upsamplers.head import Head
 from upfeat.upsamplers.maps import moved, tiles
 
 NO_CLASS = 255
-"""No-data of class maps."""
+"""No-data value of class maps."""
 
 _BLOCK = 256
-"""Channels that exist in float32 at once."""
+"""Largest number of channels that are upsampled, in float32, at once."""
 _SIDE = 512
 """Side of the windows that are upsampled at once, pixels."""
 
 
 class RasterTile(NamedTuple):
-    """A part of a raster with what is known of it."""
+    """Inputs of the upsampler for one tile of a raster."""
 
     coarse: Tensor
     """(1, C, h, w) features of the tile and its halo."""
     guidance: Tensor
-    """(1, 3, H, W) its image, as the upsampler wants it."""
+    """(1, 3, H, W) guidance of the tile and its halo."""
     means: Tensor | None
-    """Of :meth:`Upsampler.cell_means`, of all its cells."""
+    """:meth:`Upsampler.cell_means` of the tile and its halo; ``None`` if there are no means."""
     inner: Window
-    """Pixels to be written."""
+    """Pixels to be written, in coordinates of ``guidance``."""
 
 
 class Output(ABC):
     """One kind of output.
 
     Attributes:
-        names: of the K outputs.
-        dtype: of the stored values.
-        nodata: written where the raster is masked.
-        facts: all that decides it, as JSON values.
+        names: names of the K values at a pixel.
+        dtype: type of the stored values.
+        nodata: value written where the raster is masked.
+        facts: everything about model and output that determines the values, as JSON values.
     """
 
     names: list[str]
@@ -58,11 +58,11 @@ class Output(ABC):
         return len(self.names)
 
     def render(self, model: FeatUp, tile: RasterTile) -> Any:
-        """Values of a tile.
+        """Upsample a tile and return the values to write.
 
         Args:
             model: backbone and upsampler.
-            tile: its image and features.
+            tile: inputs of the upsampler.
 
         Returns:
             (K, tile.inner.height, tile.inner.width) of ``dtype``.
@@ -76,7 +76,7 @@ class Output(ABC):
         mixed = model.upsampler.mix(tile.coarse)
         inner = tile.inner
         out = np.empty((self.count, inner.height, inner.width), dtype=self.dtype)
-        # Windows that fit into the processor's cache; always the same ones.
+        # Windows that fit into the processor's cache, at places that depend on the tile alone.
         for part in tiles((inner.height, inner.width), _SIDE):
             rows, columns = slice(part.top, part.bottom), slice(part.left, part.right)
             self._fill(out[:, rows, columns], model.upsampler, kernels, mixed, moved(part, inner))
@@ -86,23 +86,23 @@ class Output(ABC):
     def _fill(
         self, out: Any, upsampler: Upsampler, kernels: Kernels, mixed: Tensor, window: Window
     ) -> None:
-        """Write the values of a window, (K, window.height, window.width)."""
+        """Write the values of a window into ``out``, (K, window.height, window.width)."""
 
     def empty(self, window: Window) -> Any:
-        """A window without a valid pixel."""
+        """Return the values of a window without a valid pixel, (K, height, width) no-data."""
         return np.full((self.count, window.height, window.width), self.nodata, dtype=self.dtype)
 
 
 class Features(Output):
-    """All channels, as they are."""
+    """Output of all feature channels, unchanged."""
 
     def __init__(self, embed_dim: int, facts: dict[str, Any], dtype: str = "float16") -> None:
-        """Say how many.
+        """Name the channels by their indices.
 
         Args:
             embed_dim: number C of channels.
-            facts: what makes the features.
-            dtype: of the stored values, "float16" or "float32".
+            facts: description of the model that makes the features.
+            dtype: type of the stored values, "float16" or "float32".
         """
         self.names = [f"feature {index}" for index in range(embed_dim)]
         self.dtype = np.dtype(dtype)
@@ -120,7 +120,7 @@ class Features(Output):
 
 
 class HeadOutput(Output):
-    """Output of a linear head: it runs on the coarse features, so K channels are upsampled."""
+    """Output of a linear head, applied before upsampling: K channels are upsampled, not C."""
 
     def __init__(
         self,
@@ -131,18 +131,18 @@ class HeadOutput(Output):
         *,
         form: str = "values",
     ) -> None:
-        """Take a head.
+        """Keep a head and the form of its output.
 
         Args:
-            weight: (K, C).
-            bias: (K,).
-            names: of the K outputs.
-            facts: what makes the features and the head.
-            form: "values" as they are, float32; "probabilities" of classes, their softmax,
-                float32; "classes", the index of the largest, uint8.
+            weight: (K, C) matrix of the head.
+            bias: (K,) offset of the head.
+            names: names of the head's K outputs.
+            facts: description of the model and the head.
+            form: "values", the head's outputs, float32; "probabilities", their softmax, float32;
+                or "classes", the index of the largest output, uint8.
 
         Raises:
-            ValueError: there is no such form, or more classes than a byte holds.
+            ValueError: there is no such form, or a class map cannot hold that many classes.
         """
         if form not in ("values", "probabilities", "classes"):
             raise ValueError(f'form="{form}" must be values, probabilities or classes')
@@ -168,7 +168,7 @@ class HeadOutput(Output):
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Index of the largest of K maps (K, H, W), uint8 (1, H, W); faster than argmax."""
+    """Return the index of the largest of K maps (K, H, W), uint8 (1, H, W); faster than argmax."""
     best = values[0].clone()
     index = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
     for number in range(1, len(values)):

@@ -1,4 +1,4 @@
-"""Inputs of a raster's tiles, computed one tile after the other, and the values made of them."""
+"""Inputs of a raster's tiles, computed tile by tile, and the output values made from them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ from upfeat.upsamplers.maps import cut, inside
 
 
 class Piece(NamedTuple):
-    """One tile, ready to be upsampled.
+    """Inputs of one tile, ready to be upsampled.
 
     Attributes:
         number: index of the tile.
         pixels: window of the raster that the tile writes.
-        coarse: (1, C, h, w) features of the tile and its halo; ``None`` where no pixel is valid.
-        guidance: (1, 3, H, W) their image.
-        means: of :meth:`Upsampler.cell_means`; ``None`` where there are none.
+        coarse: (1, C, h, w) features of the tile and its halo; ``None`` if no pixel is valid.
+        guidance: (1, 3, H, W) guidance of the tile and its halo.
+        means: :meth:`Upsampler.cell_means` of the tile and its halo; ``None`` if the upsampler has
+            no means or no pixel is valid.
         inner: ``pixels`` in coordinates of ``guidance``.
-        valid: (pixels.height, pixels.width) bool array.
+        valid: (pixels.height, pixels.width) bool array, True where the raster has data.
     """
 
     number: int
@@ -46,13 +47,14 @@ class Piece(NamedTuple):
 def pieces(
     scene: Scene, model: FeatUp, plan: Plan, wanted: Callable[[int, Window], bool]
 ) -> Iterator[Piece]:
-    """Compute the coarse features of tiles from top to bottom.
+    """Compute the inputs of a raster's tiles from top to bottom.
 
     Args:
         scene: an open raster.
         model: backbone and upsampler.
-        plan: how it is cut.
-        wanted: whether a tile of an index and of pixels of the raster is to be made.
+        plan: division of the raster.
+        wanted: predicate of a tile's index and its pixels of the raster; tiles for which it
+            returns False are skipped.
     """
     stride = model.backbone.stride
     tiles = enumerate(split(plan.grid, plan.tile, halo=plan.halo, step=plan.step))
@@ -75,9 +77,9 @@ def make_piece(scene: Scene, model: FeatUp, source: Source, index: int, tile: Ti
     Args:
         scene: an open raster.
         model: backbone and upsampler.
-        source: of coarse features.
-        index: of the tile.
-        tile: in cells.
+        source: coarse features and cell means of the raster.
+        index: index of the tile.
+        tile: the tile, in cells.
     """
     outer, stride = tile.outer, model.backbone.stride
     pixels = _pixels(tile.core, stride, scene.size)
@@ -98,7 +100,7 @@ def make_piece(scene: Scene, model: FeatUp, source: Source, index: int, tile: Ti
 
 @torch.inference_mode()
 def render(piece: Piece, model: FeatUp, what: Output) -> Any:
-    """Make the values of a tile, (K, height, width); masked pixels are no-data."""
+    """Upsample a tile and return its values, (K, height, width); masked pixels are no-data."""
     if piece.coarse is None:
         return what.empty(piece.pixels)
     tile = RasterTile(piece.coarse, piece.guidance, piece.means, piece.inner)
@@ -108,14 +110,14 @@ def render(piece: Piece, model: FeatUp, what: Output) -> Any:
 
 
 def _pixels(cells: Window, stride: int, size: tuple[int, int]) -> Window:
-    """Pixels of a window of cells, as far as the raster goes."""
+    """Return the pixels of a window of cells, cropped to the raster."""
     top, left = cells.top * stride, cells.left * stride
     bottom, right = min(cells.bottom * stride, size[0]), min(cells.right * stride, size[1])
     return Window(top, left, bottom - top, right - left)
 
 
 def _around(core: Window, halo: int | None, outer: Window) -> Window:
-    """A window of cells with a halo, as far as the outer one goes."""
+    """Extend a window of cells by a halo, cropped to the outer window."""
     assert halo is not None
     top, left = max(core.top - halo, outer.top), max(core.left - halo, outer.left)
     bottom, right = min(core.bottom + halo, outer.bottom), min(core.right + halo, outer.right)
@@ -123,14 +125,14 @@ def _around(core: Window, halo: int | None, outer: Window) -> Window:
 
 
 def _guidance(scene: Scene, model: FeatUp, shown: Window, outer: Window) -> Tensor:
-    """The image of a window of cells, of which only a part is read; the rest is 0."""
+    """Read the guidance of the cells ``shown`` and return it padded with 0 to ``outer``."""
     stride = model.backbone.stride
     guidance = model.guidance(read_image(scene, model, shown))
     if shown == outer:
         return guidance
     shape = (1, guidance.shape[1], stride * outer.height, stride * outer.width)
     if guidance.device.type == "cpu" and guidance.dtype is torch.float32:
-        # Memory that NumPy sets to 0 takes no room until it is written; PyTorch's does.
+        # Zeros of NumPy occupy no memory until they are written; PyTorch's do.
         out = torch.from_numpy(np.zeros(shape, np.float32))
     else:
         out = guidance.new_zeros(shape)
@@ -139,7 +141,10 @@ def _guidance(scene: Scene, model: FeatUp, shown: Window, outer: Window) -> Tens
 
 
 def _fill_cells(coarse: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Replace features of cells that are mostly masked by those of valid cells near them."""
+    """Replace features of mostly masked cells by the mean of their valid neighbours.
+
+    Each of :data:`MASK_HALO` rounds reaches one cell farther; cells beyond them become 0.
+    """
     if bool(valid.all()):
         return coarse
     share = F.avg_pool2d(valid[None, None].to(coarse.dtype), stride)

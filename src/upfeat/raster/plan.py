@@ -16,42 +16,44 @@ from upfeat.raster.scene import CACHE_BYTES
 from upfeat.tiling import Size
 
 DEFAULT_BUDGET = 4 * 10**9
-"""Bytes."""
+"""Memory budget of the process, bytes."""
 CHUNK = 128
-"""Side of the parts that a tile is stored in, pixels, or the nearest below that divides it."""
+"""Side of the chunks in which a tile is stored, pixels; if it does not divide the tile's side, the
+largest smaller number that does."""
 MASK_HALO = 4
-"""Masked cells so near to valid ones take their features; those farther away are 0."""
+"""Masked cells within this many cells of a valid one take features from there; others are 0."""
 
 _TILES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
-"""Sides tried, pixels, largest first."""
+"""Sides of tiles to try, pixels, largest first."""
 _WINDOW = 512
 """Side of the windows of a backbone with global attention, pixels."""
 _BACKBONE_TILES = (4096, 3584, 3072, 2560, *_TILES)
-"""Sides of the backbone's own tiles, pixels; the larger, the less their halos cost."""
+"""Sides of the backbone's tiles to try, pixels; the larger the tile, the less its halo costs."""
 _LEAST_SHARE = 2
-"""A tile of the backbone is at least so many times as wide as its halo, where it may choose."""
+"""Smallest ratio of the backbone's tile to its halo, except with the smallest tiles to write."""
 
 # Bytes of an upsampler for each pixel of a tile with its halo: image, guidance, maps on the grid.
 _TILE_BYTES = 80
-# Bytes of what is alive while a window is upsampled: queries, weights, values.
+# Bytes of the intermediate results while a window is upsampled: queries, weights, values.
 _WINDOW_BYTES = 300 * 10**6
-# What the allocator takes for each byte that is asked of it, measured over 400 megapixels.
+# Bytes that the allocator takes for each requested byte, measured over 400 megapixels.
 _ALLOCATED = 1.15
-# Bytes of shared means for each cell, on a grid twice as fine.
+# Bytes of cell means for each cell: 4 finer cells of 32 channels in float32.
 _MEANS_BYTES = 4 * 32 * 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Division of a raster; all sides in cells.
+    """Division of a raster into tiles; all lengths are in cells.
 
     Attributes:
-        grid: (h, w) of all coarse features; whole steps, beyond the raster if need be.
+        grid: (h, w) of all coarse features, multiples of ``step``; may extend beyond the raster.
         tile: side of a tile that is written.
-        halo: cells around it that the upsampler reads.
-        step: tiles read from multiples of it.
-        backbone_tile: side of a tile that goes through the backbone.
-        backbone_halo: cells around that; ``None`` for overlapping windows.
+        halo: cells around such a tile that the upsampler reads.
+        step: a tile and its halo begin at multiples of this number.
+        backbone_tile: side of the part that the backbone computes at once, without its halo.
+        backbone_halo: cells around such a part that the backbone reads; ``None``: the parts are
+            overlapping windows instead.
     """
 
     grid: Size
@@ -71,19 +73,20 @@ def make_plan(
     tile: int | None = None,
     backbone_tile: int | None = None,
 ) -> Plan:
-    """Choose tiles for a raster.
+    """Choose the largest tiles that a memory budget allows.
 
     Args:
         size: (height, width) of the raster, pixels.
         model: backbone and upsampler.
-        what: is written.
-        max_memory: bytes that the process may hold, with what it holds already.
+        what: output to write.
+        max_memory: bytes that the process may use, including those in use already.
         tile: side of a tile, pixels; ``None`` for the largest that the budget allows.
-        backbone_tile: of those that go through the backbone, cells; likewise.
+        backbone_tile: side of the backbone's tiles, cells; ``None`` for the largest that the
+            budget allows.
 
     Raises:
-        ValueError: the upsampler looks at the whole image or at early layers, or no tile is small
-            enough; the smallest budget that can work is named.
+        ValueError: the upsampler's reach is the whole image, the model uses early layers, or no
+            tile fits the budget; the message then names the smallest budget that can work.
     """
     stride, reach = model.backbone.stride, model.upsampler.reach
     if reach is None:
@@ -109,7 +112,7 @@ def make_plan(
         if needed <= max_memory:
             return plan
     if tile is not None and plan is not None:
-        return plan  # an output that was begun goes on with its tiles
+        return plan  # an unfinished output can only be continued with the tiles it was begun with
     raise ValueError(
         f"max_memory={readable(max_memory)} is too little for a raster of {size[0]}×{size[1]} "
         f"pixels, of which {readable(resident)} are held already; the smallest that can work is "
@@ -120,7 +123,7 @@ def make_plan(
 def _candidates(
     stride: int, halo: int | None, tile: int | None, backbone_tile: int | None
 ) -> Iterator[tuple[int, int]]:
-    """Sides of tiles in pixels, and of the backbone's in cells, the best first."""
+    """Yield sides of a tile, pixels, and of the backbone's tiles, cells, in order of preference."""
     for side in _TILES if tile is None else (tile,):
         if backbone_tile is not None:
             yield side, backbone_tile
@@ -133,24 +136,25 @@ def _candidates(
 
 
 def _tile_cells(side: int, stride: int, step: int) -> int:
-    """Cells along a tile of at most so many pixels: whole chunks of the store, whole steps."""
+    """Return the cells along a tile of at most ``side`` pixels: whole chunks, or whole steps."""
     chunk = step * max(1, CHUNK // (stride * step))
     unit = chunk if side >= chunk * stride else step
     return unit * max(1, side // (unit * stride))
 
 
 def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> float:
-    """Bytes that a plan needs beyond what the process holds already."""
+    """Estimate the bytes that a plan needs beyond those the process uses already."""
     stride, channels = model.backbone.stride, model.embed_dim
     outer = min(plan.tile + 2 * (plan.halo + plan.step), max(plan.grid))
     seen = min(plan.backbone_tile + 2 * (plan.backbone_halo or 0), max(plan.grid))
-    # What is kept of rows is copied when more come.
+    # Twice: the rows that are kept are copied when new rows are appended.
     rows = 2 * (outer + plan.backbone_tile) * plan.grid[1] * channels * 4
     if model.upsampler.means_halo is not None:
         rows += 2 * (outer + plan.tile) * plan.grid[1] * _MEANS_BYTES
-    # The image, as it is read and as it is normalised.
+    # 30 bytes a pixel for the image, as read and as normalised.
     backbone = (seen * stride) ** 2 * (activations + 30)
     upsampler = (outer * stride) ** 2 * _TILE_BYTES + _WINDOW_BYTES
-    # One tile is being written while the next is computed; a shard is put together of its chunks.
+    # Up to four copies: one tile is written while the next is computed, and the store assembles a
+    # shard from its chunks.
     written = (plan.tile * stride) ** 2 * what.count * 4 * what.dtype.itemsize
     return _ALLOCATED * (CACHE_BYTES + rows + max(backbone, upsampler) + written)

@@ -1,4 +1,4 @@
-"""A raster in, a map of its features or of a head out, tile by tile."""
+"""Upsampling of a whole raster into a map of its features or of a head's output."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from upfeat.tiling import split
 
 LOCAL = Engine()
 _RELEASED = 1 << 22
-"""Pixels after which memory that is no longer used is given back: it costs a tenth of a second."""
+"""Pixels written between two returns of unused memory to the system, each a tenth of a second."""
 
 OnTile = Callable[[int, int], None]
-"""Is told how many steps are done, of how many: tiles, and parts that workers of Ray make first."""
+"""Callback (steps done, total steps): a step is a tile or, with Ray, a part computed before."""
 
 
 def upsample_raster(
@@ -43,28 +43,29 @@ def upsample_raster(
 ) -> Path:
     """Upsample a raster's features, or a head of them, and write them with its georeference.
 
-    Every pixel of the output is the pixel of the raster at the same place. Masked pixels are not
-    used and are written as no-data. Tiles equal the whole.
+    The output has the raster's grid, pixel for pixel. Masked pixels have no influence and are
+    written as no-data. The borders between the upsampler's tiles do not change the result.
 
     Args:
         scene: an open raster.
-        output: ``.zarr`` or ``.tif``; appears when it is complete.
+        output: path of the result, ``.zarr`` or ``.tif``; exists only once it is complete.
         model: backbone and upsampler.
-        what: is written at every pixel.
-        plan: of :func:`upfeat.raster.plan.make_plan`; workers of Ray keep to it each.
-        engine: where tiles are made; workers of a cluster must see the raster and the output's
-            folder, under the same paths.
-        resume: go on with what a killed run left; what is complete is left as it is.
-        overwrite: remove what is there.
-        on_tile: is told of progress.
+        what: output to write at every pixel.
+        plan: division of the raster by :func:`upfeat.raster.plan.make_plan`, whose memory budget
+            bounds each worker of Ray.
+        engine: where tiles are computed; the workers of a cluster must reach the raster and the
+            output's folder under the same paths.
+        resume: continue an unfinished output; a complete output is left as it is.
+        overwrite: remove an existing output, finished or not.
+        on_tile: called after each step; see :data:`OnTile`.
 
     Returns:
         The path of the output.
 
     Raises:
-        ValueError: the output cannot be written, another process writes it, the raster is
+        ValueError: the output cannot be written, another process is writing it, the raster is
             damaged, or no Ray cluster answers.
-        OSError: writing failed; what was done is kept.
+        OSError: writing failed; finished tiles are kept.
     """
     if engine.name == "local" and engine.workers is not None:
         raise ValueError(f"workers={engine.workers} is for engine=ray; one process makes all tiles")
@@ -77,7 +78,7 @@ def upsample_raster(
     output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"what": what.facts, "raster": scene.facts, "backbone_tile": plan.backbone_tile}
     shape, tile = (what.count, *scene.size), plan.tile * model.backbone.stride
-    # A name that is never a folder's: the lock then lies in one place.
+    # A lock of a folder lies inside the folder; no folder has this name, so the path never changes.
     with hold(output.with_name(output.name + ".unfinished")):
         store = Store(output, shape, what.dtype, tile, facts, resume=resume, overwrite=overwrite)
         make = _make_here if engine.name == "local" else partial(make_by_workers, engine)
@@ -93,7 +94,7 @@ def upsample_raster(
 def _make_here(
     scene: Scene, model: FeatUp, what: Output, plan: Plan, store: Store, tell: OnTile
 ) -> None:
-    """Make tiles from top to bottom; one is written while the next is made."""
+    """Make tiles from top to bottom in this process, writing one while computing the next."""
     total = sum(1 for _ in split(plan.grid, plan.tile))
     with ThreadPoolExecutor(1) as pool:
         writing: Future[None] | None = None
@@ -101,14 +102,14 @@ def _make_here(
         for piece in pieces(scene, model, plan, lambda index, _: index not in store.done):
             number, pixels = piece.number, piece.pixels
             values = render(piece, model, what)
-            del piece  # not kept while the next one is made
+            del piece  # frees its memory before the next piece is made
             if writing is not None:
                 writing.result()
             writing = pool.submit(store.write, number, pixels, values)
             del values
             since += pixels.height * pixels.width
             if since >= _RELEASED:
-                # Each thread that writes, compresses or computes keeps what it has freed.
+                # The allocator keeps freed memory for every thread that writes or computes.
                 release_memory()
                 since = 0
             tell(number + 1, total)

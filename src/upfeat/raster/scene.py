@@ -1,4 +1,4 @@
-"""A raster as the image that a backbone sees: chosen bands, one scaling, a mask, by windows."""
+"""Windows of a raster as images for a backbone: chosen bands, scaled to [0, 1], with a mask."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from upfeat.bounds import indices, shown
 from upfeat.types import Window
 
 PERCENTILES = (2.0, 98.0)
-"""Values of a band that become 0 and 1, where its type does not say."""
+"""Percentiles of a band whose values become 0 and 1, for types other than uint8."""
 
 CACHE_BYTES = 128 * 2**20
-"""Decoded blocks of the file that GDAL keeps, of all bands."""
+"""Size of GDAL's cache of decoded blocks, bytes."""
 
 _OVERVIEW_SIDE = 1024
 _COLOURS = ("red", "green", "blue")
 
 Scale = tuple[float, float] | Sequence[tuple[float, float]] | None
-"""(low, high) for all bands, a pair for each, or ``None`` to find out."""
+"""(low, high) for all bands, a pair for each band, or ``None`` to derive pairs from the raster."""
 
 
 def import_rasterio(needed_for: str) -> Any:
-    """Import rasterio and its errors.
+    """Import rasterio with its submodules ``errors`` and ``enums``.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: rasterio is not installed; ``needed_for`` names the purpose in the message.
     """
     try:
         importlib.import_module("rasterio.errors")
@@ -50,12 +50,12 @@ def open_raster(path: Path, needed_for: str) -> Any:
     """Open a file with rasterio.
 
     Raises:
-        ValueError: it is no raster, or rasterio is not installed.
+        ValueError: the file is no raster, or rasterio is not installed.
     """
     rasterio = import_rasterio(needed_for)
     try:
         with warnings.catch_warnings():
-            # A raster without a place on the ground has pixels and features all the same.
+            # A raster without a georeference is upsampled like any other.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             return rasterio.open(path)
     except rasterio.errors.RasterioError as error:
@@ -63,10 +63,10 @@ def open_raster(path: Path, needed_for: str) -> Any:
 
 
 def block_cache(rasterio: Any) -> AbstractContextManager[Any]:
-    """A bound of the blocks that GDAL keeps, otherwise a twentieth of the machine's memory.
+    """Return a context that bounds GDAL's block cache, by default 1/20 of the machine's memory.
 
-    GDAL asks for the bound once, at the first block that it reads; a user's own (the environment's
-    ``GDAL_CACHEMAX``) stays.
+    GDAL reads the bound once, before its first block. A bound that the user set by the environment
+    variable ``GDAL_CACHEMAX`` stays.
     """
     if "GDAL_CACHEMAX" in os.environ:
         return nullcontext()
@@ -77,31 +77,32 @@ class Scene:
     """An open raster.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         size: (height, width), pixels.
         bands: chosen bands, counted from 1, in the order in which the backbone sees them.
         crs: coordinate reference system, or ``None``.
-        transform: from (column, row) to coordinates.
+        transform: affine map from (column, row) to coordinates.
         scales: (low, high) of each band: the values that become 0 and 1.
-        fill: (bands,) in [0, 1]: what masked pixels show the backbone, the mean of the valid ones.
+        fill: (bands,) in [0, 1], the value of masked pixels: the mean of the valid pixels.
     """
 
     def __init__(
         self, path: str | Path, *, bands: Sequence[int] | None = None, scale: Scale = None
     ) -> None:
-        """Open a raster and look at a coarse overview of it.
+        """Open a raster and compute scales and fill from an overview of it.
 
         Args:
-            path: anything that rasterio opens: GeoTIFF, COG, VRT, JP2, ….
-            bands: three bands, or one to be shown grey, counted from 1; ``None`` for those marked
-                red, green and blue, or the only ones there are.
-            scale: the values that become 0 and 1: (low, high) for all bands, or one pair for each.
+            path: any raster that rasterio opens: GeoTIFF, COG, VRT, JP2, ….
+            bands: three bands, or a single grey band, counted from 1; ``None`` for the bands marked
+                red, green and blue, or for all bands but transparency if these are one or three.
+            scale: the values that become 0 and 1: (low, high) for all bands, or a pair for each.
                 ``None``: 0 to 255 for uint8, and for other types the 2nd and 98th percentile of
-                each band over the whole raster.
+                each band over an overview of the whole raster.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is no raster, bands must be chosen, or no pixel is valid.
+            ValueError: the file is no raster, its values are complex, its bands must be chosen,
+                an argument is out of range, or no pixel is valid.
         """
         rasterio = import_rasterio("reading rasters")
         self.path = Path(path)
@@ -119,11 +120,11 @@ class Scene:
             )
         flags = [file.mask_flag_enums[band - 1] for band in self.bands]
         all_valid = [rasterio.enums.MaskFlags.all_valid]
-        # GDAL takes a band of transparency for a mask beside one or three bands only.
+        # GDAL uses a band of transparency as a mask only beside one or three other bands.
         transparent = [index + 1 for index, name in enumerate(_names(file)) if name == "alpha"]
         masked = all(rasterio.enums.MaskFlags.alpha in flag for flag in flags)
         self._transparency = [] if masked else transparent
-        # Whether no pixel can be without data, so that nobody has to look.
+        # True if no pixel can be without data, in which case masks need not be read.
         self._whole = not self._transparency and all(
             kind.kind != "f" and flag == all_valid for kind, flag in zip(kinds, flags, strict=True)
         )
@@ -137,7 +138,7 @@ class Scene:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Properties of the raster that decide features, as JSON values."""
+        """All properties that determine features and georeference, as JSON values."""
         return {
             "size": list(self.size),
             "bands": list(self.bands),
@@ -151,17 +152,17 @@ class Scene:
         """Read a window.
 
         Args:
-            window: in pixels; what lies beyond the raster repeats its edge.
+            window: in pixels; pixels beyond the lower or right edge repeat the edge.
 
         Returns:
-            (3, height, width) in [0, 1], masked pixels filled; and (height, width) bool, True
-            where a pixel is valid.
+            The image, (3, height, width) in [0, 1], masked pixels filled; and the mask, (height,
+            width) bool, True where a pixel is valid.
 
         Raises:
             ValueError: a block of the file is damaged.
         """
         bottom, right = min(window.bottom, self.size[0]), min(window.right, self.size[1])
-        # Of a window that lies beyond altogether, the edge.
+        # A window entirely beyond an edge reads the last row or column.
         top, left = min(window.top, self.size[0] - 1), min(window.left, self.size[1] - 1)
         values, valid = self._read(Window(top, left, bottom - top, right - left))
         image = self._scaled(values)
@@ -176,7 +177,7 @@ class Scene:
         return pixels, torch.from_numpy(valid)
 
     def read_valid(self, window: Window) -> Tensor:
-        """Read where pixels are valid, (height, width) bool; see :meth:`read`."""
+        """Return the mask that :meth:`read` returns, (height, width) bool, True where valid."""
         if self._whole:
             return torch.ones(window.height, window.width, dtype=torch.bool)
         return self.read(window)[1]
@@ -192,7 +193,7 @@ class Scene:
         self.close()
 
     def _read(self, window: Window) -> tuple[Any, Any]:
-        """Values of the chosen bands, and where all of them are valid."""
+        """Return the values of the chosen bands, and a mask of pixels valid in all of them."""
         region = ((window.top, window.bottom), (window.left, window.right))
         try:
             values = self._file.read(self.bands, window=region)
@@ -216,7 +217,7 @@ class Scene:
         return values, _valid(values, masks)
 
     def _read_masks(self, shape: tuple[int, ...] | None = None, window: Any = None) -> Any:
-        """Masks of the chosen bands, and transparency, (…, height, width): 0 where invalid."""
+        """Read masks of the chosen bands and bands of transparency, (…, H, W): 0 where invalid."""
         masks = []
         for read, bands in (
             (self._file.read_masks, self.bands),
@@ -232,7 +233,7 @@ class Scene:
             if overview.dtype == np.uint8:
                 return [(0.0, 255.0)] * count
             ends = np.percentile(overview[:, valid].astype(np.float64), PERCENTILES, axis=1).T
-            # A band of one value is shown as black.
+            # A constant band would divide by 0; it becomes 0 throughout.
             return [(low, high if _wide(low, high) else low + 1.0) for low, high in ends.tolist()]
         try:
             pairs = np.asarray(scale, dtype=np.float64)
@@ -247,16 +248,16 @@ class Scene:
         return [(low, high) for low, high in pairs.tolist()]
 
     def _scaled(self, values: Any) -> Any:
-        """Band values to [0, 1], float32."""
+        """Scale the values of bands to [0, 1], float32."""
         if values.dtype == np.uint8 and values.size > 3 * 256:
-            # Looked up: the same values in a fifth of the time.
+            # A table of all 256 values gives equal results in a fifth of the time.
             known = np.arange(256, dtype=np.uint8)
             tables = self._scaled(np.tile(known, (len(self.bands), 1)))
             out = np.empty(values.shape, dtype=np.float32)
             for band, table in enumerate(tables):
                 np.take(table, values[band], out=out[band], mode="clip")
             return out
-        # float64 for values of more digits than float32 has.
+        # float64 for types with values that float32 does not represent exactly.
         kind = np.result_type(values.dtype, np.float32)
         low, high = np.asarray(self.scales).T.reshape(2, -1, *[1] * (values.ndim - 1))
         width = (high - low).astype(kind)
@@ -281,7 +282,7 @@ def _wide(low: float, high: float) -> bool:
 
 
 def _choose_bands(file: Any, bands: Sequence[int] | None) -> list[int]:
-    """Check the chosen bands, or find the ones that need no choice."""
+    """Check the chosen bands; without a choice, return red, green and blue, or the only bands."""
     if bands is not None:
         chosen = indices(bands, 1, file.count)
         if len(chosen) not in (1, 3):

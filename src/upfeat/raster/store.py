@@ -1,9 +1,9 @@
-"""Store of tiles: a sharded Zarr that remembers its tiles, moved into place when complete.
+"""Storage of an output while its tiles are written, so that an interrupted run can be resumed.
 
-While a raster is under way its output is called ``NAME.partial``: a Zarr array, the settings that
-it was begun with, and a ledger of the tiles that are done. One tile is one shard, so a tile that
-was cut off in the middle is simply written again, and a finished output is the same byte for byte
-however often the work was interrupted.
+An unfinished output is a folder ``NAME.partial``: a sharded Zarr array, the settings that the
+output was begun with, and a ledger of the finished tiles. One tile is one shard, so a tile whose
+writing was interrupted is written again as a whole, and interruptions never change a byte of the
+finished output. A complete output is moved to its final name.
 """
 
 from __future__ import annotations
@@ -48,11 +48,12 @@ def _import_zarr() -> Any:
 
 
 class Store:
-    """The output of one raster.
+    """The output of one raster, from its first tile to its final file.
 
     Attributes:
         output: the final path, ``.zarr`` or ``.tif``.
-        partial: the folder in which it is made.
+        partial: the folder of the unfinished output.
+        done: indices of the tiles that were finished before this run.
     """
 
     def __init__(
@@ -66,19 +67,19 @@ class Store:
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        """Begin an output, or find one that was begun.
+        """Begin an output, or open an unfinished one.
 
         Args:
             output: path of the result; must end in ``.zarr``, ``.tif`` or ``.tiff``.
-            shape: (K, height, width).
-            dtype: of the values.
+            shape: (K, height, width) of the result.
+            dtype: type of the values.
             tile: side of a tile, pixels.
-            settings: all that decides the result, as JSON values.
-            resume: go on with what is there.
-            overwrite: remove what is there.
+            settings: everything that determines the result, as JSON values.
+            resume: continue an unfinished output.
+            overwrite: replace an existing output, finished or not.
 
         Raises:
-            ValueError: the output exists already, has other settings, or cannot be
+            ValueError: the output exists already, was begun with other settings, or cannot be
                 written.
         """
         self.output, self.partial = output, _partial(output)
@@ -119,13 +120,13 @@ class Store:
             dimension_names=("feature", "y", "x"),
             attributes={"grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
         )
-        # Last: what has settings can be gone on with.
+        # Last, since the settings mark an output that can be resumed.
         _write_json(self.partial / _SETTINGS, self._settings)
 
     def _go_on(self, resume: bool) -> None:
         path = self.partial / _SETTINGS
         if not path.is_file():
-            self._begin()  # killed before it got as far as its settings
+            self._begin()  # the run before was killed before it wrote its settings
             return
         if not resume:
             raise ValueError(
@@ -150,57 +151,57 @@ class Store:
             self.done = {int(line) for line in done}
 
     def write(self, index: int, window: Window, values: np.ndarray[Any, Any]) -> None:
-        """Write a tile and say so in the ledger.
+        """Write a tile and record it in the ledger.
 
         Args:
-            index: of the tile.
-            window: its pixels.
-            values: (K, height, width).
+            index: index of the tile.
+            window: pixels of the tile.
+            values: (K, window.height, window.width).
         """
         self._writer.write(window, values)
         self.record(index)
 
     def writer(self) -> TileWriter:
-        """Give what writes tiles, in this process or in others; picklable."""
+        """Return a picklable writer of tiles, for this process or for others."""
         return TileWriter(self.partial.resolve(), self._run)
 
     @property
     def parts(self) -> Path:
-        """The folder for what tiles are made of, where that is in files; it goes with the rest."""
+        """The folder of the parts that workers of Ray write; removed with the partial output."""
         return self.partial / _PARTS
 
     def record(self, index: int) -> None:
-        """Say in the ledger that a tile is written."""
+        """Record in the ledger, durably, that a tile is written."""
         self._ledger.write(f"{index}\n")
         self._ledger.flush()
         os.fsync(self._ledger.fileno())
 
     def finish(self, scene: Scene, names: list[str], provenance: Mapping[str, Any]) -> None:
-        """Move the result to its final name.
+        """Complete the output and give it its final name.
 
         Args:
-            scene: where the georeference comes from.
-            names: of the K outputs.
-            provenance: of the result, as JSON values.
+            scene: the raster, which supplies the georeference.
+            names: names of the K values at a pixel.
+            provenance: description of the result's origin, as JSON values.
         """
         self._ledger.close()
         if self.output.suffix.lower() == ".zarr":
             self._finish_zarr(scene, names, provenance)
         else:
             with replacing(self.output) as temporary, warnings.catch_warnings():
-                # A raster without a place on the ground has none in the output either.
+                # A raster without a georeference gives an output without one.
                 errors = import_rasterio("writing GeoTIFF").errors
                 warnings.simplefilter("ignore", errors.NotGeoreferencedWarning)
                 self._write_cog(temporary, scene, names, provenance)
             shutil.rmtree(self.partial)
 
     def close(self) -> None:
-        """Leave the partial output for another time."""
+        """Close the ledger; the partial output stays and can be resumed."""
         self._ledger.close()
 
     def _finish_zarr(self, scene: Scene, names: list[str], provenance: Mapping[str, Any]) -> None:
         shutil.rmtree(self.parts, ignore_errors=True)
-        for stray in self.partial.rglob("*.partial"):  # of a chunk whose writer was killed
+        for stray in self.partial.rglob("*.partial"):  # temporary files of writers that were killed
             stray.unlink()
         attributes = {"Conventions": "CF-1.11", "format": FORMAT, "upfeat": dict(provenance)}
         group = self._zarr.open_group(str(self.partial), mode="a", zarr_format=3)
@@ -209,12 +210,12 @@ class Store:
         if self.output.exists():
             shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink()
         self.partial.replace(self.output)
-        _sweep(self.output)  # last: killed before, all of this is done again
+        _sweep(self.output)  # last, so that a run killed before this line can be resumed
 
     def _write_cog(
         self, path: Path, scene: Scene, names: list[str], provenance: Mapping[str, Any]
     ) -> None:
-        """Copy the array into a tiled GeoTIFF with overviews."""
+        """Write the array as a Cloud Optimized GeoTIFF, through a plain one beside the array."""
         rasterio = import_rasterio("writing GeoTIFF")
         count, height, width = self._shape
         categorical = self._dtype.kind == "u"
@@ -256,10 +257,10 @@ class Store:
 
 
 class TileWriter:
-    """Writes the tiles of an output, as long as the run that it belongs to goes on."""
+    """Writer of an output's tiles that stops as soon as a later run has taken the output over."""
 
     def __init__(self, partial: Path, run: str) -> None:
-        """Remember the unfinished output's folder, and which run this is."""
+        """Keep the unfinished output's folder and the identifier of the run."""
         self._partial, self._run = partial, run
         self._values: Any = None
 
@@ -267,11 +268,12 @@ class TileWriter:
         """Write a tile.
 
         Args:
-            window: its pixels.
-            values: (K, height, width).
+            window: pixels of the tile.
+            values: (K, window.height, window.width).
 
         Raises:
-            ValueError: another run goes on with the output, as after a driver was killed.
+            ValueError: another run has taken the output over, for example after this writer's
+                driver was killed.
             OSError: writing failed.
         """
         try:
@@ -287,11 +289,11 @@ class TileWriter:
 
 
 def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
-    """Return whether an output is there, complete, and made of the same.
+    """Return whether a complete output with a given provenance exists.
 
     Args:
         output: the final path.
-        provenance: as it would be recorded.
+        provenance: provenance that :meth:`Store.finish` would record.
     """
     try:
         if output.suffix.lower() == ".zarr":
@@ -308,7 +310,7 @@ def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
 
 
 def sweep_finished(output: Path) -> None:
-    """Remove what a run left that was killed between naming its output and its end."""
+    """Remove leftovers of a run that was killed after it gave the output its final name."""
     if _partial(output).is_dir() and _is_unfinished(_partial(output)):
         shutil.rmtree(_partial(output))
     if output.is_dir():
@@ -316,26 +318,33 @@ def sweep_finished(output: Path) -> None:
 
 
 def _is_unfinished(partial: Path) -> bool:
-    """Return whether a folder has settings, or what is there before or after them and no more."""
+    """Return whether a folder is an unfinished output, or part of one without its settings.
+
+    Without settings, every name must be one that this module writes: the folder may be removed.
+    """
     found = {child.name for child in partial.iterdir()}
     known = {_ARRAY, _LEDGER, _PLAIN, _PARTS, _RUN}
     return _SETTINGS in found or all(name in known or name.startswith(".upfeat-") for name in found)
 
 
 def _sweep(output: Path) -> None:
-    """Remove from a finished store what it was gone on with by."""
+    """Remove the files of a finished store that only an unfinished one needs."""
     for leftover in (_RUN, _LEDGER, _SETTINGS):
         (output / leftover).unlink(missing_ok=True)
 
 
 def unfinished_tiles(output: Path) -> dict[str, int]:
-    """Sides of the tiles of an unfinished output, as ``make_plan`` takes them; empty without one.
+    """Read the sides of an unfinished output's tiles, to continue it with the same division.
 
     Args:
         output: the final path.
 
+    Returns:
+        Arguments ``tile`` and ``backbone_tile`` of :func:`upfeat.raster.plan.make_plan`; empty if
+        there is no unfinished output.
+
     Raises:
-        ValueError: its settings are damaged.
+        ValueError: the settings of the unfinished output are damaged.
     """
     path = _partial(output) / _SETTINGS
     if not path.is_file():
@@ -350,7 +359,7 @@ def _partial(output: Path) -> Path:
 
 
 def _write_axes(group: Any, scene: Scene, names: list[str]) -> None:
-    """Coordinates of pixel centres and the reference system, as CF and GeoZarr want them."""
+    """Write coordinates of pixel centres and the reference system by CF and GeoZarr."""
     transform = scene.transform
     spatial: dict[str, Any] = {
         "GeoTransform": " ".join(repr(value) for value in transform.to_gdal()),
@@ -365,7 +374,7 @@ def _write_axes(group: Any, scene: Scene, names: list[str]) -> None:
         dimension_names=(),
         overwrite=True,
     )
-    if transform.b == 0 and transform.d == 0:  # else rows and columns are no coordinates
+    if transform.b == 0 and transform.d == 0:  # a rotated raster has no coordinate of a row
         height, width = scene.size
         down = transform.f + transform.e * (np.arange(height) + 0.5)
         across = transform.c + transform.a * (np.arange(width) + 0.5)

@@ -1,7 +1,7 @@
-"""Tiles of a raster by workers of Ray: coarse parts into files first, then tiles from them.
+"""Upsampling of a raster by workers of Ray: first parts into files, then tiles from these files.
 
-Every task is done whole by one worker and writes its result itself, so that one of a worker that
-was killed is simply done again. What is done is recorded by the driver alone.
+A task computes and writes one part or one tile, whole or not at all, so a task whose worker was
+killed can be repeated. Only the driver records finished tiles.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from upfeat.raster.store import Store, TileWriter
 from upfeat.tiling import Tile, split
 
 Task = Part | tuple[int, Tile]
-"""A part of the coarse features, or a tile and its index."""
+"""A part of the coarse features or cell means, or a tile and its index."""
 
 
 def make_by_workers(
@@ -34,19 +34,19 @@ def make_by_workers(
     store: Store,
     tell: Callable[[int, int], None],
 ) -> None:
-    """Make the tiles that a store lacks.
+    """Compute and write the tiles that a store does not contain yet.
 
     Args:
         engine: a Ray engine.
-        scene: an open raster; workers open it themselves.
+        scene: an open raster; each worker opens it again by its path.
         model: backbone and upsampler.
-        what: is written at every pixel.
-        plan: how the raster is cut.
-        store: of the tiles.
-        tell: is told of progress.
+        what: output to write at every pixel.
+        plan: division of the raster.
+        store: store of the output's tiles.
+        tell: called with (steps done, total steps) after each step, a part or a tile.
 
     Raises:
-        ValueError: no Ray cluster answers, or a worker sees another raster.
+        ValueError: no Ray cluster answers, or a worker finds another raster under the path.
         OSError: a worker could not write.
     """
     split_up = split(plan.grid, plan.tile, halo=plan.halo, step=plan.step)
@@ -69,7 +69,7 @@ def make_by_workers(
 
 @dataclass(frozen=True)
 class _Job:
-    """All that a worker needs to know."""
+    """Picklable description of the work, from which a worker opens the raster."""
 
     raster: Path
     bands: list[int]
@@ -81,14 +81,14 @@ class _Job:
 
 
 class _Worker:
-    """Makes parts and tiles, one at a time."""
+    """Callable that does one task at a time in a process of Ray."""
 
     def __init__(self, job: _Job, folder: Path, writer: TileWriter) -> None:
         """Open the raster.
 
         Raises:
-            FileNotFoundError: it is not there.
-            ValueError: it is another one than the driver's.
+            FileNotFoundError: the raster does not exist on the worker's machine.
+            ValueError: the raster differs from the driver's.
         """
         self._job, self._writer = job, writer
         self._scene = Scene(job.raster, bands=job.bands, scale=job.scales)
@@ -97,7 +97,7 @@ class _Worker:
         self._files = Files(folder, job.model, job.plan)
 
     def __call__(self, task: Task) -> int | None:
-        """Do one task; return the index of a tile that was written."""
+        """Do one task; return the index of the tile that was written, or ``None`` for a part."""
         job = self._job
         if isinstance(task, Part):
             self._files.write(task, make_part(self._scene, job.model, task))
