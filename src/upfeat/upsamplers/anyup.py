@@ -1,4 +1,4 @@
-"""AnyUp: pixels attend to the cells a tenth of the image around; keys know any features."""
+"""AnyUp: pixels attend to cells within a tenth of the image; keys use any backbone's features."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from upfeat.upsamplers.residual_encoder import ResidualEncoder
 
 
 class FeatureBasis(nn.Module):
-    """Features of any number of channels in terms of as many patterns as keys have channels.
+    """Map features with any number of channels C to one channel for each of K learned patterns.
 
-    Each channel is correlated with every pattern of a small window. A softmax compares the
-    patterns and the mean over channels is kept. Published weights were trained with the C·K
-    responses of a cell, channel by channel, read as K rows of C: row i then holds those numbered
-    i·C to i·C + C − 1, of which each column is compared. Kept as it is, since the weights are made
-    for it.
+    Each channel is correlated with every pattern, a small window of weights. A softmax over
+    patterns is then averaged over channels. The published code reads the C·K responses of a cell,
+    which are ordered channel by channel, as K rows of C: row i contains the responses i·C to
+    i·C + C − 1, whatever their pattern, and the softmax runs down the columns. That order is kept,
+    because the published weights were trained with it.
     """
 
     def __init__(self, width: int, side: int) -> None:
         """Make random patterns.
 
         Args:
-            width: how many.
-            side: of their window, odd.
+            width: number of patterns K.
+            side: side of each pattern in cells, odd.
         """
         super().__init__()
         self.basis = nn.Parameter(torch.randn(width, 1, side, side))
@@ -55,11 +55,12 @@ class FeatureBasis(nn.Module):
 
 @UPSAMPLERS.register
 class AnyUp(AttentionUpsampler):
-    """Queries from the image; keys from it and from features of any backbone; a local window.
+    """Local attention: queries from the image, keys from the image and any backbone's features.
 
-    Pixel p attends to the cells that a square of ``window_ratio`` of the image to each side
-    touches. Weights are the mean of the heads', positive with sum 1: nothing leaves the range of
-    the features. They depend on the features, and the output is linear in the values given them.
+    Pixel p attends to all cells touched by a rectangle around it, which extends ``window_ratio`` of
+    the image to each side. The heads' weights are averaged; they are positive and sum to 1, so the
+    output stays within the range of the features. The weights depend on the features; for given
+    weights, the output is linear in the features that they are applied to.
 
     Source: Wimmer et al., AnyUp: Universal Feature Upsampling, 2025.
     """
@@ -77,14 +78,15 @@ class AnyUp(AttentionUpsampler):
         basis_side: int = 5,
         backend: str = "auto",
     ) -> None:
-        """Make an untrained one; :func:`upfeat.load_upsampler` reads published weights.
+        """Make an untrained upsampler; :func:`upfeat.load_upsampler` reads published weights.
 
         Args:
-            width: channels of queries and keys.
-            heads: of the attention.
-            window_ratio: how far a pixel sees to each side, as a share of the image, to 1.
-            basis_side: side of the patterns that features are compared with, odd.
-            backend: of the attention's operator; see :mod:`upfeat.functional`.
+            width: number of channels of queries and keys.
+            heads: number of attention heads.
+            window_ratio: distance to which a pixel attends on each side, as a fraction of the
+                image, up to 1.
+            basis_side: side of the patterns that features are correlated with, in cells, odd.
+            backend: backend of the attention operator; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -117,10 +119,10 @@ class AnyUp(AttentionUpsampler):
         output_size: Size,
         features: Tensor | None = None,
     ) -> AttentionKernels:
-        """See :meth:`Upsampler.prepare`; the features are needed.
+        """See :meth:`Upsampler.prepare`; features are required.
 
         Raises:
-            ValueError: there are no features.
+            ValueError: ``features`` is ``None``.
         """
         if features is None:
             raise ValueError("features are missing: AnyUp's weights depend on them; pass features=")

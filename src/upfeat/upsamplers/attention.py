@@ -1,8 +1,8 @@
-"""Upsamplers whose pixels attend to a rectangle of cells each, by several heads.
+"""Upsamplers in which each pixel attends to a rectangle of cells, with several attention heads.
 
-Queries live on the output, keys on the grid of the features; which cells a pixel sees is a matter
-of its row and its column alone. Heads are either averaged, and weigh all channels alike, or each
-weighs a block of channels of its own.
+Queries belong to pixels of the output, keys to cells of the features' grid. The rectangle depends
+on the row and column of the pixel alone. Either the heads' weights are averaged and applied to all
+channels, or each head's weights are applied to a block of channels of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BAND_BYTES = 32 * 2**20
 
 
 class AttentionKernels:
-    """Queries and keys of one image, and which cells every pixel attends to."""
+    """Queries and keys of one image, and the rectangles of cells that its pixels attend to."""
 
     def __init__(
         self,
@@ -48,12 +48,13 @@ class AttentionKernels:
         Args:
             queries: (B, D, H, W).
             keys: (B, D, h, w).
-            rows: first cell of every row of pixels, then one past the last, 2·H numbers.
-            columns: likewise, 2·W.
-            heads: blocks of D/heads channels of queries and keys.
-            split: whether each head weighs a block of the features' channels of its own; or else
-                their mean weighs all.
-            backend: of the operator; see :mod:`upfeat.functional`.
+            rows: 2·H numbers: for every row of pixels the first row of cells, then for every row of
+                pixels one past the last.
+            columns: 2·W numbers: the columns of cells, in the order of ``rows``.
+            heads: number of heads; each reads D/heads channels of queries and keys.
+            split: whether each head's weights apply to a block of the features' channels of its
+                own; otherwise the mean of the heads' weights applies to all channels.
+            backend: backend of the operator; see :mod:`upfeat.functional`.
         """
         self.queries, self.keys = queries, keys
         self.rows, self.columns = rows, columns
@@ -71,10 +72,10 @@ class AttentionKernels:
         return self.attend(features, window, blocks)
 
     def channel_blocks(self, channels: int) -> list[int]:
-        """Number of the C channels that each head weighs.
+        """Number of channels in each head's block, for C channels in all.
 
         Raises:
-            ValueError: they cannot be shared out evenly.
+            ValueError: C is no multiple of the number of heads.
         """
         if channels % self.heads:
             raise ValueError(
@@ -84,12 +85,13 @@ class AttentionKernels:
         return [channels // self.heads] * self.heads
 
     def attend(self, values: Tensor, window: Window, blocks: list[int]) -> Tensor:
-        """The window's pixels, each head weighing its block of the values' channels.
+        """Weighted sums of values at the pixels of a window, each head on its block of channels.
 
         Args:
             values: (B, C, h, w).
-            window: of the output.
-            blocks: channels of each head, C in all; one number for the mean of the heads.
+            window: window of the output.
+            blocks: number of channels of each head, C in all; a single number, C, applies the mean
+                of the heads' weights to all channels.
 
         Returns:
             (B, C, window.height, window.width).
@@ -119,10 +121,10 @@ class AttentionUpsampler(Upsampler):
     always_small = True
 
     def __init__(self, *, width: int, heads: int, backend: str) -> None:
-        """Check what they share.
+        """Check and store the common arguments.
 
         Raises:
-            ValueError: the width is no multiple of the heads or of the norms' groups.
+            ValueError: ``width`` is no multiple of 8 (the groups of the norms) and of 4·``heads``.
         """
         super().__init__()
         dispatch.check_name(backend)
@@ -132,10 +134,10 @@ class AttentionUpsampler(Upsampler):
         self.width, self.heads, self.backend = width, heads, backend
 
     def exact(self, x: Tensor, *beside: Tensor) -> Tensor:
-        """Convert to the precision of the encoders: float32 at least, the same for all inputs.
+        """Convert to the precision of the encoders: float32 at least, and the same for all inputs.
 
-        Their cost does not grow with the channels of the features, and five layers of half
-        precision would cost the weights two digits.
+        The cost of the encoders hardly depends on the number of feature channels, and five layers
+        in half precision would cost the weights two digits.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         for other in (next(self.parameters()), *beside):
@@ -143,7 +145,7 @@ class AttentionUpsampler(Upsampler):
         return x.to(dtype)
 
     def compiled(self, *tensors: Tensor) -> bool:
-        """Return whether the compiled library runs the image encoders on these."""
+        """Return whether the compiled library can run the image encoders on these tensors."""
         return self.backend in ("auto", "cpu") and compiled_encoders.can_run(self, *tensors)
 
     @abstractmethod
@@ -170,10 +172,11 @@ class AttentionUpsampler(Upsampler):
         Args:
             features: (B, C, h, w).
             guidance: (B, 3, H, W) normalised by :attr:`mean` and :attr:`std`.
-            output_size: (height, width); ``None`` for the guidance's.
-            hidden: ``None``: these make no use of it.
-            out: a buffer (B, C, *output_size) of any floating type, on any device, to fill a band
-                of rows at a time: nothing else of that size then exists. No gradient goes through.
+            output_size: (height, width); ``None`` for the guidance's size.
+            hidden: ``None``; these upsamplers make no use of it.
+            out: a buffer (B, C, *output_size) of any floating-point type, on any device, that is
+                filled one band of rows at a time, so that no other tensor of that size is
+                allocated. No gradients are recorded.
 
         Returns:
             ``out``, or (B, C, *output_size).
@@ -213,8 +216,9 @@ class AttentionUpsampler(Upsampler):
     ) -> Tensor:
         """See :meth:`Upsampler.render_linear`.
 
-        With split attention, a linear head mixes blocks of channels that have weights of their own:
-        its part for each block is upsampled by that block's weights, and the parts are added.
+        With split attention, a linear head mixes blocks of channels that have different weights.
+        The head is therefore split by blocks: its output for each block is upsampled with the
+        weights of that block, and the results are added.
         """
         assert isinstance(kernels, AttentionKernels)
         if not kernels.split or head is None:
@@ -242,18 +246,18 @@ class AttentionUpsampler(Upsampler):
 
 
 def buffer_refused(out: Tensor, expected: tuple[int, ...]) -> str:
-    """Return the message for a buffer of another shape or of no floating-point type."""
+    """Return the message for a buffer whose shape is wrong or whose type is not floating point."""
     return f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
 
 
 def _overlap(chosen: range, start: int, count: int) -> int:
-    """Number of channels that a range has in common with a block."""
+    """Number of channels of ``chosen`` in the block of ``count`` channels from ``start``."""
     return max(min(chosen.stop, start + count) - max(chosen.start, start), 0)
 
 
 @lru_cache(maxsize=64)
 def _relative_window(cells: int, length: int, ratio: float) -> tuple[int, ...]:
-    # In float32, as published: where a bound falls on a cell's edge, rounding decides.
+    # In float32, as in the published code: a bound on the edge of a cell depends on rounding.
     at = (np.arange(length, dtype=np.float32) + np.float32(0.5)) / np.float32(length)
     low = np.clip(at - np.float32(ratio), 0, 1) * np.float32(cells)
     high = np.clip(at + np.float32(ratio), 0, 1) * np.float32(cells)
@@ -261,29 +265,29 @@ def _relative_window(cells: int, length: int, ratio: float) -> tuple[int, ...]:
 
 
 def relative_window(cells: int, length: int, ratio: float) -> list[int]:
-    """Cells within a fraction of the axis of each pixel, partly covered cells included.
+    """Cells within a fraction of the axis around each pixel, including partly covered cells.
 
     Args:
-        cells: cells on the axis.
-        length: pixels on it.
-        ratio: fraction of the axis to each side.
+        cells: number of cells on the axis.
+        length: number of pixels on the axis.
+        ratio: distance to each side, as a fraction of the axis.
 
     Returns:
-        First cells of all pixels, then one past their last ones.
+        The first cell of every pixel, then one past the last cell of every pixel; 2·``length``.
     """
     return list(_relative_window(cells, length, ratio))
 
 
 def shifted_window(cells: int, length: int, side: int) -> list[int]:
-    """``side`` cells around each pixel's own, shifted inwards at the edges; all where fewer exist.
+    """``side`` cells around the cell of each pixel, shifted inwards at the ends of the axis.
 
     Args:
-        cells: cells on the axis.
-        length: pixels on it.
-        side: of the window, odd.
+        cells: number of cells on the axis; if it is less than ``side``, every pixel gets all.
+        length: number of pixels on the axis.
+        side: width of the window in cells, odd.
 
     Returns:
-        First cells of all pixels, then one past their last ones.
+        As :func:`relative_window`.
     """
     side = min(side, cells)
     own = [(2 * pixel + 1) * cells // (2 * length) for pixel in range(length)]
@@ -292,5 +296,5 @@ def shifted_window(cells: int, length: int, side: int) -> list[int]:
 
 
 def whole_window(cells: int, length: int) -> list[int]:
-    """All cells for every pixel."""
+    """All cells of an axis for every pixel, in the format of :func:`relative_window`."""
     return [0] * length + [cells] * length

@@ -1,9 +1,9 @@
-"""Guidance that is not RGB: any number of bands, of any units, on one footing.
+"""Guidance that is not RGB: any number of bands, in any units, standardised and decorrelated.
 
-The rule. Three bands are taken as they are: the normalised RGB image, or three that the caller
-chose. Of any other number, each image's bands are brought to mean 0, and decorrelated: bands that
-show the same thing count once, however many they are, and what one band alone shows counts as much
-as the rest. Offset, gain and order of the bands play no part.
+Three bands are used unchanged: the normalised RGB image, or three that the caller chose. Any other
+number of bands is brought to mean 0 and decorrelated, image by image: bands with the same content
+count once, however many they are, and the content of a single band counts as much as theirs.
+Offset, gain and order of the bands have no effect.
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 _FLOOR = 0.1
-"""Variance, over the bands' mean one, below which a direction is mostly noise."""
+"""Variance, as a fraction of the bands' mean variance, below which a direction is mostly noise."""
 
 
 def even_bands(guidance: Tensor) -> Tensor:
-    """Decorrelate the bands of every image, unless they are three.
+    """Decorrelate the bands of every image, unless there are three.
 
-    Each band is standardised over the image, then all are multiplied by (Σ + εI)^(−½), Σ their
-    correlations; the sum of variances becomes 3, that of a normalised RGB image.
+    Each band is standardised over the image, then all are multiplied by (Σ + εI)^(−½), where Σ is
+    the matrix of their correlations and ε a tenth of its mean eigenvalue. The sum of variances
+    becomes 3, as for a normalised RGB image.
 
     Args:
-        guidance: (B, N, H, W), any units; a band that is constant says nothing and becomes 0.
+        guidance: (B, N, H, W), any units; a constant band becomes 0.
 
     Returns:
         (B, N, H, W); ``guidance`` itself where N is 3.
@@ -40,10 +41,11 @@ def even_bands(guidance: Tensor) -> Tensor:
 
 
 def three_bands(guidance: Tensor) -> Tensor:
-    """Make three bands of any number, for what takes RGB alone.
+    """Reduce any number of bands to three, for upsamplers that accept RGB alone.
 
-    One band is repeated. Of others, it is their three principal components, as
-    :func:`even_bands` scales them, each with the sign that makes it go with most of the bands.
+    A single band is repeated. More than three bands are replaced by their three principal
+    components, two by their two and a band of 0. A component is divided by the root of its variance
+    plus ε, as in :func:`even_bands`, and its sign is the one of most bands.
 
     Args:
         guidance: (B, N, H, W), any units.
@@ -68,21 +70,21 @@ def three_bands(guidance: Tensor) -> Tensor:
 
 
 def _standardise(guidance: Tensor) -> Tensor:
-    """Every band of every image to mean 0 and variance 1, a constant one to 0; float32 or more."""
+    """Scale every band to mean 0 and variance 1, a constant one to 0; in float32 or more."""
     exact = guidance.to(torch.promote_types(guidance.dtype, torch.float32))
-    # By its largest value first, so that no unit overflows or underflows when it is squared.
+    # Divide by the largest value first, so that squares neither overflow nor underflow.
     largest = exact.abs().amax((2, 3), keepdim=True).clamp(min=torch.finfo(exact.dtype).tiny)
     centred = exact / largest
     centred = centred - centred.mean((2, 3), keepdim=True)
     deviation = centred.square().mean((2, 3), keepdim=True).sqrt()
-    # Rounding alone makes a deviation of this size out of a constant.
+    # Below this bound the deviation of a constant band can be rounding alone.
     varies = deviation > 1e-5
     standard = torch.where(varies, centred / deviation.clamp(min=1e-12), 0)
     return standard.to(guidance.dtype)
 
 
 def _spectrum(standard: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, least first, and vectors of the correlations, (B, N) and (B, N, N)."""
+    """Eigenvalues (B, N) in ascending order and eigenvectors (B, N, N) of the correlations."""
     with torch.autocast(standard.device.type, enabled=False):
         flat = standard.flatten(2).to(torch.promote_types(standard.dtype, torch.float32))
         return torch.linalg.eigh(flat @ flat.mT / flat.shape[2])

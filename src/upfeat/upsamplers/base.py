@@ -1,13 +1,13 @@
-"""The contract of upsamplers: linear in the features, with weights from the image alone.
+"""The contract of upsamplers: linear in the features, with weights that depend on the image alone.
 
-up(F) = K(g)·M(F) + o, where K(g) are per-pixel weights made from the guidance g, M a map of the
-channels of one cell, and o a constant per channel. So M runs on the coarse grid, a linear head
-applied to the coarse features gives what it would give after upsampling, and K(g) serves every
-backbone, layer and block of channels that goes with one image.
+up(F) = K(g)·M(F) + o, where K(g) are per-pixel weights made from the guidance g, M is a linear map
+of the channels of one cell, and o a constant per channel. M therefore runs on the coarse grid; a
+linear head gives the same result before upsampling as after it; and the same K(g) serves every
+backbone, layer and block of channels of one image.
 
-An upsampler may add what the image alone says, D(g), a few maps on a coarse grid times a basis of
-channels. A head then applies to the basis, so all of the above still holds; :class:`Head` says how
-it applies to features, to a basis and to a constant.
+An upsampler may add a term that depends on the image alone, D(g): a few maps on a coarse grid times
+a basis of channels. A head then applies to the basis as well, and all of the above still holds;
+:class:`Head` applies one head to features, to a basis and to a constant.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class Kernels(Protocol):
     """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
 
     def __call__(self, features: Any) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W), any C, or as :meth:`Upsampler.precompute` gives it."""
+        """(B, C, h, w), or features from :meth:`Upsampler.precompute`, -> (B, C, H, W); any C."""
         ...
 
     def crop(self, features: Any, window: Window) -> Tensor:
-        """The window of what :meth:`__call__` gives, computed alone.
+        """A window of the result of :meth:`__call__`, computed without the rest of the result.
 
         (B, C, h, w) -> (B, C, window.height, window.width).
         """
@@ -53,56 +53,58 @@ class Kernels(Protocol):
 class Upsampler(nn.Module, ABC):
     """Features on a coarse grid and an image in, features at any size out.
 
-    Subclasses give :meth:`prepare`, and :meth:`mix` and :attr:`offset` where they change channels.
-    ``config()`` holds what the constructor needs; :meth:`save_pretrained` writes it down.
+    Subclasses define :meth:`prepare`; those that change channels also define :meth:`mix` and
+    :attr:`offset`. ``config()`` returns the constructor's arguments, which
+    :meth:`save_pretrained` writes to a file.
     """
 
     name: ClassVar[str]
     """The name by which ``upfeat.load(upsampler=…)`` finds the class."""
     linear: ClassVar[bool] = True
-    """True if anything may be upsampled in place of the features, such as a head's output."""
+    """True if other maps, such as a head's output, may be upsampled in place of the features."""
     unsaved: ClassVar[frozenset[str]] = frozenset({"backend", "start"})
-    """Arguments of constructors that no file may give: where to compute, what else to read."""
+    """Constructor arguments that no file may set: the backend, and further files to read."""
     always_small: ClassVar[bool] = False
-    """True if no arguments make it larger than some hundred megabytes."""
+    """True if no arguments make the module larger than some hundred megabytes."""
     magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {}
-    """Smallest and largest magnitude of parameters that make sense, by the last part of a name."""
+    """Smallest and largest magnitude accepted of a parameter, by the last part of its name."""
     takes_hidden: ClassVar[bool] = False
-    """True if it makes use of what early layers of a backbone say."""
+    """True if the upsampler can use the features of early layers of the backbone (``hidden``)."""
     wants_hidden: ClassVar[bool] = False
-    """True if it was trained to: models that hold it show it the early layers unasked."""
+    """True if the upsampler was trained with ``hidden``: models pass it without being asked."""
     needs_features: ClassVar[bool] = False
-    """True if the weights depend on the features too, not on the image alone."""
+    """True if the weights depend on the features as well as on the image."""
     exact_parts: ClassVar[str] = "windows"
-    """Parts of a map that have the very sums of the whole: its "windows", or its "channels"."""
+    """Parts of a map that equal the whole map exactly: its "windows", or its "channels"."""
     guidance_bands: int | None = 3
-    """The number of bands of the guidance; ``None``: any (:mod:`.bands` has the rule)."""
+    """The number of bands of the guidance; ``None``: any number (see :mod:`.bands`)."""
     backend: str = "auto"
     """The backend that every operator runs on; see :meth:`set_backend`."""
     mean: Colour | None = None
-    """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's own."""
+    """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's mean."""
     std: Colour | None = None
-    """Standard deviation that it is normalised by, likewise."""
+    """Standard deviation that the guidance is normalised by; ``None``: the backbone's."""
     published_by: ClassVar[str | None] = None
-    """The repository that published the weights, where the package has none."""
+    """The repository that published the weights, where the package contains none."""
     origin: str | None = None
-    """The kind of file that it was loaded from; ``None`` where there was none."""
+    """Description of the checkpoint that was loaded; ``None`` if none was."""
 
     @property
     def reach(self) -> int | None:
-        """Cells beyond its own that an output pixel depends on, at most; ``None``: the whole image.
+        """Most cells beyond its own that an output pixel depends on; ``None``: the whole image.
 
-        Through features and guidance alike, where both guidance and output have 4 or more pixels a
-        cell. A window of a map (:meth:`render`) is that of the whole map anyway. A tile of an image
-        with as many cells around it, upsampled as an image of its own, is the same as in the whole
-        image if :attr:`step` divides its sides, those of the image, and the place where it begins.
-        Guidance that is not three bands is first evened over the whole image.
+        Counts the features and the guidance, where guidance and output both have 4 or more pixels
+        per cell. A window of a map (:meth:`render`) always equals that window of the whole map. A
+        tile of an image, with ``reach`` more cells on every side, gives the same result upsampled
+        as an image of its own if :attr:`step` divides the sides of the tile, the sides of the image
+        and the tile's first row and column. Guidance of other than three bands is decorrelated over
+        the whole image first (:mod:`.bands`).
         """
         return None
 
     @property
     def step(self) -> int:
-        """Cells: tiles that begin and end at multiples of it can be images of their own.
+        """Number of cells of which tiles that are upsampled alone begin and end at multiples.
 
         See :attr:`reach`.
         """
@@ -112,8 +114,9 @@ class Upsampler(nn.Module, ABC):
         """Choose the backend of every operator, for weights, sums, windows and training alike.
 
         Args:
-            backend: "auto" takes the fastest that can run and says at DEBUG level which; any other
-                is the only one that runs, or raises; see :mod:`upfeat.functional`.
+            backend: "auto" chooses the fastest backend that can run and logs its name at DEBUG
+                level; any other name is the only backend that runs, and operators that it cannot
+                run raise an error; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: there is no backend of that name, or it has none of these operators.
@@ -125,23 +128,23 @@ class Upsampler(nn.Module, ABC):
 
     @property
     def normalization(self) -> Normalization | None:
-        """Mean and std together; ``None`` for the backbone's own."""
+        """Mean and standard deviation together; ``None`` for those of the backbone."""
         if self.mean is None or self.std is None:
             return None
         return Normalization(self.mean, self.std)
 
     def guidance_from(self, x: Tensor, source: Normalized) -> Tensor:
-        """Bring an image from a backbone's normalisation into the upsampler's.
+        """Convert an image from a backbone's normalisation to the upsampler's.
 
         Args:
-            x: (B, 3, H, W), normalised for the backbone; of other numbers of bands as it is.
+            x: (B, 3, H, W), normalised for the backbone; other numbers of bands are not converted.
             source: the backbone.
 
         Returns:
-            ``x`` itself where both agree; otherwise (B, 3, H, W) of its dtype.
+            ``x`` itself where both normalisations agree; otherwise (B, 3, H, W) of its dtype.
         """
         own = self.normalization
-        if own is None or x.shape[1] != 3:  # other bands are put on one footing by their values
+        if own is None or x.shape[1] != 3:  # other bands are standardised by their own values
             return x
         return source.normalization.convert(x, own)
 
@@ -156,11 +159,11 @@ class Upsampler(nn.Module, ABC):
         """Make the weights of one guidance.
 
         Args:
-            guidance: (B, 3, H, W) normalised image, or of :attr:`guidance_bands`.
-            grid_size: (h, w) of the features to come.
+            guidance: (B, 3, H, W) normalised image; or (B, N, H, W), see :attr:`guidance_bands`.
+            grid_size: (h, w) of the features that will be upsampled.
             output_size: (height, width) of the result.
-            features: (B, C, h, w), the image's own; only upsamplers with :attr:`needs_features`
-                look at them, and they need them.
+            features: (B, C, h, w) of the same image; upsamplers with :attr:`needs_features` require
+                them, all others ignore them.
         """
 
     def prepare_with(
@@ -171,17 +174,18 @@ class Upsampler(nn.Module, ABC):
         features: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> Kernels:
-        """As :meth:`prepare`, given what early layers of the backbone say of the image.
+        """As :meth:`prepare`, with the features of early layers of the backbone as well.
 
         Args:
-            guidance: as there.
-            grid_size: likewise.
-            output_size: likewise.
-            features: likewise.
-            hidden: (B, D, h', w'), a grid finer than that of the features; ``None`` for none.
+            guidance: as in :meth:`prepare`.
+            grid_size: as in :meth:`prepare`.
+            output_size: as in :meth:`prepare`.
+            features: as in :meth:`prepare`.
+            hidden: (B, D, h', w'), features of early layers, on a grid finer than that of
+                ``features``; ``None`` for none.
 
         Raises:
-            ValueError: the upsampler makes no use of it.
+            ValueError: ``hidden`` is given, and the upsampler makes no use of it.
         """
         if hidden is not None:
             raise ValueError(f"{self.name} makes no use of hidden; leave it out, or take detail")
@@ -189,23 +193,25 @@ class Upsampler(nn.Module, ABC):
 
     @property
     def means_halo(self) -> int | None:
-        """Cells around a tile that its image must show where means are shared; ``None``: no means.
+        """Cells of the image that a tile needs on every side if cell means are shared among tiles.
 
-        Those of a large image are made by :meth:`cell_means` and used by :meth:`prepare_tile`. A
-        multiple or a part of :attr:`step`.
+        ``None`` if the upsampler has no such means; otherwise a multiple or a divisor of
+        :attr:`step`. :meth:`cell_means` computes the means of a large image, and
+        :meth:`prepare_tile` uses them.
         """
         return None
 
     def cell_means(self, guidance: Tensor, grid_size: Size, cells: Window) -> Tensor:
-        """Means over cells that tiles of a large image look at far beyond themselves.
+        """Means over cells, which tiles of a large image read from far outside the tile.
 
-        Made once for each cell of the large image, they are given to :meth:`prepare_tile` of every
-        tile that sees the cell.
+        They are computed once for each cell of the large image and passed to :meth:`prepare_tile`
+        of every tile that reads the cell.
 
         Args:
             guidance: (B, 3, H, W), a part of the image.
             grid_size: (h, w) cells of that part.
-            cells: of them, those at least :attr:`means_halo` from ends that are not the image's.
+            cells: window of those cells, at least :attr:`means_halo` cells from every side of the
+                part that is not a side of the image.
 
         Returns:
             (B, D, f·cells.height, f·cells.width) for a factor f of the upsampler.
@@ -215,22 +221,22 @@ class Upsampler(nn.Module, ABC):
     def prepare_tile(
         self, guidance: Tensor, grid_size: Size, features: Tensor, means: Tensor | None
     ) -> Kernels:
-        """Make the weights of a tile at the size of its image, as :meth:`prepare` does.
+        """Make the weights of a tile, as :meth:`prepare` does, with the guidance's output size.
 
         Args:
-            guidance: (B, 3, H, W); with means, of no effect farther than :attr:`means_halo` from
-                the pixels that are asked for.
-            grid_size: (h, w).
-            features: (B, C, h, w).
-            means: of all cells of the tile, as :meth:`cell_means` gives them; ``None`` where
-                :attr:`means_halo` is.
+            guidance: (B, 3, H, W), the image of the tile; with ``means``, it has no effect on
+                pixels farther away than :attr:`means_halo` cells.
+            grid_size: (h, w) cells of the tile.
+            features: (B, C, h, w) of the tile.
+            means: means over all cells of the tile, as :meth:`cell_means` returns them; ``None`` if
+                :attr:`means_halo` is ``None``.
         """
         del means
         size = (guidance.shape[2], guidance.shape[3])
         return self.prepare(guidance, grid_size, size, features)
 
     def mix(self, features: Tensor) -> Tensor:
-        """The map of each cell's channels, (B, C, h, w) -> (B, C, h, w). Here the identity."""
+        """Map the channels of each cell, (B, C, h, w) -> (B, C, h, w); the identity by default."""
         return features
 
     @property
@@ -251,18 +257,18 @@ class Upsampler(nn.Module, ABC):
         Args:
             features: (B, C, h, w).
             guidance: (B, 3, H, W), the image that the features came from, normalised by
-                :attr:`mean` and :attr:`std`; :class:`upfeat.FeatUp` brings it there by itself.
+                :attr:`mean` and :attr:`std`; :class:`upfeat.FeatUp` normalises it by itself.
                 Where :attr:`guidance_bands` is ``None``, any number of bands, in any units.
-            output_size: (height, width) of the result in pixels; ``None`` for the guidance's.
-            hidden: (B, D, h', w'), what early layers of the backbone say of the image, as
-                :meth:`upfeat.Backbone.with_hidden` gives it, for upsamplers with
+            output_size: (height, width) of the result in pixels; ``None`` for the guidance's size.
+            hidden: (B, D, h', w'), features of early layers of the backbone, as
+                :meth:`upfeat.Backbone.with_hidden` returns them, for upsamplers with
                 :attr:`takes_hidden`; ``None`` for none.
 
         Returns:
             (B, C, *output_size).
 
         Raises:
-            ValueError: shapes or batch sizes disagree, or the features hold NaN or infinity.
+            ValueError: shapes or batch sizes disagree, or the features contain NaN or infinity.
         """
         size = check_inputs(features, guidance, output_size, self.guidance_bands)
         grid = (features.shape[2], features.shape[3])
@@ -281,11 +287,11 @@ class Upsampler(nn.Module, ABC):
         """Upsampled features, or a linear head of them, at every pixel or in a window.
 
         Args:
-            kernels: of the image, from :meth:`prepare`.
+            kernels: weights of the image, from :meth:`prepare`.
             mixed: (B, C, h, w), the coarse features after :meth:`mix`.
-            head: a :class:`Head`; or its weight alone, (K, C), applied before upsampling with the
-                same result; or a range of channels; ``None`` for all channels as they are.
-            window: of the output; ``None`` for all of it.
+            head: a :class:`Head`; or its weight alone, (K, C); either is applied before upsampling,
+                with the same result. Or a range of channels; ``None`` for all channels unchanged.
+            window: window of the output in pixels; ``None`` for the whole output.
 
         Returns:
             (B, K or C, height, width).
@@ -303,7 +309,7 @@ class Upsampler(nn.Module, ABC):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """As :meth:`render`, without the constant; ``head`` may be (B, K, C) too."""
+        """As :meth:`render`, but without the constant; ``head`` may also be (B, K, C)."""
         coarse = apply_head(mixed, head)
         return kernels(coarse) if window is None else kernels.crop(coarse, window)
 
@@ -311,12 +317,12 @@ class Upsampler(nn.Module, ABC):
         """Precompute everything that does not depend on the window.
 
         Args:
-            kernels: of the image, from :meth:`prepare`.
+            kernels: weights of the image, from :meth:`prepare`.
             mixed: (B, C, h, w), the coarse features after :meth:`mix`.
 
         Returns:
-            Kernels and features of which :meth:`render` gives the same, with any head and window.
-            Here those that were given.
+            Kernels and features from which :meth:`render` returns the same values, for any head and
+            window; by default the arguments themselves.
         """
         return kernels, mixed
 
@@ -325,7 +331,7 @@ class Upsampler(nn.Module, ABC):
         return {}
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into ``folder``, made if need be.
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``, created if missing.
 
         Raises:
             OSError: the folder cannot be written.
@@ -345,19 +351,19 @@ class Upsampler(nn.Module, ABC):
         """Put the upsampler on the Hugging Face hub, with a model card; needs ``huggingface_hub``.
 
         Args:
-            repo_id: "owner/name"; :meth:`from_pretrained` takes it.
-            run: folder of the training that made it, whose settings, versions and scores go into
-                the card; ``None`` for none.
-            **options: of ``huggingface_hub.ModelHubMixin.push_to_hub``, as ``private``, ``token``,
-                ``branch``, ``commit_message``.
+            repo_id: "owner/name"; :meth:`from_pretrained` accepts this name.
+            run: folder of the training that made the upsampler, whose settings, versions and scores
+                go into the card; ``None`` for none.
+            **options: options of ``huggingface_hub.ModelHubMixin.push_to_hub``, such as
+                ``private``, ``token``, ``branch``, ``commit_message``.
 
         Returns:
-            The address of the commit.
+            The URL of the commit.
 
         Raises:
-            FileNotFoundError: ``run`` is no folder of a training.
-            ValueError: huggingface_hub is not installed, or the name is none.
-            OSError: the hub is out of reach, or refuses.
+            FileNotFoundError: ``run`` is not the folder of a training.
+            ValueError: huggingface_hub is not installed, or ``repo_id`` is not a valid name.
+            OSError: the hub cannot be reached, or refuses.
         """
         record = {} if run is None else read_record(Path(run))
 
@@ -377,9 +383,9 @@ class Upsampler(nn.Module, ABC):
                 a model repository on the Hugging Face hub (needs ``huggingface_hub``).
 
         Raises:
-            FileNotFoundError: the folder, or one of its two files, is not there.
-            ValueError: it holds another upsampler, arguments out of range, or tensors that do not
-                fit or are not finite.
+            FileNotFoundError: the folder, or one of its two files, does not exist.
+            ValueError: the folder contains another upsampler, arguments out of range, or tensors
+                that do not fit or are not finite.
         """
         return load_pretrained(cls, folder, UPSAMPLERS)
 
@@ -393,7 +399,7 @@ class Upsampler(nn.Module, ABC):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Every way of loading weights comes by here, before any of them is changed.
+        # Every way of loading weights calls this method before any weight is changed.
         own = {name: one for name, one in state_dict.items() if name.startswith(prefix)}
         check_values(f"weights of {type(self).__name__}", own, magnitudes=self.magnitudes)
         super()._load_from_state_dict(
@@ -408,9 +414,9 @@ class Upsampler(nn.Module, ABC):
 
 
 UPSAMPLERS = Registry[type[Upsampler]]("upsampler")
-"""Classes by name; one registers where it is defined, by ``@UPSAMPLERS.register``."""
+"""Upsampler classes by name; ``@UPSAMPLERS.register`` adds a class where it is defined."""
 
 
 def cells_of_pixels(pixels: int) -> int:
-    """Cells that so many pixels touch at most, where cells are 4 or more pixels wide."""
+    """Most cells that a run of ``pixels`` touches, where cells are 4 or more pixels wide."""
     return -(-pixels // 4)

@@ -1,4 +1,4 @@
-"""Upsamplers built from configurations of anywhere: arguments checked, nothing large unseen."""
+"""Upsamplers built from configurations of any origin, with arguments and sizes checked first."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ AnyClass = TypeVar("AnyClass")
 def build(
     cls: type[AnyClass], config: dict[str, Any], source: str | Path, *, values: bool = True
 ) -> AnyClass:
-    """Make an upsampler from a configuration of anywhere; PyTorch's random state stays.
+    """Make an upsampler from a configuration of any origin; PyTorch's random state is unchanged.
 
     Args:
-        cls: its class, with the attributes ``unsaved`` and ``always_small`` of an upsampler's.
+        cls: class of the upsampler, with the attributes ``unsaved`` and ``always_small`` of
+            :class:`.base.Upsampler`.
         config: arguments of the constructor.
-        source: what to call the configuration in errors.
-        values: ``False`` for a module that has shapes alone, to compare with the header of a file
-            before anything large is made; classes that are always small have values all the same.
+        source: name of the configuration in error messages.
+        values: ``False`` for a module with shapes but no values, to compare with the header of a
+            file before anything large is allocated; ``always_small`` classes get values anyway.
 
     Raises:
         ValueError: an argument is unknown or out of range.

@@ -1,8 +1,8 @@
-"""Published upsamplers from their own files: which one it is, its tensors, and nothing else.
+"""Loading of published upsamplers from the checkpoint files of their authors.
 
-A file is recognised by the names of its tensors, whatever it is called; its tensors are read, its
-code never is. :func:`write_checkpoint` turns any of them into one safetensors file that says where
-it came from.
+The upsampler in a file is recognised by the names of the tensors, whatever the file's name. Only
+tensors are read; code in a file is never run. :func:`write_checkpoint` converts such a file to
+safetensors, with a record of its source.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _FORMAT = "upfeat-upsampler-1"
 
 
 class Layout(NamedTuple):
-    """Names of one method's tensors, and how to make the module they belong to."""
+    """Published names of one method's tensors, and a function that makes the upsampler."""
 
     label: str
     repository: str
     licence: str
-    """Of the published weights."""
+    """Licence of the published weights."""
     mark: str
-    """A tensor that only this method has."""
+    """Name of a tensor that only this method has."""
     names: Mapping[str, str]
-    """Our names to published ones: regular expressions, applied in order."""
+    """Regular expressions, applied in order, that turn our names into published names."""
     make: Callable[[Mapping[str, Tensor]], Upsampler]
-    """From tensors by published names."""
+    """Makes the upsampler, without the weights, from tensors by published names."""
 
 
 _ATTENTION = "cross_decode.cross_attn.attention."
@@ -104,29 +104,29 @@ LAYOUTS = (
 _FEATUP = ("FeatUp", "mhamilton723/FeatUp", "MIT")
 _FEATUP_MARK = "upsampler.up1.range_temp"
 _SHARED = (f"{_ATTENTION}in_proj_weight", f"{_ATTENTION}in_proj_bias")
-"""Tensors that hold queries, keys and values one below the other."""
+"""Tensors that contain the rows of queries, of keys and of values, in this order."""
 
 
 def _inputs(state: Mapping[str, Tensor], name: str) -> int:
-    """The input channels of a convolution, 1 where there is none (which is reported later)."""
+    """Input channels of a convolution; 1 if it is missing, which is reported later."""
     weight = state.get(name)
     return weight.shape[1] if weight is not None and weight.dim() == 4 else 1
 
 
 def load_checkpoint(path: str | Path, *, sha256: str | None = None) -> Upsampler:
-    """Read an upsampler from a file, recognised by its tensors; in eval mode and frozen.
+    """Read an upsampler, recognised by its tensors' names, from a file; in eval mode and frozen.
 
-    What it is, and of which licence, is logged at INFO level and kept in its ``origin``.
+    The method and the licence are logged at INFO level and stored in the upsampler's ``origin``.
 
     Args:
-        path: of AnyUp, JAFAR, NAF or FeatUp as published, or of :func:`write_checkpoint`; a PyTorch
-            or a safetensors file.
-        sha256: what its bytes must hash to, 64 hexadecimal digits; ``None`` for no check.
+        path: a PyTorch or safetensors file with AnyUp, JAFAR, NAF or FeatUp as published, or a file
+            that :func:`write_checkpoint` wrote.
+        sha256: expected SHA-256 of the file, 64 hexadecimal digits; ``None`` for no check.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file has another hash, is not a whole one, holds more than tensors, is none
-            of these upsamplers, or its tensors are missing, of other shapes, or not finite.
+        ValueError: the file has another hash, is incomplete, contains more than tensors or none of
+            these upsamplers, or some tensors are missing, of other shapes, or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -151,19 +151,19 @@ def load_checkpoint(path: str | Path, *, sha256: str | None = None) -> Upsampler
 def write_checkpoint(
     source: str | Path, target: str | Path, *, sha256: str | None = None
 ) -> dict[str, str]:
-    """Turn a checkpoint into one safetensors file with its provenance.
+    """Convert a checkpoint to a safetensors file that records its provenance.
 
     Args:
-        source: what :func:`load_checkpoint` reads.
-        target: the file; replaced whole or not at all.
+        source: a file that :func:`load_checkpoint` reads.
+        target: the file to write; an existing file is replaced whole or not at all.
         sha256: hash that the source must have, as in :func:`load_checkpoint`.
 
     Returns:
-        What was written beside the tensors: what it is, where it came from, its licence.
+        The metadata of the written file: method, settings, source, licence.
 
     Raises:
-        FileNotFoundError: there is no such file, or no such folder to write to.
-        ValueError: as :func:`load_checkpoint`, or both are the same file.
+        FileNotFoundError: ``source``, or the folder of ``target``, does not exist.
+        ValueError: as :func:`load_checkpoint`, or ``source`` and ``target`` are the same file.
     """
     source, target = Path(source), Path(target)
     if target.exists() and source.exists() and target.samefile(source):
@@ -184,12 +184,13 @@ def write_checkpoint(
 
 
 def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[Upsampler, str]:
-    """Read a file of :func:`write_checkpoint`."""
+    """Build an upsampler, and describe it, from a file that :func:`write_checkpoint` wrote."""
     classes: dict[str, type[Upsampler]] = {cls.name: cls for cls in (AnyUp, JAFAR, NAF, JBUStack)}
     try:
         cls = classes[facts["upsampler"]]
         config = parse_object(facts["config"], "config")
-        # Shapes first, without memory: a damaged config must not ask for more than the file holds.
+        # Compare shapes first, on the meta device: a damaged config must not allocate more memory
+        # than the file's tensors need.
         empty = build(cls, config, "config", values=False).state_dict()
         for name, tensor in empty.items():
             if name not in state or state[name].shape != tensor.shape:
@@ -197,14 +198,14 @@ def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[U
         upsampler = build(cls, config, "config")
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its description is damaged ({error})") from None
-    # Names are the same on both sides; None: the whole tensor (see _names).
+    # The file uses our names; None stands for the whole tensor (see _names).
     names = {name: (name, None) for name in upsampler.state_dict()}
     _fill(path, facts["upsampler"], upsampler, state, names)
     return upsampler, facts.get("about", facts["upsampler"])
 
 
 def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
-    """A file with tensors by published names."""
+    """Build an upsampler, and describe it, from a file with tensors by published names."""
     found = list(_dictionaries(content))
     for state in found:
         if _FEATUP_MARK in state:
@@ -240,7 +241,7 @@ def _describe(label: str, repository: str, licence: str) -> str:
 
 
 def _dictionaries(content: object) -> list[dict[str, Tensor]]:
-    """All dictionaries of tensors in a file, outermost first: training scripts wrap them."""
+    """All dictionaries of tensors in a file, outermost first: training scripts nest them."""
     if not isinstance(content, dict):
         return []
     tensors = {
@@ -253,7 +254,7 @@ def _dictionaries(content: object) -> list[dict[str, Tensor]]:
 
 
 def _names(layout: Layout, upsampler: Upsampler) -> dict[str, tuple[str, int | None]]:
-    """Our names to the published ones; with a number, which third of that tensor it is."""
+    """Map our names to published names and, for a shared tensor, the number of the third used."""
     names: dict[str, tuple[str, int | None]] = {}
     for ours in upsampler.state_dict():
         theirs = ours
@@ -275,8 +276,15 @@ def _fill(
 ) -> None:
     """Copy a file's tensors into an upsampler.
 
+    Args:
+        path: the file, for error messages.
+        label: name of the method, for error messages.
+        upsampler: upsampler to fill.
+        tensors: tensors by the names in the file.
+        names: by our names, the name in the file and the third that is used (see :func:`_names`).
+
     Raises:
-        ValueError: some are missing, of another shape, or not finite.
+        ValueError: tensors are missing, of another shape, not finite, or of another model.
     """
     state: dict[str, Tensor] = {}
     faults = []
@@ -301,7 +309,8 @@ def _fill(
         rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(f"{path}: not {label} as published: {'; '.join(faults[:3])}{rest}")
     unread = sorted(set(tensors) - {theirs for theirs, _ in names.values()})
-    # Unread tensors of cross_decode act on attention's values, unused here; others are foreign.
+    # Unread tensors of cross_decode act on the values of the attention, which are not used here;
+    # any other unread tensor belongs to another model.
     strangers = [name for name in unread if not name.startswith("cross_decode.")]
     if strangers and label != "FeatUp":
         rest = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""

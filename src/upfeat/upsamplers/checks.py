@@ -1,4 +1,4 @@
-"""Checks of what upsamplers are given."""
+"""Checks of the arguments of upsamplers."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from upfeat.operator_checks import FLOATS
 from upfeat.types import Size
 
 _BRIGHTEST = 1e18
-"""Magnitude of guidance that squares still fit beside; rasters mark missing data by -3.4e38."""
+"""Largest magnitude of guidance, whose squares do not overflow; -3.4e38 marks missing data."""
 LONGEST_SIDE = 1 << 20
-"""Pixels of an output's side, at most."""
+"""Largest side of an output, in pixels."""
 
 
 def check_inputs(
     features: Tensor, guidance: Tensor, output_size: Size | None, bands: int | None = 3
 ) -> Size:
-    """Check an upsampler's arguments, with its ``guidance_bands``; return the output size.
+    """Check the arguments of an upsampler with ``guidance_bands=bands``; return the output size.
 
     Raises:
-        TypeError: features or guidance are no tensors.
+        TypeError: features or guidance are not tensors.
         ValueError: as :meth:`Upsampler.forward`.
     """
     for label, tensor in (("features", features), ("guidance", guidance)):
@@ -60,11 +60,12 @@ def check_inputs(
 
 
 def check_hidden(hidden: Tensor | None, features: Tensor) -> None:
-    """Check what early layers say against the features that they come with.
+    """Check the features of early layers against the features of the same images.
 
     Raises:
-        TypeError: it is no tensor.
-        ValueError: it is no such map of the same images.
+        TypeError: ``hidden`` is not a tensor.
+        ValueError: ``hidden`` is not (B, D, h', w') with the batch size and device of ``features``,
+            or contains NaN or infinity.
     """
     if hidden is None:
         return
@@ -83,10 +84,10 @@ def check_hidden(hidden: Tensor | None, features: Tensor) -> None:
 
 
 def check_precision(label: str, tensor: Tensor, weight: Tensor) -> None:
-    """Check that a tensor is of the type of the weights that it meets; autocast sees to it itself.
+    """Check that a tensor and the weights have one dtype, except under autocast, which converts.
 
     Raises:
-        ValueError: it is of another.
+        ValueError: the dtypes differ.
     """
     if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
         raise ValueError(
@@ -96,25 +97,27 @@ def check_precision(label: str, tensor: Tensor, weight: Tensor) -> None:
 
 
 def check_finite(label: str, tensor: Tensor, fix: str, *, most: float | None = None) -> None:
-    """Refuse NaN where it enters: it would spread over a window at every later stage.
+    """Refuse NaN and infinity in an input, as each later stage would spread them over a window.
 
-    One pass over the inputs, which are small beside the output. Left out where a value must not
-    steer the program: in a graph being compiled and under ``torch.func`` transforms.
+    This takes one pass over the inputs, which are small compared with the output. The values are
+    not checked where control flow must not depend on them: in a graph that is being compiled and
+    under ``torch.func`` transforms.
 
     Args:
-        label: of the argument, for errors.
-        tensor: to be checked.
-        fix: what to do about NaN and infinity, for errors.
-        most: magnitude that a value may have; ``None`` for any that is finite.
+        label: name of the argument, for error messages.
+        tensor: the argument.
+        fix: advice about NaN and infinity, for error messages.
+        most: largest magnitude allowed; ``None`` for any finite value.
 
     Raises:
-        ValueError: a value is NaN or infinite or larger, or of a type that is not computed with.
+        ValueError: a value is NaN, infinite or larger than ``most``, or the dtype is unsupported.
     """
     if tensor.dtype not in FLOATS:
         raise ValueError(f"{label} is {tensor.dtype}; give floating numbers, as .float() does")
     if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(tensor) or tensor.is_meta:
         return
-    # A finite sum has finite parts, and takes a tenth of the time; an infinite one may overflow.
+    # A finite sum has finite terms, and takes a tenth of the time of a check of every value. An
+    # infinite sum proves nothing, since it may have overflowed.
     if abs(float(tensor.detach().sum())) <= (
         torch.finfo(tensor.dtype).max if most is None else most
     ):
@@ -136,14 +139,14 @@ def check_finite(label: str, tensor: Tensor, fix: str, *, most: float | None = N
 
 
 def check_output_size(output_size: Size, name: str = "output_size") -> Size:
-    """Check that a size is two whole numbers of at least 1.
+    """Check that a size is two whole numbers, from 1 to :data:`LONGEST_SIDE`, and return it.
 
     Args:
         output_size: (height, width).
-        name: of the argument, for errors.
+        name: name of the argument, for error messages.
 
     Raises:
-        ValueError: it is not.
+        ValueError: the size is not two such numbers.
     """
     try:
         height, width = (int(side) for side in output_size)

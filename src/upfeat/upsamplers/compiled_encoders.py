@@ -1,7 +1,8 @@
-"""The published image encoders through the compiled CPU library, where no gradient is asked for.
+"""The published image encoders in the compiled CPU library, for use without gradients.
 
-The same layers as in :mod:`upfeat.upsamplers.residual_encoder`, in two buffers: every layer reads
-one and writes over the other, and the norms are scales and shifts by the time pixels are read.
+The layers are those of :mod:`upfeat.upsamplers.residual_encoder`. They share two buffers: every
+layer reads one and overwrites the other. Each layer also sums its output for the group norm that
+follows, so that the next layer applies the norm as a scale and a shift of the pixels it reads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncode
 
 
 def can_run(module: nn.Module, *tensors: Tensor) -> bool:
-    """Return whether compiled layers may stand in for a module's: on a CPU, without gradients."""
+    """Return whether compiled layers can replace those of a module: on a CPU, without gradients."""
     if torch.compiler.is_compiling() or is_transforming() or unavailable_reason() is not None:
         return False
     everything = (*tensors, *module.parameters())
@@ -34,12 +35,12 @@ def can_run(module: nn.Module, *tensors: Tensor) -> bool:
 def encode(
     encoder: ResidualEncoder, image: Tensor, size: Size, *, out: Tensor | None = None
 ) -> Tensor:
-    """The means of an encoder's output over the cells of a grid, as :meth:`ResidualEncoder.pooled`.
+    """Average an encoder's output over the cells of a grid, as :meth:`ResidualEncoder.pooled` does.
 
     Args:
-        encoder: with a first convolution.
-        image: (B, inputs, H, W), in the type that maps are to be stored in.
-        size: of the grid; that of the image for every pixel.
+        encoder: an encoder that has a first convolution.
+        image: (B, inputs, H, W), in the dtype in which maps are stored.
+        size: (height, width) of the grid; the image's size for no averaging.
         out: (B, width, *size) to write to; ``None`` for a new tensor.
     """
     entry = encoder.entry
@@ -59,18 +60,18 @@ def finish(
     spare: Tensor | None = None,
     groups: int = 0,
 ) -> tuple[Tensor, Sums | None]:
-    """The layers behind the first convolution, pooled to a grid.
+    """Apply all layers after the first convolution, and average over the cells of a grid.
 
     Args:
         encoder: the encoder.
-        x: (B, width, H, W), the first convolution's output; written over.
-        sums: of it.
-        size: of the grid.
-        spare: another map of that shape, which may be written over; ``None`` for a new one.
-        groups: of the sums to return; 0 for none.
+        x: (B, width, H, W), output of the first convolution; it is overwritten.
+        sums: sums of ``x`` for a group norm.
+        size: (height, width) of the grid.
+        spare: another tensor of the shape of ``x``, which is overwritten; ``None`` for a new one.
+        groups: number of groups of the returned sums; 0 for no sums.
 
     Returns:
-        (B, width, *size), and its sums.
+        (B, width, *size), and its sums for a group norm or ``None``.
     """
     *blocks, last = encoder.blocks
     for block in blocks:
@@ -102,7 +103,7 @@ def _hidden(block: NormBlock, x: Tensor, sums: Sums, spare: Tensor | None) -> tu
 def _last(
     block: NormBlock, y: Tensor, sums: Sums, x: Tensor, groups: int
 ) -> tuple[Tensor, Sums | None]:
-    """A block's second convolution, written over the block's input."""
+    """Apply a block's second convolution to ``y``, and write over the block's input ``x``."""
     conv = block.conv2
     return layer(
         y,
@@ -140,17 +141,17 @@ def image_queries(
     *,
     groups: int = 0,
 ) -> tuple[Tensor, Sums | None, Tensor]:
-    """Queries and image keys of AnyUp and JAFAR.
+    """Compute the queries and image keys of AnyUp and JAFAR.
 
     Args:
-        encoder: of the image.
-        query_encoder: of what it gives, rotated.
-        key_encoder: likewise.
-        angles: of the image's rows (H, width) and columns (W, width).
+        encoder: encoder of the image.
+        query_encoder: encoder of the rotated output of ``encoder``, for the queries.
+        key_encoder: encoder of the rotated output of ``encoder``, for the keys.
+        angles: rotary angles of the image's rows (H, width) and columns (W, width), in radians.
         image: (B, 3, H, W) float32.
-        grid_size: of the keys.
-        output_size: of the queries.
-        groups: of the queries' sums; 0 for none.
+        grid_size: (h, w) of the keys.
+        output_size: (height, width) of the queries.
+        groups: number of groups of the queries' sums; 0 for no sums.
 
     Returns:
         Queries (B, width, *output_size), their sums, and keys (B, width, *grid_size).
@@ -159,7 +160,7 @@ def image_queries(
     assert all(isinstance(each, nn.Conv2d) for each in entries)
     weights: list[Tensor] = [each.weight for each in entries]  # pyright: ignore
     size = (image.shape[2], image.shape[3])
-    # Three maps at a time: pages that are new take as long as a layer.
+    # Three buffers are reused throughout: to touch the pages of a new one takes as long as a layer.
     encoded, sums = layer(image, weights[0], entries[0].bias, groups=GROUPS)  # pyright: ignore
     spare = torch.empty_like(encoded)
     assert sums is not None
@@ -177,25 +178,31 @@ def image_queries(
 def project_queries(
     queries: Tensor, sums: Sums | None, blend: nn.Conv2d, norm: nn.RMSNorm, linear: nn.Linear
 ) -> Tensor:
-    """Queries through the 3×3 convolution, to unit scale, and mapped to what heads compare.
+    """Apply the 3×3 convolution, the RMS norm and the linear map to queries.
 
     Args:
         queries: (B, width, H, W).
-        sums: of the queries where a group norm without weights comes first; or else ``None``.
-        blend: the convolution, with zeros at the borders.
-        norm: of each pixel.
-        linear: the map.
+        sums: sums of the queries if a group norm without weights comes first; otherwise ``None``.
+        blend: the 3×3 convolution, zero-padded.
+        norm: the RMS norm over the channels of each pixel.
+        linear: the linear map to the vectors that attention heads compare.
     """
     before = None if sums is None else sums.norm(None, None, 1e-5)
     blended, _ = layer(queries, blend.weight, before=before or Before(), reflect=False)
     epsilon = norm.eps if norm.eps is not None else torch.finfo(torch.float32).eps
-    # The norm's weights may as well be the map's: the scale of a pixel is one number.
+    # The norm's weights can be folded into the map, as a pixel's scale is a single number.
     weight = linear.weight.float() * norm.weight.float()
     return layer(blended, weight, linear.bias, before=Before(unit=epsilon), out=blended)[0]
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor], pair: int) -> Tensor:
-    """Rotate channel i against i + pair in blocks of 2·pair by place; written over ``x``."""
+    """Rotate channels i and i + ``pair`` of each block of 2·``pair``, by position, in place.
+
+    Args:
+        x: (B, D, H, W); it is overwritten.
+        angles: angles of the rows (H, D) and of the columns (W, D), in radians.
+        pair: distance of the two channels of a pair.
+    """
     return apply(x, Before(rotate=angles, pair=pair))
 
 

@@ -1,4 +1,4 @@
-"""Two neighbourhood steps, with detail inferred from the image added between them."""
+"""Two neighbourhood steps; between them, detail inferred from the image is added."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class FinerFeatures(Computed):
     """Features on the finer grid, with detail, (B, C, *finer grid)."""
 
     def __init__(self, kernels: DetailKernels, features: Map) -> None:
-        """Keep both."""
+        """Keep the kernels and the coarse features, (B, C, h, w)."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.first.whole or recorded
         super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=2)
@@ -47,7 +47,7 @@ class FinerFeatures(Computed):
         parts = []
         if (
             kernels.regression is not None
-        ):  # before the step: it needs more of the means, which are then kept
+        ):  # before the first step, which reads a part of the same means: they are then kept
             parts.append(kernels.regression.at(self.features, window))
         fine = sum(parts, kernels.first.at(self.features, window))
         if kernels.detail is not None:
@@ -56,7 +56,7 @@ class FinerFeatures(Computed):
 
 
 class DetailKernels:
-    """Both steps of one guidance, and the detail in between."""
+    """Both steps of one guidance, and the detail that is added between them."""
 
     def __init__(
         self,
@@ -70,11 +70,14 @@ class DetailKernels:
         """Keep the parts.
 
         Args:
-            first: from the grid of the features to the finer one.
-            last: from there to the output.
-            regression: adds to the first step; ``None`` for nothing.
-            maps: (B, width, *finer grid), what ``detail`` is made of; ``None`` without a network.
-            detail: (B, C, *finer grid), what is added between the steps; ``None`` for nothing.
+            first: step from the grid of the features to the finer grid.
+            last: step from the finer grid to the output.
+            regression: regression whose detail is added to the result of ``first``; ``None`` for
+                no regression.
+            maps: (B, width, *finer grid), the network's maps from which ``detail`` is computed;
+                ``None`` without a network.
+            detail: (B, C, *finer grid), the network's detail, added to the result of ``first``;
+                ``None`` for none.
         """
         self.first, self.last, self.regression = first, last, regression
         self.maps, self.detail = maps, detail
@@ -89,15 +92,15 @@ class DetailKernels:
         return self.last.crop(self._on_finer_grid(features), window)
 
     def precompute(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
-        """Precompute as :class:`NeighbourhoodKernels` does; the first step and the detail too."""
+        """See :meth:`NeighbourhoodKernels.precompute`; the first step and detail are applied."""
         return self.last.precompute(self._on_finer_grid(features))
 
     def to_finer_grid(self, features: Tensor) -> Tensor:
-        """Infer the finer grid from the features alone, (B, C, h, w) -> (B, C, 2h, 2w)."""
+        """Upsample to the finer grid without a network's detail, (B, C, h, w) -> (B, C, 2h, 2w)."""
         return FinerFeatures(self.adding(None), as_map(features)).all()
 
     def adding(self, detail: Map | None) -> DetailKernels:
-        """Return the same kernels with this detail, (B, C, *finer grid)."""
+        """Return kernels that add ``detail``, (B, C, *finer grid), and otherwise equal these."""
         return DetailKernels(
             self.first, self.last, regression=self.regression, maps=self.maps, detail=detail
         )
@@ -110,25 +113,26 @@ class DetailKernels:
 class DetailUpsampler(Upsampler):
     """Upsampler that follows edges and adds detail inferred from the image, in two ways.
 
-    Features go through the neighbourhood step to a grid twice as fine, and through a second one, of
-    the same weights, to the output size. In between, where cells are half as wide, detail is added:
+    A neighbourhood step upsamples the features to a grid twice as fine, and a second step, with the
+    same learned weights, to the output size. Detail is added on the finer grid, between the steps:
 
-    1. Within one image, features go with colours and textures. A ridge regression of the features
-       on the mean queries of their cells, fitted to this image when it is upsampled, says how;
-       what the finer cells' queries have beyond the first step's goes through it
-       (:class:`ImageRegression`). It needs no training and serves any backbone.
-    2. For a backbone of its own (``embed_dim``), a small network predicts what is still lacking of
-       the backbone's features of the enlarged image:
+    1. Within one image, features are correlated with colours and textures. When the image is
+       upsampled, its features are ridge-regressed on the mean queries of their cells. The finer
+       cells' mean queries, less those that the first step predicts, are multiplied by the
+       coefficients (:class:`ImageRegression`). This needs no training and serves any backbone.
+    2. With ``embed_dim``, a small network trained for one backbone predicts the remaining
+       difference from the backbone's features of the enlarged image:
 
         up(F) = K₂(g)·[(K₁(g) + R(g))·M(F) + P·z(g) + b]
 
-    R is the regression, z(g) are ``width`` maps of the image, P a basis of channels, M the channel
-    mix x + W·x. It is affine in the features, and linear without the second part. A head of K
-    outputs costs K channels as everywhere, since it applies to P as well. Untrained, P, W and b
+    F are the features, g is the guidance, K₁ and K₂ are the steps, R is the regression, z(g) are
+    ``width`` maps of the image, P is a basis of channels and b a constant, M the channel mix
+    x + W·x. The result is affine in the features, and linear without the second part. A head of K
+    outputs costs K channels as elsewhere, since it is applied to P as well. Untrained, P, W and b
     are 0.
 
-    Source: ours; the neighbourhood step is that of :class:`NeighbourhoodUpsampler`, the regression
-    a relative of the guided filter (He, Sun and Tang, 2010), over the whole image and on queries
+    Source: ours; the neighbourhood step is that of :class:`NeighbourhoodUpsampler`; the regression
+    is related to the guided filter (He, Sun and Tang, 2010), but uses the whole image, and queries
     in place of colours.
     """
 
@@ -154,31 +158,31 @@ class DetailUpsampler(Upsampler):
         """Make an upsampler with initial (untrained) weights.
 
         Args:
-            embed_dim: number of feature channels C, for a network and a channel mix of one
-                backbone; ``None`` for neither, and for any backbone.
-            radius: of both steps, in cells; see :class:`NeighbourhoodUpsampler`, as for the next
-                three.
-            query_dim: width of queries and keys.
-            levels: scales of the encoder.
-            back_projections: corrections of each step.
-            width: maps of detail, from 2 to 1024.
-            depth: blocks of the network that makes them, from 0 to 64.
-            widening: σ of the second step, in cells of the finer grid, over that of the first, from
-                0.05 to 100.
+            embed_dim: number of feature channels C, for a network and a channel mix made for one
+                backbone; ``None`` for any backbone, without network and channel mix.
+            radius: radius of both steps, in cells; see :class:`NeighbourhoodUpsampler`.
+            query_dim: channels of queries and keys, as in :class:`NeighbourhoodUpsampler`.
+            levels: scales of the encoder, as in :class:`NeighbourhoodUpsampler`.
+            back_projections: corrections in each step, as in :class:`NeighbourhoodUpsampler`.
+            width: number of the network's maps, from 2 to 1024.
+            depth: number of residual blocks in the network, from 0 to 64.
+            widening: σ of the second step in cells of the finer grid, divided by σ of the first in
+                cells of the coarse grid; from 0.05 to 100.
             ridge: penalty of the regression, in units of the queries' mean variance, from 0 to 1e6;
                 0 leaves the regression out.
-            start: name or folder of a trained neighbourhood upsampler, whose encoder is taken;
-                it must have the same radius, query_dim and levels.
-            backend: of the operators; see :mod:`upfeat.functional`.
+            start: name or folder of a trained neighbourhood upsampler, whose weights are copied;
+                its radius, query_dim and levels must equal these arguments.
+            backend: backend of the operators; see :mod:`upfeat.functional`.
 
         Raises:
-            FileNotFoundError: ``start`` is a folder that is not there.
-            ValueError: an argument is out of range, or ``start`` is another upsampler.
+            FileNotFoundError: ``start`` is a folder that does not exist.
+            ValueError: an argument is out of range, or ``start`` is not a neighbourhood upsampler
+                with the same settings.
         """
         super().__init__()
         embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS, optional=True)
         self.embed_dim = embed_dim
-        self.guidance_bands = None if embed_dim is None else 3  # the network sees RGB
+        self.guidance_bands = None if embed_dim is None else 3  # the network takes RGB alone
         self.width = whole("width", width, 2, MOST_WIDTH)
         self.depth = whole("depth", depth, 0, 64)
         self.widening = number("widening", widening, 0.05, 100)
@@ -191,7 +195,7 @@ class DetailUpsampler(Upsampler):
         )
         self.network: DetailNetwork | None = None
         if embed_dim is not None:
-            # Channels last: a third faster on a CPU.
+            # With channels last the network is a third faster on a CPU.
             self.network = DetailNetwork(self.width, self.depth).to(
                 memory_format=torch.channels_last  # pyright: ignore[reportCallIssue]
             )
@@ -206,7 +210,7 @@ class DetailUpsampler(Upsampler):
 
     @property
     def back_projections(self) -> int:
-        """Corrections of each step."""
+        """Number of corrections of the features in each step."""
         return self.neighbourhood.back_projections
 
     def config(self) -> dict[str, Any]:
@@ -234,13 +238,13 @@ class DetailUpsampler(Upsampler):
         features: Tensor | None = None,
         hidden: Tensor | None = None,
     ) -> DetailKernels:
-        """See :meth:`Upsampler.prepare_with`; the regression sees ``hidden`` too."""
+        """See :meth:`Upsampler.prepare_with`; the regression uses ``hidden`` as well."""
         del features
         return self._prepare(guidance, grid_size, output_size, hidden=hidden)
 
     @property
     def means_halo(self) -> int | None:
-        """See :attr:`Upsampler.means_halo`; the regression is what looks far."""
+        """See :attr:`Upsampler.means_halo`; the means are those that the regression reads."""
         if not self.ridge:
             return None
         radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
@@ -252,7 +256,7 @@ class DetailUpsampler(Upsampler):
         return step * -(-max(halos) // step)
 
     def cell_means(self, guidance: Tensor, grid_size: Size, cells: Window) -> Tensor:
-        """See :meth:`Upsampler.cell_means`; mean queries of the finer cells."""
+        """See :meth:`Upsampler.cell_means`; here the mean queries of the finer cells."""
         step, size = self.neighbourhood, (guidance.shape[2], guidance.shape[3])
         queries = Queries(step.encoder, guidance, size, self.backend)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
@@ -275,7 +279,7 @@ class DetailUpsampler(Upsampler):
         hidden: Tensor | None = None,
         means: Tensor | None = None,
     ) -> DetailKernels:
-        """Weights of a guidance whose mean queries may be known, (B, D, 2h, 2w)."""
+        """Make the weights of a guidance, from its mean queries (B, D, 2h, 2w) if given."""
         guidance = even_bands(guidance)
         step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])
@@ -298,7 +302,7 @@ class DetailUpsampler(Upsampler):
     def _maps(
         self, guidance: Tensor, hidden: Tensor | None, finer: Size, *, whole: bool
     ) -> Map | None:
-        """Maps of what is lacking, (B, width, *finer grid); ``None`` without a network."""
+        """The network's maps of the image, (B, width, *finer grid); ``None`` without a network."""
         del hidden
         if self.network is None:
             return None
@@ -306,7 +310,7 @@ class DetailUpsampler(Upsampler):
 
     @torch.no_grad()
     def last_step(self) -> NeighbourhoodUpsampler:
-        """The second step alone, for features on a grid twice as fine; in eval mode."""
+        """Return the second step as an upsampler of features on the finer grid; in eval mode."""
         step = NeighbourhoodUpsampler(**self.neighbourhood.config(), backend=self.backend)
         step.load_state_dict(self.neighbourhood.state_dict())
         step.log_sigma.add_(math.log(self.widening))
@@ -316,7 +320,7 @@ class DetailUpsampler(Upsampler):
     @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`."""
-        # On the finer grid the last step looks as far, in half as many cells.
+        # The last step reads as many cells as the first, but of the finer grid: half as far.
         radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
         finer = -(-radius * rounds // FINER) + 1
         pixels = cells_of_pixels(self.neighbourhood.encoder.halo)
@@ -333,10 +337,11 @@ class DetailUpsampler(Upsampler):
         return math.lcm(self.neighbourhood.step, STEP if self.ridge else 1)
 
     def mix(self, features: Tensor) -> Tensor:
-        """X + W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w); without a mix the same.
+        """Return x + W·x for features x, (B, C, h, w); x itself without a channel mix.
 
         Raises:
-            ValueError: C is not the upsampler's ``embed_dim``, or the features are of another type.
+            ValueError: C is not the upsampler's ``embed_dim``, or features and weights differ in
+                dtype.
         """
         if self.embed_dim is None:
             return features
@@ -358,23 +363,23 @@ class DetailUpsampler(Upsampler):
         head: Tensor | slice | None = None,
         window: Window | None = None,
     ) -> Tensor:
-        """See :meth:`Upsampler.render_linear`; heads apply to the detail's basis too."""
-        if isinstance(kernels, DetailKernels):  # else precomputed: the features have their detail
+        """See :meth:`Upsampler.render_linear`; heads are applied to the detail's basis as well."""
+        if isinstance(kernels, DetailKernels):  # precomputed features already contain their detail
             kernels = self._with_detail(kernels, head)
         return super().render_linear(kernels, mixed, head=head, window=window)
 
     def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
-        """See :meth:`Upsampler.precompute`; the last step, and features with their detail."""
+        """See :meth:`Upsampler.precompute`; returns the last step, and features with detail."""
         assert isinstance(kernels, DetailKernels)
         return self._with_detail(kernels, None).precompute(mixed)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
-        """Detail that the network adds between the steps, (B, C, 2h, 2w)."""
+        """The network's detail, which is added between the steps, (B, C, 2h, 2w)."""
         assert kernels.maps is not None, "there is no network without embed_dim"
         return self._detail(kernels.maps, None).at(Window(0, 0, *kernels.maps.size))
 
     def _with_detail(self, kernels: DetailKernels, head: Tensor | slice | None) -> DetailKernels:
-        """Return the kernels with the network's detail, after a head if one is given."""
+        """Return the kernels with the network's detail; a given head is applied to the detail."""
         if kernels.maps is None:
             return kernels
         return kernels.adding(self._detail(kernels.maps, head))
@@ -404,7 +409,7 @@ class DetailUpsampler(Upsampler):
 
     @torch.no_grad()
     def scale_mix(self, share: float) -> None:
-        """Keep only a share of the channel mix, if there is one: 0 leaves channels as they are."""
+        """Multiply the channel mix W, if any, by ``share``; 0 leaves channels unchanged."""
         if self.network is None:
             return
         self.channel_mix.weight.mul_(share)

@@ -1,4 +1,4 @@
-"""The network of the detail upsampler: maps of an image at an eighth of its size."""
+"""The network of the detail upsampler: from an image to maps at an eighth of its size."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from upfeat.upsamplers.encoder import pointwise, spans_of
 from upfeat.upsamplers.maps import Computed, cut, inside, is_recorded, widened
 
 _PIXELS = 8
-"""Image pixels for each side of its cells, as the network sees the image."""
+"""Pixels of the network's input image along each side of a cell of its output."""
 
 
 class DetailNetwork(nn.Sequential):
     """A small convolutional network, image to maps at an eighth of its size."""
 
     def __init__(self, width: int, depth: int) -> None:
-        """Make it with PyTorch's initial weights.
+        """Make the network with PyTorch's initial weights.
 
         Args:
             width: number of maps, ≥ 2.
-            depth: residual blocks on the last grid, ≥ 0.
+            depth: number of residual blocks, at an eighth of the image's size, ≥ 0.
         """
         widths = (3, max(width * 3 // 8, 1), max(width * 3 // 4, 1), width)
         layers: list[nn.Module] = []
@@ -35,11 +35,11 @@ class DetailNetwork(nn.Sequential):
             layers += [halve, nn.GELU()]
         super().__init__(*layers, *(_Block(width) for _ in range(depth)))
         self.reach = depth + 1
-        """Cells beyond its own that a value of the maps depends on."""
+        """Number of cells beyond its own that a value of the maps depends on."""
 
 
 class _Block(nn.Module):
-    """Its input and a correction, which is 0 at the start."""
+    """Residual block: the input plus a learned correction, which is initially 0."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -59,13 +59,13 @@ class DetailMaps(Computed):
     def __init__(
         self, network: DetailNetwork, guidance: Tensor, finer: Size, *, whole: bool
     ) -> None:
-        """Keep what they are made of.
+        """Keep the network and its image.
 
         Args:
-            network: makes them.
+            network: the network.
             guidance: (B, 3, H, W).
-            finer: the grid's size.
-            whole: make all at once.
+            finer: (height, width) of the finer grid.
+            whole: compute the whole maps at once.
         """
         recorded = is_recorded(guidance, *network.parameters())
         super().__init__(finer, whole=whole or recorded, recorded=recorded, step=2)

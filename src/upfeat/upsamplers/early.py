@@ -1,4 +1,4 @@
-"""Early layers beside the queries: what a backbone knew of finer cells before it coarsened them."""
+"""Features of a backbone's early layers, on a finer grid, as regressors in addition to queries."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from upfeat.types import Size, Window
 from upfeat.upsamplers.maps import Computed, cut, is_recorded
 
 WEIGHT = 0.4
-"""Spread of early layers as regressors, over that of the queries: the less, the less trusted."""
+"""Spread of early layers as regressors, divided by that of queries; smaller counts for less."""
 
 
 class Beside(Computed):
-    """A map with what early layers say behind its channels, (B, D + D', H, W)."""
+    """Queries with features of early layers appended to their channels, (B, D + D', H, W)."""
 
     def __init__(self, queries: Computed, hidden: Tensor) -> None:
-        """Bring the early layers to the map's grid: means over its cells, or values in between.
+        """Resample the early layers to the grid of the queries; see :func:`on_grid`.
 
         Args:
             queries: (B, D, H, W).
-            hidden: (B, D', h', w'), of the same image.
+            hidden: (B, D', h', w'), features of early layers of the same image.
         """
         recorded = queries.recorded or is_recorded(hidden)
         super().__init__(queries.size, whole=queries.whole, recorded=recorded, step=queries.step)
@@ -34,7 +34,7 @@ class Beside(Computed):
 
 
 def on_grid(maps: Tensor, size: Size) -> Tensor:
-    """Bring maps to a grid: means over its cells, or values in between; (B, D, *size)."""
+    """Resample maps to a grid: means over its cells, or bilinear interpolation; (B, D, *size)."""
     if tuple(maps.shape[2:]) == size:
         return maps
     if maps.shape[2] >= size[0] and maps.shape[3] >= size[1]:
@@ -43,14 +43,14 @@ def on_grid(maps: Tensor, size: Size) -> Tensor:
 
 
 def scale_behind(inputs: Tensor, first: int) -> Tensor:
-    """Factors that scale early layers to :data:`WEIGHT` times the spread of the queries.
+    """Compute factors that scale early layers to :data:`WEIGHT` times the spread of the queries.
 
     Args:
-        inputs: (B, D + D', N), each less its mean.
-        first: D.
+        inputs: (B, D + D', N), queries and early layers, each less its mean.
+        first: D, the number of channels of the queries.
 
     Returns:
-        (B, D + D', 1).
+        (B, D + D', 1): 1 for the queries, and one common factor for the early layers of an image.
     """
     squares = inputs.square().mean(2, keepdim=True)
     own, behind = squares[:, :first].mean(1), squares[:, first:].mean(1)  # (B, 1)

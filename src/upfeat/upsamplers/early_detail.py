@@ -1,4 +1,4 @@
-"""The detail upsampler with a network that sees what a backbone's early layers say."""
+"""The detail upsampler with a network that reads features of a backbone's early layers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from upfeat.upsamplers.neighbourhood import MOST_WIDTH
 
 @UPSAMPLERS.register
 class EarlyDetailUpsampler(DetailUpsampler):
-    """Adds detail that a backbone's early layers tell of.
+    """Detail upsampler that predicts detail from a backbone's early layers.
 
-    As :class:`DetailUpsampler`, whose regression sees early layers too where they are given. What
-    is lacking after it is predicted by a network that sees early layers in place of pixels:
+    As :class:`DetailUpsampler`, whose regression uses early layers too where they are given, but
+    the network that predicts the remaining difference reads early layers in place of pixels:
 
         up(F) = K₂(g)·[(K₁(g) + R(g, e))·F + P·z(e) + b]
 
-    e are the early layers, z(e) ``width`` maps of them. The network learns, from photographs alone,
-    what features of the image at twice its size add (``benchmarks/learn_early.py``): much of what
-    five passes see can be told from one. Without early layers it is the detail upsampler without a
-    network.
+    e are the features of early layers, z(e) ``width`` maps of them; :class:`DetailUpsampler`
+    defines the other symbols. The network learns, from photographs alone, what features of the
+    image at twice its size add (``benchmarks/learn_early.py``): much of the gain of five passes can
+    be predicted from one. Without early layers this is the detail upsampler without a network.
 
     Source: ours.
     """
@@ -53,17 +53,17 @@ class EarlyDetailUpsampler(DetailUpsampler):
 
         Args:
             embed_dim: number of feature channels C.
-            hidden_dim: channels of the early layers, as :meth:`upfeat.Backbone.with_hidden` gives
-                them.
-            radius: see :class:`DetailUpsampler`, as for the next three.
-            query_dim: width of queries and keys.
-            levels: scales of the encoder.
-            back_projections: corrections of each step.
-            width: maps of detail, from 2 to 1024.
-            depth: blocks of the network that makes them, from 0 to 64.
-            widening: see :class:`DetailUpsampler`, as for the next.
-            ridge: penalty of the regression.
-            backend: of the operators; see :mod:`upfeat.functional`.
+            hidden_dim: number of channels of the early layers, as
+                :meth:`upfeat.Backbone.with_hidden` returns them.
+            radius: radius of both steps, in cells; see :class:`DetailUpsampler`.
+            query_dim: number of channels of queries and keys, as in :class:`DetailUpsampler`.
+            levels: scales of the encoder, as in :class:`DetailUpsampler`.
+            back_projections: corrections in each step, as in :class:`DetailUpsampler`.
+            width: number of the network's maps, from 2 to 1024.
+            depth: number of residual blocks in the network, from 0 to 64.
+            widening: ratio of the steps' σ, as in :class:`DetailUpsampler`.
+            ridge: penalty of the regression, as in :class:`DetailUpsampler`.
+            backend: backend of the operators; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -94,7 +94,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
     def _maps(
         self, guidance: Tensor, hidden: Tensor | None, finer: Size, *, whole: bool
     ) -> Map | None:
-        """See :meth:`DetailUpsampler._maps`; of the early layers, where they are given."""
+        """See :meth:`DetailUpsampler._maps`; computed from ``hidden``, ``None`` without it."""
         del guidance
         if hidden is None:
             return None

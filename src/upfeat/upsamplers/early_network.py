@@ -1,4 +1,4 @@
-"""The network of the early detail upsampler: from a backbone's early layers to maps of detail."""
+"""The network of the early detail upsampler: from features of early layers to maps of detail."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from upfeat.upsamplers.maps import Computed, cut, inside, is_recorded, widened
 
 
 class EarlyNetwork(nn.Sequential):
-    """A small convolutional network on the finer grid: as many cells out as in."""
+    """A small convolutional network on the finer grid, whose size it keeps."""
 
     def __init__(self, hidden_dim: int, width: int, depth: int) -> None:
-        """Make it with PyTorch's initial weights.
+        """Make the network with PyTorch's initial weights.
 
         Args:
-            hidden_dim: channels of the early layers.
+            hidden_dim: number of channels of the early layers.
             width: number of maps.
-            depth: residual blocks.
+            depth: number of residual blocks.
         """
         entry = nn.Conv2d(hidden_dim, width, 3, padding=1, padding_mode="replicate")
         super().__init__(entry, nn.GELU(), *(_Block(width) for _ in range(depth)))
         self.reach = depth + 1
-        """Cells beyond its own that a value of the maps depends on."""
+        """Number of cells beyond its own that a value of the maps depends on."""
 
 
 class _Block(nn.Module):
-    """Its input and a correction, which is 0 at the start."""
+    """Residual block: the input plus a learned correction, which is initially 0."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,16 +46,16 @@ class _Block(nn.Module):
 
 
 class EarlyMaps(Computed):
-    """The network's maps of what early layers say, (B, width, *finer grid)."""
+    """The network's maps of the early layers of one image, (B, width, *finer grid)."""
 
     def __init__(self, network: EarlyNetwork, hidden: Tensor, finer: Size, *, whole: bool) -> None:
-        """Keep what they are made of.
+        """Keep the network and the early layers, resampled to the finer grid.
 
         Args:
-            network: makes them.
-            hidden: (B, D', h', w'), of any grid.
-            finer: the grid's size.
-            whole: make all at once.
+            network: the network.
+            hidden: (B, D', h', w'), features of early layers on any grid.
+            finer: (height, width) of the finer grid.
+            whole: compute the whole maps at once.
         """
         recorded = is_recorded(hidden, *network.parameters())
         super().__init__(finer, whole=whole or recorded, recorded=recorded, step=2)

@@ -1,4 +1,4 @@
-"""The encoder of the neighbourhood upsampler: a query at every pixel, from several scales."""
+"""The encoder of the neighbourhood upsampler: a query for every pixel, from several scales."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from upfeat.types import Size, Window
 from upfeat.upsamplers.maps import cut, inside, widened
 
 INITIAL_COLOUR_SCALE = 0.8
-"""Colours that differ by this, in units of the normalised guidance, start half unlike."""
+"""Standard deviation of the initial Gaussian kernel of colours, in units of the guidance."""
 
 
 class PyramidEncoder(nn.Module):
-    """A query at every pixel, from the image at several scales.
+    """Compute a query for every pixel, from the image at several scales.
 
-    The first layer is a sine of random projections of the colour, whose inner products are a
-    Gaussian kernel of colour distance (random Fourier features). Each coarser scale is the mean of
-    the finer one, plus a learned correction that starts at 0: a mean of such features describes the
-    colours of a window, so queries start as descriptors of colour and texture, and training goes on
-    from there. Scales are added up, coarser ones laid over finer ones bilinearly; a query knows a
-    neighbourhood of about 2^levels pixels at the cost of little more than one layer at full size.
+    The first layer is a sine of random projections of the colour, whose inner products approximate
+    a Gaussian kernel of colour distance (random Fourier features). Each coarser scale is the mean
+    of the finer scale, plus a learned correction that is initially 0. The mean of random Fourier
+    features describes the colours of a window, so untrained queries are already descriptors of
+    colour and texture. The scales are interpolated bilinearly and added up: a query depends on a
+    neighbourhood of about 2^levels pixels, at little more than the cost of one layer at full size.
     """
 
     def __init__(self, width: int, levels: int, channels: int = 3) -> None:
         """Make an encoder with initial weights.
 
         Args:
-            width: channels of every level and of the queries, ≥ 1.
-            levels: how many scales, ≥ 1.
-            channels: bands of the guidance, ≥ 1.
+            width: number of channels of every scale and of the queries, ≥ 1.
+            levels: number of scales, ≥ 1.
+            channels: number of bands of the guidance, ≥ 1.
         """
         super().__init__()
         self.entry = _window_of_three(channels, width)
         self.coarser = nn.ModuleList(_Correction(width) for _ in range(levels - 1))
         self.join = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(levels))
-        # Without values ("meta") only shapes are asked for, and arithmetic would import a compiler.
+        # On the "meta" device there are only shapes, and arithmetic there would import a compiler.
         if not self.entry.weight.is_meta:
             self._initialise()
 
     @torch.no_grad()
     def _initialise(self, generator: torch.Generator | None = None) -> None:
-        """Set the weights that descriptors of colour and texture start from."""
+        """Set the initial weights, which make queries descriptors of colour and texture."""
         width, channels = self.entry.weight.shape[:2]
         window = torch.tensor([0.25, 0.5, 0.25])
         colours = torch.randn(width, channels, generator=generator) / INITIAL_COLOUR_SCALE
@@ -63,8 +63,8 @@ class PyramidEncoder(nn.Module):
 
     @classmethod
     def untrained(cls, width: int, levels: int, channels: int) -> PyramidEncoder:
-        """Make the encoder that training would start from, always the same for its arguments."""
-        with torch.device("meta"):  # whose initial values take nothing from the global generator
+        """Make an untrained encoder whose weights depend on the arguments alone."""
+        with torch.device("meta"):  # which draws no numbers from the global generator
             encoder = cls(width, levels, channels)
             encoder.coarser = nn.ModuleList(nn.Identity() for _ in encoder.coarser)
         encoder = encoder.to_empty(device="cpu")
@@ -81,7 +81,7 @@ class PyramidEncoder(nn.Module):
                 break
             scales.append(correction(_halve(scales[-1])))
         out = pointwise(self.join[len(scales) - 1], scales.pop())
-        while scales:  # each is let go once it is used: at full size they are the largest tensors
+        while scales:  # each scale is freed once added: at full size they are the largest tensors
             finer = pointwise(self.join[len(scales) - 1], scales.pop())
             size = (finer.shape[2], finer.shape[3])
             above = F.interpolate(out, size=size, mode="bilinear", align_corners=False)
@@ -90,11 +90,11 @@ class PyramidEncoder(nn.Module):
         return out
 
     def window(self, guidance: Tensor, window: Window) -> Tensor:
-        """A window of what :meth:`forward` gives, from the pixels that it depends on.
+        """A window of the result of :meth:`forward`, from only the pixels that it depends on.
 
         Args:
             guidance: (B, channels, H, W), the whole image.
-            window: of the image.
+            window: window of the image in pixels.
 
         Returns:
             (B, width, window.height, window.width).
@@ -136,7 +136,7 @@ class PyramidEncoder(nn.Module):
         return out
 
     def parameters_in_order(self) -> list[Tensor]:
-        """Arguments of the compiled encoder; see :mod:`upfeat.backends.cpu.pyramid`."""
+        """Parameters in the order of the compiled encoder (:mod:`upfeat.backends.cpu.pyramid`)."""
         layers: list[nn.Module] = [self.entry]
         for correction in self.coarser:
             if isinstance(correction, _Correction):
@@ -144,7 +144,7 @@ class PyramidEncoder(nn.Module):
         return [one for layer in (*layers, *self.join) for one in (layer.weight, layer.bias)]  # pyright: ignore[reportReturnType]
 
     def sizes(self, size: Size) -> list[Size]:
-        """The size of every scale of an image, finest first."""
+        """(height, width) of every scale of an image of this ``size``, finest first."""
         sizes = [size]
         while len(sizes) < len(self.join) and min(sizes[-1]) >= 2:
             sizes.append((-(-sizes[-1][0] // 2), -(-sizes[-1][1] // 2)))
@@ -152,19 +152,19 @@ class PyramidEncoder(nn.Module):
 
     @property
     def period(self) -> int:
-        """Pixels of the coarsest scale's cells: parts that begin at multiples have the same."""
+        """Side in pixels of the coarsest cells; parts that begin at multiples share the cells."""
         return 1 << (len(self.join) - 1)
 
     @property
     def halo(self) -> int:
-        """Pixels beyond its own that a query depends on, at most."""
+        """Most pixels beyond its own, to each side, that a query depends on."""
         side, period = 64 * self.period, self.period
         reach = 0
         for pixel in range(side // 2, side // 2 + period):
             seen = plan(self.sizes((side, side)), Window(pixel, pixel, 1, 1))[0].seen
             reach = max(reach, pixel - seen.top, seen.bottom - 1 - pixel)
-        # One for the entry's window; cells of scales whose sides are odd are wider and overlap, by
-        # a pixel of each finer scale.
+        # 1 is for the 3×3 window of the first layer. The period is for sides that are odd at some
+        # scale, whose cells are wider and overlap by a pixel of the finer scale.
         return reach + 1 + period
 
 
@@ -172,19 +172,19 @@ class Level(NamedTuple):
     """The windows of one scale that a window of queries depends on."""
 
     out: Window
-    """Of what is laid over the finer scales."""
+    """Window of the sum of this and all coarser scales, which is added to the finer scale."""
     seen: Window
-    """Of the scale itself."""
+    """Window of the scale itself."""
     read: Window
-    """Of the mean of the finer scale: one more on every side."""
+    """Window of the mean of the finer scale: one cell more on every side, for a 3×3 convolution."""
 
 
 def plan(sizes: list[Size], window: Window) -> list[Level]:
-    """Windows that each scale has to give for a window of queries, finest first.
+    """Windows of each scale that a window of queries depends on, finest first.
 
     Args:
-        sizes: of all scales, finest first.
-        window: of the finest.
+        sizes: (height, width) of all scales, finest first.
+        window: window of the finest scale.
     """
     rows, columns = (
         _plan_axis([size[axis] for size in sizes], *span)
@@ -200,7 +200,7 @@ _Span = tuple[int, int]
 
 
 def _plan_axis(lengths: list[int], start: int, stop: int) -> list[tuple[_Span, _Span, _Span]]:
-    """The same along one axis: out, seen and read of every scale."""
+    """Plan along one axis: the spans ``out``, ``seen`` and ``read`` of every scale."""
     outs = [(start, stop)]
     for fine, coarse in pairwise(lengths):
         low, high = (
@@ -225,12 +225,12 @@ def spans_of(window: Window) -> tuple[_Span, _Span]:
 
 
 def window_of(rows: _Span, columns: _Span) -> Window:
-    """The way back from :func:`spans_of`."""
+    """Inverse of :func:`spans_of`: the window with these rows and columns."""
     return Window(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
 
 
 class _Correction(nn.Module):
-    """A scale and what is learned of it; the identity at the start."""
+    """Residual block: a scale plus its learned correction; initially the identity."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -244,15 +244,16 @@ class _Correction(nn.Module):
         return x + pointwise(self.last, F.gelu(self.hidden(x)))
 
     def window(self, x: Tensor, around: Window, window: Window) -> Tensor:
-        """The same of a window, from what lies ``around`` it."""
+        """The result of :meth:`forward` in a window, from values ``x`` of the window ``around``."""
         hidden = _convolve(self.hidden, x, around, window)
         return cut(x, inside(window, around)) + pointwise(self.last, F.gelu(hidden))
 
 
 def _convolve(layer: nn.Conv2d, x: Tensor, around: Window, window: Window) -> Tensor:
-    """A 3×3 convolution at a window, from the values one pixel around it; edges replicated.
+    """Apply a 3×3 convolution in a window, to values ``x`` of the window ``around``.
 
-    Where ``around`` does not go beyond the window, the map ends.
+    ``around`` is one pixel wider on every side, except where the map ends; there the edge is
+    replicated.
     """
     (top, bottom), (left, right) = spans_of(window)
     (above, below), (before, after) = spans_of(around)
@@ -263,15 +264,15 @@ def _convolve(layer: nn.Conv2d, x: Tensor, around: Window, window: Window) -> Te
 
 
 def _window_of_three(before: int, after: int) -> nn.Conv2d:
-    """A 3×3 convolution for channels-last maps: on a CPU twice as fast."""
+    """Make a 3×3 convolution for channels-last maps, which is twice as fast on a CPU."""
     layer = nn.Conv2d(before, after, 3, padding=1, padding_mode="replicate")
     return layer.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
 
 def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
-    """A 1×1 convolution of channels-last maps as the matrix product that it is.
+    """Apply a 1×1 convolution to a channels-last map, as a matrix product.
 
-    On a CPU several times as fast as the convolution.
+    On a CPU the product is several times as fast as PyTorch's convolution.
     """
     assert isinstance(layer, nn.Conv2d)
     out = F.linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias)
@@ -279,19 +280,19 @@ def pointwise(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _halve(x: Tensor) -> Tensor:
-    """Mean over 2×2, sides rounded up; over wider, overlapping cells where a side is odd."""
+    """Mean over 2×2 cells; an odd side is rounded up, with wider cells that overlap."""
     height, width = x.shape[-2:]
     if height % 2 == 0 and width % 2 == 0:
-        return F.avg_pool2d(x, 2)  # the same, twice as fast
+        return F.avg_pool2d(x, 2)  # equals adaptive pooling here, and is twice as fast
     return F.adaptive_avg_pool2d(x, (-(-height // 2), -(-width // 2)))
 
 
 def unit(x: Tensor, *, over: bool = False) -> Tensor:
-    """Vectors over channels at unit length, 0 where they are 0.
+    """Scale the vectors over channels to unit length; vectors of 0 stay 0.
 
     Args:
-        x: (B, D, H, W); channels last it is several times as fast on a CPU.
-        over: the result may be written over ``x`` where autograd does not watch.
+        x: (B, D, H, W); with channels last this is several times as fast on a CPU.
+        over: allow the result to be written over ``x`` when autograd is off.
 
     Returns:
         (B, D, H, W).

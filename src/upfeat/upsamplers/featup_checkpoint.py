@@ -14,7 +14,7 @@ from upfeat.upsamplers.tensor_files import load_pickled
 logger = logging.getLogger(__name__)
 
 N_STAGES = 4
-"""Stages of every published stack; their radius is 3."""
+"""Number of stages of every published stack; the radius of each stage is 3."""
 
 _STAGE_SHAPES = {
     "range_temp": (),
@@ -50,10 +50,14 @@ def read_featup(path: str | Path) -> tuple[dict[str, Tensor], int]:
 
 
 def featup_state(path: Path, content: Any) -> tuple[dict[str, Tensor], int]:
-    """The state of a ``JBUStack``, and its ``embed_dim``, of a file's tensors by published names.
+    """Convert tensors by published names to the state of a ``JBUStack`` and its ``embed_dim``.
+
+    Args:
+        path: the file, for error messages.
+        content: dictionary of the file's tensors.
 
     Raises:
-        ValueError: tensors are missing, or of another shape.
+        ValueError: tensors are missing, of another shape, or not finite.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not a dictionary of tensors")
@@ -81,7 +85,7 @@ def featup_state(path: Path, content: Any) -> tuple[dict[str, Tensor], int]:
 
 
 def _layout(embed_dim: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Published name to (our name, shape)."""
+    """Map published names to pairs of our name and shape."""
     stages = {
         f"upsampler.up{stage + 1}.{name}": (
             f"stages.{stage}.{name.replace('range_temp', 'range_temperature')}",

@@ -1,4 +1,4 @@
-"""Linear heads: one rule for features, for a basis of channels, and for constants."""
+"""Linear heads, and their application to features, to a basis of channels, and to constants."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from upfeat.upsamplers.maps import Map, is_recorded
 
 @dataclass(frozen=True)
 class Head:
-    """A linear map of channels, a range of them, or all as they are; and a constant.
+    """A linear map of channels, a range of channels, or all channels unchanged; plus a constant.
 
     Attributes:
-        weight: (K, C), one for each image (B, K, C), a range of channels, or ``None`` for all.
-        bias: (K,), added at last; ``None`` for nothing.
+        weight: (K, C); or (B, K, C), a map for each image; or a range of channels; or ``None`` for
+            all channels unchanged.
+        bias: (K,), added to the result; ``None`` for no constant.
     """
 
     weight: Tensor | slice | None = None
@@ -26,17 +27,17 @@ class Head:
 
     @staticmethod
     def of(head: Head | Tensor | slice | None) -> Head:
-        """The head itself, or one of this weight."""
+        """Return ``head`` as a :class:`Head`; anything else is the weight of a new one."""
         return head if isinstance(head, Head) else Head(head)
 
     def on_channels(self, values: Tensor) -> Tensor:
-        """Apply the weight to values of every channel, (C, …) -> (K, …), or (B, K, …)."""
+        """Apply the weight to a tensor with a value per channel, (C, …) -> (K, …) or (B, K, …)."""
         if self.weight is None:
             return values
         return values[self.weight] if isinstance(self.weight, slice) else self.weight @ values
 
     def constant(self, offset: Tensor | None) -> Tensor | None:
-        """The constant after the head, (K,), of features with a constant ``offset`` (C,)."""
+        """Compute the constant, (K,), of the head's output for features with ``offset`` (C,)."""
         if offset is None:
             return self.bias
         moved = self.on_channels(offset)
@@ -48,11 +49,11 @@ def apply_head(features: Tensor, head: Tensor | slice | None) -> Tensor: ...
 @overload
 def apply_head(features: Tensor | Map, head: Tensor | slice | None) -> Tensor | Map: ...
 def apply_head(features: Tensor | Map, head: Tensor | slice | None) -> Tensor | Map:
-    """Apply a head's weight, or choose channels, at every cell.
+    """Apply a head's weight, or select channels, at every cell.
 
     Args:
         features: (B, C, h, w).
-        head: (K, C), one for each image (B, K, C), a range of channels, or ``None`` for nothing.
+        head: as :attr:`Head.weight`; ``None`` returns the features themselves.
 
     Returns:
         (B, K, h, w).
@@ -68,10 +69,10 @@ def apply_head(features: Tensor | Map, head: Tensor | slice | None) -> Tensor | 
 
 
 class Headed:
-    """A map after a head."""
+    """A map to whose windows a head is applied when they are read."""
 
     def __init__(self, source: Map, head: Tensor | slice, bias: Tensor | None = None) -> None:
-        """Keep them; see :func:`apply_head`. The bias is (K,) or (B, K)."""
+        """Keep the map, the head (see :func:`apply_head`) and the bias, (K,) or (B, K)."""
         self.source, self.head, self.bias = source, head, bias
         self.size = source.size
         self.recorded = source.recorded or (isinstance(head, Tensor) and is_recorded(head))
@@ -83,7 +84,7 @@ class Headed:
 
 
 def add_offset(out: Tensor, offset: Tensor) -> Tensor:
-    """Add a constant per channel; in place when autograd does not watch (the output is large).
+    """Add a constant per channel; in place unless gradients are recorded, as the output is large.
 
     Args:
         out: (B, C, H, W).

@@ -1,4 +1,4 @@
-"""Upsamplers under the call that AnyUp, JAFAR, NAF and LoftUp are known by: the image first."""
+"""Upsamplers with the call signature of AnyUp, JAFAR, NAF and LoftUp, the image first."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from upfeat.upsamplers.base import Upsampler
 class ImageFirst(nn.Module):
     """An upsampler that is called as ``(image, features, output_size)``.
 
-    For code that was written for ``torch.hub.load("valeoai/NAF", "naf")`` and the like: nothing but
-    the line that loads it changes.
+    For code that was written for ``torch.hub.load("valeoai/NAF", "naf")`` or similar loaders: only
+    the line that loads the upsampler changes.
     """
 
     def __init__(self, upsampler: Upsampler) -> None:
         """Wrap an upsampler.
 
         Args:
-            upsampler: any.
+            upsampler: any upsampler of this library.
         """
         super().__init__()
         self.upsampler = upsampler
@@ -38,12 +38,12 @@ class ImageFirst(nn.Module):
         """Upsample features.
 
         Args:
-            image: (B, 3, H, W), normalised as the upsampler's weights were trained: by ImageNet's
-                mean and standard deviation for the published ones.
+            image: (B, 3, H, W), normalised as in the training of the upsampler: by ImageNet's mean
+                and standard deviation for published weights.
             features: (B, C, h, w).
-            output_size: (height, width); ``None`` for the image's.
+            output_size: (height, width); ``None`` for the image's size.
             out: a buffer to fill; see :meth:`upfeat.AnyUp.forward`.
-            q_chunk_size: AnyUp's bound on memory; accepted and not needed.
+            q_chunk_size: AnyUp's bound on memory; accepted and ignored.
 
         Returns:
             (B, C, *output_size).

@@ -1,4 +1,4 @@
-"""Upsamplers that look at the features alone: the baselines every other one must beat."""
+"""Upsamplers that use the features alone: the baselines that every other upsampler must beat."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from upfeat.geometry import interpolation_matrix
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 
 _BACKENDS = ("auto", "eager", "reference")
-"""Those that are PyTorch, whose interpolation it is."""
+"""Backends that run in PyTorch, whose interpolation these upsamplers use."""
 
 
 class InterpolationKernels:
-    """Interpolation to one size; no image is involved."""
+    """Interpolation to one output size, which does not depend on the image."""
 
     def __init__(self, output_size: Size, mode: str) -> None:
-        """Keep the size and PyTorch's name of the mode."""
+        """Keep the output size and PyTorch's name of the interpolation mode."""
         self.output_size = output_size
         self.mode = mode
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
         align_corners = None if self.mode == "nearest-exact" else False
-        # What has channels last, as tokens laid out as a grid, takes PyTorch four times as long.
+        # PyTorch takes four times as long for channels last, the layout of tokens on a grid.
         features = features.contiguous()
         return F.interpolate(
             features, size=self.output_size, mode=self.mode, align_corners=align_corners
@@ -52,13 +52,13 @@ class _Interpolation(Upsampler):
         return self.cells
 
     def __init__(self, *, backend: str = "auto") -> None:
-        """Make it.
+        """Make the upsampler.
 
         Args:
-            backend: "auto", "eager" or "reference", which are all PyTorch's interpolation.
+            backend: "auto", "eager" or "reference"; all three run PyTorch's interpolation.
 
         Raises:
-            ValueError: it is another.
+            ValueError: ``backend`` is another name.
         """
         super().__init__()
         self.set_backend(backend)
@@ -80,13 +80,13 @@ class _Interpolation(Upsampler):
         output_size: Size,
         features: Tensor | None = None,
     ) -> InterpolationKernels:
-        """See :meth:`Upsampler.prepare`; only ``output_size`` matters."""
+        """See :meth:`Upsampler.prepare`; the weights depend on ``output_size`` alone."""
         return InterpolationKernels(output_size, self.mode)
 
 
 @UPSAMPLERS.register
 class Nearest(_Interpolation):
-    """The value of the cell that a pixel lies in."""
+    """Nearest-neighbour interpolation: the value of the cell that contains the pixel."""
 
     name = "nearest"
     cells = 0

@@ -1,4 +1,4 @@
-"""JAFAR: every pixel attends to all cells; keys know the features, values are the features."""
+"""JAFAR: every pixel attends to all cells; keys depend on the features, values are the features."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from upfeat.upsamplers.residual_encoder import (
 
 
 class ImageQueries(nn.Module):
-    """The part that AnyUp and JAFAR share: an encoded image, rotated by place; queries and keys."""
+    """Encoders common to AnyUp and JAFAR: from an image to queries and keys, with rotary codes."""
 
     def __init__(self, width: int) -> None:
-        """Make it with initial weights.
+        """Make the encoders with initial weights.
 
         Args:
-            width: channels throughout.
+            width: number of channels of all layers.
         """
         super().__init__()
         self.image_encoder = ResidualEncoder(3, width)
         self.query_encoder = ResidualEncoder(width, width)
         self.key_encoder = ResidualEncoder(width, width)
         self.frequencies = nn.Parameter(torch.zeros(2, width))
-        # A geometric series of angles for each axis: rows turn one half, columns the other.
+        # A geometric series of angles for each axis: rows rotate the first half of the channels,
+        # columns the second.
         series = 2 * torch.pi * 100.0 ** torch.linspace(0, -1, width // 4)
         with torch.no_grad():
             self.frequencies[0, : width // 2] = series.repeat(2)
@@ -52,18 +53,18 @@ class ImageQueries(nn.Module):
         normed: bool = False,
         compiled: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Queries as heads compare them, and keys that know the image alone.
+        """Compute projected queries, and keys that depend on the image alone.
 
         Args:
             guidance: (B, 3, H, W).
             grid_size: (h, w).
             output_size: (height, width).
-            projection: of the queries.
-            normed: whether a group norm without weights comes before it.
-            compiled: whether the compiled library does it.
+            projection: projection of the queries; the keys are not projected.
+            normed: whether to apply a group norm without weights before the projection.
+            compiled: whether the compiled library runs the encoders.
 
         Returns:
-            (B, width, *output_size) and (B, width, *grid_size).
+            Queries (B, width, *output_size) and keys (B, width, *grid_size).
         """
         if compiled:
             return self._compiled(guidance, grid_size, output_size, projection, normed)
@@ -101,7 +102,7 @@ class ImageQueries(nn.Module):
         return queries, keys
 
     def _angles(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Of rows (H, width) and columns (W, width), 0 at the first; a pixel's are their sum."""
+        """Angles from 0 up of rows (H, width) and columns (W, width); a pixel's are their sum."""
         frequencies = self.frequencies.to(like.dtype)
         rows, columns = (
             torch.linspace(0, 1, side, dtype=like.dtype, device=like.device)[:, None] * each
@@ -111,13 +112,13 @@ class ImageQueries(nn.Module):
 
 
 class Projection(nn.Module):
-    """From queries and keys to what heads compare: a 3×3 convolution, unit scale, two maps."""
+    """Projection of queries (3×3 convolution, RMS norm, linear map) and of keys (norm, map)."""
 
     def __init__(self, width: int) -> None:
-        """Make it with PyTorch's initial weights.
+        """Make the layers with PyTorch's initial weights.
 
         Args:
-            width: channels of queries and keys.
+            width: number of channels of queries and keys.
         """
         super().__init__()
         self.blend = nn.Conv2d(width, width, 3, padding=1, bias=False)
@@ -127,16 +128,16 @@ class Projection(nn.Module):
         self.key = nn.Linear(width, width)
 
     def queries(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) -> the same."""
+        """Project queries, (B, width, H, W) -> (B, width, H, W)."""
         return _compare(self.norm_query, self.query, convolve(self.blend, x))
 
     def keys(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) -> the same."""
+        """Project keys, (B, width, h, w) -> (B, width, h, w)."""
         return _compare(self.norm_key, self.key, x)
 
 
 def _compare(norm: nn.RMSNorm, layer: nn.Linear, x: Tensor) -> Tensor:
-    """(B, width, H, W) at unit scale, mapped to what heads compare; in the precision of ``x``."""
+    """Apply an RMS norm and a linear map over channels to ``x``, (B, width, H, W), in its dtype."""
     x = x.permute(0, 2, 3, 1)
     x = F.rms_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.eps)
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype)).permute(0, 3, 1, 2)
@@ -144,11 +145,12 @@ def _compare(norm: nn.RMSNorm, layer: nn.Linear, x: Tensor) -> Tensor:
 
 @UPSAMPLERS.register
 class JAFAR(AttentionUpsampler):
-    """Queries from the image; keys from the image, modulated by the features; all cells attended.
+    """Global attention: queries from the image, keys from the image and modulated by the features.
 
-    Weights are the mean of the heads', positive with sum 1: nothing leaves the range of the
-    features. They depend on the features, and the output is linear in the values given them. Made
-    for one backbone: its keys see the features through a map of ``embed_dim`` channels.
+    The heads' weights are averaged; they are positive and sum to 1, so the output stays within the
+    range of the features. The weights depend on the features; for given weights, the output is
+    linear in the features that they are applied to. An instance serves one backbone, as an encoder
+    with ``embed_dim`` input channels reads the features for the keys.
 
     Source: Couairon et al., JAFAR: Jack up Any Feature at Any Resolution, 2025.
     """
@@ -160,13 +162,13 @@ class JAFAR(AttentionUpsampler):
     def __init__(
         self, embed_dim: int, *, width: int = 128, heads: int = 4, backend: str = "auto"
     ) -> None:
-        """Make an untrained one; :func:`upfeat.load_upsampler` reads published weights.
+        """Make an untrained upsampler; :func:`upfeat.load_upsampler` reads published weights.
 
         Args:
             embed_dim: number C of feature channels.
-            width: channels of queries and keys.
-            heads: of the attention.
-            backend: of its operator; see :mod:`upfeat.functional`.
+            width: number of channels of queries and keys.
+            heads: number of attention heads.
+            backend: backend of the attention operator; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -191,10 +193,10 @@ class JAFAR(AttentionUpsampler):
         output_size: Size,
         features: Tensor | None = None,
     ) -> AttentionKernels:
-        """See :meth:`Upsampler.prepare`; the features are needed.
+        """See :meth:`Upsampler.prepare`; features are required.
 
         Raises:
-            ValueError: there are no features, or they have another number of channels.
+            ValueError: ``features`` is ``None``, or has another number of channels.
         """
         if features is None:
             raise ValueError("features are missing: JAFAR's weights depend on them; pass features=")

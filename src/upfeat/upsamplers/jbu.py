@@ -23,14 +23,14 @@ from upfeat.upsamplers.checks import check_precision
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
 KEY_CHANNELS = 32
-"""Width D of the learned range kernel's keys."""
+"""Number of channels D of the learned range kernel's keys."""
 
 FIXUP_SCALE = 0.1
-"""The share of the fix-up's and the channel mix's output that is added."""
+"""Factor of the outputs of the fix-up network and of the channel mix before they are added."""
 
 
 class JBUStage(nn.Module):
-    """Filters for one step of joint bilateral upsampling, made from the guidance alone.
+    """Filters for one step of joint bilateral upsampling, computed from the guidance alone.
 
     Source: FeatUp, section 3.2; the fix-up network is in the published code only.
     """
@@ -51,7 +51,7 @@ class JBUStage(nn.Module):
         self.fixup_proj = PointwiseNetwork(taps + 3, taps)
 
     def temperature(self) -> Tensor:
-        """τ, the scalar that multiplies the keys' inner products."""
+        """Scalar τ by which the keys' inner products are multiplied."""
         return self.range_temperature.exp().clamp(1e-4, 1e4)
 
     def forward(self, guidance: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class JBUStage(nn.Module):
         return weights + FIXUP_SCALE * fixup
 
     def upsample(self, features: Tensor, guidance: Tensor) -> Tensor:
-        """Filter features up to the guidance's size; fused where nothing has to be kept.
+        """Upsample features to the guidance's size; in one operator if no gradients are needed.
 
         Args:
             features: (B, C, h, w).
@@ -92,13 +92,13 @@ class JBUStage(nn.Module):
         return functional.joint_bilateral_upsample(features, weights, backend=self.backend)
 
     def _compiled(self, guidance: Tensor) -> bool:
-        """Return whether the operators run as compiled ones, which are differentiable once."""
+        """Return whether the compiled operators run; they are differentiable once."""
         if self.backend not in ("auto", "cpu") or guidance.device.type != "cpu":
             return False
         return dispatch.reason_against("bilateral_weights", "cpu", guidance) is None
 
     def _can_fuse(self, features: Tensor, guidance: Tensor) -> bool:
-        """Return whether the compiled stage can run, which neither drops out nor has gradients."""
+        """Return whether the compiled stage, which has no dropout and no gradients, can run."""
         if self.training or self.backend not in ("auto", "cpu"):
             return False
         watched = (features, guidance, self.range_temperature)
@@ -109,7 +109,7 @@ class JBUStage(nn.Module):
         return dispatch.reason_against("jbu_stage", "cpu", features, guidance) is None
 
     def _parameters_in_order(self) -> list[Tensor]:
-        """Parameters of the fused stage, in its order."""
+        """Parameters in the order of the compiled stage."""
         first, second = self.range_proj[0], self.range_proj[3]
         hidden, last = self.fixup_proj[0], self.fixup_proj[3]
         return [
@@ -120,7 +120,7 @@ class JBUStage(nn.Module):
 
 
 class JBUKernels:
-    """The filters of all stages of one guidance, each made when it is needed."""
+    """The filters of all stages for one guidance; each stage's are computed when it runs."""
 
     def __init__(self, stages: nn.ModuleList, guidance: Tensor, sizes: list[Size]) -> None:
         """Keep the stages, the guidance (B, 3, H, W) and every stage's output size."""
@@ -130,7 +130,8 @@ class JBUKernels:
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
-        # All pooling first: PyTorch's threads spin for a while after it, in the way of ours.
+        # All pooling first: PyTorch's threads spin for a while afterwards, and would slow down the
+        # threads of the compiled stages.
         pooled = [F.adaptive_avg_pool2d(self.guidance, size) for size in self.sizes]
         for stage, guidance in zip(self.stages, pooled, strict=True):
             assert isinstance(stage, JBUStage)
@@ -138,11 +139,11 @@ class JBUKernels:
         return features
 
     def crop(self, features: Tensor, window: Window) -> Tensor:
-        """See :meth:`Kernels.crop`; each stage computes what the next one reads of it."""
+        """See :meth:`Kernels.crop`; each stage computes only the pixels that the next one reads."""
         return self._crop(features, window, len(self.sizes) - 1)
 
     def _crop(self, features: Tensor, window: Window, index: int) -> Tensor:
-        """The window of what stage ``index`` gives; before the first, of the features."""
+        """A window of the output of stage ``index``; of the features if ``index`` is −1."""
         if index < 0:
             return features[:, :, window.top : window.bottom, window.left : window.right]
         stage, size = self.stages[index], self.sizes[index]
@@ -162,7 +163,7 @@ class JBUKernels:
             )
         )
         guidance = resample(self.guidance, above, beside)
-        # The patch has a margin of the radius, so that its inside sees true neighbours.
+        # The patch has a margin of the radius, so that its inner pixels have their true neighbours.
         weights = stage(guidance)[:, :, radius : radius + window.height]
         weights = weights[..., radius : radius + window.width].to(features.dtype)
         down, across = (
@@ -177,12 +178,12 @@ class JBUKernels:
 
 @UPSAMPLERS.register
 class JBUStack(Upsampler):
-    """Four joint bilateral upsamplers, each doubling, guided by the image at its own size.
+    """Stack of joint bilateral upsamplers; each doubles the grid, guided by the image at its size.
 
-    Stages double while they can and the last lands on the size asked for, so any stride, output
-    size and aspect will do; a 16-fold output is the published model's arithmetic.
-    The final channel mix x + 0.1·(W·x + b) is computed on the coarse grid, where it costs 256
-    times less and gives the same.
+    Each stage doubles the grid, up to the output size, and the last goes to the output size, so any
+    stride, output size and aspect ratio are accepted; a 16-fold output is computed as in the
+    published model. The final channel mix x + 0.1·(W·x + b) of features x is computed on the coarse
+    grid, where it costs 256 times less for the same result.
 
     Source: FeatUp, section 3.2.
     """
@@ -202,11 +203,11 @@ class JBUStack(Upsampler):
         """Make a stack with initial (untrained) weights.
 
         Args:
-            embed_dim: number of feature channels C that the channel mix expects; ``None`` for no
-                mix, which serves any C ("universal").
-            radius: window radius r, from 1 to 16.
-            n_stages: how many stages, from 1 to 16.
-            backend: of the operators; see :mod:`upfeat.functional`.
+            embed_dim: number of feature channels C of the channel mix; ``None`` for no mix and any
+                C ("universal").
+            radius: window radius r in pixels of a stage's output, from 1 to 16.
+            n_stages: number of stages, from 1 to 16.
+            backend: backend of the operators; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -245,18 +246,20 @@ class JBUStack(Upsampler):
     @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`."""
-        # Every stage reads its radius on its own grid, and two cells each side of the one before;
-        # grids double, but stop at four pixels a cell if the output does. Pooled guidance overlaps.
+        # Every stage reads its radius on its output's grid, and for bicubic interpolation two cells
+        # to each side on its input's. The grid doubles at each stage, but not beyond the output's,
+        # which has at least 4 pixels per cell. The last 1 is for pooled guidance, whose cells
+        # overlap.
         cells = 0.0
         for stage in range(1, len(self.stages) + 1):
             cells += self.radius / min(1 << stage, 4) + 2 / min(1 << (stage - 1), 4)
         return math.ceil(cells) + 1
 
     def mix(self, features: Tensor) -> Tensor:
-        """X + 0.1·W·x on the coarse grid, (B, C, h, w) -> (B, C, h, w).
+        """Return x + 0.1·W·x for features x, (B, C, h, w); x itself without a channel mix.
 
         Raises:
-            ValueError: C is not the stack's ``embed_dim``, or the features are of another type.
+            ValueError: C is not the stack's ``embed_dim``, or features and weights differ in dtype.
         """
         if self.channel_mix is None:
             return features
@@ -267,13 +270,13 @@ class JBUStack(Upsampler):
                 "embed_dim=None for any number"
             )
         check_precision("features", features, self.channel_mix.weight)
-        # Dropping whole channels commutes with upsampling as the mix itself does.
+        # Dropout of whole channels commutes with upsampling, as the channel mix does.
         mixed = F.conv2d(self.channel_dropout(features), self.channel_mix.weight)
         return features + FIXUP_SCALE * mixed
 
     @property
     def offset(self) -> Tensor | None:
-        """0.1·b of the channel mix, (C,); ``None`` without one."""
+        """The constant 0.1·b of the channel mix, (C,); ``None`` without a channel mix."""
         if self.channel_mix is None:
             return None
         assert self.channel_mix.bias is not None
@@ -283,16 +286,16 @@ class JBUStack(Upsampler):
     def from_featup(cls, path: str | Path) -> JBUStack:
         """Read a checkpoint published by FeatUp, or one in its layout; in eval mode.
 
-        Nothing in the file is executed. The upsampler's tensors are taken; others that such files
-        hold (downsampler, scale network, backbone, optimiser) are reported at INFO level.
+        Nothing in the file is executed. Only the upsampler's tensors are used; other tensors in the
+        file (downsampler, scale network, backbone, optimiser) are named in a log at INFO level.
 
         Args:
             path: the ``.ckpt`` file.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a tensor checkpoint, holds code, or lacks tensors of a stack (all
-                are named), or they have other shapes.
+            ValueError: the file is not a checkpoint of tensors, contains code, lacks tensors of a
+                stack (all are named), or has tensors of other shapes.
         """
         from upfeat.upsamplers.featup_checkpoint import read_featup
 
@@ -303,20 +306,20 @@ class JBUStack(Upsampler):
             stack.load_state_dict(state)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        stack.mean, stack.std = IMAGENET  # every published one was trained with it
+        stack.mean, stack.std = IMAGENET  # every published stack was trained with it
         return stack.eval()
 
 
 def stage_sizes(grid_size: Size, output_size: Size, n_stages: int) -> list[Size]:
-    """The output size of every stage: doubling, never past the target, the last on it.
+    """Compute every stage's output size: doubled, up to the final size, which the last one gets.
 
     Args:
         grid_size: (h, w) of the features.
-        output_size: (H, W).
-        n_stages: ≥ 1.
+        output_size: (H, W), the final size.
+        n_stages: number of stages, ≥ 1.
 
     Returns:
-        ``n_stages`` sizes. 14×14 to 224×224 in four: 28, 56, 112, 224.
+        ``n_stages`` sizes; from 14×14 to 224×224 in four stages: 28, 56, 112, 224.
     """
     doubled = [
         (

@@ -1,4 +1,4 @@
-"""Classical joint bilateral upsampling: fixed Gaussians on colour and distance, no training."""
+"""Classical joint bilateral upsampling: fixed Gaussians of colour and distance, no training."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from upfeat.upsamplers.step import NeighbourhoodKernels
 
 @UPSAMPLERS.register
 class JointBilateral(Upsampler):
-    """One step from the grid to the image: nearby cells, weighed by distance and by likeness.
+    """One step from the grid to the pixels, with weights by distance and by difference of colour.
 
-    Pixel p takes the mean of the cells c within ``radius`` of its own, weighted by
-    exp(−|p − c|²/(2·sigma_spatial²) − |g(p) − g(c)|²/(2·sigma_range²)), where distances are in
-    cells and g(c) is the guidance averaged over the cell. The weights are positive and sum to 1:
-    constants stay constant and no value leaves the range of the features.
+    The output at pixel p is the mean of the cells c within ``radius`` of the pixel's cell, weighted
+    by exp(−|p − c|²/(2·sigma_spatial²) − |g(p) − g(c)|²/(2·sigma_range²)), where distances are in
+    cells, g(p) is the guidance at the pixel and g(c) its mean over the cell. The weights are
+    positive and sum to 1: constants stay constant and no value leaves the range of the features.
 
     Source: Kopf, Cohen, Lischinski and Uyttendaele, Joint Bilateral Upsampling, 2007.
     """
@@ -45,17 +45,17 @@ class JointBilateral(Upsampler):
         sigma_range: float = 0.3,
         backend: str = "auto",
     ) -> None:
-        """Choose the Gaussians.
+        """Make an upsampler with these Gaussians.
 
         Args:
-            radius: how many cells to each side take part, from 1 to 16.
+            radius: number of cells to each side that have weights, from 1 to 16.
             sigma_spatial: standard deviation of distance, in cells, from 0.001 to 1000.
             sigma_range: standard deviation of colour, in units of the normalised guidance (black
                 is −1, white 1), from 0.001 to 1000.
-            backend: of the operators; see :mod:`upfeat.functional`.
+            backend: backend of the operators; see :mod:`upfeat.functional`.
 
         Raises:
-            ValueError: one of them is out of range.
+            ValueError: an argument is out of range.
         """
         super().__init__()
         self.radius = whole("radius", radius, 1, MOST_RADIUS)
@@ -80,7 +80,7 @@ class JointBilateral(Upsampler):
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
         if guidance.shape[1] != 3:
-            guidance = even_bands(guidance) * HALF.std[0]  # as widely spread as RGB from −1 to 1
+            guidance = even_bands(guidance) * HALF.std[0]  # the spread of RGB from −1 to 1
         colours = Colours(guidance, output_size, self.sigma_range)
         return NeighbourhoodKernels(
             colours,
@@ -93,24 +93,25 @@ class JointBilateral(Upsampler):
 
     @property
     def reach(self) -> int:
-        """See :attr:`Upsampler.reach`; cells that share pixels overlap."""
+        """See :attr:`Upsampler.reach`; the 1 is for cells that overlap by shared pixels."""
         return self.radius + 1
 
 
 class Colours(Pixels):
-    """Colours of an output's pixels in units of σ, and a channel of ones: (B, 4, H, W).
+    """Queries: colours of the output's pixels in units of σ, and a channel of ones, (B, 4, H, W).
 
-    −|a − b|²/2 is ⟨a, b⟩ − |b|²/2 but for what depends on the pixel a alone, which softmax drops:
-    an inner product with one more channel.
+    For a pixel's colour a and a cell's colour b, −|a − b|²/2 = ⟨a, b⟩ − |b|²/2 − |a|²/2. The last
+    term does not change a softmax over cells, and the others are an inner product with one more
+    channel: of (a, 1) and (b, −|b|²/2).
     """
 
     def __init__(self, guidance: Tensor, output_size: Size, sigma: float) -> None:
-        """Keep what they are made of.
+        """Keep the guidance and σ.
 
         Args:
             guidance: (B, 3, H', W').
             output_size: (H, W).
-            sigma: standard deviation of colour.
+            sigma: standard deviation σ of colour.
         """
         self.guidance, self.sigma = guidance, sigma
         self.seen: Size = (guidance.shape[2], guidance.shape[3])
@@ -132,7 +133,7 @@ class Colours(Pixels):
 
 
 class ColourKeys(Computed):
-    """Keys of cells opposite :class:`Colours`: their colour and −|b|²/2, (B, 4, h, w)."""
+    """Keys for :class:`Colours`: cells' colours b in units of σ, and −|b|²/2, (B, 4, h, w)."""
 
     def __init__(self, means: CellMeans) -> None:
         """Keep the mean colours of cells."""

@@ -1,9 +1,9 @@
-"""Maps of which only the part that is asked for is computed.
+"""Lazy maps, of which only requested windows are computed.
 
-What an upsampler makes of one image is a chain of maps: queries of pixels, their means over cells,
-weights averaged over cells, features on a finer grid. A part of one depends on a part of those
-before it that is a little larger. Small images, and those that gradients go through, are computed
-whole; of others each map keeps the parts that it was asked for.
+An upsampler computes a chain of maps from one image: queries of pixels, their means over cells,
+weights averaged over cells, features on a finer grid. A window of a map depends on slightly larger
+windows of the maps before it. For small images, and where gradients are recorded, whole maps are
+computed at once; otherwise each map keeps the windows that have been requested.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 from upfeat.types import Size, Window
 
 WHOLE = 1 << 20
-"""Pixels up to which everything of an image is computed at once and kept."""
+"""Number of pixels up to which all maps of an image are computed whole and kept."""
 
 TILE = 512
-"""Side of the windows, in pixels, in which more is computed."""
+"""Side, in pixels, of the windows in which maps of larger images are computed."""
 
 
 @runtime_checkable
 class Map(Protocol):
-    """A map (B, K, H, W) that gives its windows."""
+    """A map (B, K, H, W) that is read by windows."""
 
     size: Size
     """(H, W)."""
     recorded: bool
-    """True if autograd records it."""
+    """True if autograd records the map's values."""
 
     def at(self, window: Window) -> Tensor:
-        """(B, K, window.height, window.width)."""
+        """Values in a window, (B, K, window.height, window.width)."""
         ...
 
 
 class Given:
-    """A map that is there."""
+    """A map of values that exist already."""
 
     def __init__(self, values: Tensor) -> None:
-        """Keep (B, K, H, W)."""
+        """Keep the values, (B, K, H, W)."""
         self.values = values
         self.recorded = is_recorded(values)
         self.size: Size = (values.shape[2], values.shape[3])
@@ -57,19 +57,19 @@ class Given:
 
 
 class Computed(ABC):
-    """A map that is computed where it is asked for, and kept.
+    """A map whose windows are computed when they are requested, and kept.
 
-    Gradients are recorded as they were when it was made, whoever asks first.
+    ``recorded`` is fixed when the map is made, whatever the state of autograd at a later request.
     """
 
     def __init__(self, size: Size, *, whole: bool, recorded: bool, step: int = 1) -> None:
-        """Start with nothing.
+        """Start with no values.
 
         Args:
             size: (H, W).
-            whole: compute all of it at the first call.
-            recorded: let autograd record it.
-            step: parts are widened to multiples of this.
+            whole: compute the whole map at the first request.
+            recorded: let autograd record the computation.
+            step: windows are widened to multiples of ``step`` before they are computed.
         """
         self.size = size
         self.whole = whole
@@ -80,15 +80,15 @@ class Computed(ABC):
         self._parts: tuple[Tensor, list[bytearray]] | None = None
 
     def keep_less(self) -> None:
-        """Let maps that only this one reads compute their parts again rather than keep them.
+        """Stop maps that only this map reads from keeping their windows; these are recomputed.
 
-        For readers that ask for large parts, each once. Here there are no such maps.
+        For readers that request large windows, each once. By default there are no such maps.
         """
         return
 
     @abstractmethod
     def compute(self, window: Window) -> Tensor:
-        """Values of a window, (B, K, window.height, window.width)."""
+        """Compute the values in a window, (B, K, window.height, window.width)."""
 
     def at(self, window: Window) -> Tensor:
         """See :meth:`Map.at`."""
@@ -115,7 +115,7 @@ class Computed(ABC):
         return self._all
 
     def _missing(self, window: Window, known: list[bytearray] | None) -> Window | None:
-        """The smallest rectangle of blocks that holds all of a window that is not known."""
+        """Smallest rectangle of blocks that covers all blocks of a window not yet ``known``."""
         rows, columns = self._blocks(window)
         if known is not None:
             gaps = [
@@ -141,8 +141,8 @@ class Computed(ABC):
     ) -> tuple[Tensor, list[bytearray]]:
         if kept is None:
             rows, columns = (-(-length // self.step) for length in self.size)
-            # Memory that is not written is not used; and not a tensor of inference mode, which
-            # could not be written outside of it.
+            # The system reserves no memory for pages that are never written. An inference tensor
+            # would not do, as it cannot be written outside inference mode.
             with torch.inference_mode(False):
                 shape = (*values.shape[:2], *self.size)
                 room = torch.empty(shape, dtype=values.dtype, device=values.device)
@@ -162,7 +162,7 @@ class Computed(ABC):
 
 
 def as_map(features: Tensor | Map) -> Map:
-    """A tensor as a map."""
+    """Return ``features`` as a map."""
     return Given(features) if isinstance(features, Tensor) else features
 
 
@@ -176,26 +176,26 @@ def is_recorded(*tensors: Tensor) -> bool:
 
 
 def is_whole(recorded: bool, *sizes: Size) -> bool:
-    """Return whether everything of an image of these sizes is computed at once."""
+    """Return whether all maps of an image with these sizes are computed whole."""
     return recorded or torch.compiler.is_compiling() or max(h * w for h, w in sizes) <= WHOLE
 
 
 def tiles(size: Size, side: int) -> Iterator[Window]:
-    """Windows of at most ``side``² that cover a map once, row by row; all of about one size."""
+    """Split a map into windows of at most ``side``² and about equal size, row by row."""
     height, width = (-(-length // -(-length // side)) for length in size)
     for top, left in product(range(0, size[0], height), range(0, size[1], width)):
         yield Window(top, left, min(height, size[0] - top), min(width, size[1] - left))
 
 
 def cut(values: Tensor, window: Window) -> Tensor:
-    """The window of (B, K, H, W); ``values`` themselves where it is all of them."""
+    """The values (B, K, H, W) in a window; ``values`` itself if the window covers all of them."""
     if window == (0, 0, *values.shape[2:]):
         return values
     return values[:, :, window.top : window.bottom, window.left : window.right]
 
 
 def widened(window: Window, margin: int, size: Size) -> Window:
-    """A window with a margin on every side, as far as the map goes."""
+    """The window with a margin on every side, clipped to a map of ``size``."""
     if window == (0, 0, *size):
         return window
     top, left = max(window.top - margin, 0), max(window.left - margin, 0)
@@ -204,10 +204,10 @@ def widened(window: Window, margin: int, size: Size) -> Window:
 
 
 def inside(window: Window, outer: Window) -> Window:
-    """A window in coordinates of one that holds it."""
+    """The window in coordinates of ``outer``, which contains it."""
     return Window(window.top - outer.top, window.left - outer.left, window.height, window.width)
 
 
 def moved(window: Window, by: Window) -> Window:
-    """The way back from :func:`inside`."""
+    """Inverse of :func:`inside`: shift a window by the top left corner of ``by``."""
     return Window(window.top + by.top, window.left + by.left, window.height, window.width)

@@ -1,4 +1,4 @@
-"""NAF: pixels attend to 9×9 cells, by the image alone; each head weighs channels of its own."""
+"""NAF: pixels attend to 9×9 cells by the image alone; each head has its own block of channels."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ from upfeat.upsamplers.checks import check_inputs
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4
-"""Images are shrunk to at most so many pixels for each one of the output, as published."""
+"""Largest ratio of the image's side to the output's; larger images are shrunk, as published."""
 _LARGE = 2**24
-"""Numbers of an output that is filled head by head: where its memory is more than the call's."""
+"""Size of an output, in numbers, from which it is filled head by head, to save memory."""
 
 
 @UPSAMPLERS.register
 class NAF(AttentionUpsampler):
-    """Queries are image codes rotated by place, keys their means over cells; 9×9 cells attended.
+    """Local attention: queries from the image, rotated by position; keys are means of queries.
 
-    The weights depend on the image alone, and heads share out the channels: with four, the first
-    quarter of the features goes by the first head's weights, and so on. At the border the window
-    is shifted inwards and holds as many cells as elsewhere (NATTEN's rule); an axis of fewer cells
-    than the window is attended to whole. The cell of a pixel is the one its centre lies in, for any
-    sizes; code on NATTEN rounds the ratio down, and agrees where it is a whole number.
+    The weights depend on the image alone, and the heads divide the channels among them: with four
+    heads, the first quarter of the features is upsampled with the first head's weights, and so on.
+    At the border the window is shifted inwards and keeps its number of cells (NATTEN's rule); on an
+    axis with fewer cells than the window, pixels attend to all of them. A pixel's cell is the cell
+    that contains its centre, for any sizes; published code, which uses NATTEN, rounds the ratio of
+    the sizes down, and agrees if the ratio is a whole number.
 
     Source: Chambon et al., NAF: Zero-Shot Feature Upsampling via Neighborhood Attention Filtering,
     2025.
@@ -45,7 +46,9 @@ class NAF(AttentionUpsampler):
 
     name = "naf"
     published_by = "valeoai/NAF"
-    linear = False  # in the features; but a map of mixed channels has no heads that go with it
+    # The output is linear in the features, but other maps may not replace them: which head's
+    # weights apply to a channel depends on the channel's place among the features.
+    linear = False
 
     def __init__(
         self,
@@ -55,13 +58,13 @@ class NAF(AttentionUpsampler):
         window_side: int = 9,
         backend: str = "auto",
     ) -> None:
-        """Make an untrained one; :func:`upfeat.load_upsampler` reads published weights.
+        """Make an untrained upsampler; :func:`upfeat.load_upsampler` reads published weights.
 
         Args:
-            width: channels of queries and keys; half from each encoder.
-            heads: of the attention.
-            window_side: cells, odd.
-            backend: of the attention's operator; see :mod:`upfeat.functional`.
+            width: number of channels of queries and keys; each encoder computes half of them.
+            heads: number of attention heads.
+            window_side: side of the attention window in cells, odd.
+            backend: backend of the attention operator; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -73,7 +76,8 @@ class NAF(AttentionUpsampler):
         self.window_side = whole("window_side", window_side, 1, 63)
         if self.window_side % 2 == 0:
             raise ValueError(f"window_side={window_side} must be odd")
-        # One knows a pixel's own colour, the other its surroundings.
+        # With 1×1 convolutions the first encoder reads a pixel's own colour, with 3×3 ones the
+        # second reads the pixel's surroundings.
         self.colours = ResidualEncoder(3, width // 2, bias=True, residual=False)
         self.surroundings = ResidualEncoder(
             3, width // 2, entry_size=3, kernel_size=3, bias=True, residual=False
@@ -94,7 +98,7 @@ class NAF(AttentionUpsampler):
         output_size: Size,
         features: Tensor | None = None,
     ) -> AttentionKernels:
-        """See :meth:`Upsampler.prepare`; the features play no part."""
+        """See :meth:`Upsampler.prepare`; the features are ignored."""
         if self.heads % 2 == 0 and self.compiled(guidance):
             image = self._image(guidance, output_size)
             queries, keys = self._compiled(image, grid_size, output_size)
@@ -129,8 +133,8 @@ class NAF(AttentionUpsampler):
     ) -> Tensor:
         """See :meth:`AttentionUpsampler.forward`.
 
-        On a CPU, a large output is filled a head's channels at a time, so that little stands
-        beside it: never all queries, and few once most of the output is there.
+        On a CPU, a large output is filled by heads, to limit the memory needed in addition to the
+        output: only half of the queries exist at a time, and fewer as the output fills up.
         """
         if hidden is not None or not self._runs_by_heads(features, guidance, output_size, out):
             return super().forward(features, guidance, output_size, hidden=hidden, out=out)
@@ -147,14 +151,22 @@ class NAF(AttentionUpsampler):
         ):
             queries = self._codes(image, index, size)
             keys = compiled_encoders.pool(queries, grid).to(queries.dtype)
-            # Most of the output is there by the second half: heads that are done make room.
+            # In the second half, most of the output is already in memory; copies of each head's
+            # queries can be freed as soon as that head is done.
             waiting = [queries] if index == 0 else _copies(queries, self.heads // 2)
             del queries
             self._fill(waiting, keys, values, part)
         return out
 
     def _fill(self, waiting: list[Tensor], keys: Tensor, values: Tensor, out: Tensor) -> None:
-        """Attention of some heads to their channels, the queries let go of one by one."""
+        """Apply the attention of some heads to their channels, freeing queries after use.
+
+        Args:
+            waiting: queries, in one or more tensors; each is removed when it is used.
+            keys: (B, width/2, h, w).
+            values: (B, C/2, h, w), the heads' channels of the features.
+            out: (B, C/2, H, W), the part of the output to write.
+        """
         parts, size = len(waiting), (out.shape[2], out.shape[3])
         grid = (keys.shape[2], keys.shape[3])
         rows, columns = (
@@ -194,7 +206,7 @@ class NAF(AttentionUpsampler):
         return queries, compiled_encoders.pool(queries, grid_size).to(queries.dtype)
 
     def _codes(self, image: Tensor, index: int, output_size: Size) -> Tensor:
-        """Queries of half the heads, by the first or the second encoder, (B, width/2, H, W)."""
+        """Compute half the heads' queries, with encoder ``index`` (0 or 1), (B, width/2, H, W)."""
         encoder = (self.colours, self.surroundings)[index]
         queries = compiled_encoders.encode(encoder, image, output_size).to(image.dtype)
         angles = self._angles(output_size, image.new_empty(0, dtype=torch.float32))
@@ -202,12 +214,12 @@ class NAF(AttentionUpsampler):
         return compiled_encoders.rotate(queries, (rows, columns), self.width // self.heads // 2)
 
     def _image(self, guidance: Tensor, output_size: Size) -> Tensor:
-        """The image as the compiled encoders read it, in the type that maps are stored in."""
+        """Return the image in the size and dtype that the compiled encoders read."""
         image = _shrink(self.exact(guidance), output_size)
         return image.half() if guidance.dtype == torch.float16 else image
 
     def _angles(self, size: Size, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Of every channel of a head: of rows (H, D/heads) and of columns (W, D/heads)."""
+        """Rotary angles of a head's channels: rows (H, D/heads) and columns (W, D/heads)."""
         frequencies = 2 * torch.pi / self.periods.to(like.dtype)
         rows, columns = (
             ((torch.arange(side, dtype=like.dtype, device=like.device) + 0.5) / side * 2 - 1)[
@@ -234,6 +246,6 @@ def _shrink(image: Tensor, output_size: Size) -> Tensor:
     size = (min(height, most), min(width, most))
     if image.device.type != "cpu":
         return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
-    # In float32, PyTorch's coordinates are wrong in the sixth digit.
+    # In float64, as PyTorch's float32 coordinates are wrong in the sixth digit.
     exact = F.interpolate(image.double(), size=size, mode="bilinear", align_corners=False)
     return exact.to(image.dtype)

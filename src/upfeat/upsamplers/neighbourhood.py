@@ -18,7 +18,7 @@ from upfeat.upsamplers.queries import CellMeans, Queries, Units
 from upfeat.upsamplers.step import NeighbourhoodKernels
 
 MOST_RADIUS, MOST_WIDTH, MOST_LEVELS, MOST_BACK_PROJECTIONS = 16, 1024, 16, 100
-"""Far beyond use; a configuration from anywhere builds nothing larger."""
+"""Bounds far beyond any use, so that no configuration file can demand a huge module."""
 
 INITIAL_TEMPERATURE = 8.0
 INITIAL_SIGMA = 0.6
@@ -26,15 +26,16 @@ INITIAL_SIGMA = 0.6
 
 @UPSAMPLERS.register
 class NeighbourhoodUpsampler(Upsampler):
-    """Pixels attend to the coarse cells around them: like colours and textures share features.
+    """Pixels attend to the coarse cells around them that have similar colours and textures.
 
-    A small convolutional encoder gives a query at every pixel; a cell's key is the mean of its
-    pixels' queries; both have unit length. Pixel p in cell c takes the mean of cells c + δ,
-    |δ|∞ ≤ radius, weighted by softmax(τ·⟨query, key⟩ − distance²/(2σ²)), distances in cells.
+    A small convolutional encoder computes a query for every pixel; a cell's key is the mean of its
+    pixels' queries; both are scaled to unit length. The output at pixel p of cell c is the mean of
+    cells c + δ, |δ|∞ ≤ radius, weighted by softmax(τ·⟨query, key⟩ − distance²/(2σ²)), where τ and σ
+    are learned and distances are measured in cells.
 
-    The weights are positive and sum to 1: constants stay constant, nothing leaves the range of the
-    features, and features of any backbone, stride and number of channels will do. Without training
-    it is a soft interpolation.
+    The weights are positive and sum to 1: constants stay constant, and the output stays within the
+    range of the features. Features of any backbone, stride and number of channels are accepted.
+    Without training the result is a soft interpolation.
 
     Source: ours; related to neighbourhood attention, trained by FeatUp's views (section 3.1) alone.
     """
@@ -58,15 +59,15 @@ class NeighbourhoodUpsampler(Upsampler):
         """Make an upsampler with initial (untrained) weights.
 
         Args:
-            radius: how many cells to each side take part, from 1 to 16.
-            query_dim: width of queries and keys, from 1 to 1024.
-            levels: scales of the encoder, from 1 to 16.
-            back_projections: how often to correct the coarse features by what the output, averaged
-                over each cell, lacks of them (iterative back-projection, Irani and Peleg,
-                1991), from 0 to 100.
-                Without, the output is a weighted mean and never leaves the range of the features;
-                each time, its means over cells come closer to the features, at next to no cost.
-            backend: of the operators; see :mod:`upfeat.functional`.
+            radius: number of cells to each side that a pixel attends to, from 1 to 16.
+            query_dim: number of channels of queries and keys, from 1 to 1024.
+            levels: number of scales of the encoder, from 1 to 16.
+            back_projections: number of corrections, from 0 to 100, each of which adds to the coarse
+                features their difference from the output's means over cells (iterative
+                back-projection, Irani and Peleg, 1991). Each brings those means closer to the
+                features, at next to no cost. With 0, the output is a weighted mean and never leaves
+                the range of the features.
+            backend: backend of the operators; see :mod:`upfeat.functional`.
 
         Raises:
             ValueError: an argument is out of range.
@@ -82,28 +83,28 @@ class NeighbourhoodUpsampler(Upsampler):
         self.encoder = PyramidEncoder(self.query_dim, self.levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
         self.log_sigma = nn.Parameter(torch.tensor(math.log(INITIAL_SIGMA)))
-        # A plain dictionary: made from the other settings, they are no part of the state.
+        # A plain dictionary: the upsamplers in it follow from the settings, so are not saved.
         self._for_bands: dict[tuple[object, ...], NeighbourhoodUpsampler] = {}
 
     def for_bands(self, guidance: Tensor) -> NeighbourhoodUpsampler:
-        """The same step for guidance that is not RGB: without training, by all of its bands.
+        """Return an untrained upsampler with these settings for guidance that is not RGB.
 
-        The entry of its encoder is random Fourier features of the bands, which make a Gaussian
-        kernel of the distance between them; they are drawn once and for all. Temperature and σ are
-        those that training starts from; everything else is as here.
+        The first layer of its encoder computes random Fourier features of all bands, whose inner
+        products approximate a Gaussian kernel of the distance between bands' values. They are drawn
+        from a fixed seed. Temperature and σ have the values that training starts from.
 
         Args:
             guidance: (B, N, H, W), as :func:`upfeat.upsamplers.bands.even_bands` returns it.
 
         Returns:
-            An upsampler for N bands, on the guidance's device and of its dtype; this one for 3.
+            An upsampler for N bands, on the guidance's device and of its dtype; ``self`` if N is 3.
         """
         channels = guidance.shape[1]
         if channels == self.encoder.entry.in_channels:
             return self
         key = (channels, guidance.device, guidance.dtype, *self.config().values())
         if key not in self._for_bands:
-            # Kept for the next guidance, which may want gradients where this one does not.
+            # Not inference tensors: the next guidance of this kind may need gradients.
             with torch.inference_mode(False):
                 with torch.device("meta"):
                     step = NeighbourhoodUpsampler(**self.config())
@@ -126,7 +127,7 @@ class NeighbourhoodUpsampler(Upsampler):
         }
 
     def queries(self, guidance: Tensor, output_size: Size) -> Tensor:
-        """Unit queries, (B, 3, H, W) -> (B, query_dim, *output_size)."""
+        """Compute unit queries, (B, 3, H, W) -> (B, query_dim, *output_size)."""
         return Queries(self.encoder, guidance, output_size, self.backend).all()
 
     def prepare(
@@ -145,7 +146,8 @@ class NeighbourhoodUpsampler(Upsampler):
     @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`."""
-        # The pixels of the farthest cell whose key counts, and how far their queries look.
+        # Up to the pixels of the farthest cell whose key is read, and from there the distance to
+        # which the encoder reads the image for their queries.
         return self.radius * (1 + self.back_projections) + 1 + cells_of_pixels(self.encoder.halo)
 
     @property
@@ -154,19 +156,19 @@ class NeighbourhoodUpsampler(Upsampler):
         return self.encoder.period
 
     def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
-        """See :meth:`Upsampler.precompute`; the corrections are made."""
+        """See :meth:`Upsampler.precompute`; the back-projections are applied."""
         assert isinstance(kernels, NeighbourhoodKernels)
         return kernels.precompute(mixed)
 
     def attend(
         self, queries: Computed, keys: Computed, *, widening: float = 1.0
     ) -> NeighbourhoodKernels:
-        """The step from keys' cells to queries' pixels.
+        """Make the kernels of the step from the cells of the keys to the pixels of the queries.
 
         Args:
             queries: (B, query_dim, H, W), of unit length.
-            keys: (B, query_dim, h, w), likewise.
-            widening: factor of σ.
+            keys: (B, query_dim, h, w), of unit length.
+            widening: factor by which σ is multiplied.
         """
         return NeighbourhoodKernels(
             queries,

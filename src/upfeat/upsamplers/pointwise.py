@@ -1,8 +1,8 @@
 """Two 1×1 convolutions with a GELU between them, trained without full-size intermediates.
 
-At an image's own size each intermediate of the plain layers is as large as the result. It leaves
-the caches when it is written, and comes back once more for the gradient. Here a run of pixels goes
-through the whole network while it is in the caches, and the gradient computes it again.
+At the size of the image, each intermediate of the plain layers is as large as the result: it is
+written to memory, and read again for the gradient. Here the whole network is applied to one run of
+pixels at a time, which stays in the caches, and the gradient recomputes the intermediates.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 )
 from torch.autograd.function import once_differentiable
 
-# Pixels at a time: 50 channels of them are under a megabyte.
+# Pixels of a run: with 50 channels they take less than a megabyte.
 _RUN = 4096
 
 
 class PointwiseNetwork(nn.Sequential):
-    """conv1×1, GELU, Dropout2d, conv1×1, with the hidden width of the output."""
+    """conv1×1, GELU, Dropout2d, conv1×1, with as many hidden channels as outputs."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         """Make the layers, with PyTorch's initial weights."""
@@ -39,12 +39,12 @@ class PointwiseNetwork(nn.Sequential):
         return super().forward(input)
 
     def in_runs(self, *inputs: Tensor, share: float = 1.0, residual: bool = False) -> Tensor:
-        """The same by runs of pixels: float32 on a CPU, differentiable once.
+        """Apply the network by runs of pixels: in float32 on a CPU, differentiable once.
 
         Args:
-            inputs: (B, channels, H, W) each, side by side the input.
-            share: factor of the result.
-            residual: add the first of the inputs.
+            inputs: (B, channels, H, W) each; concatenated over channels they are the input.
+            share: factor by which the network's output is multiplied.
+            residual: add the first of the inputs to the result.
 
         Returns:
             (B, out_channels, H, W).
@@ -52,15 +52,18 @@ class PointwiseNetwork(nn.Sequential):
         first, last = self[0], self[3]
         assert isinstance(first, nn.Conv2d)
         assert isinstance(last, nn.Conv2d)
-        # Whole channels are dropped: the same draw as from the map itself, and a factor of the
-        # last layer's columns.
+        # Dropout2d drops whole channels, so a 1×1 map makes the same random draw as the full map;
+        # the result multiplies the columns of the last layer's weight.
         kept = self[2](inputs[0].new_ones(len(inputs[0]), first.out_channels, 1, 1)).flatten(1)
         parameters = first.weight.flatten(1), first.bias, last.weight.flatten(1), last.bias
         return _InRuns.apply(kept, *parameters, share, residual, *inputs)
 
 
 def can_run_in_runs(*inputs: Tensor) -> bool:
-    """Return whether :meth:`PointwiseNetwork.in_runs` is for these, and of use."""
+    """Return whether :meth:`PointwiseNetwork.in_runs` supports these inputs, and saves memory.
+
+    It does so only where gradients are recorded.
+    """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return torch.is_grad_enabled() and all(
@@ -70,7 +73,11 @@ def can_run_in_runs(*inputs: Tensor) -> bool:
 
 
 class _InRuns(torch.autograd.Function):
-    """share · (W₁·kept·gelu(W₀·x + b₀) + b₁), and the first part of x where it is residual."""
+    """Compute share · (W₁·kept·gelu(W₀·x + b₀) + b₁), plus the first input if ``residual``.
+
+    W₀ and b₀ belong to the first layer, W₁ and b₁ to the last; x are the concatenated inputs and
+    ``kept`` the dropout factors of the hidden channels, (B, C).
+    """
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
@@ -122,7 +129,7 @@ class _InRuns(torch.autograd.Function):
 
 
 def _runs(inputs: list[Tensor]) -> Iterator[tuple[int, slice, list[Tensor]]]:
-    """Every image's runs of pixels: image, pixels, and each input's (channels, pixels)."""
+    """Yield every run of pixels: number of the image, pixels, each input's (channels, pixels)."""
     flat = [x.flatten(2) for x in inputs]
     for image in range(len(inputs[0])):
         for start in range(0, flat[0].shape[2], _RUN):
@@ -131,7 +138,7 @@ def _runs(inputs: list[Tensor]) -> Iterator[tuple[int, slice, list[Tensor]]]:
 
 
 def _hidden(weight: Tensor, bias: Tensor, parts: list[Tensor]) -> Tensor:
-    """The first layer on inputs side by side, (C, pixels)."""
+    """Apply the first layer to inputs that are concatenated over channels, (C, pixels)."""
     out = bias[:, None]
     for x, own in zip(parts, weight.split([len(x) for x in parts], 1), strict=True):
         out = torch.addmm(out, own, x)

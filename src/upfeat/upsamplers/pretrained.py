@@ -1,4 +1,4 @@
-"""Upsamplers by name, from folders, and from published files."""
+"""Loading of upsamplers by name, from folders, and from published files."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ from upfeat.upsamplers.saved import find_saved, load_pretrained, shipped_names
 from upfeat.upsamplers.tensor_files import SUFFIXES
 
 DEFAULT_UPSAMPLER = DetailUpsampler.name
-"""The default: with weights made for the backbone, if there are any, or else for any."""
+"""The default upsampler: with weights trained for the backbone if there are any, else universal."""
 
 
 def list_upsamplers() -> list[str]:
-    """The names that ``upfeat.load(upsampler=…)`` and ``upfeat run --upsampler`` take.
+    """Return the names that ``upfeat.load(upsampler=…)`` and ``upfeat run --upsampler`` accept.
 
-    A class's name ("jbu_stack") stands for the weights that suit the backbone best; a full one
-    ("jbu_stack_universal") for those weights.
+    The name of a class ("jbu_stack") stands for the weights that suit the backbone best; the full
+    name of weights ("jbu_stack_universal") for exactly those weights.
     """
     usable = {
         name
         for name, cls in UPSAMPLERS.items()
-        if cls.published_by is None and not cls.wants_hidden  # which have no weights for any
+        if cls.published_by is None and not cls.wants_hidden  # both have no universal weights
     }
     return sorted({*usable, *shipped_names()})
 
 
 def load_upsampler(name: str | Path, *, sha256: str | None = None) -> Upsampler:
-    """Load an upsampler for features that one already has; in eval mode and frozen.
+    """Load an upsampler for features that are computed elsewhere; in eval mode and frozen.
 
     Args:
-        name: one of :func:`list_upsamplers` ("detail": weights that suit any backbone); a folder
-            that ``save_pretrained`` wrote; or a file of a published upsampler, FeatUp, AnyUp,
-            JAFAR or NAF, which is recognised by its tensors. Only tensors are read, never code.
-        sha256: what the file must hash to; ``None`` for no check.
+        name: one of :func:`list_upsamplers` ("detail" has weights for any backbone); a folder that
+            ``save_pretrained`` wrote; or a checkpoint of FeatUp, AnyUp, JAFAR or NAF, recognised by
+            the names of its tensors. Only tensors are read, never code.
+        sha256: expected SHA-256 of the file; ``None`` for no check.
 
     Returns:
-        The upsampler; call it as ``upsampler(features, image)``, the image normalised by its
-        ``mean`` and ``std``. What a file turned out to be is in its ``origin`` and logged at INFO
-        level.
+        The upsampler; call it as ``upsampler(features, image)``, the image normalised by the
+        upsampler's ``mean`` and ``std``. For a checkpoint, the method that was recognised is stored
+        in ``origin`` and logged at INFO level.
 
     Raises:
-        FileNotFoundError: ``name`` is a path where nothing is.
-        ValueError: there is no such upsampler, or the file is damaged, another one than
-            ``sha256`` says, or holds more than tensors.
+        FileNotFoundError: ``name`` is a path that does not exist.
+        ValueError: there is no such upsampler, or the file is damaged, does not match ``sha256``,
+            or contains more than tensors.
 
     Example:
         >>> import torch
@@ -67,7 +67,7 @@ def _is_checkpoint(name: str | Path) -> bool:
 
 
 def trained_for_early(backbone: str) -> str | None:
-    """The name of weights that were trained on a backbone's early layers, if there are any."""
+    """Return the name of weights trained on the early layers of ``backbone``, or ``None``."""
     name = f"{EarlyDetailUpsampler.name}_{backbone}"
     return name if name in shipped_names() else None
 
@@ -80,12 +80,12 @@ def create_upsampler(
     Args:
         name: one of :func:`list_upsamplers`, a folder that ``save_pretrained`` wrote, or a
             published checkpoint (see :func:`load_upsampler`); ``None`` for the default.
-        embed_dim: number of channels it will be given, checked where it matters.
-        backbone: name of the backbone, for weights that were trained for it; any backbone gets
-            the universal ones without.
+        embed_dim: number of feature channels; a class's weights for another number are skipped.
+        backbone: name of the backbone, to choose weights that were trained for it; ``None`` for
+            the universal weights.
 
     Raises:
-        FileNotFoundError: ``name`` is a path where nothing is.
+        FileNotFoundError: ``name`` is a path that does not exist.
         ValueError: there is no such upsampler (close names are suggested), or its weights were
             trained on the early layers of another backbone.
     """

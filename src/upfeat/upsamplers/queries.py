@@ -17,7 +17,7 @@ from upfeat.upsamplers.maps import TILE, Computed, cut, inside, is_recorded, is_
 
 
 class Pixels(Computed):
-    """A map of pixels, kept whole if it is computed whole; else its last window alone is kept."""
+    """A map of pixels, kept whole if it is computed whole; otherwise its last window is kept."""
 
     _last: tuple[Window, Tensor] | None = None
 
@@ -32,7 +32,7 @@ class Pixels(Computed):
         return cut(values, inside(window, outer))
 
     def means(self, grid_size: Size, cells: Window) -> Tensor | None:
-        """Means over cells, (B, K, *cells), if they can be computed without keeping pixels."""
+        """Means over cells, (B, K, *cells), from a fused operator; ``None`` if there is none."""
         del grid_size, cells
         return None
 
@@ -50,13 +50,13 @@ class Queries(Pixels):
         """Keep the encoder and the guidance.
 
         Args:
-            encoder: makes them.
+            encoder: encoder that computes the queries.
             guidance: (B, channels, H', W').
             output_size: (H, W).
-            backend: of the operators.
+            backend: backend of the operators.
 
         Raises:
-            ValueError: the guidance is of another type than the encoder's weights.
+            ValueError: the guidance has another dtype than the encoder's weights.
         """
         check_precision("guidance", guidance, encoder.entry.weight)
         self.encoder, self.guidance, self.backend = encoder, guidance, backend
@@ -81,7 +81,7 @@ class Queries(Pixels):
         return unit(queries, over=True)
 
     def _encode(self, window: Window, *, unit_length: bool = False) -> Tensor:
-        """A window of the encoder's output, compiled if no gradients are recorded."""
+        """A window of the encoder's output, from the compiled encoder where that can run."""
         if self._can_fuse():
             parameters = self.encoder.parameters_in_order()
             return dispatch.call(
@@ -103,7 +103,7 @@ class Queries(Pixels):
         )
 
     def _can_fuse(self) -> bool:
-        """Return whether the compiled encoder can run, which has no gradients."""
+        """Return whether the compiled encoder, which has no gradients, can run."""
         if self.recorded or self.backend not in ("auto", "cpu"):
             return False
         if torch.is_autocast_enabled(self.guidance.device.type):
@@ -114,13 +114,13 @@ class Queries(Pixels):
 
 
 class CellMeans(Computed):
-    """The mean of a map over each cell of a grid, cells that share pixels overlapping."""
+    """The mean of a map over each cell of a grid; where sides do not divide, cells overlap."""
 
     def __init__(self, source: Pixels, grid_size: Size) -> None:
-        """Keep the map and the grid.
+        """Keep the map and the size of the grid.
 
         Args:
-            source: (B, K, H, W).
+            source: map of pixels, (B, K, H, W).
             grid_size: (h, w).
         """
         super().__init__(grid_size, whole=source.whole, recorded=source.recorded, step=2)
@@ -142,7 +142,7 @@ class CellMeans(Computed):
         return out
 
     def start_from(self, means: Tensor) -> None:
-        """Use means of all cells, (B, K, h, w), that are known already."""
+        """Use given means of all cells, (B, K, h, w), instead of computing them."""
         self._all = means
         self._parts = means, [bytearray(b"\1" * means.shape[3]) for _ in range(means.shape[2])]
 
@@ -161,10 +161,10 @@ class CellMeans(Computed):
 
 
 class Coarser(Computed):
-    """The mean over each square of cells of a finer map."""
+    """The means of a finer map over squares of f × f cells, (B, K, h, w)."""
 
     def __init__(self, finer: Computed, factor: int) -> None:
-        """Keep the map.
+        """Keep the finer map.
 
         Args:
             finer: (B, K, f·h, f·w).
@@ -181,10 +181,10 @@ class Coarser(Computed):
 
 
 class Units(Computed):
-    """A map with vectors of unit length."""
+    """A map whose vectors over channels are scaled to unit length."""
 
     def __init__(self, source: Computed) -> None:
-        """Keep the map, (B, D, H, W)."""
+        """Keep the map that is scaled, (B, D, H, W)."""
         super().__init__(
             source.size, whole=source.whole, recorded=source.recorded, step=source.step
         )
@@ -196,7 +196,7 @@ class Units(Computed):
 
 
 def cells_of_tile(size: Size, grid_size: Size) -> int:
-    """Width of a tile of pixels, in cells."""
+    """Number of cells along the side of a tile of :data:`.maps.TILE` pixels."""
     pixels = max(length / cells for length, cells in zip(size, grid_size, strict=True))
     return max(int(TILE / pixels), 1)
 

@@ -1,4 +1,4 @@
-"""The regression of one image's features on its colours and textures."""
+"""Regression of one image's features on its colours and textures."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from upfeat.upsamplers.queries import Coarser
 from upfeat.upsamplers.step import NeighbourhoodKernels
 
 STEP = 16
-"""Cells from one window of the regression to the next; a window is twice as wide."""
+"""Cells from the start of one window of the regression to the next; windows are twice as wide."""
 
 
 class _Share(NamedTuple):
-    """Weight of one window at a run of fine cells."""
+    """Weights with which one window's regression contributes to cells of the finer grid."""
 
     fine: Window
-    """The fine cells at which it counts."""
+    """Window of the finer grid in which the weights are not 0."""
     down: Tensor
-    """(fine.height,), in (0, 1], float64."""
+    """Weights of the rows of ``fine``, (fine.height,), in (0, 1], float64."""
     across: Tensor
-    """(fine.width,)."""
+    """Weights of the columns of ``fine``, (fine.width,), in (0, 1], float64."""
 
     def factors(self, like: Tensor) -> Tensor:
-        """(fine.height, fine.width)."""
+        """The products of the rows' and columns' weights, (fine.height, fine.width)."""
         return self.down.to(like)[:, None] * self.across.to(like)
 
 
 class Lacking(Computed):
-    """Mean queries of finer cells less the first step's, (B, D, *finer grid)."""
+    """Mean queries of finer cells less those upsampled by the first step, (B, D, *finer grid)."""
 
     def __init__(self, means: Map, finer: Computed, first: NeighbourhoodKernels) -> None:
-        """Keep what it is made of; see :class:`ImageRegression`."""
+        """Keep both maps of means, and the step; see :class:`ImageRegression`."""
         recorded = finer.recorded or first.recorded
         super().__init__(finer.size, whole=finer.whole, recorded=recorded, step=2)
         self.means, self.finer, self.first = means, finer, first
@@ -48,19 +48,19 @@ class Lacking(Computed):
 
 
 class ImageRegression:
-    """Predict the detail that coarse features miss, from this image's colours and textures.
+    """Predict the detail that coarse features lack, from this image's colours and textures.
 
-    The features of the cells, less their mean over the 3×3 cells around, are ridge-regressed on the
-    mean queries of the cells, less theirs; what the first step leaves out of the mean queries of
-    the finer cells goes through the same map. All of it is linear in the features, constants give
-    nothing, and features that are a linear map of the queries are found exactly but for the
-    penalty. Where a backbone says what its earlier layers see on finer cells, that stands beside
-    the queries.
+    The features of the cells, less their mean over 3×3 cells, are ridge-regressed on the mean
+    queries of the cells, less the queries' mean over 3×3 cells. The fitted map is then applied to
+    the mean queries of the finer cells, less those that the first step upsamples from the coarse
+    ones. The detail is linear in the features and 0 for constant features; features that are a
+    linear map of the queries are recovered exactly, up to the penalty. Features of the backbone's
+    early layers, where they are given, are further regressors.
 
     A large image has one regression for each of many windows of 2·``step`` cells that overlap by
-    half, and blends what they say smoothly from one centre to the next. Windows begin at
-    multiples of ``step``, so that a part of an image has those of the whole. An image of one window
-    has one regression.
+    half, and their predictions are blended smoothly from one window's centre to the next. Windows
+    begin at multiples of ``step``, so that a part of an image has the windows of the whole. An
+    image of at most 2·``step`` cells a side has one regression.
     """
 
     def __init__(
@@ -73,16 +73,16 @@ class ImageRegression:
         step: int,
         hidden: Tensor | None = None,
     ) -> None:
-        """Keep what the regression of one guidance is made of.
+        """Keep the regressors of one guidance.
 
         Args:
             means: (B, D, h, w), queries averaged over cells.
-            finer: (B, D, f·h, f·w), averaged over finer cells.
-            first: the step from the one grid to the other.
-            penalty: of the coefficients, in units of the queries' mean variance, > 0.
-            step: cells from one window to the next.
-            hidden: (B, D', h', w'), what early layers of a backbone say of the image, regressors
-                beside the queries; ``None`` for none.
+            finer: (B, D, f·h, f·w), queries averaged over the cells of a grid f times as fine.
+            first: step from the coarse grid to the finer one.
+            penalty: ridge penalty of the coefficients, in units of the queries' mean variance, > 0.
+            step: number of cells from the start of one window to the next.
+            hidden: (B, D', h', w'), features of early layers of a backbone, regressors in addition
+                to the queries; ``None`` for none.
         """
         self.behind = 0
         if hidden is not None:
@@ -97,16 +97,16 @@ class ImageRegression:
         self._fits: dict[tuple[int, int], Tensor] = {}
 
     def at(self, features: Map, window: Window) -> Tensor:
-        """Detail of a window of the finer grid, (B, C, window.height, window.width).
+        """Detail in a window of the finer grid, (B, C, window.height, window.width).
 
         Args:
             features: (B, C, h, w).
-            window: of the finer grid.
+            window: window of the finer grid.
         """
         if self.counts == (1, 1):
             return _apply(self._map(features, 0, 0), self.lacking.at(window))
         shares = self._shares(window)
-        self._look_ahead(list(shares))  # before anything asks for a part of the same means
+        self._look_ahead(list(shares))  # before a part of these means is computed alone
         lacking = self.lacking.at(window)
         out = None
         for (row, column), share in shares.items():
@@ -121,7 +121,7 @@ class ImageRegression:
         return out
 
     def _look_ahead(self, windows: list[tuple[int, int]]) -> None:
-        """Have the means of all windows computed at once: piece by piece, edges cost twice."""
+        """Compute the means of all windows at once: piece by piece, edges are computed twice."""
         new = [self._cells(*one) for one in windows if one not in self._fits]
         if new:
             top, left = min(one.top for one in new), min(one.left for one in new)
@@ -136,9 +136,10 @@ class ImageRegression:
         return values @ self._fit(row, column).to(values.dtype)
 
     def _fit(self, row: int, column: int) -> Tensor:
-        """Apply the map of one window to the features around it, (B, N, D).
+        """Matrix (B, N, D) by which features (B, C, N) are multiplied to give one window's map.
 
-        They lose the mean around them by the adjoint, on fewer channels than theirs.
+        The matrix includes the subtraction of the features' mean over 3×3 cells, as its adjoint,
+        because the queries have fewer channels than the features.
         """
         fit = self._fits.get((row, column))
         if fit is None:
@@ -170,7 +171,7 @@ class ImageRegression:
                 factors = scale_behind(inputs, inputs.shape[1] - self.behind)
                 inputs = factors * inputs
             gram = inputs @ inputs.mT
-            # The constant is for images without any colour or texture.
+            # The constant keeps the matrix positive definite for images without colour or texture.
             least = self.penalty * gram.diagonal(dim1=1, dim2=2).mean(1) + 1e-6
             eye = torch.eye(gram.shape[1], dtype=exact, device=gram.device)
             factor = torch.linalg.cholesky(gram + least[:, None, None] * eye)
@@ -181,7 +182,7 @@ class ImageRegression:
             return (spread - around[0].T @ fit @ around[1]).flatten(2).mT
 
     def _cells(self, row: int, column: int) -> Window:
-        """The cells that a window is fitted to."""
+        """Cells to which the regression of one window is fitted."""
         spans = []
         for place, count, length in zip((row, column), self.counts, self.means.size, strict=True):
             start = place * self.step
@@ -190,7 +191,7 @@ class ImageRegression:
         return Window(top, left, bottom - top, right - left)
 
     def _shares(self, window: Window) -> dict[tuple[int, int], _Share]:
-        """The windows of the regression that count in a window of the finer grid."""
+        """Regression windows that contribute to a window of the finer grid, by row and column."""
         across = [
             self._shares_along(axis, start, count)
             for axis, start, count in (
@@ -205,11 +206,16 @@ class ImageRegression:
         }
 
     def _shares_along(self, axis: int, start: int, count: int) -> dict[int, tuple[int, Tensor]]:
-        """For each window along an axis its first fine cell in a run, and its factors there."""
+        """Blending weights along one axis for a run of ``count`` fine cells from ``start`` on.
+
+        Returns:
+            By number of a window, for windows that contribute to the run: the first fine cell where
+            the window's weight is not 0, and its weights from there on.
+        """
         windows, length = self.counts[axis], self.means.size[axis]
         places = torch.arange(start, start + count, dtype=torch.float64)
         cells = (places + 0.5) * length / self.lacking.size[axis]
-        # In units of windows, 0 at the centre of the first.
+        # In units of the distance between windows, 0 at the centre of the first window.
         along = (cells / self.step - 1).clamp(0, windows - 1)
         found = {}
         for place in range(windows):
@@ -229,7 +235,10 @@ def _apply(matrix: Tensor, values: Tensor) -> Tensor:
 def _selection(
     start: int, count: int, first: int, length: int, *, like: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """``count`` values from ``start`` on out of ``length`` from ``first`` on, (count, length)."""
+    """Matrix (count, length) that selects ``count`` values from ``start`` on.
+
+    It applies to ``length`` values from ``first`` on.
+    """
     eye = torch.eye(length, dtype=dtype, device=like.device)
     return eye[start - first : start - first + count]
 
@@ -237,9 +246,9 @@ def _selection(
 def _mean_of_three(
     start: int, count: int, first: int, length: int, *, like: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """The mean of each of ``count`` values and its two neighbours, ends replicated.
+    """Matrix (count, length) of the means of each selected value and its two neighbours.
 
-    As a matrix (count, length), arguments as in :func:`_selection`.
+    The ends are replicated; the arguments are those of :func:`_selection`.
     """
     eye = torch.eye(length, dtype=dtype, device=like.device)
     means = (torch.cat([eye[:1], eye[:-1]]) + eye + torch.cat([eye[1:], eye[-1:]])) / 3

@@ -1,8 +1,9 @@
-"""The image encoders of published attention upsamplers, and what goes with them.
+"""The image encoders of published attention upsamplers, and their layers.
 
-AnyUp, JAFAR and NAF share one design: a convolution, then blocks of (group norm, SiLU, convolution)
-twice, most of them 1×1; queries and keys rotated by their place in the image. Group norms see the
-whole image, so an encoder runs once for an image, and whatever is cut into windows comes after it.
+AnyUp, JAFAR and NAF share one design: a convolution, then blocks of twice (group norm, SiLU,
+convolution), mostly 1×1; then queries and keys are rotated by their position in the image. Group
+norms depend on the whole image, so an encoder runs once for an image; only later computations can
+be split into windows.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from upfeat.transforms import channels_last, is_transformed
 from upfeat.types import Size
 
 GROUPS = 8
-"""Of every group norm, in each of the published models."""
+"""Number of groups of every group norm in each of the published models."""
 
 
 class NormBlock(nn.Module):
-    """Group norm, SiLU, convolution; twice; added to its input where it is residual."""
+    """Twice group norm, SiLU and convolution; a residual block adds the result to its input."""
 
     def __init__(self, width: int, kernel_size: int, *, bias: bool, residual: bool) -> None:
         """Make a block with PyTorch's initial weights.
 
         Args:
-            width: channels in and out, a multiple of :data:`GROUPS`.
-            kernel_size: of both convolutions, odd; edges are reflected.
-            bias: whether the convolutions have one.
-            residual: whether the input is added.
+            width: number of input and output channels, a multiple of :data:`GROUPS`.
+            kernel_size: kernel size of both convolutions, odd; edges are reflected.
+            bias: whether the convolutions have a bias.
+            residual: whether the input is added to the result.
         """
         super().__init__()
         self.norm1 = nn.GroupNorm(GROUPS, width)
@@ -41,7 +42,7 @@ class NormBlock(nn.Module):
         self.residual = residual
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Input of the second convolution, (B, width, H, W) -> the same."""
+        """Compute the input of the second convolution, (B, width, H, W) -> (B, width, H, W)."""
         x = convolve(self.conv1, _activate(self.norm1, x))
         return _activate(self.norm2, x)
 
@@ -71,14 +72,14 @@ class ResidualEncoder(nn.Sequential):
         """Make an encoder with PyTorch's initial weights.
 
         Args:
-            inputs: channels of its input; ``None`` leaves the first convolution out (something else
-                then stands in its place, as layer 0).
-            width: channels of its output.
+            inputs: number of input channels; ``None`` for no first convolution (the caller then
+                replaces layer 0 with another module).
+            width: number of output channels.
             entry_size: kernel size of the first convolution.
-            kernel_size: of those in the blocks.
+            kernel_size: kernel size of the convolutions in the blocks.
             depth: number of blocks.
-            bias: whether convolutions have one.
-            residual: whether blocks add their input.
+            bias: whether convolutions have a bias.
+            residual: whether blocks add their input to their result.
         """
         entry = nn.Identity()
         if inputs is not None:
@@ -95,7 +96,7 @@ class ResidualEncoder(nn.Sequential):
 
     @property
     def blocks(self) -> list[NormBlock]:
-        """The layers after it."""
+        """The blocks after the first convolution."""
         return [block for block in self if isinstance(block, NormBlock)]
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -111,10 +112,10 @@ class ResidualEncoder(nn.Sequential):
         return x
 
     def pooled(self, x: Tensor, size: Size) -> Tensor:
-        """The means of :meth:`forward` over the cells of a grid, (B, inputs, H, W) -> (…, *size).
+        """Average the result of :meth:`forward` over the cells of a grid, (B, width, *size).
 
-        The last 1×1 convolution is linear, so it may follow the mean: on a coarser grid it then
-        costs next to nothing.
+        The last convolution, if it is 1×1, commutes with the mean, so it is applied after the mean:
+        on a coarser grid it then costs next to nothing.
         """
         *blocks, last = self.blocks
         if size[0] * size[1] >= x.shape[2] * x.shape[3] or last.conv2.kernel_size != (1, 1):
@@ -127,7 +128,7 @@ class ResidualEncoder(nn.Sequential):
 
 
 def reflecting(inputs: int, outputs: int, kernel_size: int, *, bias: bool) -> nn.Conv2d:
-    """A convolution that keeps the size; edges are reflected."""
+    """Make a convolution that keeps the size and reflects the edges."""
     return nn.Conv2d(
         inputs,
         outputs,
@@ -139,9 +140,9 @@ def reflecting(inputs: int, outputs: int, kernel_size: int, *, bias: bool) -> nn
 
 
 def convolve(layer: nn.Module, x: Tensor) -> Tensor:
-    """A convolution of channels-last maps, in their precision; a 1×1 one as a matrix product.
+    """Apply a convolution to channels-last maps, in their dtype; 1×1 as a matrix product.
 
-    Edges are reflected as often as it takes, so that a map of one pixel has some too.
+    Edges are reflected repeatedly if need be, so maps smaller than the kernel are accepted, too.
     """
     assert isinstance(layer, nn.Conv2d)
     weight = layer.weight.to(x.dtype)
@@ -157,7 +158,7 @@ def convolve(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def group_norm(x: Tensor, groups: int, *rest: Any) -> Tensor:
-    """Apply PyTorch's group norm, which takes tensors of ``torch.func`` channels first alone."""
+    """Apply PyTorch's group norm, which needs tensors of ``torch.func`` to be channels first."""
     return F.group_norm(x.contiguous() if is_transformed(x) else x, groups, *rest)
 
 
@@ -168,7 +169,7 @@ def _activate(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def mean_over_cells(x: Tensor, size: Size) -> Tensor:
-    """Adaptive average pooling; nothing where the size is that of ``x``."""
+    """Average over cells, by adaptive pooling; return ``x`` itself if it has this size."""
     return x if x.shape[2:] == size else F.adaptive_avg_pool2d(x, size)
 
 

@@ -1,4 +1,4 @@
-"""Folders with an upsampler's configuration and weights: rebuilt, and those that are shipped."""
+"""Loading of upsamplers from folders of configuration and weights, saved or shipped."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
 _SHIPPED = Path(__file__).parent.parent / "weights"
-"""Folders that ``save_pretrained`` wrote: ``CLASS_BACKBONE``, or ``CLASS_universal`` for any."""
+"""Folder of the shipped weights, in folders ``CLASS_BACKBONE``, or ``CLASS_universal`` for any."""
 
 AnyModule = TypeVar("AnyModule")
 
 
 def shipped_names() -> list[str]:
-    """Weights inside the package."""
+    """Names of the weights inside the package."""
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
@@ -36,16 +36,19 @@ def find_saved(
     *,
     backbone: str | None = None,
 ) -> Any:
-    """An upsampler with the shipped weights that suit best, or one that needs none; or ``None``.
+    """Make an upsampler with the best-suited shipped weights, or one that needs no weights.
 
     Args:
-        name: of a class, or of shipped weights.
-        classes: by name.
-        embed_dim: number of channels it will be given, checked where it matters.
-        backbone: name of the backbone, for weights that were trained for it.
+        name: name of a class, or of shipped weights.
+        classes: upsampler classes by name.
+        embed_dim: number of feature channels; a class's weights for another number are skipped.
+        backbone: name of the backbone; weights that were trained for it are preferred.
+
+    Returns:
+        The upsampler, in eval mode; ``None`` if nothing has that name.
 
     Raises:
-        ValueError: the class has no weights here.
+        ValueError: the class needs weights, and none are shipped.
     """
     shipped = shipped_names()
     for candidate in (f"{name}_{backbone}", f"{name}_universal", name):
@@ -71,10 +74,10 @@ def find_saved(
 
 
 def load_named(name: str | Path, classes: Mapping[str, type[Any]]) -> Any:
-    """An upsampler by name, or from a folder; in eval mode.
+    """Load an upsampler by name, or from a folder; in eval mode.
 
     Raises:
-        FileNotFoundError: the folder is not there.
+        FileNotFoundError: the folder does not exist.
         ValueError: there is no such upsampler; close names are suggested.
     """
     found = find_saved(str(name), classes)
@@ -88,16 +91,16 @@ def load_named(name: str | Path, classes: Mapping[str, type[Any]]) -> Any:
 def load_pretrained(
     cls: type[AnyModule], folder: str | Path, classes: Mapping[str, type[Any]]
 ) -> AnyModule:
-    """Rebuild what :func:`save_pretrained` wrote; in eval mode.
+    """Rebuild a module that ``save_pretrained`` wrote; in eval mode.
 
     Args:
-        cls: what the result must be.
-        folder: a local one, or the name of a model repository on the Hugging Face hub.
-        classes: by the names that folders give.
+        cls: class that the module must be an instance of.
+        folder: a local folder, or the name of a model repository on the Hugging Face hub.
+        classes: classes by the name in a folder's configuration.
 
     Raises:
-        FileNotFoundError: the folder, or one of its two files, is not there.
-        ValueError: it holds another class, or tensors that do not fit.
+        FileNotFoundError: the folder, or one of its two files, does not exist.
+        ValueError: the folder contains another class, or tensors that do not fit.
     """
     folder = _local_folder(folder)
     path = folder / CONFIG_FILE
@@ -121,7 +124,7 @@ def load_pretrained(
 
 
 def _class_of(config: dict[str, Any], path: Path, classes: Mapping[str, type[Any]]) -> type[Any]:
-    """The class that a configuration names, which is taken out of it."""
+    """Remove the name of the class from a configuration, and return the class."""
     name = config.pop("upsampler", None)
     saved = classes.get(name) if isinstance(name, str) else None
     if saved is None:

@@ -1,4 +1,4 @@
-"""The step from cells to pixels: weights, corrections and sums of one image."""
+"""The neighbourhood step from cells to pixels of one image: its weights, corrections and sums."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from upfeat.upsamplers.queries import cells_of_tile
 
 
 class PixelWeights:
-    """Weights over the coarse cells around every pixel, made for the pixels that are asked for."""
+    """Weights over the coarse cells around each pixel, computed for the requested pixels only."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class PixelWeights:
         radius: int,
         backend: str,
     ) -> None:
-        """Keep what weights are made of; see :func:`upfeat.functional.neighbourhood_weights`."""
+        """Keep the arguments of :func:`upfeat.functional.neighbourhood_weights`."""
         self.queries, self.keys = queries, keys
         self.temperature, self.sigma = temperature, sigma
         self.radius, self.backend = radius, backend
@@ -63,10 +63,13 @@ class PixelWeights:
         )
 
     def mean_weights(self, window: Window) -> Tensor | None:
-        """Means over the pixels of each cell, (B, (2r+1)², *cells), if weights need not exist.
+        """Mean weights over the pixels of each cell, (B, (2r+1)², *cells), by a fused operator.
 
         Args:
-            window: all pixels of the cells.
+            window: window of all pixels of the cells.
+
+        Returns:
+            The means, or ``None`` if the pixels' weights have to be computed and kept first.
         """
         arguments = self._unkept(window)
         if arguments is None:
@@ -74,7 +77,7 @@ class PixelWeights:
         return dispatch.call("neighbourhood_mean_weights", self.backend, *arguments)
 
     def cells_of(self, window: Window) -> Window:
-        """The cells that a window's pixels read."""
+        """The cells that the pixels of a window read."""
         if window == (0, 0, *self.output_size):
             return Window(0, 0, *self.grid_size)
         spans = [
@@ -87,10 +90,10 @@ class PixelWeights:
         return widened(own, self.radius, self.grid_size)
 
     def _unkept(self, window: Window) -> list[dispatch.Argument] | None:
-        """Arguments of the operators that keep no weights; ``None`` where weights must exist.
+        """Arguments of the fused operators, which keep no weights; ``None`` if those cannot run.
 
-        That is where gradients go through them, on other backends, and in traced graphs, which
-        would hold only for sizes that were compared.
+        They cannot run when gradients are recorded, on other backends than the CPU's, under
+        autocast, and in traced graphs, which would be valid only for the sizes compared here.
         """
         if self.recorded or self.backend not in ("auto", "cpu") or torch.compiler.is_compiling():
             return None
@@ -106,7 +109,7 @@ class PixelWeights:
 
 
 class NeighbourhoodKernels(PixelWeights):
-    """Sums of coarse features with the weights of every pixel."""
+    """Weighted sums of coarse features at every pixel, after back-projections of the features."""
 
     def __init__(
         self,
@@ -119,30 +122,30 @@ class NeighbourhoodKernels(PixelWeights):
         back_projections: int = 0,
         backend: str = "auto",
     ) -> None:
-        """Keep what weights are made of; see :class:`PixelWeights`.
+        """Keep the arguments of the weights; see :class:`PixelWeights`.
 
         Args:
             queries: (B, D, H, W).
             keys: (B, D, h, w).
             temperature: scalar.
             sigma: scalar, in cells.
-            radius: in cells.
-            back_projections: how often the coarse features are corrected by what their mean over
-                each cell of the output lacks, before they are upsampled.
-            backend: of the operators.
+            radius: radius of the neighbourhood, in cells.
+            back_projections: number of corrections of the coarse features before they are
+                upsampled; each adds the features less the output's means over the cells.
+            backend: backend of the operators.
         """
         made_of = (queries, keys, temperature, sigma, radius, backend)
         super().__init__(*made_of)
         self.back_projections = back_projections
-        # Of weights of their own: objects that hold each other, and all the maps that they keep,
-        # would live until Python's collector comes by, which counts objects and not their bytes.
+        # A separate PixelWeights, not self, as a reference cycle would keep all maps alive until
+        # Python's garbage collector runs, which counts objects and not their bytes.
         self.pooled = PooledWeights(PixelWeights(*made_of))
 
     def __call__(self, features: Tensor | Map) -> Tensor:
         """(B, C, h, w) -> (B, C, H, W)."""
         source, window = as_map(features), Window(0, 0, *self.output_size)
         if self.whole:
-            # Weights that are kept give their means too.
+            # If the pixels' weights are computed anyway, their means are computed from them.
             cells = Window(0, 0, *self.grid_size)
             fused = self._unkept(window) is not None
             weights = None if fused else self.weights(window)
@@ -177,8 +180,8 @@ class NeighbourhoodKernels(PixelWeights):
             features: (B, C, h, w).
 
         Returns:
-            Kernels and features that give the same, with the corrections made, or made where they
-            are needed.
+            Kernels without corrections, and the corrected features, which give the same output; the
+            corrections of a large image are computed when they are read.
         """
         if not self.back_projections:
             return self, features
@@ -194,7 +197,7 @@ class NeighbourhoodKernels(PixelWeights):
         return plain, corrected.all() if corrected.whole else corrected
 
     def corrected(self, features: Map, cells: Window) -> Tensor:
-        """Apply the back-projections to features; return those of the cells of a window."""
+        """Apply the back-projections to features; return the result in a window of cells."""
         parts = [cells]
         for _ in range(self.back_projections):
             parts.append(widened(parts[-1], self.radius, self.grid_size))
@@ -224,7 +227,14 @@ class NeighbourhoodKernels(PixelWeights):
         cells: Window | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """Sum features of some cells, or all, at a window of pixels, with given weights or new."""
+        """Sum features at a window of pixels, with given weights or, by default, computed ones.
+
+        Args:
+            features: (B, C, *cells).
+            window: window of the output in pixels.
+            cells: window of the cells that ``features`` covers; ``None`` for the whole grid.
+            weights: (B, (2r+1)², window.height, window.width), or ``None``.
+        """
         if weights is None:
             operator = "neighbourhood_attention"
             arguments = self._unkept(window)
@@ -249,17 +259,17 @@ class NeighbourhoodKernels(PixelWeights):
 class PooledWeights(Computed):
     """Mean weights over the pixels of each cell, (B, T, h, w).
 
-    They upsample to the grid itself: what comes out is the mean over each cell of the whole output.
-    A cell in which no pixel of a small output lies keeps its own features.
+    As weights from the grid to itself they compute the mean over each cell of the full output,
+    without the output. A cell that contains no pixel, in a small output, keeps its own features.
     """
 
     def __init__(self, weights: PixelWeights) -> None:
-        """Keep the weights whose means they are."""
+        """Keep the pixels' weights, of which the means are computed."""
         super().__init__(weights.grid_size, whole=weights.whole, recorded=weights.recorded)
         self.kernels = weights
 
     def start_from(self, weights: Tensor) -> None:
-        """Take the weights of all pixels, (B, T, H, W), which are at hand."""
+        """Compute all means from the weights of all pixels, (B, T, H, W), computed already."""
         if self._all is None:
             with torch.set_grad_enabled(self.recorded):
                 whole = Window(0, 0, *self.kernels.output_size)
@@ -291,14 +301,14 @@ class PooledWeights(Computed):
         return out
 
     def _values(self, pixels: Window, cells: Window) -> Tensor:
-        """Mean weights of some cells from all of their pixels."""
+        """Mean weights of ``cells``, all of whose pixels are in the window ``pixels``."""
         values = self.kernels.mean_weights(pixels)
         return self._pool(self.kernels.weights(pixels), pixels, cells) if values is None else values
 
     def _pool(self, weights: Tensor, pixels: Window, cells: Window) -> Tensor:
-        """Pool the weights of all pixels of some cells."""
+        """Average weights of the window ``pixels`` over each of its ``cells``."""
         (height, width), (cells_down, cells_across) = self.kernels.output_size, self.size
-        # Not by divmod, which compilers cannot trace for sizes that they do not know.
+        # Not divmod, which torch.compile cannot trace for dynamic sizes.
         if height % cells_down == 0 and width % cells_across == 0:
             return F.avg_pool2d(weights, (height // cells_down, width // cells_across))
         rows, columns = (
@@ -316,17 +326,17 @@ class PooledWeights(Computed):
 
 
 class Corrected(Computed):
-    """Features with the corrections of a step, (B, C, h, w)."""
+    """Features after the back-projections of a step, (B, C, h, w)."""
 
     def __init__(self, kernels: NeighbourhoodKernels, features: Map) -> None:
-        """Keep both."""
+        """Keep the step's kernels and the features, (B, C, h, w)."""
         recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
         whole = kernels.whole or recorded
         super().__init__(kernels.grid_size, whole=whole, recorded=recorded)
         self.kernels, self.features = kernels, features
 
     def keep_less(self) -> None:
-        """Let the features compute their parts again; see :meth:`Computed.keep_less`."""
+        """Stop the features from keeping their parts; see :meth:`Computed.keep_less`."""
         if isinstance(self.features, Computed):
             self.features.keeps = False
             self.features.keep_less()
@@ -339,7 +349,15 @@ class Corrected(Computed):
 def _membership(
     cells: int, length: int, own: tuple[int, int], seen: tuple[int, int], like: Tensor
 ) -> Tensor:
-    """The mean over the pixels of each cell along one axis, as a matrix (cells, pixels)."""
+    """Matrix (cells, pixels) whose product is the mean over each cell's pixels along one axis.
+
+    Args:
+        cells: number of cells on the axis.
+        length: number of pixels on the axis.
+        own: first cell of the matrix, and one past the last.
+        seen: first pixel of the matrix, and one past the last.
+        like: tensor with the matrix's device and dtype.
+    """
     places = cell_of_pixels(cells, length, seen[0], seen[1] - seen[0], like.device)
     numbers = torch.arange(*own, device=like.device)
     belongs = (places == numbers[:, None]).to(like.dtype)

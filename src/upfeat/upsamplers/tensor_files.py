@@ -1,4 +1,4 @@
-"""Files of tensors, read without running anything that is in them."""
+"""Reading of tensor files, without running code that they contain."""
 
 from __future__ import annotations
 
@@ -11,32 +11,33 @@ from typing import Any
 import torch
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
-"""Endings of the names of checkpoint files."""
+"""File-name suffixes of checkpoints."""
 
 UNREADABLE = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
     *(ArithmeticError, MemoryError, AssertionError),
 )
-"""Errors that PyTorch raises of damaged files, beside ``UnpicklingError``."""
+"""Errors that PyTorch raises for damaged files, in addition to ``UnpicklingError``."""
 
 
 def load_pickled(path: Path) -> dict[str, Any]:
-    """Read what ``torch.save`` wrote, tensors and plain values only.
+    """Read a dictionary that ``torch.save`` wrote, with tensors and plain values only.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds more than tensors (code, perhaps), is no checkpoint or not a whole one,
-            or holds something other than a dictionary.
+        ValueError: the file contains other objects (possibly code), is damaged or no checkpoint,
+            or contains something other than a dictionary.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
-            # A pickle of another protocol than PyTorch writes is refused or read, as it deserves.
+            # PyTorch warns of pickle protocols that it does not write, and then reads or refuses
+            # the file; the error suffices.
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's message goes on for lines with advice to switch its protection off.
+        # Only its first line: PyTorch's message goes on to advise to switch its protection off.
         reason = str(error).partition("\n")[0].partition("WeightsUnpickler error")[0].strip()
         raise ValueError(
             f"{path}: holds more than tensors, so it was not loaded (it could run code); save its "
@@ -44,7 +45,7 @@ def load_pickled(path: Path) -> dict[str, Any]:
         ) from None
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0].partition(". ")[0][:120]
-        if isinstance(error, KeyError) or not reason:  # a byte that it has no name for, or nothing
+        if isinstance(error, KeyError) or not reason:  # the message is a bare opcode, or empty
             reason = type(error).__name__
         raise ValueError(f"{path}: not a whole PyTorch checkpoint ({reason})") from None
     if not isinstance(content, dict):
@@ -53,14 +54,14 @@ def load_pickled(path: Path) -> dict[str, Any]:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file begins as safetensors do: a length, then an object."""
+    """Return whether a file begins as safetensors files do: an 8-byte length, then JSON."""
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{"
 
 
 def file_digest(path: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Compute the SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**20):
