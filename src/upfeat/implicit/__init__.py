@@ -1,1 +1,1 @@
-"""Features of one image as a function of the place: what they are, and how they are fitted."""
+"""Implicit features, one image's features as a function of the place: fields, fits and files."""

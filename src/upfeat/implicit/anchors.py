@@ -1,15 +1,16 @@
-"""The fast fit: a Gaussian process of place and query, observed through the views; closed form.
+"""The fast fit: a Gaussian process of place and query, fitted to views in closed form.
 
-A view's features are, up to noise, a linear map of the features sought: warp, then the mean over
-each cell. With fixed basis functions of place and query (``KernelField``), their images under that
-map are the columns of a design matrix, and the coefficients of all channels at once are one ridge
-regression. Gradient descent does the same in thousands of passes over thousands of views.
+A view's features are, up to noise, a linear function of the image's fine features: the view warps
+the fine features, and the backbone averages them over each cell. Fixed basis functions of place and
+query (``KernelField``), warped and averaged like this, are the columns of a design matrix, and one
+ridge regression gives the coefficients of all channels. Gradient descent, the published way, needs
+thousands of steps and views for this task.
 
-The process's mean is what a one-pass upsampler makes of the image's own features, as far as the
-basis functions can say it: where the views have nothing to say, that is drawn, not a constant.
+The process's mean is the output of a one-pass upsampler for the unjittered image, projected onto
+the basis functions. Where the views do not determine the map, it equals this mean, not a constant.
 
-Magnified views show more detail, but backbone features shift with scale. A linear map, fitted per
-image, undoes that shift; only local differences are then used.
+Magnified views show more detail, but a backbone's features shift with scale. A linear map, fitted
+for each image, undoes the shift; only differences of neighbouring cells are then used.
 """
 
 from __future__ import annotations
@@ -40,26 +41,27 @@ from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 from upfeat.views import Jitter
 
 SCALES = ((0.75, 0.5, 0.7), (1.0, 5.0, 0.3))
-"""The kernel: standard deviation in cells, in query, weight. The second part hardly looks at the
-query: where it is unlike all anchors', what remains is the place."""
+"""Scales of the kernel's two Gaussians: standard deviation in cells, in query, and weight. The
+second hardly depends on the query: it covers pixels whose query resembles no anchor's."""
 NUGGET = 1e-3
 PENALTIES = (1e-3, 1e-2, 1e-1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-# Of the mean's coefficients, for every pixel of the map; so many of those are looked at, about.
+# Ridge penalty of the mean's coefficients, per pixel of the map; and about how many pixels, spread
+# over the map, the mean is fitted to.
 _MEAN_PENALTY = 0.1
 _MEAN_PIXELS = 1 << 14
 _CANDIDATES = 8192
 _ROWS = 1024
 _FIRST_ROUND = 32
-# Numbers in the table of basis functions over the map: 512 MiB.
+# Most numbers in the table of basis functions over the map: 512 MiB.
 _TABLE = 1 << 27
 _VIEWS_AT_ONCE = 8
-# Values of basis functions below this count as 0: their products are too small for single
-# precision's normal range, where processors are slow, and most anchors are far from most pixels.
+# Values of basis functions below this are set to 0: their products would be denormal numbers, with
+# which processors are slow, and most values are tiny since most anchors are far from most pixels.
 _NOTHING = 1e-15
 
 
 class KernelFit:
-    """Basis functions of one image, and the coefficients that explain the views so far."""
+    """Basis functions of one image, and the regression of their coefficients on views added."""
 
     def __init__(
         self,
@@ -72,16 +74,17 @@ class KernelFit:
         anchors: int,
         seed: int,
     ) -> None:
-        """Place the anchors; evaluate their functions over the image; find the mean.
+        """Choose the anchors, evaluate their functions over the image and fit the mean.
 
         Args:
-            guidance: (3, H, W) uint8.
-            observer: of the same image.
-            basis: of the targets; coordinates of unit variance.
-            own: (1, C, h, w), the backbone's features of the image itself.
-            hidden: (1, D, h', w'), what its earlier layers say of it; ``None`` for nothing.
-            anchors: how many at most.
-            seed: draws the candidates for anchors.
+            guidance: (3, H, W) uint8, the image.
+            observer: an observer of the image.
+            basis: the basis of the targets, with coordinates of unit variance.
+            own: (1, C, h, w), the backbone's features of the unjittered image.
+            hidden: (1, D, h', w'), features of the image from the backbone's earlier layers, or
+                ``None``.
+            anchors: largest number of anchors.
+            seed: seed of the candidates for anchors.
         """
         self.observer, self.basis, self.own = observer, basis, own
         self.scales = torch.tensor(SCALES, dtype=torch.float32)
@@ -92,7 +95,7 @@ class KernelFit:
         self.guide = QueryGuide(upsampler.encoder, upsampler.normalization or HALF)
         positions = _positions(self.guide(guidance), self.map_size, observer.grid_size)
         self.anchors = spread_anchors(positions, anchors, self.scales[0], seed)
-        self.anchors[:, 2:] = self.anchors[:, 2:].half()  # as they are stored
+        self.anchors[:, 2:] = self.anchors[:, 2:].half()  # the precision of files
         self.table = self._table(positions)  # (H', W', M)
         self.regression = Regression.empty(len(self.anchors), len(basis.components))
         self._solved: tuple[Tensor, Tensor] | None = None
@@ -103,22 +106,25 @@ class KernelFit:
         self.outside = basis.loss(observer.held_features)
 
     def add(self, views: Jitter, features: Tensor) -> None:
-        """Take in views (N) and what the backbone sees in them, (N, C, h, w)."""
+        """Add N views and their features, (N, C, h, w), to the regression."""
         self._solved = None
         self._observe(views, self._targets(features), self.regression)
 
     def _observe(self, views: Jitter, targets: Tensor, sums: Regression) -> None:
-        """Add views (N), and what is to be seen in them, (N·h·w, k), to sums."""
+        """Add N views and the coordinates of their features, (N·h·w, k), to a regression."""
         parts = targets.split(_VIEWS_AT_ONCE * math.prod(self.observer.grid_size))
         for design, target in zip(self._designs(views), parts, strict=True):
             sums.add(design, target)
 
     def add_details(self, views: Jitter, features: Tensor) -> None:
-        """Take in magnified views: differences of neighbouring cells, in the other views' words.
+        """Add differences of neighbouring cells of magnified views to the regression.
+
+        The features of magnified views are first translated, by a linear map, to match the map
+        fitted to the other views.
 
         Args:
-            views: N, magnified so far that features at their grid are details.
-            features: (N, C, h, w), what the backbone sees in them.
+            views: N views, magnified so far that their cells resolve details of the image.
+            features: (N, C, h, w), the backbone's features of these views.
         """
         grid_size = self.observer.grid_size
         drawn = self.table.flatten(0, 1) @ self.solve(0.0)  # (H'·W', k)
@@ -132,11 +138,11 @@ class KernelFit:
             self.regression.add(details(design, grid_size), target)
 
     def solve(self, slack: float) -> Tensor:
-        """Solve; each component has its own penalty.
+        """Solve the regression, with a penalty chosen for each component.
 
         Args:
-            slack: of the penalties whose held-out loss exceeds the least by no more than this
-                fraction, the largest is taken: the smoothest map.
+            slack: fraction by which the held-out loss may exceed the least; of the penalties within
+                this limit, the largest is chosen, since it gives the smoothest map.
 
         Returns:
             (M, k), the coefficients that explain the views.
@@ -150,8 +156,8 @@ class KernelFit:
         """Blend the fit to views with the one-pass map; return the field and its basis.
 
         Args:
-            coefficients: (M, k), of the views.
-            config: says how much of which.
+            coefficients: (M, k), fitted to the views.
+            config: its ``share`` and ``translation`` are used.
 
         Returns:
             The field, and the basis of its values.
@@ -159,7 +165,7 @@ class KernelFit:
         basis = self.basis
         translated, shift = self._translate(coefficients, config.translation)
         blended = torch.lerp(self.mean, translated, config.share)
-        # Rounded as they are stored: a file draws what its fit drew, to the last bit.
+        # Rounded to the precision of files: a loaded fit renders the same values, to the last bit.
         field = KernelField(
             self.anchors,
             self.scales,
@@ -171,16 +177,23 @@ class KernelFit:
         return field, Basis(basis.components, basis.mean + config.share * shift)
 
     def loss(self, coefficients: Tensor) -> float:
-        """Mean squared error of the held-out views' features, by coefficients (M, k)."""
+        """Return the mean squared error of coefficients (M, k) on the held-out views' features."""
         lengths = self.basis.components.square().sum(1).double()
         explained = float(self.held.errors(coefficients) @ lengths)
         return explained / self.basis.components.shape[1] + self.outside
 
     def _translate(self, coefficients: Tensor, part: float) -> tuple[Tensor, Tensor]:
-        """Coefficients (M, k) and shift (C,) of the map in the image's words, as far as asked for.
+        """Translate a map fitted to views into the features of the unjittered image.
 
-        Many views agree on something else than what the image says by itself: they are magnified,
-        and their borders are reflected. A linear map of channels leads from one to the other.
+        Features of views differ from those of the image, because views are magnified and have
+        reflected borders. A linear map of channels turns the former into the latter.
+
+        Args:
+            coefficients: (M, k), fitted to the views.
+            part: fraction of the translation to apply, from 0 to 1.
+
+        Returns:
+            Coefficients (M, k) of the translated map, and the shift (C,) of its mean.
         """
         shift = torch.zeros_like(self.basis.mean)
         if part == 0:
@@ -195,7 +208,7 @@ class KernelFit:
         return torch.lerp(coefficients, coefficients @ turned, part), part * shift
 
     def _solutions(self) -> tuple[Tensor, Tensor]:
-        """Coefficients (P, M, k) by penalty and their errors (P, k), kept until views are added."""
+        """Coefficients (P, M, k) for the P penalties and their held-out errors (P, k), cached."""
         if self._solved is None:
             rest = self.regression.beyond(self.mean)
             solutions = torch.stack([self.mean + rest.solve(penalty) for penalty in PENALTIES])
@@ -203,7 +216,7 @@ class KernelFit:
         return self._solved
 
     def _project(self, drawn: Tensor) -> Tensor:
-        """Coefficients (M, k) that say a map (k, H', W'), by ridge regression on its pixels."""
+        """Fit coefficients (M, k) to a map (k, H', W'), by ridge regression on its pixels."""
         step = math.ceil(math.sqrt(math.prod(self.map_size) / _MEAN_PIXELS))
         rows, columns = (slice((n - 1) % step // 2, None, step) for n in self.map_size)
         table = self.table[rows, columns].flatten(0, 1)
@@ -212,7 +225,7 @@ class KernelFit:
         return regression.solve(_MEAN_PENALTY * len(table) / math.prod(self.map_size))
 
     def _table(self, positions: Tensor) -> Tensor:
-        """Every basis function at every pixel of the map, whitened: (H', W', M)."""
+        """Evaluate every basis function, whitened, at every pixel of the map: (H', W', M)."""
         factor = whitening(self.kernel, self.anchors, NUGGET).float()
         table = positions.new_empty(len(positions), len(self.anchors))
         for part in torch.arange(len(positions)).split(_ROWS):
@@ -222,7 +235,7 @@ class KernelFit:
         return table.view(*self.map_size, -1)
 
     def _designs(self, views: Jitter) -> Iterator[Tensor]:
-        """Basis functions as views show them: (N·h·w, M), some views at a time."""
+        """Yield the design matrix of N views, (N·h·w, M), as the rows of a few views at a time."""
         rows, columns = pooled_matrices(views, self.map_size, self.observer.grid_size)
         for start in range(0, len(views), _VIEWS_AT_ONCE):
             designs = [
@@ -241,34 +254,35 @@ class KernelFit:
 
 
 class Fitted(NamedTuple):
-    """The result of a round."""
+    """The result of a round of the fit."""
 
     field: KernelField
     basis: Basis
     map_size: tuple[int, int]
-    """Pixels at which it was fitted."""
+    """(height, width) of the map on which the basis functions were evaluated, pixels."""
 
 
 Round = tuple[int, Fitted | None]
-"""Views looked at so far, with the image itself, and what was fitted to them, if that is new."""
+"""Number of views observed so far, the image included, and the result where there is a new one."""
 
 
 def fit_kernel(
     guidance: Tensor, observer: Observer, views: Jitter, zoomed: Jitter, config: FitConfig
 ) -> Iterator[Round]:
-    """Add views until held-out views are explained no better; then the details of magnified ones.
+    """Fit to views until the held-out loss stops falling, then to details of magnified views.
 
-    First the image itself is looked at; then views in rounds, each doubling their number.
+    The image itself is observed first, then views in rounds, each of which doubles their number.
 
     Args:
-        guidance: (3, H, W) uint8.
-        observer: of the same image.
-        views: to look at, at most; every prefix should be well spread.
-        zoomed: magnified views; may be none.
-        config: settings.
+        guidance: (3, H, W) uint8, the image.
+        observer: an observer of the image.
+        views: views to observe, in this order and not necessarily all; every prefix should be well
+            spread.
+        zoomed: magnified views; may be empty.
+        config: settings of the fit.
 
     Yields:
-        Progress; the last round is the result.
+        Progress; the last round contains the final result.
     """
     own, hidden = observer.look_at_image()
     yield 1, None
@@ -296,7 +310,7 @@ def fit_kernel(
 
 
 def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round, None, Tensor]:
-    """Features of views, (N, C, h, w), telling how many views have been looked at."""
+    """Observe views: yield the number observed so far, and return the features (N, C, h, w)."""
     seen = []
     for features in observer.batches(views):
         seen.append(features)
@@ -306,16 +320,17 @@ def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round,
 
 
 def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tensor:
-    """Choose anchors that cover all places and queries: each the farthest from those before it.
+    """Choose anchors that cover places and queries: each is the farthest from all chosen before.
 
     Args:
-        positions: (P, 2 + D) of the pixels.
-        n: how many at most.
-        scale: (3,) standard deviation in cells and in query, and a weight that is not used.
-        seed: draws the pixels among which to choose.
+        positions: (P, 2 + D), place in cells and query of the pixels.
+        n: largest number of anchors.
+        scale: (3,), the units of distance: standard deviation in cells and in query; the third
+            number, a weight, is not used.
+        seed: seed of the draw of candidate pixels.
 
     Returns:
-        (M, 2 + D), M ≤ n.
+        (M, 2 + D), positions of M ≤ n anchors.
     """
     order = torch.randperm(len(positions), generator=stream(seed, "anchors"))[:_CANDIDATES]
     candidates = positions[order]
@@ -326,14 +341,14 @@ def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tenso
     distance = torch.full((len(candidates),), math.inf)
     for index in range(len(chosen)):
         last = chosen[index] = distance.argmax()
-        distance[last] = -math.inf  # never again
+        distance[last] = -math.inf  # not to be chosen again
         away = torch.addmv(square, scaled, scaled[last], alpha=-2).add_(square[last])
         torch.minimum(distance, away, out=distance)
     return candidates[chosen]
 
 
 def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Show (H', W', M) functions in one view: (h, H'), (w, W') -> (h·w, M)."""
+    """Apply one view's matrices (h, H') and (w, W') to M functions (H', W', M): (h·w, M)."""
     seen = rows.ne(0).any(0).nonzero()
     first, last = int(seen[0]), int(seen[-1]) + 1
     wide = columns @ table[first:last]  # (H'', w, M)
@@ -341,14 +356,27 @@ def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _map_size(size: tuple[int, int], grid_size: tuple[int, int], anchors: int) -> tuple[int, int]:
-    """Pixels at which functions are evaluated: every other one, where cells are large enough."""
+    """Return the size (H', W') of the map on which functions are evaluated, pixels.
+
+    Half the image's size where cells are at least 16 pixels wide, and less where the table of
+    functions would be too large.
+    """
     step = 2 if min(size[0] / grid_size[0], size[1] / grid_size[1]) >= 16 else 1
     step = max(step, math.sqrt(math.prod(size) * anchors / _TABLE))
     return max(round(size[0] / step), grid_size[0]), max(round(size[1] / step), grid_size[1])
 
 
 def _positions(queries: Tensor, map_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
-    """(y, x) in cells and query, of (…, …, D), of every pixel of the map: (H'·W', 2 + D)."""
+    """Return the positions, (y, x) in cells and query, of all pixels of a map.
+
+    Args:
+        queries: (…, …, D), queries of the image at any resolution.
+        map_size: (H', W') of the map, pixels.
+        grid_size: (h, w) of the backbone's grid, cells.
+
+    Returns:
+        (H'·W', 2 + D).
+    """
     y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in map_size)
     places = torch.cartesian_prod(y, x)
     cells = (places * places.new_tensor(grid_size)).float()

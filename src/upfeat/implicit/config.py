@@ -14,7 +14,7 @@ PRESETS = ("fast", "reference")
 
 
 def _one_of(*known: str) -> Callable[[str, Any], str]:
-    """A check of a name among a few."""
+    """Return a check that a setting is one of the known names."""
 
     def check_name(name: str, value: Any) -> str:
         if value not in known:
@@ -105,7 +105,7 @@ class FitConfig:
 
     @property
     def n_views(self) -> int:
-        """Views to look at, at most."""
+        """Largest number of views to observe."""
         if self.views is not None:
             return self.views
         return 64 if self.preset == "fast" else 3000

@@ -1,8 +1,8 @@
 """Implicit features: one image's features as a function of place, at any resolution.
 
-A backbone sees many jittered copies of an image; a small function of the place, and of what the
-image shows there, is fitted to all of them at once (``upfeat.fit_implicit``). What is kept is that
-function, the image, and the basis in which it works: about a hundredth of the map that it can draw.
+``upfeat.fit_implicit`` extracts a backbone's features from many views of an image and fits one
+small function of place and image content to all of them. The function, the image and the basis of
+its values are stored: about a hundredth of the size of the map that they render.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from upfeat.upsamplers.checks import check_output_size
 if TYPE_CHECKING:
     from upfeat.images import ImageLike
 
-# Points whose values exist at once, beside the result.
+# Points evaluated at a time, which bounds the memory needed besides the result.
 _POINTS = 1 << 16
 
 
 class ImplicitFeatures(FeatureMap):
-    """Features (1, C, H, W) of one image that can be asked for at any point and resolution.
+    """Features (1, C, H, W) of one image, rendered at any point and resolution.
 
-    Everything is defined by the value at a point of the image, so renderings at different
-    resolutions agree wherever they sample the same point. Nothing here builds a gradient.
+    A value depends on its point of the image alone, so renderings at different resolutions agree
+    wherever they sample the same point. No method records gradients.
 
     Attributes:
         shape: (1, C, H, W) at the resolution of the fit.
@@ -56,14 +56,14 @@ class ImplicitFeatures(FeatureMap):
         mean: Tensor,
         facts: dict[str, Any] | None = None,
     ) -> None:
-        """Keep the parts.
+        """Assemble features from a field and a basis.
 
         Args:
-            field: place, and what the image shows there, to k coordinates.
-            guidance: (3, H, W) uint8, the image as it was fitted.
-            components: (k, C) features of one unit of each coordinate.
-            mean: (C,) features where all coordinates are 0.
-            facts: provenance, JSON values.
+            field: function of place and image content that gives k coordinates.
+            guidance: (3, H, W) uint8, the image at the size of the fit.
+            components: (k, C), the features that one unit of each coordinate adds.
+            mean: (C,), the features where all coordinates are 0.
+            facts: provenance, as JSON values.
         """
         self.field, self.guidance = field, guidance
         self.components, self.mean = components, mean
@@ -71,7 +71,7 @@ class ImplicitFeatures(FeatureMap):
         self.shape = torch.Size((1, components.shape[1], *guidance.shape[1:]))
 
     def __repr__(self) -> str:
-        """One line: the shape, what draws it, and the memory that the whole would take."""
+        """Show the shape, the backbone, the field and the memory that the full map would take."""
         coefficients = sum(one.numel() for one in self.field.tensors().values())
         held = self.facts.get("held_out")
         loss = f", held-out loss {held:.4f}" if isinstance(held, float) else ""
@@ -92,17 +92,17 @@ class ImplicitFeatures(FeatureMap):
         """Draw the whole map, a strip of rows at a time.
 
         Args:
-            output_size: (height, width), any; ``None`` for the resolution of the fit. Each value is
-                the features at the centre of its pixel.
-            dtype: of the result.
-            out: (1, C, height, width) to write to, such as a file mapped into memory.
+            output_size: any (height, width), pixels; ``None`` for the resolution of the fit. Each
+                pixel has the features of its centre.
+            dtype: type of the result; ignored if ``out`` is given.
+            out: (1, C, height, width), a tensor to write to, such as a memory-mapped file.
 
         Returns:
             (1, C, height, width).
 
         Raises:
             ValueError: the size is not two whole numbers, ``out`` has another shape, or the dtype
-                is not of floating numbers or overflows.
+                is not a floating-point type or too small for the values.
         """
         size = self._size(output_size)
         own = dtype if out is None else out.dtype
@@ -121,14 +121,17 @@ class ImplicitFeatures(FeatureMap):
         return out
 
     def full(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The map at the resolution of the fit, see :meth:`render`; (1, C, H, W)."""
+        """Render the map at the resolution of the fit, (1, C, H, W); see :meth:`render`."""
         return self.render(dtype=dtype or torch.float32)
 
     def strips(self, output_size: Size | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Draw the map as strips (C, rows, width) with their first row, for maps of any size.
+        """Render a map that need not fit into memory, as strips of rows.
 
         Args:
-            output_size: as for :meth:`render`.
+            output_size: (height, width) of the map; ``None`` for the resolution of the fit.
+
+        Yields:
+            The index of a strip's first row, and the strip (C, rows, width).
         """
         size = self._size(output_size)
         rows = max(1, _POINTS // size[1])
@@ -139,14 +142,14 @@ class ImplicitFeatures(FeatureMap):
     def crop(
         self, top: int, left: int, height: int, width: int, *, output_size: Size | None = None
     ) -> Tensor:
-        """A window of the map.
+        """Render a window of the map.
 
         Args:
             top: first row, pixels.
-            left: first column.
-            height: rows, ≥ 1.
-            width: columns, ≥ 1.
-            output_size: of the whole map; as for :meth:`render`.
+            left: first column, pixels.
+            height: number of rows, ≥ 1.
+            width: number of columns, ≥ 1.
+            output_size: (height, width) of the whole map; ``None`` for the resolution of the fit.
 
         Returns:
             (1, C, height, width).
@@ -159,17 +162,17 @@ class ImplicitFeatures(FeatureMap):
         return self._window(window, size, self.components, self.mean)[None]
 
     def at(self, points: Tensor) -> Tensor:
-        """Features at points of the image, exactly: nothing is interpolated but the image.
+        """Evaluate the features at points of the image: only the image itself is interpolated.
 
         Args:
-            points: (N, 2), (y, x) in pixels of the fit; whole numbers are pixel centres, the
-                image's border is half a pixel outside the first and the last.
+            points: (N, 2), (y, x) in pixels of the fit; whole numbers are pixel centres, and the
+                image's border is half a pixel outside the first and the last centre.
 
         Returns:
             (N, C).
 
         Raises:
-            ValueError: points of another shape, or outside the image.
+            ValueError: ``points`` has another shape, or a point is outside the image.
         """
         check_points(points)
         size = points.new_tensor(self.shape[2:], dtype=torch.float64)
@@ -184,12 +187,12 @@ class ImplicitFeatures(FeatureMap):
     def project(
         self, weight: Tensor, bias: Tensor | None = None, *, output_size: Size | None = None
     ) -> Tensor:
-        """Apply a linear head at every pixel; the C channels are never made.
+        """Apply a linear head at every pixel, without computing the C channels.
 
         Args:
-            weight: (K, C).
-            bias: (K,), or ``None``.
-            output_size: as for :meth:`render`.
+            weight: (K, C) weights of the head.
+            bias: (K,) offsets of the head, or ``None``.
+            output_size: (height, width) of the map; ``None`` for the resolution of the fit.
 
         Returns:
             (1, K, height, width), equal to the head applied to :meth:`render`.
@@ -215,12 +218,12 @@ class ImplicitFeatures(FeatureMap):
         """Write one safetensors file, whole or not at all.
 
         Args:
-            path: the file.
-            guidance: keep the image inside; otherwise only its fingerprint, and :meth:`load` needs
-                the image.
+            path: the file to write.
+            guidance: store the image in the file; otherwise only its fingerprint is stored, and
+                :meth:`load` needs the image.
 
         Raises:
-            ValueError: something to be written is NaN or infinite.
+            ValueError: a value to be written is NaN or infinite.
         """
         tensors = {f"field.{name}": value for name, value in self.field.tensors().items()}
         tensors |= {"components": self.components, "mean": self.mean}
@@ -242,16 +245,17 @@ class ImplicitFeatures(FeatureMap):
 
     @classmethod
     def load(cls, path: str | Path, image: ImageLike | None = None) -> ImplicitFeatures:
-        """Read what :meth:`save` wrote.
+        """Read a file that :meth:`save` wrote.
 
         Args:
-            path: the file.
-            image: the photograph; needed where the file does not hold it, checked where it does.
+            path: the file to read.
+            image: the photograph: required if the file does not contain it, else only compared with
+                the stored image.
 
         Raises:
             FileNotFoundError: there is no such file or image.
             ValueError: the file is truncated, of another kind or version, or was made from another
-                image.
+                image; or it contains no image and none is given.
         """
         stored = read_stored(path)
         guidance = stored.guidance
@@ -273,7 +277,7 @@ class ImplicitFeatures(FeatureMap):
     def _window(
         self, window: tuple[int, int, int, int], size: Size, components: Tensor, constant: Tensor
     ) -> Tensor:
-        """Rows and columns (top, left, height, width) of a map of ``size``: (C, height, width)."""
+        """Render a window (top, left, height, width) of a map of ``size``: (C, height, width)."""
         top, left, height, width = window
         y = (torch.arange(top, top + height, dtype=torch.float64) + 0.5) / size[0]
         x = (torch.arange(left, left + width, dtype=torch.float64) + 0.5) / size[1]
@@ -288,17 +292,17 @@ class ImplicitFeatures(FeatureMap):
 
     @cached_property
     def _seen(self) -> Tensor:
-        """The map that the field looks at, (H', W', D); made when first needed."""
+        """The field's map of the image, (H', W', D); computed on first use."""
         return self.field.look(self.guidance)
 
     @torch.no_grad()
     def _evaluate(self, places: Tensor) -> Tensor:
-        """Coordinates at places (N, 2), (y, x) in [0, 1] float64: (N, k)."""
+        """Return the coordinates (N, k) at places (N, 2) float64, (y, x) in [0, 1]."""
         return self.field(places.float(), sample(self._seen, places))
 
 
 def resize_image(pixels: Tensor, size: Size) -> Tensor:
-    """(3, H, W) in [0, 1] -> (3, *size) uint8, as :meth:`Backbone.preprocess` resizes."""
+    """Resize an image (3, H, W) in [0, 1] as :meth:`Backbone.preprocess` does: (3, *size) uint8."""
     if tuple(pixels.shape[1:]) != tuple(size):
         pixels = F.interpolate(
             pixels[None], size=tuple(size), mode="bicubic", align_corners=False, antialias=True
@@ -307,7 +311,7 @@ def resize_image(pixels: Tensor, size: Size) -> Tensor:
 
 
 def fingerprint(guidance: Tensor) -> str:
-    """A name for an image's pixels: SHA-256 over size and colours of (3, H, W) uint8."""
+    """Return the SHA-256, in hexadecimal, of the shape and the pixels of (3, H, W) uint8."""
     found = hashlib.sha256(str(tuple(guidance.shape)).encode())
     found.update(guidance.contiguous().numpy().tobytes())
     return found.hexdigest()

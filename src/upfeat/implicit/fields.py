@@ -1,10 +1,10 @@
-"""Functions of a place and of what the image shows there: what implicit features are made of.
+"""Fields, the functions of place and image content that implicit features consist of.
 
-Two kinds. A :class:`KernelField` is a sum of Gaussian bumps around anchors in place and query, the
-descriptor of colour and texture by which the neighbourhood upsampler compares pixels; it is fitted
-in closed form. A :class:`NetworkField` is the published network of Fourier features of place and
-colour (FeatUp, section 3.3), fitted by gradient descent. Both are evaluated point by point: the
-value at a point depends on nothing but the point, so every resolution and every window agree.
+A :class:`KernelField`, fitted in closed form, is a sum of Gaussian bumps around anchors. Distances
+to anchors are measured in place and in query, the descriptor of colour and texture by which the
+neighbourhood upsampler compares pixels. A :class:`NetworkField`, fitted by gradient descent, is the
+published network of Fourier features of place and colour (FeatUp, section 3.3). The value of either
+field at a point depends on that point alone, so all resolutions and windows agree.
 """
 
 from __future__ import annotations
@@ -23,70 +23,79 @@ from upfeat.implicit.guides import QueryGuide, colours
 from upfeat.tensor_checks import check_values
 
 MOST_ANCHORS = 1 << 14
-"""Of a kernel field: they are compared with one another, in a table of 2 GiB."""
+"""Most anchors of a kernel field: the table that compares all pairs of anchors has 2 GiB then."""
 MOST_SCALES = 16
 
 _TILE_CELLS = 4
-# Bumps further than this many standard deviations are below 2e-8.
+# Standard deviations at which a bump is cut off: it is below 2e-8 of its height there.
 _REACH = 6.0
-# Points evaluated together: the table of bumps, this by the number of anchors, stays in the cache.
+# Points evaluated together, so few that their table of bumps, points × anchors, fits in the cache.
 _CHUNK = 512
 _SMALLEST_LOGIT = -60.0
 _NETWORK_CHUNK = 8192
 
 
 class Field(Protocol):
-    """A function of place and of what a map of the image says there."""
+    """A function of the place and of a map of the image, such as its colours, at the place."""
 
     kind: ClassVar[str]
 
     @property
     def width(self) -> int:
-        """Number k of values."""
+        """Number k of values at a point."""
         ...
 
     def look(self, guidance: Tensor) -> Tensor:
-        """The map that the field wants to know: (3, H, W) uint8 -> (H', W', D) float32."""
+        """Compute the map that the field needs: image (3, H, W) uint8 -> (H', W', D) float32."""
         ...
 
     def __call__(self, places: Tensor, seen: Tensor) -> Tensor:
-        """Evaluate: (N, 2) places (y, x) in [0, 1], (N, D) of the map there -> (N, k)."""
+        """Evaluate the field at N points.
+
+        Args:
+            places: (N, 2), (y, x) in [0, 1] over the image.
+            seen: (N, D), the map from :meth:`look`, sampled at the places.
+
+        Returns:
+            (N, k).
+        """
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """Tensors for :func:`rebuild`."""
+        """Return the tensors that :func:`rebuild` needs."""
         ...
 
     def facts(self) -> dict[str, Any]:
-        """Settings that :func:`rebuild` needs, as JSON values."""
+        """Return the settings that :func:`rebuild` needs, as JSON values."""
         ...
 
 
 class BilateralKernel:
-    """A sum of Gaussians of the distance in place (cells) and in query (unit vectors)."""
+    """A weighted sum of Gaussians of the distance in place (cells) and in query (unit vectors)."""
 
     def __init__(self, scales: Tensor) -> None:
-        """Keep the parts.
+        """Store the scales.
 
         Args:
-            scales: (S, 3) rows (standard deviation in cells, in query, weight); weights sum to 1.
+            scales: (S, 3), a row for each Gaussian: standard deviation in cells, standard deviation
+                in query, and weight; weights sum to 1.
         """
         self.scales = scales
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
-        """Compare positions (y, x, query): (N, 2 + D), (M, 2 + D) -> (N, M), 1 for the same."""
-        # In double precision: bumps overlap and their heights nearly cancel, so an error of single
-        # precision in the distance would show.
+        """Compare positions (y, x, query): (N, 2 + D), (M, 2 + D) -> (N, M), 1 where equal."""
+        # In double precision: bumps overlap and their heights nearly cancel, which magnifies
+        # rounding errors of the distances.
         total, dtype = None, a.dtype
         a, b = a.double(), b.double()
         for place, query, weight in self.scales.tolist():
             scale = a.new_tensor([place, place] + [query] * (a.shape[1] - 2))
-            # log weight − |a − b|²/2 as one product: the squares are two more columns.
+            # log weight − |a − b|²/2 as one matrix product: the squares are two more columns.
             near, far = a / scale, b / scale
             near = torch.cat([near, _half_square(near) + math.log(weight), _ones(near)], dim=1)
             far = torch.cat([far, _ones(far), _half_square(far)], dim=1)
             logits = (near @ far.T).to(dtype)
-            # Processors are slow with numbers too small for single precision's normal range.
+            # Bounded below, because processors are slow with denormal numbers.
             part = logits.clamp_(min=_SMALLEST_LOGIT).exp_()
             total = part if total is None else total.add_(part)
         assert total is not None
@@ -94,26 +103,27 @@ class BilateralKernel:
 
     @property
     def reach(self) -> float:
-        """Distance in cells beyond which nothing is felt."""
+        """Distance in cells beyond which the kernel is negligible."""
         return _REACH * float(self.scales[:, 0].max())
 
 
 def _half_square(x: Tensor) -> Tensor:
-    """−|x|²/2: (N, D) -> (N, 1)."""
+    """Return −|x|²/2 of each row: (N, D) -> (N, 1)."""
     return x.square().sum(1, keepdim=True) / -2
 
 
 def _ones(x: Tensor) -> Tensor:
-    """(N, D) -> (N, 1)."""
+    """Return a column of ones, one for each row: (N, D) -> (N, 1)."""
     return x.new_ones(len(x), 1)
 
 
 class KernelField:
     """Gaussian bumps around anchors: the mean of a Gaussian process given linear observations.
 
-    With K the kernel between anchors and L Lᵀ = K + nugget·I, the values at a point are
-    k(point, anchors) · L⁻ᵀ · coefficients: the coefficients are of independent unit variance in the
-    prior, so a plain ridge on them is the process's prior, and half precision stores them well.
+    With k the kernel, K its matrix for all pairs of anchors and L Lᵀ = K + nugget·I, the values at
+    a point are k(point, anchors) · L⁻ᵀ · coefficients. Under the process's prior, the coefficients
+    are independent and have unit variance. Hence a plain ridge penalty on them expresses the prior,
+    and half precision stores them well.
     """
 
     kind: ClassVar[str] = "kernel"
@@ -128,16 +138,16 @@ class KernelField:
         grid_size: tuple[int, int],
         nugget: float = 1e-3,
     ) -> None:
-        """Keep the parts.
+        """Compute the heights of the bumps from the coefficients.
 
         Args:
-            anchors: (M, 2 + D) float32 positions: (y, x) in cells, query; files hold the query in
-                half precision.
-            scales: (S, 3), of :class:`BilateralKernel`.
-            coefficients: (M, k); files hold them in half precision.
-            guide: gives the queries, D wide.
-            grid_size: (h, w) cells over the image: the unit of places.
-            nugget: added to K's diagonal.
+            anchors: (M, 2 + D) float32, positions: (y, x) in cells, then the query; files store
+                queries in half precision.
+            scales: (S, 3), scales for :class:`BilateralKernel`.
+            coefficients: (M, k); files store them in half precision.
+            guide: computes the queries, vectors of length D.
+            grid_size: (h, w), the cells over the image, in which places are measured.
+            nugget: number added to the diagonal of K.
 
         Raises:
             ValueError: the anchors' queries are not as wide as the guide's.
@@ -155,15 +165,15 @@ class KernelField:
 
     @property
     def width(self) -> int:
-        """Number k of values."""
+        """Number k of values at a point."""
         return self.coefficients.shape[1]
 
     def look(self, guidance: Tensor) -> Tensor:
-        """See :class:`Field`; the queries."""
+        """Compute the queries; see :class:`Field`."""
         return self.guide(guidance)
 
     def __call__(self, places: Tensor, seen: Tensor) -> Tensor:
-        """See :class:`Field`. Points are taken in tiles of the image that are always the same."""
+        """See :class:`Field`. Points are grouped by tiles that depend on the grid alone."""
         positions = torch.cat([places * places.new_tensor(self.grid_size), seen], dim=1)
         out = places.new_empty(len(places), self.width)
         for index, nearby in self._tiles(positions[:, :2]):
@@ -173,7 +183,7 @@ class KernelField:
         return out
 
     def _tiles(self, places: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Points of one tile with the anchors that reach it, both as indices."""
+        """Yield, for each tile, the indices of its points and of the anchors within reach of it."""
         tiles = (places / _TILE_CELLS).floor().long()  # (N, 2)
         across = math.ceil(self.grid_size[1] / _TILE_CELLS) + 2
         number = (tiles[:, 0] + 1) * across + tiles[:, 1] + 1
@@ -206,7 +216,7 @@ class KernelField:
 
 
 def whitening(kernel: BilateralKernel, anchors: Tensor, nugget: float) -> Tensor:
-    """The lower triangular L with L Lᵀ = K(anchors, anchors) + nugget·I, (M, M) float64."""
+    """Return the lower triangular L, L Lᵀ = kernel(anchors, anchors) + nugget·I: (M, M) float64."""
     anchors = anchors.double()
     matrix = kernel(anchors, anchors)
     matrix.diagonal().add_(nugget)
@@ -216,9 +226,9 @@ def whitening(kernel: BilateralKernel, anchors: Tensor, nugget: float) -> Tensor
 class NetworkField(nn.Module):
     """The published network: Fourier features of place and colour, and a small MLP.
 
-    Inputs (y, x, r, g, b), each brought to [−½, ½]; sine and cosine of each at 30 frequencies from
-    e⁻² to e¹⁰ with learned phases, beside the raw colours: 303 channels. Then channel norm and
-    303→128→128→k with ReLU, channel norm and dropout.
+    The inputs (y, x, r, g, b) are scaled to [−½, ½]. The sines and cosines of each input at 30
+    frequencies from e⁻² to e¹⁰, with learned phases, and the scaled colours are 303 channels. Layer
+    norm and an MLP 303→128→128→k with ReLU, layer norm and dropout follow.
 
     Source: FeatUp, section 3.3; the sizes are the published code's.
     """
@@ -237,11 +247,11 @@ class NetworkField(nn.Module):
         """Draw initial weights.
 
         Args:
-            width: number k of values.
+            width: number k of values at a point.
             hidden: width of the hidden layers.
-            frequencies: of each of the five inputs.
-            dropout: share of channels dropped in training, before both hidden layers.
-            generator: source of the weights and, in training, of the dropout.
+            frequencies: number of frequencies of each of the five inputs.
+            dropout: fraction of channels dropped in training, before both hidden layers.
+            generator: random generator of the weights and, in training, of the dropout.
         """
         super().__init__()
         self._width, self.hidden, self.n_frequencies = width, hidden, frequencies
@@ -251,7 +261,7 @@ class NetworkField(nn.Module):
         self.high = nn.Buffer(torch.ones(3))
         self.phases = nn.Parameter(torch.randn(2, 5, frequencies, generator=generator))
         self.norm_inputs = nn.LayerNorm(inputs)
-        # Left uninitialised, since that would draw from the global generator.
+        # PyTorch's initialisation is skipped, since it would draw from the global generator.
         self.first = skip_init(nn.Linear, inputs, hidden)
         self.norm_hidden = nn.LayerNorm(hidden)
         self.second = skip_init(nn.Linear, hidden, hidden)
@@ -266,18 +276,18 @@ class NetworkField(nn.Module):
 
     @property
     def width(self) -> int:
-        """Number k of values."""
+        """Number k of values at a point."""
         return self._width
 
     def set_range(self, guidance: Tensor) -> None:
-        """Take the range of colours of an image (3, H, W), to bring them to [−½, ½]."""
+        """Store the range of each colour of an image (3, H, W), to scale colours to [−½, ½]."""
         low, high = guidance.flatten(1).aminmax(dim=1)
         self.low.copy_(low)
         # A colour that never changes stays at −½.
         self.high.copy_(torch.where(high > low, high, low + 1))
 
     def look(self, guidance: Tensor) -> Tensor:
-        """See :class:`Field`; the colours."""
+        """Return the colours; see :class:`Field`."""
         return colours(guidance)
 
     def forward(self, places: Tensor, seen: Tensor) -> Tensor:
@@ -288,7 +298,7 @@ class NetworkField(nn.Module):
         return torch.cat([self._evaluate(*part) for part in parts])
 
     def angles(self, places: Tensor, colours: Tensor) -> tuple[Tensor, Tensor]:
-        """Arguments of the waves, without their phases: (N, 150), and the scaled colours (N, 3)."""
+        """Return the arguments of the sines without phases, (N, 150), and scaled colours (N, 3)."""
         colours = (colours - self.low) / (self.high - self.low) - 0.5
         inputs = torch.cat([places - 0.5, colours], dim=1)  # (N, 5)
         like = {"dtype": places.dtype, "device": places.device}
@@ -296,9 +306,9 @@ class NetworkField(nn.Module):
         return (inputs[:, :, None] * frequencies).flatten(1), colours
 
     def kept(self, channels: int) -> Tensor:
-        """Draw factors (channels,): whole channels are dropped, the same at every point.
+        """Draw the factors of dropout, (channels,); ones when not training.
 
-        As 2-D dropout does for one image; ones when not training.
+        Whole channels are dropped at all points, as by 2-D dropout of one image.
         """
         ones = self.phases.new_ones(channels)
         if not self.training or self.dropout == 0:
@@ -307,7 +317,7 @@ class NetworkField(nn.Module):
         return (drawn >= self.dropout).to(drawn) / (1 - self.dropout)
 
     def after_first(self, x: Tensor) -> Tensor:
-        """The layers after the first linear one: (N, hidden) -> (N, k)."""
+        """Apply the layers after the first linear layer: (N, hidden) -> (N, k)."""
         x = self.norm_hidden(F.relu(x) * self.kept(x.shape[1]))
         return self.last(F.relu(self.second(x)))
 
@@ -333,10 +343,10 @@ class NetworkField(nn.Module):
 
 
 def rebuild(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Field:
-    """Make a field from what its ``kind``, ``tensors()`` and ``facts()`` said, of any file.
+    """Build a field from its ``kind``, ``tensors()`` and ``facts()``, which need not be trusted.
 
     Raises:
-        ValueError: they do not fit together, or are out of bounds or not finite.
+        ValueError: the parts do not fit together, or a number is out of bounds or not finite.
     """
     anything = {name.rpartition(".")[2]: (0.0, math.inf) for name in tensors}
     check_values("field", tensors, magnitudes=anything, floating=True)
@@ -379,7 +389,7 @@ def _rebuild_kernel(tensors: dict[str, Tensor], facts: dict[str, Any]) -> Kernel
 def _rebuild_network(tensors: dict[str, Tensor], facts: dict[str, Any]) -> NetworkField:
     width, hidden = whole("width", facts["width"]), whole("hidden", facts["hidden"])
     frequencies = whole("frequencies", facts["frequencies"])
-    # Before it is built: it is no larger than the file.
+    # Shapes are checked first, so that the network is no larger than the file.
     for name, shape in (
         ("phases", (2, 5, frequencies)),
         ("first.weight", (hidden, 10 * frequencies + 3)),

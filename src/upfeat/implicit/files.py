@@ -35,8 +35,8 @@ RENDERINGS = (".safetensors", ".npy", ".zarr", ".png", ".jpg", ".jpeg")
 """Endings that :func:`write_rendering` can write."""
 
 _PICTURES = (".png", ".jpg", ".jpeg")
-# Bytes a pixel, measured: of a picture while it is drawn; of an image while it is fitted, beside
-# its features. Bytes of the tables of basis functions, of whatever size the image.
+# Measured memory in bytes: per pixel of a picture while it is drawn; per pixel of an image while it
+# is fitted, without its features; and of the tables of basis functions, for an image of any size.
 _DRAWING = 60
 _FITTING = 5200
 _FIT_TABLES = 200 << 20
@@ -56,23 +56,23 @@ def fit_photograph(
 ) -> ImplicitFeatures:
     """Fit one photograph and write the result.
 
-    Where there is no picture yet, one appears as soon as there is a first result to draw.
+    If the picture does not exist yet, it is drawn from the fit's first result and then updated.
 
     Args:
         photo: an image file.
-        backbone: makes the features.
-        config: settings.
+        backbone: extracts the features.
+        config: settings of the fit.
         output: the safetensors file; replaced when the fit has ended.
-        picture: where to draw image and features, or ``None``.
-        guidance: keep the image in the file.
-        max_pixels: as :func:`upfeat.images.read_image` takes it.
-        made_by: what ``identify_backbone`` says, where it is known already.
-        on_step: is told of progress.
+        picture: file in which to draw the image and its features, or ``None``.
+        guidance: store the image in the output.
+        max_pixels: limit of the photograph's size, for :func:`upfeat.images.read_image`.
+        made_by: result of ``identify_backbone``, if it was called already.
+        on_step: called with the progress of the fit.
 
     Raises:
         FileNotFoundError: there is no such photograph.
-        ValueError: as :func:`fit_implicit`; memory would not do; or another process writes the
-            output.
+        ValueError: :func:`fit_implicit` refuses the image or a setting, memory does not suffice, or
+            another process writes the output.
         OSError: writing failed.
     """
     early = picture if picture is not None and not picture.exists() else None
@@ -103,7 +103,7 @@ def fit_photograph(
 def _write(
     features: ImplicitFeatures, output: Path, picture: Path | None, recipe: str, *, guidance: bool
 ) -> None:
-    """Write both files, or neither."""
+    """Write the features, and the picture if there is a path for it; both files or neither."""
     if picture is None:
         features.save(output, guidance=guidance)
         return
@@ -121,9 +121,9 @@ def is_fitted(
     picture: Path | None = None,
     guidance: bool = True,
 ) -> bool:
-    """Return whether an earlier run has written what :func:`fit_photograph` would write.
+    """Return whether an earlier run has written the files that :func:`fit_photograph` would write.
 
-    The arguments are those of that function.
+    The arguments are those of :func:`fit_photograph`.
     """
     try:
         recipe = recipe_of(photo, identify_backbone(backbone), config, guidance=guidance)
@@ -133,13 +133,13 @@ def is_fitted(
 
 
 def recipe_of(photo: Path, made_by: str, config: FitConfig, *, guidance: bool) -> str:
-    """Digest of all that the fit of a photograph depends on, as its result records it.
+    """Return a digest of everything that the fit of a photograph depends on; outputs record it.
 
     Args:
-        photo: the file.
-        made_by: what ``identify_backbone`` says.
-        config: settings.
-        guidance: whether the image is kept in the result.
+        photo: the image file.
+        made_by: result of ``identify_backbone``.
+        config: settings of the fit.
+        guidance: whether the image is stored in the output.
 
     Raises:
         OSError: the photograph cannot be read.
@@ -148,7 +148,7 @@ def recipe_of(photo: Path, made_by: str, config: FitConfig, *, guidance: bool) -
 
 
 def write_picture(features: ImplicitFeatures, path: Path) -> None:
-    """Draw the image beside a PCA of its features, at the size of the fit."""
+    """Draw the image and a PCA of its features side by side, at the size of the fit."""
     write_bytes(path, _drawn(features, path.suffix, ""))
 
 
@@ -159,14 +159,14 @@ def _drawn(features: ImplicitFeatures, suffix: str, recipe: str) -> bytes:
 
 
 def draw(features: ImplicitFeatures, output_size: tuple[int, int] | None = None) -> Image.Image:
-    """The three main components of features as colours.
+    """Draw the three main components of features as colours.
 
-    The basis and the range of colours are those of a small map, so that they are the same at every
-    size.
+    The components and the range of colours are computed from a small map, so that they do not
+    depend on the size of the picture.
 
     Args:
-        features: what to draw.
-        output_size: (height, width) of the picture; ``None`` for that of the fit.
+        features: features to draw.
+        output_size: (height, width) of the picture, pixels; ``None`` for the size of the fit.
     """
     height, width = features.shape[2:]
     basis = PCABasis(features.render((max(height // 8, 2), max(width // 8, 2)))[0])
@@ -182,18 +182,20 @@ def write_rendering(
     dtype: torch.dtype = torch.float16,
     on_rows: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Render to a file, a strip at a time: the map may be larger than the memory.
+    """Render features to a file, a strip at a time: the map may be larger than the memory.
 
     Args:
-        features: to render.
-        path: its suffix says how: ``.safetensors`` (a tensor ``features``), ``.npy`` or ``.zarr``
-            for (C, H, W) values; ``.png`` or ``.jpg`` for a picture of three components.
-        output_size: (height, width); ``None`` for that of the fit.
-        dtype: of values: ``torch.float16`` or ``torch.float32``.
-        on_rows: is told rows done and of how many.
+        features: features to render.
+        path: the file, in the format of its suffix: ``.safetensors`` (a tensor ``features``),
+            ``.npy`` or ``.zarr`` for (C, H, W) values; ``.png`` or ``.jpg`` for a picture of three
+            components.
+        output_size: (height, width), pixels; ``None`` for the size of the fit.
+        dtype: type of values: ``torch.float16`` or ``torch.float32``.
+        on_rows: called with the number of rows written and the number of all rows.
 
     Raises:
-        ValueError: another suffix or dtype, values that overflow float16, or zarr is not installed.
+        ValueError: the suffix or dtype is another, values overflow float16, the folder does not
+            exist, memory does not suffice for a picture, or zarr is not installed.
         OSError: writing failed.
     """
     suffix = path.suffix.lower()
@@ -221,7 +223,7 @@ def write_rendering(
 
 
 WriteRows = Callable[[int, "NDArray[Any]"], None]
-"""Write rows (C, rows, W) from the given one on."""
+"""Function that writes rows: given the index of the first row, and the rows (C, rows, W)."""
 
 
 @contextmanager
@@ -279,7 +281,7 @@ def _check_memory(photo: Path, backbone: Backbone, config: FitConfig) -> None:
 
 
 def _recipe(source: str, made_by: str, config: FitConfig, *, guidance: bool) -> dict[str, Any]:
-    """All that a fit depends on, as JSON values."""
+    """Return everything that a fit depends on, as JSON values."""
     return {
         "source": source,
         "backbone_identity": hashlib.sha256(made_by.encode()).hexdigest(),

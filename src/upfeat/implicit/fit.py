@@ -1,4 +1,4 @@
-"""Fit implicit features to one image: the fast way, in closed form, or the published one."""
+"""Fits of implicit features to one image: the fast fit, in closed form, and the published fit."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ _DEFAULT_SIZE = 224
 _PCA_VIEWS = 50
 _REPORT_EVERY = 50
 _LEAST_VARIANCE = 1e-10
-"""Of held-out features over their mean square: below, they vary by rounding alone."""
+"""Variance of held-out features over their mean square below which they vary by rounding alone."""
 _MOST_ERROR = 1e3
-"""Over that variance: the error of constant features, fitted to rounding, is small too."""
+"""Held-out loss over the variance beyond which features that vary by rounding alone are refused: a
+backbone whose features are truly constant is fitted to within rounding, and accepted."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class FitProgress:
 
     Attributes:
         done: units of work done.
-        total: of all.
+        total: units of work in all, at most.
         held_out: loss on held-out views relative to a constant map's; ``None`` until known.
-        features: what the fit has found so far, where that is new.
+        features: features fitted so far, where they are new, else ``None``.
     """
 
     done: int
@@ -62,23 +63,24 @@ def fit_implicit(
     on_step: OnFit | None = None,
     **settings: Any,
 ) -> ImplicitFeatures:
-    """Fit a function of place and image to what a backbone sees in many views of one image.
+    """Fit a function of place and image content to a backbone's features of many views of an image.
 
     Args:
-        image: a path, PIL image, array or tensor, as :func:`upfeat.images.read_image` takes them.
-        backbone: a backbone, its name, or a module or function to wrap as one.
-        config: settings; the fast preset by default.
-        on_step: is told of progress.
-        **settings: fields of :class:`FitConfig` that replace the configuration's, as ``size=64``.
+        image: a path, PIL image, array or tensor, as for :func:`upfeat.images.read_image`.
+        backbone: a backbone, the name of a backbone, or a module or function to wrap as a backbone.
+        config: settings of the fit; ``None`` for the fast preset.
+        on_step: called with the progress of the fit.
+        **settings: fields of :class:`FitConfig`, such as ``size=64``, that replace those of
+            ``config``.
 
     Returns:
-        The features; ``facts["held_out"]`` is the loss on views that were never fitted, relative to
-        that of a constant map.
+        The features; ``facts["held_out"]`` is the loss on the held-out views, which were never
+        fitted, relative to the loss of a constant map.
 
     Raises:
         FileNotFoundError: there is no such image.
-        ValueError: it cannot be read, is smaller than the backbone's stride, the backbone gives
-            NaN or infinity, or there is no such setting.
+        ValueError: the image cannot be read or is smaller than the backbone's stride, there is no
+            such setting, the backbone gives NaN or infinity, or the views are too few to fit to.
 
     Source: FeatUp (Fu, Hamilton et al., ICLR 2024), section 3.3.
     """
@@ -99,7 +101,7 @@ def fit_implicit(
 
 
 def default_size(shorter: int, backbone: Backbone) -> int:
-    """The shorter side at which an image is fitted whose own is ``shorter`` pixels."""
+    """Return the shorter side, pixels, at which to fit an image of shorter side ``shorter``."""
     return min(shorter, max(_DEFAULT_SIZE, backbone.stride))
 
 
@@ -114,13 +116,13 @@ def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:
 def fit_guidance(
     guidance: Tensor, backbone: Backbone, config: FitConfig, *, on_step: OnFit | None = None
 ) -> ImplicitFeatures:
-    """Fit an image that already has its final size.
+    """Fit an image that already has the size of the fit.
 
     Args:
-        guidance: (3, H, W) uint8.
-        backbone: in whatever mode it is; it is run in eval mode.
-        config: settings; ``size`` plays no part.
-        on_step: is told of progress.
+        guidance: (3, H, W) uint8, the image.
+        backbone: extracts the features; it is run in eval mode, and its mode is then restored.
+        config: settings of the fit; ``size`` is ignored.
+        on_step: called with the progress of the fit.
     """
     features = None
     for progress in fit_rounds(guidance, backbone, config):
@@ -133,15 +135,15 @@ def fit_guidance(
 
 @torch.no_grad()
 def fit_rounds(guidance: Tensor, backbone: Backbone, config: FitConfig) -> Iterator[FitProgress]:
-    """Fit an image round by round; the features of the last one are the result.
+    """Fit an image round by round; the features of the last round are the result.
 
     Args:
-        guidance: (3, H, W) uint8.
-        backbone: in whatever mode it is; it is run in eval mode.
-        config: settings; ``size`` plays no part.
+        guidance: (3, H, W) uint8, the image.
+        backbone: extracts the features; it is run in eval mode, and its mode is then restored.
+        config: settings of the fit; ``size`` is ignored.
 
     Yields:
-        Progress, with features where a round has made some.
+        Progress, with features whenever there are new ones.
     """
     was_training = backbone.training
     backbone.eval()
@@ -235,13 +237,14 @@ def _assemble(
     config: FitConfig,
     views: int,
 ) -> ImplicitFeatures:
-    """Join the parts, judge them by the held-out views and write down where they come from.
+    """Assemble features, compute their held-out loss and record their provenance.
 
-    They are judged at this ``size``, or that of the image for ``None``.
+    The loss is computed from a map of ``size``, (height, width) in pixels; ``None`` for the size of
+    the image.
 
     Raises:
-        ValueError: there was too little to fit to, so that the features are not finite, or to judge
-            by.
+        ValueError: there were too few views to fit to, so that the features are not finite, or the
+            held-out features do not vary, so that they cannot judge the fit.
     """
     features = ImplicitFeatures(field, guidance, basis.components, basis.mean)
     loss, scale = observer.held_out_loss(features.render(size)), observer.held_out_variance

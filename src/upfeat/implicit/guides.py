@@ -1,4 +1,4 @@
-"""Maps of the image that implicit features read at points, beside the place."""
+"""Maps of the image, such as its colours, that implicit features sample at their points."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from upfeat.tensor_checks import check_layouts, layouts_of
 from upfeat.upsamplers.encoder import PyramidEncoder, unit
 from upfeat.upsamplers.neighbourhood import MOST_LEVELS, MOST_WIDTH
 
-# Numbers in a map of queries: 256 MiB. Of larger images the map is coarser than they are.
+# Most numbers in a map of queries: 256 MiB. A larger image is reduced to fit.
 _LARGEST_MAP = 1 << 26
 
 
 def colours(guidance: Tensor) -> Tensor:
-    """RGB in [0, 1]: (3, H, W) uint8 -> (H, W, 3) float32."""
+    """Convert an image to RGB in [0, 1]: (3, H, W) uint8 -> (H, W, 3) float32."""
     return (guidance.float() / 255).permute(1, 2, 0).contiguous()
 
 
 class QueryGuide:
-    """The unit queries of a neighbourhood upsampler: like where colours and textures are alike.
+    """The queries of a neighbourhood upsampler: unit vectors, similar for similar image content.
 
-    The encoder's weights are rounded to half precision, as files hold them, so that a file draws
-    what its fit drew.
+    The encoder's weights are rounded to half precision, the precision of files, so that a loaded
+    fit renders the same values as the original.
     """
 
     def __init__(self, encoder: PyramidEncoder, normalization: Normalization = HALF) -> None:
-        """Take a copy of the encoder.
+        """Copy the encoder.
 
         Args:
-            encoder: of an upsampler.
-            normalization: of the images that its weights were trained on.
+            encoder: encoder of a neighbourhood upsampler.
+            normalization: normalisation of the images that the encoder was trained on.
         """
         self.normalization = normalization
         self.encoder = copy.deepcopy(encoder).float().eval().requires_grad_(False)
@@ -47,35 +47,38 @@ class QueryGuide:
 
     @torch.no_grad()
     def __call__(self, guidance: Tensor) -> Tensor:
-        """(3, H, W) uint8 -> (H', W', width) float32; the image's size, but for huge images."""
+        """Compute the queries of an image: (3, H, W) uint8 -> (H', W', width) float32.
+
+        The map has the size of the image, unless its numbers would exceed ``_LARGEST_MAP``.
+        """
         image = normalised(guidance, self.normalization, _LARGEST_MAP // self.width)
         return unit(self.encoder(image), over=True)[0].permute(1, 2, 0).contiguous()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights, in half precision without loss."""
+        """Return the weights in half precision, to which they are rounded already."""
         return {name: value.half() for name, value in self.encoder.state_dict().items()}
 
     def facts(self) -> dict[str, Any]:
-        """Settings that :meth:`rebuild` needs, as JSON values."""
+        """Return the settings that :meth:`rebuild` needs, as JSON values."""
         mean, std = (list(one) for one in self.normalization)
         return {"width": self.width, "levels": self.levels, "mean": mean, "std": std}
 
     @staticmethod
     def rebuild(tensors: dict[str, Tensor], facts: dict[str, Any]) -> QueryGuide:
-        """Make a guide from what :meth:`tensors` and :meth:`facts` said.
+        """Build a guide from its :meth:`tensors` and :meth:`facts`.
 
         Raises:
             KeyError: a setting is missing.
-            ValueError: one is out of bounds, or the weights do not fit the settings.
+            ValueError: a setting is out of bounds, or the weights do not fit the settings.
         """
         width = whole("width", facts["width"], 1, MOST_WIDTH)
         levels = whole("levels", facts["levels"], 1, MOST_LEVELS)
-        # Files that do not say are older than the question.
+        # Old files do not record the normalisation; it was always HALF.
         normalization = check_normalization(*(facts.get(key, HALF.mean) for key in ("mean", "std")))
         with torch.device("meta"):
             expected = PyramidEncoder(width, levels).state_dict()
         check_layouts("guide", layouts_of(tensors), expected)
-        with torch.random.fork_rng(devices=[]):  # the first weights are drawn, then replaced
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
             encoder = PyramidEncoder(width, levels)
         encoder.load_state_dict(tensors)
         return QueryGuide(encoder, normalization)
@@ -85,9 +88,9 @@ def normalised(guidance: Tensor, normalization: Normalization, most: int) -> Ten
     """Normalise an image for an upsampler.
 
     Args:
-        guidance: (3, H, W) uint8.
-        normalization: of the images that the upsampler's weights were trained on.
-        most: pixels; a larger image is reduced.
+        guidance: (3, H, W) uint8, the image.
+        normalization: normalisation of the images that the upsampler was trained on.
+        most: largest number of pixels; a larger image is reduced.
 
     Returns:
         (1, 3, H', W') float32.
@@ -102,10 +105,10 @@ def normalised(guidance: Tensor, normalization: Normalization, most: int) -> Ten
 
 
 def sample(maps: Tensor, places: Tensor) -> Tensor:
-    """Values between pixels, bilinear; beyond the outermost centres, theirs.
+    """Interpolate a map bilinearly; beyond the outermost pixel centres, their values are repeated.
 
     Args:
-        maps: (H, W, D) float32, laid over the image edge to edge.
+        maps: (H, W, D) float32, a map that covers the image from border to border.
         places: (N, 2) float64, (y, x) in [0, 1] from border to border.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Observations of one image's fit: the backbone's features of views, and a basis for them."""
+"""Observations to which an image's fit is made: features of views, and a basis for them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from upfeat.randomness import stream
 from upfeat.views import Jitter, sample_jitters
 
 _BATCH, _BATCH_ON_CPU = 16, 4
-# Views that go through the backbone together: few stay in a processor's cache.
+# Views in a batch of the backbone. On the CPU a small batch is faster, since it stays in the cache.
 
 
 class Observer:
-    """Shows one image to a backbone in many ways.
+    """Extracts a backbone's features of one image and of views of it.
 
     Attributes:
-        size: (H, W) of the image.
-        grid_size: (h, w) of the features.
-        held: the views that are kept from every fit.
-        held_features: (V, C, h, w), what the backbone sees in them.
+        size: (H, W) of the image, pixels.
+        grid_size: (h, w) of the features, cells.
+        held: the held-out views, which no fit uses.
+        held_features: (V, C, h, w), the backbone's features of the held-out views.
     """
 
     def __init__(
@@ -38,18 +38,18 @@ class Observer:
         max_zoom: float,
         seed: int,
     ) -> None:
-        """Look at the views that are held out.
+        """Draw the held-out views and extract their features.
 
         Args:
-            guidance: (3, H, W) uint8.
-            backbone: makes the features.
-            held_out: how many views to hold out.
-            max_pad: of the views, pixels.
-            max_zoom: of the views.
-            seed: draws the views that are held out.
+            guidance: (3, H, W) uint8, the image.
+            backbone: extracts the features.
+            held_out: number of held-out views.
+            max_pad: largest padding of the views, pixels.
+            max_zoom: largest magnification of the views.
+            seed: seed of the draw of held-out views.
 
         Raises:
-            ValueError: as :meth:`observe`.
+            ValueError: the backbone gives NaN or infinity.
         """
         self.backbone = backbone
         self.size = (guidance.shape[1], guidance.shape[2])
@@ -71,7 +71,7 @@ class Observer:
         """Extract the backbone's features of views.
 
         Args:
-            views: of the image.
+            views: N views of the image.
 
         Returns:
             (N, C, h, w) float32 on the CPU.
@@ -83,30 +83,31 @@ class Observer:
 
     @torch.no_grad()
     def batches(self, views: Jitter) -> Iterator[Tensor]:
-        """The same, some views at a time."""
+        """Yield the features that :meth:`observe` returns, a batch of views at a time."""
         batch = _BATCH_ON_CPU if self.image.device.type == "cpu" else _BATCH
         for start in range(0, len(views), batch):
             part = views[slice(start, start + batch)]
             rows, columns = part.matrices(device=self.image.device)
-            # Three channels: a dense product is quicker than leaving out its zeros.
+            # With three channels, a dense product is faster than one that skips the zeros.
             shown = rows[:, None] @ self.image @ columns.mT[:, None]
             yield self._checked(self.backbone(shown))
 
     @torch.no_grad()
     def look_at_image(self) -> tuple[Tensor, Tensor | None]:
-        """Extract the backbone's features of the image itself, and those of earlier layers.
+        """Extract the features of the image itself: the backbone's output and earlier layers.
 
         Returns:
-            (1, C, h, w), and (1, D, h', w') or ``None``, float32 on the CPU.
+            The output (1, C, h, w), and the features (1, D, h', w') of earlier layers, or ``None``
+            if the backbone gives none; float32 on the CPU.
 
         Raises:
-            ValueError: as :meth:`observe`.
+            ValueError: the backbone gives NaN or infinity.
         """
         features, hidden = self.backbone.with_hidden(self.image)
         return self._checked(features), None if hidden is None else self._checked(hidden)
 
     def _checked(self, features: Tensor) -> Tensor:
-        """Features as float32 on the CPU."""
+        """Return features as float32 on the CPU, after a check that they are finite."""
         features = features.float().cpu()
         if not bool(torch.isfinite(features).all()):
             raise ValueError(
@@ -116,12 +117,13 @@ class Observer:
         return features
 
     def held_out_loss(self, features: Tensor) -> float:
-        """Mean squared error of the held-out views, in units of the features squared.
+        """Return the mean squared error on the held-out views, in units of the features squared.
 
-        The features are shown as the view shows the image and averaged over each cell.
+        The features are warped like the views and averaged over each cell, then compared with the
+        backbone's features of the views.
 
         Args:
-            features: (1, C, H', W') of the image, at any resolution.
+            features: (1, C, H', W'), fine features of the image at any resolution.
         """
         rows, columns = pooled_matrices(self.held, features.shape[2:], self.grid_size)
         return float((show(features[0], rows, columns) - self.held_features).square().mean())
@@ -150,12 +152,12 @@ def zoomed_jitters(
     """Draw magnified views that cover place and magnification evenly.
 
     Args:
-        n: how many; may be 0.
-        size: (height, width) of the image.
-        lowest: magnification; its logarithm is spread evenly.
-        highest: likewise.
-        pad: reflected border, pixels.
-        generator: draws the scrambling of the sequence.
+        n: number of views; may be 0.
+        size: (height, width) of the image, pixels.
+        lowest: smallest magnification; logarithms of magnifications are spread evenly.
+        highest: largest magnification.
+        pad: width of the reflected border, pixels.
+        generator: random generator that scrambles the Sobol sequence.
     """
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
     uniform = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed)
@@ -170,10 +172,15 @@ def zoomed_jitters(
 def pooled_matrices(
     views: Jitter, map_size: tuple[int, int] | torch.Size, grid_size: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Views followed by the mean over each cell, as one matrix per axis.
+    """Return the warp of each view followed by the mean over each cell, as one matrix per axis.
+
+    Args:
+        views: N views.
+        map_size: (H', W') of the map to be warped, pixels.
+        grid_size: (h, w) of the result, cells.
 
     Returns:
-        rows (N, h, H') and columns (N, w, W').
+        Matrices of rows, (N, h, H'), and of columns, (N, w, W').
     """
     matrices = views.matrices((map_size[0], map_size[1]))
     rows, columns = (
@@ -192,38 +199,38 @@ def show(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class Basis(NamedTuple):
-    """Principal components of features: coordinates · components + mean."""
+    """Principal components of features: features ≈ coordinates · components + mean."""
 
     components: Tensor
-    """(k, C), of the length of one unit of the coordinate."""
+    """(k, C), orthogonal; each is the change of the features by one unit of its coordinate."""
     mean: Tensor
-    """(C,)."""
+    """(C,), mean of the features."""
 
     @property
     def inverse(self) -> Tensor:
-        """(k, C), which turns features less their mean into coordinates."""
+        """(k, C), the matrix that turns features less their mean into coordinates."""
         return self.components / self.components.square().sum(1, keepdim=True)
 
     def encode(self, features: Tensor) -> Tensor:
-        """(N, C, h, w) features -> (N, k, h, w) coordinates."""
+        """Return the coordinates of features: (N, C, h, w) -> (N, k, h, w)."""
         inverse = self.inverse[:, :, None, None]
         return F.conv2d(features - self.mean[:, None, None], inverse)
 
     def loss(self, features: Tensor) -> float:
-        """Mean square of what the basis cannot say of features (N, C, h, w)."""
+        """Return the mean squared residual of features (N, C, h, w) outside the basis."""
         said = torch.einsum("nkhw,kc->nchw", self.encode(features), self.components)
         return float((said + self.mean[:, None, None] - features).square().mean())
 
 
 def feature_basis(features: Tensor, n: int, *, whiten: bool) -> Basis:
-    """Fit a basis; as many components as asked for, or as the features allow.
+    """Fit a basis of at most ``n`` components; fewer if there are fewer channels or samples.
 
     Args:
-        features: (N, C, h, w).
-        n: how many components at most.
-        whiten: scale every coordinate to variance 1 (where there is any). Otherwise all are scaled
-            alike, so that the channels of the features have variance 1 on average: the published
-            weights of losses and step size are for features of about that size.
+        features: (N, C, h, w), features of N views.
+        n: largest number of components.
+        whiten: scale every coordinate that varies to variance 1. Otherwise one factor scales all
+            coordinates, so that the channels of the features have variance 1 on average: the
+            published weights of losses and step size suit features of about this scale.
     """
     samples = features.transpose(0, 1).flatten(1).double().T  # (S, C)
     channels = samples.shape[1]

@@ -1,4 +1,4 @@
-"""One pass over an image, and the shipped upsamplers that every fit makes use of."""
+"""One-pass upsampling and translation for fits, and the shipped upsamplers that fits depend on."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.pretrained import create_upsampler
 
 QUERIES = "neighbourhood_universal"
-"""The upsampler whose queries the kernel compares."""
+"""Name of the upsampler whose queries the kernel compares."""
 ONE_PASS = "detail_universal"
-"""The upsampler that draws the mean."""
-# Of a translation learnt from the cells of a single image.
+"""Name of the upsampler whose result is the mean of the fit."""
+# Penalty of a translation fitted to the cells of a single image.
 _PENALTY = 4.0
-# Of the image that the one-pass upsampler is shown, at most.
+# Largest image for the one-pass upsampler; a larger image is reduced.
 _ONE_PASS_PIXELS = 1 << 21
 
 
 def one_pass(
     guidance: Tensor, features: Tensor, map_size: tuple[int, int], hidden: Tensor | None = None
 ) -> Tensor:
-    """Upsample features by the best upsampler for any backbone.
+    """Upsample features with ``ONE_PASS``, the best shipped upsampler for any backbone.
 
     Args:
-        guidance: (3, H, W) uint8.
-        features: (1, k, h, w) of the image itself.
-        map_size: of the result.
-        hidden: (1, D, h', w'), what earlier layers say of the image; ``None`` for nothing.
+        guidance: (3, H, W) uint8, the image.
+        features: (1, k, h, w), coordinates of the unjittered image's features.
+        map_size: (height, width) of the result, pixels.
+        hidden: (1, D, h', w'), features of the image from earlier layers, or ``None``.
 
     Returns:
         (k, *map_size).
@@ -43,12 +43,14 @@ def one_pass(
 
 
 def into_own_words(backbone: Backbone, said: Tensor, own: Tensor) -> Translation:
-    """The linear map of channels that turns what views agree on into the image's own features.
+    """Return the linear map of channels that turns features of views into the image's own features.
+
+    If no map is shipped for the backbone, one is fitted to the cells of this image.
 
     Args:
-        backbone: of both; what is shipped for it is taken.
-        said: (1, C, h, w), means over cells of what was fitted to views.
-        own: (1, C, h, w), the image's features, from which it is learnt where nothing is shipped.
+        backbone: the backbone that gave the features.
+        said: (1, C, h, w), means over the cells of a map that was fitted to views.
+        own: (1, C, h, w), the backbone's features of the unjittered image.
     """
     found = shipped_translation(backbone, "views")
     if found is None:
@@ -58,11 +60,11 @@ def into_own_words(backbone: Backbone, said: Tensor, own: Tensor) -> Translation
 
 
 def shipped_models() -> list[Upsampler]:
-    """The upsamplers whose weights every fit depends on."""
+    """Return the upsamplers whose weights every fast fit depends on."""
     return [shipped(name) for name in (QUERIES, ONE_PASS)]
 
 
 def shipped(name: str) -> Upsampler:
-    """An upsampler with the weights that are shipped for any backbone."""
-    with torch.random.fork_rng(devices=[]):  # its first weights are drawn, then replaced
+    """Create an upsampler with its shipped weights, in single precision."""
+    with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
         return create_upsampler(name).float()

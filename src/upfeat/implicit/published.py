@@ -21,22 +21,23 @@ from upfeat.views import Jitter
 
 
 class Waves(NamedTuple):
-    """Parts of the network's inputs at all pixels, whatever its phases.
+    """Precomputed parts of the network's inputs at N pixels, independent of the learned phases.
 
-    With a the angles, sin(a + p) = sin a · cos p + cos a · sin p: the inputs are a linear map of
-    constants, which goes into the first layer. Their squares, for the channel norm, are a linear
-    map of the waves of 2a. So no step makes the 303 inputs of every pixel, nor their gradients.
+    With the angles a and the phases p, sin(a + p) = sin a · cos p + cos a · sin p. The network's
+    inputs are therefore linear in constants, and this linear map is merged into the first layer.
+    The sum of the inputs' squares, which the layer norm needs, is linear in the waves of 2a. No
+    training step computes the 303 inputs of every pixel or their gradients.
     """
 
     inputs: Tensor
-    """(N, 303): sin a, cos a, scaled colours."""
+    """(N, 303): sin a, cos a, and the scaled colours."""
     squares: Tensor
     """(N, 301): cos 2a, sin 2a, and the sum of the colours' squares."""
 
     @staticmethod
     @torch.no_grad()
     def of(field: NetworkField, places: Tensor, colours: Tensor) -> Waves:
-        """Tabulate the waves at places (N, 2) of colours (N, 3)."""
+        """Precompute the waves of N pixels from their places (N, 2) and colours (N, 3)."""
         angles, colours = field.angles(places, colours)
         angles = angles.double()
         inputs = torch.cat([angles.sin(), angles.cos(), colours], dim=1)
@@ -46,7 +47,7 @@ class Waves(NamedTuple):
 
 
 def evaluate_waves(field: NetworkField, waves: Waves) -> Tensor:
-    """The field at the places of the waves: what ``field(places, colours)`` is, (N, k)."""
+    """Evaluate the field from precomputed waves: (N, k), equal to ``field(places, colours)``."""
     n = waves.inputs.shape[1]
     kept, first = field.kept(n), field.first
     assert isinstance(first, nn.Linear)
@@ -67,9 +68,9 @@ def evaluate_waves(field: NetworkField, waves: Waves) -> Tensor:
 
 @dataclass
 class NetworkFit:
-    """A network, and what is trained beside it.
+    """The network of a fit, and the downsampler and the uncertainty that are trained with it.
 
-    Source: FeatUp, section 3.3; the weights of the losses are the published code's.
+    Source: FeatUp, section 3.3; the weights of the losses are those of the published code.
     """
 
     field: NetworkField
@@ -79,17 +80,23 @@ class NetworkFit:
     size: tuple[int, int]
 
     def coordinates(self) -> Tensor:
-        """The whole map in the basis, (1, k, H, W)."""
+        """Evaluate the whole map of coordinates in the basis, (1, k, H, W)."""
         values = evaluate_waves(self.field, self.waves)  # (H·W, k)
         return values.T.reshape(1, -1, *self.size)
 
     def backward(self, views: Jitter, targets: Tensor, generator: torch.Generator) -> float:
-        """Add the objective's gradient for views and their features (N, k, h, w) in the basis.
+        """Add the objective's gradient for N views to the parameters' gradients.
 
-        The network is passed through once, the map of coordinates once for each view.
+        Gradients are first summed over views at the map of coordinates, then propagated through the
+        network once.
+
+        Args:
+            views: N views.
+            targets: (N, k, h, w), coordinates of the views' features in the basis.
+            generator: random generator of the downsampler's dropout.
 
         Returns:
-            The objective.
+            The value of the objective.
         """
         drawn = self.coordinates()
         values = drawn.detach().requires_grad_()
@@ -101,10 +108,10 @@ class NetworkFit:
     def views_loss(
         self, values: Tensor, views: Jitter, targets: Tensor, generator: torch.Generator | None
     ) -> Tensor:
-        """Mean loss of the map (1, k, H, W) against the features of views, (N, k, h, w).
+        """Return the mean loss of the map (1, k, H, W) against features of views, (N, k, h, w).
 
-        The map is never shown as the views show it: the downsampler's weights, one channel, are
-        carried back to it instead.
+        The map itself is not warped to the views. Instead, the downsampler's weights, which have
+        one channel, are warped back to the map.
         """
         grid_size = (targets.shape[2], targets.shape[3])
         both = torch.cat([losses.magnitude(values), values], dim=1)
@@ -116,7 +123,7 @@ class NetworkFit:
         return reconstruction + losses.IMPLICIT_MAGNITUDE_WEIGHT * lengths
 
     def prior_loss(self, values: Tensor) -> Tensor:
-        """Penalties that hold the map itself, (1, k, H, W), smooth."""
+        """Return the penalties that keep the map itself, (1, k, H, W), smooth."""
         variation = losses.magnitude_variation(values)
         return (
             losses.IMPLICIT_MAGNITUDE_VARIATION_WEIGHT * variation
@@ -130,14 +137,27 @@ class NetworkFit:
         views: Jitter,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """(1, 1 + k, H, W), magnitude first, as N views show it at the grid: (N, 1 + k, h, w)."""
+        """Downsample a map to the backbone's grid in each view.
+
+        Args:
+            values: (1, 1 + k, H, W), magnitude and coordinates.
+            grid_size: (h, w) of the result, cells.
+            views: N views.
+            generator: random generator of the downsampler's dropout.
+
+        Returns:
+            (N, 1 + k, h, w).
+        """
         if isinstance(self.downsampler, SimpleDownsampler):
             return self.downsampler(values, grid_size, jitter=views)
         return self.downsampler(values, grid_size, jitter=views, generator=generator)
 
     @torch.no_grad()
     def own_held_out_loss(self, observer: Observer, basis: Basis) -> float:
-        """Held-out loss through the learned downsampler, in the space of features."""
+        """Return the held-out loss with the learned downsampler, in units of the features squared.
+
+        :meth:`Observer.held_out_loss` averages over cells instead.
+        """
         self.eval()
         values = self.coordinates()
         values = torch.cat([losses.magnitude(values), values], dim=1)
@@ -149,17 +169,17 @@ class NetworkFit:
         return total / len(observer.held)
 
     def train(self) -> None:
-        """Drop out from now on."""
+        """Switch to training mode, with dropout."""
         self.field.train()
         self.downsampler.train()
 
     def eval(self) -> None:
-        """Drop nothing out from now on."""
+        """Switch to evaluation mode, without dropout."""
         self.field.eval()
         self.downsampler.eval()
 
     def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
+        """Return all trained parameters."""
         modules = (self.field, self.downsampler, self.uncertainty)
         return [parameter for module in modules for parameter in module.parameters()]
 
@@ -170,11 +190,11 @@ def create_network_fit(
     """Draw the initial network and downsampler.
 
     Args:
-        guidance: (3, H, W) uint8.
-        basis: of the targets.
-        stride: of the backbone; the downsampler's kernel is about twice as large.
-        downsampler: "attention" or "simple".
-        seed: draws the weights and the dropout.
+        guidance: (3, H, W) uint8, the image.
+        basis: basis of the targets.
+        stride: stride of the backbone; the downsampler's kernel is about twice as large.
+        downsampler: kind of downsampler, "attention" or "simple".
+        seed: seed of the weights and of the network's dropout.
     """
     k = len(basis.components)
     size = (guidance.shape[1], guidance.shape[2])
@@ -206,19 +226,22 @@ def train_network(
     learning_rate: float,
     seed: int,
 ) -> Iterator[int]:
-    """Train in place, step by step; leaves the network in eval mode after the last.
+    """Train a fit step by step; after the last step it is in evaluation mode.
 
     Args:
-        fit: from :func:`create_network_fit`.
-        views: that were looked at.
-        targets: (V, k, h, w), their features in the basis.
-        steps: of NAdam.
-        views_per_step: drawn for each step.
-        learning_rate: of NAdam.
-        seed: draws the views of each step.
+        fit: fit from :func:`create_network_fit`; it is modified.
+        views: V observed views.
+        targets: (V, k, h, w), coordinates of the views' features in the basis.
+        steps: number of steps of NAdam.
+        views_per_step: number of views drawn for each step.
+        learning_rate: step size of NAdam.
+        seed: seed of the views of each step and of the downsampler's dropout.
 
     Yields:
         The number of steps done.
+
+    Raises:
+        ValueError: the loss is not finite.
     """
     optimiser = NAdam(fit.parameters(), lr=learning_rate)
     generator = stream(seed, "dropout of the downsampler")

@@ -1,4 +1,4 @@
-"""Sums that ridge regressions of a fit need, and what is made of views before they are added."""
+"""Ridge regression for fits, and the processing of magnified views before they are added."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ from torch import Tensor
 
 from upfeat.linear import ridge
 
-# Parts of a Gram matrix that are multiplied one by one: of those above the diagonal, none.
+# Number of stripes in which a symmetric Gram matrix is computed, each up to the diagonal only.
 _STRIPES = 4
-# Of the translation of magnified views, relative to the variance of their coordinates.
+# Penalty of the translation of magnified views, relative to the variance of their coordinates.
 _TRANSLATION_PENALTY = 0.03
 
 
 @dataclass
 class Regression:
-    """Sums that a ridge regression needs, to which views are added."""
+    """Running sums of a ridge regression of k targets on M functions, to which views are added."""
 
     gram: Tensor
-    """(M, M) float64."""
+    """(M, M) float64, design matrix times itself."""
     moment: Tensor
-    """(M, k) float64."""
+    """(M, k) float64, design matrix times targets."""
     squares: Tensor
-    """(k,) float64, of the targets."""
+    """(k,) float64, sums of the targets' squares."""
     count: int = 0
+    """Number of observations."""
 
     def add(self, design: Tensor, targets: Tensor) -> None:
-        """Add observations: (N, M), (N, k)."""
+        """Add N observations: design matrix (N, M) and targets (N, k)."""
         ends = [len(self.gram) * part // _STRIPES for part in range(_STRIPES + 1)]
         for start, end in itertools.pairwise(ends):
             part = (design[:, start:end].T @ design[:, :end]).double()
@@ -41,14 +42,14 @@ class Regression:
         self.count += len(targets)
 
     def errors(self, coefficients: Tensor) -> Tensor:
-        """Mean squared errors (k,) float64 of what coefficients (M, k) say."""
+        """Return the mean squared error of coefficients (M, k) for each target: (k,) float64."""
         x = coefficients.double()
         products = (x * (self.gram @ x - 2 * self.moment)).sum(0)
         return (products + self.squares) / self.count
 
     @staticmethod
     def empty(functions: int, width: int) -> Regression:
-        """Sums of nothing, for M functions and k targets."""
+        """Return a regression without observations, for M functions and k targets."""
         return Regression(
             torch.zeros(functions, functions, dtype=torch.float64),
             torch.zeros(functions, width, dtype=torch.float64),
@@ -56,18 +57,26 @@ class Regression:
         )
 
     def beyond(self, coefficients: Tensor) -> Regression:
-        """The same observations less what coefficients (M, k) say of them."""
+        """Return the regression whose targets are the residuals of coefficients (M, k)."""
         moment = self.moment - self.gram @ coefficients.double()
         squares = self.errors(coefficients) * self.count
         return Regression(self.gram, moment, squares, self.count)
 
     def solve(self, penalty: float) -> Tensor:
-        """Coefficients (M, k) that minimise squared error plus penalty · squared length."""
+        """Return coefficients (M, k) that minimise squared errors + penalty · squared length."""
         return ridge(self.gram, self.moment, penalty).float()
 
 
 def details(x: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    """Subtract the mean over the 3×3 cells around, edges replicated: (N·h·w, K) alike."""
+    """Subtract the mean of the 3×3 cells around each cell, edges replicated.
+
+    Args:
+        x: (N·h·w, K), values of the cells of N views.
+        grid_size: (h, w), cells.
+
+    Returns:
+        (N·h·w, K).
+    """
     maps = x.view(-1, *grid_size, x.shape[1]).permute(0, 3, 1, 2)
     around = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)
     return (maps - around).permute(0, 2, 3, 1).flatten(0, 2)

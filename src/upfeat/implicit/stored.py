@@ -1,4 +1,4 @@
-"""The file format of implicit features; files are read as untrusted input."""
+"""File format of implicit features; files are read as untrusted input."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from upfeat.tensor_checks import check_values
 from upfeat.types import Size
 
 FORMAT = "upfeat-implicit-2"
-"""Value of the metadata key ``format``; another layout gets another."""
+"""Value of the metadata key ``format``; it changes whenever the layout of files changes."""
 LONGEST_SIDE = 1 << 15
-"""Largest height and width of the fitted image that a file may name, pixels."""
+"""Largest height and width of the fitted image that a file may record, pixels."""
 
 
 class Stored(NamedTuple):
@@ -30,25 +30,28 @@ class Stored(NamedTuple):
 
     field: Field
     components: Tensor
-    """(k, C)."""
+    """(k, C), components of the basis."""
     mean: Tensor
-    """(C,)."""
+    """(C,), mean of the basis."""
     image_size: Size
+    """(height, width) of the fitted image, pixels."""
     image_digest: str
+    """Fingerprint of the fitted image."""
     guidance: Tensor | None
-    """(3, *image_size) uint8, or ``None`` where the file does not hold it."""
+    """(3, *image_size) uint8, the fitted image, or ``None`` if the file does not contain it."""
     facts: dict[str, Any]
+    """Provenance, as JSON values."""
 
 
 def read_stored(path: str | Path) -> Stored:
     """Read a file of implicit features.
 
     Args:
-        path: the file.
+        path: the file to read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is truncated, damaged, or of another kind or version.
+        ValueError: the file is truncated, damaged, or of another kind or version.
     """
     tensors, facts = read_tensors(path)
     if facts.get("format") != FORMAT:
@@ -74,23 +77,34 @@ def read_stored(path: str | Path) -> Stored:
 
 
 def encode(guidance: Tensor) -> Tensor:
-    """Encode an image (3, H, W) uint8 as a PNG file, (N,) uint8: half the bytes, none lost."""
+    """Encode an image (3, H, W) uint8 as the N bytes of a PNG file: lossless, about half as large.
+
+    Returns:
+        (N,) uint8.
+    """
     buffer = io.BytesIO()
     Image.fromarray(guidance.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG")
     return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
 def decode(encoded: Tensor, size: Size) -> Tensor:
-    """The inverse of :func:`encode`.
+    """Decode an image that :func:`encode` encoded.
+
+    Args:
+        encoded: (N,) uint8, the bytes of a PNG file.
+        size: expected (height, width) of the image, pixels.
+
+    Returns:
+        (3, *size) uint8.
 
     Raises:
-        ValueError: it is no PNG file of that size.
+        ValueError: ``encoded`` is no PNG file of this size.
     """
     if encoded.dtype is not torch.uint8 or encoded.dim() != 1:
         raise ValueError("guidance_png is not the bytes of a file")
     try:
         with Image.open(io.BytesIO(encoded.numpy().tobytes()), formats=["PNG"]) as opened:
-            # Before it is decoded: a small file may hold an image that fills the memory.
+            # Checked before decoding: a small file may expand to an image that fills the memory.
             if (opened.height, opened.width) != size:
                 raise ValueError(
                     f"its image is {opened.height}×{opened.width}, not {size[0]}×{size[1]}"
