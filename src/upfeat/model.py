@@ -32,7 +32,7 @@ DEFAULT_BACKBONE = "efficientnet_lite0"
 
 
 class FeatUp(nn.Module):
-    """A drop-in for a backbone whose features come at the image's own size.
+    """Drop-in replacement for a backbone: a module that returns features at the image's own size.
 
     Source: FeatUp (Fu, Hamilton et al., ICLR 2024).
     """
@@ -46,26 +46,27 @@ class FeatUp(nn.Module):
         early: bool = False,
         max_memory: int | str | None = None,
     ) -> None:
-        """Join the two, in eval mode and frozen, so that no graph is recorded unless it is wanted.
+        """Combine a backbone and an upsampler; both are put in eval mode and frozen, in place.
 
-        Both are changed in place. To train either, ask for it:
-        ``model.upsampler.train().requires_grad_()``.
+        Frozen parameters record no autograd graph. To train the upsampler, call
+        ``model.upsampler.train().requires_grad_()``; for the backbone, the same methods.
 
         Args:
             backbone: a :class:`Backbone`, or a module or function to wrap as one.
-            upsampler: any upsampler; one with an ``embed_dim`` must have the backbone's.
-            bands: the three of the image's bands, counted from 0, that the upsampler sees as red,
-                green and blue, for images that are not RGB; ``None`` for all of them.
-            early: show the upsampler what earlier layers of the backbone say of the image, on finer
-                cells (:meth:`Backbone.with_hidden`); see :func:`load`.
-            max_memory: that the process may hold, with what it holds already, as "2GB"; ``None``
-                for no bound. Backbones that look only so far then work in tiles, and maps are made
-                part by part: on one thread the same bits.
+            upsampler: any upsampler; its ``embed_dim``, unless ``None``, must equal the backbone's.
+            bands: for images that are not RGB: the three bands, counted from 0, that the upsampler
+                gets as red, green and blue; ``None`` for all bands.
+            early: whether to pass the upsampler features of early layers of the backbone, on a
+                finer grid (:meth:`Backbone.with_hidden`); see :func:`load`.
+            max_memory: most memory that the process may use, including the memory that it uses
+                already, in bytes or as "2GB"; ``None`` for no bound. With a bound, backbones with a
+                limited receptive field are run in tiles, and maps are computed part by part; on one
+                thread the results are the same bit by bit.
 
         Raises:
-            TypeError: the upsampler is none.
-            ValueError: their channels differ, there are no such bands, or ``early`` is asked of an
-                upsampler or a backbone that has nothing for it.
+            TypeError: ``upsampler`` is not an upsampler.
+            ValueError: the numbers of channels differ, ``bands`` are not three of the backbone's,
+                or ``early`` is set for an upsampler or a backbone that does not support it.
         """
         super().__init__()
         require_upsampler(upsampler)
@@ -91,7 +92,7 @@ class FeatUp(nn.Module):
         self.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
-        """One line: names, sizes, numbers of parameters, and where they are."""
+        """One line: names, channels, stride, numbers of parameters, data type and device."""
         backbone, upsampler = self.backbone, self.upsampler
         counts = [
             f"{sum(one.numel() for one in part.parameters()):,}" for part in (backbone, upsampler)
@@ -108,7 +109,7 @@ class FeatUp(nn.Module):
 
     @property
     def passes(self) -> float:
-        """Cost of the features, in passes of the network over the image: 1 or 5."""
+        """Cost of the features, in passes of the backbone network over the image: 1 or 5."""
         return getattr(self.backbone, "passes", 1)
 
     @property
@@ -119,7 +120,7 @@ class FeatUp(nn.Module):
     def preprocess(
         self, image: ImageLike, size: int | None = None, *, align: bool = False, **reading: Any
     ) -> Tensor:
-        """Read and normalise an image, as :meth:`Backbone.preprocess`."""
+        """Read and normalise an image; see :meth:`Backbone.preprocess`."""
         return self.backbone.preprocess(image, size, align=align, **reading)
 
     def forward(
@@ -133,19 +134,20 @@ class FeatUp(nn.Module):
         """Compute features at full resolution.
 
         Args:
-            x: (B, 3, H, W) normalised image, any size of at least the backbone's stride.
-            output_size: (height, width) of the result; ``None`` for the image's own.
+            x: (B, 3, H, W), normalised image; each side at least the backbone's stride.
+            output_size: (height, width) of the result; ``None`` for the image's own size.
             mask: a tensor or an array, (height, width) or (B, 1, height, width) of any size, true
-                where there are no data. Nothing there has any influence, and features there are 0.
-            out: a tensor or an array, also in a file, that the features are written to part by
-                part, see :meth:`UpsampledFeatures.full`.
+                where the image has no data. Masked pixels have no influence on other features, and
+                features at masked pixels are 0.
+            out: a tensor or an array, in memory or in a file, to write the features to part by
+                part; see :meth:`UpsampledFeatures.full`.
 
         Returns:
-            (B, C, *output_size), or ``out``.
+            Features (B, C, *output_size), or ``out``.
 
         Raises:
-            ValueError: x is not such an image, the backbone returns NaN, or the model's bound of
-                memory cannot be kept; the least one that can is named.
+            ValueError: the shape or size of ``x`` is wrong, the backbone returns NaN, or
+                ``max_memory`` is too small; the message names the smallest sufficient bound.
         """
         if out is not None or self.max_memory is not None:
             return self.lazy(x, output_size, mask=mask).full(out=out)
@@ -156,7 +158,7 @@ class FeatUp(nn.Module):
         return blank(out, resize_mask(mask, (out.shape[2], out.shape[3])).to(out.device))
 
     def _seen(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Features of an image, and its earlier layers if they are made use of."""
+        """Features of an image, and with ``early`` those of early layers (else ``None``)."""
         if self.max_memory is None or (torch.is_grad_enabled() and self._trains(x)):
             return self.backbone.with_hidden(x) if self.early else (self.backbone(x), None)
         free, label = free_bytes(self.max_memory), f"max_memory={self.max_memory}"
@@ -174,7 +176,7 @@ class FeatUp(nn.Module):
         return self.upsampler(*inputs, output_size, hidden=hidden.to(inputs[0]))
 
     def _without_data(self, x: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The image and what the backbone says of it, all filled where there are no data."""
+        """Image, features and early layers' features, each filled in where there are no data."""
         missing = resize_mask(mask, (x.shape[2], x.shape[3])).to(x.device)
         x = fill_missing(x, missing)
 
@@ -186,11 +188,11 @@ class FeatUp(nn.Module):
         return x, filled(features), None if hidden is None else filled(hidden)
 
     def guidance(self, x: Tensor) -> Tensor:
-        """The image as the upsampler sees it: in its own normalisation, where that differs."""
+        """Guidance of an image: its bands, normalised as the upsampler expects."""
         return guidance_for(self.upsampler, x, self.backbone, self.bands)
 
     def _inputs(self, features: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features and guidance of an image, in the type that the upsampler computes in."""
+        """Features and guidance of an image, in the dtype of the upsampler's parameters."""
         floating = (one.dtype for one in self.upsampler.parameters() if one.is_floating_point())
         dtype = next(floating, x.dtype)
         return features.to(dtype), self.guidance(x).to(dtype)
@@ -202,12 +204,12 @@ class FeatUp(nn.Module):
         *,
         mask: Tensor | NDArray[Any] | None = None,
     ) -> UpsampledFeatures:
-        """The same features, of which only what is asked for is computed at full size.
+        """Features as :meth:`forward` returns them, upsampled only where they are requested.
 
         Args:
-            x: as in :meth:`forward`.
-            output_size: likewise.
-            mask: likewise.
+            x: see :meth:`forward`.
+            output_size: see :meth:`forward`.
+            mask: see :meth:`forward`.
         """
         missing = None
         if mask is None:
@@ -232,10 +234,10 @@ class FeatUp(nn.Module):
 
 
 def _check_early(backbone: Backbone, upsampler: Upsampler) -> None:
-    """Refuse what has no early layers, or nothing for them.
+    """Check that the upsampler uses early layers and that the backbone returns them.
 
     Raises:
-        ValueError: it does not; the message has the fix.
+        ValueError: one of them does not; the message names the fix.
     """
     if not upsampler.takes_hidden:
         raise ValueError(f"early=True: {upsampler.name} makes no use of early layers; take detail")
@@ -269,32 +271,36 @@ def load(
     """Load a backbone with an upsampler, in eval mode and frozen.
 
     Args:
-        name: of a backbone, or a model, as :func:`upfeat.load_backbone` takes them: one of
-            ``upfeat.list_backbones()``, ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, a model of those
-            libraries, or any module or function that makes features. A module's parameters are
-            frozen in place; for options, such as a layer, call :func:`upfeat.load_backbone`.
+        name: name of a backbone, or a model, as :func:`upfeat.load_backbone` accepts them: one of
+            ``upfeat.list_backbones()``, ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``, a model of the timm
+            or transformers library, or any module or function from images to features. A module's
+            parameters are frozen in place. For options, such as a layer, call
+            :func:`upfeat.load_backbone` and pass its result.
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
-            published FeatUp checkpoint (``.ckpt``), or an upsampler; ``None`` for the backbone's
-            best, which for any but the embedded ones needs no training.
-        device: where to put both; ``None`` for the CPU.
+            published FeatUp checkpoint (``.ckpt``), or an :class:`Upsampler`; ``None`` for the best
+            upsampler for the backbone, which is one trained for it, or else a universal one.
+        device: device of the model's parameters; ``None`` for the CPU.
         bands: see :class:`FeatUp`.
-        passes: what the backbone may cost, in passes over the image. 5: it sees the image at twice
-            its size too (:class:`upfeat.scales.SecondScale`); the model's backbone then has half
-            the stride, and all else is as with 1.
-        early: let the upsampler see what earlier layers of the backbone say of finer cells; for
-            backbones that tell, as the embedded ones do. Where ``upsampler`` is ``None`` it is one
-            that was trained to, if there is one for the backbone; else the detail upsampler, whose
-            regression sees them. An upsampler that was trained to is shown them unasked. It is part
-            of the model and of what :meth:`FeatUp.lazy` gives and saves; rasters are refused.
+        passes: cost of the features, in passes of the backbone over the image, 1 or 5. With 5, the
+            backbone is also applied to the image at twice its size
+            (:class:`upfeat.scales.SecondScale`), and ``model.backbone`` has half the stride.
+        early: whether the upsampler also gets features of early layers of the backbone, on a finer
+            grid. The embedded backbones return such features; others may not. With ``upsampler``
+            ``None``, an upsampler trained with early layers is loaded if there is one for the
+            backbone, or else the default one, a detail upsampler, whose regression uses them. An
+            upsampler trained with early layers gets them even if ``early`` is false. Maps of
+            :meth:`FeatUp.lazy` contain and save the early layers; rasters do not support them.
         max_memory: see :class:`FeatUp`.
-        translation: for ``passes=5``, what :func:`upfeat.scales.fit_translation` learnt for this
-            backbone, or a file of it; ``None`` for the shipped one, and where there is none to
-            learn one of each image from its own cells.
+        translation: for ``passes=5``: the translation that :func:`upfeat.scales.fit_translation`
+            learnt for this backbone, or a file of it; ``None`` for the shipped translation, or, if
+            the package has none for the backbone, a translation of each image learnt from its own
+            cells.
 
     Raises:
-        FileNotFoundError: ``upsampler`` is a path where nothing is.
-        ValueError: there is no such backbone or upsampler (close names are suggested), the output
-            is not a feature map, or there is no such device.
+        FileNotFoundError: ``upsampler`` is a path that does not exist.
+        ValueError: there is no such backbone or upsampler (close names are suggested), the model's
+            output is not a feature map, the device does not exist, or an option does not fit the
+            others.
 
     Example:
         >>> model = load("efficientnet_lite0", upsampler="bilinear")
@@ -326,7 +332,7 @@ def _two_scales(
     bands: Sequence[int] | None,
     translation: Translation | str | Path | None,
 ) -> FeatUp:
-    """A model whose backbone sees the image at two scales."""
+    """Make a model whose backbone is applied to the image at two scales."""
     if isinstance(translation, str | Path):
         translation = Translation.load(translation, network)
     if not isinstance(upsampler, Upsampler):

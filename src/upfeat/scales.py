@@ -1,16 +1,19 @@
-"""A second scale: features of the enlarged image, said in the words of the image's own.
+"""A second scale: features of the enlarged image, translated into features of the original image.
 
 The backbone sees the image once as it is and once at twice its size, which costs five passes in
-all. The features of the two differ in kind, not only in detail: a linear map of channels with a
-constant, learnt in closed form, translates the second into the first. What they then say of each
-coarse cell is put right by the image's own features, so that only the detail comes from the second:
+all. The features of the enlarged image F₂ differ from the image's own features F in kind, not only
+in detail: a linear map of channels T with a constant c, learnt in closed form, translates F₂ into
+the space of F. The mean of the translated features X over each coarse cell is then corrected
+towards F, so that the enlarged image contributes only detail. With weights a and 1 − a, the result
+is added to the features that one pass predicts on the finer grid:
 
     X = T·F₂ + c,    a·[X + K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
 
-K₁(g) is the first step of the detail upsampler and R(g) its regression, with what a network tells
-of early layers where it has one; so the second bracket is what one pass tells of the finer grid.
-The two err apart, and their mean errs less. All of it is linear in the features F and F₂, and the
-result is a backbone of half the stride: heads, points, crops and files know nothing of it.
+g is the guidance, K₁(g) the first step of the detail upsampler and R(g) its regression; an
+upsampler with a network of early layers adds the network's detail to the second bracket. The errors
+of the two brackets differ, and their weighted mean has a smaller error than either. The result is
+affine in F and F₂. It has half the stride and passes for the output of a backbone, so that heads,
+points, crops and files need no code of their own for it.
 """
 
 from __future__ import annotations
@@ -35,35 +38,35 @@ from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.maps import as_map
 
 PASSES = (1, 5)
-"""Costs of the backbone that can be chosen, in passes over the image."""
+"""Values of ``passes``: the cost of the features in passes of the backbone over the image."""
 
 FINER = 2
-"""The second image is so many times larger."""
+"""Ratio of the enlarged image's side to the original image's side."""
 
 FINER_WEIGHTS = "detail_universal"
-"""The upsampler whose steps are taken where none is named."""
+"""Name of the detail upsampler whose first step is used if no upsampler is named."""
 
 PENALTY = 1e-2
-"""Of a translation learnt from many images, in units of the features' mean variance."""
+"""Penalty of a translation learnt from many images, in units of the features' mean variance."""
 PENALTY_OF_ONE = 1.0
-"""Of one learnt from a single image, beside what it says of a cell."""
+"""Penalty of a translation learnt from a single image, in units of a cell's mean squared norm."""
 
 SHARE = 0.75
-"""The second scale's share of the result, a."""
+"""Weight a of the second scale in the result."""
 SHARE_BESIDE_NETWORK = 0.5
-"""The same where one pass has a network of early layers: it tells more."""
+"""Weight a if the upsampler has a network of early layers, which makes one pass more accurate."""
 
 _SHIPPED = Path(__file__).parent / "weights"
 _FORMAT = "upfeat-translation-1"
 
 
 class Translation(NamedTuple):
-    """Turns features of the enlarged image into features as the image's own."""
+    """Affine map of channels from features of the enlarged image to features of the image."""
 
     weight: Tensor
-    """(C, C), or (B, C, C)."""
+    """Matrix of the map, (C, C), or (B, C, C) for one matrix per image."""
     bias: Tensor
-    """(C,), or (B, C)."""
+    """Constant of the map, (C,), or (B, C) for one constant per image."""
 
     def __call__(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w)."""
@@ -71,7 +74,7 @@ class Translation(NamedTuple):
         return out.unflatten(2, features.shape[2:])
 
     def save(self, path: str | Path, backbone: Backbone) -> None:
-        """Write it, with the backbone that it was learnt for."""
+        """Write the translation to a file, with the name and a digest of its backbone."""
         facts = {"format": _FORMAT, "backbone": backbone.name, "weights": digest(backbone)}
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         write_tensors(path, tensors, facts)
@@ -81,9 +84,9 @@ class Translation(NamedTuple):
         """Read what :meth:`save` wrote.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it holds something else, NaN or infinity, or was learnt for another
-                backbone.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a translation, contains NaN or infinity, or was learnt for
+                another backbone.
         """
         tensors, facts = read_tensors(path)
         if facts.get("format") != _FORMAT or set(tensors) != {"weight", "bias"}:
@@ -104,16 +107,17 @@ class Translation(NamedTuple):
 def fit_translation(
     backbone: Backbone, images: Iterable[Tensor], *, penalty: float = PENALTY
 ) -> Translation:
-    """Learn a translation from images in closed form; no labels, one pass over them.
+    """Learn a translation from images in closed form, without labels, in one pass over the images.
 
     Args:
-        backbone: makes the features.
-        images: (B, 3, H, W) each, normalised; of any sizes. 80 photographs of 256 pixels are enough
-            for some hundred channels.
-        penalty: of the map's coefficients, in units of the features' mean variance, > 0.
+        backbone: backbone whose features are translated.
+        images: batches of normalised images, (B, 3, H, W) each; sizes may differ. 80 photographs of
+            256 pixels are enough for about a hundred channels.
+        penalty: ridge penalty of the map's coefficients, in units of the features' mean variance,
+            > 0.
 
     Raises:
-        ValueError: there are no images, or the penalty is not above 0.
+        ValueError: ``images`` is empty, or the penalty is not above 0.
 
     Example:
         >>> from upfeat.backbones import load_backbone
@@ -130,14 +134,15 @@ def fit_translation(
 def learn_translation(
     pairs: Iterable[tuple[Tensor, Tensor]], penalty: float = PENALTY
 ) -> Translation:
-    """Learn a translation from pairs of features of the same cells.
+    """Learn a translation from pairs of feature maps of the same cells.
 
     Args:
-        pairs: (B, C, h, w) both: images' own features, and what is to be translated into them.
-        penalty: as :func:`fit_translation` takes it.
+        pairs: pairs of maps (B, C, h, w): the targets, which are the images' own features, and the
+            features to translate into them.
+        penalty: see :func:`fit_translation`.
 
     Raises:
-        ValueError: there are no pairs, or the penalty is not above 0.
+        ValueError: ``pairs`` is empty, or the penalty is not above 0.
     """
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} must be above 0")
@@ -164,13 +169,15 @@ def learn_translation(
 def fit_to_image(own: Tensor, second: Tensor, penalty: float = PENALTY_OF_ONE) -> Translation:
     """Learn the translation of each image from its own cells.
 
-    There may be fewer cells than channels, so that what the cells do not tell stays as it is: the
-    identity and a correction, by ridge regression in its dual form.
+    The matrix is the identity plus a correction that is fitted by ridge regression in its dual
+    form. An image may have fewer cells than channels; directions of the channel space in which its
+    cells do not vary are then left unchanged.
 
     Args:
         own: (B, C, h, w), the image's features.
-        second: (B, C, h, w), what is to be translated, of the same cells.
-        penalty: of the correction, in units of a cell's variance.
+        second: (B, C, h, w), features of the enlarged image, averaged to the same cells.
+        penalty: ridge penalty of the correction, in units of the mean squared norm of a cell, after
+            the mean over cells is subtracted.
     """
     inputs, targets = (one.flatten(2).to(torch.float32) for one in (second, own))
     centre, level = inputs.mean(2, keepdim=True), targets.mean(2, keepdim=True)
@@ -184,11 +191,12 @@ def fit_to_image(own: Tensor, second: Tensor, penalty: float = PENALTY_OF_ONE) -
 
 
 def shipped_translation(backbone: Backbone, kind: str = "translation") -> Translation | None:
-    """The translation that comes with the package; ``None`` where there is none for the weights.
+    """The translation that comes with the package; ``None`` if none fits the backbone's weights.
 
     Args:
-        backbone: whose features it is for.
-        kind: of features of the enlarged image, or "views": of those that many views agree on.
+        backbone: backbone whose features are translated.
+        kind: prefix of the file's name: "translation" for features of the enlarged image, "views"
+            for features fitted to many views.
     """
     path = _SHIPPED / f"{kind}_{backbone.name}.safetensors"
     if not path.is_file():
@@ -200,11 +208,11 @@ def shipped_translation(backbone: Backbone, kind: str = "translation") -> Transl
 
 
 class SecondScale(Backbone):
-    """A backbone of half the stride, made of one and what it says of the enlarged image.
+    """Backbone of half the stride, made of another backbone's features at two scales.
 
     Attributes:
-        backbone: the one that it is made of.
-        passes: what it costs, in passes of that backbone over the image.
+        backbone: the backbone that is applied to the image and to the enlarged image.
+        passes: cost of the features, in passes of ``backbone`` over the image.
     """
 
     passes = 5
@@ -218,20 +226,23 @@ class SecondScale(Backbone):
         translation: Translation | None = None,
         share: float | None = None,
     ) -> None:
-        """Join the two scales.
+        """Make a backbone of half the stride.
 
         Args:
-            backbone: an even stride, and any image size, are what it needs.
-            upsampler: gives the first step; ``None`` for that of universal weights.
-            bands: those that the step sees, as :class:`upfeat.FeatUp` has them.
-            translation: from :func:`fit_translation`; ``None`` for the shipped one, and where there
-                is none to learn one of each image from its own cells.
-            share: of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.5 where
-                the upsampler was trained on early layers.
+            backbone: backbone of even stride that accepts images of any size.
+            upsampler: detail upsampler whose first step and regression are used; ``None`` for
+                the universal weights.
+            bands: bands of the image that the upsampler gets; see :class:`upfeat.FeatUp`.
+            translation: result of :func:`fit_translation`; ``None`` for the shipped translation,
+                or, if the package has none for the backbone, a translation of each image learnt
+                from its own cells.
+            share: weight of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.5
+                if the upsampler was trained on early layers.
 
         Raises:
-            ValueError: the share is out of range, the stride is odd, or the translation has other
-                channels.
+            TypeError: ``translation`` is not a :class:`Translation`.
+            ValueError: ``share`` is out of range, the stride is odd, or the translation has another
+                number of channels than the backbone.
         """
         if backbone.stride % FINER:
             raise ValueError(
@@ -273,11 +284,11 @@ class SecondScale(Backbone):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type that the step computes in; the backbone within sees to its own."""
+        """Data type that the first step computes in; the inner backbone converts its own input."""
         return next(self.first.parameters()).dtype
 
     def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Round both sides to the nearest whole multiples of the stride of the backbone within."""
+        """Round both sides to the nearest multiples of the inner backbone's stride."""
         return self.backbone.grid_aligned(size)
 
     def extract(self, x: Tensor) -> Tensor:
@@ -292,13 +303,15 @@ class SecondScale(Backbone):
         """Join the features of both scales.
 
         Args:
-            x: (B, 3, H, W) normalised image.
-            own: (B, C, h, w), its features.
-            second: (B, C, 2h, 2w), those of the image at twice its size.
-            hidden: what early layers say of the image, for steps that were trained on them.
+            x: (B, 3, H, W), normalised image.
+            own: (B, C, h, w), features of ``x``.
+            second: (B, C, 2h, 2w), features of ``x`` at twice its size.
+            hidden: (B, C', h', w'), features of early layers, for an upsampler that was trained on
+                them; else ``None``.
 
         Returns:
-            (B, C, 2h, 2w); linear in both, where the translation is given.
+            Features on the finer grid, (B, C, 2h, 2w); affine in ``own`` and ``second``, unless the
+            translation is learnt from the image.
         """
         if self.weight is None or self.bias is None:
             translation = fit_to_image(own, F.avg_pool2d(second, FINER))
@@ -308,7 +321,7 @@ class SecondScale(Backbone):
         guidance = guidance_for(self.first, x, self.backbone, self.bands)
         grid, size = (own.shape[2], own.shape[3]), (x.shape[2], x.shape[3])
         kernels = self.first.prepare_with(guidance, grid, size, hidden=hidden)
-        # The first step is linear: one call serves both brackets.
+        # K₁ is linear, so that one call computes its terms in both brackets of the formula.
         finer = self.share * finer
         out = finer + kernels.first(own - F.avg_pool2d(finer, FINER))
         if kernels.regression is None or self.share == 1:
@@ -322,13 +335,13 @@ class SecondScale(Backbone):
 def guidance_for(
     upsampler: Upsampler, x: Tensor, backbone: Backbone, bands: Sequence[int] | None
 ) -> Tensor:
-    """The image as an upsampler sees it: in its own normalisation, where that differs.
+    """Guidance for an upsampler: bands of the image, normalised as the upsampler expects.
 
     Args:
-        upsampler: says which.
-        x: (B, C, H, W), normalised for the backbone.
-        backbone: whose normalisation it has.
-        bands: the three that the upsampler sees; ``None`` for all.
+        upsampler: upsampler; without a normalisation of its own it takes ``x`` unchanged.
+        x: (B, C, H, W), image normalised for the backbone.
+        backbone: backbone for which ``x`` is normalised.
+        bands: three bands, counted from 0, to select; ``None`` for all bands.
     """
     if bands is None:
         return upsampler.guidance_from(x, backbone)
@@ -338,16 +351,21 @@ def guidance_for(
 
 
 def _both(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of an image, (B, C, h, w), and of it at twice its size, (B, C, 2h, 2w)."""
+    """Features of an image, (B, C, h, w), and of the image at twice its size, (B, C, 2h, 2w)."""
     own = backbone(x)
     return own, _second(backbone, x, own)
 
 
 def _second(backbone: Backbone, x: Tensor, own: Tensor) -> Tensor:
-    """Features of an image at twice its size, (B, C, 2h, 2w), beside its own.
+    """Features of an image at twice its size, (B, C, 2h, 2w).
+
+    Args:
+        backbone: backbone of the features.
+        x: (B, 3, H, W), normalised image.
+        own: (B, C, h, w), features of ``x``, with whose grid the result's grid is compared.
 
     Raises:
-        ValueError: the backbone's grid does not grow with the image.
+        ValueError: the grid of the enlarged image is not twice that of ``own``.
     """
     height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
     larger = F.interpolate(

@@ -1,4 +1,4 @@
-"""Features of large sets of images: every item once, whatever happens in between."""
+"""Extraction of features from large sets of images; an interrupted run can be resumed."""
 
 from upfeat.batch.extract import extract, read_extracted
 from upfeat.batch.extraction import Extraction

@@ -1,4 +1,4 @@
-"""A bound of memory for items that are worked on at the same time."""
+"""Bound on the memory of items that are processed at the same time."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from upfeat.machine import readable
 
 
 class Budget:
-    """Bytes that items in the making may take together; whoever needs more waits for the others."""
+    """Budget of bytes shared by threads; a request that exceeds the rest waits for a release."""
 
     def __init__(self, limit: float) -> None:
         """Keep the limit.
 
         Args:
-            limit: bytes, at least 0; infinity for none.
+            limit: bytes; a negative number counts as 0, infinity is no limit.
         """
         self._limit, self._taken = max(limit, 0), 0.0
         self._changed = threading.Condition()
 
     @contextmanager
     def take(self, needed: float) -> Iterator[None]:
-        """Hold bytes for as long as the block runs.
+        """Reserve bytes while the block runs, after waiting until they are free.
 
         Raises:
-            ValueError: there are not so many, even for one item alone.
+            ValueError: ``needed`` exceeds the whole budget.
         """
         if needed > self._limit:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Features of a set of images into a folder: one file for each, exactly once."""
+"""Extraction of a set of images into a folder with one file for each image."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from upfeat.upsamplers import Upsampler
 LOCAL = Engine()
 
 OnItem = Callable[[str, int], None]
-"""Is told the key of an item and how many are through."""
+"""Callback (key, count) after each item: the item's key and the number of items processed."""
 
 
 @dataclass
 class Summary:
-    """Outcome of a set.
+    """Outcome of an extraction.
 
     Attributes:
-        made: items that were computed.
-        kept: items that were there already.
-        failures: key and reason of those that cannot be had.
+        made: number of items computed.
+        kept: number of items whose files existed already.
+        failures: (key, reason) of each item that failed.
     """
 
     made: int = 0
@@ -60,29 +60,33 @@ def extract(
     max_memory: str | int | None = None,
     on_item: OnItem | None = None,
 ) -> Summary:
-    """Compute features of every image of a set.
+    """Compute features of every image of a set and write them to a folder.
 
-    Each gets a file ``KEY.safetensors``; ``manifest.json`` lists them with their hashes, and bad
-    ones with reasons. A run that was cut off goes on where it stopped, and its result is the same,
-    byte for byte, whatever the engine and however many its workers. Every worker takes an image
-    from decoding to writing, so that all three go on at the same time.
+    Each image gets a file ``KEY.safetensors``; ``manifest.json`` lists all files with their hashes,
+    and the images that failed with reasons. An interrupted run continues where it stopped. The
+    result is the same, byte for byte, for every engine and number of workers. A worker decodes,
+    computes and writes one image at a time, so with several workers these steps overlap.
 
     Args:
         model: backbone and upsampler.
-        sources: see :func:`upfeat.batch.items.list_items`.
-        folder: where results go.
-        extraction: what is made of every image.
-        engine: where it is made; workers of a cluster must see ``folder``.
-        overwrite: replace what was made with other settings.
-        max_memory: that each process may hold, as "2GB" or bytes; ``None`` for what the machine
-            has. Images wait for each other, one that is too large alone is listed as bad.
-        on_item: is told of progress.
+        sources: folders and files; see :func:`upfeat.batch.items.list_items`.
+        folder: folder of the results; made if it does not exist.
+        extraction: kind and settings of each image's result.
+        engine: where images are processed; workers of a cluster must reach ``folder``.
+        overwrite: replace results that were made with other settings.
+        max_memory: memory bound of each process, as "2GB" or in bytes; ``None`` for the machine's
+            memory. An image waits until the images before it leave enough; an image that exceeds
+            the bound alone fails.
+        on_item: called after each image; see :data:`OnItem`.
+
+    Returns:
+        Numbers of images computed and kept, and the failures.
 
     Raises:
-        FileNotFoundError: a source is not there.
-        ValueError: the folder holds features of other settings, or is being written by another
-            process; or ``max_memory`` is no amount, or less than the process holds already.
-        OSError: the disk is full or cannot be written; what is done is kept.
+        FileNotFoundError: a source does not exist.
+        ValueError: the folder contains results of other settings, or another process is writing
+            it; or ``max_memory`` is no amount, or less than the process uses already.
+        OSError: the disk is full or cannot be written; finished results are kept.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -100,7 +104,7 @@ def extract(
         else:
             results = map_with_ray(engine, lambda: make(1)[0], tasks)
         try:
-            # Closed, not left to the collector: what is under way ends before the lock is let go.
+            # An explicit close: images in progress must end before the folder's lock is released.
             with closing(results):
                 for entry in results:
                     _note(entry, ledger, summary)
@@ -121,7 +125,7 @@ def _note(entry: Entry, ledger: Ledger, summary: Summary) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes were writing."""
+    """Remove temporary files of processes that were killed while writing."""
     for place, _, _ in os.walk(folder):
         sweep(Path(place))
 
@@ -136,7 +140,7 @@ def _makers(
     overwrite: bool,
     bound: int | None,
 ) -> list[Maker]:
-    """Makers for the workers of one process, which share its memory."""
+    """Create the makers of one process's workers, which share one memory budget."""
     shared = {
         "overwrite": overwrite,
         "budget": _budget(bound),
@@ -148,10 +152,10 @@ def _makers(
 
 
 def _budget(bound: int | None) -> Budget:
-    """Bytes that the images of this process may take.
+    """Create the memory budget for images: the bound less memory in use, or most of free memory.
 
     Raises:
-        ValueError: the process holds more than its bound already.
+        ValueError: the process uses more than its bound already.
     """
     if bound is None:
         free = available_memory()
@@ -166,14 +170,14 @@ def _budget(bound: int | None) -> Budget:
 
 
 def _tasks(sources: Sequence[str | Path], ledger: Ledger, summary: Summary) -> Iterator[Task]:
-    """Entry and content of every item that is not done."""
+    """Yield entry and content of every item that is not done; items that fail have no content."""
     for item in list_items(sources):
         if isinstance(item, Damaged):
             yield {"key": item.key, "error": item.reason}, None
             continue
         try:
             content = item.read()
-        except (OSError, ValueError) as error:  # a list may name anything
+        except (OSError, ValueError) as error:  # a list may contain names that are no image files
             yield {"key": item.key, "error": failure_reason(error)}, None
             continue
         entry = {"key": item.key, "sha256": content_hash(content)}
@@ -186,26 +190,26 @@ def _tasks(sources: Sequence[str | Path], ledger: Ledger, summary: Summary) -> I
 
 
 def _is_done(entry: Entry, ledger: Ledger) -> bool:
-    """Return whether an item is recorded, and its file there in its whole length."""
+    """Return whether an item is recorded, and its file exists in full length."""
     before = ledger.entries.get(entry["key"], {})
     path = ledger.folder / entry["file"]
     if before.get("file") != entry["file"] or not path.is_file():
         return False
     size, whole = path.stat().st_size, before.get("size", 0)
     if size < whole:
-        path.unlink()  # what a power cut left of ours
+        path.unlink()  # a recorded file that a power cut has truncated
     return size == whole and entry.items() <= before.items()
 
 
 def read_extracted(path: str | Path, upsampler: Upsampler) -> UpsampledFeatures:
-    """Read lazy features of one item; the whole map, points, crops and heads are made from them.
+    """Read the lazy features of one item, from which the whole map, points or crops are computed.
 
     Args:
-        path: ``KEY.safetensors``.
-        upsampler: the one that they were made with.
+        path: path of the item's file, ``KEY.safetensors``.
+        upsampler: the upsampler that the features were extracted with.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
+        ValueError: the file contains no lazy features, or was made with another upsampler.
     """
     return UpsampledFeatures.load(path, upsampler)

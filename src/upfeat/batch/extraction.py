@@ -1,4 +1,4 @@
-"""Recipe of the results of a set of images."""
+"""Kind and settings of the results of an extraction."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ KINDS = ("lazy", "features", "head")
 
 @dataclass(frozen=True)
 class Extraction:
-    """Recipe of the results of every image.
+    """Kind and settings of the result of every image.
 
     Attributes:
-        kind: "lazy", coarse features and the image, from which any part of the full map is made
-            when it is read (about a hundredth of its size); "features", the full map; "head", what
-            a linear head says at every pixel.
-        size: shorter side that images are brought to, pixels; ``None`` for their own.
-        dtype: of stored maps, "float16" or "float32".
-        head: for "head".
+        kind: "lazy": coarse features and guidance, about a hundredth of the full map's size, from
+            which parts of the full map are computed when read; "features": the full map; "head":
+            the output of a linear head at every pixel.
+        size: shorter side, pixels, to which images are resized; ``None``: not resized.
+        dtype: type of stored maps, "float16" or "float32".
+        head: the linear head, for the kind "head" only.
     """
 
     kind: str = "lazy"
@@ -37,7 +37,7 @@ class Extraction:
         """Check the settings.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: a setting is out of range, or kind and head do not go together.
         """
         if self.kind not in KINDS:
             raise ValueError(f'kind="{self.kind}" must be one of {", ".join(KINDS)}')
@@ -48,7 +48,7 @@ class Extraction:
             raise ValueError(f'dtype="{self.dtype}" must be float16 or float32')
 
     def settings(self, model: FeatUp) -> dict[str, Any]:
-        """All that decides results beside the images, as JSON values."""
+        """Return everything but the images that determines the results, as JSON values."""
         head = self.head
         return {
             "upfeat_version": __version__,

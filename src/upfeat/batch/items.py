@@ -1,4 +1,4 @@
-"""The items of a set: files of folders and lists, members of tar archives, frames of videos."""
+"""Items of a set: files of folders and lists, members of tar archives, frames of videos."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class Item:
     """One image of a set.
 
     Attributes:
-        key: unique in the set; a relative path with ``/``, which also names the output.
-        read: gives the encoded file, or a video's frame as (H, W, 3) uint8.
+        key: name of the item, unique in the set: a relative path with ``/``, also of the output.
+        read: function that returns the encoded file, or a video's frame as (H, W, 3) uint8.
     """
 
     key: str
@@ -29,7 +29,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Damaged:
-    """A source that could not be listed to its end."""
+    """A source, or an entry of one, that cannot be read, with the reason."""
 
     key: str
     reason: str
@@ -40,23 +40,23 @@ def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
 
     Args:
         sources: folders (searched to any depth), image files, ``.txt`` lists of image files (one
-            on a line, relative to the list), ``.tar`` archives, videos.
+            a line, relative to the list), ``.tar`` archives, and videos.
 
     Yields:
-        Items, and what could not be listed. Members of archives must be read in the order in which
-        they come, and before the next item is asked for.
+        Items, and the sources or entries that cannot be read. An archive's members must be read in
+        the order in which they are yielded, each before the next item is requested.
 
     Raises:
-        FileNotFoundError: a source is not there.
-        ValueError: a source holds no image, a list is no text, or two sources would give the same
-            keys.
+        FileNotFoundError: a source does not exist.
+        ValueError: a folder or list contains no image, a list is no text, or two sources have the
+            same name and would give equal keys.
     """
     times: dict[str, int] = {}
     for item in _list_all(sources):
         times[item.key] = times.get(item.key, 0) + 1
         if times[item.key] == 1:
             yield item
-        else:  # under a key of its own: the first one's result stands
+        else:  # a key of its own, so that the first item's result is kept
             reason = f"{item.key} is in the set already; two of one name need two runs"
             yield Damaged(f"{item.key} ({times[item.key]})", reason)
 
@@ -71,7 +71,7 @@ def _list_all(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
             or source.suffix.lower() in VIDEO_SUFFIXES
             or source.is_dir()
         ):
-            # A lone folder's items need no prefix.
+            # The items of a single folder need no prefix.
             prefix = "" if source.is_dir() and len(sources) == 1 else f"{source.resolve().name}/"
             if prefix in prefixes:
                 raise ValueError(
@@ -107,7 +107,7 @@ def _folder(folder: Path, prefix: str) -> Iterator[Item | Damaged]:
 
 def _list(path: Path) -> Iterator[Item | Damaged]:
     try:
-        text = path.read_text(encoding="utf-8-sig")  # editors of Windows begin it with a mark
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: no list of names in UTF-8 ({error})") from None
     names = [line.strip() for line in text.splitlines()]
@@ -116,13 +116,13 @@ def _list(path: Path) -> Iterator[Item | Damaged]:
         raise ValueError(f"{path}: holds no name of an image")
     for name in names:
         file = path.parent / name
-        # Never out of the folder of results, whatever the list says.
+        # The key names the output, so it must not lead out of the folder of results.
         key = "/".join(part for part in PurePath(name).parts if part not in (file.anchor, ".."))
         yield Item(key, file.read_bytes)
 
 
 def _archive(path: Path) -> Iterator[Item | Damaged]:
-    """Image members of a tar archive, as WebDataset writes them."""
+    """Yield the images of a tar archive, for example a shard of WebDataset."""
     empty = True
     try:
         with tarfile.open(path, "r|") as archive:
@@ -141,7 +141,7 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                     yield Damaged(key, "the archive is truncated")
                     return
                 yield Item(key, io.BytesIO(content).getvalue)
-        if path.stat().st_size % tarfile.BLOCKSIZE:  # a header cut off is an end for tarfile
+        if path.stat().st_size % tarfile.BLOCKSIZE:  # tarfile takes a truncated header for the end
             yield Damaged(path.name, "the archive is truncated")
         elif empty:
             yield Damaged(path.name, "holds no image")
@@ -150,7 +150,7 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
 
 
 def _video(path: Path) -> Iterator[Item | Damaged]:
-    """Frames of the first video stream."""
+    """Yield the frames of a file's first video stream."""
     try:
         for index, frame in enumerate(read_frames(path)):
             pixels = frame.pixels
@@ -160,7 +160,7 @@ def _video(path: Path) -> Iterator[Item | Damaged]:
 
 
 def content_hash(content: bytes | Any) -> str:
-    """SHA-256 of an encoded file, or of a frame's pixels."""
+    """Return the SHA-256 of an encoded file, or of a frame's pixels and shape."""
     if isinstance(content, bytes):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha256(f"{content.shape}".encode() + content.tobytes()).hexdigest()

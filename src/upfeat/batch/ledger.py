@@ -1,4 +1,4 @@
-"""Ledger of the items of a set that are done, and at the end a manifest in order of keys."""
+"""Record of a set's finished items: a ledger while a run lasts, a sorted manifest at its end."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ MANIFEST, LEDGER = "manifest.json", "ledger.jsonl"
 
 
 class Ledger:
-    """The record of one output folder.
+    """Record of one output folder.
 
-    An item is recorded after its file is in place, and what was recorded of it before is struck out
-    before its file is touched. So what is recorded is there, and what was cut off in between is
-    done again, with the same result.
+    An item is recorded after its file is written, and an old entry is deleted before its file is
+    changed. Every recorded file therefore exists, and an item that was interrupted is done again,
+    with the same result.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
         """Open a folder's record, or begin one.
 
         Args:
-            folder: of the output; made if need be.
-            settings: all that decides results beside the items, as JSON values.
-            overwrite: forget a record that was begun with other settings.
+            folder: output folder; made if it does not exist.
+            settings: everything but the items that determines results, as JSON values.
+            overwrite: ignore an existing record, whatever its settings.
 
         Raises:
-            ValueError: the folder's record was begun with other settings, or is not ours.
+            ValueError: the folder's record was begun with other settings, or is damaged or no
+                record of this library.
             OSError: the folder cannot be written.
         """
         self.folder = folder
@@ -44,7 +45,7 @@ class Ledger:
             self.entries[line["key"]] = line
 
     def _lines(self) -> list[dict[str, Any]]:
-        """Read manifest and ledger, checked against the settings."""
+        """Read the entries of manifest and ledger, and check their settings."""
         lines: list[dict[str, Any]] = []
         manifest = self.folder / MANIFEST
         if manifest.is_file():
@@ -71,30 +72,30 @@ class Ledger:
             )
 
     def begin(self, key: str) -> None:
-        """Strike out what is recorded of an item, which is about to be made."""
+        """Delete the old entry of an item that is about to be made."""
         file = self._open()
         if self.entries.pop(key, None) is not None:
             file.write(json.dumps({"key": key}) + "\n")
             file.flush()
 
     def record(self, entry: dict[str, Any]) -> None:
-        """Write down that an item is done, or why it cannot be."""
+        """Record an item that is done, or has failed with a reason."""
         file = self._open()
         self.entries[entry["key"]] = entry
         file.write(json.dumps(entry, sort_keys=True) + "\n")
-        # To the system, which keeps it whatever becomes of this process. Waiting for the disk at
-        # every item would not help against a power cut: the item's own file may be lost all the
-        # same, which its size then tells.
+        # A flush hands the line to the system, so it survives the end of this process. Against a
+        # power cut, syncing every line to the disk would not help: the item's file may be
+        # truncated all the same, which its recorded size reveals.
         file.flush()
 
     def _open(self) -> TextIO:
-        """Begin the ledger anew with what is known, so that a line that was cut off is gone."""
+        """Rewrite the ledger with all known entries, without a truncated last line; open it."""
         if self._file is None:
             known = [json.dumps({"settings": self.settings}, sort_keys=True)]
             known += [json.dumps(one, sort_keys=True) for one in self.entries.values()]
             write_bytes(self.folder / LEDGER, ("\n".join(known) + "\n").encode())
             self._file = (self.folder / LEDGER).open("a", encoding="utf-8")
-            if self._overwrite:  # what it says of files holds no more
+            if self._overwrite:  # its entries describe files that are about to be replaced
                 (self.folder / MANIFEST).unlink(missing_ok=True)
         return self._file
 
@@ -108,14 +109,14 @@ class Ledger:
         (self.folder / LEDGER).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leave the ledger for another time."""
+        """Close the ledger; it stays, and a later run continues it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def _entries(found: Any, path: Path) -> list[dict[str, Any]]:
-    """Entries of items, each under its key."""
+    """Check that entries have a key and a valid size, and return them."""
     if not isinstance(found, list) or not all(
         isinstance(one, dict)
         and isinstance(one.get("key"), str)

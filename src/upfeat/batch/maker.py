@@ -1,4 +1,4 @@
-"""One item of a set from beginning to end: decoded, computed, written."""
+"""Processing of one item of a set: decoding, computing, writing."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ from upfeat.storage import create_array, write_tensors
 
 Entry = dict[str, Any]
 Task = tuple[Entry, Any]
-"""An item's facts and its content: the bytes of a file, or a frame."""
+"""An item's ledger entry, and its content: the bytes of a file, or a frame."""
 
-# Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
+# Bytes a pixel of the image, its guidance and the maps that the upsampler keeps; measured.
 _UPSAMPLING = 70
 _SMALL, _GENEROUS = 1 << 16, 4000
-"""Pixels of images for whose backbone more bytes a pixel than any takes are set aside unasked."""
+"""Largest image, in pixels, for whose backbone memory is reserved without measuring; and the bytes
+a pixel that are reserved, more than any backbone needs."""
 _STRIPED = 1 << 26
-"""Larger maps, in bytes of float32, go to their file in strips and never exist whole."""
+"""Bytes of a map in float32 above which it is written in strips and never exists as a whole."""
 _STRIP = 64
-"""Rows of a strip."""
+"""Rows of a strip, pixels."""
 
 
 class Maker:
-    """Makes and writes the files of items."""
+    """Callable that computes and writes the file of one item at a time."""
 
     def __init__(
         self,
@@ -52,10 +53,17 @@ class Maker:
         budget: Budget | None = None,
         activations: Callable[[], float] = lambda: 0,
     ) -> None:
-        """Keep what makes them, and what must not be written over.
+        """Keep the model, the settings and the files that must not be overwritten.
 
-        ``activations`` measures the bytes that the backbone takes for each pixel: once for all
-        copies of it, and not for small images, since it takes as long as many of them.
+        Args:
+            replica: a copy of the model, and the lock to hold while it runs.
+            extraction: kind and settings of the results.
+            folder: folder of the results.
+            inputs: files that are read, and must not be overwritten.
+            overwrite: replace existing files that are no earlier results.
+            budget: memory budget, shared by the makers of a process; ``None`` for no bound.
+            activations: function that returns the bytes that the backbone needs for each pixel.
+                It is not called for small images: a measurement takes as long as many of them.
         """
         self._model, self._turn = replica
         self._extraction, self._folder = extraction, folder
@@ -64,7 +72,7 @@ class Maker:
         self._weights = digest(self._model.upsampler)
 
     def __call__(self, task: Task) -> Entry:
-        """Make one item; return what the ledger shall say of it."""
+        """Make one item and return its ledger entry."""
         entry, content = task
         if "error" in entry:
             return entry
@@ -75,7 +83,7 @@ class Maker:
                 with self._budget.take(self._needed(content)):
                     self._make(entry["file"], content)
         except _WriteError as error:
-            # A disk that cannot be written is no fault of the item.
+            # A disk that cannot be written ends the run: the item itself did not fail.
             raise error.reason from None
         except Exception as error:
             reason = failure_reason(error)
@@ -101,7 +109,7 @@ class Maker:
                 raise _WriteError(error) from None
 
     def _map(self, lazy: UpsampledFeatures) -> Tensor | None:
-        """The map that is stored, (C, H, W); ``None`` for one that is made as it is written."""
+        """Compute the map to store, (C, H, W); ``None`` if parts or strips are stored instead."""
         extraction = self._extraction
         dtype = getattr(torch, extraction.dtype)
         if extraction.head is not None:
@@ -135,7 +143,7 @@ class Maker:
             raise ValueError(f"the map overflows {self._extraction.dtype}; use float32")
 
     def _needed(self, content: Any) -> float:
-        """Bytes that an item takes while it is made, as far as its header tells."""
+        """Estimate the bytes that an item needs, from the image size in its header; 0 without."""
         own = image_size(content) if isinstance(content, bytes) else content.shape[:2]
         if own is None:
             return 0
@@ -147,7 +155,7 @@ class Maker:
         if extraction.kind != "lazy":
             channels = model.embed_dim if extraction.head is None else len(extraction.head.weight)
         rows = min(height, _STRIP) if _is_striped((channels, height, width)) else height
-        # The map as it is made, and as it is stored.
+        # 8 bytes a value: the map as computed, and as stored, each at most float32.
         held = rows * width * channels * 8
         return own[0] * own[1] * machine.DECODING + height * width * a_pixel + held
 
@@ -157,7 +165,7 @@ def _is_striped(shape: tuple[int, ...]) -> bool:
 
 
 class _WriteError(Exception):
-    """An error of the system while results are written."""
+    """Wrapper of an ``OSError`` that was raised while a result was written."""
 
     def __init__(self, reason: OSError) -> None:
         super().__init__(str(reason))

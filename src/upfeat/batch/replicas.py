@@ -1,8 +1,8 @@
-"""One model for several threads: copies that share its tensors.
+"""Copies of a model for several threads, which share the model's tensors.
 
-A pass may leave something in the modules that it runs through (hooks that catch a layer's output,
-sizes of the last image), so two threads must not run one module at the same time. A copy of the
-modules without a copy of their weights costs next to nothing.
+A forward pass may change the modules that it runs (hooks that record a layer's output, the size of
+the last image), so two threads must not run a module at the same time. Copies of the modules that
+share their weights cost almost no memory.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from upfeat.model import FeatUp
 
 
 class Replica(NamedTuple):
-    """A model, and what must be held while it runs."""
+    """A copy of a model, or the model itself with a lock."""
 
     model: FeatUp
     turn: AbstractContextManager[object]
+    """Context to enter while the model runs: a lock if the model is shared."""
 
 
 def replicate(model: FeatUp, count: int) -> list[Replica]:
-    """Make models for several threads, for as long as the model's weights do not change.
+    """Copy a model for several threads; its weights must not change while the copies are used.
 
     Args:
-        model: what every one of them computes.
-        count: threads.
+        model: the model to copy.
+        count: number of threads.
 
     Returns:
-        That many copies that share the model's parameters and buffers; or, where copies are not
-        sure to be apart (functions, hooks that somebody registered), the model again and again,
-        with a lock.
+        ``count`` copies that share the model's parameters and buffers. If copies might share
+        further state (the backbone wraps a function, or the model has hooks): ``count`` times the
+        model itself, with a common lock.
     """
     turn = threading.Lock() if count > 1 else nullcontext()
     shared = [Replica(model, turn) for _ in range(count)]
@@ -44,7 +45,7 @@ def replicate(model: FeatUp, count: int) -> list[Replica]:
     memo = {id(one): one for one in (*model.parameters(), *model.buffers())}
     try:
         copies = [copy.deepcopy(model, dict(memo)) for _ in range(count)]
-    except Exception:  # modules of strangers raise what they like
+    except Exception:  # users' modules may raise anything
         return shared
     if any(_is_hooked(one) for one in copies):
         return shared
@@ -55,7 +56,7 @@ def replicate(model: FeatUp, count: int) -> list[Replica]:
 
 
 def _is_of_modules(module: nn.Module) -> bool:
-    """Return whether a module, and what it wraps, is known to hold all that a pass changes."""
+    """Return whether a module wraps no function, whose state a copy would share."""
     wrapped = getattr(module, "module", None)
     return wrapped is None or isinstance(wrapped, nn.Module)
 

@@ -1,4 +1,4 @@
-"""``upfeat bench``: the operators and the stack against eager PyTorch."""
+"""``upfeat bench``: timing of the operators and the JBU stack against eager PyTorch."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def execute(options: argparse.Namespace) -> int:
 
     if options.output is not None:
         check_output(options.output, Inputs(()), FORMAT, overwrite=options.overwrite)
-        if not options.output.parent.is_dir():  # known before minutes of measuring, not after
+        if not options.output.parent.is_dir():  # an error now, not after minutes of measuring
             folder = options.output.parent
             raise ValueError(f"{options.output}: there is no folder {folder}; make it first")
         sweep(options.output.parent)
@@ -105,7 +105,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _rivals(options: argparse.Namespace) -> int:
-    """Measure published upsamplers; print a table, and write the file."""
+    """Measure published upsamplers, print a table, and write the file."""
     from rich.console import Console
 
     from upfeat.rivals import as_json, run_rivals
@@ -180,7 +180,7 @@ def _table(measurements: list) -> object:
 
 
 def _width() -> int | None:
-    """Columns of the table: a terminal's own; of a file, enough for every name."""
+    """Return the table's width: ``None``, a terminal's width; in a file, enough for every name."""
     return None if sys.stdout.isatty() else 120
 
 

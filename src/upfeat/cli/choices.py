@@ -1,7 +1,7 @@
-"""Names that --help lists.
+"""Names that --help lists, and arguments that several commands share.
 
-They stand here once more, or are read off the source, because help is there before PyTorch could be
-imported; a test holds them against the registries.
+The names are repeated here or parsed from the source, since importing the registries would import
+PyTorch, which --help must not wait for; a test compares them with the registries.
 """
 
 import argparse
@@ -19,11 +19,11 @@ DEFAULT_UPSAMPLER = "detail"
 
 
 _WITHOUT_WEIGHTS = r"^    (published_by = |wants_hidden = True)"
-"""Classes that need a file, or weights of one backbone."""
+"""Pattern in classes of upsamplers that need a file, or weights for one backbone."""
 
 
 def _registered() -> list[str]:
-    """Names of the upsamplers that suit any backbone, read off the source that registers them."""
+    """List the upsamplers for any backbone, by parsing the source files that register them."""
     pattern = r"^@UPSAMPLERS\.register\nclass [^\n]+\n(.*?)(?=^\S)"
     found = []
     for path in sorted((Path(__file__).parents[1] / "upsamplers").glob("*.py")):
@@ -39,7 +39,7 @@ def _registered() -> list[str]:
 UPSAMPLERS = tuple(sorted(_registered(), key=lambda name: (name != DEFAULT_UPSAMPLER, name)))
 
 BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "neighbourhood")
-"""Upsamplers in every evaluation."""
+"""Upsamplers that every evaluation includes by default."""
 
 UPSAMPLER_HELP = (
     f"{', '.join(UPSAMPLERS)}; weights by their full name (upfeat info lists them), a folder that "
@@ -66,7 +66,7 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
-    """Declare ``--engine``, ``--workers`` and ``--address``; ``what`` is one worker's task."""
+    """Declare ``--engine``, ``--workers`` and ``--address``; ``what`` names a worker's task."""
     parser.add_argument(
         "--engine",
         choices=("local", "ray"),
@@ -86,14 +86,14 @@ def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
-    """A backbone's name with the layers of ``--layer``, as "timm:NAME@3,8"."""
+    """Append the layers of ``--layer`` to a backbone's name, as in "timm:NAME@3,8"."""
     if not layers:
         return backbone
     return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"
 
 
 def name_of(text: str) -> str:
-    """Read a name; an empty one is an unset variable of the shell."""
+    """Read a name; an empty name, as from an unset variable of the shell, is an error."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f'"{text}" is empty; leave it out for the default')
     return text
@@ -103,7 +103,7 @@ def size_of(text: str | None) -> tuple[int, int] | None:
     """Read "1024x768", WIDTHxHEIGHT, as (height, width).
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: the text has another form, or a side is 0.
     """
     if text is None:
         return None
@@ -114,7 +114,7 @@ def size_of(text: str | None) -> tuple[int, int] | None:
 
 
 def bands_of(text: str) -> list[int]:
-    """Read "4,3,2"."""
+    """Read bands such as "4,3,2"."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Shared terminal code of the commands: progress, failures of a batch, safe printing."""
+"""Terminal code that the commands share: progress bars, failures of a batch, safe printing."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
 Plan = list[tuple[Path, Outputs]]
-"""Photographs and where their results go."""
+"""Photographs and the paths of their results."""
 
 
 def say(text: str) -> None:
-    """Print a line; characters that the terminal cannot show are escaped, as in odd file names."""
+    """Print a line; characters of file names that the terminal cannot encode are escaped."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def note(command: str, text: str) -> None:
-    """Tell the user something that is no result, on standard error."""
+    """Print a note to the user on standard error, since standard output is for results."""
     print(f"upfeat {command}: note: {text}", file=sys.stderr)
 
 
 @contextmanager
 def progress_bar(*columns: str | ProgressColumn, keep: bool = False) -> Iterator[Progress]:
-    """A progress bar on standard error; nothing where that is no terminal.
+    """Show a progress bar on standard error, if that is a terminal.
 
     Args:
-        columns: of the bar; by default those of rich.
-        keep: leave it on the screen when the work has ended.
+        columns: columns of the bar; none for rich's default columns.
+        keep: leave the bar on the screen when the work has ended.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -61,13 +61,13 @@ def progress_bar(*columns: str | ProgressColumn, keep: bool = False) -> Iterator
 
 
 class Batch:
-    """Work on many photographs: one that fails is reported at the end, and the others are done."""
+    """Context for many photographs: failures are collected and reported at the end."""
 
     def __init__(self, command: str, paths: Sequence[Path]) -> None:
         """Find the photographs.
 
         Args:
-            command: whose errors these are.
+            command: name of the command, for error messages.
             paths: files, and folders to search.
         """
         self.command = command
@@ -89,7 +89,10 @@ class Batch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Report what failed, in the order given; also when the rest was interrupted."""
+        """Report all failures in the order of the photographs, also after an interruption.
+
+        Folders that :meth:`make_folder` made are removed if they are empty.
+        """
         for folder in self._made:
             with suppress(OSError):
                 folder.rmdir()
@@ -101,22 +104,22 @@ class Batch:
             print(f"upfeat {self.command}: {count}", file=sys.stderr)
 
     def make_folder(self, folder: Path) -> None:
-        """Make the folder of results; in the end it goes again if there is none.
+        """Make the folder of results, which is removed at the end if it is still empty.
 
         Raises:
-            ValueError: as :func:`upfeat.outputs.make_folder`.
+            ValueError: the folder cannot be made; see :func:`upfeat.outputs.make_folder`.
         """
         self._made = [one for one in (folder, *folder.parents) if not one.exists()]
         make_folder(folder)
 
     @property
     def exit_code(self) -> int:
-        """2 if anything failed, else 0."""
+        """Exit code of the command: 2 if any photograph failed, else 0."""
         return 2 if self._failures else 0
 
     @contextmanager
     def attempt(self, photo: Path) -> Iterator[None]:
-        """Do one photograph: note what fails, let faults of the program through."""
+        """Run the block for one photograph: record a failure; errors of the program propagate."""
         try:
             yield
         except Exception as error:
@@ -129,13 +132,13 @@ class Batch:
     def permitted(
         self, plan: Plan, others: Sequence[str | Path | None], kind: str, *, overwrite: bool
     ) -> Plan:
-        """Leave out, as failed, photographs whose results may not be written where they would go.
+        """Drop, as failed, photographs whose results would overwrite a file that must be kept.
 
         Args:
             plan: photographs and their outputs.
-            others: what the command reads beside the photographs.
-            kind: what files of features will say they are.
-            overwrite: as :func:`upfeat.outputs.check_output` takes it.
+            others: other files that the command reads, which must not be overwritten.
+            kind: format of the files of features; files of this format may be replaced.
+            overwrite: see :func:`upfeat.outputs.check_output`.
         """
         inputs = Inputs([*(photo for photo, _ in plan), *others])
         kept = []
@@ -148,11 +151,11 @@ class Batch:
         return kept
 
     def pending(self, plan: Plan, recipe: Callable[[Path], str]) -> Plan:
-        """Leave out photographs that are done, and say so; sweep the folders of the others.
+        """Drop photographs that are done, and print them; sweep the output folders of all.
 
         Args:
             plan: photographs and their outputs.
-            recipe: digest of all that a photograph's results depend on.
+            recipe: function from a photograph to a digest of everything its results depend on.
         """
         for folder in {outputs.features.parent for _, outputs in plan}:
             sweep(folder)
@@ -169,12 +172,12 @@ class Batch:
 
 
 def announce_size(command: str, sizes: Sequence[int | None], folder: Path) -> None:
-    """Say what many results will take on disk, before they do.
+    """Print the disk space that several results will need, before they are written.
 
     Args:
-        command: that writes them.
-        sizes: bytes of each; those that are not known do not count.
-        folder: where they go.
+        command: name of the command that writes the results.
+        sizes: bytes of each result; unknown sizes, ``None``, count as 0.
+        folder: folder of the results.
     """
     if len(sizes) < 2:
         return

@@ -1,4 +1,4 @@
-"""``upfeat convert``: a published checkpoint in, safetensors with provenance out."""
+"""``upfeat convert``: conversion of a published checkpoint to safetensors with provenance."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Convert, and say what was found."""
+    """Convert the checkpoint and print a description of the upsampler."""
     from upfeat.upsamplers.checkpoints import write_checkpoint
 
     if options.output.exists() and not options.overwrite:

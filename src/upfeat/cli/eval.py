@@ -1,4 +1,4 @@
-"""``upfeat eval``: photographs in, a table of upsamplers out."""
+"""``upfeat eval``: comparison of upsamplers on photographs, as a table."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Evaluate; what was left out is summarised on stderr."""
+    """Evaluate and print the tables; the first problems, such as bad images, go to stderr."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -177,7 +177,7 @@ def execute(options: argparse.Namespace) -> int:
     more = len(results.problems) - _PROBLEMS_SHOWN
     if more > 0:
         print(f"upfeat eval: note: and {more} more, in results.json", file=sys.stderr)
-    # Rows are never cut: a narrow terminal wraps them, a file keeps them whole.
+    # Rows are never truncated: a narrow terminal wraps them, and a file contains them whole.
     console = Console(width=max(Console().width, _TABLE_WIDTH))
     console.print(_table(results))
     if results.differences:
@@ -186,7 +186,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _bars(progress: Progress) -> OnStep:
-    """Return a callback that shows a bar for the step at hand and hides those before."""
+    """Return a callback that shows a bar for the current step and hides the steps before it."""
     tasks: dict[str, int] = {}
 
     def show(label: str, done: int, total: int) -> None:
@@ -200,7 +200,7 @@ def _bars(progress: Progress) -> OnStep:
 
 
 def _table(results: Results) -> Table:
-    """Rows grouped by protocol, the best of each group in bold."""
+    """Make the table of scores: rows grouped by protocol, the best of each group in bold."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -239,7 +239,10 @@ def _table(results: Results) -> Table:
 
 
 def _differences(results: Results) -> Table:
-    """Differences of rows from bilinear and from the best other row, bold where 0 is excluded."""
+    """Make the table of each row's differences from bilinear and from the best other row.
+
+    A difference is bold if its 95 % interval excludes 0.
+    """
     from rich.markup import escape
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``upfeat export``: a model as a file that runs without this package."""
+"""``upfeat export``: export of a model to a file that runs without this package."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Export, check the file, and say what was measured."""
+    """Export the model, check the file, and print the largest error."""
     import upfeat
     from upfeat.outputs import Inputs, check_output
     from upfeat.portable.formats import check_format

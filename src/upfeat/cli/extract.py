@@ -1,4 +1,4 @@
-"""``upfeat extract``: features of a large set of images, exactly once each."""
+"""``upfeat extract``: extraction of features from a large set of images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Extract; items that fail are listed at the end and in the manifest."""
+    """Extract features; items that fail are listed at the end and in the manifest."""
     from rich.progress import MofNCompleteColumn, TextColumn
 
     import upfeat

@@ -1,4 +1,4 @@
-"""``upfeat fit``: photographs in, small files of implicit features out."""
+"""``upfeat fit``: fits of implicit features to photographs, stored as small files."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Fit; bad photographs are reported at the end and the others done."""
+    """Fit all photographs; those that fail are reported at the end."""
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
@@ -141,7 +141,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _plan(photos: list[Photo], output: Path, picture: bool) -> tuple[Plan, Path]:
-    """Every photograph with its files, and the folder of them all."""
+    """Return every photograph with the paths of its results, and the folder of all results."""
     from upfeat.outputs import Outputs, picture_of, plan_outputs
 
     if output.suffix == ".safetensors" and not output.is_dir():
@@ -153,10 +153,10 @@ def _plan(photos: list[Photo], output: Path, picture: bool) -> tuple[Plan, Path]
 
 
 def _outcome(features: ImplicitFeatures, config: FitConfig) -> str:
-    """Describe a fit in a line: shape, views, held-out loss."""
+    """Describe a fit in one line: shape, views, held-out loss."""
     facts = features.facts
     shape, views = "×".join(map(str, features.shape[1:])), f"{facts['views']} views"
-    if config.preset == "fast":  # its "views" are all passes, the photograph's own included
+    if config.preset == "fast":  # this preset counts all passes, that of the whole photograph too
         views = (
             f"{facts['views'] - config.zoomed_views - 1} + {config.zoomed_views} magnified views"
         )

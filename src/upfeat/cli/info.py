@@ -1,4 +1,4 @@
-"""``upfeat info``: what is installed and what can run here."""
+"""``upfeat info``: versions, devices and backends of this installation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parse, dispatch, and turn every user error into one line and exit code 2."""
+"""Entry point of the command: parsing, dispatch, and user errors as one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ COMMANDS = {
 }
 
 _SPINS = "1000"
-"""Turns of its loop that a waiting thread makes before it sleeps: some microseconds."""
+"""Iterations that a waiting thread spins before it sleeps: some microseconds."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """Argument parser whose error messages are one line."""
 
     def error(self, message: str) -> NoReturn:
         """Print the line and exit with code 2."""
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: what follows ``upfeat``; ``None`` for the process's own.
+        arguments: arguments after ``upfeat``; ``None`` for those of the process.
 
     Returns:
         The exit code: 0, 2 for bad input, 130 when interrupted.
@@ -104,12 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def calm_threads() -> None:
-    """Let PyTorch's threads sleep soon when they wait, unless the environment says otherwise.
+    """Let waiting threads of PyTorch sleep early, unless an environment variable decides otherwise.
 
-    A waiting thread of GNU OpenMP spins. On a busy machine it thereby keeps the core from the very
-    thread it waits for, which makes work up to ten times slower; on an idle one spinning gains
-    nothing. OpenMP reads these settings when it is loaded, together with PyTorch; after that this
-    function does nothing.
+    A waiting thread of GNU OpenMP spins. On a busy machine it thereby takes the core from the very
+    thread that it waits for, which makes work up to ten times slower; on an idle machine spinning
+    gains nothing. OpenMP reads the variable when it is loaded, together with PyTorch, so this
+    function has no effect afterwards.
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys() and "torch" not in sys.modules:
         os.environ["GOMP_SPINCOUNT"] = _SPINS

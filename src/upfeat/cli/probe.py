@@ -1,4 +1,4 @@
-"""``upfeat probe``: a linear head on upsampled features, for run, extract and raster."""
+"""``upfeat probe``: training of a linear head for run, extract, raster, video and export."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Train, print the scores, write the head."""
+    """Train a head, write it, and print its cross-validated scores."""
     from rich.console import Console
 
     import upfeat
@@ -123,7 +123,7 @@ def _check_output(options: argparse.Namespace) -> None:
 
 
 def _check_source(options: argparse.Namespace) -> None:
-    """Refuse options of the other kind of source, which would be ignored."""
+    """Refuse options that apply only to the other kind of source: a folder or a raster."""
     others = ("bands", "scale", "classes") if options.labels is None else ("size",)
     for name in others:
         if getattr(options, name) is not None:

@@ -1,4 +1,4 @@
-"""``upfeat raster``: a georeferenced raster in, a map of its features or of a head out."""
+"""``upfeat raster``: upsampling of a georeferenced raster into a map of features or classes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Plan, run, say where the result is."""
+    """Upsample the raster and print the path, shape and type of the result."""
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
@@ -134,7 +134,7 @@ def _output(options: argparse.Namespace, model: FeatUp) -> Output:
 
 
 def scale_of(text: str) -> tuple[float, float]:
-    """Read "0,3000"."""
+    """Read a range (low, high) such as "0,3000"."""
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:

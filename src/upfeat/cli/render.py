@@ -1,4 +1,4 @@
-"""``upfeat render``: implicit features at any size, as values or as a picture."""
+"""``upfeat render``: rendering of implicit features at any size, as values or as a picture."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.outputs import Inputs, check_output
     from upfeat.storage import sweep
 
-    # zarr writers that a full disk has stopped report it a second time, through asyncio, when they
+    # When a full disk has stopped zarr's writers, asyncio reports the error a second time as they
     # are garbage-collected.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     size, output = size_of(options.size), options.output

@@ -1,4 +1,4 @@
-"""``upfeat run``: photographs in, features and pictures out."""
+"""``upfeat run``: upsampled features and pictures of photographs."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Run; bad photographs are reported at the end and the others done."""
+    """Upsample all photographs; those that fail are reported at the end."""
     import upfeat
     from upfeat.cli.console import Batch, announce_size
     from upfeat.heads import load_head

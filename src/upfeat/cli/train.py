@@ -1,4 +1,4 @@
-"""``upfeat train``: a folder of photographs in, an upsampler for a backbone out."""
+"""``upfeat train``: training of an upsampler for a backbone on a folder of photographs."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Train; a run that is interrupted says how to go on."""
+    """Train; after an interruption, print the command that resumes the run."""
     from upfeat.training import train
 
     backbone, photos, config = _plan(options)
@@ -106,7 +106,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConfig]:
-    """Backbone, photographs and settings: what is given, and of a resumed run what is not."""
+    """Return backbone, photographs and settings; a resumed run supplies those not given."""
     from upfeat.training.started import read_started
 
     given, source = _settings(options)
@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConf
 
 
 def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Flags over file over nothing, and what to call the source in errors."""
+    """Merge the settings file with the flags, which override it; return the source's name too."""
     from upfeat.training.settings_file import read_settings
 
     settings: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _value(text: str) -> Any:
-    """A number, none, true or false where it is one; else the text."""
+    """Convert a text to a number, ``None`` or a boolean if possible; else return the text."""
     plain = {"none": None, "true": True, "false": False}
     if text.lower() in plain:
         return plain[text.lower()]
@@ -177,12 +177,12 @@ def _pair(text: str) -> tuple[str, Any]:
 
 
 def _is_main() -> bool:
-    """Return whether this process is the one that speaks, of those that torchrun started."""
+    """Return whether this process prints: rank 0 of the processes that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class _Progress:
-    """A bar with losses, speed and time left; nothing where there is no terminal to see it."""
+    """Progress bar with losses, speed and time left; invisible where stderr is no terminal."""
 
     def __init__(self, steps: int) -> None:
         from rich.console import Console
@@ -218,9 +218,9 @@ class _Progress:
         self.bar.stop()
 
     def show(self, report: StepReport) -> None:
-        """Show one step."""
+        """Update the bar after one step."""
         if self.step == 0:
-            # A resumed run starts where it stopped; its speed counts from there.
+            # A resumed run's speed must be measured from the step at which it resumes.
             self.bar.reset(self.task, total=report.steps, completed=report.step - 1)
         self.step = report.step
         self.validation = report.validation or self.validation
@@ -233,7 +233,7 @@ class _Progress:
         self.bar.update(self.task, completed=report.step, description="  ".join(parts))
 
     def outcome(self) -> str:
-        """The last figures."""
+        """Return the last held-out error as text; empty without validation."""
         if not self.validation:
             return ""
         return f"held-out error {self.validation['error']:.4f}"

@@ -1,4 +1,4 @@
-"""``upfeat video``: a video in, a video of its features out, and how stable they are."""
+"""``upfeat video``: rendering of a video's features, with a report of their stability."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Run; code 2 where the video could not be read to its end."""
+    """Render the video; the exit code is 2 if the video could not be read to its end."""
     import upfeat
     from upfeat.cli.console import progress_bar, say
     from upfeat.frames import count_frames
@@ -86,7 +86,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.report is not None:
         kind = f"{VIDEO}-report"
         check_output(options.report, inputs, kind, overwrite=options.overwrite)
-    count_frames(options.video)  # what is wrong with it, before the model is loaded
+    count_frames(options.video)  # raises for an unreadable video before the model is loaded
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
     chosen = {"upsampler": options.upsampler, "passes": options.passes}
     model = upfeat.load(backbone, **chosen, device=options.device)
@@ -113,7 +113,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def describe(report: VideoReport, *, classes: bool) -> str:
-    """One line of a report."""
+    """Summarise a report in one line."""
     height, width = report.size
     text = f"{report.frames} frames of {width}×{height}"
     if report.flicker is None or report.drift is None or report.drift_coarse is None:

@@ -1,1 +1,1 @@
-"""The web page of ``upfeat demo``: ``session`` does the work, ``page`` shows it with Gradio."""
+"""Web page of ``upfeat demo``: ``session`` computes the results, ``page`` shows them by Gradio."""

@@ -1,4 +1,4 @@
-"""The backbones and upsamplers that a page offers."""
+"""Backbones and upsamplers that the page offers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ UPSAMPLERS = ("detail", "neighbourhood", "jbu_stack", "joint_bilateral", "bicubi
 
 
 class Models:
-    """Models by the names of a backbone and an upsampler; each is loaded once.
+    """Models by the names of a backbone and an upsampler, each of which is loaded once.
 
     Attributes:
-        backbones: names offered, the first one preselected.
-        upsamplers: likewise; files stand behind the names.
+        backbones: names of the offered backbones; the first is preselected.
+        upsamplers: names or paths of the offered upsamplers; the first is preselected.
     """
 
     def __init__(
@@ -33,18 +33,19 @@ class Models:
         text_backbone: str | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        """Load what the user named, so that mistakes show before the page does.
+        """Load the models that the user named, so that errors show before the page opens.
 
         Args:
-            backbones: offered beside the embedded ones, the first of them preselected.
-            upsamplers: likewise: folders that ``save_pretrained`` wrote, or published checkpoints.
-            text_backbone: "hf:ID-OR-FOLDER" or "open_clip:NAME/TAG", a CLIP or SigLIP, with which
-                the page answers texts.
-            device: where they run.
+            backbones: names of backbones to offer before the embedded ones.
+            upsamplers: upsamplers to offer before the built-in ones: folders that
+                ``save_pretrained`` wrote, or published checkpoints.
+            text_backbone: a CLIP or SigLIP, "hf:ID-OR-FOLDER" or "open_clip:NAME/TAG", to offer
+                for searches by text.
+            device: device of the models; ``None`` for the CPU.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: one cannot be loaded.
+            FileNotFoundError: a file does not exist.
+            ValueError: a model cannot be loaded.
         """
         texts = [] if text_backbone is None else [text_backbone]
         self._text_backbones = frozenset(texts)
@@ -59,10 +60,10 @@ class Models:
             self(self.backbones[0], name)
 
     def __call__(self, backbone: str, upsampler: str) -> FeatUp:
-        """Return a model.
+        """Return the model of a backbone and an upsampler.
 
         Raises:
-            ValueError: one of the names is not offered, or the two do not fit.
+            ValueError: a name is not offered, or the upsampler does not fit the backbone.
         """
         for label, name, offered in (
             ("backbone", backbone, self.backbones),
@@ -78,7 +79,7 @@ class Models:
         return FeatUp(network, self._upsamplers[key])
 
     def has_texts(self, backbone: str) -> bool:
-        """True where texts can be held against a backbone's features."""
+        """Return whether a loaded backbone can compare its features with texts."""
         return isinstance(self._networks.get(backbone), TextBackbone)
 
     def _network(self, name: str) -> Backbone:

@@ -1,7 +1,7 @@
-"""The page: Gradio around :mod:`upfeat.demo.session`.
+"""Gradio page around :mod:`upfeat.demo.session`.
 
-Pictures travel inside messages, as ``data:`` addresses, and uploads in the events that the page
-sends: Gradio's own uploads and served files, which lie in a folder on disk, are not used.
+Pictures are sent inside messages, as ``data:`` addresses, and uploads inside the page's events:
+Gradio's uploads and served files are not used, since Gradio stores them on disk.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from upfeat.demo.session import (
 from upfeat.failures import failure_reason
 from upfeat.machine import readable, status
 
-# Before Gradio is imported: it would report each start to its makers.
+# Set before the import: Gradio would report each start to its makers.
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 from gradio.themes import Base, Default
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 PHOTOGRAPHS = {"cat": "A cat", "coffee": "A cup of coffee", "astronaut": "An astronaut"}
 QUEUE = 24
-"""Requests that may wait; more are turned away."""
+"""Number of requests that may wait; further requests are refused."""
 
 _BODY = MAX_BYTES * 4 // 3 + (1 << 16)
 _START = 448
@@ -61,11 +61,11 @@ Answer = dict[str, Any]
 
 
 def build(models: Models, visits: Visits) -> gr.Blocks:
-    """Put the page together.
+    """Build the page.
 
     Args:
-        models: what it offers.
-        visits: where visitors' photographs are kept.
+        models: backbones and upsamplers to offer.
+        visits: store of the visitors' photographs.
     """
     page = _Page(models, visits)
     with gr.Blocks(title="upfeat", analytics_enabled=False) as blocks:
@@ -90,7 +90,7 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         )
         gr.HTML(_notes(visits), elem_classes="uf-hint uf-notes")
         chosen = [token, backbone, upsampler, size]
-        # One at a time: the work takes all cores anyway, and memory stays that of one.
+        # One request at a time: each uses all cores anyway, and memory stays that of one request.
         listen = {
             "outputs": [viewer],
             "concurrency_limit": 1,
@@ -118,14 +118,14 @@ def serve(
     """Serve a page until it is interrupted.
 
     Args:
-        blocks: of :func:`build`.
+        blocks: the page, from :func:`build`.
         host: address to bind to.
-        port: likewise; 0 for any free one.
-        block: wait; otherwise return when it serves.
+        port: port to bind to; 0 for any free port.
+        block: wait until the page is interrupted; otherwise return as soon as it is served.
         say: called with the page's address.
 
     Raises:
-        OSError: the port is taken.
+        OSError: the port is in use.
     """
     from starlette.middleware import Middleware
 
@@ -142,7 +142,7 @@ def serve(
         state_session_capacity=200,
         max_file_size=1,
         theme=_theme(),
-        head=f"<style>{_read('page.css')}</style>",  # as css= it would be rewritten
+        head=f"<style>{_read('page.css')}</style>",  # Gradio would rewrite it if given as css=
         app_kwargs={
             "middleware": [Middleware(_Bounded)],
             "docs_url": None,
@@ -156,7 +156,7 @@ def serve(
 
 
 def _free_port(host: str) -> int:
-    """A port that is free now; Gradio itself takes 0 for one to look for."""
+    """Return a port that is free now, since Gradio does not take 0 for any free port."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.bind((host, 0))
@@ -164,7 +164,7 @@ def _free_port(host: str) -> int:
 
 
 class _Bounded:
-    """Refuse large requests and Gradio's uploads to a folder, before they are read."""
+    """Middleware that refuses large requests and Gradio's uploads to disk before reading them."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -192,7 +192,7 @@ class _Bounded:
 
 
 class _Page:
-    """The events. Every answer is a message for the viewer; errors are messages too."""
+    """Handlers of the page's events; each returns a message for the viewer, also for an error."""
 
     def __init__(self, models: Models, visits: Visits) -> None:
         self.models, self.visits = models, visits
@@ -213,7 +213,7 @@ class _Page:
     def upload(
         self, token: str | None, backbone: str, upsampler: str, size: int, event: gr.EventData
     ) -> tuple[str, Answer]:
-        """Open the visitor's own."""
+        """Open a photograph that the visitor uploads."""
         label = str(event._data.get("name") or "the file")[:80]
         data = event._data.get("data")
         return self._open(
@@ -232,7 +232,7 @@ class _Page:
         return _answered(work)
 
     def pick(self, token: str | None, event: gr.EventData) -> Answer:
-        """Similarity with a pixel."""
+        """Show the similarity of all pixels with the picked pixel."""
 
         def work() -> Answer:
             y, x = (float(event._data[name]) for name in ("y", "x"))
@@ -242,7 +242,7 @@ class _Page:
         return _answered(work)
 
     def prompt(self, token: str | None, event: gr.EventData) -> Answer:
-        """Similarity with a text."""
+        """Show the similarity of all pixels with a text."""
 
         def work() -> Answer:
             text = str(event._data["prompt"])
@@ -251,7 +251,7 @@ class _Page:
         return _answered(work)
 
     def strokes(self, token: str | None, event: gr.EventData) -> Answer:
-        """Segmentation by painted pixels."""
+        """Show a segmentation by probes fitted on painted pixels."""
 
         def work() -> Answer:
             rows = event._data["strokes"]
@@ -268,7 +268,7 @@ class _Page:
         return _answered(work)
 
     def fetch(self, token: str | None, event: gr.EventData) -> Answer:
-        """Make a file to download."""
+        """Make a file to download: features, head or picture."""
 
         def work() -> Answer:
             visit = self.visits.get(token)
@@ -305,7 +305,7 @@ class _Page:
 
 
 def _answered(work: Callable[[], Answer]) -> Answer:
-    """Do it, and say in one line what a visitor can mend; faults of the program are raised."""
+    """Return an event's answer; errors that the visitor can mend become a one-line message."""
     try:
         answer = work()
     except Exception as error:
@@ -313,7 +313,7 @@ def _answered(work: Callable[[], Answer]) -> Answer:
         if reason is None:
             raise
         answer = {"kind": "error", "error": reason}
-    return {**answer, "number": secrets.token_hex(4)}  # equal answers are still news
+    return {**answer, "number": secrets.token_hex(4)}  # the viewer skips repeated numbers
 
 
 def _opened(visit: Visit) -> Answer:
@@ -412,7 +412,7 @@ def _notes(visits: Visits) -> str:
 
 
 def _theme() -> Base:
-    """Fonts of the visitor's own system: others would be fetched from outside."""
+    """Return a theme with the fonts of the visitor's system, so that no font is downloaded."""
     return Default(
         font=["system-ui", "Segoe UI", "Roboto", "sans-serif"],
         font_mono=["ui-monospace", "Consolas", "monospace"],

@@ -1,4 +1,4 @@
-"""Pictures of a page: tensors as files in ``data:`` addresses, so that none is ever stored."""
+"""Pictures for the page: tensors as ``data:`` addresses, so that no file is stored."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from upfeat.demo.session import Pair, Visit
 from upfeat.visualize import side_by_side, to_image
 
 CLASS_COLOURS = ((230, 97, 1), (30, 120, 220), (0, 158, 96))
-"""Orange, blue, green: told apart by colour-blind eyes too."""
+"""Colours of the classes: orange, blue and green, which the colour-blind can distinguish too."""
 
 _HEAT = ((13, 8, 60), (84, 20, 120), (165, 44, 96), (225, 85, 60), (250, 160, 40), (252, 250, 180))
-"""Dark to light, ever lighter."""
+"""Colours of heat maps, of increasing lightness."""
 
 
 def png_address(image: Image.Image) -> str:
-    """A picture as a ``data:`` address; quickly rather than small."""
+    """Encode a picture as PNG in a ``data:`` address; fast rather than small."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
 
 
 def jpeg_address(image: Image.Image) -> str:
-    """A picture with smooth colours as a ``data:`` address.
+    """Encode a picture with smooth colours as JPEG in a ``data:`` address.
 
-    It takes half the time of PNG and a third of its size. Maps of cells and labels, whose pixels
-    are shown as blocks, stay PNG.
+    JPEG takes half the time of PNG and a third of its size. Maps of cells and labels, whose pixels
+    are shown as blocks, are encoded as PNG.
     """
     file = io.BytesIO()
     image.convert("RGB").save(file, "JPEG", quality=90, subsampling=0)
@@ -38,20 +38,20 @@ def jpeg_address(image: Image.Image) -> str:
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as a PNG file."""
+    """Encode a picture as a PNG file."""
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def heat_range(pair: Pair) -> tuple[float, float]:
-    """The values that are darkest and lightest, the same in both maps."""
+    """Return the least and the largest value of both maps, to draw them in one range of colours."""
     low, high = torch.cat([part.flatten() for part in pair]).aminmax()
     return float(low), max(float(high), float(low) + 1e-6)
 
 
 def heat_image(values: Tensor, low: float, high: float) -> Image.Image:
-    """(H, W) values as a picture of 256 colours."""
+    """Draw values (H, W) from ``low`` to ``high`` as a picture of 256 colours."""
     scaled = ((values - low) / (high - low)).clamp(0, 1)
     image = Image.fromarray((scaled * 255).round().byte().numpy())
     image.putpalette(_gradient(_HEAT))
@@ -59,25 +59,25 @@ def heat_image(values: Tensor, low: float, high: float) -> Image.Image:
 
 
 def label_image(labels: Tensor) -> Image.Image:
-    """(H, W) class indices as a picture."""
+    """Draw class indices (H, W), uint8, in :data:`CLASS_COLOURS`."""
     image = Image.fromarray(labels.contiguous().numpy())
     image.putpalette([value for colour in CLASS_COLOURS for value in colour])
     return image
 
 
 def photo_image(visit: Visit) -> Image.Image:
-    """The photograph at the size of the result."""
+    """Return the photograph at the size of the result."""
     return to_image(visit.photo / 255)
 
 
 def colour_images(visit: Visit) -> tuple[Image.Image, Image.Image]:
-    """Principal components: coarse, with a pixel for each cell, and upsampled."""
+    """Draw principal components: of the coarse features, a pixel per cell, and of the upsampled."""
     coarse, fine = visit.colours()
     return to_image(coarse / 255), to_image(fine / 255)
 
 
 def sheet(visit: Visit, panels: Sequence[Image.Image], caption: str) -> Image.Image:
-    """The photograph, the coarse and the upsampled picture in a row."""
+    """Put the photograph, the coarse picture and the upsampled picture in a row, with captions."""
     photo = photo_image(visit)
     coarse, fine = (panel.convert("RGB") for panel in panels)
     grid = f"{coarse.height} x {coarse.width}"

@@ -1,8 +1,8 @@
-"""One photograph of one visitor, what can be asked of it, and how many are kept at a time.
+"""Visitors' photographs with their features, the results computed from them, and their storage.
 
-Nothing is written to disk but the files made for a download, which are read back and removed. What
-is kept of a photograph is small: the coarse features, the guidance and the lengths of the features;
-upsampling weights, which are large, only for the last few.
+Only files made for a download are written to disk; they are read back and removed. Little memory is
+kept for a photograph: coarse features, guidance, and the lengths of the upsampled features. The
+upsampling weights, which are large, are kept for the last few photographs only.
 """
 
 from __future__ import annotations
@@ -33,45 +33,45 @@ if TYPE_CHECKING:
     from upfeat.model import FeatUp
 
 MAX_BYTES = 16 << 20
-"""Size of the largest file that may be uploaded."""
+"""Bytes of the largest file that may be uploaded."""
 
 MAX_PIXELS = 32_000_000
-"""Pixels of the largest photograph that may be uploaded; it is made smaller afterwards."""
+"""Pixels of the largest photograph that may be uploaded; it is resized afterwards."""
 
 MAX_STROKE_POINTS = 4000
-"""Painted pixels that a probe is fitted on; of more, evenly spaced ones are taken."""
+"""Largest number of painted pixels that a probe is fitted on; a larger number is thinned evenly."""
 
 MAX_PROMPT = 200
-"""Characters of a text."""
+"""Largest number of characters of a text."""
 
 SIZES = (224, 336, 448, 672)
-"""Shorter sides offered, pixels."""
+"""Offered sizes of the result: its shorter side, pixels."""
 
 _BLOCK = 32
-"""Channels upsampled at once for the lengths of the features."""
+"""Channels upsampled at once to compute the lengths of the features."""
 
 
 class Pair(NamedTuple):
-    """One result twice: from the coarse features and from the upsampled ones."""
+    """The same kind of result from the coarse and from the upsampled features."""
 
     coarse: Tensor
-    """(..., h, w)."""
+    """(..., h, w), computed from the coarse features."""
     fine: Tensor
-    """(..., H, W)."""
+    """(..., H, W), computed from the upsampled features."""
 
 
 def read_upload(content: bytes, label: str = "the file") -> Tensor:
-    """Decode an uploaded photograph, within bounds, to the largest size that is offered.
+    """Decode an uploaded photograph and resize it to the largest offered size.
 
     Args:
-        content: the file's bytes.
-        label: what errors call it.
+        content: bytes of the file.
+        label: name of the file in error messages.
 
     Returns:
-        (3, H, W) uint8. Photographs longer than 2:1 come out smaller: their area is bounded.
+        (3, H, W) uint8. Photographs longer than 2:1 become smaller, since their area is bounded.
 
     Raises:
-        ValueError: it is empty, too large, or no photograph.
+        ValueError: the file is empty, too large, or no photograph.
     """
     if not content:
         raise ValueError(f"{label} is empty; choose a photograph")
@@ -97,9 +97,9 @@ class Visit:
 
     Attributes:
         photo: (3, H, W) uint8, at the size of the result.
-        seconds: what the parts of the work took, by name.
-        last: maps that were asked for last, by "similarity", "text" and "segment".
-        head: the last probe.
+        seconds: duration of each part of the computation, by name.
+        last: the last result, by its kind: "similarity", "text" or "segment".
+        head: the last probe; ``None`` before the first.
     """
 
     def __init__(self, model: FeatUp, original: Tensor, size: int, name: str = "photo") -> None:
@@ -107,9 +107,9 @@ class Visit:
 
         Args:
             model: backbone and upsampler.
-            original: (3, H, W) uint8, of :func:`read_upload`.
-            size: the shorter side of the result, one of :data:`SIZES`.
-            name: of the photograph, for files.
+            original: (3, H, W) uint8, the photograph from :func:`read_upload`.
+            size: shorter side of the result, pixels, one of :data:`SIZES`.
+            name: name of the photograph, for files to download.
 
         Raises:
             ValueError: the size is not offered.
@@ -144,29 +144,29 @@ class Visit:
 
     @property
     def kept(self) -> int:
-        """Bytes kept between requests: without upsampling weights."""
+        """Bytes kept between requests, without the upsampling weights."""
         tensors = [self.lazy.features, self.lazy.guidance, self.original, self.photo]
         tensors += [*self._colours, self._lengths]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def cool(self) -> None:
-        """Drop the upsampling weights; they are made again when something is asked."""
+        """Drop the upsampling weights; the next request computes them again."""
         self.lazy = copy.copy(self.lazy)
 
     def colours(self) -> Pair:
-        """Principal components as colours (3, ·, ·), uint8, one basis for both."""
+        """Return principal components as colours (3, ·, ·), uint8, in one basis for both maps."""
         return self._colours
 
     @torch.no_grad()
     def similarity(self, y: float, x: float) -> Pair:
-        """Cosines of all pixels with the one at (y, x), and of all cells with the cell it lies in.
+        """Compute cosines of all pixels with the pixel at (y, x), and of all cells with its cell.
 
         Args:
-            y: row, pixels of the result.
-            x: column.
+            y: row of the pixel in the result, from 0.
+            x: column of the pixel in the result, from 0.
 
         Raises:
-            ValueError: the pixel lies outside.
+            ValueError: the pixel lies outside the result.
         """
         height, width = self.shape
         y, x = number("y", y), number("x", x)
@@ -181,10 +181,10 @@ class Visit:
 
     @torch.no_grad()
     def text(self, prompt: str) -> Pair:
-        """Cosine of every pixel's features, and of every cell's, with a text.
+        """Compute cosines of every pixel's and of every cell's features with a text.
 
         Raises:
-            ValueError: there is no text, a long one, or the backbone has no text tower.
+            ValueError: the text is empty or too long, or the backbone has no text tower.
         """
         backbone = self.model.backbone
         if not isinstance(backbone, TextBackbone):
@@ -203,11 +203,11 @@ class Visit:
             strokes: (class, y, x) of painted pixels, classes from 0 to 2.
 
         Returns:
-            Class indices, uint8: of a probe fitted on the cells under the strokes, and of one
-            fitted on the upsampled features there, kept as ``head``.
+            Class indices, uint8: coarse, by a probe fitted on the cells under the painted pixels;
+            fine, by a probe fitted on the upsampled features of these pixels, kept as ``head``.
 
         Raises:
-            ValueError: fewer than two classes were painted, or a pixel lies outside.
+            ValueError: fewer than two classes were painted, or a pixel lies outside the result.
         """
         table = self._strokes(strokes)
         classes, targets = table[:, 0].unique(return_inverse=True)
@@ -229,14 +229,14 @@ class Visit:
         return self._keep("segment", cells, labels[fine])
 
     def features_file(self) -> bytes:
-        """The features as ``UpsampledFeatures.save`` writes them: their parts."""
+        """Return the bytes of a file of lazy features; see ``UpsampledFeatures.save``."""
         return _written(self.lazy.save)
 
     def head_file(self) -> bytes:
-        """The last probe as a head of ``upfeat run --head``.
+        """Return the bytes of a file with the last probe, a head for ``upfeat run --head``.
 
         Raises:
-            ValueError: nothing has been painted.
+            ValueError: no probe has been fitted yet.
         """
         head = self.head
         if head is None:
@@ -244,22 +244,22 @@ class Visit:
         return _written(lambda path: save_head(path, head))
 
     def _keep(self, name: str, coarse: Tensor, fine: Tensor) -> Pair:
-        self.last = {name: Pair(coarse, fine)}  # one map alone, so that memory stays bounded
+        self.last = {name: Pair(coarse, fine)}  # only one result, so that memory stays bounded
         return self.last[name]
 
     def _pixel_cosines(self, vectors: Tensor) -> Tensor:
-        """Cosines (K, H, W) of the upsampled features with vectors (K, C)."""
+        """Compute cosines (K, H, W) of the upsampled features with vectors (K, C)."""
         scale = torch.linalg.vector_norm(vectors, dim=1)[:, None, None] * self._lengths
         return self.lazy.project(vectors)[0].cpu() / scale.cpu().clamp(min=1e-8)
 
     def _cells(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and columns of the cells that pixels (N, 2) lie in."""
+        """Return the rows and the columns of the cells that contain pixels (N, 2), each (N,)."""
         grid, size = self.lazy.features.shape[2:], self.shape
         rows, columns = ((2 * points[:, i] + 1) * grid[i] // (2 * size[i]) for i in (0, 1))
         return rows.long(), columns.long()
 
     def _strokes(self, strokes: Sequence[Sequence[float]]) -> Tensor:
-        """Painted pixels as integers (N, 3), checked, without repetitions, not too many."""
+        """Check painted pixels; return the distinct ones, (N, 3), at most MAX_STROKE_POINTS."""
         try:
             table = torch.tensor(strokes, dtype=torch.float64).reshape(-1, 3)
         except (TypeError, ValueError, RuntimeError):
@@ -273,9 +273,10 @@ class Visit:
 
 
 class Visits:
-    """The visitors' photographs: few enough, and none for long.
+    """Store of the visitors' photographs, bounded in number and time.
 
-    A visitor's token is known to the server alone, so that nobody can ask for another's.
+    A photograph is stored under its visitor's token, which only the server knows, so that nobody
+    can request another visitor's photograph.
     """
 
     def __init__(
@@ -286,13 +287,13 @@ class Visits:
         seconds: float = 1200,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start empty.
+        """Start with an empty store.
 
         Args:
-            most: photographs kept; the one unused for longest goes first.
-            warm: of them, those whose upsampling weights are kept too.
-            seconds: after which an unused one goes.
-            clock: seconds, for tests.
+            most: largest number of photographs; the least recently used is removed first.
+            warm: number of the last used photographs whose upsampling weights are kept too.
+            seconds: time after which an unused photograph is removed.
+            clock: function that returns the time in seconds; replaced by tests.
         """
         self.most, self.warm, self.seconds = most, warm, seconds
         self._clock, self._lock = clock, threading.Lock()
@@ -302,18 +303,18 @@ class Visits:
         return len(self._visits)
 
     def put(self, token: str, visit: Visit) -> None:
-        """Keep a visitor's photograph in the place of the one before."""
+        """Store a visitor's photograph, which replaces the visitor's previous photograph."""
         with self._lock:
             self._visits.pop(token, None)
             self._visits[token] = self._clock(), visit
             self._tidy()
-        release_memory()  # weights lie in reference cycles, and allocators keep what is freed
+        release_memory()  # weights are in reference cycles, and allocators keep freed memory
 
     def get(self, token: str | None) -> Visit:
         """Return a visitor's photograph.
 
         Raises:
-            ValueError: there is none, or it has gone.
+            ValueError: the visitor has no photograph, or it has been removed.
         """
         with self._lock:
             self._tidy()
@@ -325,7 +326,7 @@ class Visits:
             return visit
 
     def drop(self, token: str | None) -> None:
-        """Forget a visitor's photograph."""
+        """Remove a visitor's photograph."""
         with self._lock:
             self._visits.pop(token or "", None)
 
@@ -340,7 +341,7 @@ class Visits:
 
 
 def _within(image: Tensor, size: int) -> Tensor:
-    """Bring the shorter side to ``size``, or less where the area would exceed 2·size²."""
+    """Resize the shorter side to ``size`` pixels, or fewer if the area would exceed 2·size²."""
     height, width = image.shape[1:]
     aspect = max(height, width) / min(height, width)
     side = max(round(size * min(1.0, (2 / aspect) ** 0.5)), 1)
@@ -361,7 +362,7 @@ def _principal_colours(lazy: UpsampledFeatures) -> Pair:
 
 
 def _lengths(lazy: UpsampledFeatures) -> Tensor:
-    """Length of every pixel's features, (H, W), a few channels at a time."""
+    """Compute the length of every pixel's features, (H, W), a few channels at a time."""
     channels = torch.eye(lazy.shape[1], dtype=lazy.features.dtype, device=lazy.features.device)
     squares = [
         lazy.project(block.contiguous())[0].float().square().sum(0)
@@ -371,13 +372,13 @@ def _lengths(lazy: UpsampledFeatures) -> Tensor:
 
 
 def _cosines(features: Tensor, vectors: Tensor) -> Tensor:
-    """Cosines (K, h, w) of features (C, h, w) with vectors (K, C)."""
+    """Compute cosines (K, h, w) of features (C, h, w) with vectors (K, C)."""
     unit = F.normalize(features.float(), dim=0)
     return torch.einsum("kc,chw->khw", F.normalize(vectors.float(), dim=1), unit).cpu()
 
 
 def _fit(features: Tensor, targets: Tensor, count: int) -> LinearProbe:
-    """A classifier of features (P, C); every class weighs the same, however much was painted."""
+    """Fit a classifier of features (P, C), in which all classes have equal weight."""
     largest = int(targets.bincount().max())
     balanced = torch.cat(
         [
@@ -390,7 +391,7 @@ def _fit(features: Tensor, targets: Tensor, count: int) -> LinearProbe:
 
 
 def _written(write: Callable[[Path], None]) -> bytes:
-    """The bytes that a function writes to a file, which is removed."""
+    """Return the bytes that a function writes to a file, through a temporary file."""
     with tempfile.TemporaryDirectory(prefix="upfeat-") as folder:
         path = Path(folder) / "download.safetensors"
         write(path)

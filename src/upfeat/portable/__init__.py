@@ -1,4 +1,4 @@
-"""Models as graphs that other run-times take: any size, PyTorch's plain operators alone."""
+"""Models rewritten for export: one graph of PyTorch's plain operators for images of any size."""
 
 from upfeat.portable import jbu, neighbourhood
 from upfeat.portable.form import PORTABLE, FixedForm, Form, form_of

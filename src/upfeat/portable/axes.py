@@ -1,8 +1,8 @@
-"""Reads along one axis by index arithmetic alone, for lengths that are known when a graph runs.
+"""Resampling along axes by index arithmetic, for lengths that are known only when a graph runs.
 
-Everything here is made of whole numbers, ``arange`` and gathers: no branch, list or constant
-depends on a length, so one graph serves every size. Pixel p of ``length`` lies in cell
-⌊(p + ½)·cells/length⌋.
+The functions use integers, ``arange`` and gathers only: no branch, list or constant depends on a
+length, so one graph serves every size. Pixel p of an axis of ``length`` pixels lies in cell
+⌊(p + ½)·cells/length⌋ of ``cells``.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ import torch
 from torch import Tensor
 
 Length = int
-"""Of an axis; ``torch.SymInt`` while a graph is traced."""
+"""Length of an axis; a ``torch.SymInt`` while a graph is traced."""
 
 
 class Taps(NamedTuple):
-    """Positions and factors of which every value along an axis is made."""
+    """Positions and factors of the weighted sums that resample an axis to ``count`` values."""
 
     places: Tensor
-    """(count, T), positions that are read."""
+    """(count, T) positions that are read, T for each value."""
     factors: Tensor
-    """(count, T) float32."""
+    """(count, T) float32, the factor of each position."""
 
 
 def read(x: Tensor, axis: int, taps: Tensor) -> Tensor:
     """Gather positions along an axis.
 
     Args:
-        x: any shape.
-        axis: counted from 0.
+        x: tensor of any shape.
+        axis: axis to read along, counted from 0.
         taps: (count, T) positions.
 
     Returns:
@@ -41,30 +41,30 @@ def read(x: Tensor, axis: int, taps: Tensor) -> Tensor:
 
 
 def weigh(x: Tensor, taps: Taps) -> Tensor:
-    """Sum what is read along axis −2 with its factors: (…, L, width) -> (…, count, width).
+    """Compute the weighted sums along axis −2: (…, L, width) -> (…, count, width).
 
-    Rows are copied whole, and summed as a product of matrices.
+    Whole rows are gathered, and their sums are a product of matrices.
     """
     found = read(x, x.dim() - 2, taps.places)  # (…, count, T, width)
     return (taps.factors.to(x.dtype)[:, None, :] @ found).squeeze(-2)
 
 
 def resample(x: Tensor, rows: Taps, columns: Taps) -> Tensor:
-    """(B, K, H, W) -> (B, K, rows' count, columns' count).
+    """Resample both axes of a map: (B, K, H, W) -> (B, K, count of rows, count of columns).
 
-    Columns are read as rows of the transposed map: run-times copy rows many times as fast.
+    Columns are gathered as rows of the transposed map, since run-times copy rows many times faster.
     """
     return weigh(weigh(x, rows).mT, columns).mT
 
 
 def pooled(length: Length, cells: Length, device: torch.device, *, most: int | None = None) -> Taps:
-    """Adaptive average pooling of ``length`` values to ``cells``.
+    """Return the taps of adaptive average pooling.
 
     Args:
-        length: values in.
-        cells: values out.
-        device: of the result.
-        most: values that make one at most, where that is known; ``None`` where it is not.
+        length: number of values to pool.
+        cells: number of pooled values.
+        device: device of the result.
+        most: largest number of values in a mean, if that is known; ``None`` to derive a bound.
     """
     index = torch.arange(cells, device=device)
     start = index * length // cells
@@ -77,14 +77,15 @@ def pooled(length: Length, cells: Length, device: torch.device, *, most: int | N
 
 
 def bilinear(length: Length, target: Length, device: torch.device) -> Taps:
-    """Bilinear interpolation of ``length`` values to ``target``; a wider triangle where fewer.
+    """Return the taps of bilinear interpolation from ``length`` to ``target`` values.
 
-    As PyTorch's with ``antialias=True`` and ``align_corners=False``.
+    Equals PyTorch's interpolation with ``antialias=True`` and ``align_corners=False``: when
+    reducing, the triangle filter is as wide as a value of the result on either side.
     """
     index = torch.arange(target, device=device)
     taps = 2 * (length // target) + 3
-    # The triangle is as wide as a value of the result, or of the source where that is wider. In
-    # units of 1/(2·target): places are exact whole numbers.
+    # Half the triangle's base is one value of the result or of the source, the wider of both. In
+    # units of 1/(2·target) source values, all positions are exact integers.
     wide = torch.sym_max(length, target)
     centre = (2 * index + 1) * length
     start = ((centre - 2 * wide + target).clamp(min=0)) // (2 * target)
@@ -97,7 +98,7 @@ def bilinear(length: Length, target: Length, device: torch.device) -> Taps:
 
 
 def resize(x: Tensor, size: tuple[Length, Length]) -> Tensor:
-    """Bilinear interpolation, antialiased where it becomes smaller: (B, K, *size)."""
+    """Resize a map bilinearly, with antialiasing when reducing: (B, K, H, W) -> (B, K, *size)."""
     rows, columns = (
         bilinear(length, target, x.device) for length, target in zip(x.shape[2:], size, strict=True)
     )
@@ -105,22 +106,22 @@ def resize(x: Tensor, size: tuple[Length, Length]) -> Tensor:
 
 
 class Slots(NamedTuple):
-    """Pixels of an axis laid out as equally many slots of each cell."""
+    """Assignment of an axis's pixels to slots, of which every cell has P, enough for its pixels."""
 
     pixels: Tensor
-    """(cells, P), the pixel in every slot; a neighbour's where a cell has fewer than others."""
+    """(cells, P) index of the pixel in every slot; surplus slots have a pixel of a later cell."""
     filled: Tensor
-    """(cells, P) bool, whether it is a pixel of the cell."""
+    """(cells, P) bool, True where the slot's pixel lies in the cell."""
     own: Tensor
-    """(length,), the cell of every pixel."""
+    """(length,) cell of every pixel."""
     place: Tensor
-    """(length,), the slot of every pixel in its cell."""
+    """(length,) slot of every pixel in its cell."""
     away: Tensor
-    """(cells, P) whole numbers, from the cell's centre to the pixel, in 1/(2·length) of a cell."""
+    """(cells, P) integers: distance from the cell's centre to the pixel, in 1/(2·length) cell."""
 
 
 def slots(length: Length, cells: Length, device: torch.device) -> Slots:
-    """Lay the pixels of an axis out by the cells that they lie in."""
+    """Assign the ``length`` pixels of an axis to slots of the cells that they lie in."""
     most = (length + cells - 1) // cells
     index = torch.arange(cells + 1, device=device)
     first = (2 * length * index + cells - 1) // (2 * cells)  # the first pixel of every cell
@@ -134,14 +135,14 @@ def slots(length: Length, cells: Length, device: torch.device) -> Slots:
 
 
 def around(cells: Length, radius: int, device: torch.device) -> Tensor:
-    """The cells around each one, the last replicated: (cells, 2·radius + 1)."""
+    """Return the indices of the cells around each cell, ends replicated: (cells, 2·radius + 1)."""
     offset = torch.arange(-radius, radius + 1, device=device)
     return (torch.arange(cells, device=device)[:, None] + offset).clamp(min=0).clamp(max=cells - 1)
 
 
 def rounded(length: Length, stride: int) -> Length:
-    """``round(length / stride)``, halves to the even number, as Python rounds."""
+    """Return ``round(length / stride)`` with Python's rounding of halves to even."""
     twice = 2 * length + stride
     up, rest = twice // (2 * stride), twice % (2 * stride)
-    half = 1 - (rest + 2 * stride - 1) // (2 * stride)  # 1 where the rest is 0
+    half = 1 - (rest + 2 * stride - 1) // (2 * stride)  # 1 if rest is 0, which means a half
     return up - half * (up % 2)

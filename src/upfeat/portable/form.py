@@ -1,7 +1,8 @@
-"""Upsamplers as graphs for other run-times: PyTorch's plain operators, and no choice by size.
+"""Forms: upsamplers rewritten so that one traced graph serves every size.
 
-A form computes the same as its upsampler, whole maps only, in an arithmetic that one traced graph
-can do for every size: exchange formats know neither lists nor branches. A linear head is folded in.
+Exchange formats support neither lists nor branches. A form computes the result of its upsampler,
+for whole maps only, with PyTorch's plain operators and without a decision that depends on a size.
+A linear head is folded in.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from upfeat.upsamplers.head import Head, apply_head
 
 
 class Form(nn.Module):
-    """Features and guidance in, what a head makes of the upsampled features out."""
+    """Exportable module from features and guidance to a head's output at every pixel."""
 
     name: ClassVar[str]
-    """Of the upsampler."""
+    """Name of the upsampler."""
     least_side: int = 1
-    """Pixels of the guidance's sides, at least."""
+    """Least length of the guidance's sides, pixels."""
 
     def __init__(self, upsampler: Upsampler, head: Head) -> None:
-        """Fold head, channel mix and constant into one.
+        """Fold head, channel mix and offset into one linear map.
 
         Args:
-            upsampler: in eval mode.
-            head: whose weight is (K, C) or ``None``.
+            upsampler: the upsampler, in eval mode.
+            head: the head, with a weight (K, C) or ``None``.
         """
         super().__init__()
         weight = channel_mix(upsampler)
@@ -48,18 +49,18 @@ class Form(nn.Module):
             self.register_buffer(name, None if value is None else value.detach().clone())
 
     def forward(self, features: Tensor, guidance: Tensor, size: Size | None = None) -> Tensor:
-        """(B, C, h, w), (B, 3, H, W) -> (B, K, *size), the guidance's size by default."""
+        """(B, C, h, w), (B, 3, H, W) -> (B, K, *size); by default the size of the guidance."""
         out = self.kernels(apply_head(features, self.weight), guidance, size)
         return out if self.constant is None else out + self.constant[:, None, None]
 
     @abstractmethod
     def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
-        """Upsample what the head made of the coarse features, (B, K, h, w) -> (B, K, *size)."""
+        """Upsample the coarse features after the head, (B, K, h, w) -> (B, K, *size)."""
 
 
 @torch.no_grad()
 def channel_mix(upsampler: Upsampler) -> Tensor | None:
-    """The matrix (C, C) of an upsampler's channel mix; ``None`` where it mixes none."""
+    """Return the matrix (C, C) of an upsampler's channel mix; ``None`` if it has no mix."""
     channels = getattr(upsampler, "embed_dim", None)
     if channels is None or type(upsampler).mix is Upsampler.mix:
         return None
@@ -69,11 +70,11 @@ def channel_mix(upsampler: Upsampler) -> Tensor | None:
 
 
 PORTABLE = Registry[type[Form]]("form for export")
-"""Forms by the upsampler's name."""
+"""Forms by the names of their upsamplers."""
 
 
 class FixedForm(Form):
-    """Any other upsampler by its own code, on the portable backend, for one size."""
+    """Form for one size, which runs an upsampler's own code on the eager backend."""
 
     name = "any"
 
@@ -96,7 +97,7 @@ class FixedForm(Form):
 
 
 def form_of(upsampler: Upsampler, head: Head) -> Form:
-    """The form of an upsampler; :class:`FixedForm` where it has none of its own."""
+    """Return the form of an upsampler; :class:`FixedForm` if none is registered for it."""
     names = (getattr(cls, "name", "") for cls in type(upsampler).__mro__)
     made = next((PORTABLE[name] for name in names if name in PORTABLE), FixedForm)
     return made(upsampler, head)

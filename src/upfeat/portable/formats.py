@@ -1,4 +1,4 @@
-"""Files that an exported program can be written to and run from: ONNX, and PyTorch's own."""
+"""Writing and running of exported programs in two formats: ONNX and PyTorch's ``.pt2``."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from upfeat.backbones.libraries import import_library
 
 FORMATS = ("onnx", "pt2")
 METADATA = "upfeat.json"
-"""Name of the facts in an exported program; ONNX holds each under its own name."""
+"""Name of the extra file with the facts in a ``.pt2``; ONNX stores each fact as metadata."""
 
 
 def check_format(path: Path, format: str | None) -> str:
-    """The format of a file: one that is given, or what its name ends with.
+    """Return the format of a file: the given format, or the suffix of the file's name.
 
     Raises:
-        FileNotFoundError: its folder is not there.
+        FileNotFoundError: the file's folder does not exist.
         ValueError: there is no such format.
     """
     found = path.suffix.removeprefix(".").lower() if format is None else format
@@ -40,10 +40,10 @@ def check_format(path: Path, format: str | None) -> str:
 
 @contextmanager
 def without_questions() -> Iterator[None]:
-    """Trace without asking of each size whether it is 0 or 1 or a multiple of another.
+    """Trace without testing whether sizes are 0, 1 or multiples of each other.
 
-    Every question asked becomes a condition of the program, and takes the longer the more sizes
-    there are. Settings that a release of PyTorch does not know are left out.
+    Every test becomes a condition of the program, and takes longer the more sizes there are.
+    Settings that the installed PyTorch does not have are skipped.
     """
     from torch._dynamo import config as tracing
     from torch.fx.experimental import _config as symbols
@@ -60,7 +60,7 @@ def without_questions() -> Iterator[None]:
 
 
 def without_unused(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Take out parameters and buffers that nothing reads, as of layers behind the chosen one."""
+    """Remove unused parameters and buffers, for example of layers after the chosen layer."""
     graph, signature = program.graph, program.graph_signature
     unused = {
         node.name: node for node in graph.nodes if node.op == "placeholder" and not node.users
@@ -83,18 +83,19 @@ def _write_program(
     program: torch.export.ExportedProgram, path: Path, facts: dict[str, str], *_: Any
 ) -> None:
     sizes_as_traced(program)
-    buffer = BytesIO()  # saving to a path asks for its ending
+    buffer = BytesIO()  # torch.export.save requires a path to end in .pt2
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights whose rows do not lie one behind the other
+        warnings.simplefilter("ignore")  # about weights that are not contiguous
         torch.export.save(program, buffer, extra_files={METADATA: json.dumps(facts, indent=2)})
     path.write_bytes(buffer.getvalue())
 
 
 def sizes_as_traced(program: torch.export.ExportedProgram) -> None:
-    """Note the example's sizes of every map inside, in place of formulas of the image's sides.
+    """Replace the recorded size of every map inside, a formula of the image's sides, by a number.
 
-    Nothing runs by these notes, and whatever transforms a program works them out anew from its
-    inputs, whose sizes stay free. But loading a file reads every formula: four fifths of its time.
+    The numbers are the sizes of the traced example. Recorded sizes do not affect the result, and
+    transformations of a program derive them again from its inputs, whose sizes stay free. Parsing
+    the formulas would take four fifths of the time that loading a file takes.
     """
     symbols = _example(program)
     ended = next(node for node in program.graph.nodes if node.op == "output")
@@ -113,7 +114,7 @@ def sizes_as_traced(program: torch.export.ExportedProgram) -> None:
 
 
 def _example(program: torch.export.ExportedProgram) -> dict[Any, int]:
-    """The sizes of the traced example, by their symbols."""
+    """Return the sizes of the traced example, by their symbols."""
     found: dict[Any, int] = {}
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -128,12 +129,12 @@ def _example(program: torch.export.ExportedProgram) -> dict[Any, int]:
 
 
 def _as_traced(side: int | torch.SymInt, symbols: dict[Any, int]) -> int | None:
-    """A side as a number; ``None`` where it depends on what the example does not say."""
+    """Return a side as a number; ``None`` if it depends on a symbol without a known value."""
     if not isinstance(side, torch.SymInt):
         return side
     try:
         return int(side.node.expr.xreplace(symbols))
-    except TypeError:  # a formula still
+    except TypeError:  # a symbol is left in the formula
         return None
 
 
@@ -160,7 +161,7 @@ def _write_onnx(
             input_names=list(names),
             output_names=["output"],
             verbose=False,
-            optimize=False,  # looking for patterns takes as long as the rest; run-times do it
+            optimize=False,  # pattern matching would double the time, and run-times do it anyway
         )
     assert found is not None
     optimizer = import_library("onnxscript.optimizer", extra="onnx")
@@ -180,7 +181,7 @@ def _write_onnx(
 
 @contextmanager
 def quiet_exporter() -> Iterator[None]:
-    """Silence the exporters' log below errors, inside the block."""
+    """Silence the exporters' log messages below errors while the block runs."""
     logs = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx.experimental")]
     before = [log.level for log in logs]
     for log in logs:

@@ -1,4 +1,4 @@
-"""The JBU stack and plain interpolation for any size."""
+"""Forms of the JBU stack and of plain interpolation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from upfeat.upsamplers.jbu import JBUStage
 
 @PORTABLE.register
 class PortableJBU(Form):
-    """A :class:`JBUStack` as a graph."""
+    """Form of :class:`JBUStack`."""
 
     name = JBUStack.name
 
@@ -60,10 +60,9 @@ class _Interpolation(Form):
 
 @PORTABLE.register
 class PortableNearest(Form):
-    """:class:`Nearest` as a graph: by index, since formats round halves in their own ways.
+    """Form of :class:`Nearest`, by explicit indices, since run-times round halves differently.
 
-    Where a pixel's centre lies between two cells, PyTorch's rounding in float32 decides, and here
-    too.
+    If a pixel's centre lies on the border of two cells, float32 rounding decides, as in PyTorch.
     """
 
     name = Nearest.name
@@ -81,13 +80,13 @@ class PortableNearest(Form):
 
 @PORTABLE.register
 class PortableBilinear(_Interpolation):
-    """:class:`Bilinear` as a graph."""
+    """Form of :class:`Bilinear`."""
 
     name, mode = Bilinear.name, Bilinear.mode
 
 
 @PORTABLE.register
 class PortableBicubic(_Interpolation):
-    """:class:`Bicubic` as a graph."""
+    """Form of :class:`Bicubic`."""
 
     name, mode = Bicubic.name, Bicubic.mode

@@ -1,4 +1,4 @@
-"""A whole model as a graph: an image in, upsampled features or a head's outputs out."""
+"""Exportable modules of a whole model and of an upsampler alone."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from upfeat.upsamplers.head import Head
 
 
 class PortableModel(nn.Module):
-    """A :class:`upfeat.FeatUp` of images of any size, or of one, with a linear head."""
+    """Exportable module of a :class:`upfeat.FeatUp` with an optional linear head."""
 
     def __init__(self, model: FeatUp, head: Head, stride: int = 1) -> None:
-        """Copy its parts.
+        """Copy the parts of a model.
 
         Args:
-            model: on the CPU.
-            head: applied to the features; ``Head()`` for none.
-            stride: pixels of the image for each one of the output, on both axes.
+            model: backbone and upsampler, on the CPU.
+            head: linear head to apply to the features; ``Head()`` for none.
+            stride: image pixels for each output pixel, on both axes.
         """
         super().__init__()
         self.backbone = copy.deepcopy(model.backbone)
         self.form = form_of(model.upsampler, head)
         self.bands, self.stride = model.bands, stride
-        # In a tuple it is no part of the module: what it is made of is in the form already.
+        # A tuple keeps the upsampler from being registered: its weights are in the form already.
         self.source = (model.upsampler,)
         self.eval().requires_grad_(False)
 
@@ -49,10 +49,10 @@ class PortableModel(nn.Module):
 
 
 class PortableUpsampler(nn.Module):
-    """An upsampler alone: features and the image that guides them in."""
+    """Exportable module of an upsampler alone, from features and guidance."""
 
     def __init__(self, form: nn.Module, stride: int = 1) -> None:
-        """Keep its form; the stride is as that of :class:`PortableModel`."""
+        """Keep the upsampler's form; ``stride`` is guidance pixels for each output pixel."""
         super().__init__()
         self.form, self.stride = form, stride
         self.eval().requires_grad_(False)
@@ -63,15 +63,17 @@ class PortableUpsampler(nn.Module):
 
 
 def output_size(image: Tensor, stride: int) -> Size | None:
-    """The output's size, ``stride`` pixels of the image for each; ``None`` for the image's own."""
+    """Return the output's size, one pixel for ``stride`` of the image; ``None``: the image's."""
     return None if stride == 1 else (image.shape[2] // stride, image.shape[3] // stride)
 
 
 def known_alone(length: int) -> int:
-    """A length that a graph is to take as it is, without remembering where it comes from.
+    """Turn a length into a new symbol of the graph, independent of the image's sides.
 
-    Every size behind it is then short to write, as 16 times this one. Derived from the image's own
-    side it would be a nest of quotients, over which a tracer thinks for minutes.
+    A plain integer is returned unchanged.
+
+    Sizes derived from the symbol are short formulas, such as 16 times its value. Derived from the
+    image's side they would be nested quotients, which take a tracer minutes to simplify.
     """
     if not isinstance(length, torch.SymInt):
         return length
@@ -84,10 +86,11 @@ def known_alone(length: int) -> int:
 
 
 def _answer_by_example(alone: int | torch.SymInt, length: torch.SymInt) -> None:
-    """Let questions about a length be answered as the traced example answers them.
+    """Let the tracer decide comparisons of a new symbol by the value in the traced example.
 
-    Backbones ask whether a grid is their own before they interpolate position embeddings. The
-    example's is not, and what interpolation makes of embeddings of the same size is themselves.
+    Backbones compare the grid with their own before they interpolate position embeddings. The
+    example's grid differs, so the graph always interpolates, which leaves embeddings of the
+    backbone's own grid unchanged.
     """
     node: Any = alone.node if isinstance(alone, torch.SymInt) else None
     answers = getattr(getattr(node, "shape_env", None), "real_tensor_prop_unbacked_vals", None)

@@ -1,4 +1,4 @@
-"""The neighbourhood, the detail and the joint bilateral upsampler for any size."""
+"""Forms of the neighbourhood, the detail and the joint bilateral upsampler."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from upfeat.upsamplers.head import Head
 
 @PORTABLE.register
 class PortableNeighbourhood(Form):
-    """A :class:`NeighbourhoodUpsampler` as a graph."""
+    """Form of :class:`NeighbourhoodUpsampler`."""
 
     name = NeighbourhoodUpsampler.name
 
@@ -42,7 +42,7 @@ class PortableNeighbourhood(Form):
 
 @PORTABLE.register
 class PortableDetail(Form):
-    """A :class:`DetailUpsampler` as a graph."""
+    """Form of :class:`DetailUpsampler`."""
 
     name = DetailUpsampler.name
 
@@ -83,7 +83,7 @@ class PortableDetail(Form):
         return self.last(layout, self.last.weights(layout, queries, middle), fine)
 
     def _detail(self, guidance: Tensor, finer: Size) -> Tensor:
-        """The network's detail after the head, (B, K, *finer grid)."""
+        """Compute the network's detail after the head, (B, K, *finer)."""
         assert self.network is not None
         seen = DetailMaps(self.network, guidance, finer, whole=True).seen
         maps = self.network(axes.resize(guidance, seen))  # (B, width, 2h, 2w)
@@ -93,7 +93,7 @@ class PortableDetail(Form):
 
 @PORTABLE.register
 class PortableJointBilateral(Form):
-    """A :class:`JointBilateral` as a graph."""
+    """Form of :class:`JointBilateral`."""
 
     name = JointBilateral.name
 
@@ -105,7 +105,7 @@ class PortableJointBilateral(Form):
         self.step = Step(torch.tensor(1.0), spatial, radius=upsampler.radius)
 
     def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
-        """See :meth:`Form.kernels`; colours and keys as the upsampler's module has them."""
+        """See :meth:`Form.kernels`; queries and keys are those of :class:`JointBilateral`."""
         colours = (guidance if size is None else cell_means(guidance, size)) / self.sigma
         means = cell_means(colours, features.shape[2:])
         keys = torch.cat([means, means.square().sum(1, keepdim=True) / -2], dim=1)
@@ -115,7 +115,7 @@ class PortableJointBilateral(Form):
 
 
 def step_of(upsampler: NeighbourhoodUpsampler, widening: float = 1.0) -> Step:
-    """The step of an upsampler's temperature and σ."""
+    """Make a step with an upsampler's temperature, σ (times ``widening``) and radius."""
     return Step(
         upsampler.log_temperature.exp(),
         widening * upsampler.log_sigma.exp(),
@@ -125,12 +125,12 @@ def step_of(upsampler: NeighbourhoodUpsampler, widening: float = 1.0) -> Step:
 
 
 def smallest_side(upsampler: NeighbourhoodUpsampler) -> int:
-    """Pixels of images on which every scale of the encoder is used."""
+    """Return the least side, pixels, of images on which every scale of the encoder is used."""
     return 2 ** max(upsampler.levels - 2, 0) + 1
 
 
 def cell_means(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """(B, K, H, W) -> (B, K, *grid), cells that share pixels overlapping."""
+    """Average over cells, (B, K, H, W) -> (B, K, *grid); a pixel across a border counts in both."""
     rows, columns = (
         axes.pooled(length, cells, x.device)
         for length, cells in zip(x.shape[2:], grid, strict=True)

@@ -1,7 +1,7 @@
-"""The regression of an image's features on its queries, all windows at once, for any size.
+"""Exportable ridge regression of an image's features on its queries, for all windows at once.
 
-A window is 2 × 2 blocks of :data:`STEP` cells a side, and its sums are the sums of theirs; the
-number of blocks is an axis of a tensor, so that one graph serves images of one window and of many.
+A window is 2 × 2 blocks, each :data:`STEP` cells a side, and its sums are the sums of its blocks'
+sums. The number of blocks is an axis of a tensor, so one graph serves any number of windows.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from upfeat.portable import axes
 from upfeat.upsamplers.regression import STEP
 
 PRECISION = 1e-9
-"""The share of the inverse's error that Newton's iteration leaves, but for rounding."""
+"""Relative error of the inverse after Newton's iteration, apart from rounding."""
 
 
 class Regression(nn.Module):
-    """Detail that coarse features miss; see :class:`upfeat.upsamplers.regression.ImageRegression`.
+    """Form of :class:`upfeat.upsamplers.regression.ImageRegression`, which predicts detail.
 
-    Systems of equations are solved by Newton's iteration for the inverse, which is products of
-    matrices alone: exchange formats have no factorisations. The penalty bounds how unlike the
-    eigenvalues are, and so how many rounds it takes.
+    Exchange formats have no factorisations of matrices, so the inverse is computed by Newton's
+    iteration, which needs products only. The penalty bounds the ratio of the eigenvalues, and
+    thereby the number of rounds.
     """
 
     def __init__(self, penalty: float, width: int) -> None:
         """Choose the number of rounds.
 
         Args:
-            penalty: of the coefficients, in units of the queries' mean variance, > 0.
-            width: channels of the queries.
+            penalty: ridge penalty, in units of the queries' mean variance, > 0.
+            width: number of channels of the queries.
         """
         super().__init__()
         self.penalty = penalty
@@ -40,12 +40,16 @@ class Regression(nn.Module):
         self.rounds = math.ceil(math.log2(max(-math.log(PRECISION) * (condition + 1) / 2, 2)))
 
     def forward(self, features: Tensor, means: Tensor, lacking: Tensor) -> Tensor:
-        """Detail of the finer grid, (B, C, 2h, 2w).
+        """Predict the detail of features on the finer grid.
 
         Args:
             features: (B, C, h, w).
             means: (B, D, h, w), queries averaged over cells.
-            lacking: (B, D, 2h, 2w), what the first step leaves out of those of finer cells.
+            lacking: (B, D, 2h, 2w), queries averaged over finer cells less ``means`` upsampled by
+                the first step.
+
+        Returns:
+            (B, C, 2h, 2w).
         """
         inputs, targets = _blocks(_differences(means)), _blocks(_differences(features))
         gram = _windows(inputs @ inputs.mT)  # (B, n, m, D, D)
@@ -54,9 +58,9 @@ class Regression(nn.Module):
         return _blend(matrix, lacking, (features.shape[2], features.shape[3]))
 
     def _inverse(self, gram: Tensor) -> Tensor:
-        """(… D, D), positive semidefinite, to the inverse of it and the penalty."""
+        """Invert positive semidefinite matrices (…, D, D) with the penalty on their diagonal."""
         mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        # The constant is for images without any colour or texture.
+        # The constant keeps the matrix of an image without any colour or texture invertible.
         least = self.penalty * mean + 1e-6
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         most = gram.shape[-1] * mean + least  # no eigenvalue is larger
@@ -68,12 +72,12 @@ class Regression(nn.Module):
 
 
 def _differences(x: Tensor) -> Tensor:
-    """Values less their mean over 3×3 cells, ends replicated; (B, K, h, w)."""
+    """Subtract from values (B, K, h, w) their mean over 3×3 cells, with ends replicated."""
     return x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 
 def _blocks(x: Tensor, side: int = STEP) -> Tensor:
-    """(B, K, h, w) -> (B, blocks down, blocks across, K, side²), 0 beyond the last cell."""
+    """Cut a map into blocks, padded with 0: (B, K, h, w) -> (B, down, across, K, side²)."""
     for axis in (2, 3):
         cells = x.shape[axis]
         blocks = torch.sym_max((cells + side - 1) // side, 2)
@@ -86,21 +90,21 @@ def _blocks(x: Tensor, side: int = STEP) -> Tensor:
 
 
 def _windows(x: Tensor) -> Tensor:
-    """Sums over 2 × 2 blocks, (B, n + 1, m + 1, …) -> (B, n, m, …)."""
+    """Sum over the 2 × 2 blocks of each window, (B, n + 1, m + 1, …) -> (B, n, m, …)."""
     x = x[:, :-1] + x[:, 1:]
     return x[:, :, :-1] + x[:, :, 1:]
 
 
 def _blend(matrix: Tensor, lacking: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Apply the maps of the one to four windows around every finer cell, and blend smoothly.
+    """Apply the linear maps of the one to four windows around every finer cell, and blend them.
 
     Args:
-        matrix: (B, n, m, C, D).
-        lacking: (B, D, *finer grid).
+        matrix: (B, n, m, C, D), the linear map of each window.
+        lacking: (B, D, 2h, 2w), its input; see :meth:`Regression.forward`.
         grid: (h, w).
 
     Returns:
-        (B, C, *finer grid).
+        (B, C, 2h, 2w).
     """
     down, across = matrix.shape[1:3]
     device = matrix.device
@@ -119,21 +123,24 @@ def _blend(matrix: Tensor, lacking: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _neighbours(count: int, device: torch.device) -> Tensor:
-    """The windows to either side of every block, (count + 1, 2)."""
+    """Return the indices of the windows to either side of every block, (count + 1, 2)."""
     block = torch.arange(count + 1, device=device)
     return torch.stack([(block - 1).clamp(min=0), block.clamp(max=count - 1)], dim=1)
 
 
 def _shares(count: int, device: torch.device) -> Tensor:
-    """Weights of the windows to either side at the finer cells of every block, (count + 1, 2, 32).
+    """Return the weights of the two windows at the finer cells of every block.
 
-    The smooth step 3t² − 2t³ from one centre to the next; beyond the outer centres one window has
-    all.
+    From one window's centre (t = 0) to the next (t = 1), the latter's weight is 3t² − 2t³. Beyond
+    the outermost centres, the nearest window has weight 1.
+
+    Returns:
+        (count + 1, 2, 2·STEP), in [0, 1].
     """
     side = 2 * STEP
     block = torch.arange(count + 1, device=device)[:, None]
     along = (torch.arange(side, device=device) + 0.5) / side
     along = torch.where(block == 0, 1.0, torch.where(block == count, 0.0, along))
     after = along * along * (3 - 2 * along)
-    # Before the first centre the window after it counts, after the last the one before.
+    # Block 0 uses the window after it only, the last block the window before it only.
     return torch.stack([1 - after, after], dim=1)

@@ -1,4 +1,4 @@
-"""The neighbourhood step for any size: one matrix product for the pixels of each cell."""
+"""Exportable neighbourhood step: one matrix product for the pixels of each cell."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from upfeat.types import Size
 from upfeat.upsamplers.encoder import PyramidEncoder
 
 OUT_OF_REACH = -1e6
-"""Added to the logits of cells that do not count: finite, since 0 times it must be 0."""
+"""Addend of the logits of cells out of reach: finite, since within reach it is multiplied by 0."""
 
 
 def encode(encoder: PyramidEncoder, guidance: Tensor, size: Size | None = None) -> Tensor:
-    """Unit queries of every pixel; all scales of the encoder are used.
+    """Compute the unit queries of every pixel by all scales of an encoder.
 
     Args:
-        encoder: makes them.
+        encoder: the encoder of the upsampler.
         guidance: (B, 3, H, W).
-        size: of the output; ``None`` for the guidance's.
+        size: (height, width) of the output; ``None`` for the guidance's size.
 
     Returns:
         (B, D, *size).
@@ -44,30 +44,32 @@ def encode(encoder: PyramidEncoder, guidance: Tensor, size: Size | None = None) 
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors over channels at unit length, 0 where they are 0; (B, D, H, W)."""
+    """Scale the vectors over channels of (B, D, H, W) to unit length; vectors of 0 stay 0."""
     length = x.square().sum(1, keepdim=True).sqrt()
     return x / length.clamp(min=torch.finfo(x.dtype).tiny)
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """(B, K, H, W) -> (B, H·W, K): a row of channels for each place, as run-times copy best."""
+    """(B, K, H, W) -> (B, H·W, K), a row of channels for each pixel: run-times copy rows fast."""
     return x.flatten(2).mT
 
 
 class Layout:
-    """Pixels of an output laid out by the cells of a grid, and the cells around each.
+    """Arrangement of an output's pixels by the cells of a grid, with the cells around each cell.
 
-    Everything is moved a row of channels at a time, by one gather: maps with six axes transposed,
-    value by value, took three quarters of a graph's time.
+    Every method moves whole rows of channels by one gather. Transposing maps of six axes, value by
+    value, took three quarters of a graph's time.
+
+    In shapes, P is the number of slots for the pixels of a cell; see :class:`axes.Slots`.
     """
 
     def __init__(self, output: Tensor, grid: Tensor, radius: int) -> None:
-        """Read the sizes off two maps.
+        """Compute the indices for the sizes of two maps.
 
         Args:
-            output: (B, ·, H, W).
-            grid: (B, ·, h, w).
-            radius: cells to each side.
+            output: (B, ·, H, W), a map of pixels.
+            grid: (B, ·, h, w), a map of cells.
+            radius: cells to each side of a neighbourhood.
         """
         self.radius, device = radius, output.device
         self.size, self.grid = output.shape[2:], grid.shape[2:]
@@ -81,26 +83,26 @@ class Layout:
         high, wide = self.down.pixels.shape[1], self.across.pixels.shape[1]
         cell = self.down.own[:, None] * self.grid[1] + self.across.own
         place = self.down.place[:, None] * wide + self.across.place
-        self._slots = (cell * (high * wide) + place).flatten()  # (H·W,), through all cells
+        self._slots = (cell * (high * wide) + place).flatten()  # (H·W,), counted over all cells
 
     def pixels(self, x: Tensor) -> Tensor:
-        """(B, K, H, W) -> (B, h·w, P, K), the pixels of every cell."""
+        """Gather the pixels of every cell, (B, K, H, W) -> (B, h·w, P, K)."""
         return axes.read(rows_of(x), 1, self._pixels)
 
     def cells(self, rows: Tensor) -> Tensor:
-        """(B, h·w, K) -> (B, h·w, (2r+1)², K), the cells around every cell."""
+        """Gather the cells around every cell, (B, h·w, K) -> (B, h·w, (2r+1)², K)."""
         return axes.read(rows, 1, self._cells)
 
     def image(self, x: Tensor) -> Tensor:
-        """The way back from :meth:`pixels`: (B, h·w, P, K) -> (B, K, H, W)."""
+        """Invert :meth:`pixels`: (B, h·w, P, K) -> (B, K, H, W)."""
         rows = x.flatten(1, 2).index_select(1, self._slots)  # (B, H·W, K)
         return rows.mT.unflatten(2, self.size)
 
     def nearness(self, sharpness: Tensor) -> Tensor:
-        """Logits of the distance of pixels to the cells around, (h·w, P, (2r+1)²).
+        """Compute the logits of the distances from pixels to the cells around, (h·w, P, (2r+1)²).
 
-        Less what all cells of a pixel have in common. Cells out of reach, see
-        :func:`upfeat.geometry.cell_distances`, have :data:`OUT_OF_REACH`.
+        A term that is common to all cells of a pixel is left out: it does not change the softmax.
+        Cells out of reach, see :func:`upfeat.geometry.cell_distances`, have :data:`OUT_OF_REACH`.
         """
         down, across = (
             self._along(length, slots, sharpness)
@@ -113,7 +115,11 @@ class Layout:
         return (down + across).flatten(2, 3).flatten(0, 1)
 
     def _along(self, length: int, slots: axes.Slots, sharpness: Tensor) -> Tensor:
-        """The same along one axis, (cells, P, 2r+1): −s·(a − δ)² + s·a² = s·δ·(2·a − δ)."""
+        """Compute :meth:`nearness` along one axis, (cells, P, 2r+1).
+
+        With s the sharpness, a the pixel's and δ a neighbour's offset from the cell, in cells:
+        −s·(a − δ)² + s·a² = s·δ·(2·a − δ).
+        """
         radius = self.radius
         offset = torch.arange(-radius, radius + 1, device=slots.away.device)
         apart = slots.away[:, :, None] - 2 * length * offset
@@ -122,24 +128,27 @@ class Layout:
         return sharpness * offset * (away - offset) + OUT_OF_REACH * far.float()
 
     def filled(self) -> Tensor:
-        """A mask of the slots that are pixels of their cell, (h·w, P)."""
+        """Return the mask of slots that contain a pixel of their cell, (h·w, P) bool."""
         both = self.down.filled[:, None, :, None] & self.across.filled[None, :, None, :]
         return both.flatten(2, 3).flatten(0, 1)
 
 
 def _pairs(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """(h, n) rows and (w, m) columns -> (h·w, n·m) places of a map of that width."""
+    """Combine (h, n) rows and (w, m) columns to (h·w, n·m) flat indices of a map of that width."""
     places = rows[:, None, :, None] * width + columns[None, :, None, :]
     return places.flatten(2, 3).flatten(0, 1)
 
 
 class Step(nn.Module):
-    """Weights of the cells around every pixel, and what features become by them."""
+    """Neighbourhood step: weights of the cells around every pixel, applied to features."""
 
     def __init__(
         self, temperature: Tensor, sigma: Tensor, *, radius: int, back_projections: int = 0
     ) -> None:
-        """Keep the settings, scalars; see :class:`upfeat.upsamplers.step.NeighbourhoodKernels`."""
+        """Keep the settings; see :class:`upfeat.upsamplers.step.NeighbourhoodKernels`.
+
+        ``temperature`` and ``sigma`` are scalars.
+        """
         super().__init__()
         self.register_buffer("temperature", temperature.detach().clone())
         self.register_buffer("sharpness", (1 / (2 * sigma.detach() ** 2)).clone())
@@ -148,30 +157,33 @@ class Step(nn.Module):
         self.radius, self.back_projections = radius, back_projections
 
     def weights(self, layout: Layout, queries: Tensor, keys: Tensor) -> Tensor:
-        """(B, h·w, P, (2r+1)²), of the pixels of every cell.
+        """Compute the weights of the cells around the pixels of every cell.
 
         Args:
-            layout: of both.
+            layout: layout of the queries' pixels by the keys' cells.
             queries: (B, D, H, W).
             keys: (B, D, h, w).
+
+        Returns:
+            (B, h·w, P, (2r+1)²).
         """
         around = layout.cells(rows_of(self.temperature * keys))
         products = layout.pixels(queries) @ around.mT
         return (products + layout.nearness(self.sharpness)).softmax(3)
 
     def forward(self, layout: Layout, weights: Tensor, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
+        """Upsample features by weights from :meth:`weights`, (B, C, h, w) -> (B, C, H, W)."""
         rows = self.corrected(layout, weights, rows_of(features))
         return layout.image(weights @ layout.cells(rows))
 
     def corrected(self, layout: Layout, weights: Tensor, rows: Tensor) -> Tensor:
-        """Apply the back-projections to features, (B, h·w, C) -> the same shape."""
+        """Apply the back-projections to features, (B, h·w, C) -> (B, h·w, C)."""
         if not self.back_projections:
             return rows
         filled = layout.filled().to(weights.dtype)  # (h·w, P)
         count = filled.sum(1, keepdim=True)
         mean = (filled / count.clamp(min=1))[:, None] @ weights  # (B, h·w, 1, T)
-        # A cell in which no pixel lies keeps its own features.
+        # The mean over a cell without pixels is defined as the cell's own features.
         own = torch.zeros((2 * self.radius + 1) ** 2, dtype=mean.dtype, device=mean.device)
         own[own.shape[0] // 2] = 1
         mean = mean + own * (count < 0.5).to(mean.dtype)[:, None]

@@ -1,8 +1,8 @@
-"""Conformance suites: one line tests an upsampler, a backbone or a backend of one's own.
+"""Conformance suites: one call tests an upsampler, a backbone or a backend that a user has written.
 
-Each suite runs every property that the library relies on and raises :class:`AssertionError` with
-the property's name and what it found; it returns the names of the properties that hold. Nothing but
-PyTorch is needed, so they serve in any test runner.
+Each suite checks every property that the library relies on and returns the names of the properties
+that hold. If a property does not hold, the suite raises :class:`AssertionError` with the property's
+name and the measured error. The suites need only PyTorch and work in any test runner.
 
 Example:
     >>> import upfeat

@@ -1,4 +1,4 @@
-"""Properties of every backbone."""
+"""Conformance suite of backbones."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from upfeat.testing.suite import require
 from upfeat.types import Size
 
 _TOLERANCE = 1e-4
-"""Of the largest feature, between ways to compute the same."""
+"""Largest difference of features that must agree, relative to the largest feature."""
 _LEAST_LIKENESS = 0.9
-"""Cosine of features in half precision to those in single."""
+"""Least cosine between features in half and in single precision."""
 
 
 def check_backbone(
     make: str | Callable[[], Any], *, without: Iterable[str] = (), **options: Any
 ) -> list[str]:
-    """Check what the library relies on of a backbone.
+    """Check the properties of a backbone that the library relies on.
 
-    The properties: facts, sizes (square, tall, wide and odd), cells in row-major order (a bright
-    patch lights its own), features of an image that are the same alone and in a batch and call
-    after call, eval mode, gradients where they are asked for and no graph where not, device,
-    bfloat16 and float16, copies and files, preprocessing, refusals.
+    The properties concern attributes, image sizes (square, tall, wide and odd), the row-major order
+    of cells (a bright patch changes its own cell), equal features alone, in a batch and in repeated
+    calls, eval mode, gradients on request only, device and preprocessing, bfloat16 and float16,
+    pickling, and errors for invalid images.
 
     Args:
-        make: a name for :func:`upfeat.load_backbone`, or a function of no arguments that returns a
-            backbone, or a module or function to make one of; called once.
-        without: names of properties that it does not claim: functions defined inside others have
-            no "pickling", say.
-        **options: of :func:`upfeat.load_backbone`.
+        make: a name for :func:`upfeat.load_backbone`; or a function without arguments, called once,
+            that returns a backbone, or a module or function to make a backbone from.
+        without: names of properties that the backbone does not claim: a function defined inside
+            another, for example, cannot claim "pickling".
+        **options: options of :func:`upfeat.load_backbone`.
 
     Returns:
         Names of the properties that hold.
 
     Raises:
-        AssertionError: one does not hold; the message says which and by how much.
+        AssertionError: a property does not hold; the message names it and the measured error.
         ValueError: no backbone can be made, or ``without`` names no property.
 
     Example:
@@ -90,7 +90,7 @@ def _facts(backbone: Backbone) -> None:
 
 
 def _sizes(backbone: Backbone) -> None:
-    """Images of any size of at least the stride give the grid that grid_size says."""
+    """Images of any size of at least the stride give the grid that grid_size returns."""
     stride = backbone.stride
     for size in (
         (4 * stride, 4 * stride),
@@ -107,7 +107,7 @@ def _sizes(backbone: Backbone) -> None:
 
 
 def _order(backbone: Backbone) -> None:
-    """A bright patch changes the features of its own cell most, or of one beside it."""
+    """A bright patch changes the features of its own cell, or of a neighbouring cell, most."""
     stride, cells = backbone.stride, (6, 4)
     size = (cells[0] * stride, cells[1] * stride)
     grid = backbone.grid_size(size)
@@ -125,14 +125,14 @@ def _order(backbone: Backbone) -> None:
 
 
 def _batches(backbone: Backbone) -> None:
-    """An image's features are the same alone and beside another."""
+    """An image's features are the same alone and in a batch with another image."""
     pair = _noise(backbone, 2)
     pair[1] *= 3
     _require_close(_run(backbone, pair)[:1], _run(backbone, pair[:1]))
 
 
 def _repeats(backbone: Backbone) -> None:
-    """Two calls with one image give the same and leave the image alone."""
+    """Two calls with one image give the same features and do not change the image."""
     x = _noise(backbone)
     before = x.clone()
     features = _run(backbone, x)
@@ -152,7 +152,7 @@ def _mode(backbone: Backbone) -> bool:
 
 
 def _gradients(backbone: Backbone) -> None:
-    """Gradients reach the image where they are asked for; without, no graph is recorded."""
+    """Gradients reach an image that requires them; under no_grad no graph is recorded."""
     x = _noise(backbone)
     require(not _run(backbone, x).requires_grad, "a graph is recorded under no_grad")
     x.requires_grad_(True)
@@ -162,7 +162,7 @@ def _gradients(backbone: Backbone) -> None:
 
 
 def _device(backbone: Backbone) -> None:
-    """Preprocessed images and features are where the backbone is."""
+    """Preprocessed images and features are on the backbone's device."""
     pixels = np.zeros((3 * backbone.stride + 1, 4 * backbone.stride, 3), np.uint8)
     if backbone.in_channels == 3:
         x = backbone.preprocess(pixels)
@@ -185,12 +185,12 @@ def _cast(backbone: Backbone, dtype: torch.dtype) -> None:
 
 
 def _bfloat16(backbone: Backbone) -> None:
-    """In bfloat16, float32 images give float32 features, nearly the same."""
+    """In bfloat16, float32 images give float32 features close to the float32 model's."""
     _cast(backbone, torch.bfloat16)
 
 
 def _float16(backbone: Backbone) -> None:
-    """In float16, float32 images give float32 features, nearly the same."""
+    """In float16, float32 images give float32 features close to the float32 model's."""
     _cast(backbone, torch.float16)
 
 
@@ -201,7 +201,7 @@ def _pickling(backbone: Backbone) -> None:
 
 
 def _refusals(backbone: Backbone) -> None:
-    """Images of another shape are refused as ValueError."""
+    """Images of another shape raise ValueError."""
     for x in (_noise(backbone)[0], _noise(backbone)[:, :1].repeat(1, 2, 1, 1)):
         if x.dim() == 4 and backbone.in_channels == 2:
             continue
@@ -226,4 +226,4 @@ PROPERTIES: dict[str, Callable[[Backbone], Any]] = {
     "pickling": _pickling,
     "refusals": _refusals,
 }
-"""By the names that ``check_backbone(…, without=…)`` takes."""
+"""All properties, by the names that ``check_backbone(…, without=…)`` takes."""

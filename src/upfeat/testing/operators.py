@@ -1,4 +1,4 @@
-"""Properties of a backend: every operator that it has, against the float64 reference."""
+"""Conformance suite of backends, which compares every operator with the float64 reference."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SHRINKING = ((9, 8), (5, 4))
 
 
 class Case(NamedTuple):
-    """A call of an operator: what it is given, and how it is called."""
+    """A call of an operator with its input tensors."""
 
     call: Callable[..., Tensor]
     tensors: tuple[Tensor, ...]
 
     def __call__(self, backend: str, tensors: Iterable[Tensor] | None = None) -> Tensor:
-        """Run it, on other tensors of the same shapes if given."""
+        """Run the operator on a backend, with other tensors of the same shapes if given."""
         return self.call(*(self.tensors if tensors is None else tensors), backend=backend)
 
 
@@ -35,16 +35,16 @@ def check_backend(
     """Check a backend's operators: odd, tiny, non-square and non-contiguous input, and gradients.
 
     Args:
-        name: of the backend, as operators take it.
-        device: where tensors are put.
-        without: names of properties to leave out: "gradients", say, of a backend for inference.
+        name: name of the backend, as in the operators' argument ``backend``.
+        device: device of the tensors.
+        without: names of properties to skip, for example "gradients" of a backend for inference.
 
     Returns:
         Names of the properties that hold.
 
     Raises:
-        AssertionError: one does not hold; the message says which and by how much.
-        ValueError: there is no such backend, or it cannot run here; the message says why.
+        AssertionError: a property does not hold; the message names it and the measured error.
+        ValueError: there is no such backend, or it cannot run here, for the reason in the message.
 
     Example:
         >>> check_backend("eager")
@@ -58,7 +58,7 @@ def check_backend(
 
 
 def _cases(device: torch.device) -> Iterator[Case]:
-    """Calls of every operator, float32."""
+    """Yield calls of every operator with float32 tensors."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -93,12 +93,12 @@ def _with(call: Callable[..., Tensor], options: dict[str, Any]) -> Callable[...,
 
 
 def _runnable(name: str, device: torch.device) -> Iterator[tuple[Case, Tensor]]:
-    """Cases that the backend runs, with its results; it must run some."""
+    """Yield the cases that the backend supports, with its results; there must be at least one."""
     count = 0
     for case in _cases(device):
         try:
             out = case(name)
-        except ValueError:  # it says that it cannot; what it runs must be right
+        except ValueError:  # an unsupported case is no failure, a wrong result is
             continue
         count += 1
         yield case, out
@@ -127,7 +127,7 @@ def values(name: str, device: torch.device) -> None:
 
 
 def layouts(name: str, device: torch.device) -> None:
-    """Channels-last and non-contiguous tensors give the same."""
+    """Channels-last and non-contiguous tensors give the same results."""
     for case, out in _runnable(name, device):
         for rearrange in (_channels_last, _every_other):
             _close(case, case(name, map(rearrange, case.tensors)), out)
@@ -142,7 +142,7 @@ def _every_other(x: Tensor) -> Tensor:
 
 
 def half_precision(name: str, device: torch.device) -> None:
-    """Half precision keeps its type and is near, where the backend takes it."""
+    """Half precision, if the backend supports it, keeps its type and is close to float32."""
     for case, out in _runnable(name, device):
         for dtype in (torch.bfloat16, torch.float16):
             try:
@@ -155,7 +155,7 @@ def half_precision(name: str, device: torch.device) -> None:
 
 
 def gradients(name: str, device: torch.device) -> None:
-    """Gradients of every tensor equal the reference's."""
+    """Gradients of every tensor equal the gradients of the float64 reference."""
     for case, out in _runnable(name, device):
         weighting = torch.linspace(-1, 1, out.numel(), device=device).view_as(out)
         found, expected = (
@@ -175,7 +175,7 @@ def _slopes(
 
 
 def repeats(name: str, device: torch.device) -> None:
-    """The same call gives the same bits, and leaves its inputs alone."""
+    """A repeated call gives the same bits and does not change its inputs."""
     for case, out in _runnable(name, device):
         kept = [one.clone() for one in case.tensors]
         again = case(name)
@@ -185,7 +185,7 @@ def repeats(name: str, device: torch.device) -> None:
 
 
 def refusals(name: str, device: torch.device) -> None:
-    """Shapes that do not go together raise ValueError."""
+    """Shapes that do not match raise ValueError."""
     wrong = (
         (torch.ones(2, 3, 4, 4), torch.ones(1, 49, 8, 8)),
         (torch.ones(1, 3, 4, 4), torch.ones(1, 48, 8, 8)),

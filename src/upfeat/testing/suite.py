@@ -1,4 +1,4 @@
-"""Running named properties: which there are, which are left out, which one failed."""
+"""Runner of named properties, for the conformance suites."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ def run(
     arguments: tuple[Any, ...],
     without: Iterable[str] = (),
 ) -> list[str]:
-    """Run properties one after the other.
+    """Check properties one after the other.
 
     Args:
-        subject: what is tested, for messages.
-        properties: functions by name; one that returns False does not apply here.
-        arguments: given to each.
-        without: names of those to leave out.
+        subject: name of the tested object, for messages.
+        properties: functions by name; a function returns False if its property does not apply.
+        arguments: arguments of every function.
+        without: names of properties to skip.
 
     Returns:
-        Names of the properties that were found to hold.
+        Names of the properties that hold.
 
     Raises:
-        AssertionError: one does not; its name and its docstring's first line are in the message.
-        ValueError: ``without`` names one that there is not.
+        AssertionError: a property does not hold; the message contains its name and the first line
+            of its function's docstring.
+        ValueError: ``without`` names no property.
     """
     without = (without,) if isinstance(without, str) else tuple(without)
     for name in without:

@@ -1,4 +1,4 @@
-"""Properties of every upsampler."""
+"""Conformance suite of upsamplers."""
 
 from __future__ import annotations
 
@@ -29,24 +29,26 @@ SIZE = (48, 64)
 def check_upsampler(
     make: Make, *, channels: int | None = None, without: Iterable[str] = ()
 ) -> list[str]:
-    """Check what the library relies on of an upsampler.
+    """Check the properties of an upsampler that the library relies on.
 
-    The properties: output sizes, dtypes, constants, affinity in the features, flips, batches,
-    windows, heads, gradients, reach, copies and files, named backends, refusals, and that calls
-    repeat and leave their inputs and the random state alone.
+    The properties concern output sizes, dtypes, constants, affinity in the features, flips,
+    batches, windows, heads, gradients, reach, copies and files, named backends, errors for invalid
+    inputs, repeated calls, and side effects on inputs and the random state.
 
     Args:
-        make: makes the upsampler; called anew for every property, with the same random state.
-        channels: of features; ``None`` for the upsampler's ``embed_dim``, or else 4.
-        without: names of properties that it does not claim: weights that do not sum to 1, say, keep
-            no "constants", and filters without symmetry no "flips".
+        make: function that makes the upsampler, called for every property with the same random
+            state.
+        channels: number of feature channels; ``None`` for the upsampler's ``embed_dim``, or 4 if
+            it has none.
+        without: names of properties that the upsampler does not claim: weights that do not sum to
+            1, for example, do not keep "constants", and filters without symmetry no "flips".
 
     Returns:
-        Names of the properties that hold. Those that do not apply, such as "affine" where the
-        weights depend on the features, are left out.
+        Names of the properties that hold. Properties that do not apply, such as "affine" if the
+        weights depend on the features, are not among them.
 
     Raises:
-        AssertionError: one does not hold; the message says which and by how much.
+        AssertionError: a property does not hold; the message names it and the measured error.
         ValueError: ``without`` names no property.
 
     Example:
@@ -75,7 +77,7 @@ def _inputs(
     features = torch.randn(batch, channels, *grid, generator=generator)
     coarse = torch.randn(batch, bands, *grid, generator=generator)
     guidance = torch.randn(batch, bands, *size, generator=generator)
-    # Regions, as photographs have, under some noise.
+    # Piecewise constant regions, as in photographs, under some noise.
     return features, 0.3 * guidance + torch.nn.functional.interpolate(coarse, size)
 
 
@@ -84,7 +86,7 @@ def _close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 
 
 def output_sizes(make: Make, channels: int) -> None:
-    """The output has the size asked for, the guidance's where none is."""
+    """The output has the requested size, by default the size of the guidance."""
     up = _made(make)
     for size in (None, (48, 64), (45, 61), (20, 33), (2, 5), (1, 1)):
         out = up(*_inputs(up, channels), size)
@@ -97,7 +99,7 @@ def output_sizes(make: Make, channels: int) -> None:
 
 
 def dtypes(make: Make, channels: int) -> None:
-    """Types of numbers are kept, and all agree to their precision."""
+    """Outputs have the dtype of the inputs, and dtypes agree to within their precision."""
     up = _made(make)
     features, guidance = _inputs(up, channels)
     expected = up(features, guidance)
@@ -140,7 +142,7 @@ def flips(make: Make, channels: int) -> None:
 
 
 def batches(make: Make, channels: int) -> None:
-    """A batch is its images one by one, in any layout of memory."""
+    """A batch gives the outputs of its images one by one, in any memory layout."""
     up = _made(make)
     features, guidance = _inputs(up, channels, batch=3)
     together = up(features, guidance)
@@ -148,12 +150,12 @@ def batches(make: Make, channels: int) -> None:
     _close(together, torch.cat(alone))
     last = torch.channels_last
     _close(up(features.to(memory_format=last), guidance.to(memory_format=last)), together)
-    wide = torch.stack([guidance, guidance], dim=-1)[..., 0]  # every other number in memory
+    wide = torch.stack([guidance, guidance], dim=-1)[..., 0]  # not contiguous: stride 2
     _close(up(features, wide), together)
 
 
 def windows(make: Make, channels: int) -> None:
-    """A window of the lazy map is the window of the whole, and so are points."""
+    """Windows and points of the lazy map equal those of the whole map."""
     up = _made(make)
     features, guidance = _inputs(up, channels)
     for size in (SIZE, (45, 61), (20, 30)):
@@ -170,7 +172,7 @@ def windows(make: Make, channels: int) -> None:
 
 
 def heads(make: Make, channels: int) -> None:
-    """A linear head before upsampling gives what it gives after."""
+    """A linear head gives the same result before and after upsampling."""
     up = _made(make)
     features, guidance = _inputs(up, channels)
     lazy = UpsampledFeatures(features, guidance, up)
@@ -180,18 +182,18 @@ def heads(make: Make, channels: int) -> None:
 
 
 def _hidden(up: Upsampler) -> Tensor:
-    """Random maps in place of a backbone's early layers, (1, D, h', w')."""
+    """Draw random maps in place of a backbone's early layers, (1, D, h', w')."""
     channels = getattr(up, "hidden_dim", 4)
     generator = torch.Generator().manual_seed(3)
     return torch.randn(1, channels, 2 * GRID[0], 2 * GRID[1], generator=generator)
 
 
 def gradients(make: Make, channels: int) -> None:
-    """Gradients reach the features and every parameter, and are right along a direction."""
+    """Gradients reach features and parameters, and match finite differences along a direction."""
     up = _made(make).double()
     generator = torch.Generator().manual_seed(2)
     for parameter in up.parameters():
-        if not bool(parameter.any()):  # zeros at the start hold back what comes before them
+        if not bool(parameter.any()):  # layers initialised with 0 would block gradients before them
             parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     up.requires_grad_(True)
     features, guidance = (one.double() for one in _inputs(up, channels))
@@ -247,11 +249,11 @@ def copies(make: Make, channels: int) -> None:
         state = other.state_dict()
         same = all(torch.equal(state[name], value) for name, value in up.state_dict().items())
         require(same, "weights differ")
-        _close(other(*inputs), expected)  # where tensors lie in memory may change the last bits
+        _close(other(*inputs), expected)  # the alignment of tensors may change the last bits
 
 
 def named_backends(make: Make, channels: int) -> bool | None:
-    """A backend asked for by name gives the same output, or raises; an unknown one raises."""
+    """A backend selected by name gives the same output or raises; an unknown name raises."""
     up = _made(make)
     inputs = _inputs(up, channels)
     expected, ran = up(*inputs), 0
@@ -271,7 +273,7 @@ def named_backends(make: Make, channels: int) -> bool | None:
 
 
 def refusals(make: Make, channels: int) -> None:
-    """Inputs that cannot be right raise ValueError."""
+    """Invalid inputs raise ValueError."""
     up = _made(make)
     features, guidance = _inputs(up, channels)
     wrong = {
@@ -290,7 +292,7 @@ def refusals(make: Make, channels: int) -> None:
 
 
 def side_effects(make: Make, channels: int) -> None:
-    """Calls repeat, and leave inputs and the random state alone."""
+    """A repeated call gives the same output; inputs and the random state do not change."""
     up = _made(make)
     features, guidance = _inputs(up, channels)
     kept = features.clone(), guidance.clone()
