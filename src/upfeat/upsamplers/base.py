@@ -39,7 +39,7 @@ class Kernels(Protocol):
     """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
 
     def __call__(self, features: Any) -> Tensor:
-        """(B, C, h, w), or features from :meth:`Upsampler.precompute`, -> (B, C, H, W); any C."""
+        """Upsample features, (B, C, h, w) or from :meth:`Upsampler.precompute`, -> (B, C, H, W)."""
         ...
 
     def crop(self, features: Any, window: Window) -> Tensor:
@@ -91,7 +91,7 @@ class Upsampler(nn.Module, ABC):
 
     @property
     def reach(self) -> int | None:
-        """Most cells beyond its own that an output pixel depends on; ``None``: the whole image.
+        """Cells beyond its own that an output pixel can depend on; ``None``: the whole image.
 
         Counts the features and the guidance, where guidance and output both have 4 or more pixels
         per cell. A window of a map (:meth:`render`) always equals that window of the whole map. A
@@ -104,7 +104,7 @@ class Upsampler(nn.Module, ABC):
 
     @property
     def step(self) -> int:
-        """Number of cells of which tiles that are upsampled alone begin and end at multiples.
+        """Period in cells: tiles that begin and end at multiples of it can be images of their own.
 
         See :attr:`reach`.
         """

@@ -84,7 +84,7 @@ class DetailKernels:
         self.recorded = last.recorded or (detail is not None and detail.recorded)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
+        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
         return self.last(self._on_finer_grid(features))
 
     def crop(self, features: Tensor, window: Window) -> Tensor:

@@ -129,7 +129,7 @@ class JBUKernels:
         self.sizes = sizes
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
+        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
         # All pooling first: PyTorch's threads spin for a while afterwards, and would slow down the
         # threads of the compiled stages.
         pooled = [F.adaptive_avg_pool2d(self.guidance, size) for size in self.sizes]
