@@ -71,11 +71,11 @@ class Upsampler(nn.Module, ABC):
     takes_hidden: ClassVar[bool] = False
     """True if the upsampler can use the features of early layers of the backbone (``hidden``)."""
     wants_hidden: ClassVar[bool] = False
-    """True if the upsampler was trained with ``hidden``: models pass it without being asked."""
+    """True if the upsampler was trained with ``hidden``, which models then pass by default."""
     needs_features: ClassVar[bool] = False
     """True if the weights depend on the features as well as on the image."""
     exact_parts: ClassVar[str] = "windows"
-    """Parts of a map that equal the whole map exactly: its "windows", or its "channels"."""
+    """Parts of a map that, computed alone, equal the whole exactly: "windows" or "channels"."""
     guidance_bands: int | None = 3
     """The number of bands of the guidance; ``None``: any number (see :mod:`.bands`)."""
     backend: str = "auto"

@@ -180,8 +180,8 @@ class JBUKernels:
 class JBUStack(Upsampler):
     """Stack of joint bilateral upsamplers; each doubles the grid, guided by the image at its size.
 
-    Each stage doubles the grid, up to the output size, and the last goes to the output size, so any
-    stride, output size and aspect ratio are accepted; a 16-fold output is computed as in the
+    Each stage doubles the grid, but not beyond the output size, which the last stage reaches, so
+    any stride, output size and aspect ratio are accepted; a 16-fold output is computed as in the
     published model. The final channel mix x + 0.1·(W·x + b) of features x is computed on the coarse
     grid, where it costs 256 times less for the same result.
 
