@@ -141,7 +141,7 @@ def plan_windows(shape: Sequence[int], size: Size, free: float, held: float) -> 
 
 
 def plan_blocks(shape: Sequence[int], free: float, held: float) -> Iterator[slice]:
-    """Cut a map into blocks of channels; see :func:`plan_windows`."""
+    """Cut a map into the largest blocks of channels that fit; see :func:`plan_windows`."""
     batch, channels, height, width = shape
     pixels = batch * height * width
     needed = math.inf

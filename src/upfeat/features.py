@@ -392,7 +392,7 @@ class UpsampledFeatures(FeatureMap):
         return blank(out, missing)
 
     def _precompute(self) -> tuple[Kernels, Tensor | Map]:
-        """Kernels and features of the same map, with all work done that windows have in common.
+        """Kernels and features of the same map, after the computations that all windows share.
 
         Both are kept for the next window, unless an autograd graph would be kept with them.
         """

@@ -275,7 +275,7 @@ def _window(values: Tensor, row: _Span, span: _Span) -> Tensor:
 
 
 def _add_product(maps: Tensor, part: Tensor, spread: Tensor, row: _Span, span: _Span) -> None:
-    """Add (B, C, cells) @ (B, cells, pixels) to the pixels that a run reads."""
+    """Add the product (B, C, cells) @ (B, cells, pixels) to the pixels of ``maps`` in a run."""
     target = maps[:, :, row.pixels, span.pixels]
     if target.shape[3] == maps.shape[3]:  # whole rows of pixels are contiguous: one matrix
         target.flatten(2).baddbmm_(part, spread)
