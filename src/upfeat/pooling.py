@@ -38,7 +38,7 @@ from upfeat.geometry import reflect
 from upfeat.warp import check_map, warp
 
 # Number of cells of a row in one matrix product. The matrix is zero outside each cell's own
-# columns, so rows of wide maps are cut into runs; 16 keeps the products large and the waste small.
+# columns, so wide rows are cut into runs; with 16, products are large and few factors are zero.
 _RUN = 16
 
 
