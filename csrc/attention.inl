@@ -413,8 +413,8 @@ static void window_task(void* context, int64_t task, int worker) {
   if (job.streamed) fence_streams();
 }
 
-// From the weights of the heads in s.logits and the gradients by the weights that apply to the
-// values in s.weights, computes the gradients by the inner products, in s.weights.
+// Computes the gradients of the inner products, in s.weights, from the heads' weights in s.logits
+// and the gradients of the weights that apply to the values, in s.weights.
 static void softmax_strip_backward(const WindowJob& job, const WindowScratch& s,
                                    const WindowTile& tile, int64_t rows) {
   const int64_t heads = job.heads.count;
@@ -500,7 +500,7 @@ static void window_tile_backward(const WindowJob& job, const WindowScratch& s,
     }
     if (!job.grad_keys && !job.attention.grad_queries) continue;
     int64_t at = 0;
-    for (int64_t n = 0; n < job.blocks.count; ++n) {  // gradients by the weights of the values
+    for (int64_t n = 0; n < job.blocks.count; ++n) {  // gradients of the weights of values
       const int64_t size = block_size(job.blocks, n);
       float* to = s.weights + n * kStrip * s.pack;
       if (size) {
@@ -641,7 +641,7 @@ static int attend_windows(const Runtime& runtime, const WindowAttention& attenti
   return status;
 }
 
-// Gradients by keys and values are summed in bands of rows, whose number depends on the shape
+// Gradients of keys and values are summed in bands of rows, whose number depends on the shape
 // alone, and the bands are added in order: results do not depend on the number of threads.
 static int grad_windows(const Runtime& runtime, const WindowAttention& attention) {
   WindowJob job = window_job(attention);

@@ -1,7 +1,7 @@
 // Gradients of the bilateral kernel, one image at a time and in two passes:
-// 1. compute every pixel's gradient by its key products, stored in planes with margins of 0;
-// 2. for every row of keys, sum the gradients by products in which a key is the centre pixel's, and
-//    by products in which it is a neighbour's.
+// 1. compute the gradients of every pixel's key products, stored in planes with margins of 0;
+// 2. for every row of keys, sum the gradients of products in which a key is the centre pixel's, and
+//    of products in which it is a neighbour's.
 
 struct BilateralJob {
   Maker maker;
@@ -21,8 +21,8 @@ UPFEAT_INLINE void clear(float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) from[i] = 0;
 }
 
-// Replaces `grad`, the gradient by a tile's weights, by the gradient by its products, and adds the
-// tile's gradients by temperature and sigma to `partial`.
+// Replaces `grad`, the gradient of a tile's weights, by the gradient of its products, and adds the
+// tile's terms of the gradients of temperature and sigma to `partial`.
 static void bilateral_tile_backward(const BilateralJob& job, const float* products, float* grad,
                                     double* partial) {
   const Maker& maker = job.maker;

@@ -1,11 +1,11 @@
 // Weights over the cells around a pixel, from a query per pixel and a key per cell: key products,
 // then a softmax of temperature * product - distance^2/(2 sigma^2). Backward, and for an output of
-// fewer pixels than cells, products are computed with the code for the gradient by the weights,
+// fewer pixels than cells, products are computed with the code for the gradient of the weights,
 // with queries in place of the gradient and keys in place of the features.
 
 struct AttentionJob {
   GradientJob products;  // grad: the queries; coarse: the keys; weights: the tensor to write
-  UpfeatTensor grad;     // gradient by the weights; backward only
+  UpfeatTensor grad;     // gradient of the weights; backward only
   const Attention* attention;
   double* partial;  // (B * groups, 2): d/d temperature and d/d sigma of each pair of rows
 };
@@ -81,8 +81,8 @@ static void shrinking_task(void* context, int64_t task, int worker) {
   }
 }
 
-// Replaces a tile's key products by the gradients by these products, from the gradient by the
-// weights, and adds the tile's gradients by temperature and sigma to `partial`.
+// Replaces a tile's key products by their gradients, computed from the gradient of the weights, and
+// adds the tile's terms of the gradients of temperature and sigma to `partial`.
 static void attend_tile_backward(const Attention& attention, const TilePlace& place,
                                  float* products, const float* grad, float* weights,
                                  double* partial) {
@@ -161,8 +161,9 @@ static int attend_shrinking(const Runtime& runtime, const Attention& attention,
   return UPFEAT_OK;
 }
 
-// The gradient by the products is stored at full size between two passes. With it as weights, the
-// gradient by the queries is a weighted sum over keys, and that by the keys one over queries.
+// The gradient of the products is stored at full size between two passes. With it as weights, the
+// gradient of the queries is a weighted sum over keys, and the gradient of the keys is one over
+// queries.
 static int grad_attend(const Runtime& runtime, const Attention& attention, const UpfeatTensor& grad,
                        const UpfeatTensor& grad_queries, const UpfeatTensor& grad_keys,
                        double* scalars, const Axis& rows, const Axis& columns) {

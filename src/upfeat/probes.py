@@ -27,8 +27,7 @@ _MAX_ITERATIONS = 60
 
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Function from outputs (N·P, K) and targets (N, P) to the mean loss and its gradient by outputs.
-"""
+"""Function from outputs (N·P, K) and targets (N, P) to the mean loss and its gradient."""
 
 
 @dataclass(frozen=True)
