@@ -190,6 +190,28 @@ def test_a_head_of_wide_convolutions_is_dilated(upsampler):
     assert {type(module) for module in head} == {nn.Conv2d, nn.ReLU, nn.Upsample}
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("mode", ["zeros", "replicate"])
+@pytest.mark.parametrize("kernel", [2, 4, (3, 4)])
+@pytest.mark.parametrize("stride", [1, 2, 3])  # ratios 6, 3, 2
+def test_an_even_kernel_keeps_the_grid_and_its_place(kernel, stride, mode):
+    torch.manual_seed(0)
+    head = nn.Conv2d(6, 4, kernel, padding="same", padding_mode=mode)
+    network = nn.Sequential(nn.Conv2d(3, 6, 6, stride=6), head).eval()
+    x = image(size=(30, 42))
+    before = network(x)
+    with upfeat.attach(network, "0", upfeat.Nearest(), stride=stride, head=head):
+        expected = F.interpolate(before, (30 // stride, 42 // stride), mode="nearest")
+        torch.testing.assert_close(network(x), expected)
+
+
+def test_an_even_kernel_keeps_a_grid_of_an_uneven_ratio():
+    head = nn.Conv2d(6, 4, 4, padding="same")
+    network = nn.Sequential(nn.Conv2d(3, 6, 16, stride=16), head).eval()
+    with upfeat.attach(network, "0", upfeat.Nearest(), stride=5, head=head):
+        assert network(image(size=(96, 96))).shape == (1, 4, 20, 20)
+
+
 def _without_hooks(network):
     plain = copy.deepcopy(network)
     for module in plain.modules():

@@ -270,18 +270,26 @@ class _DilatedConv2d(nn.Conv2d):
         if ratio == (1, 1):
             return super().forward(input)
         dilation = [own * times for own, times in zip(self.dilation, ratio, strict=True)]
-        if isinstance(self.padding, str):
-            padding = [0, 0]
-            if self.padding == "same":
-                padding = [
-                    d * (k - 1) // 2 for d, k in zip(dilation, self.kernel_size, strict=True)
-                ]
-        else:
-            padding = [own * times for own, times in zip(self.padding, ratio, strict=True)]
-        if self.padding_mode != "zeros" and any(padding):
-            input = F.pad(input, (padding[1],) * 2 + (padding[0],) * 2, mode=self.padding_mode)
-            padding = [0, 0]
-        return F.conv2d(input, self.weight, self.bias, 1, padding, dilation, self.groups)
+        before, after = (
+            [own * times for own, times in zip(side, ratio, strict=True)]
+            for side in self._padding()
+        )
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        if before != after or (mode != "constant" and any(before)):
+            input = F.pad(input, (before[1], after[1], before[0], after[0]), mode=mode)
+            before = [0, 0]
+        return F.conv2d(input, self.weight, self.bias, 1, before, dilation, self.groups)
+
+    def _padding(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Cells of the coarse grid by which the module pads (rows, columns), before and after."""
+        if not isinstance(self.padding, str):
+            return self.padding, self.padding
+        if self.padding == "valid":
+            return (0, 0), (0, 0)
+        # An even kernel has no middle tap: "same" then pads one cell more after than before.
+        total = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
+        before = [both // 2 for both in total]
+        return before, [both - one for both, one in zip(total, before, strict=True)]
 
 
 class _SmallerUpsample(nn.Upsample):
