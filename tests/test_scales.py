@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import upfeat
-from upfeat.scales import SecondScale, Translation, fit_translation
+from upfeat.scales import SecondScale, Translation, fit_translation, learn_translation
 from upfeat.upsamplers import create_upsampler
 
 
@@ -111,6 +111,8 @@ def test_a_translation_is_learnt_from_images():
     assert lost < 0.02
     with pytest.raises(ValueError, match="images is empty"):
         fit_translation(backbone, [])
+    with pytest.raises(ValueError, match="pairs is empty"):
+        learn_translation(iter(()))
 
 
 def test_without_a_translation_each_image_has_its_own():

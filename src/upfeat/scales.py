@@ -127,7 +127,8 @@ def fit_translation(
         torch.Size([4, 4])
     """
     both = (_both(backbone, x) for x in images)
-    return learn_translation(((own, F.avg_pool2d(second, FINER)) for own, second in both), penalty)
+    pairs = ((own, F.avg_pool2d(second, FINER)) for own, second in both)
+    return _learn(pairs, penalty, "images")
 
 
 @torch.no_grad()
@@ -144,6 +145,11 @@ def learn_translation(
     Raises:
         ValueError: ``pairs`` is empty, or the penalty is not above 0.
     """
+    return _learn(pairs, penalty, "pairs")
+
+
+def _learn(pairs: Iterable[tuple[Tensor, Tensor]], penalty: float, label: str) -> Translation:
+    """Learn a translation from pairs; ``label`` is the name of the caller's argument in messages."""
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} must be above 0")
     gram: Tensor | None = None
@@ -157,7 +163,7 @@ def learn_translation(
         else:
             gram, moment = gram + here[0], moment + here[1]
     if gram is None or moment is None:
-        raise ValueError("images is empty; give at least one")
+        raise ValueError(f"{label} is empty; give at least one")
     count, means = gram[-1, -1], gram[:-1, -1:] / gram[-1, -1]  # (C, 1)
     level = moment[-1] / count
     gram = gram[:-1, :-1] - count * means @ means.T
