@@ -149,7 +149,7 @@ def learn_translation(
 
 
 def _learn(pairs: Iterable[tuple[Tensor, Tensor]], penalty: float, label: str) -> Translation:
-    """Learn a translation from pairs; ``label`` is the name of the caller's argument in messages."""
+    """Learn a translation from pairs; ``label`` is the name of the caller's argument."""
     if not penalty > 0:
         raise ValueError(f"penalty={penalty} must be above 0")
     gram: Tensor | None = None
