@@ -320,7 +320,10 @@ def test_empty_batches_and_no_channels(shape):
     assert [g.shape for g in grads] == [features.shape, weights.shape]
     assert all(not g.any() for g in grads)
     assert cpu.adaptive_conv2d(randn(*shape[:2], 8, 8), weights).shape == out.shape
-    assert cpu.bilateral_weights(torch.zeros(0, 4, 6, 6), 1.0, 1.0, 1).shape == (0, 9, 6, 6)
+    keys = torch.zeros(0, 4, 6, 6)
+    assert cpu.bilateral_weights(keys, 1.0, 1.0, 1).shape == (0, 9, 6, 6)
+    gradients = cpu.bilateral_weights_backward(torch.zeros(0, 9, 6, 6), keys, 1.0, 1.0, 1)
+    assert (gradients[0].shape, *gradients[1:]) == (keys.shape, 0, 0)
 
 
 def test_only_the_gradients_asked_for():

@@ -133,6 +133,8 @@ def _rivals_table(rows: list) -> object:
         table.add_column(heading, justify="right")
     base = None
     for row in rows:
+        # Each published upsampler's own row is the base of the rows up to the next one's. Among
+        # them is the row of the default, whose way is "ours" too: it is compared, no new base.
         if row.way == "ours" and row.name != "detail":
             base = row
         cells = [row.name, row.way, f"{row.grid}→{row.size}", str(row.channels)]

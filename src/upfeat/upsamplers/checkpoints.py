@@ -312,7 +312,7 @@ def _fill(
     # Unread tensors of cross_decode act on the values of the attention, which are not used here;
     # any other unread tensor belongs to another model.
     strangers = [name for name in unread if not name.startswith("cross_decode.")]
-    if strangers and label != "FeatUp":
+    if strangers:
         rest = f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""
         raise ValueError(
             f"{path}: not {label} as published: it also holds {strangers[0]}{rest}; two "

@@ -188,7 +188,7 @@ def bilateral_weights_backward(
     """Gradients of :func:`bilateral_weights` for keys, temperature and sigma_spatial."""
     check_image("keys", keys, radius)
     check_shape("grad", grad, weights_shape(keys, radius))
-    to_keys = torch.zeros_like(keys) if not grad.numel() else torch.empty_like(keys)
+    to_keys = torch.empty_like(keys)
     scalars = (ctypes.c_double * 2)()
     arguments = (
         keys,
