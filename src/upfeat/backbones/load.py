@@ -79,15 +79,15 @@ def load_backbone(
               (B, 3, H, W) to features in one of the forms that :class:`WrappedBackbone` lists;
             * a :class:`Backbone`, which is returned itself.
         pretrained: load the trained weights of a named backbone; otherwise random weights.
-        layer: number of the layer, from 0: a transformer's blocks or a hierarchical network's
-            stages. For a module without numbered layers, the name of a module inside; for a model
-            with several outputs, the key of an output. The layers of a list are concatenated on
-            the finest grid. ``None`` for the last layer, after the model's last norm.
+        layer: number of the layer, from 0, counting a transformer's blocks or a hierarchical
+            network's stages. For a module without numbered layers, the name of a module inside;
+            for a model with several outputs, the key of an output. The layers of a list are
+            concatenated on the finest grid. ``None`` for the last layer, after the last norm.
         device: device to move the backbone to; ``None`` to leave it where it is.
         dtype: floating-point type that the backbone computes in, such as ``torch.bfloat16``; the
             features' dtype is the image's all the same.
         fit: treatment of images of other sizes by a model for one size: ``"interpolate"``
-            interpolates its position embeddings (the default if its library can), ``"tile"``
+            interpolates the position embeddings (the default if the library can), ``"tile"``
             covers the image with windows (the default otherwise), ``"resize"`` resizes the image.
         **options: arguments of :class:`WrappedBackbone`: ``mean``, ``std``, ``input_size``,
             ``name``, ``layout``, ``prefix_tokens``, ``stride``, ``embed_dim``.

@@ -152,7 +152,7 @@ def _makers(
 
 
 def _budget(bound: int | None) -> Budget:
-    """Create the memory budget for images: the bound, or free memory, less memory in use.
+    """Create the memory budget for images: the bound less memory in use, or most of free memory.
 
     Raises:
         ValueError: the process uses more than its bound already.

@@ -60,7 +60,7 @@ class Maker:
             extraction: kind and settings of the results.
             folder: folder of the results.
             inputs: files that are read, and must not be overwritten.
-            overwrite: replace files that were made with other settings.
+            overwrite: replace existing files that are no earlier results.
             budget: memory budget, shared by the makers of a process; ``None`` for no bound.
             activations: function that returns the bytes that the backbone needs for each pixel.
                 It is not called for small images: a measurement takes as long as many of them.

@@ -129,7 +129,7 @@ def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConf
 
 
 def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """Merge the settings file and the flags, which go before; name the source for errors."""
+    """Merge the settings file with the flags, which override it; return the source's name too."""
     from upfeat.training.settings_file import read_settings
 
     settings: dict[str, Any] = {}

@@ -313,7 +313,7 @@ def _answered(work: Callable[[], Answer]) -> Answer:
         if reason is None:
             raise
         answer = {"kind": "error", "error": reason}
-    return {**answer, "number": secrets.token_hex(4)}  # else the viewer ignores an equal answer
+    return {**answer, "number": secrets.token_hex(4)}  # the viewer skips repeated numbers
 
 
 def _opened(visit: Visit) -> Answer:

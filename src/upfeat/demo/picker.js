@@ -1,8 +1,8 @@
-// The picker: bundled photographs, and one of the visitor's own, sent as it is.
+// The picker: bundled photographs, and an upload of the visitor's, sent as the unchanged file.
 const limit = Number(element.querySelector("[data-limit]").dataset.limit);
 const say = (text) => document.dispatchEvent(new CustomEvent("upfeat-say", { detail: text }));
 
-// Which of the bundled photographs is shown, if it is one.
+// Mark the bundled photograph that is shown, if any.
 document.addEventListener("upfeat-photo", (event) => {
   for (const button of element.querySelectorAll("button[data-photo]")) {
     button.setAttribute("aria-pressed", button.dataset.photo === event.detail);

@@ -259,7 +259,7 @@ class Visit:
         return rows.long(), columns.long()
 
     def _strokes(self, strokes: Sequence[Sequence[float]]) -> Tensor:
-        """Check painted pixels and return them as integers (N, 3), without repetitions, thinned."""
+        """Check painted pixels; return the distinct ones, (N, 3), at most MAX_STROKE_POINTS."""
         try:
             table = torch.tensor(strokes, dtype=torch.float64).reshape(-1, 3)
         except (TypeError, ValueError, RuntimeError):

@@ -1,5 +1,5 @@
-// The viewer: three pictures with one zoom, a slider, clicks and strokes. What the server sends
-// arrives as props.value and is merged into what is shown; what the visitor does goes out as events.
+// The viewer: three pictures with a common zoom, a slider, clicks and strokes. Messages of the server
+// arrive as props.value and are merged into the state; actions of the visitor are sent as events.
 const root = element.querySelector(".uf-viewer");
 const $ = (query) => root.querySelector(query);
 const $$ = (query) => [...root.querySelectorAll(query)];
@@ -70,7 +70,7 @@ function place() {
     plane.style.transform = `translate(${50 - x * zoom * 100}%, ${50 - y * zoom * 100}%) scale(${zoom})`;
   }
   const split = $(".uf-slide input").value / 100;
-  // The boundary is of the frame; the plane under it is moved and enlarged.
+  // The boundary is given in the frame's coordinates; the plane under it is moved and enlarged.
   const inside = Math.min(Math.max(x + (split - 0.5) / zoom, 0), 1);
   $(".uf-over").style.clipPath = `inset(0 0 0 ${inside * 100}%)`;
   $(".uf-handle").style.left = `${split * 100}%`;
@@ -106,7 +106,7 @@ function paint() {
   }
 }
 
-// ---- asking: one question at a time; of those asked meanwhile the last one counts
+// ---- requests: one at a time; of requests made meanwhile, only the last is sent
 function ask(kind, data) {
   if (waiting) { pending = [kind, data]; return; }
   waiting = true;
@@ -123,7 +123,7 @@ function answered() {
   root.dataset.answered = String(Number(root.dataset.answered || 0) + 1);
   if (pending) { const [kind, data] = pending; pending = null; ask(kind, data); }
 }
-// Gradio tells nobody when the queue takes no more; without this the viewer would wait for ever.
+// Gradio does not report a full queue; without this check the viewer would wait for ever.
 function refused() {
   pending = null;
   say({ error: "Too many requests are waiting here; try again in a moment.", status: "Nothing was changed." });
@@ -173,9 +173,9 @@ function learn() {
   ask("strokes", { strokes: [...rows.values()] });
 }
 
-// ---- what arrives
+// ---- messages of the server
 function receive(value) {
-  if (!value || !value.kind || value.number === last) return;  // announced more than once
+  if (!value || !value.kind || value.number === last) return;  // Gradio announces a value more than once
   last = value.number;
   if (value.kind === "error") { say({ error: value.error, status: value.status || "Nothing was changed." }); answered(); return; }
   if (value.kind === "photo") {

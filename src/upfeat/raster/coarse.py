@@ -154,7 +154,7 @@ class Files:
         """List the parts of the raster; no file is read yet.
 
         Args:
-            folder: contains the files.
+            folder: folder of the files.
             model: backbone and upsampler.
             plan: division of the raster.
         """

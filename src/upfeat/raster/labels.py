@@ -180,7 +180,7 @@ def _check_place(path: Path, geometries: list[Any], scene: Scene) -> None:
     """Check that at least one geometry overlaps the raster's bounding box.
 
     Raises:
-        ValueError: none does, as happens with coordinates of another reference system.
+        ValueError: no geometry does, for example since they are of another reference system.
     """
     a, b, c, d, e, f = scene.transform[:6]
     down, across = scene.size[0] * np.array([0, 0, 1, 1]), scene.size[1] * np.array([0, 1, 0, 1])

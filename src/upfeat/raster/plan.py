@@ -21,7 +21,7 @@ CHUNK = 128
 """Side of the chunks in which a tile is stored, pixels; if it does not divide the tile's side, the
 largest smaller number that does."""
 MASK_HALO = 4
-"""Masked cells within this many cells of a valid one take features from there; others are 0."""
+"""Largest distance, in cells, from which masked cells take features of valid ones; beyond, 0."""
 
 _TILES = (2048, 1536, 1024, 768, 512, 384, 256, 192, 128)
 """Sides of tiles to try, pixels, largest first."""

@@ -23,10 +23,10 @@ from upfeat.tiling import split
 
 LOCAL = Engine()
 _RELEASED = 1 << 22
-"""Pixels written between two returns of unused memory to the system, each a tenth of a second."""
+"""Pixels after which unused memory is returned to the system, which takes a tenth of a second."""
 
 OnTile = Callable[[int, int], None]
-"""Callback (steps done, total steps): a step is a tile or, with Ray, a part computed before."""
+"""Callback (steps done, total steps): a step is a tile, or a part that workers of Ray compute."""
 
 
 def upsample_raster(

@@ -359,7 +359,7 @@ def _partial(output: Path) -> Path:
 
 
 def _write_axes(group: Any, scene: Scene, names: list[str]) -> None:
-    """Write coordinates of pixel centres and the reference system by CF and GeoZarr."""
+    """Write coordinates of pixel centres and the reference system, following CF and GeoZarr."""
     transform = scene.transform
     spatial: dict[str, Any] = {
         "GeoTransform": " ".join(repr(value) for value in transform.to_gdal()),
@@ -374,7 +374,7 @@ def _write_axes(group: Any, scene: Scene, names: list[str]) -> None:
         dimension_names=(),
         overwrite=True,
     )
-    if transform.b == 0 and transform.d == 0:  # a rotated raster has no coordinate of a row
+    if transform.b == 0 and transform.d == 0:  # in a rotated raster, y varies along a row
         height, width = scene.size
         down = transform.f + transform.e * (np.arange(height) + 0.5)
         across = transform.c + transform.a * (np.arange(width) + 0.5)

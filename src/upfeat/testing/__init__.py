@@ -1,8 +1,8 @@
 """Conformance suites: one call tests an upsampler, a backbone or a backend that a user has written.
 
 Each suite checks every property that the library relies on and returns the names of the properties
-that hold. If one does not, it raises :class:`AssertionError` with the property's name and the
-measured error. The suites need only PyTorch and work in any test runner.
+that hold. If a property does not hold, the suite raises :class:`AssertionError` with the property's
+name and the measured error. The suites need only PyTorch and work in any test runner.
 
 Example:
     >>> import upfeat

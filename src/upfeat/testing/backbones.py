@@ -185,12 +185,12 @@ def _cast(backbone: Backbone, dtype: torch.dtype) -> None:
 
 
 def _bfloat16(backbone: Backbone) -> None:
-    """In bfloat16, float32 images give float32 features, nearly the same."""
+    """In bfloat16, float32 images give float32 features close to the float32 model's."""
     _cast(backbone, torch.bfloat16)
 
 
 def _float16(backbone: Backbone) -> None:
-    """In float16, float32 images give float32 features, nearly the same."""
+    """In float16, float32 images give float32 features close to the float32 model's."""
     _cast(backbone, torch.float16)
 
 

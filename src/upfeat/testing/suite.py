@@ -16,7 +16,7 @@ def run(
     arguments: tuple[Any, ...],
     without: Iterable[str] = (),
 ) -> list[str]:
-    """Run properties one after the other.
+    """Check properties one after the other.
 
     Args:
         subject: name of the tested object, for messages.
