@@ -71,7 +71,7 @@ class FeatUp(nn.Module):
         super().__init__()
         require_upsampler(upsampler)
         self.early = flag("early", early) or upsampler.wants_hidden
-        self.backbone = load_backbone(backbone)
+        self.backbone = align_for(upsampler, load_backbone(backbone))
         self.upsampler = upsampler
         expected = getattr(upsampler, "embed_dim", None)
         if expected not in (None, self.backbone.embed_dim):
@@ -233,6 +233,12 @@ class FeatUp(nn.Module):
         )
 
 
+def align_for(upsampler: Upsampler, backbone: Backbone) -> Backbone:
+    """Align a backbone as the upsampler was trained, unless it is aligned already."""
+    displacement = 0 if backbone.displacement else upsampler.displacement
+    return backbone.aligned(displacement) if displacement else backbone
+
+
 def _check_early(backbone: Backbone, upsampler: Upsampler) -> None:
     """Check that the upsampler uses early layers and that the backbone returns them.
 
@@ -341,5 +347,6 @@ def _two_scales(
             name = trained_for_early(network.name) or FINER_WEIGHTS
         upsampler = create_upsampler(name, network.embed_dim, backbone=network.name)
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
+    network = align_for(upsampler, network)
     scales = SecondScale(network, steps, bands=bands, translation=translation)
     return FeatUp(scales, upsampler if steps is None else steps.last_step(), bands=bands)

@@ -33,11 +33,11 @@ class Backbone(nn.Module, ABC):
         mean: mean of each band that :meth:`preprocess` subtracts, RGB in [0, 1].
         std: standard deviation of each band that :meth:`preprocess` divides by.
         interpolation: filter by which :meth:`preprocess` resizes, "bicubic" or "bilinear".
-        offset: pixels by which features are displaced right of and below their cells, which
+        displacement: pixels by which features are displaced right of and below their cells, which
             :meth:`forward` corrects; 0 unless set by :meth:`aligned`.
     """
 
-    offset: int = 0
+    displacement: int = 0
 
     def __init__(
         self,
@@ -148,31 +148,31 @@ class Backbone(nn.Module, ABC):
         """
         return self.extract(x), None
 
-    def aligned(self, offset: int) -> Backbone:
+    def aligned(self, displacement: int) -> Backbone:
         """Return this backbone with a displacement of its features corrected; it shares weights.
 
         The cells of a network whose stride-2 convolutions pad one side more than the other do not
         lie where the image is divided into squares: features of the EfficientNet-Lites are those of
         a place 2 pixels further right and down. Such a displacement blurs what is upsampled by the
-        image's edges. :func:`upfeat.backbones.estimate_offset` measures it without labels.
+        image's edges. :func:`upfeat.backbones.estimate_displacement` measures it without labels.
 
         Args:
-            offset: pixels, right and down, by which the image is moved before the network sees it,
-                its borders mirrored; less than the stride to either side. 0 for the network as it
-                is.
+            displacement: pixels by which the image is moved right and down before the network sees
+                it, its borders mirrored; negative: left and up; less than the stride. 0: the
+                network as it is.
 
         Raises:
-            ValueError: ``offset`` is no whole number in that range.
+            ValueError: ``displacement`` is no whole number in that range.
         """
-        offset = whole("offset", offset, 1 - self.stride, self.stride - 1)
+        displacement = whole("displacement", displacement, 1 - self.stride, self.stride - 1)
         other = copy.copy(self)
-        other.offset = offset
+        other.displacement = displacement
         return other
 
     def _ready(self, x: Tensor) -> Tensor:
         """Check an image, resize its sides to multiples of the stride and cast it for the model.
 
-        An image is also moved by the :attr:`offset`.
+        An image is also moved by the :attr:`displacement`.
 
         Raises:
             TypeError: x is no tensor.
@@ -192,7 +192,7 @@ class Backbone(nn.Module, ABC):
         if size != (x.shape[2], x.shape[3]):
             x = x.float() if x.dtype.itemsize < 4 else x
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return _moved(x.to(self.dtype), self.offset)
+        return _moved(x.to(self.dtype), self.displacement)
 
     def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the grid (h, w) of an image: its rounded sides divided by the stride.
@@ -279,10 +279,10 @@ class Backbone(nn.Module, ABC):
         return aligned if align else own
 
 
-def _moved(x: Tensor, offset: int) -> Tensor:
+def _moved(x: Tensor, displacement: int) -> Tensor:
     """Move an image right and down by so many pixels, mirroring its border."""
-    if offset == 0:
+    if displacement == 0:
         return x
-    before, after = max(offset, 0), max(-offset, 0)
+    before, after = max(displacement, 0), max(-displacement, 0)
     x = F.pad(x, (before, after, before, after), mode="reflect")
     return x[..., after : x.shape[2] - before, after : x.shape[3] - before]
