@@ -48,9 +48,10 @@ if TYPE_CHECKING:
         load_upsampler,
     )
 
-# Imported when first asked for: the command answers --help before PyTorch would be loaded, and
-# using an upsampler needs nothing that training does. The list for type checkers stands above. No
-# module has the name of a public function: importing it would put it in the function's place.
+# Public names and their modules, imported on first access: the command answers --help without
+# loading PyTorch, and an upsampler can be used without the packages for training. Type checkers
+# read the imports above. No module has the name of a public function, because importing the module
+# would replace the function.
 _LAZY = {
     "AnyUp": "upfeat.upsamplers",
     "Backbone": "upfeat.backbones",
@@ -125,7 +126,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name, or a module of the package, when it is first asked for (PEP 562)."""
+    """Import a public name, or a module of the package, on first access (PEP 562)."""
     if name in _LAZY:
         value = getattr(import_module(_LAZY[name]), name)
     elif not name.startswith("__") and find_spec(f"{__name__}.{name}"):
@@ -140,6 +141,6 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Where PyTorch is there, so are the operators: torch.export.load looks for them by name.
+# Register the operators if PyTorch is already imported: torch.export.load finds them by name.
 if "torch" in sys.modules:
     import_module("upfeat.functional")

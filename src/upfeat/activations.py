@@ -1,4 +1,4 @@
-"""Memory that a backbone takes while it runs, measured once for each."""
+"""Peak memory of a backbone's forward pass, measured once for each backbone."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _ACTIVATIONS: WeakKeyDictionary[Backbone, float] = WeakKeyDictionary()
 
 
 def activation_bytes(backbone: Backbone) -> float:
-    """Measure the memory that a backbone takes at its peak, bytes for each pixel of its input.
+    """Measure the peak memory of a backbone's forward pass, in bytes per pixel of its input.
 
-    Every tensor that its operators make is counted for as long as it lives, on two small images
-    whose difference leaves out what does not grow; a quarter is added for what operators take for
-    themselves.
+    The tensors that are alive are counted while two small images of different sizes are processed;
+    the difference of the two peaks excludes memory that does not grow with the image. A quarter is
+    added for the workspace of the operators, which is not counted.
     """
     if backbone not in _ACTIVATIONS:
         _ACTIVATIONS[backbone] = _measure_activations(backbone)
@@ -37,7 +37,7 @@ def _measure_activations(backbone: Backbone) -> float:
         with counted:
             try:
                 backbone(x)
-            except (RuntimeError, ValueError):  # it takes one size only
+            except (RuntimeError, ValueError):  # the backbone accepts one size only: a rough guess
                 return 1.5 * 64 * 4
         peaks.append(counted.peak)
     growth = (peaks[1] - peaks[0]) / (sides[1] ** 2 - sides[0] ** 2)
@@ -45,11 +45,11 @@ def _measure_activations(backbone: Backbone) -> float:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors that operators make, for as long as they live."""
+    """Dispatch mode that counts the bytes of the operators' outputs while they are alive."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # To keep the compiler out would import it, which takes longer than the measurement.
+        # True would import the compiler in order to disable it: longer than the measurement.
         return False
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""An upsampler behind a module in the middle of a network, and out again."""
+"""Insertion of an upsampler behind a module inside a network, and its removal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from upfeat.types import Size
 from upfeat.upsamplers import Upsampler
 
 Guidance = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
-"""From the arguments of a network, positional and named, to its image (B, 3, H, W)."""
+"""Function from a network's positional and keyword arguments to the image, (B, 3, H, W)."""
 
 
 def attach(
@@ -33,34 +33,37 @@ def attach(
     head: str | nn.Module | None = None,
     guidance: Guidance | None = None,
 ) -> Attachment:
-    """Upsample what a module inside a network returns, guided by the network's own input image.
+    """Upsample the output of a module inside a network, guided by the network's own input image.
 
-    Nothing is retrained and nothing is copied: hooks do it, until :meth:`Attachment.remove`.
-    Gradients flow through, to the network and to the upsampler.
+    Nothing is retrained or copied: hooks upsample the output, until :meth:`Attachment.remove`.
+    Gradients flow to the network and to the upsampler.
 
     Args:
         network: the network, called with a normalised image (B, 3, H, W).
-        layer: the module in it, or its name as ``network.named_modules()`` has it ("layer4"). It
-            must return features (B, C, h, w); it is that output which is upsampled.
-        upsampler: any upsampler; one with an ``embed_dim`` must have the layer's channels.
-        stride: image pixels per cell of what comes out of the layer from then on.
-        mean: how the network's images are normalised, RGB in [0, 1]; ``None`` for ImageNet's.
-        std: likewise.
-        head: the module behind the layer, or its name, if what it learned on the coarse grid shall
-            mean the same on the fine one: its 3×3 and wider convolutions are dilated by the ratio
-            of the grids, its ``nn.Upsample`` by a factor enlarge by so much less. Of 1×1 and linear
-            layers, norms and global pooling nothing changes, with or without.
-        guidance: picks the image out of the network's arguments; ``None`` for the first
-            four-dimensional floating-point tensor.
+        layer: the module whose output is upsampled, or its name in ``network.named_modules()``,
+            such as "layer4". The module must return features (B, C, h, w).
+        upsampler: any upsampler; its ``embed_dim``, unless ``None``, must equal the layer's
+            channels.
+        stride: image pixels per cell of the upsampled output.
+        mean: mean of each channel with which the network's images are normalised, RGB in [0, 1];
+            ``None`` for ImageNet's.
+        std: standard deviation of each channel, to ``mean``; ``None`` for ImageNet's.
+        head: the module behind the layer, or its name, to adapt it to the finer grid: its
+            convolutions of 3×3 and wider are dilated by the ratio of the grids, and the factor of
+            its ``nn.Upsample`` is divided by that ratio. 1×1 and linear layers, norms and global
+            pooling need no change. ``None`` to leave every module as it is.
+        guidance: function that returns the image from the network's arguments; ``None`` for the
+            first four-dimensional floating-point tensor.
 
     Returns:
-        What takes it out again, by ``remove()`` or at the end of a ``with`` statement.
+        The attachment. Its ``remove()``, or the end of a ``with`` statement, takes the upsampler
+        out of the network.
 
     Raises:
-        TypeError: ``upsampler`` is none, or ``guidance`` no function.
+        TypeError: ``upsampler`` is not an upsampler, or ``guidance`` not a function.
         ValueError: there is no such layer (close names are suggested), an argument is out of
-            range, or the upsampler was trained on early layers; when the network is called: there
-            is no image, or the layer returns no features.
+            range, or the upsampler was trained on early layers. When the network is called: there
+            is no image among the arguments, or the layer returns no features.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 16, stride=16), nn.Conv2d(8, 5, 1))
@@ -72,7 +75,7 @@ def attach(
         torch.Size([1, 5, 4, 6])
     """
     if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        network = network.module  # each replica sees its own part of the batch
+        network = network.module  # hooks must run in each replica, on its part of the batch
     require_upsampler(upsampler)
     if upsampler.wants_hidden:
         raise ValueError(
@@ -99,13 +102,13 @@ def attach(
 class Attachment:
     """An upsampler in a network, as :func:`attach` returns it.
 
-    Calls may be nested and come from several threads; each has its own image.
+    Calls of the network may be nested and come from several threads; each call has its own image.
 
     Attributes:
         network: the network.
         layer: the module whose output is upsampled.
-        upsampler: the upsampler, no part of ``network.parameters()``.
-        attached: whether it is still in place.
+        upsampler: the upsampler, whose parameters are not in ``network.parameters()``.
+        attached: whether the upsampler is still in the network.
     """
 
     def __init__(
@@ -119,11 +122,12 @@ class Attachment:
         head: nn.Module | None,
         guidance: Guidance | None,
     ) -> None:
-        """Put it in place; see :func:`attach`."""
+        """Register the hooks; see :func:`attach`."""
         self.network, self.layer, self.upsampler = network, layer, upsampler
         self.stride, self.normalization = stride, normalization
         self._guidance = guidance or _first_image
-        # By thread: the images of the calls that are under way, and the ratio of the last grids.
+        # By thread: images of the calls in progress, and ratio of the last finer grid to its
+        # coarse grid.
         self._images: dict[int, list[Tensor | None]] = {}
         self._ratios: dict[int, Size] = {}
         self._lock = _Lock()
@@ -138,7 +142,7 @@ class Attachment:
         self.attached = True
 
     def remove(self) -> None:
-        """Take the upsampler out; the network is as it was. Doing so twice does no harm."""
+        """Take the upsampler out and restore the network; a second call has no effect."""
         for handle in self._handles:
             handle.remove()
         for module, kind in self._changed:
@@ -160,12 +164,12 @@ class Attachment:
         return f"Attachment({self.upsampler.name} behind {name or 'the network'}, {state})"
 
     def ratio(self) -> Size:
-        """Factor by which the layer's last output was finer than before, in this thread."""
+        """Ratio (rows, columns) of the layer's last upsampled grid to its own, in this thread."""
         return self._ratios.get(_thread(), (1, 1))
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls = self._images.setdefault(_thread(), [])
-        calls.append(None)  # first, since leaving takes one off whether this fails or not
+        calls.append(None)  # before the image is found: ``_leave`` pops an entry even on failure
         calls[-1] = self._guidance(args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -181,7 +185,7 @@ class Attachment:
         thread = _thread()
         images = self._images.get(thread)
         image = images[-1] if images else None
-        if image is None:  # called by itself, not by the network
+        if image is None:  # the layer is called directly, not by the network
             return features
         if not isinstance(features, Tensor) or features.dim() != 4:
             found = f"{tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
@@ -210,7 +214,7 @@ class Attachment:
         inputs = features.to(weight.dtype), image.to(features.device, weight.dtype)
         if weight.device == features.device:
             return self.upsampler(*inputs, size).to(features.dtype)
-        # A replica on another device. Its weights are those of here, and gradients come back.
+        # A replica on another device gets copies of the weights; gradients flow to the originals.
         moved = {
             name: value.to(features.device)
             for name, value in (
@@ -218,7 +222,7 @@ class Attachment:
                 *self.upsampler.named_buffers(),
             )
         }
-        with self._lock:  # it swaps the weights of the module itself for the time of the call
+        with self._lock:  # functional_call replaces the module's own weights during the call
             out = torch.func.functional_call(self.upsampler, moved, (*inputs, size))
         return out.to(features.dtype)
 
@@ -241,7 +245,7 @@ class Attachment:
 
 
 class _Lock:
-    """A lock that copies of a network may copy, as a new one."""
+    """Lock that can be copied and pickled with a network; the copy is a new lock."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -257,7 +261,7 @@ class _Lock:
 
 
 class _DilatedConv2d(nn.Conv2d):
-    """A convolution whose taps are as far apart in the image as they were on the coarse grid."""
+    """Convolution dilated so that its taps are as far apart in the image as on the coarse grid."""
 
     _attachment: Attachment
 
@@ -281,7 +285,7 @@ class _DilatedConv2d(nn.Conv2d):
 
 
 class _SmallerUpsample(nn.Upsample):
-    """An enlargement by the factor that remains after the upsampler's own."""
+    """Upsampling by the module's own factor divided by that of the attached upsampler."""
 
     _attachment: Attachment
 
@@ -304,7 +308,7 @@ def _kind_on_a_finer_grid(module: nn.Module) -> type[nn.Module] | None:
 
 
 def _depends_on_the_grid(module: nn.Module) -> bool:
-    """Return whether a module, left alone, means something else on a finer grid."""
+    """Return whether a module's receptive field in the image changes with the grid."""
     pools = nn.MaxPool2d, nn.AvgPool2d, nn.LPPool2d, nn.ConvTranspose2d, nn.Unfold, nn.PixelShuffle
     if isinstance(module, nn.Conv2d):
         return max(module.kernel_size) > 1 or max(module.stride) > 1
@@ -312,12 +316,12 @@ def _depends_on_the_grid(module: nn.Module) -> bool:
 
 
 def _thread() -> int:
-    """Identify the thread that calls; graphs being compiled count as one thread."""
+    """Identifier of the calling thread; 0 for every thread while a graph is compiled."""
     return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _module(network: nn.Module, module: str | nn.Module, label: str) -> nn.Module:
-    """The module of a name, or checked to be in the network."""
+    """Return the module with the given name, or the given module if it is in the network."""
     known = dict(network.named_modules())
     if isinstance(module, str):
         if module not in known:

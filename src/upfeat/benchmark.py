@@ -1,13 +1,15 @@
-"""The operators and the stack against plain PyTorch, as ratios within one run.
+"""Speed of the operators and the JBU stack compared with plain PyTorch, within one run.
 
-Every rival computes the same numbers from the same weights:
+Every rival but ``bilinear`` computes the same numbers from the same weights:
 
 * ``unfold``: copies of the features for every tap, then an einsum;
-* ``pixel_major``: one multiply-add per tap over weights laid out (H, W, taps);
-* ``tap_major``: the same over (taps, H, W), which is this library's ``eager`` backend;
-* ``bilinear``: plain bilinear interpolation, which no filter can be expected to beat.
+* ``pixel_major``: one multiply-add per tap, over weights with the layout (H, W, taps);
+* ``tap_major``: one multiply-add per tap, over weights with the layout (taps, H, W); this is the
+  library's ``eager`` backend;
+* ``bilinear``: bilinear interpolation alone, which no filter can be expected to beat.
 
-Rivals make the filters with eager PyTorch and mix the channels on the coarse grid, as ours does.
+Rivals compute the filters with eager PyTorch. Like the library, they mix the channels on the coarse
+grid.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ JOBS = ("stack", "operator", "operator+backward")
 RIVALS = ("ours", "tap_major", "pixel_major", "unfold", "bilinear")
 _TAPS = 49
 FORMAT = "upfeat-bench-1"
-"""The format that files of measurements name."""
+"""Name of the format, in every file of measurements."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """One rival at one job."""
+    """Time and memory of one rival at one job and size."""
 
     job: str
     grid: int
@@ -52,12 +54,13 @@ class Measurement:
     channels: int
     rival: str
     seconds: float | None
-    """Median; ``None`` where it was not run."""
+    """Median of the repeats, in seconds; ``None`` if the rival was skipped."""
     spread: float | None
-    """Largest minus smallest of the repeats, seconds."""
+    """Largest minus smallest of the repeats, in seconds."""
     peak_bytes: int | None
-    """Memory beyond what was in use before, highest during one call; Linux only."""
+    """Peak memory during one call less the memory in use before it; Linux only."""
     skipped: str | None = None
+    """Reason for skipping the rival."""
 
 
 def run_benchmark(
@@ -70,16 +73,18 @@ def run_benchmark(
     memory_limit: int = 8 * 2**30,
     report: Callable[[Measurement], None] | None = None,
 ) -> list[Measurement]:
-    """Time every job, size and rival that fits in memory, and measure its memory.
+    """Measure time and memory of every job, size and rival that fits in memory.
 
     Args:
-        sizes: (grid, size) pairs, pixels; both square.
+        sizes: pairs of the side of the square grid, in cells, and the side of the square output, in
+            pixels.
         channels: numbers of feature channels.
-        jobs: among :data:`JOBS`.
-        rivals: among :data:`RIVALS`.
-        repeats: timed calls after one that is not; a call over two seconds is made once.
-        memory_limit: bytes; a rival that would need more is left out.
-        report: called with every measurement as it is made.
+        jobs: jobs to measure, from :data:`JOBS`.
+        rivals: rivals to measure, from :data:`RIVALS`.
+        repeats: number of timed calls, after one call to warm up; if the first takes more than two
+            seconds, it is the only one.
+        memory_limit: limit in bytes; a rival that would need more is skipped.
+        report: function that is called with every measurement; ``None`` for none.
     """
     found = []
     for job in jobs:
@@ -94,7 +99,7 @@ def run_benchmark(
 
 
 def machine() -> dict[str, Any]:
-    """Facts about this machine, beside numbers measured on it."""
+    """Versions and properties of this machine that measurements depend on."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -143,7 +148,7 @@ def _needed_bytes(job: str, size: int, channels: int, rival: str) -> int:
     output = 4 * size * size * channels
     filters = 4 * size * size * _TAPS
     copies = {"unfold": 2 * _TAPS + 3, "tap_major": 4, "pixel_major": 4}.get(rival, 1.6)
-    # Autograd keeps a window and a product per tap of the shifted rivals.
+    # For rivals with one multiply-add per tap, autograd keeps a window and a product of each tap.
     if job == "operator+backward":
         copies = copies * 2 if rival == "unfold" else {"ours": 4, "bilinear": 3}.get(rival, 60)
     return int(output * copies + 3 * filters)
@@ -201,7 +206,7 @@ def _upsample(features: Tensor, weights: Tensor, rival: str) -> Tensor:
 
 
 def _pixel_major(padded: Tensor, weights: Tensor) -> Tensor:
-    """Shifted multiply-adds over weights (B, H, W, taps)."""
+    """Weighted sum of 7×7 taps, one multiply-add per tap, with weights (B, H, W, taps)."""
     height, width = weights.shape[1:3]
     out = torch.zeros((*padded.shape[:2], height, width))
     for tap in range(_TAPS):
@@ -212,13 +217,13 @@ def _pixel_major(padded: Tensor, weights: Tensor) -> Tensor:
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes of memory in use during a call beyond those before it, at their highest.
+    """Peak memory during a call less the memory in use before it, in bytes.
 
     Args:
-        call: what to run, once.
+        call: function to measure; it is called once.
 
     Returns:
-        The difference, sampled every millisecond; ``None`` where the system does not tell.
+        The difference, sampled every millisecond; ``None`` on systems without ``/proc``.
     """
     statm = Path("/proc/self/statm")
     if not statm.is_file():

@@ -1,7 +1,8 @@
-"""Checks of single values: whole, finite and within bounds, or an error that says what would be.
+"""Checks that a single value is a whole or finite number within bounds, a flag or a known name.
 
-Settings come from flags, files and strangers' folders. What is let through here is built, allocated
-and run, so every number has a largest value too, far beyond sense but short of harm.
+Settings come from command lines, files and untrusted folders, and set how much is allocated and
+computed. Every number therefore has an upper bound too, well above sensible values but low enough
+to prevent harm. Messages of errors name the values that are allowed.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any, overload
 from upfeat.registry import unknown_name
 
 LARGEST = 1 << 31
-"""Of counts without a bound of their own."""
+"""Upper bound of counts that have no bound of their own."""
 MOST_CHANNELS = 1 << 15
-"""Of features that a channel mix is made for: its weights are their square, 4 GiB."""
+"""Upper bound of channels with a channel mix, a square matrix: 4 GiB of weights at this bound."""
 
 
 @overload
@@ -30,17 +31,17 @@ def whole(
 def whole(
     name: str, value: Any, least: int = 1, most: int = LARGEST, *, optional: bool = False
 ) -> int | None:
-    """Check a whole number; 2.0 counts as one, true and "2" do not.
+    """Check a whole number; 2.0 counts as a whole number, true and "2" do not.
 
     Args:
-        name: of the argument, for errors.
-        value: to be checked.
-        least: smallest that is allowed.
-        most: largest.
-        optional: let ``None`` through.
+        name: name of the argument, for error messages.
+        value: value to check.
+        least: smallest allowed number.
+        most: largest allowed number.
+        optional: also allow ``None``.
 
     Raises:
-        ValueError: it is not one, or out of bounds.
+        ValueError: the value is not a whole number, or out of bounds.
 
     Example:
         >>> whole("radius", 2.0)
@@ -71,16 +72,16 @@ def number(
     """Check a finite number.
 
     Args:
-        name: of the argument, for errors.
-        value: to be checked.
-        low: smallest that is allowed.
-        high: largest.
-        above: ``low`` itself is not allowed.
-        below: ``high`` itself is not allowed.
-        text: take a number as text too: YAML reads 1e-3, without a point, as a word.
+        name: name of the argument, for error messages.
+        value: value to check.
+        low: smallest allowed number.
+        high: largest allowed number.
+        above: exclude ``low`` itself.
+        below: exclude ``high`` itself.
+        text: also accept a string: YAML reads 1e-3, which has no decimal point, as a string.
 
     Raises:
-        ValueError: it is not one, NaN, infinite or out of bounds.
+        ValueError: the value is not a number, NaN, infinite or out of bounds.
 
     Example:
         >>> number("ridge", 0.3, 0, 1e6)
@@ -98,13 +99,13 @@ def number(
         allowed = "a finite number"
     elif (found >= high or low == -math.inf) and high < math.inf:
         allowed = f"a number {last}"
-    else:  # the bound that it lies beyond, or the first one where it is no number at all
+    else:  # below ``low``, infinite, or not a number: name the lower bound
         allowed = f"a finite number {first}" if found == math.inf else f"a number {first}"
     raise ValueError(f"{name}={shown(value)} must be {allowed}")
 
 
 def indices(values: Any, first: int, last: int) -> list[int]:
-    """Values as whole numbers; an empty list if any is not one from ``first`` to ``last``."""
+    """Convert values to integers; an empty list if any is no integer from ``first`` to ``last``."""
     try:
         found = [operator.index(value) for value in values]
     except TypeError:
@@ -114,10 +115,10 @@ def indices(values: Any, first: int, last: int) -> list[int]:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Check a yes or no.
+    """Check a boolean.
 
     Raises:
-        ValueError: it is neither true nor false.
+        ValueError: the value is neither true nor false.
     """
     if not isinstance(value, bool):
         raise ValueError(f"{name}={shown(value)} must be true or false")
@@ -125,10 +126,10 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any, known: Iterable[str]) -> str:
-    """Check a name among a few; close ones are suggested.
+    """Check that a value is one of the known names.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: the value is not a known name; the message suggests close ones.
     """
     known = list(known)
     if not isinstance(value, str) or value not in known:
@@ -138,10 +139,10 @@ def choice(name: str, value: Any, known: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as Python writes it, cut where it is long: for messages."""
+    """Return the ``repr`` of a value, cut to 60 characters, for messages."""
     try:
         written = repr(value)
-    except Exception:  # such as a number of more digits than Python is willing to write
+    except Exception:  # for example an integer with more digits than Python converts
         written = type(value).__name__
     return written if len(written) <= 60 else f"{written[:57]}…"
 
@@ -169,5 +170,5 @@ def _real(value: Any, text: bool) -> float:
 
 
 def _is_bool(value: Any) -> bool:
-    """Return whether a value is true or false, NumPy's and PyTorch's included."""
+    """Return whether a value is a boolean of Python, NumPy or PyTorch."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")

@@ -1,7 +1,7 @@
-"""Maps made part by part into a buffer, so that what exists at once keeps to a bound of memory.
+"""Maps computed part by part into a buffer, so that memory stays within a bound.
 
-A part is a window of all channels, or a block of channels of all pixels: whichever of the two an
-upsampler computes with the very sums of the whole (:attr:`Upsampler.exact_parts`).
+A part is a window with all channels, or a block of channels of all pixels, depending on which of
+the two an upsampler computes bit by bit as in the whole map (:attr:`Upsampler.exact_parts`).
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _ROWS = (512, 256, 128, 64)
-"""Heights of strips of the whole width that are tried first: a file has rows side by side."""
+"""Heights in pixels of full-width strips, tried first: a file stores adjacent rows together."""
 _SIDES = (256, 128, 64, 32)
-"""Sides of windows that are tried then, pixels."""
+"""Sides in pixels of square windows, tried if no strip fits."""
 _BLOCKS = (256, 64, 16, 4)
-"""Numbers of channels that are tried; PyTorch interpolates three and fewer by other sums."""
+"""Numbers of channels to try; 4 at least, since PyTorch sums three and fewer in another order."""
 
-# Bytes, measured: of an image's weights for each pixel, where all of them are made at once and
-# where they are not, and of a window's besides its values.
+# Measured bytes per pixel: of an image's weights, if computed for all pixels at once and if not,
+# and of the temporaries of a window besides its values.
 _KEPT_WHOLE, _KEPT = 200, 24
 _A_PIXEL = 300
 
 
 class Buffer:
-    """A caller's tensor or array, on any device or in a file, that a map is written to."""
+    """Destination of a map: a caller's tensor or array, on any device or in a file."""
 
     def __init__(self, out: Any, shape: Sequence[int]) -> None:
-        """Check that it can hold the map.
+        """Check that a tensor or array can store the map.
 
         Args:
             out: a tensor, or a NumPy array such as :class:`numpy.memmap`.
             shape: (B, C, H, W) of the map.
 
         Raises:
-            ValueError: it has another shape, does not hold floating numbers, is read-only or is
-                expanded.
-            TypeError: it is neither.
+            ValueError: ``out`` has another shape, is not floating point, is read-only, requires
+                gradients, or is expanded (several elements share memory).
+            TypeError: ``out`` is neither a tensor nor an array.
         """
         if not isinstance(out, Tensor | np.ndarray):
             raise TypeError(f"out must be a tensor or a NumPy array, not {type(out).__name__}")
@@ -81,32 +81,32 @@ class Buffer:
         """Write a part.
 
         Args:
-            channels: of the map.
-            window: of its pixels.
-            values: (B, channels, window.height, window.width).
+            channels: channels of the map that the part contains.
+            window: pixels of the map that the part contains.
+            values: values of the part, (B, number of channels, window.height, window.width).
 
         Raises:
-            ValueError: a value overflows the buffer's type.
+            ValueError: a value overflows the buffer's data type.
         """
         rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
         place = self._tensor[:, channels, rows, columns]
         place.copy_(values)
-        # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
+        # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole part.
         narrow = self.dtype.itemsize < values.dtype.itemsize
         if narrow and not bool(torch.isfinite(torch.stack(place.aminmax())).all()):
             raise ValueError(f"the map overflows {self.dtype}; use bfloat16 or float32")
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
-            # What is written stays in the file; this process need not hold it.
+            # Release written pages, which would count as memory of this process.
             with suppress(OSError, ValueError):
                 self._file.flush()
                 self._file.madvise(mmap.MADV_DONTNEED)
 
 
 def free_bytes(max_memory: int | None) -> float:
-    """Bytes that new data may take, with the limits of the machine and of its containers.
+    """Number of bytes that may still be allocated, within the limits of machine and container.
 
     Args:
-        max_memory: bytes that the process may hold; ``None`` for what the machine has.
+        max_memory: most bytes that the process may use; ``None`` for those limits alone.
     """
     free = machine.available_memory()
     known = [math.inf if free is None else 0.9 * free]
@@ -121,11 +121,11 @@ def plan_windows(shape: Sequence[int], size: Size, free: float, held: float) -> 
     Args:
         shape: (B, C, H, W) of the map.
         size: (height, width) of the guidance.
-        free: bytes that may be taken.
-        held: bytes that the result takes in memory, 0 for a caller's buffer.
+        free: number of bytes that may be allocated.
+        held: bytes of the result if it is to be allocated, 0 for a caller's buffer.
 
     Raises:
-        ValueError: there are no such windows; the least bound is named.
+        ValueError: even the smallest windows need more; the message names a sufficient bound.
     """
     batch, channels, height, width = shape
     pixels = batch * max(height * width, size[0] * size[1])
@@ -145,17 +145,17 @@ def plan_blocks(shape: Sequence[int], free: float, held: float) -> Iterator[slic
     pixels = batch * height * width
     needed = math.inf
     for block in _BLOCKS:
-        # The values, those of the stage before, and one more stage's with its margins.
+        # Two float32 maps of the block at a time: the output of a stage and its input.
         needed = held + pixels * (2 * 4 * min(block, channels) + _KEPT)
         if needed <= free:
-            # The last block is as wide as the others, and begins earlier instead.
+            # The last block is as wide as the others: it overlaps the block before it.
             last = max(channels - block, 0)
             return (slice(at, at + block) for at in (*range(0, last, block), last))
     raise _too_little(shape, free, needed, held)
 
 
 def _windows(size: Size, rows: int, columns: int) -> Iterator[Window]:
-    """Windows of at most ``rows`` by ``columns`` that cover a map once, row by row."""
+    """Windows of at most ``rows`` × ``columns`` pixels that cover a map once, row by row."""
     for top, left in product(range(0, size[0], rows), range(0, size[1], columns)):
         yield Window(top, left, min(rows, size[0] - top), min(columns, size[1] - left))
 
@@ -177,14 +177,18 @@ def made_parts(
     head: Tensor | None,
     plan: Iterator[Any],
 ) -> Iterator[tuple[slice, Window, Tensor]]:
-    """Make the parts of a plan of the map of a head: their channels, their window, their values.
+    """Compute a map part by part.
 
     Args:
-        upsampler: its :attr:`Upsampler.exact_parts` says of what the plan is.
-        kernels: of the image.
-        mixed: features that :meth:`Upsampler.mix` has seen.
-        head: (K, C), applied to them; ``None`` for none.
-        plan: of :func:`plan_blocks` or :func:`plan_windows`.
+        upsampler: upsampler of the map.
+        kernels: upsampling weights of the image.
+        mixed: coarse features after :meth:`Upsampler.mix`.
+        head: linear head (K, C), applied before upsampling; ``None`` for none.
+        plan: parts to compute: those of :func:`plan_blocks` if :attr:`Upsampler.exact_parts` is
+            "channels", and else those of :func:`plan_windows`.
+
+    Yields:
+        The channels, the window and the values of each part.
     """
     if upsampler.exact_parts != "channels":
         for window in plan:

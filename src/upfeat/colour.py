@@ -1,4 +1,4 @@
-"""Embedded colour profiles to sRGB, by Pillow's LittleCMS."""
+"""Conversion from embedded colour profiles to sRGB, by Pillow's LittleCMS."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ import numpy as np
 from PIL import Image, ImageCms
 
 _CHANNELS = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}
-"""Pillow's mode of the pixels that a profile of each colour space describes."""
+"""Colour spaces of ICC profiles, and Pillow's mode of images in each of them."""
 
 _ALIKE = 2
-"""Levels of 255: a profile that changes no colour by more is sRGB under some name."""
+"""Largest change of a colour, in levels of 255, by a profile that counts as sRGB."""
 
 
 def to_srgb(image: Image.Image, profile: bytes | None, label: str) -> Image.Image:
-    """Convert an image from its embedded profile to sRGB, perceptually.
+    """Convert an image from its embedded profile to sRGB, with perceptual intent.
 
-    A profile that is broken, or of another kind of image, is ignored with a warning; for one that
-    is sRGB itself the pixels are left alone.
+    A profile that is damaged, or made for another mode of image, is ignored with a warning. With a
+    profile that is sRGB itself, the pixels are unchanged.
 
     Args:
-        image: of mode L, RGB, CMYK or LAB.
-        profile: the ICC profile; ``None`` for sRGB, and for the usual conversion of CMYK and LAB.
-        label: what a warning calls the image.
+        image: image of mode L, RGB, CMYK or LAB.
+        profile: the ICC profile; ``None`` for grey and RGB images in sRGB, and for the default
+            conversion of CMYK and LAB.
+        label: name of the image, for warnings.
 
     Returns:
         An image of mode L or RGB.
@@ -52,7 +53,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, label: str) -> Image.Imag
 
 @lru_cache(maxsize=16)
 def _kind(profile: bytes) -> tuple[str, Any]:
-    """The mode a profile is for, and the transform from it; ``None`` where that changes nothing."""
+    """Image mode of a profile, and its transform to sRGB; ``None`` if no colour would change."""
     opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = opened.profile.xcolor_space
     mode = _CHANNELS.get(space)
@@ -69,7 +70,7 @@ def _transform(profile: Any, mode: str) -> Any:
 
 
 def _is_identity(transform: Any, mode: str) -> bool:
-    """Return whether a transform leaves a lattice of colours as they are."""
+    """Return whether a transform leaves a lattice of colours unchanged, to :data:`_ALIKE`."""
     levels = np.linspace(0, 255, 18).round().astype(np.uint8)
     axes = (levels, levels, levels) if mode == "RGB" else (levels,)
     lattice = np.stack(np.meshgrid(*axes), axis=-1).reshape(1, -1, len(axes))

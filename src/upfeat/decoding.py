@@ -1,4 +1,4 @@
-"""Image files of any kind to arrays of their bands, at the depth that they have."""
+"""Decoding of image files to arrays of their bands, at the files' own bit depth."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 logger = logging.getLogger(__name__)
-# Pillow's word on files that we then read otherwise, on standard error where nobody listens.
+# Pillow warns of files with more samples than it reads; tifffile reads these files here.
 logging.getLogger("PIL.TiffImagePlugin").addFilter(lambda said: "More samples" not in str(said.msg))
 
 MAX_PIXELS = 1 << 28
-"""Default limit, about 268 million: the largest cameras' images, in 3 GiB as floats."""
+"""Default limit of an image, 268 million pixels: the largest cameras', 3 GiB as RGB in float32."""
 
 _BITS = 258
 _ORIENTATION = 274
@@ -46,7 +46,7 @@ _SAMPLES_PER_PIXEL = 277
 _PLANAR = 284
 _PHOTOMETRIC = 262
 _SHALLOW = {"L;2": 85, "L;4": 17}
-"""Factors by which Pillow multiplies greys of 2 and 4 bits, but not the transparent one."""
+"""Factors by which Pillow multiplies greys of 2 and 4 bits, but not the transparent grey level."""
 
 
 def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int) -> Decoded:
@@ -54,13 +54,13 @@ def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int
 
     Args:
         source: a path, the file's bytes, or an open binary file, read to its end.
-        label: what errors call it.
-        max_pixels: limit; more are refused before they are decoded.
+        label: name of the image, for error messages.
+        max_pixels: largest number of pixels; larger images are refused before decoding.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no image, a damaged one, larger than the limit, or needs a package that is
-            not installed (which is named).
+        FileNotFoundError: ``source`` is a path that is not a file.
+        ValueError: the file is not an image, is damaged, exceeds the limit, or needs a package that
+            is not installed (the message names it).
     """
     if isinstance(source, Path):
         if not source.is_file():
@@ -87,21 +87,23 @@ def decode_pil(image: Image.Image, label: str) -> Decoded:
 
 
 def open_upright(path: Path, *, short_side: int | None = None) -> Image.Image:
-    """Decode a file that Pillow knows, upright, in its own mode and colours.
+    """Decode a file that Pillow can read, upright, in its own mode and colours.
 
     Args:
-        path: of the file.
-        short_side: pixels that its shorter side needs; a JPEG is decoded no finer than twice that.
+        path: path of the file.
+        short_side: number of pixels that the caller needs on the shorter side. A JPEG file is
+            decoded at a reduced size of at least twice that; ``None`` for the full size.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: Pillow does not know it, or it is damaged or larger than :data:`MAX_PIXELS`.
+        FileNotFoundError: the file does not exist.
+        ValueError: Pillow cannot read the file, or the file is damaged or exceeds
+            :data:`MAX_PIXELS`.
     """
     try:
         with _opened(path) as image:
             check_pixels(image.size, label=str(path), max_pixels=MAX_PIXELS)
             if short_side is not None and image.format == "JPEG":
-                # Twice as fine as the result: the reduction proper is done by resampling.
+                # Twice as fine as needed, so that the caller's resampling sets the quality.
                 scale = 2 * short_side / min(image.size)
                 image.draft("RGB", tuple(math.ceil(side * scale) for side in image.size))  # pyright: ignore[reportArgumentType]
             return _upright(image)
@@ -114,24 +116,25 @@ def open_upright(path: Path, *, short_side: int | None = None) -> Image.Image:
 
 
 def image_size(path: Path | bytes) -> tuple[int, int] | None:
-    """(height, width) of an image file, upright, by its header; ``None`` where that does not say.
+    """(height, width) of an upright image, from the file's header; ``None`` if it cannot be read.
 
-    Nothing is decoded, and nothing raised: decoding proper says what is wrong with a file.
+    Nothing is decoded, and no error is raised: decoding the file raises it.
     """
     try:
         with warnings.catch_warnings(), _opened(path) as image:
             warnings.simplefilter("ignore")
             turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             width, height = image.size
-    except Exception:  # Pillow's readers raise what they like
+    except Exception:  # Pillow's readers raise errors of any class
         return None
     return (width, height) if turned else (height, width)
 
 
 class _Limit:
-    """Pillow's own limit, below what telephones take, put aside while any thread decodes.
+    """Context that lifts Pillow's own limit of pixels while any thread decodes.
 
-    Ours is applied between the opening of a file and its decoding, where Pillow looks again.
+    Pillow's limit is below the size of telephones' photographs, and Pillow checks it both when it
+    opens a file and when it decodes. The limit of this library is checked between the two.
     """
 
     def __init__(self) -> None:
@@ -155,8 +158,8 @@ _NO_LIMIT = _Limit()
 
 @contextmanager
 def _opened(source: Path | bytes) -> Iterator[Image.Image]:
-    """Open without decoding."""
-    # Never by name: Pillow maps uncompressed TIFF files into memory then and turns them wrongly.
+    """Open an image file without decoding it."""
+    # Not by name: Pillow would map uncompressed TIFF files into memory and rotate them wrongly.
     file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
     with _NO_LIMIT, file, Image.open(file) as image:
         if image.format == "PNG" and (points := coding_points(source)):
@@ -186,14 +189,14 @@ def _decode(image: Image.Image, source: Path | bytes, label: str) -> Decoded:
     if raw.partition(";")[0] in ("RGB", "RGBA", "RGBa", "RGBX", "LA") and ";16" in raw:
         decoded = _deep(image, source, raw, label, unsaid)
     else:
-        if unsaid and raw == "RGBX":  # a fourth band that Pillow leaves out
+        if unsaid and raw == "RGBX":  # Pillow would drop the fourth band
             _reread(image, "RGBA", "RGBA")
         decoded = _from_pil(image, label, unsaid)
     return decoded._replace(nodata=value_without_data(tags)) if tiff else decoded
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """Pillow's name for the samples in the file; empty where it has none."""
+    """Pillow's name for the layout of samples in the file; empty if there is none."""
     tile = getattr(image, "tile", None)
     arguments = tile[0][3] if tile else ""
     raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -201,7 +204,7 @@ def _raw_mode(image: Image.Image) -> str:
 
 
 def _reread(image: Any, mode: str, raw: str) -> None:
-    """Have an opened image unpack its samples otherwise when it is loaded."""
+    """Make an opened image unpack its samples as another raw mode when it is loaded."""
     image._mode = mode
     image.tile = [
         tile._replace(args=(raw, *tile[3][1:]) if isinstance(tile[3], tuple) else raw)
@@ -212,12 +215,12 @@ def _reread(image: Any, mode: str, raw: str) -> None:
 
 
 def _deep(image: Image.Image, source: Path | bytes, raw: str, label: str, unsaid: bool) -> Decoded:
-    """16-bit colours, of which Pillow unpacks the high bytes only: a second pass for the low ones.
+    """Decode 16-bit colours, of which Pillow unpacks only the high bytes.
 
-    They are the high ones for whoever reads the samples in the other byte order.
+    The file is decoded twice: a second pass in the opposite byte order gives the low bytes.
     """
     if raw.startswith("LA"):
-        _reread(image, "RGBA", "RGBA")  # the four bytes of a pixel as they are
+        _reread(image, "RGBA", "RGBA")  # grey and alpha: four bytes per pixel, unconverted
         upright = _upright(image)
         pairs = np.ascontiguousarray(np.asarray(upright)).view(">u2")  # (H, W, 2)
         return Decoded(pairs.astype(np.uint16), alpha=True)
@@ -240,9 +243,10 @@ def _deep(image: Image.Image, source: Path | bytes, raw: str, label: str, unsaid
 
 
 def _deep_to_srgb(values: NDArray[Any], info: dict[Any, Any], label: str) -> NDArray[Any]:
-    """Bring 16-bit greys or colours (H, W, bands) of these notes into sRGB.
+    """Convert 16-bit greys or colours (H, W, bands) to sRGB by the profile in Pillow's ``info``.
 
-    LittleCMS sees 8 bits through Pillow: values lie between two levels, and so do their colours.
+    Through Pillow, LittleCMS converts 8 bits. The results of the two nearest 8-bit levels are
+    therefore interpolated linearly.
     """
     profile = embedded_profile(info)
     if not profile:
@@ -267,7 +271,7 @@ def _picture(levels: NDArray[Any]) -> Image.Image:
 
 
 def in_srgb(image: Image.Image, profile: bytes | None, label: str) -> Image.Image:
-    """Bring an image of this profile into sRGB; LittleCMS is loaded for those that need it."""
+    """Convert an image with the given profile to sRGB; LittleCMS is loaded only if needed."""
     if not profile and image.mode in ("L", "RGB"):
         return image
     from upfeat.colour import to_srgb
@@ -276,7 +280,7 @@ def in_srgb(image: Image.Image, profile: bytes | None, label: str) -> Image.Imag
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Decoded, and turned as the camera was held; no copy where it was held straight."""
+    """Decode an image and rotate it upright by its EXIF data; no copy if it is upright already."""
     image.load()
     if image.getexif().get(_ORIENTATION, 1) not in range(2, 9):
         return image
@@ -286,13 +290,13 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _unsaid_bands(image: Image.Image) -> bool:
-    """Return whether a TIFF has a fourth band and does not say that it is transparency."""
+    """Return whether a TIFF has a fourth band that its tags do not declare as transparency."""
     if image.format != "TIFF":
         return False
     tags = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
     extra = tags.get(_EXTRA_SAMPLES, ())
     extra = extra if isinstance(extra, tuple) else (extra,)
-    # 999: Corel's own number for transparency.
+    # 1 and 2 are alpha, premultiplied or not; 999 is Corel's own number for it.
     return (
         tags.get(_SAMPLES_PER_PIXEL, 1) == 4
         and image.mode in ("RGB", "RGBA")
@@ -304,7 +308,7 @@ def _from_pil(image: Image.Image, label: str, unsaid: bool) -> Decoded:
     upright = _upright(image)
     if upright.mode.startswith("I;16") or upright.mode == "I":
         values = np.asarray(upright)
-        # Mode I is 32 bits, which hold 16 in most files.
+        # Mode I has 32 bits, but most files contain 16-bit values.
         if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
             return Decoded(values[:, :, None])
         return _deep_grey(values.astype(np.uint16), image, upright, label)
@@ -331,7 +335,7 @@ def _from_pil(image: Image.Image, label: str, unsaid: bool) -> Decoded:
 
 
 def _deep_grey(values: NDArray[Any], image: Any, upright: Image.Image, label: str) -> Decoded:
-    """16-bit greys (H, W) with what Pillow leaves out: white at 0, transparency, profiles."""
+    """Decode 16-bit greys (H, W); Pillow ignores their polarity, transparent level and profile."""
     if getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
         values = 65535 - values
     hidden = upright.info.get("transparency")
@@ -341,7 +345,11 @@ def _deep_grey(values: NDArray[Any], image: Any, upright: Image.Image, label: st
 
 
 def _without_pillow(source: Path | bytes, label: str, max_pixels: int) -> Decoded:
-    """Files that Pillow does not know, by the package that does."""
+    """Decode a file that Pillow cannot read by the package that can.
+
+    Raises:
+        ValueError: no package can, or it is not installed.
+    """
     start = _first_bytes(source)
     if start[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return by_tifffile(source, label, max_pixels)

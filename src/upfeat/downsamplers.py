@@ -1,10 +1,10 @@
 """Downsamplers: high-resolution features back to the backbone's grid (FeatUp, section 3.2).
 
-A downsampler is, per cell, a weighted sum over a patch of pixels, placed as :mod:`upfeat.pooling`
-says. The optional blur is linear, so it acts on the cell's weights (one channel), never on the
-values (C channels). Given its weights a downsampler is linear in the values, so values may be
-projected to few channels first, and a saliency computed before upsampling (the 1×1 convolution
-commutes with it) can be handed in.
+A downsampler computes each cell as a weighted sum over a patch of pixels; :mod:`upfeat.pooling`
+defines the position of the patch. The optional blur is linear, so it is applied to the cell's
+weights (one channel) instead of the values (C channels). For given weights a downsampler is linear
+in the values, which may therefore be projected to few channels first. The saliency is then passed
+as an argument; it can be computed before upsampling, since its 1×1 convolution commutes with that.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ __all__ = [
 
 _BLUR_SIZE = 5
 _BLUR_SIGMA = 1.0
-# A few numbers that decide much: they are learned so many times as fast as others.
+# Learning rate of the logits relative to other parameters: they are few and have a large effect.
 _CELL_RATE = 10.0
 
 
 class SimpleDownsampler(nn.Module):
-    """One learned blur, the same for every cell: a k×k kernel, non-negative, of sum 1."""
+    """Downsampler with one learned blur for all cells: a k×k kernel, non-negative, of sum 1."""
 
     def __init__(self, kernel_size: int) -> None:
-        """Start from a box.
+        """Initialise the kernel to equal weights.
 
         Args:
-            kernel_size: taps per side, k; usually the backbone's stride, about twice it for the
-                implicit upsampler.
+            kernel_size: taps per side, k; usually the backbone's stride, or about twice the stride
+                for the implicit upsampler.
 
         Raises:
-            ValueError: a kernel size below 1.
+            ValueError: ``kernel_size`` is below 1.
         """
         super().__init__()
         self.kernel_size = _check_kernel_size(kernel_size)
         self.kernel_weight = nn.Parameter(torch.ones(kernel_size, kernel_size))
 
     def kernel(self) -> Tensor:
-        """Return the blur that is applied: (k, k), non-negative, of sum 1."""
+        """Return the normalised kernel: (k, k), non-negative, of sum 1."""
         positive = self.kernel_weight.abs()
         return positive / positive.sum().clamp(min=torch.finfo(positive.dtype).tiny)
 
@@ -66,13 +66,13 @@ class SimpleDownsampler(nn.Module):
         """Downsample maps to the backbone's grid.
 
         Args:
-            values: (B, C, H, W) features at image resolution; any size and aspect.
-            output_size: (h, w) cells of the backbone's grid, at most (H, W).
-            jitter: N views, view n of map n mod B, to downsample in place of the maps: the same as
-                warping first, without the warped maps.
+            values: (B, C, H, W), features at image resolution, of any size and aspect ratio.
+            output_size: (h, w) of the backbone's grid, in cells, at most (H, W).
+            jitter: N views, view n of map n mod B, to downsample instead of the maps. The result is
+                that of warping the maps first, but no warped map is allocated.
 
         Returns:
-            (B, C, h, w); (N, C, h, w) of views.
+            (B, C, h, w); with ``jitter``, (N, C, h, w).
         """
         views = _matrices(jitter, values)
         check_grid(values, output_size, views)
@@ -81,22 +81,23 @@ class SimpleDownsampler(nn.Module):
 
 
 class CellDownsampler(nn.Module):
-    """The mean over each cell, then one learned blur over the cells around it.
+    """Downsampler that averages each cell, then applies one learned blur to the cells around it.
 
-    A backbone's features reach further than their cell: a :class:`SimpleDownsampler` of
-    ``blur_size`` strides whose kernel is constant within a cell. Its width lets the upsampler be
-    sharper than what the backbone sees, and it costs next to nothing: a view and the mean over
-    cells are one matrix per axis, so no view is ever as large as the image.
+    It equals a :class:`SimpleDownsampler` with a kernel of ``blur_size`` strides that is constant
+    within each cell. The kernel is wider than a cell because a backbone's features depend on more
+    pixels than their cell's; this lets the upsampled features be sharper than the backbone's. The
+    cost is small: a view and the mean over its cells are combined into one matrix per axis, so that
+    no view is computed at the image's size.
     """
 
     def __init__(self, blur_size: int = 5) -> None:
-        """Start with nearly all weight on the own cell.
+        """Initialise the blur with nearly all weight on the central cell.
 
         Args:
-            blur_size: cells per side that are blurred, odd.
+            blur_size: side of the blur in cells, odd.
 
         Raises:
-            ValueError: it is even or below 1.
+            ValueError: ``blur_size`` is even or below 1.
         """
         super().__init__()
         if blur_size < 1 or blur_size % 2 == 0:
@@ -120,12 +121,12 @@ class CellDownsampler(nn.Module):
         """Downsample maps to the backbone's grid.
 
         Args:
-            values: (B, C, H, W) features at image resolution; any size and aspect.
-            output_size: (h, w) cells of the backbone's grid, at most (H, W).
-            jitter: N views, view n of map n mod B, to downsample in place of the maps.
+            values: (B, C, H, W), features at image resolution, of any size and aspect ratio.
+            output_size: (h, w) of the backbone's grid, in cells, at most (H, W).
+            jitter: N views, view n of map n mod B, to downsample instead of the maps.
 
         Returns:
-            (B, C, h, w); (N, C, h, w) of views.
+            (B, C, h, w); with ``jitter``, (N, C, h, w).
         """
         check_grid(values, output_size)
         if jitter is None:
@@ -152,7 +153,7 @@ class CellDownsampler(nn.Module):
             functional.adaptive_avg_pool1d(matrix.mT, cells).mT
             for matrix, cells in zip(views, output_size, strict=True)
         )
-        # A round of views at a time: maps are read where they lie, not repeated.
+        # One view of every map at a time, so that maps need not be repeated in memory.
         rounds = [
             warp(values, rows[start : start + batch], columns[start : start + batch])
             for start in range(0, len(rows), batch)
@@ -161,10 +162,11 @@ class CellDownsampler(nn.Module):
 
 
 class AttentionDownsampler(nn.Module):
-    """A blur that follows the content: softmax weights from a learned saliency (section 3.2).
+    """Downsampler whose weights depend on the content, by a learned saliency (section 3.2).
 
-    Per cell, weights = softmax over its k×k taps of (saliency · w + b), where saliency is a linear
-    map of the features and w, b are learned (k, k); the cell is the weighted sum of its taps.
+    The weights of a cell are the softmax of saliency · w + b over its k×k taps. Saliency is a
+    linear map of the features to one channel, and w and b are learned, (k, k). The cell is the
+    weighted sum of its taps.
     """
 
     def __init__(
@@ -176,19 +178,19 @@ class AttentionDownsampler(nn.Module):
         dropout: float = 0.2,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Start close to a box: w about 1, b about 0.
+        """Draw initial values with w about 1 and b about 0.
 
         Args:
             embed_dim: channels C of the features that the saliency is computed from.
-            kernel_size: taps per side, k; usually the backbone's stride, about twice it for the
-                implicit upsampler.
-            blur: first blur the features with a 5×5 Gaussian of sigma 1.
-            dropout: while training, the share of cells whose saliency is set to zero, which leaves
-                them softmax(b). The published code did this in evaluation too.
-            generator: source of the initial values; the global one by default.
+            kernel_size: taps per side, k; usually the backbone's stride, or about twice the stride
+                for the implicit upsampler.
+            blur: first blur the features with a 5×5 Gaussian of sigma 1 pixel.
+            dropout: fraction of cells whose saliency is set to 0 in training, in [0, 1); their
+                weights are then softmax(b). The published code did this in evaluation too.
+            generator: source of the initial values; ``None`` for PyTorch's global generator.
 
         Raises:
-            ValueError: a parameter outside its range.
+            ValueError: an argument is out of range.
         """
         super().__init__()
         if embed_dim < 1:
@@ -206,7 +208,7 @@ class AttentionDownsampler(nn.Module):
         self.reset_parameters(generator=generator)
 
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
-        """Draw the initial values: w about 1, b about 0, saliency as a fresh linear layer."""
+        """Draw initial values: w about 1, b about 0, the saliency as ``nn.Linear`` does."""
         bound = 1 / math.sqrt(self.embed_dim)
         with torch.no_grad():
             self.saliency_weight.uniform_(-bound, bound, generator=generator)
@@ -215,7 +217,7 @@ class AttentionDownsampler(nn.Module):
             self.b.normal_(0, 0.01, generator=generator)
 
     def extra_repr(self) -> str:
-        """Return the settings, for printing."""
+        """Return the settings, for ``repr``."""
         return (
             f"{self.embed_dim}, kernel_size={self.kernel_size}, blur={self.blur}, "
             f"dropout={self.dropout}"
@@ -224,9 +226,9 @@ class AttentionDownsampler(nn.Module):
     def saliency(self, features: Tensor) -> Tensor:
         """Return the saliency of features at any resolution: a linear map of their channels.
 
-        Being linear it commutes with upsampling and warping: saliency(up(features)) equals
-        up(saliency(features)) for upsamplers whose weights sum to 1; otherwise append
-        ``saliency_weight`` to the projection, upsample, and add ``saliency_bias`` after.
+        A linear map of channels commutes with upsampling and warping: saliency(up(features)) equals
+        up(saliency(features)) for upsamplers whose weights sum to 1. For other upsamplers, append
+        ``saliency_weight`` to the projection, upsample, and then add ``saliency_bias``.
 
         Args:
             features: (B, embed_dim, H, W).
@@ -235,7 +237,7 @@ class AttentionDownsampler(nn.Module):
             (B, 1, H, W).
 
         Raises:
-            ValueError: another number of channels.
+            ValueError: ``features`` does not have ``embed_dim`` channels.
         """
         check_map("features", features)
         if features.shape[1] != self.embed_dim:
@@ -254,15 +256,15 @@ class AttentionDownsampler(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Return every cell's weights, non-negative and of sum 1.
+        """Return the weights of every cell, non-negative and of sum 1.
 
         Args:
             saliency: (B, 1, H, W) from :meth:`saliency`, at the resolution of the values.
-            output_size: (h, w) cells of the backbone's grid.
-            generator: source of the dropout while training; the global one by default.
+            output_size: (h, w) of the backbone's grid, in cells.
+            generator: source of the dropout in training; ``None`` for PyTorch's global generator.
 
         Returns:
-            (B, h, w, K, K), where K is k, or k + 4 with the blur folded in.
+            (B, h, w, K, K), where K is k, or k + 4 with ``blur``, which the weights include.
         """
         check_grid(saliency, output_size)
         if saliency.shape[1] != 1:
@@ -288,19 +290,19 @@ class AttentionDownsampler(nn.Module):
         """Downsample maps to the backbone's grid.
 
         Args:
-            values: (B, C, H, W) features at image resolution, or any linear map of their channels
-                when ``saliency`` is given.
-            output_size: (h, w) cells of the backbone's grid, at most (H, W).
-            saliency: (B, 1, H, W); computed from the values by default.
-            jitter: N views, view n of map n mod B, to downsample in place of the maps: the same as
-                warping values and saliency first, but only the saliency is warped.
-            generator: source of the dropout while training; the global one by default.
+            values: (B, C, H, W), features at image resolution, or any linear map of their channels
+                if ``saliency`` is given.
+            output_size: (h, w) of the backbone's grid, in cells, at most (H, W).
+            saliency: (B, 1, H, W); ``None`` to compute it from ``values``.
+            jitter: N views, view n of map n mod B, to downsample instead of the maps. The result is
+                that of warping values and saliency first, but only the saliency is warped.
+            generator: source of the dropout in training; ``None`` for PyTorch's global generator.
 
         Returns:
-            (B, C, h, w); (N, C, h, w) of views.
+            (B, C, h, w); with ``jitter``, (N, C, h, w).
 
         Raises:
-            ValueError: shapes that do not fit together.
+            ValueError: the shapes of values, saliency, views and grid do not match.
         """
         if saliency is None:
             saliency = self.saliency(values)
@@ -332,7 +334,7 @@ def gaussian_blur(x: Tensor) -> Tensor:
         (B, C, H, W).
 
     Raises:
-        ValueError: these are no maps.
+        ValueError: ``x`` is not (B, C, H, W).
     """
     check_map("x", x)
     channels = x.shape[1]
@@ -340,7 +342,7 @@ def gaussian_blur(x: Tensor) -> Tensor:
     margin = _BLUR_SIZE // 2
     if min(x.shape[2:]) > margin:
         x = functional.pad(x, (margin,) * 4, mode="reflect")
-    else:  # torch does not reflect a map smaller than its border
+    else:  # PyTorch cannot reflect a map that is smaller than the margin
         for axis in (2, 3):
             n = x.shape[axis]
             index = reflect(torch.arange(-margin, n + margin, device=x.device), n)
@@ -352,7 +354,7 @@ def gaussian_blur(x: Tensor) -> Tensor:
 
 
 def _matrices(jitter: Jitter | None, values: Tensor) -> tuple[Tensor, Tensor] | None:
-    """The matrices that show maps as views do."""
+    """Matrices, one set per axis, that warp maps to the views; ``None`` without views."""
     if jitter is None:
         return None
     size = (values.shape[2], values.shape[3])
@@ -361,7 +363,7 @@ def _matrices(jitter: Jitter | None, values: Tensor) -> tuple[Tensor, Tensor] | 
 
 
 def _blurred_weights(weights: Tensor) -> Tensor:
-    """Weights on blurred values, as weights on the values: (…, k, k) -> (…, k + 4, k + 4)."""
+    """Combine weights of blurred values with the blur: (…, k, k) -> (…, k + 4, k + 4)."""
     kernel_size, taps = weights.shape[-1], _gaussian().to(weights)
     matrix = weights.new_zeros(kernel_size + _BLUR_SIZE - 1, kernel_size)
     for shift, tap in enumerate(taps):

@@ -1,12 +1,13 @@
 """Engines of a batch: threads of this process, or workers of Ray on one machine or a cluster.
 
-Every worker does whole tasks, from reading to writing, with one thread of PyTorch. On CPUs many
-images side by side are faster than many threads for one image; and the bits of a result depend on
-the number of threads (kernels are chosen by it), so that one engine's files equal another's.
+Every worker does whole tasks, from reading to writing, with one thread of PyTorch. On CPUs, many
+images in parallel are faster than many threads for one image. A result also depends, in its last
+bits, on the number of threads, by which PyTorch chooses kernels; with one thread per worker, all
+engines write the same files.
 
-Tasks write their results themselves, whole or not at all and always the same bytes, so a task of
-a worker that was killed is simply done again by another. What is done is recorded by the driver
-alone.
+Tasks write their own results, completely or not at all, and always the same bytes; a task whose
+worker was killed can therefore be repeated by another worker. Only the driver records which tasks
+are done.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ Result = TypeVar("Result")
 _SECONDS = 10
 _MOST_WORKERS = 1 << 16
 _AHEAD = 2
-"""Tasks that wait at each worker."""
+"""Number of tasks queued for each worker."""
 
 
 @dataclass(frozen=True)
 class Engine:
-    """Place where the work of a batch is done.
+    """Choice of the engine that runs a batch.
 
     Attributes:
-        name: "local", in this process, or "ray".
-        workers: threads, or workers of Ray; ``None`` for one on each CPU.
-        address: of a Ray cluster, as ``ray.init`` takes it; ``None`` for one of this machine that
-            begins and ends with the work.
+        name: "local", for threads of this process, or "ray".
+        workers: number of threads, or of Ray workers; ``None`` for one per CPU.
+        address: address of a Ray cluster, as ``ray.init`` accepts it; ``None`` to start one on this
+            machine for the duration of the batch.
     """
 
     name: str = "local"
@@ -55,7 +56,7 @@ class Engine:
         """Check the settings.
 
         Raises:
-            ValueError: one is out of range, or of no use.
+            ValueError: a setting is out of range, or the engine does not use it.
         """
         if self.name not in ("local", "ray"):
             raise ValueError(f'engine="{self.name}" must be local or ray')
@@ -65,7 +66,7 @@ class Engine:
 
     @property
     def threads(self) -> int:
-        """Workers of the local engine."""
+        """Number of threads of the local engine."""
         return self.workers or torch.get_num_threads()
 
 
@@ -75,11 +76,11 @@ def map_with_threads(
     """Do tasks on threads, one for each worker; results come in the order of the tasks.
 
     Args:
-        workers: what does a task, one at a time.
-        tasks: taken from the iterable a little ahead of the work.
+        workers: functions from a task to its result, one per thread.
+        tasks: tasks, read from the iterable a little ahead of the work.
 
     Yields:
-        Results.
+        The results.
     """
     free: queue.SimpleQueue[Callable[[Task], Result]] = queue.SimpleQueue()
     for worker in workers:
@@ -102,7 +103,7 @@ def map_with_threads(
             yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        # Set in a thread, it holds there and in threads that begin later; here only that is undone.
+        # A number set in a worker thread also applies to threads started later; restore it.
         torch.set_num_threads(threads)
 
 
@@ -124,34 +125,35 @@ def ray_pool(
 
     Args:
         engine: a Ray engine.
-        make_worker: is called once in each worker and gives what does a task; picklable.
+        make_worker: function that returns a function from a task to its result; called once in each
+            worker; picklable.
 
     Yields:
-        A function from picklable tasks, taken from their iterable as workers get free, to results
-        in the order in which they are ready. Those of killed workers are computed by new ones.
+        A function from an iterable of picklable tasks, read as workers become free, to results in
+        the order of their completion. Tasks of killed workers are repeated by new workers.
 
     Raises:
         ValueError: Ray is not installed, or the cluster cannot be reached.
     """
-    # Read when it is imported: an address that is no cluster would be complained of line by line.
+    # Set before Ray is imported, which reads it: an address without a cluster floods the log.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray = importlib.import_module("ray")
     except ImportError:
         raise ValueError("engine=ray needs the package ray: pip install 'upfeat[ray]'") from None
     with _connected(ray, engine):
-        # A worker that dies is started again, and its tasks with it.
+        # Restart workers that die, and repeat their tasks.
         options = {"max_restarts": -1, "max_task_retries": -1, "num_cpus": 1}
         actor = ray.remote(**options)(_Worker)
         count = engine.workers or int(ray.cluster_resources().get("CPU", 1))
-        # Kept here for as long as workers may be started again: Ray forgets what nobody holds.
+        # Ray deletes unreferenced objects, and restarted workers need this one: keep a reference.
         made = ray.put(make_worker)
         workers = [actor.remote(made) for _ in range(count)]
         yield lambda tasks: _do(ray, workers, tasks)
 
 
 def _do(ray: Any, workers: list[Any], tasks: Iterable[Any]) -> Generator[Any]:
-    """Keep every worker busy until no task is left."""
+    """Distribute tasks until none is left; yield results in the order of their completion."""
     running: dict[Any, Any] = {}
     free = workers * _AHEAD
     for task in tasks:
@@ -181,7 +183,7 @@ class _Worker:
         self._do: Callable[[Any], Any] | None = None
 
     def run(self, task: Any) -> Any:
-        """Do one task; the first begins with what does them, so that its errors are the task's."""
+        """Do one task; the first call makes the task function, whose errors are the task's."""
         if self._do is None:
             self._do = self._make_worker()
         return self._do(task)
@@ -189,8 +191,8 @@ class _Worker:
 
 @contextmanager
 def _connected(ray: Any, engine: Engine) -> Iterator[None]:
-    """Ray, started or found; what was started here is stopped afterwards."""
-    if ray.is_initialized():  # somebody else's, who will stop it
+    """Connect to Ray, or start it; a connection made here is closed afterwards."""
+    if ray.is_initialized():  # by the caller, who also closes it
         yield
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -200,11 +202,11 @@ def _connected(ray: Any, engine: Engine) -> Iterator[None]:
     else:
         _check_answers(engine.address)
         options["address"] = engine.address
-    # On a machine that is busy with other work, Ray's own 30 seconds are too few.
+    # On a machine that is busy with other work, Ray's default of 30 seconds is too short.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
     try:
         ray.init(**options)
-    except Exception as error:  # Ray raises what it likes, also plain exceptions
+    except Exception as error:  # Ray raises errors of any class, plain Exception included
         reason = " ".join(str(error).split())
         if engine.address is None:
             raise ValueError(f"engine=ray: Ray does not start here ({reason})") from None
@@ -216,13 +218,13 @@ def _connected(ray: Any, engine: Engine) -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Refuse a cluster that nobody answers for: Ray itself would go on trying for minutes.
+    """Check that a cluster's address accepts connections; Ray itself would retry for minutes.
 
     Raises:
-        ValueError: nobody answers.
+        ValueError: the address does not answer.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not port.isdecimal():  # "auto", "local" or a name: Ray knows at once
+    if not port.isdecimal():  # "auto", "local" or a name, which Ray checks without delay
         return
     try:
         socket.create_connection((host or "127.0.0.1", int(port)), _SECONDS).close()

@@ -13,7 +13,7 @@ from upfeat.upsamplers import list_upsamplers
 
 
 def describe() -> dict[str, list[str]]:
-    """Sections of facts, each a list of lines."""
+    """Versions, devices and names of models by section, each section a list of lines."""
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     return {
         "upfeat": [__version__],
@@ -30,7 +30,7 @@ def describe() -> dict[str, list[str]]:
 
 
 def devices() -> list[str]:
-    """Devices that tensors can live on."""
+    """Names of the available devices, with their hardware."""
     found = [f"cpu ({torch.backends.cpu.get_cpu_capability()})"]
     found += [
         f"cuda:{index} ({torch.cuda.get_device_name(index)})"

@@ -1,7 +1,7 @@
-"""Errors that are about one file, the disk or the memory, and not about the program.
+"""Classification of errors: those caused by a file, the disk or the memory, and program faults.
 
-The one place that knows which: batches go on after such an error, commands say it in one line, and
-anything else is a fault of the program and keeps its traceback.
+After an error of the first kind, a batch continues and a command prints one line. Any other error
+is a fault of the program and keeps its traceback. No other module makes this distinction.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _FAILURES = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
-# PyTorch raises RuntimeError where an allocation fails; only its words tell.
+# PyTorch raises RuntimeError if an allocation fails; only the message identifies it.
 _ALLOCATOR = re.compile(
     r"can't allocate memory|not enough memory|out of memory|bad_alloc|"
     r"Storage size calculation overflowed|Invalid buffer size",
@@ -36,13 +36,13 @@ _TRIED = re.compile(r"[Tt]ried to allocate ([\d.]+ ?\w+)")
 
 
 def failure_reason(error: BaseException) -> str | None:
-    """One line about an error that one file, the disk or the memory is to blame for.
+    """One-line message for an error caused by a file, the disk or the memory.
 
     Args:
-        error: any.
+        error: any exception.
 
     Returns:
-        The line; ``None`` for a fault of the program, which should be raised again.
+        The line; ``None`` for a fault of the program, which the caller should raise again.
     """
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and _ALLOCATOR.search(str(error))
@@ -52,7 +52,7 @@ def failure_reason(error: BaseException) -> str | None:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message without line breaks; a system error's with its file."""
+    """Message of an error without line breaks; for a system error, with the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

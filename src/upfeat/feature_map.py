@@ -1,4 +1,4 @@
-"""Feature maps of which only what is asked for is made: what every one of them offers."""
+"""Interface of feature maps that are computed only where they are requested."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from upfeat.types import Size, Window
 from upfeat.upsamplers.checks import check_finite
 
 _STRIP = 32
-"""Rows whose channels exist at once."""
+"""Number of rows whose features are computed at once."""
 
 
 class FeatureMap(ABC):
-    """Features (B, C, H, W) that exist where they are asked for.
+    """Features (B, C, H, W), computed only where they are requested.
 
     Attributes:
         shape: (B, C, H, W) of the whole map.
@@ -26,15 +26,15 @@ class FeatureMap(ABC):
 
     @abstractmethod
     def full(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Make the whole map, (B, C, H, W), in this dtype."""
+        """Compute the whole map, (B, C, H, W), in ``dtype``; ``None`` for the features' own."""
 
     @abstractmethod
     def crop(self, top: int, left: int, height: int, width: int) -> Tensor:
-        """Make a window of the map, (B, C, height, width)."""
+        """Compute a window of the map, (B, C, height, width)."""
 
     @abstractmethod
     def at(self, points: Tensor) -> Tensor:
-        """Make features at points (N, 2), rows (y, x) in pixels: (N, C)."""
+        """Compute features, (N, C), at points (N, 2), rows (y, x) in pixels."""
 
     @abstractmethod
     def project(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,16 +44,17 @@ class FeatureMap(ABC):
         """Compare every pixel with a vector, or with the feature at a point.
 
         Args:
-            target: (2,), a point (y, x) in pixels; (C,), a vector; or (K, C), several, as those of
-                texts. With C = 2 it is a vector.
-            cosine: divide by both lengths. The lengths of the map's features need all channels,
-                which are computed a strip at a time; the inner product alone needs one.
+            target: a point (y, x) in pixels, (2,); a vector, (C,); or several vectors, (K, C), such
+                as embeddings of texts. If C = 2, (2,) is a vector.
+            cosine: divide by the lengths of both vectors. For the lengths of the map's features all
+                channels are computed, one strip of rows at a time; the inner product alone needs
+                one channel per target.
 
         Returns:
             (B, K, H, W), K = 1 for one target.
 
         Raises:
-            ValueError: the target is neither, or its point lies outside.
+            ValueError: ``target`` has another shape, or is a point outside the map.
         """
         channels = self.shape[1]
         check_tensor("target", target)
@@ -84,7 +85,7 @@ class FeatureMap(ABC):
 
 
 def interpolate(maps: Tensor, points: Tensor) -> Tensor:
-    """Read maps (C, h, w) at points (N, 2) between their pixels, bilinearly: (N, C)."""
+    """Interpolate maps (C, h, w) bilinearly at points (N, 2), rows (y, x): (N, C)."""
     low = points.floor()
     part = (points - low).to(maps.dtype)
     y, x = low.long().unbind(1)
@@ -95,10 +96,10 @@ def interpolate(maps: Tensor, points: Tensor) -> Tensor:
 
 
 def check_window(size: Size, top: int, left: int, height: int, width: int) -> Window:
-    """Check that a window lies in a map.
+    """Check that a window is inside a map of the given size.
 
     Raises:
-        ValueError: it does not, or its sides are not whole numbers.
+        ValueError: the window is not inside the map, or its sides are not whole numbers.
     """
     sides = {"top": top, "left": left, "height": height, "width": width}
     window = Window(*(whole(name, side, -LARGEST) for name, side in sides.items()))
@@ -112,11 +113,11 @@ def check_window(size: Size, top: int, left: int, height: int, width: int) -> Wi
 
 
 def check_tensor(label: str, value: Tensor) -> None:
-    """Check that a value is a dense tensor with numbers in it.
+    """Check that a value is a dense tensor that has values.
 
     Raises:
-        TypeError: it is none; modules with a weight are told how to give it.
-        ValueError: it is sparse, or on the meta device.
+        TypeError: the value is not a tensor; for a module the message names its ``weight``.
+        ValueError: the tensor is sparse, or on the meta device.
     """
     if not isinstance(value, Tensor):
         kind = type(value).__name__
@@ -129,11 +130,11 @@ def check_tensor(label: str, value: Tensor) -> None:
 
 
 def check_head(weight: Tensor, bias: Tensor | None, channels: int) -> None:
-    """Check that a linear head takes a map's channels, and is finite.
+    """Check that a linear head has as many input channels as a map, and finite values.
 
     Raises:
-        TypeError: weight or bias is no tensor.
-        ValueError: it does not.
+        TypeError: ``weight`` or ``bias`` is not a tensor.
+        ValueError: a shape is wrong, or a value is NaN or infinite.
     """
     check_tensor("weight", weight)
     if bias is not None:
@@ -153,8 +154,8 @@ def check_points(points: Tensor) -> None:
     """Check the shape and type of points.
 
     Raises:
-        TypeError: they are no tensor.
-        ValueError: they are not (N, 2) numbers.
+        TypeError: ``points`` is not a tensor.
+        ValueError: ``points`` is not (N, 2), or is complex or bool.
     """
     check_tensor("points", points)
     if points.dim() != 2 or points.shape[1] != 2:

@@ -1,8 +1,9 @@
-"""Upsampled features of which only what is asked for is computed.
+"""Upsampled features that are computed only where they are requested.
 
-The map of C channels at the image's size is large (77 MB for 384 channels at 224 pixels) and
-rarely wanted whole. Upsampling is linear with weights from the image alone, so a head runs on the
-coarse grid before it, and a point or a crop needs its own pixels and what their windows reach.
+The map of C channels at the image's size is large (77 MB for 384 channels at 224 pixels), and
+applications seldom need all of it. Upsampling is linear, with weights that depend on the image: a
+linear head can therefore be applied on the coarse grid before upsampling, and a point or a crop
+needs only the cells and pixels within reach of its own pixels.
 """
 
 from __future__ import annotations
@@ -41,10 +42,10 @@ _TILE = 32
 
 
 def require_upsampler(upsampler: Any) -> None:
-    """Check that an upsampler is one.
+    """Check that the argument is an :class:`Upsampler`.
 
     Raises:
-        TypeError: it is a name, a class or another module.
+        TypeError: the argument is a name, a class or another module.
     """
     if not isinstance(upsampler, Upsampler):
         kind = "a class" if isinstance(upsampler, type) else f"of type {type(upsampler).__name__}"
@@ -57,17 +58,17 @@ class PCA(NamedTuple):
     """Principal components of a feature map."""
 
     map: Tensor
-    """(B, k, H, W): coordinates of every pixel."""
+    """Coordinates of every pixel in the basis, (B, k, H, W)."""
     components: Tensor
-    """(k, C), orthonormal, most variance first."""
+    """The basis, (k, C): orthonormal rows, in descending order of variance."""
     mean: Tensor
-    """(C,)."""
+    """Mean of the coarse features, (C,)."""
 
 
 class UpsampledFeatures(FeatureMap):
-    """Features (B, C, H, W) that exist where they are asked for.
+    """Upsampled features (B, C, H, W), computed only where they are requested.
 
-    Everything equals the same thing taken from :meth:`full`, to rounding.
+    Each method's result equals the result computed from :meth:`full`, up to rounding.
 
     Attributes:
         shape: (B, C, H, W) of the whole map.
@@ -86,25 +87,27 @@ class UpsampledFeatures(FeatureMap):
         hidden: Tensor | None = None,
         max_memory: int | str | None = None,
     ) -> None:
-        """Keep what the map is made of.
+        """Keep the inputs of the upsampler; nothing is computed yet.
 
         Args:
-            features: (B, C, h, w), coarse.
-            guidance: (B, 3, H', W'), the normalised image; or of the upsampler's bands.
-            upsampler: what makes one out of the other.
-            output_size: (H, W); ``None`` for the guidance's.
-            mean: normalisation of the guidance, RGB in [0, 1]; with it an 8-bit image is saved
-                without loss.
-            std: likewise.
-            missing: bool, broadcasting to (B, 1, H, W): pixels without data, whose features are 0.
-            hidden: (B, D, h', w'), what early layers of the backbone say, for upsamplers that make
-                use of it; ``None`` for none.
-            max_memory: that the process may hold while :meth:`full` and :meth:`project` run, as
-                "2GB"; ``None`` for no bound.
+            features: (B, C, h, w), coarse features.
+            guidance: (B, 3, H', W'), normalised image, or as many bands as the upsampler takes.
+            upsampler: upsampler of the features.
+            output_size: (H, W) of the map; ``None`` for the guidance's size.
+            mean: mean of each channel that the guidance was normalised with, RGB in [0, 1];
+                with ``mean`` and ``std``, :meth:`save` stores an 8-bit image without loss.
+            std: standard deviation of each channel that the guidance was normalised with.
+            missing: bool tensor that broadcasts to (B, 1, H, W): true for pixels without data,
+                whose features are 0; ``None`` if all pixels have data.
+            hidden: (B, D, h', w'), features of early layers of the backbone, for upsamplers that
+                use them; ``None`` for none.
+            max_memory: most memory that the process may use while :meth:`full` and :meth:`project`
+                run, in bytes or as "2GB"; ``None`` for no bound.
 
         Raises:
-            TypeError: features or guidance are no tensors, or the upsampler is none.
-            ValueError: as :meth:`Upsampler.forward`.
+            TypeError: ``features`` or ``guidance`` is not a tensor, or ``upsampler`` not an
+                upsampler.
+            ValueError: an input is invalid; see :meth:`Upsampler.forward`.
         """
         require_upsampler(upsampler)
         size = check_inputs(features, guidance, output_size, upsampler.guidance_bands)
@@ -123,7 +126,7 @@ class UpsampledFeatures(FeatureMap):
         self._precomputed: tuple[Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
     def __repr__(self) -> str:
-        """One line: the shape, what it is made from, and the memory that the whole would take."""
+        """One line: shape, device, inputs and upsampler of the map, and the memory of all of it."""
         dtype = str(self.features.dtype).removeprefix("torch.")
         early = ""
         if self.hidden is not None:
@@ -137,7 +140,7 @@ class UpsampledFeatures(FeatureMap):
 
     @property
     def parts(self) -> Parts:
-        """Tensors that the map is made of, as :func:`upfeat.lazy_files.write_parts` takes them."""
+        """Inputs of the map, as :func:`upfeat.lazy_files.write_parts` writes them."""
         size = (self.shape[2], self.shape[3])
         inputs = self.features, self.guidance, self.upsampler, size
         return Parts(*inputs, self._normalization, self.missing, self.hidden)
@@ -149,7 +152,7 @@ class UpsampledFeatures(FeatureMap):
 
     @property
     def kernels(self) -> Kernels:
-        """The image's upsampling weights."""
+        """The upsampling weights of the image."""
         return self._parts()[0]
 
     def full(
@@ -162,20 +165,23 @@ class UpsampledFeatures(FeatureMap):
         """The whole map, (B, C, H, W).
 
         Args:
-            dtype: of the result; ``None`` for the features', or that of ``out``. A smaller one is
-                filled part by part, so that the map never exists in the larger one.
+            dtype: data type of the result; ``None`` for that of the features, or of ``out``. For a
+                type other than the features', the result is filled part by part, so that no map in
+                the features' type is allocated.
             out: a tensor on any device, or a NumPy array such as a :class:`numpy.memmap`, of the
                 map's shape: the map is written to it part by part.
-            max_memory: that the process may hold, with what it holds already, as "2GB"; ``None``
-                for :attr:`max_memory`. It changes no bit of the result on one thread. Memory of
-                an ``out`` in memory is the caller's and not counted.
+            max_memory: most memory that the process may use, including the memory that it uses
+                already, in bytes or as "2GB"; ``None`` for :attr:`max_memory`. On one thread the
+                result is the same bit by bit with any bound. The bound makes no allowance for an
+                ``out`` in memory, which the caller has already allocated.
 
         Returns:
-            A tensor, or ``out``.
+            A new tensor, or ``out``.
 
         Raises:
-            ValueError: the dtype is not of floating numbers, the map overflows it, ``out`` does not
-                fit, or the bound cannot be kept; the least one that can is named.
+            ValueError: ``dtype`` is not a floating-point type, the map overflows it, ``out`` has
+                another shape or type, or ``max_memory`` is too small; the message names the
+                smallest sufficient bound.
 
         Example::
 
@@ -193,19 +199,19 @@ class UpsampledFeatures(FeatureMap):
         """A window of the map.
 
         Args:
-            top: first row, pixels.
-            left: first column.
-            height: rows, ≥ 1.
-            width: columns, ≥ 1.
+            top: first row, in pixels from 0.
+            left: first column, in pixels from 0.
+            height: number of rows, ≥ 1.
+            width: number of columns, ≥ 1.
 
         Returns:
             (B, C, height, width).
 
         Raises:
-            ValueError: the window does not lie in the map.
+            ValueError: the window is not inside the map.
         """
         window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
-        # Within a bound of memory, features on finer grids are made again rather than kept.
+        # With a memory bound, features on finer grids are computed again rather than kept.
         made = self._precompute() if self.max_memory is None else self._parts()
         return self._blank(self.upsampler.render(*made, window=window), window)
 
@@ -213,13 +219,13 @@ class UpsampledFeatures(FeatureMap):
         """Features at points, interpolated bilinearly between pixels.
 
         Args:
-            points: (N, 2), (y, x) in pixels; whole numbers are pixel centres.
+            points: (N, 2), rows (y, x) in pixels; integers are pixel centres.
 
         Returns:
             (N, C).
 
         Raises:
-            ValueError: the map is of several images, or a point lies outside.
+            ValueError: the map has several images, or a point is outside the map.
         """
         self._check_single("at")
         height, width = self.shape[2:]
@@ -251,16 +257,16 @@ class UpsampledFeatures(FeatureMap):
         """Apply a linear head at every pixel, at the cost of K channels instead of C.
 
         Args:
-            weight: (K, C), of any floating type, as scikit-learn's float64.
+            weight: (K, C), of any floating-point type, such as the float64 of scikit-learn.
             bias: (K,), or ``None``.
-            out: of shape (B, K, H, W), see :meth:`full`.
-            max_memory: likewise.
+            out: buffer of shape (B, K, H, W); see :meth:`full`.
+            max_memory: see :meth:`full`.
 
         Returns:
             (B, K, H, W), equal to the head applied to :meth:`full`.
 
         Raises:
-            ValueError: the head does not take C channels, or as :meth:`full`.
+            ValueError: the head does not have C input channels, or an error of :meth:`full`.
         """
         check_head(weight, bias, self.shape[1])
         weight = weight.to(self.features)
@@ -272,13 +278,13 @@ class UpsampledFeatures(FeatureMap):
         return made if bias is None else add_offset(made, bias)
 
     def pca(self, k: int = 3) -> PCA:
-        """Principal components, fitted on the coarse features, applied at every pixel.
+        """Principal components, fitted to the coarse features and applied at every pixel.
 
         Args:
             k: number of components, from 1 to C.
 
         Returns:
-            The map of coordinates, equal to ``(full − mean)·components``, with the basis.
+            The map of coordinates, equal to ``components·(full − mean)``, with the basis.
 
         Raises:
             ValueError: k is out of range.
@@ -291,32 +297,32 @@ class UpsampledFeatures(FeatureMap):
         return PCA(self.project(components, -components @ mean), components, mean)
 
     def save(self, path: str | Path, *, exact: bool = False) -> None:
-        """Write the parts the map is made of, about a hundredth of the map.
+        """Write the inputs of the map to a file, about a hundredth of the map's own size.
 
         Args:
             path: the safetensors file.
-            exact: keep features and guidance as they are. Otherwise features are stored in
-                float16; the guidance in 8 bits per colour where it is a normalised photograph,
-                which one of 8 bits at its own size survives unchanged, in 16 bits over its own
-                range where it is not, and as it is where neither would do.
+            exact: store features and guidance unchanged. Otherwise features are stored as float16.
+                Guidance that is a normalised photograph is stored with 8 bits per colour, without
+                loss if the photograph had 8 bits and was not resized; other guidance with 16 bits
+                over its range of values, or unchanged where 16 bits are too coarse.
 
         Raises:
-            ValueError: features or guidance are NaN or infinite, or the features overflow float16
-                or are too small for it.
+            ValueError: features or guidance contain NaN or infinity, or the features overflow
+                float16 or are too small for it.
         """
         write_parts(path, self.parts, exact=exact)
 
     @classmethod
     def load(cls, path: str | Path, upsampler: Upsampler | None = None) -> UpsampledFeatures:
-        """Read what :meth:`save` wrote.
+        """Read a map that :meth:`save` wrote.
 
         Args:
-            path: the file.
-            upsampler: the one that was used; may be left out where it has no weights.
+            path: the safetensors file.
+            upsampler: the upsampler of the saved map; ``None`` suffices for one without weights.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is of another kind, or the upsampler is another one.
+            FileNotFoundError: the file does not exist.
+            ValueError: the file is not a saved map, or was saved with another upsampler.
         """
         parts = read_parts(path, upsampler)
         mean, std = parts.normalization or (None, None)
@@ -326,10 +332,10 @@ class UpsampledFeatures(FeatureMap):
             raise ValueError(f"{path}: {error}") from None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep the parts in a copy; results made of them are made again when needed."""
+        """Copy or pickle the inputs alone; a copy computes kernels and features again."""
         state = {**self.__dict__, "_made": None, "_precomputed": None}
         for name in ("features", "guidance", "hidden"):
-            # No copy can carry the graph that a tensor came from.
+            # Only leaf tensors can be copied with their autograd graph.
             if state[name] is not None and not state[name].is_leaf:
                 state[name] = state[name].detach()
         return state
@@ -345,7 +351,7 @@ class UpsampledFeatures(FeatureMap):
         weight: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Any:
-        """Make the map, or that of a head, part by part, into a buffer or a new tensor."""
+        """Compute the map, or a head's map, part by part, into ``out`` or a new tensor."""
         if watched(self._sources()):
             raise ValueError(
                 "out=, dtype= and max_memory= record no gradients; use torch.no_grad()"
@@ -377,7 +383,7 @@ class UpsampledFeatures(FeatureMap):
         return out
 
     def _blank(self, out: Tensor, window: Window | None = None) -> Tensor:
-        """Put 0 where there are no data, in the whole map or a window of it."""
+        """Set pixels without data to 0, in the whole map or a window of it."""
         if self.missing is None:
             return out
         missing = self.missing
@@ -386,9 +392,9 @@ class UpsampledFeatures(FeatureMap):
         return blank(out, missing)
 
     def _precompute(self) -> tuple[Kernels, Tensor | Map]:
-        """Kernels and features that give the same map, with all done that no window changes.
+        """Kernels and features of the same map, with all work done that windows have in common.
 
-        Kept for the next window, unless they would keep a gradient's graph with them.
+        Both are kept for the next window, unless an autograd graph would be kept with them.
         """
         kernels, mixed = self._parts()
         if self._precomputed is not None and self._precomputed[0].holds([mixed]):
@@ -402,7 +408,7 @@ class UpsampledFeatures(FeatureMap):
         return found
 
     def _parts(self) -> tuple[Kernels, Tensor]:
-        """Kernels and mixed features: kept, and made anew where what they came from has changed."""
+        """Kernels and mixed features; kept until an input or a weight changes."""
         sources = self._sources()
         if self._made is None or not self._made[0].holds(sources):
             grid = (self.features.shape[2], self.features.shape[3])
@@ -419,11 +425,11 @@ class UpsampledFeatures(FeatureMap):
         return [self.features, self.guidance, *hidden, *weights]
 
     def _checked(self, missing: Tensor) -> Tensor:
-        """A mask of pixels without data, for every pixel.
+        """Expand a mask of pixels without data to (B, 1, H, W).
 
         Raises:
-            TypeError: it is no tensor.
-            ValueError: it is not of true and false, or has another shape.
+            TypeError: ``missing`` is not a tensor.
+            ValueError: ``missing`` is not bool, or does not broadcast to (B, 1, H, W).
         """
         check_tensor("missing", missing)
         batch, _, *size = self.shape
@@ -442,7 +448,7 @@ class UpsampledFeatures(FeatureMap):
             raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
 
     def _sample_tile(self, precomputed: tuple[Kernels, Tensor | Map], points: Tensor) -> Tensor:
-        """Features at points (N, 2) that lie close together -> (N, C)."""
+        """Features at points (N, 2) of one tile, (N, C), computed from one window."""
         (top, left), (bottom, right) = (
             points.amin(0).long().tolist(),
             points.amax(0).long().tolist(),
@@ -455,6 +461,6 @@ class UpsampledFeatures(FeatureMap):
 
 
 def blank(out: Tensor, missing: Tensor) -> Tensor:
-    """Put 0 where there are no data; in place when autograd does not watch."""
+    """Set pixels without data to 0; in place unless autograd records."""
     watched = torch.is_grad_enabled() and out.requires_grad
     return out.masked_fill(missing, 0) if watched else out.masked_fill_(missing, 0)

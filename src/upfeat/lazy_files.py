@@ -1,7 +1,8 @@
-"""Lazy features on disk: coarse features and image in few bytes, and nothing that is not faithful.
+"""Files of lazy features: coarse features and image, compressed within a bound on the error.
 
-Features go as float16, the image as 8 bits a colour where it is one; where either would lose more
-than that says, it is stored better or refused. What is read is checked as if it came from anywhere.
+Features are written as float16, and a photograph with 8 bits per colour. Guidance that would lose
+more is written with more bits, and features that would lose more are refused. Readers do not trust
+a file: they check all tensors and metadata.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from upfeat.upsamplers.blueprint import build
 from upfeat.upsamplers.checks import check_output_size
 
 FORMAT = "upfeat-lazy-features-1"
-"""The format that files name."""
+"""Name of the format, in the metadata of every file."""
 
 Colour = tuple[float, ...]
 _DTYPES = {
@@ -33,14 +34,14 @@ _DTYPES = {
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 _HALF_ERROR = 2.0**-10
-"""Share of the largest feature that float16 may cost; of numbers above 6e-5 it costs half."""
+"""Largest error of float16 as a fraction of the largest feature; numbers above 6e-5 cost half."""
 _COARSEST = 1e-3
-"""Largest error of a stored image, in deviations of its channel."""
+"""Largest error of a stored image, in standard deviations of its channel."""
 _LEVELS = (1 << 16) - 1
 
 
 class Parts(NamedTuple):
-    """Parts that lazy features are made of."""
+    """Inputs of lazy features; see :class:`upfeat.UpsampledFeatures`."""
 
     features: Tensor
     guidance: Tensor
@@ -49,9 +50,9 @@ class Parts(NamedTuple):
     normalization: tuple[Colour, Colour] | None
     """Mean and standard deviation of the guidance's channels."""
     missing: Tensor | None
-    """(B, 1, *output_size) bool: pixels without data."""
+    """Mask, (B, 1, *output_size), bool: true for pixels without data."""
     hidden: Tensor | None = None
-    """(B, D, h', w'): what early layers say."""
+    """Features of early layers, (B, D, h', w')."""
 
 
 def write_parts(
@@ -61,18 +62,18 @@ def write_parts(
 
     Args:
         path: the safetensors file.
-        parts: what they are made of.
-        exact: keep features and guidance as they are.
-        weights: :func:`digest` of the upsampler, where it is known.
+        parts: inputs of the lazy features.
+        exact: store features and guidance unchanged.
+        weights: :func:`digest` of the upsampler; ``None`` to compute it.
 
     Raises:
-        ValueError: features or guidance are NaN or infinite, or the features lose too much in
-            float16.
+        ValueError: features or guidance contain NaN or infinity, or float16 is not precise enough
+            for the features.
     """
     features, guidance = parts.features.detach(), parts.guidance.detach()
     hidden = {} if parts.hidden is None else {"hidden": parts.hidden.detach()}
     for name, tensor in (("features", features), ("guidance", guidance), *hidden.items()):
-        # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
+        # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole tensor.
         if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
             raise ValueError(f"{name} holds NaN or infinity; nothing is written")
     tensors = {"features": features, "guidance": guidance, **hidden}
@@ -97,15 +98,16 @@ def write_parts(
 
 
 def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
-    """Read what :func:`write_parts` wrote.
+    """Read a file that :func:`write_parts` wrote.
 
     Args:
-        path: the file.
-        upsampler: the one that was used; ``None`` where it has no weights.
+        path: the safetensors file.
+        upsampler: the upsampler of the saved features; ``None`` suffices for one without weights.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is of another kind or damaged, or the upsampler is another one.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has another format or is damaged, or was written with another
+            upsampler.
     """
     layouts, facts = read_layouts(path)
     if facts.get("format") != FORMAT:
@@ -138,7 +140,7 @@ def read_parts(path: str | Path, upsampler: Upsampler | None) -> Parts:
 
 
 def digest(upsampler: Upsampler) -> str:
-    """A name for an upsampler's weights; "none" where it has none."""
+    """SHA-256 of an upsampler's weights, in hexadecimal; "none" for one without weights."""
     state = upsampler.state_dict()
     if not state:
         return "none"
@@ -150,10 +152,10 @@ def digest(upsampler: Upsampler) -> str:
 
 
 def _halved(features: Tensor, name: str = "features") -> Tensor:
-    """Features in float16, if they survive it.
+    """Convert features to float16.
 
     Raises:
-        ValueError: they overflow, or are so small that steps of float16 show.
+        ValueError: the features overflow, or are so small that rounding loses too much.
     """
     half = features.half()
     if not bool(torch.isfinite(half).all()):
@@ -168,13 +170,14 @@ def _halved(features: Tensor, name: str = "features") -> Tensor:
 
 
 def _quantised(guidance: Tensor, normalization: tuple[Colour, Colour] | None) -> dict[str, Tensor]:
-    """The image in few bits: 8 for a photograph, 16 for other values, all where these are few.
+    """Guidance as integer levels: 8 bits for a photograph, 16 for other values.
 
-    Stored levels times ``scale`` plus ``shift`` is the image, each a value for a channel.
+    The guidance is ``levels * scale + shift``, with one scale and one shift per channel. Where 16
+    bits are too coarse, the guidance is returned unchanged, without scale and shift.
     """
     if normalization is not None:
         mean, std = (torch.tensor(one, dtype=torch.float64) for one in normalization)
-        # Of 255 levels, float32 is off by thousandths: what was a level is found again.
+        # float32 is off by thousandths of a level, so that rounding recovers an 8-bit image.
         kind = torch.promote_types(guidance.dtype, torch.float32)
         slope, middle = (_per_channel(255 * one).to(guidance.device, kind) for one in (std, mean))
         levels = (guidance * slope).add_(middle).round_()
@@ -186,7 +189,7 @@ def _quantised(guidance: Tensor, normalization: tuple[Colour, Colour] | None) ->
     flat = values.transpose(0, 1).flatten(1)  # (channels, B·H·W)
     low, high = flat.aminmax(dim=1)
     scale = (high - low) / _LEVELS
-    # Of a constant channel, any step will do.
+    # A constant channel has range 0 and needs some positive step.
     scale = torch.where(scale > 0, scale, 1.0)
     if bool((scale / 2 > _COARSEST * flat.std(1, correction=0)).logical_and(high > low).any()):
         return {"guidance": guidance}
@@ -194,7 +197,7 @@ def _quantised(guidance: Tensor, normalization: tuple[Colour, Colour] | None) ->
     levels = ((values - _per_channel(middle)) / _per_channel(scale)).round()
     tensors = {"scale": scale.float(), "shift": middle.float()}
     restored = levels * _per_channel(tensors["scale"]) + _per_channel(tensors["shift"])
-    if bool(((restored - values).abs() > _per_channel(scale)).any()):  # a large constant besides
+    if bool(((restored - values).abs() > _per_channel(scale)).any()):  # values far from 0
         return {"guidance": guidance}
     return {"guidance": levels.to(torch.int16), **tensors}
 
@@ -223,7 +226,12 @@ def _restored(path: str | Path, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _upsampler(path: str | Path, facts: dict[str, str], given: Upsampler | None) -> Upsampler:
-    """The upsampler of the file: the one given, if it is the same, or one without weights."""
+    """Return the given upsampler, if it is the file's, or build the file's if it has no weights.
+
+    Raises:
+        TypeError: ``given`` is not an upsampler.
+        ValueError: the file is damaged, needs weights, or was written with another upsampler.
+    """
     config = parse_object(facts.get("upsampler", ""), f"{path}: upsampler")
     name, weights = config.pop("upsampler", None), facts.get("weights")
     if not isinstance(name, str) or not isinstance(weights, str):

@@ -1,8 +1,9 @@
 """Coarse features of an image too large for one pass of the backbone, strip by strip.
 
-A convolutional backbone looks only so far: tiles with a halo of that many cells give exactly what
-the whole image gives. A backbone with global attention sees its whole input: windows that overlap
-are blended with raised cosines, which hides the seams but does not make them exact.
+The receptive field of a convolutional backbone is limited: tiles with a halo as wide as the
+receptive field give exactly the features of the whole image. With global attention, features depend
+on the whole input: the features of overlapping windows are then blended with raised cosines, which
+hides the seams but does not reproduce the features of the whole image.
 """
 
 from __future__ import annotations
@@ -23,36 +24,37 @@ from upfeat.types import Size, Window, scaled
 from upfeat.upsamplers.maps import cut, inside
 
 Read = Callable[[Window], Tensor]
-"""From a window in pixels to (1, 3, height, width), normalised as the backbone wants it."""
+"""Function from a window in pixels to its image (1, 3, height, width), normalised for the backbone.
+"""
 
 _PROBE_CELLS = 64
 _LEAST_TILE = 16
 _TOLERANCE = 1e-4
-# Measured once for each backbone.
+# Halos of backbones, measured once for each.
 _HALOS: WeakKeyDictionary[Backbone, int | None] = WeakKeyDictionary()
 
 
 class Strip(NamedTuple):
-    """Rows of coarse features, all columns."""
+    """Coarse features of some rows of the grid and all its columns."""
 
     top: int
-    """First row, cells."""
+    """First row, in cells from 0."""
     features: Tensor
-    """(1, C, rows, columns)."""
+    """Features of the rows, (1, C, rows, columns)."""
 
 
 def receptive_halo(backbone: Backbone) -> int | None:
-    """Measure how many cells beyond its own a cell of the features depends on.
+    """Measure the number of cells around a cell of the features on which it depends.
 
-    A NaN in one pixel reaches exactly the cells that depend on the pixel, whatever the weights. The
-    result is checked on noise: a tile with that halo must give what the whole image gives.
+    A NaN in one pixel spreads to exactly the cells that depend on the pixel, whatever the weights.
+    The halo is checked on noise: a tile with the halo must give the features of the whole image.
 
     Args:
-        backbone: in eval mode.
+        backbone: backbone in eval mode.
 
     Returns:
-        Cells to each side; ``None`` where a cell depends on more than a quarter of a long image, as
-        with global attention, or where tiles disagree with the whole.
+        Number of cells to each side; ``None`` if a cell depends on more than a quarter of a long
+        image, as with global attention, or if features of a tile differ from those of the whole.
     """
     if backbone not in _HALOS:
         _HALOS[backbone] = _measure_halo(backbone)
@@ -79,7 +81,11 @@ def _blank(backbone: Backbone, height: int, width: int) -> Tensor:
 
 
 def _spread(backbone: Backbone, offset: int) -> int | None:
-    """Cells to each side that a pixel at ``offset`` in a cell reaches; ``None`` if too many."""
+    """Number of cells to each side that depend on the pixel at ``offset`` of a cell.
+
+    Returns:
+        The number; ``None`` if no cell depends on the pixel, or cells too far away.
+    """
     cells, middle = _PROBE_CELLS, _PROBE_CELLS // 2
     x = _blank(backbone, 2 * backbone.stride, cells * backbone.stride)
     x[..., middle * backbone.stride + offset] = torch.nan
@@ -113,19 +119,21 @@ def strips(
     """Compute coarse features from top to bottom.
 
     Args:
-        backbone: in eval mode.
-        read: gives windows of the image; they begin and end at whole cells.
-        grid: (h, w) of the whole image, cells.
-        tile: cells to a side that go through the backbone at once, beside the halo.
-        halo: of :func:`receptive_halo`; ``None`` to blend overlapping windows.
-        overlap: of those windows, cells; ``None`` for a quarter of ``tile``.
-        first_row: rows above it are not needed; those that come all the same may be wrong.
+        backbone: backbone in eval mode.
+        read: function that reads windows of the image; windows begin and end at whole cells.
+        grid: (h, w) of the whole image, in cells.
+        tile: side in cells of the tiles to which the backbone is applied, without the halo.
+        halo: result of :func:`receptive_halo`; ``None`` to blend overlapping windows.
+        overlap: overlap of adjacent windows without a halo, in cells; ``None`` for a quarter of
+            ``tile``.
+        first_row: first row of cells that is needed. Strips may contain rows above, whose features
+            may be wrong.
 
     Yields:
         Strips that cover the grid from ``first_row`` on, each row once.
 
     Raises:
-        ValueError: ``tile`` is below 1, or ``overlap`` not below it.
+        ValueError: ``tile`` is below 1, or ``overlap`` is not below ``tile``.
     """
     if halo is None:
         overlap = tile // 4 if overlap is None else overlap
@@ -144,16 +152,17 @@ def strips(
         if core.right == grid[1]:
             strip, row = Strip(core.top, row), None
             yield strip
-            del strip  # the reader's alone while the next one is made
+            del strip  # only the caller may keep it in memory while the next one is computed
 
 
 def backbone_tiles(grid: Size, tile: int, halo: int | None) -> list[Tile]:
-    """List the tiles that :func:`strips` sends through the backbone, in its order.
+    """List the tiles to which :func:`strips` applies the backbone, in the same order.
 
     Args:
-        grid: as :func:`strips` takes it.
-        tile: likewise.
-        halo: likewise; windows that overlap are their own cores.
+        grid: see :func:`strips`.
+        tile: see :func:`strips`.
+        halo: see :func:`strips`. With ``None``, the core of each tile is its whole window, and
+            cores overlap.
     """
     if halo is None:
         return [Tile(window, window) for window in overlapping(grid, tile, tile // 4)]
@@ -170,14 +179,14 @@ def extract_tile(backbone: Backbone, read: Read, tile: Tile) -> Tensor:
 def join_tiles(
     parts: Iterable[tuple[Tile, Tensor]], grid: Size, region: Window, blended: int | None = None
 ) -> Tensor:
-    """Put together what :func:`strips` gives of a region, to the last bit.
+    """Join the features of tiles in a region; equal bit by bit to those of :func:`strips`.
 
     Args:
-        parts: tiles of :func:`backbone_tiles` that meet the region, in their order, and what
-            :func:`extract_tile` gave of each.
-        grid: (h, w) of the whole image, cells.
-        region: of it.
-        blended: side of windows that overlap; ``None`` for tiles that do not.
+        parts: the tiles of :func:`backbone_tiles` that overlap the region, in their order, each
+            with its features of :func:`extract_tile`.
+        grid: (h, w) of the whole image, in cells.
+        region: window of the grid, in cells.
+        blended: side in cells of windows to blend; ``None`` for tiles with a halo.
 
     Returns:
         (1, C, region.height, region.width).
@@ -201,14 +210,14 @@ def join_tiles(
 
 
 def _common(a: Window, b: Window) -> Window:
-    """The part of a window that lies in another."""
+    """The intersection of two windows."""
     top, left = max(a.top, b.top), max(a.left, b.left)
     bottom, right = min(a.bottom, b.bottom), min(a.right, b.right)
     return Window(top, left, bottom - top, right - left)
 
 
 def _blend_weights(window: Window, grid: Size, overlap: int, like: Tensor) -> Tensor:
-    """Weights of the cells of a window that overlaps others, (height, width)."""
+    """Weights with which a window's cells are blended, (height, width)."""
     down = raised_cosine(window.top, window.height, grid[0], overlap)
     across = raised_cosine(window.left, window.width, grid[1], overlap)
     return like.new_tensor(down)[:, None] * like.new_tensor(across)
@@ -217,9 +226,9 @@ def _blend_weights(window: Window, grid: Size, overlap: int, like: Tensor) -> Te
 def _blended(
     backbone: Backbone, read: Read, grid: Size, tile: int, overlap: int, first_row: int
 ) -> Iterator[Strip]:
-    """Strips of weighted means of overlapping windows."""
-    pending: Tensor | None = None  # weighted sums, the last channel the weights
-    top = 0  # first row of it
+    """Yield strips of weighted means of overlapping windows; see :func:`strips`."""
+    pending: Tensor | None = None  # weighted sums of features; the last channel sums the weights
+    top = 0  # first row of ``pending``
     for window in overlapping(grid, tile, overlap):
         if window.bottom <= first_row:
             continue
@@ -256,23 +265,23 @@ def _extract(backbone: Backbone, read: Read, cells: Window) -> Tensor:
 def see_within(
     backbone: Backbone, x: Tensor, memory: float, *, early: bool = False, label: str = "image"
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute an image's coarse features, and early layers, within a bound of memory.
+    """Compute an image's coarse features, and those of early layers, within a bound of memory.
 
-    The whole image goes through the backbone where that fits, otherwise tiles whose halo makes them
-    exact.
+    The backbone is applied to the whole image if memory suffices, or else to tiles with a halo that
+    makes their features exact.
 
     Args:
-        backbone: in eval mode.
-        x: (B, 3, H, W), normalised.
-        memory: bytes that may be held beside the image and the result.
-        early: compute what :meth:`Backbone.with_hidden` says of earlier layers too.
-        label: what errors call the image.
+        backbone: backbone in eval mode.
+        x: (B, 3, H, W), normalised image.
+        memory: bytes that may be used besides the image and the result.
+        early: also compute features of early layers; see :meth:`Backbone.with_hidden`.
+        label: name of the image, for error messages.
 
     Returns:
-        (B, C, h, w), and (B, D, h', w') or ``None``.
+        Coarse features (B, C, h, w); and features of early layers (B, D, h', w'), or ``None``.
 
     Raises:
-        ValueError: the bound is too small for this backbone.
+        ValueError: ``memory`` is too small for this backbone.
     """
     a_pixel = activation_bytes(backbone)
     if len(x) > 1 and x.shape[2] * x.shape[3] * len(x) * a_pixel > memory:
@@ -293,7 +302,7 @@ def see_within(
         seen = cut(x, scaled(piece.outer, backbone.stride))
         maps = backbone.with_hidden(seen) if early else (backbone(seen), None)
         for index, values in enumerate(one for one in maps if one is not None):
-            # Early layers are on a finer grid.
+            # 1 for the features, more for early layers, whose grid is finer.
             factor = values.shape[2] // piece.outer.height
             if index == len(out):
                 shape = (*values.shape[:2], factor * grid[0], factor * grid[1])
@@ -306,7 +315,11 @@ def see_within(
 def _tile_within(
     backbone: Backbone, x: Tensor, memory: float, a_pixel: float, label: str
 ) -> tuple[int, int]:
-    """Halo and side of the tiles that a bound of memory allows, cells."""
+    """Halo of the backbone, and side of the largest tiles within a bound of memory, in cells.
+
+    Raises:
+        ValueError: the backbone has no halo, or the tiles would be too small.
+    """
     halo, stride = receptive_halo(backbone), backbone.stride
     if halo is None:
         raise ValueError(
@@ -326,19 +339,19 @@ def _tile_within(
 
 
 class Rows:
-    """Rows of a grid, made as they are asked for and forgotten once they are passed."""
+    """Rows of a grid that are read in order: computed on request, and dropped after use."""
 
     def __init__(self, source: Iterator[Strip]) -> None:
-        """Keep the source; nothing is computed yet."""
+        """Keep the strips' iterator; nothing is computed yet."""
         self._source = source
         self._top = 0
         self._kept: Tensor | None = None
 
     def __call__(self, top: int, bottom: int) -> Tensor:
-        """Rows ``top`` to ``bottom``, (1, C, bottom − top, w); ``top`` never goes back.
+        """Return rows ``top`` to ``bottom`` − 1, (1, C, bottom − top, w); drop rows above ``top``.
 
         Raises:
-            ValueError: the rows were forgotten, or lie beyond the last.
+            ValueError: ``top`` is less than in an earlier call, or ``bottom`` exceeds the grid.
         """
         if top < self._top:
             raise ValueError(f"row {top} is no longer kept; the first is {self._top}")

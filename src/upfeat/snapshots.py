@@ -1,4 +1,4 @@
-"""Tensors as they were, to tell whether what was made of them still stands."""
+"""State of tensors at one time, to check whether a cached result of them is still valid."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 class Snapshot:
-    """Tensors as they were, to tell whether what was made of them still stands.
+    """State of tensors at one time, to check whether a cached result of them is still valid.
 
-    It holds them, so that no other tensor can take their place in memory. Those of inference mode
-    do not count their changes: of them it holds a copy too.
+    A snapshot keeps references to the tensors, so that no other tensor can reuse their memory.
+    Inference tensors have no version counter, so it also keeps copies of their values.
     """
 
     def __init__(self, tensors: list[Tensor]) -> None:
@@ -20,7 +20,7 @@ class Snapshot:
         self.states = [one.clone() if one.is_inference() else one._version for one in tensors]
 
     def holds(self, tensors: list[Tensor]) -> bool:
-        """Return whether these are the same tensors, unchanged, recorded by autograd alike."""
+        """Return whether these are the snapshot's tensors, unchanged and recorded as before."""
         return (
             len(tensors) == len(self.tensors)
             and self.recorded == watched(tensors)
@@ -35,5 +35,5 @@ class Snapshot:
 
 
 def watched(tensors: list[Tensor]) -> bool:
-    """Return whether autograd records what is made of tensors."""
+    """Return whether autograd records operations on the tensors."""
     return torch.is_grad_enabled() and any(one.requires_grad for one in tensors)

@@ -27,12 +27,12 @@ class Window(NamedTuple):
 
 
 def scaled(window: Window, factor: int, divisor: int = 1) -> Window:
-    """A window in finer or coarser units: cells as pixels, by the stride.
+    """Convert a window to finer or coarser units, such as cells to pixels by the stride.
 
     Args:
         window: the window.
-        factor: that its sides and place are multiplied by.
-        divisor: that they are divided by.
+        factor: factor by which its sides and position are multiplied.
+        divisor: number by which the products are divided, rounding down.
 
     Example:
         >>> scaled(Window(1, 2, 3, 4), 16)
@@ -42,5 +42,5 @@ def scaled(window: Window, factor: int, divisor: int = 1) -> Window:
 
 
 def times(shape: Sequence[int]) -> str:
-    """Sizes as people write them: "1×112×400×608"."""
+    """Format a shape for messages, such as "1×112×400×608"."""
     return "×".join(map(str, shape))

@@ -1,8 +1,9 @@
 """Choice of the backend that runs an operator.
 
-A backend is a namespace with one function per operator and, where it cannot always run,
-``can_run_<operator>`` that returns the reason it cannot. ``"auto"`` takes the first in
-:data:`AUTO_ORDER` without a reason; a backend named by the caller raises with its reason.
+A backend is a namespace with one function per operator and, for an operator that cannot always run,
+a function ``can_run_<operator>`` that returns the reason, or ``None``. ``"auto"`` chooses the first
+backend in :data:`AUTO_ORDER` that can run; a backend that the caller names and that cannot run
+raises an error with the reason.
 """
 
 import logging
@@ -29,7 +30,7 @@ AUTO_ORDER = ("triton", "cpu", "eager")
 
 
 def call(operator: str, backend: str, *arguments: Argument) -> Tensor:
-    """Run ``operator`` with ``backend``, or with the first that can when it is ``"auto"``.
+    """Run ``operator`` on ``backend``, or for ``"auto"`` on the first backend that can run it.
 
     Raises:
         ValueError: the backend is unknown, or cannot run these arguments.
@@ -51,7 +52,7 @@ def check_name(backend: str) -> None:
     """Check that ``backend`` is one of :data:`BACKENDS` or ``"auto"``.
 
     Raises:
-        ValueError: it is not.
+        ValueError: there is no backend of that name.
     """
     if backend not in BACKENDS and backend != "auto":
         known = ", ".join(f'"{name}"' for name in ("auto", *BACKENDS))
@@ -73,7 +74,7 @@ def reason_against(operator: str, backend: str, *arguments: Argument) -> str | N
 
 
 def availability() -> dict[str, str | None]:
-    """Every backend's name, and why it cannot run on this machine; ``None`` when it can."""
+    """Map each backend's name to the reason why it cannot run on this machine, or ``None``."""
     return {
         name: check() if (check := getattr(module, "unavailable_reason", None)) else None
         for name, module in BACKENDS.items()

@@ -1,8 +1,8 @@
-"""Plain PyTorch operators for any device and dtype, without copies of the features per tap.
+"""Operators in plain PyTorch for any device and dtype, without a copy of the features per tap.
 
-Weights are tap-major, (B, T, H, W), so that each of the T passes reads one contiguous plane of
-weights and one shifted view of the features: T multiply-adds over (B, C, H, W). Unfolding would
-make T copies of the features instead.
+Weights are tap-major, (B, T, H, W) for T taps, so that each of T passes reads one contiguous plane
+of weights and one shifted view of the features, and does one multiply-add over (B, C, H, W).
+Unfolding would make T copies of the features instead.
 """
 
 from collections.abc import Sequence
@@ -79,19 +79,20 @@ def neighbourhood_upsample(
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`.
 
-    The weights are those of a window of an output of ``output_size``, from ``origin`` on, and the
-    features the cells of a grid of ``grid_size``, from ``grid_origin`` on.
+    The weights cover a window, from ``origin`` on, of an output of ``output_size``; the features
+    cover a window, from ``grid_origin`` on, of a grid of ``grid_size``.
 
     All pixels of one coarse cell read the same (2r+1)² cells, so the sum is one small matrix
-    product per cell: (pixels of the cell × taps)·(taps × C). Where the output is not a whole
-    multiple of the grid, cells are padded to the largest and the padding is dropped after.
+    product per cell: (pixels of the cell × taps)·(taps × C). If the output is not a whole multiple
+    of the grid, cells have different numbers of pixels; all are padded to the largest number, and
+    the padding is dropped from the result.
     """
     radius, counts = window_radius(weights.shape[1]), weights.shape[2:]
     rows, columns = (
         slots_of_cells(*axis, skip=skip)
         for *axis, skip in zip(grid_size, output_size, origin, counts, grid_origin, strict=True)
     )
-    # Only the cells that are read: the whole map may be many times larger.
+    # Keep only the cells that are read: the whole map may be many times larger.
     top, left = (max(axis.first - radius, 0) for axis in (rows, columns))
     features = features[
         :,

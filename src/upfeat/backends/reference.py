@@ -1,7 +1,7 @@
-"""The oracle: operators written the obvious way, with every intermediate in memory.
+"""The reference implementation: operators written plainly, with every intermediate in memory.
 
-Nothing here is fast and nothing here is clever; every other backend is tested against it in
-float64. Shapes are checked by ``upfeat.functional`` before a backend is called.
+This backend is simple rather than fast; every other backend is tested against it in float64.
+``upfeat.functional`` checks shapes before it calls a backend.
 """
 
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def window_attention(
     scale: float,
     blocks: Sequence[int],
 ) -> Tensor:
-    """See :func:`upfeat.functional.window_attention`: all cells for all pixels, most masked out."""
+    """See :func:`upfeat.functional.window_attention`; all cells for all pixels, mostly masked."""
     seen = []
     for axis, bounds in ((2, rows), (3, columns)):
         first, stop = torch.tensor(bounds, device=keys.device).unflatten(0, (2, -1))
@@ -129,7 +129,7 @@ def _cells_around(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> Tensor:
-    """(B, K, h, w) to the cells around every pixel of a window, (B, K, (2r+1)², height, width)."""
+    """Gather the cells around every pixel of a window, (B, K, h, w) -> (B, K, (2r+1)², *size)."""
     rows, columns = (
         cell_of_pixels(cells, length, start, count, coarse.device) - first
         for cells, length, start, count, first in zip(

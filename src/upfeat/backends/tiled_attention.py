@@ -1,7 +1,8 @@
-"""Window attention in plain PyTorch: tiles of pixels, as matrix products over the cells they see.
+"""Window attention in plain PyTorch: matrix products of tiles of pixels with their cells.
 
-Pixels side by side see nearly the same cells. A tile takes the cells that any of its pixels sees,
-and masks those that a pixel does not. The weights of one tile exist at a time.
+Neighbouring pixels attend to nearly the same cells. A tile reads all cells that any of its pixels
+attends to, and masks those that a given pixel does not. The weights of only one tile at a time are
+in memory.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,15 +12,15 @@ import torch
 from torch import Tensor
 
 _MOST_WEIGHTS = 2**21
-"""Weights of a tile of one image: 8 MiB in float32."""
+"""Largest number of weights in a tile of one image: 8 MiB in float32."""
 _SLACK = 2
-"""Cells that a tile may see, along an axis, beyond those of its first pixel."""
+"""Number of cells along an axis that a tile may read beyond those of its first pixel."""
 _STRIP = 32
-"""Pixels of a row whose weights must fit in a tile."""
+"""Width in pixels that must fit in a tile, whatever number of rows is chosen."""
 
 
 class Run(NamedTuple):
-    """Pixels side by side on one axis, and the cells that any of them sees."""
+    """Neighbouring pixels on one axis, and the cells that any of them attends to."""
 
     start: int
     stop: int
@@ -40,11 +41,11 @@ def window_attention(
     blocks: Sequence[int],
 ) -> Tensor:
     """See :func:`upfeat.functional.window_attention`."""
-    # Inner products and softmax in float32 at least; the values' sum too.
+    # Inner products, softmax and sums of values are computed in float32 at least.
     exact = torch.promote_types(torch.promote_types(queries.dtype, values.dtype), torch.float32)
     queries = (queries * scale).to(exact).unflatten(1, (heads, -1))  # (B, N, D/N, H, W)
     keys = keys.to(exact).unflatten(1, (heads, -1))
-    # Runs of one pixel: the most cells that a single pixel sees.
+    # With runs of one pixel this is the largest number of cells that a pixel attends to.
     widest = max(run.end - run.first for run in runs(columns, 0, 1))
     bands = []
     for band in runs(rows, _SLACK, _most_rows(rows, widest, heads)):
@@ -59,18 +60,18 @@ def window_attention(
 
 
 def _most_rows(rows: Sequence[int], widest: int, heads: int) -> int:
-    """Rows of pixels in a band of which a strip of :data:`_STRIP` columns fits in a tile."""
+    """Most rows of pixels in a band of which :data:`_STRIP` columns fit in a tile."""
     tallest = max(run.end - run.first for run in runs(rows, 0, 1)) + _SLACK
     return max(_MOST_WEIGHTS // (tallest * (widest + _SLACK) * heads * _STRIP), 1)
 
 
 def runs(bounds: Sequence[int], slack: int, most: int) -> Iterator[Run]:
-    """Cut an axis into runs of pixels that see nearly the same cells.
+    """Divide an axis into runs of pixels that attend to nearly the same cells.
 
     Args:
-        bounds: the first cell of every pixel, then one past the last of every pixel.
-        slack: how many more cells a run may see than its first pixel.
-        most: pixels of a run.
+        bounds: the first cell of every pixel, then one past the last cell of every pixel.
+        slack: number of cells that a run may read beyond those of its first pixel.
+        most: largest number of pixels in a run.
     """
     length = len(bounds) // 2
     start, first, last = 0, bounds[0], bounds[length]
@@ -95,7 +96,7 @@ def _tile(
     bounds: tuple[Sequence[int], Sequence[int]],
     blocks: Sequence[int],
 ) -> Tensor:
-    """The pixels where a band of rows and a run of columns meet, (B, C, height, width)."""
+    """Attend at the pixels of one band of rows and one run of columns, (B, C, height, width)."""
     query = queries[..., band.start : band.stop, run.start : run.stop].flatten(3)  # (B, N, d, P)
     cells = (..., slice(band.first, band.end), slice(run.first, run.end))
     key, value = keys[cells].flatten(3), values[cells].flatten(2)  # (B, N, d, M), (B, C, M)
@@ -114,7 +115,7 @@ def _tile(
 def _outside(
     bounds: tuple[Sequence[int], Sequence[int]], band: Run, run: Run, device: torch.device
 ) -> Tensor | None:
-    """Mask of the tile's cells that a pixel does not see, (P, M); ``None`` where it sees all."""
+    """Mask (P, M) of the cells that each pixel does not attend to; ``None`` if there are none."""
     seen = []
     for axis, tile in zip(bounds, (band, run), strict=True):
         length = len(axis) // 2

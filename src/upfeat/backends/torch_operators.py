@@ -1,9 +1,9 @@
-"""Compiled kernels as PyTorch operators: with gradients, and known to the compiler.
+"""Compiled kernels as PyTorch operators, with gradients and support by ``torch.compile``.
 
-A compiled backend gives plain functions and their gradients. Here each becomes an operator of
-``torch.ops.upfeat`` with a shape rule and an autograd rule, so that ``torch.compile``,
-``torch.export`` and ``opcheck`` treat it as any other. Operators are named after
-their backend, since the same tensor may be run by more than one.
+A compiled backend has plain functions for its operators and for their gradients. This module
+registers each as an operator of ``torch.ops.upfeat``, with a shape rule and an autograd rule, so
+that ``torch.compile``, ``torch.export`` and ``opcheck`` treat it as any other operator. Names end
+in the backend's name, since several backends can run on the same tensor.
 """
 
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from upfeat.geometry import cells_of_window
 _LIBRARY = torch.library.Library("upfeat", "DEF")
 
 _PLACE = [f"SymInt[] {name}" for name in ("output_size", "origin", "grid_size", "grid_origin")]
-"""The window of an output, and the part of a grid, that tensors are."""
+"""Options that place tensors as windows of an output and of a grid."""
 
 WINDOWED: dict[str, list[str]] = {
     "adaptive_conv2d": [],
     "joint_bilateral_upsample": [],
     "neighbourhood_upsample": _PLACE,
 }
-"""Operators of (values, weights) that are linear in both, with the options they take."""
+"""Operators of (values, weights) that are linear in both, with their options."""
 
 WEIGHTS = {
     "bilateral_weights": (["keys", "temperature", "sigma_spatial"], ["int radius"]),
@@ -39,10 +39,10 @@ WEIGHTS = {
         ["int radius", *_PLACE],
     ),
 }
-"""Operators that make weights, with the tensors and the options they take."""
+"""Operators that compute weights, with their tensors and their options."""
 
 UNKEPT = ("neighbourhood_attention", "neighbourhood_mean_weights")
-"""Operators that make neighbourhood weights and keep only what is made of them."""
+"""Operators that compute neighbourhood weights and return only sums or means, not the weights."""
 
 
 def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
@@ -65,7 +65,7 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
         need_weights: bool,
         *chosen: Any,
     ) -> tuple[Tensor, Tensor]:
-        # An operator returns tensors only: what nobody asked for is empty.
+        # An operator can return tensors only: gradients that are not needed are empty.
         found = backward(grad, values, weights, need_values, need_weights, *chosen)
         return tuple(values.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
 
@@ -105,9 +105,9 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
 
 
 def _weights(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
-    """Register an operator that makes weights, and the gradients of all its tensors.
+    """Register an operator that computes weights, and the gradients of all its tensors.
 
-    The first tensor has the weights' size, the first option is the radius.
+    The first tensor has the height and width of the weights; the first option is the radius.
     """
     tensors, options = WEIGHTS[operator]
     name, count = f"{operator}_{backend}", len(tensors)
@@ -225,7 +225,7 @@ def _pyramid(backend: str, module: ModuleType, operator: str) -> Callable[..., T
 
 
 def _pyramid_means(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
-    """Register the means of queries over cells; it has no gradient."""
+    """Register the operator for means of queries over cells; it has no gradient."""
     name = f"{operator}_{backend}"
     options = "SymInt[] grid_size, SymInt[] cells"
     _LIBRARY.define(f"{name}(Tensor guidance, Tensor[] parameters, {options}) -> Tensor")
@@ -240,7 +240,7 @@ def _pyramid_means(backend: str, module: ModuleType, operator: str) -> Callable[
 
 
 def _neighbourhood(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
-    """Register what is made of neighbourhood weights that are not kept; it has no gradient."""
+    """Register one of the :data:`UNKEPT` operators; it has no gradient."""
     name, sums = f"{operator}_{backend}", operator == "neighbourhood_attention"
     tensors, options = WEIGHTS["neighbourhood_weights"]
     given = [f"Tensor {tensor}" for tensor in (["features", *tensors] if sums else tensors)]
@@ -264,7 +264,7 @@ def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]
 
 
 def _outside_transforms(check: Callable[..., str | None]) -> Callable[..., str | None]:
-    """A ``can_run`` that also refuses the tensors of ``torch.func``, whose memory is not theirs."""
+    """Make a ``can_run`` check also refuse tensors of ``torch.func``, which own no memory."""
 
     def checked(*arguments: Any) -> str | None:
         if not torch.compiler.is_compiling():
@@ -277,7 +277,7 @@ def _outside_transforms(check: Callable[..., str | None]) -> Callable[..., str |
 
 
 def _empty_output(values: Tensor, like: Tensor) -> Tensor:
-    """(B, C, H, W) in the memory format that the kernels choose: that of ``values``."""
+    """Allocate (B, C, H, W) in the memory format of ``values``, as the kernels do."""
     channels_last = not values.is_contiguous() and values.stride(1) == 1
     layout = torch.channels_last if channels_last else torch.contiguous_format
     shape = (*values.shape[:2], *like.shape[2:])
@@ -293,11 +293,11 @@ OPERATORS = {
     "pyramid_queries": _pyramid,
     "pyramid_means": _pyramid_means,
 }
-"""Every operator that a compiled backend may have, and how it becomes one of PyTorch's."""
+"""Functions that register each operator a compiled backend may have, by the operator's name."""
 
 
 def _as_backend(backend: str, module: ModuleType) -> SimpleNamespace:
-    """The backend with its operators replaced by differentiable ones."""
+    """Make a backend of a module's operators, each registered with PyTorch."""
     found = SimpleNamespace(unavailable_reason=module.unavailable_reason)
     for operator, register in OPERATORS.items():
         if hasattr(module, operator):

@@ -1,4 +1,4 @@
-"""Measuring upsamplers: probes on labelled photographs, always with bilinear in the table."""
+"""Evaluation of upsamplers on photographs, with bilinear interpolation as the baseline."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from upfeat.evaluation.evaluate import evaluate
     from upfeat.evaluation.results import Results, Row
 
-# Imported when first asked for: the command lists its tasks before PyTorch is loaded.
+# Imported on first use, so that the command can list its tasks without loading PyTorch.
 _LAZY = {
     "EvalConfig": "upfeat.evaluation.config",
     "Results": "upfeat.evaluation.results",

@@ -14,12 +14,16 @@ DOWNSAMPLERS = ("box", "simple", "attention")
 
 
 class Several(NamedTuple):
-    """One or more of a few names, each once."""
+    """Check of a setting whose value is one or more of the known names, without repetition."""
 
     known: tuple[str, ...]
 
     def __call__(self, name: str, value: Any) -> tuple[str, ...]:
-        """Check a value."""
+        """Check the value of a setting and return it as a tuple.
+
+        Raises:
+            ValueError: the value is not one or more of the known names, or a name is repeated.
+        """
         listed = isinstance(value, tuple | list) and all(isinstance(one, str) for one in value)
         if not listed or not value or not set(value) <= set(self.known):
             raise ValueError(f"{name}={shown(value)} must be one or more of {self.known}")
@@ -31,7 +35,7 @@ class Several(NamedTuple):
 @documented
 @dataclass(frozen=True)
 class EvalConfig:
-    """Settings; every one of them may change scores, and all are written beside them."""
+    """Settings of an evaluation; all of them may change scores, so all are recorded in results."""
 
     size: int = setting(
         224,
@@ -73,10 +77,10 @@ class EvalConfig:
         check(self)
 
     def choose_pictures(self, count: int) -> list[int]:
-        """Indices of the samples to show, of ``count``: evenly spaced, never chosen by eye."""
+        """Return indices of the samples to show, evenly spaced over ``count``, not hand-picked."""
         shown = min(self.pictures, count)
         return [(2 * index + 1) * count // (2 * shown) for index in range(shown)]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the settings as JSON values."""
         return asdict(self)

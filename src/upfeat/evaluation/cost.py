@@ -1,4 +1,4 @@
-"""Cost of an upsampler, and how far it changes what the features mean."""
+"""Cost of a method, and its drift: the change of features averaged back over cells."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ N_MEASURED = 8
 
 @torch.no_grad()
 def measure(method: Method, images: PreparedSet) -> tuple[dict[str, float | None], float]:
-    """Measure a method's passes, time and memory, and how well it keeps the coarse features.
+    """Measure a method's passes, time, memory and drift.
 
     Args:
-        method: to measure.
-        images: the first few are taken.
+        method: method to measure.
+        images: prepared images; only the first ``N_MEASURED`` are used.
 
     Returns:
-        ``passes`` of the backbone over an image (``None``: many); ``seconds``, the median an image,
-        without the pass that makes the coarse features of methods that start from them;
-        ``memory_mib``, the most that one image added to the memory in use at any moment of its
-        upsampling, the result included (of the process on the CPU, of PyTorch on a GPU; ``None``
-        where the system does not tell); and the mean cosine between the upsampled features,
-        averaged over each cell, and the coarse ones: 1 means unchanged.
+        A dictionary of costs, and the drift.
+
+        * ``passes`` of the backbone over an image (``None``: many).
+        * ``seconds``, the median time per image. A method that starts from coarse features is timed
+          without the pass that computes them.
+        * ``memory_mib``, the peak over all images of the memory, MiB, that upsampling an image
+          added, its result included: memory of the process on the CPU, of PyTorch on a GPU;
+          ``None`` where the system does not report it.
+
+        The drift is the mean cosine between the coarse features and the upsampled features averaged
+        over each cell: 1 means unchanged.
     """
     method = method.fresh()
     passes = None if method.passes is None else float(method.passes)
@@ -45,7 +50,7 @@ def measure(method: Method, images: PreparedSet) -> tuple[dict[str, float | None
         rises.append(rise)
         pooled = F.adaptive_avg_pool2d(upsampled, (features.shape[2], features.shape[3]))
         cosines.append(float(F.cosine_similarity(pooled, features, dim=1).mean()))
-        # Its memory would serve the next image, whose need would then not be seen.
+        # Otherwise the next image would reuse this memory, and its own need would not be measured.
         del upsampled
     known = [rise for rise in rises if rise is not None]
     cost = {
@@ -57,7 +62,7 @@ def measure(method: Method, images: PreparedSet) -> tuple[dict[str, float | None
 
 
 def _watched(method: Method, sample: Prepared) -> tuple[Tensor, float, float | None]:
-    """The upsampled features, seconds, and the rise of memory in MiB."""
+    """Upsample an image; return its features, the time in seconds and the rise of memory in MiB."""
     device = sample.features.device.type
     on_gpu = device == "cuda"
     if on_gpu:
@@ -74,16 +79,16 @@ def _watched(method: Method, sample: Prepared) -> tuple[Tensor, float, float | N
     after = torch.cuda.max_memory_allocated() if on_gpu else _status("VmHWM")
     if before is None or after is None:
         return upsampled, elapsed, None
-    # Less than the result itself cannot be: memory kept for reuse has hidden the need.
+    # A rise below the size of the result is not credible: the process reused memory that it held.
     rise = after - before
     credible = rise >= upsampled.numel() * upsampled.element_size() // 2
     return upsampled, elapsed, rise / 2**20 if credible else None
 
 
 def _reset_peak() -> int | None:
-    """Make the peak equal to what the process holds now; return that, bytes (Linux, glibc)."""
+    """Reset the process's peak memory to its current memory; return this, bytes (Linux, glibc)."""
     try:
-        # Memory that was freed but kept for reuse would hide what the next call needs.
+        # Freed memory is returned to the system, since reuse would hide the need of the next call.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
     except (OSError, AttributeError, TypeError):
@@ -92,7 +97,7 @@ def _reset_peak() -> int | None:
 
 
 def _status(field: str) -> int | None:
-    """A memory figure of this process, bytes."""
+    """Return a field of ``/proc/self/status``, such as VmRSS, in bytes; ``None`` if missing."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,7 +1,8 @@
-"""Differences between methods, and how far they are to be trusted.
+"""Differences between methods, with confidence intervals from the paired bootstrap.
 
-A test set is a sample of images. Drawn again with replacement, the same images for every method, it
-tells how much a difference owes to those that happen to be in it: the paired bootstrap.
+A test set is a sample of images, so a difference between two methods depends on the images that
+happen to be in it. To measure this dependence, test sets are drawn from the test images with
+replacement, the same images for every method, and the difference is computed on each of them.
 """
 
 from __future__ import annotations
@@ -20,30 +21,31 @@ from torch import Tensor
 from upfeat.evaluation.results import Row, summary
 
 BASELINE = "bilinear"
-"""The method that every other is compared with."""
+"""Label of the method with which all others are compared."""
 
 ROUNDS = 1000
-"""Test sets that are drawn."""
+"""Number of test sets drawn by the bootstrap."""
 
 _CERTAIN = 0.95
 _DTYPES = ("int64", "float64")
 
 ScoresOf = Callable[[Tensor], Mapping[str, Tensor]]
-"""From sums over images (…, M) to scores by name, each (…)."""
+"""Function from sums over images (…, M) to scores by name, each (…)."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One method less another, in one score.
+    """Difference of one score between two methods.
 
     Attributes:
-        upsampler: the one.
-        against: the other.
-        protocol: of both.
+        upsampler: label of the method whose score is the minuend.
+        against: label of the method whose score is subtracted.
+        protocol: protocol of both scores.
         score: name of the score.
-        values: for each seed.
-        low: of the mean over seeds, below which 2.5 % of the drawn test sets lie.
-        high: above which 2.5 % lie.
+        values: difference for each seed.
+        low: lower end of the 95 % interval of the mean over seeds: 2.5 % of the drawn test sets
+            have a smaller mean.
+        high: upper end of the interval: 2.5 % have a larger mean.
     """
 
     upsampler: str
@@ -61,11 +63,11 @@ class Difference:
 
     @property
     def certain(self) -> bool:
-        """True if 0 lies outside the interval."""
+        """True if the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; what is not defined is ``None``."""
+        """Return the difference as JSON values; undefined numbers are ``None``."""
         values = {**asdict(self), "mean": self.mean}
         del values["values"]
         shown = {
@@ -76,7 +78,7 @@ class Difference:
 
 
 def pack_sums(sums: Tensor) -> dict[str, Any]:
-    """Put what each image adds to the scores, (images, seeds, M), in few characters."""
+    """Compress each image's contribution to the scores, (images, seeds, M), to short text."""
     array = sums.cpu().numpy()
     if array.dtype.name not in _DTYPES:
         raise ValueError(f"sums is {array.dtype}; give one of {_DTYPES}")
@@ -85,7 +87,7 @@ def pack_sums(sums: Tensor) -> dict[str, Any]:
 
 
 def unpack_sums(packed: Mapping[str, Any]) -> Tensor:
-    """The inverse of :func:`pack_sums`, float64."""
+    """Recover the sums (images, seeds, M), as float64, from the result of :func:`pack_sums`."""
     raw = zlib.decompress(base64.b64decode(packed["values"]))
     array = np.frombuffer(raw, packed["dtype"]).reshape(packed["shape"])
     return torch.from_numpy(array.astype("float64"))
@@ -102,12 +104,12 @@ def find_differences(
     """Compare every row with bilinear, and with the best of the other rows of its protocol.
 
     Args:
-        rows: those without sums of their images are left out.
-        scores_of: from summed sums to scores.
-        higher_is_better: which scores to compare, in order, and the good direction of each; the
-            first one decides which row is best.
-        rounds: test sets to draw.
-        seed: of the draws; the same for all rows.
+        rows: rows to compare; rows without ``sums`` are left out.
+        scores_of: function from sums over images to scores.
+        higher_is_better: names of the scores to compare, in order, each with its good direction;
+            the first score decides which row is best.
+        rounds: number of test sets to draw.
+        seed: seed of the draws, which are the same for all rows.
     """
     found = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
@@ -135,12 +137,12 @@ def _draw(count: int, rounds: int, seed: int) -> Tensor:
 
 
 def _resampled(sums: Tensor, drawn: Tensor) -> Tensor:
-    """(images, seeds, M) -> (rounds, seeds, M)."""
+    """Sum the contributions of images over each drawn set: (rounds, seeds, M)."""
     return (drawn @ sums.flatten(1)).unflatten(1, sums.shape[1:])
 
 
 def _others(index: int, group: Sequence[Row], scores: Mapping[str, bool]) -> list[int]:
-    """Rows to compare one with: bilinear, then the best of the others."""
+    """Return indices of the rows to compare a row with: bilinear, then the best other row."""
     first, higher = next(iter(scores.items()))
     means = [summary(row.scores[first])["mean"] for row in group]
     signed = [-math.inf if one is None else one if higher else -one for one in means]

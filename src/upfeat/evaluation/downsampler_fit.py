@@ -1,13 +1,14 @@
-"""Fit a downsampler, and how far to trust it, to one upsampler that stays as it is.
+"""Fit of a downsampler, and of the uncertainty of its results, to one frozen upsampler.
 
-Consistency asks whether upsampled features, warped as a view is and brought back to the backbone's
-grid, are what the backbone sees there. The way back is part of the answer, so each upsampler gets a
-downsampler of its own, fitted on training images by the squared error (FeatUp, section 3.2), and
-then a standard deviation for each cell that makes the errors likeliest (section 3.3).
+The consistency task warps upsampled features like a view, downsamples them to the backbone's grid
+and compares them with the backbone's features of that view. The errors depend on the downsampler,
+so each upsampler gets its own. It is fitted on training images by the squared error (FeatUp,
+section 3.2); then a standard deviation for each cell is fitted by maximum likelihood (section 3.3).
 
-Both are fitted on cells: patches of warped features with the backbone's feature as the target. The
-error is taken along random directions, drawn anew for every image, which measures all channels
-alike; saliency and standard deviation read the leading principal components of the features.
+Both are fitted on cells: patches of warped features, with the backbone's feature of the cell as the
+target. Errors are measured along random directions, drawn anew for every image, so that all
+channels count equally. Saliency and standard deviation are functions of the leading principal
+components of the features.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from upfeat.losses import SpatialUncertainty, gaussian_reconstruction
 from upfeat.optimisers import LBFGS, NAdam
 
 N_DIRECTIONS = 30
-"""Random directions along which the error is taken while fitting (FeatUp, section 3.3)."""
+"""Random directions along which the error is measured while fitting (FeatUp, section 3.3)."""
 
 N_COMPONENTS = 32
-"""Leading principal components that the saliency and the standard deviation read."""
+"""Leading principal components on which the saliency and the standard deviation depend."""
 
 MAX_CELLS = 4096
 MAX_VALUES = 2**26
-"""Numbers that the cells of one seed may hold: 256 MiB."""
+"""Most numbers in the cells of one seed: 256 MiB."""
 
 _STEPS = 150
 _BATCH = 256
@@ -45,10 +46,10 @@ class Cells:
     """Cells of training views.
 
     Attributes:
-        values: (N, 30, k, k) warped features of the cell's pixels, along random directions.
-        leading: (N, D, k, k) the same pixels' leading components.
-        target: (N, 30) the backbone's features of the cell, along the same directions.
-        seen: (N, D) leading components of those.
+        values: (N, 30, k, k), warped features of each cell's pixels along random directions.
+        leading: (N, D, k, k), leading components of the warped features.
+        target: (N, 30), the backbone's features of the cells along the same directions.
+        seen: (N, D), leading components of the backbone's features.
     """
 
     values: Tensor
@@ -72,25 +73,25 @@ class Cells:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A way back to the backbone's grid, and how far to trust it; both take whole features."""
+    """A fitted downsampler and its uncertainty; both take all C channels of features."""
 
     downsampler: AttentionDownsampler | SimpleDownsampler
     uncertainty: SpatialUncertainty
 
 
 def count_cells(kernel_size: int, n_components: int) -> int:
-    """Number of cells of k×k pixels that one seed may draw."""
+    """Return the number of cells, of k×k pixels with k = ``kernel_size``, to draw for one seed."""
     return max(1, min(MAX_CELLS, MAX_VALUES // (kernel_size**2 * (N_DIRECTIONS + n_components))))
 
 
 def leading_components(images: PreparedSet) -> Tensor:
-    """Principal components of coarse features, scaled to variance 1.
+    """Compute the leading principal components of coarse features.
 
     Args:
-        images: of the training split.
+        images: images of the training split.
 
     Returns:
-        (D, C): D at most :data:`N_COMPONENTS` and C.
+        (D, C), projections to components of variance 1; D is :data:`N_COMPONENTS`, but at most C.
     """
     total, square, count = 0, 0, 0
     for sample in images:
@@ -109,10 +110,10 @@ def fit(kind: str, cells: Cells, leading: Tensor, seed: int) -> Fitted:
     """Fit a downsampler, then its standard deviation.
 
     Args:
-        kind: ``box`` (nothing to fit: the mean over the cell), ``simple`` or ``attention``.
-        cells: to fit on.
-        leading: (D, C) the components that the cells hold.
-        seed: of initial values and batches.
+        kind: ``box`` (the mean over the cell, which needs no fit), ``simple`` or ``attention``.
+        cells: cells to fit on.
+        leading: (D, C), the projection to the components that the cells contain.
+        seed: seed of initial values and batches.
     """
     generator = torch.Generator().manual_seed(seed)
     kernel_size = cells.leading.shape[2]
@@ -167,7 +168,7 @@ def _fit_downsampler(
 
 
 def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of each step's cells: every cell once before any comes again."""
+    """Yield the indices of each step's cells: every cell is used once before any is repeated."""
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(_STEPS):
         while len(order) < min(_BATCH, count):
@@ -179,14 +180,17 @@ def _batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
 def _fit_uncertainty(
     downsampler: AttentionDownsampler | SimpleDownsampler, cells: Cells
 ) -> SpatialUncertainty:
-    """The likeliest standard deviations: a convex problem, from one value for all cells."""
+    """Fit the standard deviations of cells by maximum likelihood, starting from one common value.
+
+    The problem is convex.
+    """
     batches = torch.arange(len(cells)).split(_BATCH)
     predicted = torch.cat([_pooled(downsampler, cells[index]) for index in batches])
     error = (predicted - cells.target)[..., None, None]  # (N, 30, 1, 1)
     seen = cells.seen[..., None, None]
     uncertainty = SpatialUncertainty(seen.shape[1], generator=torch.Generator()).to(seen.device)
     uncertainty.weight.zero_()
-    # The module adds 0.1 to the logarithm.
+    # The bias is the logarithm less 0.1, since the module adds 0.1.
     uncertainty.bias.fill_(math.log(float(error.square().mean().sqrt().clamp(min=1e-4))) - 0.1)
     optimiser = LBFGS(uncertainty.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
@@ -202,7 +206,7 @@ def _fit_uncertainty(
 
 
 def to_cells(maps: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cut maps into their cells' pixels: (V, C, H, W) -> (V·h·w, C, k, k), row by row."""
+    """Cut maps into the cells of a grid (h, w), row by row: (V, C, H, W) -> (V·h·w, C, k, k)."""
     height, width = maps.shape[2] // grid[0], maps.shape[3] // grid[1]
     cut = maps.unflatten(3, (grid[1], width)).unflatten(2, (grid[0], height))  # V C h k w k
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)

@@ -1,4 +1,4 @@
-"""Evaluations as users call them: results and a report on disk."""
+"""Entry point of evaluations, which writes results and a report to disk."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ def evaluate(
 ) -> Results:
     """Compare upsamplers on a dataset; write ``results.json`` and ``report.html``.
 
-    What is already in ``out`` from an interrupted run with the same data, weights and settings is
-    used again.
+    Work of an interrupted run with the same data, weights and settings is reused from ``out``.
 
     Args:
-        task: one of :func:`upfeat.evaluation.tasks.list_tasks`, or a class of one's own.
-        folder: the data: photographs with labels (``seg``) or depth maps (``depth``), or
+        task: a name from :func:`upfeat.evaluation.tasks.list_tasks`, or a subclass of
+            :class:`Task`.
+        folder: folder of the data: photographs with labels (``seg``) or depth maps (``depth``), or
             photographs alone.
-        out: folder for results, made if need be; ``out/cache`` holds prepared images and finished
-            rows, and may be deleted afterwards.
-        upsamplers: one or more names, folders, checkpoints or upsamplers, as ``upfeat.load`` takes
-            them; and "implicit", which fits every image. ``None`` for
+        out: folder for results, created if need be. ``out/cache`` contains prepared images and
+            finished rows, and may be deleted afterwards.
+        upsamplers: one or more upsamplers, each a name, folder, checkpoint or object as for
+            ``upfeat.load``, or "implicit", which fits every image. ``None`` for
             :data:`upfeat.evaluation.harness.BASELINES` and the backbone's default.
-        backbone: its features are upsampled; ``None`` for ``efficientnet_lite0``, and for ``cam``
-            at the stride that its classifier reads.
-        config: settings.
-        layout: how the data lies on disk: ``folder``, ``coco_stuff``, ``ade20k``, ``cityscapes``,
+        backbone: backbone whose features are upsampled; ``None`` for ``efficientnet_lite0``, for
+            the task ``cam`` at the stride of its classifier's features.
+        config: settings of the evaluation; ``None`` for the defaults.
+        layout: layout of the data on disk: ``folder``, ``coco_stuff``, ``ade20k``, ``cityscapes``,
             ``voc`` or ``nyuv2``.
-        device: where backbone, upsamplers and probes run. Digits repeat on the CPU; elsewhere they
-            may differ in the last places.
-        overwrite: replace a ``results.json`` or ``report.html`` in ``out`` that no evaluation
-            wrote.
-        on_step: is told of progress.
+        device: device of the backbone, upsamplers and probes. Scores are repeatable to the last
+            digit on the CPU alone.
+        overwrite: replace a ``results.json`` or ``report.html`` in ``out`` even if no evaluation
+            wrote it.
+        on_step: called with the progress.
 
     Raises:
-        FileNotFoundError: the data or an upsampler is not there.
-        TypeError: task or config is something else.
-        ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written, as
-            another process does.
+        FileNotFoundError: the data or an upsampler does not exist.
+        TypeError: ``task`` or ``config`` has another type.
+        ValueError: nothing can be scored, an argument is wrong, or ``out`` cannot be written, for
+            example because another process writes to it.
     """
     kind = find_task(task) if isinstance(task, str) else task
     if not (isinstance(kind, type) and issubclass(kind, Task)):

@@ -1,4 +1,4 @@
-"""From a folder and a list of upsamplers to a table of scores."""
+"""Scoring of a list of upsamplers on a folder of data: the table of results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BASELINES = (
     "jbu_stack",
     "neighbourhood",
 )
-"""Upsamplers in every comparison; a backbone with a better default of its own gets that as well."""
+"""Upsamplers in every default comparison, to which the backbone's default upsampler is added."""
 
 
 def score(
@@ -43,7 +43,10 @@ def score(
     device: str | torch.device,
     on_step: OnStep | None,
 ) -> Results:
-    """Score upsamplers; everything of :func:`upfeat.evaluation.evaluate` but its two files."""
+    """Score upsamplers as :func:`upfeat.evaluation.evaluate` does, but without writing its files.
+
+    The arguments are those of that function; ``out/cache`` is written.
+    """
     config = config or EvalConfig()
     network = _load_backbone(task, backbone, checked_device(device))
     if config.size < network.stride:
@@ -94,10 +97,10 @@ def score(
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """Check that tensors can be put on a device.
+    """Return a device after a check that it can store tensors.
 
     Raises:
-        ValueError: they cannot.
+        ValueError: it cannot, because it does not exist or is the meta device.
     """
     found = find_device(device)
     if found.type == "meta":
@@ -110,7 +113,7 @@ def _facts(parts: dict[str, PreparedSet]) -> dict[str, dict[str, str | int]]:
 
 
 def _examples(task: type[Task], test: PreparedSet, config: EvalConfig) -> dict[str, dict[str, str]]:
-    """The pictures that every row shares: image and target."""
+    """Return the pictures that all rows share, image and target, by sample name."""
     examples = {}
     if task.pictures is None:
         return examples

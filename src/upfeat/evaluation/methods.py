@@ -1,4 +1,4 @@
-"""Methods: every way from an image's coarse features to a feature map, alike to every task."""
+"""Methods, the common interface through which tasks score all kinds of upsampling."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from upfeat.upsamplers import Upsampler
 
 
 class Method(ABC):
-    """A way from a prepared image and its coarse features to features of its size.
+    """A computation of features at image size from a prepared image and its coarse features.
 
     Attributes:
-        weights: name of its weights, for results.
-        identity: name for all that decides what it gives, for rows that are kept.
-        passes: of the backbone over an image, those that the coarse features took included.
+        weights: digest of the method's weights, for results.
+        identity: name of everything that the method's features depend on; stored rows are reused
+            only for the same identity.
+        passes: number of the backbone's passes over an image, the pass for the coarse features
+            included; ``None`` for many.
     """
 
     weights: str
@@ -34,22 +36,23 @@ class Method(ABC):
 
     @abstractmethod
     def __call__(self, sample: Prepared) -> FeatureMap:
-        """Features (1, C, H, W) at the image's own size."""
+        """Return a feature map (1, C, H, W) of the image's size."""
 
     def fresh(self) -> Method:
-        """The same without anything kept from before, so that its cost can be measured."""
+        """Return the method without cached results, so that its cost can be measured."""
         return self
 
 
 class UpsamplerMethod(Method):
-    """One pass of an upsampler."""
+    """One pass of an upsampler over coarse features."""
 
     def __init__(self, upsampler: Upsampler, backbone: Backbone) -> None:
         """Prepare an upsampler for one backbone.
 
         Args:
-            upsampler: put in eval mode, frozen, and moved to the backbone's device.
-            backbone: makes the features.
+            upsampler: upsampler to use; it is put in eval mode, frozen, and moved to the backbone's
+                device.
+            backbone: backbone of the coarse features.
         """
         self.upsampler = upsampler.eval().requires_grad_(False).to(backbone.mean.device)
         self.backbone = backbone
@@ -63,21 +66,21 @@ class UpsamplerMethod(Method):
 
 
 class ImplicitMethod(Method):
-    """A fit to every image, kept on disk so that repetitions and interruptions cost nothing."""
+    """A fit to every image, cached on disk, so that an image is never fitted twice."""
 
     NAME = "implicit"
-    passes = None  # as many as the fit has views
+    passes = None  # one for each view of a fit
     CODE = "upfeat.implicit.fit"
 
     def __init__(
         self, backbone: Backbone, config: FitConfig | None = None, cache: Path | None = None
     ) -> None:
-        """Choose what to fit with.
+        """Prepare fits with one backbone.
 
         Args:
-            backbone: makes the features.
-            config: of the fits; their ``size`` plays no part.
-            cache: folder for fits, made if need be; ``None`` for none.
+            backbone: backbone whose features are fitted.
+            config: settings of the fits, of which ``size`` is ignored; ``None`` for the defaults.
+            cache: folder in which fits are cached, created if need be; ``None`` for no cache.
         """
         self.backbone, self.config, self.cache = backbone, config or FitConfig(), cache
         parts = (backbone.name, digest(backbone), asdict(self.config), source_digest(self.CODE))
@@ -102,7 +105,7 @@ class ImplicitMethod(Method):
         path = self.cache / f"implicit-{key}.safetensors"
         try:
             return ImplicitFeatures.load(path)
-        except (FileNotFoundError, ValueError):  # not there yet, or left by another version
+        except (FileNotFoundError, ValueError):  # no file yet, or a file of another version
             features = fit_guidance(image, self.backbone, self.config)
         self.cache.mkdir(parents=True, exist_ok=True)
         features.save(path)

@@ -1,4 +1,4 @@
-"""Scores of label maps and depth maps, summed over a dataset before any ratio is taken."""
+"""Scores of label maps and depth maps: counts summed over a dataset, then ratios of the sums."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def confusion_matrix(
     """Count pixels by label and prediction.
 
     Args:
-        predicted: (…, H, W) class indices; leading axes are alternatives to one label.
-        label: (H, W), or the shape of ``predicted``.
+        predicted: (…, H, W) class indices; leading axes are alternative predictions of one label.
+        label: (H, W) class indices, or a label for each prediction in the shape of ``predicted``.
         n_classes: number K of classes.
-        ignore_index: label of pixels that do not count.
+        ignore_index: label of pixels that are not counted.
 
     Returns:
-        (…, K, K) int64, rows the label, columns the prediction.
+        (…, K, K) int64, one row per label and one column per prediction.
 
     Raises:
         ValueError: shapes differ, or an index is outside 0 to K − 1.
@@ -50,13 +50,13 @@ def confusion_matrix(
 
 
 def class_iou(matrix: Tensor) -> Tensor:
-    """Intersection over union of every class.
+    """Compute the intersection over union of every class.
 
     Args:
-        matrix: (K, K) of :func:`confusion_matrix`.
+        matrix: (K, K), result of :func:`confusion_matrix`.
 
     Returns:
-        (K,) float64; NaN for classes that no label holds, which have no score.
+        (K,) float64; NaN for classes that occur in no label and thus have no score.
     """
     matrix = matrix.double()
     hits = matrix.diagonal()
@@ -66,18 +66,18 @@ def class_iou(matrix: Tensor) -> Tensor:
 
 
 def mean_iou(matrix: Tensor) -> float:
-    """Mean of :func:`class_iou` over the classes that the labels hold; NaN if there are none."""
+    """Return the mean of :func:`class_iou` over the classes in the labels; NaN without any."""
     return float(class_iou(matrix).nanmean())
 
 
 def pixel_accuracy(matrix: Tensor) -> float:
-    """Share of counted pixels whose class is right; NaN if there are none."""
+    """Return the fraction of counted pixels that are classified correctly; NaN without pixels."""
     total = int(matrix.sum())
     return float(matrix.diagonal().sum()) / total if total else math.nan
 
 
 def edges(label: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Pixels on both sides of every class change.
+    """Return a mask of the pixels on both sides of every class change.
 
     Args:
         label: (…, H, W) class indices.
@@ -99,7 +99,7 @@ def edges(label: Tensor, valid: Tensor | None = None) -> Tensor:
 
 
 def within(mask: Tensor, distance: int) -> Tensor:
-    """Pixels at most ``distance`` rows and columns from a set one; (…, H, W) bool -> the same."""
+    """Dilate a mask (…, H, W) bool by ``distance`` rows and columns; the shape is unchanged."""
     flat = mask.reshape(-1, 1, *mask.shape[-2:]).float()
     side = 2 * distance + 1
     flat = F.max_pool2d(flat, (side, 1), stride=1, padding=(distance, 0))
@@ -108,7 +108,7 @@ def within(mask: Tensor, distance: int) -> Tensor:
 
 
 def edge_distance(size: tuple[int, int]) -> int:
-    """Distance that counts as on an edge: 0.75 % of the diagonal, at least 1 pixel."""
+    """Return the tolerance of edges, pixels: 0.75 % of an image's diagonal, at least 1."""
     return max(1, round(0.0075 * math.hypot(*size)))
 
 
@@ -117,20 +117,20 @@ def boundary_counts(
 ) -> Tensor:
     """Count boundary pixels of one image for :func:`boundary_f`; counts of several images add up.
 
-    A change to or from an ignored pixel is no edge. Nor do edges count that lie within ``distance``
-    of ignored pixels, which may hide the edge that they belong to: neither a true one that seems
-    missed nor a predicted one that seems wrong. Others may still be matched with them.
+    A change to or from an ignored pixel is no edge. Edge pixels within ``distance`` of ignored
+    pixels are not counted either, whether of the label or predicted, because the ignored pixels may
+    hide the edge that matches them. Counted edge pixels may still be matched with such pixels.
 
     Args:
         predicted: (…, H, W) class indices.
         label: (H, W) class indices.
-        distance: how far apart two edges may lie, in pixels.
+        distance: largest distance of two edges that match, pixels.
         ignore_index: label of ignored pixels.
 
     Returns:
-        (…, 4) int64: counted predicted edge pixels within ``distance`` of a label edge, all counted
-        predicted ones, counted label edge pixels within ``distance`` of a predicted one, all
-        counted label ones.
+        (…, 4) int64, numbers of pixels: predicted edge pixels within ``distance`` of a label edge,
+        all predicted edge pixels, label edge pixels within ``distance`` of a predicted edge, and
+        all label edge pixels; each without the pixels that are not counted.
     """
     valid = label != ignore_index
     true = edges(label, valid)
@@ -143,13 +143,13 @@ def boundary_counts(
 
 
 def boundary_f(counts: Tensor) -> float:
-    """F-score of class boundaries: harmonic mean of precision and recall.
+    """Compute the F-score of class boundaries, the harmonic mean of precision and recall.
 
     Args:
-        counts: (4,) of :func:`boundary_counts`, summed over images.
+        counts: (4,), result of :func:`boundary_counts`, summed over images.
 
     Returns:
-        In [0, 1]; NaN where no label has an edge.
+        A score in [0, 1]; NaN if no label has an edge.
     """
     near_guess, guess, near_true, true = (int(value) for value in counts)
     if true == 0:
@@ -160,7 +160,7 @@ def boundary_f(counts: Tensor) -> float:
 
 
 def near_edges(label: Tensor, distance: int, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """The label within ``distance`` of its edges, ignored elsewhere; (H, W) -> (H, W)."""
+    """Set a label (H, W) to ``ignore_index`` except within ``distance`` pixels of its edges."""
     band = within(edges(label, label != ignore_index), distance)
     return torch.where(band, label, ignore_index)
 
@@ -169,11 +169,11 @@ def align_depth(predicted: Tensor, depth: Tensor) -> Tensor:
     """Scale and shift a prediction to fit a depth map best, by least squares.
 
     Args:
-        predicted: (H, W) in any units.
+        predicted: (H, W), in any unit.
         depth: (H, W), NaN where unknown.
 
     Returns:
-        (H, W) in the depth's units, float64.
+        (H, W) float64, the prediction in the unit of the depth.
     """
     known = torch.isfinite(depth)
     x, y = predicted.double(), depth.double()[known]
@@ -188,12 +188,12 @@ def depth_errors(predicted: Tensor, depth: Tensor) -> Tensor:
     """Sum the depth errors of one image; sums over several images add up.
 
     Args:
-        predicted: (H, W) in the depth's units.
+        predicted: (H, W), in the unit of the depth.
         depth: (H, W), NaN where unknown.
 
     Returns:
-        (4,) float64: squared errors, errors relative to the depth, pixels within a factor of 1.25,
-        all known pixels.
+        (4,) float64: sum of squared errors, sum of absolute errors relative to the depth, number of
+        pixels within a factor of 1.25 of the depth, and number of known pixels.
     """
     known = torch.isfinite(depth)
     x, y = predicted[known].double(), depth[known].double()
@@ -204,7 +204,7 @@ def depth_errors(predicted: Tensor, depth: Tensor) -> Tensor:
 
 
 def depth_scores(sums: Tensor) -> dict[str, float]:
-    """RMSE, mean relative error and δ<1.25 from the sums of :func:`depth_errors`."""
+    """Compute RMSE, mean relative error and δ<1.25 from the sums of :func:`depth_errors`."""
     squared, relative, close, count = (float(value) for value in sums)
     if not count:
         return {"rmse": math.nan, "abs_rel": math.nan, "delta_1.25": math.nan}

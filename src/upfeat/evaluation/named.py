@@ -1,4 +1,4 @@
-"""Methods by the names that the command line uses."""
+"""Loading of methods by the names that the command line uses."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from upfeat.model import load
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 Named = str | Path | Upsampler
-"""An upsampler as users give it: a name, a folder or checkpoint, or the thing itself."""
+"""An upsampler as users give it: a name, a path of a folder or checkpoint, or an object."""
 
 
 def load_methods(
     upsamplers: Named | Sequence[Named], backbone: Backbone, cache: Path
 ) -> dict[str, Method]:
-    """Load methods under distinct labels: the name, or the last part of a path.
+    """Load methods under distinct labels: their names, or the last parts of their paths.
 
     Args:
-        upsamplers: one or more, as ``upfeat.load`` takes them; "implicit"; and names of methods of
-            several passes, see :func:`upfeat.evaluation.passes.find_passes`.
-        backbone: makes the features.
-        cache: folder for fits.
+        upsamplers: one or more upsamplers as for ``upfeat.load``, "implicit", and names of methods
+            of several passes, see :func:`upfeat.evaluation.passes.find_passes`.
+        backbone: backbone of the coarse features.
+        cache: folder in which implicit fits are cached.
 
     Raises:
-        FileNotFoundError: an upsampler is not there.
+        FileNotFoundError: the file or folder of an upsampler does not exist.
         ValueError: there is no such upsampler, or it does not suit the backbone.
     """
     given = [upsamplers] if isinstance(upsamplers, Named) else list(upsamplers)
@@ -48,7 +48,8 @@ def load_methods(
 def _load(given: Named, backbone: Backbone, cache: Path) -> Method:
     name = given.name if isinstance(given, Upsampler) else str(given)
     if isinstance(given, Upsampler):
-        upsampler = copy.deepcopy(given)  # which is frozen and moved, and may be in training
+        # A copy, because methods freeze and move it, and the caller may be training it.
+        upsampler = copy.deepcopy(given)
     elif name == ImplicitMethod.NAME:
         return ImplicitMethod(backbone, cache=cache)
     else:

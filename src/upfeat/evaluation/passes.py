@@ -1,4 +1,4 @@
-"""Methods that let the backbone see the image more than once: what that buys, without training."""
+"""Methods that use several passes of the backbone over an image, as training-free baselines."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from upfeat.provenance import digest, identify_backbone, identify_upsampler
 from upfeat.upsamplers import Bilinear
 
 SUFFIX = "@5"
-"""Ends the names of upsamplers that are given features of two scales."""
+"""Suffix of the names of upsamplers that are given features of two scales."""
 EARLY = "@early"
-"""Ends the names of those that are given what early layers say."""
+"""Suffix of the names of upsamplers that are given activations of early layers."""
 
 
 class Finer(Backbone):
-    """Features on a grid twice as fine, from further passes of a backbone.
+    """Base of backbones whose grid is twice as fine as that of the backbone they use.
 
     Attributes:
-        passes: over the image, in all.
+        passes: total cost in passes of the backbone over the image.
     """
 
     passes: float = 4
 
     def __init__(self, backbone: Backbone, suffix: str) -> None:
-        """Take another backbone's properties, and half its stride.
+        """Copy another backbone's properties, with half its stride.
 
         Args:
-            backbone: makes the features.
-            suffix: of the name.
+            backbone: backbone to use.
+            suffix: suffix of the new backbone's name.
 
         Raises:
             ValueError: the stride is odd.
@@ -59,15 +59,15 @@ class Finer(Backbone):
         self.backbone = backbone
 
     def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Round to whole cells of the backbone within."""
+        """Round a size to whole cells of the backbone that is used."""
         return self.backbone.grid_aligned(size)
 
 
 class LargeImage(Finer):
-    """The backbone's features of the image at twice its size, as they are."""
+    """Unmodified features of the image enlarged to twice its size."""
 
     def __init__(self, backbone: Backbone) -> None:
-        """Enlarge for this backbone."""
+        """Use a backbone of even stride."""
         super().__init__(backbone, "large_image")
 
     def extract(self, x: Tensor) -> Tensor:
@@ -78,13 +78,14 @@ class LargeImage(Finer):
 
 
 class Shifted(Finer):
-    """Four passes over the image shifted by a quarter of a cell up or down, left or right.
+    """Interleaved features of four copies of the image, shifted by a quarter of a cell.
 
-    Their cells lie between each other's, on a grid twice as fine.
+    The shifts are up or down and left or right, so that the centres of all four grids' cells
+    together form a grid twice as fine.
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        """Shift for this backbone."""
+        """Use a backbone of even stride."""
         super().__init__(backbone, "shifted")
 
     def extract(self, x: Tensor) -> Tensor:
@@ -98,19 +99,20 @@ class Shifted(Finer):
 
 
 class Strided(Finer):
-    """An EfficientNet-Lite whose last stride is taken out, the layers after it dilated instead.
+    """An EfficientNet-Lite without its last stride, with dilated filters in the layers after it.
 
-    Every second cell of every second row is, away from the borders, the coarse grid's; what lies
-    between is computed rather than guessed. The layers after the stride cost four times as much.
+    Away from the borders, every second cell of every second row equals a cell of the coarse grid;
+    the network computes the cells between them. The layers after the stride cost four times as
+    much.
     """
 
     passes = 2.5
 
     def __init__(self, backbone: Backbone) -> None:
-        """Take out the stride of a copy.
+        """Remove the stride of a copy of the backbone.
 
         Raises:
-            ValueError: it is another backbone, or has no stride in its last layers.
+            ValueError: the backbone is not an EfficientNet-Lite of stride 16.
         """
         super().__init__(backbone, "strided")
         if not isinstance(backbone, EfficientNetLite) or backbone.strides != [16]:
@@ -130,7 +132,7 @@ class Strided(Finer):
         _convolution(first).stride = (1, 1)
         for module in rest:
             _convolution(module).dilation = (2, 2)
-            module.kernel_size = 2 * (module.kernel_size - 1) + 1  # as its padding sees it
+            module.kernel_size = 2 * (module.kernel_size - 1) + 1  # the extent, for the padding
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
@@ -144,7 +146,7 @@ def _convolution(module: ConvNorm) -> nn.Conv2d:
 
 
 def _moved(x: Tensor, down: float, right: float) -> Tensor:
-    """The image as seen from so many pixels further down and right, its borders replicated."""
+    """Sample an image ``down`` and ``right`` pixels from each pixel, with replicated borders."""
     height, width = x.shape[2:]
     matrix = x.new_tensor([[1, 0, 2 * right / width], [0, 1, 2 * down / height]])
     grid = F.affine_grid(matrix.expand(len(x), 2, 3), list(x.shape), align_corners=False)
@@ -152,14 +154,14 @@ def _moved(x: Tensor, down: float, right: float) -> Tensor:
 
 
 WAYS = {"large_image": LargeImage, "shifted": Shifted, "strided": Strided}
-"""Grids twice as fine, by the names that ``upfeat eval`` uses."""
+"""Backbones with a grid twice as fine, by the names that ``upfeat eval`` uses."""
 
 
 class SeveralPasses(Method):
-    """A model that starts from the image, not from coarse features at hand."""
+    """A model that extracts its own features of the image; the given coarse features are unused."""
 
     def __init__(self, model: FeatUp) -> None:
-        """Keep it, with its cost in passes."""
+        """Store a model and its cost in passes."""
         self.model, self.passes = model, model.passes
         self.weights = digest(model.upsampler)
         known = identify_backbone(model.backbone), identify_upsampler(model.upsampler)
@@ -171,14 +173,14 @@ class SeveralPasses(Method):
 
 
 def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
-    """A method of several passes by name; ``None`` where it is none.
+    """Return the method of several passes of a name; ``None`` if the name is not of this kind.
 
     Args:
-        name: one of :data:`WAYS`, or an upsampler's with "@5" or "@early" behind it.
-        backbone: makes the features.
+        name: a name of :data:`WAYS`, or the name of an upsampler followed by "@5" or "@early".
+        backbone: backbone that extracts the features.
 
     Raises:
-        ValueError: there is no such upsampler, or the backbone cannot make them.
+        ValueError: there is no such upsampler, or the backbone does not suit the method.
     """
     device = backbone.mean.device
     if name in WAYS:

@@ -1,12 +1,12 @@
-"""Probing tasks: linear heads fitted on drawn pixels of each method's features.
+"""Probing tasks: linear heads fitted on randomly drawn pixels of each method's features.
 
 Protocols:
 
 * ``own``: the probe is trained on the upsampled features of the training images.
-* ``transfer``: it is trained on the coarse features (those of the cell a pixel lies in) and applied
-  to the upsampled ones: what a model trained before would gain without retraining.
+* ``transfer``: the probe is trained on coarse features, those of the cell that contains a pixel,
+  and applied to upsampled features. It measures the gain of an existing model without retraining.
 
-All upsamplers see the same pixels: they are drawn by seed and image name.
+All upsamplers are probed on the same pixels, since the draw depends on seed and image name alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PROTOCOLS = {
 
 
 class Probing(Task):
-    """One dataset's probes; subclasses say what a head is and how it is scored."""
+    """Base of tasks that fit probes on one dataset; subclasses define heads and scores."""
 
     def __init__(
         self,
@@ -57,28 +57,36 @@ class Probing(Task):
 
     @abstractmethod
     def usable(self, target: Tensor) -> Tensor:
-        """Pixels that a probe may be trained on: (H, W) -> (H, W) bool."""
+        """Return a mask of the pixels on which a probe may be trained: (H, W) -> (H, W) bool."""
 
     @abstractmethod
     def fit_head(self, pixels: Pixels, generator: torch.Generator) -> LinearProbe:
-        """Train one probe."""
+        """Train one probe.
+
+        Args:
+            pixels: features and targets of pixels of the training images.
+            generator: random generator of the split on which the penalty is chosen.
+        """
 
     @property
     def seeds(self) -> range:
-        """One for each repetition."""
+        """Seeds of the repetitions."""
         return range(self.config.seeds)
 
     def heads(
         self, label: str, method: Method, protocols: Sequence[str]
     ) -> dict[str, list[LinearProbe]]:
-        """Probes of each protocol, one per seed; all but ``own`` share those on coarse features."""
+        """Fit the probes of each protocol, one per seed.
+
+        All protocols but ``own`` share the probes on coarse features.
+        """
         return {
             name: self._fit_upsampled(label, method) if name == "own" else self._fit_coarse()
             for name in protocols
         }
 
     def _fit_upsampled(self, label: str, method: Method) -> list[LinearProbe]:
-        """Probes on upsampled features; every image is upsampled once for all seeds."""
+        """Fit a probe per seed on upsampled features; an image is upsampled once for all seeds."""
         drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
         for index, sample in enumerate(self.train):
             self.on_step(f"{label}: train", index, len(self.train))
@@ -91,7 +99,7 @@ class Probing(Task):
         return self._fit_each(f"{label}: probe", drawn)
 
     def _fit_coarse(self) -> list[LinearProbe]:
-        """Probes on the cells that the same pixels lie in; made once for all upsamplers."""
+        """Fit a probe per seed on the cells that contain the drawn pixels, for all upsamplers."""
         if self._transfer_heads is None:
             drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
             for sample in self.train:

@@ -1,4 +1,4 @@
-"""Results of an evaluation: rows of scores, with the data they were measured on, as JSON."""
+"""Results of an evaluation, rows of scores with their provenance, and their JSON file."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Row:
     """The scores of one upsampler under one protocol.
 
     Attributes:
-        upsampler: its label in the table.
-        protocol: how it was used.
-        weights: digest of its weights.
-        scores: name to one value per seed.
-        per_class: class name to one IoU per seed; segmentation only.
-        cost: seconds and memory of one image; not repeatable to the digit, unlike scores.
-        pictures: sample name to a base64 PNG of the prediction of the first seed.
-        sums: what each test image adds to the scores, packed; see
-            :mod:`upfeat.evaluation.differences`.
+        upsampler: label of the upsampler in the table.
+        protocol: name of the protocol.
+        weights: digest of the upsampler's weights.
+        scores: a list for each name of a score, one value per seed.
+        per_class: a list of IoUs for each class name, one per seed; segmentation only.
+        cost: passes, seconds and memory of one image; unlike scores, they vary between runs.
+        pictures: for each sample name, the prediction of the first seed as base64 PNG or JPEG.
+        sums: contributions of the test images to the scores, packed by
+            :func:`upfeat.evaluation.differences.pack_sums`.
     """
 
     upsampler: str
@@ -45,17 +45,18 @@ class Row:
 
 @dataclass
 class Results:
-    """A whole table.
+    """Results of one evaluation.
 
     Attributes:
-        task: what was evaluated.
+        task: name of the task.
         data: names, counts and digests of the data.
-        backbone: name and digest.
-        settings: everything that changes scores.
-        rows: in the order asked for.
-        problems: what was left out, and why.
-        examples: sample name to base64 pictures of the image and its label, for the report.
-        differences: between the rows, as JSON values of
+        backbone: name, digest of the weights, and stride.
+        settings: settings of the evaluation.
+        rows: rows of the table, in the order of the upsamplers given.
+        problems: omissions and weaknesses of the data, with their reasons.
+        examples: for each sample name, base64 pictures of the image and its target, for the report.
+        versions: versions of the packages used, and the device.
+        differences: differences between the rows, as JSON values of
             :class:`upfeat.evaluation.differences.Difference`.
     """
 
@@ -71,11 +72,11 @@ class Results:
 
     @property
     def protocols(self) -> list[str]:
-        """Those of the rows, in order."""
+        """Protocols of the rows, each once, in order."""
         return list(dict.fromkeys(row.protocol for row in self.rows))
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values, without pictures."""
+        """Return the results as JSON values, without pictures and sums."""
         rows = []
         for row in self.rows:
             content = asdict(row)
@@ -102,9 +103,10 @@ class Results:
 
 
 def summary(values: list[float]) -> dict[str, Any]:
-    """Mean, spread (sample standard deviation; ``None`` for one seed) and the values.
+    """Return the mean, the spread and the values of a score over seeds.
 
-    Values that are not defined are ``None``, and so is a mean over any of them.
+    The spread is the sample standard deviation; ``None`` for one seed. Undefined values are
+    ``None``, and the mean and the spread are ``None`` if any value is undefined.
     """
     defined = all(math.isfinite(value) for value in values)
     return {
@@ -115,15 +117,15 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 
 class RowStore:
-    """Finished rows on disk, so that an interrupted evaluation goes on after the last one."""
+    """Finished rows on disk, so that an interrupted evaluation continues after the last row."""
 
     def __init__(self, folder: Path, recipe: dict[str, Any]) -> None:
-        """Use an existing folder; rows are found again only under an equal recipe."""
+        """Store rows in an existing folder; they are loaded again only for an equal recipe."""
         self.folder = folder
         self.recipe = json.dumps(recipe, sort_keys=True)
 
     def load(self, label: str, weights: str) -> list[Row] | None:
-        """The rows of an upsampler, or ``None``."""
+        """Return the stored rows of an upsampler, or ``None``."""
         path = self._path(label, weights)
         if not path.is_file():
             return None
@@ -133,7 +135,7 @@ class RowStore:
             return None
 
     def save(self, label: str, weights: str, rows: list[Row]) -> None:
-        """Keep the rows of an upsampler."""
+        """Store the rows of an upsampler."""
         content = json.dumps([asdict(row) for row in rows])
         write_bytes(self._path(label, weights), content.encode())
 

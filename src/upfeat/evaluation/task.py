@@ -1,4 +1,4 @@
-"""The contract of a task: one dataset, one backbone, and rows of scores for any method."""
+"""Interface of tasks, which score any method on one dataset with one backbone."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from upfeat.evaluation.results import Row
 
 @dataclass(frozen=True)
 class Score:
-    """A score as people read it.
+    """Description of a score for readers.
 
     Attributes:
-        label: head of its column.
-        meaning: one sentence for the report.
-        higher_is_better: its good direction.
-        percent: shown times 100.
+        label: heading of the score's column.
+        meaning: explanation in one sentence, for the report.
+        higher_is_better: good direction of the score.
+        percent: whether to show the score times 100.
     """
 
     label: str
@@ -44,35 +44,36 @@ DRIFT = Score(
 
 
 class Task(ABC):
-    """Scores of any number of methods on the same data.
+    """Base of tasks, which score any number of methods on the same data.
 
-    A subclass lies in a file of :mod:`upfeat.evaluation.tasks`, which is named after the task and
-    binds the class to ``TASK``; nothing else need know of it.
+    A subclass is registered by its file alone: the file is in :mod:`upfeat.evaluation.tasks`, has
+    the task's name, and assigns the class to ``TASK``.
 
     Attributes:
         parts: prepared images by split.
-        problems: what is weak in the data, as the task sees it.
+        problems: weaknesses of the data that concern this task.
     """
 
     title: ClassVar[str]
-    """Of the report."""
+    """Title of the report."""
     question: ClassVar[str]
-    """The question that scores answer, for the report."""
+    """Question that the scores answer, for the report."""
     scores: ClassVar[Mapping[str, Score]]
-    """Every score of its rows; the first one is drawn as a chart."""
+    """All scores of the task's rows, by name; the first score is drawn as a chart."""
     protocols: ClassVar[Mapping[str, str]]
-    """Every protocol of its rows, explained."""
+    """Explanations of all protocols of the task's rows, by name."""
     target: ClassVar[str | None] = None
-    """The targets' name, for captions; ``None`` where images have none."""
+    """Name of the targets, for captions; ``None`` if images have no targets."""
     pictures: ClassVar[str | None] = "shades"
-    """Of predictions: "classes" are coloured and compared with the target; "shades" are shown as
-    they are; ``None`` for no pictures."""
+    """Kind of the pictures of predictions: "classes" are coloured and compared with the target,
+    "shades" are shown unchanged; ``None`` for no pictures."""
     pictures_title: ClassVar[str] = "Predictions"
     compared: ClassVar[tuple[str, ...]] = ()
-    """Scores of which differences between methods are shown; :meth:`scores_of` gives them."""
+    """Names of the scores whose differences between methods are shown; :meth:`scores_of` must
+    compute them."""
     default_backbone: ClassVar[str] = "efficientnet_lite0"
     max_train: ClassVar[int | None] = None
-    """Training images that are used at most; ``None`` for all."""
+    """Largest number of training images to use; ``None`` for all."""
 
     def __init__(
         self,
@@ -82,14 +83,14 @@ class Task(ABC):
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
-        """Keep the data.
+        """Store the data.
 
         Args:
-            parts: ``test``, and ``train`` for tasks that fit something.
-            dataset: that they are of.
-            backbone: whose features are upsampled, in eval mode.
-            config: settings.
-            on_step: is told of progress.
+            parts: prepared images of the split ``test``, and of ``train`` for tasks that fit.
+            dataset: dataset of the images.
+            backbone: backbone whose features are upsampled, in eval mode.
+            config: settings of the evaluation.
+            on_step: called with the progress.
         """
         self.parts, self.dataset = parts, dataset
         self.backbone, self.config = backbone, config
@@ -98,15 +99,20 @@ class Task(ABC):
 
     @classmethod
     def name(cls) -> str:
-        """Its name: that of its file."""
+        """Return the name of the task, which is the name of its file."""
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
     def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
-        """List the data; here photographs without labels, all of them to test on.
+        """List the data; by default photographs without labels, all in the split ``test``.
+
+        Args:
+            folder: folder of the data.
+            layout: layout of the data on disk.
+            config: settings of the evaluation.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: the folder or a required file does not exist.
             ValueError: a split is empty, or the layout is for another task.
         """
         cls.check_layout(layout)
@@ -114,7 +120,7 @@ class Task(ABC):
 
     @classmethod
     def check_layout(cls, layout: str) -> None:
-        """Refuse layouts of labelled sets for a task that takes photographs alone."""
+        """Refuse layouts of labelled sets, for tasks that need photographs alone."""
         if layout != "folder":
             raise ValueError(
                 f"layout={layout} is for labelled sets; {cls.name()} takes any folder of "
@@ -123,35 +129,36 @@ class Task(ABC):
 
     @classmethod
     def adapt(cls, backbone: Backbone) -> Backbone:
-        """The backbone whose features are scored; here the one that was asked for."""
+        """Return the backbone whose features are scored; by default the given backbone."""
         return backbone
 
     @classmethod
     def facts(cls, settings: Mapping[str, Any]) -> dict[str, str]:
-        """Settings worth a line in the report."""
+        """Return further facts, derived from the settings, to show in the report."""
         return {}
 
     @classmethod
     def scores_of(cls, sums: Tensor) -> dict[str, Tensor]:
-        """Scores from what images add to them, summed: (…, M) -> (…) each; here none.
+        """Compute scores from sums over images, (…, M) -> (…) each; by default none.
 
-        Rows that keep what each image adds (:attr:`Row.sums`) are compared by a paired bootstrap.
+        Rows that store the contribution of each image to these sums (:attr:`Row.sums`) are compared
+        by a paired bootstrap.
         """
         return {}
 
     @classmethod
     def draw_target(cls, sample: Prepared) -> str | None:
-        """The target as a picture for the report; ``None`` where there is none."""
+        """Return the target as a picture for the report; ``None`` if the sample has no target."""
         return None
 
     @property
     def train(self) -> PreparedSet:
-        """Images that are fitted on."""
+        """Images for fits."""
         return self.parts["train"]
 
     @property
     def test(self) -> PreparedSet:
-        """Images that are scored."""
+        """Images to score."""
         return self.parts["test"]
 
     @abstractmethod
@@ -159,6 +166,6 @@ class Task(ABC):
         """Score one method: one row for each protocol.
 
         Args:
-            label: its name in the table.
-            method: to score.
+            label: name of the method in the table.
+            method: method to score.
         """

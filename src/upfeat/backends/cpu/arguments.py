@@ -1,4 +1,4 @@
-"""Requirements of the compiled CPU kernels on their arguments, and the tensors they write to."""
+"""Checks of the arguments of the compiled CPU kernels, and allocation of their outputs."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from upfeat.backends.cpu.library import DTYPES, Window, call, unavailable_reason
 
 
 def reason_against(**tensors: Tensor) -> str | None:
-    """Return why this backend cannot run on these tensors; ``None`` when it can."""
+    """Return why this backend cannot run on these tensors, or ``None``."""
     missing = unavailable_reason()
     if missing is not None:
         return missing
@@ -28,9 +28,9 @@ def reason_against(**tensors: Tensor) -> str | None:
 
 
 def output(source: Tensor, like: Tensor, channels_last: bool | None) -> Tensor:
-    """An empty result of the source's type, (B, C, H, W) with the size of ``like``.
+    """Allocate a result (B, C, H, W) of the dtype of ``source`` and the size of ``like``.
 
-    Channels lie last as ``channels_last`` says; ``None``: as they do in the source.
+    ``channels_last`` chooses its memory format; ``None`` chooses the format of ``source``.
     """
     shape = (*source.shape[:2], *like.shape[2:])
     if channels_last is None:
@@ -40,23 +40,23 @@ def output(source: Tensor, like: Tensor, channels_last: bool | None) -> Tensor:
 
 
 def shrinks(features: Tensor, fine: Tensor) -> bool:
-    """Return whether an axis of the coarse tensor is longer than the fine one's."""
+    """Return whether ``features`` has more rows or more columns than ``fine``."""
     return features.shape[2] > fine.shape[2] or features.shape[3] > fine.shape[3]
 
 
 def weights_shape(image: Tensor, radius: int) -> tuple[int, int, int, int]:
-    """(B, (2r+1)², H, W) for an image of (B, ·, H, W)."""
+    """Shape (B, (2r+1)², H, W) of the weights of an image (B, ·, H, W)."""
     return (image.shape[0], (2 * radius + 1) ** 2, image.shape[2], image.shape[3])
 
 
 def check_weights(name: str, source: Tensor, weights: Tensor) -> int:
-    """Check that values and weights have 4 axes, a type and place of ours, and one batch.
+    """Check that values and weights have 4 axes, one batch size, and a supported dtype and device.
 
     Returns:
-        The weights' radius.
+        The radius of the weights.
 
     Raises:
-        ValueError: they do not go together, or the library cannot run on them.
+        ValueError: the shapes do not match, or the library cannot run on the tensors.
     """
     check_rank(name, source)
     check_rank("weights", weights)
@@ -72,7 +72,7 @@ def check_weights(name: str, source: Tensor, weights: Tensor) -> int:
 
 
 def check_image(name: str, image: Tensor, radius: int) -> None:
-    """Check an image that weights are made from.
+    """Check a map from which weights are computed.
 
     Raises:
         ValueError: the image does not have 4 axes, the library cannot run on it, or the radius is
@@ -90,7 +90,7 @@ def check_rank(name: str, tensor: Tensor) -> None:
     """Check that a tensor has 4 axes.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the tensor has another number of axes.
     """
     if tensor.dim() != 4:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have 4 axes")
@@ -100,7 +100,7 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
     """Check a tensor's shape, type and device.
 
     Raises:
-        ValueError: the shape, type or device is another one.
+        ValueError: the shape is another one, or the dtype or device is not supported.
     """
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be {tuple(shape)}")
@@ -112,10 +112,10 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int]) -> None:
 
 
 def radius_of(name: str, taps: int) -> int:
-    """The radius of a window of ``taps`` taps.
+    """Compute the radius of a window of ``taps`` taps.
 
     Raises:
-        ValueError: no window has that many.
+        ValueError: no window has this number of taps.
     """
     side = math.isqrt(taps)
     if side * side != taps or side % 2 == 0:
@@ -127,10 +127,10 @@ def check_upsample(features: Tensor, weights: Tensor) -> int:
     """Check as :func:`check_weights` does, and that the grid of the features is not empty.
 
     Returns:
-        The weights' radius.
+        The radius of the weights.
 
     Raises:
-        ValueError: they do not go together, or there are no cells.
+        ValueError: the shapes do not match, or there are no cells.
     """
     radius = check_weights("features", features, weights)
     if weights.numel() and 0 in features.shape[2:]:
@@ -146,9 +146,9 @@ def gradients(
     needed: tuple[bool, bool],
     *options: Window | int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Call a function of the library for gradients; ``None`` for those that are not needed."""
+    """Compute gradients by ``source`` and ``weights``; ``None`` for those not ``needed``."""
     check_shape("grad", grad, (*source.shape[:2], *weights.shape[2:]))
-    # Without a pixel or a channel the library writes nothing, and gradients are 0.
+    # For an empty ``grad`` the library is not called, and all gradients are 0.
     new = torch.empty_like if grad.numel() else torch.zeros_like
     to_source = new(source) if needed[0] else None
     to_weights = new(weights) if needed[1] else None

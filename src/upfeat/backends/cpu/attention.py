@@ -1,4 +1,4 @@
-"""Attention from pixels to rectangles of cells, through the compiled library."""
+"""Attention from pixels to rectangles of cells, in the compiled CPU library."""
 
 import ctypes
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def can_run_window_attention(
     queries: Tensor, keys: Tensor, values: Tensor, *_: object
 ) -> str | None:
-    """Return why :func:`window_attention` cannot run on these; ``None`` when it can."""
+    """Return why :func:`window_attention` cannot run on these arguments, or ``None``."""
     missing = unavailable_reason()
     if missing is not None:
         return missing
@@ -61,7 +61,7 @@ def window_attention_backward(
     blocks: Sequence[int],
     needed: Sequence[bool],
 ) -> Gradients:
-    """Gradients of queries, keys and values, ``None`` where not needed."""
+    """Gradients by queries, keys and values; ``None`` for those not needed."""
     found = [
         torch.empty_like(tensor) if need else None
         for tensor, need in zip((queries, keys, values), needed, strict=True)

@@ -1,8 +1,9 @@
-"""Layers of convolutional encoders through the compiled library: inference only.
+"""Layers of convolutional encoders in the compiled library: inference only.
 
-A layer reads pixels once and writes them once: the norm and activation before a convolution are
-applied on the way in, bias, residual and the sums for the next norm on the way out. 3×3 kernels of
-many channels go through Winograd's minimal filtering, 16 or 24 multiplications in place of 36.
+A layer reads and writes each pixel once: the norm and activation before a convolution are applied
+when pixels are read, and bias, residual and the sums for the next norm when they are written. 3×3
+kernels with many channels use Winograd's minimal filtering, with 16 or 24 multiplications in place
+of 36 for four outputs.
 """
 
 from __future__ import annotations
@@ -17,26 +18,27 @@ from torch import Tensor
 from upfeat.backends.cpu.library import LAYER_ARRAYS, Layer, call
 
 _LANES = 16
-"""Channels are padded to a multiple of it: the widest vectors."""
+"""Numbers of channels are padded to a multiple of this, the lanes of the widest vectors."""
 
 
 @dataclass(frozen=True)
 class Before:
-    """Steps applied to pixels before a convolution, in this order."""
+    """Steps applied to pixels before a convolution, in the order of the fields."""
 
     rotate: tuple[Tensor, Tensor] | None = None
-    """Angles of rows (H, C) and of columns (W, C), which add up: channel i turns against i + pair,
-    in blocks of 2·pair."""
+    """Angles of rows (H, C) and of columns (W, C), which are added: channels i and i + ``pair`` of
+    each block of 2·``pair`` are rotated."""
     pair: int = 0
     scale: Tensor | None = None
-    """(B, C), with the next."""
+    """(B, C), factor of each channel; given together with ``shift``."""
     shift: Tensor | None = None
+    """(B, C), added to each channel after ``scale``."""
     silu: bool = False
     unit: float | None = None
-    """Divide by √(mean of squares + this)."""
+    """Divide by √(mean of squares over channels + ``unit``); ``None`` for no division."""
 
     def describe(self, layer: Layer, channels: int) -> None:
-        """Fill in the library's description."""
+        """Write these steps into the library's description of a layer of ``channels`` inputs."""
         layer.inputs = channels
         layer.silu, layer.pair = int(self.silu), self.pair
         layer.unit, layer.epsilon = int(self.unit is not None), self.unit or 0.0
@@ -52,20 +54,20 @@ class Before:
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums of an output and of its squares over groups of channels, for the norm that follows."""
+    """Sums of an output and of its squares over groups of channels, for the next group norm."""
 
     values: Tensor
     """(B, groups, 2), float64."""
     count: int
-    """The count of numbers that each is made of."""
+    """Number of values in each sum."""
     channels: int
 
     def norm(self, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Before:
-        """A group norm as a scale and a shift of each channel."""
+        """Return the group norm as a scale and a shift of each channel."""
         mean, square = (self.values / self.count).unbind(2)
         scale = (square - mean.square()).clamp(min=0).add(epsilon).rsqrt()
         repeats = self.channels // self.values.shape[1]
-        # Not by repeat_interleave, which takes 0.2 ms for as few numbers.
+        # Not repeat_interleave, which takes 0.2 ms even for so few numbers.
         scale, mean = (
             each[:, :, None].expand(-1, -1, repeats).flatten(1) for each in (scale, mean)
         )
@@ -93,21 +95,21 @@ def layer(
     groups: int = 0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Sums | None]:
-    """A convolution that keeps the size, and what stands before and behind it.
+    """Apply a convolution that keeps the size, with steps before it and a residual after it.
 
     Args:
-        x: (B, I, H, W), float32 or half, best channels last.
+        x: (B, I, H, W), float32 or half precision; fastest with channels last.
         weight: (O, I, k, k), k 1 or 3; or (O, I).
-        bias: (O,).
-        before: what is done to ``x`` first.
-        residual: (B, O, H, W), added.
-        reflect: borders of a 3×3 kernel; or else zeros.
-        groups: of the sums; 0 for none.
-        out: (B, O, H, W); may be the residual, or ``x`` where k is 1; ``None`` for a new one,
-            channels last.
+        bias: (O,), or ``None``.
+        before: steps applied to ``x`` before the convolution.
+        residual: (B, O, H, W), added to the result; ``None`` for nothing.
+        reflect: whether a 3×3 kernel reflects the borders; otherwise they are padded with 0.
+        groups: number of groups of channels to sum the result over; 0 for no sums.
+        out: (B, O, H, W) to write to; may be ``residual``, or ``x`` if k is 1; ``None`` for a new
+            tensor, channels last.
 
     Returns:
-        The output, and its sums.
+        The output, and its sums or ``None``.
     """
     outputs, kernel = weight.shape[0], weight.shape[-1] if weight.dim() == 4 else 1
     batch, channels, height, width = x.shape
@@ -137,7 +139,7 @@ def layer(
 
 
 def pool(x: Tensor, size: tuple[int, int], before: Before | None = None) -> Tensor:
-    """Means over the cells of a grid of what ``before`` makes of ``x``, float32, channels last."""
+    """Apply ``before`` to ``x``, and average over the cells of a grid; float32, channels last."""
     description = Layer()
     (before or Before()).describe(description, x.shape[1])
     out = _channels_last(x.shape[0], x.shape[1], size[0], size[1], torch.float32)
@@ -146,7 +148,7 @@ def pool(x: Tensor, size: tuple[int, int], before: Before | None = None) -> Tens
 
 
 def apply(x: Tensor, before: Before) -> Tensor:
-    """Apply ``before`` to ``x``, written over it."""
+    """Apply ``before`` to ``x`` in place, and return ``x``."""
     description = Layer()
     before.describe(description, x.shape[1])
     call("upfeat_layer_prepare", x, description, x)
@@ -154,11 +156,11 @@ def apply(x: Tensor, before: Before) -> Tensor:
 
 
 def match_patterns(features: Tensor, patterns: Tensor) -> Tensor:
-    """Features in terms of patterns, as AnyUp's keys see them.
+    """Compute AnyUp's :class:`~upfeat.upsamplers.anyup.FeatureBasis` of features.
 
     Args:
-        features: (B, C, h, w).
-        patterns: (K, 1, side, side).
+        features: (B, C, h, w), any C.
+        patterns: (K, 1, side, side), the learned patterns.
 
     Returns:
         (B, K, h, w), float32, channels last.
@@ -179,7 +181,7 @@ def _channels_last(
 
 
 def _padded(x: Tensor) -> Tensor:
-    """The last axis in whole vectors, dense float32."""
+    """Pad the last axis with zeros to whole vectors, as dense float32."""
     short = -x.shape[-1] % _LANES
     return (F.pad(x, (0, short)) if short else x).float().contiguous()
 

@@ -1,10 +1,11 @@
 """Finding, loading and calling the compiled CPU library (``csrc/upfeat.h``).
 
-The library is plain C, built when the package is installed, and loaded through ctypes by the first
-call that needs it; the interpreter's lock is released while it runs. ``UPFEAT_LIBRARY`` names
-another build of it; ``UPFEAT_CPU_ISA`` (``baseline``, ``avx2``, ``avx512``, ``amx``) holds it to
-one instruction set. Where :func:`torch.set_float32_matmul_precision` allows it, matrix tiles take
-17 bits of each float32 (``amx_high``).
+The library has a plain C interface. It is built when the package is installed, and loaded with
+ctypes at the first call that needs it; the interpreter's lock is released while it runs.
+``UPFEAT_LIBRARY`` names another build of the library; ``UPFEAT_CPU_ISA`` (``baseline``, ``avx2``,
+``avx512``, ``amx``) restricts it to one instruction set. If
+:func:`torch.set_float32_matmul_precision` allows it, matrix tiles use 17 bits of each float32
+(``amx_high``).
 """
 
 import ctypes
@@ -51,9 +52,9 @@ class _Tensor(ctypes.Structure):
 
 
 class Stage(ctypes.Structure):
-    """The guidance side of one JBU stage: dense float32 arrays by address, and scalars."""
+    """Parameters of one JBU stage's filters: addresses of dense float32 arrays, and scalars."""
 
-    keep: dict[str, Tensor]  # owners of the addresses
+    keep: dict[str, Tensor]  # tensors that own the memory
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in STAGE_ARRAYS),
@@ -65,9 +66,9 @@ class Stage(ctypes.Structure):
 
 
 class Pyramid(ctypes.Structure):
-    """The encoder of the neighbourhood upsampler: dense float32 arrays by address, and sizes."""
+    """Encoder of the neighbourhood upsampler: addresses of dense float32 arrays, and sizes."""
 
-    keep: dict[str, Tensor]  # owners of the addresses
+    keep: dict[str, Tensor]  # tensors that own the memory
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in PYRAMID_ARRAYS),
@@ -77,7 +78,7 @@ class Pyramid(ctypes.Structure):
 
 
 class Window(ctypes.Structure):
-    """The parts of an output and of a grid that tensors hold: whole sizes, and where they are."""
+    """Windows of an output and of a grid that tensors cover: the whole sizes, and the origins."""
 
     _fields_ = [
         (name, ctypes.c_int64)
@@ -89,9 +90,9 @@ class Window(ctypes.Structure):
 
 
 class Ranges(ctypes.Structure):
-    """Cells that pixels attend to, and channels that each head weighs; arrays by address."""
+    """Cells that pixels attend to, and channels of each head; arrays are given by address."""
 
-    keep: list[ctypes.Array]  # owners of the addresses
+    keep: list[ctypes.Array]  # arrays that own the memory
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("rows", "columns", "blocks")),
@@ -101,9 +102,9 @@ class Ranges(ctypes.Structure):
 
 
 class Layer(ctypes.Structure):
-    """A convolution and what stands before it: dense float32 arrays by address, and numbers."""
+    """A convolution and the steps before it: addresses of dense float32 arrays, and numbers."""
 
-    keep: list[Tensor]  # owners of the addresses
+    keep: list[Tensor]  # tensors that own the memory
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in LAYER_ARRAYS),
@@ -113,7 +114,7 @@ class Layer(ctypes.Structure):
 
 
 class _Library:
-    """The loaded library, or the reason there is none. Loading happens once per process."""
+    """The loaded library, or the reason why there is none. It is loaded once per process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -155,9 +156,9 @@ class _Library:
 
 
 def _mismatch(path: Path, handle: Any) -> str | None:
-    """Return why a library is not this package's, in one line; ``None`` where it is.
+    """Return why a library does not match this package, in one line, or ``None`` if it does.
 
-    Calls into a library of another build would read arguments as they were then, and crash.
+    A library of another build would expect other arguments, and crash.
     """
     try:
         abi = int(handle.upfeat_abi())
@@ -169,7 +170,7 @@ def _mismatch(path: Path, handle: Any) -> str | None:
         return f"{path} is no library of upfeat {__version__}; reinstall upfeat"
     if version != __version__:
         return f"{path} is of upfeat {version}, not {__version__}; reinstall upfeat"
-    source = Path(__file__).parent.joinpath(*[".."] * 4)  # of a source tree
+    source = Path(__file__).parent.joinpath(*[".."] * 4)  # root of the repository, if this is one
     header = source.resolve() / "csrc" / "upfeat.h"
     if header.is_file() and sha256(header.read_bytes()).hexdigest()[:16] != interface:
         return f"{path} is older than {header}; build it again (pip install -e .)"
@@ -193,21 +194,22 @@ _library = _Library()
 
 
 def unavailable_reason() -> str | None:
-    """Return why no operator of this backend can run here, in one line; ``None`` when they can."""
+    """Return why this backend cannot run on this machine, in one line, or ``None`` if it can."""
     return _library.load().reason
 
 
-# A lock and a loader are not for a compiled graph: the answer is a constant there. This is what
-# torch.compiler.assume_constant_result sets, which would import the whole compiler to do it.
+# torch.compile cannot trace the lock and the loader, so it takes the result for a constant. This is
+# the attribute that torch.compiler.assume_constant_result sets; calling that function here would
+# import the whole compiler.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def library_info() -> dict[str, Any]:
-    """The library's ``path``, the instruction set in use (``isa``) and those ``available``.
+    """Return the library's ``path``, the instruction set in use (``isa``), and all ``available``.
 
     Raises:
         RuntimeError: there is no usable library (see :func:`unavailable_reason`).
-        ValueError: ``UPFEAT_CPU_ISA`` names none that can run here.
+        ValueError: ``UPFEAT_CPU_ISA`` is not an instruction set that can run on this machine.
     """
     handle = _library.load().handle
     mask = int(handle.upfeat_isa_mask())
@@ -227,14 +229,14 @@ Argument: TypeAlias = Tensor | ctypes.Structure | ctypes.Array | ctypes.c_void_p
 
 
 def call(name: str, *arguments: Argument) -> None:
-    """Call a function of the library; instruction set and thread count are added.
+    """Call a function of the library with arguments, the instruction set and the thread count.
 
-    Tensors go as descriptors, integers as int64, floats as double, ``None`` as null.
+    Tensors are passed as descriptors, integers as int64, floats as double, ``None`` as null.
 
     Raises:
-        MemoryError: the library could not get its scratch memory.
+        MemoryError: the library could not allocate its scratch memory.
         RuntimeError: there is no usable library.
-        ValueError: ``UPFEAT_CPU_ISA`` names an instruction set that cannot run here.
+        ValueError: ``UPFEAT_CPU_ISA`` is not an instruction set that can run on this machine.
     """
     handle = _library.load().handle
     isa = ctypes.c_int(_chosen_isa())
@@ -244,7 +246,7 @@ def call(name: str, *arguments: Argument) -> None:
         raise _isa_error(ISAS[isa.value])
     if status == _NO_MEMORY:
         raise MemoryError(f"{name} could not get its scratch memory")
-    # Shapes were checked before; the library checks them again rather than trust that.
+    # Callers have checked the shapes; the library does not rely on that, and checks them again.
     assert status == 0, f"{name} refused its arguments"
 
 

@@ -1,4 +1,4 @@
-"""Neighbourhoods on the compiled CPU library: weights over cells, and sums with them."""
+"""Neighbourhood operators of the compiled CPU library: weights over cells, and weighted sums."""
 
 import ctypes
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def can_run_neighbourhood_upsample(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> str | None:
-    """Return why :func:`neighbourhood_upsample` cannot run on these; ``None`` when it can."""
+    """Return why :func:`neighbourhood_upsample` cannot run on these arguments, or ``None``."""
     del origin, grid_origin
     return _too_coarse(grid_size, output_size) or reason_against(features=features, weights=weights)
 
@@ -37,7 +37,7 @@ def can_run_neighbourhood_upsample(
 def can_run_neighbourhood_weights(
     queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
 ) -> str | None:
-    """Return why :func:`neighbourhood_weights` cannot run on these; ``None`` when it can."""
+    """Return why :func:`neighbourhood_weights` cannot run on these arguments, or ``None``."""
     output_size, grid_size = arguments[3], arguments[5]
     assert isinstance(output_size, Sequence)
     assert isinstance(grid_size, Sequence)
@@ -49,7 +49,7 @@ def can_run_neighbourhood_weights(
 def can_run_neighbourhood_attention(
     features: Tensor, queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
 ) -> str | None:
-    """Return why :func:`neighbourhood_attention` cannot run on these; ``None`` when it can."""
+    """Return why :func:`neighbourhood_attention` cannot run on these arguments, or ``None``."""
     if features.dtype != queries.dtype:
         return f"features is {features.dtype} where queries is {queries.dtype}"
     return can_run_neighbourhood_mean_weights(queries, keys, *arguments)
@@ -58,7 +58,7 @@ def can_run_neighbourhood_attention(
 def can_run_neighbourhood_mean_weights(
     queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
 ) -> str | None:
-    """Return why :func:`neighbourhood_mean_weights` cannot run on these; ``None`` when it can."""
+    """Return why :func:`neighbourhood_mean_weights` cannot run on these arguments, or ``None``."""
     output_size, grid_size = arguments[3], arguments[5]
     assert isinstance(output_size, Sequence)
     assert isinstance(grid_size, Sequence)
@@ -79,9 +79,10 @@ def neighbourhood_attention(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> Tensor:
-    """Sum features over cells with weights that exist one tile at a time; no gradients.
+    """Sum features over cells with weights of which only one tile is in memory; no gradients.
 
-    Features are on the same cells as the keys; see :func:`neighbourhood_weights` for the others.
+    ``features`` cover the same cells as ``keys``; the other arguments are those of
+    :func:`neighbourhood_weights`.
 
     Returns:
         (B, C, H, W) in the memory format of ``features``.
@@ -108,12 +109,12 @@ def neighbourhood_mean_weights(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> Tensor:
-    """Average weights over the pixels of each cell, without keeping them; no gradients.
+    """Average weights over the pixels of each cell, without storing all weights; no gradients.
 
-    See :func:`neighbourhood_weights`.
+    The arguments are those of :func:`neighbourhood_weights`.
 
     Returns:
-        (B, (2r+1)², h', w'), of the cells that the window's pixels lie in.
+        (B, (2r+1)², h', w'), for the h' × w' cells that contain the window's pixels.
     """
     place = output_size, origin, grid_size, grid_origin
     window = _check_queries(queries, keys, radius, *place)
@@ -137,9 +138,9 @@ def neighbourhood_upsample(
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_upsample`.
 
-    The weights are those of a window of an output of ``output_size``, from ``origin`` on, and the
-    features the cells of a grid of ``grid_size``, from ``grid_origin`` on.
-    ``channels_last`` is the memory format of the result; ``None`` takes that of ``features``.
+    The weights cover a window, from ``origin`` on, of an output of ``output_size``; the features
+    cover a window, from ``grid_origin`` on, of a grid of ``grid_size``. ``channels_last`` is the
+    memory format of the result; ``None`` chooses the format of ``features``.
     """
     radius = check_upsample(features, weights)
     place = output_size, origin, grid_size, grid_origin
@@ -161,7 +162,7 @@ def neighbourhood_upsample_backward(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> Gradients:
-    """Gradients of :func:`neighbourhood_upsample`, ``None`` where not needed."""
+    """Gradients of :func:`neighbourhood_upsample`; ``None`` for those not needed."""
     radius = check_upsample(features, weights)
     place = output_size, origin, grid_size, grid_origin
     window = _window_of({"weights": weights, "features": features}, *place)
@@ -184,8 +185,8 @@ def neighbourhood_weights(
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_weights`.
 
-    The queries are those of a window of an output of ``output_size``, from ``origin`` on, and the
-    keys the cells of a grid of ``grid_size``, from ``grid_origin`` on.
+    The queries cover a window, from ``origin`` on, of an output of ``output_size``; the keys cover
+    a window, from ``grid_origin`` on, of a grid of ``grid_size``.
     """
     place = output_size, origin, grid_size, grid_origin
     window = _check_queries(queries, keys, radius, *place)
@@ -208,7 +209,7 @@ def neighbourhood_weights_backward(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Gradients of :func:`neighbourhood_weights`: of queries, keys, temperature and sigma."""
+    """Gradients of :func:`neighbourhood_weights` by queries, keys, temperature and sigma."""
     place = output_size, origin, grid_size, grid_origin
     window = _check_queries(queries, keys, radius, *place)
     check_shape("grad", grad, weights_shape(queries, radius))
@@ -231,7 +232,8 @@ def neighbourhood_weights_backward(
 
 
 def _too_coarse(grid_size: Sequence[int], output_size: Sequence[int]) -> str | None:
-    # The cells between two neighbouring pixels are all part of their shared window.
+    # The kernels load the cells between neighbouring pixels too, as part of one shared window,
+    # which would be too wide for a coarser output.
     if any(a > 4 * b for a, b in zip(grid_size, output_size, strict=True)):
         return "the output is less than a quarter of the grid along an axis"
     return None
@@ -266,7 +268,7 @@ def _window_of(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> Window:
-    """The window of a fine tensor, given first, and of a coarse one."""
+    """Check the windows that tensors cover: first the one of the output, then that of the grid."""
     places = (output_size, origin), (grid_size, grid_origin)
     for (name, tensor), (size, start) in zip(tensors.items(), places, strict=True):
         for first, count, length in zip(start, tensor.shape[2:], size, strict=True):

@@ -1,9 +1,9 @@
 """The compiled CPU kernels: operators and their gradients, as plain functions of tensors.
 
 The operators are those of :mod:`upfeat.functional`, with the same arguments, shapes and errors, for
-tensors of any strides; values and weights share one type, float32, bfloat16 or float16. Nothing
-here is differentiable by itself. Gradients, and everything else, are the same for any number of
-threads. :mod:`upfeat.backends.cpu.library` finds and calls the library.
+tensors of any strides; values and weights have one dtype, float32, bfloat16 or float16. The
+functions are not differentiable by themselves. All results, including gradients, are the same for
+any number of threads. :mod:`upfeat.backends.cpu.library` finds and calls the library.
 """
 
 import ctypes
@@ -93,17 +93,17 @@ Gradients = tuple[Tensor | None, Tensor | None]
 
 
 def can_run_adaptive_conv2d(padded: Tensor, weights: Tensor) -> str | None:
-    """Return why :func:`adaptive_conv2d` cannot run on these; ``None`` when it can."""
+    """Return why :func:`adaptive_conv2d` cannot run on these arguments, or ``None``."""
     return reason_against(padded=padded, weights=weights)
 
 
 def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str | None:
-    """Return why :func:`joint_bilateral_upsample` cannot run on these; ``None`` when it can."""
+    """Return why :func:`joint_bilateral_upsample` cannot run on these arguments, or ``None``."""
     return reason_against(features=features, weights=weights)
 
 
 def can_run_bilateral_weights(keys: Tensor, *_: object) -> str | None:
-    """Return why :func:`bilateral_weights` cannot run on these; ``None`` when it can."""
+    """Return why :func:`bilateral_weights` cannot run on these arguments, or ``None``."""
     return reason_against(keys=keys)
 
 
@@ -124,7 +124,7 @@ def adaptive_conv2d(
 def adaptive_conv2d_backward(
     grad: Tensor, padded: Tensor, weights: Tensor, need_padded: bool, need_weights: bool
 ) -> Gradients:
-    """Gradients of :func:`adaptive_conv2d`, ``None`` where not needed."""
+    """Gradients of :func:`adaptive_conv2d`; ``None`` for those not needed."""
     radius = _check_padded(padded, weights)
     needed = (need_padded, need_weights)
     return gradients("upfeat_conv_backward", grad, padded, weights, needed, radius)
@@ -133,9 +133,9 @@ def adaptive_conv2d_backward(
 def joint_bilateral_upsample(
     features: Tensor, weights: Tensor, *, channels_last: bool | None = None
 ) -> Tensor:
-    """See :func:`upfeat.functional.joint_bilateral_upsample`: everything in one pass.
+    """See :func:`upfeat.functional.joint_bilateral_upsample`; one pass resizes and filters.
 
-    ``channels_last`` is the memory format of the result; ``None`` takes that of ``features``.
+    ``channels_last`` is the memory format of the result; ``None`` chooses that of ``features``.
     """
     radius = check_upsample(features, weights)
     out = output(features, weights, channels_last)
@@ -151,7 +151,7 @@ def joint_bilateral_upsample_backward(
     need_features: bool,
     need_weights: bool,
 ) -> Gradients:
-    """Gradients of :func:`joint_bilateral_upsample`, ``None`` where not needed."""
+    """Gradients of :func:`joint_bilateral_upsample`; ``None`` for those not needed."""
     radius = check_upsample(features, weights)
     source, needed = _resized(features, weights), (need_features, need_weights)
     to_source, to_weights = gradients("upfeat_jbu_backward", grad, source, weights, needed, radius)
@@ -185,7 +185,7 @@ def bilateral_weights_backward(
     sigma_spatial: float | Tensor,
     radius: int,
 ) -> tuple[Tensor, float, float]:
-    """Gradients of :func:`bilateral_weights`: of keys, temperature and sigma_spatial."""
+    """Gradients of :func:`bilateral_weights` by keys, temperature and sigma_spatial."""
     check_image("keys", keys, radius)
     check_shape("grad", grad, weights_shape(keys, radius))
     to_keys = torch.zeros_like(keys) if not grad.numel() else torch.empty_like(keys)
@@ -204,11 +204,11 @@ def bilateral_weights_backward(
 
 
 def _resized(features: Tensor, weights: Tensor) -> Tensor:
-    """``features``, already resized along the axes that shrink.
+    """Return ``features`` resized to the output along the axes on which the output is smaller.
 
-    The kernels fold bicubic enlargement into the weights. Shrinking is done here: folded, it would
-    need windows of any size, while its resized copy is no larger than ``features``. Bicubic
-    resizing is separable, so this is exact.
+    The kernels fold bicubic enlargement into the weights. Reduction is done here: folded, it would
+    need windows of any size, while the resized copy is no larger than ``features``. Bicubic
+    resizing is separable, so the result is exact.
     """
     if not shrinks(features, weights):
         return features

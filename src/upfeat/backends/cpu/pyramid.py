@@ -1,4 +1,4 @@
-"""The encoder of the neighbourhood upsampler on the compiled CPU library: inference only."""
+"""The encoder of the neighbourhood upsampler in the compiled CPU library: inference only."""
 
 from collections.abc import Sequence
 
@@ -10,29 +10,30 @@ from upfeat.backends.cpu.arguments import check_image, reason_against
 from upfeat.backends.cpu.library import Pyramid, call
 
 _WIDTH = 32
-"""Channels are padded with zeros to a multiple of this."""
+"""Numbers of channels are padded with zeros to a multiple of this."""
 
 
 def can_run_pyramid_queries(guidance: Tensor, *_: object) -> str | None:
-    """Return why :func:`pyramid_queries` cannot run on these; ``None`` when it can."""
+    """Return why :func:`pyramid_queries` cannot run on these arguments, or ``None``."""
     return reason_against(guidance=guidance)
 
 
 def pyramid_queries(
     guidance: Tensor, parameters: Sequence[Tensor], window: Sequence[int], unit: bool
 ) -> Tensor:
-    """Queries of a window of an image, without gradients.
+    """Compute the queries in a window of an image, without gradients.
 
     Args:
         guidance: (B, G, H, W), any strides.
-        parameters: weight and bias of the entry, (D, G, 3, 3); of the correction of each coarser
-            scale, (D, D, 3, 3) and (D, D), or of none; of the join of each scale, (D, D). Matrices
-            may carry trailing axes of size 1.
+        parameters: weights, each followed by its bias: of the first layer, (D, G, 3, 3); of the
+            correction of each coarser scale, (D, D, 3, 3) and (D, D), unless there are no
+            corrections; of the join of each scale, (D, D). Matrices may have trailing axes of size
+            1. See :class:`upfeat.upsamplers.encoder.PyramidEncoder`.
         window: (top, left, height, width), within the image.
-        unit: give vectors of unit length.
+        unit: whether to scale the vectors to unit length.
 
     Returns:
-        (B, D, height, width), channels last, of the guidance's type.
+        (B, D, height, width), channels last, of the guidance's dtype.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -52,23 +53,24 @@ def pyramid_queries(
 
 
 def can_run_pyramid_means(guidance: Tensor, *_: object) -> str | None:
-    """Say why :func:`pyramid_means` cannot run on these; ``None`` when it can."""
+    """Return why :func:`pyramid_means` cannot run on these arguments, or ``None``."""
     return reason_against(guidance=guidance)
 
 
 def pyramid_means(
     guidance: Tensor, parameters: Sequence[Tensor], grid_size: Sequence[int], cells: Sequence[int]
 ) -> Tensor:
-    """Mean of the unit queries of each cell's pixels, without gradients; no queries are kept.
+    """Average the unit queries of each cell's pixels, without gradients or a map of queries.
 
     Args:
         guidance: (B, G, H, W), any strides.
         parameters: as in :func:`pyramid_queries`.
-        grid_size: (h, w) of a grid that is laid over the image; cells that share pixels overlap.
-        cells: (top, left, height, width) of the grid.
+        grid_size: (h, w) of a grid that covers the image; where h and w do not divide the image's
+            sides, cells overlap.
+        cells: (top, left, height, width), a window of the grid.
 
     Returns:
-        (B, D, height, width), of the guidance's type.
+        (B, D, height, width), of the guidance's dtype.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -103,12 +105,12 @@ def _encoder(channels: int, parameters: list[Tensor]) -> Pyramid:
     encoder = Pyramid(
         **{name: value.data_ptr() for name, value in arrays.items()}, width=full, levels=joined
     )
-    encoder.keep = arrays  # the structure holds bare addresses
+    encoder.keep = arrays  # the structure contains addresses alone, which own no memory
     return encoder
 
 
 def _joined(parameters: list[Tensor]) -> int:
-    """Number of scales."""
+    """Number of scales of an encoder, from the shapes of its parameters."""
     corrections = sum(one.dim() == 4 and one.shape[-1] == 3 for one in parameters[2:])
     return corrections + 1 if corrections else len(parameters) // 2 - 1
 
@@ -124,13 +126,13 @@ def _stack(name: str, layers: list[tuple[Tensor, Tensor]], full: int) -> dict[st
 
 
 def _window(weight: Tensor, inputs: int, full: int) -> Tensor:
-    """(D, C, 3, 3) to (3, 3, inputs, full)."""
+    """Transpose and zero-pad a 3×3 kernel, (D, C, 3, 3) -> (3, 3, inputs, full)."""
     grown = F.pad(weight, (0, 0, 0, 0, 0, inputs - weight.shape[1], 0, full - weight.shape[0]))
     return grown.permute(2, 3, 1, 0).contiguous()
 
 
 def _matrix(weight: Tensor, inputs: int, full: int) -> Tensor:
-    """(D, C) to (inputs, full)."""
+    """Transpose and zero-pad a matrix, (D, C) -> (inputs, full)."""
     weight = weight.flatten(1)
     grown = F.pad(weight, (0, inputs - weight.shape[1], 0, full - weight.shape[0]))
     return grown.T.contiguous()

@@ -1,4 +1,4 @@
-"""Whole JBU stages on the compiled CPU library: inference only, nothing in between kept."""
+"""Whole JBU stages in the compiled CPU library: inference only, without intermediate tensors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,29 +25,30 @@ _STAGE_PARAMETERS = (
 
 
 def can_run_jbu_stage_weights(guidance: Tensor, *_: object, **__: object) -> str | None:
-    """Return why :func:`jbu_stage_weights` cannot run on these; ``None`` when it can."""
+    """Return why :func:`jbu_stage_weights` cannot run on these arguments, or ``None``."""
     return reason_against(guidance=guidance)
 
 
 def can_run_jbu_stage(features: Tensor, guidance: Tensor, *_: object, **__: object) -> str | None:
-    """Return why :func:`jbu_stage` cannot run on these; ``None`` when it can."""
+    """Return why :func:`jbu_stage` cannot run on these arguments, or ``None``."""
     if features.dim() == 4 and guidance.dim() == 4 and shrinks(features, guidance):
         return "the output is smaller than the features"
     return reason_against(features=features, guidance=guidance)
 
 
 def jbu_stage_weights(guidance: Tensor, *parameters: Any, fixup_scale: float = 0.1) -> Tensor:
-    """All weights of one JBU stage from its guidance, without gradients and intermediates.
+    """Compute all weights of one JBU stage, without gradients and intermediate tensors.
 
     Args:
         guidance: (B, G, H, W), any strides; G is 3 for an image.
         parameters: ``proj_w0`` (D, G), ``proj_b0``, ``proj_w1`` (D, D), ``proj_b1``,
             ``temperature``, ``sigma_spatial``, ``fix_w0`` (T, T+G), ``fix_b0``, ``fix_w1`` (T, T),
-            ``fix_b1``; matrices may carry trailing axes of size 1 (1×1 convolutions).
-        fixup_scale: share of the fix-up network's output that is added.
+            ``fix_b1``, for D channels of keys and T taps; matrices may have trailing axes of size 1
+            (1×1 convolutions).
+        fixup_scale: factor of the fix-up network's output before it is added.
 
     Returns:
-        (B, T, H, W), contiguous, of the guidance's type.
+        (B, T, H, W), contiguous, of the guidance's dtype.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -66,14 +67,14 @@ def jbu_stage(
     fixup_scale: float = 0.1,
     channels_last: bool | None = None,
 ) -> Tensor:
-    """One whole JBU stage without gradients: the weights exist one tile at a time.
+    """Compute one whole JBU stage without gradients; only one tile of weights is in memory.
 
     Args:
         features: (B, C, h, w), any strides.
         guidance: (B, G, H, W), the stage's output size; H ≥ h and W ≥ w.
         parameters: as in :func:`jbu_stage_weights`.
         fixup_scale: as in :func:`jbu_stage_weights`.
-        channels_last: memory format of the result; ``None`` takes that of ``features``.
+        channels_last: memory format of the result; ``None`` chooses the format of ``features``.
 
     Returns:
         (B, C, H, W).
@@ -124,7 +125,7 @@ def _stage(guidance: Tensor, parameters: Sequence[Any], fixup_scale: float) -> t
         sigma_spatial=float(named["sigma_spatial"]),
         fixup_scale=fixup_scale,
     )
-    stage.keep = dense  # the structure holds bare addresses
+    stage.keep = dense  # the structure contains addresses alone, which own no memory
     return stage, radius
 
 

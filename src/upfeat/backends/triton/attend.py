@@ -2,10 +2,11 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 """Triton kernels for attention from pixels to rectangles of cells.
 
-A program has BLOCK pixels of one row, which see the same rows of cells, and runs over the columns
-that any of them sees, CELLS at a time; a mask keeps each pixel to its own. ``attend_norms`` leaves
-the logarithm of every softmax's denominator; ``attend_values`` makes the weights again, and sums
-the values of BC channels by them. float32 throughout, whatever tensors hold.
+A program processes BLOCK pixels of one row, which attend to the same rows of cells. It loops over
+the columns of cells that any of these pixels attends to, CELLS at a time, with a mask of the cells
+of each pixel. ``attend_norms`` stores the logarithm of every softmax's denominator;
+``attend_values`` recomputes the weights, and sums the values of BC channels with them. Arithmetic
+is in float32, whatever the tensors' dtype.
 """
 
 import triton
@@ -14,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _pixels(width, columns, h, w, BLOCK: tl.constexpr):
-    """This program's columns of pixels, which of them exist, and the cells that each sees."""
+    """This program's columns of pixels, a mask of those in the image, and bounds of their cells."""
     x = (tl.program_id(0) % tl.cdiv(width, BLOCK)) * BLOCK + tl.arange(0, BLOCK)
     live = x < width
     first = tl.load(columns + x, mask=live, other=w)
@@ -24,7 +25,7 @@ def _pixels(width, columns, h, w, BLOCK: tl.constexpr):
 
 @triton.jit
 def _products(query, keys, r, j, seen, depth, kd, ky, kx, scale, D: tl.constexpr):
-    """Scale · query (BLOCK, D) · keys of row r, columns j (D, CELLS); −inf where not seen."""
+    """Logits scale · query (BLOCK, D) · keys of row r, columns j (D, CELLS); −inf if masked."""
     d = tl.arange(0, D)
     at = keys + r * ky + (d * kd)[:, None] + (j * kx)[None, :]
     live = (d < depth)[:, None] & tl.max(seen.to(tl.int32), 0)[None, :].to(tl.int1)
@@ -39,7 +40,7 @@ def attend_norms(
     qb, qd, qy, qx, kb, kd, ky, kx,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
 ):  # fmt: skip
-    """norms[b, n, y, x] = log Σ over the pixel's cells of exp(scale · ⟨query, key⟩), head n."""
+    """norms[b, n, y, x] = log Σ exp(scale · ⟨query, key⟩) over the pixel's cells, for head n."""
     x, live, first, stop = _pixels(width, columns, h, w, BLOCK)
     row = tl.program_id(0) // tl.cdiv(width, BLOCK)
     y, n = row % height, (row // height) % HEADS
@@ -72,10 +73,10 @@ def attend_values(
     HEADS: tl.constexpr, MEAN: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     CELLS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Out = Σ over the pixel's cells of weight · value, for one block of channels.
+    """Out = Σ weight · value over the pixel's cells, for one block of channels.
 
-    ``blocks`` (3, n_blocks) names for each block of channels its head, first channel and end; with
-    MEAN the weight is that of all heads on average.
+    ``blocks`` (3, n_blocks) contains the head of each block of channels, its first channel, and one
+    past its last; with MEAN, weights are averaged over all heads.
     """
     x, live, first, stop = _pixels(width, columns, h, w, BLOCK)
     rest = tl.program_id(0) // tl.cdiv(width, BLOCK)

@@ -1,7 +1,7 @@
-"""Attention from pixels to rectangles of cells on a GPU: forward in Triton, gradients in tiles.
+"""Attention from pixels to rectangles of cells on a GPU: the forward pass in Triton.
 
-The gradients are those of the tiles in plain PyTorch (``backends/tiled_attention.py``), which run
-on the same device; results repeat bit for bit.
+The gradients are those of the tiled implementation in plain PyTorch (:mod:`..tiled_attention`),
+computed on the same device. All results are reproducible bit for bit.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from upfeat.backends.triton import launch
 from upfeat.backends.triton.tables import power_of_two
 
 _BLOCK, _CELLS, _CHANNELS = 64, 16, 64
-"""Pixels of a row, cells and channels that a program works on at a time."""
+"""Pixels of a row, cells, and channels that a program processes at a time."""
 _WARPS = 8
 
 
@@ -73,7 +73,7 @@ def window_attention_backward(
     blocks: Sequence[int],
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of queries, keys and values, ``None`` where not needed."""
+    """Gradients by queries, keys and values; ``None`` for those not needed."""
     given = [
         each.detach().requires_grad_(need)
         for each, need in zip((queries, keys, values), needed, strict=True)
@@ -94,7 +94,11 @@ def _table(numbers: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _channel_blocks(blocks: Sequence[int]) -> list[int]:
-    """Heads, first channels and ends of pieces of at most :data:`_CHANNELS` channels."""
+    """Divide heads' blocks into pieces of at most :data:`_CHANNELS` channels.
+
+    Returns:
+        The head of every piece, then the first channels, then one past the last channels.
+    """
     pieces, start = [], 0
     for head, count in enumerate(blocks):
         for first in range(0, count, _CHANNELS):

@@ -1,4 +1,4 @@
-"""Reasons why kernels cannot run on this machine, or on these tensors."""
+"""Reasons why kernels cannot run on this machine, or on given tensors."""
 
 import importlib.util
 import os
@@ -17,7 +17,7 @@ SMALLEST_CAPABILITY = (8, 0)
 
 
 def unavailable_reason() -> str | None:
-    """Return why no kernel here can run on this machine; ``None`` when they can."""
+    """Return why the kernels cannot run on this machine, or ``None`` if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install triton)"
     if launch.interpreted():
@@ -32,8 +32,9 @@ def unavailable_reason() -> str | None:
     return None
 
 
-# A lock and a loader are not for a compiled graph: the answer is a constant there. This is what
-# torch.compiler.assume_constant_result sets, which would import the whole compiler to do it.
+# torch.compile cannot trace the checks, so it takes the result for a constant. This is the
+# attribute that torch.compiler.assume_constant_result sets; calling that function here would import
+# the whole compiler.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -46,7 +47,7 @@ def _too_old(index: int) -> str | None:
 
 
 def reason_against(*tensors: Tensor) -> str | None:
-    """Return why no kernel can run on these tensors; ``None`` when they can."""
+    """Return why the kernels cannot run on these tensors, or ``None`` if they can."""
     reason = unavailable_reason()
     if reason is not None:
         return reason

@@ -1,6 +1,6 @@
-"""Starting the Triton kernels: which one, over how many programs, with what beside the tensors.
+"""Launching of the Triton kernels: choice of the kernel, number of programs, further arguments.
 
-Nothing here imports Triton until a kernel starts, so that ``import upfeat`` never does.
+Triton is imported when the first kernel is launched, so ``import upfeat`` never imports it.
 """
 
 import importlib
@@ -27,20 +27,21 @@ INT32_REACH = 2**31
 
 
 def interpreted() -> bool:
-    """Return whether Triton's interpreter is on, which runs kernels on the CPU, for tests."""
+    """Return whether Triton's interpreter is on, which runs kernels on the CPU for tests."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def in_half(source: Tensor, weights: Tensor) -> bool:
-    """Return whether products run in half precision: both arguments have it, and the same one."""
+    """Return whether products run in half precision: if both tensors have the same half dtype."""
     return source.dtype == weights.dtype != torch.float32
 
 
 def fold(weights: Tensor, source: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
-    """Weights over taps to weights over source positions: (B, T, H, W) -> (B, I, J, H, W)."""
+    """Fold weights over taps to weights over source positions, (B, T, H, W) -> (B, I, J, H, W)."""
     half = in_half(source, weights)
     in_groups = not half and all(axis.factor for axis in axes)
-    # A pixel's positions lie together, except where threads run along pixels.
+    # A pixel's positions are contiguous in memory, except for the kernels whose threads run along
+    # pixels: the groups kernels on planar features.
     window = new_window(
         weights,
         axes,
@@ -52,14 +53,14 @@ def fold(weights: Tensor, source: Tensor, axes: tuple[Axis, Axis]) -> Tensor:
 
 
 def run_folding(kernel: str, read: Tensor, written: Tensor, axes: tuple[Axis, Axis]) -> None:
-    """Fold ``read`` into ``written``, or unfold it."""
+    """Launch ``kernel``, "fold" or "unfold", from ``read`` to ``written``."""
     rows, columns = (on_device(axis, read.device) for axis in axes)
     block = blocks(kernel, _capability(read))
     batch, height, width = read.shape[0], rows.target, columns.target
     assert rows.coefficients is not None
     assert columns.coefficients is not None
     pitch = power_of_two(columns.window)
-    # The table's block is for windows of 8; wider ones leave room for fewer pixels.
+    # The block in the table is for windows of up to 8 columns; wider windows allow fewer pixels.
     pixels = min(block.columns, max(block.columns * 8 // pitch, 16))
     programs = batch * -(-height * width // pixels)
     with _device_of(read):
@@ -86,7 +87,7 @@ def gather(source: Tensor, window: Tensor, out: Tensor, axes: tuple[Axis, Axis])
 
 
 def scatter(grad: Tensor, window: Tensor, out: Tensor, axes: tuple[Axis, Axis]) -> None:
-    """The adjoint of :func:`gather` in its source; ``out`` (B, C, h, w)."""
+    """Adjoint of :func:`gather` with respect to its source; ``out`` is (B, C, h, w)."""
     tensors, half = (grad, window, out), in_half(grad, window)
     rows, columns = axes
     if not half and rows.factor and columns.factor:
@@ -163,19 +164,20 @@ def range_kernel(
     """Run ``range_forward`` or ``range_backward``.
 
     Args:
-        kernel: its name.
-        radius: r.
+        kernel: name of the kernel.
+        radius: radius r of the windows.
         keys: (B, D, H, W), not empty.
         scalars: temperature and sigma_spatial, float32 on the device.
-        tensors: what else it reads and writes, each (B, T, H, W).
+        tensors: the other tensors that the kernel reads and writes, each (B, T, H, W).
 
     Returns:
-        (programs, 2) float32: shares of the scalars' gradients; nothing the forward writes.
+        (programs, 2) float32: each program's term of the gradients by the scalars, which only
+        ``range_backward`` writes.
     """
     batch, depth, height, width = keys.shape
     block = blocks(kernel, _capability(keys))
     side = power_of_two(2 * radius + 2)
-    strip = max(block.columns * 64 // side**2, 16)  # the table's is for radius 3, a side of 8
+    strip = max(block.columns * 64 // side**2, 16)  # the block in the table is for radius 3
     programs = batch * -(-height // 2) * -(-width // strip)
     partial = torch.empty(programs, 2, device=keys.device)
     also = (partial,) if kernel == "range_backward" else ()
@@ -192,12 +194,12 @@ def range_kernel(
 def new_window(
     like: Tensor, axes: tuple[Axis, Axis], dtype: torch.dtype, pixels_first: bool
 ) -> Tensor:
-    """An empty (B, I, J, H, W); ``pixels_first`` in memory as (B, H, W, I, J and some)."""
+    """Allocate a window (B, I, J, H, W), in memory (B, H, W, I, padded J) if ``pixels_first``."""
     rows, columns = axes
     batch, size = like.shape[0], (rows.target, columns.target)
     if not pixels_first:
         return like.new_empty(batch, rows.window, columns.window, *size, dtype=dtype)
-    # Rounding J up to a power of two starts every row of a window on a sector of memory.
+    # J is rounded up to a power of two, so that every row of a window starts on a memory sector.
     pitch = power_of_two(columns.window)
     whole = like.new_empty(batch, *size, rows.window, pitch, dtype=dtype)
     return whole[..., : columns.window].permute(0, 3, 4, 1, 2)
@@ -208,7 +210,7 @@ def _precision(half: bool) -> str:
 
 
 def _index_type(*tensors: Tensor) -> Any:
-    """Triton's int64 where an offset inside one batch entry may need it, else int32."""
+    """Triton's int64 if an offset inside one batch entry may need it, otherwise int32."""
     spans = (
         sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
         for t in tensors
@@ -218,7 +220,7 @@ def _index_type(*tensors: Tensor) -> Any:
 
 
 def _product_type(dtype: torch.dtype) -> Any:
-    """The type ``tl.dot`` multiplies in."""
+    """Triton's type in which ``tl.dot`` multiplies."""
     if dtype == torch.bfloat16 and interpreted():
         dtype = torch.float32  # the interpreter multiplies bfloat16's bits as integers
     return getattr(importlib.import_module("triton.language"), str(dtype).removeprefix("torch."))
@@ -229,12 +231,12 @@ def _kernels(module: str) -> ModuleType:
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels start on the current device: make it the tensor's."""
+    """Context in which the tensor's device is current, as kernels start on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _capability(tensor: Tensor) -> int:
-    """The device's compute capability as 80 or 90; 0 where there is no device."""
+    """Compute capability of the tensor's device, as 80 or 90; 0 on the CPU."""
     return _device_capability(tensor.device.index) if tensor.is_cuda else 0
 
 

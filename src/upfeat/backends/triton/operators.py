@@ -1,12 +1,12 @@
-"""GPU kernels, written in Triton: forward and both gradients, float32 accumulation.
+"""GPU kernels, written in Triton: forward and both gradients, with float32 accumulation.
 
-float32 is computed as float32 (no TF32); where features and weights are both bfloat16 or both
-float16 the products run on tensor cores with float32 sums, weights rounded once after folding.
-Any size and ratio, either memory format, any strides. Every gradient is a gather or a sum of
-partial sums in a fixed order, so results repeat bit for bit.
+float32 is computed in float32 (no TF32). If features and weights are both bfloat16 or both float16,
+the products run on tensor cores with float32 sums, and weights are rounded once, after folding. Any
+size and ratio, both memory formats and any strides are supported. Every gradient is a gather or a
+sum of partial sums in a fixed order, so results are reproducible bit for bit.
 
-What the operator costs, and what is predicted of these kernels (nothing here was timed; the
-benchmark in ``benchmarks/gpu_kernels.py`` measures it). B=1, r=3, float32:
+The table has the least cost of the operator, for B=1, r=3 and float32. The text below predicts the
+kernels' times from it; ``benchmarks/gpu_kernels.py`` measures them.
 
 ============================  ===========  ===========  ==========================  ============
 upsample                      operations   least bytes  at 2.0 / 3.35 / 4.8 TB/s    at 19.5 / 67
@@ -14,26 +14,28 @@ upsample                      operations   least bytes  at 2.0 / 3.35 / 4.8 TB/s
 ============================  ===========  ===========  ==========================  ============
 C=384, 112→224                1.9 GFLOP    106 MB       53 / 32 / 22 µs             97 / 28 µs
 C=384, 512→1024               39.5 GFLOP   2.2 GB       1.1 / 0.66 / 0.46 ms        2.0 / 0.6 ms
-the same in bfloat16          39.5 GFLOP   1.1 GB       0.55 / 0.33 / 0.23 ms       (tensor cores)
+C=384, 512→1024, bfloat16     39.5 GFLOP   1.1 GB       0.55 / 0.33 / 0.23 ms       (tensor cores)
 ============================  ===========  ===========  ==========================  ============
 
-float32 is bound by multiply-adds on an A100 and balanced on an H100, so the *groups* kernels do no
-more of them than there are. 2×2 outputs share each loaded value; what limits them next is the
-first-level cache, which serves 32 values a clock where an H100 does 128 multiply-adds. By the
-compiled code a thread issues 20 loads of 4 bytes for 64 multiply-adds on planar features (at best
-80 % of the arithmetic rate) and 2 of 16 bytes and 8 of 4 for 32 on channels-last ones (50 %).
-Predicted for 112→224, with 6 µs to fold the weights: 1.4 (planar) to 2 times the floor on an H100,
-and on an A100 1.1 to 1.3 times the arithmetic's, which is 2 to 2.4 times the bandwidth's.
+In float32 the operator is bound by multiply-adds on an A100, and by multiply-adds and bandwidth
+alike on an H100, so the *groups* kernels do no superfluous multiply-adds. 2×2 outputs share each
+loaded value; the next limit is the first-level cache, which delivers 32 values per clock, while an
+H100 does 128 multiply-adds. In the compiled code, a thread issues 20 loads of 4 bytes for 64
+multiply-adds on planar features (at best 80 % of the arithmetic rate), and 2 loads of 16 bytes and
+8 of 4 bytes for 32 multiply-adds on channels-last features (50 %). The prediction for 112→224, with
+6 µs to fold the weights, is 1.4 (planar) to 2 times the least time on an H100; on an A100 it is 1.1
+to 1.3 times the least time of the arithmetic, or 2 to 2.4 times that of the memory traffic.
 
-In half precision the bytes halve and plain multiply-adds would be 3 to 5 times above the floor, so
-the *tiles* kernels spend three times the operations on tensor cores: a tile of 8×16 outputs reads
-10×14 cells, held as 10×16, and 49 of those 160 count. 6 GFLOP at half an H100's 990 TFLOP/s are
-12 µs against a floor of 16: 1.5 times the floor is predicted, gathering the weights being the risk.
+In half precision the bytes halve, and plain multiply-adds would take 3 to 5 times the least time.
+The *tiles* kernels therefore do three times the operations, but on tensor cores: a tile of 8×16
+outputs reads 10×14 cells, stored as 10×16, and each output needs 49 of these 160. 6 GFLOP at half
+an H100's 990 TFLOP/s take 12 µs, and the memory traffic at least 16 µs. The prediction is 1.5 times
+the least time, if gathering the weights is not slower than assumed.
 
-The gradient of the weights multiplies tiles in either precision; in float32 without tensor cores
-that is slow, about 10 times the arithmetic floor predicted. The range kernel moves 16 MB at 224
-(5 µs on an H100) and 339 MB at 1024 (0.1 ms), and at 1.75 multiply-adds a load is bound by the
-first-level cache at 1.3 times that floor: 1.5 to 2 predicted.
+The gradient by the weights multiplies tiles in either precision; in float32, without tensor cores,
+it is slow: about 10 times the least time of the arithmetic is predicted. The range kernel moves
+16 MB at 224 (5 µs on an H100) and 339 MB at 1024 (0.1 ms). With 1.75 multiply-adds per load, it is
+bound by the first-level cache, at 1.3 times the least time; 1.5 to 2 times are predicted.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,28 +70,28 @@ __all__ = [
 
 
 def can_run_joint_bilateral_upsample(features: Tensor, weights: Tensor) -> str | None:
-    """Return why these arguments cannot run here; ``None`` when they can."""
+    """Return why the operator cannot run on these arguments, or ``None``."""
     return reason_against(features, weights)
 
 
 def can_run_adaptive_conv2d(padded: Tensor, weights: Tensor) -> str | None:
-    """Return why these arguments cannot run here; ``None`` when they can."""
+    """Return why the operator cannot run on these arguments, or ``None``."""
     return reason_against(padded, weights)
 
 
 def can_run_neighbourhood_upsample(
     features: Tensor, weights: Tensor, *place: Sequence[int]
 ) -> str | None:
-    """Return why these arguments cannot run here; ``None`` when they can."""
-    del place  # the tables know any window
+    """Return why the operator cannot run on these arguments, or ``None``."""
+    del place  # there are tables for any window
     return reason_against(features, weights)
 
 
 def can_run_bilateral_weights(
     keys: Tensor, temperature: Tensor | float, sigma_spatial: Tensor | float, radius: int
 ) -> str | None:
-    """Return why these arguments cannot run here; ``None`` when they can."""
-    del temperature, sigma_spatial  # scalars of any type and device are copied over
+    """Return why the operator cannot run on these arguments, or ``None``."""
+    del temperature, sigma_spatial  # scalars of any type are copied to the device
     if radius > 7:
         return f"radius={radius} needs more scores per pixel than registers hold; at most 7"
     return reason_against(keys)
@@ -98,7 +100,7 @@ def can_run_bilateral_weights(
 def can_run_window_attention(
     queries: Tensor, keys: Tensor, values: Tensor, *options: object
 ) -> str | None:
-    """Return why these arguments cannot run here; ``None`` when they can."""
+    """Return why the operator cannot run on these arguments, or ``None``."""
     del options  # any ranges, heads and blocks
     return reason_against(queries, keys, values)
 
@@ -127,7 +129,7 @@ def joint_bilateral_upsample_backward(
     need_features: bool = True,
     need_weights: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`joint_bilateral_upsample` for ``features`` and ``weights``."""
+    """Gradients of :func:`joint_bilateral_upsample` by ``features`` and ``weights``."""
     axes = _axes(bicubic_axis, features, weights)
     return _folded_backward(grad, features, weights, axes, need_features, need_weights)
 
@@ -147,10 +149,10 @@ def neighbourhood_upsample(
     Args:
         features: (B, C, h, w).
         weights: (B, (2r+1)², H, W) over the cells around each pixel's own, edges replicated.
-        output_size: of the whole output, a window of which the weights are.
-        origin: first row and column of the window.
-        grid_size: of the whole grid, some cells of which the features are.
-        grid_origin: first row and column of those.
+        output_size: (height, width) of the whole output, of which the weights cover a window.
+        origin: first row and column of the window of the output.
+        grid_size: (h, w) of the whole grid, of which the features cover a window.
+        grid_origin: first row and column of the window of the grid.
         channels_last: memory format of the result; by default that of ``features``.
 
     Returns:
@@ -168,7 +170,7 @@ def neighbourhood_upsample_backward(
     need_weights: bool,
     *place: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`neighbourhood_upsample` for ``features`` and ``weights``."""
+    """Gradients of :func:`neighbourhood_upsample` by ``features`` and ``weights``."""
     axes = _cell_axes(features, weights, *place)
     return _folded_backward(grad, features, weights, axes, need_features, need_weights)
 
@@ -200,7 +202,7 @@ def adaptive_conv2d_backward(
     need_padded: bool = True,
     need_weights: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`adaptive_conv2d` for ``padded`` and ``weights``."""
+    """Gradients of :func:`adaptive_conv2d` by ``padded`` and ``weights``."""
     axes = _plain_axes(padded, weights)
     for_padded = _like(padded, padded.shape[2:], None) if need_padded else None
     for_weights = torch.empty_like(weights) if need_weights else None
@@ -246,10 +248,10 @@ def bilateral_weights_backward(
     radius: int,
     need_keys: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of :func:`bilateral_weights` for keys, temperature and sigma_spatial.
+    """Gradients of :func:`bilateral_weights` by keys, temperature and sigma_spatial.
 
-    The keys' gradient is a window sum of the keys themselves, weighted by the gradients of the
-    products, plus its adjoint: the two kernels every operator here uses, at ratio 1.
+    The gradient by the keys is a window sum of the keys, weighted by the gradients of the products,
+    plus the adjoint of this sum. Both are computed with the operators' gather and scatter kernels.
 
     Returns:
         (B, D, H, W) or ``None``, and two float32 scalars.
@@ -307,7 +309,7 @@ def _folded_backward(
 def _axes(
     kind: Callable[[int, int, int], Axis], features: Tensor, weights: Tensor
 ) -> tuple[Axis, Axis]:
-    """The tables of both axes; an empty output, which no kernel writes, has those of one pixel."""
+    """Make the tables of both axes; an empty output, which no kernel writes, gets one pixel's."""
     radius = _checked_radius(features, weights)
     (h, w), (height, width) = features.shape[2:], weights.shape[2:]
     rows = kind(max(h, 1), max(height, 1), radius)
@@ -322,7 +324,7 @@ def _cell_axes(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> tuple[Axis, Axis]:
-    """The tables of both axes of a window, which read the cells around every pixel."""
+    """Make the tables of both axes for a window of an output, to read the cells around pixels."""
     radius = _checked_radius(features, weights)
     rows, columns = (
         replicated_axis(
@@ -337,9 +339,9 @@ def _cell_axes(
 
 
 def _checked_radius(features: Tensor, weights: Tensor) -> int:
-    """The radius of weights that go with features.
+    """Check the shapes of features and weights, and return the weights' radius.
 
-    Shapes are checked by ``upfeat.functional`` too; a kernel must not be started on wrong ones.
+    ``upfeat.functional`` checks shapes, too, but a kernel on wrong shapes could read anywhere.
     """
     radius = window_radius(weights.shape[1])
     if len(features) != len(weights):
@@ -372,9 +374,9 @@ def _like(
     channels_last: bool | None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """An empty (B, C, *size) in the memory format of ``x`` unless told which."""
+    """Allocate (B, C, *size), channels last if so chosen; by default in the format of ``x``."""
     if channels_last is None:
-        # Only where it is unambiguous: one channel or one pixel looks like both.
+        # A tensor with one channel or one pixel has both formats; it counts as contiguous.
         channels_last = x.stride(1) == 1 and not x.is_contiguous()
     form = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(

@@ -1,12 +1,12 @@
 # pyright: basic, reportGeneralTypeIssues=false
 # ruff: noqa: ANN001, ANN201, ANN202
-"""Triton kernels for the range kernel: keys to normalised weights, and its gradients.
+"""Triton kernels for the range kernel: from keys to normalised weights, and its gradients.
 
-A program takes two rows of a strip of columns. Their windows overlap, so it loads the
-(2r+2) × (2r+1) keys that the two share as one block, (positions × columns), and adds each key's
-product with both pixels' own: 1.75 multiply-adds per load at r = 3 where one row alone has 1, all
-of them along contiguous columns. The scores stay in registers from the products to the weights.
-Importing this module imports Triton.
+A program processes two rows of a strip of columns. The windows of two pixels in one column overlap,
+so the program loads the (2r+2) × (2r+1) keys of both windows as one block, (positions × columns),
+and multiplies each key with the keys of both pixels: 1.75 multiply-adds per load at r = 3, where a
+single row has 1, all along contiguous columns. The scores stay in registers until the weights are
+computed. Importing this module imports Triton.
 """
 
 import triton
@@ -15,7 +15,7 @@ import triton.language as tl
 
 @triton.jit
 def _reflect(position, length):
-    """Bounce into 0 … length-1, as often as it takes."""
+    """Reflect a position at the borders, repeatedly if need be, into 0 … length-1."""
     period = tl.maximum(2 * (length - 1), 1)
     folded = tl.abs(position) % period
     return tl.minimum(folded, period - folded)
@@ -23,7 +23,7 @@ def _reflect(position, length):
 
 @triton.jit
 def _place(height, width, BLOCK: tl.constexpr, INDEX: tl.constexpr):
-    """This program's batch entry, upper row and columns."""
+    """Batch entry, upper row and columns of this program."""
     strips = tl.cdiv(width, BLOCK)
     pairs = tl.cdiv(height, 2)
     b = (tl.program_id(0) // (strips * pairs)).to(tl.int64)
@@ -37,7 +37,7 @@ def _scores(
     keys, depth, height, width, y, x, kd, ky, kx,
     RADIUS: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Products of the window's keys with the two pixels' own, (SIDE², BLOCK) each."""
+    """Products of the keys in both windows with the keys of both pixels, each (SIDE², BLOCK)."""
     n = tl.arange(0, SIDE * SIDE)
     i, j = n // SIDE, n % SIDE
     used = (i < 2 * RADIUS + 2) & (j < 2 * RADIUS + 1)
@@ -61,7 +61,11 @@ def _scores(
 
 @triton.jit
 def _taps(LAG: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr):
-    """Tap and |u|² of each window position, for the pixel ``LAG`` rows down, and which are taps."""
+    """Number of the tap at each position of the block, its |u|², and a mask of positions with taps.
+
+    The taps are those of the pixel ``LAG`` rows down; u is the tap's offset from the pixel, divided
+    by the radius.
+    """
     n = tl.arange(0, SIDE * SIDE)
     i, j = n // SIDE - LAG, n % SIDE
     is_tap = (i >= 0) & (i < 2 * RADIUS + 1) & (j < 2 * RADIUS + 1)
@@ -72,7 +76,7 @@ def _taps(LAG: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr):
 
 @triton.jit
 def _normalise(score, squared, is_tap, temperature, sigma):
-    """Softmax over taps, that times the spatial kernel, and its sum."""
+    """Softmax over taps, the softmax times the spatial kernel, and the sum of these products."""
     score = tl.where(is_tap[:, None], score * temperature, float("-inf"))
     share = tl.exp(score - tl.max(score, 0)[None, :])
     share = share / tl.sum(share, 0)[None, :]
@@ -86,7 +90,7 @@ def range_forward(
     kb, kd, ky, kx, ob, ot, oy, ox,
     RADIUS: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Weights (B, T, H, W) of keys (B, D, H, W)."""
+    """Compute weights (B, T, H, W) from keys (B, D, H, W)."""
     b, y, x = _place(height, width, BLOCK, INDEX)
     tau, width_of_kernel = tl.load(temperature), tl.load(sigma)
     acc0, acc1 = _scores(
@@ -110,9 +114,10 @@ def range_backward(
     kb, kd, ky, kx, gb, gt, gy, gx, pb, pt, py, px,
     RADIUS: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the products ⟨q[p], q[p+δ]⟩, and this program's share of the two scalars'.
+    """Gradients by the products ⟨q[p], q[p+δ]⟩, and this program's term of those by the scalars.
 
-    ``pairwise`` (B, T, H, W) float32; ``partial`` (programs, 2) float32: temperature, sigma.
+    ``pairwise`` (B, T, H, W) float32: the products, of the keys q at pixel p and at p + δ;
+    ``partial`` (programs, 2) float32: temperature, sigma.
     """
     b, y, x = _place(height, width, BLOCK, INDEX)
     tau, width_of_kernel = tl.load(temperature), tl.load(sigma)
@@ -131,7 +136,7 @@ def range_backward(
         at = (place * gy + x * gx)[None, :] + (tap.to(INDEX) * gt)[:, None]
         g = tl.load(grad + b * gb + at, mask=kept, other=0.0).to(tl.float32)
         bounded = tl.maximum(total, 1e-7)
-        # Where the bound holds the divisor is a constant and passes no gradient.
+        # Where the divisor is clamped to 1e-7, it is a constant and passes no gradient.
         moved = tl.where(total >= 1e-7, tl.sum(g * kernel, 0) / bounded, 0.0)
         g = (g - moved[None, :]) / bounded[None, :]
         for_sigma += tl.sum(g * kernel * squared[:, None], 0)

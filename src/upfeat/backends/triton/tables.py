@@ -1,12 +1,13 @@
-"""Tables of one axis for the GPU kernels, and the block sizes they run with.
+"""Tables of one axis for the GPU kernels, and the kernels' block sizes.
 
-Every operator is the same sum once bicubic and borders are folded into the weights::
+Every operator is the same sum, once bicubic interpolation and borders are folded into the weights::
 
     out[b, c, y, x] = Σ_ij  window[b, i, j, y, x] · source[b, c, start_y[y] + i, start_x[x] + j]
 
-so an operator is a pair of :class:`Axis` tables: where each output coordinate's window starts on
-the source, and how its taps spread over that window. Source positions outside the map count zero;
-folding never gives them weight. Nothing here imports Triton.
+An operator is therefore defined by a pair of :class:`Axis` tables: the start of each output
+coordinate's window on the source, and the coefficients that distribute its taps over the window.
+Source positions outside the map count as zero; folding never gives them weight. This module does
+not import Triton.
 """
 
 from dataclasses import dataclass, replace
@@ -22,19 +23,20 @@ CUBIC = -0.75  # PyTorch's bicubic convolution coefficient
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """The windows along one axis of ``source`` positions, seen from ``target`` outputs.
+    """The windows of ``target`` outputs along one axis of ``source`` positions.
 
     Attributes:
-        source: positions to read from.
-        target: outputs.
-        window: positions in every window.
-        factor: 1 or 2 when ``start[y] == y // factor + origin`` exactly; 0 otherwise.
-        origin: see ``factor``.
-        start: (target,) int32, non-decreasing; may be negative or reach past the end.
-        begin: (source,) int32, the first output whose window holds the position.
-        end: (source,) int32, one past the last such output.
-        coefficients: (target, taps, window) float32, how much of each tap falls on each window
-            position; ``None`` when taps and positions are the same thing.
+        source: number of positions to read from.
+        target: number of outputs.
+        window: number of positions in every window.
+        factor: 1 or 2 if ``start[y] == y // factor + origin`` for all outputs y; 0 otherwise.
+        origin: start of the first window; see ``factor``.
+        start: (target,) int32, the first position of each output's window, non-decreasing; may be
+            negative, and windows may end past the last position.
+        begin: (source,) int32, the first output whose window contains the position.
+        end: (source,) int32, one past the last output whose window contains the position.
+        coefficients: (target, taps, window) float32, the coefficient of each tap at each position
+            of the window; ``None`` if taps and positions are identical.
     """
 
     source: int
@@ -50,7 +52,7 @@ class Axis:
 
 @lru_cache(maxsize=512)
 def reach(axis: Axis, outputs: int) -> int:
-    """The most source positions that a tile of ``outputs`` outputs looks at."""
+    """Largest number of source positions that a tile of ``outputs`` outputs reads."""
     first = axis.start[::outputs]
     last = torch.cat([axis.start[outputs - 1 :: outputs], axis.start[-1:]])[: len(first)]
     return int((last - first).max()) + axis.window
@@ -58,7 +60,7 @@ def reach(axis: Axis, outputs: int) -> int:
 
 @lru_cache(maxsize=512)
 def audience(axis: Axis, positions: int) -> int:
-    """The most outputs that look at a tile of ``positions`` source positions."""
+    """Largest number of outputs that read from a tile of ``positions`` source positions."""
     first = axis.begin[::positions]
     last = torch.cat([axis.end[positions - 1 :: positions], axis.end[-1:]])[: len(first)]
     return max(int((last - first).max()), 1)
@@ -66,7 +68,7 @@ def audience(axis: Axis, positions: int) -> int:
 
 @lru_cache(maxsize=128)
 def on_device(axis: Axis, device: torch.device) -> Axis:
-    """The same tables on ``device``; kept, since copying them would wait for the device."""
+    """Return the tables on ``device``; cached, since each copy would wait for the device."""
     table = axis.coefficients
     return replace(
         axis,
@@ -79,16 +81,17 @@ def on_device(axis: Axis, device: torch.device) -> Axis:
 
 @lru_cache(maxsize=128)
 def plain_axis(target: int, radius: int) -> Axis:
-    """Windows on an axis that is already padded: output y reads y … y + 2r."""
+    """Make windows on an axis that is already padded: output y reads positions y … y + 2r."""
     start = torch.arange(target, dtype=torch.int32)
     return _axis(target + 2 * radius, target, start, 2 * radius + 1, None)
 
 
 @lru_cache(maxsize=128)
 def bicubic_axis(source: int, target: int, radius: int) -> Axis:
-    """Windows of taps that read a bicubic resize (``align_corners=False``), reflect-padded.
+    """Make windows whose taps read a bicubic resize (``align_corners=False``), reflect-padded.
 
-    Positions are integers over ``2 * target``, so that no rounding moves a window.
+    Positions are computed as integer multiples of 1 / (2 · ``target``), so that no rounding moves a
+    window.
     """
     outputs = torch.arange(target)[:, None]
     taps = torch.arange(-radius, radius + 1)[None, :]
@@ -111,10 +114,10 @@ def replicated_axis(
     cells: int | None = None,
     skip: int = 0,
 ) -> Axis:
-    """Windows of the 2r+1 cells around the cell an output lies in, edges replicated.
+    """Make windows of the 2r+1 cells around the cell of each output, with edges replicated.
 
-    The outputs are those from ``first`` on, of ``length`` in all; the source positions are the
-    cells from ``skip`` on, of ``cells`` in all.
+    The ``target`` outputs start at number ``first`` of ``length`` in all; the ``source`` cells
+    start at number ``skip`` of ``cells`` in all.
     """
     length, cells = length or target, cells or source
     outputs = torch.arange(first, first + target)[:, None]
@@ -125,13 +128,13 @@ def replicated_axis(
 
 
 def _spread(source: int, target: int, first: Tensor, positions: Tensor, values: Tensor) -> Axis:
-    """Lay (target, K, n) ``values`` at source ``positions`` out as windows from ``first``."""
+    """Convert (target, K, n) ``values`` at source ``positions`` to windows from ``first`` on."""
     place = positions - first[..., None]  # (target, K, n), never negative
     window = int(place.max()) + 1
     table = torch.zeros(*place.shape[:2], window, dtype=torch.float64)
     table.scatter_add_(2, place, values)
     used = table.ne(0).flatten(0, 1).any(0).nonzero().flatten()
-    low, high = int(used[0]), int(used[-1]) + 1  # no output uses what lies outside
+    low, high = int(used[0]), int(used[-1]) + 1  # outside, all coefficients are 0
     start = (first[:, 0] + low).to(torch.int32)
     return _axis(source, target, start, high - low, table[..., low:high].float().contiguous())
 
@@ -147,7 +150,7 @@ def _axis(source: int, target: int, start: Tensor, window: int, table: Tensor | 
 
 
 def _cubic(offset: Tensor) -> Tensor:
-    """The four bicubic coefficients of a fraction in [0, 1): (...) -> (..., 4)."""
+    """The four bicubic coefficients at an offset in [0, 1), (...) -> (..., 4)."""
 
     def near(x: Tensor) -> Tensor:
         return ((CUBIC + 2) * x - (CUBIC + 3)) * x * x + 1
@@ -160,14 +163,14 @@ def _cubic(offset: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Division of one kernel into programs. Every number is a power of two.
+    """Division of one kernel into programs. Sizes are powers of two, or 0 if the kernel has none.
 
     Attributes:
-        rows: tile height, in outputs (or 2×2 groups of them, or source positions).
-        columns: tile width, likewise.
-        channels: channels a program carries, or steps through; at most, see :func:`blocks`.
-        inner: length of one step of the sum.
-        warps: warps a program.
+        rows: tile height in outputs, in 2×2 groups of outputs, or in source positions.
+        columns: tile width, in the units of ``rows``.
+        channels: largest number of channels that a program processes at a time; see :func:`blocks`.
+        inner: number of terms in one step of the sum.
+        warps: warps per program.
         stages: software pipelining depth.
     """
 
@@ -179,8 +182,9 @@ class Blocks:
     stages: int
 
 
-# (kernel, compute capability or 0 for any, kind). Chosen from the compiled code (no entry spills
-# registers on 8.0 or 9.0), loads per multiply-add and how often tiles read each other's borders.
+# Keys are (kernel, compute capability or 0 for any, kind). The sizes were chosen by the compiled
+# code (no entry spills registers on 8.0 or 9.0), by loads per multiply-add, and by the number of
+# values that neighbouring tiles both read.
 BLOCKS: dict[tuple[str, int, str], Blocks] = {
     ("fold", 0, ""): Blocks(1, 128, 0, 0, 4, 1),
     ("unfold", 0, ""): Blocks(1, 64, 0, 0, 4, 1),
@@ -197,14 +201,14 @@ BLOCKS: dict[tuple[str, int, str], Blocks] = {
     ("range_forward", 0, ""): Blocks(2, 64, 0, 0, 4, 1),
     ("range_backward", 0, ""): Blocks(2, 32, 0, 0, 4, 1),
 }
-FEWEST_CHANNELS = 16  # tl.dot takes no fewer
+FEWEST_CHANNELS = 16  # the least that tl.dot accepts
 
 
 def blocks(kernel: str, capability: int, kind: str = "", channels: int = 1024) -> Blocks:
-    """The entry for a kernel, on this capability if there is one, cut down to few channels.
+    """Return the entry for a kernel, with fewer channels if there are fewer.
 
-    ``kind`` is "half" or "single" precision for tiles, and for groups which of pixels
-    ("planar") or channels ("channels_last") lie together in memory.
+    An entry for this compute capability is preferred. ``kind`` is "half" or "single" precision for
+    *tiles* kernels; for *groups* kernels it is the memory format, "planar" or "channels_last".
     """
     found = BLOCKS.get((kernel, capability, kind)) or BLOCKS[kernel, 0, kind]
     fitting = max(power_of_two(channels), FEWEST_CHANNELS)
@@ -212,5 +216,5 @@ def blocks(kernel: str, capability: int, kind: str = "", channels: int = 1024) -
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is at least ``n`` (and 1)."""
+    """Return the smallest power of two that is at least ``n`` and at least 1."""
     return 1 << max(n - 1, 0).bit_length()

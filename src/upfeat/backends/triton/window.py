@@ -2,19 +2,19 @@
 # ruff: noqa: ANN001, ANN201, ANN202, E741
 """Triton kernels for sums over a window: fold, gather, scatter, outer product and unfold.
 
-``triton_tables`` says what a window is. Importing this module imports Triton; ``triton``
-beside it does so only when a kernel is about to run. Names in kernels:
+Windows are defined in ``tables.py``. Importing this module imports Triton; ``launch.py`` does so
+only when a kernel is about to run. Names in kernels:
 
-* ``window`` (B, I, J, H, W): folded weights, any strides; ``start_y``, ``start_x`` the tables.
+* ``window`` (B, I, J, H, W): folded weights, any strides; ``start_y`` and ``start_x``: the tables.
 * ``source`` (B, C, h, w), ``out`` and ``grad`` (B, C, H, W), any strides.
-* The grid is flat. Channel blocks run fastest, so that programs that share a tile of weights run
-  together; then tiles; then the batch. Offsets within a program are ``INDEX`` wide (int64 only
-  where a tensor needs it); the batch offset always is 64 bits.
+* The launch grid is flat. Channel blocks run fastest, so that programs that share a tile of weights
+  run together; then tiles; then the batch. Offsets within a batch entry have type ``INDEX`` (int64
+  only if a tensor needs it); the batch offset always has 64 bits.
 
-The *groups* kernels hold 2×2 outputs in registers and multiply each loaded value into all four:
-plain float32 multiply-adds, for tables where a window moves by exactly ½ or 1 per output. The
-*tiles* kernels write a tile of the window weights out as a matrix, zero outside every window, and
-call ``tl.dot``: any tables, tensor cores for half precision.
+The *groups* kernels keep 2×2 outputs in registers and multiply each loaded value into all four,
+with plain float32 multiply-adds; they need tables in which a window moves by exactly ½ or 1 per
+output. The *tiles* kernels expand a tile of the window weights to a matrix, which is zero outside
+every window, and call ``tl.dot``: they accept any tables and use tensor cores in half precision.
 """
 
 import triton
@@ -28,7 +28,7 @@ def fold(
     K: tl.constexpr, I: tl.constexpr, J: tl.constexpr, J2: tl.constexpr,
     BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Taps to window positions: window[i, j] = Σ_kl rows[k, i] · columns[l, j] · weights[k, l]."""
+    """Fold taps: window[i, j] = Σ_kl rows[k, i] · columns[l, j] · weights[k, l]."""
     blocks = tl.cdiv(pixels, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     p = (tl.program_id(0) % blocks).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -61,7 +61,7 @@ def unfold(
     K: tl.constexpr, I: tl.constexpr, J: tl.constexpr, J2: tl.constexpr,
     BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of :func:`fold`: gradients of window positions to gradients of taps."""
+    """Adjoint of :func:`fold`: from gradients by window positions to gradients by taps."""
     blocks = tl.cdiv(pixels, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     p = (tl.program_id(0) % blocks).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -87,7 +87,7 @@ def unfold(
 
 @triton.jit
 def _place(across, down, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr):
-    """This program's batch entry, first row and first column of its tile, and channels."""
+    """Batch entry, first row and first column of this program's tile, and its channels."""
     channel_blocks = tl.cdiv(channels, BC)
     c = (tl.program_id(0) % channel_blocks) * BC + tl.arange(0, BC)
     tile = tl.program_id(0) // channel_blocks
@@ -126,10 +126,10 @@ def gather_groups(
     for i in range(I + 2 - FY):
         row = from_y + i
         row_ok = y0 & (row >= 0) & (row < h)
-        # Where a window moves by one per output, the second row's taps lag by one (FY = 1).
+        # With FY = 1 a window moves by one row per output, so the second row's taps lag by one.
         lag = i - (2 - FY)
         first, second = row_ok & (i < I), row_ok & (lag >= 0)
-        # Rolled up: unrolled, all its loads are started at once and their values spill.
+        # Not unrolled: an unrolled loop issues all its loads at once, and their values spill.
         for j in range(J + 2 - FX):
             column = from_x + j
             inside = (column >= 0) & (column < w)
@@ -164,7 +164,7 @@ def scatter_groups(
     I: tl.constexpr, J: tl.constexpr, FY: tl.constexpr, FX: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of :func:`gather_groups` in its source, (B, C, h, w), itself a gather."""
+    """Adjoint of :func:`gather_groups` by its source, (B, C, h, w), computed as a gather."""
     across, down = tl.cdiv(w, 2), tl.cdiv(h, 2)
     b, top, left, c = _place(across, down, channels, ROWS, COLUMNS, BC)
     n = tl.arange(0, ROWS * COLUMNS)
@@ -176,7 +176,7 @@ def scatter_groups(
     c = c.to(INDEX)
     here = grad + b * gb + (c * gc)[:, None]
     at = window + b * fb
-    # The first output that reads position 2a does so with the last tap of its window.
+    # The first output that reads a group's first position reads it with its window's last tap.
     from_y = (ay - origin_y - (I - 1)) * FY
     from_x = (ax - origin_x - (J - 1)) * FX
     acc00 = tl.zeros([BC, ROWS * COLUMNS], tl.float32)
@@ -184,7 +184,7 @@ def scatter_groups(
     for i in range(FY * (I + 1)):
         y = from_y + i
         row_ok = (y >= 0) & (y < height)
-        tap = I - 1 - i // FY  # of the group's first row; the second reads one further on
+        tap = I - 1 - i // FY  # tap of the group's first row; the second row's is the next one
         ok_0 = row_ok & in_y0 & (tap >= 0)
         ok_1 = row_ok & in_y1 & (tap + 1 < I)
         for j in range(FX * (J + 1)):
@@ -193,7 +193,7 @@ def scatter_groups(
             value = tl.load(
                 here + (y * gy + x * gx)[None, :], mask=(row_ok & ok)[None, :] & kept, other=0.0
             ).to(tl.float32)
-            side = J - 1 - j // FX  # likewise, of its first column
+            side = J - 1 - j // FX  # tap of the group's first column
             left_ok, right_ok = ok & in_x0 & (side >= 0), ok & in_x1 & (side + 1 < J)
             pixel = at + y * fy + x * fx + tap * fi + side * fj
             w00 = tl.load(pixel, mask=ok_0 & left_ok, other=0.0)
@@ -220,7 +220,7 @@ def gather_tiles(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Out = Σ window · source as (outputs × positions)·(positions × channels), any tables."""
+    """Out = Σ window · source, as (outputs × positions)·(positions × channels), for any tables."""
     b, top, left, c = _place(width, height, channels, ROWS, COLUMNS, BC)
     n = tl.arange(0, ROWS * COLUMNS)
     y, x = top + n // COLUMNS, left + n % COLUMNS
@@ -259,7 +259,7 @@ def scatter_tiles(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint of :func:`gather_tiles` in its source, (B, C, h, w), itself a gather."""
+    """Adjoint of :func:`gather_tiles` by its source, (B, C, h, w), computed as a gather."""
     b, top, left, c = _place(w, h, channels, ROWS, COLUMNS, BC)
     n = tl.arange(0, ROWS * COLUMNS)
     py, px = top + n // COLUMNS, left + n % COLUMNS
@@ -282,7 +282,7 @@ def scatter_tiles(
         ok = (i >= 0) & (i < I) & (j >= 0) & (j < J) & live[None, :] & inside[:, None]
         y, x = y.to(INDEX), x.to(INDEX)
         place = (y * fy + x * fx)[:, None] + i.to(INDEX) * fi + j.to(INDEX) * fj
-        # Transposed only after it is loaded: one output's positions lie together.
+        # Transposed after loading, as one output's positions are contiguous in memory.
         a = tl.trans(tl.load(at + place, mask=ok, other=0.0))
         value = tl.load(here + (y * gy + x * gx)[:, None], mask=inside[:, None] & kept, other=0.0)
         acc = tl.dot(a.to(COMPUTE), value.to(COMPUTE), acc, input_precision="ieee")
@@ -299,10 +299,10 @@ def outer_tiles(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the window, Σ_c grad · source: (outputs × channels)·(channels × positions).
+    """Gradient by the window, Σ_c grad · source: (outputs × channels)·(channels × positions).
 
-    Positions outside the source are part of a window too, and get the zero they are owed: every
-    entry of ``out`` (B, I, J, H, W) is written.
+    Every entry of ``out`` (B, I, J, H, W) is written: windows contain positions outside the source,
+    too, whose gradient is 0.
     """
     b, top, left, _ = _place(width, height, BC, ROWS, COLUMNS, BC)
     n = tl.arange(0, ROWS * COLUMNS)

@@ -1,1 +1,1 @@
-"""Photographs with labels or depth: listed, checked, resized, and kept with their features."""
+"""Data of evaluations: listing, checks and preparation of photographs with labels or depth."""

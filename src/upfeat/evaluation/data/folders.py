@@ -1,11 +1,11 @@
-"""Labelled photographs in plain folders, checked before anything is computed on them.
+"""Labelled photographs in plain folders, checked before anything is computed from them.
 
-A folder holds ``train/`` and ``test/`` (``val/`` will do), each with ``images/`` and ``labels/``
-(or ``depth/``); or ``images/`` and ``labels/`` alone, which are then split at random by a seed.
-``images/NAME.*`` pairs with ``labels/NAME.png`` or ``depth/NAME.png|npy``.
+A folder contains ``train/`` and ``test/`` (or ``val/``), each with ``images/`` and ``labels/`` (or
+``depth/``). A folder with ``images/`` and ``labels/`` alone is split at random by a seed.
+``images/NAME.*`` belongs to ``labels/NAME.png`` or ``depth/NAME.png|npy``.
 
-What does not fit is never scored: it is left out and named (:class:`Problem`), or, where nothing
-sensible remains, refused.
+Unusable files are left out and listed as a :class:`Problem`. If no usable sample of a split
+remains, the folder is refused.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 IGNORE_INDEX = 255
-"""Label of pixels that count neither in training nor in scores."""
+"""Label of pixels that are ignored in training and in scores."""
 
 MAX_CLASSES = 255
-"""Labels are stored as 8-bit indices, one of which means "ignored"."""
+"""Largest number of classes: labels are 8-bit indices, and one index means "ignored"."""
 
 Task = Literal["seg", "depth"]
 
@@ -43,13 +43,13 @@ _TARGET_SUFFIXES: dict[str, tuple[str, ...]] = {"seg": (".png",), "depth": (".pn
 
 @dataclass(frozen=True)
 class Sample:
-    """One photograph and what is known of it.
+    """Files of one photograph and its target.
 
     Attributes:
-        name: how results and problems call it; unique within its split.
-        image: the photograph's file.
-        target: the label's or depth map's file.
-        index: position inside the file, where one file holds many.
+        name: name in results and problems, unique within the split.
+        image: file of the photograph.
+        target: file of the label or depth map.
+        index: position of the sample in a file that contains many samples.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something left out of an evaluation, or weak in it, with the reason."""
+    """An omission from an evaluation or a weakness of its data, with the reason."""
 
     name: str
     reason: str
@@ -71,20 +71,20 @@ class Problem:
 
 @dataclass
 class Dataset:
-    """Photographs of two splits, and how to read them.
+    """Photographs of two splits, with functions that read them.
 
     Attributes:
-        name: what results call it.
+        name: name in results.
         train: samples to fit probes on.
         test: samples to score.
-        classes: names by index; empty for depth.
-        read_target: gives a sample's target: (H, W) uint8 class indices with 255 ignored, or
-            (H, W) float32 depth with NaN where it is unknown.
-        read_image: gives a sample's photograph, RGB (3, H, W) in [0, 1].
-        problems: what was left out so far.
-        identify: gives bytes that change whenever the sample's content does.
-        reading: what else decides the targets, as the unit of depth maps.
-        splits: those that must not be empty.
+        classes: names of classes by index; empty for depth.
+        read_target: function that reads a sample's target: (H, W) uint8 class indices with 255 for
+            ignored, (H, W) float32 depths with NaN for unknown, or ``None`` without labels.
+        read_image: function that reads a sample's photograph, RGB (3, H, W) in [0, 1].
+        problems: omissions so far, and their reasons.
+        identify: function that returns bytes that change whenever the sample's content does.
+        reading: further facts on which targets depend, such as the unit of depth maps.
+        splits: names of the splits, which must not be empty.
     """
 
     name: str
@@ -105,16 +105,18 @@ def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) 
     """List a plain folder.
 
     Args:
-        folder: as the module describes; ``classes.json`` holds ``{"classes": [names]}`` and
-            perhaps ``"ignore_index"``, or just the list; ``depth.json`` may hold ``{"scale": s}``,
-            what one unit of a depth map is worth (default 1).
-        task: which targets to pair, ``seg`` or ``depth``.
-        split_seed: where the folder has no splits, the seed of the random quarter that is tested.
+        folder: a folder as described at the top of this module. ``classes.json`` contains
+            ``{"classes": [names]}``, optionally with ``"ignore_index"``, or only the list of names.
+            ``depth.json`` may contain ``{"scale": s}``: depth is s times the value in the depth
+            map (default 1).
+        task: kind of the targets, ``seg`` or ``depth``.
+        split_seed: seed of the random quarter of the samples that becomes the test split, for a
+            folder without splits.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks ``images/``, targets or
             ``classes.json``.
-        ValueError: ``classes.json`` is not such a file, or a split is empty.
+        ValueError: ``classes.json`` or ``depth.json`` has other content, or a split is empty.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -136,12 +138,13 @@ def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) 
 
 
 def read_photographs(folder: str | Path, *, split_seed: int | None = None) -> Dataset:
-    """List photographs without labels: those of ``test/images``, ``images`` or the folder itself.
+    """List photographs without labels in ``test/images``, ``images`` or the folder itself.
 
     Args:
-        folder: where they lie.
-        split_seed: also give photographs to fit on: those of ``train/images`` beside
-            ``test/images``, or else all but a quarter drawn by this seed. ``None`` for none.
+        folder: folder of the photographs.
+        split_seed: seed of the split ``train``, which is ``train/images`` if this folder exists
+            next to ``test/images``, and otherwise all photographs but a quarter drawn at random.
+            ``None`` for no split ``train``.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -170,12 +173,15 @@ def read_photographs(folder: str | Path, *, split_seed: int | None = None) -> Da
 def split_randomly(
     samples: list[Sample], *, seed: int = 0, test_fraction: float = 0.25
 ) -> tuple[list[Sample], list[Sample]]:
-    """Split samples into train and test, the same way for one seed whatever their order.
+    """Split samples into train and test; the split depends on the seed, not on their order.
 
     Args:
-        samples: at least two, or one side stays empty.
-        seed: of the permutation.
-        test_fraction: share of the test side, rounded up to at least one sample.
+        samples: samples to split; with fewer than two, a split is empty.
+        seed: seed of the permutation.
+        test_fraction: fraction of samples in the test split, which has at least one sample.
+
+    Returns:
+        Samples of the train split and of the test split.
     """
     ordered = sorted(samples, key=lambda sample: sample.name)
     shuffled = torch.randperm(len(ordered), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -186,7 +192,7 @@ def split_randomly(
 
 
 def subset(samples: list[Sample], limit: int | None, *, seed: int = 0) -> list[Sample]:
-    """At most ``limit`` samples, drawn at random by ``seed`` and kept in order."""
+    """Return at most ``limit`` samples, drawn at random by ``seed``, in their original order."""
     if limit is None or limit >= len(samples):
         return samples
     generator = torch.Generator().manual_seed(seed)
@@ -215,7 +221,7 @@ def read_indices(path: Path) -> NDArray[np.int64]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or holds colours.
+        ValueError: the file cannot be read, or contains colours.
     """
     image = _open(path)
     if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
@@ -229,9 +235,12 @@ def checked_label(
     """Check class indices, and mark ignored pixels as 255.
 
     Args:
-        indices: (H, W).
-        n_classes: how many classes the list has.
-        ignore_index: what the file uses for ignored pixels.
+        indices: (H, W), values of the label file.
+        n_classes: number of classes.
+        ignore_index: value of ignored pixels in the label file.
+
+    Returns:
+        (H, W) uint8.
 
     Raises:
         ValueError: an index is outside the list, or every pixel is ignored.
@@ -253,19 +262,19 @@ def read_depth(path: Path, scale: float = 1.0) -> NDArray[np.float32]:
     """Read a depth map.
 
     Args:
-        path: a 16-bit (or 8-bit) PNG or an ``.npy`` of numbers, (H, W).
-        scale: what one unit is worth.
+        path: a 16-bit or 8-bit PNG file, or an ``.npy`` file of numbers, (H, W).
+        scale: depth of one unit of the file.
 
     Returns:
         (H, W) float32, NaN where the depth is unknown (not finite, or not above 0).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, or knows no depth.
+        ValueError: the file cannot be read, or fewer than two pixels have a known depth.
     """
     if path.suffix.lower() == ".npy":
         try:
-            with path.open("rb") as file:  # not np.load, which takes archives of arrays too
+            with path.open("rb") as file:  # np.load would also accept archives of arrays
                 values = np.lib.format.read_array(file, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ValueError(f"not a readable npy file ({error})") from None
@@ -290,11 +299,11 @@ def checked_depth(values: NDArray[Any], scale: float) -> NDArray[np.float32]:
 
 
 def read_classes(path: Path) -> tuple[list[str], int]:
-    """Read ``classes.json``: names, and the index of ignored pixels.
+    """Read ``classes.json``: the names of classes, and the index of ignored pixels.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it holds anything else.
+        ValueError: the file has other content, too few or too many names, or a name twice.
     """
     content = read_value(path)
     names = content.get("classes") if isinstance(content, dict) else content
@@ -314,7 +323,7 @@ def read_classes(path: Path) -> tuple[list[str], int]:
 def _target_reader(
     folder: Path, task: Task
 ) -> tuple[Callable[[Sample], NDArray[Any]], list[str], str]:
-    """The reader of targets, the names of classes, and what else the targets depend on."""
+    """Return the function that reads targets, the names of classes, and ``Dataset.reading``."""
     if task == "seg":
         classes, ignore = read_classes(folder / "classes.json")
 
@@ -331,7 +340,7 @@ def _target_reader(
 
 
 def _pair(folder: Path, task: Task, problems: list[Problem], prefix: str = "") -> list[Sample]:
-    """Match photographs with targets by name; name what has no partner."""
+    """Match photographs with targets by name; files without a partner are added to problems."""
     images = _by_stem(folder / "images", tuple(IMAGE_SUFFIXES), problems, prefix)
     kind = _TARGET_FOLDERS[task]
     targets = _by_stem(folder / kind, _TARGET_SUFFIXES[task], problems, prefix)
@@ -364,7 +373,8 @@ def _by_stem(
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.suffix.lower() not in suffixes:
             continue
-        # Accents are one character on some systems and two on others, and archives keep that.
+        # File names write an accented letter as one or two characters, depending on the system
+        # where they were created, so names are normalised before they are matched.
         stem = unicodedata.normalize("NFC", path.stem)
         if stem in found:
             other = found[stem].name

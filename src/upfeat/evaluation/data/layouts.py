@@ -1,18 +1,18 @@
-"""Well-known datasets as they lie on disk after their official download. Nothing is downloaded.
+"""Layouts of well-known datasets as officially distributed. Nothing is downloaded.
 
 =============  ===================================================================================
-name           folder holds
+name           content of the folder
 =============  ===================================================================================
 ``coco_stuff`` ``images/{train,val}2017/*.jpg``, ``annotations/{train,val}2017/*.png`` (the
-               stuff-and-things pixel maps: 0 to 181, 255 unlabelled), perhaps ``labels.txt``
+               stuff-and-things pixel maps: 0 to 181, 255 unlabelled), optionally ``labels.txt``
 ``ade20k``     ``images/{training,validation}/*.jpg``, ``annotations/{training,validation}/*.png``
-               (ADEChallengeData2016: 0 other, 1 to 150), perhaps ``objectInfo150.txt``
+               (ADEChallengeData2016: 0 other, 1 to 150), optionally ``objectInfo150.txt``
 ``cityscapes`` ``leftImg8bit/{train,val}/CITY/*_leftImg8bit.png``,
                ``gtFine/{train,val}/CITY/*_gtFine_labelIds.png``
 ``voc``        ``JPEGImages``, ``SegmentationClass``, ``ImageSets/Segmentation/{train,val}.txt``
                (``VOCdevkit/VOC2012``)
-``nyuv2``      ``nyu_depth_v2_labeled.mat``, perhaps ``splits.mat`` (the official split; without it
-               a random quarter is tested); depth. Needs h5py, and SciPy for the split
+``nyuv2``      ``nyu_depth_v2_labeled.mat``, optionally ``splits.mat`` (the official split; without
+               it a random quarter is the test split); depth. Needs h5py, and SciPy for the split
 =============  ===================================================================================
 """
 
@@ -69,7 +69,7 @@ VOC_CLASSES: list[str] = [
     "tvmonitor",
 ]
 
-# The 19 classes that the benchmark scores, by the id that label files hold.
+# The 19 classes that the benchmark scores, by their values in label files.
 CITYSCAPES_CLASSES = {
     7: "road",
     8: "sidewalk",
@@ -104,14 +104,14 @@ def read_dataset(
     """List a dataset in any known layout.
 
     Args:
-        folder: where it lies.
+        folder: folder of the dataset.
         task: ``seg`` or ``depth``.
-        layout: ``folder`` (see :func:`read_folder`) or one of :data:`LAYOUTS`.
-        split_seed: of random splits.
+        layout: ``folder`` (see :func:`read_folder`) or a name of :data:`LAYOUTS`.
+        split_seed: seed of random splits.
 
     Raises:
         FileNotFoundError: files of the layout are missing.
-        ValueError: the layout is unknown or of another task, or a split is empty.
+        ValueError: the layout is unknown or for another task, or a split is empty.
     """
     folder = Path(folder)
     if layout == "folder":
@@ -132,7 +132,7 @@ def _read_coco_stuff(folder: Path, split_seed: int) -> Dataset:
     names = [f"class {index}" for index in range(_COCO_CLASSES)]
     listed = folder / "labels.txt"
     if listed.is_file():
-        # Lines are "index: name", index 0 for unlabelled, one above the pixel values.
+        # Lines are "index: name" with index 0 for unlabelled; pixel values are one less.
         for line in _lines(listed):
             index, _, name = line.partition(":")
             if index.strip().isdecimal() and 1 <= int(index) <= _COCO_CLASSES:
@@ -147,7 +147,7 @@ def _read_ade20k(folder: Path, split_seed: int) -> Dataset:
     names = [f"class {index + 1}" for index in range(_ADE20K_CLASSES)]
     listed = folder / "objectInfo150.txt"
     if listed.is_file():
-        # Columns are index, ratio, two counts, names; separated by tabs, below a head line.
+        # A line of headings, then tab-separated columns: index, ratio, two counts, names.
         for line in _lines(listed)[1:]:
             columns = line.split("\t")
             if columns[0].strip().isdecimal() and 1 <= int(columns[0]) <= _ADE20K_CLASSES:
@@ -234,7 +234,7 @@ def _read_nyuv2(folder: Path, split_seed: int) -> Dataset:
 
 
 def _nyu_split(path: Path, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """The official split: image numbers from 1, in a file of MATLAB's older format."""
+    """Read the official split: image numbers from 1, in a file of MATLAB's older format."""
     try:
         matlab = importlib.import_module("scipy.io.matlab")
     except ImportError:
@@ -260,7 +260,7 @@ LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {
     "voc": ("seg", _read_voc),
     "nyuv2": ("depth", _read_nyuv2),
 }
-"""Names of known datasets, with the task that each is for."""
+"""Known layouts by name, each with its task and its reader."""
 
 
 def _dataset(
@@ -286,7 +286,7 @@ def _dataset(
 
 
 def _table(classes: dict[int, int], ignored: set[int]) -> NDArray[np.int64]:
-    """Class index of every label value, 255 where it is ignored, −1 where it cannot be."""
+    """Map label values, 0 to 255, to class indices: 255 for ignored, −1 for invalid values."""
     table = np.full(256, -1, np.int64)
     table[sorted(ignored)] = IGNORE_INDEX
     for value, index in classes.items():
@@ -295,7 +295,7 @@ def _table(classes: dict[int, int], ignored: set[int]) -> NDArray[np.int64]:
 
 
 def _annotated(folder: Path, split: str, problems: list[Problem]) -> list[Sample]:
-    """Photographs ``images/SPLIT/NAME.jpg`` with ``annotations/SPLIT/NAME.png``."""
+    """List photographs ``images/SPLIT/NAME.jpg`` with ``annotations/SPLIT/NAME.png``."""
     return _pair_by_name(
         sorted(_existing(folder / "images" / split).glob("*.jpg")),
         lambda path: folder / "annotations" / split / f"{path.stem}.png",
@@ -304,7 +304,7 @@ def _annotated(folder: Path, split: str, problems: list[Problem]) -> list[Sample
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines of a list in UTF-8, with or without a byte order mark."""
+    """Read the lines of a list in UTF-8, with or without a byte order mark."""
     try:
         return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
-"""Photographs brought to the evaluation size with their features and targets, kept on disk.
+"""Photographs resized for an evaluation, stored on disk with their features and targets.
 
-Every photograph is resized once (to 8 bits a channel, as a saved picture would be) and goes through
-the backbone once; all upsamplers share the result. Files are named by what they were made from, so
-an interrupted run goes on where it stopped and a changed input is never mistaken for the old one.
+Every photograph is resized once, to 8 bits per channel like a saved picture, and its features are
+extracted once for all upsamplers. The name of a file is a digest of everything that it was computed
+from. Hence an interrupted run continues where it stopped, and files of changed inputs are not used.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from upfeat.provenance import identify_backbone, source_digest
 from upfeat.storage import read_tensors, write_tensors
 
 DECISIVE = (__name__, "upfeat.evaluation.data.layouts")
-"""Modules that decide what a prepared image is, with all that they import."""
+"""Modules, with all their imports, on whose code the content of prepared images depends."""
 
 OnStep = Callable[[str, int, int], None]
-"""Told of progress: what is being done, how many are done, of how many."""
+"""Callback for progress: name of the work, number of items done, number of all items."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Prepared:
     """One photograph ready to be evaluated.
 
     Attributes:
-        name: of the sample.
-        image: (3, H, W) uint8.
-        features: (C, h, w) float32, of that image.
-        target: (H, W) class indices or depths at the image's size; ``None`` where there are none.
+        name: name of the sample.
+        image: (3, H, W) uint8, the resized photograph.
+        features: (C, h, w) float32, coarse features of the image.
+        target: (H, W) class indices or depths at the image's size; ``None`` for unlabelled images.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Prepared:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of the image."""
+        """(height, width) of the image, pixels."""
         return self.image.shape[1], self.image.shape[2]
 
     @property
     def label(self) -> Tensor:
-        """The target, which must be there."""
+        """Target of a labelled image."""
         assert self.target is not None
         return self.target
 
@@ -64,9 +64,9 @@ class PreparedSet:
     """Prepared photographs on disk, read one at a time.
 
     Attributes:
-        names: of the samples.
-        files: one for each.
-        device: where tensors are put.
+        names: names of the samples.
+        files: one file for each sample.
+        device: device to which tensors are moved.
     """
 
     names: list[str]
@@ -86,18 +86,18 @@ class PreparedSet:
 
     @property
     def digest(self) -> str:
-        """Digest of the names and the content of all of them: both decide scores."""
+        """Digest of the names and the contents of all images; scores depend on both."""
         listed = zip(self.names, (path.stem for path in self.files), strict=True)
         return hashlib.sha256(json.dumps(list(listed)).encode()).hexdigest()
 
 
 def normalised(image: Tensor, backbone: Backbone) -> Tensor:
-    """(3, H, W) uint8 -> (1, 3, H, W) as the backbone takes it."""
+    """Normalise an image for the backbone: (3, H, W) uint8 -> (1, 3, H, W) float32."""
     return (image[None].float() / 255 - backbone.mean) / backbone.std
 
 
 def named_generator(seed: int, name: str) -> torch.Generator:
-    """Randomness that depends on a seed and a name, not on the order of work."""
+    """Return a random generator that depends on a seed and a name, not on the order of work."""
     found = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(found[:7], "big"))
 
@@ -112,16 +112,16 @@ def prepare(
     label: str,
     on_step: OnStep | None = None,
 ) -> PreparedSet:
-    """Prepare samples, or find them prepared; those that cannot be are named in the problems.
+    """Prepare samples that are not prepared already; failures are added to the dataset's problems.
 
     Args:
-        dataset: knows how to read them; its ``problems`` grow.
-        samples: of one split.
-        backbone: makes the features.
-        size: length of the shorter side, pixels.
+        dataset: dataset of the samples, which reads them; its ``problems`` are extended.
+        samples: samples of one split.
+        backbone: backbone that extracts the features.
+        size: length of the images' shorter side, pixels.
         cache: existing folder for the files.
-        label: what progress calls this.
-        on_step: is told of progress.
+        label: name of this work for ``on_step``.
+        on_step: called with the progress.
 
     Raises:
         OSError: ``cache`` cannot be written.
@@ -146,7 +146,8 @@ def prepare(
                 raise
             dataset.problems.append(Problem(sample.name, _without_paths(reason, sample)))
             continue
-        if tensors is not None:  # a disk that cannot be written is no sample's fault
+        # Outside the try block, because a failure to write is not a problem of the sample.
+        if tensors is not None:
             write_tensors(path, tensors, {"sample": sample.name})
         names.append(sample.name)
         files.append(path)
@@ -156,7 +157,7 @@ def prepare(
 
 
 def read_whole(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file of the cache; ``None`` where it is missing or not whole."""
+    """Read the tensors of a cached file; ``None`` if the file is missing or incomplete."""
     try:
         return read_tensors(path)[0]
     except (FileNotFoundError, ValueError):
@@ -173,7 +174,7 @@ def _prepare_one(
             f"the label is {read.shape[0]}×{read.shape[1]} pixels but the image "
             f"{pixels.shape[1]}×{pixels.shape[2]} (height×width)"
         )
-    # What upsamplers will make of it counts too: five copies of a channel at most, and the network.
+    # The estimate includes upsampling: at most five copies of the channels, and the network.
     own = (pixels.shape[1], pixels.shape[2])
     machine.check_fits(sample.image, own, size, 20 * backbone.embed_dim + 400)
     with torch.no_grad():
@@ -189,7 +190,7 @@ def _prepare_one(
 
 
 def _resize_target(target: Tensor, size: tuple[int, int]) -> Tensor:
-    """(H, W) -> size, each pixel the value at its centre: indices cannot be averaged."""
+    """Resize a target (H, W) by nearest neighbour, since class indices cannot be averaged."""
     resized = F.interpolate(target[None, None].float(), size=size, mode="nearest-exact")[0, 0]
     known = resized != IGNORE_INDEX if target.dtype == torch.uint8 else torch.isfinite(resized)
     if int(known.sum()) < 2:

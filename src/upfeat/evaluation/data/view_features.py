@@ -1,4 +1,4 @@
-"""Backbone features of jittered views, computed once and kept on disk for all upsamplers."""
+"""Backbone features of jittered views, computed once and stored on disk for all upsamplers."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from upfeat.views import Jitter, apply_jitter, sample_jitters
 def view_features(
     images: PreparedSet, index: int, backbone: Backbone, count: int, seed: int
 ) -> tuple[Jitter, Tensor]:
-    """Draw jittered views of one image, by a seed and its name; give their features too.
+    """Draw views of one image, by the seed and the image's name, and extract their features.
 
     Args:
-        images: prepared by the backbone.
-        index: of the image.
-        backbone: in eval mode.
+        images: images prepared with the backbone.
+        index: index of the image.
+        backbone: backbone, in eval mode.
         count: number N of views.
-        seed: of the jitters.
+        seed: seed of the jitters.
 
     Returns:
         The jitters, and the backbone's features of the views, (N, C, h, w).

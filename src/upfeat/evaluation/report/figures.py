@@ -1,4 +1,4 @@
-"""The report's pictures: scores of every seed, and predictions beside their labels."""
+"""Figures of the report: a chart of every seed's scores, and predictions next to their targets."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _LEFT, _WIDTH, _STEP = 190, 700, 21
 
 
 def draw_chart(results: Results, name: str, factor: float) -> str:
-    """Every seed's score as a dot, one line per row, grouped by protocol.
+    """Draw every seed's score as a dot, with one line per row, grouped by protocol.
 
     Args:
-        results: with at least one row.
-        name: of the score.
-        factor: what scores are multiplied by.
+        results: results with at least one row.
+        name: name of the score.
+        factor: number by which scores are multiplied.
 
     Returns:
-        Nothing where no score has more than one value.
+        HTML with an SVG; empty if no row has more than one value of the score.
     """
     if all(len(row.scores[name]) < 2 for row in results.rows):
         return ""
@@ -72,15 +72,15 @@ def draw_chart(results: Results, name: str, factor: float) -> str:
 
 
 def nice_ticks(low: float, high: float) -> list[float]:
-    """A few round numbers, evenly spaced, that enclose a range."""
+    """Return a few round numbers, evenly spaced, that enclose the range from low to high."""
     size = max(abs(low), abs(high))
-    # Values that differ by rounding alone are one value; 0 has no size of its own.
+    # If the values differ by rounding alone, their size is the span; if all are 0, the span is 1.
     span = next((one for one in (high - low, size) if one > 1e-9 * size + 1e-300), 1.0)
     unit = 10 ** math.floor(math.log10(span))
     step = next(part * unit for part in (0.2, 0.25, 0.5, 1, 2) if span / (part * unit) <= 5)
     first, last = math.floor(low / step), math.ceil(high / step)
     last = max(last, first + 1)
-    # One digit beyond the step's own: 3 · 0.1 is 0.3, and steps of 1e-14 stay apart.
+    # Rounded to one digit more than the step has: 3 · 0.1 becomes 0.3, and tiny steps stay apart.
     digits = 2 - math.floor(math.log10(step))
     return [round(index * step, digits) for index in range(first, last + 1)]
 
@@ -102,7 +102,7 @@ def _line(row: Row, xs: list[float], y: int) -> str:
 
 
 def draw_samples(results: Results, task: type[Task]) -> str:
-    """For every example: image and target, then each upsampler's prediction and its errors."""
+    """Show every example: image and target, then each upsampler's prediction and its errors."""
     if not results.examples:
         return ""
     parts = [f"<h2>{task.pictures_title}</h2>"]
@@ -129,7 +129,7 @@ def _sample(results: Results, task: type[Task], name: str) -> str:
         if rows and len(results.protocols) > 1:
             right.append(f"<h3>{escape(protocol)}</h3>")
         right += [_prediction(results, task, example, row, name) for row in rows]
-    # Predictions come with their errors; other pictures are as wide as the image beside them.
+    # Class maps, shown with their errors, fill the width; other pictures are as wide as the image.
     width = "1fr" if task.pictures == "classes" else "8.5rem"
     columns = f"grid-template-columns:repeat({n_columns},minmax(0,{width}))"
     return (
@@ -144,7 +144,7 @@ def _prediction(
 ) -> str:
     sources, shape = _shown_prediction(results, task, example, row.pictures[name])
     images = "".join(_img(source, f"{row.upsampler}, {row.protocol}") for source in sources)
-    # Tall pictures stand side by side, wide ones one above the other.
+    # Two tall pictures are placed side by side, two wide pictures one above the other.
     kind = "tall" if shape[0] > shape[1] and len(sources) > 1 else "wide"
     return f"<div class=cell>{escape(row.upsampler)}<div class='pair {kind}'>{images}</div></div>"
 
@@ -158,9 +158,9 @@ def _shown_target(results: Results, task: type[Task], example: dict[str, str]) -
 def _shown_prediction(
     results: Results, task: type[Task], example: dict[str, str], picture: str
 ) -> tuple[list[str], tuple[int, int]]:
-    """Sources of the pictures, and their (height, width)."""
+    """Return the sources of a prediction's pictures, and the (height, width) of class maps."""
     if task.pictures != "classes":
-        # PNG and JPEG differ in their first bytes, also in base64.
+        # The first bytes of a PNG file, in base64.
         kind = "png" if picture.startswith("iVBOR") else "jpeg"
         return [f"data:image/{kind};base64,{picture}"], (1, 1)
     label, predicted = _indices(example["target"]), _indices(picture)
@@ -172,7 +172,7 @@ def _shown_prediction(
 
 
 def palette(n_classes: int) -> np.ndarray:
-    """Distinct colours: (256, 3) uint8, the first class light grey, ignored pixels white."""
+    """Return distinct colours (256, 3) uint8: light grey for the first class, white for ignored."""
     table = np.full((256, 3), 255, np.uint8)
     table[0] = (225, 228, 232)
     for index in range(1, n_classes):

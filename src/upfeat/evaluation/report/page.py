@@ -1,4 +1,4 @@
-"""A report of one file: settings, scores, every seed, classes, and what predictions look like."""
+"""Report of an evaluation in one HTML file: settings, scores of all seeds, classes, pictures."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ th,td{padding:.2rem .4rem}h2{break-after:avoid}tr{break-inside:avoid}
 
 
 def write_report(results: Results, path: Path, task: type[Task] | None = None) -> None:
-    """Write the report, whole or not at all; it needs no other file and no network."""
+    """Write the report, whole or not at all; the file needs no other file and no network."""
     write_bytes(path, render(results, task).encode())
 
 
 def render(results: Results, task: type[Task] | None = None) -> str:
-    """The report as one HTML document.
+    """Render the report as one HTML document.
 
     Args:
-        results: with at least one row.
-        task: that they are of; ``None`` for the one of that name.
+        results: results with at least one row.
+        task: task of the results; ``None`` to find it by its name.
     """
     task = task or find_task(results.task)
     title = f"{task.title} on {results.data['name']}"
@@ -106,7 +106,7 @@ def render(results: Results, task: type[Task] | None = None) -> str:
 
 
 def shown(score: Score, values: Sequence[float]) -> tuple[str, str]:
-    """Mean and spread of a score as people read them; the spread is empty for one value."""
+    """Format the mean and the spread of a score; the spread is empty for one value."""
     found = summary(list(values))
     factor, digits = (100, 2) if score.percent else (1, 4)
     if found["mean"] is None:
@@ -117,7 +117,7 @@ def shown(score: Score, values: Sequence[float]) -> tuple[str, str]:
 
 
 class ShownDifference(NamedTuple):
-    """A difference between two rows as people read it."""
+    """A difference between two rows, formatted for readers."""
 
     protocol: str
     upsampler: str
@@ -127,11 +127,11 @@ class ShownDifference(NamedTuple):
     interval: str
     seeds: str
     certain: bool
-    """True if 0 lies outside the interval."""
+    """True if the interval excludes 0."""
 
 
 def differences(results: Results, task: type[Task] | None = None) -> list[ShownDifference]:
-    """The differences between rows as people read them."""
+    """Format the differences between rows for readers."""
     task = task or find_task(results.task)
     found = []
     for one in results.differences:
@@ -161,12 +161,12 @@ def _signed(score: Score, value: float | None) -> str:
 
 
 def heading(score: Score) -> str:
-    """The head of a score's column, with its good direction."""
+    """Return the heading of a score's column, with an arrow in its good direction."""
     return f"{score.label} {'↑' if score.higher_is_better else '↓'}"
 
 
 def best_mean(rows: Iterable[Row], name: str, score: Score) -> float | None:
-    """The best mean of a score; ``None`` where no row has one, or all have the same."""
+    """Return the best mean of a score; ``None`` if no row has a mean, or all means are equal."""
     means = [summary(row.scores[name])["mean"] for row in rows]
     known = [mean for mean in means if mean is not None]
     if len(set(known)) < 2:
@@ -175,7 +175,7 @@ def best_mean(rows: Iterable[Row], name: str, score: Score) -> float | None:
 
 
 def _facts(results: Results, task: type[Task]) -> str:
-    """Data, settings and versions at a glance."""
+    """Render an overview of data, settings and versions."""
     data, settings, versions = results.data, results.settings, results.versions
     counts = ", ".join(
         f"{data[part]['images']} {'to fit on' if part == 'train' else 'tested'}"
@@ -203,7 +203,7 @@ def _facts(results: Results, task: type[Task]) -> str:
 
 
 COSTS = {"passes": 1, "seconds": 3, "memory_mib": 0}
-"""Digits behind the point of each cost that is shown."""
+"""Number of decimal places of each cost in the table."""
 
 
 def _score_table(results: Results, task: type[Task]) -> str:
@@ -229,7 +229,7 @@ def _score_table(results: Results, task: type[Task]) -> str:
 
 
 def _group(protocol: str, task: type[Task], columns: int) -> str:
-    """A line that opens a protocol's rows and says what it is."""
+    """Render the heading of a protocol's rows, with its explanation."""
     return (
         f"<tr class=group><th colspan={columns}>{escape(protocol)}"
         f"<span>{escape(task.protocols[protocol])}</span></th></tr>"
@@ -249,7 +249,7 @@ def _score_cell(name: str, score: Score, row: Row, rows: list[Row], best: float 
 
 
 def _difference(name: str, score: Score, row: Row, base: Row) -> str:
-    """Mean and spread of the differences seed by seed: what all upsamplers share cancels."""
+    """Format mean and spread of the differences of each seed, in which common variation cancels."""
     pairs = zip(row.scores[name], base.scores[name], strict=True)
     mean, spread = shown(score, [own - other for own, other in pairs])
     sign = "" if mean.startswith("-") or mean == "–" else "+"
@@ -285,7 +285,7 @@ def _cost_cell(row: Row, name: str, digits: int) -> str:
 
 
 def _class_table(results: Results, task: type[Task]) -> str:
-    """IoU by class: upsamplers in lines while the classes fit side by side, else in columns."""
+    """Render the IoU of every class: a line per upsampler, or a line per class for many classes."""
     if not any(row.per_class for row in results.rows):
         return ""
     classes = list(results.rows[0].per_class)

@@ -1,4 +1,4 @@
-"""Small pictures as text, for reports and for rows kept on disk."""
+"""Encoding of small pictures as text, for reports and for stored rows."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor
 
 
 def encode_indices(indices: Tensor) -> str:
-    """(H, W) class indices as a base64 PNG of grey values."""
+    """Encode class indices (H, W) as a base64 PNG of grey values."""
     return _encode(Image.fromarray(indices.to("cpu", torch.uint8).numpy()), "PNG")
 
 
 def encode_photo(image: Tensor) -> str:
-    """(3, H, W) uint8 as a base64 JPEG."""
+    """Encode an image (3, H, W) uint8 as a base64 JPEG."""
     return _encode(Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy()), "JPEG")
 
 
 def encode_values(values: Tensor, low: float, high: float) -> str:
-    """(H, W) values as a base64 PNG: near is light, far is dark, unknown is black.
+    """Encode depths as a base64 PNG: near is light, far is dark, unknown is black.
 
     Args:
-        values: of any range; NaN where unknown.
-        low: drawn lightest.
-        high: drawn darkest.
+        values: (H, W), of any range; NaN where unknown.
+        low: value of the lightest shade.
+        high: value of the darkest shade.
     """
     level = 1 - (values.cpu().double() - low) / max(high - low, 1e-12)
     shade = (40 + 215 * level.clamp(0, 1)).nan_to_num(0)
@@ -34,7 +34,7 @@ def encode_values(values: Tensor, low: float, high: float) -> str:
 
 
 def encode_heat(image: Tensor, heat: Tensor) -> str:
-    """A photograph (3, H, W) uint8 that glows where ``heat`` (H, W) is near 1: a base64 JPEG."""
+    """Encode a photograph (3, H, W) uint8, tinted where ``heat`` (H, W) is high, as base64 JPEG."""
     image, heat = image.cpu().float(), heat.cpu()
     colour = torch.tensor([255.0, 64, 0])[:, None, None]
     shown = image * (0.3 + 0.35 * heat) + colour * 0.45 * heat

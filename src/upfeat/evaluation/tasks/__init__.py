@@ -1,4 +1,4 @@
-"""Tasks, one file each: its name is the task's, its docstring's first line says what is asked."""
+"""Tasks, one file each: file and task have one name; the docstring begins with the question."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def list_tasks() -> dict[str, str]:
-    """Names of tasks, with the question that each asks; nothing is imported for it."""
+    """Return the questions of all tasks by name, without importing the tasks."""
     files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
     docs = {path.stem: ast.get_docstring(ast.parse(path.read_bytes())) or "" for path in files}
     return {name: text.partition("\n")[0] for name, text in docs.items()}
@@ -24,7 +24,7 @@ def find_task(name: str) -> type[Task]:
     """Import a task by name.
 
     Raises:
-        ValueError: there is none; close names are suggested.
+        ValueError: there is no such task; close names are suggested.
     """
     known = list_tasks()
     if name not in known:

@@ -1,10 +1,11 @@
 """Class activation maps: do upsampled features mark the pixels that a class rests on?
 
-The features are those that the classifier's last layer reads, the 1280 channels after its head. The
-map of the most probable class is that layer's weight on each pixel's upsampled features; negative
-values are cut and the rest scaled to [0, 1]. The layer is linear, so one channel is upsampled, not
-1280, and the map is the same. The image is multiplied by the map, grey elsewhere, and classified
-again. A good map keeps the class probable (average drop) or makes it more so (average increase).
+The features are the input of the classifier's last layer, 1280 channels. The activation map of the
+most probable class is the product of this layer's weight for the class and the upsampled features
+of each pixel, with negative values set to 0, scaled to at most 1. Since the layer is linear, it is
+applied first, and one channel is upsampled, not 1280, with the same result. The image is blended
+with grey where the map is low, and classified again. With a good map, the class stays probable
+(average drop) or becomes more probable (average increase).
 
 Sources: Zhou et al., Learning Deep Features for Discriminative Localization, 2016, for the map;
 Chattopadhay et al., Grad-CAM++, 2018, for the scores.
@@ -31,17 +32,17 @@ from upfeat.feature_map import FeatureMap
 from upfeat.probes import LinearProbe
 
 CAM_BACKBONE = "efficientnet_lite0.stride32"
-"""The level that the embedded classifier's head reads."""
+"""Level of the embedded backbone whose features are the input of its classifier's head."""
 
 
 class Penultimate(Backbone):
-    """The features that a classifier's last, linear layer reads, before they are averaged."""
+    """Input of a classifier's last, linear layer, before it is averaged over cells."""
 
     def __init__(self, network: Backbone) -> None:
-        """Put a network's head behind its features.
+        """Append a network's head, without its last layer, to its features.
 
         Raises:
-            ValueError: the network has no classifier that reads its features.
+            ValueError: the network has no classifier for its features.
         """
         if not isinstance(network, EfficientNetLite0) or list(network.strides) != [32]:
             raise ValueError(
@@ -61,13 +62,13 @@ class Penultimate(Backbone):
         return self.network.head(self.network.extract(x))
 
     def head_of(self, category: int) -> LinearProbe:
-        """The last layer's weight for one class, (1, 1280), without its bias."""
+        """Return the last layer's weight for one class, (1, 1280), without its bias, as a probe."""
         weight = self.network.classifier.weight[category][None]
         return LinearProbe(weight, weight.new_zeros(1))
 
 
 class ClassActivation(Task):
-    """Quality of activation maps on one set of images; nothing in it is drawn at random."""
+    """Quality of activation maps on one set of images; the task has no randomness."""
 
     title = "Class activation maps"
     question = "Do upsampled features mark the pixels that the classifier's answer rests on?"
@@ -140,19 +141,19 @@ class ClassActivation(Task):
         return [Row(label, "cam", method.weights, scores, {}, cost, pictures)]
 
     def _probabilities(self, features: Tensor) -> Tensor:
-        """(1, 1280, h, w) -> (1000,), as the network itself classifies."""
+        """Classify features as the network does: (1, 1280, h, w) -> probabilities (1000,)."""
         return self.classifier.network.classifier(features.mean((2, 3)))[0].softmax(0)
 
 
 def activation(upsampled: FeatureMap, head: LinearProbe) -> Tensor:
-    """Map the pixels whose features speak for a class.
+    """Compute the activation map of a class.
 
     Args:
-        upsampled: (1, C, H, W).
-        head: one output, the class's weight.
+        upsampled: (1, C, H, W), upsampled features.
+        head: head with one output, the logit of the class.
 
     Returns:
-        (H, W) in [0, 1]; all 0 where nothing speaks for it.
+        (H, W) in [0, 1]; all 0 if no pixel has a positive logit.
     """
     heat = upsampled.project(head.weight, head.bias)[0, 0].clamp(min=0)  # (H, W)
     return heat / heat.max().clamp(min=1e-12)

@@ -1,10 +1,10 @@
 """Multi-view consistency: do features upsampled once explain views that were not seen?
 
-The objective that upsamplers are trained for (FeatUp, section 3.1), on held-out images and jitters:
-upsampled features are warped as the image is, brought back to the backbone's grid, and compared
-with what the backbone makes of the jittered image. A protocol is a way back to the grid:
+The task evaluates the objective of training (FeatUp, section 3.1) on held-out images and jitters.
+Upsampled features are warped like the image, downsampled to the backbone's grid, and compared with
+the backbone's features of the jittered image. The protocol is the downsampler:
 
-* ``box``: the mean over each cell, the same for every upsampler;
+* ``box``: the mean over each cell, for every upsampler;
 * ``simple``, ``attention``: a downsampler fitted to each upsampler, on the training images alone.
 """
 
@@ -40,13 +40,13 @@ from upfeat.losses import gaussian_reconstruction, random_projection
 from upfeat.views import Jitter, apply_jitter
 
 N_FIT_IMAGES = 64
-"""Training images that downsamplers are fitted on; with fewer, each is viewed more often."""
+"""Training images to fit downsamplers on; with fewer images, more views of each are used."""
 
 _SUMS = ("error", "variance", "cosine", "likelihood")
 
 
 class Consistency(Task):
-    """View errors on one set of images, for any number of methods."""
+    """Errors in the features of views on one set of images, for any number of methods."""
 
     title = "Multi-view consistency"
     question = (
@@ -103,13 +103,13 @@ class Consistency(Task):
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
-        """See :meth:`Task.__init__`; finds the features' principal components."""
+        """See :meth:`Task.__init__`; computes the features' principal components."""
         super().__init__(parts, dataset, backbone, config, on_step)
         self.leading = leading_components(self.train)  # (D, C)
 
     @torch.no_grad()
     def rows(self, label: str, method: Method) -> list[Row]:
-        """See :meth:`Task.rows`; a seed draws jitters and fits, the same for all upsamplers."""
+        """See :meth:`Task.rows`; the jitters of a seed are the same for all upsamplers."""
         names = self.config.downsamplers
         fitted = self._fit(label, method)
         sums = torch.zeros(self.config.seeds, len(names), len(_SUMS), dtype=torch.float64)
@@ -138,7 +138,18 @@ class Consistency(Task):
         centre: Tensor,
         fitted: Sequence[Fitted],
     ) -> Tensor:
-        """Sums over views of one image, for every downsampler: (downsamplers, 4)."""
+        """Sum the measures ``_SUMS`` over views of one image, for every downsampler.
+
+        Args:
+            upsampled: (1, C, H, W), upsampled features of the image.
+            views: V views of the image.
+            seen: (V, C, h, w), the backbone's features of the views.
+            centre: (1, C, 1, 1), mean of the image's coarse features, subtracted for cosines.
+            fitted: downsamplers of one seed.
+
+        Returns:
+            (downsamplers, 4).
+        """
         sums = torch.zeros(len(fitted), len(_SUMS), dtype=torch.float64)
         grid = (seen.shape[2], seen.shape[3])
         for index, shown in enumerate(seen.split(1)):
@@ -153,7 +164,7 @@ class Consistency(Task):
         return sums
 
     def _fit(self, label: str, method: Method) -> list[list[Fitted]]:
-        """Every downsampler of every seed; each image is upsampled once for all."""
+        """Fit every downsampler for every seed; each image is upsampled once for all of them."""
         drawn: list[list[Cells]] = [[] for _ in range(self.config.seeds)]
         for index, sample in enumerate(self.train):
             self.on_step(f"{label}: cells", index, len(self.train))
@@ -171,9 +182,9 @@ class Consistency(Task):
         return fitted
 
     def _draw(self, method: Method, index: int, sample: Prepared) -> list[Cells]:
-        """Cells of one training image, for every seed.
+        """Draw cells of one training image, for every seed.
 
-        Only the directions and components that are fitted on are upsampled.
+        Features are projected to the random directions and leading components before upsampling.
         """
         generators = [named_generator(seed, f"cells {sample.name}") for seed in self._seeds]
         directions = [
@@ -206,9 +217,9 @@ class Consistency(Task):
 
 
 def _scores(sums: Tensor, count: int, drift: float) -> dict[str, list[float]]:
-    """(seeds, 4) sums over views -> scores."""
+    """Turn sums (seeds, 4) over ``count`` views into scores by name."""
     error, variance, cosine, likelihood = sums.unbind(1)
-    # Features of one cell, or that never change, have no variance to be compared with.
+    # With a single cell or constant features, the variance is 0 and the error undefined.
     return {
         "error": torch.where(variance > 0, error / variance, torch.nan).tolist(),
         "cosine": (cosine / count).tolist(),

@@ -1,7 +1,8 @@
 """The depth probe: how well a linear map of upsampled features tells near from far.
 
-Predictions are aligned to each test image's depth by scale and shift before they are scored: the
-probe is trained up to both (see :func:`upfeat.probes.fit_depth`).
+The probe predicts depth up to a scale and a shift of each image (see
+:func:`upfeat.probes.fit_depth`), so predictions are aligned to each test image's depth before they
+are scored.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class Depth(Probing):
         return fit_depth(pixels, generator)
 
     def rows(self, label: str, method: Method) -> list[Row]:
-        """See :meth:`Task.rows`; fits its probes first."""
+        """See :meth:`Task.rows`; the probes are fitted first."""
         protocols = [name for name in self.config.protocols if name in self.protocols]
         if not protocols:
             return []
@@ -113,12 +114,12 @@ class Depth(Probing):
 
     @torch.no_grad()
     def _predict(self, method: Method, sample: Prepared, head: LinearProbe) -> Tensor:
-        """(K, H, W), one map per output of the head."""
+        """Predict one map per output of the head: (K, H, W)."""
         return method(sample).project(head.weight, head.bias)[0]
 
 
 def depth_range(depth: Tensor) -> tuple[float, float]:
-    """Nearest and farthest known depth of a map."""
+    """Return the nearest and the farthest known depth of a map."""
     low, high = depth[torch.isfinite(depth)].aminmax()
     return float(low), float(high)
 

@@ -1,9 +1,9 @@
 """The segmentation probe: how well a linear map of upsampled features tells classes apart.
 
-Beside the protocols ``own`` and ``transfer`` (see :mod:`upfeat.evaluation.probing`) there is
-``probabilities``: the probe of ``transfer`` on the coarse grid, its softmax upsampled instead of
-the features. Softmax is not linear, so this is a method of its own; logits would be the same as
-``transfer``.
+Besides ``own`` and ``transfer`` (see :mod:`upfeat.evaluation.probing`) there is the protocol
+``probabilities``: the probe of ``transfer`` is applied on the coarse grid, and its softmax is
+upsampled instead of the features. The result differs from ``transfer`` because softmax is not
+linear; upsampled logits would equal ``transfer``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Segmentation(Probing):
 
     @classmethod
     def scores_of(cls, sums: Tensor) -> dict[str, Tensor]:
-        """See :meth:`Task.scores_of`; sums are those of :meth:`_Scores.add`."""
+        """See :meth:`Task.scores_of`; sums are the counts that :meth:`_Scores.add` stores."""
         hits, labelled, predicted = sums[..., :-4].unflatten(-1, (3, -1)).unbind(-2)
         iou = hits / (labelled + predicted - hits).clamp(min=1)
         iou = torch.where(labelled > 0, iou, torch.nan)
@@ -97,7 +97,7 @@ class Segmentation(Probing):
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
-        """Look through the labels.
+        """Check the labels of all images for classes that cannot be scored.
 
         Raises:
             ValueError: no class is in both train and test, so nothing can be scored.
@@ -115,7 +115,7 @@ class Segmentation(Probing):
         return fit_classifier(pixels, len(self.classes), generator)
 
     def rows(self, label: str, method: Method) -> list[Row]:
-        """See :meth:`Task.rows`; fits its probes first."""
+        """See :meth:`Task.rows`; the probes are fitted first."""
         linear = isinstance(method, UpsamplerMethod) and method.upsampler.linear
         protocols = [p for p in self.config.protocols if p != "probabilities" or linear]
         heads = self.heads(label, method, protocols)
@@ -138,7 +138,10 @@ class Segmentation(Probing):
     def _predict(
         self, method: Method, sample: Prepared, heads: dict[str, list[LinearProbe]]
     ) -> dict[str, Tensor]:
-        """Class maps (S, H, W) of every protocol, on the CPU; only K channels are upsampled."""
+        """Predict class maps (S, H, W) of S seeds for every protocol, on the CPU.
+
+        Heads are applied before upsampling, so K channels per seed are upsampled.
+        """
         n_classes = len(self.classes)
         with torch.no_grad():
             upsampled, maps = method(sample), {}
@@ -154,7 +157,7 @@ class Segmentation(Probing):
         return maps
 
     def _scored_label(self, sample: Prepared) -> Tensor:
-        """The label without classes that no training image shows: no probe could know them."""
+        """Return the label, with classes that occur in no training image ignored."""
         unseen = torch.zeros(256, dtype=torch.bool)
         unseen[self.unseen] = True
         label = sample.label.cpu()
@@ -190,13 +193,13 @@ def upsample_probabilities(
     """Upsample the softmax of coarse logits.
 
     Args:
-        kernels: of the image.
-        features: (1, C, h, w).
+        kernels: kernels of the image.
+        features: (1, C, h, w), coarse features of the image.
         head: S heads of ``n_classes`` outputs each, stacked.
-        n_classes: K.
+        n_classes: number K of classes.
 
     Returns:
-        (1, S·K, H, W). The channel mix of a JBU stack belongs to features and is left out.
+        (1, S·K, H, W). The channel mix of a JBU stack applies to features, and is omitted here.
     """
     logits = F.conv2d(features, head.weight[:, :, None, None], head.bias)  # (1, S·K, h, w)
     grouped = logits.unflatten(1, (-1, n_classes))
@@ -204,7 +207,7 @@ def upsample_probabilities(
 
 
 class _Scores:
-    """Counts of one protocol, summed over test images, one set per seed."""
+    """Counts of one protocol for each seed, summed over test images."""
 
     def __init__(self, seeds: int, n_classes: int) -> None:
         self.n_classes = n_classes
@@ -215,10 +218,10 @@ class _Scores:
         self.sums: list[Tensor] = []
 
     def add(self, maps: Tensor, label: Tensor) -> None:
-        """Count one image: (S, H, W) predictions, (H, W) label.
+        """Add the counts of one image, given predictions (S, H, W) and the label (H, W).
 
-        What it adds is kept too, (S, 3·K + 4): hits, labelled and predicted pixels of each class,
-        then the counts of boundaries.
+        The image's counts are also stored separately, (S, 3·K + 4): correct, labelled and predicted
+        pixels of each class, then the counts of boundaries.
         """
         distance = metrics.edge_distance((label.shape[0], label.shape[1]))
         matrix = metrics.confusion_matrix(maps, label, self.n_classes)
@@ -239,7 +242,7 @@ class _Scores:
         cost: dict[str, float | None],
         drift: float,
     ) -> Row:
-        """Turn the counts into scores."""
+        """Turn the counts into a row of scores."""
         scores = {
             "miou": [metrics.mean_iou(matrix) for matrix in self.matrix],
             "accuracy": [metrics.pixel_accuracy(matrix) for matrix in self.matrix],
