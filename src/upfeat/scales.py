@@ -18,6 +18,7 @@ points, crops and files need no code of their own for it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,9 +37,6 @@ from upfeat.tensor_checks import check_layouts, check_values, layouts_of
 from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.maps import as_map
-
-PASSES = (1, 5)
-"""Values of ``passes``: the cost of the features in passes of the backbone over the image."""
 
 FINER = 2
 """Ratio of the enlarged image's side to the original image's side."""
@@ -212,10 +210,8 @@ class SecondScale(Backbone):
 
     Attributes:
         backbone: the backbone that is applied to the image and to the enlarged image.
-        passes: cost of the features, in passes of ``backbone`` over the image.
+        passes: cost of the features, in passes over the image: 5, or 10 if ``backbone`` makes 2.
     """
-
-    passes = 5
 
     def __init__(
         self,
@@ -244,21 +240,23 @@ class SecondScale(Backbone):
             ValueError: ``share`` is out of range, the stride is odd, or the translation has another
                 number of channels than the backbone.
         """
+        passes = 5 * getattr(backbone, "passes", 1)
         if backbone.stride % FINER:
             raise ValueError(
-                f"passes={self.passes} needs a backbone of an even stride, and {backbone.name} has "
+                f"passes={passes} needs a backbone of an even stride, and {backbone.name} has "
                 f"{backbone.stride}; use passes=1"
             )
         mean, std = backbone.normalization
         super().__init__(
-            name=f"{backbone.name}.passes{self.passes}",
+            name=f"{backbone.name}.passes{passes}",
             embed_dim=backbone.embed_dim,
             stride=backbone.stride // FINER,
             mean=mean,
             std=std,
             in_channels=backbone.in_channels,
         )
-        self.backbone = backbone
+        self.backbone, self.passes = backbone, passes
+        self.displacement = backbone.displacement
         self.bands = None if bands is None else tuple(bands)
         self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
         if share is None:
@@ -290,6 +288,17 @@ class SecondScale(Backbone):
     def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
         """Round both sides to the nearest multiples of the inner backbone's stride."""
         return self.backbone.grid_aligned(size)
+
+    def aligned(self, displacement: int) -> SecondScale:
+        """See :meth:`Backbone.aligned`; the inner backbone is aligned, and with it both scales."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.backbone = self.backbone.aligned(displacement)
+        other.displacement = displacement
+        return other
+
+    def _place(self, x: Tensor) -> Tensor:
+        return x  # the inner backbone moves both images
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
@@ -374,8 +383,8 @@ def _second(backbone: Backbone, x: Tensor, own: Tensor) -> Tensor:
     second = backbone(larger)
     if second.shape[2:] != (FINER * own.shape[2], FINER * own.shape[3]):
         raise ValueError(
-            f"passes=5 needs a backbone whose grid grows with the image: {backbone.name} gives "
-            f"{tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at twice the size; use "
-            "passes=1"
+            "passes=5 and 10 need a backbone whose grid grows with the image: "
+            f"{backbone.name} gives {tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at "
+            "twice the size; use passes=1"
         )
     return second

@@ -192,7 +192,11 @@ class Backbone(nn.Module, ABC):
         if size != (x.shape[2], x.shape[3]):
             x = x.float() if x.dtype.itemsize < 4 else x
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return _moved(x.to(self.dtype), self.displacement)
+        return self._place(x.to(self.dtype))
+
+    def _place(self, x: Tensor) -> Tensor:
+        """Move an image by the displacement; wrappers leave that to the backbone that they wrap."""
+        return _moved(x, self.displacement)
 
     def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the grid (h, w) of an image: its rounded sides divided by the stride.
