@@ -33,7 +33,7 @@ def test_an_image_and_its_mirror_image_are_both_aligned(network):
     torch.testing.assert_close(aligned(x), (inner(x) + inner(x.flip(3)).flip(3)) / 2)
 
 
-@pytest.mark.parametrize(("passes", "stride"), [(1, 16), (2, 16), (5, 8), (10, 8)])
+@pytest.mark.parametrize(("passes", "stride"), [(1, 16), (2, 16), (5, 8), (6, 8)])
 def test_passes_are_what_the_network_computes(monkeypatch, passes, stride):
     model, x = upfeat.load(passes=passes), photo()
     pixels = []
@@ -63,19 +63,20 @@ def test_wrapped_models_of_any_kind_are_mirrored():
 
 
 def test_the_second_scale_of_a_mirrored_backbone(network):
-    both = SecondScale(Mirrored(network))
-    assert (both.passes, both.name) == (10, "efficientnet_lite0.mirrored.passes10")
-    assert both.aligned(2).backbone.backbone.displacement == 2
-    assert both.displacement == both.backbone.displacement == 0
-    method = find_passes("detail_universal@10", network)
+    both = SecondScale(network, mirrored=True)
+    assert (both.passes, both.name) == (6, "efficientnet_lite0.passes6")
+    aligned = both.aligned(2)
+    assert aligned.backbone.displacement == aligned.own.displacement == 2
+    assert both.displacement == both.backbone.displacement == both.own.displacement == 0
+    method = find_passes("detail_universal@6", network)
     assert method is not None
-    assert method.passes == 10
+    assert method.passes == 6
 
 
 def test_options_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 2, 5, 10\)"):
+    with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 2, 5, 6\)"):
         upfeat.load(passes=3)
-    with pytest.raises(ValueError, match="translation is for passes=5 and 10; with passes=2"):
+    with pytest.raises(ValueError, match="translation is for passes=5 and 6; with passes=2"):
         upfeat.load(passes=2, translation="translation.safetensors")
     with pytest.raises(ValueError, match="early=True is for passes=1 and 2"):
-        upfeat.load(passes=10, early=True)
+        upfeat.load(passes=6, early=True)

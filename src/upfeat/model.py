@@ -17,13 +17,7 @@ from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import find_device, parse_memory
 from upfeat.mirrored import Mirrored
 from upfeat.mosaic import see_within
-from upfeat.scales import (
-    FINER_WEIGHTS,
-    SecondScale,
-    Translation,
-    guidance_for,
-    shipped_translation,
-)
+from upfeat.scales import FINER_WEIGHTS, SecondScale, Translation, guidance_for
 from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.pretrained import trained_for_early
@@ -297,7 +291,8 @@ def load(
         passes: cost of the features, in passes of the backbone over the image. 2: its features and
             those of the mirror image are averaged (:class:`upfeat.mirrored.Mirrored`). 5: it is
             also applied to the image at twice its size (:class:`upfeat.scales.SecondScale`), and
-            ``model.backbone`` has half the stride. 10: both.
+            ``model.backbone`` has half the stride. 6: both, without the mirror image of the
+            enlarged one.
         early: whether the upsampler also gets features of early layers of the backbone, on a finer
             grid. The embedded backbones return such features; others may not. With ``upsampler``
             ``None``, an upsampler trained with early layers is loaded if there is one for the
@@ -305,7 +300,7 @@ def load(
             upsampler trained with early layers gets them even if ``early`` is false. Maps of
             :meth:`FeatUp.lazy` contain and save the early layers; rasters do not support them.
         max_memory: see :class:`FeatUp`.
-        translation: for ``passes=5`` and 10: the translation learnt for this backbone by
+        translation: for ``passes=5`` and 6: the translation learnt for this backbone by
             :func:`upfeat.scales.fit_translation`, or a file of it; ``None`` for the shipped
             translation, or, if the package has none for the backbone, a translation of each image
             learnt from its own cells.
@@ -324,11 +319,11 @@ def load(
     network = load_backbone(name)
     if passes not in PASSES:
         raise ValueError(f"passes={passes!r} must be one of {PASSES}")
-    mirrored = passes in (2, 10)
+    mirrored = passes in (2, 6)
     if passes in (1, 2):
         if translation is not None:
             raise ValueError(
-                f"translation is for passes=5 and 10; with passes={passes} there is nothing for it"
+                f"translation is for passes=5 and 6; with passes={passes} there is nothing for it"
             )
         if not isinstance(upsampler, Upsampler):
             if upsampler is None and early:
@@ -355,14 +350,12 @@ def _two_scales(
     """Make a model whose backbone is applied to the image at two scales."""
     if isinstance(translation, str | Path):
         translation = Translation.load(translation, network)
-    elif translation is None:
-        translation = shipped_translation(network)
     if not isinstance(upsampler, Upsampler):
         name = upsampler
         if name is None:
             name = trained_for_early(network.name) or FINER_WEIGHTS
         upsampler = create_upsampler(name, network.embed_dim, backbone=network.name)
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
-    network = align_for(upsampler, Mirrored(network) if mirrored else network)
-    scales = SecondScale(network, steps, bands=bands, translation=translation)
+    network = align_for(upsampler, network)
+    scales = SecondScale(network, steps, bands=bands, translation=translation, mirrored=mirrored)
     return FeatUp(scales, upsampler if steps is None else steps.last_step(), bands=bands)

@@ -30,6 +30,7 @@ from torch import Tensor
 from upfeat.backbones import Backbone
 from upfeat.bounds import number
 from upfeat.linear import ridge
+from upfeat.mirrored import Mirrored
 from upfeat.normalization import Normalization
 from upfeat.provenance import digest
 from upfeat.storage import read_tensors, write_tensors
@@ -210,7 +211,9 @@ class SecondScale(Backbone):
 
     Attributes:
         backbone: the backbone that is applied to the image and to the enlarged image.
-        passes: cost of the features, in passes over the image: 5, or 10 if ``backbone`` makes 2.
+        own: ``backbone``, or, for one pass more, the mean of it over the image and its mirror image
+            (:class:`upfeat.mirrored.Mirrored`); applied to the image.
+        passes: cost of the features, in passes of ``backbone`` over the image: 5 or 6.
     """
 
     def __init__(
@@ -221,6 +224,7 @@ class SecondScale(Backbone):
         bands: Sequence[int] | None = None,
         translation: Translation | None = None,
         share: float | None = None,
+        mirrored: bool = False,
     ) -> None:
         """Make a backbone of half the stride.
 
@@ -234,13 +238,16 @@ class SecondScale(Backbone):
                 from its own cells.
             share: weight of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.5
                 if the upsampler was trained on early layers.
+            mirrored: whether to average the image's own features with those of its mirror image.
+                Averaging those of the enlarged image too, for 4 passes more, gained nothing.
 
         Raises:
             TypeError: ``translation`` is not a :class:`Translation`.
             ValueError: ``share`` is out of range, the stride is odd, or the translation has another
                 number of channels than the backbone.
         """
-        passes = 5 * getattr(backbone, "passes", 1)
+        own = Mirrored(backbone) if mirrored else backbone
+        passes = getattr(own, "passes", 1) + FINER**2
         if backbone.stride % FINER:
             raise ValueError(
                 f"passes={passes} needs a backbone of an even stride, and {backbone.name} has "
@@ -255,7 +262,7 @@ class SecondScale(Backbone):
             std=std,
             in_channels=backbone.in_channels,
         )
-        self.backbone, self.passes = backbone, passes
+        self.backbone, self.own, self.passes = backbone, own, passes
         self.displacement = backbone.displacement
         self.bands = None if bands is None else tuple(bands)
         self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
@@ -294,6 +301,7 @@ class SecondScale(Backbone):
         other = copy.copy(self)
         other._modules = dict(self._modules)
         other.backbone = self.backbone.aligned(displacement)
+        other.own = self.own.aligned(displacement)
         other.displacement = displacement
         return other
 
@@ -303,9 +311,9 @@ class SecondScale(Backbone):
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
         if self.first.wants_hidden:
-            own, hidden = self.backbone.with_hidden(x)
+            own, hidden = self.own.with_hidden(x)
         else:
-            own, hidden = self.backbone(x), None
+            own, hidden = self.own(x), None
         return self.join(x, own, _second(self.backbone, x, own), hidden)
 
     def join(self, x: Tensor, own: Tensor, second: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -383,7 +391,7 @@ def _second(backbone: Backbone, x: Tensor, own: Tensor) -> Tensor:
     second = backbone(larger)
     if second.shape[2:] != (FINER * own.shape[2], FINER * own.shape[3]):
         raise ValueError(
-            "passes=5 and 10 need a backbone whose grid grows with the image: "
+            "passes=5 and 6 need a backbone whose grid grows with the image: "
             f"{backbone.name} gives {tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at "
             "twice the size; use passes=1"
         )

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PASSES,
         default=1,
         help="2: average features of the image and of its mirror image; 5: use the image at "
-        "twice its size too; 10: both (default: %(default)s)",
+        "twice its size too; 6: both (default: %(default)s)",
     )
     parser.add_argument(
         "--head",

@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PASSES,
         default=1,
         help="2: average features of frames and of their mirror images; 5: use frames at twice "
-        "their size too; 10: both (default: %(default)s)",
+        "their size too; 6: both (default: %(default)s)",
     )
     parser.add_argument("--head", type=Path, metavar="FILE", help="show the classes of a head")
     parser.add_argument(

@@ -178,7 +178,7 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
 
     Args:
         name: a name of :data:`WAYS`, or the name of an upsampler followed by "@2",
-            "@5", "@10" or "@early".
+            "@5", "@6" or "@early".
         backbone: backbone that extracts the features.
 
     Raises:
