@@ -18,7 +18,7 @@ _KEPT = ("miou", "boundary_f", "rmse", "abs_rel")
 
 
 def collected(content: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a results.json: means and spreads by protocol and upsampler."""
+    """Reduce the content of a results.json to means and spreads by protocol and upsampler."""
     data, settings = content["data"], content["settings"]
     protocols: dict[str, dict[str, Any]] = {}
     for row in content["rows"]:
@@ -43,9 +43,9 @@ def collected(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def add(title: str, folder: Path) -> None:
-    """Put a folder's results under a title of probes.json.
+    """Write a folder's results to probes.json under a title.
 
-    Rows of an earlier run over the same images, seeds and size stay where this one has none.
+    Rows from an earlier run on equal images, seeds and size are kept unless this run replaces them.
     """
     known = json.loads(TARGET.read_text()) if TARGET.exists() else {}
     found, before = collected(json.loads((folder / "results.json").read_text())), known.get(title)
@@ -57,7 +57,7 @@ def add(title: str, folder: Path) -> None:
 
 
 def main() -> None:
-    """Read a folder's results and add them."""
+    """Add the results of the folder given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--title", required=True)
     parser.add_argument("folder", type=Path)

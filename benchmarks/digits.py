@@ -29,7 +29,7 @@ from upfeat.backbones.efficientnet_lite import ConvNorm
 
 TARGET = Path(__file__).with_name("digits.json")
 PHOTO = Path(__file__).parents[1] / "examples" / "photos" / "coffee.jpg"
-# Image, grid, and output where it is not the image's size.
+# Size of the image, of its grid, and of the output (``None`` for the size of the image).
 CASES = [
     ((224, 224), (14, 14), None),
     ((304, 416), (19, 26), None),
@@ -46,7 +46,7 @@ CLASSES = {
 
 @torch.inference_mode()
 def features_of(weights: Path, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
-    """Features of the backbone and of every upsampler whose weights lie in a folder."""
+    """Compute features of the backbone and of every upsampler with weights in a folder."""
     torch.set_num_threads(1)
     found: dict[str, list[torch.Tensor]] = {"backbone": []}
     photo = Image.open(PHOTO).convert("RGB")
@@ -70,13 +70,13 @@ def features_of(weights: Path, dtype: torch.dtype) -> dict[str, list[torch.Tenso
 
 
 def difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest of ‖a − b‖/‖b‖."""
+    """Return the largest relative difference ‖a − b‖/‖b‖ over pairs of tensors."""
     pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True)]
     return max(float((a - b).norm() / b.norm()) for a, b in pairs)
 
 
 def shift_after(layers: ConvNorm, input: torch.Tensor) -> torch.Tensor:
-    """Run the layers with the scale of the normalisation folded and its shift added after."""
+    """Run the layers with the normalisation's scale folded and its shift added afterwards."""
     weight, shift = layers._fold(input.device)
     conv = layers[0]
     assert isinstance(conv, torch.nn.Conv2d)
@@ -90,7 +90,7 @@ def shift_after(layers: ConvNorm, input: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def rounding() -> dict[str, dict[str, float]]:
-    """Ways to compute the embedded backbone, against float64 and against its separate layers."""
+    """Compare ways to compute the embedded backbone with float64 and with its separate layers."""
     torch.set_num_threads(1)
     photo = Image.open(PHOTO).convert("RGB")
     images = [
@@ -126,13 +126,13 @@ def rounding() -> dict[str, dict[str, float]]:
 
 
 def largest(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """The largest of max|a − b| / max|b|."""
+    """Return the largest max|a − b| / max|b| over pairs of tensors."""
     pairs = [(a.double(), b.double()) for a, b in zip(one, other, strict=True)]
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
 def main() -> None:
-    """Write features, or compare what was written."""
+    """Write features, compare written files, or measure rounding."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("action", choices=["write", "compare", "rounding"])
     parser.add_argument("files", type=Path, nargs="*")

@@ -1,10 +1,10 @@
-"""Time and memory of an exported default model against the model itself, in one run.
+"""Time and memory of the exported default model against the model itself.
 
     python benchmarks/exported.py FOLDER -o benchmarks/exported.json
 
-FOLDER holds model.onnx and model.pt2, as ``upfeat export`` writes them. Processor time of one
-thread, interleaved, medians; memory is what the peak of a process grows by, one process for each.
-Loading is measured once.
+FOLDER contains model.onnx and model.pt2, as written by ``upfeat export``. Times are medians of
+processor time on one thread; the models take turns. Memory is the growth of a process's peak
+during one image, measured in a separate process for each model. Loading is timed once.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ROUNDS = 3
 
 
 def load(name, folder):
-    """A callable (1, 3, H, W) -> features."""
+    """Load a model by its file name, or the unexported model: (1, 3, H, W) -> features."""
     if name == "model":
         import upfeat
 
@@ -38,7 +38,7 @@ def load(name, folder):
 
 
 def peak():
-    # Not getrusage, whose peak a process takes over from the one that started it.
+    # The peak of getrusage is not used, because a process inherits it from its parent.
     (line,) = (one for one in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in one)
     return int(line.split()[1]) / 1024
 

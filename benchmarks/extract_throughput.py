@@ -48,7 +48,7 @@ def write_photos(folder: Path, count: int, size: int) -> int:
 
 
 def timed(work: Callable[[], object], count: int) -> dict[str, float]:
-    """Images per second by the clock, and milliseconds of processor time for each."""
+    """Return images per second by the clock, and milliseconds of processor time per image."""
     wall, used = time.perf_counter(), time.process_time()
     work()
     wall, used = time.perf_counter() - wall, time.process_time() - used
@@ -77,7 +77,7 @@ def an_image_a_thread(x: torch.Tensor, backbone: torch.nn.Module) -> None:
 
 
 def write_plainly(folder: Path, count: int, size: int) -> None:
-    """Write that many files of that many bytes, and wait for the disk."""
+    """Write ``count`` files of ``size`` random bytes, and wait for the disk."""
     folder.mkdir()
     content = os.urandom(size)
     for number in range(count):
@@ -87,7 +87,7 @@ def write_plainly(folder: Path, count: int, size: int) -> None:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Run the benchmark; print its results, and write them to a file if there is a path."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", nargs="?", type=Path)
     parser.add_argument("--images", type=int, default=128)
@@ -124,17 +124,17 @@ def main() -> None:
         partial(add, SIDE_BY_SIDE, partial(an_image_a_thread, part, model.backbone), len(part))
     )
     works.append(partial(stored, "lazy", [str(photos)], count, bool))
-    # In another order each time: what else the machine does comes and goes.
+    # In random order each time, so that other load on the machine does not favour one of them.
     order = random.Random(0)
     for _ in range(options.rounds):
         order.shuffle(works)
         for work in works:
             work()
-    # Waiting for the disk makes others wait as well, so this comes after.
+    # Measured last, because writing to the disk slows down the other measurements.
     for _ in range(min(options.rounds, 3)):
         stored("features", [str(photos)], count, os.sync)
         shutil.rmtree(root / "features")
-        os.sync()  # what is deleted is not written in others' time
+        os.sync()  # so that the deletion does not burden the next measurement
         writing = partial(write_plainly, root / "plain", count, sizes["features"])
         add("plain writing of as many bytes", writing, count)
         shutil.rmtree(root / "plain")
@@ -151,7 +151,7 @@ def main() -> None:
 def summary(
     runs: dict[str, list[dict[str, float]]], sizes: dict[str, int], encoded: int
 ) -> dict[str, object]:
-    """Medians, and the ratios of them that matter."""
+    """Compute medians of all measurements, and ratios of medians."""
     medians = {
         name: {key: round(statistics.median(run[key] for run in taken), 2) for key in taken[0]}
         for name, taken in runs.items()

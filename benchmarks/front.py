@@ -28,7 +28,7 @@ _COLUMNS = 4
 def ways(
     backbone: upfeat.Backbone, photo: Path, size: int, rivals: list[Path], *, fit: bool
 ) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Every way from the prepared image to features of its size, by caption."""
+    """Return functions from the prepared image to features of its size, by caption."""
 
     def loaded(upsampler: str | Path | None, **options: object) -> Callable[[Tensor], Tensor]:
         return upfeat.load(backbone, upsampler=upsampler, **options)  # pyright: ignore[reportArgumentType]
@@ -40,7 +40,7 @@ def ways(
     }
     try:
         found["one pass, early layers"] = loaded(None, early=True)
-    except ValueError as error:  # the backbone says nothing of them
+    except ValueError as error:  # the backbone has no early layers for it
         print(error)
     found["five passes"] = loaded(None, passes=5)
     if fit:

@@ -2,12 +2,13 @@
 
     python benchmarks/gpu_kernels.py [--json out.json] [--sweep] [--quick]
 
-Every case is compared with float64 on fresh random numbers (relative error of the whole tensor,
-output poisoned before), then timed with CUDA events: the median of many runs, over several input
-sets so that none is found in the cache. The floor is the least bytes the operator can move,
-each input read once and each output written once, over the bandwidth of a device copy measured
-in the same run; ``fma floor`` is its multiply-adds over a float32 rate measured likewise (of no
-interest in half precision, which has tensor cores). ``--sweep`` times other block sizes.
+Every case is compared with float64 on fresh random numbers. The error is relative, of the whole
+tensor, and the memory of the output is filled with NaN before. Then the case is timed with CUDA
+events: the median of many runs, over several sets of inputs, so that no inputs are in the cache.
+The floor is the time to read each input once and write each output once at the bandwidth of a
+device copy, measured in the same run. ``fma floor`` is the time of the operator's multiply-adds at
+a float32 rate, also measured in the same run (irrelevant in half precision, which has tensor
+cores). ``--sweep`` times other block sizes.
 """
 
 import argparse
@@ -51,7 +52,7 @@ class Row:
 
 @dataclass
 class Case:
-    """One thing to time: ``run`` on a set of tensors, and what it can at best cost."""
+    """A case to time: ``run`` on the tensors of ``make``, ``exact`` to check it, and its cost."""
 
     name: str
     make: Callable[[], tuple[Tensor, ...]]
@@ -63,7 +64,7 @@ class Case:
 
 
 def milliseconds(run: Callable[[int], object], repeats: int) -> tuple[float, float]:
-    """Median and interquartile range of single runs, by events, after a warm-up."""
+    """Return median and interquartile range of single runs, by CUDA events, after a warm-up."""
     for i in range(5):
         run(i)
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
@@ -78,7 +79,7 @@ def milliseconds(run: Callable[[int], object], repeats: int) -> tuple[float, flo
 
 
 def graphed(run: Callable[..., object], sets: list[tuple[Tensor, ...]]) -> Callable[[int], object]:
-    """Replays of captured runs: the kernels' time without the host's time to start them."""
+    """Capture runs as CUDA graphs, to time kernels without the host's time to start them."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -95,7 +96,7 @@ def graphed(run: Callable[..., object], sets: list[tuple[Tensor, ...]]) -> Calla
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read plus written, of a copy far larger than the cache."""
+    """Measure bytes per second, read plus written, of a copy far larger than the cache."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
     middle, _ = milliseconds(lambda _: target.copy_(source), 20)
@@ -103,7 +104,7 @@ def copy_bandwidth() -> float:
 
 
 def float32_rate() -> float:
-    """Operations a second of a large float32 matrix product without TF32."""
+    """Measure operations per second of a large float32 matrix product without TF32."""
     torch.backends.cuda.matmul.allow_tf32 = False
     a, b = torch.randn(4096, 4096, device="cuda"), torch.randn(4096, 4096, device="cuda")
     middle, _ = milliseconds(lambda _: a @ b, 20)
@@ -120,7 +121,7 @@ def size_in_bytes(tensors: list[Tensor]) -> int:
 
 
 def poison(sizes: list[int]) -> None:
-    """Leave NaN where the allocator will put the next results: nothing unwritten looks right."""
+    """Fill the memory of the next results with NaN, so that unwritten elements are noticed."""
     waste = [torch.full((size // 4 + 1,), math.nan, device="cuda") for size in sizes]
     del waste
 
@@ -138,7 +139,7 @@ def error_of(case: Case) -> float:
 
 
 def measure(case: Case, small: Case, bandwidth: float, rate: float) -> Row:
-    """Check ``small`` (the same operator at a size float64 can afford), then time ``case``."""
+    """Check ``small``, the operator at a size affordable in float64, then time ``case``."""
     error = error_of(small)
     first = case.make()
     torch.cuda.synchronize()
@@ -159,7 +160,7 @@ def measure(case: Case, small: Case, bandwidth: float, rate: float) -> Row:
 
 
 def gradients(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """The exact backward of ``operator``: grad first, then its arguments."""
+    """Return the exact backward of ``operator``, a function of grad and the arguments."""
 
     def run(grad: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
         leaves = [a.detach().requires_grad_() for a in arguments]
@@ -174,7 +175,7 @@ def random(*shape: int, dtype: torch.dtype, last: bool = False) -> Tensor:
 
 
 def upsampling(channels: int, size: int, out: int, dtype: torch.dtype, last: bool) -> list[Case]:
-    """Forward, both gradients together and each step by itself."""
+    """Return cases of upsampling: forward, both gradients together, and each step alone."""
 
     def make() -> tuple[Tensor, ...]:
         features = random(1, channels, size, size, dtype=dtype, last=last)
@@ -183,7 +184,7 @@ def upsampling(channels: int, size: int, out: int, dtype: torch.dtype, last: boo
     def make_backward() -> tuple[Tensor, ...]:
         return random(1, channels, out, out, dtype=dtype, last=last), *make()
 
-    like = random(1, 1, 2, 2, dtype=dtype, last=last)  # its dtype and format choose the layout
+    like = random(1, 1, 2, 2, dtype=dtype, last=last)  # dtype and memory format of the result
     axis = triton_tables.bicubic_axis(size, out, 3)
 
     def fold_only(weights: Tensor) -> Tensor:
@@ -230,7 +231,8 @@ def range_kernel(out: int, dtype: torch.dtype) -> list[Case]:
     def make_backward() -> tuple[Tensor, ...]:
         return random(1, 49, out, out, dtype=dtype), *make()
 
-    # The scalars' gradients are left to the tests: sums of both signs have no relative error.
+    # The gradients of scalars are not checked here but in the tests: they are sums of terms of both
+    # signs, whose relative error may be arbitrarily large.
     def run_backward(*arguments: Tensor) -> object:
         grad, keys, scalar = arguments
         return kernels.bilateral_weights_backward(grad, keys, scalar, scalar, 3)[0]
@@ -250,12 +252,12 @@ def range_kernel(out: int, dtype: torch.dtype) -> list[Case]:
 
 
 def pairs(quick: bool) -> list[tuple[Case, Case]]:
-    """(to time, to check) of every case; float64 is checked at a size that fits it."""
+    """Return pairs of cases, one to time and a smaller one to check against float64."""
     chosen: list[tuple[Case, Case]] = []
 
     def add(large: list[Case], small: list[Case]) -> None:
         for a, b in zip(large, small, strict=True):
-            # What a part by itself returns is no operator: the whole stands for it.
+            # The result of a single step is internal, so the whole operator is checked instead.
             chosen.append((a, small[0] if "only" in a.name else b))
 
     dtypes = [torch.float32, torch.bfloat16] + ([] if quick else [torch.float16])
@@ -274,7 +276,7 @@ def pairs(quick: bool) -> list[tuple[Case, Case]]:
 
 
 def sweep(bandwidth: float, rate: float) -> None:
-    """Forward times with other block sizes, nearest the floor first."""
+    """Time the forward with other block sizes and list them, nearest to the floor first."""
     choices = {
         "gather_groups": ([1, 2, 4], [8, 16, 32], [32, 64, 128], [0], [4, 8]),
         "gather_tiles": ([4, 8], [16], [64, 128, 256], [16, 32, 64], [4, 8]),
@@ -295,7 +297,7 @@ def sweep(bandwidth: float, rate: float) -> None:
             )
             try:
                 row = measure(large, small, bandwidth, rate)
-            except Exception as error:  # too much shared memory, say
+            except Exception as error:  # for example, too much shared memory
                 print(f"  {block}: {type(error).__name__}")
                 continue
             if row.right:

@@ -2,11 +2,11 @@
 
     python benchmarks/implicit_consistency.py photos/ --count 20 -o implicit_consistency.json
 
-For every photograph: the fast fit, alone and blended with one pass as by default, the first one's
-time, and the mean squared error with which each map,
-warped as a view and averaged over each cell, explains views that neither the fit nor its choice of
-penalty has seen; relative to the variance of the features in those views. One-pass upsamplers are
-given by name, or as folders that save_pretrained wrote.
+For every photograph, the fast fit is made twice: without the blend with one pass, which is timed,
+and with it, the default. Each map is warped like views that neither the fit nor its choice of
+penalty has used, and averaged over each cell. The score is its mean squared error on the backbone's
+features of these views, over the variance of those features. One-pass upsamplers are given by name,
+or as folders that save_pretrained wrote.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from upfeat.upsamplers.pretrained import create_upsampler
 
 DEFAULT = ["bilinear", "bicubic", "joint_bilateral"]
 ALONE = {"share": 1.0, "translation": 0.0}
-"""The fit without the blend with one pass."""
+"""Settings of the fit without the blend with one pass."""
 UNSEEN_VIEWS = 64
 UNSEEN_SEED = 1_000_003
 

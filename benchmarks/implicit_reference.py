@@ -3,12 +3,12 @@
     python benchmarks/implicit_reference.py photos/ --count 20 --size 112 -o implicit_reference.json
     python benchmarks/implicit_reference.py photo.jpg --size 224 --steps 5 -o cost.json
 
-Of a folder, photographs are chosen evenly by name. Results are written after each photograph, and
-a recipe that the file holds already is not run again, while the fast fit is. With --steps the
-recipe is cut short; its whole time is then extrapolated from the steps and views that were timed,
-and its losses mean nothing. Losses are relative to the variance of the features in the held-out
-views: "mean" brings the map to the grid by the mean over each cell, "own" by the downsampler that
-the recipe learns.
+Photographs of a folder are chosen evenly from the list sorted by name. Results are written after
+each photograph. If the file already contains a photograph, its recipe is not run again, only the
+fast fit. With --steps the recipe is cut short: its whole time is extrapolated from the timed steps
+and views, and its losses are meaningless. Losses are relative to the variance of the features in
+the held-out views: "mean" downsamples the map by the mean over each cell, "own" by the downsampler
+that the recipe learns.
 """
 
 import argparse
@@ -122,10 +122,10 @@ def main():
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
-    # One thread: threads that wait for each other would count as processor time.
+    # One thread, because the waiting of several threads would count as processor time.
     torch.set_num_threads(1)
     backbone = upfeat.load_backbone(options.backbone).requires_grad_(False)
-    # The fit alone, as the published one is: not its blend with one pass.
+    # Without the blend with one pass, since the published recipe has no such blend.
     config = FitConfig(size=options.size, share=1.0, translation=0.0)
     photos = [one.path for one in find_photographs(options.photos) if isinstance(one, Photo)]
     count = min(options.count, len(photos))
@@ -135,7 +135,7 @@ def main():
         before = json.loads(options.output.read_text())["rows"]
         known = {row["photo"]: row["reference"] for row in before}
     steps = options.steps or FitConfig(preset="reference").steps
-    # Those that are known first, so that the file never holds fewer.
+    # Photographs in the file come first, so that rewriting the file never loses a result.
     for photo in sorted(photos, key=lambda photo: photo.name not in known):
         rows.append(measure(photo, backbone, config, steps, known.get(photo.name)))
         if len(rows) < len(known):

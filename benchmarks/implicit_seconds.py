@@ -23,7 +23,7 @@ REPEATS = {224: 3, 448: 1}
 
 
 def main() -> None:
-    """Fit and time."""
+    """Time fits of all sizes and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("photo", type=Path)
     parser.add_argument("--backbone", default="efficientnet_lite0")
@@ -34,7 +34,7 @@ def main() -> None:
     pixels = read_image(options.photo)
     side = min(pixels.shape[1:])
     square = pixels[:, :side, :side]
-    upfeat.fit_implicit(square, backbone, size=64, views=4, zoomed_views=2)  # threads, libraries
+    upfeat.fit_implicit(square, backbone, size=64, views=4, zoomed_views=2)  # a warm-up
     rows = []
     for size, repeats in REPEATS.items():
         seconds: list[float] = []

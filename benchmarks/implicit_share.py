@@ -45,18 +45,18 @@ NAMED = (
 )
 ALONE = FitConfig(share=1.0, translation=0.0)
 MEAN = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
-"""The basis of a fit is that of its first 32 views; nothing else has a part in its mean."""
+"""Settings of fits of the mean alone, which depends on the basis of the first 32 views only."""
 JUDGED = 8
 VIEWS = {"max_pad": 30.0, "max_zoom": 1.8, "seed": 1_000_003}
-"""Of views that no fit has seen."""
+"""Arguments of the :class:`Observer` of views that no fit has used."""
 SHARES = (0.35, 0.5, 0.65, 1.0)
 
 
 class Drawn(FeatureMap):
-    """A map that exists in full."""
+    """A feature map computed in full."""
 
     def __init__(self, maps: Tensor) -> None:
-        """Keep it, (1, C, H, W)."""
+        """Store the map, (1, C, H, W)."""
         self.maps, self.shape = maps, maps.shape
 
     def full(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -77,7 +77,7 @@ class Drawn(FeatureMap):
 
 
 class Kept(ImplicitMethod):
-    """Fits, and the maps that they draw, kept for every row that is made of them."""
+    """Fits whose rendered maps are cached, for all rows that blend them."""
 
     def __call__(self, sample: Prepared) -> FeatureMap:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See :meth:`Method.__call__`."""
@@ -88,17 +88,17 @@ class Kept(ImplicitMethod):
         return Drawn(torch.load(path))
 
     def fresh(self) -> Kept:
-        """See :meth:`Method.fresh`; the cost is none of this page's."""
+        """See :meth:`Method.fresh`; costs are not reported here, so the cache is used."""
         return self
 
 
 class Share(Method):
-    """Fits with a share of the views in them, the rest what one pass draws."""
+    """Blends of the fit to views, weighted by ``share``, and the result of one pass."""
 
     passes = None
 
     def __init__(self, alone: Kept, mean: Kept, share: float, translation: Translation) -> None:
-        """Blend what two methods have kept."""
+        """Store the fits to views, the fits of the mean, and the blend's settings."""
         self.alone, self.mean, self.share, self.translation = alone, mean, share, translation
         self.weights = self.identity = f"{alone.weights}|{share}"
 
@@ -109,7 +109,7 @@ class Share(Method):
 
 
 def measure(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, Any]:
-    """Scores of every row on one set, with their differences from what is returned by default."""
+    """Score every row on one set of images, and compute the differences between rows."""
     backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
     config = EvalConfig(
         max_train=images[0], max_test=images[1], protocols=("own", "transfer"), pictures=0
@@ -147,7 +147,7 @@ def measure(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, Any]
 
 
 def losses(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, float]:
-    """Held-out loss of the first test images, relative to that of a constant map."""
+    """Compute the held-out loss on the first test images, relative to a constant map's."""
     backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
     config = EvalConfig()
     dataset = Segmentation.read(folder, "folder", config)
@@ -168,7 +168,7 @@ def losses(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, float
 
 
 def main() -> None:
-    """Measure both sets."""
+    """Measure both sets of images."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)

@@ -2,12 +2,13 @@
 
     python benchmarks/learn_early.py PHOTOS -o early_detail_efficientnet_lite0/
 
-``upfeat.load(backbone, upsampler="early_detail_efficientnet_lite0/")`` uses it. For each
-photograph, shorter side 224 pixels, the target is what features of the image at twice its size,
-translated and put right cell by cell (``upfeat.scales``), have beyond the first step and the
-regression of detail_universal. The loss is the mean squared error in units of the target's
-deviation in each channel. No labels; the shipped weights took 1,000 photographs, one for each
-ImageNet class, ten rounds over nine tenths of them, and some ten minutes on one core.
+``upfeat.load(backbone, upsampler="early_detail_efficientnet_lite0/")`` uses the result. For each
+photograph, shorter side 224 pixels, features of the image at twice its size are translated and
+corrected for each cell (``upfeat.scales``). The target is their residual: the result of the first
+step and the regression of detail_universal is subtracted. The loss is the mean squared error in
+units of the target's standard deviation in each channel. No labels are needed. The shipped weights
+were trained on 1,000 photographs, one for each ImageNet class, with ten rounds over nine tenths of
+them, in about ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from upfeat.upsamplers.maps import as_map
 
 BASE = "detail_universal"
 TEMPERATURE = 0.4
-"""Of the steps, over that of the base: chosen on training halves (docs/evidence/results.md)."""
+"""Temperature of the neighbourhood steps over that of the base, chosen on halves of training sets
+(docs/evidence/results.md)."""
 HELD_OUT = 10
-"""One photograph of so many is kept out."""
+"""One photograph in this number is held out."""
 
 
 class Pair(NamedTuple):
-    """One photograph on the finer grid, half precision."""
+    """Input and target of one photograph on the finer grid, in half precision."""
 
     hidden: Tensor
-    """(1, D, h, w), what early layers say."""
+    """(1, D, h, w), activations of early layers."""
     target: Tensor
-    """(1, C, h, w), what is lacking."""
+    """(1, C, h, w), the residual to predict."""
 
 
 def main() -> None:
@@ -70,7 +72,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def collect(backbone: Backbone, paths: list[Path], size: int) -> list[Pair]:
-    """Make all pairs."""
+    """Compute the pairs of all photographs."""
     some = paths[:: max(len(paths) // 80, 1)][:80]
     translation = fit_translation(
         backbone, (backbone.preprocess(path, 256, align=True) for path in some)
@@ -97,7 +99,7 @@ def collect(backbone: Backbone, paths: list[Path], size: int) -> list[Pair]:
 
 
 def make(backbone: Backbone, pair: Pair, width: int, depth: int, seed: int) -> EarlyDetailUpsampler:
-    """The upsampler with the base's encoder and an untrained network."""
+    """Create the upsampler, with the base's encoder and an untrained network."""
     torch.manual_seed(seed)
     base = create_upsampler(BASE)
     assert isinstance(base, DetailUpsampler)
@@ -122,10 +124,10 @@ def make(backbone: Backbone, pair: Pair, width: int, depth: int, seed: int) -> E
 
 
 def train(upsampler: EarlyDetailUpsampler, pairs: list[Pair], rounds: float, seed: int) -> float:
-    """Train the network; inputs and outputs are brought to units of their deviation on the way.
+    """Train the network; inputs and outputs are scaled to unit variance during training.
 
     Returns:
-        The share of the target's energy that is explained on the photographs kept out.
+        The fraction of the target's energy that is explained on the held-out photographs.
     """
     training = [pair for index, pair in enumerate(pairs) if index % HELD_OUT]
     testing = pairs[::HELD_OUT]
@@ -163,7 +165,7 @@ def train(upsampler: EarlyDetailUpsampler, pairs: list[Pair], rounds: float, see
 
 
 def fold(upsampler: EarlyDetailUpsampler, mean: Tensor, std: Tensor, unit: Tensor) -> None:
-    """Take units into the first and the last layer: (C, 1, 1) each."""
+    """Fold the scaling of inputs and outputs, (C, 1, 1) each, into the first and last layer."""
     entry, last = upsampler.early_network[0], upsampler.detail
     assert isinstance(entry, torch.nn.Conv2d)
     assert entry.bias is not None
@@ -181,7 +183,7 @@ def save(
     photographs: int,
     explained: float,
 ) -> None:
-    """Write weights in half precision, and what they were learnt from."""
+    """Write weights in half precision, and a description of their training."""
     with torch.no_grad():
         for parameter in upsampler.parameters():
             parameter.copy_(parameter.half())

@@ -3,11 +3,11 @@
     python benchmarks/learn_translation.py PHOTOS -o translation.safetensors
     python benchmarks/learn_translation.py PHOTOS -o views.safetensors --views --count 48 --size 176
 
-The second is that of what many views agree on, for ``upfeat.fit_implicit``; a photograph takes as
-long as its fit.
-
-``upfeat.load(backbone, passes=5, translation="translation.safetensors")`` uses it. The shipped one
-of the embedded backbone was made from 80 photographs, one each of 80 ImageNet classes, 256 pixels.
+The first command learns the translation of features of the enlarged image, which
+``upfeat.load(backbone, passes=5, translation="translation.safetensors")`` uses. The second learns
+the translation of maps fitted to many views, for ``upfeat.fit_implicit``; a photograph takes as
+long as its fit. The shipped translation of the embedded backbone was learnt from 80 photographs of
+256 pixels, one for each of 80 ImageNet classes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from upfeat.training.photographs import SUFFIXES
 def pairs_of_fits(
     backbone: Backbone, paths: list[Path], size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """An image's features, and what was fitted to views of it, averaged over the same cells."""
+    """Pair an image's features with the map fitted to its views, averaged over the cells."""
     config = FitConfig(share=1.0, translation=0.0)
     for path in paths:
         pixels = read_image(path)

@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py --max-memory 1GB --json memory.json
 
-map: features of 384 channels from 64×64 cells to 1024×1024 pixels in a file of float32, by
-``detail_universal``; unbounded, ``lazy.full()`` makes the map and writes it. run: ``upfeat run`` of
-a generated photograph of 4096×4096 pixels. Every run is a process of its own with one thread, whose
-largest resident memory the system counts.
+There are two jobs. map: ``detail_universal`` upsamples features of 384 channels from 64×64 cells to
+1024×1024 pixels, to a file of float32; without the bound, ``lazy.full()`` computes the whole map
+before it is written. run: ``upfeat run`` on a generated photograph of 4096×4096 pixels. Every run
+is a separate process with one thread, whose largest resident memory the system reports.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHANNELS, CELLS, STRIDE, PHOTO = 384, 64, 16, 4096
 
 
 def make_map(path: Path, max_memory: str | None) -> None:
-    """Write the map of random features and a smooth random image."""
+    """Upsample random features with a smooth random image as guidance, and write the map."""
     import numpy as np
     import torch
 
@@ -57,7 +57,7 @@ def make_photo(path: Path, _: str | None) -> None:
 
 
 def child(arguments: list[str]) -> dict[str, float]:
-    """Run Python on these arguments and report time and memory."""
+    """Run Python with the given arguments in a process, and report time and memory."""
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, *arguments],
@@ -75,7 +75,7 @@ def child(arguments: list[str]) -> dict[str, float]:
 
 
 def compare(job: str, folder: Path, max_memory: str) -> dict[str, object]:
-    """Do a job without and with the bound."""
+    """Run a job without and with the bound, and compare the results."""
     me, results, digests = str(Path(__file__)), {}, []
     if job == "run":
         child([me, "--child", "photo", "--output", str(folder / "photo.jpg")])
@@ -97,7 +97,7 @@ def compare(job: str, folder: Path, max_memory: str) -> dict[str, object]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

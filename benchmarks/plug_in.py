@@ -1,4 +1,4 @@
-"""Gather what the scripts of examples/plug_in print, of which docs/guides/plug_in.md tells.
+"""Collect the figures that the scripts of examples/plug_in print, for docs/guides/plug_in.md.
 
 python benchmarks/plug_in.py
 """
@@ -15,7 +15,7 @@ SCRIPTS = ["segmentation_head", "decoder", "depth_head", "matching", "activation
 
 
 def printed(script: str) -> dict[str, float]:
-    """The last line that a script prints, a dictionary."""
+    """Run a script and return its last line of output, a dictionary."""
     command = [sys.executable, str(EXAMPLES / f"{script}.py")]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return ast.literal_eval(output.strip().splitlines()[-1])

@@ -2,9 +2,10 @@
 
     python benchmarks/rasters.py --sides 2000 20000 --threads 2 --max-memory 4GB --json rasters.json
 
-A raster has fields with borders, textures and noise, three bands of bytes in deflated blocks of 512
-pixels; the head has five classes. Each raster is a process of its own, whose processor time and
-largest resident memory the system counts. Its progress is written to standard error.
+A generated raster shows fields with borders, textures and noise, in three bands of bytes, stored in
+deflated blocks of 512 pixels. The head has five classes. Each raster is processed by a separate
+process, whose processor time and largest resident memory the system reports. Progress is printed to
+standard error.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from upfeat.machine import readable
 BLOCK = 512
 PATTERN = 8 * BLOCK
 SMALLEST = 64
-"""Side of a raster that costs little beside the start of the program, pixels."""
+"""Side, in pixels, of a raster whose time is mostly the start of the program."""
 CLASSES = ["water", "field", "forest", "road", "roof"]
 
 
@@ -80,7 +81,7 @@ def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str,
     """Run the command on one raster and report what it took."""
     raster, output = folder / f"{side}.tif", folder / f"{side}.classes.tif"
     if not raster.exists():
-        # In a process of its own: a child's largest memory begins with that of its parent.
+        # In another process, because children inherit the largest memory of this process.
         making = get_context("spawn").Process(target=make_raster, args=(raster, side))
         making.start()
         making.join()
@@ -106,7 +107,7 @@ def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str,
 
 
 def watch(number: int, output: Path, side: int, started: float) -> tuple[list[str], Any]:
-    """Follow a run to its end: lines of what it has done every so often, and its usage."""
+    """Follow a run to its end; return lines of its progress at intervals, and its usage."""
     ledger = output.with_name(output.name + ".partial") / "tiles.txt"
     progress: list[str] = []
     every = 300 if side > 8000 else 5
@@ -127,7 +128,7 @@ def watch(number: int, output: Path, side: int, started: float) -> tuple[list[st
 
 
 def resident_of(number: int) -> int:
-    """Bytes that a process holds; 0 where the system does not tell."""
+    """Return the resident memory of a process, bytes; 0 if the system does not report it."""
     try:
         pages = int(Path(f"/proc/{number}/statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):
@@ -149,7 +150,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         make_head(folder / "head.safetensors")
         shared = (options.threads, options.max_memory)
-        # What the command costs before it comes to pixels.
+        # Processor time of the start, to be subtracted from that of each raster.
         start = measure(folder, SMALLEST, *shared)["processor_seconds"]
         rows = [measure(folder, side, *shared) for side in options.sides]
     for row in rows:

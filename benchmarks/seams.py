@@ -1,12 +1,13 @@
-"""Seams of features that were made in tiles, against those of the whole image.
+"""Seams in features that were computed in tiles, compared with features of the whole image.
 
     python benchmarks/seams.py --backbones efficientnet_lite0 hf:FOLDER --json seams.json
 
-The coarse features of one photograph are made whole, as ``upfeat raster`` makes them (exact tiles,
-or windows of 512 pixels that overlap by a quarter and are blended), and as plain tiles of that
-side without halo or overlap; then upsampled. Score of a seam: the mean step of features from one
-pixel to the next across the borders of the tiles, over the mean step everywhere else. Of the whole
-image it says what lies there by chance; its spread over other places of the grid is the noise.
+Coarse features of one photograph are computed in three ways and then upsampled: from the whole
+image; like ``upfeat raster`` (exact tiles, or windows of 512 pixels that overlap by a quarter and
+are blended); and from plain tiles of 512 pixels without halo or overlap. The score of seams is the
+mean difference of features between neighbouring pixels across the borders of the tiles, over the
+mean difference everywhere else. For the whole image, the score shows the contribution of image
+content at these borders; its spread over shifted borders is the noise.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ WINDOW, COMPONENTS = 512, 16
 
 
 def tiled(model: FeatUp, x: Tensor, *, halo: int | None, overlap: int) -> Tensor:
-    """Coarse features made strip by strip, (1, C, h, w)."""
+    """Compute coarse features strip by strip, (1, C, h, w)."""
     stride = model.backbone.stride
     grid = (x.shape[2] // stride, x.shape[3] // stride)
 
@@ -45,14 +46,14 @@ def tiled(model: FeatUp, x: Tensor, *, halo: int | None, overlap: int) -> Tensor
 
 
 def steps(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean step between rows, and between columns, of (C, H, W)."""
+    """Return mean differences of neighbouring rows, (H − 1,), and columns, (W − 1,)."""
     down = features.diff(dim=1).norm(dim=0).mean(1)
     across = features.diff(dim=2).norm(dim=0).mean(0)
     return down, across
 
 
 def score(features: Tensor, rows: list[int], columns: list[int]) -> float:
-    """Mean step into these rows and columns over that into all others."""
+    """Return the mean difference at the given rows and columns over that at all others."""
     at, others = [], []
     for values, places in zip(steps(features), (rows, columns), strict=True):
         mask = torch.zeros(len(values), dtype=torch.bool)
@@ -64,7 +65,7 @@ def score(features: Tensor, rows: list[int], columns: list[int]) -> float:
 
 @torch.inference_mode()
 def measure(name: str, side: int) -> dict[str, object]:
-    """Scores of one backbone."""
+    """Compute the scores of one backbone."""
     model = upfeat.load(name)
     stride = model.backbone.stride
     side = side // stride * stride

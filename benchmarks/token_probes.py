@@ -22,7 +22,7 @@ from upfeat.evaluation.evaluate import evaluate
 CLOTHING, ROADS, DEPTH = "clothing", "aerial_roads", "depth_kitchen"
 TITLES = {CLOTHING: "clothing", ROADS: "aerial roads", DEPTH: "depth of a kitchen"}
 BLOCKS = {8: "block 8", 11: "last block"}
-# Training and test images, drawn by seed 0; as many as one core does in an hour and a half.
+# Numbers of training and test images, drawn by seed 0; one core needs an hour and a half.
 IMAGES = {(CLOTHING, 8): (50, 30), (DEPTH, 8): (16, 12), (DEPTH, 11): (16, 12)}
 FEWER = (30, 20)
 SHIPPED = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack_universal")
@@ -33,7 +33,7 @@ NAME = "DINOv2-S for saliency"
 
 
 def main() -> None:
-    """Evaluate and collect."""
+    """Evaluate all upsamplers, and collect the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("backbone")
@@ -41,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rivals = [str(options.data / "checkpoints" / name) for name in RIVALS]
-    for passes in ((), PASSES):  # the dearest rows last; a row that is finished is not done again
+    for passes in ((), PASSES):  # the slowest rows last; finished rows are not computed again
         for (block, label), (folder, title) in product(BLOCKS.items(), TITLES.items()):
             train, test = IMAGES.get((folder, block), FEWER)
             out = options.output / f"{folder}_{block}"

@@ -25,7 +25,7 @@ TARGET = Path(__file__).with_name("token_seconds.json")
 
 
 def runs(backbone: str, rivals: list[str]) -> dict[str, Callable[[], object]]:
-    """What is timed, by name."""
+    """Return the functions to time, by name."""
     model = upfeat.load(backbone)
     image = torch.randn(1, 3, SIDE, SIDE)
     image = torch.nn.functional.interpolate(image[:, :, :28, :28], (SIDE, SIDE), mode="bicubic")
@@ -40,7 +40,7 @@ def runs(backbone: str, rivals: list[str]) -> dict[str, Callable[[], object]]:
 
 
 def main() -> None:
-    """Time and write."""
+    """Time all functions, and write the medians."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("backbone")
@@ -55,7 +55,7 @@ def main() -> None:
             for name, run in timed.items():
                 start = time.process_time()
                 run()
-                if turn:  # the first makes what is kept
+                if turn:  # the first turn fills caches, and does not count
                     times.setdefault(name, []).append(time.process_time() - start)
     seconds = {name: round(statistics.median(values), 4) for name, values in times.items()}
     content = {"side": SIDE, "threads": 1, "torch": torch.__version__, "seconds": seconds}

@@ -2,13 +2,13 @@
 
     python benchmarks/training_step.py [--json benchmarks/training-step.json] [--threads 1]
 
-Everything runs in one process, in turns, and medians are told: of time by the clock, and of
-processor time, which other work on the machine disturbs less. On a busy machine one thread is the
-number to ask for: several wait for each other and are counted as if they worked.
+All variants run in one process, by turns. Results are medians of time by the clock, and of
+processor time, which depends less on other load on the machine. On a busy machine, use one thread:
+the waiting of several threads for each other would count as processor time.
 
-The recipe is ``TrainConfig.reference()``; a step is the loss, its gradients and the optimiser,
-without the backbone, whose part is timed by itself. The rival computes the same loss from the same
-draws (which is checked): it upsamples all channels with tap-major operators of plain PyTorch, warps
+The recipe is ``TrainConfig.reference()``. A step consists of the loss, its gradients and the
+optimiser; the backbone is timed separately. The rival computes the same loss from the same random
+draws, which is checked: it upsamples all channels with tap-major operators of plain PyTorch, warps
 and downsamples all of them for every view, and projects last.
 """
 
@@ -35,7 +35,7 @@ from upfeat.views import apply_jitter
 
 BACKBONE = "efficientnet_lite0"
 ROUNDS = 3
-SECONDS = 90.0  # about what is spent after the warm-up
+SECONDS = 90.0  # approximate time spent after the warm-up
 STEPS = 2000
 TARGET_RATIO, TARGET_HOURS = 10.0, 2.5
 
@@ -43,7 +43,7 @@ Times = dict[str, list[tuple[float, float]]]
 
 
 def published_loss(objective: Objective, batch: ViewBatch, generator: torch.Generator) -> Tensor:
-    """The loss from all channels at the image's size: warp, downsample, then project."""
+    """Compute the loss from all channels at the image's size: warp, downsample, then project."""
     count, channels = objective.config.projection_dim, batch.features.shape[1]
     assert count is not None
     drawn = [random_projection(channels, count, generator=generator) for _ in batch.features]
@@ -64,14 +64,14 @@ def published_loss(objective: Objective, batch: ViewBatch, generator: torch.Gene
 
 
 def reduced_loss(objective: Objective, batch: ViewBatch, generator: torch.Generator) -> Tensor:
-    """The loss as training computes it."""
+    """Compute the loss as this package's training does, with projection before upsampling."""
     return objective(batch, generator)["loss"]
 
 
 def stepper(
     upsampler: Upsampler, batch: ViewBatch, config: TrainConfig, loss: Callable[..., Tensor]
 ) -> Callable[[], float]:
-    """A training step; it returns its loss, and every step draws the same."""
+    """Return a function that runs a training step with fixed draws and returns its loss."""
     channels = batch.features.shape[1]
     stride = batch.guidance.shape[2] // batch.features.shape[2]
     generator = torch.Generator().manual_seed(1)
@@ -112,14 +112,14 @@ def jobs(config: TrainConfig) -> dict[str, Callable[[], object]]:
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock, and of processor time."""
+    """Run a function; return seconds by the clock and of processor time."""
     clock, processor = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - clock, time.process_time() - processor
 
 
 def measure(runs: dict[str, Callable[[], object]], found: Times) -> None:
-    """Add to ``found``: every round times the rival once and the others three times."""
+    """Add times to ``found``: every round times the rival once and the others three times."""
     *own, rival = runs
     begin = time.perf_counter()
     for number in range(ROUNDS):

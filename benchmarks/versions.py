@@ -26,12 +26,12 @@ from typing import IO, Any
 TARGET = Path(__file__).with_name("versions.json")
 NOW = Path(__file__).parents[1] / "src"
 PHOTO = Path(__file__).parents[1] / "examples" / "photos" / "coffee.jpg"
-ROUNDS, SECONDS = 9, 4.0  # of one job and version
+ROUNDS, SECONDS = 9, 4.0  # limits of one job and version
 POINTS = [(1500.0, 2000.0), (1700.0, 900.0), (333.0, 3777.0), (2211.0, 1234.5), (1000.0, 3000.0)]
 
 
 def jobs() -> dict[str, Callable[[], object]]:
-    """What is timed; code that every version can run."""
+    """Return the jobs to time, by name; all versions must be able to run them."""
     import torch
     import torch.nn.functional as F
     from training_step import reduced_loss, stepper
@@ -132,7 +132,7 @@ def jobs() -> dict[str, Callable[[], object]]:
 
 
 def work() -> None:
-    """Do the jobs whose names come in, and say how long each took."""
+    """Run the jobs whose names arrive on standard input, and print the time of each."""
     import torch
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -140,7 +140,7 @@ def work() -> None:
     print(json.dumps(list(table)), flush=True)
     for line in sys.stdin:
         run = table[json.loads(line)]
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the current memory
         held = peak_bytes()
         clock, processor = time.perf_counter(), time.process_time()
         with torch.set_grad_enabled("backward" in line):
@@ -150,16 +150,16 @@ def work() -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held (Linux)."""
+    """Return the peak memory of this process (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 class Version:
-    """A process that runs one version."""
+    """Process that runs one version of the code."""
 
     def __init__(self, source: Path, threads: int) -> None:
-        """Start it and wait until it is ready."""
+        """Start the process and wait until it is ready."""
         environment = os.environ | {
             "PYTHONPATH": str(source),
             "OMP_NUM_THREADS": str(threads),
@@ -175,7 +175,7 @@ class Version:
         self.names: list[str] = json.loads(self._pipe(self.process.stdout).readline())
 
     def seconds(self, job: str) -> list[float]:
-        """Run a job once: seconds of the clock and of processors, and bytes."""
+        """Run a job once; return seconds by the clock, processor seconds, and bytes of memory."""
         into = self._pipe(self.process.stdin)
         into.write(json.dumps(job) + "\n")
         into.flush()
@@ -193,7 +193,7 @@ class Version:
 
 
 def measured(versions: dict[str, Version], job: str) -> dict[str, float]:
-    """Medians of both versions, taken by turns."""
+    """Time a job in both versions by turns; return the medians."""
     taken: dict[str, list[list[float]]] = {name: [] for name in versions}
     for version in versions.values():
         version.seconds(job)  # to warm up

@@ -1,8 +1,8 @@
-"""Stability of a video's features where nothing moves, upsampled and coarse.
+"""Stability of a video's features where the image is static, upsampled and coarse.
 
     python benchmarks/video.py --json video.json
 
-A clip of 40 frames in which a photograph slides over another one that does not move.
+The clip has 40 frames, in which a small photograph slides over a static larger photograph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FRAMES, SIZE = 40, (320, 224)
 
 
 def write_clip(path: Path) -> None:
-    """Write the clip."""
+    """Write the clip to a video file."""
     ground, thing = (Image.open(PHOTOS / name) for name in ("coffee.jpg", "cat.jpg"))
     ground = ground.convert("RGB").resize(SIZE)
     thing = thing.convert("RGB").resize((SIZE[0] // 4, SIZE[1] // 3))
@@ -37,7 +37,7 @@ def write_clip(path: Path) -> None:
 
 
 def main() -> None:
-    """Render with both upsamplers."""
+    """Render the clip with both upsamplers, and write the stability of each."""
     parser = argparse.ArgumentParser(description="Stability of a video's features.")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
     options = parser.parse_args()

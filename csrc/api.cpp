@@ -1,5 +1,5 @@
-// The C interface: checks shapes, builds the tables, calls the kernels. The checks are the last
-// line: whatever passes them reads and writes only inside its tensors.
+// The C interface: checks shapes, builds the tables, calls the kernels. Calls that pass the checks
+// read and write only inside their tensors.
 #include "axis.h"
 #include "checks.h"
 #include "plan.h"
@@ -9,14 +9,14 @@
 namespace upfeat {
 namespace {
 
-// Whether `radius` gives tensor.size[1] taps; also bounds the radius.
+// True if a window of this radius has tensor.size[1] taps; also bounds the radius.
 bool has_taps(const UpfeatTensor& tensor, int64_t radius) {
   return radius >= 0 && radius < 32768 && tensor.size[1] == (2 * radius + 1) * (2 * radius + 1);
 }
 
 enum class Kind { kBicubic, kPadded, kCells };
 
-// How fine pixels read coarse ones.
+// The mapping from fine pixels to the coarse cells that they read.
 struct Mode {
   Kind kind;
   UpfeatWindow window;  // kCells only
@@ -30,7 +30,7 @@ bool fits(const UpfeatWindow& in, int64_t height, int64_t width, const UpfeatTen
          lies_in(in.grid_left, coarse.size[3], in.grid_width);
 }
 
-// Sizes of coarse against fine (H, W): what `Mode` requires.
+// True if the sizes of the coarse tensor and of the weights, (H, W), fit together in this mode.
 bool sizes_fit(const UpfeatTensor& coarse, const UpfeatTensor& weights, int64_t radius,
                const Mode& mode) {
   const int64_t height = weights.size[2], width = weights.size[3];
@@ -118,7 +118,7 @@ int backward(const UpfeatTensor* features, const UpfeatTensor* weights, const Up
   return status;
 }
 
-// `image` (keys or guidance) against weights of its own height and width.
+// True if weights have the batch, height and width of `image` (keys or guidance).
 bool image_fits(const UpfeatTensor& image, const UpfeatTensor& weights, int64_t radius) {
   return has_taps(weights, radius) && image.size[0] == weights.size[0] &&
          image.size[2] == weights.size[2] && image.size[3] == weights.size[3];
@@ -138,12 +138,13 @@ int make_weights(const WeightSource& source, const UpfeatTensor& image, const Up
                                *weights);
 }
 
-// Tiles look at each cell of their pixels once: no fewer pixels than cells.
+// True if the output has no fewer pixels than cells, which kernels by tiles require: they process
+// each cell of a tile's pixels once.
 bool enlarges(const UpfeatWindow& in) {
   return in.height >= in.grid_height && in.width >= in.grid_width;
 }
 
-// Weights, or what is made of them without keeping them.
+// Computes weights, or sums and means with weights of which only one tile at a time is in memory.
 int attend(const Neighbourhood& what, const UpfeatWindow& in, int64_t radius, int isa,
            int threads) {
   const UpfeatTensor &queries = *what.attention.queries, &keys = *what.attention.keys;
@@ -194,7 +195,7 @@ int grad_attend(const Attention& attention, const UpfeatTensor* weights, const M
                               grad_scalars, axes.rows, axes.columns);
 }
 
-// One row past the cell of the last pixel, less that of the first, along an axis of a window.
+// Number of cells, along one axis, that contain the pixels of a window.
 int64_t cells_across(int64_t start, int64_t count, int64_t length, int64_t cells) {
   const auto own = [&](int64_t at) { return (2 * at + 1) * cells / (2 * length); };
   return own(start + count - 1) + 1 - own(start);

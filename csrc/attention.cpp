@@ -1,4 +1,5 @@
-// Attention from pixels to rectangles of cells: checks, and the runs of pixels that see the same.
+// Attention from pixels to rectangles of cells: checks, and division into runs of pixels that
+// attend to the same cells.
 #include <algorithm>
 #include <vector>
 
@@ -24,7 +25,7 @@ bool in_grid(const int64_t* bounds, int64_t pixels, int64_t cells) {
   return true;
 }
 
-// First pixels of runs that see the same cells, of at most `most` pixels, then the end.
+// The first pixels of runs of at most `most` pixels that attend to the same cells, then the end.
 std::vector<int64_t> runs_of(const int64_t* bounds, int64_t pixels, int64_t most) {
   std::vector<int64_t> runs{0};
   for (int64_t i = 1; i < pixels; ++i) {
@@ -57,7 +58,7 @@ bool fits(const UpfeatTensor& queries, const UpfeatTensor& keys, const UpfeatTen
          in_grid(ranges.columns, q[3], v[3]);
 }
 
-// A call's plan: owns what the attention points to.
+// The plan of a call, which owns the arrays that `attention` points to.
 struct Plan {
   WindowAttention attention{};
   std::vector<int64_t> row_run, column_run, band_first, band_offset;
@@ -85,7 +86,8 @@ struct Plan {
                            widest(ranges.columns, queries->size[3]);
   }
 
-  // As many bands as the shape decides, and the grid rows that each of them adds to.
+  // Divides the runs of rows into bands, whose number depends on the shape alone, and finds the
+  // grid rows that each band adds to.
   void cut_bands() {
     const int64_t runs = attention.row_runs, batch = attention.values->size[0];
     const int64_t height = attention.queries->size[2];

@@ -1,14 +1,15 @@
-// Attention from pixels to rectangles of cells, by several heads, forward and backward.
+// Attention from pixels to rectangles of cells, with several heads, forward and backward.
 //
-// Pixels that see the same cells make up a tile: runs of rows times runs of columns. A tile packs
-// the keys it sees with cells side by side, so that inner products, softmax and the sum over values
-// are all the same small matrix product: four rows of one operand against vectors of the other.
+// Pixels that attend to the same cells form a tile: a run of rows times a run of columns. The keys
+// of a tile's cells are packed with neighbouring cells contiguous, so that inner products and the
+// sum over values are both the same small matrix product: four rows of one operand with vectors of
+// the other.
 
-constexpr int64_t kStrip = 32;  // pixels at work at a time
+constexpr int64_t kStrip = 32;  // pixels that are processed at a time
 
-// Channels of a tensor in blocks that each fill whole vectors.
+// Blocks of a tensor's channels, each padded to whole vectors.
 struct Padded {
-  const int64_t* sizes;  // channels of each block, or null for equal ones
+  const int64_t* sizes;  // number of channels of each block, or null if all have `equal`
   int64_t equal, count, total;
 };
 
@@ -23,13 +24,13 @@ UPFEAT_INLINE Padded padded_blocks(const int64_t* sizes, int64_t equal, int64_t 
 
 struct WindowJob {
   WindowAttention attention;
-  Padded heads, blocks;  // of queries and keys; of values
+  Padded heads, blocks;  // channels of queries and keys; of values
   int64_t grid_rows, grid_columns, pitch;
-  float* keys_across;    // (B, h, heads.total, pitch): columns side by side
+  float* keys_across;    // (B, h, heads.total, pitch): columns contiguous
   float* keys_last;      // (B, h, w, heads.total); backward only
   float* values_last;    // (B, h, w, blocks.total)
   float* values_across;  // (B, h, blocks.total, pitch); backward only
-  // Runs of pixel rows and columns that see the same cells: first pixel of each, and the end.
+  // Runs of pixel rows and columns that attend to the same cells: first pixel of each, and the end.
   const int64_t *row_run, *column_run;
   int64_t row_runs, column_runs, most_cells;
   int64_t tasks_per_image, runs_per_task;
@@ -37,20 +38,20 @@ struct WindowJob {
   int64_t worker_bytes;
   // Backward: gradients of keys and values, one band of grid rows for each task.
   float *grad_keys, *grad_values;
-  const int64_t *band_first, *band_offset;  // first grid row of each task's band; where it starts
+  const int64_t *band_first, *band_offset;  // each task's band: first grid row; offset in rows
   bool planar, streamed;
-  bool dense;         // whether matrix tiles serve runs of many pixels
-  int64_t most_rows;  // of a run
+  bool dense;         // whether matrix tiles are used for runs of many pixels
+  int64_t most_rows;  // most pixel rows of a run
 };
 
-// With fewer pixels, it takes longer to bring their cells into shape than matrix tiles save.
+// With fewer pixels, packing their cells takes longer than matrix tiles save.
 constexpr int64_t kDensePixels = 128;
 
 struct DenseCells;
 static int64_t dense_cells_bytes(const WindowJob& job, int64_t pack);
 static DenseCells* dense_cells(const WindowJob& job, int64_t pack, char* at);
 
-// Scratch of one worker.
+// Scratch memory of one worker.
 struct WindowScratch {
   float *keys, *values;              // packed: (heads.total, pack), (blocks.total, pack)
   float *query, *logits, *weights;   // (strip, heads.total), (heads, strip, pack) twice
@@ -91,7 +92,7 @@ static int64_t window_scratch(const WindowJob& job, bool backward, char* at, Win
   return used;
 }
 
-// One row of the grid to both layouts.
+// Conversion of a tensor of the grid to one or both layouts, one row per task.
 struct LayoutJob {
   const UpfeatTensor* tensor;
   Padded layout;
@@ -135,8 +136,8 @@ static int lay_out(const Runtime& runtime, const UpfeatTensor& tensor, const Pad
   return UPFEAT_OK;
 }
 
-// The cells of a tile from (h, channels, pitch) to (channels, pack), cells side by side. Whole
-// vectors are copied; what a row's copy writes too far is written again by the next row's.
+// Packs the cells of a tile from (h, channels, pitch) to (channels, pack), with cells contiguous.
+// Whole vectors are copied; where a row's copy writes too far, the next row's copy overwrites it.
 static void pack_cells(const float* from, int64_t channels, int64_t pitch, const int64_t* cells,
                        float* to, int64_t pack) {
   const int64_t columns = cells[3] - cells[2];
@@ -146,15 +147,15 @@ static void pack_cells(const float* from, int64_t channels, int64_t pitch, const
       const float* source = from + (y * channels + c) * pitch + cells[2];
       for (int64_t x = 0; x < columns; x += kLanes) store(row + x, load(source + x));
     }
-    store(row, Vec{});  // lanes behind the last cell
+    store(row, Vec{});  // clears lanes after the last cell
   }
 }
 
-// A tile: pixels [y, y + rows) x [x, x + columns) and the cells they see.
+// A tile: pixels [y, y + rows) x [x, x + columns) and the cells that they attend to.
 struct WindowTile {
   int64_t batch, y, rows, x, columns;
-  int64_t cells[4];  // first and last row, first and last column
-  int64_t count;     // of cells
+  int64_t cells[4];  // first row and end of rows, first column and end of columns
+  int64_t count;     // number of cells
   bool dense;        // the run has enough pixels for matrix tiles
 };
 
@@ -176,7 +177,8 @@ UPFEAT_INLINE WindowTile window_tile(const WindowJob& job, int64_t batch, int64_
   return tile;
 }
 
-// Calls body(row of pixels, first column, count, index in the strip) for the pieces of a strip.
+// Calls body(row of pixels, first column, count, index in the strip) for the piece of a strip in
+// each row of pixels.
 template <typename Body>
 UPFEAT_INLINE void each_piece(const WindowTile& tile, int64_t first, int64_t count, Body body) {
   for (int64_t done = 0; done < count;) {
@@ -200,7 +202,7 @@ static void read_strip(const UpfeatTensor& tensor, const Padded& layout, const W
       at += whole_vectors(size);
     }
   });
-  // Rows of four are worked on at a time: the last ones may be empty.
+  // Rows are processed in fours: the last of them may be empty, and must be 0.
   for (int64_t i = count; i < (count + 3) / 4 * 4; ++i) {
     for (int64_t c = 0; c < layout.total; ++c) to[i * layout.total + c] = 0;
   }
@@ -229,7 +231,7 @@ UPFEAT_INLINE IVec lanes_below(int64_t count) {
   return index < (IVec{} + most);
 }
 
-// The sum, or the most, of all lanes, in every lane.
+// The sum, or the maximum, of all lanes, in every lane.
 UPFEAT_INLINE Vec total_of(Vec value) {
   UPFEAT_UNROLL
   for (int lanes = kLanes; lanes > 1; lanes /= 2) value = add_halves(value, value);
@@ -243,8 +245,8 @@ UPFEAT_INLINE Vec most_of(Vec value) {
   return value;
 }
 
-// Exponentials of `count` logits, in place; lanes behind them become 0. Returns what they are to be
-// multiplied by for a softmax.
+// Replaces `count` logits by exponentials; lanes after them become 0. Returns the factor that makes
+// the exponentials a softmax.
 UPFEAT_INLINE Vec open_softmax(float* logits, int64_t count, float scale) {
   const int64_t whole = count / kLanes * kLanes;
   const IVec inside = lanes_below(count - whole);
@@ -271,7 +273,7 @@ static void softmax_row(float* logits, int64_t count, float scale) {
   for (int64_t k = 0; k < count; k += kLanes) store(logits + k, load(logits + k) * share);
 }
 
-// Weights of every head for a strip of pixels, (heads, strip, pack), in s.logits.
+// Computes the weights of every head for a strip of pixels, (heads, strip, pack), in s.logits.
 static void strip_weights(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
                           int64_t first, int64_t count) {
   read_strip(*job.attention.queries, job.heads, tile, first, count, s.query);
@@ -286,7 +288,8 @@ static void strip_weights(const WindowJob& job, const WindowScratch& s, const Wi
   }
 }
 
-// The heads' mean where there is one block of values: (strip, pack) in s.weights.
+// Returns the weights that apply to the values: with a single block of values the mean over heads,
+// (strip, pack) in s.weights, otherwise those of each head.
 static const float* strip_shares(const WindowJob& job, const WindowScratch& s,
                                  const WindowTile& tile, int64_t count) {
   if (job.blocks.count > 1 || job.heads.count == 1) return s.logits;
@@ -314,7 +317,7 @@ UPFEAT_INLINE void start_tile(const WindowJob& job, const WindowScratch& s,
   }
 }
 
-// A strip's results, (pixels, blocks.total), to their place in lines of kTile columns.
+// Copies a strip's results, (pixels, blocks.total), to their places in lines of kTile columns.
 static void keep_strip(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
                        int64_t first, int64_t count) {
   const size_t bytes = static_cast<size_t>(job.blocks.total) * 4;
@@ -327,7 +330,7 @@ static void keep_strip(const WindowJob& job, const WindowScratch& s, const Windo
 
 #include "attention_dense.inl"
 
-// Values of a strip's pixels by its weights, to s.result.
+// Sums the values with the weights of a strip's pixels, to s.result.
 static void strip_values(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
                          int64_t count) {
   const int64_t rows = (count + 3) / 4 * 4;
@@ -368,8 +371,8 @@ static void window_tile_forward(const WindowJob& job, const WindowScratch& s,
   }
 }
 
-// Planes are written in whole lines of kTile columns: pieces of lines would leave the caches
-// several times. Runs of columns are cut where lines end, and their results put together.
+// Writes planar output in whole lines of kTile columns: pieces of a line would be evicted from the
+// caches several times. Runs of columns are split where lines end, and a line's results collected.
 static void planar_rows(const WindowJob& job, const WindowScratch& s, int64_t batch,
                         int64_t row_run) {
   const UpfeatTensor& out = *job.attention.out;
@@ -410,15 +413,16 @@ static void window_task(void* context, int64_t task, int worker) {
   if (job.streamed) fence_streams();
 }
 
-// In: weights of the heads in s.logits, gradients of the shares in s.weights. Out: gradients of the
-// inner products in s.weights.
+// Computes the gradients of the inner products, in s.weights, from the heads' weights in s.logits
+// and the gradients of the weights that apply to the values, in s.weights.
 static void softmax_strip_backward(const WindowJob& job, const WindowScratch& s,
                                    const WindowTile& tile, int64_t rows) {
   const int64_t heads = job.heads.count;
   const bool mean = job.blocks.count == 1 && heads > 1;
   const float scale = static_cast<float>(job.attention.scale);
   const float part = mean ? 1.0f / static_cast<float>(heads) : 1.0f;
-  // The heads' mean has one gradient for all, which lies where the first head's goes: last.
+  // If heads are averaged, all read one gradient, which is stored where the first head's result is
+  // written; so the first head comes last.
   for (int64_t n = heads - 1; n >= 0; --n) {
     for (int64_t i = 0; i < rows; ++i) {
       const float* weight = s.logits + (n * kStrip + i) * s.pack;
@@ -443,7 +447,7 @@ static void add_to_cells(const WindowTile& tile, const float* shares, int64_t pa
     Product job{};
     for (int j = 0; j < 4; ++j) {
       const int64_t index = cell + j;
-      // Lanes behind the last cell are 0: what they add goes nowhere.
+      // Beyond the last cell, the sums are written to `spill` and not used.
       job.a[j] = shares + (index < tile.count ? index : cell);
       job.out[j] = index < tile.count
                        ? to + cell_row[index / columns] + index % columns * to_pitch
@@ -466,8 +470,8 @@ static void window_tile_backward(const WindowJob& job, const WindowScratch& s,
   const int64_t cells_across = tile.cells[3] - tile.cells[2];
   pack_cells(job.values_across + image * job.blocks.total * job.pitch, job.blocks.total, job.pitch,
              tile.cells, s.values, s.pack);
-  // The band of this task begins at its first grid row: offsets of rows move with it.
-  int64_t band_key[2], band_value[2];  // what the first row's offsets become, and the step
+  // Offsets of rows are relative to this task's band, which begins at its first grid row.
+  int64_t band_key[2], band_value[2];  // offset of the first row, and step from row to row
   const int64_t first_row = tile.cells[0] - job.band_first[task];
   const int64_t first_cell =
       (job.band_offset[task] + first_row) * job.grid_columns + tile.cells[2];
@@ -496,7 +500,7 @@ static void window_tile_backward(const WindowJob& job, const WindowScratch& s,
     }
     if (!job.grad_keys && !job.attention.grad_queries) continue;
     int64_t at = 0;
-    for (int64_t n = 0; n < job.blocks.count; ++n) {  // gradients of the shares
+    for (int64_t n = 0; n < job.blocks.count; ++n) {  // gradients of the weights of values
       const int64_t size = block_size(job.blocks, n);
       float* to = s.weights + n * kStrip * s.pack;
       if (size) {
@@ -542,7 +546,7 @@ static void window_task_backward(void* context, int64_t task, int worker) {
   }
 }
 
-// Adds the bands of one image's tasks up, in order, and writes one grid row.
+// Adds up the bands of one image's tasks, in order, for one grid row per task, and writes the row.
 struct BandJob {
   const WindowJob* job;
   const float* bands;
@@ -590,7 +594,7 @@ static int add_bands(const Runtime& runtime, const WindowJob& job, const float* 
   return UPFEAT_OK;
 }
 
-// What both directions need: sizes, runs and keys and values in their layouts.
+// Fills the fields that both directions need: sizes, runs and paddings.
 static WindowJob window_job(const WindowAttention& attention) {
   WindowJob job{};
   job.attention = attention;
@@ -637,8 +641,8 @@ static int attend_windows(const Runtime& runtime, const WindowAttention& attenti
   return status;
 }
 
-// Gradients of keys and values are summed in as many bands of rows as the shape alone decides, and
-// the bands are added in order: results do not depend on the number of threads.
+// Gradients of keys and values are summed in bands of rows, whose number depends on the shape
+// alone, and the bands are added in order: results do not depend on the number of threads.
 static int grad_windows(const Runtime& runtime, const WindowAttention& attention) {
   WindowJob job = window_job(attention);
   const int64_t batch = attention.values->size[0], grid = batch * job.grid_rows;

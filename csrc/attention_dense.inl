@@ -1,15 +1,16 @@
-// Tiles of many pixels through matrix tiles, where the machine has them: keys and values of the
-// cells as right operands, which serve for as long as the tiles that follow see the same cells.
+// Attention for tiles of many pixels with matrix tiles (AMX), if the machine has them. The cells'
+// keys and values are packed as right operands, and reused while the next tiles attend to the same
+// cells.
 
 #if defined(__AMX_BF16__)
 
 constexpr int64_t kMostPacked = int64_t{16} << 20;
-constexpr int64_t kMostHeads = 16;  // whose mean is made here
+constexpr int64_t kMostHeads = 16;  // most heads whose mean can be computed here
 
 struct DenseCells {
-  char *keys, *values;      // of every head; of all blocks side by side
-  char *queries, *shares;   // of every head; of one
-  int64_t batch, cells[4];  // what keys and values are of
+  char *keys, *values;      // keys of every head; values of all blocks, one after the other
+  char *queries, *shares;   // queries of every head; weights of one block
+  int64_t batch, cells[4];  // the image and the cells of which keys and values are packed
 };
 
 UPFEAT_INLINE int64_t dense_depth(const WindowJob& job) { return whole_vectors(job.heads.equal); }
@@ -62,7 +63,7 @@ static void dense_start(const WindowJob& job, const WindowScratch& s, const Wind
   }
 }
 
-// Results of a strip of pixels, to s.result.
+// Computes the results of a strip of pixels, to s.result.
 static void dense_strip(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
                         int64_t first, int64_t count) {
   const DenseCells& dense = *s.cells;
@@ -83,7 +84,7 @@ static void dense_strip(const WindowJob& job, const WindowScratch& s, const Wind
     multiply_dense(count, &operands, 1, depth, width, 0, width, s.logits + n * kStrip * s.pack,
                    s.pack, [] {});
   }
-  // The mean of the heads is made on the way to the operand.
+  // The mean over heads is computed when the weights are packed as an operand.
   const bool mean = job.blocks.count == 1 && heads > 1;
   const char* values = dense.values;
   int64_t at = 0;

@@ -1,5 +1,5 @@
-// Coefficient tables that fold bicubic resizing and reflect padding into the taps (exactly), or
-// map taps to the cells around a coordinate.
+// Tables of coefficients that fold bicubic resizing and reflect padding into the taps (exactly), or
+// that map taps to the cells around a coordinate.
 #include "axis.h"
 
 #include <cmath>
@@ -32,7 +32,7 @@ Reads bicubic_reads(int64_t coordinate, int64_t in, int64_t out) {
   const double shares[4] = {cubic_far(1 + t), cubic_near(t), cubic_near(1 - t), cubic_far(2 - t)};
   Reads reads{};
   for (int i = 0; i < 4; ++i) {
-    // Shares that are zero but for rounding would only widen the window.
+    // Coefficients that are zero but for rounding would only widen the window.
     if (std::fabs(shares[i]) < 1e-12) continue;
     reads.cell[reads.count] = clamp(static_cast<int64_t>(floor_source) - 1 + i, 0, in - 1);
     reads.share[reads.count++] = shares[i];
@@ -40,7 +40,7 @@ Reads bicubic_reads(int64_t coordinate, int64_t in, int64_t out) {
   return reads;
 }
 
-// Bounces as often as it must, so that an axis shorter than the radius has borders too.
+// Reflects repeatedly if need be, so that an axis may be shorter than the radius.
 int64_t reflect(int64_t index, int64_t size) {
   if (size == 1) return 0;
   const int64_t period = 2 * (size - 1);
@@ -54,10 +54,11 @@ enum class Kind { kBicubic, kPadded, kCells };
 struct Geometry {
   Kind kind;
   int64_t in, out, radius;
-  // kCells: the whole axis, and the first coordinate on it; all cells, and the first that is there.
+  // For kCells: coordinates on the whole axis and the first one of the output; cells on the whole
+  // axis and the first one of the tensor.
   int64_t length = 0, start = 0, all = 0, first = 0;
 
-  // The cell that a coordinate's centre lies in.
+  // The cell that contains the centre of a coordinate.
   int64_t own(int64_t coordinate) const {
     return (2 * (start + coordinate) + 1) * all / (2 * length);
   }
@@ -134,8 +135,8 @@ bool fill_tables(Axis& axis, const Geometry& geometry) {
   return true;
 }
 
-// A coordinate on the border of two cells has one cell more on one side: that one must not count,
-// so that windows are symmetric and flips commute.
+// A coordinate on the border of two cells belongs to one of them, so its window has one cell more
+// on one side. That cell gets no weight, so that windows are symmetric and flips commute.
 bool fill_distances(Axis& axis, const Geometry& geometry) {
   const int64_t pitch = axis.tiles * kTile;
   if (!allocate_array(axis.own, axis.out)) return false;

@@ -1,6 +1,7 @@
 // Gradients of the bilateral kernel, one image at a time and in two passes:
-// 1. every pixel's gradient with respect to its key products, kept in planes with zeroed margins;
-// 2. every key row gathers: as the centre of its own products, and as a neighbour in others'.
+// 1. compute the gradients of every pixel's key products, stored in planes with margins of 0;
+// 2. for every row of keys, sum the gradients of products in which a key is the centre pixel's, and
+//    of products in which it is a neighbour's.
 
 struct BilateralJob {
   Maker maker;
@@ -10,8 +11,8 @@ struct BilateralJob {
   int64_t batch;
   char* scratch;
   int64_t worker_bytes;
-  float* planes;  // (taps, H, pitch): column x at 2r + x, zero beside the image
-  float* keys;    // (D, H, pitch): column x at 2r + x, reflected by r, then zero
+  float* planes;  // (taps, H, pitch): column x at 2r + x, 0 outside the image
+  float* keys;    // (D, H, pitch): column x at 2r + x, reflected by r, 0 beyond that
   int64_t pitch;
   double* partial;  // (groups, 2): d/d temperature and d/d sigma of each pair of rows
 };
@@ -20,7 +21,8 @@ UPFEAT_INLINE void clear(float* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) from[i] = 0;
 }
 
-// In: products and grad of a tile. Out: grad of the products, in `grad`; the scalars' shares added.
+// Replaces `grad`, the gradient of a tile's weights, by the gradient of its products, and adds the
+// tile's terms of the gradients of temperature and sigma to `partial`.
 static void bilateral_tile_backward(const BilateralJob& job, const float* products, float* grad,
                                     double* partial) {
   const Maker& maker = job.maker;
@@ -40,7 +42,8 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
       sum += e * maker.spatial[k];
       weighted += e * maker.spatial[k] * load(g + k * kTilePixels);
     }
-    // w = n / max(Z, 1e-7) with n = range * spatial, Z = sum n; below the clamp Z is a constant.
+    // A weight is n / max(Z, 1e-7), with n = range * spatial and Z = sum n; where Z is clamped, the
+    // divisor is a constant.
     const Vec range_scale = 1.0f / range_sum;
     const Vec total = sum * range_scale, inverse = 1.0f / max(total, splat(1e-7f));
     const IVec clamped = total < splat(1e-7f);
@@ -51,7 +54,7 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
       const Vec grad_n = (load(g + k * kTilePixels) - mean) * inverse;
       const int64_t row = k / maker.side - maker.radius, column = k % maker.side - maker.radius;
       const double unit = maker.radius ? static_cast<double>(maker.radius) : 1.0;
-      // u of radius 0 is (-1, -1).
+      // With radius 0 both coordinates are -1.
       const double distance =
           maker.radius ? static_cast<double>(row * row + column * column) / (unit * unit) : 2.0;
       const Vec shared = grad_n * range * maker.spatial[k];
@@ -95,7 +98,7 @@ static void bilateral_products_task(void* context, int64_t task, int worker) {
           float* line = job.planes + (k * maker.height + 2 * group + py) * job.pitch;
           float* to = line + 2 * maker.radius + x;
           const float* from = grad + (2 * k + py) * kTile;
-          // Columns past the image get the tile's zeros.
+          // Columns beyond the image get zeros of the tile.
           for (int v = 0; v < kRowVecs; ++v) store(to + v * kLanes, load(from + v * kLanes));
           if (x == 0) clear(line, 2 * maker.radius);
           if (x + kTile >= maker.columns) clear(to + wide, line + job.pitch - (to + wide));
@@ -160,7 +163,7 @@ static void bilateral_keys_task(void* context, int64_t y, int worker) {
     for (int64_t dy = 0; dy < side; ++dy) {
       const int64_t from = padded - (dy - r);
       if (from < 0 || from >= height) continue;
-      // The pixel at X - (dx - r) reaches X through tap dx.
+      // The pixel at X - (dx - r) reads X by tap dx.
       gather_key_rows(job, spread, job.planes + (dy * side * height + from) * pitch + 2 * r,
                       height * pitch - 1, job.keys + from * pitch + 2 * r, -1, columns + 2 * r);
     }

@@ -1,5 +1,6 @@
 // The inner loops: four output pixels (2 rows x 2 columns) over one window of coarse cells.
-// `folded` points at the tile's weights of the first pixel; the others lie at 1, kTile, kTile + 1.
+// `folded` points to the first pixel's weights in the tile; those of the other pixels are at
+// offsets 1, kTile and kTile + 1.
 
 struct Window {
   const int64_t* row;           // offsets, in floats, of the window's rows
@@ -18,7 +19,7 @@ UPFEAT_APART void gather_block(const Window& window, const float* features, cons
   }
   const float* weight = folded;
   int64_t a = 0;
-  do {  // a window is never empty: knowing it, the compiler keeps the sums in registers throughout
+  do {  // do-while, as a window is never empty: the compiler then keeps the sums in registers
     const float* cell = features + window.row[a];
     int64_t b = window.columns;
     do {
@@ -145,7 +146,7 @@ UPFEAT_INLINE void scatter(int block, const Window& window, float* features, con
   }
 }
 
-// Channel vectors are shared out evenly over as few blocks as possible.
+// Channel vectors are divided evenly among as few blocks as possible.
 struct Blocks {
   int64_t vectors, count;
 

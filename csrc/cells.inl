@@ -1,19 +1,20 @@
-// Pixels of a tile against the cells around them, pixels side by side in vectors: key products, and
-// sums over cells for few channels.
+// Key products of a tile's pixels with the cells around them, and sums over cells for few channels;
+// vectors contain neighbouring pixels.
 //
-// The 16 columns of a tile lie in a few cells; all of their neighbourhoods together are `columns` of
-// the grid. Products are made for every pixel with all of those, then each pixel takes its own: a few
-// too many multiply-adds, but neither sums across vectors nor transposed keys.
+// The 16 columns of a tile are in a few cells, whose neighbourhoods together are `columns` columns
+// of the grid. The products of every pixel with all cells in these columns are computed, and then
+// each pixel selects those with the cells around it: a few superfluous multiply-adds, but neither
+// sums across vectors nor transposed keys.
 
 constexpr int kMostShifts = static_cast<int>(kTile);
 constexpr int kCellBlock = kTileVecs <= 2 ? 6 : (kTileVecs <= 4 ? 3 : 1);
 constexpr int kLaneChannels = 8;
 
-// The cells of one tile. A cell beyond the grid is the nearest one in it.
+// The cells of one tile. A cell beyond the grid is replaced by the nearest cell in it.
 struct TileCells {
   int64_t rows, columns;  // cells that any of the tile's pixels reads
-  int64_t below;          // how many cells lower the second row's begin
-  int64_t shifts;         // pixels begin at columns 0 .. shifts - 1
+  int64_t below;          // offset, in cells, of the second row of pixels' cells from the first's
+  int64_t shifts;         // the cells of a pixel begin at one of the columns 0 .. shifts - 1
   IVec at_shift[kMostShifts][kRowVecs];
   const float* base;
   int64_t* offsets;  // (rows, columns), in floats from `base`
@@ -23,12 +24,13 @@ UPFEAT_INLINE int64_t within(int64_t index, int64_t size) {
   return index < 0 ? 0 : (index < size ? index : size - 1);
 }
 
-// Cells that a tile can have at most: 2 rows and kTile columns of pixels, each in a cell of its own.
+// Largest number of cells of a tile: all 2 rows and kTile columns of pixels are in different cells.
 UPFEAT_INLINE int64_t most_tile_cells(const Axis& rows, const Axis& columns) {
   return (rows.taps + 1) * (columns.taps + kTile - 1);
 }
 
-// The part of TileCells that all tiles of a pair of rows share: offsets of the rows.
+// Fills the part of TileCells that is the same for all tiles of a pair of rows: offsets of the
+// rows.
 static void find_cell_rows(CoarseRows& coarse, const Axis& rows, int64_t group, TileCells& cells,
                            int64_t* row_offsets) {
   const int64_t first = rows.own[2 * group], radius = rows.taps / 2;
@@ -37,7 +39,7 @@ static void find_cell_rows(CoarseRows& coarse, const Axis& rows, int64_t group, 
   const int64_t low = within(first - radius, rows.in);
   const int64_t high = within(first + cells.below + radius, rows.in);
   find_rows(coarse, low, high - low + 1, row_offsets);
-  // From the last on, so that nothing is overwritten before it is read.
+  // Backwards, so that no offset is overwritten before it is read.
   for (int64_t a = cells.rows - 1; a >= 0; --a) {
     row_offsets[a] = row_offsets[within(first - radius + a, rows.in) - low];
   }
@@ -69,7 +71,7 @@ static void find_cell_columns(const CoarseRows& coarse, const Axis& columns, int
   }
 }
 
-// A tile of pixels as [channels][2][kTile]; what lies outside the image is zero.
+// Reads a tile of pixels as [channels][2][kTile]; pixels outside the image are 0.
 static void read_pixels(const UpfeatTensor& image, int64_t batch, int64_t y, int64_t x,
                         float* buffer, float* tile) {
   if (image.stride[3] == 1) return read_tile(image, batch, y, x, tile);
@@ -89,7 +91,7 @@ static void read_pixels(const UpfeatTensor& image, int64_t batch, int64_t y, int
         read_channels_last(row_of(image, batch, y + py), 0, image.size[1], x, width, buffer, pitch);
       }
     }
-    if (direct && inside) {  // the next tile's, which come from farther away than the arithmetic takes
+    if (direct && inside) {  // prefetch the next tile, as memory is slower than the arithmetic
       for (int64_t i = 0; i < kTile * step; i += 16) __builtin_prefetch(from + kTile * step + i);
     }
     for (int64_t c = 0; c < pitch; c += kLanes) {
@@ -137,7 +139,7 @@ UPFEAT_APART void cell_products(const float* pixels, int64_t depth, const float*
   }
 }
 
-// Key products of a tile's pixels with all of its cells, (rows, columns, 2, kTile).
+// Computes the key products of a tile's pixels with all of its cells, (rows, columns, 2, kTile).
 static void tile_cell_products(const TileCells& cells, const float* pixels, int64_t depth,
                                float* products) {
   const int64_t count = cells.rows * cells.columns;

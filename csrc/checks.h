@@ -1,5 +1,5 @@
-// Checks of tensors that the portable files share. Kernel files must not include it: they may share
-// no inline function with portable code.
+// Checks of tensors for the portable files. Kernel files must not include this file, since they
+// must not share inline functions with portable code.
 #pragma once
 
 #include <exception>
@@ -40,12 +40,14 @@ inline bool sized(const UpfeatTensor& tensor, int64_t n, int64_t c, int64_t h, i
   return tensor.size[0] == n && tensor.size[1] == c && tensor.size[2] == h && tensor.size[3] == w;
 }
 
-// Whether `count` from `start` on lie in `length`; products of two lengths stay below 2^63.
+// True if `count` positions from `start` on are within `length`; also bounds `length`, so that
+// products of two lengths stay below 2^63.
 inline bool lies_in(int64_t start, int64_t count, int64_t length) {
   return start >= 0 && length <= (int64_t{1} << 30) && start <= length - count;
 }
 
-// No exception may cross into C: running out of memory is the only one there is.
+// Runs `body` and turns exceptions into a status, as none may cross into C; the only possible one
+// is that memory runs out.
 template <typename Body>
 inline int guarded(Body body) {
   try {

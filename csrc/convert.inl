@@ -1,4 +1,4 @@
-// Storage types to and from float32, and strided copies in and out of tiles.
+// Conversion of storage types to and from float32, and strided copies into and out of tiles.
 
 UPFEAT_INLINE int64_t bytes_of(int64_t dtype) { return dtype == UPFEAT_FLOAT32 ? 4 : 2; }
 
@@ -46,7 +46,7 @@ UPFEAT_INLINE uint16_t to_float16(float value) {
   const uint32_t bits = float_bits(value), sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
   if (rest > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
   if (rest >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
-  if (rest < 0x38800000u) {  // subnormal: adding 1/2 leaves the result in the low bits, rounded
+  if (rest < 0x38800000u) {  // subnormal: adding 1/2 rounds the result into the low bits
     return static_cast<uint16_t>(sign | (float_bits(bits_float(rest) + 0.5f) - 0x3f000000u));
   }
   return static_cast<uint16_t>(sign | ((rest + 0xfffu + ((rest >> 13) & 1u) - (112u << 23)) >> 13));
@@ -67,7 +67,7 @@ UPFEAT_INLINE void write_one(void* to, int64_t index, int64_t dtype, float value
   }
 }
 
-// `count` elements, `stride` apart, to dense float32.
+// Reads `count` elements, `stride` apart, into dense float32.
 static void read_run(const void* from, int64_t stride, int64_t dtype, int64_t count, float* to) {
   if (stride == 1 && dtype == UPFEAT_FLOAT32) {
     memcpy(to, from, static_cast<size_t>(count) * 4);
@@ -104,7 +104,7 @@ static void write_run(void* to, int64_t stride, int64_t dtype, int64_t count, co
   }
 }
 
-// One plane-and-row of a tensor.
+// One row of pixels of a tensor, in all channels.
 struct Row {
   char* data;
   int64_t channel_stride, column_stride, dtype;
@@ -120,8 +120,8 @@ UPFEAT_INLINE Row row_of(const UpfeatTensor& tensor, int64_t batch, int64_t row)
              tensor.stride[3], tensor.dtype};
 }
 
-// (channels, columns) of a row to dense (columns, pitch) float32; channels up to the next multiple
-// of kLanes are zeroed.
+// Reads (channels, columns) of a row into dense (columns, pitch) float32; channels up to the next
+// multiple of kLanes are set to 0.
 UPFEAT_APART void read_channels_last(const Row& row, int64_t channel, int64_t channels,
                                      int64_t column, int64_t columns, float* to, int64_t pitch) {
   const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
@@ -142,7 +142,7 @@ UPFEAT_APART void read_channels_last(const Row& row, int64_t channel, int64_t ch
       for (int64_t i = 0; i < have; ++i) {
         if (wide == kLanes && row.dtype == UPFEAT_FLOAT32) {
           const float* from = static_cast<const float*>(row.at(channel + c + i, column + x));
-          // Planes lie too far apart for the hardware to see the pattern; next comes the next line.
+          // Planes are too far apart for the hardware prefetcher; this is the plane's next line.
           __builtin_prefetch(from + kTile);
           block[i] = load(from);
         } else {
@@ -156,7 +156,8 @@ UPFEAT_APART void read_channels_last(const Row& row, int64_t channel, int64_t ch
   }
 }
 
-// The way back: dense (columns, pitch) float32 to (channels, columns) of a row.
+// Inverse of read_channels_last: writes dense (columns, pitch) float32 to (channels, columns) of a
+// row.
 UPFEAT_APART void write_channels_last(const Row& row, int64_t channel, int64_t channels,
                                       int64_t column, int64_t columns, const float* from,
                                       int64_t pitch, bool streamed) {
@@ -167,7 +168,7 @@ UPFEAT_APART void write_channels_last(const Row& row, int64_t channel, int64_t c
     }
     return;
   }
-  // Whole lines of kTile columns: half lines would leave the caches twice.
+  // Whole lines of kTile columns are written: a half line would be evicted from the caches twice.
   constexpr int kParts = static_cast<int>(kTile) / kLanes;
   for (int64_t c = 0; c < channels; c += kLanes) {
     const int64_t have = channels - c < kLanes ? channels - c : kLanes;
@@ -198,7 +199,7 @@ UPFEAT_APART void write_channels_last(const Row& row, int64_t channel, int64_t c
   }
 }
 
-// Tap planes of a tile, [taps][2 rows][kTile]; what lies outside the image is zero.
+// Reads the tap planes of a tile, [taps][2 rows][kTile]; pixels outside the image are 0.
 static void read_tile(const UpfeatTensor& tensor, int64_t batch, int64_t y, int64_t x,
                       float* tile) {
   const int64_t columns = tensor.size[3] - x < kTile ? tensor.size[3] - x : kTile;
@@ -210,7 +211,7 @@ static void read_tile(const UpfeatTensor& tensor, int64_t batch, int64_t y, int6
       float* to = tile + (2 * k + py) * kTile;
       if (whole && inside) {
         const float* from = static_cast<const float*>(row.at(k, x));
-        __builtin_prefetch(from + kTile);  // the next tile's
+        __builtin_prefetch(from + kTile);  // the line of the next tile
         for (int v = 0; v < kRowVecs; ++v) store(to + v * kLanes, load(from + v * kLanes));
         continue;
       }

@@ -1,14 +1,14 @@
-// Strips of 32 rows times a matrix of weights, for encoders and attention.
+// Products of strips of 32 rows with a matrix of weights, for encoders and attention.
 //
-// With AMX, float32 is taken apart into three bfloat16 of 8 bits, and six of the nine products of
-// parts are summed in float32 tiles: what is left out lies below the last bit of float32. It is as
-// exact as multiply-adds in another order. Or else, where the caller wants speed, into two parts and
-// three products: 17 bits of each number count, and a layer has a relative error of 2e-6. Tiles are
-// busy by themselves for 16 cycles a product: `between` is called while they are, for work on
-// vectors.
+// With AMX, float32 is split into three bfloat16 of 8 bits, and six of the nine products of these
+// parts are summed in float32 tiles. The omitted products are below the last bit of float32, so the
+// result is as exact as multiply-adds in another order. If the caller prefers speed, float32 is
+// split into two parts with three products: 17 bits of each number are used, and a layer has a
+// relative error of 2e-6. A product of tiles takes 16 cycles, during which `between` is called, to
+// work on vectors.
 
 constexpr int64_t kDenseRows = 32;
-constexpr int64_t kDenseBlock = 32;  // inputs of a step
+constexpr int64_t kDenseBlock = 32;  // inputs per step
 
 struct Operands {
   const char *left, *right;
@@ -28,7 +28,7 @@ UPFEAT_INLINE int64_t dense_blocks(int64_t inputs) {
   return (inputs + kDenseBlock - 1) / kDenseBlock;
 }
 
-// Tiles belong to a thread; a task that uses them says when it begins and ends.
+// Tiles are configured per thread: a task that uses them must call dense_begin and dense_end.
 UPFEAT_INLINE void dense_begin() {
   TileShapes shapes;
   memset(&shapes, 0, sizeof shapes);
@@ -37,28 +37,29 @@ UPFEAT_INLINE void dense_begin() {
     shapes.row_bytes[i] = 64;
     shapes.rows[i] = 16;
   }
-  // The instruction's declaration names 8 of the 64 bytes: without this the rest is never written.
+  // The instruction is declared to read 8 of the 64 bytes; this forces all 64 to be written.
   __asm__ volatile("" : : "r"(&shapes) : "memory");
   _tile_loadconfig(&shapes);
 }
 UPFEAT_INLINE void dense_end() { _tile_release(); }
 
-// What rounding to 8 bits leaves of numbers, still float32.
+// Numbers rounded to 8 bits, still as float32.
 UPFEAT_INLINE Vec upper_part(Vec x) {
   return as_float((as_bits(x) + 0x8000) & (IVec{} + static_cast<int32_t>(0xffff0000)));
 }
-// 32 numbers as bfloat16, the first vector's before the second's.
+// Converts 32 numbers to bfloat16, those of the first vector before those of the second.
 UPFEAT_INLINE __m512i narrowed(Vec first, Vec second) {
   return (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
 }
 
-// Left operands: kParts of (blocks, kDenseRows, 32) bfloat16. A line lies between the parts: what is
-// written at a time must not share a set of the cache.
+// Left operands: kParts of (blocks, kDenseRows, 32) bfloat16. A cache line separates the parts, so
+// that values which are written together do not fall into one set of the cache.
 UPFEAT_INLINE int64_t left_part(int64_t inputs) {
   return kDenseRows * kDenseBlock * dense_blocks(inputs) + kDenseBlock;
 }
 UPFEAT_INLINE int64_t left_bytes(int64_t inputs) { return kParts * left_part(inputs) * 2; }
-// Inputs 32 * block to 32 * block + 31 of a row; get(i) is a vector of them, asked for below `width`.
+// Writes inputs 32 * block to 32 * block + 31 of a row; get(i) returns the vector of inputs from i
+// on, and is called only for i below `width`.
 template <typename Get>
 UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t block, int64_t width,
                             Get get) {
@@ -76,19 +77,19 @@ UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t blo
   _mm512_store_si512(to + (kParts - 1) * part, narrowed(first, second));
 }
 
-// Right operands: (width / 32, blocks, kParts, 2, 16, 16, 2) bfloat16: tiles in the order in which
-// they are loaded, two columns of tiles and the last parts first.
+// Right operands: (width / 32, blocks, kParts, 2, 16, 16, 2) bfloat16, tiles in the order in which
+// they are loaded: two columns of tiles at a time, the last parts first.
 constexpr int64_t kTileHalves = 512;
-constexpr int64_t kStepHalves = 2 * kParts * kTileHalves;  // of 32 inputs by 32 outputs
+constexpr int64_t kStepHalves = 2 * kParts * kTileHalves;  // for 32 inputs and 32 outputs
 UPFEAT_INLINE int64_t right_bytes(int64_t inputs, int64_t width) {
   return (width + 31) / 32 * dense_blocks(inputs) * kStepHalves * 2;
 }
-// 16 numbers as bfloat16, each followed by one of 16 others.
+// Converts two vectors of 16 numbers to bfloat16, interleaved.
 UPFEAT_INLINE __m512i beside(Vec first, Vec second) {
   const __m512i low = _mm512_srli_epi32((__m512i)upper_part(first), 16);
   return _mm512_mask_blend_epi16(0xaaaaaaaau, low, (__m512i)upper_part(second));
 }
-// row(k) are the `width` floats of input k.
+// Packs a right operand; row(k) returns the `width` floats of input k.
 template <typename Rows>
 static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
   const int64_t blocks = dense_blocks(inputs);
@@ -109,8 +110,8 @@ static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
   }
 }
 
-// The sum over `count` pairs of a left's rows times columns [first, end) of a right, to `out`
-// (rows, out_pitch); `first` is a multiple of 32.
+// Computes the sum, over `count` pairs of operands, of the rows of the left times columns
+// [first, end) of the right, to `out` (rows, out_pitch); `first` is a multiple of 32.
 template <typename Between>
 UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_t count,
                                   int64_t inputs, int64_t, int64_t first, int64_t end,
@@ -141,7 +142,7 @@ UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_
           if (wide) _tile_dpbf16ps(1, 4, 7);
           if (tall) _tile_dpbf16ps(2, 5, 6);
           if (wide && tall) _tile_dpbf16ps(3, 5, 7);
-          // The next step's tiles, shared out over this one's.
+          // Prefetches of the next step's tiles, distributed over this step's products.
           constexpr int kLines = kParts == 3 ? 16 : 22;
           UPFEAT_UNROLL
           for (int ahead = 0; ahead < kLines; ++ahead) {
@@ -149,8 +150,8 @@ UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_
           }
           between();
         };
-        // Left parts are numbered from the first, right ones as they lie, from the last. Pairs come
-        // in an order in which few tiles are loaded twice.
+        // Left parts are numbered from the first; right parts from the last, as they are stored.
+        // The order of the pairs is one in which few tiles are loaded twice.
         take_left(0);
         for (int which = 0; which < kParts; ++which) {
           take_right(which);
@@ -195,7 +196,7 @@ UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t blo
   const int64_t end = smaller((block + 1) * kDenseBlock, width);
   for (int64_t c = block * kDenseBlock; c < end; c += kLanes) store(to + c, get(c));
 }
-// The right operand is used as it is, (inputs, width).
+// Without AMX the right operand is not rearranged: (inputs, width).
 UPFEAT_INLINE int64_t right_bytes(int64_t inputs, int64_t width) { return inputs * width * 4; }
 template <typename Rows>
 static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {

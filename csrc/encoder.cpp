@@ -1,4 +1,4 @@
-// Layers of convolutional encoders: checks, how work is cut, and sums added in order.
+// Layers of convolutional encoders: checks, division into tasks, and sums added in a fixed order.
 #include <algorithm>
 #include <vector>
 
@@ -10,7 +10,7 @@
 namespace upfeat {
 namespace {
 
-constexpr int64_t kMostTasks = 64;  // of one image: cuts depend on the shape alone
+constexpr int64_t kMostTasks = 64;  // per image; constant, so that tasks depend on the shape alone
 constexpr int64_t kColumns = 64;    // of a Winograd task, as in encoder.inl
 
 Layer describe(const UpfeatTensor* x, const UpfeatLayer& given, const UpfeatTensor* out) {
@@ -38,7 +38,7 @@ Layer describe(const UpfeatTensor* x, const UpfeatLayer& given, const UpfeatTens
   return layer;
 }
 
-// What is done to pixels as they are read.
+// True if the steps before the convolution are valid for `channels` inputs.
 bool preparation_fits(const UpfeatLayer& layer, int64_t channels) {
   const int64_t vectors = (channels + 15) / 16 * 16;
   if (layer.inputs != channels || channels < 1) return false;
@@ -55,7 +55,7 @@ bool convolution_fits(const UpfeatTensor& x, const UpfeatLayer& layer, const Upf
   if (layer.kernel != 1 && layer.kernel != 3) return false;
   if (layer.winograd && layer.kernel != 3) return false;
   const bool windows = layer.kernel == 3 && !layer.winograd;
-  if (windows) {  // taps times channels in a row, as they are
+  if (windows) {  // inputs are the channels of all taps in a row, without steps before
     if (layer.inputs != 9 * x.size[1] || layer.scale || layer.rotate_rows || layer.unit) return false;
   } else if (!preparation_fits(layer, x.size[1])) {
     return false;
@@ -113,7 +113,7 @@ int upfeat_layer_pool(const UpfeatTensor* x, const UpfeatLayer* given, const Upf
   if (!preparation_fits(*given, x->size[1])) return UPFEAT_BAD_ARGUMENT;
   if (!sized(*out, x->size[0], x->size[1], out->size[2], out->size[3])) return UPFEAT_BAD_ARGUMENT;
   if (is_empty(*out)) return UPFEAT_OK;
-  if (is_empty(*x)) return UPFEAT_BAD_ARGUMENT;  // means of nothing
+  if (is_empty(*x)) return UPFEAT_BAD_ARGUMENT;  // there are no pixels to average
   const Kernels* kernels = kernels_for(isa);
   if (!kernels) return UPFEAT_NO_ISA;
   return guarded([&] {

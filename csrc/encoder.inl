@@ -1,10 +1,10 @@
-// Layers of convolutional image encoders: what stands before a convolution (a group norm that is
-// already a scale and a shift, SiLU, a rotation by place, or unit scale) is done as pixels are read,
-// what stands behind it (bias, residual, the sums that the next norm needs) as they are written.
+// Layers of convolutional image encoders. The steps before a convolution (a group norm, given as a
+// scale and a shift, SiLU, a rotation by position, or unit scale) are applied as pixels are read,
+// and the steps after it (bias, residual, the sums that the next norm needs) as pixels are written.
 
-constexpr int64_t kLayerStrip = kDenseRows;     // pixels at work at a time
+constexpr int64_t kLayerStrip = kDenseRows;     // pixels that are processed at a time
 constexpr int64_t kWinogradTiles = kDenseRows;  // 2x2 pixels each
-constexpr int64_t kWinogradBlock = 64;  // output channels at a time
+constexpr int64_t kWinogradBlock = 64;  // output channels that are processed at a time
 
 struct LayerJob {
   Layer layer;
@@ -12,10 +12,11 @@ struct LayerJob {
   char* scratch;
   int64_t worker_bytes;
   int64_t row_tasks, rows_per_task, column_tasks;
-  const char* right;  // the weights, packed; 16 of them with winograd
+  const char* right;  // the weights, packed; kWinogradMatrices matrices of weights with winograd
 };
 
-// x / (1 + e^-x). With AVX-512, a guess of 14 bits is doubled: a division takes four times as long.
+// x / (1 + e^-x). With AVX-512, an approximate reciprocal of 14 bits is refined to twice as many,
+// as a division takes four times as long.
 UPFEAT_INLINE Vec silu(Vec x) {
 #if defined(__AVX512F__)
   const Vec below = min(power_of_two(x, -1.44269504f) + 1.0f, splat(1e37f));
@@ -26,11 +27,11 @@ UPFEAT_INLINE Vec silu(Vec x) {
 #endif
 }
 
-// Channels-last float32 rows whose channels fill whole vectors need not be copied to be read.
+// True if rows can be read without a copy: channels-last float32, with channels in whole vectors.
 UPFEAT_INLINE bool is_dense(const UpfeatTensor& tensor) {
   return tensor.dtype == UPFEAT_FLOAT32 && tensor.stride[1] == 1 && tensor.size[1] % kLanes == 0;
 }
-// `count` pixels of a row as float32, one `pitch` after the other: in place, or in `room`.
+// Returns `count` pixels of a row as float32, `pitch` floats apart: in place, or copied to `room`.
 UPFEAT_INLINE const float* see_pixels(const UpfeatTensor& tensor, int64_t batch, int64_t y,
                                       int64_t x, int64_t count, float* room, int64_t width,
                                       int64_t* pitch) {
@@ -44,8 +45,9 @@ UPFEAT_INLINE const float* see_pixels(const UpfeatTensor& tensor, int64_t batch,
   return room;
 }
 
-// x cos - y sin and y cos + x sin of a pixel's channels i and i + pair; tables are (cos, sin) of
-// the row's and of the column's angle, which add up.
+// Replaces a pixel's channels x and y, i and i + pair, by x cos - y sin and y cos + x sin. The
+// tables are (cos, sin) of the row's and of the column's angle, the sum of which is the pixel's
+// angle.
 static void rotate_pixel(float* x, const float* row, const float* column, int64_t channels,
                          int64_t pair) {
   const auto turn = [&](int64_t c, float own, float partner) {
@@ -78,13 +80,14 @@ static void rotate_pixel(float* x, const float* row, const float* column, int64_
   }
 }
 
-// Pixels side by side in a row.
+// Neighbouring pixels of a row.
 struct Strip {
   int64_t y, x, count;
 };
 
-// Asks for a strip that will be read or written soon, a line at a time: memory is idle while
-// products are made, and would keep everything waiting if asked for the whole at once.
+// Prefetches a strip that will be read or written soon, one cache line at a time: memory is idle
+// while products are computed, and a prefetch of the whole strip at once would stall other
+// accesses.
 struct Fetch {
   const char *at, *end;
 
@@ -102,7 +105,7 @@ struct Fetch {
   }
 };
 
-// What stands before the convolution, on `count` pixels of a row: (count, in_width).
+// Applies the steps before the convolution to `count` pixels of a row: (count, in_width).
 static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
                            float* pixels) {
   const Layer& layer = job.layer;
@@ -145,7 +148,8 @@ static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_
   }
 }
 
-// Bias, residual and sums of kBlock vectors of channels; the sums of squares lie `width` behind.
+// Adds bias and residual to kBlock vectors of channels, and sums them; the sums of squares are
+// stored `width` floats after the sums.
 template <int kBlock>
 UPFEAT_APART void finish_channels(int64_t count, const float* from, int64_t width,
                                   const float* bias, const float* residual,
@@ -173,8 +177,8 @@ UPFEAT_APART void finish_channels(int64_t count, const float* from, int64_t widt
   }
 }
 
-// What stands behind it, on `count` pixels (count, out_width); they are written. `other` has room
-// for as many, `sums` for (2, out_width).
+// Applies the steps after the convolution to `count` pixels (count, out_width), and writes them.
+// `other` has room for as many pixels, `sums` for (2, out_width).
 static void finish_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
                           float* pixels, float* other, float* sums, double* partial) {
   const Layer& layer = job.layer;
@@ -221,7 +225,7 @@ UPFEAT_INLINE double* partial_of(const LayerJob& job, int64_t task) {
   return partial;
 }
 
-// Row or column -1 and n mirrored; or -1 for zeros.
+// Index of the row or column to read: -1 and `length` are reflected, or give -1 for zeros.
 UPFEAT_INLINE int64_t mirrored(int64_t index, int64_t length, bool reflect) {
   if (index >= 0 && index < length) return index;
   if (!reflect || index > length) return -1;
@@ -229,7 +233,7 @@ UPFEAT_INLINE int64_t mirrored(int64_t index, int64_t length, bool reflect) {
   return index < 0 ? 1 : length - 2;
 }
 
-// 3x3 windows of few channels as rows of a matrix, (count, in_width).
+// Reads 3x3 windows of few channels as rows of a matrix, (count, in_width).
 static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
                          float* pixels) {
   const UpfeatTensor& image = *job.layer.x;
@@ -248,7 +252,7 @@ static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t 
   }
 }
 
-// Brings a strip's pixels, prepared, to a left operand, one at a time.
+// Prepares a strip's pixels and packs them as a left operand, one pixel per step.
 struct Intake {
   const LayerJob& job;
   int64_t batch;
@@ -308,7 +312,7 @@ struct Intake {
   }
 };
 
-// While one strip is multiplied, the next one is prepared.
+// Computes rows of a layer; while one strip is multiplied, the next one is prepared.
 static void pointwise_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
   const Layer& layer = job.layer;

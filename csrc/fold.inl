@@ -1,5 +1,6 @@
-// Weights over (2r+1)^2 fine taps <-> weights over a window of coarse cells, one tile at a time.
-// Layouts: taps [dy][dx][2][kTile], folded [a][b][2][kTile], between them [a][dx][2][kTile].
+// Conversion of weights over (2r+1)^2 fine taps (dy, dx) to weights over a window of coarse cells
+// (a, b), and its transpose, one tile at a time. Layouts: taps [dy][dx][2][kTile], folded
+// [a][b][2][kTile], intermediate `half` [a][dx][2][kTile].
 
 UPFEAT_INLINE int64_t folded_floats(const Axis& rows, const Axis& columns) {
   return rows.window * columns.window * kTilePixels;
@@ -46,7 +47,7 @@ static void fold(const Axis& rows, const Axis& columns, int64_t group, int64_t t
   }
 }
 
-// The transpose of `fold`: gradients of folded weights to gradients of taps.
+// The transpose of `fold`: from gradients of folded weights to gradients of taps.
 static void unfold(const Axis& rows, const Axis& columns, int64_t group, int64_t tile,
                    const float* folded, float* half, float* taps) {
   const int64_t k = columns.taps;

@@ -1,10 +1,11 @@
-// Gradients of the upsampling: both fold, neither ever sees the fine grid of features.
+// Gradients of the upsampling by features and by weights. Both fold the taps; neither computes
+// features on the fine grid.
 
 struct GradientJob {
   const Axis* rows;
   const Axis* columns;
   UpfeatTensor grad;
-  UpfeatTensor weights;  // weights for grad_features, their gradient for grad_weights
+  UpfeatTensor weights;  // for grad_features the weights, for grad_weights their gradient
   CoarseRows coarse;
   Chunks chunks;
   char* scratch;
@@ -15,7 +16,7 @@ struct GradientJob {
   int64_t channels, colour, coloured, splits;
 };
 
-// grad of one tile as [2][kTile][pitch] channels-last; pixels outside the image are zero.
+// Reads grad of one tile as [2][kTile][pitch], channels last; pixels outside the image are 0.
 static void read_grad_tile(const GradientJob& job, int64_t batch, int64_t group, int64_t tile,
                            int64_t channel, int64_t channels, int64_t pitch, float* to) {
   const int64_t width = smaller(job.columns->out - tile * kTile, kTile);
@@ -35,7 +36,7 @@ static void read_grad_tile(const GradientJob& job, int64_t batch, int64_t group,
 
 // ---- d/d weights ----
 
-// A worker's scratch for products of what lies on pixels with the cells around them.
+// A worker's scratch memory for products of pixels' vectors with those of the cells around them.
 struct Products {
   CoarseRows coarse;
   int64_t* offsets;
@@ -59,12 +60,12 @@ static Products place_products(const GradientJob& job, char* at) {
   products.half = products.taps + rows.taps * columns.taps * kTilePixels;
   products.folded = products.half + half_folded_floats(rows, columns);
   products.pixels = products.folded + folded_floats(rows, columns);
-  // The last tile's missing pixels must not leave old numbers behind.
+  // Pixels that the last tile lacks are never written, and must be 0.
   memset(products.folded, 0, static_cast<size_t>(folded_floats(rows, columns)) * 4);
   return products;
 }
 
-// Fills products.taps for one tile.
+// Computes products.taps for one tile.
 static void make_products(const GradientJob& job, Products& products, int64_t batch, int64_t group,
                           int64_t tile) {
   const Axis &rows = *job.rows, &columns = *job.columns;
@@ -118,10 +119,10 @@ static int grad_weights(const Runtime& runtime, const UpfeatTensor& features,
   return UPFEAT_OK;
 }
 
-// ---- d/d features ----
-// Chunks of output rows add into the coarse rows below them. Chunks of one colour (even, odd) touch
-// no common row, so each colour runs in parallel; the cut depends on the shape alone, so the order
-// of every addition, and hence the result, is the same for any number of threads.
+// ---- d/d features ---- Chunks of output rows are added to the coarse rows that they read. Chunks
+// of one colour (even or odd) have no coarse row in common, so each colour runs in parallel. The
+// division into chunks depends on the shape alone, so the order of all additions, and hence the
+// result, is the same for any number of threads.
 
 static Chunks coloured_chunks(const Axis& rows) {
   for (int64_t size = smaller(8, rows.groups); size < rows.groups; ++size) {
@@ -211,7 +212,7 @@ static int grad_features(const Runtime& runtime, const UpfeatTensor& weights,
   for (job.colour = 0; job.colour < 2; ++job.colour) {
     job.coloured = (job.chunks.count + 1 - job.colour) / 2;
     if (!job.coloured) continue;
-    // Few chunks: share the channels out too (no effect on the result).
+    // If there are few chunks, the channels are divided, too, which does not change the result.
     const int64_t share =
         (2 * runtime.workers + job.coloured * batches - 1) / (job.coloured * batches);
     job.splits = smaller(blocks_of(grad.size[1]).count, share);

@@ -1,9 +1,9 @@
-// The kernels for one instruction set. CMake compiles this file once per set, with UPFEAT_ISA
-// naming it and the machine flags that it needs.
+// The kernels for one instruction set. CMake compiles this file once per instruction set, with the
+// set's name in UPFEAT_ISA and the machine flags that the set needs.
 //
-// Everything lies in an anonymous namespace and nothing comes from the C++ library: an inline
-// function shared with portable code could be merged by the linker into one copy that holds
-// instructions the running machine lacks.
+// Everything is in an anonymous namespace, and nothing of the C++ library is used: the linker could
+// merge an inline function that portable code uses, too, into one copy with instructions that the
+// running machine lacks.
 #include <stdint.h>
 #include <string.h>
 
@@ -17,7 +17,7 @@ namespace upfeat {
 namespace {
 
 #include "simd.inl"
-// Order matters: each file uses the ones before it.
+// The order matters: each file uses the files before it.
 #include "convert.inl"
 #include "fold.inl"
 #include "block.inl"

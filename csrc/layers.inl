@@ -1,4 +1,5 @@
-// Layers and what goes with them, as the library calls them.
+// The functions that the library calls for layers of encoders, for pooling and for preparation
+// alone.
 
 static int run_layer(const Runtime& runtime, const Layer& layer) {
   LayerJob job{};
@@ -37,7 +38,7 @@ static int run_layer(const Runtime& runtime, const Layer& layer) {
   return UPFEAT_OK;
 }
 
-// Means over the cells of a grid, of prepared pixels. A task is a row of the grid.
+// Averages prepared pixels over the cells of a grid. A task is one row of the grid.
 static void pool_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
   const Layer& layer = job.layer;
@@ -86,7 +87,7 @@ static int pool_layer(const Runtime& runtime, const Layer& layer) {
   return UPFEAT_OK;
 }
 
-// Pixels prepared and written as they are: a rotation alone, for one.
+// Prepares pixels and writes them without a convolution, for instance to rotate them.
 static void prepare_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
   const Layer& layer = job.layer;

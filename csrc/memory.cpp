@@ -42,7 +42,7 @@ int64_t prefer_large_pages(void* begin, int64_t bytes) {
 }
 
 void populate_large_page(void* begin, int64_t index) {
-  // Advice that is refused changes nothing: the pages then come when they are written.
+  // If the system refuses the advice, pages are allocated when they are first written, as usual.
   const uintptr_t page = first_page(begin) + static_cast<uintptr_t>(index) * kLarge;
   madvise(reinterpret_cast<void*>(page), kLarge, kPopulateWrite);
 }

@@ -1,23 +1,24 @@
 // Weights over the cells around a pixel, from a query per pixel and a key per cell: key products,
 // then a softmax of temperature * product - distance^2/(2 sigma^2). Backward, and for an output of
-// fewer pixels than cells, products are made as the gradient of weights is.
+// fewer pixels than cells, products are computed with the code for the gradient of the weights,
+// with queries in place of the gradient and keys in place of the features.
 
 struct AttentionJob {
-  GradientJob products;  // grad: the queries; coarse: the keys; weights: what is written
-  UpfeatTensor grad;     // of the weights; backward only
+  GradientJob products;  // grad: the queries; coarse: the keys; weights: the tensor to write
+  UpfeatTensor grad;     // gradient of the weights; backward only
   const Attention* attention;
   double* partial;  // (B * groups, 2): d/d temperature and d/d sigma of each pair of rows
 };
 
 struct TilePlace {
-  const float* down[2];  // rows' squared distances, (taps, pitch); one for each row of the tile
-  const float* across;   // columns', (taps, pitch)
+  const float* down[2];  // squared distances of rows, (taps, pitch), for both rows of the tile
+  const float* across;   // squared distances of columns, (taps, pitch)
   int64_t side, down_pitch, across_pitch;
 };
 
 UPFEAT_INLINE TilePlace tile_place(const Axis& rows, const Axis& columns, int64_t group,
                                    int64_t tile) {
-  // The second row of the last pair may lie outside: any distances will do.
+  // The second row of the last pair may be outside the output: its distances do not matter.
   const int64_t below = smaller(2 * group + 1, rows.out - 1);
   return TilePlace{{rows.away + 2 * group, rows.away + below},
                    columns.away + tile * kTile,
@@ -26,14 +27,14 @@ UPFEAT_INLINE TilePlace tile_place(const Axis& rows, const Axis& columns, int64_
                    columns.tiles * kTile};
 }
 
-// Squared distance from vector v of a tile to its tap k.
+// Squared distances from the pixels of vector v of a tile to their tap k.
 UPFEAT_INLINE Vec distance_of(const TilePlace& place, int v, int64_t k) {
   const float* down = place.down[v / kRowVecs] + k / place.side * place.down_pitch;
   const float* across = place.across + k % place.side * place.across_pitch;
   return load(across + v % kRowVecs * kLanes) + *down;
 }
 
-// Key products of vector v to weights. `weights` may be `products`.
+// Turns the key products of vector v into weights. `weights` may be `products`.
 UPFEAT_INLINE void softmax_vector(const Attention& attention, const TilePlace& place, int v,
                                   const float* products, float* weights) {
   const float temperature = static_cast<float>(attention.temperature);
@@ -45,10 +46,10 @@ UPFEAT_INLINE void softmax_vector(const Attention& attention, const TilePlace& p
     const Vec logit = product * temperature - distance_of(place, v, k) * fall;
     store(weights + k * kTilePixels, logit);
     top = max(top, logit);
-    sum += product * 0.0f;  // 0, or NaN, which max and exp would lose
+    sum += product * 0.0f;  // adds 0, or NaN, which max and exp would lose
   }
   for (int64_t k = 0; k < taps; ++k) {
-    // exp alone would leave about 1e-38 on what is out of reach.
+    // exp alone would give cells out of reach a weight of about 1e-38.
     const Vec e = select(distance_of(place, v, k) < splat(kOutOfReach),
                          exp(load(weights + k * kTilePixels) - top), Vec{});
     store(weights + k * kTilePixels, e);
@@ -80,8 +81,8 @@ static void shrinking_task(void* context, int64_t task, int worker) {
   }
 }
 
-// In: key products and grad of the weights of a tile. Out: grad of the products, in `products`; the
-// scalars' shares are added to `partial`.
+// Replaces a tile's key products by their gradients, computed from the gradient of the weights, and
+// adds the tile's terms of the gradients of temperature and sigma to `partial`.
 static void attend_tile_backward(const Attention& attention, const TilePlace& place,
                                  float* products, const float* grad, float* weights,
                                  double* partial) {
@@ -100,7 +101,7 @@ static void attend_tile_backward(const Attention& attention, const TilePlace& pl
     for (int64_t k = 0; k < taps; ++k) {
       const Vec logit = load(weights + k * kTilePixels) * (load(g + k * kTilePixels) - mean);
       by_temperature += logit * load(product + k * kTilePixels);
-      // Out of reach the weight is 0, and so is this.
+      // For a cell out of reach the weight is 0, and so is this term.
       by_distance += logit * distance_of(place, v, k);
       store(product + k * kTilePixels, logit * temperature);
     }
@@ -160,8 +161,9 @@ static int attend_shrinking(const Runtime& runtime, const Attention& attention,
   return UPFEAT_OK;
 }
 
-// The products' gradient is kept at full size between two passes: it is the weights of the sum over
-// keys that the queries' gradient is, and of the sum over queries that the keys' is.
+// The gradient of the products is stored at full size between two passes. With it as weights, the
+// gradient of the queries is a weighted sum over keys, and the gradient of the keys is one over
+// queries.
 static int grad_attend(const Runtime& runtime, const Attention& attention, const UpfeatTensor& grad,
                        const UpfeatTensor& grad_queries, const UpfeatTensor& grad_keys,
                        double* scalars, const Axis& rows, const Axis& columns) {
@@ -200,9 +202,9 @@ static int grad_attend(const Runtime& runtime, const Attention& attention, const
   return status;
 }
 
-// ---- forward: weights, or what is made of them, a tile at a time ----
+// ---- forward: weights, means of weights and weighted sums, a tile at a time ----
 
-constexpr int64_t kMeanGroups = 8;  // pairs of rows of a task that sums weights over cells
+constexpr int64_t kMeanGroups = 8;  // pairs of rows in a task that sums weights over cells
 
 struct NeighbourhoodJob {
   const Axis *rows, *columns;
@@ -260,8 +262,8 @@ static NeighbourhoodScratch place_neighbourhood(const NeighbourhoodJob& job, cha
   return to;
 }
 
-// softmax_vector from products with all of a tile's cells, (rows, columns, 2, kTile), of which each
-// pixel takes its own. A logit of -infinity or NaN makes the sum NaN.
+// As softmax_vector, from products with all of a tile's cells, (rows, columns, 2, kTile), of which
+// each pixel selects those of the cells around it. A logit of -infinity or NaN makes the sum NaN.
 static void softmax_of_cells(const Attention& attention, const TilePlace& place,
                              const TileCells& cells, int v, const float* products,
                              float* weights) {
@@ -299,7 +301,7 @@ static void softmax_of_cells(const Attention& attention, const TilePlace& place,
   }
 }
 
-// Weights of one tile, in `taps`.
+// Computes the weights of one tile, in scratch.taps.
 static void attend_tile(const NeighbourhoodJob& job, NeighbourhoodScratch& scratch, int64_t batch,
                         int64_t group, int64_t tile) {
   const Attention& attention = job.what->attention;
@@ -315,7 +317,7 @@ static void attend_tile(const NeighbourhoodJob& job, NeighbourhoodScratch& scrat
   }
 }
 
-// The sum over cells of one tile, with the weights in `taps`.
+// Computes the sum over cells of one tile, with the weights in scratch.taps.
 static void sum_tile(const NeighbourhoodJob& job, NeighbourhoodScratch& scratch, int64_t batch,
                      int64_t group, int64_t tile) {
   const Axis &rows = *job.rows, &columns = *job.columns;
@@ -338,7 +340,7 @@ static void sum_tile(const NeighbourhoodJob& job, NeighbourhoodScratch& scratch,
   }
 }
 
-// Adds the weights of a tile to the sums down each column of pixels.
+// Adds the weights of a tile to the sums over the pixels of each cell in one column of pixels.
 static void add_to_columns(const NeighbourhoodJob& job, NeighbourhoodScratch& scratch,
                            int64_t first_cell, int64_t group, int64_t tile) {
   const Axis &rows = *job.rows, &columns = *job.columns;
@@ -356,7 +358,8 @@ static void add_to_columns(const NeighbourhoodJob& job, NeighbourhoodScratch& sc
   }
 }
 
-// From columns of pixels to columns of cells, several taps at a time so that additions overlap.
+// Adds up the sums of all columns of pixels in a cell, for several taps at a time so that additions
+// overlap.
 static void add_columns(const NeighbourhoodJob& job, const float* from, float* sums) {
   const Axis& columns = *job.columns;
   const int64_t taps = job.rows->taps * columns.taps, pitch = columns.tiles * kTile;
@@ -414,7 +417,7 @@ static int64_t count_of(const Axis& axis, int64_t cell) {
   return count;
 }
 
-// Adds up what the chunks have of each cell, always in the same order.
+// Adds up the chunks' sums of each cell, in a fixed order, and divides by the number of pixels.
 static void write_means(const NeighbourhoodJob& job) {
   const Axis &rows = *job.rows, &columns = *job.columns;
   const UpfeatTensor& means = *job.what->means;

@@ -1,16 +1,17 @@
-// Features in terms of patterns: per cell, every channel's window of the grid times every pattern,
-// divided by how many of the window's cells exist; the numbers read as one row for each pattern,
-// a softmax down every column, and the mean of each row.
+// AnyUp's basis of patterns. Per cell, the window of every channel is multiplied with every
+// pattern, and divided by the number of the window's cells that are in the grid. These numbers,
+// ordered channel by channel, are then read as one row per pattern; a softmax runs down every
+// column, and each row is averaged.
 struct PatternJob {
   const UpfeatTensor *features, *out;
   const float* patterns;  // (side * side, pitch)
   int64_t count, side, pitch;
   char* scratch;
-  int64_t worker_bytes, rows, width;  // channels in fours, patterns in whole vectors
+  int64_t worker_bytes, rows, width;  // rows: channels in fours; width: patterns in whole vectors
 };
 
-// Exponentials down the columns of (count, channels), in place, and by what each column is to be
-// multiplied for a softmax of `share` times the numbers.
+// Computes exponentials down the columns of (count, channels), in place, and to `scales` the factor
+// of each column that makes them a softmax of `share` times the numbers.
 static void softmax_columns(float* numbers, int64_t count, int64_t channels, float share,
                             float* scales) {
   for (int64_t c = 0; c < channels; c += kLanes) {
@@ -20,7 +21,7 @@ static void softmax_columns(float* numbers, int64_t count, int64_t channels, flo
     for (int64_t k = 0; k < count; ++k) {
       float* at = numbers + k * channels + c;
       const Vec number = load(at), e = falling_exp((number - most) * share);
-      store(at, select(mine, e, number));  // what lies past the row's end is another's
+      store(at, select(mine, e, number));  // lanes past the row's end belong to the next row
       sum += e;
     }
     store(scales + c, 1.0f / sum);
@@ -51,7 +52,7 @@ static void pattern_task(void* context, int64_t task, int worker) {
     }
     multiply_rows(job.rows, windows, taps, 1, job.patterns, nullptr, 1, taps, job.pitch, responses,
                   job.width, job.width / kLanes);
-    // Without gaps, and then read in other rows.
+    // Gaps between channels are removed, so that the numbers can be read as rows of other lengths.
     float* numbers = responses;
     if (job.width != job.count) {
       numbers = dense;
@@ -64,7 +65,7 @@ static void pattern_task(void* context, int64_t task, int worker) {
     for (int64_t k = 0; k < job.count; ++k) {
       Vec sum = {};
       for (int64_t c = 0; c < channels; c += kLanes) {
-        // The last column may be read past a row's end: those lanes count for nothing.
+        // The last vector may extend past a row's end: those lanes are set to 0.
         sum += select(lanes_below(channels - c), load(numbers + k * channels + c) * load(scales + c),
                       Vec{});
       }

@@ -1,6 +1,6 @@
-// What the portable part of the library and the per-instruction-set kernels share.
-// Plain structs and function pointers only: a kernel file is compiled several times with different
-// machine flags, so nothing here may be an inline function that the linker could merge.
+// Structs shared by the portable part of the library and the kernels for each instruction set. This
+// file must not contain inline functions: kernel files are compiled several times with different
+// machine flags, and the linker could merge their copies of an inline function into one.
 #pragma once
 
 #include <stdint.h>
@@ -11,12 +11,12 @@ namespace upfeat {
 
 constexpr int64_t kTile = 16;  // output columns of a tile; a tile has two rows
 
-// The squared distance of a cell that must not count.
+// The squared distance of a cell that must not have a weight.
 constexpr float kOutOfReach = 1e30f;
 
-// How one output axis reads the coarse axis: through reflect padding and bicubic resizing, or the
-// cells around each coordinate's own.
-// Two neighbouring output coordinates form a group and share a window of `window` coarse cells.
+// Tables by which one output axis reads the coarse axis: either with reflect padding and bicubic
+// resizing, or the cells around the cell of each coordinate. Two neighbouring output coordinates
+// form a group and share a window of `window` coarse cells.
 struct Axis {
   int64_t in = 0;            // coarse cells
   int64_t out = 0;           // output coordinates
@@ -24,17 +24,18 @@ struct Axis {
   int64_t window = 0;        // coarse cells read by any group
   int64_t groups = 0;        // ceil(out / 2)
   int64_t* lo = nullptr;     // (groups,) first coarse cell of each window
-  float* coef = nullptr;     // (2*groups, window, taps): coarse cell a's share in tap d
-  int64_t* first = nullptr;  // (2*groups, window): taps outside [first, last) have share 0
+  float* coef = nullptr;     // (2*groups, window, taps): coefficient of coarse cell a in tap d
+  int64_t* first = nullptr;  // (2*groups, window): taps outside [first, last) have coefficient 0
   int64_t* last = nullptr;
-  // The same, with kTile coordinates side by side.
+  // coef, first and last again, for tiles of kTile coordinates.
   int64_t tiles = 0;
   float* tile_coef = nullptr;     // (tiles, window, taps, kTile)
   int64_t* tile_first = nullptr;  // (tiles, window)
   int64_t* tile_last = nullptr;
-  // Only where an axis reads cells: the cell that a coordinate lies in, (out,), from the first that is
-  // there on; and squared distances from coordinates to the centres of their
-  // cells, in cells, (taps, tiles * kTile); kOutOfReach where a cell must not count.
+  // Only if an axis reads the cells around a coordinate: the cell that contains the coordinate,
+  // (out,), counted from the first cell of the tensor; and the squared distances from coordinates
+  // to the centres of the cells that they read, in cells, (taps, tiles * kTile), kOutOfReach for a
+  // cell that must not have a weight.
   int64_t* own = nullptr;
   float* away = nullptr;
 };
@@ -53,18 +54,19 @@ struct Runtime {
   int workers;
 };
 
-// Where a tile of weights comes from.
+// The source of weights: given weights, or keys of a bilateral kernel, or guidance and the
+// parameters of a stage.
 struct WeightSource {
-  const UpfeatTensor* weights = nullptr;   // given, or
-  const UpfeatTensor* keys = nullptr;      // the bilateral kernel of keys, or
-  const UpfeatTensor* guidance = nullptr;  // the whole guidance side
+  const UpfeatTensor* weights = nullptr;
+  const UpfeatTensor* keys = nullptr;
+  const UpfeatTensor* guidance = nullptr;
   const UpfeatStage* stage = nullptr;
   int64_t radius = 0;
   double temperature = 0;
   double sigma_spatial = 0;
 };
 
-// Softmax over the cells around a pixel.
+// The arguments of a softmax over the cells around each pixel.
 struct Attention {
   const UpfeatTensor* queries;
   const UpfeatTensor* keys;
@@ -72,33 +74,33 @@ struct Attention {
   double sigma;
 };
 
-// Weights over the cells around pixels, and what is made of them; what is null is not asked for.
+// Weights over the cells around pixels, and the results to compute from them; null if not needed.
 struct Neighbourhood {
   Attention attention;
   const UpfeatTensor* weights;
-  const UpfeatTensor* means;  // of the weights over the pixels of each cell
-  const UpfeatTensor *features, *out;  // their sum over cells
+  const UpfeatTensor* means;           // of the weights over the pixels of each cell
+  const UpfeatTensor *features, *out;  // out: weighted sums of the features
 };
 
-// Attention from pixels to rectangles of cells. Runs are pixels side by side that see the same cells:
-// the first pixel of each, then the end.
+// Attention from pixels to rectangles of cells. Runs are neighbouring pixels that attend to the
+// same cells: row_run and column_run contain the first pixel of each run, then the end of the last.
 struct WindowAttention {
   const UpfeatTensor *queries, *keys, *values, *out;
-  const UpfeatTensor *grad, *grad_queries, *grad_keys, *grad_values;  // backward; null if not asked
+  const UpfeatTensor *grad, *grad_queries, *grad_keys, *grad_values;  // backward; or null
   const int64_t *rows, *columns;  // first cells of pixel rows and columns, then their ends
   int64_t heads;
   double scale;
   const int64_t* blocks;  // channels of the values for each head, or one number for their mean
   int64_t n_blocks;
   const int64_t *row_run, *column_run;
-  int64_t row_runs, column_runs, most_cells, most_rows;  // rows of a run
+  int64_t row_runs, column_runs, most_cells, most_rows;  // most pixel rows of a run
   bool streamed;
-  // Backward: row runs are cut into bands, each with rows of the grid to sum gradients in.
+  // Backward: row runs are divided into bands, each with its own rows of the grid to sum gradients.
   int64_t bands, runs_per_band;
   const int64_t *band_first, *band_offset;  // (B * bands): first grid row; rows before, and in all
 };
 
-// A convolution with what stands before and behind it; see UpfeatLayer.
+// A convolution with the steps before and after it; see UpfeatLayer.
 struct Layer {
   const UpfeatTensor *x, *residual, *out;
   const float *weight, *bias, *scale, *shift, *rotate_rows, *rotate_columns;
@@ -109,13 +111,14 @@ struct Layer {
   int64_t row_tasks, rows_per_task, column_tasks;
 };
 
-// A run along one axis, one past its end.
+// A run along one axis; `stop` is one past its end.
 struct PyramidSpan {
   int64_t start, stop;
 };
 
-// One scale of the encoder along one axis: what is laid over finer scales, the scale itself, and the
-// mean of the finer scale that it is made of.
+// Runs of one scale of the encoder along one axis: `out` of the sum of this and coarser scales,
+// which is added to the finer scale; `seen` of the scale itself; `read` of the mean of the finer
+// scale.
 struct PyramidAxis {
   int64_t length;
   PyramidSpan out, seen, read;
@@ -124,13 +127,13 @@ struct PyramidAxis {
 constexpr int64_t kMostLevels = 32;
 constexpr int64_t kPyramidRows = 8;  // rows of one task
 
-// `count` cells from `first` on, of `all`: averages over their pixels are asked for, or none.
+// `count` cells from `first` on, of `all`, to average over; `count` is 0 if there are no averages.
 struct PyramidCells {
   int64_t first, count, all;
 };
 
 struct PyramidPlan {
-  PyramidCells cell_rows, cell_columns;  // 0 of them: queries of pixels
+  PyramidCells cell_rows, cell_columns;  // with a count of 0, queries of pixels are computed
   int64_t levels;
   PyramidAxis rows[kMostLevels], columns[kMostLevels];
 };
@@ -146,7 +149,7 @@ struct Kernels {
   int (*grad_bilateral)(const Runtime&, const WeightSource&, const UpfeatTensor& grad,
                         const UpfeatTensor& grad_keys, double* grad_scalars);
   int (*attend)(const Runtime&, const Neighbourhood&, const Axis& rows, const Axis& columns);
-  // The same for an output of fewer pixels than cells; weights only.
+  // As `attend`, for an output of fewer pixels than cells; computes weights only.
   int (*attend_shrinking)(const Runtime&, const Attention&, const UpfeatTensor& weights,
                           const Axis& rows, const Axis& columns);
   int (*grad_attend)(const Runtime&, const Attention&, const UpfeatTensor& grad,

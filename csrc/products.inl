@@ -1,11 +1,11 @@
 // Small matrix products: four rows of one operand against vectors of the other.
 
-// sum[i][m] = sum over k of a[i][k * a_step] * b[k][m], k over rows x columns of b.
+// sum[i][m] = sum over k of a[i][k * a_step] * b[k][m], with k over rows x columns of b.
 struct Product {
   const float* a[4];
   int64_t a_step;
   const float* b;
-  const int64_t* row;  // offsets of b's rows, or null for a single one
+  const int64_t* row;  // offsets of b's rows, or null for a single row
   int64_t rows, columns, b_step;
   float* out[4];
   bool add;
@@ -78,7 +78,7 @@ UPFEAT_INLINE void multiply(const Product& job, int64_t vectors) {
   }
 }
 
-// Four rows of `rows` against b: a and out have their own pitches.
+// Multiplies `rows` rows of a, four at a time, with b; a and out have pitches of their own.
 UPFEAT_INLINE void multiply_rows(int64_t rows, const float* a, int64_t a_pitch, int64_t a_step,
                                  const float* b, const int64_t* row, int64_t b_rows,
                                  int64_t columns, int64_t b_step, float* out, int64_t out_pitch,

@@ -1,4 +1,5 @@
-// The encoder of the neighbourhood upsampler: what of every scale a window of queries depends on.
+// The encoder of the neighbourhood upsampler: checks, and the windows of every scale that a window
+// of queries depends on.
 #include "checks.h"
 #include "runtime.h"
 
@@ -42,7 +43,7 @@ void plan_pyramid_axis(PyramidAxis* axes, const int64_t* lengths, int64_t levels
   }
 }
 
-// The scales of an image halve, rounded up, while both sides are 2 or more.
+// Sizes of an image's scales: each is half of the last, rounded up, while both sides are 2 or more.
 int64_t pyramid_lengths(const UpfeatTensor& guidance, int64_t most, int64_t* rows,
                         int64_t* columns) {
   rows[0] = guidance.size[2];
@@ -90,7 +91,7 @@ int encode(const UpfeatTensor* guidance, const UpfeatPyramid& pyramid, const Upf
              threads);
 }
 
-// The pixels of some cells: those that a cell shares with its neighbours count in both.
+// The pixels of a run of cells; a pixel that two cells share belongs to both.
 PyramidSpan pixels_of(const PyramidCells& cells, int64_t length) {
   return {cells.first * length / cells.all,
           ((cells.first + cells.count) * length + cells.all - 1) / cells.all};

@@ -1,12 +1,12 @@
-// The encoder of the neighbourhood upsampler: unit queries of a window of an image.
+// The encoder of the neighbourhood upsampler: unit queries in a window of an image.
 //
-// s0 = sin(conv3x3(image)), x[k] = mean of s[k-1] over 2x2, s[k] = x[k] + W gelu(conv3x3(x[k])),
-// o[k] = J[k] s[k] + o[k+1] laid over it bilinearly; the queries are o[0] at unit length. Of every
-// scale only what the window depends on is made. s0 is made twice, a row at a time, since keeping it
-// would cost more than making it.
+// s[0] = sin(conv3x3(image)), x[k] = mean of s[k-1] over 2x2, s[k] = x[k] + W gelu(conv3x3(x[k])),
+// o[k] = J[k] s[k] + o[k+1] interpolated bilinearly, with matrices W and J; the queries are o[0] at
+// unit length. Of every scale only the part that the window depends on is computed. s[0] is
+// computed twice, a row at a time, as storing it would cost more than computing it.
 //
-// Pixels are rows of `width` floats, channels side by side, so that a 3x3 window is three runs and
-// every layer is the same product: kPixels pixels times kVecs vectors of outputs in registers.
+// A pixel is a row of `width` floats, its channels, so that a 3x3 window is three contiguous runs
+// and every layer is the same product: kPixels pixels times kVecs vectors of outputs in registers.
 
 #if defined(__AVX512F__)
 constexpr int kPixels = 12, kVecs = 2;
@@ -16,7 +16,7 @@ constexpr int kPixels = 6, kVecs = 2;
 constexpr int kPixels = 3, kVecs = 2;
 #endif
 
-// A 3x3 or 1x1 layer: `runs` runs of `inputs` floats that lie side by side.
+// A 3x3 or 1x1 layer: `runs` runs of `inputs` contiguous floats.
 struct Runs {
   const float* weight;  // (runs, inputs, width)
   const float* bias;    // (width,)
@@ -63,7 +63,7 @@ UPFEAT_APART void multiply_block(const Runs& layer, const float* const* in, int6
   }
 }
 
-// The same for any number of pixels of a row.
+// As multiply_block, for any number of pixels of a row.
 static void multiply_row(const Runs& layer, const float* const* rows, int64_t step, int64_t width,
                       int64_t pixels, float* out) {
   const float* in[3] = {rows[0], rows[layer.runs > 1 ? 1 : 0], rows[layer.runs > 2 ? 2 : 0]};
@@ -78,7 +78,8 @@ static void multiply_row(const Runs& layer, const float* const* rows, int64_t st
   }
 }
 
-// sin(x) for |x| <= kFar: reduced by multiples of pi in four parts, Taylor on |r| <= pi/2 (6e-8).
+// sin(x) for |x| <= kFar: reduction by a multiple of pi in four parts, then a Taylor polynomial on
+// |r| <= pi/2 (error 6e-8).
 constexpr float kFar = 8192.0f;
 
 UPFEAT_INLINE Vec sine(Vec x) {
@@ -99,7 +100,8 @@ UPFEAT_INLINE Vec sine(Vec x) {
   return as_float(as_bits(value) ^ (as_bits(shifted) << 31));
 }
 
-// Where a row has values beyond kFar, which lose digits, one by one in double.
+// Replaces a row by its sines. If a value is beyond kFar, where `sine` loses digits, the whole row
+// is computed in double.
 static void sine_row(float* row, int64_t count) {
   Vec most{};
   for (int64_t i = 0; i < count; i += kLanes) {
@@ -119,12 +121,12 @@ static void gelu_row(float* row, int64_t count) {
 }
 
 struct HalvedColumn {
-  int64_t offset, count;  // in floats, in columns
+  int64_t offset, count;  // offset of the first column, in floats; number of columns
 };
 
 struct LaidColumn {
-  int64_t left, right;  // in floats
-  float share;          // of the right one
+  int64_t left, right;  // offsets of the two columns, in floats
+  float share;          // weight of the right column
 };
 
 struct PyramidJob {
@@ -134,11 +136,11 @@ struct PyramidJob {
   Runs entry;
   bool unit;
   int64_t batch, level;
-  // Along the columns of every scale: which values of the finer scale a value is the mean of, and
-  // which two of the coarser one a value lies between.
+  // For every column of every scale: the columns of the finer scale that are averaged, and the two
+  // columns of the coarser scale that are interpolated.
   HalvedColumn* halved[kMostLevels];
   LaidColumn* laid[kMostLevels];
-  float* read[kMostLevels];   // x[k], a pixel wider than it is on either side
+  float* read[kMostLevels];   // x[k], with a replicated pixel at both ends of a row
   float* seen[kMostLevels];   // s[k], then o[k]
   char* scratch;
   int64_t worker_bytes;
@@ -148,15 +150,16 @@ UPFEAT_INLINE Runs runs_of(const float* weight, const float* bias, int64_t runs,
   return Runs{weight, bias, runs, inputs};
 }
 
-// The values that value `at` of `coarse` is the mean of, of `fine`: two, or three of which some are
-// shared where sides are odd.
+// Finds the values, of `fine` in all, whose mean is value `at` of `coarse`; if `coarse` does not
+// divide `fine`, neighbouring means have values in common.
 UPFEAT_INLINE void halved_span(int64_t fine, int64_t coarse, int64_t at, int64_t* low,
                                int64_t* high) {
   *low = at * fine / coarse;
   *high = ((at + 1) * fine + coarse - 1) / coarse;
 }
 
-// The two values of `coarse` that pixel `at` of `fine` lies between; returns the share of the second.
+// Finds the two values, of `coarse` in all, between which pixel `at` of `fine` is interpolated;
+// returns the weight of the second.
 UPFEAT_INLINE float laid_place(int64_t coarse, int64_t fine, int64_t at, int64_t* low,
                                int64_t* high) {
   const int64_t numerator = (2 * at + 1) * coarse - fine;
@@ -170,7 +173,7 @@ UPFEAT_INLINE int64_t clamped(int64_t value, int64_t low, int64_t end) {
   return value < low ? low : (value >= end ? end - 1 : value);
 }
 
-// Rows of the image, its channels side by side, and of s0: the last few that a worker made.
+// The last few rows that a worker read of the image, channels contiguous, and computed of s[0].
 struct EntryRows {
   static constexpr int64_t kSlots = 4;
   float* image;  // (kSlots, columns + 2, channels)
@@ -245,7 +248,7 @@ static const float* scale_row(const PyramidJob& job, EntryRows& rows, int64_t y)
   return to;
 }
 
-// One row of x[k] from the rows of s[k-1] that it is the mean of, replicated at its ends.
+// Computes one row of x[k], the mean of `count` rows of s[k-1], with the ends replicated.
 static void halve_row(const PyramidJob& job, int64_t level, int64_t y, const float* const* from,
                       int64_t count) {
   const PyramidAxis& columns = job.plan->columns[level];
@@ -290,7 +293,7 @@ static void halve_task(void* context, int64_t task, int worker) {
   }
 }
 
-// s[k] from x[k].
+// Computes rows of s[k] from x[k].
 static void correct_task(void* context, int64_t task, int worker) {
   const PyramidJob& job = *static_cast<PyramidJob*>(context);
   const UpfeatPyramid& encoder = *job.encoder;
@@ -327,7 +330,7 @@ static void correct_task(void* context, int64_t task, int worker) {
   }
 }
 
-// Adds row y of o[k+1], laid over scale k, to `to`.
+// Interpolates o[k+1] at row y of scale k, and adds the result to `to`.
 static void lay_over(const PyramidJob& job, int64_t level, int64_t y, float* to) {
   const PyramidAxis &rows = job.plan->rows[level], &columns = job.plan->columns[level];
   const PyramidAxis &above = job.plan->rows[level + 1], &beside = job.plan->columns[level + 1];
@@ -354,7 +357,7 @@ static void lay_over(const PyramidJob& job, int64_t level, int64_t y, float* to)
   }
 }
 
-// o[k] over s[k], in place, a row at a time: only a pixel's own s counts.
+// Replaces s[k] by o[k], a row at a time; this is possible as o[k] depends on s[k] pixel by pixel.
 static void join_task(void* context, int64_t task, int worker) {
   const PyramidJob& job = *static_cast<PyramidJob*>(context);
   const int64_t level = job.level, width = job.encoder->width;
@@ -376,7 +379,7 @@ static void join_task(void* context, int64_t task, int worker) {
   }
 }
 
-// x / max(|x|, tiny), as a division by the length alone would give nothing for 0.
+// Scales vectors x to x / max(|x|, tiny); for 0, a division by the length alone would give NaN.
 static void unit_row(float* row, int64_t pixels, int64_t width) {
   for (int64_t x = 0; x < pixels; ++x, row += width) {
     Vec sum{};
@@ -387,7 +390,7 @@ static void unit_row(float* row, int64_t pixels, int64_t width) {
   }
 }
 
-// Row y of the queries.
+// Computes row y of the queries.
 static void query_row(const PyramidJob& job, EntryRows& entry, int64_t y, float* to) {
   const int64_t width = job.encoder->width;
   const PyramidAxis& columns = job.plan->columns[0];
@@ -400,7 +403,7 @@ static void query_row(const PyramidJob& job, EntryRows& entry, int64_t y, float*
   if (job.unit) unit_row(to, count, width);
 }
 
-// One row of cells: the mean of the queries of their pixels, which cells may share.
+// Computes the means of queries in one row of cells; neighbouring cells may have pixels in common.
 static void mean_task(void* context, int64_t task, int worker) {
   const PyramidJob& job = *static_cast<PyramidJob*>(context);
   const int64_t width = job.encoder->width;

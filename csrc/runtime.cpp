@@ -1,4 +1,4 @@
-// What a call runs with: an instruction set, a number of threads, and memory behind its output.
+// Choice of the instruction set and the number of threads of a call; large pages for its output.
 #include "runtime.h"
 
 #if defined(UPFEAT_X86)
@@ -16,7 +16,7 @@ namespace upfeat {
 namespace {
 
 #if defined(UPFEAT_X86)
-// Older compilers do not know "f16c" as a name for __builtin_cpu_supports.
+// Older compilers do not accept "f16c" in __builtin_cpu_supports.
 bool has_f16c() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
@@ -24,7 +24,7 @@ bool has_f16c() {
 #endif
 
 #if defined(UPFEAT_AMX)
-// Matrix tiles are there, and the system gives this process leave to use them.
+// True if the machine has matrix tiles and the system permits this process to use them.
 bool has_amx() {
   constexpr int kAskForState = 0x1023, kTileData = 18;
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // bfloat16 products; tiles
@@ -62,8 +62,8 @@ Runtime runtime_for(int threads, double work) {
   return Runtime{parallel_for, allocate, release, workers};
 }
 
-// Large pages are faulted in by all threads. Left to the kernels, threads that write planes side by
-// side would all clear the same pages.
+// Large pages are faulted in by all threads beforehand. If the kernels did so, threads that write
+// neighbouring planes would all clear the same pages.
 void prepare_output(const UpfeatTensor& out, int threads) {
   int64_t extent = 1;
   for (int i = 0; i < 4; ++i) {

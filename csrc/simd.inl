@@ -1,9 +1,9 @@
-// Vectors of kLanes floats through the compiler's vector extensions, so that one source serves
-// AVX-512, AVX2, SSE2 and NEON. Included inside the anonymous namespace of kernels.cpp.
+// Vectors of kLanes floats by the compiler's vector extensions, so that one source serves AVX-512,
+// AVX2, SSE2 and NEON. Included inside the anonymous namespace of kernels.cpp.
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
-constexpr int kMaxBlock = 6;  // channel vectors held per output: 4 * 6 of 32 registers
+constexpr int kMaxBlock = 6;  // channel vectors per output in registers: 4 * 6 of 32 for 4 outputs
 #elif defined(__AVX2__)
 constexpr int kLanes = 8;
 constexpr int kMaxBlock = 3;
@@ -25,22 +25,23 @@ constexpr int kTileVecs = 2 * kRowVecs;                     // vectors in a tile
 constexpr int64_t kTilePixels = 2 * kTile;
 
 #define UPFEAT_INLINE static inline __attribute__((always_inline))
-// Called often enough to matter, long enough that the call does not; keeps its registers to itself.
+// For functions long enough that the call costs nothing: not inlined, they get all registers.
 #define UPFEAT_APART static __attribute__((noinline))
-// Small constant loops over registers must be gone before registers are given out.
+// Small constant loops over registers must be unrolled before registers are allocated.
 #define UPFEAT_UNROLL _Pragma("GCC unroll 16")
 #define UPFEAT_LAMBDA __attribute__((always_inline))
 #define UPFEAT_APART_MEMBER __attribute__((noinline))
 #define UPFEAT_MEMBER inline __attribute__((always_inline))
 
-// Rounded up to whole vectors.
+// `count` rounded up to whole vectors.
 UPFEAT_INLINE int64_t whole_vectors(int64_t count) {
   return (count + kLanes - 1) / kLanes * kLanes;
 }
 
 UPFEAT_INLINE Vec load(const float* from) { return *reinterpret_cast<const LooseVec*>(from); }
 UPFEAT_INLINE void store(float* to, Vec value) { *reinterpret_cast<LooseVec*>(to) = value; }
-// Past the caches, for output larger than they are; ends with fence_streams() in the same thread.
+// Stores past the caches, for outputs larger than the caches; the thread must call fence_streams()
+// afterwards.
 UPFEAT_INLINE void stream(float* to, Vec value) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(to, value);
@@ -57,14 +58,14 @@ UPFEAT_INLINE void fence_streams() {
   _mm_sfence();
 #endif
 }
-UPFEAT_INLINE Vec splat(float value) { return value - Vec{}; }  // v - 0 is v; v + 0 is not for -0
+UPFEAT_INLINE Vec splat(float value) { return value - Vec{}; }  // v - 0 is v; -0 + 0 would be 0
 // A cast between vector types of one size keeps the bits.
 UPFEAT_INLINE Vec as_float(IVec bits) { return (Vec)bits; }
 UPFEAT_INLINE IVec as_bits(Vec value) { return (IVec)value; }
 UPFEAT_INLINE Vec select(IVec mask, Vec yes, Vec no) {
   return as_float((mask & as_bits(yes)) | (~mask & as_bits(no)));
 }
-// The second where one is NaN, as the instructions have it.
+// Both return the second argument if either is NaN, as the instructions do.
 #if defined(__AVX512F__)
 UPFEAT_INLINE Vec max(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
 UPFEAT_INLINE Vec min(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -79,7 +80,7 @@ UPFEAT_INLINE Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 #define UPFEAT_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (IVec{__VA_ARGS__}))
 #endif
 
-// a0 b0 a1 b1 ... of the lower and of the upper halves.
+// Interleave the lower halves, or the upper halves, of two vectors: a0 b0 a1 b1 ...
 UPFEAT_INLINE Vec zip_low(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return UPFEAT_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -98,10 +99,11 @@ UPFEAT_INLINE Vec zip_high(Vec a, Vec b) {
   return UPFEAT_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
 }
-// Each pair of neighbouring lanes holds what remains to be summed of a and of b.
+// Adds the halves of a and of b; each pair of neighbouring lanes has a partial sum of a and one of
+// b.
 UPFEAT_INLINE Vec add_halves(Vec a, Vec b) { return zip_low(a, b) + zip_high(a, b); }
 
-// Rows become columns, in place: log2(kLanes) perfect shuffles.
+// Transposes kLanes rows in place, by log2(kLanes) perfect shuffles.
 UPFEAT_INLINE void transpose(Vec* rows) {
   Vec other[kLanes];
   UPFEAT_UNROLL
@@ -126,8 +128,9 @@ UPFEAT_INLINE Vec transpose_sum(Vec* rows) {
   return rows[0];
 }
 
-// e^x for x <= 0 and moderate x > 0; below -87 the result is about 1e-38, not 0. Two ulp. NaN stays
-// NaN: it is the second of min and max.
+// exp: e^x to two ulp; x is clamped to -87 <= x <= 88, so far below the result is about 1e-38, not
+// 0. NaN stays NaN, because min and max return their second argument. exp_within requires the
+// range.
 UPFEAT_INLINE Vec exp_within(Vec x) {  // for -87 <= x <= 88
   const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   const Vec shifted = x * 1.44269504f + magic;
@@ -148,12 +151,12 @@ UPFEAT_INLINE Vec exp_within(Vec x) {  // for -87 <= x <= 88
 UPFEAT_INLINE Vec exp(Vec x) { return exp_within(max(splat(-87.0f), min(splat(88.0f), x))); }
 
 #if defined(__AVX512F__)
-// 2^(share * x), with a relative error of 7e-8; from -2^20 on, and 0 where that is below 2^-149.
+// 2^(share * x), with a relative error of 7e-8, for exponents from -2^20 on; 0 below 2^-149.
 UPFEAT_INLINE Vec power_of_two(Vec x, float share) {
   const Vec magic = splat(12582912.0f);
   const Vec whole = (x * share + magic) - magic;
   const Vec r = x * share - whole;
-  Vec p = splat(0.00132764713f);  // on [-1/2, 1/2]
+  Vec p = splat(0.00132764713f);  // a polynomial for 2^r on [-1/2, 1/2]
   p = p * r + 0.00967554096f;
   p = p * r + 0.0555071309f;
   p = p * r + 0.240221202f;
@@ -163,7 +166,7 @@ UPFEAT_INLINE Vec power_of_two(Vec x, float share) {
 }
 #endif
 
-// e^x for x <= 0, 0 far below; NaN stays NaN.
+// e^x for x <= 0, with 0 far below; NaN stays NaN.
 UPFEAT_INLINE Vec falling_exp(Vec x) {
 #if defined(__AVX512F__)
   return power_of_two(max(splat(-120.0f), x), 1.44269504f);
@@ -172,8 +175,8 @@ UPFEAT_INLINE Vec falling_exp(Vec x) {
 #endif
 }
 
-// x * Phi(x). Phi - 1/2 is an odd rational function fitted on |x| <= 5.6 (error 1e-8 before
-// rounding).
+// x * Phi(x), with Phi the normal distribution function; Phi - 1/2 is approximated by an odd
+// rational function on |x| <= 5.6 (error 1e-8 before rounding).
 UPFEAT_INLINE Vec gelu(Vec x) {
   const Vec z = max(min(x, splat(5.6f)), splat(-5.6f));
   const Vec t = z * z;

@@ -19,7 +19,7 @@ void parallel_for(int workers, int64_t tasks, TaskBody body, void* context) {
   try {
     for (int worker = 1; worker < workers; ++worker) others.emplace_back(work, worker);
   } catch (const std::exception&) {
-    // A process at its thread limit still gets its result, from the threads it has.
+    // At its limit of threads, a process still gets its result, from the threads that were started.
   }
   work(0);
   for (std::thread& thread : others) thread.join();

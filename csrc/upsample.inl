@@ -1,11 +1,11 @@
-// Drivers: rows of groups are cut into chunks, chunks are shared out over the workers.
+// Drivers: rows of groups are divided into chunks, and chunks among the workers.
 
 struct Chunks {
   int64_t groups, size, count;
 };
 
-// Chunks for work whose results do not depend on the cut: a few per worker, but not so small that
-// making the same halo rows twice costs much.
+// Chunks for work whose results do not depend on the division: a few per worker, but not so small
+// that it costs much to compute halo rows twice.
 UPFEAT_INLINE Chunks chunks_of(int64_t groups, int workers, int64_t batches, int64_t share) {
   int64_t wanted = (share * workers + batches - 1) / batches;
   wanted = larger(smaller(wanted, groups / 8), smaller(workers, groups));
@@ -13,7 +13,8 @@ UPFEAT_INLINE Chunks chunks_of(int64_t groups, int workers, int64_t batches, int
   return Chunks{groups, size, (groups + size - 1) / size};
 }
 
-// Coarse rows as dense channels-last float32: in place when they are already, else through a ring.
+// Coarse rows as dense channels-last float32: read in place if the features are stored so,
+// otherwise copied to a ring of rows.
 struct CoarseRows {
   const UpfeatTensor* features;
   bool direct;
@@ -54,7 +55,7 @@ static const float* coarse_base(const CoarseRows& rows) {
   return static_cast<const float*>(rows.features->data) + rows.batch * rows.features->stride[0];
 }
 
-// Offsets of a window's rows from coarse_base.
+// Finds the offsets of a window's rows from coarse_base, and copies rows to the ring if needed.
 static void find_rows(CoarseRows& rows, int64_t low, int64_t window, int64_t* offsets) {
   for (int64_t a = 0; a < window; ++a) {
     const int64_t y = low + a;
@@ -88,8 +89,8 @@ struct UpsampleJob {
   int64_t worker_bytes;
 };
 
-// Planes of a large result are written past the caches: a tile leaves only one line in each, and
-// fetching that line first would double the traffic.
+// Planes of a large result are written past the caches: a tile writes only one line of each plane,
+// and fetching that line first would double the traffic.
 constexpr int64_t kStreamedBytes = int64_t{16} << 20;
 
 UPFEAT_INLINE bool writes_in_place(const UpfeatTensor& out) {
@@ -100,14 +101,14 @@ UPFEAT_INLINE bool writes_past_caches(const UpfeatTensor& out) {
   return out.size[0] * out.size[1] * out.size[2] * out.size[3] * 4 >= kStreamedBytes;
 }
 
-// Where tiles are written.
+// The output to which tiles are written.
 struct UpsampleTarget {
   const Axis *rows, *columns;
   const UpfeatTensor& out;
   bool streamed;
 };
 
-// One tile of output, all channels.
+// Computes one tile of the output in all channels.
 static void upsample_tile(const UpsampleTarget& job, const CoarseRows& coarse, const Window& window,
                           int64_t batch, int64_t group, int64_t tile, const float* folded,
                           float* block_buffer) {

@@ -1,7 +1,7 @@
-// Tiles of weights: read from a tensor, or made from keys or from guidance (JBU steps 1 to 5).
+// Tiles of weights: read from a tensor, or computed from keys or from guidance.
 
-// q rows kept by a worker: every row that a pair of output rows and its taps can touch.
-// A row is [key width][pitch], column x of the image at radius + x, reflected on both sides.
+// Rows of keys kept by a worker: all that a pair of output rows and its taps read. A row is
+// [key width][pitch], with column x of the image at radius + x, reflected on both sides.
 struct Keys {
   float* rows;    // (slots, width, pitch)
   int64_t* held;  // (slots,) the image row in each slot, -1 for none
@@ -13,8 +13,8 @@ struct Maker {
   const UpfeatTensor* image;  // keys or guidance
   int64_t radius, side, taps, width, height, columns;
   float* spatial;   // (taps,)
-  Keys keys;        // this worker's
-  float* guidance;  // [G][2][kTile] this worker's tile of guidance
+  Keys keys;        // of this worker
+  float* guidance;  // [G][2][kTile], this worker's tile of guidance
   float* hidden;    // [max(D, T)][2][kTile]
   float* input;     // [T + G][2][kTile]
 };
@@ -33,7 +33,7 @@ UPFEAT_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 static void fill_spatial(const WeightSource& source, float* spatial) {
   const int64_t side = 2 * source.radius + 1;
   for (int64_t k = 0; k < side * side; ++k) {
-    // linspace(-1, 1, 1) is {-1}.
+    // With radius 0 both coordinates are -1, as in linspace(-1, 1, 1).
     const double step = source.radius ? 1.0 / static_cast<double>(source.radius) : 0.0;
     const double y = static_cast<double>(k / side) * step - 1,
                  x = static_cast<double>(k % side) * step - 1;
@@ -91,7 +91,7 @@ static void gelu_tile(float* tile, int64_t features) {
     store(tile + i, gelu(load(tile + i)));
 }
 
-// Two pieces of kTile columns of image row y, [channels][2][kTile]; zero outside.
+// Reads two pieces of kTile columns of image row y, [channels][2][kTile]; 0 outside the image.
 static void read_two_pieces(const UpfeatTensor& image, int64_t batch, int64_t y, int64_t x,
                             float* tile) {
   const Row row = row_of(image, batch, y);
@@ -176,12 +176,12 @@ static void key_products(const Keys& keys, const float* const* centre, const flo
   }
 }
 
-// Key products of a tile, [taps][2][kTile].
+// Computes the key products of a tile, [taps][2][kTile].
 static void tile_products(Maker& maker, int64_t y, int64_t x, float* products) {
   const int64_t below = smaller(y + 1, maker.height - 1);
   const float* centre[2] = {key_row(maker, y), key_row(maker, below)};
   for (int64_t line = 0; line <= maker.side; ++line) {
-    // Row y + 1's last taps lie outside the reflected image when the image ends at y.
+    // If the image ends at row y, row y + 1 does not exist, and its last taps are not computed.
     if (line == maker.side && below == y) break;
     const float* row = key_row(maker, reflect(y - maker.radius + line, maker.height));
     float* to[2] = {line < maker.side ? products + line * maker.side * kTilePixels : nullptr,
@@ -201,7 +201,8 @@ static void tile_products(Maker& maker, int64_t y, int64_t x, float* products) {
   }
 }
 
-// Key products to weights, in place: softmax over taps, times the spatial kernel, normalised.
+// Turns key products into weights, in place: softmax over taps, times the spatial kernel,
+// normalised.
 static void normalise_tile(const Maker& maker, float* tile) {
   const float temperature = static_cast<float>(maker.source->temperature);
   for (int v = 0; v < kTileVecs; ++v) {
@@ -246,7 +247,7 @@ UPFEAT_INLINE void make_tile(Maker& maker, int64_t batch, int64_t y, int64_t x, 
   if (maker.source->stage) fix_up_tile(maker, y, x, tile);
 }
 
-// Forgets the rows of another task.
+// Marks all rows of keys, which are those of an earlier task, as invalid.
 static void start_rows(Maker& maker, int64_t batch) {
   maker.keys.batch = batch;
   for (int64_t slot = 0; slot < maker.keys.slots; ++slot) maker.keys.held[slot] = -1;
@@ -281,7 +282,7 @@ UPFEAT_INLINE int64_t maker_bytes(const Maker& maker) {
              kTilePixels * 4;
 }
 
-// Lays a worker's scratch out; returns the first byte behind it.
+// Divides a worker's scratch memory; returns the first byte behind it.
 static char* place_maker(Maker& maker, char* at) {
   if (maker.source->weights) return at;
   const int64_t channels = maker.image->size[1];

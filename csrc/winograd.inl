@@ -1,10 +1,11 @@
 // 3x3 convolutions of many channels by Winograd's minimal filtering, exact but for rounding.
 //
-// Where vectors multiply, F(2x2, 3x3): 16 products of matrices for 2x2 pixels in place of 36. Where
-// tiles do, F(2, 3) along rows alone: 12 products for 2 pixels in place of 18, whose transformed
-// rows and weights stay in the caches, and which the tiles do in the time that it takes to transform.
+// With vector instructions F(2x2, 3x3) is used: 16 products of matrices for 2x2 pixels in place of
+// 36. With matrix tiles F(2, 3) is used, along rows alone: 12 products for 2 pixels in place of 18.
+// Its transformed rows and weights stay in the caches, and tiles multiply them in the time that the
+// transformation takes.
 
-// Of a matrix, how much of each tap it holds along one axis.
+// Coefficient of each tap, along one axis, in each of the transformed matrices.
 constexpr double kWinogradShares[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 
 #if defined(__AMX_BF16__)
@@ -14,11 +15,11 @@ UPFEAT_INLINE double winograd_share(int64_t matrix, int64_t tap) {
   return matrix / 4 == tap / 3 ? kWinogradShares[matrix % 4][tap % 3] : 0;
 }
 
-// Input columns of 32 pairs of pixels.
+// Number of input columns that 32 pairs of pixels read.
 constexpr int64_t kLineColumns = 2 * kWinogradTiles + 2;
 
 struct WinogradScratch {
-  char* rows;  // 4 rows of the input, each 4 left operands
+  char* rows;  // 4 rows of the input, as 4 left operands each
   float *line, *products, *result, *other, *sums;
 };
 
@@ -34,7 +35,8 @@ static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* 
   return reinterpret_cast<char*>(s.sums + 2 * job.out_width) - at;
 }
 
-// Prepares and transforms one row of the input, columns x - 1 to x + 2 * kWinogradTiles, in steps.
+// Prepares and transforms columns x - 1 to x + 2 * kWinogradTiles of one row of the input, in
+// steps.
 struct RowIntake {
   const LayerJob& job;
   const WinogradScratch& s;
@@ -73,7 +75,7 @@ struct RowIntake {
     }
   }
 
-  // Columns [from, to) of the line.
+  // Prepares columns [from, to) of the line.
   UPFEAT_MEMBER void prepare(int64_t from, int64_t to) {
     const int64_t inside = smaller(to, high - x + 1);
     if (inside > from) {
@@ -108,7 +110,7 @@ struct RowIntake {
   }
 };
 
-// The four products of every tile to its two pixels.
+// Computes the two pixels of every tile from its four products.
 static void winograd_outputs(const LayerJob& job, const WinogradScratch& s, int64_t tiles) {
   const int64_t width = job.out_width, plane = kWinogradTiles * width + 16;
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -178,7 +180,8 @@ struct WinogradScratch {
   float *ring, *products, *result, *other, *sums;
 };
 constexpr int64_t kRingColumns = 2 * kWinogradTiles + 2;
-// Floats of a product; planes of a power of two would all share a set of the cache.
+// Number of floats of a product; with a power of two, all planes would fall into one set of the
+// cache.
 constexpr int64_t kWinogradPlane = kWinogradTiles * kWinogradBlock + 16;
 
 static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* out) {
@@ -193,7 +196,7 @@ static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* 
   return reinterpret_cast<char*>(s.sums + 2 * job.out_width) - at;
 }
 
-// Row y of the input, prepared, columns x - 1 to x + 2 * kWinogradTiles, to its place in the ring.
+// Prepares columns x - 1 to x + 2 * kWinogradTiles of row y of the input, at its place in the ring.
 static void winograd_row(const LayerJob& job, const WinogradScratch& s, int64_t batch, int64_t y,
                          int64_t x) {
   const Layer& layer = job.layer;
@@ -234,7 +237,8 @@ static void winograd_inputs(const LayerJob& job, const WinogradScratch& s, int64
       for (int i = 0; i < 4; ++i) {
         const float* one = pairs[i][0] + 2 * tile * width;
         const float* other = pairs[i][1] + 2 * tile * width;
-        // Down the columns, one row of four; the second one's are added.
+        // Row i of the four transformed rows: a sum of input rows for i = 1, otherwise a
+        // difference.
         const auto down = [&](int j, int64_t c) UPFEAT_LAMBDA {
           const Vec a = load(one + j * width + c), b = load(other + j * width + c);
           return i == 1 ? a + b : a - b;
@@ -319,7 +323,7 @@ static void winograd_task(void* context, int64_t task, int worker) {
 
 #endif
 
-// One of the transformed kernels, (inputs, pitch), rounded once.
+// Computes one of the transformed matrices of weights, (inputs, pitch), rounded once.
 static void winograd_matrix(const Layer& layer, int64_t matrix, float* to) {
   const int64_t count = layer.inputs * layer.pitch;
   double shares[9];

@@ -27,7 +27,7 @@ uint16_t half_of(float value, int64_t dtype) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   if (dtype == UPFEAT_BFLOAT16) return static_cast<uint16_t>(bits >> 16);
-  // Truncated, magnitudes in (2^-14, 1]: good enough for input.
+  // Truncates, for magnitudes in (2^-14, 1]; sufficient for inputs.
   if (std::fabs(value) < 1e-4f) return 0;
   return static_cast<uint16_t>((bits >> 16 & 0x8000u) |
                                (((bits & 0x7fffffffu) - (112u << 23)) >> 13));
@@ -74,7 +74,7 @@ void expect(int status, const char* what) {
   ++failures;
 }
 
-// Calls `body` with several thread counts; what it leaves in `out` must not change.
+// Calls `body` with several thread counts; the contents of `out` afterwards must be the same.
 template <typename Body>
 void repeat(const char* what, std::vector<Buffer*> out, Body body) {
   std::vector<std::vector<char>> first;
@@ -170,8 +170,8 @@ void guidance_side(const Shape& s, int64_t dtype, Layout layout, int isa) {
   });
 }
 
-// Neighbourhoods on the whole output, and on a window of one that is half as large again, with half
-// of the cells.
+// Neighbourhoods on the whole output, and on a window of an output that is half as large again,
+// with half of the cells.
 void neighbourhood(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) {
   const int64_t radius = s.radius ? s.radius : 1, taps = (2 * radius + 1) * (2 * radius + 1);
   const int64_t depth = s.c % 40 + 1;
@@ -259,7 +259,7 @@ void pyramid(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) 
   });
 }
 
-// Which cells pixels see: all; or windows of about a third of the axis, wandering.
+// Cells that pixels attend to: all, or windows of about a third of the axis that move along it.
 std::vector<int64_t> bounds_of(int64_t pixels, int64_t cells, bool whole) {
   std::vector<int64_t> bounds(static_cast<size_t>(2 * pixels));
   const int64_t side = cells / 3 + 1;
@@ -271,7 +271,8 @@ std::vector<int64_t> bounds_of(int64_t pixels, int64_t cells, bool whole) {
   return bounds;
 }
 
-// Attention to rectangles of cells: the heads' mean, or blocks of channels, one of them empty.
+// Attention to rectangles of cells: with the heads' mean, or with blocks of channels, one of them
+// empty.
 void windows(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) {
   if (!s.c) return;
   const int64_t heads = 1 + s.c % 3, depth = heads * (1 + s.c % 19);
@@ -299,7 +300,8 @@ void windows(const Shape& s, int64_t dtype, Layout layout, int isa, bool whole) 
   });
 }
 
-// Layers of an encoder: 1x1 and 3x3 kernels, few and many channels, everything before and behind.
+// Layers of an encoder: 1x1 and 3x3 kernels, few and many channels, with all steps before and
+// after.
 void layers(const Shape& s, int64_t dtype, Layout layout, int isa, bool reflect) {
   if (!s.c) return;
   const auto array = [](int64_t count) {

@@ -1,4 +1,4 @@
-"""``python -m upfeat``."""
+"""Entry point of ``python -m upfeat``."""
 
 import sys
 

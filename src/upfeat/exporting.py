@@ -1,4 +1,4 @@
-"""Models and upsamplers as files that run without this package: ONNX, and exported programs."""
+"""Export of models and upsamplers to files that run without this package: ONNX and PT2."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TOLERANCE = 1e-4
-"""Largest error that a file may have, over the largest magnitude of what it gives."""
+"""Largest error of a file's output, as a fraction of the output's largest magnitude."""
 
 GIVE_SIZE = "give size=(height, width), --size WIDTHxHEIGHT"
-"""The way out for what cannot be exported for any size, in Python and on the command line."""
+"""Advice for models that cannot be exported for any size, in Python and on the command line."""
 
 _LOG = logging.getLogger("upfeat.export")
 
@@ -56,32 +56,34 @@ def export(
     stride: int = 1,
     channels: int | None = None,
 ) -> dict[str, str]:
-    """Write a model as a file that needs PyTorch or an ONNX run-time, and nothing of this package.
+    """Write a model to a file that runs with PyTorch or an ONNX run-time, without this package.
 
-    Batch, height and width are free. The file is run at two sizes that it was not traced with, and
-    is kept only if it gives what the model gives.
+    The file accepts any batch size, height and width. It is tested at two sizes other than that of
+    the trace, and is kept only if its output agrees with the model's.
 
     Args:
-        model: from :func:`upfeat.load`, which takes ``image`` (B, 3, H, W), normalised by the
-            backbone's mean and std; or an upsampler, which takes ``features`` (B, C, h, w) and
-            ``guidance`` (B, 3, H, W) normalised by its own. On the CPU.
+        model: a model of :func:`upfeat.load`, or an upsampler; on the CPU. A model's file has the
+            input ``image``, (B, 3, H, W), normalised with the backbone's mean and std. An
+            upsampler's file has the inputs ``features``, (B, C, h, w), and ``guidance``,
+            (B, 3, H, W), normalised with the upsampler's mean and std.
         path: the file to write, ``.onnx`` or ``.pt2``.
-        format: "onnx" or "pt2"; ``None`` for what the name ends with.
+        format: "onnx" or "pt2"; ``None`` to infer it from the suffix of ``path``.
         head: a linear head that ``upfeat probe`` trained, its file, or weight (K, C) and bias (K,);
             the output is then (B, K, …).
-        size: (height, width) of the only images that the file is to take, for models that cannot be
-            exported for any; ``None`` for any.
-        stride: pixels of the image for each one of the output, on both axes.
-        channels: C of an upsampler that takes any number.
+        size: (height, width) of the only images that the file accepts, for models that cannot be
+            exported for any size; ``None`` for any size.
+        stride: image pixels per output pixel, on both axes.
+        channels: number C of feature channels, for an upsampler that accepts any number.
 
     Returns:
-        The file's metadata: mean and std, stride, channels, sizes, the largest error that was
-        measured, names and digests of what it was made from.
+        The file's metadata: mean and std, stride, channels, sizes, the largest measured error, and
+        names and digests of the backbone, the upsampler and the head.
 
     Raises:
-        FileNotFoundError: there is no such folder or head.
-        ValueError: the format is unknown, a library is not installed (the extra is named), the
-            model cannot be exported (why, and what can be done), or the file does not agree.
+        FileNotFoundError: the folder or the head's file does not exist.
+        ValueError: the format is unknown; a library is not installed (the message names the extra);
+            the model cannot be exported (the message has the reason and a fix); or the file's
+            output differs from the model's.
 
     Example::
 
@@ -109,7 +111,7 @@ def export(
 
 
 class _Task:
-    """One export: the module to trace, its inputs, and the model that it must agree with."""
+    """One export: the module to trace, example inputs, and the model's output for comparison."""
 
     def __init__(
         self,
@@ -164,7 +166,11 @@ class _Task:
             )
 
     def _check(self) -> None:
-        """Refuse what no file can hold."""
+        """Check that the model can be exported at all.
+
+        Raises:
+            ValueError: it cannot; the message has the fix.
+        """
         model = self.model
         first = next(iter([*model.parameters(), *model.buffers()]), torch.empty(0))
         if first.device.type != "cpu":
@@ -187,7 +193,7 @@ class _Task:
             raise ValueError("the upsampler is not in float32; export model.float()")
 
     def facts(self) -> dict[str, str]:
-        """Facts that whoever runs the file needs, and where it comes from."""
+        """Metadata needed to run the file, and names and digests of its origin."""
         model, upsampler, weight = self.model, self.upsampler, self.head.weight
         assert not isinstance(weight, slice)
         normalization = upsampler.normalization
@@ -214,7 +220,7 @@ class _Task:
         return facts | self.head_facts
 
     def inputs(self, size: Size, batch: int = 1) -> tuple[Tensor, ...]:
-        """Smooth random images, and features where they are asked for."""
+        """Example inputs: smooth random images, and for an upsampler random features."""
         generator = torch.Generator().manual_seed(size[0] * size[1])
         coarse = torch.randn(batch, self.bands, 9, 11, generator=generator)
         image = nn.functional.interpolate(coarse, size=size, mode="bicubic")
@@ -227,7 +233,7 @@ class _Task:
 
     @torch.no_grad()
     def expected(self, inputs: Sequence[Tensor]) -> Tensor:
-        """The model's own result."""
+        """Output of the original model for the inputs, to compare the file's output with."""
         image = inputs[-1]
         size = (image.shape[2] // self.stride, image.shape[3] // self.stride)
         features, guidance = inputs[0], image
@@ -241,10 +247,10 @@ class _Task:
         """Trace the module, for any size or for one.
 
         Raises:
-            ValueError: it cannot be traced.
+            ValueError: the module cannot be traced.
         """
         any_size = self.size is None
-        # Sides that are no whole multiples of anything, and not alike.
+        # Different sides that are no multiples of the stride, lest the tracer assume either.
         size = self.size or (4 * self.cells + 3, 5 * self.cells + 1)
         if any_size:
             size = (max(size[0], self.least), max(size[1], self.least))
@@ -281,9 +287,9 @@ class _Task:
 
 
 def _without_conditions(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """Take out what the tracer noted of its examples' sizes, as that a batch of two is not of one.
+    """Remove assertions on sizes from a program, such as that a batch is not of size 1.
 
-    What decides is a run at other sizes.
+    The tracer derives them from its example inputs. Runs at other sizes check the file instead.
     """
     conditions = {"_assert_scalar.default", "sym_constrain_range_for_size.default"}
     for node in list(program.graph.nodes):
@@ -295,10 +301,12 @@ def _without_conditions(program: torch.export.ExportedProgram) -> torch.export.E
 
 
 def _measure(task: _Task, run: Callable[[Sequence[Tensor]], Tensor]) -> float:
-    """Largest error of a file, over the largest magnitude, at sizes that it was not traced with.
+    """Measure the largest error of a file, as a fraction of the model's largest magnitude.
+
+    A file for any size is measured at two sizes that it was not traced with.
 
     Raises:
-        ValueError: it is too large, or the file cannot be run.
+        ValueError: the error is too large, or the file cannot be run.
     """
     cells, least = task.cells, task.least
     fix = "" if task.size else f"; {GIVE_SIZE} of the images to come"
@@ -330,7 +338,11 @@ def _measure(task: _Task, run: Callable[[Sequence[Tensor]], Tensor]) -> float:
 def _read_head(
     head: SavedHead | str | Path | tuple[Tensor, Tensor | None] | None, model: FeatUp | Upsampler
 ) -> tuple[Head, dict[str, str]]:
-    """A head, and what the file says of it."""
+    """Read a head and its metadata for the exported file.
+
+    Raises:
+        ValueError: the head does not fit the model.
+    """
     if head is None:
         return Head(), {}
     if isinstance(head, str | Path):

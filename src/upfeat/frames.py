@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 WRITTEN_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 
-# Ticks in a second: MPEG-4 allows 65,535 at most, and most common frame rates divide this.
+# Ticks per second: MPEG-4 allows at most 65,535, and most common frame rates divide 60,000.
 _CLOCK = 60000
 _ENCODERS = {".webm": ("libvpx-vp9",)}
 _USUAL = ("libx264", "mpeg4")
@@ -28,23 +28,23 @@ _OPTIONS = {"libx264": {"crf": "18", "preset": "fast"}, "libvpx-vp9": {"crf": "2
 
 
 class Frame(NamedTuple):
-    """One frame."""
+    """One decoded frame of a video."""
 
     pixels: NDArray[np.uint8]
-    """(H, W, 3), upright."""
+    """RGB pixels, (H, W, 3), upright."""
     time: Fraction | None
-    """Seconds from the beginning; ``None`` where the file does not say."""
+    """Time from the beginning, in seconds; ``None`` if the file has no time for the frame."""
 
 
 class DamagedVideo(ValueError):
-    """A video that cannot be read, or not to its end."""
+    """Error for a video that cannot be read to its end."""
 
 
 def import_av(path: Path) -> Any:
-    """The package that reads and writes videos.
+    """Import PyAV, which reads and writes videos.
 
     Raises:
-        ValueError: it is not installed.
+        ValueError: PyAV is not installed.
     """
     try:
         return importlib.import_module("av")
@@ -55,11 +55,11 @@ def import_av(path: Path) -> Any:
 
 
 def count_frames(path: Path) -> int:
-    """Count the frames of a video's first stream undecoded; approximately, if it is damaged.
+    """Count the frames of a video's first stream without decoding; a damaged one approximately.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedVideo: it is no video.
+        FileNotFoundError: the file does not exist.
+        DamagedVideo: the file is not a video.
     """
     av = import_av(path)
     count = 0
@@ -73,7 +73,7 @@ def count_frames(path: Path) -> int:
 
 
 def frame_rate(path: Path) -> Fraction:
-    """Frames per second, on average; 25 where the file does not say."""
+    """Average number of frames per second; 25 if the file does not contain it."""
     with _opened(import_av(path), path) as container:
         stream = container.streams.video[0]
         return stream.average_rate or stream.guessed_rate or Fraction(25)
@@ -82,11 +82,12 @@ def frame_rate(path: Path) -> Fraction:
 def read_frames(path: Path) -> Iterator[Frame]:
     """Decode the frames of a video's first stream.
 
-    Frames are turned upright as the file says, and all have the size of the first.
+    Frames are rotated upright by the file's metadata, and resized to the size of the first.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DamagedVideo: it is no video, or damaged; raised after the frames before the damage.
+        FileNotFoundError: the file does not exist.
+        DamagedVideo: the file is not a video, or is damaged; raised after the frames before the
+            damage.
         ValueError: PyAV is not installed.
     """
     av = import_av(path)
@@ -114,7 +115,7 @@ def _opened(av: Any, path: Path) -> Any:
         what = "is a folder, not a video" if path.is_dir() else "no such file"
         raise FileNotFoundError(f"{path}: {what}")
     try:
-        # Absolute: FFmpeg takes what stands before a colon for the name of a protocol.
+        # An absolute path, since FFmpeg reads the text before a colon as the name of a protocol.
         container = av.open(str(path.absolute()))
     except av.FFmpegError as error:
         raise DamagedVideo(f"{path}: not a video, or a truncated one ({_reason(error)})") from None
@@ -129,20 +130,20 @@ def _reason(error: Exception) -> str:
 
 
 class VideoWriter:
-    """Encodes frames into a file that says it is ours; a context manager.
+    """Context manager that encodes frames into a video file, with upfeat's mark as its comment.
 
-    Sides of an odd length get one more row or column, a copy of the last: encoders take even ones.
+    Encoders need even sides: frames with an odd side get a copy of their last row or column.
     """
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         """Open the file.
 
         Args:
-            path: with one of :data:`WRITTEN_SUFFIXES`.
-            rate: frames per second, for those that come without a time.
+            path: file to write, with one of :data:`WRITTEN_SUFFIXES`.
+            rate: frames per second, for frames without a time.
 
         Raises:
-            ValueError: PyAV is not installed, or has no encoder for such files.
+            ValueError: PyAV is not installed, or has no encoder for the file's format.
         """
         self._av = import_av(path)
         self._rate, self._last = Fraction(rate), -1
@@ -159,9 +160,10 @@ class VideoWriter:
         """Encode a frame.
 
         Args:
-            pixels: (H, W, 3), all of one size.
-            time: seconds. If it is ``None`` or not later than the last frame's, the frame comes
-                one interval of the video's rate after that one, or first at 0.
+            pixels: (H, W, 3) of RGB, the same size for all frames.
+            time: time of the frame in seconds. If it is ``None``, or not later than the last
+                frame's, the frame is placed one interval of the video's rate after the last frame;
+                the first frame is then placed at 0.
         """
         height, width = pixels.shape[:2]
         pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -193,7 +195,7 @@ class VideoWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Write what the encoder still holds, and the end of the file."""
+        """Write the frames that the encoder has buffered, and the end of the file."""
         try:
             if error is None and self._stream is not None:
                 self._container.mux(self._stream.encode())

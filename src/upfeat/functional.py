@@ -1,15 +1,16 @@
-"""The operators that upsamplers are made of: pure functions of tensors.
+"""Operators of which upsamplers are composed: pure functions of tensors.
 
-Every function takes ``backend``:
+Every function has an argument ``backend``:
 
-* ``"auto"`` chooses the fastest that can run on these tensors, and says at DEBUG level which;
-* ``"reference"`` is the oracle (unfolding; slow, every intermediate in memory);
-* ``"eager"`` is plain PyTorch, on any device and dtype;
-* ``"cpu"`` is the compiled C++ library;
-* ``"triton"`` is the GPU kernels.
+* ``"auto"``: the fastest backend that can run on the given tensors; logged at DEBUG level;
+* ``"reference"``: the definition, for tests (by unfolding: slow, and with all intermediate tensors
+  in memory);
+* ``"eager"``: plain PyTorch, on any device and dtype;
+* ``"cpu"``: the compiled C++ library;
+* ``"triton"``: GPU kernels.
 
-A backend asked for by name that cannot run raises ``ValueError`` with the reason. All of them are
-differentiable in every tensor argument.
+A backend that is requested by name but cannot run raises ``ValueError`` with the reason. All
+backends are differentiable with respect to every tensor argument.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 _LARGEST_RADIUS = 127
-"""A window of 65,025 taps; that of the published networks is 3."""
+"""Upper bound of a radius: 65,025 taps per window. Published networks have radius 3."""
 
 
 def adaptive_conv2d(padded: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
@@ -77,7 +78,7 @@ def joint_bilateral_upsample(features: Tensor, weights: Tensor, *, backend: str 
 
     Args:
         features: (B, C, h, w).
-        weights: (B, (2r+1)², H, W), taps row-major; its size is the output's.
+        weights: (B, (2r+1)², H, W), taps row-major; H×W is the size of the output.
         backend: see the module's docstring.
 
     Returns:
@@ -107,25 +108,27 @@ def neighbourhood_upsample(
 ) -> Tensor:
     """Sum the coarse cells around each pixel's own cell, weighted per pixel.
 
-    out[b, c, p] = Σ_δ weights[b, δ, p] · features[b, c, cell(p) + δ], |δ|∞ ≤ r, edges replicated,
-    where cell(p) = ⌊(p + ½)·h/H⌋ on each axis.
+    out[b, c, p] = Σ_δ weights[b, δ, p] · features[b, c, cell(p) + δ] over offsets |δ|∞ ≤ r, edges
+    replicated, where cell(p) = ⌊(p + ½)·h/H⌋ on each axis is the cell of pixel p.
 
     Args:
-        features: (B, C, h, w), or only some cells.
-        weights: (B, (2r+1)², H, W), offsets row-major, or only those of the window.
-        output_size: (H, W) of the whole output; the weights' size by default.
-        window: (top, left, height, width) of the output that ``weights`` are; all of it by default.
-        grid_size: (h, w) of the whole grid; the features' size by default.
-        cells: (top, left, height, width) of the grid that ``features`` are; all of it by default.
-            They must hold the cells that the window reads.
+        features: (B, C, h, w); with ``cells``, only the features of these cells.
+        weights: (B, (2r+1)², H, W), offsets row-major; with ``window``, only the weights of its
+            pixels.
+        output_size: (H, W) of the whole output; ``None`` for the size of ``weights``.
+        window: (top, left, height, width) of the part of the output that is computed; ``None`` for
+            the whole output.
+        grid_size: (h, w) of the whole grid; ``None`` for the size of ``features``.
+        cells: (top, left, height, width) of the part of the grid that ``features`` contains, which
+            must include all cells that the window reads; ``None`` for the whole grid.
         backend: see the module's docstring.
 
     Returns:
-        (B, C, H, W), or (B, C, height, width) of the window.
+        (B, C, H, W), or with ``window`` (B, C, height, width).
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the window does not lie in the output or the
-            cells in the grid, or the backend cannot run.
+        ValueError: shapes, dtypes or devices disagree, the window is not inside the output or the
+            cells are not inside the grid, or the backend cannot run.
     """
     weights = check_pair("features", features, weights)
     window_radius(weights.shape[1])
@@ -144,16 +147,17 @@ def bilateral_weights(
     radius: int = 3,
     backend: str = "auto",
 ) -> Tensor:
-    """Range kernel times spatial kernel, normalised over the window.
+    """Range kernel times spatial kernel, normalised over the window of each pixel.
 
-    The range kernel is the softmax over the window's taps of temperature·⟨keys[p], keys[p+δ]⟩
-    (keys reflect-padded); the spatial one exp(−|u|²/(2·sigma_spatial²)) with u on [−1, 1]².
+    The range kernel of pixel p is the softmax over the offsets δ of its window of
+    temperature·⟨keys[p], keys[p+δ]⟩, with keys reflect-padded. The spatial kernel is
+    exp(−|u|²/(2·sigma_spatial²)), where u in [−1, 1]² is δ as a fraction of the radius.
 
     Args:
         keys: (B, D, H, W).
         temperature: scalar that multiplies the inner products.
-        sigma_spatial: scalar, in units of the half window; not 0.
-        radius: r ≥ 0, pixels.
+        sigma_spatial: scalar standard deviation, as a fraction of the radius; not 0.
+        radius: radius r of the window in pixels, ≥ 0.
         backend: see the module's docstring.
 
     Returns:
@@ -185,34 +189,36 @@ def neighbourhood_weights(
     cells: tuple[int, int, int, int] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Weigh, for every pixel, the coarse cells around its own.
+    """Compute the weight of each coarse cell around every pixel's own cell.
 
-    weights[b, δ, p] = softmax over |δ|∞ ≤ r of temperature·⟨queries[p], keys[cell(p) + δ]⟩ −
-    |p − centre(cell(p) + δ)|²/(2·sigma²), with distances in cells along each axis: pixel p lies at
-    (p + ½)·h/H and the centre of cell i at i + ½ (align_corners=False). Past the edges, keys are
-    replicated and cells keep their places. A cell farther than r + ½ along an axis has weight 0: a
-    pixel on the border of two cells sees as many on either side, so that flips commute.
+    weights[b, δ, p] = softmax over offsets |δ|∞ ≤ r of temperature·⟨queries[p], keys[cell(p) + δ]⟩
+    − |p − centre(cell(p) + δ)|²/(2·sigma²). Distances are in cells: on each axis, pixel p is at
+    (p + ½)·h/H and the centre of cell i at i + ½ (align_corners=False). Beyond the edges, keys are
+    replicated, but the centres of cells continue on the grid. A cell farther than r + ½ along an
+    axis has weight 0: a pixel on the border of two cells then has as many cells on either side, and
+    the weights of a flipped image are the flipped weights.
 
     Args:
-        queries: (B, D, H, W), or only those of the window.
-        keys: (B, D, h, w), or only some cells.
+        queries: (B, D, H, W); with ``window``, only the queries of its pixels.
+        keys: (B, D, h, w); with ``cells``, only the keys of these cells.
         temperature: scalar that multiplies the inner products.
-        sigma: scalar width of the Gaussian of distance, in cells; not 0.
-        radius: r ≥ 1, cells.
-        output_size: (H, W) of the whole output; the queries' size by default.
-        window: (top, left, height, width) of the output that ``queries`` are; all of it by default.
-        grid_size: (h, w) of the whole grid; the keys' size by default.
-        cells: (top, left, height, width) of the grid that ``keys`` are; all of it by default. They
-            must hold the cells that the window reads.
+        sigma: scalar standard deviation of the Gaussian of distance, in cells; not 0.
+        radius: radius r in cells, ≥ 1.
+        output_size: (H, W) of the whole output; ``None`` for the size of ``queries``.
+        window: (top, left, height, width) of the part of the output that is computed; ``None`` for
+            the whole output.
+        grid_size: (h, w) of the whole grid; ``None`` for the size of ``keys``.
+        cells: (top, left, height, width) of the part of the grid that ``keys`` contains, which must
+            include all cells that the window reads; ``None`` for the whole grid.
         backend: see the module's docstring.
 
     Returns:
-        (B, (2r+1)², H, W) or (B, (2r+1)², height, width), offsets row-major, non-negative, summing
-        to 1 at every pixel.
+        (B, (2r+1)², H, W), or with ``window`` (B, (2r+1)², height, width): offsets row-major,
+        non-negative, summing to 1 at every pixel.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the window does not lie in the output or the
-            cells in the grid, the radius is below 1, or the backend cannot run.
+        ValueError: shapes, dtypes or devices disagree, the window is not inside the output or the
+            cells are not inside the grid, the radius is below 1, or the backend cannot run.
     """
     keys = check_pair("queries", queries, keys, other="keys")
     radius = whole("radius", radius, 1, _LARGEST_RADIUS)
@@ -247,21 +253,23 @@ def window_attention(
 ) -> Tensor:
     """Attention from every pixel to a rectangle of coarse cells.
 
-    Head n compares block n of the D channels: its weights are the softmax over the pixel's cells of
-    scale·⟨queries, keys⟩. Heads are averaged and weigh all values alike, or each weighs a block of
-    the values' channels of its own. Which cells a pixel attends to depends on its row and its
-    column: those of both ranges.
+    Head n reads block n of the D channels of queries and keys: its weights are the softmax over the
+    pixel's cells of scale·⟨queries, keys⟩. Either the heads' weights are averaged and applied to
+    all values, or each head's weights are applied to a block of the values' channels of its own.
+    The rectangle of a pixel consists of the cells in the range of rows for the pixel's row and in
+    the range of columns for its column.
 
     Args:
         queries: (B, D, H, W).
         keys: (B, D, h, w).
-        values: (B, C, h, w), of any floating type; the result has it.
-        rows: the first cell of every row of pixels, then one past its last one, 2·H numbers.
-        columns: likewise, 2·W.
-        heads: N, a divisor of D.
-        blocks: channels of the values that go with each head, C in all; ``None`` or one number for
+        values: (B, C, h, w), of any floating-point type, which is the type of the result.
+        rows: 2·H numbers: for every row of pixels the first row of cells, then for every row of
+            pixels one past the last.
+        columns: 2·W numbers: the columns of cells, in the order of ``rows``.
+        heads: number N of heads, a divisor of D.
+        blocks: number of channels of the values for each head, C in all; ``None`` or one number for
             the mean of the heads.
-        scale: of the inner products; ``None`` for 1/√(D/N).
+        scale: factor of the inner products; ``None`` for 1/√(D/N).
         backend: see the module's docstring.
 
     Returns:

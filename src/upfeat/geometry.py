@@ -1,7 +1,8 @@
-"""Pixels, cells and windows: reflection at borders, interpolation as matrices, cells under pixels.
+"""Pixels, cells and windows: reflection at borders, interpolation as matrices, cells of pixels.
 
-Pixel p of ``length`` lies at (p + ½)·cells/length, in units of cells, and the centre of cell i at
-i + ½ (align_corners=False); cells are found in exact integers. A *window* is a run of pixels.
+On an axis of ``length`` pixels and ``cells`` cells, in units of cells, pixel p is at
+(p + ½)·cells/length and the centre of cell i at i + ½ (align_corners=False). The cell of a pixel is
+computed with integers, exactly. A *window* is a run of consecutive pixels of the axis.
 """
 
 import math
@@ -18,7 +19,7 @@ def reflect(index: Tensor, n: int) -> Tensor:
     """Reflect indices about the centres of the first and last of n pixels, as often as needed.
 
     Args:
-        index: integer or floating indices, any shape; integers are folded exactly.
+        index: integer or floating-point indices, any shape; integers are reflected exactly.
         n: number of pixels along the axis.
 
     Returns:
@@ -30,7 +31,7 @@ def reflect(index: Tensor, n: int) -> Tensor:
 
 
 def reflected_range(start: int, stop: int, length: int, device: torch.device) -> Tensor:
-    """Indices from ``start`` to ``stop``, which may lie outside, mirrored into ``length``."""
+    """Indices from ``start`` to before ``stop``, reflected where outside 0 to ``length`` − 1."""
     return reflect(torch.arange(start, stop, device=device), length)
 
 
@@ -54,7 +55,8 @@ def spatial_kernel(radius: int, sigma_spatial: Tensor) -> Tensor:
 
     Args:
         radius: r ≥ 0.
-        sigma_spatial: scalar tensor σ, in units of the half window; gives dtype and device.
+        sigma_spatial: scalar tensor σ, as a fraction of the radius; the result has its dtype and
+            device.
 
     Returns:
         ((2r+1)²,).
@@ -67,14 +69,14 @@ def spatial_kernel(radius: int, sigma_spatial: Tensor) -> Tensor:
 
 
 def reflect_pad(x: Tensor, radius: int) -> Tensor:
-    """Reflect-pad the last two axes by ``radius``, also when they are shorter than it.
+    """Reflect-pad the last two axes by ``radius``, which may exceed their length.
 
-    PyTorch refuses a reflection wider than the tensor; this one bounces as often as it must, so
-    that a 2-pixel map has borders too. Where PyTorch's works, the two agree.
+    PyTorch refuses a reflection wider than the tensor; here indices are reflected repeatedly, so
+    that a 2-pixel map can be padded too. Where PyTorch's padding works, the results are equal.
 
     Args:
         x: (B, C, H, W).
-        radius: r ≥ 0, pixels on every side.
+        radius: number r of pixels on every side, ≥ 0.
 
     Returns:
         (B, C, H+2r, W+2r).
@@ -92,10 +94,10 @@ def interpolation_matrix(cells: int, length: int, mode: str, like: Tensor) -> Te
     """PyTorch's interpolation from ``cells`` to ``length`` samples, as a matrix.
 
     Args:
-        cells: samples in.
-        length: samples out.
+        cells: number of input samples.
+        length: number of output samples.
         mode: "nearest-exact", "bilinear" or "bicubic", half-pixel centres.
-        like: gives dtype and device.
+        like: tensor whose dtype and device the matrix has.
 
     Returns:
         (length, cells).
@@ -110,33 +112,38 @@ def interpolation_matrix(cells: int, length: int, mode: str, like: Tensor) -> Te
 
 
 class Slots(NamedTuple):
-    """Pixels of one axis laid out as equally many slots per cell."""
+    """Layout of a window's pixels on one axis, with the same number of slots for every cell."""
 
     first: int
-    """The cell of the window's first pixel."""
+    """Cell of the window's first pixel."""
     cells: int
-    """The number of cells that the window touches."""
+    """Number of cells that contain pixels of the window."""
     per_cell: int
-    """Slots of every cell."""
+    """Number of slots of every cell."""
     pixels: list[int] | None
-    """For every slot the pixel that fills it, some twice where a cell has fewer than others;
-    ``None`` where slots and pixels are the same thing."""
+    """Pixel that fills each slot; pixels are repeated in cells that have fewer than others.
+    ``None`` if slots and pixels coincide."""
     slots: list[int] | None
-    """For every pixel the slot to read it from, likewise."""
+    """Slot that contains each pixel; ``None`` if slots and pixels coincide."""
 
 
 def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 0) -> Slots:
-    """Lay ``count`` pixels from ``start`` on, of ``length`` over ``cells`` cells, out as slots.
+    """Lay out the ``count`` pixels of a window on one axis as slots of their cells.
 
-    The first cell is counted from the cell ``skip`` on.
+    Args:
+        cells: number of cells on the axis.
+        length: number of pixels on the axis.
+        start: first pixel of the window.
+        count: number of pixels of the window.
+        skip: cell from which :attr:`Slots.first` is counted.
     """
     if start == 0 and count == length and length % cells == 0:
-        # Without a list as long as the axis: a graph may be exported for sizes yet unknown.
+        # No lists of the axis' length, which an exported graph may not know.
         return Slots(-skip, cells, length // cells, None, None)
     # Plain integers: sizes are known, and a compiled graph must not depend on a tensor's value.
     low = (2 * start + 1) * cells // (2 * length)
     high = (2 * (start + count) - 1) * cells // (2 * length)
-    # The first pixel whose centre lies in a cell, counted from the window's start.
+    # First pixel of every cell, and of the cell after the last, counted from the window's start.
     first = [
         min(max(first_pixel(cells, length, index) - start, 0), count)
         for index in range(low, high + 2)
@@ -154,18 +161,18 @@ def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 
 
 
 def gather_pixels(x: Tensor, rows: Slots, columns: Slots) -> Tensor:
-    """(B, K, H, W) to one matrix per cell, (B·cells, pixels of the cell, K)."""
+    """Rearrange (B, K, H, W) to one matrix per cell, (B·cells, pixels of the cell, K)."""
     for axis, pixels in ((2, rows.pixels), (3, columns.pixels)):
         if pixels is not None:
             x = x.index_select(axis, torch.tensor(pixels, device=x.device))
     batch, depth, down, across = *x.shape[:2], rows.per_cell, columns.per_cell
     x = x.reshape(batch, depth, rows.cells, down, columns.cells, across)
-    cells = batch * rows.cells * columns.cells  # -1 would be ambiguous where the batch is 0
+    cells = batch * rows.cells * columns.cells  # -1 would be ambiguous with an empty batch
     return x.permute(0, 2, 4, 3, 5, 1).reshape(cells, down * across, depth)
 
 
 def scatter_pixels(x: Tensor, batch: int, rows: Slots, columns: Slots) -> Tensor:
-    """The way back from :func:`gather_pixels`: (B·cells, pixels of the cell, K) to (B, K, H, W)."""
+    """Inverse of :func:`gather_pixels`: (B·cells, pixels of the cell, K) to (B, K, H, W)."""
     down, across = rows.per_cell, columns.per_cell
     x = x.reshape(batch, rows.cells, columns.cells, down, across, x.shape[-1])
     x = x.permute(0, 5, 1, 3, 2, 4)  # (B, K, cells, down, cells, across)
@@ -177,7 +184,10 @@ def scatter_pixels(x: Tensor, batch: int, rows: Slots, columns: Slots) -> Tensor
 
 
 def gather_cells(coarse: Tensor, radius: int, rows: Slots, columns: Slots) -> Tensor:
-    """(B, K, h, w) to the cells around each cell, edges replicated: (B·cells, K, (2r+1)²)."""
+    """Gather the cells around each cell: (B, K, h, w) to (B·cells, K, (2r+1)²).
+
+    Edges are replicated; only the cells of ``rows`` and ``columns`` are gathered around.
+    """
     batch, depth = coarse.shape[:2]
     padded = F.pad(coarse, (radius,) * 4, mode="replicate")
     padded = padded[:, :, rows.first : rows.first + rows.cells + 2 * radius]
@@ -188,13 +198,13 @@ def gather_cells(coarse: Tensor, radius: int, rows: Slots, columns: Slots) -> Te
 
 
 def cell_of_pixels(cells: int, length: int, start: int, count: int, device: torch.device) -> Tensor:
-    """The cell ⌊(p + ½)·cells/length⌋ of ``count`` pixels p from ``start`` on, (count,)."""
+    """The cells ⌊(p + ½)·cells/length⌋ of the pixels p in ``start`` to ``start + count − 1``."""
     pixels = torch.arange(start, start + count, device=device)
     return (2 * pixels + 1) * cells // (2 * length)
 
 
 def first_pixel(cells: int, length: int, cell: int) -> int:
-    """The first of ``length`` pixels that lies in a cell, or after it where none does."""
+    """The first of ``length`` pixels in a cell, or the first after the cell if it has none."""
     return min(max(-((cells - 2 * length * cell) // (2 * cells)), 0), length)
 
 
@@ -204,13 +214,13 @@ def cells_of_window(
     origin: Sequence[int],
     grid_size: Sequence[int],
 ) -> tuple[int, int]:
-    """Count the rows and columns of cells that a window of pixels lies in.
+    """Count the rows and columns of cells that contain the pixels of a window.
 
     Args:
-        shape: (height, width) of the window.
-        output_size: of all pixels.
-        origin: (top, left) of the window.
-        grid_size: (h, w), all cells.
+        shape: (height, width) of the window, in pixels.
+        output_size: (height, width) of the whole output, in pixels.
+        origin: (top, left) of the window, in pixels.
+        grid_size: (h, w) of the whole grid, in cells.
     """
     rows, columns = (
         ((2 * (start + count) - 1) * cells) // (2 * length)
@@ -224,20 +234,20 @@ def cells_of_window(
 def cell_distances(
     cells: int, length: int, start: int, count: int, radius: int, like: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Distances of ``count`` pixels from ``start`` on to the cells of their window, on one axis.
+    """Squared distances from pixels to the 2r+1 cells around their own cell, on one axis.
 
     Args:
-        cells: cells on the axis.
-        length: pixels on the whole axis.
-        start: the first pixel.
-        count: how many.
-        radius: r ≥ 1.
-        like: gives dtype and device.
+        cells: number of cells on the axis.
+        length: number of pixels on the axis.
+        start: first pixel.
+        count: number of pixels.
+        radius: radius r in cells, ≥ 1.
+        like: tensor whose dtype and device the distances have.
 
     Returns:
-        Squared distances in cells, (2r+1, count), and which of them are out of reach: a pixel on
-        the border of two cells has one cell more on one side, which must not count, so that
-        windows are symmetric and flips commute.
+        Squared distances in cells, (2r+1, count); and a mask, (2r+1, count), true for cells farther
+        than r + ½. A pixel on the border of two cells has one cell more on one side, which the mask
+        excludes, so that windows are symmetric and flips commute.
     """
     own = cell_of_pixels(cells, length, start, count, like.device)
     pixels = torch.arange(start, start + count, device=like.device)

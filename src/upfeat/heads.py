@@ -1,4 +1,4 @@
-"""Linear heads as files that say what made the features they were trained on."""
+"""Files of linear heads, which name the backbone whose features the head was trained on."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ KINDS = ("classes", "values")
 
 @dataclass(frozen=True)
 class SavedHead:
-    """A linear head with what its outputs mean.
+    """A linear head with the meaning of its outputs.
 
     Attributes:
         weight: (K, C) float32.
         bias: (K,) float32.
-        names: of the K outputs.
-        kind: "classes", logits of which the largest wins, or "values", numbers as they are.
-        backbone: what made the features, as :func:`describe_backbone` says.
-        upsampler: name of the upsampler that it was trained with; others serve as well.
+        names: names of the K outputs.
+        kind: "classes" if the outputs are logits, the largest of which is the class, or "values" if
+            they are numbers to use directly.
+        backbone: :func:`describe_backbone` of the backbone whose features the head was trained on.
+        upsampler: name of the upsampler that the head was trained with; others can be used too.
     """
 
     weight: Tensor
@@ -42,17 +43,21 @@ class SavedHead:
     upsampler: str
 
     def identity(self) -> str:
-        """A digest of all that decides what it says and what its outputs are called."""
+        """SHA-256 of weight, bias, kind and names."""
         found = hashlib.sha256(json.dumps([self.kind, *self.names]).encode())
         for tensor in (self.weight, self.bias):
             found.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
         return found.hexdigest()
 
     def check_backbone(self, backbone: Backbone, label: str) -> None:
-        """Refuse features that the head was not trained on.
+        """Check that a backbone is the one that the head was trained on.
+
+        Args:
+            backbone: backbone whose features the head is to be applied to.
+            label: name of the head, for error messages.
 
         Raises:
-            ValueError: the backbone is another one, or has other weights or normalisation.
+            ValueError: it is another backbone, or has other weights or normalisation.
         """
         now = describe_backbone(backbone)
         other = [name for name in now if self.backbone.get(name) != now[name]]
@@ -75,7 +80,7 @@ class SavedHead:
 
 
 def describe_backbone(backbone: Backbone) -> dict[str, str]:
-    """Name what decides a backbone's features, as strings."""
+    """Properties on which a backbone's features depend, as strings by name."""
     return {
         "name": backbone.name,
         "embed_dim": str(backbone.embed_dim),
@@ -86,7 +91,7 @@ def describe_backbone(backbone: Backbone) -> dict[str, str]:
 
 
 def save_head(path: str | Path, head: SavedHead) -> None:
-    """Write a head as safetensors, whole or not at all.
+    """Write a head to a safetensors file, completely or not at all.
 
     Raises:
         OSError: writing failed.
@@ -104,11 +109,11 @@ def save_head(path: str | Path, head: SavedHead) -> None:
 
 
 def load_head(path: str | Path) -> SavedHead:
-    """Read a head.
+    """Read a head from a file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no head, or a damaged one.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a head, or is damaged.
     """
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:

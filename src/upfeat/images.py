@@ -1,4 +1,4 @@
-"""Pictures in: any file, PIL image or array to bands in [0, 1], or one clear error."""
+"""Conversion of any image file, PIL image, array or tensor to bands in [0, 1]."""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     ImageLike = str | Path | bytes | IO[bytes] | Image.Image | NDArray[Any] | Tensor
-    """The images that :func:`read_image` takes."""
+    """Images that :func:`read_image` accepts."""
     MaskLike = NDArray[Any] | Tensor | Image.Image | str | Path
-    """The masks that ``mask=`` takes."""
+    """Masks that ``mask=`` accepts."""
 
 _LUMINANCE = (0.299, 0.587, 0.114)
-"""Grey of red, green and blue (Rec. 601, as Pillow's mode L)."""
+"""Weights of red, green and blue in grey (Rec. 601, as in Pillow's mode L)."""
 
 _DARK = 16384
-"""A 16-bit image that stays below this uses a quarter of its range: 10 to 14 bits, reflectances."""
+"""Bound for a warning: 16-bit values that are all below it probably have 10 to 14 bits, or are
+reflectances."""
 
 
 def read_image(
@@ -44,33 +45,36 @@ def read_image(
 ) -> Tensor:
     """Decode an image.
 
-    Files and PIL images of every mode are turned upright (EXIF orientation) and to RGB; embedded
-    colour profiles are converted to sRGB; transparent ones are laid on white; 16-bit files keep
-    their precision; of animations the first frame is taken. Arrays are (H, W) or (H, W, bands), of
-    uint8, uint16, bool, or floats in [0, 1], masked ones too; tensors (bands, H, W) or
-    (1, bands, H, W), uint8 or floats in [0, 1]. One band is repeated to make three.
+    Files and PIL images of every mode are rotated upright (EXIF orientation) and converted to RGB:
+    embedded colour profiles are converted to sRGB, transparent images are composited on white,
+    16-bit files keep their precision, and the first frame of an animation is read. Arrays, masked
+    arrays included, are (H, W) or (H, W, bands), of uint8, uint16, bool, or floats in [0, 1];
+    tensors are (bands, H, W) or (1, bands, H, W), uint8 or floats in [0, 1]. A single band is
+    repeated to make three.
 
     Args:
         image: a path, the bytes of a file, an open binary file, a PIL image, a NumPy array or a
             tensor.
-        channels: how many bands the result has, where ``bands`` does not choose them.
-        bands: which bands to take, counted from 0, as (3, 2, 1) for the colours of Sentinel-2.
-        alpha: whether the last of two or four bands is transparency. ``None``: as the file or PIL
-            image says; of arrays, tensors and TIFF files that do not say, the first three bands
-            are taken, with a warning.
-        max_value: the value that becomes 1, for data of other ranges: 4095 for 12 bits, 10000 for
-            many reflectances. Larger values are cut off.
-        mask: (H, W), true where there is no data: an array, tensor, PIL image or file, upright as
-            the image is. Those pixels are filled from the others around and have no influence.
-        nodata: the value of pixels without data, in all of their bands; may be NaN.
-        max_pixels: refuse larger images.
+        channels: number of bands of the result, unless ``bands`` selects them.
+        bands: bands to select, counted from 0, such as (3, 2, 1) for the colours of Sentinel-2.
+        alpha: whether the last of two or four bands is transparency. ``None`` to rely on the file
+            or PIL image. Of four bands in arrays, tensors and TIFF files without that information,
+            the first three are used, with a warning.
+        max_value: value that becomes 1, for data of other ranges: 4095 for 12 bits, 10000 for many
+            reflectances. Larger values are clipped.
+        mask: (H, W), true where there is no data: an array, tensor, PIL image or file, in the
+            orientation of the upright image. Masked pixels have no influence: they are filled from
+            the pixels around them.
+        nodata: value that all bands of a pixel without data have; may be NaN.
+        max_pixels: largest number of pixels; larger images are refused.
 
     Returns:
-        (channels, H, W) float32 in [0, 1].
+        (channels, H, W), or (number of ``bands``, H, W), float32 in [0, 1].
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not an image, a truncated one, too large, or of a kind not listed.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an image, is truncated or too large, or the image's type, shape
+            or values are not accepted.
     """
     label = str(image) if isinstance(image, str | Path) else "image"
     alpha = None if alpha is None else flag("alpha", alpha)
@@ -95,14 +99,14 @@ def read_mask(mask: MaskLike, size: tuple[int, int]) -> Tensor:
 
     Args:
         mask: (H, W), true (not 0) where there is no data: an array, tensor, PIL image or file.
-        size: the (H, W) that it must have.
+        size: (H, W) of the image, which the mask must have too.
 
     Returns:
         (H, W) bool.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has another size, or is none.
+        FileNotFoundError: the file does not exist.
+        ValueError: ``mask`` has another size, or is not a mask.
     """
     if isinstance(mask, str | Path | Image.Image):
         decoded = _decode(mask, "mask", MAX_PIXELS)
@@ -120,18 +124,18 @@ def read_mask(mask: MaskLike, size: tuple[int, int]) -> Tensor:
 
 
 def resize_mask(mask: Tensor | NDArray[Any], size: tuple[int, int]) -> Tensor:
-    """Bring a mask of pixels without data to another size.
+    """Resize a mask of pixels without data, by nearest neighbour.
 
     Args:
         mask: (H, W) or (B, 1, H, W), true (not 0) where there is no data.
-        size: (height, width).
+        size: (height, width) of the result.
 
     Returns:
         (1 or B, 1, *size) bool.
 
     Raises:
-        TypeError: it is neither a tensor nor an array.
-        ValueError: it has another shape.
+        TypeError: ``mask`` is neither a tensor nor an array.
+        ValueError: ``mask`` has another shape.
     """
     if isinstance(mask, np.ndarray):
         mask = torch.from_numpy(np.asarray(mask != 0))
@@ -147,18 +151,18 @@ def resize_mask(mask: Tensor | NDArray[Any], size: tuple[int, int]) -> Tensor:
 
 
 def fill_missing(values: Tensor, missing: Tensor) -> Tensor:
-    """Fill pixels without data from the others: smoothly, from ever wider around.
+    """Fill pixels without data smoothly from the pixels around them.
 
     Args:
-        values: (C, H, W) or (B, C, H, W), anything where data are missing, NaN too.
+        values: (C, H, W) or (B, C, H, W); values of pixels without data may be anything, even NaN.
         missing: (H, W) bool, true where there is no data; or (B, 1, H, W).
 
     Returns:
-        ``values`` with those pixels replaced: by the mean of the data within the smallest square of
-        2, 4, 8, … pixels that has any, interpolated. The others are unchanged.
+        ``values`` with pixels without data replaced by the mean of the data in the smallest square
+        of 2, 4, 8, … pixels that contains any, interpolated. Pixels with data are unchanged.
 
     Raises:
-        ValueError: there are no data at all.
+        ValueError: no pixel has data.
     """
     if not bool(missing.any()):
         return values
@@ -172,7 +176,12 @@ def fill_missing(values: Tensor, missing: Tensor) -> Tensor:
 
 
 def _pull_and_push(values: Tensor, weight: Tensor) -> Tensor:
-    """Pixels of weight 0 from a half as fine image; values (B, C, H, W), weights (B, 1, H, W)."""
+    """Fill pixels of weight 0 from an image of half the size, which is filled recursively.
+
+    Args:
+        values: (B, C, H, W).
+        weight: (B, 1, H, W), 1 for pixels with data and 0 for others.
+    """
     if bool((weight > 0).all()):
         return values
     size = (values.shape[2], values.shape[3])
@@ -249,7 +258,7 @@ def _from_tensor(image: Tensor) -> Decoded:
 def _to_unit(
     decoded: Decoded, label: str, max_value: float | None, missing: Tensor | None
 ) -> Tensor:
-    """Bands (H, W, N) of any type to (N, H, W) float32 in [0, 1]."""
+    """Convert bands (H, W, N) of any type to (N, H, W) float32 in [0, 1]."""
     array = decoded.values
     kind = array.dtype.kind
     if max_value is not None:
@@ -265,7 +274,7 @@ def _to_unit(
     if max_value is None and array.dtype.name == "uint16":
         _warn_if_dark(array, label)
     values = torch.empty((array.shape[2], *array.shape[:2]))
-    # One pass, by NumPy: it takes read-only, strided and byte-swapped arrays.
+    # One pass, by NumPy, which accepts read-only, strided and byte-swapped arrays.
     planes, unit = np.moveaxis(array, 2, 0), np.float32(max_value or whole or 1)
     np.divide(planes, unit, out=values.numpy(), dtype=np.float32, casting="unsafe")
     if max_value is not None:
@@ -310,7 +319,7 @@ def _check_unit_range(values: Tensor, label: str, missing: Tensor | None) -> Non
 
 
 def _without_data(values: NDArray[Any], nodata: float) -> Tensor:
-    """(H, W) bool: pixels whose bands all have the value."""
+    """Mask (H, W), true for pixels whose bands all have the value ``nodata``."""
     try:
         nodata = float("x" if isinstance(nodata, str | bool) else nodata)
     except (TypeError, ValueError):
@@ -328,7 +337,7 @@ def _choose(
     bands: Sequence[int] | None,
     alpha: bool | None,
 ) -> Tensor:
-    """The bands that are wanted, of (N, H, W)."""
+    """Select bands of (N, H, W), and apply transparency; see :func:`read_image`."""
     count = len(values)
     if bands is not None:
         wanted = indices(bands, 0, count - 1)
@@ -365,7 +374,7 @@ def _choose(
 
 
 def _on_white(values: Tensor, *, premultiplied: bool) -> Tensor:
-    """Colours and transparency (N, H, W) -> colours laid on white, (N − 1, H, W)."""
+    """Composite colours on white by the last band, transparency: (N, H, W) -> (N − 1, H, W)."""
     colour, alpha = values[:-1], values[-1:]
     if not premultiplied:
         colour = colour * alpha

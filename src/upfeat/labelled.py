@@ -1,4 +1,4 @@
-"""Linear heads trained on upsampled features: from labelled photographs, or a labelled raster."""
+"""Training of linear heads on upsampled features of labelled photographs, or of a raster."""
 
 from __future__ import annotations
 
@@ -24,22 +24,23 @@ from upfeat.raster.scene import Scene
 from upfeat.types import Window
 
 LABEL_TILE = 512
-"""Side of the tiles that labelled pixels are drawn from and kept out by, pixels.
+"""Side in pixels of a raster's tiles, which are the groups of the cross-validation.
 
-A fourth of the longer side of rasters that are smaller than two of them."""
+In rasters smaller than two such tiles, the side is a fourth of the raster's longer side."""
 
 OnGroup = Callable[[str], None]
-"""Is told which image or tile is being read."""
+"""Function that is called with the name of each image or tile that is read."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Cross-validated scores of a head, on the sampled pixels of groups kept out.
+    """Cross-validated scores of a head, on sampled pixels of groups that were held out.
 
     Attributes:
-        iou: (folds, K), NaN where a class is not in a fold.
-        accuracy: (folds,).
-        groups: number of images, or tiles of a raster.
+        iou: intersection over union of the K classes in each fold, (folds, K); NaN for a class that
+            is not in a fold.
+        accuracy: fraction of correct pixels in each fold, (folds,).
+        groups: number of images, or of a raster's tiles.
     """
 
     iou: Tensor
@@ -47,7 +48,7 @@ class Scores:
     groups: int
 
     def lines(self, names: list[str]) -> list[str]:
-        """The scores as text, a line for each class and one for the mean."""
+        """Format the scores as text: a line for each class, the mean IoU and the accuracy."""
         rows = [(name, self.iou[:, index]) for index, name in enumerate(names)]
         rows += [("mean IoU", self.iou.nanmean(1)), ("accuracy", self.accuracy)]
         width = max(len(name) for name, _ in rows)
@@ -76,17 +77,20 @@ def train_on_folder(
 
     Args:
         model: backbone and upsampler.
-        folder: ``images/``, ``labels/`` and ``classes.json``, or these in ``train/``; see
-            :func:`upfeat.evaluation.data.folders.read_folder`. A ``test/`` is not looked at.
-        size: shorter side that images are brought to; ``None`` for their own.
-        pixels: drawn from each image.
-        folds: of the cross-validation, at most one for each image.
-        seed: of pixels and folds.
-        on_image: is told of progress.
+        folder: a folder with ``images/``, ``labels/`` and ``classes.json``, or with ``train/``; see
+            :func:`upfeat.evaluation.data.folders.read_folder`. Images in ``test/`` are not used.
+        size: shorter side in pixels to which images are resized; ``None`` to keep their size.
+        pixels: number of pixels drawn from each image.
+        folds: number of folds of the cross-validation, at most one per image.
+        seed: seed of the drawn pixels and the folds.
+        on_image: function that is called with the name of each image; ``None`` for none.
+
+    Returns:
+        The head, trained on all images, and its cross-validated scores.
 
     Raises:
-        FileNotFoundError: the folder or a part of it is not there.
-        ValueError: fewer than two images can be used, or they show fewer than two classes.
+        FileNotFoundError: the folder or a part of it does not exist.
+        ValueError: fewer than two images have labels, or the labels have fewer than two classes.
     """
     _check_settings(pixels, folds, seed)
     dataset = read_folder(folder)
@@ -100,7 +104,7 @@ def train_on_folder(
                 on_image(sample.name)
             try:
                 label = torch.from_numpy(dataset.read_target(sample)).long()
-            except ValueError as error:  # which says what is wrong, not where
+            except ValueError as error:  # its message does not name the file
                 raise ValueError(f"{sample.target}: {error}") from None
             x = model.preprocess(sample.image)
             if x.shape[2:] != label.shape:
@@ -136,29 +140,32 @@ def train_on_raster(
     seed: int = 0,
     on_tile: OnGroup | None = None,
 ) -> tuple[SavedHead, Scores]:
-    """Train a head on a raster of which parts are labelled; tiles are kept out in turn.
+    """Train a head on a partly labelled raster, with its tiles as groups of the cross-validation.
 
     Args:
         model: backbone and upsampler.
         scene: an open raster.
-        labels: a raster on the same grid, class indices with 255 or its no-data for unlabelled
-            pixels; or a GeoJSON file in the raster's reference system, features of which have a
-            property ``class``, a name.
-        names: of the classes; ``None``: those of the GeoJSON, or the indices.
-        max_memory: bytes that the process may hold.
-        pixels: drawn from each tile.
-        folds: of the cross-validation, at most one for each tile.
-        seed: of pixels and folds.
-        on_tile: is told of progress.
+        labels: a raster on the same grid with class indices, where 255 or the no-data value marks
+            unlabelled pixels; or a GeoJSON file in the raster's reference system, whose features
+            have a property ``class``, the name of the class.
+        names: names of the classes; ``None`` for those of the GeoJSON, or the indices.
+        max_memory: most bytes that the process may use.
+        pixels: number of pixels drawn from each tile.
+        folds: number of folds of the cross-validation, at most one per tile.
+        seed: seed of the drawn pixels and the folds.
+        on_tile: function that is called with the position of each tile; ``None`` for none.
+
+    Returns:
+        The head, trained on all tiles, and its cross-validated scores.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the labels do not fit the raster, or there are too few.
+        FileNotFoundError: the file of labels does not exist.
+        ValueError: the labels do not fit the raster, or too few tiles or classes are labelled.
     """
     _check_settings(pixels, folds, seed)
     source = read_labels(labels, scene, names)
     what = HeadOutput(torch.zeros(1, 1), torch.zeros(1), ["features"], {})
-    # A small raster has tiles to keep out, too.
+    # Smaller tiles for a small raster, so that the cross-validation has several groups.
     side = LABEL_TILE if max(scene.size) >= 2 * LABEL_TILE else max(-(-max(scene.size) // 4), 64)
     plan = make_plan(scene.size, model, what, max_memory=max_memory, tile=side)
     generator = torch.Generator().manual_seed(seed)
@@ -191,7 +198,7 @@ def _check_settings(pixels: int, folds: int, seed: int) -> None:
 def _train(
     groups: list[tuple[Tensor, Tensor]], model: FeatUp, names: list[str], folds: int, seed: int
 ) -> tuple[SavedHead, Scores]:
-    """Cross-validate over groups and fit on all of them."""
+    """Cross-validate a head over groups of (features, targets), and fit it to all groups."""
     if len(groups) < 2:
         raise ValueError(
             f"{len(groups)} labelled images or tiles are too few; two are the least: label more "
@@ -226,7 +233,7 @@ def _train(
 
 
 def _score(pixels: Pixels, held_out: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """IoU (K,) and accuracy of groups that a head was not fitted on."""
+    """IoU, (K,), and accuracy on held-out groups of a head fitted to the other groups."""
     kept = torch.ones(len(pixels.features), dtype=torch.bool)
     kept[held_out] = False
     fitted = pixels[kept.nonzero()[:, 0]]

@@ -1,4 +1,4 @@
-"""Linear algebra of features: ridge regression and principal components, once for all uses."""
+"""Linear algebra of features: ridge regression and principal components."""
 
 from typing import NamedTuple
 
@@ -7,12 +7,13 @@ from torch import Tensor
 
 
 def ridge(gram: Tensor, moment: Tensor, penalty: Tensor | float) -> Tensor:
-    """Solve a ridge regression from its sums.
+    """Solve a ridge regression from outputs Y to inputs X, given their products.
 
     Args:
-        gram: (..., M, M), inputs times inputs, X·Xᵀ.
-        moment: (..., M, K), inputs times outputs, X·Yᵀ.
-        penalty: of squared coefficients, > 0: a number, (..., 1), or one for each input, (..., M).
+        gram: (..., M, M), products of inputs, X·Xᵀ.
+        moment: (..., M, K), products of inputs and outputs, X·Yᵀ.
+        penalty: penalty of the squared coefficients, > 0: a number, (..., 1), or one for each
+            input, (..., M).
 
     Returns:
         (..., M, K), the coefficients W that minimise |Wᵀ·X − Y|² + penalty·|W|².
@@ -26,18 +27,18 @@ class Components(NamedTuple):
     """Principal components of samples."""
 
     mean: Tensor
-    """(C,)."""
+    """Mean of the samples, (C,)."""
     axes: Tensor
-    """(k, C), orthonormal, most variance first."""
+    """Principal axes, (k, C): orthonormal rows, in descending order of variance."""
     variances: Tensor
-    """(k,), along the axes, never negative."""
+    """Variances along the axes, (k,), never negative."""
 
 
 def principal_components(samples: Tensor, k: int) -> Components:
-    """Fit principal components.
+    """Fit principal components to samples.
 
     Args:
-        samples: (N, C).
+        samples: N samples of C values, (N, C).
         k: number of components, at most C.
     """
     mean = samples.mean(0)
@@ -46,11 +47,11 @@ def principal_components(samples: Tensor, k: int) -> Components:
 
 
 def leading_axes(covariance: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Eigenvectors of most variance, (k, C), and their variances, (k,), largest first.
+    """Eigenvectors of largest variance, (k, C), and their variances, (k,), in descending order.
 
     Args:
         covariance: (C, C), symmetric.
-        k: number of axes; all where there are fewer.
+        k: number of eigenvectors; if k exceeds C, all C are returned.
     """
     variances, axes = torch.linalg.eigh(covariance)  # ascending
     return axes[:, -k:].flip(1).T, variances[-k:].flip(0).clamp(min=0)

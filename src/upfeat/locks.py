@@ -1,8 +1,9 @@
-"""Locks on what is being written: held by one process, let go by its end, however it ends.
+"""Locks on outputs, so that only one process writes an output at a time.
 
-The operating system keeps them (``flock``, on Windows ``msvcrt``), so a killed holder leaves a file
-that locks nothing. What the file says, who holds it and since when, is for the message alone. On
-file systems without such locks the file's existence counts instead, as long as its writer lives.
+The operating system manages the locks (``flock``, on Windows ``msvcrt``) and releases them when the
+process ends, in whatever way; the lock file that a killed process leaves behind locks nothing. The
+file contains the process that has the lock and the time, for messages. On file systems without
+locks, the file itself counts as a lock, as long as the process that wrote it is alive.
 """
 
 from __future__ import annotations
@@ -24,29 +25,30 @@ except ImportError:  # Windows
     fcntl = None
 
 _BUSY = (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-# Windows locks bytes, and what is locked cannot be read: far past what the file says.
+# Windows locks bytes, which cannot then be read: this byte is far beyond the file's content.
 _LOCKED_BYTE = 1 << 30
 _held: set[int] = set()
 
 
 def lock_file(output: Path) -> Path:
-    """Path of the lock of an output: ``.lock`` in a folder, ``.NAME.lock`` beside a file.
+    """Path of an output's lock file: ``.lock`` in a folder, ``.NAME.lock`` next to a file NAME.
 
     Args:
-        output: a folder that exists, or a file that may not.
+        output: an existing folder, or a file that need not exist.
     """
     return output / ".lock" if output.is_dir() else output.parent / f".{output.name}.lock"
 
 
 @contextmanager
 def hold(output: str | Path) -> Iterator[None]:
-    """Be the only one to write an output, in this process and among all of this machine.
+    """Lock an output against other threads of this process and other processes of this machine.
 
     Args:
-        output: a folder that exists, or a file in one.
+        output: an existing folder, or a file in an existing folder.
 
     Raises:
-        ValueError: another process, or another thread of this one, holds it; the message says who.
+        ValueError: another process, or another thread of this process, has the lock; the message
+            names the process.
         OSError: the lock file cannot be written.
 
     Example:
@@ -63,8 +65,8 @@ def hold(output: str | Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(handle)
-        # While it is still held, so that nobody's newer file is removed. Windows removes no open
-        # file: there it stays, and locks nothing.
+        # Remove the file before the lock is released, lest the file of the next process be removed.
+        # Windows cannot remove an open file: the file then stays, and locks nothing.
         if _is_file_of(path, handle):
             with suppress(OSError):
                 path.unlink()
@@ -73,13 +75,13 @@ def hold(output: str | Path) -> Iterator[None]:
 
 @contextmanager
 def hold_folder(folder: str | Path) -> Iterator[None]:
-    """Make a folder and be the only one to write it; gone after if nothing is in it.
+    """Make a folder for results and lock it; afterwards, remove it if it is new and empty.
 
     Args:
-        folder: that results go to.
+        folder: the folder; its parents are made, and removed, too.
 
     Raises:
-        ValueError: another process holds it, or it cannot be written.
+        ValueError: another process has the lock, or the folder cannot be written.
     """
     folder = Path(folder)
     missing = [one for one in (folder, *folder.parents) if not one.exists()]
@@ -108,7 +110,7 @@ def _take(path: Path, output: Path) -> int:
                 locked = not _is_alive(_read(handle))
             if not locked:
                 raise ValueError(_refusal(output, path, _read(handle)))
-            # The holder before may have removed the file between our opening and our locking.
+            # The previous holder may have removed the file after it was opened here.
             if _is_file_of(path, handle):
                 _write(handle)
                 return handle
@@ -119,7 +121,11 @@ def _take(path: Path, output: Path) -> int:
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock without waiting: ``False`` if another holds it, ``None`` if the system has no locks."""
+    """Lock an open file without waiting.
+
+    Returns:
+        ``False`` if another process has the lock, ``None`` if the file system has no locks.
+    """
     try:
         if fcntl is not None:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,7 +150,7 @@ def _is_file_of(path: Path, handle: int) -> bool:
 
 
 def _write(handle: int) -> None:
-    """Say who holds the lock."""
+    """Write this process and the time to the lock file."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
     os.ftruncate(handle, 0)
@@ -153,7 +159,7 @@ def _write(handle: int) -> None:
 
 
 def _read(handle: int) -> dict[str, Any]:
-    """Describe the holder of the lock, as far as the file says."""
+    """Read the process and the time from the lock file; empty if it contains none."""
     try:
         os.lseek(handle, 0, os.SEEK_SET)
         holder = json.loads(os.read(handle, 4096))
@@ -163,7 +169,7 @@ def _read(handle: int) -> dict[str, Any]:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Return whether a lock file's writer still runs; one on another machine counts as running."""
+    """Return whether the lock's process is alive; a process of another machine counts as alive."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or isinstance(pid, bool) or pid < 1:
         return False
@@ -188,7 +194,7 @@ def _refusal(output: Path, path: Path, holder: dict[str, Any]) -> str:
 
 
 def _close_in_child() -> None:
-    """Let a forked child hold nothing: workers that outlive a killed parent would lock on."""
+    """Close inherited lock files in a forked child, which may outlive a killed parent."""
     for handle in _held:
         with suppress(OSError):
             os.close(handle)

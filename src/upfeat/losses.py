@@ -1,8 +1,9 @@
-"""Losses that ask high-resolution features to explain a backbone's views (FeatUp, section 3).
+"""Losses between high-resolution features and a backbone's features of views (FeatUp, section 3).
 
-The main term is a Gaussian likelihood whose width the model predicts from the backbone's own
-features, so that cells which disagree between views for reasons of their own count less. The others
-keep magnitudes smooth and plausible, and neighbours of one colour alike.
+The main term is the negative log-likelihood of a Gaussian whose standard deviation is predicted
+from the backbone's features, so that cells whose features differ between views for other reasons
+than resolution count less. The other terms keep magnitudes smooth and close to the backbone's, and
+make features of neighbouring pixels of similar colour similar.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from upfeat.bounds import number
 from upfeat.downsamplers import gaussian_blur
 from upfeat.warp import check_map
 
-# Weights of the published recipes, beside a reconstruction term of weight 1.
+# Weights of the terms in the published recipes, where the reconstruction term has weight 1.
 JBU_CRF_WEIGHT = 1e-3
 JBU_TOTAL_VARIATION_WEIGHT = 0.0
 IMPLICIT_MAGNITUDE_WEIGHT = 1e-3
@@ -27,21 +28,21 @@ JBU_PROJECTION_DIM = 30
 
 
 class SpatialUncertainty(nn.Module):
-    """The likelihood's standard deviation at each cell, from the backbone's features there.
+    """Standard deviation s of the likelihood at each cell, predicted from the cell's features.
 
-    s = max(exp(conv1×1(features) + 0.1), 1e-4). The convolution starts at a tenth of its usual
-    size, so s starts near 1.1 everywhere.
+    s = max(exp(conv1×1(features) + 0.1), 1e-4). The initial weights of the convolution are a tenth
+    of PyTorch's default, so that s is initially about 1.1 everywhere.
     """
 
     def __init__(self, embed_dim: int, *, generator: torch.Generator | None = None) -> None:
         """Draw the initial values.
 
         Args:
-            embed_dim: channels C of the features.
-            generator: source of the initial values; the global one by default.
+            embed_dim: number of feature channels C.
+            generator: source of the initial values; ``None`` for PyTorch's global generator.
 
         Raises:
-            ValueError: ``embed_dim`` below 1.
+            ValueError: ``embed_dim`` is below 1.
         """
         super().__init__()
         if embed_dim < 1:
@@ -75,26 +76,27 @@ class SpatialUncertainty(nn.Module):
 def gaussian_reconstruction(predicted: Tensor, target: Tensor, scale: Tensor) -> Tensor:
     """Return the mean negative log-likelihood of a view's features, without its constant.
 
-    mean of (predicted - target)² / (2 scale²) + log scale over maps, cells and channels; for a free
-    scale it is least where the scale is the residual's root mean square.
+    The loss is the mean of (predicted - target)² / (2 scale²) + log scale over maps, cells and
+    channels. As a function of scale it is least if scale is the root mean square of the residual.
 
     Args:
-        predicted: (B, C, h, w) warped and downsampled features.
-        target: (B, C, h, w) the backbone's features of the view.
-        scale: (B, 1, h, w) standard deviations (or any shape that spreads over the target), > 0.
+        predicted: (B, C, h, w), warped and downsampled features.
+        target: (B, C, h, w), the backbone's features of the view.
+        scale: (B, 1, h, w), standard deviations > 0, or any shape that broadcasts to the target's.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        TypeError: an argument is not a tensor.
+        ValueError: the shapes do not match.
     """
     for name, value in (("predicted", predicted), ("target", target), ("scale", scale)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} is of type {type(value).__name__}; give a tensor")
     _check_same("predicted", predicted, "target", target)
     try:
-        scale.expand_as(target)  # torch.broadcast_shapes would import SymPy, a second's work
+        scale.expand_as(target)  # torch.broadcast_shapes would import SymPy, which takes a second
     except RuntimeError:
         raise ValueError(
             f"scale must spread over target {tuple(target.shape)}, got {tuple(scale.shape)}"
@@ -104,16 +106,16 @@ def gaussian_reconstruction(predicted: Tensor, target: Tensor, scale: Tensor) ->
 
 
 def total_variation(x: Tensor) -> Tensor:
-    """Return the squared differences of neighbours, vertical and horizontal, per element of x.
+    """Return the sum of squared differences of neighbouring pixels, divided by the size of x.
 
     Args:
         x: (B, C, H, W).
 
     Returns:
-        A scalar; zero for constant maps.
+        A scalar; 0 for constant maps.
 
     Raises:
-        ValueError: these are no maps.
+        ValueError: ``x`` is not (B, C, H, W).
     """
     check_map("x", x)
     vertical = (x[..., 1:, :] - x[..., :-1, :]).square().sum()
@@ -124,10 +126,10 @@ def total_variation(x: Tensor) -> Tensor:
 def magnitude(x: Tensor) -> Tensor:
     """Return the Euclidean length over channels: (B, C, H, W) -> (B, 1, H, W).
 
-    Its gradient at a zero vector is zero.
+    The gradient at a zero vector is zero.
 
     Raises:
-        ValueError: these are no maps.
+        ValueError: ``x`` is not (B, C, H, W).
     """
     check_map("x", x)
     return torch.linalg.vector_norm(x, dim=1, keepdim=True)
@@ -137,10 +139,9 @@ def magnitude_consistency(predicted: Tensor, target: Tensor) -> Tensor:
     """Return the mean squared difference of a magnitude map and the magnitude of the target.
 
     Args:
-        predicted: (B, 1, h, w) a magnitude map brought to the grid, as the published term takes it
-            (warp and downsample ``magnitude(features)``); or (B, C, h, w) downsampled features,
-            whose magnitude is then taken here.
-        target: (B, C, h, w) the backbone's features of the view.
+        predicted: (B, 1, h, w), ``magnitude(features)`` warped and downsampled, as in the published
+            term; or (B, C, h, w), downsampled features, whose magnitude is computed.
+        target: (B, C, h, w), the backbone's features of the view.
 
     Returns:
         A scalar.
@@ -161,7 +162,7 @@ def magnitude_variation(features: Tensor) -> Tensor:
 def blur_pin(features: Tensor) -> Tensor:
     """Return the mean squared difference of features and their 5×5, sigma 1 Gaussian blur.
 
-    It holds down detail finer than the image supports: (B, C, H, W) -> scalar.
+    The term suppresses detail finer than the image supports: (B, C, H, W) -> scalar.
     """
     return (gaussian_blur(features) - features).square().mean()
 
@@ -179,26 +180,28 @@ def crf_pairwise(
     shift: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Return a pairwise term that pulls together features of pixels alike in place and colour.
+    """Return a pairwise term that makes features of pixels of similar position and colour similar.
 
-    Over all pairs of ``n_points`` random pixels, the mean of |features_i - features_j|² times
+    The term is the mean, over all pairs of ``n_points`` random pixels, of |features_i -
+    features_j|² times
 
         w1 exp(-d²/(2 alpha) - c²/(2 beta)) + w2 exp(-d²/(2 gamma)) - shift,
 
-    with d the distance in units of the image's longer side and c the distance of the colours.
-    Features and image must show the same frame: both plain, or both warped by one jitter.
+    where d is the pixels' distance in units of the image's longer side and c the distance of their
+    colours. Features and image must be aligned: both unwarped, or both warped by the same jitter.
 
     Args:
         features: (B, C, H, W).
-        image: (B, 3, H, W), normalised, in the frame of the features.
-        n_points: pixels drawn, with replacement, the same for the whole batch.
-        alpha: variance of place in the first kernel.
+        image: (B, 3, H, W), normalised, aligned with the features.
+        n_points: number of pixels, drawn with replacement, the same for the whole batch.
+        alpha: variance of position in the first kernel.
         beta: variance of colour in the first kernel.
-        gamma: variance of place in the second kernel.
+        gamma: variance of position in the second kernel.
         w1: weight of the first kernel.
         w2: weight of the second kernel.
-        shift: subtracted from the kernels; pushes apart pairs that are alike in neither.
-        generator: source of the points; the global one by default.
+        shift: constant subtracted from the kernels; it drives apart the features of pixels that are
+            similar in neither position nor colour.
+        generator: source of the points; ``None`` for PyTorch's global generator.
 
     Returns:
         A scalar. Time and memory grow with B · n_points², not with C · n_points².
@@ -227,14 +230,14 @@ def crf_pairwise(
     )
     place = torch.stack([y, x], dim=-1).to(image.dtype) / max(height, width)  # (P, 2)
     colour = _at(image, y * width + x)  # (B, P, 3)
-    # Both variances are taken into the coordinates, so that one distance holds place and colour.
+    # Coordinates are divided by their standard deviations: one distance combines place and colour.
     both = [place.expand(len(image), -1, -1) / alpha**0.5, colour / beta**0.5]
     near = torch.exp(_squared_distances(place) / (-2 * gamma))  # (P, P)
     kernel = torch.exp(_squared_distances(torch.cat(both, dim=-1)) * -0.5)  # (B, P, P)
     kernel = torch.add(w2 * near - shift, kernel, alpha=w1)
     points = _at(features, y * width + x)  # (B, P, C)
     # The sum of kernel · |f_i - f_j|² is twice f' L f with L the kernel's graph Laplacian. It does
-    # not change when all f move together; measured from one of them, nothing large cancels.
+    # not change if a constant is added to all f; subtracting one of them avoids cancellation.
     points = points.to(torch.promote_types(points.dtype, kernel.dtype))
     points = points - points[:, :1].detach()
     own = (points.square().sum(-1) * kernel.sum(-1)).sum()
@@ -250,20 +253,21 @@ def random_projection(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Return ``n`` random directions in feature space, to compare features by (section 3.3).
+    """Return ``n`` random directions of feature space, to compare features along (section 3.3).
 
     Args:
-        embed_dim: channels C of the features.
-        n: how many directions.
-        generator: source of randomness; the global one by default.
-        dtype: floating type of the result.
-        device: where to put it.
+        embed_dim: number of feature channels C.
+        n: number of directions.
+        generator: source of randomness; ``None`` for PyTorch's global generator.
+        dtype: floating-point type of the result.
+        device: device of the result.
 
     Returns:
-        (embed_dim, n), columns of length 1. Its transpose is the weight of a 1×1 convolution.
+        (embed_dim, n), columns of length 1; the transpose can be used as the weight of a 1×1
+        convolution.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: ``embed_dim`` or ``n`` is below 1.
     """
     if embed_dim < 1 or n < 1:
         raise ValueError(f"embed_dim and n must be at least 1, got {embed_dim} and {n}")
@@ -273,12 +277,12 @@ def random_projection(
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
-    """The vectors at P pixels, numbered row by row: (B, C, H, W) -> (B, P, C)."""
+    """Vectors at P pixels, given by their row-major indices: (B, C, H, W) -> (B, P, C)."""
     return x.flatten(2).index_select(2, index).mT
 
 
 def _squared_distances(points: Tensor) -> Tensor:
-    """Squared distances of all pairs, by one product: (…, P, D) -> (…, P, P)."""
+    """Squared distances of all pairs of points, by one matrix product: (…, P, D) -> (…, P, P)."""
     points = points - points.mean(-2, keepdim=True)
     square, one = points.square().sum(-1, keepdim=True), torch.ones_like(points[..., :1])
     left, right = torch.cat([-2 * points, square, one], -1), torch.cat([points, one, square], -1)

@@ -1,4 +1,4 @@
-"""The machine: how much memory new data may take, and whether a task fits."""
+"""Memory and devices of the machine: free memory, and checks that a task fits into it."""
 
 from __future__ import annotations
 
@@ -23,30 +23,31 @@ except ImportError:  # Windows
 _UNITS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _PROC = Path("/proc")
 _CGROUPS = Path("/sys/fs/cgroup")
-# Beyond this a limit of version 1 means none: it is written as the largest number there is.
+# Control groups of version 1 write "no limit" as a number near 2⁶³; any above this is read as none.
 _NO_LIMIT = 1 << 60
 DECODING = 40
-"""Bytes a pixel while a file is decoded to floats, measured."""
+"""Peak memory of decoding a file to floats, in bytes per pixel, measured."""
 
 
 def available_memory(device: torch.device | str | None = None) -> int | None:
-    """Bytes of memory that new data may take before something fails or the system kills.
+    """Number of bytes that can be allocated before an allocation fails or the process is killed.
 
-    The least of what the system has available, what the limits of the control groups leave
-    (containers, batch systems; versions 1 and 2), and what ``ulimit -v`` and ``-d`` leave.
+    For the CPU, this is the least of the system's available memory, the remainders of the limits of
+    control groups (containers, batch systems; versions 1 and 2), and the remainders of the limits
+    of ``ulimit -v`` and ``-d``.
 
     Args:
-        device: a GPU, whose own memory is asked for then; ``None`` for the CPU.
+        device: device of the memory, such as a GPU; ``None`` for the CPU.
 
     Returns:
-        Bytes, at least 0; ``None`` where the system does not tell.
+        Number of bytes, at least 0; ``None`` if the system does not provide it.
     """
     kind = str("cpu" if device is None else device).partition(":")[0]
     if kind == "cuda":
         import torch
 
         free, _ = torch.cuda.mem_get_info(device)
-        # What PyTorch keeps for reuse is taken, but not by anything.
+        # Memory that PyTorch has reserved but not allocated to tensors is free for new tensors.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     if kind != "cpu":
         return None
@@ -55,10 +56,10 @@ def available_memory(device: torch.device | str | None = None) -> int | None:
 
 
 def find_device(device: torch.device | str | int) -> torch.device:
-    """Check that tensors can be put on a device.
+    """Check that tensors can be allocated on a device.
 
     Raises:
-        ValueError: they cannot, or it is no name of one.
+        ValueError: ``device`` is not the name of a device, or the device cannot be used.
     """
     import torch
 
@@ -83,19 +84,19 @@ def check_fits(
     device: torch.device | str | None = None,
     free: float | None = None,
 ) -> None:
-    """Refuse an image whose decoding and features would not fit, before either is begun.
+    """Check that memory suffices to decode an image and compute its features, before either starts.
 
     Args:
-        label: what errors call the image.
-        own: its (height, width).
-        size: the shorter side it is brought to; ``None`` for its own.
-        a_pixel: bytes that the work takes for each pixel of that.
-        fixed: bytes that it takes besides.
-        device: where the work is done; images are decoded by the CPU.
-        free: bytes that may be taken; ``None`` for what the machine has.
+        label: name of the image, for error messages.
+        own: (height, width) of the image file, in pixels.
+        size: shorter side in pixels to which the image is resized; ``None`` for no resizing.
+        a_pixel: bytes needed per pixel of the resized image.
+        fixed: bytes needed whatever the size.
+        device: device of the features; images are decoded on the CPU.
+        free: bytes that may be allocated; ``None`` for the available memory.
 
     Raises:
-        ValueError: it would not fit; the message says what size would.
+        ValueError: memory does not suffice; the message names a size for which it does.
     """
     bound, free = free, available_memory() if free is None else max(free, 0)
     decoding = own[0] * own[1] * DECODING
@@ -121,7 +122,7 @@ def check_fits(
 
 
 def resized(own: tuple[int, int], size: int | None) -> tuple[int, int]:
-    """(height, width) of an image whose shorter side is brought to ``size`` pixels."""
+    """(height, width) of an image after its shorter side is resized to ``size`` pixels."""
     if size is None:
         return own
     scale = size / min(own)
@@ -129,7 +130,7 @@ def resized(own: tuple[int, int], size: int | None) -> tuple[int, int]:
 
 
 def readable(size: float) -> str:
-    """Bytes as people write them: "53.8 MB", "1.2 GB"."""
+    """Format a number of bytes with a unit, such as "53.8 MB" or "1.2 GB"."""
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = next((n for n in range(len(units) - 1) if size < 999.5 * 1000**n), len(units) - 1)
     return f"{size / 1000**power:.{1 if power else 0}f} {units[power]}"
@@ -143,7 +144,7 @@ def _system() -> Iterator[int]:
 
 
 def _control_groups() -> Iterator[int]:
-    """Bytes that each limit on the way from this process's group to the root leaves."""
+    """Remaining bytes of each memory limit from this process's control group up to the root."""
     try:
         lines = (_PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -159,19 +160,19 @@ def _control_groups() -> Iterator[int]:
 
 
 def _left(root: Path, group: str, limit: str, usage: str, cache: str) -> Iterator[int]:
-    # In a container the root is often its own group, and the path below it not there.
+    # In a container the root is often the container's own group, and the path does not exist below.
     parts = [part for part in group.split("/") if part not in ("", "..")]
     for depth in range(len(parts), -1, -1):
         folder = root.joinpath(*parts[:depth])
         with suppress(OSError, ValueError):
-            allowed = int((folder / limit).read_text())  # "max" is none
+            allowed = int((folder / limit).read_text())  # "max", no limit, raises ValueError
             if allowed < _NO_LIMIT:
                 used = int((folder / usage).read_text())
                 yield allowed - used + _cached(folder / "memory.stat", cache)
 
 
 def _cached(path: Path, name: str) -> int:
-    """Bytes of files kept in memory, which the system gives up when memory is asked for."""
+    """Number of bytes of cached files, which the system frees when memory is needed."""
     with suppress(OSError, ValueError):
         for line in path.read_text().splitlines():
             key, _, value = line.partition(" ")
@@ -181,7 +182,7 @@ def _cached(path: Path, name: str) -> int:
 
 
 def _own_limits() -> Iterator[int]:
-    """Bytes that ``ulimit`` leaves of address space and of data."""
+    """Remaining bytes of the limits of ``ulimit`` on address space and data."""
     if resource is None:
         return
     limits = {"RLIMIT_AS": "VmSize", "RLIMIT_DATA": "VmData"}
@@ -193,13 +194,13 @@ def _own_limits() -> Iterator[int]:
 
 
 def status(field: str) -> int | None:
-    """A memory figure of this process from ``/proc/self/status``, bytes.
+    """Read a field of ``/proc/self/status``, such as the process's resident memory.
 
     Args:
-        field: such as "VmRSS".
+        field: name of the field, such as "VmRSS".
 
     Returns:
-        ``None`` where the system does not tell.
+        Number of bytes; ``None`` on systems without ``/proc``.
     """
     with suppress(OSError, ValueError, IndexError):
         for line in (_PROC / "self" / "status").read_text().splitlines():
@@ -209,15 +210,15 @@ def status(field: str) -> int | None:
 
 
 def resident_memory() -> int | None:
-    """Bytes of memory that this process holds; ``None`` where the system does not tell."""
+    """Resident memory of this process in bytes; ``None`` on systems without ``/proc``."""
     return status("VmRSS")
 
 
 def release_memory() -> None:
-    """Give memory that is no longer used back to the system (glibc; elsewhere it is collected).
+    """Collect garbage, and with glibc return freed memory to the system.
 
-    The allocator keeps what each thread has freed for that thread alone, so a server whose threads
-    take turns grows by far more than it holds.
+    glibc's allocator keeps memory freed by a thread for that thread, so that a server with many
+    threads grows far beyond the memory it uses.
     """
     gc.collect()
     with suppress(OSError, AttributeError, TypeError):
@@ -225,16 +226,16 @@ def release_memory() -> None:
 
 
 def parse_memory(text: str | int) -> int:
-    """Read an amount of memory.
+    """Convert an amount of memory to bytes.
 
     Args:
-        text: bytes, or a number with a unit: "2GB", "500 MB", "1.5GiB".
+        text: number of bytes, or a number with a unit, such as "2GB", "500 MB" or "1.5GiB".
 
     Returns:
-        Bytes.
+        Number of bytes.
 
     Raises:
-        ValueError: it is no such amount.
+        ValueError: ``text`` is not an amount of memory, or is 0.
 
     Example:
         >>> parse_memory("1.5 GB")

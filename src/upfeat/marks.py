@@ -1,7 +1,8 @@
-"""Marks inside files of upfeat, so that none is taken for somebody else's.
+"""Marks in files that upfeat writes, by which its own files are distinguished from others.
 
-Safetensors in their metadata, pictures in a text, ``.npy`` by the length of its header, zarr in its
-attributes, JSON and HTML by a word at their start.
+The mark is in the metadata of safetensors files, in a text field of pictures, in the comment of
+videos, in the attributes of zarr arrays, in the field ``format`` of JSON files and in a tag at the
+start of HTML files. ``.npy`` files are recognised by the length of their header.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ from upfeat._version import __version__
 from upfeat.storage import is_our_npy, read_metadata
 
 FEATURES = "upfeat-features"
-"""The mark of files of feature maps."""
+"""Mark of files of feature maps."""
 PICTURE = "upfeat-picture"
-"""The mark of pictures."""
+"""Mark of pictures."""
 
 VIDEO = "upfeat-video"
-"""The mark of videos, in their comment."""
+"""Mark of videos, in their comment."""
 
 REPORT = "upfeat-report"
-"""The mark of reports."""
+"""Mark of reports."""
 
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm")
 _VIDEO_ENDS = 1 << 16
-"""Bytes at both ends of a video among which its comment stands, with all tables after it."""
+"""Number of bytes at both ends of a video in which to search its comment, for tables follow it."""
 _PICTURES = (".png", ".jpg", ".jpeg")
 _HTML_MARK = '<meta name=generator content="upfeat'
 
 
 def kind_of(path: Path) -> str | None:
-    """Kind of a file that upfeat made, such as "upfeat-features"; ``None`` for any other.
+    """Kind of a file that upfeat wrote, such as "upfeat-features"; ``None`` for any other file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     suffix = path.suffix.lower()
     if not path.exists():
-        return None  # a link that leads nowhere, at most
+        return None  # no file, or a broken link
     try:
         if path.is_dir():
             return _ours(_zarr_attributes(path).get("format"))
@@ -75,7 +76,7 @@ def _is_our_video(path: Path) -> bool:
 
 
 def html_mark() -> str:
-    """Mark for the head of an HTML page, so that it is known as ours."""
+    """Mark of reports, for the head of an HTML page."""
     return f'{_HTML_MARK} {__version__}">'
 
 
@@ -84,7 +85,7 @@ def _ours(name: object) -> str | None:
 
 
 def _zarr_attributes(folder: Path) -> Mapping[str, Any]:
-    """Of a zarr array, of format 3 or 2."""
+    """Attributes of a zarr array, of format 3 or 2; empty for another folder."""
     if (folder / "zarr.json").is_file():
         return json.loads((folder / "zarr.json").read_bytes()).get("attributes", {})
     if (folder / ".zattrs").is_file():
@@ -93,12 +94,16 @@ def _zarr_attributes(folder: Path) -> Mapping[str, Any]:
 
 
 def encode_picture(picture: Image.Image, suffix: str, *, recipe: str = "") -> bytes:
-    """A picture as the bytes of a file that says it is ours.
+    """Encode a picture as PNG or JPEG, with upfeat's mark.
 
     Args:
-        picture: to encode.
-        suffix: ".png", or else JPEG.
-        recipe: digest of all that the picture depends on, for :func:`upfeat.outputs.is_done`.
+        picture: the picture.
+        suffix: ".png" for PNG; any other for JPEG.
+        recipe: digest of everything that the picture depends on, for
+            :func:`upfeat.outputs.is_done`.
+
+    Returns:
+        Content of the file.
     """
     facts = {"Software": f"upfeat {__version__}", "format": PICTURE, "recipe": recipe}
     content = io.BytesIO()
@@ -113,7 +118,7 @@ def encode_picture(picture: Image.Image, suffix: str, *, recipe: str = "") -> by
 
 
 def picture_facts(path: Path) -> Mapping[str, Any]:
-    """The texts inside a picture; of one that is not whole, none."""
+    """Read the text fields of a picture, by name; empty for a damaged picture."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -24,8 +24,7 @@ from upfeat.types import Size, Window, scaled
 from upfeat.upsamplers.maps import cut, inside
 
 Read = Callable[[Window], Tensor]
-"""Function from a window in pixels to its image (1, 3, height, width), normalised for the backbone.
-"""
+"""Function from a window in pixels to (1, 3, height, width), normalised for the backbone."""
 
 _PROBE_CELLS = 64
 _LEAST_TILE = 16

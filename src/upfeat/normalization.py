@@ -1,4 +1,4 @@
-"""Normalisation of an image's colours, and conversion from one to another."""
+"""Normalisation of an image's colours, and conversion between normalisations."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 Colour = tuple[float, ...]
-"""A value for each of red, green and blue, or for each band."""
+"""One value for each of red, green and blue, or for each band."""
 
 
 class Normalization(NamedTuple):
-    """Colours in [0, 1] less ``mean``, over ``std``."""
+    """Normalisation (colour − ``mean``) / ``std`` of colours in [0, 1]."""
 
     mean: Colour
     std: Colour
@@ -29,14 +29,14 @@ class Normalization(NamedTuple):
         return x * std + mean
 
     def convert(self, x: Tensor, target: Normalization) -> Tensor:
-        """Bring an image from this normalisation into another.
+        """Convert an image from this normalisation to another.
 
         Args:
-            x: (…, 3, H, W), normalised by this one.
-            target: the normalisation wanted.
+            x: (…, 3, H, W), image in this normalisation.
+            target: normalisation of the result.
 
         Returns:
-            ``x`` itself where both agree; otherwise the same shape and dtype.
+            ``x`` itself if the normalisations are equal; otherwise a tensor of its shape and dtype.
         """
         if self == target:
             return x
@@ -53,34 +53,34 @@ class Normalization(NamedTuple):
 
 
 class Normalized(Protocol):
-    """Whatever takes normalised images and says how, as backbones do."""
+    """Protocol of objects that require normalised images, such as backbones."""
 
     @property
     def normalization(self) -> Normalization:
-        """The normalisation of its images."""
+        """Normalisation that images must have."""
         ...
 
 
 IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Of the photographs of ImageNet, which most backbones are trained with."""
+"""Normalisation by the statistics of ImageNet, with which most backbones are trained."""
 HALF = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""Colours from −1 to 1."""
+"""Normalisation to colours from −1 to 1."""
 
 
 STD_BOUNDS = (1e-6, 1e6)
-"""Standard deviations that images can have: a colour over a smaller one leaves float32."""
+"""Least and largest standard deviation; normalisation by a smaller one could overflow float32."""
 
 
 def check_normalization(mean: object, std: object, channels: int = 3) -> Normalization:
     """Check a mean and a standard deviation.
 
     Args:
-        mean: 3 numbers, RGB in [0, 1]; or as many as there are channels.
-        std: likewise, from 1e-6 to 1e6.
-        channels: of the images.
+        mean: one number per channel, for colours in [0, 1]; from -1e6 to 1e6.
+        std: one number per channel, from 1e-6 to 1e6.
+        channels: number of channels of the images.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the count or range of the numbers is wrong.
     """
     means, stds = _numbers(mean, channels), _numbers(std, channels)
     if means is None or stds is None or min(stds) <= 0:
@@ -97,7 +97,7 @@ def check_normalization(mean: object, std: object, channels: int = 3) -> Normali
 
 
 def _numbers(values: object, count: int) -> Colour | None:
-    """So many finite numbers, or ``None`` where they are not."""
+    """Convert values to floats; ``None`` unless they are ``count`` finite numbers."""
     if not isinstance(values, Iterable):
         return None
     try:

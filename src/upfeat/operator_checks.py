@@ -1,4 +1,4 @@
-"""Checks of what operators are given: each raises one line that names the argument."""
+"""Checks of the operators' arguments; each raises a one-line error that names the argument."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from torch import Tensor
 from upfeat.bounds import number, shown
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Types that are computed with."""
+"""Data types that operators compute in."""
 
 
 def check_ranges(label: str, bounds: Sequence[int], length: int, cells: int) -> None:
-    """Check that ranges of cells, one for each of ``length`` pixels, lie in the grid."""
+    """Check that ranges of cells, one for each of ``length`` pixels, are not empty and in the grid.
+
+    Args:
+        label: name of the argument, for error messages.
+        bounds: first cell of every range, then one past the last cell of every range.
+        length: number of pixels on the axis.
+        cells: number of cells on the axis.
+    """
     if len(bounds) != 2 * length:
         raise ValueError(f"{label} has {len(bounds)} numbers; give a first and an end for {length}")
     for first, stop in zip(bounds[:length], bounds[length:], strict=True):
@@ -35,7 +42,19 @@ def check_window(
     whole: str = "output",
     part: str = "window",
 ) -> tuple[list[int], list[int]]:
-    """The whole map's size and where in it the tensor begins."""
+    """Check that a tensor contains a window of a map.
+
+    Args:
+        name: name of the tensor, for error messages.
+        tensor: (…, height, width), values in the window.
+        output_size: (height, width) of the map; ``None`` for the tensor's size.
+        window: (top, left, height, width); ``None`` for the whole map.
+        whole: word for the map in messages, "output" or "grid".
+        part: word for the window in messages.
+
+    Returns:
+        The map's [height, width], and the window's [top, left].
+    """
     label = "output_size" if whole == "output" else "grid_size"
     size = list(tensor.shape[-2:]) if output_size is None else whole_numbers(label, output_size, 2)
     place = (0, 0, *size) if window is None else whole_numbers(part, window, 4)
@@ -53,7 +72,11 @@ def check_window(
 
 
 def check_pair(name: str, values: Tensor, weights: Tensor, other: str = "weights") -> Tensor:
-    """Check that two (B, ·, ·, ·) tensors go together; return the other in the values' dtype."""
+    """Check that batch, device and dtype of two (B, ·, ·, ·) tensors agree.
+
+    Returns:
+        ``weights``, under autocast converted to the dtype of ``values``.
+    """
     check_tensor(name, values)
     check_tensor(other, weights)
     if values.shape[0] != weights.shape[0]:
@@ -75,7 +98,7 @@ def check_pair(name: str, values: Tensor, weights: Tensor, other: str = "weights
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
-    """Check that something is a dense tensor of four axes whose numbers can be computed with."""
+    """Check that the argument is a dense tensor of four dimensions and a type of :data:`FLOATS`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is of type {type(tensor).__name__}; give a tensor")
     if tensor.dim() != 4:
@@ -87,7 +110,14 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def scalar(name: str, value: Tensor | float, like: Tensor, *, divisor: bool = False) -> Tensor:
-    """A number as a tensor beside others; a tensor of one number keeps its gradient."""
+    """Convert a number to a tensor of the dtype and device of ``like``.
+
+    Args:
+        name: name of the argument, for error messages.
+        value: a number, or a tensor of one number, whose gradient is kept.
+        like: tensor whose dtype and device the result has.
+        divisor: refuse the number 0.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; give one real number")
@@ -99,7 +129,7 @@ def scalar(name: str, value: Tensor | float, like: Tensor, *, divisor: bool = Fa
 
 
 def whole_numbers(name: str, values: Sequence[int], count: int | None = None) -> list[int]:
-    """A list of whole numbers, those that stand for sizes unknown in a graph included."""
+    """Convert values to a list of integers; symbolic sizes of a traced graph are kept."""
     try:
         found = [n if isinstance(n, int | torch.SymInt) else operator.index(n) for n in values]
     except TypeError:
@@ -117,5 +147,5 @@ def check_not_empty(name: str, tensor: Tensor) -> None:
 
 
 def size_of(tensor: Tensor) -> str:
-    """Height × width, for messages."""
+    """Format a map's height × width, for messages."""
     return f"{tensor.shape[-2]}×{tensor.shape[-1]}"

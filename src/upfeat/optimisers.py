@@ -1,7 +1,8 @@
-"""PyTorch's optimisers without the compiler that they import.
+"""PyTorch's optimisers without the import of the compiler.
 
-``torch.optim`` marks its methods for ``torch.compile``, and the marks import ``torch._dynamo``,
-which takes as long as all the rest of PyTorch. Nothing here compiles a step of an optimiser.
+``torch.optim`` decorates its methods for ``torch.compile``, and the decorators import
+``torch._dynamo``, which takes as long as the import of all other parts of PyTorch. This library
+does not compile the steps of its optimisers.
 """
 
 from __future__ import annotations
@@ -15,19 +16,19 @@ _MARKED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 
 
 def _unmarked(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Unwrap a method that PyTorch decorates; the method itself where it is not wrapped."""
+    """Return the function that PyTorch's decorator wraps, or a method without decorator itself."""
     return getattr(method, "__wrapped__", method)
 
 
 class NAdam(torch.optim.NAdam):
-    """``torch.optim.NAdam``, to the bit."""
+    """``torch.optim.NAdam``, with results that are equal bit by bit."""
 
-    # Its own decorator turns gradients off as well, but imports the compiler to do so.
+    # The decorator of PyTorch's ``step`` also disables gradients, but imports the compiler.
     step = torch.no_grad()(_unmarked(torch.optim.NAdam.step))
 
 
 class LBFGS(torch.optim.LBFGS):
-    """``torch.optim.LBFGS``, to the bit."""
+    """``torch.optim.LBFGS``, with results that are equal bit by bit."""
 
 
 for _optimiser in (NAdam, LBFGS):

@@ -1,7 +1,6 @@
-"""Files that a command reads and writes: found, named, and never one that is not ours to write.
+"""Files that a command reads and writes: search, names, and protection of files from overwriting.
 
-Whatever does not say that upfeat made it (:mod:`upfeat.marks`) is somebody else's, and so is every
-input.
+A command replaces only files with upfeat's mark (:mod:`upfeat.marks`), and never an input.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from upfeat.storage import replacing, sweep
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph to be worked on.
+    """A photograph to process.
 
     Attributes:
-        path: of the file.
-        below: the folder it lies in, relative to the one that was given; empty for a file given by
-            name.
+        path: path of the file.
+        below: folder of the file, relative to the folder on the command line; empty for a file
+            given by name.
     """
 
     path: Path
@@ -49,18 +48,18 @@ class Outputs:
 
     @property
     def paths(self) -> tuple[Path, ...]:
-        """Every file."""
+        """All paths of results."""
         return (self.features,) if self.picture is None else (self.features, self.picture)
 
 
 def find_photographs(paths: Iterable[Path]) -> list[Photo | OSError | ValueError]:
-    """Replace every folder by the photographs in it and in the folders below it, sorted by name.
+    """Replace every folder by the photographs in it and in its subfolders, sorted by name.
 
-    Hidden files and folders, and pictures that upfeat made, are left out of folders; what is given
-    by name is taken as it is.
+    Hidden files, hidden folders and pictures that upfeat wrote are skipped in folders; files given
+    by name are never skipped.
 
     Returns:
-        The photographs; an error for a folder that holds none or cannot be read.
+        The photographs; and an error for each folder that contains none or cannot be read.
     """
     found: list[Photo | OSError | ValueError] = []
     for path in paths:
@@ -74,13 +73,13 @@ def find_photographs(paths: Iterable[Path]) -> list[Photo | OSError | ValueError
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file of this name is an image, one that an extra reads included."""
+    """Return whether a file's suffix is that of an image, including HEIC, which needs an extra."""
     suffix = Path(name).suffix.lower()
     return suffix in (".heic", ".heif") or Image.registered_extensions().get(suffix) in Image.OPEN
 
 
 def search(folder: Path) -> list[Photo]:
-    """Photographs in a folder and below it, folder by folder; see :func:`find_photographs`.
+    """Find photographs in a folder and its subfolders; see :func:`find_photographs`.
 
     Raises:
         OSError: a folder cannot be read.
@@ -111,15 +110,18 @@ def _is_ours(path: Path) -> bool:
 def plan_outputs(
     photos: Sequence[Path | Photo], folder: Path, *, picture: bool = True
 ) -> list[tuple[Path, Outputs]]:
-    """Name the results of every photograph: its own name, numbered where two are alike.
+    """Choose paths for the results of every photograph, without writing anything.
 
-    Nothing is made or written.
+    Results have the name of the photograph, with a number if several have the same name.
 
     Args:
-        photos: the photographs; one named twice is done once. Those of folders keep the folders
-            below.
-        folder: where results go.
-        picture: whether pictures are wanted.
+        photos: the photographs; repeated paths count once. Results of photographs found in
+            subfolders go to the same subfolders of ``folder``.
+        folder: folder of the results.
+        picture: whether there is a picture for every photograph.
+
+    Returns:
+        The path of every photograph with the paths of its results.
     """
     planned = []
     taken: set[tuple[str, str]] = set()
@@ -136,7 +138,7 @@ def plan_outputs(
 
 
 def _once(photos: Sequence[Path | Photo]) -> Iterable[Photo]:
-    """Each file once, as it is named first."""
+    """Remove repeated paths; the first of each is kept."""
     known: dict[Path, Photo] = {}
     for photo in photos:
         whole = photo if isinstance(photo, Photo) else Photo(photo)
@@ -150,10 +152,10 @@ def picture_of(features: Path) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder for results, sweep it, and see that it can be written.
+    """Make a folder for results, remove abandoned temporary files, and check that it is writable.
 
     Raises:
-        ValueError: it cannot be made or written.
+        ValueError: the folder cannot be made or written.
     """
     if folder.is_file():
         raise ValueError(f"{folder}: cannot be written as a folder, it is a file; give a folder")
@@ -171,14 +173,14 @@ class _Writable(Exception):
 
 
 class Inputs:
-    """Files that are read, told again by whatever path: links, other case, ``.``."""
+    """Input files of a command, recognised under any path: links, other case, ``.``."""
 
     def __init__(self, paths: Iterable[str | Path | None]) -> None:
-        """Note what each path leads to.
+        """Record the identity of the file at each path.
 
         Args:
-            paths: files, folders whose files count (not those of folders below), and names of
-                backbones or upsamplers, which may be paths.
+            paths: files; folders, which stand for the files directly in them; and names of
+                backbones or upsamplers, which may contain paths.
         """
         self._known: dict[object, Path] = {}
         for path in _parts(paths):
@@ -190,12 +192,12 @@ class Inputs:
                     self._known.setdefault(key, one)
 
     def find(self, output: Path) -> Path | None:
-        """The input that an output would replace."""
+        """Return the input that an output would replace; ``None`` if there is none."""
         return next((self._known[key] for key in _identities(output) if key in self._known), None)
 
 
 def _parts(paths: Iterable[str | Path | None]) -> Iterator[Path]:
-    """Paths as they are, and what names such as "hf:folder" and "file.py:function" speak of."""
+    """Yield paths, and the paths in names such as "hf:folder" and "file.py:function"."""
     for path in paths:
         if path is None:
             continue
@@ -206,7 +208,7 @@ def _parts(paths: Iterable[str | Path | None]) -> Iterator[Path]:
 
 
 def _identities(path: Path) -> list[object]:
-    """Identities of a path: the place, and that of the file which is there, to the system."""
+    """Identities of a path: the resolved path, and device and inode of the file if it exists."""
     found: list[object] = [os.path.normcase(os.path.realpath(path))]
     with suppress(OSError, ValueError):
         state = path.stat()
@@ -219,13 +221,14 @@ def check_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = F
     """Refuse to write to an input, or over a file that is not an earlier result of the same kind.
 
     Args:
-        output: the file, or folder (zarr), about to be written.
+        output: the file, or folder (zarr), to write.
         inputs: all files that the command reads.
-        kind: what the output will say it is.
-        overwrite: replace other files, though never an input or a folder that is not ours.
+        kind: mark of the output, such as "upfeat-features".
+        overwrite: also allow files of another kind or origin, but never an input or a folder
+            without the mark.
 
     Raises:
-        ValueError: it may not be written.
+        ValueError: the output may not be written.
     """
     given = inputs.find(output)
     if given is not None:
@@ -246,11 +249,12 @@ def check_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = F
 
 @contextmanager
 def watched(photo: Path) -> Iterator[str]:
-    """Give the SHA-256 of a file that is read inside the block.
+    """Context that gives the SHA-256 of a file, and checks that the file does not change in it.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it changed meanwhile, so that the digest may be another file's.
+        OSError: the file cannot be read.
+        ValueError: the file changed before the end of the block, so that the digest may not be that
+            of the content read in the block.
     """
     _check_file(photo)
     before = _state(photo)
@@ -274,7 +278,7 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     _check_file(path)
     found = hashlib.sha256()
@@ -285,17 +289,17 @@ def file_digest(path: Path) -> str:
 
 
 def digest(recipe: Mapping[str, Any]) -> str:
-    """SHA-256 over all that a result depends on, JSON values by name."""
+    """SHA-256 of a recipe: everything that a result depends on, as JSON values by name."""
     text = json.dumps({**recipe, "upfeat_version": __version__}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def is_done(outputs: Outputs, recipe: str) -> bool:
-    """Return whether whole results of the same recipe are there already.
+    """Return whether complete results of a recipe exist already.
 
     Args:
-        outputs: where they would be.
-        recipe: as :func:`digest` gave it, and as it was written into the files.
+        outputs: paths of the results.
+        recipe: :func:`digest` of the recipe, which the files of results contain.
     """
     try:
         with safe_open(outputs.features, framework="pt") as file:
@@ -309,14 +313,14 @@ def is_done(outputs: Outputs, recipe: str) -> bool:
 
 
 def check_space(output: Path, needed: int | None) -> None:
-    """Refuse a file that the disk has no room for, before the work for it is done.
+    """Check that the disk has room for a file, before its content is computed.
 
     Args:
-        output: the file; its folder, or one above, exists.
-        needed: bytes; ``None`` where that is not known.
+        output: the file; its folder, or a parent of the folder, exists.
+        needed: size of the file in bytes; ``None`` if unknown.
 
     Raises:
-        OSError: there is no room.
+        OSError: the disk has less free space.
     """
     folder = next(folder for folder in output.absolute().parents if folder.is_dir())
     free = shutil.disk_usage(folder).free

@@ -1,4 +1,4 @@
-"""Colour spaces that PNG files name without a profile, as profiles."""
+"""ICC profiles for the colour spaces that PNG files define without a profile."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 Chromaticities = tuple[float, ...]
-"""x and y of white, red, green and blue."""
+"""Chromaticities x and y of white, red, green and blue: eight numbers."""
 
 _WHITE = (0.3127, 0.329)
 _SRGB: Chromaticities = (*_WHITE, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
@@ -20,11 +20,13 @@ _PRIMARIES: dict[int, Chromaticities] = {
     9: (*_WHITE, 0.708, 0.292, 0.17, 0.797, 0.131, 0.046),
     12: (*_WHITE, 0.68, 0.32, 0.265, 0.69, 0.15, 0.06),
 }
-"""Of ITU-T H.273: sRGB, BT.2020, Display P3."""
+"""Chromaticities of code points of ITU-T H.273: sRGB, BT.2020, Display P3."""
 _GAMMAS = {4: 1 / 2.2, 5: 1 / 2.8, 8: 1.0}
-"""Exponents of its transfer functions; the others but :data:`HIGH_RANGE` are as sRGB's or close."""
+"""Exponents of transfer functions of ITU-T H.273, by code point.
+
+Transfer functions that are neither here nor in :data:`HIGH_RANGE` are close to sRGB's."""
 HIGH_RANGE = (16, 18)
-"""Its transfer functions of high dynamic range, PQ and HLG."""
+"""Code points of ITU-T H.273 for transfer functions of high dynamic range, PQ and HLG."""
 
 _D50 = np.array([0.9642, 1.0, 0.8249])
 _BRADFORD = np.array(
@@ -33,15 +35,17 @@ _BRADFORD = np.array(
 
 
 def embedded_profile(info: Mapping[Any, Any]) -> bytes | None:
-    """The profile of an image, or one of the colours that a PNG's chunks name.
+    """Profile of an image, or a profile of the colour space that a PNG's chunks define.
 
     Args:
-        info: of a Pillow image: ``icc_profile``, ``srgb``, ``gamma`` (gAMA) and ``chromaticity``
-            (cHRM) as Pillow has them, and ``cicp`` as :func:`coding_points` reads it.
+        info: ``info`` of a Pillow image: ``icc_profile``, ``srgb``, ``gamma`` (gAMA) and
+            ``chromaticity`` (cHRM) as read by Pillow, and ``cicp`` as read by
+            :func:`coding_points`.
 
     Returns:
-        The file's profile if it has one, one made from cICP, or from gAMA and cHRM; ``None`` for
-        sRGB, and where nothing is said. The order of preference is the format's.
+        A profile made from cICP; without cICP the file's profile; without that a profile made from
+        gAMA and cHRM. This is the order that PNG specifies. ``None`` for sRGB, and for images
+        without a colour space.
     """
     cicp = info.get("cicp")
     if cicp and cicp[0] in _PRIMARIES and cicp[1] not in HIGH_RANGE:
@@ -51,12 +55,12 @@ def embedded_profile(info: Mapping[Any, Any]) -> bytes | None:
     gamma, chromaticities = info.get("gamma"), info.get("chromaticity", _SRGB)
     if not isinstance(gamma, float) or not 0.05 < gamma < 20 or len(chromaticities) != 8:
         return None
-    # 1/2.2 is how files without a better word say sRGB.
+    # With a gamma of 1/2.2, files approximate sRGB's curve.
     return _made(tuple(chromaticities), None if abs(gamma - 1 / 2.2) < 0.01 else gamma)
 
 
 def coding_points(source: Path | bytes) -> tuple[int, ...] | None:
-    """The numbers of a PNG's cICP chunk, which Pillow passes over; ``None`` without one."""
+    """Read the numbers of a PNG's cICP chunk, which Pillow ignores; ``None`` without a chunk."""
     if isinstance(source, Path):
         with source.open("rb") as file:
             start = file.read(4096)
@@ -75,18 +79,21 @@ def coding_points(source: Path | bytes) -> tuple[int, ...] | None:
 
 @lru_cache(maxsize=16)
 def _made(chromaticities: Chromaticities, gamma: float | None) -> bytes | None:
-    """A matrix profile, ICC version 4; ``None`` for sRGB, and for points that make no space.
+    """Make a matrix profile, ICC version 4.
 
     Args:
-        chromaticities: of white, red, green and blue.
-        gamma: the exponent that made the file's values of light; ``None`` for sRGB's curve.
+        chromaticities: chromaticities of white, red, green and blue.
+        gamma: exponent by which light was encoded as the file's values; ``None`` for sRGB's curve.
+
+    Returns:
+        The profile; ``None`` for sRGB, and for chromaticities that span no colour space.
     """
     if gamma is None and np.abs(np.subtract(chromaticities, _SRGB)).max() < 0.002:
         return None
     points = np.array(chromaticities).reshape(4, 2)
     if (points[:, 1] <= 0).any():
         return None
-    # Columns of X, Y, Z for each point at luminance 1.
+    # Columns X, Y, Z of white, red, green and blue, at luminance Y = 1.
     light = np.stack([points[:, 0], points[:, 1], 1 - points.sum(1)]) / points[:, 1]
     white, primaries = light[:, 0], light[:, 1:]
     if abs(np.linalg.det(primaries)) < 1e-6:
@@ -106,7 +113,7 @@ def _made(chromaticities: Chromaticities, gamma: float | None) -> bytes | None:
 
 
 def _packed(tags: list[tuple[bytes, bytes]]) -> bytes:
-    """A profile of a display with these tags."""
+    """Encode a display profile with the given tags (name and content)."""
     place = 128 + 4 + 12 * len(tags)
     table, data = struct.pack(">I", len(tags)), b""
     for name, content in tags:
@@ -118,5 +125,5 @@ def _packed(tags: list[tuple[bytes, bytes]]) -> bytes:
 
 
 def _numbers(start: bytes, *values: float) -> bytes:
-    """Numbers of 16 and 16 bits behind what names them."""
+    """Append numbers to ``start`` in the fixed-point format s15Fixed16."""
     return start + b"".join(struct.pack(">i", round(value * 65536)) for value in values)

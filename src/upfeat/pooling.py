@@ -1,26 +1,26 @@
-"""Weighted sums over patches: how cells of a coarse grid read a map, and pool what they read.
+"""Weighted sums of a map over one patch of pixels for each cell of a coarse grid.
 
 Geometry. The h×w grid is laid over the H×W map edge to edge (``align_corners=False``), so cell i is
 centred, in pixel indices, at
 
     centre(i) = (i + 1/2) · H / h - 1/2.
 
-A cell looks at a k×k patch of taps one pixel apart, placed symmetrically about that centre: tap t
-sits at centre(i) + t - (k - 1)/2. Everything follows from this one rule:
+The patch of a cell has k×k taps one pixel apart, placed symmetrically about the centre: tap t is at
+centre(i) + t - (k - 1)/2 on each axis. This has the following consequences:
 
-* k = stride: the patches tile the map, each pixel belongs to one cell;
-* k > stride: patches overlap, and those at the border reflect about the centre of the outermost
+* k = stride: the patches tile the map, and each pixel belongs to one cell;
+* k > stride: patches overlap. At the border they are reflected about the centre of the outermost
   pixel (as views are padded), so that every cell has k² taps and mirrored maps give mirrored grids;
-* k and the stride of different parity, or a stride that is no whole number: taps fall between
-  pixels and read them by bilinear interpolation. Nothing is rounded to one side.
+* k and the stride of different parity, or a stride that is not a whole number: taps are between
+  pixels and are interpolated bilinearly, rather than rounded to one side.
 
-Positions are computed as fractions of whole numbers, so taps that lie on pixels lie there exactly.
+Positions are computed as fractions of integers, so that taps on pixels are exactly on them.
 
-Computation. Interpolation and reflection are linear, so they act on the cell's weights (one
-channel), never on the values (C channels): what remains is one matrix product per row of cells
+Computation. Interpolation and reflection are linear, so they are applied to the cell's weights (one
+channel) instead of the values (C channels). One matrix product per row of cells then remains
 (:func:`pool_patches`), which reads the map in place and keeps no copy of it for the gradient. A
-warp is linear too: where views of a map are pooled, the weights are carried back to the map through
-the warp's matrices, and the warped values never exist.
+warp is linear too: to pool views of a map, the weights are transformed by the warp's matrices, and
+the warped values are never computed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from upfeat.bounds import shown
 from upfeat.geometry import reflect
 from upfeat.warp import check_map, warp
 
-# Cells of a row that share one matrix product. Their matrix is mostly zeros outside each cell's own
-# columns, so very wide maps are cut into runs; 16 keeps the products large and the waste small.
+# Number of cells of a row in one matrix product. The matrix is zero outside each cell's own
+# columns, so rows of wide maps are cut into runs; 16 keeps the products large and the waste small.
 _RUN = 16
 
 
@@ -47,20 +47,22 @@ def pool_patches(
 ) -> Tensor:
     """Return each cell's weighted sum over its patch; linear in values and in weights.
 
-    Differentiable in both arguments; the gradient keeps no copy of the patches.
+    The function is differentiable in both arguments, and keeps no copy of the patches for the
+    gradient.
 
     Args:
         values: (B, C, H, W).
-        weights: (N or 1, h, w, k, k), placed by the rule at the top of this module.
-        views: pool ``warp(values, *views)`` without making it: matrices (N, height, H) and
-            (N, width, W) as :meth:`upfeat.views.Jitter.matrices` gives them. View n is of map
-            n mod B, with N a multiple of B.
+        weights: (N or 1, h, w, k, k), weights of each cell's taps, whose positions the module's
+            docstring defines.
+        views: matrices (N, height, H) and (N, width, W) of :meth:`upfeat.views.Jitter.matrices`, to
+            pool ``warp(values, *views)`` without computing it. View n is of map n mod B, and N is a
+            multiple of B. ``None`` to pool the maps themselves.
 
     Returns:
-        (N, C, h, w), in the type of the values; N = B without views.
+        (N, C, h, w), in the dtype of ``values``; N = B without views.
 
     Raises:
-        ValueError: shapes that do not fit together, or a grid finer than the map.
+        ValueError: the shapes do not match, or the grid is finer than the map.
     """
     if weights.ndim != 5 or weights.shape[3] != weights.shape[4]:
         raise ValueError(f"weights must have shape (B, h, w, k, k), got {tuple(weights.shape)}")
@@ -73,13 +75,13 @@ def pool_patches(
         if views is not None and values.device.type == "cpu":
             plans = _plan_views(values, weights, views)
             return _PoolPatches.apply(values.to(work), weights.to(work), plans).to(values.dtype)
-        if views is not None:  # elsewhere whole products are faster than many small ones
+        if views is not None:  # on GPUs, whole products are faster than many small ones
             values = warp(repeat_maps(values, count), *views)
         return _pool(values.to(work), weights.to(work)).to(values.dtype)
 
 
 def _pool(values: Tensor, weights: Tensor) -> Tensor:
-    """Pool maps as they are."""
+    """Pool maps without views; see :func:`pool_patches`."""
     batch, channels, height, width = values.shape
     _, rows, columns, kernel_size, _ = weights.shape
     if len(weights) == 1:  # one kernel for all maps: their channels form one product
@@ -95,7 +97,7 @@ def _pool(values: Tensor, weights: Tensor) -> Tensor:
 
 
 def repeat_maps(x: Tensor, count: int) -> Tensor:
-    """One map for each of ``count`` views, view n of map n mod B: (B, …) -> (count, …).
+    """Repeat maps for ``count`` views, view n of map n mod B: (B, …) -> (count, …).
 
     Raises:
         ValueError: ``count`` is no multiple of B.
@@ -106,33 +108,33 @@ def repeat_maps(x: Tensor, count: int) -> Tensor:
 
 
 class _Taps(NamedTuple):
-    """Positions of every cell's taps along one axis: between two pixels, inside the map."""
+    """Pixels between which every cell's taps are on one axis, after reflection into the map."""
 
-    low: Tensor  # (cells, k) index of the pixel before
-    high: Tensor  # (cells, k) index of the pixel after
-    fraction: Tensor  # (cells, k) weight of the pixel after, float64 in [0, 1)
+    low: Tensor  # (cells, k), index of the pixel before the tap
+    high: Tensor  # (cells, k), index of the pixel after the tap
+    fraction: Tensor  # (cells, k), weight of the pixel after the tap, float64 in [0, 1)
 
 
 class _Span(NamedTuple):
-    """A run of cells along one axis, the pixels they read, and how their taps read them."""
+    """A run of cells on one axis, the pixels that they read, and their interpolation weights."""
 
     cells: slice
     pixels: slice
-    reading: Tensor  # (cells, k, pixels), rows of sum 1
+    reading: Tensor  # (cells, k, pixels), weights of the pixels in each tap, of sum 1
 
 
 class _Plan(NamedTuple):
-    """Assignment of weights to maps, and the places that their cells read."""
+    """Maps to pool with one set of spans, and the views that they result in."""
 
     maps: slice
-    views: slice  # of the weights, unless they are shared, and of the result
+    views: slice  # indices into the result, and into the weights unless these are shared
     rows: tuple[_Span, ...]
     columns: tuple[_Span, ...]
 
 
 @lru_cache(maxsize=64)
 def _taps(pixels: int, cells: int, kernel_size: int) -> _Taps:
-    """Positions centre(i) + t - (k - 1)/2, in whole numbers of 1 / (2 · cells) pixels."""
+    """Compute the positions centre(i) + t - (k - 1)/2, in integer units of 1/(2 · cells) pixels."""
     cell = torch.arange(cells)[:, None]
     tap = torch.arange(kernel_size)[None]
     position = (2 * cell + 1) * pixels + (2 * tap - kernel_size) * cells
@@ -146,7 +148,7 @@ def _taps(pixels: int, cells: int, kernel_size: int) -> _Taps:
 def _spans(
     pixels: int, cells: int, kernel_size: int, run: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[_Span, ...]:
-    """Cut an axis into runs of cells and give each the pixels that it reads."""
+    """Cut an axis into runs of at most ``run`` cells, each with the pixels that it reads."""
     taps = _taps(pixels, cells, kernel_size)
     spans = []
     for start in range(0, cells, run):
@@ -163,7 +165,7 @@ def _spans(
 
 
 def sample_patches(x: Tensor, output_size: tuple[int, int], kernel_size: int) -> Tensor:
-    """The taps of a one-channel map: (B, 1, H, W) -> (B, h, w, k, k)."""
+    """Interpolate a one-channel map at all taps: (B, 1, H, W) -> (B, h, w, k, k)."""
     x = x[:, 0]
     for axis, cells in zip((1, 2), output_size, strict=True):
         low, high, fraction = _taps(x.shape[axis], cells, kernel_size)
@@ -179,7 +181,7 @@ def sample_patches(x: Tensor, output_size: tuple[int, int], kernel_size: int) ->
 
 
 def _plan_views(values: Tensor, weights: Tensor, views: tuple[Tensor, Tensor]) -> list[_Plan]:
-    """One plan per view: its cells read the map through the warp's matrices."""
+    """Make one plan per view, whose spans combine interpolation with the warp's matrices."""
     kernel_size, work = weights.shape[3], torch.promote_types(values.dtype, torch.float32)
     axes = [
         _warped_spans(matrices.to(values.device, work), cells, kernel_size, run)
@@ -195,8 +197,8 @@ def _plan_views(values: Tensor, weights: Tensor, views: tuple[Tensor, Tensor]) -
 def _warped_spans(
     matrices: Tensor, cells: int, kernel_size: int, run: int
 ) -> list[tuple[_Span, ...]]:
-    """The spans of an axis of N views, (N, view pixels, map pixels)."""
-    if cells * kernel_size == matrices.shape[1]:  # taps are pixels, each of one cell
+    """Spans of N views on one axis, from their warp's matrices (N, view pixels, map pixels)."""
+    if cells * kernel_size == matrices.shape[1]:  # every pixel is a tap of exactly one cell
         near = matrices
     else:
         taps = _taps(matrices.shape[1], cells, kernel_size)
@@ -204,7 +206,7 @@ def _warped_spans(
         near = torch.lerp(low, high, taps.fraction.flatten()[:, None].to(matrices.dtype))
     reading = near.unflatten(1, (cells, kernel_size))  # (N, cells, k, map pixels)
     starts, count = range(0, cells, run), len(matrices)
-    if len(starts) == 1:  # whole lines are read where they lie
+    if len(starts) == 1:  # a single run reads the whole axis, without a copy
         first, last = [[0]] * count, [[matrices.shape[2]]] * count
     else:
         used = (reading != 0).any(2)
@@ -221,10 +223,10 @@ def _warped_spans(
 
 
 class _PoolPatches(torch.autograd.Function):
-    """Values (B, C, H, W) and weights (B, h, w, k, k) to (B, C, h, w), one row of cells at a time.
+    """Pool values (B, C, H, W) by weights (B, h, w, k, k) to (B, C, h, w), row by row of cells.
 
-    The weights of a run of cells are first spread over the pixels that the run reads, which undoes
-    interpolation, reflection and warp; the values are then read where they lie.
+    The weights of a run of cells are first converted from taps to pixels, which accounts for
+    interpolation, reflection and warp; they are then multiplied with the values in place.
     """
 
     @staticmethod
@@ -262,33 +264,33 @@ class _PoolPatches(torch.autograd.Function):
 def _parts(
     plan: _Plan, values: Tensor, weights: Tensor, pooled: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Maps, weights and result of a plan."""
+    """Select the maps, weights and results of a plan."""
     kernels = weights if len(weights) == 1 else weights[plan.views]
     return values[plan.maps], kernels, pooled[plan.views]
 
 
 def _window(values: Tensor, row: _Span, span: _Span) -> Tensor:
-    """The pixels that a run reads, (B, C, pixels): no copy where the run spans the whole width."""
+    """Pixels that a run reads, (B, C, pixels); not copied if the run spans the whole width."""
     return values[:, :, row.pixels, span.pixels].flatten(2)
 
 
 def _add_product(maps: Tensor, part: Tensor, spread: Tensor, row: _Span, span: _Span) -> None:
     """Add (B, C, cells) @ (B, cells, pixels) to the pixels that a run reads."""
     target = maps[:, :, row.pixels, span.pixels]
-    if target.shape[3] == maps.shape[3]:  # whole lines: one matrix
+    if target.shape[3] == maps.shape[3]:  # whole rows of pixels are contiguous: one matrix
         target.flatten(2).baddbmm_(part, spread)
     else:
         target += (part @ spread).view_as(target)
 
 
 def _spread(weights: Tensor, row: _Span, span: _Span) -> Tensor:
-    """A run's weights over its pixels: (B, cells, k, k) taps -> (B, cells, pixels)."""
+    """Convert a run's weights from taps to pixels: (B, cells, k, k) -> (B, cells, pixels)."""
     tall = row.reading[0].T @ weights[:, row.cells.start, span.cells]  # (B, cells, rows, k)
     return (tall @ span.reading).flatten(2)
 
 
 def _gather(spread: Tensor, row: _Span, span: _Span) -> Tensor:
-    """The transpose of ``_spread``: (B, cells, pixels) -> (B, cells, k, k)."""
+    """Transpose of :func:`_spread`: (B, cells, pixels) -> (B, cells, k, k)."""
     rows = row.pixels.stop - row.pixels.start
     return row.reading[0] @ (spread.unflatten(2, (rows, -1)) @ span.reading.mT)
 
@@ -301,8 +303,9 @@ def check_grid(
     """Check that maps (B, C, H, W), or views of them, can be pooled to a grid.
 
     Raises:
-        TypeError: they are no tensor.
-        ValueError: they are no maps, or the grid is finer than they are, or empty.
+        TypeError: ``values`` is not a tensor.
+        ValueError: ``values`` is not (B, C, H, W), does not match the views, or is coarser than the
+            grid; or the grid is empty.
     """
     check_map("values", values)
     whole = isinstance(output_size, Sequence) and all(isinstance(n, int) for n in output_size)

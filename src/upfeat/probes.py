@@ -1,8 +1,9 @@
 """Linear probes: fitted on sampled pixels, applied before upsampling.
 
-up(F) = K(g)·M(F) + o, so a linear head gives W·up(F) + b = K(g)·(W·M(F)) + W·o + b: K channels are
-upsampled, not C, and the result is the same. The bias is added last, because the weights K(g) of a
-JBU stack need not sum to 1.
+An upsampler computes up(F) = K(g)·M(F) + o, with kernels K(g) of the guidance g, channel mix M and
+offset o. A head with weight W and bias b then gives W·up(F) + b = K(g)·(W·M(F)) + W·o + b: the K
+outputs of the head are upsampled instead of C channels, with the same result. The bias is added
+last, because the weights K(g) of a JBU stack need not sum to 1.
 """
 
 from __future__ import annotations
@@ -17,35 +18,35 @@ from upfeat.linear import ridge
 from upfeat.optimisers import LBFGS
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4)
-"""Penalties tried, strongest first, on standardised features beside the mean loss."""
+"""L2 penalties to try, strongest first, relative to the mean loss on standardised features."""
 
 HELD_OUT = 0.2
-"""Share of the training images on which the penalty is chosen."""
+"""Fraction of the training images that are held out to choose the penalty."""
 
 _MAX_ITERATIONS = 60
 
 
 Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Outputs (N·P, K) and targets (N, P) to the mean loss and its gradient by the outputs."""
+"""Function from outputs (N·P, K) and targets (N, P) to the mean loss and its gradient."""
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """A fitted linear map of features: (K, C) weight, (K,) bias.
+    """Linear head fitted to features, with weight (K, C) and bias (K,).
 
-    Upsamplers apply it as a :class:`upfeat.upsamplers.head.Head`.
+    Upsamplers apply a head as a :class:`upfeat.upsamplers.head.Head`.
     """
 
     weight: Tensor
     bias: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(N, C) -> (N, K)."""
+        """Apply the head to features: (N, C) -> (N, K)."""
         return features @ self.weight.T + self.bias
 
     @staticmethod
     def cat(heads: Sequence[LinearProbe]) -> LinearProbe:
-        """Stack heads over their outputs."""
+        """Combine heads into one head with the outputs of all."""
         return LinearProbe(
             torch.cat([head.weight for head in heads]), torch.cat([head.bias for head in heads])
         )
@@ -56,8 +57,8 @@ class Pixels:
     """Features and targets of pixels drawn from N images, P from each.
 
     Attributes:
-        features: (N, P, C) float32.
-        targets: (N, P) class indices or depths.
+        features: features of the pixels, (N, P, C), float32.
+        targets: class indices or depths of the pixels, (N, P).
     """
 
     features: Tensor
@@ -71,12 +72,12 @@ def draw_pixels(usable: Tensor, count: int, generator: torch.Generator) -> Tenso
     """Draw pixels with replacement.
 
     Args:
-        usable: (H, W) bool, at least one True.
-        count: how many.
+        usable: (H, W) bool, true for the pixels to draw from; at least one is true.
+        count: number of pixels to draw.
         generator: source of randomness.
 
     Returns:
-        (count,) flat indices.
+        Row-major indices of the pixels, (count,).
 
     Raises:
         ValueError: no pixel is usable.
@@ -88,12 +89,21 @@ def draw_pixels(usable: Tensor, count: int, generator: torch.Generator) -> Tenso
 
 
 def read_pixels(upsampled: Tensor, places: Tensor) -> Tensor:
-    """Features (C, H, W) at flat indices (P,) -> (P, C)."""
+    """Read features (C, H, W) at pixels given by row-major indices (P,): (P, C)."""
     return upsampled.flatten(1)[:, places].T
 
 
 def read_cells(features: Tensor, places: Tensor, size: tuple[int, int]) -> Tensor:
-    """Coarse features (C, h, w) of the cells that pixels (P,) of an image lie in -> (P, C)."""
+    """Read coarse features at pixels: each pixel gets the features of its cell.
+
+    Args:
+        features: (C, h, w), coarse features.
+        places: row-major indices of pixels, (P,).
+        size: (height, width) of the image, in pixels.
+
+    Returns:
+        (P, C).
+    """
     height, width = features.shape[1:]
     rows = (2 * (places // size[1]) + 1) * height // (2 * size[0])
     columns = (2 * (places % size[1]) + 1) * width // (2 * size[1])
@@ -104,15 +114,16 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
     """Fit multinomial logistic regression; choose its L2 penalty on held-out images.
 
     Args:
-        pixels: of the training images, targets class indices, none ignored.
+        pixels: pixels of the training images; the targets are class indices, without ignored ones.
         n_classes: number K of classes.
-        generator: draws the held-out images.
+        generator: source of randomness for the choice of held-out images.
 
     Returns:
-        K outputs: logits, on raw (not standardised) features.
+        A head from raw (not standardised) features to K logits.
 
     Raises:
-        ValueError: shapes do not fit, features are not finite, or a target is no class.
+        ValueError: the shapes do not match, features are not finite, or a target is not one of the
+            K classes.
     """
     _check(pixels)
     lowest, highest = (int(value) for value in pixels.targets.aminmax())
@@ -122,7 +133,8 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
         )
 
     def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        # By hand: for a few classes, three times as fast as cross_entropy and its backward.
+        # The explicit gradient is three times as fast as cross_entropy and backward() for few
+        # classes.
         right = targets.flatten().long()[:, None]
         scale = logits.logsumexp(1, keepdim=True)
         value = (scale - logits.gather(1, right)).mean()
@@ -138,21 +150,21 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
 
 
 def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
-    """Fit a linear map to depth up to a scale and a shift of every image.
+    """Fit a linear map from features to depth, up to a scale and a shift of every image.
 
-    The loss of an image is 1 − ρ, ρ the correlation of prediction and depth over its pixels: what
-    remains of the squared error after the best scale and shift depends on ρ alone. It starts from
-    ridge regression on depths standardised per image.
+    The loss of an image is 1 − ρ, where ρ is the correlation of prediction and depth over its
+    pixels: the squared error after the best scale and shift depends on ρ alone. The optimisation
+    starts from ridge regression on depths that are standardised per image.
 
     Args:
-        pixels: of the training images, targets depths.
-        generator: draws the held-out images.
+        pixels: pixels of the training images; the targets are depths.
+        generator: source of randomness for the choice of held-out images.
 
     Returns:
-        One output; its scale and shift mean nothing.
+        A head with one output, whose scale and shift are arbitrary.
 
     Raises:
-        ValueError: shapes do not fit, or features or depths are not finite.
+        ValueError: the shapes do not match, or features or depths are not finite.
     """
     _check(pixels)
     targets = _standardised_rows(pixels.targets.float())
@@ -193,7 +205,7 @@ def _fit(
     loss: Loss,
     generator: torch.Generator,
 ) -> LinearProbe:
-    """Standardise, choose the penalty on held-out images, fit again on all of them."""
+    """Standardise features, choose the penalty on held-out images, and fit again on all images."""
     flat = pixels.features.flatten(0, 1)
     mean, deviation = flat.mean(0), flat.std(0, correction=0).clamp(min=1e-6)
     scaled = Pixels((pixels.features - mean) / deviation, pixels.targets)
@@ -239,6 +251,6 @@ def _minimise(start: LinearProbe, pixels: Pixels, loss: Loss, penalty: float) ->
 
 
 def _standardised_rows(values: Tensor) -> Tensor:
-    """(N, P) -> the same with mean 0 and mean square 1 in every row."""
+    """Shift and scale every row of (N, P) to mean 0 and mean square 1."""
     centred = values - values.mean(1, keepdim=True)
     return centred / centred.square().mean(1, keepdim=True).clamp(min=1e-12).sqrt()

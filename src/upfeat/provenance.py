@@ -1,4 +1,4 @@
-"""Names for what a stored result depends on: code, weights, and functions that have none."""
+"""Digests of everything that a stored result depends on: code, weights and configurations."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _FROM = re.compile(r"^[ \t]*from[ \t]+(upfeat[\w.]*)[ \t]+import[ \t]+(\([^)]*\)
 
 @lru_cache
 def source_digest(*modules: str) -> str:
-    """SHA-256 over modules and all that they import of this package.
+    """SHA-256 of the source of modules and of all modules of this package that they import.
 
-    Results that are kept under it are not reused once any of that code has changed. The compiled
-    library counts where the module that loads it does.
+    Results stored under this digest are not reused after any of that code has changed. The digest
+    includes the compiled library if the module that loads it is among the modules.
 
     Args:
-        *modules: full names, as ``upfeat.evaluation.harness``.
+        *modules: full names, such as ``upfeat.evaluation.harness``.
     """
     digest = hashlib.sha256()
     for path in source_files(*modules):
@@ -41,9 +41,10 @@ def source_digest(*modules: str) -> str:
 
 
 def source_files(*modules: str) -> list[Path]:
-    """Files of this package that modules import, at any depth, and their own; sorted.
+    """Source files of modules and of the modules of this package that they import, at any depth.
 
-    Packages that a module merely lies in do not count: their ``__init__`` decides nothing.
+    The ``__init__`` of a package that contains a module is left out, because results do not depend
+    on it. The files are sorted.
     """
     seen: set[Path] = set()
     names = list(modules)
@@ -56,7 +57,7 @@ def source_files(*modules: str) -> list[Path]:
 
 
 def _file(module: str) -> Path | None:
-    """The source of a module of this package; ``None`` where it is none."""
+    """Source file of a module of this package; ``None`` for any other module."""
     package, *parts = module.split(".")
     if package != "upfeat" or not parts:
         return None
@@ -67,10 +68,10 @@ def _file(module: str) -> Path | None:
 
 @lru_cache(maxsize=512)
 def _mentioned(path: Path) -> list[str]:
-    """Modules of this package that a file imports, in functions too, or names as text.
+    """Modules of this package that a file imports, at any level, or names in a string.
 
-    Found by patterns rather than by parsing, which takes ten times as long: a training run starts
-    with it. A test holds them to what parsing finds, in every file.
+    They are found by regular expressions, because every training run starts with this search and
+    parsing takes ten times as long. A test compares the result with that of parsing, for all files.
     """
     source = path.read_text(encoding="utf-8")
     names = re.findall(r"^[ \t]*import[ \t]+(upfeat\.[\w.]+)", source, re.MULTILINE)
@@ -85,7 +86,7 @@ def _mentioned(path: Path) -> list[str]:
 
 
 def _matching(text: str) -> list[str]:
-    """Modules that a text names; those of a package where it ends in a dot, as a prefix does."""
+    """Modules that a string names: one, or all modules of a package if it ends in a dot."""
     if not text.endswith("."):
         return [text]
     folder = _PACKAGE.joinpath(*text.split(".")[1:])
@@ -95,7 +96,7 @@ def _matching(text: str) -> list[str]:
 
 
 def _compiled() -> bytes:
-    """The compiled library that runs here; nothing where there is none."""
+    """Content of the compiled library that this machine uses; empty if there is none."""
     if cpu_library.unavailable_reason() is not None:
         return b""
     facts = cpu_library.library_info()
@@ -103,10 +104,10 @@ def _compiled() -> bytes:
 
 
 def versions(*modules: str) -> dict[str, str]:
-    """Versions of what a result depends on.
+    """Versions of the package, its source and the libraries that a result depends on, by name.
 
     Args:
-        *modules: whose source counts, see :func:`source_digest`.
+        *modules: modules whose source the result depends on; see :func:`source_digest`.
     """
     import numpy
     import PIL
@@ -123,7 +124,7 @@ def versions(*modules: str) -> dict[str, str]:
 
 
 def digest(module: nn.Module) -> str:
-    """A name for a module's weights: SHA-256 over its parameters and buffers, with their names."""
+    """SHA-256 of a module's weights: its parameters and buffers, with names, shapes and dtypes."""
     found = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -132,10 +133,10 @@ def digest(module: nn.Module) -> str:
 
 
 def identify_upsampler(upsampler: Upsampler) -> str:
-    """A name for all that decides what an upsampler does: class, configuration, weights.
+    """Identity of an upsampler, as text: class, configuration and digest of the weights.
 
-    A class of this package is known by its name, as its source is part of :func:`source_digest`;
-    any other by the content of its file too.
+    A class of this package is identified by its name, because :func:`source_digest` contains its
+    source; any other class by its name and the content of its file.
     """
     cls = type(upsampler)
     name = f"{cls.__module__}.{cls.__qualname__}"
@@ -145,7 +146,7 @@ def identify_upsampler(upsampler: Upsampler) -> str:
 
 
 def _source(cls: type) -> bytes:
-    """Content of the file that defines a class; nothing for one typed at a prompt."""
+    """Content of the file that defines a class; empty for a class defined interactively."""
     try:
         return Path(inspect.getfile(cls)).read_bytes()
     except (TypeError, OSError):
@@ -154,9 +155,10 @@ def _source(cls: type) -> bytes:
 
 @torch.no_grad()
 def identify_backbone(backbone: Backbone) -> str:
-    """A name for all that decides a backbone's features.
+    """Identity of a backbone, as text: class, name, digest of the weights, and normalisation.
 
-    A function has no weights to go by, so what the backbone makes of one fixed picture counts too.
+    A backbone made from a function has no weights, so the identity also contains a digest of the
+    backbone's features of a fixed image.
     """
     side = 2 * backbone.stride
     ramp = torch.arange(3 * side * side, dtype=torch.float32).mul(0.7).sin().view(1, 3, side, side)

@@ -1,7 +1,8 @@
-"""Randomness that depends on the seed and on what is drawn, never on what was drawn before.
+"""Random streams that depend on the seed and a name alone, not on numbers drawn before.
 
-Every step, photograph and epoch has a stream of its own, named by its place. So a resumed run needs
-no generator state to go on as it would have, and how the work is divided changes nothing.
+Every step, photograph and epoch has a stream of its own, named by its position. A resumed run
+therefore continues identically without a saved generator state, and the division of the work among
+processes does not change the numbers.
 """
 
 from __future__ import annotations
@@ -14,35 +15,37 @@ import torch
 
 
 def derive(*names: object) -> int:
-    """A seed for the stream with these names; different names give unrelated seeds.
+    """Derive the seed of a stream from its names; different names give unrelated seeds.
 
     Args:
-        *names: numbers and words, as (seed, "views", step).
+        *names: numbers and words, such as (seed, "views", step).
 
     Returns:
-        0 to 2⁶³ − 1.
+        An integer from 0 to 2⁶³ − 1.
     """
     text = "/".join(str(name) for name in names)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def stream(*names: object) -> torch.Generator:
-    """A generator on the CPU for the stream with these names."""
+    """Make a generator on the CPU for the stream with the given names; see :func:`derive`."""
     return torch.Generator().manual_seed(derive(*names))
 
 
 @contextmanager
 def global_stream(device: torch.device, *names: object) -> Iterator[None]:
-    """Let the global generators, which dropout draws from, give this stream; restore them after.
+    """Context in which the global generators, from which dropout draws, are set to a stream.
+
+    The generators are restored afterwards.
 
     Args:
-        device: whose generator is set, beside the CPU's.
-        *names: of the stream.
+        device: device whose generator is set in addition to the CPU's.
+        *names: names of the stream; see :func:`derive`.
     """
     seed = derive(*names)
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus):
-        # Generators one by one: torch.manual_seed would also seed those that are not restored.
+        # Not torch.manual_seed: it would also seed generators that fork_rng does not restore.
         torch.default_generator.manual_seed(seed)
         if gpus:
             with torch.cuda.device(device):

@@ -1,4 +1,4 @@
-"""Image files that Pillow does not know, by the packages that do."""
+"""Readers of image files that Pillow cannot read, by other packages: HEIC and some TIFF files."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from upfeat.types import times
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# What Pillow raises, by format, where a file is not what it says of itself.
+# Errors that Pillow raises for damaged files, depending on the format.
 DAMAGED = (OSError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _ORIENTATION = 274
 
 
 class Decoded(NamedTuple):
-    """The bands of an image, upright."""
+    """Bands of an upright image, and their meaning."""
 
     values: NDArray[Any]
-    """(H, W, bands): uint8, uint16, or float32."""
+    """Bands, (H, W, bands): uint8, uint16, or float32."""
     alpha: bool | None = False
-    """True if the last band is transparency; ``None`` where nobody said."""
+    """True if the last band is transparency; ``None`` if unknown."""
     premultiplied: bool = False
-    """True if the colours have been multiplied by it."""
+    """True if the colours are multiplied by the transparency."""
     nodata: float | None = None
-    """The value of pixels without data, where the file says one."""
+    """Value of pixels without data; ``None`` if the file does not define it."""
 
 
 def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
-    """Refuse images of more than ``max_pixels``; ``size`` is (width, height).
+    """Check that an image has at most ``max_pixels`` pixels; ``size`` is (width, height).
 
     Raises:
-        ValueError: there are more.
+        ValueError: the image has more pixels.
     """
     pixels = size[0] * size[1]
     if pixels > max_pixels:
@@ -51,7 +51,7 @@ def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error, or its kind, without line breaks."""
+    """Message of an error without line breaks; the name of its class if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -59,7 +59,8 @@ def heif_image(source: Path | bytes, label: str, max_pixels: int, brand: bytes) 
     """Decode a HEIC image by pillow-heif.
 
     Raises:
-        ValueError: it is damaged, larger than ``max_pixels``, or the package is not installed.
+        ValueError: the image is damaged, larger than ``max_pixels`` or AVIF, or the package is not
+            installed.
     """
     if brand in (b"avif", b"avis"):
         raise ValueError(f"{label}: an AVIF image; pip install -U pillow (11.3 or newer reads it)")
@@ -80,11 +81,11 @@ def heif_image(source: Path | bytes, label: str, max_pixels: int, brand: bytes) 
 
 
 def by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None) -> Decoded:
-    """Decode a TIFF file of many bands, of floats in colour, or with a plane for each band.
+    """Decode a TIFF file with many bands, with colours in floating point, or with planar bands.
 
     Raises:
-        ValueError: it is damaged, a camera's raw file, larger than ``max_pixels``, or the package
-            is not installed.
+        ValueError: the file is damaged, a camera's raw file or larger than ``max_pixels``, or the
+            package tifffile is not installed.
     """
     try:
         import tifffile  # pyright: ignore[reportMissingImports]
@@ -105,11 +106,11 @@ def by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None)
             extra, orientation = page.extrasamples, int(page.tags.valueof(_ORIENTATION, 1))
             extra = int(extra[-1]) if extra else 0
             planes, inverted = page.planarconfig == 2, page.photometric == 0
-    except ValueError as error:  # compressions that need imagecodecs, among others
+    except ValueError as error:  # for example a compression that needs imagecodecs
         raise ValueError(f"{label}: {one_line(error)}") from None
     except MemoryError:
         raise
-    except Exception as error:  # it believes what the file says of itself, and so fails anywhere
+    except Exception as error:  # tifffile trusts the file's header, so any error can follow
         raise ValueError(f"{label}: a damaged TIFF file ({one_line(error)})") from None
     refuse_raw(tags, b"", label)
     if values.ndim not in (2, 3) or 0 in values.shape:
@@ -126,7 +127,7 @@ def by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None)
 
 
 def _turned(values: NDArray[Any], orientation: int) -> NDArray[Any]:
-    """An array (H, W, …) upright, from what its orientation tag says, 1 to 8."""
+    """Rotate and mirror an array (H, W, …) upright by the value of its orientation tag, 1 to 8."""
     if orientation in (5, 6, 7, 8):
         values = values.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

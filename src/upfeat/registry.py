@@ -1,4 +1,4 @@
-"""Things known by name: registered where they are defined, suggested where a name is mistyped."""
+"""Registries of items by name, with suggestions for mistyped names."""
 
 import difflib
 from typing import TypeVar
@@ -26,7 +26,7 @@ class Registry(dict[str, Item]):
         """Make an empty registry.
 
         Args:
-            kind: noun for error messages, as "upsampler".
+            kind: noun for the items in error messages, such as "upsampler".
         """
         super().__init__()
         self.kind = kind
@@ -44,10 +44,10 @@ class Registry(dict[str, Item]):
         return item
 
     def find(self, name: str) -> Item:
-        """Return the item of a name.
+        """Return the item with the given name.
 
         Raises:
-            ValueError: there is none; close names are suggested.
+            ValueError: there is no such item; the message suggests close names.
         """
         if name not in self:
             raise ValueError(unknown_name(self.kind, name, list(self)))
@@ -55,12 +55,12 @@ class Registry(dict[str, Item]):
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:
-    """Compose one line on an unknown name, with close names as suggestions.
+    """Compose a one-line message for an unknown name, with close names as suggestions.
 
     Args:
-        kind: what was looked for, as "backbone".
-        name: what the user gave.
-        known: all names there are.
+        kind: noun for the item, such as "backbone".
+        name: the unknown name.
+        known: all known names.
     """
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"

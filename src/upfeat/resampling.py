@@ -1,7 +1,7 @@
-"""Pooling and interpolation of any part of a map: how positions of one axis read another.
+"""Pooling and interpolation of a window of a map, by indices and weights along each axis.
 
-PyTorch resamples whole maps. Here the same arithmetic is laid out as indices and factors along each
-axis, so that a window of the result costs that window.
+PyTorch resamples whole maps. Here its arithmetic is expressed as indices and weights for any output
+positions, so that the cost of a window is proportional to the window.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ _CUBIC = -0.75
 
 
 class Reads(NamedTuple):
-    """Dependence of a run of values along one axis on those along another."""
+    """Weights and positions by which ``count`` outputs of one axis are sums of T inputs each."""
 
     first: int
-    """The first position that is read."""
+    """First input position that is read."""
     stop: int
-    """One past the last."""
+    """One past the last input position that is read."""
     places: Tensor
-    """(T, count), positions from ``first`` on; T of them make one value."""
+    """Input positions of every output value, counted from ``first``, (T, count)."""
     factor: Tensor
-    """(T, count) float64."""
+    """Weights of the input values, (T, count), float64."""
 
 
 def pooled(length: int, cells: int, positions: Tensor) -> Reads:
     """Adaptive average pooling of ``length`` values to ``cells``, at some of the cells.
 
     Args:
-        length: values in.
-        cells: values out.
-        positions: (count,) whole numbers below ``cells``, at least one.
+        length: number of input values.
+        cells: number of output values.
+        positions: output positions to compute, (count,), integers from 0 to ``cells`` − 1; at least
+            one.
     """
     start = positions * length // cells
     stop = -(-(positions + 1) * length // cells)
@@ -49,10 +50,12 @@ def bilinear(length: int, target: int, positions: Tensor, *, antialias: bool = F
     """Bilinear interpolation of ``length`` values to ``target``, half-pixel centres.
 
     Args:
-        length: values in.
-        target: values out.
-        positions: (count,) whole numbers below ``target``, at least one.
-        antialias: widen the triangle where the result is smaller, as PyTorch does.
+        length: number of input values.
+        target: number of output values.
+        positions: output positions to compute, (count,), integers from 0 to ``target`` − 1; at
+            least one.
+        antialias: widen the triangular filter if ``target`` is less than ``length``, as PyTorch
+            does.
     """
     scale = length / target
     if antialias and scale > 1:
@@ -70,7 +73,7 @@ def bilinear(length: int, target: int, positions: Tensor, *, antialias: bool = F
 
 
 def bicubic(length: int, target: int, positions: Tensor) -> Reads:
-    """Bicubic interpolation (a = −0.75) of ``length`` values to ``target``."""
+    """Bicubic interpolation (a = −0.75); for the arguments see :func:`bilinear`."""
     low, part = _place(length, target, positions)
     a = _CUBIC
 
@@ -86,16 +89,16 @@ def bicubic(length: int, target: int, positions: Tensor) -> Reads:
 
 
 def resample(x: Tensor, rows: Reads, columns: Reads, origin: Size = (0, 0)) -> Tensor:
-    """Read a map.
+    """Resample a map, or a part of it that contains all values read.
 
     Args:
-        x: (B, K, height, width), at least as far as rows and columns read it.
-        rows: count values down.
-        columns: count values across.
-        origin: the position of the first value of ``x`` on either axis.
+        x: (B, K, height, width).
+        rows: weighted sums along the vertical axis.
+        columns: weighted sums along the horizontal axis.
+        origin: (row, column) in the map of the first value of ``x``.
 
     Returns:
-        (B, K, rows' count, columns' count).
+        (B, K, count of ``rows``, count of ``columns``).
     """
     x = x[
         :,
@@ -109,14 +112,15 @@ def resample(x: Tensor, rows: Reads, columns: Reads, origin: Size = (0, 0)) -> T
 
 
 def resize(x: Tensor, size: Size) -> Tensor:
-    """Bilinear interpolation of a whole map, as PyTorch's; antialiased where it becomes smaller.
+    """Resize a whole map by PyTorch's bilinear interpolation; antialiased on axes that shrink.
 
     Args:
-        x: (B, C, H, W), of any floating type: PyTorch on a CPU has none of 16 bits.
+        x: (B, C, H, W), of any floating-point type. 16-bit types are computed in float32 on a CPU,
+            where PyTorch does not support them.
         size: (height, width) of the result.
     """
     exact = x.float() if x.dtype.itemsize < 4 and x.device.type == "cpu" else x
-    # PyTorch 2.13 gives wrong values for results one pixel wide; those one pixel high are right.
+    # PyTorch 2.13 gives wrong values for results one pixel wide, but not for one pixel high.
     narrow = size[1] == 1
     if narrow:
         exact, size = exact.mT, (1, size[0])
@@ -135,7 +139,7 @@ def _along(x: Tensor, axis: int, reads: Reads) -> Tensor:
 
 
 def _plain(reads: Reads) -> bool:
-    """Return whether every value is the mean of equally many, side by side."""
+    """Return whether the output values are means of consecutive runs of T input values."""
     taps, count = reads.places.shape
     if reads.stop - reads.first != taps * count:
         return False
@@ -149,7 +153,7 @@ def _reads(index: Tensor, factor: Tensor) -> Reads:
 
 
 def _place(length: int, target: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Position in the source, ((p + ½)·length/target − ½), as floor and fraction."""
+    """Floor and fraction of the input positions (p + ½)·length/target − ½ of output positions p."""
     numerator = (2 * positions + 1) * length - target
     low = numerator.div(2 * target, rounding_mode="floor")
     return low, (numerator - low * 2 * target).double() / (2 * target)

@@ -1,9 +1,9 @@
-"""Published upsamplers beside the plain form of their own mathematics, within one run.
+"""Speed of published upsamplers compared with plain implementations of them, within one run.
 
-The plain form takes the same weights and does what the definition says, in the operators that
-PyTorch has for it: planar 1×1 convolutions at the image's size, every query against every key,
-masks for the cells that a pixel must not see, the heads' weights kept and averaged. It is how such
-models are usually written down, and what they cost then.
+The plain implementation uses the same weights and follows the definition in PyTorch's operators:
+planar 1×1 convolutions at the image's size, products of every query with every key, masks for the
+cells that a pixel does not attend to, and weights of all heads that are stored and averaged.
+Research code is usually written in this way.
 """
 
 from __future__ import annotations
@@ -26,28 +26,30 @@ from upfeat.upsamplers.attention import AttentionUpsampler, relative_window
 from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncoder
 
 SETTINGS = (("anyup", 16, 224), ("jafar", 16, 224), ("naf", 28, 448))
-"""Name, grid and size at which each is measured, with 384 channels."""
+"""Name of each upsampler, and the sides of the grid (cells) and the image (pixels) to measure."""
 CHANNELS = 384
 
 
 @dataclass(frozen=True)
 class Row:
-    """One way to the same features."""
+    """Time and memory of one way of computing an upsampler's result."""
 
     name: str
     way: str
-    """"ours"; "high", the same under ``torch.set_float32_matmul_precision("high")``; "plain"; or
-    "floor": the encoders' convolutions alone, as matrix products."""
+    """"ours", this library; "high", this library under
+    ``torch.set_float32_matmul_precision("high")``; "plain", the plain implementation; or "floor",
+    the encoders' convolutions alone, as matrix products."""
     grid: int
     size: int
     channels: int
     seconds: float | None
-    """Median; ``None`` where it was not run."""
+    """Median time in seconds; ``None`` if the way was skipped."""
     processor_seconds: float | None
-    """Median of what all threads together took: hardly changed by other work on the machine."""
+    """Median processor time of all threads, which depends little on other work on the machine."""
     peak_bytes: int | None
-    """Memory beyond what was in use before, highest during one call; Linux only."""
+    """Peak memory during one call less the memory in use before it; Linux only."""
     skipped: str | None = None
+    """Reason for skipping the way."""
 
 
 @torch.no_grad()
@@ -60,18 +62,18 @@ def run_rivals(
 ) -> list[Row]:
     """Measure published upsamplers, this package's default and bilinear interpolation.
 
-    Calls of different ways alternate, so that a busy moment of the machine meets all of them.
+    Calls of different ways alternate, so that other work on the machine affects all of them.
 
     Args:
-        files: checkpoints to take weights from; where there is none of a kind, random weights of
-            the published size do the same work.
-        repeats: timed rounds after one that is not.
-        memory_limit: bytes; a plain form that would need more is left out.
-        report: told of every round.
+        files: published checkpoints; an upsampler without one gets random weights of the published
+            size, which take the same time.
+        repeats: number of timed rounds, after one round to warm up.
+        memory_limit: limit in bytes; a plain implementation that would need more is skipped.
+        report: function that is called with a line of text for every round; ``None`` for none.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file holds none of them.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file contains none of the measured upsamplers.
     """
     loaded = [load_upsampler(path) for path in files]
     for path, each in zip(files, loaded, strict=True):
@@ -160,10 +162,10 @@ def _less_precise(upsampler: AttentionUpsampler, features: Tensor, image: Tensor
 
 
 def floor(upsampler: AttentionUpsampler, pixels: int) -> None:
-    """The multiplications of the encoders at full size and nothing else, as matrix products."""
+    """Compute the encoders' multiplications at full size and nothing else, as matrix products."""
     encoders = [module for module in upsampler.modules() if isinstance(module, ResidualEncoder)]
     if not isinstance(upsampler, NAF):
-        encoders = encoders[:3]  # those of the image; the others see the grid
+        encoders = encoders[:3]  # encoders of the image; the others run on the grid
     for encoder in encoders:
         for layer in encoder.modules():
             if isinstance(layer, nn.Conv2d):
@@ -174,13 +176,13 @@ def floor(upsampler: AttentionUpsampler, pixels: int) -> None:
 
 
 def plain(upsampler: Upsampler, features: Tensor, image: Tensor, size: Size) -> Tensor:
-    """The definition of an upsampler, step by step, for all cells and all pixels.
+    """Upsample by the upsampler's definition, step by step, with all pairs of cells and pixels.
 
     Args:
         upsampler: AnyUp, JAFAR or NAF.
         features: (B, C, h, w).
         image: (B, 3, H, W), normalised.
-        size: of the output.
+        size: (height, width) of the output.
     """
     if isinstance(upsampler, NAF):
         return _plain_naf(upsampler, features, image, size)
@@ -215,7 +217,7 @@ def plain(upsampler: Upsampler, features: Tensor, image: Tensor, size: Size) -> 
 
 
 def _attention(upsampler: AnyUp | JAFAR) -> nn.MultiheadAttention:
-    """PyTorch's own module with these weights; what it makes of values is thrown away."""
+    """Make PyTorch's attention module with an upsampler's weights; its output values are unused."""
     width, project = upsampler.width, upsampler.projection
     own = project.query.weight
     attention = nn.MultiheadAttention(width, upsampler.heads, batch_first=True, dtype=own.dtype)
@@ -228,7 +230,7 @@ def _attention(upsampler: AnyUp | JAFAR) -> nn.MultiheadAttention:
 
 
 def _encode(encoder: ResidualEncoder, x: Tensor, *, entry: bool = True) -> Tensor:
-    """An encoder in planar convolutions."""
+    """Apply an encoder by planar convolutions."""
     if entry:
         x = _convolve(encoder[0], x)
     for block in encoder.blocks:
@@ -251,7 +253,7 @@ def _convolve(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _seen(grid: Size, size: Size, ratio: float) -> Tensor:
-    """Mask of the cells that a pixel sees, (H·W, h·w)."""
+    """Mask of the cells that each pixel attends to, (H·W, h·w)."""
     axes = []
     for cells, length in zip(grid, size, strict=True):
         first, stop = torch.tensor(relative_window(cells, length, ratio)).unflatten(0, (2, -1))

@@ -1,4 +1,4 @@
-"""The main job: a photograph in, a file of full-resolution features and a picture out."""
+"""The main command: from a photograph to a file of full-resolution features and a picture."""
 
 from __future__ import annotations
 
@@ -33,20 +33,21 @@ __all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Storage types of features, by the names that the command line uses."""
 
-# Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured.
+# Measured bytes per pixel of the image, its guidance and the upsampler's kernels.
 _UPSAMPLING = 70
-# The same within a bound of memory, measured at its peak; and of decoding.
+# Measured peak bytes per pixel with a memory bound: of upsampling, and of decoding.
 _BOUNDED, _DECODING = 33, 30
-# Bytes of the strips and of the picture.
+# Bytes of a strip and of the picture.
 _STRIPS = 100 * 10**6
-# Rows and columns of the map that exist at once. Always as many: a bound of memory changes no bit.
+# Rows and columns of the map that are computed at once; fixed, so that results do not depend on a
+# memory bound.
 _STRIP, _COLUMNS = 64, 512
-# Part of what is free that activations of the backbone may take; the allocator takes more.
+# Fraction of free memory for the backbone's activations; the allocator needs additional memory.
 _BACKBONE = 0.65
-# Strips after which what the allocator has kept is given back, where memory is bounded.
+# With a memory bound, number of strips after which the allocator's free memory is released.
 _RELEASED = 4
 _SHOWN = 2048
-"""Longest side of a panel of the picture, pixels."""
+"""Longest side of a panel of the picture, in pixels."""
 
 
 def run_photo(
@@ -64,30 +65,32 @@ def run_photo(
 ) -> tuple[int, ...]:
     """Upsample one photograph's features and write them, with their provenance, and a picture.
 
-    The map goes to the file in strips and never exists whole. What a head says does: it has few
-    outputs.
+    Features are written to the file strip by strip, so that the whole map is never in memory. The
+    output of a head is in memory, since it has few channels.
 
     Args:
         model: backbone and upsampler.
         photo: an image file.
-        outputs: where to write; files appear whole or not at all.
-        size: length of the shorter side, pixels; ``None`` keeps the photograph's own size.
-        dtype: type of the stored features.
-        max_pixels: as :func:`upfeat.images.read_image` takes it.
-        reading: further options of it that decide the pixels, as ``bands`` and ``max_value``.
-        max_memory: bytes that the process may hold; ``None`` for what the machine has. A tight
-            bound makes the backbone work in tiles.
-        made_by: what :func:`describe_model` says, where it is known already.
-        head: what it says of every pixel is stored in place of the features, and the picture shows
-            the classes; made for this backbone (:meth:`upfeat.heads.SavedHead.check_backbone`).
+        outputs: paths to write to; files are written completely or not at all.
+        size: shorter side in pixels to which the photograph is resized; ``None`` for no resizing.
+        dtype: data type of the stored features.
+        max_pixels: see :func:`upfeat.images.read_image`.
+        reading: further options of :func:`upfeat.images.read_image` that change the pixels, such as
+            ``bands`` and ``max_value``.
+        max_memory: most bytes that the process may use; ``None`` for the available memory. With
+            little memory the backbone is applied in tiles.
+        made_by: result of :func:`describe_model`; ``None`` to compute it.
+        head: a linear head made for this backbone (:meth:`upfeat.heads.SavedHead.check_backbone`),
+            whose outputs are stored instead of the features and shown in the picture; ``None`` for
+            the features.
 
     Returns:
-        The shape of what is stored, (C, H, W), or (K, H, W) of a head.
+        The shape of the stored map: (C, H, W), or (K, H, W) with a head.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not an image, is too large for the memory there is, or its features
-            overflow ``dtype``.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an image, memory is too small for it, or its features overflow
+            ``dtype``.
         OSError: writing failed.
     """
     made_by = describe_model(model, head) if made_by is None else made_by
@@ -101,10 +104,10 @@ def run_photo(
         x = model.preprocess(photo, size, align=False, **options)
     facts = _facts(model, photo, x, dtype, head)
     recipe = _recipe(source, made_by, size, dtype, reading)
-    # Not inference_mode, of whose tensors a map keeps copies to know whether they change.
+    # Not inference_mode: of inference tensors, UpsampledFeatures keeps copies to detect changes.
     with torch.no_grad():
         if max_memory is not None:
-            machine.release_memory()  # what decoding has left
+            machine.release_memory()  # freed by decoding
         free = _BACKBONE * free_bytes(max_memory)
         coarse, hidden = see_within(model.backbone, x, free, early=model.early, label=str(photo))
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
@@ -124,7 +127,7 @@ def run_photo(
                 written = _write_strips(file, lazy, dtype, basis, photo)
             else:
                 written = [_write_head(file, lazy, dtype, head, photo)]
-            del lazy  # its memory serves the picture
+            del lazy  # frees memory for the picture
             shows = head or basis
             if shown is not None and drawn is not None and shows is not None:
                 machine.release_memory()
@@ -137,7 +140,7 @@ def run_photo(
 
 
 def _image(model: FeatUp, x: Tensor) -> Tensor:
-    """The photograph as the picture shows it, (3, h, w) of bytes; a few rows at a time."""
+    """Reduce the photograph for the picture, (3, h, w), uint8; computed a few rows at a time."""
     longest = max(x.shape[2:])
     strips = [
         _bytes(_reduced(model.backbone.denormalize(part), longest)[0]).cpu()
@@ -147,12 +150,12 @@ def _image(model: FeatUp, x: Tensor) -> Tensor:
 
 
 def _bytes(image: Tensor) -> Tensor:
-    """An image in [0, 1] as the picture will hold it: a quarter of the memory."""
+    """Convert an image in [0, 1] to uint8, a quarter of the memory."""
     return (image.clamp(0, 1) * 255).round().byte()
 
 
 def _guidance(model: FeatUp, x: Tensor) -> Tensor:
-    """The image as the upsampler sees it, over the image itself where that can be."""
+    """Guidance of an image; written over the image itself if shape and dtype are the same."""
     first = model.guidance(x[:, :, :1])
     if first.shape[1] != x.shape[1] or first.dtype != x.dtype:
         return model.guidance(x)
@@ -168,7 +171,11 @@ def _write_strips(
     basis: PCABasis | None,
     photo: Path,
 ) -> list[Tensor]:
-    """Write the map from top to bottom; return what the picture shows of it, strips (3, h, w)."""
+    """Write the map from top to bottom.
+
+    Returns:
+        Strips (3, h, w) of the map in ``basis``, reduced for the picture; none without ``basis``.
+    """
     channels, height, width = lazy.shape[1:]
     projected = []
     room = torch.empty(channels, min(_STRIP, height), width, dtype=dtype)
@@ -187,7 +194,7 @@ def _write_strips(
             del values
         if parts:
             projected.append(torch.cat(parts, dim=2))
-        # aminmax spreads NaN and infinity without the mask of the whole that isfinite makes.
+        # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole strip.
         if not torch.isfinite(torch.stack(stored.aminmax())).all():
             raise ValueError(f"{photo}: its features overflow {dtype}; store them as bf16 or fp32")
         bits = stored.view(torch.int16) if dtype is torch.bfloat16 else stored
@@ -202,7 +209,7 @@ def _write_head(
     head: SavedHead,
     photo: Path,
 ) -> Tensor:
-    """Write what a head says of every pixel; return it, (K, H, W)."""
+    """Write the outputs of a head at every pixel, and return them, (K, H, W)."""
     said = torch.empty(1, len(head.weight), *lazy.shape[2:], dtype=dtype)
     lazy.project(head.weight, head.bias, out=said)  # K channels are upsampled, part by part
     for top in range(0, said.shape[2], _STRIP):
@@ -224,7 +231,7 @@ def _draw(
 def _draw_head(
     image: Tensor, coarse: Tensor, head: SavedHead, said: Tensor, *, label: str, size: Size
 ) -> Image.Image:
-    """The photograph, what a head says of the coarse features, and of the upsampled ones."""
+    """Draw the photograph, the head's outputs for coarse features, and those for upsampled ones."""
     cells = torch.einsum("kc,chw->khw", head.weight, coarse.float()) + head.bias[:, None, None]
     step = -(-max(said.shape[1:]) // _SHOWN)
     low, high = cells[0].min(), cells[0].max().clamp(min=cells[0].min() + 1e-12)
@@ -245,7 +252,12 @@ def _draw_head(
 
 
 def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
-    """Average over squares until the longest side, or that of the whole, fits into a panel."""
+    """Average a map (B, C, H, W) over squares, so that the longest side fits into a panel.
+
+    Args:
+        x: the map, or a strip of it.
+        longest: longest side of the whole map in pixels; ``None`` if ``x`` is the whole map.
+    """
     longest = longest or max(x.shape[2:])
     factor = 1
     while longest > factor * _SHOWN and factor < _STRIP:
@@ -254,7 +266,7 @@ def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
 
 
 def describe_model(model: FeatUp, head: SavedHead | None = None) -> dict[str, str]:
-    """Names for all that decides what is stored of an image: backbone, upsampler, weights, head."""
+    """Identities of backbone, upsampler and head, on which stored results depend, by name."""
     described = {
         "backbone_identity": identify_backbone(model.backbone),
         "upsampler_identity": identify_upsampler(model.upsampler),
@@ -272,14 +284,14 @@ def recipe_of(
     dtype: torch.dtype,
     reading: Mapping[str, Any] | None = None,
 ) -> str:
-    """Digest of all that the results of a photograph depend on, as its results record it.
+    """Digest of everything that a photograph's results depend on, which the results contain.
 
     Args:
-        photo: the file.
-        made_by: what :func:`describe_model` says.
-        size: as :func:`run_photo` takes it.
-        dtype: likewise.
-        reading: likewise.
+        photo: the image file.
+        made_by: result of :func:`describe_model`.
+        size: see :func:`run_photo`.
+        dtype: see :func:`run_photo`.
+        reading: see :func:`run_photo`.
 
     Raises:
         OSError: the photograph cannot be read.
@@ -299,7 +311,7 @@ def _recipe(
 
 
 def _texts(recipe: Mapping[str, Any]) -> dict[str, str]:
-    """Parts of a recipe that people may want to read."""
+    """Entries of a recipe that are also stored as readable metadata."""
     return {"image_sha256": recipe["image_sha256"], "size": str(recipe["size"])}
 
 
@@ -337,23 +349,23 @@ def check_memory(
     *,
     held: int = 0,
 ) -> None:
-    """Refuse a photograph that would not fit into memory, before it is decoded or resized.
+    """Check that memory suffices for a photograph, before it is decoded or resized.
 
     Args:
         model: backbone and upsampler.
         photo: an image file.
-        size: as :func:`run_photo` takes it.
-        max_memory: likewise.
-        held: bytes for each pixel of what exists whole.
+        size: see :func:`run_photo`.
+        max_memory: see :func:`run_photo`.
+        held: bytes per pixel of results that are in memory as a whole.
 
     Raises:
-        ValueError: it would not; the message says which size would.
+        ValueError: memory does not suffice; the message names a size or a bound for which it does.
     """
     own = image_size(photo)
     if own is None:
         return
     if max_memory is None:
-        # Beside the strips: the image, its guidance, what the upsampler keeps.
+        # The image, its guidance and the kernels; strips are small in comparison.
         machine.check_fits(photo, own, size, _UPSAMPLING + held, device=model.backbone.mean.device)
         return
     height, width = machine.resized(own, size)
@@ -377,23 +389,23 @@ def size_on_disk(
     picture: bool,
     head: SavedHead | None = None,
 ) -> int | None:
-    """About how many bytes the results of a photograph take.
+    """Estimate the size of a photograph's results on disk, in bytes.
 
     Args:
         model: backbone and upsampler.
-        photo: the file.
-        size: as :func:`run_photo` takes it.
-        dtype: likewise.
-        picture: whether there is a picture too.
-        head: as :func:`run_photo` takes it.
+        photo: the image file.
+        size: see :func:`run_photo`.
+        dtype: see :func:`run_photo`.
+        picture: whether the results include a picture.
+        head: see :func:`run_photo`.
 
     Returns:
-        ``None`` where the photograph does not tell its size.
+        The estimate; ``None`` if the photograph's header does not contain its size.
     """
     own = image_size(photo)
     if own is None:
         return None
     height, width = machine.resized(own, size)
-    # Four panels of some three bytes a pixel, compressed to half.
+    # A picture has four panels of three bytes per pixel, which compression halves.
     channels = model.embed_dim if head is None else len(head.weight)
     return height * width * (channels * dtype.itemsize + (6 if picture else 0))

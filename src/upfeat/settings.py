@@ -1,4 +1,4 @@
-"""Settings as data: one declaration gives the check, the flag, the docstring and the table row."""
+"""Declarations of settings, from which checks, flags, docstrings and tables are generated."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Setting(NamedTuple):
     """Declaration of one field of a configuration."""
 
     meaning: str
-    """A phrase, in lower case, for the docstring, ``--help`` and the table of the documents."""
+    """Phrase in lower case for the docstring, ``--help`` and the table in the documentation."""
     check: Callable[[str, Any], Any]
-    """From name and value to the value in its type; raises ValueError where it is out of range."""
+    """Function from name and value to the converted value; raises ValueError if out of range."""
     flag: bool = True
-    """True if the command has a flag of that name."""
+    """True if the command has a flag for the setting."""
     operational: bool = False
-    """True if it changes no result."""
+    """True if results do not depend on the setting."""
 
 
 def setting(
@@ -61,7 +61,7 @@ def setting(
 
 
 class Whole(NamedTuple):
-    """A whole number; see :func:`upfeat.bounds.whole`."""
+    """Check of a whole number; see :func:`upfeat.bounds.whole`."""
 
     least: int = 1
     most: int = LARGEST
@@ -73,7 +73,7 @@ class Whole(NamedTuple):
 
 
 class Number(NamedTuple):
-    """A finite number; see :func:`upfeat.bounds.number`."""
+    """Check of a finite number; see :func:`upfeat.bounds.number`."""
 
     low: float
     high: float
@@ -88,7 +88,7 @@ class Number(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """One of a few names; see :func:`upfeat.bounds.choice`."""
+    """Check of a name among known names; see :func:`upfeat.bounds.choice`."""
 
     known: Sequence[str]
 
@@ -98,16 +98,16 @@ class Choice(NamedTuple):
 
 
 def settings_of(config: type) -> dict[str, Setting]:
-    """The declared settings of a configuration, by name."""
+    """Declared settings of a configuration class, by name."""
     declared = {field.name: field.metadata.get("setting") for field in dataclasses.fields(config)}
     return {name: one for name, one in declared.items() if one is not None}
 
 
 def check(config: Any) -> None:
-    """Check every setting of a configuration, and bring it to its type; for ``__post_init__``.
+    """Check every setting of a configuration and convert it to its type; for ``__post_init__``.
 
     Raises:
-        ValueError: one is out of range.
+        ValueError: a setting is out of range.
     """
     checked = {
         name: one.check(name, getattr(config, name))
@@ -118,14 +118,14 @@ def check(config: Any) -> None:
 
 
 def documented(config: AnyConfig) -> AnyConfig:
-    """Append the settings to a configuration's docstring; a decorator above ``dataclass``."""
+    """Append the settings to a configuration's docstring; use as a decorator above dataclass."""
     lines = [f"        {name}: {one.meaning}." for name, one in settings_of(config).items()]
     config.__doc__ = "\n".join([(config.__doc__ or "").rstrip(), "", "    Attributes:", *lines, ""])
     return config
 
 
 def add_flags(parser: argparse._ActionsContainer, config: type) -> None:
-    """Give a parser a flag for each setting; what is not given is not in the options."""
+    """Add a flag for each setting to a parser; options contain only the flags that were given."""
     for name, one in settings_of(config).items():
         if one.flag:
             flag = f"--{name.replace('_', '-')}"
@@ -135,7 +135,7 @@ def add_flags(parser: argparse._ActionsContainer, config: type) -> None:
 
 
 def table(config: type) -> str:
-    """The settings as a table of the documents."""
+    """Format the settings of a configuration class as a Markdown table."""
     rows = ["| setting | default | meaning |", "| --- | --- | --- |"]
     for field in dataclasses.fields(config):
         one = field.metadata.get("setting")

@@ -1,4 +1,4 @@
-"""Folders of weights on the Hugging Face hub, by its own mixin, and the card that goes along."""
+"""Upload of saved upsamplers to the Hugging Face hub, and the model card in their folders."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from upfeat.strict_json import read_object
 
 CARD_FILE = "README.md"
 RECORD_FILE = "training.json"
-"""The file in which a training describes itself, beside its weights."""
+"""File in the folder of weights with the record of their training."""
 
 _TAGS = ("upfeat", "feature-upsampling", "image-feature-extraction")
 
 
 def push_to_hub(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:
-    """Put a saved folder on the hub, with :class:`huggingface_hub.ModelHubMixin`.
+    """Upload a saved folder to the hub, by :class:`huggingface_hub.ModelHubMixin`.
 
     Args:
-        save: writes the folder, card included.
-        repo_id: "owner/name".
-        **options: of ``ModelHubMixin.push_to_hub``: ``commit_message``, ``private``, ``token``,
-            ``branch``, ``create_pr``, and patterns of files.
+        save: function that writes the files to a folder, including the model card.
+        repo_id: name of the repository, "owner/name".
+        **options: options of ``ModelHubMixin.push_to_hub``: ``commit_message``, ``private``,
+            ``token``, ``branch``, ``create_pr``, and patterns of files.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: huggingface_hub is not installed, or the name is none.
-        OSError: the hub is out of reach, or refuses.
+        ValueError: huggingface_hub is not installed, or ``repo_id`` is not "owner/name".
+        OSError: the hub cannot be reached, or refuses the upload.
     """
     try:
         from huggingface_hub import ModelHubMixin
@@ -52,11 +52,11 @@ def push_to_hub(save: Callable[[Path], None], repo_id: str, **options: Any) -> s
 
 
 def read_record(run: Path) -> dict[str, Any]:
-    """The record of a training: of its folder, or of the folder of weights within.
+    """Read the record of a training from its folder, or from the folder ``upsampler`` in it.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged.
+        FileNotFoundError: neither folder contains a record.
+        ValueError: the record is damaged.
     """
     places = (run / RECORD_FILE, run / "upsampler" / RECORD_FILE)
     path = next((one for one in places if one.is_file()), None)
@@ -66,12 +66,12 @@ def read_record(run: Path) -> dict[str, Any]:
 
 
 def model_card(config: Mapping[str, Any], record: Mapping[str, Any], name: str) -> str:
-    """The text of a card.
+    """Compose the model card of an upsampler, in Markdown.
 
     Args:
-        config: of the upsampler, with its name under "upsampler".
-        record: of its training; empty where there is none.
-        name: under which it is loaded.
+        config: configuration of the upsampler, with its name under "upsampler".
+        record: record of its training; empty if there is none.
+        name: name in the repository or folder from which the upsampler is loaded.
     """
     channels = config.get("embed_dim")
     fits = "features of any backbone" if channels is None else f"features of {channels} channels"
@@ -89,7 +89,7 @@ def model_card(config: Mapping[str, Any], record: Mapping[str, Any], name: str) 
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:
-    """Settings as rows, those within others by both names; of files the names alone."""
+    """Format settings as rows of a table; nested names are joined, and paths cut to file names."""
     rows = ["| setting | value |", "| --- | --- |"]
     for name, value in _flat(values):
         if isinstance(value, str):

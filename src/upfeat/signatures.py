@@ -1,4 +1,4 @@
-"""Kinds of files that are no images for us, by their first bytes, so that errors can name them."""
+"""Recognition of unsupported kinds of files by their first bytes, for error messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 _CONVERT = "convert it to PNG or TIFF"
 _DEVELOP = "a camera's raw file; develop it to a 16-bit TIFF first (rawpy and darktable do)"
-# Place, bytes, what it is.
+# Offset, bytes at the offset, and the message for files that contain them.
 _KINDS = (
     (0, b"\xff\x0a", f"a JPEG XL image; {_CONVERT}"),
     (4, b"JXL ", f"a JPEG XL image; {_CONVERT}"),
@@ -27,15 +27,15 @@ _KINDS = (
     (0, b"<html", "a web page, as servers send in place of an image"),
 )
 LONGEST = 132
-"""Bytes of a file that tell."""
+"""Number of bytes at the start of a file that are needed to recognise it."""
 
 _SUBFILE, _PHOTOMETRIC, _SUB_IFDS, _NO_DATA = 254, 262, 330, 42113
 _SENSOR = (32803, 34892)
-"""Photometric interpretations of what a sensor saw: a mosaic of colours, or not yet colours."""
+"""Photometric interpretations of raw sensor data: a mosaic of colours (CFA), or linear raw."""
 
 
 def kind_of(start: bytes) -> str | None:
-    """Name what a file is, and what to do, from its first :data:`LONGEST` bytes."""
+    """Kind of a file and advice, by its first :data:`LONGEST` bytes; ``None`` if not recognised."""
     if not start:
         return "an empty file"
     lower = start[:16].lower()
@@ -46,15 +46,15 @@ def kind_of(start: bytes) -> str | None:
 
 
 def refuse_raw(tags: Mapping[int, Any], start: bytes, label: str) -> None:
-    """Refuse TIFF files of cameras whose first image is a thumbnail or a sensor's mosaic.
+    """Refuse cameras' TIFF files whose first image is a thumbnail or a sensor's mosaic.
 
     Args:
-        tags: of the first image, by number.
+        tags: tags of the first image, by number.
         start: the file's first bytes.
-        label: what the error calls it.
+        label: name of the image, for error messages.
 
     Raises:
-        ValueError: it is one.
+        ValueError: the file is a camera's raw file.
     """
     thumbnail = int(tags.get(_SUBFILE, 0) or 0) & 1 and _SUB_IFDS in tags
     if thumbnail or tags.get(_PHOTOMETRIC) in _SENSOR or start[8:10] == b"CR":
@@ -62,7 +62,7 @@ def refuse_raw(tags: Mapping[int, Any], start: bytes, label: str) -> None:
 
 
 def value_without_data(tags: Mapping[int, Any]) -> float | None:
-    """The value that a TIFF's GDAL_NODATA tag gives to pixels without data, if it has one."""
+    """Value of pixels without data, from a TIFF's GDAL_NODATA tag; ``None`` without a valid tag."""
     text = tags.get(_NO_DATA)
     if isinstance(text, tuple):
         text = text[0] if text else None

@@ -1,7 +1,8 @@
-"""Files on disk: written whole or not at all, equal bytes for equal content, swept after a kill.
+"""Files on disk: written completely or not at all, with equal bytes for equal content.
 
-What is being written lies under a hidden name of its own beside its destination, locked for as long
-as its writer lives; what no writer holds any more is removed by the next one (:func:`sweep`).
+While a file is written, it has a temporary hidden name in the destination's folder, and a lock of
+the process that writes it. Temporary files of killed processes, whose locks the system has
+released, are removed by the next process that writes to the folder (:func:`sweep`).
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _TEMPORARY = re.compile(r"\.upfeat-(\d+)-[a-z0-9_]+(\.\w+)?")
-# Without locks, only age tells a killed writer's file from a slow one's.
+# Without locks, a temporary file of this age counts as that of a killed process.
 _ABANDONED_SECONDS = 24 * 3600
-# Between the making of a file and its locking; a process of the same number may be another by now.
+# Files of this age may be new and not yet locked, if a process of their number is alive; older ones
+# may belong to an earlier process of the same number.
 _UNLOCKED_SECONDS = 60
 
 _DTYPES = {
@@ -50,11 +52,11 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# One NumPy never writes for an array of three axes (128 bytes): the mark of our own .npy files,
-# which every reader takes for padding.
+# Bytes of the header, the mark of upfeat's own .npy files: NumPy writes 128 bytes for an array of
+# three axes, and every reader accepts the longer header as padding.
 _NPY_HEADER = 1088
 
-# Below this, asking the system for space costs more than the writing that it would save.
+# Bytes below which reserving disk space costs more time than it saves.
 _RESERVED = 1 << 20
 
 _open_handles: set[int] = set()
@@ -63,44 +65,44 @@ _MASK = threading.Lock()
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path`` to write to; rename it into place on success.
+    """Context that gives a temporary path to write to, and renames it to ``path`` on success.
 
-    A reader sees the old file or the new one, never a part; a failure leaves the old one and no
-    temporary behind.
+    A reader sees either the old file or the complete new one. After a failure, the old file is
+    unchanged and the temporary file is removed.
 
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
         OSError: writing failed; the error names ``path``, not the temporary.
     """
-    if path.is_dir():  # known before the work, not at its end
+    if path.is_dir():  # fail now rather than after the content is computed
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with _naming(path), _temporary(path, folder=False) as temporary:
         yield temporary
-        # mkstemp makes files private; a result gets the permissions any new file would.
+        # mkstemp makes files private; give the result the permissions of any new file.
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
 
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; put it in the place of ``path`` on success.
+    """Context that gives a temporary folder to fill, and renames it to ``path`` on success.
 
     Raises:
-        OSError: as :func:`replacing`.
+        OSError: writing failed; see :func:`replacing`.
     """
     with _naming(path), _temporary(path, folder=True) as temporary:
         inside = temporary / "new"
         yield inside
         if path.is_dir() and not path.is_symlink():
-            # A folder cannot be renamed over another: for a moment there is none.
+            # A folder cannot replace another atomically: for a moment ``path`` does not exist.
             path.rename(temporary / "old")
         inside.rename(path)
 
 
 @contextmanager
 def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
-    """A hidden file or folder beside ``path``, locked, and gone afterwards."""
+    """Context with a locked hidden file or folder next to ``path``, which is removed afterwards."""
     prefix = f".upfeat-{os.getpid()}-"
     suffix = path.suffix if re.fullmatch(r"\.\w{1,16}", path.suffix) else ""
     if folder:
@@ -128,7 +130,7 @@ def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Let system errors about a temporary, or about nothing, speak of ``path``."""
+    """Context in which system errors about a temporary file, or without a file, name ``path``."""
     try:
         yield
     except OSError as error:
@@ -139,12 +141,13 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes were writing to a folder.
+    """Remove temporary files that killed processes left in a folder.
 
-    Only names that this module gives are looked at, and of those only what no process holds.
+    Only files with a temporary name of this module are removed, and only if no process has their
+    lock.
 
     Args:
-        folder: looked through without the folders below it; it need not exist.
+        folder: the folder, which need not exist; its subfolders are not searched.
     """
     with suppress(OSError):
         for entry in list(os.scandir(folder)):
@@ -172,7 +175,11 @@ def _remove_stale(path: Path, pid: int) -> None:
 
 
 def _lock(handle: int) -> bool | None:
-    """Lock without waiting: ``False`` if another holds it, ``None`` if there are no locks here."""
+    """Lock an open file without waiting.
+
+    Returns:
+        ``False`` if another process has the lock, ``None`` if the system has no locks.
+    """
     if fcntl is None:
         return None
     try:
@@ -186,7 +193,7 @@ def _lock(handle: int) -> bool | None:
 
 def _is_alive(pid: int) -> bool:
     if os.name == "nt":
-        return False  # there, asking would be a signal
+        return False  # on Windows, os.kill would send a signal instead of checking
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -202,7 +209,7 @@ def _close(handle: int) -> None:
 
 
 def _close_in_child() -> None:
-    """Let a forked child hold nothing: one that outlives a killed parent would lock on."""
+    """Close inherited temporary files in a forked child, which may outlive a killed parent."""
     for handle in list(_open_handles):
         with suppress(OSError):
             os.close(handle)
@@ -214,7 +221,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
-    """Write a file atomically."""
+    """Write a file atomically; see :func:`replacing`."""
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
         _reserve(file, len(content))
         file.write(content)
@@ -223,21 +230,21 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors and string metadata as one safetensors file, atomically.
 
-    Equal content gives equal bytes (the safetensors library shuffles its metadata).
+    Equal content gives equal bytes. (The safetensors library writes metadata in random order.)
 
     Args:
-        path: the file.
-        tensors: name to tensor, on any device.
-        metadata: name to string.
+        path: the safetensors file.
+        tensors: tensors by name, on any device.
+        metadata: strings by name.
 
     Raises:
-        ValueError: a tensor is of a type that the format does not know.
+        ValueError: the format does not support the data type of a tensor.
         OSError: writing failed.
     """
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
             raise ValueError(f"{path}: {name} is {tensor.dtype}, which safetensors cannot hold")
-    # Wide types first, as the safetensors library does: every tensor is then aligned.
+    # Wide types first, as in files of the safetensors library, so that all tensors are aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     sizes = [tensor.numel() * tensor.dtype.itemsize for _, tensor in ordered]
     kinds = [(name, _DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in ordered]
@@ -252,14 +259,14 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 def _header(
     kinds: Sequence[tuple[str, str, list[int]]], sizes: Sequence[int], metadata: dict[str, str]
 ) -> bytes:
-    """The length and the JSON at the start of a safetensors file."""
+    """Encode the start of a safetensors file: the length of the header, and the header as JSON."""
     entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     start = 0
     for (name, dtype, shape), size in zip(kinds, sizes, strict=True):
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
         start += size
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False)
-    # Half of a pair of surrogates, as in names that no encoding allows, is no JSON elsewhere.
+    # Replace lone surrogates, which names of undecodable files contain: UTF-8 cannot encode them.
     content = text.encode("utf-8", "replace")
     content += b" " * (-len(content) % 8)
     return len(content).to_bytes(8, "little") + content
@@ -271,20 +278,20 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 class ArrayFile:
-    """A (C, H, W) array in a file, filled some rows at a time by plain writes.
+    """Array (C, H, W) in a file, written some rows at a time.
 
-    Not mapped into memory: a disk that fills up under a mapping kills the process.
+    The file is not mapped into memory, because a mapped write to a full disk kills the process.
     """
 
     def __init__(self, file: IO[bytes], header: bytes, shape: Sequence[int], itemsize: int) -> None:
-        """Reserve the space, all of it, and write the header."""
+        """Reserve the disk space of the whole array, and write the header."""
         self._file, self._start = file, len(header)
         self._shape, self._itemsize = shape, itemsize
         _reserve(file, len(header) + int(np.prod(shape)) * itemsize)
         file.write(header)
 
     def write_rows(self, top: int, values: NDArray[Any]) -> None:
-        """Write rows from ``top`` on, (C, rows, W)."""
+        """Write ``values``, (C, rows, W), to the rows from ``top`` on."""
         _, height, width = self._shape
         for channel, rows in enumerate(values):
             place = (channel * height + top) * width
@@ -296,17 +303,17 @@ class ArrayFile:
 def create_array(
     path: Path, shape: Sequence[int], dtype: str, metadata: dict[str, str]
 ) -> Iterator[ArrayFile]:
-    """Create a file for an array (C, H, W): it appears, whole, when the block ends.
+    """Context to write a file with an array (C, H, W), which exists once the block has ended.
 
     Args:
-        path: ``.npy``, or else a safetensors file of one tensor, ``features``.
-        shape: (C, H, W).
-        dtype: "float16", "float32", or of a safetensors file "bfloat16", whose rows are written as
-            int16 of the same bits.
-        metadata: of the safetensors file.
+        path: path of the file: ``.npy``, or else a safetensors file with one tensor, ``features``.
+        shape: (C, H, W) of the array.
+        dtype: "float16" or "float32"; for a safetensors file also "bfloat16", whose values are
+            given to :meth:`ArrayFile.write_rows` as int16 with the same bits.
+        metadata: metadata of the safetensors file.
 
     Raises:
-        OSError: there is no space for it, or writing failed.
+        OSError: the disk has too little space, or writing failed.
     """
     kind = np.dtype("int16" if dtype == "bfloat16" else dtype).newbyteorder("<")
     size = int(np.prod(shape)) * kind.itemsize
@@ -320,7 +327,7 @@ def create_array(
 
 
 def _npy_header(shape: Sequence[int], dtype: str) -> bytes:
-    """Of version 1.0, padded to the length by which :func:`is_our_npy` knows it again."""
+    """Make a ``.npy`` header of version 1.0, of the length that :func:`is_our_npy` recognises."""
     text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
     content = text.encode().ljust(_NPY_HEADER - 11) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content
@@ -336,10 +343,10 @@ def is_our_npy(path: Path) -> bool:
 
 
 def _reserve(file: IO[bytes], size: int) -> None:
-    """Take the space for a file at once, where the system can: a full disk is known before work.
+    """Reserve the disk space of a file, where supported, so that a full disk fails immediately.
 
     Raises:
-        OSError: there is no such space.
+        OSError: the disk has too little space.
     """
     if size < _RESERVED or not hasattr(os, "posix_fallocate"):
         return
@@ -354,14 +361,14 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file.
 
     Args:
-        path: the file.
+        path: the safetensors file.
 
     Returns:
         The tensors by name, and the metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a safetensors file, or a truncated one.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a safetensors file, or is truncated.
     """
     path = Path(path)
     if not path.is_file():
@@ -375,15 +382,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read the metadata of a safetensors file, even of one that is cut off after its header.
+    """Read the metadata of a safetensors file, even if the file is truncated after its header.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it does not start as such a file does.
+        OSError: the file cannot be read.
+        ValueError: the file does not start with a safetensors header.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        # The limit of the format: a stranger's file says any number here.
+        # The format's limit of the header; an untrusted file may contain any length.
         content = file.read(min(length, 100_000_000)) if 2 <= length <= 100_000_000 else b""
     try:
         found = json.loads(content).get("__metadata__", {})
@@ -393,7 +400,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _umask() -> int:
-    # The only way to read the mask is to set it; of two threads that do, one would leave it at 0.
+    # The mask can be read only by setting it; without the lock, two threads could leave it at 0.
     with _MASK:
         mask = os.umask(0)
         os.umask(mask)

@@ -1,4 +1,4 @@
-"""JSON from anywhere, as an object of which nothing is guessed: bounded, no NaN, no name twice."""
+"""Strict JSON for untrusted files: bounded in size, without NaN, infinity and duplicate names."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 LARGEST = 1 << 20
-"""Bytes of a settings file, at most; ours are a few hundred."""
+"""Largest size of a settings file in bytes; upfeat writes a few hundred."""
 
 
 def read_object(path: Path, *, largest: int = LARGEST) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
+    """Read a JSON file that contains one object.
 
     Args:
-        path: the file.
-        largest: bytes that it may have.
+        path: the JSON file.
+        largest: largest allowed size of the file, in bytes.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is too large, not JSON, or JSON of another kind.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is too large, is not strict JSON, or does not contain an object.
     """
     return _object(read_value(path, largest=largest), str(path))
 
 
 def read_value(path: Path, *, largest: int = LARGEST) -> Any:
-    """Read a JSON file that holds anything, in UTF-8, with or without a byte order mark.
+    """Read a JSON file with any value, in UTF-8, with or without a byte order mark.
 
-    The arguments and errors are those of :func:`read_object`.
+    Arguments and errors are those of :func:`read_object`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -47,11 +47,11 @@ def parse_object(text: str, source: str) -> dict[str, Any]:
 
     Args:
         text: the JSON.
-        source: what to call it in errors.
+        source: name of the source, for error messages.
 
     Raises:
-        ValueError: it is not JSON, holds something else, NaN or infinity, or a name twice, or is
-            nested more deeply than the interpreter's stack.
+        ValueError: the text is not JSON, is not an object, contains NaN, infinity or a duplicate
+            name, or is nested more deeply than the interpreter's stack allows.
 
     Example:
         >>> parse_object('{"radius": 2}', "config.json")

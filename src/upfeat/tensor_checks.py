@@ -1,8 +1,8 @@
 """Checks of tensors from files: names, shapes and types before they are read, values before use.
 
-A file's header says what is in it at no cost, so nothing large is built or read for a file whose
-tensors do not fit. A NaN among weights would spread over every output, or over none that is looked
-at; it is refused by the tensor's name.
+Names, shapes and types are read from the file's header, so that neither a model nor a tensor is
+allocated for a file that does not fit. NaN among weights would spread to every output, or go
+unnoticed in rarely used ones; the error names the tensor.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 LARGEST = 1e9
-"""Magnitude that a weight may have; those of trained networks are far below."""
+"""Largest allowed magnitude of a weight; trained networks are far below it."""
 
 _FLOATS = {
     torch.float16: "F16",
@@ -24,35 +24,35 @@ _FLOATS = {
     torch.float32: "F32",
     torch.float64: "F64",
 }
-"""Types that can be computed with, by their names in safetensors files."""
+"""Floating-point types, with their names in safetensors files."""
 _NAMES_SHOWN = 4
 
 
 class Layout(NamedTuple):
-    """A tensor that has not been read."""
+    """Shape and data type of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: str
-    """As safetensors call it: "F32", "I64", …"""
+    """Name of the type in safetensors files: "F32", "I64", …"""
 
     @property
     def is_floating(self) -> bool:
-        """Return whether it can be computed with."""
+        """Return whether the type is one of 16-bit to 64-bit floating point."""
         return self.dtype in _FLOATS.values()
 
 
 def read_layouts(path: str | Path) -> tuple[dict[str, Layout], dict[str, str]]:
-    """Read the header of a safetensors file alone.
+    """Read only the header of a safetensors file.
 
     Args:
-        path: the file.
+        path: the safetensors file.
 
     Returns:
         Shapes and types by name, and the metadata.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a whole safetensors file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a complete safetensors file.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,7 +71,7 @@ def read_layouts(path: str | Path) -> tuple[dict[str, Layout], dict[str, str]]:
 
 
 def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
-    """Layouts of tensors that have been read."""
+    """Layouts of tensors in memory, by name."""
     return {
         name: Layout(tuple(one.shape), _FLOATS.get(one.dtype, str(one.dtype)))
         for name, one in tensors.items()
@@ -81,15 +81,15 @@ def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
 def check_layouts(
     source: str | Path, found: Mapping[str, Layout], expected: Mapping[str, Tensor]
 ) -> None:
-    """Check that tensors have the names and shapes expected, and can be computed with.
+    """Check that a file's tensors have the expected names, shapes and kinds of types.
 
     Args:
-        source: what to call the file in errors.
-        found: what it holds.
-        expected: what it should; tensors without values ("meta") will do.
+        source: name of the file, for error messages.
+        found: layouts of the file's tensors, by name.
+        expected: tensors of the expected shapes and types, by name; may be on the meta device.
 
     Raises:
-        ValueError: it does not; the names at fault are in the message.
+        ValueError: a tensor is missing, unexpected or different; the message names the tensors.
     """
     faults = [f"missing {name}" for name in sorted(set(expected) - set(found))]
     faults += [f"extra {name}" for name in sorted(set(found) - set(expected))]
@@ -119,14 +119,14 @@ def check_values(
     """Check that tensors are finite and within bounds.
 
     Args:
-        source: what to call where they come from in errors.
-        tensors: by name; whole numbers and tensors without values pass.
-        magnitudes: smallest and largest magnitude, by the last part of a name; others may have up
-            to :data:`LARGEST`.
-        floating: refuse tensors that are not of 16 to 64 bits of floating point.
+        source: name of the tensors' source, for error messages.
+        tensors: tensors by name; those of integers, and on the meta device, are not checked.
+        magnitudes: smallest and largest allowed magnitude, by the last part of a tensor's name;
+            others may have magnitudes up to :data:`LARGEST`.
+        floating: refuse tensors that are not 16-bit to 64-bit floating point.
 
     Raises:
-        ValueError: one is not; it is named.
+        ValueError: a tensor fails a check; the message names it.
     """
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided:

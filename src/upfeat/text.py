@@ -1,9 +1,10 @@
-"""Dense features of CLIP and SigLIP in the space of their texts, and the texts' own.
+"""Dense features of CLIP and SigLIP, in the same space as the models' embeddings of texts.
 
-An image tower answers for a whole image: its last attention gathers the patches into one vector.
-Left out (MaskCLIP: Zhou, Loy and Dai, Extract Free Dense Labels from CLIP, 2022), every patch keeps
-what it would have contributed, which lies in the same space and can be held against a text there.
-For CLIP that is the last block's value projection; for SigLIP the pooling head, given one patch.
+An image tower returns one vector for a whole image: its last attention combines the patches. If
+that attention is left out (MaskCLIP: Zhou, Loy and Dai, Extract Free Dense Labels from CLIP, 2022),
+every patch keeps the value that it would have contributed, which is in the space of the vector and
+can be compared with embeddings of texts. For CLIP this is the last block's value projection; for
+SigLIP it is the output of the pooling head applied to a single patch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from upfeat.backbones import Backbone
 from upfeat.normalization import HALF, Normalization
 
 CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-"""The normalisation of CLIP's images."""
+"""Normalisation of CLIP's images."""
 
 TEMPLATES = (
     "a photo of a {}.",
@@ -28,7 +29,7 @@ TEMPLATES = (
     "a photo of many {}.",
     "there is a {} in the scene.",
 )
-"""Sentences to put a class's name into; the mean over several is steadier than any of them."""
+"""Sentences for a class's name in place of "{}"; their mean is more reliable than each alone."""
 
 
 def load_text_backbone(
@@ -38,19 +39,22 @@ def load_text_backbone(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> TextBackbone:
-    """Load a model of images and texts as a backbone whose features texts can be held against.
+    """Load a model of images and texts as a backbone whose features can be compared with texts.
 
     Args:
         model: "hf:ID" or "hf:FOLDER" (CLIP and SigLIP of transformers), "open_clip:NAME/TAG", or a
-            loaded one: transformers' ``CLIPModel`` or ``SiglipModel``, or open_clip's ``CLIP``.
-        tokenizer: the model's own, for a loaded one; without, texts cannot be encoded.
-        mean: normalisation of its images, RGB in [0, 1]; ``None`` for the model's.
-        std: likewise.
+            loaded model: transformers' ``CLIPModel`` or ``SiglipModel``, or open_clip's ``CLIP``.
+        tokenizer: tokenizer of a loaded model; without it, texts cannot be encoded. For a model
+            given by name, its own tokenizer is loaded.
+        mean: mean of each channel with which images are normalised, RGB in [0, 1]; ``None`` for the
+            model's.
+        std: standard deviation of each channel; ``None`` for the model's.
 
     Raises:
-        ValueError: it is none of these, its package is not installed, or it cannot be loaded.
+        ValueError: the model is of another kind, its package is not installed, or it cannot be
+            loaded.
 
-    The three lines stand in docs/guides/text.md.
+    For an example see docs/guides/text.md.
     """
     name = None
     if isinstance(model, str):
@@ -61,9 +65,9 @@ def load_text_backbone(
 
 
 class TextBackbone(Backbone):
-    """A CLIP or SigLIP: dense features of images, and vectors of texts, in one space.
+    """CLIP or SigLIP as a backbone: dense features of images and embeddings of texts in one space.
 
-    Frozen, in eval mode. Position embeddings are interpolated to the size of the image.
+    The model is frozen, in eval mode. Position embeddings are interpolated to the image's grid.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class TextBackbone(Backbone):
         """Wrap a model; see :func:`load_text_backbone`.
 
         Raises:
-            ValueError: its structure is none that is known.
+            ValueError: the model's structure is not supported.
         """
         tower = _tower(model)
         super().__init__(
@@ -101,18 +105,18 @@ class TextBackbone(Backbone):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str], templates: Sequence[str] = ("{}",)) -> Tensor:
-        """Encode texts.
+        """Encode texts as vectors in the space of the features.
 
         Args:
-            prompts: K texts, or names of things with ``templates``.
-            templates: sentences with a place for each prompt, as :data:`TEMPLATES`; a prompt's
-                vector is the mean over them.
+            prompts: K texts; with ``templates``, names of classes.
+            templates: sentences with "{}" in place of the prompt, such as :data:`TEMPLATES`; the
+                vector of a prompt is the mean over templates.
 
         Returns:
-            (K, C), of unit length.
+            (K, C), rows of unit length.
 
         Raises:
-            ValueError: there are no prompts, a template has no place, or there is no tokenizer.
+            ValueError: there are no prompts, a template has no "{}", or there is no tokenizer.
         """
         texts = isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts)
         if isinstance(prompts, str) or not texts or not prompts:
@@ -121,14 +125,14 @@ class TextBackbone(Backbone):
             raise ValueError(f'templates={templates!r} must each have a place "{{}}" for a prompt')
         if self.tokenizer is None:
             raise ValueError(f"{self.name} was given without tokenizer=, which encode_text needs")
-        # Replaced, not formatted: other braces are letters of a text.
+        # replace, not format: other braces are part of the text.
         texts = [template.replace("{}", one) for one in prompts for template in templates]
         vectors = F.normalize(self._tower.texts(self.model, self.tokenizer, texts).float(), dim=1)
         return F.normalize(vectors.unflatten(0, (len(prompts), -1)).mean(1), dim=1)
 
 
 class _Clip:
-    """Transformers' CLIP."""
+    """Access to the parts of transformers' CLIP."""
 
     @staticmethod
     def embed_dim(model: Any) -> int:
@@ -154,7 +158,7 @@ class _Clip:
     @staticmethod
     def texts(model: Any, tokenizer: Callable[..., Any], texts: list[str]) -> Tensor:
         """K texts -> (K, C)."""
-        # SigLIP was trained on texts of one length and takes the last token for the whole.
+        # SigLIP was trained on padded texts of one length, and the last token represents the text.
         padding = "max_length" if "siglip" in model.config.model_type else True
         tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
         device = next(model.parameters()).device
@@ -163,7 +167,7 @@ class _Clip:
 
 
 class _Siglip(_Clip):
-    """Transformers' SigLIP, whose pooling head attends to the patches."""
+    """Access to the parts of transformers' SigLIP, whose pooling head attends to the patches."""
 
     @staticmethod
     def embed_dim(model: Any) -> int:
@@ -175,7 +179,7 @@ class _Siglip(_Clip):
 
     @staticmethod
     def patches(model: Any, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, C): each patch through the pooling head alone."""
+        """(B, 3, H, W) -> (B, N, C): the pooling head, applied to each patch alone."""
         tower = model.vision_model
         tokens = tower(x, interpolate_pos_encoding=True).last_hidden_state
         attention = tower.head.attention
@@ -184,7 +188,7 @@ class _Siglip(_Clip):
 
 
 class _OpenClip:
-    """open_clip's CLIP with a vision transformer of its own."""
+    """Access to the parts of open_clip's CLIP with open_clip's own vision transformer."""
 
     @staticmethod
     def embed_dim(model: Any) -> int:
@@ -224,14 +228,19 @@ class _OpenClip:
 
 
 def _value_projection(attention: Any, tokens: Tensor) -> Tensor:
-    """Values of ``nn.MultiheadAttention``, before its output projection."""
+    """Compute the values of ``nn.MultiheadAttention``, before its output projection."""
     weight, bias = attention.in_proj_weight, attention.in_proj_bias
     width = attention.embed_dim
     return F.linear(tokens, weight[2 * width :], None if bias is None else bias[2 * width :])
 
 
 def _positions(embedding: Tensor, grid: Tensor) -> Tensor:
-    """Position embeddings (1 + N, C) of a square for another grid (B, C, h, w): (1 + h·w, C)."""
+    """Interpolate position embeddings of a square grid, (1 + N, C), to (1 + h·w, C).
+
+    Args:
+        embedding: embeddings of the class token and of N patches.
+        grid: tensor (…, h, w) whose grid is the target.
+    """
     height, width = grid.shape[2:]
     side = round((len(embedding) - 1) ** 0.5)
     if (height, width) == (side, side):
@@ -244,7 +253,11 @@ def _positions(embedding: Tensor, grid: Tensor) -> Tensor:
 
 
 def _tower(model: Any) -> Any:
-    """The way to a model's patches, by its structure."""
+    """Choose the class with access to a model's parts, by the model's structure.
+
+    Raises:
+        ValueError: the structure is not supported.
+    """
     vision = getattr(model, "vision_model", None)
     if vision is not None and hasattr(model, "get_text_features"):
         if hasattr(model, "visual_projection") and hasattr(vision, "post_layernorm"):

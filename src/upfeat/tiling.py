@@ -1,9 +1,9 @@
-"""Tiles, halos, overlaps and blends of a large map as integers; nothing here touches pixels.
+"""Division of a large map into tiles or overlapping windows, by integer coordinates.
 
-Two ways to cut: :func:`split` gives tiles that do not overlap, each with a halo that is read but
-not written (exact where what is computed looks no further than the halo); :func:`overlapping` gives
-windows of one size that overlap, blended by the weights of :func:`raised_cosine` (for what looks as
-far as its window goes).
+There are two divisions. :func:`split` gives tiles that do not overlap, each with a halo that is
+read but not written; results are exact if the computation depends on no pixels beyond the halo.
+:func:`overlapping` gives overlapping windows of one size, whose results are blended by the weights
+of :func:`raised_cosine`; it is for computations that depend on all pixels of their window.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from upfeat.types import Size, Window
 
 
 class Tile(NamedTuple):
-    """A part of a map: what it writes, and what it must read to do so."""
+    """Part of a map: the window that the tile writes, and the window that it reads."""
 
     core: Window
-    """Written by this tile and by no other."""
+    """Window that this tile writes, and no other tile."""
     outer: Window
-    """Read: the core and its halo, as far as the map goes."""
+    """Window that is read: the core and its halo, cut at the map's border."""
 
     @property
     def inner(self) -> Window:
-        """The core in coordinates of the outer window."""
+        """Core in coordinates of the outer window."""
         top, left = self.core.top - self.outer.top, self.core.left - self.outer.left
         return Window(top, left, self.core.height, self.core.width)
 
@@ -35,9 +35,10 @@ def split(size: Size, tile: int, *, halo: int = 0, step: int = 1) -> Iterator[Ti
 
     Args:
         size: (height, width) of the map.
-        tile: side of a core; the last of a row or column may be smaller.
-        halo: units read on every side of a core, ≥ 0; rounded up to a multiple of ``step``.
-        step: cores and outer windows begin at multiples of it; ``tile`` must be one.
+        tile: side of a core; the last cores of a row or column may be smaller.
+        halo: width of the halo on every side of a core, ≥ 0; rounded up to a multiple of ``step``.
+        step: number of which the start of every core and outer window is a multiple; ``tile`` must
+            be a multiple too.
 
     Yields:
         Tiles whose cores cover the map once.
@@ -63,22 +64,22 @@ def split(size: Size, tile: int, *, halo: int = 0, step: int = 1) -> Iterator[Ti
 
 
 def _spans(length: int, tile: int, halo: int) -> Iterator[tuple[int, int, int, int]]:
-    """Start and end of every core along one axis, and of its outer window."""
+    """Start and end of every core on one axis, and start and end of its outer window."""
     for start in range(0, length, tile):
         end = min(start + tile, length)
         yield start, end, max(start - halo, 0), min(end + halo, length)
 
 
 def overlapping(size: Size, window: int, overlap: int) -> Iterator[Window]:
-    """Cover a map with windows of one size that overlap.
+    """Cover a map with overlapping windows of one size.
 
     Args:
         size: (height, width) of the map.
-        window: side of every window; an axis shorter than it is covered by one that is as long.
-        overlap: least number of units that neighbours share, below ``window``.
+        window: side of every window; cut to the side of a smaller map.
+        overlap: least overlap of neighbouring windows, below ``window``.
 
     Yields:
-        Windows, row by row; the last ones of a row or column are moved back into the map.
+        Windows, row by row; the last windows of a row or column end at the map's border.
 
     Raises:
         ValueError: an argument is out of range.
@@ -96,23 +97,23 @@ def _starts(length: int, window: int, overlap: int) -> list[int]:
 
 
 def raised_cosine(start: int, window: int, length: int, overlap: int) -> list[float]:
-    """Weights of one overlapping window along one axis: 1 inside, falling towards its ends.
+    """Weights of one overlapping window on one axis: 1 inside, and falling towards its ends.
 
-    Divide a sum of weighted windows by the sum of their weights. Ends at the border of the map do
-    not fall, and no weight is 0, so that the sum never is.
+    To blend windows, divide the sum of weighted windows by the sum of weights. The latter is never
+    0: no weight is 0. Weights do not fall at ends on the map's border.
 
     Args:
-        start: first unit of the window.
-        window: its length.
-        length: of the map.
-        overlap: units over which the weight rises from 0 to 1.
+        start: start of the window.
+        window: length of the window.
+        length: length of the map.
+        overlap: distance over which the weights rise from 0 to 1.
 
     Returns:
         ``window`` weights in (0, 1].
     """
 
     def rise(distance: int) -> float:
-        """The weight of a unit that lies ``distance`` units inside a falling end."""
+        """Weight at ``distance`` from a falling end of the window."""
         if distance >= overlap:
             return 1.0
         return 0.5 - 0.5 * math.cos(math.pi * (distance + 0.5) / overlap)

@@ -1,4 +1,4 @@
-"""Tensors of ``torch.func`` (vmap, jvp, grad): recognised, and spared what they cannot do."""
+"""Recognition of tensors of ``torch.func`` (vmap, jvp, grad), which need special treatment."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
 
 
 def is_transformed(x: Tensor) -> bool:
-    """Tell tensors of a transform, whose values and memory are not to be had."""
-    # A compiler cannot trace the question, and answers it for itself.
+    """Return whether a tensor belongs to a transform; its values and memory are inaccessible."""
+    # The compiler cannot trace the check, and handles transforms itself.
     return not torch.compiler.is_compiling() and is_functorch_wrapped_tensor(x)
 
 
 def is_transforming() -> bool:
-    """Tell a running transform: whatever is computed in it is one of its tensors."""
+    """Return whether a transform is running; all tensors computed in it belong to it."""
     return not torch.compiler.is_compiling() and peek_interpreter_stack() is not None
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Maps (B, C, H, W) with channels last in memory, which convolutions are faster on.
+    """Convert maps (B, C, H, W) to channels-last memory format, in which convolutions are faster.
 
-    Those of a transform stay as they are: PyTorch knows no such order under vmap, and has operators
-    whose forward derivative fails on it.
+    Tensors of a transform are returned unchanged: PyTorch does not support the format under vmap,
+    and the forward derivatives of some operators fail on it.
     """
     return x if is_transformed(x) else x.contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""A video of features: every frame's, in one basis of colours, and how much they flicker."""
+"""Videos of features: all frames in one basis of colours, with measurements of flicker."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from upfeat.storage import replacing, sweep, write_bytes
 from upfeat.visualize import PCABasis, class_colours
 
 OnFrame = Callable[[int, int], None]
-"""Is told how many frames are done, and of how many."""
+"""Function that is called with the number of frames done and the total number of frames."""
 
 _UPSAMPLING = 70
-"""Bytes a pixel of the image, its guidance and what the upsampler keeps of it; measured."""
+"""Measured bytes per pixel of the image, its guidance and the upsampler's kernels."""
 _SAMPLED_CELLS = 1 << 16
-"""Cells of all sampled frames that the basis is fitted on."""
+"""Number of cells from all sampled frames to which the basis is fitted."""
 _DIRECTIONS = 8
-"""Random directions on which the drift of features is measured in place of all channels."""
+"""Number of random directions, instead of all channels, in which the drift is measured."""
 _STILL = 4 / 255
-"""Largest change of a colour in what does not move: what encoders leave of a still picture."""
+"""Largest change of a colour in still parts of a video, caused by the noise of encoders."""
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,11 @@ class VideoSettings:
     """Settings of a video of features.
 
     Attributes:
-        size: shorter side that frames are brought to, pixels; ``None`` for their own.
+        size: shorter side in pixels to which frames are resized; ``None`` for no resizing.
         beside: show the frame itself to the left of its features.
-        head: a head whose classes are shown in place of the features' principal components.
-        sample: frames, spread over the video, that the basis of colours is fitted on.
+        head: a head whose classes are shown instead of the features' principal components; ``None``
+            for the components.
+        sample: number of frames, spread over the video, to which the basis of colours is fitted.
     """
 
     size: int | None = None
@@ -67,7 +68,7 @@ class VideoSettings:
         """Check the settings.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: a setting is out of range.
         """
         whole("size", self.size, optional=True)
         whole("sample", self.sample)
@@ -79,21 +80,24 @@ class VideoSettings:
 
 @dataclass(frozen=True)
 class VideoReport:
-    """Stability over time, measured where nothing moves.
+    """Stability of features over time, measured in still parts of the video.
+
+    A pixel is still from one frame to the next if no colour within a cell's width changes.
 
     Attributes:
-        frames: that were written.
-        size: (height, width) of a frame's features, pixels.
-        still: fraction of the pixels whose surroundings do not change from one frame to the next.
-        image: mean change of their colours, in levels of 255.
-        drift_coarse: change of the backbone's features in such cells from one frame to the next,
-            root mean square, relative to the features' deviation over the video.
-        drift: the same of upsampled features in such pixels.
-        flicker: mean change of the colours shown in such pixels, in levels of 255; of a head,
-            fraction of such pixels whose class changes.
-        damage: reason why the video could not be read to its end.
+        frames: number of frames that were written.
+        size: (height, width) of a frame's features, in pixels.
+        still: fraction of pixels that are still.
+        image: mean change of the image's colours in still pixels, in levels of 255.
+        drift_coarse: root mean square change of the backbone's features in still cells, relative to
+            the features' standard deviation over the video.
+        drift: root mean square change of the upsampled features in still pixels, relative to the
+            standard deviation of the backbone's features over the video.
+        flicker: mean change of the displayed colours in still pixels, in levels of 255; with a
+            head, the fraction of still pixels whose class changes.
+        damage: reason for which the video could not be read to its end; ``None`` if it was.
 
-    Where nothing is still, all but the first three are ``None``.
+    If no pixel is still, ``image``, ``drift_coarse``, ``drift`` and ``flicker`` are ``None``.
     """
 
     frames: int
@@ -107,7 +111,7 @@ class VideoReport:
 
 
 class _Painter(Protocol):
-    """A linear map of features, and the colours of what it gives."""
+    """Linear map of features, with colours for its outputs and a measure of their changes."""
 
     weight: Tensor
     bias: Tensor
@@ -118,7 +122,7 @@ class _Painter(Protocol):
 
 
 class _Components:
-    """Principal components as red, green and blue."""
+    """Painter of three principal components as red, green and blue."""
 
     def __init__(self, basis: PCABasis) -> None:
         self._basis = basis
@@ -133,7 +137,7 @@ class _Components:
 
 
 class _Classes:
-    """The class that a head finds most likely, each in a colour of its own."""
+    """Painter of the most likely class of a head, with one colour for each class."""
 
     def __init__(self, head: SavedHead) -> None:
         self.weight, self.bias = head.weight, head.bias
@@ -155,26 +159,26 @@ def render_video(
     overwrite: bool = False,
     on_frame: OnFrame | None = None,
 ) -> VideoReport:
-    """Write a video of a video's features.
+    """Write a video of the features of a video's frames.
 
-    All frames share one basis of colours, fitted on a sample of them first. Frames stream: memory
-    does not grow with the length.
+    All frames are shown in one basis of colours, which is first fitted to a sample of them. Frames
+    are then processed one by one: memory does not grow with the video's length.
 
     Args:
         model: backbone and upsampler.
-        source: a video.
-        output: ``.mp4``, ``.mov``, ``.mkv`` or ``.webm``; without sound.
-        settings: what is shown; ``None`` for the defaults.
-        overwrite: replace a file that upfeat did not make.
-        on_frame: is told of progress.
+        source: path of the video.
+        output: path of the result, ``.mp4``, ``.mov``, ``.mkv`` or ``.webm``; it has no sound.
+        settings: content of the result; ``None`` for the defaults.
+        overwrite: also replace a file that upfeat did not write.
+        on_frame: function that is called after each frame; ``None`` for none.
 
     Returns:
-        How stable features and colours are.
+        Measurements of the stability of features and colours.
 
     Raises:
-        FileNotFoundError: there is no such file, or no folder for the output.
-        ValueError: PyAV is not installed; it is not a video; the output is the input, somebody
-            else's, or of another kind; the frames are too large for the memory there is.
+        FileNotFoundError: the video, or the folder of ``output``, does not exist.
+        ValueError: PyAV is not installed; ``source`` is not a video; ``output`` is the input, or a
+            file that may not be replaced; or memory is too small for the frames.
     """
     settings = settings or VideoSettings()
     source, output = Path(source), Path(output)
@@ -199,13 +203,13 @@ def render_video(
 
 
 def write_report(path: str | Path, report: VideoReport) -> None:
-    """Write a report as JSON."""
+    """Write a report as a JSON file."""
     content = {"format": f"{VIDEO}-report", **asdict(report)}
     write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _readable(source: Path) -> Iterator[Frame]:
-    """Frames up to the damage, if there is any."""
+    """Yield the frames of a video, up to the damage if the file is damaged."""
     with suppress(DamagedVideo):
         yield from read_frames(source)
 
@@ -213,11 +217,15 @@ def _readable(source: Path) -> Iterator[Frame]:
 def _sample(
     model: FeatUp, source: Path, settings: VideoSettings, total: int
 ) -> tuple[Tensor, float, str | None]:
-    """Features of some cells of some frames, (C, n, 1); their deviation; the video's damage.
+    """Sample coarse features from frames spread over a video.
+
+    Returns:
+        Features of n cells, (C, n, 1); their standard deviation (root of the summed variances of
+        all channels); and the reason why the video cannot be read to its end, or ``None``.
 
     Raises:
-        DamagedVideo: there is no frame before the damage.
-        ValueError: frames are too large.
+        DamagedVideo: no frame can be read before the damage.
+        ValueError: memory is too small for the frames.
     """
     count = min(settings.sample, max(total, 1))
     wanted = {round((place + 0.5) * total / count - 0.5) for place in range(count)} | {0}
@@ -247,20 +255,21 @@ def _check_memory(model: FeatUp, source: Path, frame: Frame, size: int | None) -
 
 
 class Stability:
-    """Frames one after the other, and what changes between them where nothing moves."""
+    """Measure changes between consecutive frames in still pixels; see :class:`VideoReport`."""
 
     def __init__(self, painter: _Painter, spread: float, stride: int) -> None:
-        """Begin.
+        """Start without frames.
 
         Args:
-            painter: of the frames.
-            spread: deviation of the features over the video, root of the summed variances.
+            painter: painter of the features.
+            spread: standard deviation of the features over the video: root of the summed variances
+                of all channels.
             stride: pixels per cell.
         """
         self._painter, self._spread, self._stride = painter, max(spread, 1e-12), stride
         channels = painter.weight.shape[1]
         generator = torch.Generator().manual_seed(0)
-        # Squared lengths are kept on average, so that their mean over many pixels is right.
+        # Scaled so that projections preserve the expectation of squared lengths.
         self._directions = torch.randn(_DIRECTIONS, channels, generator=generator)
         self._directions /= _DIRECTIONS**0.5
         self._before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
@@ -268,7 +277,11 @@ class Stability:
         self._frames, self._compared, self._size = 0, 0, (0, 0)
 
     def add(self, model: FeatUp, frame: Frame, settings: VideoSettings) -> np.ndarray:
-        """Compute a frame's features; return the picture of them, (H, W, 3) uint8."""
+        """Compute a frame's features and compare them with the frame before.
+
+        Returns:
+            Picture of the features, (H, W, 3), uint8; twice as wide if the frame is beside it.
+        """
         x = model.preprocess(frame.pixels, settings.size)
         lazy = model.lazy(x)
         painter = self._painter
@@ -287,9 +300,9 @@ class Stability:
         return np.ascontiguousarray(picture.permute(1, 2, 0).numpy())
 
     def _compare(self, before: tuple[Tensor, ...], now: tuple[Tensor, ...]) -> None:
-        """Add what has changed between two frames."""
+        """Add the changes between two frames to the sums."""
         change = (now[0] - before[0]).abs().amax(0, keepdim=True)
-        # With a cell's width around: a pixel whose surroundings move has reason to change.
+        # Still pixels have no change within a cell's width, since features depend on surroundings.
         width = 2 * self._stride + 1
         around = F.max_pool2d(change[None], width, stride=1, padding=self._stride)[0, 0]
         pixels = around <= _STILL
@@ -308,7 +321,7 @@ class Stability:
         self._compared += pixels.numel()
 
     def report(self, damage: str | None = None) -> VideoReport:
-        """The measurements so far."""
+        """Report the measurements of all frames so far."""
         sums, pixels, cells = self._sums, self._sums["pixels"], self._sums["cells"]
         return VideoReport(
             frames=self._frames,

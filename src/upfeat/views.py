@@ -1,25 +1,26 @@
 """Views: jittered copies of an image, and the same jitter applied to features of any size.
 
-Multi-view consistency (FeatUp, section 3.1) needs one geometric change applied to an image and to
-the high-resolution features that explain it. The published change is: reflect-pad by ``pad``, zoom
-by ``zoom`` (bilinear), crop a window of the original size at ``offset``, flip left-right. Here it
-is one map of coordinates, never four steps on pixels.
+Multi-view consistency (FeatUp, section 3.1) requires that the same geometric transform is applied
+to an image and to its high-resolution features. The published transform has four steps: reflect-pad
+by ``pad``, zoom by ``zoom`` (bilinear), crop a window of the original size at ``offset``, flip
+left-right. Here the four steps are combined into one map of coordinates.
 
-Coordinates. A pixel index counts pixel centres: index 0 is the centre of the first pixel, so an
-axis of n pixels covers [-1/2, n - 1/2]. Along an axis of n image pixels, the view's index v shows
+Coordinates. Pixel indices refer to pixel centres: index 0 is the centre of the first pixel, so an
+axis of n pixels covers [-1/2, n - 1/2]. On an axis of n image pixels, index v of the view shows the
+image at index
 
     source(v) = fold((v + offset + 1/2) / zoom - pad - 1/2),        v -> n - 1 - v first if flipped,
 
 where ``fold`` (:func:`reflect`) reflects about the centres of the first and the last pixel of the
-image, as often as needed: a pad larger than the image is well defined. Maps of another size than
-the image are laid over it edge to edge (``align_corners=False``) and reflect at the same place of
-the picture, so that features at any resolution move exactly as the image does.
+image, as often as needed, so that a pad larger than the image is well defined. Maps of another size
+than the image are aligned with it edge to edge (``align_corners=False``) and reflected at the same
+positions, so that features at any resolution move exactly as the image does.
 
-The map acts on each axis alone, so a view is ``rows @ x @ columns.mT`` with two interpolation
-matrices per view (:meth:`Jitter.matrices`): bilinear where the view magnifies, as it does for maps
-of the image's size at zoom 1 or more; a widened triangle (antialiased) where a map finer than the
-view has to be reduced, whose reading of a ramp may stray by some hundredths of an image pixel.
-``warp`` computes that product; its adjoint is ``warp`` with both matrices transposed.
+Each axis is transformed on its own, so a view is ``rows @ x @ columns.mT`` with two interpolation
+matrices per view (:meth:`Jitter.matrices`). Interpolation is bilinear where the view magnifies the
+map, as for maps of the image's size at zoom 1 or more. Where the view reduces the map, the
+triangular filter is widened (antialiasing); positions may then be off by some hundredths of an
+image pixel. ``warp`` computes the product; its adjoint is ``warp`` with both matrices transposed.
 """
 
 from __future__ import annotations
@@ -38,19 +39,21 @@ from upfeat.warp import check_map, size_of, warp, working_dtype
 
 @dataclass(frozen=True, eq=False)
 class Jitter:
-    """The parameters of N views of images of one size.
+    """Parameters of N views of images of one size.
 
     Args:
         size: (height, width) in pixels of the image and of the view.
-        pad: (N, 2) reflected border in image pixels, (vertical, horizontal).
-        zoom: (N,) magnification, positive; at least 1 in the published recipe.
-        offset: (N, 2) (top, left) corner of the crop, in pixels of the padded and zoomed image.
-        flip: (N,) bool, whether the crop is mirrored left-right.
+        pad: (N, 2), width of the reflected border in image pixels, (vertical, horizontal).
+        zoom: (N,), magnification, positive; at least 1 in the published recipe.
+        offset: (N, 2), (top, left) corner of the crop, in pixels of the padded and zoomed image.
+        flip: (N,) bool, true if the crop is mirrored left-right.
 
-    All tensors live on the CPU; numbers are kept in float64.
+    All tensors are stored on the CPU, numbers in float64.
 
     Raises:
-        ValueError: a size below 1, tensors whose shapes disagree, or a zoom that is not positive.
+        TypeError: ``pad``, ``zoom``, ``offset`` or ``flip`` is not a tensor.
+        ValueError: the size is below 1, shapes disagree, ``zoom`` is not positive, or a number is
+            NaN or infinite.
     """
 
     size: tuple[int, int]
@@ -60,7 +63,7 @@ class Jitter:
     flip: Tensor
 
     def __post_init__(self) -> None:
-        """Check shapes and ranges; bring every tensor to the CPU in one precision."""
+        """Check shapes and ranges; move every tensor to the CPU and convert numbers to float64."""
         _check_size("size", self.size)
         for name in ("pad", "zoom", "offset", "flip"):
             if not isinstance(getattr(self, name), Tensor):
@@ -85,7 +88,7 @@ class Jitter:
 
     @staticmethod
     def identity(n: int, *, size: tuple[int, int]) -> Jitter:
-        """Return ``n`` views that show the image as it is."""
+        """Return ``n`` views that equal the image."""
         none = torch.zeros(n, 2)
         return Jitter(size, none, torch.ones(n), none, torch.zeros(n, dtype=torch.bool))
 
@@ -118,28 +121,29 @@ class Jitter:
         return (self[i] for i in range(len(self)))
 
     def to_source(self, points: Tensor) -> Tensor:
-        """Return where in the image each view shows a point: the warp's exact coordinates.
+        """Convert positions in each view to positions in the image, exactly.
 
         Args:
-            points: (P, 2) or (N, P, 2) positions in the view, (y, x) pixel indices, any float.
+            points: (P, 2) or (N, P, 2), positions (y, x) in the view as pixel indices, which may be
+                fractional.
 
         Returns:
-            (N, P, 2) float64 (y, x) indices in the image, folded into [0, size - 1].
+            (N, P, 2) float64, positions (y, x) in the image, reflected into [0, size - 1].
         """
         points = self._points(points)
         axes = [self._source(axis, points[..., axis]) for axis in (0, 1)]
         return torch.stack(axes, dim=-1).to(points.device)
 
     def to_view(self, points: Tensor) -> Tensor:
-        """Return where each view shows a point of the image: the inverse of ``to_source``.
+        """Convert positions in the image to positions in each view: the inverse of ``to_source``.
 
         Args:
-            points: (P, 2) or (N, P, 2) positions in the image, (y, x) pixel indices.
+            points: (P, 2) or (N, P, 2), positions (y, x) in the image as pixel indices.
 
         Returns:
-            (N, P, 2) float64 (y, x) indices in the view; outside [0, size - 1] where the crop left
-            the point out. A point that the padding also reflects into the view has further
-            positions, which are not listed.
+            (N, P, 2) float64, positions (y, x) in the view, outside [0, size - 1] if the crop does
+            not contain the point. A point that the padding reflects into the view has further
+            positions, which are not returned.
         """
         points = self._points(points)
         placed = (points + self.pad[:, None] + 0.5) * self.zoom[:, None, None]
@@ -159,10 +163,10 @@ class Jitter:
         """Return the warp as one interpolation matrix per axis: view = rows @ x @ columns.mT.
 
         Args:
-            input_size: (h, w) of the map to warp; the image's size by default.
-            output_size: (height, width) of the warped map; the image's size by default.
-            dtype: floating type of the matrices (built in float64 and rounded once).
-            device: where to put them; the CPU by default.
+            input_size: (h, w) of the map x to warp; ``None`` for the image's size.
+            output_size: (height, width) of the warped map; ``None`` for the image's size.
+            dtype: floating-point type of the matrices, which are computed in float64.
+            device: device of the matrices; ``None`` for the CPU.
 
         Returns:
             rows (N, output height, input height) and columns (N, output width, input width):
@@ -182,7 +186,7 @@ class Jitter:
         return points.to("cpu", torch.float64).expand(len(self), -1, 2)
 
     def _source(self, axis: int, index: Tensor) -> Tensor:
-        """Image indices (N, P) shown at view indices (N, P) along an axis."""
+        """Convert indices in the views, (N, P), to indices in the image, (N, P), on one axis."""
         n = self.size[axis]
         if axis == 1:
             index = torch.where(self.flip[:, None], n - 1 - index, index)
@@ -217,24 +221,25 @@ def sample_jitters(
     subpixel: bool = False,
     generator: torch.Generator | None = None,
 ) -> Jitter:
-    """Draw ``n`` independent views (FeatUp, section 3.1; its values for JBU are the defaults).
+    """Draw ``n`` independent views (FeatUp, section 3.1; the defaults are the values for JBU).
 
     Args:
-        n: how many views.
-        size: (height, width) of the image in pixels; any size and aspect.
-        max_pad: reflected border in pixels (30 for the implicit upsampler).
-        max_zoom: zoom is uniform in [1, max_zoom] (1.8 for the implicit upsampler).
-        zoom_probability: how often a view is zoomed at all, in [0, 1].
-        flip_probability: how often a view is mirrored, in [0, 1].
+        n: number of views.
+        size: (height, width) of the image in pixels, of any size and aspect ratio.
+        max_pad: width of the reflected border in pixels (30 for the implicit upsampler).
+        max_zoom: largest zoom; zooms are uniform in [1, max_zoom] (1.8 for the implicit
+            upsampler).
+        zoom_probability: probability that a view is zoomed, in [0, 1].
+        flip_probability: probability that a view is mirrored, in [0, 1].
         subpixel: let the crop start between pixels. By default it starts on a pixel of the zoomed
-            image, as published, so a view that is not zoomed copies pixels and blurs nothing.
-        generator: source of randomness; the global one by default.
+            image, as published, so that a view without zoom copies pixels without blur.
+        generator: source of randomness; ``None`` for PyTorch's global generator.
 
     Returns:
-        The views' parameters.
+        The parameters of the views.
 
     Raises:
-        ValueError: a parameter outside its range.
+        ValueError: an argument is out of range.
     """
     n = whole("n", n)
     device = generator.device if generator is not None else None
@@ -254,13 +259,14 @@ def spread_jitters(
     subpixel: bool = False,
     generator: torch.Generator | None = None,
 ) -> Jitter:
-    """Draw ``n`` views that cover the parameters evenly: a scrambled Sobol sequence.
+    """Draw ``n`` views that cover the parameters evenly, by a scrambled Sobol sequence.
 
-    Each view alone is distributed as in :func:`sample_jitters`, but together they leave smaller
-    gaps in position, zoom and flip, so fewer of them see the whole image at every scale. Every
-    prefix is itself well spread, best at powers of two: draw once and take slices to go on.
+    Each view alone is distributed as in :func:`sample_jitters`, but together the views leave
+    smaller gaps in position, zoom and flip, so that fewer views suffice to cover the whole image at
+    every scale. Every prefix of the sequence is also evenly spread, best at powers of two: to use
+    the views in batches, draw all of them once and take slices.
 
-    Args and errors are those of :func:`sample_jitters`; the generator draws the scrambling.
+    Arguments and errors are those of :func:`sample_jitters`; the generator draws the scrambling.
     """
     n = whole("n", n)
     device = generator.device if generator is not None else None
@@ -274,12 +280,12 @@ def spread_jitters(
 def apply_jitter(
     x: Tensor, jitter: Jitter, *, output_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Show images, or features of any size, as the views do. Linear and differentiable in x.
+    """Warp images, or features of any size, to views; linear and differentiable in x.
 
     Args:
-        x: (B, C, h, w) floating point; B is N (one map per view), or either of B and N is 1.
+        x: (B, C, h, w), floating point; B is N (one map per view), or either of B and N is 1.
         jitter: N views.
-        output_size: (height, width) of the result; the size of the jitter's image by default.
+        output_size: (height, width) of the result; ``None`` for the size of the jitter's image.
 
     Returns:
         (max(B, N), C, height, width).
@@ -296,15 +302,16 @@ def apply_jitter(
 def apply_jitter_adjoint(
     y: Tensor, jitter: Jitter, *, input_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Carry views back: the exact transpose of :func:`apply_jitter`, view by view.
+    """Apply the exact transpose of :func:`apply_jitter` to views, view by view.
 
     Args:
-        y: (B, C, height, width) in the frame of the views.
+        y: (B, C, height, width), maps in the coordinates of the views.
         jitter: N views, with B and N as in :func:`apply_jitter`.
-        input_size: (h, w) of the maps that ``apply_jitter`` was given; the image's by default.
+        input_size: (h, w) of the maps before ``apply_jitter``; ``None`` for the image's size.
 
     Returns:
-        (max(B, N), C, h, w). Where one map was shown by many views, sum over the first axis.
+        (max(B, N), C, h, w). For the transpose with respect to one map that was warped to many
+        views, sum over the first axis.
     """
     check_map("y", y)
     rows, columns = jitter.matrices(input_size, size_of(y), dtype=working_dtype(y), device=y.device)
@@ -319,17 +326,18 @@ def _from_uniform(
     chances: tuple[float, float],
     subpixel: bool,
 ) -> Jitter:
-    """Turn (N, 4) numbers in [0, 1) into views: zoom, top, left, flip."""
+    """Convert (N, 4) numbers in [0, 1), for zoom, top, left and flip, to views."""
     _check_size("size", size)
     max_pad = number("max_pad", max_pad, 0, 1e9)
     max_zoom = number("max_zoom", max_zoom, 1, 1e9)
     zoomed = number("zoom_probability", chances[0], 0, 1)
     flipped = number("flip_probability", chances[1], 0, 1)
-    # One number decides both whether and how much: the share of [0, 1) left for zooms is stretched.
+    # One number determines whether a view is zoomed and by how much: the part of [0, 1) above
+    # 1 − zoomed is stretched to [0, 1).
     share = ((uniform[:, 0] - (1 - zoomed)) / max(zoomed, 1e-12)).clamp(min=0)
     zoom = 1 + (max_zoom - 1) * share
     extent = torch.tensor(size, dtype=torch.float64)
-    room = (extent + 2 * max_pad) * zoom[:, None] - extent  # (N, 2), where the crop may start
+    room = (extent + 2 * max_pad) * zoom[:, None] - extent  # (N, 2), largest start of the crop
     offset = uniform[:, 1:3] * (room if subpixel else torch.floor(room) + 1)
     offset = offset if subpixel else torch.floor(offset)
     pad = torch.full_like(offset, max_pad)
@@ -337,7 +345,7 @@ def _from_uniform(
 
 
 def _rescale(index: Tensor, source: int, target: int) -> Tensor:
-    """Indices on an axis of ``source`` pixels, as indices on one of ``target`` (edges aligned)."""
+    """Convert indices on an axis of ``source`` pixels to one of ``target`` pixels, edge to edge."""
     ratio = target / source
     return index * ratio + (ratio - 1) / 2
 

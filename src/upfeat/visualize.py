@@ -1,4 +1,4 @@
-"""Pictures of features: a PCA shared between maps, shown side by side with captions."""
+"""Pictures of features, in colours of a PCA shared between maps, side by side with captions."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ _MIN_PANEL_SIDE = 320
 
 
 class PCABasis:
-    """Three directions of most variance, and the range of values along each.
+    """Three principal components of features, and the range of values along each.
 
-    Fitted once and applied to several maps, so that one colour means one thing in all of them.
+    The basis is fitted once and applied to several maps, so that a colour has the same meaning in
+    all of them.
     """
 
     def __init__(self, features: Tensor) -> None:
         """Fit the basis.
 
         Args:
-            features: (C, h, w); the coarse map, or any other sample of the feature space.
+            features: (C, h, w), the coarse map, or any other sample of the features.
         """
         samples = features.detach().flatten(1).T.float()  # (h·w, C)
         self.mean, axes, variances = principal_components(samples, 3)
         count = len(axes)
         basis = axes.T * (variances > 0)
-        # A direction's sign is arbitrary; fix it, so that the same picture has the same colours.
+        # The sign of a component is arbitrary; fix it, so that equal features get equal colours.
         heaviest = basis.abs().argmax(0)
         basis = basis * torch.sign(basis[heaviest, torch.arange(count)]).where(
             basis.abs().sum(0) > 0, torch.ones(())
@@ -47,25 +48,26 @@ class PCABasis:
         self.high = projected.quantile(0.99, dim=0) if len(projected) > 1 else projected[0] + 1
 
     def project(self, features: Tensor) -> Tensor:
-        """(C, H, W) features of any size -> (3, H, W), the coordinates in the basis. Affine."""
+        """Compute coordinates in the basis: (C, H, W) -> (3, H, W), an affine map."""
         flat = features.detach().flatten(1)
         centre = self.basis.T @ self.mean
         projected = self.basis.T.to(flat.dtype) @ flat - centre.to(flat.dtype)[:, None]
         return projected.float().view(3, *features.shape[1:])
 
     def colours(self, projected: Tensor) -> Tensor:
-        """(3, H, W) of :meth:`project` -> colours in [0, 1].
+        """Convert coordinates of :meth:`project` to colours: (3, H, W) -> (3, H, W) in [0, 1].
 
-        The 1st to the 99th percentile of the fitted map spans the range.
+        The 1st percentile of the fitted map becomes 0 and the 99th becomes 1.
         """
         span = (self.high - self.low).clamp(min=1e-12)
         return ((projected - self.low[:, None, None]) / span[:, None, None]).clamp(0, 1)
 
 
 def class_colours(count: int) -> Tensor:
-    """Colours that tell classes apart, (count, 3) in [0, 1].
+    """Distinct colours for ``count`` classes, (count, 3) in [0, 1].
 
-    Hues go round by the golden ratio, so that neighbours differ however many there are.
+    The hue advances by the golden ratio from class to class, so that consecutive classes differ for
+    any number of classes.
     """
     rows = [
         colorsys.hsv_to_rgb(0.61803399 * index % 1, 0.75 - 0.2 * (index % 2), 0.95)
@@ -75,21 +77,21 @@ def class_colours(count: int) -> Tensor:
 
 
 def to_image(colours: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] as a PIL image."""
+    """Convert colours (3, H, W) in [0, 1] to a PIL image."""
     array = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(array.cpu().numpy()))
 
 
 def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Lay captioned panels out in a row, on white.
+    """Arrange captioned pictures in a row, on white.
 
     Args:
-        panels: (caption, picture); every picture is brought to the first one's size, without
-            smoothing, so that coarse cells show as the blocks they are. Small ones are enlarged
-            by a whole factor for legibility.
+        panels: captions and pictures. All pictures are resized to the size of the first one,
+            without smoothing, so that coarse cells appear as blocks. If the first picture is small,
+            all are enlarged by an integer factor.
 
     Returns:
-        One picture.
+        One picture with all panels.
     """
     width, height = panels[0][1].size
     factor = max(1, -(-_MIN_PANEL_SIDE // max(width, height)))
@@ -116,16 +118,17 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
 def comparison(
     image: Tensor, coarse: Tensor, upsampled: Tensor, *, label: str = "upsampled"
 ) -> Image.Image:
-    """The picture of one run: image, coarse features, bilinear, upsampled.
+    """Draw an image next to its coarse features, bilinear features and upsampled features.
 
     Args:
         image: (3, H, W) in [0, 1].
-        coarse: (C, h, w) features of the backbone.
-        upsampled: (C, H', W') the same upsampled.
+        coarse: (C, h, w), features of the backbone.
+        upsampled: (C, H', W'), upsampled features.
         label: caption of the last panel.
 
     Returns:
-        Four captioned panels; the three of features share one PCA basis, fitted on the coarse map.
+        Picture of four captioned panels. The three panels of features have one PCA basis, fitted to
+        the coarse features.
     """
     basis = PCABasis(coarse)
     return draw_comparison(image, coarse, basis, basis.project(upsampled), label=label)
@@ -140,15 +143,16 @@ def draw_comparison(
     label: str = "upsampled",
     size: Size | None = None,
 ) -> Image.Image:
-    """The picture of :func:`comparison` from upsampled features that are projected already.
+    """Draw the picture of :func:`comparison` from upsampled features in a PCA basis.
 
     Args:
         image: (3, H, W) in [0, 1].
-        coarse: (C, h, w).
-        basis: of all panels.
-        sharp: (3, H', W'), what :meth:`PCABasis.project` gives of the upsampled features.
+        coarse: (C, h, w), features of the backbone.
+        basis: PCA basis of all panels.
+        sharp: (3, H', W'), upsampled features in the basis (:meth:`PCABasis.project`).
         label: caption of the last panel.
-        size: (height, width) that captions name, where image and features are shown smaller.
+        size: (height, width) for the captions, if image and features are drawn smaller; ``None``
+            for the sizes of ``image`` and ``sharp``.
     """
     shown = (image.shape[1], image.shape[2])
     # Projecting is linear and commutes with interpolation: 3 channels are interpolated, not C.

@@ -1,4 +1,4 @@
-"""Maps multiplied by one matrix per axis, of which most is zero."""
+"""Multiplication of maps by one matrix per axis; most elements of the matrices are zero."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Output rows (or columns) whose inputs are multiplied together: a block of 32 needs about
-# 32 / zoom + 2 input rows, so the product skips nearly all of the matrices' zeros.
+# Number of output rows (or columns) computed by one product: a block of 32 reads about
+# 32 / zoom + 2 input rows, so that the product skips nearly all zeros of the matrices.
 _BLOCK = 32
 
 
 def warp(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Multiply maps by one matrix per axis: ``rows @ x @ columns.mT``, without their zeros.
+    """Multiply maps by one matrix per axis: ``rows @ x @ columns.mT``, skipping zeros.
 
-    Differentiable in x, as often as needed; the matrices are constants.
+    The product is differentiable in x any number of times; the matrices are constants.
 
     Args:
-        x: (B, C, h, w).
-        rows: (N, height, h).
-        columns: (N, width, w).
+        x: (B, C, h, w); B is N, or either of B and N is 1.
+        rows: (N, height, h), matrices of the vertical axis.
+        columns: (N, width, w), matrices of the horizontal axis.
 
     Returns:
-        (max(B, N), C, height, width), in the type of x (half types are computed in float32).
+        (max(B, N), C, height, width), in the dtype of x; 16-bit types are computed in float32.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: the shapes do not match.
     """
     check_map("x", x)
     if rows.ndim != 3 or columns.ndim != 3 or len(rows) != len(columns):
@@ -48,10 +48,10 @@ def warp(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 class _Warp(torch.autograd.Function):
-    """``rows @ x @ columns.mT`` on a CPU; its own backward, with the matrices transposed.
+    """Compute ``rows @ x @ columns.mT`` on a CPU, and the backward with transposed matrices.
 
-    ``total`` sums the result over the batch: the backward of one map shown by many views, which
-    then needs memory for one map only.
+    With ``total``, the result is summed over the batch. This is the backward of one map that was
+    warped to many views; it then needs memory for one map only.
     """
 
     @staticmethod
@@ -68,7 +68,10 @@ class _Warp(torch.autograd.Function):
 
 
 def _banded_product(x: Tensor, rows: Tensor, columns: Tensor, *, total: bool) -> Tensor:
-    """``rows @ x @ columns.mT`` by blocks of outputs, each reading only the inputs it uses."""
+    """Compute ``rows @ x @ columns.mT`` by blocks of outputs, each from the inputs it depends on.
+
+    With ``total``, results are summed over the batch.
+    """
     batch, channels = max(len(x), len(rows)), x.shape[1]
     height, width = rows.shape[1], columns.shape[1]
     bands = list(zip(_bands(rows), _bands(columns), strict=True))
@@ -88,7 +91,10 @@ def _banded_product(x: Tensor, rows: Tensor, columns: Tensor, *, total: bool) ->
 
 
 def _bands(matrix: Tensor) -> list[list[tuple[int, int, int, int]]]:
-    """For each view, blocks (start, stop) of outputs and the inputs (first, last) they use."""
+    """Blocks (start, stop) of outputs of each view, with the range (first, last) of their inputs.
+
+    The range excludes ``last``.
+    """
     inputs = matrix.shape[2]
     starts = range(0, matrix.shape[1], _BLOCK)
     used = torch.stack([(matrix[:, s : s + _BLOCK] != 0).any(1) for s in starts], dim=1)
@@ -104,21 +110,21 @@ def _bands(matrix: Tensor) -> list[list[tuple[int, int, int, int]]]:
 
 
 def working_dtype(x: Tensor) -> torch.dtype:
-    """The type to compute in: float64 for itself, float32 for all others."""
+    """Data type to compute in: float64 for float64, and float32 for all other types."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def size_of(x: Tensor) -> tuple[int, int]:
-    """(height, width)."""
+    """(height, width) of a map."""
     return x.shape[-2], x.shape[-1]
 
 
 def check_map(name: str, x: Tensor) -> None:
-    """Check that maps have four axes, with something along each but the first.
+    """Check that maps are a dense floating-point tensor (B, C, h, w), with C, h and w at least 1.
 
     Raises:
-        TypeError: they are no tensor.
-        ValueError: they have not, or do not hold dense floating numbers.
+        TypeError: ``x`` is not a tensor.
+        ValueError: the shape, layout or type of ``x`` is wrong.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} is of type {type(x).__name__}; give a tensor")

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from upfeat.training.loop import train
     from upfeat.training.record import StepReport
 
-# Imported when first asked for: the command lists its settings before PyTorch is loaded.
+# Imported on first use, so that the command can list its settings without loading PyTorch.
 _LAZY = {
     "StepReport": "upfeat.training.record",
     "TrainConfig": "upfeat.training.config",

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, the newest few kept, the newest whole one found."""
+"""Checkpoints: atomic writing, removal of old files, and loading of the newest undamaged file."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ _NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
 class Checkpoints:
-    """The checkpoints of a run, in a folder of their own."""
+    """The checkpoints of a run, in a folder that contains nothing else."""
 
     def __init__(self, folder: Path, keep: int) -> None:
-        """Use a folder, which must exist before anything is written.
+        """Use a folder, which must exist before a checkpoint is written.
 
         Args:
-            folder: of the checkpoints alone.
-            keep: how many of the newest stay.
+            folder: folder of the checkpoints.
+            keep: number of newest checkpoints to keep.
         """
         self.folder, self.keep = folder, keep
 
     def paths(self) -> list[Path]:
-        """Checkpoints there are, oldest first."""
+        """Return the paths of all checkpoints, oldest first."""
         found = [path for path in self.folder.glob("step-*.ckpt") if _NAME.fullmatch(path.name)]
         return sorted(found, key=_step)
 
     def write(self, state: dict[str, Any]) -> Path:
-        """Write the state after ``state["step"]`` steps, then remove the oldest over the count.
+        """Write the state after ``state["step"]`` steps, then remove all but the newest ``keep``.
 
         Raises:
-            OSError: it could not be written; earlier checkpoints are as they were.
+            OSError: writing failed; earlier checkpoints are unchanged.
         """
         path = self.folder / f"step-{state['step']:08d}.ckpt"
-        # In memory first: torch.save reports a full disk as an error of its own archive.
+        # Serialised in memory, because torch.save reports a full disk as an error in the archive.
         content = io.BytesIO()
         torch.save({"format": FORMAT, **state}, content)
         try:
@@ -57,9 +57,12 @@ class Checkpoints:
         return path
 
     def newest(self) -> dict[str, Any] | None:
-        """The newest state that can be read whole; damaged ones are warned of. ``None``: no file.
+        """Load the newest undamaged state, with a warning for each damaged file that is skipped.
 
-        One that holds NaN or infinity counts as damaged. Nothing in a file is executed.
+        A state that contains NaN or infinity counts as damaged. No code in a file is executed.
+
+        Returns:
+            The state; ``None`` if there are no checkpoints.
 
         Raises:
             ValueError: there are checkpoints, and all are damaged.
@@ -99,7 +102,11 @@ def _step(path: Path) -> int:
 
 
 def _check_whole(state: dict[str, Any]) -> None:
-    """Check that what coming steps depend on is there, and finite."""
+    """Check that the entries on which further steps depend exist, and that tensors are finite.
+
+    Raises:
+        ValueError: an entry is missing, or a tensor contains NaN or infinity.
+    """
     for name, kind in (("objectives", dict), ("optimizer", dict), ("best", dict), ("step", int)):
         if not isinstance(state.get(name), kind):
             raise ValueError(f"lacks {name}")
@@ -109,7 +116,7 @@ def _check_whole(state: dict[str, Any]) -> None:
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """All tensors in a nested state, by name."""
+    """Yield all tensors of a nested state with their names."""
     if isinstance(value, Tensor):
         yield name.removeprefix("."), value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Settings of a training: declared once, from presets, files and flags."""
+"""Settings of a training, declared once for presets, files and command-line flags."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ REFERENCE: dict[str, Any] = {
     "clip": 1e-4,
     "clip_steps": 10,
 }
-"""The published recipe of the JBU stack (FeatUp, ICLR 2024, and its code)."""
+"""Published recipe of the JBU stack (FeatUp, ICLR 2024, and its code)."""
 
 DETAIL: dict[str, Any] = {
     "upsampler": "detail",
@@ -61,23 +61,24 @@ DETAIL: dict[str, Any] = {
     "detail_weight": 1.0,
     "mix_share": 0.25,
 }
-"""The detail upsampler around the neighbourhood steps of ``upsampler_options["start"]``."""
+"""Recipe of the detail upsampler, whose neighbourhood steps ``upsampler_options["start"]`` names
+and which stay frozen."""
 
 PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": REFERENCE, "detail": DETAIL}
 """Recipes by name, each as changes to the defaults of :class:`TrainConfig`."""
 
 
 Real = partial(Number, text=True)
-"""Numbers as text count too: YAML reads 1e-3, without a point, as a word."""
+"""Check of a number, which may be text, because YAML parses 1e-3, without a point, as text."""
 
 
 class Name(NamedTuple):
-    """A name or a path, as text."""
+    """Check of a name or a path, given as text."""
 
     optional: bool = True
 
     def __call__(self, name: str, value: Any) -> str | None:
-        """Check a value."""
+        """Check the value of a setting and return it."""
         if isinstance(value, os.PathLike) and not self.optional:
             return os.fspath(value)
         if not isinstance(value, str) and not (self.optional and value is None):
@@ -86,21 +87,21 @@ class Name(NamedTuple):
 
 
 def options(name: str, value: Any) -> dict[str, Any]:
-    """Check names and values; a copy, so that nothing changes them afterwards."""
+    """Check a dictionary of options; return a copy, which the caller cannot change."""
     if not isinstance(value, dict) or not all(isinstance(one, str) for one in value):
         raise ValueError(f"{name}={shown(value)} must be names and values")
     return dict(value)
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:
-    """Check a list of names."""
+    """Check a list of names; return it as a tuple."""
     if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
         raise ValueError(f"{name}={shown(value)} must be a list of names")
     return tuple(value)
 
 
 def folder(name: str, value: Any) -> Path | None:
-    """Check a path."""
+    """Check a path; return it as a ``Path``."""
     if value is not None and not isinstance(value, str | os.PathLike):
         raise ValueError(f"{name}={shown(value)} must be a folder")
     return None if value is None else Path(value)
@@ -111,9 +112,9 @@ def folder(name: str, value: Any) -> Path | None:
 class TrainConfig:
     """Settings of a training.
 
-    The defaults of the first block are the recipe: the best one known. They stand here and nowhere
-    else; ``TrainConfig.reference()`` is the published one. Pixels are those of the image that the
-    upsampler sees, unless said otherwise.
+    The defaults of the settings down to ``clip_steps`` are the default recipe, the best known;
+    ``TrainConfig.reference()`` is the published recipe. Pixels are pixels of the guidance unless
+    said otherwise.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -269,7 +270,7 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        """Bring numbers to their types; check every range."""
+        """Convert numbers to their types and check every range."""
         check(self)
         self._check_together()
 
@@ -289,12 +290,16 @@ class TrainConfig:
 
     @property
     def photo_size(self) -> int:
-        """Side of the square that is read from a photograph, pixels."""
+        """Side of the square image that is read from a photograph, pixels."""
         return self.source_size or self.size
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TrainConfig:
-        """A recipe by name, with changes.
+        """Return a recipe by name, with changes.
+
+        Args:
+            name: name of a recipe in :data:`PRESETS`.
+            **changes: settings that replace those of the recipe.
 
         Raises:
             ValueError: there is no such recipe or setting.
@@ -303,49 +308,50 @@ class TrainConfig:
 
     @classmethod
     def reference(cls, **changes: Any) -> TrainConfig:
-        """The published recipe of the JBU stack, with changes."""
+        """Return the published recipe of the JBU stack, with changes."""
         return cls.preset("reference", **changes)
 
     @classmethod
     def from_mapping(cls, settings: Mapping[str, Any], *, source: str = "settings") -> TrainConfig:
-        """Build from names and values, such as a file's.
+        """Build a configuration from names and values, such as the content of a file.
 
         Args:
-            settings: of the fields, and ``preset`` for the recipe that they change.
-            source: what to call them in errors.
+            settings: values of fields by name, and ``preset`` for the recipe that they change.
+            source: name of the settings' origin, for error messages.
 
         Raises:
-            ValueError: a name is unknown (close ones are suggested) or a value is wrong.
+            ValueError: a name is unknown (close names are suggested) or a value is wrong.
         """
         return cls(**expand(settings, source))
 
     @classmethod
     def of_run(cls, folder: str | Path, **changes: Any) -> TrainConfig:
-        """The settings of a run, to go on with it by ``train(…, resume=True)``.
+        """Read the settings of a run, to resume it by ``train(…, resume=True)``.
 
         Args:
-            folder: that the run was written to.
-            **changes: to settings that may differ in a resumed run.
+            folder: folder of the run.
+            **changes: settings that replace those of the run; only some may differ when it is
+                resumed.
 
         Raises:
-            FileNotFoundError: the folder holds no run.
-            ValueError: its ``config.json`` is damaged.
+            FileNotFoundError: the folder contains no run.
+            ValueError: its ``config.json`` is damaged, or a change is wrong.
         """
         path = Path(folder) / "config.json"
         stored = expand(read_object(path), str(path))
         return cls(**{**stored, **expand(changes, "changes"), "out": folder})
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the settings as JSON values."""
         content = asdict(self)
         content["frozen"] = list(self.frozen)
         content["out"] = None if self.out is None else str(self.out)
         return content
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """List how a run with settings ``other`` differs in its results: "seed: 0 there, 1 here".
+        """List the differences to settings ``other`` that change results: "seed: 0 there, 1 here".
 
-        More steps under a constant learning rate do not count: they only go further.
+        More steps with a constant learning rate are no difference: they only continue the run.
         """
         own = self.to_json()
         same = set(OPERATIONAL)
@@ -359,14 +365,18 @@ class TrainConfig:
 
 
 OPERATIONAL = frozenset(name for name, one in settings_of(TrainConfig).items() if one.operational)
-"""Settings that change no result, and so may differ when a run is resumed."""
+"""Names of settings that do not change results, and so may differ when a run is resumed."""
 
 
 def expand(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings by name, with those of the recipe that ``preset`` names.
+    """Replace ``preset`` in settings by the settings of that recipe; explicit settings win.
+
+    Args:
+        settings: values by name of setting, and ``preset`` for a recipe.
+        source: name of the settings' origin, for error messages.
 
     Raises:
-        ValueError: a name is unknown; ``source`` is what is blamed.
+        ValueError: a name is unknown.
     """
     known = [field.name for field in fields(TrainConfig)]
     for name in settings:

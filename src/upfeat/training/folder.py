@@ -1,11 +1,11 @@
-"""The folder of a run: what it was started with, its log, and whether it can be resumed.
+"""Folder of a run: its files, and the checks before it is started or resumed.
 
 run.json            settings, backbones, photographs, versions; at the end the outcome
-config.json         the settings alone (config.yaml too, where PyYAML is installed)
-photographs.json    every file by name and size, what was skipped, what is held out
+config.json         the settings alone (also config.yaml, if PyYAML is installed)
+photographs.json    names and sizes of all files, skipped files, and the split
 losses.jsonl        a line for each logged step
-checkpoints/        the newest few
-upsampler/          the trained weights, with the data they came from
+checkpoints/        the newest checkpoints
+upsampler/          the trained weights, with a description of their training data
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ _LISTED: dict[str, Callable[[Any], bool]] = {
     "train": _is_name,
     "validation": _is_name,
 }
-"""Lists in ``photographs.json``, and the check of an entry of each."""
+"""Lists in ``photographs.json``, each with the check of its entries."""
 
 
 class RunFolder:
     """The files of one run.
 
     Attributes:
-        path: of the folder.
-        checkpoints: in it.
+        path: path of the folder.
+        checkpoints: checkpoints in the folder.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        """Name the folder; nothing is written yet.
+        """Take the folder's path from the configuration; nothing is written yet.
 
         Raises:
-            ValueError: the configuration names none.
+            ValueError: the configuration has no ``out``.
         """
         if config.out is None:
             raise ValueError("out=None: give the folder that the run is written to")
@@ -69,7 +69,7 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """The log."""
+        """Path of the log."""
         return self.path / "losses.jsonl"
 
     def start(
@@ -81,22 +81,23 @@ class RunFolder:
         resume: bool,
         names: list[str] | None = None,
     ) -> tuple[Listing, dict[str, Any] | None]:
-        """Begin a run, or find the state in which one goes on.
+        """Begin a run, or load the state from which it is resumed.
 
         Args:
-            config: of the run.
-            backbones: whose features are upsampled.
-            photos: the folder of photographs.
-            resume: go on with the run that the folder holds, if it does.
-            names: by which the backbones can be loaded again; ``None`` for objects.
+            config: settings of the run.
+            backbones: backbones whose features are upsampled.
+            photos: folder of photographs.
+            resume: resume the run in the folder, if there is one.
+            names: names by which the backbones can be loaded again; ``None`` if one of them was
+                given as an object.
 
         Returns:
-            The photographs, and the newest checkpoint (``None`` to begin).
+            The photographs, and the newest checkpoint (``None`` if there is none).
 
         Raises:
             FileNotFoundError: there is no folder of photographs.
-            ValueError: the folder holds a run and ``resume`` is not asked for, or that run had
-                other settings, backbones or photographs; or no photograph can be used.
+            ValueError: the folder contains a run and ``resume`` is False, or the run has other
+                settings, backbones or photographs; or no photograph can be used.
             OSError: the folder cannot be written.
         """
         for folder in (self.path, self.checkpoints.folder, self.upsampler):
@@ -120,16 +121,16 @@ class RunFolder:
         return listing, state
 
     def finish(self, outcome: dict[str, Any]) -> None:
-        """Add the outcome to ``run.json``, and write its history beside the trained weights."""
+        """Add the outcome to ``run.json``, and write the run's history next to the weights."""
         run = {**(self._read_run() or {}), **outcome, "versions": versions("upfeat.training.loop")}
         write_json(self.path / "run.json", run)
-        # Weights travel: they keep the recipe and the data's name, not where either lay.
+        # The history leaves out paths of this machine, since weights are published.
         settings = {key: value for key, value in run["config"].items() if key != "out"}
         history = {key: value for key, value in run.items() if key != "started_with"}
         write_json(self.upsampler / "training.json", {**history, "config": settings})
 
     def open_log(self) -> TextIO:
-        """Open the log to append; each line is on its way to disk when it is written."""
+        """Open the log for appending, with line buffering."""
         return self.log.open("a", buffering=1, encoding="utf-8")
 
     def _begin(
@@ -144,7 +145,7 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be written ({error.strerror})") from None
         for stray in self.checkpoints.paths():
-            # A run writes run.json before its first checkpoint, so this one is not ours.
+            # A run writes run.json before its first checkpoint, so this file is from elsewhere.
             raise ValueError(f"{stray}: a checkpoint without run.json; give another folder")
         photographs = {
             "files": listing.files,
@@ -157,7 +158,7 @@ class RunFolder:
         self._check_free(files)
         for path, content in files.items():
             _write(path, content)
-        # Last, since it is what makes the folder a run.
+        # Written last, because a folder with a run.json counts as a run.
         run = {
             "format": "upfeat-run-1",
             "state": "running",
@@ -170,9 +171,9 @@ class RunFolder:
         write_json(self.path / "run.json", run)
 
     def _check_free(self, files: dict[Path, bytes]) -> None:
-        """Refuse a folder in which the run would replace files of somebody else's.
+        """Refuse a folder in which the run would replace files that are not its own.
 
-        Files that a killed start of this run left are allowed: their bytes are the same.
+        Files with the content that the run would write are allowed: a killed start left them.
         """
         for path in (self.log, self.upsampler, *files):
             alike = path in files and path.is_file() and path.read_bytes() == files[path]
@@ -199,7 +200,7 @@ class RunFolder:
         backbones: list[Backbone],
         photos: str | Path,
     ) -> None:
-        """Refuse to go on with anything but what the run was started with."""
+        """Refuse to resume a run with other settings, backbones or photographs."""
         found = config.differences(run.get("config", {}))
         there, here = run.get("backbones", []), [describe(backbone) for backbone in backbones]
         if there != here:
@@ -230,7 +231,7 @@ class RunFolder:
         )
 
     def _truncate_log(self, step: int) -> None:
-        """Drop lines of steps after the checkpoint; they are about to be done again."""
+        """Drop the lines of steps after the checkpoint, since these steps will be repeated."""
         if not self.log.is_file():
             return
         kept = []
@@ -260,7 +261,10 @@ class RunFolder:
 
 
 def describe(backbone: Backbone) -> dict[str, Any]:
-    """Identify a backbone, as JSON values: by its weights, or without any by its output."""
+    """Describe a backbone as JSON values; a backbone without weights is identified by its output.
+
+    Entries are its name, number of channels, stride, normalisation and digest.
+    """
     known = digest(backbone)
     if not backbone.state_dict():
         known = hashlib.sha256(identify_backbone(backbone).encode()).hexdigest()
@@ -280,8 +284,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def encode_json(content: dict[str, Any]) -> bytes:
-    """A JSON file's bytes."""
-    # In ASCII: file names may hold what no encoding allows.
+    """Encode a JSON file."""
+    # In ASCII, because file names may contain bytes that are not valid UTF-8.
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
@@ -294,7 +298,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _yaml(settings: dict[str, Any]) -> bytes | None:
-    """A YAML file's bytes; ``None`` where PyYAML is not installed."""
+    """Encode a YAML file; ``None`` if PyYAML is not installed."""
     try:
         import yaml
     except ImportError:

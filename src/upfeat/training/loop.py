@@ -1,4 +1,4 @@
-"""Train an upsampler on a folder of photographs: the loop around the steps."""
+"""Training of an upsampler on a folder of photographs: the loop around the steps."""
 
 from __future__ import annotations
 
@@ -43,31 +43,32 @@ def train(
 ) -> Upsampler:
     """Train an upsampler by multi-view consistency (FeatUp, section 3).
 
-    The run's folder holds settings, log, checkpoints and, at the end, ``upsampler/``, which
-    :meth:`Upsampler.from_pretrained` reads. A run that was stopped in any way goes on with
-    ``resume=True`` as if it had not been. Started by torchrun, the processes share every step.
+    The run's folder contains settings, log, checkpoints and, at the end, ``upsampler/``, which
+    :meth:`Upsampler.from_pretrained` reads. A run that was interrupted in any way continues with
+    ``resume=True``, with the same results as without the interruption. Processes started by
+    torchrun divide every step among them.
 
     Args:
-        backbone: whose features are to be upsampled: a name, a :class:`Backbone`, or a module or
-            function to wrap as one. It is not trained. Of several, each step draws one, and the
-            upsampler serves all of them.
-        photos: a folder of photographs, searched with all folders below it.
-        config: settings; the recipe by default. Without ``out`` nothing but the result is kept, and
-            a training that is stopped is lost.
-        resume: go on with the run in ``config.out``; begin one if there is none.
-        on_step: told of every step, in the first process.
+        backbone: backbone whose features are to be upsampled: a name, a :class:`Backbone`, or a
+            module or function to wrap as a backbone. It is not trained. If several are given, each
+            step draws one, and the upsampler is trained for all of them.
+        photos: folder of photographs, searched recursively.
+        config: settings; ``None`` for the default recipe. Without ``out``, only the trained
+            upsampler is kept, and an interrupted training is lost.
+        resume: resume the run in ``config.out``; begin a run if there is none.
+        on_step: called after every step, in the first process.
 
     Returns:
         The trained upsampler, on the CPU in eval mode: with the weights of the best validation if
-        there was one, else the last.
+        there was any, else of the last step.
 
     Raises:
         FileNotFoundError: there is no such folder of photographs.
-        TypeError: an argument is of another kind.
-        ValueError: a setting or photograph cannot be used, ``config.out`` holds another run or is
-            being written by another process, or features or loss became NaN or infinite (the last
-            checkpoint stays).
-        OSError: a file could not be written; earlier checkpoints stay.
+        TypeError: an argument has another type.
+        ValueError: a setting or photograph cannot be used, ``config.out`` contains another run or
+            is being written by another process, or features or loss became NaN or infinite (the
+            last checkpoint is kept).
+        OSError: a file could not be written; earlier checkpoints are kept.
         KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM, after a checkpoint.
     """
     config = TrainConfig() if config is None else config
@@ -125,17 +126,17 @@ def _train_in_passing(
     resume: bool,
     on_step: OnStep | None,
 ) -> Upsampler:
-    """Train in a folder that is gone after."""
+    """Train in a temporary folder."""
     if resume:
         raise ValueError("resume=True needs out=, the folder of the run to go on with")
     with tempfile.TemporaryDirectory(prefix="upfeat-train-") as folder:
-        # No checkpoint on the way: nobody could go on from it.
+        # No intermediate checkpoint, since the folder is removed and no run could resume from it.
         passing = replace(config, out=Path(folder) / "run", checkpoint_every=config.steps + 1)
         return train(backbone, photos, passing, on_step=on_step)
 
 
 class _Loop:
-    """Steps with validation, log and checkpoints in between."""
+    """Loop of steps, with validation, log and checkpoints."""
 
     def __init__(
         self,
@@ -158,10 +159,10 @@ class _Loop:
         self.saved_at = trainer.step
 
     def run(self) -> None:
-        """Go on to the end.
+        """Run all remaining steps.
 
         Raises:
-            KeyboardInterrupt: the process was asked to stop; a checkpoint is written.
+            KeyboardInterrupt: a process received a signal to stop; a checkpoint was written.
         """
         with self._record() as record:
             for parts in self._batches():
@@ -180,7 +181,7 @@ class _Loop:
                     raise KeyboardInterrupt
 
     def _batches(self) -> Iterator[list[Tensor]]:
-        """This process's parts of each coming step."""
+        """Yield this process's parts of each remaining step."""
         trainer, config = self.trainer, self.config
         if trainer.finished:
             return
@@ -222,7 +223,7 @@ class _Loop:
         )
 
     def _names(self) -> list[list[str]]:
-        """Of the coming step's photographs, as ``_batches`` gives them."""
+        """Return the names of the next step's photographs, one list for each part."""
         first = self.trainer.step * self.config.batch_size
         numbers = range(first, first + self.config.batch_size)
         return [
@@ -242,7 +243,7 @@ class _Loop:
 
     @torch.no_grad()
     def _picture(self) -> Any:
-        """Of the first held-out photograph."""
+        """Draw the features of the first held-out photograph before and after upsampling."""
         trainer, backbone = self.trainer, self.trainer.backbones[0]
         x = normalised(self.held_out[0][None], backbone)
         features = backbone(x)
@@ -254,7 +255,7 @@ class _Loop:
         return comparison(image, features[0].cpu(), upsampled[0].cpu(), label=label)
 
     def _asked_to_stop(self) -> bool:
-        """Return whether any process was interrupted: all stop after the same step."""
+        """Return whether any process was interrupted, so that all stop after the same step."""
         own = torch.tensor([float(self.interrupted.is_set())], device=self.processes.device)
         return float(self.processes.mean(own)) > 0
 
@@ -278,7 +279,7 @@ class _Loop:
 
     @contextmanager
     def _record(self) -> Iterator[Record | None]:
-        """The record in the first process, ``None`` in others."""
+        """Open the record in the first process; ``None`` in the others."""
         if not self.processes.is_main:
             yield None
             return
@@ -312,7 +313,7 @@ def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Bac
 
 @contextmanager
 def _held(folder: RunFolder, group: Processes) -> Iterator[None]:
-    """The folder, held by the first process for all of them."""
+    """Lock the folder, in the first process on behalf of all."""
     with ExitStack() as stack:
         group.on_main(lambda: stack.enter_context(locks.hold_folder(folder.path)))
         yield
@@ -320,7 +321,7 @@ def _held(folder: RunFolder, group: Processes) -> Iterator[None]:
 
 @contextmanager
 def _placed(backbones: list[Backbone], device: torch.device) -> Iterator[None]:
-    """Backbones on the device and in eval mode; both undone after."""
+    """Put backbones on the device and in eval mode; restore device and mode at the end."""
     before = [(backbone.mean.device, backbone.training) for backbone in backbones]
     for backbone in backbones:
         backbone.to(device).eval()
@@ -333,9 +334,9 @@ def _placed(backbones: list[Backbone], device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _interruption() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets, so that a step is not cut in half.
+    """Set the event that is yielded at the first SIGINT or SIGTERM, so that a step is completed.
 
-    A second one acts as usual. Outside the main thread signals are left alone.
+    A second signal has its usual effect. Outside the main thread, no signals are handled.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():

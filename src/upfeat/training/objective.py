@@ -1,13 +1,14 @@
-"""Training objective: upsampled features must explain what the backbone sees in views.
+"""Training objective: upsampled features must predict the backbone's features of views.
 
-One step shows each image as several views. The image's features are upsampled once, warped as each
-view is, brought to the backbone's grid by a learned downsampler, and compared with the backbone's
-features of the view under a Gaussian whose width depends on them (FeatUp, section 3).
+A step uses several views of each image. The image's features are upsampled once, warped like each
+view, downsampled to the backbone's grid by a learned downsampler, and compared with the backbone's
+features of the view by a Gaussian likelihood whose standard deviation depends on the view's
+features (FeatUp, section 3).
 
-Everything is linear in the features, so both sides are projected to a few random directions on the
-coarse grid, before upsampling: 31 channels are upsampled (30 directions and the downsampler's
-saliency), not all of them, and the loss has the same expectation. An image keeps its directions
-for all of its views, so that it is upsampled once.
+Since upsampling, warp and downsampling are linear in the features, both sides of the comparison are
+projected to a few random directions on the coarse grid. Then 31 channels are upsampled (30
+directions and the downsampler's saliency) instead of all, and the loss has the same expectation.
+The directions of an image are the same for all its views, so that it is upsampled once.
 """
 
 from __future__ import annotations
@@ -41,29 +42,30 @@ if TYPE_CHECKING:
 
 
 class ViewBatch(NamedTuple):
-    """Images, their views, and what the backbone makes of both."""
+    """Images, their views, and the backbone's features of both."""
 
     guidance: Tensor
-    """(B, 3, H, W) normalised images, as the upsampler is given them."""
+    """(B, 3, H, W), normalised images for the upsampler."""
     features: Tensor
-    """(B, C, h, w) of the images."""
+    """(B, C, h, w), the backbone's features of the images."""
     jitters: list[Jitter]
-    """V entries of B views, one for each image."""
+    """V entries of B views, one view of each image."""
     targets: Tensor
-    """(V, B, C, h, w) the backbone's features of the views."""
+    """(V, B, C, h, w), the backbone's features of the views."""
     enlarged: Tensor | None = None
-    """(B, C, 2h, 2w) the backbone's features of the images at twice their size, if asked for."""
+    """(B, C, 2h, 2w), the backbone's features of the images at twice their size, or ``None`` if
+    the loss does not need them."""
 
 
 class _Upsampled(NamedTuple):
-    """One image's features at its own size."""
+    """Features of a batch of images, upsampled to the images' size."""
 
     values: Tensor
-    """(B, P, H, W) along the image's directions, without the offset."""
+    """(B, P, H, W), coordinates along the P directions of each image, without the offset."""
     offset: Tensor
-    """(B, P, 1, 1), or a scalar 0, that belongs to every pixel."""
+    """(B, P, 1, 1), or a scalar 0, to be added to every pixel."""
     saliency: Tensor
-    """(B, 1, H, W) of the attention downsampler; (B, 0, H, W) for another."""
+    """(B, 1, H, W), saliency for the attention downsampler; (B, 0, H, W) for others."""
 
 
 @torch.no_grad()
@@ -78,13 +80,13 @@ def make_batch(
     """Draw views of images and run the backbone on all of them.
 
     Args:
-        backbone: frozen, in eval mode.
-        images: (B, 3, S, S) normalised, S ≥ ``config.size``. Views are cut from these; the image
-            that is upsampled is reduced to ``config.size``, so that zoomed views show detail which
-            it lacks.
-        config: of the views.
-        generator: draws them.
-        upsampler: that the images are for, in its normalisation; ``None`` for the backbone's.
+        backbone: frozen backbone, in eval mode.
+        images: (B, 3, S, S) normalised, S ≥ ``config.size``. Views are cut from these images, while
+            the guidance is reduced to ``config.size``; hence magnified views show detail that the
+            guidance lacks.
+        config: settings of the views and of the guidance's colours.
+        generator: random generator of the views and colours.
+        upsampler: upsampler whose normalisation the guidance has; ``None`` for the backbone's.
     """
     size = (config.size, config.size)
     guidance = images
@@ -105,7 +107,7 @@ def make_batch(
         for _ in range(config.views)
     ]
     views = [apply_jitter(images, jitter, output_size=size) for jitter in jitters]
-    # One image count at a time: a small batch stays in the caches of a CPU.
+    # One view of all images at a time, because a small batch stays in the caches of a CPU.
     seen = [backbone(x) for x in (guidance, *views)]
     enlarged = None
     if config.detail_weight:
@@ -118,7 +120,7 @@ def make_batch(
 
 
 def _enlarge(images: Tensor, size: int) -> Tensor:
-    """Images at twice the size that the upsampler sees, from the finest that there are."""
+    """Resize the finest available images to twice the size of the guidance."""
     target = (ENLARGEMENT * size, ENLARGEMENT * size)
     if tuple(images.shape[-2:]) == target:
         return images
@@ -128,7 +130,7 @@ def _enlarge(images: Tensor, size: int) -> Tensor:
 def _recolour(
     guidance: Tensor, own: Normalization, config: TrainConfig, generator: torch.Generator
 ) -> Tensor:
-    """Images as other cameras and other backbones' normalisations would give them."""
+    """Augment colours like those of other cameras and of other backbones' normalisations."""
     shape = (len(guidance), 3, 1, 1)
     if config.mixed_normalization:
         common = own.convert(guidance, IMAGENET)
@@ -141,7 +143,7 @@ def _recolour(
 
 
 class Objective(nn.Module):
-    """An upsampler with the downsampler and the uncertainty that it is trained with."""
+    """An upsampler, with the downsampler and the uncertainty that are trained with it."""
 
     def __init__(
         self,
@@ -152,14 +154,15 @@ class Objective(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Make the downsampler and the uncertainty.
+        """Create the downsampler and the uncertainty.
 
         Args:
-            upsampler: to be trained.
-            embed_dim: channels C of the backbone.
-            stride: of the backbone, the downsampler's size unless the configuration gives one.
-            config: of the loss.
-            generator: draws initial values.
+            upsampler: upsampler to train.
+            embed_dim: number C of the backbone's channels.
+            stride: stride of the backbone, which is the downsampler's kernel size unless the
+                configuration has another.
+            config: settings of the loss.
+            generator: random generator of initial values.
         """
         super().__init__()
         self.upsampler = upsampler
@@ -175,18 +178,18 @@ class Objective(nn.Module):
         else:
             self.downsampler = CellDownsampler()
         self.uncertainty = SpatialUncertainty(embed_dim, generator=generator)
-        # The name is part of checkpoints.
+        # Checkpoints contain this attribute's name.
         self.detail_target = recipe_for(upsampler, config).term(embed_dim)
 
     def forward(self, batch: ViewBatch, generator: torch.Generator) -> dict[str, Tensor]:
-        """Compare one batch.
+        """Compute the loss of one batch.
 
         Args:
-            batch: from :func:`make_batch`.
-            generator: draws projections, saliency dropout and the points of the CRF term.
+            batch: a batch from :func:`make_batch`.
+            generator: random generator of projections, saliency dropout and the CRF term's points.
 
         Returns:
-            Scalars: ``loss``, and the terms it is made of.
+            Scalars: ``loss``, and its terms before they are weighted, without gradients.
         """
         directions = self._directions(batch, generator)  # (B, C, P)
         grid = (batch.features.shape[2], batch.features.shape[3])
@@ -200,7 +203,7 @@ class Objective(nn.Module):
         if self.config.magnitude_weight:
             terms["magnitude"] = magnitude_consistency(guess, seen)
         if self.config.crf_weight:
-            # It sees differences only, which the offset does not change.
+            # The CRF term depends on differences between pixels, which the offset does not change.
             terms["crf"] = crf_pairwise(upsampled.values, batch.guidance, generator=generator)
         if self.config.tv_weight:
             terms["tv"] = total_variation(magnitude(upsampled.values + upsampled.offset))
@@ -222,10 +225,11 @@ class Objective(nn.Module):
         return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
     def _directions(self, batch: ViewBatch, generator: torch.Generator) -> Tensor | None:
-        """Directions that every image is compared along, (B, C, P); ``None`` for all channels.
+        """Draw the directions along which features are compared, (B, C, P); ``None``: channels.
 
-        Random unit directions, in units of each channel's deviation over the image's views if
-        channels are to weigh alike.
+        These are P random unit directions for each image, or all channels if ``projection_dim`` is
+        ``None``. With ``standardize``, channels are divided by their standard deviation over the
+        image's views, so that all have equal weight.
         """
         count, (images, channels) = self.config.projection_dim, batch.features.shape[:2]
         if count is None:
@@ -237,7 +241,7 @@ class Objective(nn.Module):
             directions = torch.stack(drawn)
         directions = directions.to(batch.features)
         if self.config.standardize:
-            # Of each image alone, so that a batch may be divided over parts and processes.
+            # Per image, so that results do not depend on the division into parts and processes.
             deviation = batch.targets.std((0, 3, 4), correction=0)  # (B, C)
             least = 0.05 * deviation.mean(1, keepdim=True) + 1e-12
             directions = directions / torch.maximum(deviation, least)[:, :, None]
@@ -246,7 +250,7 @@ class Objective(nn.Module):
     def _upsample(
         self, batch: ViewBatch, kernels: Kernels, directions: Tensor | None
     ) -> _Upsampled:
-        """Upsample the projected features together with the downsampler's saliency."""
+        """Upsample the projected features and the downsampler's saliency in one call."""
         features = self.upsampler.mix(batch.features)
         own = self.downsampler
         attention = own if isinstance(own, AttentionDownsampler) else None
@@ -258,7 +262,7 @@ class Objective(nn.Module):
             saliency = attention.saliency_weight.expand(len(features), -1, -1)
             head = torch.cat([head, saliency], dim=1)
         out = self.upsampler.render_linear(kernels, features, head=head)
-        # Unlike slices, a split puts its gradients together in one map.
+        # Split, because the backward of slices would allocate a whole map for each of them.
         values, saliency = out.split([count, out.shape[1] - count], dim=1)
         offset = self.upsampler.offset
         shift = features.new_zeros(())
@@ -273,7 +277,7 @@ class Objective(nn.Module):
     def _to_grid(
         self, upsampled: _Upsampled, batch: ViewBatch, generator: torch.Generator
     ) -> Tensor:
-        """Show upsampled features as all views do, at the backbone's grid: (V·B, P, h, w)."""
+        """Warp upsampled features like all views and downsample them: (V·B, P, h, w)."""
         values, shift, saliency = upsampled
         views = Jitter.cat(batch.jitters)
         size = (batch.targets.shape[-2], batch.targets.shape[-1])
@@ -283,12 +287,12 @@ class Objective(nn.Module):
             )
         else:
             guess = self.downsampler(values, size, jitter=views)
-        # A cell's weights sum to 1, so that a constant may be added after.
+        # The offset may be added after downsampling, because the weights of a cell sum to 1.
         return (guess.unflatten(0, (len(batch.jitters), -1)) + shift).flatten(0, 1)
 
 
 def _project(features: Tensor, directions: Tensor | None) -> Tensor:
-    """Coordinates along each image's directions: (…, B, C, h, w), (B, C, P) -> (…, B, P, h, w)."""
+    """Project features to directions: (…, B, C, h, w), (B, C, P) -> (…, B, P, h, w)."""
     if directions is None:
         return features
     return (directions.mT @ features.flatten(-2)).unflatten(-1, features.shape[-2:])

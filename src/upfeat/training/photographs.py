@@ -1,7 +1,7 @@
-"""A folder of photographs: what is in it, in which order it is seen, and which window of each.
+"""Folders of photographs for training: listing, order, and windows.
 
-Everything is a function of the seed and of a sample's number, so any number of workers and
-processes, and a resumed run, see the same pixels.
+The order and the windows depend on the seed and the number of a sample alone, so the pixels are the
+same for any number of workers and processes, and in a resumed run.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAMES_SHOWN = 3
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not trained on."""
+    """A file that cannot be used for training, with the reason."""
 
     name: str
     reason: str
@@ -48,11 +48,12 @@ class Listing:
     """The photographs of a folder.
 
     Attributes:
-        folder: where they are.
-        files: (name relative to the folder, bytes), sorted, skipped ones too.
-        skipped: those that cannot be used.
-        train: names of those trained on.
-        validation: names of those held out.
+        folder: the folder.
+        files: (name relative to the folder, size in bytes) of all files, skipped files included,
+            sorted.
+        skipped: files that cannot be used.
+        train: names of the photographs to train on.
+        validation: names of the held-out photographs.
     """
 
     folder: Path
@@ -62,12 +63,12 @@ class Listing:
     validation: list[str]
 
     def digest(self) -> str:
-        """SHA-256 of all names and sizes."""
+        """Return the SHA-256 of all names and sizes."""
         lines = "".join(f"{name}\0{size}\n" for name, size in self.files)
         return hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()
 
     def summary(self) -> str | None:
-        """One line about what was skipped; ``None`` if nothing was."""
+        """Summarise the skipped files in one line; ``None`` if there are none."""
         if not self.skipped:
             return None
         shown = "; ".join(f"{one.name}: {one.reason}" for one in self.skipped[:_NAMES_SHOWN])
@@ -76,7 +77,7 @@ class Listing:
         return f"{len(self.skipped)} of {len(self.files)} photographs skipped: {shown}{rest}"
 
     def to_json(self) -> dict[str, Any]:
-        """Photographs that the weights were trained on, as JSON values."""
+        """Describe the photographs as JSON values, for the provenance of trained weights."""
         return {
             "folder": self.folder.name,
             "images": len(self.train),
@@ -89,17 +90,18 @@ class Listing:
 def list_photographs(
     folder: str | Path, size: int, *, held_out: int | None = 0, seed: int = 0
 ) -> Listing:
-    """Find photographs and read each once, to know now which are damaged or too small.
+    """List photographs and decode each once, so that damaged or small files are known in advance.
 
     Args:
-        folder: searched with all folders below it.
-        size: shorter side that a photograph needs, pixels.
-        held_out: how many to keep for validation; ``None`` for a twentieth, at most 32.
-        seed: draws them.
+        folder: folder to search recursively.
+        size: smallest shorter side of a usable photograph, pixels.
+        held_out: number of photographs held out for validation; ``None`` for a twentieth, at most
+            32.
+        seed: seed of the draw of held-out photographs.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no photograph, or none that can be used.
+        ValueError: the folder contains no photograph, or none that can be used.
     """
     folder = Path(folder)
     files = find_photographs(folder)
@@ -119,13 +121,13 @@ def list_photographs(
 
 
 def find_photographs(folder: str | Path) -> list[tuple[str, int]]:
-    """Name and size in bytes of every photograph in a folder and below it, sorted by name.
+    """List name and size in bytes of every photograph in a folder, recursively, sorted by name.
 
-    Hidden files and folders, and pictures that upfeat made, are left out.
+    Hidden files and folders, and pictures that upfeat wrote, are left out.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds none.
+        ValueError: the folder contains no photograph.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -177,29 +179,29 @@ def _hold_out(folder: Path, usable: list[str], held_out: int | None, seed: int) 
 
 
 class Photographs(Dataset[Tensor]):
-    """Square windows of photographs, by the number of the sample: epoch after epoch.
+    """Square windows of photographs by the number of the sample, which counts on over epochs.
 
     Args:
-        folder: where they are.
-        names: relative to it.
+        folder: folder of the photographs.
+        names: names relative to the folder.
         size: side of the windows as returned, pixels.
-        crop: how windows are chosen, as ``TrainConfig.crop``.
-        seed: draws order and windows; ``None`` for the given order and middle windows.
+        crop: choice of windows, see ``TrainConfig.crop``.
+        seed: seed of order and windows; ``None`` for the given order and central windows.
     """
 
     def __init__(
         self, folder: Path, names: Sequence[str], size: int, crop: str, seed: int | None
     ) -> None:
-        """Keep the settings."""
+        """Store the settings."""
         self.folder, self.names, self.size = folder, list(names), size
         self.crop, self.seed = crop, seed
 
     def __len__(self) -> int:
-        """Photographs in an epoch."""
+        """Return the number of photographs in an epoch."""
         return len(self.names)
 
     def name(self, number: int) -> str:
-        """The photograph of a sample."""
+        """Return the name of a sample's photograph."""
         epoch, place = divmod(number, len(self.names))
         if self.seed is None:
             return self.names[place]
@@ -209,7 +211,7 @@ class Photographs(Dataset[Tensor]):
         """Read a sample: (3, size, size) uint8.
 
         Raises:
-            OSError: the photograph is gone or damaged since it was listed.
+            OSError: the photograph has been removed or damaged since it was listed.
         """
         path = self.folder / self.name(number)
         generator = None if self.seed is None else stream(self.seed, "window", number)
@@ -226,18 +228,20 @@ def read_window(
     """Read a square window of a photograph.
 
     Args:
-        path: the photograph.
+        path: file of the photograph.
         size: side of the result, pixels.
-        crop: the window's side in the photograph's own pixels: its shorter side, ``size``
-            ("native"), or anything between, uniform in the logarithm ("mixed").
-        generator: draws side and place; ``None`` for the middle and the shorter side.
+        crop: side of the window in pixels of the photograph: the shorter side ("short_side"),
+            ``size`` ("native"), or a length between these two, drawn uniformly in its logarithm
+            ("mixed").
+        generator: random generator of side and place; ``None`` for a central window, for "mixed" as
+            large as the shorter side.
 
     Returns:
         (3, size, size) uint8.
 
     Raises:
         OSError: there is no such file.
-        ValueError: it is damaged, or smaller than ``size``.
+        ValueError: the file is damaged, or the photograph smaller than ``size``.
     """
     image = open_upright(path, short_side=size if crop == "short_side" else None)
     short = min(image.size)
@@ -246,7 +250,7 @@ def read_window(
     uniform = [0.0, 0.5, 0.5]
     if generator is not None:
         uniform = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-    # On whole pixels: a window of native size is then a copy.
+    # Windows lie on whole pixels, so that a window of native size is copied, not interpolated.
     side = short
     if crop == "native":
         side = size
@@ -259,11 +263,11 @@ def read_window(
 
 
 def _resized(image: Image.Image, box: tuple[int, int, int, int], size: int, label: str) -> Tensor:
-    """A window of an image of any mode, (3, size, size) uint8, in sRGB."""
+    """Resize a window of an image of any mode: (3, size, size) uint8, in sRGB."""
     profile = embedded_profile(image.info)
     plain = image.mode == "RGB" or (image.mode == "L" and not profile)
     if plain and "transparency" not in image.info:
-        # In RGB first: modes are converted once and resampled alike; sRGB last, for fewer pixels.
+        # Resized in RGB, whatever the mode; the profile is applied last, to fewer pixels.
         pixels = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
         pixels = in_srgb(pixels, profile, label)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
@@ -280,9 +284,10 @@ def _order(seed: int, epoch: int, count: int) -> list[int]:
 
 
 class _Stacks(Dataset[Tensor | OSError]):
-    """Whole parts of samples, or what went wrong, for the first process to raise.
+    """Stacked samples of a part, or the error that reading them raised.
 
-    An exception that a worker raises arrives with its traceback for a message.
+    Errors are returned, and raised by the main process, because the loader would replace the
+    message of an exception from a worker by a traceback.
     """
 
     def __init__(self, samples: Photographs) -> None:
@@ -296,7 +301,7 @@ class _Stacks(Dataset[Tensor | OSError]):
 
 
 class _Parts:
-    """Sample numbers of the parts of each step that this process computes, a list for each."""
+    """Sampler of this process's parts of each step: a list of sample numbers for each part."""
 
     def __init__(self, first: int, last: int, batch: int, shares: list[slice]) -> None:
         self.first, self.last, self.batch, self.shares = first, last, batch, shares
@@ -320,25 +325,25 @@ def load_parts(
     shares: list[slice],
     workers: int = 0,
 ) -> Iterator[Tensor]:
-    """Read the images of steps ``first`` to ``last`` (not included), ahead of time by workers.
+    """Read the images of steps ``first`` to ``last - 1``, ahead of time if there are workers.
 
     Args:
-        photographs: to read from.
+        photographs: photographs to read.
         first: number of the first step, from 0.
-        last: one past the last.
-        batch: images of a step.
-        shares: the parts of a step that this process computes.
-        workers: processes that read; 0 to read in this one.
+        last: number of the last step plus 1.
+        batch: number of images in a step.
+        shares: slices of a step's images, one for each part that this process computes.
+        workers: number of processes that read; 0 to read in this process.
 
     Yields:
-        (part, 3, size, size) uint8, the parts of a step one after the other.
+        (part, 3, size, size) uint8, the parts of each step in order.
     """
     loader = DataLoader(
         _Stacks(photographs),
         sampler=_Parts(first, last, batch, shares),  # pyright: ignore[reportArgumentType]
         batch_size=None,
         num_workers=workers,
-        # Without a generator of its own the loader draws from the global one.
+        # Without a generator, the loader would draw from the global one.
         generator=torch.Generator(),
     )
     for part in loader:

@@ -1,4 +1,4 @@
-"""One process, or several that share every step: torchrun starts them, gradients are averaged."""
+"""Training in one process, or in several that torchrun starts and that average their gradients."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ Result = TypeVar("Result")
 
 
 class Processes:
-    """Place of this process in a distributed training, and exchange with the others.
+    """Rank of this process in a distributed training, and communication with the others.
 
     Attributes:
-        rank: number of this one.
-        count: of all.
-        device: this one's.
+        rank: number of this process, from 0.
+        count: number of all processes.
+        device: device of this process.
     """
 
     def __init__(self, rank: int, count: int, device: torch.device) -> None:
-        """Record who this is."""
+        """Store rank, count and device."""
         self.rank, self.count, self.device = rank, count, device
 
     @property
@@ -35,11 +35,11 @@ class Processes:
         return self.rank == 0
 
     def on_main(self, action: Callable[[], Result]) -> Result:
-        """Do something in the first process, and have its result, or its error, in all.
+        """Run an action in the first process; return its result, or raise its error, in all.
 
         Raises:
-            ValueError: ``action`` raised it, or one of its subclasses.
-            OSError: likewise.
+            ValueError: ``action`` raised a ValueError.
+            OSError: ``action`` raised an OSError.
         """
         if self.count == 1:
             return action()
@@ -55,7 +55,7 @@ class Processes:
         return outcome[0]
 
     def gather(self, value: Result) -> list[Result]:
-        """Every process's value, in the order of ranks."""
+        """Return the values of all processes, in the order of ranks."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -63,7 +63,7 @@ class Processes:
         return values
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over processes, element by element."""
+        """Return the elementwise mean over processes."""
         if self.count == 1:
             return values
         values = values.clone()
@@ -71,7 +71,7 @@ class Processes:
         return values / self.count
 
     def average_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace gradients by their means, with one message for all of them."""
+        """Replace gradients by their means over processes, in one message for all parameters."""
         if self.count == 1:
             return
         gradients = [one.grad for one in parameters if one.grad is not None]
@@ -83,10 +83,10 @@ class Processes:
 
 @contextmanager
 def processes(device: str | None) -> Iterator[Processes]:
-    """Join the processes that torchrun started, if it did.
+    """Join the processes that torchrun started; without torchrun there is a single process.
 
     Args:
-        device: as in ``TrainConfig.device``.
+        device: device of this process, see ``TrainConfig.device``.
 
     Raises:
         ValueError: there is no such device.

@@ -1,4 +1,4 @@
-"""Log of a run: a line a step, a callback, and TensorBoard where it is wanted."""
+"""Record of a run: a line per logged step, a report for callbacks, and optionally TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class StepReport:
     """Result of one step.
 
     Attributes:
-        step: its number, from 1.
-        steps: how many there are to be.
-        images: photographs it looked at.
-        backbone: name of the one it was done with.
-        losses: the loss and its terms.
-        learning_rate: that it was done with.
-        validation: figures on held-out photographs, where it was a step to validate after.
+        step: number of the step, from 1.
+        steps: number of steps of the whole run.
+        images: number of photographs of the step.
+        backbone: name of the step's backbone.
+        losses: loss and its terms, by name.
+        learning_rate: learning rate of the step.
+        validation: scores on held-out photographs by name; empty if the step was not validated.
     """
 
     step: int
@@ -40,23 +40,23 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
-"""Told of every step when it is done."""
+"""Callback that receives the report of every step."""
 
 
 class Record:
-    """Writes reports down; a context manager, so that files are closed."""
+    """Writer of reports to the log and to TensorBoard; a context manager, which closes files."""
 
     def __init__(self, folder: RunFolder, *, log_every: int, tensorboard: bool, first: int) -> None:
         """Open the files.
 
         Args:
-            folder: of the run.
-            log_every: steps between lines.
-            tensorboard: write for it too.
-            first: steps done before; what TensorBoard has after them is hidden.
+            folder: folder of the run.
+            log_every: number of steps between lines.
+            tensorboard: whether to write for TensorBoard too.
+            first: number of steps already done; TensorBoard hides earlier records of later steps.
 
         Raises:
-            ValueError: TensorBoard is asked for and not installed.
+            ValueError: ``tensorboard`` is True and TensorBoard is not installed.
         """
         self.log_every = log_every
         self.writer: Any = _writer(folder, first) if tensorboard else None
@@ -74,14 +74,14 @@ class Record:
         try:
             self.file.close()
         except OSError:
-            # What could not be written was reported when it happened.
+            # If there is an error already, it may be a failed write, which close would repeat.
             if error is None:
                 raise
         if self.writer is not None:
             self.writer.close()
 
     def write(self, report: StepReport) -> None:
-        """Write a report down, if its step is to be logged or brought a validation."""
+        """Write a report, if its step is to be logged or has a validation."""
         if report.step % self.log_every and not report.validation:
             return
         line: dict[str, Any] = {
@@ -106,7 +106,7 @@ class Record:
             self.writer.add_scalar(f"validation/{name}", value, report.step)
 
     def show(self, picture: Image.Image, step: int) -> None:
-        """Give TensorBoard a picture."""
+        """Write a picture for TensorBoard, if it is enabled."""
         if self.writer is not None:
             pixels = np.asarray(picture.convert("RGB"))
             self.writer.add_image("features", pixels, step, dataformats="HWC")

@@ -14,7 +14,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not one, or PyYAML is missing.
+        ValueError: the file does not contain settings, or PyYAML is missing.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")

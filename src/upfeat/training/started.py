@@ -1,4 +1,4 @@
-"""Settings, backbone and photographs of a run, read back from its folder to go on with it."""
+"""Settings, backbones and photographs of a run, read from its folder to resume it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from upfeat.training.config import TrainConfig, expand
 
 @dataclass(frozen=True)
 class Started:
-    """The beginning of a run.
+    """Settings and inputs with which a run was started.
 
     Attributes:
-        settings: its ``config.json``.
-        backbone: names of its backbones; ``None`` where one was an object of the caller's.
-        photos: the folder of photographs, where it lay then; ``None`` where that is not known.
+        settings: content of the run's ``config.json``.
+        backbone: names of the backbones; ``None`` if a backbone was given as an object.
+        photos: path of the folder of photographs at the start; ``None`` if it is not recorded.
     """
 
     settings: dict[str, Any]
@@ -26,11 +26,13 @@ class Started:
     photos: Path | None
 
     def merge(self, given: Mapping[str, Any], source: str) -> TrainConfig:
-        """The run's settings with those given laid over them; the trainer compares the two.
+        """Replace settings of the run by given settings.
+
+        Differences that would change results are refused later, when the run is resumed.
 
         Args:
-            given: settings by name, and ``preset`` for those of a recipe.
-            source: what to call them in errors.
+            given: values by name of setting, and ``preset`` for a recipe.
+            source: name of the origin of ``given``, for error messages.
 
         Raises:
             ValueError: a name is unknown, or a value is wrong.
@@ -40,16 +42,16 @@ class Started:
 
 
 def read_started(folder: str | Path) -> Started | None:
-    """Read how a run began.
+    """Read the settings and inputs with which a run was started.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
 
     Returns:
-        Its beginning; ``None`` if the folder holds no run.
+        Settings and inputs; ``None`` if the folder contains no run.
 
     Raises:
-        FileNotFoundError: the settings are gone.
+        FileNotFoundError: the folder contains a run, but no ``config.json``.
         ValueError: a file of the run is damaged.
     """
     folder = Path(folder)
@@ -72,9 +74,9 @@ def read_run(path: Path) -> dict[str, Any]:
     """Read a ``run.json``.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the file is damaged.
     """
-    # Many skipped photographs make it large.
+    # The limit is high because the file lists skipped photographs, which may be many.
     run = read_object(path, largest=1 << 30)
     backbones = run.get("backbones")
     whole = isinstance(backbones, list) and all(isinstance(one, dict) for one in backbones)

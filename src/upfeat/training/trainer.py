@@ -1,4 +1,4 @@
-"""One training step, and everything that the next one depends on."""
+"""Training step, and the state that carries over to the next step."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from upfeat.upsamplers import Upsampler, list_upsamplers
 from upfeat.upsamplers.base import UPSAMPLERS
 
 _LEAST_STD = 0.05
-"""Of a normalisation that upsamplers are trained in."""
+"""Smallest ``std`` of a normalisation in which upsamplers are trained."""
 
 
 class Trainer:
-    """Upsampler, downsamplers, uncertainties and optimiser, and how far they are.
+    """Upsampler, downsamplers, uncertainties and optimiser of a training, with its progress.
 
     Attributes:
-        upsampler: what is trained.
-        objectives: one for each backbone, sharing the upsampler.
-        step: steps done.
-        best: step, figures and weights of the best validation; empty before the first.
-        stale: validations since.
+        upsampler: upsampler that is trained.
+        objectives: an objective for each backbone; all share the upsampler.
+        step: number of steps done.
+        best: step, scores and weights of the best validation; empty before the first validation.
+        stale: number of validations since the best.
     """
 
     def __init__(
         self, backbones: Sequence[Backbone], config: TrainConfig, processes: Processes
     ) -> None:
-        """Draw initial weights.
+        """Create the upsampler and the objectives, with initial weights drawn from the seed.
 
         Args:
-            backbones: frozen, in eval mode, on the processes' device.
-            config: of the run.
-            processes: that share each step.
+            backbones: frozen backbones, in eval mode, on the processes' device.
+            config: settings of the run.
+            processes: processes that divide each step among them.
 
         Raises:
-            FileNotFoundError: the upsampler is a folder that is not there.
-            ValueError: the upsampler cannot be made for these backbones, images are a single cell
-                of one, or the batch cannot be divided.
+            FileNotFoundError: the upsampler is a folder that does not exist.
+            ValueError: the upsampler does not suit these backbones, images are smaller than two
+                cells of a backbone, or the batch cannot be divided evenly.
         """
         self.backbones, self.config, self.processes = list(backbones), config, processes
         self.shares = _shares(config, processes)
@@ -80,21 +80,21 @@ class Trainer:
         self.stale = 0
 
     def cautions(self) -> list[str]:
-        """Warnings about settings that are allowed but seldom meant, a line each."""
+        """Return warnings about allowed settings that are seldom intended, a line each."""
         return self.recipe.cautions()
 
     @property
     def finished(self) -> bool:
-        """Return whether all steps are done, or enough validations brought nothing better."""
+        """Return whether all steps are done, or ``patience`` validations brought no improvement."""
         patience = self.config.patience
         return self.step >= self.config.steps or (patience is not None and self.stale >= patience)
 
     def objective(self, index: int) -> Objective:
-        """The objective of a backbone."""
+        """Return the objective of a backbone."""
         return cast(Objective, self.objectives[index])
 
     def learning_rate(self) -> float:
-        """Learning rate of the coming step."""
+        """Return the learning rate of the next step."""
         if self.config.schedule == "constant":
             return self.config.learning_rate
         share = self.step / self.config.steps
@@ -103,18 +103,18 @@ class Trainer:
     def train_step(
         self, parts: Sequence[Tensor], names: Sequence[Sequence[str]]
     ) -> dict[str, float]:
-        """Do a step.
+        """Run one step.
 
         Args:
             parts: this process's images, (part, 3, S, S) uint8, one entry for each accumulated
                 part.
-            names: of the images, for errors.
+            names: names of the images in ``parts``, for error messages.
 
         Returns:
             The loss and its terms, means over all processes.
 
         Raises:
-            ValueError: features, loss or gradients hold NaN or infinity. Nothing has changed.
+            ValueError: features, loss or gradients contain NaN or infinity. Weights are unchanged.
         """
         index = self.draw_backbone()
         self.optimizer.zero_grad(set_to_none=True)
@@ -140,16 +140,16 @@ class Trainer:
         return dict(zip(totals, losses.tolist(), strict=True))
 
     def draw_backbone(self) -> int:
-        """Number of the backbone of the coming step."""
+        """Draw the index of the next step's backbone."""
         draw = stream(self.config.seed, "backbone", self.step)
         return int(torch.randint(len(self.backbones), (), generator=draw))
 
     def _backward(
         self, index: int, part: int, images: Tensor, names: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Add one part's share of the gradient; return its losses."""
+        """Add the gradient of one part; return the part's losses."""
         backbone, config, device = self.backbones[index], self.config, self.processes.device
-        # The number of the part among all processes' parts: draws depend on it alone.
+        # Random draws depend on the number of the part among the parts of all processes.
         place = config.seed, self.step, part * self.processes.count + self.processes.rank
         batch = self._look(backbone, normalised(images, backbone), place)
         finite = torch.isfinite(batch.features).flatten(1).all(1)
@@ -165,7 +165,7 @@ class Trainer:
         return terms
 
     def _look(self, backbone: Backbone, images: Tensor, place: tuple[int, ...]) -> ViewBatch:
-        """Run the backbone on the images and their views, in the precision asked for."""
+        """Run the backbone on the images and their views, in the configured precision."""
         device = self.processes.device
         half = self.config.precision == "bf16" or (
             self.config.precision == "auto" and device.type == "cuda"
@@ -179,7 +179,7 @@ class Trainer:
         )
 
     def _stop_if(self, faults: list[str]) -> None:
-        """Stop all processes if one of them has faults."""
+        """Raise the same ValueError in all processes if one of them has faults."""
         count = torch.tensor([float(len(faults))], device=self.processes.device)
         if float(self.processes.mean(count)) == 0:
             return
@@ -198,7 +198,7 @@ class Trainer:
         self.optimizer.step()
 
     def judge(self, scores: dict[str, float]) -> bool:
-        """Take a validation into account; return whether it is the best so far."""
+        """Record a validation; return whether it is the best so far."""
         if self.best and scores["error"] >= self.best["scores"]["error"]:
             self.stale += 1
             return False
@@ -208,16 +208,16 @@ class Trainer:
         return True
 
     def finish(self) -> None:
-        """Give the upsampler the weights of the best validation, if there was one."""
+        """Load the weights of the best validation, if any, and apply the recipe's last changes."""
         if self.best:
             self.upsampler.load_state_dict(self.best["weights"])
         self.recipe.finish()
 
     def state(self) -> dict[str, Any]:
-        """Everything that coming steps depend on, beside configuration and data.
+        """Return everything on which further steps depend, except configuration and data.
 
         Raises:
-            ValueError: a weight is NaN or infinity.
+            ValueError: a weight is NaN or infinite.
         """
         for name, weight in self.objectives.named_parameters():
             if not bool(torch.isfinite(weight).all()):
@@ -231,27 +231,28 @@ class Trainer:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` gave."""
+        """Restore a state that :meth:`state` returned."""
         self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best, self.stale = state["step"], state["best"], state["stale"]
 
 
 class _NotFinite(Exception):
-    """Something holds NaN or infinity, and these photographs brought it about."""
+    """NaN or infinity in a quantity, with the names of the photographs that caused it."""
 
     def __init__(self, what: str, names: Sequence[str]) -> None:
         super().__init__(f"NaN or infinity in the {what}, from {', '.join(names)}")
 
 
 def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampler:
-    """Make the upsampler to train, with initial weights drawn from the seed.
+    """Create the upsampler to train, with initial weights drawn from the seed.
 
-    For several backbones one that is made for some channels is made without, which serves any.
+    An upsampler with an option ``embed_dim`` gets the channels of a single backbone; for several
+    backbones the option is left at its default, which suits any number of channels.
 
     Raises:
-        FileNotFoundError: it is a folder that is not there.
-        ValueError: there is no such upsampler, or its options do not fit.
+        FileNotFoundError: the upsampler is a folder that does not exist.
+        ValueError: there is no such upsampler, or its options or channels do not fit.
     """
     name, options = config.upsampler, dict(config.upsampler_options)
     cls = UPSAMPLERS.get(name)
@@ -276,10 +277,10 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
 
 
 def _common_normalization(backbones: Sequence[Backbone]) -> Normalization:
-    """The backbones' own where all have the same; ImageNet's where they differ.
+    """Return the normalisation of the backbones if all have the same one, else ImageNet's.
 
-    Also where colours would be far from 1, as in a backbone of unnormalised images: initial weights
-    are made for colours of that order.
+    ImageNet's is also returned for a very small ``std``, such as that of a backbone for images in
+    [0, 255]: normalised colours would be far from order 1, for which initial weights are meant.
     """
     first, *rest = {backbone.normalization for backbone in backbones}
     return IMAGENET if rest or min(first.std) < _LEAST_STD else first
@@ -300,7 +301,7 @@ def _initial(
 
 
 def _check_size(config: TrainConfig, backbones: Sequence[Backbone]) -> None:
-    """Refuse images of one cell: nothing varies in them, so errors have no scale to compare to."""
+    """Refuse images of a single cell: their features have no variance to scale errors by."""
     for backbone in backbones:
         if config.size < 2 * backbone.stride:
             raise ValueError(
@@ -310,7 +311,7 @@ def _check_size(config: TrainConfig, backbones: Sequence[Backbone]) -> None:
 
 
 def _freeze(upsampler: Upsampler, parts: Sequence[str]) -> None:
-    """Train everything but the parts named."""
+    """Freeze the named parts of the upsampler, and train all others."""
     names = [name for name, _ in upsampler.named_parameters()]
     for part in parts:
         if not any(name == part or name.startswith(f"{part}.") for name in names):
@@ -322,7 +323,7 @@ def _freeze(upsampler: Upsampler, parts: Sequence[str]) -> None:
 
 
 def _shares(config: TrainConfig, processes: Processes) -> list[slice]:
-    """Images of a step's batch that make up this process's parts, in order."""
+    """Return the slices of a step's batch that are this process's parts, in order."""
     parts = config.accumulate * processes.count
     if config.batch_size % parts:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Validation on held-out photographs: the training's loss, and a plain relative error."""
+"""Validation on held-out photographs: the training's loss, and a relative squared error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from upfeat.training.photographs import Photographs
 from upfeat.views import apply_jitter
 
 _LEAST_VARIANCE = 1e-10
-"""Of features over their mean square: below, they vary by rounding alone."""
+"""Variance of features over their mean square below which they vary by rounding alone."""
 
 
 @torch.no_grad()
@@ -25,16 +25,16 @@ def validate(
     photographs: Photographs,
     config: TrainConfig,
 ) -> dict[str, float]:
-    """Score an upsampler with its downsamplers; views and projections are always the same.
+    """Score an upsampler with its downsamplers; views and projections are the same in every call.
 
     Args:
-        objectives: one for each backbone, in eval mode afterwards as before.
-        backbones: frozen.
-        photographs: held out.
-        config: of the views.
+        objectives: an objective for each backbone; their mode is restored afterwards.
+        backbones: frozen backbones.
+        photographs: held-out photographs.
+        config: settings of the views.
 
     Returns:
-        ``reconstruction``, the mean of that term of the loss; and ``error``, the squared error of
+        ``reconstruction``, the mean of this term of the loss; and ``error``, the squared error of
         the downsampled views over the variance of the backbone's features within each view. Both
         are means over backbones.
 
@@ -76,12 +76,12 @@ def validate(
 
 
 def normalised(images: Tensor, backbone: Backbone) -> Tensor:
-    """(B, 3, H, W) uint8 -> the same, as the backbone takes it, on its device."""
+    """Normalise images (B, 3, H, W) uint8 for the backbone, on its device."""
     return (images.to(backbone.mean.device).float() / 255 - backbone.mean) / backbone.std
 
 
 def _squares(objective: Objective, batch: ViewBatch) -> Tensor:
-    """Sums over the views of one image: squared error, variance of the features, their square."""
+    """Sum squared error, variance and square of the features over the views of one image: (3,)."""
     hires = objective.upsampler(batch.features.float(), batch.guidance)  # (1, C, H, W)
     sums = torch.zeros(3, dtype=torch.float64, device=hires.device)
     for jitter, target in zip(batch.jitters, batch.targets.float(), strict=True):

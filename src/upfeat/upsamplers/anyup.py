@@ -38,7 +38,7 @@ class FeatureBasis(nn.Module):
         self.basis = nn.Parameter(torch.randn(width, 1, side, side))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, width, h, w), any C."""
+        """Map features to patterns, (B, C, h, w) -> (B, width, h, w), any C."""
         batch, channels, height, width = features.shape
         patterns, _, side, _ = self.basis.shape
         responses = F.conv2d(

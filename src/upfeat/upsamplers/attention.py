@@ -61,7 +61,7 @@ class AttentionKernels:
         self.heads, self.split, self.backend = heads, split, backend
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
+        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
         return self.crop(features, Window(0, 0, *self.queries.shape[2:]))
 
     def crop(self, features: Tensor, window: Window) -> Tensor:

@@ -45,7 +45,7 @@ def three_bands(guidance: Tensor) -> Tensor:
 
     A single band is repeated. More than three bands are replaced by their three principal
     components, two by their two and a band of 0. A component is divided by the root of its variance
-    plus ε, as in :func:`even_bands`, and its sign is the one of most bands.
+    plus ε, as in :func:`even_bands`; its sign makes it increase with most bands.
 
     Args:
         guidance: (B, N, H, W), any units.

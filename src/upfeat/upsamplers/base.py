@@ -39,7 +39,7 @@ class Kernels(Protocol):
     """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
 
     def __call__(self, features: Any) -> Tensor:
-        """(B, C, h, w), or features from :meth:`Upsampler.precompute`, -> (B, C, H, W); any C."""
+        """Upsample features, (B, C, h, w) or from :meth:`Upsampler.precompute`, -> (B, C, H, W)."""
         ...
 
     def crop(self, features: Any, window: Window) -> Tensor:
@@ -71,11 +71,11 @@ class Upsampler(nn.Module, ABC):
     takes_hidden: ClassVar[bool] = False
     """True if the upsampler can use the features of early layers of the backbone (``hidden``)."""
     wants_hidden: ClassVar[bool] = False
-    """True if the upsampler was trained with ``hidden``: models pass it without being asked."""
+    """True if the upsampler was trained with ``hidden``, which models then pass by default."""
     needs_features: ClassVar[bool] = False
     """True if the weights depend on the features as well as on the image."""
     exact_parts: ClassVar[str] = "windows"
-    """Parts of a map that equal the whole map exactly: its "windows", or its "channels"."""
+    """Parts of a map that, computed alone, equal the whole exactly: "windows" or "channels"."""
     guidance_bands: int | None = 3
     """The number of bands of the guidance; ``None``: any number (see :mod:`.bands`)."""
     backend: str = "auto"
@@ -94,7 +94,7 @@ class Upsampler(nn.Module, ABC):
 
     @property
     def reach(self) -> int | None:
-        """Most cells beyond its own that an output pixel depends on; ``None``: the whole image.
+        """Cells beyond its own that an output pixel can depend on; ``None``: the whole image.
 
         Counts the features and the guidance, where guidance and output both have 4 or more pixels
         per cell. A window of a map (:meth:`render`) always equals that window of the whole map. A
@@ -107,7 +107,7 @@ class Upsampler(nn.Module, ABC):
 
     @property
     def step(self) -> int:
-        """Number of cells of which tiles that are upsampled alone begin and end at multiples.
+        """Period in cells: tiles that begin and end at multiples of it can be images of their own.
 
         See :attr:`reach`.
         """

@@ -84,7 +84,7 @@ class DetailKernels:
         self.recorded = last.recorded or (detail is not None and detail.recorded)
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
+        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
         return self.last(self._on_finer_grid(features))
 
     def crop(self, features: Tensor, window: Window) -> Tensor:
@@ -120,8 +120,8 @@ class DetailUpsampler(Upsampler):
        upsampled, its features are ridge-regressed on the mean queries of their cells. The finer
        cells' mean queries, less those that the first step predicts, are multiplied by the
        coefficients (:class:`ImageRegression`). This needs no training and serves any backbone.
-    2. With ``embed_dim``, a small network trained for one backbone predicts the remaining
-       difference from the backbone's features of the enlarged image:
+    2. With ``embed_dim``, a small network trained for one backbone predicts the difference that
+       remains to the backbone's features of the enlarged image:
 
         up(F) = K₂(g)·[(K₁(g) + R(g))·M(F) + P·z(g) + b]
 

@@ -10,7 +10,7 @@ from upfeat.types import Size, Window
 from upfeat.upsamplers.maps import Computed, cut, is_recorded
 
 WEIGHT = 0.4
-"""Spread of early layers as regressors, divided by that of queries; smaller counts for less."""
+"""Spread of early layers as regressors, divided by that of queries; a small one counts less."""
 
 
 class Beside(Computed):

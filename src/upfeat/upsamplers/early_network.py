@@ -41,7 +41,7 @@ class _Block(nn.Module):
         nn.init.zeros_(self.last.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) -> the same."""
+        """Apply the block, (B, width, h, w) -> (B, width, h, w)."""
         return x + pointwise(self.last, F.gelu(pointwise(self.hidden, self.around(x))))
 
 

@@ -72,7 +72,7 @@ class PyramidEncoder(nn.Module):
         return encoder
 
     def forward(self, guidance: Tensor) -> Tensor:
-        """(B, channels, H, W) -> (B, width, H, W), any size, channels last."""
+        """Compute queries, (B, channels, H, W) -> (B, width, H, W), any size, channels last."""
         entry = self.entry(channels_last(guidance))
         scales = [torch.sin(entry) if torch.is_grad_enabled() else entry.sin_()]
         del entry
@@ -240,7 +240,7 @@ class _Correction(nn.Module):
         nn.init.zeros_(self.last.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) -> the same."""
+        """Apply the block, (B, width, h, w) -> (B, width, h, w)."""
         return x + pointwise(self.last, F.gelu(self.hidden(x)))
 
     def window(self, x: Tensor, around: Window, window: Window) -> Tensor:

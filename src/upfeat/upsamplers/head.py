@@ -27,7 +27,7 @@ class Head:
 
     @staticmethod
     def of(head: Head | Tensor | slice | None) -> Head:
-        """Return ``head`` as a :class:`Head`; anything else is the weight of a new one."""
+        """Return ``head`` as a :class:`Head`; anything else is the weight of a new head."""
         return head if isinstance(head, Head) else Head(head)
 
     def on_channels(self, values: Tensor) -> Tensor:

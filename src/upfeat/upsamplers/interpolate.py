@@ -23,7 +23,7 @@ class InterpolationKernels:
         self.mode = mode
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
+        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
         align_corners = None if self.mode == "nearest-exact" else False
         # PyTorch takes four times as long for channels last, the layout of tokens on a grid.
         features = features.contiguous()

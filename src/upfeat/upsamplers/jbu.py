@@ -129,7 +129,7 @@ class JBUKernels:
         self.sizes = sizes
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
+        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
         # All pooling first: PyTorch's threads spin for a while afterwards, and would slow down the
         # threads of the compiled stages.
         pooled = [F.adaptive_avg_pool2d(self.guidance, size) for size in self.sizes]
@@ -180,8 +180,8 @@ class JBUKernels:
 class JBUStack(Upsampler):
     """Stack of joint bilateral upsamplers; each doubles the grid, guided by the image at its size.
 
-    Each stage doubles the grid, up to the output size, and the last goes to the output size, so any
-    stride, output size and aspect ratio are accepted; a 16-fold output is computed as in the
+    Each stage doubles the grid, but not beyond the output size, which the last stage reaches, so
+    any stride, output size and aspect ratio are accepted; a 16-fold output is computed as in the
     published model. The final channel mix x + 0.1·(W·x + b) of features x is computed on the coarse
     grid, where it costs 256 times less for the same result.
 

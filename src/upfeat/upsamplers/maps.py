@@ -33,7 +33,7 @@ class Map(Protocol):
     """A map (B, K, H, W) that is read by windows."""
 
     size: Size
-    """(H, W)."""
+    """Size of the map, (H, W)."""
     recorded: bool
     """True if autograd records the map's values."""
 

@@ -1,4 +1,4 @@
-"""One step across scales: every pixel takes a weighted mean of the coarse cells around its own."""
+"""One step across scales: each pixel is a weighted mean of the coarse cells around it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INITIAL_SIGMA = 0.6
 
 @UPSAMPLERS.register
 class NeighbourhoodUpsampler(Upsampler):
-    """Pixels attend to the coarse cells around them that have similar colours and textures.
+    """Upsampler in which pixels attend to nearby coarse cells with similar colours and textures.
 
     A small convolutional encoder computes a query for every pixel; a cell's key is the mean of its
     pixels' queries; both are scaled to unit length. The output at pixel p of cell c is the mean of
@@ -90,8 +90,8 @@ class NeighbourhoodUpsampler(Upsampler):
         """Return an untrained upsampler with these settings for guidance that is not RGB.
 
         The first layer of its encoder computes random Fourier features of all bands, whose inner
-        products approximate a Gaussian kernel of the distance between bands' values. They are drawn
-        from a fixed seed. Temperature and σ have the values that training starts from.
+        products approximate a Gaussian kernel of the difference between two pixels' bands. Random
+        weights come from a fixed seed. Temperature and σ have the values that training starts from.
 
         Args:
             guidance: (B, N, H, W), as :func:`upfeat.upsamplers.bands.even_bands` returns it.

@@ -35,7 +35,7 @@ class PointwiseNetwork(nn.Sequential):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+        """Apply the layers, (B, in_channels, H, W) -> (B, out_channels, H, W)."""
         return super().forward(input)
 
     def in_runs(self, *inputs: Tensor, share: float = 1.0, residual: bool = False) -> Tensor:

@@ -25,7 +25,7 @@ def list_upsamplers() -> list[str]:
     usable = {
         name
         for name, cls in UPSAMPLERS.items()
-        if cls.published_by is None and not cls.wants_hidden  # both have no universal weights
+        if cls.published_by is None and not cls.wants_hidden  # neither kind has universal weights
     }
     return sorted({*usable, *shipped_names()})
 

@@ -114,7 +114,7 @@ class Queries(Pixels):
 
 
 class CellMeans(Computed):
-    """The mean of a map over each cell of a grid; where sides do not divide, cells overlap."""
+    """The mean of a map over each cell of a grid; cells overlap if the grid does not divide it."""
 
     def __init__(self, source: Pixels, grid_size: Size) -> None:
         """Keep the map and the size of the grid.

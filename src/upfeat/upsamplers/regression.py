@@ -228,7 +228,7 @@ class ImageRegression:
 
 
 def _apply(matrix: Tensor, values: Tensor) -> Tensor:
-    """(B, C, D), (B, D, h, w) -> (B, C, h, w)."""
+    """Apply a linear map of channels, (B, C, D) and (B, D, h, w) -> (B, C, h, w)."""
     return (matrix @ values.flatten(2).to(matrix.dtype)).unflatten(2, values.shape[2:])
 
 

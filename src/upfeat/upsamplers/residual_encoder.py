@@ -47,7 +47,7 @@ class NormBlock(nn.Module):
         return _activate(self.norm2, x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, width, H, W) -> the same."""
+        """Apply the block, (B, width, H, W) -> (B, width, H, W)."""
         out = convolve(self.conv2, self.hidden(x))
         return x + out if self.residual else out
 
@@ -100,13 +100,13 @@ class ResidualEncoder(nn.Sequential):
         return [block for block in self if isinstance(block, NormBlock)]
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """(B, inputs, H, W) -> (B, width, H, W), channels last."""
+        """Encode an image, (B, inputs, H, W) -> (B, width, H, W), channels last."""
         return self.blocks_of(
             convolve(self[0], x) if isinstance(self[0], nn.Conv2d) else self[0](x)
         )
 
     def blocks_of(self, x: Tensor) -> Tensor:
-        """Apply the blocks to the first layer's output, (B, width, H, W) -> the same."""
+        """Apply the blocks to the first layer's output, (B, width, H, W) -> (B, width, H, W)."""
         for block in self.blocks:
             x = block(x)
         return x

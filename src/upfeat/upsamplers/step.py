@@ -142,7 +142,7 @@ class NeighbourhoodKernels(PixelWeights):
         self.pooled = PooledWeights(PixelWeights(*made_of))
 
     def __call__(self, features: Tensor | Map) -> Tensor:
-        """(B, C, h, w) -> (B, C, H, W)."""
+        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
         source, window = as_map(features), Window(0, 0, *self.output_size)
         if self.whole:
             # If the pixels' weights are computed anyway, their means are computed from them.

@@ -146,7 +146,7 @@ def gradients(
     needed: tuple[bool, bool],
     *options: Window | int,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Compute gradients by ``source`` and ``weights``; ``None`` for those not ``needed``."""
+    """Compute the gradients of ``source`` and ``weights``; ``None`` for those not ``needed``."""
     check_shape("grad", grad, (*source.shape[:2], *weights.shape[2:]))
     # For an empty ``grad`` the library is not called, and all gradients are 0.
     new = torch.empty_like if grad.numel() else torch.zeros_like

@@ -61,7 +61,7 @@ def window_attention_backward(
     blocks: Sequence[int],
     needed: Sequence[bool],
 ) -> Gradients:
-    """Gradients by queries, keys and values; ``None`` for those not needed."""
+    """Gradients of queries, keys and values; ``None`` for those not needed."""
     found = [
         torch.empty_like(tensor) if need else None
         for tensor, need in zip((queries, keys, values), needed, strict=True)

@@ -209,7 +209,7 @@ def neighbourhood_weights_backward(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> tuple[Tensor, Tensor, float, float]:
-    """Gradients of :func:`neighbourhood_weights` by queries, keys, temperature and sigma."""
+    """Gradients of :func:`neighbourhood_weights` for queries, keys, temperature and sigma."""
     place = output_size, origin, grid_size, grid_origin
     window = _check_queries(queries, keys, radius, *place)
     check_shape("grad", grad, weights_shape(queries, radius))

@@ -112,7 +112,7 @@ def adaptive_conv2d(
 ) -> Tensor:
     """See :func:`upfeat.functional.adaptive_conv2d`.
 
-    ``channels_last`` is the memory format of the result; ``None`` takes that of ``padded``.
+    ``channels_last`` is the memory format of the result; ``None`` chooses that of ``padded``.
     """
     radius = _check_padded(padded, weights)
     out = output(padded, weights, channels_last)
@@ -185,7 +185,7 @@ def bilateral_weights_backward(
     sigma_spatial: float | Tensor,
     radius: int,
 ) -> tuple[Tensor, float, float]:
-    """Gradients of :func:`bilateral_weights` by keys, temperature and sigma_spatial."""
+    """Gradients of :func:`bilateral_weights` for keys, temperature and sigma_spatial."""
     check_image("keys", keys, radius)
     check_shape("grad", grad, weights_shape(keys, radius))
     to_keys = torch.zeros_like(keys) if not grad.numel() else torch.empty_like(keys)

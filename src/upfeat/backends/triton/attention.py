@@ -73,7 +73,7 @@ def window_attention_backward(
     blocks: Sequence[int],
     needed: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients by queries, keys and values; ``None`` for those not needed."""
+    """Gradients of queries, keys and values; ``None`` for those not needed."""
     given = [
         each.detach().requires_grad_(need)
         for each, need in zip((queries, keys, values), needed, strict=True)

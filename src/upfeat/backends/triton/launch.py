@@ -171,7 +171,7 @@ def range_kernel(
         tensors: the other tensors that the kernel reads and writes, each (B, T, H, W).
 
     Returns:
-        (programs, 2) float32: each program's term of the gradients by the scalars, which only
+        (programs, 2) float32: each program's term of the gradients of the scalars, which only
         ``range_backward`` writes.
     """
     batch, depth, height, width = keys.shape

@@ -32,7 +32,7 @@ outputs reads 10×14 cells, stored as 10×16, and each output needs 49 of these 
 an H100's 990 TFLOP/s take 12 µs, and the memory traffic at least 16 µs. The prediction is 1.5 times
 the least time, if gathering the weights is not slower than assumed.
 
-The gradient by the weights multiplies tiles in either precision; in float32, without tensor cores,
+The gradient of the weights multiplies tiles in either precision; in float32, without tensor cores,
 it is slow: about 10 times the least time of the arithmetic is predicted. The range kernel moves
 16 MB at 224 (5 µs on an H100) and 339 MB at 1024 (0.1 ms). With 1.75 multiply-adds per load, it is
 bound by the first-level cache, at 1.3 times the least time; 1.5 to 2 times are predicted.
@@ -129,7 +129,7 @@ def joint_bilateral_upsample_backward(
     need_features: bool = True,
     need_weights: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`joint_bilateral_upsample` by ``features`` and ``weights``."""
+    """Gradients of :func:`joint_bilateral_upsample` for ``features`` and ``weights``."""
     axes = _axes(bicubic_axis, features, weights)
     return _folded_backward(grad, features, weights, axes, need_features, need_weights)
 
@@ -170,7 +170,7 @@ def neighbourhood_upsample_backward(
     need_weights: bool,
     *place: Sequence[int],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`neighbourhood_upsample` by ``features`` and ``weights``."""
+    """Gradients of :func:`neighbourhood_upsample` for ``features`` and ``weights``."""
     axes = _cell_axes(features, weights, *place)
     return _folded_backward(grad, features, weights, axes, need_features, need_weights)
 
@@ -202,7 +202,7 @@ def adaptive_conv2d_backward(
     need_padded: bool = True,
     need_weights: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of :func:`adaptive_conv2d` by ``padded`` and ``weights``."""
+    """Gradients of :func:`adaptive_conv2d` for ``padded`` and ``weights``."""
     axes = _plain_axes(padded, weights)
     for_padded = _like(padded, padded.shape[2:], None) if need_padded else None
     for_weights = torch.empty_like(weights) if need_weights else None
@@ -248,9 +248,9 @@ def bilateral_weights_backward(
     radius: int,
     need_keys: bool = True,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Gradients of :func:`bilateral_weights` by keys, temperature and sigma_spatial.
+    """Gradients of :func:`bilateral_weights` for keys, temperature and sigma_spatial.
 
-    The gradient by the keys is a window sum of the keys, weighted by the gradients of the products,
+    The gradient of the keys is a window sum of the keys, weighted by the gradients of the products,
     plus the adjoint of this sum. Both are computed with the operators' gather and scatter kernels.
 
     Returns:

@@ -114,7 +114,7 @@ def range_backward(
     kb, kd, ky, kx, gb, gt, gy, gx, pb, pt, py, px,
     RADIUS: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by the products ⟨q[p], q[p+δ]⟩, and this program's term of those by the scalars.
+    """Gradients of the products ⟨q[p], q[p+δ]⟩, and this program's terms of the scalars' gradients.
 
     ``pairwise`` (B, T, H, W) float32: the products, of the keys q at pixel p and at p + δ;
     ``partial`` (programs, 2) float32: temperature, sigma.

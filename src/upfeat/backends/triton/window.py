@@ -61,7 +61,7 @@ def unfold(
     K: tl.constexpr, I: tl.constexpr, J: tl.constexpr, J2: tl.constexpr,
     BLOCK: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Adjoint of :func:`fold`: from gradients by window positions to gradients by taps."""
+    """Adjoint of :func:`fold`: from gradients of window positions to gradients of taps."""
     blocks = tl.cdiv(pixels, BLOCK)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     p = (tl.program_id(0) % blocks).to(INDEX) * BLOCK + tl.arange(0, BLOCK)
@@ -164,7 +164,7 @@ def scatter_groups(
     I: tl.constexpr, J: tl.constexpr, FY: tl.constexpr, FX: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Adjoint of :func:`gather_groups` by its source, (B, C, h, w), computed as a gather."""
+    """Adjoint of :func:`gather_groups` in its source, (B, C, h, w), computed as a gather."""
     across, down = tl.cdiv(w, 2), tl.cdiv(h, 2)
     b, top, left, c = _place(across, down, channels, ROWS, COLUMNS, BC)
     n = tl.arange(0, ROWS * COLUMNS)
@@ -259,7 +259,7 @@ def scatter_tiles(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Adjoint of :func:`gather_tiles` by its source, (B, C, h, w), computed as a gather."""
+    """Adjoint of :func:`gather_tiles` in its source, (B, C, h, w), computed as a gather."""
     b, top, left, c = _place(w, h, channels, ROWS, COLUMNS, BC)
     n = tl.arange(0, ROWS * COLUMNS)
     py, px = top + n // COLUMNS, left + n % COLUMNS
@@ -299,7 +299,7 @@ def outer_tiles(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
     INDEX: tl.constexpr,
 ):  # fmt: skip
-    """Gradient by the window, Σ_c grad · source: (outputs × channels)·(channels × positions).
+    """Gradient of the window, Σ_c grad · source: (outputs × channels)·(channels × positions).
 
     Every entry of ``out`` (B, I, J, H, W) is written: windows contain positions outside the source,
     too, whose gradient is 0.

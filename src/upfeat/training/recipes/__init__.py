@@ -1,4 +1,4 @@
-"""Recipes: training beyond the views, one file for each kind of upsampler that has any."""
+"""Recipes: parts of training specific to one kind of upsampler, each in its own file."""
 
 from upfeat.training.config import TrainConfig
 from upfeat.training.recipes.base import RECIPES, Recipe
@@ -10,7 +10,7 @@ __all__ = ["DetailRecipe", "NeighbourhoodRecipe", "Recipe", "recipe_for"]
 
 
 def recipe_for(upsampler: Upsampler, config: TrainConfig) -> Recipe:
-    """Make the recipe of an upsampler, by the name of its class or of one that it derives from."""
+    """Create the recipe of an upsampler, found by the name of its class or of a base class."""
     names = (getattr(cls, "name", "") for cls in type(upsampler).__mro__)
     found = next((RECIPES[name] for name in names if name in RECIPES), Recipe)
     return found(upsampler, config)

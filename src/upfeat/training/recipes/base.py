@@ -1,4 +1,4 @@
-"""The contract of a recipe."""
+"""Interface of recipes."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from upfeat.training.config import TrainConfig
 from upfeat.upsamplers.base import Upsampler
 
 ENLARGEMENT = 2
-"""Factor of the image whose features a :class:`Term` is given."""
+"""Factor by which images are enlarged for the features that a :class:`Term` is given."""
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound=Upsampler)
 
 
 class Term(nn.Module):
-    """A term of the loss beside those of the views; its state is part of a run's checkpoints."""
+    """An additional term of the loss; its state is part of a run's checkpoints."""
 
     def forward(self, upsampler: Any, kernels: Any, features: Tensor, seen: Tensor) -> Tensor:
         """Compute the term.
 
         Args:
-            upsampler: that is trained.
-            kernels: of the images.
-            features: (B, C, h, w) of the images.
-            seen: (B, C, h', w') of the images, enlarged by :data:`ENLARGEMENT`.
+            upsampler: upsampler that is trained.
+            kernels: kernels of the images.
+            features: (B, C, h, w), the backbone's features of the images.
+            seen: (B, C, h', w'), its features of the images enlarged by :data:`ENLARGEMENT`.
 
         Returns:
             A scalar.
@@ -35,34 +35,34 @@ class Term(nn.Module):
         raise NotImplementedError
 
     def absorb(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Take in what the last step showed; ``mean`` is that over processes."""
+        """Update the term's state from the last step; ``mean`` averages over processes."""
 
 
 class Recipe(Generic[AnyUpsampler]):
-    """Training of one kind of upsampler beyond the views; here nothing."""
+    """Base of recipes, which adapt training to one kind of upsampler; the base does nothing."""
 
     name: ClassVar[str]
-    """Of the upsampler's class."""
+    """Name of the upsampler's class."""
 
     def __init__(self, upsampler: AnyUpsampler, config: TrainConfig) -> None:
-        """Keep both."""
+        """Store the upsampler and the settings."""
         self.upsampler, self.config = upsampler, config
 
     def start(self) -> None:
         """Change the upsampler before the first step."""
 
     def finish(self) -> None:
-        """Change the upsampler after the last one."""
+        """Change the upsampler after the last step."""
 
     def cautions(self) -> list[str]:
-        """Warnings about settings that are allowed but seldom meant, a line each."""
+        """Return warnings about allowed settings that are seldom intended, a line each."""
         return []
 
     def term(self, embed_dim: int) -> Term | None:
-        """The further term of the loss for a backbone of ``embed_dim`` channels, if there is one.
+        """Return the additional term for a backbone of ``embed_dim`` channels, or ``None``.
 
         Raises:
-            ValueError: the configuration asks for a term that this upsampler does not have.
+            ValueError: the configuration has a weight for a term that this upsampler lacks.
         """
         if self.config.detail_weight:
             raise ValueError(

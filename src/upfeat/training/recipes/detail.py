@@ -1,9 +1,9 @@
 """Training target of an upsampler's detail: the backbone's features of the enlarged image.
 
-An image at twice its size shows the backbone finer things, in features that are not quite those of
-the image itself: they drift with magnification. A linear map, fitted to all images so far, takes
-the drift back. Of what is left, a second one takes away what the upsampled features already say.
-The remainder is what only the image can tell, and the network learns to predict it.
+The backbone's features of an image at twice its size have finer detail, but they drift: features
+depend on magnification. A linear map, fitted to all images so far, corrects the drift. A second
+linear map predicts the corrected features from the upsampled coarse features, and its prediction is
+subtracted. The network learns to predict the residual, which depends on the image alone.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from upfeat.upsamplers.detail import FINER, DetailKernels, DetailUpsampler
 assert ENLARGEMENT == FINER, "features of the enlarged image are those of the finer grid"
 
 _RIDGE = 1e-2
-"""Penalty on coefficients, in units of each input's variance."""
+"""Penalty of coefficients, in units of each input's variance."""
 
 
 class RunningRegression(nn.Module):
-    """A linear map with a constant, fitted by least squares to all pairs that it was shown.
+    """A linear map with a constant, fitted by ridge regression to all pairs shown so far.
 
-    What it is shown counts from the next :meth:`absorb` on, so that the parts and processes of a
-    step see the same map.
+    Pairs affect the map from the next :meth:`absorb` on, so that it is the same for all parts and
+    processes of a step.
     """
 
     sums: Tensor
-    """(1 + 2C, 1 + 2C) float64: products of (1, inputs, outputs) summed over pairs; saved."""
+    """(1 + 2C, 1 + 2C) float64: sums over pairs of the products of (1, inputs, outputs) with
+    themselves; part of checkpoints."""
 
     def __init__(self, channels: int) -> None:
-        """Make a map that has seen nothing.
+        """Create a map without pairs.
 
         Args:
             channels: number C of inputs and of outputs.
@@ -50,21 +51,21 @@ class RunningRegression(nn.Module):
 
     @torch.no_grad()
     def show(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Remember pairs of vectors: (B, C, h, w) each."""
+        """Add the pairs of vectors of two maps, (B, C, h, w) each, for the next :meth:`absorb`."""
         pairs = torch.cat([torch.ones_like(inputs[:, :1]), inputs, outputs], dim=1)
         rows = pairs.transpose(0, 1).flatten(1)
         new = (rows @ rows.T).to(self.sums)
         self._pending = new if self._pending is None else self._pending + new
 
     def absorb(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Fit to what was shown since the last time as well; ``mean`` is that over processes."""
+        """Include the pairs since the last call in the fit; ``mean`` averages over processes."""
         if self._pending is not None:
             self.sums += mean(self._pending)
             self._pending = self._solved = None
 
     @property
     def ready(self) -> bool:
-        """Return whether it has seen anything."""
+        """Return whether the map has been fitted to any pairs."""
         return bool(self.sums[0, 0] > 0)
 
     @torch.no_grad()
@@ -76,7 +77,7 @@ class RunningRegression(nn.Module):
         return F.conv2d(inputs, weight[:, :, None, None], constant)
 
     def deviation(self) -> Tensor:
-        """Standard deviation of every output, (C,)."""
+        """Return the standard deviation of every output, (C,)."""
         mean, square = self.sums[0] / self.sums[0, 0], self.sums.diagonal() / self.sums[0, 0]
         found = (square - mean.square()).clamp(min=0).sqrt()[1 + self.channels :]
         return found.clamp(min=1e-6 * float(found.max()) + 1e-12)
@@ -88,20 +89,20 @@ class RunningRegression(nn.Module):
         n = self.channels
         inputs = covariance[:n, :n]
         variance = inputs.diagonal()
-        # The covariance of constant inputs is rounding errors: of their squares.
+        # The covariance of constant inputs is rounding error of their squares, hence the bound.
         least = 1e-9 * variance.max() + 1e-12 * mean.square().max() + 1e-30
         weight = ridge(inputs, covariance[:n, n:], _RIDGE * variance + least).T  # (out, in)
         return weight, mean[n:] - weight @ mean[:n]
 
 
 class DetailTarget(Term):
-    """The loss of an upsampler's detail, for one backbone."""
+    """Loss of an upsampler's detail, for one backbone."""
 
     def __init__(self, channels: int) -> None:
-        """Make both maps.
+        """Create both linear maps, without pairs.
 
         Args:
-            channels: of the backbone.
+            channels: number C of the backbone's channels.
         """
         super().__init__()
         self.drift = RunningRegression(channels)
@@ -110,16 +111,16 @@ class DetailTarget(Term):
     def forward(
         self, upsampler: DetailUpsampler, kernels: DetailKernels, features: Tensor, seen: Tensor
     ) -> Tensor:
-        """Mean squared error of the detail, in units of the features' variance.
+        """Compute the mean squared error of the detail, in units of the features' variance.
 
         Args:
-            upsampler: whose detail it is.
-            kernels: of the images.
-            features: (B, C, h, w) of the images.
-            seen: (B, C, h', w') of the images at twice their size.
+            upsampler: upsampler whose detail is compared.
+            kernels: kernels of the images.
+            features: (B, C, h, w), the backbone's features of the images.
+            seen: (B, C, h', w'), its features of the images at twice their size.
 
         Returns:
-            A scalar; 0 as long as nothing is known of the drift.
+            A scalar; 0 until both linear maps have been fitted to any pairs.
         """
         detail = upsampler.detail_on_finer_grid(kernels)  # (B, C, 2h, 2w)
         with torch.no_grad():
@@ -142,22 +143,22 @@ class DetailTarget(Term):
         return ((detail - target) / deviation).square().mean()
 
     def absorb(self, mean: Callable[[Tensor], Tensor]) -> None:
-        """Take in what the last step showed."""
+        """Include the pairs of the last step in both linear maps."""
         self.drift.absorb(mean)
         self.known.absorb(mean)
 
 
 @RECIPES.register
 class DetailRecipe(Recipe[DetailUpsampler]):
-    """A term for the detail, and a share of the channel mix in the end."""
+    """Recipe with a term for the detail, which scales the channel mix after the last step."""
 
     name = DetailUpsampler.name
 
     def start(self) -> None:
-        """See :meth:`Recipe.start`; views do not show early layers.
+        """Refuse an upsampler whose network needs activations of early layers.
 
         Raises:
-            ValueError: the upsampler's network sees nothing else.
+            ValueError: the upsampler has such a network, which is not trained by views.
         """
         if self.upsampler.wants_hidden:
             raise ValueError(

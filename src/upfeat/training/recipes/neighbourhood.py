@@ -1,4 +1,4 @@
-"""Training of the neighbourhood upsampler: no corrections until it is trained."""
+"""Recipe of the neighbourhood upsampler: training without back-projections."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 
 @RECIPES.register
 class NeighbourhoodRecipe(Recipe[NeighbourhoodUpsampler]):
-    """Corrections would reward smooth weights: none while training, those asked for after it."""
+    """Recipe that disables back-projections in training, since they would reward smooth weights.
+
+    After the last step, ``back_projections`` is set to the configured number.
+    """
 
     name = NeighbourhoodUpsampler.name
 
