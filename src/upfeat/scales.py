@@ -247,7 +247,7 @@ class SecondScale(Backbone):
                 number of channels than the backbone.
         """
         own = Mirrored(backbone) if mirrored else backbone
-        passes = getattr(own, "passes", 1) + FINER**2
+        passes = getattr(own, "passes", 1) + FINER**2 * getattr(backbone, "passes", 1)
         if backbone.stride % FINER:
             raise ValueError(
                 f"passes={passes} needs a backbone of an even stride, and {backbone.name} has "
