@@ -47,7 +47,7 @@ def attach(
         stride: image pixels per cell of the upsampled output.
         mean: mean of each channel with which the network's images are normalised, RGB in [0, 1];
             ``None`` for ImageNet's.
-        std: standard deviation of each channel, to ``mean``; ``None`` for ImageNet's.
+        std: standard deviation of each channel of the images; ``None`` for ImageNet's.
         head: the module behind the layer, or its name, to adapt it to the finer grid: its
             convolutions of 3×3 and wider are dilated by the ratio of the grids, and the factor of
             its ``nn.Upsample`` is divided by that ratio. 1×1 and linear layers, norms and global

@@ -34,10 +34,11 @@ _SIDES = (256, 128, 64, 32)
 _BLOCKS = (256, 64, 16, 4)
 """Numbers of channels to try; 4 at least, since PyTorch sums three and fewer in another order."""
 
-# Measured bytes per pixel: of an image's weights, if computed for all pixels at once and if not,
-# and of the temporaries of a window besides its values.
+# Measured bytes per pixel: of an image's weights, if they are computed for all pixels at once, and
+# if they are not.
 _KEPT_WHOLE, _KEPT = 200, 24
 _A_PIXEL = 300
+"""Measured bytes per pixel of a window's temporary tensors, without its values."""
 
 
 class Buffer:
@@ -140,12 +141,13 @@ def plan_windows(shape: Sequence[int], size: Size, free: float, held: float) -> 
 
 
 def plan_blocks(shape: Sequence[int], free: float, held: float) -> Iterator[slice]:
-    """Cut a map into blocks of channels; see :func:`plan_windows`."""
+    """Cut a map into the largest blocks of channels that fit; see :func:`plan_windows`."""
     batch, channels, height, width = shape
     pixels = batch * height * width
     needed = math.inf
     for block in _BLOCKS:
-        # Two float32 maps of the block at a time: the output of a stage and its input.
+        # The block's output, the output of the stage before, and that of one more stage with
+        # margins: together about two float32 maps of the block.
         needed = held + pixels * (2 * 4 * min(block, channels) + _KEPT)
         if needed <= free:
             # The last block is as wide as the others: it overlaps the block before it.

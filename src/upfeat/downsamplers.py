@@ -4,7 +4,7 @@ A downsampler computes each cell as a weighted sum over a patch of pixels; :mod:
 defines the position of the patch. The optional blur is linear, so it is applied to the cell's
 weights (one channel) instead of the values (C channels). For given weights a downsampler is linear
 in the values, which may therefore be projected to few channels first. The saliency is then passed
-as an argument; it can be computed before upsampling, since its 1×1 convolution commutes with that.
+as an argument. Its 1×1 convolution commutes with upsampling and may be applied first.
 """
 
 from __future__ import annotations

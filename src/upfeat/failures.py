@@ -1,4 +1,4 @@
-"""Classification of errors: those caused by a file, the disk or the memory, and program faults.
+"""Classification of errors: errors caused by a file, the disk or the memory, and program faults.
 
 After an error of the first kind, a batch continues and a command prints one line. Any other error
 is a fault of the program and keeps its traceback. No other module makes this distinction.

@@ -172,8 +172,8 @@ class UpsampledFeatures(FeatureMap):
                 map's shape: the map is written to it part by part.
             max_memory: most memory that the process may use, including the memory that it uses
                 already, in bytes or as "2GB"; ``None`` for :attr:`max_memory`. On one thread the
-                result is the same bit by bit with any bound. The bound makes no allowance for an
-                ``out`` in memory, which the caller has already allocated.
+                result is the same bit by bit with any bound. Memory of ``out`` is not counted,
+                since the caller has allocated it.
 
         Returns:
             A new tensor, or ``out``.
@@ -392,7 +392,7 @@ class UpsampledFeatures(FeatureMap):
         return blank(out, missing)
 
     def _precompute(self) -> tuple[Kernels, Tensor | Map]:
-        """Kernels and features of the same map, with all work done that windows have in common.
+        """Kernels and features of the same map, after the computations that all windows share.
 
         Both are kept for the next window, unless an autograd graph would be kept with them.
         """

@@ -46,10 +46,11 @@ _LARGEST_RADIUS = 127
 def adaptive_conv2d(padded: Tensor, weights: Tensor, *, backend: str = "auto") -> Tensor:
     """Correlate every pixel's window with that pixel's own weights, shared by all channels.
 
-    out[b, c, y, x] = Σ_k weights[b, k, y, x] · padded[b, c, y + k // side, x + k % side].
+    out[b, c, y, x] = Σ_k weights[b, k, y, x] · padded[b, c, y + k // side, x + k % side], where
+    k counts the taps of a window of radius r row by row and side = 2r + 1.
 
     Args:
-        padded: (B, C, H+2r, W+2r) features, already padded by the radius r.
+        padded: (B, C, H+2r, W+2r), features padded by r pixels on every side.
         weights: (B, (2r+1)², H, W), taps row-major.
         backend: see the module's docstring.
 

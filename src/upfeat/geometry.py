@@ -138,7 +138,7 @@ def slots_of_cells(cells: int, length: int, start: int, count: int, skip: int = 
         skip: cell from which :attr:`Slots.first` is counted.
     """
     if start == 0 and count == length and length % cells == 0:
-        # No lists of the axis' length, which an exported graph may not know.
+        # Without lists of that length: an exported graph may have symbolic sizes.
         return Slots(-skip, cells, length // cells, None, None)
     # Plain integers: sizes are known, and a compiled graph must not depend on a tensor's value.
     low = (2 * start + 1) * cells // (2 * length)
@@ -186,7 +186,7 @@ def scatter_pixels(x: Tensor, batch: int, rows: Slots, columns: Slots) -> Tensor
 def gather_cells(coarse: Tensor, radius: int, rows: Slots, columns: Slots) -> Tensor:
     """Gather the cells around each cell: (B, K, h, w) to (B·cells, K, (2r+1)²).
 
-    Edges are replicated; only the cells of ``rows`` and ``columns`` are gathered around.
+    Edges are replicated. The centres are the cells of ``rows`` and ``columns``.
     """
     batch, depth = coarse.shape[:2]
     padded = F.pad(coarse, (radius,) * 4, mode="replicate")

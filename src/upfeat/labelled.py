@@ -77,8 +77,9 @@ def train_on_folder(
 
     Args:
         model: backbone and upsampler.
-        folder: a folder with ``images/``, ``labels/`` and ``classes.json``, or with ``train/``; see
-            :func:`upfeat.evaluation.data.folders.read_folder`. Images in ``test/`` are not used.
+        folder: a folder with ``images/``, ``labels/`` and ``classes.json``, or with these in
+            ``train/``; see :func:`upfeat.evaluation.data.folders.read_folder`. Images in ``test/``
+            are not used.
         size: shorter side in pixels to which images are resized; ``None`` to keep their size.
         pixels: number of pixels drawn from each image.
         folds: number of folds of the cross-validation, at most one per image.

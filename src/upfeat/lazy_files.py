@@ -34,7 +34,9 @@ _DTYPES = {
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 }
 _HALF_ERROR = 2.0**-10
-"""Largest error of float16 as a fraction of the largest feature; numbers above 6e-5 cost half."""
+"""Largest allowed error of float16, as a fraction of the largest feature.
+
+Rounding a number above 6e-5, the least normal number of float16, makes at most half of it."""
 _COARSEST = 1e-3
 """Largest error of a stored image, in standard deviations of its channel."""
 _LEVELS = (1 << 16) - 1

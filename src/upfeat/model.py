@@ -57,7 +57,7 @@ class FeatUp(nn.Module):
             upsampler: any upsampler; its ``embed_dim``, unless ``None``, must equal the backbone's.
             bands: for images that are not RGB: the three bands, counted from 0, that the upsampler
                 gets as red, green and blue; ``None`` for all bands.
-            early: whether to pass the upsampler features of early layers of the backbone, on a
+            early: whether the upsampler also gets features of early layers of the backbone, on a
                 finer grid (:meth:`Backbone.with_hidden`); see :func:`load`.
             max_memory: most memory that the process may use, including the memory that it uses
                 already, in bytes or as "2GB"; ``None`` for no bound. With a bound, backbones with a

@@ -1,6 +1,6 @@
 """Coarse features of an image too large for one pass of the backbone, strip by strip.
 
-The receptive field of a convolutional backbone is limited: tiles with a halo as wide as the
+The receptive field of a convolutional backbone is limited: tiles with a halo that covers the
 receptive field give exactly the features of the whole image. With global attention, features depend
 on the whole input: the features of overlapping windows are then blended with raised cosines, which
 hides the seams but does not reproduce the features of the whole image.

@@ -1,6 +1,7 @@
 """Files that a command reads and writes: search, names, and protection of files from overwriting.
 
-A command replaces only files with upfeat's mark (:mod:`upfeat.marks`), and never an input.
+A command replaces only its own earlier results, which have upfeat's mark (:mod:`upfeat.marks`);
+with ``--overwrite`` also other files, but never an input.
 """
 
 from __future__ import annotations
@@ -224,8 +225,8 @@ def check_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = F
         output: the file, or folder (zarr), to write.
         inputs: all files that the command reads.
         kind: mark of the output, such as "upfeat-features".
-        overwrite: also allow files of another kind or origin, but never an input or a folder
-            without the mark.
+        overwrite: also allow files of another kind or origin, but never an input, or a folder that
+            is not an earlier result.
 
     Raises:
         ValueError: the output may not be written.

@@ -38,7 +38,7 @@ from upfeat.geometry import reflect
 from upfeat.warp import check_map, warp
 
 # Number of cells of a row in one matrix product. The matrix is zero outside each cell's own
-# columns, so rows of wide maps are cut into runs; 16 keeps the products large and the waste small.
+# columns, so wide rows are cut into runs; with 16, products are large and few factors are zero.
 _RUN = 16
 
 
@@ -275,7 +275,7 @@ def _window(values: Tensor, row: _Span, span: _Span) -> Tensor:
 
 
 def _add_product(maps: Tensor, part: Tensor, spread: Tensor, row: _Span, span: _Span) -> None:
-    """Add (B, C, cells) @ (B, cells, pixels) to the pixels that a run reads."""
+    """Add the product (B, C, cells) @ (B, cells, pixels) to the pixels of ``maps`` in a run."""
     target = maps[:, :, row.pixels, span.pixels]
     if target.shape[3] == maps.shape[3]:  # whole rows of pixels are contiguous: one matrix
         target.flatten(2).baddbmm_(part, spread)

@@ -28,6 +28,7 @@ from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncode
 SETTINGS = (("anyup", 16, 224), ("jafar", 16, 224), ("naf", 28, 448))
 """Name of each upsampler, and the sides of the grid (cells) and the image (pixels) to measure."""
 CHANNELS = 384
+"""Number of feature channels, for upsamplers that accept any number."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ FINER = 2
 """Ratio of the enlarged image's side to the original image's side."""
 
 FINER_WEIGHTS = "detail_universal"
-"""Name of the detail upsampler whose first step is used if no upsampler is named."""
+"""Name of the detail upsampler whose steps are used if no upsampler is named."""
 
 PENALTY = 1e-2
 """Penalty of a translation learnt from many images, in units of the features' mean variance."""
@@ -68,7 +68,7 @@ class Translation(NamedTuple):
     """Constant of the map, (C,), or (B, C) for one constant per image."""
 
     def __call__(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
+        """Translate features: (B, C, h, w) -> (B, C, h, w)."""
         out = self.weight @ features.flatten(2) + self.bias[..., None]
         return out.unflatten(2, features.shape[2:])
 
@@ -80,7 +80,7 @@ class Translation(NamedTuple):
 
     @staticmethod
     def load(path: str | Path, backbone: Backbone) -> Translation:
-        """Read what :meth:`save` wrote.
+        """Read a translation that :meth:`save` wrote, and check that it is for ``backbone``.
 
         Raises:
             FileNotFoundError: the file does not exist.
@@ -202,7 +202,7 @@ def shipped_translation(backbone: Backbone, kind: str = "translation") -> Transl
         return None
     try:
         return Translation.load(path, backbone)
-    except ValueError:  # the same network with other weights
+    except ValueError:  # a backbone of the same name with other weights
         return None
 
 

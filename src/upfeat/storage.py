@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 _TEMPORARY = re.compile(r"\.upfeat-(\d+)-[a-z0-9_]+(\.\w+)?")
 # Without locks, a temporary file of this age counts as that of a killed process.
 _ABANDONED_SECONDS = 24 * 3600
-# Files of this age may be new and not yet locked, if a process of their number is alive; older ones
-# may belong to an earlier process of the same number.
+# A younger temporary file may be not yet locked, if the process in its name is alive; an older one
+# may be that of an earlier process of the same number.
 _UNLOCKED_SECONDS = 60
 
 _DTYPES = {

@@ -148,7 +148,7 @@ class _Clip:
 
     @staticmethod
     def patches(model: Any, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, C): the last block's values, projected."""
+        """(B, 3, H, W) -> (B, N, C): the last attention's values, projected to the texts' space."""
         tower = model.vision_model
         out = tower(x, interpolate_pos_encoding=True, output_hidden_states=True)
         last, before = tower.encoder.layers[-1], out.hidden_states[-2][:, 1:]
@@ -205,7 +205,7 @@ class _OpenClip:
 
     @staticmethod
     def patches(model: Any, x: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, N, C): the last block's values, projected."""
+        """(B, 3, H, W) -> (B, N, C): the last attention's values, projected to the texts' space."""
         tower = model.visual
         grid = tower.conv1(x)  # (B, width, h, w)
         tokens = grid.flatten(2).mT

@@ -108,7 +108,7 @@ class Jitter:
         return len(self.zoom)
 
     def __getitem__(self, index: int | slice | Tensor) -> Jitter:
-        """Return the chosen views, still as a batch (an integer gives a batch of one)."""
+        """Return the selected views as a batch; an integer selects a batch of one."""
         if isinstance(index, int):
             index = range(len(self))[index]
             index = slice(index, index + 1)

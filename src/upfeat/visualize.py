@@ -155,7 +155,7 @@ def draw_comparison(
             for the sizes of ``image`` and ``sharp``.
     """
     shown = (image.shape[1], image.shape[2])
-    # Projecting is linear and commutes with interpolation: 3 channels are interpolated, not C.
+    # The projection is affine and commutes with interpolation, so interpolate 3 channels, not C.
     grid = basis.project(coarse)[None]
     blocks = F.interpolate(grid, size=shown, mode="nearest-exact")[0]
     smooth = F.interpolate(grid, size=shown, mode="bilinear", align_corners=False)[0]
