@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from upfeat.upsamplers import Bilinear
 
 SUFFIXES = {f"@{passes}": passes for passes in PASSES if passes > 1}
 """Suffixes of the names of upsamplers, for features of several passes; see :func:`upfeat.load`."""
+_ALIGNED = re.compile(r"(?P<upsampler>.+)@(?P<pixels>[+-]\d{1,3})")
 EARLY = "@early"
 """Suffix of the names of upsamplers that are given activations of early layers."""
 
@@ -178,7 +180,8 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
 
     Args:
         name: a name of :data:`WAYS`, or the name of an upsampler followed by "@2",
-            "@5", "@6" or "@early".
+            "@5", "@6", "@early", or by a displacement of the backbone that is corrected first, as
+            "@+2".
         backbone: backbone that extracts the features.
 
     Raises:
@@ -187,6 +190,10 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
     device = backbone.mean.device
     if name in WAYS:
         return SeveralPasses(FeatUp(WAYS[name](backbone), Bilinear()).to(device))
+    aligned = _ALIGNED.fullmatch(name)
+    if aligned is not None:
+        network = backbone.aligned(int(aligned["pixels"]))
+        return SeveralPasses(load(network, upsampler=aligned["upsampler"], device=device))
     for suffix, passes in SUFFIXES.items():
         if name.endswith(suffix):
             upsampler = name.removesuffix(suffix)
