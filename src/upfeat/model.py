@@ -285,7 +285,8 @@ def load(
             :func:`upfeat.load_backbone` and pass its result.
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
             published FeatUp checkpoint (``.ckpt``), or an :class:`Upsampler`; ``None`` for the best
-            upsampler for the backbone, which is one trained for it, or else a universal one.
+            upsampler for the backbone, which is one trained for it, or else a universal one; with
+            more than one pass, one trained on its early layers, if there is one.
         device: device of the model's parameters; ``None`` for the CPU.
         bands: see :class:`FeatUp`.
         passes: cost of the features, in passes of the backbone over the image. 2: its features and
@@ -326,7 +327,7 @@ def load(
                 f"translation is for passes=5 and 6; with passes={passes} there is nothing for it"
             )
         if not isinstance(upsampler, Upsampler):
-            if upsampler is None and early:
+            if upsampler is None and (early or mirrored):
                 upsampler = trained_for_early(network.name)
             upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
         network = Mirrored(network) if mirrored else network
