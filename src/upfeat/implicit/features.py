@@ -155,7 +155,7 @@ class ImplicitFeatures(FeatureMap):
             (1, C, height, width).
 
         Raises:
-            ValueError: the window does not lie in the map.
+            ValueError: the window is not inside the map.
         """
         size = self._size(output_size)
         window = check_window(size, top, left, height, width)
