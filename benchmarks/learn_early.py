@@ -4,11 +4,13 @@
 
 ``upfeat.load(backbone, upsampler="early_detail_efficientnet_lite0/")`` uses the result. For each
 photograph, shorter side 224 pixels, features of the image at twice its size are translated and
-corrected for each cell (``upfeat.scales``). The target is their residual: the result of the first
-step and the regression of detail_universal is subtracted. The loss is the mean squared error in
-units of the target's standard deviation in each channel. No labels are needed. The shipped weights
-were trained on 1,000 photographs, one for each ImageNet class, with ten rounds over nine tenths of
-them, in about ten minutes on one core.
+corrected for each cell (``upfeat.scales``), all features averaged with those of the mirror image
+(``upfeat.mirrored``). The target is their residual: the result of one pass with the first step and
+the regression of detail_universal is subtracted. The backbone is aligned (``Backbone.aligned``), by
+the displacement that the photographs show. The loss is the mean squared error in units of the
+target's standard deviation in each channel. No labels are needed. The shipped weights were trained
+on 1,000 photographs, one for each ImageNet class, with ten rounds over nine tenths of them, in
+about 15 minutes on one core.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import upfeat
-from upfeat.backbones import Backbone
+from upfeat.backbones import Backbone, estimate_displacement
+from upfeat.mirrored import Mirrored
 from upfeat.provenance import digest
 from upfeat.scales import SecondScale, fit_translation, guidance_for
 from upfeat.training.photographs import SUFFIXES
@@ -37,6 +40,8 @@ BASE = "detail_universal"
 TEMPERATURE = 0.4
 """Temperature of the neighbourhood steps over that of the base, chosen on halves of training sets
 (docs/evidence/results.md)."""
+SOME = 80
+"""Photographs from which the displacement and the translation are learnt."""
 HELD_OUT = 10
 """One photograph in this number is held out."""
 
@@ -64,22 +69,23 @@ def main() -> None:
 
     backbone = upfeat.load_backbone(options.backbone).eval().requires_grad_(False)
     paths = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in SUFFIXES)
-    pairs = collect(backbone, paths, options.size)
+    step = max(len(paths) // SOME, 1)
+    some = [backbone.preprocess(path, 256, align=True) for path in paths[::step][:SOME]]
+    backbone = backbone.aligned(round(sum(estimate_displacement(backbone, some)) / 2))
+    pairs = collect(backbone, paths, options.size, some)
     upsampler = make(backbone, pairs[0], options.width, options.depth, options.seed)
     explained = train(upsampler, pairs, options.rounds, options.seed)
     save(upsampler, options.output, backbone, len(paths), explained)
 
 
 @torch.inference_mode()
-def collect(backbone: Backbone, paths: list[Path], size: int) -> list[Pair]:
-    """Compute the pairs of all photographs."""
-    some = paths[:: max(len(paths) // 80, 1)][:80]
-    translation = fit_translation(
-        backbone, (backbone.preprocess(path, 256, align=True) for path in some)
-    )
+def collect(backbone: Backbone, paths: list[Path], size: int, some: list[Tensor]) -> list[Pair]:
+    """Compute the pairs of all photographs; the translation is learnt from some images."""
+    mirrored = Mirrored(backbone)
+    translation = fit_translation(mirrored, some)
     base = create_upsampler(BASE)
     assert isinstance(base, DetailUpsampler)
-    scales = SecondScale(backbone, base, translation=translation, share=1)
+    scales = SecondScale(mirrored, base, translation=translation, share=1)
     pairs = []
     for index, path in enumerate(paths):
         x = backbone.preprocess(path, size, align=True)
@@ -115,6 +121,7 @@ def make(backbone: Backbone, pair: Pair, width: int, depth: int, seed: int) -> E
         query_dim=steps.query_dim,
         levels=steps.levels,
         back_projections=steps.back_projections,
+        displacement=backbone.displacement,
     )
     upsampler.neighbourhood.load_state_dict(steps.state_dict())
     with torch.no_grad():
@@ -194,6 +201,7 @@ def save(
         "weights": digest(backbone),
         "photographs": photographs,
         "explained": round(explained, 3),
+        "displacement": backbone.displacement,
         "temperature": TEMPERATURE,
         "base": BASE,
     }

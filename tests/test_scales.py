@@ -162,7 +162,7 @@ def test_gradients_reach_the_image(translation):
 
 
 def test_what_cannot_be_is_one_line(translation):
-    with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 5\)"):
+    with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 2, 5, 6\)"):
         upfeat.load(colours, passes=3)
     with pytest.raises(ValueError, match=r"even stride.*has 7; use passes=1"):
         upfeat.load(torch.nn.Conv2d(3, 4, 7, 7), passes=5)

@@ -16,6 +16,9 @@ from upfeat.registry import unknown_name
 
 LARGEST = 1 << 31
 """Upper bound of counts that have no bound of their own."""
+PASSES = (1, 2, 5, 6)
+"""Values of ``passes``: cost of the features, in passes of the backbone over the image."""
+
 MOST_CHANNELS = 1 << 15
 """Upper bound of channels with a channel mix, a square matrix: 4 GiB of weights at this bound."""
 

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.bounds import flag, indices, shown
+from upfeat.bounds import PASSES, flag, indices, shown
 from upfeat.budget import free_bytes
 from upfeat.features import UpsampledFeatures, blank, require_upsampler
 from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import find_device, parse_memory
+from upfeat.mirrored import Mirrored
 from upfeat.mosaic import see_within
-from upfeat.scales import FINER_WEIGHTS, PASSES, SecondScale, Translation, guidance_for
+from upfeat.scales import FINER_WEIGHTS, SecondScale, Translation, guidance_for
 from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.pretrained import trained_for_early
@@ -71,7 +72,7 @@ class FeatUp(nn.Module):
         super().__init__()
         require_upsampler(upsampler)
         self.early = flag("early", early) or upsampler.wants_hidden
-        self.backbone = load_backbone(backbone)
+        self.backbone = align_for(upsampler, load_backbone(backbone))
         self.upsampler = upsampler
         expected = getattr(upsampler, "embed_dim", None)
         if expected not in (None, self.backbone.embed_dim):
@@ -109,7 +110,7 @@ class FeatUp(nn.Module):
 
     @property
     def passes(self) -> float:
-        """Cost of the features, in passes of the backbone network over the image: 1 or 5."""
+        """Cost of the features, in passes of the backbone network over the image."""
         return getattr(self.backbone, "passes", 1)
 
     @property
@@ -233,6 +234,12 @@ class FeatUp(nn.Module):
         )
 
 
+def align_for(upsampler: Upsampler, backbone: Backbone) -> Backbone:
+    """Align a backbone as the upsampler was trained, unless it is aligned already."""
+    displacement = 0 if backbone.displacement else upsampler.displacement
+    return backbone.aligned(displacement) if displacement else backbone
+
+
 def _check_early(backbone: Backbone, upsampler: Upsampler) -> None:
     """Check that the upsampler uses early layers and that the backbone returns them.
 
@@ -278,12 +285,15 @@ def load(
             :func:`upfeat.load_backbone` and pass its result.
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
             published FeatUp checkpoint (``.ckpt``), or an :class:`Upsampler`; ``None`` for the best
-            upsampler for the backbone, which is one trained for it, or else a universal one.
+            upsampler for the backbone, which is one trained for it, or else a universal one; with
+            more than one pass, one trained on its early layers, if there is one.
         device: device of the model's parameters; ``None`` for the CPU.
         bands: see :class:`FeatUp`.
-        passes: cost of the features, in passes of the backbone over the image, 1 or 5. With 5, the
-            backbone is also applied to the image at twice its size
-            (:class:`upfeat.scales.SecondScale`), and ``model.backbone`` has half the stride.
+        passes: cost of the features, in passes of the backbone over the image. 2: its features and
+            those of the mirror image are averaged (:class:`upfeat.mirrored.Mirrored`). 5: it is
+            also applied to the image at twice its size (:class:`upfeat.scales.SecondScale`), and
+            ``model.backbone`` has half the stride. 6: both, without the mirror image of the
+            enlarged one.
         early: whether the upsampler also gets features of early layers of the backbone, on a finer
             grid. The embedded backbones return such features; others may not. With ``upsampler``
             ``None``, an upsampler trained with early layers is loaded if there is one for the
@@ -291,10 +301,10 @@ def load(
             upsampler trained with early layers gets them even if ``early`` is false. Maps of
             :meth:`FeatUp.lazy` contain and save the early layers; rasters do not support them.
         max_memory: see :class:`FeatUp`.
-        translation: for ``passes=5``: the translation that :func:`upfeat.scales.fit_translation`
-            learnt for this backbone, or a file of it; ``None`` for the shipped translation, or, if
-            the package has none for the backbone, a translation of each image learnt from its own
-            cells.
+        translation: for ``passes=5`` and 6: the translation learnt for this backbone by
+            :func:`upfeat.scales.fit_translation`, or a file of it; ``None`` for the shipped
+            translation, or, if the package has none for the backbone, a translation of each image
+            learnt from its own cells.
 
     Raises:
         FileNotFoundError: ``upsampler`` is a path that does not exist.
@@ -310,18 +320,22 @@ def load(
     network = load_backbone(name)
     if passes not in PASSES:
         raise ValueError(f"passes={passes!r} must be one of {PASSES}")
-    if passes == 1:
+    mirrored = passes in (2, 6)
+    if passes in (1, 2):
         if translation is not None:
-            raise ValueError("translation is for passes=5; with passes=1 there is nothing for it")
+            raise ValueError(
+                f"translation is for passes=5 and 6; with passes={passes} there is nothing for it"
+            )
         if not isinstance(upsampler, Upsampler):
-            if upsampler is None and early:
+            if upsampler is None and (early or mirrored):
                 upsampler = trained_for_early(network.name)
             upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
+        network = Mirrored(network) if mirrored else network
         model = FeatUp(network, upsampler, bands=bands, early=early)
     else:
         if early:
-            raise ValueError("early=True is for passes=1; leave out one of the two")
-        model = _two_scales(network, upsampler, bands, translation)
+            raise ValueError("early=True is for passes=1 and 2; leave out one of the two")
+        model = _two_scales(network, upsampler, bands, translation, mirrored=mirrored)
     model.max_memory = None if max_memory is None else parse_memory(max_memory)
     return model if device is None else model.to(find_device(device))
 
@@ -331,6 +345,8 @@ def _two_scales(
     upsampler: str | Path | Upsampler | None,
     bands: Sequence[int] | None,
     translation: Translation | str | Path | None,
+    *,
+    mirrored: bool,
 ) -> FeatUp:
     """Make a model whose backbone is applied to the image at two scales."""
     if isinstance(translation, str | Path):
@@ -341,5 +357,6 @@ def _two_scales(
             name = trained_for_early(network.name) or FINER_WEIGHTS
         upsampler = create_upsampler(name, network.embed_dim, backbone=network.name)
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
-    scales = SecondScale(network, steps, bands=bands, translation=translation)
+    network = align_for(upsampler, network)
+    scales = SecondScale(network, steps, bands=bands, translation=translation, mirrored=mirrored)
     return FeatUp(scales, upsampler if steps is None else steps.last_step(), bands=bands)

@@ -18,6 +18,7 @@ points, crops and files need no code of their own for it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from torch import Tensor
 from upfeat.backbones import Backbone
 from upfeat.bounds import number
 from upfeat.linear import ridge
+from upfeat.mirrored import Mirrored
 from upfeat.normalization import Normalization
 from upfeat.provenance import digest
 from upfeat.storage import read_tensors, write_tensors
@@ -36,9 +38,6 @@ from upfeat.tensor_checks import check_layouts, check_values, layouts_of
 from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.maps import as_map
-
-PASSES = (1, 5)
-"""Values of ``passes``: the cost of the features in passes of the backbone over the image."""
 
 FINER = 2
 """Ratio of the enlarged image's side to the original image's side."""
@@ -218,10 +217,10 @@ class SecondScale(Backbone):
 
     Attributes:
         backbone: the backbone that is applied to the image and to the enlarged image.
-        passes: cost of the features, in passes of ``backbone`` over the image.
+        own: ``backbone``, or, for one pass more, the mean of it over the image and its mirror image
+            (:class:`upfeat.mirrored.Mirrored`); applied to the image.
+        passes: cost of the features, in passes of ``backbone`` over the image: 5 or 6.
     """
-
-    passes = 5
 
     def __init__(
         self,
@@ -231,6 +230,7 @@ class SecondScale(Backbone):
         bands: Sequence[int] | None = None,
         translation: Translation | None = None,
         share: float | None = None,
+        mirrored: bool = False,
     ) -> None:
         """Make a backbone of half the stride.
 
@@ -244,27 +244,32 @@ class SecondScale(Backbone):
                 from its own cells.
             share: weight of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.5
                 if the upsampler was trained on early layers.
+            mirrored: whether to average the image's own features with those of its mirror image.
+                Averaging those of the enlarged image too, for 4 passes more, gained nothing.
 
         Raises:
             TypeError: ``translation`` is not a :class:`Translation`.
             ValueError: ``share`` is out of range, the stride is odd, or the translation has another
                 number of channels than the backbone.
         """
+        own = Mirrored(backbone) if mirrored else backbone
+        passes = getattr(own, "passes", 1) + FINER**2 * getattr(backbone, "passes", 1)
         if backbone.stride % FINER:
             raise ValueError(
-                f"passes={self.passes} needs a backbone of an even stride, and {backbone.name} has "
+                f"passes={passes} needs a backbone of an even stride, and {backbone.name} has "
                 f"{backbone.stride}; use passes=1"
             )
         mean, std = backbone.normalization
         super().__init__(
-            name=f"{backbone.name}.passes{self.passes}",
+            name=f"{backbone.name}.passes{passes}",
             embed_dim=backbone.embed_dim,
             stride=backbone.stride // FINER,
             mean=mean,
             std=std,
             in_channels=backbone.in_channels,
         )
-        self.backbone = backbone
+        self.backbone, self.own, self.passes = backbone, own, passes
+        self.displacement = backbone.displacement
         self.bands = None if bands is None else tuple(bands)
         self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
         if share is None:
@@ -297,12 +302,24 @@ class SecondScale(Backbone):
         """Round both sides to the nearest multiples of the inner backbone's stride."""
         return self.backbone.grid_aligned(size)
 
+    def aligned(self, displacement: int) -> SecondScale:
+        """See :meth:`Backbone.aligned`; the inner backbone is aligned, and with it both scales."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.backbone = self.backbone.aligned(displacement)
+        other.own = self.own.aligned(displacement)
+        other.displacement = displacement
+        return other
+
+    def _place(self, x: Tensor) -> Tensor:
+        return x  # the inner backbone moves both images
+
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
         if self.first.wants_hidden:
-            own, hidden = self.backbone.with_hidden(x)
+            own, hidden = self.own.with_hidden(x)
         else:
-            own, hidden = self.backbone(x), None
+            own, hidden = self.own(x), None
         return self.join(x, own, _second(self.backbone, x, own), hidden)
 
     def join(self, x: Tensor, own: Tensor, second: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -380,8 +397,8 @@ def _second(backbone: Backbone, x: Tensor, own: Tensor) -> Tensor:
     second = backbone(larger)
     if second.shape[2:] != (FINER * own.shape[2], FINER * own.shape[3]):
         raise ValueError(
-            f"passes=5 needs a backbone whose grid grows with the image: {backbone.name} gives "
-            f"{tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at twice the size; use "
-            "passes=1"
+            "passes=5 and 6 need a backbone whose grid grows with the image: "
+            f"{backbone.name} gives {tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at "
+            "twice the size; use passes=1"
         )
     return second

@@ -129,3 +129,18 @@ def test_what_early_layers_say(tmp_path):
 def test_other_backbones_are_not_strided(colour_backbone):
     with pytest.raises(ValueError, match="strided is for EfficientNet-Lite at stride 16"):
         Strided(colour_backbone)
+
+
+def test_an_aligned_backbone_by_name(tmp_path):
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    image = torch.randint(256, (3, 48, 64), generator=torch.Generator().manual_seed(0))
+    method = load_methods(["bilinear@+2"], backbone, tmp_path)["bilinear@+2"]
+    assert method.passes == 1
+    image = image.to(torch.uint8)
+    with torch.no_grad():
+        found = method(Prepared("noise", image, torch.zeros(112, 3, 4), None)).full()
+        coarse = backbone.aligned(2)(normalised(image, backbone))
+        expected = torch.nn.functional.interpolate(coarse, size=(48, 64), mode="bilinear")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="displacement=16 must be 15 or less"):
+        load_methods(["bilinear@+16"], backbone, tmp_path)

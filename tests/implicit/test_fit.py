@@ -14,7 +14,7 @@ from upfeat.implicit import anchors
 from upfeat.implicit.anchors import KernelFit, spread_anchors
 from upfeat.implicit.features import ImplicitFeatures
 from upfeat.implicit.fields import NetworkField
-from upfeat.implicit.fit import FitConfig, fit_guidance
+from upfeat.implicit.fit import FitConfig, fit_guidance, fit_rounds
 from upfeat.implicit.observe import (
     Observer,
     feature_basis,
@@ -22,7 +22,7 @@ from upfeat.implicit.observe import (
     show,
     zoomed_jitters,
 )
-from upfeat.implicit.one_pass import into_own_words, one_pass
+from upfeat.implicit.one_pass import into_own_words, mean_upsampler, one_pass
 from upfeat.implicit.published import (
     Waves,
     create_network_fit,
@@ -120,7 +120,9 @@ def test_without_evidence_the_map_of_one_pass_is_drawn(monkeypatch):
     basis = feature_basis(seen, 5, whiten=True)
     own = backbone(watch.image)
     fit = KernelFit(guidance, watch, basis, own, anchors=200, seed=0)
-    drawn = one_pass(guidance, basis.encode(own), fit.map_size)  # (k, H', W')
+    drawn = one_pass(
+        mean_upsampler(backbone), guidance, own, None, basis, fit.map_size
+    )  # (k, H', W')
     table, pixels = fit.table.flatten(0, 1).double(), drawn.flatten(1).T.double()
     gram = table.T @ table + anchors._MEAN_PENALTY * torch.eye(table.shape[1])
     expected = table @ torch.linalg.solve(gram, table.T @ pixels)  # of the map, all that fits
@@ -141,7 +143,9 @@ def test_the_mean_of_large_maps_is_found_from_some_of_their_pixels(monkeypatch):
     whole = fit.table.flatten(0, 1) @ fit.mean
     monkeypatch.setattr(anchors, "_MEAN_PIXELS", 48 * 64 // 4)
     part = fit.table.flatten(0, 1) @ fit._project(
-        one_pass(guidance, basis.encode(backbone(watch.image)), fit.map_size)
+        one_pass(
+            mean_upsampler(backbone), guidance, backbone(watch.image), None, basis, fit.map_size
+        )
     )
     assert (whole - part).square().mean() < 0.01 * whole.square().mean()
 
@@ -576,3 +580,25 @@ def test_a_file_of_a_fit_draws_what_the_fit_drew(tmp_path):
     loaded = ImplicitFeatures.load(tmp_path / "f.safetensors")
     assert torch.equal(loaded.render((100, 70)), features.render((100, 70)))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_mean_is_of_the_upsampler_trained_for_the_backbone(monkeypatch):
+    """Early layers change the mean, and the backbone is aligned as in that training."""
+    network = upfeat.load_backbone("efficientnet_lite0").eval().requires_grad_(False)
+    up = mean_upsampler(network)
+    assert up.name == "early_detail"
+    assert mean_upsampler(Pooled()).name == "detail"
+    seen = []
+    monkeypatch.setattr(
+        "upfeat.implicit.fit._fit_fast", lambda guidance, watch, config: seen.append(watch) or []
+    )
+    list(fit_rounds(scene(), network, FAST))
+    assert seen[0].backbone.displacement == up.displacement
+    assert network.displacement == 0
+    guidance = scene()
+    image = (guidance[None] / 255 - network.mean) / network.std
+    features, hidden = network.with_hidden(image)
+    basis = feature_basis(features, 8, whiten=True)
+    drawn = one_pass(up, guidance, features, hidden, basis, (48, 64))
+    full = up(features, up.guidance_from(image, network), (48, 64), hidden=hidden)
+    torch.testing.assert_close(drawn, basis.encode(full)[0], rtol=1e-3, atol=1e-3)

@@ -1,5 +1,6 @@
 """Backbones: the base class, the embedded networks, and wrappers of other libraries' models."""
 
+from upfeat.backbones.alignment import estimate_displacement
 from upfeat.backbones.base import Backbone
 from upfeat.backbones.efficientnet_lite import EfficientNetLite, EfficientNetLite0
 from upfeat.backbones.load import list_backbones, load_backbone
@@ -11,6 +12,7 @@ __all__ = [
     "EfficientNetLite",
     "EfficientNetLite0",
     "WrappedBackbone",
+    "estimate_displacement",
     "list_backbones",
     "load_backbone",
     "tokens_to_grid",

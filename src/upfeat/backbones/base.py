@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,11 @@ class Backbone(nn.Module, ABC):
         mean: mean of each band that :meth:`preprocess` subtracts, RGB in [0, 1].
         std: standard deviation of each band that :meth:`preprocess` divides by.
         interpolation: filter by which :meth:`preprocess` resizes, "bicubic" or "bilinear".
+        displacement: pixels by which features are displaced right of and below their cells, which
+            :meth:`forward` corrects; 0 unless set by :meth:`aligned`.
     """
+
+    displacement: int = 0
 
     def __init__(
         self,
@@ -143,8 +148,31 @@ class Backbone(nn.Module, ABC):
         """
         return self.extract(x), None
 
+    def aligned(self, displacement: int) -> Backbone:
+        """Return this backbone with a displacement of its features corrected; it shares weights.
+
+        The cells of a network whose stride-2 convolutions pad one side more than the other do not
+        lie where the image is divided into squares: features of the EfficientNet-Lites are those of
+        a place 2 pixels further right and down. Such a displacement blurs what is upsampled by the
+        image's edges. :func:`upfeat.backbones.estimate_displacement` measures it without labels.
+
+        Args:
+            displacement: pixels by which the image is moved right and down before the network sees
+                it, its borders mirrored; negative: left and up; less than the stride. 0: the
+                network as it is.
+
+        Raises:
+            ValueError: ``displacement`` is no whole number in that range.
+        """
+        displacement = whole("displacement", displacement, 1 - self.stride, self.stride - 1)
+        other = copy.copy(self)
+        other.displacement = displacement
+        return other
+
     def _ready(self, x: Tensor) -> Tensor:
         """Check an image, resize its sides to multiples of the stride and cast it for the model.
+
+        An image is also moved by the :attr:`displacement`.
 
         Raises:
             TypeError: x is no tensor.
@@ -164,7 +192,11 @@ class Backbone(nn.Module, ABC):
         if size != (x.shape[2], x.shape[3]):
             x = x.float() if x.dtype.itemsize < 4 else x
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return x.to(self.dtype)
+        return self._place(x.to(self.dtype))
+
+    def _place(self, x: Tensor) -> Tensor:
+        """Move an image by the displacement; wrappers leave that to the backbone that they wrap."""
+        return _moved(x, self.displacement)
 
     def grid_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the grid (h, w) of an image: its rounded sides divided by the stride.
@@ -249,3 +281,12 @@ class Backbone(nn.Module, ABC):
             own = (max(round(own[0] * scale), 1), max(round(own[1] * scale), 1))
         aligned = self.grid_aligned(own)
         return aligned if align else own
+
+
+def _moved(x: Tensor, displacement: int) -> Tensor:
+    """Move an image right and down by so many pixels, mirroring its border."""
+    if displacement == 0:
+        return x
+    before, after = max(displacement, 0), max(-displacement, 0)
+    x = F.pad(x, (before, after, before, after), mode="reflect")
+    return x[..., after : x.shape[2] - before, after : x.shape[3] - before]

@@ -57,6 +57,7 @@ class Extraction:
             "dtype": self.dtype,
             "backbone": describe_backbone(model.backbone),
             "early": model.early,
+            "displacement": model.backbone.displacement,
             "upsampler": {
                 "name": model.upsampler.name,
                 "config": model.upsampler.config(),

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.bounds import PASSES
 from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
@@ -67,9 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes",
         type=int,
-        choices=(1, 5),
+        choices=PASSES,
         default=1,
-        help="5: let the backbone see the image at twice its size too (default: %(default)s)",
+        help="2: average features of the image and of its mirror image; 5: use the image at "
+        "twice its size too; 6: both (default: %(default)s)",
     )
     parser.add_argument(
         "--head",

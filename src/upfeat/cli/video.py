@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.bounds import PASSES
 from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
@@ -47,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passes",
         type=int,
-        choices=(1, 5),
+        choices=PASSES,
         default=1,
-        help="5: let the backbone see frames at twice their size too (default: %(default)s)",
+        help="2: average features of frames and of their mirror images; 5: use frames at twice "
+        "their size too; 6: both (default: %(default)s)",
     )
     parser.add_argument("--head", type=Path, metavar="FILE", help="show the classes of a head")
     parser.add_argument(

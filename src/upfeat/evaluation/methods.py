@@ -85,7 +85,7 @@ class ImplicitMethod(Method):
         self.backbone, self.config, self.cache = backbone, config or FitConfig(), cache
         parts = (backbone.name, digest(backbone), asdict(self.config), source_digest(self.CODE))
         known = hashlib.sha256(
-            "|".join(map(str, (*parts, *map(digest, shipped_models())))).encode()
+            "|".join(map(str, (*parts, *map(digest, shipped_models(backbone))))).encode()
         )
         for tensor in shipped_translation(backbone, "views") or ():
             known.update(tensor.numpy().tobytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
 from upfeat.backbones.efficientnet_lite import ConvNorm, EfficientNetLite
+from upfeat.bounds import PASSES
 from upfeat.evaluation.data.prepared import Prepared, normalised
 from upfeat.evaluation.methods import Method
 from upfeat.features import UpsampledFeatures
@@ -17,8 +19,9 @@ from upfeat.model import FeatUp, load
 from upfeat.provenance import digest, identify_backbone, identify_upsampler
 from upfeat.upsamplers import Bilinear
 
-SUFFIX = "@5"
-"""Suffix of the names of upsamplers that are given features of two scales."""
+SUFFIXES = {f"@{passes}": passes for passes in PASSES if passes > 1}
+"""Suffixes of the names of upsamplers, for features of several passes; see :func:`upfeat.load`."""
+_ALIGNED = re.compile(r"(?P<upsampler>.+)@(?P<pixels>[+-]\d{1,3})")
 EARLY = "@early"
 """Suffix of the names of upsamplers that are given activations of early layers."""
 
@@ -176,7 +179,9 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
     """Return the method of several passes of a name; ``None`` if the name is not of this kind.
 
     Args:
-        name: a name of :data:`WAYS`, or the name of an upsampler followed by "@5" or "@early".
+        name: a name of :data:`WAYS`, or the name of an upsampler followed by "@2",
+            "@5", "@6", "@early", or by a displacement of the backbone that is corrected first, as
+            "@+2".
         backbone: backbone that extracts the features.
 
     Raises:
@@ -185,9 +190,14 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
     device = backbone.mean.device
     if name in WAYS:
         return SeveralPasses(FeatUp(WAYS[name](backbone), Bilinear()).to(device))
-    if name.endswith(SUFFIX):
-        upsampler = name.removesuffix(SUFFIX)
-        return SeveralPasses(load(backbone, upsampler=upsampler, passes=5, device=device))
+    aligned = _ALIGNED.fullmatch(name)
+    if aligned is not None:
+        network = backbone.aligned(int(aligned["pixels"]))
+        return SeveralPasses(load(network, upsampler=aligned["upsampler"], device=device))
+    for suffix, passes in SUFFIXES.items():
+        if name.endswith(suffix):
+            upsampler = name.removesuffix(suffix)
+            return SeveralPasses(load(backbone, upsampler=upsampler, passes=passes, device=device))
     if name.endswith(EARLY):
         upsampler = name.removesuffix(EARLY)
         return SeveralPasses(load(backbone, upsampler=upsampler, early=True, device=device))

@@ -33,7 +33,13 @@ from upfeat.implicit.observe import (
     pooled_matrices,
     show,
 )
-from upfeat.implicit.one_pass import QUERIES, into_own_words, one_pass, shipped
+from upfeat.implicit.one_pass import (
+    QUERIES,
+    into_own_words,
+    mean_upsampler,
+    one_pass,
+    shipped,
+)
 from upfeat.implicit.regression import Regression, details, translate
 from upfeat.normalization import HALF
 from upfeat.randomness import stream
@@ -99,7 +105,9 @@ class KernelFit:
         self.table = self._table(positions)  # (H', W', M)
         self.regression = Regression.empty(len(self.anchors), len(basis.components))
         self._solved: tuple[Tensor, Tensor] | None = None
-        drawn = one_pass(guidance, basis.encode(own), self.map_size, hidden)
+        drawn = one_pass(
+            mean_upsampler(observer.backbone), guidance, own, hidden, basis, self.map_size
+        )
         self.mean = self._project(drawn)
         self.held = Regression.empty(len(self.anchors), len(basis.components))
         self._observe(observer.held, self._targets(observer.held_features), self.held)

@@ -17,7 +17,9 @@ from upfeat.implicit.config import FitConfig
 from upfeat.implicit.features import ImplicitFeatures, resize_image
 from upfeat.implicit.fields import Field
 from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitters
+from upfeat.implicit.one_pass import mean_upsampler
 from upfeat.implicit.published import create_network_fit, train_network
+from upfeat.model import align_for
 from upfeat.randomness import stream
 from upfeat.registry import unknown_name
 from upfeat.views import sample_jitters, spread_jitters
@@ -147,10 +149,13 @@ def fit_rounds(guidance: Tensor, backbone: Backbone, config: FitConfig) -> Itera
     """
     was_training = backbone.training
     backbone.eval()
+    observed = backbone
+    if config.preset == "fast":  # the published fit has no mean
+        observed = align_for(mean_upsampler(backbone), backbone)
     try:
         observer = Observer(
             guidance,
-            backbone,
+            observed,
             held_out=config.held_out,
             max_pad=config.max_pad,
             max_zoom=config.max_zoom,

@@ -74,7 +74,9 @@ class QueryGuide:
         width = whole("width", facts["width"], 1, MOST_WIDTH)
         levels = whole("levels", facts["levels"], 1, MOST_LEVELS)
         # Old files do not record the normalisation; it was always HALF.
-        normalization = check_normalization(*(facts.get(key, HALF.mean) for key in ("mean", "std")))
+        normalization = check_normalization(
+            facts.get("mean", HALF.mean), facts.get("std", HALF.std)
+        )
         with torch.device("meta"):
             expected = PyramidEncoder(width, levels).state_dict()
         check_layouts("guide", layouts_of(tensors), expected)

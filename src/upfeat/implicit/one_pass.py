@@ -6,40 +6,64 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
+from upfeat.features import UpsampledFeatures
 from upfeat.implicit.guides import normalised
+from upfeat.implicit.observe import Basis
 from upfeat.normalization import HALF
 from upfeat.scales import Translation, fit_to_image, shipped_translation
 from upfeat.upsamplers.base import Upsampler
-from upfeat.upsamplers.pretrained import create_upsampler
+from upfeat.upsamplers.pretrained import create_upsampler, trained_for_early
 
 QUERIES = "neighbourhood_universal"
 """Name of the upsampler whose queries the kernel compares."""
 ONE_PASS = "detail_universal"
-"""Name of the upsampler whose result is the mean of the fit."""
+"""Name of the upsampler whose result is the mean of the fit, unless one was trained on the
+backbone's early layers."""
 # Penalty of a translation fitted to the cells of a single image.
 _PENALTY = 4.0
 # Largest image for the one-pass upsampler; a larger image is reduced.
 _ONE_PASS_PIXELS = 1 << 21
 
 
-def one_pass(
-    guidance: Tensor, features: Tensor, map_size: tuple[int, int], hidden: Tensor | None = None
-) -> Tensor:
-    """Upsample features with ``ONE_PASS``, the best shipped upsampler for any backbone.
+def mean_upsampler(backbone: Backbone) -> Upsampler:
+    """Return the upsampler whose result is the mean of a fit: the best for the backbone.
 
     Args:
+        backbone: the backbone of the fit.
+    """
+    trained = trained_for_early(backbone.name)
+    if trained is not None:
+        upsampler = shipped(trained)
+        if getattr(upsampler, "embed_dim", None) == backbone.embed_dim:
+            return upsampler
+    return shipped(ONE_PASS)
+
+
+def one_pass(
+    upsampler: Upsampler,
+    guidance: Tensor,
+    features: Tensor,
+    hidden: Tensor | None,
+    basis: Basis,
+    map_size: tuple[int, int],
+) -> Tensor:
+    """Upsample an image's features in one pass, as coordinates of a basis.
+
+    Args:
+        upsampler: from :func:`mean_upsampler`.
         guidance: (3, H, W) uint8, the image.
-        features: (1, k, h, w), coordinates of the unjittered image's features.
-        map_size: (height, width) of the result, pixels.
+        features: (1, C, h, w), features of the unjittered image.
         hidden: (1, D, h', w'), features of the image from earlier layers, or ``None``.
+        basis: the basis, of k components.
+        map_size: (height, width) of the result, pixels.
 
     Returns:
         (k, *map_size).
     """
-    upsampler = shipped(ONE_PASS)
     image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
+    drawn = UpsampledFeatures(features, image, upsampler, map_size, hidden=hidden)
     with torch.no_grad():
-        return upsampler(features, image, map_size, hidden=hidden)[0]
+        return drawn.project(basis.inverse, -(basis.inverse @ basis.mean))[0]
 
 
 def into_own_words(backbone: Backbone, said: Tensor, own: Tensor) -> Translation:
@@ -59,9 +83,9 @@ def into_own_words(backbone: Backbone, said: Tensor, own: Tensor) -> Translation
     return found
 
 
-def shipped_models() -> list[Upsampler]:
-    """Return the upsamplers whose weights every fast fit depends on."""
-    return [shipped(name) for name in (QUERIES, ONE_PASS)]
+def shipped_models(backbone: Backbone) -> list[Upsampler]:
+    """Return the upsamplers whose weights a fast fit to a backbone's features depends on."""
+    return [shipped(QUERIES), mean_upsampler(backbone)]
 
 
 def shipped(name: str) -> Upsampler:

@@ -80,6 +80,9 @@ class Upsampler(nn.Module, ABC):
     """The number of bands of the guidance; ``None``: any number (see :mod:`.bands`)."""
     backend: str = "auto"
     """The backend that every operator runs on; see :meth:`set_backend`."""
+    displacement: int = 0
+    """Displacement of the backbone's features, in pixels, that was corrected in training: models
+    align the backbone by it (:meth:`upfeat.Backbone.aligned`)."""
     mean: Colour | None = None
     """Mean that the guidance is normalised by, RGB in [0, 1]; ``None``: the backbone's mean."""
     std: Colour | None = None

@@ -13,6 +13,9 @@ from upfeat.upsamplers.early_network import EarlyMaps, EarlyNetwork
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.neighbourhood import MOST_WIDTH
 
+MOST_DISPLACEMENT = 64
+"""Largest displacement, pixels: less than half of the largest strides."""
+
 
 @UPSAMPLERS.register
 class EarlyDetailUpsampler(DetailUpsampler):
@@ -47,6 +50,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
         depth: int = 4,
         widening: float = 1.25,
         ridge: float = 0.3,
+        displacement: int = 0,
         backend: str = "auto",
     ) -> None:
         """Make an upsampler with initial (untrained) weights.
@@ -63,6 +67,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
             depth: number of residual blocks in the network, from 0 to 64.
             widening: ratio of the steps' σ, as in :class:`DetailUpsampler`.
             ridge: penalty of the regression, as in :class:`DetailUpsampler`.
+            displacement: see :attr:`Upsampler.displacement`; from -64 to 64.
             backend: backend of the operators; see :mod:`upfeat.functional`.
 
         Raises:
@@ -75,6 +80,9 @@ class EarlyDetailUpsampler(DetailUpsampler):
             back_projections=back_projections,
             widening=widening,
             ridge=ridge,
+        )
+        self.displacement = whole(
+            "displacement", displacement, -MOST_DISPLACEMENT, MOST_DISPLACEMENT
         )
         self.embed_dim = whole("embed_dim", embed_dim, 1, MOST_CHANNELS)
         self.hidden_dim = whole("hidden_dim", hidden_dim, 1, MOST_CHANNELS)
@@ -89,6 +97,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
         network = {"hidden_dim": self.hidden_dim, "width": self.width, "depth": self.depth}
+        network["displacement"] = self.displacement
         return super().config() | network
 
     def _maps(
