@@ -41,7 +41,9 @@ NAMED = (
     "detail_universal@early",
     "early_detail_efficientnet_lite0",
     "detail_universal@5",
+    "early_detail_efficientnet_lite0@2",
     "early_detail_efficientnet_lite0@5",
+    "early_detail_efficientnet_lite0@6",
 )
 ALONE = FitConfig(share=1.0, translation=0.0)
 MEAN = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
