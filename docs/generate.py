@@ -53,12 +53,15 @@ TOKEN_ROWS = {
 }
 GAINS = {
     "bilinear": "bilinear",
+    "bilinear, on aligned features": "bilinear@+2",
     "classical joint bilateral": "joint_bilateral",
     "neighbourhood": "neighbourhood_efficientnet_lite0",
     "**detail**, the default": "detail_efficientnet_lite0",
     "detail with the weights for any backbone": "detail_universal",
-    "early layers and a network taught for them (`early=True`)": "early_detail_efficientnet_lite0",
-    "… and a second scale (`passes=5`)": "early_detail_efficientnet_lite0@5",
+    "aligned, a network on early layers (`early=True`)": "early_detail_efficientnet_lite0",
+    "… and the mirror image (`passes=2`)": "early_detail_efficientnet_lite0@2",
+    "… and the image at twice its size (`passes=5`)": "early_detail_efficientnet_lite0@5",
+    "… and both (`passes=6`)": "early_detail_efficientnet_lite0@6",
 }
 PICTURES = {"architecture.svg": diagram.architecture}
 
@@ -247,7 +250,9 @@ SHARED = UPSAMPLERS | {
     "detail_universal@early": "detail, universal, `early=True`",
     "detail_universal@5": "detail, universal, `passes=5`",
     "early_detail_efficientnet_lite0": "early detail (`early=True`)",
+    "early_detail_efficientnet_lite0@2": "early detail, `passes=2`",
     "early_detail_efficientnet_lite0@5": "early detail, `passes=5`",
+    "early_detail_efficientnet_lite0@6": "early detail, `passes=6`",
     "implicit alone": "implicit, `share=1, translation=0`",
 }
 
@@ -268,7 +273,7 @@ def implicit_share(part: str) -> str:
 def implicit_gains() -> str:
     """What a fit returns by default less other ways, in points."""
     others = ["bilinear", "detail_universal", "detail_universal@5"]
-    others += ["early_detail_efficientnet_lite0", "early_detail_efficientnet_lite0@5"]
+    others += [f"early_detail_efficientnet_lite0{passes}" for passes in ("", "@2", "@5", "@6")]
     chosen = f"implicit@{FitConfig().share}"
     rows = []
     for other in [*others, "implicit alone"]:
