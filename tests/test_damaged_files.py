@@ -159,7 +159,7 @@ def test_metadata_of_strangers_is_never_trusted(tmp_path):
 
 def _state(step, weight):
     objectives = {"one": {"weight": torch.full((3,), weight)}}
-    return {"step": step, "objectives": objectives, "optimizer": {}, "best": {}}
+    return {"step": step, "objectives": objectives, "optimizer": {}, "best": {}, "stale": 0}
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):

@@ -108,6 +108,67 @@ def test_checkpoints_of_another_kind_are_damaged(photos, backbone, tmp_path):
             upfeat.train(backbone, photos, small_config(tmp_path / "run"), resume=True)
 
 
+def _without_objectives(state):
+    state["objectives"].clear()
+
+
+def _without_a_weight(state):
+    del state["objectives"]["0.upsampler.stages.1.sigma_spatial"]
+
+
+def _with_a_stranger(state):
+    state["objectives"]["0.other"] = torch.zeros(1)
+
+
+def _of_another_shape(state):
+    state["objectives"]["0.upsampler.stages.1.sigma_spatial"] = torch.zeros(2)
+
+
+def _without_the_best(state):
+    state["best"] = {"step": 6, "scores": {"error": 1.0}, "weights": {}}
+
+
+def _of_another_optimiser(state):
+    state["optimizer"] = {}
+
+
+def _with_other_moments(state):
+    state["optimizer"]["state"][0]["exp_avg"] = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (_without_objectives, "objectives lacks 0.upsampler"),
+        (_without_a_weight, "objectives lacks 0.upsampler.stages.1.sigma_spatial"),
+        (_with_a_stranger, "objectives holds 0.other"),
+        (_of_another_shape, r"sigma_spatial is \(2,\), not \(\)"),
+        (_without_the_best, "best lacks stages"),
+        (_of_another_optimiser, "optimizer lacks param_groups"),
+        (_with_other_moments, r"optimizer.0.exp_avg is \(2, 3\)"),
+    ],
+)
+def test_a_checkpoint_of_other_weights_falls_back_too(photos, backbone, tmp_path, damage, words):
+    upfeat.train(backbone, photos, small_config(tmp_path / "run"))
+    expected = weights(tmp_path / "run")
+    older, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    state = torch.load(newest, weights_only=True)
+    damage(state)
+    torch.save(state, newest)
+    with pytest.warns(
+        UserWarning, match=rf"00000006.ckpt: damaged \(.*{words}.*one before is used"
+    ):
+        upfeat.train(backbone, photos, small_config(tmp_path / "run"), resume=True)
+    assert weights(tmp_path / "run") == expected
+    older.unlink()
+    torch.save(state, newest)
+    with (
+        pytest.warns(UserWarning, match=words),
+        pytest.raises(ValueError, match=r"all 1 checkpoints are damaged.*remove the run's"),
+    ):
+        upfeat.train(backbone, photos, small_config(tmp_path / "run"), resume=True)
+
+
 def test_all_checkpoints_damaged(photos, backbone, tmp_path):
     upfeat.train(backbone, photos, small_config(tmp_path / "run"))
     for path in (tmp_path / "run" / "checkpoints").iterdir():

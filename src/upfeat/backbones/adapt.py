@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from upfeat.backbones import hub, open_clip, timm, transformers
-from upfeat.backbones.outputs import Layer, check_number
+from upfeat.backbones.outputs import Layer
 from upfeat.backbones.settings import Settings, settings_of
 
 
@@ -44,8 +44,7 @@ def adapt(
         assert isinstance(module, nn.Module)
         settings = settings or settings_of(module)
         network = timm.any_size(module) if interpolate else module
-        chosen = timm.numbers(layers, type(module).__name__)
-        return Adapted(timm.TimmFeatures(network, chosen), _all(chosen), settings)
+        return Adapted(timm.TimmFeatures(network, layers), _all(layers), settings)
     if transformers.is_transformers(module):
         assert isinstance(module, nn.Module)
         return _from_transformers(module, layers, interpolate, settings)
@@ -55,15 +54,14 @@ def adapt(
         trunk = getattr(tower, "trunk", None)
         if trunk is not None:
             return adapt(trunk, layers, interpolate=interpolate, settings=settings)
-        chosen = timm.numbers(layers, type(tower).__name__)
-        reader = open_clip.OpenClipFeatures(tower, chosen, interpolate=interpolate)
-        return Adapted(reader, _all(chosen), settings)
+        reader = open_clip.OpenClipFeatures(tower, layers, interpolate=interpolate)
+        return Adapted(reader, _all(layers), settings)
     if isinstance(module, nn.Module) and hasattr(module, "get_intermediate_layers"):
         return _from_intermediates(module, layers, settings)
     return Adapted(module, layers, settings)
 
 
-def _all(chosen: Sequence[int] | None) -> list[Layer] | None:
+def _all(chosen: Sequence[Layer] | None) -> list[Layer] | None:
     """Return the entries to pick from a reader's output: all if there are several, else none."""
     return None if chosen is None or len(chosen) < 2 else list(range(len(chosen)))
 
@@ -78,9 +76,8 @@ def _from_transformers(
     if not transformers.is_transformers(part) and not hasattr(part, "config"):
         return adapt(part, layers, interpolate=interpolate, settings=settings)
     settings = settings or settings_of(part)
-    chosen = timm.numbers(layers, type(part).__name__)
-    reader = transformers.TransformersFeatures(part, chosen, interpolate=interpolate)
-    return Adapted(reader, _all(chosen), settings)
+    reader = transformers.TransformersFeatures(part, layers, interpolate=interpolate)
+    return Adapted(reader, _all(layers), settings)
 
 
 def _from_intermediates(
@@ -88,9 +85,4 @@ def _from_intermediates(
 ) -> Adapted:
     if layers is not None and any(isinstance(layer, str) for layer in layers):
         return Adapted(module, layers, settings)
-    chosen = timm.numbers(layers, type(module).__name__)
-    reader = hub.IntermediateLayers(module, chosen)
-    if chosen is not None and reader.count is not None:
-        name = type(module).__name__
-        reader.layers = [check_number(layer, reader.count, name) for layer in chosen]
-    return Adapted(reader, _all(chosen), settings)
+    return Adapted(hub.IntermediateLayers(module, layers), _all(layers), settings)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upfeat.backbones.outputs import Layer, ascending, in_given_order, numbers
 from upfeat.registry import unknown_name
 
 PROGRAMS = (".pt", ".pt2", ".ts", ".pth")
@@ -26,34 +27,41 @@ PROGRAMS = (".pt", ".pt2", ".ts", ".pth")
 class IntermediateLayers(nn.Module):
     """Reader of layers by ``get_intermediate_layers``, a method of DINO, DINOv2 and DINOv3."""
 
-    def __init__(self, network: nn.Module, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, network: nn.Module, layers: Sequence[Layer] | None = None) -> None:
         """Choose layers.
 
         Args:
             network: a model with the method ``get_intermediate_layers``.
-            layers: numbers of layers, from 0, read without the model's last norm; ``None`` for
-                the last layer, after that norm.
+            layers: numbers of layers, from 0, read without the model's last norm (the first DINO
+                applies it to every layer); ``None`` for the last layer, which alone is read after
+                that norm.
+
+        Raises:
+            ValueError: there is no such layer.
         """
         super().__init__()
         self.network = network
         blocks: Any = getattr(network, "blocks", None)
-        self.count = None if blocks is None else len(blocks)
-        self.layers = layers
+        count = None if blocks is None else len(blocks)
+        # DINOv2 may store its blocks in chunks.
+        self.count: int | None = getattr(network, "n_blocks", count)
+        self.layers = numbers(layers, self.count, type(network).__name__)
         parameters = inspect.signature(network.get_intermediate_layers).parameters  # pyright: ignore[reportArgumentType]
         self.options: dict[str, Any] = {}
         if "reshape" in parameters:
             self.options["reshape"] = True
         if "norm" in parameters:
-            self.options["norm"] = layers is None
+            self.options["norm"] = self.layers is None
 
     def forward(self, x: Tensor) -> Any:
         """(B, 3, H, W) -> a map or tokens; a list of them for several layers."""
         run: Any = self.network
         if self.layers is None:
             return list(run.get_intermediate_layers(x, 1, **self.options))[-1]
-        layers = list(self.layers)
+        layers = self.layers
         if "reshape" in self.options:
-            found = list(run.get_intermediate_layers(x, layers, **self.options))
+            maps = list(run.get_intermediate_layers(x, ascending(layers), **self.options))
+            found = in_given_order(maps, layers)
         else:  # the first DINO takes only n, and returns the last n layers
             depth = self.count or max(layers) + 1
             last = list(run.get_intermediate_layers(x, depth - min(layers)))

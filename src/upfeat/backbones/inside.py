@@ -38,7 +38,7 @@ class LayerFeatures(nn.Module):
                 found[name] = output
                 # A tracer must see every module return, so an export runs the whole network; the
                 # exported program then omits the operations that its output does not depend on.
-                if len(found) == len(self.names) and not _exporting():
+                if len(found) == len(set(self.names)) and not _exporting():
                     raise _Done
 
             return hook

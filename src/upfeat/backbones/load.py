@@ -82,7 +82,8 @@ def load_backbone(
         layer: number of the layer, from 0, counting a transformer's blocks or a hierarchical
             network's stages. For a module without numbered layers, the name of a module inside;
             for a model with several outputs, the key of an output. The layers of a list are
-            concatenated on the finest grid. ``None`` for the last layer, after the last norm.
+            concatenated on the finest grid, in the order given, without the last norm. ``None``,
+            or the last layer's number, for the last layer after the last norm.
         device: device to move the backbone to; ``None`` to leave it where it is.
         dtype: floating-point type that the backbone computes in, such as ``torch.bfloat16``; the
             features' dtype is the image's all the same.

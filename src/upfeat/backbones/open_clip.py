@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from upfeat.backbones.libraries import import_library, quiet
+from upfeat.backbones.outputs import Layer, ascending, in_given_order, numbers
 from upfeat.backbones.settings import OPENAI, Settings
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
@@ -19,12 +20,12 @@ from upfeat.registry import unknown_name
 class OpenClipFeatures(nn.Module):
     """Feature maps of an image tower's layers, (B, 3, H, W) -> a list of (B, C, h, w).
 
-    Layers are counted from 0. With ``layers=None``, the last layer's map is normed as for the
-    tower's head; chosen layers are returned without that norm.
+    Layers are counted from 0. The last layer alone is normed as for the tower's head; otherwise
+    maps are returned without norm.
     """
 
     def __init__(
-        self, tower: nn.Module, layers: Sequence[int] | None = None, *, interpolate: bool = True
+        self, tower: nn.Module, layers: Sequence[Layer] | None = None, *, interpolate: bool = True
     ) -> None:
         """Choose layers.
 
@@ -34,18 +35,19 @@ class OpenClipFeatures(nn.Module):
             interpolate: interpolate the position embeddings for images of other sizes.
 
         Raises:
-            ValueError: the tower has no method ``forward_intermediates``.
+            ValueError: the tower has no method ``forward_intermediates``, or no such layer.
         """
         super().__init__()
         if not callable(getattr(tower, "forward_intermediates", None)):
             raise ValueError(
                 f"{type(tower).__name__} gives no intermediate features; this open_clip is too old"
             )
-        self.tower = _Intermediates(tower, layers)
+        chosen = numbers(layers, _count_layers(tower), type(tower).__name__)
+        self.tower = _Intermediates(tower, chosen)
         self.interpolate = interpolate
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> one map (B, C, h, w) for each layer."""
+        """(B, 3, H, W) -> one map (B, C, h, w) for each layer, in the order given."""
         tower: Any = self.tower.tower
         positions = getattr(tower, "positional_embedding", None)
         patch = getattr(tower, "patch_size", None)
@@ -73,12 +75,21 @@ class _Intermediates(nn.Module):
         tower: Any = self.tower
         output = tower.forward_intermediates(
             x,
-            indices=1 if self.layers is None else sorted(self.layers),
+            indices=1 if self.layers is None else ascending(self.layers),
             normalize_intermediates=self.layers is None,
             intermediates_only=True,
             output_fmt="NCHW",
         )
-        return output["image_intermediates"]
+        maps = output["image_intermediates"]
+        return maps if self.layers is None else in_given_order(maps, self.layers)
+
+
+def _count_layers(tower: Any) -> int | None:
+    """Return the number of a tower's layers; ``None`` if unknown."""
+    if hasattr(tower, "layer4"):  # a ResNet: the stem and four stages
+        return 5
+    blocks = getattr(getattr(tower, "transformer", None), "resblocks", None)
+    return None if blocks is None else len(blocks)
 
 
 def _interpolated(positions: Tensor, own: tuple[int, ...], grid: tuple[int, int]) -> Tensor:

@@ -172,15 +172,44 @@ def missing_layer(layer: Layer, names: Sequence[str]) -> str:
     return f"layer={layer} does not exist; there are {len(names)}, 0 to {len(names) - 1}"
 
 
-def check_number(layer: Layer, count: int, name: str) -> int:
-    """Return the number of a layer counted from 0; negative numbers count from the last layer.
+def numbers(layers: Sequence[Layer] | None, count: int | None, name: str) -> list[int] | None:
+    """Check the numbers of a library model's layers; negative ones count from the last layer.
+
+    Args:
+        layers: what the user chose; ``None`` for the last layer.
+        count: number of layers; ``None`` if unknown, and numbers are then returned as they are.
+        name: name of the model, for messages.
+
+    Returns:
+        The numbers; ``None`` if only the last layer is chosen. Thus every reader treats the last
+        layer's number as it treats its default, the library's own final output.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: a layer is given by name, or there is no such layer.
     """
-    if not isinstance(layer, int) or not -count <= layer < count:
-        raise ValueError(f"{name}: layer={layer!r} does not exist; its layers are 0 to {count - 1}")
-    return layer % count
+    found: list[int] = []
+    for layer in layers or ():
+        if not isinstance(layer, int):
+            raise ValueError(f"{name}: layer={layer!r} must be a number; its layers are counted")
+        if count is not None and not -count <= layer < count:
+            raise ValueError(
+                f"{name}: layer={layer} does not exist; its layers are 0 to {count - 1}"
+            )
+        found.append(layer if count is None else layer % count)
+    last = -1 if count is None else count - 1
+    return None if layers is None or found == [last] else found
+
+
+def ascending(layers: Sequence[int]) -> list[int]:
+    """Sort layers in the order in which a network runs them, each once."""
+    # Numbers are negative only if the layers could not be counted: they then count from the last.
+    return sorted(set(layers), key=lambda layer: (layer < 0, layer))
+
+
+def in_given_order(maps: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
+    """Return the maps of ``ascending(layers)`` in the order of ``layers``, repeated as there."""
+    order = ascending(layers)
+    return [maps[order.index(layer)] for layer in layers]
 
 
 def recognise(

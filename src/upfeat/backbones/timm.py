@@ -9,18 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from upfeat.backbones.libraries import import_library, quiet
-from upfeat.backbones.outputs import Layer, check_number
+from upfeat.backbones.outputs import Layer, ascending, in_given_order, numbers
 from upfeat.registry import unknown_name
 
 
 class TimmFeatures(nn.Module):
     """Feature maps of a timm model's layers, (B, 3, H, W) -> a list of (B, C, h, w).
 
-    Layers are those of ``forward_intermediates``, counted from 0. If only the last layer is
-    chosen, its map is normed as for the model's head; otherwise maps are returned without norm.
+    Layers are those of ``forward_intermediates``, counted from 0. The last layer alone is normed
+    as for the model's head; otherwise maps are returned without norm.
     """
 
-    def __init__(self, network: nn.Module, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, network: nn.Module, layers: Sequence[Layer] | None = None) -> None:
         """Choose layers.
 
         Args:
@@ -33,31 +33,29 @@ class TimmFeatures(nn.Module):
         super().__init__()
         self.network = network
         count = len(getattr(network, "feature_info", None) or ()) or None
-        self.layers = None if layers is None else list(layers)
-        if self.layers is not None and count is not None:
-            name = type(network).__name__
-            self.layers = [check_number(layer, count, name) for layer in self.layers]
-        self.last = self.layers is None or (count is not None and self.layers == [count - 1])
+        self.layers = numbers(layers, count, type(network).__name__)
+        self.norm = self.layers is None
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> one map (B, C, h, w) for each layer."""
+        """(B, 3, H, W) -> one map (B, C, h, w) for each layer, in the order given."""
         try:
-            return self._run(x, self.last)
+            return self._run(x, self.norm)
         except AssertionError:  # the model's norm cannot be applied, or the image size is refused
             maps = self._run(x, False)
-            self.last = False
+            self.norm = False
             return maps
 
     def _run(self, x: Tensor, norm: bool) -> list[Tensor]:
         run: Any = self.network
-        return run.forward_intermediates(
+        maps = run.forward_intermediates(
             x,
-            indices=1 if self.layers is None else sorted(self.layers),
+            indices=1 if self.layers is None else ascending(self.layers),
             norm=norm,
             stop_early=not norm,
             output_fmt="NCHW",
             intermediates_only=True,
         )
+        return maps if self.layers is None else in_given_order(maps, self.layers)
 
 
 def is_timm(module: object) -> bool:
@@ -67,18 +65,6 @@ def is_timm(module: object) -> bool:
         and callable(getattr(module, "forward_intermediates", None))
         and isinstance(getattr(module, "pretrained_cfg", None), Mapping)
     )
-
-
-def numbers(layers: Sequence[Layer] | None, name: str) -> list[int] | None:
-    """Check that layers are given by number, not by name, and return the numbers.
-
-    Raises:
-        ValueError: a layer is given by name; ``name`` is the model's in the message.
-    """
-    for layer in layers or ():
-        if not isinstance(layer, int):
-            raise ValueError(f"{name}: layer={layer!r} must be a number; its layers are counted")
-    return None if layers is None else [layer for layer in layers if isinstance(layer, int)]
 
 
 def any_size(network: nn.Module) -> nn.Module:

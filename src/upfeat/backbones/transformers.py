@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones.libraries import import_library, quiet, without_broken
-from upfeat.backbones.outputs import check_number
+from upfeat.backbones.outputs import Layer, numbers
 from upfeat.backbones.settings import Settings, cropping, transformers_settings
 from upfeat.types import Size
 
@@ -30,11 +30,11 @@ class TransformersFeatures(nn.Module):
     """Hidden states of a transformers model's layers.
 
     Layers are counted from 0 without the embedding: layer 8 is ``hidden_states[9]``. The last layer
-    alone is ``last_hidden_state``, after the model's last norm.
+    alone is ``last_hidden_state``, after the model's last norm if the model applies it there.
     """
 
     def __init__(
-        self, network: nn.Module, layers: Sequence[int] | None = None, *, interpolate: bool = True
+        self, network: nn.Module, layers: Sequence[Layer] | None = None, *, interpolate: bool = True
     ) -> None:
         """Choose layers.
 
@@ -50,12 +50,7 @@ class TransformersFeatures(nn.Module):
         self.network = vision_part(network)
         config: Any = self.network.config
         self.blocks = _count_blocks(config)
-        self.layers = layers
-        if layers is not None and self.blocks is not None:
-            name = type(self.network).__name__
-            self.layers = [check_number(layer, self.blocks, name) for layer in layers]
-            if self.layers == [self.blocks - 1]:
-                self.layers = None
+        self.layers = numbers(layers, self.blocks, type(self.network).__name__)
         self.options = _options(self.network, interpolate)
         self.masked = "noise" in inspect.signature(self.network.forward).parameters
         self.patch = getattr(config, "patch_size", 16)

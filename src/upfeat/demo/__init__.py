@@ -1,1 +1,9 @@
-"""Web page of ``upfeat demo``: ``session`` computes the results, ``page`` shows them by Gradio."""
+"""Web page of ``upfeat demo``.
+
+``session`` computes results, ``answers`` makes messages of them, ``page`` shows these by Gradio.
+"""
+
+import os
+
+# Before any module here imports Gradio, which would report each start to its makers.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"

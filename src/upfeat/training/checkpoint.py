@@ -6,7 +6,7 @@ import io
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +56,16 @@ class Checkpoints:
             old.unlink(missing_ok=True)
         return path
 
-    def newest(self) -> dict[str, Any] | None:
+    def newest(
+        self, check: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any] | None:
         """Load the newest undamaged state, with a warning for each damaged file that is skipped.
 
         A state that contains NaN or infinity counts as damaged. No code in a file is executed.
+
+        Args:
+            check: function that raises ``ValueError`` for a state that does not fit the run, which
+                then counts as damaged; ``None`` for none.
 
         Returns:
             The state; ``None`` if there are no checkpoints.
@@ -74,6 +80,8 @@ class Checkpoints:
                 if not isinstance(state, dict) or state.get("format") != FORMAT:
                     raise ValueError("another format")
                 _check_whole(state)
+                if check is not None:
+                    check(state)
                 return state
             except pickle.UnpicklingError:
                 reason = "not a checkpoint"
@@ -107,12 +115,36 @@ def _check_whole(state: dict[str, Any]) -> None:
     Raises:
         ValueError: an entry is missing, or a tensor contains NaN or infinity.
     """
-    for name, kind in (("objectives", dict), ("optimizer", dict), ("best", dict), ("step", int)):
+    kinds = {"objectives": dict, "optimizer": dict, "best": dict, "step": int, "stale": int}
+    for name, kind in kinds.items():
         if not isinstance(state.get(name), kind):
             raise ValueError(f"lacks {name}")
     for name, tensor in _tensors(state, ""):
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or infinity")
+
+
+def check_weights(label: str, weights: object, expected: Mapping[str, Tensor]) -> None:
+    """Check that a state's weights have the names and shapes of a module's.
+
+    Args:
+        label: name of the weights in the state, for error messages.
+        weights: tensors by name, if the state is undamaged.
+        expected: the module's ``state_dict()``.
+
+    Raises:
+        ValueError: they are no weights, or one is missing, unknown or of another shape.
+    """
+    found = weights if isinstance(weights, dict) else {}
+    for name, tensor in expected.items():
+        shape = tuple(tensor.shape)
+        if not isinstance(found.get(name), Tensor):
+            raise ValueError(f"{label} lacks {name}")
+        if tuple(found[name].shape) != shape:
+            raise ValueError(f"{label}.{name} is {tuple(found[name].shape)}, not {shape}")
+    unknown = [str(name) for name in found if name not in expected]
+    if unknown:
+        raise ValueError(f"{label} holds {unknown[0]}, which this run does not have")
 
 
 def _tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:

@@ -80,6 +80,7 @@ class RunFolder:
         *,
         resume: bool,
         names: list[str] | None = None,
+        check: Callable[[dict[str, Any]], None] | None = None,
     ) -> tuple[Listing, dict[str, Any] | None]:
         """Begin a run, or load the state from which it is resumed.
 
@@ -90,6 +91,7 @@ class RunFolder:
             resume: resume the run in the folder, if there is one.
             names: names by which the backbones can be loaded again; ``None`` if one of them was
                 given as an object.
+            check: see :meth:`Checkpoints.newest`.
 
         Returns:
             The photographs, and the newest checkpoint (``None`` if there is none).
@@ -110,8 +112,9 @@ class RunFolder:
             )
         state = None
         if run is not None:
-            state = self.checkpoints.newest()
+            # Other settings come first: a checkpoint of theirs does not fit, but is not damaged.
             self._check_same(run, config, backbones, photos)
+            state = self.checkpoints.newest(check)
             self._write_settings(config)
             write_json(self.path / "run.json", {**run, "config": config.to_json()})
         listing = self._listing(config, photos, run is not None)

@@ -92,6 +92,7 @@ def train(
                 photos,
                 resume=resume,
                 names=names if len(names) == len(several) else None,
+                check=trainer.check_state,
             )
         )
         if state is not None:

@@ -17,6 +17,7 @@ from upfeat.normalization import IMAGENET, Normalization
 from upfeat.optimisers import NAdam
 from upfeat.randomness import derive, global_stream, stream
 from upfeat.registry import unknown_name
+from upfeat.training.checkpoint import check_weights
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
@@ -229,6 +230,28 @@ class Trainer:
             "best": self.best,
             "stale": self.stale,
         }
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Check that a state read from a file is one that :meth:`load_state` can restore.
+
+        Raises:
+            ValueError: weights or moments are missing, unknown or of another shape.
+        """
+        check_weights("objectives", state["objectives"], self.objectives.state_dict())
+        if state["best"]:
+            check_weights("best", state["best"].get("weights"), self.upsampler.state_dict())
+            if not isinstance(state["best"].get("scores"), dict):
+                raise ValueError("best lacks scores")
+        groups, moments = (state["optimizer"].get(name) for name in ("param_groups", "state"))
+        if not isinstance(groups, list) or not isinstance(moments, dict):
+            raise ValueError("optimizer lacks param_groups or state")
+        own = self.optimizer.state_dict()["param_groups"]
+        if [one["params"] for one in groups] != [one["params"] for one in own]:
+            raise ValueError("optimizer is of other weights")
+        for index, weight in enumerate(self.parameters):
+            for name, value in moments.get(index, {}).items():
+                if isinstance(value, Tensor) and value.shape not in ((), weight.shape):
+                    raise ValueError(f"optimizer.{index}.{name} is {tuple(value.shape)}")
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore a state that :meth:`state` returned."""

@@ -1,0 +1,55 @@
+"""Answers to the page's events, without a browser."""
+
+import base64
+import os
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("gradio", reason='pip install "upfeat[demo]"')
+
+from upfeat.demo.answers import PHOTOGRAPHS, Answers, bundled
+from upfeat.demo.models import Models
+from upfeat.demo.session import Visits
+
+CHOSEN = ("efficientnet_lite0", "bilinear", 224)
+
+
+@pytest.fixture(scope="module")
+def answers():
+    return Answers(Models(upsamplers=["bilinear"]), Visits())
+
+
+def event(**data):
+    return SimpleNamespace(_data=data)
+
+
+def test_a_visit(answers):
+    token, opened = answers.greet(None, *CHOSEN)
+    assert (opened["kind"], opened["sample"]) == ("photo", "cat")
+    assert opened["photo"].startswith("data:image/jpeg;base64,")
+    heat = answers.pick(token, event(y=20, x=30))
+    assert (heat["kind"], heat["mode"]) == ("maps", "similarity")
+    assert heat["status"].endswith("(row 20, column 30)")
+    file = answers.fetch(token, event(what="picture", mode="similarity"))
+    assert (file["name"], file["type"]) == ("cat.similarity.png", "image/png")
+    assert base64.b64decode(file["data"]).startswith(b"\x89PNG")
+    own = base64.b64encode(bundled("coffee")).decode()
+    again, opened = answers.upload(token, *CHOSEN, event(name="mine.jpg", data=own))
+    assert (again, opened["sample"]) == (token, None)
+
+
+def test_what_a_visitor_can_mend_is_a_message(answers):
+    token, unknown = answers.choose(None, *CHOSEN, event(photo="../page"))
+    assert unknown["error"] == "there is no bundled photograph '../page'"
+    _, damaged = answers.upload(token, *CHOSEN, event(name="x", data="%"))
+    assert (damaged["kind"], damaged["error"]) == ("error", "the upload is damaged; try again")
+    assert unknown["number"] != damaged["number"], "the viewer skips repeated numbers"
+
+
+def test_every_bundled_photograph_is_there():
+    assert all(bundled(name).startswith(b"\xff\xd8") for name in PHOTOGRAPHS)
+
+
+def test_gradio_reports_nothing():
+    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
