@@ -71,5 +71,5 @@ class Mirrored(Backbone):
             return features, None
         return features, (hidden + mirrored_hidden.flip(3)) / 2
 
-    def _place(self, x: Tensor) -> Tensor:
+    def place(self, x: Tensor) -> Tensor:
         return x  # the inner backbone moves both images

@@ -311,7 +311,7 @@ class SecondScale(Backbone):
         other.displacement = displacement
         return other
 
-    def _place(self, x: Tensor) -> Tensor:
+    def place(self, x: Tensor) -> Tensor:
         return x  # the inner backbone moves both images
 
     def extract(self, x: Tensor) -> Tensor:

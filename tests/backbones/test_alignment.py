@@ -10,8 +10,10 @@ import torch.nn.functional as F
 import upfeat
 from upfeat.backbones import estimate_displacement
 from upfeat.mosaic import receptive_halo, see_within
+from upfeat.portable.model import PortableModel
 from upfeat.provenance import digest, identify_backbone
 from upfeat.scales import SecondScale
+from upfeat.upsamplers.head import Head
 
 
 class Displaced(upfeat.Backbone):
@@ -113,3 +115,10 @@ def test_nothing_to_measure_is_said():
     for images in ([], [torch.zeros(1, 3, 32, 32)]):
         with pytest.raises(ValueError, match="images have the same features in every cell"):
             estimate_displacement(Displaced(), images)
+
+
+def test_portable_models_align_too():
+    model, x = upfeat.load(Displaced(3).aligned(3)), photo(64, 96)
+    portable = PortableModel(model, Head(), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(portable(x), model(x), rtol=1e-3, atol=1e-4)

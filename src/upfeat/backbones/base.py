@@ -192,9 +192,9 @@ class Backbone(nn.Module, ABC):
         if size != (x.shape[2], x.shape[3]):
             x = x.float() if x.dtype.itemsize < 4 else x
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return self._place(x.to(self.dtype))
+        return self.place(x.to(self.dtype))
 
-    def _place(self, x: Tensor) -> Tensor:
+    def place(self, x: Tensor) -> Tensor:
         """Move an image by the displacement; wrappers leave that to the backbone that they wrap."""
         return _moved(x, self.displacement)
 

@@ -43,7 +43,8 @@ class PortableModel(nn.Module):
         seen = image
         if isinstance(size[0], torch.SymInt) or aligned != size:
             seen = axes.resize(image, aligned)
-        features = self.backbone.extract(seen.to(self.backbone.dtype)).to(image.dtype)
+        seen = self.backbone.place(seen.to(self.backbone.dtype))
+        features = self.backbone.extract(seen).to(image.dtype)
         guidance = guidance_for(self.source[0], image, self.backbone, self.bands)
         return self.form(features, guidance, output_size(image, self.stride))
 
