@@ -72,4 +72,5 @@ class Mirrored(Backbone):
         return features, (hidden + mirrored_hidden.flip(3)) / 2
 
     def place(self, x: Tensor) -> Tensor:
-        return x  # the inner backbone moves both images
+        """Return the image as it is: the inner backbone moves it."""
+        return x

@@ -312,7 +312,8 @@ class SecondScale(Backbone):
         return other
 
     def place(self, x: Tensor) -> Tensor:
-        return x  # the inner backbone moves both images
+        """Return the image as it is: the inner backbone moves it."""
+        return x
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
