@@ -55,13 +55,13 @@ class Segmentation(Probing):
         ),
         "boundary_f": Score(
             "boundary F",
-            "harmonic mean of precision and recall of class boundaries, matched within 0.75 % of the "
-            "image's diagonal, %",
+            "harmonic mean of precision and recall of class boundaries, matched within 0.75 % of "
+            "the image's diagonal, %",
             percent=True,
         ),
         "boundary_miou": Score(
             "mIoU at edges",
-            "mIoU of the pixels near a label edge, within 0.75 % of the image's diagonal, %",
+            "mIoU of the pixels at most 0.75 % of the image's diagonal from a label edge, %",
             percent=True,
         ),
         "drift": DRIFT,
