@@ -89,6 +89,28 @@ class TestShippedWeights:
             assert found.keys() == expected.keys()
             assert all(torch.equal(found[key], expected[key]) for key in found)
 
+    @pytest.mark.parametrize("cls", ["jbu_stack", "neighbourhood", "detail"])
+    def test_weights_of_another_backbone_are_warned_of(self, cls, caplog):
+        name = f"{cls}_efficientnet_lite0"
+        create_upsampler(name, 112, backbone="efficientnet_lite1")
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert record.getMessage() == (
+            f"upsampler='{name}' was trained for efficientnet_lite0, not for efficientnet_lite1; "
+            f"'{cls}' takes the weights that suit it best"
+        )
+
+    def test_weights_that_suit_are_not_warned_of(self, caplog):
+        own = "detail_efficientnet_lite0"
+        create_upsampler(own, 112, backbone="efficientnet_lite0")
+        create_upsampler(own)
+        create_upsampler("detail", 112, backbone="efficientnet_lite1")
+        create_upsampler("detail_universal", 112, backbone="efficientnet_lite1")
+        upfeat.load_upsampler(own)
+        with pytest.raises(ValueError, match="expects 112 channels"):
+            upfeat.load(torch.nn.Conv2d(3, 6, 16, 16), upsampler=own)
+        assert not caplog.records
+
     def test_universal_weights_serve_any_channels_and_stride(self):
         for name in ("jbu_stack_universal", "neighbourhood_universal", "detail_universal"):
             upsampler = create_upsampler(name)

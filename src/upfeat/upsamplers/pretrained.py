@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from upfeat.registry import unknown_name
@@ -11,6 +12,8 @@ from upfeat.upsamplers.detail import DetailUpsampler
 from upfeat.upsamplers.early_detail import EarlyDetailUpsampler
 from upfeat.upsamplers.saved import find_saved, load_pretrained, shipped_names
 from upfeat.upsamplers.tensor_files import SUFFIXES
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_UPSAMPLER = DetailUpsampler.name
 """The default upsampler: with weights trained for the backbone if there are any, else universal."""
@@ -79,7 +82,8 @@ def create_upsampler(
 
     Args:
         name: one of :func:`list_upsamplers`, a folder that ``save_pretrained`` wrote, or a
-            published checkpoint (see :func:`load_upsampler`); ``None`` for the default.
+            published checkpoint (see :func:`load_upsampler`); ``None`` for the default. Weights
+            that were trained for another backbone than ``backbone`` are logged at WARNING level.
         embed_dim: number of feature channels; a class's weights for another number are skipped.
         backbone: name of the backbone, to choose weights that were trained for it; ``None`` for
             the universal weights.
@@ -92,16 +96,28 @@ def create_upsampler(
     name = DEFAULT_UPSAMPLER if name is None else str(name)
     found = find_saved(name, UPSAMPLERS, embed_dim, backbone=backbone)
     if found is not None:
-        if found.wants_hidden and backbone is not None and name in shipped_names():
-            own = name.removeprefix(f"{found.name}_")
-            if own != backbone:
-                raise ValueError(
-                    f"upsampler={name!r} was trained on early layers of {own}, not of {backbone}; "
-                    f"give {found.name}, which takes those of the backbone's own"
-                )
+        if backbone is not None and name in shipped_names():
+            _check_origin(found, name, embed_dim, backbone)
         return found
     if _is_checkpoint(name):
         return load_checkpoint(name)
     if name and (Path(name).is_dir() or "/" in name):
         return load_pretrained(Upsampler, name, UPSAMPLERS)
     raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
+
+
+def _check_origin(upsampler: Upsampler, name: str, embed_dim: int | None, backbone: str) -> None:
+    """Warn of shipped weights that were trained for another backbone, or refuse them."""
+    own = name.removeprefix(f"{upsampler.name}_")
+    if own in (backbone, "universal"):
+        return
+    if upsampler.wants_hidden:
+        raise ValueError(
+            f"upsampler={name!r} was trained on early layers of {own}, not of {backbone}; "
+            f"give {upsampler.name}, which takes those of the backbone's own"
+        )
+    if getattr(upsampler, "embed_dim", None) in (None, embed_dim):  # others are refused elsewhere
+        logger.warning(
+            "upsampler=%r was trained for %s, not for %s; %r takes the weights that suit it best",
+            *(name, own, backbone, upsampler.name),
+        )
