@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="jobs to time (default: all)",
     )
     parser.add_argument(
-        "--repeats", type=int, default=7, metavar="N", help="timed calls (default: %(default)s)"
+        "--repeats", type=int, default=7, metavar="N", help="calls to time (default: %(default)s)"
     )
     parser.add_argument(
         "--quick",

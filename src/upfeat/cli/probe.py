@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         type=Path,
         metavar="FILE",
-        help="labels of a raster: class indices on the same grid, or GeoJSON with a property class",
+        help="labels of a raster: class indices on the same grid, or GeoJSON with a class property",
     )
     parser.add_argument(
         "--classes",
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--scale",
         type=scale_of,
         metavar="LOW,HIGH",
-        help="values of a raster, as in upfeat raster",
+        help="range of values, as in upfeat raster",
     )
     parser.add_argument(
         "--max-memory",

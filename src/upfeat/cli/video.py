@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames on which the colours are fitted (default: %(default)s)",
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="JSON file of the stability")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write stability as JSON")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(
         "--overwrite",
