@@ -1,9 +1,10 @@
-"""Gather results of ``upfeat eval`` into one file, of which docs/generate.py makes tables.
+"""Collect results of ``upfeat eval`` in one file, from which docs/generate.py makes tables.
 
     upfeat eval seg data/clothing --backbone efficientnet_lite0 -o out/lite0_clothing …
     python benchmarks/collect_probes.py --title "EfficientNet-Lite0: clothing" out/lite0_clothing
 
-Adds the folder's results to benchmarks/probes.json under the title, or replaces what stands there.
+Adds the folder's results to benchmarks/probes.json under the title. Earlier results
+of that title are replaced.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
     python benchmarks/digits.py rounding
 
 Writes benchmarks/digits.json: for each upsampler, and for the embedded backbone, the largest
-relative difference, ‖a − b‖/‖b‖, over images that fit into one window of the regression; and by
-``rounding``, which needs no other version, ways to compute the backbone against float64.
+relative difference, ‖a − b‖/‖b‖, over images that fit into one window of the regression.
+``rounding`` needs no other version: it compares ways to compute the backbone with float64.
 """
 
 from __future__ import annotations

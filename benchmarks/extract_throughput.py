@@ -2,11 +2,10 @@
 
     python benchmarks/extract_throughput.py [OUT.json] [--images 128] [--rounds 5] [--size 224]
 
-Rounds hold the backbone on tensors that lie in memory, in batches of several sizes
-with all threads for each, and with one image on each thread; and the whole of extract on JPEG
-files of the same size. What is reported are
-medians of wall-clock rates, and of processor time for an image: on a machine that does other things
-as well, the latter says more.
+Each round times the backbone on tensors in memory, in batches of several sizes with all threads,
+and with one image on each thread; and the whole of extract on JPEG files of the same size. Results
+are medians of wall-clock rates and of processor time per image. The latter is more reliable on a
+machine with other load.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary work folder")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="extract-", dir=options.folder))
     count, photos = options.images, root / "photos"

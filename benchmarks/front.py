@@ -1,4 +1,4 @@
-"""Draw one photograph's features for every budget: one pass, five, all, and rivals beside them.
+"""Draw one photograph's features from one pass, five passes, an implicit fit and rivals.
 
 Colours are three principal components, the same in every panel.
 

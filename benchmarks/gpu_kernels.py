@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: right first, then how far from the floor.
+"""Correctness of the Triton kernels on a GPU, and their time relative to its floor.
 
     python benchmarks/gpu_kernels.py [--json out.json] [--sweep] [--quick]
 
@@ -311,8 +311,8 @@ def sweep(bandwidth: float, rate: float) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--sweep", action="store_true", help="time other block sizes too")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--sweep", action="store_true", help="also time other block sizes")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and dtypes")
     options = parser.parse_args()
     reason = kernels.unavailable_reason()

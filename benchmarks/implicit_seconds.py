@@ -1,8 +1,8 @@
-"""Seconds that a fit takes, by the size of the image.
+"""Time of a fit, in seconds, for several sizes of the image.
 
     python benchmarks/implicit_seconds.py examples/photos/cat.jpg --threads 2
 
-The photograph is cut to a square. Results go to benchmarks/implicit_seconds.json.
+The photograph is cropped to a square. Results go to benchmarks/implicit_seconds.json.
 """
 
 from __future__ import annotations

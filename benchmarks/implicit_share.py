@@ -1,10 +1,10 @@
-"""Probes on fits with more and less of one pass in them, beside one pass and five.
+"""Probes on fits with several weights of the one-pass result, and on one and five passes.
 
     python benchmarks/implicit_share.py DATA -o out/
 
-DATA holds clothing/ and aerial_roads/ in the layout of ``upfeat eval``. An image is fitted twice,
-without the blend and for the mean alone, since all that lies between is a sum of both; fits and
-maps are kept in ``out/``, some gigabytes. Results go to benchmarks/implicit_share.json.
+DATA contains clothing/ and aerial_roads/ in the layout of ``upfeat eval``. Each image is fitted
+twice, without the blend and for the mean alone, since every blend is a weighted sum of both. Fits
+and maps are stored in ``out/``, some gigabytes. Results go to benchmarks/implicit_share.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Teach one pass what five passes see: the network of the early detail upsampler, from photographs.
+"""Train the network of the early detail upsampler to predict the result of five passes from one.
 
     python benchmarks/learn_early.py PHOTOS -o early_detail_efficientnet_lite0/
 
@@ -57,11 +57,11 @@ class Pair(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("photos", type=Path, help="a folder of photographs")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="a folder")
+    parser.add_argument("photos", type=Path, help="folder of photographs")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--size", type=int, default=224, help="shorter side, pixels")
-    parser.add_argument("--rounds", type=float, default=10, help="over the photographs")
+    parser.add_argument("--rounds", type=float, default=10, help="rounds over the photographs")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

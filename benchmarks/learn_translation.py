@@ -50,13 +50,17 @@ def pairs_of_fits(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("photos", type=Path, help="a folder of photographs")
+    parser.add_argument("photos", type=Path, help="folder of photographs")
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--backbone", default="efficientnet_lite0")
     parser.add_argument("--size", type=int, default=256, help="shorter side, pixels")
-    parser.add_argument("--count", type=int, default=80, help="photographs, evenly spaced")
+    parser.add_argument(
+        "--count", type=int, default=80, help="number of photographs, evenly spaced over the folder"
+    )
     parser.add_argument("--penalty", type=float, default=PENALTY)
-    parser.add_argument("--views", action="store_true", help="of fits to many views")
+    parser.add_argument(
+        "--views", action="store_true", help="learn the translation of fits to many views"
+    )
     options = parser.parse_args()
 
     backbone = upfeat.load_backbone(options.backbone).eval().requires_grad_(False)

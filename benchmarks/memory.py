@@ -1,4 +1,4 @@
-"""Largest resident memory with and without a bound, and whether the results have the same bits.
+"""Largest resident memory with and without a bound, and a check that the results are equal.
 
     python benchmarks/memory.py --max-memory 1GB --json memory.json
 
@@ -107,10 +107,10 @@ def file_digest(path: Path) -> str:
 
 def main() -> None:
     """Compare both jobs."""
-    parser = argparse.ArgumentParser(description="Memory with and without a bound.")
+    parser = argparse.ArgumentParser(description="Measure memory with and without a bound.")
     parser.add_argument("--jobs", nargs="+", default=["map", "run"], choices=["map", "run"])
-    parser.add_argument("--max-memory", help="the bound, as 1GB")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
+    parser.add_argument("--max-memory", help="memory bound, such as 1GB")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="file of the results")
     parser.add_argument("--child", choices=["map", "photo"], help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

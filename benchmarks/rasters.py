@@ -138,12 +138,16 @@ def resident_of(number: int) -> int:
 
 def main() -> None:
     """Measure all sides."""
-    parser = argparse.ArgumentParser(description="Time of upfeat raster, by area.")
+    parser = argparse.ArgumentParser(
+        description="Measure time and memory of upfeat raster, by area."
+    )
     parser.add_argument("--sides", type=int, nargs="+", default=[2000, 6000])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-memory", default="4GB")
-    parser.add_argument("--folder", type=Path, help="for rasters and results (default: temporary)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
+    parser.add_argument(
+        "--folder", type=Path, help="folder of rasters and results (default: temporary)"
+    )
+    parser.add_argument("--json", type=Path, metavar="PATH", help="file of the results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)

@@ -107,10 +107,10 @@ def measure(name: str, side: int) -> dict[str, object]:
 
 def main() -> None:
     """Measure all backbones."""
-    parser = argparse.ArgumentParser(description="Seams of tiled features.")
+    parser = argparse.ArgumentParser(description="Measure seams of tiled features.")
     parser.add_argument("--backbones", nargs="+", default=["efficientnet_lite0"])
     parser.add_argument("--side", type=int, default=1344)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="file of the results")
     options = parser.parse_args()
     rows = [measure(name, options.side) for name in options.backbones]
     text = json.dumps({"window": WINDOW, "rows": rows}, indent=1) + "\n"

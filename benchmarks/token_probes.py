@@ -1,10 +1,10 @@
-"""Probes on the tokens of a trained transformer: every upsampler, two of its blocks, every set.
+"""Probes on tokens of two blocks of a trained transformer, for every upsampler and every set.
 
     python benchmarks/token_probes.py DATA hf:FOLDER -o out/
 
-DATA holds clothing/, aerial_roads/ and depth_kitchen/ in the layout of ``upfeat eval``, and
-checkpoints/ the rivals' weights. Results go to benchmarks/probes.json as they finish; a second call
-uses what an interrupted one left in ``out/``.
+DATA contains clothing/, aerial_roads/ and depth_kitchen/ in the layout of ``upfeat eval``, and the
+rivals' weights in checkpoints/. Each result is written to benchmarks/probes.json when it is
+complete. After an interruption, a second call reuses the finished rows in ``out/``.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Processor time of every upsampler on the tokens of a trained transformer, one thread.
+"""Processor time of every upsampler on the tokens of a trained transformer, on one thread.
 
     python benchmarks/token_seconds.py DATA hf:FOLDER@8
 
-One image of 224×224 pixels, interleaved, medians; written to benchmarks/token_seconds.json. Those
-that start from features are timed without the backbone, five passes with all of it.
+The upsamplers take turns on one image of 224×224 pixels; medians are written to
+benchmarks/token_seconds.json. Upsamplers that start from coarse features are timed without the
+backbone; five passes are timed with all passes of the backbone.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A training step on a CPU against the same recipe computed as it is published.
+"""Time of a training step on a CPU, against the same recipe computed as published.
 
     python benchmarks/training_step.py [--json benchmarks/training-step.json] [--threads 1]
 
@@ -162,8 +162,8 @@ def summary(found: Times, threads: int) -> dict[str, object]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the numbers here")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch and the kernels")
+    parser.add_argument("--json", type=Path, help="file to write")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch and the kernels")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     load = [os.getloadavg()]

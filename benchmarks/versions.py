@@ -1,12 +1,11 @@
-"""Time two versions of the code in turns: nothing may be slower than before.
+"""Time two versions of the code in turns, to show that no job has become slower.
 
     python benchmarks/versions.py --before OLD/src --commits OLD NEW [--threads 2] [--jobs NAME …]
 
-Each version runs in a process of its own and does one job whenever it is told to, before and now by
-turns. Medians of the clock go to benchmarks/versions.json, those of processor time and the growth
-of memory beside them. Jobs that are named replace what the file has; without names it is written
-anew.
-``--before`` is the ``src`` of another checkout with its compiled library in place.
+Each version runs in its own process, and the versions run each job by turns. Medians of wall-clock
+time and of processor time, and the growth of memory, go to benchmarks/versions.json. If ``--jobs``
+names jobs, only their rows in the file are replaced; otherwise the file is written anew.
+``--before`` is the ``src`` of another checkout that contains its compiled library.
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ def write_clip(path: Path) -> None:
 
 def main() -> None:
     """Render the clip with both upsamplers, and write the stability of each."""
-    parser = argparse.ArgumentParser(description="Stability of a video's features.")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures")
+    parser = argparse.ArgumentParser(description="Measure the stability of a video's features.")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="file of the results")
     options = parser.parse_args()
     results = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=["14:224", "28:448", "64:1024"],
         metavar="GRID:SIZE",
-        help="cells and output pixels of a side (default: 14:224 28:448 64:1024)",
+        help="cells and output pixels per side (default: 14:224 28:448 64:1024)",
     )
     parser.add_argument(
         "--channels",
@@ -32,25 +32,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=[64, 384, 1024],
         metavar="C",
-        help="default: 64 384 1024",
+        help="numbers of channels (default: 64 384 1024)",
     )
     parser.add_argument(
         "--jobs",
         nargs="+",
         choices=("stack", "operator", "operator+backward"),
         default=["stack", "operator", "operator+backward"],
+        help="jobs to time (default: all)",
     )
-    parser.add_argument("--repeats", type=int, default=7, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--quick", action="store_true", help="14:224 with 64 channels only, without unfolding"
+        "--repeats", type=int, default=7, metavar="N", help="calls to time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="only 14:224 with 64 channels, without unfold",
     )
     parser.add_argument(
         "--rivals",
         nargs="*",
         type=Path,
         metavar="FILE",
-        help="time AnyUp, JAFAR and NAF instead, beside the plain form of their mathematics; with "
-        "the weights of these checkpoints, or random ones that cost the same",
+        help="time AnyUp, JAFAR and NAF instead, against plain PyTorch implementations of them, "
+        "with the weights of these checkpoints or random weights of equal cost",
     )
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write")
     parser.add_argument(

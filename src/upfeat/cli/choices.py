@@ -13,7 +13,7 @@ BACKBONE_HELP = (
     "efficientnet_lite0 (or .stride8, .stride32, …), timm:NAME, hf:ID-OR-FOLDER, "
     "open_clip:NAME/TAG, hub:REPO:NAME, a TorchScript or exported file, or my_file.py:make"
 )
-LAYER_HELP = "of such a backbone, counted from 0 (default: the last); several are concatenated"
+LAYER_HELP = "layer of a library's backbone, from 0; several are concatenated (default: the last)"
 
 DEFAULT_UPSAMPLER = "detail"
 
@@ -42,8 +42,8 @@ BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "
 """Upsamplers that every evaluation includes by default."""
 
 UPSAMPLER_HELP = (
-    f"{', '.join(UPSAMPLERS)}; weights by their full name (upfeat info lists them), a folder that "
-    "save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) (default: "
+    f"{', '.join(UPSAMPLERS)}, the full name of shipped weights (listed by upfeat info), a folder "
+    "that save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) (default: "
     f"{DEFAULT_UPSAMPLER})"
 )
 
@@ -71,17 +71,19 @@ def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
         "--engine",
         choices=("local", "ray"),
         default="local",
-        help="this process (default), or workers of Ray on this machine or a cluster",
+        help="compute in this process (default), or in Ray workers on this machine or a cluster",
     )
-    threads = "workers of Ray" if what == "tile" else "threads, or workers of Ray"
+    threads = "Ray workers" if what == "tile" else "threads or Ray workers"
     parser.add_argument(
         "--workers",
         type=int,
         metavar="N",
-        help=f"{threads}, each with one {what} at a time (default: one per CPU)",
+        help=f"number of {threads}; each processes one {what} at a time (default: one per CPU)",
     )
     parser.add_argument(
-        "--address", metavar="HOST:PORT", help="of a Ray cluster (default: one of this machine)"
+        "--address",
+        metavar="HOST:PORT",
+        help="address of a Ray cluster (default: start Ray on this machine)",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-HELP = "Turn the checkpoint of a published upsampler into safetensors that say where they are from."
+HELP = "Convert a published upsampler's checkpoint to safetensors with a record of its origin."
 EXAMPLE = (
     "  upfeat convert naf_release.pth naf.safetensors\n"
     "  upfeat run photo.jpg -o out/ --upsampler naf.safetensors"
@@ -17,14 +17,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=Path,
-        help="of FeatUp (.ckpt), AnyUp, JAFAR or NAF (.pth); recognised by its tensors, and "
-        "nothing else in it is read",
+        help="checkpoint of FeatUp (.ckpt), AnyUp, JAFAR or NAF (.pth); recognised by its tensors, "
+        "and nothing else in it is read",
     )
-    parser.add_argument("output", type=Path, help="the safetensors file to write")
-    parser.add_argument("--sha256", metavar="HEX", help="what the checkpoint must hash to")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the output where it exists"
-    )
+    parser.add_argument("output", type=Path, help="safetensors file to write")
+    parser.add_argument("--sha256", metavar="HEX", help="SHA-256 that the checkpoint must have")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 
 def execute(options: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 
 from upfeat.cli.choices import BACKBONE_HELP, name_of
 
-HELP = "Serve a web page to try features on: click, paint, compare."
+HELP = "Serve a web page for trying out features: click, paint, compare."
 EXAMPLE = "  upfeat demo\n  upfeat demo --upsampler published.safetensors --port 8000"
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-backbone",
         metavar="NAME",
-        help="offer a CLIP or SigLIP model too, to search by text: hf:ID-OR-FOLDER or "
+        help="also offer a CLIP or SigLIP model for searching by text: hf:ID-OR-FOLDER or "
         "open_clip:NAME/TAG",
     )
     parser.add_argument(
@@ -40,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host",
         default="127.0.0.1",
-        help="address to bind to (default: %(default)s, this machine alone); 0.0.0.0 lets everyone "
-        "who can reach this machine use the page, without a password and unencrypted",
+        help="address to bind to (default: %(default)s, this machine only); 0.0.0.0 lets everyone "
+        "who can reach this machine use the page, without a password or encryption",
     )
     parser.add_argument(
-        "--port", type=int, default=7860, help="0 for any free one (default: %(default)s)"
+        "--port", type=int, default=7860, help="port; 0 for any free one (default: %(default)s)"
     )
 
 

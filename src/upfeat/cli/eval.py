@@ -40,16 +40,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "task",
         choices=list_tasks(),
         metavar="task",
-        help="; ".join(f"{name}: {question}" for name, question in list_tasks().items()),
+        help="; ".join(f"{name}: {meaning.rstrip('.')}" for name, meaning in list_tasks().items()),
     )
     parser.add_argument(
         "folder",
         type=Path,
-        help="images/ beside labels/ or depth/, in train/ and test/ if it is split; for cam and "
-        "consistency any folder of photographs",
+        help="folder with images/ and labels/ (seg) or depth/ (depth), within train/ and test/ if "
+        "the set is split; for cam and consistency, any folder of photographs",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="where results go"
+        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the results"
     )
     parser.add_argument(
         "--layout",
@@ -62,15 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, NAF, "
-        "FeatUp), or implicit: fits every image, about 10 s each (default: "
+        "FeatUp), or implicit, which fits every image in about 10 s (default: "
         f"{' '.join(BASELINES)}, and the backbone's default)",
     )
     parser.add_argument(
         "--protocol",
         choices=("own", "transfer", "both"),
         default="both",
-        help="seg and depth: probes trained on the upsampled features (own), or on the coarse ones "
-        "and applied to the upsampled (transfer) (default: both)",
+        help="seg and depth: train probes on the upsampled features (own), or train them on the "
+        "coarse features and apply them to the upsampled features (transfer) (default: both)",
     )
     parser.add_argument(
         "--downsampler",
@@ -78,11 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("box", "simple", "attention"),
         default=["box", "attention"],
         metavar="KIND",
-        help="consistency: the way back to the backbone's grid, a row for each: box (the mean over "
+        help="consistency: downsamplers to the backbone's grid, one row for each: box (mean over "
         "each cell), simple or attention (fitted to each upsampler) (default: box attention)",
     )
     parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)"
+        "--seeds",
+        type=int,
+        default=3,
+        metavar="N",
+        help="number of seeds (default: %(default)s)",
     )
     parser.add_argument(
         "--backbone",
@@ -96,14 +100,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=224,
         metavar="PIXELS",
-        help="shorter side at which images and labels are compared (default: %(default)s)",
+        help="shorter side to which images and labels are resized (default: %(default)s)",
     )
     parser.add_argument(
         "--pixels",
         type=int,
         default=256,
         metavar="N",
-        help="pixels drawn from each training image (default: %(default)s)",
+        help="seg and depth: pixels drawn from each training image (default: %(default)s)",
     )
     parser.add_argument(
         "--views",
@@ -112,14 +116,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="consistency: jittered views of each test image (default: %(default)s)",
     )
-    parser.add_argument("--max-train", type=int, metavar="N", help="use N training images")
-    parser.add_argument("--max-test", type=int, metavar="N", help="use N test images")
+    parser.add_argument("--max-train", type=int, metavar="N", help="use at most N training images")
+    parser.add_argument("--max-test", type=int, metavar="N", help="use at most N test images")
     parser.add_argument(
         "--split-seed",
         type=int,
         default=0,
         metavar="SEED",
-        help="seed of automatic splits and of --max-train, --max-test (default: %(default)s)",
+        help="seed of automatic splits, and of draws by --max-train and --max-test (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--device",
@@ -249,9 +254,9 @@ def _differences(results: Results) -> Table:
     from upfeat.evaluation.report.page import differences
 
     table = Table(
-        title="differences: mean, where 95 % of 1,000 draws of the test images lie, every seed"
+        title="differences: mean, 95 % interval over 1,000 draws of the test images, each seed"
     )
-    for name in ("protocol", "upsampler", "less", "in"):
+    for name in ("protocol", "upsampler", "minus", "score"):
         table.add_column(name, no_wrap=True)
     for name in ("mean", "95 %", "seeds"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -13,7 +13,7 @@ from upfeat.cli.choices import (
     with_layers,
 )
 
-HELP = "Write backbone, upsampler and an optional head as ONNX or as an exported program."
+HELP = "Export a backbone, an upsampler and an optional head to ONNX or a PyTorch exported program."
 EXAMPLE = (
     "  upfeat export -o model.onnx\n"
     "  upfeat export --head head.safetensors --stride 4 -o classes.onnx\n"
@@ -29,25 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="the file to write, .onnx (for onnxruntime) or .pt2 (for torch.export.load)",
+        help="file to write: .onnx (for onnxruntime) or .pt2 (for torch.export.load)",
     )
     parser.add_argument(
         "--format", metavar="onnx|pt2", help="format of the file (default: by its ending)"
     )
     add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
-    parser.add_argument("--head", metavar="FILE", help="a linear head that upfeat probe trained")
+    parser.add_argument("--head", metavar="FILE", help="linear head trained by upfeat probe")
     parser.add_argument(
         "--size",
         metavar="WIDTHxHEIGHT",
-        help="fix the size of the images that the file takes (default: any size)",
+        help="fixed size of the model's input images (default: any size)",
     )
     parser.add_argument(
         "--stride",
         type=int,
         default=1,
         metavar="PIXELS",
-        help="image pixels for each output pixel (default: %(default)s, the image's size)",
+        help="image pixels per output pixel (default: %(default)s, output of the image's size)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, add_engine, with_layers
 
-HELP = "Extract features of large sets: folders, lists, tar archives and videos; resumable."
+HELP = "Extract features of large image sets: folders, lists, tar archives and videos; resumable."
 EXAMPLE = (
     "  upfeat extract photos/ -o features/\n"
     "  upfeat extract shard-000.tar shard-001.tar -o features/ --kind features --size 224\n"
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="source",
-        help="a folder (searched to any depth), an image, a .txt list, a .tar archive, a video",
+        help="folder (searched recursively), image, .txt list, .tar archive or video",
     )
     parser.add_argument(
         "-o",
@@ -32,22 +32,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="where results go; items already in it are not extracted again",
+        help="folder of the results; items extracted there before are skipped",
     )
     parser.add_argument(
         "--kind",
         choices=("lazy", "features"),
         default="lazy",
-        help="coarse features and the image, to be upsampled when read (default; a hundredth of "
-        "the size), or full maps",
+        help="store coarse features and the image, to upsample when read (lazy, the default; a "
+        "hundredth of the size), or full maps (features)",
     )
     parser.add_argument(
-        "--head", type=Path, metavar="FILE", help="store the maps of this head instead of features"
+        "--head",
+        type=Path,
+        metavar="FILE",
+        help="store this head's output instead of features",
     )
     add_backbone(parser)
-    parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="resize the shorter side first (default: no)"
+        "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="resize the shorter side first (default: no)",
     )
     parser.add_argument(
         "--dtype",
@@ -59,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-memory",
         metavar="AMOUNT",
-        help="most memory for a process, as 2GB or 500MiB (default: what the machine has)",
+        help="memory limit of each process, such as 2GB or 500MiB (default: the machine's memory)",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(

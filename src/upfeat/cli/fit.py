@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from upfeat.implicit.fit import FitConfig, FitProgress, OnFit
     from upfeat.outputs import Photo
 
-HELP = "Fit implicit features to photographs: small files that draw features at any resolution."
+HELP = "Fit implicit features to photographs; write small files to render at any resolution."
 EXAMPLE = (
     "  upfeat fit photo.jpg -o photo.safetensors\n"
     "  upfeat fit photos/ -o fitted/\n"
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="photo",
-        help="image file, or a folder (searched to any depth)",
+        help="image file, or folder (searched recursively)",
     )
     parser.add_argument(
         "-o",
@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="PATH",
-        help="a .safetensors file for one photograph, or a folder; photographs already fitted "
-        "there are skipped. The picture goes beside it: NAME.features.png",
+        help=".safetensors file for one photograph, or folder, in which photographs fitted before "
+        "are skipped; a picture, NAME.features.png, is written next to each file",
     )
     add_backbone(parser)
     parser.add_argument(
         "--preset",
         default="fast",
         choices=("fast", "reference"),
-        help="a closed-form solution (default), or the published recipe (hours on a CPU)",
+        help="closed-form solution (fast, default) or published recipe (reference, hours on a CPU)",
     )
     parser.add_argument(
         "--size",
@@ -57,30 +57,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="shorter side of the fit (default: the photograph's own, at most 224)",
     )
-    parser.add_argument("--views", type=int, metavar="N", help="most jittered views to use")
+    parser.add_argument("--views", type=int, metavar="N", help="largest number of jittered views")
     parser.add_argument(
         "--share",
         type=float,
         metavar="S",
-        help="the views' share in the result, 0 to 1; the rest is what one pass draws",
+        help="weight of the views in the result, 0 to 1; the rest is given to the one-pass result",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)"
+    )
     parser.add_argument(
         "--no-guidance",
         action="store_true",
-        help="leave the image out of the file; rendering then needs it",
+        help="store no image in the file; rendering then needs the photograph",
     )
     parser.add_argument(
         "--max-pixels",
         type=int,
         default=1 << 28,
         metavar="N",
-        help="refuse larger photographs (default: %(default)s)",
+        help="refuse photographs with more pixels (default: %(default)s)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace files that upfeat did not make (never one that is read)",
+        help="replace files that upfeat did not write (never an input file)",
     )
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")

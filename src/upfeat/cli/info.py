@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-HELP = "Show versions, devices, and which kernel backends can run and why not."
+HELP = "Show versions, devices and kernel backends, with the reason if a backend cannot run."
 EXAMPLE = "  upfeat info"
 
 

@@ -26,16 +26,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         type=Path,
-        help="a folder with images/, labels/ and classes.json, or a raster with --labels",
+        help="folder with images/, labels/ and classes.json, or raster with --labels",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="the head, .safetensors"
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file to write, .safetensors",
     )
     parser.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="labels of a raster: class indices on its grid, or GeoJSON with a property class",
+        help="labels of a raster: class indices on the same grid, or GeoJSON with a class property",
     )
     parser.add_argument(
         "--classes",
@@ -44,17 +49,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of the classes, in the order of their indices",
     )
     add_backbone(parser)
-    parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
     parser.add_argument(
-        "--size", type=int, metavar="PIXELS", help="resize photographs' shorter side (default: no)"
+        "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="resize photographs' shorter side (default: no)",
     )
     parser.add_argument(
         "--bands", type=bands_of, metavar="N,N,N", help="bands of a raster, as in upfeat raster"
     )
     parser.add_argument(
-        "--scale", type=scale_of, metavar="LOW,HIGH", help="values of a raster, as in upfeat raster"
+        "--scale",
+        type=scale_of,
+        metavar="LOW,HIGH",
+        help="range of values, as in upfeat raster",
     )
-    parser.add_argument("--max-memory", default="4GB", metavar="AMOUNT", help="default: 4GB")
+    parser.add_argument(
+        "--max-memory",
+        default="4GB",
+        metavar="AMOUNT",
+        help="memory limit for a raster (default: %(default)s)",
+    )
     parser.add_argument(
         "--pixels",
         type=int,
@@ -62,8 +80,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="pixels drawn from each image (default: %(default)s)",
     )
-    parser.add_argument("--folds", type=int, default=5, metavar="N", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--folds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="folds of the cross-validation (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)"
+    )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
 

@@ -28,33 +28,35 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("raster", type=Path, help="anything that GDAL reads: GeoTIFF, COG, VRT, …")
+    parser.add_argument("raster", type=Path, help="raster that GDAL can read: GeoTIFF, COG, VRT, …")
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="PATH",
-        help="scene.zarr, or scene.tif (a Cloud Optimized GeoTIFF)",
+        help="result: .zarr, or .tif (a Cloud Optimized GeoTIFF)",
     )
     add_backbone(parser)
-    parser.add_argument("--upsampler", metavar="NAME", help="default: the backbone's best")
+    parser.add_argument(
+        "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
+    )
     parser.add_argument(
         "--head",
         type=Path,
         metavar="FILE",
-        help="write what a head of upfeat probe says instead of the features",
+        help="head trained by upfeat probe; its output is written instead of the features",
     )
     parser.add_argument(
         "--write",
         choices=("classes", "probabilities", "values"),
-        help="of a head (default: classes for one of classes, values for others)",
+        help="output of the head to write (default: classes for a classifier, else values)",
     )
     parser.add_argument(
         "--bands",
         type=bands_of,
         metavar="N,N,N",
-        help="three bands, or one, counted from 1 (default: those marked red, green, blue)",
+        help="three bands, or one, counted from 1 (default: the bands marked red, green, blue)",
     )
     parser.add_argument(
         "--scale",
@@ -67,14 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-memory",
         default="4GB",
         metavar="AMOUNT",
-        help="that the process may take, as 2GB or 500MiB (default: %(default)s)",
+        help="memory limit of the process, such as 2GB or 500MiB (default: %(default)s)",
     )
     parser.add_argument(
-        "--dtype", choices=("fp16", "fp32"), default="fp16", help="of features (default: fp16)"
+        "--dtype",
+        choices=("fp16", "fp32"),
+        default="fp16",
+        help="number type of features (default: fp16)",
     )
     add_engine(parser, "tile")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished output")
+    parser.add_argument("--resume", action="store_true", help="continue an unfinished output")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from upfeat.cli.choices import size_of
 
-HELP = "Draw fitted implicit features at any size."
+HELP = "Render fitted implicit features at any size."
 EXAMPLE = (
     "  upfeat render photo.safetensors --size 1024x768 -o features.safetensors\n"
     "  upfeat render photo.safetensors --size 1024x768 -o picture.png"
@@ -17,7 +17,7 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", type=Path, help="what upfeat fit wrote")
+    parser.add_argument("file", type=Path, help="file written by upfeat fit")
     parser.add_argument(
         "-o",
         "--output",
@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=".safetensors, .npy or .zarr for values; .png or .jpg for a picture",
     )
     parser.add_argument(
-        "--size", metavar="WIDTHxHEIGHT", help="in pixels (default: the size of the fit)"
+        "--size", metavar="WIDTHxHEIGHT", help="size in pixels (default: the size of the fit)"
     )
     parser.add_argument(
-        "--image", type=Path, metavar="PHOTO", help="the photograph, where the file lacks it"
+        "--image", type=Path, metavar="PHOTO", help="photograph, if the file does not contain it"
     )
     parser.add_argument(
         "--dtype",
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace a file that upfeat did not make (never one that is read)",
+        help="replace a file that upfeat did not write (never an input file)",
     )
 
 

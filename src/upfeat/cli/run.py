@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from upfeat.cli.console import Batch, Plan
     from upfeat.outputs import Outputs
 
-HELP = "Upsample the features of photographs; write them, and a picture of each."
+HELP = "Upsample the features of photographs; write the features, and a picture of each map."
 EXAMPLE = (
     "  upfeat run photo.jpg -o out/\n"
     "  upfeat run photos/ -o out/\n"
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=Path,
         metavar="photo",
-        help="image file, or a folder, searched with all below",
+        help="image file, or folder (searched recursively)",
     )
     parser.add_argument(
         "-o",
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="where results go: NAME.safetensors and NAME.features.png",
+        help="folder of the results: NAME.safetensors and NAME.features.png",
     )
     add_backbone(parser)
     parser.add_argument(
@@ -63,21 +63,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("fp16", "bf16", "fp32"),
         default="fp16",
-        help="of the stored features (default: %(default)s)",
+        help="number type of the stored features (default: %(default)s)",
     )
     parser.add_argument(
         "--passes",
         type=int,
         choices=PASSES,
         default=1,
-        help="2: average features of the image and of its mirror image; 5: use the image at "
-        "twice its size too; 6: both (default: %(default)s)",
+        help="2: average features of the image and its mirror image; 5: also use the image at "
+        "twice its size; 6: both (default: %(default)s)",
     )
     parser.add_argument(
         "--head",
         type=Path,
         metavar="FILE",
-        help="of upfeat probe: write what it says of every pixel, and draw the classes",
+        help="head trained by upfeat probe; its output is written and drawn instead of features",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
@@ -86,30 +86,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1 << 28,
         metavar="N",
-        help="refuse larger photographs (default: %(default)s)",
+        help="refuse photographs with more pixels (default: %(default)s)",
     )
     parser.add_argument(
         "--bands",
         type=bands_of,
         metavar="N,N,N",
-        help="of files of several bands, those to take, counted from 0 (default: the first three)",
+        help="bands to use of files with several, counted from 0 (default: the first three)",
     )
     parser.add_argument(
         "--max-value",
         type=float,
         metavar="VALUE",
-        help="that becomes white, as 4095 for 12 bits, 10000 for many reflectances (default: the "
-        "largest of the file's type)",
+        help="value that becomes white, such as 4095 for 12 bits or 10000 for many reflectances "
+        "(default: the largest value of the file's type)",
     )
     parser.add_argument(
         "--max-memory",
         metavar="AMOUNT",
-        help="that the process may take, as 2GB or 500MiB (default: what the machine has)",
+        help="memory limit of the process, such as 2GB or 500MiB (default: the machine's memory)",
     )
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace files that upfeat did not make (never one that is read)",
+        help="replace files that upfeat did not write (never an input file)",
     )
 
 

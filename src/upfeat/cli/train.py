@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "photos",
         type=Path,
         nargs="?",
-        help="folder of photographs, searched with all below; with --resume that of the run, "
-        "unless it has moved",
+        help="folder of photographs, searched recursively; with --resume, needed only if the run's "
+        "folder of photographs has moved",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the run"
@@ -43,43 +43,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with the run in the folder, however it was stopped, with the settings that it "
-        "was started with; those given again must be the same",
+        help="continue the run in the folder, however it was stopped, with its original settings; "
+        "settings given again must equal them",
     )
     parser.add_argument(
         "--backbone",
         type=name_of,
         nargs="+",
         metavar="NAME",
-        help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}); of several, an upsampler that serves "
-        "all is trained",
+        help=f"{BACKBONE_HELP} (default: {DEFAULT_BACKBONE}); several: train one upsampler for all",
     )
     add_layer(parser)
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="settings as YAML or JSON, by the flags' names with _ for -; flags go before it",
+        help="YAML or JSON file of settings, named like the flags with _ for -; flags override it",
     )
     parser.add_argument(
         "--preset",
         metavar="NAME",
-        help=f"recipe to start from: {', '.join(PRESETS)} (reference: the published one)",
+        help=f"recipe to start from: {', '.join(PRESETS)} (reference: the published recipe)",
     )
-    settings = parser.add_argument_group("settings (docs/guides/training.md says more)")
+    settings = parser.add_argument_group("settings (see docs/guides/training.md)")
     add_flags(settings, TrainConfig)
     settings.add_argument(
         "--option",
         action="append",
         default=[],
         metavar="NAME=VALUE",
-        help="upsampler option, e.g. radius=2 (repeatable)",
+        help="option of the upsampler, such as radius=2 (repeatable)",
     )
     settings.add_argument(
         "--tensorboard",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="write scalars and pictures for TensorBoard too",
+        help="also write scalars and pictures for TensorBoard",
     )
 
 

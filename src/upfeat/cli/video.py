@@ -18,7 +18,7 @@ from upfeat.cli.choices import (
 if TYPE_CHECKING:
     from upfeat.video import VideoReport
 
-HELP = "Write a video of a video's features, in one basis of colours; report its stability."
+HELP = "Render a video's features, with the same colours in all frames; report their stability."
 EXAMPLE = (
     "  upfeat video clip.mp4 -o out.mp4\n"
     "  upfeat video clip.mp4 -o out.mp4 --size 360 --alone --report stability.json\n"
@@ -28,14 +28,14 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("video", type=Path, help="file that FFmpeg reads")
+    parser.add_argument("video", type=Path, help="video file that FFmpeg can read")
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         required=True,
         metavar="FILE",
-        help="where the result goes: .mp4, .mov, .mkv or .webm; without sound",
+        help="video to write, without sound: .mp4, .mov, .mkv or .webm",
     )
     add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
@@ -50,26 +50,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=PASSES,
         default=1,
-        help="2: average features of frames and of their mirror images; 5: use frames at twice "
-        "their size too; 6: both (default: %(default)s)",
+        help="2: average features of frames and their mirror images; 5: also use frames at twice "
+        "their size; 6: both (default: %(default)s)",
     )
-    parser.add_argument("--head", type=Path, metavar="FILE", help="show the classes of a head")
+    parser.add_argument("--head", type=Path, metavar="FILE", help="show this head's classes")
     parser.add_argument(
-        "--alone", action="store_true", help="features alone, without the frame beside them"
+        "--alone", action="store_true", help="show features only, without the frame next to them"
     )
     parser.add_argument(
         "--sample",
         type=int,
         default=16,
         metavar="N",
-        help="frames that the colours are fitted on (default: %(default)s)",
+        help="frames on which the colours are fitted (default: %(default)s)",
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the stability as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write stability as JSON")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(
         "--overwrite",
         action="store_true",
-        help="replace files that upfeat did not make (never one that is read)",
+        help="replace files that upfeat did not write (never an input file)",
     )
 
 

@@ -39,33 +39,39 @@ class EvalConfig:
 
     size: int = setting(
         224,
-        "shorter side of the images as evaluated, pixels; labels are brought to the same size",
+        "shorter side to which images and labels are resized, pixels",
         Whole(1, 1 << 14),
     )
     seeds: int = setting(3, "number of repetitions, seeds 0, 1, …", Whole(1, 1 << 10))
     protocols: tuple[str, ...] = setting(PROTOCOLS, "protocols of probes", Several(PROTOCOLS))
     pixels: int = setting(
-        256, "pixels drawn from each training image for each seed", Whole(2, 1 << 20)
+        256, "number of pixels drawn from each training image for each seed", Whole(2, 1 << 20)
     )
     max_train: int | None = setting(
         None,
-        "training images at most, drawn at random; `None` for all",
+        "largest number of training images, drawn at random; `None` for all",
         Whole(optional=True),
     )
     max_test: int | None = setting(
-        None, "test images at most, drawn at random; `None` for all", Whole(optional=True)
+        None,
+        "largest number of test images, drawn at random; `None` for all",
+        Whole(optional=True),
     )
     split_seed: int = setting(
-        0, "seed of automatic splits and of `max_train` and `max_test`", Whole(0)
+        0, "seed of automatic splits, and of draws by `max_train` and `max_test`", Whole(0)
     )
-    views: int = setting(5, "jittered views of each test image, for consistency", Whole(1, 1 << 16))
+    views: int = setting(
+        5, "number of jittered views of each test image, for consistency", Whole(1, 1 << 16)
+    )
     downsamplers: tuple[str, ...] = setting(
         ("box", "attention"),
-        "ways back to the backbone's grid, for consistency",
+        "downsamplers to the backbone's grid, for consistency",
         Several(DOWNSAMPLERS),
     )
     pictures: int = setting(
-        5, "test images shown in the report, evenly spaced over the list", Whole(0, 1 << 10)
+        5,
+        "number of test images in the report, evenly spaced over the list",
+        Whole(0, 1 << 10),
     )
 
     def __post_init__(self) -> None:

@@ -28,8 +28,8 @@ from upfeat.probes import LinearProbe, Pixels, draw_pixels, read_cells, read_pix
 
 PROTOCOLS = {
     "own": "the probe is trained on the upsampled features of the training images",
-    "transfer": "the probe is trained on the coarse features and applied to the upsampled ones; "
-    "upsampling its logits gives the same",
+    "transfer": "the probe is trained on the coarse features and applied to the upsampled "
+    "features; upsampling its logits gives the same result",
 }
 
 

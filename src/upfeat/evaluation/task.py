@@ -37,8 +37,8 @@ class Score:
 
 DRIFT = Score(
     "cosine to coarse",
-    "cosine between the upsampled features, averaged over each cell, and the coarse ones; 1 means "
-    "that upsampling leaves the features' meaning alone",
+    "mean cosine between the coarse features and the upsampled features averaged over each cell; 1 "
+    "means that averaging recovers the coarse features, up to their length",
 )
 """Scored by every task, under the name ``drift``."""
 

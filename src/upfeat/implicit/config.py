@@ -33,66 +33,71 @@ class FitConfig:
     preset: str = setting(
         "fast",
         "`fast`, a closed-form solution; or `reference`, the published recipe (FeatUp, section "
-        "3.3), some hundred times slower",
+        "3.3), about a hundred times slower",
         _one_of(*PRESETS),
     )
     size: int | None = setting(
         None,
-        "length of the shorter side at which the image is fitted, pixels; `None` for its own, at "
-        "most 224; the result can be drawn at any size",
+        "shorter side of the fitted image, pixels; `None` for the image's own, at most 224; "
+        "the result can be rendered at any size",
         Whole(1, 1 << 14, optional=True),
     )
-    seed: int = setting(0, "seed of all that is drawn at random", Whole(0, (1 << 63) - 1))
+    seed: int = setting(0, "seed of all random draws", Whole(0, (1 << 63) - 1))
     views: int | None = setting(
         None,
-        "jittered views to look at; `None` for at most 64 (fast: fewer where held-out views gain "
-        "nothing, and the image itself besides) or 3000 (reference)",
+        "number of jittered views; `None` for 3000 (reference) or at most 64 (fast, which adds the "
+        "image itself, and stops earlier, see `tolerance`)",
         Whole(1, 1 << 20, optional=True),
     )
     zoomed_views: int = setting(
-        48, "fast: magnified views, looked at beside those for their details", Whole(0, 1 << 16)
+        48, "fast: number of additional magnified views, used for details only", Whole(0, 1 << 16)
     )
     held_out: int = setting(
-        32, "views that are never fitted, by which the fit is judged", Whole(1, 1 << 16)
+        32,
+        "number of held-out views, which evaluate the fit and are never fitted",
+        Whole(1, 1 << 16),
     )
     components: int = setting(
         128,
-        "principal components of the features in which the fit works",
+        "number of principal components that represent the features during the fit",
         Whole(1, 1 << 15),
     )
-    max_pad: float = setting(30, "reflected border of views, pixels", Number(0, 1 << 14))
+    max_pad: float = setting(30, "largest reflected border of views, pixels", Number(0, 1 << 14))
     max_zoom: float = setting(1.8, "largest magnification of views", Number(1, 1e3))
     tolerance: float = setting(
         0.01,
-        "fast: stop when twice the views lower the held-out loss by less than this fraction",
+        "fast: stop if doubling the views lowers the held-out loss by less than this fraction",
         Number(0, 1, below=True),
     )
     slack: float = setting(
         0.05,
-        "fast: fraction of the held-out loss that may be given for a smoother map; the smoothest "
-        "is what a one-pass upsampler draws, smoothness helps linear probes, and 0 gives the least "
-        "held-out loss",
+        "fast: fraction by which the held-out loss may exceed its minimum in favour of a map "
+        "closer to the one-pass result, which is smoother and suits linear probes better; 0 for "
+        "the minimum",
         Number(0, 1, below=True),
     )
     share: float = setting(
         0.5,
-        "fast: the views' share in the result, from 0 to 1; the rest is what a one-pass upsampler "
-        "draws, and both together tell classes apart better than either; 1 explains views better",
+        "fast: weight of the fit to the views in the result, from 0 to 1; the remaining weight is "
+        "given to the one-pass result; the average separates classes better than either, 1 "
+        "explains views better",
         Number(0, 1),
     )
     translation: float = setting(
         1.0,
-        "fast: how far what the views agree on is turned into the words of the image's own "
-        "features, from 0 to 1, by a linear map of channels; heads of coarse features need that; "
+        "fast: strength, from 0 to 1, of the linear map of channels that translates the fitted map "
+        "into features of the unjittered image, which heads trained on coarse features need; "
         "`share=1` and `translation=0` explain views best",
         Number(0, 1),
     )
-    anchors: int = setting(1024, "fast: basis functions, at most", Whole(1, MOST_ANCHORS))
-    steps: int = setting(1200, "reference: steps of NAdam", Whole())
-    views_per_step: int = setting(10, "reference: views drawn for each step", Whole(1, 1 << 16))
+    anchors: int = setting(1024, "fast: largest number of basis functions", Whole(1, MOST_ANCHORS))
+    steps: int = setting(1200, "reference: number of steps of NAdam", Whole())
+    views_per_step: int = setting(10, "reference: number of views per step", Whole(1, 1 << 16))
     learning_rate: float = setting(2e-3, "reference: step size of NAdam", Number(0, 10, above=True))
     downsampler: str = setting(
-        "attention", "reference: `attention` or `simple`", _one_of("attention", "simple")
+        "attention",
+        "reference: downsampler, `attention` or `simple`",
+        _one_of("attention", "simple"),
     )
 
     def __post_init__(self) -> None:

@@ -121,58 +121,63 @@ class TrainConfig:
     """
 
     upsampler: str = setting(
-        "neighbourhood", "name, or a folder of saved weights to start from", Name(optional=False)
+        "neighbourhood",
+        "name of the upsampler, or folder of saved weights to start from",
+        Name(optional=False),
     )
     upsampler_options: dict[str, Any] = setting(
-        {}, "arguments of its constructor (`--option radius=2`)", options, flag=False
+        {}, "arguments of the upsampler's constructor (`--option radius=2`)", options, flag=False
     )
     frozen: tuple[str, ...] = setting(
-        (), "names of parts of the upsampler that are not trained (in a file)", names, flag=False
+        (),
+        "names of parts of the upsampler that are not trained (no flag: set it in a file)",
+        names,
+        flag=False,
     )
     back_projections: int | None = setting(
         2,
-        "corrections that the trained neighbourhood upsampler makes; none while it is trained, "
-        "since they would reward smooth weights; `None` leaves the constructor's",
+        "number of back-projections of the finished neighbourhood upsampler; training uses none, "
+        "since they would reward smooth weights; `None` for the constructor's number throughout",
         Whole(0, 100, optional=True),
     )
-    steps: int = setting(250, "steps of the optimiser", Whole())
+    steps: int = setting(250, "number of optimiser steps", Whole())
     batch_size: int = setting(
         4,
-        "photographs of a step, over all processes and accumulated parts together",
+        "photographs per step, in all processes and accumulated parts together",
         Whole(1, 1 << 16),
     )
-    views: int = setting(6, "views of each photograph", Whole(1, 1 << 16))
+    views: int = setting(6, "number of views of each photograph", Whole(1, 1 << 16))
     size: int = setting(
         224,
-        "side of the square image that the upsampler sees, pixels; at least two cells of the "
-        "backbone",
+        "side of the square guidance, pixels; at least two cells of the backbone",
         Whole(1, 1 << 14),
     )
     source_size: int | None = setting(
         None,
-        "side of the finer image that views are cut from, pixels, so that magnified views show new "
-        "detail; `None` for `size`",
+        "side of the image from which views are made, pixels, at least `size`; if it is larger, "
+        "magnified views show new detail; `None` for `size`",
         Whole(1, 1 << 15, optional=True),
     )
     crop: str = setting(
         "short_side",
-        "square window that is taken of a photograph: as large as its shorter side (`short_side`), "
-        "in its own pixels (`native`), or between the two (`mixed`)",
+        "side of the square window cut from a photograph: the photograph's shorter side "
+        "(`short_side`), `source_size`, so that pixels are copied (`native`), or a random length "
+        "between these (`mixed`)",
         Choice(["short_side", "native", "mixed"]),
     )
-    max_pad: float = setting(20.0, "reflected border of the views, pixels", Real(0, 1 << 14))
+    max_pad: float = setting(20.0, "largest reflected border of views, pixels", Real(0, 1 << 14))
     max_zoom: float = setting(4.0, "largest magnification of views, at least 1", Real(1, 1e3))
     zoom_probability: float = setting(0.8, "fraction of views that are magnified", Real(0, 1))
     flip_probability: float = setting(0.5, "fraction of views that are mirrored", Real(0, 1))
     downsampler: str = setting(
         "cell",
-        "way back to the backbone's grid: `attention`, `simple`, or `cell`, the mean over each "
-        "cell, blurred over cells",
+        "downsampler to the backbone's grid: `attention`, `simple`, or `cell`, the mean over each "
+        "cell, blurred over neighbouring cells",
         Choice(["attention", "simple", "cell"]),
     )
     downsampler_size: int | None = setting(
         None,
-        "taps per side of the first two; `None` for the backbone's stride",
+        "taps per side of `attention` and `simple`; `None` for the backbone's stride",
         Whole(1, 1 << 10, optional=True),
     )
     saliency_dropout: float = setting(
@@ -180,67 +185,71 @@ class TrainConfig:
     )
     projection_dim: int | None = setting(
         30,
-        "random directions that features are compared along; `None` for all channels as they are",
+        "number of random directions along which features are compared; `None` to compare channels",
         Whole(1, 1 << 16, optional=True),
     )
-    crf_weight: float = setting(0.0, "weight of the CRF term", Real(0, 1e6))
+    crf_weight: float = setting(0.0, "weight of the CRF loss", Real(0, 1e6))
     tv_weight: float = setting(
-        0.0, "weight of the total variation of the magnitude map", Real(0, 1e6)
+        0.0, "weight of the total variation of the map of feature magnitudes", Real(0, 1e6)
     )
-    magnitude_weight: float = setting(0.0, "weight of the magnitude's consistency", Real(0, 1e6))
+    magnitude_weight: float = setting(
+        0.0, "weight of the error of predicted feature magnitudes in views", Real(0, 1e6)
+    )
     detail_weight: float = setting(
         0.0,
-        "weight of the detail upsampler's error against the features of the enlarged image",
+        "weight of the detail upsampler's error, compared with features of the enlarged image",
         Real(0, 1e6),
     )
     mix_share: float = setting(
         1.0,
-        "fraction of the trained channel mix that the finished detail upsampler keeps: less "
-        "explains views worse, but suits heads made for the coarse features better",
+        "fraction of the trained channel mix that the finished detail upsampler keeps; a smaller "
+        "fraction explains views worse, but suits heads trained on coarse features better",
         Real(0, 1),
     )
     standardize: bool = setting(
-        True, "compare channels in units of their deviation, so that all weigh alike", flag
+        True,
+        "compare channels in units of their standard deviation, so that all have equal weight",
+        flag,
     )
     colour_jitter: float = setting(
         0.1,
-        "deviation of a random gain and shift of each colour that the upsampler sees; 0 for none",
+        "standard deviation of a random gain and shift of each colour of the guidance; 0 for none",
         Real(0, 10),
     )
     mixed_normalization: bool = setting(
         False,
-        "show the upsampler half of the images normalised by ImageNet's statistics instead of the "
-        "backbone's, so that the weights serve either",
+        "normalise half of the guidance images by ImageNet's statistics instead of the backbone's, "
+        "so that the weights suit both",
         flag,
     )
     learning_rate: float = setting(2e-3, "step size of NAdam", Real(0, 10, above=True))
     schedule: str = setting(
         "cosine",
-        "of the learning rate: `constant`, or `cosine` down to 0",
+        "schedule of the learning rate: `constant`, or `cosine` down to 0",
         Choice(["constant", "cosine"]),
     )
     clip: float = setting(
-        1e-4, "largest gradient norm during the first steps", Real(0, 1e9, above=True)
+        1e-4, "largest gradient norm during the first `clip_steps` steps", Real(0, 1e9, above=True)
     )
     clip_steps: int = setting(10, "number of initial steps whose gradients are clipped", Whole(0))
 
-    seed: int = setting(0, "seed of everything that is drawn", Whole(0, (1 << 63) - 1))
+    seed: int = setting(0, "seed of all random draws", Whole(0, (1 << 63) - 1))
     accumulate: int = setting(
         1,
-        "parts that each process computes its share of a step in, to save memory",
+        "number of parts into which each process divides its images of a step, to save memory",
         Whole(1, 1 << 16),
     )
     precision: str = setting(
         "auto",
-        "of the backbone: `fp32`, `bf16` (autocast), or `auto` for bf16 on a GPU",
+        "precision of the backbone: `fp32`, `bf16` (autocast), or `auto`, which is bf16 on a GPU",
         Choice(["auto", "fp32", "bf16"]),
     )
     device: str | None = setting(
-        None, "`cpu`, `cuda`, …; `None` for a GPU if there is one", Name(), operational=True
+        None, "device: `cpu`, `cuda`, …; `None` for a GPU if there is one", Name(), operational=True
     )
     workers: int | None = setting(
         None,
-        "processes that load photographs; `None` for none, with a GPU up to 8",
+        "number of processes that load photographs; `None` for up to 8 with a GPU, else none",
         Whole(0, 1 << 10, optional=True),
         operational=True,
     )
@@ -248,22 +257,22 @@ class TrainConfig:
         None, "folder of the run (`-o`)", folder, flag=False, operational=True
     )
     checkpoint_every: int = setting(100, "steps between checkpoints", Whole(), operational=True)
-    keep: int = setting(2, "number of newest checkpoints that stay", Whole(), operational=True)
+    keep: int = setting(2, "number of newest checkpoints to keep", Whole(), operational=True)
     log_every: int = setting(1, "steps between lines of the log", Whole(), operational=True)
     validation_images: int | None = setting(
         None,
-        "photographs held out; `None` for a twentieth, at most 32",
+        "number of photographs held out for validation; `None` for a twentieth, at most 32",
         Whole(0, optional=True),
     )
     validate_every: int = setting(250, "steps between validations", Whole())
     patience: int | None = setting(
         None,
-        "stop after so many validations without a better one; `None` for never",
+        "stop after this number of validations without improvement; `None` for never",
         Whole(optional=True),
     )
     tensorboard: bool = setting(
         False,
-        "write scalars and pictures for TensorBoard too",
+        "also write scalars and pictures for TensorBoard",
         flag,
         flag=False,
         operational=True,

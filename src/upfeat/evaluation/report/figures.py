@@ -67,7 +67,7 @@ def draw_chart(results: Results, name: str, factor: float) -> str:
     return (
         f'<svg viewBox="0 0 {size}" width="{_LEFT + _WIDTH + 40}" role="img" '
         f'aria-label="{escape(name)} by row">{"".join(rules + parts)}</svg>'
-        "<p class=pm>A dot for each seed, a bar at the mean; bilinear in orange.</p>"
+        "<p class=pm>Dots: seeds. Bars: means. Orange: bilinear.</p>"
     )
 
 
@@ -110,9 +110,12 @@ def draw_samples(results: Results, task: type[Task]) -> str:
     if classes:
         parts.append(_key(results.data["classes"]))
     parts += [_sample(results, task, name) for name in results.examples]
-    note = "Images are evenly spaced over the test list, not chosen; predictions of the first seed."
+    note = (
+        "Images are evenly spaced over the test list, not hand-picked. Predictions are "
+        "those of the first seed."
+    )
     if classes:
-        note += " Beside each: wrong pixels in red, ignored ones in grey."
+        note += " Next to each prediction: errors in red, ignored pixels in grey."
     return "".join([*parts, f"<p class=pm>{note}</p>"])
 
 

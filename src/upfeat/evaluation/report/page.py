@@ -90,7 +90,7 @@ def render(results: Results, task: type[Task] | None = None) -> str:
         f"<h1>{escape(title)}</h1><p class=lead>{escape(task.question)}</p>",
         _facts(results, task),
         _score_table(results, task),
-        f"<h2>{escape(task.scores[name].label)}, every seed</h2>{chart}" if chart else "",
+        f"<h2>{escape(task.scores[name].label)} of each seed</h2>{chart}" if chart else "",
         _difference_table(results, task),
         _class_table(results, task),
         draw_samples(results, task),
@@ -178,7 +178,7 @@ def _facts(results: Results, task: type[Task]) -> str:
     """Render an overview of data, settings and versions."""
     data, settings, versions = results.data, results.settings, results.versions
     counts = ", ".join(
-        f"{data[part]['images']} {'to fit on' if part == 'train' else 'tested'}"
+        f"{data[part]['images']} {'for fitting' if part == 'train' else 'for testing'}"
         for part in ("train", "test")
         if part in data
     )
@@ -187,7 +187,7 @@ def _facts(results: Results, task: type[Task]) -> str:
         "data": data["name"],
         "photographs": counts,
         "shorter side": f"{settings['size']} pixels",
-        "backbone": f"{results.backbone['name']}, a feature per {stride}×{stride} pixels",
+        "backbone": f"{results.backbone['name']}, one feature per {stride}×{stride} pixels",
         "repetitions": f"{_count(settings['seeds'], 'seed')}; mean ± standard deviation",
         "left out": _count(len(results.problems), "note") + " below"
         if results.problems
@@ -223,8 +223,8 @@ def _score_table(results: Results, task: type[Task]) -> str:
         "<h2>Scores</h2><div class=scroll><table><thead><tr>"
         f"<th class=l>upsampler</th>{head}<th>passes</th><th>s / image</th>"
         "<th>MiB</th></tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div><p class=pm>Best of each group in bold; "
-        f"small figures below: difference from {BASELINE} (shaded), seed by seed.</p>"
+        f"<tbody>{''.join(body)}</tbody></table></div><p class=pm>Bold: best of each group. Small "
+        f"figures: difference from {BASELINE} (shaded), computed seed by seed.</p>"
     )
 
 
@@ -269,12 +269,13 @@ def _difference_table(results: Results, task: type[Task]) -> str:
     if not rows:
         return ""
     return (
-        "<h2>Differences</h2><details><summary>Every row less bilinear and less the best of the "
-        "others</summary><div class=scroll><table><thead><tr><th class=l>protocol</th>"
-        "<th class=l>upsampler</th><th class=l>less</th><th class=l>in</th><th>mean</th>"
-        f"<th>95 %</th><th>every seed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<p class=pm>95 % of a thousand test sets, drawn from the test images with replacement, "
-        "the same for both rows, have a difference in that range; bold where 0 lies outside.</p>"
+        "<h2>Differences</h2><details><summary>Every row minus bilinear, and minus the best other "
+        "row</summary><div class=scroll><table><thead><tr><th class=l>protocol</th>"
+        "<th class=l>upsampler</th><th class=l>minus</th><th class=l>score</th><th>mean</th>"
+        f"<th>95 %</th><th>each seed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        "<p class=pm>95 %: interval that contains the differences of 95 % of a thousand test sets, "
+        "drawn from the test images with replacement, the same for both rows. Bold: the interval "
+        "excludes 0.</p>"
         "</details>"
     )
 
@@ -304,9 +305,9 @@ def _class_table(results: Results, task: type[Task]) -> str:
             body.append(f"<tr><td class=l>{escape(name)}</td>{cells}</tr>")
     columns = "".join(f"<th>{escape(name)}</th>" for name in head)
     return (
-        f"<h2>IoU of every class, %</h2><div class=scroll><table><thead><tr><th class=l>{corner}"
+        f"<h2>IoU of each class, %</h2><div class=scroll><table><thead><tr><th class=l>{corner}"
         f"</th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        "<p class=pm>Mean over seeds. – : the class is not in the scored test labels.</p>"
+        "<p class=pm>Mean over seeds; – if the class is not in the scored test labels.</p>"
     )
 
 
@@ -324,11 +325,11 @@ def _explanations(results: Results, task: type[Task]) -> str:
         for score in (task.scores[name] for name in results.rows[0].scores)
     ]
     items.append(
-        "<dt>s / image, MiB</dt><dd>to upsample all channels of one image: median time, and the "
-        "most that it added to the memory in use, the result included; – where the system does "
-        "not tell</dd>"
+        "<dt>s / image, MiB</dt><dd>cost of upsampling all channels of one image: median time, and "
+        "largest increase of the memory in use, including the result; – if the system does not "
+        "report it</dd>"
     )
-    return f"<h2>How to read it</h2><dl>{''.join(items)}</dl>"
+    return f"<h2>Explanation of the scores</h2><dl>{''.join(items)}</dl>"
 
 
 def _provenance(results: Results) -> str:
@@ -339,7 +340,7 @@ def _provenance(results: Results) -> str:
     text = escape(json.dumps(facts, indent=2, ensure_ascii=False))
     listed = f"<ul>{problems}</ul>" if problems else "<p>Nothing was left out.</p>"
     return (
-        "<h2>What was measured</h2>"
+        "<h2>Provenance</h2>"
         f"<details{' open' if results.problems else ''}><summary>"
         f"{_count(len(results.problems), 'note')} on the data</summary>{listed}</details>"
         "<details><summary>Data, weights, settings and versions</summary>"

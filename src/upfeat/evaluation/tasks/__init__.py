@@ -1,4 +1,4 @@
-"""Tasks, one file each: file and task have one name; the docstring begins with the question."""
+"""Tasks, one per file, which has the task's name; its docstring begins with a description."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def list_tasks() -> dict[str, str]:
-    """Return the questions of all tasks by name, without importing the tasks."""
+    """Return one-line descriptions of all tasks by name, without importing the tasks."""
     files = sorted(path for path in Path(__file__).parent.glob("*.py") if path.stem != "__init__")
     docs = {path.stem: ast.get_docstring(ast.parse(path.read_bytes())) or "" for path in files}
     return {name: text.partition("\n")[0] for name, text in docs.items()}

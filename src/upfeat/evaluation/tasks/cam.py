@@ -1,4 +1,4 @@
-"""Class activation maps: do upsampled features mark the pixels that a class rests on?
+"""Class activation maps from upsampled features, scored by masking the image with them.
 
 The features are the input of the classifier's last layer, 1280 channels. The activation map of the
 most probable class is the product of this layer's weight for the class and the upsampled features
@@ -71,20 +71,20 @@ class ClassActivation(Task):
     """Quality of activation maps on one set of images; the task has no randomness."""
 
     title = "Class activation maps"
-    question = "Do upsampled features mark the pixels that the classifier's answer rests on?"
+    question = "Do maps from upsampled features mark the pixels that determine the predicted class?"
     protocols: ClassVar = {
         "cam": "the image is masked by its class activation map, and classified again",
     }
     scores: ClassVar = {
         "average_drop": Score(
             "average drop",
-            "mean loss of the class's probability when only the activated part shows, %",
+            "mean relative drop of the class's probability when the map masks the image, %",
             higher_is_better=False,
             percent=True,
         ),
         "average_increase": Score(
             "average increase",
-            "share of images whose class grows more probable then, %",
+            "fraction of images whose class becomes more probable when the map masks the image, %",
             percent=True,
         ),
         "drift": DRIFT,
@@ -100,7 +100,7 @@ class ClassActivation(Task):
     @classmethod
     def facts(cls, settings: Mapping[str, Any]) -> dict[str, str]:
         """See :meth:`Task.facts`."""
-        return {"repetitions": "one: nothing is drawn"}
+        return {"repetitions": "one, since the task has no randomness"}
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Multi-view consistency: do features upsampled once explain views that were not seen?
+"""Prediction of unseen views by features upsampled once (multi-view consistency).
 
 The task evaluates the objective of training (FeatUp, section 3.1) on held-out images and jitters.
 Upsampled features are warped like the image, downsampled to the backbone's grid, and compared with
@@ -50,33 +50,33 @@ class Consistency(Task):
 
     title = "Multi-view consistency"
     question = (
-        "Do features upsampled once explain what the backbone sees in jittered views of the same "
-        "image?"
+        "Do features that were upsampled once predict the backbone's features of jittered views of "
+        "the same image?"
     )
     protocols: ClassVar = {
-        "box": "warped features come back to the backbone's grid by the mean over each cell, the "
-        "same for every upsampler",
-        "simple": "warped features come back by one blur, fitted to each upsampler on training "
-        "images",
-        "attention": "warped features come back by FeatUp's attention downsampler, fitted to each "
-        "upsampler on training images",
+        "box": "warped features are downsampled by the mean over each cell, for every upsampler",
+        "simple": "warped features are downsampled by one blur, fitted to each upsampler on "
+        "training images",
+        "attention": "warped features are downsampled by FeatUp's attention downsampler, fitted to "
+        "each upsampler on training images",
     }
     scores: ClassVar = {
         "error": Score(
             "view error",
-            "squared error of the predicted features of unseen views over their variance; 0 is "
-            "perfect, 1 is as good as their mean",
+            "squared error of the predicted features of unseen views, over the variance of the "
+            "true features; 0 is perfect, 1 is as good as predicting their mean",
             higher_is_better=False,
         ),
         "cosine": Score(
             "view cosine",
-            "mean cosine between predicted and actual centred features of unseen views",
+            "mean cosine between predicted and true features of unseen views, from both of which "
+            "the mean of the image's coarse features is subtracted",
         ),
         "nll": Score(
             "view NLL",
-            "mean negative log-likelihood of those features, without its constant, under a "
-            "standard deviation for each cell that is fitted on training images; in units of the "
-            "features",
+            "mean Gaussian negative log-likelihood of the features of unseen views, without its "
+            "constant; a model fitted on training images gives the standard deviation of each "
+            "cell; the score depends on the features' scale",
             higher_is_better=False,
         ),
         "drift": DRIFT,

@@ -1,4 +1,4 @@
-"""The depth probe: how well a linear map of upsampled features tells near from far.
+"""Prediction of depth by a linear probe on upsampled features.
 
 The probe predicts depth up to a scale and a shift of each image (see
 :func:`upfeat.probes.fit_depth`), so predictions are aligned to each test image's depth before they
@@ -33,21 +33,24 @@ class Depth(Probing):
     """One dataset's depth probes and scores, for any number of methods."""
 
     title = "Depth probes"
-    question = "How well does a linear map of upsampled features tell near from far at every pixel?"
+    question = "How well does a linear map of upsampled features predict the depth of every pixel?"
     scores: ClassVar = {
         "rmse": Score(
             "RMSE",
-            "root mean square error after the best scale and shift of each image, in the unit of "
-            "the depth maps",
+            "root mean square error after each prediction is aligned to the true depth by the best "
+            "scale and shift, in the unit of the depth maps",
             higher_is_better=False,
         ),
         "abs_rel": Score(
             "relative error",
-            "mean error over the true depth, after the same alignment",
+            "mean of the absolute error over the true depth, after alignment by scale and shift",
             higher_is_better=False,
         ),
         "delta_1.25": Score(
-            "δ < 1.25", "share of pixels within a factor of 1.25 of the true depth, %", percent=True
+            "δ < 1.25",
+            "fraction of pixels whose predicted depth, after alignment by scale and shift, is "
+            "within a factor of 1.25 of the true depth, %",
+            percent=True,
         ),
         "drift": DRIFT,
     }

@@ -1,4 +1,4 @@
-"""The segmentation probe: how well a linear map of upsampled features tells classes apart.
+"""Segmentation by a linear probe on upsampled features.
 
 Besides ``own`` and ``transfer`` (see :mod:`upfeat.evaluation.probing`) there is the protocol
 ``probabilities``: the probe of ``transfer`` is applied on the coarse grid, and its softmax is
@@ -38,28 +38,30 @@ class Segmentation(Probing):
     """One dataset's probes and scores, for any number of methods."""
 
     title = "Segmentation probes"
-    question = "How well does a linear map of upsampled features tell classes apart at every pixel?"
+    question = "How well does a linear map of upsampled features classify every pixel?"
     protocols: ClassVar = {
         **PROTOCOLS,
-        "probabilities": "the probe is trained on the coarse features and its softmax on the "
+        "probabilities": "the probe is trained on the coarse features, and its softmax on the "
         "coarse grid is upsampled instead of the features",
     }
     scores: ClassVar = {
         "miou": Score(
             "mIoU",
-            "intersection over union, mean over the classes that the test labels hold, %",
+            "intersection over union, averaged over the classes in the test labels, %",
             percent=True,
         ),
-        "accuracy": Score("accuracy", "share of labelled pixels that are right, %", percent=True),
+        "accuracy": Score(
+            "accuracy", "fraction of labelled pixels that are classified correctly, %", percent=True
+        ),
         "boundary_f": Score(
             "boundary F",
-            "harmonic mean of precision and recall of class boundaries, where two edges match "
-            "within 0.75 % of the image's diagonal, %",
+            "harmonic mean of precision and recall of class boundaries, matched within 0.75 % of "
+            "the image's diagonal, %",
             percent=True,
         ),
         "boundary_miou": Score(
             "mIoU at edges",
-            "mIoU over the pixels within that distance of a label edge, %",
+            "mIoU of the pixels at most 0.75 % of the image's diagonal from a label edge, %",
             percent=True,
         ),
         "drift": DRIFT,
