@@ -235,6 +235,13 @@ class TestCoordinates:
             jitter.to_source(jitter.to_view(points)), points.expand(6, -1, 2)
         )
 
+    def test_positions_are_on_the_device_of_the_points(self) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        points = torch.rand(5, 2, device=device)
+        for found in (_views().to_source(points), _views().to_view(points)):
+            assert found.device.type == device.type
+            assert found.dtype == torch.float64
+
     def test_points_equal_the_matrices(self) -> None:
         jitter = _views()
         ramp = _grid(SIZE).T.reshape(1, 2, *SIZE)

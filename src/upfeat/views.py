@@ -9,18 +9,21 @@ Coordinates. Pixel indices refer to pixel centres: index 0 is the centre of the 
 axis of n pixels covers [-1/2, n - 1/2]. On an axis of n image pixels, index v of the view shows the
 image at index
 
-    source(v) = fold((v + offset + 1/2) / zoom - pad - 1/2),        v -> n - 1 - v first if flipped,
+    source(v) = fold((v + offset + 1/2) / zoom - pad - 1/2)
 
-where ``fold`` (:func:`reflect`) reflects about the centres of the first and the last pixel of the
-image, as often as needed, so that a pad larger than the image is well defined. Maps of another size
-than the image are aligned with it edge to edge (``align_corners=False``) and reflected at the same
-positions, so that features at any resolution move exactly as the image does.
+On the horizontal axis of a flipped view, v is first replaced by n - 1 - v. ``fold``
+(:func:`reflect`) reflects about the centres of the first and the last pixel of the image, as often
+as needed, so that a pad larger than the image is well defined. Maps of another size than the image
+are aligned with it edge to edge (``align_corners=False``) and reflected at the same positions, so
+that features at any resolution move exactly as the image does.
 
-Each axis is transformed on its own, so a view is ``rows @ x @ columns.mT`` with two interpolation
-matrices per view (:meth:`Jitter.matrices`). Interpolation is bilinear where the view magnifies the
-map, as for maps of the image's size at zoom 1 or more. Where the view reduces the map, the
-triangular filter is widened (antialiasing); positions may then be off by some hundredths of an
-image pixel. ``warp`` computes the product; its adjoint is ``warp`` with both matrices transposed.
+Each axis is transformed on its own, so the view of a map x is ``rows @ x @ columns.mT``, with one
+interpolation matrix per axis and view (:meth:`Jitter.matrices`). Interpolation is bilinear where
+the view magnifies the map, as for maps of the image's size at zoom 1 or more. Where the view
+reduces the map, the triangular filter is widened (antialiasing). The mean position of its weights
+then differs from the exact position: by less than a tenth of a pixel of x inside, and by up to half
+of the filter's half-width at the borders of x, where the filter is cut off. ``warp`` computes the
+product; its adjoint is ``warp`` with both matrices transposed.
 """
 
 from __future__ import annotations
@@ -52,8 +55,8 @@ class Jitter:
 
     Raises:
         TypeError: ``pad``, ``zoom``, ``offset`` or ``flip`` is not a tensor.
-        ValueError: the size is below 1, shapes disagree, ``zoom`` is not positive, or a number is
-            NaN or infinite.
+        ValueError: the size is below 1, shapes disagree, ``zoom`` is not positive, or ``pad`` or
+            ``offset`` contains NaN or infinity.
     """
 
     size: tuple[int, int]
@@ -94,7 +97,11 @@ class Jitter:
 
     @staticmethod
     def cat(jitters: list[Jitter]) -> Jitter:
-        """Join views of one image size into one batch, in order."""
+        """Join views of one image size into one batch, in order.
+
+        Raises:
+            ValueError: the list is empty, or the image sizes differ.
+        """
         sizes = {jitter.size for jitter in jitters}
         if len(sizes) != 1:
             raise ValueError(f"jitters must share one size, got {sorted(sizes)}; join each alone")
@@ -128,29 +135,38 @@ class Jitter:
                 fractional.
 
         Returns:
-            (N, P, 2) float64, positions (y, x) in the image, reflected into [0, size - 1].
+            (N, P, 2) float64 on the device of ``points`` (float32 on MPS), positions (y, x) in the
+            image, reflected into [0, size - 1].
+
+        Raises:
+            ValueError: ``points`` has another shape.
         """
-        points = self._points(points)
-        axes = [self._source(axis, points[..., axis]) for axis in (0, 1)]
-        return torch.stack(axes, dim=-1).to(points.device)
+        in_view = self._points(points)
+        axes = [self._source(axis, in_view[..., axis]) for axis in (0, 1)]
+        return _to_device_of(points, torch.stack(axes, dim=-1))
 
     def to_view(self, points: Tensor) -> Tensor:
         """Convert positions in the image to positions in each view: the inverse of ``to_source``.
 
         Args:
-            points: (P, 2) or (N, P, 2), positions (y, x) in the image as pixel indices.
+            points: (P, 2) or (N, P, 2), positions (y, x) in the image as pixel indices, which may
+                be fractional.
 
         Returns:
-            (N, P, 2) float64, positions (y, x) in the view, outside [0, size - 1] if the crop does
-            not contain the point. A point that the padding reflects into the view has further
-            positions, which are not returned.
+            (N, P, 2) float64 on the device of ``points`` (float32 on MPS), positions (y, x) in the
+            view, outside [0, size - 1] if the crop does not contain the point. A point that the
+            padding reflects into the view also appears, mirrored, at other positions in the view,
+            which are not returned.
+
+        Raises:
+            ValueError: ``points`` has another shape.
         """
-        points = self._points(points)
-        placed = (points + self.pad[:, None] + 0.5) * self.zoom[:, None, None]
-        placed = placed - self.offset[:, None] - 0.5  # (N, P, 2)
-        mirrored = self.size[1] - 1 - placed[..., 1]
-        placed[..., 1] = torch.where(self.flip[:, None], mirrored, placed[..., 1])
-        return placed
+        in_image = self._points(points)
+        in_view = (in_image + self.pad[:, None] + 0.5) * self.zoom[:, None, None]
+        in_view = in_view - self.offset[:, None] - 0.5  # (N, P, 2)
+        mirrored = self.size[1] - 1 - in_view[..., 1]
+        in_view[..., 1] = torch.where(self.flip[:, None], mirrored, in_view[..., 1])
+        return _to_device_of(points, in_view)
 
     def matrices(
         self,
@@ -178,6 +194,7 @@ class Jitter:
         return rows.to(device, dtype), columns.to(device, dtype)
 
     def _points(self, points: Tensor) -> Tensor:
+        """Check points and expand them to (N, P, 2), in float64 on the CPU."""
         if points.ndim not in (2, 3) or points.shape[-1] != 2:
             shape = tuple(points.shape)
             raise ValueError(f"points must have shape (P, 2) or (N, P, 2) as (y, x), got {shape}")
@@ -196,18 +213,22 @@ class Jitter:
     def _matrix(self, axis: int, inputs: int, outputs: int) -> Tensor:
         """Interpolation matrix (N, outputs, inputs) of one axis, in float64."""
         n = self.size[axis]
-        index = _rescale(torch.arange(outputs, dtype=torch.float64), outputs, n)
-        index = self._source(axis, index.expand(len(self), -1))
-        index = _rescale(index, n, inputs)  # (N, outputs), in input pixels
-        width = (inputs / (outputs * self.zoom)).clamp(min=1)[:, None, None]
-        taps = math.ceil(2 * float(width.max()))
-        first = torch.floor(index[..., None] - width) + 1
-        tap = first + torch.arange(taps, dtype=torch.float64)  # (N, outputs, taps)
-        weight = (1 - (tap - index[..., None]).abs() / width).clamp(min=0)
-        weight = weight * ((tap >= 0) & (tap < inputs))
+        in_view = _rescale(torch.arange(outputs, dtype=torch.float64), outputs, n)
+        in_image = self._source(axis, in_view.expand(len(self), -1))
+        centre = _rescale(in_image, n, inputs)[..., None]  # (N, outputs, 1), in input pixels
+        # Half-width of the triangle in input pixels: the distance between neighbouring outputs, at
+        # least 1.
+        half = (inputs / (outputs * self.zoom)).clamp(min=1)[:, None, None]
+        # Pixels nearer than ``half`` to the centre: at most ⌈2·half⌉.
+        first = torch.floor(centre - half) + 1
+        taps = math.ceil(2 * float(half.max()))
+        pixel = first + torch.arange(taps, dtype=torch.float64)  # (N, outputs, taps)
+        weight = (1 - (pixel - centre).abs() / half).clamp(min=0)
+        # Pixels outside the map get weight 0; clamping then only keeps their indices valid.
+        weight = weight * ((pixel >= 0) & (pixel < inputs))
         weight = weight / weight.sum(-1, keepdim=True)
         matrix = weight.new_zeros(len(self), outputs, inputs)
-        return matrix.scatter_add_(-1, tap.clamp(0, inputs - 1).long(), weight)
+        return matrix.scatter_add_(-1, pixel.clamp(0, inputs - 1).long(), weight)
 
 
 def sample_jitters(
@@ -226,13 +247,15 @@ def sample_jitters(
     Args:
         n: number of views.
         size: (height, width) of the image in pixels, of any size and aspect ratio.
-        max_pad: width of the reflected border in pixels (30 for the implicit upsampler).
-        max_zoom: largest zoom; zooms are uniform in [1, max_zoom] (1.8 for the implicit
+        max_pad: width of the reflected border of every view, in pixels (30 for the implicit
             upsampler).
+        max_zoom: largest zoom; zooms of zoomed views are uniform in [1, max_zoom] (1.8 for the
+            implicit upsampler).
         zoom_probability: probability that a view is zoomed, in [0, 1].
         flip_probability: probability that a view is mirrored, in [0, 1].
         subpixel: let the crop start between pixels. By default it starts on a pixel of the zoomed
-            image, as published, so that a view without zoom copies pixels without blur.
+            image, as published, so that a view without zoom copies pixels without blur if
+            ``max_pad`` is a whole number.
         generator: source of randomness; ``None`` for PyTorch's global generator.
 
     Returns:
@@ -326,22 +349,31 @@ def _from_uniform(
     chances: tuple[float, float],
     subpixel: bool,
 ) -> Jitter:
-    """Convert (N, 4) numbers in [0, 1), for zoom, top, left and flip, to views."""
+    """Convert (N, 4) numbers in [0, 1), for zoom, top, left and flip, to N views.
+
+    ``chances`` are the probabilities of zoom and of flip.
+    """
     _check_size("size", size)
     max_pad = number("max_pad", max_pad, 0, 1e9)
     max_zoom = number("max_zoom", max_zoom, 1, 1e9)
-    zoomed = number("zoom_probability", chances[0], 0, 1)
-    flipped = number("flip_probability", chances[1], 0, 1)
-    # One number determines whether a view is zoomed and by how much: the part of [0, 1) above
-    # 1 − zoomed is stretched to [0, 1).
-    share = ((uniform[:, 0] - (1 - zoomed)) / max(zoomed, 1e-12)).clamp(min=0)
-    zoom = 1 + (max_zoom - 1) * share
+    zoom_chance = number("zoom_probability", chances[0], 0, 1)
+    flip_chance = number("flip_probability", chances[1], 0, 1)
+    # One number u decides whether a view is zoomed and by how much: below 1 − zoom_chance the zoom
+    # is 1; from there to 1 it rises linearly from 1 to max_zoom.
+    rise = ((uniform[:, 0] - (1 - zoom_chance)) / max(zoom_chance, 1e-12)).clamp(min=0)
+    zoom = 1 + (max_zoom - 1) * rise
     extent = torch.tensor(size, dtype=torch.float64)
     room = (extent + 2 * max_pad) * zoom[:, None] - extent  # (N, 2), largest start of the crop
     offset = uniform[:, 1:3] * (room if subpixel else torch.floor(room) + 1)
     offset = offset if subpixel else torch.floor(offset)
     pad = torch.full_like(offset, max_pad)
-    return Jitter(size, pad, zoom, offset, uniform[:, 3] < flipped)
+    return Jitter(size, pad, zoom, offset, uniform[:, 3] < flip_chance)
+
+
+def _to_device_of(points: Tensor, positions: Tensor) -> Tensor:
+    """Move float64 positions to the device of ``points``; as float32 to MPS, without float64."""
+    dtype = torch.float32 if points.device.type == "mps" else torch.float64
+    return positions.to(dtype).to(points.device)
 
 
 def _rescale(index: Tensor, source: int, target: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sampler of a map's tiles for geographic data sets, and the reassembly of tiles to a map."""
+"""Sampler of a map's tiles for geographic data sets, and reassembly of the results to a map."""
 
 from __future__ import annotations
 
@@ -20,9 +20,21 @@ step of each slice is the resolution."""
 class TileSampler:
     """Sampler of tiles with halos for a geographic data set, such as a data set of torchgeo.
 
-    Give it to ``torch.utils.data.DataLoader(dataset, sampler=...)``. Every query is the outer
-    window of a tile; :func:`stitch` joins the results of the cores. If the halo is at least the
-    model's reach, in pixels, the result equals the result of the whole image.
+    A tile is a core, which is written, and a halo around it, which is only read. Pass the sampler
+    to ``torch.utils.data.DataLoader(dataset, sampler=...)``. Every query is the outer window of a
+    tile: the core and its halo, cut at the map's border. :func:`stitch` cuts the halo from each
+    result and joins the cores.
+
+    The result equals that of the whole image, up to floating-point errors, if the halo is at least
+    ``receptive_halo(backbone) + upsampler.reach`` cells, in pixels, and if the backbone's stride
+    times ``upsampler.step`` divides ``step`` and both sides of the image. If
+    :func:`upfeat.mosaic.receptive_halo` or :attr:`upfeat.upsamplers.Upsampler.reach` is ``None``,
+    no halo is enough.
+
+    Attributes:
+        resolution: side of a pixel, in units of the coordinate system.
+        size: (height, width) of the map, pixels.
+        tiles: tiles in the order of the queries: row by row, from the north-west corner.
 
     Example:
         >>> sampler = TileSampler((500.0, 0.0, 540.0, 20.0), 0.5, tile=32, halo=8)
@@ -45,24 +57,27 @@ class TileSampler:
             bounds: (west, south, east, north), in units of the coordinate system.
             resolution: side of a pixel, in units of the coordinate system.
             tile: side of a core, pixels.
-            halo: pixels around every core that are read too.
-            step: tiles and halos begin at multiples of this number of pixels; give the backbone's
-                stride.
+            halo: width of the halo on every side of a core, pixels; rounded up to a multiple of
+                ``step``.
+            step: number of pixels of which the start of every core and outer window is a multiple;
+                give the backbone's stride times ``upsampler.step``.
 
         Raises:
-            ValueError: the bounds are empty, or a number is out of range.
+            ValueError: the bounds are empty, a number is out of range, or ``tile`` is not a
+                multiple of ``step``.
         """
         resolution = number("resolution", resolution, 0, above=True)
         try:
             west, south, east, north = (number("bounds", one) for one in bounds)
         except (TypeError, ValueError):
-            west = south = east = north = 0.0
+            west = south = east = north = 0.0  # refused below
         if west >= east or south >= north:
             raise ValueError(
                 f"bounds={shown(bounds)} must be (west, south, east, north), and not empty"
             )
         self.resolution, self._west, self._north = resolution, west, north
-        # Whole pixels only; a last pixel that lacks less than a hundredth, by rounding, counts.
+        # Incomplete pixels at the south and east are dropped, except one that lacks at most a
+        # hundredth of its side (a rounding error). Bounds smaller than a pixel give one pixel.
         self.size: Size = (
             max(math.floor((north - south) / resolution + 0.01), 1),
             max(math.floor((east - west) / resolution + 0.01), 1),
@@ -88,15 +103,15 @@ def stitch(parts: Iterable[Tensor], sampler: TileSampler) -> Tensor:
     """Join the maps of a sampler's tiles to one map.
 
     Args:
-        parts: (C, height, width), the map of every outer window, in the sampler's order.
-        sampler: the sampler that gave the windows.
+        parts: maps (C, height, width) of all outer windows, in the order of the queries.
+        sampler: the sampler that yielded the queries.
 
     Returns:
-        (C, *sampler.size).
+        (C, *sampler.size), of the parts' dtype, on the device of the first part.
 
     Raises:
-        ValueError: there are fewer or more parts than tiles, or a part's shape or type does not
-            fit.
+        ValueError: there are fewer or more parts than tiles, or a part's size, number of channels
+            or dtype does not fit.
     """
     out: Tensor | None = None
     count = 0

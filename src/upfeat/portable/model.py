@@ -25,75 +25,89 @@ class PortableModel(nn.Module):
         Args:
             model: backbone and upsampler, on the CPU.
             head: linear head to apply to the features; ``Head()`` for none.
-            stride: image pixels for each output pixel, on both axes.
+            stride: image pixels per output pixel, on both axes.
         """
         super().__init__()
         self.backbone = copy.deepcopy(model.backbone)
         self.form = form_of(model.upsampler, head)
-        self.bands, self.stride = model.bands, stride
-        # A tuple keeps the upsampler from being registered: its weights are in the form already.
+        self.bands, self.output_stride = model.bands, stride
+        # The upsampler is read for its guidance only. A tuple keeps it from being registered as a
+        # submodule: the form contains its weights already.
         self.source = (model.upsampler,)
         self.eval().requires_grad_(False)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W), normalised for the backbone -> (B, C or K, H/stride, W/stride)."""
-        own, size = self.backbone.stride, (image.shape[2], image.shape[3])
-        cells = [known_alone(axes.rounded(side, own)) for side in size]
-        aligned = (cells[0] * own, cells[1] * own)
+        """(B, 3, H, W), normalised for the backbone -> (B, C or K, *output size).
+
+        The output has C channels, or K with a head of K outputs; :func:`output_size` is its size.
+        """
+        stride, size = self.backbone.stride, (image.shape[2], image.shape[3])
+        cells = [known_alone(axes.rounded(side, stride)) for side in size]
+        aligned = (cells[0] * stride, cells[1] * stride)
         seen = image
+        # A graph for any size cannot branch on a size, so it always resizes; at an aligned size
+        # this changes nothing. Either both sides are symbols or neither is.
         if isinstance(size[0], torch.SymInt) or aligned != size:
             seen = axes.resize(image, aligned)
         seen = self.backbone.place(seen.to(self.backbone.dtype))
         features = self.backbone.extract(seen).to(image.dtype)
         guidance = guidance_for(self.source[0], image, self.backbone, self.bands)
-        return self.form(features, guidance, output_size(image, self.stride))
+        return self.form(features, guidance, output_size(image, self.output_stride))
 
 
 class PortableUpsampler(nn.Module):
     """Exportable module of an upsampler alone, from features and guidance."""
 
     def __init__(self, form: nn.Module, stride: int = 1) -> None:
-        """Keep the upsampler's form; ``stride`` is guidance pixels for each output pixel."""
+        """Store the upsampler's form; ``stride`` is the guidance pixels per output pixel."""
         super().__init__()
-        self.form, self.stride = form, stride
+        self.form, self.output_stride = form, stride
         self.eval().requires_grad_(False)
 
     def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
-        """(B, C, h, w), (B, 3, H, W) -> (B, C or K, H/stride, W/stride)."""
-        return self.form(features, guidance, output_size(guidance, self.stride))
+        """(B, C, h, w), (B, 3, H, W) -> (B, C or K, *output size); see :class:`PortableModel`."""
+        return self.form(features, guidance, output_size(guidance, self.output_stride))
 
 
 def output_size(image: Tensor, stride: int) -> Size | None:
-    """Return the output's size, one pixel for ``stride`` of the image; ``None``: the image's."""
+    """Return the image's sides divided by ``stride``, rounded down; ``None`` for stride 1.
+
+    Forms take ``None`` for the guidance's size, which is the image's size.
+    """
     return None if stride == 1 else (image.shape[2] // stride, image.shape[3] // stride)
 
 
 def known_alone(length: int) -> int:
-    """Turn a length into a new symbol of the graph, independent of the image's sides.
+    """Give a computed length a symbol of its own; return a plain integer unchanged.
 
-    A plain integer is returned unchanged.
-
-    Sizes derived from the symbol are short formulas, such as 16 times its value. Derived from the
-    image's side they would be nested quotients, which take a tracer minutes to simplify.
+    The symbol's value still comes from the image, but the tracer no longer knows the formula. Sizes
+    derived from the symbol are short formulas, such as 16 times its value. Derived from the image's
+    side they would be nested quotients, which take a tracer minutes to simplify.
     """
     if not isinstance(length, torch.SymInt):
         return length
-    alone = torch.scalar_tensor(length, dtype=torch.int64).item()
-    torch._check(alone >= 2)
-    torch._check(alone < 1 << 16)
-    assert isinstance(alone, int | torch.SymInt)
-    _answer_by_example(alone, length)
-    return alone
+    # ``item`` of a tensor gives a symbol whose origin the tracer does not follow.
+    symbol = torch.scalar_tensor(length, dtype=torch.int64).item()
+    # Exported sides are at least two strides (``_Task.least`` in exporting.py), so a grid has at
+    # least 2 cells on a side.
+    torch._check(symbol >= 2)
+    assert isinstance(symbol, int | torch.SymInt)
+    _answer_by_example(symbol, length)
+    return symbol
 
 
-def _answer_by_example(alone: int | torch.SymInt, length: torch.SymInt) -> None:
+def _answer_by_example(symbol: int | torch.SymInt, length: torch.SymInt) -> None:
     """Let the tracer decide comparisons of a new symbol by the value in the traced example.
 
-    Backbones compare the grid with their own before they interpolate position embeddings. The
-    example's grid differs, so the graph always interpolates, which leaves embeddings of the
-    backbone's own grid unchanged.
+    Many backbones interpolate position embeddings only if an image's grid differs from the grid
+    they were trained on. The traced example's grid is normally 4×5 cells (``trace`` in
+    exporting.py), which differs, so the graph interpolates for every image; at the trained grid's
+    size this changes nothing.
     """
-    node: Any = alone.node if isinstance(alone, torch.SymInt) else None
-    answers = getattr(getattr(node, "shape_env", None), "real_tensor_prop_unbacked_vals", None)
-    if answers is not None and length.node.hint is not None:
-        answers[node.expr] = length.node.hint
+    node: Any = symbol.node if isinstance(symbol, torch.SymInt) else None
+    # The tracer's table of values for symbols without a formula, internal to PyTorch and absent in
+    # some cases; without it such comparisons stay undecided, and the trace fails.
+    values = getattr(getattr(node, "shape_env", None), "real_tensor_prop_unbacked_vals", None)
+    hint = length.node.hint  # the length in the traced example
+    if values is not None and hint is not None:
+        values[node.expr] = hint
