@@ -13,6 +13,7 @@ from upfeat import run
 from upfeat.activations import activation_bytes
 from upfeat.mosaic import receptive_halo, see_within
 from upfeat.raster import Features, make_plan
+from upfeat.scales import SecondScale, fit_to_image
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels
 from upfeat.upsamplers.pretrained import trained_for_early
@@ -312,8 +313,37 @@ def test_five_passes_take_the_network_too():
         x, (8, 9), (64, 72), hidden=scales.backbone.with_hidden(x)[1]
     )
     detail = scales.first.detail_on_finer_grid(kernels)
-    expected = kernels.to_finer_grid(scales.backbone(x)) + detail
+    told = kernels.to_finer_grid(scales.backbone(x)) + detail
+    expected = scales.last(told, x, (32, 36))
     torch.testing.assert_close(scales(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_network_sees_the_enlarged_image_too():
+    """With the whole weight on the second scale, its detail is what the network adds to it."""
+    scales = upfeat.load(Pattern(), upsampler=taught(2), passes=5).backbone
+    scales.share = 1.0
+    assert scales.stride == 2
+    x = photo(64, 72)
+    larger = F.interpolate(x, scale_factor=2.0, mode="bicubic")
+    features, hidden = scales.backbone.with_hidden(larger)
+    kernels = scales.first.prepare_with(larger, (16, 18), (128, 144), hidden=hidden)
+    finer = kernels.to_finer_grid(features) + scales.first.detail_on_finer_grid(kernels)
+    own = scales.backbone(x)
+    translation = fit_to_image(own, F.avg_pool2d(features, 2))
+    finer = translation(finer)
+    first = scales.first.prepare(x, (8, 9), (64, 72)).first(own - F.avg_pool2d(finer, 4))
+    expected = finer + scales.last(first, x, (32, 36))
+    torch.testing.assert_close(scales(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_network_without_early_layers_has_no_second_scale():
+    plain = upfeat.load_backbone(torch.nn.Conv2d(3, 2, 8, 8))
+    scales = SecondScale(plain, taught(2))
+    with pytest.raises(ValueError, match="passes=5: early_detail was trained on early layers, and"):
+        scales(photo(64, 72))
+    odd = upfeat.load_backbone(torch.nn.Conv2d(3, 2, 6, 6))
+    with pytest.raises(ValueError, match="passes=5 needs a backbone of a stride that 4 divides"):
+        SecondScale(odd, taught(2))
 
 
 def test_five_passes_run_the_backbone_twice(monkeypatch):

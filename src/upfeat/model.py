@@ -292,8 +292,8 @@ def load(
         passes: cost of the features, in passes of the backbone over the image. 2: its features and
             those of the mirror image are averaged (:class:`upfeat.mirrored.Mirrored`). 5: it is
             also applied to the image at twice its size (:class:`upfeat.scales.SecondScale`), and
-            ``model.backbone`` has half the stride. 6: both, without the mirror image of the
-            enlarged one.
+            ``model.backbone`` has half the stride, or a quarter of it with an upsampler that was
+            trained on early layers. 6: both, without the mirror image of the enlarged one.
         early: whether the upsampler also gets features of early layers of the backbone, on a finer
             grid. The embedded backbones return such features; others may not. With ``upsampler``
             ``None``, an upsampler trained with early layers is loaded if there is one for the

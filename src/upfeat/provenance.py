@@ -160,7 +160,8 @@ def identify_backbone(backbone: Backbone) -> str:
     A backbone made from a function has no weights, so the identity also contains a digest of the
     backbone's features of a fixed image.
     """
-    side = 2 * backbone.stride
+    # A backbone made of others takes no smaller images than they do.
+    side = 2 * max(one.stride for one in backbone.modules() if isinstance(one, Backbone))
     ramp = torch.arange(3 * side * side, dtype=torch.float32).mul(0.7).sin().view(1, 3, side, side)
     response = backbone(ramp.to(backbone.mean.device))
     cls = type(backbone)

@@ -9,11 +9,14 @@ is added to the features that one pass predicts on the finer grid:
 
     X = T·F₂ + c,    a·[X + K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
 
-g is the guidance, K₁(g) the first step of the detail upsampler and R(g) its regression; an
-upsampler with a network of early layers adds the network's detail to the second bracket. The errors
+g is the guidance, K₁(g) the first step of the detail upsampler and R(g) its regression. The errors
 of the two brackets differ, and their weighted mean has a smaller error than either. The result is
 affine in F and F₂. It has half the stride and passes for the output of a backbone, so that heads,
 points, crops and files need no code of their own for it.
+
+An upsampler with a network of early layers adds the network's detail to the second bracket, and
+applies step, regression and network to the enlarged image as well: X then lies on a grid of a
+quarter of the stride, to which its last step brings the rest.
 """
 
 from __future__ import annotations
@@ -213,7 +216,7 @@ def shipped_translation(backbone: Backbone, kind: str = "translation") -> Transl
 
 
 class SecondScale(Backbone):
-    """Backbone of half the stride, made of another backbone's features at two scales.
+    """Backbone of half the stride, or a quarter, made of another's features at two scales.
 
     Attributes:
         backbone: the backbone that is applied to the image and to the enlarged image.
@@ -232,7 +235,7 @@ class SecondScale(Backbone):
         share: float | None = None,
         mirrored: bool = False,
     ) -> None:
-        """Make a backbone of half the stride.
+        """Make a backbone of half the stride; of a quarter, with a network of early layers.
 
         Args:
             backbone: backbone of even stride that accepts images of any size.
@@ -254,16 +257,19 @@ class SecondScale(Backbone):
         """
         own = Mirrored(backbone) if mirrored else backbone
         passes = getattr(own, "passes", 1) + FINER**2 * getattr(backbone, "passes", 1)
-        if backbone.stride % FINER:
+        first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
+        finer = FINER**2 if first.wants_hidden else FINER
+        if backbone.stride % finer:
+            kind = "an even stride" if finer == FINER else f"a stride that {finer} divides"
             raise ValueError(
-                f"passes={passes} needs a backbone of an even stride, and {backbone.name} has "
+                f"passes={passes} needs a backbone of {kind}, and {backbone.name} has "
                 f"{backbone.stride}; use passes=1"
             )
         mean, std = backbone.normalization
         super().__init__(
             name=f"{backbone.name}.passes{passes}",
             embed_dim=backbone.embed_dim,
-            stride=backbone.stride // FINER,
+            stride=backbone.stride // finer,
             mean=mean,
             std=std,
             in_channels=backbone.in_channels,
@@ -271,7 +277,8 @@ class SecondScale(Backbone):
         self.backbone, self.own, self.passes = backbone, own, passes
         self.displacement = backbone.displacement
         self.bands = None if bands is None else tuple(bands)
-        self.first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
+        self.first = first
+        self.last = first.last_step() if first.wants_hidden else None
         if share is None:
             share = SHARE_BESIDE_NETWORK if self.first.wants_hidden else SHARE
         self.share = number("share", share, 0, 1)
@@ -317,13 +324,26 @@ class SecondScale(Backbone):
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
-        if self.first.wants_hidden:
-            own, hidden = self.own.with_hidden(x)
-        else:
-            own, hidden = self.own(x), None
-        return self.join(x, own, _second(self.backbone, x, own), hidden)
+        if not self.first.wants_hidden:
+            own = self.own(x)
+            return self.join(x, own, _second(self.backbone, x, own)[0])
+        own, hidden = self.own.with_hidden(x)
+        if hidden is None:
+            raise ValueError(
+                f"passes={self.passes}: {self.first.name} was trained on early layers, and "
+                f"{self.backbone.name} has none; use another upsampler"
+            )
+        second, early = _second(self.backbone, x, own, early=True)
+        return self.join(x, own, second, hidden, early)
 
-    def join(self, x: Tensor, own: Tensor, second: Tensor, hidden: Tensor | None = None) -> Tensor:
+    def join(
+        self,
+        x: Tensor,
+        own: Tensor,
+        second: Tensor,
+        hidden: Tensor | None = None,
+        early: Tensor | None = None,
+    ) -> Tensor:
         """Join the features of both scales.
 
         Args:
@@ -332,28 +352,52 @@ class SecondScale(Backbone):
             second: (B, C, 2h, 2w), features of ``x`` at twice its size.
             hidden: (B, C', h', w'), features of early layers, for an upsampler that was trained on
                 them; else ``None``.
+            early: (B, C', 2h', 2w'), the same of ``x`` at twice its size; ``None`` for none.
 
         Returns:
-            Features on the finer grid, (B, C, 2h, 2w); affine in ``own`` and ``second``, unless the
-            translation is learnt from the image.
+            Features on the finer grid, (B, C, 2h, 2w), or, with ``early``, on a grid twice as fine
+            again; affine in ``own`` and ``second``, unless the translation is learnt from the
+            image.
         """
         if self.weight is None or self.bias is None:
             translation = fit_to_image(own, F.avg_pool2d(second, FINER))
         else:
             translation = Translation(self.weight.to(own.dtype), self.bias.to(own.dtype))
-        finer = translation(second)
         guidance = guidance_for(self.first, x, self.backbone, self.bands)
         grid, size = (own.shape[2], own.shape[3]), (x.shape[2], x.shape[3])
         kernels = self.first.prepare_with(guidance, grid, size, hidden=hidden)
+        finer = self.share * translation(self._with_detail(guidance, second, early))
         # K₁ is linear, so that one call computes its terms in both brackets of the formula.
-        finer = self.share * finer
-        out = finer + kernels.first(own - F.avg_pool2d(finer, FINER))
-        if kernels.regression is None or self.share == 1:
-            return out
-        told = kernels.regression.at(as_map(own), Window(0, 0, *second.shape[2:]))
-        if kernels.maps is not None and hidden is not None:
-            told = told + self.first.detail_on_finer_grid(kernels)
-        return out + (1 - self.share) * told
+        coarse = F.avg_pool2d(finer, finer.shape[2] // grid[0])
+        out = kernels.first(own - coarse)
+        if kernels.regression is not None and self.share < 1:
+            told = kernels.regression.at(as_map(own), Window(0, 0, *second.shape[2:]))
+            if kernels.maps is not None and hidden is not None:
+                told = told + self.first.detail_on_finer_grid(kernels)
+            out = out + (1 - self.share) * told
+        if early is not None:
+            assert self.last is not None
+            out = self.last(out, guidance, (finer.shape[2], finer.shape[3]))
+        return finer + out
+
+    def _with_detail(self, guidance: Tensor, second: Tensor, early: Tensor | None) -> Tensor:
+        """Add the network's detail to features of the enlarged image, on a grid twice as fine.
+
+        Args:
+            guidance: (B, 3, H, W), of the image.
+            second: (B, C, 2h, 2w).
+            early: features of early layers of the enlarged image; ``None`` for no change.
+
+        Returns:
+            (B, C, 4h, 4w), or ``second``.
+        """
+        if early is None:
+            return second
+        grid = (second.shape[2], second.shape[3])
+        size = tuple(side * self.backbone.stride for side in grid)
+        larger = F.interpolate(guidance, size=size, mode="bicubic", align_corners=False)
+        kernels = self.first.prepare_with(larger, grid, (size[0], size[1]), hidden=early)
+        return kernels.to_finer_grid(second) + self.first.detail_on_finer_grid(kernels)
 
 
 def guidance_for(
@@ -377,16 +421,19 @@ def guidance_for(
 def _both(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
     """Features of an image, (B, C, h, w), and of the image at twice its size, (B, C, 2h, 2w)."""
     own = backbone(x)
-    return own, _second(backbone, x, own)
+    return own, _second(backbone, x, own)[0]
 
 
-def _second(backbone: Backbone, x: Tensor, own: Tensor) -> Tensor:
-    """Features of an image at twice its size, (B, C, 2h, 2w).
+def _second(
+    backbone: Backbone, x: Tensor, own: Tensor, *, early: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Features of an image at twice its size, (B, C, 2h, 2w), and of its early layers if asked.
 
     Args:
         backbone: backbone of the features.
         x: (B, 3, H, W), normalised image.
         own: (B, C, h, w), features of ``x``, with whose grid the result's grid is compared.
+        early: whether to return features of early layers of the enlarged image too.
 
     Raises:
         ValueError: the grid of the enlarged image is not twice that of ``own``.
@@ -395,11 +442,11 @@ def _second(backbone: Backbone, x: Tensor, own: Tensor) -> Tensor:
     larger = F.interpolate(
         x, size=(FINER * height, FINER * width), mode="bicubic", align_corners=False
     )
-    second = backbone(larger)
+    second, hidden = backbone.with_hidden(larger) if early else (backbone(larger), None)
     if second.shape[2:] != (FINER * own.shape[2], FINER * own.shape[3]):
         raise ValueError(
             "passes=5 and 6 need a backbone whose grid grows with the image: "
             f"{backbone.name} gives {tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at "
             "twice the size; use passes=1"
         )
-    return second
+    return second, hidden

@@ -112,7 +112,7 @@ def test_five_passes(photo, tmp_path):
         features, facts = file.get_tensor("features"), file.metadata()
     model = upfeat.load(passes=5)
     torch.testing.assert_close(features, model(model.preprocess(photo))[0], rtol=1e-4, atol=1e-4)
-    assert (facts["backbone"], facts["grid_size"]) == ("efficientnet_lite0.passes5", "8x12")
+    assert (facts["backbone"], facts["grid_size"]) == ("efficientnet_lite0.passes5", "16x24")
 
 
 def test_saved_upsampler_by_folder(photo, tmp_path):
