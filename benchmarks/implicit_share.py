@@ -30,6 +30,8 @@ from upfeat.feature_map import FeatureMap, interpolate
 from upfeat.implicit.config import FitConfig
 from upfeat.implicit.features import fingerprint
 from upfeat.implicit.observe import Observer
+from upfeat.implicit.one_pass import mean_upsampler
+from upfeat.model import align_for
 from upfeat.scales import Translation, shipped_translation
 from upfeat.storage import write_bytes
 
@@ -162,7 +164,8 @@ def losses(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, float
     totals: dict[str, float] = dict.fromkeys(("alone", "blended", "one pass"), 0.0)
     for index in range(JUDGED):
         sample = test[index]
-        unseen = Observer(sample.image, backbone, held_out=64, **VIEWS)
+        aligned = align_for(mean_upsampler(backbone), backbone)  # as fits are
+        unseen = Observer(sample.image, aligned, held_out=64, **VIEWS)
         for name, method in zip(totals, (alone, blended, mean), strict=True):
             loss = unseen.held_out_loss(method(sample).full())
             totals[name] += loss / unseen.held_out_variance / JUDGED
