@@ -27,7 +27,7 @@ class Reads(NamedTuple):
     places: Tensor
     """Input positions of every output value, counted from ``first``, (T, count)."""
     factor: Tensor
-    """Weights of the input values, (T, count), float64."""
+    """Weights of the input values, (T, count), float64; those of an output value sum to 1."""
 
 
 def pooled(length: int, cells: int, positions: Tensor) -> Reads:
@@ -41,6 +41,7 @@ def pooled(length: int, cells: int, positions: Tensor) -> Reads:
     """
     start = positions * length // cells
     stop = -(-(positions + 1) * length // cells)
+    # T is the longest run; shorter ones repeat their last position with weight 0.
     taps = torch.arange(int((stop - start).max()))[:, None]
     inside = start + taps < stop
     return _reads((start + taps).minimum(stop - 1), inside / inside.sum(0).double())
@@ -120,7 +121,8 @@ def resize(x: Tensor, size: Size) -> Tensor:
         size: (height, width) of the result.
     """
     exact = x.float() if x.dtype.itemsize < 4 and x.device.type == "cpu" else x
-    # PyTorch 2.13 gives wrong values for results one pixel wide, but not for one pixel high.
+    # PyTorch 2.13 gives wrong values for results one pixel wide and several high; it is right for
+    # their transpose.
     narrow = size[1] == 1
     if narrow:
         exact, size = exact.mT, (1, size[0])
@@ -139,7 +141,10 @@ def _along(x: Tensor, axis: int, reads: Reads) -> Tensor:
 
 
 def _plain(reads: Reads) -> bool:
-    """Return whether the output values are means of consecutive runs of T input values."""
+    """Return whether the output values are means of consecutive runs of T input values.
+
+    The weights of an output value sum to 1; they make a mean if they are all equal.
+    """
     taps, count = reads.places.shape
     if reads.stop - reads.first != taps * count:
         return False
@@ -153,7 +158,11 @@ def _reads(index: Tensor, factor: Tensor) -> Reads:
 
 
 def _place(length: int, target: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Floor and fraction of the input positions (p + ½)·length/target − ½ of output positions p."""
+    """Return floor and fraction of input positions.
+
+    Output position p lies at input position (p + ½)·length/target − ½ = numerator / (2·target).
+    Integers keep the floor exact.
+    """
     numerator = (2 * positions + 1) * length - target
     low = numerator.div(2 * target, rounding_mode="floor")
     return low, (numerator - low * 2 * target).double() / (2 * target)

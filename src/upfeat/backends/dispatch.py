@@ -1,9 +1,9 @@
 """Choice of the backend that runs an operator.
 
 A backend is a namespace with one function per operator and, for an operator that cannot always run,
-a function ``can_run_<operator>`` that returns the reason, or ``None``. ``"auto"`` chooses the first
-backend in :data:`AUTO_ORDER` that can run; a backend that the caller names and that cannot run
-raises an error with the reason.
+a function ``can_run_<operator>`` of the same arguments, which returns the reason why it cannot run,
+or ``None`` if it can. ``"auto"`` chooses the first backend in :data:`AUTO_ORDER` that can run; a
+backend that the caller names and that cannot run raises an error with the reason.
 """
 
 import logging
@@ -36,6 +36,8 @@ def call(operator: str, backend: str, *arguments: Argument) -> Tensor:
         ValueError: the backend is unknown, or cannot run these arguments.
     """
     if backend == "auto":
+        # There is always one: eager has every public operator, and callers of the others first ask
+        # whether cpu can run them.
         backend = next(
             name for name in AUTO_ORDER if reason_against(operator, name, *arguments) is None
         )
@@ -75,7 +77,8 @@ def reason_against(operator: str, backend: str, *arguments: Argument) -> str | N
 
 def availability() -> dict[str, str | None]:
     """Map each backend's name to the reason why it cannot run on this machine, or ``None``."""
-    return {
-        name: check() if (check := getattr(module, "unavailable_reason", None)) else None
-        for name, module in BACKENDS.items()
-    }
+    reasons: dict[str, str | None] = {}
+    for name, module in BACKENDS.items():
+        check = getattr(module, "unavailable_reason", None)
+        reasons[name] = None if check is None else check()
+    return reasons

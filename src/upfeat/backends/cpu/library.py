@@ -2,10 +2,10 @@
 
 The library has a plain C interface. It is built when the package is installed, and loaded with
 ctypes at the first call that needs it; the interpreter's lock is released while it runs.
-``UPFEAT_LIBRARY`` names another build of the library; ``UPFEAT_CPU_ISA`` (``baseline``, ``avx2``,
-``avx512``, ``amx``) restricts it to one instruction set. If
-:func:`torch.set_float32_matmul_precision` allows it, matrix tiles use 17 bits of each float32
-(``amx_high``).
+``UPFEAT_LIBRARY`` names another build of the library. The best instruction set of the machine runs,
+unless ``UPFEAT_CPU_ISA`` names another (``baseline``, ``avx2``, ``avx512``, ``amx``, ``amx_high``).
+``amx_high`` is ``amx`` with 17 bits of each float32 in dense products; without the variable it is
+chosen only if :func:`torch.set_float32_matmul_precision` is not at "highest".
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from upfeat._version import __version__
 
+# From worst to best; the index is the bit in the library's mask.
 ISAS = ("baseline", "avx2", "avx512", "amx", "amx_high")
 _BEST, _BEST_HIGH = -1, -2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -78,7 +79,11 @@ class Pyramid(ctypes.Structure):
 
 
 class Window(ctypes.Structure):
-    """Windows of an output and of a grid that tensors cover: the whole sizes, and the origins."""
+    """Positions of tensors within a whole output and a whole grid.
+
+    They are given by the sizes of the two and by the first pixel and cell that the tensors cover;
+    the tensors' shapes give the rest.
+    """
 
     _fields_ = [
         (name, ctypes.c_int64)
@@ -217,12 +222,11 @@ def library_info() -> dict[str, Any]:
     isa = _chosen_isa()
     if isa >= 0 and ISAS[isa] not in available:
         raise _isa_error(ISAS[isa])
-    best = [name for name in available if isa == _BEST_HIGH or name != "amx_high"][-1]
-    return {
-        "path": str(_library.path),
-        "isa": best if isa < 0 else ISAS[isa],
-        "available": available,
-    }
+    if isa >= 0:
+        chosen = ISAS[isa]
+    else:
+        chosen = [name for name in available if isa == _BEST_HIGH or name != "amx_high"][-1]
+    return {"path": str(_library.path), "isa": chosen, "available": available}
 
 
 Argument: TypeAlias = Tensor | ctypes.Structure | ctypes.Array | ctypes.c_void_p | float | None
@@ -242,7 +246,7 @@ def call(name: str, *arguments: Argument) -> None:
     isa = ctypes.c_int(_chosen_isa())
     threads = ctypes.c_int(torch.get_num_threads())
     status = getattr(handle, name)(*(_argument(value) for value in arguments), isa, threads)
-    if status == _NO_ISA:
+    if status == _NO_ISA:  # only for a set that UPFEAT_CPU_ISA names: a best one always exists
         raise _isa_error(ISAS[isa.value])
     if status == _NO_MEMORY:
         raise MemoryError(f"{name} could not get its scratch memory")
