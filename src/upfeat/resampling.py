@@ -63,6 +63,7 @@ def bilinear(length: int, target: int, positions: Tensor, *, antialias: bool = F
         centre = scale * (positions + 0.5)
         start = (centre - scale + 0.5).long().clamp(min=0)
         stop = (centre + scale + 0.5).long().clamp(max=length)
+        # As in `pooled`, T is the longest run; the others repeat a position with weight 0.
         taps = start + torch.arange(int((stop - start).max()))[:, None]
         factor = (1 - ((taps - centre + 0.5) / scale).abs()).clamp(min=0) * (taps < stop)
         return _reads(taps.minimum(stop - 1), factor / factor.sum(0))
@@ -78,6 +79,7 @@ def bicubic(length: int, target: int, positions: Tensor) -> Reads:
     low, part = _place(length, target, positions)
     a = _CUBIC
 
+    # The filter at distances x of up to 1, and from 1 to 2.
     def near(x: Tensor) -> Tensor:
         return ((a + 2) * x - (a + 3)) * x * x + 1
 

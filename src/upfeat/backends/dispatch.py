@@ -36,8 +36,8 @@ def call(operator: str, backend: str, *arguments: Argument) -> Tensor:
         ValueError: the backend is unknown, or cannot run these arguments.
     """
     if backend == "auto":
-        # There is always one: eager has every public operator, and callers of the others first ask
-        # whether cpu can run them.
+        # Some backend always can: eager has every public operator, and callers of the internal
+        # operators first ask whether cpu can run them.
         backend = next(
             name for name in AUTO_ORDER if reason_against(operator, name, *arguments) is None
         )

@@ -24,6 +24,7 @@ from upfeat._version import __version__
 
 # From worst to best; the index is the bit in the library's mask.
 ISAS = ("baseline", "avx2", "avx512", "amx", "amx_high")
+# Instead of an index: the best set of the machine, without and with amx_high.
 _BEST, _BEST_HIGH = -1, -2
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 STAGE_ARRAYS = (
@@ -81,8 +82,8 @@ class Pyramid(ctypes.Structure):
 class Window(ctypes.Structure):
     """Positions of tensors within a whole output and a whole grid.
 
-    They are given by the sizes of the two and by the first pixel and cell that the tensors cover;
-    the tensors' shapes give the rest.
+    The fields are the sizes of the whole output and the whole grid, and the first pixel and cell
+    that the tensors cover; the tensors' own shapes give the sizes of the windows.
     """
 
     _fields_ = [
