@@ -16,8 +16,9 @@ class Ledger:
     """Record of one output folder.
 
     An item is recorded after its file is written, and an old entry is deleted before its file is
-    changed. Every recorded file therefore exists, and an item that was interrupted is done again,
-    with the same result.
+    changed. A file that is recorded was therefore written completely, and an item that was
+    interrupted is done again, with the same result. An item that failed is recorded with the reason
+    and without a file.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], *, overwrite: bool = False) -> None:
@@ -29,8 +30,8 @@ class Ledger:
             overwrite: ignore an existing record, whatever its settings.
 
         Raises:
-            ValueError: the folder's record was begun with other settings, or is damaged or no
-                record of this library.
+            ValueError: the folder's record was begun with other settings, is damaged, or is
+                not a record of this library.
             OSError: the folder cannot be written.
         """
         self.folder = folder
@@ -75,6 +76,7 @@ class Ledger:
         """Delete the old entry of an item that is about to be made."""
         file = self._open()
         if self.entries.pop(key, None) is not None:
+            # An entry of nothing but its key, which counts as not done when it is read again.
             file.write(json.dumps({"key": key}) + "\n")
             file.flush()
 

@@ -140,6 +140,7 @@ def execute(options: argparse.Namespace) -> int:
         given = {"bands": options.bands, "max_value": options.max_value}
         reading = {name: value for name, value in given.items() if value is not None}
         shared = {"size": options.size, "dtype": dtype, "reading": reading}
+        # What determines the files of a photograph; those that have the same recipe are skipped.
         recipe = partial(recipe_of, made_by=made_by, **shared)
         plan = batch.pending(plan, recipe)
         stored = {"size": options.size, "dtype": dtype, "head": head}
@@ -163,6 +164,7 @@ def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Sequence[i
             with batch.attempt(photo):
                 shape = run(photo, outputs)
             if shape is not None:
+                # The bar and the line are written to two streams: keep their order.
                 progress.console.file.flush()
                 say(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")
             progress.advance(task)

@@ -48,8 +48,8 @@ class AttentionKernels:
         Args:
             queries: (B, D, H, W).
             keys: (B, D, h, w).
-            rows: 2·H numbers: for every row of pixels the first row of cells, then for every row of
-                pixels one past the last.
+            rows: 2·H numbers: the first row of cells of every row of pixels, then one past the last
+                row of cells of every row of pixels.
             columns: 2·W numbers: the columns of cells, in the order of ``rows``.
             heads: number of heads; each reads D/heads channels of queries and keys.
             split: whether each head's weights apply to a block of the features' channels of its
@@ -118,7 +118,7 @@ class AttentionUpsampler(Upsampler):
 
     mean, std = IMAGENET
 
-    always_small = True
+    always_small = True  # whatever its arguments: see :attr:`Upsampler.always_small`
 
     def __init__(self, *, width: int, heads: int, backend: str) -> None:
         """Check and store the common arguments.
@@ -134,7 +134,7 @@ class AttentionUpsampler(Upsampler):
         self.width, self.heads, self.backend = width, heads, backend
 
     def exact(self, x: Tensor, *beside: Tensor) -> Tensor:
-        """Convert to the precision of the encoders: float32 at least, and the same for all inputs.
+        """Convert to a precision that holds the parameters and ``beside`` too: float32 at least.
 
         The cost of the encoders hardly depends on the number of feature channels, and five layers
         in half precision would cost the weights two digits.
@@ -233,7 +233,8 @@ class AttentionUpsampler(Upsampler):
             inside = [_overlap(chosen, n * blocks[0], blocks[0]) for n in range(len(blocks))]
             return kernels.attend(mixed[:, head], window, inside)
         outputs = head.shape[-2]
-        if len(blocks) * outputs >= mixed.shape[1]:  # fewer channels before the head than after
+        # Attention to C channels costs no more than to the K outputs of every head of attention.
+        if len(blocks) * outputs >= mixed.shape[1]:
             return apply_head(kernels.attend(mixed, window, blocks), head)
         parts = [
             apply_head(values, share)
