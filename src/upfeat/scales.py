@@ -257,7 +257,8 @@ class SecondScale(Backbone):
         """
         own = Mirrored(backbone) if mirrored else backbone
         passes = getattr(own, "passes", 1) + FINER**2 * getattr(backbone, "passes", 1)
-        first: DetailUpsampler = upsampler or create_upsampler(FINER_WEIGHTS)  # pyright: ignore[reportAttributeAccessIssue]
+        first = upsampler or create_upsampler(FINER_WEIGHTS)
+        assert isinstance(first, DetailUpsampler)
         finer = FINER**2 if first.wants_hidden else FINER
         if backbone.stride % finer:
             kind = "an even stride" if finer == FINER else f"a stride that {finer} divides"
