@@ -341,6 +341,8 @@ def test_a_network_without_early_layers_has_no_second_scale():
     scales = SecondScale(plain, taught(2))
     with pytest.raises(ValueError, match="passes=5: early_detail was trained on early layers, and"):
         scales(photo(64, 72))
+    with pytest.raises(TypeError, match="upsampler is of type Bilinear; give a DetailUpsampler"):
+        SecondScale(plain, create_upsampler("bilinear"))
     odd = upfeat.load_backbone(torch.nn.Conv2d(3, 2, 6, 6))
     with pytest.raises(ValueError, match="passes=5 needs a backbone of a stride that 4 divides"):
         SecondScale(odd, taught(2))

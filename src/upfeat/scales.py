@@ -251,14 +251,19 @@ class SecondScale(Backbone):
                 Averaging those of the enlarged image too, for 4 passes more, gained nothing.
 
         Raises:
-            TypeError: ``translation`` is not a :class:`Translation`.
+            TypeError: ``translation`` is not a :class:`Translation`, or ``upsampler`` not a
+                :class:`DetailUpsampler`.
             ValueError: ``share`` is out of range, the stride is odd, or the translation has another
                 number of channels than the backbone.
         """
         own = Mirrored(backbone) if mirrored else backbone
         passes = getattr(own, "passes", 1) + FINER**2 * getattr(backbone, "passes", 1)
         first = upsampler or create_upsampler(FINER_WEIGHTS)
-        assert isinstance(first, DetailUpsampler)
+        if not isinstance(first, DetailUpsampler):
+            raise TypeError(
+                f"upsampler is of type {type(first).__name__}; give a DetailUpsampler, or None for "
+                "the universal weights"
+            )
         finer = FINER**2 if first.wants_hidden else FINER
         if backbone.stride % finer:
             kind = "an even stride" if finer == FINER else f"a stride that {finer} divides"

@@ -40,10 +40,9 @@ def estimate_displacement(backbone: Backbone, images: Iterable[Tensor]) -> tuple
         own = backbone(x)
         for axis in (0, 1):
             mirrored = backbone(x.flip(axis + 2)).flip(axis + 2)
-            inner = slice(1, -1)
             mean = (own + mirrored).transpose(2, axis + 2) / 2  # (B, C, cells along the axis, …)
             slope = ((mean[:, :, 2:] - mean[:, :, :-2]) / 2).double()
-            difference = (own - mirrored).transpose(2, axis + 2)[:, :, inner].double()
+            difference = (own - mirrored).transpose(2, axis + 2)[:, :, 1:-1].double()
             moments[axis, 0] += (slope * difference).sum().cpu()
             moments[axis, 1] += slope.square().sum().cpu()
     if not bool((moments[:, 1] > 0).all()):
