@@ -58,7 +58,9 @@ def features_of(weights: Path, dtype: torch.dtype) -> dict[str, list[torch.Tenso
         if size[0] % 16 == 0 and size[1] % 16 == 0:
             found["backbone"].append(backbone(images[-1].to(dtype)))
     for folder in sorted(weights.iterdir()):
-        cls = CLASSES[folder.name.partition("_")[0]]
+        cls = CLASSES.get(folder.name.partition("_")[0])
+        if cls is None:  # a file, or weights for early layers, which these cases do not have
+            continue
         upsampler = cls.from_pretrained(folder).eval().to(dtype)
         channels = upsampler.config().get("embed_dim") or 112
         found[folder.name] = []
