@@ -1,16 +1,18 @@
-"""Probes on fits with several weights of the one-pass result, and on one and five passes.
+"""Probes on fits with several weights of the map of six passes, and on one to six passes.
 
     python benchmarks/implicit_share.py DATA -o out/
 
 DATA contains clothing/ and aerial_roads/ in the layout of ``upfeat eval``. Each image is fitted
-twice, without the blend and for the mean alone, since every blend is a weighted sum of both. Fits
-and maps are stored in ``out/``, some gigabytes. Results go to benchmarks/implicit_share.json.
+twice, without the blend and for the map of six passes alone, since every blend is a weighted sum of
+both. Fits and maps are stored in ``out/``, some gigabytes. Results go to
+benchmarks/implicit_share.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,8 @@ NAMED = (
     "early_detail_efficientnet_lite0@6",
 )
 ALONE = FitConfig(share=1.0, translation=0.0)
-MEAN = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
-"""Settings of fits of the mean alone, which depends on the basis of the first 32 views only."""
+FEW = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
+"""Settings for the map of six passes alone, which depends on the first 32 views only."""
 JUDGED = 8
 VIEWS = {"max_pad": 30.0, "max_zoom": 1.8, "seed": 1_000_003}
 """Arguments of the :class:`Observer` of views that no fit has used."""
@@ -97,23 +99,25 @@ class Kept(ImplicitMethod):
 
 
 class Share(Method):
-    """Blends of the fit to views, weighted by ``share``, and the result of one pass."""
+    """Blends of the fit to views, weighted by ``share``, and the map of six passes."""
 
     passes = None
 
-    def __init__(self, alone: Kept, mean: Kept, share: float, translation: Translation) -> None:
-        """Store the fits to views, the fits of the mean, and the blend's settings."""
-        self.alone, self.mean, self.share, self.translation = alone, mean, share, translation
+    def __init__(self, alone: Kept, few: Kept, share: float, translation: Translation) -> None:
+        """Store the fits to views, the maps of six passes, and the blend's settings."""
+        self.alone, self.few, self.share, self.translation = alone, few, share, translation
         self.weights = self.identity = f"{alone.weights}|{share}"
 
     def __call__(self, sample: Prepared) -> Drawn:
         """See :meth:`Method.__call__`."""
-        alone, mean = self.alone(sample).full(), self.mean(sample).full()
-        return Drawn(torch.lerp(mean, self.translation(alone), self.share))
+        alone, few = self.alone(sample).full(), self.few(sample).full()
+        return Drawn(torch.lerp(few, self.translation(alone), self.share))
 
 
-def measure(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, Any]:
-    """Score every row on one set of images, and compute the differences between rows."""
+def measure(
+    folder: Path, images: tuple[int, int], kept: Path, named: Sequence[str]
+) -> dict[str, Any]:
+    """Score the named rows and those of fits on one set of images, and compare them."""
     backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
     config = EvalConfig(
         max_train=images[0], max_test=images[1], protocols=("own", "transfer"), pictures=0
@@ -124,13 +128,13 @@ def measure(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, Any]
     for name, count in zip(("train", "test"), images, strict=True):
         samples = subset(getattr(dataset, name), count, seed=config.split_seed)
         parts[name] = prepare(dataset, samples, backbone, config.size, kept, label=name)
-    methods = load_methods(NAMED, backbone, kept)
-    alone, mean = (Kept(backbone, one, kept) for one in (ALONE, MEAN))
+    methods = load_methods(named, backbone, kept) if named else {}
+    alone, few = (Kept(backbone, one, kept) for one in (ALONE, FEW))
     translation = shipped_translation(backbone, "views")
     assert translation is not None
     methods["implicit alone"] = alone
     for share in SHARES:
-        methods[f"implicit@{share}"] = Share(alone, mean, share, translation)
+        methods[f"implicit@{share}"] = Share(alone, few, share, translation)
     task = Segmentation(parts, dataset, backbone, config)
     rows = []
     for label, method in methods.items():
@@ -150,6 +154,11 @@ def measure(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, Any]
     }
 
 
+def of_fits(entry: dict[str, Any]) -> bool:
+    """Return true if a row, or a difference between two rows, is of fits."""
+    return any(str(entry.get(key)).startswith("implicit") for key in ("upsampler", "against"))
+
+
 def losses(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, float]:
     """Compute the held-out loss on the first test images, relative to a constant map's."""
     backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
@@ -157,16 +166,16 @@ def losses(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, float
     dataset = Segmentation.read(folder, "folder", config)
     samples = subset(dataset.test, images[1], seed=config.split_seed)
     test = prepare(dataset, samples, backbone, config.size, kept, label="test")
-    alone, mean = (Kept(backbone, one, kept) for one in (ALONE, MEAN))
+    alone, few = (Kept(backbone, one, kept) for one in (ALONE, FEW))
     translation = shipped_translation(backbone, "views")
     assert translation is not None
-    blended = Share(alone, mean, FitConfig().share, translation)
-    totals: dict[str, float] = dict.fromkeys(("alone", "blended", "one pass"), 0.0)
+    blended = Share(alone, few, FitConfig().share, translation)
+    totals: dict[str, float] = dict.fromkeys(("alone", "blended", "six passes"), 0.0)
     for index in range(JUDGED):
         sample = test[index]
         aligned = align_for(mean_upsampler(backbone), backbone)  # as fits are
         unseen = Observer(sample.image, aligned, held_out=64, **VIEWS)
-        for name, method in zip(totals, (alone, blended, mean), strict=True):
+        for name, method in zip(totals, (alone, blended, few), strict=True):
             loss = unseen.held_out_loss(method(sample).full())
             totals[name] += loss / unseen.held_out_variance / JUDGED
     return totals
@@ -178,14 +187,18 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", choices=list(IMAGES), default=list(IMAGES))
+    parser.add_argument("--fits", action="store_true", help="replace the rows of fits only")
     parser.add_argument("--losses", action="store_true", help="add held-out losses only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.sets:
         given = options.data / name, IMAGES[name], options.output / name
-        found = {} if options.losses else measure(*given)
+        found = {} if options.losses else measure(*given, () if options.fits else NAMED)
         found["held_out"] = losses(*given)
         known: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {}
+        if options.fits:
+            for kind in ("rows", "differences"):
+                found[kind] = [one for one in known[name][kind] if not of_fits(one)] + found[kind]
         known[name] = known.get(name, {}) | found
         write_bytes(TARGET, (json.dumps(known, indent=1) + "\n").encode())
 

@@ -11,7 +11,7 @@ import upfeat
 from upfeat import losses
 from upfeat.backbones import Backbone
 from upfeat.implicit import anchors
-from upfeat.implicit.anchors import KernelFit, spread_anchors
+from upfeat.implicit.anchors import KernelFit
 from upfeat.implicit.features import ImplicitFeatures
 from upfeat.implicit.fields import NetworkField
 from upfeat.implicit.fit import FitConfig, fit_guidance, fit_rounds
@@ -22,7 +22,8 @@ from upfeat.implicit.observe import (
     show,
     zoomed_jitters,
 )
-from upfeat.implicit.one_pass import into_own_words, mean_upsampler, one_pass
+from upfeat.implicit.one_pass import into_own_words, look_closer, mean_upsampler, one_pass
+from upfeat.implicit.places import spread_anchors
 from upfeat.implicit.published import (
     Waves,
     create_network_fit,
@@ -142,6 +143,7 @@ def test_the_mean_of_large_maps_is_found_from_some_of_their_pixels(monkeypatch):
     fit = KernelFit(guidance, watch, basis, backbone(watch.image), anchors=60, seed=0)
     whole = fit.table.flatten(0, 1) @ fit.mean
     monkeypatch.setattr(anchors, "_MEAN_PIXELS", 48 * 64 // 4)
+    del fit._sampled  # computed anew
     part = fit.table.flatten(0, 1) @ fit._project(
         one_pass(
             mean_upsampler(backbone), guidance, backbone(watch.image), None, basis, fit.map_size
@@ -241,12 +243,64 @@ def test_a_share_lies_between_one_pass_and_the_views(share):
     assert losses == sorted(losses)
 
 
-def test_nothing_of_the_views_is_what_one_pass_draws():
-    guidance, backbone = scene(), Pooled()
-    drawn = fit_at(0.0, backbone, guidance).render()
+def drawn_in(passes, backbone, guidance, **options):
     image = (guidance[None].float() / 255 - backbone.mean) / backbone.std
-    one = upfeat.load(backbone, upsampler="detail_universal")(image)
-    assert float((drawn - one).square().mean()) < 0.05 * float(one.var())
+    model = upfeat.load(backbone, upsampler="detail_universal", passes=passes, **options)
+    return model(image)
+
+
+def test_nothing_of_the_views_is_what_six_passes_draw():
+    guidance, backbone = scene(), Pooled()
+    fit = fit_at(0.0, backbone, guidance)
+    six, one = (drawn_in(passes, backbone, guidance) for passes in (6, 1))
+    assert fit.facts["passes"] == 6
+    assert float((fit.render() - six).square().mean()) < 0.05 * float(six.var())
+    assert float((fit.render() - six).square().mean()) < float((fit.render() - one).square().mean())
+
+
+class OneSize(Pooled):
+    """A backbone of a single image size, however it is asked."""
+
+    def extract(self, x):
+        if tuple(x.shape[2:]) != (48, 64):
+            raise ValueError("takes 48×64 only")
+        return super().extract(x)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size"), [(Pooled(stride=7), (42, 63)), (OneSize(), (48, 64))], ids=["odd", "one"]
+)
+def test_backbones_that_allow_no_second_scale_are_given_two_passes(backbone, size):
+    guidance = scene(*size)
+    fit = fit_at(0.0, backbone, guidance)
+    two = drawn_in(2, backbone, guidance)
+    assert fit.facts["passes"] == 2
+    assert float((fit.render() - two).square().mean()) < 0.05 * float(two.var())
+
+
+def test_further_passes_are_not_made_for_nothing(monkeypatch):
+    monkeypatch.setattr(anchors, "look_closer", None)
+    assert "passes" not in fit_at(1.0).facts
+
+
+def test_further_passes_do_not_change_the_backbone():
+    backbone = Pooled()
+    backbone.gain = nn.Parameter(torch.ones(1))
+    fit_at(0.5, backbone)
+    assert backbone.gain.requires_grad
+    assert list(backbone.children()) == []
+
+
+def test_the_passes_are_those_of_the_network_trained_for_the_backbone():
+    network = upfeat.load_backbone("efficientnet_lite0").eval().requires_grad_(False)
+    guidance = scene(64, 64)
+    watch = Observer(guidance, network.aligned(2), held_out=1, seed=0, **VIEWS)
+    model = upfeat.load(network, passes=6)
+    lazy = model.lazy((guidance[None] / 255 - network.mean) / network.std)
+    look = look_closer(watch)
+    assert look.passes == 6
+    torch.testing.assert_close(look.features, lazy.features, rtol=1e-3, atol=1e-3)
+    assert look.upsampler.config() == model.upsampler.config()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -265,11 +319,10 @@ class Layered(Pooled):
         return self.extract(x), torch.randn(size, generator=torch.Generator()) + self.fault
 
 
-def test_early_layers_have_a_part_in_what_one_pass_draws():
-    guidance, backbone = scene(), Layered()
-    plain, layered = (fit_at(0.0, one, guidance).render() for one in (Pooled(), backbone))
-    image = (guidance[None].float() / 255 - backbone.mean) / backbone.std
-    drawn = upfeat.load(backbone, upsampler="detail_universal", early=True)(image)
+def test_early_layers_have_a_part_in_two_passes():
+    guidance = scene(42, 63)
+    plain, layered = (fit_at(0.0, one(stride=7), guidance).render() for one in (Pooled, Layered))
+    drawn = drawn_in(2, Layered(stride=7), guidance, early=True)
     assert float((layered - drawn).square().mean()) < 0.7 * float((plain - drawn).square().mean())
 
 

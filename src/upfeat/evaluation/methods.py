@@ -87,8 +87,9 @@ class ImplicitMethod(Method):
         known = hashlib.sha256(
             "|".join(map(str, (*parts, *map(digest, shipped_models(backbone))))).encode()
         )
-        for tensor in shipped_translation(backbone, "views") or ():
-            known.update(tensor.numpy().tobytes())
+        for kind in ("views", "translation"):
+            for tensor in shipped_translation(backbone, kind) or ():
+                known.update(tensor.numpy().tobytes())
         self.weights = known.hexdigest()
         self.identity = f"{self.NAME}|{self.weights}"
 

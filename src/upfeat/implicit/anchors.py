@@ -8,6 +8,7 @@ thousands of steps and views for this task.
 
 The process's mean is the output of a one-pass upsampler for the unjittered image, projected onto
 the basis functions. Where the views do not determine the map, it equals this mean, not a constant.
+The result is a blend of the fitted map with that of six passes, projected likewise.
 
 Magnified views show more detail, but a backbone's features shift with scale. A linear map, fitted
 for each image, undoes the shift; only differences of neighbouring cells are then used.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -24,8 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.implicit.config import FitConfig
-from upfeat.implicit.fields import BilateralKernel, KernelField, whitening
-from upfeat.implicit.guides import QueryGuide, sample
+from upfeat.implicit.fields import BilateralKernel, Field, KernelField, whitening
+from upfeat.implicit.guides import QueryGuide
 from upfeat.implicit.observe import (
     Basis,
     Observer,
@@ -36,13 +38,15 @@ from upfeat.implicit.observe import (
 from upfeat.implicit.one_pass import (
     QUERIES,
     into_own_words,
+    look_closer,
     mean_upsampler,
     one_pass,
     shipped,
 )
+from upfeat.implicit.places import choose_map_size, find_positions, spread_anchors
 from upfeat.implicit.regression import Regression, details, translate
+from upfeat.linear import ridge
 from upfeat.normalization import HALF
-from upfeat.randomness import stream
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 from upfeat.views import Jitter
 
@@ -51,15 +55,12 @@ SCALES = ((0.75, 0.5, 0.7), (1.0, 5.0, 0.3))
 second hardly depends on the query: it covers pixels whose query resembles no anchor's."""
 NUGGET = 1e-3
 PENALTIES = (1e-3, 1e-2, 1e-1, 0.3, 0.6, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-# Ridge penalty of the mean's coefficients, per pixel of the map; and about how many pixels, spread
-# over the map, the mean is fitted to.
+# Ridge penalty of a projected map's coefficients, per pixel of the map; and about how many pixels,
+# spread over the map, the coefficients are fitted to.
 _MEAN_PENALTY = 0.1
 _MEAN_PIXELS = 1 << 14
-_CANDIDATES = 8192
 _ROWS = 1024
 _FIRST_ROUND = 32
-# Most numbers in the table of basis functions over the map: 512 MiB.
-_TABLE = 1 << 27
 _VIEWS_AT_ONCE = 8
 # Values of basis functions below this are set to 0: their products would be denormal numbers, with
 # which processors are slow, and most values are tiny since most anchors are far from most pixels.
@@ -92,14 +93,14 @@ class KernelFit:
             anchors: largest number of anchors.
             seed: seed of the candidates for anchors.
         """
-        self.observer, self.basis, self.own = observer, basis, own
+        self.observer, self.basis, self.own, self.guidance = observer, basis, own, guidance
         self.scales = torch.tensor(SCALES, dtype=torch.float32)
         self.kernel = BilateralKernel(self.scales)
-        self.map_size = _map_size(observer.size, observer.grid_size, anchors)
+        self.map_size = choose_map_size(observer.size, observer.grid_size, anchors)
         upsampler = shipped(QUERIES)
         assert isinstance(upsampler, NeighbourhoodUpsampler)
         self.guide = QueryGuide(upsampler.encoder, upsampler.normalization or HALF)
-        positions = _positions(self.guide(guidance), self.map_size, observer.grid_size)
+        positions = find_positions(self.guide(guidance), self.map_size, observer.grid_size)
         self.anchors = spread_anchors(positions, anchors, self.scales[0], seed)
         self.anchors[:, 2:] = self.anchors[:, 2:].half()  # the precision of files
         self.table = self._table(positions)  # (H', W', M)
@@ -161,7 +162,7 @@ class KernelFit:
         return solutions[best, :, torch.arange(len(best))].T
 
     def blend(self, coefficients: Tensor, config: FitConfig) -> tuple[KernelField, Basis]:
-        """Blend the fit to views with the one-pass map; return the field and its basis.
+        """Blend the fit to views with the map of six passes; return the field and its basis.
 
         Args:
             coefficients: (M, k), fitted to the views.
@@ -172,7 +173,9 @@ class KernelFit:
         """
         basis = self.basis
         translated, shift = self._translate(coefficients, config.translation)
-        blended = torch.lerp(self.mean, translated, config.share)
+        blended = translated
+        if config.share < 1:
+            blended = torch.lerp(self.few_passes[0], translated, config.share)
         # Rounded to the precision of files: a loaded fit renders the same values, to the last bit.
         field = KernelField(
             self.anchors,
@@ -183,6 +186,11 @@ class KernelFit:
             nugget=NUGGET,
         )
         return field, Basis(basis.components, basis.mean + config.share * shift)
+
+    def finish(self, coefficients: Tensor, config: FitConfig) -> Fitted:
+        """Blend as :meth:`blend` does; return the result of a round."""
+        passes = self.few_passes[1] if config.share < 1 else None
+        return Fitted(*self.blend(coefficients, config), self.map_size, passes)
 
     def loss(self, coefficients: Tensor) -> float:
         """Return the mean squared error of coefficients (M, k) on the held-out views' features."""
@@ -223,14 +231,32 @@ class KernelFit:
             self._solved = solutions, torch.stack([self.held.errors(x) for x in solutions])
         return self._solved
 
+    @cached_property
+    def few_passes(self) -> tuple[Tensor, int]:
+        """Coefficients (M, k) of the map of a few passes, and the number of passes."""
+        look = look_closer(self.observer)
+        drawn = one_pass(
+            look.upsampler, self.guidance, look.features, look.hidden, self.basis, self.map_size
+        )
+        return self._project(drawn), look.passes
+
     def _project(self, drawn: Tensor) -> Tensor:
         """Fit coefficients (M, k) to a map (k, H', W'), by ridge regression on its pixels."""
+        (rows, columns), gram = self._sampled
+        table = self.table[rows, columns].flatten(0, 1)
+        moment = (table.T @ drawn[:, rows, columns].flatten(1).T).double()
+        penalty = _MEAN_PENALTY * len(table) / math.prod(self.map_size)
+        return ridge(gram, moment, penalty).float()
+
+    @cached_property
+    def _sampled(self) -> tuple[tuple[slice, slice], Tensor]:
+        """Rows and columns of the pixels to project from, and the functions' Gram matrix there."""
         step = math.ceil(math.sqrt(math.prod(self.map_size) / _MEAN_PIXELS))
         rows, columns = (slice((n - 1) % step // 2, None, step) for n in self.map_size)
         table = self.table[rows, columns].flatten(0, 1)
-        regression = Regression.empty(len(self.anchors), len(drawn))
-        regression.add(table, drawn[:, rows, columns].flatten(1).T)
-        return regression.solve(_MEAN_PENALTY * len(table) / math.prod(self.map_size))
+        regression = Regression.empty(len(self.anchors), 0)
+        regression.add(table, table[:, :0])
+        return (rows, columns), regression.gram
 
     def _table(self, positions: Tensor) -> Tensor:
         """Evaluate every basis function, whitened, at every pixel of the map: (H', W', M)."""
@@ -262,12 +288,15 @@ class KernelFit:
 
 
 class Fitted(NamedTuple):
-    """The result of a round of the fit."""
+    """The result of a round of a fit."""
 
-    field: KernelField
+    field: Field
     basis: Basis
-    map_size: tuple[int, int]
-    """(height, width) of the map on which the basis functions were evaluated, pixels."""
+    map_size: tuple[int, int] | None = None
+    """(height, width), pixels, of the map from which to compute the held-out loss: that on which
+    the basis functions were evaluated; ``None`` for the size of the image."""
+    passes: int | None = None
+    """Passes of the backbone for the map that is blended with the fit; ``None`` without one."""
 
 
 Round = tuple[int, Fitted | None]
@@ -305,7 +334,7 @@ def fit_kernel(
         coefficients = fit.solve(config.slack)
         loss = fit.loss(coefficients)
         more = goal < len(views) and loss <= before * (1 - config.tolerance)
-        yield 1 + goal, Fitted(*fit.blend(coefficients, config), fit.map_size)
+        yield 1 + goal, fit.finish(coefficients, config)
         if not more:
             break
         before, done, goal = loss, goal, min(2 * goal, len(views))
@@ -313,8 +342,7 @@ def fit_kernel(
         fit.add(added, (yield from _observe(observer, added, 1 + done)))
     if len(zoomed):
         fit.add_details(zoomed, (yield from _observe(observer, zoomed, 1 + goal)))
-        fitted = fit.blend(fit.solve(config.slack), config)
-        yield 1 + goal + len(zoomed), Fitted(*fitted, fit.map_size)
+        yield 1 + goal + len(zoomed), fit.finish(fit.solve(config.slack), config)
 
 
 def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round, None, Tensor]:
@@ -327,65 +355,9 @@ def _observe(observer: Observer, views: Jitter, before: int) -> Generator[Round,
     return torch.cat(seen)
 
 
-def spread_anchors(positions: Tensor, n: int, scale: Tensor, seed: int) -> Tensor:
-    """Choose anchors that cover places and queries: each is the farthest from all chosen before.
-
-    Args:
-        positions: (P, 2 + D), place in cells and query of the pixels.
-        n: largest number of anchors.
-        scale: (3,), the units of distance: standard deviation in cells and in query; the third
-            number, a weight, is not used.
-        seed: seed of the draw of candidate pixels.
-
-    Returns:
-        (M, 2 + D), positions of M ≤ n anchors.
-    """
-    order = torch.randperm(len(positions), generator=stream(seed, "anchors"))[:_CANDIDATES]
-    candidates = positions[order]
-    place, query = scale[:2].tolist()
-    scaled = candidates / candidates.new_tensor([place, place] + [query] * (positions.shape[1] - 2))
-    square = scaled.square().sum(1)
-    chosen = torch.empty(min(n, len(candidates)), dtype=torch.long)
-    distance = torch.full((len(candidates),), math.inf)
-    for index in range(len(chosen)):
-        last = chosen[index] = distance.argmax()
-        distance[last] = -math.inf  # not to be chosen again
-        away = torch.addmv(square, scaled, scaled[last], alpha=-2).add_(square[last])
-        torch.minimum(distance, away, out=distance)
-    return candidates[chosen]
-
-
 def _show_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Apply one view's matrices (h, H') and (w, W') to M functions (H', W', M): (h·w, M)."""
     seen = rows.ne(0).any(0).nonzero()
     first, last = int(seen[0]), int(seen[-1]) + 1
     wide = columns @ table[first:last]  # (H'', w, M)
     return (rows[:, first:last] @ wide.flatten(1)).view(-1, table.shape[2])
-
-
-def _map_size(size: tuple[int, int], grid_size: tuple[int, int], anchors: int) -> tuple[int, int]:
-    """Return the size (H', W') of the map on which functions are evaluated, pixels.
-
-    Half the image's size where cells are at least 16 pixels wide, and less where the table of
-    functions would be too large.
-    """
-    step = 2 if min(size[0] / grid_size[0], size[1] / grid_size[1]) >= 16 else 1
-    step = max(step, math.sqrt(math.prod(size) * anchors / _TABLE))
-    return max(round(size[0] / step), grid_size[0]), max(round(size[1] / step), grid_size[1])
-
-
-def _positions(queries: Tensor, map_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
-    """Return the positions, (y, x) in cells and query, of all pixels of a map.
-
-    Args:
-        queries: (…, …, D), queries of the image at any resolution.
-        map_size: (H', W') of the map, pixels.
-        grid_size: (h, w) of the backbone's grid, cells.
-
-    Returns:
-        (H'·W', 2 + D).
-    """
-    y, x = ((torch.arange(n, dtype=torch.float64) + 0.5) / n for n in map_size)
-    places = torch.cartesian_prod(y, x)
-    cells = (places * places.new_tensor(grid_size)).float()
-    return torch.cat([cells, sample(queries, places)], dim=1)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.images import read_image
-from upfeat.implicit.anchors import fit_kernel
+from upfeat.implicit.anchors import Fitted, fit_kernel
 from upfeat.implicit.config import FitConfig
 from upfeat.implicit.features import ImplicitFeatures, resize_image
-from upfeat.implicit.fields import Field
-from upfeat.implicit.observe import Basis, Observer, feature_basis, zoomed_jitters
+from upfeat.implicit.observe import Observer, feature_basis, zoomed_jitters
 from upfeat.implicit.one_pass import mean_upsampler
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.model import align_for
@@ -182,7 +181,7 @@ def _fit_fast(guidance: Tensor, observer: Observer, config: FitConfig) -> Iterat
     for done, fitted in fit_kernel(guidance, observer, views, zoomed, config):
         progress = FitProgress(config.held_out + done, total)
         if fitted is not None:
-            features = _assemble(*fitted, guidance, observer, config, done)
+            features = _assemble(fitted, guidance, observer, config, done)
             progress = replace(progress, held_out=features.facts["held_out"], features=features)
         yield progress
 
@@ -225,7 +224,7 @@ def _fit_reference(
         progress = FitProgress(config.held_out + n + step, total)
         if step % _REPORT_EVERY == 0 or step == config.steps:
             fit.eval()
-            drawn = _assemble(fit.field, basis, None, guidance, observer, config, n)
+            drawn = _assemble(Fitted(fit.field, basis), guidance, observer, config, n)
             if step < config.steps:
                 fit.train()
             progress = replace(progress, held_out=drawn.facts["held_out"], features=drawn)
@@ -234,25 +233,18 @@ def _fit_reference(
 
 @torch.no_grad()
 def _assemble(
-    field: Field,
-    basis: Basis,
-    size: tuple[int, int] | None,
-    guidance: Tensor,
-    observer: Observer,
-    config: FitConfig,
-    views: int,
+    fitted: Fitted, guidance: Tensor, observer: Observer, config: FitConfig, views: int
 ) -> ImplicitFeatures:
     """Assemble features, compute their held-out loss and record their provenance.
-
-    The loss is computed from a map of ``size``, (height, width) in pixels; ``None`` for the size of
-    the image.
 
     Raises:
         ValueError: there were too few views to fit to, so that the features are not finite, or the
             held-out features do not vary, so that they cannot judge the fit.
     """
-    features = ImplicitFeatures(field, guidance, basis.components, basis.mean)
-    loss, scale = observer.held_out_loss(features.render(size)), observer.held_out_variance
+    basis = fitted.basis
+    features = ImplicitFeatures(fitted.field, guidance, basis.components, basis.mean)
+    drawn = features.render(fitted.map_size)
+    loss, scale = observer.held_out_loss(drawn), observer.held_out_variance
     cells = "×".join(map(str, observer.grid_size))
     if not math.isfinite(loss):
         raise ValueError(
@@ -275,5 +267,7 @@ def _assemble(
     }
     if config.preset == "fast":
         facts |= {"share": config.share, "translation": config.translation}
+    if fitted.passes is not None:
+        facts["passes"] = fitted.passes
     features.facts.update(facts)
     return features

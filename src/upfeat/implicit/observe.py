@@ -93,8 +93,11 @@ class Observer:
             yield self._checked(self.backbone(shown))
 
     @torch.no_grad()
-    def look_at_image(self) -> tuple[Tensor, Tensor | None]:
+    def look_at_image(self, backbone: Backbone | None = None) -> tuple[Tensor, Tensor | None]:
         """Extract the features of the image itself: the backbone's output and earlier layers.
+
+        Args:
+            backbone: the backbone in several passes over the image; ``None`` for one pass.
 
         Returns:
             The output (1, C, h, w), and the features (1, D, h', w') of earlier layers, or ``None``
@@ -103,7 +106,7 @@ class Observer:
         Raises:
             ValueError: the backbone gives NaN or infinity.
         """
-        features, hidden = self.backbone.with_hidden(self.image)
+        features, hidden = (backbone or self.backbone).with_hidden(self.image)
         return self._checked(features), None if hidden is None else self._checked(hidden)
 
     def _checked(self, features: Tensor) -> Tensor:

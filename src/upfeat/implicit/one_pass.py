@@ -1,6 +1,8 @@
-"""One-pass upsampling and translation for fits, and the shipped upsamplers that fits depend on."""
+"""Maps of one and of six passes for fits, translation, and the shipped models fits depend on."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,9 +10,11 @@ from torch import Tensor
 from upfeat.backbones import Backbone
 from upfeat.features import UpsampledFeatures
 from upfeat.implicit.guides import normalised
-from upfeat.implicit.observe import Basis
+from upfeat.implicit.observe import Basis, Observer
+from upfeat.mirrored import Mirrored
 from upfeat.normalization import HALF
-from upfeat.scales import Translation, fit_to_image, shipped_translation
+from upfeat.scales import SecondScale, Translation, fit_to_image, shipped_translation
+from upfeat.upsamplers import DetailUpsampler
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.pretrained import create_upsampler, trained_for_early
 
@@ -64,6 +68,45 @@ def one_pass(
     drawn = UpsampledFeatures(features, image, upsampler, map_size, hidden=hidden)
     with torch.no_grad():
         return drawn.project(basis.inverse, -(basis.inverse @ basis.mean))[0]
+
+
+class Look(NamedTuple):
+    """Features of the image in a few passes of the backbone, and the upsampler for them."""
+
+    features: Tensor
+    """(1, C, h, w)."""
+    hidden: Tensor | None
+    """(1, D, h', w'), features of earlier layers, for the upsampler; or ``None``."""
+    upsampler: Upsampler
+    passes: int
+    """Cost of the features, in passes of the backbone over the image."""
+
+
+def look_closer(observer: Observer) -> Look:
+    """Extract the image's features in six passes, or in two where the backbone allows no more.
+
+    Two passes are over the image and its mirror image, and four more over the image at twice its
+    size, which needs an even stride (a multiple of 4 with a network of early layers) and a backbone
+    that takes images of any size.
+
+    Args:
+        observer: an observer of the image.
+
+    Raises:
+        ValueError: the backbone gives NaN or infinity.
+    """
+    backbone = observer.backbone
+    upsampler, device = mean_upsampler(backbone), observer.image.device
+    assert isinstance(upsampler, DetailUpsampler)
+    last = upsampler.last_step()
+    try:
+        found = shipped_translation(backbone)
+        there = None if found is None else Translation(*(one.to(device) for one in found))
+        scales = SecondScale(backbone, upsampler.to(device), translation=there, mirrored=True)
+        return Look(*observer.look_at_image(scales), last, scales.passes)
+    except ValueError:
+        mirrored = Mirrored(backbone)
+        return Look(*observer.look_at_image(mirrored), upsampler.cpu(), mirrored.passes)
 
 
 def into_own_words(backbone: Backbone, said: Tensor, own: Tensor) -> Translation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from upfeat.bounds import whole
-from upfeat.implicit.fields import Field, rebuild
+from upfeat.bounds import number, whole
+from upfeat.implicit.fields import MOST_ANCHORS, MOST_SCALES, Field, KernelField, NetworkField
+from upfeat.implicit.guides import QueryGuide
 from upfeat.storage import read_tensors
 from upfeat.strict_json import parse_object
 from upfeat.tensor_checks import check_values
@@ -74,6 +76,68 @@ def read_stored(path: str | Path) -> Stored:
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: damaged: {' '.join(str(error).split())[:300]}") from None
     return Stored(field, components.float(), mean.float(), size, digest, guidance, provenance)
+
+
+def rebuild(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Field:
+    """Build a field from its ``kind``, ``tensors()`` and ``facts()``, which need not be trusted.
+
+    Raises:
+        ValueError: the parts do not fit together, or a number is out of bounds or not finite.
+    """
+    anything = {name.rpartition(".")[2]: (0.0, math.inf) for name in tensors}
+    check_values("field", tensors, magnitudes=anything, floating=True)
+    try:
+        if kind == KernelField.kind:
+            return _rebuild_kernel(tensors, facts)
+        if kind == NetworkField.kind:
+            return _rebuild_network(tensors, facts)
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"its parts do not fit together ({' '.join(str(error).split())})"
+        ) from None
+    raise ValueError(f"field {kind[:60]!r} is unknown; known: kernel, network")
+
+
+def _rebuild_kernel(tensors: dict[str, Tensor], facts: dict[str, Any]) -> KernelField:
+    height, width = facts["grid_size"]
+    grid_size = whole("grid_size", height, 1, 1 << 20), whole("grid_size", width, 1, 1 << 20)
+    places, queries = tensors["anchor_places"], tensors["anchor_queries"]
+    scales, coefficients = tensors["scales"], tensors["coefficients"]
+    count = len(places)
+    if not 1 <= count <= MOST_ANCHORS or len(queries) != count or len(coefficients) != count:
+        raise ValueError(f"it has {count} anchors, which do not fit its coefficients")
+    if {places.dim(), queries.dim(), coefficients.dim()} != {2} or places.shape[1] != 2:
+        raise ValueError("its anchors and coefficients are not tables")
+    if scales.dim() != 2 or scales.shape[1] != 3 or not 1 <= len(scales) <= MOST_SCALES:
+        raise ValueError(f"scales is {tuple(scales.shape)}, not (up to {MOST_SCALES}, 3)")
+    for value in scales.flatten().tolist():
+        number("scales", value, 1e-6, 1e6)
+    number("sum of scales' weights", float(scales[:, 2].sum()), 0.999, 1.001)
+    weights = {k[6:]: v for k, v in tensors.items() if k.startswith("guide.")}
+    guide = QueryGuide.rebuild(weights, facts["guide"])
+    anchors = torch.cat([places.float(), queries.float()], dim=1)
+    parts = anchors, scales.float(), coefficients.float(), guide
+    return KernelField(
+        *parts, grid_size=grid_size, nugget=number("nugget", facts["nugget"], 1e-9, 1)
+    )
+
+
+def _rebuild_network(tensors: dict[str, Tensor], facts: dict[str, Any]) -> NetworkField:
+    width, hidden = whole("width", facts["width"]), whole("hidden", facts["hidden"])
+    frequencies = whole("frequencies", facts["frequencies"])
+    # Shapes are checked first, so that the network is no larger than the file.
+    for name, shape in (
+        ("phases", (2, 5, frequencies)),
+        ("first.weight", (hidden, 10 * frequencies + 3)),
+        ("last.weight", (width, hidden)),
+    ):
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, not {shape}")
+    number("dropout", facts["dropout"], 0, 1, below=True)
+    with torch.random.fork_rng(devices=[]):
+        field = NetworkField(**facts)
+    field.load_state_dict(tensors)
+    return field.eval().requires_grad_(False)
 
 
 def encode(guidance: Tensor) -> Tensor:

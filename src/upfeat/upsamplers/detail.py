@@ -315,7 +315,7 @@ class DetailUpsampler(Upsampler):
         step.load_state_dict(self.neighbourhood.state_dict())
         step.log_sigma.add_(math.log(self.widening))
         step.mean, step.std = self.mean, self.std
-        return step.eval()
+        return step.to(self.neighbourhood.log_sigma).eval()
 
     @property
     def reach(self) -> int:
