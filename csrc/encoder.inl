@@ -13,18 +13,31 @@ struct LayerJob {
   int64_t worker_bytes;
   int64_t row_tasks, rows_per_task, column_tasks;
   const char* right;  // the weights, packed; kWinogradMatrices matrices of weights with winograd
+  const float *factors, *columns;  // with digits.inl: of inputs, and of columns of the weights
 };
 
-// x / (1 + e^-x). With AVX-512, an approximate reciprocal of 14 bits is refined to twice as many,
-// as a division takes four times as long.
-UPFEAT_INLINE Vec silu(Vec x) {
+// Replaces x by x / (1 + e^-x), in kCount vectors, one operation in all of them at a time, as each
+// waits for the one before. With AVX-512, an approximate reciprocal of 14 bits is refined to twice
+// as many, as a division takes four times as long.
+template <int kCount>
+UPFEAT_INLINE void silu(Vec* x) {
 #if defined(__AVX512F__)
-  const Vec below = min(power_of_two(x, -1.44269504f) + 1.0f, splat(1e37f));
-  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)below);
-  return x * guess * (2.0f - below * guess);
+  Vec below[kCount], guess[kCount];
+  powers_of_two<kCount>(x, -1.44269504f, below);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) below[i] = min(below[i] + 1.0f, splat(1e37f));
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) guess[i] = (Vec)_mm512_rcp14_ps((__m512)below[i]);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) x[i] = x[i] * guess[i] * (2.0f - below[i] * guess[i]);
 #else
-  return x / (exp(-x) + 1.0f);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) x[i] = x[i] / (exp(-x[i]) + 1.0f);
 #endif
+}
+UPFEAT_INLINE Vec silu(Vec x) {
+  silu<1>(&x);
+  return x;
 }
 
 // True if rows can be read without a copy: channels-last float32, with channels in whole vectors.
@@ -252,6 +265,8 @@ static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t 
   }
 }
 
+#if !defined(__AMX_INT8__)
+
 // Prepares a strip's pixels and packs them as a left operand, one pixel per step.
 struct Intake {
   const LayerJob& job;
@@ -352,3 +367,5 @@ static void pointwise_task(void* context, int64_t task, int worker) {
   }
   dense_end();
 }
+
+#endif
