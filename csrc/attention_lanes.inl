@@ -4,7 +4,7 @@
 // then needs a transposition, and every store to a plane is a whole cache line.
 
 constexpr int64_t kMostLaneCells = 64;
-constexpr int kLaneChannels = 4;  // channels of the values that are summed at a time
+constexpr int kLanePlanes = 4;  // channels of the values that are summed at a time
 
 // Cells that 16 pixels of a row from column x on attend to: columns [first, end).
 struct LaneCells {
@@ -35,6 +35,7 @@ static int64_t most_lane_cells(const WindowAttention& attention) {
   }
   return across * down;
 }
+
 
 static bool lanes_fit(const WindowJob& job) {
   return job.planar && job.blocks.count == 1 && most_lane_cells(job.attention) <= kMostLaneCells;
@@ -151,14 +152,14 @@ static void lane_softmax(const LaneScratch& s, int64_t cells, int64_t across, fl
   }
 }
 
-// Sums kLaneChannels channels of the values for kUnits vectors of pixels, to `sums` (channels,
+// Sums kLanePlanes channels of the values for kUnits vectors of pixels, to `sums` (channels,
 // units, kLanes).
 template <int kUnits>
 UPFEAT_APART void lane_sums(const float* const* values, int64_t cells, int64_t channel,
                             const float* weights, int64_t step, float* sums) {
-  Vec sum[kLaneChannels][kUnits];
+  Vec sum[kLanePlanes][kUnits];
   UPFEAT_UNROLL
-  for (int c = 0; c < kLaneChannels; ++c) {
+  for (int c = 0; c < kLanePlanes; ++c) {
     UPFEAT_UNROLL
     for (int i = 0; i < kUnits; ++i) sum[c][i] = Vec{};
   }
@@ -168,14 +169,14 @@ UPFEAT_APART void lane_sums(const float* const* values, int64_t cells, int64_t c
     UPFEAT_UNROLL
     for (int i = 0; i < kUnits; ++i) weight[i] = load(weights + i * kLanes);
     UPFEAT_UNROLL
-    for (int c = 0; c < kLaneChannels; ++c) {
+    for (int c = 0; c < kLanePlanes; ++c) {
       const Vec one = splat(value[c]);
       UPFEAT_UNROLL
       for (int i = 0; i < kUnits; ++i) sum[c][i] += one * weight[i];
     }
   }
   UPFEAT_UNROLL
-  for (int c = 0; c < kLaneChannels; ++c) {
+  for (int c = 0; c < kLanePlanes; ++c) {
     UPFEAT_UNROLL
     for (int i = 0; i < kUnits; ++i) store(sums + (c * kUnits + i) * kLanes, sum[c][i]);
   }
@@ -199,13 +200,13 @@ UPFEAT_INLINE void lane_sums_of(int units, const float* const* values, int64_t c
   }
 }
 
-// Writes `units` vectors of pixels of kLaneChannels channels; the first vector is part `unit` of the
+// Writes `units` vectors of pixels of kLanePlanes channels; the first vector is part `unit` of the
 // pixels from row y on.
 static void write_lanes(const WindowJob& job, int64_t batch, int64_t y, int64_t x, int64_t channel,
                         int64_t unit, int units, const float* sums) {
   constexpr int64_t kParts = kTile / kLanes;
   const UpfeatTensor& out = *job.attention.out;
-  const int64_t have = smaller(kLaneChannels, out.size[1] - channel);
+  const int64_t have = smaller(kLanePlanes, out.size[1] - channel);
   for (int64_t c = 0; c < have; ++c) {
     for (int64_t i = 0; i < units; ++i) {
       const int64_t column = x + (unit + i) % kParts * kLanes;
@@ -258,9 +259,9 @@ static void lane_tile(const WindowJob& job, const LaneScratch& s, int64_t batch,
                    s.weights + row * kTile, step);
     }
   }
-  alignas(64) float sums[kLaneChannels * kMaxBlock * kLanes];
+  alignas(64) float sums[kLanePlanes * kMaxBlock * kLanes];
   const Blocks units = blocks_of(step);
-  for (int64_t channel = 0; channel < attention.out->size[1]; channel += kLaneChannels) {
+  for (int64_t channel = 0; channel < attention.out->size[1]; channel += kLanePlanes) {
     for (int64_t index = 0; index < units.count; ++index) {
       const int64_t unit = units.begin(index);
       const int size = units.size(index);
