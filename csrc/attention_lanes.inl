@@ -4,6 +4,7 @@
 // then needs a transposition, and every store to a plane is a whole cache line.
 
 constexpr int64_t kMostLaneCells = 64;
+constexpr int64_t kMostLaneRows = 16;
 constexpr int kLanePlanes = 4;  // channels of the values that are summed at a time
 
 // Cells that 16 pixels of a row from column x on attend to: columns [first, end).
@@ -38,7 +39,8 @@ static int64_t most_lane_cells(const WindowAttention& attention) {
 
 
 static bool lanes_fit(const WindowJob& job) {
-  return job.planar && job.blocks.count == 1 && most_lane_cells(job.attention) <= kMostLaneCells;
+  return job.planar && job.blocks.count == 1 && job.most_rows <= kMostLaneRows &&
+         most_lane_cells(job.attention) <= kMostLaneCells;
 }
 
 struct LaneScratch {
@@ -64,21 +66,33 @@ static int64_t lane_scratch(const WindowJob& job, char* at, LaneScratch* out) {
   return used;
 }
 
+// True if the channels of a row can be read in place: float32 in whole vectors.
+UPFEAT_INLINE bool is_plain(const Row& row, int64_t channels) {
+  return row.channel_stride == 1 && row.dtype == UPFEAT_FLOAT32 && channels % kLanes == 0;
+}
+
 // Reads the queries of `count` pixels, and transposes them: (heads.total, kTile).
 static void lane_queries(const WindowJob& job, const LaneScratch& s, int64_t batch, int64_t y,
                          int64_t x, int64_t count) {
   const int64_t total = job.heads.total;
   const Row row = row_of(*job.attention.queries, batch, y);
-  for (int64_t n = 0; n < job.heads.count; ++n) {
-    read_channels_last(row, n * job.heads.equal, job.heads.equal, x, count,
-                       s.room + n * whole_vectors(job.heads.equal), total);
+  const float* from = s.room;
+  int64_t pitch = total;
+  if (is_plain(row, job.heads.equal) && count == kTile) {
+    from = static_cast<const float*>(row.at(0, x));
+    pitch = row.column_stride;
+  } else {
+    for (int64_t n = 0; n < job.heads.count; ++n) {
+      read_channels_last(row, n * job.heads.equal, job.heads.equal, x, count,
+                         s.room + n * whole_vectors(job.heads.equal), total);
+    }
+    for (int64_t i = count * total; i < kTile * total; ++i) s.room[i] = 0;
   }
-  for (int64_t i = count * total; i < kTile * total; ++i) s.room[i] = 0;
   for (int64_t c = 0; c < total; c += kLanes) {
     for (int64_t part = 0; part < kTile; part += kLanes) {
       Vec block[kLanes];
       UPFEAT_UNROLL
-      for (int i = 0; i < kLanes; ++i) block[i] = load(s.room + (part + i) * total + c);
+      for (int i = 0; i < kLanes; ++i) block[i] = load(from + (part + i) * pitch + c);
       transpose(block);
       UPFEAT_UNROLL
       for (int i = 0; i < kLanes; ++i) store(s.query + (c + i) * kTile + part, block[i]);
@@ -139,9 +153,11 @@ static void lane_softmax(const LaneScratch& s, int64_t cells, int64_t across, fl
     }
     for (int64_t cell = 0; cell < cells; ++cell) {
       float* at = s.logits + cell * kTile + part;
-      const Vec e = falling_exp(load(at) - most);
-      store(at, e);
-      sum += e;
+      // Not below -87: instructions whose results underflow take a hundred times as long.
+      const Vec away = load(at) - most, e = exp_within(max(splat(-87.0f), away));
+      const Vec share = select(away < splat(-87.0f), Vec{}, e);
+      store(at, share);
+      sum += share;
     }
     const Vec factor = splat(share) / sum;
     for (int64_t cell = 0; cell < cells; ++cell) {
@@ -200,10 +216,31 @@ UPFEAT_INLINE void lane_sums_of(int units, const float* const* values, int64_t c
   }
 }
 
-// Writes `units` vectors of pixels of kLanePlanes channels; the first vector is part `unit` of the
-// pixels from row y on.
-static void write_lanes(const WindowJob& job, int64_t batch, int64_t y, int64_t x, int64_t channel,
-                        int64_t unit, int units, const float* sums) {
+// Writes `units` vectors of pixels of kLanePlanes channels to `places`, which are those of channel 0;
+// `wide` pixels of each are inside.
+static void write_lanes(const WindowJob& job, int64_t channel, int units, float* const* places,
+                        const int64_t* wide, const float* sums) {
+  const UpfeatTensor& out = *job.attention.out;
+  const int64_t have = smaller(kLanePlanes, out.size[1] - channel);
+  for (int64_t c = 0; c < have; ++c) {
+    const int64_t plane = (channel + c) * out.stride[1];
+    for (int i = 0; i < units; ++i) {
+      const float* from = sums + (c * units + i) * kLanes;
+      float* to = places[i] + plane;
+      if (wide[i] == kLanes && job.streamed && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+        stream(to, load(from));
+      } else if (wide[i] == kLanes) {
+        store(to, load(from));
+      } else {
+        for (int64_t lane = 0; lane < wide[i]; ++lane) to[lane] = from[lane];
+      }
+    }
+  }
+}
+
+// As write_lanes, for other types than float32.
+static void write_halves(const WindowJob& job, int64_t batch, int64_t y, int64_t x,
+                         int64_t channel, int64_t unit, int units, const float* sums) {
   constexpr int64_t kParts = kTile / kLanes;
   const UpfeatTensor& out = *job.attention.out;
   const int64_t have = smaller(kLanePlanes, out.size[1] - channel);
@@ -212,15 +249,8 @@ static void write_lanes(const WindowJob& job, int64_t batch, int64_t y, int64_t 
       const int64_t column = x + (unit + i) % kParts * kLanes;
       const int64_t wide = smaller(kLanes, out.size[3] - column);
       if (wide <= 0) continue;
-      const float* from = sums + (c * units + i) * kLanes;
-      void* to = row_of(out, batch, y + (unit + i) / kParts).at(channel + c, column);
-      if (wide < kLanes || out.dtype != UPFEAT_FLOAT32) {
-        write_run(to, 1, out.dtype, wide, from);
-      } else if (job.streamed && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
-        stream(static_cast<float*>(to), load(from));
-      } else {
-        store(static_cast<float*>(to), load(from));
-      }
+      write_run(row_of(out, batch, y + (unit + i) / kParts).at(channel + c, column), 1, out.dtype,
+                wide, sums + (c * units + i) * kLanes);
     }
   }
 }
@@ -261,12 +291,27 @@ static void lane_tile(const WindowJob& job, const LaneScratch& s, int64_t batch,
   }
   alignas(64) float sums[kLanePlanes * kMaxBlock * kLanes];
   const Blocks units = blocks_of(step);
+  constexpr int64_t kParts = kTile / kLanes;
+  const UpfeatTensor& out = *attention.out;
+  const bool whole = out.dtype == UPFEAT_FLOAT32;
+  float* places[kMostLaneRows * kParts];
+  int64_t wide[kMostLaneRows * kParts];
+  for (int64_t unit = 0; unit < rows * kParts && whole; ++unit) {
+    const int64_t column = x + unit % kParts * kLanes, inside = smaller(kLanes, width - column);
+    wide[unit] = inside > 0 ? inside : 0;
+    places[unit] =
+        static_cast<float*>(row_of(out, batch, y + unit / kParts).at(0, inside > 0 ? column : x));
+  }
   for (int64_t channel = 0; channel < attention.out->size[1]; channel += kLanePlanes) {
     for (int64_t index = 0; index < units.count; ++index) {
       const int64_t unit = units.begin(index);
       const int size = units.size(index);
       lane_sums_of(size, values, cells, channel, s.weights + unit * kLanes, step, sums);
-      write_lanes(job, batch, y, x, channel, unit, size, sums);
+      if (whole) {
+        write_lanes(job, channel, size, places + unit, wide + unit, sums);
+      } else {
+        write_halves(job, batch, y, x, channel, unit, size, sums);
+      }
     }
   }
 }
