@@ -39,15 +39,20 @@ static void pattern_task(void* context, int64_t task, int worker) {
   float* scales = result + job.width + kLanes;
   const int64_t batch = task / features.size[2], y = task % features.size[2];
   for (int64_t x = 0; x < features.size[3]; ++x) {
-    int64_t inside = 0;
     for (int64_t i = 0; i < job.rows * taps; ++i) windows[i] = 0;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t row = y + tap / job.side - half, column = x + tap % job.side - half;
-      if (row < 0 || row >= features.size[2] || column < 0 || column >= features.size[3]) continue;
-      ++inside;
+    const int64_t top = y > half ? y - half : 0, bottom = smaller(y + half + 1, features.size[2]);
+    const int64_t left = x > half ? x - half : 0, right = smaller(x + half + 1, features.size[3]);
+    const int64_t inside = (bottom - top) * (right - left);
+    for (int64_t row = top; row < bottom; ++row) {
       const Row from = row_of(features, batch, row);
-      for (int64_t c = 0; c < channels; ++c) {
-        windows[c * taps + tap] = read_one(from.at(c, column), 0, from.dtype);
+      float* to = windows + (row - y + half) * job.side + left - x + half;
+      for (int64_t c = 0; c < channels; ++c, to += taps) {
+        if (from.dtype == UPFEAT_FLOAT32) {
+          const float* numbers = static_cast<const float*>(from.at(c, left));
+          for (int64_t i = 0; i < right - left; ++i) to[i] = numbers[i * from.column_stride];
+        } else {
+          read_run(from.at(c, left), from.column_stride, from.dtype, right - left, to);
+        }
       }
     }
     multiply_rows(job.rows, windows, taps, 1, job.patterns, nullptr, 1, taps, job.pitch, responses,

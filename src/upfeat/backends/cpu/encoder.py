@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,19 +65,21 @@ class Sums:
 
     def norm(self, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Before:
         """Return the group norm as a scale and a shift of each channel."""
-        mean, square = (self.values / self.count).unbind(2)
-        scale = (square - mean.square()).clamp(min=0).add(epsilon).rsqrt()
-        repeats = self.channels // self.values.shape[1]
-        # Not repeat_interleave, which takes 0.2 ms even for so few numbers.
-        scale, mean = (
-            each[:, :, None].expand(-1, -1, repeats).flatten(1) for each in (scale, mean)
-        )
+        # In numpy, whose calls cost a tenth of PyTorch's on so few numbers.
+        values = self.values.numpy() / self.count
+        mean, square = values[..., 0], values[..., 1]
+        scale = 1 / np.sqrt(np.maximum(square - mean * mean, 0) + epsilon)
+        repeats = self.channels // values.shape[1]
+        scale, mean = (np.repeat(each, repeats, axis=1) for each in (scale, mean))
         if weight is not None:
-            scale = scale * weight.double()
+            scale = scale * weight.detach().double().numpy()
         shift = -mean * scale
         if bias is not None:
-            shift = shift + bias.double()
-        return Before(scale=scale.float(), shift=shift.float())
+            shift = shift + bias.detach().double().numpy()
+        return Before(
+            scale=torch.from_numpy(scale.astype(np.float32)),
+            shift=torch.from_numpy(shift.astype(np.float32)),
+        )
 
     def part(self, start: int, stop: int) -> Sums:
         """Select the sums of channels ``start`` to ``stop``, which are whole groups."""
