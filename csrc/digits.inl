@@ -121,12 +121,20 @@ static void pack_digits(Rows row, int64_t inputs, int64_t width, const float* fa
 
 // Computes the levels of 32 outputs (16 unless `wide`) of a strip, (kLevels, kDenseRows, 32);
 // `right` is the part of the operand for these outputs, and `following` is needed next. `between`
-// is called kProducts * blocks times.
+// is called kPauses * blocks times.
+constexpr int64_t kPauses = 3 * kProducts;
 template <typename Between>
 UPFEAT_INLINE void multiply_digits(int64_t rows, bool wide, const char* left, int64_t part,
                                    const char* right, const char* following, int64_t blocks,
                                    int32_t* levels, Between between) {
   const bool tall = rows > 16;
+  int64_t fetched = 0;
+  const auto pause = [&]() UPFEAT_LAMBDA {
+    UPFEAT_UNROLL
+    for (int line = 0; line < 6; ++line) __builtin_prefetch(following + fetched + line * 64, 0, 3);
+    fetched += 384;
+    between();
+  };
   for (int level = kLevels - 1; level >= 0; --level) {
     _tile_zero(0);
     _tile_zero(1);
@@ -140,14 +148,13 @@ UPFEAT_INLINE void multiply_digits(int64_t rows, bool wide, const char* left, in
         if (tall) _tile_loadd(5, a + 1024, 64);
         _tile_loadd(6, b, 64);
         if (wide) _tile_loadd(7, b + 1024, 64);
+        pause();
         _tile_dpbssd(0, 4, 6);
         if (wide) _tile_dpbssd(1, 4, 7);
+        pause();
         if (tall) _tile_dpbssd(2, 5, 6);
         if (wide && tall) _tile_dpbssd(3, 5, 7);
-        UPFEAT_UNROLL
-        for (int line = 0; line < 16; ++line) __builtin_prefetch(following + line * 64, 0, 3);
-        following += 1024;
-        between();
+        pause();
       }
     }
     int32_t* to = levels + level * kLevelPlane;

@@ -4,15 +4,15 @@
 
 #if defined(__AMX_INT8__)
 
-// Prepares the pixels of a strip, and writes them as a left operand, one pixel per step. A pixel's
-// digits are written in the next step, as its largest channel must be known.
+// Prepares the pixels of a strip, and writes them as a left operand, 64 channels per step. A pixel's
+// digits are written in the last step, as its largest channel must be known.
 struct DigitIntake {
   const LayerJob& job;
   int64_t batch;
   float* room;    // for strips that cannot be read in place
   float* values;  // prepared pixels, two by turns
-  const float* from;
-  int64_t pitch, next, count;
+  const float *from, *source;
+  int64_t pitch, next, count, channel;
   Strip strip;
   char* left;
   float* scales;
@@ -25,7 +25,7 @@ struct DigitIntake {
     strip = given;
     left = to;
     scales = row_scales;
-    next = 0;
+    next = channel = 0;
     count = given.count;
     from = room;
     pitch = job.in_width;
@@ -39,20 +39,26 @@ struct DigitIntake {
       prepare_pixels(job, batch, strip.y, strip.x, strip.count, room);
     }
   }
-  // A strip takes one step more than it has pixels.
-  UPFEAT_MEMBER bool ended() const { return next > count; }
+  UPFEAT_MEMBER bool ended() const { return next >= count; }
+  // Number of steps of a pixel: one for every 64 channels, and one to write their digits.
+  UPFEAT_MEMBER int64_t pieces() const { return digit_blocks(job.layer.inputs) + 1; }
 
   UPFEAT_APART_MEMBER void step() {
-    if (next) waiting.put(scales + next - 1);
-    if (next < count) read();
+    if (channel == 0) open();
+    if (channel < job.in_width) {
+      read();
+      channel += kDigitBlock;
+      return;
+    }
+    waiting.put(scales + next);
+    channel = 0;
     ++next;
   }
 
  private:
-  UPFEAT_MEMBER void read() {
-    const Layer& layer = job.layer;
+  UPFEAT_MEMBER void open() {
     const int64_t width = job.in_width;
-    const float* source = from + next * pitch;
+    source = from + next * pitch;
     if (alone) {
       prepare_pixels(job, batch, strip.y, strip.x + next, 1, room);
       source = room;
@@ -61,8 +67,12 @@ struct DigitIntake {
       for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(ahead + c, 0, 2);
     }
     float* to = values + (next & 1) * width;
-    waiting = {to, width, left + next * kDigitBlock, digit_part(layer.inputs),
+    waiting = {to, width, left + next * kDigitBlock, digit_part(job.layer.inputs),
                _mm512_setzero_si512()};
+  }
+  UPFEAT_MEMBER void read() {
+    const Layer& layer = job.layer;
+    float* to = values + (next & 1) * job.in_width;
     if (layer.scale && !layer.rotate_rows && !layer.unit) {
       const float* scale = layer.scale + batch * layer.in_pitch;
       const float* shift = layer.shift + batch * layer.in_pitch;
@@ -81,12 +91,14 @@ struct DigitIntake {
 
   template <bool kSilu, typename Get>
   UPFEAT_MEMBER void keep(float* to, Get get) {
-    const int64_t width = job.in_width;
-    __m512i most = _mm512_setzero_si512();
-    int64_t c = 0;
-    for (; c + 4 * kLanes <= width; c += 4 * kLanes) most = keep_some<kSilu, 4>(to, c, most, get);
-    for (; c < width; c += kLanes) most = keep_some<kSilu, 1>(to, c, most, get);
-    waiting.most = most;
+    const int64_t end = smaller(channel + kDigitBlock, job.in_width);
+    if (end == channel + kDigitBlock) {
+      waiting.most = keep_some<kSilu, 4>(to, channel, waiting.most, get);
+      return;
+    }
+    for (int64_t c = channel; c < end; c += kLanes) {
+      waiting.most = keep_some<kSilu, 1>(to, c, waiting.most, get);
+    }
   }
   template <bool kSilu, int kCount, typename Get>
   UPFEAT_MEMBER __m512i keep_some(float* to, int64_t at, __m512i most, Get get) {
@@ -143,9 +155,9 @@ struct DigitOutlet {
     }
   }
 
-  // Writes the next eight pixels.
+  // Writes the next four pixels.
   UPFEAT_APART_MEMBER void step() {
-    const int64_t end = smaller(next + 8, strip.count);
+    const int64_t end = smaller(next + 4, strip.count);
     if (first + 16 < job.out_width) {
       write<2>(end);
     } else {
@@ -259,9 +271,9 @@ static void pointwise_task(void* context, int64_t task, int worker) {
   const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
   const int64_t width = layer.out->size[3], part = digit_part(layer.inputs);
   const int64_t blocks = digit_blocks(layer.inputs), pair = digit_pair_bytes(layer.inputs);
-  const int64_t calls = (job.out_width + 31) / 32 * kProducts * blocks;  // of `between`, per strip
-  DigitIntake intake{job, batch, s.room, s.values, nullptr, 0, 0, 0, {}, nullptr, nullptr, {},
-                     false};
+  const int64_t calls = (job.out_width + 31) / 32 * kPauses * blocks;  // of `between`, per strip
+  DigitIntake intake{job, batch, s.room, s.values, nullptr, nullptr, 0, 0, 0, 0, {}, nullptr,
+                     nullptr, {}, false};
   DigitOutlet outlet{job, batch, s.result, s.other, s.sums, s.totals, {}, nullptr, nullptr,
                      nullptr, nullptr, 0, 0, 0, 0};
   Fetch fetch{nullptr, nullptr};
@@ -278,7 +290,7 @@ static void pointwise_task(void* context, int64_t task, int worker) {
     fetch.at = fetch.end = nullptr;
     if (following.y < end) {
       intake.begin(following, s.left[(index + 1) & 1], s.scales + (index + 1) % 3 * kLayerStrip);
-      steps = following.count + 1;
+      steps = following.count * intake.pieces();
       fetch.begin(layer.residual ? *layer.residual : *layer.out, batch, following);
     }
     for (int64_t n = 0; n < job.out_width; n += 32) {
@@ -294,7 +306,7 @@ static void pointwise_task(void* context, int64_t task, int worker) {
                           outlet.step();
                         }
                         UPFEAT_UNROLL
-                        for (int i = 0; i < 6; ++i) fetch.step();
+                        for (int i = 0; i < 2; ++i) fetch.step();
                       });
       while (!outlet.ended()) outlet.step();
       outlet.begin(strip, s.levels[turn], s.scales + index % 3 * kLayerStrip, n);

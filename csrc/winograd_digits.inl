@@ -186,7 +186,7 @@ static void winograd_products(const LayerJob& job, const WinogradScratch& s, int
   const int64_t inputs = job.layer.inputs, width = job.out_width, tiles = intake.tiles;
   const int64_t left = digit_left_bytes(inputs), pair = digit_pair_bytes(inputs);
   const int64_t blocks = digit_blocks(inputs), plane = kWinogradTiles * width + 16;
-  const int64_t calls = 16 * ((width + 31) / 32) * kProducts * blocks;
+  const int64_t calls = 16 * ((width + 31) / 32) * kPauses * blocks;
   const int64_t steps = intake.steps() - intake.next;
   ProductOutlet outlet{width, 0, 0, nullptr, nullptr, nullptr, false};
   const char* right = job.right;
