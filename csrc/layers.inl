@@ -94,7 +94,7 @@ static int run_layer(const Runtime& runtime, const Layer& layer) {
   job.worker_bytes = (layer_scratch(job) + 63) / 64 * 64;
   const int64_t matrices = layer.winograd ? kWinogradMatrices : 1;
   const int64_t right = (layer_right_bytes(job) * matrices + 63) / 64 * 64;
-  const int64_t matrix = layer.inputs * layer.pitch;
+  const int64_t matrix = winograd_step(layer);
   const int64_t floats = layer_floats(job) + (layer.winograd ? matrices * matrix : 0);
   job.scratch = static_cast<char*>(
       runtime.allocate(job.worker_bytes * runtime.workers + right + floats * 4));

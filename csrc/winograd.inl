@@ -3,26 +3,38 @@
 
 constexpr int64_t kWinogradMatrices = 16;
 
+// Number of floats from one transformed matrix to the next; with a power of two, all would fall into
+// one set of the cache.
+UPFEAT_INLINE int64_t winograd_step(const Layer& layer) { return layer.inputs * layer.pitch + 16; }
+
 // Computes the transformed matrices of weights, (16, inputs, pitch), rounded once.
 static void winograd_matrices(const Layer& layer, float* to) {
-  const int64_t count = layer.inputs * layer.pitch;
+  const int64_t count = layer.inputs * layer.pitch, step = winograd_step(layer);
+  constexpr int kSome = 16;  // weights that are transformed at a time
+  typedef double Numbers[kSome];
   // Along each axis, the taps are replaced by a, (a + b + c) / 2, (a - b + c) / 2, c.
-  const auto spread = [](double a, double b, double c, double* out) UPFEAT_LAMBDA {
-    out[0] = a;
-    out[1] = (a + b + c) * 0.5;
-    out[2] = (a - b + c) * 0.5;
-    out[3] = c;
-  };
-  for (int64_t i = 0; i < count; ++i) {
-    double rows[3][4], column[4];
-    for (int64_t row = 0; row < 3; ++row) {
-      const float* weight = layer.weight + 3 * row * count + i;
-      spread(static_cast<double>(weight[0]), static_cast<double>(weight[count]),
-             static_cast<double>(weight[2 * count]), rows[row]);
+  const auto spread = [](const Numbers* taps, Numbers* out, int pitch) UPFEAT_LAMBDA {
+    for (int i = 0; i < kSome; ++i) {
+      const double a = taps[0][i], b = taps[pitch][i], c = taps[2 * pitch][i];
+      out[0][i] = a;
+      out[1][i] = (a + b + c) * 0.5;
+      out[2][i] = (a - b + c) * 0.5;
+      out[3][i] = c;
     }
-    for (int64_t j = 0; j < 4; ++j) {
-      spread(rows[0][j], rows[1][j], rows[2][j], column);
-      for (int64_t k = 0; k < 4; ++k) to[(4 * k + j) * count + i] = static_cast<float>(column[k]);
+  };
+  for (int64_t at = 0; at < count; at += kSome) {
+    Numbers taps[9], rows[3 * 4], out[4];
+    for (int tap = 0; tap < 9; ++tap) {
+      const float* weight = layer.weight + tap * count + at;
+      for (int i = 0; i < kSome; ++i) taps[tap][i] = static_cast<double>(weight[i]);
+    }
+    for (int row = 0; row < 3; ++row) spread(taps + 3 * row, rows + 4 * row, 1);
+    for (int j = 0; j < 4; ++j) {
+      spread(rows + j, out, 4);
+      for (int k = 0; k < 4; ++k) {
+        float* here = to + (4 * k + j) * step + at;
+        for (int i = 0; i < kSome; ++i) here[i] = static_cast<float>(out[k][i]);
+      }
     }
   }
 }
