@@ -61,6 +61,44 @@ def test_convolutions(shape, reflect, rounding):
     assert error(half, expected) < 2e-3
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_channels_of_any_magnitude(kernel, rounding):
+    """Inputs whose weights are as small as the inputs are large count as much as the others."""
+    generator = torch.Generator().manual_seed(0)
+    powers = 10.0 ** torch.randint(-6, 7, (1, 40, 1, 1), generator=generator)
+    x, weight = random(1, 40, 12, 37) * powers, random(48, 40, kernel, kernel) / powers
+    padded = reflect_pad(x.double(), kernel // 2)
+    expected = F.conv2d(padded, weight.double())
+    assert error(layer(x, weight)[0], expected) < rounding
+
+
+def test_pixels_of_any_magnitude(rounding):
+    powers = 10.0 ** torch.randint(
+        -18, 19, (1, 1, 9, 21), generator=torch.Generator().manual_seed(0)
+    )
+    x, weight = random(1, 64, 9, 21), random(32, 64)
+    found, _ = layer(x * powers, weight)
+    assert error(found / powers, F.conv2d(x.double(), weight.double()[..., None, None])) < rounding
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_pixel(bad, isa):
+    x, weight = random(1, 32, 5, 40), random(32, 32)
+    expected, _ = layer(x, weight)
+    x[0, 7, 2, 33] = bad
+    found, _ = layer(x, weight)
+    assert not found[..., 2, 33].isfinite().any()
+    found[..., 2, 33] = expected[..., 2, 33]
+    assert torch.equal(found, expected)
+    weight[3, 5] = bad
+    assert not layer(x, weight)[0][:, 3].isfinite().any()
+
+
+def test_zeros(isa):
+    x, weight, bias = torch.zeros(1, 20, 3, 35), torch.zeros(24, 20, 3, 3), random(24)
+    assert torch.equal(layer(x, weight, bias)[0], bias[:, None, None].expand(1, 24, 3, 35))
+
+
 def test_in_place_and_by_threads(threads, isa):
     x, weight = random(2, 32, 70, 41), random(32, 32)
     fresh, sums = layer(x, weight, residual=x, groups=4)
