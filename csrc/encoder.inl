@@ -118,6 +118,20 @@ struct Fetch {
   }
 };
 
+// Applies a scale, a shift and perhaps SiLU to kCount vectors of channels.
+template <int kCount>
+UPFEAT_INLINE void norm_channels(const float* from, const float* scale, const float* shift,
+                                 bool activate, float* to) {
+  Vec value[kCount];
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    value[i] = load(from + i * kLanes) * load(scale + i * kLanes) + load(shift + i * kLanes);
+  }
+  if (activate) silu<kCount>(value);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) store(to + i * kLanes, value[i]);
+}
+
 // Applies the steps before the convolution to `count` pixels of a row: (count, in_width).
 static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
                            float* pixels) {
@@ -129,10 +143,14 @@ static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_
     const float* scale = layer.scale + batch * layer.in_pitch;
     const float* shift = layer.shift + batch * layer.in_pitch;
     for (int64_t i = 0; i < count; ++i) {
+      const float* source = from + i * pitch;
       float* pixel = pixels + i * width;
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const Vec value = load(from + i * pitch + c) * load(scale + c) + load(shift + c);
-        store(pixel + c, layer.silu ? silu(value) : value);
+      int64_t c = 0;
+      for (; c + 4 * kLanes <= width; c += 4 * kLanes) {
+        norm_channels<4>(source + c, scale + c, shift + c, layer.silu, pixel + c);
+      }
+      for (; c < width; c += kLanes) {
+        norm_channels<1>(source + c, scale + c, shift + c, layer.silu, pixel + c);
       }
     }
   } else if (from != pixels) {
