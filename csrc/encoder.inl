@@ -285,52 +285,31 @@ static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t 
 
 #if !defined(__AMX_INT8__)
 
-// Prepares a strip's pixels and packs them as a left operand, one pixel per step.
-struct Intake {
-  const LayerJob& job;
-  int64_t batch;
-  float* room;  // for pixels that cannot be read in place
-  char* left;
-  const float* from;
-  int64_t pitch, next, end;
-  bool norm;
-
-  UPFEAT_MEMBER void begin(const Strip& strip, char* to) {
-    const Layer& layer = job.layer;
-    left = to;
-    next = 0;
-    end = strip.count;
-    norm = layer.scale && !layer.rotate_rows && !layer.unit;
-    from = room;
-    pitch = job.in_width;
-    if (layer.kernel != 1) {
-      read_windows(job, batch, strip.y, strip.x, strip.count, room);
-    } else if (norm || !(layer.rotate_rows || layer.unit)) {
-      from = see_pixels(*layer.x, batch, strip.y, strip.x, strip.count, room, job.in_width,
-                        &pitch);
-    } else {
-      prepare_pixels(job, batch, strip.y, strip.x, strip.count, room);
-    }
+// Prepares a strip's pixels and packs them as a left operand. `room` is for pixels that cannot be
+// read in place.
+static void take_strip(const LayerJob& job, int64_t batch, const Strip& strip, float* room,
+                       char* left) {
+  const Layer& layer = job.layer;
+  const int64_t width = job.in_width, inputs = layer.inputs, blocks = dense_blocks(inputs);
+  const bool norm = layer.scale && !layer.rotate_rows && !layer.unit;
+  const float* from = room;
+  int64_t pitch = width;
+  if (layer.kernel != 1) {
+    read_windows(job, batch, strip.y, strip.x, strip.count, room);
+  } else if (norm || !(layer.rotate_rows || layer.unit)) {
+    from = see_pixels(*layer.x, batch, strip.y, strip.x, strip.count, room, width, &pitch);
+  } else {
+    prepare_pixels(job, batch, strip.y, strip.x, strip.count, room);
   }
-
-  UPFEAT_MEMBER void step() {
-    if (next < end) work();
-  }
-
- private:
-  UPFEAT_APART_MEMBER void work() {
-    const Layer& layer = job.layer;
-    const int64_t width = job.in_width, inputs = layer.inputs, blocks = dense_blocks(inputs);
-    const float* source = from + next * pitch;
+  const float* scale = layer.scale + batch * layer.in_pitch;
+  const float* shift = layer.shift + batch * layer.in_pitch;
+  for (int64_t i = 0; i < strip.count; ++i) {
+    const float* source = from + i * pitch;
     const float* ahead = source + kLayerStrip * pitch;
     for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(ahead + c, 0, 2);
     const auto bring = [&](auto get) UPFEAT_LAMBDA {
-      for (int64_t block = 0; block < blocks; ++block) {
-        put_left(left, inputs, next, block, width, get);
-      }
+      for (int64_t block = 0; block < blocks; ++block) put_left(left, inputs, i, block, width, get);
     };
-    const float* scale = layer.scale + batch * layer.in_pitch;
-    const float* shift = layer.shift + batch * layer.in_pitch;
     const auto scaled = [&](int64_t c) UPFEAT_LAMBDA {
       return load(source + c) * load(scale + c) + load(shift + c);
     };
@@ -341,17 +320,15 @@ struct Intake {
     } else {
       bring(scaled);
     }
-    ++next;
   }
-};
+}
 
-// Computes rows of a layer; while one strip is multiplied, the next one is prepared.
+// Computes rows of a layer.
 static void pointwise_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
   const Layer& layer = job.layer;
-  const int64_t left_size = left_bytes(layer.inputs);
   char* left = job.scratch + worker * job.worker_bytes;
-  float* room = reinterpret_cast<float*>(left + 2 * left_size);
+  float* room = reinterpret_cast<float*>(left + left_bytes(layer.inputs));
   float* result = room + kLayerStrip * job.in_width;
   float* other = result + kLayerStrip * job.out_width;
   float* sums = other + kLayerStrip * job.out_width;
@@ -359,31 +336,17 @@ static void pointwise_task(void* context, int64_t task, int worker) {
   const int64_t batch = task / job.row_tasks, first = task % job.row_tasks * job.rows_per_task;
   const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
   const int64_t width = layer.out->size[3];
-  memset(left, 0, static_cast<size_t>(2 * left_size));
-  dense_begin();
-  Intake intake{job, batch, room, nullptr, nullptr, 0, 0, 0, false};
-  Fetch fetch{nullptr, nullptr};
-  Strip strip{first, 0, smaller(kLayerStrip, width)};
-  intake.begin(strip, left);
-  while (intake.next < intake.end) intake.step();
-  for (int64_t side = 0; strip.y < end; side ^= 1) {
-    Strip following{strip.y, strip.x + kLayerStrip, 0};
-    if (following.x >= width) following = {strip.y + 1, 0, 0};
-    following.count = smaller(kLayerStrip, width - following.x);
-    if (following.y < end) intake.begin(following, left + (side ^ 1) * left_size);
-    fetch.begin(layer.residual ? *layer.residual : *layer.out, batch, strip);
-    const Operands operands{left + side * left_size, job.right};
-    multiply_dense(strip.count, &operands, 1, layer.inputs, job.out_width, 0, job.out_width, result,
-                   job.out_width, [&]() UPFEAT_LAMBDA {
-                     intake.step();
-                     UPFEAT_UNROLL
-                     for (int i = 0; i < 6; ++i) fetch.step();
-                   });
-    while (intake.next < intake.end) intake.step();
-    finish_pixels(job, batch, strip.y, strip.x, strip.count, result, other, sums, partial);
-    strip = following;
+  memset(left, 0, static_cast<size_t>(left_bytes(layer.inputs)));
+  const Operands operands{left, job.right};
+  for (int64_t y = first; y < end; ++y) {
+    for (int64_t x = 0; x < width; x += kLayerStrip) {
+      const Strip strip{y, x, smaller(kLayerStrip, width - x)};
+      take_strip(job, batch, strip, room, left);
+      multiply_dense(strip.count, &operands, 1, layer.inputs, job.out_width, 0, job.out_width,
+                     result, job.out_width);
+      finish_pixels(job, batch, y, x, strip.count, result, other, sums, partial);
+    }
   }
-  dense_end();
 }
 
 #endif

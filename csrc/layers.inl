@@ -67,7 +67,7 @@ static void pack_layer(LayerJob& job, int64_t matrices, Weights weights, char* p
 static int64_t layer_scratch(const LayerJob& job) {
   const int64_t floats = kLayerStrip * (job.in_width + 2 * job.out_width) + 2 * job.out_width;
   return job.layer.winograd ? winograd_scratch(job, nullptr, nullptr)
-                            : 2 * left_bytes(job.layer.inputs) + floats * 4;
+                            : left_bytes(job.layer.inputs) + floats * 4;
 }
 static int64_t layer_right_bytes(const LayerJob& job) {
   return right_bytes(job.layer.inputs, job.out_width);

@@ -175,7 +175,7 @@ static void winograd_task(void* context, int64_t task, int worker) {
       for (int64_t k = 0; k < 16; ++k) {
         const Operands operands{s.tiles + k * left, job.right + k * right};
         multiply_dense(tiles, &operands, 1, layer.inputs, job.out_width, channel, channel + channels,
-                       s.products + k * kWinogradPlane, kWinogradBlock, [] {});
+                       s.products + k * kWinogradPlane, kWinogradBlock);
       }
       winograd_outputs(job, s, channel, channels);
     }

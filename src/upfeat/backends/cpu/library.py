@@ -4,8 +4,8 @@ The library has a plain C interface. It is built when the package is installed, 
 ctypes at the first call that needs it; the interpreter's lock is released while it runs.
 ``UPFEAT_LIBRARY`` names another build of the library. The best instruction set of the machine runs,
 unless ``UPFEAT_CPU_ISA`` names another (``baseline``, ``avx2``, ``avx512``, ``amx``, ``amx_high``).
-``amx_high`` is ``amx`` with 17 bits of each float32 in dense products; without the variable it is
-chosen only if :func:`torch.set_float32_matmul_precision` is not at "highest".
+``amx_high`` is ``amx`` with 17 bits of each float32 in attention to many cells; without the
+variable it is chosen only if :func:`torch.set_float32_matmul_precision` is not at "highest".
 """
 
 import ctypes
