@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import upfeat
 from upfeat.guided import GUIDE, Guided, has_early_layers
 from upfeat.mirrored import Mirrored
+from upfeat.scales import SecondScale
 from upfeat.testing import check_backbone
 from upfeat.upsamplers.detail import DetailKernels
 
@@ -47,6 +48,12 @@ def photo(height=70, width=98, seed=0, count=1, channels=3):
     return torch.randn(count, channels, height, width, generator=generator)
 
 
+def hidden_of(backbone, x):
+    hidden = backbone.hidden(x)
+    assert hidden is not None
+    return hidden
+
+
 @pytest.mark.parametrize("size", [(70, 98), (14, 14), (75, 101), (14, 200)])
 def test_features_are_the_backbones_own(guided, size):
     x = photo(*size, count=2)
@@ -61,8 +68,9 @@ def test_the_guide_sees_colours_as_it_is_used_to():
     """Layers of strides 4, 8 and 16, of the image in the guide's own normalisation, aligned."""
     backbone = upfeat.load_backbone(GUIDE).aligned(2)
     x = photo(112, 112)
-    hidden = Guided(Tokens()).hidden(x)
+    hidden = hidden_of(Guided(Tokens()), x)
     layers, early = backbone.with_hidden(Tokens().normalization.convert(x, backbone.normalization))
+    assert early is not None
     expected = (
         F.adaptive_avg_pool2d(early, (16, 16)),
         F.interpolate(layers, size=(16, 16), mode="bilinear", align_corners=False),
@@ -112,8 +120,8 @@ def test_bands_of_other_images():
     model = upfeat.load(Tokens(5), bands=bands, early=True)
     assert isinstance(model.backbone, Guided)
     three = x[:, list(bands)]
-    expected = Guided(Tokens()).hidden(three)
-    torch.testing.assert_close(model.backbone.hidden(x), expected, rtol=1e-3, atol=1e-3)
+    expected = hidden_of(Guided(Tokens()), three)
+    torch.testing.assert_close(hidden_of(model.backbone, x), expected, rtol=1e-3, atol=1e-3)
     assert model(x).shape == (1, 2, 70, 98)
     with pytest.raises(ValueError, match=r"early=True: tokens takes images of 5 bands, and effici"):
         upfeat.load(Tokens(5), early=True)
@@ -128,7 +136,7 @@ def test_two_passes_and_alignment():
     moved = Guided(Tokens()).aligned(3)
     assert moved.displacement == 3
     assert torch.equal(moved(x), Tokens().aligned(3)(x))
-    assert torch.equal(moved.hidden(x), Guided(Tokens()).hidden(x))
+    assert torch.equal(hidden_of(moved, x), hidden_of(Guided(Tokens()), x))
 
 
 def test_upsamplers_trained_on_early_layers_are_not_given_the_guides():
@@ -142,3 +150,17 @@ def test_upsamplers_trained_on_early_layers_are_not_given_the_guides():
 
 def test_it_conforms(guided):
     check_backbone(lambda: guided)
+
+
+@pytest.mark.parametrize("passes", [5, 6])
+def test_five_passes_are_guided_too(passes):
+    """Both steps of the upsampler follow the second scale, the first with the guide's layers."""
+    model, x = upfeat.load(Tokens(), passes=passes, early=True), photo(112, 98)
+    assert isinstance(model.backbone, Guided)
+    assert isinstance(model.backbone.backbone, SecondScale)
+    assert (model.passes, model.backbone.stride) == (passes, 7)
+    full, plain = model(x), upfeat.load(Tokens(), passes=passes)
+    assert hidden_of(model.backbone, x).shape == (1, 176, 32, 28)
+    assert torch.equal(model.backbone(x), plain.backbone(x))
+    assert 1e-3 < float((full - plain(x)).abs().mean()) < float(full.std())
+    torch.testing.assert_close(model.lazy(x).crop(5, 7, 30, 20), full[:, :, 5:35, 7:27])

@@ -283,7 +283,8 @@ def load(
             those of the mirror image are averaged (:class:`upfeat.mirrored.Mirrored`). 5: it is
             also applied to the image at twice its size (:class:`upfeat.scales.SecondScale`), and
             ``model.backbone`` has half the stride, or a quarter of it with an upsampler that was
-            trained on early layers. 6: both, without the mirror image of the enlarged one.
+            trained on early layers. 6: both, without the mirror image of the enlarged one. With
+            ``early``, both steps of a detail upsampler follow the second scale, not the last alone.
         early: whether the upsampler also gets features of early layers, on a finer grid: the
             backbone's own if it returns any, as convolutional networks do; otherwise, as for
             transformers, those of the embedded EfficientNet-Lite0, which then sees the image too.
@@ -325,9 +326,7 @@ def load(
         network = Mirrored(network) if mirrored else network
         model = FeatUp(network, upsampler, bands=bands, early=early)
     else:
-        if early:
-            raise ValueError("early=True is for passes=1 and 2; leave out one of the two")
-        model = _two_scales(network, upsampler, bands, translation, mirrored=mirrored)
+        model = _two_scales(network, upsampler, bands, translation, early=early, mirrored=mirrored)
     model.max_memory = None if max_memory is None else parse_memory(max_memory)
     return model if device is None else model.to(find_device(device))
 
@@ -338,6 +337,7 @@ def _two_scales(
     bands: Sequence[int] | None,
     translation: Translation | str | Path | None,
     *,
+    early: bool,
     mirrored: bool,
 ) -> FeatUp:
     """Make a model whose backbone is applied to the image at two scales."""
@@ -351,4 +351,6 @@ def _two_scales(
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
     network = align_for(upsampler, network)
     scales = SecondScale(network, steps, bands=bands, translation=translation, mirrored=mirrored)
-    return FeatUp(scales, upsampler if steps is None else steps.last_step(), bands=bands)
+    if steps is None or (early and not steps.wants_hidden):  # both steps, from the finer grid on
+        return FeatUp(scales, upsampler, bands=bands, early=early)
+    return FeatUp(scales, steps.last_step(), bands=bands)
