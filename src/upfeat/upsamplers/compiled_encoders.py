@@ -117,8 +117,7 @@ def _last(
 
 
 def _activated(norm: nn.GroupNorm, sums: Sums) -> Before:
-    found = sums.norm(norm.weight, norm.bias, norm.eps)
-    return Before(scale=found.scale, shift=found.shift, silu=True)
+    return sums.norm(norm.weight, norm.bias, norm.eps, silu=True)
 
 
 def _sums_of(x: Tensor, groups: int) -> Sums:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +33,14 @@ class Before:
     """(B, C), factor of each channel; given together with ``shift``."""
     shift: Tensor | None = None
     """(B, C), added to each channel after ``scale``."""
+    sums: Sums | None = None
+    """Sums of the input, for a group norm in place of ``scale`` and ``shift``."""
+    gain: Tensor | None = None
+    """(C,), weights of the group norm."""
+    offset: Tensor | None = None
+    """(C,), biases of the group norm."""
+    sum_epsilon: float = 0.0
+    """Number that is added to the variances of the group norm."""
     silu: bool = False
     unit: float | None = None
     """Divide by √(mean of squares over channels + ``unit``); ``None`` for no division."""
@@ -51,6 +58,13 @@ class Before:
             _point(layer, "scale", _padded(self.scale))
             _point(layer, "shift", _padded(self.shift))
             layer.in_pitch = -(-channels // _LANES) * _LANES
+        if self.sums is not None:
+            _point(layer, "sums", self.sums.values.contiguous())
+            layer.sum_groups, layer.sum_count = self.sums.values.shape[1], self.sums.count
+            layer.sum_epsilon = self.sum_epsilon
+            for name, array in (("gain", self.gain), ("offset", self.offset)):
+                if array is not None:
+                    _point(layer, name, array.detach().float().contiguous())
 
 
 @dataclass(frozen=True)
@@ -63,23 +77,11 @@ class Sums:
     """Number of values in each sum."""
     channels: int
 
-    def norm(self, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Before:
-        """Return the group norm as a scale and a shift of each channel."""
-        # In numpy, whose calls cost a tenth of PyTorch's on so few numbers.
-        values = self.values.numpy() / self.count
-        mean, square = values[..., 0], values[..., 1]
-        scale = 1 / np.sqrt(np.maximum(square - mean * mean, 0) + epsilon)
-        repeats = self.channels // values.shape[1]
-        scale, mean = (np.repeat(each, repeats, axis=1) for each in (scale, mean))
-        if weight is not None:
-            scale = scale * weight.detach().double().numpy()
-        shift = -mean * scale
-        if bias is not None:
-            shift = shift + bias.detach().double().numpy()
-        return Before(
-            scale=torch.from_numpy(scale.astype(np.float32)),
-            shift=torch.from_numpy(shift.astype(np.float32)),
-        )
+    def norm(
+        self, weight: Tensor | None, bias: Tensor | None, epsilon: float, *, silu: bool = False
+    ) -> Before:
+        """Return the group norm as steps before a layer, which computes it from the sums."""
+        return Before(sums=self, gain=weight, offset=bias, sum_epsilon=epsilon, silu=silu)
 
     def part(self, start: int, stop: int) -> Sums:
         """Select the sums of channels ``start`` to ``stop``, which are whole groups."""

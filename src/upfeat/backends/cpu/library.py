@@ -34,12 +34,15 @@ STAGE_ARRAYS = (
 PYRAMID_ARRAYS = tuple(
     f"{layer}_{part}" for layer in ("entry", "hidden", "last", "join") for part in "wb"
 )
-LAYER_ARRAYS = ("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns")
+LAYER_ARRAYS = (
+    *("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns"),
+    *("sums", "gain", "offset"),
+)
 _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
-    *("silu", "unit", "reflect", "pair", "groups"),
+    *("silu", "unit", "reflect", "pair", "groups", "sum_groups", "sum_count"),
 )
-_ABI = 8
+_ABI = 9
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -116,6 +119,7 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in LAYER_ARRAYS),
         *((name, ctypes.c_int64) for name in _LAYER_NUMBERS),
         ("epsilon", ctypes.c_double),
+        ("sum_epsilon", ctypes.c_double),
     ]
 
 
