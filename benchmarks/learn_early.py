@@ -29,11 +29,11 @@ import upfeat
 from upfeat.backbones import Backbone, estimate_displacement
 from upfeat.mirrored import Mirrored
 from upfeat.provenance import digest
+from upfeat.resampling import on_grid
 from upfeat.scales import SecondScale, fit_translation, guidance_for
 from upfeat.training.photographs import SUFFIXES
 from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, EarlyDetailUpsampler, create_upsampler
-from upfeat.upsamplers.early import on_grid
 from upfeat.upsamplers.maps import as_map
 
 BASE = "detail_universal"

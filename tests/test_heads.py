@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import upfeat
 from upfeat import WrappedBackbone
 from upfeat.heads import SavedHead, describe_backbone, load_head, save_head
 from upfeat.storage import read_tensors, write_tensors
@@ -136,3 +137,18 @@ def test_what_is_kept_of_a_backbone_are_texts():
     told = json.loads(json.dumps(describe_backbone(backbone())))
     assert told == describe_backbone(backbone())
     assert all(isinstance(value, str) for value in told.values())
+
+
+@pytest.mark.parametrize("options", [{"passes": 2}, {"passes": 5}, {"passes": 6}, {"early": True}])
+def test_heads_fit_features_of_several_passes(options):
+    """They estimate the same features, so what was learnt on one pass serves."""
+    plain = upfeat.load_backbone(torch.nn.Conv2d(3, 4, 8, 8), name="own")
+    model = upfeat.load(plain, **options)
+    head = SavedHead(
+        torch.ones(2, 4), torch.zeros(2), ["a", "b"], "classes", describe_backbone(plain), "detail"
+    )
+    head.check_backbone(model.backbone, "head")
+    assert describe_backbone(model.backbone.origin) == describe_backbone(plain)
+    other = upfeat.load_backbone(torch.nn.Conv2d(3, 4, 8, 8), name="own")
+    with pytest.raises(ValueError, match="another weights"):
+        head.check_backbone(upfeat.load(other, **options).backbone, "head")

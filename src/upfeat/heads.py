@@ -53,13 +53,14 @@ class SavedHead:
         """Check that a backbone is the one that the head was trained on.
 
         Args:
-            backbone: backbone whose features the head is to be applied to.
+            backbone: backbone whose features the head is to be applied to; its
+                :attr:`~upfeat.Backbone.origin` counts.
             label: name of the head, for error messages.
 
         Raises:
             ValueError: it is another backbone, or has other weights or normalisation.
         """
-        now = describe_backbone(backbone)
+        now = describe_backbone(backbone.origin)
         other = [name for name in now if self.backbone.get(name) != now[name]]
         if not other and self.weight.shape[1] == backbone.embed_dim:
             return

@@ -227,7 +227,7 @@ def _train(
         head.bias,
         names,
         "classes",
-        describe_backbone(model.backbone),
+        describe_backbone(model.backbone.origin),
         model.upsampler.name,
     )
     return saved, scores

@@ -46,6 +46,11 @@ class Mirrored(Backbone):
         """Data type of the image; the inner backbone converts its own input."""
         return self.backbone.dtype
 
+    @property
+    def origin(self) -> Backbone:
+        """See :attr:`Backbone.origin`."""
+        return self.backbone.origin
+
     def aligned(self, displacement: int) -> Mirrored:
         """See :meth:`Backbone.aligned`; the inner backbone is aligned."""
         return Mirrored(self.backbone.aligned(displacement))

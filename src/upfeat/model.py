@@ -13,6 +13,7 @@ from upfeat.backbones import Backbone, load_backbone
 from upfeat.bounds import PASSES, flag, indices, shown
 from upfeat.budget import free_bytes
 from upfeat.features import UpsampledFeatures, blank, require_upsampler
+from upfeat.guided import Guided, has_early_layers
 from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import find_device, parse_memory
 from upfeat.mirrored import Mirrored
@@ -57,8 +58,9 @@ class FeatUp(nn.Module):
             upsampler: any upsampler; its ``embed_dim``, unless ``None``, must equal the backbone's.
             bands: for images that are not RGB: the three bands, counted from 0, that the upsampler
                 gets as red, green and blue; ``None`` for all bands.
-            early: whether the upsampler also gets features of early layers of the backbone, on a
-                finer grid (:meth:`Backbone.with_hidden`); see :func:`load`.
+            early: whether the upsampler also gets features of early layers, on a finer grid
+                (:meth:`Backbone.with_hidden`): the backbone's own, or, if it has none, those of the
+                embedded EfficientNet-Lite0 (:class:`upfeat.guided.Guided`); see :func:`load`.
             max_memory: most memory that the process may use, including the memory that it uses
                 already, in bytes or as "2GB"; ``None`` for no bound. With a bound, backbones with a
                 limited receptive field are run in tiles, and maps are computed part by part; on one
@@ -67,11 +69,15 @@ class FeatUp(nn.Module):
         Raises:
             TypeError: ``upsampler`` is not an upsampler.
             ValueError: the numbers of channels differ, ``bands`` are not three of the backbone's,
-                or ``early`` is set for an upsampler or a backbone that does not support it.
+                or ``early`` is set for an upsampler or images that do not support it.
         """
         super().__init__()
         require_upsampler(upsampler)
         self.early = flag("early", early) or upsampler.wants_hidden
+        if self.early and not upsampler.takes_hidden:
+            raise ValueError(
+                f"early=True: {upsampler.name} makes no use of early layers; take detail"
+            )
         self.backbone = align_for(upsampler, load_backbone(backbone))
         self.upsampler = upsampler
         expected = getattr(upsampler, "embed_dim", None)
@@ -88,8 +94,14 @@ class FeatUp(nn.Module):
                 f"{self.backbone.name} takes, counted from 0"
             )
         self.max_memory = None if max_memory is None else parse_memory(max_memory)
-        if self.early:
-            _check_early(self.backbone, upsampler)
+        if self.early and not has_early_layers(self.backbone):
+            if upsampler.wants_hidden:
+                raise ValueError(
+                    f"{upsampler.name} was trained on early layers, and {self.backbone.name} has "
+                    "none; use another upsampler, or override Backbone.extract_with_hidden"
+                )
+            guided = Guided(self.backbone, bands=self.bands)
+            self.backbone = guided.to(self.backbone.mean.device)
         self.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -101,6 +113,8 @@ class FeatUp(nn.Module):
         first = next(self.parameters(), backbone.mean)
         dtype = str(first.dtype).removeprefix("torch.")
         early = " with early layers" if self.early else ""
+        if isinstance(self.backbone, Guided):
+            early += f" of {self.backbone.guide.name}"
         return (
             f"{type(self).__name__}({backbone.name} + {upsampler.name}{early}: "
             f"{backbone.embed_dim} channels, stride {backbone.stride}; {' + '.join(counts)} "
@@ -240,30 +254,6 @@ def align_for(upsampler: Upsampler, backbone: Backbone) -> Backbone:
     return backbone.aligned(displacement) if displacement else backbone
 
 
-def _check_early(backbone: Backbone, upsampler: Upsampler) -> None:
-    """Check that the upsampler uses early layers and that the backbone returns them.
-
-    Raises:
-        ValueError: one of them does not; the message names the fix.
-    """
-    if not upsampler.takes_hidden:
-        raise ValueError(f"early=True: {upsampler.name} makes no use of early layers; take detail")
-    side = 4 * backbone.stride
-    blank = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
-    with torch.no_grad():
-        features, hidden = backbone.with_hidden(blank)
-    if hidden is None:
-        raise ValueError(
-            f"early=True: {backbone.name} says nothing of its earlier layers; use early=False, or "
-            "override Backbone.extract_with_hidden"
-        )
-    if hidden.dim() != 4 or not (hidden.shape[2] > features.shape[2]):
-        raise ValueError(
-            f"early=True: the earlier layers of {backbone.name} are {tuple(hidden.shape)} where "
-            f"its features are {tuple(features.shape)}: no finer grid; use early=False"
-        )
-
-
 def load(
     name: str | Backbone | Callable[[Tensor], Tensor] = DEFAULT_BACKBONE,
     *,
@@ -293,13 +283,16 @@ def load(
             those of the mirror image are averaged (:class:`upfeat.mirrored.Mirrored`). 5: it is
             also applied to the image at twice its size (:class:`upfeat.scales.SecondScale`), and
             ``model.backbone`` has half the stride, or a quarter of it with an upsampler that was
-            trained on early layers. 6: both, without the mirror image of the enlarged one.
-        early: whether the upsampler also gets features of early layers of the backbone, on a finer
-            grid. The embedded backbones return such features; others may not. With ``upsampler``
-            ``None``, an upsampler trained with early layers is loaded if there is one for the
-            backbone, or else the default one, a detail upsampler, whose regression uses them. An
-            upsampler trained with early layers gets them even if ``early`` is false. Maps of
-            :meth:`FeatUp.lazy` contain and save the early layers; rasters do not support them.
+            trained on early layers. 6: both, without the mirror image of the enlarged one. With
+            ``early``, both steps of a detail upsampler follow the second scale, not the last alone.
+        early: whether the upsampler also gets features of early layers, on a finer grid: the
+            backbone's own if it returns any, as convolutional networks do; otherwise, as for
+            transformers, those of the embedded EfficientNet-Lite0, which then sees the image too.
+            With ``upsampler`` ``None``, an upsampler trained with early layers is loaded if there
+            is one for the backbone, or else the default one, a detail upsampler, whose regression
+            uses them. An upsampler trained with early layers gets them even if ``early`` is false.
+            Maps of :meth:`FeatUp.lazy` contain and save the early layers; rasters do not support
+            them.
         max_memory: see :class:`FeatUp`.
         translation: for ``passes=5`` and 6: the translation learnt for this backbone by
             :func:`upfeat.scales.fit_translation`, or a file of it; ``None`` for the shipped
@@ -333,9 +326,7 @@ def load(
         network = Mirrored(network) if mirrored else network
         model = FeatUp(network, upsampler, bands=bands, early=early)
     else:
-        if early:
-            raise ValueError("early=True is for passes=1 and 2; leave out one of the two")
-        model = _two_scales(network, upsampler, bands, translation, mirrored=mirrored)
+        model = _two_scales(network, upsampler, bands, translation, early=early, mirrored=mirrored)
     model.max_memory = None if max_memory is None else parse_memory(max_memory)
     return model if device is None else model.to(find_device(device))
 
@@ -346,6 +337,7 @@ def _two_scales(
     bands: Sequence[int] | None,
     translation: Translation | str | Path | None,
     *,
+    early: bool,
     mirrored: bool,
 ) -> FeatUp:
     """Make a model whose backbone is applied to the image at two scales."""
@@ -359,4 +351,6 @@ def _two_scales(
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
     network = align_for(upsampler, network)
     scales = SecondScale(network, steps, bands=bands, translation=translation, mirrored=mirrored)
-    return FeatUp(scales, upsampler if steps is None else steps.last_step(), bands=bands)
+    if steps is None or (early and not steps.wants_hidden):  # both steps, from the finer grid on
+        return FeatUp(scales, upsampler, bands=bands, early=early)
+    return FeatUp(scales, steps.last_step(), bands=bands)

@@ -1,7 +1,7 @@
-"""Pooling and interpolation of a window of a map, by indices and weights along each axis.
+"""Pooling and interpolation of maps: of whole maps by PyTorch, of windows by indices and weights.
 
-PyTorch resamples whole maps. Here its arithmetic is expressed as indices and weights for any output
-positions, so that the cost of a window is proportional to the window.
+PyTorch resamples whole maps only. For windows, its arithmetic is expressed as indices and weights
+for any output positions, so that the cost of a window is proportional to the window.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ class Reads(NamedTuple):
     """Input positions of every output value, counted from ``first``, (T, count)."""
     factor: Tensor
     """Weights of the input values, (T, count), float64; those of an output value sum to 1."""
+
+
+def on_grid(maps: Tensor, size: Size) -> Tensor:
+    """Resample maps to a grid: means over its cells, or bilinear interpolation; (B, D, *size)."""
+    if tuple(maps.shape[2:]) == size:
+        return maps
+    if maps.shape[2] >= size[0] and maps.shape[3] >= size[1]:
+        return F.adaptive_avg_pool2d(maps, size)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def pooled(length: int, cells: int, positions: Tensor) -> Reads:

@@ -77,7 +77,7 @@ class Translation(NamedTuple):
 
     def save(self, path: str | Path, backbone: Backbone) -> None:
         """Write the translation to a file, with the name and a digest of its backbone."""
-        facts = {"format": _FORMAT, "backbone": backbone.name, "weights": digest(backbone)}
+        facts = {"format": _FORMAT, "backbone": backbone.name, "weights": digest(backbone.origin)}
         tensors = {"weight": self.weight.contiguous(), "bias": self.bias.contiguous()}
         write_tensors(path, tensors, facts)
 
@@ -93,7 +93,7 @@ class Translation(NamedTuple):
         tensors, facts = read_tensors(path)
         if facts.get("format") != _FORMAT or set(tensors) != {"weight", "bias"}:
             raise ValueError(f"{path}: not a translation of features")
-        if facts.get("weights") != digest(backbone):
+        if facts.get("weights") != digest(backbone.origin):
             raise ValueError(
                 f"{path}: learnt for other weights ({facts.get('backbone')!r:.60}) than those of "
                 f"{backbone.name}; learn one by upfeat.scales.fit_translation"
@@ -310,6 +310,11 @@ class SecondScale(Backbone):
     def dtype(self) -> torch.dtype:
         """Data type that the first step computes in; the inner backbone converts its own input."""
         return next(self.first.parameters()).dtype
+
+    @property
+    def origin(self) -> Backbone:
+        """See :attr:`Backbone.origin`."""
+        return self.backbone.origin
 
     def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
         """Round both sides to the nearest multiples of the inner backbone's stride."""

@@ -148,6 +148,15 @@ class Backbone(nn.Module, ABC):
         """
         return self.extract(x), None
 
+    @property
+    def origin(self) -> Backbone:
+        """The backbone whose features these are, or estimate: this one, or the innermost one.
+
+        Wrappers that pass an image through a backbone several times, or that add early layers of
+        another network, do not change what its features mean: heads trained on them fit.
+        """
+        return self
+
     def aligned(self, displacement: int) -> Backbone:
         """Return this backbone with a displacement of its features corrected; it shares weights.
 

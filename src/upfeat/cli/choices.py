@@ -65,6 +65,16 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
     add_layer(parser)
 
 
+def add_early(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--early``."""
+    parser.add_argument(
+        "--early",
+        action="store_true",
+        help="also use early layers, on a finer grid: the backbone's own, or, for transformers, "
+        "those of the embedded EfficientNet-Lite0",
+    )
+
+
 def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
     """Declare ``--engine``, ``--workers`` and ``--address``; ``what`` names a worker's task."""
     parser.add_argument(

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, add_engine, with_layers
+from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, add_early, add_engine, with_layers
 
 HELP = "Extract features of large image sets: folders, lists, tar archives and videos; resumable."
 EXAMPLE = (
@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
     )
+    add_early(parser)
     parser.add_argument(
         "--size",
         type=int,
@@ -85,7 +86,8 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.heads import load_head
 
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
+    chosen = {"upsampler": options.upsampler, "early": options.early}
+    model = upfeat.load(backbone, **chosen, device=options.device)
     head = None if options.head is None else load_head(options.head)
     if head is not None:
         head.check_backbone(model.backbone, str(options.head))

@@ -13,6 +13,7 @@ from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
+    add_early,
     bands_of,
     with_layers,
 )
@@ -73,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="2: average features of the image and its mirror image; 5: also use the image at "
         "twice its size; 6: both (default: %(default)s)",
     )
+    add_early(parser)
     parser.add_argument(
         "--head",
         type=Path,
@@ -131,7 +133,7 @@ def execute(options: argparse.Namespace) -> int:
             return batch.exit_code
         head = None if options.head is None else load_head(options.head)
         backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-        chosen = {"upsampler": options.upsampler, "passes": options.passes}
+        chosen = {"upsampler": options.upsampler, "passes": options.passes, "early": options.early}
         model = upfeat.load(backbone, **chosen, device=options.device)
         if head is not None:
             head.check_backbone(model.backbone, str(options.head))

@@ -12,6 +12,7 @@ from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
+    add_early,
     with_layers,
 )
 
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="2: average features of frames and their mirror images; 5: also use frames at twice "
         "their size; 6: both (default: %(default)s)",
     )
+    add_early(parser)
     parser.add_argument("--head", type=Path, metavar="FILE", help="show this head's classes")
     parser.add_argument(
         "--alone", action="store_true", help="show features only, without the frame next to them"
@@ -90,7 +92,7 @@ def execute(options: argparse.Namespace) -> int:
         check_output(options.report, inputs, kind, overwrite=options.overwrite)
     count_frames(options.video)  # raises for an unreadable video before the model is loaded
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    chosen = {"upsampler": options.upsampler, "passes": options.passes}
+    chosen = {"upsampler": options.upsampler, "passes": options.passes, "early": options.early}
     model = upfeat.load(backbone, **chosen, device=options.device)
     head = None if options.head is None else load_head(options.head)
     if head is not None:

@@ -224,7 +224,7 @@ class Visit:
         fine = self.lazy.project(head.weight, head.bias)[0].argmax(0).cpu()
         names = [f"class {int(one) + 1}" for one in classes]
         backbone = self.model.backbone
-        made_by, upsampler = describe_backbone(backbone), self.model.upsampler.name
+        made_by, upsampler = describe_backbone(backbone.origin), self.model.upsampler.name
         self.head = SavedHead(head.weight, head.bias, names, "classes", made_by, upsampler)
         return self._keep("segment", cells, labels[fine])
 

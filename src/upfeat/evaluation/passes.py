@@ -180,8 +180,8 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
 
     Args:
         name: a name of :data:`WAYS`, or the name of an upsampler followed by "@2",
-            "@5", "@6", "@early", or by a displacement of the backbone that is corrected first, as
-            "@+2".
+            "@5", "@6", "@early", or passes and then "@early"; or by a displacement of the backbone
+            that is corrected first, as "@+2".
         backbone: backbone that extracts the features.
 
     Raises:
@@ -194,11 +194,12 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
     if aligned is not None:
         network = backbone.aligned(int(aligned["pixels"]))
         return SeveralPasses(load(network, upsampler=aligned["upsampler"], device=device))
-    for suffix, passes in SUFFIXES.items():
-        if name.endswith(suffix):
-            upsampler = name.removesuffix(suffix)
-            return SeveralPasses(load(backbone, upsampler=upsampler, passes=passes, device=device))
-    if name.endswith(EARLY):
-        upsampler = name.removesuffix(EARLY)
-        return SeveralPasses(load(backbone, upsampler=upsampler, early=True, device=device))
-    return None
+    early = name.endswith(EARLY)
+    upsampler, passes = name.removesuffix(EARLY), 1
+    for suffix, number in SUFFIXES.items():
+        if upsampler.endswith(suffix):
+            upsampler, passes = upsampler.removesuffix(suffix), number
+    if passes == 1 and not early:
+        return None
+    chosen = {"upsampler": upsampler, "passes": passes, "early": early}
+    return SeveralPasses(load(backbone, **chosen, device=device))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.types import Size, Window
+from upfeat.resampling import on_grid
+from upfeat.types import Window
 from upfeat.upsamplers.maps import Computed, cut, is_recorded
 
 WEIGHT = 0.4
@@ -17,7 +17,7 @@ class Beside(Computed):
     """Queries with features of early layers appended to their channels, (B, D + D', H, W)."""
 
     def __init__(self, queries: Computed, hidden: Tensor) -> None:
-        """Resample the early layers to the grid of the queries; see :func:`on_grid`.
+        """Resample the early layers to the grid of the queries.
 
         Args:
             queries: (B, D, H, W).
@@ -31,15 +31,6 @@ class Beside(Computed):
         """See :meth:`Computed.compute`."""
         queries = self.queries.at(window)
         return torch.cat([queries, cut(self.hidden, window).to(queries.dtype)], dim=1)
-
-
-def on_grid(maps: Tensor, size: Size) -> Tensor:
-    """Resample maps to a grid: means over its cells, or bilinear interpolation; (B, D, *size)."""
-    if tuple(maps.shape[2:]) == size:
-        return maps
-    if maps.shape[2] >= size[0] and maps.shape[3] >= size[1]:
-        return F.adaptive_avg_pool2d(maps, size)
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
 def scale_behind(inputs: Tensor, first: int) -> Tensor:

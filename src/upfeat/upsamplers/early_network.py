@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.resampling import on_grid
 from upfeat.transforms import channels_last
 from upfeat.types import Size, Window
-from upfeat.upsamplers.early import on_grid
 from upfeat.upsamplers.encoder import pointwise
 from upfeat.upsamplers.maps import Computed, cut, inside, is_recorded, widened
 

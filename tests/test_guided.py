@@ -1,0 +1,166 @@
+"""Backbones without early layers of their own: a second network's layers guide in their place."""
+
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import upfeat
+from upfeat.guided import GUIDE, Guided, has_early_layers
+from upfeat.mirrored import Mirrored
+from upfeat.scales import SecondScale
+from upfeat.testing import check_backbone
+from upfeat.upsamplers.detail import DetailKernels
+
+
+class Tokens(upfeat.Backbone):
+    """Brightness and its square in 14×14 cells, as a transformer gives them: one grid only."""
+
+    def __init__(self, channels=3):
+        mean, std = [0.4] * channels, [0.2] * channels
+        super().__init__(
+            name="tokens", embed_dim=2, stride=14, mean=mean, std=std, in_channels=channels
+        )
+
+    def extract(self, x):
+        level = F.avg_pool2d(x.square().mean(1, keepdim=True), 14)
+        return torch.cat([level, level.square()], dim=1)
+
+
+class Brightness(upfeat.Backbone):
+    """A guide of stride 4: the squares of the image, in its own normalisation."""
+
+    def __init__(self):
+        super().__init__(name="brightness", embed_dim=1, stride=4, mean=[0.4] * 3, std=[0.2] * 3)
+
+    def extract(self, x):
+        return F.avg_pool2d(x.square().mean(1, keepdim=True), 4)
+
+
+@pytest.fixture(scope="module")
+def guided():
+    return Guided(Tokens())
+
+
+def photo(height=70, width=98, seed=0, count=1, channels=3):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, channels, height, width, generator=generator)
+
+
+def hidden_of(backbone, x):
+    hidden = backbone.hidden(x)
+    assert hidden is not None
+    return hidden
+
+
+@pytest.mark.parametrize("size", [(70, 98), (14, 14), (75, 101), (14, 200)])
+def test_features_are_the_backbones_own(guided, size):
+    x = photo(*size, count=2)
+    features, hidden = guided.with_hidden(x)
+    assert torch.equal(features, Tokens()(x))
+    assert torch.equal(guided(x), features)
+    assert hidden.shape == (2, 24 + 40 + 112, 2 * features.shape[2], 2 * features.shape[3])
+    assert guided.grid_size(size) == tuple(features.shape[2:])
+
+
+def test_the_guide_sees_colours_as_it_is_used_to():
+    """Layers of strides 4, 8 and 16, of the image in the guide's own normalisation, aligned."""
+    backbone = upfeat.load_backbone(GUIDE).aligned(2)
+    x = photo(112, 112)
+    hidden = hidden_of(Guided(Tokens()), x)
+    layers, early = backbone.with_hidden(Tokens().normalization.convert(x, backbone.normalization))
+    assert early is not None
+    expected = (
+        F.adaptive_avg_pool2d(early, (16, 16)),
+        F.interpolate(layers, size=(16, 16), mode="bilinear", align_corners=False),
+    )
+    # 28×28 cells of stride 4 to 16×16, and 14×14 of stride 8.
+    torch.testing.assert_close(hidden, torch.cat(expected, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_the_guide_tells_what_colours_cannot():
+    """Noise whose mean brightness varies: its colours are alike everywhere, the guide's are not."""
+    x = photo(224, 224)
+    finer = F.avg_pool2d(x.square().mean(1, keepdim=True), 7)
+    finer = torch.cat([finer, finer.square()], 1)
+    lost = {}
+    for backbone in (Tokens(), Guided(Tokens(), Brightness())):
+        kernels = upfeat.load(backbone, early=isinstance(backbone, Guided)).lazy(x).kernels
+        assert isinstance(kernels, DetailKernels)
+        found = kernels.to_finer_grid(backbone(x))
+        lost[backbone] = float((found - finer)[:, :1].square().mean())
+    plain, guided = lost.values()
+    assert guided < 0.9 * plain
+
+
+def test_every_way_gives_the_same():
+    model, x = upfeat.load(Tokens(), early=True), photo(112, 70)
+    assert isinstance(model.backbone, Guided)
+    full, lazy = model(x), model.lazy(x)
+    assert full.shape == (1, 2, 112, 70)
+    assert float((full - upfeat.load(Tokens())(x)).abs().mean()) > 1e-3
+    torch.testing.assert_close(lazy.crop(5, 7, 30, 20), full[:, :, 5:35, 7:27])
+    weight = torch.randn(3, 2)
+    expected = F.conv2d(full, weight[..., None, None])
+    torch.testing.assert_close(lazy.project(weight), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(lazy)).full(), full)
+    torch.testing.assert_close(model(x[..., :56, :]), model(x[..., :56, :].clone()))
+
+
+def test_it_is_said_whose_layers_are_used():
+    assert f"with early layers of {GUIDE}: 2 channels" in repr(upfeat.load(Tokens(), early=True))
+    own = upfeat.load("efficientnet_lite0", upsampler="detail_universal", early=True)
+    assert not isinstance(own.backbone, Guided)
+    assert "with early layers: 112 channels" in repr(own)
+
+
+def test_bands_of_other_images():
+    x, bands = photo(channels=5), (3, 1, 0)
+    model = upfeat.load(Tokens(5), bands=bands, early=True)
+    assert isinstance(model.backbone, Guided)
+    three = x[:, list(bands)]
+    expected = hidden_of(Guided(Tokens()), three)
+    torch.testing.assert_close(hidden_of(model.backbone, x), expected, rtol=1e-3, atol=1e-3)
+    assert model(x).shape == (1, 2, 70, 98)
+    with pytest.raises(ValueError, match=r"early=True: tokens takes images of 5 bands, and effici"):
+        upfeat.load(Tokens(5), early=True)
+
+
+def test_two_passes_and_alignment():
+    x = photo()
+    model = upfeat.load(Tokens(), passes=2, early=True)
+    assert isinstance(model.backbone, Guided)
+    assert isinstance(model.backbone.backbone, Mirrored)
+    assert model.passes == 2
+    moved = Guided(Tokens()).aligned(3)
+    assert moved.displacement == 3
+    assert torch.equal(moved(x), Tokens().aligned(3)(x))
+    assert torch.equal(hidden_of(moved, x), hidden_of(Guided(Tokens()), x))
+
+
+def test_upsamplers_trained_on_early_layers_are_not_given_the_guides():
+    up = upfeat.EarlyDetailUpsampler(2, hidden_dim=3, query_dim=8, levels=2, width=4, depth=1)
+    with pytest.raises(ValueError, match="early_detail was trained on early layers, and tokens ha"):
+        upfeat.load(Tokens(), upsampler=up)
+    assert not has_early_layers(Tokens())
+    made = upfeat.EarlyDetailUpsampler(2, hidden_dim=176, query_dim=8, levels=2, width=4, depth=1)
+    assert upfeat.load(Guided(Tokens()), upsampler=made).early
+
+
+def test_it_conforms(guided):
+    check_backbone(lambda: guided)
+
+
+@pytest.mark.parametrize("passes", [5, 6])
+def test_five_passes_are_guided_too(passes):
+    """Both steps of the upsampler follow the second scale, the first with the guide's layers."""
+    model, x = upfeat.load(Tokens(), passes=passes, early=True), photo(112, 98)
+    assert isinstance(model.backbone, Guided)
+    assert isinstance(model.backbone.backbone, SecondScale)
+    assert (model.passes, model.backbone.stride) == (passes, 7)
+    full, plain = model(x), upfeat.load(Tokens(), passes=passes)
+    assert hidden_of(model.backbone, x).shape == (1, 176, 32, 28)
+    assert torch.equal(model.backbone(x), plain.backbone(x))
+    assert 1e-3 < float((full - plain(x)).abs().mean()) < float(full.std())
+    torch.testing.assert_close(model.lazy(x).crop(5, 7, 30, 20), full[:, :, 5:35, 7:27])
