@@ -153,6 +153,16 @@ def test_it_conforms(guided):
     check_backbone(lambda: guided)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    torch.manual_seed(0)
+    model, x = upfeat.load(torch.nn.Conv2d(3, 4, 14, 14), early=True), photo(56, 70)
+    exact = model(x)
+    rounded = model.to(dtype)(x.to(dtype))
+    assert rounded.dtype == dtype
+    assert float((rounded.float() - exact).norm() / exact.norm()) < 0.05
+
+
 @pytest.mark.parametrize("passes", [5, 6])
 def test_five_passes_are_guided_too(passes):
     """Both steps of the upsampler follow the second scale, the first with the guide's layers."""

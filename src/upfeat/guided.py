@@ -129,7 +129,7 @@ class Guided(Backbone):
         finer = FINER * grid[0], FINER * grid[1]
         layers, early = self.guide.with_hidden(self._seen(x))
         maps = [layers] if early is None else [early, layers]
-        return torch.cat([on_grid(one, finer) for one in maps], dim=1)
+        return torch.cat([on_grid(one, finer) for one in maps], dim=1).to(x.dtype)
 
     def _seen(self, x: Tensor) -> Tensor:
         """The image as the guide sees it, of a size that every grid of the guide covers exactly."""
@@ -142,6 +142,7 @@ class Guided(Backbone):
         size = [max(round(side / cell), 1) * cell for side in x.shape[2:]]
         if size == list(x.shape[2:]):
             return x
+        x = x.float() if x.dtype.itemsize < 4 else x
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 
