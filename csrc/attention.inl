@@ -396,6 +396,8 @@ static void planar_rows(const WindowJob& job, const WindowScratch& s, int64_t ba
   }
 }
 
+#include "attention_lanes.inl"
+
 static void window_task(void* context, int64_t task, int worker) {
   const WindowJob& job = *static_cast<const WindowJob*>(context);
   WindowScratch s;
@@ -619,23 +621,28 @@ static int attend_windows(const Runtime& runtime, const WindowAttention& attenti
   job.tasks_per_image = job.row_runs;
   job.planar = attention.out->stride[3] == 1 && attention.out->stride[1] != 1;
   job.streamed = attention.streamed;
-  job.dense = dense_fits(job);
-  job.worker_bytes = window_scratch(job, false, nullptr, nullptr);
-  const int64_t across = grid * job.heads.total * job.pitch + kLanes;
+  const bool lanes = lanes_fit(job);
+  job.dense = !lanes && dense_fits(job);
+  job.worker_bytes =
+      lanes ? lane_scratch(job, nullptr, nullptr) : window_scratch(job, false, nullptr, nullptr);
+  const int64_t keys = lanes ? grid * job.grid_columns * job.heads.total
+                             : grid * job.heads.total * job.pitch + kLanes;
   const int64_t last = grid * job.grid_columns * job.blocks.total;
   char* memory = static_cast<char*>(
-      runtime.allocate((across + 16 + last + 16) * 4 + job.worker_bytes * runtime.workers));
+      runtime.allocate((keys + 16 + last + 16) * 4 + job.worker_bytes * runtime.workers));
   if (!memory) return UPFEAT_NO_MEMORY;
   job.scratch = memory;
-  job.keys_across = reinterpret_cast<float*>(memory + job.worker_bytes * runtime.workers);
-  job.values_last = job.keys_across + (across + 15) / 16 * 16;
+  float* place = reinterpret_cast<float*>(memory + job.worker_bytes * runtime.workers);
+  (lanes ? job.keys_last : job.keys_across) = place;
+  job.values_last = place + (keys + 15) / 16 * 16;
   int status =
-      lay_out(runtime, *attention.keys, job.heads, nullptr, job.keys_across, job.pitch);
+      lay_out(runtime, *attention.keys, job.heads, job.keys_last, job.keys_across, job.pitch);
   if (status == UPFEAT_OK) {
     status = lay_out(runtime, *attention.values, job.blocks, job.values_last, nullptr, job.pitch);
   }
   if (status == UPFEAT_OK) {
-    runtime.parallel_for(runtime.workers, batch * job.tasks_per_image, window_task, &job);
+    runtime.parallel_for(runtime.workers, batch * job.tasks_per_image,
+                         lanes ? lane_task : window_task, &job);
   }
   runtime.release(memory);
   return status;

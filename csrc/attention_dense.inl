@@ -82,7 +82,7 @@ static void dense_strip(const WindowJob& job, const WindowScratch& s, const Wind
     }
     const Operands operands{left, dense.keys + n * right_bytes(depth, width)};
     multiply_dense(count, &operands, 1, depth, width, 0, width, s.logits + n * kStrip * s.pack,
-                   s.pack, [] {});
+                   s.pack);
   }
   // The mean over heads is computed when the weights are packed as an operand.
   const bool mean = job.blocks.count == 1 && heads > 1;
@@ -111,7 +111,7 @@ static void dense_strip(const WindowJob& job, const WindowScratch& s, const Wind
     if (channels) {
       const Operands operands{dense.shares, values};
       multiply_dense(count, &operands, 1, tile.count, channels, 0, channels, s.result + at,
-                     job.blocks.total, [] {});
+                     job.blocks.total);
     }
     values += right_bytes(tile.count, channels);
     at += channels;

@@ -1,11 +1,10 @@
-// Products of strips of 32 rows with a matrix of weights, for encoders and attention.
+// Products of strips of 32 rows with a matrix, for attention, and without AMX for encoders.
 //
 // With AMX, float32 is split into three bfloat16 of 8 bits, and six of the nine products of these
 // parts are summed in float32 tiles. The omitted products are below the last bit of float32, so the
 // result is as exact as multiply-adds in another order. If the caller prefers speed, float32 is
 // split into two parts with three products: 17 bits of each number are used, and a layer has a
-// relative error of 2e-6. A product of tiles takes 16 cycles, during which `between` is called, to
-// work on vectors.
+// relative error of 2e-6.
 
 constexpr int64_t kDenseRows = 32;
 constexpr int64_t kDenseBlock = 32;  // inputs per step
@@ -112,10 +111,9 @@ static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
 
 // Computes the sum, over `count` pairs of operands, of the rows of the left times columns
 // [first, end) of the right, to `out` (rows, out_pitch); `first` is a multiple of 32.
-template <typename Between>
 UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_t count,
                                   int64_t inputs, int64_t, int64_t first, int64_t end,
-                                  float* out, int64_t out_pitch, Between between) {
+                                  float* out, int64_t out_pitch) {
   const int64_t part = left_part(inputs), blocks = dense_blocks(inputs);
   const bool tall = rows > 16;
   for (int64_t n = first; n < end; n += 32) {
@@ -148,7 +146,6 @@ UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_
           for (int ahead = 0; ahead < kLines; ++ahead) {
             __builtin_prefetch(b + kStepHalves + (line * kLines + ahead) * 32, 0, 3);
           }
-          between();
         };
         // Left parts are numbered from the first; right parts from the last, as they are stored.
         // The order of the pairs is one in which few tiles are loaded twice.
@@ -205,10 +202,9 @@ static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
     memcpy(to + k * width, row(k), static_cast<size_t>(width) * 4);
   }
 }
-template <typename Between>
 UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_t count,
                                   int64_t inputs, int64_t width, int64_t first, int64_t end,
-                                  float* out, int64_t out_pitch, Between) {
+                                  float* out, int64_t out_pitch) {
   for (int64_t i = 0; i < count; ++i) {
     multiply_rows((rows + 3) / 4 * 4, reinterpret_cast<const float*>(operands[i].left),
                   whole_vectors(inputs), 1,

@@ -1,5 +1,6 @@
 // Layers of convolutional encoders: checks, division into tasks, and sums added in a fixed order.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "checks.h"
@@ -38,12 +39,37 @@ Layer describe(const UpfeatTensor* x, const UpfeatLayer& given, const UpfeatTens
   return layer;
 }
 
+// Computes the scale and shift of a group norm from its sums, to `room`.
+void use_sums(Layer& layer, const UpfeatLayer& given, int64_t batch, std::vector<float>& room) {
+  if (!given.sums) return;
+  const int64_t pitch = (given.inputs + 15) / 16 * 16, size = given.inputs / given.sum_groups;
+  const double count = static_cast<double>(given.sum_count);
+  room.assign(static_cast<size_t>(2 * batch * pitch), 0.0f);
+  float *scales = room.data(), *shifts = scales + batch * pitch;
+  for (int64_t i = 0; i < batch * given.inputs; ++i) {
+    const int64_t image = i / given.inputs, c = i % given.inputs;
+    const double* sums = given.sums + 2 * (image * given.sum_groups + c / size);
+    const double mean = sums[0] / count;
+    const double variance = std::max(sums[1] / count - mean * mean, 0.0);
+    double scale = 1 / std::sqrt(variance + given.sum_epsilon);
+    if (given.gain) scale *= static_cast<double>(given.gain[c]);
+    const double offset = given.offset ? static_cast<double>(given.offset[c]) : 0;
+    scales[image * pitch + c] = static_cast<float>(scale);
+    shifts[image * pitch + c] = static_cast<float>(offset - mean * scale);
+  }
+  layer.scale = scales;
+  layer.shift = shifts;
+  layer.in_pitch = pitch;
+}
+
 // True if the steps before the convolution are valid for `channels` inputs.
 bool preparation_fits(const UpfeatLayer& layer, int64_t channels) {
   const int64_t vectors = (channels + 15) / 16 * 16;
   if (layer.inputs != channels || channels < 1) return false;
   if ((layer.scale == nullptr) != (layer.shift == nullptr)) return false;
   if (layer.scale && layer.in_pitch < vectors) return false;
+  if (layer.sums && (layer.scale || layer.sum_groups < 1 || layer.sum_count < 1)) return false;
+  if (layer.sums && channels % layer.sum_groups) return false;
   if ((layer.rotate_rows == nullptr) != (layer.rotate_columns == nullptr)) return false;
   return !layer.rotate_rows || (layer.pair >= 1 && channels % (2 * layer.pair) == 0);
 }
@@ -56,7 +82,8 @@ bool convolution_fits(const UpfeatTensor& x, const UpfeatLayer& layer, const Upf
   if (layer.winograd && layer.kernel != 3) return false;
   const bool windows = layer.kernel == 3 && !layer.winograd;
   if (windows) {  // inputs are the channels of all taps in a row, without steps before
-    if (layer.inputs != 9 * x.size[1] || layer.scale || layer.rotate_rows || layer.unit) return false;
+    if (layer.inputs != 9 * x.size[1] || layer.scale || layer.sums) return false;
+    if (layer.rotate_rows || layer.unit) return false;
   } else if (!preparation_fits(layer, x.size[1])) {
     return false;
   }
@@ -83,6 +110,8 @@ int upfeat_layer_forward(const UpfeatTensor* x, const UpfeatLayer* given,
   if (!kernels) return UPFEAT_NO_ISA;
   return guarded([&] {
     Layer layer = describe(x, *given, out);
+    std::vector<float> norm;
+    use_sums(layer, *given, x->size[0], norm);
     layer.residual = residual;
     const int64_t height = out->size[2];
     layer.rows_per_task = layer.winograd ? 16 : (height + kMostTasks - 1) / kMostTasks;
@@ -117,7 +146,9 @@ int upfeat_layer_pool(const UpfeatTensor* x, const UpfeatLayer* given, const Upf
   const Kernels* kernels = kernels_for(isa);
   if (!kernels) return UPFEAT_NO_ISA;
   return guarded([&] {
-    const Layer layer = describe(x, *given, out);
+    Layer layer = describe(x, *given, out);
+    std::vector<float> norm;
+    use_sums(layer, *given, x->size[0], norm);
     return kernels->pool_layer(runtime_for(threads, 16 * elements(*x)), layer);
   });
 }
@@ -131,7 +162,9 @@ int upfeat_layer_prepare(const UpfeatTensor* x, const UpfeatLayer* given, const 
   const Kernels* kernels = kernels_for(isa);
   if (!kernels) return UPFEAT_NO_ISA;
   return guarded([&] {
-    const Layer layer = describe(x, *given, out);
+    Layer layer = describe(x, *given, out);
+    std::vector<float> norm;
+    use_sums(layer, *given, x->size[0], norm);
     return kernels->prepare_layer(runtime_for(threads, 16 * elements(*x)), layer);
   });
 }

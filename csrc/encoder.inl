@@ -13,18 +13,31 @@ struct LayerJob {
   int64_t worker_bytes;
   int64_t row_tasks, rows_per_task, column_tasks;
   const char* right;  // the weights, packed; kWinogradMatrices matrices of weights with winograd
+  const float *factors, *columns;  // with digits.inl: of inputs, and of columns of the weights
 };
 
-// x / (1 + e^-x). With AVX-512, an approximate reciprocal of 14 bits is refined to twice as many,
-// as a division takes four times as long.
-UPFEAT_INLINE Vec silu(Vec x) {
+// Replaces x by x / (1 + e^-x), in kCount vectors, one operation in all of them at a time, as each
+// waits for the one before. With AVX-512, an approximate reciprocal of 14 bits is refined to twice
+// as many, as a division takes four times as long.
+template <int kCount>
+UPFEAT_INLINE void silu(Vec* x) {
 #if defined(__AVX512F__)
-  const Vec below = min(power_of_two(x, -1.44269504f) + 1.0f, splat(1e37f));
-  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)below);
-  return x * guess * (2.0f - below * guess);
+  Vec below[kCount], guess[kCount];
+  powers_of_two<kCount>(x, -1.44269504f, below);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) below[i] = min(below[i] + 1.0f, splat(1e37f));
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) guess[i] = (Vec)_mm512_rcp14_ps((__m512)below[i]);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) x[i] = x[i] * guess[i] * (2.0f - below[i] * guess[i]);
 #else
-  return x / (exp(-x) + 1.0f);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) x[i] = x[i] / (exp(-x[i]) + 1.0f);
 #endif
+}
+UPFEAT_INLINE Vec silu(Vec x) {
+  silu<1>(&x);
+  return x;
 }
 
 // True if rows can be read without a copy: channels-last float32, with channels in whole vectors.
@@ -105,6 +118,20 @@ struct Fetch {
   }
 };
 
+// Applies a scale, a shift and perhaps SiLU to kCount vectors of channels.
+template <int kCount>
+UPFEAT_INLINE void norm_channels(const float* from, const float* scale, const float* shift,
+                                 bool activate, float* to) {
+  Vec value[kCount];
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    value[i] = load(from + i * kLanes) * load(scale + i * kLanes) + load(shift + i * kLanes);
+  }
+  if (activate) silu<kCount>(value);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) store(to + i * kLanes, value[i]);
+}
+
 // Applies the steps before the convolution to `count` pixels of a row: (count, in_width).
 static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
                            float* pixels) {
@@ -116,10 +143,14 @@ static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_
     const float* scale = layer.scale + batch * layer.in_pitch;
     const float* shift = layer.shift + batch * layer.in_pitch;
     for (int64_t i = 0; i < count; ++i) {
+      const float* source = from + i * pitch;
       float* pixel = pixels + i * width;
-      for (int64_t c = 0; c < width; c += kLanes) {
-        const Vec value = load(from + i * pitch + c) * load(scale + c) + load(shift + c);
-        store(pixel + c, layer.silu ? silu(value) : value);
+      int64_t c = 0;
+      for (; c + 4 * kLanes <= width; c += 4 * kLanes) {
+        norm_channels<4>(source + c, scale + c, shift + c, layer.silu, pixel + c);
+      }
+      for (; c < width; c += kLanes) {
+        norm_channels<1>(source + c, scale + c, shift + c, layer.silu, pixel + c);
       }
     }
   } else if (from != pixels) {
@@ -252,52 +283,33 @@ static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t 
   }
 }
 
-// Prepares a strip's pixels and packs them as a left operand, one pixel per step.
-struct Intake {
-  const LayerJob& job;
-  int64_t batch;
-  float* room;  // for pixels that cannot be read in place
-  char* left;
-  const float* from;
-  int64_t pitch, next, end;
-  bool norm;
+#if !defined(__AMX_INT8__)
 
-  UPFEAT_MEMBER void begin(const Strip& strip, char* to) {
-    const Layer& layer = job.layer;
-    left = to;
-    next = 0;
-    end = strip.count;
-    norm = layer.scale && !layer.rotate_rows && !layer.unit;
-    from = room;
-    pitch = job.in_width;
-    if (layer.kernel != 1) {
-      read_windows(job, batch, strip.y, strip.x, strip.count, room);
-    } else if (norm || !(layer.rotate_rows || layer.unit)) {
-      from = see_pixels(*layer.x, batch, strip.y, strip.x, strip.count, room, job.in_width,
-                        &pitch);
-    } else {
-      prepare_pixels(job, batch, strip.y, strip.x, strip.count, room);
-    }
+// Prepares a strip's pixels and packs them as a left operand. `room` is for pixels that cannot be
+// read in place.
+static void take_strip(const LayerJob& job, int64_t batch, const Strip& strip, float* room,
+                       char* left) {
+  const Layer& layer = job.layer;
+  const int64_t width = job.in_width, inputs = layer.inputs, blocks = dense_blocks(inputs);
+  const bool norm = layer.scale && !layer.rotate_rows && !layer.unit;
+  const float* from = room;
+  int64_t pitch = width;
+  if (layer.kernel != 1) {
+    read_windows(job, batch, strip.y, strip.x, strip.count, room);
+  } else if (norm || !(layer.rotate_rows || layer.unit)) {
+    from = see_pixels(*layer.x, batch, strip.y, strip.x, strip.count, room, width, &pitch);
+  } else {
+    prepare_pixels(job, batch, strip.y, strip.x, strip.count, room);
   }
-
-  UPFEAT_MEMBER void step() {
-    if (next < end) work();
-  }
-
- private:
-  UPFEAT_APART_MEMBER void work() {
-    const Layer& layer = job.layer;
-    const int64_t width = job.in_width, inputs = layer.inputs, blocks = dense_blocks(inputs);
-    const float* source = from + next * pitch;
+  const float* scale = layer.scale + batch * layer.in_pitch;
+  const float* shift = layer.shift + batch * layer.in_pitch;
+  for (int64_t i = 0; i < strip.count; ++i) {
+    const float* source = from + i * pitch;
     const float* ahead = source + kLayerStrip * pitch;
     for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(ahead + c, 0, 2);
     const auto bring = [&](auto get) UPFEAT_LAMBDA {
-      for (int64_t block = 0; block < blocks; ++block) {
-        put_left(left, inputs, next, block, width, get);
-      }
+      for (int64_t block = 0; block < blocks; ++block) put_left(left, inputs, i, block, width, get);
     };
-    const float* scale = layer.scale + batch * layer.in_pitch;
-    const float* shift = layer.shift + batch * layer.in_pitch;
     const auto scaled = [&](int64_t c) UPFEAT_LAMBDA {
       return load(source + c) * load(scale + c) + load(shift + c);
     };
@@ -308,17 +320,15 @@ struct Intake {
     } else {
       bring(scaled);
     }
-    ++next;
   }
-};
+}
 
-// Computes rows of a layer; while one strip is multiplied, the next one is prepared.
+// Computes rows of a layer.
 static void pointwise_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
   const Layer& layer = job.layer;
-  const int64_t left_size = left_bytes(layer.inputs);
   char* left = job.scratch + worker * job.worker_bytes;
-  float* room = reinterpret_cast<float*>(left + 2 * left_size);
+  float* room = reinterpret_cast<float*>(left + left_bytes(layer.inputs));
   float* result = room + kLayerStrip * job.in_width;
   float* other = result + kLayerStrip * job.out_width;
   float* sums = other + kLayerStrip * job.out_width;
@@ -326,29 +336,17 @@ static void pointwise_task(void* context, int64_t task, int worker) {
   const int64_t batch = task / job.row_tasks, first = task % job.row_tasks * job.rows_per_task;
   const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
   const int64_t width = layer.out->size[3];
-  memset(left, 0, static_cast<size_t>(2 * left_size));
-  dense_begin();
-  Intake intake{job, batch, room, nullptr, nullptr, 0, 0, 0, false};
-  Fetch fetch{nullptr, nullptr};
-  Strip strip{first, 0, smaller(kLayerStrip, width)};
-  intake.begin(strip, left);
-  while (intake.next < intake.end) intake.step();
-  for (int64_t side = 0; strip.y < end; side ^= 1) {
-    Strip following{strip.y, strip.x + kLayerStrip, 0};
-    if (following.x >= width) following = {strip.y + 1, 0, 0};
-    following.count = smaller(kLayerStrip, width - following.x);
-    if (following.y < end) intake.begin(following, left + (side ^ 1) * left_size);
-    fetch.begin(layer.residual ? *layer.residual : *layer.out, batch, strip);
-    const Operands operands{left + side * left_size, job.right};
-    multiply_dense(strip.count, &operands, 1, layer.inputs, job.out_width, 0, job.out_width, result,
-                   job.out_width, [&]() UPFEAT_LAMBDA {
-                     intake.step();
-                     UPFEAT_UNROLL
-                     for (int i = 0; i < 6; ++i) fetch.step();
-                   });
-    while (intake.next < intake.end) intake.step();
-    finish_pixels(job, batch, strip.y, strip.x, strip.count, result, other, sums, partial);
-    strip = following;
+  memset(left, 0, static_cast<size_t>(left_bytes(layer.inputs)));
+  const Operands operands{left, job.right};
+  for (int64_t y = first; y < end; ++y) {
+    for (int64_t x = 0; x < width; x += kLayerStrip) {
+      const Strip strip{y, x, smaller(kLayerStrip, width - x)};
+      take_strip(job, batch, strip, room, left);
+      multiply_dense(strip.count, &operands, 1, layer.inputs, job.out_width, 0, job.out_width,
+                     result, job.out_width);
+      finish_pixels(job, batch, y, x, strip.count, result, other, sums, partial);
+    }
   }
-  dense_end();
 }
+
+#endif

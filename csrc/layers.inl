@@ -1,6 +1,88 @@
 // The functions that the library calls for layers of encoders, for pooling and for preparation
 // alone.
 
+#if defined(__AMX_INT8__)
+
+static int64_t layer_scratch(const LayerJob& job) {
+  return job.layer.winograd ? winograd_scratch(job, nullptr, nullptr)
+                            : pointwise_scratch(job, nullptr, nullptr);
+}
+static int64_t layer_right_bytes(const LayerJob& job) {
+  return digit_right_bytes(job.layer.inputs, job.out_width);
+}
+// Floats besides the packed weights: powers of two of inputs, factors of columns, and their
+// inverses.
+static int64_t layer_floats(const LayerJob& job) { return 2 * job.in_width + 2 * job.out_width; }
+
+// Chooses the factors of inputs and columns, and packs the weights. weights(k, i) returns the
+// outputs of input i in matrix k.
+template <typename Weights>
+static void pack_layer(LayerJob& job, int64_t matrices, Weights weights, char* packed,
+                       float* floats) {
+  const int64_t inputs = job.layer.inputs, width = job.out_width;
+  float *factors = floats, *inverses = factors + job.in_width, *columns = inverses + job.in_width;
+  float* inverse_columns = columns + width;
+  float most = 0;
+  for (int64_t i = 0; i < inputs; ++i) {
+    Vec peak = {};
+    for (int64_t k = 0; k < matrices; ++k) {
+      const float* row = weights(k, i);
+      for (int64_t n = 0; n < width; n += kLanes) {
+        const Vec weight = load(row + n);
+        peak = max(max(weight, -weight), peak);
+      }
+    }
+    // The power of two below the peak.
+    factors[i] = bits_float(float_bits(most_of(peak)[0]) & 0x7f800000u);
+    most = factors[i] > most ? factors[i] : most;
+  }
+  if (!(most >= 1e-30f && most <= 1e30f)) most = 1;
+  for (int64_t i = 0; i < job.in_width; ++i) {
+    const float share = i < inputs ? factors[i] / most : 1;
+    factors[i] = share >= 0x1p-60f && share <= 1 ? share : 1;
+    inverses[i] = 1 / factors[i];
+  }
+  for (int64_t n = 0; n < width; n += kLanes) {
+    Vec peak = splat(1e-30f), bad = {};
+    for (int64_t k = 0; k < matrices; ++k) {
+      for (int64_t i = 0; i < inputs; ++i) {
+        const Vec weight = load(weights(k, i) + n) * inverses[i];
+        peak = max(max(weight, -weight), peak);
+        bad += weight * 0.0f;  // NaN if a weight is not finite
+      }
+    }
+    store(inverse_columns + n, kLargest / peak);
+    store(columns + n, peak * (kLevelUnit / kLargest) + bad);
+  }
+  for (int64_t k = 0; k < matrices; ++k) {
+    pack_digits([&](int64_t i) UPFEAT_LAMBDA { return weights(k, i); }, inputs, width, inverses,
+                inverse_columns, packed + k * layer_right_bytes(job));
+  }
+  job.factors = factors;
+  job.columns = columns;
+}
+
+#else
+
+static int64_t layer_scratch(const LayerJob& job) {
+  const int64_t floats = kLayerStrip * (job.in_width + 2 * job.out_width) + 2 * job.out_width;
+  return job.layer.winograd ? winograd_scratch(job, nullptr, nullptr)
+                            : left_bytes(job.layer.inputs) + floats * 4;
+}
+static int64_t layer_right_bytes(const LayerJob& job) {
+  return right_bytes(job.layer.inputs, job.out_width);
+}
+static int64_t layer_floats(const LayerJob&) { return 0; }
+template <typename Weights>
+static void pack_layer(LayerJob& job, int64_t matrices, Weights weights, char* packed, float*) {
+  for (int64_t k = 0; k < matrices; ++k) {
+    pack_right([&](int64_t i) UPFEAT_LAMBDA { return weights(k, i); }, job.layer.inputs,
+               job.out_width, packed + k * layer_right_bytes(job));
+  }
+}
+
+#endif
+
 static int run_layer(const Runtime& runtime, const Layer& layer) {
   LayerJob job{};
   job.layer = layer;
@@ -9,27 +91,21 @@ static int run_layer(const Runtime& runtime, const Layer& layer) {
   job.row_tasks = layer.row_tasks;
   job.rows_per_task = layer.rows_per_task;
   job.column_tasks = layer.column_tasks;
-  const int64_t floats = kLayerStrip * (job.in_width + 2 * job.out_width) + 2 * job.out_width;
-  job.worker_bytes = layer.winograd ? winograd_scratch(job, nullptr, nullptr)
-                                    : 2 * left_bytes(layer.inputs) + floats * 4;
-  job.worker_bytes = (job.worker_bytes + 63) / 64 * 64;
+  job.worker_bytes = (layer_scratch(job) + 63) / 64 * 64;
   const int64_t matrices = layer.winograd ? kWinogradMatrices : 1;
-  const int64_t right = right_bytes(layer.inputs, job.out_width);
-  const int64_t matrix = layer.winograd ? layer.inputs * layer.pitch * 4 : 0;
+  const int64_t right = (layer_right_bytes(job) * matrices + 63) / 64 * 64;
+  const int64_t matrix = winograd_step(layer);
+  const int64_t floats = layer_floats(job) + (layer.winograd ? matrices * matrix : 0);
   job.scratch = static_cast<char*>(
-      runtime.allocate(job.worker_bytes * runtime.workers + matrices * right + matrix));
+      runtime.allocate(job.worker_bytes * runtime.workers + right + floats * 4));
   if (!job.scratch) return UPFEAT_NO_MEMORY;
   char* packed = job.scratch + job.worker_bytes * runtime.workers;
-  for (int64_t k = 0; k < matrices; ++k) {
-    const float* weight = layer.weight;
-    if (layer.winograd) {
-      float* to = reinterpret_cast<float*>(packed + matrices * right);
-      winograd_matrix(layer, k, to);
-      weight = to;
-    }
-    pack_right([&](int64_t row) UPFEAT_LAMBDA { return weight + row * layer.pitch; }, layer.inputs,
-               job.out_width, packed + k * right);
-  }
+  float* others = reinterpret_cast<float*>(packed + right);
+  float* transformed = others + layer_floats(job);
+  if (layer.winograd) winograd_matrices(layer, transformed);
+  pack_layer(job, matrices, [&](int64_t k, int64_t i) UPFEAT_LAMBDA {
+    return (layer.winograd ? transformed + k * matrix : layer.weight) + i * layer.pitch;
+  }, packed, others);
   job.right = packed;
   const int64_t tasks = layer.out->size[0] * layer.row_tasks * layer.column_tasks;
   runtime.parallel_for(runtime.workers, tasks, layer.winograd ? winograd_task : pointwise_task,

@@ -10,21 +10,43 @@ struct PatternJob {
   int64_t worker_bytes, rows, width;  // rows: channels in fours; width: patterns in whole vectors
 };
 
-// Computes exponentials down the columns of (count, channels), in place, and to `scales` the factor
-// of each column that makes them a softmax of `share` times the numbers.
-static void softmax_columns(float* numbers, int64_t count, int64_t channels, float share,
-                            float* scales) {
-  for (int64_t c = 0; c < channels; c += kLanes) {
-    const IVec mine = lanes_below(channels - c);
-    Vec most = splat(-3.4e38f), sum = {};
-    for (int64_t k = 0; k < count; ++k) most = max(most, load(numbers + k * channels + c));
-    for (int64_t k = 0; k < count; ++k) {
-      float* at = numbers + k * channels + c;
-      const Vec number = load(at), e = falling_exp((number - most) * share);
-      store(at, select(mine, e, number));  // lanes past the row's end belong to the next row
-      sum += e;
+// Computes a softmax of `share` times the numbers, (count, channels), down the columns from c on, in
+// kCount vectors, and adds it to `sums`, (count, kLanes). `powers` has room for (count, kCount)
+// vectors. Lanes past the row's end belong to the next row, and are not added.
+template <int kCount>
+UPFEAT_INLINE void softmax_columns(const float* numbers, int64_t count, int64_t channels, int64_t c,
+                                   float share, float* powers, float* sums) {
+  Vec most[kCount], total[kCount];
+  UPFEAT_UNROLL
+  for (int m = 0; m < kCount; ++m) {
+    most[m] = splat(-3.4e38f);
+    total[m] = Vec{};
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const float* at = numbers + k * channels + c;
+    UPFEAT_UNROLL
+    for (int m = 0; m < kCount; ++m) most[m] = max(most[m], load(at + m * kLanes));
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    const float* at = numbers + k * channels + c;
+    UPFEAT_UNROLL
+    for (int m = 0; m < kCount; ++m) {
+      const Vec e = falling_exp((load(at + m * kLanes) - most[m]) * share);
+      store(powers + (k * kCount + m) * kLanes, e);
+      total[m] += e;
     }
-    store(scales + c, 1.0f / sum);
+  }
+  const IVec mine = lanes_below(channels - c - (kCount - 1) * kLanes);  // of the last vector
+  UPFEAT_UNROLL
+  for (int m = 0; m < kCount; ++m) total[m] = 1.0f / total[m];
+  for (int64_t k = 0; k < count; ++k) {
+    Vec sum = load(sums + k * kLanes);
+    UPFEAT_UNROLL
+    for (int m = 0; m < kCount; ++m) {
+      const Vec weight = load(powers + (k * kCount + m) * kLanes) * total[m];
+      sum += m + 1 < kCount ? weight : select(mine, weight, Vec{});
+    }
+    store(sums + k * kLanes, sum);
   }
 }
 
@@ -36,18 +58,24 @@ static void pattern_task(void* context, int64_t task, int worker) {
   float* responses = windows + job.rows * taps;
   float* dense = responses + job.rows * job.width;
   float* result = dense + channels * job.count + kLanes;
-  float* scales = result + job.width + kLanes;
+  float* sums = result + job.width + kLanes;
+  float* powers = sums + job.count * kLanes;
   const int64_t batch = task / features.size[2], y = task % features.size[2];
   for (int64_t x = 0; x < features.size[3]; ++x) {
-    int64_t inside = 0;
     for (int64_t i = 0; i < job.rows * taps; ++i) windows[i] = 0;
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t row = y + tap / job.side - half, column = x + tap % job.side - half;
-      if (row < 0 || row >= features.size[2] || column < 0 || column >= features.size[3]) continue;
-      ++inside;
+    const int64_t top = y > half ? y - half : 0, bottom = smaller(y + half + 1, features.size[2]);
+    const int64_t left = x > half ? x - half : 0, right = smaller(x + half + 1, features.size[3]);
+    const int64_t inside = (bottom - top) * (right - left);
+    for (int64_t row = top; row < bottom; ++row) {
       const Row from = row_of(features, batch, row);
-      for (int64_t c = 0; c < channels; ++c) {
-        windows[c * taps + tap] = read_one(from.at(c, column), 0, from.dtype);
+      float* to = windows + (row - y + half) * job.side + left - x + half;
+      for (int64_t c = 0; c < channels; ++c, to += taps) {
+        if (from.dtype == UPFEAT_FLOAT32) {
+          const float* numbers = static_cast<const float*>(from.at(c, left));
+          for (int64_t i = 0; i < right - left; ++i) to[i] = numbers[i * from.column_stride];
+        } else {
+          read_run(from.at(c, left), from.column_stride, from.dtype, right - left, to);
+        }
       }
     }
     multiply_rows(job.rows, windows, taps, 1, job.patterns, nullptr, 1, taps, job.pitch, responses,
@@ -61,15 +89,17 @@ static void pattern_task(void* context, int64_t task, int worker) {
                static_cast<size_t>(job.count) * 4);
       }
     }
-    softmax_columns(numbers, job.count, channels, 1.0f / static_cast<float>(inside), scales);
+    const float share = 1.0f / static_cast<float>(inside);
+    for (int64_t i = 0; i < job.count * kLanes; ++i) sums[i] = 0;
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) {
+      softmax_columns<4>(numbers, job.count, channels, c, share, powers, sums);
+    }
+    for (; c < channels; c += kLanes) {
+      softmax_columns<1>(numbers, job.count, channels, c, share, powers, sums);
+    }
     for (int64_t k = 0; k < job.count; ++k) {
-      Vec sum = {};
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        // The last vector may extend past a row's end: those lanes are set to 0.
-        sum += select(lanes_below(channels - c), load(numbers + k * channels + c) * load(scales + c),
-                      Vec{});
-      }
-      result[k] = total_of(sum)[0] * (1.0f / static_cast<float>(channels));
+      result[k] = lane_sum(load(sums + k * kLanes)) * (1.0f / static_cast<float>(channels));
     }
     write_channels_last(row_of(*job.out, batch, y), 0, job.count, x, 1, result, job.width, false);
   }
@@ -82,7 +112,7 @@ static int run_patterns(const Runtime& runtime, const UpfeatTensor& features,
   job.rows = (features.size[1] + 3) / 4 * 4;
   job.width = whole_vectors(job.count);
   const int64_t floats = job.rows * (side * side + job.width) + features.size[1] * job.count +
-                         2 * kLanes + job.width + whole_vectors(features.size[1]);
+                         2 * kLanes + job.width + 5 * job.count * kLanes;
   job.worker_bytes = (floats * 4 + 63) / 64 * 64;
   job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
   if (!job.scratch) return UPFEAT_NO_MEMORY;

@@ -27,7 +27,7 @@ bool has_f16c() {
 // True if the machine has matrix tiles and the system permits this process to use them.
 bool has_amx() {
   constexpr int kAskForState = 0x1023, kTileData = 18;
-  constexpr unsigned kNeeded = 1u << 22 | 1u << 24;  // bfloat16 products; tiles
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // products of bfloat16; tiles; bytes
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // avx512bf16

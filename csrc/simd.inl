@@ -151,18 +151,35 @@ UPFEAT_INLINE Vec exp_within(Vec x) {  // for -87 <= x <= 88
 UPFEAT_INLINE Vec exp(Vec x) { return exp_within(max(splat(-87.0f), min(splat(88.0f), x))); }
 
 #if defined(__AVX512F__)
-// 2^(share * x), with a relative error of 7e-8, for exponents from -2^20 on; 0 below 2^-149.
-UPFEAT_INLINE Vec power_of_two(Vec x, float share) {
+// 2^(share * x), with a relative error of 7e-8, for exponents from -2^20 on; 0 below 2^-149. Each
+// operation is done in all kCount vectors before the next, which waits for it.
+template <int kCount>
+UPFEAT_INLINE void powers_of_two(const Vec* x, float share, Vec* powers) {
+  // A polynomial for 2^r on [-1/2, 1/2], from the highest power down.
+  constexpr float kTerms[6] = {0.00132764713f, 0.00967554096f, 0.0555071309f,
+                               0.240221202f,   0.693146944f,   1.00000012f};
   const Vec magic = splat(12582912.0f);
-  const Vec whole = (x * share + magic) - magic;
-  const Vec r = x * share - whole;
-  Vec p = splat(0.00132764713f);  // a polynomial for 2^r on [-1/2, 1/2]
-  p = p * r + 0.00967554096f;
-  p = p * r + 0.0555071309f;
-  p = p * r + 0.240221202f;
-  p = p * r + 0.693146944f;
-  p = p * r + 1.00000012f;
-  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+  Vec whole[kCount], r[kCount];
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) whole[i] = (x[i] * share + magic) - magic;
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) r[i] = x[i] * share - whole[i];
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) powers[i] = splat(kTerms[0]);
+  UPFEAT_UNROLL
+  for (int term = 1; term < 6; ++term) {
+    UPFEAT_UNROLL
+    for (int i = 0; i < kCount; ++i) powers[i] = powers[i] * r[i] + kTerms[term];
+  }
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    powers[i] = (Vec)_mm512_scalef_ps((__m512)powers[i], (__m512)whole[i]);
+  }
+}
+UPFEAT_INLINE Vec power_of_two(Vec x, float share) {
+  Vec power;
+  powers_of_two<1>(&x, share, &power);
+  return power;
 }
 #endif
 

@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 8
+#define UPFEAT_ABI 9
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -173,6 +173,10 @@ typedef struct {
   const float* shift;   // (B, in_pitch) or null
   const float* rotate_rows;     // (H, 2, inputs): cosines and sines of angles; or null
   const float* rotate_columns;  // (W, 2, inputs): the angles of a pixel are the sum of both
+  const double* sums;   // (B, sum_groups, 2): sums of x over groups of channels, and of its squares,
+                        // from which scale and shift are computed as a group norm's; or null
+  const float* gain;    // (inputs,), the group norm's weights; or null
+  const float* offset;  // (inputs,), its biases; or null
   int64_t inputs, outputs, pitch, in_pitch;
   int64_t kernel;    // 1 or 3
   int64_t winograd;  // kernel 3: use minimal filtering; if 0, no steps may come before
@@ -180,7 +184,9 @@ typedef struct {
   int64_t reflect;  // reflect the borders; otherwise they are padded with zeros
   int64_t pair;     // channels i and i + pair of each block of 2 * pair are rotated
   int64_t groups;   // number of groups of channels to sum
-  double epsilon;   // added to the mean of squares for the unit scale
+  int64_t sum_groups, sum_count;  // number of groups of `sums`, and of values in each
+  double epsilon;      // added to the mean of squares for the unit scale
+  double sum_epsilon;  // added to the variance of each group
 } UpfeatLayer;
 
 // Computes out (B,O,H,W) from x (B,I,H,W), and adds a residual unless it is null; `out` may be the

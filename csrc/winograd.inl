@@ -1,179 +1,45 @@
-// 3x3 convolutions of many channels by Winograd's minimal filtering, exact but for rounding.
-//
-// With vector instructions F(2x2, 3x3) is used: 16 products of matrices for 2x2 pixels in place of
-// 36. With matrix tiles F(2, 3) is used, along rows alone: 12 products for 2 pixels in place of 18.
-// Its transformed rows and weights stay in the caches, and tiles multiply them in the time that the
-// transformation takes.
-
-// Coefficient of each tap, along one axis, in each of the transformed matrices.
-constexpr double kWinogradShares[4][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
-
-#if defined(__AMX_BF16__)
-
-constexpr int64_t kWinogradMatrices = 12;
-UPFEAT_INLINE double winograd_share(int64_t matrix, int64_t tap) {
-  return matrix / 4 == tap / 3 ? kWinogradShares[matrix % 4][tap % 3] : 0;
-}
-
-// Number of input columns that 32 pairs of pixels read.
-constexpr int64_t kLineColumns = 2 * kWinogradTiles + 2;
-
-struct WinogradScratch {
-  char* rows;  // 4 rows of the input, as 4 left operands each
-  float *line, *products, *result, *other, *sums;
-};
-
-static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* out) {
-  WinogradScratch s{};
-  s.rows = at;
-  s.line = reinterpret_cast<float*>(at + 16 * left_bytes(job.layer.inputs));
-  s.products = s.line + kLineColumns * job.in_width;
-  s.result = s.products + 4 * (kWinogradTiles * job.out_width + 16);
-  s.other = s.result + 2 * kWinogradTiles * job.out_width;
-  s.sums = s.other + 2 * kWinogradTiles * job.out_width;
-  if (out) *out = s;
-  return reinterpret_cast<char*>(s.sums + 2 * job.out_width) - at;
-}
-
-// Prepares and transforms columns x - 1 to x + 2 * kWinogradTiles of one row of the input, in
-// steps.
-struct RowIntake {
-  const LayerJob& job;
-  const WinogradScratch& s;
-  int64_t batch, x, high;
-  int64_t row, next, end, blocks;
-  char* left;
-
-  UPFEAT_MEMBER void begin(int64_t y) {
-    const int64_t inputs = job.layer.inputs;
-    row = mirrored(y, job.layer.x->size[2], job.layer.reflect);
-    left = s.rows + (y + 1) % 4 * 4 * left_bytes(inputs);
-    blocks = dense_blocks(inputs);
-    next = 0;
-    end = kWinogradTiles * (blocks + 1);
-    if (row < 0) {
-      memset(left, 0, static_cast<size_t>(4 * left_bytes(inputs)));
-      end = 0;
-    } else {
-      prepare(x > 0 ? 0 : 1, 4);
-      if (x == 0) mirror(0);
-    }
-  }
-
-  UPFEAT_MEMBER void step() {
-    if (next < end) work();
-  }
-
- private:
-  UPFEAT_APART_MEMBER void work() {
-    const int64_t tile = next / (blocks + 1), part = next % (blocks + 1);
-    ++next;
-    if (part) {
-      transform(tile, part - 1);
-    } else if (tile) {
-      prepare(2 * tile + 2, 2 * tile + 4);
-    }
-  }
-
-  // Prepares columns [from, to) of the line.
-  UPFEAT_MEMBER void prepare(int64_t from, int64_t to) {
-    const int64_t inside = smaller(to, high - x + 1);
-    if (inside > from) {
-      prepare_pixels(job, batch, row, x - 1 + from, inside - from, s.line + from * job.in_width);
-    }
-    for (int64_t i = inside > from ? inside : from; i < to; ++i) mirror(i);
-  }
-
-  UPFEAT_MEMBER void mirror(int64_t i) {
-    const int64_t width = job.in_width;
-    const int64_t at = mirrored(x - 1 + i, job.layer.x->size[3], job.layer.reflect);
-    const size_t bytes = static_cast<size_t>(width) * 4;
-    if (at < 0) {
-      memset(s.line + i * width, 0, bytes);
-    } else {
-      memcpy(s.line + i * width, s.line + (at - x + 1) * width, bytes);
-    }
-  }
-
-  UPFEAT_MEMBER void transform(int64_t tile, int64_t block) {
-    const int64_t width = job.in_width, inputs = job.layer.inputs, size = left_bytes(inputs);
-    const float* d = s.line + 2 * tile * width;
-    const auto at = [&](int64_t i, int64_t c) UPFEAT_LAMBDA { return load(d + i * width + c); };
-    put_left(left, inputs, tile, block, width,
-             [&](int64_t c) UPFEAT_LAMBDA { return at(0, c) - at(2, c); });
-    put_left(left + size, inputs, tile, block, width,
-             [&](int64_t c) UPFEAT_LAMBDA { return at(1, c) + at(2, c); });
-    put_left(left + 2 * size, inputs, tile, block, width,
-             [&](int64_t c) UPFEAT_LAMBDA { return at(2, c) - at(1, c); });
-    put_left(left + 3 * size, inputs, tile, block, width,
-             [&](int64_t c) UPFEAT_LAMBDA { return at(1, c) - at(3, c); });
-  }
-};
-
-// Computes the two pixels of every tile from its four products.
-static void winograd_outputs(const LayerJob& job, const WinogradScratch& s, int64_t tiles) {
-  const int64_t width = job.out_width, plane = kWinogradTiles * width + 16;
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    const float* from = s.products + tile * width;
-    float* to = s.result + 2 * tile * width;
-    for (int64_t c = 0; c < width; c += kLanes) {
-      const Vec m1 = load(from + plane + c), m2 = load(from + 2 * plane + c);
-      store(to + c, load(from + c) + (m1 + m2));
-      store(to + width + c, (m1 - m2) - load(from + 3 * plane + c));
-    }
-  }
-}
-
-static void winograd_task(void* context, int64_t task, int worker) {
-  const LayerJob& job = *static_cast<const LayerJob*>(context);
-  const Layer& layer = job.layer;
-  WinogradScratch s;
-  winograd_scratch(job, job.scratch + worker * job.worker_bytes, &s);
-  const int64_t left = left_bytes(layer.inputs), right = right_bytes(layer.inputs, job.out_width);
-  double* partial = partial_of(job, task);
-  const int64_t x = task % job.column_tasks * 2 * kWinogradTiles;
-  const int64_t part = task / job.column_tasks;
-  const int64_t batch = part / job.row_tasks, first = part % job.row_tasks * job.rows_per_task;
-  const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
-  const int64_t columns = smaller(2 * kWinogradTiles, layer.out->size[3] - x);
-  const int64_t tiles = (columns + 1) / 2, plane = kWinogradTiles * job.out_width + 16;
-  const int64_t high = smaller(x + 2 * kWinogradTiles + 1, layer.x->size[3]);
-  RowIntake intake{job, s, batch, x, high, 0, 0, 0, 1, nullptr};
-  Fetch fetch{nullptr, nullptr};
-  dense_begin();
-  for (int64_t y = first - 1; y < first + 2; ++y) {
-    intake.begin(y);
-    while (intake.next < intake.end) intake.step();
-  }
-  for (int64_t y = first; y < end; ++y) {
-    if (y + 1 < end) intake.begin(y + 2);
-    fetch.begin(layer.residual ? *layer.residual : *layer.out, batch, Strip{y, x, columns});
-    for (int64_t matrix = 0; matrix < 4; ++matrix) {
-      Operands operands[3];
-      for (int64_t tap = 0; tap < 3; ++tap) {
-        operands[tap] = {s.rows + ((y + tap) % 4 * 4 + matrix) * left,
-                         job.right + (4 * tap + matrix) * right};
-      }
-      multiply_dense(tiles, operands, 3, layer.inputs, job.out_width, 0, job.out_width,
-                     s.products + matrix * plane, job.out_width,
-                     [&]() UPFEAT_LAMBDA {
-                       intake.step();
-                       fetch.step();
-                     });
-    }
-    while (intake.next < intake.end) intake.step();
-    winograd_outputs(job, s, tiles);
-    finish_pixels(job, batch, y, x, columns, s.result, s.other, s.sums, partial);
-  }
-  dense_end();
-}
-
-#else
+// 3x3 convolutions of many channels by Winograd's minimal filtering F(2x2, 3x3), exact but for
+// rounding: 16 products of matrices for 2x2 pixels in place of 36.
 
 constexpr int64_t kWinogradMatrices = 16;
-UPFEAT_INLINE double winograd_share(int64_t matrix, int64_t tap) {
-  return kWinogradShares[matrix / 4][tap / 3] * kWinogradShares[matrix % 4][tap % 3];
+
+// Number of floats from one transformed matrix to the next; with a power of two, all would fall into
+// one set of the cache.
+UPFEAT_INLINE int64_t winograd_step(const Layer& layer) { return layer.inputs * layer.pitch + 16; }
+
+// Computes the transformed matrices of weights, (16, inputs, pitch), rounded once.
+static void winograd_matrices(const Layer& layer, float* to) {
+  const int64_t count = layer.inputs * layer.pitch, step = winograd_step(layer);
+  constexpr int kSome = 16;  // weights that are transformed at a time
+  typedef double Numbers[kSome];
+  // Along each axis, the taps are replaced by a, (a + b + c) / 2, (a - b + c) / 2, c.
+  const auto spread = [](const Numbers* taps, Numbers* out, int pitch) UPFEAT_LAMBDA {
+    for (int i = 0; i < kSome; ++i) {
+      const double a = taps[0][i], b = taps[pitch][i], c = taps[2 * pitch][i];
+      out[0][i] = a;
+      out[1][i] = (a + b + c) * 0.5;
+      out[2][i] = (a - b + c) * 0.5;
+      out[3][i] = c;
+    }
+  };
+  for (int64_t at = 0; at < count; at += kSome) {
+    Numbers taps[9], rows[3 * 4], out[4];
+    for (int tap = 0; tap < 9; ++tap) {
+      const float* weight = layer.weight + tap * count + at;
+      for (int i = 0; i < kSome; ++i) taps[tap][i] = static_cast<double>(weight[i]);
+    }
+    for (int row = 0; row < 3; ++row) spread(taps + 3 * row, rows + 4 * row, 1);
+    for (int j = 0; j < 4; ++j) {
+      spread(rows + j, out, 4);
+      for (int k = 0; k < 4; ++k) {
+        float* here = to + (4 * k + j) * step + at;
+        for (int i = 0; i < kSome; ++i) here[i] = static_cast<float>(out[k][i]);
+      }
+    }
+  }
 }
+
+#if !defined(__AMX_INT8__)
 
 struct WinogradScratch {
   char* tiles;  // 16 left operands
@@ -309,7 +175,7 @@ static void winograd_task(void* context, int64_t task, int worker) {
       for (int64_t k = 0; k < 16; ++k) {
         const Operands operands{s.tiles + k * left, job.right + k * right};
         multiply_dense(tiles, &operands, 1, layer.inputs, job.out_width, channel, channel + channels,
-                       s.products + k * kWinogradPlane, kWinogradBlock, [] {});
+                       s.products + k * kWinogradPlane, kWinogradBlock);
       }
       winograd_outputs(job, s, channel, channels);
     }
@@ -322,17 +188,3 @@ static void winograd_task(void* context, int64_t task, int worker) {
 }
 
 #endif
-
-// Computes one of the transformed matrices of weights, (inputs, pitch), rounded once.
-static void winograd_matrix(const Layer& layer, int64_t matrix, float* to) {
-  const int64_t count = layer.inputs * layer.pitch;
-  double shares[9];
-  for (int64_t tap = 0; tap < 9; ++tap) shares[tap] = winograd_share(matrix, tap);
-  for (int64_t i = 0; i < count; ++i) {
-    double sum = 0;
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      if (shares[tap] != 0) sum += shares[tap] * static_cast<double>(layer.weight[tap * count + i]);
-    }
-    to[i] = static_cast<float>(sum);
-  }
-}

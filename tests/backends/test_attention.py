@@ -23,6 +23,7 @@ CASES = [
     ((9, 11), (5, 4), 128, 4, 100, None, "relative"),
     ((3, 20), (8, 60), 64, 1, 5, None, "whole"),
     ((3, 17), (20, 100), 8, 4, 64, [16] * 4, "shifted"),
+    ((9, 11), (20, 37), 16, 2, 20, None, "whole"),
 ]
 
 
@@ -94,9 +95,10 @@ def test_layouts_and_types(isa):
 
 
 @needs_library
-def test_large_planar_output_and_threads(threads, rounding):
+@pytest.mark.parametrize(("blocks", "window"), [([70, 70], "shifted"), (None, "relative")])
+def test_large_planar_output_and_threads(blocks, window, threads, rounding):
     """Past 16 MiB planes are written past the caches; nothing depends on the threads."""
-    case = ((5, 9), (130, 251), 16, 2, 140, [70, 70], "shifted")
+    case = ((5, 9), (130, 251), 16, 2, 140, blocks, window)
     expected = None
     for count in (1, 3):
         threads(count)
@@ -141,3 +143,14 @@ def test_bad_input_in_one_line():
     refused("batch and grid", queries, keys, values[:1], rows, columns)
     refused("convert it with", queries, keys, values.long(), rows, columns)
     refused("has no such operator|float64", *given, rows, columns, backend="cpu")
+
+
+@needs_library
+def test_logits_far_apart(isa):
+    """Weights that underflow are 0 (and take no longer); a row of equal logits keeps equal ones."""
+    queries, keys = torch.full((1, 4, 8, 24), 20.0), torch.zeros(1, 4, 2, 3)
+    keys[..., 1] = 20.0
+    values = torch.arange(6.0).reshape(1, 1, 2, 3)
+    rows, columns = whole_window(2, 8), whole_window(3, 24)
+    out = functional.window_attention(queries, keys, values, rows, columns, heads=2)
+    assert torch.equal(out, torch.full((1, 1, 8, 24), 2.5))  # the mean of cells 1 and 4

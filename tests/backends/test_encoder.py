@@ -61,6 +61,44 @@ def test_convolutions(shape, reflect, rounding):
     assert error(half, expected) < 2e-3
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_channels_of_any_magnitude(kernel, rounding):
+    """Inputs whose weights are as small as the inputs are large count as much as the others."""
+    generator = torch.Generator().manual_seed(0)
+    powers = 10.0 ** torch.randint(-6, 7, (1, 40, 1, 1), generator=generator)
+    x, weight = random(1, 40, 12, 37) * powers, random(48, 40, kernel, kernel) / powers
+    padded = reflect_pad(x.double(), kernel // 2)
+    expected = F.conv2d(padded, weight.double())
+    assert error(layer(x, weight)[0], expected) < rounding
+
+
+def test_pixels_of_any_magnitude(rounding):
+    powers = 10.0 ** torch.randint(
+        -18, 19, (1, 1, 9, 21), generator=torch.Generator().manual_seed(0)
+    )
+    x, weight = random(1, 64, 9, 21), random(32, 64)
+    found, _ = layer(x * powers, weight)
+    assert error(found / powers, F.conv2d(x.double(), weight.double()[..., None, None])) < rounding
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_pixel(bad, isa):
+    x, weight = random(1, 32, 5, 40), random(32, 32)
+    expected, _ = layer(x, weight)
+    x[0, 7, 2, 33] = bad
+    found, _ = layer(x, weight)
+    assert not found[..., 2, 33].isfinite().any()
+    found[..., 2, 33] = expected[..., 2, 33]
+    assert torch.equal(found, expected)
+    weight[3, 5] = bad
+    assert not layer(x, weight)[0][:, 3].isfinite().any()
+
+
+def test_zeros(isa):
+    x, weight, bias = torch.zeros(1, 20, 3, 35), torch.zeros(24, 20, 3, 3), random(24)
+    assert torch.equal(layer(x, weight, bias)[0], bias[:, None, None].expand(1, 24, 3, 35))
+
+
 def test_in_place_and_by_threads(threads, isa):
     x, weight = random(2, 32, 70, 41), random(32, 32)
     fresh, sums = layer(x, weight, residual=x, groups=4)
@@ -78,11 +116,11 @@ def test_group_norm_of_sums():
     _, sums = layer(x, weight, groups=4)
     gain, bias = random(16), random(16)
     before = sums.norm(gain, bias, 1e-5)
-    found = x * before.scale[..., None, None] + before.shift[..., None, None]
-    assert error(found, F.group_norm(x, 4, gain, bias)) < 1e-6
+    assert error(pool(x, (11, 9), before), F.group_norm(x, 4, gain, bias)) < 1e-6
+    found = apply(x.clone(), sums.norm(gain, bias, 1e-5, silu=True))
+    assert error(found, F.silu(F.group_norm(x, 4, gain, bias))) < 1e-6
     part = sums.part(8, 16).norm(None, None, 1e-5)
-    found = x[:, 8:] * part.scale[..., None, None] + part.shift[..., None, None]
-    assert error(found, F.group_norm(x[:, 8:], 2)) < 1e-6
+    assert error(pool(x[:, 8:], (11, 9), part), F.group_norm(x[:, 8:], 2)) < 1e-6
 
 
 @pytest.mark.parametrize("pair", [32, 16, 4, 2])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from upfeat.backends.cpu.encoder import match_patterns
 from upfeat.bounds import number, whole
 from upfeat.types import Size
+from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, relative_window
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.jafar import ImageQueries, Projection
@@ -135,11 +136,17 @@ class AnyUp(AttentionUpsampler):
         if compiled:
             basis = self.features_encoder[0]
             assert isinstance(basis, FeatureBasis)
-            seen = match_patterns(seen, basis.basis)
+            keys = compiled_encoders.feature_keys(
+                self.features_encoder,
+                self.aggregation,
+                self.projection.norm_key,
+                self.projection.key,
+                match_patterns(seen, basis.basis),
+                keys,
+            )
         else:
-            seen = self.features_encoder[0](seen)
-        seen = self.features_encoder.blocks_of(seen)
-        keys = self.projection.keys(self.aggregation(torch.cat([keys, seen], dim=1)))
+            seen = self.features_encoder(seen)
+            keys = self.projection.keys(self.aggregation(torch.cat([keys, seen], dim=1)))
         return AttentionKernels(
             queries,
             keys,

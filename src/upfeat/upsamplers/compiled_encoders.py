@@ -117,8 +117,7 @@ def _last(
 
 
 def _activated(norm: nn.GroupNorm, sums: Sums) -> Before:
-    found = sums.norm(norm.weight, norm.bias, norm.eps)
-    return Before(scale=found.scale, shift=found.shift, silu=True)
+    return sums.norm(norm.weight, norm.bias, norm.eps, silu=True)
 
 
 def _sums_of(x: Tensor, groups: int) -> Sums:
@@ -189,10 +188,40 @@ def project_queries(
     """
     before = None if sums is None else sums.norm(None, None, 1e-5)
     blended, _ = layer(queries, blend.weight, before=before or Before(), reflect=False)
+    return _project(blended, norm, linear)
+
+
+def feature_keys(
+    encoder: ResidualEncoder,
+    aggregation: ResidualEncoder,
+    norm: nn.RMSNorm,
+    linear: nn.Linear,
+    patterns: Tensor,
+    image_keys: Tensor,
+) -> Tensor:
+    """Compute AnyUp's keys from the image and the features.
+
+    Args:
+        encoder: encoder of the features' patterns, without a first convolution.
+        aggregation: encoder of the image's keys and the encoded patterns, one after the other.
+        norm: the RMS norm over the channels of each cell.
+        linear: the linear map to the vectors that attention heads compare.
+        patterns: (B, width, h, w), channels last; it is overwritten.
+        image_keys: (B, width, h, w).
+    """
+    size = (patterns.shape[2], patterns.shape[3])
+    seen, _ = finish(encoder, patterns, _sums_of(patterns, GROUPS), size)
+    both = torch.cat([image_keys, seen], dim=1).contiguous(memory_format=torch.channels_last)
+    keys = encode(aggregation, both, size)
+    return _project(keys, norm, linear)
+
+
+def _project(x: Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> Tensor:
+    """Apply an RMS norm over channels and a linear map to ``x``, in place."""
     epsilon = norm.eps if norm.eps is not None else torch.finfo(torch.float32).eps
     # The norm's weights can be folded into the map, as a pixel's scale is a single number.
     weight = linear.weight.float() * norm.weight.float()
-    return layer(blended, weight, linear.bias, before=Before(unit=epsilon), out=blended)[0]
+    return layer(x, weight, linear.bias, before=Before(unit=epsilon), out=x)[0]
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor], pair: int) -> Tensor:
@@ -206,4 +235,13 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor], pair: int) -> Tensor:
     return apply(x, Before(rotate=angles, pair=pair))
 
 
-__all__ = ["can_run", "encode", "finish", "image_queries", "pool", "project_queries", "rotate"]
+__all__ = [
+    "can_run",
+    "encode",
+    "feature_keys",
+    "finish",
+    "image_queries",
+    "pool",
+    "project_queries",
+    "rotate",
+]

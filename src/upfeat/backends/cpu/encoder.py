@@ -2,8 +2,8 @@
 
 A layer reads and writes each pixel once: the norm and activation before a convolution are applied
 when pixels are read, and bias, residual and the sums for the next norm when they are written. 3×3
-kernels with many channels use Winograd's minimal filtering, with 16 or 24 multiplications in place
-of 36 for four outputs.
+kernels with many channels use Winograd's minimal filtering, with 16 multiplications in place of 36
+for four outputs.
 """
 
 from __future__ import annotations
@@ -33,6 +33,14 @@ class Before:
     """(B, C), factor of each channel; given together with ``shift``."""
     shift: Tensor | None = None
     """(B, C), added to each channel after ``scale``."""
+    sums: Sums | None = None
+    """Sums of the input, for a group norm in place of ``scale`` and ``shift``."""
+    gain: Tensor | None = None
+    """(C,), weights of the group norm."""
+    offset: Tensor | None = None
+    """(C,), biases of the group norm."""
+    sum_epsilon: float = 0.0
+    """Number that is added to the variances of the group norm."""
     silu: bool = False
     unit: float | None = None
     """Divide by √(mean of squares over channels + ``unit``); ``None`` for no division."""
@@ -50,6 +58,13 @@ class Before:
             _point(layer, "scale", _padded(self.scale))
             _point(layer, "shift", _padded(self.shift))
             layer.in_pitch = -(-channels // _LANES) * _LANES
+        if self.sums is not None:
+            _point(layer, "sums", self.sums.values.contiguous())
+            layer.sum_groups, layer.sum_count = self.sums.values.shape[1], self.sums.count
+            layer.sum_epsilon = self.sum_epsilon
+            for name, array in (("gain", self.gain), ("offset", self.offset)):
+                if array is not None:
+                    _point(layer, name, array.detach().float().contiguous())
 
 
 @dataclass(frozen=True)
@@ -62,21 +77,11 @@ class Sums:
     """Number of values in each sum."""
     channels: int
 
-    def norm(self, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Before:
-        """Return the group norm as a scale and a shift of each channel."""
-        mean, square = (self.values / self.count).unbind(2)
-        scale = (square - mean.square()).clamp(min=0).add(epsilon).rsqrt()
-        repeats = self.channels // self.values.shape[1]
-        # Not repeat_interleave, which takes 0.2 ms even for so few numbers.
-        scale, mean = (
-            each[:, :, None].expand(-1, -1, repeats).flatten(1) for each in (scale, mean)
-        )
-        if weight is not None:
-            scale = scale * weight.double()
-        shift = -mean * scale
-        if bias is not None:
-            shift = shift + bias.double()
-        return Before(scale=scale.float(), shift=shift.float())
+    def norm(
+        self, weight: Tensor | None, bias: Tensor | None, epsilon: float, *, silu: bool = False
+    ) -> Before:
+        """Return the group norm as steps before a layer, which computes it from the sums."""
+        return Before(sums=self, gain=weight, offset=bias, sum_epsilon=epsilon, silu=silu)
 
     def part(self, start: int, stop: int) -> Sums:
         """Select the sums of channels ``start`` to ``stop``, which are whole groups."""

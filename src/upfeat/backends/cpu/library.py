@@ -4,8 +4,8 @@ The library has a plain C interface. It is built when the package is installed, 
 ctypes at the first call that needs it; the interpreter's lock is released while it runs.
 ``UPFEAT_LIBRARY`` names another build of the library. The best instruction set of the machine runs,
 unless ``UPFEAT_CPU_ISA`` names another (``baseline``, ``avx2``, ``avx512``, ``amx``, ``amx_high``).
-``amx_high`` is ``amx`` with 17 bits of each float32 in dense products; without the variable it is
-chosen only if :func:`torch.set_float32_matmul_precision` is not at "highest".
+``amx_high`` is ``amx`` with 17 bits of each float32 in attention to many cells; without the
+variable it is chosen only if :func:`torch.set_float32_matmul_precision` is not at "highest".
 """
 
 import ctypes
@@ -34,12 +34,15 @@ STAGE_ARRAYS = (
 PYRAMID_ARRAYS = tuple(
     f"{layer}_{part}" for layer in ("entry", "hidden", "last", "join") for part in "wb"
 )
-LAYER_ARRAYS = ("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns")
+LAYER_ARRAYS = (
+    *("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns"),
+    *("sums", "gain", "offset"),
+)
 _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
-    *("silu", "unit", "reflect", "pair", "groups"),
+    *("silu", "unit", "reflect", "pair", "groups", "sum_groups", "sum_count"),
 )
-_ABI = 8
+_ABI = 9
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -116,6 +119,7 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in LAYER_ARRAYS),
         *((name, ctypes.c_int64) for name in _LAYER_NUMBERS),
         ("epsilon", ctypes.c_double),
+        ("sum_epsilon", ctypes.c_double),
     ]
 
 
