@@ -38,12 +38,9 @@ def ways(
         "joint bilateral": loaded("joint_bilateral"),
         "one pass": loaded("detail_universal"),
     }
-    try:
-        found["one pass, early layers"] = loaded(None, early=True)
-    except ValueError as error:  # the backbone has no early layers for it
-        print(error)
-    found["two passes"] = loaded(None, passes=2)
-    found["six passes"] = loaded(None, passes=6)
+    found["one pass, early layers"] = loaded(None, early=True)
+    found["two passes"] = loaded(None, passes=2, early=True)
+    found["six passes"] = loaded(None, passes=6, early=True)
     if fit:
 
         def fitted(x: Tensor) -> Tensor:

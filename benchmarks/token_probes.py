@@ -28,7 +28,13 @@ FEWER = (30, 20)
 SHIPPED = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack_universal")
 TRAINED = ("neighbourhood_universal", "detail_universal")
 RIVALS = ("anyup_multi_backbone.pth", "jafar_vit_small_patch14_dinov2.pth")
-PASSES = ("detail_universal@5",)
+GUIDED = "detail_universal@early"
+PASSES = (
+    "detail_universal@5",
+    "detail_universal@2@early",
+    "detail_universal@5@early",
+    "detail_universal@6@early",
+)
 NAME = "DINOv2-S for saliency"
 
 
@@ -50,7 +56,7 @@ def main() -> None:
                 options.data / folder,
                 out,
                 backbone=f"{options.backbone}@{block}",
-                upsamplers=[*SHIPPED, *TRAINED, *rivals, *passes],
+                upsamplers=[*SHIPPED, *TRAINED, GUIDED, *rivals, *passes],
                 config=EvalConfig(
                     max_train=train, max_test=test, protocols=("own", "transfer"), pictures=1
                 ),

@@ -4,7 +4,7 @@
 
 The upsamplers take turns on one image of 224×224 pixels; medians are written to
 benchmarks/token_seconds.json. Upsamplers that start from coarse features are timed without the
-backbone; five passes are timed with all passes of the backbone.
+backbone, but with the guide; several passes are timed with all passes of the backbone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from token_probes import RIVALS, SHIPPED, TRAINED
+from token_probes import GUIDED, PASSES, RIVALS, SHIPPED, TRAINED
 
 import upfeat
+from upfeat.guided import Guided
 
 SIDE, ROUNDS = 224, 5
 TARGET = Path(__file__).with_name("token_seconds.json")
@@ -32,11 +33,18 @@ def runs(backbone: str, rivals: list[str]) -> dict[str, Callable[[], object]]:
     image = torch.nn.functional.interpolate(image[:, :, :28, :28], (SIDE, SIDE), mode="bicubic")
     features = model.backbone(image)
     found: dict[str, Callable[[], object]] = {"backbone": lambda: model.backbone(image)}
-    for name in (*SHIPPED, *TRAINED, *rivals):
+    guided, up = Guided(model.backbone), upfeat.load_upsampler(TRAINED[-1])
+    for name in (*SHIPPED, *TRAINED, GUIDED, *rivals):
+        if name == GUIDED:
+            found[name] = lambda: up(features, image, hidden=guided.hidden(image))
+            continue
         upsampler = upfeat.load_upsampler(name)
         found[Path(name).name] = lambda one=upsampler: one(features, image)
-    five = upfeat.load(model.backbone, upsampler="detail_universal", passes=5)
-    found["detail_universal@5"] = lambda: five(image)
+    for name in PASSES:
+        upsampler, passes, *early = name.split("@")
+        chosen = {"upsampler": upsampler, "passes": int(passes), "early": bool(early)}
+        several = upfeat.load(model.backbone, **chosen)
+        found[name] = lambda one=several: one(image)
     return found
 
 

@@ -49,7 +49,11 @@ TOKEN_ROWS = {
     "anyup_multi_backbone.pth": "AnyUp (multi-backbone)",
     "jafar_vit_small_patch14_dinov2.pth": "JAFAR (for DINOv2-S)",
     "detail_universal": "**detail_universal** (one pass, the default)",
+    "detail_universal@early": "detail_universal, `early=True`",
+    "detail_universal@2@early": "detail_universal, `passes=2, early=True`",
     "detail_universal@5": "detail_universal, `passes=5`",
+    "detail_universal@5@early": "detail_universal, `passes=5, early=True`",
+    "detail_universal@6@early": "detail_universal, `passes=6, early=True`",
 }
 GAINS = {
     "bilinear": "bilinear",

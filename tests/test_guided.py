@@ -62,6 +62,7 @@ def test_features_are_the_backbones_own(guided, size):
     assert torch.equal(guided(x), features)
     assert hidden.shape == (2, 24 + 40 + 112, 2 * features.shape[2], 2 * features.shape[3])
     assert guided.grid_size(size) == tuple(features.shape[2:])
+    assert torch.equal(guided.hidden(x), hidden)
 
 
 def test_the_guide_sees_colours_as_it_is_used_to():
@@ -152,6 +153,16 @@ def test_it_conforms(guided):
     check_backbone(lambda: guided)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    torch.manual_seed(0)
+    model, x = upfeat.load(torch.nn.Conv2d(3, 4, 14, 14), early=True), photo(56, 70)
+    exact = model(x)
+    rounded = model.to(dtype)(x.to(dtype))
+    assert rounded.dtype == dtype
+    assert float((rounded.float() - exact).norm() / exact.norm()) < 0.05
+
+
 @pytest.mark.parametrize("passes", [5, 6])
 def test_five_passes_are_guided_too(passes):
     """Both steps of the upsampler follow the second scale, the first with the guide's layers."""
@@ -164,3 +175,13 @@ def test_five_passes_are_guided_too(passes):
     assert torch.equal(model.backbone(x), plain.backbone(x))
     assert 1e-3 < float((full - plain(x)).abs().mean()) < float(full.std())
     torch.testing.assert_close(model.lazy(x).crop(5, 7, 30, 20), full[:, :, 5:35, 7:27])
+
+
+@pytest.mark.parametrize(("channels", "factor"), [(40, 1), (48, 1), (96, 2)])
+def test_many_channels_are_penalised_more(channels, factor):
+    """The coefficients are fitted from an image's cells, however many regressors there are."""
+    up, hidden = upfeat.load_upsampler("detail_universal"), torch.randn(1, channels, 16, 20)
+    kernels = up.prepare_with(photo(64, 80), (8, 10), (64, 80), hidden=hidden)
+    assert isinstance(kernels, DetailKernels)
+    assert kernels.regression is not None
+    assert kernels.regression.penalty == pytest.approx(factor * up.ridge)

@@ -113,14 +113,23 @@ class Guided(Backbone):
     def extract_with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """See :meth:`Backbone.extract_with_hidden`; the guide's layers, finest first."""
         features = self.backbone(x)
-        finer = FINER * features.shape[2], FINER * features.shape[3]
-        layers, early = self.guide.with_hidden(self._seen(x))
-        maps = [layers] if early is None else [early, layers]
-        return features, torch.cat([on_grid(one, finer) for one in maps], dim=1)
+        return features, self._layers(x, (features.shape[2], features.shape[3]))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """See :meth:`Backbone.hidden`; only the guide is applied."""
+        ready = self._ready(x)
+        return self._layers(ready, self.grid_size((ready.shape[2], ready.shape[3]))).to(x.dtype)
 
     def place(self, x: Tensor) -> Tensor:
         """Return the image as it is: the inner backbones move it."""
         return x
+
+    def _layers(self, x: Tensor, grid: Size) -> Tensor:
+        """The guide's layers, finest first, on a grid twice as fine as ``grid``."""
+        finer = FINER * grid[0], FINER * grid[1]
+        layers, early = self.guide.with_hidden(self._seen(x))
+        maps = [layers] if early is None else [early, layers]
+        return torch.cat([on_grid(one, finer) for one in maps], dim=1).to(x.dtype)
 
     def _seen(self, x: Tensor) -> Tensor:
         """The image as the guide sees it, of a size that every grid of the guide covers exactly."""
@@ -133,6 +142,7 @@ class Guided(Backbone):
         size = [max(round(side / cell), 1) * cell for side in x.shape[2:]]
         if size == list(x.shape[2:]):
             return x
+        x = x.float() if x.dtype.itemsize < 4 else x
         return F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
 
 

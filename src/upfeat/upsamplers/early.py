@@ -13,6 +13,10 @@ WEIGHT = 0.4
 """Spread of early layers as regressors, divided by that of queries; a small one counts less."""
 
 
+FEW = 48
+"""Number of channels of early layers above which the regression's penalty grows with it."""
+
+
 class Beside(Computed):
     """Queries with features of early layers appended to their channels, (B, D + D', H, W)."""
 
@@ -31,6 +35,14 @@ class Beside(Computed):
         """See :meth:`Computed.compute`."""
         queries = self.queries.at(window)
         return torch.cat([queries, cut(self.hidden, window).to(queries.dtype)], dim=1)
+
+
+def penalty_factor(behind: int) -> float:
+    """Factor of the regression's penalty with ``behind`` channels of early layers.
+
+    An image has as many cells as before from which the coefficients are fitted.
+    """
+    return max(behind / FEW, 1.0)
 
 
 def scale_behind(inputs: Tensor, first: int) -> Tensor:

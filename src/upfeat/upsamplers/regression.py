@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from upfeat.types import Window
-from upfeat.upsamplers.early import Beside, scale_behind
+from upfeat.upsamplers.early import Beside, penalty_factor, scale_behind
 from upfeat.upsamplers.maps import Computed, Map, cut, inside, widened
 from upfeat.upsamplers.queries import Coarser
 from upfeat.upsamplers.step import NeighbourhoodKernels
@@ -90,7 +90,7 @@ class ImageRegression:
             self.behind = hidden.shape[1]
             means, finer = Coarser(beside, finer.size[0] // means.size[0]), beside
         self.means, self.lacking = means, Lacking(means, finer, first)
-        self.penalty, self.step = penalty, step
+        self.penalty, self.step = penalty * penalty_factor(self.behind), step
         self.counts = tuple(
             1 if length <= 2 * step else math.ceil(length / step) - 1 for length in means.size
         )
