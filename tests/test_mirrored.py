@@ -78,5 +78,3 @@ def test_options_that_do_not_fit_are_refused():
         upfeat.load(passes=3)
     with pytest.raises(ValueError, match="translation is for passes=5 and 6; with passes=2"):
         upfeat.load(passes=2, translation="translation.safetensors")
-    with pytest.raises(ValueError, match="early=True is for passes=1 and 2"):
-        upfeat.load(passes=6, early=True)
