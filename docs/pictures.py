@@ -204,6 +204,7 @@ PICTURES: dict[str, Callable[[Scene], Image.Image]] = {
 def main(arguments: Sequence[str]) -> None:
     """Write all pictures."""
     folder = Path(arguments[0]) if arguments else DOCS / "images"
+    folder.mkdir(parents=True, exist_ok=True)
     scene = Scene()
     for name, draw in PICTURES.items():
         if arguments[1:] and name not in arguments[1:]:
