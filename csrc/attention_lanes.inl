@@ -37,7 +37,6 @@ static int64_t most_lane_cells(const WindowAttention& attention) {
   return across * down;
 }
 
-
 static bool lanes_fit(const WindowJob& job) {
   return job.planar && job.blocks.count == 1 && job.most_rows <= kMostLaneRows &&
          most_lane_cells(job.attention) <= kMostLaneCells;
@@ -155,9 +154,9 @@ static void lane_softmax(const LaneScratch& s, int64_t cells, int64_t across, fl
       float* at = s.logits + cell * kTile + part;
       // Not below -87: instructions whose results underflow take a hundred times as long.
       const Vec away = load(at) - most, e = exp_within(max(splat(-87.0f), away));
-      const Vec share = select(away < splat(-87.0f), Vec{}, e);
-      store(at, share);
-      sum += share;
+      const Vec power = select(away < splat(-87.0f), Vec{}, e);
+      store(at, power);
+      sum += power;
     }
     const Vec factor = splat(share) / sum;
     for (int64_t cell = 0; cell < cells; ++cell) {

@@ -78,3 +78,13 @@ def test_options_that_do_not_fit_are_refused():
         upfeat.load(passes=3)
     with pytest.raises(ValueError, match="translation is for passes=5 and 6; with passes=2"):
         upfeat.load(passes=2, translation="translation.safetensors")
+
+
+@pytest.mark.parametrize("options", [{"passes": 2}, {"passes": 5}, {"passes": 6}, {"early": True}])
+def test_images_are_prepared_as_for_the_backbone_itself(options):
+    """Five passes once resized by another filter than the backbone's own configuration says."""
+    plain = upfeat.load_backbone(torch.nn.Conv2d(3, 4, 8, 8))
+    plain.interpolation = "bilinear"
+    image = torch.rand(3, 50, 70)
+    found = upfeat.load(plain, **options).preprocess(image, 24)
+    assert torch.equal(found, plain.preprocess(image, 24))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backbones import Backbone, load_backbone
+from upfeat.backbones import Backbone, OuterBackbone, load_backbone
 from upfeat.normalization import Normalization
 from upfeat.resampling import on_grid
 from upfeat.types import Size
@@ -22,7 +22,7 @@ FINER = 2
 """Ratio of the grid of the early layers to the grid of the features."""
 
 
-class Guided(Backbone):
+class Guided(OuterBackbone):
     """A backbone with the layers of a second network in place of early layers of its own.
 
     All layers of a vision transformer have the same grid, so none of them says more of a place than
@@ -65,30 +65,10 @@ class Guided(Backbone):
                 f"whose layers would be used, of {guide.in_channels}; give as many bands=, or "
                 "early=False"
             )
-        mean, std = backbone.normalization
-        super().__init__(
-            name=backbone.name,
-            embed_dim=backbone.embed_dim,
-            stride=backbone.stride,
-            mean=mean,
-            std=std,
-            interpolation=backbone.interpolation,
-            in_channels=backbone.in_channels,
-        )
-        self.backbone, self.guide = backbone, guide
+        super().__init__(backbone)
+        self.guide = guide
         self.bands = None if bands is None else list(bands)
         self.passes = getattr(backbone, "passes", 1)
-        self.displacement = backbone.displacement
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Data type of the image; both networks convert their own input."""
-        return self.backbone.dtype
-
-    @property
-    def origin(self) -> Backbone:
-        """See :attr:`Backbone.origin`."""
-        return self.backbone.origin
 
     def aligned(self, displacement: int) -> Guided:
         """See :meth:`Backbone.aligned`; the inner backbone is aligned, and the guide is not."""
@@ -97,14 +77,6 @@ class Guided(Backbone):
         other.backbone = self.backbone.aligned(displacement)
         other.displacement = displacement
         return other
-
-    def grid_aligned(self, size: Size) -> Size:
-        """See :meth:`Backbone.grid_aligned`."""
-        return self.backbone.grid_aligned(size)
-
-    def grid_size(self, size: Size) -> Size:
-        """See :meth:`Backbone.grid_size`."""
-        return self.backbone.grid_size(size)
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
@@ -119,10 +91,6 @@ class Guided(Backbone):
         """See :meth:`Backbone.hidden`; only the guide is applied."""
         ready = self._ready(x)
         return self._layers(ready, self.grid_size((ready.shape[2], ready.shape[3]))).to(x.dtype)
-
-    def place(self, x: Tensor) -> Tensor:
-        """Return the image as it is: the inner backbones move it."""
-        return x
 
     def _layers(self, x: Tensor, grid: Size) -> Tensor:
         """The guide's layers, finest first, on a grid twice as fine as ``grid``."""

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backbones import Backbone
+from upfeat.backbones import Backbone, OuterBackbone
 from upfeat.bounds import number
 from upfeat.linear import ridge
 from upfeat.mirrored import Mirrored
@@ -215,7 +215,7 @@ def shipped_translation(backbone: Backbone, kind: str = "translation") -> Transl
         return None
 
 
-class SecondScale(Backbone):
+class SecondScale(OuterBackbone):
     """Backbone of half the stride, or a quarter, made of another's features at two scales.
 
     Attributes:
@@ -271,17 +271,8 @@ class SecondScale(Backbone):
                 f"passes={passes} needs a backbone of {kind}, and {backbone.name} has "
                 f"{backbone.stride}; use passes=1"
             )
-        mean, std = backbone.normalization
-        super().__init__(
-            name=f"{backbone.name}.passes{passes}",
-            embed_dim=backbone.embed_dim,
-            stride=backbone.stride // finer,
-            mean=mean,
-            std=std,
-            in_channels=backbone.in_channels,
-        )
-        self.backbone, self.own, self.passes = backbone, own, passes
-        self.displacement = backbone.displacement
+        super().__init__(backbone, suffix=f".passes{passes}", finer=finer)
+        self.own, self.passes = own, passes
         self.bands = None if bands is None else tuple(bands)
         self.first = first
         self.last = first.last_step() if first.wants_hidden else None
@@ -311,15 +302,6 @@ class SecondScale(Backbone):
         """Data type that the first step computes in; the inner backbone converts its own input."""
         return next(self.first.parameters()).dtype
 
-    @property
-    def origin(self) -> Backbone:
-        """See :attr:`Backbone.origin`."""
-        return self.backbone.origin
-
-    def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Round both sides to the nearest multiples of the inner backbone's stride."""
-        return self.backbone.grid_aligned(size)
-
     def aligned(self, displacement: int) -> SecondScale:
         """See :meth:`Backbone.aligned`; the inner backbone is aligned, and with it both scales."""
         other = copy.copy(self)
@@ -328,10 +310,6 @@ class SecondScale(Backbone):
         other.own = self.own.aligned(displacement)
         other.displacement = displacement
         return other
-
-    def place(self, x: Tensor) -> Tensor:
-        """Return the image as it is: the inner backbone moves it."""
-        return x
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""

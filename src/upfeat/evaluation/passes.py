@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.backbones import Backbone
+from upfeat.backbones import Backbone, OuterBackbone
 from upfeat.backbones.efficientnet_lite import ConvNorm, EfficientNetLite
 from upfeat.bounds import PASSES
 from upfeat.evaluation.data.prepared import Prepared, normalised
@@ -26,7 +26,7 @@ EARLY = "@early"
 """Suffix of the names of upsamplers that are given activations of early layers."""
 
 
-class Finer(Backbone):
+class Finer(OuterBackbone):
     """Base of backbones whose grid is twice as fine as that of the backbone they use.
 
     Attributes:
@@ -50,20 +50,7 @@ class Finer(Backbone):
                 f"{suffix} needs a backbone of an even stride; {backbone.name} has "
                 f"{backbone.stride}"
             )
-        mean, std = backbone.normalization
-        super().__init__(
-            name=f"{backbone.name}.{suffix}",
-            embed_dim=backbone.embed_dim,
-            stride=backbone.stride // 2,
-            mean=mean,
-            std=std,
-            in_channels=backbone.in_channels,
-        )
-        self.backbone = backbone
-
-    def grid_aligned(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Round a size to whole cells of the backbone that is used."""
-        return self.backbone.grid_aligned(size)
+        super().__init__(backbone, suffix=f".{suffix}", finer=2)
 
 
 class LargeImage(Finer):
