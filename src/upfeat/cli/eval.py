@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from upfeat.evaluation import Results
     from upfeat.evaluation.data.prepared import OnStep
 
-HELP = "Compare upsamplers on photographs: probes, activation maps, unseen views."
+HELP = "Compare upsamplers on photographs: probes, activation maps, unseen views, videos."
 EXAMPLE = (
     "  upfeat eval seg data/clothing -o out/\n"
     "  upfeat eval seg data/clothing --upsamplers bilinear my_stack/ --seeds 5 -o out/\n"
@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         type=Path,
         help="folder with images/ and labels/ (seg) or depth/ (depth), within train/ and test/ if "
-        "the set is split; for cam and consistency, any folder of photographs",
+        "the set is split; for propagation, both with a folder of frames for each video; for "
+        "cam and consistency, any folder of photographs",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the results"
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         default="folder",
-        choices=("folder", "coco_stuff", "ade20k", "cityscapes", "voc", "nyuv2"),
+        choices=("folder", "coco_stuff", "ade20k", "cityscapes", "voc", "nyuv2", "davis"),
         help="layout of the data on disk (default: %(default)s)",
     )
     parser.add_argument(
@@ -117,7 +118,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="consistency: jittered views of each test image (default: %(default)s)",
     )
     parser.add_argument("--max-train", type=int, metavar="N", help="use at most N training images")
-    parser.add_argument("--max-test", type=int, metavar="N", help="use at most N test images")
+    parser.add_argument(
+        "--max-test", type=int, metavar="N", help="use at most N test images, or videos"
+    )
     parser.add_argument(
         "--split-seed",
         type=int,
@@ -254,7 +257,7 @@ def _differences(results: Results) -> Table:
     from upfeat.evaluation.report.page import differences
 
     table = Table(
-        title="differences: mean, 95 % interval over 1,000 draws of the test images, each seed"
+        title="differences: mean, 95 % interval over 1,000 draws of the test set, each seed"
     )
     for name in ("protocol", "upsampler", "minus", "score"):
         table.add_column(name, no_wrap=True)

@@ -9,7 +9,7 @@ import torch
 
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.data.folders import Dataset, check_not_empty, subset
+from upfeat.evaluation.data.folders import Dataset, Problem, check_not_empty, subset
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
 from upfeat.evaluation.differences import find_differences
 from upfeat.evaluation.named import Named, load_methods
@@ -149,8 +149,13 @@ def _prepare_splits(
         label = f"features: {name}"
         part = prepare(dataset, samples, backbone, config.size, cache, label=label, on_step=on_step)
         usable = set(part.names)
-        setattr(dataset, name, [sample for sample in samples if sample.name in usable])
-        prepared[name] = part
+        broken = dict.fromkeys(sample.unit for sample in samples if sample.name not in usable)
+        kept = [sample for sample in samples if sample.unit not in broken]
+        groups = {sample.group for sample in samples}
+        reason = "is left out, because one of its frames cannot be used"
+        dataset.problems += [Problem(unit, reason) for unit in broken if unit in groups]
+        setattr(dataset, name, kept)
+        prepared[name] = part.only(sample.name for sample in kept)
     check_not_empty(dataset, folder)
     return prepared
 

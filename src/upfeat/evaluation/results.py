@@ -26,7 +26,8 @@ class Row:
         protocol: name of the protocol.
         weights: digest of the upsampler's weights.
         scores: a list for each name of a score, one value per seed.
-        per_class: a list of IoUs for each class name, one per seed; segmentation only.
+        per_class: for each class name a list of IoUs, one per seed; for each video a list of J&F.
+            Empty for other tasks.
         cost: passes, seconds and memory of one image; unlike scores, they vary between runs.
         pictures: for each sample name, the prediction of the first seed as base64 PNG or JPEG.
         sums: contributions of the test images to the scores, packed by

@@ -50,12 +50,20 @@ class Sample:
         image: file of the photograph.
         target: file of the label or depth map.
         index: position of the sample in a file that contains many samples.
+        group: name of the samples that are used together or not at all, such as the frames of a
+            video; empty for a sample on its own.
     """
 
     name: str
     image: Path
     target: Path
     index: int = 0
+    group: str = ""
+
+    @property
+    def unit(self) -> str:
+        """Name of what is drawn or left out as a whole: the group, or the sample on its own."""
+        return self.group or self.name
 
 
 @dataclass(frozen=True)
@@ -192,12 +200,13 @@ def split_randomly(
 
 
 def subset(samples: list[Sample], limit: int | None, *, seed: int = 0) -> list[Sample]:
-    """Return at most ``limit`` samples, drawn at random by ``seed``, in their original order."""
-    if limit is None or limit >= len(samples):
+    """Return the samples of at most ``limit`` units, drawn by ``seed``, in their original order."""
+    units = list(dict.fromkeys(sample.unit for sample in samples))
+    if limit is None or limit >= len(units):
         return samples
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(samples), generator=generator)[:limit].sort().values
-    return [samples[index] for index in chosen.tolist()]
+    chosen = {units[index] for index in torch.randperm(len(units), generator=generator)[:limit]}
+    return [sample for sample in samples if sample.unit in chosen]
 
 
 def check_not_empty(dataset: Dataset, folder: Path) -> None:
@@ -341,9 +350,9 @@ def _target_reader(
 
 def _pair(folder: Path, task: Task, problems: list[Problem], prefix: str = "") -> list[Sample]:
     """Match photographs with targets by name; files without a partner are added to problems."""
-    images = _by_stem(folder / "images", tuple(IMAGE_SUFFIXES), problems, prefix)
+    images = by_stem(folder / "images", tuple(IMAGE_SUFFIXES), problems, prefix)
     kind = _TARGET_FOLDERS[task]
-    targets = _by_stem(folder / kind, _TARGET_SUFFIXES[task], problems, prefix)
+    targets = by_stem(folder / kind, _TARGET_SUFFIXES[task], problems, prefix)
     what = "label" if task == "seg" else "depth map"
     problems += [
         Problem(f"{prefix}images/{images[stem].name}", f"has no {what}")
@@ -360,13 +369,24 @@ def _pair(folder: Path, task: Task, problems: list[Problem], prefix: str = "") -
 
 
 def _photographs(folder: Path, problems: list[Problem]) -> list[Sample]:
-    found = _by_stem(folder, tuple(IMAGE_SUFFIXES), problems, "")
+    found = by_stem(folder, tuple(IMAGE_SUFFIXES), problems, "")
     return [Sample(stem, path, path) for stem, path in sorted(found.items())]
 
 
-def _by_stem(
+def by_stem(
     folder: Path, suffixes: tuple[str, ...], problems: list[Problem], prefix: str
 ) -> dict[str, Path]:
+    """List files by their names without suffix, sorted; a name's second file is a problem.
+
+    Args:
+        folder: folder of the files.
+        suffixes: suffixes in lower case; other files are passed over.
+        problems: list to extend.
+        prefix: path of the folder's parent in the names of problems, with a slash, or empty.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     found: dict[str, Path] = {}

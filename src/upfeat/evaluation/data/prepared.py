@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from upfeat.failures import failure_reason
 from upfeat.provenance import identify_backbone, source_digest
 from upfeat.storage import read_tensors, write_tensors
 
-DECISIVE = (__name__, "upfeat.evaluation.data.layouts")
+DECISIVE = (__name__, "upfeat.evaluation.data.layouts", "upfeat.evaluation.data.videos")
 """Modules, with all their imports, on whose code the content of prepared images depends."""
 
 OnStep = Callable[[str, int, int], None]
@@ -83,6 +83,12 @@ class PreparedSet:
 
     def __iter__(self) -> Iterator[Prepared]:
         return (self[index] for index in range(len(self)))
+
+    def only(self, names: Iterable[str]) -> PreparedSet:
+        """Return the set of the photographs that have one of the names."""
+        kept = set(names)
+        pairs = [pair for pair in zip(self.names, self.files, strict=True) if pair[0] in kept]
+        return PreparedSet([name for name, _ in pairs], [file for _, file in pairs], self.device)
 
     @property
     def digest(self) -> str:

@@ -154,7 +154,7 @@ def _prediction(
 
 def _shown_target(results: Results, task: type[Task], example: dict[str, str]) -> str:
     if task.pictures != "classes":
-        return f"data:image/png;base64,{example['target']}"
+        return _source(example["target"])
     return _png(palette(len(results.data["classes"]))[_indices(example["target"])])
 
 
@@ -163,15 +163,19 @@ def _shown_prediction(
 ) -> tuple[list[str], tuple[int, int]]:
     """Return the sources of a prediction's pictures, and the (height, width) of class maps."""
     if task.pictures != "classes":
-        # The first bytes of a PNG file, in base64.
-        kind = "png" if picture.startswith("iVBOR") else "jpeg"
-        return [f"data:image/{kind};base64,{picture}"], (1, 1)
+        return [_source(picture)], (1, 1)
     label, predicted = _indices(example["target"]), _indices(picture)
     errors = np.full((*label.shape, 3), 255, np.uint8)
     errors[label != predicted] = (204, 41, 41)
     errors[label == IGNORE_INDEX] = (190, 190, 190)
     colours = palette(len(results.data["classes"]))[predicted]
     return [_png(colours), _png(errors)], (label.shape[0], label.shape[1])
+
+
+def _source(encoded: str) -> str:
+    """Return the source of a picture for HTML, by the first bytes of a PNG file in base64."""
+    kind = "png" if encoded.startswith("iVBOR") else "jpeg"
+    return f"data:image/{kind};base64,{encoded}"
 
 
 def palette(n_classes: int) -> np.ndarray:

@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from upfeat.evaluation.data.folders import IGNORE_INDEX
+from upfeat.visualize import class_colours
+
 
 def encode_indices(indices: Tensor) -> str:
     """Encode class indices (H, W) as a base64 PNG of grey values."""
@@ -39,6 +42,20 @@ def encode_heat(image: Tensor, heat: Tensor) -> str:
     colour = torch.tensor([255.0, 64, 0])[:, None, None]
     shown = image * (0.3 + 0.35 * heat) + colour * 0.45 * heat
     return encode_photo(shown.clamp(0, 255).to(torch.uint8))
+
+
+def encode_masks(image: Tensor, objects: Tensor) -> str:
+    """Encode a photograph (3, H, W) uint8, tinted by the object of each pixel, as base64 JPEG.
+
+    Args:
+        image: the photograph.
+        objects: (H, W) uint8, numbers of objects; 0 and 255 are not tinted.
+    """
+    image, objects = image.cpu().float(), objects.cpu().long()
+    colours = 255 * class_colours(256).T[:, objects]  # (3, H, W)
+    tinted = (objects > 0) & (objects < IGNORE_INDEX)
+    shown = torch.where(tinted, 0.4 * image + 0.6 * colours, image)
+    return encode_photo(shown.to(torch.uint8))
 
 
 def _encode(picture: Image.Image, kind: str) -> str:
