@@ -37,3 +37,22 @@ def write_dataset(root):
     classes = {"classes": ["ground", "box", "disc"], "ignore_index": 255}
     (root / "classes.json").write_text(json.dumps(classes))
     return root
+
+
+def write_video(images, labels, *, objects=1, frames=6, size=(48, 64), seed=0):
+    """Coloured discs that move over a ground of noise; every frame has its masks."""
+    random = np.random.default_rng(seed)
+    images.mkdir(parents=True)
+    labels.mkdir(parents=True)
+    rows, columns = np.ogrid[: size[0], : size[1]]
+    ground = random.integers(0, 90, (*size, 3))
+    for frame in range(frames):
+        label = np.zeros(size, np.uint8)
+        for number in range(1, objects + 1):
+            y, x = 14 + 16 * (number - 1) + frame, 12 + 3 * frame + 6 * number
+            label[(rows - y) ** 2 + (columns - x) ** 2 < 64] = number
+        picture = np.where(label[..., None] > 0, COLOURS[label], ground)
+        Image.fromarray(picture.astype(np.uint8)).save(images / f"{frame:05}.png")
+        masks = Image.fromarray(label)
+        masks.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+        masks.save(labels / f"{frame:05}.png")

@@ -69,7 +69,7 @@ class Task(ABC):
     "shades" are shown unchanged; ``None`` for no pictures."""
     pictures_title: ClassVar[str] = "Predictions"
     per_class_title: ClassVar[tuple[str, str]] = ("class", "IoU of each class, %")
-    """What :attr:`Row.per_class` lists, and the title of its table."""
+    """Noun for the members of :attr:`Row.per_class`, and title of their table."""
     compared: ClassVar[tuple[str, ...]] = ()
     """Names of the scores whose differences between methods are shown; :meth:`scores_of` must
     compute them."""
