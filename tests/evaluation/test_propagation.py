@@ -292,6 +292,8 @@ def test_files_of_an_evaluation(run, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "J&amp;F of each sequence" in page
     assert page.count("<figure>") == 3
+    assert all("target" in example for example in results.examples.values())
+    assert not [name for name in results.examples if name.endswith("/00000")]
     assert all(0 <= done <= total for done, total in steps)
 
 

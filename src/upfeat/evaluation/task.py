@@ -163,6 +163,10 @@ class Task(ABC):
         """Images to score."""
         return self.parts["test"]
 
+    def choose_pictures(self) -> list[int]:
+        """Return indices of the test images to show in the report; evenly spaced by default."""
+        return self.config.choose_pictures(len(self.test))
+
     @abstractmethod
     def rows(self, label: str, method: Method) -> list[Row]:
         """Score one method: one row for each protocol.

@@ -119,7 +119,7 @@ class ClassActivation(Task):
     def rows(self, label: str, method: Method) -> list[Row]:
         """See :meth:`Task.rows`."""
         drops, increases, pictures = [], [], {}
-        chosen = set(self.config.choose_pictures(len(self.test)))
+        chosen = set(self.choose_pictures())
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: maps", index, len(self.test))
             image, features = normalised(sample.image, self.backbone), sample.features[None]

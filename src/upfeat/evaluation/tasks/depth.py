@@ -93,7 +93,7 @@ class Depth(Probing):
         heads = self.heads(label, method, protocols)
         sums: dict[str, list[Tensor]] = {name: [] for name in heads}
         pictures: dict[str, dict[str, str]] = {name: {} for name in heads}
-        chosen = set(self.config.choose_pictures(len(self.test)))
+        chosen = set(self.choose_pictures())
         stacked = LinearProbe.cat([head for group in heads.values() for head in group])
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: test", index, len(self.test))

@@ -40,17 +40,19 @@ CELL = 4
 
 
 @dataclass(frozen=True)
-class Sequence:
-    """One video of the test set.
+class Video:
+    """One sequence of the test set.
 
     Attributes:
         name: name of the sequence.
         frames: indices of its frames in the test set, in order.
+        scored: indices of the frames with a label, without the first frame.
         objects: (K,) uint8, background 0 and the numbers of the objects of the first label.
     """
 
     name: str
     frames: list[int]
+    scored: list[int]
     objects: Tensor
 
 
@@ -122,9 +124,14 @@ class Propagation(Task):
             ValueError: no sequence can be scored.
         """
         super().__init__(parts, dataset, backbone, config, on_step)
-        self.sequences = self._list_sequences()
-        if not self.sequences:
+        self.videos = self._list_videos()
+        if not self.videos:
             raise ValueError(f"{dataset.name}: no sequence can be scored ({self.problems[0]})")
+
+    def choose_pictures(self) -> list[int]:
+        """See :meth:`Task.choose_pictures`; evenly spaced over the scored frames."""
+        scored = [index for video in self.videos for index in video.scored]
+        return [scored[place] for place in self.config.choose_pictures(len(scored))]
 
     @torch.no_grad()
     def rows(self, label: str, method: Method) -> list[Row]:
@@ -133,49 +140,43 @@ class Propagation(Task):
         names = ("features", "labels") if linear else ("features",)
         sums: dict[str, list[Tensor]] = {name: [] for name in names}
         pictures: dict[str, dict[str, str]] = {name: {} for name in names}
-        chosen = set(self.config.choose_pictures(len(self.test)))
-        done, total = 0, sum(len(sequence.frames) for sequence in self.sequences)
-        for sequence in self.sequences:
-            frames: dict[str, list[Tensor]] = {name: [] for name in names}
-            for index, sample, maps in self._follow(method, sequence, linear=linear):
+        chosen = set(self.choose_pictures())
+        done, total = 0, sum(len(video.frames) for video in self.videos)
+        for video in self.videos:
+            scored: dict[str, list[Tensor]] = {name: [] for name in names}
+            for index, sample, maps in self._follow(method, video, linear=linear):
                 self.on_step(f"{label}: frames", done, total)
                 done += 1
                 for name, found in maps.items():
+                    if index in video.scored:
+                        true = sample.label.cpu()
+                        scored[name].append(mask_scores(found.cpu(), true, video.objects[1:]))
                     if index in chosen:
                         pictures[name][sample.name] = encode_masks(sample.image, found)
-                    if sample.target is not None and index != sequence.frames[0]:
-                        given = (found.cpu(), sample.label.cpu(), sequence.objects[1:])
-                        frames[name].append(mask_scores(*given))
-            for name, scores in frames.items():
-                means = torch.stack(scores).mean(0)  # (objects, 2)
+            for name, frames in scored.items():
+                means = torch.stack(frames).mean(0)  # (objects, 2)
                 sums[name].append(torch.cat([means.sum(0), means.new_tensor([len(means)])]))
         self.on_step(f"{label}: frames", total, total)
         cost, drift = measure(method, self.test)
         rows = []
         for name in names:
-            found = torch.stack(sums[name])[:, None]  # (sequences, 1, 3)
-            scores = {key: one.tolist() for key, one in self.scores_of(found.sum(0)).items()}
-            shares = self.scores_of(found)["jf"].tolist()
-            per_class = {one.name: share for one, share in zip(self.sequences, shares, strict=True)}
-            rows.append(
-                Row(
-                    *(label, name, method.weights, {**scores, "drift": [drift]}, per_class),
-                    *(cost, pictures[name], pack_sums(found)),
-                )
-            )
+            scores, per_class, packed = self._summarise(sums[name])
+            scores["drift"] = [drift]
+            common = (label, name, method.weights)
+            rows.append(Row(*common, scores, per_class, cost, pictures[name], packed))
         return rows
 
     def _follow(
-        self, method: Method, sequence: Sequence, *, linear: bool
+        self, method: Method, video: Video, *, linear: bool
     ) -> Iterator[tuple[int, Prepared, dict[str, Tensor]]]:
-        """Predict the objects (H, W) of every frame, for every protocol; the first is given.
+        """Predict the objects (H, W) of every frame; those of the first are given.
 
         Yields:
             Index of the frame in the test set, the frame, and predictions by protocol.
         """
         trackers: dict[str, Tracker] = {}
-        objects = sequence.objects.to(self.test.device)
-        for index in sequence.frames:
+        objects = video.objects.to(self.test.device)
+        for index in video.frames:
             sample = self.test[index]
             upsampled = method(sample)
             fine = (-(-sample.size[0] // CELL), -(-sample.size[1] // CELL))
@@ -199,29 +200,39 @@ class Propagation(Task):
                 maps["labels"] = upsampled.kernels(soft["labels"])
             yield index, sample, {name: objects[one[0].argmax(0)] for name, one in maps.items()}
 
-    def _list_sequences(self) -> list[Sequence]:
+    def _summarise(
+        self, sums: list[Tensor]
+    ) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, Any]]:
+        """Turn the sums (3,) of every sequence into scores, J&F by sequence, and packed sums."""
+        found = torch.stack(sums)[:, None]  # (sequences, 1, 3)
+        scores = {name: one.tolist() for name, one in self.scores_of(found.sum(0)).items()}
+        each = self.scores_of(found)["jf"].tolist()
+        by_name = {video.name: one for video, one in zip(self.videos, each, strict=True)}
+        return scores, by_name, pack_sums(found)
+
+    def _list_videos(self) -> list[Video]:
         """Group the frames; a sequence that cannot be scored is a problem."""
         found: dict[str, list[int]] = {}
         for index, sample in enumerate(self.dataset.test):
             found.setdefault(sample.group, []).append(index)
         listed = [self._checked(name, frames) for name, frames in found.items()]
-        return [sequence for sequence in listed if sequence is not None]
+        return [video for video in listed if video is not None]
 
-    def _checked(self, name: str, frames: list[int]) -> Sequence | None:
+    def _checked(self, name: str, frames: list[int]) -> Video | None:
         try:
-            return Sequence(name, frames, self._check_frames(name, frames))
+            return self._read(name, frames)
         except ValueError as error:
             self.problems.append(Problem(name, f"is left out, because {error}"))
             return None
 
-    def _check_frames(self, name: str, frames: list[int]) -> Tensor:
-        """Return the objects of a sequence, background included, in order.
+    def _read(self, name: str, frames: list[int]) -> Video:
+        """Find the objects of a sequence, and check its frames.
 
         Raises:
             ValueError: the sequence cannot be scored.
         """
         first = self.test[frames[0]]
-        objects, later = _objects(first), set()
+        objects, later, scored = _objects(first), set(), []
         if not objects:
             raise ValueError("its first label has no object at the evaluation size")
         for index in frames[1:]:
@@ -230,11 +241,13 @@ class Propagation(Task):
                 (a, b), (c, d) = first.size, sample.size
                 raise ValueError(f"its frames differ in size: {a}×{b} and {c}×{d} pixels")
             later |= _objects(sample)
+            if sample.target is not None:
+                scored.append(index)
         if later - objects:
             late = ", ".join(map(str, sorted(later - objects)))
             reason = f"objects that are not in its first label are scored as background: {late}"
             self.problems.append(Problem(name, reason))
-        return torch.tensor([0, *sorted(objects)], dtype=torch.uint8)
+        return Video(name, frames, scored, torch.tensor([0, *sorted(objects)], dtype=torch.uint8))
 
 
 def _objects(sample: Prepared) -> set[int]:

@@ -122,7 +122,7 @@ class Segmentation(Probing):
         protocols = [p for p in self.config.protocols if p != "probabilities" or linear]
         heads = self.heads(label, method, protocols)
         scores = {name: _Scores(self.config.seeds, len(self.classes)) for name in heads}
-        chosen = set(self.config.choose_pictures(len(self.test)))
+        chosen = set(self.choose_pictures())
         for index, sample in enumerate(self.test):
             self.on_step(f"{label}: test", index, len(self.test))
             target = self._scored_label(sample)
