@@ -240,7 +240,7 @@ def test_folders_of_frames(videos):
 @pytest.mark.parametrize(
     ("layout", "error", "words"),
     [
-        ("voc", ValueError, "layout.*voc"),
+        ("voc", ValueError, "layout=voc is not for videos; propagation takes"),
         ("davis", FileNotFoundError, "is the layout right"),
         ("folder", FileNotFoundError, "images: no such file"),
     ],

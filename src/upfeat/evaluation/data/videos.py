@@ -33,7 +33,6 @@ from upfeat.evaluation.data.folders import (
     checked_label,
     read_indices,
 )
-from upfeat.registry import unknown_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,7 +55,7 @@ def read_videos(folder: str | Path, *, layout: str = "folder") -> Dataset:
     """
     folder = Path(folder)
     if layout not in ("folder", "davis"):
-        raise ValueError(unknown_name("layout for videos", str(layout), ["folder", "davis"]))
+        raise ValueError(f"layout={layout} is not for videos; propagation takes folder or davis")
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     davis = layout == "davis"
