@@ -98,9 +98,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         type=int,
-        default=224,
         metavar="PIXELS",
-        help="shorter side to which images and labels are resized (default: %(default)s)",
+        help="shorter side to which images and labels are resized (default: 224; 448 with --probe "
+        "adamw)",
+    )
+    parser.add_argument(
+        "--probe",
+        choices=("regression", "adamw"),
+        default="regression",
+        help="seg: regression is logistic regression on --pixels of each image; adamw is the probe "
+        "of published comparisons (JAFAR, AnyUp, NAF), a 1×1 convolution on all pixels of images "
+        "of 448 pixels, trained for 20 epochs (default: %(default)s)",
     )
     parser.add_argument(
         "--pixels",
@@ -152,11 +160,13 @@ def execute(options: argparse.Namespace) -> int:
         "transfer": ("transfer", "probabilities"),
         "both": ("own", "transfer", "probabilities"),
     }[options.protocol]
+    usual = 448 if options.probe == "adamw" else 224
     config = EvalConfig(
-        size=options.size,
+        size=usual if options.size is None else options.size,
         seeds=options.seeds,
         protocols=protocols,
         pixels=options.pixels,
+        probe=options.probe,
         max_train=options.max_train,
         max_test=options.max_test,
         split_seed=options.split_seed,

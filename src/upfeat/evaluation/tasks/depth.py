@@ -59,7 +59,15 @@ class Depth(Probing):
 
     @classmethod
     def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
-        """See :meth:`Task.read`."""
+        """See :meth:`Task.read`.
+
+        Raises:
+            ValueError: the probe is not a regression.
+        """
+        if config.probe != "regression":
+            raise ValueError(
+                f"probe={config.probe} is for seg; probes of depth are regressions: leave it out"
+            )
         return read_dataset(folder, "depth", layout=layout, split_seed=config.split_seed)
 
     @classmethod
