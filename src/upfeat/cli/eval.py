@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         default="folder",
-        choices=("folder", "coco_stuff", "ade20k", "cityscapes", "voc", "nyuv2"),
+        choices=("folder", "coco_stuff", "coco_stuff27", "ade20k", "cityscapes", "voc", "nyuv2"),
         help="layout of the data on disk (default: %(default)s)",
     )
     parser.add_argument(

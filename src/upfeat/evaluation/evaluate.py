@@ -53,8 +53,8 @@ def evaluate(
         backbone: backbone whose features are upsampled; ``None`` for ``efficientnet_lite0``, for
             the task ``cam`` at the stride of its classifier's features.
         config: settings of the evaluation; ``None`` for the defaults.
-        layout: layout of the data on disk: ``folder``, ``coco_stuff``, ``ade20k``, ``cityscapes``,
-            ``voc`` or ``nyuv2``.
+        layout: layout of the data on disk: ``folder``, ``coco_stuff``, ``coco_stuff27``,
+            ``ade20k``, ``cityscapes``, ``voc`` or ``nyuv2``.
         device: device of the backbone, upsamplers and probes. Scores are repeatable to the last
             digit on the CPU alone.
         overwrite: replace a ``results.json`` or ``report.html`` in ``out`` even if no evaluation
