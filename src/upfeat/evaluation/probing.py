@@ -58,7 +58,7 @@ class Probing(Task):
     @classmethod
     def facts(cls, settings: Mapping[str, Any]) -> dict[str, str]:
         """See :meth:`Task.facts`."""
-        if settings["probe"] == "adamw":
+        if settings.get("probe") == "adamw":
             return {"probes": f"1×1 convolution, AdamW, {EPOCHS} epochs, all pixels"}
         return {"probes": f"{settings['pixels']} pixels of each training image"}
 
