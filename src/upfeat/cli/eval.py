@@ -31,7 +31,7 @@ EXAMPLE = (
     "  upfeat eval consistency photos/ --downsampler attention -o out/"
 )
 _PROBLEMS_SHOWN = 10
-_TABLE_WIDTH = 140
+_WIDEST = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         type=Path,
-        help="folder with images/ and labels/ (seg) or depth/ (depth), within train/ and test/ if "
-        "the set is split; for cam and consistency, any folder of photographs",
+        help="folder with images/ and labels/ (seg) or depth/ (depth, normals), within train/ and "
+        "test/ if the set is split; for cam and consistency, any folder of photographs",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the results"
@@ -69,8 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=("own", "transfer", "both"),
         default="both",
-        help="seg and depth: train probes on the upsampled features (own), or train them on the "
-        "coarse features and apply them to the upsampled features (transfer) (default: both)",
+        help="seg, depth and normals: train probes on the upsampled features (own), or train them "
+        "on the coarse features and apply them to the upsampled features (transfer) (default: "
+        "both)",
     )
     parser.add_argument(
         "--downsampler",
@@ -115,7 +116,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=256,
         metavar="N",
-        help="seg and depth: pixels drawn from each training image (default: %(default)s)",
+        help="seg, depth and normals: pixels drawn from each training image (default: %(default)s)",
     )
     parser.add_argument(
         "--views",
@@ -192,11 +193,14 @@ def execute(options: argparse.Namespace) -> int:
     more = len(results.problems) - _PROBLEMS_SHOWN
     if more > 0:
         print(f"upfeat eval: note: and {more} more, in results.json", file=sys.stderr)
-    # Rows are never truncated: a narrow terminal wraps them, and a file contains them whole.
-    console = Console(width=max(Console().width, _TABLE_WIDTH))
-    console.print(_table(results))
+    tables = [_table(results)]
     if results.differences:
-        console.print(_differences(results))
+        tables.append(_differences(results))
+    # Rows are never truncated: a narrow terminal wraps them, and a file contains them whole.
+    wide = Console(width=_WIDEST)
+    for table in tables:
+        needed = wide.measure(table).maximum
+        Console(width=max(Console().width, min(needed, _WIDEST))).print(table)
     return 0
 
 

@@ -92,7 +92,7 @@ def score(
     found = find_differences(results.rows, task.scores_of, better) if better else []
     results.differences = [one.to_json() for one in found]
     results.problems = dataset.problems + evaluation.problems
-    results.examples = _examples(task, parts["test"], config)
+    results.examples = _examples(evaluation, config)
     return results
 
 
@@ -112,13 +112,13 @@ def _facts(parts: dict[str, PreparedSet]) -> dict[str, dict[str, str | int]]:
     return {name: {"images": len(part), "digest": part.digest} for name, part in parts.items()}
 
 
-def _examples(task: type[Task], test: PreparedSet, config: EvalConfig) -> dict[str, dict[str, str]]:
+def _examples(task: Task, config: EvalConfig) -> dict[str, dict[str, str]]:
     """Return the pictures that all rows share, image and target, by sample name."""
     examples = {}
     if task.pictures is None:
         return examples
-    for index in config.choose_pictures(len(test)):
-        sample = test[index]
+    for index in config.choose_pictures(len(task.test)):
+        sample = task.test[index]
         example = {"image": f"data:image/jpeg;base64,{encode_photo(sample.image)}"}
         target = task.draw_target(sample)
         if target is not None:

@@ -62,9 +62,17 @@ class Probing(Task):
             return {"probes": f"1×1 convolution, AdamW, {EPOCHS} epochs, all pixels"}
         return {"probes": f"{settings['pixels']} pixels of each training image"}
 
+    def target_of(self, sample: Prepared) -> Tensor:
+        """Return what a probe predicts of a sample, (H, W) or (H, W, D); by default its label."""
+        return sample.label
+
     @abstractmethod
     def usable(self, target: Tensor) -> Tensor:
-        """Return a mask of the pixels on which a probe may be trained: (H, W) -> (H, W) bool."""
+        """Return a mask (H, W) of the pixels on which a probe may be trained.
+
+        Args:
+            target: result of :meth:`target_of`.
+        """
 
     @abstractmethod
     def fit_head(self, pixels: Pixels, generator: torch.Generator) -> LinearProbe:
@@ -147,9 +155,10 @@ class Probing(Task):
             self.on_step(f"{label}: train", index, len(self.train))
             with torch.no_grad():
                 upsampled = method(sample).full()[0]
+            target = self.target_of(sample)
             for seed in self.seeds:
-                places = self._places(sample, seed)
-                read = read_pixels(upsampled, places), sample.label.flatten()[places]
+                places = self._places(sample, target, seed)
+                read = read_pixels(upsampled, places), target.flatten(0, 1)[places]
                 drawn[seed].append(read)
         return self._fit_each(f"{label}: probe", drawn)
 
@@ -157,10 +166,11 @@ class Probing(Task):
         """Fit a probe per seed on the cells that contain the drawn pixels, for all upsamplers."""
         drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
         for sample in self.train:
+            target = self.target_of(sample)
             for seed in self.seeds:
-                places = self._places(sample, seed)
+                places = self._places(sample, target, seed)
                 cells = read_cells(sample.features, places, sample.size)
-                drawn[seed].append((cells, sample.label.flatten()[places]))
+                drawn[seed].append((cells, target.flatten(0, 1)[places]))
         return self._fit_each("probe on coarse features", drawn)
 
     def _fit_each(self, label: str, drawn: list[list[tuple[Tensor, Tensor]]]) -> list[LinearProbe]:
@@ -173,6 +183,18 @@ class Probing(Task):
         self.on_step(label, len(drawn), len(drawn))
         return heads
 
-    def _places(self, sample: Prepared, seed: int) -> Tensor:
+    def _places(self, sample: Prepared, target: Tensor, seed: int) -> Tensor:
         generator = named_generator(seed, sample.name)
-        return draw_pixels(self.usable(sample.label), self.config.pixels, generator)
+        return draw_pixels(self.usable(target), self.config.pixels, generator)
+
+
+def needs_regression(task: str, config: EvalConfig) -> None:
+    """Refuse other probes, for tasks that have none.
+
+    Raises:
+        ValueError: the configuration asks for another probe.
+    """
+    if config.probe != "regression":
+        raise ValueError(
+            f"probe={config.probe} is for seg; probes of {task} are regressions: leave it out"
+        )

@@ -27,12 +27,19 @@ class Score:
         meaning: explanation in one sentence, for the report.
         higher_is_better: good direction of the score.
         percent: whether to show the score times 100.
+        digits: number of decimal places to show.
     """
 
     label: str
     meaning: str
     higher_is_better: bool = True
     percent: bool = False
+    digits: int = 4
+
+    @property
+    def format(self) -> tuple[float, int]:
+        """Factor by which values are shown, and number of decimal places."""
+        return (100, 2) if self.percent else (1, self.digits)
 
 
 DRIFT = Score(
@@ -146,8 +153,7 @@ class Task(ABC):
         """
         return {}
 
-    @classmethod
-    def draw_target(cls, sample: Prepared) -> str | None:
+    def draw_target(self, sample: Prepared) -> str | None:
         """Return the target as a picture for the report; ``None`` if the sample has no target."""
         return None
 

@@ -131,6 +131,7 @@ _ADE20K_CLASSES = 150
 _COCO_CLASSES = 182
 _NYU_FILE = "nyu_depth_v2_labeled.mat"
 _NYU_SPLITS = "splits.mat"
+_NYU_FIELD_OF_VIEW = 63.3  # degrees: 640 pixels at a focal length of 518.9 pixels
 
 
 def read_dataset(
@@ -286,7 +287,9 @@ def _read_nyuv2(folder: Path, split_seed: int) -> Dataset:
         train, test = _nyu_split(folder / _NYU_SPLITS, samples)
     else:
         train, test = split_randomly(samples, seed=split_seed)
-    return Dataset("nyuv2", train, test, [], depth, image, identify=identify)
+    return Dataset(
+        "nyuv2", train, test, [], depth, image, identify=identify, field_of_view=_NYU_FIELD_OF_VIEW
+    )
 
 
 def _nyu_split(path: Path, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +83,11 @@ class PreparedSet:
 
     def __iter__(self) -> Iterator[Prepared]:
         return (self[index] for index in range(len(self)))
+
+    def subset(self, indices: Sequence[int]) -> PreparedSet:
+        """Return the photographs with the given indices alone."""
+        names = [self.names[index] for index in indices]
+        return PreparedSet(names, [self.files[index] for index in indices], self.device)
 
     @property
     def digest(self) -> str:

@@ -120,7 +120,7 @@ def render(results: Results, task: type[Task] | None = None) -> str:
 def shown(score: Score, values: Sequence[float]) -> tuple[str, str]:
     """Format the mean and the spread of a score; the spread is empty for one value."""
     found = summary(list(values))
-    factor, digits = (100, 2) if score.percent else (1, 4)
+    factor, digits = score.format
     if found["mean"] is None:
         return "–", ""
     spread = found["spread"]
@@ -168,7 +168,7 @@ def _known(value: float | None) -> float:
 def _signed(score: Score, value: float | None) -> str:
     if value is None:
         return "–"
-    factor, digits = (100, 2) if score.percent else (1, 4)
+    factor, digits = score.format
     return f"{value * factor:+.{digits}f}".replace("-", "−")
 
 

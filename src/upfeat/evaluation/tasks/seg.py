@@ -77,8 +77,7 @@ class Segmentation(Probing):
         """See :meth:`Task.read`."""
         return read_dataset(folder, "seg", layout=layout, split_seed=config.split_seed)
 
-    @classmethod
-    def draw_target(cls, sample: Prepared) -> str:
+    def draw_target(self, sample: Prepared) -> str:
         """See :meth:`Task.draw_target`."""
         return encode_indices(sample.label)
 
