@@ -182,6 +182,8 @@ def _facts(results: Results, task: type[Task]) -> str:
         for part in ("train", "test")
         if part in data
     )
+    if "pairs" in data:
+        counts += f", {data['pairs']['number']} pairs"
     stride = results.backbone["stride"]
     facts = {
         "data": data["name"],
@@ -274,8 +276,8 @@ def _difference_table(results: Results, task: type[Task]) -> str:
         "<th class=l>upsampler</th><th class=l>minus</th><th class=l>score</th><th>mean</th>"
         f"<th>95 %</th><th>each seed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         "<p class=pm>95 %: interval that contains the differences of 95 % of a thousand test sets, "
-        "drawn from the test images with replacement, the same for both rows. Bold: the interval "
-        "excludes 0.</p>"
+        "drawn from the test images (or pairs) with replacement, the same for both rows. Bold: the "
+        "interval excludes 0.</p>"
         "</details>"
     )
 
@@ -286,7 +288,7 @@ def _cost_cell(row: Row, name: str, digits: int) -> str:
 
 
 def _class_table(results: Results, task: type[Task]) -> str:
-    """Render the IoU of every class: a line per upsampler, or a line per class for many classes."""
+    """Render the scores of classes: a line per upsampler, or a line per class for many classes."""
     if not any(row.per_class for row in results.rows):
         return ""
     classes = list(results.rows[0].per_class)
@@ -305,9 +307,9 @@ def _class_table(results: Results, task: type[Task]) -> str:
             body.append(f"<tr><td class=l>{escape(name)}</td>{cells}</tr>")
     columns = "".join(f"<th>{escape(name)}</th>" for name in head)
     return (
-        f"<h2>IoU of each class, %</h2><div class=scroll><table><thead><tr><th class=l>{corner}"
-        f"</th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        "<p class=pm>Mean over seeds; – if the class is not in the scored test labels.</p>"
+        f"<h2>{escape(task.classes_title)}</h2><div class=scroll><table><thead><tr>"
+        f"<th class=l>{corner}</th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+        "</div><p class=pm>Mean over seeds; – if the class is not in the scored test labels.</p>"
     )
 
 
