@@ -74,9 +74,13 @@ def test_exact_features_find_every_point(tmp_path, scale):
 
 def test_errors_count_in_units_of_the_box(tmp_path):
     """Annotations 3 pixels off: right within 0.1 of 40 pixels, wrong within 0.05."""
-    points = moved(moved(POINTS), (0, 3))
-    results = run(write_pairs(tmp_path / "set", target_points=points), tmp_path / "out")
-    scores = results.rows[0].scores
+    root = write_pairs(tmp_path / "set")
+    assert run(root, tmp_path / "out").rows[0].scores["pck_0.05"] == [1]
+    pairs = json.loads((root / "pairs.json").read_text())
+    for pair in pairs:
+        pair["target_points"] = moved(pair["target_points"], (0, 3))
+    (root / "pairs.json").write_text(json.dumps(pairs))
+    scores = run(root, tmp_path / "out").rows[0].scores  # stored rows are of other annotations
     assert (scores["pck_0.1"], scores["pck_0.05"]) == ([1], [0])
 
 

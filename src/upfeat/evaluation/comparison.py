@@ -282,9 +282,9 @@ def headings(comparison: Comparison) -> list[str]:
 def title(comparison: Comparison) -> str:
     """Return a title in one line, which names the score, its unit and the sign of gains."""
     score = comparison.described
-    points = ", in points of a per cent" if score.percent else ""
+    unit = ", percentage points" if score.percent else ""
     lower = "" if score.higher_is_better else "; lower scores are better"
-    return f"Gain in {score.label} over {comparison.over}{points} (positive is better{lower})"
+    return f"Gain in {score.label} over {comparison.over}{unit} (positive is better{lower})"
 
 
 def to_markdown(comparison: Comparison) -> str:
