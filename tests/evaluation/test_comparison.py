@@ -159,6 +159,7 @@ def test_the_command(two, tmp_path, capsys):
     assert main(["compare", *paths, "-o", str(table)]) == 0
     shown = capsys.readouterr()
     assert "+8.00" in shown.out
+    assert "upsampler       ┃ vits16, clothing ┃ vits16, rooms ┃ mean gain" in shown.out
     assert shown.err.startswith("upfeat compare: note: settings differ")
     assert table.read_text() == to_markdown(compare(two))
     assert main(["compare", *paths, "-o", str(table)]) == 2

@@ -10,7 +10,7 @@ EXAMPLE = (
     "  upfeat compare out_dino/ out_clip/\n"
     "  upfeat compare out_*/ --over bilinear --score boundary_f -o table.md"
 )
-_TABLE_WIDTH = 140
+_WIDEST = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,14 +67,16 @@ def execute(options: argparse.Namespace) -> int:
     comparison = compare(options.results, over=options.over, score=options.score)
     if output is not None:
         write_comparison(comparison, output)
-    console = Console(width=max(Console().width, _TABLE_WIDTH))
+    # Cells are never cut off: a narrow terminal wraps the lines, and a file contains them whole.
+    wide = Console(width=_WIDEST)
     for protocol, lines in cells(comparison).items():
         table = Table(title=escape(f"{protocol}: {title(comparison)}"))
         for index, heading in enumerate(headings(comparison)):
             table.add_column(escape(heading), justify="right" if index else "left")
         for line in lines:
             table.add_row(*map(escape, line))
-        console.print(table)
+        needed = min(wide.measure(table).maximum, _WIDEST)
+        Console(width=max(Console().width, needed)).print(table)
     for text in comparison.notes:
         note("compare", text)
     return 0

@@ -68,11 +68,11 @@ class Task(ABC):
     """Kind of the pictures of predictions: "classes" are coloured and compared with the target,
     "shades" are shown unchanged; ``None`` for no pictures."""
     pictures_title: ClassVar[str] = "Predictions"
+    per_class_title: ClassVar[tuple[str, str]] = ("class", "IoU of each class, %")
+    """What :attr:`Row.per_class` lists, and the title of its table."""
     compared: ClassVar[tuple[str, ...]] = ()
     """Names of the scores whose differences between methods are shown; :meth:`scores_of` must
     compute them."""
-    classes_title: ClassVar[str] = "IoU of each class, %"
-    """Title of the table of :attr:`Row.per_class`."""
     default_backbone: ClassVar[str] = "efficientnet_lite0"
     max_train: ClassVar[int | None] = None
     """Largest number of training images to use; ``None`` for all."""

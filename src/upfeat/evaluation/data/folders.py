@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -35,8 +35,6 @@ MAX_CLASSES = 255
 """Largest number of classes: labels are 8-bit indices, and one index means "ignored"."""
 
 Task = Literal["seg", "depth"]
-
-Item = TypeVar("Item")
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".gif"}
 _TARGET_FOLDERS = {"seg": "labels", "depth": "depth"}
@@ -198,7 +196,7 @@ def split_randomly(
     return train, [sample for index, sample in enumerate(ordered) if index in chosen]
 
 
-def subset(samples: list[Item], limit: int | None, *, seed: int = 0) -> list[Item]:
+def subset(samples: list[Sample], limit: int | None, *, seed: int = 0) -> list[Sample]:
     """Return at most ``limit`` samples, drawn at random by ``seed``, in their original order."""
     if limit is None or limit >= len(samples):
         return samples

@@ -116,8 +116,8 @@ def read_dataset(
     folder = Path(folder)
     if layout == "folder":
         return read_folder(folder, task, split_seed=split_seed)
-    if layout in OTHER_TASKS:
-        raise ValueError(f"layout={layout} is for the task {OTHER_TASKS[layout]}, not {task}")
+    if layout in ELSEWHERE:
+        raise ValueError(f"layout={layout} is for the task {ELSEWHERE[layout]}, not {task}")
     if layout not in LAYOUTS:
         raise ValueError(unknown_name("layout", str(layout), ["folder", *LAYOUTS]))
     own_task, reader = LAYOUTS[layout]
@@ -264,8 +264,8 @@ LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {
 }
 """Known layouts by name, each with its task and its reader."""
 
-OTHER_TASKS = {"spair": "correspondence"}
-"""Layouts without labels by name, each with its task, which reads it."""
+ELSEWHERE = {"spair": "correspondence"}
+"""Layouts that other modules read, with the tasks that use them."""
 
 
 def _dataset(

@@ -24,9 +24,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from upfeat.bounds import number, shown
 from upfeat.decoding import image_size
-from upfeat.evaluation.data.folders import Dataset, Problem, Sample, check_not_empty, subset
+from upfeat.evaluation.data.folders import Dataset, Problem, Sample, check_not_empty
 from upfeat.failures import one_line
 from upfeat.strict_json import read_object, read_value
 from upfeat.types import Size
@@ -133,7 +135,10 @@ def read_pairs(folder: str | Path, *, layout: str = "folder") -> PairedDataset:
 
 def limit_pairs(dataset: PairedDataset, limit: int | None, seed: int) -> None:
     """Keep at most ``limit`` pairs, drawn at random by ``seed``, and their images."""
-    dataset.keep(subset(dataset.pairs, limit, seed=seed))
+    if limit is not None and limit < len(dataset.pairs):
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(dataset.pairs), generator=generator)[:limit].sort().values
+        dataset.keep([dataset.pairs[index] for index in chosen.tolist()])
 
 
 _Found = Callable[[], Mapping[str, Any]]

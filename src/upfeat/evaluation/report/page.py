@@ -276,8 +276,8 @@ def _difference_table(results: Results, task: type[Task]) -> str:
         "<th class=l>upsampler</th><th class=l>minus</th><th class=l>score</th><th>mean</th>"
         f"<th>95 %</th><th>each seed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         "<p class=pm>95 %: interval that contains the differences of 95 % of a thousand test sets, "
-        "drawn from the test images (or pairs) with replacement, the same for both rows. Bold: the "
-        "interval excludes 0.</p>"
+        "drawn from the test set with replacement, the same for both rows. Bold: the interval "
+        "excludes 0.</p>"
         "</details>"
     )
 
@@ -301,15 +301,19 @@ def _class_table(results: Results, task: type[Task]) -> str:
                 cells = "".join(_iou_cell(row, name) for name in classes)
                 body.append(f"<tr><td class=l>{escape(row.upsampler)}</td>{cells}</tr>")
     else:
-        corner, head = "class", [f"{row.upsampler}, {row.protocol}" for row in results.rows]
+        corner, head = (
+            task.per_class_title[0],
+            [f"{row.upsampler}, {row.protocol}" for row in results.rows],
+        )
         for name in classes:
             cells = "".join(_iou_cell(row, name) for row in results.rows)
             body.append(f"<tr><td class=l>{escape(name)}</td>{cells}</tr>")
     columns = "".join(f"<th>{escape(name)}</th>" for name in head)
+    kind, title = task.per_class_title
     return (
-        f"<h2>{escape(task.classes_title)}</h2><div class=scroll><table><thead><tr>"
-        f"<th class=l>{corner}</th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        "</div><p class=pm>Mean over seeds; – if the class is not in the scored test labels.</p>"
+        f"<h2>{escape(title)}</h2><div class=scroll><table><thead><tr><th class=l>{corner}</th>"
+        f"{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<p class=pm>Mean over seeds; – if the {kind} is not in the scored test labels.</p>"
     )
 
 

@@ -73,7 +73,7 @@ class Correspondence(Task):
     }
     compared = ("pck_0.1", "pck_0.01")
     pictures = None
-    classes_title = "PCK@0.10 of each category, %"
+    per_class_title = ("category", "PCK@0.10 of each category, %")
 
     @classmethod
     def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
