@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder",
         type=Path,
         help="folder with images/ and labels/ (seg) or depth/ (depth, normals), within train/ and "
-        "test/ if the set is split; for cam and consistency, any folder of photographs",
+        "test/ if the set is split; for cam and consistency, any folder of photographs; for "
+        "correspondence, images/ and pairs.json",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the results"
@@ -54,7 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         default="folder",
-        choices=("folder", "coco_stuff", "coco_stuff27", "ade20k", "cityscapes", "voc", "nyuv2"),
+        choices=(
+            "folder",
+            "coco_stuff",
+            "coco_stuff27",
+            "ade20k",
+            "cityscapes",
+            "voc",
+            "nyuv2",
+            "spair",
+        ),
         help="layout of the data on disk (default: %(default)s)",
     )
     parser.add_argument(
@@ -126,7 +136,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="consistency: jittered views of each test image (default: %(default)s)",
     )
     parser.add_argument("--max-train", type=int, metavar="N", help="use at most N training images")
-    parser.add_argument("--max-test", type=int, metavar="N", help="use at most N test images")
+    parser.add_argument(
+        "--max-test",
+        type=int,
+        metavar="N",
+        help="use at most N test images, or pairs for correspondence",
+    )
     parser.add_argument(
         "--split-seed",
         type=int,
@@ -231,6 +246,8 @@ def _table(results: Results) -> Table:
     counts = ", ".join(
         f"{data[part]['images']} {part} images" for part in ("train", "test") if part in data
     )
+    if "pairs" in data:
+        counts += f", {data['pairs']['number']} pairs"
     table = Table(title=escape(f"{data['name']}: {counts}, {results.backbone['name']}"))
     names = list(results.rows[0].scores)
     for name in ("protocol", "upsampler"):
@@ -268,7 +285,7 @@ def _differences(results: Results) -> Table:
     from upfeat.evaluation.report.page import differences
 
     table = Table(
-        title="differences: mean, 95 % interval over 1,000 draws of the test images, each seed"
+        title="differences: mean, 95 % interval over 1,000 draws of the test set, each seed"
     )
     for name in ("protocol", "upsampler", "minus", "score"):
         table.add_column(name, no_wrap=True)

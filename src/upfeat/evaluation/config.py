@@ -62,7 +62,7 @@ class EvalConfig:
     )
     max_test: int | None = setting(
         None,
-        "largest number of test images, drawn at random; `None` for all",
+        "largest number of test images (correspondence: pairs), drawn at random; `None` for all",
         Whole(optional=True),
     )
     split_seed: int = setting(

@@ -43,8 +43,8 @@ def evaluate(
     Args:
         task: a name from :func:`upfeat.evaluation.tasks.list_tasks`, or a subclass of
             :class:`Task`.
-        folder: folder of the data: photographs with labels (``seg``) or depth maps (``depth``), or
-            photographs alone.
+        folder: folder of the data: photographs with labels (``seg``) or depth maps (``depth``),
+            pairs of photographs (``correspondence``), or photographs alone.
         out: folder for results, created if need be. ``out/cache`` contains prepared images and
             finished rows, and may be deleted afterwards.
         upsamplers: one or more upsamplers, each a name, folder, checkpoint or object as for
@@ -54,7 +54,8 @@ def evaluate(
             the task ``cam`` at the stride of its classifier's features.
         config: settings of the evaluation; ``None`` for the defaults.
         layout: layout of the data on disk: ``folder``, ``coco_stuff``, ``coco_stuff27``,
-            ``ade20k``, ``cityscapes``, ``voc`` or ``nyuv2``.
+            ``ade20k``, ``cityscapes``, ``voc``, ``nyuv2`` or
+            ``spair``.
         device: device of the backbone, upsamplers and probes. Scores are repeatable to the last
             digit on the CPU alone.
         overwrite: replace a ``results.json`` or ``report.html`` in ``out`` even if no evaluation

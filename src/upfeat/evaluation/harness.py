@@ -9,7 +9,7 @@ import torch
 
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.data.folders import Dataset, check_not_empty, subset
+from upfeat.evaluation.data.folders import Dataset, check_not_empty
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
 from upfeat.evaluation.differences import find_differences
 from upfeat.evaluation.named import Named, load_methods
@@ -67,7 +67,13 @@ def score(
     evaluation = task(parts, dataset, network, config, on_step)
     results = Results(
         task.name(),
-        {"name": dataset.name, "layout": layout, "classes": dataset.classes, **_facts(parts)},
+        {
+            "name": dataset.name,
+            "layout": layout,
+            "classes": dataset.classes,
+            **_facts(parts),
+            **dataset.facts,
+        },
         {"name": network.name, "weights": digest(network), "stride": network.stride},
         config.to_json(),
         rows=[],
@@ -129,9 +135,7 @@ def _examples(task: Task, config: EvalConfig) -> dict[str, dict[str, str]]:
 
 def _read_dataset(task: type[Task], folder: Path, layout: str, config: EvalConfig) -> Dataset:
     dataset = task.read(folder, layout, config)
-    limits = [limit for limit in (config.max_train, task.max_train) if limit is not None]
-    dataset.train = subset(dataset.train, min(limits, default=None), seed=config.split_seed)
-    dataset.test = subset(dataset.test, config.max_test, seed=config.split_seed)
+    task.limit(dataset, config)
     return dataset
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.data.folders import Dataset, Problem, read_photographs
+from upfeat.evaluation.data.folders import Dataset, Problem, read_photographs, subset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet
 from upfeat.evaluation.methods import Method
 from upfeat.evaluation.results import Row
@@ -75,6 +75,8 @@ class Task(ABC):
     """Kind of the pictures of predictions: "classes" are coloured and compared with the target,
     "shades" are shown unchanged; ``None`` for no pictures."""
     pictures_title: ClassVar[str] = "Predictions"
+    per_class_title: ClassVar[tuple[str, str]] = ("class", "IoU of each class, %")
+    """What :attr:`Row.per_class` lists, and the title of its table."""
     compared: ClassVar[tuple[str, ...]] = ()
     """Names of the scores whose differences between methods are shown; :meth:`scores_of` must
     compute them."""
@@ -124,6 +126,18 @@ class Task(ABC):
         """
         cls.check_layout(layout)
         return read_photographs(folder)
+
+    @classmethod
+    def limit(cls, dataset: Dataset, config: EvalConfig) -> None:
+        """Keep at most ``max_train`` and ``max_test`` samples, drawn at random.
+
+        Args:
+            dataset: dataset to change.
+            config: settings of the evaluation.
+        """
+        limits = [limit for limit in (config.max_train, cls.max_train) if limit is not None]
+        dataset.train = subset(dataset.train, min(limits, default=None), seed=config.split_seed)
+        dataset.test = subset(dataset.test, config.max_test, seed=config.split_seed)
 
     @classmethod
     def check_layout(cls, layout: str) -> None:

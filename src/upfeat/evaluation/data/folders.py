@@ -105,6 +105,11 @@ class Dataset:
     splits: tuple[str, ...] = ("train", "test")
     field_of_view: float = FIELD_OF_VIEW
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Further JSON values for ``Results.data``, on which scores depend; by default none."""
+        return {}
+
 
 def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) -> Dataset:
     """List a plain folder.

@@ -152,6 +152,8 @@ def read_dataset(
     folder = Path(folder)
     if layout == "folder":
         return read_folder(folder, task, split_seed=split_seed)
+    if layout in ELSEWHERE:
+        raise ValueError(f"layout={layout} is for the task {ELSEWHERE[layout]}, not {task}")
     if layout not in LAYOUTS:
         raise ValueError(unknown_name("layout", str(layout), ["folder", *LAYOUTS]))
     own_task, reader = LAYOUTS[layout]
@@ -321,6 +323,9 @@ LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {
     "nyuv2": ("depth", _read_nyuv2),
 }
 """Known layouts by name, each with its task and its reader."""
+
+ELSEWHERE = {"spair": "correspondence"}
+"""Layouts that other modules read, with the tasks that use them."""
 
 
 def _dataset(

@@ -194,6 +194,8 @@ def _facts(results: Results, task: type[Task]) -> str:
         for part in ("train", "test")
         if part in data
     )
+    if "pairs" in data:
+        counts += f", {data['pairs']['number']} pairs"
     stride = results.backbone["stride"]
     facts = {
         "data": data["name"],
@@ -286,7 +288,7 @@ def _difference_table(results: Results, task: type[Task]) -> str:
         "<th class=l>upsampler</th><th class=l>minus</th><th class=l>score</th><th>mean</th>"
         f"<th>95 %</th><th>each seed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
         "<p class=pm>95 %: interval that contains the differences of 95 % of a thousand test sets, "
-        "drawn from the test images with replacement, the same for both rows. Bold: the interval "
+        "drawn from the test set with replacement, the same for both rows. Bold: the interval "
         "excludes 0.</p>"
         "</details>"
     )
@@ -298,7 +300,7 @@ def _cost_cell(row: Row, name: str, digits: int) -> str:
 
 
 def _class_table(results: Results, task: type[Task]) -> str:
-    """Render the IoU of every class: a line per upsampler, or a line per class for many classes."""
+    """Render the scores of classes: a line per upsampler, or a line per class for many classes."""
     if not any(row.per_class for row in results.rows):
         return ""
     classes = list(results.rows[0].per_class)
@@ -311,15 +313,19 @@ def _class_table(results: Results, task: type[Task]) -> str:
                 cells = "".join(_iou_cell(row, name) for name in classes)
                 body.append(f"<tr><td class=l>{escape(row.upsampler)}</td>{cells}</tr>")
     else:
-        corner, head = "class", [f"{row.upsampler}, {row.protocol}" for row in results.rows]
+        corner, head = (
+            task.per_class_title[0],
+            [f"{row.upsampler}, {row.protocol}" for row in results.rows],
+        )
         for name in classes:
             cells = "".join(_iou_cell(row, name) for row in results.rows)
             body.append(f"<tr><td class=l>{escape(name)}</td>{cells}</tr>")
     columns = "".join(f"<th>{escape(name)}</th>" for name in head)
+    kind, title = task.per_class_title
     return (
-        f"<h2>IoU of each class, %</h2><div class=scroll><table><thead><tr><th class=l>{corner}"
-        f"</th>{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-        "<p class=pm>Mean over seeds; – if the class is not in the scored test labels.</p>"
+        f"<h2>{escape(title)}</h2><div class=scroll><table><thead><tr><th class=l>{corner}</th>"
+        f"{columns}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<p class=pm>Mean over seeds; – if the {kind} is not in the scored test labels.</p>"
     )
 
 
