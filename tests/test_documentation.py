@@ -44,6 +44,7 @@ CUTS = {
 }
 PARSED = {
     "eval": "needs data sets and minutes",
+    "compare": "needs results of eval",
     "bench": "measures for minutes",
     "probe": "needs labels",
     "export": "traces for a minute",

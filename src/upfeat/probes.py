@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.linear import ridge
@@ -58,7 +59,7 @@ class Pixels:
 
     Attributes:
         features: features of the pixels, (N, P, C), float32.
-        targets: class indices or depths of the pixels, (N, P).
+        targets: class indices or depths of the pixels, (N, P), or their normals, (N, P, 3).
     """
 
     features: Tensor
@@ -185,12 +186,48 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     return _fit(pixels, LinearProbe(weight, weight.new_zeros(1)), loss, generator)
 
 
-def _check(pixels: Pixels) -> None:
+def fit_normals(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
+    """Fit a linear map from features to surface normals; outputs of any length are directions.
+
+    The loss is 1 − cos of the angle between output and normal. The optimisation starts from ridge
+    regression.
+
+    Args:
+        pixels: pixels of the training images; the targets are unit vectors, (N, P, 3).
+        generator: source of randomness for the choice of held-out images.
+
+    Returns:
+        A head with three outputs.
+
+    Raises:
+        ValueError: the shapes do not match, or features or normals are not finite.
+    """
+    _check(pixels, 3)
+
+    def loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            outputs = outputs.detach().requires_grad_()
+            cosine = F.cosine_similarity(outputs, targets.flatten(0, 1), dim=1)
+            value = 1 - cosine.mean()
+            (gradient,) = torch.autograd.grad(value, outputs)
+        return value.detach(), gradient
+
+    flat, targets = pixels.features.flatten(0, 1), pixels.targets.flatten(0, 1)
+    scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
+    moment = scaled.T @ (targets - targets.mean(0))
+    weight = ridge(scaled.T @ scaled / len(scaled), moment / len(scaled), 1e-3).T  # (3, C)
+    return _fit(pixels, LinearProbe(weight, targets.mean(0)), loss, generator)
+
+
+def _check(pixels: Pixels, *sizes: int) -> None:
+    """Check shapes and values; ``sizes`` are those of the axes of a target."""
     features, targets = pixels.features, pixels.targets
-    if features.dim() != 3 or targets.shape != features.shape[:2] or not targets.numel():
+    shape = (*features.shape[:2], *sizes)
+    if features.dim() != 3 or targets.shape != shape or not targets.numel():
+        expected = ", ".join(map(str, ("N", "P", *sizes)))
         raise ValueError(
             f"features are {tuple(features.shape)} and targets {tuple(targets.shape)}; give "
-            "(N, P, C) and (N, P), a pixel of an image at least"
+            f"(N, P, C) and ({expected}), a pixel of an image at least"
         )
     for name, values in (("features", features), ("targets", targets)):
         if name == "features" and not values.is_floating_point():

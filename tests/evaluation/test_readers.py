@@ -11,12 +11,14 @@ from upfeat.evaluation.data.layouts import CITYSCAPES_CLASSES, LAYOUTS, VOC_CLAS
 VALUES = {
     # What label files hold, and the class each value must become.
     "coco_stuff": ([0, 181, 255], [0, 181, 255]),
+    "coco_stuff27": ([0, 5, 93, 181, 255], [9, 11, 22, 24, 255]),
     "ade20k": ([0, 1, 150], [255, 0, 149]),
     "cityscapes": ([7, 33, 0, 6], [0, 18, 255, 255]),
     "voc": ([0, 20, 255], [0, 20, 255]),
 }
 PATHS = {
     "coco_stuff": ("images/{}2017/{}.jpg", "annotations/{}2017/{}.png", ("train", "val")),
+    "coco_stuff27": ("images/{}2017/{}.jpg", "annotations/{}2017/{}.png", ("train", "val")),
     "ade20k": ("images/{}/{}.jpg", "annotations/{}/{}.png", ("training", "validation")),
     "cityscapes": (
         "leftImg8bit/{}/ulm/{}_leftImg8bit.png",
@@ -56,7 +58,8 @@ def test_segmentation_layouts(layout, tmp_path):
     for sample in dataset.train + dataset.test:
         assert (dataset.read_target(sample) == expected).all()
         assert dataset.read_image(sample).shape == (3, 16, 24)
-    count = {"coco_stuff": 182, "ade20k": 150, "cityscapes": 19, "voc": 21}[layout]
+    counts = {"coco_stuff": 182, "coco_stuff27": 27, "ade20k": 150, "cityscapes": 19, "voc": 21}
+    count = counts[layout]
     assert len(dataset.classes) == len(set(dataset.classes)) == count
 
 
@@ -90,6 +93,15 @@ def test_strange_label_values_are_refused(layout, strange, tmp_path):
 def test_class_names():
     assert len(VOC_CLASSES) == 21
     assert len(CITYSCAPES_CLASSES) == 19
+
+
+def test_every_class_of_coco_stuff_has_one_supercategory(tmp_path):
+    dataset = read_dataset(write("coco_stuff27", tmp_path), layout="coco_stuff27")
+    values = np.arange(16 * 24, dtype=np.uint8).reshape(16, 24) % 182
+    Image.fromarray(values).save(dataset.train[0].target)
+    merged = dataset.read_target(dataset.train[0]).flatten()[:182]
+    assert np.bincount(merged, minlength=27).all()
+    assert set(merged[:91]) == set(range(12))  # things come first
 
 
 def test_names_from_the_lists_that_come_along(tmp_path):

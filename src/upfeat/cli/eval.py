@@ -31,7 +31,7 @@ EXAMPLE = (
     "  upfeat eval consistency photos/ --downsampler attention -o out/"
 )
 _PROBLEMS_SHOWN = 10
-_TABLE_WIDTH = 140
+_WIDEST = 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder",
         type=Path,
-        help="folder with images/ and labels/ (seg) or depth/ (depth), within train/ and test/ if "
-        "the set is split; for propagation, both with a folder of frames for each video; for "
-        "cam and consistency, any folder of photographs",
+        help="folder with images/ and labels/ (seg) or depth/ (depth, normals), within train/ and "
+        "test/ if the set is split; for propagation, images/ and labels/ with a folder of frames "
+        "for each video; for cam and consistency, any folder of photographs; for correspondence, "
+        "images/ and pairs.json",
     )
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the results"
@@ -55,7 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layout",
         default="folder",
-        choices=("folder", "coco_stuff", "ade20k", "cityscapes", "voc", "nyuv2", "davis"),
+        choices=(
+            "folder",
+            "coco_stuff",
+            "coco_stuff27",
+            "ade20k",
+            "cityscapes",
+            "voc",
+            "nyuv2",
+            "spair",
+            "davis",
+        ),
         help="layout of the data on disk (default: %(default)s)",
     )
     parser.add_argument(
@@ -70,8 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=("own", "transfer", "both"),
         default="both",
-        help="seg and depth: train probes on the upsampled features (own), or train them on the "
-        "coarse features and apply them to the upsampled features (transfer) (default: both)",
+        help="seg, depth and normals: train probes on the upsampled features (own), or train them "
+        "on the coarse features and apply them to the upsampled features (transfer) (default: "
+        "both)",
     )
     parser.add_argument(
         "--downsampler",
@@ -99,16 +111,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         type=int,
-        default=224,
         metavar="PIXELS",
-        help="shorter side to which images and labels are resized (default: %(default)s)",
+        help="shorter side to which images and labels are resized (default: 224; 448 with --probe "
+        "adamw)",
+    )
+    parser.add_argument(
+        "--probe",
+        choices=("regression", "adamw"),
+        default="regression",
+        help="seg: regression is logistic regression on --pixels of each image; adamw is the probe "
+        "of published comparisons (JAFAR, AnyUp, NAF), a 1×1 convolution on all pixels of images "
+        "of 448 pixels, trained for 20 epochs (default: %(default)s)",
     )
     parser.add_argument(
         "--pixels",
         type=int,
         default=256,
         metavar="N",
-        help="seg and depth: pixels drawn from each training image (default: %(default)s)",
+        help="seg, depth and normals: pixels drawn from each training image (default: %(default)s)",
     )
     parser.add_argument(
         "--views",
@@ -119,7 +139,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-train", type=int, metavar="N", help="use at most N training images")
     parser.add_argument(
-        "--max-test", type=int, metavar="N", help="use at most N test images, or videos"
+        "--max-test",
+        type=int,
+        metavar="N",
+        help="use at most N test images, pairs for correspondence, or videos for propagation",
     )
     parser.add_argument(
         "--split-seed",
@@ -155,11 +178,13 @@ def execute(options: argparse.Namespace) -> int:
         "transfer": ("transfer", "probabilities"),
         "both": ("own", "transfer", "probabilities"),
     }[options.protocol]
+    usual = 448 if options.probe == "adamw" else 224
     config = EvalConfig(
-        size=options.size,
+        size=usual if options.size is None else options.size,
         seeds=options.seeds,
         protocols=protocols,
         pixels=options.pixels,
+        probe=options.probe,
         max_train=options.max_train,
         max_test=options.max_test,
         split_seed=options.split_seed,
@@ -185,11 +210,14 @@ def execute(options: argparse.Namespace) -> int:
     more = len(results.problems) - _PROBLEMS_SHOWN
     if more > 0:
         print(f"upfeat eval: note: and {more} more, in results.json", file=sys.stderr)
-    # Rows are never truncated: a narrow terminal wraps them, and a file contains them whole.
-    console = Console(width=max(Console().width, _TABLE_WIDTH))
-    console.print(_table(results))
+    tables = [_table(results)]
     if results.differences:
-        console.print(_differences(results))
+        tables.append(_differences(results))
+    # Rows are never truncated: a narrow terminal wraps them, and a file contains them whole.
+    wide = Console(width=_WIDEST)
+    for table in tables:
+        needed = wide.measure(table).maximum
+        Console(width=max(Console().width, min(needed, _WIDEST))).print(table)
     return 0
 
 
@@ -220,6 +248,8 @@ def _table(results: Results) -> Table:
     counts = ", ".join(
         f"{data[part]['images']} {part} images" for part in ("train", "test") if part in data
     )
+    if "pairs" in data:
+        counts += f", {data['pairs']['number']} pairs"
     table = Table(title=escape(f"{data['name']}: {counts}, {results.backbone['name']}"))
     names = list(results.rows[0].scores)
     for name in ("protocol", "upsampler"):

@@ -12,6 +12,7 @@ from typing import NoReturn
 from upfeat._version import __version__
 from upfeat.cli import (
     bench,
+    compare,
     convert,
     demo,
     export,
@@ -37,6 +38,7 @@ COMMANDS = {
     "raster": raster,
     "video": video,
     "eval": evaluate,
+    "compare": compare,
     "bench": bench,
     "export": export,
     "convert": convert,

@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from upfeat.bounds import shown
-from upfeat.settings import Whole, check, documented, setting
+from upfeat.settings import Choice, Whole, check, documented, setting
 
 PROTOCOLS = ("own", "transfer", "probabilities")
+
+PROBES = ("regression", "adamw")
 
 DOWNSAMPLERS = ("box", "simple", "attention")
 
@@ -47,6 +49,12 @@ class EvalConfig:
     pixels: int = setting(
         256, "number of pixels drawn from each training image for each seed", Whole(2, 1 << 20)
     )
+    probe: str = setting(
+        "regression",
+        "kind of the probes of `seg`: `regression`, logistic regression on drawn pixels, or "
+        "`adamw`, a 1×1 convolution trained on all pixels, as in published comparisons",
+        Choice(PROBES),
+    )
     max_train: int | None = setting(
         None,
         "largest number of training images, drawn at random; `None` for all",
@@ -54,7 +62,8 @@ class EvalConfig:
     )
     max_test: int | None = setting(
         None,
-        "largest number of test images, or videos, drawn at random; `None` for all",
+        "largest number of test images (correspondence: pairs; propagation: videos), drawn at "
+        "random; `None` for all",
         Whole(optional=True),
     )
     split_seed: int = setting(

@@ -44,7 +44,8 @@ def evaluate(
         task: a name from :func:`upfeat.evaluation.tasks.list_tasks`, or a subclass of
             :class:`Task`.
         folder: folder of the data: photographs with labels (``seg``) or depth maps (``depth``),
-            videos as folders of frames (``propagation``), or photographs alone.
+            pairs of photographs (``correspondence``), videos as folders of frames
+            (``propagation``), or photographs alone.
         out: folder for results, created if need be. ``out/cache`` contains prepared images and
             finished rows, and may be deleted afterwards.
         upsamplers: one or more upsamplers, each a name, folder, checkpoint or object as for
@@ -53,8 +54,8 @@ def evaluate(
         backbone: backbone whose features are upsampled; ``None`` for ``efficientnet_lite0``, for
             the task ``cam`` at the stride of its classifier's features.
         config: settings of the evaluation; ``None`` for the defaults.
-        layout: layout of the data on disk: ``folder``, ``coco_stuff``, ``ade20k``, ``cityscapes``,
-            ``voc``, ``nyuv2`` or ``davis``.
+        layout: layout of the data on disk: ``folder``, ``coco_stuff``, ``coco_stuff27``,
+            ``ade20k``, ``cityscapes``, ``voc``, ``nyuv2``, ``spair`` or ``davis``.
         device: device of the backbone, upsamplers and probes. Scores are repeatable to the last
             digit on the CPU alone.
         overwrite: replace a ``results.json`` or ``report.html`` in ``out`` even if no evaluation

@@ -9,7 +9,7 @@ import torch
 
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.data.folders import Dataset, Problem, check_not_empty, subset
+from upfeat.evaluation.data.folders import Dataset, Problem, check_not_empty
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
 from upfeat.evaluation.differences import find_differences
 from upfeat.evaluation.named import Named, load_methods
@@ -67,7 +67,13 @@ def score(
     evaluation = task(parts, dataset, network, config, on_step)
     results = Results(
         task.name(),
-        {"name": dataset.name, "layout": layout, "classes": dataset.classes, **_facts(parts)},
+        {
+            "name": dataset.name,
+            "layout": layout,
+            "classes": dataset.classes,
+            **_facts(parts),
+            **dataset.facts,
+        },
         {"name": network.name, "weights": digest(network), "stride": network.stride},
         config.to_json(),
         rows=[],
@@ -129,9 +135,7 @@ def _examples(task: Task) -> dict[str, dict[str, str]]:
 
 def _read_dataset(task: type[Task], folder: Path, layout: str, config: EvalConfig) -> Dataset:
     dataset = task.read(folder, layout, config)
-    limits = [limit for limit in (config.max_train, task.max_train) if limit is not None]
-    dataset.train = subset(dataset.train, min(limits, default=None), seed=config.split_seed)
-    dataset.test = subset(dataset.test, config.max_test, seed=config.split_seed)
+    task.limit(dataset, config)
     return dataset
 
 
@@ -149,13 +153,14 @@ def _prepare_splits(
         label = f"features: {name}"
         part = prepare(dataset, samples, backbone, config.size, cache, label=label, on_step=on_step)
         usable = set(part.names)
+        found = [sample for sample in samples if sample.name in usable]
         broken = dict.fromkeys(sample.unit for sample in samples if sample.name not in usable)
-        kept = [sample for sample in samples if sample.unit not in broken]
         groups = {sample.group for sample in samples}
         reason = "is left out, because one of its frames cannot be used"
         dataset.problems += [Problem(unit, reason) for unit in broken if unit in groups]
-        setattr(dataset, name, kept)
-        prepared[name] = part.only(sample.name for sample in kept)
+        places = [at for at, sample in enumerate(found) if sample.unit not in broken]
+        setattr(dataset, name, [found[at] for at in places])
+        prepared[name] = part.subset(places)
     check_not_empty(dataset, folder)
     return prepared
 

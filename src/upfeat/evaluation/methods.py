@@ -28,11 +28,14 @@ class Method(ABC):
             only for the same identity.
         passes: number of the backbone's passes over an image, the pass for the coarse features
             included; ``None`` for many.
+        before: backbone whose pass over the image the method leaves out, because it starts from
+            coarse features; ``None`` for a method that starts from the image.
     """
 
     weights: str
     identity: str
     passes: float | None = 1
+    before: Backbone | None = None
 
     @abstractmethod
     def __call__(self, sample: Prepared) -> FeatureMap:
@@ -55,7 +58,7 @@ class UpsamplerMethod(Method):
             backbone: backbone of the coarse features.
         """
         self.upsampler = upsampler.eval().requires_grad_(False).to(backbone.mean.device)
-        self.backbone = backbone
+        self.backbone = self.before = backbone
         self.weights, self.identity = digest(upsampler), identify_upsampler(upsampler)
 
     def __call__(self, sample: Prepared) -> UpsampledFeatures:

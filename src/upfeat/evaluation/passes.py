@@ -17,11 +17,13 @@ from upfeat.evaluation.methods import Method
 from upfeat.features import UpsampledFeatures
 from upfeat.model import FeatUp, load
 from upfeat.provenance import digest, identify_backbone, identify_upsampler
-from upfeat.upsamplers import Bilinear
+from upfeat.types import Size
+from upfeat.upsamplers import Bilinear, Upsampler, create_upsampler
 
 SUFFIXES = {f"@{passes}": passes for passes in PASSES if passes > 1}
 """Suffixes of the names of upsamplers, for features of several passes; see :func:`upfeat.load`."""
 _ALIGNED = re.compile(r"(?P<upsampler>.+)@(?P<pixels>[+-]\d{1,3})")
+_AT_RATIO = re.compile(r"(?P<upsampler>.+)@x(?P<ratio>\d{1,3})")
 EARLY = "@early"
 """Suffix of the names of upsamplers that are given activations of early layers."""
 
@@ -143,6 +145,48 @@ def _moved(x: Tensor, down: float, right: float) -> Tensor:
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 
+class AtRatio(OuterBackbone):
+    """Features upsampled to a grid several times as fine, not to the size of the image."""
+
+    passes: float = 1
+
+    def __init__(self, backbone: Backbone, upsampler: Upsampler, ratio: int) -> None:
+        """Upsample a backbone's features.
+
+        Args:
+            backbone: backbone to use.
+            upsampler: upsampler, in eval mode.
+            ratio: ratio of the finer grid to the backbone's, from 1 to its stride.
+
+        Raises:
+            ValueError: the ratio is out of range, or the upsampler was trained on early layers.
+        """
+        suffix = f"@x{ratio}"
+        if not 1 <= ratio <= backbone.stride:
+            raise ValueError(
+                f"{upsampler.name}{suffix}: the ratio must be from 1 to {backbone.stride}, the "
+                f"stride of {backbone.name}"
+            )
+        if upsampler.wants_hidden:
+            raise ValueError(
+                f"{upsampler.name}{suffix}: upsamplers trained on early layers have no ratio; take "
+                "detail_universal"
+            )
+        super().__init__(backbone, suffix=suffix)
+        self.inner, self.ratio = upsampler, ratio
+
+    def grid_size(self, size: Size) -> Size:
+        """See :meth:`Backbone.grid_size`."""
+        height, width = self.backbone.grid_size(size)
+        return self.ratio * height, self.ratio * width
+
+    def extract(self, x: Tensor) -> Tensor:
+        """See :meth:`Backbone.extract`."""
+        guidance = self.inner.guidance_from(x, self.backbone)
+        size = self.grid_size((x.shape[2], x.shape[3]))
+        return self.inner(self.backbone(x), guidance, size)
+
+
 WAYS = {"large_image": LargeImage, "shifted": Shifted, "strided": Strided}
 """Backbones with a grid twice as fine, by the names that ``upfeat eval`` uses."""
 
@@ -150,11 +194,17 @@ WAYS = {"large_image": LargeImage, "shifted": Shifted, "strided": Strided}
 class SeveralPasses(Method):
     """A model that extracts its own features of the image; the given coarse features are unused."""
 
-    def __init__(self, model: FeatUp) -> None:
-        """Store a model and its cost in passes."""
+    def __init__(self, model: FeatUp, *, inner: Upsampler | None = None) -> None:
+        """Store a model and its cost in passes.
+
+        Args:
+            model: the model.
+            inner: upsampler that the model's backbone contains; ``None`` for none.
+        """
         self.model, self.passes = model, model.passes
-        self.weights = digest(model.upsampler)
-        known = identify_backbone(model.backbone), identify_upsampler(model.upsampler)
+        self.weights = digest(inner or model.upsampler)
+        upsamplers = [model.upsampler] if inner is None else [inner, model.upsampler]
+        known = identify_backbone(model.backbone), *map(identify_upsampler, upsamplers)
         self.identity = "|".join(known)
 
     def __call__(self, sample: Prepared) -> UpsampledFeatures:
@@ -167,8 +217,9 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
 
     Args:
         name: a name of :data:`WAYS`, or the name of an upsampler followed by "@2",
-            "@5", "@6", "@early", or passes and then "@early"; or by a displacement of the backbone
-            that is corrected first, as "@+2".
+            "@5", "@6", "@early", or passes and then "@early"; by a displacement of the backbone
+            that is corrected first, as "@+2"; or by a ratio, as "@x4", for features on a grid 4
+            times as fine, from which the image's pixels are interpolated bilinearly.
         backbone: backbone that extracts the features.
 
     Raises:
@@ -181,6 +232,13 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
     if aligned is not None:
         network = backbone.aligned(int(aligned["pixels"]))
         return SeveralPasses(load(network, upsampler=aligned["upsampler"], device=device))
+    at_ratio = _AT_RATIO.fullmatch(name)
+    if at_ratio is not None:
+        upsampler = create_upsampler(
+            at_ratio["upsampler"], backbone.embed_dim, backbone=backbone.name
+        ).requires_grad_(False)
+        network = AtRatio(backbone, upsampler, int(at_ratio["ratio"]))
+        return SeveralPasses(FeatUp(network, Bilinear()).to(device), inner=upsampler)
     early = name.endswith(EARLY)
     upsampler, passes = name.removesuffix(EARLY), 1
     for suffix, number in SUFFIXES.items():

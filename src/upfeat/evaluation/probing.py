@@ -7,12 +7,14 @@ Protocols:
   and applied to upsampled features. It measures the gain of an existing model without retraining.
 
 All upsamplers are probed on the same pixels, since the draw depends on seed and image name alone.
+With ``probe="adamw"``, probes are trained on all pixels instead
+(:mod:`upfeat.evaluation.trained_probe`).
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +24,12 @@ from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import Dataset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet, named_generator
-from upfeat.evaluation.methods import Method
+from upfeat.evaluation.methods import Method, UpsamplerMethod
 from upfeat.evaluation.task import Task
+from upfeat.evaluation.trained_probe import EPOCHS
+from upfeat.feature_map import FeatureMap
 from upfeat.probes import LinearProbe, Pixels, draw_pixels, read_cells, read_pixels
+from upfeat.upsamplers import create_upsampler
 
 PROTOCOLS = {
     "own": "the probe is trained on the upsampled features of the training images",
@@ -53,11 +58,21 @@ class Probing(Task):
     @classmethod
     def facts(cls, settings: Mapping[str, Any]) -> dict[str, str]:
         """See :meth:`Task.facts`."""
+        if settings.get("probe") == "adamw":
+            return {"probes": f"1×1 convolution, AdamW, {EPOCHS} epochs, all pixels"}
         return {"probes": f"{settings['pixels']} pixels of each training image"}
+
+    def target_of(self, sample: Prepared) -> Tensor:
+        """Return what a probe predicts of a sample, (H, W) or (H, W, D); by default its label."""
+        return sample.label
 
     @abstractmethod
     def usable(self, target: Tensor) -> Tensor:
-        """Return a mask of the pixels on which a probe may be trained: (H, W) -> (H, W) bool."""
+        """Return a mask (H, W) of the pixels on which a probe may be trained.
+
+        Args:
+            target: result of :meth:`target_of`.
+        """
 
     @abstractmethod
     def fit_head(self, pixels: Pixels, generator: torch.Generator) -> LinearProbe:
@@ -81,9 +96,57 @@ class Probing(Task):
         All protocols but ``own`` share the probes on coarse features.
         """
         return {
-            name: self._fit_upsampled(label, method) if name == "own" else self._fit_coarse()
+            name: self._on_upsampled(label, method) if name == "own" else self._on_coarse()
             for name in protocols
         }
+
+    def _on_upsampled(self, label: str, method: Method) -> list[LinearProbe]:
+        if self.config.probe == "adamw":
+            return self._train(f"{label}: epoch", method)
+        return self._fit_upsampled(label, method)
+
+    def _on_coarse(self) -> list[LinearProbe]:
+        if self._transfer_heads is None:
+            self._transfer_heads = (
+                self._train("coarse features: epoch", self._nearest())
+                if self.config.probe == "adamw"
+                else self._fit_coarse()
+            )
+        return self._transfer_heads
+
+    def _nearest(self) -> UpsamplerMethod:
+        """The method that gives each pixel the coarse features of the cell that contains it."""
+        return UpsamplerMethod(create_upsampler("nearest"), self.backbone)
+
+    def train_head(
+        self,
+        read: Callable[[Prepared], FeatureMap],
+        generator: torch.Generator,
+        on_epoch: Callable[[int], None],
+    ) -> LinearProbe:
+        """Train one probe on all pixels of the training images, for ``probe="adamw"``.
+
+        Args:
+            read: function that returns the features of an image.
+            generator: source of the initial weights and of the order of the images.
+            on_epoch: called with the number of finished epochs.
+
+        """
+        raise NotImplementedError(f"{self.name()} has no probe of this kind")
+
+    def _train(self, label: str, read: Callable[[Prepared], FeatureMap]) -> list[LinearProbe]:
+        """Train a probe per seed on all pixels."""
+        heads, total = [], len(self.seeds) * EPOCHS
+        for seed in self.seeds:
+            done = seed * EPOCHS
+            heads.append(
+                self.train_head(
+                    read,
+                    torch.Generator().manual_seed(seed),
+                    lambda epoch, done=done: self.on_step(label, done + epoch, total),
+                )
+            )
+        return heads
 
     def _fit_upsampled(self, label: str, method: Method) -> list[LinearProbe]:
         """Fit a probe per seed on upsampled features; an image is upsampled once for all seeds."""
@@ -92,23 +155,23 @@ class Probing(Task):
             self.on_step(f"{label}: train", index, len(self.train))
             with torch.no_grad():
                 upsampled = method(sample).full()[0]
+            target = self.target_of(sample)
             for seed in self.seeds:
-                places = self._places(sample, seed)
-                read = read_pixels(upsampled, places), sample.label.flatten()[places]
+                places = self._places(sample, target, seed)
+                read = read_pixels(upsampled, places), target.flatten(0, 1)[places]
                 drawn[seed].append(read)
         return self._fit_each(f"{label}: probe", drawn)
 
     def _fit_coarse(self) -> list[LinearProbe]:
         """Fit a probe per seed on the cells that contain the drawn pixels, for all upsamplers."""
-        if self._transfer_heads is None:
-            drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
-            for sample in self.train:
-                for seed in self.seeds:
-                    places = self._places(sample, seed)
-                    cells = read_cells(sample.features, places, sample.size)
-                    drawn[seed].append((cells, sample.label.flatten()[places]))
-            self._transfer_heads = self._fit_each("probe on coarse features", drawn)
-        return self._transfer_heads
+        drawn: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.seeds]
+        for sample in self.train:
+            target = self.target_of(sample)
+            for seed in self.seeds:
+                places = self._places(sample, target, seed)
+                cells = read_cells(sample.features, places, sample.size)
+                drawn[seed].append((cells, target.flatten(0, 1)[places]))
+        return self._fit_each("probe on coarse features", drawn)
 
     def _fit_each(self, label: str, drawn: list[list[tuple[Tensor, Tensor]]]) -> list[LinearProbe]:
         heads = []
@@ -120,6 +183,18 @@ class Probing(Task):
         self.on_step(label, len(drawn), len(drawn))
         return heads
 
-    def _places(self, sample: Prepared, seed: int) -> Tensor:
+    def _places(self, sample: Prepared, target: Tensor, seed: int) -> Tensor:
         generator = named_generator(seed, sample.name)
-        return draw_pixels(self.usable(sample.label), self.config.pixels, generator)
+        return draw_pixels(self.usable(target), self.config.pixels, generator)
+
+
+def needs_regression(task: str, config: EvalConfig) -> None:
+    """Refuse other probes, for tasks that have none.
+
+    Raises:
+        ValueError: the configuration asks for another probe.
+    """
+    if config.probe != "regression":
+        raise ValueError(
+            f"probe={config.probe} is for seg; probes of {task} are regressions: leave it out"
+        )

@@ -26,11 +26,11 @@ class Row:
         protocol: name of the protocol.
         weights: digest of the upsampler's weights.
         scores: a list for each name of a score, one value per seed.
-        per_class: for each class name a list of IoUs, one per seed; for each video a list of J&F.
-            Empty for other tasks.
+        per_class: a list of scores for each class name, one per seed: IoU for segmentation, PCK at
+            0.1 for correspondence; J&F of each video for propagation; empty for other tasks.
         cost: passes, seconds and memory of one image; unlike scores, they vary between runs.
         pictures: for each sample name, the prediction of the first seed as base64 PNG or JPEG.
-        sums: contributions of the test images to the scores, packed by
+        sums: contributions of the test images (or pairs) to the scores, packed by
             :func:`upfeat.evaluation.differences.pack_sums`.
     """
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.data.folders import Dataset, Problem, read_photographs
+from upfeat.evaluation.data.folders import Dataset, Problem, read_photographs, subset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet
 from upfeat.evaluation.methods import Method
 from upfeat.evaluation.results import Row
@@ -27,12 +27,19 @@ class Score:
         meaning: explanation in one sentence, for the report.
         higher_is_better: good direction of the score.
         percent: whether to show the score times 100.
+        digits: number of decimal places to show.
     """
 
     label: str
     meaning: str
     higher_is_better: bool = True
     percent: bool = False
+    digits: int = 4
+
+    @property
+    def format(self) -> tuple[float, int]:
+        """Factor by which values are shown, and number of decimal places."""
+        return (100, 2) if self.percent else (1, self.digits)
 
 
 DRIFT = Score(
@@ -121,6 +128,18 @@ class Task(ABC):
         return read_photographs(folder)
 
     @classmethod
+    def limit(cls, dataset: Dataset, config: EvalConfig) -> None:
+        """Keep at most ``max_train`` and ``max_test`` samples, drawn at random.
+
+        Args:
+            dataset: dataset to change.
+            config: settings of the evaluation.
+        """
+        limits = [limit for limit in (config.max_train, cls.max_train) if limit is not None]
+        dataset.train = subset(dataset.train, min(limits, default=None), seed=config.split_seed)
+        dataset.test = subset(dataset.test, config.max_test, seed=config.split_seed)
+
+    @classmethod
     def check_layout(cls, layout: str) -> None:
         """Refuse layouts of labelled sets, for tasks that need photographs alone."""
         if layout != "folder":
@@ -148,8 +167,7 @@ class Task(ABC):
         """
         return {}
 
-    @classmethod
-    def draw_target(cls, sample: Prepared) -> str | None:
+    def draw_target(self, sample: Prepared) -> str | None:
         """Return the target as a picture for the report; ``None`` if the sample has no target."""
         return None
 

@@ -34,6 +34,9 @@ IGNORE_INDEX = 255
 MAX_CLASSES = 255
 """Largest number of classes: labels are 8-bit indices, and one index means "ignored"."""
 
+FIELD_OF_VIEW = 60.0
+"""Horizontal field of view, degrees, of depth maps whose camera is unknown."""
+
 Task = Literal["seg", "depth"]
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".gif"}
@@ -93,6 +96,7 @@ class Dataset:
         identify: function that returns bytes that change whenever the sample's content does.
         reading: further facts on which targets depend, such as the unit of depth maps.
         splits: names of the splits, which must not be empty.
+        field_of_view: horizontal field of view of the camera of depth maps, degrees.
     """
 
     name: str
@@ -107,6 +111,12 @@ class Dataset:
     )
     reading: str = ""
     splits: tuple[str, ...] = ("train", "test")
+    field_of_view: float = FIELD_OF_VIEW
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Further JSON values for ``Results.data``, on which scores depend; by default none."""
+        return {}
 
 
 def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) -> Dataset:
@@ -115,8 +125,9 @@ def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) 
     Args:
         folder: a folder as described at the top of this module. ``classes.json`` contains
             ``{"classes": [names]}``, optionally with ``"ignore_index"``, or only the list of names.
-            ``depth.json`` may contain ``{"scale": s}``: depth is s times the value in the depth
-            map (default 1).
+            ``depth.json`` may contain ``{"scale": s, "field_of_view": a}``: depth is s times the
+            value in the depth map (default 1), and the camera's horizontal field of view is a
+            degrees (default 60).
         task: kind of the targets, ``seg`` or ``depth``.
         split_seed: seed of the random quarter of the samples that becomes the test split, for a
             folder without splits.
@@ -130,6 +141,7 @@ def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) 
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     reader, classes, reading = _target_reader(folder, task)
+    field_of_view = FIELD_OF_VIEW if task == "seg" else read_camera(folder)[1]
     problems: list[Problem] = []
     if (folder / "train").is_dir():
         test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
@@ -141,8 +153,25 @@ def read_folder(folder: str | Path, task: Task = "seg", *, split_seed: int = 0) 
     name = folder.resolve().name
     train, test = splits
     dataset = Dataset(name, train, test, classes, reader, problems=problems, reading=reading)
+    dataset.field_of_view = field_of_view
     check_not_empty(dataset, folder)
     return dataset
+
+
+def read_camera(folder: Path) -> tuple[float, float]:
+    """Read the unit of depth maps, and the horizontal field of view in degrees, from a folder.
+
+    Raises:
+        ValueError: ``depth.json`` exists and has other content.
+    """
+    path = folder / "depth.json"
+    if not path.is_file():
+        return 1.0, FIELD_OF_VIEW
+    content = read_value(path)
+    found = content if isinstance(content, dict) else {}
+    scale = number(f"{path}: scale", found.get("scale"), 0, above=True)
+    angle = number(f"{path}: field_of_view", found.get("field_of_view", FIELD_OF_VIEW), 1, 170)
+    return scale, angle
 
 
 def read_photographs(folder: str | Path, *, split_seed: int | None = None) -> Dataset:
@@ -340,11 +369,7 @@ def _target_reader(
             return checked_label(read_indices(sample.target), len(classes), ignore)
 
         return label, classes, f"ignore_index={ignore}"
-    scale = 1.0
-    if (folder / "depth.json").is_file():
-        content = read_value(folder / "depth.json")
-        found = content.get("scale") if isinstance(content, dict) else None
-        scale = number(f"{folder / 'depth.json'}: scale", found, 0, above=True)
+    scale, _ = read_camera(folder)
     return (lambda sample: read_depth(sample.target, scale)), [], f"scale={scale}"
 
 

@@ -1,19 +1,22 @@
 """Layouts of well-known datasets as officially distributed. Nothing is downloaded.
 
-=============  ===================================================================================
-name           content of the folder
-=============  ===================================================================================
-``coco_stuff`` ``images/{train,val}2017/*.jpg``, ``annotations/{train,val}2017/*.png`` (the
-               stuff-and-things pixel maps: 0 to 181, 255 unlabelled), optionally ``labels.txt``
-``ade20k``     ``images/{training,validation}/*.jpg``, ``annotations/{training,validation}/*.png``
-               (ADEChallengeData2016: 0 other, 1 to 150), optionally ``objectInfo150.txt``
-``cityscapes`` ``leftImg8bit/{train,val}/CITY/*_leftImg8bit.png``,
-               ``gtFine/{train,val}/CITY/*_gtFine_labelIds.png``
-``voc``        ``JPEGImages``, ``SegmentationClass``, ``ImageSets/Segmentation/{train,val}.txt``
-               (``VOCdevkit/VOC2012``)
-``nyuv2``      ``nyu_depth_v2_labeled.mat``, optionally ``splits.mat`` (the official split; without
-               it a random quarter is the test split); depth. Needs h5py, and SciPy for the split
-=============  ===================================================================================
+================  ================================================================================
+name              content of the folder
+================  ================================================================================
+``coco_stuff``    ``images/{train,val}2017/*.jpg``, ``annotations/{train,val}2017/*.png`` (the
+                  stuff-and-things pixel maps: 0 to 181, 255 unlabelled), optionally ``labels.txt``
+``coco_stuff27``  the same files; classes are merged into the 27 supercategories
+``ade20k``        ``images/{training,validation}/*.jpg``,
+                  ``annotations/{training,validation}/*.png`` (ADEChallengeData2016: 0 other, 1 to
+                  150), optionally ``objectInfo150.txt``
+``cityscapes``    ``leftImg8bit/{train,val}/CITY/*_leftImg8bit.png``,
+                  ``gtFine/{train,val}/CITY/*_gtFine_labelIds.png``
+``voc``           ``JPEGImages``, ``SegmentationClass``, ``ImageSets/Segmentation/{train,val}.txt``
+                  (``VOCdevkit/VOC2012``)
+``nyuv2``         ``nyu_depth_v2_labeled.mat``, optionally ``splits.mat`` (the official split;
+                  without it a random quarter is the test split); depth. Needs h5py, and SciPy for
+                  the split
+================  ================================================================================
 """
 
 from __future__ import annotations
@@ -92,10 +95,43 @@ CITYSCAPES_CLASSES = {
     33: "bicycle",
 }
 
+# The 27 supercategories of COCO-Stuff (Ji, Henriques and Vedaldi, 2019), with the label values of
+# the classes that each contains.
+COCO_SUPERCATEGORIES = {
+    "electronic": "71-76",
+    "appliance": "77-82",
+    "food": "51-60",
+    "furniture": "61-70",
+    "indoor": "83-90",
+    "kitchen": "43-50",
+    "accessory": "25-32",
+    "animal": "15-24",
+    "outdoor": "9-14",
+    "person": "0",
+    "sports": "33-42",
+    "vehicle": "1-8",
+    "ceiling": "101-102",
+    "floor": "100 113-117",
+    "food stuff": "120-121 152 169",
+    "furniture stuff": "97 106-107 109 111 122 129 132 155 160 164",
+    "raw material": "99 131 138 142",
+    "textile": "91-92 103-104 108 130 136 140 151 166-167",
+    "wall": "170-176",
+    "window": "179-180",
+    "building": "94-95 127 150 157 165",
+    "ground": "110 124-125 135 139 143-144 146 148 153 158",
+    "plant": "93 96 118 123 128 133 141 162 168",
+    "sky": "105 156",
+    "solid": "126 134 149 159 161 181",
+    "structural": "98 112 137 145 163",
+    "water": "119 147 154 177-178",
+}
+
 _ADE20K_CLASSES = 150
 _COCO_CLASSES = 182
 _NYU_FILE = "nyu_depth_v2_labeled.mat"
 _NYU_SPLITS = "splits.mat"
+_NYU_FIELD_OF_VIEW = 63.3  # degrees: 640 pixels at a focal length of 518.9 pixels
 
 
 def read_dataset(
@@ -143,6 +179,27 @@ def _read_coco_stuff(folder: Path, split_seed: int) -> Dataset:
     train, test = (_annotated(folder, split, problems) for split in ("train2017", "val2017"))
     table = _table({index: index for index in range(_COCO_CLASSES)}, {IGNORE_INDEX})
     return _dataset("coco_stuff", train, test, names, table, problems)
+
+
+def _read_coco_stuff27(folder: Path, split_seed: int) -> Dataset:
+    problems: list[Problem] = []
+    train, test = (_annotated(folder, split, problems) for split in ("train2017", "val2017"))
+    classes = {
+        value: index
+        for index, runs in enumerate(COCO_SUPERCATEGORIES.values())
+        for value in _numbers(runs)
+    }
+    table = _table(classes, {IGNORE_INDEX})
+    return _dataset("coco_stuff27", train, test, list(COCO_SUPERCATEGORIES), table, problems)
+
+
+def _numbers(runs: str) -> list[int]:
+    """Read a list of numbers and of runs, such as "98 112-114"."""
+    found = []
+    for run in runs.split():
+        first, _, last = run.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def _read_ade20k(folder: Path, split_seed: int) -> Dataset:
@@ -232,7 +289,9 @@ def _read_nyuv2(folder: Path, split_seed: int) -> Dataset:
         train, test = _nyu_split(folder / _NYU_SPLITS, samples)
     else:
         train, test = split_randomly(samples, seed=split_seed)
-    return Dataset("nyuv2", train, test, [], depth, image, identify=identify)
+    return Dataset(
+        "nyuv2", train, test, [], depth, image, identify=identify, field_of_view=_NYU_FIELD_OF_VIEW
+    )
 
 
 def _nyu_split(path: Path, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
@@ -257,6 +316,7 @@ def _nyu_split(path: Path, samples: list[Sample]) -> tuple[list[Sample], list[Sa
 
 LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {
     "coco_stuff": ("seg", _read_coco_stuff),
+    "coco_stuff27": ("seg", _read_coco_stuff27),
     "ade20k": ("seg", _read_ade20k),
     "cityscapes": ("seg", _read_cityscapes),
     "voc": ("seg", _read_voc),
@@ -264,7 +324,7 @@ LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {
 }
 """Known layouts by name, each with its task and its reader."""
 
-ELSEWHERE = {"davis": "propagation"}
+ELSEWHERE = {"spair": "correspondence", "davis": "propagation"}
 """Layouts that other modules read, with the tasks that use them."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,11 +84,10 @@ class PreparedSet:
     def __iter__(self) -> Iterator[Prepared]:
         return (self[index] for index in range(len(self)))
 
-    def only(self, names: Iterable[str]) -> PreparedSet:
-        """Return the set of the photographs that have one of the names."""
-        kept = set(names)
-        pairs = [pair for pair in zip(self.names, self.files, strict=True) if pair[0] in kept]
-        return PreparedSet([name for name, _ in pairs], [file for _, file in pairs], self.device)
+    def subset(self, indices: Sequence[int]) -> PreparedSet:
+        """Return the photographs with the given indices alone."""
+        names = [self.names[index] for index in indices]
+        return PreparedSet(names, [self.files[index] for index in indices], self.device)
 
     @property
     def digest(self) -> str:

@@ -15,7 +15,8 @@ from upfeat.evaluation.data.folders import IGNORE_INDEX
 from upfeat.evaluation.results import Results, Row, summary
 from upfeat.evaluation.task import Task
 
-_LEFT, _WIDTH, _STEP = 190, 700, 21
+_LEAST_LEFT, _WIDTH, _STEP = 190, 700, 21
+_CHARACTER = 7  # width of a letter, pixels
 
 
 def draw_chart(results: Results, name: str, factor: float) -> str:
@@ -46,6 +47,8 @@ def draw_chart(results: Results, name: str, factor: float) -> str:
         return ""
     ticks = nice_ticks(min(values), max(values))
     low, high = ticks[0], ticks[-1]
+    longest = max(len(row.upsampler) for rows in groups.values() for row in rows)
+    left = max(_LEAST_LEFT, _CHARACTER * longest + 12)
     parts, y = [], 6
     for protocol, rows in groups.items():
         if not rows:
@@ -55,17 +58,17 @@ def draw_chart(results: Results, name: str, factor: float) -> str:
         for row in rows:
             y += _STEP
             scaled = [(value * factor - low) / (high - low) for value in row.scores[name]]
-            parts.append(_line(row, [_LEFT + part * _WIDTH for part in scaled], y))
+            parts.append(_line(row, [left + part * _WIDTH for part in scaled], left, y))
     rules = []
     for tick in ticks:
-        x = _LEFT + (tick - low) / (high - low) * _WIDTH
+        x = left + (tick - low) / (high - low) * _WIDTH
         rules.append(
             f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="14" y2="{y + 10}"/>'
             f'<text class="soft" x="{x:.1f}" y="{y + 26}" text-anchor="middle">{tick:g}</text>'
         )
-    size = f"{_LEFT + _WIDTH + 40} {y + 34}"
+    size = f"{left + _WIDTH + 40} {y + 34}"
     return (
-        f'<svg viewBox="0 0 {size}" width="{_LEFT + _WIDTH + 40}" role="img" '
+        f'<svg viewBox="0 0 {size}" width="{left + _WIDTH + 40}" role="img" '
         f'aria-label="{escape(name)} by row">{"".join(rules + parts)}</svg>'
         "<p class=pm>Dots: seeds. Bars: means. Orange: bilinear.</p>"
     )
@@ -85,7 +88,7 @@ def nice_ticks(low: float, high: float) -> list[float]:
     return [round(index * step, digits) for index in range(first, last + 1)]
 
 
-def _line(row: Row, xs: list[float], y: int) -> str:
+def _line(row: Row, xs: list[float], left: int, y: int) -> str:
     kind = "base" if row.upsampler == "bilinear" else "mark"
     mean = sum(xs) / len(xs)
     dots = "".join(
@@ -94,8 +97,8 @@ def _line(row: Row, xs: list[float], y: int) -> str:
         for x in xs
     )
     return (
-        f'<text x="{_LEFT - 12}" y="{y + 4}" text-anchor="end">{escape(row.upsampler)}</text>'
-        f'<line class="rule" x1="{_LEFT}" x2="{_LEFT + _WIDTH}" y1="{y}" y2="{y}"/>{dots}'
+        f'<text x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(row.upsampler)}</text>'
+        f'<line class="rule" x1="{left}" x2="{left + _WIDTH}" y1="{y}" y2="{y}"/>{dots}'
         f'<line class="{kind}" x1="{mean:.1f}" x2="{mean:.1f}" y1="{y - 7}" y2="{y + 7}" '
         'stroke-width="2"/>'
     )

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from upfeat.evaluation.differences import BASELINE
 from upfeat.evaluation.report.figures import draw_chart, draw_samples
+from upfeat.evaluation.report.front import draw_front
 from upfeat.evaluation.results import Results, Row, summary
 from upfeat.evaluation.task import Score, Task
 from upfeat.evaluation.tasks import find_task
@@ -64,10 +65,17 @@ pre{overflow-x:auto;font-size:.8rem;white-space:pre-wrap;overflow-wrap:anywhere}
 svg{max-width:100%;height:auto}svg text{font:12px system-ui,sans-serif;fill:var(--ink)}
 svg .soft{fill:var(--soft)}svg .strong{font-weight:600}svg .rule{stroke:var(--line)}
 svg .mark{fill:var(--mark);stroke:var(--mark)}svg .base{fill:var(--base);stroke:var(--base)}
+svg .front{fill:none;stroke:var(--mark);stroke-opacity:.45;stroke-width:1.5}
+svg .name{paint-order:stroke;stroke:var(--page);stroke-width:3px}
 @media print{:root{color-scheme:light}body{max-width:none;padding:0;font-size:11px}
 th,td{padding:.2rem .4rem}h2{break-after:avoid}tr{break-inside:avoid}
 .scroll{overflow:visible}*{print-color-adjust:exact}}
 """
+
+_FRONT = (
+    "<p class=pm>Time for all channels of one image, the backbone's passes included. The line "
+    "joins the methods that are better than every faster one.</p>"
+)
 
 
 def write_report(results: Results, path: Path, task: type[Task] | None = None) -> None:
@@ -85,12 +93,16 @@ def render(results: Results, task: type[Task] | None = None) -> str:
     task = task or find_task(results.task)
     title = f"{task.title} on {results.data['name']}"
     name = next(iter(results.rows[0].scores))
-    chart = draw_chart(results, name, 100 if task.scores[name].percent else 1)
+    score = task.scores[name]
+    factor = 100 if score.percent else 1
+    chart = draw_chart(results, name, factor)
+    front = draw_front(results, name, factor, higher=score.higher_is_better)
     parts = [
         f"<h1>{escape(title)}</h1><p class=lead>{escape(task.question)}</p>",
         _facts(results, task),
         _score_table(results, task),
-        f"<h2>{escape(task.scores[name].label)} of each seed</h2>{chart}" if chart else "",
+        f"<h2>{escape(score.label)} of each seed</h2>{chart}" if chart else "",
+        f"<h2>{escape(score.label)} and time</h2>{front}{_FRONT}" if front else "",
         _difference_table(results, task),
         _class_table(results, task),
         draw_samples(results, task),
@@ -108,7 +120,7 @@ def render(results: Results, task: type[Task] | None = None) -> str:
 def shown(score: Score, values: Sequence[float]) -> tuple[str, str]:
     """Format the mean and the spread of a score; the spread is empty for one value."""
     found = summary(list(values))
-    factor, digits = (100, 2) if score.percent else (1, 4)
+    factor, digits = score.format
     if found["mean"] is None:
         return "–", ""
     spread = found["spread"]
@@ -156,7 +168,7 @@ def _known(value: float | None) -> float:
 def _signed(score: Score, value: float | None) -> str:
     if value is None:
         return "–"
-    factor, digits = (100, 2) if score.percent else (1, 4)
+    factor, digits = score.format
     return f"{value * factor:+.{digits}f}".replace("-", "−")
 
 
@@ -182,6 +194,8 @@ def _facts(results: Results, task: type[Task]) -> str:
         for part in ("train", "test")
         if part in data
     )
+    if "pairs" in data:
+        counts += f", {data['pairs']['number']} pairs"
     stride = results.backbone["stride"]
     facts = {
         "data": data["name"],

@@ -6,6 +6,7 @@ import base64
 import io
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +35,16 @@ def encode_values(values: Tensor, low: float, high: float) -> str:
     level = 1 - (values.cpu().double() - low) / max(high - low, 1e-12)
     shade = (40 + 215 * level.clamp(0, 1)).nan_to_num(0)
     return encode_indices(shade.round())
+
+
+def encode_normals(vectors: Tensor) -> str:
+    """Encode vectors (3, H, W) of any length as a base64 PNG of colours; unknown is black.
+
+    Right, up and towards the camera are red, green and blue, as usual for normal maps.
+    """
+    unit = F.normalize(vectors.cpu().double(), dim=0) * torch.tensor([1.0, -1, -1])[:, None, None]
+    levels = (127.5 * (unit + 1)).round().nan_to_num(0).to(torch.uint8)
+    return _encode(Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy()), "PNG")
 
 
 def encode_heat(image: Tensor, heat: Tensor) -> str:

@@ -19,7 +19,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from upfeat.backbones import Backbone, EfficientNetLite0
+from upfeat.backbones import Backbone
+from upfeat.backbones.efficientnet_lite import EfficientNetLite
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
 from upfeat.evaluation.data.folders import Dataset
@@ -44,7 +45,7 @@ class Penultimate(Backbone):
         Raises:
             ValueError: the network has no classifier for its features.
         """
-        if not isinstance(network, EfficientNetLite0) or list(network.strides) != [32]:
+        if not isinstance(network, EfficientNetLite) or list(network.strides) != [32]:
             raise ValueError(
                 f"backbone={network.name} has no classifier on its features; use {CAM_BACKBONE}"
             )

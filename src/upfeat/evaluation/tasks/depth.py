@@ -22,7 +22,7 @@ from upfeat.evaluation.data.prepared import Prepared
 from upfeat.evaluation.differences import pack_sums
 from upfeat.evaluation.methods import Method
 from upfeat.evaluation.metrics import align_depth, depth_errors, depth_scores
-from upfeat.evaluation.probing import Probing
+from upfeat.evaluation.probing import Probing, needs_regression
 from upfeat.evaluation.report.pictures import encode_values
 from upfeat.evaluation.results import Row
 from upfeat.evaluation.task import DRIFT, Score
@@ -59,7 +59,12 @@ class Depth(Probing):
 
     @classmethod
     def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
-        """See :meth:`Task.read`."""
+        """See :meth:`Task.read`.
+
+        Raises:
+            ValueError: the probe is not a regression.
+        """
+        needs_regression("depth", config)
         return read_dataset(folder, "depth", layout=layout, split_seed=config.split_seed)
 
     @classmethod
@@ -72,8 +77,7 @@ class Depth(Probing):
             "delta_1.25": close / count,
         }
 
-    @classmethod
-    def draw_target(cls, sample: Prepared) -> str:
+    def draw_target(self, sample: Prepared) -> str:
         """See :meth:`Task.draw_target`."""
         return encode_values(sample.label, *depth_range(sample.label))
 

@@ -98,8 +98,7 @@ class Propagation(Task):
         """See :meth:`Task.facts`."""
         return {"repetitions": "one, since the task has no randomness"}
 
-    @classmethod
-    def draw_target(cls, sample: Prepared) -> str | None:
+    def draw_target(self, sample: Prepared) -> str | None:
         """See :meth:`Task.draw_target`."""
         return None if sample.target is None else encode_masks(sample.image, sample.target)
 

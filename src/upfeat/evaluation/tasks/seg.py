@@ -8,7 +8,7 @@ linear; upsampled logits would equal ``transfer``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -29,6 +29,8 @@ from upfeat.evaluation.probing import PROTOCOLS, Probing
 from upfeat.evaluation.report.pictures import encode_indices
 from upfeat.evaluation.results import Row
 from upfeat.evaluation.task import DRIFT, Score
+from upfeat.evaluation.trained_probe import Labelled, train_classifier
+from upfeat.feature_map import FeatureMap
 from upfeat.features import UpsampledFeatures
 from upfeat.probes import LinearProbe, Pixels, fit_classifier
 from upfeat.upsamplers import Kernels
@@ -75,8 +77,7 @@ class Segmentation(Probing):
         """See :meth:`Task.read`."""
         return read_dataset(folder, "seg", layout=layout, split_seed=config.split_seed)
 
-    @classmethod
-    def draw_target(cls, sample: Prepared) -> str:
+    def draw_target(self, sample: Prepared) -> str:
         """See :meth:`Task.draw_target`."""
         return encode_indices(sample.label)
 
@@ -115,6 +116,21 @@ class Segmentation(Probing):
     def fit_head(self, pixels: Pixels, generator: torch.Generator) -> LinearProbe:
         """See :meth:`Probing.fit_head`."""
         return fit_classifier(pixels, len(self.classes), generator)
+
+    def train_head(
+        self,
+        read: Callable[[Prepared], FeatureMap],
+        generator: torch.Generator,
+        on_epoch: Callable[[int], None],
+    ) -> LinearProbe:
+        """See :meth:`Probing.train_head`."""
+
+        def labelled(index: int) -> Labelled:
+            sample = self.train[index]
+            return Labelled(read(sample), sample.label)
+
+        sizes = len(self.train), self.backbone.embed_dim, len(self.classes)
+        return train_classifier(labelled, *sizes, generator, on_epoch)
 
     def rows(self, label: str, method: Method) -> list[Row]:
         """See :meth:`Task.rows`; the probes are fitted first."""
