@@ -12,7 +12,6 @@ import upfeat
 from upfeat import run
 from upfeat.activations import activation_bytes
 from upfeat.mosaic import receptive_halo, see_within
-from upfeat.raster import Features, make_plan
 from upfeat.scales import SecondScale, fit_to_image
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels
@@ -127,12 +126,6 @@ def test_a_bound_of_memory_does_not_lose_them(tmp_path):
     stored = load_file(outputs.features)["features"]
     expected = model(model.preprocess(path))[0]
     torch.testing.assert_close(stored, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-
-
-def test_rasters_refuse_them():
-    model = upfeat.load(Pattern(), early=True)
-    with pytest.raises(ValueError, match="early=True: rasters are made without early layers"):
-        make_plan((64, 64), model, Features(2, {}))
 
 
 def test_units_of_early_layers_do_not_matter():

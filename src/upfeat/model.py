@@ -291,8 +291,7 @@ def load(
             With ``upsampler`` ``None``, an upsampler trained with early layers is loaded if there
             is one for the backbone, or else the default one, a detail upsampler, whose regression
             uses them. An upsampler trained with early layers gets them even if ``early`` is false.
-            Maps of :meth:`FeatUp.lazy` contain and save the early layers; rasters do not support
-            them.
+            Maps of :meth:`FeatUp.lazy` contain and save the early layers.
         max_memory: see :class:`FeatUp`.
         translation: for ``passes=5`` and 6: the translation learnt for this backbone by
             :func:`upfeat.scales.fit_translation`, or a file of it; ``None`` for the shipped

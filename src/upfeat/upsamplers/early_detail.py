@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.upsamplers.base import UPSAMPLERS, Size
-from upfeat.upsamplers.detail import DetailUpsampler
+from upfeat.upsamplers.detail import FINER, DetailUpsampler
 from upfeat.upsamplers.early_network import EarlyMaps, EarlyNetwork
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.neighbourhood import MOST_WIDTH
@@ -99,6 +99,14 @@ class EarlyDetailUpsampler(DetailUpsampler):
         network = {"hidden_dim": self.hidden_dim, "width": self.width, "depth": self.depth}
         network["displacement"] = self.displacement
         return super().config() | network
+
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`; counts early layers that are given too."""
+        # Beyond the cells of the finer grid that the last step reads, as in the base class.
+        radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
+        finer = -(-radius * rounds // FINER) + 1
+        return max(super().reach, finer + self.early_network.reach // FINER + 2)
 
     def _maps(
         self, guidance: Tensor, hidden: Tensor | None, finer: Size, *, whole: bool
