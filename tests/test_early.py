@@ -270,13 +270,6 @@ def test_early_layers_of_another_backbone_are_refused():
         taught()(torch.randn(1, 2, 8, 10), photo(), hidden=torch.randn(1, 5, 16, 20))
 
 
-def test_what_shows_no_early_layers_refuses_it():
-    with pytest.raises(ValueError, match="trained on early layers, which it is not shown here"):
-        upfeat.attach(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8, 8)), "0", taught(), stride=8)
-    with pytest.raises(ValueError, match="sees early layers cannot be exported"):
-        upfeat.export(upfeat.load(Pattern(), upsampler=taught(2)), "model.onnx")
-
-
 def test_weights_for_another_backbone_are_refused():
     with pytest.raises(ValueError, match="was trained on early layers of efficientnet_lite1, not"):
         upfeat.load("efficientnet_lite0", upsampler="early_detail_efficientnet_lite1")

@@ -105,13 +105,17 @@ class Guided(OuterBackbone):
         maps = [layers] if early is None else [early, layers]
         return torch.cat([on_grid(one, finer) for one in maps], dim=1).to(x.dtype)
 
-    def _seen(self, x: Tensor) -> Tensor:
-        """The image as the guide sees it, of a size that every grid of the guide covers exactly."""
+    def converted(self, x: Tensor) -> Tensor:
+        """Select the guide's bands of an image and normalise them for it, (B, bands, H, W)."""
         mean, std = self.normalization
         if self.bands is not None:
             mean, std = (tuple(one[band] for band in self.bands) for one in (mean, std))
             x = x[:, self.bands]
-        x = Normalization(mean, std).convert(x, self.guide.normalization)
+        return Normalization(mean, std).convert(x, self.guide.normalization)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """The image as the guide sees it, of a size that every grid of the guide covers exactly."""
+        x = self.converted(x)
         cell = self.guide.step * self.guide.stride
         size = [max(round(side / cell), 1) * cell for side in x.shape[2:]]
         if size == list(x.shape[2:]):
