@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 import upfeat
 from upfeat import run
 from upfeat.activations import activation_bytes
+from upfeat.heads import SavedHead, describe_backbone
 from upfeat.mosaic import receptive_halo, see_within
 from upfeat.scales import SecondScale, fit_to_image
 from upfeat.upsamplers import create_upsampler
@@ -250,6 +251,31 @@ def test_without_early_layers_it_is_the_detail_upsampler():
     plain = upfeat.DetailUpsampler(query_dim=8, levels=2)
     plain.neighbourhood.load_state_dict(up.neighbourhood.state_dict())
     torch.testing.assert_close(up(features, image), plain.eval()(features, image))
+
+
+def test_the_network_is_not_left_out_silently(caplog):
+    up, image, features = taught(), photo(), torch.randn(1, 2, 8, 10)
+    up(features, image, hidden=torch.randn(1, 3, 16, 20))
+    assert not caplog.records
+    up(features, image)
+    up(features, image)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "give hidden=backbone.with_hidden(x)[1]" in caplog.text
+
+
+def test_files_of_the_former_default(tmp_path):
+    """Heads are of the same features; lazy maps are of the upsampler that they were saved with."""
+    model, before = upfeat.load(), upfeat.load(early=False)
+    assert model.early
+    made_by = describe_backbone(before.backbone)
+    head = SavedHead(torch.randn(2, 112), torch.zeros(2), ["a", "b"], "classes", made_by, "detail")
+    head.check_backbone(model.backbone, "head")
+    before.lazy(photo(64, 64)).save(tmp_path / "lazy.safetensors")
+    with pytest.raises(
+        ValueError, match="made by a detail, and early_detail was given; give the one"
+    ):
+        upfeat.UpsampledFeatures.load(tmp_path / "lazy.safetensors", model.upsampler)
+    upfeat.UpsampledFeatures.load(tmp_path / "lazy.safetensors", before.upsampler)
 
 
 def test_a_network_sees_windows_as_it_sees_the_whole(monkeypatch):
