@@ -416,8 +416,6 @@ def test_models_that_cannot_be_exported(tmp_path):
         export(nn.Conv2d(3, 8, 8, 8), path)
     with pytest.raises(ValueError, match="use passes=1"):
         export(upfeat.load(nn.Conv2d(3, 8, 8, 8), passes=5), path)
-    with pytest.raises(ValueError, match="use early=False"):
-        export(upfeat.load("efficientnet_lite0", early=True), path)
     with pytest.raises(ValueError, match="three of them"):
         export(upfeat.load(nn.Conv2d(4, 8, 8, 8), upsampler="bilinear"), path)
     with pytest.raises(ValueError, match="give channels=C"):

@@ -432,31 +432,50 @@ class Rows:
         """Keep the strips' iterator; nothing is computed yet."""
         self._source = source
         self._top = 0
-        self._kept: Tensor | None = None
+        self._kept: list[Strip] = []
 
-    def __call__(self, top: int, bottom: int) -> Tensor:
+    def __call__(self, top: int, bottom: int, left: int = 0, right: int | None = None) -> Tensor:
         """Return rows ``top`` to ``bottom`` − 1, (1, C, bottom − top, w); drop rows above ``top``.
+
+        Args:
+            top: first row.
+            bottom: row after the last.
+            left: first column.
+            right: column after the last; ``None`` for all columns from ``left`` on.
 
         Raises:
             ValueError: ``top`` is less than in an earlier call, or ``bottom`` exceeds the grid.
         """
         if top < self._top:
             raise ValueError(f"row {top} is no longer kept; the first is {self._top}")
-        while self._kept is None or self._top + self._kept.shape[2] < bottom:
+        while not self._kept or _end(self._kept[-1]) < bottom:
+            self._forget(top)
             strip = next(self._source, None)
             if strip is None:
                 raise ValueError(f"row {bottom - 1} lies beyond the last")
-            self._forget(top)
-            kept = self._kept
-            if kept is None or not kept.shape[2]:
-                self._top, self._kept = strip.top, strip.features
-            else:
-                self._kept = torch.cat([kept, strip.features], dim=2)
+            if not self._kept:
+                self._top = strip.top
+            self._kept.append(strip)
+            del strip
         self._forget(top)
-        return self._kept[:, :, : bottom - self._top]
+        # Strips are joined in the columns asked for alone, lest all rows be held twice.
+        parts = [
+            strip.features[:, :, max(top - strip.top, 0) : bottom - strip.top, left:right]
+            for strip in self._kept
+            if strip.top < bottom
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _forget(self, top: int) -> None:
-        if self._kept is not None and top > self._top:
-            passed = min(top - self._top, self._kept.shape[2])
-            self._kept = self._kept[:, :, passed:].clone()
-            self._top += passed
+        """Drop all rows above ``top``."""
+        while self._kept and _end(self._kept[0]) <= top:
+            self._top = _end(self._kept.pop(0))
+        if self._kept and self._kept[0].top < top:
+            strip = self._kept[0]
+            self._kept[0] = Strip(top, strip.features[:, :, top - strip.top :].clone())
+            self._top = top
+
+
+def _end(strip: Strip) -> int:
+    """Row after a strip's last."""
+    return strip.top + strip.features.shape[2]

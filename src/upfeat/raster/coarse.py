@@ -77,7 +77,7 @@ def streamed(scene: Scene, model: FeatUp, plan: Plan, first_row: int) -> Source:
     )
 
     def features(cells: Window) -> Tensor:
-        return rows(cells.top, cells.bottom)[:, :, :, cells.left : cells.right]
+        return rows(cells.top, cells.bottom, cells.left, cells.right)
 
     return Source(features, _streamed_means(scene, model, plan, first_row))
 
@@ -117,8 +117,8 @@ def _streamed_means(
     del first
 
     def read(cells: Window) -> Tensor:
-        kept = rows(factor * cells.top, factor * cells.bottom)
-        return kept[:, :, :, factor * cells.left : factor * cells.right].contiguous()
+        finer = scaled(cells, factor)
+        return rows(finer.top, finer.bottom, finer.left, finer.right).contiguous()
 
     return read
 

@@ -94,7 +94,7 @@ def make_piece(scene: Scene, model: FeatUp, source: Source, index: int, tile: Ti
     coarse = hidden = means = None
     if usable.any():
         coarse, hidden = unstacked(source.features(outer), model.embed_dim)
-        coarse = _fill_cells(coarse, valid)
+        coarse = _fill_cells(coarse.contiguous(), valid)  # a view would keep the early layers
         hidden = None if hidden is None else _fill_cells(hidden, valid)
         means = None if source.means is None else source.means(outer)
     shown = outer

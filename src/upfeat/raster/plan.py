@@ -42,7 +42,7 @@ _WINDOW_BYTES = 300 * 10**6
 _ALLOCATED = 1.15
 # Number of maps of the size of the early layers that an upsampler keeps of a tile and its halo: the
 # layers, their copy beside the queries, what the first step lacks of it, and maps of a network.
-_EARLY_COPIES = 6
+_EARLY_COPIES = 5
 # Bytes of cell means for each cell: 4 finer cells of 32 channels in float32.
 _MEANS_BYTES = 4 * 32 * 4
 
@@ -160,12 +160,15 @@ def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> floa
     stride, channels = model.backbone.stride, stacked_channels(model)
     outer = min(plan.tile + 2 * (plan.halo + plan.step), max(plan.grid))
     seen = min(plan.backbone_tile + 2 * (plan.backbone_halo or 0), max(plan.grid))
-    # Twice: the rows that are kept are copied when new rows are appended.
-    rows = 2 * (outer + plan.backbone_tile) * plan.grid[1] * channels * 4
+    # The rows of a tile and its halo, and the rest of the last strip of them.
+    strip = plan.backbone_tile * plan.grid[1] * channels * 4
+    rows = outer * plan.grid[1] * channels * 4 + strip
+    if plan.backbone_halo is None:  # sums of windows that are not complete, and their copies
+        rows, strip = rows + strip, 3 * strip
     if model.upsampler.means_halo is not None:
-        rows += 2 * (outer + plan.tile) * plan.grid[1] * _MEANS_BYTES
+        rows += (outer + 2 * plan.tile) * plan.grid[1] * _MEANS_BYTES
     # 30 bytes a pixel for the image, as read and as normalised.
-    backbone = (seen * stride) ** 2 * (activations + 30)
+    backbone = (seen * stride) ** 2 * (activations + 30) + strip
     upsampler = (outer * stride) ** 2 * _TILE_BYTES + _WINDOW_BYTES
     upsampler += outer**2 * _EARLY_COPIES * (channels - model.embed_dim) * 4
     # Up to four copies: one tile is written while the next is computed, and the store assembles a
