@@ -208,10 +208,17 @@ static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
   }
 }
 
+// Memory that will soon be read or written, to be prefetched during a product: `step` bytes further
+// on for every input. Memory is idle then, and many prefetches at once would stall other accesses.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
 // Multiplies four rows, `pitch` floats apart, with a panel of kBlock vectors.
 template <int kBlock>
 UPFEAT_APART void multiply_panel(const float* left, int64_t pitch, int64_t inputs,
-                                 const float* panel, float* out, int64_t out_pitch) {
+                                 const float* panel, float* out, int64_t out_pitch, Ahead ahead) {
   Vec sum[4][kBlock];
   UPFEAT_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -232,6 +239,8 @@ UPFEAT_APART void multiply_panel(const float* left, int64_t pitch, int64_t input
       for (int m = 0; m < kBlock; ++m) sum[i][m] += value * right[m];
     }
     panel += kBlock * kLanes;
+    __builtin_prefetch(ahead.at, 1, 2);
+    ahead.at += ahead.step;
   } while (++k < inputs);
   UPFEAT_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -241,18 +250,17 @@ UPFEAT_APART void multiply_panel(const float* left, int64_t pitch, int64_t input
 }
 
 // Multiplies `rows` rows, rounded up to a multiple of 4, with a right operand, to `out` (rows,
-// width). between() is called before each panel and four rows.
-template <typename Between>
+// width). ahead() returns what to prefetch during the next four rows times a panel.
+template <typename GetAhead>
 UPFEAT_INLINE void multiply_dense(int64_t rows, const float* left, int64_t pitch, int64_t inputs,
-                                  const char* right, int64_t width, float* out, Between between) {
+                                  const char* right, int64_t width, float* out, GetAhead ahead) {
   const Blocks panels = blocks_of(width);
   for (int64_t index = 0; index < panels.count; ++index) {
     const int64_t first = panels.begin(index) * kLanes;
     const float* panel = reinterpret_cast<const float*>(right) + first * inputs;
     for (int64_t i = 0; i < rows; i += 4) {
-      between();
       const auto panel_of = [&](auto multiply) UPFEAT_LAMBDA {
-        multiply(left + i * pitch, pitch, inputs, panel, out + i * width + first, width);
+        multiply(left + i * pitch, pitch, inputs, panel, out + i * width + first, width, ahead());
       };
       switch (panels.size(index)) {
         case 1:

@@ -3,9 +3,6 @@
 // and the steps after it (bias, residual, the sums that the next norm needs) as pixels are written.
 
 constexpr int64_t kLayerStrip = kDenseRows;  // pixels that are processed at a time
-#if !defined(__AMX_INT8__)
-constexpr int kLinesFetched = kLanes;  // between products; a product has 4 rows and some vectors
-#endif
 
 struct LayerJob {
   Layer layer;
@@ -113,10 +110,25 @@ struct Fetch {
     end = at + strip.count * tensor.size[1] * 4;
   }
   UPFEAT_MEMBER void step() {
-    if (at == end) return;
+    if (at >= end) return;
     __builtin_prefetch(at, 1, 2);
     at += 64;
   }
+#if !defined(__AMX_INT8__)
+  // Returns the next `bytes` bytes as memory to prefetch during a product, or prefetches them at
+  // once if the product has fewer inputs than there are cache lines.
+  UPFEAT_MEMBER Ahead during(int64_t inputs, int64_t bytes) {
+    const char* from = at;
+    const int64_t stride = (bytes + inputs - 1) / inputs;
+    if (stride > 64) {
+      for (int64_t i = 0; i < bytes; i += 64) step();
+      return Ahead{from, 0};
+    }
+    if (at >= end) return Ahead{reinterpret_cast<const char*>(this), 0};
+    at += stride * inputs;
+    return Ahead{from, stride};
+  }
+#endif
 };
 
 // Applies a scale, a shift and perhaps SiLU to kCount vectors of channels.
@@ -306,6 +318,8 @@ static void pointwise_task(void* context, int64_t task, int worker) {
     next.count = next.y < end ? smaller(kLayerStrip, width - next.x) : 0;
     return next;
   };
+  const int64_t products = (kLayerStrip / 4) * blocks_of(job.out_width).count;
+  const int64_t fetched = kLayerStrip * (job.in_width + job.out_width) * 4 / products;
   Strip strip{first, 0, smaller(kLayerStrip, width)}, next;
   for (; strip.count; strip = next) {
     next = following(strip);
@@ -314,16 +328,14 @@ static void pointwise_task(void* context, int64_t task, int worker) {
     } else {
       read_windows(job, batch, strip.y, strip.x, strip.count, left);
     }
-    // The pixels that will be overwritten are fetched during the products, and the next strip.
+    // The pixels that will be overwritten are fetched during the products, then the next strip.
     Fetch fetches[2] = {};
     fetches[0].begin(target, batch, strip);
     if (layer.kernel == 1 && next.count) fetches[1].begin(*layer.x, batch, next);
     multiply_dense(strip.count, left, job.in_width, layer.inputs, job.right, job.out_width, result,
                    [&]() UPFEAT_LAMBDA {
-                     for (int i = 0; i < kLinesFetched; ++i) {
-                       fetches[0].step();
-                       fetches[1].step();
-                     }
+                     Fetch& fetch = fetches[fetches[0].at < fetches[0].end ? 0 : 1];
+                     return fetch.during(layer.inputs, fetched);
                    });
     finish_pixels(job, batch, strip.y, strip.x, strip.count, result, other, sums, partial);
   }

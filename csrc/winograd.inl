@@ -224,17 +224,56 @@ static void winograd_outputs(const LayerJob& job, const WinogradScratch& s, int6
   }
 }
 
+// Pixels to prefetch during the products of a row of tiles: those that will be overwritten, and the
+// rows of the input for the next row of tiles.
+struct WinogradFetches {
+  Fetch rows[2 * kWinogradPixels];
+  int index;
+
+  void begin(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t end) {
+    const Layer& layer = job.layer;
+    const UpfeatTensor& target = layer.residual ? *layer.residual : *layer.out;
+    const int64_t width = layer.out->size[3], left = x > 0 ? x - 1 : 0;
+    const int64_t columns = smaller(kWinogradColumns, width - x);
+    index = 0;
+    for (int64_t i = 0; i < kWinogradPixels; ++i) {
+      Fetch &own = rows[i], &next = rows[kWinogradPixels + i];
+      own = next = Fetch{};
+      if (y + i < end) own.begin(target, batch, Strip{y + i, x, columns});
+      const int64_t row = y + kWinogradPixels + 1 + i;
+      if (y + kWinogradPixels < end && row < layer.x->size[2]) {
+        next.begin(*layer.x, batch, Strip{row, left, smaller(x + columns + 1, width) - left});
+      }
+    }
+  }
+  UPFEAT_MEMBER void step() {
+    if (rows[index].at >= rows[index].end && index < 2 * kWinogradPixels - 1) ++index;
+    rows[index].step();
+  }
+};
+
 // Computes the pixels of all tiles of rows y to y + kWinogradPixels - 1 from the prepared rows.
 static void winograd_tiles(const LayerJob& job, const WinogradScratch& s, int64_t y,
-                           int64_t tiles) {
+                           int64_t tiles, WinogradFetches& fetches) {
   const int64_t left = tile_plane(job), product = product_plane(job);
   const int64_t right = right_bytes(job.layer.inputs, job.out_width);
+  // The next matrix is prefetched during each product, as not all fit into the second-level cache.
+  const int64_t calls = (tiles + 3) / 4 * blocks_of(job.out_width).count;
+  const int64_t ahead_step = smaller(64, right / (calls * job.layer.inputs) + 1);
+  const int64_t lines = kWinogradColumns * (job.in_width + job.out_width) / 16;
+  const int64_t some = lines * kWinogradPixels / (calls * kWinogradMatrices) + 1;
   const auto multiply_row = [&](int from, int point) {
     for (int j = 0; j < kWinogradSide; ++j) {
       const int64_t k = kWinogradSide * point + j;
+      Ahead ahead{job.right + (k + 1) % kWinogradMatrices * right, ahead_step};
       multiply_dense(tiles, s.tiles + (kWinogradSide * from + j) * left, job.in_width,
                      job.layer.inputs, job.right + k * right, job.out_width,
-                     s.products + k * product, [] {});
+                     s.products + k * product, [&] {
+                       for (int64_t i = 0; i < some; ++i) fetches.step();
+                       const Ahead now = ahead;
+                       ahead.at += job.layer.inputs * ahead_step;
+                       return now;
+                     });
     }
   };
   winograd_inputs<0>(job, s, y, tiles);
@@ -262,11 +301,13 @@ static void winograd_task(void* context, int64_t task, int worker) {
   const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
   const int64_t columns = smaller(kWinogradColumns, layer.out->size[3] - x);
   const int64_t tiles = (columns + kWinogradPixels - 1) / kWinogradPixels;
+  WinogradFetches fetches;
   winograd_row(job, s, batch, first - 1, x);
   winograd_row(job, s, batch, first, x);
   for (int64_t y = first; y < end; y += kWinogradPixels) {
     for (int64_t i = 1; i <= kWinogradPixels; ++i) winograd_row(job, s, batch, y + i, x);
-    winograd_tiles(job, s, y, tiles);
+    fetches.begin(job, batch, y, x, end);
+    winograd_tiles(job, s, y, tiles, fetches);
     for (int64_t row = 0; row < smaller(kWinogradPixels, end - y); ++row) {
       finish_pixels(job, batch, y + row, x, columns,
                     s.result + row * kWinogradColumns * job.out_width, s.other, s.sums, partial);
