@@ -1,4 +1,4 @@
-// Products of strips of 32 rows with a matrix, for attention, and without AMX for encoders.
+// Products of strips of rows with a matrix: with AMX for attention, without it for encoders.
 //
 // With AMX, float32 is split into three bfloat16 of 8 bits, and six of the nine products of these
 // parts are summed in float32 tiles. The omitted products are below the last bit of float32, so the
@@ -193,7 +193,8 @@ UPFEAT_INLINE float* right_place(char* right, int64_t inputs, int64_t width, int
                                  int64_t n) {
   const Blocks panels = blocks_of(width);
   const int64_t vector = n / kLanes;
-  const int64_t index = ((vector + 1) * panels.count - 1) / panels.vectors;  // begin(index) <= vector
+  // The last panel whose begin() is not after the vector.
+  const int64_t index = ((vector + 1) * panels.count - 1) / panels.vectors;
   const int64_t first = panels.begin(index) * kLanes;
   return reinterpret_cast<float*>(right) + first * inputs + k * panels.size(index) * kLanes + n -
          first;
