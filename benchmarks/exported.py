@@ -26,7 +26,7 @@ def load(name, folder):
     if name == "model":
         import upfeat
 
-        return upfeat.load()
+        return upfeat.load(upsampler="detail")
     if name == "model.pt2":
         return torch.export.load(folder / name).module()
     import onnxruntime

@@ -97,7 +97,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(prefix="extract-", dir=options.folder))
     count, photos = options.images, root / "photos"
     encoded = write_photos(photos, count, options.size)
-    model = upfeat.load()
+    model = upfeat.load(upsampler="detail")
     x = torch.cat([model.preprocess(path) for path in sorted(photos.iterdir())])
 
     runs: dict[str, list[dict[str, float]]] = {}

@@ -87,6 +87,7 @@ def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str,
         making.join()
     command = [sys.executable, "-m", "upfeat", "raster", str(raster), "-o", str(output)]
     command += ["--head", str(folder / "head.safetensors"), "--max-memory", max_memory]
+    command += ["--upsampler", "detail"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
     child = subprocess.Popen([*command, "--overwrite"], env=environment)

@@ -66,7 +66,7 @@ def score(features: Tensor, rows: list[int], columns: list[int]) -> float:
 @torch.inference_mode()
 def measure(name: str, side: int) -> dict[str, object]:
     """Compute the scores of one backbone."""
-    model = upfeat.load(name)
+    model = upfeat.load(name, upsampler="detail")
     stride = model.backbone.stride
     side = side // stride * stride
     photo = Image.open(PHOTO).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)

@@ -46,7 +46,7 @@ def main() -> None:
         clip = Path(folder) / "clip.mp4"
         write_clip(clip)
         for upsampler in ("detail", "bilinear"):
-            model = upfeat.load(upsampler=None if upsampler == "detail" else upsampler)
+            model = upfeat.load(upsampler=upsampler)
             out = Path(folder) / f"{upsampler}.mp4"
             report = render_video(model, clip, out, VideoSettings())
             names = ("frames", "still", "image", "drift", "drift_coarse", "flicker")

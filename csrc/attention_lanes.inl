@@ -6,6 +6,9 @@
 constexpr int64_t kMostLaneCells = 64;
 constexpr int64_t kMostLaneRows = 16;
 constexpr int kLanePlanes = 4;  // channels of the values that are summed at a time
+// Vectors of pixels that are summed together, 16 pixels if there are enough registers: half a cache
+// line that is written past the caches long before the other half takes several times as long.
+constexpr int kTogether = kMaxBlock >= kRowVecs ? kRowVecs : 1;
 
 // Cells that 16 pixels of a row from column x on attend to: columns [first, end).
 struct LaneCells {
@@ -182,7 +185,7 @@ UPFEAT_APART void lane_sums(const float* const* values, int64_t cells, int64_t c
     const float* value = values[cell] + channel;
     Vec weight[kUnits];
     UPFEAT_UNROLL
-    for (int i = 0; i < kUnits; ++i) weight[i] = load(weights + i * kLanes);
+    for (int i = 0; i < kUnits; ++i) weight[i] = in_register(load(weights + i * kLanes));
     UPFEAT_UNROLL
     for (int c = 0; c < kLanePlanes; ++c) {
       const Vec one = splat(value[c]);
@@ -226,7 +229,8 @@ static void write_lanes(const WindowJob& job, int64_t channel, int units, float*
     for (int i = 0; i < units; ++i) {
       const float* from = sums + (c * units + i) * kLanes;
       float* to = places[i] + plane;
-      if (wide[i] == kLanes && job.streamed && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+      if (wide[i] == kLanes && kTogether == kRowVecs && job.streamed &&
+          reinterpret_cast<uintptr_t>(to - i % kTogether * kLanes) % 64 == 0) {
         stream(to, load(from));
       } else if (wide[i] == kLanes) {
         store(to, load(from));
@@ -240,15 +244,14 @@ static void write_lanes(const WindowJob& job, int64_t channel, int units, float*
 // As write_lanes, for other types than float32.
 static void write_halves(const WindowJob& job, int64_t batch, int64_t y, int64_t x,
                          int64_t channel, int64_t unit, int units, const float* sums) {
-  constexpr int64_t kParts = kTile / kLanes;
   const UpfeatTensor& out = *job.attention.out;
   const int64_t have = smaller(kLanePlanes, out.size[1] - channel);
   for (int64_t c = 0; c < have; ++c) {
     for (int64_t i = 0; i < units; ++i) {
-      const int64_t column = x + (unit + i) % kParts * kLanes;
+      const int64_t column = x + (unit + i) % kRowVecs * kLanes;
       const int64_t wide = smaller(kLanes, out.size[3] - column);
       if (wide <= 0) continue;
-      write_run(row_of(out, batch, y + (unit + i) / kParts).at(channel + c, column), 1, out.dtype,
+      write_run(row_of(out, batch, y + (unit + i) / kRowVecs).at(channel + c, column), 1, out.dtype,
                 wide, sums + (c * units + i) * kLanes);
     }
   }
@@ -289,22 +292,22 @@ static void lane_tile(const WindowJob& job, const LaneScratch& s, int64_t batch,
     }
   }
   alignas(64) float sums[kLanePlanes * kMaxBlock * kLanes];
-  const Blocks units = blocks_of(step);
-  constexpr int64_t kParts = kTile / kLanes;
+  const int64_t groups = rows * kRowVecs / kTogether, most = kMaxBlock / kTogether;
+  const Blocks units{groups, (groups + most - 1) / most};
   const UpfeatTensor& out = *attention.out;
   const bool whole = out.dtype == UPFEAT_FLOAT32;
-  float* places[kMostLaneRows * kParts];
-  int64_t wide[kMostLaneRows * kParts];
-  for (int64_t unit = 0; unit < rows * kParts && whole; ++unit) {
-    const int64_t column = x + unit % kParts * kLanes, inside = smaller(kLanes, width - column);
+  float* places[kMostLaneRows * kRowVecs];
+  int64_t wide[kMostLaneRows * kRowVecs];
+  for (int64_t unit = 0; unit < rows * kRowVecs && whole; ++unit) {
+    const int64_t column = x + unit % kRowVecs * kLanes, inside = smaller(kLanes, width - column);
     wide[unit] = inside > 0 ? inside : 0;
     places[unit] =
-        static_cast<float*>(row_of(out, batch, y + unit / kParts).at(0, inside > 0 ? column : x));
+        static_cast<float*>(row_of(out, batch, y + unit / kRowVecs).at(0, inside > 0 ? column : x));
   }
   for (int64_t channel = 0; channel < attention.out->size[1]; channel += kLanePlanes) {
     for (int64_t index = 0; index < units.count; ++index) {
-      const int64_t unit = units.begin(index);
-      const int size = units.size(index);
+      const int64_t unit = units.begin(index) * kTogether;
+      const int size = units.size(index) * kTogether;
       lane_sums_of(size, values, cells, channel, s.weights + unit * kLanes, step, sums);
       if (whole) {
         write_lanes(job, channel, size, places + unit, wide + unit, sums);

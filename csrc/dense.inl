@@ -1,4 +1,4 @@
-// Products of strips of 32 rows with a matrix, for attention, and without AMX for encoders.
+// Products of strips of rows with a matrix: with AMX for attention, without it for encoders.
 //
 // With AMX, float32 is split into three bfloat16 of 8 bits, and six of the nine products of these
 // parts are summed in float32 tiles. The omitted products are below the last bit of float32, so the
@@ -7,13 +7,14 @@
 // relative error of 2e-6.
 
 constexpr int64_t kDenseRows = 32;
+
+#if defined(__AMX_BF16__)
+
 constexpr int64_t kDenseBlock = 32;  // inputs per step
 
 struct Operands {
   const char *left, *right;
 };
-
-#if defined(__AMX_BF16__)
 
 constexpr int kParts = UPFEAT_PARTS;  // 3 or 2
 
@@ -178,38 +179,110 @@ UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_
 
 #else
 
-UPFEAT_INLINE int64_t dense_blocks(int64_t inputs) {
-  return (inputs + kDenseBlock - 1) / kDenseBlock;
-}
 UPFEAT_INLINE void dense_begin() {}
 UPFEAT_INLINE void dense_end() {}
-UPFEAT_INLINE int64_t left_bytes(int64_t inputs) {
-  return kDenseRows * whole_vectors(inputs) * 4 + 64;
+
+// Without AMX, a right operand is divided into panels of as many columns as four rows of the
+// product keep in registers: (panels, inputs, columns of a panel). A cache line separates operands,
+// which would otherwise fall into the same sets of the cache.
+UPFEAT_INLINE int64_t right_bytes(int64_t inputs, int64_t width) {
+  return inputs * width * 4 + 64;
 }
-template <typename Get>
-UPFEAT_INLINE void put_left(char* left, int64_t inputs, int64_t row, int64_t block, int64_t width,
-                            Get get) {
-  float* to = reinterpret_cast<float*>(left) + row * whole_vectors(inputs);
-  const int64_t end = smaller((block + 1) * kDenseBlock, width);
-  for (int64_t c = block * kDenseBlock; c < end; c += kLanes) store(to + c, get(c));
+// Returns the place in the right operand of input k for column n, a multiple of kLanes.
+UPFEAT_INLINE float* right_place(char* right, int64_t inputs, int64_t width, int64_t k,
+                                 int64_t n) {
+  const Blocks panels = blocks_of(width);
+  const int64_t vector = n / kLanes;
+  // The last panel whose begin() is not after the vector.
+  const int64_t index = ((vector + 1) * panels.count - 1) / panels.vectors;
+  const int64_t first = panels.begin(index) * kLanes;
+  return reinterpret_cast<float*>(right) + first * inputs + k * panels.size(index) * kLanes + n -
+         first;
 }
-// Without AMX the right operand is not rearranged: (inputs, width).
-UPFEAT_INLINE int64_t right_bytes(int64_t inputs, int64_t width) { return inputs * width * 4; }
 template <typename Rows>
 static void pack_right(Rows row, int64_t inputs, int64_t width, char* right) {
-  float* to = reinterpret_cast<float*>(right);
   for (int64_t k = 0; k < inputs; ++k) {
-    memcpy(to + k * width, row(k), static_cast<size_t>(width) * 4);
+    const float* from = row(k);
+    for (int64_t n = 0; n < width; n += kLanes) {
+      store(right_place(right, inputs, width, k, n), load(from + n));
+    }
   }
 }
-UPFEAT_INLINE void multiply_dense(int64_t rows, const Operands* operands, int64_t count,
-                                  int64_t inputs, int64_t width, int64_t first, int64_t end,
-                                  float* out, int64_t out_pitch) {
-  for (int64_t i = 0; i < count; ++i) {
-    multiply_rows((rows + 3) / 4 * 4, reinterpret_cast<const float*>(operands[i].left),
-                  whole_vectors(inputs), 1,
-                  reinterpret_cast<const float*>(operands[i].right) + first, nullptr, 1, inputs,
-                  width, out, out_pitch, (end - first) / kLanes, i > 0);
+
+// Memory that will soon be read or written, to be prefetched during a product: `step` bytes further
+// on for every input. Memory is idle then, and many prefetches at once would stall other accesses.
+struct Ahead {
+  const char* at;
+  int64_t step;
+};
+
+// Multiplies four rows, `pitch` floats apart, with a panel of kBlock vectors.
+template <int kBlock>
+UPFEAT_APART void multiply_panel(const float* left, int64_t pitch, int64_t inputs,
+                                 const float* panel, float* out, int64_t out_pitch, Ahead ahead) {
+  Vec sum[4][kBlock];
+  UPFEAT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) sum[i][m] = Vec{};
+  }
+  const float *a0 = left, *a1 = a0 + pitch, *a2 = a1 + pitch, *a3 = a2 + pitch;
+  int64_t k = 0;
+  do {
+    Vec right[kBlock];
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) right[m] = in_register(load(panel + m * kLanes));
+    const float values[4] = {a0[k], a1[k], a2[k], a3[k]};
+    UPFEAT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Vec value = splat(values[i]);
+      UPFEAT_UNROLL
+      for (int m = 0; m < kBlock; ++m) sum[i][m] += value * right[m];
+    }
+    panel += kBlock * kLanes;
+    __builtin_prefetch(ahead.at, 1, 2);
+    ahead.at += ahead.step;
+  } while (++k < inputs);
+  UPFEAT_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) store(out + i * out_pitch + m * kLanes, sum[i][m]);
+  }
+}
+
+// Multiplies `rows` rows, rounded up to a multiple of 4, with a right operand, to `out` (rows,
+// width). ahead() returns what to prefetch during the next four rows times a panel.
+template <typename GetAhead>
+UPFEAT_INLINE void multiply_dense(int64_t rows, const float* left, int64_t pitch, int64_t inputs,
+                                  const char* right, int64_t width, float* out, GetAhead ahead) {
+  const Blocks panels = blocks_of(width);
+  for (int64_t index = 0; index < panels.count; ++index) {
+    const int64_t first = panels.begin(index) * kLanes;
+    const float* panel = reinterpret_cast<const float*>(right) + first * inputs;
+    for (int64_t i = 0; i < rows; i += 4) {
+      const auto panel_of = [&](auto multiply) UPFEAT_LAMBDA {
+        multiply(left + i * pitch, pitch, inputs, panel, out + i * width + first, width, ahead());
+      };
+      switch (panels.size(index)) {
+        case 1:
+          panel_of(multiply_panel<1>);
+          break;
+        case 2:
+          panel_of(multiply_panel<2>);
+          break;
+        case 3:
+          panel_of(multiply_panel<kMaxBlock >= 3 ? 3 : 1>);
+          break;
+        case 4:
+          panel_of(multiply_panel<kMaxBlock >= 4 ? 4 : 1>);
+          break;
+        case 5:
+          panel_of(multiply_panel<kMaxBlock >= 5 ? 5 : 1>);
+          break;
+        default:
+          panel_of(multiply_panel<kMaxBlock >= 6 ? 6 : 1>);
+      }
+    }
   }
 }
 

@@ -12,7 +12,7 @@ namespace upfeat {
 namespace {
 
 constexpr int64_t kMostTasks = 64;  // per image; constant, so that tasks depend on the shape alone
-constexpr int64_t kColumns = 64;    // of a Winograd task, as in encoder.inl
+constexpr int64_t kColumns = 64;    // of a Winograd task, as in winograd.inl
 
 Layer describe(const UpfeatTensor* x, const UpfeatLayer& given, const UpfeatTensor* out) {
   Layer layer{};

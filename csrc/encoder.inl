@@ -2,9 +2,7 @@
 // scale and a shift, SiLU, a rotation by position, or unit scale) are applied as pixels are read,
 // and the steps after it (bias, residual, the sums that the next norm needs) as pixels are written.
 
-constexpr int64_t kLayerStrip = kDenseRows;     // pixels that are processed at a time
-constexpr int64_t kWinogradTiles = kDenseRows;  // 2x2 pixels each
-constexpr int64_t kWinogradBlock = 64;  // output channels that are processed at a time
+constexpr int64_t kLayerStrip = kDenseRows;  // pixels that are processed at a time
 
 struct LayerJob {
   Layer layer;
@@ -12,7 +10,7 @@ struct LayerJob {
   char* scratch;
   int64_t worker_bytes;
   int64_t row_tasks, rows_per_task, column_tasks;
-  const char* right;  // the weights, packed; kWinogradMatrices matrices of weights with winograd
+  const char* right;  // the weights, packed; with winograd, kWinogradMatrices of them
   const float *factors, *columns;  // with digits.inl: of inputs, and of columns of the weights
 };
 
@@ -112,10 +110,25 @@ struct Fetch {
     end = at + strip.count * tensor.size[1] * 4;
   }
   UPFEAT_MEMBER void step() {
-    if (at == end) return;
+    if (at >= end) return;
     __builtin_prefetch(at, 1, 2);
     at += 64;
   }
+#if !defined(__AMX_INT8__)
+  // Returns the next `bytes` bytes as memory to prefetch during a product, or prefetches them at
+  // once if the product has fewer inputs than there are cache lines.
+  UPFEAT_MEMBER Ahead during(int64_t inputs, int64_t bytes) {
+    const char* from = at;
+    const int64_t stride = (bytes + inputs - 1) / inputs;
+    if (stride > 64) {
+      for (int64_t i = 0; i < bytes; i += 64) step();
+      return Ahead{from, 0};
+    }
+    if (at >= end) return Ahead{reinterpret_cast<const char*>(this), 0};
+    at += stride * inputs;
+    return Ahead{from, stride};
+  }
+#endif
 };
 
 // Applies a scale, a shift and perhaps SiLU to kCount vectors of channels.
@@ -285,67 +298,46 @@ static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t 
 
 #if !defined(__AMX_INT8__)
 
-// Prepares a strip's pixels and packs them as a left operand. `room` is for pixels that cannot be
-// read in place.
-static void take_strip(const LayerJob& job, int64_t batch, const Strip& strip, float* room,
-                       char* left) {
-  const Layer& layer = job.layer;
-  const int64_t width = job.in_width, inputs = layer.inputs, blocks = dense_blocks(inputs);
-  const bool norm = layer.scale && !layer.rotate_rows && !layer.unit;
-  const float* from = room;
-  int64_t pitch = width;
-  if (layer.kernel != 1) {
-    read_windows(job, batch, strip.y, strip.x, strip.count, room);
-  } else if (norm || !(layer.rotate_rows || layer.unit)) {
-    from = see_pixels(*layer.x, batch, strip.y, strip.x, strip.count, room, width, &pitch);
-  } else {
-    prepare_pixels(job, batch, strip.y, strip.x, strip.count, room);
-  }
-  const float* scale = layer.scale + batch * layer.in_pitch;
-  const float* shift = layer.shift + batch * layer.in_pitch;
-  for (int64_t i = 0; i < strip.count; ++i) {
-    const float* source = from + i * pitch;
-    const float* ahead = source + kLayerStrip * pitch;
-    for (int64_t c = 0; c < width; c += 16) __builtin_prefetch(ahead + c, 0, 2);
-    const auto bring = [&](auto get) UPFEAT_LAMBDA {
-      for (int64_t block = 0; block < blocks; ++block) put_left(left, inputs, i, block, width, get);
-    };
-    const auto scaled = [&](int64_t c) UPFEAT_LAMBDA {
-      return load(source + c) * load(scale + c) + load(shift + c);
-    };
-    if (!norm) {
-      bring([&](int64_t c) UPFEAT_LAMBDA { return load(source + c); });
-    } else if (layer.silu) {
-      bring([&](int64_t c) UPFEAT_LAMBDA { return silu(scaled(c)); });
-    } else {
-      bring(scaled);
-    }
-  }
-}
-
 // Computes rows of a layer.
 static void pointwise_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
   const Layer& layer = job.layer;
-  char* left = job.scratch + worker * job.worker_bytes;
-  float* room = reinterpret_cast<float*>(left + left_bytes(layer.inputs));
-  float* result = room + kLayerStrip * job.in_width;
+  float* left = reinterpret_cast<float*>(job.scratch + worker * job.worker_bytes);
+  float* result = left + kLayerStrip * job.in_width;
   float* other = result + kLayerStrip * job.out_width;
   float* sums = other + kLayerStrip * job.out_width;
   double* partial = partial_of(job, task);
   const int64_t batch = task / job.row_tasks, first = task % job.row_tasks * job.rows_per_task;
   const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
   const int64_t width = layer.out->size[3];
-  memset(left, 0, static_cast<size_t>(left_bytes(layer.inputs)));
-  const Operands operands{left, job.right};
-  for (int64_t y = first; y < end; ++y) {
-    for (int64_t x = 0; x < width; x += kLayerStrip) {
-      const Strip strip{y, x, smaller(kLayerStrip, width - x)};
-      take_strip(job, batch, strip, room, left);
-      multiply_dense(strip.count, &operands, 1, layer.inputs, job.out_width, 0, job.out_width,
-                     result, job.out_width);
-      finish_pixels(job, batch, y, x, strip.count, result, other, sums, partial);
+  const UpfeatTensor& target = layer.residual ? *layer.residual : *layer.out;
+  memset(left, 0, static_cast<size_t>(kLayerStrip * job.in_width) * 4);
+  const auto following = [&](const Strip& strip) {
+    Strip next{strip.y, strip.x + strip.count, 0};
+    if (next.x == width) next = {strip.y + 1, 0, 0};
+    next.count = next.y < end ? smaller(kLayerStrip, width - next.x) : 0;
+    return next;
+  };
+  const int64_t products = (kLayerStrip / 4) * blocks_of(job.out_width).count;
+  const int64_t fetched = kLayerStrip * (job.in_width + job.out_width) * 4 / products;
+  Strip strip{first, 0, smaller(kLayerStrip, width)}, next;
+  for (; strip.count; strip = next) {
+    next = following(strip);
+    if (layer.kernel == 1) {
+      prepare_pixels(job, batch, strip.y, strip.x, strip.count, left);
+    } else {
+      read_windows(job, batch, strip.y, strip.x, strip.count, left);
     }
+    // The pixels that will be overwritten are fetched during the products, then the next strip.
+    Fetch fetches[2] = {};
+    fetches[0].begin(target, batch, strip);
+    if (layer.kernel == 1 && next.count) fetches[1].begin(*layer.x, batch, next);
+    multiply_dense(strip.count, left, job.in_width, layer.inputs, job.right, job.out_width, result,
+                   [&]() UPFEAT_LAMBDA {
+                     Fetch& fetch = fetches[fetches[0].at < fetches[0].end ? 0 : 1];
+                     return fetch.during(layer.inputs, fetched);
+                   });
+    finish_pixels(job, batch, strip.y, strip.x, strip.count, result, other, sums, partial);
   }
 }
 

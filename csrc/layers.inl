@@ -10,15 +10,18 @@ static int64_t layer_scratch(const LayerJob& job) {
 static int64_t layer_right_bytes(const LayerJob& job) {
   return digit_right_bytes(job.layer.inputs, job.out_width);
 }
-// Floats besides the packed weights: powers of two of inputs, factors of columns, and their
-// inverses.
-static int64_t layer_floats(const LayerJob& job) { return 2 * job.in_width + 2 * job.out_width; }
+// Floats besides the packed weights: powers of two of inputs, factors of columns, their inverses,
+// and transformed matrices.
+static int64_t layer_floats(const LayerJob& job) {
+  const int64_t transformed = job.layer.winograd ? kWinogradMatrices * winograd_step(job.layer) : 0;
+  return 2 * job.in_width + 2 * job.out_width + transformed;
+}
 
 // Chooses the factors of inputs and columns, and packs the weights. weights(k, i) returns the
 // outputs of input i in matrix k.
 template <typename Weights>
-static void pack_layer(LayerJob& job, int64_t matrices, Weights weights, char* packed,
-                       float* floats) {
+static void pack_weights(LayerJob& job, int64_t matrices, Weights weights, char* packed,
+                         float* floats) {
   const int64_t inputs = job.layer.inputs, width = job.out_width;
   float *factors = floats, *inverses = factors + job.in_width, *columns = inverses + job.in_width;
   float* inverse_columns = columns + width;
@@ -62,22 +65,45 @@ static void pack_layer(LayerJob& job, int64_t matrices, Weights weights, char* p
   job.columns = columns;
 }
 
+static void pack_layer(LayerJob& job, char* packed, float* floats) {
+  const Layer& layer = job.layer;
+  if (!layer.winograd) {
+    pack_weights(job, 1, [&](int64_t, int64_t i) UPFEAT_LAMBDA {
+      return layer.weight + i * layer.pitch;
+    }, packed, floats);
+    return;
+  }
+  const int64_t step = winograd_step(layer);
+  float* transformed = floats + 2 * job.in_width + 2 * job.out_width;
+  winograd_matrices(layer, job.out_width, step, [&](int64_t i, int64_t n) UPFEAT_LAMBDA {
+    return transformed + i * layer.pitch + n;
+  });
+  pack_weights(job, kWinogradMatrices, [&](int64_t k, int64_t i) UPFEAT_LAMBDA {
+    return transformed + k * step + i * layer.pitch;
+  }, packed, floats);
+}
+
 #else
 
 static int64_t layer_scratch(const LayerJob& job) {
   const int64_t floats = kLayerStrip * (job.in_width + 2 * job.out_width) + 2 * job.out_width;
-  return job.layer.winograd ? winograd_scratch(job, nullptr, nullptr)
-                            : left_bytes(job.layer.inputs) + floats * 4;
+  return job.layer.winograd ? winograd_scratch(job, nullptr, nullptr) : floats * 4;
 }
 static int64_t layer_right_bytes(const LayerJob& job) {
   return right_bytes(job.layer.inputs, job.out_width);
 }
 static int64_t layer_floats(const LayerJob&) { return 0; }
-template <typename Weights>
-static void pack_layer(LayerJob& job, int64_t matrices, Weights weights, char* packed, float*) {
-  for (int64_t k = 0; k < matrices; ++k) {
-    pack_right([&](int64_t i) UPFEAT_LAMBDA { return weights(k, i); }, job.layer.inputs,
-               job.out_width, packed + k * layer_right_bytes(job));
+static void pack_layer(LayerJob& job, char* packed, float*) {
+  const Layer& layer = job.layer;
+  const int64_t inputs = layer.inputs, width = job.out_width;
+  if (layer.winograd) {
+    winograd_matrices(layer, width, right_bytes(inputs, width) / 4,
+                      [&](int64_t i, int64_t n) UPFEAT_LAMBDA {
+                        return right_place(packed, inputs, width, i, n);
+                      });
+  } else {
+    pack_right([&](int64_t i) UPFEAT_LAMBDA { return layer.weight + i * layer.pitch; }, inputs,
+               width, packed);
   }
 }
 
@@ -94,18 +120,11 @@ static int run_layer(const Runtime& runtime, const Layer& layer) {
   job.worker_bytes = (layer_scratch(job) + 63) / 64 * 64;
   const int64_t matrices = layer.winograd ? kWinogradMatrices : 1;
   const int64_t right = (layer_right_bytes(job) * matrices + 63) / 64 * 64;
-  const int64_t matrix = winograd_step(layer);
-  const int64_t floats = layer_floats(job) + (layer.winograd ? matrices * matrix : 0);
   job.scratch = static_cast<char*>(
-      runtime.allocate(job.worker_bytes * runtime.workers + right + floats * 4));
+      runtime.allocate(job.worker_bytes * runtime.workers + right + layer_floats(job) * 4));
   if (!job.scratch) return UPFEAT_NO_MEMORY;
   char* packed = job.scratch + job.worker_bytes * runtime.workers;
-  float* others = reinterpret_cast<float*>(packed + right);
-  float* transformed = others + layer_floats(job);
-  if (layer.winograd) winograd_matrices(layer, transformed);
-  pack_layer(job, matrices, [&](int64_t k, int64_t i) UPFEAT_LAMBDA {
-    return (layer.winograd ? transformed + k * matrix : layer.weight) + i * layer.pitch;
-  }, packed, others);
+  pack_layer(job, packed, reinterpret_cast<float*>(packed + right));
   job.right = packed;
   const int64_t tasks = layer.out->size[0] * layer.row_tasks * layer.column_tasks;
   runtime.parallel_for(runtime.workers, tasks, layer.winograd ? winograd_task : pointwise_task,

@@ -28,12 +28,13 @@ UPFEAT_APART void multiply_block(const Product& job, int64_t at) {
     do {
       Vec right[kBlock];
       UPFEAT_UNROLL
-      for (int m = 0; m < kBlock; ++m) right[m] = load(b + m * kLanes);
-      const Vec left[4] = {splat(*a0), splat(*a1), splat(*a2), splat(*a3)};
+      for (int m = 0; m < kBlock; ++m) right[m] = in_register(load(b + m * kLanes));
+      const float left[4] = {*a0, *a1, *a2, *a3};
       UPFEAT_UNROLL
       for (int i = 0; i < 4; ++i) {
+        const Vec value = splat(left[i]);
         UPFEAT_UNROLL
-        for (int m = 0; m < kBlock; ++m) sum[i][m] += left[i] * right[m];
+        for (int m = 0; m < kBlock; ++m) sum[i][m] += value * right[m];
       }
       b += b_step;
       a0 += a_step;

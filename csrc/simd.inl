@@ -59,6 +59,13 @@ UPFEAT_INLINE void fence_streams() {
 #endif
 }
 UPFEAT_INLINE Vec splat(float value) { return value - Vec{}; }  // v - 0 is v; -0 + 0 would be 0
+// Keeps the compiler from loading a value again from memory at each use.
+UPFEAT_INLINE Vec in_register(Vec value) {
+#if defined(__SSE__)
+  __asm__("" : "+v"(value));
+#endif
+  return value;
+}
 // A cast between vector types of one size keeps the bits.
 UPFEAT_INLINE Vec as_float(IVec bits) { return (Vec)bits; }
 UPFEAT_INLINE IVec as_bits(Vec value) { return (IVec)value; }

@@ -3,8 +3,9 @@
 
 #if defined(__AMX_INT8__)
 
-// Number of input columns that 32 tiles of 2x2 pixels read.
-constexpr int64_t kLineColumns = 2 * kWinogradTiles + 2;
+// Number of floats from one transformed matrix to the next; with a power of two, all would fall into
+// one set of the cache.
+UPFEAT_INLINE int64_t winograd_step(const Layer& layer) { return layer.inputs * layer.pitch + 16; }
 
 struct WinogradScratch {
   char* tiles[2];    // 16 left operands, of this pair of rows and of the next

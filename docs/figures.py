@@ -61,7 +61,7 @@ def cell(table: str, row: str, column: int, part: int = 0, below: str | None = N
     return float(numbers[part].replace(",", "").replace("−", "-"))
 
 
-def gain(column: int, part: str = "own", row: str = "**detail (the default)**") -> float:
+def gain(column: int, part: str = "own", row: str = "detail (the default then)") -> float:
     """Points over bilinear in the table ``probes`` of ``benchmarks/earlier.json``."""
     below = f"*{part}*"
     own, base = (cell("probes", one, column, below=below) for one in (row, "bilinear"))

@@ -60,9 +60,11 @@ GAINS = {
     "bilinear, on aligned features": "bilinear@+2",
     "classical joint bilateral": "joint_bilateral",
     "neighbourhood": "neighbourhood_efficientnet_lite0",
-    "**detail**, the default": "detail_efficientnet_lite0",
-    "detail with the weights for any backbone": "detail_universal",
-    "aligned, a network on early layers (`early=True`)": "early_detail_efficientnet_lite0",
+    "detail with a network on pixels (`early=False`)": "detail_efficientnet_lite0",
+    "**detail** with the weights for any backbone, the default for others": "detail_universal",
+    "**detail with a network on early layers**, aligned: the default": (
+        "early_detail_efficientnet_lite0"
+    ),
     "… and the mirror image (`passes=2`)": "early_detail_efficientnet_lite0@2",
     "… and the image at twice its size (`passes=5`)": "early_detail_efficientnet_lite0@5",
     "… and both (`passes=6`)": "early_detail_efficientnet_lite0@6",
@@ -253,7 +255,7 @@ def implicit_probes() -> str:
 SHARED = UPSAMPLERS | {
     "detail_universal@early": "detail, universal, `early=True`",
     "detail_universal@5": "detail, universal, `passes=5`",
-    "early_detail_efficientnet_lite0": "early detail (`early=True`)",
+    "early_detail_efficientnet_lite0": "early detail (the default)",
     "early_detail_efficientnet_lite0@2": "early detail, `passes=2`",
     "early_detail_efficientnet_lite0@5": "early detail, `passes=5`",
     "early_detail_efficientnet_lite0@6": "early detail, `passes=6`",

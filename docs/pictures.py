@@ -37,7 +37,7 @@ class Scene:
 
     def __init__(self, size: int = SIZE) -> None:
         """Run the backbone once."""
-        self.model = upfeat.load()
+        self.model = upfeat.load(upsampler="detail")
         self.x = self.model.preprocess(PHOTO, size=size, align=True)
         self.photo = self.model.backbone.denormalize(self.x)[0].clamp(0, 1)
         with torch.no_grad():

@@ -59,6 +59,63 @@ def test_it_upsamples_the_layer_and_leaves_no_trace(network, upsampler):
     assert not network.body._forward_hooks
 
 
+class Stages(nn.Module):
+    """A network whose first stage has cells half as wide as the second's."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 5, 4, stride=4), nn.Tanh())
+        self.second = nn.Conv2d(5, 6, 2, stride=2)
+        self.head = nn.Conv2d(6, 4, 1)
+
+    def forward(self, x):
+        return self.head(self.second(self.first(x)))
+
+
+def small_detail(early=False):
+    torch.manual_seed(1)
+    if not early:
+        return upfeat.DetailUpsampler(query_dim=8, levels=2).eval()
+    up = upfeat.EarlyDetailUpsampler(6, hidden_dim=5, query_dim=8, levels=2, width=4, depth=1)
+    nn.init.normal_(up.detail.weight)
+    return up.eval()
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_an_early_layer_of_the_same_call(early):
+    torch.manual_seed(0)
+    network, upsampler = Stages().eval(), small_detail(early)
+    x, other = image(), image(1, 2, (40, 64))
+    expected = []
+    for one in (x, other):
+        hidden = network.first(one)
+        expected.append(network.head(upsampler(network.second(hidden), one, hidden=hidden)))
+    with upfeat.attach(network, "second", upsampler, early="first") as attachment:
+        for one, output in zip((x, other), expected, strict=True):
+            torch.testing.assert_close(network(one), output)
+        network(x).square().mean().backward()
+        assert network.first[0].weight.grad.abs().max() > 0
+        assert not attachment._layers
+        compiled = torch.compile(network, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected[0])
+    assert not network.first._forward_hooks
+
+
+def test_early_layers_that_cannot_be_are_named():
+    network = Stages().eval()
+    with pytest.raises(ValueError, match="early_detail' was trained on early layers; name the lay"):
+        upfeat.attach(network, "second", small_detail(early=True))
+    with pytest.raises(ValueError, match="early=first: bilinear makes no use of early layers"):
+        upfeat.attach(network, "second", upfeat.Bilinear(), early="first")
+    with pytest.raises(ValueError, match='early "frist" is unknown; did you mean first'):
+        upfeat.attach(network, "second", small_detail(), early="frist")
+    with (
+        upfeat.attach(network, "first", small_detail(), early="second"),
+        pytest.raises(ValueError, match="the early layer returned no map before the layer"),
+    ):
+        network(image())
+
+
 def test_a_module_in_place_of_its_name_and_a_wanted_stride(network, upsampler):
     with upfeat.attach(network, network.body[1], upsampler, stride=4) as attachment:
         assert network(image(size=(30, 41))).shape == (1, 4, 8, 11)

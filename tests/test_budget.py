@@ -30,9 +30,14 @@ def test_a_bound_changes_no_byte(tmp_path, photo, monkeypatch, held):
         from upfeat import activations, mosaic
 
         tiles = mosaic._tile_within
-        monkeypatch.setattr(mosaic, "_tile_within", lambda *args: seen.append(1) or tiles(*args))
+
+        def note(*args, **named):
+            seen.append(1)
+            return tiles(*args, **named)
+
+        monkeypatch.setattr(mosaic, "_tile_within", note)
         # Enough for tiles with their halo, not for the whole.
-        working = 0.6e6 * activations.activation_bytes(upfeat.load().backbone)
+        working = 0.6e6 * activations.activation_bytes(upfeat.load().backbone, early=True)
         monkeypatch.setattr(run, "_STRIPS", 0)
         bound = held + int(working)
         arguments = ["run", str(photo), "-o", str(tmp_path / "tight"), "--max-memory", str(bound)]

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 import upfeat
 from upfeat import run
 from upfeat.activations import activation_bytes
+from upfeat.heads import SavedHead, describe_backbone
 from upfeat.mosaic import receptive_halo, see_within
-from upfeat.raster import Features, make_plan
 from upfeat.scales import SecondScale, fit_to_image
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels
@@ -127,12 +127,6 @@ def test_a_bound_of_memory_does_not_lose_them(tmp_path):
     stored = load_file(outputs.features)["features"]
     expected = model(model.preprocess(path))[0]
     torch.testing.assert_close(stored, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-
-
-def test_rasters_refuse_them():
-    model = upfeat.load(Pattern(), early=True)
-    with pytest.raises(ValueError, match="early=True: rasters are made without early layers"):
-        make_plan((64, 64), model, Features(2, {}))
 
 
 def test_units_of_early_layers_do_not_matter():
@@ -259,6 +253,31 @@ def test_without_early_layers_it_is_the_detail_upsampler():
     torch.testing.assert_close(up(features, image), plain.eval()(features, image))
 
 
+def test_the_network_is_not_left_out_silently(caplog):
+    up, image, features = taught(), photo(), torch.randn(1, 2, 8, 10)
+    up(features, image, hidden=torch.randn(1, 3, 16, 20))
+    assert not caplog.records
+    up(features, image)
+    up(features, image)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "give hidden=backbone.with_hidden(x)[1]" in caplog.text
+
+
+def test_files_of_the_former_default(tmp_path):
+    """Heads are of the same features; lazy maps are of the upsampler that they were saved with."""
+    model, before = upfeat.load(), upfeat.load(early=False)
+    assert model.early
+    made_by = describe_backbone(before.backbone)
+    head = SavedHead(torch.randn(2, 112), torch.zeros(2), ["a", "b"], "classes", made_by, "detail")
+    head.check_backbone(model.backbone, "head")
+    before.lazy(photo(64, 64)).save(tmp_path / "lazy.safetensors")
+    with pytest.raises(
+        ValueError, match="made by a detail, and early_detail was given; give the one"
+    ):
+        upfeat.UpsampledFeatures.load(tmp_path / "lazy.safetensors", model.upsampler)
+    upfeat.UpsampledFeatures.load(tmp_path / "lazy.safetensors", before.upsampler)
+
+
 def test_a_network_sees_windows_as_it_sees_the_whole(monkeypatch):
     up, image = taught(), photo(320, 320)
     features, hidden = torch.randn(1, 2, 80, 40), torch.randn(1, 3, 160, 80)
@@ -275,13 +294,6 @@ def test_a_network_sees_windows_as_it_sees_the_whole(monkeypatch):
 def test_early_layers_of_another_backbone_are_refused():
     with pytest.raises(ValueError, match="hidden has 5 channels but this EarlyDetailUpsampler"):
         taught()(torch.randn(1, 2, 8, 10), photo(), hidden=torch.randn(1, 5, 16, 20))
-
-
-def test_what_shows_no_early_layers_refuses_it():
-    with pytest.raises(ValueError, match="trained on early layers, which it is not shown here"):
-        upfeat.attach(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 8, 8)), "0", taught(), stride=8)
-    with pytest.raises(ValueError, match="sees early layers cannot be exported"):
-        upfeat.export(upfeat.load(Pattern(), upsampler=taught(2)), "model.onnx")
 
 
 def test_weights_for_another_backbone_are_refused():

@@ -16,6 +16,7 @@ from torch import nn
 import upfeat
 from upfeat.cli import main
 from upfeat.exporting import export
+from upfeat.guided import GUIDE
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.portable import PORTABLE
 from upfeat.portable.formats import FORMATS, METADATA, READERS
@@ -30,6 +31,7 @@ MADE = {
     "jbu_stack": lambda: upfeat.JBUStack(8, radius=1, n_stages=2),
     "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(back_projections=1, **SMALL),
     "detail": lambda: upfeat.DetailUpsampler(8, width=4, depth=1, **SMALL),
+    "early_detail": lambda: upfeat.EarlyDetailUpsampler(8, hidden_dim=5, width=4, depth=1, **SMALL),
 }
 FIXED = {
     "anyup": lambda: UPSAMPLERS["anyup"](width=32),
@@ -120,9 +122,15 @@ def parts(batch, grid, size):
     return features, torch.randn(batch, 3, *size, generator=generator)
 
 
+def layers(upsampler, batch, grid):
+    """Early layers, by name, for an upsampler that was trained on them."""
+    if not upsampler.wants_hidden:
+        return {}
+    return {"hidden": torch.randn(batch, 5, 2 * grid[0], 2 * grid[1])}
+
+
 def test_every_class_has_a_row():
-    # Without early layers that one is the detail upsampler, in files too.
-    assert {*MADE, *FIXED} == set(UPSAMPLERS) - {"early_detail"}
+    assert {*MADE, *FIXED} == set(UPSAMPLERS)
     assert set(MADE) == set(PORTABLE)
 
 
@@ -148,9 +156,9 @@ def test_upsamplers_of_any_size(name, kind, tmp_path):
     facts = export(upsampler, path, channels=8)
     assert float(facts["largest_error"]) < 1e-4
     assert "size" not in facts
-    given = parts(1, (4, 9), (50, 91))
-    found, _ = run_elsewhere(path, tmp_path, *given)
-    agree(found, upsampler(*given))
+    given, hidden = parts(1, (4, 9), (50, 91)), layers(upsampler, 1, (4, 9))
+    found, _ = run_elsewhere(path, tmp_path, *given, *hidden.values())
+    agree(found, upsampler(*given, **hidden))
 
 
 @pytest.mark.slow
@@ -171,7 +179,7 @@ def test_upsamplers_of_one_size(name, kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.exports
-@pytest.mark.parametrize("upsampler", ["detail", "detail_universal"])
+@pytest.mark.parametrize("upsampler", ["detail", "detail_universal", "early_detail"])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_default(kind, upsampler, tmp_path):
     """Several windows of the regression, and sides that are no multiples of the stride."""
@@ -184,6 +192,41 @@ def test_the_default(kind, upsampler, tmp_path):
     assert json.loads(stored["mean"]) == [0.5, 0.5, 0.5]
     assert stored["stride"] == "16"
     assert stored["backbone_sha256"] == facts["backbone_sha256"]
+
+
+def staged():
+    """A network whose second stage has cells half as wide as the features'."""
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.GELU()),
+        nn.Sequential(nn.Conv2d(4, 5, 3, padding=1), nn.GELU()),
+        nn.Conv2d(5, 8, 3, stride=2, padding=1),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.exports
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("make", [staged, lambda: nn.Conv2d(3, 8, 14, 14)], ids=["own", "guide's"])
+def test_early_layers(make, kind, tmp_path):
+    """A stage that was found in a network, and those of a guide that resizes the image."""
+    needs(kind)
+    torch.manual_seed(0)
+    model, path = upfeat.load(make(), early=True), tmp_path / f"model.{kind}"
+    facts = export(model, path)
+    assert facts["early_layers_of"] in ("Sequential", GUIDE)
+    run = READERS[kind](path)
+    for size in ((60, 117), (112, 224)):
+        x = torch.randn(2, 3, *size)
+        agree(run([x]), model(x))
+
+
+@pytest.mark.slow  # a trace and a reload
+def test_early_layers_of_images_of_one_size(tmp_path):
+    model = upfeat.load(staged(), early=True)
+    facts = export(model, tmp_path / "model.pt2", size=(33, 50))
+    assert facts["early_layers_of"] == "Sequential"
+    x = torch.randn(3, 3, 33, 50)
+    agree(READERS["pt2"](tmp_path / "model.pt2")([x]), model(x))
 
 
 class Asking(nn.Module):
@@ -373,8 +416,6 @@ def test_models_that_cannot_be_exported(tmp_path):
         export(nn.Conv2d(3, 8, 8, 8), path)
     with pytest.raises(ValueError, match="use passes=1"):
         export(upfeat.load(nn.Conv2d(3, 8, 8, 8), passes=5), path)
-    with pytest.raises(ValueError, match="use early=False"):
-        export(upfeat.load("efficientnet_lite0", early=True), path)
     with pytest.raises(ValueError, match="three of them"):
         export(upfeat.load(nn.Conv2d(4, 8, 8, 8), upsampler="bilinear"), path)
     with pytest.raises(ValueError, match="give channels=C"):

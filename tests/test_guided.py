@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 
 import upfeat
+from upfeat.activations import activation_bytes
 from upfeat.guided import GUIDE, Guided, has_early_layers
 from upfeat.mirrored import Mirrored
+from upfeat.mosaic import receptive_halo, see_within
 from upfeat.scales import SecondScale
 from upfeat.testing import check_backbone
 from upfeat.upsamplers.detail import DetailKernels
@@ -126,6 +128,25 @@ def test_bands_of_other_images():
     assert model(x).shape == (1, 2, 70, 98)
     with pytest.raises(ValueError, match=r"early=True: tokens takes images of 5 bands, and effici"):
         upfeat.load(Tokens(5), early=True)
+
+
+def test_a_bound_of_memory_does_not_change_the_guides_layers():
+    """The guide sees farther than the backbone, and its coarsest cells are two of these."""
+    guided = Guided(upfeat.load_backbone(torch.nn.Conv2d(3, 2, 8, 8)))
+    assert (guided.step, receptive_halo(guided)) == (2, 0)
+    halo = receptive_halo(guided, early=True)
+    assert halo is not None
+    x, side = photo(8 * 100, 8 * 90), 8 * (17 + 2 * (halo + 2))
+    memory = activation_bytes(guided, early=True) * side**2
+    assert activation_bytes(guided, early=True) > activation_bytes(guided)
+    with pytest.raises(ValueError, match="cannot work in tiles; give a smaller size, or more mem"):
+        see_within(guided, photo(8 * 101, 8 * 90), memory, early=True)
+    with torch.no_grad():
+        whole = guided.with_hidden(x)
+    for part, expected in zip(see_within(guided, x, memory, early=True), whole, strict=True):
+        assert expected is not None
+        largest = float(expected.abs().max())
+        torch.testing.assert_close(part, expected, rtol=0, atol=3e-5 * largest)
 
 
 def test_two_passes_and_alignment():

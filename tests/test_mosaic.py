@@ -1,5 +1,7 @@
 """Tiles of a convolutional backbone equal the whole; windows of a global one blend."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -44,13 +46,19 @@ def crops(x):
     return lambda w: x[:, :, w.top : w.bottom, w.left : w.right]
 
 
-@pytest.mark.parametrize("make", [convolutional, lambda: load_backbone("efficientnet_lite0")])
+def embedded(name="efficientnet_lite0"):
+    return load_backbone(name)
+
+
+@pytest.mark.parametrize(
+    "make", [convolutional, embedded, partial(embedded, "efficientnet_lite0.stride8+16")]
+)
 @torch.no_grad()
 def test_tiles_of_a_convolutional_backbone_equal_the_whole(make):
     backbone = make().eval()
     halo = receptive_halo(backbone)
     assert halo is not None
-    grid = (2 * halo + 9, halo + 14)
+    grid = (2 * halo + 10, halo + 15)  # even numbers, of which the step is a divisor
     x = torch.randn(1, 3, grid[0] * backbone.stride, grid[1] * backbone.stride)
     parts = list(strips(backbone, crops(x), grid, tile=6, halo=halo))
     assert [part.top for part in parts] == list(range(0, grid[0], 6))

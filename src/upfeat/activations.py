@@ -12,23 +12,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from upfeat.backbones import Backbone
 
-_ACTIVATIONS: WeakKeyDictionary[Backbone, float] = WeakKeyDictionary()
+_ACTIVATIONS: WeakKeyDictionary[Backbone, dict[bool, float]] = WeakKeyDictionary()
 
 
-def activation_bytes(backbone: Backbone) -> float:
+def activation_bytes(backbone: Backbone, *, early: bool = False) -> float:
     """Measure the peak memory of a backbone's forward pass, in bytes per pixel of its input.
+
+    With ``early``, early layers are computed as well (:meth:`Backbone.with_hidden`).
 
     The tensors that are alive are counted while two small images of different sizes are processed;
     the difference of the two peaks excludes memory that does not grow with the image. A quarter is
     added for the workspace of the operators, which is not counted.
     """
-    if backbone not in _ACTIVATIONS:
-        _ACTIVATIONS[backbone] = _measure_activations(backbone)
-    return _ACTIVATIONS[backbone]
+    known = _ACTIVATIONS.setdefault(backbone, {})
+    if early not in known:
+        known[early] = _measure_activations(backbone, early)
+    return known[early]
 
 
 @torch.no_grad()
-def _measure_activations(backbone: Backbone) -> float:
+def _measure_activations(backbone: Backbone, early: bool) -> float:
     sides = (8 * backbone.stride, 16 * backbone.stride)
     peaks = []
     for side in sides:
@@ -36,7 +39,7 @@ def _measure_activations(backbone: Backbone) -> float:
         counted = _LiveBytes()
         with counted:
             try:
-                backbone(x)
+                (backbone.with_hidden if early else backbone)(x)
             except (RuntimeError, ValueError):  # the backbone accepts one size only: a rough guess
                 return 1.5 * 64 * 4
         peaks.append(counted.peak)

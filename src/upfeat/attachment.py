@@ -31,6 +31,7 @@ def attach(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     head: str | nn.Module | None = None,
+    early: str | nn.Module | None = None,
     guidance: Guidance | None = None,
 ) -> Attachment:
     """Upsample the output of a module inside a network, guided by the network's own input image.
@@ -52,6 +53,11 @@ def attach(
             convolutions of 3×3 and wider are dilated by the ratio of the grids, and the factor of
             its ``nn.Upsample`` is divided by that ratio. 1×1 and linear layers, norms and global
             pooling need no change. ``None`` to leave every module as it is.
+        early: an earlier module of the network, or its name, whose output (B, D, h', w'), on a
+            finer grid, the upsampler gets as well: for upsamplers with ``takes_hidden``, such as
+            the detail upsampler, and necessary for those trained on early layers. ``None`` for
+            none. A displacement that such an upsampler was trained with is not corrected: the
+            network gets its image as it is.
         guidance: function that returns the image from the network's arguments; ``None`` for the
             first four-dimensional floating-point tensor.
 
@@ -62,8 +68,9 @@ def attach(
     Raises:
         TypeError: ``upsampler`` is not an upsampler, or ``guidance`` not a function.
         ValueError: there is no such layer (close names are suggested), an argument is out of
-            range, or the upsampler was trained on early layers. When the network is called: there
-            is no image among the arguments, or the layer returns no features.
+            range, or ``early`` is missing or of no use to the upsampler. When the network is
+            called: there is no image among the arguments, the layer returns no features, or the
+            early layer no map before it.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 16, stride=16), nn.Conv2d(8, 5, 1))
@@ -77,10 +84,15 @@ def attach(
     if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         network = network.module  # hooks must run in each replica, on its part of the batch
     require_upsampler(upsampler)
-    if upsampler.wants_hidden:
+    if early is None and upsampler.wants_hidden:
         raise ValueError(
-            f"upsampler={upsampler.name!r} was trained on early layers, which it is not shown "
-            "here; give another, such as detail"
+            f"upsampler={upsampler.name!r} was trained on early layers; name the layer by early=, "
+            "or give another upsampler, such as detail"
+        )
+    if early is not None and not upsampler.takes_hidden:
+        raise ValueError(
+            f"early={early if isinstance(early, str) else type(early).__name__}: "
+            f"{upsampler.name} makes no use of early layers; leave it out, or take detail"
         )
     stride = whole("stride", stride)
     if guidance is not None and not callable(guidance):
@@ -95,6 +107,7 @@ def attach(
         stride=stride,
         normalization=normalization,
         head=None if head is None else _module(network, head, "head"),
+        early=None if early is None else _module(network, early, "early"),
         guidance=guidance,
     )
 
@@ -121,14 +134,16 @@ class Attachment:
         normalization: Normalization,
         head: nn.Module | None,
         guidance: Guidance | None,
+        early: nn.Module | None = None,
     ) -> None:
         """Register the hooks; see :func:`attach`."""
         self.network, self.layer, self.upsampler = network, layer, upsampler
         self.stride, self.normalization = stride, normalization
         self._guidance = guidance or _first_image
-        # By thread: images of the calls in progress, and ratio of the last finer grid to its
-        # coarse grid.
+        # By thread: images of the calls in progress, their early layers' outputs, and ratio of the
+        # last finer grid to its coarse grid.
         self._images: dict[int, list[Tensor | None]] = {}
+        self._layers: dict[int, list[Tensor | None]] = {}
         self._ratios: dict[int, Size] = {}
         self._lock = _Lock()
         self._changed: list[tuple[nn.Module, type[nn.Module]]] = []
@@ -137,6 +152,9 @@ class Attachment:
             layer.register_forward_hook(self._upsample),
             network.register_forward_hook(self._leave, always_call=True),
         ]
+        self.early = early
+        if early is not None:
+            self._handles.append(early.register_forward_hook(self._keep))
         if head is not None:
             self._widen(head)
         self.attached = True
@@ -170,6 +188,7 @@ class Attachment:
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls = self._images.setdefault(_thread(), [])
         calls.append(None)  # before the image is found: ``_leave`` pops an entry even on failure
+        self._layers.setdefault(_thread(), []).append(None)
         calls[-1] = self._guidance(args, kwargs)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -177,9 +196,17 @@ class Attachment:
         images = self._images.get(thread)
         if images:
             images.pop()
+            self._layers[thread].pop()
         if not images:
             self._images.pop(thread, None)
+            self._layers.pop(thread, None)
             self._ratios.pop(thread, None)
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Keep the early layer's output for the layer that is upsampled in the same call."""
+        calls = self._layers.get(_thread())
+        if calls and isinstance(output, Tensor):
+            calls[-1] = output
 
     def _upsample(self, module: nn.Module, args: tuple[Any, ...], features: object) -> object:
         thread = _thread()
@@ -200,7 +227,14 @@ class Attachment:
             max(round(size[0] / before[0]), 1),
             max(round(size[1] / before[1]), 1),
         )
-        return self._apply(features, image, size)
+        hidden = self._layers[thread][-1]
+        if self.early is not None and (hidden is None or hidden.dim() != 4):
+            kind = "no map" if hidden is None else f"{tuple(hidden.shape)}"
+            raise ValueError(
+                f"the early layer returned {kind} before the layer to upsample behind, not "
+                "(B, D, h', w'); choose a module that runs before it, on a finer grid"
+            )
+        return self._apply(features, image, size, hidden)
 
     def _guidance_of(self, image: Tensor) -> Tensor:
         own = self.upsampler.normalization
@@ -208,12 +242,13 @@ class Attachment:
             return image
         return self.normalization.convert(image, own)
 
-    def _apply(self, features: Tensor, image: Tensor, size: Size) -> Tensor:
+    def _apply(self, features: Tensor, image: Tensor, size: Size, hidden: Tensor | None) -> Tensor:
         """Upsample in the precision of the upsampler's weights, on the features' device."""
         weight = next(self.upsampler.parameters(), features)
-        inputs = features.to(weight.dtype), image.to(features.device, weight.dtype)
+        inputs = features.to(weight.dtype), image.to(features.device, weight.dtype), size
+        seen = {} if hidden is None else {"hidden": hidden.to(inputs[0])}
         if weight.device == features.device:
-            return self.upsampler(*inputs, size).to(features.dtype)
+            return self.upsampler(*inputs, **seen).to(features.dtype)
         # A replica on another device gets copies of the weights; gradients flow to the originals.
         moved = {
             name: value.to(features.device)
@@ -223,7 +258,7 @@ class Attachment:
             )
         }
         with self._lock:  # functional_call replaces the module's own weights during the call
-            out = torch.func.functional_call(self.upsampler, moved, (*inputs, size))
+            out = torch.func.functional_call(self.upsampler, moved, inputs, seen)
         return out.to(features.dtype)
 
     def _widen(self, head: nn.Module) -> None:

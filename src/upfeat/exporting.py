@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from upfeat._version import __version__
 from upfeat.backbones.libraries import import_library
 from upfeat.bounds import MOST_CHANNELS, whole
+from upfeat.guided import Guided
 from upfeat.heads import SavedHead, load_head
 from upfeat.model import FeatUp
 from upfeat.portable.form import FixedForm, Form, form_of
@@ -32,6 +33,7 @@ from upfeat.storage import replacing
 from upfeat.types import Size
 from upfeat.upsamplers import Upsampler
 from upfeat.upsamplers.checks import check_output_size
+from upfeat.upsamplers.detail import FINER
 from upfeat.upsamplers.head import Head
 
 if TYPE_CHECKING:
@@ -65,7 +67,9 @@ def export(
         model: a model of :func:`upfeat.load`, or an upsampler; on the CPU. A model's file has the
             input ``image``, (B, 3, H, W), normalised with the backbone's mean and std. An
             upsampler's file has the inputs ``features``, (B, C, h, w), and ``guidance``,
-            (B, 3, H, W), normalised with the upsampler's mean and std.
+            (B, 3, H, W), normalised with the upsampler's mean and std; and, if the upsampler was
+            trained on early layers, ``hidden``, (B, D, h', w'), which
+            :meth:`upfeat.Backbone.with_hidden` returns.
         path: the file to write, ``.onnx`` or ``.pt2``.
         format: "onnx" or "pt2"; ``None`` to infer it from the suffix of ``path``.
         head: a linear head that ``upfeat probe`` trained, its file, or weight (K, C) and bias (K,);
@@ -142,6 +146,8 @@ class _Task:
                     f"{model.name} takes any number of channels; give channels=C, those of the "
                     "features to come"
                 )
+            if model.wants_hidden:
+                self.names.append("hidden")
             form = form_of(model, self.head)
             self.module = PortableUpsampler(form, stride)
         assert isinstance(form, Form)
@@ -158,6 +164,9 @@ class _Task:
                 f"table of one size; {GIVE_SIZE}"
             )
         self.least = max(2 * self.cells, form.least_side, stride)
+        if isinstance(model, FeatUp) and isinstance(model.backbone, Guided):
+            guide = model.backbone.guide
+            self.least = max(self.least, 2 * guide.step * guide.stride)
         one = max(self.cells if isinstance(model, FeatUp) else 1, stride)
         if size is not None and min(size) < one:
             raise ValueError(
@@ -178,11 +187,6 @@ class _Task:
         if isinstance(model, FeatUp):
             if isinstance(model.backbone, SecondScale):
                 raise ValueError("a model with passes=5 cannot be exported; use passes=1")
-            if model.early:
-                raise ValueError(
-                    "a model that sees early layers cannot be exported; use early=False, and "
-                    "another upsampler than early_detail"
-                )
             if model.backbone.in_channels != 3 and model.bands is None:
                 raise ValueError(
                     f"{model.backbone.name} takes {model.backbone.in_channels} bands, whose "
@@ -211,6 +215,9 @@ class _Task:
             facts |= {"backbone": model.backbone.name, "stride": str(model.backbone.stride)}
             facts["backbone_identity"] = identify_backbone(model.backbone)
             facts["backbone_sha256"] = digest(model.backbone)
+            if model.early:
+                guide = model.backbone.guide if isinstance(model.backbone, Guided) else None
+                facts["early_layers_of"] = (guide or model.backbone).name
         if normalization is not None:
             facts |= {"mean": json.dumps(normalization.mean), "std": json.dumps(normalization.std)}
         if self.size is None:
@@ -229,18 +236,25 @@ class _Task:
             return (image,)
         grid = (max(size[0] // self.cells, 1), max(size[1] // self.cells, 1))
         features = torch.randn(batch, self.channels or 1, *grid, generator=generator)
-        return features, image
+        if "hidden" not in self.names:
+            return features, image
+        finer, channels = (FINER * grid[0], FINER * grid[1]), getattr(self.model, "hidden_dim", 1)
+        return features, image, torch.randn(batch, channels, *finer, generator=generator)
 
     @torch.no_grad()
     def expected(self, inputs: Sequence[Tensor]) -> Tensor:
         """Output of the original model for the inputs, to compare the file's output with."""
-        image = inputs[-1]
+        image = inputs[min(1, len(inputs) - 1)]
         size = (image.shape[2] // self.stride, image.shape[3] // self.stride)
-        features, guidance = inputs[0], image
         if isinstance(self.model, FeatUp):
-            features, guidance = self.model._inputs(self.model.backbone(image), image)
+            features, hidden = self.model._seen(image)
+            features, guidance = self.model._inputs(features, image)
+        else:
+            features, guidance, hidden = [*inputs, None][:3]
+        assert features is not None
+        assert guidance is not None
         grid = (features.shape[2], features.shape[3])
-        kernels = self.upsampler.prepare(guidance, grid, size, features)
+        kernels = self.upsampler.prepare_with(guidance, grid, size, features, hidden)
         return self.upsampler.render(kernels, self.upsampler.mix(features), head=self.head)
 
     def trace(self) -> torch.export.ExportedProgram:
@@ -259,8 +273,8 @@ class _Task:
         free = {2: dim, 3: dim} if any_size else {}
         shapes = tuple({0: dim, **free} for _ in inputs)
         if any_size:
-            least = dim(min=self.least)
-            shapes = (*shapes[:-1], {0: dim, 2: least, 3: least})
+            least, image = dim(min=self.least), min(1, len(inputs) - 1)
+            shapes = (*shapes[:image], {0: dim, 2: least, 3: least}, *shapes[image + 1 :])
         try:
             with torch.no_grad(), without_questions(), quiet_exporter():
                 program = torch.export.export(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +14,12 @@ from upfeat.backbones import Backbone, OuterBackbone, load_backbone
 from upfeat.normalization import Normalization
 from upfeat.resampling import on_grid
 from upfeat.types import Size
+from upfeat.upsamplers.detail import FINER
 
 GUIDE = "efficientnet_lite0.stride8+16"
 """Name of the network whose layers are used if none is given."""
 GUIDE_DISPLACEMENT = 2
 """Displacement of its features, pixels; see :func:`upfeat.backbones.estimate_displacement`."""
-FINER = 2
-"""Ratio of the grid of the early layers to the grid of the features."""
 
 
 class Guided(OuterBackbone):
@@ -78,6 +78,12 @@ class Guided(OuterBackbone):
         other.displacement = displacement
         return other
 
+    @property
+    def step(self) -> int:
+        """See :attr:`Backbone.step`; whole cells of the guide's coarsest layer too."""
+        guide = self.guide.step * self.guide.stride
+        return math.lcm(super().step * self.stride, guide) // self.stride
+
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
         return self.backbone(x)
@@ -99,14 +105,18 @@ class Guided(OuterBackbone):
         maps = [layers] if early is None else [early, layers]
         return torch.cat([on_grid(one, finer) for one in maps], dim=1).to(x.dtype)
 
-    def _seen(self, x: Tensor) -> Tensor:
-        """The image as the guide sees it, of a size that every grid of the guide covers exactly."""
+    def converted(self, x: Tensor) -> Tensor:
+        """Select the guide's bands of an image and normalise them for it, (B, bands, H, W)."""
         mean, std = self.normalization
         if self.bands is not None:
             mean, std = (tuple(one[band] for band in self.bands) for one in (mean, std))
             x = x[:, self.bands]
-        x = Normalization(mean, std).convert(x, self.guide.normalization)
-        cell = max(getattr(self.guide, "strides", [self.guide.stride]))
+        return Normalization(mean, std).convert(x, self.guide.normalization)
+
+    def _seen(self, x: Tensor) -> Tensor:
+        """The image as the guide sees it, of a size that every grid of the guide covers exactly."""
+        x = self.converted(x)
+        cell = self.guide.step * self.guide.stride
         size = [max(round(side / cell), 1) * cell for side in x.shape[2:]]
         if size == list(x.shape[2:]):
             return x

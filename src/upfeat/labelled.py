@@ -184,7 +184,9 @@ def train_on_raster(
             on_tile(f"row {piece.pixels.top}, column {piece.pixels.left}")
         places = draw_pixels(usable, pixels, generator)
         with torch.inference_mode():
-            lazy = UpsampledFeatures(piece.coarse, piece.guidance, model.upsampler)
+            lazy = UpsampledFeatures(
+                piece.coarse, piece.guidance, model.upsampler, hidden=piece.hidden
+            )
             window = lazy.crop(*piece.inner)[0]
             groups.append((read_pixels(window, places).cpu(), label.flatten()[places]))
     return _train(groups, model, source.names, folds, seed)

@@ -247,7 +247,12 @@ def _upsampler(path: str | Path, facts: dict[str, str], given: Upsampler | None)
         )
     if given is None:
         raise ValueError(f"{path}: made by a {name[:60]} with weights; give it as upsampler=")
-    if given.name != name or digest(given) != weights:
+    if given.name != name:
+        raise ValueError(
+            f"{path}: made by a {name[:60]}, and {given.name} was given; give the one "
+            f"that made it, as upfeat.load(backbone, upsampler={name[:60]!r}).upsampler"
+        )
+    if digest(given) != weights:
         raise ValueError(f"{path}: made by a {name[:60]} with other weights than the one given")
     own: dict[str, Any] = json.loads(json.dumps(given.config()))
     other = [key for key in {**own, **config} if own.get(key) != config.get(key)]

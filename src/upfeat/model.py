@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.backbones.efficientnet_lite import EfficientNetLite
 from upfeat.bounds import PASSES, flag, indices, shown
 from upfeat.budget import free_bytes
 from upfeat.features import UpsampledFeatures, blank, require_upsampler
@@ -21,7 +22,7 @@ from upfeat.mosaic import see_within
 from upfeat.scales import FINER_WEIGHTS, SecondScale, Translation, guidance_for
 from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
-from upfeat.upsamplers.pretrained import trained_for_early
+from upfeat.upsamplers.pretrained import DEFAULT_UPSAMPLER, trained_for_early
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -248,6 +249,22 @@ class FeatUp(nn.Module):
         )
 
 
+def default_upsampler(backbone: Backbone, *, early: bool | None = None) -> str:
+    """Return the name of the best upsampler for a backbone, as :func:`load` chooses it.
+
+    Args:
+        backbone: the backbone.
+        early: False for none that was trained on early layers.
+
+    Returns:
+        A name for :func:`upfeat.upsamplers.create_upsampler`, to be given with the backbone's name.
+    """
+    trained = None if early is False else trained_for_early(backbone.name)
+    # A model of one's own may have the name of an embedded backbone, and other layers.
+    known = isinstance(backbone.origin, EfficientNetLite)
+    return trained if trained is not None and known else DEFAULT_UPSAMPLER
+
+
 def align_for(upsampler: Upsampler, backbone: Backbone) -> Backbone:
     """Align a backbone as the upsampler was trained, unless it is aligned already."""
     displacement = 0 if backbone.displacement else upsampler.displacement
@@ -261,7 +278,7 @@ def load(
     device: str | torch.device | None = None,
     bands: Sequence[int] | None = None,
     passes: int = 1,
-    early: bool = False,
+    early: bool | None = None,
     max_memory: int | str | None = None,
     translation: Translation | str | Path | None = None,
 ) -> FeatUp:
@@ -275,8 +292,8 @@ def load(
             :func:`upfeat.load_backbone` and pass its result.
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
             published FeatUp checkpoint (``.ckpt``), or an :class:`Upsampler`; ``None`` for the best
-            upsampler for the backbone, which is one trained for it, or else a universal one; with
-            more than one pass, one trained on its early layers, if there is one.
+            upsampler for the backbone: one trained on its early layers, as for EfficientNet-Lite0
+            and Lite1, else one trained for it, else a universal one.
         device: device of the model's parameters; ``None`` for the CPU.
         bands: see :class:`FeatUp`.
         passes: cost of the features, in passes of the backbone over the image. 2: its features and
@@ -285,14 +302,13 @@ def load(
             ``model.backbone`` has half the stride, or a quarter of it with an upsampler that was
             trained on early layers. 6: both, without the mirror image of the enlarged one. With
             ``early``, both steps of a detail upsampler follow the second scale, not the last alone.
-        early: whether the upsampler also gets features of early layers, on a finer grid: the
+        early: whether the upsampler also gets features of early layers, on a finer grid. True: the
             backbone's own if it returns any, as convolutional networks do; otherwise, as for
-            transformers, those of the embedded EfficientNet-Lite0, which then sees the image too.
-            With ``upsampler`` ``None``, an upsampler trained with early layers is loaded if there
-            is one for the backbone, or else the default one, a detail upsampler, whose regression
-            uses them. An upsampler trained with early layers gets them even if ``early`` is false.
-            Maps of :meth:`FeatUp.lazy` contain and save the early layers; rasters do not support
-            them.
+            transformers, those of the embedded EfficientNet-Lite0, which then sees the image too;
+            the regression of a detail upsampler uses them. False: no, and ``upsampler=None``
+            chooses none that was trained on them; one that is named gets them even so. ``None``:
+            only if the upsampler was trained on them. Maps of :meth:`FeatUp.lazy` contain and save
+            the early layers.
         max_memory: see :class:`FeatUp`.
         translation: for ``passes=5`` and 6: the translation learnt for this backbone by
             :func:`upfeat.scales.fit_translation`, or a file of it; ``None`` for the shipped
@@ -313,18 +329,18 @@ def load(
     network = load_backbone(name)
     if passes not in PASSES:
         raise ValueError(f"passes={passes!r} must be one of {PASSES}")
-    mirrored = passes in (2, 6)
+    mirrored, wanted = passes in (2, 6), False if early is None else flag("early", early)
     if passes in (1, 2):
         if translation is not None:
             raise ValueError(
                 f"translation is for passes=5 and 6; with passes={passes} there is nothing for it"
             )
         if not isinstance(upsampler, Upsampler):
-            if upsampler is None and (early or mirrored):
-                upsampler = trained_for_early(network.name)
+            if upsampler is None:
+                upsampler = default_upsampler(network, early=early)
             upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
         network = Mirrored(network) if mirrored else network
-        model = FeatUp(network, upsampler, bands=bands, early=early)
+        model = FeatUp(network, upsampler, bands=bands, early=wanted)
     else:
         model = _two_scales(network, upsampler, bands, translation, early=early, mirrored=mirrored)
     model.max_memory = None if max_memory is None else parse_memory(max_memory)
@@ -337,20 +353,20 @@ def _two_scales(
     bands: Sequence[int] | None,
     translation: Translation | str | Path | None,
     *,
-    early: bool,
+    early: bool | None,
     mirrored: bool,
 ) -> FeatUp:
     """Make a model whose backbone is applied to the image at two scales."""
     if isinstance(translation, str | Path):
         translation = Translation.load(translation, network)
     if not isinstance(upsampler, Upsampler):
-        name = upsampler
-        if name is None:
-            name = trained_for_early(network.name) or FINER_WEIGHTS
-        upsampler = create_upsampler(name, network.embed_dim, backbone=network.name)
+        if upsampler is None:
+            name = default_upsampler(network, early=early)
+            upsampler = FINER_WEIGHTS if name == DEFAULT_UPSAMPLER else name
+        upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
     network = align_for(upsampler, network)
     scales = SecondScale(network, steps, bands=bands, translation=translation, mirrored=mirrored)
     if steps is None or (early and not steps.wants_hidden):  # both steps, from the finer grid on
-        return FeatUp(scales, upsampler, bands=bands, early=early)
+        return FeatUp(scales, upsampler, bands=bands, early=bool(early))
     return FeatUp(scales, steps.last_step(), bands=bands)

@@ -19,18 +19,21 @@ from torch import Tensor
 from upfeat.activations import activation_bytes
 from upfeat.backbones import Backbone
 from upfeat.machine import readable
+from upfeat.resampling import on_grid
 from upfeat.tiling import Tile, overlapping, raised_cosine, split
 from upfeat.types import Size, Window, scaled
+from upfeat.upsamplers.detail import FINER
 from upfeat.upsamplers.maps import cut, inside
 
 Read = Callable[[Window], Tensor]
 """Function from a window in pixels to (1, 3, height, width), normalised for the backbone."""
 
-_PROBE_CELLS = 64
+# Length of the image in which a pixel's effect is measured: cells, and pixels, at least.
+_PROBE_CELLS, _PROBE_PIXELS = 64, 1024
 _LEAST_TILE = 16
 _TOLERANCE = 1e-4
-# Halos of backbones, measured once for each.
-_HALOS: WeakKeyDictionary[Backbone, int | None] = WeakKeyDictionary()
+# Halos of backbones, without and with early layers, measured once for each.
+_HALOS: WeakKeyDictionary[Backbone, dict[bool, int | None]] = WeakKeyDictionary()
 
 
 class Strip(NamedTuple):
@@ -42,7 +45,48 @@ class Strip(NamedTuple):
     """Features of the rows, (1, C, rows, columns)."""
 
 
-def receptive_halo(backbone: Backbone) -> int | None:
+def see(backbone: Backbone, x: Tensor, *, early: bool) -> Tensor:
+    """Compute an image's features, with ``early`` stacked on those of early layers.
+
+    Each cell is stacked on the :data:`FINER` × :data:`FINER` cells of early layers in it, so that
+    both are cut, blended and stored as one map.
+
+    Args:
+        backbone: backbone in eval mode.
+        x: (B, 3, H, W), normalised image.
+        early: whether to stack early layers, of D channels.
+
+    Returns:
+        (B, C, h, w), or (B, C + 4·D, h, w), from which :func:`unstacked` separates the two.
+
+    Raises:
+        ValueError: the backbone returns no early layers for an image of this size.
+    """
+    if not early:
+        return backbone(x)
+    features, hidden = backbone.with_hidden(x)
+    if hidden is None:
+        raise ValueError(
+            f"{backbone.name} returns no early layers for {x.shape[2]}×{x.shape[3]} pixels; "
+            "load it with early=False"
+        )
+    hidden = on_grid(hidden, (FINER * features.shape[2], FINER * features.shape[3]))
+    return torch.cat([features, F.pixel_unshuffle(hidden, FINER).to(features)], dim=1)
+
+
+def unstacked(maps: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Separate maps of :func:`see` into features and early layers, or ``None`` without any.
+
+    Args:
+        maps: (B, C + 4·D, h, w).
+        channels: number C of the features' channels.
+    """
+    if maps.shape[1] == channels:
+        return maps, None
+    return maps[:, :channels], F.pixel_shuffle(maps[:, channels:], FINER)
+
+
+def receptive_halo(backbone: Backbone, *, early: bool = False) -> int | None:
     """Measure the number of cells around a cell of the features on which it depends.
 
     A NaN in one pixel spreads to exactly the cells that depend on the pixel, whatever the weights.
@@ -50,27 +94,30 @@ def receptive_halo(backbone: Backbone) -> int | None:
 
     Args:
         backbone: backbone in eval mode.
+        early: whether early layers count too; see :meth:`Backbone.with_hidden`.
 
     Returns:
         Number of cells to each side; ``None`` if a cell depends on more than a quarter of a long
         image, as with global attention, or if features of a tile differ from those of the whole.
     """
-    if backbone not in _HALOS:
-        _HALOS[backbone] = _measure_halo(backbone)
-    return _HALOS[backbone]
+    known = _HALOS.setdefault(backbone, {})
+    if early not in known:
+        known[early] = _measure_halo(backbone, early)
+    return known[early]
 
 
 @torch.no_grad()
-def _measure_halo(backbone: Backbone) -> int | None:
+def _measure_halo(backbone: Backbone, early: bool) -> int | None:
     stride = backbone.stride
     try:
-        reaches = [_spread(backbone, offset) for offset in (0, stride - 1)]
+        reaches = [_spread(backbone, offset, early) for offset in (0, stride - 1)]
         if any(reach is None for reach in reaches):
             return None
         reach = max(reach for reach in reaches if reach is not None)
         # The border of a tile may disturb a cell that depends on nothing beyond it: an image that
         # is moved for an aligned backbone loses pixels at one border.
-        return next((halo for halo in (reach, reach + 1) if _tiles_agree(backbone, halo)), None)
+        halos = (reach, reach + 1)
+        return next((halo for halo in halos if _tiles_agree(backbone, halo, early)), None)
     except (RuntimeError, ValueError):  # the backbone takes one size only
         return None
 
@@ -79,30 +126,58 @@ def _blank(backbone: Backbone, height: int, width: int) -> Tensor:
     return torch.zeros(1, 3, height, width, device=backbone.mean.device)
 
 
-def _spread(backbone: Backbone, offset: int) -> int | None:
+def _spread(backbone: Backbone, offset: int, early: bool) -> int | None:
     """Number of cells to each side that depend on the pixel at ``offset`` of a cell.
 
     Returns:
         The number; ``None`` if no cell depends on the pixel, or cells too far away.
     """
-    cells, middle = _PROBE_CELLS, _PROBE_CELLS // 2
-    x = _blank(backbone, 2 * backbone.stride, cells * backbone.stride)
-    x[..., middle * backbone.stride + offset] = torch.nan
-    reached = backbone(x).isnan().any(1)[0].any(0).nonzero()[:, 0]
+    stride, step = backbone.stride, backbone.step
+    cells = step * -(-max(_PROBE_CELLS, _PROBE_PIXELS // stride) // step)
+    middle = cells // 2
+    x = _blank(backbone, 2 * step * stride, cells * stride)
+    x[..., middle * stride + offset] = torch.nan
+    reached = see(backbone, x, early=early).isnan().any(1)[0].any(0).nonzero()[:, 0]
     if not len(reached):
         return None
     reach = int(max(middle - reached.min(), reached.max() - middle))
     return None if reach >= cells // 4 else reach
 
 
-def _tiles_agree(backbone: Backbone, halo: int) -> bool:
-    stride, cells = backbone.stride, 2 * halo + 4
+def _tiles_agree(backbone: Backbone, halo: int, early: bool) -> bool:
+    stride, step = backbone.stride, backbone.step
+    halo = step * -(-halo // step)
+    # The tile begins at an odd number of steps, lest a coarser grid inside go unnoticed.
+    start, cells = 3 * step, 2 * halo + 6 * step
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, 2 * stride, 2 * cells * stride, generator=generator)
+    x = torch.randn(1, 3, 2 * step * stride, 2 * cells * stride, generator=generator)
     x = x.to(backbone.mean.device)
-    whole = backbone(x)[..., halo + 2 : cells]
-    part = backbone(x[..., 2 * stride : (cells + halo) * stride])[..., halo : cells - 2]
-    return bool((whole - part).abs().max() <= _TOLERANCE * whole.abs().max())
+    whole = see(backbone, x, early=early)[..., halo + start : cells]
+    part = see(backbone, x[..., start * stride : (cells + halo) * stride], early=early)
+    return _alike(backbone, whole, part[..., halo : cells - start])
+
+
+def _odd_sides_agree(backbone: Backbone, halo: int, early: bool) -> bool:
+    """Return whether tiles equal the whole where a side is no multiple of the backbone's step."""
+    stride, step = backbone.stride, backbone.step
+    cells = halo + 4 * step
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 2 * step * stride, (2 * cells + 1) * stride, generator=generator)
+    x = x.to(backbone.mean.device)
+    whole = see(backbone, x, early=early)[..., : cells - halo]
+    part = see(backbone, x[..., : cells * stride], early=early)[..., : cells - halo]
+    return _alike(backbone, whole, part)
+
+
+def _alike(backbone: Backbone, maps: Tensor, others: Tensor) -> bool:
+    """Compare maps of :func:`see`; features and early layers each by their own magnitude."""
+    channels = backbone.embed_dim
+    pairs = zip(unstacked(maps, channels), unstacked(others, channels), strict=True)
+    return all(
+        bool((whole - tile).abs().max() <= _TOLERANCE * whole.abs().max())
+        for whole, tile in pairs
+        if whole is not None and tile is not None
+    )
 
 
 def strips(
@@ -114,6 +189,7 @@ def strips(
     halo: int | None,
     overlap: int | None = None,
     first_row: int = 0,
+    early: bool = False,
 ) -> Iterator[Strip]:
     """Compute coarse features from top to bottom.
 
@@ -121,12 +197,14 @@ def strips(
         backbone: backbone in eval mode.
         read: function that reads windows of the image; windows begin and end at whole cells.
         grid: (h, w) of the whole image, in cells.
-        tile: side in cells of the tiles to which the backbone is applied, without the halo.
+        tile: side in cells of the tiles to which the backbone is applied, without the halo; with a
+            halo, a multiple of :attr:`Backbone.step`.
         halo: result of :func:`receptive_halo`; ``None`` to blend overlapping windows.
         overlap: overlap of adjacent windows without a halo, in cells; ``None`` for a quarter of
             ``tile``.
         first_row: first row of cells that is needed. Strips may contain rows above, whose features
             may be wrong.
+        early: whether strips contain early layers too, stacked as by :func:`see`.
 
     Yields:
         Strips that cover the grid from ``first_row`` on, each row once.
@@ -136,14 +214,14 @@ def strips(
     """
     if halo is None:
         overlap = tile // 4 if overlap is None else overlap
-        yield from _blended(backbone, read, grid, tile, overlap, first_row)
+        yield from _blended(backbone, read, grid, tile, overlap, first_row, early)
         return
     row: Tensor | None = None
-    for piece in split(grid, tile, halo=halo):
+    for piece in split(grid, tile, halo=halo, step=backbone.step):
         core = piece.core
         if core.bottom <= first_row:
             continue
-        features = extract_tile(backbone, read, piece)
+        features = extract_tile(backbone, read, piece, early=early)
         if row is None:
             row = features.new_empty(*features.shape[:2], core.height, grid[1])
         row[..., core.left : core.right] = features
@@ -154,7 +232,7 @@ def strips(
             del strip  # only the caller may keep it in memory while the next one is computed
 
 
-def backbone_tiles(grid: Size, tile: int, halo: int | None) -> list[Tile]:
+def backbone_tiles(grid: Size, tile: int, halo: int | None, step: int = 1) -> list[Tile]:
     """List the tiles to which :func:`strips` applies the backbone, in the same order.
 
     Args:
@@ -162,16 +240,20 @@ def backbone_tiles(grid: Size, tile: int, halo: int | None) -> list[Tile]:
         tile: see :func:`strips`.
         halo: see :func:`strips`. With ``None``, the core of each tile is its whole window, and
             cores overlap.
+        step: :attr:`Backbone.step`.
     """
     if halo is None:
         return [Tile(window, window) for window in overlapping(grid, tile, tile // 4)]
-    return list(split(grid, tile, halo=halo))
+    return list(split(grid, tile, halo=halo, step=step))
 
 
-def extract_tile(backbone: Backbone, read: Read, tile: Tile) -> Tensor:
-    """Compute the coarse features of a tile's core, (1, C, core.height, core.width)."""
+def extract_tile(backbone: Backbone, read: Read, tile: Tile, *, early: bool = False) -> Tensor:
+    """Compute the coarse features of a tile's core, (1, C, core.height, core.width).
+
+    With ``early``, they are stacked on early layers as by :func:`see`.
+    """
     inner = tile.inner
-    features = _extract(backbone, read, tile.outer)
+    features = _extract(backbone, read, tile.outer, early)
     return features[:, :, inner.top : inner.bottom, inner.left : inner.right].clone()
 
 
@@ -223,7 +305,13 @@ def _blend_weights(window: Window, grid: Size, overlap: int, like: Tensor) -> Te
 
 
 def _blended(
-    backbone: Backbone, read: Read, grid: Size, tile: int, overlap: int, first_row: int
+    backbone: Backbone,
+    read: Read,
+    grid: Size,
+    tile: int,
+    overlap: int,
+    first_row: int,
+    early: bool,
 ) -> Iterator[Strip]:
     """Yield strips of weighted means of overlapping windows; see :func:`strips`."""
     pending: Tensor | None = None  # weighted sums of features; the last channel sums the weights
@@ -231,7 +319,7 @@ def _blended(
     for window in overlapping(grid, tile, overlap):
         if window.bottom <= first_row:
             continue
-        features = _extract(backbone, read, window)
+        features = _extract(backbone, read, window, early)
         if pending is None:
             pending = features.new_zeros(1, features.shape[1] + 1, 0, grid[1])
             top = window.top
@@ -255,9 +343,9 @@ def _mean(sums: Tensor) -> Tensor:
     return sums[:, :-1] / sums[:, -1:]
 
 
-def _extract(backbone: Backbone, read: Read, cells: Window) -> Tensor:
+def _extract(backbone: Backbone, read: Read, cells: Window, early: bool) -> Tensor:
     stride = backbone.stride
-    return backbone(read(Window(*(stride * side for side in cells))))
+    return see(backbone, read(Window(*(stride * side for side in cells))), early=early)
 
 
 @torch.no_grad()
@@ -282,51 +370,51 @@ def see_within(
     Raises:
         ValueError: ``memory`` is too small for this backbone.
     """
-    a_pixel = activation_bytes(backbone)
+    a_pixel = activation_bytes(backbone, early=early)
     if len(x) > 1 and x.shape[2] * x.shape[3] * len(x) * a_pixel > memory:
         images = [see_within(backbone, y, memory, early=early, label=label) for y in x.split(1)]
         features, hidden = zip(*images, strict=True)
         return torch.cat(features), torch.cat(hidden) if hidden[0] is not None else None
     if len(x) * x.shape[2] * x.shape[3] * a_pixel <= memory:
         return backbone.with_hidden(x) if early else (backbone(x), None)
-    halo, tile = _tile_within(backbone, x, memory, a_pixel, label)
+    halo, tile = _tile_within(backbone, x, memory, a_pixel, label, early=early)
     height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
     if (height, width) != tuple(x.shape[2:]):
         x = F.interpolate(
             x, size=(height, width), mode="bilinear", align_corners=False, antialias=True
         )
     grid = (height // backbone.stride, width // backbone.stride)
-    out: list[Tensor] = []
-    for piece in split(grid, tile, halo=halo):
-        seen = cut(x, scaled(piece.outer, backbone.stride))
-        maps = backbone.with_hidden(seen) if early else (backbone(seen), None)
-        for index, values in enumerate(one for one in maps if one is not None):
-            # 1 for the features, more for early layers, whose grid is finer.
-            factor = values.shape[2] // piece.outer.height
-            if index == len(out):
-                shape = (*values.shape[:2], factor * grid[0], factor * grid[1])
-                out.append(values.new_empty(shape))
-            place = cut(out[index], scaled(piece.core, factor))
-            place.copy_(cut(values, scaled(piece.inner, factor)))
-    return out[0], out[1] if len(out) > 1 else None
+    out: Tensor | None = None
+    for piece in split(grid, tile, halo=halo, step=backbone.step):
+        values = see(backbone, cut(x, scaled(piece.outer, backbone.stride)), early=early)
+        if out is None:
+            out = values.new_empty(*values.shape[:2], *grid)
+        cut(out, piece.core).copy_(cut(values, piece.inner))
+    assert out is not None
+    return unstacked(out, backbone.embed_dim)
 
 
 def _tile_within(
-    backbone: Backbone, x: Tensor, memory: float, a_pixel: float, label: str
+    backbone: Backbone, x: Tensor, memory: float, a_pixel: float, label: str, *, early: bool
 ) -> tuple[int, int]:
     """Halo of the backbone, and side of the largest tiles within a bound of memory, in cells.
 
     Raises:
         ValueError: the backbone has no halo, or the tiles would be too small.
     """
-    halo, stride = receptive_halo(backbone), backbone.stride
+    halo, stride = receptive_halo(backbone, early=early), backbone.stride
+    step, grid = backbone.step, backbone.grid_size((x.shape[2], x.shape[3]))
+    if halo is not None:
+        halo = step * -(-halo // step)
+        if any(side % step for side in grid) and not _odd_sides_agree(backbone, halo, early):
+            halo = None
     if halo is None:
         raise ValueError(
             f"{label}: {backbone.name} needs about {readable(x.shape[2] * x.shape[3] * a_pixel)} "
             f"for {x.shape[2]}×{x.shape[3]} pixels and cannot work in tiles; give a smaller size, "
             "or more memory"
         )
-    tile = int((memory / a_pixel) ** 0.5 / stride) - 2 * halo
+    tile = (int((memory / a_pixel) ** 0.5 / stride) - 2 * halo) // step * step
     if tile < _LEAST_TILE:
         least = ((_LEAST_TILE + 2 * halo) * stride) ** 2 * a_pixel
         raise ValueError(
@@ -344,31 +432,50 @@ class Rows:
         """Keep the strips' iterator; nothing is computed yet."""
         self._source = source
         self._top = 0
-        self._kept: Tensor | None = None
+        self._kept: list[Strip] = []
 
-    def __call__(self, top: int, bottom: int) -> Tensor:
+    def __call__(self, top: int, bottom: int, left: int = 0, right: int | None = None) -> Tensor:
         """Return rows ``top`` to ``bottom`` − 1, (1, C, bottom − top, w); drop rows above ``top``.
+
+        Args:
+            top: first row.
+            bottom: row after the last.
+            left: first column.
+            right: column after the last; ``None`` for all columns from ``left`` on.
 
         Raises:
             ValueError: ``top`` is less than in an earlier call, or ``bottom`` exceeds the grid.
         """
         if top < self._top:
             raise ValueError(f"row {top} is no longer kept; the first is {self._top}")
-        while self._kept is None or self._top + self._kept.shape[2] < bottom:
+        while not self._kept or _end(self._kept[-1]) < bottom:
+            self._forget(top)
             strip = next(self._source, None)
             if strip is None:
                 raise ValueError(f"row {bottom - 1} lies beyond the last")
-            self._forget(top)
-            kept = self._kept
-            if kept is None or not kept.shape[2]:
-                self._top, self._kept = strip.top, strip.features
-            else:
-                self._kept = torch.cat([kept, strip.features], dim=2)
+            if not self._kept:
+                self._top = strip.top
+            self._kept.append(strip)
+            del strip
         self._forget(top)
-        return self._kept[:, :, : bottom - self._top]
+        # Strips are joined in the columns asked for alone, lest all rows be held twice.
+        parts = [
+            strip.features[:, :, max(top - strip.top, 0) : bottom - strip.top, left:right]
+            for strip in self._kept
+            if strip.top < bottom
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
     def _forget(self, top: int) -> None:
-        if self._kept is not None and top > self._top:
-            passed = min(top - self._top, self._kept.shape[2])
-            self._kept = self._kept[:, :, passed:].clone()
-            self._top += passed
+        """Drop all rows above ``top``."""
+        while self._kept and _end(self._kept[0]) <= top:
+            self._top = _end(self._kept.pop(0))
+        if self._kept and self._kept[0].top < top:
+            strip = self._kept[0]
+            self._kept[0] = Strip(top, strip.features[:, :, top - strip.top :].clone())
+            self._top = top
+
+
+def _end(strip: Strip) -> int:
+    """Row after a strip's last."""
+    return strip.top + strip.features.shape[2]

@@ -44,6 +44,12 @@ def test_cells_without_padding_are_those_of_the_backbone():
     torch.testing.assert_close(exact.upsample(made_by, image[:28, :42]), full)
 
 
+def test_early_layers_are_those_of_the_models_backbone():
+    made_by, image = upfeat.load(early=True), picture(64, 96)
+    full = made_by(made_by.preprocess(image))[0]
+    torch.testing.assert_close(encode_grid(made_by, image).upsample(made_by, image), full)
+
+
 def test_grid_and_geometry_on_disk(tmp_path):
     grid = encode_grid(model(), picture(30, 44))
     path = write_grid(tmp_path, "slide-1", grid)

@@ -91,7 +91,8 @@ def test_models_align_as_the_upsampler_was_trained():
     assert upfeat.load(backbone, upsampler=up, passes=5).backbone.backbone.displacement == 2
     assert backbone.displacement == 0
     assert upfeat.load(backbone.aligned(1), upsampler=up).backbone.displacement == 1
-    assert upfeat.load(backbone).backbone.displacement == 0
+    assert upfeat.load(backbone).backbone.displacement == 2
+    assert upfeat.load(backbone, early=False).backbone.displacement == 0
     x, model = photo(64, 96), upfeat.load(backbone.aligned(2), upsampler="bilinear")
     expected = F.interpolate(model.backbone(x), size=(64, 96), mode="bilinear")
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

@@ -186,10 +186,14 @@ def test_the_map_of_a_head_counts_against_the_bound(photo, held):
 
 
 def test_features_that_overflow_half_precision(photo, tmp_path, capsys, monkeypatch):
-    extract = upfeat.backbones.EfficientNetLite0.extract
-    monkeypatch.setattr(
-        upfeat.backbones.EfficientNetLite0, "extract", lambda self, x: extract(self, x) * 1e6
-    )
+    backbone = upfeat.backbones.EfficientNetLite0
+    extract = backbone.extract_with_hidden
+
+    def large(self, x):
+        features, hidden = extract(self, x)
+        return features * 1e6, hidden
+
+    monkeypatch.setattr(backbone, "extract_with_hidden", large)
     assert main(["run", str(photo), "-o", str(tmp_path / "out")]) == 2
     assert "bf16 or fp32" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from upfeat.geometry import cell_distances
 from upfeat.portable import axes, form_of
 from upfeat.portable.form import channel_mix
 from upfeat.portable.neighbourhood import cell_means, smallest_side
-from upfeat.portable.regression import Regression
+from upfeat.portable.regression import inverse_of
 from upfeat.portable.step import OUT_OF_REACH, Layout, unit
 from upfeat.upsamplers.head import Head
 
@@ -117,8 +117,7 @@ def test_unit_vectors_of_nothing_are_nothing():
 def test_newtons_iteration_inverts(penalty, scale):
     rows = scale * drawn(8, 20, dtype=torch.float32)
     gram = rows @ rows.T
-    module = Regression(penalty, 8)
-    found = module._inverse(gram)
+    found = inverse_of(gram, penalty)
     mean = float(gram.diagonal().mean())
     exact = torch.linalg.inv(gram.double() + (penalty * mean + 1e-6) * torch.eye(8))
     error = (found - exact).abs().max() / exact.abs().max()

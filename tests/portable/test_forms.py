@@ -28,6 +28,14 @@ def mixing_detail():
     return upsampler
 
 
+def mixing_early():
+    upsampler = upfeat.EarlyDetailUpsampler(6, hidden_dim=5, width=4, depth=1, **SMALL)
+    for layer in (upsampler.detail, upsampler.early_network[2].last):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    torch.nn.init.normal_(upsampler.detail.bias)
+    return upsampler
+
+
 MADE = {
     "nearest": upfeat.Nearest,
     "bilinear": upfeat.Bilinear,
@@ -37,6 +45,7 @@ MADE = {
     "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(back_projections=2, **SMALL),
     "detail": lambda: upfeat.DetailUpsampler(**SMALL),
     "detail of a backbone": mixing_detail,
+    "of early layers": mixing_early,
     "without regression": lambda: upfeat.DetailUpsampler(ridge=0, **SMALL),
 }
 SIZES = {
@@ -76,6 +85,22 @@ def test_equal(name, sizes):
     upsampler, (features, guidance) = made(name), inputs(*SIZES[sizes])
     with torch.no_grad():
         close(form_of(upsampler, Head())(features, guidance), upsampler(features, guidance))
+
+
+@pytest.mark.parametrize("layers", [(2, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", ["detail", "detail of a backbone", "of early layers"])
+def test_early_layers(name, sizes, layers):
+    """On the finer grid, on one finer still, and on one that is finer on one axis alone."""
+    upsampler, (grid, size) = made(name), SIZES[sizes]
+    features, guidance = inputs(grid, size)
+    finer = layers[0] * grid[0], layers[1] * grid[1]
+    hidden = torch.randn(2, 5, *finer, generator=torch.Generator().manual_seed(4))
+    head = Head(torch.randn(3, 6), torch.randn(3))
+    with torch.no_grad():
+        kernels = upsampler.prepare_with(guidance, grid, size, hidden=hidden)
+        expected = upsampler.render(kernels, upsampler.mix(features), head=head)
+        close(form_of(upsampler, head)(features, guidance, None, hidden), expected)
 
 
 @pytest.mark.parametrize("name", MADE)

@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,26 @@ def tiny(upsampler="detail"):
     return upfeat.load(layers, upsampler=upsampler)
 
 
+def staged(upsampler="detail"):
+    """A network with an early layer, on cells half as wide as the features'."""
+    torch.manual_seed(0)
+    stages = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 4, 4), torch.nn.GELU()),
+        torch.nn.Conv2d(4, 4, 3, padding=1),
+        torch.nn.Conv2d(4, 5, 3, stride=2, padding=1),
+    )
+    return upfeat.load(stages, upsampler=upsampler, early=True)
+
+
+def taught():
+    """An upsampler with a network of early layers whose weights are not 0."""
+    torch.manual_seed(0)
+    upsampler = upfeat.EarlyDetailUpsampler(5, hidden_dim=4, width=4, depth=2)
+    for layer in (upsampler.detail, upsampler.early_network[2].last):
+        torch.nn.init.normal_(layer.weight, std=0.3)
+    return upsampler.eval()
+
+
 def facts(model):
     return {"backbone": describe_backbone(model.backbone), "upsampler": model.upsampler.name}
 
@@ -100,9 +121,9 @@ def whole(path, model):
     return out[0, :, : scene.size[0], : scene.size[1]].numpy()
 
 
-@pytest.mark.parametrize("upsampler", ["bilinear", "detail"])
+@pytest.mark.parametrize("make", [partial(tiny, "bilinear"), tiny, staged])
 @pytest.mark.parametrize("windows", [False, True], ids=["exact", "blended"])
-def test_parts_in_files_give_the_tiles_of_one_process(tmp_path, upsampler, windows, monkeypatch):
+def test_parts_in_files_give_the_tiles_of_one_process(tmp_path, make, windows, monkeypatch):
     """What workers of Ray do, in this process."""
 
     @contextmanager
@@ -110,9 +131,9 @@ def test_parts_in_files_give_the_tiles_of_one_process(tmp_path, upsampler, windo
         workers = [make_worker(), make_worker()]
         yield lambda tasks: (workers[index % 2](task) for index, task in enumerate(tasks))
 
-    model = tiny(upsampler)
+    model = make()
     if windows:
-        monkeypatch.setattr("upfeat.raster.plan.receptive_halo", lambda backbone: None)
+        monkeypatch.setattr("upfeat.raster.plan.receptive_halo", lambda backbone, early: None)
     path = write(tmp_path / "scene.tif", picture(), nodata=20)
     calm = upsample(path, tmp_path / "calm.zarr", model)
     monkeypatch.setattr("upfeat.raster.workers.ray_pool", here)
@@ -157,6 +178,34 @@ def test_tiles_of_an_upsampler_with_a_network_equal_the_whole(tmp_path):
     np.testing.assert_allclose(out, whole(path, model), atol=5e-5)
 
 
+@pytest.mark.parametrize("upsampler", ["detail", taught])
+def test_tiles_of_early_layers_equal_the_whole(tmp_path, upsampler):
+    model = staged(upsampler if isinstance(upsampler, str) else upsampler())
+    path = write(tmp_path / "scene.tif", picture(150, 500))
+    out = values_of(upsample(path, tmp_path / "out.zarr", model, tile=128))
+    np.testing.assert_allclose(out, whole(path, model), atol=5e-5)
+    without = upfeat.load(model.backbone, upsampler="detail")
+    assert np.abs(out - whole(path, without)).mean() > 1e-3
+
+
+def test_tiles_with_another_networks_layers_equal_the_whole(tmp_path):
+    """The guide's coarsest cells are two of the backbone's: its parts begin at every second."""
+    torch.manual_seed(0)
+    model = upfeat.load(torch.nn.Conv2d(3, 5, 8, 8), early=True)
+    assert model.backbone.step == 2
+    path = write(tmp_path / "scene.tif", picture(150, 500))
+    out = values_of(upsample(path, tmp_path / "out.zarr", model, tile=128))
+    np.testing.assert_allclose(out, whole(path, model), atol=5e-5)
+
+
+def test_tiles_of_the_embedded_backbones_early_layers_equal_the_whole(tmp_path):
+    model = upfeat.load(early=True)
+    path = write(tmp_path / "scene.tif", picture(300, 600))
+    expected = whole(path, model)
+    out = values_of(upsample(path, tmp_path / "out.zarr", model, tile=256))
+    np.testing.assert_allclose(out, expected, atol=5e-5 * np.abs(expected).max())
+
+
 def test_a_head_is_applied_before_upsampling_and_georeferenced(tmp_path):
     model = tiny()
     path = write(tmp_path / "scene.tif", picture())
@@ -192,8 +241,9 @@ def test_a_ground_point_keeps_its_feature_through_a_reprojection(tmp_path):
     assert data.rio.crs.to_epsg() == 32633
 
 
-def test_masked_pixels_are_neither_used_nor_written(tmp_path):
-    model = tiny()
+@pytest.mark.parametrize("make", [tiny, staged])
+def test_masked_pixels_are_neither_used_nor_written(tmp_path, make):
+    model = make()
     values = picture().astype(np.float32)
     values[:, 40:90, 60:130] = -9999
     first = write(tmp_path / "a.tif", values, nodata=-9999)

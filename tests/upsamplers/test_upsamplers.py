@@ -9,6 +9,11 @@ import torch
 import upfeat
 from upfeat.upsamplers import create_upsampler
 
+DETAIL = {
+    "efficientnet_lite0": "detail_efficientnet_lite0",
+    "efficientnet_lite1": "detail_universal",
+}
+"""Default weights without early layers."""
 UNTRAINED = ["nearest", "bilinear", "bicubic", "joint_bilateral"]
 
 
@@ -121,11 +126,34 @@ class TestShippedWeights:
                 assert out.shape == (1, channels, 48, 64)
 
     def test_the_default_is_trained(self):
-        model = upfeat.load()
-        expected = create_upsampler("detail_efficientnet_lite0").state_dict()
-        found = model.upsampler.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        for backbone in ("efficientnet_lite0", "efficientnet_lite1"):
+            for options, name in (
+                ({}, f"early_detail_{backbone}"),
+                ({"upsampler": "detail"}, DETAIL[backbone]),
+                ({"early": False}, DETAIL[backbone]),
+            ):
+                model = upfeat.load(backbone, **options)
+                expected = create_upsampler(name).state_dict()
+                found = model.upsampler.state_dict()
+                assert found.keys() == expected.keys()
+                assert all(torch.equal(found[key], expected[key]) for key in expected)
+                assert model.early == (not options)
+                assert model.backbone.displacement == (0 if options else 2)
+                assert (model.embed_dim, model.backbone.stride) == (112, 16)
+
+    def test_what_only_bears_the_name_gets_no_network_of_early_layers(self):
+        other = upfeat.load_backbone(torch.nn.Conv2d(3, 112, 16, 16), name="efficientnet_lite0")
+        assert upfeat.load(other).upsampler.name == "detail"
+        assert not upfeat.load(other).early
+        level = upfeat.load("efficientnet_lite0.stride8")
+        assert (level.upsampler.name, level.early) == ("detail", False)
+
+    def test_no_early_layers_in_any_number_of_passes(self):
+        for passes, name in ((2, "detail"), (5, "neighbourhood")):
+            model = upfeat.load(passes=passes, early=False)
+            assert (model.upsampler.name, model.early) == (name, False)
+            assert model.backbone.displacement == 0
+        assert upfeat.load(passes=2).early
 
     def test_a_module_of_ones_own_gets_the_universal_default(self):
         module = torch.nn.Conv2d(3, 6, 16, 16)

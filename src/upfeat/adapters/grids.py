@@ -76,7 +76,8 @@ class DenseGrid:
         """Upsample the grid, made by any encoder, with its image as guidance.
 
         Args:
-            model: its upsampler is used, and its backbone's normalisation of images.
+            model: its upsampler is used, its backbone's normalisation of images, and, if the model
+                uses early layers, its backbone for these.
             image: the image that the grid was made from, of ``target_size`` pixels.
             output_size: (height, width) of the result, pixels; ``None`` for the image's size.
 
@@ -100,7 +101,9 @@ class DenseGrid:
         )
         with torch.inference_mode():
             features = self.features[None].to(x)
-            out = model.upsampler(features, model.guidance(x), (scaled[0], scaled[1]))
+            hidden = model.backbone.hidden(x) if model.early else None
+            given = features, model.guidance(x), (scaled[0], scaled[1])
+            out = model.upsampler(*given, hidden=hidden)
         return out[0, :, : wanted[0], : wanted[1]]
 
 

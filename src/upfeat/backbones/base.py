@@ -149,6 +149,15 @@ class Backbone(nn.Module, ABC):
         return self.extract(x), None
 
     @property
+    def step(self) -> int:
+        """Period in cells: parts of an image that begin and end at multiples of it are seen alike.
+
+        More than 1 for backbones with layers on a grid coarser than that of the features, whose
+        cells a part that begins elsewhere would place differently.
+        """
+        return 1
+
+    @property
     def origin(self) -> Backbone:
         """The backbone whose features these are, or estimate: this one, or the innermost one.
 

@@ -306,6 +306,11 @@ class EfficientNetLite(Backbone):
             self.load_state_dict(_pretrained_state(self, variant))
         self.eval()
 
+    @property
+    def step(self) -> int:
+        """See :attr:`Backbone.step`."""
+        return self.strides[-1] // self.strides[0]
+
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
         return _joined(self.levels(x))

@@ -43,6 +43,11 @@ class OuterBackbone(Backbone):
         return self.backbone.dtype
 
     @property
+    def step(self) -> int:
+        """See :attr:`Backbone.step`."""
+        return self.backbone.step * (self.backbone.stride // self.stride)
+
+    @property
     def origin(self) -> Backbone:
         """See :attr:`Backbone.origin`."""
         return self.backbone.origin

@@ -144,6 +144,11 @@ class WrappedBackbone(Backbone):
         """Only image size, (height, width) in pixels, that the model takes; ``None`` for any."""
         return self.answer.size if self.fit in ("tile", "resize") else None
 
+    @property
+    def step(self) -> int:
+        """See :attr:`Backbone.step`."""
+        return max(self.answer.multiple // self.stride, 1)
+
     def train(self, mode: bool = True) -> WrappedBackbone:
         """Set the mode of this wrapper; the wrapped module stays in eval mode."""
         super().train(mode)

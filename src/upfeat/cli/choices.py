@@ -44,7 +44,8 @@ BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "
 UPSAMPLER_HELP = (
     f"{', '.join(UPSAMPLERS)}, the full name of shipped weights (listed by upfeat info), a folder "
     "that save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) (default: "
-    f"{DEFAULT_UPSAMPLER})"
+    f"{DEFAULT_UPSAMPLER}; for efficientnet_lite0 and lite1 early_detail, trained on their early "
+    "layers)"
 )
 
 
@@ -69,9 +70,10 @@ def add_early(parser: argparse.ArgumentParser) -> None:
     """Declare ``--early``."""
     parser.add_argument(
         "--early",
-        action="store_true",
-        help="also use early layers, on a finer grid: the backbone's own, or, for transformers, "
-        "those of the embedded EfficientNet-Lite0",
+        action=argparse.BooleanOptionalAction,
+        help="whether to use early layers, on a finer grid: the backbone's own, or, for "
+        "transformers, those of the embedded EfficientNet-Lite0 (default: if the upsampler was "
+        "trained on them)",
     )
 
 

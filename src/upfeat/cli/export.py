@@ -9,6 +9,7 @@ from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
+    add_early,
     size_of,
     with_layers,
 )
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_backbone(parser)
     parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
+    add_early(parser)
     parser.add_argument("--head", metavar="FILE", help="linear head trained by upfeat probe")
     parser.add_argument(
         "--size",
@@ -65,7 +67,7 @@ def execute(options: argparse.Namespace) -> int:
     check_output(options.output, inputs, kind, overwrite=True)
     size = size_of(options.size)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    model = upfeat.load(backbone, upsampler=options.upsampler)
+    model = upfeat.load(backbone, upsampler=options.upsampler, early=options.early)
     facts = upfeat.export(
         model,
         options.output,

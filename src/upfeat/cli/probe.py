@@ -8,6 +8,7 @@ from pathlib import Path
 from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     add_backbone,
+    add_early,
     bands_of,
     with_layers,
 )
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
     )
+    add_early(parser)
     parser.add_argument(
         "--size",
         type=int,
@@ -107,7 +109,8 @@ def execute(options: argparse.Namespace) -> int:
     _check_source(options)
     max_memory = parse_memory(options.max_memory)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
+    chosen = {"upsampler": options.upsampler, "early": options.early}
+    model = upfeat.load(backbone, **chosen, device=options.device)
     shared = {"pixels": options.pixels, "folds": options.folds, "seed": options.seed}
     console = Console(stderr=True)
     with console.status("reading …") as status:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     add_backbone,
+    add_early,
     add_engine,
     bands_of,
     with_layers,
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
     )
+    add_early(parser)
     parser.add_argument(
         "--head",
         type=Path,
@@ -94,7 +96,8 @@ def execute(options: argparse.Namespace) -> int:
 
     budget = parse_memory(options.max_memory)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    model = upfeat.load(backbone, upsampler=options.upsampler, device=options.device)
+    chosen = {"upsampler": options.upsampler, "early": options.early}
+    model = upfeat.load(backbone, **chosen, device=options.device)
     what = _output(options, model)
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(elapsed_when_finished=True))
     with (
@@ -125,6 +128,8 @@ def _output(options: argparse.Namespace, model: FeatUp) -> Output:
     from upfeat.raster.outputs import Features, HeadOutput
 
     facts = {"backbone": describe_backbone(model.backbone), "upsampler": model.upsampler.name}
+    if model.early:
+        facts |= {"early": True, "displacement": model.backbone.displacement}
     if options.head is None:
         if options.write is not None:
             raise ValueError(f"--write {options.write} is about a head; give one by --head")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.model import DEFAULT_BACKBONE, FeatUp, load
+from upfeat.model import DEFAULT_BACKBONE, FeatUp, default_upsampler, load
 from upfeat.text import TextBackbone, load_text_backbone
 from upfeat.upsamplers import Upsampler, create_upsampler
 
@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     import torch
 
 BACKBONES = (DEFAULT_BACKBONE, "efficientnet_lite0.stride8", "efficientnet_lite0.stride32")
-UPSAMPLERS = ("detail", "neighbourhood", "jbu_stack", "joint_bilateral", "bicubic", "bilinear")
+BEST = "default"
+"""Name that the page gives to a backbone's default upsampler."""
+UPSAMPLERS = (
+    BEST,
+    "detail",
+    "neighbourhood",
+    "jbu_stack",
+    "joint_bilateral",
+    "bicubic",
+    "bilinear",
+)
 
 
 class Models:
@@ -74,7 +84,8 @@ class Models:
         network = self._network(backbone)
         key = backbone, upsampler
         if key not in self._upsamplers:
-            made = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
+            named = default_upsampler(network) if upsampler == BEST else upsampler
+            made = create_upsampler(named, network.embed_dim, backbone=network.name)
             self._upsamplers[key] = load(network, upsampler=made, device=self._device).upsampler
         return FeatUp(network, self._upsamplers[key])
 

@@ -147,6 +147,7 @@ class Visit:
         """Bytes kept between requests, without the upsampling weights."""
         tensors = [self.lazy.features, self.lazy.guidance, self.original, self.photo]
         tensors += [*self._colours, self._lengths]
+        tensors += [] if self.lazy.hidden is None else [self.lazy.hidden]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
     def cool(self) -> None:

@@ -17,6 +17,7 @@ from upfeat.evaluation.report.pictures import encode_photo
 from upfeat.evaluation.results import Results, RowStore
 from upfeat.evaluation.task import Task
 from upfeat.machine import find_device
+from upfeat.model import default_upsampler
 from upfeat.provenance import digest, identify_backbone, versions
 from upfeat.upsamplers import create_upsampler
 
@@ -55,7 +56,8 @@ def score(
         )
     out, cache = Path(out), Path(out) / "cache"
     if upsamplers is None:
-        best = create_upsampler(None, network.embed_dim, backbone=network.name).name
+        named = default_upsampler(network)
+        best = create_upsampler(named, network.embed_dim, backbone=network.name).name
         upsamplers = tuple(dict.fromkeys((*BASELINES, best)))
     methods = load_methods(upsamplers, network, cache)
     dataset = _read_dataset(task, Path(folder), layout, config)

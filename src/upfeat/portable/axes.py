@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Length = int
@@ -103,6 +104,24 @@ def resize(x: Tensor, size: tuple[Length, Length]) -> Tensor:
         bilinear(length, target, x.device) for length, target in zip(x.shape[2:], size, strict=True)
     )
     return resample(x, rows, columns)
+
+
+def on_grid(x: Tensor, size: tuple[Length, Length]) -> Tensor:
+    """Resample maps as :func:`upfeat.resampling.on_grid` does, (B, K, H, W) -> (B, K, *size).
+
+    A graph cannot branch on a size, so it computes both the means over cells and the interpolation,
+    and selects one.
+    """
+    rows, columns = (
+        pooled(length, cells, x.device) for length, cells in zip(x.shape[2:], size, strict=True)
+    )
+    means = resample(x, rows, columns)
+    between = F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    finer = [
+        torch.arange(length, length + 1, device=x.device) >= cells
+        for length, cells in zip(x.shape[2:], size, strict=True)
+    ]
+    return torch.where(finer[0] & finer[1], means, between)
 
 
 class Slots(NamedTuple):

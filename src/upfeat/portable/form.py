@@ -48,14 +48,37 @@ class Form(nn.Module):
             assert not isinstance(value, slice)
             self.register_buffer(name, None if value is None else value.detach().clone())
 
-    def forward(self, features: Tensor, guidance: Tensor, size: Size | None = None) -> Tensor:
-        """(B, C, h, w), (B, 3, H, W) -> (B, K, *size); by default the size of the guidance."""
-        out = self.kernels(apply_head(features, self.weight), guidance, size)
+    def forward(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Upsample features, (B, C, h, w) -> (B, K, *size).
+
+        Args:
+            features: (B, C, h, w).
+            guidance: (B, 3, H, W).
+            size: (height, width) of the result; ``None`` for the guidance's size.
+            hidden: (B, D', h', w'), features of early layers, for upsamplers with
+                :attr:`Upsampler.takes_hidden`; ``None`` for none.
+        """
+        out = self.kernels(apply_head(features, self.weight), guidance, size, hidden)
         return out if self.constant is None else out + self.constant[:, None, None]
 
     @abstractmethod
-    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
-        """Upsample the coarse features after the head, (B, K, h, w) -> (B, K, *size)."""
+    def kernels(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Upsample the coarse features after the head, (B, K, h, w) -> (B, K, *size).
+
+        Early layers, ``hidden``, are ignored by forms whose upsamplers do not take them.
+        """
 
 
 @torch.no_grad()
@@ -84,14 +107,26 @@ class FixedForm(Form):
         self.upsampler, self.head = copy.deepcopy(upsampler), head
         self.upsampler.set_backend("eager")
 
-    def forward(self, features: Tensor, guidance: Tensor, size: Size | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None = None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`Form.forward`."""
         size = (guidance.shape[2], guidance.shape[3]) if size is None else size
         grid = (features.shape[2], features.shape[3])
-        kernels = self.upsampler.prepare(guidance, grid, size, features)
+        kernels = self.upsampler.prepare_with(guidance, grid, size, features, hidden)
         return self.upsampler.render(kernels, self.upsampler.mix(features), head=self.head)
 
-    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+    def kernels(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """Unused: the upsampler applies the head itself."""
         raise NotImplementedError
 

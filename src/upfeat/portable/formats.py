@@ -169,7 +169,8 @@ def _write_onnx(
     optimizer.remove_unused_nodes(found.model)
     graph = found.model.graph
     for value in (*graph.inputs, *graph.outputs):
-        sides = ("batch", None, "height", "width") if value.name != "features" else ("batch", None)
+        free = value.name in ("features", "hidden")
+        sides = ("batch", None) if free else ("batch", None, "height", "width")
         for axis, side in enumerate(sides):
             if side is not None and not isinstance(value.shape[axis], int):  # type: ignore[index]
                 prefix = "output_" if value.name == "output" and axis and stride > 1 else ""

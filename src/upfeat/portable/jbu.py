@@ -31,7 +31,13 @@ class PortableJBU(Form):
             assert isinstance(stage, JBUStage)
             stage.backend = "eager"
 
-    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+    def kernels(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`Form.kernels`."""
         target = guidance.shape[2:] if size is None else size
         grid = features.shape[2:]
@@ -52,7 +58,13 @@ class PortableJBU(Form):
 class _Interpolation(Form):
     mode: str
 
-    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+    def kernels(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`Form.kernels`."""
         target = (guidance.shape[2], guidance.shape[3]) if size is None else size
         return InterpolationKernels(target, self.mode)(features)
@@ -67,7 +79,13 @@ class PortableNearest(Form):
 
     name = Nearest.name
 
-    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+    def kernels(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`Form.kernels`."""
         target = guidance.shape[2:] if size is None else size
         for axis, length in zip((2, 3), target, strict=True):

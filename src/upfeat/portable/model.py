@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upfeat.guided import Guided
 from upfeat.model import FeatUp
 from upfeat.portable import axes
 from upfeat.portable.form import form_of
 from upfeat.scales import guidance_for
 from upfeat.types import Size
+from upfeat.upsamplers.detail import FINER
 from upfeat.upsamplers.head import Head
 
 
@@ -28,7 +30,7 @@ class PortableModel(nn.Module):
             stride: image pixels per output pixel, on both axes.
         """
         super().__init__()
-        self.backbone = copy.deepcopy(model.backbone)
+        self.backbone, self.early = copy.deepcopy(model.backbone), model.early
         self.form = form_of(model.upsampler, head)
         self.bands, self.output_stride = model.bands, stride
         # The upsampler is read for its guidance only. A tuple keeps it from being registered as a
@@ -49,14 +51,41 @@ class PortableModel(nn.Module):
         # this changes nothing. Either both sides are symbols or neither is.
         if isinstance(size[0], torch.SymInt) or aligned != size:
             seen = axes.resize(image, aligned)
-        seen = self.backbone.place(seen.to(self.backbone.dtype))
-        features = self.backbone.extract(seen).to(image.dtype)
+        seen, hidden = seen.to(self.backbone.dtype), None
+        if not self.early:
+            features = self.backbone.extract(self.backbone.place(seen))
+        elif isinstance(self.backbone, Guided):
+            features, hidden = guided(self.backbone, seen)
+        else:
+            features, hidden = self.backbone.extract_with_hidden(self.backbone.place(seen))
+            assert hidden is not None
+        features = features.to(image.dtype)
+        hidden = None if hidden is None else hidden.to(image.dtype)
         guidance = guidance_for(self.source[0], image, self.backbone, self.bands)
-        return self.form(features, guidance, output_size(image, self.output_stride))
+        return self.form(features, guidance, output_size(image, self.output_stride), hidden)
+
+
+def guided(backbone: Guided, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute what :meth:`Guided.extract_with_hidden` returns, without a branch on a size.
+
+    Args:
+        backbone: the backbone and its guide.
+        image: (B, 3, H, W), normalised, of whole cells of the backbone.
+    """
+    inner, guide = backbone.backbone, backbone.guide
+    features = inner.extract(inner.place(image))
+    seen = backbone.converted(image)
+    cell = guide.step * guide.stride
+    cells = [known_alone(axes.rounded(side, cell)) for side in seen.shape[2:]]
+    seen = axes.resize(seen, (cells[0] * cell, cells[1] * cell))
+    layers, early = guide.extract_with_hidden(guide.place(seen))
+    finer = FINER * features.shape[2], FINER * features.shape[3]
+    maps = [layers] if early is None else [early, layers]
+    return features, torch.cat([axes.on_grid(one, finer) for one in maps], dim=1)
 
 
 class PortableUpsampler(nn.Module):
-    """Exportable module of an upsampler alone, from features and guidance."""
+    """Exportable module of an upsampler alone, from features, guidance and early layers."""
 
     def __init__(self, form: nn.Module, stride: int = 1) -> None:
         """Store the upsampler's form; ``stride`` is the guidance pixels per output pixel."""
@@ -64,9 +93,18 @@ class PortableUpsampler(nn.Module):
         self.form, self.output_stride = form, stride
         self.eval().requires_grad_(False)
 
-    def forward(self, features: Tensor, guidance: Tensor) -> Tensor:
-        """(B, C, h, w), (B, 3, H, W) -> (B, C or K, *output size); see :class:`PortableModel`."""
-        return self.form(features, guidance, output_size(guidance, self.output_stride))
+    def forward(self, features: Tensor, guidance: Tensor, hidden: Tensor | None = None) -> Tensor:
+        """Upsample features; see :class:`PortableModel`.
+
+        Args:
+            features: (B, C, h, w).
+            guidance: (B, 3, H, W).
+            hidden: (B, D, h', w'), for upsamplers that were trained on early layers.
+
+        Returns:
+            (B, C or K, *output size).
+        """
+        return self.form(features, guidance, output_size(guidance, self.output_stride), hidden)
 
 
 def output_size(image: Tensor, stride: int) -> Size | None:

@@ -1,4 +1,4 @@
-"""Forms of the neighbourhood, the detail and the joint bilateral upsampler."""
+"""Forms of the neighbourhood, the detail, the early detail and the joint bilateral upsampler."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from upfeat.portable import axes
 from upfeat.portable.form import PORTABLE, Form
 from upfeat.portable.regression import Regression
 from upfeat.portable.step import Layout, Step, encode, unit
 from upfeat.types import Size
-from upfeat.upsamplers import DetailUpsampler, JointBilateral, NeighbourhoodUpsampler
+from upfeat.upsamplers import (
+    DetailUpsampler,
+    EarlyDetailUpsampler,
+    JointBilateral,
+    NeighbourhoodUpsampler,
+)
 from upfeat.upsamplers.detail import FINER, DetailMaps
+from upfeat.upsamplers.detail_network import DetailNetwork
 from upfeat.upsamplers.head import Head
 
 
@@ -32,7 +38,13 @@ class PortableNeighbourhood(Form):
         self.step = step_of(upsampler)
         self.least_side = smallest_side(upsampler)
 
-    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+    def kernels(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`Form.kernels`."""
         queries = encode(self.encoder, guidance, size)
         keys = unit(cell_means(queries, features.shape[2:]))
@@ -53,9 +65,8 @@ class PortableDetail(Form):
         self.encoder = copy.deepcopy(steps.encoder)
         self.first, self.last = step_of(steps), step_of(steps, widening=upsampler.widening)
         self.regression = Regression(upsampler.ridge, steps.query_dim) if upsampler.ridge else None
-        self.network = None
-        if upsampler.network is not None:
-            self.network = copy.deepcopy(upsampler.network)
+        self.network = self._network_of(upsampler)
+        if self.network is not None:
             basis, constant = upsampler.detail.weight.detach(), upsampler.detail.bias
             assert constant is not None
             self.basis: Tensor
@@ -64,7 +75,13 @@ class PortableDetail(Form):
             self.register_buffer("level", head.on_channels(constant.detach()).clone())
         self.least_side = smallest_side(steps)
 
-    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+    def kernels(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`Form.kernels`."""
         queries = encode(self.encoder, guidance, size)
         height, width = features.shape[2:]
@@ -74,21 +91,49 @@ class PortableDetail(Form):
         layout = Layout(middle, keys, self.first.radius)
         weights = self.first.weights(layout, middle, keys)
         fine = self.first(layout, weights, features)
+        if hidden is not None:
+            hidden = axes.on_grid(hidden, (FINER * height, FINER * width))
+            finer_means = torch.cat([finer_means, hidden], dim=1)
+            means = F.avg_pool2d(finer_means, FINER)
         if self.regression is not None:
             lacking = finer_means - self.first(layout, weights, means)
             fine = fine + self.regression(features, means, lacking)
-        if self.network is not None:
-            fine = fine + self._detail(guidance, (FINER * height, FINER * width))
+        maps = self._maps(guidance, hidden, (FINER * height, FINER * width))
+        if maps is not None:
+            detail = (self.basis @ maps.flatten(2)).unflatten(2, maps.shape[2:])
+            fine = fine + detail + self.level[:, None, None]
         layout = Layout(queries, middle, self.last.radius)
         return self.last(layout, self.last.weights(layout, queries, middle), fine)
 
-    def _detail(self, guidance: Tensor, finer: Size) -> Tensor:
-        """Compute the network's detail after the head, (B, K, *finer)."""
-        assert self.network is not None
+    def _network_of(self, upsampler: DetailUpsampler) -> nn.Module | None:
+        """Copy the network of an upsampler; ``None`` if it has none."""
+        return copy.deepcopy(upsampler.network)
+
+    def _maps(self, guidance: Tensor, hidden: Tensor | None, finer: Size) -> Tensor | None:
+        """Compute the network's maps, (B, width, *finer); ``None`` without a network."""
+        del hidden
+        if not isinstance(self.network, DetailNetwork):
+            return None
         seen = DetailMaps(self.network, guidance, finer, whole=True).seen
-        maps = self.network(axes.resize(guidance, seen))  # (B, width, 2h, 2w)
-        out = (self.basis @ maps.flatten(2)).unflatten(2, finer)
-        return out + self.level[:, None, None]
+        return self.network(axes.resize(guidance, seen))
+
+
+@PORTABLE.register
+class PortableEarlyDetail(PortableDetail):
+    """Form of :class:`EarlyDetailUpsampler`."""
+
+    name = EarlyDetailUpsampler.name
+
+    def _network_of(self, upsampler: DetailUpsampler) -> nn.Module | None:
+        """See :class:`PortableDetail`."""
+        assert isinstance(upsampler, EarlyDetailUpsampler)
+        return copy.deepcopy(upsampler.early_network)
+
+    def _maps(self, guidance: Tensor, hidden: Tensor | None, finer: Size) -> Tensor | None:
+        """See :class:`PortableDetail`; computed from early layers on the finer grid."""
+        del guidance, finer
+        assert self.network is not None
+        return None if hidden is None else self.network(hidden)
 
 
 @PORTABLE.register
@@ -104,7 +149,13 @@ class PortableJointBilateral(Form):
         spatial = torch.tensor(upsampler.sigma_spatial)
         self.step = Step(torch.tensor(1.0), spatial, radius=upsampler.radius)
 
-    def kernels(self, features: Tensor, guidance: Tensor, size: Size | None) -> Tensor:
+    def kernels(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        size: Size | None,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         """See :meth:`Form.kernels`; queries and keys are those of :class:`JointBilateral`."""
         colours = (guidance if size is None else cell_means(guidance, size)) / self.sigma
         means = cell_means(colours, features.shape[2:])

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.portable import axes
+from upfeat.upsamplers.early import WEIGHT, penalty_factor
 from upfeat.upsamplers.regression import STEP
 
 PRECISION = 1e-9
@@ -28,25 +29,23 @@ class Regression(nn.Module):
     """
 
     def __init__(self, penalty: float, width: int) -> None:
-        """Choose the number of rounds.
+        """Keep the settings.
 
         Args:
             penalty: ridge penalty, in units of the queries' mean variance, > 0.
-            width: number of channels of the queries.
+            width: number of channels of the queries; channels after them are of early layers.
         """
         super().__init__()
-        self.penalty = penalty
-        condition = 1 + width / penalty
-        self.rounds = math.ceil(math.log2(max(-math.log(PRECISION) * (condition + 1) / 2, 2)))
+        self.penalty, self.width = penalty, width
 
     def forward(self, features: Tensor, means: Tensor, lacking: Tensor) -> Tensor:
         """Predict the detail of features on the finer grid.
 
         Args:
             features: (B, C, h, w).
-            means: (B, D, h, w), queries averaged over cells.
-            lacking: (B, D, 2h, 2w), queries averaged over finer cells less ``means`` upsampled by
-                the first step.
+            means: (B, D, h, w), queries averaged over cells, and early layers after them.
+            lacking: (B, D, 2h, 2w), the same averaged over finer cells, less ``means`` upsampled
+                by the first step.
 
         Returns:
             (B, C, 2h, 2w).
@@ -54,21 +53,38 @@ class Regression(nn.Module):
         inputs, targets = _blocks(_differences(means)), _blocks(_differences(features))
         gram = _windows(inputs @ inputs.mT)  # (B, n, m, D, D)
         moment = _windows(targets @ inputs.mT)  # (B, n, m, C, D)
-        matrix = moment @ self._inverse(gram)
+        penalty = self.penalty * penalty_factor(means.shape[1] - self.width)
+        if means.shape[1] > self.width:
+            factors = self._factors(gram)
+            inverse = inverse_of(factors.mT * gram * factors, penalty)
+            matrix = (moment * factors) @ inverse * factors
+        else:
+            matrix = moment @ inverse_of(gram, penalty)
         return _blend(matrix, lacking, (features.shape[2], features.shape[3]))
 
-    def _inverse(self, gram: Tensor) -> Tensor:
-        """Invert positive semidefinite matrices (…, D, D) with the penalty on their diagonal."""
-        mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-        # The constant keeps the matrix of an image without any colour or texture invertible.
-        least = self.penalty * mean + 1e-6
-        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        most = gram.shape[-1] * mean + least  # no eigenvalue is larger
-        matrix = gram + least * eye
-        inverse = 2 / (most + least) * eye
-        for _ in range(self.rounds):
-            inverse = inverse @ (2 * eye - matrix @ inverse)
-        return inverse
+    def _factors(self, gram: Tensor) -> Tensor:
+        """Factors of :func:`upfeat.upsamplers.early.scale_behind`, (…, D, D) -> (…, 1, D)."""
+        squares = gram.diagonal(dim1=-2, dim2=-1)
+        own, behind = squares[..., : self.width], squares[..., self.width :]
+        ratio = own.mean(-1, keepdim=True) / behind.mean(-1, keepdim=True).clamp(min=1e-20)
+        factors = [torch.ones_like(own), (WEIGHT * ratio.sqrt()).expand_as(behind)]
+        return torch.cat(factors, dim=-1)[..., None, :]
+
+
+def inverse_of(gram: Tensor, penalty: float) -> Tensor:
+    """Invert positive semidefinite matrices (…, D, D) with the penalty on their diagonal."""
+    mean = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    # The constant keeps the matrix of an image without any colour or texture invertible.
+    least = penalty * mean + 1e-6
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    most = gram.shape[-1] * mean + least  # no eigenvalue is larger
+    matrix = gram + least * eye
+    inverse = 2 / (most + least) * eye
+    condition = 1 + gram.shape[-1] / penalty
+    rounds = math.ceil(math.log2(max(-math.log(PRECISION) * (condition + 1) / 2, 2)))
+    for _ in range(rounds):
+        inverse = inverse @ (2 * eye - matrix @ inverse)
+    return inverse
 
 
 def _differences(x: Tensor) -> Tensor:

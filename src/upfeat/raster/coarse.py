@@ -28,7 +28,8 @@ class Source(NamedTuple):
     """Functions that return the coarse features and the cell means of a window of cells."""
 
     features: Callable[[Window], Tensor]
-    """From a window to (1, C, window.height, window.width)."""
+    """From a window to (1, C, window.height, window.width); for a model that uses early layers,
+    stacked on them as by :func:`upfeat.mosaic.see`."""
     means: Callable[[Window], Tensor] | None
     """From a window to its :meth:`Upsampler.cell_means`; ``None`` if the upsampler has no means."""
 
@@ -71,11 +72,12 @@ def streamed(scene: Scene, model: FeatUp, plan: Plan, first_row: int) -> Source:
             tile=plan.backbone_tile,
             halo=plan.backbone_halo,
             first_row=first_row,
+            early=model.early,
         )
     )
 
     def features(cells: Window) -> Tensor:
-        return rows(cells.top, cells.bottom)[:, :, :, cells.left : cells.right]
+        return rows(cells.top, cells.bottom, cells.left, cells.right)
 
     return Source(features, _streamed_means(scene, model, plan, first_row))
 
@@ -115,8 +117,8 @@ def _streamed_means(
     del first
 
     def read(cells: Window) -> Tensor:
-        kept = rows(factor * cells.top, factor * cells.bottom)
-        return kept[:, :, :, factor * cells.left : factor * cells.right].contiguous()
+        finer = scaled(cells, factor)
+        return rows(finer.top, finer.bottom, finer.left, finer.right).contiguous()
 
     return read
 
@@ -124,7 +126,8 @@ def _streamed_means(
 def list_parts(model: FeatUp, plan: Plan, kind: str) -> list[Part]:
     """List all parts of a raster of one kind, "features" or "means", row by row."""
     if kind == "features":
-        tiles = backbone_tiles(plan.grid, plan.backbone_tile, plan.backbone_halo)
+        backbone_step = model.backbone.step
+        tiles = backbone_tiles(plan.grid, plan.backbone_tile, plan.backbone_halo, backbone_step)
     elif model.upsampler.means_halo is None:
         return []
     else:
@@ -141,6 +144,7 @@ def make_part(scene: Scene, model: FeatUp, part: Part) -> Tensor:
             model.backbone,
             lambda window: read_image(scene, model, scaled(window, 1, stride)),
             tile,
+            early=model.early,
         )
     guidance = model.guidance(read_image(scene, model, tile.outer))
     grid = (tile.outer.height, tile.outer.width)

@@ -29,6 +29,8 @@ class RasterTile(NamedTuple):
 
     coarse: Tensor
     """(1, C, h, w) features of the tile and its halo."""
+    hidden: Tensor | None
+    """(1, D, 2h, 2w), early layers of the tile and its halo; ``None`` without early layers."""
     guidance: Tensor
     """(1, 3, H, W) guidance of the tile and its halo."""
     means: Tensor | None
@@ -72,6 +74,7 @@ class Output(ABC):
             (tile.coarse.shape[2], tile.coarse.shape[3]),
             tile.coarse,
             tile.means,
+            tile.hidden,
         )
         mixed = model.upsampler.mix(tile.coarse)
         inner = tile.inner

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.model import FeatUp
+from upfeat.mosaic import unstacked
 from upfeat.raster.coarse import Source, read_image, streamed
 from upfeat.raster.outputs import Output, RasterTile
 from upfeat.raster.plan import MASK_HALO, Plan
@@ -27,6 +28,8 @@ class Piece(NamedTuple):
         number: index of the tile.
         pixels: window of the raster that the tile writes.
         coarse: (1, C, h, w) features of the tile and its halo; ``None`` if no pixel is valid.
+        hidden: (1, D, 2h, 2w), early layers of the same cells; ``None`` without early layers, or
+            if no pixel is valid.
         guidance: (1, 3, H, W) guidance of the tile and its halo.
         means: :meth:`Upsampler.cell_means` of the tile and its halo; ``None`` if the upsampler has
             no means or no pixel is valid.
@@ -37,6 +40,7 @@ class Piece(NamedTuple):
     number: int
     pixels: Window
     coarse: Tensor | None
+    hidden: Tensor | None
     guidance: Tensor
     means: Tensor | None
     inner: Window
@@ -87,15 +91,17 @@ def make_piece(scene: Scene, model: FeatUp, source: Source, index: int, tile: Ti
     valid = scene.read_valid(seen)
     inner = inside(pixels, seen)
     usable = cut(valid[None, None], inner)[0, 0].numpy()
-    coarse = means = None
+    coarse = hidden = means = None
     if usable.any():
-        coarse = _fill_cells(source.features(outer), valid, stride)
+        coarse, hidden = unstacked(source.features(outer), model.embed_dim)
+        coarse = _fill_cells(coarse.contiguous(), valid)  # a view would keep the early layers
+        hidden = None if hidden is None else _fill_cells(hidden, valid)
         means = None if source.means is None else source.means(outer)
     shown = outer
     if source.means is not None:
         shown = _around(tile.core, model.upsampler.means_halo, outer)
     guidance = _guidance(scene, model, shown, outer)
-    return Piece(index, pixels, coarse, guidance, means, inner, usable)
+    return Piece(index, pixels, coarse, hidden, guidance, means, inner, usable)
 
 
 @torch.inference_mode()
@@ -103,7 +109,7 @@ def render(piece: Piece, model: FeatUp, what: Output) -> Any:
     """Upsample a tile and return its values, (K, height, width); masked pixels are no-data."""
     if piece.coarse is None:
         return what.empty(piece.pixels)
-    tile = RasterTile(piece.coarse, piece.guidance, piece.means, piece.inner)
+    tile = RasterTile(piece.coarse, piece.hidden, piece.guidance, piece.means, piece.inner)
     values = what.render(model, tile)
     values[:, ~piece.valid] = what.nodata
     return values
@@ -140,14 +146,15 @@ def _guidance(scene: Scene, model: FeatUp, shown: Window, outer: Window) -> Tens
     return out
 
 
-def _fill_cells(coarse: Tensor, valid: Tensor, stride: int) -> Tensor:
-    """Replace features of mostly masked cells by the mean of their valid neighbours.
+def _fill_cells(coarse: Tensor, valid: Tensor) -> Tensor:
+    """Replace values of mostly masked cells, (1, C, h, w), by the mean of their valid neighbours.
 
     Each of :data:`MASK_HALO` rounds reaches one cell farther; cells beyond them become 0.
     """
     if bool(valid.all()):
         return coarse
-    share = F.avg_pool2d(valid[None, None].to(coarse.dtype), stride)
+    grid = coarse.shape[2], coarse.shape[3]
+    share = F.adaptive_avg_pool2d(valid[None, None].to(coarse.dtype), grid)
     known = (share >= 0.5).to(coarse.device, coarse.dtype)
     filled = coarse * known
     for _ in range(MASK_HALO):

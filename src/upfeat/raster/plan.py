@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
 from upfeat import machine
 from upfeat.activations import activation_bytes
 from upfeat.machine import readable
 from upfeat.model import FeatUp
-from upfeat.mosaic import receptive_halo
+from upfeat.mosaic import receptive_halo, see
 from upfeat.raster.outputs import Output
 from upfeat.raster.scene import CACHE_BYTES
 from upfeat.tiling import Size
@@ -38,6 +40,9 @@ _TILE_BYTES = 80
 _WINDOW_BYTES = 300 * 10**6
 # Bytes that the allocator takes for each requested byte, measured over 400 megapixels.
 _ALLOCATED = 1.15
+# Number of maps of the size of the early layers that an upsampler keeps of a tile and its halo: the
+# layers, their copy beside the queries, what the first step lacks of it, and maps of a network.
+_EARLY_COPIES = 5
 # Bytes of cell means for each cell: 4 finer cells of 32 channels in float32.
 _MEANS_BYTES = 4 * 32 * 4
 
@@ -85,8 +90,8 @@ def make_plan(
             budget allows.
 
     Raises:
-        ValueError: the upsampler's reach is the whole image, the model uses early layers, or no
-            tile fits the budget; the message then names the smallest budget that can work.
+        ValueError: the upsampler's reach is the whole image, or no tile fits the budget; the
+            message then names the smallest budget that can work.
     """
     stride, reach = model.backbone.stride, model.upsampler.reach
     if reach is None:
@@ -94,18 +99,15 @@ def make_plan(
             f"{model.upsampler.name} looks at the whole image and cannot work in tiles; choose an "
             "upsampler that does not, such as detail"
         )
-    if model.early:
-        raise ValueError(
-            "early=True: rasters are made without early layers; load with early=False, and another "
-            "upsampler than early_detail"
-        )
-    step = model.upsampler.step
-    height, width = (step * -(-side // (stride * step)) for side in size)
-    halo = receptive_halo(model.backbone)
+    step, own_step = model.upsampler.step, model.backbone.step
+    unit = math.lcm(step, own_step)
+    height, width = (unit * -(-side // (stride * unit)) for side in size)
+    halo = receptive_halo(model.backbone, early=model.early)
+    halo = None if halo is None else own_step * -(-halo // own_step)
     resident = machine.resident_memory() or 0
-    activations = activation_bytes(model.backbone)
+    activations = activation_bytes(model.backbone, early=model.early)
     needed, plan = math.inf, None
-    for side, through in _candidates(stride, halo, tile, backbone_tile):
+    for side, through in _candidates(stride, halo, tile, backbone_tile, own_step):
         cells = _tile_cells(side, stride, step)
         plan = Plan((height, width), cells, reach + MASK_HALO, step, through, halo)
         needed = resident + _needed(plan, model, what, activations)
@@ -121,7 +123,7 @@ def make_plan(
 
 
 def _candidates(
-    stride: int, halo: int | None, tile: int | None, backbone_tile: int | None
+    stride: int, halo: int | None, tile: int | None, backbone_tile: int | None, step: int
 ) -> Iterator[tuple[int, int]]:
     """Yield sides of a tile, pixels, and of the backbone's tiles, cells, in order of preference."""
     for side in _TILES if tile is None else (tile,):
@@ -130,7 +132,7 @@ def _candidates(
         elif halo is None:
             yield side, max(_WINDOW // stride, 1)
         else:
-            sides = [max(own // stride, 1) for own in _BACKBONE_TILES]
+            sides = [step * max(own // (stride * step), 1) for own in _BACKBONE_TILES]
             wide = [own for own in sides if own >= _LEAST_SHARE * halo]
             yield from ((side, own) for own in (sides if side == _TILES[-1] else wide))
 
@@ -142,18 +144,33 @@ def _tile_cells(side: int, stride: int, step: int) -> int:
     return unit * max(1, side // (unit * stride))
 
 
+def stacked_channels(model: FeatUp) -> int:
+    """Number of channels of a cell and its early layers; see :func:`upfeat.mosaic.see`."""
+    if not model.early:
+        return model.embed_dim
+    backbone = model.backbone
+    side = 4 * backbone.step * backbone.stride
+    blank = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
+    with torch.no_grad():
+        return see(backbone, blank, early=True).shape[1]
+
+
 def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> float:
     """Estimate the bytes that a plan needs beyond those the process uses already."""
-    stride, channels = model.backbone.stride, model.embed_dim
+    stride, channels = model.backbone.stride, stacked_channels(model)
     outer = min(plan.tile + 2 * (plan.halo + plan.step), max(plan.grid))
     seen = min(plan.backbone_tile + 2 * (plan.backbone_halo or 0), max(plan.grid))
-    # Twice: the rows that are kept are copied when new rows are appended.
-    rows = 2 * (outer + plan.backbone_tile) * plan.grid[1] * channels * 4
+    # The rows of a tile and its halo, and the rest of the last strip of them.
+    strip = plan.backbone_tile * plan.grid[1] * channels * 4
+    rows = outer * plan.grid[1] * channels * 4 + strip
+    if plan.backbone_halo is None:  # sums of windows that are not complete, and their copies
+        rows, strip = rows + strip, 3 * strip
     if model.upsampler.means_halo is not None:
-        rows += 2 * (outer + plan.tile) * plan.grid[1] * _MEANS_BYTES
+        rows += (outer + 2 * plan.tile) * plan.grid[1] * _MEANS_BYTES
     # 30 bytes a pixel for the image, as read and as normalised.
-    backbone = (seen * stride) ** 2 * (activations + 30)
+    backbone = (seen * stride) ** 2 * (activations + 30) + strip
     upsampler = (outer * stride) ** 2 * _TILE_BYTES + _WINDOW_BYTES
+    upsampler += outer**2 * _EARLY_COPIES * (channels - model.embed_dim) * 4
     # Up to four copies: one tile is written while the next is computed, and the store assembles a
     # shard from its chunks.
     written = (plan.tile * stride) ** 2 * what.count * 4 * what.dtype.itemsize

@@ -222,9 +222,14 @@ class Upsampler(nn.Module, ABC):
         raise NotImplementedError(f"{type(self).__name__} has no means; see means_halo")
 
     def prepare_tile(
-        self, guidance: Tensor, grid_size: Size, features: Tensor, means: Tensor | None
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        features: Tensor,
+        means: Tensor | None,
+        hidden: Tensor | None = None,
     ) -> Kernels:
-        """Make the weights of a tile, as :meth:`prepare` does, with the guidance's output size.
+        """Make the weights of a tile, as :meth:`prepare_with` does, of the guidance's size.
 
         Args:
             guidance: (B, 3, H, W), the image of the tile; with ``means``, it has no effect on
@@ -233,10 +238,14 @@ class Upsampler(nn.Module, ABC):
             features: (B, C, h, w) of the tile.
             means: means over all cells of the tile, as :meth:`cell_means` returns them; ``None`` if
                 :attr:`means_halo` is ``None``.
+            hidden: (B, D, h', w'), features of early layers of the tile; ``None`` for none.
+
+        Raises:
+            ValueError: ``hidden`` is given, and the upsampler makes no use of it.
         """
         del means
         size = (guidance.shape[2], guidance.shape[3])
-        return self.prepare(guidance, grid_size, size, features)
+        return self.prepare_with(guidance, grid_size, size, features, hidden)
 
     def mix(self, features: Tensor) -> Tensor:
         """Map the channels of each cell, (B, C, h, w) -> (B, C, h, w); the identity by default."""

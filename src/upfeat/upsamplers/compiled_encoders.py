@@ -139,7 +139,7 @@ def image_queries(
     output_size: Size,
     *,
     groups: int = 0,
-) -> tuple[Tensor, Sums | None, Tensor]:
+) -> tuple[Tensor, Sums | None, Tensor, Tensor | None]:
     """Compute the queries and image keys of AnyUp and JAFAR.
 
     Args:
@@ -153,7 +153,8 @@ def image_queries(
         groups: number of groups of the queries' sums; 0 for no sums.
 
     Returns:
-        Queries (B, width, *output_size), their sums, and keys (B, width, *grid_size).
+        Queries (B, width, *output_size), their sums, keys (B, width, *grid_size), and a tensor of
+        the queries' shape that may be overwritten, or ``None`` if there is none.
     """
     entries = [each.entry for each in (encoder, query_encoder, key_encoder)]
     assert all(isinstance(each, nn.Conv2d) for each in entries)
@@ -171,11 +172,17 @@ def image_queries(
     assert key_sums is not None
     keys, _ = finish(key_encoder, keys, key_sums, grid_size, spare=encoded)
     queries, after = finish(query_encoder, queries, sums, output_size, spare=encoded, groups=groups)
-    return queries, after, keys
+    return queries, after, keys, encoded if encoded.shape == queries.shape else None
 
 
 def project_queries(
-    queries: Tensor, sums: Sums | None, blend: nn.Conv2d, norm: nn.RMSNorm, linear: nn.Linear
+    queries: Tensor,
+    sums: Sums | None,
+    blend: nn.Conv2d,
+    norm: nn.RMSNorm,
+    linear: nn.Linear,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Apply the 3×3 convolution, the RMS norm and the linear map to queries.
 
@@ -185,9 +192,10 @@ def project_queries(
         blend: the 3×3 convolution, zero-padded.
         norm: the RMS norm over the channels of each pixel.
         linear: the linear map to the vectors that attention heads compare.
+        out: (B, width, H, W) to write to; ``None`` for a new tensor.
     """
     before = None if sums is None else sums.norm(None, None, 1e-5)
-    blended, _ = layer(queries, blend.weight, before=before or Before(), reflect=False)
+    blended, _ = layer(queries, blend.weight, before=before or Before(), reflect=False, out=out)
     return _project(blended, norm, linear)
 
 

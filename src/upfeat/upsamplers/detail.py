@@ -263,12 +263,17 @@ class DetailUpsampler(Upsampler):
         return CellMeans(queries, finer).at(Window(*(FINER * side for side in cells)))
 
     def prepare_tile(
-        self, guidance: Tensor, grid_size: Size, features: Tensor, means: Tensor | None
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        features: Tensor,
+        means: Tensor | None,
+        hidden: Tensor | None = None,
     ) -> DetailKernels:
         """See :meth:`Upsampler.prepare_tile`."""
         del features
         size = (guidance.shape[2], guidance.shape[3])
-        return self._prepare(guidance, grid_size, size, means=means)
+        return self._prepare(guidance, grid_size, size, hidden=hidden, means=means)
 
     def _prepare(
         self,

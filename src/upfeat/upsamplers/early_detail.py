@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.upsamplers.base import UPSAMPLERS, Size
-from upfeat.upsamplers.detail import DetailUpsampler
+from upfeat.upsamplers.detail import FINER, DetailUpsampler
 from upfeat.upsamplers.early_network import EarlyMaps, EarlyNetwork
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.neighbourhood import MOST_WIDTH
+
+logger = logging.getLogger(__name__)
 
 MOST_DISPLACEMENT = 64
 """Largest displacement, pixels: less than half of the largest strides."""
@@ -29,7 +33,8 @@ class EarlyDetailUpsampler(DetailUpsampler):
     e are the features of early layers, z(e) ``width`` maps of them; :class:`DetailUpsampler`
     defines the other symbols. The network learns, from photographs alone, what features of the
     image at twice its size add (``benchmarks/learn_early.py``): much of the gain of five passes can
-    be predicted from one. Without early layers this is the detail upsampler without a network.
+    be predicted from one. Without early layers this is the detail upsampler without a network, and
+    a warning is logged.
 
     Source: ours.
     """
@@ -92,6 +97,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
         self.detail = nn.Conv2d(self.width, self.embed_dim, 1)
         nn.init.zeros_(self.detail.weight)
         nn.init.zeros_(self.detail.bias)  # pyright: ignore[reportArgumentType]
+        self._warned = False
         self.set_backend(backend)
 
     def config(self) -> dict[str, Any]:
@@ -100,12 +106,30 @@ class EarlyDetailUpsampler(DetailUpsampler):
         network["displacement"] = self.displacement
         return super().config() | network
 
+    @property
+    def reach(self) -> int:
+        """See :attr:`Upsampler.reach`; counts early layers that are given too."""
+        # Beyond the cells of the finer grid that the last step reads, as in the base class.
+        radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
+        finer = -(-radius * rounds // FINER) + 1
+        return max(super().reach, finer + self.early_network.reach // FINER + 2)
+
+    def _warn(self) -> None:
+        """Log, once, that the network is not used."""
+        if not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            logger.warning(
+                "early_detail is used without early layers, so without its network: give "
+                "hidden=backbone.with_hidden(x)[1], as upfeat.FeatUp does by itself"
+            )
+
     def _maps(
         self, guidance: Tensor, hidden: Tensor | None, finer: Size, *, whole: bool
     ) -> Map | None:
         """See :meth:`DetailUpsampler._maps`; computed from ``hidden``, ``None`` without it."""
         del guidance
         if hidden is None:
+            self._warn()
             return None
         if hidden.shape[1] != self.hidden_dim:
             raise ValueError(

@@ -86,7 +86,7 @@ class ImageQueries(nn.Module):
         projection: Projection,
         normed: bool,
     ) -> tuple[Tensor, Tensor]:
-        queries, sums, keys = compiled_encoders.image_queries(
+        queries, sums, keys, spare = compiled_encoders.image_queries(
             self.image_encoder,
             self.query_encoder,
             self.key_encoder,
@@ -97,7 +97,7 @@ class ImageQueries(nn.Module):
             groups=GROUPS if normed else 0,
         )
         queries = compiled_encoders.project_queries(
-            queries, sums, projection.blend, projection.norm_query, projection.query
+            queries, sums, projection.blend, projection.norm_query, projection.query, out=spare
         )
         return queries, keys
 

@@ -2,8 +2,8 @@
 
 A layer reads and writes each pixel once: the norm and activation before a convolution are applied
 when pixels are read, and bias, residual and the sums for the next norm when they are written. 3×3
-kernels with many channels use Winograd's minimal filtering, with 16 multiplications in place of 36
-for four outputs.
+kernels with many channels use Winograd's minimal filtering, with 36 multiplications in place of 144
+for 4×4 outputs, or 16 in place of 36 for 2×2 outputs with AMX.
 """
 
 from __future__ import annotations

@@ -236,7 +236,7 @@ class _Reader:
         side = float(max(sizes[1])) if box is None else _longer_side(box)
         for name, path, size in zip(names, paths, sizes, strict=True):
             self.images[name], self.sizes[name] = path, size
-        return Pair(label, *names, *points, side, category)
+        return Pair(label, names[0], names[1], points[0], points[1], side, category)
 
     def _size(self, name: str, path: Path) -> Size:
         if name in self.sizes:
