@@ -125,10 +125,10 @@ def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.0f} MiB"
 
 
-def rivals() -> str:
-    """Published upsamplers beside the plain form of their mathematics."""
+def rivals(machine: str = "") -> str:
+    """Published upsamplers beside the plain form of their mathematics, on one machine."""
     rows, base = [], 0.0
-    for row in _read("rivals")["rows"]:
+    for row in _read(f"rivals-{machine}" if machine else "rivals")["rows"]:
         if row["name"] in ("anyup", "jafar", "naf") and row["way"] == "ours":
             base = row["processor_seconds"]
         size = f"{row['grid']}→{row['size']}"
