@@ -194,6 +194,20 @@ def training_step() -> str:
     return _rows(["", "seconds", "ratio"], shown)
 
 
+def consistency() -> str:
+    """Errors of unseen views, with an attention downsampler fitted to each upsampler."""
+    sets = _read("consistency")["sets"]
+    rows = []
+    for name in sets[0]["rows"]:
+        cells = []
+        for group in sets:
+            found = [group["rows"][name][score] for score in ("error", "cosine")]
+            cells.append(" / ".join(f"{one['mean']:.3f} ± {one['spread']:.3f}" for one in found))
+        rows.append([name, *cells])
+    head = ["", *(f"{group['data']}: view error / view cosine" for group in sets)]
+    return _rows(head, rows)
+
+
 def implicit_consistency() -> str:
     """Held-out loss of a fit beside upsamplers of one pass."""
     means = sorted(_read("implicit_consistency")["mean"].items(), key=lambda item: item[1])
