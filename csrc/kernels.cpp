@@ -16,6 +16,7 @@
 namespace upfeat {
 namespace {
 
+#include "emulated_tiles.inl"
 #include "simd.inl"
 // The order matters: each file uses the files before it.
 #include "convert.inl"

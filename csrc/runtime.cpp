@@ -26,12 +26,16 @@ bool has_f16c() {
 #if defined(UPFEAT_AMX)
 // True if the machine has matrix tiles and the system permits this process to use them.
 bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // avx512bf16
+#if defined(UPFEAT_EMULATE_TILES)
+  return true;
+#else
   constexpr int kAskForState = 0x1023, kTileData = 18;
   constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // products of bfloat16; tiles; bytes
-  unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return false;  // avx512bf16
   return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#endif
 }
 #endif
 
