@@ -8,7 +8,6 @@ import torch
 from upfeat.evaluation import metrics
 from upfeat.evaluation.differences import find_differences, pack_sums, unpack_sums
 from upfeat.evaluation.results import Row
-from upfeat.evaluation.tasks.depth import Depth
 from upfeat.evaluation.tasks.seg import Segmentation
 
 
@@ -81,7 +80,7 @@ def test_others_are_bilinear_and_the_best():
 
 
 def test_scores_of_sums_are_the_scores():
-    """Segmentation and depth: what the bootstrap computes is what the table shows."""
+    """What the bootstrap computes is what the table shows."""
     generator = torch.Generator().manual_seed(3)
     label = torch.randint(0, 3, (24, 20), generator=generator)
     label[:3] = 255
@@ -93,8 +92,3 @@ def test_scores_of_sums_are_the_scores():
     found = Segmentation.scores_of(torch.cat([*classes, boundary], dim=1).double())
     assert found["miou"].tolist() == pytest.approx([metrics.mean_iou(one) for one in matrix])
     assert found["boundary_f"].tolist() == pytest.approx([metrics.boundary_f(o) for o in boundary])
-    sums = 1 + torch.rand(2, 4, dtype=torch.float64, generator=generator)
-    depth = Depth.scores_of(sums)
-    for index, one in enumerate(sums):
-        for name, value in metrics.depth_scores(one).items():
-            assert float(depth[name][index]) == pytest.approx(value)

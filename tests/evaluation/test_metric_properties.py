@@ -182,10 +182,10 @@ def test_depth_errors_are_sums_over_known_pixels(seed, size):
     close = sum(guess > 0 and max(guess / true, true / guess) < 1.25 for guess, true in pairs)
     scores = metrics.depth_scores(metrics.depth_errors(predicted, depth))
     squares = [(guess - true) ** 2 for guess, true in pairs]
-    assert scores["rmse"] == pytest.approx(math.sqrt(sum(squares) / len(pairs)))
+    assert float(scores["rmse"]) == pytest.approx(math.sqrt(sum(squares) / len(pairs)))
     relative = [abs(guess - true) / true for guess, true in pairs]
-    assert scores["abs_rel"] == pytest.approx(sum(relative) / len(pairs))
-    assert scores["delta_1.25"] == pytest.approx(close / len(pairs))
+    assert float(scores["abs_rel"]) == pytest.approx(sum(relative) / len(pairs))
+    assert float(scores["delta_1.25"]) == pytest.approx(close / len(pairs))
     halves = [
         metrics.depth_errors(predicted[rows], depth[rows]) for rows in (slice(1), slice(1, None))
     ]

@@ -152,6 +152,19 @@ def test_images_without_normals_are_left_out(rooms, colour_backbone, tmp_path):
         evaluate("normals", rooms, tmp_path / "out2", **run)
 
 
+def test_rows_of_another_field_of_view_are_not_reused(rooms, colour_backbone, tmp_path):
+    def run():
+        return evaluate(
+            "normals", rooms, tmp_path / "out", upsamplers=["nearest"], backbone=colour_backbone,
+            config=FAST,
+        ).rows[0].scores["mean_angle"]  # fmt: skip
+
+    first = run()
+    assert run() == first
+    (rooms / "depth.json").write_text(json.dumps({"scale": 1, "field_of_view": 120}))
+    assert run() != first
+
+
 @pytest.mark.parametrize("angle", [0, 180, "wide", None, True])
 def test_bad_field_of_view(rooms, angle):
     (rooms / "depth.json").write_text(json.dumps({"scale": 1, "field_of_view": angle}))

@@ -203,13 +203,14 @@ def depth_errors(predicted: Tensor, depth: Tensor) -> Tensor:
     return torch.stack([value.sum() for value in sums])
 
 
-def depth_scores(sums: Tensor) -> dict[str, float]:
-    """Compute RMSE, mean relative error and δ<1.25 from the sums of :func:`depth_errors`."""
-    squared, relative, close, count = (float(value) for value in sums)
-    if not count:
-        return {"rmse": math.nan, "abs_rel": math.nan, "delta_1.25": math.nan}
+def depth_scores(sums: Tensor) -> dict[str, Tensor]:
+    """Compute RMSE, mean relative error and δ<1.25, (…), from sums of :func:`depth_errors`, (…, 4).
+
+    NaN where no pixel is known.
+    """
+    squared, relative, close, count = sums.unbind(-1)
     return {
-        "rmse": math.sqrt(squared / count),
+        "rmse": (squared / count).sqrt(),
         "abs_rel": relative / count,
         "delta_1.25": close / count,
     }

@@ -130,7 +130,6 @@ class Probing(Task):
             read: function that returns the features of an image.
             generator: source of the initial weights and of the order of the images.
             on_epoch: called with the number of finished epochs.
-
         """
         raise NotImplementedError(f"{self.name()} has no probe of this kind")
 
@@ -186,15 +185,3 @@ class Probing(Task):
     def _places(self, sample: Prepared, target: Tensor, seed: int) -> Tensor:
         generator = named_generator(seed, sample.name)
         return draw_pixels(self.usable(target), self.config.pixels, generator)
-
-
-def needs_regression(task: str, config: EvalConfig) -> None:
-    """Refuse other probes, for tasks that have none.
-
-    Raises:
-        ValueError: the configuration asks for another probe.
-    """
-    if config.probe != "regression":
-        raise ValueError(
-            f"probe={config.probe} is for seg; probes of {task} are regressions: leave it out"
-        )

@@ -247,8 +247,7 @@ class DetailUpsampler(Upsampler):
         """See :attr:`Upsampler.means_halo`; the means are those that the regression reads."""
         if not self.ridge:
             return None
-        radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
-        finer = -(-radius * rounds // FINER) + 1
+        finer = self._last_reach
         halos = [finer + cells_of_pixels(self.neighbourhood.encoder.halo)]
         if self.network is not None:
             halos.append(finer + self.network.reach // FINER + 2)
@@ -323,13 +322,16 @@ class DetailUpsampler(Upsampler):
         return step.to(self.neighbourhood.log_sigma).eval()
 
     @property
+    def _last_reach(self) -> int:
+        """Cells that the last step reads: as many as the first, but of the finer grid."""
+        return -(-self.neighbourhood.radius * (1 + self.back_projections) // FINER) + 1
+
+    @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`."""
-        # The last step reads as many cells as the first, but of the finer grid: half as far.
-        radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
-        finer = -(-radius * rounds // FINER) + 1
+        finer, first = self._last_reach, self.neighbourhood.radius * (1 + self.back_projections)
         pixels = cells_of_pixels(self.neighbourhood.encoder.halo)
-        reaches = [finer + radius * rounds + 1 + pixels]
+        reaches = [finer + first + 1 + pixels]
         if self.ridge:
             reaches.append(finer + 2 * STEP + 1 + pixels)
         if self.network is not None:

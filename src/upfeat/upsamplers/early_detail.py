@@ -109,10 +109,8 @@ class EarlyDetailUpsampler(DetailUpsampler):
     @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`; counts early layers that are given too."""
-        # Beyond the cells of the finer grid that the last step reads, as in the base class.
-        radius, rounds = self.neighbourhood.radius, 1 + self.back_projections
-        finer = -(-radius * rounds // FINER) + 1
-        return max(super().reach, finer + self.early_network.reach // FINER + 2)
+        network = self._last_reach + self.early_network.reach // FINER + 2
+        return max(super().reach, network)
 
     def _warn(self) -> None:
         """Log, once, that the network is not used."""

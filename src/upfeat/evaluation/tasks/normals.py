@@ -7,7 +7,6 @@ probe has three outputs, which are divided by their length.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,21 +15,16 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.cost import measure
 from upfeat.evaluation.data.folders import Dataset, Problem
-from upfeat.evaluation.data.layouts import read_dataset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet
-from upfeat.evaluation.differences import pack_sums
-from upfeat.evaluation.methods import Method
+from upfeat.evaluation.depth_maps import DepthMapProbing
 from upfeat.evaluation.normals import ANGLES, angle_errors, normals_of
-from upfeat.evaluation.probing import Probing, needs_regression
 from upfeat.evaluation.report.pictures import encode_normals
-from upfeat.evaluation.results import Row
 from upfeat.evaluation.task import DRIFT, Score
 from upfeat.probes import LinearProbe, Pixels, fit_normals
 
 
-class Normals(Probing):
+class Normals(DepthMapProbing):
     """One dataset's probes of normals and scores, for any number of methods."""
 
     title = "Probes of surface normals"
@@ -58,18 +52,17 @@ class Normals(Probing):
         },
         "drift": DRIFT,
     }
+    outputs = 3
     compared = ("mean_angle", "within_11.25")
     target = "normals"
 
     @classmethod
     def read(cls, folder: Path, layout: str, config: EvalConfig) -> Dataset:
-        """See :meth:`Task.read`.
-
-        Raises:
-            ValueError: the probe is not a regression.
-        """
-        needs_regression("normals", config)
-        return read_dataset(folder, "depth", layout=layout, split_seed=config.split_seed)
+        """See :meth:`Task.read`."""
+        dataset = super().read(folder, layout, config)
+        # Normals depend on it, and with the name of prepared files so do stored rows.
+        dataset.reading += f" field_of_view={dataset.field_of_view}"
+        return dataset
 
     @classmethod
     def scores_of(cls, sums: Tensor) -> dict[str, Tensor]:
@@ -123,35 +116,13 @@ class Normals(Probing):
         """See :meth:`Probing.fit_head`."""
         return fit_normals(pixels, generator)
 
-    def rows(self, label: str, method: Method) -> list[Row]:
-        """See :meth:`Task.rows`; the probes are fitted first."""
-        protocols = [name for name in self.config.protocols if name in self.protocols]
-        if not protocols:
-            return []
-        heads = self.heads(label, method, protocols)
-        sums: dict[str, list[Tensor]] = {name: [] for name in heads}
-        pictures: dict[str, dict[str, str]] = {name: {} for name in heads}
-        chosen = set(self.choose_pictures())
-        stacked = LinearProbe.cat([head for group in heads.values() for head in group])
-        for index, sample in enumerate(self.test):
-            self.on_step(f"{label}: test", index, len(self.test))
-            with torch.no_grad():
-                maps = method(sample).project(stacked.weight, stacked.bias)[0].cpu()
-            normals = self.target_of(sample).movedim(-1, 0).cpu()
-            seeds = maps.unflatten(0, (len(heads), self.config.seeds, 3))
-            for name, predicted in zip(heads, seeds, strict=True):
-                sums[name].append(angle_errors(predicted, normals))
-                if index in chosen:
-                    pictures[name][sample.name] = encode_normals(predicted[0])
-        self.on_step(f"{label}: test", len(self.test), len(self.test))
-        cost, drift = measure(method, self.test)
-        rows = []
-        for name in heads:
-            kept = torch.stack(sums[name])  # (images, seeds, 6)
-            scores = {key: value.tolist() for key, value in self.scores_of(kept.sum(0)).items()}
-            row = Row(label, name, method.weights, scores | {"drift": [drift]}, {}, cost)
-            rows.append(replace(row, pictures=pictures[name], sums=pack_sums(kept)))
-        return rows
+    def judge(self, predicted: Tensor, sample: Prepared) -> Tensor:
+        """See :meth:`DepthMapProbing.judge`."""
+        return angle_errors(predicted, self.target_of(sample).movedim(-1, 0).cpu())
+
+    def draw(self, predicted: Tensor, sample: Prepared) -> str:
+        """See :meth:`DepthMapProbing.draw`."""
+        return encode_normals(predicted)
 
 
 TASK = Normals
