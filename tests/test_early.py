@@ -12,7 +12,8 @@ import upfeat
 from upfeat import run
 from upfeat.activations import activation_bytes
 from upfeat.heads import SavedHead, describe_backbone
-from upfeat.mosaic import receptive_halo, see_within
+from upfeat.mosaic import see_within
+from upfeat.receptive_field import receptive_halo
 from upfeat.scales import SecondScale, fit_to_image
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels

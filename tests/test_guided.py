@@ -10,7 +10,8 @@ import upfeat
 from upfeat.activations import activation_bytes
 from upfeat.guided import GUIDE, Guided, has_early_layers
 from upfeat.mirrored import Mirrored
-from upfeat.mosaic import receptive_halo, see_within
+from upfeat.mosaic import see_within
+from upfeat.receptive_field import receptive_halo
 from upfeat.scales import SecondScale
 from upfeat.testing import check_backbone
 from upfeat.upsamplers.detail import DetailKernels

@@ -14,10 +14,10 @@ from upfeat.mosaic import (
     backbone_tiles,
     extract_tile,
     join_tiles,
-    receptive_halo,
     see_within,
     strips,
 )
+from upfeat.receptive_field import receptive_halo
 from upfeat.types import Window
 from upfeat.upsamplers.maps import cut
 

@@ -9,9 +9,10 @@ import torch.nn.functional as F
 
 import upfeat
 from upfeat.backbones import estimate_displacement
-from upfeat.mosaic import receptive_halo, see_within
+from upfeat.mosaic import see_within
 from upfeat.portable.model import PortableModel
 from upfeat.provenance import digest, identify_backbone
+from upfeat.receptive_field import receptive_halo
 from upfeat.scales import SecondScale
 from upfeat.upsamplers.head import Head
 

@@ -28,8 +28,8 @@ class TileSampler:
     The result equals that of the whole image, up to floating-point errors, if the halo is at least
     ``receptive_halo(backbone) + upsampler.reach`` cells, in pixels, and if the backbone's stride
     times ``upsampler.step`` divides ``step`` and both sides of the image. If
-    :func:`upfeat.mosaic.receptive_halo` or :attr:`upfeat.upsamplers.Upsampler.reach` is ``None``,
-    no halo is enough.
+    :func:`upfeat.receptive_field.receptive_halo` or :attr:`upfeat.upsamplers.Upsampler.reach` is
+    ``None``, no halo is enough.
 
     Attributes:
         resolution: side of a pixel, in units of the coordinate system.

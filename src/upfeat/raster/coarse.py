@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
     features: Callable[[Window], Tensor]
     """From a window to (1, C, window.height, window.width); for a model that uses early layers,
-    stacked on them as by :func:`upfeat.mosaic.see`."""
+    stacked on them as by :func:`upfeat.receptive_field.see`."""
     means: Callable[[Window], Tensor] | None
     """From a window to its :meth:`Upsampler.cell_means`; ``None`` if the upsampler has no means."""
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.model import FeatUp
-from upfeat.mosaic import unstacked
 from upfeat.raster.coarse import Source, read_image, streamed
 from upfeat.raster.outputs import Output, RasterTile
 from upfeat.raster.plan import MASK_HALO, Plan
 from upfeat.raster.scene import Scene
+from upfeat.receptive_field import unstacked
 from upfeat.tiling import Tile, split
 from upfeat.types import Window, scaled
 from upfeat.upsamplers.maps import cut, inside

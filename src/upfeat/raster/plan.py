@@ -12,9 +12,9 @@ from upfeat import machine
 from upfeat.activations import activation_bytes
 from upfeat.machine import readable
 from upfeat.model import FeatUp
-from upfeat.mosaic import receptive_halo, see
 from upfeat.raster.outputs import Output
 from upfeat.raster.scene import CACHE_BYTES
+from upfeat.receptive_field import receptive_halo, see
 from upfeat.tiling import Size
 
 DEFAULT_BUDGET = 4 * 10**9
@@ -145,7 +145,7 @@ def _tile_cells(side: int, stride: int, step: int) -> int:
 
 
 def stacked_channels(model: FeatUp) -> int:
-    """Number of channels of a cell and its early layers; see :func:`upfeat.mosaic.see`."""
+    """Number of channels of a cell and its early layers; see :func:`upfeat.receptive_field.see`."""
     if not model.early:
         return model.embed_dim
     backbone = model.backbone

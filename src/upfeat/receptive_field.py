@@ -1,0 +1,159 @@
+"""Cells on which a backbone's features depend: what tiles of a large image need around them.
+
+The receptive field of a convolutional backbone is limited: tiles with a halo that covers the
+receptive field give exactly the features of the whole image. With global attention, features depend
+on the whole input, and there is no halo.
+"""
+
+from __future__ import annotations
+
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upfeat.backbones import Backbone
+from upfeat.resampling import on_grid
+from upfeat.upsamplers.detail import FINER
+
+# Length of the image in which a pixel's effect is measured: cells, and pixels, at least.
+_PROBE_CELLS, _PROBE_PIXELS = 64, 1024
+_TOLERANCE = 1e-4
+# Halos of backbones, without and with early layers, measured once for each.
+_HALOS: WeakKeyDictionary[Backbone, dict[bool, int | None]] = WeakKeyDictionary()
+
+
+def see(backbone: Backbone, x: Tensor, *, early: bool) -> Tensor:
+    """Compute an image's features, with ``early`` stacked on those of early layers.
+
+    Each cell is stacked on the :data:`FINER` × :data:`FINER` cells of early layers in it, so that
+    both are cut, blended and stored as one map.
+
+    Args:
+        backbone: backbone in eval mode.
+        x: (B, 3, H, W), normalised image.
+        early: whether to stack early layers, of D channels.
+
+    Returns:
+        (B, C, h, w), or (B, C + 4·D, h, w), from which :func:`unstacked` separates the two.
+
+    Raises:
+        ValueError: the backbone returns no early layers for an image of this size.
+    """
+    if not early:
+        return backbone(x)
+    features, hidden = backbone.with_hidden(x)
+    if hidden is None:
+        raise ValueError(
+            f"{backbone.name} returns no early layers for {x.shape[2]}×{x.shape[3]} pixels; "
+            "load it with early=False"
+        )
+    hidden = on_grid(hidden, (FINER * features.shape[2], FINER * features.shape[3]))
+    return torch.cat([features, F.pixel_unshuffle(hidden, FINER).to(features)], dim=1)
+
+
+def unstacked(maps: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+    """Separate maps of :func:`see` into features and early layers, or ``None`` without any.
+
+    Args:
+        maps: (B, C + 4·D, h, w).
+        channels: number C of the features' channels.
+    """
+    if maps.shape[1] == channels:
+        return maps, None
+    return maps[:, :channels], F.pixel_shuffle(maps[:, channels:], FINER)
+
+
+def receptive_halo(backbone: Backbone, *, early: bool = False) -> int | None:
+    """Measure the number of cells around a cell of the features on which it depends.
+
+    A NaN in one pixel spreads to exactly the cells that depend on the pixel, whatever the weights.
+    The halo is checked on noise: a tile with the halo must give the features of the whole image.
+
+    Args:
+        backbone: backbone in eval mode.
+        early: whether early layers count too; see :meth:`Backbone.with_hidden`.
+
+    Returns:
+        Number of cells to each side; ``None`` if a cell depends on more than a quarter of a long
+        image, as with global attention, or if features of a tile differ from those of the whole.
+    """
+    known = _HALOS.setdefault(backbone, {})
+    if early not in known:
+        known[early] = _measure_halo(backbone, early)
+    return known[early]
+
+
+@torch.no_grad()
+def _measure_halo(backbone: Backbone, early: bool) -> int | None:
+    stride = backbone.stride
+    try:
+        reaches = [_spread(backbone, offset, early) for offset in (0, stride - 1)]
+        if any(reach is None for reach in reaches):
+            return None
+        reach = max(reach for reach in reaches if reach is not None)
+        # The border of a tile may disturb a cell that depends on nothing beyond it: an image that
+        # is moved for an aligned backbone loses pixels at one border.
+        halos = (reach, reach + 1)
+        return next((halo for halo in halos if _tiles_agree(backbone, halo, early)), None)
+    except (RuntimeError, ValueError):  # the backbone takes one size only
+        return None
+
+
+def _blank(backbone: Backbone, height: int, width: int) -> Tensor:
+    return torch.zeros(1, 3, height, width, device=backbone.mean.device)
+
+
+def _spread(backbone: Backbone, offset: int, early: bool) -> int | None:
+    """Number of cells to each side that depend on the pixel at ``offset`` of a cell.
+
+    Returns:
+        The number; ``None`` if no cell depends on the pixel, or cells too far away.
+    """
+    stride, step = backbone.stride, backbone.step
+    cells = step * -(-max(_PROBE_CELLS, _PROBE_PIXELS // stride) // step)
+    middle = cells // 2
+    x = _blank(backbone, 2 * step * stride, cells * stride)
+    x[..., middle * stride + offset] = torch.nan
+    reached = see(backbone, x, early=early).isnan().any(1)[0].any(0).nonzero()[:, 0]
+    if not len(reached):
+        return None
+    reach = int(max(middle - reached.min(), reached.max() - middle))
+    return None if reach >= cells // 4 else reach
+
+
+def _tiles_agree(backbone: Backbone, halo: int, early: bool) -> bool:
+    stride, step = backbone.stride, backbone.step
+    halo = step * -(-halo // step)
+    # The tile begins at an odd number of steps, lest a coarser grid inside go unnoticed.
+    start, cells = 3 * step, 2 * halo + 6 * step
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 2 * step * stride, 2 * cells * stride, generator=generator)
+    x = x.to(backbone.mean.device)
+    whole = see(backbone, x, early=early)[..., halo + start : cells]
+    part = see(backbone, x[..., start * stride : (cells + halo) * stride], early=early)
+    return _alike(backbone, whole, part[..., halo : cells - start])
+
+
+def odd_sides_agree(backbone: Backbone, halo: int, early: bool) -> bool:
+    """Return whether tiles equal the whole where a side is no multiple of the backbone's step."""
+    stride, step = backbone.stride, backbone.step
+    cells = halo + 4 * step
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 2 * step * stride, (2 * cells + 1) * stride, generator=generator)
+    x = x.to(backbone.mean.device)
+    whole = see(backbone, x, early=early)[..., : cells - halo]
+    part = see(backbone, x[..., : cells * stride], early=early)[..., : cells - halo]
+    return _alike(backbone, whole, part)
+
+
+def _alike(backbone: Backbone, maps: Tensor, others: Tensor) -> bool:
+    """Compare maps of :func:`see`; features and early layers each by their own magnitude."""
+    channels = backbone.embed_dim
+    pairs = zip(unstacked(maps, channels), unstacked(others, channels), strict=True)
+    return all(
+        bool((whole - tile).abs().max() <= _TOLERANCE * whole.abs().max())
+        for whole, tile in pairs
+        if whole is not None and tile is not None
+    )
