@@ -30,6 +30,7 @@ from rasterio.transform import from_origin
 import upfeat
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.machine import readable
+from upfeat.model import default_upsampler
 
 BLOCK = 512
 PATTERN = 8 * BLOCK
@@ -73,7 +74,8 @@ def make_head(path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(len(CLASSES), backbone.embed_dim, generator=generator)
     bias = torch.zeros(len(CLASSES))
-    head = SavedHead(weight, bias, CLASSES, "classes", describe_backbone(backbone), "detail")
+    made_with = default_upsampler(backbone)
+    head = SavedHead(weight, bias, CLASSES, "classes", describe_backbone(backbone), made_with)
     save_head(path, head)
 
 
@@ -87,7 +89,6 @@ def measure(folder: Path, side: int, threads: int, max_memory: str) -> dict[str,
         making.join()
     command = [sys.executable, "-m", "upfeat", "raster", str(raster), "-o", str(output)]
     command += ["--head", str(folder / "head.safetensors"), "--max-memory", max_memory]
-    command += ["--upsampler", "detail"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     started = time.perf_counter()
     child = subprocess.Popen([*command, "--overwrite"], env=environment)
