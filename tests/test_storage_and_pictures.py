@@ -11,7 +11,7 @@ from PIL import Image
 
 from upfeat import storage
 from upfeat.storage import read_tensors, replacing, sweep, write_bytes, write_tensors
-from upfeat.visualize import PCABasis, comparison, side_by_side
+from upfeat.visualize import PCABasis, class_colours, comparison, side_by_side
 
 
 def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
@@ -66,6 +66,29 @@ def test_comparison_has_four_panels():
     assert picture.height > 240
     wide = side_by_side([("a long caption below a narrow picture", Image.new("RGB", (4, 400)))])
     assert wide.width > 100
+
+
+def test_a_legend_shows_every_colour_below_the_panels():
+    panels = [("left", Image.new("RGB", (400, 300))), ("right", Image.new("RGB", (400, 300)))]
+    names = [
+        "background",
+        *(f"class {index}, of a name too long for it" for index in range(9)),
+    ]
+    colours = class_colours(len(names), names)
+    plain = side_by_side(panels)
+    found = side_by_side(panels, list(zip(names, colours.tolist(), strict=True)))
+    assert found.width == plain.width
+    assert np.array_equal(np.asarray(found)[: plain.height], np.asarray(plain))
+    below = np.asarray(found)[plain.height :].reshape(-1, 3)
+    for colour in (255 * colours).round().int().numpy():
+        assert (below == colour).all(1).sum() > 100
+
+
+def test_background_is_dark_and_classes_are_distinct():
+    colours = class_colours(4, ["sky", " Background", "road", "roof"])
+    assert float(colours[1].max()) < 0.3
+    assert torch.equal(colours[[0, 2, 3]], class_colours(4)[[0, 2, 3]])
+    assert len({tuple(colour) for colour in colours.tolist()}) == 4
 
 
 def test_equal_content_is_equal_bytes_for_every_process(tmp_path):

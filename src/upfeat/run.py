@@ -236,18 +236,25 @@ def _draw_head(
     step = -(-max(said.shape[1:]) // _SHOWN)
     low, high = cells[0].min(), cells[0].max().clamp(min=cells[0].min() + 1e-12)
 
+    palette = class_colours(len(cells), head.names)
+
     def colours(values: Tensor) -> Tensor:
         if head.kind == "classes":
-            return class_colours(len(values))[values.argmax(0)].permute(2, 0, 1)
+            return palette[values.argmax(0)].permute(2, 0, 1)
         return ((values[:1].float() - low) / (high - low)).expand(3, -1, -1)
 
-    fine = colours(said[:, ::step, ::step])
+    said = said[:, ::step, ::step]
+    fine, legend = colours(said), []
+    if head.kind == "classes":
+        seen = torch.cat([cells.argmax(0).flatten(), said.argmax(0).flatten()]).unique().tolist()
+        legend = [(head.names[index], palette[index].tolist()) for index in seen]
     panels = [("image", size, image), ("coarse", cells.shape[1:], colours(cells))]
     return side_by_side(
         [
             (f"{name}\n{height} x {width}", to_image(picture))
             for name, (height, width), picture in [*panels, (label, size, fine)]
-        ]
+        ],
+        legend,
     )
 
 

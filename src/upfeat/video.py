@@ -141,7 +141,7 @@ class _Classes:
 
     def __init__(self, head: SavedHead) -> None:
         self.weight, self.bias = head.weight, head.bias
-        self._palette = class_colours(len(head.names))
+        self._palette = class_colours(len(head.names), head.names)
 
     def colours(self, maps: Tensor) -> Tensor:
         return self._palette[maps.argmax(0)].permute(2, 0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ _MARGIN = 12
 _BACKGROUND = (255, 255, 255)
 _INK = (32, 32, 32)
 _MIN_PANEL_SIDE = 320
+_BEHIND = (0.2, 0.2, 0.2)
+# Characters of a name in a legend, of which longer names lose their ends.
+_LONGEST_NAME = 32
 
 
 class PCABasis:
@@ -63,16 +67,23 @@ class PCABasis:
         return ((projected - self.low[:, None, None]) / span[:, None, None]).clamp(0, 1)
 
 
-def class_colours(count: int) -> Tensor:
+def class_colours(count: int, names: Sequence[str] = ()) -> Tensor:
     """Distinct colours for ``count`` classes, (count, 3) in [0, 1].
 
     The hue advances by the golden ratio from class to class, so that consecutive classes differ for
-    any number of classes.
+    any number of classes. A class named "background" is dark grey, so that the others stand out.
+
+    Args:
+        count: number of classes.
+        names: names of the classes; may be empty.
     """
     rows = [
         colorsys.hsv_to_rgb(0.61803399 * index % 1, 0.75 - 0.2 * (index % 2), 0.95)
         for index in range(count)
     ]
+    for index, name in enumerate(names):
+        if name.strip().lower() == "background":
+            rows[index] = _BEHIND
     return torch.tensor(rows).view(count, 3)
 
 
@@ -82,13 +93,16 @@ def to_image(colours: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array.cpu().numpy()))
 
 
-def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+def side_by_side(
+    panels: Sequence[tuple[str, Image.Image]], legend: Sequence[tuple[str, Sequence[float]]] = ()
+) -> Image.Image:
     """Arrange captioned pictures in a row, on white.
 
     Args:
         panels: captions and pictures. All pictures are resized to the size of the first one,
             without smoothing, so that coarse cells appear as blocks. If the first picture is small,
             all are enlarged by an integer factor.
+        legend: names and colours, in [0, 1], that are explained below the captions.
 
     Returns:
         One picture with all panels.
@@ -102,7 +116,9 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     caption_height = line_height * max(map(len, lines)) + _MARGIN // 2
     columns = [max(size[0], *(round(font.getlength(line)) for line in text)) for text in lines]
     total = sum(columns) + _MARGIN * (len(panels) + 1)
-    picture = Image.new("RGB", (total, size[1] + caption_height + 2 * _MARGIN), _BACKGROUND)
+    bottom = size[1] + caption_height + 2 * _MARGIN
+    entries, below = _placed(legend, font, line_height, total)
+    picture = Image.new("RGB", (total, bottom + below), _BACKGROUND)
     draw = ImageDraw.Draw(picture)
     left = _MARGIN
     for (_, panel), text, column in zip(panels, lines, columns, strict=True):
@@ -112,7 +128,33 @@ def side_by_side(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
             place = (left + column // 2, _MARGIN + size[1] + _MARGIN // 2 + index * line_height)
             draw.text(place, line, fill=_INK, font=font, anchor="ma")
         left += column + _MARGIN
+    for x, y, name, colour in entries:
+        y += bottom
+        inside = tuple(round(255 * value) for value in colour)
+        box = (x, y + line_height // 8, x + line_height, y + line_height)
+        draw.rectangle(box, fill=inside, outline=_INK)
+        draw.text((x + line_height + _MARGIN // 2, y), name, fill=_INK, font=font)
     return picture
+
+
+def _placed(
+    legend: Sequence[tuple[str, Sequence[float]]], font: Any, line_height: int, width: int
+) -> tuple[list[tuple[int, int, str, Sequence[float]]], int]:
+    """Place a legend's entries in rows of ``width`` pixels.
+
+    Returns:
+        Left, top, name and colour of each entry, and the height of all rows.
+    """
+    entries: list[tuple[int, int, str, Sequence[float]]] = []
+    left, top, row = _MARGIN, 0, line_height + _MARGIN
+    for name, colour in legend:
+        name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+        needed = line_height + _MARGIN // 2 + round(font.getlength(name))
+        if left > _MARGIN and left + needed > width - _MARGIN:
+            left, top = _MARGIN, top + row
+        entries.append((left, top, name, colour))
+        left += needed + 2 * _MARGIN
+    return entries, top + row if entries else 0
 
 
 def comparison(
