@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("gradio", reason='pip install "upfeat[demo]"')
 
 from upfeat.demo.answers import PHOTOGRAPHS, Answers, bundled
-from upfeat.demo.models import Models
+from upfeat.demo.models import Models, offered
 from upfeat.demo.session import Visits
 
 CHOSEN = ("efficientnet_lite0", "bilinear", 224)
@@ -53,3 +53,22 @@ def test_every_bundled_photograph_is_there():
 
 def test_gradio_reports_nothing():
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+def test_a_menu_shows_paths_without_their_folders_unless_two_are_alike():
+    names = [
+        "hf:/models/dinov2",
+        "hf:facebook/dinov2-small",
+        "/runs/a/best",
+        "/runs/b/best",
+        "detail",
+    ]
+    labels = [label for label, _ in offered(names)]
+    assert labels == [
+        "hf:dinov2",
+        "hf:facebook/dinov2-small",
+        "/runs/a/best",
+        "/runs/b/best",
+        "detail",
+    ]
+    assert [name for _, name in offered(names)] == names

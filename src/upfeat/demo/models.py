@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.backbones import Backbone, load_backbone
@@ -100,3 +101,19 @@ class Models:
             else:
                 self._networks[name] = load_backbone(name)
         return self._networks[name]
+
+
+def offered(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Return names as a menu lists them, each with itself: paths without folders where possible."""
+    short = [_without_folders(name) for name in names]
+    return [
+        (name if short.count(label) > 1 else label, name)
+        for label, name in zip(short, names, strict=True)
+    ]
+
+
+def _without_folders(name: str) -> str:
+    """``hf:/folders/model`` -> ``hf:model``; names that are no local paths stay as they are."""
+    kind, colon, path = name.rpartition(":") if name.count(":") == 1 else ("", "", name)
+    local = Path(path).is_absolute() or path.startswith(".")
+    return f"{kind}{colon}{Path(path).name}" if local and Path(path).name else name

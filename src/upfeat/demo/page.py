@@ -13,7 +13,7 @@ from gradio.themes import Base, Default
 from PIL import Image
 
 from upfeat.demo.answers import PHOTOGRAPHS, Answers, bundled
-from upfeat.demo.models import Models
+from upfeat.demo.models import Models, offered
 from upfeat.demo.pictures import png_address
 from upfeat.demo.session import MAX_BYTES, MAX_PIXELS, SIZES, Visits
 
@@ -41,12 +41,8 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         gr.HTML(_HEADING, elem_classes="uf-heading")
         picker = gr.HTML("", html_template=_picker(), js_on_load=_read("picker.js"))
         with gr.Row(elem_classes="uf-models"):
-            backbone = gr.Dropdown(models.backbones, label="Backbone", min_width=240)
-            upsampler = gr.Dropdown(
-                [(Path(name).name, name) for name in models.upsamplers],
-                label="Upsampler",
-                min_width=240,
-            )
+            backbone = gr.Dropdown(offered(models.backbones), label="Backbone", min_width=240)
+            upsampler = gr.Dropdown(offered(models.upsamplers), label="Upsampler", min_width=240)
             size = gr.Dropdown(
                 [(f"{one} pixels", one) for one in SIZES],
                 value=_START,
