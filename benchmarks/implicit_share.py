@@ -34,8 +34,8 @@ from upfeat.implicit.features import fingerprint
 from upfeat.implicit.observe import Observer
 from upfeat.implicit.one_pass import mean_upsampler
 from upfeat.model import align_for
-from upfeat.scales import Translation, shipped_translation
 from upfeat.storage import write_bytes
+from upfeat.translation import Translation, shipped_translation
 
 TARGET = Path(__file__).with_name("implicit_share.json")
 IMAGES = {"clothing": (40, 24), "aerial_roads": (30, 20)}

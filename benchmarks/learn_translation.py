@@ -29,8 +29,9 @@ from upfeat.implicit.features import resize_image
 from upfeat.implicit.fit import fit_guidance
 from upfeat.implicit.one_pass import mean_upsampler
 from upfeat.model import align_for
-from upfeat.scales import PENALTY, fit_translation, learn_translation
+from upfeat.scales import fit_translation
 from upfeat.training.photographs import SUFFIXES
+from upfeat.translation import PENALTY, learn_translation
 
 
 def pairs_of_fits(

@@ -7,10 +7,10 @@ import torch
 
 import upfeat
 from upfeat.heads import SavedHead, describe_backbone, load_head, save_head
-from upfeat.scales import Translation
 from upfeat.storage import read_metadata, read_tensors, write_tensors
 from upfeat.tensor_checks import read_layouts
 from upfeat.training.checkpoint import FORMAT, Checkpoints
+from upfeat.translation import Translation
 
 
 class Patches(upfeat.Backbone):

@@ -14,7 +14,8 @@ from upfeat.activations import activation_bytes
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.mosaic import see_within
 from upfeat.receptive_field import receptive_halo
-from upfeat.scales import SecondScale, fit_to_image
+from upfeat.scales import SecondScale
+from upfeat.translation import fit_to_image
 from upfeat.upsamplers import create_upsampler
 from upfeat.upsamplers.detail import DetailKernels
 from upfeat.upsamplers.pretrained import trained_for_early

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import upfeat
-from upfeat.scales import SecondScale, Translation, fit_translation, learn_translation
+from upfeat.scales import SecondScale, fit_translation
+from upfeat.translation import Translation, learn_translation
 from upfeat.upsamplers import create_upsampler
 
 

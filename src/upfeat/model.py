@@ -19,7 +19,8 @@ from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import find_device, parse_memory
 from upfeat.mirrored import Mirrored
 from upfeat.mosaic import see_within
-from upfeat.scales import FINER_WEIGHTS, SecondScale, Translation, guidance_for
+from upfeat.scales import FINER_WEIGHTS, SecondScale, guidance_for
+from upfeat.translation import Translation
 from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.pretrained import DEFAULT_UPSAMPLER, trained_for_early

@@ -31,7 +31,7 @@ from upfeat.implicit.published import (
     train_network,
 )
 from upfeat.implicit.regression import Regression, details, translate
-from upfeat.scales import shipped_translation
+from upfeat.translation import shipped_translation
 from upfeat.views import apply_jitter, sample_jitters
 
 VIEWS = {"max_pad": 6, "max_zoom": 1.8}

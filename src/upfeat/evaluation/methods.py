@@ -15,7 +15,7 @@ from upfeat.implicit.features import ImplicitFeatures, fingerprint
 from upfeat.implicit.fit import FitConfig, fit_guidance
 from upfeat.implicit.one_pass import shipped_models
 from upfeat.provenance import digest, identify_upsampler, source_digest
-from upfeat.scales import shipped_translation
+from upfeat.translation import shipped_translation
 from upfeat.upsamplers import Upsampler
 
 

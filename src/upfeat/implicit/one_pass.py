@@ -13,7 +13,8 @@ from upfeat.implicit.guides import normalised
 from upfeat.implicit.observe import Basis, Observer
 from upfeat.mirrored import Mirrored
 from upfeat.normalization import HALF
-from upfeat.scales import SecondScale, Translation, fit_to_image, shipped_translation
+from upfeat.scales import SecondScale
+from upfeat.translation import Translation, fit_to_image, shipped_translation
 from upfeat.upsamplers import DetailUpsampler
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.pretrained import create_upsampler, trained_for_early
