@@ -248,14 +248,31 @@ UPFEAT_INLINE Vec most_of(Vec value) {
 // Replaces `count` logits by exponentials; lanes after them become 0. Returns the factor that makes
 // the exponentials a softmax.
 UPFEAT_INLINE Vec open_softmax(float* logits, int64_t count, float scale) {
-  const int64_t whole = count / kLanes * kLanes;
+  constexpr int64_t kFour = 4 * kLanes;
+  const int64_t whole = count / kLanes * kLanes, fours = count / kFour * kFour;
   const IVec inside = lanes_below(count - whole);
-  Vec top = splat(-__builtin_inff());
-  for (int64_t k = 0; k < whole; k += kLanes) top = max(top, load(logits + k) * scale);
+  Vec tops[4];
+  UPFEAT_UNROLL
+  for (int i = 0; i < 4; ++i) tops[i] = splat(-__builtin_inff());
+  for (int64_t k = 0; k < fours; k += kFour) {
+    UPFEAT_UNROLL
+    for (int i = 0; i < 4; ++i) tops[i] = max(tops[i], load(logits + k + i * kLanes) * scale);
+  }
+  Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
+  for (int64_t k = fours; k < whole; k += kLanes) top = max(top, load(logits + k) * scale);
   if (whole < count) top = max(top, select(inside, load(logits + whole) * scale, top));
   const Vec most = most_of(top);
   Vec sum = {};
-  for (int64_t k = 0; k < whole; k += kLanes) {
+  for (int64_t k = 0; k < fours; k += kFour) {
+    Vec e[4];
+    UPFEAT_UNROLL
+    for (int i = 0; i < 4; ++i) e[i] = load(logits + k + i * kLanes) * scale - most;
+    falling_exps<4>(e);
+    UPFEAT_UNROLL
+    for (int i = 0; i < 4; ++i) store(logits + k + i * kLanes, e[i]);
+    sum += (e[0] + e[1]) + (e[2] + e[3]);
+  }
+  for (int64_t k = fours; k < whole; k += kLanes) {
     const Vec e = falling_exp(load(logits + k) * scale - most);
     store(logits + k, e);
     sum += e;
@@ -273,26 +290,44 @@ static void softmax_row(float* logits, int64_t count, float scale) {
   for (int64_t k = 0; k < count; k += kLanes) store(logits + k, load(logits + k) * share);
 }
 
-// Computes the weights of every head for a strip of pixels, (heads, strip, pack), in s.logits.
+// Computes the weights of every head for a strip of pixels, (heads, strip, pack), in s.logits; with
+// `mean`, their mean over the heads, (strip, pack) in s.weights, and no weights in s.logits.
 static void strip_weights(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
-                          int64_t first, int64_t count) {
+                          int64_t first, int64_t count, bool mean) {
   read_strip(*job.attention.queries, job.heads, tile, first, count, s.query);
   const int64_t rows = (count + 3) / 4 * 4, depth = whole_vectors(job.heads.equal);
   const float scale = static_cast<float>(job.attention.scale);
+  const float part = 1.0f / static_cast<float>(job.heads.count);
   for (int64_t n = 0; n < job.heads.count; ++n) {
     float* logits = s.logits + n * kStrip * s.pack;
     multiply_rows(rows, s.query + n * depth, job.heads.total, 1, s.keys + n * depth * s.pack,
                   nullptr, 1, job.heads.equal, s.pack, logits, s.pack,
                   whole_vectors(tile.count) / kLanes);
-    for (int64_t i = 0; i < rows; ++i) softmax_row(logits + i * s.pack, tile.count, scale);
+    for (int64_t i = 0; i < rows; ++i, logits += s.pack) {
+      if (!mean) {
+        softmax_row(logits, tile.count, scale);
+        continue;
+      }
+      const Vec share = open_softmax(logits, tile.count, scale) * part;
+      float* sum = s.weights + i * s.pack;
+      for (int64_t k = 0; k < tile.count; k += kLanes) {
+        const Vec weight = load(logits + k) * share;
+        store(sum + k, n ? load(sum + k) + weight : weight);
+      }
+    }
   }
+}
+
+// True if the mean of the heads' weights applies to all values.
+UPFEAT_INLINE bool shares_mean(const WindowJob& job) {
+  return job.blocks.count == 1 && job.heads.count > 1;
 }
 
 // Returns the weights that apply to the values: with a single block of values the mean over heads,
 // (strip, pack) in s.weights, otherwise those of each head.
 static const float* strip_shares(const WindowJob& job, const WindowScratch& s,
                                  const WindowTile& tile, int64_t count) {
-  if (job.blocks.count > 1 || job.heads.count == 1) return s.logits;
+  if (!shares_mean(job)) return s.logits;
   const int64_t rows = (count + 3) / 4 * 4, heads = job.heads.count;
   const float share = 1.0f / static_cast<float>(heads);
   for (int64_t i = 0; i < rows; ++i) {
@@ -334,7 +369,7 @@ static void keep_strip(const WindowJob& job, const WindowScratch& s, const Windo
 static void strip_values(const WindowJob& job, const WindowScratch& s, const WindowTile& tile,
                          int64_t count) {
   const int64_t rows = (count + 3) / 4 * 4;
-  const float* shares = strip_shares(job, s, tile, count);
+  const float* shares = shares_mean(job) ? s.weights : s.logits;
   int64_t at = 0;
   for (int64_t n = 0; n < job.blocks.count; ++n) {
     const int64_t vectors = whole_vectors(block_size(job.blocks, n)) / kLanes;
@@ -347,8 +382,9 @@ static void strip_values(const WindowJob& job, const WindowScratch& s, const Win
   }
 }
 
+// Computes a tile. Planar output that is `kept` is copied to lines of several tiles.
 static void window_tile_forward(const WindowJob& job, const WindowScratch& s,
-                                const WindowTile& tile) {
+                                const WindowTile& tile, bool kept) {
   const int64_t pixels = tile.rows * tile.columns;
   if (tile.dense) {
     dense_start(job, s, tile);
@@ -360,19 +396,21 @@ static void window_tile_forward(const WindowJob& job, const WindowScratch& s,
     if (tile.dense) {
       dense_strip(job, s, tile, first, count);
     } else {
-      strip_weights(job, s, tile, first, count);
+      strip_weights(job, s, tile, first, count, shares_mean(job));
       strip_values(job, s, tile, count);
     }
-    if (job.planar) {
+    if (kept) {
       keep_strip(job, s, tile, first, count);
     } else {
-      write_strip(*job.attention.out, job.blocks, tile, first, count, s.result);
+      write_strip(*job.attention.out, job.blocks, tile, first, count, s.result,
+                  job.planar && job.streamed);
     }
   }
 }
 
 // Writes planar output in whole lines of kTile columns: pieces of a line would be evicted from the
-// caches several times. Runs of columns are split where lines end, and a line's results collected.
+// caches several times. Runs of columns are split where lines end, and the results of a line with
+// several runs are collected.
 static void planar_rows(const WindowJob& job, const WindowScratch& s, int64_t batch,
                         int64_t row_run) {
   const UpfeatTensor& out = *job.attention.out;
@@ -380,13 +418,16 @@ static void planar_rows(const WindowJob& job, const WindowScratch& s, int64_t ba
   for (int64_t x = 0; x < out.size[3]; x += kTile) {
     const int64_t end = smaller(x + kTile, out.size[3]);
     WindowTile tile{};
+    bool kept = false;
     for (int64_t column = x; column < end; column += tile.columns) {
       while (job.column_run[run + 1] <= column) ++run;
       tile = window_tile(job, batch, row_run, run);
       tile.x = column;
       tile.columns = smaller(job.column_run[run + 1], end) - column;
-      window_tile_forward(job, s, tile);
+      kept = tile.columns < end - x;
+      window_tile_forward(job, s, tile, kept);
     }
+    if (!kept) continue;
     tile.x = x;
     tile.columns = end - x;
     for (int64_t row = 0; row < tile.rows; ++row) {
@@ -408,7 +449,7 @@ static void window_task(void* context, int64_t task, int worker) {
     planar_rows(job, s, batch, row_run);
   } else {
     for (int64_t run = 0; run < job.column_runs; ++run) {
-      window_tile_forward(job, s, window_tile(job, batch, row_run, run));
+      window_tile_forward(job, s, window_tile(job, batch, row_run, run), false);
     }
   }
   if (job.dense) dense_end();
@@ -484,7 +525,7 @@ static void window_tile_backward(const WindowJob& job, const WindowScratch& s,
   const int64_t pixels = tile.rows * tile.columns, depth = whole_vectors(job.heads.equal);
   for (int64_t first = 0; first < pixels; first += kStrip) {
     const int64_t count = smaller(kStrip, pixels - first), rows = (count + 3) / 4 * 4;
-    strip_weights(job, s, tile, first, count);
+    strip_weights(job, s, tile, first, count, false);
     read_strip(*job.attention.grad, job.blocks, tile, first, count, s.result);
     if (job.grad_values) {
       const float* shares = strip_shares(job, s, tile, count);

@@ -216,10 +216,29 @@ struct Ahead {
   int64_t step;
 };
 
-// Multiplies four rows, `pitch` floats apart, with a panel of kBlock vectors.
-template <int kBlock>
+// Writes products to (rows, pitch).
+struct StoreRows {
+  float* out;
+  int64_t pitch;
+
+  template <int kBlock>
+  UPFEAT_MEMBER void put(const Vec (&sum)[4][kBlock], int64_t row, int64_t column) const {
+    UPFEAT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      UPFEAT_UNROLL
+      for (int m = 0; m < kBlock; ++m) {
+        store(out + (row + i) * pitch + column + m * kLanes, sum[i][m]);
+      }
+    }
+  }
+};
+
+// Multiplies four rows, `pitch` floats apart, with a panel of kBlock vectors, and gives the products
+// to `results`, with their row and column.
+template <int kBlock, typename Results>
 UPFEAT_APART void multiply_panel(const float* left, int64_t pitch, int64_t inputs,
-                                 const float* panel, float* out, int64_t out_pitch, Ahead ahead) {
+                                 const float* panel, Ahead ahead, const Results& results,
+                                 int64_t row, int64_t column) {
   Vec sum[4][kBlock];
   UPFEAT_UNROLL
   for (int i = 0; i < 4; ++i) {
@@ -243,44 +262,41 @@ UPFEAT_APART void multiply_panel(const float* left, int64_t pitch, int64_t input
     __builtin_prefetch(ahead.at, 1, 2);
     ahead.at += ahead.step;
   } while (++k < inputs);
-  UPFEAT_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    UPFEAT_UNROLL
-    for (int m = 0; m < kBlock; ++m) store(out + i * out_pitch + m * kLanes, sum[i][m]);
-  }
+  results.template put<kBlock>(sum, row, column);
 }
 
-// Multiplies `rows` rows, rounded up to a multiple of 4, with a right operand, to `out` (rows,
-// width). ahead() returns what to prefetch during the next four rows times a panel.
-template <typename GetAhead>
+// Multiplies `rows` rows, rounded up to a multiple of 4, with a right operand, whose columns are
+// `width`. ahead() returns what to prefetch during the next four rows times a panel.
+template <typename Results, typename GetAhead>
 UPFEAT_INLINE void multiply_dense(int64_t rows, const float* left, int64_t pitch, int64_t inputs,
-                                  const char* right, int64_t width, float* out, GetAhead ahead) {
+                                  const char* right, int64_t width, const Results& results,
+                                  GetAhead ahead) {
   const Blocks panels = blocks_of(width);
   for (int64_t index = 0; index < panels.count; ++index) {
     const int64_t first = panels.begin(index) * kLanes;
     const float* panel = reinterpret_cast<const float*>(right) + first * inputs;
     for (int64_t i = 0; i < rows; i += 4) {
       const auto panel_of = [&](auto multiply) UPFEAT_LAMBDA {
-        multiply(left + i * pitch, pitch, inputs, panel, out + i * width + first, width, ahead());
+        multiply(left + i * pitch, pitch, inputs, panel, ahead(), results, i, first);
       };
       switch (panels.size(index)) {
         case 1:
-          panel_of(multiply_panel<1>);
+          panel_of(multiply_panel<1, Results>);
           break;
         case 2:
-          panel_of(multiply_panel<2>);
+          panel_of(multiply_panel<2, Results>);
           break;
         case 3:
-          panel_of(multiply_panel<kMaxBlock >= 3 ? 3 : 1>);
+          panel_of(multiply_panel<kMaxBlock >= 3 ? 3 : 1, Results>);
           break;
         case 4:
-          panel_of(multiply_panel<kMaxBlock >= 4 ? 4 : 1>);
+          panel_of(multiply_panel<kMaxBlock >= 4 ? 4 : 1, Results>);
           break;
         case 5:
-          panel_of(multiply_panel<kMaxBlock >= 5 ? 5 : 1>);
+          panel_of(multiply_panel<kMaxBlock >= 5 ? 5 : 1, Results>);
           break;
         default:
-          panel_of(multiply_panel<kMaxBlock >= 6 ? 6 : 1>);
+          panel_of(multiply_panel<kMaxBlock >= 6 ? 6 : 1, Results>);
       }
     }
   }

@@ -114,7 +114,10 @@ int upfeat_layer_forward(const UpfeatTensor* x, const UpfeatLayer* given,
     use_sums(layer, *given, x->size[0], norm);
     layer.residual = residual;
     const int64_t height = out->size[2];
-    layer.rows_per_task = layer.winograd ? 16 : (height + kMostTasks - 1) / kMostTasks;
+    // Small maps, too, are divided into several tasks.
+    const int64_t winograd_rows = height > 64 ? 16 : 4;
+    layer.rows_per_task =
+        layer.winograd ? winograd_rows : (height + kMostTasks - 1) / kMostTasks;
     layer.row_tasks = (height + layer.rows_per_task - 1) / layer.rows_per_task;
     layer.column_tasks = layer.winograd ? (out->size[3] + kColumns - 1) / kColumns : 1;
     const int64_t per_image = layer.row_tasks * layer.column_tasks, width = 2 * layer.groups;

@@ -16,12 +16,14 @@ struct LayerJob {
 
 // Replaces x by x / (1 + e^-x), in kCount vectors, one operation in all of them at a time, as each
 // waits for the one before. With AVX-512, an approximate reciprocal of 14 bits is refined to twice
-// as many, as a division takes four times as long.
+// as many, as a division takes four times as long on some processors.
 template <int kCount>
 UPFEAT_INLINE void silu(Vec* x) {
 #if defined(__AVX512F__)
   Vec below[kCount], guess[kCount];
-  powers_of_two<kCount>(x, -1.44269504f, below);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) guess[i] = x[i] * -1.44269504f;
+  powers_of_two<kCount>(guess, below);
   UPFEAT_UNROLL
   for (int i = 0; i < kCount; ++i) below[i] = min(below[i] + 1.0f, splat(1e37f));
   UPFEAT_UNROLL
@@ -221,10 +223,30 @@ UPFEAT_APART void finish_channels(int64_t count, const float* from, int64_t widt
   }
 }
 
+// Sums of a task's outputs and of their squares, (2, out_width) in double: zero_totals() before its
+// pixels, add_sums() after each strip of pixels, and add_groups() at the end.
+UPFEAT_INLINE void zero_totals(const LayerJob& job, double* totals) {
+  for (int64_t c = 0; c < 2 * job.out_width; ++c) totals[c] = 0;
+}
+UPFEAT_INLINE void add_sums(const LayerJob& job, const float* sums, double* totals) {
+  if (!job.layer.partial) return;
+  for (int64_t c = 0; c < 2 * job.out_width; ++c) totals[c] += static_cast<double>(sums[c]);
+}
+static void add_groups(const LayerJob& job, int64_t task, const double* totals) {
+  if (!job.layer.partial) return;
+  const int64_t groups = job.layer.groups, size = job.layer.outputs / groups;
+  double* partial = job.layer.partial + task * groups * 2;
+  for (int64_t i = 0; i < groups * 2; ++i) partial[i] = 0;
+  for (int64_t c = 0; c < size * groups; ++c) {
+    partial[c / size * 2] += totals[c];
+    partial[c / size * 2 + 1] += totals[job.out_width + c];
+  }
+}
+
 // Applies the steps after the convolution to `count` pixels (count, out_width), and writes them.
 // `other` has room for as many pixels, `sums` for (2, out_width).
 static void finish_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t x, int64_t count,
-                          float* pixels, float* other, float* sums, double* partial) {
+                          float* pixels, float* other, float* sums, double* totals) {
   const Layer& layer = job.layer;
   const int64_t width = job.out_width;
   const float* residual = nullptr;
@@ -249,24 +271,7 @@ static void finish_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_t
                        residual ? residual + c : nullptr, residual_pitch, to + c, pitch, sums + c);
   }
   if (!dense) write_channels_last(row, 0, layer.outputs, x, count, pixels, width, false);
-  if (!partial) return;
-  const int64_t size = layer.outputs / layer.groups;
-  for (int64_t group = 0; group < layer.groups; ++group) {
-    double sum = 0, squares = 0;
-    for (int64_t c = group * size; c < (group + 1) * size; ++c) {
-      sum += static_cast<double>(sums[c]);
-      squares += static_cast<double>(sums[width + c]);
-    }
-    partial[2 * group] += sum;
-    partial[2 * group + 1] += squares;
-  }
-}
-
-UPFEAT_INLINE double* partial_of(const LayerJob& job, int64_t task) {
-  if (!job.layer.partial) return nullptr;
-  double* partial = job.layer.partial + task * job.layer.groups * 2;
-  for (int64_t i = 0; i < job.layer.groups * 2; ++i) partial[i] = 0;
-  return partial;
+  add_sums(job, sums, totals);
 }
 
 // Index of the row or column to read: -1 and `length` are reflected, or give -1 for zeros.
@@ -298,6 +303,62 @@ static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t 
 
 #if !defined(__AMX_INT8__)
 
+// Applies the steps after the convolution to products as they are computed, four pixels at a time,
+// instead of finish_pixels(): they are neither stored nor read again.
+struct FinishRows {
+  int64_t count, width;  // pixels; channels in whole vectors
+  const float *bias, *residual;
+  int64_t residual_pitch, pitch;
+  float *to, *sums;
+
+  FinishRows(const LayerJob& job, int64_t batch, const Strip& strip, float* room, float* other,
+             float* sums_of_strip)
+      : count(strip.count), width(job.out_width), bias(job.layer.bias), residual(nullptr),
+        residual_pitch(0), pitch(job.out_width), to(room), sums(sums_of_strip) {
+    const Layer& layer = job.layer;
+    if (layer.residual) {
+      residual = see_pixels(*layer.residual, batch, strip.y, strip.x, count, other, width,
+                            &residual_pitch);
+    }
+    if (is_dense(*layer.out)) {
+      const Row row = row_of(*layer.out, batch, strip.y);
+      to = static_cast<float*>(row.at(0, strip.x));
+      pitch = row.column_stride;
+    }
+  }
+
+  template <int kBlock>
+  UPFEAT_MEMBER void put(const Vec (&products)[4][kBlock], int64_t row, int64_t column) const {
+    Vec add[kBlock], sum[kBlock], squares[kBlock];
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) {
+      const int64_t c = column + m * kLanes;
+      add[m] = bias ? load(bias + c) : Vec{};
+      sum[m] = row ? load(sums + c) : Vec{};
+      squares[m] = row ? load(sums + width + c) : Vec{};
+    }
+    const int64_t rows = smaller(4, count - row);
+    UPFEAT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      if (i >= rows) break;
+      const int64_t from = (row + i) * residual_pitch + column, at = (row + i) * pitch + column;
+      UPFEAT_UNROLL
+      for (int m = 0; m < kBlock; ++m) {
+        Vec value = products[i][m] + add[m];
+        if (residual) value += load(residual + from + m * kLanes);
+        store(to + at + m * kLanes, value);
+        sum[m] += value;
+        squares[m] += value * value;
+      }
+    }
+    UPFEAT_UNROLL
+    for (int m = 0; m < kBlock; ++m) {
+      store(sums + column + m * kLanes, sum[m]);
+      store(sums + width + column + m * kLanes, squares[m]);
+    }
+  }
+};
+
 // Computes rows of a layer.
 static void pointwise_task(void* context, int64_t task, int worker) {
   const LayerJob& job = *static_cast<const LayerJob*>(context);
@@ -306,7 +367,8 @@ static void pointwise_task(void* context, int64_t task, int worker) {
   float* result = left + kLayerStrip * job.in_width;
   float* other = result + kLayerStrip * job.out_width;
   float* sums = other + kLayerStrip * job.out_width;
-  double* partial = partial_of(job, task);
+  double* totals = reinterpret_cast<double*>(sums + 2 * job.out_width);
+  zero_totals(job, totals);
   const int64_t batch = task / job.row_tasks, first = task % job.row_tasks * job.rows_per_task;
   const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
   const int64_t width = layer.out->size[3];
@@ -332,13 +394,19 @@ static void pointwise_task(void* context, int64_t task, int worker) {
     Fetch fetches[2] = {};
     fetches[0].begin(target, batch, strip);
     if (layer.kernel == 1 && next.count) fetches[1].begin(*layer.x, batch, next);
-    multiply_dense(strip.count, left, job.in_width, layer.inputs, job.right, job.out_width, result,
+    const FinishRows finish(job, batch, strip, result, other, sums);
+    multiply_dense(strip.count, left, job.in_width, layer.inputs, job.right, job.out_width, finish,
                    [&]() UPFEAT_LAMBDA {
                      Fetch& fetch = fetches[fetches[0].at < fetches[0].end ? 0 : 1];
                      return fetch.during(layer.inputs, fetched);
                    });
-    finish_pixels(job, batch, strip.y, strip.x, strip.count, result, other, sums, partial);
+    if (finish.to == result) {
+      write_channels_last(row_of(*layer.out, batch, strip.y), 0, layer.outputs, strip.x,
+                          strip.count, result, job.out_width, false);
+    }
+    add_sums(job, sums, totals);
   }
+  add_groups(job, task, totals);
 }
 
 #endif

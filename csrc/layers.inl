@@ -86,7 +86,7 @@ static void pack_layer(LayerJob& job, char* packed, float* floats) {
 #else
 
 static int64_t layer_scratch(const LayerJob& job) {
-  const int64_t floats = kLayerStrip * (job.in_width + 2 * job.out_width) + 2 * job.out_width;
+  const int64_t floats = kLayerStrip * (job.in_width + 2 * job.out_width) + 6 * job.out_width;
   return job.layer.winograd ? winograd_scratch(job, nullptr, nullptr) : floats * 4;
 }
 static int64_t layer_right_bytes(const LayerJob& job) {

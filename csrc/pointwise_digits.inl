@@ -219,16 +219,6 @@ struct DigitOutlet {
   }
 };
 
-// Adds the totals of channels to those of groups.
-static void add_groups(const LayerJob& job, const double* totals, double* partial) {
-  if (!partial) return;
-  const int64_t size = job.layer.outputs / job.layer.groups;
-  for (int64_t c = 0; c < size * job.layer.groups; ++c) {
-    partial[c / size * 2] += totals[c];
-    partial[c / size * 2 + 1] += totals[job.out_width + c];
-  }
-}
-
 struct PointwiseScratch {
   char* left[2];
   int32_t* levels[2];
@@ -265,8 +255,7 @@ static void pointwise_task(void* context, int64_t task, int worker) {
   const Layer& layer = job.layer;
   PointwiseScratch s;
   pointwise_scratch(job, job.scratch + worker * job.worker_bytes, &s);
-  double* partial = partial_of(job, task);
-  for (int64_t i = 0; i < 2 * job.out_width; ++i) s.totals[i] = 0;
+  zero_totals(job, s.totals);
   const int64_t batch = task / job.row_tasks, first = task % job.row_tasks * job.rows_per_task;
   const int64_t end = smaller(first + job.rows_per_task, layer.out->size[2]);
   const int64_t width = layer.out->size[3], part = digit_part(layer.inputs);
@@ -317,7 +306,7 @@ static void pointwise_task(void* context, int64_t task, int worker) {
   }
   while (!outlet.ended()) outlet.step();
   dense_end();
-  add_groups(job, s.totals, partial);
+  add_groups(job, task, s.totals);
 }
 
 #endif

@@ -158,19 +158,16 @@ UPFEAT_INLINE Vec exp_within(Vec x) {  // for -87 <= x <= 88
 UPFEAT_INLINE Vec exp(Vec x) { return exp_within(max(splat(-87.0f), min(splat(88.0f), x))); }
 
 #if defined(__AVX512F__)
-// 2^(share * x), with a relative error of 7e-8, for exponents from -2^20 on; 0 below 2^-149. Each
-// operation is done in all kCount vectors before the next, which waits for it.
+// 2^x, with a relative error of 7e-8 besides that of x; 0 below 2^-149. Each operation is done in
+// all kCount vectors before the next, which waits for it.
 template <int kCount>
-UPFEAT_INLINE void powers_of_two(const Vec* x, float share, Vec* powers) {
+UPFEAT_INLINE void powers_of_two(const Vec* x, Vec* powers) {
   // A polynomial for 2^r on [-1/2, 1/2], from the highest power down.
   constexpr float kTerms[6] = {0.00132764713f, 0.00967554096f, 0.0555071309f,
                                0.240221202f,   0.693146944f,   1.00000012f};
-  const Vec magic = splat(12582912.0f);
-  Vec whole[kCount], r[kCount];
+  Vec r[kCount];
   UPFEAT_UNROLL
-  for (int i = 0; i < kCount; ++i) whole[i] = (x[i] * share + magic) - magic;
-  UPFEAT_UNROLL
-  for (int i = 0; i < kCount; ++i) r[i] = x[i] * share - whole[i];
+  for (int i = 0; i < kCount; ++i) r[i] = (Vec)_mm512_reduce_ps((__m512)x[i], 8);
   UPFEAT_UNROLL
   for (int i = 0; i < kCount; ++i) powers[i] = splat(kTerms[0]);
   UPFEAT_UNROLL
@@ -180,23 +177,29 @@ UPFEAT_INLINE void powers_of_two(const Vec* x, float share, Vec* powers) {
   }
   UPFEAT_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    powers[i] = (Vec)_mm512_scalef_ps((__m512)powers[i], (__m512)whole[i]);
+    powers[i] = (Vec)_mm512_scalef_ps((__m512)powers[i], (__m512)(x[i] - r[i]));
   }
-}
-UPFEAT_INLINE Vec power_of_two(Vec x, float share) {
-  Vec power;
-  powers_of_two<1>(&x, share, &power);
-  return power;
 }
 #endif
 
-// e^x for x <= 0, with 0 far below; NaN stays NaN.
-UPFEAT_INLINE Vec falling_exp(Vec x) {
+// e^x for x <= 0 in kCount vectors, with 0 far below; NaN stays NaN.
+template <int kCount>
+UPFEAT_INLINE void falling_exps(Vec* x) {
 #if defined(__AVX512F__)
-  return power_of_two(max(splat(-120.0f), x), 1.44269504f);
+  Vec scaled[kCount];
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) scaled[i] = max(splat(-120.0f), x[i]) * 1.44269504f;
+  powers_of_two<kCount>(scaled, x);
 #else
-  return select(x < splat(-87.0f), Vec{}, exp_within(max(splat(-87.0f), x)));
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    x[i] = select(x[i] < splat(-87.0f), Vec{}, exp_within(max(splat(-87.0f), x[i])));
+  }
 #endif
+}
+UPFEAT_INLINE Vec falling_exp(Vec x) {
+  falling_exps<1>(&x);
+  return x;
 }
 
 // x * Phi(x), with Phi the normal distribution function; Phi - 1/2 is approximated by an odd

@@ -74,6 +74,7 @@ struct WinogradScratch {
   // Prepared rows of the input, and left operands of two rows of matrices.
   float *ring, *tiles;
   float *products, *result, *other, *sums;
+  double* totals;
 };
 
 // Numbers of floats from one left operand, or product, to the next; with a power of two, all would
@@ -93,8 +94,9 @@ static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* 
   s.result = s.products + kWinogradMatrices * product_plane(job);
   s.other = s.result + kWinogradPixels * kWinogradColumns * job.out_width;
   s.sums = s.other + kWinogradColumns * job.out_width;
+  s.totals = reinterpret_cast<double*>(s.sums + 2 * job.out_width);
   if (out) *out = s;
-  return reinterpret_cast<char*>(s.sums + 2 * job.out_width) - at;
+  return reinterpret_cast<char*>(s.totals + 2 * job.out_width) - at;
 }
 
 // Returns the place of row y of the input in the ring.
@@ -268,7 +270,7 @@ static void winograd_tiles(const LayerJob& job, const WinogradScratch& s, int64_
       Ahead ahead{job.right + (k + 1) % kWinogradMatrices * right, ahead_step};
       multiply_dense(tiles, s.tiles + (kWinogradSide * from + j) * left, job.in_width,
                      job.layer.inputs, job.right + k * right, job.out_width,
-                     s.products + k * product, [&] {
+                     StoreRows{s.products + k * product, job.out_width}, [&] {
                        for (int64_t i = 0; i < some; ++i) fetches.step();
                        const Ahead now = ahead;
                        ahead.at += job.layer.inputs * ahead_step;
@@ -294,7 +296,7 @@ static void winograd_task(void* context, int64_t task, int worker) {
   const Layer& layer = job.layer;
   WinogradScratch s;
   winograd_scratch(job, job.scratch + worker * job.worker_bytes, &s);
-  double* partial = partial_of(job, task);
+  zero_totals(job, s.totals);
   const int64_t x = task % job.column_tasks * kWinogradColumns;
   const int64_t part = task / job.column_tasks;
   const int64_t batch = part / job.row_tasks, first = part % job.row_tasks * job.rows_per_task;
@@ -310,9 +312,10 @@ static void winograd_task(void* context, int64_t task, int worker) {
     winograd_tiles(job, s, y, tiles, fetches);
     for (int64_t row = 0; row < smaller(kWinogradPixels, end - y); ++row) {
       finish_pixels(job, batch, y + row, x, columns,
-                    s.result + row * kWinogradColumns * job.out_width, s.other, s.sums, partial);
+                    s.result + row * kWinogradColumns * job.out_width, s.other, s.sums, s.totals);
     }
   }
+  add_groups(job, task, s.totals);
 }
 
 #endif

@@ -12,6 +12,7 @@ struct WinogradScratch {
   float* scales[2];  // (16, kWinogradTiles)
   int32_t* levels[2];
   float *ring, *values, *products, *result, *other, *sums;
+  double* totals;
 };
 
 static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* out) {
@@ -34,6 +35,7 @@ static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* 
   s.result = floats(4 * kWinogradTiles * job.out_width);
   s.other = floats(2 * kWinogradTiles * job.out_width);
   s.sums = floats(2 * job.out_width);
+  s.totals = reinterpret_cast<double*>(floats(4 * job.out_width));
   if (out) *out = s;
   return used;
 }
@@ -224,7 +226,7 @@ static void winograd_task(void* context, int64_t task, int worker) {
   const Layer& layer = job.layer;
   WinogradScratch s;
   winograd_scratch(job, job.scratch + worker * job.worker_bytes, &s);
-  double* partial = partial_of(job, task);
+  zero_totals(job, s.totals);
   const int64_t x = task % job.column_tasks * 2 * kWinogradTiles;
   const int64_t part = task / job.column_tasks, height = layer.out->size[2];
   const int64_t batch = part / job.row_tasks, first = part % job.row_tasks * job.rows_per_task;
@@ -249,10 +251,12 @@ static void winograd_task(void* context, int64_t task, int worker) {
     winograd_outputs(job, s, tiles);
     for (int64_t row = 0; row < rows; ++row) {
       finish_pixels(job, batch, y + row, x, columns,
-                    s.result + row * 2 * kWinogradTiles * job.out_width, s.other, s.sums, partial);
+                    s.result + row * 2 * kWinogradTiles * job.out_width, s.other, s.sums,
+                    s.totals);
     }
   }
   dense_end();
+  add_groups(job, task, s.totals);
 }
 
 #endif
