@@ -12,9 +12,9 @@ from upfeat.backends.cpu.encoder import match_patterns
 from upfeat.bounds import number, whole
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, relative_window
+from upfeat.upsamplers.attention import AttentionKernels, relative_window
 from upfeat.upsamplers.base import UPSAMPLERS
-from upfeat.upsamplers.jafar import ImageQueries, Projection
+from upfeat.upsamplers.jafar import EncodedAttention, ImageQueries, Projection
 from upfeat.upsamplers.residual_encoder import ResidualEncoder
 
 
@@ -55,7 +55,7 @@ class FeatureBasis(nn.Module):
 
 
 @UPSAMPLERS.register
-class AnyUp(AttentionUpsampler):
+class AnyUp(EncodedAttention):
     """Local attention: queries from the image, keys from the image and any backbone's features.
 
     Pixel p attends to all cells touched by a rectangle around it, which extends ``window_ratio`` of
@@ -113,14 +113,15 @@ class AnyUp(AttentionUpsampler):
             "basis_side": self.basis_side,
         }
 
-    def prepare(
+    def prepare_in(
         self,
+        room: Tensor | None,
         guidance: Tensor,
         grid_size: Size,
         output_size: Size,
-        features: Tensor | None = None,
+        features: Tensor | None,
     ) -> AttentionKernels:
-        """See :meth:`Upsampler.prepare`; features are required.
+        """See :meth:`EncodedAttention.prepare_in`.
 
         Raises:
             ValueError: ``features`` is ``None``.
@@ -130,7 +131,7 @@ class AnyUp(AttentionUpsampler):
         guidance, features = self.exact(guidance, features), self.exact(features, guidance)
         compiled = self.compiled(guidance, features)
         queries, keys = self.image(
-            guidance, grid_size, output_size, self.projection, compiled=compiled
+            guidance, grid_size, output_size, self.projection, compiled=compiled, room=room
         )
         seen = F.normalize(features, dim=1)
         if compiled:

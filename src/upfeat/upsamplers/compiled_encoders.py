@@ -7,6 +7,8 @@ follows, so that the next layer applies the norm as a scale and a shift of the p
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -139,6 +141,7 @@ def image_queries(
     output_size: Size,
     *,
     groups: int = 0,
+    room: Tensor | None = None,
 ) -> tuple[Tensor, Sums | None, Tensor, Tensor | None]:
     """Compute the queries and image keys of AnyUp and JAFAR.
 
@@ -151,6 +154,7 @@ def image_queries(
         grid_size: (h, w) of the keys.
         output_size: (height, width) of the queries.
         groups: number of groups of the queries' sums; 0 for no sums.
+        room: dense float32 tensor whose memory is used for buffers if it is large enough.
 
     Returns:
         Queries (B, width, *output_size), their sums, keys (B, width, *grid_size), and a tensor of
@@ -160,9 +164,16 @@ def image_queries(
     assert all(isinstance(each, nn.Conv2d) for each in entries)
     weights: list[Tensor] = [each.weight for each in entries]  # pyright: ignore
     size = (image.shape[2], image.shape[3])
-    # Three buffers are reused throughout: to touch the pages of a new one takes as long as a layer.
-    encoded, sums = layer(image, weights[0], entries[0].bias, groups=GROUPS)  # pyright: ignore
-    spare = torch.empty_like(encoded)
+    # Three buffers are reused throughout, since pages of new memory take time to obtain. Two of
+    # them may be parts of `room`; the third one holds the queries in the end.
+    spare, encoded = _buffers(room, (len(image), weights[0].shape[0], *size))
+    encoded, sums = layer(
+        image,
+        weights[0],
+        entries[0].bias,  # pyright: ignore
+        groups=GROUPS,
+        out=encoded,
+    )
     assert sums is not None
     encoded, _ = finish(encoder, encoded, sums, size, spare=spare)
     rotated = Before(rotate=angles, pair=encoded.shape[1] // 2)
@@ -175,6 +186,18 @@ def image_queries(
     return queries, after, keys, encoded if encoded.shape == queries.shape else None
 
 
+def _buffers(room: Tensor | None, shape: tuple[int, int, int, int]) -> list[Tensor]:
+    """Make two channels-last float32 tensors (B, C, H, W), in the memory of ``room`` if it fits."""
+    count = math.prod(shape)
+    if room is None or room.numel() < 2 * count:
+        room = torch.empty(2 * count)
+    batch, channels, height, width = shape
+    return [
+        part.view(batch, height, width, channels).permute(0, 3, 1, 2)
+        for part in room.view(-1)[: 2 * count].split(count)
+    ]
+
+
 def project_queries(
     queries: Tensor,
     sums: Sums | None,
@@ -182,21 +205,22 @@ def project_queries(
     norm: nn.RMSNorm,
     linear: nn.Linear,
     *,
-    out: Tensor | None = None,
+    spare: Tensor | None = None,
 ) -> Tensor:
-    """Apply the 3×3 convolution, the RMS norm and the linear map to queries.
+    """Apply the 3×3 convolution, the RMS norm and the linear map to queries, in place.
 
     Args:
-        queries: (B, width, H, W).
+        queries: (B, width, H, W), overwritten.
         sums: sums of the queries if a group norm without weights comes first; otherwise ``None``.
         blend: the 3×3 convolution, zero-padded.
         norm: the RMS norm over the channels of each pixel.
         linear: the linear map to the vectors that attention heads compare.
-        out: (B, width, H, W) to write to; ``None`` for a new tensor.
+        spare: another tensor of the shape of ``queries``, which is overwritten; ``None`` for a new
+            one.
     """
     before = None if sums is None else sums.norm(None, None, 1e-5)
-    blended, _ = layer(queries, blend.weight, before=before or Before(), reflect=False, out=out)
-    return _project(blended, norm, linear)
+    blended, _ = layer(queries, blend.weight, before=before or Before(), reflect=False, out=spare)
+    return _project(blended, norm, linear, out=queries)
 
 
 def feature_keys(
@@ -221,15 +245,15 @@ def feature_keys(
     seen, _ = finish(encoder, patterns, _sums_of(patterns, GROUPS), size)
     both = torch.cat([image_keys, seen], dim=1).contiguous(memory_format=torch.channels_last)
     keys = encode(aggregation, both, size)
-    return _project(keys, norm, linear)
+    return _project(keys, norm, linear, out=keys)
 
 
-def _project(x: Tensor, norm: nn.RMSNorm, linear: nn.Linear) -> Tensor:
-    """Apply an RMS norm over channels and a linear map to ``x``, in place."""
+def _project(x: Tensor, norm: nn.RMSNorm, linear: nn.Linear, *, out: Tensor) -> Tensor:
+    """Apply an RMS norm over channels and a linear map to ``x``."""
     epsilon = norm.eps if norm.eps is not None else torch.finfo(torch.float32).eps
     # The norm's weights can be folded into the map, as a pixel's scale is a single number.
     weight = linear.weight.float() * norm.weight.float()
-    return layer(x, weight, linear.bias, before=Before(unit=epsilon), out=x)[0]
+    return layer(x, weight, linear.bias, before=Before(unit=epsilon), out=out)[0]
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor], pair: int) -> Tensor:

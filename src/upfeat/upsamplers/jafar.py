@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.backends.cpu import attention as cpu
 from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, whole_window
 from upfeat.upsamplers.base import UPSAMPLERS
+from upfeat.upsamplers.checks import check_inputs
 from upfeat.upsamplers.residual_encoder import (
     GROUPS,
     ResidualEncoder,
@@ -52,6 +55,7 @@ class ImageQueries(nn.Module):
         *,
         normed: bool = False,
         compiled: bool = False,
+        room: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute projected queries, and keys that depend on the image alone.
 
@@ -62,12 +66,13 @@ class ImageQueries(nn.Module):
             projection: projection of the queries; the keys are not projected.
             normed: whether to apply a group norm without weights before the projection.
             compiled: whether the compiled library runs the encoders.
+            room: dense float32 tensor that may be overwritten, for buffers of the compiled library.
 
         Returns:
             Queries (B, width, *output_size) and keys (B, width, *grid_size).
         """
         if compiled:
-            return self._compiled(guidance, grid_size, output_size, projection, normed)
+            return self._compiled(guidance, grid_size, output_size, projection, normed, room)
         encoded = self.image_encoder(guidance)
         rows, columns = self._angles(encoded)
         angles = rows[:, None] + columns  # (H, W, width)
@@ -85,6 +90,7 @@ class ImageQueries(nn.Module):
         output_size: Size,
         projection: Projection,
         normed: bool,
+        room: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         queries, sums, keys, spare = compiled_encoders.image_queries(
             self.image_encoder,
@@ -95,9 +101,10 @@ class ImageQueries(nn.Module):
             grid_size,
             output_size,
             groups=GROUPS if normed else 0,
+            room=room,
         )
         queries = compiled_encoders.project_queries(
-            queries, sums, projection.blend, projection.norm_query, projection.query, out=spare
+            queries, sums, projection.blend, projection.norm_query, projection.query, spare=spare
         )
         return queries, keys
 
@@ -143,8 +150,86 @@ def _compare(norm: nn.RMSNorm, layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype)).permute(0, 3, 1, 2)
 
 
+class EncodedAttention(AttentionUpsampler):
+    """Common base of AnyUp and JAFAR: one set of weights for all channels, from large encoders."""
+
+    @abstractmethod
+    def prepare_in(
+        self,
+        room: Tensor | None,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None,
+    ) -> AttentionKernels:
+        """As :meth:`Upsampler.prepare`, with memory for buffers.
+
+        Args:
+            room: dense float32 tensor that may be overwritten; ``None`` for none.
+            guidance: as in :meth:`Upsampler.prepare`.
+            grid_size: as in :meth:`Upsampler.prepare`.
+            output_size: as in :meth:`Upsampler.prepare`.
+            features: as in :meth:`Upsampler.prepare`; required.
+
+        Raises:
+            ValueError: ``features`` is ``None`` or unsuitable.
+        """
+
+    def prepare(
+        self,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+    ) -> AttentionKernels:
+        """See :meth:`Upsampler.prepare`; features are required.
+
+        Raises:
+            ValueError: ``features`` is ``None`` or unsuitable.
+        """
+        return self.prepare_in(None, guidance, grid_size, output_size, features)
+
+    def forward(
+        self,
+        features: Tensor,
+        guidance: Tensor,
+        output_size: Size | None = None,
+        *,
+        hidden: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`AttentionUpsampler.forward`.
+
+        The compiled library computes the encoders in the memory of the output, before the output.
+        """
+        if hidden is not None or out is not None or not self._fills(features, guidance):
+            return super().forward(features, guidance, output_size, hidden=hidden, out=out)
+        size = check_inputs(features, guidance, output_size)
+        out = features.new_empty(*features.shape[:2], *size)
+        grid = (features.shape[2], features.shape[3])
+        kernels = self.prepare_in(out, guidance, grid, size, features)
+        return cpu.window_attention(
+            kernels.queries,
+            kernels.keys,
+            features,
+            kernels.rows,
+            kernels.columns,
+            self.heads,
+            (self.width // self.heads) ** -0.5,
+            [features.shape[1]],
+            out=out,
+        )
+
+    def _fills(self, features: Tensor, guidance: Tensor) -> bool:
+        """Return whether :meth:`forward` may use the output's memory for the encoders."""
+        return all(
+            isinstance(each, Tensor) and each.dim() == 4 and each.dtype == torch.float32
+            for each in (features, guidance)
+        ) and (features.is_contiguous() and self.compiled(features, guidance))
+
+
 @UPSAMPLERS.register
-class JAFAR(AttentionUpsampler):
+class JAFAR(EncodedAttention):
     """Global attention: queries from the image, keys from the image and modulated by the features.
 
     The heads' weights are averaged; they are positive and sum to 1, so the output stays within the
@@ -186,14 +271,15 @@ class JAFAR(AttentionUpsampler):
         """See :meth:`Upsampler.config`."""
         return {"embed_dim": self.embed_dim, "width": self.width, "heads": self.heads}
 
-    def prepare(
+    def prepare_in(
         self,
+        room: Tensor | None,
         guidance: Tensor,
         grid_size: Size,
         output_size: Size,
-        features: Tensor | None = None,
+        features: Tensor | None,
     ) -> AttentionKernels:
-        """See :meth:`Upsampler.prepare`; features are required.
+        """See :meth:`EncodedAttention.prepare_in`.
 
         Raises:
             ValueError: ``features`` is ``None``, or has another number of channels.
@@ -213,6 +299,7 @@ class JAFAR(AttentionUpsampler):
             self.projection,
             normed=True,
             compiled=self.compiled(guidance, features),
+            room=room,
         )
         seen = self.features_encoder(F.normalize(features, dim=1))
         keys = convolve(self.gamma, seen) * group_norm(keys, GROUPS) + convolve(self.beta, seen)
