@@ -125,6 +125,13 @@ UPFEAT_INLINE Row row_of(const UpfeatTensor& tensor, int64_t batch, int64_t row)
 UPFEAT_APART void read_channels_last(const Row& row, int64_t channel, int64_t channels,
                                      int64_t column, int64_t columns, float* to, int64_t pitch) {
   const int64_t padded = (channels + kLanes - 1) / kLanes * kLanes;
+  if (row.channel_stride == 1 && row.dtype == UPFEAT_FLOAT32 && padded == channels) {
+    for (int64_t x = 0; x < columns; ++x) {
+      const float* pixel = static_cast<const float*>(row.at(channel, column + x));
+      for (int64_t c = 0; c < channels; c += kLanes) store(to + x * pitch + c, load(pixel + c));
+    }
+    return;
+  }
   if (row.channel_stride == 1 || row.column_stride != 1) {
     for (int64_t x = 0; x < columns; ++x) {
       float* pixel = to + x * pitch;
