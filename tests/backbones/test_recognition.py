@@ -77,6 +77,32 @@ def test_patches_are_centred_on_their_cells():
     torch.testing.assert_close(flipped(x.flip(3)).flip(3), backbone(x))
 
 
+@pytest.mark.parametrize(("side", "stride"), [(240, 32), (300, 32), (224, 64), (528, 32)])
+def test_a_last_cell_that_reaches_beyond_the_image_says_nothing_of_the_stride(side, stride):
+    # 240 pixels are 8 cells of 32, as of EfficientNet-B1: 8 cells of 30 would lie elsewhere.
+    torch.manual_seed(0)
+    project = nn.Conv2d(3, 12, 3, stride, padding=1)
+    backbone = _checked(project, input_size=side)
+    assert backbone.stride == stride
+    x = torch.randn(1, 3, 4 * stride, 17 * stride)
+    torch.testing.assert_close(backbone(x), project(x))
+    cells = -(-side // stride)
+    if side % cells == 0:
+        with pytest.raises(ValueError, match=f"was given, but its cells are {stride} pixels apart"):
+            upfeat.load_backbone(project, input_size=side, stride=side // cells)
+
+
+def test_images_are_of_three_bands_whatever_the_first_convolution_takes():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.PixelUnshuffle(4), nn.Conv2d(48, 8, 4, 4))
+    backbone = _checked(network)
+    assert (backbone.in_channels, backbone.stride) == (3, 16)
+    x = torch.randn(1, 3, 48, 80)
+    torch.testing.assert_close(backbone(x), network(x))
+    with pytest.raises(ValueError, match="takes none of the image sizes tried"):
+        upfeat.load_backbone(network, in_channels=48)
+
+
 class TestOneSize:
     @pytest.mark.parametrize("fit", ["tile", "resize"])
     def test_contract(self, fit):
@@ -221,12 +247,12 @@ def test_a_size_that_fails_later_is_one_line():
             self.project = nn.Conv2d(3, 8, 16, 16)
 
         def forward(self, x):
-            return self.project(x) + torch.zeros(16, 16)[: x.shape[2] // 16, : x.shape[3] // 16]
+            return self.project(x) + torch.zeros(32, 32)[: x.shape[2] // 16, : x.shape[3] // 16]
 
     backbone = upfeat.load_backbone(Picky())
-    with pytest.raises(ValueError, match=r'Picky fails on an image of 64×320.* fit="tile"'):
-        backbone(torch.randn(1, 3, 64, 320))
-    assert upfeat.load_backbone(Picky(), fit="tile")(torch.randn(1, 3, 64, 320)).shape[1] == 8
+    with pytest.raises(ValueError, match=r'Picky fails on an image of 64×640.* fit="tile"'):
+        backbone(torch.randn(1, 3, 64, 640))
+    assert upfeat.load_backbone(Picky(), fit="tile")(torch.randn(1, 3, 64, 640)).shape[1] == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -67,6 +67,10 @@ class Answer:
     multiple: int = 1
 
 
+class _NoStride(ValueError):
+    """The stride of a model whose cells do not divide the image cannot be measured."""
+
+
 @torch.no_grad()
 def probe(question: Question) -> Answer:
     """Run the model on blank images and infer its properties from the shapes of its outputs.
@@ -86,12 +90,41 @@ def probe(question: Question) -> Answer:
     ]
     features = concatenate(maps)
     cells = features.shape[2]
-    stride, padding = question.stride or side // cells, 0
-    if stride * cells != side:
-        stride, padding = _overlap(question, layouts, side, cells)
-        layouts = [layouts[0]._replace(cells=1, side=stride, padding=padding)]
-    answer = Answer(features.shape[1], stride, (side, side), layouts, padding=padding)
-    return _sizes_taken(question, answer)
+    answer = Answer(features.shape[1], question.stride or side // cells, (side, side), layouts)
+    if answer.stride * cells != side:
+        return _with_overlap(question, answer, cells)
+    answer, rounded = _sizes_taken(question, answer)
+    if rounded:  # the last cell is partly outside: 240 pixels are 8 cells of 32, not of 30
+        try:
+            return _with_overlap(question, answer, cells)
+        except _NoStride:
+            pass
+    return answer
+
+
+def _with_overlap(question: Question, answer: Answer, cells: int) -> Answer:
+    """Complete the answer for a model whose cells do not divide the square image."""
+    side, layout = answer.size[0], answer.layouts[0]
+    # A small image, 4 cells to a side, takes a fraction of the time, but not every model takes it.
+    small = 4 * math.ceil(side / cells)
+    for start in (small, side):
+        try:
+            stride, padding = _overlap(question, answer.layouts, side, cells, start)
+        except _NoStride:
+            if start == side:
+                raise
+            continue
+        if question.stride not in (None, stride):
+            raise ValueError(
+                f"{question.name}: stride={question.stride} was given, but its cells are {stride} "
+                "pixels apart; check its embed_dim and stride"
+            )
+        layouts = [layout._replace(cells=1, side=stride, padding=padding)]
+        found = replace(answer, stride=stride, layouts=layouts, padding=padding)
+        found, _ = _sizes_taken(question, found)
+        if found.any_size or start == side:
+            return found
+    raise AssertionError
 
 
 def read(question: Question, layouts: Sequence[Layout], x: Tensor) -> Tensor:
@@ -170,23 +203,30 @@ def _not_pooled(question: Question, side: int) -> tuple[int, list[Layout], list[
 
 
 def _overlap(
-    question: Question, layouts: Sequence[Layout], side: int, cells: int
+    question: Question, layouts: Sequence[Layout], side: int, cells: int, start: int
 ) -> tuple[int, int]:
     """Measure stride and padding of a model whose cells do not divide the image.
 
-    The patches of such a model overlap. The stride is the number of pixels that adds one cell. The
-    padding is the least with which an image of n strides has n cells; half of it on either side
-    puts each cell's patch around the cell's centre.
+    The patches of such a model overlap, or the last cells extend beyond the image. The stride is
+    the number of pixels that adds one cell. The padding is the least with which an image of n
+    strides has n cells; half of it on either side puts each cell's patch around the cell's centre.
+
+    Args:
+        question: see :func:`probe`.
+        layouts: the layout of the model's output.
+        side: side of a square image that the model takes, pixels.
+        cells: cells along each side of that image.
+        start: side of the image to measure at, pixels.
     """
 
-    def least(start: int, wanted: int, most: int) -> int:
-        """Return the least number of pixels beyond ``start`` that give ``wanted`` cells."""
+    def least(length: int, wanted: int, most: int) -> int:
+        """Return the least number of pixels beyond ``length`` that give ``wanted`` cells."""
         low, high = -1, most
-        if count(start + high) < wanted:
+        if count(length + high) < wanted:
             raise refusal
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if count(start + middle) >= wanted else (middle, high)
+            low, high = (low, middle) if count(length + middle) >= wanted else (middle, high)
         return high
 
     def count(length: int) -> int:
@@ -194,42 +234,46 @@ def _overlap(
         tensor = select(question.call(x), question.layers, question.name)[0]
         return _recognise(question, tensor, length).cells
 
-    refusal = ValueError(
+    refusal = _NoStride(
         f"{question.name} turns {side}×{side} pixels into {cells}×{cells} cells, which is no whole "
         "stride; give stride=, or a probe_size that it divides"
     )
     if len(layouts) > 1:
         raise refusal
     try:
-        most = 3 * math.ceil(side / cells)
-        stride = least(side, cells + 2, most) - least(side, cells + 1, most)
-        length = side - side % stride
+        most, first = 3 * math.ceil(side / cells), count(start)
+        stride = least(start, first + 2, most) - least(start, first + 1, most)
+        length = start - start % stride
         padding = least(length, length // stride, 4 * stride)
     except Exception as error:  # a user's module may raise anything at another size
         raise refusal from error
-    if question.stride not in (None, stride):
-        raise ValueError(
-            f"{question.name}: stride={question.stride} was given, but its cells are {stride} "
-            "pixels apart; check its embed_dim and stride"
-        )
     return stride, padding
 
 
-def _sizes_taken(question: Question, answer: Answer) -> Answer:
-    """Complete an answer by ``any_size``, tested on an oblong image, and ``multiple``."""
+def _sizes_taken(question: Question, answer: Answer) -> tuple[Answer, bool]:
+    """Complete an answer by ``any_size``, tested on an oblong image, and ``multiple``.
+
+    Returns:
+        The answer, and whether the model takes oblong images but makes another number of cells than
+        the stride says.
+    """
     stride, side = answer.stride, answer.size[0]
     coarsest = max(one.side // one.cells for one in answer.layouts)
+    rounded = False
     for multiple in dict.fromkeys((coarsest, math.lcm(32, stride), 64)):
         if multiple % stride:
             continue
         short = max(side // 2 // multiple, 1 if multiple >= 32 else 2) * multiple
-        # One side is longer than before: tables of positions may suffice for smaller images only.
-        size = (short, (side // multiple + 1) * multiple)
+        # One side is longer than before: tables of positions may suffice for smaller images only,
+        # and a wrong stride shows where there are more cells. The number of cells must be another
+        # one, which a model that arranges them in a square would refuse.
+        size = (short, (2 * side // multiple + 1) * multiple)
         padded = (size[0] + answer.padding, size[1] + answer.padding)
         try:
             features = read(question, answer.layouts, _blank(question, padded))
         except Exception:  # a user's module may raise anything
             continue
         if tuple(features.shape[2:]) == (size[0] // stride, size[1] // stride):
-            return replace(answer, multiple=multiple)
-    return replace(answer, multiple=stride, any_size=False)
+            return replace(answer, multiple=multiple, any_size=True), False
+        rounded = True
+    return replace(answer, multiple=stride, any_size=False), rounded

@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from upfeat.bounds import shown, whole
 from upfeat.types import Size
 
 _LOG = logging.getLogger("upfeat.backbones")
+
+_COLOURS = 3
 
 
 class WrappedBackbone(Backbone):
@@ -72,7 +75,7 @@ class WrappedBackbone(Backbone):
             prefix_tokens: number of class and register tokens before the cells' tokens; ``None`` to
                 infer it.
             in_channels: bands of the images that the module takes; ``None`` for the input channels
-                of its first convolution, or 3 without one.
+                of its first convolution, or 3 without one, or if it does not take such images.
             input_size: side of the images that the module was made for, pixels; ``None`` to try
                 common sizes.
             probe_size: side of the blank images, pixels; an alias of ``input_size``.
@@ -102,8 +105,6 @@ class WrappedBackbone(Backbone):
         held = held_modules(module)
         _settle_mode(module_name, module, held)
         settings = settings or settings_of(module if isinstance(module, nn.Module) else held)
-        channels = in_channels or _input_channels([module, *held])
-        settings = settings.for_channels(channels)
         layers = as_list(layer)
         if isinstance(module, nn.Module) and layers and _names_inside(module, layers):
             module, layers = LayerFeatures(module, [str(one) for one in layers]), None
@@ -116,12 +117,13 @@ class WrappedBackbone(Backbone):
             prefix_tokens=settings.prefix_tokens if prefix_tokens is None else prefix_tokens,
             stride=stride,
             sizes=_sizes(input_size or probe_size, settings),
-            channels=channels,
+            channels=in_channels or _input_channels([module, *held]),
         )
         try:
-            answer = probing.probe(question)
+            question, answer = _probe(question, certain=in_channels is not None)
         except NothingToPick as error:
             raise _no_such_module(question.name, module, layers) or error from None
+        settings = settings.for_channels(question.channels)
         super().__init__(
             name=name or module_name,
             embed_dim=embed_dim or answer.embed_dim,
@@ -129,7 +131,7 @@ class WrappedBackbone(Backbone):
             mean=settings.mean if mean is None else mean,
             std=settings.std if std is None else std,
             interpolation=settings.interpolation,
-            in_channels=channels,
+            in_channels=question.channels,
         )
         self.module = module
         self.held = nn.ModuleList([] if isinstance(module, nn.Module) else held)
@@ -363,7 +365,25 @@ def _input_channels(modules: Sequence[object]) -> int:
         for layer in module.modules() if isinstance(module, nn.Module) else ():
             if isinstance(layer, nn.Conv2d):
                 return layer.in_channels
-    return 3
+    return _COLOURS
+
+
+def _probe(question: probing.Question, *, certain: bool) -> tuple[probing.Question, probing.Answer]:
+    """Probe a module, with 3 bands too if the number of bands is not certain and does not fit.
+
+    A module may rearrange the image, blocks of pixels to channels, before its first convolution.
+    """
+    try:
+        return question, probing.probe(question)
+    except ValueError:
+        if certain or question.channels == _COLOURS:
+            raise
+        colours = replace(question, channels=_COLOURS)
+        try:
+            return colours, probing.probe(colours)
+        except ValueError:
+            pass
+        raise
 
 
 def _plain_name(module: object) -> str:
