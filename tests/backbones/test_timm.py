@@ -34,6 +34,11 @@ FAMILIES = {
         {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
         32,
     ),
+    "swinv2_cr": (
+        "swinv2_cr_tiny_224",
+        {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 4)},
+        32,
+    ),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}, 32),
     "resnet": ("resnet18", {"channels": (8, 16, 24, 32)}, 32),
     "efficientnet": ("efficientnet_lite0", {}, 32),

@@ -78,7 +78,8 @@ def any_size(network: nn.Module) -> nn.Module:
         return network
     twin, embed_twin = _twin(network), _twin(embed)
     embed_twin.strict_img_size = False  # pyright: ignore[reportArgumentType]
-    if hasattr(network, "dynamic_img_size") and not network.dynamic_img_size:
+    # Swin transformers have the first attribute, but their patches are maps already.
+    if getattr(network, "dynamic_img_size", None) is False and getattr(embed, "flatten", False):
         twin.dynamic_img_size = True  # pyright: ignore[reportArgumentType]
         formats: Any = type(embed.output_fmt)
         embed_twin.flatten = False  # pyright: ignore[reportArgumentType]
