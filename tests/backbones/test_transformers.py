@@ -41,6 +41,8 @@ FAMILIES = {
     "segformer": ("Segformer", {**STAGES, "num_attention_heads": [1, 1, 2, 2]}, 32),
     "resnet": ("ResNet", {**STAGES, "embedding_size": 8}, 32),
     "ijepa": ("IJepa", VIT, 16),
+    "hiera": ("Hiera", {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}, 32),
+    "yolos": ("Yolos", {**VIT, "image_size": [64, 64], "num_detection_tokens": 10}, 16),
 }
 
 
@@ -159,6 +161,47 @@ def test_models_with_heads_give_the_model_inside():
     config = transformers.ViTConfig(**VIT, num_labels=3)
     backbone = upfeat.load_backbone(transformers.ViTForImageClassification(config))
     assert (backbone.stride, backbone.embed_dim) == (16, 32)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_tokens_of_detections_are_no_cells(layer):
+    # 16 cells, before them one token, and behind them ten.
+    network = _make("yolos")
+    x = torch.randn(1, 3, 64, 64)
+    output = network(x, output_hidden_states=True)
+    tokens = output.last_hidden_state if layer is None else output.hidden_states[1 + layer]
+    expected = tokens[:, 1:-10].mT.unflatten(2, (4, 4))
+    torch.testing.assert_close(upfeat.load_backbone(network, layer=layer)(x), expected)
+
+
+def test_models_on_a_backbone_give_that_backbone():
+    torch.manual_seed(0)
+    options = {**DINO, "image_size": 56, "patch_size": 14, "reshape_hidden_states": False}
+    inner = transformers.Dinov2Config(**options, out_features=["stage1", "stage2", "stage3"])
+    config = transformers.DepthAnythingConfig(
+        backbone_config=inner,
+        reassemble_hidden_size=32,
+        reassemble_factors=[2, 1, 0.5],
+        neck_hidden_sizes=[8, 8, 8],
+        fusion_hidden_size=8,
+    )
+    network = transformers.DepthAnythingForDepthEstimation(config).eval()
+    backbone = upfeat.load_backbone(network)
+    assert (backbone.stride, backbone.embed_dim) == (14, 32)
+    x = torch.randn(1, 3, 56, 56)
+    expected = network.backbone(x).feature_maps[-1][:, 1:].mT.unflatten(2, (4, 4))
+    torch.testing.assert_close(backbone(x), expected)
+
+
+@pytest.mark.parametrize("name", ["VideoMAE", "Timesformer", "VJEPA2"])
+def test_models_of_videos_are_refused(name):
+    options = {key: value for key, value in VIT.items() if key != "image_size"}
+    frames = {"frames_per_clip": 4, "crop_size": 64} if name == "VJEPA2" else {"num_frames": 4}
+    config = getattr(transformers, f"{name}Config")(**options, **frames)
+    with torch.device("meta"):
+        network = getattr(transformers, f"{name}Model")(config)
+    with pytest.raises(ValueError, match=r"takes videos \((num_frames|frames_per_clip)=4\)"):
+        upfeat.load_backbone(network)
 
 
 def test_models_that_do_not_see_are_refused():

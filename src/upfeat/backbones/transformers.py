@@ -23,6 +23,8 @@ _LOG = logging.getLogger("upfeat.backbones")
 
 # Attributes under which models of images and text store their vision part.
 _TOWERS = ("vision_model", "vision_tower", "visual_model", "image_encoder")
+# Attributes of the configurations of models of videos.
+_FRAMES = ("num_frames", "frames_per_clip")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -52,8 +54,11 @@ class TransformersFeatures(nn.Module):
         self.blocks = _count_blocks(config)
         self.layers = numbers(layers, self.blocks, type(self.network).__name__)
         self.options = _options(self.network, interpolate)
-        self.masked = "noise" in inspect.signature(self.network.forward).parameters
+        parameters = inspect.signature(self.network.forward).parameters
         self.patch = getattr(config, "patch_size", 16)
+        # Hiera has a number for each axis, and shuffles nothing.
+        self.masked = "noise" in parameters and isinstance(self.patch, int)
+        self.suffix = getattr(config, "num_detection_tokens", 0)  # YOLOS: after the cells' tokens
 
     def forward(self, x: Tensor) -> Any:
         """(B, 3, H, W) -> tokens or a map; a list of them for several layers."""
@@ -64,11 +69,15 @@ class TransformersFeatures(nn.Module):
         with _unmasked(self.network.config), _whole_windows(self.network):
             output = self.network(x, output_hidden_states=self.layers is not None, **options)
         if self.layers is None:
-            return self._last(output)
+            return self._cells(self._last(output))
         states = output.get("reshaped_hidden_states") or output.hidden_states
         offset = len(states) - self.blocks if self.blocks is not None else 0
-        chosen = [states[offset + layer] for layer in self.layers]
+        chosen = [self._cells(states[offset + layer]) for layer in self.layers]
         return chosen[0] if len(chosen) == 1 else chosen
+
+    def _cells(self, states: Any) -> Any:
+        """Leave out tokens that follow those of the cells."""
+        return states[:, : -self.suffix] if self.suffix else states
 
     def __getstate__(self) -> dict[str, Any]:
         """Remove the hooks by which transformers records hidden states, which cannot be pickled.
@@ -113,6 +122,9 @@ def vision_part(network: nn.Module) -> nn.Module:
     base: Any = network
     if "For" in type(network).__name__:  # a head on a model, as ViTForImageClassification
         base = getattr(network, "base_model", network)
+        inner = getattr(base, "backbone", None)
+        if base is network and isinstance(inner, nn.Module):  # as DepthAnythingForDepthEstimation
+            base = inner
     inner = getattr(base, "timm_model", None)
     if isinstance(inner, nn.Module):
         return inner
@@ -122,6 +134,13 @@ def vision_part(network: nn.Module) -> nn.Module:
             base = tower
             break
     parameters = inspect.signature(base.forward).parameters
+    config = getattr(base, "config", None)
+    for name in _FRAMES:
+        if getattr(config, name, None):
+            raise ValueError(
+                f"{type(network).__name__} takes videos ({name}={getattr(config, name)}), not "
+                "images; wrap it in a function of images that repeats them as frames"
+            )
     if "pixel_values" not in parameters:
         raise ValueError(
             f"{type(network).__name__} takes no pixel_values: it is no vision model; give the part "
