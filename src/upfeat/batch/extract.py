@@ -21,7 +21,7 @@ from upfeat.batch.replicas import replicate
 from upfeat.engines import Engine, map_with_ray, map_with_threads
 from upfeat.failures import failure_reason
 from upfeat.features import UpsampledFeatures
-from upfeat.locks import hold
+from upfeat.locks import hold_folder
 from upfeat.machine import available_memory, parse_memory, readable
 from upfeat.model import FeatUp
 from upfeat.outputs import Inputs
@@ -89,11 +89,10 @@ def extract(
         OSError: the disk is full or cannot be written; finished results are kept.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     summary = Summary()
     tell = on_item or (lambda key, through: None)
     bound = None if max_memory is None else parse_memory(max_memory)
-    with hold(folder):
+    with hold_folder(folder):
         _sweep(folder)
         ledger = Ledger(folder, extraction.settings(model), overwrite=overwrite)
         tasks = _tasks(sources, ledger, summary)

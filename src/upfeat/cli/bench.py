@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+
+from upfeat.cli.choices import path_of
 
 HELP = "Time the operators and the JBU stack against plain PyTorch; print ratios, write JSON."
 EXAMPLE = (
@@ -13,6 +14,8 @@ EXAMPLE = (
     "  upfeat bench --rivals anyup_multi_backbone.pth"
 )
 
+_SIZES = ("14:224", "28:448", "64:1024")
+_CHANNELS = (64, 384, 1024)
 _MOST_REPEATS = 1000
 _LARGEST = 1 << 14
 
@@ -22,17 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sizes",
         nargs="+",
-        default=["14:224", "28:448", "64:1024"],
         metavar="GRID:SIZE",
-        help="cells and output pixels per side (default: 14:224 28:448 64:1024)",
+        help=f"cells and output pixels per side (default: {' '.join(_SIZES)})",
     )
     parser.add_argument(
         "--channels",
         nargs="+",
         type=int,
-        default=[64, 384, 1024],
         metavar="C",
-        help="numbers of channels (default: 64 384 1024)",
+        help=f"numbers of channels (default: {' '.join(map(str, _CHANNELS))})",
     )
     parser.add_argument(
         "--jobs",
@@ -52,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rivals",
         nargs="*",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="time AnyUp, JAFAR and NAF instead, against plain PyTorch implementations of them, "
         "with the weights of these checkpoints or random weights of equal cost",
     )
-    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="JSON file to write")
+    parser.add_argument("-o", "--output", type=path_of, metavar="FILE", help="JSON file to write")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a file that upfeat bench did not write"
     )
@@ -83,8 +84,11 @@ def execute(options: argparse.Namespace) -> int:
     if options.rivals is not None:
         return _rivals(options)
 
-    sizes = ((14, 224),) if options.quick else tuple(map(_size, options.sizes))
-    channels = (64,) if options.quick else tuple(options.channels)
+    for name in ("sizes", "channels"):
+        if options.quick and getattr(options, name) is not None:
+            raise ValueError(f"--{name}: --quick chooses it; leave out one of both")
+    sizes = ((14, 224),) if options.quick else tuple(map(_size, options.sizes or _SIZES))
+    channels = (64,) if options.quick else tuple(options.channels or _CHANNELS)
     rivals = tuple(name for name in RIVALS if not (options.quick and name == "unfold"))
     for count in channels:
         whole("--channels", count, most=MOST_CHANNELS)

@@ -113,6 +113,13 @@ def name_of(text: str) -> str:
     return text
 
 
+def path_of(text: str) -> Path:
+    """Read a path; an empty one, which would be the current folder, is an error."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f'"{text}" is empty; give a path, . for this folder')
+    return Path(text)
+
+
 def size_of(text: str | None) -> tuple[int, int] | None:
     """Read "1024x768", WIDTHxHEIGHT, as (height, width).
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from upfeat.cli.choices import path_of
 
 HELP = "Compare results of upfeat eval: gains of upsamplers over nearest, by backbone and data."
 EXAMPLE = (
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "results",
         nargs="+",
-        type=Path,
+        type=path_of,
         metavar="OUT",
         help="folder that upfeat eval wrote, or its results.json; one for each column",
     )
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name of a score in results.json, such as boundary_f (default: the task's main score)",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="file to write: .md, .csv or .json"
+        "-o", "--output", type=path_of, metavar="FILE", help="file to write: .md, .csv or .json"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 

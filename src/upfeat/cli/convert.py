@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from upfeat.cli.choices import path_of
 
 HELP = "Convert a published upsampler's checkpoint to safetensors with a record of its origin."
 EXAMPLE = (
@@ -16,11 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "checkpoint",
-        type=Path,
+        type=path_of,
         help="checkpoint of FeatUp (.ckpt), AnyUp, JAFAR or NAF (.pth); recognised by its tensors, "
         "and nothing else in it is read",
     )
-    parser.add_argument("output", type=Path, help="safetensors file to write")
+    parser.add_argument("output", type=path_of, help="safetensors file to write")
     parser.add_argument("--sha256", metavar="HEX", help="SHA-256 that the checkpoint must have")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
 

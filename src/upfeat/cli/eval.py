@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
@@ -13,6 +12,7 @@ from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     add_layer,
     name_of,
+    path_of,
     with_layers,
 )
 from upfeat.evaluation.tasks import list_tasks
@@ -44,14 +44,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "folder",
-        type=Path,
+        type=path_of,
         help="folder with images/ and labels/ (seg) or depth/ (depth, normals), within train/ and "
         "test/ if the set is split; for propagation, images/ and labels/ with a folder of frames "
         "for each video; for cam and consistency, any folder of photographs; for correspondence, "
         "images/ and pairs.json",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the results"
+        "-o",
+        "--output",
+        type=path_of,
+        required=True,
+        metavar="FOLDER",
+        help="folder of the results",
     )
     parser.add_argument(
         "--layout",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from upfeat.cli.choices import (
     DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
     add_early,
+    path_of,
     size_of,
     with_layers,
 )
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="FILE",
         help="file to write: .onnx (for onnxruntime) or .pt2 (for torch.export.load)",

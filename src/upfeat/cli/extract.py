@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, add_early, add_engine, with_layers
+from upfeat.cli.choices import (
+    DEFAULT_BACKBONE,
+    add_backbone,
+    add_early,
+    add_engine,
+    path_of,
+    with_layers,
+)
 
 HELP = "Extract features of large image sets: folders, lists, tar archives and videos; resumable."
 EXAMPLE = (
@@ -22,14 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=Path,
+        type=path_of,
         metavar="source",
         help="folder (searched recursively), image, .txt list, .tar archive or video",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="FOLDER",
         help="folder of the results; items extracted there before are skipped",
@@ -43,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--head",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="store this head's output instead of features",
     )

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, with_layers
+from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, path_of, with_layers
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -31,14 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "photos",
         nargs="+",
-        type=Path,
+        type=path_of,
         metavar="photo",
         help="image file, or folder (searched recursively)",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="PATH",
         help=".safetensors file for one photograph, or folder, in which photographs fitted before "

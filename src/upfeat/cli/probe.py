@@ -10,6 +10,7 @@ from upfeat.cli.choices import (
     add_backbone,
     add_early,
     bands_of,
+    path_of,
     with_layers,
 )
 from upfeat.cli.raster import scale_of
@@ -26,20 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "source",
-        type=Path,
+        type=path_of,
         help="folder with images/, labels/ and classes.json, or raster with --labels",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="FILE",
         help="file to write, .safetensors",
     )
     parser.add_argument(
         "--labels",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="labels of a raster: class indices on the same grid, or GeoJSON with a class property",
     )

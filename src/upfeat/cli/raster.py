@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
@@ -12,6 +11,7 @@ from upfeat.cli.choices import (
     add_early,
     add_engine,
     bands_of,
+    path_of,
     with_layers,
 )
 
@@ -29,11 +29,13 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("raster", type=Path, help="raster that GDAL can read: GeoTIFF, COG, VRT, …")
+    parser.add_argument(
+        "raster", type=path_of, help="raster that GDAL can read: GeoTIFF, COG, VRT, …"
+    )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="PATH",
         help="result: .zarr, or .tif (a Cloud Optimized GeoTIFF)",
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_early(parser)
     parser.add_argument(
         "--head",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="head trained by upfeat probe; its output is written instead of the features",
     )

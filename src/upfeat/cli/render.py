@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-from pathlib import Path
 
-from upfeat.cli.choices import size_of
+from upfeat.cli.choices import path_of, size_of
 
 HELP = "Render fitted implicit features at any size."
 EXAMPLE = (
@@ -17,11 +16,11 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("file", type=Path, help="file written by upfeat fit")
+    parser.add_argument("file", type=path_of, help="file written by upfeat fit")
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="FILE",
         help=".safetensors, .npy or .zarr for values; .png or .jpg for a picture",
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", metavar="WIDTHxHEIGHT", help="size in pixels (default: the size of the fit)"
     )
     parser.add_argument(
-        "--image", type=Path, metavar="PHOTO", help="photograph, if the file does not contain it"
+        "--image", type=path_of, metavar="PHOTO", help="photograph, if the file does not contain it"
     )
     parser.add_argument(
         "--dtype",

@@ -15,6 +15,7 @@ from upfeat.cli.choices import (
     add_backbone,
     add_early,
     bands_of,
+    path_of,
     with_layers,
 )
 
@@ -36,14 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "photos",
         nargs="+",
-        type=Path,
+        type=path_of,
         metavar="photo",
         help="image file, or folder (searched recursively)",
     )
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="FOLDER",
         help="folder of the results: NAME.safetensors and NAME.features.png",
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_early(parser)
     parser.add_argument(
         "--head",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="head trained by upfeat probe; its output is written and drawn instead of features",
     )

@@ -10,7 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upfeat.cli.choices import BACKBONE_HELP, DEFAULT_BACKBONE, add_layer, name_of, with_layers
+from upfeat.cli.choices import (
+    BACKBONE_HELP,
+    DEFAULT_BACKBONE,
+    add_layer,
+    name_of,
+    path_of,
+    with_layers,
+)
 from upfeat.settings import add_flags, settings_of
 from upfeat.training.config import PRESETS, TrainConfig
 
@@ -32,13 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
         "photos",
-        type=Path,
+        type=path_of,
         nargs="?",
         help="folder of photographs, searched recursively; with --resume, needed only if the run's "
         "folder of photographs has moved",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FOLDER", help="folder of the run"
+        "-o", "--output", type=path_of, required=True, metavar="FOLDER", help="folder of the run"
     )
     parser.add_argument(
         "--resume",
@@ -56,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layer(parser)
     parser.add_argument(
         "--config",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help="YAML or JSON file of settings, named like the flags with _ for -; flags override it",
     )

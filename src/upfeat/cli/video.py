@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.bounds import PASSES
@@ -13,6 +12,7 @@ from upfeat.cli.choices import (
     UPSAMPLER_HELP,
     add_backbone,
     add_early,
+    path_of,
     with_layers,
 )
 
@@ -29,11 +29,11 @@ EXAMPLE = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("video", type=Path, help="video file that FFmpeg can read")
+    parser.add_argument("video", type=path_of, help="video file that FFmpeg can read")
     parser.add_argument(
         "-o",
         "--output",
-        type=Path,
+        type=path_of,
         required=True,
         metavar="FILE",
         help="video to write, without sound: .mp4, .mov, .mkv or .webm",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "their size; 6: both (default: %(default)s)",
     )
     add_early(parser)
-    parser.add_argument("--head", type=Path, metavar="FILE", help="show this head's classes")
+    parser.add_argument("--head", type=path_of, metavar="FILE", help="show this head's classes")
     parser.add_argument(
         "--alone", action="store_true", help="show features only, without the frame next to them"
     )
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="frames on which the colours are fitted (default: %(default)s)",
     )
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write stability as JSON")
+    parser.add_argument("--report", type=path_of, metavar="FILE", help="write stability as JSON")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(
         "--overwrite",
@@ -90,6 +90,8 @@ def execute(options: argparse.Namespace) -> int:
     if options.report is not None:
         kind = f"{VIDEO}-report"
         check_output(options.report, inputs, kind, overwrite=options.overwrite)
+        if options.report.resolve() == options.output.resolve():
+            raise ValueError(f"--report {options.report} is the video to write; give another file")
     count_frames(options.video)  # raises for an unreadable video before the model is loaded
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
     chosen = {"upsampler": options.upsampler, "passes": options.passes, "early": options.early}
