@@ -305,6 +305,21 @@ def test_weights_for_another_backbone_are_refused():
         upfeat.load(Pattern(), upsampler="early_detail")
 
 
+@pytest.mark.parametrize("passes", [1, 2, 5, 6])
+def test_weights_for_another_backbone_are_refused_however_they_are_given(tmp_path, passes):
+    # Lite1 has as many channels, early layers included, so that nothing else would tell.
+    upsampler = upfeat.load("efficientnet_lite0").upsampler
+    upsampler.save_pretrained(tmp_path / "own")
+    for given in (upsampler, tmp_path / "own"):
+        with pytest.raises(ValueError, match="trained on early layers of efficientnet_lite0, not"):
+            upfeat.load("efficientnet_lite1", upsampler=given, passes=passes)
+        upfeat.load("efficientnet_lite0", upsampler=given, passes=passes)
+    upsampler.trained_for = None
+    upfeat.load("efficientnet_lite1", upsampler=upsampler, passes=passes)
+    upfeat.load("efficientnet_lite0", early=False).upsampler.save_pretrained(tmp_path / "detail")
+    assert "trained_for" not in (tmp_path / "detail" / "config.json").read_text()
+
+
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "efficientnet_lite1"])
 def test_taught_weights_are_what_early_takes(backbone):
     assert trained_for_early(backbone) == f"early_detail_{backbone}"

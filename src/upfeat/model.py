@@ -71,7 +71,8 @@ class FeatUp(nn.Module):
         Raises:
             TypeError: ``upsampler`` is not an upsampler.
             ValueError: the numbers of channels differ, ``bands`` are not three of the backbone's,
-                or ``early`` is set for an upsampler or images that do not support it.
+                ``early`` is set for an upsampler or images that do not support it, or the upsampler
+                was trained on early layers of another backbone.
         """
         super().__init__()
         require_upsampler(upsampler)
@@ -267,7 +268,18 @@ def default_upsampler(backbone: Backbone, *, early: bool | None = None) -> str:
 
 
 def align_for(upsampler: Upsampler, backbone: Backbone) -> Backbone:
-    """Align a backbone as the upsampler was trained, unless it is aligned already."""
+    """Align a backbone as the upsampler was trained, unless it is aligned already.
+
+    Raises:
+        ValueError: the upsampler was trained on early layers of another backbone.
+    """
+    name, expected = backbone.origin.name, upsampler.trained_for
+    if upsampler.wants_hidden and expected not in (None, name):
+        raise ValueError(
+            f"upsampler={upsampler.name!r} was trained on early layers of {expected}, not of "
+            f"{name}; give one for it or any other, as detail, or set upsampler.trained_for=None "
+            "if its layers are the same"
+        )
     displacement = 0 if backbone.displacement else upsampler.displacement
     return backbone.aligned(displacement) if displacement else backbone
 

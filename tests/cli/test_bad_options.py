@@ -175,6 +175,7 @@ BAD = {
     "train data -o run --preset slow": 'preset "slow" is unknown',
     "train data -o run --layer 3": "layer: not an option of efficientnet_lite0",
     "train empty -o run": "empty: holds no photographs",
+    "train -o none --resume": "none: holds no run to resume",
     "train -o run": "photos: give the folder of photographs",
     "info more": "unrecognized arguments: more",
     "nonsense": "invalid choice: 'nonsense'",

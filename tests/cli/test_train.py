@@ -107,9 +107,9 @@ def test_resuming_needs_nothing_again(photos, tmp_path, capsys):
         assert shown.count("\n") == 1
 
 
-def test_resuming_nothing_needs_photographs(tmp_path, capsys):
+def test_resuming_nothing_says_so(tmp_path, capsys):
     assert run("-o", tmp_path / "run", "--resume") == 2
-    assert "give the folder of photographs" in capsys.readouterr().err
+    assert "run: holds no run to resume; name the folder of one" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

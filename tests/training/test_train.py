@@ -61,6 +61,27 @@ def test_without_a_folder_only_the_upsampler_is_kept(photos, backbone, tmp_path,
     )
 
 
+def test_training_starts_from_shipped_weights(photos, backbone, tmp_path):
+    name = "neighbourhood_universal"
+    changes = {"upsampler": name, "upsampler_options": {}, "steps": 1, "learning_rate": 1e-12}
+    config = small_config(tmp_path / "run", **changes)
+    trained = upfeat.train(backbone, photos, config)
+    for key, value in upfeat.load_upsampler(name).state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[key], value)
+    with pytest.raises(ValueError, match="are for the name of a class; neighbourhood_universal is"):
+        upfeat.train(
+            backbone, photos, small_config(None, upsampler=name, upsampler_options={"radius": 1})
+        )
+
+
+@pytest.mark.parametrize("name", ["early_detail", "early_detail_efficientnet_lite0"])
+def test_networks_of_early_layers_are_not_trained_by_views(photos, backbone, tmp_path, name):
+    config = small_config(tmp_path / "run", upsampler=name, upsampler_options={})
+    with pytest.raises(ValueError, match=f"'{name}' is not taught by views but by benchmarks"):
+        upfeat.train(backbone, photos, config)
+    assert not (tmp_path / "run").exists()
+
+
 def test_back_projection_is_for_the_finished_upsampler(photos, backbone, tmp_path):
     common = {"upsampler": "neighbourhood", "upsampler_options": {}}
     runs = {}

@@ -129,6 +129,8 @@ def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConf
                 f"{options.output}: was started with a backbone of the caller's own; go on with it "
                 "by upfeat.train(backbone, photos, config, resume=True)"
             )
+    if photos is None and options.resume:
+        raise ValueError(f"{options.output}: holds no run to resume; name the folder of one")
     if photos is None:
         raise ValueError("photos: give the folder of photographs, as upfeat train photos/ -o RUN")
     return backbone or DEFAULT_BACKBONE, photos, config

@@ -23,7 +23,7 @@ from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
 from upfeat.training.recipes import recipe_for
 from upfeat.training.validation import normalised
-from upfeat.upsamplers import Upsampler, list_upsamplers
+from upfeat.upsamplers import Upsampler, create_upsampler, list_upsamplers
 from upfeat.upsamplers.base import UPSAMPLERS
 
 _LEAST_STD = 0.05
@@ -268,25 +268,25 @@ class _NotFinite(Exception):
 
 
 def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampler:
-    """Create the upsampler to train, with initial weights drawn from the seed.
+    """Create the upsampler to train, with initial weights drawn from the seed, or saved ones.
 
     An upsampler with an option ``embed_dim`` gets the channels of a single backbone; for several
     backbones the option is left at its default, which suits any number of channels.
 
     Raises:
         FileNotFoundError: the upsampler is a folder that does not exist.
-        ValueError: there is no such upsampler, or its options or channels do not fit.
+        ValueError: there is no such upsampler, its options or channels do not fit, or views do not
+            train it.
     """
-    name, options = config.upsampler, dict(config.upsampler_options)
-    cls = UPSAMPLERS.get(name)
-    if cls is None:
-        if "/" not in name and not Path(name).is_dir():
-            raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
-        if options:
-            raise ValueError(f"upsampler_options={options} are for a name; {name} is saved weights")
-        upsampler = Upsampler.from_pretrained(name)
-    else:
-        upsampler = _initial(cls, options, config.seed, backbones)
+    cls = UPSAMPLERS.get(config.upsampler)
+    upsampler = _saved(config) if cls is None else None
+    if (cls or type(upsampler)).wants_hidden:
+        raise ValueError(
+            f"upsampler={config.upsampler!r} is not taught by views but by "
+            "benchmarks/learn_early.py; train detail or neighbourhood"
+        )
+    if upsampler is None:
+        upsampler = _initial(cls, dict(config.upsampler_options), config.seed, backbones)
     expected = getattr(upsampler, "embed_dim", None)
     for backbone in backbones:
         if expected not in (None, backbone.embed_dim):
@@ -307,6 +307,22 @@ def _common_normalization(backbones: Sequence[Backbone]) -> Normalization:
     """
     first, *rest = {backbone.normalization for backbone in backbones}
     return IMAGENET if rest or min(first.std) < _LEAST_STD else first
+
+
+def _saved(config: TrainConfig) -> Upsampler:
+    """Load the weights to start from: shipped ones, by their full name, or a folder."""
+    name = config.upsampler
+    shipped = name in list_upsamplers()
+    if not shipped and "/" not in name and not Path(name).is_dir():
+        raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
+    if config.upsampler_options:
+        raise ValueError(
+            f"upsampler_options={dict(config.upsampler_options)} are for the name of a class; "
+            f"{name} is saved weights"
+        )
+    upsampler = create_upsampler(name) if shipped else Upsampler.from_pretrained(name)
+    upsampler.trained_for = None
+    return upsampler
 
 
 def _initial(

@@ -91,6 +91,9 @@ class Upsampler(nn.Module, ABC):
     """The repository that published the weights, where the package contains none."""
     origin: str | None = None
     """Description of the checkpoint that was loaded; ``None`` if none was."""
+    trained_for: str | None = None
+    """Name of the backbone that the weights were trained for; ``None``: any, or unknown. Models
+    refuse another one if :attr:`wants_hidden`."""
 
     @property
     def reach(self) -> int | None:
@@ -357,6 +360,8 @@ class Upsampler(nn.Module, ABC):
         config = {"upsampler": self.name, **self.config()}
         if self.mean is not None and self.std is not None:
             config |= {"mean": list(self.mean), "std": list(self.std)}
+        if self.wants_hidden and self.trained_for is not None:
+            config["trained_for"] = self.trained_for
         write_bytes(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     def push_to_hub(self, repo_id: str, *, run: str | Path | None = None, **options: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from upfeat.bounds import shown
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
 from upfeat.storage import read_tensors
@@ -20,6 +21,8 @@ WEIGHTS_FILE = "model.safetensors"
 
 _SHIPPED = Path(__file__).parent.parent / "weights"
 """Folder of the shipped weights, in folders ``CLASS_BACKBONE``, or ``CLASS_universal`` for any."""
+
+UNIVERSAL = "universal"
 
 AnyModule = TypeVar("AnyModule")
 
@@ -51,9 +54,11 @@ def find_saved(
         ValueError: the class needs weights, and none are shipped.
     """
     shipped = shipped_names()
-    for candidate in (f"{name}_{backbone}", f"{name}_universal", name):
+    for candidate in (f"{name}_{backbone}", f"{name}_{UNIVERSAL}", name):
         if candidate in shipped and (name in classes or candidate == name):
-            upsampler = load_pretrained(nn.Module, _SHIPPED / candidate, classes)
+            upsampler: Any = load_pretrained(nn.Module, _SHIPPED / candidate, classes)
+            trained_for = candidate.removeprefix(f"{upsampler.name}_")
+            upsampler.trained_for = None if trained_for == UNIVERSAL else trained_for
             if getattr(upsampler, "embed_dim", None) in (None, embed_dim) or candidate == name:
                 return upsampler
     if name not in classes:
@@ -106,6 +111,9 @@ def load_pretrained(
     path = folder / CONFIG_FILE
     config = read_object(path)
     mean, std = config.pop("mean", None), config.pop("std", None)
+    trained_for = config.pop("trained_for", None)
+    if trained_for is not None and not isinstance(trained_for, str):
+        raise ValueError(f"{path}: trained_for={shown(trained_for)} must be a backbone's name")
     saved = _class_of(config, path, classes)
     if not issubclass(saved, cls):
         raise ValueError(f"{folder}: holds a {saved.__name__}; load it with that class")
@@ -115,6 +123,7 @@ def load_pretrained(
     upsampler: Any = build(saved, config, path)
     if (mean, std) != (None, None):
         upsampler.mean, upsampler.std = check_normalization(mean, std)
+    upsampler.trained_for = trained_for
     state, _ = read_tensors(folder / WEIGHTS_FILE)
     try:
         upsampler.load_state_dict(state)

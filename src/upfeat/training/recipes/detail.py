@@ -154,18 +154,6 @@ class DetailRecipe(Recipe[DetailUpsampler]):
 
     name = DetailUpsampler.name
 
-    def start(self) -> None:
-        """Refuse an upsampler whose network needs activations of early layers.
-
-        Raises:
-            ValueError: the upsampler has such a network, which is not trained by views.
-        """
-        if self.upsampler.wants_hidden:
-            raise ValueError(
-                f"upsampler={self.upsampler.name!r} is not taught by views but by "
-                "benchmarks/learn_early.py; train detail or neighbourhood"
-            )
-
     def finish(self) -> None:
         """See :meth:`Recipe.finish`."""
         self.upsampler.scale_mix(self.config.mix_share)
