@@ -272,6 +272,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path):
         upsample(path, output, model)
     with pytest.raises(ValueError, match=r"begun with another .*tile"):
         upsample(path, output, model, tile=256, resume=True)
+    what = Features(model.embed_dim, {**facts(model), "early": True}, "float32")
+    with pytest.raises(ValueError, match=r"begun with another early; give what it was begun with"):
+        upsample(path, output, model, what, tile=128, resume=True)
     assert unfinished_tiles(output)["tile"] == 128
     upsample(path, output, model, resume=True)
     upsample(path, output, model, resume=True)  # what is complete stays

@@ -134,8 +134,7 @@ class Store:
                 "--overwrite"
             )
         before = read_object(path)
-        names = sorted({*before, *self._settings})
-        others = [name for name in names if before.get(name) != self._settings.get(name)]
+        others = _differing(before, self._settings)
         if others:
             raise ValueError(
                 f"{self.partial}: was begun with another {', '.join(others)}; give what it was "
@@ -315,6 +314,18 @@ def sweep_finished(output: Path) -> None:
         shutil.rmtree(_partial(output))
     if output.is_dir():
         _sweep(output)
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the names of settings that differ; of groups of settings, the names inside."""
+    names: list[str] = []
+    for name in sorted({*before, *now}):
+        own, other = before.get(name), now.get(name)
+        if isinstance(own, Mapping) and isinstance(other, Mapping):
+            names += _differing(own, other)
+        elif own != other:
+            names.append(name)
+    return names
 
 
 def _is_unfinished(partial: Path) -> bool:
