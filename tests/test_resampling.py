@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upfeat.resampling import bicubic, bilinear, pooled, resample, resize
+from upfeat.resampling import bicubic, bilinear, pool_to, pooled, resample, resize
 
 SIDES = st.integers(1, 40)
 
@@ -60,3 +60,14 @@ def test_positions_come_in_any_order():
     out = resample(x, bicubic(6, 9, places), bicubic(5, 9, places.flip(0)))
     expected = F.interpolate(x, (9, 9), mode="bicubic")[:, :, places][..., places.flip(0)]
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected a call")
+@pytest.mark.parametrize("size", [(17, 23), (16, 24), (9, 12), (33, 12)])
+def test_pooling_is_the_same_while_a_program_is_compiled(size):
+    """PyTorch's compiler has no code for its own pooling to sizes that it does not know."""
+    torch._dynamo.reset()
+    compiled = torch.compile(pool_to, dynamic=True, fullgraph=True, backend="eager")
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x, (9, 12)), F.adaptive_avg_pool2d(x, (9, 12)))
+    assert torch.equal(pool_to(x, (9, 12)), F.adaptive_avg_pool2d(x, (9, 12)))

@@ -35,8 +35,39 @@ def on_grid(maps: Tensor, size: Size) -> Tensor:
     if tuple(maps.shape[2:]) == size:
         return maps
     if maps.shape[2] >= size[0] and maps.shape[3] >= size[1]:
-        return F.adaptive_avg_pool2d(maps, size)
+        return pool_to(maps, size)
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def pool_to(maps: Tensor, size: Size) -> Tensor:
+    """Adaptive average pooling, also for sizes that are unknown while a program is compiled.
+
+    PyTorch's compiler cannot generate code for its own pooling then.
+
+    Args:
+        maps: (B, D, H, W).
+        size: (h, w).
+
+    Returns:
+        Means over the cells of the grid, (B, D, h, w).
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return F.adaptive_avg_pool2d(maps, size)
+    (height, width), (rows, columns) = maps.shape[-2:], size
+    if height % rows == 0 and width % columns == 0:
+        cells = (rows, height // rows, columns, width // columns)
+        return maps.reshape(*maps.shape[:2], *cells).mean((3, 5))
+    down, across = _shares(height, rows, maps), _shares(width, columns, maps)
+    return down @ maps @ across.mT
+
+
+def _shares(length: int, cells: int, like: Tensor) -> Tensor:
+    """Weights of ``length`` values in the means of ``cells``, (cells, length)."""
+    cell = torch.arange(cells, device=like.device)[:, None]
+    value = torch.arange(length, device=like.device)
+    start, stop = cell * length // cells, ((cell + 1) * length + cells - 1) // cells
+    inside = (value >= start) & (value < stop)
+    return inside.to(like.dtype) / (stop - start)
 
 
 def pooled(length: int, cells: int, positions: Tensor) -> Reads:

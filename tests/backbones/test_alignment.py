@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import upfeat
 from upfeat.backbones import estimate_displacement
+from upfeat.backbones.base import _moved
 from upfeat.mosaic import see_within
 from upfeat.portable.model import PortableModel
 from upfeat.provenance import digest, identify_backbone
@@ -124,3 +125,17 @@ def test_portable_models_align_too():
     portable = PortableModel(model, Head(), 1)
     with torch.no_grad():
         torch.testing.assert_close(portable(x), model(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected a call")
+@pytest.mark.parametrize("displacement", [2, -3])
+def test_alignment_is_the_same_while_a_program_is_compiled(displacement):
+    """PyTorch's compiler has no code for reflections of images of unknown sizes."""
+    torch._dynamo.reset()
+    compiled = torch.compile(_moved, dynamic=True, fullgraph=True, backend="eager")
+    for size in ((16, 24), (40, 32)):
+        x = torch.randn(2, 3, *size)
+        padded, first = F.pad(x, (3, 3, 3, 3), mode="reflect"), 3 - displacement
+        expected = padded[..., first : first + size[0], first : first + size[1]]
+        assert torch.equal(_moved(x, displacement), expected)
+        assert torch.equal(compiled(x, displacement), expected)

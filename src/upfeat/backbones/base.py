@@ -305,6 +305,15 @@ def _moved(x: Tensor, displacement: int) -> Tensor:
     """Move an image right and down by so many pixels, mirroring its border."""
     if displacement == 0:
         return x
+    if torch.compiler.is_dynamo_compiling():  # its code for padding fails for unknown sizes
+        rows, columns = (_reflected(side, displacement, x.device) for side in x.shape[2:])
+        return x[:, :, rows[:, None], columns]
     before, after = max(displacement, 0), max(-displacement, 0)
     x = F.pad(x, (before, after, before, after), mode="reflect")
     return x[..., after : x.shape[2] - before, after : x.shape[3] - before]
+
+
+def _reflected(length: int, displacement: int, device: torch.device) -> Tensor:
+    """Positions that a side's values are moved from, reflected at its ends, (length,)."""
+    positions = torch.arange(length, device=device) - displacement
+    return (length - 1) - (length - 1 - positions.abs()).abs()

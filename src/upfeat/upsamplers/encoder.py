@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.randomness import stream
-from upfeat.resampling import bilinear, pooled, resample
+from upfeat.resampling import bilinear, pool_to, pooled, resample
 from upfeat.transforms import channels_last
 from upfeat.types import Size, Window
 from upfeat.upsamplers.maps import cut, inside, widened
@@ -284,7 +284,7 @@ def _halve(x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     if height % 2 == 0 and width % 2 == 0:
         return F.avg_pool2d(x, 2)  # equals adaptive pooling here, and is twice as fast
-    return F.adaptive_avg_pool2d(x, (-(-height // 2), -(-width // 2)))
+    return pool_to(x, (-(-height // 2), -(-width // 2)))
 
 
 def unit(x: Tensor, *, over: bool = False) -> Tensor:

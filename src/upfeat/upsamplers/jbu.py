@@ -16,7 +16,7 @@ from upfeat.backends import dispatch
 from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.geometry import reflected_range
 from upfeat.normalization import IMAGENET
-from upfeat.resampling import bicubic, pooled, resample
+from upfeat.resampling import bicubic, pool_to, pooled, resample
 from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 from upfeat.upsamplers.checks import check_precision
@@ -132,7 +132,7 @@ class JBUKernels:
         """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
         # All pooling first: PyTorch's threads spin for a while afterwards, and would slow down the
         # threads of the compiled stages.
-        pooled = [F.adaptive_avg_pool2d(self.guidance, size) for size in self.sizes]
+        pooled = [pool_to(self.guidance, size) for size in self.sizes]
         for stage, guidance in zip(self.stages, pooled, strict=True):
             assert isinstance(stage, JBUStage)
             features = stage.upsample(features, guidance)

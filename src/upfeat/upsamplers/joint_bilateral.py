@@ -10,7 +10,7 @@ from torch import Tensor
 
 from upfeat.bounds import number, whole
 from upfeat.normalization import HALF
-from upfeat.resampling import pooled, resample
+from upfeat.resampling import pool_to, pooled, resample
 from upfeat.types import Window
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
@@ -122,7 +122,7 @@ class Colours(Pixels):
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
         if window == (0, 0, *self.size):
-            colours = F.adaptive_avg_pool2d(self.guidance, self.size)
+            colours = pool_to(self.guidance, self.size)
         else:
             rows, columns = (
                 pooled(length, target, torch.arange(*span))

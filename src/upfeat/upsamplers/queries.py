@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backends import dispatch
-from upfeat.resampling import bilinear, pooled, resample, resize
+from upfeat.resampling import bilinear, pool_to, pooled, resample, resize
 from upfeat.types import Size, Window
 from upfeat.upsamplers.checks import check_precision
 from upfeat.upsamplers.encoder import PyramidEncoder, spans_of, unit, window_of
@@ -129,7 +129,7 @@ class CellMeans(Computed):
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
         if self.whole:
-            return F.adaptive_avg_pool2d(self.source.all(), self.size)
+            return pool_to(self.source.all(), self.size)
         out = None
         for part in tiles(
             (window.height, window.width), cells_of_tile(self.source.size, self.size)
