@@ -119,8 +119,9 @@ def test_wrapper_says_what_is_wrong(function, words):
 def test_wrapper_checks_every_output():
     with pytest.raises(ValueError, match="4 pixels apart; check its embed_dim and stride"):
         upfeat.load_backbone(lambda x: x[:, :, ::4, ::4], stride=8, embed_dim=3)
-    with pytest.raises(ValueError, match="check its embed_dim and stride"):
-        upfeat.load_backbone(lambda x: x[:, :, ::8, ::8], stride=8, embed_dim=4)
+    for module in (lambda x: x[:, :, ::8, ::8], nn.AvgPool2d(8)):
+        with pytest.raises(ValueError, match="embed_dim=4 was given, but its features have 3 chan"):
+            upfeat.load_backbone(module, stride=8, embed_dim=4)
 
 
 def test_unknown_names_suggest_close_ones():

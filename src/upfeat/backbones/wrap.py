@@ -123,10 +123,15 @@ class WrappedBackbone(Backbone):
             question, answer = _probe(question, certain=in_channels is not None)
         except NothingToPick as error:
             raise _no_such_module(question.name, module, layers) or error from None
+        if embed_dim not in (None, answer.embed_dim):
+            raise ValueError(
+                f"{question.name}: embed_dim={embed_dim} was given, but its features have "
+                f"{answer.embed_dim} channels; leave it out"
+            )
         settings = settings.for_channels(question.channels)
         super().__init__(
             name=name or module_name,
-            embed_dim=embed_dim or answer.embed_dim,
+            embed_dim=answer.embed_dim,
             stride=stride or answer.stride,
             mean=settings.mean if mean is None else mean,
             std=settings.std if std is None else std,
