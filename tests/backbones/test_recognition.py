@@ -103,6 +103,16 @@ def test_images_are_of_three_bands_whatever_the_first_convolution_takes():
         upfeat.load_backbone(network, in_channels=48)
 
 
+def test_channels_before_the_cells_are_refused():
+    # 24 channels of 28 × 28 cells, which could be 8 prefix tokens and 4 × 4 cells.
+    project = nn.Conv2d(3, 24, 8, 8)
+    with pytest.raises(ValueError, match=r"its axes are \(B, C, N\); give a function"):
+        upfeat.load_backbone(lambda x: project(x).flatten(2))
+    backbone = upfeat.load_backbone(lambda x: project(x).flatten(2).mT)
+    x = torch.randn(1, 3, 48, 80)
+    torch.testing.assert_close(backbone(x), project(x))
+
+
 class TestOneSize:
     @pytest.mark.parametrize("fit", ["tile", "resize"])
     def test_contract(self, fit):

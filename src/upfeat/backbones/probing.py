@@ -130,11 +130,31 @@ def _with_overlap(question: Question, answer: Answer, cells: int) -> Answer:
 def read(question: Question, layouts: Sequence[Layout], x: Tensor) -> Tensor:
     """Compute the features of an image, (B, C, h, w), by a model whose layouts are known."""
     tensors = select(question.call(x), question.layers, question.name)
+    return _joined(question, layouts, tensors, x)
+
+
+def _joined(
+    question: Question, layouts: Sequence[Layout], tensors: Sequence[Tensor], x: Tensor
+) -> Tensor:
+    """Join the selected tensors of an image to a map (B, C, h, w)."""
     size = (x.shape[2], x.shape[3])
     maps = [
         one.read(tensor, size, question.name) for one, tensor in zip(layouts, tensors, strict=True)
     ]
     return concatenate(maps)
+
+
+def _check_channels(question: Question, answer: Answer, tensors: Sequence[Tensor]) -> None:
+    """Refuse (B, C, N) taken for tokens (B, N, C): its last axis changes with the image."""
+    tensor = tensors[0]
+    if answer.layouts[0].kind != "tokens" or len(tensors) > 1 or tensor.dim() != 3:
+        return
+    if tensor.shape[2] != answer.embed_dim:
+        raise ValueError(
+            f"{question.name} returned {tuple(tensor.shape)}, and {answer.embed_dim} on the last "
+            "axis for another image size: its axes are (B, C, N); give a function that returns "
+            "(B, N, C), as .mT does"
+        )
 
 
 def _blank(question: Question, size: Size) -> Tensor:
@@ -268,10 +288,15 @@ def _sizes_taken(question: Question, answer: Answer) -> tuple[Answer, bool]:
         # and a wrong stride shows where there are more cells. The number of cells must be another
         # one, which a model that arranges them in a square would refuse.
         size = (short, (2 * side // multiple + 1) * multiple)
-        padded = (size[0] + answer.padding, size[1] + answer.padding)
+        blank = _blank(question, (size[0] + answer.padding, size[1] + answer.padding))
         try:
-            features = read(question, answer.layouts, _blank(question, padded))
+            tensors = select(question.call(blank), question.layers, question.name)
         except Exception:  # a user's module may raise anything
+            continue
+        _check_channels(question, answer, tensors)
+        try:
+            features = _joined(question, answer.layouts, tensors, blank)
+        except (RuntimeError, ValueError):  # outputs of other shapes than before
             continue
         if tuple(features.shape[2:]) == (size[0] // stride, size[1] // stride):
             return replace(answer, multiple=multiple, any_size=True), False
