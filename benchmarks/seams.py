@@ -24,7 +24,8 @@ import upfeat
 from upfeat.features import UpsampledFeatures
 from upfeat.linear import principal_components
 from upfeat.model import FeatUp
-from upfeat.mosaic import receptive_halo, strips
+from upfeat.mosaic import strips
+from upfeat.receptive_field import receptive_halo
 from upfeat.tiling import overlapping
 from upfeat.types import Window
 

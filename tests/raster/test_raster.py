@@ -112,13 +112,27 @@ def values_of(output):
 
 
 def whole(path, model):
-    """All pixels at once; the raster's edge repeated up to whole steps."""
+    """All pixels at once; the edges of image and features repeated up to whole steps."""
+    stride, step = model.backbone.stride, model.upsampler.step
     with Scene(path) as scene, torch.no_grad():
-        step = model.backbone.stride * model.upsampler.step
-        height, width = (-(-side // step) * step for side in scene.size)
+        own = stride * model.backbone.step
+        seen = [-(-side // own) * own for side in scene.size]
+        height, width = (-(-side // (stride * step)) * stride * step for side in seen)
         image = scene.read(Window(0, 0, height, width))[0][None]
-        out = model((image - model.backbone.mean) / model.backbone.std)
+        image = (image - model.backbone.mean) / model.backbone.std
+        features, hidden = model.backbone.with_hidden(image[..., : seen[0], : seen[1]])
+        cells = (height // stride, width // stride)
+        features = repeated(features, cells)
+        if model.early:
+            hidden = repeated(hidden, (2 * cells[0], 2 * cells[1]))
+        given = {"hidden": hidden} if model.early else {}
+        out = model.upsampler(features, model.guidance(image), **given)
     return out[0, :, : scene.size[0], : scene.size[1]].numpy()
+
+
+def repeated(maps, size):
+    beyond = (0, size[1] - maps.shape[3], 0, size[0] - maps.shape[2])
+    return torch.nn.functional.pad(maps, beyond, mode="replicate")
 
 
 @pytest.mark.parametrize("make", [partial(tiny, "bilinear"), tiny, staged])
@@ -140,6 +154,20 @@ def test_parts_in_files_give_the_tiles_of_one_process(tmp_path, make, windows, m
     output = upsample(path, tmp_path / "out.zarr", model, engine=Engine("ray", 2))
     assert tree(output) == tree(calm)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
+
+
+@pytest.mark.parametrize("early", [None, False])
+def test_the_backbone_sees_no_cells_beyond_the_raster(tmp_path, early):
+    """A raster of whole cells has the model's features up to its lower and right edges."""
+    model = upfeat.load(early=early)
+    values = picture(11 * 16, 21 * 16)
+    path = write(tmp_path / "scene.tif", values)
+    out = values_of(upsample(path, tmp_path / "out.zarr", model, tile=256))
+    with torch.no_grad():
+        expected = model(model.preprocess(values.transpose(1, 2, 0)))[0].numpy()
+    error = np.abs(out - expected).mean(0) / expected.std((1, 2)).mean()
+    assert max(error[-16:].mean(), error[:, -16:].mean()) < 0.4  # about 1 if it saw more
+    assert error[:-16, :-16].mean() < 0.13
 
 
 def test_a_worker_of_a_run_that_was_killed_writes_no_more(tmp_path):
@@ -338,7 +366,7 @@ def test_the_default_model_needs_less_than_its_bound_for_any_raster(held):
         # Beside what this process is said to hold, which is not the command's.
         limit = bound - 400_000_000 + held
         plan = make_plan((side, side), model, what, max_memory=limit)
-        tiles = backbone_tiles(plan.grid, plan.backbone_tile, plan.backbone_halo)
+        tiles = backbone_tiles(plan.seen, plan.backbone_tile, plan.backbone_halo)
         each.append(sum(t.outer.height * t.outer.width for t in tiles) * 16**2 / side**2)
     assert max(each) < 1.35
 

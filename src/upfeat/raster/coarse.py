@@ -21,7 +21,7 @@ from upfeat.raster.plan import Plan
 from upfeat.raster.scene import Scene
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.tiling import Tile, split
-from upfeat.types import Window, scaled
+from upfeat.types import Size, Window, scaled
 
 
 class Source(NamedTuple):
@@ -32,6 +32,8 @@ class Source(NamedTuple):
     stacked on them as by :func:`upfeat.receptive_field.see`."""
     means: Callable[[Window], Tensor] | None
     """From a window to its :meth:`Upsampler.cell_means`; ``None`` if the upsampler has no means."""
+    size: Size
+    """(h, w) of the cells that have features, :attr:`Plan.seen`; those beyond have means alone."""
 
 
 class Part(NamedTuple):
@@ -68,7 +70,7 @@ def streamed(scene: Scene, model: FeatUp, plan: Plan, first_row: int) -> Source:
         strips(
             model.backbone,
             lambda window: read_image(scene, model, scaled(window, 1, stride)),
-            plan.grid,
+            plan.seen,
             tile=plan.backbone_tile,
             halo=plan.backbone_halo,
             first_row=first_row,
@@ -79,7 +81,7 @@ def streamed(scene: Scene, model: FeatUp, plan: Plan, first_row: int) -> Source:
     def features(cells: Window) -> Tensor:
         return rows(cells.top, cells.bottom, cells.left, cells.right)
 
-    return Source(features, _streamed_means(scene, model, plan, first_row))
+    return Source(features, _streamed_means(scene, model, plan, first_row), plan.seen)
 
 
 def _streamed_means(
@@ -127,7 +129,7 @@ def list_parts(model: FeatUp, plan: Plan, kind: str) -> list[Part]:
     """List all parts of a raster of one kind, "features" or "means", row by row."""
     if kind == "features":
         backbone_step = model.backbone.step
-        tiles = backbone_tiles(plan.grid, plan.backbone_tile, plan.backbone_halo, backbone_step)
+        tiles = backbone_tiles(plan.seen, plan.backbone_tile, plan.backbone_halo, backbone_step)
     elif model.upsampler.means_halo is None:
         return []
     else:
@@ -181,12 +183,13 @@ class Files:
 
     def source(self) -> Source:
         """Return a source that reads features and means from the files."""
-        return Source(self._features, self._means if self.parts["means"] else None)
+        means = self._means if self.parts["means"] else None
+        return Source(self._features, means, self._plan.seen)
 
     def _features(self, cells: Window) -> Tensor:
         plan = self._plan
         blended = plan.backbone_tile if plan.backbone_halo is None else None
-        return join_tiles(self._read("features", cells), plan.grid, cells, blended)
+        return join_tiles(self._read("features", cells), plan.seen, cells, blended)
 
     def _means(self, cells: Window) -> Tensor:
         found = list(self._read("means", cells))

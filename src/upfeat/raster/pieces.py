@@ -17,7 +17,7 @@ from upfeat.raster.plan import MASK_HALO, Plan
 from upfeat.raster.scene import Scene
 from upfeat.receptive_field import unstacked
 from upfeat.tiling import Tile, split
-from upfeat.types import Window, scaled
+from upfeat.types import Size, Window, scaled
 from upfeat.upsamplers.maps import cut, inside
 
 
@@ -93,9 +93,10 @@ def make_piece(scene: Scene, model: FeatUp, source: Source, index: int, tile: Ti
     usable = cut(valid[None, None], inner)[0, 0].numpy()
     coarse = hidden = means = None
     if usable.any():
-        coarse, hidden = unstacked(source.features(outer), model.embed_dim)
-        coarse = _fill_cells(coarse.contiguous(), valid)  # a view would keep the early layers
-        hidden = None if hidden is None else _fill_cells(hidden, valid)
+        known = _cut_at(outer, source.size)
+        coarse, hidden = unstacked(source.features(known), model.embed_dim)
+        coarse = _fill_cells(_extended(coarse, known, outer), valid)
+        hidden = None if hidden is None else _fill_cells(_extended(hidden, known, outer), valid)
         means = None if source.means is None else source.means(outer)
     shown = outer
     if source.means is not None:
@@ -120,6 +121,27 @@ def _pixels(cells: Window, stride: int, size: tuple[int, int]) -> Window:
     top, left = cells.top * stride, cells.left * stride
     bottom, right = min(cells.bottom * stride, size[0]), min(cells.right * stride, size[1])
     return Window(top, left, bottom - top, right - left)
+
+
+def _cut_at(cells: Window, size: Size) -> Window:
+    """The part of a window that begins in a map of ``size`` and may extend beyond it."""
+    bottom, right = min(cells.bottom, size[0]), min(cells.right, size[1])
+    return Window(cells.top, cells.left, bottom - cells.top, right - cells.left)
+
+
+def _extended(maps: Tensor, known: Window, outer: Window) -> Tensor:
+    """Repeat the lower and right edges of a map of ``known`` up to those of ``outer``.
+
+    Args:
+        maps: (1, K, f·h, f·w), of the cells of ``known`` or finer ones.
+        known: window of cells.
+        outer: window with the same start.
+    """
+    factor = maps.shape[2] // known.height
+    below, beside = outer.bottom - known.bottom, outer.right - known.right
+    if not below and not beside:
+        return maps.contiguous()  # a view would keep the early layers
+    return F.pad(maps, (0, factor * beside, 0, factor * below), mode="replicate")
 
 
 def _around(core: Window, halo: int | None, outer: Window) -> Window:

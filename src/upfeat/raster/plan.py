@@ -52,7 +52,9 @@ class Plan:
     """Division of a raster into tiles; all lengths are in cells.
 
     Attributes:
-        grid: (h, w) of all coarse features, multiples of ``step``; may extend beyond the raster.
+        seen: (h, w) of the cells that the backbone is applied to: those that cover the raster.
+        grid: (h, w) of the cells that are upsampled, multiples of ``step``; may extend beyond the
+            raster.
         tile: side of a tile that is written.
         halo: cells around such a tile that the upsampler reads.
         step: a tile and its halo begin at multiples of this number.
@@ -61,6 +63,7 @@ class Plan:
             overlapping windows instead.
     """
 
+    seen: Size
     grid: Size
     tile: int
     halo: int
@@ -100,8 +103,8 @@ def make_plan(
             "upsampler that does not, such as detail"
         )
     step, own_step = model.upsampler.step, model.backbone.step
-    unit = math.lcm(step, own_step)
-    height, width = (unit * -(-side // (stride * unit)) for side in size)
+    height, width = (own_step * -(-side // (stride * own_step)) for side in size)
+    seen, grid = (height, width), (step * -(-height // step), step * -(-width // step))
     halo = receptive_halo(model.backbone, early=model.early)
     halo = None if halo is None else own_step * -(-halo // own_step)
     resident = machine.resident_memory() or 0
@@ -109,7 +112,7 @@ def make_plan(
     needed, plan = math.inf, None
     for side, through in _candidates(stride, halo, tile, backbone_tile, own_step):
         cells = _tile_cells(side, stride, step)
-        plan = Plan((height, width), cells, reach + MASK_HALO, step, through, halo)
+        plan = Plan(seen, grid, cells, reach + MASK_HALO, step, through, halo)
         needed = resident + _needed(plan, model, what, activations)
         if needed <= max_memory:
             return plan
