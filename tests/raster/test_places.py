@@ -127,7 +127,11 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, small_model, capsys):
         ("settings.json", b"[]", "settings.json: holds list, not an object"),
         ("settings.json", b'{"tile": "64"}', "tile='64' must be a whole number"),
         ("settings.json", b'{"tile": -64}', "tile=-64 must be 1 or more"),
-        ("settings.json", b'{"tile": 64}', "was begun with another backbone_tile, cells, format, raster"),
+        (
+            "settings.json",
+            b'{"tile": 64}',
+            "was begun with another backbone_tile, cells, format, raster",
+        ),
         ("tiles.txt", b"0\nx\n", "tiles.txt: damaged; begin anew by --overwrite"),
     ],
 )
