@@ -3,7 +3,8 @@
 A compiled backend has plain functions for its operators and for their gradients. This module
 registers each as an operator of ``torch.ops.upfeat``, with a shape rule and an autograd rule, so
 that ``torch.compile``, ``torch.export`` and ``opcheck`` treat it as any other operator. Names end
-in the backend's name, since several backends can run on the same tensor.
+in the backend's name, since several backends can run on the same tensor. Gradients that will be
+differentiated again are computed by the eager backend.
 """
 
 from collections.abc import Callable
@@ -12,13 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_functorch_wrapped_tensor,
-)
 
+from upfeat.backends import eager
 from upfeat.backends.cpu import operators as cpu
 from upfeat.backends.triton import operators as triton
 from upfeat.geometry import cells_of_window
+from upfeat.transforms import is_transformed, recorded_gradients
 
 _LIBRARY = torch.library.Library("upfeat", "DEF")
 
@@ -90,9 +90,11 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
         ctx.options = inputs[2:]
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
-        found = gradient(grad, *ctx.saved_tensors, need[0], need[1], *ctx.options)
+        need = ctx.needs_input_grad[:2]
         without = (None for _ in options)
+        if torch.is_grad_enabled():
+            return (*_by_eager(operator, ctx, grad), *without)
+        found = gradient(grad, *ctx.saved_tensors, *need, *ctx.options)
         return (found[0] if need[0] else None, found[1] if need[1] else None, *without)
 
     _implement(name, forward, fake)
@@ -137,8 +139,10 @@ def _weights(backend: str, module: ModuleType, operator: str) -> Callable[..., T
         ctx.options = inputs[count:]
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found = gradient(grad, *ctx.saved_tensors, *ctx.options)
-        return (*found, *(None for _ in options))
+        without = (None for _ in options)
+        if torch.is_grad_enabled():
+            return (*_by_eager(operator, ctx, grad), *without)
+        return (*gradient(grad, *ctx.saved_tensors, *ctx.options), *without)
 
     _implement(name, forward, fake)
     _implement(f"{name}_backward", run_backward, fake_backward)
@@ -178,10 +182,12 @@ def _attention(backend: str, module: ModuleType, operator: str) -> Callable[...,
         ctx.options = inputs[3:]
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = list(ctx.needs_input_grad[:3])
+        needed, without = list(ctx.needs_input_grad[:3]), (None for _ in ctx.options)
+        if torch.is_grad_enabled():
+            return (*_by_eager(operator, ctx, grad), *without)
         found = gradient(grad, *ctx.saved_tensors, *ctx.options, needed)
         parts = (one if need else None for one, need in zip(found, needed, strict=True))
-        return (*parts, *(None for _ in ctx.options))
+        return (*parts, *without)
 
     _implement(name, module.window_attention, fake)
     _implement(f"{name}_backward", run_backward, fake_backward)
@@ -258,19 +264,27 @@ def _neighbourhood(backend: str, module: ModuleType, operator: str) -> Callable[
     return getattr(torch.ops.upfeat, name)
 
 
+def _by_eager(operator: str, ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Compute the gradients of an operator's tensors such that autograd records them."""
+
+    def forward(*tensors: Tensor) -> Tensor:
+        return getattr(eager, operator)(*tensors, *ctx.options)
+
+    tensors = ctx.saved_tensors
+    return recorded_gradients(forward, tensors, ctx.needs_input_grad[: len(tensors)], grad)
+
+
 def _implement(name: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"upfeat::{name}", fake, lib=_LIBRARY)
 
 
 def _outside_transforms(check: Callable[..., str | None]) -> Callable[..., str | None]:
-    """Make a ``can_run`` check also refuse tensors of ``torch.func``, which own no memory."""
+    """Make a ``can_run`` check also refuse tensors of ``torch.func``, and those with tangents."""
 
     def checked(*arguments: Any) -> str | None:
-        if not torch.compiler.is_compiling():
-            tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
-            if any(is_functorch_wrapped_tensor(tensor) for tensor in tensors):
-                return "torch.func transforms run on the eager backend"
+        if any(is_transformed(one) for one in arguments if isinstance(one, Tensor)):
+            return "torch.func transforms and forward derivatives run on the eager backend"
         return check(*arguments)
 
     return checked

@@ -75,7 +75,8 @@ class Headed:
         """Keep the map, the head (see :func:`apply_head`) and the bias, (K,) or (B, K)."""
         self.source, self.head, self.bias = source, head, bias
         self.size = source.size
-        self.recorded = source.recorded or (isinstance(head, Tensor) and is_recorded(head))
+        added = [one for one in (head, bias) if isinstance(one, Tensor)]
+        self.recorded = source.recorded or is_recorded(*added)
 
     def at(self, window: Window) -> Tensor:
         """See :meth:`Map.at`."""

@@ -20,6 +20,7 @@ from upfeat.resampling import bicubic, pool_to, pooled, resample
 from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
 from upfeat.upsamplers.checks import check_precision
+from upfeat.upsamplers.maps import is_recorded
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
 KEY_CHANNELS = 32
@@ -92,7 +93,7 @@ class JBUStage(nn.Module):
         return functional.joint_bilateral_upsample(features, weights, backend=self.backend)
 
     def _compiled(self, guidance: Tensor) -> bool:
-        """Return whether the compiled operators run; they are differentiable once."""
+        """Return whether the compiled operators run."""
         if self.backend not in ("auto", "cpu") or guidance.device.type != "cpu":
             return False
         return dispatch.reason_against("bilateral_weights", "cpu", guidance) is None
@@ -101,8 +102,7 @@ class JBUStage(nn.Module):
         """Return whether the compiled stage, which has no dropout and no gradients, can run."""
         if self.training or self.backend not in ("auto", "cpu"):
             return False
-        watched = (features, guidance, self.range_temperature)
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in watched):
+        if is_recorded(features, guidance, *self.parameters()):
             return False
         if torch.is_autocast_enabled(features.device.type) or features.dtype != guidance.dtype:
             return False

@@ -15,10 +15,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_functorch_wrapped_tensor,
-)
 
+from upfeat.transforms import is_transformed
 from upfeat.types import Size, Window
 
 WHOLE = 1 << 20
@@ -171,7 +169,7 @@ def is_recorded(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     return torch.is_grad_enabled() and any(
-        one.requires_grad or is_functorch_wrapped_tensor(one) for one in tensors
+        one.requires_grad or is_transformed(one) for one in tensors
     )
 
 

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
-    is_functorch_wrapped_tensor,
-)
-from torch.autograd.function import once_differentiable
+
+from upfeat.transforms import is_transformed, recorded_gradients
 
 # Pixels of a run: with 50 channels they take less than a megabyte.
 _RUN = 4096
@@ -39,7 +37,7 @@ class PointwiseNetwork(nn.Sequential):
         return super().forward(input)
 
     def in_runs(self, *inputs: Tensor, share: float = 1.0, residual: bool = False) -> Tensor:
-        """Apply the network by runs of pixels: in float32 on a CPU, differentiable once.
+        """Apply the network by runs of pixels: in float32 on a CPU.
 
         Args:
             inputs: (B, channels, H, W) each; concatenated over channels they are the input.
@@ -67,7 +65,7 @@ def can_run_in_runs(*inputs: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     return torch.is_grad_enabled() and all(
-        x.device.type == "cpu" and x.dtype == torch.float32 and not is_functorch_wrapped_tensor(x)
+        x.device.type == "cpu" and x.dtype == torch.float32 and not is_transformed(x)
         for x in inputs
     )
 
@@ -83,7 +81,7 @@ class _InRuns(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         kept, w0, b0, w1, b1, share, residual, *inputs = arguments
         inputs = [x.contiguous() for x in inputs]
-        ctx.save_for_backward(kept, w0, b0, w1, *inputs)
+        ctx.save_for_backward(kept, w0, b0, w1, b1, *inputs)
         ctx.share, ctx.residual = share, residual
         out = inputs[0].new_empty(len(kept), len(w1), *inputs[0].shape[2:])
         for image, run, parts in _runs(inputs):
@@ -97,11 +95,12 @@ class _InRuns(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grads: Tensor
     ) -> tuple[Tensor | None, ...]:
-        kept, w0, b0, w1, *inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _gradients_in_layers(ctx, grads[0])
+        kept, w0, b0, w1, _, *inputs = ctx.saved_tensors
         needed = ctx.needs_input_grad[7:]
         grad = grads[0].contiguous().flatten(2)
         to_inputs = [
@@ -126,6 +125,21 @@ class _InRuns(torch.autograd.Function):
                     torch.addmm(part if beta else x, weight.T, to_hidden, beta=beta, out=target)
         to_w1 = (to_w1 * kept[:, None]).sum(0) * ctx.share
         return None, to_w0, to_b0, to_w1, to_b1, None, None, *to_inputs
+
+
+def _gradients_in_layers(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of :class:`_InRuns`, recorded by autograd: all pixels at once."""
+
+    def forward(
+        kept: Tensor, w0: Tensor, b0: Tensor, w1: Tensor, b1: Tensor, *inputs: Tensor
+    ) -> Tensor:
+        hidden = F.gelu(F.conv2d(torch.cat(inputs, dim=1), w0[..., None, None], b0))
+        out = F.conv2d(hidden * kept[..., None, None], w1[..., None, None], b1) * ctx.share
+        return out + inputs[0] if ctx.residual else out
+
+    needed = [*ctx.needs_input_grad[:5], *ctx.needs_input_grad[7:]]
+    found = recorded_gradients(forward, ctx.saved_tensors, needed, grad)
+    return (*found[:5], None, None, *found[5:])
 
 
 def _runs(inputs: list[Tensor]) -> Iterator[tuple[int, slice, list[Tensor]]]:
