@@ -182,6 +182,11 @@ def _read_only():
     return array
 
 
+def _of_inference():
+    with torch.inference_mode():
+        return torch.zeros(1, C, *SIZE)
+
+
 BUFFERS = [
     (lambda: torch.zeros(1, C, 24, 31), "out is 1×4×24×31; the map is 1×4×24×32"),
     (lambda: torch.zeros(1, C, *SIZE, dtype=torch.int32), r"out is torch\.int32"),
@@ -191,6 +196,12 @@ BUFFERS = [
     (lambda: np.zeros((1, C, *SIZE), ">f4"), "out is >f4"),
     (lambda: np.zeros((1, C, *SIZE), complex), "out is complex128"),
     (_read_only, "out is read-only"),
+    (lambda: np.zeros((1, C, *SIZE), np.float32)[..., ::-1], "counts backwards"),
+    (lambda: torch.zeros(1, C, *SIZE, device="meta"), "meta device"),
+    (lambda: torch.zeros(1, C, *SIZE).to_sparse(), "give a dense tensor"),
+    (lambda: torch.zeros(1, C, *SIZE).to(torch.float8_e4m3fn), r"out is torch\.float8"),
+    (lambda: torch.zeros(9999).as_strided((1, C, *SIZE), (1, 9, 5, 1)), "several values"),
+    (_of_inference, "made in inference mode"),
 ]
 
 
@@ -198,6 +209,29 @@ BUFFERS = [
 def test_buffers_that_do_not_fit_are_refused(lazy, make, words):
     with pytest.raises(ValueError, match=words):
         lazy.full(out=make())
+
+
+def test_a_buffer_in_the_memory_of_the_inputs_is_refused():
+    """Windows read what earlier windows would have overwritten."""
+    room = torch.randn(2, C, *SIZE)
+    lazy = upfeat.UpsampledFeatures(
+        room[:1], torch.randn(1, 3, *SIZE), upfeat.load_upsampler("neighbourhood"), SIZE
+    )
+    expected = lazy.full()
+    with pytest.raises(ValueError, match="shares memory with the map's inputs"):
+        lazy.full(out=room[:1])
+    assert torch.equal(lazy.full(out=room[1:]), expected)
+
+
+def test_overflow_of_a_type_of_equal_width_is_refused():
+    lazy = upfeat.UpsampledFeatures(
+        torch.full((1, C, 3, 4), 1e5, dtype=torch.bfloat16),
+        torch.randn(1, 3, *SIZE),
+        upfeat.Bilinear(),
+        SIZE,
+    )
+    with pytest.raises(ValueError, match=r"overflows torch\.float16"):
+        lazy.full(torch.float16)
 
 
 @pytest.mark.parametrize("out", [[1], "a.npy", 3])

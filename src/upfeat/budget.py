@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upfeat import machine
 from upfeat.machine import readable
+from upfeat.operator_checks import FLOATS
 from upfeat.types import Size, Window, times
 from upfeat.upsamplers import Kernels, Upsampler
 from upfeat.upsamplers.head import Head, add_offset, apply_head
@@ -52,8 +53,8 @@ class Buffer:
             shape: (B, C, H, W) of the map.
 
         Raises:
-            ValueError: ``out`` has another shape, is not floating point, is read-only, requires
-                gradients, or is expanded (several elements share memory).
+            ValueError: ``out`` has another shape, is not dense and floating point, is read-only,
+                requires gradients, has no memory, or several of its elements share memory.
             TypeError: ``out`` is neither a tensor nor an array.
         """
         if not isinstance(out, Tensor | np.ndarray):
@@ -66,17 +67,29 @@ class Buffer:
                 raise ValueError("out is read-only; open it for writing, as mode='r+'")
             if out.dtype.kind != "f" or out.dtype.itemsize > 8 or not out.dtype.isnative:
                 raise ValueError(f"out is {out.dtype}; give float16, float32 or float64")
+            if any(step < 0 for step in out.strides):
+                raise ValueError("out is a view that counts backwards; give the array itself")
             self._tensor = torch.from_numpy(np.asarray(out))
             self._file = out.base if isinstance(out.base, mmap.mmap) else None
         else:
-            if not out.is_floating_point():
-                raise ValueError(f"out is {out.dtype}; give one of floating numbers")
-            if out.requires_grad:
-                raise ValueError("out requires gradients; give out.detach()")
-            if any(n > 1 and step == 0 for n, step in zip(out.shape, out.stride(), strict=True)):
-                raise ValueError("out has the same memory for several values; give out.clone()")
+            _check_buffer(out)
             self._tensor = out
         self.dtype = self._tensor.dtype
+        if _overlaps_itself(self._tensor):
+            raise ValueError("out has the same memory for several values; give out.clone()")
+
+    def check_apart(self, sources: Sequence[Tensor]) -> None:
+        """Check that no source of the map is in the buffer's memory, as it is read between writes.
+
+        Raises:
+            ValueError: a source shares memory with the buffer.
+        """
+        start, end = _extent(self._tensor)
+        for source in sources:
+            if source.device == self._tensor.device and source.numel():
+                first, last = _extent(source)
+                if first < end and start < last:
+                    raise ValueError("out shares memory with the map's inputs; give another buffer")
 
     def write(self, channels: slice, window: Window, values: Tensor) -> None:
         """Write a part.
@@ -93,7 +106,7 @@ class Buffer:
         place = self._tensor[:, channels, rows, columns]
         place.copy_(values)
         # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole part.
-        narrow = self.dtype.itemsize < values.dtype.itemsize
+        narrow = torch.finfo(self.dtype).max < torch.finfo(values.dtype).max
         if narrow and not bool(torch.isfinite(torch.stack(place.aminmax())).all()):
             raise ValueError(f"the map overflows {self.dtype}; use bfloat16 or float32")
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -101,6 +114,37 @@ class Buffer:
             with suppress(OSError, ValueError):
                 self._file.flush()
                 self._file.madvise(mmap.MADV_DONTNEED)
+
+
+def _check_buffer(out: Tensor) -> None:
+    """Check that values can be written to a tensor, which :class:`Buffer` describes."""
+    if out.dtype not in FLOATS:
+        raise ValueError(f"out is {out.dtype}; give float16, bfloat16, float32 or float64")
+    if out.layout is not torch.strided:
+        raise ValueError(f"out is {out.layout}; give a dense tensor")
+    if out.is_meta:
+        raise ValueError("out is on the meta device, which stores no values; give another device")
+    if out.requires_grad:
+        raise ValueError("out requires gradients; give out.detach()")
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError("out was made in inference mode and can be written only there")
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    """Return whether elements share memory, or lie in an order that no view of a tensor has."""
+    reached = 1
+    for step, length in sorted(zip(x.stride(), x.shape, strict=True)):
+        if length > 1:
+            if step < reached:
+                return True
+            reached = step * (length - 1) + reached
+    return False
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a tensor's elements and after the last."""
+    last = sum(step * (length - 1) for step, length in zip(x.stride(), x.shape, strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def free_bytes(max_memory: int | None) -> float:

@@ -372,6 +372,7 @@ class UpsampledFeatures(FeatureMap):
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=self.features.device)
         buffer = Buffer(out, shape)
+        buffer.check_apart(self._sources())
         keeps = not by_channels and weight is None and bound is None
         with torch.no_grad():
             parts = self._precompute() if keeps else self._parts()

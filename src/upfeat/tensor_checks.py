@@ -109,6 +109,23 @@ def check_layouts(
         )
 
 
+def fault_in_memory(tensor: Tensor) -> str | None:
+    """Return why a tensor of a file cannot be used as it is, or ``None``.
+
+    A few bytes of a pickle can describe a tensor of any size, by strides of 0 or on the meta
+    device; whatever is computed from it needs the memory.
+    """
+    if tensor.layout is not torch.strided:
+        return f"is {tensor.layout}, not dense"
+    if tensor.dtype not in _FLOATS:
+        return f"is {tensor.dtype}, not floating point of 16 to 64 bits"
+    if tensor.is_meta:
+        return "is on the meta device, without values"
+    if tensor.untyped_storage().nbytes() < tensor.nbytes:
+        return "repeats its values by strides; save it .contiguous()"
+    return None
+
+
 def check_values(
     source: str | Path,
     tensors: Mapping[str, Tensor],

@@ -1,4 +1,4 @@
-"""What compiled code must know of derivatives other than plain gradients.
+"""Derivatives other than plain gradients, as compiled code must treat them.
 
 Tensors of ``torch.func`` (vmap, jvp, grad) and dual numbers, the tensors with tangents of
 ``torch.autograd.forward_ad``, need special treatment. So do gradients that are differentiated

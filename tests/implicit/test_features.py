@@ -167,7 +167,10 @@ def test_files_that_are_not_ours(tmp_path):
         (lambda f: f.at(torch.tensor([[float("nan"), 0.0]])), "in the image"),
         (lambda f: f.project(torch.zeros(2, 5)), r"\(K, 6\)"),
         (lambda f: f.project(torch.zeros(2, 6), torch.zeros(3)), "bias"),
-        (lambda f: f.render(out=torch.zeros(3)), "out must be"),
+        (lambda f: f.render(out=torch.zeros(3)), "out is 3; the map is"),
+        (lambda f: f.render(out=torch.zeros(f.shape, device="meta")), "meta device"),
+        (lambda f: f.render(out=torch.zeros(1).expand(f.shape)), "same memory"),
+        (lambda f: f.render(dtype=torch.float8_e4m3fn), "must be one of floating numbers"),
     ],
 )
 def test_bad_arguments(call, words):

@@ -1,10 +1,12 @@
 """Reading and writing upsamplers: published checkpoints, safetensors, hostile and broken files."""
 
+import hashlib
 import json
 import logging
 import pickle
 import sys
 import types
+import zipfile
 from pathlib import Path
 from urllib.error import URLError
 
@@ -116,6 +118,76 @@ def test_faulty_checkpoints_are_one_clear_line(tmp_path):
         assert "weights_only" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="nothing.ckpt"):  # noqa: RUF043
         upfeat.JBUStack.from_featup(tmp_path / "nothing.ckpt")
+
+
+def of_no_memory(state, change):
+    return {name: change(value) for name, value in state.items()}
+
+
+def wide(channels):
+    """The mix of many channels, in a file of a few bytes."""
+    return {
+        "upsampler.fixup_proj.1.bias": torch.zeros(1).expand(channels),
+        "upsampler.fixup_proj.1.weight": torch.zeros(1, 1, 1, 1).expand(channels, channels, 1, 1),
+    }
+
+
+def cyclic(state):
+    content = {"own": state["upsampler.up1.range_temp"]}
+    content["itself"] = content
+    return content
+
+
+def as_naf(state):
+    """A state in which NAF is recognised too."""
+    return state | {"image_encoder.sem_encoder.0.weight": torch.ones(1)}
+
+
+HOSTILE = [
+    (lambda state: of_no_memory(state, lambda value: value.to("meta")), "meta device"),
+    (lambda state: of_no_memory(state, torch.Tensor.to_sparse), "not dense"),
+    (
+        lambda state: of_no_memory(state, lambda value: value.to(torch.float8_e4m3fn)),
+        r"torch\.float8_e4m3fn, not floating point of 16 to 64 bits",
+    ),
+    (lambda state: state | wide(1_000_000), "repeats its values by strides"),
+    (cyclic, "none of its 1 tensors"),
+    (as_naf, r"2 upsamplers \(FeatUp, NAF\)"),
+    (lambda state: {"model": state, "average": dict(state)}, r"2 upsamplers \(FeatUp, FeatUp\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), HOSTILE)
+def test_hostile_and_ambiguous_checkpoints_are_one_clear_line(tmp_path, change, words):
+    path = save(tmp_path / "x.ckpt", change(published_state()))
+    with pytest.raises(ValueError, match=words) as caught:
+        upfeat.load_upsampler(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_that_unpacks_to_much_more_is_not_read(tmp_path):
+    plain, packed = (
+        save(tmp_path / "plain.ckpt", {"x": torch.zeros(1_000_000)}),
+        tmp_path / "x.ckpt",
+    )
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as to:
+        for part in source.infolist():
+            to.writestr(part.filename, source.read(part))
+    with pytest.raises(ValueError, match=r"unpacks to 4,0.* bytes from "):
+        upfeat.load_upsampler(packed)
+
+
+@pytest.mark.parametrize("sha256", ["", "abc", "z" * 64, "0" * 65, 5])
+def test_hashes_that_are_none_are_refused(tmp_path, sha256):
+    path = save(tmp_path / "x.ckpt", published_state())
+    with pytest.raises(ValueError, match="must be 64 hexadecimal digits"):
+        upfeat.load_upsampler(path, sha256=sha256)
+
+
+def test_hashes_are_taken_as_tools_print_them(tmp_path):
+    path = save(tmp_path / "x.ckpt", published_state())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    upfeat.load_upsampler(path, sha256=f" {digest.upper()}\n")
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat._version import __version__
+from upfeat.budget import Buffer
 from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.images import read_image
 from upfeat.implicit.fields import Field
 from upfeat.implicit.guides import sample
 from upfeat.implicit.stored import FORMAT, encode, read_stored
 from upfeat.machine import readable
+from upfeat.operator_checks import FLOATS
 from upfeat.storage import write_tensors
-from upfeat.types import Size, times
+from upfeat.types import Size, Window, times
 from upfeat.upsamplers.checks import check_output_size
 
 if TYPE_CHECKING:
@@ -87,37 +89,34 @@ class ImplicitFeatures(FeatureMap):
         output_size: Size | None = None,
         *,
         dtype: torch.dtype = torch.float32,
-        out: Tensor | None = None,
-    ) -> Tensor:
+        out: Any = None,
+    ) -> Any:
         """Draw the whole map, a strip of rows at a time.
 
         Args:
             output_size: any (height, width), pixels; ``None`` for the resolution of the fit. Each
                 pixel has the features of its centre.
             dtype: type of the result; ignored if ``out`` is given.
-            out: (1, C, height, width), a tensor to write to, such as a memory-mapped file.
+            out: (1, C, height, width), a tensor or NumPy array to write to, such as
+                :class:`numpy.memmap`.
 
         Returns:
-            (1, C, height, width).
+            (1, C, height, width); ``out`` if it is given.
 
         Raises:
-            ValueError: the size is not two whole numbers, ``out`` has another shape, or the dtype
-                is not a floating-point type or too small for the values.
+            ValueError: the size is not two whole numbers, ``out`` has another shape or cannot be
+                written, or the dtype is not a floating-point type or too small for the values.
+            TypeError: ``out`` is neither a tensor nor an array.
         """
         size = self._size(output_size)
-        own = dtype if out is None else out.dtype
-        if not isinstance(own, torch.dtype) or not own.is_floating_point:
-            raise ValueError(f"dtype={own} must be one of floating numbers, as torch.float16")
+        if dtype not in FLOATS:
+            raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
         shape = (1, self.shape[1], *size)
-        if out is None:
-            out = torch.empty(shape, dtype=dtype)
-        elif tuple(out.shape) != shape:
-            raise ValueError(f"out must be {shape}, got {tuple(out.shape)}")
+        out = torch.empty(shape, dtype=dtype) if out is None else out
+        buffer = Buffer(out, shape)
         for top, strip in self.strips(size):
-            part = out[0, :, top : top + strip.shape[1]]
-            part.copy_(strip)
-            if own.itemsize < strip.dtype.itemsize and not bool(torch.isfinite(part).all()):
-                raise ValueError(f"the map overflows {own}; use bfloat16 or float32")
+            rows = Window(top, 0, strip.shape[1], size[1])
+            buffer.write(slice(None), rows, strip[None])
         return out
 
     def full(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from upfeat._version import __version__
+from upfeat.bounds import shown
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
+from upfeat.tensor_checks import fault_in_memory
 from upfeat.upsamplers.anyup import AnyUp
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.blueprint import build
@@ -128,14 +130,15 @@ def load_checkpoint(path: str | Path, *, sha256: str | None = None) -> Upsampler
         ValueError: the file has another hash, is incomplete, contains more than tensors or none of
             these upsamplers, or some tensors are missing, of other shapes, or not finite.
     """
-    path = Path(path)
+    path, expected = Path(path), None if sha256 is None else _hash(sha256)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {what}")
     digest = file_digest(path)
-    if sha256 is not None and sha256.lower() != digest:
+    if expected not in (None, digest):
         raise ValueError(
-            f"{path}: its sha256 is {digest}, not {sha256.lower()}; it is another file than the "
-            "one expected, or a damaged one"
+            f"{path}: its sha256 is {digest}, not {expected}; it is another file than the one "
+            "expected, or a damaged one"
         )
     content, facts = read_tensors(path) if is_safetensors(path) else (load_pickled(path), {})
     if facts.get("format") == _FORMAT:
@@ -146,6 +149,14 @@ def load_checkpoint(path: str | Path, *, sha256: str | None = None) -> Upsampler
     upsampler.origin = f"{about}; {size:,} parameters; {path.name}, sha256 {digest}"
     logger.info("%s: %s", path, upsampler.origin)
     return upsampler.eval().requires_grad_(False)
+
+
+def _hash(sha256: str) -> str:
+    """Check that an argument is a hash, as ``sha256sum`` prints it in small letters."""
+    text = str(sha256).strip().lower()
+    if re.fullmatch("[0-9a-f]{64}", text) is None:
+        raise ValueError(f"sha256={shown(sha256)} must be 64 hexadecimal digits")
+    return text
 
 
 def write_checkpoint(
@@ -206,28 +217,25 @@ def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[U
 
 def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
     """Build an upsampler, and describe it, from a file with tensors by published names."""
-    found = list(_dictionaries(content))
-    for state in found:
-        if _FEATUP_MARK in state:
-            stack_state, embed_dim = featup_state(path, state)
-            upsampler = JBUStack(embed_dim)
-            names = {name: (name, None) for name in upsampler.state_dict()}
-            _fill(path, "FeatUp", upsampler, stack_state, names)
-            return upsampler, _describe(*_FEATUP)
-    for state in found:
-        for layout in LAYOUTS:
-            mark = next((name for name in state if f".{name}".endswith(f".{layout.mark}")), None)
-            if mark is None:
-                continue
-            prefix = mark.removesuffix(layout.mark)
-            tensors = {
-                name.removeprefix(prefix): value
-                for name, value in state.items()
-                if name.startswith(prefix)
-            }
-            upsampler = layout.make(tensors)
-            _fill(path, layout.label, upsampler, tensors, _names(layout, upsampler))
-            return upsampler, _describe(layout.label, layout.repository, layout.licence)
+    found = _dictionaries(content)
+    models = [model for state in found for model in _models(state)]
+    if len(models) > 1:
+        labels = ", ".join(model.label for model in models)
+        raise ValueError(
+            f"{path}: holds {len(models)} upsamplers ({labels}); save one model's state_dict alone"
+        )
+    if models and models[0].layout is None:
+        stack_state, embed_dim = featup_state(path, models[0].tensors)
+        upsampler = JBUStack(embed_dim)
+        names = {name: (name, None) for name in upsampler.state_dict()}
+        _fill(path, "FeatUp", upsampler, stack_state, names)
+        return upsampler, _describe(*_FEATUP)
+    if models:
+        layout, tensors = models[0].layout, models[0].tensors
+        assert layout is not None
+        upsampler = layout.make(tensors)
+        _fill(path, layout.label, upsampler, tensors, _names(layout, upsampler))
+        return upsampler, _describe(layout.label, layout.repository, layout.licence)
     known = ", ".join(["FeatUp", *(layout.label for layout in LAYOUTS)])
     unknown = [name for state in found for name in state]
     raise ValueError(
@@ -240,17 +248,48 @@ def _describe(label: str, repository: str, licence: str) -> str:
     return f"{label} (layout of {repository}, whose published weights are {licence})"
 
 
-def _dictionaries(content: object) -> list[dict[str, Tensor]]:
+class _Model(NamedTuple):
+    """An upsampler that was recognised among tensors."""
+
+    label: str
+    layout: Layout | None
+    """``None`` for FeatUp."""
+    tensors: dict[str, Tensor]
+    """Tensors by published names."""
+
+
+def _models(state: dict[str, Tensor]) -> Iterator[_Model]:
+    """Upsamplers that one dictionary of tensors contains, each by its mark."""
+    if _FEATUP_MARK in state:
+        yield _Model(_FEATUP[0], None, state)
+    for layout in LAYOUTS:
+        for mark in state:
+            if f".{mark}".endswith(f".{layout.mark}"):
+                prefix = mark.removesuffix(layout.mark)
+                tensors = {
+                    name.removeprefix(prefix): value
+                    for name, value in state.items()
+                    if name.startswith(prefix)
+                }
+                yield _Model(layout.label, layout, tensors)
+
+
+def _dictionaries(content: dict[str, Any]) -> list[dict[str, Tensor]]:
     """All dictionaries of tensors in a file, outermost first: training scripts nest them."""
-    if not isinstance(content, dict):
-        return []
-    tensors = {
-        name: value
-        for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
-    }
-    inner = [state for value in content.values() for state in _dictionaries(value)]
-    return [tensors, *inner] if tensors else inner
+    found, waiting, seen = [], [content], set()
+    while waiting:
+        state = waiting.pop(0)
+        if id(state) in seen:  # a pickle may contain itself
+            continue
+        seen.add(id(state))
+        tensors = {
+            name: value
+            for name, value in state.items()
+            if isinstance(name, str) and isinstance(value, Tensor)
+        }
+        found += [tensors] if tensors else []
+        waiting += [value for value in state.values() if isinstance(value, dict)]
+    return found
 
 
 def _names(layout: Layout, upsampler: Upsampler) -> dict[str, tuple[str, int | None]]:
@@ -298,8 +337,8 @@ def _fill(
             faults.append(f"{theirs} is missing")
         elif tuple(value.shape) != shape:
             faults.append(f"{theirs} is {tuple(value.shape)}, not {shape}")
-        elif not value.is_floating_point():
-            faults.append(f"{theirs} is {value.dtype}, not floating point")
+        elif (fault := fault_in_memory(value)) is not None:
+            faults.append(f"{theirs} {fault}")
         elif not bool(torch.isfinite(value).all()):
             faults.append(f"{theirs} holds NaN or infinity")
         else:

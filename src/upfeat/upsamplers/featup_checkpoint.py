@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upfeat.tensor_checks import check_values
+from upfeat.tensor_checks import check_values, fault_in_memory
 from upfeat.upsamplers.tensor_files import load_pickled
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,11 @@ def featup_state(path: Path, content: Any) -> tuple[dict[str, Tensor], int]:
     extra = sorted(map(str, set(content) - set(layout)))
     if extra:
         logger.info("%s: left unread: %s", path, ", ".join(extra))
-    check_values(path, {name: content[name] for name in layout}, floating=True)
+    for name in layout:
+        fault = fault_in_memory(content[name])
+        if fault is not None:
+            raise ValueError(f"{path}: {name} {fault}")
+    check_values(path, {name: content[name] for name in layout})
     return {ours: content[theirs].float() for theirs, (ours, _) in layout.items()}, embed_dim
 
 

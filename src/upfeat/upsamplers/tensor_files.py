@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ import torch
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
 """File-name suffixes of checkpoints."""
+
+_MOST_EXPANSION = 20
+"""Largest ratio of the unpacked size of an archive to the size of its file."""
 
 UNREADABLE = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
@@ -30,6 +35,7 @@ def load_pickled(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    _check_expansion(path)
     try:
         with warnings.catch_warnings():
             # PyTorch warns of pickle protocols that it does not write, and then reads or refuses
@@ -37,11 +43,12 @@ def load_pickled(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # Only its first line: PyTorch's message goes on to advise to switch its protection off.
-        reason = str(error).partition("\n")[0].partition("WeightsUnpickler error")[0].strip()
+        # Only the name of the object: PyTorch's message advises to switch its protection off.
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        what = "" if named is None else f", {named[1][:80]}"
         raise ValueError(
-            f"{path}: holds more than tensors, so it was not loaded (it could run code); save its "
-            f"state_dict alone with torch.save [{type(error).__name__}: {reason[:80]}]"
+            f"{path}: holds more than tensors{what}, so it was not loaded (it could run code); "
+            f"save its state_dict alone with torch.save [{type(error).__name__}]"
         ) from None
     except UNREADABLE as error:
         reason = str(error).partition("\n")[0].partition(". ")[0][:120]
@@ -51,6 +58,23 @@ def load_pickled(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {type(content).__name__}, not a dictionary of tensors")
     return content
+
+
+def _check_expansion(path: Path) -> None:
+    """Refuse archives that unpack to much more than the file, before they fill the memory.
+
+    PyTorch writes the parts of its files uncompressed, but reads compressed ones too.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            total = sum(part.file_size for part in archive.infolist())
+    except (*UNREADABLE, zipfile.BadZipFile):  # an older format, or damaged: PyTorch tells
+        return
+    if total > _MOST_EXPANSION * path.stat().st_size:
+        raise ValueError(
+            f"{path}: unpacks to {total:,} bytes from {path.stat().st_size:,}; no checkpoint of "
+            "weights does"
+        )
 
 
 def is_safetensors(path: Path) -> bool:
