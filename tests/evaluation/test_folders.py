@@ -2,7 +2,9 @@
 
 import io
 import json
+import struct
 import unicodedata
+import zlib
 
 import numpy as np
 import pytest
@@ -262,3 +264,25 @@ def test_depth_arrays_of_any_number_type(tmp_path, dtype):
     found = read_depth(tmp_path / "a.npy", 2.0)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found, [[2, 4], [np.nan, 6]])
+
+
+def _grey_png(rows, bits):
+    """A PNG file of greys of fewer than 8 bits, which Pillow cannot write."""
+    lines = b""
+    for row in rows:
+        written = "".join(f"{value:0{bits}b}" for value in row).ljust(8, "0")
+        lines += b"\0" + int(written, 2).to_bytes(len(written) // 8, "big")
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    )
+
+
+@pytest.mark.parametrize(("bits", "rows"), [(2, [[0, 1, 2, 3], [3, 2, 1, 0]]), (4, [[9, 15]])])
+def test_labels_of_few_bits_are_not_stretched_to_greys(tmp_path, bits, rows):
+    """15 of 4 bits is white, which Pillow reads as 255, here the label of ignored pixels."""
+    path = tmp_path / "label.png"
+    path.write_bytes(_grey_png(rows, bits))
+    assert read_indices(path).tolist() == rows

@@ -264,7 +264,7 @@ def read_indices(path: Path) -> NDArray[np.int64]:
     image = _open(path)
     if image.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
         raise ValueError(f"is a picture of mode {image.mode}; labels must hold one index per pixel")
-    return np.asarray(image).astype(np.int64)
+    return np.asarray(image).astype(np.int64) // _stretch(path)
 
 
 def checked_label(
@@ -427,6 +427,16 @@ def by_stem(
         else:
             found[stem] = path
     return found
+
+
+def _stretch(path: Path) -> int:
+    """Factor by which Pillow multiplies the greys of a PNG file of 2 or 4 bits, else 1."""
+    with path.open("rb") as file:
+        head = file.read(26)
+    if not head.startswith(b"\x89PNG") or head[12:16] != b"IHDR":
+        return 1
+    bits, colour_type = head[24:26]
+    return 255 // (2**bits - 1) if colour_type == 0 and bits in (2, 4) else 1
 
 
 def _open(path: Path) -> Image.Image:
