@@ -16,6 +16,7 @@ from jbu_reference import reference, relative_error
 from torch import nn
 
 import upfeat
+from upfeat.upsamplers.checkpoints import write_checkpoint
 
 PUBLISHED = sorted(
     (Path(__file__).parents[2].parent / "shared" / "data" / "checkpoints").glob("*.ckpt")
@@ -175,6 +176,29 @@ def test_an_archive_that_unpacks_to_much_more_is_not_read(tmp_path):
             to.writestr(part.filename, source.read(part))
     with pytest.raises(ValueError, match=r"unpacks to 4,0.* bytes from "):
         upfeat.load_upsampler(packed)
+
+
+def test_every_way_of_loading_a_stack_normalises_the_image_alike(tmp_path):
+    """A backbone of another normalisation shows the difference: the stack sees another image."""
+    path = save(tmp_path / "x.ckpt", published_state())
+    expected = upfeat.JBUStack.from_featup(path)
+    write_checkpoint(path, tmp_path / "x.safetensors")
+    backbone = upfeat.load_backbone(
+        nn.Conv2d(3, 6, 16, 16), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+    )
+    x = torch.randn(1, 3, 32, 48)
+    reference = upfeat.load(backbone, upsampler=expected)(x)
+    for source in (path, tmp_path / "x.safetensors"):
+        found = upfeat.load_upsampler(source)
+        assert (found.mean, found.std) == (expected.mean, expected.std)
+        assert torch.equal(upfeat.load(backbone, upsampler=str(source))(x), reference)
+
+
+def test_loading_a_checkpoint_leaves_the_random_state(tmp_path):
+    path = save(tmp_path / "x.ckpt", published_state())
+    before = torch.get_rng_state()
+    upfeat.load_upsampler(path)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("sha256", ["", "abc", "z" * 64, "0" * 65, 5])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.bounds import shown
+from upfeat.normalization import IMAGENET
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
 from upfeat.tensor_checks import fault_in_memory
@@ -206,13 +207,22 @@ def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[U
         for name, tensor in empty.items():
             if name not in state or state[name].shape != tensor.shape:
                 raise ValueError(f"{name} is missing or of another shape than its config implies")
-        upsampler = build(cls, config, "config")
+        upsampler = (
+            build(cls, config, "config") if cls is not JBUStack else _stack(config, "config")
+        )
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its description is damaged ({error})") from None
     # The file uses our names; None stands for the whole tensor (see _names).
     names = {name: (name, None) for name in upsampler.state_dict()}
     _fill(path, facts["upsampler"], upsampler, state, names)
     return upsampler, facts.get("about", facts["upsampler"])
+
+
+def _stack(config: dict[str, Any], source: str | Path) -> JBUStack:
+    """Make a published JBU stack; each was trained on images normalised by ImageNet's statistics."""
+    stack = build(JBUStack, config, source)
+    stack.mean, stack.std = IMAGENET
+    return stack
 
 
 def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
@@ -226,14 +236,15 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
         )
     if models and models[0].layout is None:
         stack_state, embed_dim = featup_state(path, models[0].tensors)
-        upsampler = JBUStack(embed_dim)
+        upsampler = _stack({"embed_dim": embed_dim}, path)
         names = {name: (name, None) for name in upsampler.state_dict()}
         _fill(path, "FeatUp", upsampler, stack_state, names)
         return upsampler, _describe(*_FEATUP)
     if models:
         layout, tensors = models[0].layout, models[0].tensors
         assert layout is not None
-        upsampler = layout.make(tensors)
+        with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced
+            upsampler = layout.make(tensors)
         _fill(path, layout.label, upsampler, tensors, _names(layout, upsampler))
         return upsampler, _describe(layout.label, layout.repository, layout.licence)
     known = ", ".join(["FeatUp", *(layout.label for layout in LAYOUTS)])
