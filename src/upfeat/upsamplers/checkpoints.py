@@ -207,22 +207,15 @@ def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[U
         for name, tensor in empty.items():
             if name not in state or state[name].shape != tensor.shape:
                 raise ValueError(f"{name} is missing or of another shape than its config implies")
-        upsampler = (
-            build(cls, config, "config") if cls is not JBUStack else _stack(config, "config")
-        )
+        upsampler = build(cls, config, "config")
+        if isinstance(upsampler, JBUStack):
+            upsampler.mean, upsampler.std = IMAGENET
     except (KeyError, ValueError) as error:
         raise ValueError(f"{path}: its description is damaged ({error})") from None
     # The file uses our names; None stands for the whole tensor (see _names).
     names = {name: (name, None) for name in upsampler.state_dict()}
     _fill(path, facts["upsampler"], upsampler, state, names)
     return upsampler, facts.get("about", facts["upsampler"])
-
-
-def _stack(config: dict[str, Any], source: str | Path) -> JBUStack:
-    """Make a published JBU stack; each was trained on images normalised by ImageNet's statistics."""
-    stack = build(JBUStack, config, source)
-    stack.mean, stack.std = IMAGENET
-    return stack
 
 
 def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
@@ -236,7 +229,8 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
         )
     if models and models[0].layout is None:
         stack_state, embed_dim = featup_state(path, models[0].tensors)
-        upsampler = _stack({"embed_dim": embed_dim}, path)
+        upsampler = build(JBUStack, {"embed_dim": embed_dim}, path)
+        upsampler.mean, upsampler.std = IMAGENET  # every published stack was trained with it
         names = {name: (name, None) for name in upsampler.state_dict()}
         _fill(path, "FeatUp", upsampler, stack_state, names)
         return upsampler, _describe(*_FEATUP)
