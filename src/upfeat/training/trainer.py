@@ -279,13 +279,16 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
             train it.
     """
     cls = UPSAMPLERS.get(config.upsampler)
-    upsampler = _saved(config) if cls is None else None
-    if (cls or type(upsampler)).wants_hidden:
+    saved = _saved(config) if cls is None else None
+    if getattr(cls or saved, "wants_hidden", False):
         raise ValueError(
             f"upsampler={config.upsampler!r} is not taught by views but by "
             "benchmarks/learn_early.py; train detail or neighbourhood"
         )
-    if upsampler is None:
+    if cls is None:
+        assert saved is not None
+        upsampler = saved
+    else:
         upsampler = _initial(cls, dict(config.upsampler_options), config.seed, backbones)
     expected = getattr(upsampler, "embed_dim", None)
     for backbone in backbones:
