@@ -132,3 +132,36 @@ def test_mixed_dtypes_under_autocast():
             torch.ones(1, 2, 4, 4, dtype=torch.bfloat16), torch.ones(1, 9, 8, 8)
         )
     assert out.shape == (1, 2, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "eager", "reference"])
+@pytest.mark.parametrize(
+    ("temperature", "sigma", "size"),
+    [(1e4, 0.5, 1.0), (1e5, 0.5, 0.02), (-3.0, 0.1, 1.0), (1.0, 1e-4, 1.0)],
+)
+def test_weights_of_16_bits_are_rounded_once(dtype, backend, temperature, sigma, size):
+    """In 16 bits, the products' rounding times the temperature would decide, or overflow."""
+    torch.manual_seed(0)
+    image, grid = ((size * torch.randn(1, 8, *sides)).to(dtype) for sides in ((9, 8), (3, 4)))
+    for weights in (
+        lambda cast, backend: functional.bilateral_weights(
+            cast(image), temperature, sigma, backend=backend
+        ),
+        lambda cast, backend: functional.neighbourhood_weights(
+            cast(image), cast(grid), temperature, sigma, backend=backend
+        ),
+    ):
+        expected = weights(torch.Tensor.double, "reference")
+        found = weights(lambda x: x, backend)
+        assert found.dtype == dtype
+        assert (found.double() - expected).abs().max() < 2 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("sigma", [0, 1e-20, -1e-30])
+def test_sigmas_whose_square_is_0_are_refused(sigma):
+    image = torch.randn(1, 4, 6, 6)
+    with pytest.raises(ValueError, match=r"sigma_spatial=.* must not be 0, nor that close to it"):
+        functional.bilateral_weights(image, 1.0, sigma)
+    with pytest.raises(ValueError, match=r"sigma=.* must not be 0, nor that close to it"):
+        functional.neighbourhood_weights(image, image, 1.0, sigma)

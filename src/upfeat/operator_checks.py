@@ -13,6 +13,9 @@ from upfeat.bounds import number, shown
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Data types that operators compute in."""
 
+_LEAST_DIVISOR = 1e-18
+"""Least magnitude of a number whose square operators divide by; float32 holds its square."""
+
 
 def check_ranges(label: str, bounds: Sequence[int], length: int, cells: int) -> None:
     """Check that ranges of cells, one for each of ``length`` pixels, are not empty and in the grid.
@@ -110,22 +113,25 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 
 
 def scalar(name: str, value: Tensor | float, like: Tensor, *, divisor: bool = False) -> Tensor:
-    """Convert a number to a tensor of the dtype and device of ``like``.
+    """Convert a number to a tensor on the device of ``like``, of its dtype or at least float32.
+
+    In 16 bits, a large temperature would be infinite, and the square of a small sigma 0.
 
     Args:
         name: name of the argument, for error messages.
         value: a number, or a tensor of one number, whose gradient is kept.
-        like: tensor whose dtype and device the result has.
-        divisor: refuse the number 0.
+        like: tensor whose device, and dtype unless it is narrower than float32, the result has.
+        divisor: refuse numbers whose square is 0 in float32.
     """
+    dtype = torch.promote_types(like.dtype, torch.float32)
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}; give one real number")
         value = value.reshape(()) if value.dim() else value
-        return value.to(like.device, like.dtype)
-    if number(name, value) == 0 and divisor:
-        raise ValueError(f"{name}={shown(value)} must not be 0")
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+        return value.to(like.device, dtype)
+    if divisor and abs(number(name, value)) < _LEAST_DIVISOR:
+        raise ValueError(f"{name}={shown(value)} must not be 0, nor that close to it")
+    return torch.as_tensor(number(name, value), dtype=dtype, device=like.device)
 
 
 def whole_numbers(name: str, values: Sequence[int], count: int | None = None) -> list[int]:

@@ -55,7 +55,8 @@ def joint_bilateral_upsample(features: Tensor, weights: Tensor) -> Tensor:
 def bilateral_weights(
     keys: Tensor, temperature: Tensor, sigma_spatial: Tensor, radius: int
 ) -> Tensor:
-    """See :func:`upfeat.functional.bilateral_weights`."""
+    """See :func:`upfeat.functional.bilateral_weights`; computed in float32 at least."""
+    dtype, keys = keys.dtype, keys.to(torch.promote_types(keys.dtype, torch.float32))
     height, width = keys.shape[-2:]
     side = 2 * radius + 1
     padded = reflect_pad(keys, radius)
@@ -66,7 +67,7 @@ def bilateral_weights(
     ]
     weights = torch.softmax(temperature * torch.stack(scores, dim=1), dim=1)  # (B, T, H, W)
     weights = weights * spatial_kernel(radius, sigma_spatial)[:, None, None]
-    return weights / weights.sum(1, keepdim=True).clamp(min=1e-7)
+    return (weights / weights.sum(1, keepdim=True).clamp(min=1e-7)).to(dtype)
 
 
 def neighbourhood_upsample(
@@ -119,7 +120,12 @@ def neighbourhood_weights(
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
 ) -> Tensor:
-    """See :func:`upfeat.functional.neighbourhood_weights`; one matrix product per coarse cell."""
+    """See :func:`upfeat.functional.neighbourhood_weights`; one matrix product per coarse cell.
+
+    Computed in float32 at least: a temperature multiplies the rounding of the products.
+    """
+    dtype, exact = queries.dtype, torch.promote_types(queries.dtype, torch.float32)
+    queries, keys = queries.to(exact), keys.to(exact)
     batch, _, height, width = queries.shape
     axes = [
         (cells, length, start, count)
@@ -137,4 +143,4 @@ def neighbourhood_weights(
     squared = down[:, None, :, None] + across[:, None]  # (2r+1, 2r+1, height, width)
     far = below[:, None, :, None] | beside[:, None]
     away = (squared / (2 * sigma**2)).masked_fill(far, torch.inf).flatten(0, 1)
-    return torch.softmax(temperature * products - away, dim=1)
+    return torch.softmax(temperature * products - away, dim=1).to(dtype)

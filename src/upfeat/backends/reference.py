@@ -33,13 +33,14 @@ def bilateral_weights(
 ) -> Tensor:
     """See :func:`upfeat.functional.bilateral_weights`."""
     batch, depth, height, width = keys.shape
+    dtype, keys = keys.dtype, keys.to(torch.promote_types(keys.dtype, torch.float32))
     side = 2 * radius + 1
     columns = F.unfold(reflect_pad(keys, radius), side)  # (B, D·T, H·W)
     columns = columns.view(batch, depth, side * side, height, width)
     scores = torch.einsum("bdthw,bdhw->bthw", columns, keys)
     weights = torch.softmax(temperature * scores, dim=1)
     weights = weights * spatial_kernel(radius, sigma_spatial)[:, None, None]
-    return weights / weights.sum(1, keepdim=True).clamp(min=1e-7)
+    return (weights / weights.sum(1, keepdim=True).clamp(min=1e-7)).to(dtype)
 
 
 def neighbourhood_upsample(
@@ -69,9 +70,9 @@ def neighbourhood_weights(
 ) -> Tensor:
     """See :func:`upfeat.functional.neighbourhood_weights`."""
     place = output_size, origin, grid_size, grid_origin
-    cells = _cells_around(keys, radius, queries.shape[2:], *place)
-    products = torch.einsum("bdthw,bdhw->bthw", cells, queries)
     exact, apart = torch.promote_types(keys.dtype, torch.float32), []
+    cells = _cells_around(keys.to(exact), radius, queries.shape[2:], *place)
+    products = torch.einsum("bdthw,bdhw->bthw", cells, queries.to(exact))
     for axis in (0, 1):
         start, count = origin[axis], queries.shape[2 + axis]
         grid, length = grid_size[axis], output_size[axis]

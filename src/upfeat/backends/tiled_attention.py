@@ -43,7 +43,7 @@ def window_attention(
     """See :func:`upfeat.functional.window_attention`."""
     # Inner products, softmax and sums of values are computed in float32 at least.
     exact = torch.promote_types(torch.promote_types(queries.dtype, values.dtype), torch.float32)
-    queries = (queries * scale).to(exact).unflatten(1, (heads, -1))  # (B, N, D/N, H, W)
+    queries = (queries.to(exact) * scale).unflatten(1, (heads, -1))  # (B, N, D/N, H, W)
     keys = keys.to(exact).unflatten(1, (heads, -1))
     # With runs of one pixel this is the largest number of cells that a pixel attends to.
     widest = max(run.end - run.first for run in runs(columns, 0, 1))
