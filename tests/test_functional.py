@@ -165,3 +165,25 @@ def test_sigmas_whose_square_is_0_are_refused(sigma):
         functional.bilateral_weights(image, 1.0, sigma)
     with pytest.raises(ValueError, match=r"sigma=.* must not be 0, nor that close to it"):
         functional.neighbourhood_weights(image, image, 1.0, sigma)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager", "reference"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_channel(backend, value):
+    torch.manual_seed(0)
+    weights, features, padded = (
+        torch.randn(1, 9, 9, 8),
+        torch.randn(1, 33, 3, 4),
+        torch.randn(1, 33, 11, 10),
+    )
+    for operator, clean in (
+        (functional.adaptive_conv2d, padded),
+        (functional.joint_bilateral_upsample, features),
+        (functional.neighbourhood_upsample, features),
+    ):
+        spoilt = clean.clone()
+        spoilt[:, 17, 1] = value
+        found = operator(spoilt, weights, backend=backend)
+        others = [channel for channel in range(33) if channel != 17]
+        assert torch.equal(found[:, others], operator(clean, weights, backend=backend)[:, others])
+        assert not torch.isfinite(found[:, 17]).all()

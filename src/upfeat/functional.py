@@ -11,6 +11,9 @@ Every function has an argument ``backend``:
 
 A backend that is requested by name but cannot run raises ``ValueError`` with the reason. All
 backends are differentiable with respect to every tensor argument.
+
+NaN or infinity in the features stays in its channel. There, it may also reach pixels close by whose
+windows do not contain it: backends multiply some cells beyond the window by 0.
 """
 
 from collections.abc import Sequence

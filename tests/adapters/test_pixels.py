@@ -44,6 +44,8 @@ def test_all_channels_need_no_fit():
     np.testing.assert_allclose(pixels.get_features(image), expected, atol=1e-5)
     assert pixels.fit(image).transform(image).shape == (40 * 56, 12)
     assert pixels.patch_size == 8
+    names = PixelFeatures(network(), "bilinear", None).get_feature_names_out()
+    assert list(names) == [f"pixelfeatures{index}" for index in range(12)]
 
 
 @settings(max_examples=10, deadline=None)

@@ -164,7 +164,9 @@ class PixelFeatures:
 
     def get_feature_names_out(self, input_features: object = None) -> NDArray[Any]:
         """Return the names of the columns of :meth:`transform`, for scikit-learn."""
-        return np.array([f"pixelfeatures{index}" for index in range(self.n_features_out_)], object)
+        weight, _ = self._head()
+        count = self.model.embed_dim if weight is None else len(weight)
+        return np.array([f"pixelfeatures{index}" for index in range(count)], object)
 
     @property
     def model(self) -> FeatUp:
