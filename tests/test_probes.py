@@ -171,3 +171,24 @@ def test_features_of_any_size_give_finite_heads(features):
         assert torch.isfinite(head.weight).all()
         assert torch.isfinite(head.bias).all()
         assert torch.isfinite(head(features.flatten(0, 1))).all()
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-9, 1e-3, 1e9])
+def test_the_unit_of_features_does_not_matter(scale):
+    torch.manual_seed(0)
+    features = torch.randn(4, 50, 6)
+    targets = (features[..., 0] > 0).long()
+    units = torch.ones(6)
+    units[::2] = scale
+    head = fit_classifier(Pixels(features * units, targets), 2, torch.Generator().manual_seed(0))
+    found = head((features * units).flatten(0, 1)).argmax(1)
+    assert (found == targets.flatten()).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_features_of_16_bits_are_taken(dtype):
+    torch.manual_seed(0)
+    features = torch.randn(4, 50, 6).to(dtype)
+    targets = (features[..., 0] > 0).long()
+    head = fit_classifier(Pixels(features, targets), 2, torch.Generator().manual_seed(0))
+    assert (head(features.float().flatten(0, 1)).argmax(1) == targets.flatten()).all()

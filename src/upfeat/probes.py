@@ -126,7 +126,7 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
         ValueError: the shapes do not match, features are not finite, or a target is not one of the
             K classes.
     """
-    _check(pixels)
+    pixels = _checked(pixels)
     lowest, highest = (int(value) for value in pixels.targets.aminmax())
     if lowest < 0 or highest >= n_classes:
         raise ValueError(
@@ -167,7 +167,7 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     Raises:
         ValueError: the shapes do not match, or features or depths are not finite.
     """
-    _check(pixels)
+    pixels = _checked(pixels)
     targets = _standardised_rows(pixels.targets.float())
     pixels = Pixels(pixels.features, targets)
 
@@ -180,7 +180,7 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
         return value.detach(), gradient
 
     flat = pixels.features.flatten(0, 1)
-    scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
+    scaled = (flat - flat.mean(0)) / _deviation(flat, 1)
     moment = scaled.T @ targets.flatten()[:, None]
     weight = ridge(scaled.T @ scaled / len(scaled), moment / len(scaled), 1e-3).T  # (1, C)
     return _fit(pixels, LinearProbe(weight, weight.new_zeros(1)), loss, generator)
@@ -202,7 +202,7 @@ def fit_normals(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     Raises:
         ValueError: the shapes do not match, or features or normals are not finite.
     """
-    _check(pixels, 3)
+    pixels = _checked(pixels, 3)
 
     def loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -213,14 +213,17 @@ def fit_normals(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
         return value.detach(), gradient
 
     flat, targets = pixels.features.flatten(0, 1), pixels.targets.flatten(0, 1)
-    scaled = (flat - flat.mean(0)) / flat.std(0).clamp(min=1e-6)
+    scaled = (flat - flat.mean(0)) / _deviation(flat, 1)
     moment = scaled.T @ (targets - targets.mean(0))
     weight = ridge(scaled.T @ scaled / len(scaled), moment / len(scaled), 1e-3).T  # (3, C)
     return _fit(pixels, LinearProbe(weight, targets.mean(0)), loss, generator)
 
 
-def _check(pixels: Pixels, *sizes: int) -> None:
-    """Check shapes and values; ``sizes`` are those of the axes of a target."""
+def _checked(pixels: Pixels, *sizes: int) -> Pixels:
+    """Check shapes and values, and return the pixels with features of float32 at least.
+
+    ``sizes`` are those of the axes of a target.
+    """
     features, targets = pixels.features, pixels.targets
     shape = (*features.shape[:2], *sizes)
     if features.dim() != 3 or targets.shape != shape or not targets.numel():
@@ -234,6 +237,14 @@ def _check(pixels: Pixels, *sizes: int) -> None:
             raise ValueError(f"features are {values.dtype}; give floating numbers")
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} hold NaN or infinity; leave such pixels out")
+    exact = torch.promote_types(features.dtype, torch.float32)
+    return Pixels(features.to(exact), targets)
+
+
+def _deviation(flat: Tensor, correction: int) -> Tensor:
+    """Standard deviation of every channel of (N, C), not less than its rounding."""
+    least = 1e-6 * flat.abs().amax(0).clamp(min=1e-25)
+    return flat.std(0, correction=correction).clamp(min=least)
 
 
 def _fit(
@@ -244,7 +255,7 @@ def _fit(
 ) -> LinearProbe:
     """Standardise features, choose the penalty on held-out images, and fit again on all images."""
     flat = pixels.features.flatten(0, 1)
-    mean, deviation = flat.mean(0), flat.std(0, correction=0).clamp(min=1e-6)
+    mean, deviation = flat.mean(0), _deviation(flat, 0)
     scaled = Pixels((pixels.features - mean) / deviation, pixels.targets)
     n_images = len(pixels.features)
     order = torch.randperm(n_images, generator=generator)
