@@ -121,6 +121,9 @@ def test_damaged_files_in_one_line(files, tmp_path):
     refused(mixed, r"holds 2 upsamplers \(AnyUp, JAFAR\); save one")
     both = state | {"image_encoder.encoder.0.weight": torch.zeros(4)}
     refused(both, "it also holds image_encoder.encoder.0.weight; two checkpoints")
+    naf = torch.load(files["naf"][0])
+    key = next(key for key in naf if key.endswith("periods"))
+    refused(naf | {key: 0 * naf[key]}, "periods holds 0; magnitudes from")
     thin = {key: value[:1] for key, value in state.items()}
     refused(thin, "not AnyUp as published")
     whole = tmp_path / "y.safetensors"

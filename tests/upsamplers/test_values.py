@@ -177,6 +177,7 @@ def test_weights_that_are_no_floating_numbers(tmp_path, dtype):
         ("neighbourhood", "log_temperature", 100.0),
         ("detail", "neighbourhood.log_sigma", -90.0),
         ("jbu_stack", "stages.1.sigma_spatial", 0.0),
+        ("naf", "periods", 0.0),
     ],
 )
 def test_weights_that_would_give_nan(tmp_path, name, key, value):

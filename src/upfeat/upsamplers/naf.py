@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,7 @@ class NAF(AttentionUpsampler):
     # The output is linear in the features, but other maps may not replace them: which head's
     # weights apply to a channel depends on the channel's place among the features.
     linear = False
+    magnitudes: ClassVar[Mapping[str, tuple[float, float]]] = {"periods": (1e-6, 1e6)}
 
     def __init__(
         self,
