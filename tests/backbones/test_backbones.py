@@ -145,6 +145,13 @@ def test_model_is_a_drop_in():
         upfeat.load(device="nonsense")
 
 
+@pytest.mark.parametrize("options", [{}, {"passes": 6}, {"early": False}])
+def test_loading_leaves_the_random_state(options):
+    before = torch.get_rng_state()
+    upfeat.load(**options)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_nan_from_a_backbone_is_named():
     model = upfeat.FeatUp(lambda x: x[:, :, ::8, ::8] * torch.nan, upfeat.Bilinear())
     with pytest.raises(ValueError, match="features holds NaN"):

@@ -298,10 +298,12 @@ class EfficientNetLite(Backbone):
             std=(0.5, 0.5, 0.5),
         )
         self.strides = strides
-        self.stem = ConvNorm(3, _STEM_CHANNELS, 3, stride=2)
-        self.groups = nn.ModuleList(_build_groups(groups))
-        self.head = ConvNorm(groups[-1].out_channels, _HEAD_CHANNELS, 1)
-        self.classifier = nn.Linear(_HEAD_CHANNELS, 1000)
+        # Initial weights that will be replaced leave the caller's random state alone.
+        with torch.random.fork_rng(devices=[], enabled=pretrained):
+            self.stem = ConvNorm(3, _STEM_CHANNELS, 3, stride=2)
+            self.groups = nn.ModuleList(_build_groups(groups))
+            self.head = ConvNorm(groups[-1].out_channels, _HEAD_CHANNELS, 1)
+            self.classifier = nn.Linear(_HEAD_CHANNELS, 1000)
         if pretrained:
             self.load_state_dict(_pretrained_state(self, variant))
         self.eval()

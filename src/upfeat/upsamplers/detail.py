@@ -315,7 +315,8 @@ class DetailUpsampler(Upsampler):
     @torch.no_grad()
     def last_step(self) -> NeighbourhoodUpsampler:
         """Return the second step as an upsampler of features on the finer grid; in eval mode."""
-        step = NeighbourhoodUpsampler(**self.neighbourhood.config(), backend=self.backend)
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
+            step = NeighbourhoodUpsampler(**self.neighbourhood.config(), backend=self.backend)
         step.load_state_dict(self.neighbourhood.state_dict())
         step.log_sigma.add_(math.log(self.widening))
         step.mean, step.std = self.mean, self.std
