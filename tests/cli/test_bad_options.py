@@ -167,7 +167,7 @@ BAD = {
     "convert naf.pth text.txt": "text.txt: exists; name another file, or give --overwrite",
     "convert naf.pth empty --overwrite": "empty: Is a directory",
     "convert naf.pth none/x.safetensors": "none/x.safetensors: No such file or directory",
-    "convert naf.pth x.safetensors --sha256 abc": "not abc",
+    "convert naf.pth x.safetensors --sha256 abc": "sha256='abc' must be 64",
     "train data -o run --steps 0": "steps=0 must be 1 or more",
     "train data -o run --option radius": "--option radius: give NAME=VALUE, as radius=2",
     "train data -o run --option radios=2": 'option "radios" is unknown; did you mean radius',

@@ -192,10 +192,8 @@ def _buffers(room: Tensor | None, shape: tuple[int, int, int, int]) -> list[Tens
     if room is None or room.numel() < 2 * count:
         room = torch.empty(2 * count)
     batch, channels, height, width = shape
-    return [
-        part.view(batch, height, width, channels).permute(0, 3, 1, 2)
-        for part in room.view(-1)[: 2 * count].split(count)
-    ]
+    parts = room.view(-1)[: 2 * count].view(2, batch, height, width, channels)
+    return [part.permute(0, 3, 1, 2) for part in parts]
 
 
 def project_queries(
