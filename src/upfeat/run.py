@@ -133,7 +133,7 @@ def run_photo(
                 machine.release_memory()
                 label, whole = model.upsampler.name.replace("_", " "), (shape[1], shape[2])
                 panels = (shown / 255, coarse[0].cpu(), shows, torch.cat(written, dim=1))
-                picture = _draw(*panels, label=label, size=whole)
+                picture = _draw(*panels, label=label, size=whole, before=_before(model))
                 suffix, recipe = drawn.suffix, facts["recipe"]
                 drawn.write_bytes(encode_picture(picture, suffix, recipe=recipe))
     return shape
@@ -228,8 +228,21 @@ def _draw(
     return draw(image, coarse, shows, fine, **captions)
 
 
+def _before(model: FeatUp) -> str:
+    """Caption of the features that the upsampler gets."""
+    passes = model.passes
+    return "coarse features" if passes == 1 else f"features of {passes:g} passes"
+
+
 def _draw_head(
-    image: Tensor, coarse: Tensor, head: SavedHead, said: Tensor, *, label: str, size: Size
+    image: Tensor,
+    coarse: Tensor,
+    head: SavedHead,
+    said: Tensor,
+    *,
+    label: str,
+    size: Size,
+    before: str,
 ) -> Image.Image:
     """Draw the photograph, the head's outputs for coarse features, and those for upsampled ones."""
     cells = torch.einsum("kc,chw->khw", head.weight, coarse.float()) + head.bias[:, None, None]
@@ -248,7 +261,7 @@ def _draw_head(
     if head.kind == "classes":
         seen = torch.cat([cells.argmax(0).flatten(), said.argmax(0).flatten()]).unique().tolist()
         legend = [(head.names[index], palette[index].tolist()) for index in seen]
-    panels = [("image", size, image), ("coarse", cells.shape[1:], colours(cells))]
+    panels = [("image", size, image), (before, cells.shape[1:], colours(cells))]
     return side_by_side(
         [
             (f"{name}\n{height} x {width}", to_image(picture))

@@ -184,6 +184,7 @@ def draw_comparison(
     *,
     label: str = "upsampled",
     size: Size | None = None,
+    before: str = "coarse features",
 ) -> Image.Image:
     """Draw the picture of :func:`comparison` from upsampled features in a PCA basis.
 
@@ -195,6 +196,7 @@ def draw_comparison(
         label: caption of the last panel.
         size: (height, width) for the captions, if image and features are drawn smaller; ``None``
             for the sizes of ``image`` and ``sharp``.
+        before: caption of the coarse features.
     """
     shown = (image.shape[1], image.shape[2])
     # The projection is affine and commutes with interpolation, so interpolate 3 channels, not C.
@@ -204,7 +206,7 @@ def draw_comparison(
     whole = _size(size or shown)
     after = _size(size or (sharp.shape[1], sharp.shape[2]))
     panels = [
-        (f"coarse features\n{_size((coarse.shape[1], coarse.shape[2]))}", blocks),
+        (f"{before}\n{_size((coarse.shape[1], coarse.shape[2]))}", blocks),
         (f"bilinear\n{whole}", smooth),
         (f"{label}\n{after}", sharp),
     ]
