@@ -113,15 +113,16 @@ class AnyUp(EncodedAttention):
             "basis_side": self.basis_side,
         }
 
-    def prepare_in(
+    def prepare(
         self,
-        room: Tensor | None,
         guidance: Tensor,
         grid_size: Size,
         output_size: Size,
-        features: Tensor | None,
+        features: Tensor | None = None,
+        *,
+        room: Tensor | None = None,
     ) -> AttentionKernels:
-        """See :meth:`EncodedAttention.prepare_in`.
+        """See :meth:`EncodedAttention.prepare`.
 
         Raises:
             ValueError: ``features`` is ``None``.

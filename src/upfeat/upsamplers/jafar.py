@@ -154,40 +154,27 @@ class EncodedAttention(AttentionUpsampler):
     """Common base of AnyUp and JAFAR: one set of weights for all channels, from large encoders."""
 
     @abstractmethod
-    def prepare_in(
-        self,
-        room: Tensor | None,
-        guidance: Tensor,
-        grid_size: Size,
-        output_size: Size,
-        features: Tensor | None,
-    ) -> AttentionKernels:
-        """As :meth:`Upsampler.prepare`, with memory for buffers.
-
-        Args:
-            room: dense float32 tensor that may be overwritten; ``None`` for none.
-            guidance: as in :meth:`Upsampler.prepare`.
-            grid_size: as in :meth:`Upsampler.prepare`.
-            output_size: as in :meth:`Upsampler.prepare`.
-            features: as in :meth:`Upsampler.prepare`; required.
-
-        Raises:
-            ValueError: ``features`` is ``None`` or unsuitable.
-        """
-
     def prepare(
         self,
         guidance: Tensor,
         grid_size: Size,
         output_size: Size,
         features: Tensor | None = None,
+        *,
+        room: Tensor | None = None,
     ) -> AttentionKernels:
         """See :meth:`Upsampler.prepare`; features are required.
+
+        Args:
+            guidance: as in :meth:`Upsampler.prepare`.
+            grid_size: as in :meth:`Upsampler.prepare`.
+            output_size: as in :meth:`Upsampler.prepare`.
+            features: as in :meth:`Upsampler.prepare`.
+            room: dense float32 tensor that may be overwritten, for buffers; ``None`` for none.
 
         Raises:
             ValueError: ``features`` is ``None`` or unsuitable.
         """
-        return self.prepare_in(None, guidance, grid_size, output_size, features)
 
     def forward(
         self,
@@ -207,7 +194,7 @@ class EncodedAttention(AttentionUpsampler):
         size = check_inputs(features, guidance, output_size)
         out = features.new_empty(*features.shape[:2], *size)
         grid = (features.shape[2], features.shape[3])
-        kernels = self.prepare_in(out, guidance, grid, size, features)
+        kernels = self.prepare(guidance, grid, size, features, room=out)
         return cpu.window_attention(
             kernels.queries,
             kernels.keys,
@@ -271,15 +258,16 @@ class JAFAR(EncodedAttention):
         """See :meth:`Upsampler.config`."""
         return {"embed_dim": self.embed_dim, "width": self.width, "heads": self.heads}
 
-    def prepare_in(
+    def prepare(
         self,
-        room: Tensor | None,
         guidance: Tensor,
         grid_size: Size,
         output_size: Size,
-        features: Tensor | None,
+        features: Tensor | None = None,
+        *,
+        room: Tensor | None = None,
     ) -> AttentionKernels:
-        """See :meth:`EncodedAttention.prepare_in`.
+        """See :meth:`EncodedAttention.prepare`.
 
         Raises:
             ValueError: ``features`` is ``None``, or has another number of channels.
