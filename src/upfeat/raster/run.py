@@ -77,9 +77,8 @@ def upsample_raster(
     check_output(output, Inputs([scene.path]), FORMAT, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"what": what.facts, "raster": scene.facts, "backbone_tile": plan.backbone_tile}
-    facts["cells"] = list(
-        plan.seen
-    )  # earlier versions let the backbone see cells beyond the raster
+    # Not continued: outputs of earlier versions, whose backbone saw cells beyond the raster.
+    facts["cells"] = list(plan.seen)
     shape, tile = (what.count, *scene.size), plan.tile * model.backbone.stride
     # A lock of a folder lies inside the folder; no folder has this name, so the path never changes.
     with hold(output.with_name(output.name + ".unfinished")):
