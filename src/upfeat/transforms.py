@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
     peek_interpreter_stack,
 )
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def is_transformed(x: Tensor) -> bool:
@@ -29,6 +30,19 @@ def is_transformed(x: Tensor) -> bool:
     if is_functorch_wrapped_tensor(x):
         return True
     return _derives_forward() and forward_ad.unpack_dual(x).tangent is not None
+
+
+def is_plain(x: Tensor) -> bool:
+    """Return whether nothing watches or replaces operations on a tensor, whose values are at hand.
+
+    False in the compiler, tracers, transforms and dispatch modes, such as counters of operations,
+    and for subclasses, such as tensors without values.
+    """
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    if type(x) not in (Tensor, nn.Parameter) or _get_current_dispatch_mode() is not None:
+        return False
+    return not is_transformed(x)
 
 
 def is_transforming() -> bool:

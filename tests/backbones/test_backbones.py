@@ -1,12 +1,15 @@
 """The embedded backbone's weights and levels, the wrapper, and names."""
 
 import copy
+import math
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import upfeat
 
@@ -68,6 +71,54 @@ def test_folded_layers_give_what_the_layers_give():
     layers = layers.detach()
     torch.testing.assert_close(folded, layers, rtol=0, atol=1e-4 * float(layers.max()))
     assert folded.is_contiguous()
+
+
+@pytest.mark.parametrize("part", ["conv", "norm"])
+def test_changed_weights_are_noticed(part):
+    """Also those changed by way of ``.data``, of which a tensor keeps no record."""
+    backbone = upfeat.load_backbone("efficientnet_lite0.stride8").requires_grad_(False)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    before = backbone(x)
+    layer = backbone.groups[1][0].project
+    parameter = layer[0].weight if part == "conv" else layer[1].bias
+    parameter.data.mul_(0.5)
+    after = backbone(x)
+    assert not torch.allclose(before, after)
+    assert torch.equal(after, copy.deepcopy(backbone)(x))
+
+
+def test_backbones_are_copied_and_pickled_after_use():
+    backbone = upfeat.load_backbone("efficientnet_lite0.stride8").requires_grad_(False)
+    x = torch.randn(1, 3, 64, 48, generator=torch.Generator().manual_seed(0))
+    expected = backbone(x)
+    for other in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
+        assert torch.equal(other(x), expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_reaches_the_features(value):
+    """Fused layers would turn it into an ordinary number."""
+    backbone = upfeat.load_backbone("efficientnet_lite0.stride8").requires_grad_(False)
+    x = torch.zeros(1, 3, 64, 64)
+    expected = backbone(x)
+    x[0, 0, 60, 60] = value
+    touched = backbone(x).isnan().any(1)[0]
+    assert touched[-1, -1]
+    assert not touched[:2, :2].any()
+    assert torch.allclose(backbone(torch.zeros(1, 3, 64, 64)), expected)
+
+
+def test_operations_are_counted_and_cast_as_those_of_other_networks():
+    backbone = upfeat.load_backbone("efficientnet_lite0.stride8").requires_grad_(False)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    backbone(x)
+    with FlopCounterMode(display=False) as counter:
+        backbone(x)
+    assert counter.get_total_flops() > 1e7
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backbone.stem(x).dtype is torch.bfloat16
+    half = backbone.to(torch.bfloat16)
+    assert half(x.to(torch.bfloat16)).dtype is torch.bfloat16
 
 
 def test_sides_are_rounded_to_the_stride():

@@ -9,7 +9,9 @@ Lite1 and Lite2 come with optional packages of corresponding names.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones.base import Backbone
-from upfeat.transforms import channels_last, is_transformed
+from upfeat.transforms import channels_last, is_plain, is_transformed
 
 STRIDES = (8, 16, 32)
 """Strides that can be selected, pixels per feature cell; the features at a stride are a level."""
@@ -66,24 +68,24 @@ def _scaled(variant: int) -> tuple[_Group, ...]:
     return tuple(scaled)
 
 
+class _Folded(NamedTuple):
+    """A convolution and its normalisation as one layer."""
+
+    layers: list[Tensor]
+    """Weights and statistics of both, of which ``weight`` and ``bias`` were made."""
+    weight: Tensor
+    """(C_out, C_in, k, k), channels last."""
+    bias: Tensor
+    """(C_out,)."""
+
+
 class _Packed(NamedTuple):
-    """A convolution of oneDNN, prepared for inputs of one shape."""
+    """Weights of a convolution in oneDNN's order."""
 
-    shape: torch.Size
-    """Shape of the inputs."""
-    border: list[int] | None
-    """Padding applied before the convolution; ``None`` for none."""
-    arguments: tuple[Any, ...]
-    """Arguments of ``mkldnn._convolution_pointwise`` after the input."""
-    uneven: list[bool]
-    """True for each axis, H and W, whose first output is dropped."""
-
-    def __call__(self, input: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        if self.border is not None:
-            input = F.pad(input, self.border)
-        out = torch.ops.mkldnn._convolution_pointwise.default(input, *self.arguments)
-        return out[:, :, int(self.uneven[0]) :, int(self.uneven[1]) :] if any(self.uneven) else out
+    weight: Tensor
+    """The weights in their ordinary order."""
+    reordered: Tensor
+    """Best for the first inputs; for inputs of another shape, oneDNN may reorder them again."""
 
 
 class ConvNorm(nn.Sequential):
@@ -113,16 +115,16 @@ class ConvNorm(nn.Sequential):
         super().__init__(*layers, *([nn.ReLU6()] if activate else []))
         self.kernel_size = kernel_size
         self.stride = stride
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._kept: _Folded | None = None
         self._packed: _Packed | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files contain the layers only: what is kept is made from them."""
+        return {**self.__dict__, "_kept": None, "_packed": None}
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉)."""
-        if self._kept is not None and packs(input):
-            if self._packed is None or self._packed.shape != input.shape:
-                self._packed = self._pack(input, *self._kept)
-            return self._packed(input)
-        if self._kept is not None or self._can_fold(input):
+        if self._can_fold(input):
             return self._folded(input)
         if self.kernel_size > 1:
             input = F.pad(input, [*self._padding(input.shape[-1]), *self._padding(input.shape[-2])])
@@ -146,14 +148,25 @@ class ConvNorm(nn.Sequential):
         """
         conv = self[0]
         assert isinstance(conv, nn.Conv2d)
-        weight, bias = self._kept or self._fold(input.device)
+        weight, bias = self._fold_if_changed()
         border, both, uneven = self._borders(input)
         if border is not None:
             input = F.pad(input, border)
-        out = F.conv2d(input, weight, bias, self.stride, both, conv.dilation, conv.groups)
-        out = out.clamp_(0, 6) if len(self) > 2 else out
+        sizes = both, [self.stride, self.stride], list(conv.dilation), conv.groups
+        if packs(input):
+            packed = self._packed  # another thread may replace it
+            if packed is None or packed.weight is not weight:
+                shape = list(input.shape)
+                reordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, shape)
+                self._packed = packed = _Packed(weight, reordered)
+            after = ("hardtanh", [0.0, 6.0], "") if len(self) > 2 else ("none", [], "")
+            arguments = packed.reordered, bias, *sizes, *after
+            out = torch.ops.mkldnn._convolution_pointwise.default(input, *arguments)
+        else:
+            out = F.conv2d(input, weight, bias, sizes[1], both, conv.dilation, conv.groups)
+            out = out.clamp_(0, 6) if len(self) > 2 else out
         # out: (B, C_out, ⌈H/stride⌉, ⌈W/stride⌉), plus 1 along uneven axes
-        return out[:, :, int(uneven[0]) :, int(uneven[1]) :]
+        return out[:, :, int(uneven[0]) :, int(uneven[1]) :] if any(uneven) else out
 
     def _borders(self, input: Tensor) -> tuple[list[int] | None, list[int], list[bool]]:
         """Choose the padding of an input.
@@ -174,41 +187,38 @@ class ConvNorm(nn.Sequential):
         both = [before + self.stride * more for (before, _), more in zip(pads, uneven, strict=True)]
         return None, both, uneven
 
-    def _pack(self, input: Tensor, weight: Tensor, bias: Tensor) -> _Packed:
-        """Prepare a fused convolution and ReLU6 for inputs of this shape, in oneDNN's weight order.
+    def _fold_if_changed(self) -> tuple[Tensor, Tensor]:
+        """Return :meth:`_fold`'s result; on a CPU, the last one while the layers have its values.
 
-        Only the convolution for the last shape is kept.
+        Values are compared, since not every change of a tensor can be seen from the tensor itself
+        (``parameter.data.mul_(…)``). This takes a tenth of the time of folding.
         """
-        conv = self[0]
-        assert isinstance(conv, nn.Conv2d)
-        border, both, uneven = self._borders(input)
-        shape = list(input.shape)
-        if border is not None:
-            shape = [*shape[:2], shape[2] + sum(border[2:]), shape[3] + sum(border[:2])]
-        sizes = both, [self.stride, self.stride], list(conv.dilation), conv.groups
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *sizes, shape)
-        after = ("hardtanh", [0.0, 6.0], "") if len(self) > 2 else ("none", [], "")
-        return _Packed(input.shape, border, (packed, bias, *sizes, *after), uneven)
-
-    def _fold(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return weight, channels last, and bias of convolution and normalisation as one layer."""
         conv, norm = self[0], self[1]
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)
-        mean, variance = norm.running_mean, norm.running_var
-        assert mean is not None
-        assert variance is not None
-        dtype = conv.weight.dtype
-        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
-        scale = norm.weight.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
-        weight = (conv.weight.to(exact) * scale[:, None, None, None]).to(dtype)
-        bias = (norm.bias.to(exact) - mean.to(exact) * scale).to(dtype)
-        return channels_last(weight), bias
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        layers = [conv.weight, norm.weight, norm.bias, norm.running_mean, norm.running_var]
+        if layers[0].device.type != "cpu" or not is_plain(layers[0]):  # or would wait for a GPU
+            return self._fold(*layers)
+        kept = self._kept  # another thread may replace it
+        if kept is None or not all(map(_are_equal, kept.layers, layers)):
+            copies = [one.detach().clone() for one in layers]
+            self._kept = kept = _Folded(copies, *self._fold(*copies))
+        return kept.weight, kept.bias
 
-    @torch.no_grad()
-    def keep_folded(self) -> None:
-        """Fold once for all later calls; weights and device must not change afterwards."""
-        self._kept = self._fold(next(self.parameters()).device)
+    def _fold(
+        self, weight: Tensor, gain: Tensor, shift: Tensor, mean: Tensor, variance: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return weight, channels last, and bias of convolution and normalisation as one layer."""
+        norm = self[1]
+        assert isinstance(norm, nn.BatchNorm2d)
+        dtype, device = weight.dtype, weight.device
+        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        scale = gain.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
+        folded = (weight.to(exact) * scale[:, None, None, None]).to(dtype)
+        bias = (shift.to(exact) - mean.to(exact) * scale).to(dtype)
+        return channels_last(folded), bias
 
     def _padding(self, length: int) -> tuple[int, int]:
         steps = -(-length // self.stride)
@@ -216,13 +226,38 @@ class ConvNorm(nn.Sequential):
         return total // 2, total - total // 2
 
 
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype is other.dtype and torch.equal(one, other)
+
+
 def packs(input: Tensor) -> bool:
     """Return whether oneDNN's fused convolution can be used for an input.
 
     The operator is an internal one of PyTorch's compiler for CPUs. Where it is missing or returns
-    unexpected values, plain convolutions are used.
+    unexpected values, plain convolutions are used; as they are under autocast, for tracers and
+    counters of operations, which do not know it, and for images with NaN, which its ReLU6 loses.
     """
-    return input.dtype is torch.float32 and input.device.type == "cpu" and _has_fused()
+    return (
+        input.dtype is torch.float32
+        and input.device.type == "cpu"
+        and not _contains_nan.get()
+        and not torch.is_autocast_enabled("cpu")
+        and is_plain(input)
+        and _has_fused()
+    )
+
+
+_contains_nan: ContextVar[bool] = ContextVar("contains_nan", default=False)
+
+
+@contextmanager
+def _watching_for_nan(image: Tensor) -> Iterator[None]:
+    """Tell the layers inside whether NaN or infinity of the image may reach them."""
+    token = _contains_nan.set(packs(image) and not bool(image.sum().isfinite()))
+    try:
+        yield
+    finally:
+        _contains_nan.reset(token)
 
 
 @cache
@@ -327,6 +362,12 @@ class EfficientNetLite(Backbone):
         return self._levels(x, self.strides)
 
     def _levels(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
+        if torch.compiler.is_compiling():
+            return self._each_level(x, strides)
+        with _watching_for_nan(x):
+            return self._each_level(x, strides)
+
+    def _each_level(self, x: Tensor, strides: Sequence[int]) -> list[Tensor]:
         last = _LEVEL_GROUPS[strides[-1]]
         x = channels_last(x)
         wanted = {_LEVEL_GROUPS[stride] for stride in strides}
@@ -340,10 +381,11 @@ class EfficientNetLite(Backbone):
 
     def classify(self, x: Tensor) -> Tensor:
         """Compute ImageNet logits, (B, 3, H, W) -> (B, 1000)."""
-        x = self.stem(x)
-        for group in self.groups:
-            x = group(x)
-        return self.classifier(self.head(x).mean((-2, -1)))
+        with _watching_for_nan(x):
+            x = self.stem(x)
+            for group in self.groups:
+                x = group(x)
+            return self.classifier(self.head(x).mean((-2, -1)))
 
 
 class EfficientNetLite0(EfficientNetLite):

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from upfeat.backbones.efficientnet_lite import ConvNorm
 from upfeat.model import FeatUp
 
 
@@ -49,9 +48,6 @@ def replicate(model: FeatUp, count: int) -> list[Replica]:
         return shared
     if any(_is_hooked(one) for one in copies):
         return shared
-    for module in (module for one in copies for module in one.modules()):
-        if isinstance(module, ConvNorm):
-            module.keep_folded()
     return [Replica(one, nullcontext()) for one in copies]
 
 
