@@ -28,12 +28,12 @@ TARGET = Path(__file__).with_name("token_seconds.json")
 
 def runs(backbone: str, rivals: list[str]) -> dict[str, Callable[[], object]]:
     """Return the functions to time, by name."""
-    model = upfeat.load(backbone)
+    network = upfeat.load_backbone(backbone).requires_grad_(False)
     image = torch.randn(1, 3, SIDE, SIDE)
     image = torch.nn.functional.interpolate(image[:, :, :28, :28], (SIDE, SIDE), mode="bicubic")
-    features = model.backbone(image)
-    found: dict[str, Callable[[], object]] = {"backbone": lambda: model.backbone(image)}
-    guided, up = Guided(model.backbone), upfeat.load_upsampler(TRAINED[-1])
+    features = network(image)
+    found: dict[str, Callable[[], object]] = {"backbone": lambda: network(image)}
+    guided, up = Guided(network).eval(), upfeat.load_upsampler(TRAINED[-1])
     for name in (*SHIPPED, *TRAINED, GUIDED, *rivals):
         if name == GUIDED:
             found[name] = lambda: up(features, image, hidden=guided.hidden(image))
@@ -43,7 +43,7 @@ def runs(backbone: str, rivals: list[str]) -> dict[str, Callable[[], object]]:
     for name in PASSES:
         upsampler, passes, *early = name.split("@")
         chosen = {"upsampler": upsampler, "passes": int(passes), "early": bool(early)}
-        several = upfeat.load(model.backbone, **chosen)
+        several = upfeat.load(network, **chosen)
         found[name] = lambda one=several: one(image)
     return found
 

@@ -48,8 +48,7 @@ UPSAMPLERS = {
 TOKEN_ROWS = {
     "anyup_multi_backbone.pth": "AnyUp (multi-backbone)",
     "jafar_vit_small_patch14_dinov2.pth": "JAFAR (for DINOv2-S)",
-    "detail_universal": "**detail_universal** (one pass, the default)",
-    "detail_universal@early": "detail_universal, `early=True`",
+    "detail_universal@early": "**detail_universal, `early=True`** (one pass, the default)",
     "detail_universal@2@early": "detail_universal, `passes=2, early=True`",
     "detail_universal@5": "detail_universal, `passes=5`",
     "detail_universal@5@early": "detail_universal, `passes=5, early=True`",
@@ -61,7 +60,8 @@ GAINS = {
     "classical joint bilateral": "joint_bilateral",
     "neighbourhood": "neighbourhood_efficientnet_lite0",
     "detail with a network on pixels (`early=False`)": "detail_efficientnet_lite0",
-    "**detail** with the weights for any backbone, the default for others": "detail_universal",
+    'detail with the weights for any backbone (`upsampler="detail_universal"`)': "detail_universal",
+    "**… with early layers**: the default for other backbones": "detail_universal@early",
     "**detail with a network on early layers**, aligned: the default": (
         "early_detail_efficientnet_lite0"
     ),

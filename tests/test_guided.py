@@ -103,13 +103,47 @@ def test_every_way_gives_the_same():
     assert isinstance(model.backbone, Guided)
     full, lazy = model(x), model.lazy(x)
     assert full.shape == (1, 2, 112, 70)
-    assert float((full - upfeat.load(Tokens())(x)).abs().mean()) > 1e-3
+    assert float((full - upfeat.load(Tokens(), early=False)(x)).abs().mean()) > 1e-3
     torch.testing.assert_close(lazy.crop(5, 7, 30, 20), full[:, :, 5:35, 7:27])
     weight = torch.randn(3, 2)
     expected = F.conv2d(full, weight[..., None, None])
     torch.testing.assert_close(lazy.project(weight), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(pickle.loads(pickle.dumps(lazy)).full(), full)
     torch.testing.assert_close(model(x[..., :56, :]), model(x[..., :56, :].clone()))
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_layers_guide_by_default(passes):
+    """The default upsampler is given early layers; one that is named is not."""
+    x = photo(112, 70)
+    model = upfeat.load(Tokens(), passes=passes)
+    assert isinstance(model.backbone, Guided)
+    assert torch.equal(model(x), upfeat.load(Tokens(), passes=passes, early=True)(x))
+    named = upfeat.load(Tokens(), passes=passes, upsampler="detail_universal")
+    assert not named.early
+    assert torch.equal(named(x), upfeat.load(Tokens(), passes=passes, early=False)(x))
+    assert torch.equal(model.backbone(x), named.backbone(x))
+
+
+class Demanding(Tokens):
+    """Tokens of images that are not too small, with early layers of no use, or none."""
+
+    def __init__(self, hidden, channels=3):
+        super().__init__(channels)
+        self.layers = hidden
+
+    def extract_with_hidden(self, x):
+        if self.layers == "large":
+            raise RuntimeError("images must have 200 pixels")
+        return self.extract(x), torch.ones(1, 2, 3, 3)
+
+
+@pytest.mark.parametrize("hidden", ["large", "coarse"])
+def test_the_default_goes_without_layers_that_cannot_be_had(hidden):
+    assert not upfeat.load(Demanding(hidden)).early
+    assert not upfeat.load(Tokens(channels=4)).early
+    with pytest.raises((RuntimeError, ValueError)):
+        upfeat.load(Demanding(hidden), early=True)
 
 
 def test_it_is_said_whose_layers_are_used():
@@ -192,7 +226,7 @@ def test_five_passes_are_guided_too(passes):
     assert isinstance(model.backbone, Guided)
     assert isinstance(model.backbone.backbone, SecondScale)
     assert (model.passes, model.backbone.stride) == (passes, 7)
-    full, plain = model(x), upfeat.load(Tokens(), passes=passes)
+    full, plain = model(x), upfeat.load(Tokens(), passes=passes, early=False)
     assert hidden_of(model.backbone, x).shape == (1, 176, 32, 28)
     assert torch.equal(model.backbone(x), plain.backbone(x))
     assert 1e-3 < float((full - plain(x)).abs().mean()) < float(full.std())

@@ -131,7 +131,7 @@ def test_translations_are_kept_with_the_weights_they_are_for(tmp_path, translati
     networks = [upfeat.load_backbone(torch.nn.Conv2d(3, 4, 8, 8)) for _ in range(2)]
     path = tmp_path / "t.safetensors"
     translation.save(path, networks[0])
-    model = upfeat.load(networks[0], passes=5, translation=path)
+    model = upfeat.load(networks[0], passes=5, translation=path, early=False)
     assert torch.equal(model.backbone.weight, translation.weight)
     with pytest.raises(ValueError, match="learnt for other weights"):
         upfeat.load(networks[1], passes=5, translation=path)

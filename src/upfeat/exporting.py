@@ -151,10 +151,10 @@ class _Task:
             form = form_of(model, self.head)
             self.module = PortableUpsampler(form, stride)
         assert isinstance(form, Form)
-        if size is None and getattr(getattr(model, "backbone", None), "fit", None) == "tile":
-            assert isinstance(model, FeatUp)
+        network = model.backbone.origin if isinstance(model, FeatUp) else None
+        if size is None and network is not None and getattr(network, "fit", None) == "tile":
             raise ValueError(
-                f"{model.backbone.name} takes one size of images and is tiled over others, which "
+                f"{network.name} takes one size of images and is tiled over others, which "
                 f"cannot be exported for any size; {GIVE_SIZE}, or load the backbone with "
                 'fit="resize"'
             )
@@ -185,7 +185,7 @@ class _Task:
         if first.device.type != "cpu":
             raise ValueError(f"model is on {first.device}; export it from the CPU: model.cpu()")
         if isinstance(model, FeatUp):
-            if isinstance(model.backbone, SecondScale):
+            if any(isinstance(one, SecondScale) for one in model.backbone.modules()):
                 raise ValueError("a model with passes=5 cannot be exported; use passes=1")
             if model.backbone.in_channels != 3 and model.bands is None:
                 raise ValueError(

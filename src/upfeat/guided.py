@@ -140,3 +140,25 @@ def has_early_layers(backbone: Backbone) -> bool:
             f"its features are {tuple(features.shape)}: no finer grid; use early=False"
         )
     return hidden is not None
+
+
+def early_by_default(
+    backbone: Backbone, bands: Sequence[int] | None = None, passes: int = 1
+) -> bool:
+    """Return whether :func:`upfeat.load` gives early layers to the best upsampler for a backbone.
+
+    It does so wherever they are to be had: the backbone's own, or those of the embedded guide,
+    which takes images of three bands.
+
+    Args:
+        backbone: the backbone.
+        bands: the bands of the image that the upsampler gets; ``None`` for all.
+        passes: number of passes; with 5 and 6, the backbone's own layers are not finer than its
+            features.
+    """
+    has_guide = len(bands or range(backbone.in_channels)) == 3
+    try:
+        own = has_early_layers(backbone)
+    except (RuntimeError, ValueError):  # of no use, or for larger images only
+        return False
+    return has_guide or (own and passes in (1, 2))

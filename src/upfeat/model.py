@@ -14,7 +14,7 @@ from upfeat.backbones.efficientnet_lite import EfficientNetLite
 from upfeat.bounds import PASSES, flag, indices, shown
 from upfeat.budget import free_bytes
 from upfeat.features import UpsampledFeatures, blank, require_upsampler
-from upfeat.guided import Guided, has_early_layers
+from upfeat.guided import Guided, early_by_default, has_early_layers
 from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import find_device, parse_memory
 from upfeat.mirrored import Mirrored
@@ -306,7 +306,7 @@ def load(
         upsampler: one of ``upfeat.list_upsamplers()``, a folder that ``save_pretrained`` wrote, a
             published FeatUp checkpoint (``.ckpt``), or an :class:`Upsampler`; ``None`` for the best
             upsampler for the backbone: one trained on its early layers, as for EfficientNet-Lite0
-            and Lite1, else one trained for it, else a universal one.
+            and Lite1, else detail, trained for it or universal, with early layers.
         device: device of the model's parameters; ``None`` for the CPU.
         bands: see :class:`FeatUp`.
         passes: cost of the features, in passes of the backbone over the image. 2: its features and
@@ -320,8 +320,8 @@ def load(
             transformers, those of the embedded EfficientNet-Lite0, which then sees the image too;
             the regression of a detail upsampler uses them. False: no, and ``upsampler=None``
             chooses none that was trained on them; one that is named gets them even so. ``None``:
-            only if the upsampler was trained on them. Maps of :meth:`FeatUp.lazy` contain and save
-            the early layers.
+            with ``upsampler=None``, wherever they are to be had; with a named one, only if it was
+            trained on them. Maps of :meth:`FeatUp.lazy` contain and save the early layers.
         max_memory: see :class:`FeatUp`.
         translation: for ``passes=5`` and 6: the translation learnt for this backbone by
             :func:`upfeat.scales.fit_translation`, or a file of it; ``None`` for the shipped
@@ -342,6 +342,8 @@ def load(
     network = load_backbone(name)
     if passes not in PASSES:
         raise ValueError(f"passes={passes!r} must be one of {PASSES}")
+    if early is None and upsampler is None:
+        early = early_by_default(network, bands, passes)
     mirrored, wanted = passes in (2, 6), False if early is None else flag("early", early)
     if passes in (1, 2):
         if translation is not None:

@@ -220,6 +220,9 @@ def test_copies_share_weights_and_nothing_else():
     hooked = model()
     hooked.backbone.module.register_forward_hook(lambda *_: None)
     assert replicate(hooked, 2)[1].model is hooked
+    for passes in (1, 2):  # the function is inside others
+        wrapping = upfeat.load(function, passes=passes)
+        assert replicate(wrapping, 2)[1].model is wrapping
 
 
 def test_large_maps_go_to_their_file_in_strips(tmp_path, photos, monkeypatch):

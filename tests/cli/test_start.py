@@ -61,7 +61,10 @@ def test_help_lists_the_names_that_there_are(capsys):
         main(["run", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert ", ".join(choices.UPSAMPLERS) in shown
-    assert "(default: detail; for efficientnet_lite0 and lite1 early_detail, trained" in shown
+    assert (
+        "(default: detail with --early; for efficientnet_lite0 and lite1 early_detail, trained"
+        in shown
+    )
 
 
 def test_help_imports_nothing_heavy():

@@ -22,7 +22,13 @@ from upfeat.implicit.observe import (
     show,
     zoomed_jitters,
 )
-from upfeat.implicit.one_pass import into_own_words, look_closer, mean_upsampler, one_pass
+from upfeat.implicit.one_pass import (
+    into_own_words,
+    look_closer,
+    mean_upsampler,
+    one_pass,
+    with_early_layers,
+)
 from upfeat.implicit.places import spread_anchors
 from upfeat.implicit.published import (
     Waves,
@@ -113,16 +119,17 @@ def test_the_design_is_what_views_do_to_the_map():
 
 def test_without_evidence_the_map_of_one_pass_is_drawn(monkeypatch):
     monkeypatch.setattr(anchors, "PENALTIES", (1e14,))
-    backbone, guidance = Pooled(), scene()
+    backbone, guidance = with_early_layers(Pooled()), scene()
     config = dataclasses.replace(FAST, zoomed_views=0)
     features = fit_guidance(guidance, backbone, config)
     watch = observer(guidance, backbone)
     seen = watch.observe(watch.held)
     basis = feature_basis(seen, 5, whiten=True)
-    own = backbone(watch.image)
-    fit = KernelFit(guidance, watch, basis, own, anchors=200, seed=0)
+    own, hidden = watch.look_at_image()
+    assert hidden is not None
+    fit = KernelFit(guidance, watch, basis, own, hidden=hidden, anchors=200, seed=0)
     drawn = one_pass(
-        mean_upsampler(backbone), guidance, own, None, basis, fit.map_size
+        mean_upsampler(backbone), guidance, own, hidden, basis, fit.map_size
     )  # (k, H', W')
     table, pixels = fit.table.flatten(0, 1).double(), drawn.flatten(1).T.double()
     gram = table.T @ table + anchors._MEAN_PENALTY * torch.eye(table.shape[1])

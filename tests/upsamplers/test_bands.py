@@ -145,7 +145,8 @@ def test_backbones_of_other_bands_and_chosen_triples():
     x = model.preprocess(scene_of_bytes)
     torch.testing.assert_close(x[0, :, 3, 5], torch.from_numpy(scene_of_bytes[3, 5] / 255).float())
     assert model(x).shape == (1, 6, 40, 48)
-    chosen = upfeat.load(network, bands=(3, 0, 1))
+    assert not model.early  # the guide takes three bands
+    chosen = upfeat.load(network, bands=(3, 0, 1), early=False)
     expected = chosen.upsampler(
         chosen.backbone(x),
         (x[:, [3, 0, 1]] - torch.tensor([0.485, 0.456, 0.406])[:, None, None])
@@ -153,6 +154,9 @@ def test_backbones_of_other_bands_and_chosen_triples():
     )
     torch.testing.assert_close(chosen(x), expected)
     torch.testing.assert_close(chosen.lazy(x).full(), expected)
+    guided = upfeat.load(network, bands=(3, 0, 1))
+    assert guided.backbone.bands == [3, 0, 1]
+    assert guided(x).shape == expected.shape
     with pytest.raises(ValueError, match="three of the 4 bands"):
         upfeat.load(network, bands=(3, 4, 1))
     with pytest.raises(ValueError, match=r"x must be \(B, 4, H, W\)"):

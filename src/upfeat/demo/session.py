@@ -140,7 +140,7 @@ class Visit:
     @property
     def has_texts(self) -> bool:
         """True if the backbone can compare its features with texts."""
-        return isinstance(self.model.backbone, TextBackbone)
+        return isinstance(self.model.backbone.origin, TextBackbone)
 
     @property
     def kept(self) -> int:
@@ -187,7 +187,7 @@ class Visit:
         Raises:
             ValueError: the text is empty or too long, or the backbone has no text tower.
         """
-        backbone = self.model.backbone
+        backbone = self.model.backbone.origin
         if not isinstance(backbone, TextBackbone):
             raise ValueError(f"{backbone.name} has no text tower; choose another backbone")
         if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > MAX_PROMPT:

@@ -13,9 +13,11 @@ from upfeat.evaluation.data.folders import Dataset, Problem, check_not_empty
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
 from upfeat.evaluation.differences import find_differences
 from upfeat.evaluation.named import Named, load_methods
+from upfeat.evaluation.passes import EARLY
 from upfeat.evaluation.report.pictures import encode_photo
 from upfeat.evaluation.results import Results, RowStore
 from upfeat.evaluation.task import Task
+from upfeat.guided import early_by_default
 from upfeat.machine import find_device
 from upfeat.model import default_upsampler
 from upfeat.provenance import digest, identify_backbone, versions
@@ -57,7 +59,10 @@ def score(
     out, cache = Path(out), Path(out) / "cache"
     if upsamplers is None:
         named = default_upsampler(network)
-        best = create_upsampler(named, network.embed_dim, backbone=network.name).name
+        upsampler = create_upsampler(named, network.embed_dim, backbone=network.name)
+        best = upsampler.name
+        if not upsampler.wants_hidden and early_by_default(network):
+            best += EARLY
         upsamplers = tuple(dict.fromkeys((*BASELINES, best)))
     methods = load_methods(upsamplers, network, cache)
     dataset = _read_dataset(task, Path(folder), layout, config)

@@ -16,7 +16,7 @@ from upfeat.implicit.anchors import Fitted, fit_kernel
 from upfeat.implicit.config import FitConfig
 from upfeat.implicit.features import ImplicitFeatures, resize_image
 from upfeat.implicit.observe import Observer, feature_basis, zoomed_jitters
-from upfeat.implicit.one_pass import mean_upsampler
+from upfeat.implicit.one_pass import mean_upsampler, with_early_layers
 from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.model import align_for
 from upfeat.randomness import stream
@@ -150,7 +150,7 @@ def fit_rounds(guidance: Tensor, backbone: Backbone, config: FitConfig) -> Itera
     backbone.eval()
     observed = backbone
     if config.preset == "fast":  # the published fit has no mean
-        observed = align_for(mean_upsampler(backbone), backbone)
+        observed = with_early_layers(align_for(mean_upsampler(backbone), backbone))
     try:
         observer = Observer(
             guidance,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.features import UpsampledFeatures
+from upfeat.guided import Guided, early_by_default, has_early_layers
 from upfeat.implicit.guides import normalised
 from upfeat.implicit.observe import Basis, Observer
 from upfeat.mirrored import Mirrored
@@ -42,6 +43,17 @@ def mean_upsampler(backbone: Backbone) -> Upsampler:
         if getattr(upsampler, "embed_dim", None) == backbone.embed_dim:
             return upsampler
     return shipped(ONE_PASS)
+
+
+def with_early_layers(backbone: Backbone) -> Backbone:
+    """Return a backbone with the early layers that :func:`upfeat.load` would use, if any.
+
+    Args:
+        backbone: the backbone of the fit; the embedded guide is added if it has none of its own.
+    """
+    if not early_by_default(backbone) or has_early_layers(backbone):
+        return backbone
+    return Guided(backbone).to(backbone.mean.device)
 
 
 def one_pass(
@@ -100,14 +112,21 @@ def look_closer(observer: Observer) -> Look:
     upsampler, device = mean_upsampler(backbone), observer.image.device
     assert isinstance(upsampler, DetailUpsampler)
     last = upsampler.last_step()
+    early = not upsampler.wants_hidden and early_by_default(backbone, passes=6)
+    if isinstance(backbone, Guided):  # the guide sees the image once
+        backbone = backbone.backbone
     try:
         found = shipped_translation(backbone)
         there = None if found is None else Translation(*(one.to(device) for one in found))
         scales = SecondScale(backbone, upsampler.to(device), translation=there, mirrored=True)
+        if early:  # both steps follow the second scale
+            seen = observer.look_at_image(with_early_layers(scales))
+            return Look(*seen, upsampler.cpu(), scales.passes)
         return Look(*observer.look_at_image(scales), last, scales.passes)
     except ValueError:
         mirrored = Mirrored(backbone)
-        return Look(*observer.look_at_image(mirrored), upsampler.cpu(), mirrored.passes)
+        seen = observer.look_at_image(with_early_layers(mirrored) if early else mirrored)
+        return Look(*seen, upsampler.cpu(), mirrored.passes)
 
 
 def into_own_words(backbone: Backbone, said: Tensor, own: Tensor) -> Translation:
