@@ -92,7 +92,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
-    from upfeat.cli.console import progress_bar
+    from upfeat.cli.console import progress_bar, say
     from upfeat.engines import Engine
     from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tiles, upsample_raster
     from upfeat.raster.cog import file_dtype
@@ -123,7 +123,7 @@ def execute(options: argparse.Namespace) -> int:
         )
         size = f"{what.count}×{scene.size[0]}×{scene.size[1]}"
     dtype = what.dtype if options.output.suffix.lower() == ".zarr" else file_dtype(what.dtype)
-    print(f"{options.output}  {size} {dtype}")
+    say(f"{options.output}  {size} {dtype}")
     return 0
 
 
