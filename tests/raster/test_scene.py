@@ -243,3 +243,20 @@ def test_bands_of_different_types_are_read_together(tmp_path):
     image, valid = shown(tmp_path / "scene.vrt", scale=(0, 255))
     assert valid.all()
     np.testing.assert_allclose(image, values / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/scene.tif", "NETCDF:scene.nc:band", "/vsizip/a.tif"])
+def test_names_of_gdal_that_are_no_files_are_told_from_missing_files(name):
+    with pytest.raises(FileNotFoundError, match=r"is no file; .* -of VRT /vsicurl"):
+        Scene(name)
+    with pytest.raises(FileNotFoundError, match=r"^missing\.tif: no such file$"):
+        Scene("missing.tif")
+
+
+def test_a_file_of_several_rasters_names_them(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        file["a"] = np.zeros((64, 64), np.float32)
+        file["b"] = np.zeros((64, 64), np.float32)
+    with pytest.raises(ValueError, match="holds several rasters; write one of them by"):
+        Scene(tmp_path / "two.h5")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -112,9 +113,14 @@ class Scene:
         rasterio = import_rasterio("reading rasters")
         self.path = Path(path)
         if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}: no such file")
+            raise FileNotFoundError(f"{path}: {_reason_without_file(str(path))}")
         self._error = rasterio.errors.RasterioError
         self._file = file = open_raster(self.path, "reading rasters")
+        if not file.count and file.subdatasets:
+            raise ValueError(
+                f"{self.path}: holds several rasters; write one of them by gdal_translate -of VRT "
+                f"'{file.subdatasets[0]}' scene.vrt, and give scene.vrt"
+            )
         self.size = (int(file.height), int(file.width))
         self.crs, self.transform = file.crs, file.transform
         self.gcps, self.rpcs = file.gcps, file.rpcs
@@ -289,6 +295,16 @@ class Scene:
         with np.errstate(invalid="ignore", over="ignore"):
             scaled = np.clip((values.astype(kind) - low.astype(kind)) / width, 0, 1)
         return scaled.astype(np.float32, copy=False)
+
+
+def _reason_without_file(name: str) -> str:
+    """Return why there is no file of a name: it may be another of GDAL's names for a raster."""
+    if re.match(r"(\w{2,}:|/vsi)", name):
+        return (
+            "is no file; for a raster on a server, or inside another file, write a file that refers "
+            "to it, such as by gdal_translate -of VRT /vsicurl/https://… scene.vrt, and give that"
+        )
+    return "no such file"
 
 
 def _valid(values: Any, masks: Any) -> Any:
