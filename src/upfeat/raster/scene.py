@@ -301,7 +301,7 @@ def _reason_without_file(name: str) -> str:
     """Return why there is no file of a name: it may be another of GDAL's names for a raster."""
     if re.match(r"(\w{2,}:|/vsi)", name):
         return (
-            "is no file; for a raster on a server, or inside another file, write a file that refers "
+            "is no file; for a raster on a server or inside a file, write a file that refers "
             "to it, such as by gdal_translate -of VRT /vsicurl/https://… scene.vrt, and give that"
         )
     return "no such file"
