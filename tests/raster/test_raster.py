@@ -498,6 +498,17 @@ def test_settings_are_plain_json(tmp_path):
     shutil.rmtree(output)
 
 
+@pytest.mark.parametrize("name", ["http:a.tif", "zip:a.tif", "a!b?c#d%20.tif", "ü 名.tif"])
+def test_names_are_of_files_whatever_gdal_reads_into_them(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny("bilinear")
+    scene = write(Path("scene.tif"), picture(70, 80)).replace(name)
+    output = upsample(scene, Path(f"out {name}"), model)
+    assert upsample(scene, output, model, resume=True) == output  # found to be complete
+    with rasterio.open(output.absolute()) as file:
+        np.testing.assert_allclose(file.read(), whole(scene, model), atol=2e-5)
+
+
 @pytest.mark.parametrize("name", ["out.zarr", "out.tif"])
 def test_another_head_of_the_same_classes_is_not_taken_for_the_first(tmp_path, name):
     """Nor another upsampler of the same name: neither goes on, nor is it done already."""

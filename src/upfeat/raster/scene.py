@@ -58,7 +58,8 @@ def open_raster(path: Path, needed_for: str) -> Any:
         with warnings.catch_warnings():
             # A raster without a georeference is upsampled like any other.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            return rasterio.open(path)
+            # Absolute, since GDAL reads the text before a colon as the name of a protocol.
+            return rasterio.open(path.absolute())
     except rasterio.errors.RasterioError as error:
         raise ValueError(f"{path}: not a raster that GDAL can read ({error})") from None
 

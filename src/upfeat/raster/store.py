@@ -196,7 +196,7 @@ class Store:
         if self.output.suffix.lower() == ".zarr":
             self._finish_zarr(scene, names, provenance)
         else:
-            made = self.partial / _COG
+            made = self.partial.absolute() / _COG
             values = self._zarr.open_array(str(self.partial / _ARRAY), mode="r")
             try:
                 write_cog(made, values, scene, names, provenance)
@@ -272,7 +272,7 @@ def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
             recorded = json.loads(text)["attributes"]["upfeat"]
         else:
             rasterio = import_rasterio("reading GeoTIFF")
-            with warnings.catch_warnings(), rasterio.open(output) as file:
+            with warnings.catch_warnings(), rasterio.open(output.absolute()) as file:
                 warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
                 recorded = json.loads(file.tags()["upfeat"])
     except (OSError, ValueError, KeyError, TypeError):
