@@ -111,6 +111,15 @@ def test_members_of_archives_that_would_leave_or_double_are_damaged(tmp_path):
     assert "is in the set already" in twice.reason
 
 
+def test_members_of_one_name_in_other_spellings_are_one(tmp_path):
+    """Both would be written to the same file."""
+    names = ("./x/a.png", "x/a.png", "x//a.png", "/x/a.png", "x/./a.png")
+    members = [(name, _png(number)) for number, name in enumerate(names)]
+    first, *others = list_items([_tar(tmp_path / "s.tar", members)])
+    assert (first.key, first.read()) == ("s.tar/x/a.png", _png(0))
+    assert [item.key for item in others] == [f"s.tar/x/a.png ({n})" for n in range(2, 6)]
+
+
 def test_a_name_that_comes_twice_keeps_its_first_item(tmp_path):
     """Results are named by it: the second would be written over the first."""
     for number, folder in enumerate(("one", "two")):

@@ -7,7 +7,7 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
@@ -127,11 +127,13 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
     try:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
-                key = f"{path.name}/{member.name}"
+                # One key for all spellings of a name, as "./a.png": they name one output.
+                inner = PurePosixPath(member.name).parts
+                key = "/".join((path.name, *(part for part in inner if part not in ("/", "//"))))
                 if not member.isfile() or not is_image(member.name):
                     continue
                 empty = False
-                if ".." in Path(member.name).parts:
+                if ".." in inner:
                     yield Damaged(key, "leads out of the archive")
                     continue
                 file = archive.extractfile(member)
