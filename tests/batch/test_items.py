@@ -115,6 +115,7 @@ def test_members_of_one_name_in_other_spellings_are_one(tmp_path):
     """Both would be written to the same file."""
     names = ("./x/a.png", "x/a.png", "x//a.png", "/x/a.png", "x/./a.png")
     members = [(name, _png(number)) for number, name in enumerate(names)]
+    members += [("x/._a.png", b"of macOS"), (".trash/b.png", _png(9))]  # hidden
     first, *others = list_items([_tar(tmp_path / "s.tar", members)])
     assert (first.key, first.read()) == ("s.tar/x/a.png", _png(0))
     assert [item.key for item in others] == [f"s.tar/x/a.png ({n})" for n in range(2, 6)]

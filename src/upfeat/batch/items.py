@@ -130,7 +130,7 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                 # One key for all spellings of a name, as "./a.png": they name one output.
                 inner = PurePosixPath(member.name).parts
                 key = "/".join((path.name, *(part for part in inner if part not in ("/", "//"))))
-                if not member.isfile() or not is_image(member.name):
+                if not member.isfile() or not is_image(member.name) or _is_hidden(inner):
                     continue
                 empty = False
                 if ".." in inner:
@@ -149,6 +149,11 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
             yield Damaged(path.name, "holds no image")
     except (tarfile.TarError, EOFError, OSError) as error:
         yield Damaged(path.name, f"a damaged archive ({error})")
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    """Return whether a name is hidden, such as ._a.jpg of macOS; folders skip such files too."""
+    return any(part.startswith(".") and part != ".." for part in parts)
 
 
 def _video(path: Path) -> Iterator[Item | Damaged]:
