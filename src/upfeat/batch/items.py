@@ -13,6 +13,8 @@ from typing import Any
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
 from upfeat.outputs import is_image, search
 
+_PACK = "pack copies, by tar --dereference --hard-dereference"
+
 
 @dataclass(frozen=True)
 class Item:
@@ -130,9 +132,13 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                 # One key for all spellings of a name, as "./a.png": they name one output.
                 inner = PurePosixPath(member.name).parts
                 key = "/".join((path.name, *(part for part in inner if part not in ("/", "//"))))
-                if not member.isfile() or not is_image(member.name) or _is_hidden(inner):
+                file_or_link = member.isfile() or member.issym() or member.islnk()
+                if not file_or_link or not is_image(member.name) or _is_hidden(inner):
                     continue
                 empty = False
+                if not member.isfile():
+                    yield Damaged(key, f"is a link to {member.linkname}; {_PACK}")
+                    continue
                 if ".." in inner:
                     yield Damaged(key, "leads out of the archive")
                     continue
