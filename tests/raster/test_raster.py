@@ -589,7 +589,7 @@ def test_geotiffs_are_copied_in_parts_and_may_grow_large(tmp_path, monkeypatch):
     import rasterio.shutil
 
     model = tiny("bilinear")
-    path = write(tmp_path / "scene.tif", picture(70, 600))
+    path = write(tmp_path / "scene.tif", picture(60, 600))
     read, copied = [], {}
     array, copy = zarr.Array.__getitem__, rasterio.shutil.copy
 
@@ -606,6 +606,32 @@ def test_geotiffs_are_copied_in_parts_and_may_grow_large(tmp_path, monkeypatch):
     monkeypatch.setattr(rasterio.shutil, "copy", copying)
     output = upsample(path, tmp_path / "out.tif", model)
     assert max(read) <= 5 * 256 * 256
-    assert sum(read) == 5 * 70 * 600
+    assert sum(read) == 5 * 60 * 600
     assert copied["bigtiff"] == "if_safer"
-    np.testing.assert_allclose(values_of(output), whole(path, model), atol=2e-5)
+    values = values_of(output)
+    np.testing.assert_allclose(values, whole(path, model), atol=2e-5)
+    with rasterio.open(output) as file:
+        assert file.overviews(1) == [2]
+        halved = file.read(out_shape=(5, 30, 300))
+    means = values.reshape(5, 30, 2, 300, 2).mean((2, 4))
+    np.testing.assert_allclose(halved, means, atol=1e-6)
+
+
+def test_an_error_of_gdal_at_the_end_is_one_line_and_loses_no_tile(tmp_path, monkeypatch):
+    import rasterio.shutil
+    from rasterio._err import CPLE_AppDefinedError
+
+    def failing(*arguments, **options):
+        raise CPLE_AppDefinedError(3, 1, "TIFFAppendToStrip:Write error at scanline 0")
+
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture(70, 80))
+    with monkeypatch.context() as patch:
+        patch.setattr(rasterio.shutil, "copy", failing)
+        with pytest.raises(OSError, match=r"out\.tif: GDAL cannot write a GeoTIFF; .* scanline 0"):
+            upsample(path, tmp_path / "out.tif", model)
+    assert not (tmp_path / "out.tif").exists()
+    tiles = []
+    upsample(path, tmp_path / "out.tif", model, resume=True, on_tile=lambda *at: tiles.append(at))
+    assert not tiles
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.tif", "scene.tif"]

@@ -16,6 +16,8 @@ from upfeat.tiling import split
 
 _BLOCK = 256
 """Side of the blocks of a GeoTIFF, pixels, and of the parts that are copied at once."""
+_MANY = 32
+"""Number of bands above which a GeoTIFF has smaller blocks."""
 
 
 def file_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -58,6 +60,8 @@ def write_cog(
                 compress="deflate",
                 predictor="YES",
                 resampling="mode" if values.dtype.kind == "u" else "average",
+                # A block holds all bands, and several blocks are held at once.
+                blocksize=_BLOCK if values.shape[0] > _MANY else 2 * _BLOCK,
                 # By default, a compressed file of more than 4 GB fails at its end.
                 bigtiff="if_safer",
             )
@@ -84,6 +88,8 @@ def _write_plain(
         "tiled": True,
         "blockxsize": _BLOCK,
         "blockysize": _BLOCK,
+        # Overviews are made band by band; from pixels of many bands, it takes ten times as long.
+        "interleave": "band",
         "bigtiff": "if_safer",
     }
     with import_rasterio("writing GeoTIFF").open(path, "w", **profile) as target:
