@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -116,6 +117,22 @@ def test_a_name_too_long_for_its_file_is_of_that_item(tmp_path, photos):
     summary = extract(model(), [photos], tmp_path / "out", Extraction())
     assert summary.made == 4
     assert [reason.split(": ")[-1] for _, reason in summary.failures] == ["File name too long"]
+
+
+@pytest.mark.parametrize("place", [12, -5])
+def test_a_file_that_was_changed_is_made_again(tmp_path, photos, place):
+    """One of the same length: its header, or its values, are damaged."""
+    out = tmp_path / "out"
+    extract(model(), [photos], out, Extraction())
+    calm, path = tree(out), out / "b.png.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 255
+    path.write_bytes(content)
+    for file in (path, out / "a.png.safetensors"):  # the other is touched, and remains the same
+        os.utime(file, ns=(0, (out / "manifest.json").stat().st_mtime_ns + 1))
+    summary = extract(model(), [photos], out, Extraction())
+    assert (summary.made, summary.kept, summary.failures) == (1, 3, [])
+    assert tree(out) == calm
 
 
 def test_a_result_does_not_outlive_its_image(tmp_path, photos):
