@@ -219,7 +219,7 @@ class Store:
         _write_axes(group, scene, names)
         with warnings.catch_warnings():
             # The specification lacks what xarray asks for: all metadata in one file.
-            warnings.simplefilter("ignore", self._zarr.errors.ZarrUserWarning)
+            warnings.simplefilter("ignore", UserWarning)
             self._zarr.consolidate_metadata(str(self.partial))
         if self.output.exists():
             shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink()
@@ -380,7 +380,7 @@ def _meaning(crs: Any, name: str) -> dict[str, str]:
         kind, unit = {"y": ("latitude", "degrees_north"), "x": ("longitude", "degrees_east")}[name]
         return {"standard_name": kind, "units": unit}
     if crs and crs.is_projected:
-        return {"standard_name": f"projection_{name}_coordinate", "units": crs.linear_units}
+        return {"standard_name": f"projection_{name}_coordinate", "units": crs.linear_units.replace(" ", "_")}
     return {}
 
 
