@@ -380,7 +380,8 @@ def _meaning(crs: Any, name: str) -> dict[str, str]:
         kind, unit = {"y": ("latitude", "degrees_north"), "x": ("longitude", "degrees_east")}[name]
         return {"standard_name": kind, "units": unit}
     if crs and crs.is_projected:
-        return {"standard_name": f"projection_{name}_coordinate", "units": crs.linear_units.replace(" ", "_")}
+        unit = crs.linear_units.replace(" ", "_")  # "US survey foot" to UDUNITS' spelling
+        return {"standard_name": f"projection_{name}_coordinate", "units": unit}
     return {}
 
 
