@@ -88,7 +88,7 @@ def _write_plain(
         "tiled": True,
         "blockxsize": _BLOCK,
         "blockysize": _BLOCK,
-        # Overviews are made band by band; from pixels of many bands, it takes ten times as long.
+        # From pixels of many bands, overviews take about ten times as long with a small cache.
         "interleave": "band",
         "bigtiff": "if_safer",
     }
