@@ -268,7 +268,7 @@ def test_nothing_is_left_of_a_video_that_fails(tmp_path, monkeypatch):
     clip = plain_clip(tmp_path / "a.mp4")
     make_folder(tmp_path / "out")
 
-    def failing(self, pixels, time):
+    def failing(self, pixels, time, aspect):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(VideoWriter, "add", failing)
@@ -310,3 +310,49 @@ def test_frames_are_turned_upright(tmp_path, monkeypatch):
     found = next(read_frames(clip))
     assert isinstance(found, Frame)
     assert np.array_equal(found.pixels, np.rot90(plain, -1))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".mov"])
+def test_a_video_lasts_until_the_end_of_its_last_frame(tmp_path, suffix):
+    """At a varying frame rate too, so that players show all frames."""
+    path = tmp_path / f"clip{suffix}"
+    with VideoWriter(path, Fraction(10)) as writer:
+        for index, time in enumerate((0, 0.1, 0.15, 0.9, 2, 2.02)):
+            writer.add(scene(index), Fraction(time))
+    with av.open(str(path)) as container:
+        assert container.duration / av.time_base == pytest.approx(2.12, abs=0.01)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".webm"])
+@pytest.mark.parametrize("size", [(64, 64), (720, 1280)])
+def test_colours_do_not_depend_on_what_a_player_assumes(tmp_path, suffix, size):
+    """They are marked as BT.709, and are so by its equations."""
+    colour = np.array([200, 40, 90], np.uint8)
+    with VideoWriter(tmp_path / f"clip{suffix}", Fraction(10)) as writer:
+        writer.add(np.broadcast_to(colour, (*size, 3)).copy(), None)
+    with av.open(str(tmp_path / f"clip{suffix}")) as container:
+        frame = next(container.decode(video=0))
+    assert (frame.colorspace, frame.color_range) == (1, 1)
+    red, green, blue = colour / 255
+    luma = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    differences = [128 + 224 * (blue - luma) / 1.8556, 128 + 224 * (red - luma) / 1.5748]
+    expected = [16 + 219 * luma, *differences]
+    planes = [
+        np.asarray(plane).reshape(plane.height, -1)[:, : plane.width] for plane in frame.planes
+    ]
+    for plane, value in zip(planes, expected, strict=True):
+        assert plane.mean() == pytest.approx(value, abs=2)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_pixels_keep_their_shape(tmp_path, turned, monkeypatch):
+    clip, out = tmp_path / "a.mp4", tmp_path / "out.mp4"
+    with VideoWriter(clip, Fraction(10)) as writer:
+        for index in range(2):
+            writer.add(scene(index, (48, 64)), None, Fraction(4, 3))
+    if turned:
+        monkeypatch.setattr(av.VideoFrame, "rotation", 90, raising=False)
+    assert next(read_frames(clip)).aspect == (Fraction(3, 4) if turned else Fraction(4, 3))
+    monkeypatch.undo()
+    render_video(model(), clip, out, VideoSettings(size=24))
+    assert next(read_frames(out)).aspect == Fraction(4, 3)

@@ -24,7 +24,14 @@ WRITTEN_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 _CLOCK = 60000
 _ENCODERS = {".webm": ("libvpx-vp9",)}
 _USUAL = ("libx264", "mpeg4")
-_OPTIONS = {"libx264": {"crf": "18", "preset": "fast"}, "libvpx-vp9": {"crf": "24", "b": "0"}}
+# Without B-frames: with them, an MP4 file of varying frame rate gets too short a duration.
+_OPTIONS = {
+    "libx264": {"crf": "18", "preset": "fast", "bf": "0"},
+    "libvpx-vp9": {"crf": "24", "b": "0"},
+}
+# FFmpeg's numbers for the colours that are written: BT.709, of limited range. Players take large
+# videos without such marks for BT.709, and small ones for BT.601.
+_BT709, _LIMITED = 1, 1
 
 
 class Frame(NamedTuple):
@@ -34,6 +41,8 @@ class Frame(NamedTuple):
     """RGB pixels, (H, W, 3), upright."""
     time: Fraction | None
     """Time from the beginning, in seconds; ``None`` if the file has no time for the frame."""
+    aspect: Fraction = Fraction(1)
+    """Width of a pixel over its height, as the frame is to be shown."""
 
 
 class DamagedVideo(ValueError):
@@ -93,6 +102,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
     av = import_av(path)
     with _opened(av, path) as container:
         size, number = None, 0
+        aspect = container.streams.video[0].sample_aspect_ratio or Fraction(1)
         try:
             for frame in container.decode(video=0):
                 number += 1
@@ -102,7 +112,8 @@ def read_frames(path: Path) -> Iterator[Frame]:
                 turns = round(getattr(frame, "rotation", 0) / 90)
                 clock = frame.time_base or 0
                 time = None if frame.pts is None or not clock else frame.pts * clock
-                yield Frame(np.ascontiguousarray(np.rot90(pixels, turns)), time)
+                upright = np.ascontiguousarray(np.rot90(pixels, turns))
+                yield Frame(upright, time, 1 / aspect if turns % 2 else aspect)
         except av.FFmpegError as error:
             where = f"after frame {number}" if number else "from its first frame on"
             raise DamagedVideo(f"{path}: damaged {where} ({_reason(error)})") from None
@@ -156,7 +167,9 @@ class VideoWriter:
         self._container.metadata["comment"] = f"{VIDEO} {__version__}"
         self._stream: Any = None
 
-    def add(self, pixels: NDArray[np.uint8], time: Fraction | None) -> None:
+    def add(
+        self, pixels: NDArray[np.uint8], time: Fraction | None, aspect: Fraction = Fraction(1)
+    ) -> None:
         """Encode a frame.
 
         Args:
@@ -164,12 +177,15 @@ class VideoWriter:
             time: time of the frame in seconds. If it is ``None``, or not later than the last
                 frame's, the frame is placed one interval of the video's rate after the last frame;
                 the first frame is then placed at 0.
+            aspect: width of a pixel over its height; that of the first frame counts.
         """
         height, width = pixels.shape[:2]
         pixels = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
         if self._stream is None:
-            self._stream = self._open_stream(pixels.shape[1], pixels.shape[0])
-        frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            self._stream = self._open_stream(pixels.shape[1], pixels.shape[0], aspect)
+        frame = self._av.VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
+            format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED
+        )
         tick = -1 if time is None else round(time * _CLOCK)
         if tick <= self._last:
             tick = 0 if self._last < 0 else self._last + max(round(_CLOCK / self._rate), 1)
@@ -177,13 +193,16 @@ class VideoWriter:
         frame.time_base = Fraction(1, _CLOCK)
         self._container.mux(self._stream.encode(frame))
 
-    def _open_stream(self, width: int, height: int) -> Any:
+    def _open_stream(self, width: int, height: int, aspect: Fraction) -> Any:
         options = dict(_OPTIONS.get(self._codec, {}))
         stream = self._container.add_stream(self._codec, rate=self._rate, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         if self._codec == "mpeg4":
             stream.bit_rate = 4 * width * height
-        stream.codec_context.time_base = Fraction(1, _CLOCK)
+        context = stream.codec_context
+        context.time_base, context.sample_aspect_ratio = Fraction(1, _CLOCK), aspect
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED
         return stream
 
     def __enter__(self) -> VideoWriter:

@@ -82,19 +82,37 @@ def is_image(name: str) -> bool:
 def search(folder: Path) -> list[Photo]:
     """Find photographs in a folder and its subfolders; see :func:`find_photographs`.
 
+    Links to folders are followed, except to folders in or around those that are searched. Links to
+    missing files count as photographs, since reading them is an error that tells of the loss.
+
     Raises:
         OSError: a folder cannot be read.
     """
     found = []
-    for place, folders, names in os.walk(folder, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    entered = [folder.resolve()]
+    for place, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in visible if _enter(Path(place, name), entered)]
         for name in sorted(names):
             path = Path(place, name)
-            if name.startswith(".") or not is_image(name) or not path.is_file():
+            if name.startswith(".") or not is_image(name):
+                continue
+            if not path.is_file() and not path.is_symlink():
                 continue
             if not (name.endswith(".features.png") and _is_ours(path)):
                 found.append(Photo(path, Path(place).relative_to(folder)))
     return found
+
+
+def _enter(folder: Path, entered: list[Path]) -> bool:
+    """Return whether to search a subfolder; add the folder behind a link to ``entered``."""
+    if not folder.is_symlink():
+        return True
+    real = folder.resolve()
+    if any(one in (real, *real.parents) or real in one.parents for one in entered):
+        return False
+    entered.append(real)
+    return True
 
 
 def _raise(error: OSError) -> None:

@@ -196,7 +196,7 @@ def render_video(
         with replacing(output) as temporary, VideoWriter(temporary, rate) as writer:
             for number, frame in enumerate(_readable(source), start=1):
                 shown = stability.add(model, frame, settings)
-                writer.add(shown, frame.time)
+                writer.add(shown, frame.time, frame.aspect)
                 if on_frame is not None:
                     on_frame(number, max(total, number))
     return stability.report(damage)

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -109,6 +110,52 @@ def test_bad_items_are_listed_and_the_others_done(tmp_path, photos, capsys):
     ]  # fmt: skip
     items = json.loads((out / "manifest.json").read_text())["items"]
     assert sum("error" in item for item in items) == 3
+
+
+def test_a_name_too_long_for_its_file_is_of_that_item(tmp_path, photos):
+    (photos / ("a" * 250 + ".png")).write_bytes(encoded(1))
+    summary = extract(model(), [photos], tmp_path / "out", Extraction())
+    assert summary.made == 4
+    assert [reason.split(": ")[-1] for _, reason in summary.failures] == ["File name too long"]
+
+
+@pytest.mark.parametrize("place", [12, -5])
+def test_a_file_that_was_changed_is_made_again(tmp_path, photos, place):
+    """One of the same length: its header, or its values, are damaged."""
+    out = tmp_path / "out"
+    extract(model(), [photos], out, Extraction())
+    calm, path = tree(out), out / "b.png.safetensors"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 255
+    path.write_bytes(content)
+    for file in (path, out / "a.png.safetensors"):  # the other is touched, and remains the same
+        os.utime(file, ns=(0, (out / "manifest.json").stat().st_mtime_ns + 1))
+    summary = extract(model(), [photos], out, Extraction())
+    assert (summary.made, summary.kept, summary.failures) == (1, 3, [])
+    assert tree(out) == calm
+
+
+def test_a_result_does_not_outlive_its_image(tmp_path, photos):
+    """An image that is damaged later has no features, also none of what it was before."""
+    out = tmp_path / "out"
+    extract(model(), [photos], out, Extraction())
+    (photos / "b.png").write_bytes(encoded(1)[:200])
+    summary = extract(model(), [photos], out, Extraction())
+    assert (summary.made, summary.kept, len(summary.failures)) == (0, 3, 1)
+    assert not (out / "b.png.safetensors").exists()
+    (photos / "b.png").write_bytes(encoded(1, (48, 56)))
+    assert extract(model(), [photos], out, Extraction()).made == 1
+
+
+def test_a_head_of_another_bias_is_another_head(tmp_path, photos):
+    weight, about = torch.randn(2, 4), describe_backbone(model().backbone)
+    for bias in (torch.zeros(2), torch.ones(2)):
+        head = SavedHead(weight, bias, ["a", "b"], "classes", about, "detail")
+        if bias.any():
+            with pytest.raises(ValueError, match="made with another head"):
+                extract(model(), [photos], tmp_path / "out", Extraction("head", head=head))
+        else:
+            extract(model(), [photos], tmp_path / "out", Extraction("head", head=head))
 
 
 def test_files_of_others_are_kept(tmp_path, photos):

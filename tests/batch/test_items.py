@@ -1,6 +1,7 @@
 """The items of a set: keys that stay in the folder of results, damage that is told and no more."""
 
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -85,12 +86,44 @@ def test_folders_are_listed_in_the_order_of_their_names(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(_png())
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    assert _keys(list_items([tmp_path])) == ["a/b/c.png", "a/z.png", "b.png"]
+    *items, gone = list_items([tmp_path])
+    assert _keys(items) == ["a/b/c.png", "a/z.png", "b.png"]
+    with pytest.raises(FileNotFoundError):
+        gone.read()
+    (tmp_path / "gone.png").unlink()
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="other: no image file in this folder"):
         list(list_items([tmp_path / "other"]))
     with pytest.raises(FileNotFoundError, match="nowhere: no such file or folder"):
         list(list_items([tmp_path / "nowhere"]))
+
+
+def test_linked_folders_are_searched_once_and_never_in_circles(tmp_path):
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for name in ("photos/a.png", "photos/b/c.png", "elsewhere/d.png", "elsewhere/e/f.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(_png())
+    for name, target in (("again", photos), ("inside", photos / "b"), ("out", elsewhere)):
+        (photos / name).symlink_to(target)
+    (photos / "z").symlink_to(elsewhere / "e")  # searched within elsewhere already
+    (elsewhere / "back").symlink_to(photos)
+    (elsewhere / "self").symlink_to(elsewhere)
+    (elsewhere / "around").symlink_to(tmp_path)
+    keys = ["a.png", "b/c.png", "out/d.png", "out/e/f.png"]
+    assert _keys(list_items([photos])) == keys
+
+
+def test_links_in_archives_are_told(tmp_path):
+    """They hold no image; those of a folder packed with hard links are all but the first."""
+    (tmp_path / "a.png").write_bytes(_png())
+    os.link(tmp_path / "a.png", tmp_path / "b.png")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name in ("a.png", "b.png"):
+            archive.add(tmp_path / name, name)
+    first, link = list_items([tmp_path / "s.tar"])
+    assert first.read() == _png()
+    assert link.key == "s.tar/b.png"
+    assert link.reason.startswith("is a link to a.png; pack copies")
 
 
 def test_folders_of_one_name_cannot_be_told_apart(tmp_path):
@@ -109,6 +142,16 @@ def test_members_of_archives_that_would_leave_or_double_are_damaged(tmp_path):
     assert out == Damaged("s.tar/../out.png", "leads out of the archive")
     assert twice.key == "s.tar/x/a.png (2)"
     assert "is in the set already" in twice.reason
+
+
+def test_members_of_one_name_in_other_spellings_are_one(tmp_path):
+    """Both would be written to the same file."""
+    names = ("./x/a.png", "x/a.png", "x//a.png", "/x/a.png", "x/./a.png")
+    members = [(name, _png(number)) for number, name in enumerate(names)]
+    members += [("x/._a.png", b"of macOS"), (".trash/b.png", _png(9))]  # hidden
+    first, *others = list_items([_tar(tmp_path / "s.tar", members)])
+    assert (first.key, first.read()) == ("s.tar/x/a.png", _png(0))
+    assert [item.key for item in others] == [f"s.tar/x/a.png ({n})" for n in range(2, 6)]
 
 
 def test_a_name_that_comes_twice_keeps_its_first_item(tmp_path):

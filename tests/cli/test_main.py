@@ -1,5 +1,6 @@
 """What every command has in common: exit codes, errors of one line, notes."""
 
+import re
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from upfeat import benchmark
 from upfeat.cli import info, main
+from upfeat.cli.console import progress_bar
 
 
 @pytest.fixture
@@ -82,3 +84,12 @@ def test_what_bench_leaves_out_has_a_row_with_the_reason(monkeypatch, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("operator")]
     assert len(rows) == len(benchmark.RIVALS)
     assert all("—  needs about 16" in row for row in rows)
+
+
+@pytest.mark.parametrize("name", ["x[/b].png", "[bold]photo.png", "plain.png"])
+def test_progress_shows_names_as_they_are(name, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bar(keep=True) as progress:
+        progress.add_task(name, total=1)
+        progress.refresh()
+    assert name in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)

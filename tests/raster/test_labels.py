@@ -133,6 +133,33 @@ def test_shapes_are_drawn_in_their_order_and_by_windows(tmp_path, scene):
     assert set(np.unique(named.read(ALL))) == {1, 2, 255}
 
 
+@pytest.mark.parametrize("name", ["EPSG:32632", "EPSG:3857", "urn:ogc:def:crs:OGC:1.3:CRS84"])
+def test_shapes_of_another_reference_system_are_refused(tmp_path, scene, name):
+    """Coordinates of the next zone overlap those of the raster, and lie elsewhere."""
+    path = geojson(tmp_path, [square(5, 5, "a"), square(20, 20, "b")])
+    content = json.loads(path.read_text())
+
+    def read(name):
+        crs = {"type": "name", "properties": {"name": name}}
+        path.write_text(json.dumps(content | {"crs": crs}))
+        return read_labels(path, scene)
+
+    with pytest.raises(ValueError, match=rf"is in {name}, and .* in EPSG:32633; reproject it"):
+        read(name)
+    assert read("urn:ogc:def:crs:EPSG::32633").names == ["a", "b"]
+    assert read("a name of my own").names == ["a", "b"]
+
+
+def test_longitude_and_latitude_of_geojson_fit_rasters_in_degrees(tmp_path):
+    path = write(tmp_path / "scene.tif", picture(*SIDE), crs="EPSG:4326",
+                 transform=from_origin(10, 50, 0.1, 0.1))  # fmt: skip
+    labels = geojson(tmp_path, [feature({"type": "Point", "coordinates": [10.55, 49.25]}, "a")])
+    crs = {"type": "name", "properties": {"name": "urn:ogc:def:crs:OGC:1.3:CRS84"}}
+    labels.write_text(json.dumps(json.loads(labels.read_text()) | {"crs": crs}))
+    with Scene(path) as scene:
+        assert np.argwhere(read_labels(labels, scene).read(ALL) == 0).tolist() == [[7, 5]]
+
+
 ELSEWHERE = {"type": "Point", "coordinates": [15.0, 46.9]}
 
 

@@ -130,7 +130,7 @@ def test_a_cluster_that_is_not_there_is_named(tmp_path, small_model, capsys):
         (
             "settings.json",
             b'{"tile": 64}',
-            "was begun with another backbone_tile, cells, format, raster",
+            "was begun with another backbone_tile, cells, format, model, raster",
         ),
         ("tiles.txt", b"0\nx\n", "tiles.txt: damaged; begin anew by --overwrite"),
     ],

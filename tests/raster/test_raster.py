@@ -496,3 +496,142 @@ def test_settings_are_plain_json(tmp_path):
     assert attributes["Conventions"] == "CF-1.11"
     assert attributes["upfeat"]["backbone"]["name"] == "Sequential"
     shutil.rmtree(output)
+
+
+@pytest.mark.parametrize("name", ["http:a.tif", "zip:a.tif", "a!b?c#d%20.tif", "ü 名.tif"])
+def test_names_are_of_files_whatever_gdal_reads_into_them(tmp_path, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tiny("bilinear")
+    scene = write(Path("scene.tif"), picture(70, 80)).replace(name)
+    output = upsample(scene, Path(f"out {name}"), model)
+    assert upsample(scene, output, model, resume=True) == output  # found to be complete
+    with rasterio.open(output.absolute()) as file:
+        np.testing.assert_allclose(file.read(), whole(scene, model), atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.tif"])
+def test_another_head_of_the_same_classes_is_not_taken_for_the_first(tmp_path, name):
+    """Nor another upsampler of the same name: neither goes on, nor is it done already."""
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture())
+    weight, bias = torch.randn(3, 5), torch.zeros(3)
+    heads = [HeadOutput(w, bias, ["a", "b", "c"], facts(model)) for w in (weight, -weight)]
+
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        upsample(path, tmp_path / name, model, heads[0], on_tile=stop)
+    with pytest.raises(ValueError, match="begun with another weights of the head"):
+        upsample(path, tmp_path / name, model, heads[1], resume=True)
+    upsample(path, tmp_path / name, model, heads[0], resume=True)
+    with pytest.raises(ValueError, match="exists already"):
+        upsample(path, tmp_path / name, model, heads[1], resume=True)
+    out = upsample(path, tmp_path / name, model, heads[1], resume=True, overwrite=True)
+    expected = -np.einsum("kc,chw->khw", weight, whole(path, model))
+    np.testing.assert_allclose(values_of(out), expected, atol=1e-5)
+
+
+def test_an_upsampler_trained_anew_does_not_go_on(tmp_path):
+    path = write(tmp_path / "scene.tif", picture(70, 80))
+    model = tiny("neighbourhood")
+    upsample(path, tmp_path / "out.zarr", model)
+    with torch.no_grad():
+        next(model.upsampler.parameters()).mul_(1.5)
+    with pytest.raises(ValueError, match="exists already"):
+        upsample(path, tmp_path / "out.zarr", model, resume=True)
+
+
+def test_readers_learn_which_pixels_have_no_data_and_what_axes_measure(tmp_path):
+    xarray = pytest.importorskip("xarray")
+    pytest.importorskip("rioxarray")
+    model = tiny("bilinear")
+    values = picture(70, 80).clip(1)
+    values[:, 10:30, 20:50] = 0
+    head = HeadOutput(torch.randn(2, 5), torch.zeros(2), ["a", "b"], facts(model), form="classes")
+    names = {
+        "EPSG:32633": ("projection_y_coordinate", "metre"),
+        "EPSG:4326": ("latitude", "degrees_north"),
+        None: (None, None),
+    }
+    for crs, (standard, unit) in names.items():
+        path = write(tmp_path / "scene.tif", values, nodata=0, crs=crs)
+        for what, nodata in ((None, np.nan), (head, 255)):
+            output = upsample(path, tmp_path / "out.zarr", model, what, overwrite=True)
+            with xarray.open_zarr(output) as data:  # a warning is an error
+                assert data["y"].attrs.get("standard_name") == standard
+                assert data["y"].attrs.get("units") == unit
+                map_ = data["features"]
+                np.testing.assert_equal(map_.rio.encoded_nodata, nodata)
+                assert np.isnan(map_.values).sum() == map_.shape[0] * 20 * 30
+            with xarray.open_zarr(output, mask_and_scale=False) as data:
+                np.testing.assert_equal(data["features"].rio.nodata, nodata)
+                assert data["features"].dtype == ("float32" if what is None else "uint8")
+
+
+def test_a_raster_located_by_ground_control_points_keeps_them(tmp_path):
+    from rasterio.control import GroundControlPoint
+
+    model = tiny("bilinear")
+    path = tmp_path / "scene.tif"
+    corners = [(0, 0, 10, 50), (0, 80, 11, 50.1), (70, 0, 10.1, 49), (70, 80, 11.1, 49.1)]
+    points, crs = [GroundControlPoint(*corner) for corner in corners], "EPSG:4326"
+    write(path, picture(70, 80), crs=crs, transform=None, gcps=points)
+    with rasterio.open(upsample(path, tmp_path / "out.tif", model)) as file:
+        points, crs = file.gcps
+        assert [(p.row, p.col, p.x, p.y) for p in points] == corners
+        assert crs.to_epsg() == 4326
+
+
+def test_geotiffs_are_copied_in_parts_and_may_grow_large(tmp_path, monkeypatch):
+    """A row of tiles of all channels would not fit into memory, nor the file into 4 GB."""
+    import rasterio.shutil
+
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture(60, 600))
+    read, copied = [], {}
+    array, copy = zarr.Array.__getitem__, rasterio.shutil.copy
+
+    def reading(self, selection):
+        values = array(self, selection)
+        read.append(values.size)
+        return values
+
+    def copying(*arguments, **options):
+        copied.update(options)
+        return copy(*arguments, **options)
+
+    monkeypatch.setattr(zarr.Array, "__getitem__", reading)
+    monkeypatch.setattr(rasterio.shutil, "copy", copying)
+    output = upsample(path, tmp_path / "out.tif", model)
+    assert max(read) <= 5 * 256 * 256
+    assert sum(read) == 5 * 60 * 600
+    assert copied["bigtiff"] == "if_safer"
+    values = values_of(output)
+    np.testing.assert_allclose(values, whole(path, model), atol=2e-5)
+    with rasterio.open(output) as file:
+        assert file.overviews(1) == [2]
+        halved = file.read(out_shape=(5, 30, 300))
+    means = values.reshape(5, 30, 2, 300, 2).mean((2, 4))
+    np.testing.assert_allclose(halved, means, atol=1e-6)
+
+
+def test_an_error_of_gdal_at_the_end_is_one_line_and_loses_no_tile(tmp_path, monkeypatch):
+    import rasterio.shutil
+    from rasterio._err import CPLE_AppDefinedError
+
+    def failing(*arguments, **options):
+        raise CPLE_AppDefinedError(3, 1, "TIFFAppendToStrip:Write error at scanline 0")
+
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture(70, 80))
+    with monkeypatch.context() as patch:
+        patch.setattr(rasterio.shutil, "copy", failing)
+        with pytest.raises(OSError, match=r"out\.tif: GDAL cannot write a GeoTIFF; .* scanline 0"):
+            upsample(path, tmp_path / "out.tif", model)
+    assert not (tmp_path / "out.tif").exists()
+    tiles = []
+    upsample(path, tmp_path / "out.tif", model, resume=True, on_tile=lambda *at: tiles.append(at))
+    assert not tiles
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.tif", "scene.tif"]

@@ -189,3 +189,74 @@ def test_tiles_of_any_stride_are_stored_and_go_on(tmp_path, stride):
             expected = whole(path, model)
             close = {"rtol": 0, "atol": 2e-5 * np.abs(expected).max()}
             np.testing.assert_allclose(values_of(out), expected, **close)
+
+
+def test_a_palette_is_seen_in_its_colours(tmp_path):
+    from rasterio.shutil import copy
+
+    indices = np.arange(40 * 56, dtype=np.uint8).reshape(1, *SIDE) % 7
+    colours = np.random.default_rng(0).integers(0, 256, (256, 4)).astype(np.uint8)
+    colours[:, 3] = 255
+    colours[5, 3] = 0  # a transparent colour
+    path = write(tmp_path / "scene.tif", indices)
+    with rasterio.open(path, "r+") as file:
+        file.write_colormap(1, {index: tuple(map(int, one)) for index, one in enumerate(colours)})
+    with rasterio.open(path) as file:
+        assert file.colormap(1)[5] == (*map(int, colours[5, :3]), 255)  # GeoTIFF has no such thing
+    image, valid = shown(path)
+    assert valid.all()
+    np.testing.assert_allclose(image, colours[indices[0], :3].transpose(2, 0, 1) / 255, atol=1e-6)
+    with rasterio.open(path) as file:
+        copy(file, tmp_path / "scene.vrt", driver="VRT")
+    text = (tmp_path / "scene.vrt").read_text()
+    entry = '<Entry c1="{}" c2="{}" c3="{}" c4="{}" />'.format
+    (tmp_path / "scene.vrt").write_text(
+        text.replace(entry(*colours[5, :3], 255), entry(*colours[5, :3], 0))
+    )
+    image, valid = shown(tmp_path / "scene.vrt")
+    np.testing.assert_array_equal(valid, indices[0] != 5)
+    np.testing.assert_allclose(image[:, valid], colours[indices[0][valid], :3].T / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_largest_number_of_few_bits_is_white(tmp_path, bits):
+    values = picture(*SIDE, bands=1) % 2**bits
+    path = write(tmp_path / "scene.tif", values, nbits=bits)
+    image, _ = shown(path)
+    np.testing.assert_allclose(image[0], values[0] / (2**bits - 1), atol=1e-6)
+
+
+def test_bands_of_different_types_are_read_together(tmp_path):
+    values = picture(*SIDE)
+    for band, dtype in enumerate(("uint8", "uint16", "float32")):
+        write(tmp_path / f"{band}.tif", values[band : band + 1].astype(dtype))
+    kinds = ("Byte", "UInt16", "Float32")
+    bands = "".join(
+        f'<VRTRasterBand dataType="{kind}" band="{band + 1}"><SimpleSource>'
+        f'<SourceFilename relativeToVRT="1">{band}.tif</SourceFilename>'
+        "<SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>"
+        for band, kind in enumerate(kinds)
+    )
+    (tmp_path / "scene.vrt").write_text(
+        f'<VRTDataset rasterXSize="{SIDE[1]}" rasterYSize="{SIDE[0]}">{bands}</VRTDataset>'
+    )
+    image, valid = shown(tmp_path / "scene.vrt", scale=(0, 255))
+    assert valid.all()
+    np.testing.assert_allclose(image, values / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["s3://bucket/scene.tif", "NETCDF:scene.nc:band", "/vsizip/a.tif"])
+def test_names_of_gdal_that_are_no_files_are_told_from_missing_files(name):
+    with pytest.raises(FileNotFoundError, match=r"is no file; .* -of VRT /vsicurl"):
+        Scene(name)
+    with pytest.raises(FileNotFoundError, match=r"^missing\.tif: no such file$"):
+        Scene("missing.tif")
+
+
+def test_a_file_of_several_rasters_names_them(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "two.h5", "w") as file:
+        file["a"] = np.zeros((64, 64), np.float32)
+        file["b"] = np.zeros((64, 64), np.float32)
+    with pytest.raises(ValueError, match="holds several rasters; write one of them by"):
+        Scene(tmp_path / "two.h5")

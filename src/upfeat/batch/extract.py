@@ -24,7 +24,7 @@ from upfeat.features import UpsampledFeatures
 from upfeat.locks import hold_folder
 from upfeat.machine import available_memory, parse_memory, readable
 from upfeat.model import FeatUp
-from upfeat.outputs import Inputs
+from upfeat.outputs import Inputs, file_digest
 from upfeat.storage import sweep
 from upfeat.upsamplers import Upsampler
 
@@ -189,15 +189,21 @@ def _tasks(sources: Sequence[str | Path], ledger: Ledger, summary: Summary) -> I
 
 
 def _is_done(entry: Entry, ledger: Ledger) -> bool:
-    """Return whether an item is recorded, and its file exists in full length."""
+    """Return whether an item is recorded, and its file exists as recorded.
+
+    Files that were changed after the record are hashed; of the others, the length is compared.
+    """
     before = ledger.entries.get(entry["key"], {})
     path = ledger.folder / entry["file"]
     if before.get("file") != entry["file"] or not path.is_file():
         return False
-    size, whole = path.stat().st_size, before.get("size", 0)
-    if size < whole:
-        path.unlink()  # a recorded file that a power cut has truncated
-    return size == whole and entry.items() <= before.items()
+    found, whole = path.stat(), before.get("size", 0)
+    same = found.st_size == whole
+    if same and found.st_mtime_ns > ledger.recorded_ns:
+        same = file_digest(path) == before.get("file_sha256")
+    if not same and found.st_size <= whole:
+        path.unlink()  # a recorded file that a power cut has truncated, or that is damaged
+    return same and entry.items() <= before.items()
 
 
 def read_extracted(path: str | Path, upsampler: Upsampler) -> UpsampledFeatures:

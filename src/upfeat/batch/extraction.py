@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from upfeat._version import __version__
-from upfeat.batch.items import content_hash
 from upfeat.bounds import whole
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.model import FeatUp
@@ -63,7 +62,5 @@ class Extraction:
                 "config": model.upsampler.config(),
                 "weights": digest(model.upsampler),
             },
-            "head": None
-            if head is None
-            else {"names": head.names, "weight": content_hash(head.weight.numpy())},
+            "head": None if head is None else {"names": head.names, "identity": head.identity()},
         }

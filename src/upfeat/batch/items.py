@@ -7,11 +7,13 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
 from upfeat.outputs import is_image, search
+
+_PACK = "pack copies, by tar --dereference --hard-dereference"
 
 
 @dataclass(frozen=True)
@@ -127,11 +129,17 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
     try:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
-                key = f"{path.name}/{member.name}"
-                if not member.isfile() or not is_image(member.name):
+                # One key for all spellings of a name, as "./a.png": they name one output.
+                inner = PurePosixPath(member.name).parts
+                key = "/".join((path.name, *(part for part in inner if part not in ("/", "//"))))
+                file_or_link = member.isfile() or member.issym() or member.islnk()
+                if not file_or_link or not is_image(member.name) or _is_hidden(inner):
                     continue
                 empty = False
-                if ".." in Path(member.name).parts:
+                if not member.isfile():
+                    yield Damaged(key, f"is a link to {member.linkname}; {_PACK}")
+                    continue
+                if ".." in inner:
                     yield Damaged(key, "leads out of the archive")
                     continue
                 file = archive.extractfile(member)
@@ -147,6 +155,11 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
             yield Damaged(path.name, "holds no image")
     except (tarfile.TarError, EOFError, OSError) as error:
         yield Damaged(path.name, f"a damaged archive ({error})")
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    """Return whether a name is hidden, such as ._a.jpg of macOS; folders skip such files too."""
+    return any(part.startswith(".") and part != ".." for part in parts)
 
 
 def _video(path: Path) -> Iterator[Item | Damaged]:

@@ -38,6 +38,8 @@ class Ledger:
         self.settings = json.loads(json.dumps(settings))
         folder.mkdir(parents=True, exist_ok=True)
         self.entries: dict[str, dict[str, Any]] = {}
+        # A file that was changed later is not the one that was recorded.
+        self.recorded_ns = max(_changed_ns(folder / name) for name in (MANIFEST, LEDGER))
         self._file: TextIO | None = None
         self._overwrite = overwrite
         if overwrite:
@@ -115,6 +117,14 @@ class Ledger:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _changed_ns(path: Path) -> int:
+    """Time of a file's last change, nanoseconds; 0 if there is none."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _entries(found: Any, path: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from upfeat.failures import failure_reason
 from upfeat.features import UpsampledFeatures
 from upfeat.lazy_files import FORMAT as LAZY
 from upfeat.lazy_files import digest, write_parts
-from upfeat.marks import FEATURES
+from upfeat.marks import FEATURES, kind_of
 from upfeat.outputs import Inputs, check_output, file_digest
 from upfeat.storage import create_array, write_tensors
 
@@ -37,6 +39,17 @@ _STRIPED = 1 << 26
 """Bytes of a map in float32 above which it is written in strips and never exists as a whole."""
 _STRIP = 64
 """Rows of a strip, pixels."""
+
+
+_OF_THE_NAME = {
+    errno.ENAMETOOLONG,
+    errno.EILSEQ,
+    errno.EINVAL,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+}
+"""Errors of writing that are of one item's name, and end no run."""
 
 
 class Maker:
@@ -89,6 +102,7 @@ class Maker:
             reason = failure_reason(error)
             if reason is None:
                 raise
+            self._discard(self._folder / entry["file"])
             return {"key": entry["key"], "sha256": entry["sha256"], "error": reason}
         path = self._folder / entry["file"]
         return entry | {"size": path.stat().st_size, "file_sha256": file_digest(path)}
@@ -106,7 +120,15 @@ class Maker:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._write(path, lazy, stored)
             except OSError as error:
+                if error.errno in _OF_THE_NAME:
+                    raise
                 raise _WriteError(error) from None
+
+    def _discard(self, path: Path) -> None:
+        """Remove an earlier result of an item that has failed: it is that of another image."""
+        with suppress(OSError):
+            if kind_of(path) in (LAZY, FEATURES) and self._inputs.find(path) is None:
+                path.unlink()
 
     def _map(self, lazy: UpsampledFeatures) -> Tensor | None:
         """Compute the map to store, (C, H, W); ``None`` if parts or strips are stored instead."""

@@ -51,11 +51,17 @@ def progress_bar(*columns: str | ProgressColumn, keep: bool = False) -> Iterator
         keep: leave the bar on the screen when the work has ended.
     """
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
+    # File names are no markup: brackets in them would be taken for styles, or be an error.
+    plain = TextColumn("{task.description}", style="progress.description", markup=False)
+    described = [
+        plain if "task.description" in getattr(column, "text_format", "") else column
+        for column in columns or Progress.get_default_columns()
+    ]
     console = Console(stderr=True)
     with Progress(
-        *columns, console=console, transient=not keep, disable=not console.is_terminal
+        *described, console=console, transient=not keep, disable=not console.is_terminal
     ) as progress:
         yield progress
 

@@ -88,7 +88,7 @@ def execute(options: argparse.Namespace) -> int:
 
     import upfeat
     from upfeat.batch import Engine, Extraction, extract
-    from upfeat.cli.console import progress_bar
+    from upfeat.cli.console import progress_bar, say
     from upfeat.heads import load_head
 
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
@@ -115,7 +115,7 @@ def execute(options: argparse.Namespace) -> int:
         )
     for key, reason in summary.failures:
         print(f"upfeat extract: error: {key}: {reason}", file=sys.stderr)
-    print(
+    say(
         f"{options.output}  {summary.made} made, {summary.kept} there before, "
         f"{len(summary.failures)} failed"
     )

@@ -100,8 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Train a head, write it, and print its cross-validated scores."""
     from rich.console import Console
+    from rich.markup import escape
 
     import upfeat
+    from upfeat.cli.console import say
     from upfeat.heads import save_head
     from upfeat.labelled import train_on_folder, train_on_raster
     from upfeat.raster import Scene, parse_memory
@@ -115,9 +117,13 @@ def execute(options: argparse.Namespace) -> int:
     shared = {"pixels": options.pixels, "folds": options.folds, "seed": options.seed}
     console = Console(stderr=True)
     with console.status("reading …") as status:
+
+        def tell(name: str) -> None:
+            status.update(escape(name))
+
         if options.labels is None:
             head, scores = train_on_folder(
-                model, options.source, size=options.size, on_image=status.update, **shared
+                model, options.source, size=options.size, on_image=tell, **shared
             )
         else:
             with Scene(options.source, bands=options.bands, scale=options.scale) as scene:
@@ -127,15 +133,15 @@ def execute(options: argparse.Namespace) -> int:
                     options.labels,
                     options.classes,
                     max_memory=max_memory,
-                    on_tile=status.update,
+                    on_tile=tell,
                     **shared,
                 )
     save_head(options.output, head)
     folds = len(scores.accuracy)
-    print(f"cross-validated, {scores.groups} images or tiles in {folds} folds, IoU of pixels:")
+    say(f"cross-validated, {scores.groups} images or tiles in {folds} folds, IoU of pixels:")
     for line in scores.lines(head.names):
-        print(f"  {line}")
-    print(f"{options.output}  {len(head.names)} classes")
+        say(f"  {line}")
+    say(f"{options.output}  {len(head.names)} classes")
     return 0
 
 

@@ -92,9 +92,10 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import Progress, TimeRemainingColumn
 
     import upfeat
-    from upfeat.cli.console import progress_bar
+    from upfeat.cli.console import progress_bar, say
     from upfeat.engines import Engine
     from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tiles, upsample_raster
+    from upfeat.raster.cog import file_dtype
 
     budget = parse_memory(options.max_memory)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
@@ -121,7 +122,8 @@ def execute(options: argparse.Namespace) -> int:
             on_tile=lambda done, total: progress.update(task, completed=done, total=total),
         )
         size = f"{what.count}×{scene.size[0]}×{scene.size[1]}"
-    print(f"{options.output}  {size} {what.dtype}")
+    dtype = what.dtype if options.output.suffix.lower() == ".zarr" else file_dtype(what.dtype)
+    say(f"{options.output}  {size} {dtype}")
     return 0
 
 
@@ -130,8 +132,6 @@ def _output(options: argparse.Namespace, model: FeatUp) -> Output:
     from upfeat.raster.outputs import Features, HeadOutput
 
     facts = {"backbone": describe_backbone(model.backbone), "upsampler": model.upsampler.name}
-    if model.early:
-        facts |= {"early": True, "displacement": model.backbone.displacement}
     if options.head is None:
         if options.write is not None:
             raise ValueError(f"--write {options.write} is about a head; give one by --head")

@@ -91,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Train; after an interruption, print the command that resumes the run."""
+    from upfeat.cli.console import say
     from upfeat.training import train
 
     backbone, photos, config = _plan(options)
@@ -107,7 +108,7 @@ def execute(options: argparse.Namespace) -> int:
             )
         return 130
     if _is_main():
-        print(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
+        say(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
     return 0
 
 

@@ -112,7 +112,8 @@ def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
     rasterize = importlib.import_module("rasterio.features").rasterize
     windows = importlib.import_module("rasterio.windows")
 
-    shapes = _read_shapes(path)
+    content, shapes = _read_shapes(path)
+    _check_system(path, content, scene)
     _check_place(path, [geometry for geometry, _ in shapes], scene)
     classes = names or sorted({name for _, name in shapes})
     unknown = sorted({name for _, name in shapes} - set(classes))
@@ -133,8 +134,8 @@ def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
     return Labels(classes, read)
 
 
-def _read_shapes(path: Path) -> list[tuple[Any, str]]:
-    """Return geometry and class of each feature of a GeoJSON file that has a geometry."""
+def _read_shapes(path: Path) -> tuple[Any, list[tuple[Any, str]]]:
+    """Return a GeoJSON file, and geometry and class of each feature that has a geometry."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         shapes = [(one["geometry"], one["properties"]["class"]) for one in content["features"]]
@@ -150,7 +151,46 @@ def _read_shapes(path: Path) -> list[tuple[Any, str]]:
     located = [(geometry, str(name)) for geometry, name in shapes if geometry is not None]
     if not located:
         raise ValueError(f"{path}: holds no feature")
-    return located
+    return content, located
+
+
+def _check_system(path: Path, content: Any, scene: Scene) -> None:
+    """Check the reference system that a GeoJSON names, as those of QGIS and GDAL do.
+
+    Raises:
+        ValueError: it is not that of the raster. A raster of another zone may overlap the
+            coordinates all the same.
+    """
+    rasterio = import_rasterio("reading labels")
+    try:
+        name = content["crs"]["properties"]["name"]
+        named = rasterio.crs.CRS.from_user_input(name)
+    except (KeyError, TypeError, rasterio.errors.CRSError):
+        return
+    if scene.crs and not _same_places(named, scene):
+        raise ValueError(
+            f"{path}: is in {name}, and {scene.path} in {scene.crs.to_string()}; reproject it, for "
+            f"example by ogr2ogr -t_srs {scene.crs.to_string()}"
+        )
+
+
+def _same_places(crs: Any, scene: Scene) -> bool:
+    """Return whether a raster's corners have the same coordinates in a system as in its own."""
+    x, y = _corners(scene)
+    transform = importlib.import_module("rasterio.warp").transform
+    try:
+        others = np.array(transform(scene.crs, crs, x, y))
+    except import_rasterio("reading labels").errors.RasterioError:
+        return False
+    side = abs(scene.transform.determinant) ** 0.5
+    return bool((np.abs(others - [x, y]) < side).all())
+
+
+def _corners(scene: Scene) -> tuple[Any, Any]:
+    """Coordinates (x, y) of a raster's corners, of 4 values each."""
+    a, b, c, d, e, f = scene.transform[:6]
+    down, across = scene.size[0] * np.array([0, 0, 1, 1]), scene.size[1] * np.array([0, 1, 0, 1])
+    return c + a * across + b * down, f + d * across + e * down
 
 
 def _bounds(geometry: Any) -> Any:
@@ -182,9 +222,7 @@ def _check_place(path: Path, geometries: list[Any], scene: Scene) -> None:
     Raises:
         ValueError: no geometry does, for example since they are of another reference system.
     """
-    a, b, c, d, e, f = scene.transform[:6]
-    down, across = scene.size[0] * np.array([0, 0, 1, 1]), scene.size[1] * np.array([0, 1, 0, 1])
-    x, y = c + a * across + b * down, f + d * across + e * down
+    x, y = _corners(scene)
     least, most = np.stack([_bounds(geometry) for geometry in geometries], axis=1)
     near = (least <= (x.max(), y.max())) & (most >= (x.min(), y.min()))
     if not near.all(axis=1).any():

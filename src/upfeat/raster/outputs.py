@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -109,7 +110,7 @@ class Features(Output):
         """
         self.names = [f"feature {index}" for index in range(embed_dim)]
         self.dtype = np.dtype(dtype)
-        self.facts = {"output": "features", "dtype": dtype, **facts}
+        self.facts = {**facts, "output": "features", "dtype": dtype}
 
     def _fill(
         self, out: Any, upsampler: Upsampler, kernels: Kernels, mixed: Tensor, window: Window
@@ -156,7 +157,9 @@ class HeadOutput(Output):
         self.names = ["class"] if form == "classes" else list(names)
         self.dtype = np.dtype("uint8" if form == "classes" else "float32")
         self.nodata = NO_CLASS if form == "classes" else float("nan")
-        self.facts = {"output": form, "classes": self.classes, **facts}
+        numbers = b"".join(one.detach().cpu().float().numpy().tobytes() for one in (weight, bias))
+        own = {"classes": self.classes, "weights of the head": hashlib.sha256(numbers).hexdigest()}
+        self.facts = {**facts, "output": form, **own}
 
     def _fill(
         self, out: Any, upsampler: Upsampler, kernels: Kernels, mixed: Tensor, window: Window

@@ -6,13 +6,16 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from upfeat._version import __version__
 from upfeat.engines import Engine
+from upfeat.heads import describe_backbone
 from upfeat.locks import hold
 from upfeat.machine import release_memory
 from upfeat.model import FeatUp
 from upfeat.outputs import Inputs, check_output
+from upfeat.provenance import digest
 from upfeat.raster.outputs import Output
 from upfeat.raster.pieces import pieces, render
 from upfeat.raster.plan import Plan
@@ -69,14 +72,15 @@ def upsample_raster(
     """
     if engine.name == "local" and engine.workers is not None:
         raise ValueError(f"workers={engine.workers} is for engine=ray; one process makes all tiles")
-    provenance = {"upfeat_version": __version__, **what.facts, "raster": scene.facts}
+    own = {"model": _identify(model), "raster": scene.facts}
+    provenance = {"upfeat_version": __version__, **what.facts, **own}
     output = Path(output)
     if resume and is_finished(output, provenance):
         sweep_finished(output)
         return output
     check_output(output, Inputs([scene.path]), FORMAT, overwrite=overwrite)
     output.parent.mkdir(parents=True, exist_ok=True)
-    facts = {"what": what.facts, "raster": scene.facts, "backbone_tile": plan.backbone_tile}
+    facts = {"what": what.facts, **own, "backbone_tile": plan.backbone_tile}
     # Not continued: outputs of earlier versions, whose backbone saw cells beyond the raster.
     facts["cells"] = list(plan.seen)
     shape, tile = (what.count, *scene.size), plan.tile * model.backbone.stride
@@ -91,6 +95,19 @@ def upsample_raster(
             raise
         store.finish(scene, what.names, provenance)
     return output
+
+
+def _identify(model: FeatUp) -> dict[str, Any]:
+    """Return what determines a model's features, so that no other model continues its output."""
+    upsampler = model.upsampler
+    return {
+        "backbone": describe_backbone(model.backbone),
+        "displacement": model.backbone.displacement,
+        "early layers": model.early,
+        "upsampler": upsampler.name,
+        "settings of the upsampler": upsampler.config(),
+        "weights of the upsampler": digest(upsampler),
+    }
 
 
 def _make_here(

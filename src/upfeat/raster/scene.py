@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -57,7 +58,8 @@ def open_raster(path: Path, needed_for: str) -> Any:
         with warnings.catch_warnings():
             # A raster without a georeference is upsampled like any other.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            return rasterio.open(path)
+            # Absolute, since GDAL reads the text before a colon as the name of a protocol.
+            return rasterio.open(path.absolute())
     except rasterio.errors.RasterioError as error:
         raise ValueError(f"{path}: not a raster that GDAL can read ({error})") from None
 
@@ -82,8 +84,13 @@ class Scene:
         bands: chosen bands, counted from 1, in the order in which the backbone sees them.
         crs: coordinate reference system, or ``None``.
         transform: affine map from (column, row) to coordinates.
-        scales: (low, high) of each band: the values that become 0 and 1.
-        fill: (bands,) in [0, 1], the value of masked pixels: the mean of the valid pixels.
+        gcps: (ground control points, their reference system) of a raster that has these instead of
+            a transform; else ([], ``None``).
+        rpcs: coefficients of rational polynomials that locate the raster, or ``None``.
+        scales: (low, high) of each colour: the values that become 0 and 1.
+        fill: (colours,) in [0, 1], the value of masked pixels: the mean of the valid pixels.
+
+    The colours are the chosen bands, or the three colours of a single band with a palette.
     """
 
     def __init__(
@@ -96,8 +103,8 @@ class Scene:
             bands: three bands, or a single grey band, counted from 1; ``None`` for the bands marked
                 red, green and blue, or for all bands but transparency if these are one or three.
             scale: the values that become 0 and 1: (low, high) for all bands, or a pair for each.
-                ``None``: 0 to 255 for uint8, and for other types the 2nd and 98th percentile of
-                each band over an overview of the whole raster.
+                ``None``: 0 to 255 for uint8 (less for a file of fewer bits), and for other types
+                the 2nd and 98th percentile of each band over an overview of the whole raster.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -107,12 +114,19 @@ class Scene:
         rasterio = import_rasterio("reading rasters")
         self.path = Path(path)
         if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}: no such file")
+            raise FileNotFoundError(f"{path}: {_reason_without_file(str(path))}")
         self._error = rasterio.errors.RasterioError
         self._file = file = open_raster(self.path, "reading rasters")
+        if not file.count and file.subdatasets:
+            raise ValueError(
+                f"{self.path}: holds several rasters; write one of them by gdal_translate -of VRT "
+                f"'{file.subdatasets[0]}' scene.vrt, and give scene.vrt"
+            )
         self.size = (int(file.height), int(file.width))
         self.crs, self.transform = file.crs, file.transform
+        self.gcps, self.rpcs = file.gcps, file.rpcs
         self.bands = _choose_bands(file, bands)
+        self._palette = _read_palette(file, self.bands)
         kinds = [np.dtype(file.dtypes[band - 1]) for band in self.bands]
         if any(kind.kind == "c" for kind in kinds):
             raise ValueError(
@@ -128,6 +142,10 @@ class Scene:
         self._whole = not self._transparency and all(
             kind.kind != "f" and flag == all_valid for kind, flag in zip(kinds, flags, strict=True)
         )
+        if self._palette is not None and not self._palette[:, 3].all():
+            self._whole = False
+        bits = [file.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8") for band in self.bands]
+        self._brightest = 255 if self._palette is not None else 2 ** min(8, max(map(int, bits))) - 1
         with block_cache(rasterio):
             overview, valid = self._overview()
         if not valid.any():
@@ -196,25 +214,39 @@ class Scene:
         """Return the values of the chosen bands, and a mask of pixels valid in all of them."""
         region = ((window.top, window.bottom), (window.left, window.right))
         try:
-            values = self._file.read(self.bands, window=region)
+            values = self._read_bands(window=region)
             masks = None if self._whole else self._read_masks(window=region)
         except self._error as error:
             raise ValueError(
                 f"{self.path}: rows {window.top} to {window.bottom - 1}, columns {window.left} to "
                 f"{window.right - 1} cannot be read, the file is damaged there ({error})"
             ) from None
-        if masks is None:
-            return values, np.ones(values.shape[1:], dtype=bool)
-        return values, _valid(values, masks)
+        return self._coloured(values, masks)
 
     def _overview(self) -> tuple[Any, Any]:
         shape = tuple(min(side, _OVERVIEW_SIDE) for side in self.size)
         try:
-            values = self._file.read(self.bands, out_shape=(len(self.bands), *shape))
+            values = self._read_bands(shape)
             masks = self._read_masks(shape)
         except self._error as error:
             raise ValueError(f"{self.path}: damaged, it cannot be read ({error})") from None
-        return values, _valid(values, masks)
+        return self._coloured(values, masks)
+
+    def _read_bands(self, shape: tuple[int, ...] | None = None, window: Any = None) -> Any:
+        """Read the chosen bands, (bands, H, W), in the smallest type that holds all of them."""
+        if len({self._file.dtypes[band - 1] for band in self.bands}) == 1:
+            size = None if shape is None else (len(self.bands), *shape)
+            return self._file.read(self.bands, out_shape=size, window=window)
+        bands = [self._file.read(band, out_shape=shape, window=window) for band in self.bands]
+        return np.stack([band.astype(np.result_type(*bands)) for band in bands])
+
+    def _coloured(self, values: Any, masks: Any) -> tuple[Any, Any]:
+        """Apply the palette to values of bands; return colours and a mask of valid pixels."""
+        valid = np.ones(values.shape[1:], dtype=bool) if masks is None else _valid(values, masks)
+        if self._palette is None:
+            return values, valid
+        colours = np.take(self._palette, values[0], axis=0, mode="clip")  # (H, W, 4)
+        return np.moveaxis(colours[..., :3], -1, 0), valid & (colours[..., 3] > 0)
 
     def _read_masks(self, shape: tuple[int, ...] | None = None, window: Any = None) -> Any:
         """Read masks of the chosen bands and bands of transparency, (…, H, W): 0 where invalid."""
@@ -228,10 +260,10 @@ class Scene:
         return np.stack(masks)
 
     def _find_scales(self, scale: Scale, overview: Any, valid: Any) -> list[tuple[float, float]]:
-        count = len(self.bands)
+        count = len(overview)
         if scale is None:
             if overview.dtype == np.uint8:
-                return [(0.0, 255.0)] * count
+                return [(0.0, float(self._brightest))] * count
             ends = np.percentile(overview[:, valid].astype(np.float64), PERCENTILES, axis=1).T
             # A constant band would divide by 0; it becomes 0 throughout.
             return [(low, high if _wide(low, high) else low + 1.0) for low, high in ends.tolist()]
@@ -252,7 +284,7 @@ class Scene:
         if values.dtype == np.uint8 and values.size > 3 * 256:
             # A table of all 256 values gives equal results in a fifth of the time.
             known = np.arange(256, dtype=np.uint8)
-            tables = self._scaled(np.tile(known, (len(self.bands), 1)))
+            tables = self._scaled(np.tile(known, (len(values), 1)))
             out = np.empty(values.shape, dtype=np.float32)
             for band, table in enumerate(tables):
                 np.take(table, values[band], out=out[band], mode="clip")
@@ -266,9 +298,29 @@ class Scene:
         return scaled.astype(np.float32, copy=False)
 
 
+def _reason_without_file(name: str) -> str:
+    """Return why there is no file of a name: it may be another of GDAL's names for a raster."""
+    if re.match(r"(\w{2,}:|/vsi)", name):
+        return (
+            "is no file; for a raster on a server or inside a file, write a file that refers "
+            "to it, such as by gdal_translate -of VRT /vsicurl/https://… scene.vrt, and give that"
+        )
+    return "no such file"
+
+
 def _valid(values: Any, masks: Any) -> Any:
     valid = (masks != 0).all(axis=0)
     return valid & np.isfinite(values).all(axis=0) if values.dtype.kind == "f" else valid
+
+
+def _read_palette(file: Any, bands: list[int]) -> Any:
+    """Return the palette of a single chosen band as RGBA, (entries, 4) uint8; ``None`` without."""
+    if len(bands) != 1 or _names(file)[bands[0] - 1] != "palette":
+        return None
+    entries = file.colormap(bands[0])
+    palette = np.zeros((max(entries) + 1, 4), dtype=np.uint8)
+    palette[list(entries)] = list(entries.values())
+    return palette
 
 
 def _names(file: Any) -> list[str]:

@@ -8,10 +8,12 @@ finished output. A complete output is moved to its final name.
 
 from __future__ import annotations
 
+import base64
 import importlib
 import json
 import os
 import shutil
+import struct
 import uuid
 import warnings
 from collections.abc import Mapping
@@ -21,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from upfeat.bounds import whole
+from upfeat.raster.cog import write_cog
+from upfeat.raster.outputs import NO_CLASS
 from upfeat.raster.plan import CHUNK
 from upfeat.raster.scene import Scene, import_rasterio
 from upfeat.storage import replacing
@@ -30,7 +34,7 @@ from upfeat.upsamplers import Window
 FORMAT = "upfeat-raster-1"
 _SETTINGS, _LEDGER = "settings.json", "tiles.txt"
 _ARRAY = "features"
-_PLAIN = "plain.tif"
+_COG = "cog.tif"
 _PARTS = "parts"
 _RUN = "run"
 
@@ -109,6 +113,7 @@ class Store:
                 raise ValueError(f"{self.partial}: is not an unfinished raster; remove it")
             shutil.rmtree(self.partial)
         self.partial.mkdir(parents=True)
+        empty, attribute = _fill_value(self._dtype)
         chunk = next(side for side in range(CHUNK, 0, -1) if self._tile % side == 0)
         self._zarr.create_array(
             str(self.partial / _ARRAY),
@@ -116,9 +121,13 @@ class Store:
             dtype=self._dtype,
             chunks=(self._shape[0], chunk, chunk),
             shards=(self._shape[0], self._tile, self._tile),
-            fill_value=float("nan") if self._dtype.kind == "f" else 255,
+            fill_value=empty,
             dimension_names=("feature", "y", "x"),
-            attributes={"grid_mapping": "spatial_ref", "coordinates": "spatial_ref"},
+            attributes={
+                "grid_mapping": "spatial_ref",
+                "coordinates": "spatial_ref",
+                "_FillValue": attribute,
+            },
         )
         # Last, since the settings mark an output that can be resumed.
         _write_json(self.partial / _SETTINGS, self._settings)
@@ -187,11 +196,13 @@ class Store:
         if self.output.suffix.lower() == ".zarr":
             self._finish_zarr(scene, names, provenance)
         else:
-            with replacing(self.output) as temporary, warnings.catch_warnings():
-                # A raster without a georeference gives an output without one.
-                errors = import_rasterio("writing GeoTIFF").errors
-                warnings.simplefilter("ignore", errors.NotGeoreferencedWarning)
-                self._write_cog(temporary, scene, names, provenance)
+            made = self.partial.absolute() / _COG
+            values = self._zarr.open_array(str(self.partial / _ARRAY), mode="r")
+            try:
+                write_cog(made, values, scene, names, provenance)
+            except OSError as error:
+                raise OSError(f"{self.output}: {error}") from None
+            made.replace(self.output)
             shutil.rmtree(self.partial)
 
     def close(self) -> None:
@@ -206,53 +217,14 @@ class Store:
         group = self._zarr.open_group(str(self.partial), mode="a", zarr_format=3)
         group.update_attributes(attributes)
         _write_axes(group, scene, names)
+        with warnings.catch_warnings():
+            # The specification lacks what xarray asks for: all metadata in one file.
+            warnings.simplefilter("ignore", UserWarning)
+            self._zarr.consolidate_metadata(str(self.partial))
         if self.output.exists():
             shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink()
         self.partial.replace(self.output)
         _sweep(self.output)  # last, so that a run killed before this line can be resumed
-
-    def _write_cog(
-        self, path: Path, scene: Scene, names: list[str], provenance: Mapping[str, Any]
-    ) -> None:
-        """Write the array as a Cloud Optimized GeoTIFF, through a plain one beside the array."""
-        rasterio = import_rasterio("writing GeoTIFF")
-        count, height, width = self._shape
-        categorical = self._dtype.kind == "u"
-        plain = self.partial / _PLAIN
-        values = self._zarr.open_array(str(self.partial / _ARRAY), mode="r")
-        profile = {
-            "driver": "GTiff",
-            "count": count,
-            "height": height,
-            "width": width,
-            "dtype": "float32" if self._dtype == np.float16 else self._dtype.name,
-            "crs": scene.crs,
-            "transform": scene.transform,
-            "nodata": 255 if categorical else float("nan"),
-            "tiled": True,
-            "bigtiff": "if_safer",
-        }
-        try:
-            with rasterio.open(plain, "w", **profile) as target:
-                for top in range(0, height, self._tile):
-                    rows = values[:, top : top + self._tile]
-                    target.write(
-                        rows.astype(profile["dtype"]),
-                        window=((top, top + rows.shape[1]), (0, width)),
-                    )
-                for index, name in enumerate(names[:count], start=1):
-                    target.set_band_description(index, name)
-                target.update_tags(upfeat=json.dumps(dict(provenance), sort_keys=True))
-            importlib.import_module("rasterio.shutil").copy(
-                plain,
-                path,
-                driver="COG",
-                compress="deflate",
-                predictor="YES",
-                resampling="mode" if categorical else "average",
-            )
-        finally:
-            plain.unlink(missing_ok=True)
 
 
 class TileWriter:
@@ -300,7 +272,7 @@ def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
             recorded = json.loads(text)["attributes"]["upfeat"]
         else:
             rasterio = import_rasterio("reading GeoTIFF")
-            with warnings.catch_warnings(), rasterio.open(output) as file:
+            with warnings.catch_warnings(), rasterio.open(output.absolute()) as file:
                 warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
                 recorded = json.loads(file.tags()["upfeat"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -334,7 +306,7 @@ def _is_unfinished(partial: Path) -> bool:
     Without settings, every name must be one that this module writes: the folder may be removed.
     """
     found = {child.name for child in partial.iterdir()}
-    known = {_ARRAY, _LEDGER, _PLAIN, _PARTS, _RUN}
+    known = {_ARRAY, _LEDGER, _PARTS, _RUN}
     return _SETTINGS in found or all(name in known or name.startswith(".upfeat-") for name in found)
 
 
@@ -389,21 +361,35 @@ def _write_axes(group: Any, scene: Scene, names: list[str]) -> None:
         height, width = scene.size
         down = transform.f + transform.e * (np.arange(height) + 0.5)
         across = transform.c + transform.a * (np.arange(width) + 0.5)
-        for name, values, standard in (
-            ("y", down, "projection_y_coordinate"),
-            ("x", across, "projection_x_coordinate"),
-        ):
-            attributes = {"standard_name": standard}
+        for name, values in (("y", down), ("x", across)):
             axis = group.create_array(
                 name,
                 shape=values.shape,
                 dtype="float64",
                 dimension_names=(name,),
-                attributes=attributes,
+                attributes={"axis": name.upper(), **_meaning(scene.crs, name)},
                 overwrite=True,
             )
             axis[:] = values
     group[_ARRAY].update_attributes({"outputs": names})
+
+
+def _meaning(crs: Any, name: str) -> dict[str, str]:
+    """Attributes of CF that say what a coordinate, "y" or "x", measures."""
+    if crs and crs.is_geographic:
+        kind, unit = {"y": ("latitude", "degrees_north"), "x": ("longitude", "degrees_east")}[name]
+        return {"standard_name": kind, "units": unit}
+    if crs and crs.is_projected:
+        unit = crs.linear_units.replace(" ", "_")  # "US survey foot" to UDUNITS' spelling
+        return {"standard_name": f"projection_{name}_coordinate", "units": unit}
+    return {}
+
+
+def _fill_value(dtype: np.dtype[Any]) -> tuple[float, Any]:
+    """Return the value of pixels without data, and its form in attributes as xarray reads it."""
+    if dtype.kind == "u":
+        return NO_CLASS, NO_CLASS
+    return float("nan"), base64.standard_b64encode(struct.pack("<d", float("nan"))).decode()
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -136,7 +136,7 @@ def find_photographs(folder: str | Path) -> list[tuple[str, int]]:
     found = [
         (photo.path.relative_to(folder).as_posix(), photo.path.stat().st_size)
         for photo in search(folder)
-        if photo.path.suffix.lower() in SUFFIXES
+        if photo.path.suffix.lower() in SUFFIXES and photo.path.is_file()
     ]
     if not found:
         raise ValueError(f"{folder}: holds no photographs ({', '.join(sorted(SUFFIXES))})")
