@@ -145,12 +145,13 @@ def test_model_is_a_drop_in():
         upfeat.load(device="nonsense")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected a call")
 @pytest.mark.parametrize(
     ("options", "mode"),
     [
         ({"upsampler": "bilinear"}, torch.inference_mode),
-        pytest.param({}, torch.no_grad, marks=pytest.mark.slow),
+        ({}, torch.no_grad),
     ],
     ids=["bilinear", "default"],
 )
