@@ -196,6 +196,28 @@ def test_model_is_a_drop_in():
         upfeat.load(device="nonsense")
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Dynamo detected a call")
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ({"upsampler": "bilinear"}, torch.inference_mode),
+        ({}, torch.no_grad),
+    ],
+    ids=["bilinear", "default"],
+)
+def test_a_model_is_compiled_whole(options, mode):
+    """One program for each size: with symbols for sizes, the compiler takes minutes."""
+    model = upfeat.load("efficientnet_lite0", **options)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    with mode():
+        for size in ((1, 3, 49, 66), (2, 3, 64, 48)):
+            x = torch.randn(size, generator=torch.Generator().manual_seed(size[2]))
+            expected = model(x)
+            assert (compiled(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("options", [{}, {"passes": 6}, {"early": False}])
 def test_loading_leaves_the_random_state(options):
     before = torch.get_rng_state()

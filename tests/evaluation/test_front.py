@@ -64,6 +64,17 @@ def test_equal_times_and_scores_are_drawn():
     assert "nan" not in svg
 
 
+@pytest.mark.parametrize("first", [-5.03, -2.0, -1.96, -1.3, -0.69, 0.0, 0.31, 1.02])
+@pytest.mark.parametrize("width", [0.5, 0.55, 0.9, 1.6, 2.0, 5.3])
+def test_the_axis_of_seconds_has_two_numbers_at_least(first, width):
+    """A single number on a logarithmic axis does not tell its scale."""
+    times = front._round_times(first, first + width)
+    assert 2 <= len(times) <= 9
+    assert all(
+        10**first <= time * 1.001 and time <= 1.001 * 10 ** (first + width) for time in times
+    )
+
+
 def test_stands_in_the_report_with_every_protocol():
     task = find_task("seg")
     made = rows_of(task, ["bilinear", "<b>", "c"])

@@ -237,6 +237,17 @@ def test_folders_of_frames(videos):
     assert reasons["labels/pair/00009.png"] == "has no image"
 
 
+def test_frames_are_in_the_order_of_their_numbers(videos):
+    """Frame 2 stands before frame 10, not after it as in the order of letters."""
+    names = ["f2", "f02b", "f9", "f10", "f10a", "g1"]
+    for kind in ("images", "labels"):
+        for path, name in zip(sorted((videos / kind / "ball").iterdir()), names, strict=True):
+            path.rename(path.with_stem(name))
+    (videos / "labels" / "ball" / "f10.png").unlink()
+    found = [sample.name for sample in read_videos(videos).test]
+    assert found[: len(names)] == [f"ball/{name}" for name in names]
+
+
 @pytest.mark.parametrize(
     ("layout", "error", "words"),
     [

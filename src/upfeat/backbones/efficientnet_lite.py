@@ -293,7 +293,9 @@ class InvertedResidual(nn.Module):
         out = self.project(self.filter(self.expand(x)))
         if not self.residual:
             return out
-        return out.add_(x) if torch.is_inference_mode_enabled() else x + out
+        # The compiler cannot ask for the mode; it reuses memory by itself.
+        in_place = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        return out.add_(x) if in_place else x + out
 
 
 class EfficientNetLite(Backbone):

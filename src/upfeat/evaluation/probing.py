@@ -33,8 +33,7 @@ from upfeat.upsamplers import create_upsampler
 
 PROTOCOLS = {
     "own": "the probe is trained on the upsampled features of the training images",
-    "transfer": "the probe is trained on the coarse features and applied to the upsampled "
-    "features; upsampling its logits gives the same result",
+    "transfer": "the probe is trained on the coarse features and applied to the upsampled features",
 }
 
 

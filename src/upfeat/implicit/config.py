@@ -33,7 +33,7 @@ class FitConfig:
     preset: str = setting(
         "fast",
         "`fast`, a closed-form solution; or `reference`, the published recipe (FeatUp, section "
-        "3.3), about a hundred times slower",
+        "3.3), about sixty times slower",
         _one_of(*PRESETS),
     )
     size: int | None = setting(

@@ -9,13 +9,15 @@ name        content of the folder
             ``Full-Resolution`` instead of ``480p`` is read too)
 ==========  ======================================================================================
 
-The frames of a sequence are ordered by name. The pixels of a label are numbers of objects: 0 is
-background, 255 is ignored. The first frame needs a label; later frames without a label are not
-scored. DAVIS does not score the last frame of a sequence, so it is left out in this layout.
+The frames of a sequence are ordered by name, and numbers in names by value, so that frame 2 comes
+before frame 10. The pixels of a label are numbers of objects: 0 is background, 255 is ignored. The
+first frame needs a label; later frames without a label are not scored. DAVIS does not score the
+last frame of a sequence, so it is left out in this layout.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -104,7 +106,8 @@ def _sequence(
         for stem, path in masks.items()
         if stem not in frames
     ]
-    stems = sorted(frames) if scores_last else sorted(frames)[:-1]
+    stems = sorted(frames, key=_order)
+    stems = stems if scores_last else stems[:-1]
     reason = None
     if not stems:
         reason = "has no frames" if scores_last else "has fewer than two frames"
@@ -121,6 +124,13 @@ def _sequence(
         Sample(f"{name}/{stem}", frames[stem], masks.get(stem, frames[stem]), group=name)
         for stem in stems
     ]
+
+
+def _order(stem: str) -> tuple[list[str | int], str]:
+    """Sort key of a frame's name, in which runs of digits count as numbers."""
+    parts: list[str | int] = list(re.split(r"([0-9]+)", stem))
+    parts[1::2] = map(int, parts[1::2])
+    return parts, stem
 
 
 def _read_mask(sample: Sample) -> NDArray[np.uint8] | None:

@@ -129,14 +129,18 @@ def _chart(protocol: str, dots: list[_Dot], *, higher: bool) -> str:
 
 
 def _round_times(first: float, last: float) -> list[float]:
-    """Numbers 1, 2 and 5 times powers of ten between two powers; fewer over a wide range."""
-    digits = (1, 2, 5) if last - first < 1.6 else (1,)
-    made = (
-        digit * 10.0**power
-        for power in range(math.floor(first) - 1, math.ceil(last) + 1)
-        for digit in digits
-    )
-    return [float(f"{one:g}") for one in made if first <= math.log10(one) <= last]
+    """Round numbers between two powers of ten, at least two; fewer digits over a wider range."""
+    found: list[float] = []
+    for digits in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        made = (
+            digit * 10.0**power
+            for power in range(math.floor(first) - 1, math.ceil(last) + 1)
+            for digit in digits
+        )
+        found = [float(f"{one:g}") for one in made if first <= math.log10(one) <= last]
+        if len(found) > 2:
+            break
+    return found
 
 
 def _front(dots: list[_Dot], *, higher: bool) -> list[_Dot]:

@@ -216,8 +216,9 @@ def _facts(results: Results, task: type[Task]) -> str:
     return f"<dl class=facts>{items}</dl>"
 
 
-COSTS = {"passes": 1, "seconds": 3, "memory_mib": 0}
-"""Number of decimal places of each cost in the table."""
+COSTS = {"passes": 1, "total_seconds": 3, "memory_mib": 0}
+"""Number of decimal places of each cost in the table. The time is that with the backbone, for every
+row: some methods start from the image, and their time without it is unknown."""
 
 
 def _score_table(results: Results, task: type[Task]) -> str:
@@ -343,9 +344,11 @@ def _explanations(results: Results, task: type[Task]) -> str:
         for score in (task.scores[name] for name in results.rows[0].scores)
     ]
     items.append(
-        "<dt>s / image, MiB</dt><dd>cost of upsampling all channels of one image: median time, and "
-        "largest increase of the memory in use, including the result; – if the system does not "
-        "report it</dd>"
+        "<dt>s / image</dt><dd>median time for all channels of one image, the backbone's passes "
+        "included</dd>"
+        "<dt>MiB</dt><dd>largest increase of the memory in use while one image is upsampled, "
+        "including the result and, for methods that start from the image, such as those of several "
+        "passes or early layers, the backbone; – if the system does not report it</dd>"
     )
     return f"<h2>Explanation of the scores</h2><dl>{''.join(items)}</dl>"
 

@@ -3,7 +3,7 @@
 Besides ``own`` and ``transfer`` (see :mod:`upfeat.evaluation.probing`) there is the protocol
 ``probabilities``: the probe of ``transfer`` is applied on the coarse grid, and its softmax is
 upsampled instead of the features. The result differs from ``transfer`` because softmax is not
-linear; upsampled logits would equal ``transfer``.
+linear; upsampled logits would equal ``transfer``, if the bias is added after upsampling.
 """
 
 from __future__ import annotations
