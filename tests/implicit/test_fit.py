@@ -140,7 +140,7 @@ def test_without_evidence_the_map_of_one_pass_is_drawn(monkeypatch):
     found = ImplicitFeatures(field, guidance, basis.components, basis.mean).render()
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * deviation)
     # The basis differs, and so what the penalty takes away, but not by much.
-    torch.testing.assert_close(features.render(), expected, rtol=0, atol=0.2 * deviation)
+    assert float((features.render() - expected).square().mean().sqrt()) < 0.05 * deviation
 
 
 def test_the_mean_of_large_maps_is_found_from_some_of_their_pixels(monkeypatch):
