@@ -13,7 +13,7 @@ from typing import Any
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
 from upfeat.outputs import is_image, search
 
-_PACK = "pack copies, by tar --dereference --hard-dereference"
+_PACK = "pack copies in place of links"
 
 
 @dataclass(frozen=True)
