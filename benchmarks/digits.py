@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import upfeat
-from upfeat.backbones.efficientnet_lite import ConvNorm
+from upfeat.backbones.conv_norm import ConvNorm
 
 TARGET = Path(__file__).with_name("digits.json")
 PHOTO = Path(__file__).parents[1] / "examples" / "photos" / "coffee.jpg"

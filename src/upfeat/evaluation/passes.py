@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, OuterBackbone
-from upfeat.backbones.efficientnet_lite import ConvNorm, EfficientNetLite
+from upfeat.backbones.conv_norm import ConvNorm
+from upfeat.backbones.efficientnet_lite import EfficientNetLite
 from upfeat.bounds import PASSES
 from upfeat.evaluation.data.prepared import Prepared, normalised
 from upfeat.evaluation.methods import Method
