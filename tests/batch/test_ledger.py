@@ -52,7 +52,8 @@ class Runs(RuleBasedStateMachine):
         for step in taken:
             step()
         if last is not None:  # killed, perhaps while it wrote a line
-            self._kill(ledger, 0 if len(taken) % 3 == 2 else cut)
+            writing = bool(taken) and len(taken) % 3 != 2  # lines of earlier runs are whole
+            self._kill(ledger, cut if writing else 0)
             return
         ledger.finish()
         found = json.loads((self.folder / MANIFEST).read_text())
