@@ -53,7 +53,8 @@ struct DigitRow {
   // Writes the digits, and to `back` the factor that turns integers back into numbers.
   UPFEAT_MEMBER void put(float* back) const {
     const uint32_t bits = _mm512_reduce_max_epu32(most);
-    float peak = bits_float(bits);
+    // A row of zeros has any scale, but the smallest would make denormal numbers, which are slow.
+    float peak = bits ? bits_float(bits) : 1.0f;
     peak = peak > 1e-30f ? peak : 1e-30f;
     // Infinities and NaN make the whole row NaN.
     *back = bits < 0x7f800000u ? peak * (1.0f / kLargest) : __builtin_nanf("");

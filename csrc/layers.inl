@@ -46,7 +46,7 @@ static void pack_weights(LayerJob& job, int64_t matrices, Weights weights, char*
     inverses[i] = 1 / factors[i];
   }
   for (int64_t n = 0; n < width; n += kLanes) {
-    Vec peak = splat(1e-30f), bad = {};
+    Vec peak = {}, bad = {};
     for (int64_t k = 0; k < matrices; ++k) {
       for (int64_t i = 0; i < inputs; ++i) {
         const Vec weight = load(weights(k, i) + n) * inverses[i];
@@ -54,6 +54,8 @@ static void pack_weights(LayerJob& job, int64_t matrices, Weights weights, char*
         bad += weight * 0.0f;  // NaN if a weight is not finite
       }
     }
+    // As for rows (DigitRow), zeros alone have the scale of 1.
+    peak = select(peak > 0.0f, max(splat(1e-30f), peak), splat(1.0f));
     store(inverse_columns + n, kLargest / peak);
     store(columns + n, peak * (kLevelUnit / kLargest) + bad);
   }
