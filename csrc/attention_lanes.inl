@@ -155,9 +155,7 @@ static void lane_softmax(const LaneScratch& s, int64_t cells, int64_t across, fl
     }
     for (int64_t cell = 0; cell < cells; ++cell) {
       float* at = s.logits + cell * kTile + part;
-      // Not below -87: instructions whose results underflow take a hundred times as long.
-      const Vec away = load(at) - most, e = exp_within(max(splat(-87.0f), away));
-      const Vec power = select(away < splat(-87.0f), Vec{}, e);
+      const Vec power = falling_exp(load(at) - most);
       store(at, power);
       sum += power;
     }

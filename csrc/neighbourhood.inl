@@ -49,9 +49,9 @@ UPFEAT_INLINE void softmax_vector(const Attention& attention, const TilePlace& p
     sum += product * 0.0f;  // adds 0, or NaN, which max and exp would lose
   }
   for (int64_t k = 0; k < taps; ++k) {
-    // exp alone would give cells out of reach a weight of about 1e-38.
+    // Cells out of reach have no weight, even if all others are far away.
     const Vec e = select(distance_of(place, v, k) < splat(kOutOfReach),
-                         exp(load(weights + k * kTilePixels) - top), Vec{});
+                         falling_exp(load(weights + k * kTilePixels) - top), Vec{});
     store(weights + k * kTilePixels, e);
     sum += e;
   }

@@ -182,18 +182,27 @@ UPFEAT_INLINE void powers_of_two(const Vec* x, Vec* powers) {
 }
 #endif
 
-// e^x for x <= 0 in kCount vectors, with 0 far below; NaN stays NaN.
+// e^x for x <= 0 in kCount vectors, for weights relative to the largest; NaN stays NaN. Below 2^-100,
+// a weight is 0: it would change no digit of a weighted mean, and as a denormal number, which it
+// could become when it is normalised, it would take a hundred times as long.
+constexpr float kFaint = -69.3147181f;
 template <int kCount>
 UPFEAT_INLINE void falling_exps(Vec* x) {
 #if defined(__AVX512F__)
-  Vec scaled[kCount];
+  Vec scaled[kCount], powers[kCount];
   UPFEAT_UNROLL
-  for (int i = 0; i < kCount; ++i) scaled[i] = max(splat(-120.0f), x[i]) * 1.44269504f;
-  powers_of_two<kCount>(scaled, x);
+  for (int i = 0; i < kCount; ++i) scaled[i] = max(splat(kFaint), x[i]) * 1.44269504f;
+  powers_of_two<kCount>(scaled, powers);
+  UPFEAT_UNROLL
+  for (int i = 0; i < kCount; ++i) {
+    const __m512 faint = (__m512)splat(kFaint);
+    const __mmask16 counts = _mm512_cmp_ps_mask((__m512)x[i], faint, _CMP_NLT_UQ);
+    x[i] = (Vec)_mm512_maskz_mov_ps(counts, (__m512)powers[i]);
+  }
 #else
   UPFEAT_UNROLL
   for (int i = 0; i < kCount; ++i) {
-    x[i] = select(x[i] < splat(-87.0f), Vec{}, exp_within(max(splat(-87.0f), x[i])));
+    x[i] = select(x[i] < splat(kFaint), Vec{}, exp_within(max(splat(kFaint), x[i])));
   }
 #endif
 }

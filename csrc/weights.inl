@@ -38,7 +38,7 @@ static void fill_spatial(const WeightSource& source, float* spatial) {
     const double y = static_cast<double>(k / side) * step - 1,
                  x = static_cast<double>(k % side) * step - 1;
     const double e = -(y * y + x * x) / (2 * source.sigma_spatial * source.sigma_spatial);
-    spatial[k] = static_cast<float>(__builtin_exp(e));
+    spatial[k] = e < static_cast<double>(kFaint) ? 0 : static_cast<float>(__builtin_exp(e));
   }
 }
 
@@ -212,7 +212,7 @@ static void normalise_tile(const Maker& maker, float* tile) {
       top = max(top, load(at + k * kTilePixels) * temperature);
     Vec range_sum = {}, sum = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
-      const Vec e = exp(load(at + k * kTilePixels) * temperature - top);
+      const Vec e = falling_exp(load(at + k * kTilePixels) * temperature - top);
       const Vec product = e * maker.spatial[k];
       range_sum += e;
       sum += product;

@@ -154,3 +154,18 @@ def test_logits_far_apart(isa):
     rows, columns = whole_window(2, 8), whole_window(3, 24)
     out = functional.window_attention(queries, keys, values, rows, columns, heads=2)
     assert torch.equal(out, torch.full((1, 1, 8, 24), 2.5))  # the mean of cells 1 and 4
+
+
+@needs_library
+@pytest.mark.parametrize("cells", [(2, 3), (8, 9)])
+def test_faint_weights_are_zero(isa, cells):
+    """Subnormal weights would slow down every sum that they are part of."""
+    generator = torch.Generator().manual_seed(0)
+    queries = 60 * torch.randn(1, 8, 16, 40, generator=generator)
+    keys = torch.randn(1, 8, *cells, generator=generator)
+    values = torch.eye(cells[0] * cells[1]).reshape(1, -1, *cells)  # the output is the weights
+    rows, columns = whole_window(cells[0], 16), whole_window(cells[1], 40)
+    weights = functional.window_attention(queries, keys, values, rows, columns, heads=2)
+    faint = weights[(weights != 0) & (weights < 1e-25)]
+    assert (weights == 0).float().mean() > 0.15
+    assert (faint >= torch.finfo(torch.float32).tiny).all()

@@ -44,6 +44,10 @@ def randn(*shape, seed=0, dtype=torch.float32):
     return torch.randn(shape, generator=generator).to(dtype)
 
 
+def subnormal(x):
+    return (x != 0) & (x.abs() < torch.finfo(x.dtype).tiny)
+
+
 def problem(case, seed=0):
     (batch, channels, h, w), (height, width), radius = case
     features = randn(batch, channels, h, w, seed=seed)
@@ -150,6 +154,14 @@ def test_gelu_is_exact(isa):
         x, one, none, one, none, 1.0, 1.0, pick, none, one, none, fixup_scale=1.0
     )
     close(out - 1, F.gelu(x.double()), 2e-7)
+
+
+@pytest.mark.parametrize("temperature", [100.0, 1000.0])
+def test_distant_taps_have_weights_of_zero(isa, temperature):
+    """Subnormal weights would slow down every sum that they are part of."""
+    weights = cpu.bilateral_weights(randn(1, 8, 12, 14), temperature, 0.7, 3)
+    assert not subnormal(weights).any()
+    assert (weights == 0).float().mean() > 0.2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
