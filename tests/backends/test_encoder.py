@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from upfeat.backends import dispatch
-from upfeat.backends.cpu.encoder import Before, apply, layer, match_patterns, pool
+from upfeat.backends.cpu.encoder import Before, apply, layer, match_patterns, pool, turns
 from upfeat.geometry import reflect_pad
 from upfeat.upsamplers.anyup import FeatureBasis
 
@@ -154,7 +154,7 @@ def test_rotation(pair, isa):
         ],
         dim=2,
     ).flatten(1, 3)
-    assert error(apply(x.clone(), Before(rotate=angles, pair=pair)), expected) < 1e-6
+    assert error(apply(x.clone(), Before(rotate=turns(angles), pair=pair)), expected) < 1e-6
 
 
 def test_pooling_and_unit_scale(rounding):

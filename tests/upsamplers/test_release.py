@@ -37,19 +37,22 @@ def test_no_tensor_outlives_the_map(name, whole, monkeypatch):
     monkeypatch.setattr("upfeat.upsamplers.maps.WHOLE", whole)
     upsampler = MADE[name]().eval()
     features, guidance = inputs(height=6, width=8)
-    with torch.inference_mode():
-        upsampler(features, guidance)  # what is kept for good is made now
+
+    def use():
+        lazy = UpsampledFeatures(features, guidance, upsampler)
+        lazy.crop(3, 5, 20, 30)
+        lazy.project(torch.ones(2, 8))
+        lazy.full()
+        kernels = upsampler.prepare(guidance, (6, 8), (48, 64), features)
+        upsampler.render(kernels, upsampler.mix(features), window=Window(0, 0, 9, 9))
+
+    with torch.inference_mode(), Made():
+        use()  # what is kept for good, here or in PyTorch's dispatch, is made now
     gc.collect()
     gc.disable()
     try:
         with torch.inference_mode(), Made() as made:
-            lazy = UpsampledFeatures(features, guidance, upsampler)
-            lazy.crop(3, 5, 20, 30)
-            lazy.project(torch.ones(2, 8))
-            lazy.full()
-            kernels = upsampler.prepare(guidance, (6, 8), (48, 64), features)
-            upsampler.render(kernels, upsampler.mix(features), window=Window(0, 0, 9, 9))
-        del lazy, kernels
+            use()
         known = [features, guidance, *upsampler.parameters(), *upsampler.buffers()]
         known = {one.data_ptr() for one in known}
         kept = (one() for one in made.seen)

@@ -130,7 +130,7 @@ class AnyUp(EncodedAttention):
         if features is None:
             raise ValueError("features are missing: AnyUp's weights depend on them; pass features=")
         guidance, features = self.exact(guidance, features), self.exact(features, guidance)
-        compiled = self.compiled(guidance, features)
+        compiled = room is not None or self.compiled(guidance, features)
         queries, keys = self.image(
             guidance, grid_size, output_size, self.projection, compiled=compiled, room=room
         )

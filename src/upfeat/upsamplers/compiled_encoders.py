@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from upfeat.backends.cpu.encoder import Before, Sums, apply, layer, pool
+from upfeat.backends.cpu.encoder import Before, Sums, apply, layer, pool, turns
 from upfeat.backends.cpu.library import unavailable_reason
 from upfeat.transforms import is_transforming
 from upfeat.types import Size
@@ -176,7 +176,7 @@ def image_queries(
     )
     assert sums is not None
     encoded, _ = finish(encoder, encoded, sums, size, spare=spare)
-    rotated = Before(rotate=angles, pair=encoded.shape[1] // 2)
+    rotated = Before(rotate=turns(angles), pair=encoded.shape[1] // 2)
     queries, sums = layer(encoded, weights[1], before=rotated, groups=GROUPS)
     keys, key_sums = layer(encoded, weights[2], before=rotated, groups=GROUPS, out=spare)
     assert sums is not None
@@ -262,7 +262,7 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor], pair: int) -> Tensor:
         angles: angles of the rows (H, D) and of the columns (W, D), in radians.
         pair: distance of the two channels of a pair.
     """
-    return apply(x, Before(rotate=angles, pair=pair))
+    return apply(x, Before(rotate=turns(angles), pair=pair))
 
 
 __all__ = [

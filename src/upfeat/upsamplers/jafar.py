@@ -170,7 +170,8 @@ class EncodedAttention(AttentionUpsampler):
             grid_size: as in :meth:`Upsampler.prepare`.
             output_size: as in :meth:`Upsampler.prepare`.
             features: as in :meth:`Upsampler.prepare`.
-            room: dense float32 tensor that may be overwritten, for buffers; ``None`` for none.
+            room: dense float32 tensor that may be overwritten, for buffers of the compiled
+                library, which the caller knows to be usable; ``None`` for none.
 
         Raises:
             ValueError: ``features`` is ``None`` or unsuitable.
@@ -286,7 +287,7 @@ class JAFAR(EncodedAttention):
             output_size,
             self.projection,
             normed=True,
-            compiled=self.compiled(guidance, features),
+            compiled=room is not None or self.compiled(guidance, features),
             room=room,
         )
         seen = self.features_encoder(F.normalize(features, dim=1))

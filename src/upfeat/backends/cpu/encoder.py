@@ -26,8 +26,9 @@ class Before:
     """Steps applied to pixels before a convolution, in the order of the fields."""
 
     rotate: tuple[Tensor, Tensor] | None = None
-    """Angles of rows (H, C) and of columns (W, C), which are added: channels i and i + ``pair`` of
-    each block of 2·``pair`` are rotated."""
+    """Cosines and sines of the angles of rows (H, 2, C) and of columns (W, 2, C), see
+    :func:`turns`. A pixel's angles are the sum of both; channels i and i + ``pair`` of each block
+    of 2·``pair`` are rotated."""
     pair: int = 0
     scale: Tensor | None = None
     """(B, C), factor of each channel; given together with ``shift``."""
@@ -51,9 +52,8 @@ class Before:
         layer.silu, layer.pair = int(self.silu), self.pair
         layer.unit, layer.epsilon = int(self.unit is not None), self.unit or 0.0
         if self.rotate is not None:
-            for name, angles in zip(("rows", "columns"), self.rotate, strict=True):
-                table = torch.stack([angles.cos(), angles.sin()], dim=1)
-                _point(layer, f"rotate_{name}", table.float().contiguous())
+            for name, table in zip(("rows", "columns"), self.rotate, strict=True):
+                _point(layer, f"rotate_{name}", table)
         if self.scale is not None and self.shift is not None:
             _point(layer, "scale", _padded(self.scale))
             _point(layer, "shift", _padded(self.shift))
@@ -65,6 +65,14 @@ class Before:
             for name, array in (("gain", self.gain), ("offset", self.offset)):
                 if array is not None:
                     _point(layer, name, array.detach().float().contiguous())
+
+
+def turns(angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Compute :attr:`Before.rotate` from angles of rows (H, C) and of columns (W, C)."""
+    rows, columns = (
+        torch.stack([each.cos(), each.sin()], dim=1).float().contiguous() for each in angles
+    )
+    return rows, columns
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,8 @@ def layer(
         description.inputs = 9 * channels
     else:
         before.describe(description, channels)
-    matrix = weight if kernel == 1 else weight.permute(0, 2, 3, 1)
-    _point(description, "weight", _padded(matrix.reshape(outputs, -1).mT))
+    matrix = weight.permute(2, 3, 1, 0) if kernel == 3 else weight.flatten(1).mT
+    _point(description, "weight", _padded(matrix.reshape(-1, outputs)))
     if bias is not None:
         _point(description, "bias", _padded(bias))
     description.outputs = outputs
