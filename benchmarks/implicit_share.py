@@ -5,7 +5,7 @@
 DATA contains clothing/ and aerial_roads/ in the layout of ``upfeat eval``. Each image is fitted
 twice, without the blend and for the map of six passes alone, since every blend is a weighted sum of
 both. Fits and maps are stored in ``out/``, some gigabytes. Results go to
-benchmarks/implicit_share.json.
+benchmarks/implicit_share.json; those of ``--slack`` are added to it and replace no others.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ class Share(Method):
 
 
 def measure(
-    folder: Path, images: tuple[int, int], kept: Path, named: Sequence[str]
+    folder: Path, images: tuple[int, int], kept: Path, named: Sequence[str], fitted: FitConfig
 ) -> dict[str, Any]:
     """Score the named rows and those of fits on one set of images, and compare them."""
     backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
@@ -129,7 +130,7 @@ def measure(
         samples = subset(getattr(dataset, name), count, seed=config.split_seed)
         parts[name] = prepare(dataset, samples, backbone, config.size, kept, label=name)
     methods = load_methods(named, backbone, kept) if named else {}
-    alone, few = (Kept(backbone, one, kept) for one in (ALONE, FEW))
+    alone, few = (Kept(backbone, one, kept) for one in (fitted, FEW))
     translation = shipped_translation(backbone, "views")
     assert translation is not None
     methods["implicit alone"] = alone
@@ -159,14 +160,16 @@ def of_fits(entry: dict[str, Any]) -> bool:
     return any(str(entry.get(key)).startswith("implicit") for key in ("upsampler", "against"))
 
 
-def losses(folder: Path, images: tuple[int, int], kept: Path) -> dict[str, float]:
+def losses(
+    folder: Path, images: tuple[int, int], kept: Path, fitted: FitConfig
+) -> dict[str, float]:
     """Compute the held-out loss on the first test images, relative to a constant map's."""
     backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
     config = EvalConfig()
     dataset = Segmentation.read(folder, "folder", config)
     samples = subset(dataset.test, images[1], seed=config.split_seed)
     test = prepare(dataset, samples, backbone, config.size, kept, label="test")
-    alone, few = (Kept(backbone, one, kept) for one in (ALONE, FEW))
+    alone, few = (Kept(backbone, one, kept) for one in (fitted, FEW))
     translation = shipped_translation(backbone, "views")
     assert translation is not None
     blended = Share(alone, few, FitConfig().share, translation)
@@ -189,14 +192,24 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=list(IMAGES), default=list(IMAGES))
     parser.add_argument("--fits", action="store_true", help="replace the rows of fits only")
     parser.add_argument("--losses", action="store_true", help="add held-out losses only")
+    parser.add_argument("--slack", type=float, help="add rows of fits with this slack only")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    fitted = ALONE if options.slack is None else replace(ALONE, slack=options.slack)
+    only_fits = options.fits or options.slack is not None
     for name in options.sets:
         given = options.data / name, IMAGES[name], options.output / name
-        found = {} if options.losses else measure(*given, () if options.fits else NAMED)
-        found["held_out"] = losses(*given)
+        found = {}
+        if not options.losses:
+            found = measure(*given, () if only_fits else NAMED, fitted)
+        found["held_out"] = losses(*given, fitted)
         known: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {}
-        if options.fits:
+        if options.slack is not None:
+            alone = found["held_out"]["alone"]
+            part = {"rows": found["rows"], "held_out": {"alone": alone}}
+            known[name].setdefault("slack", {})[str(options.slack)] = part
+            found = {}
+        elif options.fits:
             for kind in ("rows", "differences"):
                 found[kind] = [one for one in known[name][kind] if not of_fits(one)] + found[kind]
         known[name] = known.get(name, {}) | found

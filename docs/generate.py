@@ -290,6 +290,30 @@ def implicit_share(part: str) -> str:
     return _rows(["", "own", "transfer"], [[name, *values] for name, values in rows.items()])
 
 
+def implicit_slack() -> str:
+    """Probes on fits with two values of ``slack``, the default first."""
+    known = _read("implicit_share")
+    parts = ("clothing", "aerial_roads")
+    other = next(iter(known[parts[0]]["slack"]))
+    rows = []
+    for share in (0.35, 0.5, 0.65, 1.0):
+        for slack in (str(FitConfig().slack), other):
+            cells = []
+            for part in parts:
+                found = known[part] if slack != other else known[part]["slack"][other]
+                for protocol in ("own", "transfer"):
+                    row = next(
+                        row
+                        for row in found["rows"]
+                        if (row["upsampler"], row["protocol"]) == (f"implicit@{share}", protocol)
+                    )
+                    means = (statistics.mean(row["scores"][one]) for one in ("miou", "boundary_f"))
+                    cells.append(" / ".join(f"{100 * value:.1f}" for value in means))
+            rows.append([f"`share={share}, slack={slack}`", *cells])
+    heads = ["", "clothing: own", "transfer", "aerial roads: own", "transfer"]
+    return _rows(heads, rows)
+
+
 def implicit_gains() -> str:
     """What a fit returns by default less other ways, in points."""
     others = ["bilinear", "detail_universal", "detail_universal@5"]
