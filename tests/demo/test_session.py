@@ -1,6 +1,7 @@
 """What the page does, without the page: bounds, agreement with the library, visitors apart."""
 
 import io
+import time
 
 import pytest
 import torch
@@ -136,6 +137,9 @@ def test_names_are_those_offered(models):
             models(*names)
     with pytest.raises(FileNotFoundError):
         Models(upsamplers=["missing.safetensors"])
+    for device in ("nonsense", "meta"):  # before the page opens
+        with pytest.raises(ValueError, match=f'device="{device}"'):
+            Models(device=device)
 
 
 class Plain:
@@ -168,5 +172,13 @@ def test_visitors_are_few_apart_and_not_kept():
     with pytest.raises(ValueError, match="again"):
         visits.get("d")
     assert visits.get("a") is made["a"]
-    visits.drop("a")
+
+
+def test_photographs_are_removed_without_a_request():
+    visits = Visits(seconds=0.2)
+    visits.put("a", Plain())
+    for _ in range(100):
+        if not len(visits):
+            break
+        time.sleep(0.05)
     assert len(visits) == 0

@@ -190,19 +190,23 @@ def _unmasked(config: Any) -> Iterator[None]:
         config.mask_ratio = ratio
 
 
-def load_transformers(source: str, *, pretrained: bool) -> tuple[nn.Module, Settings]:
+def load_transformers(
+    source: str, *, pretrained: bool, whole: bool = False
+) -> tuple[nn.Module, Settings]:
     """Load a vision model and the settings of its image processor.
 
     Args:
         source: a folder, or the name of a model on the hub.
         pretrained: load the model's weights; otherwise random weights.
+        whole: return the model itself rather than its vision part.
 
     Raises:
         FileNotFoundError: there is no such folder, and the model cannot be downloaded.
         ValueError: transformers is not installed, or cannot make the model.
     """
     with without_broken("torchvision"):
-        return _load(source, pretrained)
+        network, settings = _load(source, pretrained)
+    return network if whole else vision_part(network), settings
 
 
 def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
@@ -243,7 +247,7 @@ def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
             "give mean= and std= if they are others",
             *(source, settings.mean, settings.std),
         )
-    return part, settings
+    return network, settings
 
 
 def _check_folder(folder: Path, pretrained: bool) -> None:

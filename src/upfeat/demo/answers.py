@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import secrets
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -155,13 +156,14 @@ class Answers:
 
 
 def _answered(work: Callable[[], Answer]) -> Answer:
-    """Return an event's answer; errors that the visitor can mend become a one-line message."""
+    """Return an event's answer; errors become a one-line message."""
     try:
         answer = work()
     except Exception as error:
         reason = failure_reason(error)
-        if reason is None:
-            raise
+        if reason is None:  # raised, the viewer would wait for its answer for ever
+            traceback.print_exc()
+            reason = "an error of the program; the terminal of upfeat demo shows more"
         answer = {"kind": "error", "error": reason}
     return {**answer, "number": secrets.token_hex(4)}  # the viewer skips repeated numbers
 
@@ -198,8 +200,10 @@ def _heat(pair: Pair, mode: str, text: str) -> Answer:
 
 
 def _picture(visit: Visit, mode: str) -> Image.Image:
-    if mode in visit.last:
-        pair = visit.last[mode]
+    if mode != "features":
+        pair = visit.last.get(mode)
+        if pair is None:
+            raise ValueError(f"there is no {mode} to draw yet; click, paint or write first")
         if mode == "segment":
             return sheet(visit, [label_image(part) for part in pair], "labels")
         span = heat_range(pair)

@@ -1,7 +1,7 @@
 """Visitors' photographs with their features, the results computed from them, and their storage.
 
 Only files made for a download are written to disk; they are read back and removed. Little memory is
-kept for a photograph: coarse features, guidance, and the lengths of the upsampled features. The
+kept for a photograph: coarse features, guidance, lengths of the upsampled features, results. The
 upsampling weights, which are large, are kept for the last few photographs only.
 """
 
@@ -13,6 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -98,7 +99,7 @@ class Visit:
     Attributes:
         photo: (3, H, W) uint8, at the size of the result.
         seconds: duration of each part of the computation, by name.
-        last: the last result, by its kind: "similarity", "text" or "segment".
+        last: the last result of each kind: "similarity", "text" and "segment".
         head: the last probe; ``None`` before the first.
     """
 
@@ -146,7 +147,7 @@ class Visit:
     def kept(self) -> int:
         """Bytes kept between requests, without the upsampling weights."""
         tensors = [self.lazy.features, self.lazy.guidance, self.original, self.photo]
-        tensors += [*self._colours, self._lengths]
+        tensors += [*self._colours, self._lengths, *chain(*self.last.values())]
         tensors += [] if self.lazy.hidden is None else [self.lazy.hidden]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
@@ -245,7 +246,7 @@ class Visit:
         return _written(lambda path: save_head(path, head))
 
     def _keep(self, name: str, coarse: Tensor, fine: Tensor) -> Pair:
-        self.last = {name: Pair(coarse, fine)}  # only one result, so that memory stays bounded
+        self.last[name] = Pair(coarse, fine)
         return self.last[name]
 
     def _pixel_cosines(self, vectors: Tensor) -> Tensor:
@@ -299,6 +300,7 @@ class Visits:
         self.most, self.warm, self.seconds = most, warm, seconds
         self._clock, self._lock = clock, threading.Lock()
         self._visits: OrderedDict[str, tuple[float, Visit]] = OrderedDict()
+        self._watched = False
 
     def __len__(self) -> int:
         return len(self._visits)
@@ -309,6 +311,7 @@ class Visits:
             self._visits.pop(token, None)
             self._visits[token] = self._clock(), visit
             self._tidy()
+            self._watch()
         release_memory()  # weights are in reference cycles, and allocators keep freed memory
 
     def get(self, token: str | None) -> Visit:
@@ -326,10 +329,20 @@ class Visits:
             self._tidy()
             return visit
 
-    def drop(self, token: str | None) -> None:
-        """Remove a visitor's photograph."""
+    def _watch(self) -> None:
+        """Remove photographs in time even if no request comes; the caller holds the lock."""
+        if self._visits and not self._watched:
+            self._watched = True
+            timer = threading.Timer(self.seconds / 20, self._remove_unused)
+            timer.daemon = True
+            timer.start()
+
+    def _remove_unused(self) -> None:
         with self._lock:
-            self._visits.pop(token or "", None)
+            self._watched = False
+            self._tidy()
+            self._watch()
+        release_memory()
 
     def _tidy(self) -> None:
         oldest = self._clock() - self.seconds
