@@ -357,7 +357,7 @@ def test_models_and_sizes(visitor):
     visitor.says(".uf-fine figcaption", "(bilinear)")
     assert visitor.maps()[1] != detail
     visitor.choose("Backbone", "efficientnet_lite0.stride32")
-    visitor.says(".uf-coarse figcaption", " 7 × ")
+    visitor.says(".uf-coarse figcaption", "(efficientnet_lite0.stride32) 7 × ")
     assert not page.get_by_role("radio", name="Text").is_visible()
     cat = visitor.source(".uf-photo .uf-base")
     page.get_by_role("button", name="A cup of coffee").click()

@@ -18,7 +18,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from upfeat.demo.models import Models
+from upfeat.demo.models import Models, offered
 from upfeat.demo.pictures import (
     colour_images,
     heat_image,
@@ -182,6 +182,7 @@ def _opened(visit: Visit) -> Answer:
         "kind": "photo",
         "size": visit.shape,
         "grid": tuple(features.shape[2:]),
+        "coarse": f"Coarse ({offered([visit.model.backbone.name])[0][0]})",
         "name": f"Upsampled ({visit.model.upsampler.name})",
         "texts": visit.has_texts,
         "sample": visit.name if visit.name in PHOTOGRAPHS else None,

@@ -46,7 +46,7 @@ function draw() {
   const maps = shown[mode];
   const slider = root.dataset.layout === "slider";
   root.classList.toggle("uf-empty", !maps);
-  $(".uf-coarse .uf-name").textContent = slider ? `Coarse ◂ ▸ ${shown.name || "Upsampled"}` : "Coarse";
+  $(".uf-coarse .uf-name").textContent = slider ? `Coarse ◂ ▸ ${shown.name || "Upsampled"}` : shown.coarse || "Coarse";
   $(".uf-fine .uf-name").textContent = shown.name || "Upsampled";
   if (size) $(".uf-coarse .uf-size").textContent = slider ? `${shown.cells} → ${size.join(" × ")}` : shown.cells;
   if (maps) {
@@ -192,6 +192,7 @@ function receive(value) {
     root.style.setProperty("--uf-ratio", size[1] / size[0]);
     for (const base of $$(".uf-base")) base.src = value.photo;
     shown.name = value.name;
+    shown.coarse = value.coarse;
     shown.features = { ...value.maps, status: value.status };
     $(".uf-photo .uf-size").textContent = $(".uf-fine .uf-size").textContent = `${size[0]} × ${size[1]}`;
     shown.cells = `${value.grid.join(" × ")} cells`;
