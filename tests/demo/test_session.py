@@ -52,11 +52,18 @@ def test_uploads_are_bounded(monkeypatch):
         read_upload(photograph())
 
 
-@pytest.mark.parametrize("size", [(120, 90), (90, 120), (400, 12)])
+@pytest.mark.parametrize("size", [(120, 90), (1400, 900), (30000, 40)])
 def test_area_is_bounded_whatever_the_shape(size):
     image = read_upload(photograph(*size))
     assert image.dtype == torch.uint8
     assert image.shape[1] * image.shape[2] <= 2.1 * session.SIZES[-1] ** 2
+
+
+def test_features_are_those_of_the_library_at_that_size(models):
+    model = models("efficientnet_lite0", "bilinear")
+    visit = Visit(model, read_upload(photograph()), 224)
+    x = model.preprocess(photograph(), 224)
+    torch.testing.assert_close(visit.lazy.features, model.backbone(x), rtol=0, atol=0.05)
 
 
 def test_answers_equal_the_library(visit):

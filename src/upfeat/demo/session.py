@@ -62,7 +62,7 @@ class Pair(NamedTuple):
 
 
 def read_upload(content: bytes, label: str = "the file") -> Tensor:
-    """Decode an uploaded photograph and resize it to the largest offered size.
+    """Decode an uploaded photograph and reduce it to the area of the largest offered size.
 
     Args:
         content: bytes of the file.
@@ -89,7 +89,8 @@ def read_upload(content: bytes, label: str = "the file") -> Tensor:
                 f"{label} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller first"
             ) from None
         raise ValueError(f"{label}: {str(error).removeprefix('image: ')}") from None
-    image = _within(image, SIZES[-1])
+    if image[0].numel() > 2 * SIZES[-1] ** 2:  # smaller ones stay as they are, as for preprocess
+        image = _within(image, SIZES[-1])
     return (image * 255).round().byte()
 
 
