@@ -1,6 +1,7 @@
 """Dense features of CLIP and SigLIP: in the space of texts, in their places, of any size."""
 
 import json
+import pickle
 
 import pytest
 import torch
@@ -143,7 +144,9 @@ def test_a_folder_of_transformers_is_loaded_by_name(folder):
     texts = backbone.encode_text(["a cat", "a dog dog"])
     assert texts.shape == (2, 12)
     assert backbone.encode_text(["a dog " * 50]).shape == (1, 12)
-    assert upfeat.load(backbone)(torch.randn(1, 3, 32, 40)).shape == (1, 12, 32, 40)
+    x = torch.randn(1, 3, 32, 40)
+    assert upfeat.load(backbone)(x).shape == (1, 12, 32, 40)
+    assert torch.equal(pickle.loads(pickle.dumps(backbone))(x), backbone(x))
 
 
 def test_weights_of_half_precision_are_used_in_single(folder):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from upfeat.backbones import Backbone
 from upfeat.backbones.libraries import import_library, quiet
 from upfeat.backbones.open_clip import load_open_clip
-from upfeat.backbones.transformers import load_transformers
+from upfeat.backbones.transformers import load_transformers, remove_recorders
 from upfeat.normalization import HALF, Normalization
 
 CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -100,6 +100,11 @@ class TextBackbone(Backbone):
         self.model, self.tokenizer = model, tokenizer
         self._tower = tower
         self.eval().requires_grad_(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        remove_recorders(self.model)
+        return self.__dict__
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""

@@ -80,17 +80,8 @@ class TransformersFeatures(nn.Module):
         return states[:, : -self.suffix] if self.suffix else states
 
     def __getstate__(self) -> dict[str, Any]:
-        """Remove the hooks by which transformers records hidden states, which cannot be pickled.
-
-        transformers installs them again when hidden states are next requested.
-        """
-        for module in self.network.modules():
-            hooks = module._forward_hooks
-            for key, hook in list(hooks.items()):
-                if type(hook).__module__ == "builtins" and "output_cap" in hook.__qualname__:
-                    del hooks[key]
-            if hasattr(module, "_output_capturing_hooks_installed"):
-                module._output_capturing_hooks_installed = False  # pyright: ignore[reportArgumentType]
+        """Return what is copied and pickled."""
+        remove_recorders(self.network)
         return self.__dict__
 
     def _last(self, output: Any) -> Any:
@@ -103,6 +94,20 @@ class TransformersFeatures(nn.Module):
                 "give its base model (.base_model)"
             )
         return output["last_hidden_state"]
+
+
+def remove_recorders(network: nn.Module) -> None:
+    """Remove the hooks by which transformers records hidden states, which cannot be pickled.
+
+    transformers installs them again when hidden states are next requested.
+    """
+    for module in network.modules():
+        hooks = module._forward_hooks
+        for key, hook in list(hooks.items()):
+            if type(hook).__module__ == "builtins" and "output_cap" in hook.__qualname__:
+                del hooks[key]
+        if hasattr(module, "_output_capturing_hooks_installed"):
+            module._output_capturing_hooks_installed = False  # pyright: ignore[reportArgumentType]
 
 
 def is_transformers(module: object) -> bool:
