@@ -301,6 +301,7 @@ def _load_named(
         library = import_library("open_clip", extra="open_clip")
         return model, tokenizer or library.get_tokenizer(rest.partition("/")[0]), None
     model, settings = load_transformers(rest, pretrained=True, whole=True)
+    _tower(model)  # models of other kinds have no tokenizer to load
     tokenizer = tokenizer or _load_tokenizer(rest)
     return model, tokenizer, Normalization(settings.mean, settings.std)
 
@@ -312,7 +313,7 @@ def _load_tokenizer(source: str) -> Callable[..., Any]:
             made = library.AutoTokenizer.from_pretrained(str(Path(source).expanduser()))
             alike = made("cat")["input_ids"] == made("dog")["input_ids"]
     except Exception as error:  # libraries of tokenizers raise errors of any kind
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"hf:{source}: its tokenizer cannot be loaded: {reason}") from None
     if alike:  # transformers makes an empty tokenizer if there are no files of one
         raise ValueError(

@@ -85,6 +85,20 @@ def test_a_port_or_host_that_cannot_be_bound_is_named():
         serve(None, "192.0.2.1", 0, say=print)
 
 
+def test_an_address_of_ipv6_is_served():
+    asked = []
+
+    def launch(**options):
+        asked.append(options["server_name"])
+        return None, "http://[::1]:1/", None
+
+    try:
+        serve(SimpleNamespace(launch=launch), "::1", 0, block=False, say=print)
+    except ValueError:
+        pytest.skip("this machine has no IPv6")
+    assert asked == ["[::1]"]
+
+
 def test_gradio_reports_nothing():
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 

@@ -68,7 +68,7 @@ def execute(options: argparse.Namespace) -> int:
         text_backbone=options.text_backbone,
         device=options.device,
     )
-    if options.host not in _LOOPBACK:
+    if options.host.strip("[]") not in _LOOPBACK:
         note(
             "demo",
             f"bound to {options.host}: everyone who can reach this machine can use the page and "

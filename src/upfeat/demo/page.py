@@ -100,9 +100,10 @@ def serve(
     """
     from starlette.middleware import Middleware
 
+    host = host.strip("[]")
     port = _free_port(host, port)
     _, address, _ = blocks.launch(
-        server_name=host,
+        server_name=f"[{host}]" if ":" in host else host,  # as in addresses of IPv6
         server_port=port,
         prevent_thread_lock=True,
         quiet=True,
