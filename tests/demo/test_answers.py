@@ -12,7 +12,7 @@ pytest.importorskip("gradio", reason='pip install "upfeat[demo]"')
 from upfeat.demo.answers import PHOTOGRAPHS, Answers, bundled
 from upfeat.demo.models import Models, offered
 from upfeat.demo.page import serve
-from upfeat.demo.session import Visits
+from upfeat.demo.visits import Visits
 
 MODES = ("features", "similarity", "segment")
 CHOSEN = ("efficientnet_lite0", "bilinear", 224)

@@ -3,6 +3,7 @@
 import io
 import time
 
+import numpy as np
 import pytest
 import torch
 from hostile import refuses
@@ -11,7 +12,8 @@ from PIL import Image
 import upfeat
 from upfeat.demo import session
 from upfeat.demo.models import Models
-from upfeat.demo.session import Visit, Visits, read_upload
+from upfeat.demo.session import Visit, read_upload
+from upfeat.demo.visits import Visits
 from upfeat.heads import load_head
 
 
@@ -50,6 +52,14 @@ def test_uploads_are_bounded(monkeypatch):
     monkeypatch.setattr(session, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="MiB"):
         read_upload(photograph())
+
+
+def test_messages_name_no_options_that_the_page_lacks():
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 300, np.float32)).save(file, "TIFF")
+    with pytest.raises(ValueError, match="photo: no photograph of 8 or 16 bits") as caught:
+        read_upload(file.getvalue(), "photo")
+    assert "max_value" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [(120, 90), (1400, 900), (30000, 40)])

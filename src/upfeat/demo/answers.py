@@ -30,7 +30,8 @@ from upfeat.demo.pictures import (
     png_address,
     sheet,
 )
-from upfeat.demo.session import Pair, Visit, Visits, read_upload
+from upfeat.demo.session import Pair, Visit, read_upload
+from upfeat.demo.visits import Visits
 from upfeat.failures import failure_reason
 from upfeat.machine import readable, status
 

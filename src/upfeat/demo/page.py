@@ -16,7 +16,8 @@ from PIL import Image
 from upfeat.demo.answers import PHOTOGRAPHS, Answers, bundled
 from upfeat.demo.models import Models, offered
 from upfeat.demo.pictures import png_address
-from upfeat.demo.session import MAX_BYTES, MAX_PIXELS, SIZES, Visits
+from upfeat.demo.session import MAX_BYTES, MAX_PIXELS, SIZES
+from upfeat.demo.visits import Visits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
