@@ -104,7 +104,7 @@ class TextBackbone(Backbone):
     def __getstate__(self) -> dict[str, Any]:
         """Return what is copied and pickled."""
         remove_recorders(self.model)
-        return self.__dict__
+        return dict(self.__dict__)
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""

@@ -278,10 +278,11 @@ class Backbone(nn.Module, ABC):
                 f"bands={shown(reading.get('bands'))} are {len(pixels)}; {self.name} takes "
                 f"{self.in_channels}: give as many"
             )
-        target = self._target_size((pixels.shape[1], pixels.shape[2]), size, align)
+        own = pixels.shape[1], pixels.shape[2]
+        target = self._target_size(own, size, align)
         pixels = pixels.to(self.mean.device)[None]
-        if target != tuple(pixels.shape[-2:]):
-            check_fits("image", pixels.shape[-2:], size, 8 * self.in_channels, device=pixels.device)
+        if target != own:
+            check_fits("image", own, size, 8 * self.in_channels, device=pixels.device)
             pixels = F.interpolate(
                 pixels, size=target, mode=self.interpolation, align_corners=False, antialias=True
             ).clamp(0, 1)
