@@ -120,6 +120,13 @@ def test_strokes_become_labels_and_a_head(visit, tmp_path):
     head.check_backbone(visit.model.backbone, "head")
 
 
+def test_thinning_loses_no_class(visit):
+    strokes = [(0, y, x) for y in range(40) for x in range(200)] + [(1, 100, 100), (2, 150, 100)]
+    pair = visit.segment(strokes)
+    assert {int(pair.fine[100, 100]), int(pair.fine[150, 100])} == {1, 2}
+    assert len(visit._strokes(strokes)) <= session.MAX_STROKE_POINTS
+
+
 def test_bad_strokes_are_refused(visit):
     for strokes in ([], [(0, 1, 1)], [(0, 1, 1), (0, 2, 2)]):
         with pytest.raises(ValueError, match="two classes"):

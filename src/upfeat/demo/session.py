@@ -273,8 +273,10 @@ class Visit:
         if not bool(((table >= 0) & (table < limits)).all()):
             raise ValueError("a stroke leaves the photograph, or has an unknown class")
         table = table.long().unique(dim=0)
-        step = -(-len(table) // MAX_STROKE_POINTS) or 1
-        return table[::step]
+        parts = [table[table[:, 0] == one] for one in table[:, 0].unique()]
+        most = MAX_STROKE_POINTS // max(len(parts), 1)
+        # Each class is thinned by itself, so that none of few points is lost.
+        return torch.cat([table[:0], *(part[:: -(-len(part) // most)] for part in parts)])
 
 
 def _within(image: Tensor, size: int) -> Tensor:
