@@ -235,6 +235,13 @@ def test_what_is_downloaded_is_what_is_shown(visitor, tmp_path):
     assert pictures["similarity"] == similarity != pictures["features"]
 
     page.get_by_role("radio", name="Segment").click()
+    visitor.stroke(1, (0.9, 0.7), (0.97, 0.9))
+    visitor.stroke(2, (0.5, 0.9), (0.6, 0.95))  # learnt, though a download is asked for meanwhile
+    path = tmp_path / "head.safetensors"
+    visitor.download("Head").save_as(path)
+    with safe_open(path, "pt") as file:
+        assert len(file.get_tensor("bias")) == 3
+
     page.get_by_role("button", name="Clear").click()
     visitor.says(".uf-status", "Nothing has been painted yet")
     assert page.get_by_role("button", name="Head").is_disabled()

@@ -7,7 +7,8 @@ const COLOURS = ["#e66101", "#1e78dc", "#009e60"];
 const IDLE = { features: "Computing features…", similarity: "No pixel has been clicked yet.", segment: "Nothing has been painted yet.", text: "No text has been given yet." };
 const shown = {};  // by mode: { coarse, fine, low, high }
 let size = null, mode = "features", brush = 0, strokes = [], stroke = null, busy = false;
-let zoom = 1, centre = [0.5, 0.5], cross = null, pending = null, waiting = false, last = null;
+let zoom = 1, centre = [0.5, 0.5], cross = null, waiting = false, last = null;
+const pending = new Map();  // by kind of request
 
 // ---- state that CSS shows
 function choose(group, name, value) {
@@ -109,10 +110,10 @@ function paint() {
   }
 }
 
-// ---- requests: one at a time; of requests made meanwhile, only the last is sent
+// ---- requests: one at a time; of requests made meanwhile, only the last of each kind is sent
 function ask(kind, data) {
   if (busy) return;
-  if (waiting) { pending = [kind, data]; return; }
+  if (waiting) { pending.delete(kind); pending.set(kind, data); return; }
   waiting = true;
   root.classList.add("uf-working");
   root.dataset.asked = String(Number(root.dataset.asked || 0) + 1);
@@ -125,11 +126,11 @@ function answered() {
   waiting = false;
   root.classList.remove("uf-working");
   root.dataset.answered = String(Number(root.dataset.answered || 0) + 1);
-  if (pending) { const [kind, data] = pending; pending = null; ask(kind, data); }
+  for (const [kind, data] of pending) { pending.delete(kind); ask(kind, data); return; }
 }
 // Gradio does not report a full queue; without this check the viewer would wait for ever.
 function refused(error) {
-  pending = null;
+  pending.clear();
   say({ error, status: "Nothing was changed.", busy: "" });
   answered();
 }
@@ -160,7 +161,7 @@ function learn() {
   const labels = new Set(strokes.map((one) => one.label));
   if (labels.size < 2) {
     delete shown.segment;
-    if (pending && pending[0] === "strokes") pending = null;
+    pending.delete("strokes");
     $("[data-fetch=head]").disabled = true;
     draw();
     return;
@@ -187,7 +188,7 @@ function receive(value) {
   if (value.kind === "photo") {
     for (const key of Object.keys(shown)) delete shown[key];
     size = value.size;
-    strokes = []; stroke = null; cross = null; zoom = 1; centre = [0.5, 0.5]; pending = null;
+    strokes = []; stroke = null; cross = null; zoom = 1; centre = [0.5, 0.5]; pending.clear();
     root.style.setProperty("--uf-aspect", `${size[1]} / ${size[0]}`);
     root.style.setProperty("--uf-ratio", size[1] / size[0]);
     for (const base of $$(".uf-base")) base.src = value.photo;
