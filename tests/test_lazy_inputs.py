@@ -357,6 +357,7 @@ LOADS = [
     ({"passes": "5"}, "passes='5' must be"),
     ({"early": 3}, "early=3 must be true or false"),
     ({"device": "x"}, 'device="x" cannot be used'),
+    ({"device": "meta"}, 'device="meta" cannot be used'),
     ({"max_memory": "much"}, 'max_memory="much" must be an amount'),
     ({"bands": (0, 1, 3)}, r"bands=\(0, 1, 3\) must be three of the 3 bands"),
     ({"bands": (0, 1)}, "must be three"),

@@ -166,5 +166,7 @@ def test_a_bound_of_memory_changes_nothing_but_the_tiles():
     assert_alike(see_within(backbone, x, bound)[0], whole)
     with pytest.raises(ValueError, match=r"too little for Sequential; tiles of 128 pixels need"):
         see_within(backbone, x, bound / 4)
+    with pytest.raises(ValueError, match="0 bytes of memory are too little"):
+        see_within(backbone, x, -1e9)  # the process holds more than its bound already
     with pytest.raises(ValueError, match="cannot work in tiles"):
         see_within(load_backbone(Global()), x, 1000)

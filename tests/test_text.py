@@ -1,8 +1,12 @@
 """Dense features of CLIP and SigLIP: in the space of texts, in their places, of any size."""
 
+import json
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 import upfeat
 from upfeat.text import TEMPLATES
@@ -115,7 +119,9 @@ def test_texts_are_unit_vectors_and_means_over_templates(backbone):
     assert backbone.encode_text(["cat", "dog"], TEMPLATES).shape == plain.shape
 
 
-def test_a_folder_of_transformers_is_loaded_by_name(tmp_path, torchvision_operators):
+@pytest.fixture
+def folder(tmp_path, torchvision_operators):
+    """A CLIP as transformers saves it, with a tokenizer that does not know its length."""
     torch.manual_seed(0)
     model, _ = clip()
     from tokenizers import Tokenizer
@@ -125,17 +131,53 @@ def test_a_folder_of_transformers_is_loaded_by_name(tmp_path, torchvision_operat
 
     words = Tokenizer(WordLevel({"[UNK]": 0, "a": 1, "cat": 2, "dog": 3, "[E]": 49}, "[UNK]"))
     words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[E]", model_max_length=12
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[E]")
     processor = CLIPImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.3, 0.2, 0.1])
     for part in (model, tokenizer, processor):
         part.save_pretrained(tmp_path)
-    backbone = upfeat.load_text_backbone(f"hf:{tmp_path}")
+    return tmp_path
+
+
+def test_a_folder_of_transformers_is_loaded_by_name(folder):
+    backbone = upfeat.load_text_backbone(f"hf:{folder}")
     assert backbone.normalization == ((0.4, 0.5, 0.6), (0.3, 0.2, 0.1))
     texts = backbone.encode_text(["a cat", "a dog dog"])
     assert texts.shape == (2, 12)
-    assert upfeat.load(backbone)(torch.randn(1, 3, 32, 40)).shape == (1, 12, 32, 40)
+    assert backbone.encode_text(["a dog " * 50]).shape == (1, 12)
+    x = torch.randn(1, 3, 32, 40)
+    assert upfeat.load(backbone)(x).shape == (1, 12, 32, 40)
+    assert torch.equal(pickle.loads(pickle.dumps(backbone))(x), backbone(x))
+
+
+def test_weights_of_half_precision_are_used_in_single(folder):
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: one.half() for name, one in weights.items()}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float16"}))
+    backbone = upfeat.load_text_backbone(f"hf:{folder}")
+    assert next(backbone.parameters()).dtype == torch.float32
+
+
+def test_texts_are_padded_as_siglip_was_trained(torchvision_operators):
+    model, _ = siglip()
+    asked = []
+
+    def tokenizer(texts, **options):
+        asked.append(options)
+        return {"input_ids": letters(texts)}
+
+    upfeat.load_text_backbone(model, tokenizer).encode_text(["a cat"])
+    assert (asked[0]["padding"], asked[0]["max_length"]) == ("max_length", 12)
+
+
+def test_a_tokenizer_without_words_is_refused(folder):
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="tokenizer"):
+        upfeat.load_text_backbone(f"hf:{folder}")
+    backbone = upfeat.load_text_backbone(f"hf:{folder}", transformers_tokenizer)
+    cat, dog = backbone.encode_text(["cat", "dog"])
+    assert (cat - dog).abs().max() > 1e-3
 
 
 def test_bad_models_and_texts_are_named(backbone):
@@ -158,6 +200,6 @@ def test_bad_models_and_texts_are_named(backbone):
 def test_a_folder_that_is_not_there_is_one_line(tmp_path, torchvision_operators, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ValueError, match="cannot be loaded") as caught:
+    with pytest.raises(FileNotFoundError, match="no such folder") as caught:
         upfeat.load_text_backbone(f"hf:{tmp_path / 'none'}")
     assert "\n" not in str(caught.value)

@@ -85,6 +85,7 @@ def write_labels(path: Path, label: np.ndarray, count: int = 60) -> None:
 def main(folder: Path | None = None) -> dict[str, float]:
     """Train on the west, map the east; return how much of the map is right."""
     folder = Path(tempfile.mkdtemp()) if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
     west, east = folder / "west.tif", folder / "east.tif"
     write_labels(folder / "labels.geojson", write_scene(west, (288, 640), 0, seed=0))
     truth = write_scene(east, (208, 256), 640, seed=1)

@@ -56,7 +56,7 @@ def available_memory(device: torch.device | str | None = None) -> int | None:
 
 
 def find_device(device: torch.device | str | int) -> torch.device:
-    """Check that tensors can be allocated on a device.
+    """Check that tensors with values can be allocated on a device.
 
     Raises:
         ValueError: ``device`` is not the name of a device, or the device cannot be used.
@@ -71,6 +71,8 @@ def find_device(device: torch.device | str | int) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+    if found.type == "meta":
+        raise ValueError('device="meta" cannot be used: tensors have no values there')
     return found
 
 

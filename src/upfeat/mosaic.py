@@ -272,7 +272,7 @@ def _tile_within(
             f"for {x.shape[2]}×{x.shape[3]} pixels and cannot work in tiles; give a smaller size, "
             "or more memory"
         )
-    tile = (int((memory / a_pixel) ** 0.5 / stride) - 2 * halo) // step * step
+    tile = (int((max(memory, 0) / a_pixel) ** 0.5 / stride) - 2 * halo) // step * step
     if tile < _LEAST_TILE:
         least = ((_LEAST_TILE + 2 * halo) * stride) ** 2 * a_pixel
         raise ValueError(

@@ -10,6 +10,7 @@ SigLIP it is the output of the pooling head applied to a single patch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
+from upfeat.backbones.libraries import import_library, quiet
+from upfeat.backbones.open_clip import load_open_clip
+from upfeat.backbones.transformers import load_transformers, remove_recorders
 from upfeat.normalization import HALF, Normalization
 
 CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -44,13 +48,14 @@ def load_text_backbone(
     Args:
         model: "hf:ID" or "hf:FOLDER" (CLIP and SigLIP of transformers), "open_clip:NAME/TAG", or a
             loaded model: transformers' ``CLIPModel`` or ``SiglipModel``, or open_clip's ``CLIP``.
-        tokenizer: tokenizer of a loaded model; without it, texts cannot be encoded. For a model
-            given by name, its own tokenizer is loaded.
+        tokenizer: tokenizer of a loaded model; without it, texts cannot be encoded. ``None`` for
+            the tokenizer of a model given by name, which is loaded with it.
         mean: mean of each channel with which images are normalised, RGB in [0, 1]; ``None`` for the
             model's.
         std: standard deviation of each channel; ``None`` for the model's.
 
     Raises:
+        FileNotFoundError: there is no such folder, or a download fails.
         ValueError: the model is of another kind, its package is not installed, or it cannot be
             loaded.
 
@@ -59,7 +64,7 @@ def load_text_backbone(
     name = None
     if isinstance(model, str):
         name = model
-        model, tokenizer, found = _load_named(model)
+        model, tokenizer, found = _load_named(model, tokenizer)
         mean, std = mean or (found and found.mean), std or (found and found.std)
     return TextBackbone(model, tokenizer, name=name, mean=mean, std=std)
 
@@ -95,6 +100,11 @@ class TextBackbone(Backbone):
         self.model, self.tokenizer = model, tokenizer
         self._tower = tower
         self.eval().requires_grad_(False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled."""
+        remove_recorders(self.model)
+        return dict(self.__dict__)
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
@@ -160,7 +170,11 @@ class _Clip:
         """K texts -> (K, C)."""
         # SigLIP was trained on padded texts of one length, and the last token represents the text.
         padding = "max_length" if "siglip" in model.config.model_type else True
-        tokens = tokenizer(texts, padding=padding, truncation=True, return_tensors="pt")
+        # Not every tokenizer knows the length; without it, such a one neither pads nor truncates.
+        length = model.config.text_config.max_position_embeddings
+        tokens = tokenizer(
+            texts, padding=padding, truncation=True, max_length=length, return_tensors="pt"
+        )
         device = next(model.parameters()).device
         out = model.get_text_features(**{name: value.to(device) for name, value in tokens.items()})
         return out if isinstance(out, Tensor) else out.pooler_output
@@ -276,36 +290,34 @@ def _tower(model: Any) -> Any:
     )
 
 
-def _load_named(name: str) -> tuple[nn.Module, Callable[..., Any], Normalization | None]:
+def _load_named(
+    name: str, tokenizer: Callable[..., Any] | None
+) -> tuple[nn.Module, Callable[..., Any], Normalization | None]:
     source, _, rest = name.partition(":")
     if source not in ("hf", "open_clip") or not rest:
         raise ValueError(f'model="{name}" must be "hf:ID", "hf:FOLDER" or "open_clip:NAME/TAG"')
-    package = {"hf": "transformers", "open_clip": "open_clip_torch"}[source]
+    if source == "open_clip":
+        model = load_open_clip(rest, pretrained=True, whole=True)
+        library = import_library("open_clip", extra="open_clip")
+        return model, tokenizer or library.get_tokenizer(rest.partition("/")[0]), None
+    model, settings = load_transformers(rest, pretrained=True, whole=True)
+    _tower(model)  # models of other kinds have no tokenizer to load
+    tokenizer = tokenizer or _load_tokenizer(rest)
+    return model, tokenizer, Normalization(settings.mean, settings.std)
+
+
+def _load_tokenizer(source: str) -> Callable[..., Any]:
+    library = import_library("transformers", extra="transformers")
     try:
-        return (_load_hf if source == "hf" else _load_open_clip)(rest)
-    except ImportError as error:
-        raise ValueError(f"{name}: pip install {package} to load it ({error})") from None
-    except (OSError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: cannot be loaded ({reason[:300]})") from None
-
-
-def _load_hf(name: str) -> tuple[nn.Module, Callable[..., Any], Normalization | None]:
-    from transformers import (  # pyright: ignore[reportMissingImports]
-        AutoImageProcessor,
-        AutoModel,
-        AutoTokenizer,
-    )
-
-    model, tokenizer = AutoModel.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-    processor = AutoImageProcessor.from_pretrained(name)
-    found = Normalization(tuple(processor.image_mean), tuple(processor.image_std))
-    return model, tokenizer, found
-
-
-def _load_open_clip(name: str) -> tuple[nn.Module, Callable[..., Any], Normalization | None]:
-    import open_clip  # pyright: ignore[reportMissingImports]
-
-    architecture, _, tag = name.partition("/")
-    model = open_clip.create_model(architecture, pretrained=tag or None)
-    return model, open_clip.get_tokenizer(architecture), None
+        with quiet():
+            made = library.AutoTokenizer.from_pretrained(str(Path(source).expanduser()))
+            alike = made("cat")["input_ids"] == made("dog")["input_ids"]
+    except Exception as error:  # libraries of tokenizers raise errors of any kind
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"hf:{source}: its tokenizer cannot be loaded: {reason}") from None
+    if alike:  # transformers makes an empty tokenizer if there are no files of one
+        raise ValueError(
+            f"hf:{source}: its tokenizer tells no texts apart; put its files (tokenizer.json, or "
+            "vocab.json and merges.txt) beside the weights, or give tokenizer="
+        )
+    return made

@@ -283,3 +283,9 @@ def test_a_model_that_upsamples_is_no_backbone(tmp_path):
         with pytest.raises(ValueError, match=r"upsampled already; give its own backbone") as raised:
             use()
         assert "\n" not in str(raised.value)
+
+
+def test_a_size_that_memory_cannot_hold_is_refused():
+    backbone = upfeat.load_backbone("efficientnet_lite0")
+    with pytest.raises(ValueError, match="give a smaller size"):
+        backbone.preprocess(torch.rand(3, 40, 60), size=10**7)

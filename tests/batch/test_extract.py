@@ -97,6 +97,31 @@ def test_what_is_done_is_kept_and_what_changed_is_made_again(tmp_path, photos):
     assert extract(model(), [photos], out, Extraction(size=32), overwrite=True).made == 4
 
 
+def test_bands_and_the_value_of_white(tmp_path):
+    values = np.random.default_rng(0).integers(0, 3000, (40, 48, 3), dtype=np.uint16)
+    folder, out = tmp_path / "scenes", tmp_path / "out"
+    folder.mkdir()
+    Image.fromarray(values[..., 0]).save(folder / "grey.tif")
+    made_by, reading = model(), {"bands": (0, 0, 0), "max_value": 3000}
+    extraction = Extraction("features", dtype="float32", **reading)
+    assert extract(made_by, [folder], out, extraction).failures == []
+    with torch.no_grad():
+        expected = made_by(made_by.preprocess(folder / "grey.tif", **reading))[0]
+    found = load_file(out / "grey.tif.safetensors")["features"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    for other in ({"max_value": 4095}, {}):
+        with pytest.raises(ValueError, match="made with another"):
+            extract(made_by, [folder], out, Extraction("features", dtype="float32", **other))
+    for bad in ({"bands": (0, -1)}, {"bands": "x"}, {"max_value": 0}, {"max_value": "x"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            Extraction(**bad)
+    options = ["--bands", "0,0,0", "--max-value", "3000", "--kind", "lazy"]
+    command = ["extract", str(folder), "-o", str(tmp_path / "lazy"), *options]
+    assert main([*command, "--upsampler", "bilinear"]) == 0
+    settings = json.loads((tmp_path / "lazy" / "manifest.json").read_text())["settings"]
+    assert (settings["bands"], settings["max_value"]) == ([0, 0, 0], 3000)
+
+
 def test_bad_items_are_listed_and_the_others_done(tmp_path, photos, capsys):
     (photos / "damaged.png").write_bytes(encoded(1)[:200])
     (photos / "tiny.png").write_bytes(encoded(1, (3, 3)))

@@ -230,3 +230,10 @@ def test_values_of_options():
     texts = ("a=1", "b=0.5", "c=none", "d=word", "e=[1, 2]", "f=true")
     found = dict(command._pair(text) for text in texts)
     assert found == {"a": 1, "b": 0.5, "c": None, "d": "word", "e": [1, 2], "f": True}
+
+
+@pytest.mark.parametrize("name", ["nearest", "joint_bilateral"])
+def test_an_upsampler_without_weights_is_refused(photos, tmp_path, capsys, name):
+    assert run(photos, "-o", tmp_path / "run", "--upsampler", name) == 2
+    assert "has no weights to train" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -216,6 +216,70 @@ def test_click_paint_compare_and_download(visitor, tmp_path):
     visitor.shot("slider-1280")
 
 
+def test_what_is_downloaded_is_what_is_shown(visitor, tmp_path):
+    page, pictures = visitor.page, {}
+
+    def picture(name):
+        visitor.download("Picture .png").save_as(tmp_path / "picture.png")
+        pictures[name] = (tmp_path / "picture.png").read_bytes()
+
+    picture("features")
+    visitor.asking(lambda: visitor.click(0.4, 0.4))
+    picture("similarity")
+    page.get_by_role("radio", name="Segment").click()
+    visitor.stroke(0, (0.2, 0.3), (0.5, 0.6))
+    visitor.asking(lambda: visitor.stroke(1, (0.9, 0.3), (0.97, 0.6)))
+    page.get_by_role("radio", name="Similarity").click()
+    similarity = pictures["similarity"]
+    picture("similarity")
+    assert pictures["similarity"] == similarity != pictures["features"]
+
+    page.get_by_role("radio", name="Segment").click()
+    visitor.stroke(1, (0.9, 0.7), (0.97, 0.9))
+    visitor.stroke(2, (0.5, 0.9), (0.6, 0.95))  # learnt, though a download is asked for meanwhile
+    path = tmp_path / "head.safetensors"
+    visitor.download("Head").save_as(path)
+    with safe_open(path, "pt") as file:
+        assert len(file.get_tensor("bias")) == 3
+
+    page.get_by_role("button", name="Clear").click()
+    visitor.says(".uf-status", "Nothing has been painted yet")
+    assert page.get_by_role("button", name="Head").is_disabled()
+
+
+def test_late_answers_disturb_nobody(visitor):
+    page = visitor.page
+    page.get_by_role("radio", name="Segment").click()
+    visitor.stroke(0, (0.2, 0.3), (0.5, 0.6))
+
+    def painted_and_cleared():
+        visitor.stroke(1, (0.9, 0.3), (0.97, 0.6))
+        page.get_by_role("button", name="Clear").click()
+
+    visitor.asking(painted_and_cleared)
+    assert not page.locator(".uf-fine .uf-layer").is_visible()
+    visitor.says(".uf-status", "Nothing has been painted yet")
+
+    def clicked_and_left():
+        page.get_by_role("radio", name="Features").click()
+        visitor.click(0.4, 0.4)
+        page.get_by_role("radio", name="Segment").click()
+
+    visitor.asking(clicked_and_left)
+    assert page.get_attribute(".uf-viewer", "data-mode") == "segment"
+
+    page.get_by_role("radio", name="Features").click()
+    asked = page.get_attribute(".uf-viewer", "data-asked")
+
+    def chosen_and_clicked():
+        page.get_by_role("button", name="A cup of coffee").click()
+        visitor.click(0.4, 0.4)
+
+    visitor.loading(chosen_and_clicked)
+    assert page.get_attribute(".uf-viewer", "data-asked") == asked
+    assert page.get_attribute(".uf-viewer", "data-mode") == "features"
+
+
 def test_bad_uploads_are_one_line_and_change_nothing(visitor, tmp_path):
     page, before = visitor.page, visitor.maps()
     bad = tmp_path / "bad.jpg"
@@ -300,7 +364,7 @@ def test_models_and_sizes(visitor):
     visitor.says(".uf-fine figcaption", "(bilinear)")
     assert visitor.maps()[1] != detail
     visitor.choose("Backbone", "efficientnet_lite0.stride32")
-    visitor.says(".uf-coarse figcaption", " 7 × ")
+    visitor.says(".uf-coarse figcaption", "(efficientnet_lite0.stride32) 7 × ")
     assert not page.get_by_role("radio", name="Text").is_visible()
     cat = visitor.source(".uf-photo .uf-base")
     page.get_by_role("button", name="A cup of coffee").click()

@@ -1,7 +1,9 @@
 """What the page does, without the page: bounds, agreement with the library, visitors apart."""
 
 import io
+import time
 
+import numpy as np
 import pytest
 import torch
 from hostile import refuses
@@ -10,7 +12,8 @@ from PIL import Image
 import upfeat
 from upfeat.demo import session
 from upfeat.demo.models import Models
-from upfeat.demo.session import Visit, Visits, read_upload
+from upfeat.demo.session import Visit, read_upload
+from upfeat.demo.visits import Visits
 from upfeat.heads import load_head
 
 
@@ -51,11 +54,26 @@ def test_uploads_are_bounded(monkeypatch):
         read_upload(photograph())
 
 
-@pytest.mark.parametrize("size", [(120, 90), (90, 120), (400, 12)])
+def test_messages_name_no_options_that_the_page_lacks():
+    file = io.BytesIO()
+    Image.fromarray(np.full((40, 40), 300, np.float32)).save(file, "TIFF")
+    with pytest.raises(ValueError, match="photo: no photograph of 8 or 16 bits") as caught:
+        read_upload(file.getvalue(), "photo")
+    assert "max_value" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [(120, 90), (1400, 900), (30000, 40)])
 def test_area_is_bounded_whatever_the_shape(size):
     image = read_upload(photograph(*size))
     assert image.dtype == torch.uint8
     assert image.shape[1] * image.shape[2] <= 2.1 * session.SIZES[-1] ** 2
+
+
+def test_features_are_those_of_the_library_at_that_size(models):
+    model = models("efficientnet_lite0", "bilinear")
+    visit = Visit(model, read_upload(photograph()), 224)
+    x = model.preprocess(photograph(), 224)
+    torch.testing.assert_close(visit.lazy.features, model.backbone(x), rtol=0, atol=0.05)
 
 
 def test_answers_equal_the_library(visit):
@@ -102,6 +120,13 @@ def test_strokes_become_labels_and_a_head(visit, tmp_path):
     head.check_backbone(visit.model.backbone, "head")
 
 
+def test_thinning_loses_no_class(visit):
+    strokes = [(0, y, x) for y in range(40) for x in range(200)] + [(1, 100, 100), (2, 150, 100)]
+    pair = visit.segment(strokes)
+    assert {int(pair.fine[100, 100]), int(pair.fine[150, 100])} == {1, 2}
+    assert len(visit._strokes(strokes)) <= session.MAX_STROKE_POINTS
+
+
 def test_bad_strokes_are_refused(visit):
     for strokes in ([], [(0, 1, 1)], [(0, 1, 1), (0, 2, 2)]):
         with pytest.raises(ValueError, match="two classes"):
@@ -136,6 +161,9 @@ def test_names_are_those_offered(models):
             models(*names)
     with pytest.raises(FileNotFoundError):
         Models(upsamplers=["missing.safetensors"])
+    for device in ("nonsense", "meta"):  # before the page opens
+        with pytest.raises(ValueError, match=f'device="{device}"'):
+            Models(device=device)
 
 
 class Plain:
@@ -168,5 +196,13 @@ def test_visitors_are_few_apart_and_not_kept():
     with pytest.raises(ValueError, match="again"):
         visits.get("d")
     assert visits.get("a") is made["a"]
-    visits.drop("a")
+
+
+def test_photographs_are_removed_without_a_request():
+    visits = Visits(seconds=0.2)
+    visits.put("a", Plain())
+    for _ in range(100):
+        if not len(visits):
+            break
+        time.sleep(0.05)
     assert len(visits) == 0

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from upfeat.bounds import shown, whole
 from upfeat.images import read_image
+from upfeat.machine import check_fits
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
 
 if TYPE_CHECKING:
@@ -268,8 +269,8 @@ class Backbone(nn.Module, ABC):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: the image cannot be read, has another number of bands than the backbone, or
-                would have a side shorter than the stride.
+            ValueError: the image cannot be read, has another number of bands than the backbone,
+                would have a side shorter than the stride, or would not fit into memory.
         """
         pixels = read_image(image, channels=self.in_channels, **reading)  # (3, H, W) in [0, 1]
         if len(pixels) != self.in_channels:
@@ -277,9 +278,11 @@ class Backbone(nn.Module, ABC):
                 f"bands={shown(reading.get('bands'))} are {len(pixels)}; {self.name} takes "
                 f"{self.in_channels}: give as many"
             )
-        target = self._target_size((pixels.shape[1], pixels.shape[2]), size, align)
+        own = pixels.shape[1], pixels.shape[2]
+        target = self._target_size(own, size, align)
         pixels = pixels.to(self.mean.device)[None]
-        if target != tuple(pixels.shape[-2:]):
+        if target != own:
+            check_fits("image", own, size, 8 * self.in_channels, device=pixels.device)
             pixels = F.interpolate(
                 pixels, size=target, mode=self.interpolation, align_corners=False, antialias=True
             ).clamp(0, 1)

@@ -136,12 +136,13 @@ def open_clip_settings(tower: Any) -> Settings:
     return Settings(*check_normalization(mean, std), interpolation, side)
 
 
-def load_open_clip(name: str, *, pretrained: bool) -> nn.Module:
+def load_open_clip(name: str, *, pretrained: bool, whole: bool = False) -> nn.Module:
     """Load the image tower of a model of open_clip.
 
     Args:
         name: ``NAME/TAG``, where TAG names the weights; ``NAME`` for random weights.
         pretrained: load the tag's weights; otherwise random weights.
+        whole: return the model itself rather than its image tower.
 
     Raises:
         FileNotFoundError: the weights cannot be downloaded.
@@ -163,12 +164,12 @@ def load_open_clip(name: str, *, pretrained: bool) -> nn.Module:
     try:
         with quiet():
             made = library.create_model(model, pretrained=tag if pretrained else None)
-        return image_tower(made)
+        return made if whole else image_tower(made)
     except Exception as error:
         if not pretrained:
             raise
         raise FileNotFoundError(
             f"open_clip:{name}: its weights are not in the cache and cannot be downloaded "
             f"({type(error).__name__}); download them and give a module: "
-            'open_clip.create_model(NAME, pretrained="FILE").visual'
+            f'open_clip.create_model(NAME, pretrained="FILE"){"" if whole else ".visual"}'
         ) from None

@@ -80,17 +80,8 @@ class TransformersFeatures(nn.Module):
         return states[:, : -self.suffix] if self.suffix else states
 
     def __getstate__(self) -> dict[str, Any]:
-        """Remove the hooks by which transformers records hidden states, which cannot be pickled.
-
-        transformers installs them again when hidden states are next requested.
-        """
-        for module in self.network.modules():
-            hooks = module._forward_hooks
-            for key, hook in list(hooks.items()):
-                if type(hook).__module__ == "builtins" and "output_cap" in hook.__qualname__:
-                    del hooks[key]
-            if hasattr(module, "_output_capturing_hooks_installed"):
-                module._output_capturing_hooks_installed = False  # pyright: ignore[reportArgumentType]
+        """Return what is copied and pickled."""
+        remove_recorders(self.network)
         return self.__dict__
 
     def _last(self, output: Any) -> Any:
@@ -103,6 +94,20 @@ class TransformersFeatures(nn.Module):
                 "give its base model (.base_model)"
             )
         return output["last_hidden_state"]
+
+
+def remove_recorders(network: nn.Module) -> None:
+    """Remove the hooks by which transformers records hidden states, which cannot be pickled.
+
+    transformers installs them again when hidden states are next requested.
+    """
+    for module in network.modules():
+        hooks = module._forward_hooks
+        for key, hook in list(hooks.items()):
+            if type(hook).__module__ == "builtins" and "output_cap" in hook.__qualname__:
+                del hooks[key]
+        if hasattr(module, "_output_capturing_hooks_installed"):
+            module._output_capturing_hooks_installed = False  # pyright: ignore[reportArgumentType]
 
 
 def is_transformers(module: object) -> bool:
@@ -190,19 +195,23 @@ def _unmasked(config: Any) -> Iterator[None]:
         config.mask_ratio = ratio
 
 
-def load_transformers(source: str, *, pretrained: bool) -> tuple[nn.Module, Settings]:
+def load_transformers(
+    source: str, *, pretrained: bool, whole: bool = False
+) -> tuple[nn.Module, Settings]:
     """Load a vision model and the settings of its image processor.
 
     Args:
         source: a folder, or the name of a model on the hub.
         pretrained: load the model's weights; otherwise random weights.
+        whole: return the model itself rather than its vision part.
 
     Raises:
         FileNotFoundError: there is no such folder, and the model cannot be downloaded.
         ValueError: transformers is not installed, or cannot make the model.
     """
     with without_broken("torchvision"):
-        return _load(source, pretrained)
+        network, settings = _load(source, pretrained)
+    return network if whole else vision_part(network), settings
 
 
 def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
@@ -243,7 +252,7 @@ def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
             "give mean= and std= if they are others",
             *(source, settings.mean, settings.std),
         )
-    return part, settings
+    return network, settings
 
 
 def _check_folder(folder: Path, pretrained: bool) -> None:

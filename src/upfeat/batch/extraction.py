@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from upfeat._version import __version__
-from upfeat.bounds import whole
+from upfeat.bounds import indices, number, shown, whole
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.model import FeatUp
 from upfeat.provenance import digest
@@ -25,12 +26,16 @@ class Extraction:
         size: shorter side, pixels, to which images are resized; ``None``: not resized.
         dtype: type of stored maps, "float16" or "float32".
         head: the linear head, for the kind "head" only.
+        bands: bands to use of images with several, counted from 0; ``None`` for the first ones.
+        max_value: value that becomes white; ``None`` for the largest of the image's type.
     """
 
     kind: str = "lazy"
     size: int | None = None
     dtype: str = "float16"
     head: SavedHead | None = None
+    bands: Sequence[int] | None = None
+    max_value: float | None = None
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -43,8 +48,19 @@ class Extraction:
         if (self.kind == "head") != (self.head is not None):
             raise ValueError(f'kind="{self.kind}" and head={self.head!r} do not go together')
         whole("size", self.size, optional=True)
+        if self.bands is not None and not indices(self.bands, 0, 1 << 16):
+            raise ValueError(f"bands={shown(self.bands)} must be numbers of bands, from 0")
+        if self.max_value is not None:
+            number("max_value", self.max_value, 0, above=True)
         if self.dtype not in ("float16", "float32"):
             raise ValueError(f'dtype="{self.dtype}" must be float16 or float32')
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """Options of :func:`upfeat.images.read_image` that were given."""
+        bands = None if self.bands is None else [int(band) for band in self.bands]
+        given = {"bands": bands, "max_value": self.max_value}
+        return {name: value for name, value in given.items() if value is not None}
 
     def settings(self, model: FeatUp) -> dict[str, Any]:
         """Return everything but the images that determines the results, as JSON values."""
@@ -54,6 +70,7 @@ class Extraction:
             "kind": self.kind,
             "size": self.size,
             "dtype": self.dtype,
+            **self.reading,
             "backbone": describe_backbone(model.backbone),
             "early": model.early,
             "displacement": model.backbone.displacement,

@@ -108,7 +108,7 @@ class Maker:
         return entry | {"size": path.stat().st_size, "file_sha256": file_digest(path)}
 
     def _make(self, name: str, content: Any) -> None:
-        x = self._model.preprocess(content, self._extraction.size)
+        x = self._model.preprocess(content, self._extraction.size, **self._extraction.reading)
         path = self._folder / name
         kind = LAZY if self._extraction.kind == "lazy" else FEATURES
         with torch.inference_mode():

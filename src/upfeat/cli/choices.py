@@ -99,6 +99,23 @@ def add_engine(parser: argparse.ArgumentParser, what: str) -> None:
     )
 
 
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--bands`` and ``--max-value``."""
+    parser.add_argument(
+        "--bands",
+        type=bands_of,
+        metavar="N,N,N",
+        help="bands to use of files with several, counted from 0 (default: the first three)",
+    )
+    parser.add_argument(
+        "--max-value",
+        type=float,
+        metavar="VALUE",
+        help="value that becomes white, such as 4095 for 12 bits or 10000 for many reflectances "
+        "(default: the largest value of the file's type)",
+    )
+
+
 def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
     """Append the layers of ``--layer`` to a backbone's name, as in "timm:NAME@3,8"."""
     if not layers:

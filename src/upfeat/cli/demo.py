@@ -60,7 +60,7 @@ def execute(options: argparse.Namespace) -> int:
         raise ValueError(f"--port {options.port} must be from 0 to 65535")
     from upfeat.demo.models import Models
     from upfeat.demo.page import build, serve
-    from upfeat.demo.session import Visits
+    from upfeat.demo.visits import Visits
 
     models = Models(
         options.backbone,
@@ -68,7 +68,7 @@ def execute(options: argparse.Namespace) -> int:
         text_backbone=options.text_backbone,
         device=options.device,
     )
-    if options.host not in _LOOPBACK:
+    if options.host.strip("[]") not in _LOOPBACK:
         note(
             "demo",
             f"bound to {options.host}: everyone who can reach this machine can use the page and "

@@ -10,6 +10,7 @@ from upfeat.cli.choices import (
     add_backbone,
     add_early,
     add_engine,
+    add_reading,
     path_of,
     with_layers,
 )
@@ -70,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp16",
         help="number type of stored maps (default: fp16)",
     )
+    add_reading(parser)
     add_engine(parser, "image")
     parser.add_argument(
         "--max-memory",
@@ -99,7 +101,9 @@ def execute(options: argparse.Namespace) -> int:
         head.check_backbone(model.backbone, str(options.head))
     dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
     kind = options.kind if head is None else "head"
-    extraction = Extraction(kind, options.size, dtype, head)
+    extraction = Extraction(
+        kind, options.size, dtype, head, bands=options.bands, max_value=options.max_value
+    )
     columns = (TextColumn("{task.description}"), MofNCompleteColumn())
     with progress_bar(*columns, keep=True) as progress:
         task = progress.add_task("", total=None)

@@ -14,7 +14,7 @@ from upfeat.cli.choices import (
     UPSAMPLER_HELP,
     add_backbone,
     add_early,
-    bands_of,
+    add_reading,
     path_of,
     with_layers,
 )
@@ -91,19 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="refuse photographs with more pixels (default: %(default)s)",
     )
-    parser.add_argument(
-        "--bands",
-        type=bands_of,
-        metavar="N,N,N",
-        help="bands to use of files with several, counted from 0 (default: the first three)",
-    )
-    parser.add_argument(
-        "--max-value",
-        type=float,
-        metavar="VALUE",
-        help="value that becomes white, such as 4095 for 12 bits or 10000 for many reflectances "
-        "(default: the largest value of the file's type)",
-    )
+    add_reading(parser)
     parser.add_argument(
         "--max-memory",
         metavar="AMOUNT",

@@ -134,7 +134,18 @@ def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConf
         raise ValueError(f"{options.output}: holds no run to resume; name the folder of one")
     if photos is None:
         raise ValueError("photos: give the folder of photographs, as upfeat train photos/ -o RUN")
+    _check_weights(config.upsampler)
     return backbone or DEFAULT_BACKBONE, photos, config
+
+
+def _check_weights(upsampler: str) -> None:
+    from upfeat.upsamplers import create_upsampler, list_upsamplers
+
+    if upsampler in list_upsamplers() and not [*create_upsampler(upsampler).parameters()]:
+        raise ValueError(
+            f"upsampler={upsampler!r} has no weights to train; use it as it is, or train detail, "
+            "neighbourhood or jbu_stack"
+        )
 
 
 def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

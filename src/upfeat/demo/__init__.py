@@ -1,6 +1,7 @@
 """Web page of ``upfeat demo``.
 
-``session`` computes results, ``answers`` makes messages of them, ``page`` shows these by Gradio.
+``session`` computes results, ``visits`` stores photographs, ``answers`` makes messages of results,
+``page`` shows these by Gradio.
 """
 
 import os

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import secrets
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from upfeat.demo.models import Models
+from upfeat.demo.models import Models, offered
 from upfeat.demo.pictures import (
     colour_images,
     heat_image,
@@ -29,7 +30,8 @@ from upfeat.demo.pictures import (
     png_address,
     sheet,
 )
-from upfeat.demo.session import Pair, Visit, Visits, read_upload
+from upfeat.demo.session import Pair, Visit, read_upload
+from upfeat.demo.visits import Visits
 from upfeat.failures import failure_reason
 from upfeat.machine import readable, status
 
@@ -155,13 +157,14 @@ class Answers:
 
 
 def _answered(work: Callable[[], Answer]) -> Answer:
-    """Return an event's answer; errors that the visitor can mend become a one-line message."""
+    """Return an event's answer; errors become a one-line message."""
     try:
         answer = work()
     except Exception as error:
         reason = failure_reason(error)
-        if reason is None:
-            raise
+        if reason is None:  # raised, the viewer would wait for its answer for ever
+            traceback.print_exc()
+            reason = "an error of the program; the terminal of upfeat demo shows more"
         answer = {"kind": "error", "error": reason}
     return {**answer, "number": secrets.token_hex(4)}  # the viewer skips repeated numbers
 
@@ -180,6 +183,7 @@ def _opened(visit: Visit) -> Answer:
         "kind": "photo",
         "size": visit.shape,
         "grid": tuple(features.shape[2:]),
+        "coarse": f"Coarse ({offered([visit.model.backbone.name])[0][0]})",
         "name": f"Upsampled ({visit.model.upsampler.name})",
         "texts": visit.has_texts,
         "sample": visit.name if visit.name in PHOTOGRAPHS else None,
@@ -198,8 +202,10 @@ def _heat(pair: Pair, mode: str, text: str) -> Answer:
 
 
 def _picture(visit: Visit, mode: str) -> Image.Image:
-    if mode in visit.last:
-        pair = visit.last[mode]
+    if mode != "features":
+        pair = visit.last.get(mode)
+        if pair is None:
+            raise ValueError(f"there is no {mode} to draw yet; click, paint or write first")
         if mode == "segment":
             return sheet(visit, [label_image(part) for part in pair], "labels")
         span = heat_range(pair)

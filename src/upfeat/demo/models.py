@@ -55,7 +55,7 @@ class Models:
 
         Raises:
             FileNotFoundError: a file does not exist.
-            ValueError: a model cannot be loaded.
+            ValueError: a model cannot be loaded, or there is no such device.
         """
         texts = [] if text_backbone is None else [text_backbone]
         self._text_backbones = frozenset(texts)
@@ -64,9 +64,9 @@ class Models:
         self._device = device
         self._networks: dict[str, Backbone] = {}
         self._models: dict[tuple[str, str], FeatUp] = {}
-        for name in [*backbones, *texts] or self.backbones[:1]:
+        for name in [*backbones, *texts]:
             self._network(name)
-        for name in [*upsamplers]:
+        for name in dict.fromkeys([self.upsamplers[0], *upsamplers]):
             self(self.backbones[0], name)
 
     def __call__(self, backbone: str, upsampler: str) -> FeatUp:

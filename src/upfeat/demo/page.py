@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import socket
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from PIL import Image
 from upfeat.demo.answers import PHOTOGRAPHS, Answers, bundled
 from upfeat.demo.models import Models, offered
 from upfeat.demo.pictures import png_address
-from upfeat.demo.session import MAX_BYTES, MAX_PIXELS, SIZES, Visits
+from upfeat.demo.session import MAX_BYTES, MAX_PIXELS, SIZES
+from upfeat.demo.visits import Visits
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -24,6 +26,12 @@ HERE = Path(__file__).parent
 QUEUE = 24
 """Number of requests that may wait; further requests are refused."""
 
+_BUSY = """(...chosen) => {
+  const detail = { busy: "Computing features…" };
+  document.dispatchEvent(new CustomEvent("upfeat-say", { detail }));
+  return chosen;
+}"""
+"""Script that shows that features are being computed, and passes on what was chosen."""
 _BODY = MAX_BYTES * 4 // 3 + (1 << 16)
 _START = 448
 
@@ -37,7 +45,7 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
     """
     answers = Answers(models, visits)
     with gr.Blocks(title="upfeat", analytics_enabled=False) as blocks:
-        token = gr.State(None, time_to_live=visits.seconds, delete_callback=visits.drop)
+        token = gr.State(None)
         gr.HTML(_HEADING, elem_classes="uf-heading")
         picker = gr.HTML("", html_template=_picker(), js_on_load=_read("picker.js"))
         with gr.Row(elem_classes="uf-models"):
@@ -67,7 +75,7 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         picker.choose(answers.choose, chosen, **opening)
         picker.upload(answers.upload, chosen, **opening)
         for control in (backbone, upsampler, size):
-            control.change(answers.change, chosen, **listen)
+            control.change(answers.change, chosen, js=_BUSY, **listen)
         viewer.pick(answers.pick, [token], **listen)
         viewer.strokes(answers.strokes, [token], **listen)
         viewer.prompt(answers.prompt, [token], **listen)
@@ -89,13 +97,15 @@ def serve(
         say: called with the page's address.
 
     Raises:
-        OSError: the port is in use.
+        ValueError: the port is in use, or the address is not one of this machine's.
     """
     from starlette.middleware import Middleware
 
+    host = host.strip("[]")
+    port = _free_port(host, port)
     _, address, _ = blocks.launch(
-        server_name=host,
-        server_port=port or _free_port(host),
+        server_name=f"[{host}]" if ":" in host else host,  # as in addresses of IPv6
+        server_port=port,
         prevent_thread_lock=True,
         quiet=True,
         share=False,
@@ -119,11 +129,19 @@ def serve(
         blocks.block_thread()
 
 
-def _free_port(host: str) -> int:
-    """Return a port that is free now, since Gradio does not take 0 for any free port."""
+def _free_port(host: str, port: int) -> int:
+    """Return the port if it is free, or any free port for 0, which Gradio does not take."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
-        probe.bind((host, 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(f"port={port} is in use; give another, or 0 for any") from None
+            raise ValueError(
+                f"host={host!r} must be an address of this machine ({error.strerror})"
+            ) from None
         return probe.getsockname()[1]
 
 

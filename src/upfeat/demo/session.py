@@ -1,18 +1,18 @@
-"""Visitors' photographs with their features, the results computed from them, and their storage.
+"""Visitors' photographs with their features, and the results computed from them.
 
 Only files made for a download are written to disk; they are read back and removed. Little memory is
-kept for a photograph: coarse features, guidance, and the lengths of the upsampled features. The
+kept for a photograph: coarse features, guidance, lengths of the upsampled features, results. The
 upsampling weights, which are large, are kept for the last few photographs only.
 """
 
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -24,7 +24,7 @@ from upfeat.bounds import number
 from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.images import read_image
-from upfeat.machine import release_memory, resized
+from upfeat.machine import resized
 from upfeat.probes import LinearProbe, Pixels, fit_classifier
 from upfeat.text import TextBackbone
 from upfeat.visualize import PCABasis
@@ -61,7 +61,7 @@ class Pair(NamedTuple):
 
 
 def read_upload(content: bytes, label: str = "the file") -> Tensor:
-    """Decode an uploaded photograph and resize it to the largest offered size.
+    """Decode an uploaded photograph and reduce it to the area of the largest offered size.
 
     Args:
         content: bytes of the file.
@@ -87,8 +87,12 @@ def read_upload(content: bytes, label: str = "the file") -> Tensor:
             raise ValueError(
                 f"{label} has more than {MAX_PIXELS // 10**6} million pixels; make it smaller first"
             ) from None
-        raise ValueError(f"{label}: {str(error).removeprefix('image: ')}") from None
-    image = _within(image, SIZES[-1])
+        reason = str(error).removeprefix("image: ")
+        if re.search(r"\w=", reason):  # options of read_image, which the page does not have
+            reason = "no photograph of 8 or 16 bits and three colours; save it as PNG or JPEG first"
+        raise ValueError(f"{label}: {reason}") from None
+    if image[0].numel() > 2 * SIZES[-1] ** 2:  # smaller ones stay as they are, as for preprocess
+        image = _within(image, SIZES[-1])
     return (image * 255).round().byte()
 
 
@@ -98,7 +102,7 @@ class Visit:
     Attributes:
         photo: (3, H, W) uint8, at the size of the result.
         seconds: duration of each part of the computation, by name.
-        last: the last result, by its kind: "similarity", "text" or "segment".
+        last: the last result of each kind: "similarity", "text" and "segment".
         head: the last probe; ``None`` before the first.
     """
 
@@ -146,7 +150,7 @@ class Visit:
     def kept(self) -> int:
         """Bytes kept between requests, without the upsampling weights."""
         tensors = [self.lazy.features, self.lazy.guidance, self.original, self.photo]
-        tensors += [*self._colours, self._lengths]
+        tensors += [*self._colours, self._lengths, *chain(*self.last.values())]
         tensors += [] if self.lazy.hidden is None else [self.lazy.hidden]
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
@@ -245,7 +249,7 @@ class Visit:
         return _written(lambda path: save_head(path, head))
 
     def _keep(self, name: str, coarse: Tensor, fine: Tensor) -> Pair:
-        self.last = {name: Pair(coarse, fine)}  # only one result, so that memory stays bounded
+        self.last[name] = Pair(coarse, fine)
         return self.last[name]
 
     def _pixel_cosines(self, vectors: Tensor) -> Tensor:
@@ -269,76 +273,10 @@ class Visit:
         if not bool(((table >= 0) & (table < limits)).all()):
             raise ValueError("a stroke leaves the photograph, or has an unknown class")
         table = table.long().unique(dim=0)
-        step = -(-len(table) // MAX_STROKE_POINTS) or 1
-        return table[::step]
-
-
-class Visits:
-    """Store of the visitors' photographs, bounded in number and time.
-
-    A photograph is stored under its visitor's token, which only the server knows, so that nobody
-    can request another visitor's photograph.
-    """
-
-    def __init__(
-        self,
-        most: int = 32,
-        *,
-        warm: int = 3,
-        seconds: float = 1200,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        """Start with an empty store.
-
-        Args:
-            most: largest number of photographs; the least recently used is removed first.
-            warm: number of the last used photographs whose upsampling weights are kept too.
-            seconds: time after which an unused photograph is removed.
-            clock: function that returns the time in seconds; replaced by tests.
-        """
-        self.most, self.warm, self.seconds = most, warm, seconds
-        self._clock, self._lock = clock, threading.Lock()
-        self._visits: OrderedDict[str, tuple[float, Visit]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._visits)
-
-    def put(self, token: str, visit: Visit) -> None:
-        """Store a visitor's photograph, which replaces the visitor's previous photograph."""
-        with self._lock:
-            self._visits.pop(token, None)
-            self._visits[token] = self._clock(), visit
-            self._tidy()
-        release_memory()  # weights are in reference cycles, and allocators keep freed memory
-
-    def get(self, token: str | None) -> Visit:
-        """Return a visitor's photograph.
-
-        Raises:
-            ValueError: the visitor has no photograph, or it has been removed.
-        """
-        with self._lock:
-            self._tidy()
-            if token is None or token not in self._visits:
-                raise ValueError("no photograph is loaded any more; choose one again")
-            _, visit = self._visits.pop(token)
-            self._visits[token] = self._clock(), visit
-            self._tidy()
-            return visit
-
-    def drop(self, token: str | None) -> None:
-        """Remove a visitor's photograph."""
-        with self._lock:
-            self._visits.pop(token or "", None)
-
-    def _tidy(self) -> None:
-        oldest = self._clock() - self.seconds
-        for token in [token for token, (used, _) in self._visits.items() if used < oldest]:
-            del self._visits[token]
-        while len(self._visits) > self.most:
-            self._visits.popitem(last=False)
-        for _, visit in list(self._visits.values())[: -self.warm]:
-            visit.cool()
+        parts = [table[table[:, 0] == one] for one in table[:, 0].unique()]
+        most = MAX_STROKE_POINTS // max(len(parts), 1)
+        # Each class is thinned by itself, so that none of few points is lost.
+        return torch.cat([table[:0], *(part[:: -(-len(part) // most)] for part in parts)])
 
 
 def _within(image: Tensor, size: int) -> Tensor:

@@ -6,8 +6,9 @@ const $$ = (query) => [...root.querySelectorAll(query)];
 const COLOURS = ["#e66101", "#1e78dc", "#009e60"];
 const IDLE = { features: "Computing features…", similarity: "No pixel has been clicked yet.", segment: "Nothing has been painted yet.", text: "No text has been given yet." };
 const shown = {};  // by mode: { coarse, fine, low, high }
-let size = null, mode = "features", brush = 0, strokes = [], stroke = null;
-let zoom = 1, centre = [0.5, 0.5], cross = null, pending = null, waiting = false, last = null;
+let size = null, mode = "features", brush = 0, strokes = [], stroke = null, busy = false;
+let zoom = 1, centre = [0.5, 0.5], cross = null, waiting = false, last = null;
+const pending = new Map();  // by kind of request
 
 // ---- state that CSS shows
 function choose(group, name, value) {
@@ -33,9 +34,11 @@ function say(text) {
   error.textContent = text.error || "";
   if (text.error) error.scrollIntoView({ block: "nearest" });  // on a phone it is below the pictures
   if (text.status) $(".uf-status").textContent = text.status;
-  root.classList.toggle("uf-busy", Boolean(text.busy));
-  root.setAttribute("aria-busy", Boolean(text.busy));
-  if (text.busy) $(".uf-status").textContent = text.busy;
+  if (text.busy === undefined) return;
+  busy = Boolean(text.busy);  // another photograph is on its way; clicks on this one are too late
+  root.classList.toggle("uf-busy", busy);
+  root.setAttribute("aria-busy", busy);
+  if (busy) $(".uf-status").textContent = text.busy;
 }
 document.addEventListener("upfeat-say", (event) => say(event.detail));
 
@@ -44,7 +47,7 @@ function draw() {
   const maps = shown[mode];
   const slider = root.dataset.layout === "slider";
   root.classList.toggle("uf-empty", !maps);
-  $(".uf-coarse .uf-name").textContent = slider ? `Coarse ◂ ▸ ${shown.name || "Upsampled"}` : "Coarse";
+  $(".uf-coarse .uf-name").textContent = slider ? `Coarse ◂ ▸ ${shown.name || "Upsampled"}` : shown.coarse || "Coarse";
   $(".uf-fine .uf-name").textContent = shown.name || "Upsampled";
   if (size) $(".uf-coarse .uf-size").textContent = slider ? `${shown.cells} → ${size.join(" × ")}` : shown.cells;
   if (maps) {
@@ -59,7 +62,8 @@ function draw() {
     $(".uf-high").textContent = number(maps.high);
   }
   $("[data-fetch=picture]").disabled = !maps;
-  if (!waiting) $(".uf-status").textContent = maps ? maps.status : IDLE[mode];
+  const idle = mode === "segment" && strokes.length ? "Now paint a stroke of another class." : IDLE[mode];
+  if (!waiting) $(".uf-status").textContent = maps ? maps.status : idle;
   place();
 }
 function place() {
@@ -106,9 +110,10 @@ function paint() {
   }
 }
 
-// ---- requests: one at a time; of requests made meanwhile, only the last is sent
+// ---- requests: one at a time; of requests made meanwhile, only the last of each kind is sent
 function ask(kind, data) {
-  if (waiting) { pending = [kind, data]; return; }
+  if (busy) return;
+  if (waiting) { pending.delete(kind); pending.set(kind, data); return; }
   waiting = true;
   root.classList.add("uf-working");
   root.dataset.asked = String(Number(root.dataset.asked || 0) + 1);
@@ -121,12 +126,12 @@ function answered() {
   waiting = false;
   root.classList.remove("uf-working");
   root.dataset.answered = String(Number(root.dataset.answered || 0) + 1);
-  if (pending) { const [kind, data] = pending; pending = null; ask(kind, data); }
+  for (const [kind, data] of pending) { pending.delete(kind); ask(kind, data); return; }
 }
 // Gradio does not report a full queue; without this check the viewer would wait for ever.
-function refused() {
-  pending = null;
-  say({ error: "Too many requests are waiting here; try again in a moment.", status: "Nothing was changed." });
+function refused(error) {
+  pending.clear();
+  say({ error, status: "Nothing was changed.", busy: "" });
   answered();
 }
 const plainFetch = window.fetch;
@@ -134,14 +139,15 @@ window.fetch = async (...request) => {
   const joins = String(request[0]?.url ?? request[0]).includes("/queue/join");
   try {
     const answer = await plainFetch(...request);
-    if (joins && !answer.ok) refused();
+    if (joins && !answer.ok) refused("Too many requests are waiting here; try again in a moment.");
     return answer;
   } catch (error) {
-    if (joins) refused();
+    if (joins) refused("The server does not answer; is upfeat demo still running?");
     throw error;
   }
 };
 function pick(y, x) {
+  if (busy) return;
   cross = [y, x];
   if (mode === "segment") {
     strokes.push({ label: brush, points: [[y, x]] });
@@ -155,8 +161,9 @@ function learn() {
   const labels = new Set(strokes.map((one) => one.label));
   if (labels.size < 2) {
     delete shown.segment;
+    pending.delete("strokes");
+    $("[data-fetch=head]").disabled = true;
     draw();
-    if (strokes.length) say({ status: "Now paint a stroke of another class." });
     return;
   }
   const rows = new Map();
@@ -177,15 +184,16 @@ function learn() {
 function receive(value) {
   if (!value || !value.kind || value.number === last) return;  // Gradio announces a value more than once
   last = value.number;
-  if (value.kind === "error") { say({ error: value.error, status: value.status || "Nothing was changed." }); answered(); return; }
+  if (value.kind === "error") { say({ error: value.error, status: value.status || "Nothing was changed.", busy: "" }); answered(); return; }
   if (value.kind === "photo") {
     for (const key of Object.keys(shown)) delete shown[key];
     size = value.size;
-    strokes = []; stroke = null; cross = null; zoom = 1; centre = [0.5, 0.5]; pending = null;
+    strokes = []; stroke = null; cross = null; zoom = 1; centre = [0.5, 0.5]; pending.clear();
     root.style.setProperty("--uf-aspect", `${size[1]} / ${size[0]}`);
     root.style.setProperty("--uf-ratio", size[1] / size[0]);
     for (const base of $$(".uf-base")) base.src = value.photo;
     shown.name = value.name;
+    shown.coarse = value.coarse;
     shown.features = { ...value.maps, status: value.status };
     $(".uf-photo .uf-size").textContent = $(".uf-fine .uf-size").textContent = `${size[0]} × ${size[1]}`;
     shown.cells = `${value.grid.join(" × ")} cells`;
@@ -194,12 +202,19 @@ function receive(value) {
     text.hidden = !value.texts;
     $("[data-fetch=head]").disabled = true;
     root.dataset.loaded = String(Number(root.dataset.loaded || 0) + 1);
+    say({ busy: "" });
     setMode("features");
     paint();
   } else if (value.kind === "maps") {
-    shown[value.mode] = { ...value.maps, status: value.status };
-    if (value.mode === "segment") $("[data-fetch=head]").disabled = false;
-    if (mode !== value.mode) setMode(value.mode); else draw();
+    const cleared = value.mode === "segment" && new Set(strokes.map((one) => one.label)).size < 2;
+    if (!cleared) {
+      shown[value.mode] = { ...value.maps, status: value.status };
+      if (value.mode === "segment") $("[data-fetch=head]").disabled = false;
+    }
+    answered();
+    say({});
+    draw();  // the visitor may have chosen another mode meanwhile
+    return;
   } else if (value.kind === "file") {
     const bytes = Uint8Array.from(atob(value.data), (c) => c.charCodeAt(0));
     const link = document.createElement("a");
@@ -228,7 +243,7 @@ for (const frame of $$(".uf-frame")) {
   let down = null;
   const photo = Boolean(frame.closest(".uf-photo")), compare = Boolean(frame.closest(".uf-coarse"));
   frame.addEventListener("pointerdown", (event) => {
-    if (!size || event.button) return;
+    if (!size || busy || event.button) return;
     const { x, y, box } = pixel(event, frame);
     const split = box.left + ($(".uf-slide input").value / 100) * box.width;
     const grip = compare && root.dataset.layout === "slider" && Math.abs(event.clientX - split) < 24;

@@ -51,7 +51,7 @@ def score(
     The arguments are those of that function; ``out/cache`` is written.
     """
     config = config or EvalConfig()
-    network = _load_backbone(task, backbone, checked_device(device))
+    network = _load_backbone(task, backbone, find_device(device))
     if config.size < network.stride:
         raise ValueError(
             f"size={config.size} must be at least the stride of {network.name} ({network.stride})"
@@ -107,18 +107,6 @@ def score(
     results.problems = dataset.problems + evaluation.problems
     results.examples = _examples(evaluation)
     return results
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """Return a device after a check that it can store tensors.
-
-    Raises:
-        ValueError: it cannot, because it does not exist or is the meta device.
-    """
-    found = find_device(device)
-    if found.type == "meta":
-        raise ValueError('device="meta" cannot be used: tensors have no values there')
-    return found
 
 
 def _facts(parts: dict[str, PreparedSet]) -> dict[str, dict[str, str | int]]:
