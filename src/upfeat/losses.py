@@ -147,9 +147,8 @@ def magnitude_consistency(predicted: Tensor, target: Tensor) -> Tensor:
         A scalar.
     """
     check_map("predicted", predicted)
-    if predicted.shape[1] != 1:
-        predicted = magnitude(predicted)
-    length = magnitude(target)
+    # The magnitude of a map of magnitudes is the map itself.
+    predicted, length = magnitude(predicted), magnitude(target)
     _check_same("predicted magnitude", predicted, "target magnitude", length)
     return (predicted - length).square().mean()
 
