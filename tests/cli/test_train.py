@@ -210,6 +210,16 @@ def test_interruption_says_how_to_go_on(photos, tmp_path, capsys, monkeypatch, b
     assert ("there is nothing to resume" in shown) == (not begun)
 
 
+@pytest.mark.parametrize("backbone", [3, [], {"a": 1}, [None]])
+def test_backbones_of_a_file_are_names(photos, tmp_path, capsys, backbone):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"backbone": backbone}))
+    assert run(photos, "-o", tmp_path / "run", "--config", file) == 2
+    shown = capsys.readouterr().err
+    assert "c.json: backbone=" in shown
+    assert shown.count("\n") == 1
+
+
 def test_options_are_added_to_those_of_the_file(tmp_path):
     file = tmp_path / "c.json"
     file.write_text(json.dumps({"upsampler_options": {"radius": 3, "width": 8}}))

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfeat.bounds import shown
 from upfeat.cli.choices import (
     BACKBONE_HELP,
     DEFAULT_BACKBONE,
@@ -153,6 +154,8 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         source = str(options.config)
         if "out" in settings:
             raise ValueError(f"{source}: out: give it as -o FOLDER instead")
+        if "backbone" in settings:
+            _check_names(source, settings["backbone"])
     for name in ("preset", "backbone"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
@@ -169,6 +172,12 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         # Anything but a dictionary is left for the check of the settings to refuse.
         settings["upsampler_options"] = {**others, **given} if isinstance(others, dict) else others
     return settings, source
+
+
+def _check_names(source: str, backbone: Any) -> None:
+    names = backbone if isinstance(backbone, list) else [backbone]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source}: backbone={shown(backbone)} must be a name or several")
 
 
 def _value(text: str) -> Any:

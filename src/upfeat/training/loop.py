@@ -24,7 +24,7 @@ from upfeat.training.config import TrainConfig
 from upfeat.training.folder import RunFolder
 from upfeat.training.photographs import Listing, Photographs, load_parts
 from upfeat.training.processes import Processes, processes
-from upfeat.training.record import OnStep, Record, StepReport
+from upfeat.training.record import OnStep, Record, StepReport, writer_class
 from upfeat.training.trainer import Trainer
 from upfeat.training.validation import normalised, validate
 from upfeat.upsamplers import Upsampler
@@ -75,6 +75,8 @@ def train(
     _check_kinds(photos, config, on_step)
     if config.out is None:
         return _train_in_passing(backbone, photos, config, resume, on_step)
+    if config.tensorboard:
+        writer_class()  # is installed, or nothing is written
     folder = RunFolder(config)
     backbones = _load_backbones(backbone)
     several = backbone if isinstance(backbone, list | tuple) else [backbone]
@@ -98,7 +100,7 @@ def train(
         if state is not None:
             trainer.load_state(state)
         if group.is_main:
-            for line in (listing.summary(), *trainer.cautions()):
+            for line in (listing.summary(), _patience(config, listing), *trainer.cautions()):
                 if line is not None:
                     warnings.warn(line, stacklevel=2)
         with _interruption() as interrupted:
@@ -106,6 +108,16 @@ def train(
         trainer.finish()
         group.on_main(lambda: _export(trainer, folder))
     return trainer.upsampler.cpu().eval()
+
+
+def _patience(config: TrainConfig, listing: Listing) -> str | None:
+    """Return a warning about patience without photographs to validate on."""
+    if config.patience is None or listing.validation:
+        return None
+    return (
+        f"patience={config.patience} has no effect, as no photograph is held out of "
+        f"{len(listing.train)}; give --validation-images"
+    )
 
 
 def _check_kinds(photos: object, config: object, on_step: object) -> None:
