@@ -91,6 +91,15 @@ def test_never_runs_code(files, tmp_path, monkeypatch):
     assert not (tmp_path / "exploded").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"<html>404</html>", b"version https://git-lfs", b"\xff\xd8\xff\xe0"]
+)
+def test_what_was_not_downloaded_is_told_from_code(tmp_path, content):
+    (tmp_path / "naf.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"naf\.pth: not a PyTorch checkpoint"):
+        upfeat.load_upsampler(tmp_path / "naf.pth")
+
+
 def test_damaged_files_in_one_line(files, tmp_path):
     path, _ = files["anyup"]
     state = torch.load(path)

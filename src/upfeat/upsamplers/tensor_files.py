@@ -43,6 +43,13 @@ def load_pickled(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            start = file.read(1)
+        if "Unsupported operand" in str(error) and start != pickle.PROTO:  # no pickle at all
+            raise ValueError(
+                f"{path}: not a PyTorch checkpoint, perhaps a web page or a pointer of Git LFS; "
+                "download the file itself"
+            ) from None
         # Only the name of the object: PyTorch's message advises to switch its protection off.
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = "" if named is None else f", {named[1][:80]}"
