@@ -238,14 +238,15 @@ def crf_pairwise(
     with torch.autocast(image.device.type, enabled=False):  # squared distances cancel digits
         place = torch.stack([y, x], dim=-1).to(image.dtype) / max(height, width)  # (P, 2)
         colour = _at(image, y * width + x)  # (B, P, 3)
-        # Coordinates are divided by their standard deviations: one distance combines place and colour.
+        # Coordinates are divided by their standard deviations: one distance combines both.
         both = [place.expand(len(image), -1, -1) / alpha**0.5, colour / beta**0.5]
         near = torch.exp(_squared_distances(place) / (-2 * gamma))  # (P, P)
         kernel = torch.exp(_squared_distances(torch.cat(both, dim=-1)) * -0.5)  # (B, P, P)
         kernel = torch.add(w2 * near - shift, kernel, alpha=w1)
         points = _at(features, y * width + x)  # (B, P, C)
-        # The sum of kernel · |f_i - f_j|² is twice f' L f with L the kernel's graph Laplacian. It does
-        # not change if a constant is added to all f; subtracting one of them avoids cancellation.
+        # The sum of kernel · |f_i - f_j|² is twice f' L f with L the kernel's graph Laplacian. It
+        # does not change if a constant is added to all f; subtracting one of them avoids
+        # cancellation.
         points = points.to(torch.promote_types(points.dtype, kernel.dtype))
         points = points - points[:, :1].detach()
         own = (points.square().sum(-1) * kernel.sum(-1)).sum()
