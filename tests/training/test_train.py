@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published_reference import published_state
 from training.small import log, small_backbone, small_config, weights
 
 import upfeat
@@ -226,6 +227,26 @@ def test_tensorboard_gets_scalars_and_pictures(photos, backbone, tmp_path):
     events.Reload()
     assert {"train/loss", "validation/error", "learning_rate"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["features"]
+
+
+def test_training_starts_from_a_published_checkpoint(photos, backbone, tmp_path):
+    torch.manual_seed(0)
+    published = upfeat.JAFAR(6)
+    torch.save(published_state(published), tmp_path / "jafar.pth")
+    config = small_config(
+        tmp_path / "run", upsampler=str(tmp_path / "jafar.pth"), upsampler_options={}, steps=1
+    )
+    trained = upfeat.train(backbone, photos, config)
+    assert trained.origin.startswith("trained from JAFAR (")
+    told = json.loads((tmp_path / "run" / "upsampler" / "training.json").read_text())
+    assert told["origin"] == trained.origin
+    steps = [
+        float((new - old).abs().max())
+        for new, old in zip(
+            trained.state_dict().values(), published.state_dict().values(), strict=True
+        )
+    ]
+    assert 0 < max(steps) < 0.02
 
 
 class TestBadInput:

@@ -122,7 +122,7 @@ class TrainConfig:
 
     upsampler: str = setting(
         "neighbourhood",
-        "name of the upsampler, or folder of saved weights to start from",
+        "name of the upsampler, or folder or published checkpoint of weights to start from",
         Name(optional=False),
     )
     upsampler_options: dict[str, Any] = setting(

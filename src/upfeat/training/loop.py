@@ -314,7 +314,10 @@ def _export(trainer: Trainer, folder: RunFolder) -> None:
             "--resume writes them again"
         ) from None
     best = {key: trainer.best[key] for key in ("step", "scores") if key in trainer.best}
-    folder.finish({"state": "finished", "steps": trainer.step, "validation": best or None})
+    outcome = {"state": "finished", "steps": trainer.step, "validation": best or None}
+    if trainer.upsampler.origin is not None:  # a published checkpoint, with its licence
+        outcome["origin"] = trainer.upsampler.origin
+    folder.finish(outcome)
 
 
 def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Backbone]:
