@@ -65,6 +65,20 @@ def test_interrupted(photos, backbone, tmp_path, number):
     assert log(tmp_path / "run") == log(tmp_path / "whole")
 
 
+def test_a_finished_run_that_goes_on_is_not_finished(photos, backbone, tmp_path):
+    def state():
+        return json.loads((tmp_path / "run" / "run.json").read_text())["state"]
+
+    config = small_config(tmp_path / "run", steps=2)
+    upfeat.train(backbone, photos, config)
+    assert state() == "finished"
+    seen = []
+    longer = small_config(tmp_path / "run", steps=3)
+    upfeat.train(backbone, photos, longer, resume=True, on_step=lambda _: seen.append(state()))
+    assert seen == ["running"]
+    assert state() == "finished"
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(photos, backbone, tmp_path):
     upfeat.train(backbone, photos, small_config(tmp_path / "run"))
     expected = weights(tmp_path / "run"), log(tmp_path / "run")

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,9 @@ from upfeat.png_colours import embedded_profile
 from upfeat.randomness import stream
 
 _NAMES_SHOWN = 3
+_LARGE = 1 << 22
+"""Number of pixels above which images are converted one at a time, as each takes many bytes."""
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -280,7 +285,10 @@ def _decode(path: Path, short_side: int | None) -> Image.Image | Tensor:
     except ValueError:
         return read_image(path)  # which reads more formats, and names the package for others
     plain = image.mode == "RGB" or (image.mode == "L" and not embedded_profile(image.info))
-    return image if plain and "transparency" not in image.info else read_image(path)
+    if plain and "transparency" not in image.info:
+        return image
+    with _ALONE if image.width * image.height > _LARGE else nullcontext():
+        return read_image(path)
 
 
 def _sides(photo: Image.Image | Tensor) -> tuple[int, int]:
