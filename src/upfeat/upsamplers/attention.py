@@ -21,7 +21,7 @@ from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.base import Kernels, Upsampler
-from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.checks import check_buffer, check_inputs
 from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
 
@@ -182,7 +182,8 @@ class AttentionUpsampler(Upsampler):
             ``out``, or (B, C, *output_size).
 
         Raises:
-            ValueError: as :meth:`Upsampler.forward`, or the buffer has another shape.
+            ValueError: as :meth:`Upsampler.forward`, or the buffer has another shape, or shares
+                memory with the features or the guidance.
         """
         given = [one for one in (features, guidance) if isinstance(one, Tensor)]
         if any(isinstance(side, torch.SymInt) for one in given for side in one.shape[2:]):
@@ -193,9 +194,7 @@ class AttentionUpsampler(Upsampler):
         if out is None:
             return super().forward(features, guidance, output_size, hidden=hidden)
         size = check_inputs(features, guidance, output_size)
-        expected = (*features.shape[:2], *size)
-        if tuple(out.shape) != expected or not out.is_floating_point():
-            raise ValueError(buffer_refused(out, expected))
+        check_buffer(out, (*features.shape[:2], *size), features, guidance)
         with torch.no_grad():
             grid = (features.shape[2], features.shape[3])
             kernels = self.prepare_with(guidance, grid, size, features, hidden)
@@ -244,11 +243,6 @@ class AttentionUpsampler(Upsampler):
         ]
         out = kernels.attend(torch.cat(parts, dim=1), window, [outputs] * len(blocks))
         return out.unflatten(1, (len(blocks), outputs)).sum(1)
-
-
-def buffer_refused(out: Tensor, expected: tuple[int, ...]) -> str:
-    """Return the message for a buffer whose shape is wrong or whose type is not floating point."""
-    return f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
 
 
 def _overlap(chosen: range, start: int, count: int) -> int:

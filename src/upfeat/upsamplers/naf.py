@@ -17,11 +17,10 @@ from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import (
     AttentionKernels,
     AttentionUpsampler,
-    buffer_refused,
     shifted_window,
 )
 from upfeat.upsamplers.base import UPSAMPLERS
-from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.checks import check_buffer, check_inputs
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4
@@ -144,8 +143,8 @@ class NAF(AttentionUpsampler):
         expected = (*features.shape[:2], *size)
         if out is None:
             out = features.new_empty(expected)
-        elif tuple(out.shape) != expected:
-            raise ValueError(buffer_refused(out, expected))
+        else:
+            check_buffer(out, expected, features, guidance)
         image = self._image(guidance, size)
         grid = (features.shape[2], features.shape[3])
         for index, (values, part) in enumerate(
