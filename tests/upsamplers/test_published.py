@@ -174,6 +174,19 @@ def test_fills_a_buffer(name, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("learns", ["features", "image", "weights", "nothing"])
+def test_autocast_costs_no_digits(name, learns):
+    upsampler = tiny(name, torch.float32).requires_grad_(learns == "weights")
+    image, features = sample(dtype=torch.float32)
+    image.requires_grad_(learns == "image")
+    features.requires_grad_(learns == "features")
+    expected = upsampler(features, image).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = upsampler(features, image)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("large", [1, 2**24])
 def test_buffers_in_the_memory_of_the_inputs_are_refused(name, large, monkeypatch):
     monkeypatch.setattr("upfeat.upsamplers.naf._LARGE", large)

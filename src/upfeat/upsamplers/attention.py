@@ -8,7 +8,9 @@ channels, or each head's weights are applied to a block of channels of its own.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ from upfeat.upsamplers.base import Kernels, Upsampler
 from upfeat.upsamplers.checks import check_buffer, check_inputs
 from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
+
+Prepare = TypeVar("Prepare", bound=Callable[..., Any])
 
 _BAND_BYTES = 32 * 2**20
 """Approximate size of a band of rows, before it is copied into a caller's buffer."""
@@ -111,6 +115,19 @@ class AttentionKernels:
             blocks=blocks,
             backend=self.backend,
         )
+
+
+def without_autocast(prepare: Prepare) -> Prepare:
+    """Make ``prepare`` compute in the precision of its arguments under autocast, too."""
+
+    @wraps(prepare)
+    def exact(self: AttentionUpsampler, guidance: Tensor, *given: Any, **options: Any) -> Any:
+        if not torch.is_autocast_enabled(guidance.device.type):
+            return prepare(self, guidance, *given, **options)
+        with torch.autocast(guidance.device.type, enabled=False):
+            return prepare(self, guidance, *given, **options)
+
+    return cast(Prepare, exact)
 
 
 class AttentionUpsampler(Upsampler):

@@ -18,6 +18,7 @@ from upfeat.upsamplers.attention import (
     AttentionKernels,
     AttentionUpsampler,
     shifted_window,
+    without_autocast,
 )
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.checks import check_buffer, check_inputs
@@ -92,6 +93,7 @@ class NAF(AttentionUpsampler):
         """See :meth:`Upsampler.config`."""
         return {"width": self.width, "heads": self.heads, "window_side": self.window_side}
 
+    @without_autocast
     def prepare(
         self,
         guidance: Tensor,
