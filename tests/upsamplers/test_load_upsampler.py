@@ -75,6 +75,16 @@ def test_a_hash_may_be_asked_for(files, name):
         upfeat.load_upsampler("detail", sha256=digest)
 
 
+def test_saved_folders_keep_the_origin(files, tmp_path):
+    upsampler = upfeat.load_upsampler(files["naf"][0])
+    upsampler.save_pretrained(tmp_path / "naf")
+    assert upfeat.load_upsampler(tmp_path / "naf").origin == upsampler.origin
+    config = tmp_path / "naf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"origin": 3}))
+    with pytest.raises(ValueError, match="origin=3 must be a text"):
+        upfeat.load_upsampler(tmp_path / "naf")
+
+
 class Bomb:
     def __reduce__(self):
         return (Path.touch, (Path("exploded"),))

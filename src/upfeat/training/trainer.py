@@ -321,7 +321,7 @@ def _saved(config: TrainConfig) -> Upsampler:
         )
     upsampler.trained_for = None
     if upsampler.origin is not None:
-        upsampler.origin = f"trained from {upsampler.origin}"
+        upsampler.origin = f"trained from {upsampler.origin.removeprefix('trained from ')}"
     return upsampler
 
 
