@@ -225,11 +225,11 @@ class TestErrors:
             losses.SpatialUncertainty(4).double()(x)
 
     def test_counts(self) -> None:
-        with pytest.raises(ValueError, match="n_points must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="n_points=0 must be 1 or more"):
             losses.crf_pairwise(_random(1, 3, 4, 5), _random(1, 3, 4, 5), n_points=0)
-        with pytest.raises(ValueError, match="embed_dim and n must be at least 1, got 3 and 0"):
+        with pytest.raises(ValueError, match="n=0 must be 1 or more"):
             losses.random_projection(3, 0)
-        with pytest.raises(ValueError, match="embed_dim must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="embed_dim=0 must be 1 or more"):
             losses.SpatialUncertainty(0)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from upfeat.bounds import number
+from upfeat.bounds import number, whole
 from upfeat.downsamplers import gaussian_blur
 from upfeat.warp import check_map, working_dtype
 
@@ -47,9 +47,7 @@ class SpatialUncertainty(nn.Module):
             ValueError: ``embed_dim`` is below 1.
         """
         super().__init__()
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim must be at least 1, got {embed_dim}")
-        self.embed_dim = embed_dim
+        self.embed_dim = embed_dim = whole("embed_dim", embed_dim)
         bound = 0.1 / math.sqrt(embed_dim)
         self.weight = nn.Parameter(torch.empty(1, embed_dim, 1, 1))
         self.bias = nn.Parameter(torch.empty(1))
@@ -226,8 +224,7 @@ def crf_pairwise(
             f"features {tuple(features.shape)} and image {tuple(image.shape)} must agree in batch "
             "and size; warp both by the same jitter, to one size"
         )
-    if n_points < 1:
-        raise ValueError(f"n_points must be at least 1, got {n_points}")
+    n_points = whole("n_points", n_points, 1, 1 << 16)
     height, width = image.shape[-2:]
     device = generator.device if generator is not None else None
     y, x = (
@@ -278,8 +275,7 @@ def random_projection(
     Raises:
         ValueError: ``embed_dim`` or ``n`` is below 1.
     """
-    if embed_dim < 1 or n < 1:
-        raise ValueError(f"embed_dim and n must be at least 1, got {embed_dim} and {n}")
+    embed_dim, n = whole("embed_dim", embed_dim), whole("n", n)
     source = generator.device if generator is not None else device
     draw = torch.randn(embed_dim, n, generator=generator, dtype=dtype, device=source)
     return functional.normalize(draw, dim=0).to(device or draw.device)
