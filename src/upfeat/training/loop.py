@@ -352,13 +352,15 @@ def _placed(backbones: list[Backbone], device: torch.device) -> Iterator[None]:
 def _interruption() -> Iterator[threading.Event]:
     """Set the event that is yielded at the first SIGINT or SIGTERM, so that a step is completed.
 
-    A second signal has its usual effect. Outside the main thread, no signals are handled.
+    A second signal has its usual effect, and an ignored one, as in the background of a script, stays
+    ignored. Outside the main thread, no signals are handled.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {one: handler for one, handler in before.items() if handler is not signal.SIG_IGN}
 
     def stop(number: int, frame: object) -> None:
         event.set()
