@@ -352,8 +352,8 @@ def _placed(backbones: list[Backbone], device: torch.device) -> Iterator[None]:
 def _interruption() -> Iterator[threading.Event]:
     """Set the event that is yielded at the first SIGINT or SIGTERM, so that a step is completed.
 
-    A second signal has its usual effect, and an ignored one, as in the background of a script, stays
-    ignored. Outside the main thread, no signals are handled.
+    A second signal has its usual effect. Ignored signals stay ignored, as in the background of a
+    script. Outside the main thread, no signals are handled.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
