@@ -176,6 +176,11 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
             state = checkpoints.newest()
         assert state is not None
         assert state["step"] == 4
+    flipped = content.replace(torch.tensor(5.0).numpy().tobytes(), b"\0\0\0\1")
+    assert flipped != content
+    newest.write_bytes(flipped)
+    with pytest.warns(UserWarning, match="damaged .the checksum of its part"):
+        assert checkpoints.newest()["step"] == 4  # pyright: ignore[reportOptionalSubscript]
     torch.save({"format": FORMAT, **_state(5, torch.nan)}, newest)
     with pytest.warns(UserWarning, match="damaged"):
         assert checkpoints.newest()["step"] == 4  # pyright: ignore[reportOptionalSubscript]

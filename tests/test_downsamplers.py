@@ -1,5 +1,8 @@
 """Downsamplers: constants, symmetry, exact borders, any grid, and the published arithmetic."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +12,7 @@ from torch.nn import functional
 
 from upfeat.downsamplers import (
     AttentionDownsampler,
+    CellDownsampler,
     SimpleDownsampler,
     gaussian_blur,
     pool_patches,
@@ -302,12 +306,25 @@ class TestErrors:
             _make(kind, 4)(_random(1, 3, 32, 48), grid)
 
     def test_settings(self) -> None:
-        with pytest.raises(ValueError, match="kernel_size must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="kernel_size=0 must be 1 or more"):
             SimpleDownsampler(0)
-        with pytest.raises(ValueError, match="embed_dim must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="embed_dim=0 must be 1 or more"):
             AttentionDownsampler(0, 4)
-        with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1"):
+        with pytest.raises(ValueError, match="dropout=1 must be a number below 1"):
             AttentionDownsampler(3, 4, dropout=1)
+
+    @pytest.mark.parametrize("value", [2.5, "4", None, True, torch.ones(2)])
+    def test_numbers_of_other_types_are_named(self, value: object) -> None:
+        calls: dict[str, Callable[[Any], object]] = {
+            "kernel_size": SimpleDownsampler,
+            "blur_size": CellDownsampler,
+            "embed_dim": lambda one: AttentionDownsampler(one, 4),
+            "dropout": lambda one: AttentionDownsampler(3, 4, dropout=one),
+        }
+        for name, call in calls.items():
+            with pytest.raises(ValueError, match=f"{name}=.* must be a") as caught:
+                call(value)
+            assert "\n" not in str(caught.value)
 
     def test_shapes(self) -> None:
         downsampler = _attention()

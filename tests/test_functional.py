@@ -126,6 +126,23 @@ def test_padding_of_the_wrong_size_and_unknown_backends():
         )
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager"])
+def test_autocast_rounds_nothing(backend):
+    torch.manual_seed(0)
+    queries, keys, values = (
+        torch.randn(1, 8, 6, 8),
+        torch.randn(1, 8, 3, 4),
+        torch.randn(1, 5, 3, 4),
+    )
+    rows, columns = [0] * 6 + [3] * 6, [0] * 8 + [4] * 8
+    expected = functional.window_attention(
+        queries, keys, values, rows, columns, backend="reference"
+    )
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = functional.window_attention(queries, keys, values, rows, columns, backend=backend)
+    torch.testing.assert_close(found, expected)
+
+
 def test_mixed_dtypes_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = functional.joint_bilateral_upsample(

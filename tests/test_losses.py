@@ -1,5 +1,7 @@
 """Losses: their minimisers, their zeros, their gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -223,9 +225,29 @@ class TestErrors:
             losses.SpatialUncertainty(4).double()(x)
 
     def test_counts(self) -> None:
-        with pytest.raises(ValueError, match="n_points must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="n_points=0 must be 1 or more"):
             losses.crf_pairwise(_random(1, 3, 4, 5), _random(1, 3, 4, 5), n_points=0)
-        with pytest.raises(ValueError, match="embed_dim and n must be at least 1, got 3 and 0"):
+        with pytest.raises(ValueError, match="n=0 must be 1 or more"):
             losses.random_projection(3, 0)
-        with pytest.raises(ValueError, match="embed_dim must be at least 1, got 0"):
+        with pytest.raises(ValueError, match="embed_dim=0 must be 1 or more"):
             losses.SpatialUncertainty(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_losses_of_16_bits_are_those_of_float32(dtype: torch.dtype) -> None:
+    features = (20 * _random(1, 16, 96, 96)).to(dtype)
+    image = _random(1, 3, 96, 96, seed=2).to(dtype)
+    terms: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "reconstruction": lambda x, _: losses.gaussian_reconstruction(x, -x, x.abs() + 1),
+        "variation": lambda x, _: losses.total_variation(x),
+        "magnitude": lambda x, _: losses.magnitude_consistency(x, x.flip(3)),
+        "magnitude variation": lambda x, _: losses.magnitude_variation(x),
+        "pin": lambda x, _: losses.blur_pin(x),
+        "crf": lambda x, g: losses.crf_pairwise(x, g, generator=_generator(3)),
+    }
+    for name, term in terms.items():
+        expected = term(features.float(), image.float())
+        assert term(features, image) == pytest.approx(float(expected), rel=1e-2), name
+        with torch.autocast("cpu", torch.bfloat16):
+            within = term(features.float(), image.float())
+        assert within == pytest.approx(float(expected), rel=1e-3), name

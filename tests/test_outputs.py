@@ -17,6 +17,7 @@ from upfeat.outputs import (
     find_photographs,
     is_done,
     plan_outputs,
+    search,
     watched,
 )
 from upfeat.storage import create_array, write_bytes, write_tensors
@@ -122,6 +123,12 @@ def test_folders_are_searched_with_all_below(photo):
     (folder / "empty").mkdir()
     (error,) = find_photographs([folder / "empty"])
     assert "no image file" in str(error)
+
+
+@pytest.mark.parametrize("name", ["a.h5", "a.hdf", "a.grib", "a.mpg", "a.MPEG", "a.txt", "a"])
+def test_data_and_videos_are_no_images(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    assert search(tmp_path) == []
 
 
 def test_done_means_every_part_of_it(tmp_path):

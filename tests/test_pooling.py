@@ -54,6 +54,24 @@ def test_gradients():
     assert torch.autograd.gradgradcheck(pool, (values, weights))
 
 
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (3, 2, 1, 0), (0, 2, 3, 1), (1, 0, 2, 3)])
+@pytest.mark.parametrize("warped", [False, True])
+def test_gradients_of_maps_in_every_order_of_memory(order, warped):
+    """A gradient in the order of such a map has no view of whole rows, and once was lost."""
+    shape = (2, 3, 8, 10)
+    plain = _random(*shape)
+    values = plain.permute(order).contiguous()
+    values = values.permute([order.index(axis) for axis in range(4)])  # the same map
+    weights = _random(2, 2, 3, 4, 4, seed=1)
+    views = _views((8, 10), 2).matrices(dtype=torch.float64) if warped else None
+    found, expected = (
+        torch.autograd.grad(pool_patches(x, weights, views=views).square().sum(), x)[0]
+        for x in (values.requires_grad_(), plain.requires_grad_())
+    )
+    torch.testing.assert_close(found, expected)
+    assert expected.any()
+
+
 @pytest.mark.parametrize("kind", ["attention", "blurred", "simple"])
 def test_downsamplers_of_views(kind):
     torch.manual_seed(0)

@@ -22,6 +22,7 @@ from upfeat.machine import readable
 from upfeat.operator_checks import FLOATS
 from upfeat.types import Size, Window, times
 from upfeat.upsamplers import Kernels, Upsampler
+from upfeat.upsamplers.checks import check_apart, overlaps_itself
 from upfeat.upsamplers.head import Head, add_offset, apply_head
 from upfeat.upsamplers.maps import WHOLE, Map
 
@@ -75,7 +76,7 @@ class Buffer:
             _check_buffer(out)
             self._tensor = out
         self.dtype = self._tensor.dtype
-        if _overlaps_itself(self._tensor):
+        if overlaps_itself(self._tensor):
             raise ValueError("out has the same memory for several values; give out.clone()")
 
     def check_apart(self, sources: Sequence[Tensor]) -> None:
@@ -84,12 +85,7 @@ class Buffer:
         Raises:
             ValueError: a source shares memory with the buffer.
         """
-        start, end = _extent(self._tensor)
-        for source in sources:
-            if source.device == self._tensor.device and source.numel():
-                first, last = _extent(source)
-                if first < end and start < last:
-                    raise ValueError("out shares memory with the map's inputs; give another buffer")
+        check_apart(self._tensor, sources)
 
     def write(self, channels: slice, window: Window, values: Tensor) -> None:
         """Write a part.
@@ -128,23 +124,6 @@ def _check_buffer(out: Tensor) -> None:
         raise ValueError("out requires gradients; give out.detach()")
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError("out was made in inference mode and can be written only there")
-
-
-def _overlaps_itself(x: Tensor) -> bool:
-    """Return whether elements share memory, or lie in an order that no view of a tensor has."""
-    reached = 1
-    for step, length in sorted(zip(x.stride(), x.shape, strict=True)):
-        if length > 1:
-            if step < reached:
-                return True
-            reached = step * (length - 1) + reached
-    return False
-
-
-def _extent(x: Tensor) -> tuple[int, int]:
-    """Addresses of the first byte of a tensor's elements and after the last."""
-    last = sum(step * (length - 1) for step, length in zip(x.stride(), x.shape, strict=True))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def free_bytes(max_memory: int | None) -> float:

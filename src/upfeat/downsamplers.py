@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from upfeat.bounds import flag, number, whole
 from upfeat.geometry import reflect
 from upfeat.pooling import check_grid, pool_patches, repeat_maps, sample_patches
 from upfeat.views import Jitter
@@ -32,6 +33,7 @@ _BLUR_SIZE = 5
 _BLUR_SIGMA = 1.0
 # Learning rate of the logits relative to other parameters: they are few and have a large effect.
 _CELL_RATE = 10.0
+_LARGEST_KERNEL = 1 << 12
 
 
 class SimpleDownsampler(nn.Module):
@@ -48,8 +50,8 @@ class SimpleDownsampler(nn.Module):
             ValueError: ``kernel_size`` is below 1.
         """
         super().__init__()
-        self.kernel_size = _check_kernel_size(kernel_size)
-        self.kernel_weight = nn.Parameter(torch.ones(kernel_size, kernel_size))
+        self.kernel_size = whole("kernel_size", kernel_size, 1, _LARGEST_KERNEL)
+        self.kernel_weight = nn.Parameter(torch.ones(self.kernel_size, self.kernel_size))
 
     def kernel(self) -> Tensor:
         """Return the normalised kernel: (k, k), non-negative, of sum 1."""
@@ -100,9 +102,9 @@ class CellDownsampler(nn.Module):
             ValueError: ``blur_size`` is even or below 1.
         """
         super().__init__()
-        if blur_size < 1 or blur_size % 2 == 0:
-            raise ValueError(f"blur_size must be odd and at least 1, got {blur_size}")
-        self.blur_size = blur_size
+        self.blur_size = blur_size = whole("blur_size", blur_size, 1, _LARGEST_KERNEL)
+        if blur_size % 2 == 0:
+            raise ValueError(f"blur_size={blur_size} must be odd")
         self.logits = nn.Parameter(torch.full((blur_size, blur_size), -0.8))
         with torch.no_grad():
             self.logits[blur_size // 2, blur_size // 2] = 0.0
@@ -193,14 +195,10 @@ class AttentionDownsampler(nn.Module):
             ValueError: an argument is out of range.
         """
         super().__init__()
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim must be at least 1, got {embed_dim}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}; use 0 for none")
-        self.embed_dim = embed_dim
-        self.kernel_size = _check_kernel_size(kernel_size)
-        self.blur = blur
-        self.dropout = dropout
+        self.embed_dim = embed_dim = whole("embed_dim", embed_dim)
+        self.kernel_size = kernel_size = whole("kernel_size", kernel_size, 1, _LARGEST_KERNEL)
+        self.blur = flag("blur", blur)
+        self.dropout = number("dropout", dropout, 0, 1, below=True)
         self.saliency_weight = nn.Parameter(torch.empty(1, embed_dim))
         self.saliency_bias = nn.Parameter(torch.empty(1))
         self.w = nn.Parameter(torch.empty(kernel_size, kernel_size))
@@ -375,11 +373,3 @@ def _gaussian() -> Tensor:
     offset = torch.arange(_BLUR_SIZE, dtype=torch.float64) - _BLUR_SIZE // 2
     taps = torch.exp(-offset.square() / (2 * _BLUR_SIGMA**2))
     return taps / taps.sum()
-
-
-def _check_kernel_size(kernel_size: int) -> int:
-    if kernel_size < 1:
-        raise ValueError(
-            f"kernel_size must be at least 1, got {kernel_size}; use the backbone's stride"
-        )
-    return kernel_size

@@ -4,6 +4,8 @@ The main term is the negative log-likelihood of a Gaussian whose standard deviat
 from the backbone's features, so that cells whose features differ between views for other reasons
 than resolution count less. The other terms keep magnitudes smooth and close to the backbone's, and
 make features of neighbouring pixels of similar colour similar.
+
+Losses of 16-bit maps are computed and returned in float32, since their sums overflow 16 bits.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from upfeat.bounds import number
+from upfeat.bounds import number, whole
 from upfeat.downsamplers import gaussian_blur
-from upfeat.warp import check_map
+from upfeat.warp import check_map, working_dtype
 
 # Weights of the terms in the published recipes, where the reconstruction term has weight 1.
 JBU_CRF_WEIGHT = 1e-3
@@ -45,9 +47,7 @@ class SpatialUncertainty(nn.Module):
             ValueError: ``embed_dim`` is below 1.
         """
         super().__init__()
-        if embed_dim < 1:
-            raise ValueError(f"embed_dim must be at least 1, got {embed_dim}")
-        self.embed_dim = embed_dim
+        self.embed_dim = embed_dim = whole("embed_dim", embed_dim)
         bound = 0.1 / math.sqrt(embed_dim)
         self.weight = nn.Parameter(torch.empty(1, embed_dim, 1, 1))
         self.bias = nn.Parameter(torch.empty(1))
@@ -101,6 +101,7 @@ def gaussian_reconstruction(predicted: Tensor, target: Tensor, scale: Tensor) ->
         raise ValueError(
             f"scale must spread over target {tuple(target.shape)}, got {tuple(scale.shape)}"
         ) from None
+    predicted, target, scale = _wide(predicted), _wide(target), _wide(scale)
     squared = (predicted - target).square()
     return (squared / (2 * scale.square()) + scale.log()).mean()
 
@@ -118,6 +119,7 @@ def total_variation(x: Tensor) -> Tensor:
         ValueError: ``x`` is not (B, C, H, W).
     """
     check_map("x", x)
+    x = _wide(x)
     vertical = (x[..., 1:, :] - x[..., :-1, :]).square().sum()
     horizontal = (x[..., :, 1:] - x[..., :, :-1]).square().sum()
     return (vertical + horizontal) / x.numel()
@@ -147,16 +149,16 @@ def magnitude_consistency(predicted: Tensor, target: Tensor) -> Tensor:
         A scalar.
     """
     check_map("predicted", predicted)
-    if predicted.shape[1] != 1:
-        predicted = magnitude(predicted)
-    length = magnitude(target)
+    # The magnitude of a map of magnitudes is the map itself.
+    predicted, length = magnitude(_wide(predicted)), magnitude(_wide(target))
     _check_same("predicted magnitude", predicted, "target magnitude", length)
     return (predicted - length).square().mean()
 
 
 def magnitude_variation(features: Tensor) -> Tensor:
     """Return the total variation of the magnitude map of features (B, C, H, W); a scalar."""
-    return total_variation(magnitude(features))
+    check_map("features", features)
+    return total_variation(magnitude(_wide(features)))
 
 
 def blur_pin(features: Tensor) -> Tensor:
@@ -164,6 +166,8 @@ def blur_pin(features: Tensor) -> Tensor:
 
     The term suppresses detail finer than the image supports: (B, C, H, W) -> scalar.
     """
+    check_map("features", features)
+    features = _wide(features)
     return (gaussian_blur(features) - features).square().mean()
 
 
@@ -220,29 +224,31 @@ def crf_pairwise(
             f"features {tuple(features.shape)} and image {tuple(image.shape)} must agree in batch "
             "and size; warp both by the same jitter, to one size"
         )
-    if n_points < 1:
-        raise ValueError(f"n_points must be at least 1, got {n_points}")
+    n_points = whole("n_points", n_points, 1, 1 << 16)
     height, width = image.shape[-2:]
     device = generator.device if generator is not None else None
     y, x = (
         torch.randint(n, (n_points,), generator=generator, device=device).to(image.device)
         for n in (height, width)
     )
-    place = torch.stack([y, x], dim=-1).to(image.dtype) / max(height, width)  # (P, 2)
-    colour = _at(image, y * width + x)  # (B, P, 3)
-    # Coordinates are divided by their standard deviations: one distance combines place and colour.
-    both = [place.expand(len(image), -1, -1) / alpha**0.5, colour / beta**0.5]
-    near = torch.exp(_squared_distances(place) / (-2 * gamma))  # (P, P)
-    kernel = torch.exp(_squared_distances(torch.cat(both, dim=-1)) * -0.5)  # (B, P, P)
-    kernel = torch.add(w2 * near - shift, kernel, alpha=w1)
-    points = _at(features, y * width + x)  # (B, P, C)
-    # The sum of kernel · |f_i - f_j|² is twice f' L f with L the kernel's graph Laplacian. It does
-    # not change if a constant is added to all f; subtracting one of them avoids cancellation.
-    points = points.to(torch.promote_types(points.dtype, kernel.dtype))
-    points = points - points[:, :1].detach()
-    own = (points.square().sum(-1) * kernel.sum(-1)).sum()
-    shared = (points * (kernel.to(points.dtype) @ points)).sum()
-    return 2 * (own - shared) / (len(features) * n_points**2)
+    features, image = _wide(features), _wide(image)
+    with torch.autocast(image.device.type, enabled=False):  # squared distances cancel digits
+        place = torch.stack([y, x], dim=-1).to(image.dtype) / max(height, width)  # (P, 2)
+        colour = _at(image, y * width + x)  # (B, P, 3)
+        # Coordinates are divided by their standard deviations: one distance combines both.
+        both = [place.expand(len(image), -1, -1) / alpha**0.5, colour / beta**0.5]
+        near = torch.exp(_squared_distances(place) / (-2 * gamma))  # (P, P)
+        kernel = torch.exp(_squared_distances(torch.cat(both, dim=-1)) * -0.5)  # (B, P, P)
+        kernel = torch.add(w2 * near - shift, kernel, alpha=w1)
+        points = _at(features, y * width + x)  # (B, P, C)
+        # The sum of kernel · |f_i - f_j|² is twice f' L f with L the kernel's graph Laplacian. It
+        # does not change if a constant is added to all f; subtracting one of them avoids
+        # cancellation.
+        points = points.to(torch.promote_types(points.dtype, kernel.dtype))
+        points = points - points[:, :1].detach()
+        own = (points.square().sum(-1) * kernel.sum(-1)).sum()
+        shared = (points * (kernel.to(points.dtype) @ points)).sum()
+        return 2 * (own - shared) / (len(features) * n_points**2)
 
 
 def random_projection(
@@ -269,11 +275,15 @@ def random_projection(
     Raises:
         ValueError: ``embed_dim`` or ``n`` is below 1.
     """
-    if embed_dim < 1 or n < 1:
-        raise ValueError(f"embed_dim and n must be at least 1, got {embed_dim} and {n}")
+    embed_dim, n = whole("embed_dim", embed_dim), whole("n", n)
     source = generator.device if generator is not None else device
     draw = torch.randn(embed_dim, n, generator=generator, dtype=dtype, device=source)
     return functional.normalize(draw, dim=0).to(device or draw.device)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Convert 16-bit tensors to float32."""
+    return x.to(working_dtype(x))
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:

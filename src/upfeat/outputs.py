@@ -25,6 +25,9 @@ from upfeat.machine import readable
 from upfeat.marks import kind_of, picture_facts
 from upfeat.storage import replacing, sweep
 
+_UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG")
+"""Data and videos, which Pillow recognises, but never decodes."""
+
 
 @dataclass(frozen=True)
 class Photo:
@@ -76,7 +79,8 @@ def find_photographs(paths: Iterable[Path]) -> list[Photo | OSError | ValueError
 def is_image(name: str) -> bool:
     """Return whether a file's suffix is that of an image, including HEIC, which needs an extra."""
     suffix = Path(name).suffix.lower()
-    return suffix in (".heic", ".heif") or Image.registered_extensions().get(suffix) in Image.OPEN
+    kind = Image.registered_extensions().get(suffix)
+    return suffix in (".heic", ".heif") or (kind in Image.OPEN and kind not in _UNDECODED)
 
 
 def search(folder: Path) -> list[Photo]:

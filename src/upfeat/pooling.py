@@ -246,7 +246,9 @@ class _PoolPatches(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         values, weights = ctx.saved_tensors
         for_values, for_weights, _ = ctx.needs_input_grad
-        to_values = torch.zeros_like(values) if for_values else None
+        to_values = None
+        if for_values:  # of whole rows, which _add_product joins, whatever the values' strides
+            to_values = torch.zeros_like(values, memory_format=torch.contiguous_format)
         to_weights = torch.zeros_like(weights) if for_weights else None
         for plan in ctx.plans:
             maps, kernels, grad = _parts(plan, values, weights, grads[0])

@@ -193,13 +193,40 @@ def test_empty_folder(tmp_path, capsys):
     assert "holds no photographs" in capsys.readouterr().err
 
 
-def test_interruption_says_how_to_go_on(photos, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("begun", [False, True])
+def test_interruption_says_how_to_go_on(photos, tmp_path, capsys, monkeypatch, begun):
+    out = tmp_path / "my run"
+
     def interrupted(*arguments, on_step, **options):
+        out.mkdir()
+        if begun:
+            (out / "run.json").write_text("{}")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("upfeat.training.train", interrupted)
-    assert run(photos, "-o", tmp_path / "run", *SMALL) == 130
-    assert f"upfeat train -o {tmp_path / 'run'} --resume goes on" in capsys.readouterr().err
+    assert run(photos, "-o", out, *SMALL) == 130
+    shown = capsys.readouterr().err
+    assert (f"upfeat train -o '{out}' --resume goes on" in shown) == begun
+    assert ("there is nothing to resume" in shown) == (not begun)
+
+
+@pytest.mark.parametrize("backbone", [3, [], {"a": 1}, [None]])
+def test_backbones_of_a_file_are_names(photos, tmp_path, capsys, backbone):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"backbone": backbone}))
+    assert run(photos, "-o", tmp_path / "run", "--config", file) == 2
+    shown = capsys.readouterr().err
+    assert "c.json: backbone=" in shown
+    assert shown.count("\n") == 1
+
+
+def test_options_are_added_to_those_of_the_file(tmp_path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"upsampler_options": {"radius": 3, "width": 8}}))
+    found = settings("--config", file, "--option", "radius=2")
+    assert found["upsampler_options"] == {"radius": 2, "width": 8}
+    file.write_text(json.dumps({"upsampler_options": 3}))
+    assert settings("--config", file, "--option", "radius=2")["upsampler_options"] == 3
 
 
 def test_flags_go_before_the_file_and_the_file_before_the_recipe(tmp_path):

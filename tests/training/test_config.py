@@ -31,6 +31,7 @@ from upfeat.training.settings_file import read_settings
         ({"precision": "fp16"}, "did you mean"),
         ({"source_size": 100}, "source_size=100 must be at least size=224"),
         ({"accumulate": 3}, "accumulate=3 must divide batch_size=4"),
+        ({"downsampler_size": 7}, "downsampler_size=7 is of the downsamplers attention and simple"),
         ({"upsampler_options": [2]}, "must be names and values"),
         ({"tensorboard": "yes"}, "must be true or false"),
         ({"learning_rat": 1}, "settings: .*did you mean learning_rate"),
@@ -101,6 +102,9 @@ def test_recipes_survive_a_file(tmp_path, name):
     assert config.differences(json.loads(json.dumps(config.to_json()))) == []
 
 
+TWICE = "steps: 2\nseed: 3\nsteps: 4\n"
+
+
 def test_yaml(tmp_path):
     pytest.importorskip("yaml")
     path = tmp_path / "c.yaml"
@@ -109,7 +113,11 @@ def test_yaml(tmp_path):
     assert config.learning_rate == 2e-3
     path.write_text("")
     assert read_settings(path) == {}
-    for content, words in (("a: [", "not YAML"), ("- 1", "holds list, not settings")):
+    for content, words in (
+        ("a: [", "not YAML"),
+        ("- 1", "holds list, not settings"),
+        (TWICE, "steps is given twice"),
+    ):
         path.write_text(content)
         with pytest.raises(ValueError, match=words):
             read_settings(path)

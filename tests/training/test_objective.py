@@ -146,3 +146,43 @@ class TestMakeBatch:
         batch = make_batch(backbone, torch.randn(1, 3, 32, 32), _config(), torch.Generator())
         assert not batch.features.requires_grad
         assert not batch.targets.requires_grad
+
+
+@pytest.mark.parametrize("name", ["jbu_stack", "neighbourhood"])
+def test_a_blank_image_weighs_no_more_than_others(backbone, name):
+    config = _config(standardize=True, projection_dim=5)
+    objective = _objective(_upsampler(name), config)
+    images = torch.randn(2, 3, 32, 32)
+    images[1] = 0.5  # features without any variance
+    batch = make_batch(backbone, images, config, torch.Generator().manual_seed(0))
+    assert objective(batch, torch.Generator().manual_seed(7))["loss"] < 10
+
+
+@pytest.mark.parametrize("factor", [1e3, 1e6])
+def test_the_loss_does_not_depend_on_the_unit_of_large_features(backbone, factor):
+    config = _config(standardize=True, projection_dim=5)
+    objective = _objective(_upsampler("neighbourhood"), config)
+    batch = make_batch(
+        backbone, torch.randn(2, 3, 32, 32), config, torch.Generator().manual_seed(0)
+    )
+
+    def loss(unit):
+        scaled = batch._replace(features=unit * batch.features, targets=unit * batch.targets)
+        return objective(scaled, torch.Generator().manual_seed(7))["loss"]
+
+    torch.testing.assert_close(loss(factor), loss(100.0))
+
+
+def test_magnitudes_along_one_direction_have_no_sign(backbone):
+    config = _config(projection_dim=1, magnitude_weight=1.0)
+    objective = _objective(upfeat.load_upsampler("nearest"), config)
+    batch = make_batch(
+        backbone, torch.randn(1, 3, 32, 32), config, torch.Generator().manual_seed(0)
+    )
+    constant = batch.features.mean((2, 3), keepdim=True)
+    batch = batch._replace(
+        features=constant.expand_as(batch.features), targets=constant.expand_as(batch.targets)
+    )
+    for seed in range(4):  # directions on both sides
+        terms = objective(batch, torch.Generator().manual_seed(seed))
+        assert terms["magnitude"] < 1e-8

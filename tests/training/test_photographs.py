@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from odd_images import profile
+from odd_images import profile, tiff
 from PIL import Image
 
 from upfeat.images import read_image
@@ -57,6 +57,34 @@ def test_damaged_and_small_ones_are_skipped_and_named(photos):
     assert [one["name"] for one in listing.to_json()["skipped"]] == [
         one.name for one in listing.skipped
     ]
+
+
+@pytest.mark.parametrize("suffix", ["jfif", "jpe", "pgm", "heic"])
+def test_every_kind_of_image_is_taken_or_named(photos, suffix):
+    path = photos / f"z.{suffix}"
+    image = noise((40, 40)).convert("L")
+    if suffix == "heic":
+        path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(60))
+    else:
+        image.save(path, format="PPM" if suffix == "pgm" else "JPEG")
+    listing = list_photographs(photos, 32)
+    assert (path.name in listing.train) == (suffix != "heic")
+    assert [one.name for one in listing.skipped] == [path.name] * (suffix == "heic")
+
+
+def test_links_to_missing_files_are_named(photos):
+    (photos / "z.jpg").symlink_to(photos / "none.jpg")
+    assert [one.name for one in list_photographs(photos, 32).skipped] == ["z.jpg"]
+
+
+@pytest.mark.parametrize("values", [255.0, float("nan"), 100000])
+def test_values_without_a_meaning_are_skipped_before_training(photos, values):
+    content = np.zeros((40, 40), np.int32 if isinstance(values, int) else np.float32)
+    content[3, 4] = values
+    Image.fromarray(content).save(photos / "z.tif")
+    (skipped,) = list_photographs(photos, 32).skipped
+    assert skipped.name == "z.tif"
+    assert "max_value" in skipped.reason
 
 
 def test_folders_without_a_photograph_that_can_be_used(tmp_path):
@@ -172,6 +200,13 @@ class TestWindow:
         assert (found - (read_image(path) * 255)).abs().max() <= 1
         without = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
         assert (found - without).abs().max() > 10
+
+    def test_deep_grey_that_is_stored_inverted(self, tmp_path):
+        values = np.linspace(0, 65535, 1600).reshape(40, 40, 1).astype(np.uint16)
+        (tmp_path / "a.tif").write_bytes(tiff(values, photometric=0))
+        found = read_window(tmp_path / "a.tif", 32, "native").float()
+        assert (found - (read_image(tmp_path / "a.tif") * 255)[:, 4:36, 4:36]).abs().max() <= 1
+        assert found[0, 0, 0] > found[0, -1, -1]
 
     def test_exif_orientation(self, tmp_path):
         exif = Image.Exif()

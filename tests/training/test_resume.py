@@ -65,6 +65,30 @@ def test_interrupted(photos, backbone, tmp_path, number):
     assert log(tmp_path / "run") == log(tmp_path / "whole")
 
 
+def test_an_ignored_signal_stays_ignored(photos, backbone, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        kill = lambda _: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+        upfeat.train(backbone, photos, small_config(tmp_path / "run", steps=2), on_step=kill)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_finished_run_that_goes_on_is_not_finished(photos, backbone, tmp_path):
+    def state():
+        return json.loads((tmp_path / "run" / "run.json").read_text())["state"]
+
+    config = small_config(tmp_path / "run", steps=2)
+    upfeat.train(backbone, photos, config)
+    assert state() == "finished"
+    seen = []
+    longer = small_config(tmp_path / "run", steps=3)
+    upfeat.train(backbone, photos, longer, resume=True, on_step=lambda _: seen.append(state()))
+    assert seen == ["running"]
+    assert state() == "finished"
+
+
 def test_damaged_checkpoint_falls_back_to_the_one_before(photos, backbone, tmp_path):
     upfeat.train(backbone, photos, small_config(tmp_path / "run"))
     expected = weights(tmp_path / "run"), log(tmp_path / "run")

@@ -2,15 +2,21 @@
 
 import errno
 import json
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from published_reference import published_state
 from training.small import log, small_backbone, small_config, weights
 
 import upfeat
 from upfeat.training import checkpoint
+from upfeat.training.objective import Objective
+from upfeat.training.photographs import Photographs
+from upfeat.training.validation import validate
 
 
 def lines(folder):
@@ -223,7 +229,56 @@ def test_tensorboard_gets_scalars_and_pictures(photos, backbone, tmp_path):
     assert events.Tags()["images"] == ["features"]
 
 
+def test_training_starts_from_a_published_checkpoint(photos, backbone, tmp_path):
+    torch.manual_seed(0)
+    published = upfeat.JAFAR(6)
+    torch.save(published_state(published), tmp_path / "jafar.pth")
+    config = small_config(
+        tmp_path / "run", upsampler=str(tmp_path / "jafar.pth"), upsampler_options={}, steps=1
+    )
+    trained = upfeat.train(backbone, photos, config)
+    assert trained.origin.startswith("trained from JAFAR (")
+    told = json.loads((tmp_path / "run" / "upsampler" / "training.json").read_text())
+    assert told["origin"] == trained.origin
+    steps = [
+        float((new - old).abs().max())
+        for new, old in zip(
+            trained.state_dict().values(), published.state_dict().values(), strict=True
+        )
+    ]
+    assert 0 < max(steps) < 0.02
+
+
 class TestBadInput:
+    def test_without_tensorboard_nothing_is_written_or_changed(
+        self, photos, backbone, tmp_path, monkeypatch
+    ):
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard.writer", None)
+        config = small_config(tmp_path / "run", steps=1)
+        for resume in (False, True):
+            with pytest.raises(ValueError, match="tensorboard=True needs TensorBoard"):
+                upfeat.train(backbone, photos, replace(config, tensorboard=True), resume=resume)
+            assert resume or not (tmp_path / "run").exists()
+            upfeat.train(backbone, photos, config, resume=True)
+
+    def test_settings_of_another_upsampler(self, photos, backbone, tmp_path):
+        config = small_config(tmp_path / "run", mix_share=0.5)
+        with pytest.raises(ValueError, match=r"mix_share=0\.5 is of the detail upsampler alone"):
+            upfeat.train(backbone, photos, config)
+
+    def test_validation_of_weights_that_diverged(self, photos, backbone, tmp_path):
+        config = small_config(tmp_path / "run")
+        objective = Objective(upfeat.load_upsampler("bilinear"), 6, 8, config)
+        torch.nn.init.constant_(objective.uncertainty.bias, 200)
+        held_out = Photographs(photos, ["00.jpg"], 32, "short_side", None)
+        with pytest.raises(ValueError, match=r"learning_rate=0.001 may be too large"):
+            validate([objective], [backbone], held_out, config)
+
+    def test_patience_without_validation(self, photos, backbone, tmp_path):
+        config = small_config(tmp_path / "run", steps=1, patience=2, validation_images=0)
+        with pytest.warns(UserWarning, match="patience=2 has no effect"):
+            upfeat.train(backbone, photos, config)
+
     def test_another_run_is_not_overwritten(self, photos, backbone, tmp_path):
         upfeat.train(backbone, photos, small_config(tmp_path / "run", steps=1))
         before = weights(tmp_path / "run")

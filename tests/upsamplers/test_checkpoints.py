@@ -178,6 +178,22 @@ def test_an_archive_that_unpacks_to_much_more_is_not_read(tmp_path):
         upfeat.load_upsampler(packed)
 
 
+@pytest.mark.parametrize("sums", [True, False])
+def test_bytes_that_changed_on_the_way_are_noticed_by_checksums(tmp_path, sums):
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(sums)
+    try:
+        path = save(tmp_path / "x.ckpt", {"x": torch.full((100,), 7.0)})
+    finally:
+        torch.serialization.set_crc32_options(before)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.tensor(7.0).numpy().tobytes()) + 41] ^= 4
+    path.write_bytes(content)
+    words = "damaged: the checksum of its part" if sums else "none of its 1 tensors"
+    with pytest.raises(ValueError, match=words):
+        upfeat.load_upsampler(path)
+
+
 def test_every_way_of_loading_a_stack_normalises_the_image_alike(tmp_path):
     """A backbone of another normalisation shows the difference: the stack sees another image."""
     path = save(tmp_path / "x.ckpt", published_state())

@@ -75,6 +75,16 @@ def test_a_hash_may_be_asked_for(files, name):
         upfeat.load_upsampler("detail", sha256=digest)
 
 
+def test_saved_folders_keep_the_origin(files, tmp_path):
+    upsampler = upfeat.load_upsampler(files["naf"][0])
+    upsampler.save_pretrained(tmp_path / "naf")
+    assert upfeat.load_upsampler(tmp_path / "naf").origin == upsampler.origin
+    config = tmp_path / "naf" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"origin": 3}))
+    with pytest.raises(ValueError, match="origin=3 must be a text"):
+        upfeat.load_upsampler(tmp_path / "naf")
+
+
 class Bomb:
     def __reduce__(self):
         return (Path.touch, (Path("exploded"),))
@@ -89,6 +99,15 @@ def test_never_runs_code(files, tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=r"(?s)^(?!.*\n).*holds more than tensors"):
             upfeat.load_upsampler(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"<html>404</html>", b"version https://git-lfs", b"\xff\xd8\xff\xe0"]
+)
+def test_what_was_not_downloaded_is_told_from_code(tmp_path, content):
+    (tmp_path / "naf.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"naf\.pth: not a PyTorch checkpoint"):
+        upfeat.load_upsampler(tmp_path / "naf.pth")
 
 
 def test_damaged_files_in_one_line(files, tmp_path):

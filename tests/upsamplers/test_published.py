@@ -173,6 +173,34 @@ def test_fills_a_buffer(name, dtype, monkeypatch):
         upsampler(features, image, out=buffer[:, :, 1:])
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("learns", ["features", "image", "weights", "nothing"])
+def test_autocast_costs_no_digits(name, learns):
+    upsampler = tiny(name, torch.float32).requires_grad_(learns == "weights")
+    image, features = sample(dtype=torch.float32)
+    image.requires_grad_(learns == "image")
+    features.requires_grad_(learns == "features")
+    expected = upsampler(features, image).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = upsampler(features, image)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("large", [1, 2**24])
+def test_buffers_in_the_memory_of_the_inputs_are_refused(name, large, monkeypatch):
+    monkeypatch.setattr("upfeat.upsamplers.naf._LARGE", large)
+    upsampler = tiny(name, torch.float32)
+    image, features = sample(dtype=torch.float32)
+    size, kept = tuple(features.shape[2:]), features.clone()
+    with pytest.raises(ValueError, match="out shares memory with the map's inputs"):
+        upsampler(features, image, size, out=features)
+    assert torch.equal(features, kept)
+    spread = features[:1].clone().expand_as(features)
+    with pytest.raises(ValueError, match="the same memory for several values"):
+        upsampler(features, image, size, out=spread)
+
+
 @pytest.mark.parametrize("size", [(20, 27), (3, 4)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_large_outputs_head_by_head(dtype, size, monkeypatch):

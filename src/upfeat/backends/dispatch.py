@@ -47,7 +47,13 @@ def call(operator: str, backend: str, *arguments: Argument) -> Tensor:
         reason = reason_against(operator, backend, *arguments)
         if reason is not None:
             raise ValueError(f'backend="{backend}" cannot run {operator}: {reason}')
-    return getattr(BACKENDS[backend], operator)(*arguments)
+    run = getattr(BACKENDS[backend], operator)
+    kind = next(one.device.type for one in arguments if isinstance(one, Tensor))
+    if not torch.is_autocast_enabled(kind):
+        return run(*arguments)
+    # Autocast would round the products of operators in PyTorch, and not those of kernels.
+    with torch.autocast(kind, enabled=False):
+        return run(*arguments)
 
 
 def check_name(backend: str) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfeat.bounds import shown
 from upfeat.cli.choices import (
     BACKBONE_HELP,
     DEFAULT_BACKBONE,
@@ -101,15 +103,19 @@ def execute(options: argparse.Namespace) -> int:
             train(backbone, photos, config, resume=options.resume, on_step=progress.show)
     except KeyboardInterrupt:
         if _is_main():
-            print(
-                f"upfeat train: interrupted after step {progress.step}; "
-                f"upfeat train -o {options.output} --resume goes on",
-                file=sys.stderr,
-            )
+            print(f"upfeat train: interrupted{_next(options, progress.step)}", file=sys.stderr)
         return 130
     if _is_main():
         say(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
     return 0
+
+
+def _next(options: argparse.Namespace, step: int) -> str:
+    """Say where a run was interrupted, and how to go on; ``step`` is 0 if it is not known."""
+    if not (options.output / "run.json").is_file():
+        return " before the run began; there is nothing to resume, start it again"
+    command = f"upfeat train -o {shlex.quote(str(options.output))} --resume goes on"
+    return f" after step {step}; {command}" if step else f"; {command}"
 
 
 def _plan(options: argparse.Namespace) -> tuple[str | list[str], Path, TrainConfig]:
@@ -159,6 +165,8 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         source = str(options.config)
         if "out" in settings:
             raise ValueError(f"{source}: out: give it as -o FOLDER instead")
+        if "backbone" in settings:
+            _check_names(source, settings["backbone"])
     for name in ("preset", "backbone"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
@@ -170,8 +178,17 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if hasattr(options, name):
             settings[name] = _value(str(getattr(options, name)))
     if options.option:
-        settings["upsampler_options"] = dict(_pair(text) for text in options.option)
+        others = settings.get("upsampler_options", {})
+        given = dict(_pair(text) for text in options.option)
+        # Anything but a dictionary is left for the check of the settings to refuse.
+        settings["upsampler_options"] = {**others, **given} if isinstance(others, dict) else others
     return settings, source
+
+
+def _check_names(source: str, backbone: Any) -> None:
+    names = backbone if isinstance(backbone, list) else [backbone]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{source}: backbone={shown(backbone)} must be a name or several")
 
 
 def _value(text: str) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from upfeat.storage import write_bytes
-from upfeat.upsamplers.tensor_files import UNREADABLE
+from upfeat.upsamplers.tensor_files import UNREADABLE, check_archive
 
 FORMAT = "upfeat-train-1"
 
@@ -76,6 +76,7 @@ class Checkpoints:
         paths = self.paths()
         for path in reversed(paths):
             try:
+                check_archive(path)
                 state = torch.load(path, map_location="cpu", weights_only=True)
                 if not isinstance(state, dict) or state.get("format") != FORMAT:
                     raise ValueError("another format")
@@ -86,7 +87,7 @@ class Checkpoints:
             except pickle.UnpicklingError:
                 reason = "not a checkpoint"
             except UNREADABLE as error:
-                reason = _first_line(error)
+                reason = _first_line(error).removeprefix(f"{path}: damaged: ")
             warnings.warn(f"{path}: damaged ({reason}); the one before is used", stacklevel=2)
         if paths:
             raise ValueError(

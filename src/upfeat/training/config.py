@@ -122,7 +122,7 @@ class TrainConfig:
 
     upsampler: str = setting(
         "neighbourhood",
-        "name of the upsampler, or folder of saved weights to start from",
+        "name of the upsampler, or folder or published checkpoint of weights to start from",
         Name(optional=False),
     )
     upsampler_options: dict[str, Any] = setting(
@@ -293,6 +293,11 @@ class TrainConfig:
             raise ValueError(
                 f"accumulate={self.accumulate} must divide batch_size={self.batch_size}, which is "
                 "computed in so many equal parts"
+            )
+        if self.downsampler_size is not None and self.downsampler == "cell":
+            raise ValueError(
+                f"downsampler_size={self.downsampler_size} is of the downsamplers attention and "
+                "simple; choose one of them, or leave it out"
             )
         if self.saliency_dropout == 1:
             raise ValueError("saliency_dropout=1.0 must be below 1; use 0 for none")

@@ -116,7 +116,8 @@ class RunFolder:
             self._check_same(run, config, backbones, photos)
             state = self.checkpoints.newest(check)
             self._write_settings(config)
-            write_json(self.path / "run.json", {**run, "config": config.to_json()})
+            going_on = {"state": "running", "config": config.to_json()}
+            write_json(self.path / "run.json", {**run, **going_on})
         listing = self._listing(config, photos, run is not None)
         if run is None:
             self._begin(config, backbones, listing, names)

@@ -24,7 +24,7 @@ from upfeat.training.config import TrainConfig
 from upfeat.training.folder import RunFolder
 from upfeat.training.photographs import Listing, Photographs, load_parts
 from upfeat.training.processes import Processes, processes
-from upfeat.training.record import OnStep, Record, StepReport
+from upfeat.training.record import OnStep, Record, StepReport, writer_class
 from upfeat.training.trainer import Trainer
 from upfeat.training.validation import normalised, validate
 from upfeat.upsamplers import Upsampler
@@ -75,6 +75,8 @@ def train(
     _check_kinds(photos, config, on_step)
     if config.out is None:
         return _train_in_passing(backbone, photos, config, resume, on_step)
+    if config.tensorboard:
+        writer_class()  # is installed, or nothing is written
     folder = RunFolder(config)
     backbones = _load_backbones(backbone)
     several = backbone if isinstance(backbone, list | tuple) else [backbone]
@@ -98,7 +100,7 @@ def train(
         if state is not None:
             trainer.load_state(state)
         if group.is_main:
-            for line in (listing.summary(), *trainer.cautions()):
+            for line in (listing.summary(), _patience(config, listing), *trainer.cautions()):
                 if line is not None:
                     warnings.warn(line, stacklevel=2)
         with _interruption() as interrupted:
@@ -106,6 +108,16 @@ def train(
         trainer.finish()
         group.on_main(lambda: _export(trainer, folder))
     return trainer.upsampler.cpu().eval()
+
+
+def _patience(config: TrainConfig, listing: Listing) -> str | None:
+    """Return a warning about patience without photographs to validate on."""
+    if config.patience is None or listing.validation:
+        return None
+    return (
+        f"patience={config.patience} has no effect, as no photograph is held out of "
+        f"{len(listing.train)}; give --validation-images"
+    )
 
 
 def _check_kinds(photos: object, config: object, on_step: object) -> None:
@@ -302,7 +314,10 @@ def _export(trainer: Trainer, folder: RunFolder) -> None:
             "--resume writes them again"
         ) from None
     best = {key: trainer.best[key] for key in ("step", "scores") if key in trainer.best}
-    folder.finish({"state": "finished", "steps": trainer.step, "validation": best or None})
+    outcome = {"state": "finished", "steps": trainer.step, "validation": best or None}
+    if trainer.upsampler.origin is not None:  # a published checkpoint, with its licence
+        outcome["origin"] = trainer.upsampler.origin
+    folder.finish(outcome)
 
 
 def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Backbone]:
@@ -337,13 +352,15 @@ def _placed(backbones: list[Backbone], device: torch.device) -> Iterator[None]:
 def _interruption() -> Iterator[threading.Event]:
     """Set the event that is yielded at the first SIGINT or SIGTERM, so that a step is completed.
 
-    A second signal has its usual effect. Outside the main thread, no signals are handled.
+    A second signal has its usual effect. Ignored signals stay ignored, as in the background of a
+    script. Outside the main thread, no signals are handled.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {one: handler for one, handler in before.items() if handler is not signal.SIG_IGN}
 
     def stop(number: int, frame: object) -> None:
         event.set()

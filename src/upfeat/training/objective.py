@@ -41,6 +41,14 @@ if TYPE_CHECKING:
     from upfeat.upsamplers import Kernels, Upsampler
 
 
+_LEAST_DEVIATION = 0.05
+"""Least standard deviation of an image's channels, in units of its features' root mean square, that
+they are standardised by."""
+_LARGEST = 16.0
+"""Largest root mean square of an image's features that the uncertainty is given; most backbones'
+is below 10."""
+
+
 class ViewBatch(NamedTuple):
     """Images, their views, and the backbone's features of both."""
 
@@ -198,7 +206,9 @@ class Objective(nn.Module):
         upsampled = self._upsample(batch, kernels, directions)
         guess = self._to_grid(upsampled, batch, generator)  # (V·B, P, h, w)
         seen = _project(batch.targets, directions).flatten(0, 1)
-        scale = self.uncertainty(batch.targets.flatten(0, 1))
+        # The initial uncertainty is the exponential of features, which overflows if they are large.
+        bounded = batch.targets * (_LARGEST / _rms(batch.targets)).clamp(max=1)
+        scale = self.uncertainty(bounded.flatten(0, 1))
         terms = {"reconstruction": gaussian_reconstruction(guess, seen, scale)}
         if self.config.magnitude_weight:
             terms["magnitude"] = magnitude_consistency(guess, seen)
@@ -243,7 +253,9 @@ class Objective(nn.Module):
         if self.config.standardize:
             # Per image, so that results do not depend on the division into parts and processes.
             deviation = batch.targets.std((0, 3, 4), correction=0)  # (B, C)
-            least = 0.05 * deviation.mean(1, keepdim=True) + 1e-12
+            # The features of a blank image may not vary at all, and must not weigh without bound.
+            size = _LEAST_DEVIATION * _rms(batch.targets).flatten()[:, None]
+            least = torch.maximum(0.05 * deviation.mean(1, keepdim=True), size) + 1e-12
             directions = directions / torch.maximum(deviation, least)[:, :, None]
         return directions
 
@@ -289,6 +301,11 @@ class Objective(nn.Module):
             guess = self.downsampler(values, size, jitter=views)
         # The offset may be added after downsampling, because the weights of a cell sum to 1.
         return (guess.unflatten(0, (len(batch.jitters), -1)) + shift).flatten(0, 1)
+
+
+def _rms(targets: Tensor) -> Tensor:
+    """Return the root mean square of every image's features: (V, B, C, h, w) -> (1, B, 1, 1, 1)."""
+    return targets.square().mean((0, 2, 3, 4), keepdim=True).sqrt()
 
 
 def _project(features: Tensor, directions: Tensor | None) -> Tensor:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,10 +31,10 @@ from upfeat.outputs import search
 from upfeat.png_colours import embedded_profile
 from upfeat.randomness import stream
 
-SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif")
-)
 _NAMES_SHOWN = 3
+_LARGE = 1 << 22
+"""Number of pixels above which images are converted one at a time, as each takes many bytes."""
+_ALONE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def list_photographs(
 def find_photographs(folder: str | Path) -> list[tuple[str, int]]:
     """List name and size in bytes of every photograph in a folder, recursively, sorted by name.
 
-    Hidden files and folders, and pictures that upfeat wrote, are left out.
+    Hidden files and folders, and pictures that upfeat wrote, are left out. A link to a missing file
+    has size 0.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -134,22 +137,21 @@ def find_photographs(folder: str | Path) -> list[tuple[str, int]]:
         what = "is a file; give the folder it is in" if folder.exists() else "no such folder"
         raise FileNotFoundError(f"{folder}: {what}")
     found = [
-        (photo.path.relative_to(folder).as_posix(), photo.path.stat().st_size)
-        for photo in search(folder)
-        if photo.path.suffix.lower() in SUFFIXES and photo.path.is_file()
+        (path.relative_to(folder).as_posix(), path.stat().st_size if path.is_file() else 0)
+        for path in (photo.path for photo in search(folder))
     ]
     if not found:
-        raise ValueError(f"{folder}: holds no photographs ({', '.join(sorted(SUFFIXES))})")
+        raise ValueError(f"{folder}: holds no photographs (JPEG, PNG, TIFF, WebP, HEIC, …)")
     return sorted(found)
 
 
 def _reason_against(path: Path, size: int) -> str | None:
     try:
-        image = open_upright(path, short_side=size)
-        if min(image.size) < size:
-            return f"{image.width}×{image.height} pixels, smaller than {size}"
+        photo = _decode(path, size)
+        if min(_sides(photo)) < size:
+            return _too_small(photo, size)
     except (ValueError, OSError) as error:
-        return " ".join(str(error).removeprefix(f"{path}: ").split())
+        return " ".join(str(error).removeprefix(str(path)).lstrip(": ").split())
     return None
 
 
@@ -243,10 +245,11 @@ def read_window(
         OSError: there is no such file.
         ValueError: the file is damaged, or the photograph smaller than ``size``.
     """
-    image = open_upright(path, short_side=size if crop == "short_side" else None)
-    short = min(image.size)
+    photo = _decode(path, size if crop == "short_side" else None)
+    sides = _sides(photo)
+    short = min(sides)
     if short < size:
-        raise ValueError(f"{path}: {image.width}×{image.height} pixels, smaller than {size}")
+        raise ValueError(f"{path}: {_too_small(photo, size)}")
     uniform = [0.0, 0.5, 0.5]
     if generator is not None:
         uniform = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
@@ -257,21 +260,58 @@ def read_window(
     elif crop == "mixed":
         side = round(short * math.exp(uniform[0] * math.log(size / short)))
     left, top = (
-        round(share * (whole - side)) for share, whole in zip(uniform[1:], image.size, strict=True)
+        round(share * (whole - side)) for share, whole in zip(uniform[1:], sides, strict=True)
     )
-    return _resized(image, (left, top, left + side, top + side), size, str(path))
+    return _resized(photo, (left, top, left + side, top + side), size, str(path))
 
 
-def _resized(image: Image.Image, box: tuple[int, int, int, int], size: int, label: str) -> Tensor:
-    """Resize a window of an image of any mode: (3, size, size) uint8, in sRGB."""
-    profile = embedded_profile(image.info)
-    plain = image.mode == "RGB" or (image.mode == "L" and not profile)
+def _decode(path: Path, short_side: int | None) -> Image.Image | Tensor:
+    """Decode a photograph, upright.
+
+    Args:
+        path: file of the photograph.
+        short_side: see :func:`open_upright`.
+
+    Returns:
+        A Pillow image in its own colours if it is RGB, or grey without a profile, of 8 bits;
+        else (3, H, W) in [0, 1], as all other commands read the file.
+
+    Raises:
+        OSError: there is no such file.
+        ValueError: the file is damaged, or its values or bands have no meaning as a photograph.
+    """
+    try:
+        image = open_upright(path, short_side=short_side)
+    except ValueError:
+        return read_image(path)  # which reads more formats, and names the package for others
+    plain = image.mode == "RGB" or (image.mode == "L" and not embedded_profile(image.info))
     if plain and "transparency" not in image.info:
+        return image
+    with _ALONE if image.width * image.height > _LARGE else nullcontext():
+        return read_image(path)
+
+
+def _sides(photo: Image.Image | Tensor) -> tuple[int, int]:
+    """Return (width, height)."""
+    return photo.size if isinstance(photo, Image.Image) else (photo.shape[2], photo.shape[1])
+
+
+def _too_small(photo: Image.Image | Tensor, size: int) -> str:
+    return "{}×{} pixels, smaller than {}".format(*_sides(photo), size)
+
+
+def _resized(
+    photo: Image.Image | Tensor, box: tuple[int, int, int, int], size: int, label: str
+) -> Tensor:
+    """Resize a window of a decoded photograph: (3, size, size) uint8, in sRGB."""
+    if isinstance(photo, Image.Image):
+        profile = embedded_profile(photo.info)
         # Resized in RGB, whatever the mode; the profile is applied last, to fewer pixels.
-        pixels = image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
+        pixels = photo.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box=box)
         pixels = in_srgb(pixels, profile, label)
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1).contiguous()
-    values = read_image(image.crop(box))[None]
+    left, top, right, bottom = box
+    values = photo[None, :, top:bottom, left:right]
     values = F.interpolate(
         values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
     )

@@ -59,7 +59,9 @@ class Record:
             ValueError: ``tensorboard`` is True and TensorBoard is not installed.
         """
         self.log_every = log_every
-        self.writer: Any = _writer(folder, first) if tensorboard else None
+        self.writer: Any = None
+        if tensorboard:
+            self.writer = writer_class()(str(folder.path / "tensorboard"), purge_step=first + 1)
         self.file = folder.open_log()
 
     def __enter__(self) -> Record:
@@ -112,11 +114,16 @@ class Record:
             self.writer.add_image("features", pixels, step, dataformats="HWC")
 
 
-def _writer(folder: RunFolder, first: int) -> Any:
+def writer_class() -> Any:
+    """Return TensorBoard's class of writers.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
     try:
         from torch.utils.tensorboard.writer import SummaryWriter
     except ImportError:
         raise ValueError(
             'tensorboard=True needs TensorBoard; pip install "upfeat[train]", or leave it off'
         ) from None
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=first + 1)
+    return SummaryWriter

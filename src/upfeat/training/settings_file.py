@@ -41,8 +41,19 @@ def _parse(path: Path) -> Any:
         raise ValueError(
             f'{path}: reading YAML needs PyYAML; pip install "upfeat[train]", or give a .json file'
         ) from None
+
+    class Loader(yaml.SafeLoader):
+        """Loader that refuses a name that is given twice, of which YAML would keep the last."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.YAMLError(f"{name} is given twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader)
     except RecursionError:
         raise ValueError(f"{path}: not YAML of ours (nested too deeply)") from None
     except (yaml.YAMLError, ValueError) as error:

@@ -6,7 +6,6 @@ import copy
 import inspect
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,7 +22,7 @@ from upfeat.training.objective import Objective, ViewBatch, make_batch
 from upfeat.training.processes import Processes
 from upfeat.training.recipes import recipe_for
 from upfeat.training.validation import normalised
-from upfeat.upsamplers import Upsampler, create_upsampler, list_upsamplers
+from upfeat.upsamplers import Upsampler, create_upsampler
 from upfeat.upsamplers.base import UPSAMPLERS
 
 _LEAST_STD = 0.05
@@ -52,7 +51,7 @@ class Trainer:
             processes: processes that divide each step among them.
 
         Raises:
-            FileNotFoundError: the upsampler is a folder that does not exist.
+            FileNotFoundError: the upsampler is a path that does not exist.
             ValueError: the upsampler does not suit these backbones, images are smaller than two
                 cells of a backbone, or the batch cannot be divided evenly.
         """
@@ -274,7 +273,7 @@ def new_upsampler(config: TrainConfig, backbones: Sequence[Backbone]) -> Upsampl
     backbones the option is left at its default, which suits any number of channels.
 
     Raises:
-        FileNotFoundError: the upsampler is a folder that does not exist.
+        FileNotFoundError: the upsampler is a path that does not exist.
         ValueError: there is no such upsampler, its options or channels do not fit, or views do not
             train it.
     """
@@ -313,18 +312,16 @@ def _common_normalization(backbones: Sequence[Backbone]) -> Normalization:
 
 
 def _saved(config: TrainConfig) -> Upsampler:
-    """Load the weights to start from: shipped ones, by their full name, or a folder."""
-    name = config.upsampler
-    shipped = name in list_upsamplers()
-    if not shipped and "/" not in name and not Path(name).is_dir():
-        raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
+    """Load weights to start from: shipped ones by their full name, a folder, or a checkpoint."""
+    upsampler = create_upsampler(config.upsampler)
     if config.upsampler_options:
         raise ValueError(
             f"upsampler_options={dict(config.upsampler_options)} are for the name of a class; "
-            f"{name} is saved weights"
+            f"{config.upsampler} is saved weights"
         )
-    upsampler = create_upsampler(name) if shipped else Upsampler.from_pretrained(name)
     upsampler.trained_for = None
+    if upsampler.origin is not None:
+        upsampler.origin = f"trained from {upsampler.origin.removeprefix('trained from ')}"
     return upsampler
 
 

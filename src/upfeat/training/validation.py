@@ -39,7 +39,7 @@ def validate(
         are means over backbones.
 
     Raises:
-        ValueError: features are NaN or infinite, or do not vary.
+        ValueError: features or scores are NaN or infinite, or features do not vary.
     """
     scores = []
     for objective, backbone in zip(objectives, backbones, strict=True):
@@ -71,6 +71,11 @@ def validate(
                 "validation_images=0"
             )
         scores.append(torch.stack([sums[0] / len(photographs), sums[1] / sums[2]]))
+        if not bool(torch.isfinite(scores[-1]).all()):
+            raise ValueError(
+                "the weights give NaN or infinity on the held-out photographs; "
+                f"learning_rate={config.learning_rate:g} may be too large"
+            )
     mean = torch.stack(scores).mean(0)
     return {"reconstruction": float(mean[0]), "error": float(mean[1])}
 

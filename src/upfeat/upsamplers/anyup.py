@@ -12,7 +12,7 @@ from upfeat.backends.cpu.encoder import match_patterns
 from upfeat.bounds import number, whole
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.attention import AttentionKernels, relative_window
+from upfeat.upsamplers.attention import AttentionKernels, relative_window, without_autocast
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.jafar import EncodedAttention, ImageQueries, Projection
 from upfeat.upsamplers.residual_encoder import ResidualEncoder
@@ -113,6 +113,7 @@ class AnyUp(EncodedAttention):
             "basis_side": self.basis_side,
         }
 
+    @without_autocast
     def prepare(
         self,
         guidance: Tensor,

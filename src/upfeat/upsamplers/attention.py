@@ -8,7 +8,9 @@ channels, or each head's weights are applied to a block of channels of its own.
 from __future__ import annotations
 
 from abc import abstractmethod
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -21,9 +23,11 @@ from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.base import Kernels, Upsampler
-from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.checks import check_buffer, check_inputs
 from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
+
+Prepare = TypeVar("Prepare", bound=Callable[..., Any])
 
 _BAND_BYTES = 32 * 2**20
 """Approximate size of a band of rows, before it is copied into a caller's buffer."""
@@ -113,6 +117,19 @@ class AttentionKernels:
         )
 
 
+def without_autocast(prepare: Prepare) -> Prepare:
+    """Make ``prepare`` compute in the precision of its arguments under autocast, too."""
+
+    @wraps(prepare)
+    def exact(self: AttentionUpsampler, guidance: Tensor, *given: Any, **options: Any) -> Any:
+        if not torch.is_autocast_enabled(guidance.device.type):
+            return prepare(self, guidance, *given, **options)
+        with torch.autocast(guidance.device.type, enabled=False):
+            return prepare(self, guidance, *given, **options)
+
+    return cast(Prepare, exact)
+
+
 class AttentionUpsampler(Upsampler):
     """Common base of AnyUp, JAFAR and NAF, which differ in :meth:`prepare`."""
 
@@ -182,7 +199,8 @@ class AttentionUpsampler(Upsampler):
             ``out``, or (B, C, *output_size).
 
         Raises:
-            ValueError: as :meth:`Upsampler.forward`, or the buffer has another shape.
+            ValueError: as :meth:`Upsampler.forward`, or the buffer has another shape, or shares
+                memory with the features or the guidance.
         """
         given = [one for one in (features, guidance) if isinstance(one, Tensor)]
         if any(isinstance(side, torch.SymInt) for one in given for side in one.shape[2:]):
@@ -193,9 +211,7 @@ class AttentionUpsampler(Upsampler):
         if out is None:
             return super().forward(features, guidance, output_size, hidden=hidden)
         size = check_inputs(features, guidance, output_size)
-        expected = (*features.shape[:2], *size)
-        if tuple(out.shape) != expected or not out.is_floating_point():
-            raise ValueError(buffer_refused(out, expected))
+        check_buffer(out, (*features.shape[:2], *size), features, guidance)
         with torch.no_grad():
             grid = (features.shape[2], features.shape[3])
             kernels = self.prepare_with(guidance, grid, size, features, hidden)
@@ -244,11 +260,6 @@ class AttentionUpsampler(Upsampler):
         ]
         out = kernels.attend(torch.cat(parts, dim=1), window, [outputs] * len(blocks))
         return out.unflatten(1, (len(blocks), outputs)).sum(1)
-
-
-def buffer_refused(out: Tensor, expected: tuple[int, ...]) -> str:
-    """Return the message for a buffer whose shape is wrong or whose type is not floating point."""
-    return f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
 
 
 def _overlap(chosen: range, start: int, count: int) -> int:

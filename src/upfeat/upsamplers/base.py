@@ -362,6 +362,8 @@ class Upsampler(nn.Module, ABC):
             config |= {"mean": list(self.mean), "std": list(self.std)}
         if self.wants_hidden and self.trained_for is not None:
             config["trained_for"] = self.trained_for
+        if self.origin is not None:
+            config["origin"] = self.origin
         write_bytes(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
     def push_to_hub(self, repo_id: str, *, run: str | Path | None = None, **options: Any) -> str:

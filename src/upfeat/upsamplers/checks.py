@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
@@ -165,3 +167,53 @@ def check_output_size(output_size: Size, name: str = "output_size") -> Size:
             "render parts of it"
         )
     return height, width  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def check_buffer(out: Tensor, expected: tuple[int, ...], *sources: Tensor) -> None:
+    """Check that a map of shape ``expected`` can be written to a buffer, bit by bit.
+
+    Raises:
+        TypeError: ``out`` is not a tensor.
+        ValueError: ``out`` has another shape, is not floating point, or shares memory with a source
+            of the map or among its own elements.
+    """
+    if not isinstance(out, Tensor):
+        raise TypeError(f"out is of type {type(out).__name__}; give a tensor")
+    if tuple(out.shape) != expected or not out.is_floating_point():
+        raise ValueError(
+            f"out is {out.dtype} {tuple(out.shape)}; give a floating-point buffer of {expected}"
+        )
+    if overlaps_itself(out):
+        raise ValueError("out has the same memory for several values; give out.clone()")
+    check_apart(out, sources)
+
+
+def check_apart(out: Tensor, sources: Sequence[Tensor]) -> None:
+    """Check that no source of a map is in the buffer's memory, as it is read between writes.
+
+    Raises:
+        ValueError: a source shares memory with the buffer.
+    """
+    start, end = _extent(out)
+    for source in sources:
+        if source.device == out.device and source.numel():
+            first, last = _extent(source)
+            if first < end and start < last:
+                raise ValueError("out shares memory with the map's inputs; give another buffer")
+
+
+def overlaps_itself(x: Tensor) -> bool:
+    """Return whether elements share memory, or lie in an order that no view of a tensor has."""
+    reached = 1
+    for step, length in sorted(zip(x.stride(), x.shape, strict=True)):
+        if length > 1:
+            if step < reached:
+                return True
+            reached = step * (length - 1) + reached
+    return False
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """Addresses of the first byte of a tensor's elements and after the last."""
+    last = sum(step * (length - 1) for step, length in zip(x.stride(), x.shape, strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -13,7 +13,12 @@ from upfeat.backends.cpu import attention as cpu
 from upfeat.bounds import MOST_CHANNELS, whole
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.attention import AttentionKernels, AttentionUpsampler, whole_window
+from upfeat.upsamplers.attention import (
+    AttentionKernels,
+    AttentionUpsampler,
+    whole_window,
+    without_autocast,
+)
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.checks import check_inputs
 from upfeat.upsamplers.residual_encoder import (
@@ -259,6 +264,7 @@ class JAFAR(EncodedAttention):
         """See :meth:`Upsampler.config`."""
         return {"embed_dim": self.embed_dim, "width": self.width, "heads": self.heads}
 
+    @without_autocast
     def prepare(
         self,
         guidance: Tensor,

@@ -17,11 +17,11 @@ from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import (
     AttentionKernels,
     AttentionUpsampler,
-    buffer_refused,
     shifted_window,
+    without_autocast,
 )
 from upfeat.upsamplers.base import UPSAMPLERS
-from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.checks import check_buffer, check_inputs
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4
@@ -93,6 +93,7 @@ class NAF(AttentionUpsampler):
         """See :meth:`Upsampler.config`."""
         return {"width": self.width, "heads": self.heads, "window_side": self.window_side}
 
+    @without_autocast
     def prepare(
         self,
         guidance: Tensor,
@@ -144,8 +145,8 @@ class NAF(AttentionUpsampler):
         expected = (*features.shape[:2], *size)
         if out is None:
             out = features.new_empty(expected)
-        elif tuple(out.shape) != expected:
-            raise ValueError(buffer_refused(out, expected))
+        else:
+            check_buffer(out, expected, features, guidance)
         image = self._image(guidance, size)
         grid = (features.shape[2], features.shape[3])
         for index, (values, part) in enumerate(

@@ -111,9 +111,11 @@ def load_pretrained(
     path = folder / CONFIG_FILE
     config = read_object(path)
     mean, std = config.pop("mean", None), config.pop("std", None)
-    trained_for = config.pop("trained_for", None)
+    trained_for, origin = config.pop("trained_for", None), config.pop("origin", None)
     if trained_for is not None and not isinstance(trained_for, str):
         raise ValueError(f"{path}: trained_for={shown(trained_for)} must be a backbone's name")
+    if origin is not None and not isinstance(origin, str):
+        raise ValueError(f"{path}: origin={shown(origin)} must be a text")
     saved = _class_of(config, path, classes)
     if not issubclass(saved, cls):
         raise ValueError(f"{folder}: holds a {saved.__name__}; load it with that class")
@@ -123,7 +125,7 @@ def load_pretrained(
     upsampler: Any = build(saved, config, path)
     if (mean, std) != (None, None):
         upsampler.mean, upsampler.std = check_normalization(mean, std)
-    upsampler.trained_for = trained_for
+    upsampler.trained_for, upsampler.origin = trained_for, origin
     state, _ = read_tensors(folder / WEIGHTS_FILE)
     try:
         upsampler.load_state_dict(state)

@@ -35,7 +35,7 @@ def load_pickled(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    _check_expansion(path)
+    check_archive(path)
     try:
         with warnings.catch_warnings():
             # PyTorch warns of pickle protocols that it does not write, and then reads or refuses
@@ -43,6 +43,13 @@ def load_pickled(path: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with path.open("rb") as file:
+            start = file.read(1)
+        if "Unsupported operand" in str(error) and start != pickle.PROTO:  # no pickle at all
+            raise ValueError(
+                f"{path}: not a PyTorch checkpoint, perhaps a web page or a pointer of Git LFS; "
+                "download the file itself"
+            ) from None
         # Only the name of the object: PyTorch's message advises to switch its protection off.
         named = re.search(r"GLOBAL (\S+)", str(error))
         what = "" if named is None else f", {named[1][:80]}"
@@ -60,21 +67,43 @@ def load_pickled(path: Path) -> dict[str, Any]:
     return content
 
 
-def _check_expansion(path: Path) -> None:
-    """Refuse archives that unpack to much more than the file, before they fill the memory.
+def check_archive(path: Path) -> None:
+    """Check what PyTorch does not check before it reads a file that ``torch.save`` wrote.
 
-    PyTorch writes the parts of its files uncompressed, but reads compressed ones too.
+    PyTorch writes the parts of a file uncompressed, but reads compressed ones too, and ignores
+    their checksums.
+
+    Raises:
+        ValueError: the parts unpack to much more than the file, or one has another checksum than
+            was written.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             total = sum(part.file_size for part in archive.infolist())
+            expands = total > _MOST_EXPANSION * path.stat().st_size
+            damaged = None if expands else _damaged_part(archive)
     except (*UNREADABLE, zipfile.BadZipFile):  # an older format, or damaged: PyTorch tells
         return
-    if total > _MOST_EXPANSION * path.stat().st_size:
+    if expands:
         raise ValueError(
             f"{path}: unpacks to {total:,} bytes from {path.stat().st_size:,}; no checkpoint of "
             "weights does"
         )
+    if damaged is not None:
+        raise ValueError(f"{path}: damaged: the checksum of its part {damaged} is another")
+
+
+def _damaged_part(archive: zipfile.ZipFile) -> str | None:
+    """Return the name of a part whose content does not have the checksum that was written."""
+    for part in archive.infolist():
+        if part.CRC:  # 0 if PyTorch was told to write no checksums
+            try:
+                with archive.open(part) as file:
+                    while file.read(2**20):
+                        pass
+            except zipfile.BadZipFile:
+                return part.filename
+    return None
 
 
 def is_safetensors(path: Path) -> bool:

@@ -62,8 +62,12 @@ class Recipe(Generic[AnyUpsampler]):
         """Return the additional term for a backbone of ``embed_dim`` channels, or ``None``.
 
         Raises:
-            ValueError: the configuration has a weight for a term that this upsampler lacks.
+            ValueError: the configuration has a setting for a part that this upsampler lacks.
         """
+        if self.config.mix_share != 1:
+            raise ValueError(
+                f"mix_share={self.config.mix_share:g} is of the detail upsampler alone; give 1"
+            )
         if self.config.detail_weight:
             raise ValueError(
                 f"detail_weight={self.config.detail_weight:g} is of the detail upsampler alone; "
