@@ -163,8 +163,7 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.config is not None:
         settings = read_settings(options.config)
         source = str(options.config)
-        if "out" in settings:
-            raise ValueError(f"{source}: out: give it as -o FOLDER instead")
+        settings.pop("out", None)  # of the run that wrote the file; -o is given
         if "backbone" in settings:
             _check_names(source, settings["backbone"])
     for name in ("preset", "backbone"):

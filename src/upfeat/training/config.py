@@ -351,9 +351,7 @@ class TrainConfig:
             FileNotFoundError: the folder contains no run.
             ValueError: its ``config.json`` is damaged, or a change is wrong.
         """
-        path = Path(folder) / "config.json"
-        stored = expand(read_object(path), str(path))
-        return cls(**{**stored, **expand(changes, "changes"), "out": folder})
+        return cls(**{**settings_of_run(folder), **expand(changes, "changes"), "out": folder})
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON values."""
@@ -376,6 +374,19 @@ class TrainConfig:
             for name in own
             if name not in same and other.get(name) != own[name]
         ]
+
+
+def settings_of_run(folder: str | Path) -> dict[str, Any]:
+    """Read the settings in the ``config.json`` of a run, without the names of its backbones.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged.
+    """
+    path = Path(folder) / "config.json"
+    content = read_object(path)
+    content.pop("backbone", None)
+    return expand(content, str(path))
 
 
 OPERATIONAL = frozenset(name for name, one in settings_of(TrainConfig).items() if one.operational)

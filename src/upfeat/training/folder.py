@@ -115,7 +115,9 @@ class RunFolder:
             # Other settings come first: a checkpoint of theirs does not fit, but is not damaged.
             self._check_same(run, config, backbones, photos)
             state = self.checkpoints.newest(check)
-            self._write_settings(config)
+            names = run.get("started_with", {}).get("backbone")
+            for path, content in self._settings_files(config, names).items():
+                _write(path, content)
             going_on = {"state": "running", "config": config.to_json()}
             write_json(self.path / "run.json", {**run, **going_on})
         listing = self._listing(config, photos, run is not None)
@@ -157,7 +159,7 @@ class RunFolder:
             "train": listing.train,
             "validation": listing.validation,
         }
-        files = self._settings_files(config)
+        files = self._settings_files(config, names)
         files[self.path / "photographs.json"] = encode_json(photographs)
         self._check_free(files)
         for path, content in files.items():
@@ -187,12 +189,11 @@ class RunFolder:
                     "folder"
                 )
 
-    def _write_settings(self, config: TrainConfig) -> None:
-        for path, content in self._settings_files(config).items():
-            _write(path, content)
-
-    def _settings_files(self, config: TrainConfig) -> dict[Path, bytes]:
-        settings = config.to_json()
+    def _settings_files(self, config: TrainConfig, names: list[str] | None) -> dict[Path, bytes]:
+        """Return the files that ``--config`` reads to start such a run in another folder."""
+        settings = {name: value for name, value in config.to_json().items() if name != "out"}
+        if names is not None:
+            settings = {"backbone": names[0] if len(names) == 1 else names, **settings}
         files = {self.path / "config.json": encode_json(settings)}
         text = _yaml(settings)
         return files if text is None else {**files, self.path / "config.yaml": text}

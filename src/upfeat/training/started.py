@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upfeat.strict_json import read_object
-from upfeat.training.config import TrainConfig, expand
+from upfeat.training.config import TrainConfig, expand, settings_of_run
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Started:
     """Settings and inputs with which a run was started.
 
     Attributes:
-        settings: content of the run's ``config.json``.
+        settings: settings in the run's ``config.json``.
         backbone: names of the backbones; ``None`` if a backbone was given as an object.
         photos: path of the folder of photographs at the start; ``None`` if it is not recorded.
     """
@@ -62,9 +62,8 @@ def read_started(folder: str | Path) -> Started | None:
     if not isinstance(beginning, dict):  # a run of an earlier version
         beginning = {"backbone": [one.get("name") for one in run["backbones"]]}
     names, photos = beginning.get("backbone"), beginning.get("photos")
-    settings = expand(read_object(folder / "config.json"), str(folder / "config.json"))
     return Started(
-        settings,
+        settings_of_run(folder),
         list(map(str, names)) if isinstance(names, list) and names else None,
         Path(photos) if isinstance(photos, str) else None,
     )
