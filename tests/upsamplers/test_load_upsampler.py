@@ -186,6 +186,7 @@ def test_converted_files(files, tmp_path, name):
         assert torch.equal(again.state_dict()[key], value)
     with pytest.raises(ValueError, match="is the file that is read"):
         write_checkpoint(target, target)
+    assert write_checkpoint(target, tmp_path / "again.safetensors") == facts
 
 
 def test_load_takes_a_file(files):

@@ -190,6 +190,10 @@ def write_checkpoint(
         "source_sha256": file_digest(source),
         "upfeat_version": __version__,
     }
+    if is_safetensors(source):  # converted again, it keeps the source of the first conversion
+        earlier = read_tensors(source)[1]
+        if earlier.get("format") == _FORMAT:
+            facts |= {name: earlier[name] for name in ("source", "source_sha256") if name in earlier}
     state = {name: value.contiguous() for name, value in upsampler.state_dict().items()}
     write_tensors(target, state, facts)
     return facts
