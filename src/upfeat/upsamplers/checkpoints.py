@@ -193,7 +193,7 @@ def write_checkpoint(
     if is_safetensors(source):  # converted again, it keeps the source of the first conversion
         earlier = read_tensors(source)[1]
         if earlier.get("format") == _FORMAT:
-            facts |= {name: earlier[name] for name in ("source", "source_sha256") if name in earlier}
+            facts |= {name: earlier.get(name, "") for name in ("source", "source_sha256")}
     state = {name: value.contiguous() for name, value in upsampler.state_dict().items()}
     write_tensors(target, state, facts)
     return facts
