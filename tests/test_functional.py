@@ -204,3 +204,10 @@ def test_what_is_not_finite_stays_in_its_channel(backend, value):
         others = [channel for channel in range(33) if channel != 17]
         assert torch.equal(found[:, others], operator(clean, weights, backend=backend)[:, others])
         assert not torch.isfinite(found[:, 17]).all()
+
+
+def test_shapes_without_values():
+    """Operators tell the shape of their result on the meta device."""
+    features, weights = (torch.empty(1, n, s, s, device="meta") for n, s in ((4, 5), (25, 10)))
+    assert functional.joint_bilateral_upsample(features, weights).shape == (1, 4, 10, 10)
+    assert functional.bilateral_weights(features, 1.0, 0.5).shape == (1, 49, 5, 5)

@@ -49,7 +49,7 @@ def call(operator: str, backend: str, *arguments: Argument) -> Tensor:
             raise ValueError(f'backend="{backend}" cannot run {operator}: {reason}')
     run = getattr(BACKENDS[backend], operator)
     kind = next(one.device.type for one in arguments if isinstance(one, Tensor))
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return run(*arguments)
     # Autocast would round the products of operators in PyTorch, and not those of kernels.
     with torch.autocast(kind, enabled=False):
