@@ -369,3 +369,10 @@ LOADS = [
 def test_options_of_load_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         upfeat.load(Patches(), **options)
+
+
+def test_heads_that_overflow_the_features_type_are_refused():
+    features, image = torch.rand(1, 4, 3, 3).half(), torch.rand(1, 3, 12, 12).half()
+    lazy = upfeat.UpsampledFeatures(features, image, upfeat.load_upsampler("bilinear"))
+    with pytest.raises(ValueError, match=r"weight holds NaN or infinity.*float16 overflows"):
+        lazy.project(torch.full((2, 4), 1e5))

@@ -271,6 +271,7 @@ class UpsampledFeatures(FeatureMap):
         check_head(weight, bias, self.shape[1])
         weight = weight.to(self.features)
         bias = None if bias is None else bias.to(self.features)
+        check_head(weight, bias, self.shape[1])  # again: a narrower type may overflow
         bound = self.max_memory if max_memory is None else parse_memory(max_memory)
         if out is not None or bound is not None:
             return self._fill(None, out, bound, weight, bias)

@@ -107,6 +107,18 @@ class FeatUp(nn.Module):
             self.backbone = guided.to(self.backbone.mean.device)
         self.eval().requires_grad_(False)
 
+    def train(self, mode: bool = True) -> FeatUp:
+        """Set the mode; a backbone or upsampler without trainable parameters stays in eval mode.
+
+        A network that contains the model is often trained while the model is frozen: its batch
+        statistics must not change, nor its features depend on the batch.
+        """
+        super().train(mode)
+        for part in (self.backbone, self.upsampler):
+            if not any(one.requires_grad for one in part.parameters()):
+                part.eval()
+        return self
+
     def __repr__(self) -> str:
         """One line: names, channels, stride, numbers of parameters, data type and device."""
         backbone, upsampler = self.backbone, self.upsampler
