@@ -208,6 +208,8 @@ class FeatUp(nn.Module):
     def _without_data(self, x: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Image, features and early layers' features, each filled in where there are no data."""
         missing = resize_mask(mask, (x.shape[2], x.shape[3])).to(x.device)
+        if len(missing) not in (1, len(x)):
+            raise ValueError(f"mask is of {len(missing)} images and x of {len(x)}; give as many")
         x = fill_missing(x, missing)
 
         def filled(maps: Tensor) -> Tensor:
