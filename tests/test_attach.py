@@ -341,3 +341,16 @@ def test_what_is_no_module_is_refused():
         upfeat.attach(lambda x: x, "0", bilinear)
     with pytest.raises(TypeError, match="layer is of type int; give a module or its name"):
         upfeat.attach(nn.Sequential(nn.Conv2d(3, 4, 8, 8)), 0, bilinear)
+
+
+def test_a_layer_that_returns_several_things_is_named_in_one_line():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    network = nn.Sequential(Pair())
+    with (
+        upfeat.attach(network, "0", upfeat.load_upsampler("bilinear")),
+        pytest.raises(ValueError, match="returned a tuple, not features"),
+    ):
+        network(torch.zeros(1, 3, 32, 32))

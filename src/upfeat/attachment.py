@@ -222,7 +222,8 @@ class Attachment:
         if image is None:  # the layer is called directly, not by the network
             return features
         if not isinstance(features, Tensor) or features.dim() != 4:
-            found = f"{tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
+            is_tensor = isinstance(features, Tensor)
+            found = tuple(features.shape) if is_tensor else f"a {type(features).__name__}"
             raise ValueError(
                 f"the layer to upsample behind returned {found}, not features (B, C, h, w); choose "
                 "a layer that does, or one that the tokens are reshaped by"
