@@ -163,3 +163,11 @@ def test_a_head_that_could_not_be_read_is_not_written(tmp_path, change):
     with pytest.raises(ValueError, match=r"head\.safetensors: not written: "):
         save_head(tmp_path / "head.safetensors", dataclasses.replace(head, **change))
     assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_any_type_have_an_identity_and_arrays_are_refused(tmp_path):
+    head = SavedHead(torch.ones(2, 3), torch.zeros(2), ["a", "b"], "classes", {}, "bilinear")
+    half = dataclasses.replace(head, weight=head.weight.bfloat16().requires_grad_())
+    assert half.identity() == head.identity()
+    with pytest.raises(TypeError, match="weight is of type ndarray; give a tensor"):
+        save_head(tmp_path / "h.safetensors", dataclasses.replace(head, weight=head.weight.numpy()))

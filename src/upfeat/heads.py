@@ -45,7 +45,8 @@ class SavedHead:
         """SHA-256 of weight, bias, kind and names."""
         found = hashlib.sha256(json.dumps([self.kind, *self.names]).encode())
         for tensor in (self.weight, self.bias):
-            found.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+            values = tensor.detach().float().cpu().contiguous().numpy()
+            found.update(f"{tuple(tensor.shape)}".encode() + values.tobytes())
         return found.hexdigest()
 
     def check_backbone(self, backbone: Backbone, label: str) -> None:
@@ -95,6 +96,7 @@ def save_head(path: str | Path, head: SavedHead) -> None:
 
     Raises:
         OSError: writing failed.
+        TypeError: weight or bias is not a tensor.
         ValueError: weight, bias and names do not match, a value is NaN or infinite, or there is no
             such kind.
     """
@@ -141,6 +143,9 @@ def load_head(path: str | Path) -> SavedHead:
 
 def _check(head: SavedHead, label: str, fault: str) -> None:
     weight, bias, names = head.weight, head.bias, head.names
+    for name, one in (("weight", weight), ("bias", bias)):
+        if not isinstance(one, Tensor):
+            raise TypeError(f"{name} is of type {type(one).__name__}; give a tensor")
     fits = weight.dim() == 2 and bias.shape == weight.shape[:1] and len(names) == len(weight) > 0
     if not fits or not weight.is_floating_point() or not bias.is_floating_point():
         raise ValueError(
