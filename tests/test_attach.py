@@ -323,3 +323,34 @@ def test_layers_without_a_grid_are_refused(upsampler):
         pytest.raises(ValueError, match=r"\(1, 4, 20\), not features"),
     ):
         network(image())
+
+
+@pytest.mark.parametrize("image", [None, torch.zeros(3, 32, 32), torch.zeros(1, 3, 32, 32).long()])
+def test_guidance_that_returns_no_image_is_refused(image):
+    network = nn.Sequential(nn.Conv2d(3, 4, 8, 8))
+    with (
+        upfeat.attach(network, "0", upfeat.load_upsampler("bilinear"), guidance=lambda a, k: image),
+        pytest.raises(ValueError, match=r"guidance returned .*; return the image \(B, 3, H, W\)"),
+    ):
+        network(torch.zeros(1, 3, 32, 32))
+
+
+def test_what_is_no_module_is_refused():
+    bilinear = upfeat.load_upsampler("bilinear")
+    with pytest.raises(TypeError, match="network is of type function; give a module"):
+        upfeat.attach(lambda x: x, "0", bilinear)
+    with pytest.raises(TypeError, match="layer is of type int; give a module or its name"):
+        upfeat.attach(nn.Sequential(nn.Conv2d(3, 4, 8, 8)), 0, bilinear)
+
+
+def test_a_layer_that_returns_several_things_is_named_in_one_line():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    network = nn.Sequential(Pair())
+    with (
+        upfeat.attach(network, "0", upfeat.load_upsampler("bilinear")),
+        pytest.raises(ValueError, match="returned a tuple, not features"),
+    ):
+        network(torch.zeros(1, 3, 32, 32))

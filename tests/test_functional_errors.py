@@ -140,3 +140,25 @@ def test_scalars_are_numbers_or_tensors_of_one(backend):
     for kind in (np.float64, torch.tensor, lambda x: torch.tensor([[x]]), np.array):
         changes = {"temperature": kind(0.8), "sigma_spatial": kind(0.6), "radius": np.int64(3)}
         torch.testing.assert_close(_call("bilateral_weights", backend, **changes), expected)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "eager"])
+def test_cells_that_a_window_reads_must_be_there(backend):
+    """A pixel reads radius cells on either side of its own, which ``cells`` must include."""
+    features, keys = torch.rand(1, 2, 3, 5), torch.rand(1, 4, 3, 5)
+    place = {"output_size": (32, 48), "grid_size": (8, 12), "backend": backend}
+    window, cells = (8, 16, 4, 4), (1, 3, 3, 5)  # pixels of cell (2, 4), of radius 1 and 2
+    weights = torch.rand(1, 9, 4, 4)
+    full = functional.neighbourhood_upsample(features, weights, window=window, cells=cells, **place)
+    assert full.shape == (1, 2, 4, 4)
+    for moved in ((2, 3, 3, 5), (1, 4, 3, 5), (0, 3, 3, 5), (1, 0, 3, 5)):
+        with pytest.raises(
+            ValueError, match=r"features are of the cells .*reads cells=\(1, 3, 3, 3\)"
+        ):
+            functional.neighbourhood_upsample(
+                features, weights, window=window, cells=moved, **place
+            )
+    with pytest.raises(ValueError, match=r"keys are of the cells .*reads cells=\(0, 2, 5, 5\)"):
+        functional.neighbourhood_weights(
+            torch.rand(1, 4, 4, 4), keys, 1.0, 1.0, window=window, cells=cells, **place
+        )

@@ -152,3 +152,22 @@ def test_heads_fit_features_of_several_passes(options):
     other = upfeat.load_backbone(torch.nn.Conv2d(3, 4, 8, 8), name="own")
     with pytest.raises(ValueError, match="another weights"):
         head.check_backbone(upfeat.load(other, **options).backbone, "head")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"names": ["one"]}, {"kind": "depth"}, {"weight": torch.full((2, 3), torch.nan)}],
+)
+def test_a_head_that_could_not_be_read_is_not_written(tmp_path, change):
+    head = SavedHead(torch.zeros(2, 3), torch.zeros(2), ["a", "b"], "classes", {}, "bilinear")
+    with pytest.raises(ValueError, match=r"head\.safetensors: not written: "):
+        save_head(tmp_path / "head.safetensors", dataclasses.replace(head, **change))
+    assert not list(tmp_path.iterdir())
+
+
+def test_heads_of_any_type_have_an_identity_and_arrays_are_refused(tmp_path):
+    head = SavedHead(torch.ones(2, 3), torch.zeros(2), ["a", "b"], "classes", {}, "bilinear")
+    half = dataclasses.replace(head, weight=head.weight.bfloat16().requires_grad_())
+    assert half.identity() == head.identity()
+    with pytest.raises(TypeError, match="weight is of type ndarray; give a tensor"):
+        save_head(tmp_path / "h.safetensors", dataclasses.replace(head, weight=head.weight.numpy()))

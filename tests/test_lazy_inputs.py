@@ -369,3 +369,19 @@ LOADS = [
 def test_options_of_load_are_named(options, words):
     with pytest.raises(ValueError, match=words):
         upfeat.load(Patches(), **options)
+
+
+def test_heads_that_overflow_the_features_type_are_refused():
+    features, image = torch.rand(1, 4, 3, 3).half(), torch.rand(1, 3, 12, 12).half()
+    lazy = upfeat.UpsampledFeatures(features, image, upfeat.load_upsampler("bilinear"))
+    with pytest.raises(ValueError, match=r"weight holds NaN or infinity.*float16 overflows"):
+        lazy.project(torch.full((2, 4), 1e5))
+
+
+def test_masks_of_other_images_are_refused():
+    model, x = upfeat.load(upsampler="bilinear"), torch.zeros(1, 3, 32, 32)
+    for call in (model, model.lazy):
+        with pytest.raises(ValueError, match="mask is of 2 images and x of 1; give as many"):
+            call(x, mask=torch.zeros(2, 1, 32, 32, dtype=torch.bool))
+        with pytest.raises(ValueError, match=r"mask must be \(H, W\)"):
+            call(x, mask=torch.zeros(0, 5, dtype=torch.bool))

@@ -105,3 +105,11 @@ def test_what_does_not_fit_is_refused():
         pool_patches(torch.ones(2, 1, 8, 8), torch.ones(1, 2, 2, 4, 4), views=views)
     with pytest.raises(ValueError, match="pixels to fit views"):
         pool_patches(torch.ones(1, 1, 8, 9), torch.ones(1, 2, 2, 4, 4), views=views)
+
+
+def test_weights_that_are_none_are_refused():
+    values = torch.zeros(1, 2, 8, 8)
+    with pytest.raises(ValueError, match="k at least 1"):
+        pool_patches(values, torch.zeros(1, 2, 2, 0, 0))
+    with pytest.raises(TypeError, match="weights is of type list; give a tensor"):
+        pool_patches(values, [1.0])

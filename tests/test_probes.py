@@ -12,6 +12,7 @@ from upfeat.probes import (
     draw_pixels,
     fit_classifier,
     fit_depth,
+    fit_normals,
     read_cells,
     read_pixels,
 )
@@ -192,3 +193,22 @@ def test_features_of_16_bits_are_taken(dtype):
     targets = (features[..., 0] > 0).long()
     head = fit_classifier(Pixels(features, targets), 2, torch.Generator().manual_seed(0))
     assert (head(features.float().flatten(0, 1)).argmax(1) == targets.flatten()).all()
+
+
+def test_fits_run_in_inference_mode():
+    with torch.inference_mode():
+        features = torch.randn(4, 30, 5, generator=torch.Generator().manual_seed(0))
+        depth = features[..., 0] + 0.1 * features[..., 1]
+        normals = torch.nn.functional.normalize(features[..., :3], dim=2)
+        depths = fit_depth(Pixels(features, depth), torch.Generator().manual_seed(0))
+        fit_normals(Pixels(features, normals), torch.Generator().manual_seed(0))
+    again = fit_depth(Pixels(features.clone(), depth.clone()), torch.Generator().manual_seed(0))
+    assert torch.equal(depths.weight, again.weight)
+
+
+def test_classes_are_whole_numbers():
+    features, targets = torch.randn(2, 9, 3), torch.full((2, 9), 0.5)
+    with pytest.raises(ValueError, match=r"from 0\.5 to 0\.5; give classes 0 to 1, whole numbers"):
+        fit_classifier(Pixels(features, targets), 2, torch.Generator())
+    with pytest.raises(ValueError, match="n_classes=0 must be 1 or more"):
+        fit_classifier(Pixels(features, targets), 0, torch.Generator())

@@ -31,6 +31,9 @@ class Fixed(upfeat.Backbone):
     def extract(self, x):
         return F.adaptive_avg_pool2d(x, 8)
 
+    def grid_size(self, size):
+        return 8, 8
+
 
 def photo(height=64, width=80, seed=0):
     generator = torch.Generator().manual_seed(seed)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from upfeat import storage
 from upfeat.storage import read_tensors, replacing, sweep, write_bytes, write_tensors
-from upfeat.visualize import PCABasis, class_colours, comparison, side_by_side
+from upfeat.visualize import PCABasis, class_colours, comparison, side_by_side, to_image
 
 
 def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
@@ -205,3 +205,16 @@ def test_what_this_process_writes_is_not_swept(tmp_path):
         sweep(tmp_path)
         temporary.write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_pictures_refuse_what_they_would_show_wrongly():
+    features = torch.randn(8, 4, 5)
+    basis = PCABasis(features)
+    for wrong in (features[None], features.long(), features[:0], features * torch.nan):
+        with pytest.raises(ValueError, match=r"^features "):
+            PCABasis(wrong)
+    with pytest.raises(ValueError, match=r"give floating numbers \(8, h, w\)"):
+        basis.project(features[:3])
+    with pytest.raises(ValueError, match="colours is torch"):  # not white
+        to_image(torch.zeros(3, 4, 5, dtype=torch.uint8))
+    assert PCABasis(torch.rand(1, 2300, 2400)).high[0] > 0.45  # more values than quantile() takes

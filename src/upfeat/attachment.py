@@ -83,6 +83,8 @@ def attach(
     """
     if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
         network = network.module  # hooks must run in each replica, on its part of the batch
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"network is of type {type(network).__name__}; give a module")
     require_upsampler(upsampler)
     if early is None and upsampler.wants_hidden:
         raise ValueError(
@@ -189,7 +191,12 @@ class Attachment:
         calls = self._images.setdefault(_thread(), [])
         calls.append(None)  # before the image is found: ``_leave`` pops an entry even on failure
         self._layers.setdefault(_thread(), []).append(None)
-        calls[-1] = self._guidance(args, kwargs)
+        image = self._guidance(args, kwargs)
+        if not isinstance(image, Tensor) or image.dim() != 4 or not image.is_floating_point():
+            is_tensor = isinstance(image, Tensor)
+            found = f"{image.dtype} {tuple(image.shape)}" if is_tensor else type(image).__name__
+            raise ValueError(f"guidance returned {found}; return the image (B, 3, H, W)")
+        calls[-1] = image
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         thread = _thread()
@@ -215,7 +222,8 @@ class Attachment:
         if image is None:  # the layer is called directly, not by the network
             return features
         if not isinstance(features, Tensor) or features.dim() != 4:
-            found = f"{tuple(features.shape)}" if isinstance(features, Tensor) else type(features)
+            is_tensor = isinstance(features, Tensor)
+            found = tuple(features.shape) if is_tensor else f"a {type(features).__name__}"
             raise ValueError(
                 f"the layer to upsample behind returned {found}, not features (B, C, h, w); choose "
                 "a layer that does, or one that the tokens are reshaped by"
@@ -370,6 +378,8 @@ def _module(network: nn.Module, module: str | nn.Module, label: str) -> nn.Modul
         if module not in known:
             raise ValueError(unknown_name(label, module, [name for name in known if name]))
         return known[module]
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{label} is of type {type(module).__name__}; give a module or its name")
     if not any(module is other for other in known.values()):
         raise ValueError(f"{label} is a {type(module).__name__} that is not in the network")
     return module

@@ -33,7 +33,7 @@ from upfeat.operator_checks import FLOATS
 from upfeat.snapshots import Snapshot, watched
 from upfeat.types import times
 from upfeat.upsamplers import Kernels, Upsampler, Window
-from upfeat.upsamplers.checks import check_hidden, check_inputs
+from upfeat.upsamplers.checks import check_hidden, check_inputs, check_result
 from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.step import Corrected
@@ -213,7 +213,9 @@ class UpsampledFeatures(FeatureMap):
         window = check_window((self.shape[2], self.shape[3]), top, left, height, width)
         # With a memory bound, features on finer grids are computed again rather than kept.
         made = self._precompute() if self.max_memory is None else self._parts()
-        return self._blank(self.upsampler.render(*made, window=window), window)
+        out = self.upsampler.render(*made, window=window)
+        expected = (*self.shape[:2], window.height, window.width)
+        return self._blank(check_result(self.upsampler.name, out, expected), window)
 
     def at(self, points: Tensor) -> Tensor:
         """Features at points, interpolated bilinearly between pixels.
@@ -271,6 +273,7 @@ class UpsampledFeatures(FeatureMap):
         check_head(weight, bias, self.shape[1])
         weight = weight.to(self.features)
         bias = None if bias is None else bias.to(self.features)
+        check_head(weight, bias, self.shape[1])  # again: a narrower type may overflow
         bound = self.max_memory if max_memory is None else parse_memory(max_memory)
         if out is not None or bound is not None:
             return self._fill(None, out, bound, weight, bias)
@@ -341,7 +344,10 @@ class UpsampledFeatures(FeatureMap):
         return state
 
     def _render(self, head: Tensor | None = None) -> Tensor:
-        return self._blank(self.upsampler.render(*self._parts(), head=head))
+        out = self.upsampler.render(*self._parts(), head=head)
+        channels = self.shape[1] if head is None else len(head)
+        expected = (self.shape[0], channels, *self.shape[2:])
+        return self._blank(check_result(self.upsampler.name, out, expected))
 
     def _fill(
         self,

@@ -24,6 +24,7 @@ from upfeat.backends import dispatch
 from upfeat.bounds import number, whole
 from upfeat.geometry import window_radius
 from upfeat.operator_checks import (
+    check_cells,
     check_not_empty,
     check_pair,
     check_ranges,
@@ -131,15 +132,17 @@ def neighbourhood_upsample(
         (B, C, H, W), or with ``window`` (B, C, height, width).
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the window is not inside the output or the
-            cells are not inside the grid, or the backend cannot run.
+        ValueError: shapes, dtypes or devices disagree, the window is not inside the output, the
+            cells are not inside the grid or lack cells that the window reads, or the backend cannot
+            run.
     """
     weights = check_pair("features", features, weights)
-    window_radius(weights.shape[1])
+    radius = window_radius(weights.shape[1])
     check_not_empty("features", features)
     check_not_empty("weights", weights)
     fine = check_window("weights", weights, output_size, window)
     coarse = check_window("features", features, grid_size, cells, whole="grid", part="cells")
+    check_cells("features", features, coarse, weights.shape, fine, radius)
     return dispatch.call("neighbourhood_upsample", backend, features, weights, *fine, *coarse)
 
 
@@ -221,8 +224,9 @@ def neighbourhood_weights(
         non-negative, summing to 1 at every pixel.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, the window is not inside the output or the
-            cells are not inside the grid, the radius is below 1, or the backend cannot run.
+        ValueError: shapes, dtypes or devices disagree, the window is not inside the output, the
+            cells are not inside the grid or lack cells that the window reads, the radius is below
+            1, or the backend cannot run.
     """
     keys = check_pair("queries", queries, keys, other="keys")
     radius = whole("radius", radius, 1, _LARGEST_RADIUS)
@@ -234,6 +238,7 @@ def neighbourhood_weights(
     check_not_empty("keys", keys)
     fine = check_window("queries", queries, output_size, window)
     coarse = check_window("keys", keys, grid_size, cells, whole="grid", part="cells")
+    check_cells("keys", keys, coarse, queries.shape, fine, radius)
     scalars = (
         scalar("temperature", temperature, queries),
         scalar("sigma", sigma, queries, divisor=True),

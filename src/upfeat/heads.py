@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,7 +45,8 @@ class SavedHead:
         """SHA-256 of weight, bias, kind and names."""
         found = hashlib.sha256(json.dumps([self.kind, *self.names]).encode())
         for tensor in (self.weight, self.bias):
-            found.update(f"{tuple(tensor.shape)}".encode() + tensor.contiguous().numpy().tobytes())
+            values = tensor.detach().float().cpu().contiguous().numpy()
+            found.update(f"{tuple(tensor.shape)}".encode() + values.tobytes())
         return found.hexdigest()
 
     def check_backbone(self, backbone: Backbone, label: str) -> None:
@@ -96,7 +96,11 @@ def save_head(path: str | Path, head: SavedHead) -> None:
 
     Raises:
         OSError: writing failed.
+        TypeError: weight or bias is not a tensor.
+        ValueError: weight, bias and names do not match, a value is NaN or infinite, or there is no
+            such kind.
     """
+    _check(head, f"{path}: not written", "no head")
     metadata = {
         "format": FORMAT,
         "upfeat_version": __version__,
@@ -124,8 +128,8 @@ def load_head(path: str | Path) -> SavedHead:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError("its names are no list of texts")
         head = SavedHead(
-            tensors["weight"].float(),
-            tensors["bias"].float(),
+            tensors["weight"],
+            tensors["bias"],
             names,
             metadata["kind"],
             parse_object(metadata["backbone"], "backbone"),
@@ -133,18 +137,22 @@ def load_head(path: str | Path) -> SavedHead:
         )
     except (KeyError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a damaged head ({error})") from None
-    _check_shapes(tensors["weight"], tensors["bias"], names, path)
-    if head.kind not in KINDS:
-        raise ValueError(f'{path}: kind="{head.kind}" must be classes or values')
-    return head
+    _check(head, str(path), "a damaged head")
+    return replace(head, weight=head.weight.float(), bias=head.bias.float())
 
 
-def _check_shapes(weight: Tensor, bias: Tensor, names: Sequence[str], path: str | Path) -> None:
+def _check(head: SavedHead, label: str, fault: str) -> None:
+    weight, bias, names = head.weight, head.bias, head.names
+    for name, one in (("weight", weight), ("bias", bias)):
+        if not isinstance(one, Tensor):
+            raise TypeError(f"{name} is of type {type(one).__name__}; give a tensor")
     fits = weight.dim() == 2 and bias.shape == weight.shape[:1] and len(names) == len(weight) > 0
     if not fits or not weight.is_floating_point() or not bias.is_floating_point():
         raise ValueError(
-            f"{path}: a damaged head: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, "
+            f"{label}: {fault}: weight {tuple(weight.shape)}, bias {tuple(bias.shape)}, "
             f"{len(names)} names"
         )
     if not bool(torch.isfinite(weight.float()).all() and torch.isfinite(bias.float()).all()):
-        raise ValueError(f"{path}: holds NaN or infinity")
+        raise ValueError(f"{label}: holds NaN or infinity")
+    if head.kind not in KINDS:
+        raise ValueError(f'{label}: kind="{head.kind}" must be classes or values')

@@ -142,7 +142,7 @@ def resize_mask(mask: Tensor | NDArray[Any], size: tuple[int, int]) -> Tensor:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask is of type {type(mask).__name__}; give a tensor or an array")
     batch = mask[None, None] if mask.dim() == 2 else mask
-    if batch.dim() != 4 or batch.shape[1] != 1:
+    if batch.dim() != 4 or batch.shape[1] != 1 or not batch.numel():
         raise ValueError(f"mask must be (H, W) or (B, 1, H, W), not {tuple(mask.shape)}")
     missing = batch != 0
     if tuple(missing.shape[2:]) == tuple(size):

@@ -107,6 +107,18 @@ class FeatUp(nn.Module):
             self.backbone = guided.to(self.backbone.mean.device)
         self.eval().requires_grad_(False)
 
+    def train(self, mode: bool = True) -> FeatUp:
+        """Set the mode; a backbone or upsampler without trainable parameters stays in eval mode.
+
+        A network that contains the model is often trained while the model is frozen: its batch
+        statistics must not change, nor its features depend on the batch.
+        """
+        super().train(mode)
+        for part in (self.backbone, self.upsampler):
+            if not any(one.requires_grad for one in part.parameters()):
+                part.eval()
+        return self
+
     def __repr__(self) -> str:
         """One line: names, channels, stride, numbers of parameters, data type and device."""
         backbone, upsampler = self.backbone, self.upsampler
@@ -196,6 +208,8 @@ class FeatUp(nn.Module):
     def _without_data(self, x: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Image, features and early layers' features, each filled in where there are no data."""
         missing = resize_mask(mask, (x.shape[2], x.shape[3])).to(x.device)
+        if len(missing) not in (1, len(x)):
+            raise ValueError(f"mask is of {len(missing)} images and x of {len(x)}; give as many")
         x = fill_missing(x, missing)
 
         def filled(maps: Tensor) -> Tensor:

@@ -74,6 +74,42 @@ def check_window(
     return size, [top, left]
 
 
+def check_cells(
+    name: str,
+    values: Tensor,
+    coarse: tuple[list[int], list[int]],
+    pixels: Sequence[int],
+    fine: tuple[list[int], list[int]],
+    radius: int,
+) -> None:
+    """Check that values of a part of the grid include all cells that a window of pixels reads.
+
+    Args:
+        name: name of the values, for error messages.
+        values: (…, rows, columns), the part of the grid.
+        coarse: size of the grid, and top and left of the part, from :func:`check_window`.
+        pixels: (…, height, width), shape of the window of pixels.
+        fine: size of the output, and top and left of the window, from :func:`check_window`.
+        radius: number of cells that a pixel reads on either side of its own.
+    """
+    if tuple(values.shape[-2:]) == tuple(coarse[0]):  # the whole grid
+        return
+    given, needed = [], []
+    for axis in (0, 1):
+        grid, length, start = coarse[0][axis], fine[0][axis], fine[1][axis]
+        last = start + pixels[axis - 2] - 1
+        low, high = ((2 * pixel + 1) * grid // (2 * length) for pixel in (start, last))
+        needed.append((max(low - radius, 0), min(high + radius + 1, grid)))
+        first = coarse[1][axis]
+        given.append((first, first + values.shape[axis - 2]))
+    if any(own[0] > all_[0] or own[1] < all_[1] for own, all_ in zip(given, needed, strict=True)):
+        (top, bottom), (left, right) = needed
+        raise ValueError(
+            f"{name} are of the cells {given[0][0]} to {given[0][1] - 1} × {given[1][0]} to "
+            f"{given[1][1] - 1}; the window reads cells={(top, left, bottom - top, right - left)}"
+        )
+
+
 def check_pair(name: str, values: Tensor, weights: Tensor, other: str = "weights") -> Tensor:
     """Check that batch, device and dtype of two (B, ·, ·, ·) tensors agree.
 

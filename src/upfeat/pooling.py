@@ -62,10 +62,15 @@ def pool_patches(
         (N, C, h, w), in the dtype of ``values``; N = B without views.
 
     Raises:
+        TypeError: an argument is not a tensor.
         ValueError: the shapes do not match, or the grid is finer than the map.
     """
-    if weights.ndim != 5 or weights.shape[3] != weights.shape[4]:
-        raise ValueError(f"weights must have shape (B, h, w, k, k), got {tuple(weights.shape)}")
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights is of type {type(weights).__name__}; give a tensor")
+    if weights.ndim != 5 or weights.shape[3] != weights.shape[4] or 0 in weights.shape[1:]:
+        raise ValueError(
+            f"weights must have shape (B, h, w, k, k), k at least 1, got {tuple(weights.shape)}"
+        )
     check_grid(values, (weights.shape[1], weights.shape[2]), views)
     count = len(values) if views is None else len(views[0])
     if len(weights) not in (1, count):

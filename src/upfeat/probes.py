@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.bounds import whole
 from upfeat.linear import ridge
 from upfeat.optimisers import LBFGS
 
@@ -111,6 +112,7 @@ def read_cells(features: Tensor, places: Tensor, size: tuple[int, int]) -> Tenso
     return features.flatten(1)[:, rows * width + columns].T
 
 
+@torch.inference_mode(False)
 def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -> LinearProbe:
     """Fit multinomial logistic regression; choose its L2 penalty on held-out images.
 
@@ -126,11 +128,13 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
         ValueError: the shapes do not match, features are not finite, or a target is not one of the
             K classes.
     """
+    n_classes = whole("n_classes", n_classes)
     pixels = _checked(pixels)
-    lowest, highest = (int(value) for value in pixels.targets.aminmax())
-    if lowest < 0 or highest >= n_classes:
+    lowest, highest = (float(value) for value in pixels.targets.aminmax())
+    if lowest < 0 or highest >= n_classes or bool((pixels.targets != pixels.targets.long()).any()):
         raise ValueError(
-            f"targets are from {lowest} to {highest}; give classes 0 to {n_classes - 1}"
+            f"targets are from {lowest:g} to {highest:g}; give classes 0 to {n_classes - 1}, "
+            "whole numbers"
         )
 
     def loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +154,7 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
     return _fit(pixels, start, loss, generator)
 
 
+@torch.inference_mode(False)
 def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     """Fit a linear map from features to depth, up to a scale and a shift of every image.
 
@@ -186,6 +191,7 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     return _fit(pixels, LinearProbe(weight, weight.new_zeros(1)), loss, generator)
 
 
+@torch.inference_mode(False)
 def fit_normals(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     """Fit a linear map from features to surface normals; outputs of any length are directions.
 
@@ -224,7 +230,14 @@ def _checked(pixels: Pixels, *sizes: int) -> Pixels:
 
     ``sizes`` are those of the axes of a target.
     """
-    features, targets = pixels.features, pixels.targets
+    for name, given in (("features", pixels.features), ("targets", pixels.targets)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} are of type {type(given).__name__}; give a tensor")
+    # Clones of what inference_mode made can be differentiated; others stay as they are.
+    features, targets = (
+        one.clone() if one.is_inference() else one.detach()
+        for one in (pixels.features, pixels.targets)
+    )
     shape = (*features.shape[:2], *sizes)
     if features.dim() != 3 or targets.shape != shape or not targets.numel():
         expected = ", ".join(map(str, ("N", "P", *sizes)))

@@ -35,9 +35,11 @@ class Registry(dict[str, Item]):
         """Add an item under its ``name``; usable as a decorator.
 
         Raises:
-            ValueError: the name is taken by another item.
+            ValueError: the item has no name, or its name is taken by another item.
         """
-        name: str = item.name  # pyright: ignore[reportAttributeAccessIssue]
+        name = getattr(item, "name", None)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{self.kind} {item!r} has no name; set its attribute name to a text")
         other = self.setdefault(name, item)  # pyright: ignore[reportArgumentType]
         if other is not item:
             raise ValueError(f'{self.kind} "{name}" is registered already, as {other!r}')

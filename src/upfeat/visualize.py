@@ -20,6 +20,8 @@ _BACKGROUND = (255, 255, 255)
 _INK = (32, 32, 32)
 _MIN_PANEL_SIDE = 320
 _BEHIND = (0.2, 0.2, 0.2)
+_LARGEST = 1e15
+_MOST_SAMPLES = 1 << 20
 # Characters of a name in a legend, of which longer names lose their ends.
 _LONGEST_NAME = 32
 
@@ -36,8 +38,20 @@ class PCABasis:
 
         Args:
             features: (C, h, w), the coarse map, or any other sample of the features.
+
+        Raises:
+            TypeError: ``features`` is not a tensor.
+            ValueError: it is not floating-point (C, h, w), or contains NaN, infinity, or values
+                whose squares overflow.
         """
+        _check("features", features)
         samples = features.detach().flatten(1).T.float()  # (h·w, C)
+        samples = samples[:: -(-len(samples) // _MOST_SAMPLES)]
+        if not bool((samples.abs() < _LARGEST).all()):
+            raise ValueError(
+                "features holds NaN, infinity or values too large for a PCA; check the backbone's "
+                "input and its precision"
+            )
         self.mean, axes, variances = principal_components(samples, 3)
         count = len(axes)
         basis = axes.T * (variances > 0)
@@ -52,7 +66,13 @@ class PCABasis:
         self.high = projected.quantile(0.99, dim=0) if len(projected) > 1 else projected[0] + 1
 
     def project(self, features: Tensor) -> Tensor:
-        """Compute coordinates in the basis: (C, H, W) -> (3, H, W), an affine map."""
+        """Compute coordinates in the basis: (C, H, W) -> (3, H, W), an affine map.
+
+        Raises:
+            TypeError: ``features`` is not a tensor.
+            ValueError: it is not (C, H, W) with the C of the fitted map.
+        """
+        _check("features", features, len(self.basis))
         flat = features.detach().flatten(1)
         centre = self.basis.T @ self.mean
         projected = self.basis.T.to(flat.dtype) @ flat - centre.to(flat.dtype)[:, None]
@@ -65,6 +85,18 @@ class PCABasis:
         """
         span = (self.high - self.low).clamp(min=1e-12)
         return ((projected - self.low[:, None, None]) / span[:, None, None]).clamp(0, 1)
+
+
+def _check(name: str, maps: Tensor, channels: int | None = None) -> None:
+    """Check that maps are a floating-point tensor (C, h, w), none of these 0."""
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"{name} is of type {type(maps).__name__}; give a tensor")
+    fits = maps.dim() == 3 and maps.numel() > 0 and channels in (None, len(maps))
+    if not fits or not maps.is_floating_point():
+        raise ValueError(
+            f"{name} is {maps.dtype} {tuple(maps.shape)}; give floating numbers "
+            f"({channels or 'C'}, h, w), of one image"
+        )
 
 
 def class_colours(count: int, names: Sequence[str] = ()) -> Tensor:
@@ -81,14 +113,20 @@ def class_colours(count: int, names: Sequence[str] = ()) -> Tensor:
         colorsys.hsv_to_rgb(0.61803399 * index % 1, 0.75 - 0.2 * (index % 2), 0.95)
         for index in range(count)
     ]
-    for index, name in enumerate(names):
+    for index, name in enumerate(names[:count]):
         if name.strip().lower() == "background":
             rows[index] = _BEHIND
     return torch.tensor(rows).view(count, 3)
 
 
 def to_image(colours: Tensor) -> Image.Image:
-    """Convert colours (3, H, W) in [0, 1] to a PIL image."""
+    """Convert colours (3, H, W) in [0, 1] to a PIL image.
+
+    Raises:
+        TypeError: ``colours`` is not a tensor.
+        ValueError: it is not (3, H, W), or not floating point.
+    """
+    _check("colours", colours, 3)
     array = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     return Image.fromarray(np.ascontiguousarray(array.cpu().numpy()))
 
@@ -106,7 +144,12 @@ def side_by_side(
 
     Returns:
         One picture with all panels.
+
+    Raises:
+        ValueError: there are no panels.
     """
+    if not panels:
+        raise ValueError("panels is empty; give at least one")
     width, height = panels[0][1].size
     factor = max(1, -(-_MIN_PANEL_SIDE // max(width, height)))
     size = (width * factor, height * factor)
@@ -171,6 +214,9 @@ def comparison(
     Returns:
         Picture of four captioned panels. The three panels of features have one PCA basis, fitted to
         the coarse features.
+
+    Raises:
+        ValueError: an argument has another shape or type, or features are not finite.
     """
     basis = PCABasis(coarse)
     return draw_comparison(image, coarse, basis, basis.project(upsampled), label=label)
@@ -198,6 +244,7 @@ def draw_comparison(
             for the sizes of ``image`` and ``sharp``.
         before: caption of the coarse features.
     """
+    _check("image", image, 3)
     shown = (image.shape[1], image.shape[2])
     # The projection is affine and commutes with interpolation, so interpolate 3 channels, not C.
     grid = basis.project(coarse)[None]

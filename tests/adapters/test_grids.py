@@ -1,6 +1,7 @@
 """Grids and their geometry go to disk and back, ours and those of others."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -151,5 +152,41 @@ def test_a_file_that_holds_something_else_is_named(tmp_path, held):
 )
 def test_grids_that_do_not_cover_their_image_are_refused(shape, target, patch):
     sides = (target if isinstance(target, tuple) else (target, target), (patch, patch))
-    with pytest.raises(ValueError, match=r"features must be \(d, gh, gw\)|does not cover an image"):
+    with pytest.raises(
+        ValueError, match=r"features must be \(d, gh, gw\)|does not cover an image|target_size="
+    ):
         DenseGrid(torch.zeros(shape), *sides)
+
+
+def test_what_cannot_be_written_leaves_the_old_grid_whole(tmp_path):
+    grid = DenseGrid(torch.full((2, 3, 4), 7e4), (40, 60), (16, 16))
+    path = write_grid(tmp_path, "one", grid)
+    with pytest.raises(ValueError, match="not written: features hold NaN or infinity in float16"):
+        write_grid(tmp_path, "one", grid, dtype="float16")
+    with pytest.raises(TypeError, match="JSON"):
+        write_grid(tmp_path, "one", replace(grid, facts={"model": object()}))
+    assert torch.equal(read_grid(path).features, grid.features)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"junk", torch.zeros(2, 3, 4).to_sparse(), torch.zeros(2, 1, 1).expand(2, 3, 4)],
+)
+def test_tensors_that_cannot_be_used_are_one_line(tmp_path, content):
+    path = write_grid(tmp_path, "one", DenseGrid(torch.zeros(2, 3, 4), (40, 60), (16, 16)))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"one\.pt: (not a tensor|its tensor (is|repeats))"):
+        read_grid(path)
+
+
+def test_sizes_are_two_whole_numbers():
+    with pytest.raises(ValueError, match="patch_size=16 must be"):
+        DenseGrid(torch.zeros(2, 3, 4), (40, 60), 16)
+    with pytest.raises(ValueError, match="target_size="):
+        DenseGrid(torch.zeros(2, 3, 4), (40, 60.5), (16, 16))
+    with pytest.raises(TypeError, match="features is of type ndarray; give a tensor"):
+        DenseGrid(torch.zeros(2, 3, 4).numpy(), (40, 60), (16, 16))

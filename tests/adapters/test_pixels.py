@@ -140,3 +140,13 @@ def test_bad_settings_are_refused():
         PixelFeatures().set_params(colour=1)
     model = upfeat.load(network(), upsampler="bilinear")
     assert PixelFeatures(model).model is model
+
+
+def test_components_of_another_backbone_are_not_used():
+    image = np.zeros((32, 48, 3), np.uint8)
+    pixels = PixelFeatures("efficientnet_lite0", "bilinear", 2).fit(image)
+    pixels.set_params(backbone="efficientnet_lite0", upsampler="nearest")
+    assert pixels.transform(image).shape == (32 * 48, 2)
+    pixels.set_params(backbone="efficientnet_lite1")  # with as many channels
+    with pytest.raises(ValueError, match="is not fitted"):
+        pixels.transform(image)

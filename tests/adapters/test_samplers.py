@@ -85,3 +85,10 @@ def test_bad_arguments_are_refused():
     for other in (part, three.double()):
         with pytest.raises(ValueError, match=r"part 2 has . channels of .*, and those before 3 of"):
             stitch([three, other, three, three], sampler)
+
+
+def test_a_resolution_of_another_unit_is_refused_at_once():
+    with pytest.raises(
+        ValueError, match=r"resolution=1e-05, whose unit must be that of the bounds"
+    ):
+        TileSampler((500_000.0, 0.0, 510_000.0, 10_000.0), 1e-5, tile=512)

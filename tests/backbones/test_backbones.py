@@ -289,3 +289,70 @@ def test_a_size_that_memory_cannot_hold_is_refused():
     backbone = upfeat.load_backbone("efficientnet_lite0")
     with pytest.raises(ValueError, match="give a smaller size"):
         backbone.preprocess(torch.rand(3, 40, 60), size=10**7)
+
+
+class Returning(upfeat.Backbone):
+    """Means of cells, as a function returns them."""
+
+    def __init__(self, function, **options):
+        super().__init__(**{"name": "returning", "embed_dim": 3, "stride": 8, **options})
+        self.function = function
+
+    def extract(self, x):
+        return self.function(nn.functional.avg_pool2d(x, 8))
+
+
+@pytest.mark.parametrize(
+    ("function", "options"),
+    [
+        (lambda maps: maps.permute(0, 2, 3, 1), {}),
+        (lambda maps: maps, {"embed_dim": 4}),
+        (lambda maps: maps, {"stride": 16}),
+        (lambda maps: torch.cat([maps, maps]), {}),
+        (lambda maps: maps.flatten(2).mT, {}),
+        (lambda maps: maps.to(torch.complex64), {}),
+        (lambda maps: maps.to("meta"), {}),
+        (lambda maps: (maps,), {}),
+        (lambda maps: None, {}),
+    ],
+)
+def test_features_are_what_a_backbone_of_ones_own_promises(function, options):
+    backbone = Returning(function, **options)
+    for call in (backbone, backbone.with_hidden):
+        with pytest.raises((TypeError, ValueError), match=r"^returning: extract returned .*return"):
+            call(torch.zeros(1, 3, 32, 48))
+
+
+@pytest.mark.parametrize("side", [64, 70])
+def test_a_network_that_overwrites_its_input_leaves_the_image_alone(side):
+    class Overwriting(nn.Module):
+        def forward(self, x):
+            return nn.functional.avg_pool2d(x.mul_(0), 8)
+
+    model = upfeat.load(Overwriting(), upsampler="neighbourhood")
+    x = torch.rand(1, 3, side, side)
+    before = x.clone()
+    lazy = model.lazy(x)
+    assert torch.equal(x, before)
+    assert lazy.guidance.std() > 0.1
+
+
+def test_a_frozen_model_stays_in_eval_mode_in_a_network_that_is_trained():
+    model = upfeat.load(upsampler="bilinear")
+    network = nn.Sequential(model, nn.Dropout()).train()
+    assert network[1].training
+    x = torch.rand(2, 3, 32, 32)
+    before = model(x)
+    assert torch.equal(network.train()[0](x), before)
+    assert not any(one.training for one in model.backbone.modules())
+    model.backbone.requires_grad_()
+    assert all(one.training for one in network.train()[0].backbone.modules())
+
+
+def test_models_without_values_and_classes_are_refused():
+    with pytest.raises(ValueError, match="Conv2d has parameters on meta, without values; load"):
+        upfeat.load_backbone(nn.Conv2d(3, 4, 8, 8, device="meta"))
+    with pytest.raises(TypeError, match="backbone=Returning is a class; give a model of it"):
+        upfeat.load_backbone(Returning)
+    with pytest.raises(ValueError, match=r"14×28 cells, .*; cells must be square"):
+        upfeat.load_backbone(nn.Conv2d(3, 4, (16, 8), (16, 8)))

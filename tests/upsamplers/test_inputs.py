@@ -5,6 +5,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from small_upsamplers import SMALL
 
 import upfeat
@@ -210,3 +211,38 @@ def test_the_image_first_gives_the_same(name):
     assert torch.equal(
         upfeat.ImageFirst(up)(guidance, features, (9, 7)), up(features, guidance, (9, 7))
     )
+
+
+class Own(upfeat.upsamplers.Upsampler):
+    """An upsampler as a user writes it; its kernels change bilinear maps by a function."""
+
+    name = "own"
+
+    def __init__(self, function=None, width=4):
+        super().__init__()
+        self.function, self.layer = function, torch.nn.Conv2d(3, width, 1)
+
+    def prepare(self, guidance, grid_size, output_size, features=None):
+        return lambda features: self.function(F.interpolate(features, output_size))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda out: out.mT, lambda out: out.permute(0, 2, 3, 1), lambda out: (out,)]
+)
+def test_an_upsampler_of_ones_own_returns_the_size_asked_for(function):
+    features, guidance = torch.rand(1, 4, 3, 5), torch.rand(1, 3, 24, 40)
+    upsampler = Own(function)
+    lazy = upfeat.UpsampledFeatures(features, guidance, upsampler)
+    for call in (lambda: upsampler(features, guidance), lazy.full):
+        with pytest.raises((TypeError, ValueError), match=r"^own: its kernels returned .*return"):
+            call()
+
+
+def test_an_upsampler_without_config_is_not_saved_as_another(tmp_path):
+    with pytest.raises(ValueError, match=r"Own defines no config\(\); .* function, width$"):
+        Own(width=8).save_pretrained(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    with pytest.raises(TypeError, match="upsampler=Own is a class; give its name"):
+        upfeat.load(upsampler=Own)
+    with pytest.raises(ValueError, match="has no name; set its attribute name"):
+        upfeat.upsamplers.base.UPSAMPLERS.register(type("Nameless", (), {}))

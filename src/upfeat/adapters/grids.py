@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +18,13 @@ import torch
 from torch import Tensor
 
 from upfeat.bounds import whole
+from upfeat.feature_map import check_tensor
 from upfeat.geometry import reflect_pad
 from upfeat.model import FeatUp
 from upfeat.storage import write_bytes
+from upfeat.tensor_checks import fault_in_memory
 from upfeat.types import Size
+from upfeat.upsamplers.checks import check_output_size
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike
@@ -48,10 +50,15 @@ class DenseGrid:
         """Check that the cells of the grid cover the image once.
 
         Raises:
-            ValueError: there are too many or too few cells, or ``features`` is not (d, gh, gw).
+            TypeError: ``features`` is not a tensor.
+            ValueError: there are too many or too few cells, ``features`` is not (d, gh, gw), or a
+                size is not two whole numbers.
         """
+        check_tensor("features", self.features)
         if self.features.dim() != 3:
             raise ValueError(f"features must be (d, gh, gw), not {tuple(self.features.shape)}")
+        for name in ("target_size", "patch_size"):
+            check_output_size(getattr(self, name), name)
         sides = zip(self.features.shape[1:], self.target_size, self.patch_size, strict=True)
         for cells, pixels, patch in sides:
             if cells < 1 or patch < 1 or cells != -(-pixels // patch):
@@ -85,8 +92,9 @@ class DenseGrid:
             (d, *output_size).
 
         Raises:
-            ValueError: the image has another size.
+            ValueError: the image has another size, or ``output_size`` is no size.
         """
+        wanted = self.target_size if output_size is None else check_output_size(output_size)
         x = model.preprocess(image)
         size = (x.shape[2], x.shape[3])
         if size != tuple(self.target_size):
@@ -94,7 +102,6 @@ class DenseGrid:
                 f"the image has {size} pixels, and the grid is of one of {self.target_size}"
             )
         x = _padded(x, self.encoded_size)
-        wanted = output_size or self.target_size
         scaled = tuple(
             round(out * encoded / target)
             for out, encoded, target in zip(wanted, self.encoded_size, size, strict=True)
@@ -147,14 +154,19 @@ def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "flo
         The path of the tensor, ``ID.pt``.
 
     Raises:
-        ValueError: ``dtype`` is neither of these.
+        TypeError: an entry of the grid's ``facts`` cannot be written as JSON.
+        ValueError: ``dtype`` is neither of these, or the features contain NaN, infinity or values
+            that overflow it.
         OSError: writing failed.
     """
     if dtype not in ("float32", "float16"):
         raise ValueError(f'dtype="{dtype}" must be float32 or float16')
     path = Path(folder) / f"{name}.pt"
+    stored = grid.features.to(getattr(torch, dtype)).contiguous().clone()
+    if not bool(torch.isfinite(stored).all()):
+        raise ValueError(f"{path}: not written: features hold NaN or infinity in {dtype}")
     content = io.BytesIO()
-    torch.save(grid.features.to(getattr(torch, dtype)).contiguous().clone(), content)
+    torch.save(stored, content)
     geometry = {
         "encoder_level": "tile",
         "pad_mode": "reflect",
@@ -173,9 +185,10 @@ def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "flo
         "encoded_size": list(grid.encoded_size),
         "pad": list(grid.pad),
     }
+    text = json.dumps(geometry, indent=1) + "\n"  # before anything is replaced: it may fail
     _geometry_path(path).unlink(missing_ok=True)  # an old geometry must not vouch for a new tensor
     write_bytes(path, content.getvalue())
-    write_bytes(_geometry_path(path), (json.dumps(geometry, indent=1) + "\n").encode())
+    write_bytes(_geometry_path(path), text.encode())
     return path
 
 
@@ -200,12 +213,15 @@ def read_grid(path: str | Path) -> DenseGrid:
         raise ValueError(f"{_geometry_path(path)}: no geometry of a grid ({error})") from None
     try:
         features = torch.load(path, weights_only=True, map_location="cpu")
-    except (RuntimeError, EOFError, pickle.UnpicklingError):
+    except Exception:  # damaged files raise errors of zipfile, pickle, struct and torch
         raise ValueError(f"{path}: not a tensor, or a damaged file") from None
     if not isinstance(features, Tensor):
         raise ValueError(f"{path}: holds a {type(features).__name__}, not a tensor")
+    fault = fault_in_memory(features)
+    if fault is not None:
+        raise ValueError(f"{path}: its tensor {fault}")
     try:
-        return DenseGrid(features, target, patch, geometry)
+        return DenseGrid(features.detach(), target, patch, geometry)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

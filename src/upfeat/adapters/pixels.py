@@ -74,18 +74,21 @@ class PixelFeatures:
         return {name: getattr(self, name) for name in names}
 
     def set_params(self, **params: Any) -> PixelFeatures:
-        """Change settings; fitted components stay until ``fit`` is called again.
+        """Change settings; fitted components stay, unless the backbone is another.
 
         Raises:
             ValueError: there is no such setting.
         """
-        known = self.get_params()
+        known, before = self.get_params(), self.backbone
         for name, value in params.items():
             if name not in known:
                 raise ValueError(f"{name}: no setting; use {', '.join(known)}")
             setattr(self, name, value)
         if {"backbone", "upsampler"} & set(params):
             self.__dict__.pop("_model", None)
+        if "backbone" in params and self.backbone != before:
+            for name in ("components_", "mean_", "explained_variance_ratio_", "n_features_out_"):
+                self.__dict__.pop(name, None)
         return self
 
     def fit(self, X: ImageLike | list[Any], y: object = None) -> PixelFeatures:

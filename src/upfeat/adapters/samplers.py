@@ -16,6 +16,8 @@ Query = tuple[slice, slice]
 """Region (x, y) in units of the coordinate system: x from west to east, y from south to north; the
 step of each slice is the resolution."""
 
+_MOST_TILES = 1_000_000
+
 
 class TileSampler:
     """Sampler of tiles with halos for a geographic data set, such as a data set of torchgeo.
@@ -63,8 +65,8 @@ class TileSampler:
                 give the backbone's stride times ``upsampler.step``.
 
         Raises:
-            ValueError: the bounds are empty, a number is out of range, or ``tile`` is not a
-                multiple of ``step``.
+            ValueError: the bounds are empty, a number is out of range, ``tile`` is not a multiple
+                of ``step``, or there are millions of tiles.
         """
         resolution = number("resolution", resolution, 0, above=True)
         try:
@@ -83,6 +85,11 @@ class TileSampler:
             max(math.floor((east - west) / resolution + 0.01), 1),
         )
         tile, halo, step = whole("tile", tile), whole("halo", halo, 0), whole("step", step)
+        if math.prod(-(-side // tile) for side in self.size) > _MOST_TILES:
+            raise ValueError(
+                f"tile={tile}: {self.size[0]}×{self.size[1]} pixels are more than {_MOST_TILES} "
+                f"tiles; check resolution={resolution:g}, whose unit must be that of the bounds"
+            )
         self.tiles: list[Tile] = list(split(self.size, tile, halo=halo, step=step))
 
     def __len__(self) -> int:

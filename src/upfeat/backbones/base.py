@@ -117,9 +117,12 @@ class Backbone(nn.Module, ABC):
             (B, C, h, w), with (h, w) from :meth:`grid_size`, in the dtype of ``x``.
 
         Raises:
-            ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
+            TypeError: x is no tensor, or :meth:`extract` returned none.
+            ValueError: x is not (B, 3, H, W), a side is shorter than the stride, or :meth:`extract`
+                returned features of another shape than ``embed_dim`` and ``stride`` say.
         """
-        return self.extract(self._ready(x)).to(x.dtype)
+        ready = self._ready(x)
+        return self._checked(self.extract(ready), ready).to(x.dtype)
 
     def with_hidden(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Compute features and, in the same pass, activations of an early layer.
@@ -134,7 +137,9 @@ class Backbone(nn.Module, ABC):
         Raises:
             ValueError: x is not (B, 3, H, W), or a side is shorter than the stride.
         """
-        features, hidden = self.extract_with_hidden(self._ready(x))
+        ready = self._ready(x)
+        features, hidden = self.extract_with_hidden(ready)
+        features = self._checked(features, ready)
         return features.to(x.dtype), None if hidden is None else hidden.to(x.dtype)
 
     def hidden(self, x: Tensor) -> Tensor | None:
@@ -211,7 +216,36 @@ class Backbone(nn.Module, ABC):
         if size != (x.shape[2], x.shape[3]):
             x = x.float() if x.dtype.itemsize < 4 else x
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
-        return self.place(x.to(self.dtype))
+        # A copy: networks may overwrite their input, which is the caller's and the guidance.
+        return self.place(x.to(self.dtype, copy=True))
+
+    def _checked(self, features: Tensor, x: Tensor) -> Tensor:
+        """Return the features that :meth:`extract` made from an image, after a check of them.
+
+        Raises:
+            TypeError: they are no tensor.
+            ValueError: they have another shape, device or kind of numbers.
+        """
+        if torch.compiler.is_compiling():  # comparisons would fix the sizes of the graph
+            return features
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"{self.name}: extract returned a {type(features).__name__}; return a tensor "
+                "(B, C, h, w)"
+            )
+        expected = (len(x), self.embed_dim, *self.grid_size((x.shape[2], x.shape[3])))
+        if tuple(features.shape) != expected:
+            raise ValueError(
+                f"{self.name}: extract returned {tuple(features.shape)} for images "
+                f"{tuple(x.shape)}, where embed_dim={self.embed_dim} and stride={self.stride} make "
+                f"{expected}; correct these, or what it returns"
+            )
+        if features.device != x.device or not features.is_floating_point():
+            raise ValueError(
+                f"{self.name}: extract returned {features.dtype} on {features.device} for images "
+                f"of {x.dtype} on {x.device}; return floating numbers on their device"
+            )
+        return features
 
     def place(self, x: Tensor) -> Tensor:
         """Move an image by the displacement; wrappers leave that to the backbone that they wrap."""

@@ -109,6 +109,9 @@ def load_backbone(
             f"backbone is a {type(backbone).__name__}, whose features are upsampled already; give "
             "its own backbone, as model.backbone"
         )
+    if isinstance(backbone, type):
+        name = backbone.__name__
+        raise TypeError(f"backbone={name} is a class; give a model of it, as {name}(…) makes one")
     if isinstance(backbone, Backbone):
         _refuse("a Backbone", {"layer": layer, "fit": fit, **options})
         return _place(backbone, device, dtype)

@@ -255,9 +255,13 @@ def recognise(
             '(B, h, w, C): give layout="NCHW" or layout="NHWC"'
         )
     if not kinds:
+        rows, columns = fits[layout or "NCHW"]
+        fix = "return one cell at most for a pixel"
+        if rows != columns:
+            fix = "cells must be square: pool or resize one axis in a function around it"
         raise ValueError(
-            f"{name} turns {side}×{side} pixels into {shape[2]}×{shape[3]} cells, which is no "
-            "whole stride; give stride=, or a probe_size that it divides"
+            f"{name} turns {side}×{side} pixels into {rows}×{columns} cells, which is no whole "
+            f"stride; {fix}"
         )
     return Layout(kinds[0], fits[kinds[0]][0], side)
 

@@ -24,6 +24,8 @@ from upfeat.types import Size
 _LOG = logging.getLogger("upfeat.backbones")
 
 _COLOURS = 3
+_FAILURES = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError
+"""Errors of modules that do not take an image of some size; ``ValueError`` explains itself."""
 
 
 class WrappedBackbone(Backbone):
@@ -103,6 +105,7 @@ class WrappedBackbone(Backbone):
         prefix_tokens = whole("prefix_tokens", prefix_tokens, 0, optional=True)
         module_name = getattr(module, "__name__", None) or _plain_name(module)
         held = held_modules(module)
+        _refuse_meta(module_name, [module, *held])
         _settle_mode(module_name, module, held)
         settings = settings or settings_of(module if isinstance(module, nn.Module) else held)
         layers = as_list(layer)
@@ -181,7 +184,7 @@ class WrappedBackbone(Backbone):
         """
         try:
             return self._extract_fitted(x)
-        except (AssertionError, IndexError, RuntimeError, TypeError) as error:
+        except _FAILURES as error:
             if isinstance(error, torch.OutOfMemoryError) or torch.compiler.is_compiling():
                 raise
             reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
@@ -351,6 +354,17 @@ def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
             *(name, *answer.size, how, chosen, other),
         )
     return chosen
+
+
+def _refuse_meta(name: str, modules: Sequence[object]) -> None:
+    """Refuse modules without values, whose features would be whatever the memory contains."""
+    for module in modules:
+        weights = module.parameters() if isinstance(module, nn.Module) else ()
+        if any(one.is_meta for one in weights):
+            raise ValueError(
+                f"{name} has parameters on meta, without values; load its weights first, as by "
+                "load_state_dict(…, assign=True)"
+            )
 
 
 def _first_tensor(module: object, held: list[nn.Module]) -> Tensor:

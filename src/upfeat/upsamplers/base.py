@@ -12,6 +12,7 @@ a basis of channels. A head then applies to the basis as well, and all of the ab
 
 from __future__ import annotations
 
+import inspect
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from upfeat.sharing import CARD_FILE, model_card, push_to_hub, read_record
 from upfeat.storage import write_bytes, write_tensors
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
-from upfeat.upsamplers.checks import check_hidden, check_inputs
+from upfeat.upsamplers.checks import check_hidden, check_inputs, check_result
 from upfeat.upsamplers.head import Head, add_offset, apply_head
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.saved import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
@@ -289,7 +290,8 @@ class Upsampler(nn.Module, ABC):
         grid = (features.shape[2], features.shape[3])
         check_hidden(hidden, features)
         kernels = self.prepare_with(guidance, grid, size, features, hidden)
-        return self.render(kernels, self.mix(features))
+        out = self.render(kernels, self.mix(features))
+        return check_result(self.name, out, (*features.shape[:2], *size))
 
     def render(
         self,
@@ -350,9 +352,21 @@ class Upsampler(nn.Module, ABC):
 
         Raises:
             OSError: the folder cannot be written.
-            ValueError: a weight is NaN or infinite.
+            ValueError: a weight is NaN or infinite, or the class has arguments and no
+                :meth:`config`, so that the folder would load as another upsampler.
         """
         folder = Path(folder)
+        given = [
+            one.name
+            for one in inspect.signature(type(self)).parameters.values()
+            if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+            and one.name not in self.unsaved
+        ]
+        if given and type(self).config is Upsampler.config:
+            raise ValueError(
+                f"{folder}: not written: {type(self).__name__} defines no config(); let it return "
+                f"the arguments {', '.join(given)}"
+            )
         state = {key: value.contiguous() for key, value in self.state_dict().items()}
         check_values(f"{folder}: not written", state, magnitudes=self.magnitudes)
         folder.mkdir(parents=True, exist_ok=True)

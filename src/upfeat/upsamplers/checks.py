@@ -61,6 +61,25 @@ def check_inputs(
     return check_output_size(output_size)
 
 
+def check_result(name: str, out: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """Return what an upsampler made, after a check of its shape; not while a graph is compiled.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has another shape.
+    """
+    if torch.compiler.is_compiling():
+        return out
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{name}: its kernels returned a {type(out).__name__}; return a tensor")
+    if tuple(out.shape) != tuple(expected):
+        raise ValueError(
+            f"{name}: its kernels returned {tuple(out.shape)}; return (B, C, height, width), here "
+            f"{tuple(expected)}"
+        )
+    return out
+
+
 def check_hidden(hidden: Tensor | None, features: Tensor) -> None:
     """Check the features of early layers against the features of the same images.
 

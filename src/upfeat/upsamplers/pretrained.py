@@ -93,6 +93,10 @@ def create_upsampler(
         ValueError: there is no such upsampler (close names are suggested), or its weights were
             trained on the early layers of another backbone.
     """
+    if isinstance(name, type):
+        raise TypeError(
+            f"upsampler={name.__name__} is a class; give its name, or {name.__name__}(…)"
+        )
     name = DEFAULT_UPSAMPLER if name is None else str(name)
     found = find_saved(name, UPSAMPLERS, embed_dim, backbone=backbone)
     if found is not None:
