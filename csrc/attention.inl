@@ -261,24 +261,24 @@ UPFEAT_INLINE Vec open_softmax(float* logits, int64_t count, float scale) {
   Vec top = max(max(tops[0], tops[1]), max(tops[2], tops[3]));
   for (int64_t k = fours; k < whole; k += kLanes) top = max(top, load(logits + k) * scale);
   if (whole < count) top = max(top, select(inside, load(logits + whole) * scale, top));
-  const Vec most = most_of(top);
+  const Vec most = most_of(top), factor = splat(scale);
   Vec sum = {};
   for (int64_t k = 0; k < fours; k += kFour) {
     Vec e[4];
     UPFEAT_UNROLL
-    for (int i = 0; i < 4; ++i) e[i] = load(logits + k + i * kLanes) * scale - most;
+    for (int i = 0; i < 4; ++i) e[i] = below_top(load(logits + k + i * kLanes), factor, most);
     falling_exps<4>(e);
     UPFEAT_UNROLL
     for (int i = 0; i < 4; ++i) store(logits + k + i * kLanes, e[i]);
     sum += (e[0] + e[1]) + (e[2] + e[3]);
   }
   for (int64_t k = fours; k < whole; k += kLanes) {
-    const Vec e = falling_exp(load(logits + k) * scale - most);
+    const Vec e = falling_exp(below_top(load(logits + k), factor, most));
     store(logits + k, e);
     sum += e;
   }
   if (whole < count) {
-    const Vec e = select(inside, falling_exp(load(logits + whole) * scale - most), Vec{});
+    const Vec e = select(inside, falling_exp(below_top(load(logits + whole), factor, most)), Vec{});
     store(logits + whole, e);
     sum += e;
   }

@@ -27,6 +27,7 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
                                     double* partial) {
   const Maker& maker = job.maker;
   const float temperature = static_cast<float>(maker.source->temperature);
+  const Vec factor = splat(temperature);
   const double sigma = maker.source->sigma_spatial;
   for (int v = 0; v < kTileVecs; ++v) {
     const float* product = products + v * kLanes;
@@ -37,7 +38,7 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
     }
     Vec range_sum = {}, sum = {}, weighted = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
-      const Vec e = falling_exp(load(product + k * kTilePixels) * temperature - top);
+      const Vec e = falling_exp(below_top(load(product + k * kTilePixels), factor, top));
       range_sum += e;
       sum += e * maker.spatial[k];
       weighted += e * maker.spatial[k] * load(g + k * kTilePixels);
@@ -50,8 +51,8 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
     const Vec mean = select(clamped, Vec{}, weighted * range_scale * inverse);
     Vec range_mean = {}, by_sigma = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
-      const Vec logit = load(product + k * kTilePixels) * temperature;
-      const Vec range = falling_exp(logit - top) * range_scale;
+      const Vec value = load(product + k * kTilePixels);
+      const Vec range = falling_exp(below_top(value, factor, top)) * range_scale;
       const Vec grad_n = (load(g + k * kTilePixels) - mean) * inverse;
       const int64_t row = k / maker.side - maker.radius, column = k % maker.side - maker.radius;
       const double unit = maker.radius ? static_cast<double>(maker.radius) : 1.0;
@@ -65,7 +66,7 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
     Vec by_temperature = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
       const Vec value = load(product + k * kTilePixels);
-      const Vec range = falling_exp(value * temperature - top) * range_scale;
+      const Vec range = falling_exp(below_top(value, factor, top)) * range_scale;
       const Vec grad_range = (load(g + k * kTilePixels) - mean) * inverse * maker.spatial[k];
       const Vec grad_logit = range * (grad_range - range_mean);
       by_temperature += grad_logit * value;

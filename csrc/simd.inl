@@ -59,10 +59,13 @@ UPFEAT_INLINE void fence_streams() {
 #endif
 }
 UPFEAT_INLINE Vec splat(float value) { return value - Vec{}; }  // v - 0 is v; -0 + 0 would be 0
-// Keeps the compiler from loading a value again from memory at each use.
+// Keeps the compiler from loading a value again from memory at each use, and from fusing a product
+// with the operation that follows.
 UPFEAT_INLINE Vec in_register(Vec value) {
 #if defined(__SSE__)
   __asm__("" : "+v"(value));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(value));
 #endif
   return value;
 }
@@ -209,6 +212,10 @@ UPFEAT_INLINE void falling_exps(Vec* x) {
 UPFEAT_INLINE Vec falling_exp(Vec x) {
   falling_exps<1>(&x);
   return x;
+}
+// A logit less the largest one, which was rounded: fused, they would differ by its rounding error.
+UPFEAT_INLINE Vec below_top(Vec value, Vec factor, Vec top) {
+  return in_register(value * factor) - top;
 }
 
 // x * Phi(x), with Phi the normal distribution function; Phi - 1/2 is approximated by an odd

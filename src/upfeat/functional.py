@@ -41,6 +41,7 @@ __all__ = [
     "joint_bilateral_upsample",
     "neighbourhood_upsample",
     "neighbourhood_weights",
+    "window_attention",
 ]
 
 _LARGEST_RADIUS = 127

@@ -156,6 +156,14 @@ def test_gelu_is_exact(isa):
     close(out - 1, F.gelu(x.double()), 2e-7)
 
 
+def test_weights_of_any_temperature_are_finite(isa):
+    """Logits of 1e20 are rounded by 1e13, which must not make a weight of more than the largest."""
+    keys = randn(1, 8, 12, 14)
+    for temperature in (1e10, 1e20):
+        weights = cpu.bilateral_weights(keys, temperature, 0.7, 3)
+        torch.testing.assert_close(weights.sum(1), torch.ones(1, 12, 14))
+
+
 @pytest.mark.parametrize("temperature", [100.0, 1000.0])
 def test_distant_taps_have_weights_of_zero(isa, temperature):
     """Subnormal weights would slow down every sum that they are part of."""
