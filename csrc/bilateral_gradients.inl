@@ -26,8 +26,7 @@ UPFEAT_INLINE void clear(float* from, int64_t count) {
 static void bilateral_tile_backward(const BilateralJob& job, const float* products, float* grad,
                                     double* partial) {
   const Maker& maker = job.maker;
-  const float temperature = static_cast<float>(maker.source->temperature);
-  const Vec factor = splat(temperature);
+  const Vec temperature = splat(static_cast<float>(maker.source->temperature));
   const double sigma = maker.source->sigma_spatial;
   for (int v = 0; v < kTileVecs; ++v) {
     const float* product = products + v * kLanes;
@@ -38,7 +37,7 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
     }
     Vec range_sum = {}, sum = {}, weighted = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
-      const Vec e = falling_exp(below_top(load(product + k * kTilePixels), factor, top));
+      const Vec e = falling_exp(below_top(load(product + k * kTilePixels), temperature, top));
       range_sum += e;
       sum += e * maker.spatial[k];
       weighted += e * maker.spatial[k] * load(g + k * kTilePixels);
@@ -52,7 +51,7 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
     Vec range_mean = {}, by_sigma = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
       const Vec value = load(product + k * kTilePixels);
-      const Vec range = falling_exp(below_top(value, factor, top)) * range_scale;
+      const Vec range = falling_exp(below_top(value, temperature, top)) * range_scale;
       const Vec grad_n = (load(g + k * kTilePixels) - mean) * inverse;
       const int64_t row = k / maker.side - maker.radius, column = k % maker.side - maker.radius;
       const double unit = maker.radius ? static_cast<double>(maker.radius) : 1.0;
@@ -66,7 +65,7 @@ static void bilateral_tile_backward(const BilateralJob& job, const float* produc
     Vec by_temperature = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
       const Vec value = load(product + k * kTilePixels);
-      const Vec range = falling_exp(below_top(value, factor, top)) * range_scale;
+      const Vec range = falling_exp(below_top(value, temperature, top)) * range_scale;
       const Vec grad_range = (load(g + k * kTilePixels) - mean) * inverse * maker.spatial[k];
       const Vec grad_logit = range * (grad_range - range_mean);
       by_temperature += grad_logit * value;

@@ -204,8 +204,7 @@ static void tile_products(Maker& maker, int64_t y, int64_t x, float* products) {
 // Turns key products into weights, in place: softmax over taps, times the spatial kernel,
 // normalised.
 static void normalise_tile(const Maker& maker, float* tile) {
-  const float temperature = static_cast<float>(maker.source->temperature);
-  const Vec factor = splat(temperature);
+  const Vec temperature = splat(static_cast<float>(maker.source->temperature));
   for (int v = 0; v < kTileVecs; ++v) {
     float* at = tile + v * kLanes;
     Vec top = load(at) * temperature;
@@ -213,7 +212,7 @@ static void normalise_tile(const Maker& maker, float* tile) {
       top = max(top, load(at + k * kTilePixels) * temperature);
     Vec range_sum = {}, sum = {};
     for (int64_t k = 0; k < maker.taps; ++k) {
-      const Vec e = falling_exp(below_top(load(at + k * kTilePixels), factor, top));
+      const Vec e = falling_exp(below_top(load(at + k * kTilePixels), temperature, top));
       const Vec product = e * maker.spatial[k];
       range_sum += e;
       sum += product;

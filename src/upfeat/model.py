@@ -110,8 +110,7 @@ class FeatUp(nn.Module):
     def train(self, mode: bool = True) -> FeatUp:
         """Set the mode; a backbone or upsampler without trainable parameters stays in eval mode.
 
-        A network that contains the model is often trained while the model is frozen: its batch
-        statistics must not change, nor its features depend on the batch.
+        So batch statistics of a frozen model do not change while a network around it is trained.
         """
         super().train(mode)
         for part in (self.backbone, self.upsampler):

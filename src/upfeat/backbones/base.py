@@ -212,12 +212,12 @@ class Backbone(nn.Module, ABC):
         if not x.is_floating_point() or x.layout is not torch.strided:
             kind = x.layout if x.layout is not torch.strided else x.dtype
             raise ValueError(f"x is {kind}; give the normalised image, as preprocess returns it")
-        size = self.grid_aligned((x.shape[2], x.shape[3]))
+        given, size = x, self.grid_aligned((x.shape[2], x.shape[3]))
         if size != (x.shape[2], x.shape[3]):
             x = x.float() if x.dtype.itemsize < 4 else x
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
         # A copy: networks may overwrite their input, which is the caller's and the guidance.
-        return self.place(x.to(self.dtype, copy=True))
+        return self.place(x.to(self.dtype, copy=x is given))
 
     def _checked(self, features: Tensor, x: Tensor) -> Tensor:
         """Return the features that :meth:`extract` made from an image, after a check of them.
