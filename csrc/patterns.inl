@@ -1,7 +1,8 @@
 // AnyUp's basis of patterns. Per cell, the window of every channel is multiplied with every
 // pattern, and divided by the number of the window's cells that are in the grid. These numbers,
 // ordered channel by channel, are then read as one row per pattern; a softmax runs down every
-// column, and each row is averaged.
+// column, and each row is averaged, less 1 / count. The averages differ from it by some parts in a
+// thousand, so it is subtracted before they are rounded.
 struct PatternJob {
   const UpfeatTensor *features, *out;
   const float* patterns;  // (side * side, pitch)
@@ -11,8 +12,8 @@ struct PatternJob {
 };
 
 // Computes a softmax of `share` times the numbers, (count, channels), down the columns from c on, in
-// kCount vectors, and adds it to `sums`, (count, kLanes). `powers` has room for (count, kCount)
-// vectors. Lanes past the row's end belong to the next row, and are not added.
+// kCount vectors, and adds it, less 1 / count, to `sums`, (count, kLanes). `powers` has room for
+// (count, kCount) vectors. Lanes past the row's end belong to the next row, and are not added.
 template <int kCount>
 UPFEAT_INLINE void softmax_columns(const float* numbers, int64_t count, int64_t channels, int64_t c,
                                    float share, float* powers, float* sums) {
@@ -36,6 +37,7 @@ UPFEAT_INLINE void softmax_columns(const float* numbers, int64_t count, int64_t 
       total[m] += e;
     }
   }
+  const float even = 1.0f / static_cast<float>(count);
   const IVec mine = lanes_below(channels - c - (kCount - 1) * kLanes);  // of the last vector
   UPFEAT_UNROLL
   for (int m = 0; m < kCount; ++m) total[m] = 1.0f / total[m];
@@ -43,7 +45,7 @@ UPFEAT_INLINE void softmax_columns(const float* numbers, int64_t count, int64_t 
     Vec sum = load(sums + k * kLanes);
     UPFEAT_UNROLL
     for (int m = 0; m < kCount; ++m) {
-      const Vec weight = load(powers + (k * kCount + m) * kLanes) * total[m];
+      const Vec weight = load(powers + (k * kCount + m) * kLanes) * total[m] - even;
       sum += m + 1 < kCount ? weight : select(mine, weight, Vec{});
     }
     store(sums + k * kLanes, sum);

@@ -205,7 +205,7 @@ UPFEAT_API int upfeat_layer_prepare(const UpfeatTensor* x, const UpfeatLayer* la
 
 // Computes out (B,K,h,w) from features (B,C,h,w) and K patterns (side^2, pitch), K padded to a
 // multiple of 16: the responses of each channel's windows, a softmax over patterns, and the mean
-// over channels, as in AnyUp.
+// over channels less 1 / K, as in AnyUp.
 UPFEAT_API int upfeat_patterns(const UpfeatTensor* features, const float* patterns, int64_t side,
                                int64_t pitch, const UpfeatTensor* out, int isa, int threads);
 

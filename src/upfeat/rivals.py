@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from upfeat.benchmark import FORMAT, machine, peak_memory
 from upfeat.types import Size
 from upfeat.upsamplers import JAFAR, NAF, AnyUp, Upsampler, create_upsampler, load_upsampler
+from upfeat.upsamplers.anyup import FeatureBasis
 from upfeat.upsamplers.attention import AttentionUpsampler, relative_window
 from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncoder
 
@@ -204,8 +205,9 @@ def plain(upsampler: Upsampler, features: Tensor, image: Tensor, size: Size) -> 
         keys = gamma * F.group_norm(keys, GROUPS) + beta
         queries = F.group_norm(queries, GROUPS)
     else:
-        known = upsampler.features_encoder[0](normed)
-        known = _encode(upsampler.features_encoder, known, entry=False)
+        basis = upsampler.features_encoder[0]
+        assert isinstance(basis, FeatureBasis)
+        known = _encode(upsampler.features_encoder, basis(normed) + basis.mean, entry=False)
         keys = _encode(upsampler.aggregation, torch.cat([keys, known], dim=1))
         mask = ~_seen(grid, size, upsampler.window_ratio)
     project = upsampler.projection

@@ -39,7 +39,7 @@ class FeatureBasis(nn.Module):
         self.basis = nn.Parameter(torch.randn(width, 1, side, side))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features to patterns, (B, C, h, w) -> (B, width, h, w), any C."""
+        """Map features to patterns less :attr:`mean`, (B, C, h, w) -> (B, width, h, w), any C."""
         batch, channels, height, width = features.shape
         patterns, _, side, _ = self.basis.shape
         responses = F.conv2d(
@@ -51,7 +51,12 @@ class FeatureBasis(nn.Module):
         window = features.new_ones(1, 1, side, side)
         responses = responses / F.conv2d(inside, window, padding=side // 2)
         rows = responses.reshape(batch, patterns, channels, height, width)
-        return rows.softmax(1).mean(2)
+        return (rows.softmax(1) - self.mean).mean(2)
+
+    @property
+    def mean(self) -> float:
+        """Mean over patterns, which :meth:`forward` leaves out."""
+        return 1 / len(self.basis)
 
 
 @UPSAMPLERS.register
@@ -136,19 +141,20 @@ class AnyUp(EncodedAttention):
             guidance, grid_size, output_size, self.projection, compiled=compiled, room=room
         )
         seen = F.normalize(features, dim=1)
+        basis = self.features_encoder[0]
+        assert isinstance(basis, FeatureBasis)
         if compiled:
-            basis = self.features_encoder[0]
-            assert isinstance(basis, FeatureBasis)
             keys = compiled_encoders.feature_keys(
                 self.features_encoder,
                 self.aggregation,
                 self.projection.norm_key,
                 self.projection.key,
                 match_patterns(seen, basis.basis),
+                basis.mean,
                 keys,
             )
         else:
-            seen = self.features_encoder(seen)
+            seen = self.features_encoder(seen) + basis.mean
             keys = self.projection.keys(self.aggregation(torch.cat([keys, seen], dim=1)))
         return AttentionKernels(
             queries,

@@ -227,6 +227,7 @@ def feature_keys(
     norm: nn.RMSNorm,
     linear: nn.Linear,
     patterns: Tensor,
+    mean: float,
     image_keys: Tensor,
 ) -> Tensor:
     """Compute AnyUp's keys from the image and the features.
@@ -236,12 +237,13 @@ def feature_keys(
         aggregation: encoder of the image's keys and the encoded patterns, one after the other.
         norm: the RMS norm over the channels of each cell.
         linear: the linear map to the vectors that attention heads compare.
-        patterns: (B, width, h, w), channels last; it is overwritten.
+        patterns: (B, width, h, w), channels last, less ``mean``; it is overwritten.
+        mean: number to add to the encoded patterns.
         image_keys: (B, width, h, w).
     """
     size = (patterns.shape[2], patterns.shape[3])
     seen, _ = finish(encoder, patterns, _sums_of(patterns, GROUPS), size)
-    both = torch.cat([image_keys, seen], dim=1).contiguous(memory_format=torch.channels_last)
+    both = torch.cat([image_keys, seen.add_(mean)], dim=1).contiguous(memory_format=torch.channels_last)
     keys = encode(aggregation, both, size)
     return _project(keys, norm, linear, out=keys)
 

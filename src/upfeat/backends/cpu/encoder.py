@@ -176,7 +176,7 @@ def match_patterns(features: Tensor, patterns: Tensor) -> Tensor:
         patterns: (K, 1, side, side), the learned patterns.
 
     Returns:
-        (B, K, h, w), float32, channels last.
+        (B, K, h, w) less 1 / K, float32, channels last.
     """
     count, side = patterns.shape[0], patterns.shape[-1]
     matrix = _padded(patterns.reshape(count, -1).mT)
