@@ -243,7 +243,9 @@ def feature_keys(
     """
     size = (patterns.shape[2], patterns.shape[3])
     seen, _ = finish(encoder, patterns, _sums_of(patterns, GROUPS), size)
-    both = torch.cat([image_keys, seen.add_(mean)], dim=1).contiguous(memory_format=torch.channels_last)
+    both = torch.cat([image_keys, seen.add_(mean)], dim=1).contiguous(
+        memory_format=torch.channels_last
+    )
     keys = encode(aggregation, both, size)
     return _project(keys, norm, linear, out=keys)
 
