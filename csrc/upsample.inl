@@ -91,7 +91,7 @@ struct UpsampleJob {
 
 // Planes of a large result are written past the caches: a tile writes only one line of each plane,
 // and fetching that line first would double the traffic.
-constexpr int64_t kStreamedBytes = int64_t{16} << 20;
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;
 
 UPFEAT_INLINE bool writes_in_place(const UpfeatTensor& out) {
   return out.dtype == UPFEAT_FLOAT32 && out.stride[1] == 1;
