@@ -19,6 +19,7 @@ Layer describe(const UpfeatTensor* x, const UpfeatLayer& given, const UpfeatTens
   layer.x = x;
   layer.out = out;
   layer.weight = given.weight;
+  layer.packed = static_cast<const char*>(given.packed);
   layer.bias = given.bias;
   layer.scale = given.scale;
   layer.shift = given.shift;
@@ -74,12 +75,15 @@ bool preparation_fits(const UpfeatLayer& layer, int64_t channels) {
   return !layer.rotate_rows || (layer.pair >= 1 && channels % (2 * layer.pair) == 0);
 }
 
+bool weights_fit(const UpfeatLayer& layer) {
+  const int64_t vectors = (layer.outputs + 15) / 16 * 16;
+  if (layer.inputs < 1 || layer.outputs < 1 || layer.pitch < vectors) return false;
+  return layer.kernel == 3 || (layer.kernel == 1 && !layer.winograd);
+}
+
 bool convolution_fits(const UpfeatTensor& x, const UpfeatLayer& layer, const UpfeatTensor* residual,
                       const UpfeatTensor& out, const double* sums) {
-  const int64_t vectors = (layer.outputs + 15) / 16 * 16;
-  if (!layer.weight || layer.outputs < 1 || layer.pitch < vectors) return false;
-  if (layer.kernel != 1 && layer.kernel != 3) return false;
-  if (layer.winograd && layer.kernel != 3) return false;
+  if (!weights_fit(layer) || !layer.packed) return false;
   const bool windows = layer.kernel == 3 && !layer.winograd;
   if (windows) {  // inputs are the channels of all taps in a row, without steps before
     if (layer.inputs != 9 * x.size[1] || layer.scale || layer.sums) return false;
@@ -100,6 +104,21 @@ using namespace upfeat;
 
 extern "C" {
 
+int upfeat_layer_pack(const UpfeatLayer* given, void* packed, int64_t* bytes, int isa,
+                      int threads) {
+  if (!given || !bytes || !weights_fit(*given)) return UPFEAT_BAD_ARGUMENT;
+  const Kernels* kernels = kernels_for(isa);
+  if (!kernels) return UPFEAT_NO_ISA;
+  const Layer layer = describe(nullptr, *given, nullptr);
+  const int64_t needed = kernels->packed_bytes(layer);
+  if (!packed) {
+    *bytes = needed;
+    return UPFEAT_OK;
+  }
+  if (!layer.weight || *bytes < needed) return UPFEAT_BAD_ARGUMENT;
+  return kernels->pack_layer(runtime_for(threads, 0), layer, static_cast<char*>(packed));
+}
+
 int upfeat_layer_forward(const UpfeatTensor* x, const UpfeatLayer* given,
                          const UpfeatTensor* residual, const UpfeatTensor* out, double* sums,
                          int isa, int threads) {
@@ -108,6 +127,9 @@ int upfeat_layer_forward(const UpfeatTensor* x, const UpfeatLayer* given,
   if (is_empty(*out)) return UPFEAT_OK;
   const Kernels* kernels = kernels_for(isa);
   if (!kernels) return UPFEAT_NO_ISA;
+  if (given->packed_bytes < kernels->packed_bytes(describe(x, *given, out))) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
   return guarded([&] {
     Layer layer = describe(x, *given, out);
     std::vector<float> norm;

@@ -42,8 +42,8 @@ namespace {
 
 const Kernels kTable = {upsample,    make_weights,   grad_features, grad_weights,
                         grad_bilateral, attend, attend_shrinking, grad_attend, attend_windows,
-                        grad_windows,   run_layer,   pool_layer,    prepare_layer,
-                        run_patterns,   encode_pyramid};
+                        grad_windows,   packed_bytes, pack_layer,   run_layer,   pool_layer,
+                        prepare_layer,  run_patterns,   encode_pyramid};
 
 }  // namespace
 

@@ -10,17 +10,21 @@ static int64_t layer_scratch(const LayerJob& job) {
 static int64_t layer_right_bytes(const LayerJob& job) {
   return digit_right_bytes(job.layer.inputs, job.out_width);
 }
-// Floats besides the packed weights: powers of two of inputs, factors of columns, their inverses,
-// and transformed matrices.
-static int64_t layer_floats(const LayerJob& job) {
-  const int64_t transformed = job.layer.winograd ? kWinogradMatrices * winograd_step(job.layer) : 0;
-  return 2 * job.in_width + 2 * job.out_width + transformed;
+// Floats that are kept behind the packed weights: powers of two of inputs, factors of columns, and
+// their inverses; and floats that packing needs: the transformed matrices.
+static int64_t layer_floats(const LayerJob& job) { return 2 * job.in_width + 2 * job.out_width; }
+static int64_t packing_floats(const LayerJob& job) {
+  return job.layer.winograd ? kWinogradMatrices * winograd_step(job.layer) : 0;
+}
+static void place_factors(LayerJob& job, const float* floats) {
+  job.factors = floats;
+  job.columns = floats + 2 * job.in_width;
 }
 
 // Chooses the factors of inputs and columns, and packs the weights. weights(k, i) returns the
 // outputs of input i in matrix k.
 template <typename Weights>
-static void pack_weights(LayerJob& job, int64_t matrices, Weights weights, char* packed,
+static void pack_weights(const LayerJob& job, int64_t matrices, Weights weights, char* packed,
                          float* floats) {
   const int64_t inputs = job.layer.inputs, width = job.out_width;
   float *factors = floats, *inverses = factors + job.in_width, *columns = inverses + job.in_width;
@@ -63,11 +67,9 @@ static void pack_weights(LayerJob& job, int64_t matrices, Weights weights, char*
     pack_digits([&](int64_t i) UPFEAT_LAMBDA { return weights(k, i); }, inputs, width, inverses,
                 inverse_columns, packed + k * layer_right_bytes(job));
   }
-  job.factors = factors;
-  job.columns = columns;
 }
 
-static void pack_layer(LayerJob& job, char* packed, float* floats) {
+static void pack_weights(const LayerJob& job, char* packed, float* floats, float* transformed) {
   const Layer& layer = job.layer;
   if (!layer.winograd) {
     pack_weights(job, 1, [&](int64_t, int64_t i) UPFEAT_LAMBDA {
@@ -76,7 +78,6 @@ static void pack_layer(LayerJob& job, char* packed, float* floats) {
     return;
   }
   const int64_t step = winograd_step(layer);
-  float* transformed = floats + 2 * job.in_width + 2 * job.out_width;
   winograd_matrices(layer, job.out_width, step, [&](int64_t i, int64_t n) UPFEAT_LAMBDA {
     return transformed + i * layer.pitch + n;
   });
@@ -95,7 +96,9 @@ static int64_t layer_right_bytes(const LayerJob& job) {
   return right_bytes(job.layer.inputs, job.out_width);
 }
 static int64_t layer_floats(const LayerJob&) { return 0; }
-static void pack_layer(LayerJob& job, char* packed, float*) {
+static int64_t packing_floats(const LayerJob&) { return 0; }
+static void place_factors(LayerJob&, const float*) {}
+static void pack_weights(const LayerJob& job, char* packed, float*, float*) {
   const Layer& layer = job.layer;
   const int64_t inputs = layer.inputs, width = job.out_width;
   if (layer.winograd) {
@@ -111,23 +114,43 @@ static void pack_layer(LayerJob& job, char* packed, float*) {
 
 #endif
 
-static int run_layer(const Runtime& runtime, const Layer& layer) {
+static LayerJob job_of(const Layer& layer) {
   LayerJob job{};
   job.layer = layer;
   job.in_width = whole_vectors(layer.inputs);
   job.out_width = whole_vectors(layer.outputs);
+  return job;
+}
+
+static int64_t floats_offset(const LayerJob& job) {
+  const int64_t matrices = job.layer.winograd ? kWinogradMatrices : 1;
+  return (layer_right_bytes(job) * matrices + 63) / 64 * 64;
+}
+
+static int64_t packed_bytes(const Layer& layer) {
+  const LayerJob job = job_of(layer);
+  return floats_offset(job) + layer_floats(job) * 4;
+}
+
+static int pack_layer(const Runtime& runtime, const Layer& layer, char* packed) {
+  const LayerJob job = job_of(layer);
+  float* transformed = static_cast<float*>(runtime.allocate(packing_floats(job) * 4));
+  if (!transformed) return UPFEAT_NO_MEMORY;
+  pack_weights(job, packed, reinterpret_cast<float*>(packed + floats_offset(job)), transformed);
+  runtime.release(transformed);
+  return UPFEAT_OK;
+}
+
+static int run_layer(const Runtime& runtime, const Layer& layer) {
+  LayerJob job = job_of(layer);
   job.row_tasks = layer.row_tasks;
   job.rows_per_task = layer.rows_per_task;
   job.column_tasks = layer.column_tasks;
   job.worker_bytes = (layer_scratch(job) + 63) / 64 * 64;
-  const int64_t matrices = layer.winograd ? kWinogradMatrices : 1;
-  const int64_t right = (layer_right_bytes(job) * matrices + 63) / 64 * 64;
-  job.scratch = static_cast<char*>(
-      runtime.allocate(job.worker_bytes * runtime.workers + right + layer_floats(job) * 4));
+  job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
   if (!job.scratch) return UPFEAT_NO_MEMORY;
-  char* packed = job.scratch + job.worker_bytes * runtime.workers;
-  pack_layer(job, packed, reinterpret_cast<float*>(packed + right));
-  job.right = packed;
+  job.right = layer.packed;
+  place_factors(job, reinterpret_cast<const float*>(layer.packed + floats_offset(job)));
   const int64_t tasks = layer.out->size[0] * layer.row_tasks * layer.column_tasks;
   runtime.parallel_for(runtime.workers, tasks, layer.winograd ? winograd_task : pointwise_task,
                        &job);
@@ -172,9 +195,7 @@ static void pool_task(void* context, int64_t task, int worker) {
 }
 
 static int pool_layer(const Runtime& runtime, const Layer& layer) {
-  LayerJob job{};
-  job.layer = layer;
-  job.in_width = whole_vectors(layer.inputs);
+  LayerJob job = job_of(layer);
   job.worker_bytes = (kLayerStrip + layer.out->size[3]) * job.in_width * 4;
   job.worker_bytes = (job.worker_bytes + 63) / 64 * 64;
   job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
@@ -200,9 +221,7 @@ static void prepare_task(void* context, int64_t task, int worker) {
 }
 
 static int prepare_layer(const Runtime& runtime, const Layer& layer) {
-  LayerJob job{};
-  job.layer = layer;
-  job.in_width = whole_vectors(layer.inputs);
+  LayerJob job = job_of(layer);
   job.worker_bytes = kLayerStrip * job.in_width * 4;
   job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
   if (!job.scratch) return UPFEAT_NO_MEMORY;

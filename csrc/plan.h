@@ -107,7 +107,8 @@ struct Layer {
   int64_t inputs, outputs, pitch, in_pitch, kernel, pair, groups;
   double epsilon;
   bool winograd, silu, unit, reflect;
-  double* partial;  // (tasks, groups, 2): sums and sums of squares; or null
+  const char* packed;  // the weights, as `pack_layer` packed them
+  double* partial;     // (tasks, groups, 2): sums and sums of squares; or null
   int64_t row_tasks, rows_per_task, column_tasks;
 };
 
@@ -157,6 +158,8 @@ struct Kernels {
                      double* grad_scalars, const Axis& rows, const Axis& columns);
   int (*attend_windows)(const Runtime&, const WindowAttention&);
   int (*grad_windows)(const Runtime&, const WindowAttention&);
+  int64_t (*packed_bytes)(const Layer&);
+  int (*pack_layer)(const Runtime&, const Layer&, char* packed);
   int (*run_layer)(const Runtime&, const Layer&);
   int (*pool_layer)(const Runtime&, const Layer&);
   int (*prepare_layer)(const Runtime&, const Layer&);

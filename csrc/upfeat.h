@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 9
+#define UPFEAT_ABI 10
 
 #if defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
@@ -167,7 +167,8 @@ UPFEAT_API int upfeat_window_backward(const UpfeatTensor* queries, const UpfeatT
 // multiple of 16.
 typedef struct {
   const float* weight;  // (inputs, pitch); kernel 3: (9 * channels, pitch), with inputs = channels
-                        // if winograd is set, otherwise inputs = 9 * channels
+                        // if winograd is set, otherwise inputs = 9 * channels; only for packing
+  const void* packed;   // what upfeat_layer_pack made of `weight`, with the same isa
   const float* bias;    // (pitch,) or null
   const float* scale;   // (B, in_pitch) or null
   const float* shift;   // (B, in_pitch) or null
@@ -185,10 +186,15 @@ typedef struct {
   int64_t pair;     // channels i and i + pair of each block of 2 * pair are rotated
   int64_t groups;   // number of groups of channels to sum
   int64_t sum_groups, sum_count;  // number of groups of `sums`, and of values in each
+  int64_t packed_bytes;           // size of `packed`
   double epsilon;      // added to the mean of squares for the unit scale
   double sum_epsilon;  // added to the variance of each group
 } UpfeatLayer;
 
+// Packs `weight` of a layer for upfeat_layer_forward, as matrices in the order in which they are
+// read. `bytes` is the size of `packed`; if `packed` is null, `bytes` receives the size that is needed.
+UPFEAT_API int upfeat_layer_pack(const UpfeatLayer* layer, void* packed, int64_t* bytes, int isa,
+                                 int threads);
 // Computes out (B,O,H,W) from x (B,I,H,W), and adds a residual unless it is null; `out` may be the
 // residual, or x if the kernel is 1. sums (B, groups, 2) receives the sums of the output and of its
 // squares.

@@ -338,7 +338,12 @@ void layers(const Shape& s, int64_t dtype, Layout layout, int isa, bool reflect)
     return layer;
   };
   for (const auto& [kernel, winograd] : {std::pair<int64_t, bool>{1, false}, {3, false}, {3, true}}) {
-    const UpfeatLayer layer = describe(kernel, winograd);
+    UpfeatLayer layer = describe(kernel, winograd);
+    if (upfeat_layer_pack(&layer, nullptr, &layer.packed_bytes, isa, 1) != UPFEAT_OK) continue;
+    std::vector<char> packed(static_cast<size_t>(layer.packed_bytes));
+    upfeat_layer_pack(&layer, packed.data(), &layer.packed_bytes, isa, 1);
+    layer.packed = packed.data();
+    layer.weight = nullptr;
     repeat("layer_forward", {&out}, [&](int threads) {
       return upfeat_layer_forward(&x.tensor, &layer, reflect ? &residual.tensor : nullptr,
                                   &out.tensor, sums.data(), isa, threads);

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from upfeat.backends import dispatch
 from upfeat.backends.cpu.encoder import Before, apply, layer, match_patterns, pool, turns
@@ -178,3 +179,24 @@ def test_patterns(width, channels, isa):
     )
     expected = basis(features.double())
     assert error(match_patterns(features, basis.basis.float()), expected) < 1e-6
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_kept_packed_weights_follow_every_change(kernel, monkeypatch, isa):
+    x = random(1, 32, 6, 7)
+    weight = nn.Parameter(random(16, 32, kernel, kernel), requires_grad=False)
+
+    def check():
+        padded = reflect_pad(x, kernel // 2).double()
+        assert error(layer(x, weight)[0], F.conv2d(padded, weight.double())) < 5e-5
+
+    check()
+    check()
+    weight.data[3, 5] *= -2  # changes no version counter
+    check()
+    weight.mul_(3)
+    check()
+    weight.data = weight.data.bfloat16()
+    check()
+    monkeypatch.setenv("UPFEAT_CPU_ISA", "baseline")  # packs in another order
+    check()

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from upfeat.backends.cpu.library import LAYER_ARRAYS, Layer, call
+from upfeat.backends.cpu.library import LAYER_ARRAYS, Layer, call, chosen_isa
 
 _LANES = 16
 """Numbers of channels are padded to a multiple of this, the lanes of the widest vectors."""
@@ -133,14 +135,15 @@ def layer(
         description.inputs = 9 * channels
     else:
         before.describe(description, channels)
-    matrix = weight.permute(2, 3, 1, 0) if kernel == 3 else weight.flatten(1).mT
-    _point(description, "weight", _padded(matrix.reshape(-1, outputs)))
     if bias is not None:
         _point(description, "bias", _padded(bias))
     description.outputs = outputs
     description.pitch = -(-outputs // _LANES) * _LANES
     description.kernel, description.winograd = kernel, int(kernel == 3 and not windows)
     description.reflect, description.groups = int(reflect), groups
+    packed = _pack_if_changed(weight, description)
+    _point(description, "packed", packed)
+    description.packed_bytes = packed.numel()
     if out is None:
         out = _channels_last(batch, outputs, height, width, x.dtype)
     values = torch.empty(batch, groups, 2, dtype=torch.float64) if groups else None
@@ -149,6 +152,48 @@ def layer(
     if values is None:
         return out, None
     return out, Sums(values, height * width * outputs // groups, outputs)
+
+
+class _Packed(NamedTuple):
+    """A layer's packed weights, and what they were packed from and for."""
+
+    weight: Tensor
+    kind: tuple[int, int, int]
+    packed: Tensor
+
+
+_PACKED = WeakTensorKeyDictionary()
+"""The last :class:`_Packed` of each parameter."""
+
+
+def _pack_if_changed(weight: Tensor, description: Layer) -> Tensor:
+    """Pack the weights of a layer, or return those of the last call if the values are the same.
+
+    Values are compared, since not every change of a tensor can be seen from the tensor itself
+    (``parameter.data.mul_(…)``). This takes a fraction of the time of packing.
+    """
+    if not isinstance(weight, nn.Parameter):  # made for one call
+        return _pack(weight, description)
+    kind = (chosen_isa(), description.inputs, description.winograd)
+    kept = _PACKED.get(weight)
+    if kept is None or kept.kind != kind or not _are_equal(kept.weight, weight):
+        copy = weight.detach().clone()
+        _PACKED[weight] = kept = _Packed(copy, kind, _pack(copy, description))
+    return kept.packed
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.dtype is other.dtype and torch.equal(one, other)
+
+
+def _pack(weight: Tensor, description: Layer) -> Tensor:
+    matrix = weight.permute(2, 3, 1, 0) if description.kernel == 3 else weight.flatten(1).mT
+    _point(description, "weight", _padded(matrix.reshape(-1, weight.shape[0])))
+    size = (ctypes.c_int64 * 1)()
+    call("upfeat_layer_pack", description, None, size)
+    packed = torch.empty(size[0], dtype=torch.uint8)
+    call("upfeat_layer_pack", description, ctypes.c_void_p(packed.data_ptr()), size)
+    return packed
 
 
 def pool(x: Tensor, size: tuple[int, int], before: Before | None = None) -> Tensor:

@@ -35,14 +35,15 @@ PYRAMID_ARRAYS = tuple(
     f"{layer}_{part}" for layer in ("entry", "hidden", "last", "join") for part in "wb"
 )
 LAYER_ARRAYS = (
-    *("weight", "bias", "scale", "shift", "rotate_rows", "rotate_columns"),
+    *("weight", "packed", "bias", "scale", "shift", "rotate_rows", "rotate_columns"),
     *("sums", "gain", "offset"),
 )
 _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
     *("silu", "unit", "reflect", "pair", "groups", "sum_groups", "sum_count"),
+    "packed_bytes",
 )
-_ABI = 9
+_ABI = 10
 _NO_MEMORY = 2
 _NO_ISA = 3
 
@@ -224,7 +225,7 @@ def library_info() -> dict[str, Any]:
     handle = _library.load().handle
     mask = int(handle.upfeat_isa_mask())
     available = [name for bit, name in enumerate(ISAS) if mask >> bit & 1]
-    isa = _chosen_isa()
+    isa = chosen_isa()
     if isa >= 0 and ISAS[isa] not in available:
         raise _isa_error(ISAS[isa])
     if isa >= 0:
@@ -248,7 +249,7 @@ def call(name: str, *arguments: Argument) -> None:
         ValueError: ``UPFEAT_CPU_ISA`` is not an instruction set that can run on this machine.
     """
     handle = _library.load().handle
-    isa = ctypes.c_int(_chosen_isa())
+    isa = ctypes.c_int(chosen_isa())
     threads = ctypes.c_int(torch.get_num_threads())
     status = getattr(handle, name)(*(_argument(value) for value in arguments), isa, threads)
     if status == _NO_ISA:  # only for a set that UPFEAT_CPU_ISA names: a best one always exists
@@ -273,7 +274,8 @@ def _argument(value: Argument) -> Any:
     return ctypes.c_double(value) if isinstance(value, float) else value
 
 
-def _chosen_isa() -> int:
+def chosen_isa() -> int:
+    """Return the instruction set that :func:`call` asks for; negative for the best one."""
     name = os.environ.get("UPFEAT_CPU_ISA")
     if not name:
         return _BEST if torch.get_float32_matmul_precision() == "highest" else _BEST_HIGH
