@@ -59,7 +59,8 @@ def recorded(monkeypatch, capability):
 
 def compiled(kernel, arguments, meta, capability):
     """The cubin of one launch, specialised as Triton's launcher would."""
-    options = {name: meta[name] for name in ("num_warps", "num_stages") if name in meta}
+    known = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {name: meta[name] for name in known if name in meta}
     constants = {name: value for name, value in meta.items() if name not in options}
     signature, attributes = {}, {}
     for index, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):

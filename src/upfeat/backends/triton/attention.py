@@ -52,11 +52,13 @@ def window_attention(
         kernels.attend_norms[(batch * heads * strips,)](
             queries, keys, norms, *tables[:2], *sizes, *strides,
             HEADS=heads, **shared, num_warps=_WARPS,
+            **launch.OPTIONS,
         )  # fmt: skip
         kernels.attend_values[(batch * n_blocks * strips,)](
             queries, keys, values, norms, out, *tables, *sizes, n_blocks, *strides,
             *values.stride(), *out.stride(),
             HEADS=heads, MEAN=len(blocks) == 1, **shared, BC=_CHANNELS, num_warps=_WARPS,
+            **launch.OPTIONS,
         )  # fmt: skip
     return out
 

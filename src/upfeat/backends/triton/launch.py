@@ -24,6 +24,9 @@ from upfeat.backends.triton.tables import (
 )
 
 INT32_REACH = 2**31
+OPTIONS = {"enable_fp_fusion": True}
+"""Options of every kernel: multiply-adds in one instruction, which Triton 3.10 no longer makes by
+default."""
 
 
 def interpreted() -> bool:
@@ -70,6 +73,7 @@ def run_folding(kernel: str, read: Tensor, written: Tensor, axes: tuple[Axis, Ax
             K=rows.coefficients.shape[1], I=rows.window, J=columns.window,
             J2=pitch, BLOCK=pixels,
             INDEX=_index_type(read, written), num_warps=block.warps,
+            **OPTIONS,
         )  # fmt: skip
 
 
@@ -129,6 +133,7 @@ def _launch_groups(
             I=rows.window, J=columns.window, FY=rows.factor, FX=columns.factor,
             ROWS=block.rows, COLUMNS=block.columns, BC=block.channels,
             INDEX=_index_type(*tensors), num_warps=block.warps, num_stages=block.stages,
+            **OPTIONS,
         )  # fmt: skip
 
 
@@ -155,6 +160,7 @@ def _launch_tiles(
             COMPUTE=_product_type(tensors[0].dtype if half else torch.float32),
             ROWS=block.rows, COLUMNS=block.columns, BC=block.channels, BK=block.inner,
             INDEX=_index_type(*tensors), num_warps=block.warps, num_stages=block.stages,
+            **OPTIONS,
         )  # fmt: skip
 
 
@@ -187,6 +193,7 @@ def range_kernel(
             keys, *scalars, *tensors, *also, depth, height, width, *strides,
             RADIUS=radius, SIDE=side, BLOCK=strip,
             INDEX=_index_type(keys, *tensors), num_warps=block.warps, num_stages=block.stages,
+            **OPTIONS,
         )  # fmt: skip
     return partial
 

@@ -12,6 +12,8 @@ computed. Importing this module imports Triton.
 import triton
 import triton.language as tl
 
+from upfeat.backends.triton.masks import both
+
 
 @triton.jit
 def _reflect(position, length):
@@ -102,7 +104,7 @@ def range_forward(
         _, kernel, total = _normalise(score, squared, is_tap, tau, width_of_kernel)
         weight = kernel / tl.maximum(total, 1e-7)[None, :]
         to = out + b * ob + (y + lag).to(INDEX) * oy + x * ox
-        kept = is_tap[:, None] & (x < width)[None, :] & (y + lag < height)
+        kept = both(is_tap[:, None] & (x < width)[None, :], y + lag < height)
         tl.store(
             to[None, :] + (tap.to(INDEX) * ot)[:, None], weight.to(out.dtype.element_ty), mask=kept
         )
@@ -131,7 +133,7 @@ def range_backward(
         score = acc0 if lag == 0 else acc1
         share, kernel, total = _normalise(score, squared, is_tap, tau, width_of_kernel)
         spatial = tl.exp(-squared / (2 * width_of_kernel * width_of_kernel))[:, None]
-        kept = is_tap[:, None] & (x < width)[None, :] & (y + lag < height)
+        kept = both(is_tap[:, None] & (x < width)[None, :], y + lag < height)
         place = (y + lag).to(INDEX)
         at = (place * gy + x * gx)[None, :] + (tap.to(INDEX) * gt)[:, None]
         g = tl.load(grad + b * gb + at, mask=kept, other=0.0).to(tl.float32)

@@ -20,6 +20,8 @@ every window, and call ``tl.dot``: they accept any tables and use tensor cores i
 import triton
 import triton.language as tl
 
+from upfeat.backends.triton.masks import both
+
 
 @triton.jit
 def fold(
@@ -128,7 +130,7 @@ def gather_groups(
         row_ok = y0 & (row >= 0) & (row < h)
         # With FY = 1 a window moves by one row per output, so the second row's taps lag by one.
         lag = i - (2 - FY)
-        first, second = row_ok & (i < I), row_ok & (lag >= 0)
+        first, second = both(row_ok, i < I), both(row_ok, lag >= 0)
         # Not unrolled: an unrolled loop issues all its loads at once, and their values spill.
         for j in range(J + 2 - FX):
             column = from_x + j
@@ -139,7 +141,7 @@ def gather_groups(
                 other=0.0,
             ).to(tl.float32)
             behind = j - (2 - FX)
-            left_ok, right_ok = inside & (j < J), inside & (behind >= 0)
+            left_ok, right_ok = both(inside, j < J), both(inside, behind >= 0)
             upper, lower = at + i * fi, at + fy + lag * fi
             w00 = tl.load(upper + j * fj, mask=first & left_ok, other=0.0)
             w10 = tl.load(lower + j * fj, mask=second & left_ok & in_y, other=0.0)
@@ -185,8 +187,8 @@ def scatter_groups(
         y = from_y + i
         row_ok = (y >= 0) & (y < height)
         tap = I - 1 - i // FY  # tap of the group's first row; the second row's is the next one
-        ok_0 = row_ok & in_y0 & (tap >= 0)
-        ok_1 = row_ok & in_y1 & (tap + 1 < I)
+        ok_0 = both(row_ok & in_y0, tap >= 0)
+        ok_1 = both(row_ok & in_y1, tap + 1 < I)
         for j in range(FX * (J + 1)):
             x = from_x + j
             ok = (x >= 0) & (x < width)
@@ -194,7 +196,7 @@ def scatter_groups(
                 here + (y * gy + x * gx)[None, :], mask=(row_ok & ok)[None, :] & kept, other=0.0
             ).to(tl.float32)
             side = J - 1 - j // FX  # tap of the group's first column
-            left_ok, right_ok = ok & in_x0 & (side >= 0), ok & in_x1 & (side + 1 < J)
+            left_ok, right_ok = both(ok & in_x0, side >= 0), both(ok & in_x1, side + 1 < J)
             pixel = at + y * fy + x * fx + tap * fi + side * fj
             w00 = tl.load(pixel, mask=ok_0 & left_ok, other=0.0)
             w10 = tl.load(pixel + fi, mask=ok_1 & left_ok, other=0.0)
