@@ -270,6 +270,29 @@ def check_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = F
         )
 
 
+def prepare_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = False) -> None:
+    """Check, before minutes of work, that a command's only output can be written at its end.
+
+    Abandoned temporary files in its folder are removed.
+
+    Args:
+        output: the file to write.
+        inputs: see :func:`check_output`.
+        kind: see :func:`check_output`.
+        overwrite: see :func:`check_output`.
+
+    Raises:
+        ValueError: the output may not be written, or its folder does not exist.
+        PermissionError: its folder is not writable.
+    """
+    check_output(output, inputs, kind, overwrite=overwrite)
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
+    if not os.access(output.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+    sweep(output.parent)
+
+
 @contextmanager
 def watched(photo: Path) -> Iterator[str]:
     """Context that gives the SHA-256 of a file, and checks that the file does not change in it.

@@ -59,9 +59,15 @@ def progress_bar(*columns: str | ProgressColumn, keep: bool = False) -> Iterator
         plain if "task.description" in getattr(column, "text_format", "") else column
         for column in columns or Progress.get_default_columns()
     ]
-    console = Console(stderr=True)
+    # Lines printed meanwhile go through the bar's console, which must not break long paths. If
+    # standard output is a file, the lines belong there.
+    console = Console(stderr=True, soft_wrap=True)
     with Progress(
-        *described, console=console, transient=not keep, disable=not console.is_terminal
+        *described,
+        console=console,
+        transient=not keep,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout.isatty(),
     ) as progress:
         yield progress
 
