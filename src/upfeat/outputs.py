@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from upfeat.machine import readable
 from upfeat.marks import kind_of, picture_facts
 from upfeat.storage import replacing, sweep
 
-_UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG")
-"""Data and videos, which Pillow recognises, but never decodes."""
+_UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "EPS")
+"""Data and videos, which Pillow recognises, but never decodes; and programs, which are not run."""
+_MASKS = ("labels", "depth")
+"""Folders of pictures that belong to the photographs of the same names beside them."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def search(folder: Path) -> list[Photo]:
 
     Links to folders are followed, except to folders in or around those that are searched. Links to
     missing files count as photographs, since reading them is an error that tells of the loss.
+    Labels and depth maps of photographs, in folders beside them, are left out with a warning.
 
     Raises:
         OSError: a folder cannot be read.
@@ -105,7 +109,29 @@ def search(folder: Path) -> list[Photo]:
                 continue
             if not (name.endswith(".features.png") and _is_ours(path)):
                 found.append(Photo(path, Path(place).relative_to(folder)))
-    return found
+    return _without_masks(folder, found)
+
+
+def _without_masks(folder: Path, found: list[Photo]) -> list[Photo]:
+    """Leave out, with a warning, masks and depth maps: labels/NAME.png beside images/NAME.jpg."""
+    names = {(photo.below / photo.path.stem).parts for photo in found}
+
+    def is_mask(photo: Photo) -> bool:
+        parts = (photo.below / photo.path.stem).parts
+        return any(
+            part in _MASKS and (*parts[:place], *beside, *parts[place + 1 :]) in names
+            for place, part in enumerate(parts[:-1])
+            for beside in ((), ("images",))
+        )
+
+    masks = [photo.path for photo in found if is_mask(photo)]
+    if masks:
+        warnings.warn(
+            f"{folder}: {len(masks)} labels beside photographs of the same names, such as "
+            f"{masks[0].relative_to(folder)}, are left out",
+            stacklevel=3,
+        )
+    return [photo for photo in found if photo.path not in set(masks)]
 
 
 def _enter(folder: Path, entered: list[Path]) -> bool:

@@ -191,9 +191,9 @@ def announce_size(command: str, sizes: Sequence[int | None], folder: Path) -> No
         sizes: bytes of each result; unknown sizes, ``None``, count as 0.
         folder: folder of the results.
     """
-    if len(sizes) < 2:
-        return
     total, free = sum(size or 0 for size in sizes), shutil.disk_usage(folder).free
+    if len(sizes) < 2 or not total:
+        return
     text = f"{len(sizes)} photographs take about {readable(total)} in {folder}"
     if total > free:
         text += f", where only {readable(free)} are free: some will fail; give a smaller --size"
