@@ -199,6 +199,17 @@ def test_downloads_are_quiet_and_what_was_heard_is_heard_again(caplog):
     assert caplog.messages == ["a failure"]
 
 
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("form", [float, lambda one: [one], lambda one: [one] * 3])
+def test_one_mean_is_that_of_every_band(channels, form):
+    config = SimpleNamespace(model_type="vit", num_channels=channels)
+    found = transformers_settings(config, {"image_mean": form(0.25), "image_std": form(0.5)})
+    assert (found.mean, found.std) == ((0.25,) * channels, (0.5,) * channels)
+    means = [0.1 * n for n in range(channels)]
+    found = transformers_settings(config, {"image_mean": means, "image_std": form(0.5)})
+    assert (found.mean, len(found.std)) == (pytest.approx(means), channels)
+
+
 def test_models_whose_processors_do_not_normalise_are_known():
     """The configurations of MobileViT and GLPN name neither normalisation nor its absence."""
     mobile = transformers_settings(SimpleNamespace(model_type="mobilevit"), {"do_resize": True})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -114,7 +114,7 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
     kind = str(getattr(config, "model_type", "")).removesuffix("_vision_model")
     mean, std = usual = _BY_TYPE.get(kind, IMAGENET)
     if processor is not None:
-        mean, std = _normalization(processor, usual)
+        mean, std = _normalization(processor, usual, getattr(config, "num_channels", 0) or 3)
     processor = processor or {}
     blue_first = bool(processor.get("do_flip_channel_order", kind in _BLUE_FIRST))
     if blue_first:
@@ -123,7 +123,9 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
     return Settings(mean, std, interpolation, size, patch_size=patch, blue_first=blue_first)
 
 
-def _normalization(processor: Mapping[str, Any], usual: Normalization) -> Normalization:
+def _normalization(
+    processor: Mapping[str, Any], usual: Normalization, channels: int
+) -> Normalization:
     """Return the normalisation of colours in [0, 1] that equals a processor's steps.
 
     The processor multiplies colours from 0 to 255 by a factor, then subtracts its mean and divides
@@ -133,26 +135,32 @@ def _normalization(processor: Mapping[str, Any], usual: Normalization) -> Normal
     Args:
         processor: configuration of the processor.
         usual: normalisation of such models, for what the configuration leaves out.
+        channels: bands of the images, if all have the same mean and deviation.
     """
     factor = processor.get("rescale_factor", 1 / 255)
     scale = 255 * number("rescale_factor", factor, 0, above=True)
     if not processor.get("do_rescale", True):
         scale = 255.0
-    mean, std = _NONE
+    mean, std, again, offset = 0.0, 1.0, 1.0, 0
     if processor.get("do_normalize", usual is not _NONE):
         mean = processor.get("image_mean") or usual.mean
         std = processor.get("image_std") or usual.std
-    if isinstance(mean, (int, float)):
-        mean = (mean,) * 3
-    if isinstance(std, (int, float)):
-        std = (std,) * 3
     if processor.get("rescale_offset") and processor.get("do_rescale", True):
-        mean = [value + 1 for value in mean]
-    again = (1.0,) * len(std)
+        offset = 1
     if processor.get("include_top"):
         again = processor.get("image_std") or usual.std
+    mean, std, again = _for_each_band([mean, std, again], channels)
     std = [one * other for one, other in zip(std, again, strict=True)]
-    return check_normalization([value / scale for value in mean], [value / scale for value in std])
+    return check_normalization(
+        [(value + offset) / scale for value in mean], [value / scale for value in std], len(mean)
+    )
+
+
+def _for_each_band(values: Sequence[Any], channels: int) -> list[tuple[float, ...]]:
+    """Repeat numbers, and lists of one number, for as many bands as the other lists have."""
+    lists = [(one,) if isinstance(one, (int, float)) else tuple(one) for one in values]
+    count = max((len(one) for one in lists if len(set(one)) > 1), default=channels)
+    return [one[:1] * count if len(set(one)) == 1 else one for one in lists]
 
 
 def cropping(processor: Mapping[str, Any]) -> str | None:
