@@ -154,6 +154,13 @@ def test_a_module_named_twice_ends_the_network_as_early():
     torch.testing.assert_close(twice, network.first(x).repeat(1, 2, 1, 1))
 
 
+class Rows(nn.Module):
+    """Tokens (B, N, C) of a flattened map (B, C, N)."""
+
+    def forward(self, x):
+        return x.mT
+
+
 class Stages(nn.Module):
     """Stages of strides 4, 8 and 32, with padding at the border of uneven grids."""
 
@@ -195,6 +202,22 @@ def test_strides_of_several_layers_are_measured_where_they_divide_the_image():
 
     backbone = upfeat.load_backbone(Sized().eval(), layer=[0, 1])
     assert (backbone.stride, backbone.answer.multiple) == (2, 32)
+
+
+def test_two_layers_of_tokens_by_name():
+    network = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2))
+    rows = nn.Sequential(network, Rows(), nn.Linear(8, 6), nn.Linear(6, 5)).eval()
+    backbone = upfeat.load_backbone(rows, layer=["2", "1"])
+    assert (backbone.embed_dim, backbone.stride) == (14, 8)
+    x = torch.randn(1, 3, 40, 56)
+    expected = network(x).unflatten(2, (5, 7))
+    torch.testing.assert_close(backbone(x)[:, 6:], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_features_are_floating_numbers(dtype):
+    with pytest.raises(ValueError, match=r"returned (int|complex)64 .*; return floating numbers"):
+        upfeat.load_backbone(lambda x: nn.functional.avg_pool2d(x, 8).to(dtype))
 
 
 @pytest.mark.parametrize("shape", [(4, 16, 8), (8, 8, 8, 8)])

@@ -234,6 +234,9 @@ def recognise(
             the fix.
     """
     shape = tuple(tensor.shape)
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} returned {kind} {shape}; return floating numbers")
     if tensor.dim() in (3, 4) and shape[0] != 1:
         raise ValueError(
             f"{name} returned {shape} for one image: the first axis is not the batch; wrap it in a "
