@@ -67,7 +67,7 @@ def progress_bar(*columns: str | ProgressColumn, keep: bool = False) -> Iterator
         console=console,
         transient=not keep,
         disable=not console.is_terminal,
-        redirect_stdout=sys.stdout.isatty(),
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
     ) as progress:
         yield progress
 

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             code = COMMANDS[options.command].execute(options)
-            sys.stdout.flush()
+            print(end="", flush=True)  # standard output may be closed, and is None then
             return code
     except BrokenPipeError:  # the reader of the output, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
