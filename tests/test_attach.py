@@ -354,3 +354,21 @@ def test_a_layer_that_returns_several_things_is_named_in_one_line():
         pytest.raises(ValueError, match="returned a tuple, not features"),
     ):
         network(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_layer_or_a_head_has_one_upsampler(network, upsampler):
+    """A second one would upsample an upsampled map, and leave the head broken when removed."""
+    other = nn.Sequential(network, nn.Conv2d(4, 2, 3, padding=1))
+    with upfeat.attach(network, "body", upsampler) as first:
+        with pytest.raises(ValueError, match=r"there is an Attachment.* behind body, stride 1"):
+            upfeat.attach(network, "body", upsampler)
+        with pytest.raises(ValueError, match="already; call its remove"):
+            upfeat.attach(other, "0.body", upsampler)
+        with upfeat.attach(other, "0", upsampler, head="1"):  # another layer, which contains it
+            with pytest.raises(ValueError, match="already; call its remove"):
+                upfeat.attach(other, "0.head", upsampler, head="1")
+            assert other(image()).shape == (1, 2, 32, 40)
+    assert not first.attached
+    copied = copy.deepcopy(network)
+    upfeat.attach(copied, "body", upsampler).remove()
+    upfeat.attach(network, "body", upsampler).remove()

@@ -273,3 +273,12 @@ def test_damaged_files_are_read_or_refused_in_one_line(picture, kind):
             content[place] = draw.integers(256)
         found = _outcome(bytes(content))
         assert "\n" not in found if isinstance(found, str) else found.shape[0] == 3
+
+
+@pytest.mark.parametrize("name", ["drawing.eps", "photo.jpg"])
+def test_postscript_is_not_run(tmp_path, name, monkeypatch):
+    """Pillow would have Ghostscript run the program, whatever the file's suffix."""
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)  # were it called, a TypeError
+    Image.new("RGB", (8, 8)).save(tmp_path / name, format="EPS")
+    with pytest.raises(ValueError, match="a PostScript document; convert it to PNG or TIFF"):
+        read_image(tmp_path / name)

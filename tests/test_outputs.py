@@ -125,7 +125,9 @@ def test_folders_are_searched_with_all_below(photo):
     assert "no image file" in str(error)
 
 
-@pytest.mark.parametrize("name", ["a.h5", "a.hdf", "a.grib", "a.mpg", "a.MPEG", "a.txt", "a"])
+@pytest.mark.parametrize(
+    "name", ["a.h5", "a.hdf", "a.grib", "a.mpg", "a.MPEG", "a.eps", "a.txt", "a"]
+)
 def test_data_and_videos_are_no_images(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     assert search(tmp_path) == []
@@ -158,3 +160,18 @@ def test_a_file_that_changes_while_it_is_read_is_refused(photo):
 
     with pytest.raises(ValueError, match="changed while it was read"):
         replace_meanwhile()
+
+
+def test_masks_beside_photographs_are_no_photographs(tmp_path):
+    """They are found by the names that pair them; a folder of masks itself may be given."""
+    folders = ["images", "labels", "depth", "plain", "plain/labels", "alone/labels"]
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+    names = ["images/a.jpg", "labels/a.png", "labels/other.png", "depth/a.png", "plain/b.jpg"]
+    for name in [*names, "plain/labels/b.png", "alone/labels/c.png"]:
+        (tmp_path / name).touch()
+    with pytest.warns(UserWarning, match="3 labels beside photographs .* such as depth.a.png, are"):
+        found = find_photographs([tmp_path])
+    kept = ["alone/labels/c.png", "images/a.jpg", "labels/other.png", "plain/b.jpg"]
+    assert sorted(one.path.relative_to(tmp_path).as_posix() for one in found) == kept
+    assert len(find_photographs([tmp_path / "labels", tmp_path / "labels" / "a.png"])) == 3

@@ -35,7 +35,7 @@ def _measure_activations(backbone: Backbone, early: bool) -> float:
     sides = (8 * backbone.stride, 16 * backbone.stride)
     peaks = []
     for side in sides:
-        x = torch.zeros(1, 3, side, side, device=backbone.mean.device)
+        x = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
         counted = _LiveBytes()
         with counted:
             try:

@@ -67,10 +67,10 @@ def attach(
 
     Raises:
         TypeError: ``upsampler`` is not an upsampler, or ``guidance`` not a function.
-        ValueError: there is no such layer (close names are suggested), an argument is out of
-            range, or ``early`` is missing or of no use to the upsampler. When the network is
-            called: there is no image among the arguments, the layer returns no features, or the
-            early layer no map before it.
+        ValueError: there is no such layer (close names are suggested), the layer or the head has an
+            upsampler already, an argument is out of range, or ``early`` is missing or of no use to
+            the upsampler. When the network is called: there is no image among the arguments, the
+            layer returns no features, or the early layer no map before it.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 16, stride=16), nn.Conv2d(8, 5, 1))
@@ -102,13 +102,16 @@ def attach(
     normalization = IMAGENET
     if mean is not None or std is not None:
         normalization = check_normalization(mean, std)
+    layer = _module(network, layer, "layer")
+    head = None if head is None else _module(network, head, "head")
+    _refuse_attached(layer, head)
     return Attachment(
         network,
-        _module(network, layer, "layer"),
+        layer,
         upsampler,
         stride=stride,
         normalization=normalization,
-        head=None if head is None else _module(network, head, "head"),
+        head=head,
         early=None if early is None else _module(network, early, "early"),
         guidance=guidance,
     )
@@ -383,6 +386,16 @@ def _module(network: nn.Module, module: str | nn.Module, label: str) -> nn.Modul
     if not any(module is other for other in known.values()):
         raise ValueError(f"{label} is a {type(module).__name__} that is not in the network")
     return module
+
+
+def _refuse_attached(layer: nn.Module, head: nn.Module | None) -> None:
+    """Refuse a layer that is upsampled already, and a head that is adapted to another's grid."""
+    hooks = [getattr(hook, "__self__", None) for hook in layer._forward_hooks.values()]
+    there = [one for one in hooks if isinstance(one, Attachment) and one.layer is layer]
+    for module in () if head is None else head.modules():
+        there += [module._attachment] if hasattr(module, "_attachment") else []
+    if there:
+        raise ValueError(f"there is an {there[0]} already; call its remove() first")
 
 
 def _first_image(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -162,6 +162,8 @@ def _opened(source: Path | bytes) -> Iterator[Image.Image]:
     # Not by name: Pillow would map uncompressed TIFF files into memory and rotate them wrongly.
     file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
     with _NO_LIMIT, file, Image.open(file) as image:
+        if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+            raise UnidentifiedImageError
         if image.format == "PNG" and (points := coding_points(source)):
             image.info["cicp"] = points
         yield image

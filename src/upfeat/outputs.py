@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from upfeat.machine import readable
 from upfeat.marks import kind_of, picture_facts
 from upfeat.storage import replacing, sweep
 
-_UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG")
-"""Data and videos, which Pillow recognises, but never decodes."""
+_UNDECODED = ("BUFR", "GRIB", "HDF5", "MPEG", "EPS")
+"""Data and videos, which Pillow recognises, but never decodes; and programs, which are not run."""
+_MASKS = ("labels", "depth")
+"""Folders of pictures that belong to the photographs of the same names beside them."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ def search(folder: Path) -> list[Photo]:
 
     Links to folders are followed, except to folders in or around those that are searched. Links to
     missing files count as photographs, since reading them is an error that tells of the loss.
+    Labels and depth maps of photographs, in folders beside them, are left out with a warning.
 
     Raises:
         OSError: a folder cannot be read.
@@ -105,7 +109,29 @@ def search(folder: Path) -> list[Photo]:
                 continue
             if not (name.endswith(".features.png") and _is_ours(path)):
                 found.append(Photo(path, Path(place).relative_to(folder)))
-    return found
+    return _without_masks(folder, found)
+
+
+def _without_masks(folder: Path, found: list[Photo]) -> list[Photo]:
+    """Leave out, with a warning, masks and depth maps: labels/NAME.png beside images/NAME.jpg."""
+    names = {(photo.below / photo.path.stem).parts for photo in found}
+
+    def is_mask(photo: Photo) -> bool:
+        parts = (photo.below / photo.path.stem).parts
+        return any(
+            part in _MASKS and (*parts[:place], *beside, *parts[place + 1 :]) in names
+            for place, part in enumerate(parts[:-1])
+            for beside in ((), ("images",))
+        )
+
+    masks = [photo.path for photo in found if is_mask(photo)]
+    if masks:
+        warnings.warn(
+            f"{folder}: {len(masks)} labels beside photographs of the same names, such as "
+            f"{masks[0].relative_to(folder)}, are left out",
+            stacklevel=3,
+        )
+    return [photo for photo in found if photo.path not in set(masks)]
 
 
 def _enter(folder: Path, entered: list[Path]) -> bool:
@@ -268,6 +294,29 @@ def check_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = F
         raise ValueError(
             f"{output}: exists already and {what}; give --overwrite, or another output"
         )
+
+
+def prepare_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool = False) -> None:
+    """Check, before minutes of work, that a command's only output can be written at its end.
+
+    Abandoned temporary files in its folder are removed.
+
+    Args:
+        output: the file to write.
+        inputs: see :func:`check_output`.
+        kind: see :func:`check_output`.
+        overwrite: see :func:`check_output`.
+
+    Raises:
+        ValueError: the output may not be written, or its folder does not exist.
+        PermissionError: its folder is not writable.
+    """
+    check_output(output, inputs, kind, overwrite=overwrite)
+    if not output.parent.is_dir():
+        raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
+    if not os.access(output.parent, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
+    sweep(output.parent)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import math
 import platform
 import re
 from functools import lru_cache
@@ -162,7 +163,8 @@ def identify_backbone(backbone: Backbone) -> str:
     """
     # A backbone made of others takes no smaller images than they do.
     side = 2 * max(one.stride for one in backbone.modules() if isinstance(one, Backbone))
-    ramp = torch.arange(3 * side * side, dtype=torch.float32).mul(0.7).sin().view(1, 3, side, side)
+    size = (1, backbone.in_channels, side, side)
+    ramp = torch.arange(math.prod(size), dtype=torch.float32).mul(0.7).sin().view(size)
     response = backbone(ramp.to(backbone.mean.device))
     cls = type(backbone)
     known = f"{cls.__module__}.{cls.__qualname__}|{backbone.name}|{digest(backbone)}"

@@ -102,7 +102,13 @@ def _measure_halo(backbone: Backbone, early: bool) -> int | None:
 
 
 def _blank(backbone: Backbone, height: int, width: int) -> Tensor:
-    return torch.zeros(1, 3, height, width, device=backbone.mean.device)
+    return torch.zeros(1, backbone.in_channels, height, width, device=backbone.mean.device)
+
+
+def _noise(backbone: Backbone, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, backbone.in_channels, height, width, generator=generator)
+    return x.to(backbone.mean.device)
 
 
 def _spread(backbone: Backbone, offset: int, early: bool) -> int | None:
@@ -128,9 +134,7 @@ def _tiles_agree(backbone: Backbone, halo: int, early: bool) -> bool:
     halo = step * -(-halo // step)
     # The tile begins at an odd number of steps, lest a coarser grid inside go unnoticed.
     start, cells = 3 * step, 2 * halo + 6 * step
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, 2 * step * stride, 2 * cells * stride, generator=generator)
-    x = x.to(backbone.mean.device)
+    x = _noise(backbone, 2 * step * stride, 2 * cells * stride)
     whole = see(backbone, x, early=early)[..., halo + start : cells]
     part = see(backbone, x[..., start * stride : (cells + halo) * stride], early=early)
     return _alike(backbone, whole, part[..., halo : cells - start])
@@ -140,9 +144,7 @@ def odd_sides_agree(backbone: Backbone, halo: int, early: bool) -> bool:
     """Return whether tiles equal the whole where a side is no multiple of the backbone's step."""
     stride, step = backbone.stride, backbone.step
     cells = halo + 4 * step
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 3, 2 * step * stride, (2 * cells + 1) * stride, generator=generator)
-    x = x.to(backbone.mean.device)
+    x = _noise(backbone, 2 * step * stride, (2 * cells + 1) * stride)
     whole = see(backbone, x, early=early)[..., : cells - halo]
     part = see(backbone, x[..., : cells * stride], early=early)[..., : cells - halo]
     return _alike(backbone, whole, part)

@@ -26,7 +26,14 @@ from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outpu
 from upfeat.provenance import identify_backbone, identify_upsampler
 from upfeat.storage import ArrayFile, create_array, replacing
 from upfeat.types import Size
-from upfeat.visualize import PCABasis, class_colours, draw_comparison, side_by_side, to_image
+from upfeat.visualize import (
+    PCABasis,
+    as_rgb,
+    class_colours,
+    draw_comparison,
+    side_by_side,
+    to_image,
+)
 
 __all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "run_photo"]
 
@@ -143,7 +150,7 @@ def _image(model: FeatUp, x: Tensor) -> Tensor:
     """Reduce the photograph for the picture, (3, h, w), uint8; computed a few rows at a time."""
     longest = max(x.shape[2:])
     strips = [
-        _bytes(_reduced(model.backbone.denormalize(part), longest)[0]).cpu()
+        _bytes(as_rgb(_reduced(model.backbone.denormalize(part), longest)[0])).cpu()
         for part in x.split(16 * _STRIP, dim=2)
     ]
     return torch.cat(strips, dim=1)

@@ -22,6 +22,8 @@ _KINDS = (
     (0, b"\x93NUMPY", "a NumPy array; give numpy.load of it"),
     (0, b"\x89HDF", "an HDF5 file; give the array that h5py reads"),
     (0, b"%PDF", f"a PDF document; {_CONVERT}"),
+    (0, b"%!PS", f"a PostScript document; {_CONVERT}"),
+    (0, b"\xc5\xd0\xd3\xc6", f"a PostScript document; {_CONVERT}"),
     (0, b"<svg", f"an SVG drawing; {_CONVERT}"),
     (0, b"<!DOCTYPE html", "a web page, as servers send in place of an image"),
     (0, b"<html", "a web page, as servers send in place of an image"),

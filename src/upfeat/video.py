@@ -30,8 +30,8 @@ from upfeat.frames import (
 from upfeat.heads import SavedHead
 from upfeat.marks import VIDEO
 from upfeat.model import FeatUp
-from upfeat.outputs import Inputs, check_output
-from upfeat.storage import replacing, sweep, write_bytes
+from upfeat.outputs import Inputs, prepare_output
+from upfeat.storage import replacing, write_bytes
 from upfeat.visualize import PCABasis, class_colours
 
 OnFrame = Callable[[int, int], None]
@@ -184,14 +184,13 @@ def render_video(
     source, output = Path(source), Path(output)
     if output.suffix.lower() not in WRITTEN_SUFFIXES:
         raise ValueError(f"{output}: must end in one of {', '.join(WRITTEN_SUFFIXES)}")
-    check_output(output, Inputs([source]), VIDEO, overwrite=overwrite)
+    prepare_output(output, Inputs([source]), VIDEO, overwrite=overwrite)
     total, rate = count_frames(source), frame_rate(source)
     with torch.inference_mode():
         sample, spread, damage = _sample(model, source, settings, total)
         painter = (
             _Components(PCABasis(sample)) if settings.head is None else _Classes(settings.head)
         )
-        sweep(output.parent)
         stability = Stability(painter, spread, model.backbone.stride)
         with replacing(output) as temporary, VideoWriter(temporary, rate) as writer:
             for number, frame in enumerate(_readable(source), start=1):

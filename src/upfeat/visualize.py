@@ -119,6 +119,11 @@ def class_colours(count: int, names: Sequence[str] = ()) -> Tensor:
     return torch.tensor(rows).view(count, 3)
 
 
+def as_rgb(bands: Tensor) -> Tensor:
+    """Show an image of any bands: (N, H, W) -> (3, H, W), its first three, or its first as grey."""
+    return bands[:3] if len(bands) >= 3 else bands[:1].expand(3, -1, -1)
+
+
 def to_image(colours: Tensor) -> Image.Image:
     """Convert colours (3, H, W) in [0, 1] to a PIL image.
 

@@ -152,3 +152,75 @@ def test_a_module_named_twice_ends_the_network_as_early():
     network = Net()
     twice = upfeat.load_backbone(network, layer=["first", "first"])(x)
     torch.testing.assert_close(twice, network.first(x).repeat(1, 2, 1, 1))
+
+
+class Rows(nn.Module):
+    """Tokens (B, N, C) of a flattened map (B, C, N)."""
+
+    def forward(self, x):
+        return x.mT
+
+
+class Stages(nn.Module):
+    """Stages of strides 4, 8 and 32, with padding at the border of uneven grids."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv2d(3, 4, 4, 4)
+        self.two = nn.Conv2d(4, 5, 3, 2, padding=1)
+        self.three = nn.Sequential(
+            nn.Conv2d(5, 5, 3, 2, padding=1), nn.Tanh(), nn.Conv2d(5, 6, 3, 2, padding=1)
+        )
+
+    def forward(self, x):
+        return self.three(self.two(self.one(x)))
+
+
+def test_named_layers_lie_on_one_grid():
+    """A coarse cell beyond the image's edge was squeezed into it, and moved all cells before it."""
+    torch.manual_seed(0)
+    backbone = upfeat.load_backbone(Stages().eval(), layer=["one", "three"])
+    assert (backbone.embed_dim, backbone.stride, backbone.step) == (10, 4, 8)
+    x = torch.randn(1, 3, 100, 132)
+    padded = torch.nn.functional.pad(x, (0, 28, 0, 28), mode="replicate")  # to whole cells of 32
+    torch.testing.assert_close(backbone(x), backbone(padded)[:, :, :25, :33])
+    maps = Stages().eval()
+    assert upfeat.load_backbone(maps, layer=["three", "one", "three"]).embed_dim == 16
+
+
+def test_strides_of_several_layers_are_measured_where_they_divide_the_image():
+    """At 240 pixels, the size in its configuration, 8 cells of 32 pixels look like cells of 30."""
+
+    class Sized(Stages):
+        def __init__(self):
+            super().__init__()
+            self.pretrained_cfg = {"mean": [0.0] * 3, "std": [1.0] * 3, "input_size": (3, 240, 240)}
+
+        def forward(self, x):
+            one = self.one(x)
+            return nn.functional.avg_pool2d(x, 2), self.three(self.two(one))
+
+    backbone = upfeat.load_backbone(Sized().eval(), layer=[0, 1])
+    assert (backbone.stride, backbone.answer.multiple) == (2, 32)
+
+
+def test_two_layers_of_tokens_by_name():
+    network = nn.Sequential(nn.Conv2d(3, 8, 8, 8), nn.Flatten(2))
+    rows = nn.Sequential(network, Rows(), nn.Linear(8, 6), nn.Linear(6, 5)).eval()
+    backbone = upfeat.load_backbone(rows, layer=["2", "1"])
+    assert (backbone.embed_dim, backbone.stride) == (14, 8)
+    x = torch.randn(1, 3, 40, 56)
+    expected = network(x).unflatten(2, (5, 7))
+    torch.testing.assert_close(backbone(x)[:, 6:], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_features_are_floating_numbers(dtype):
+    with pytest.raises(ValueError, match=r"returned (int|complex)64 .*; return floating numbers"):
+        upfeat.load_backbone(lambda x: nn.functional.avg_pool2d(x, 8).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(4, 16, 8), (8, 8, 8, 8)])
+def test_outputs_whose_first_axis_is_no_batch_are_refused(shape):
+    with pytest.raises(ValueError, match="for one image: the first axis is not the batch"):
+        upfeat.load_backbone(lambda x: x.new_zeros(shape))

@@ -120,3 +120,21 @@ def test_functions_that_are_no_backbone_say_why(function, options, words):
         upfeat.load_backbone(function, name="mine", **options)
     assert str(refused.value).startswith("mine")
     assert "\n" not in str(refused.value)
+
+
+def test_classes_that_forget_the_initialiser_of_their_base_are_told():
+    class Mine(upfeat.Backbone):
+        def __init__(self):
+            self.embed_dim, self.stride = 3, 8
+
+        def extract(self, x):
+            return F.avg_pool2d(x, 8)
+
+    class Ours(upfeat.Bilinear):
+        def __init__(self):
+            self.embed_dim = None
+
+    with pytest.raises(ValueError, match=r"backbone is a Mine whose __init__ .*; call it there"):
+        upfeat.load_backbone(Mine())
+    with pytest.raises(ValueError, match=r"upsampler is a Ours whose __init__ .*; call it there"):
+        upfeat.FeatUp(nn.Conv2d(3, 6, 8, 8), Ours())

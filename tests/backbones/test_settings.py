@@ -31,21 +31,30 @@ CLIP = SimpleNamespace(model_type="clip_vision_model", image_size=224, patch_siz
         {"rescale_factor": 1 / 127.5, "image_mean": [1] * 3, "image_std": [1] * 3},
         {"image_mean": 0.5, "image_std": 0.25},
         {"image_mean": None, "image_std": [0.3, 0.2, 0.1]},
+        {"rescale_factor": 1 / 127.5, "rescale_offset": True, "image_mean": 0.1, "image_std": 0.2},
+        {"include_top": True, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+        {"include_top": True, "image_std": [0.4, 0.5, 0.6], "do_normalize": False},
+        {"do_flip_channel_order": True, "image_mean": [0.1, 0.2, 0.3]},
     ],
 )
 def test_the_arithmetic_of_a_processor_is_that_of_colours(processor):
     """What it makes of bytes is what mean and deviation make of colours in [0, 1]."""
-    bytes_ = torch.arange(0.0, 256, 17)[:, None].expand(-1, 3)
-    expected = bytes_
+    bytes_ = torch.stack([torch.arange(0.0, 256, 17).roll(n) for n in range(3)], 1)
+    expected = bytes_.flip(1) if processor.get("do_flip_channel_order") else bytes_
     if processor.get("do_rescale", True):
         expected = expected * processor.get("rescale_factor", 1 / 255)
+    if processor.get("rescale_offset"):
+        expected = expected - 1
     if processor.get("do_normalize", True):
         mean, std = processor.get("image_mean"), processor.get("image_std")
-        mean = IMAGENET.mean if mean is None else mean
-        std = IMAGENET.std if std is None else std
+        mean = OPENAI.mean if mean is None else mean
+        std = OPENAI.std if std is None else std
         expected = (expected - torch.tensor(mean)) / torch.tensor(std)
+    if processor.get("include_top"):
+        expected = expected / torch.tensor(processor["image_std"])
     found = transformers_settings(CLIP, processor)
     made = (bytes_ / 255 - torch.tensor(found.mean)) / torch.tensor(found.std)
+    made = made.flip(1) if found.blue_first else made
     torch.testing.assert_close(made, expected, rtol=1e-5, atol=1e-5)
     assert (found.input_size, found.patch_size) == (224, 16)
 
@@ -143,7 +152,7 @@ def library(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, r"libx is not installed: pip install 'upfeat\[x\]' \(or pip install libx\)"),
+        (None, r"libx is not installed: pip install 'upfeat\[x\]'$"),
         ("import no_such_part", "libx cannot be imported: No module named 'no_such_part'"),
         (
             "raise RuntimeError('of another age\\nand more')",
@@ -188,3 +197,26 @@ def test_downloads_are_quiet_and_what_was_heard_is_heard_again(caplog):
         raise KeyError(log.error("a retry"))
     log.error("a failure")
     assert caplog.messages == ["a failure"]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("form", [float, lambda one: [one], lambda one: [one] * 3])
+def test_one_mean_is_that_of_every_band(channels, form):
+    config = SimpleNamespace(model_type="vit", num_channels=channels)
+    found = transformers_settings(config, {"image_mean": form(0.25), "image_std": form(0.5)})
+    assert (found.mean, found.std) == ((0.25,) * channels, (0.5,) * channels)
+    means = [0.1 * n for n in range(channels)]
+    found = transformers_settings(config, {"image_mean": means, "image_std": form(0.5)})
+    assert (found.mean, len(found.std)) == (pytest.approx(means), channels)
+
+
+def test_models_whose_processors_do_not_normalise_are_known():
+    """The configurations of MobileViT and GLPN name neither normalisation nor its absence."""
+    mobile = transformers_settings(SimpleNamespace(model_type="mobilevit"), {"do_resize": True})
+    assert (mobile.mean, mobile.std, mobile.blue_first) == ((0,) * 3, (1,) * 3, True)
+    assert transformers_settings(SimpleNamespace(model_type="mobilevitv2")).blue_first
+    given = {"do_flip_channel_order": False, "do_normalize": True, "image_mean": 0.5}
+    found = transformers_settings(SimpleNamespace(model_type="mobilevit"), given | {"image_std": 1})
+    assert (found.mean, found.blue_first) == ((0.5,) * 3, False)
+    assert transformers_settings(SimpleNamespace(model_type="glpn"), {}).mean == (0,) * 3
+    assert transformers_settings(SimpleNamespace(model_type="vit"), {}).mean == HALF.mean

@@ -210,3 +210,79 @@ def test_models_that_do_not_see_are_refused():
     )
     with pytest.raises(ValueError, match="takes no pixel_values"):
         upfeat.load_backbone(transformers.BertModel(config))
+
+
+def _folder(network, path, change=None):
+    from safetensors.torch import load_file, save_file
+
+    network.save_pretrained(path)
+    (path / "preprocessor_config.json").write_text(json.dumps({"image_mean": 0.5, "image_std": 1}))
+    if change is not None:
+        tensors = change(load_file(path / "model.safetensors"))
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return f"hf:{path}"
+
+
+def test_weights_under_other_names_are_refused(tmp_path, caplog):
+    """transformers would fill what it does not find with random values."""
+    network = _make("vit")
+    other = _folder(network, tmp_path, lambda all: {f"module.{name}": all[name] for name in all})
+    with pytest.raises(ValueError, match=r"lack .* of ViTModel, such as embeddings.cls"):
+        upfeat.load_backbone(other)
+    (tmp_path / "less").mkdir()
+    last = "layernorm.weight"
+    less = _folder(network, tmp_path / "less", lambda all: {n: all[n] for n in all if n != last})
+    upfeat.load_backbone(less)
+    assert f"lack 1 of 56 parameters of ViTModel, such as {last}: they are" in caplog.text
+    classifier = transformers.ViTForImageClassification(network.config)
+    caplog.clear()
+    (tmp_path / "head").mkdir()
+    upfeat.load_backbone(_folder(classifier, tmp_path / "head"))
+    assert "lack" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["ConvNextBackbone", "BlipVisionModel"])
+def test_folders_of_backbones_and_of_models_without_automatic_class(kind, tmp_path):
+    torch.manual_seed(0)
+    options = {**STAGES, "out_features": ["stage2"]} if "Backbone" in kind else VIT
+    config = getattr(transformers, kind.replace("Backbone", "Config").replace("Model", "Config"))
+    network = getattr(transformers, kind)(config(**options)).eval()
+    x = torch.randn(1, 3, 64, 96)
+    found = upfeat.load_backbone(_folder(network, tmp_path))
+    torch.testing.assert_close(found(x), upfeat.load_backbone(network)(x))
+    assert upfeat.load_backbone(f"hf:{tmp_path}", pretrained=False).stride == found.stride
+
+
+def test_layers_are_counted_where_configurations_say_another_number():
+    config = transformers.EfficientNetConfig(
+        width_coefficient=0.5, depth_coefficient=0.4, image_size=64, hidden_dim=640
+    )
+    network = transformers.EfficientNetModel(config).eval()
+    assert len(network.encoder.blocks) < config.num_hidden_layers
+    strides = [upfeat.load_backbone(network, layer=layer).stride for layer in (0, 1, -1)]
+    assert strides == [2, 4, 32]
+    stages = {"depths": [1, 1, 1, 1], "embed_dims": [8, 12, 16, 24]}
+    network = transformers.SwiftFormerModel(transformers.SwiftFormerConfig(**stages)).eval()
+    for layer, width in enumerate(stages["embed_dims"]):
+        backbone = upfeat.load_backbone(network, layer=layer)
+        assert (backbone.embed_dim, backbone.stride) == (width, 4 << layer)
+
+
+def test_the_last_hidden_state_of_a_decoder_is_no_map():
+    """It has an entry for each object; those of the encoder are cells."""
+    from types import SimpleNamespace
+
+    from upfeat.backbones.transformers import TransformersFeatures
+
+    cells, objects = torch.zeros(1, 4, 8), torch.zeros(1, 9, 8)
+    output = {"last_hidden_state": objects, "encoder_last_hidden_state": cells}
+    assert TransformersFeatures._last(SimpleNamespace(), output) is cells
+
+
+def test_colours_are_given_in_the_order_of_the_model():
+    config = {"neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16], "hidden_sizes": [8, 8, 8]}
+    network = transformers.MobileViTModel(transformers.MobileViTConfig(**config)).eval()
+    backbone = upfeat.load_backbone(network)
+    x = torch.rand(1, 3, 64, 96)
+    torch.testing.assert_close(backbone(x), network(x.flip(1)).last_hidden_state)
+    assert backbone.normalization == ((0.0,) * 3, (1.0,) * 3)

@@ -130,7 +130,7 @@ BAD = {
     PROBE + "--scale 3": '--scale: "3" must be two numbers such as 0,3000',
     PROBE + "--labels photo.png": "labelled: is a folder, which holds its labels; give no --labels",
     PROBE + "-o h.txt": "h.txt: must end in .safetensors",
-    PROBE + "-o none/h.safetensors": "none/h.safetensors: its folder does not exist",
+    PROBE + "-o none/h.safetensors": "none/h.safetensors: there is no folder none; make it first",
     "probe photo.png -o h.safetensors --backbone mine.py:make": "photo.png: no such folder",
     "probe photo.png -o h.safetensors --labels text.txt --size 9": "--size is about photographs",
     "probe empty -o h.safetensors --backbone mine.py:make": "empty/classes.json: no such file",

@@ -1,14 +1,18 @@
 """What every command has in common: exit codes, errors of one line, notes."""
 
+import os
 import re
+import subprocess
+import sys
 import warnings
 
+import numpy
 import pytest
 import torch
 
 from upfeat import benchmark
 from upfeat.cli import info, main
-from upfeat.cli.console import progress_bar
+from upfeat.cli.console import progress_bar, say
 
 
 @pytest.fixture
@@ -93,3 +97,61 @@ def test_progress_shows_names_as_they_are(name, monkeypatch, capsys):
         progress.add_task(name, total=1)
         progress.refresh()
     assert name in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_lines_printed_beside_a_bar_are_whole_and_go_where_output_goes(
+    terminal, monkeypatch, capsys
+):
+    """Into a file, even if the bar is on a terminal; on a terminal, long paths are not broken."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    line = "folder/" + 30 * "long" + ".safetensors"
+    with progress_bar() as progress:
+        progress.add_task(30 * "name", total=1)
+        say(line)
+    out, err = capsys.readouterr()
+    assert line in (err if terminal else out)
+    assert (line in err) == terminal
+
+
+def test_info_breaks_no_line_and_counts_one_thread(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith(", 1 thread") for line in lines)
+    assert f"numpy {numpy.__version__}" in " ".join(lines)
+    assert f"{'':12}efficientnet_lite0.stride8+16+32" in lines
+    assert all(line == line.rstrip() for line in lines)
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error():
+    """As in ``upfeat info | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", "import sys; from upfeat.cli import main; sys.exit(main())"]
+    done = subprocess.run(
+        [*command, "info"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "bench --quick -o {}/b.json",
+        "export -o {}/m.pt2",
+        "probe {} -o {}/h.safetensors",
+        "render none.safetensors -o {}/p.png",
+        "video none.mp4 -o {}/v.mp4",
+    ],
+)
+def test_folders_that_cannot_be_written_are_refused_before_the_work(
+    line, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    assert main(line.format(*[tmp_path] * line.count("{}")).split()) == 2
+    assert re.search(r"[bmhpv]\.\w+: Permission denied\n$", capsys.readouterr().err)

@@ -237,3 +237,22 @@ def test_any_backbone_and_its_layers(photo, tmp_path, capsys):
         assert main(["run", str(photo), *wrong, "-o", str(tmp_path / "none")]) == 2
         error = capsys.readouterr().err.strip().splitlines()
         assert words in error[-1]
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_backbones_of_other_bands(bands, tmp_path, capsys):
+    """The picture shows the first band in grey; what trains on photographs in RGB is refused."""
+    code = f"import torch\ndef make(): return torch.nn.Conv2d({bands}, 4, 8, 8)\n"
+    (tmp_path / "mine.py").write_text(code + "def none(): return 3\n")
+    photo, made = tmp_path / "photo.png", ["--backbone", f"{tmp_path}/mine.py:make"]
+    Image.new("L" if bands == 1 else "LA", (24, 16), 100 if bands == 1 else (100, 200)).save(photo)
+    some = [] if bands == 1 else ["--bands", "0,0"]
+    assert main(["run", str(photo), "-o", str(tmp_path / "out"), *made, *some]) == 0
+    with Image.open(tmp_path / "out" / "photo.features.png") as picture:
+        assert picture.mode == "RGB"
+    assert main(["fit", str(photo), "-o", f"{tmp_path}/f.safetensors", *made]) == 2
+    assert f"takes images of {bands} bands, and a fit uses" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=f"takes images of {bands} bands, and training uses"):
+        upfeat.train(made[1], tmp_path, upfeat.TrainConfig(steps=1))
+    with pytest.raises(ValueError, match=r"mine.py:none: TypeError: it returns 3; return"):
+        upfeat.load_backbone(f"{tmp_path}/mine.py:none")

@@ -76,7 +76,9 @@ def _from_transformers(
     if not transformers.is_transformers(part) and not hasattr(part, "config"):
         return adapt(part, layers, interpolate=interpolate, settings=settings)
     settings = settings or settings_of(part)
-    reader = transformers.TransformersFeatures(part, layers, interpolate=interpolate)
+    reader = transformers.TransformersFeatures(
+        part, layers, interpolate=interpolate, blue_first=settings.blue_first
+    )
     return Adapted(reader, _all(layers), settings)
 
 

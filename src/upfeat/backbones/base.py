@@ -338,6 +338,19 @@ class Backbone(nn.Module, ABC):
         return aligned if align else own
 
 
+def require_colours(backbone: Backbone, work: str) -> None:
+    """Check that a backbone takes photographs in RGB, for work that gives it no other images.
+
+    Raises:
+        ValueError: it takes another number of bands.
+    """
+    if backbone.in_channels != 3:
+        raise ValueError(
+            f"backbone={backbone.name} takes images of {backbone.in_channels} bands, and {work} "
+            "uses photographs in RGB; give a function of (B, 3, H, W) around it"
+        )
+
+
 def _moved(x: Tensor, displacement: int) -> Tensor:
     """Move an image right and down by so many pixels, mirroring its border."""
     if displacement == 0:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones.outputs import Layer, ascending, in_given_order, numbers
+from upfeat.bounds import shown
 from upfeat.registry import unknown_name
 
 PROGRAMS = (".pt", ".pt2", ".ts", ".pth")
@@ -214,7 +215,10 @@ def load_function(source: str) -> object:
         spec.loader.exec_module(module)
         make: Callable[[], object] | None = getattr(module, name, None)
         if callable(make):
-            return make() if not isinstance(make, nn.Module) else make
+            made = make() if not isinstance(make, nn.Module) else make
+            if callable(made):
+                return made
+            raise TypeError(f"it returns {shown(made)}; return a module or a function")
     except Exception as error:
         raise ValueError(f"{source}: {type(error).__name__}: {_line(error)}") from error
     functions = [key for key, value in vars(module).items() if callable(value)]

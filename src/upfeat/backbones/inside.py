@@ -8,11 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfeat.backbones.outputs import concatenate
-
 
 class LayerFeatures(nn.Module):
-    """A network that returns the concatenated outputs of some of its modules.
+    """A network that returns the outputs of some of its modules.
 
     The network runs only until the last of these modules has returned. Later modules, such as a
     head for one image size, are not run.
@@ -30,7 +28,7 @@ class LayerFeatures(nn.Module):
         self.names = list(names)
 
     def forward(self, x: Tensor) -> Any:
-        """(B, 3, H, W) -> the output of the module, or the concatenated maps of several modules."""
+        """(B, 3, H, W) -> the output of the module, or a list of the outputs of several modules."""
         found: dict[str, Any] = {}
 
         def keep(name: str) -> Any:
@@ -56,13 +54,7 @@ class LayerFeatures(nn.Module):
         if missing:
             raise ValueError(f"layer {', '.join(missing)} does not run when the network does")
         outputs = [found[name] for name in self.names]
-        if len(outputs) == 1:
-            return outputs[0]
-        if any(not isinstance(one, Tensor) or one.dim() != 4 for one in outputs):
-            raise ValueError(
-                f"layers {', '.join(self.names)} do not all return (B, C, h, w); give one layer"
-            )
-        return concatenate(outputs)
+        return outputs[0] if len(outputs) == 1 else outputs
 
 
 def outputs_inside(

@@ -26,11 +26,10 @@ def import_library(name: str, *, extra: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != name:
+        top = name.partition(".")[0]
+        if error.name != top:
             raise ValueError(f"{name} cannot be imported: {error}") from None
-        raise ValueError(
-            f"{name} is not installed: pip install 'upfeat[{extra}]' (or pip install {name})"
-        ) from None
+        raise ValueError(f"{top} is not installed: pip install 'upfeat[{extra}]'") from None
     except Exception as error:  # for example a torchvision whose build does not match PyTorch's
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fix = ""

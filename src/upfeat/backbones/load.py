@@ -113,6 +113,7 @@ def load_backbone(
         name = backbone.__name__
         raise TypeError(f"backbone={name} is a class; give a model of it, as {name}(…) makes one")
     if isinstance(backbone, Backbone):
+        _require_initialised(backbone)
         _refuse("a Backbone", {"layer": layer, "fit": fit, **options})
         return _place(backbone, device, dtype)
     layers = as_list(layer)
@@ -125,6 +126,7 @@ def load_backbone(
             return _place(_embedded(name, pretrained), device, dtype)
         module, settings = _load_named(name, pretrained)
         if isinstance(module, Backbone):
+            _require_initialised(module)
             made_by = f"the Backbone that {name} makes"
             _refuse(made_by, {"layer": layers, "fit": fit, **options})
             return _place(module, device, dtype)
@@ -212,6 +214,14 @@ def _with_library(name: str) -> str | None:
 
 def _forms() -> str:
     return f"(or give {', '.join(_LIBRARIES.values())})"
+
+
+def _require_initialised(backbone: Backbone) -> None:
+    if "_normalization" not in vars(backbone):
+        raise ValueError(
+            f"backbone is a {type(backbone).__name__} whose __init__ does not call "
+            "super().__init__(name=…, embed_dim=…, stride=…); call it there first"
+        )
 
 
 def _refuse(what: str, options: dict[str, Any]) -> None:

@@ -234,6 +234,14 @@ def recognise(
             the fix.
     """
     shape = tuple(tensor.shape)
+    if not tensor.is_floating_point():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise ValueError(f"{name} returned {kind} {shape}; return floating numbers")
+    if tensor.dim() in (3, 4) and shape[0] != 1:
+        raise ValueError(
+            f"{name} returned {shape} for one image: the first axis is not the batch; wrap it in a "
+            "function that returns (B, C, h, w) or (B, N, C)"
+        )
     if tensor.dim() == 3 and layout in (None, "tokens"):
         found = square_grid(shape[1], side, prefix_tokens)
         if found is None:

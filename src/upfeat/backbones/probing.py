@@ -15,6 +15,9 @@ from upfeat.types import Size
 _SIZES = (224, 256, 512, 384, 518, 448, 336, 112, 64, 32)
 """Sides to try, pixels: the sizes that models of one size are commonly made for come first."""
 
+_DIVISIBLE = 64
+"""Number of pixels that the strides of most models divide."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -81,6 +84,10 @@ def probe(question: Question) -> Answer:
     """
     side, output = _first_size(question)
     tensors = select(output, question.layers, question.name)
+    if len(tensors) > 1 and side % _DIVISIBLE:
+        answer = _answer_at(question, math.ceil(side / _DIVISIBLE) * _DIVISIBLE)
+        if answer is not None:
+            return answer
     layouts = [_recognise(question, one, side, index) for index, one in enumerate(tensors)]
     if all(layout.cells == 1 for layout in layouts):
         side, layouts, tensors = _not_pooled(question, side)
@@ -100,6 +107,19 @@ def probe(question: Question) -> Answer:
         except _NoStride:
             pass
     return answer
+
+
+def _answer_at(question: Question, side: int) -> Answer | None:
+    """Answer by a side that the strides of several maps divide; ``None`` if the model refuses it.
+
+    At 240 pixels, 8 cells of 32 look like cells of 30, and maps could not be put on one grid.
+    """
+    try:
+        answer = probe(replace(question, sizes=[(side, side)]))
+    except ValueError:
+        return None
+    divided = all(one.side % one.cells == 0 for one in answer.layouts)
+    return answer if answer.any_size and divided and answer.size == (side, side) else None
 
 
 def _with_overlap(question: Question, answer: Answer, cells: int) -> Answer:
@@ -259,7 +279,7 @@ def _overlap(
         "stride; give stride=, or a probe_size that it divides"
     )
     if len(layouts) > 1:
-        raise refusal
+        raise _NoStride(f"{str(refusal).partition(';')[0]}; give one layer")
     try:
         most, first = 3 * math.ceil(side / cells), count(start)
         stride = least(start, first + 2, most) - least(start, first + 1, most)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -16,8 +16,11 @@ _LOG = logging.getLogger("upfeat.backbones")
 OPENAI = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 """Normalisation of CLIP."""
 
-# Normalisation by the model type of transformers, for models without a processor's configuration.
+_NONE = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+# Normalisation by the model type of transformers, where a processor's configuration has none.
 _BY_TYPE = {"clip": OPENAI, "siglip": HALF, "vit": HALF, "deit": IMAGENET, "beit": HALF}
+_BY_TYPE |= dict.fromkeys(("mobilevit", "mobilevitv2", "glpn", "swin2sr", "tipsv2"), _NONE)
+_BLUE_FIRST = ("mobilevit", "mobilevitv2")
 
 # Pillow's numbers of resampling filters, which configurations of processors contain.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
@@ -36,6 +39,8 @@ class Settings(NamedTuple):
     """Number of class and register tokens; ``None`` if unknown."""
     patch_size: int = 1
     """Pixels; the sides of images must be multiples of this number."""
+    blue_first: bool = False
+    """Whether the model takes blue, green, red. Mean and deviation are of red, green, blue."""
 
     def for_channels(self, channels: int) -> Settings:
         """Return settings for images of ``channels`` bands.
@@ -106,34 +111,56 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
     size = int(size) if isinstance(size, int) else None
     patch = getattr(config, "patch_size", 1)
     patch = patch if isinstance(patch, int) else 1
-    if processor is None:
-        kind = str(getattr(config, "model_type", "")).removesuffix("_vision_model")
-        normalization = _BY_TYPE.get(kind, IMAGENET)
-        return Settings(*normalization, input_size=size, patch_size=patch)
-    mean, std = _normalization(processor)
+    kind = str(getattr(config, "model_type", "")).removesuffix("_vision_model")
+    mean, std = usual = _BY_TYPE.get(kind, IMAGENET)
+    if processor is not None:
+        mean, std = _normalization(processor, usual, getattr(config, "num_channels", 0) or 3)
+    processor = processor or {}
+    blue_first = bool(processor.get("do_flip_channel_order", kind in _BLUE_FIRST))
+    if blue_first:
+        mean, std = mean[::-1], std[::-1]
     interpolation = _FILTERS.get(processor.get("resample", 3), "bicubic")
-    return Settings(mean, std, interpolation, size, patch_size=patch)
+    return Settings(mean, std, interpolation, size, patch_size=patch, blue_first=blue_first)
 
 
-def _normalization(processor: Mapping[str, Any]) -> Normalization:
+def _normalization(
+    processor: Mapping[str, Any], usual: Normalization, channels: int
+) -> Normalization:
     """Return the normalisation of colours in [0, 1] that equals a processor's steps.
 
     The processor multiplies colours from 0 to 255 by a factor, then subtracts its mean and divides
-    by its standard deviation; either step may be off.
+    by its standard deviation; either step may be off. EfficientNet's may subtract 1 in between
+    (``rescale_offset``), and divide by the deviation a second time (``include_top``).
+
+    Args:
+        processor: configuration of the processor.
+        usual: normalisation of such models, for what the configuration leaves out.
+        channels: bands of the images, if all have the same mean and deviation.
     """
     factor = processor.get("rescale_factor", 1 / 255)
     scale = 255 * number("rescale_factor", factor, 0, above=True)
     if not processor.get("do_rescale", True):
         scale = 255.0
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    if processor.get("do_normalize", True):
-        mean = processor.get("image_mean") or IMAGENET.mean
-        std = processor.get("image_std") or IMAGENET.std
-    if isinstance(mean, (int, float)):
-        mean = (mean,) * 3
-    if isinstance(std, (int, float)):
-        std = (std,) * 3
-    return check_normalization([value / scale for value in mean], [value / scale for value in std])
+    mean, std, again, offset = 0.0, 1.0, 1.0, 0
+    if processor.get("do_normalize", usual is not _NONE):
+        mean = processor.get("image_mean") or usual.mean
+        std = processor.get("image_std") or usual.std
+    if processor.get("rescale_offset") and processor.get("do_rescale", True):
+        offset = 1
+    if processor.get("include_top"):
+        again = processor.get("image_std") or usual.std
+    mean, std, again = _for_each_band([mean, std, again], channels)
+    std = [one * other for one, other in zip(std, again, strict=True)]
+    return check_normalization(
+        [(value + offset) / scale for value in mean], [value / scale for value in std], len(mean)
+    )
+
+
+def _for_each_band(values: Sequence[Any], channels: int) -> list[tuple[float, ...]]:
+    """Repeat numbers, and lists of one number, for as many bands as the other lists have."""
+    lists = [(one,) if isinstance(one, (int, float)) else tuple(one) for one in values]
+    count = max((len(one) for one in lists if len(set(one)) > 1), default=channels)
+    return [one[:1] * count if len(set(one)) == 1 else one for one in lists]
 
 
 def cropping(processor: Mapping[str, Any]) -> str | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,12 @@ class TransformersFeatures(nn.Module):
     """
 
     def __init__(
-        self, network: nn.Module, layers: Sequence[Layer] | None = None, *, interpolate: bool = True
+        self,
+        network: nn.Module,
+        layers: Sequence[Layer] | None = None,
+        *,
+        interpolate: bool = True,
+        blue_first: bool = False,
     ) -> None:
         """Choose layers.
 
@@ -44,6 +50,7 @@ class TransformersFeatures(nn.Module):
             network: a vision model, or a model of images and text, whose vision part is used.
             layers: numbers of layers; ``None`` for the last.
             interpolate: interpolate the position embeddings for images of other sizes.
+            blue_first: give the network images in the order blue, green, red.
 
         Raises:
             ValueError: the network is no vision model, or there is no such layer.
@@ -54,6 +61,7 @@ class TransformersFeatures(nn.Module):
         self.blocks = _count_blocks(config)
         self.layers = numbers(layers, self.blocks, type(self.network).__name__)
         self.options = _options(self.network, interpolate)
+        self.blue_first = blue_first
         parameters = inspect.signature(self.network.forward).parameters
         self.patch = getattr(config, "patch_size", 16)
         # Hiera has a number for each axis, and shuffles nothing.
@@ -62,6 +70,7 @@ class TransformersFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """(B, 3, H, W) -> tokens or a map; a list of them for several layers."""
+        x = x.flip(1) if self.blue_first else x
         options: dict[str, Any] = dict(self.options)
         if self.masked:  # without this noise, the model would shuffle the patches
             count = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
@@ -70,10 +79,31 @@ class TransformersFeatures(nn.Module):
             output = self.network(x, output_hidden_states=self.layers is not None, **options)
         if self.layers is None:
             return self._cells(self._last(output))
-        states = output.get("reshaped_hidden_states") or output.hidden_states
-        offset = len(states) - self.blocks if self.blocks is not None else 0
-        chosen = [self._cells(states[offset + layer]) for layer in self.layers]
+        chosen = [self._cells(one) for one in self._states(output)]
         return chosen[0] if len(chosen) == 1 else chosen
+
+    def _states(self, output: Any) -> list[Any]:
+        """Return the hidden states of the layers chosen.
+
+        Raises:
+            ValueError: the model returns no hidden states, or not one for each of its layers.
+        """
+        assert self.layers is not None
+        name = type(self.network).__name__
+        states = output.get("reshaped_hidden_states") or output.get("hidden_states") or ()
+        count = len(states) if self.blocks is None else self.blocks
+        if len(states) == 2 * count:  # SwiftFormer: of the embedding, then stages and reductions
+            states = states[1::2]
+        states = states[1:] if len(states) == count + 1 else states  # without the embedding
+        if len(states) != count or not states:
+            raise ValueError(
+                f"{name} returns {len(states)} hidden states for {count} layers; leave layer= out, "
+                "or wrap it in a function of the image that returns one of them"
+            )
+        if not all(-count <= layer < count for layer in self.layers):
+            shown = ", ".join(map(str, self.layers))
+            raise ValueError(f"{name}: layer={shown} does not exist; 0 to {count - 1} do")
+        return [states[layer] for layer in self.layers]
 
     def _cells(self, states: Any) -> Any:
         """Leave out tokens that follow those of the cells."""
@@ -88,6 +118,8 @@ class TransformersFeatures(nn.Module):
         """Return the last hidden state: a map if the output contains one, otherwise tokens."""
         if "feature_maps" in output:
             return output["feature_maps"][-1]
+        if output.get("encoder_last_hidden_state") is not None:  # of DETR, whose last are objects
+            return output["encoder_last_hidden_state"]
         if "last_hidden_state" not in output:
             raise ValueError(
                 f"{type(self.network).__name__} returns {', '.join(output)}, no hidden states; "
@@ -166,6 +198,9 @@ def vision_part(network: nn.Module) -> nn.Module:
 
 def _count_blocks(config: Any) -> int | None:
     """Return the number of layers or stages without the embedding; ``None`` if unknown."""
+    repeats = getattr(config, "num_block_repeats", None)
+    if repeats:  # EfficientNet, whose num_hidden_layers is another number
+        return sum(math.ceil(config.depth_coefficient * times) for times in repeats)
     for name in ("num_encoder_blocks", "depths", "num_hidden_layers"):
         value = getattr(config, name, None)
         if value:
@@ -210,11 +245,11 @@ def load_transformers(
         ValueError: transformers is not installed, or cannot make the model.
     """
     with without_broken("torchvision"):
-        network, settings = _load(source, pretrained)
+        network, settings = _load(source, pretrained, whole)
     return network if whole else vision_part(network), settings
 
 
-def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
+def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settings]:
     library = import_library("transformers", extra="transformers")
     if Path(source).expanduser().exists():
         source = str(Path(source).expanduser())
@@ -225,8 +260,15 @@ def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
     try:
         with quiet():
             config = library.AutoConfig.from_pretrained(source)
+            saved = _saved_class(library, config)
+            missing: Iterable[str] = ()
             if pretrained:
-                network = library.AutoModel.from_pretrained(source, dtype=torch.float32)
+                network, report = (saved or library.AutoModel).from_pretrained(
+                    source, dtype=torch.float32, output_loading_info=True
+                )
+                missing = report["missing_keys"]
+            elif saved is not None:
+                network = saved(config)
             else:
                 network = library.AutoModel.from_config(config)
             processor = _read_processor(source)
@@ -238,6 +280,7 @@ def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
         if shown:
             progress.enable_progress_bar()
     part = vision_part(network)
+    _check_complete(source, network, network if whole else part, missing)
     settings = transformers_settings(getattr(part, "config", config), processor)
     crop = None if processor is None else cropping(processor)
     if crop is not None:
@@ -253,6 +296,33 @@ def _load(source: str, pretrained: bool) -> tuple[nn.Module, Settings]:
             *(source, settings.mean, settings.std),
         )
     return network, settings
+
+
+def _saved_class(library: Any, config: Any) -> Any:
+    """Return the class of a backbone, or of a model that AutoModel does not know; else ``None``."""
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    if name.endswith("Backbone") or type(config) not in library.MODEL_MAPPING:
+        return getattr(library, name, None)
+    return None
+
+
+def _check_complete(source: str, network: nn.Module, part: nn.Module, names: Iterable[str]) -> None:
+    """Refuse weights that lack most parameters of a part, or warn if a few: they would be random.
+
+    Poolers, which the features do not pass, may be missing: heads of classifiers have none.
+    """
+    within = {id(one) for one in part.parameters()}
+    known = dict(network.named_parameters())
+    missing = sorted(
+        name for name in names if id(known.get(name)) in within and "pooler" not in name
+    )
+    if not missing:
+        return
+    line = f"hf:{source}: its weights lack {len(missing)} of {len(within)} parameters of "
+    line += f"{type(part).__name__}, such as {missing[0]}"
+    if 2 * len(missing) > len(within):
+        raise ValueError(f"{line}; give the folder of such a model, with its names of parameters")
+    _LOG.warning("%s: they are random", line)
 
 
 def _check_folder(folder: Path, pretrained: bool) -> None:

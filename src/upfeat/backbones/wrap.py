@@ -110,7 +110,8 @@ class WrappedBackbone(Backbone):
         settings = settings or settings_of(module if isinstance(module, nn.Module) else held)
         layers = as_list(layer)
         if isinstance(module, nn.Module) and layers and _names_inside(module, layers):
-            module, layers = LayerFeatures(module, [str(one) for one in layers]), None
+            module = LayerFeatures(module, [str(one) for one in layers])
+            layers = list(range(len(layers))) if len(layers) > 1 else None
         question = probing.Question(
             module,
             name or module_name,

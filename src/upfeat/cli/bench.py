@@ -71,15 +71,12 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.benchmark import FORMAT, RIVALS, as_json, run_benchmark
     from upfeat.bounds import MOST_CHANNELS, whole
     from upfeat.cli.console import progress_bar
-    from upfeat.outputs import Inputs, check_output
-    from upfeat.storage import sweep, write_bytes
+    from upfeat.environment import counted
+    from upfeat.outputs import Inputs, prepare_output
+    from upfeat.storage import write_bytes
 
     if options.output is not None:
-        check_output(options.output, Inputs(()), FORMAT, overwrite=options.overwrite)
-        if not options.output.parent.is_dir():  # an error now, not after minutes of measuring
-            folder = options.output.parent
-            raise ValueError(f"{options.output}: there is no folder {folder}; make it first")
-        sweep(options.output.parent)
+        prepare_output(options.output, Inputs(()), FORMAT, overwrite=options.overwrite)
     whole("--repeats", options.repeats, most=_MOST_REPEATS)
     if options.rivals is not None:
         return _rivals(options)
@@ -105,8 +102,8 @@ def execute(options: argparse.Namespace) -> int:
         )
     content = as_json(found)
     facts = content["machine"]
-    print(f"{facts['cpu']} ({facts['capability']}), {facts['threads']} threads, ", end="")
-    print(f"torch {facts['torch']}")
+    threads = counted(facts["threads"], "thread")
+    print(f"{facts['cpu']} ({facts['capability']}), {threads}, torch {facts['torch']}")
     Console(highlight=False, width=_width()).print(_table(found))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
@@ -117,6 +114,7 @@ def _rivals(options: argparse.Namespace) -> int:
     """Measure published upsamplers, print a table, and write the file."""
     from rich.console import Console
 
+    from upfeat.environment import counted
     from upfeat.rivals import as_json, run_rivals
     from upfeat.storage import write_bytes
 
@@ -125,7 +123,7 @@ def _rivals(options: argparse.Namespace) -> int:
         rows = run_rivals(tuple(options.rivals), repeats=options.repeats, report=shown.update)
     content = as_json(rows)
     facts = content["machine"]
-    print(f"{facts['cpu']}, {facts['threads']} threads, torch {facts['torch']}")
+    print(f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, torch {facts['torch']}")
     Console(highlight=False, width=_width()).print(_rivals_table(rows))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())

@@ -59,9 +59,15 @@ def progress_bar(*columns: str | ProgressColumn, keep: bool = False) -> Iterator
         plain if "task.description" in getattr(column, "text_format", "") else column
         for column in columns or Progress.get_default_columns()
     ]
-    console = Console(stderr=True)
+    # Lines printed meanwhile go through the bar's console, which must not break long paths. If
+    # standard output is a file, the lines belong there.
+    console = Console(stderr=True, soft_wrap=True)
     with Progress(
-        *described, console=console, transient=not keep, disable=not console.is_terminal
+        *described,
+        console=console,
+        transient=not keep,
+        disable=not console.is_terminal,
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
     ) as progress:
         yield progress
 
@@ -185,9 +191,9 @@ def announce_size(command: str, sizes: Sequence[int | None], folder: Path) -> No
         sizes: bytes of each result; unknown sizes, ``None``, count as 0.
         folder: folder of the results.
     """
-    if len(sizes) < 2:
-        return
     total, free = sum(size or 0 for size in sizes), shutil.disk_usage(folder).free
+    if len(sizes) < 2 or not total:
+        return
     text = f"{len(sizes)} photographs take about {readable(total)} in {folder}"
     if total > free:
         text += f", where only {readable(free)} are free: some will fail; give a smaller --size"

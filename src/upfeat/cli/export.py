@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> int:
     """Export the model, check the file, and print the largest error."""
     import upfeat
-    from upfeat.outputs import Inputs, check_output
+    from upfeat.outputs import Inputs, prepare_output
     from upfeat.portable.formats import check_format
 
     kind = check_format(options.output, options.format)
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"{options.output}: exists; name another file, or give --overwrite")
     inputs = Inputs([options.backbone, options.upsampler, options.head])
-    check_output(options.output, inputs, kind, overwrite=True)
+    prepare_output(options.output, inputs, kind, overwrite=True)
     size = size_of(options.size)
     backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
     model = upfeat.load(backbone, upsampler=options.upsampler, early=options.early)

@@ -13,17 +13,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(options: argparse.Namespace) -> int:
-    """Print a table."""
-    from rich.console import Console
-    from rich.table import Table
-
+    """Print a section for each subject; lines are never broken, so that names can be copied."""
+    from upfeat.cli.console import say
     from upfeat.environment import describe
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for section, lines in describe().items():
+    sections = describe()
+    width = max(map(len, sections)) + 2
+    for section, lines in sections.items():
         for index, line in enumerate(lines):
-            table.add_row(section if index == 0 else "", line)
-    Console(highlight=False).print(table)
+            say(f"{section if index == 0 else '':{width}}{line}")
     return 0

@@ -84,14 +84,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: arguments after ``upfeat``; ``None`` for those of the process.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 when interrupted.
+        The exit code: 0, 2 for bad input, 130 when interrupted, 141 if nobody reads the output.
     """
     options = build_parser().parse_args(arguments)
     calm_threads()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            return COMMANDS[options.command].execute(options)
+            code = COMMANDS[options.command].execute(options)
+            print(end="", flush=True)  # standard output may be closed, and is None then
+            return code
+    except BrokenPipeError:  # the reader of the output, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print(f"upfeat {options.command}: interrupted", file=sys.stderr)
         return 130

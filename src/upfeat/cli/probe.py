@@ -147,15 +147,13 @@ def execute(options: argparse.Namespace) -> int:
 
 def _check_output(options: argparse.Namespace) -> None:
     from upfeat.heads import FORMAT
-    from upfeat.outputs import Inputs, check_output
+    from upfeat.outputs import Inputs, prepare_output
 
     output: Path = options.output
     if output.suffix != ".safetensors":
         raise ValueError(f"{output}: must end in .safetensors")
     inputs = Inputs([options.source, options.labels, options.backbone, options.upsampler])
-    check_output(output, inputs, FORMAT, overwrite=options.overwrite)
-    if not output.parent.is_dir():
-        raise ValueError(f"{output}: its folder does not exist")
+    prepare_output(output, inputs, FORMAT, overwrite=options.overwrite)
 
 
 def _check_source(options: argparse.Namespace) -> None:

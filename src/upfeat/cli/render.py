@@ -52,8 +52,7 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.files import write_rendering
     from upfeat.marks import FEATURES, PICTURE
-    from upfeat.outputs import Inputs, check_output
-    from upfeat.storage import sweep
+    from upfeat.outputs import Inputs, prepare_output
 
     # When a full disk has stopped zarr's writers, asyncio reports the error a second time as they
     # are garbage-collected.
@@ -61,8 +60,7 @@ def execute(options: argparse.Namespace) -> int:
     size, output = size_of(options.size), options.output
     picture = output.suffix.lower() in (".png", ".jpg", ".jpeg")
     inputs = Inputs([options.file, options.image])
-    check_output(output, inputs, PICTURE if picture else FEATURES, overwrite=options.overwrite)
-    sweep(output.parent)
+    prepare_output(output, inputs, PICTURE if picture else FEATURES, overwrite=options.overwrite)
     features = ImplicitFeatures.load(options.file, options.image)
     dtype = torch.float16 if options.dtype == "fp16" else torch.float32
     with progress_bar() as progress:

@@ -82,14 +82,14 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.frames import count_frames
     from upfeat.heads import load_head
     from upfeat.marks import VIDEO
-    from upfeat.outputs import Inputs, check_output
+    from upfeat.outputs import Inputs, prepare_output
     from upfeat.video import VideoSettings, render_video, write_report
 
     inputs = Inputs([options.video, options.head, options.backbone, options.upsampler])
-    check_output(options.output, inputs, VIDEO, overwrite=options.overwrite)
+    prepare_output(options.output, inputs, VIDEO, overwrite=options.overwrite)
     if options.report is not None:
         kind = f"{VIDEO}-report"
-        check_output(options.report, inputs, kind, overwrite=options.overwrite)
+        prepare_output(options.report, inputs, kind, overwrite=options.overwrite)
         if options.report.resolve() == options.output.resolve():
             raise ValueError(f"--report {options.report} is the video to write; give another file")
     count_frames(options.video)  # raises for an unreadable video before the model is loaded

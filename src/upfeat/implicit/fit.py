@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.backbones.base import require_colours
 from upfeat.images import read_image
 from upfeat.implicit.anchors import Fitted, fit_kernel
 from upfeat.implicit.config import FitConfig
@@ -87,6 +88,7 @@ def fit_implicit(
     """
     config = _change(config or FitConfig(), settings)
     network = load_backbone(backbone)
+    require_colours(network, "a fit")
     pixels = read_image(image)
     shorter = min(pixels.shape[1:])
     if config.size is None and shorter < network.stride:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from upfeat import locks
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.backbones.base import require_colours
 from upfeat.training.config import TrainConfig
 from upfeat.training.folder import RunFolder
 from upfeat.training.photographs import Listing, Photographs, load_parts
@@ -324,7 +325,10 @@ def _load_backbones(backbone: BackboneLike | Sequence[BackboneLike]) -> list[Bac
     several = backbone if isinstance(backbone, list | tuple) else [backbone]
     if not several:
         raise ValueError("backbone=[] is empty; give one or more")
-    return [load_backbone(one) for one in several]  # pyright: ignore[reportArgumentType]
+    loaded = [load_backbone(one) for one in several]  # pyright: ignore[reportArgumentType]
+    for one in loaded:
+        require_colours(one, "training")
+    return loaded
 
 
 @contextmanager
