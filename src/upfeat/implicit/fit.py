@@ -262,7 +262,7 @@ def _assemble(
         "preset": config.preset,
         "seed": config.seed,
         "views": views,
-        "held_out": loss / max(scale, 1e-12),
+        "held_out": loss / max(scale, torch.finfo(torch.float32).tiny),
         "held_out_loss": loss,
     }
     if config.preset == "fast":
