@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,19 @@ if TYPE_CHECKING:
 
 # Points evaluated at a time, which bounds the memory needed besides the result.
 _POINTS = 1 << 16
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exactly(method: Method) -> Method:
+    """Make a method compute without gradients, and in full precision under autocast, too."""
+
+    @wraps(method)
+    def exact(*given: Any, **options: Any) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return method(*given, **options)
+
+    return cast(Method, exact)
 
 
 class ImplicitFeatures(FeatureMap):
@@ -160,6 +173,7 @@ class ImplicitFeatures(FeatureMap):
         window = check_window(size, top, left, height, width)
         return self._window(window, size, self.components, self.mean)[None]
 
+    @_exactly
     def at(self, points: Tensor) -> Tensor:
         """Evaluate the features at points of the image: only the image itself is interpolated.
 
@@ -183,6 +197,7 @@ class ImplicitFeatures(FeatureMap):
             )
         return self._evaluate(places) @ self.components + self.mean
 
+    @_exactly
     def project(
         self, weight: Tensor, bias: Tensor | None = None, *, output_size: Size | None = None
     ) -> Tensor:
@@ -200,11 +215,10 @@ class ImplicitFeatures(FeatureMap):
             ValueError: the head does not take C channels.
         """
         check_head(weight, bias, self.shape[1])
-        with torch.no_grad():
-            weight = weight.detach().to(self.components)
-            components, constant = self.components @ weight.T, weight @ self.mean
-            if bias is not None:
-                constant = constant + bias.detach().to(constant)
+        weight = weight.to(self.components)
+        components, constant = self.components @ weight.T, weight @ self.mean
+        if bias is not None:
+            constant = constant + bias.to(constant)
         size = self._size(output_size)
         out = components.new_empty(1, len(weight), *size)
         rows = max(1, _POINTS // size[1])
@@ -273,6 +287,7 @@ class ImplicitFeatures(FeatureMap):
             return self.shape[2], self.shape[3]
         return check_output_size(output_size)
 
+    @_exactly
     def _window(
         self, window: tuple[int, int, int, int], size: Size, components: Tensor, constant: Tensor
     ) -> Tensor:
@@ -294,7 +309,6 @@ class ImplicitFeatures(FeatureMap):
         """The field's map of the image, (H', W', D); computed on first use."""
         return self.field.look(self.guidance)
 
-    @torch.no_grad()
     def _evaluate(self, places: Tensor) -> Tensor:
         """Return the coordinates (N, k) at places (N, 2) float64, (y, x) in [0, 1]."""
         return self.field(places.float(), sample(self._seen, places))

@@ -114,6 +114,7 @@ def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:
     return replace(config, **settings)
 
 
+@torch.inference_mode(False)  # the published fit needs gradients, and results may be trained on
 def fit_guidance(
     guidance: Tensor, backbone: Backbone, config: FitConfig, *, on_step: OnFit | None = None
 ) -> ImplicitFeatures:
@@ -126,10 +127,13 @@ def fit_guidance(
         on_step: called with the progress of the fit.
     """
     features = None
-    for progress in fit_rounds(guidance, backbone, config):
-        features = progress.features
-        if on_step is not None:
-            on_step(progress)
+    # The regressions lose too many digits in the precision of autocast.
+    exact = [torch.autocast(kind, enabled=False) for kind in ("cpu", backbone.mean.device.type)]
+    with exact[0], exact[1]:
+        for progress in fit_rounds(guidance, backbone, config):
+            features = progress.features
+            if on_step is not None:
+                on_step(progress)
     assert features is not None, "the last round has the result"
     return features
 
