@@ -80,12 +80,19 @@ def fit_implicit(
 
     Raises:
         FileNotFoundError: there is no such image.
+        TypeError: ``config`` is not a :class:`FitConfig`.
         ValueError: the image cannot be read or is smaller than the backbone's stride, there is no
             such setting, the backbone gives NaN or infinity, or the views are too few to fit to.
 
     Source: FeatUp (Fu, Hamilton et al., ICLR 2024), section 3.3.
     """
-    config = _change(config or FitConfig(), settings)
+    config = FitConfig() if config is None else config
+    if not isinstance(config, FitConfig):
+        raise TypeError(
+            f"config is of type {type(config).__name__}; give a FitConfig, or its fields by name, "
+            "as size=160"
+        )
+    config = _change(config, settings)
     network = load_backbone(backbone)
     pixels = read_image(image)
     shorter = min(pixels.shape[1:])
@@ -249,13 +256,14 @@ def _assemble(
     features = ImplicitFeatures(fitted.field, guidance, basis.components, basis.mean)
     drawn = features.render(fitted.map_size)
     loss, scale = observer.held_out_loss(drawn), observer.held_out_variance
+    rounding = _LEAST_VARIANCE * observer.held_out_square
     cells = "×".join(map(str, observer.grid_size))
     if not math.isfinite(loss):
         raise ValueError(
             f"the fit to {views} views of {cells} cells is not finite; give more views "
             f"(views={config.views} now), or a larger size"
         )
-    if scale < _LEAST_VARIANCE * observer.held_out_square and loss > _MOST_ERROR * scale:
+    if scale < rounding and loss > _MOST_ERROR * scale:
         raise ValueError(
             f"the features of {config.held_out} held-out views of {cells} cells do not vary, so "
             "there is nothing to judge the fit by; give more (held_out=), or a larger size"
@@ -266,7 +274,7 @@ def _assemble(
         "preset": config.preset,
         "seed": config.seed,
         "views": views,
-        "held_out": loss / max(scale, torch.finfo(torch.float32).tiny),
+        "held_out": loss / (max(scale, rounding) or 1e-12),
         "held_out_loss": loss,
     }
     if config.preset == "fast":

@@ -242,7 +242,7 @@ def feature_basis(features: Tensor, n: int, *, whiten: bool) -> Basis:
     n = max(1, min(n, channels, len(samples) - 1))
     mean, axes, variances = principal_components(samples, channels)
     # Features of a blank image differ by rounding alone: their variation is not amplified.
-    rounding = max(_ROUNDING * float(mean.norm()), float(torch.finfo(torch.float32).tiny))
+    rounding = _ROUNDING * float(mean.norm()) or 1e-6
     if whiten:
         deviation = variances[:n].sqrt()
         smallest = max(float(deviation[0]) * 1e-4, rounding)
