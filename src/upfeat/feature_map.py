@@ -73,7 +73,9 @@ class FeatureMap(ABC):
             return self.project(target)
         lengths = self._lengths()
         # Bounded by the least number of the type, since features may have any unit.
-        return self.project(unit_vectors(target)) / lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+        return self.project(unit_vectors(target)) / lengths.clamp(
+            min=torch.finfo(lengths.dtype).tiny
+        )
 
     def _lengths(self) -> Tensor:
         """Euclidean length of every pixel's features, (B, 1, H, W), a strip at a time."""

@@ -279,7 +279,7 @@ class ImplicitFeatures(FeatureMap):
             if fingerprint(guidance) != stored.image_digest:
                 raise ValueError(f"{path}: was made from another image than the one given")
         if guidance is None:
-            raise ValueError(f"{path}: does not hold its image; give it as image=")
+            raise ValueError(f"{path}: does not hold its image; give it as image= (--image)")
         return cls(stored.field, guidance, stored.components, stored.mean, stored.facts)
 
     def _size(self, output_size: Size | None) -> Size:
