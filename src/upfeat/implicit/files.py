@@ -26,6 +26,7 @@ from upfeat.marks import FEATURES, encode_picture, kind_of
 from upfeat.outputs import Outputs, check_space, digest, file_digest, is_done, watched
 from upfeat.provenance import identify_backbone
 from upfeat.storage import create_array, replacing, replacing_folder, write_bytes
+from upfeat.tensor_checks import check_not_too_small
 from upfeat.visualize import PCABasis, side_by_side, to_image
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def write_rendering(
         on_rows: called with the number of rows written and the number of all rows.
 
     Raises:
-        ValueError: the suffix or dtype is another, values overflow float16, the folder does not
+        ValueError: the suffix or dtype is another, values overflow float16 or are too small for it, the folder does not
             exist, memory does not suffice for a picture, or zarr is not installed.
         OSError: writing failed.
     """
@@ -212,14 +213,17 @@ def write_rendering(
     if name not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype} must be torch.float16 or torch.float32")
     shape = (features.shape[1], *size)
+    largest = 0.0
     with _create(path, shape, name) as write_rows:
         for top, strip in features.strips(size):
+            largest = max(largest, *(abs(float(one)) for one in strip.aminmax()))
             values = strip.to(dtype)
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{path}: features overflow {name}; write float32")
             write_rows(top, values.numpy())
             if on_rows is not None:
                 on_rows(top + strip.shape[1], size[0])
+        check_not_too_small(f"{path}: features", largest, dtype, "write float32")
 
 
 WriteRows = Callable[[int, "NDArray[Any]"], None]
