@@ -90,3 +90,13 @@ def test_a_configuration_of_another_type_is_named():
     for given in ({"size": 32}, "fast"):
         with pytest.raises(TypeError, match="config is of"):
             upfeat.fit_implicit(image(), backbone(), given)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"size": 4000}, {"anchors": 4096}, {"preset": "reference", "size": 250}]
+)
+def test_a_fit_beyond_the_memory_is_refused_before_it_starts(monkeypatch, settings):
+    monkeypatch.setattr("upfeat.machine.available_memory", lambda *_: 800 << 20)
+    with pytest.raises(ValueError, match=r"image.*: .* of memory are free; give a smaller size"):
+        upfeat.fit_implicit(image(), backbone(), **settings)
+    fit()

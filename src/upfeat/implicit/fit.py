@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from upfeat import machine
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.images import read_image
 from upfeat.implicit.anchors import Fitted, fit_kernel
@@ -21,6 +22,7 @@ from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.model import align_for
 from upfeat.randomness import stream
 from upfeat.registry import unknown_name
+from upfeat.types import Size
 from upfeat.views import sample_jitters, spread_jitters
 
 if TYPE_CHECKING:
@@ -34,6 +36,13 @@ _LEAST_VARIANCE = 1e-10
 _MOST_ERROR = 1e3
 """Held-out loss over the variance beyond which features that vary by rounding alone are refused: a
 backbone whose features are truly constant is fitted to within rounding, and accepted."""
+
+# Measured memory in bytes: per pixel of the image, and, in addition, per pixel and channel; per
+# pair of anchors; and for an image of any size.
+_FAST, _REFERENCE = 5200, 9000
+_A_CHANNEL = 16
+_A_PAIR = 60
+_TABLES = 150 << 20
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,9 @@ def fit_implicit(
     Raises:
         FileNotFoundError: there is no such image.
         TypeError: ``config`` is not a :class:`FitConfig`.
-        ValueError: the image cannot be read or is smaller than the backbone's stride, there is no
-            such setting, the backbone gives NaN or infinity, or the views are too few to fit to.
+        ValueError: the image cannot be read, is smaller than the backbone's stride or does not fit
+            into memory, there is no such setting, the backbone gives NaN or infinity, or the views
+            are too few to fit to.
 
     Source: FeatUp (Fu, Hamilton et al., ICLR 2024), section 3.3.
     """
@@ -101,6 +111,7 @@ def fit_implicit(
             f"image is {shorter} pixels on its shorter side, less than the stride of "
             f"{network.name} ({network.stride}); give a larger one, or size={network.stride}"
         )
+    check_memory("image", (pixels.shape[1], pixels.shape[2]), network, config)
     size = default_size(shorter, network) if config.size is None else config.size
     shape = network.preprocess(pixels, size, align=True).shape[-2:]
     return fit_guidance(
@@ -111,6 +122,27 @@ def fit_implicit(
 def default_size(shorter: int, backbone: Backbone) -> int:
     """Return the shorter side, pixels, at which to fit an image of shorter side ``shorter``."""
     return min(shorter, max(_DEFAULT_SIZE, backbone.stride))
+
+
+def check_memory(label: object, own: Size, backbone: Backbone, config: FitConfig) -> None:
+    """Refuse an image whose fit would not fit into memory.
+
+    Args:
+        label: name of the image, for error messages.
+        own: (height, width) of the image, pixels.
+        backbone: the backbone of the fit.
+        config: settings of the fit.
+
+    Raises:
+        ValueError: memory does not suffice; the message names a size for which it does.
+    """
+    size = default_size(min(own), backbone) if config.size is None else config.size
+    fast = config.preset == "fast"
+    a_pixel = (_FAST if fast else _REFERENCE) + _A_CHANNEL * backbone.embed_dim
+    fixed = _TABLES + (_A_PAIR * config.anchors**2 if fast else 0)
+    if fast and config.anchors > FitConfig.anchors:
+        label = f"{label}, anchors={config.anchors}"
+    machine.check_fits(label, own, size, a_pixel, fixed=fixed)
 
 
 def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:
