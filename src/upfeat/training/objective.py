@@ -107,7 +107,8 @@ def measure_unit(backbone: Backbone, size: int) -> float:
     rms = float(features.square().mean().sqrt())
     if not 0 < rms < math.inf:
         return 1.0
-    return rms / min(max(rms, _USUAL[0]), _USUAL[1])
+    # A power of two, division by which is exact.
+    return 2.0 ** round(math.log2(rms / min(max(rms, _USUAL[0]), _USUAL[1])))
 
 
 @torch.no_grad()

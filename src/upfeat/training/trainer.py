@@ -189,6 +189,10 @@ class Trainer:
         raise ValueError(f"step {self.step + 1}: {'; '.join(dict.fromkeys(found))}")
 
     def _update(self, names: Sequence[str], unit: float) -> None:
+        # Constants are in the unit of the features: their gradients and steps are brought to it.
+        constants = [one for one in self.upsampler.constants if unit != 1 and one.grad is not None]
+        for one in constants:
+            one.grad *= unit
         gradients = [one.grad for one in self.parameters if one.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
@@ -197,10 +201,9 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        constants = self.upsampler.constants if unit != 1 else []
         before = [one.detach().clone() for one in constants]
         self.optimizer.step()
-        with torch.no_grad():  # steps of NAdam do not depend on the unit, but these should
+        with torch.no_grad():
             for one, old in zip(constants, before, strict=True):
                 one.copy_(torch.lerp(old, one, unit))
 
