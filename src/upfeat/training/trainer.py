@@ -189,8 +189,8 @@ class Trainer:
         raise ValueError(f"step {self.step + 1}: {'; '.join(dict.fromkeys(found))}")
 
     def _update(self, names: Sequence[str], unit: float) -> None:
-        # Constants are in the unit of the features: their gradients and steps are brought to it.
-        constants = [one for one in self.upsampler.constants if unit != 1 and one.grad is not None]
+        # Constants are in the unit of the features; NAdam changes them in the objective's unit.
+        constants = [one for one in self.upsampler.constants if one.grad is not None]
         for one in constants:
             one.grad *= unit
         gradients = [one.grad for one in self.parameters if one.grad is not None]
@@ -201,11 +201,12 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        before = [one.detach().clone() for one in constants]
-        self.optimizer.step()
         with torch.no_grad():
-            for one, old in zip(constants, before, strict=True):
-                one.copy_(torch.lerp(old, one, unit))
+            for one in constants:
+                one /= unit
+            self.optimizer.step()
+            for one in constants:
+                one *= unit
 
     def judge(self, scores: dict[str, float]) -> bool:
         """Record a validation; return whether it is the best so far."""
