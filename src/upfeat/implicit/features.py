@@ -236,8 +236,14 @@ class ImplicitFeatures(FeatureMap):
                 :meth:`load` needs the image.
 
         Raises:
-            ValueError: a value to be written is NaN or infinite.
+            ValueError: a value to be written is NaN or infinite, or ``facts`` are no JSON values.
         """
+        try:
+            provenance = json.dumps(self.facts, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"facts must be values of JSON ({error}); nothing is written"
+            ) from None
         tensors = {f"field.{name}": value for name, value in self.field.tensors().items()}
         tensors |= {"components": self.components, "mean": self.mean}
         for name, value in tensors.items():
@@ -252,7 +258,7 @@ class ImplicitFeatures(FeatureMap):
             "field_facts": json.dumps(self.field.facts()),
             "image_size": json.dumps(list(self.shape[2:])),
             "image_digest": fingerprint(self.guidance),
-            "facts": json.dumps(self.facts),
+            "facts": provenance,
         }
         write_tensors(path, {key: value.contiguous() for key, value in tensors.items()}, facts)
 
