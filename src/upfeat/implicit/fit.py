@@ -140,6 +140,9 @@ def check_memory(label: object, own: Size, backbone: Backbone, config: FitConfig
     fast = config.preset == "fast"
     a_pixel = (_FAST if fast else _REFERENCE) + _A_CHANNEL * backbone.embed_dim
     fixed = _TABLES + (_A_PAIR * config.anchors**2 if fast else 0)
+    if not fast:  # the coordinates of all views, float32, twice while they are joined
+        width = min(config.components, backbone.embed_dim)
+        a_pixel += 8 * config.n_views * width / backbone.stride**2
     if fast and config.anchors > FitConfig.anchors:
         label = f"{label}, anchors={config.anchors}"
     machine.check_fits(label, own, size, a_pixel, fixed=fixed)
