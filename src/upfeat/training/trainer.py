@@ -192,7 +192,8 @@ class Trainer:
         # Constants are in the unit of the features; NAdam changes them in the objective's unit.
         constants = [one for one in self.upsampler.constants if one.grad is not None]
         for one in constants:
-            one.grad *= unit
+            assert one.grad is not None
+            one.grad.mul_(unit)
         gradients = [one.grad for one in self.parameters if one.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
@@ -203,10 +204,10 @@ class Trainer:
             group["lr"] = self.learning_rate()
         with torch.no_grad():
             for one in constants:
-                one /= unit
+                one.div_(unit)
             self.optimizer.step()
             for one in constants:
-                one *= unit
+                one.mul_(unit)
 
     def judge(self, scores: dict[str, float]) -> bool:
         """Record a validation; return whether it is the best so far."""
