@@ -372,8 +372,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     path = Path(path)
     if not path.is_file():
-        kind = "is a folder; give a file" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {kind}")
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
