@@ -1,6 +1,16 @@
 """A small upsampler of every class, for tests that run all of them."""
 
+import torch
+
 import upfeat
+
+
+def stack_of(*given, **options):
+    """Make a JBU stack with a constant, which is 0 initially."""
+    stack = upfeat.JBUStack(*given, **options)
+    torch.nn.init.normal_(stack.channel_mix.bias)
+    return stack
+
 
 SMALL = {
     "anyup": lambda: upfeat.AnyUp(width=16, heads=2),
@@ -11,7 +21,7 @@ SMALL = {
         4, hidden_dim=3, query_dim=8, levels=3, width=8, depth=1
     ),
     "jafar": lambda: upfeat.JAFAR(4, width=16, heads=2),
-    "jbu_stack": lambda: upfeat.JBUStack(4, n_stages=2),
+    "jbu_stack": lambda: stack_of(4, n_stages=2),
     "joint_bilateral": upfeat.JointBilateral,
     "naf": lambda: upfeat.NAF(width=32, heads=2, window_side=3),
     "nearest": upfeat.Nearest,

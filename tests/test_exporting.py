@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_upsamplers import stack_of
 from torch import nn
 
 import upfeat
@@ -28,7 +29,7 @@ MADE = {
     "bilinear": upfeat.Bilinear,
     "bicubic": upfeat.Bicubic,
     "joint_bilateral": lambda: upfeat.JointBilateral(radius=1),
-    "jbu_stack": lambda: upfeat.JBUStack(8, radius=1, n_stages=2),
+    "jbu_stack": lambda: stack_of(8, radius=1, n_stages=2),
     "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(back_projections=1, **SMALL),
     "detail": lambda: upfeat.DetailUpsampler(8, width=4, depth=1, **SMALL),
     "early_detail": lambda: upfeat.EarlyDetailUpsampler(8, hidden_dim=5, width=4, depth=1, **SMALL),

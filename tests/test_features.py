@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_upsamplers import stack_of
 
 import upfeat
 from upfeat.upsamplers import create_upsampler
@@ -19,7 +20,7 @@ from upfeat.upsamplers.joint_bilateral import NeighbourhoodKernels
 
 def _stack():
     torch.manual_seed(3)
-    return upfeat.JBUStack(7).eval().requires_grad_(False)
+    return stack_of(7).eval().requires_grad_(False)
 
 
 def _detail():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.bounds import LARGEST, whole
@@ -68,11 +69,13 @@ class FeatureMap(ABC):
             point = target.numel() != channels
             target = self.at(target[None].float()) if point else target[None]
         check_finite("target", target, "check where it comes from")
-        product = self.project(target)
         if not cosine:
-            return product
-        lengths = torch.linalg.vector_norm(target.to(product), dim=1)[:, None, None]
-        return product / (self._lengths() * lengths).clamp(min=1e-8)
+            return self.project(target)
+        lengths = self._lengths()
+        # Bounded by the least number of the type, since features may have any unit.
+        return self.project(unit_vectors(target)) / lengths.clamp(
+            min=torch.finfo(lengths.dtype).tiny
+        )
 
     def _lengths(self) -> Tensor:
         """Euclidean length of every pixel's features, (B, 1, H, W), a strip at a time."""
@@ -82,6 +85,13 @@ class FeatureMap(ABC):
             strip = self.crop(top, 0, min(_STRIP, height - top), width)
             lengths.append(torch.linalg.vector_norm(strip, dim=1, keepdim=True))
         return torch.cat(lengths, dim=2)
+
+
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Divide vectors (K, C) of any unit by their lengths, in float32 or more; zeros remain."""
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    largest = vectors.abs().amax(1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
+    return F.normalize(vectors / largest, dim=1)
 
 
 def interpolate(maps: Tensor, points: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from upfeat.mosaic import see_within
 from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outputs, watched
 from upfeat.provenance import identify_backbone, identify_upsampler
 from upfeat.storage import ArrayFile, create_array, replacing
+from upfeat.tensor_checks import check_not_too_small
 from upfeat.types import Size
 from upfeat.visualize import (
     PCABasis,
@@ -117,6 +118,10 @@ def run_photo(
             machine.release_memory()  # freed by decoding
         free = _BACKBONE * free_bytes(max_memory)
         coarse, hidden = see_within(model.backbone, x, free, early=model.early, label=str(photo))
+        if head is None:
+            largest = float(coarse.abs().max())
+            fix = "store them as bf16 or fp32"
+            check_not_too_small(f"{photo}: its features", largest, dtype, fix)
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
         shown = None if outputs.picture is None else _image(model, x)
         lazy = UpsampledFeatures(

@@ -25,6 +25,9 @@ _FLOATS = {
     torch.float64: "F64",
 }
 """Floating-point types, with their names in safetensors files."""
+_LEAST_LARGEST = 2.0**-15
+"""Least largest magnitude of values to be stored in float16, which rounds them to multiples of
+2⁻²⁴ below 2⁻¹⁴."""
 _NAMES_SHOWN = 4
 
 
@@ -166,3 +169,19 @@ def check_values(
                 f"{source}: {name} holds {outside:.3g}; magnitudes from {low:g} to {high:g} make "
                 "sense"
             )
+
+
+def check_not_too_small(label: str, largest: float, dtype: torch.dtype, fix: str) -> None:
+    """Refuse to store values in float16 that it rounds by more than 2⁻¹⁰ of the largest.
+
+    Args:
+        label: name of the values, for the error message.
+        largest: largest magnitude of all values.
+        dtype: type to store them in.
+        fix: advice, for the error message.
+
+    Raises:
+        ValueError: the values are too small.
+    """
+    if dtype is torch.float16 and 0 < largest < _LEAST_LARGEST:
+        raise ValueError(f"{label}, at most {largest:.2g}, are too small for float16; {fix}")

@@ -24,6 +24,8 @@ PENALTY = 1e-2
 """Penalty of a translation learnt from many images, in units of the features' mean variance."""
 PENALTY_OF_ONE = 1.0
 """Penalty of a translation learnt from a single image, in units of a cell's mean squared norm."""
+# Bound of the rounding error of a cell's squared norm, in units of the squared norm of the mean.
+_ROUNDING = 1e-12
 
 _SHIPPED = Path(__file__).parent / "weights"
 _FORMAT = "upfeat-translation-1"
@@ -130,7 +132,10 @@ def fit_to_image(own: Tensor, second: Tensor, penalty: float = PENALTY_OF_ONE) -
     centre, level = inputs.mean(2, keepdim=True), targets.mean(2, keepdim=True)
     inputs, targets = inputs - centre, targets - level
     gram = inputs.mT @ inputs  # (B, N, N)
-    least = penalty * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-6
+    spread = gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)
+    # Cells of a blank image differ by rounding alone, in proportion to their features.
+    rounding = _ROUNDING * centre.square().sum(1)
+    least = (penalty * (spread + rounding)).clamp(min=torch.finfo(spread.dtype).tiny)
     found = ridge(gram, inputs.mT, least)  # (B, N, C)
     weight = torch.eye(inputs.shape[1]).to(inputs) + (targets - inputs) @ found
     bias = (level - weight @ centre)[..., 0]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_upsamplers import stack_of
 
 import upfeat
 from upfeat import functional
@@ -154,7 +155,7 @@ def test_vmap_and_grad_transforms():
 @pytest.mark.parametrize("training", [False, True])
 def test_compiled_stack_equals_eager(training):
     torch.manual_seed(0)
-    stack = upfeat.JBUStack(6).eval().requires_grad_(training)
+    stack = stack_of(6).eval().requires_grad_(training)
     features, guidance = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 48, 64)
     compiled = torch.compile(stack, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -164,7 +165,7 @@ def test_compiled_stack_equals_eager(training):
 
 @pytest.mark.slow
 def test_exported_stack_equals_eager():
-    stack = upfeat.JBUStack(6).eval().requires_grad_(False)
+    stack = stack_of(6).eval().requires_grad_(False)
     features, guidance = torch.randn(1, 6, 3, 4), torch.randn(1, 3, 48, 64)
     program = torch.export.export(stack, (features, guidance))
     torch.testing.assert_close(
@@ -244,7 +245,7 @@ def test_a_backend_that_cannot_run_says_why():
 
 def test_stack_backends_agree():
     torch.manual_seed(0)
-    stack = upfeat.JBUStack(6).eval().requires_grad_(False)
+    stack = stack_of(6).eval().requires_grad_(False)
     features, guidance = torch.randn(2, 6, 3, 4), torch.randn(2, 3, 48, 64)
     outs = {}
     for backend in ("auto", "cpu", "eager", "reference"):

@@ -4,16 +4,16 @@ import json
 
 import pytest
 import torch
+from small_upsamplers import stack_of
 
 from upfeat import benchmark
 from upfeat.cli import main
-from upfeat.upsamplers import JBUStack
 
 
 def test_rivals_compute_the_same():
     torch.manual_seed(0)
     features, guidance = torch.randn(1, 5, 3, 3), torch.randn(1, 3, 48, 48)
-    stack = JBUStack(5).eval().requires_grad_(False)
+    stack = stack_of(5).eval().requires_grad_(False)
     expected = benchmark._stack(stack, features, guidance, "ours")
     for rival in ("tap_major", "pixel_major", "unfold"):
         out = benchmark._stack(stack, features, guidance, rival)

@@ -185,13 +185,14 @@ def test_the_map_of_a_head_counts_against_the_bound(photo, held):
         check_memory(model, photo, None, bound, held=10**6)
 
 
-def test_features_that_overflow_half_precision(photo, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("unit", [1e6, 1e-7])
+def test_features_that_half_precision_cannot_hold(photo, tmp_path, capsys, monkeypatch, unit):
     backbone = upfeat.backbones.EfficientNetLite0
     extract = backbone.extract_with_hidden
 
     def large(self, x):
         features, hidden = extract(self, x)
-        return features * 1e6, hidden
+        return features * unit, hidden
 
     monkeypatch.setattr(backbone, "extract_with_hidden", large)
     assert main(["run", str(photo), "-o", str(tmp_path / "out")]) == 2

@@ -85,6 +85,21 @@ def test_colours_of_any_number_of_channels_are_alike_at_all_sizes(channels):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".zarr"])
+def test_values_that_float16_rounds_away_leave_what_was_there(tmp_path, suffix):
+    if suffix == ".zarr":
+        pytest.importorskip("zarr")
+    features, path = make_features(), tmp_path / f"r{suffix}"
+    write_rendering(features, path)
+    before = written(path).copy()
+    features.mean, features.components = 1e-7 * features.mean, 1e-7 * features.components
+    with pytest.raises(ValueError, match=r"too small for float16; write float32"):
+        write_rendering(features, path)
+    np.testing.assert_array_equal(written(path), before)
+    write_rendering(features, path, dtype=torch.float32)
+    np.testing.assert_array_equal(written(path), features.render()[0].numpy())
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors", ".zarr"])
 def test_an_overflow_leaves_what_was_there(tmp_path, suffix):
     if suffix == ".zarr":
         pytest.importorskip("zarr")

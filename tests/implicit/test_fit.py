@@ -268,14 +268,24 @@ def test_nothing_of_the_views_is_what_six_passes_draw():
 class OneSize(Pooled):
     """A backbone of a single image size, however it is asked."""
 
+    refusal = ValueError
+
     def extract(self, x):
         if tuple(x.shape[2:]) != (48, 64):
-            raise ValueError("takes 48×64 only")
+            raise self.refusal("takes 48×64 only")
         return super().extract(x)
 
 
+class OneSizeAsTorch(OneSize):
+    """The same with an error of PyTorch, as of position embeddings of one size."""
+
+    refusal = RuntimeError
+
+
 @pytest.mark.parametrize(
-    ("backbone", "size"), [(Pooled(stride=7), (42, 63)), (OneSize(), (48, 64))], ids=["odd", "one"]
+    ("backbone", "size"),
+    [(Pooled(stride=7), (42, 63)), (OneSize(), (48, 64)), (OneSizeAsTorch(), (48, 64))],
+    ids=["odd", "one", "one, in PyTorch's words"],
 )
 def test_backbones_that_allow_no_second_scale_are_given_two_passes(backbone, size):
     guidance = scene(*size)

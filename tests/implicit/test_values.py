@@ -58,6 +58,15 @@ def test_a_fit_to_too_little_is_refused(preset, few):
         assert found.facts["held_out"] < 1e6
 
 
+@pytest.mark.parametrize("fact", [float("nan"), object()])
+def test_facts_that_no_file_holds_are_not_saved(tmp_path, fact):
+    features = make_features()
+    features.facts["loss"] = fact
+    with pytest.raises(ValueError, match="facts must be values of JSON"):
+        features.save(tmp_path / "f.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_nan_is_not_saved(tmp_path):
     features = make_features()
     features.mean = features.mean * math.nan

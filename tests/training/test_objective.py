@@ -35,7 +35,9 @@ def _objective(upsampler, config):
 def _upsampler(name):
     torch.manual_seed(2)
     if name == "jbu_stack":
-        return upfeat.JBUStack(CHANNELS, n_stages=3).eval()
+        stack = upfeat.JBUStack(CHANNELS, n_stages=3).eval()
+        nn.init.normal_(stack.channel_mix.bias, std=0.1)  # initially 0
+        return stack
     if name == "detail":
         made = upfeat.DetailUpsampler(CHANNELS, query_dim=8, levels=2, width=4, depth=1).eval()
         torch.nn.init.normal_(made.detail.weight)

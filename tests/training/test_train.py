@@ -335,10 +335,32 @@ class TestBadInput:
         if kept is not None:
             assert f"last checkpoint is that of step {step - 1}" in str(raised.value)
 
+    @pytest.mark.parametrize("power", [-30, 40])
+    def test_trainings_follow_the_unit_of_the_features(self, photos, tmp_path, power):
+        """A stack learns the same; its constant, which is in the features' unit, is as large."""
+        made = []
+        for unit in (2.0 ** (power // 2), 2.0**power):
+            torch.manual_seed(0)
+            network = torch.nn.Conv2d(3, 6, 8, stride=8)
+            for one in network.parameters():
+                one.data *= unit
+            config = small_config(
+                tmp_path / f"run{unit}", upsampler="jbu_stack", downsampler="attention", steps=4,
+                upsampler_options={"n_stages": 2, "radius": 1},
+            )  # fmt: skip
+            made.append(upfeat.train(upfeat.load_backbone(network), photos, config))
+        plain, scaled = made
+        assert plain.channel_mix.bias.abs().max() > 0
+        expected = {name: value.detach() for name, value in plain.named_parameters()}
+        expected["channel_mix.bias"] *= 2.0 ** (power - power // 2)
+        for name, value in scaled.named_parameters():
+            assert torch.equal(value, expected[name]), name
+
     def test_loss_that_overflows_names_step_and_photographs(self, photos, tmp_path):
-        loud = upfeat.WrappedBackbone(
-            lambda x: torch.nn.functional.avg_pool2d(x, 8) * 1e25, probe_size=32
-        )
+        def shouting(x):  # at photographs, of which there are several at once
+            return torch.nn.functional.avg_pool2d(x, 8) * (1 if len(x) == 1 else 1e25)
+
+        loud = upfeat.WrappedBackbone(shouting, probe_size=32)
         with pytest.raises(ValueError, match=r"step 1: NaN .* the loss, from \d\d\..*, \d\d\."):
             upfeat.train(loud, photos, small_config(tmp_path / "run"))
 

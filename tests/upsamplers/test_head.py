@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small_upsamplers import stack_of
 
 import upfeat
 from upfeat.upsamplers.head import Head
@@ -17,7 +18,7 @@ def _detail():
 
 def _stack():
     torch.manual_seed(0)
-    return upfeat.JBUStack(6, n_stages=2).eval().requires_grad_(False)
+    return stack_of(6, n_stages=2).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("make", [upfeat.Bilinear, _stack, _detail])

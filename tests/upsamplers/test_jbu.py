@@ -18,6 +18,8 @@ def test_agrees_with_the_reference(stride, grid, embed_dim):
     torch.manual_seed(stride)
     stack = upfeat.JBUStack(embed_dim).eval()
     with torch.no_grad():
+        for constant in stack.constants:  # initially 0
+            constant.normal_()
         for stage in stack.stages:
             stage.range_temperature.normal_()
             stage.sigma_spatial.uniform_(0.3, 1.5)

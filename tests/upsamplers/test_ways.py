@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from small_upsamplers import stack_of
 from torch.export import Dim
 from torch.func import grad, jvp, vmap
 
@@ -18,7 +19,7 @@ MADE = {
     "bilinear": upfeat.Bilinear,
     "bicubic": upfeat.Bicubic,
     "joint_bilateral": lambda: upfeat.JointBilateral(radius=1),
-    "jbu_stack": lambda: upfeat.JBUStack(8, radius=1, n_stages=2),
+    "jbu_stack": lambda: stack_of(8, radius=1, n_stages=2),
     "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(back_projections=1, **SMALL),
     "detail": lambda: upfeat.DetailUpsampler(**SMALL),
     "detail of a backbone": lambda: upfeat.DetailUpsampler(8, width=4, depth=1, **SMALL),

@@ -25,6 +25,7 @@ from upfeat.lazy_files import digest, write_parts
 from upfeat.marks import FEATURES, kind_of
 from upfeat.outputs import Inputs, check_output, file_digest
 from upfeat.storage import create_array, write_tensors
+from upfeat.tensor_checks import check_not_too_small
 
 Entry = dict[str, Any]
 Task = tuple[Entry, Any]
@@ -140,7 +141,10 @@ class Maker:
             values = lazy.project(weight, bias)[0].to(dtype).cpu().contiguous()
             self._check_range(values)
             return values
-        if extraction.kind == "lazy" or _is_striped(lazy.shape):
+        if extraction.kind == "lazy":
+            return None
+        check_not_too_small("features", float(lazy.features.abs().max()), dtype, "use float32")
+        if _is_striped(lazy.shape):
             return None
         return lazy.full(dtype)[0].cpu().contiguous()
 

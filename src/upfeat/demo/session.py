@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.bounds import number
+from upfeat.feature_map import unit_vectors
 from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.images import read_image
@@ -254,8 +255,8 @@ class Visit:
 
     def _pixel_cosines(self, vectors: Tensor) -> Tensor:
         """Compute cosines (K, H, W) of the upsampled features with vectors (K, C)."""
-        scale = torch.linalg.vector_norm(vectors, dim=1)[:, None, None] * self._lengths
-        return self.lazy.project(vectors)[0].cpu() / scale.cpu().clamp(min=1e-8)
+        lengths = self._lengths.clamp(min=torch.finfo(self._lengths.dtype).tiny)
+        return self.lazy.project(unit_vectors(vectors))[0].cpu() / lengths
 
     def _cells(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows and the columns of the cells that contain pixels (N, 2), each (N,)."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,19 @@ if TYPE_CHECKING:
 
 # Points evaluated at a time, which bounds the memory needed besides the result.
 _POINTS = 1 << 16
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exactly(method: Method) -> Method:
+    """Make a method compute without gradients, and in full precision under autocast, too."""
+
+    @wraps(method)
+    def exact(*given: Any, **options: Any) -> Any:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return method(*given, **options)
+
+    return cast(Method, exact)
 
 
 class ImplicitFeatures(FeatureMap):
@@ -160,6 +173,7 @@ class ImplicitFeatures(FeatureMap):
         window = check_window(size, top, left, height, width)
         return self._window(window, size, self.components, self.mean)[None]
 
+    @_exactly
     def at(self, points: Tensor) -> Tensor:
         """Evaluate the features at points of the image: only the image itself is interpolated.
 
@@ -183,6 +197,7 @@ class ImplicitFeatures(FeatureMap):
             )
         return self._evaluate(places) @ self.components + self.mean
 
+    @_exactly
     def project(
         self, weight: Tensor, bias: Tensor | None = None, *, output_size: Size | None = None
     ) -> Tensor:
@@ -200,11 +215,10 @@ class ImplicitFeatures(FeatureMap):
             ValueError: the head does not take C channels.
         """
         check_head(weight, bias, self.shape[1])
-        with torch.no_grad():
-            weight = weight.detach().to(self.components)
-            components, constant = self.components @ weight.T, weight @ self.mean
-            if bias is not None:
-                constant = constant + bias.detach().to(constant)
+        weight = weight.to(self.components)
+        components, constant = self.components @ weight.T, weight @ self.mean
+        if bias is not None:
+            constant = constant + bias.to(constant)
         size = self._size(output_size)
         out = components.new_empty(1, len(weight), *size)
         rows = max(1, _POINTS // size[1])
@@ -222,8 +236,14 @@ class ImplicitFeatures(FeatureMap):
                 :meth:`load` needs the image.
 
         Raises:
-            ValueError: a value to be written is NaN or infinite.
+            ValueError: a value to be written is NaN or infinite, or ``facts`` are no JSON values.
         """
+        try:
+            provenance = json.dumps(self.facts, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"facts must be values of JSON ({error}); nothing is written"
+            ) from None
         tensors = {f"field.{name}": value for name, value in self.field.tensors().items()}
         tensors |= {"components": self.components, "mean": self.mean}
         for name, value in tensors.items():
@@ -238,7 +258,7 @@ class ImplicitFeatures(FeatureMap):
             "field_facts": json.dumps(self.field.facts()),
             "image_size": json.dumps(list(self.shape[2:])),
             "image_digest": fingerprint(self.guidance),
-            "facts": json.dumps(self.facts),
+            "facts": provenance,
         }
         write_tensors(path, {key: value.contiguous() for key, value in tensors.items()}, facts)
 
@@ -265,7 +285,7 @@ class ImplicitFeatures(FeatureMap):
             if fingerprint(guidance) != stored.image_digest:
                 raise ValueError(f"{path}: was made from another image than the one given")
         if guidance is None:
-            raise ValueError(f"{path}: does not hold its image; give it as image=")
+            raise ValueError(f"{path}: does not hold its image; give it as image= (--image)")
         return cls(stored.field, guidance, stored.components, stored.mean, stored.facts)
 
     def _size(self, output_size: Size | None) -> Size:
@@ -273,6 +293,7 @@ class ImplicitFeatures(FeatureMap):
             return self.shape[2], self.shape[3]
         return check_output_size(output_size)
 
+    @_exactly
     def _window(
         self, window: tuple[int, int, int, int], size: Size, components: Tensor, constant: Tensor
     ) -> Tensor:
@@ -294,7 +315,6 @@ class ImplicitFeatures(FeatureMap):
         """The field's map of the image, (H', W', D); computed on first use."""
         return self.field.look(self.guidance)
 
-    @torch.no_grad()
     def _evaluate(self, places: Tensor) -> Tensor:
         """Return the coordinates (N, k) at places (N, 2) float64, (y, x) in [0, 1]."""
         return self.field(places.float(), sample(self._seen, places))

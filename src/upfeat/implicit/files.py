@@ -21,11 +21,12 @@ from upfeat.backbones import Backbone
 from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.images import read_image
 from upfeat.implicit.features import ImplicitFeatures
-from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, default_size, fit_implicit
+from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, check_memory, fit_implicit
 from upfeat.marks import FEATURES, encode_picture, kind_of
 from upfeat.outputs import Outputs, check_space, digest, file_digest, is_done, watched
 from upfeat.provenance import identify_backbone
 from upfeat.storage import create_array, replacing, replacing_folder, write_bytes
+from upfeat.tensor_checks import check_not_too_small
 from upfeat.visualize import PCABasis, side_by_side, to_image
 
 if TYPE_CHECKING:
@@ -35,11 +36,8 @@ RENDERINGS = (".safetensors", ".npy", ".zarr", ".png", ".jpg", ".jpeg")
 """Endings that :func:`write_rendering` can write."""
 
 _PICTURES = (".png", ".jpg", ".jpeg")
-# Measured memory in bytes: per pixel of a picture while it is drawn; per pixel of an image while it
-# is fitted, without its features; and of the tables of basis functions, for an image of any size.
+# Measured memory in bytes per pixel of a picture while it is drawn.
 _DRAWING = 60
-_FITTING = 5200
-_FIT_TABLES = 200 << 20
 
 
 def fit_photograph(
@@ -84,7 +82,9 @@ def fit_photograph(
             on_step(progress)
 
     with watched(photo) as source:
-        _check_memory(photo, backbone, config)
+        own = image_size(photo)
+        if own is not None:  # before it is decoded
+            check_memory(photo, own, backbone, config)
         pixels = read_image(photo, max_pixels=max_pixels)
     recipe = _recipe(source, made_by or identify_backbone(backbone), config, guidance=guidance)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -194,8 +194,9 @@ def write_rendering(
         on_rows: called with the number of rows written and the number of all rows.
 
     Raises:
-        ValueError: the suffix or dtype is another, values overflow float16, the folder does not
-            exist, memory does not suffice for a picture, or zarr is not installed.
+        ValueError: the suffix or dtype is another, values overflow float16 or are too small for it,
+            the folder does not exist, memory does not suffice for a picture, or zarr is not
+            installed.
         OSError: writing failed.
     """
     suffix = path.suffix.lower()
@@ -212,14 +213,17 @@ def write_rendering(
     if name not in ("float16", "float32"):
         raise ValueError(f"dtype={dtype} must be torch.float16 or torch.float32")
     shape = (features.shape[1], *size)
+    largest = 0.0
     with _create(path, shape, name) as write_rows:
         for top, strip in features.strips(size):
+            largest = max(largest, *(abs(float(one)) for one in strip.aminmax()))
             values = strip.to(dtype)
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"{path}: features overflow {name}; write float32")
             write_rows(top, values.numpy())
             if on_rows is not None:
                 on_rows(top + strip.shape[1], size[0])
+        check_not_too_small(f"{path}: features", largest, dtype, "write float32")
 
 
 WriteRows = Callable[[int, "NDArray[Any]"], None]
@@ -269,15 +273,6 @@ def _check_drawing(path: Path, size: tuple[int, int]) -> None:
             f"{machine.readable(needed)} and {machine.readable(available)} of memory are free; "
             f"give a smaller --size, or write values (.npy, .safetensors), which need little"
         )
-
-
-def _check_memory(photo: Path, backbone: Backbone, config: FitConfig) -> None:
-    """Refuse a photograph that would not fit into memory, before it is decoded."""
-    own = image_size(photo)
-    if own is not None:
-        size = default_size(min(own), backbone) if config.size is None else config.size
-        a_pixel = _FITTING + 8 * backbone.embed_dim
-        machine.check_fits(photo, own, size, a_pixel, fixed=_FIT_TABLES)
 
 
 def _recipe(source: str, made_by: str, config: FitConfig, *, guidance: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from upfeat import machine
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.base import require_colours
 from upfeat.images import read_image
@@ -22,6 +23,7 @@ from upfeat.implicit.published import create_network_fit, train_network
 from upfeat.model import align_for
 from upfeat.randomness import stream
 from upfeat.registry import unknown_name
+from upfeat.types import Size
 from upfeat.views import sample_jitters, spread_jitters
 
 if TYPE_CHECKING:
@@ -35,6 +37,13 @@ _LEAST_VARIANCE = 1e-10
 _MOST_ERROR = 1e3
 """Held-out loss over the variance beyond which features that vary by rounding alone are refused: a
 backbone whose features are truly constant is fitted to within rounding, and accepted."""
+
+# Measured memory in bytes: per pixel of the image, and, in addition, per pixel and channel; per
+# pair of anchors; and for an image of any size.
+_FAST, _REFERENCE = 5200, 9000
+_A_CHANNEL = 16
+_A_PAIR = 60
+_TABLES = 150 << 20
 
 
 @dataclass(frozen=True)
@@ -81,12 +90,20 @@ def fit_implicit(
 
     Raises:
         FileNotFoundError: there is no such image.
-        ValueError: the image cannot be read or is smaller than the backbone's stride, there is no
-            such setting, the backbone gives NaN or infinity, or the views are too few to fit to.
+        TypeError: ``config`` is not a :class:`FitConfig`.
+        ValueError: the image cannot be read, is smaller than the backbone's stride or does not fit
+            into memory, there is no such setting, the backbone gives NaN or infinity, or the views
+            are too few to fit to.
 
     Source: FeatUp (Fu, Hamilton et al., ICLR 2024), section 3.3.
     """
-    config = _change(config or FitConfig(), settings)
+    config = FitConfig() if config is None else config
+    if not isinstance(config, FitConfig):
+        raise TypeError(
+            f"config is of type {type(config).__name__}; give a FitConfig, or its fields by name, "
+            "as size=160"
+        )
+    config = _change(config, settings)
     network = load_backbone(backbone)
     require_colours(network, "a fit")
     pixels = read_image(image)
@@ -96,6 +113,7 @@ def fit_implicit(
             f"image is {shorter} pixels on its shorter side, less than the stride of "
             f"{network.name} ({network.stride}); give a larger one, or size={network.stride}"
         )
+    check_memory("image", (pixels.shape[1], pixels.shape[2]), network, config)
     size = default_size(shorter, network) if config.size is None else config.size
     shape = network.preprocess(pixels, size, align=True).shape[-2:]
     return fit_guidance(
@@ -108,6 +126,30 @@ def default_size(shorter: int, backbone: Backbone) -> int:
     return min(shorter, max(_DEFAULT_SIZE, backbone.stride))
 
 
+def check_memory(label: object, own: Size, backbone: Backbone, config: FitConfig) -> None:
+    """Refuse an image whose fit would not fit into memory.
+
+    Args:
+        label: name of the image, for error messages.
+        own: (height, width) of the image, pixels.
+        backbone: the backbone of the fit.
+        config: settings of the fit.
+
+    Raises:
+        ValueError: memory does not suffice; the message names a size for which it does.
+    """
+    size = default_size(min(own), backbone) if config.size is None else config.size
+    fast = config.preset == "fast"
+    a_pixel = (_FAST if fast else _REFERENCE) + _A_CHANNEL * backbone.embed_dim
+    fixed = _TABLES + (_A_PAIR * config.anchors**2 if fast else 0)
+    if not fast:  # the coordinates of all views, float32, twice while they are joined
+        width = min(config.components, backbone.embed_dim)
+        a_pixel += 8 * config.n_views * width / backbone.stride**2
+    if fast and config.anchors > FitConfig.anchors:
+        label = f"{label}, anchors={config.anchors}"
+    machine.check_fits(label, own, size, a_pixel, fixed=fixed)
+
+
 def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:
     known = [field.name for field in fields(FitConfig)]
     for name in settings:
@@ -116,6 +158,7 @@ def _change(config: FitConfig, settings: dict[str, Any]) -> FitConfig:
     return replace(config, **settings)
 
 
+@torch.inference_mode(False)  # the published fit needs gradients, and results may be trained on
 def fit_guidance(
     guidance: Tensor, backbone: Backbone, config: FitConfig, *, on_step: OnFit | None = None
 ) -> ImplicitFeatures:
@@ -128,10 +171,13 @@ def fit_guidance(
         on_step: called with the progress of the fit.
     """
     features = None
-    for progress in fit_rounds(guidance, backbone, config):
-        features = progress.features
-        if on_step is not None:
-            on_step(progress)
+    # The regressions lose too many digits in the precision of autocast.
+    exact = [torch.autocast(kind, enabled=False) for kind in ("cpu", backbone.mean.device.type)]
+    with exact[0], exact[1]:
+        for progress in fit_rounds(guidance, backbone, config):
+            features = progress.features
+            if on_step is not None:
+                on_step(progress)
     assert features is not None, "the last round has the result"
     return features
 
@@ -247,13 +293,14 @@ def _assemble(
     features = ImplicitFeatures(fitted.field, guidance, basis.components, basis.mean)
     drawn = features.render(fitted.map_size)
     loss, scale = observer.held_out_loss(drawn), observer.held_out_variance
+    rounding = _LEAST_VARIANCE * observer.held_out_square
     cells = "×".join(map(str, observer.grid_size))
     if not math.isfinite(loss):
         raise ValueError(
             f"the fit to {views} views of {cells} cells is not finite; give more views "
             f"(views={config.views} now), or a larger size"
         )
-    if scale < _LEAST_VARIANCE * observer.held_out_square and loss > _MOST_ERROR * scale:
+    if scale < rounding and loss > _MOST_ERROR * scale:
         raise ValueError(
             f"the features of {config.held_out} held-out views of {cells} cells do not vary, so "
             "there is nothing to judge the fit by; give more (held_out=), or a larger size"
@@ -264,7 +311,7 @@ def _assemble(
         "preset": config.preset,
         "seed": config.seed,
         "views": views,
-        "held_out": loss / max(scale, 1e-12),
+        "held_out": loss / (max(scale, rounding) or 1e-12),
         "held_out_loss": loss,
     }
     if config.preset == "fast":

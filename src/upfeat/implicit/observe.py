@@ -15,6 +15,8 @@ from upfeat.randomness import stream
 from upfeat.views import Jitter, sample_jitters
 
 _BATCH, _BATCH_ON_CPU = 16, 4
+# Deviation of features, in units of the length of their mean, that rounding alone may cause.
+_ROUNDING = 1e-7
 # Views in a batch of the backbone. On the CPU a small batch is faster, since it stays in the cache.
 
 
@@ -239,10 +241,12 @@ def feature_basis(features: Tensor, n: int, *, whiten: bool) -> Basis:
     channels = samples.shape[1]
     n = max(1, min(n, channels, len(samples) - 1))
     mean, axes, variances = principal_components(samples, channels)
+    # Features of a blank image differ by rounding alone: their variation is not amplified.
+    rounding = _ROUNDING * float(mean.norm()) or 1e-6
     if whiten:
         deviation = variances[:n].sqrt()
-        smallest = max(float(deviation[0]) * 1e-4, 1e-6)
+        smallest = max(float(deviation[0]) * 1e-4, rounding)
         components = axes[:n] * deviation.clamp(min=smallest)[:, None]
     else:
-        components = axes[:n] * max(float(variances.mean()) ** 0.5, 1e-6)
+        components = axes[:n] * max(float(variances.mean()) ** 0.5, rounding)
     return Basis(components.float().contiguous(), mean.float())

@@ -123,7 +123,9 @@ def look_closer(observer: Observer) -> Look:
             seen = observer.look_at_image(with_early_layers(scales))
             return Look(*seen, upsampler.cpu(), scales.passes)
         return Look(*observer.look_at_image(scales), last, scales.passes)
-    except ValueError:
+    except torch.OutOfMemoryError:  # the result must not depend on the memory
+        raise
+    except (ValueError, RuntimeError, AssertionError):  # as networks refuse a size
         mirrored = Mirrored(backbone)
         seen = observer.look_at_image(with_early_layers(mirrored) if early else mirrored)
         return Look(*seen, upsampler.cpu(), mirrored.passes)

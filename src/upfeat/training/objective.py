@@ -13,6 +13,7 @@ The directions of an image are the same for all its views, so that it is upsampl
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from upfeat.losses import (
     total_variation,
 )
 from upfeat.normalization import IMAGENET
+from upfeat.randomness import stream
 from upfeat.training.recipes import recipe_for
 from upfeat.training.recipes.base import ENLARGEMENT
 from upfeat.views import Jitter, apply_jitter, sample_jitters
@@ -48,6 +50,11 @@ _LARGEST = 16.0
 """Largest root mean square of an image's features that the uncertainty is given; most backbones'
 is below 10."""
 
+_USUAL = 1 / 16, 16.0
+"""Root mean squares of features that are used as they are; initial values, step sizes and the
+floor of the uncertainty are meant for them."""
+_IMAGE = 8
+
 
 class ViewBatch(NamedTuple):
     """Images, their views, and the backbone's features of both."""
@@ -64,6 +71,14 @@ class ViewBatch(NamedTuple):
     """(B, C, 2h, 2w), the backbone's features of the images at twice their size, or ``None`` if
     the loss does not need them."""
 
+    def in_unit(self, unit: float) -> ViewBatch:
+        """Return the batch with all features divided by ``unit``."""
+        if unit == 1:
+            return self
+        enlarged = None if self.enlarged is None else self.enlarged / unit
+        features, targets = self.features / unit, self.targets / unit
+        return self._replace(features=features, targets=targets, enlarged=enlarged)
+
 
 class _Upsampled(NamedTuple):
     """Features of a batch of images, upsampled to the images' size."""
@@ -74,6 +89,26 @@ class _Upsampled(NamedTuple):
     """(B, P, 1, 1), or a scalar 0, to be added to every pixel."""
     saliency: Tensor
     """(B, 1, H, W), saliency for the attention downsampler; (B, 0, H, W) for others."""
+
+
+@torch.no_grad()
+def measure_unit(backbone: Backbone, size: int) -> float:
+    """Return the number by which to divide a backbone's features to bring them to a usual size.
+
+    It is measured on one synthetic image, so that every process and every resumed run has the same.
+
+    Args:
+        backbone: frozen backbone, in eval mode.
+        size: side of the image, pixels.
+    """
+    small = torch.rand(1, 3, _IMAGE, _IMAGE, generator=stream("image of the unit"))
+    image = F.interpolate(small, size=(size, size), mode="bilinear").to(backbone.mean.device)
+    features = backbone((image - backbone.mean) / backbone.std).double()
+    rms = float(features.square().mean().sqrt())
+    if not 0 < rms < math.inf:
+        return 1.0
+    # A power of two, division by which is exact.
+    return 2.0 ** round(math.log2(rms / min(max(rms, _USUAL[0]), _USUAL[1])))
 
 
 @torch.no_grad()
@@ -160,6 +195,7 @@ class Objective(nn.Module):
         stride: int,
         config: TrainConfig,
         *,
+        unit: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> None:
         """Create the downsampler and the uncertainty.
@@ -170,11 +206,12 @@ class Objective(nn.Module):
             stride: stride of the backbone, which is the downsampler's kernel size unless the
                 configuration has another.
             config: settings of the loss.
+            unit: number that features are divided by before anything else.
             generator: random generator of initial values.
         """
         super().__init__()
         self.upsampler = upsampler
-        self.config = config
+        self.config, self.unit = config, unit
         kernel_size = config.downsampler_size or stride
         self.downsampler: AttentionDownsampler | SimpleDownsampler | CellDownsampler
         if config.downsampler == "attention":
@@ -199,6 +236,7 @@ class Objective(nn.Module):
         Returns:
             Scalars: ``loss``, and its terms before they are weighted, without gradients.
         """
+        batch = batch.in_unit(self.unit)
         directions = self._directions(batch, generator)  # (B, C, P)
         grid = (batch.features.shape[2], batch.features.shape[3])
         size = (batch.guidance.shape[2], batch.guidance.shape[3])
@@ -277,6 +315,7 @@ class Objective(nn.Module):
         # Split, because the backward of slices would allocate a whole map for each of them.
         values, saliency = out.split([count, out.shape[1] - count], dim=1)
         offset = self.upsampler.offset
+        offset = None if offset is None else offset / self.unit
         shift = features.new_zeros(())
         if offset is not None:
             shift = _project(offset[None, :, None, None].expand(len(out), -1, 1, 1), directions)

@@ -18,7 +18,7 @@ from upfeat.randomness import derive, global_stream, stream
 from upfeat.registry import unknown_name
 from upfeat.training.checkpoint import check_weights
 from upfeat.training.config import TrainConfig
-from upfeat.training.objective import Objective, ViewBatch, make_batch
+from upfeat.training.objective import Objective, ViewBatch, make_batch, measure_unit
 from upfeat.training.processes import Processes
 from upfeat.training.recipes import recipe_for
 from upfeat.training.validation import normalised
@@ -68,6 +68,7 @@ class Trainer:
                 backbone.embed_dim,
                 backbone.stride,
                 config,
+                unit=measure_unit(backbone, config.size),
                 generator=stream(config.seed, "initial objective", index),
             )
             for index, backbone in enumerate(self.backbones)
@@ -132,7 +133,8 @@ class Trainer:
         self._stop_if(faults)
         self.processes.average_gradients(self.parameters)
         losses = self.processes.mean(torch.stack(list(totals.values())))
-        self._update([name for own_names in names for name in own_names])
+        unit = self.objective(index).unit
+        self._update([name for own_names in names for name in own_names], unit)
         target = self.objective(index).detail_target
         if target is not None:
             target.absorb(self.processes.mean)
@@ -186,7 +188,12 @@ class Trainer:
         found = [fault for own in self.processes.gather(faults) for fault in own]
         raise ValueError(f"step {self.step + 1}: {'; '.join(dict.fromkeys(found))}")
 
-    def _update(self, names: Sequence[str]) -> None:
+    def _update(self, names: Sequence[str], unit: float) -> None:
+        # Constants are in the unit of the features; NAdam changes them in the objective's unit.
+        constants = [one for one in self.upsampler.constants if one.grad is not None]
+        for one in constants:
+            assert one.grad is not None
+            one.grad.mul_(unit)
         gradients = [one.grad for one in self.parameters if one.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
         if not bool(torch.isfinite(norm)):
@@ -195,7 +202,12 @@ class Trainer:
             nn.utils.clip_grads_with_norm_(self.parameters, self.config.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
-        self.optimizer.step()
+        with torch.no_grad():
+            for one in constants:
+                one.div_(unit)
+            self.optimizer.step()
+            for one in constants:
+                one.mul_(unit)
 
     def judge(self, scores: dict[str, float]) -> bool:
         """Record a validation; return whether it is the best so far."""

@@ -86,10 +86,13 @@ def normalised(images: Tensor, backbone: Backbone) -> Tensor:
 
 
 def _squares(objective: Objective, batch: ViewBatch) -> Tensor:
-    """Sum squared error, variance and square of the features over the views of one image: (3,)."""
-    hires = objective.upsampler(batch.features.float(), batch.guidance)  # (1, C, H, W)
+    """Sum squared error, variance and square of the features over the views of one image: (3,).
+
+    All are in the objective's unit.
+    """
+    hires = objective.upsampler(batch.features.float(), batch.guidance) / objective.unit
     sums = torch.zeros(3, dtype=torch.float64, device=hires.device)
-    for jitter, target in zip(batch.jitters, batch.targets.float(), strict=True):
+    for jitter, target in zip(batch.jitters, batch.targets.float() / objective.unit, strict=True):
         grid = (target.shape[2], target.shape[3])
         guess = objective.downsampler(apply_jitter(hires, jitter), grid)
         sums[0] += (guess - target).square().mean()

@@ -260,6 +260,11 @@ class Upsampler(nn.Module, ABC):
         """Constant added to every output pixel, (C,), or ``None``."""
         return None
 
+    @property
+    def constants(self) -> list[nn.Parameter]:
+        """Parameters of the offset, which are in the unit of the features, unlike all others."""
+        return []
+
     def forward(
         self,
         features: Tensor,

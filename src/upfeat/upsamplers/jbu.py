@@ -222,6 +222,9 @@ class JBUStack(Upsampler):
         self.set_backend(backend)
         self.channel_dropout = nn.Dropout2d(0.2)
         self.channel_mix = None if embed_dim is None else nn.Conv2d(embed_dim, embed_dim, 1)
+        if self.channel_mix is not None:  # any other constant would be in a unit of its own
+            assert self.channel_mix.bias is not None
+            nn.init.zeros_(self.channel_mix.bias)
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Upsampler.config`."""
@@ -281,6 +284,12 @@ class JBUStack(Upsampler):
             return None
         assert self.channel_mix.bias is not None
         return FIXUP_SCALE * self.channel_mix.bias
+
+    @property
+    def constants(self) -> list[nn.Parameter]:
+        """See :attr:`Upsampler.constants`."""
+        bias = None if self.channel_mix is None else self.channel_mix.bias
+        return [] if bias is None else [bias]
 
     @classmethod
     def from_featup(cls, path: str | Path) -> JBUStack:
