@@ -261,7 +261,7 @@ class Upsampler(nn.Module, ABC):
         return None
 
     @property
-    def constants(self) -> list[nn.Parameter]:
+    def constants(self) -> list[Tensor]:
         """Parameters of the offset, which are in the unit of the features, unlike all others."""
         return []
 

@@ -286,7 +286,7 @@ class JBUStack(Upsampler):
         return FIXUP_SCALE * self.channel_mix.bias
 
     @property
-    def constants(self) -> list[nn.Parameter]:
+    def constants(self) -> list[Tensor]:
         """See :attr:`Upsampler.constants`."""
         bias = None if self.channel_mix is None else self.channel_mix.bias
         return [] if bias is None else [bias]
