@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -267,15 +267,6 @@ def _overlap(chosen: range, start: int, count: int) -> int:
     return max(min(chosen.stop, start + count) - max(chosen.start, start), 0)
 
 
-@lru_cache(maxsize=64)
-def _relative_window(cells: int, length: int, ratio: float) -> tuple[int, ...]:
-    # In float32, as in the published code: a bound on the edge of a cell depends on rounding.
-    at = (np.arange(length, dtype=np.float32) + np.float32(0.5)) / np.float32(length)
-    low = np.clip(at - np.float32(ratio), 0, 1) * np.float32(cells)
-    high = np.clip(at + np.float32(ratio), 0, 1) * np.float32(cells)
-    return tuple(np.concatenate([np.floor(low), np.ceil(high)]).astype(np.int64).tolist())
-
-
 def relative_window(cells: int, length: int, ratio: float) -> list[int]:
     """Cells within a fraction of the axis around each pixel, including partly covered cells.
 
@@ -287,7 +278,11 @@ def relative_window(cells: int, length: int, ratio: float) -> list[int]:
     Returns:
         The first cell of every pixel, then one past the last cell of every pixel; 2·``length``.
     """
-    return list(_relative_window(cells, length, ratio))
+    # In float32, as in the published code: a bound on the edge of a cell depends on rounding.
+    at = (np.arange(length, dtype=np.float32) + np.float32(0.5)) / np.float32(length)
+    low = np.clip(at - np.float32(ratio), 0, 1) * np.float32(cells)
+    high = np.clip(at + np.float32(ratio), 0, 1) * np.float32(cells)
+    return np.concatenate([np.floor(low), np.ceil(high)]).astype(np.int64).tolist()
 
 
 def shifted_window(cells: int, length: int, side: int) -> list[int]:
