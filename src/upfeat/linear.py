@@ -65,5 +65,7 @@ def unit_vectors(vectors: Tensor, dim: int = 1) -> Tensor:
     two, so that squares do not underflow and no bound of the lengths has an effect.
     """
     vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    exponent = torch.frexp(vectors.abs().amax(dim, keepdim=True)).exponent.clamp(-126, 126)
-    return F.normalize(torch.ldexp(vectors, -exponent), dim=dim)
+    largest = vectors.detach().abs().amax(dim, keepdim=True)
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    # Not ldexp of the vectors: its gradient is wrong in PyTorch 2.13.
+    return F.normalize(vectors * torch.ldexp(torch.ones_like(largest), -exponent), dim=dim)
