@@ -138,6 +138,9 @@ def test_units_of_early_layers_do_not_matter():
     torch.testing.assert_close(
         up(features, image, hidden=50 * hidden + 7), expected, rtol=1e-3, atol=1e-3
     )
+    for factor in (2.0**-50, 2.0**50):
+        found = up(features, image, hidden=factor * hidden)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     flat = up(features, image, hidden=torch.ones(1, 3, 16, 20))
     assert bool(flat.isfinite().all())
     finer = F.interpolate(hidden, scale_factor=2.0)

@@ -20,6 +20,7 @@ from torch import Tensor
 from upfeat import machine
 from upfeat.machine import readable
 from upfeat.operator_checks import FLOATS
+from upfeat.tensor_checks import check_not_too_small
 from upfeat.types import Size, Window, times
 from upfeat.upsamplers import Kernels, Upsampler
 from upfeat.upsamplers.checks import check_apart, overlaps_itself
@@ -75,7 +76,7 @@ class Buffer:
         else:
             _check_buffer(out)
             self._tensor = out
-        self.dtype = self._tensor.dtype
+        self.dtype, self.largest = self._tensor.dtype, 0.0
         if overlaps_itself(self._tensor):
             raise ValueError("out has the same memory for several values; give out.clone()")
 
@@ -103,6 +104,8 @@ class Buffer:
         place.copy_(values)
         # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole part.
         narrow = torch.finfo(self.dtype).max < torch.finfo(values.dtype).max
+        if narrow and self.dtype is torch.float16:
+            self.largest = max(self.largest, *(abs(float(one)) for one in values.aminmax()))
         if narrow and not bool(torch.isfinite(torch.stack(place.aminmax())).all()):
             raise ValueError(f"the map overflows {self.dtype}; use bfloat16 or float32")
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
@@ -110,6 +113,14 @@ class Buffer:
             with suppress(OSError, ValueError):
                 self._file.flush()
                 self._file.madvise(mmap.MADV_DONTNEED)
+
+    def finish(self) -> None:
+        """Check the whole map, after its last part.
+
+        Raises:
+            ValueError: the values are too small for float16, which would round them, down to 0.
+        """
+        check_not_too_small("the map's values", self.largest, self.dtype, "use float32")
 
 
 def _check_buffer(out: Tensor) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.bounds import LARGEST, whole
+from upfeat.linear import unit_vectors
 from upfeat.types import Size, Window
 from upfeat.upsamplers.checks import check_finite
 
@@ -85,13 +85,6 @@ class FeatureMap(ABC):
             strip = self.crop(top, 0, min(_STRIP, height - top), width)
             lengths.append(torch.linalg.vector_norm(strip, dim=1, keepdim=True))
         return torch.cat(lengths, dim=2)
-
-
-def unit_vectors(vectors: Tensor) -> Tensor:
-    """Divide vectors (K, C) of any unit by their lengths, in float32 or more; zeros remain."""
-    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
-    largest = vectors.abs().amax(1, keepdim=True).clamp(min=torch.finfo(vectors.dtype).tiny)
-    return F.normalize(vectors / largest, dim=1)
 
 
 def interpolate(maps: Tensor, points: Tensor) -> Tensor:

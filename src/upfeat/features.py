@@ -185,9 +185,9 @@ class UpsampledFeatures(FeatureMap):
             A new tensor, or ``out``.
 
         Raises:
-            ValueError: ``dtype`` is not a floating-point type, the map overflows it, ``out`` has
-                another shape or type, or ``max_memory`` is too small; the message names the
-                smallest sufficient bound.
+            ValueError: ``dtype`` is not a floating-point type, the map overflows it or is too small
+                for float16, ``out`` has another shape or type, or ``max_memory`` is too small; the
+                message names the smallest sufficient bound.
 
         Example::
 
@@ -393,6 +393,7 @@ class UpsampledFeatures(FeatureMap):
                 if bias is not None:
                     values = add_offset(values, bias[block])
                 buffer.write(block, window, values)
+        buffer.finish()
         return out
 
     def _blank(self, out: Tensor, window: Window | None = None) -> Tensor:

@@ -1,8 +1,9 @@
-"""Linear algebra of features: ridge regression and principal components."""
+"""Linear algebra of features: ridge regression, principal components and unit vectors."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -55,3 +56,16 @@ def leading_axes(covariance: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     variances, axes = torch.linalg.eigh(covariance)  # ascending
     return axes[:, -k:].flip(1).T, variances[-k:].flip(0).clamp(min=0)
+
+
+def unit_vectors(vectors: Tensor, dim: int = 1) -> Tensor:
+    """Divide vectors along an axis by their lengths, in float32 or more; zeros remain.
+
+    The vectors may have any unit: their largest values are first brought to [0.5, 1) by powers of
+    two, so that squares do not underflow and no bound of the lengths has an effect.
+    """
+    vectors = vectors.to(torch.promote_types(vectors.dtype, torch.float32))
+    largest = vectors.detach().abs().amax(dim, keepdim=True)
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126)
+    # Not ldexp of the vectors: its gradient is wrong in PyTorch 2.13.
+    return F.normalize(vectors * torch.ldexp(torch.ones_like(largest), -exponent), dim=dim)

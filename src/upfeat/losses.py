@@ -28,6 +28,20 @@ IMPLICIT_MAGNITUDE_VARIATION_WEIGHT = 0.05
 IMPLICIT_BLUR_PIN_WEIGHT = 0.1
 JBU_PROJECTION_DIM = 30
 
+_USUAL = 1 / 16, 16.0
+"""Root mean squares of features that are used as they are; initial values, step sizes and the
+floor of the uncertainty are meant for them."""
+
+
+def unit_of(rms: float) -> float:
+    """Return the number by which to divide features of a root mean square before losses.
+
+    It is 1 for usual features, else a power of two, division by which is exact.
+    """
+    if not 0 < rms < math.inf:
+        return 1.0
+    return 2.0 ** round(math.log2(rms / min(max(rms, _USUAL[0]), _USUAL[1])))
+
 
 class SpatialUncertainty(nn.Module):
     """Standard deviation s of the likelihood at each cell, predicted from the cell's features.

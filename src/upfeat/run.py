@@ -259,14 +259,15 @@ def _draw_head(
     """Draw the photograph, the head's outputs for coarse features, and those for upsampled ones."""
     cells = torch.einsum("kc,chw->khw", head.weight, coarse.float()) + head.bias[:, None, None]
     step = -(-max(said.shape[1:]) // _SHOWN)
-    low, high = cells[0].min(), cells[0].max().clamp(min=cells[0].min() + 1e-12)
+    low, high = cells[0].aminmax()
 
     palette = class_colours(len(cells), head.names)
 
     def colours(values: Tensor) -> Tensor:
         if head.kind == "classes":
             return palette[values.argmax(0)].permute(2, 0, 1)
-        return ((values[:1].float() - low) / (high - low)).expand(3, -1, -1)
+        span = high - low if high > low else 1.0
+        return ((values[:1].float() - low) / span).expand(3, -1, -1)
 
     said = said[:, ::step, ::step]
     fine, legend = colours(said), []

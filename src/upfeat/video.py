@@ -265,7 +265,7 @@ class Stability:
                 of all channels.
             stride: pixels per cell.
         """
-        self._painter, self._spread, self._stride = painter, max(spread, 1e-12), stride
+        self._painter, self._spread, self._stride = painter, spread or 1.0, stride
         channels = painter.weight.shape[1]
         generator = torch.Generator().manual_seed(0)
         # Scaled so that projections preserve the expectation of squared lengths.

@@ -83,7 +83,7 @@ class PCABasis:
 
         The 1st percentile of the fitted map becomes 0 and the 99th becomes 1.
         """
-        span = (self.high - self.low).clamp(min=1e-12)
+        span = (self.high - self.low).clamp(min=torch.finfo(self.low.dtype).tiny)
         return ((projected - self.low[:, None, None]) / span[:, None, None]).clamp(0, 1)
 
 

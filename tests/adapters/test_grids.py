@@ -163,6 +163,9 @@ def test_what_cannot_be_written_leaves_the_old_grid_whole(tmp_path):
     path = write_grid(tmp_path, "one", grid)
     with pytest.raises(ValueError, match="not written: features hold NaN or infinity in float16"):
         write_grid(tmp_path, "one", grid, dtype="float16")
+    small = replace(grid, features=1e-12 * grid.features)
+    with pytest.raises(ValueError, match="too small for float16; take float32"):
+        write_grid(tmp_path, "one", small, dtype="float16")
     with pytest.raises(TypeError, match="JSON"):
         write_grid(tmp_path, "one", replace(grid, facts={"model": object()}))
     assert torch.equal(read_grid(path).features, grid.features)

@@ -82,6 +82,14 @@ def test_files_hold_what_the_model_gives(tmp_path, photos, kind):
     torch.testing.assert_close(found, expected, rtol=0, atol=close)
 
 
+def test_outputs_of_a_head_too_small_for_float16_are_failures(tmp_path, photos):
+    described = describe_backbone(model().backbone)
+    weight, bias = 1e-9 * torch.randn(1, 4), torch.zeros(1)
+    head = SavedHead(weight, bias, ["x"], "values", described, "detail")
+    summary = extract(model(), [photos / "b.png"], tmp_path / "out", Extraction("head", head=head))
+    assert "too small for float16; use float32" in summary.failures[0][1]
+
+
 def test_what_is_done_is_kept_and_what_changed_is_made_again(tmp_path, photos):
     out = tmp_path / "out"
     extract(model(), [photos], out, Extraction())

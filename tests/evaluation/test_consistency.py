@@ -75,6 +75,19 @@ def test_edges_from_the_image_explain_views_better(run):
             assert guided["cosine"][seed] > nearest["cosine"][seed]
 
 
+def test_scores_do_not_depend_on_the_unit_of_the_features(run, colour_backbone):
+    small = 2.0**-30
+    tiny = upfeat.load_backbone(lambda x: colour_backbone(x) * small)
+    ours, theirs = (
+        run(one, ["bilinear"], str(index)).rows for index, one in enumerate((colour_backbone, tiny))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("error", "cosine", "drift"):
+            assert other.scores[name] == pytest.approx(one.scores[name], rel=0.02)
+        moved = [value + math.log(small) for value in one.scores["nll"]]
+        assert other.scores["nll"] == pytest.approx(moved, abs=0.05)
+
+
 def test_one_seed_gives_the_same_digits_whatever_else_runs(run, colour_backbone):
     first = run(colour_backbone, ["bilinear"], "a").rows
     again = run(colour_backbone, ["nearest", "bilinear"], "b").rows[3:]
@@ -157,7 +170,8 @@ def test_leading_components_have_variance_one_and_do_not_mix(run, colour_backbon
 
     generator = torch.Generator().manual_seed(0)
     images = Images(Sample(generator) for _ in range(4))
-    leading = leading_components(images)
+    leading, unit = leading_components(images)
+    assert unit == 1
     cells = torch.cat([image.features.flatten(1) for image in images], dim=1)
     torch.testing.assert_close(torch.cov(leading @ cells), torch.eye(3), atol=0.02, rtol=0)
     assert leading[0].abs().argmax() == 0

@@ -635,3 +635,11 @@ def test_an_error_of_gdal_at_the_end_is_one_line_and_loses_no_tile(tmp_path, mon
     upsample(path, tmp_path / "out.tif", model, resume=True, on_tile=lambda *at: tiles.append(at))
     assert not tiles
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.tif", "scene.tif"]
+
+
+def test_features_too_small_for_float16_are_refused(tmp_path):
+    model = upfeat.load(lambda x: torch.nn.functional.avg_pool2d(x, 8) * 1e-8, upsampler="bilinear")
+    path = write(tmp_path / "scene.tif", picture())
+    with pytest.raises(ValueError, match="too small for float16; store them as float32"):
+        upsample(path, tmp_path / "half.zarr", model, Features(3, facts(model)))
+    assert values_of(upsample(path, tmp_path / "whole.zarr", model)).any()

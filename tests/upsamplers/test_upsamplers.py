@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_upsamplers import SMALL
 
 import upfeat
+from upfeat.linear import unit_vectors
 from upfeat.upsamplers import create_upsampler
 
 DETAIL = {
@@ -15,6 +17,31 @@ DETAIL = {
 }
 """Default weights without early layers."""
 UNTRAINED = ["nearest", "bilinear", "bicubic", "joint_bilateral"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+@torch.no_grad()
+def test_features_may_have_any_unit(name):
+    torch.manual_seed(0)
+    upsampler = SMALL[name]().eval()
+    features, guidance = torch.randn(1, 4, 3, 5), torch.randn(1, 3, 24, 40)
+    offset = upsampler(0 * features, guidance)
+    expected = upsampler(features, guidance) - offset
+    if not offset.any():
+        small = upsampler(2.0**-60 * features, guidance) * 2.0**60
+        torch.testing.assert_close(small, expected, rtol=1e-5, atol=1e-5)
+    large = (upsampler(2.0**80 * features, guidance) - offset) * 2.0**-80
+    torch.testing.assert_close(large, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unit_vectors_of_any_unit():
+    vectors = torch.randn(2, 5, 3, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(unit_vectors, (vectors,))
+    vectors = vectors.detach().float()
+    for factor in (1, 2.0**-120, 2.0**120):
+        found = unit_vectors(factor * vectors)
+        assert torch.equal(found, torch.nn.functional.normalize(vectors, dim=1))
+    assert not unit_vectors(torch.zeros(1, 3)).any()
 
 
 def test_jbu_stack_flip_with_symmetric_filters():

@@ -138,7 +138,10 @@ class Maker:
         if extraction.head is not None:
             head = extraction.head
             weight, bias = head.weight.to(lazy.features), head.bias.to(lazy.features)
-            values = lazy.project(weight, bias)[0].to(dtype).cpu().contiguous()
+            values = lazy.project(weight, bias)[0]
+            largest = float(torch.stack(values.aminmax()).abs().max())
+            check_not_too_small("outputs of the head", largest, dtype, "use float32")
+            values = values.to(dtype).cpu().contiguous()
             self._check_range(values)
             return values
         if extraction.kind == "lazy":

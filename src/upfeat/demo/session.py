@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.bounds import number
-from upfeat.feature_map import unit_vectors
 from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone, save_head
 from upfeat.images import read_image
+from upfeat.linear import unit_vectors
 from upfeat.machine import resized
 from upfeat.probes import LinearProbe, Pixels, fit_classifier
 from upfeat.text import TextBackbone
@@ -313,8 +313,7 @@ def _lengths(lazy: UpsampledFeatures) -> Tensor:
 
 def _cosines(features: Tensor, vectors: Tensor) -> Tensor:
     """Compute cosines (K, h, w) of features (C, h, w) with vectors (K, C)."""
-    unit = F.normalize(features.float(), dim=0)
-    return torch.einsum("kc,chw->khw", F.normalize(vectors.float(), dim=1), unit).cpu()
+    return torch.einsum("kc,chw->khw", unit_vectors(vectors), unit_vectors(features, 0)).cpu()
 
 
 def _fit(features: Tensor, targets: Tensor, count: int) -> LinearProbe:

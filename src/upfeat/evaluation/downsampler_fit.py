@@ -23,7 +23,7 @@ from torch import Tensor
 from upfeat.downsamplers import AttentionDownsampler, SimpleDownsampler
 from upfeat.evaluation.data.prepared import PreparedSet
 from upfeat.linear import leading_axes
-from upfeat.losses import SpatialUncertainty, gaussian_reconstruction
+from upfeat.losses import SpatialUncertainty, gaussian_reconstruction, unit_of
 from upfeat.optimisers import LBFGS, NAdam
 
 N_DIRECTIONS = 30
@@ -46,7 +46,8 @@ class Cells:
     """Cells of training views.
 
     Attributes:
-        values: (N, 30, k, k), warped features of each cell's pixels along random directions.
+        values: (N, 30, k, k), warped features of each cell's pixels along random directions, in the
+            unit of :func:`leading_components`.
         leading: (N, D, k, k), leading components of the warped features.
         target: (N, 30), the backbone's features of the cells along the same directions.
         seen: (N, D), leading components of the backbone's features.
@@ -84,14 +85,15 @@ def count_cells(kernel_size: int, n_components: int) -> int:
     return max(1, min(MAX_CELLS, MAX_VALUES // (kernel_size**2 * (N_DIRECTIONS + n_components))))
 
 
-def leading_components(images: PreparedSet) -> Tensor:
-    """Compute the leading principal components of coarse features.
+def leading_components(images: PreparedSet) -> tuple[Tensor, float]:
+    """Compute the leading principal components of coarse features, and the features' unit.
 
     Args:
         images: images of the training split.
 
     Returns:
         (D, C), projections to components of variance 1; D is :data:`N_COMPONENTS`, but at most C.
+        The unit to divide features by before a fit; see :func:`upfeat.losses.unit_of`.
     """
     total, square, count = 0, 0, 0
     for sample in images:
@@ -102,7 +104,9 @@ def leading_components(images: PreparedSet) -> Tensor:
     mean = torch.as_tensor(total) / count
     covariance = torch.as_tensor(square) / count - mean[:, None] * mean
     axes, variances = leading_axes(covariance, N_COMPONENTS)
-    return (axes / variances.clamp(min=1e-12).sqrt()[:, None]).float().to(images.device)
+    unit = unit_of(float(torch.as_tensor(square).diagonal().mean() / count) ** 0.5)
+    deviation = variances.clamp(min=1e-12 * unit**2).sqrt()
+    return (axes / deviation[:, None]).float().to(images.device), unit
 
 
 @torch.no_grad()

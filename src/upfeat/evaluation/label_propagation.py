@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.linear import unit_vectors
 from upfeat.types import Size, Window
 
 CONTEXT = 7
@@ -65,7 +66,7 @@ def to_cells(features: Tensor, grid: Size) -> Tensor:
     Returns:
         (h, w, C).
     """
-    return F.normalize(_means(features, grid), dim=2)
+    return unit_vectors(_means(features, grid), 2)
 
 
 def to_soft(label: Tensor, objects: Tensor, grid: Size) -> Tensor:

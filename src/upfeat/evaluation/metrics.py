@@ -197,7 +197,7 @@ def depth_errors(predicted: Tensor, depth: Tensor) -> Tensor:
     """
     known = torch.isfinite(depth)
     x, y = predicted[known].double(), depth[known].double()
-    tiny = torch.finfo(torch.float32).eps
+    tiny = torch.finfo(x.dtype).tiny
     ratio = torch.maximum(x / y, y / x.clamp(min=tiny))
     sums = ((x - y).square(), (x - y).abs() / y, (ratio < 1.25).double(), torch.ones_like(y))
     return torch.stack([value.sum() for value in sums])

@@ -130,6 +130,7 @@ class ImplicitFeatures(FeatureMap):
         for top, strip in self.strips(size):
             rows = Window(top, 0, strip.shape[1], size[1])
             buffer.write(slice(None), rows, strip[None])
+        buffer.finish()
         return out
 
     def full(self, dtype: torch.dtype | None = None) -> Tensor:

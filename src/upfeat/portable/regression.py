@@ -66,7 +66,8 @@ class Regression(nn.Module):
         """Factors of :func:`upfeat.upsamplers.early.scale_behind`, (…, D, D) -> (…, 1, D)."""
         squares = gram.diagonal(dim1=-2, dim2=-1)
         own, behind = squares[..., : self.width], squares[..., self.width :]
-        ratio = own.mean(-1, keepdim=True) / behind.mean(-1, keepdim=True).clamp(min=1e-20)
+        least = torch.finfo(gram.dtype).tiny
+        ratio = own.mean(-1, keepdim=True) / behind.mean(-1, keepdim=True).clamp(min=least)
         factors = [torch.ones_like(own), (WEIGHT * ratio.sqrt()).expand_as(behind)]
         return torch.cat(factors, dim=-1)[..., None, :]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from upfeat.model import FeatUp
+from upfeat.tensor_checks import check_not_too_small
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.head import Head
 from upfeat.upsamplers.maps import moved, tiles
@@ -111,6 +112,16 @@ class Features(Output):
         self.names = [f"feature {index}" for index in range(embed_dim)]
         self.dtype = np.dtype(dtype)
         self.facts = {**facts, "output": "features", "dtype": dtype}
+
+    def render(self, model: FeatUp, tile: RasterTile) -> Any:
+        """See :meth:`Output.render`.
+
+        Raises:
+            ValueError: the features overflow the type, or are too small for it.
+        """
+        largest, dtype = float(tile.coarse.abs().max()), getattr(torch, self.dtype.name)
+        check_not_too_small("features of a tile", largest, dtype, "store them as float32")
+        return super().render(model, tile)
 
     def _fill(
         self, out: Any, upsampler: Upsampler, kernels: Kernels, mixed: Tensor, window: Window

@@ -13,7 +13,6 @@ The directions of an image are the same for all its views, so that it is upsampl
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from upfeat.losses import (
     magnitude_consistency,
     random_projection,
     total_variation,
+    unit_of,
 )
 from upfeat.normalization import IMAGENET
 from upfeat.randomness import stream
@@ -50,9 +50,6 @@ _LARGEST = 16.0
 """Largest root mean square of an image's features that the uncertainty is given; most backbones'
 is below 10."""
 
-_USUAL = 1 / 16, 16.0
-"""Root mean squares of features that are used as they are; initial values, step sizes and the
-floor of the uncertainty are meant for them."""
 _IMAGE = 8
 
 
@@ -104,11 +101,7 @@ def measure_unit(backbone: Backbone, size: int) -> float:
     small = torch.rand(1, 3, _IMAGE, _IMAGE, generator=stream("image of the unit"))
     image = F.interpolate(small, size=(size, size), mode="bilinear").to(backbone.mean.device)
     features = backbone((image - backbone.mean) / backbone.std).double()
-    rms = float(features.square().mean().sqrt())
-    if not 0 < rms < math.inf:
-        return 1.0
-    # A power of two, division by which is exact.
-    return 2.0 ** round(math.log2(rms / min(max(rms, _USUAL[0]), _USUAL[1])))
+    return unit_of(float(features.square().mean().sqrt()))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from upfeat.backends.cpu.encoder import match_patterns
 from upfeat.bounds import number, whole
+from upfeat.linear import unit_vectors
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import AttentionKernels, relative_window, without_autocast
@@ -140,7 +141,7 @@ class AnyUp(EncodedAttention):
         queries, keys = self.image(
             guidance, grid_size, output_size, self.projection, compiled=compiled, room=room
         )
-        seen = F.normalize(features, dim=1)
+        seen = unit_vectors(features)
         basis = self.features_encoder[0]
         assert isinstance(basis, FeatureBasis)
         if compiled:

@@ -45,19 +45,22 @@ def penalty_factor(behind: int) -> float:
     return max(behind / FEW, 1.0)
 
 
-def scale_behind(inputs: Tensor, first: int) -> Tensor:
+def scale_behind(inputs: Tensor, first: int, size: Tensor) -> Tensor:
     """Compute factors that scale early layers to :data:`WEIGHT` times the spread of the queries.
 
     Args:
         inputs: (B, D + D', N), queries and early layers, each less its mean.
         first: D, the number of channels of the queries.
+        size: (B, 1), mean square of the early layers before their mean was subtracted.
 
     Returns:
         (B, D + D', 1): 1 for the queries, and one common factor for the early layers of an image.
     """
     squares = inputs.square().mean(2, keepdim=True)
     own, behind = squares[:, :first].mean(1), squares[:, first:].mean(1)  # (B, 1)
-    factor = WEIGHT * (own / behind.clamp(min=1e-20)).sqrt()
+    # Bounded in the unit of the early layers, which may be any.
+    least = (1e-20 * size.detach()).clamp(min=torch.finfo(size.dtype).tiny)
+    factor = WEIGHT * (own / behind.maximum(least)).sqrt()
     factors = torch.where(
         torch.arange(inputs.shape[1], device=inputs.device) < first, 1.0, factor.to(inputs.dtype)
     )

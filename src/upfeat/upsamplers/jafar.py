@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from upfeat.backends.cpu import attention as cpu
 from upfeat.bounds import MOST_CHANNELS, whole
+from upfeat.linear import unit_vectors
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import (
@@ -296,7 +297,7 @@ class JAFAR(EncodedAttention):
             compiled=room is not None or self.compiled(guidance, features),
             room=room,
         )
-        seen = self.features_encoder(F.normalize(features, dim=1))
+        seen = self.features_encoder(unit_vectors(features))
         keys = convolve(self.gamma, seen) * group_norm(keys, GROUPS) + convolve(self.beta, seen)
         keys = self.projection.keys(keys)
         return AttentionKernels(

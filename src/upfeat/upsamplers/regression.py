@@ -168,7 +168,8 @@ class ImageRegression:
             inputs = (cut(seen, inside(cells, outer)) - mean).flatten(2)  # (B, D, N)
             factors = None
             if self.behind:
-                factors = scale_behind(inputs, inputs.shape[1] - self.behind)
+                size = seen[:, -self.behind :].square().mean((1, 2, 3))[:, None]
+                factors = scale_behind(inputs, inputs.shape[1] - self.behind, size)
                 inputs = factors * inputs
             gram = inputs @ inputs.mT
             # The constant keeps the matrix positive definite for images without colour or texture.

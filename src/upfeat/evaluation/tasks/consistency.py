@@ -10,6 +10,7 @@ the backbone's features of the jittered image. The protocol is the downsampler:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -103,9 +104,9 @@ class Consistency(Task):
         config: EvalConfig,
         on_step: OnStep | None = None,
     ) -> None:
-        """See :meth:`Task.__init__`; computes the features' principal components."""
+        """See :meth:`Task.__init__`; computes the features' principal components and unit."""
         super().__init__(parts, dataset, backbone, config, on_step)
-        self.leading = leading_components(self.train)  # (D, C)
+        self.leading, self.unit = leading_components(self.train)  # (D, C)
 
     @torch.no_grad()
     def rows(self, label: str, method: Method) -> list[Row]:
@@ -152,14 +153,18 @@ class Consistency(Task):
         """
         sums = torch.zeros(len(fitted), len(_SUMS), dtype=torch.float64)
         grid = (seen.shape[2], seen.shape[3])
-        for index, shown in enumerate(seen.split(1)):
+        centre = centre / self.unit
+        for index, (view, shown) in enumerate(
+            zip(seen.split(1), (seen / self.unit).split(1), strict=True)
+        ):
             warped = apply_jitter(upsampled, views[index])
             variance = (shown - shown.mean((2, 3), keepdim=True)).square().mean()
             for row, each in zip(sums, fitted, strict=True):
-                guess = each.downsampler(warped, grid)
+                guess = each.downsampler(warped, grid) / self.unit
                 squared = (guess - shown).square()
                 cosine = F.cosine_similarity(guess - centre, shown - centre, dim=1).mean()
-                likelihood = gaussian_reconstruction(guess, shown, each.uncertainty(shown))
+                likelihood = gaussian_reconstruction(guess, shown, each.uncertainty(view))
+                likelihood = likelihood + math.log(self.unit)
                 row += torch.stack([squared.mean(), variance, cosine, likelihood]).cpu().double()
         return sums
 
@@ -191,7 +196,9 @@ class Consistency(Task):
             random_projection(len(sample.features), N_DIRECTIONS, generator=generator).T
             for generator in generators
         ]
-        rows = torch.cat([self.leading, *(each.to(self.leading) for each in directions)])
+        rows = torch.cat(
+            [self.leading, *(each.to(self.leading) / self.unit for each in directions)]
+        )
         grid = (sample.features.shape[1], sample.features.shape[2])
         maps = method(sample).project(rows)  # D + 30 S outputs
         n_views = -(-N_FIT_IMAGES // len(self.train))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone
@@ -35,6 +34,7 @@ from upfeat.evaluation.differences import pack_sums
 from upfeat.evaluation.methods import Method
 from upfeat.evaluation.results import Row
 from upfeat.evaluation.task import DRIFT, Score, Task
+from upfeat.linear import unit_vectors
 from upfeat.types import Size
 
 ALPHAS = {"pck_0.1": 0.1, "pck_0.05": 0.05, "pck_0.01": 0.01}
@@ -127,7 +127,7 @@ class Correspondence(Task):
         for done, (target, places) in enumerate(groups.items()):
             self.on_step(f"{label}: targets", done, len(groups))
             sample = self.test[self.places[target]]
-            upsampled = F.normalize(method(sample).full()[0], dim=0, eps=1e-8)
+            upsampled = unit_vectors(method(sample).full()[0], 0)
             for place in places:
                 pair = self.pairs[place]
                 queries = torch.stack([described[pair.source][one] for one in pair.source_points])
@@ -193,7 +193,7 @@ def find_pixels(directions: Tensor, queries: Tensor) -> Tensor:
     """
     width = directions.shape[2]
     found = []
-    for part in F.normalize(queries, dim=1, eps=1e-8).split(_AT_ONCE):
+    for part in unit_vectors(queries).split(_AT_ONCE):
         cosines = part @ directions.flatten(1)  # (n, H·W)
         best = cosines.amax(1, keepdim=True)
         for mask in cosines >= best - _TIE:
