@@ -103,7 +103,7 @@ def test_equal_content_is_equal_bytes_for_every_process(tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("dtype", storage._DTYPES)
+@pytest.mark.parametrize("dtype", storage.DTYPES)
 def test_every_type_comes_back_through_the_library(tmp_path, dtype):
     from safetensors.torch import load_file
 

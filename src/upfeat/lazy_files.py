@@ -19,7 +19,7 @@ from upfeat._version import __version__
 from upfeat.bounds import number
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
-from upfeat.tensor_checks import check_values, read_layouts
+from upfeat.tensor_checks import all_finite, check_values, read_layouts
 from upfeat.types import Size
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.blueprint import build
@@ -75,8 +75,7 @@ def write_parts(
     features, guidance = parts.features.detach(), parts.guidance.detach()
     hidden = {} if parts.hidden is None else {"hidden": parts.hidden.detach()}
     for name, tensor in (("features", features), ("guidance", guidance), *hidden.items()):
-        # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole tensor.
-        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
+        if not all_finite(tensor):
             raise ValueError(f"{name} holds NaN or infinity; nothing is written")
     tensors = {"features": features, "guidance": guidance, **hidden}
     if not exact:

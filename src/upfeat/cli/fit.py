@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from upfeat.cli.console import Plan
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, FitProgress, OnFit
-    from upfeat.outputs import Photo
+    from upfeat.photo_search import Photo
 
 HELP = "Fit implicit features to photographs; write small files to render at any resolution."
 EXAMPLE = (
