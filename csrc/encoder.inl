@@ -27,12 +27,13 @@ alignas(64) static const int32_t kRoots[32] = {
 
 // Replaces x by x / (1 + e^-x), in kCount vectors, one operation in all of them at a time, as each
 // waits for the one before. With AVX-512, the power is a number from a table, whose exponent is
-// changed, times a short polynomial, and an approximate reciprocal of 14 bits is refined to twice as
-// many: multiply-adds take time from the products, and a division takes four times as long.
+// changed, times a short polynomial, and an approximate reciprocal of 14 bits is refined to twice
+// as many: multiply-adds take time from the products, and a division takes four times as long.
 template <int kCount>
 UPFEAT_INLINE void silu(Vec* x) {
 #if defined(__AVX512F__)
-  const __m512 first = _mm512_castsi512_ps(_mm512_load_si512(kRoots)), second = _mm512_castsi512_ps(_mm512_load_si512(kRoots + 16));
+  const __m512 first = _mm512_castsi512_ps(_mm512_load_si512(kRoots));
+  const __m512 second = _mm512_castsi512_ps(_mm512_load_si512(kRoots + 16));
   const Vec magic = splat(393216.0f);  // 1.5 * 2^18: adding it rounds to a multiple of 1/32
   Vec shifted[kCount], below[kCount], guess[kCount];
   UPFEAT_UNROLL

@@ -126,8 +126,8 @@ static void grad_attend_task(void* context, int64_t task, int worker) {
     for (int64_t tile = 0; tile < job.columns->tiles; ++tile) {
       make_products(job, products, batch, group, tile);
       read_tile(whole.grad, batch, 2 * group, tile * kTile, grad);
-      attend_tile_backward(*whole.attention, tile_place(*job.rows, *job.columns, group, tile), products.taps, grad,
-                           weights, partial);
+      attend_tile_backward(*whole.attention, tile_place(*job.rows, *job.columns, group, tile),
+                           products.taps, grad, weights, partial);
       write_tile(job.weights, batch, 2 * group, tile * kTile, products.taps);
     }
   }
@@ -371,7 +371,9 @@ static void add_columns(const NeighbourhoodJob& job, const float* from, float* s
       const int64_t cell = columns.own[x];
       float sum[kTogether] = {};
       for (; x < columns.out && columns.own[x] == cell; ++x) {
-        for (int i = 0; i < kTogether; ++i) sum[i] += from[(i < count ? line + i : line) * pitch + x];
+        for (int i = 0; i < kTogether; ++i) {
+          sum[i] += from[(i < count ? line + i : line) * pitch + x];
+        }
       }
       for (int64_t i = 0; i < count; ++i) sums[(line + i) * across + cell - left] = sum[i];
     }
@@ -407,7 +409,9 @@ static void neighbourhood_task(void* context, int64_t task, int worker) {
       if (what.out) sum_tile(job, scratch, batch, group, tile);
     }
   }
-  if (what.means) add_columns(job, scratch.columns, job.sums + task * job.slots * taps * what.means->size[3]);
+  if (what.means) {
+    add_columns(job, scratch.columns, job.sums + task * job.slots * taps * what.means->size[3]);
+  }
   if (job.streamed) fence_streams();
 }
 
@@ -466,13 +470,15 @@ static int attend(const Runtime& runtime, const Neighbourhood& what, const Axis&
     const int64_t size = smaller(kMeanGroups, rows.groups);
     job.chunks = Chunks{rows.groups, size, (rows.groups + size - 1) / size};
     for (int64_t y = 0; y < rows.out; y += 2 * size) {
-      job.slots = larger(job.slots, rows.own[smaller(y + 2 * size, rows.out) - 1] - rows.own[y] + 1);
+      const int64_t last = rows.own[smaller(y + 2 * size, rows.out) - 1];
+      job.slots = larger(job.slots, last - rows.own[y] + 1);
     }
     floats = batches * job.chunks.count * job.slots * what.means->size[1] * what.means->size[3];
   }
   place_neighbourhood(job, reinterpret_cast<char*>(&job), &job.worker_bytes);  // measures only
   if (what.means) {
-    job.worker_bytes = larger(job.worker_bytes, rounded(what.means->size[1] * what.means->size[3] * 4));
+    const int64_t line_bytes = rounded(what.means->size[1] * what.means->size[3] * 4);
+    job.worker_bytes = larger(job.worker_bytes, line_bytes);
   }
   job.scratch = static_cast<char*>(runtime.allocate(job.worker_bytes * runtime.workers));
   job.sums = static_cast<float*>(runtime.allocate(floats * 4));

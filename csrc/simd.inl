@@ -185,9 +185,9 @@ UPFEAT_INLINE void powers_of_two(const Vec* x, Vec* powers) {
 }
 #endif
 
-// e^x for x <= 0 in kCount vectors, for weights relative to the largest; NaN stays NaN. Below 2^-100,
-// a weight is 0: it would change no digit of a weighted mean, and as a denormal number, which it
-// could become when it is normalised, it would take a hundred times as long.
+// e^x for x <= 0 in kCount vectors, for weights relative to the largest; NaN stays NaN. Below
+// 2^-100, a weight is 0: it would change no digit of a weighted mean, and as a denormal number,
+// which it could become when it is normalised, it would take a hundred times as long.
 constexpr float kFaint = -69.3147181f;
 template <int kCount>
 UPFEAT_INLINE void falling_exps(Vec* x) {
