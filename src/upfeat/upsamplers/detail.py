@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
 from upfeat.upsamplers.bands import even_bands
-from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, cells_of_pixels
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
 from upfeat.upsamplers.checks import check_precision
 from upfeat.upsamplers.detail_kernels import DetailKernels
 from upfeat.upsamplers.detail_network import DetailMaps, DetailNetwork
 from upfeat.upsamplers.head import Head, Headed, apply_head
 from upfeat.upsamplers.maps import Map
-from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler
+from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler, cells_of_pixels
 from upfeat.upsamplers.queries import CellMeans, Coarser, Queries, Units
 from upfeat.upsamplers.regression import STEP, ImageRegression
 from upfeat.upsamplers.saved import load_named
