@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.bounds import whole
-from upfeat.features import require_upsampler
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
 from upfeat.registry import unknown_name
 from upfeat.types import Size
 from upfeat.upsamplers import Upsampler
+from upfeat.upsamplers.pretrained import require_upsampler
 
 Guidance = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 """Function from a network's positional and keyword arguments to the image, (B, 3, H, W)."""

@@ -24,6 +24,7 @@ from upfeat.types import Size
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.blueprint import build
 from upfeat.upsamplers.checks import check_output_size
+from upfeat.upsamplers.pretrained import require_upsampler
 
 FORMAT = "upfeat-lazy-features-1"
 """Name of the format, in the metadata of every file."""
@@ -239,13 +240,9 @@ def _upsampler(path: str | Path, facts: dict[str, str], given: Upsampler | None)
         raise ValueError(f"{path}: damaged: does not say which upsampler made it")
     if given is None and weights == "none" and name in UPSAMPLERS:
         given = build(UPSAMPLERS[name], config, f"{path}: upsampler").eval()
-    if given is not None and not isinstance(given, Upsampler):
-        raise TypeError(
-            f"upsampler is of type {type(given).__name__}; give an Upsampler, as "
-            "upfeat.load_upsampler(name) returns it"
-        )
     if given is None:
         raise ValueError(f"{path}: made by a {name[:60]} with weights; give it as upsampler=")
+    require_upsampler(given)
     if given.name != name:
         raise ValueError(
             f"{path}: made by a {name[:60]}, and {given.name} was given; give the one "
