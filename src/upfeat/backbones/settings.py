@@ -40,7 +40,7 @@ class Settings(NamedTuple):
     patch_size: int = 1
     """Pixels; the sides of images must be multiples of this number."""
     blue_first: bool = False
-    """Whether the model takes blue, green, red. Mean and deviation are of red, green, blue."""
+    """Reversed channels: blue, green, red. Mean and deviation are of red, green, blue."""
 
     def for_channels(self, channels: int) -> Settings:
         """Return settings for images of ``channels`` bands.
