@@ -23,7 +23,7 @@ import upfeat
 from upfeat.implicit.features import resize_image
 from upfeat.implicit.fit import FitConfig, fit_guidance
 from upfeat.implicit.observe import Observer
-from upfeat.outputs import Photo, find_photographs
+from upfeat.photo_search import Photo, find_photographs
 from upfeat.upsamplers.pretrained import create_upsampler
 
 DEFAULT = ["bilinear", "bicubic", "joint_bilateral"]

@@ -26,7 +26,7 @@ from upfeat.implicit.features import ImplicitFeatures, resize_image
 from upfeat.implicit.fit import FitConfig, fit_implicit
 from upfeat.implicit.observe import Observer, feature_basis
 from upfeat.implicit.published import create_network_fit, train_network
-from upfeat.outputs import Photo, find_photographs
+from upfeat.photo_search import Photo, find_photographs
 from upfeat.randomness import stream
 from upfeat.views import sample_jitters
 

@@ -216,8 +216,8 @@ UPFEAT_INLINE void lane_sums_of(int units, const float* const* values, int64_t c
   }
 }
 
-// Writes `units` vectors of pixels of kLanePlanes channels to `places`, which are those of channel 0;
-// `wide` pixels of each are inside.
+// Writes `units` vectors of pixels of kLanePlanes channels to `places`, which are those of channel
+// 0; `wide` pixels of each are inside.
 static void write_lanes(const WindowJob& job, int64_t channel, int units, float* const* places,
                         const int64_t* wide, const float* sums) {
   const UpfeatTensor& out = *job.attention.out;

@@ -233,8 +233,8 @@ struct StoreRows {
   }
 };
 
-// Multiplies four rows, `pitch` floats apart, with a panel of kBlock vectors, and gives the products
-// to `results`, with their row and column.
+// Multiplies four rows, `pitch` floats apart, with a panel of kBlock vectors, and gives the
+// products to `results`, with their row and column.
 template <int kBlock, typename Results>
 UPFEAT_APART void multiply_panel(const float* left, int64_t pitch, int64_t inputs,
                                  const float* panel, Ahead ahead, const Results& results,

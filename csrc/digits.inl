@@ -1,5 +1,5 @@
-// Products of strips of 32 rows with a matrix of weights, in integers, for encoders on machines with
-// AMX.
+// Products of strips of 32 rows with a matrix of weights, in integers, for encoders on machines
+// with AMX.
 //
 // Every row is scaled by its largest number and rounded to 24 bits, which are three signed digits
 // of 8 bits; so is every column of the weights. Of the nine products of digits, those that count
@@ -28,7 +28,9 @@ UPFEAT_INLINE int64_t digit_part(int64_t inputs) {
 }
 UPFEAT_INLINE int64_t digit_left_bytes(int64_t inputs) { return kDigits * digit_part(inputs); }
 // Right operands: (width / 32, kDigits, blocks, 2, 16, 16, 4) bytes.
-UPFEAT_INLINE int64_t digit_pair_bytes(int64_t inputs) { return kDigits * digit_blocks(inputs) * 2048; }
+UPFEAT_INLINE int64_t digit_pair_bytes(int64_t inputs) {
+  return kDigits * digit_blocks(inputs) * 2048;
+}
 UPFEAT_INLINE int64_t digit_right_bytes(int64_t inputs, int64_t width) {
   return (width + 31) / 32 * digit_pair_bytes(inputs);
 }
@@ -88,8 +90,8 @@ struct DigitRow {
 };
 
 // Packs a right operand. row(k) returns the `width` floats of input k, which are multiplied by
-// inputs[k] and by columns[n]. A tile's rows contain inputs 16 j + 4 l to 16 j + 4 l + 3 at 4 l + j,
-// as put_digits orders them.
+// inputs[k] and by columns[n]. A tile's rows contain inputs 16 j + 4 l to 16 j + 4 l + 3
+// at 4 l + j, as put_digits orders them.
 template <typename Rows>
 static void pack_digits(Rows row, int64_t inputs, int64_t width, const float* factors,
                         const float* columns, char* right) {

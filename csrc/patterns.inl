@@ -11,8 +11,8 @@ struct PatternJob {
   int64_t worker_bytes, rows, width;  // rows: channels in fours; width: patterns in whole vectors
 };
 
-// Computes a softmax of `share` times the numbers, (count, channels), down the columns from c on, in
-// kCount vectors, and adds it, less 1 / count, to `sums`, (count, kLanes). `powers` has room for
+// Computes a softmax of `share` times the numbers, (count, channels), down the columns from c on,
+// in kCount vectors, and adds it, less 1 / count, to `sums`, (count, kLanes). `powers` has room for
 // (count, kCount) vectors. Lanes past the row's end belong to the next row, and are not added.
 template <int kCount>
 UPFEAT_INLINE void softmax_columns(const float* numbers, int64_t count, int64_t channels, int64_t c,

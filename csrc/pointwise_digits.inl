@@ -1,11 +1,11 @@
-// 1x1 convolutions in integers (digits.inl). While a strip is multiplied, the pixels of the next one
-// are prepared, and the outputs that were multiplied before are written: a few vectors of either
-// between products of tiles, which take as long.
+// 1x1 convolutions in integers (digits.inl). While a strip is multiplied, the pixels of the next
+// one are prepared, and the outputs that were multiplied before are written: a few vectors of
+// either between products of tiles, which take as long.
 
 #if defined(__AMX_INT8__)
 
-// Prepares the pixels of a strip, and writes them as a left operand, 64 channels per step. A pixel's
-// digits are written in the last step, as its largest channel must be known.
+// Prepares the pixels of a strip, and writes them as a left operand, 64 channels per step. A
+// pixel's digits are written in the last step, as its largest channel must be known.
 struct DigitIntake {
   const LayerJob& job;
   int64_t batch;

@@ -32,7 +32,8 @@ bool has_amx() {
   return true;
 #else
   constexpr int kAskForState = 0x1023, kTileData = 18;
-  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // products of bfloat16; tiles; bytes
+  // Products of bfloat16, tiles, products of bytes.
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) return false;
   return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 #endif

@@ -174,7 +174,7 @@ typedef struct {
   const float* shift;   // (B, in_pitch) or null
   const float* rotate_rows;     // (H, 2, inputs): cosines and sines of angles; or null
   const float* rotate_columns;  // (W, 2, inputs): the angles of a pixel are the sum of both
-  const double* sums;   // (B, sum_groups, 2): sums of x over groups of channels, and of its squares,
+  const double* sums;   // (B, sum_groups, 2): sums of x over groups of channels, and of x^2,
                         // from which scale and shift are computed as a group norm's; or null
   const float* gain;    // (inputs,), the group norm's weights; or null
   const float* offset;  // (inputs,), its biases; or null
@@ -192,7 +192,8 @@ typedef struct {
 } UpfeatLayer;
 
 // Packs `weight` of a layer for upfeat_layer_forward, as matrices in the order in which they are
-// read. `bytes` is the size of `packed`; if `packed` is null, `bytes` receives the size that is needed.
+// read. `bytes` is the size of `packed`; if `packed` is null, `bytes` receives the size that is
+// needed.
 UPFEAT_API int upfeat_layer_pack(const UpfeatLayer* layer, void* packed, int64_t* bytes, int isa,
                                  int threads);
 // Computes out (B,O,H,W) from x (B,I,H,W), and adds a residual unless it is null; `out` may be the

@@ -12,8 +12,9 @@ constexpr double kTapFactors[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.
 
 constexpr int kWinogradPixels = 4;
 // Along each axis, the taps and the pixels are polynomials, which are multiplied at the points 0,
-// kInner, -kInner, kOuter, -kOuter and infinity. Of the points whose powers are exact in float32, these
-// have the least rounding errors: a relative error of 1e-6, half of that with 0, 1, -1, 2, -2.
+// kInner, -kInner, kOuter, -kOuter and infinity. Of the points whose powers are exact in float32,
+// these have the least rounding errors: a relative error of 1e-6, half of that with
+// 0, 1, -1, 2, -2.
 constexpr float kInner = 0.625f, kOuter = 1.5f;
 constexpr float kInner2 = kInner * kInner, kOuter2 = kOuter * kOuter;
 constexpr double kZero = 1 / (double{kInner2} * double{kOuter2});
@@ -132,8 +133,8 @@ static void winograd_row(const LayerJob& job, const WinogradScratch& s, int64_t 
   }
 }
 
-// Evaluates pixels at the points kInner and -kInner, or kOuter and -kOuter; `other2` is the square of the
-// point that is left out.
+// Evaluates pixels at the points kInner and -kInner, or kOuter and -kOuter; `other2` is the square
+// of the point that is left out.
 UPFEAT_INLINE void at_points(const Vec* pixels, float point, float other2, Vec* plus, Vec* minus) {
   const Vec even = pixels[4] - pixels[2] * other2;
   const Vec odd = pixels[3] - pixels[1] * other2;
@@ -165,8 +166,8 @@ UPFEAT_APART void winograd_inputs(const LayerJob& job, const WinogradScratch& s,
         if (kRows == 1) {
           down[0][j] = at_end(column + kPoint / 5);
         } else {
-          at_points(column, kPoint == 1 ? kInner : kOuter, kPoint == 1 ? kOuter2 : kInner2, &down[0][j],
-                    &down[kRows - 1][j]);
+          at_points(column, kPoint == 1 ? kInner : kOuter, kPoint == 1 ? kOuter2 : kInner2,
+                    &down[0][j], &down[kRows - 1][j]);
         }
       }
       UPFEAT_UNROLL
@@ -191,7 +192,8 @@ UPFEAT_INLINE void from_points(const Vec* m, Vec* pixels) {
   pixels[0] = m[0] + inner_sum + outer_sum;
   pixels[1] = inner_difference * kInner + outer_difference * kOuter;
   pixels[2] = inner_sum * kInner2 + outer_sum * kOuter2;
-  pixels[3] = inner_difference * (kInner2 * kInner) + (outer_difference * (kOuter2 * kOuter) + m[5]);
+  pixels[3] =
+      inner_difference * (kInner2 * kInner) + (outer_difference * (kOuter2 * kOuter) + m[5]);
 }
 
 // Computes the pixels of all tiles, (kWinogradPixels, kWinogradColumns, out_width).

@@ -3,8 +3,8 @@
 
 #if defined(__AMX_INT8__)
 
-// Number of floats from one transformed matrix to the next; with a power of two, all would fall into
-// one set of the cache.
+// Number of floats from one transformed matrix to the next; with a power of two, all would fall
+// into one set of the cache.
 UPFEAT_INLINE int64_t winograd_step(const Layer& layer) { return layer.inputs * layer.pitch + 16; }
 
 struct WinogradScratch {
@@ -40,8 +40,8 @@ static int64_t winograd_scratch(const LayerJob& job, char* at, WinogradScratch* 
   return used;
 }
 
-// Prepares columns x - 1 to x + 2 * kWinogradTiles of two rows, and transforms them and the two rows
-// before: a step prepares two pixels, or computes a row of four operands.
+// Prepares columns x - 1 to x + 2 * kWinogradTiles of two rows, and transforms them and the two
+// rows before: a step prepares two pixels, or computes a row of four operands.
 struct TileIntake {
   const LayerJob& job;
   const WinogradScratch& s;
@@ -74,7 +74,8 @@ struct TileIntake {
     return s.ring + (row + 1) % 4 * kLineColumns * job.in_width;
   }
 
-  // Prepares columns 2 * part and 2 * part + 1 of a line; in the last part, those that are mirrored.
+  // Prepares columns 2 * part and 2 * part + 1 of a line; in the last part, those that are
+  // mirrored.
   UPFEAT_MEMBER void prepare(int64_t row, int64_t part) {
     const UpfeatTensor& image = *job.layer.x;
     const int64_t width = job.in_width, from = mirrored(row, image.size[2], job.layer.reflect);

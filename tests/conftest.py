@@ -15,6 +15,14 @@ def _one_draw():
 
 
 @pytest.fixture
+def threads():
+    """Set the number of threads; the old one comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def held(monkeypatch):
     """Bytes that this process is said to hold: what it does hold, earlier tests decide."""
     monkeypatch.setattr(machine, "resident_memory", lambda: 10**9)

@@ -19,6 +19,7 @@ from fractions import Fraction
 from importlib.util import find_spec
 from pathlib import Path
 
+import jbu_reference
 import numpy as np
 import torch
 from PIL import Image
@@ -97,7 +98,7 @@ def furnish(folder: Path) -> None:
     cat.resize((80, 64)).save(folder / "photos" / "photo.jpg")
     _write_head(folder / "head.safetensors")
     _write_clip(cat, folder / "clip.mp4")
-    torch.save(_published_state(), folder / "published.ckpt")
+    torch.save(jbu_reference.published_state(), folder / "published.ckpt")
     torch.save(published_state(upfeat.NAF()), folder / "naf_release.pth")
 
 
@@ -115,27 +116,3 @@ def _write_clip(image: Image.Image, path: Path) -> None:
     with VideoWriter(path, Fraction(10)) as writer:
         for left in (0, 8, 16):
             writer.add(np.asarray(image.crop((left, 0, left + 320, 256)).resize((80, 64))), None)
-
-
-def _published_state(embed_dim: int = 6) -> dict[str, dict[str, torch.Tensor]]:
-    """What a published checkpoint holds, in small."""
-    shapes = {
-        "range_temp": (),
-        "sigma_spatial": (),
-        "range_proj.0.weight": (32, 3, 1, 1),
-        "range_proj.0.bias": (32,),
-        "range_proj.3.weight": (32, 32, 1, 1),
-        "range_proj.3.bias": (32,),
-        "fixup_proj.0.weight": (49, 52, 1, 1),
-        "fixup_proj.0.bias": (49,),
-        "fixup_proj.3.weight": (49, 49, 1, 1),
-        "fixup_proj.3.bias": (49,),
-    }
-    state = {
-        f"upsampler.up{stage}.{name}": torch.ones(shape)
-        for stage in range(1, 5)
-        for name, shape in shapes.items()
-    }
-    state["upsampler.fixup_proj.1.weight"] = torch.eye(embed_dim)[:, :, None, None]
-    state["upsampler.fixup_proj.1.bias"] = torch.zeros(embed_dim)
-    return {"state_dict": state}

@@ -32,3 +32,12 @@ def refuses(call, name, kinds=(), **options):
         assert name in message, (value, message)
         assert "\n" not in message, value
         assert len(message) < 400, value
+
+
+def fault(function, **arguments):
+    """The message of the ``ValueError`` that a call raises; ``None`` without one."""
+    try:
+        function(**arguments)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -20,30 +20,26 @@ def photo(tmp_path):
     return path
 
 
-def test_a_bound_changes_no_byte(tmp_path, photo, monkeypatch, held):
+def test_a_bound_changes_no_byte(tmp_path, photo, monkeypatch, held, threads):
     """The backbone works in tiles, and the files are the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # several split small convolutions otherwise than large ones
-    try:
-        assert main(["run", str(photo), "-o", str(tmp_path / "free")]) == 0
-        seen = []
-        from upfeat import activations, mosaic
+    threads(1)  # several split small convolutions otherwise than large ones
+    assert main(["run", str(photo), "-o", str(tmp_path / "free")]) == 0
+    seen = []
+    from upfeat import activations, mosaic
 
-        tiles = mosaic._tile_within
+    tiles = mosaic._tile_within
 
-        def note(*args, **named):
-            seen.append(1)
-            return tiles(*args, **named)
+    def note(*args, **named):
+        seen.append(1)
+        return tiles(*args, **named)
 
-        monkeypatch.setattr(mosaic, "_tile_within", note)
-        # Enough for tiles with their halo, not for the whole.
-        working = 0.6e6 * activations.activation_bytes(upfeat.load().backbone, early=True)
-        monkeypatch.setattr(run, "_STRIPS", 0)
-        bound = held + int(working)
-        arguments = ["run", str(photo), "-o", str(tmp_path / "tight"), "--max-memory", str(bound)]
-        assert main(arguments) == 0
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(mosaic, "_tile_within", note)
+    # Enough for tiles with their halo, not for the whole.
+    working = 0.6e6 * activations.activation_bytes(upfeat.load().backbone, early=True)
+    monkeypatch.setattr(run, "_STRIPS", 0)
+    bound = held + int(working)
+    arguments = ["run", str(photo), "-o", str(tmp_path / "tight"), "--max-memory", str(bound)]
+    assert main(arguments) == 0
     assert seen
     for name in ("photo.safetensors", "photo.features.png"):
         assert (tmp_path / "free" / name).read_bytes() == (tmp_path / "tight" / name).read_bytes()

@@ -12,12 +12,9 @@ UPSAMPLERS = ["bilinear", "bicubic", "joint_bilateral", "neighbourhood", "detail
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(threads):
     """Several threads split sums of small matrices otherwise than of large ones."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    threads(1)
 
 
 def make_lazy(upsampler, size=(144, 176), channels=20, batch=1):

@@ -8,19 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
+from upfeat.array_files import create_array
 from upfeat.marks import FEATURES, PICTURE, encode_picture, kind_of
 from upfeat.outputs import (
     Inputs,
     Outputs,
     check_output,
     digest,
-    find_photographs,
     is_done,
     plan_outputs,
-    search,
     watched,
 )
-from upfeat.storage import create_array, write_bytes, write_tensors
+from upfeat.photo_search import find_photographs, search
+from upfeat.storage import write_bytes, write_tensors
 
 
 @pytest.fixture

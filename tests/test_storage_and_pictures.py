@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from upfeat import storage
+from upfeat import array_files, storage
 from upfeat.storage import read_tensors, replacing, sweep, write_bytes, write_tensors
 from upfeat.visualize import PCABasis, class_colours, comparison, side_by_side, to_image
 
@@ -103,7 +103,7 @@ def test_equal_content_is_equal_bytes_for_every_process(tmp_path):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-@pytest.mark.parametrize("dtype", storage._DTYPES)
+@pytest.mark.parametrize("dtype", storage.DTYPES)
 def test_every_type_comes_back_through_the_library(tmp_path, dtype):
     from safetensors.torch import load_file
 
@@ -127,7 +127,7 @@ def test_types_that_the_format_lacks(tmp_path):
 @pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
 def test_arrays_are_written_by_rows(tmp_path, suffix):
     path, values = tmp_path / f"x{suffix}", np.random.rand(3, 5, 4).astype(np.float32)  # noqa: NPY002
-    with storage.create_array(path, values.shape, "float32", {"format": "x"}) as array:
+    with array_files.create_array(path, values.shape, "float32", {"format": "x"}) as array:
         array.write_rows(3, values[:, 3:])
         array.write_rows(0, values[:, :3])
     found = np.load(path) if suffix == ".npy" else read_tensors(path)[0]["features"].numpy()
@@ -152,7 +152,7 @@ def _limited(call, path):
 
 
 def _fill_array(path):
-    with storage.create_array(path, (3, 200, 200), "float32", {}) as array:
+    with array_files.create_array(path, (3, 200, 200), "float32", {}) as array:
         array.write_rows(0, np.zeros((3, 200, 200), np.float32))
 
 

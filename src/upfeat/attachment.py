@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from upfeat.bounds import whole
-from upfeat.features import require_upsampler
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
 from upfeat.registry import unknown_name
 from upfeat.types import Size
 from upfeat.upsamplers import Upsampler
+from upfeat.upsamplers.pretrained import require_upsampler
 
 Guidance = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 """Function from a network's positional and keyword arguments to the image, (B, 3, H, W)."""
@@ -231,13 +231,10 @@ class Attachment:
                 f"the layer to upsample behind returned {found}, not features (B, C, h, w); choose "
                 "a layer that does, or one that the tokens are reshaped by"
             )
-        image = self._guidance_of(image)
+        image = self.upsampler.guidance_from(image, self)
         size = -(-image.shape[2] // self.stride), -(-image.shape[3] // self.stride)
-        before = features.shape[2:]
-        self._ratios[thread] = (
-            max(round(size[0] / before[0]), 1),
-            max(round(size[1] / before[1]), 1),
-        )
+        rows, columns = (max(round(size[axis] / features.shape[2 + axis]), 1) for axis in (0, 1))
+        self._ratios[thread] = rows, columns
         hidden = self._layers[thread][-1]
         if self.early is not None and (hidden is None or hidden.dim() != 4):
             kind = "no map" if hidden is None else f"{tuple(hidden.shape)}"
@@ -247,12 +244,6 @@ class Attachment:
             )
         return self._apply(features, image, size, hidden)
 
-    def _guidance_of(self, image: Tensor) -> Tensor:
-        own = self.upsampler.normalization
-        if own is None or image.shape[1] != 3:
-            return image
-        return self.normalization.convert(image, own)
-
     def _apply(self, features: Tensor, image: Tensor, size: Size, hidden: Tensor | None) -> Tensor:
         """Upsample in the precision of the upsampler's weights, on the features' device."""
         weight = next(self.upsampler.parameters(), features)
@@ -261,13 +252,8 @@ class Attachment:
         if weight.device == features.device:
             return self.upsampler(*inputs, **seen).to(features.dtype)
         # A replica on another device gets copies of the weights; gradients flow to the originals.
-        moved = {
-            name: value.to(features.device)
-            for name, value in (
-                *self.upsampler.named_parameters(),
-                *self.upsampler.named_buffers(),
-            )
-        }
+        weights = (*self.upsampler.named_parameters(), *self.upsampler.named_buffers())
+        moved = {name: value.to(features.device) for name, value in weights}
         with self._lock:  # functional_call replaces the module's own weights during the call
             out = torch.func.functional_call(self.upsampler, moved, inputs, seen)
         return out.to(features.dtype)

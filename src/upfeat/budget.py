@@ -10,7 +10,6 @@ import math
 import mmap
 from collections.abc import Iterator
 from contextlib import suppress
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +19,12 @@ from torch import Tensor
 from upfeat import machine
 from upfeat.machine import readable
 from upfeat.operator_checks import FLOATS
-from upfeat.tensor_checks import check_not_too_small
+from upfeat.tensor_checks import all_finite, check_not_too_small
 from upfeat.types import Size, Window, times
 from upfeat.upsamplers import Kernels, Upsampler
 from upfeat.upsamplers.checks import check_apart, overlaps_itself
 from upfeat.upsamplers.head import Head, add_offset, apply_head
-from upfeat.upsamplers.maps import WHOLE, Map
+from upfeat.upsamplers.maps import WHOLE, Map, windows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -102,11 +101,10 @@ class Buffer:
         rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
         place = self._tensor[:, channels, rows, columns]
         place.copy_(values)
-        # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole part.
         narrow = torch.finfo(self.dtype).max < torch.finfo(values.dtype).max
         if narrow and self.dtype is torch.float16:
             self.largest = max(self.largest, *(abs(float(one)) for one in values.aminmax()))
-        if narrow and not bool(torch.isfinite(torch.stack(place.aminmax())).all()):
+        if narrow and not all_finite(place):
             raise ValueError(f"the map overflows {self.dtype}; use bfloat16 or float32")
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
             # Release written pages, which would count as memory of this process.
@@ -170,7 +168,7 @@ def plan_windows(shape: Sequence[int], size: Size, free: float, held: float) -> 
         area = batch * min(rows, height) * min(columns, width)
         needed = held + kept + area * (2 * 4 * channels + _A_PIXEL)
         if needed <= free:
-            return _windows((height, width), rows, columns)
+            return windows((height, width), rows, columns)
     raise _too_little(shape, free, needed, held)
 
 
@@ -188,12 +186,6 @@ def plan_blocks(shape: Sequence[int], free: float, held: float) -> Iterator[slic
             last = max(channels - block, 0)
             return (slice(at, at + block) for at in (*range(0, last, block), last))
     raise _too_little(shape, free, needed, held)
-
-
-def _windows(size: Size, rows: int, columns: int) -> Iterator[Window]:
-    """Windows of at most ``rows`` × ``columns`` pixels that cover a map once, row by row."""
-    for top, left in product(range(0, size[0], rows), range(0, size[1], columns)):
-        yield Window(top, left, min(rows, size[0] - top), min(columns, size[1] - left))
 
 
 def _too_little(shape: Sequence[int], free: float, needed: float, held: float) -> ValueError:

@@ -165,3 +165,29 @@ def check_points(points: Tensor) -> None:
         raise ValueError(f"points must be (N, 2), rows (y, x), not {tuple(points.shape)}")
     if points.is_complex() or points.dtype is torch.bool:
         raise ValueError(f"points is {points.dtype}; give numbers of pixels")
+
+
+def check_missing(missing: Tensor, shape: torch.Size) -> Tensor:
+    """Expand a mask of pixels without data to (B, 1, H, W), for a map of ``shape`` (B, C, H, W).
+
+    Raises:
+        TypeError: ``missing`` is not a tensor.
+        ValueError: ``missing`` is not bool, or does not broadcast to (B, 1, H, W).
+    """
+    check_tensor("missing", missing)
+    batch, _, *size = shape
+    try:
+        if missing.dtype is torch.bool:
+            return missing.expand(batch, 1, *size)
+    except RuntimeError:
+        pass
+    raise ValueError(
+        f"missing is {missing.dtype} of {tuple(missing.shape)}; it must be bool and broadcast "
+        f"to {(batch, 1, *size)}"
+    )
+
+
+def blank(out: Tensor, missing: Tensor) -> Tensor:
+    """Set pixels without data to 0; in place unless autograd records."""
+    watched = torch.is_grad_enabled() and out.requires_grad
+    return out.masked_fill(missing, 0) if watched else out.masked_fill_(missing, 0)

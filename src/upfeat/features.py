@@ -20,9 +20,10 @@ from upfeat.bounds import number, whole
 from upfeat.budget import Buffer, free_bytes, made_parts, plan_blocks, plan_windows
 from upfeat.feature_map import (
     FeatureMap,
+    blank,
     check_head,
+    check_missing,
     check_points,
-    check_tensor,
     check_window,
     interpolate,
 )
@@ -36,28 +37,10 @@ from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_hidden, check_inputs, check_result
 from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
+from upfeat.upsamplers.pretrained import require_upsampler
 from upfeat.upsamplers.step import Corrected
 
 _TILE = 32
-
-
-def require_upsampler(upsampler: Any) -> None:
-    """Check that the argument is an :class:`Upsampler`.
-
-    Raises:
-        TypeError: the argument is a name, a class or another module.
-        ValueError: its ``__init__`` does not call that of the base class.
-    """
-    if not isinstance(upsampler, Upsampler):
-        kind = "a class" if isinstance(upsampler, type) else f"of type {type(upsampler).__name__}"
-        raise TypeError(
-            f"upsampler is {kind}; give an Upsampler, as upfeat.load_upsampler(name) returns it"
-        )
-    if "_parameters" not in vars(upsampler):
-        raise ValueError(
-            f"upsampler is a {type(upsampler).__name__} whose __init__ does not call "
-            "super().__init__(); call it there first"
-        )
 
 
 class PCA(NamedTuple):
@@ -127,7 +110,7 @@ class UpsampledFeatures(FeatureMap):
         if mean is not None and std is not None and len(mean) == guidance.shape[1]:
             means = tuple(number("mean", one) for one in mean)
             self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
-        self.missing = None if missing is None else self._checked(missing)
+        self.missing = None if missing is None else check_missing(missing, self.shape)
         self._made: tuple[Snapshot, tuple[Kernels, Tensor]] | None = None
         self._precomputed: tuple[Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
@@ -235,7 +218,8 @@ class UpsampledFeatures(FeatureMap):
         Raises:
             ValueError: the map has several images, or a point is outside the map.
         """
-        self._check_single("at")
+        if self.shape[0] != 1:
+            raise ValueError(f"at() takes one image; these are features of {self.shape[0]}")
         height, width = self.shape[2:]
         check_points(points)
         last = torch.tensor([height - 1, width - 1], device=points.device)
@@ -438,43 +422,11 @@ class UpsampledFeatures(FeatureMap):
         hidden = [] if self.hidden is None else [self.hidden]
         return [self.features, self.guidance, *hidden, *weights]
 
-    def _checked(self, missing: Tensor) -> Tensor:
-        """Expand a mask of pixels without data to (B, 1, H, W).
-
-        Raises:
-            TypeError: ``missing`` is not a tensor.
-            ValueError: ``missing`` is not bool, or does not broadcast to (B, 1, H, W).
-        """
-        check_tensor("missing", missing)
-        batch, _, *size = self.shape
-        try:
-            if missing.dtype is torch.bool:
-                return missing.expand(batch, 1, *size)
-        except RuntimeError:
-            pass
-        raise ValueError(
-            f"missing is {missing.dtype} of {tuple(missing.shape)}; it must be bool and broadcast "
-            f"to {(batch, 1, *size)}"
-        )
-
-    def _check_single(self, method: str) -> None:
-        if self.shape[0] != 1:
-            raise ValueError(f"{method}() takes one image; these are features of {self.shape[0]}")
-
     def _sample_tile(self, precomputed: tuple[Kernels, Tensor | Map], points: Tensor) -> Tensor:
         """Features at points (N, 2) of one tile, (N, C), computed from one window."""
-        (top, left), (bottom, right) = (
-            points.amin(0).long().tolist(),
-            points.amax(0).long().tolist(),
-        )
+        (top, left), (bottom, right) = torch.stack(points.aminmax(dim=0)).long().tolist()
         height = min(bottom + 2, self.shape[2]) - top
         width = min(right + 2, self.shape[3]) - left
         window = Window(top, left, height, width)
         patch = self.upsampler.render(*precomputed, window=window)[0]
         return interpolate(patch, points - torch.tensor([top, left], device=points.device))
-
-
-def blank(out: Tensor, missing: Tensor) -> Tensor:
-    """Set pixels without data to 0; in place unless autograd records."""
-    watched = torch.is_grad_enabled() and out.requires_grad
-    return out.masked_fill(missing, 0) if watched else out.masked_fill_(missing, 0)

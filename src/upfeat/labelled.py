@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from upfeat.bounds import whole
-from upfeat.evaluation.data.folders import IGNORE_INDEX, read_folder
+from upfeat.evaluation.data.folders import read_folder
+from upfeat.evaluation.data.targets import IGNORE_INDEX
 from upfeat.evaluation.metrics import class_iou, confusion_matrix
 from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone

@@ -19,11 +19,12 @@ from upfeat._version import __version__
 from upfeat.bounds import number
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
-from upfeat.tensor_checks import check_values, read_layouts
+from upfeat.tensor_checks import all_finite, check_values, read_layouts
 from upfeat.types import Size
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.blueprint import build
 from upfeat.upsamplers.checks import check_output_size
+from upfeat.upsamplers.pretrained import require_upsampler
 
 FORMAT = "upfeat-lazy-features-1"
 """Name of the format, in the metadata of every file."""
@@ -75,8 +76,7 @@ def write_parts(
     features, guidance = parts.features.detach(), parts.guidance.detach()
     hidden = {} if parts.hidden is None else {"hidden": parts.hidden.detach()}
     for name, tensor in (("features", features), ("guidance", guidance), *hidden.items()):
-        # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole tensor.
-        if not bool(torch.isfinite(torch.stack(tensor.aminmax())).all()):
+        if not all_finite(tensor):
             raise ValueError(f"{name} holds NaN or infinity; nothing is written")
     tensors = {"features": features, "guidance": guidance, **hidden}
     if not exact:
@@ -240,13 +240,9 @@ def _upsampler(path: str | Path, facts: dict[str, str], given: Upsampler | None)
         raise ValueError(f"{path}: damaged: does not say which upsampler made it")
     if given is None and weights == "none" and name in UPSAMPLERS:
         given = build(UPSAMPLERS[name], config, f"{path}: upsampler").eval()
-    if given is not None and not isinstance(given, Upsampler):
-        raise TypeError(
-            f"upsampler is of type {type(given).__name__}; give an Upsampler, as "
-            "upfeat.load_upsampler(name) returns it"
-        )
     if given is None:
         raise ValueError(f"{path}: made by a {name[:60]} with weights; give it as upsampler=")
+    require_upsampler(given)
     if given.name != name:
         raise ValueError(
             f"{path}: made by a {name[:60]}, and {given.name} was given; give the one "

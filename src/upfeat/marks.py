@@ -17,7 +17,8 @@ from typing import Any
 from PIL import Image, PngImagePlugin
 
 from upfeat._version import __version__
-from upfeat.storage import is_our_npy, read_metadata
+from upfeat.array_files import is_our_npy
+from upfeat.storage import read_metadata
 
 FEATURES = "upfeat-features"
 """Mark of files of feature maps."""

@@ -13,7 +13,8 @@ from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.efficientnet_lite import EfficientNetLite
 from upfeat.bounds import PASSES, flag, indices, shown
 from upfeat.budget import free_bytes
-from upfeat.features import UpsampledFeatures, blank, require_upsampler
+from upfeat.feature_map import blank
+from upfeat.features import UpsampledFeatures
 from upfeat.guided import Guided, early_by_default, has_early_layers
 from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import find_device, parse_memory
@@ -23,7 +24,7 @@ from upfeat.scales import FINER_WEIGHTS, SecondScale, guidance_for
 from upfeat.translation import Translation
 from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
-from upfeat.upsamplers.pretrained import DEFAULT_UPSAMPLER, trained_for_early
+from upfeat.upsamplers.pretrained import DEFAULT_UPSAMPLER, require_upsampler, trained_for_early
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from upfeat import machine
 from upfeat._version import __version__
+from upfeat.array_files import ArrayFile, create_array
 from upfeat.budget import free_bytes
 from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.features import UpsampledFeatures
@@ -24,17 +23,10 @@ from upfeat.model import FeatUp
 from upfeat.mosaic import see_within
 from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outputs, watched
 from upfeat.provenance import identify_backbone, identify_upsampler
-from upfeat.storage import ArrayFile, create_array, replacing
-from upfeat.tensor_checks import check_not_too_small
-from upfeat.types import Size
-from upfeat.visualize import (
-    PCABasis,
-    as_rgb,
-    class_colours,
-    draw_comparison,
-    side_by_side,
-    to_image,
-)
+from upfeat.run_picture import STRIP, draw_results, image_panel, reduced
+from upfeat.storage import replacing
+from upfeat.tensor_checks import all_finite, check_not_too_small
+from upfeat.visualize import PCABasis
 
 __all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "run_photo"]
 
@@ -47,15 +39,12 @@ _UPSAMPLING = 70
 _BOUNDED, _DECODING = 33, 30
 # Bytes of a strip and of the picture.
 _STRIPS = 100 * 10**6
-# Rows and columns of the map that are computed at once; fixed, so that results do not depend on a
-# memory bound.
-_STRIP, _COLUMNS = 64, 512
+# Columns of the map that are computed at once; fixed, as STRIP is.
+_COLUMNS = 512
 # Fraction of free memory for the backbone's activations; the allocator needs additional memory.
 _BACKBONE = 0.65
 # With a memory bound, number of strips after which the allocator's free memory is released.
 _RELEASED = 4
-_SHOWN = 2048
-"""Longest side of a panel of the picture, in pixels."""
 
 
 def run_photo(
@@ -123,7 +112,7 @@ def run_photo(
             fix = "store them as bf16 or fp32"
             check_not_too_small(f"{photo}: its features", largest, dtype, fix)
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
-        shown = None if outputs.picture is None else _image(model, x)
+        shown = None if outputs.picture is None else image_panel(model, x)
         lazy = UpsampledFeatures(
             coarse, _guidance(model, x), model.upsampler, hidden=hidden, max_memory=max_memory
         )
@@ -143,27 +132,11 @@ def run_photo(
             shows = head or basis
             if shown is not None and drawn is not None and shows is not None:
                 machine.release_memory()
-                label, whole = model.upsampler.name.replace("_", " "), (shape[1], shape[2])
-                panels = (shown / 255, coarse[0].cpu(), shows, torch.cat(written, dim=1))
-                picture = _draw(*panels, label=label, size=whole, before=_before(model))
+                panels = (shown, coarse[0].cpu(), shows, torch.cat(written, dim=1))
+                picture = draw_results(model, *panels, (shape[1], shape[2]))
                 suffix, recipe = drawn.suffix, facts["recipe"]
                 drawn.write_bytes(encode_picture(picture, suffix, recipe=recipe))
     return shape
-
-
-def _image(model: FeatUp, x: Tensor) -> Tensor:
-    """Reduce the photograph for the picture, (3, h, w), uint8; computed a few rows at a time."""
-    longest = max(x.shape[2:])
-    strips = [
-        _bytes(as_rgb(_reduced(model.backbone.denormalize(part), longest)[0])).cpu()
-        for part in x.split(16 * _STRIP, dim=2)
-    ]
-    return torch.cat(strips, dim=1)
-
-
-def _bytes(image: Tensor) -> Tensor:
-    """Convert an image in [0, 1] to uint8, a quarter of the memory."""
-    return (image.clamp(0, 1) * 255).round().byte()
 
 
 def _guidance(model: FeatUp, x: Tensor) -> Tensor:
@@ -171,7 +144,7 @@ def _guidance(model: FeatUp, x: Tensor) -> Tensor:
     first = model.guidance(x[:, :, :1])
     if first.shape[1] != x.shape[1] or first.dtype != x.dtype:
         return model.guidance(x)
-    for part in x.split(16 * _STRIP, dim=2):
+    for part in x.split(16 * STRIP, dim=2):
         part.copy_(model.guidance(part))
     return x
 
@@ -190,11 +163,11 @@ def _write_strips(
     """
     channels, height, width = lazy.shape[1:]
     projected = []
-    room = torch.empty(channels, min(_STRIP, height), width, dtype=dtype)
-    for number, top in enumerate(range(0, height, _STRIP)):
+    room = torch.empty(channels, min(STRIP, height), width, dtype=dtype)
+    for number, top in enumerate(range(0, height, STRIP)):
         if lazy.max_memory is not None and number % _RELEASED == 0:
             machine.release_memory()
-        rows = min(_STRIP, height - top)
+        rows = min(STRIP, height - top)
         stored = room[:, :rows]
         parts = []
         for left in range(0, width, _COLUMNS):
@@ -202,15 +175,11 @@ def _write_strips(
             values = lazy.crop(top, left, rows, columns)[0].cpu()
             stored[:, :, left : left + columns] = values
             if basis is not None:
-                parts.append(_reduced(basis.project(values)[None], max(height, width))[0])
+                parts.append(reduced(basis.project(values)[None], max(height, width))[0])
             del values
         if parts:
             projected.append(torch.cat(parts, dim=2))
-        # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole strip.
-        if not torch.isfinite(torch.stack(stored.aminmax())).all():
-            raise ValueError(f"{photo}: its features overflow {dtype}; store them as bf16 or fp32")
-        bits = stored.view(torch.int16) if dtype is torch.bfloat16 else stored
-        file.write_rows(top, bits.numpy())
+        _write_rows(file, top, stored, f"{photo}: its features overflow")
     return projected
 
 
@@ -224,78 +193,18 @@ def _write_head(
     """Write the outputs of a head at every pixel, and return them, (K, H, W)."""
     said = torch.empty(1, len(head.weight), *lazy.shape[2:], dtype=dtype)
     lazy.project(head.weight, head.bias, out=said)  # K channels are upsampled, part by part
-    for top in range(0, said.shape[2], _STRIP):
-        stored = said[0, :, top : top + _STRIP].contiguous()
-        if not torch.isfinite(torch.stack(stored.aminmax())).all():
-            raise ValueError(f"{photo}: what the head says overflows {dtype}; take bf16 or fp32")
-        bits = stored.view(torch.int16) if dtype is torch.bfloat16 else stored
-        file.write_rows(top, bits.numpy())
+    for top in range(0, said.shape[2], STRIP):
+        stored = said[0, :, top : top + STRIP].contiguous()
+        _write_rows(file, top, stored, f"{photo}: the head's outputs overflow")
     return said[0]
 
 
-def _draw(
-    image: Tensor, coarse: Tensor, shows: SavedHead | PCABasis, fine: Tensor, **captions: Any
-) -> Image.Image:
-    draw: Any = _draw_head if isinstance(shows, SavedHead) else draw_comparison
-    return draw(image, coarse, shows, fine, **captions)
-
-
-def _before(model: FeatUp) -> str:
-    """Caption of the features that the upsampler gets."""
-    passes = model.passes
-    return "coarse features" if passes == 1 else f"features of {passes:g} passes"
-
-
-def _draw_head(
-    image: Tensor,
-    coarse: Tensor,
-    head: SavedHead,
-    said: Tensor,
-    *,
-    label: str,
-    size: Size,
-    before: str,
-) -> Image.Image:
-    """Draw the photograph, the head's outputs for coarse features, and those for upsampled ones."""
-    cells = torch.einsum("kc,chw->khw", head.weight, coarse.float()) + head.bias[:, None, None]
-    step = -(-max(said.shape[1:]) // _SHOWN)
-    low, high = cells[0].aminmax()
-
-    palette = class_colours(len(cells), head.names)
-
-    def colours(values: Tensor) -> Tensor:
-        if head.kind == "classes":
-            return palette[values.argmax(0)].permute(2, 0, 1)
-        span = high - low if high > low else 1.0
-        return ((values[:1].float() - low) / span).expand(3, -1, -1)
-
-    said = said[:, ::step, ::step]
-    fine, legend = colours(said), []
-    if head.kind == "classes":
-        seen = torch.cat([cells.argmax(0).flatten(), said.argmax(0).flatten()]).unique().tolist()
-        legend = [(head.names[index], palette[index].tolist()) for index in seen]
-    panels = [("image", size, image), (before, cells.shape[1:], colours(cells))]
-    return side_by_side(
-        [
-            (f"{name}\n{height} x {width}", to_image(picture))
-            for name, (height, width), picture in [*panels, (label, size, fine)]
-        ],
-        legend,
-    )
-
-
-def _reduced(x: Tensor, longest: int | None = None) -> Tensor:
-    """Average a map (B, C, H, W) over squares, so that the longest side fits into a panel.
-
-    Args:
-        x: the map, or a strip of it.
-        longest: longest side of the whole map in pixels; ``None`` if ``x`` is the whole map.
-    """
-    longest = longest or max(x.shape[2:])
-    factor = 1
-    while longest > factor * _SHOWN and factor < _STRIP:
-        factor *= 2
-    return x if factor == 1 else F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
+def _write_rows(file: ArrayFile, top: int, rows: Tensor, fault: str) -> None:
+    """Write rows (C, n, W) of a map from the row ``top`` on, unless a value overflows the type."""
+    if not all_finite(rows):
+        raise ValueError(f"{fault} {rows.dtype}; store them as bf16 or fp32")
+    bits = rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows
+    file.write_rows(top, bits.numpy())
 
 
 def describe_model(model: FeatUp, head: SavedHead | None = None) -> dict[str, str]:

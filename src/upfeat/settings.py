@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from upfeat import bounds
@@ -95,6 +97,41 @@ class Choice(NamedTuple):
     def __call__(self, name: str, value: Any) -> str:
         """Check a value."""
         return bounds.choice(name, value, self.known)
+
+
+class Name(NamedTuple):
+    """Check of a name or a path, given as text."""
+
+    optional: bool = True
+
+    def __call__(self, name: str, value: Any) -> str | None:
+        """Check the value of a setting and return it."""
+        if isinstance(value, os.PathLike) and not self.optional:
+            return os.fspath(value)
+        if not isinstance(value, str) and not (self.optional and value is None):
+            raise ValueError(f"{name}={bounds.shown(value)} must be a name")
+        return value
+
+
+def options(name: str, value: Any) -> dict[str, Any]:
+    """Check a dictionary of options; return a copy, which the caller cannot change."""
+    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{name}={bounds.shown(value)} must be names and values")
+    return dict(value)
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    """Check a list of names; return it as a tuple."""
+    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
+        raise ValueError(f"{name}={bounds.shown(value)} must be a list of names")
+    return tuple(value)
+
+
+def folder(name: str, value: Any) -> Path | None:
+    """Check a path; return it as a ``Path``."""
+    if value is not None and not isinstance(value, str | os.PathLike):
+        raise ValueError(f"{name}={bounds.shown(value)} must be a folder")
+    return None if value is None else Path(value)
 
 
 def settings_of(config: type) -> dict[str, Setting]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upfeat._version import __version__
+from upfeat.storage import write_bytes
 from upfeat.strict_json import read_object
 
 CARD_FILE = "README.md"
@@ -17,11 +18,20 @@ RECORD_FILE = "training.json"
 _TAGS = ("upfeat", "feature-upsampling", "image-feature-extraction")
 
 
-def push_to_hub(save: Callable[[Path], None], repo_id: str, **options: Any) -> str:
+def push_to_hub(
+    save: Callable[[Path], None],
+    config: Mapping[str, Any],
+    run: str | Path | None,
+    repo_id: str,
+    /,
+    **options: Any,
+) -> str:
     """Upload a saved folder to the hub, by :class:`huggingface_hub.ModelHubMixin`.
 
     Args:
-        save: function that writes the files to a folder, including the model card.
+        save: function that writes the upsampler's files to a folder.
+        config: configuration of the upsampler, for :func:`model_card`.
+        run: folder of the training that made the upsampler; ``None`` for none.
         repo_id: name of the repository, "owner/name".
         **options: options of ``ModelHubMixin.push_to_hub``: ``commit_message``, ``private``,
             ``token``, ``branch``, ``create_pr``, and patterns of files.
@@ -30,9 +40,11 @@ def push_to_hub(save: Callable[[Path], None], repo_id: str, **options: Any) -> s
         The URL of the commit.
 
     Raises:
+        FileNotFoundError: ``run`` is not the folder of a training.
         ValueError: huggingface_hub is not installed, or ``repo_id`` is not "owner/name".
         OSError: the hub cannot be reached, or refuses the upload.
     """
+    record = {} if run is None else read_record(Path(run))
     try:
         from huggingface_hub import ModelHubMixin
     except ImportError:
@@ -47,6 +59,8 @@ def push_to_hub(save: Callable[[Path], None], repo_id: str, **options: Any) -> s
     class Shared(ModelHubMixin):
         def _save_pretrained(self, save_directory: Path) -> None:
             save(Path(save_directory))
+            card = model_card(config, record, repo_id)
+            write_bytes(Path(save_directory, CARD_FILE), card.encode())
 
     return str(Shared().push_to_hub(repo_id, **options))
 

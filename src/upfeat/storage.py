@@ -18,9 +18,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -30,9 +29,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 _TEMPORARY = re.compile(r"\.upfeat-(\d+)-[a-z0-9_]+(\.\w+)?")
 # Without locks, a temporary file of this age counts as that of a killed process.
 _ABANDONED_SECONDS = 24 * 3600
@@ -40,7 +36,7 @@ _ABANDONED_SECONDS = 24 * 3600
 # may be that of an earlier process of the same number.
 _UNLOCKED_SECONDS = 60
 
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -52,10 +48,7 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# Bytes of the header, the mark of upfeat's own .npy files: NumPy writes 128 bytes for an array of
-# three axes, and every reader accepts the longer header as padding.
-_NPY_HEADER = 1088
-
+"""Types that safetensors files can hold, with their names in the files."""
 # Bytes below which reserving disk space costs more time than it saves.
 _RESERVED = 1 << 20
 
@@ -223,7 +216,7 @@ if hasattr(os, "register_at_fork"):
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file atomically; see :func:`replacing`."""
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        _reserve(file, len(content))
+        reserve(file, len(content))
         file.write(content)
 
 
@@ -242,21 +235,21 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
         OSError: writing failed.
     """
     for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
+        if tensor.dtype not in DTYPES:
             raise ValueError(f"{path}: {name} is {tensor.dtype}, which safetensors cannot hold")
     # Wide types first, as in files of the safetensors library, so that all tensors are aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     sizes = [tensor.numel() * tensor.dtype.itemsize for _, tensor in ordered]
-    kinds = [(name, _DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in ordered]
-    header = _header(kinds, sizes, metadata)
+    kinds = [(name, DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in ordered]
+    header = tensor_header(kinds, sizes, metadata)
     with replacing(Path(path)) as temporary, temporary.open("wb") as file:
-        _reserve(file, len(header) + sum(sizes))
+        reserve(file, len(header) + sum(sizes))
         file.write(header)
         for _, tensor in ordered:
             file.write(_bytes(tensor))
 
 
-def _header(
+def tensor_header(
     kinds: Sequence[tuple[str, str, list[int]]], sizes: Sequence[int], metadata: dict[str, str]
 ) -> bytes:
     """Encode the start of a safetensors file: the length of the header, and the header as JSON."""
@@ -277,72 +270,7 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-class ArrayFile:
-    """Array (C, H, W) in a file, written some rows at a time.
-
-    The file is not mapped into memory, because a mapped write to a full disk kills the process.
-    """
-
-    def __init__(self, file: IO[bytes], header: bytes, shape: Sequence[int], itemsize: int) -> None:
-        """Reserve the disk space of the whole array, and write the header."""
-        self._file, self._start = file, len(header)
-        self._shape, self._itemsize = shape, itemsize
-        _reserve(file, len(header) + int(np.prod(shape)) * itemsize)
-        file.write(header)
-
-    def write_rows(self, top: int, values: NDArray[Any]) -> None:
-        """Write ``values``, (C, rows, W), to the rows from ``top`` on."""
-        _, height, width = self._shape
-        for channel, rows in enumerate(values):
-            place = (channel * height + top) * width
-            self._file.seek(self._start + place * self._itemsize)
-            self._file.write(np.ascontiguousarray(rows).data)
-
-
-@contextmanager
-def create_array(
-    path: Path, shape: Sequence[int], dtype: str, metadata: dict[str, str]
-) -> Iterator[ArrayFile]:
-    """Context to write a file with an array (C, H, W), which exists once the block has ended.
-
-    Args:
-        path: path of the file: ``.npy``, or else a safetensors file with one tensor, ``features``.
-        shape: (C, H, W) of the array.
-        dtype: "float16" or "float32"; for a safetensors file also "bfloat16", whose values are
-            given to :meth:`ArrayFile.write_rows` as int16 with the same bits.
-        metadata: metadata of the safetensors file.
-
-    Raises:
-        OSError: the disk has too little space, or writing failed.
-    """
-    kind = np.dtype("int16" if dtype == "bfloat16" else dtype).newbyteorder("<")
-    size = int(np.prod(shape)) * kind.itemsize
-    if path.suffix.lower() == ".npy":
-        header = _npy_header(shape, kind.str)
-    else:
-        name = _DTYPES[getattr(torch, dtype)]
-        header = _header([("features", name, list(shape))], [size], metadata)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        yield ArrayFile(file, header, shape, kind.itemsize)
-
-
-def _npy_header(shape: Sequence[int], dtype: str) -> bytes:
-    """Make a ``.npy`` header of version 1.0, of the length that :func:`is_our_npy` recognises."""
-    text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {tuple(shape)}, }}"
-    content = text.encode().ljust(_NPY_HEADER - 11) + b"\n"
-    return b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content
-
-
-def is_our_npy(path: Path) -> bool:
-    """Return whether a ``.npy`` file has the header that :func:`create_array` writes."""
-    with path.open("rb") as file:
-        start = file.read(_NPY_HEADER)
-    length = (_NPY_HEADER - 10).to_bytes(2, "little")
-    whole = len(start) == _NPY_HEADER and start.endswith(b" \n")
-    return whole and start.startswith(b"\x93NUMPY\x01\x00" + length)
-
-
-def _reserve(file: IO[bytes], size: int) -> None:
+def reserve(file: IO[bytes], size: int) -> None:
     """Reserve the disk space of a file, where supported, so that a full disk fails immediately.
 
     Raises:

@@ -129,6 +129,12 @@ def fault_in_memory(tensor: Tensor) -> str | None:
     return None
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor contains neither NaN nor infinity."""
+    # aminmax propagates NaN and infinity; isfinite would allocate a mask of the whole tensor.
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+
+
 def check_values(
     source: str | Path,
     tensors: Mapping[str, Tensor],

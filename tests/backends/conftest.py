@@ -1,7 +1,6 @@
 """What the tests of several kernels share."""
 
 import pytest
-import torch
 
 from upfeat.backends.cpu import library as cpu_library
 from upfeat.backends.cpu import operators as cpu
@@ -25,11 +24,3 @@ def rounding(request, monkeypatch):
     """Relative error of dense products, with every instruction set."""
     _hold_to(request.param, monkeypatch)
     return 8e-6 if request.param == "amx_high" else 1e-6
-
-
-@pytest.fixture
-def threads():
-    """Set the number of threads; the old one comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)

@@ -194,16 +194,12 @@ def _in_another_process(_):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_other_processes(method):
+def test_other_processes(method, threads):
     assert _in_another_process(0)
-    before = torch.get_num_threads()
     # PyTorch's own thread pool does not survive a fork; ours must not need it to.
-    torch.set_num_threads(1)
-    try:
-        with multiprocessing.get_context(method).Pool(2) as pool:
-            assert pool.map_async(_in_another_process, range(4)).get(timeout=120) == [True] * 4
-    finally:
-        torch.set_num_threads(before)
+    threads(1)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map_async(_in_another_process, range(4)).get(timeout=120) == [True] * 4
 
 
 def test_views_of_any_strides():

@@ -1,28 +1,17 @@
-"""The Triton kernels against a float64 oracle: on a GPU, or else in Triton's interpreter.
+"""The Triton kernels against a float64 oracle: on a GPU, or else in Triton's interpreter."""
 
-The interpreter has to be chosen before Triton is imported and would make every CPU tensor look
-runnable to dispatch, so it gets a process of its own: ``test_in_the_interpreter``.
-"""
-
-import importlib.util
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from backends.interpreter import DEVICE, RUNS, TOLERANCE, interpret
 
 from upfeat.backends import eager
 from upfeat.backends.triton import launch as triton_launch
 from upfeat.backends.triton import operators as kernels
 from upfeat.backends.triton.tables import bicubic_axis, plain_axis, replicated_axis
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-RUNS = INTERPRETED or DEVICE.type == "cuda"
-# Relative error of a whole tensor. The interpreter truncates to bfloat16 where a GPU rounds.
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def reflected(x, radius):
@@ -309,17 +298,7 @@ class TestOnDevice:
 @pytest.mark.slow
 @pytest.mark.skipif(RUNS, reason="this is the process that runs them")
 def test_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         f"{__file__}::TestOnDevice"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    interpret(__file__)
 
 
 @pytest.mark.parametrize(

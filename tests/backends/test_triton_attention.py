@@ -1,20 +1,13 @@
 """Window attention in Triton against the reference: on a GPU, or in Triton's interpreter."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from backends.interpreter import DEVICE, RUNS, TOLERANCE, interpret
 
 from upfeat.backends import reference
 from upfeat.backends.triton import operators as kernels
 from upfeat.upsamplers.attention import relative_window, shifted_window, whole_window
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
 CASES = [
     ((3, 5), (3, 70), 16, 2, 8, [8], lambda a, b: relative_window(a, b, 0.2)),
     ((4, 20), (2, 61), 24, 2, 70, [66, 4], lambda a, b: shifted_window(a, b, 3)),
@@ -23,9 +16,7 @@ CASES = [
 ]
 
 
-@pytest.mark.skipif(
-    not (INTERPRETED or DEVICE.type == "cuda"), reason="runs in test_in_the_interpreter"
-)
+@pytest.mark.skipif(not RUNS, reason="runs in test_in_the_interpreter")
 class TestOnDevice:
     @pytest.mark.parametrize(
         ("case", "dtype"),
@@ -60,14 +51,4 @@ def error(found, expected):
 
 @pytest.mark.slow
 def test_in_the_interpreter():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         f"{__file__}::TestOnDevice"],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    interpret(__file__)

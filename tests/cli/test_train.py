@@ -6,7 +6,6 @@ from contextlib import suppress
 from dataclasses import fields
 
 import pytest
-import torch
 from training.small import write_photographs
 
 from upfeat.cli import train as command
@@ -35,11 +34,8 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def one_thread(threads):
+    threads(1)
 
 
 @pytest.fixture

@@ -8,12 +8,9 @@ import upfeat
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(threads):
     """Tiny tensors gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    threads(1)
 
 
 @pytest.fixture

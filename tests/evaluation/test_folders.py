@@ -10,13 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from upfeat.evaluation.data.folders import (
-    read_classes,
-    read_depth,
-    read_folder,
-    read_indices,
-    read_photographs,
-)
+from upfeat.evaluation.data.folders import read_folder, read_photographs
+from upfeat.evaluation.data.targets import read_classes, read_depth, read_indices
 
 CLASSES = ["ground", "box"]
 

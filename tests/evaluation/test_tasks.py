@@ -10,7 +10,8 @@ from PIL import Image
 
 import upfeat
 from upfeat.evaluation import EvalConfig, evaluate
-from upfeat.evaluation.data.folders import read_depth, read_photographs
+from upfeat.evaluation.data.folders import read_photographs
+from upfeat.evaluation.data.targets import read_depth
 from upfeat.evaluation.tasks.cam import CAM_BACKBONE, Penultimate, activation
 from upfeat.upsamplers import create_upsampler
 

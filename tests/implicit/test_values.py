@@ -8,6 +8,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from hostile import fault
 from implicit.test_features import make_features
 from training.small import small_backbone
 
@@ -19,15 +20,6 @@ HOSTILE = [
     *(True, "many", "64", b"1", [], {}, object(), math.nan, math.inf, -math.inf, -1, 10**30),
     *(1e300, 1j, np.True_, torch.ones(2)),
 ]
-
-
-def fault(function, **arguments):
-    """The message of the ``ValueError`` that a call raises; ``None`` without one."""
-    try:
-        function(**arguments)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(upfeat.FitConfig)])

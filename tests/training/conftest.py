@@ -1,17 +1,13 @@
 """Generated photographs, and a backbone that sees their colours."""
 
 import pytest
-import torch
 from training.small import small_backbone, write_photographs
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def one_thread(threads):
     """Tiny tensors gain nothing from threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    threads(1)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from hostile import fault
 
 from upfeat.training import TrainConfig
 from upfeat.training.config import OPERATIONAL, PRESETS, REFERENCE
@@ -66,15 +67,6 @@ def test_hostile_values_of_every_setting(name):
             assert len(error) < 300
         else:
             assert isinstance(value, str) if name in NAMES else value in HARMLESS
-
-
-def fault(function, **arguments):
-    """The message of the ``ValueError`` that a call raises; ``None`` without one."""
-    try:
-        function(**arguments)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def test_the_reference_recipe_is_the_published_one():

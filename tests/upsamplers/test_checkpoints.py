@@ -12,7 +12,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from jbu_reference import reference, relative_error
+from jbu_reference import published_state, reference, relative_error
 from torch import nn
 
 import upfeat
@@ -21,31 +21,6 @@ from upfeat.upsamplers.checkpoints import write_checkpoint
 PUBLISHED = sorted(
     (Path(__file__).parents[2].parent / "shared" / "data" / "checkpoints").glob("*.ckpt")
 )
-
-
-def published_state(embed_dim=6, seed=0):
-    """Tensors under the published names, as `torch.save` would hold them."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "range_temp": (),
-        "sigma_spatial": (),
-        "range_proj.0.weight": (32, 3, 1, 1),
-        "range_proj.0.bias": (32,),
-        "range_proj.3.weight": (32, 32, 1, 1),
-        "range_proj.3.bias": (32,),
-        "fixup_proj.0.weight": (49, 52, 1, 1),
-        "fixup_proj.0.bias": (49,),
-        "fixup_proj.3.weight": (49, 49, 1, 1),
-        "fixup_proj.3.bias": (49,),
-    }
-    state = {
-        f"upsampler.up{stage}.{name}": 0.2 * torch.randn(shape, generator=generator) + 0.1
-        for stage in range(1, 5)
-        for name, shape in shapes.items()
-    }
-    state["upsampler.fixup_proj.1.weight"] = torch.randn(embed_dim, embed_dim, 1, 1)
-    state["upsampler.fixup_proj.1.bias"] = torch.randn(embed_dim)
-    return state
 
 
 def save(path, content):

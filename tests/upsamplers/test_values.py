@@ -8,8 +8,9 @@ import time
 
 import pytest
 import torch
+from jbu_reference import published_state
 from safetensors.torch import load_file, save_file
-from upsamplers.test_checkpoints import published_state, save
+from upsamplers.test_checkpoints import save
 
 import upfeat
 from upfeat.tensor_checks import Layout, check_layouts, check_values

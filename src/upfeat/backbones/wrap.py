@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,6 +13,15 @@ from torch import Tensor, nn
 
 from upfeat.backbones import probing, sizes
 from upfeat.backbones.base import Backbone
+from upfeat.backbones.held import (
+    COLOURS,
+    first_tensor,
+    held_modules,
+    input_channels,
+    plain_name,
+    refuse_meta,
+    settle_mode,
+)
 from upfeat.backbones.inside import LayerFeatures, outputs_inside
 from upfeat.backbones.outputs import LAYOUTS, Layer, NothingToPick, missing_layer
 from upfeat.backbones.settings import Settings, settings_of
@@ -23,7 +30,6 @@ from upfeat.types import Size
 
 _LOG = logging.getLogger("upfeat.backbones")
 
-_COLOURS = 3
 _FAILURES = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError
 """Errors of modules that do not take an image of some size; ``ValueError`` explains itself."""
 
@@ -103,10 +109,10 @@ class WrappedBackbone(Backbone):
         input_size = whole("input_size", input_size, 1, 1 << 14, optional=True)
         probe_size = whole("probe_size", probe_size, 1, 1 << 14, optional=True)
         prefix_tokens = whole("prefix_tokens", prefix_tokens, 0, optional=True)
-        module_name = getattr(module, "__name__", None) or _plain_name(module)
+        module_name = getattr(module, "__name__", None) or plain_name(module)
         held = held_modules(module)
-        _refuse_meta(module_name, [module, *held])
-        _settle_mode(module_name, module, held)
+        refuse_meta(module_name, [module, *held])
+        settle_mode(module_name, module, held)
         settings = settings or settings_of(module if isinstance(module, nn.Module) else held)
         layers = as_list(layer)
         if isinstance(module, nn.Module) and layers and _names_inside(module, layers):
@@ -115,13 +121,13 @@ class WrappedBackbone(Backbone):
         question = probing.Question(
             module,
             name or module_name,
-            _first_tensor(module, held),
+            first_tensor(module, held),
             layers=layers,
             layout=layout,
             prefix_tokens=settings.prefix_tokens if prefix_tokens is None else prefix_tokens,
             stride=stride,
             sizes=_sizes(input_size or probe_size, settings),
-            channels=in_channels or _input_channels([module, *held]),
+            channels=in_channels or input_channels([module, *held]),
         )
         try:
             question, answer = _probe(question, certain=in_channels is not None)
@@ -255,7 +261,7 @@ class WrappedBackbone(Backbone):
         """Warn if a function's features of an image depend on its batch or on chance."""
         height, width = self.answer.size
         draw = torch.Generator().manual_seed(0)
-        like = _first_tensor(self.module, list(self.held))
+        like = first_tensor(self.module, list(self.held))
         pair = torch.rand(2, self.in_channels, height, width, generator=draw).sub_(0.5).mul_(4)
         pair = pair.to(like)
         pair[1] *= 3
@@ -293,45 +299,6 @@ def as_list(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     return list(layer)
 
 
-def held_modules(function: object) -> list[nn.Module]:
-    """Find the modules that a function may run: closed over, bound, or global names in it."""
-    if isinstance(function, nn.Module):
-        return []
-    held: dict[int, nn.Module] = {}
-    pending: list[object] = [function]
-    seen: set[int] = set()
-    while pending:
-        one = pending.pop()
-        if id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, nn.Module):
-            held[id(one)] = one
-        elif isinstance(one, functools.partial):
-            pending += [one.func, *one.args, *one.keywords.values()]
-        elif inspect.ismethod(one):
-            pending += [one.__self__, one.__func__] if isinstance(one.__self__, nn.Module) else []
-        elif inspect.isfunction(one) and not one.__module__.startswith("torch"):
-            names = inspect.getclosurevars(one)
-            pending += [*names.nonlocals.values(), *names.globals.values()]
-    return list(held.values())
-
-
-def _settle_mode(name: str, module: object, held: list[nn.Module]) -> None:
-    """Put a module, or all modules that a function uses, in eval mode; warn of the latter."""
-    if isinstance(module, nn.Module):
-        module.eval()
-    training = [_plain_name(one) for one in held if one.training]
-    for one in held:
-        one.eval()
-    if training:
-        _LOG.warning(
-            "%s runs %s, which was in train mode: it is put in eval mode, in which features of an "
-            "image do not depend on its batch",
-            *(name, ", ".join(training)),
-        )
-
-
 def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
     """Choose the treatment of images of other sizes; warn if the model takes one size only."""
     if answer.any_size and fit in (None, "interpolate"):
@@ -357,37 +324,6 @@ def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
     return chosen
 
 
-def _refuse_meta(name: str, modules: Sequence[object]) -> None:
-    """Refuse modules without values, whose features would be whatever the memory contains."""
-    for module in modules:
-        weights = module.parameters() if isinstance(module, nn.Module) else ()
-        if any(one.is_meta for one in weights):
-            raise ValueError(
-                f"{name} has parameters on meta, without values; load its weights first, as by "
-                "load_state_dict(…, assign=True)"
-            )
-
-
-def _first_tensor(module: object, held: list[nn.Module]) -> Tensor:
-    """Return a parameter, on the device and of the type that the module computes in."""
-    for one in [module, *held]:
-        if isinstance(one, nn.Module):
-            floating = (p for p in one.parameters() if p.is_floating_point())
-            first = next(floating, None)
-            if first is not None:
-                return first
-    return torch.empty(0)
-
-
-def _input_channels(modules: Sequence[object]) -> int:
-    """Return the number of channels that the first convolution takes; 3 without a convolution."""
-    for module in modules:
-        for layer in module.modules() if isinstance(module, nn.Module) else ():
-            if isinstance(layer, nn.Conv2d):
-                return layer.in_channels
-    return _COLOURS
-
-
 def _probe(question: probing.Question, *, certain: bool) -> tuple[probing.Question, probing.Answer]:
     """Probe a module, with 3 bands too if the number of bands is not certain and does not fit.
 
@@ -396,18 +332,14 @@ def _probe(question: probing.Question, *, certain: bool) -> tuple[probing.Questi
     try:
         return question, probing.probe(question)
     except ValueError:
-        if certain or question.channels == _COLOURS:
+        if certain or question.channels == COLOURS:
             raise
-        colours = replace(question, channels=_COLOURS)
+        colours = replace(question, channels=COLOURS)
         try:
             return colours, probing.probe(colours)
         except ValueError:
             pass
         raise
-
-
-def _plain_name(module: object) -> str:
-    return getattr(module, "name", None) or type(module).__name__
 
 
 def _no_such_module(name: str, module: object, layers: Sequence[Layer] | None) -> ValueError | None:

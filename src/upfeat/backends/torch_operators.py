@@ -85,25 +85,12 @@ def _windowed(backend: str, module: ModuleType, operator: str) -> Callable[..., 
             torch.empty_like(weights) if need_weights else values.new_empty(0),
         )
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
-        ctx.options = inputs[2:]
-
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad[:2]
-        without = (None for _ in options)
-        if torch.is_grad_enabled():
-            return (*_by_eager(operator, ctx, grad), *without)
-        found = gradient(grad, *ctx.saved_tensors, *need, *ctx.options)
-        return (found[0] if need[0] else None, found[1] if need[1] else None, *without)
+    def gradients(grad: Tensor, tensors: Any, options: Any, need: Any) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.upfeat, f"{name}_backward")(grad, *tensors, *need, *options)
 
     _implement(name, forward, fake)
     _implement(f"{name}_backward", run_backward, fake_backward)
-    torch.library.register_autograd(
-        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
-    )
-    gradient = getattr(torch.ops.upfeat, f"{name}_backward")
-    return getattr(torch.ops.upfeat, name)
+    return _differentiable(operator, name, 2, gradients)
 
 
 def _weights(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
@@ -134,23 +121,12 @@ def _weights(backend: str, module: ModuleType, operator: str) -> Callable[..., T
     def fake_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in inputs[:count])
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:count])
-        ctx.options = inputs[count:]
-
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        without = (None for _ in options)
-        if torch.is_grad_enabled():
-            return (*_by_eager(operator, ctx, grad), *without)
-        return (*gradient(grad, *ctx.saved_tensors, *ctx.options), *without)
+    def gradients(grad: Tensor, tensors: Any, options: Any, need: Any) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.upfeat, f"{name}_backward")(grad, *tensors, *options)
 
     _implement(name, forward, fake)
     _implement(f"{name}_backward", run_backward, fake_backward)
-    torch.library.register_autograd(
-        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
-    )
-    gradient = getattr(torch.ops.upfeat, f"{name}_backward")
-    return getattr(torch.ops.upfeat, name)
+    return _differentiable(operator, name, count, gradients)
 
 
 def _attention(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
@@ -177,25 +153,12 @@ def _attention(backend: str, module: ModuleType, operator: str) -> Callable[...,
             for tensor, need in zip(inputs[:3], inputs[-1], strict=True)
         )
 
-    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.options = inputs[3:]
-
-    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed, without = list(ctx.needs_input_grad[:3]), (None for _ in ctx.options)
-        if torch.is_grad_enabled():
-            return (*_by_eager(operator, ctx, grad), *without)
-        found = gradient(grad, *ctx.saved_tensors, *ctx.options, needed)
-        parts = (one if need else None for one, need in zip(found, needed, strict=True))
-        return (*parts, *without)
+    def gradients(grad: Tensor, tensors: Any, options: Any, need: Any) -> tuple[Tensor, ...]:
+        return getattr(torch.ops.upfeat, f"{name}_backward")(grad, *tensors, *options, need)
 
     _implement(name, module.window_attention, fake)
     _implement(f"{name}_backward", run_backward, fake_backward)
-    torch.library.register_autograd(
-        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
-    )
-    gradient = getattr(torch.ops.upfeat, f"{name}_backward")
-    return getattr(torch.ops.upfeat, name)
+    return _differentiable(operator, name, 3, gradients)
 
 
 def _stage(backend: str, module: ModuleType, operator: str) -> Callable[..., Tensor]:
@@ -261,6 +224,32 @@ def _neighbourhood(backend: str, module: ModuleType, operator: str) -> Callable[
         return queries.new_empty((queries.shape[0], (2 * radius + 1) ** 2, *cells))
 
     _implement(name, getattr(module, operator), fake_sum if sums else fake_means)
+    return getattr(torch.ops.upfeat, name)
+
+
+def _differentiable(
+    operator: str, name: str, count: int, gradients: Callable[..., tuple[Tensor, ...]]
+) -> Callable[..., Tensor]:
+    """Register the gradients of an operator's first ``count`` arguments, and return the operator.
+
+    ``gradients`` has the arguments grad, tensors, options, and whether each gradient is needed.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:count])
+        ctx.options = inputs[count:]
+
+    def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needed, without = list(ctx.needs_input_grad[:count]), (None for _ in ctx.options)
+        if torch.is_grad_enabled():
+            return (*_by_eager(operator, ctx, grad), *without)
+        found = gradients(grad, ctx.saved_tensors, ctx.options, needed)
+        parts = (one if need else None for one, need in zip(found, needed, strict=True))
+        return (*parts, *without)
+
+    torch.library.register_autograd(
+        f"upfeat::{name}", differentiate, setup_context=save, lib=_LIBRARY
+    )
     return getattr(torch.ops.upfeat, name)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
-from upfeat.outputs import is_image, search
+from upfeat.photo_search import is_image, search
 
 _PACK = "pack copies in place of links"
 

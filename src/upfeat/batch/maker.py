@@ -14,6 +14,7 @@ from torch import Tensor
 
 from upfeat import machine
 from upfeat._version import __version__
+from upfeat.array_files import create_array
 from upfeat.batch.budget import Budget
 from upfeat.batch.extraction import Extraction
 from upfeat.batch.replicas import Replica
@@ -24,8 +25,8 @@ from upfeat.lazy_files import FORMAT as LAZY
 from upfeat.lazy_files import digest, write_parts
 from upfeat.marks import FEATURES, kind_of
 from upfeat.outputs import Inputs, check_output, file_digest
-from upfeat.storage import create_array, write_tensors
-from upfeat.tensor_checks import check_not_too_small
+from upfeat.storage import write_tensors
+from upfeat.tensor_checks import all_finite, check_not_too_small
 
 Entry = dict[str, Any]
 Task = tuple[Entry, Any]
@@ -168,7 +169,7 @@ class Maker:
                 file.write_rows(top, strip.numpy())
 
     def _check_range(self, values: Tensor) -> None:
-        if not torch.isfinite(torch.stack(values.aminmax())).all():
+        if not all_finite(values):
             raise ValueError(f"the map overflows {self._extraction.dtype}; use float32")
 
     def _needed(self, content: Any) -> float:

@@ -4,9 +4,16 @@ The names are repeated here or parsed from the source, since importing the regis
 PyTorch, which --help must not wait for; a test compares them with the registries.
 """
 
+from __future__ import annotations
+
 import argparse
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from upfeat.heads import SavedHead
+    from upfeat.model import FeatUp
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 BACKBONE_HELP = (
@@ -121,6 +128,27 @@ def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
     if not layers:
         return backbone
     return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"
+
+
+def load_model(options: argparse.Namespace, **chosen: Any) -> FeatUp:
+    """Load the model that a command's flags describe; ``chosen`` replaces some of them."""
+    import upfeat
+
+    given = {**vars(options), **chosen}
+    names = [name for name in ("upsampler", "passes", "early", "device") if name in given]
+    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
+    return upfeat.load(backbone, **{name: given[name] for name in names})
+
+
+def load_with_head(options: argparse.Namespace) -> tuple[FeatUp, SavedHead | None]:
+    """Load a model, and the head of ``--head``, if any, which must be made for its backbone."""
+    from upfeat.heads import load_head
+
+    head = None if options.head is None else load_head(options.head)
+    model = load_model(options)
+    if head is not None:
+        head.check_backbone(model.backbone, str(options.head))
+    return model, head
 
 
 def name_of(text: str) -> str:

@@ -16,12 +16,11 @@ from upfeat.marks import PICTURE
 from upfeat.outputs import (
     Inputs,
     Outputs,
-    Photo,
     check_output,
-    find_photographs,
     is_done,
     make_folder,
 )
+from upfeat.photo_search import Photo, find_photographs
 from upfeat.storage import sweep
 
 if TYPE_CHECKING:

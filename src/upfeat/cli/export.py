@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 
 from upfeat.cli.choices import (
-    DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
     add_early,
+    load_model,
     path_of,
     size_of,
-    with_layers,
 )
 
 HELP = "Export a backbone, an upsampler and an optional head to ONNX or a PyTorch exported program."
@@ -66,10 +65,8 @@ def execute(options: argparse.Namespace) -> int:
     inputs = Inputs([options.backbone, options.upsampler, options.head])
     prepare_output(options.output, inputs, kind, overwrite=True)
     size = size_of(options.size)
-    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    model = upfeat.load(backbone, upsampler=options.upsampler, early=options.early)
     facts = upfeat.export(
-        model,
+        load_model(options),
         options.output,
         format=options.format,
         head=options.head,

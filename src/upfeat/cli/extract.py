@@ -6,13 +6,12 @@ import argparse
 import sys
 
 from upfeat.cli.choices import (
-    DEFAULT_BACKBONE,
     add_backbone,
     add_early,
     add_engine,
     add_reading,
+    load_with_head,
     path_of,
-    with_layers,
 )
 
 HELP = "Extract features of large image sets: folders, lists, tar archives and videos; resumable."
@@ -88,17 +87,10 @@ def execute(options: argparse.Namespace) -> int:
     """Extract features; items that fail are listed at the end and in the manifest."""
     from rich.progress import MofNCompleteColumn, TextColumn
 
-    import upfeat
     from upfeat.batch import Engine, Extraction, extract
     from upfeat.cli.console import progress_bar, say
-    from upfeat.heads import load_head
 
-    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    chosen = {"upsampler": options.upsampler, "early": options.early}
-    model = upfeat.load(backbone, **chosen, device=options.device)
-    head = None if options.head is None else load_head(options.head)
-    if head is not None:
-        head.check_backbone(model.backbone, str(options.head))
+    model, head = load_with_head(options)
     dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
     kind = options.kind if head is None else "head"
     extraction = Extraction(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import DEFAULT_BACKBONE, add_backbone, path_of, with_layers
+from upfeat.cli.choices import add_backbone, load_model, path_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from upfeat.cli.console import Plan
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, FitProgress, OnFit
-    from upfeat.outputs import Photo
+    from upfeat.photo_search import Photo
 
 HELP = "Fit implicit features to photographs; write small files to render at any resolution."
 EXAMPLE = (
@@ -94,7 +94,6 @@ def execute(options: argparse.Namespace) -> int:
     """Fit all photographs; those that fail are reported at the end."""
     from rich.progress import Progress, TimeRemainingColumn
 
-    import upfeat
     from upfeat.cli.console import Batch, progress_bar, say
     from upfeat.implicit.features import FORMAT
     from upfeat.implicit.files import fit_photograph, recipe_of
@@ -112,8 +111,7 @@ def execute(options: argparse.Namespace) -> int:
         plan = batch.permitted(plan, (options.backbone,), FORMAT, overwrite=options.overwrite)
         if not plan:
             return batch.exit_code
-        backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-        model = upfeat.load(backbone, upsampler="bilinear", device=options.device)
+        model = load_model(options, upsampler="bilinear")
         batch.make_folder(folder)
         made_by = identify_backbone(model.backbone)
         recipe = partial(recipe_of, made_by=made_by, config=config, guidance=guidance)

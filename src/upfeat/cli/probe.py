@@ -6,12 +6,11 @@ import argparse
 from pathlib import Path
 
 from upfeat.cli.choices import (
-    DEFAULT_BACKBONE,
     add_backbone,
     add_early,
     bands_of,
+    load_model,
     path_of,
-    with_layers,
 )
 from upfeat.cli.raster import scale_of
 
@@ -102,7 +101,6 @@ def execute(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    import upfeat
     from upfeat.cli.console import say
     from upfeat.heads import save_head
     from upfeat.labelled import train_on_folder, train_on_raster
@@ -111,9 +109,7 @@ def execute(options: argparse.Namespace) -> int:
     _check_output(options)
     _check_source(options)
     max_memory = parse_memory(options.max_memory)
-    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    chosen = {"upsampler": options.upsampler, "early": options.early}
-    model = upfeat.load(backbone, **chosen, device=options.device)
+    model = load_model(options)
     shared = {"pixels": options.pixels, "folds": options.folds, "seed": options.seed}
     console = Console(stderr=True)
     with console.status("reading …") as status:

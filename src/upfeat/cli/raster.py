@@ -6,16 +6,16 @@ import argparse
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
-    DEFAULT_BACKBONE,
     add_backbone,
     add_early,
     add_engine,
     bands_of,
+    load_with_head,
     path_of,
-    with_layers,
 )
 
 if TYPE_CHECKING:
+    from upfeat.heads import SavedHead
     from upfeat.model import FeatUp
     from upfeat.raster.outputs import Output
 
@@ -91,17 +91,14 @@ def execute(options: argparse.Namespace) -> int:
     """Upsample the raster and print the path, shape and type of the result."""
     from rich.progress import Progress, TimeRemainingColumn
 
-    import upfeat
     from upfeat.cli.console import progress_bar, say
     from upfeat.engines import Engine
     from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tiles, upsample_raster
     from upfeat.raster.cog import file_dtype
 
     budget = parse_memory(options.max_memory)
-    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    chosen = {"upsampler": options.upsampler, "early": options.early}
-    model = upfeat.load(backbone, **chosen, device=options.device)
-    what = _output(options, model)
+    model, head = load_with_head(options)
+    what = _output(options, model, head)
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(elapsed_when_finished=True))
     with (
         Scene(options.raster, bands=options.bands, scale=options.scale) as scene,
@@ -127,18 +124,16 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
-def _output(options: argparse.Namespace, model: FeatUp) -> Output:
-    from upfeat.heads import describe_backbone, load_head
+def _output(options: argparse.Namespace, model: FeatUp, head: SavedHead | None) -> Output:
+    from upfeat.heads import describe_backbone
     from upfeat.raster.outputs import Features, HeadOutput
 
     facts = {"backbone": describe_backbone(model.backbone), "upsampler": model.upsampler.name}
-    if options.head is None:
+    if head is None:
         if options.write is not None:
             raise ValueError(f"--write {options.write} is about a head; give one by --head")
         dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
         return Features(model.embed_dim, facts, dtype)
-    head = load_head(options.head)
-    head.check_backbone(model.backbone, str(options.head))
     form = options.write or head.kind
     if head.kind == "values" and form != "values":
         raise ValueError(f"--write {form}: {options.head} has no classes but values")

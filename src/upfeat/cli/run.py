@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 from upfeat.bounds import PASSES
 from upfeat.cli.choices import (
-    DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
     add_early,
     add_reading,
+    load_with_head,
     path_of,
-    with_layers,
 )
 
 if TYPE_CHECKING:
@@ -106,9 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Upsample all photographs; those that fail are reported at the end."""
-    import upfeat
     from upfeat.cli.console import Batch, announce_size
-    from upfeat.heads import load_head
     from upfeat.machine import parse_memory
     from upfeat.marks import FEATURES
     from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
@@ -120,12 +117,7 @@ def execute(options: argparse.Namespace) -> int:
         plan = batch.permitted(plan, others, FEATURES, overwrite=options.overwrite)
         if not plan:
             return batch.exit_code
-        head = None if options.head is None else load_head(options.head)
-        backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-        chosen = {"upsampler": options.upsampler, "passes": options.passes, "early": options.early}
-        model = upfeat.load(backbone, **chosen, device=options.device)
-        if head is not None:
-            head.check_backbone(model.backbone, str(options.head))
+        model, head = load_with_head(options)
         batch.make_folder(options.output)
         made_by = describe_model(model, head)
         given = {"bands": options.bands, "max_value": options.max_value}

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from upfeat.bounds import PASSES
 from upfeat.cli.choices import (
-    DEFAULT_BACKBONE,
     UPSAMPLER_HELP,
     add_backbone,
     add_early,
+    load_with_head,
     path_of,
-    with_layers,
 )
 
 if TYPE_CHECKING:
@@ -77,10 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Render the video; the exit code is 2 if the video could not be read to its end."""
-    import upfeat
     from upfeat.cli.console import progress_bar, say
     from upfeat.frames import count_frames
-    from upfeat.heads import load_head
     from upfeat.marks import VIDEO
     from upfeat.outputs import Inputs, prepare_output
     from upfeat.video import VideoSettings, render_video, write_report
@@ -93,12 +90,7 @@ def execute(options: argparse.Namespace) -> int:
         if options.report.resolve() == options.output.resolve():
             raise ValueError(f"--report {options.report} is the video to write; give another file")
     count_frames(options.video)  # raises for an unreadable video before the model is loaded
-    backbone = with_layers(options.backbone, options.layer) or DEFAULT_BACKBONE
-    chosen = {"upsampler": options.upsampler, "passes": options.passes, "early": options.early}
-    model = upfeat.load(backbone, **chosen, device=options.device)
-    head = None if options.head is None else load_head(options.head)
-    if head is not None:
-        head.check_backbone(model.backbone, str(options.head))
+    model, head = load_with_head(options)
     settings = VideoSettings(options.size, not options.alone, head, options.sample)
     with progress_bar() as progress:
         task = progress.add_task(options.video.name, total=None)

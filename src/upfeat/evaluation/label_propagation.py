@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upfeat.linear import unit_vectors
 from upfeat.types import Size, Window
+from upfeat.upsamplers.maps import widened, windows
 
 CONTEXT = 7
 """Number of previous frames, besides the first, whose labels are used."""
@@ -113,29 +114,20 @@ def propagate(
     out = query.new_empty(height, width, labels.shape[3])
     # Larger squares compare more cells that are no neighbours, smaller ones copy keys more often.
     side = max(4, radius * 2 // 3)
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            own = Window(top, left, min(side, height - top), min(side, width - left))
-            near = _around(own, radius, (height, width))
-            wanted = _cut(query[None], own).flatten(0, 2)
-            similar = wanted @ _cut(keys, near).flatten(0, 2).T
-            apart = _apart(own, near, radius).to(similar.device)
-            similar.unflatten(1, (len(keys), -1)).masked_fill_(apart[:, None], _APART)
-            weights = _weights(similar, top_k, temperature)
-            found = weights @ _cut(labels, near).flatten(0, 2)
-            _cut(out[None], own)[0] = found.unflatten(0, (own.height, own.width))
+    for own in windows((height, width), side, side):
+        near = widened(own, radius, (height, width))
+        wanted = _cut(query[None], own).flatten(0, 2)
+        similar = wanted @ _cut(keys, near).flatten(0, 2).T
+        apart = _apart(own, near, radius).to(similar.device)
+        similar.unflatten(1, (len(keys), -1)).masked_fill_(apart[:, None], _APART)
+        weights = _weights(similar, top_k, temperature)
+        found = weights @ _cut(labels, near).flatten(0, 2)
+        _cut(out[None], own)[0] = found.unflatten(0, (own.height, own.width))
     return out
 
 
 def _means(maps: Tensor, grid: Size) -> Tensor:
     return F.adaptive_avg_pool2d(maps, grid).permute(1, 2, 0).contiguous()
-
-
-def _around(own: Window, radius: int, size: Size) -> Window:
-    """Return the cells within ``radius`` rows and columns of a window."""
-    top, left = max(own.top - radius, 0), max(own.left - radius, 0)
-    bottom, right = min(own.bottom + radius, size[0]), min(own.right + radius, size[1])
-    return Window(top, left, bottom - top, right - left)
 
 
 def _cut(maps: Tensor, window: Window) -> Tensor:

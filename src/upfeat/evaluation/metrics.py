@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.evaluation.data.folders import IGNORE_INDEX
+from upfeat.evaluation.data.targets import IGNORE_INDEX
 
 
 def confusion_matrix(

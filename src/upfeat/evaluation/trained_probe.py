@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.evaluation.data.folders import IGNORE_INDEX
+from upfeat.evaluation.data.targets import IGNORE_INDEX
 from upfeat.feature_map import FeatureMap
 from upfeat.probes import LinearProbe
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from upfeat import locks, machine
 from upfeat._version import __version__
+from upfeat.array_files import create_array
 from upfeat.backbones import Backbone
 from upfeat.decoding import MAX_PIXELS, image_size
 from upfeat.images import read_image
@@ -25,7 +26,7 @@ from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, check_memory, fit
 from upfeat.marks import FEATURES, encode_picture, kind_of
 from upfeat.outputs import Outputs, check_space, digest, file_digest, is_done, watched
 from upfeat.provenance import identify_backbone
-from upfeat.storage import create_array, replacing, replacing_folder, write_bytes
+from upfeat.storage import replacing, replacing_folder, write_bytes
 from upfeat.tensor_checks import check_not_too_small
 from upfeat.visualize import PCABasis, side_by_side, to_image
 

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from upfeat.bounds import flag, shown
+from upfeat.bounds import flag
 from upfeat.registry import unknown_name
-from upfeat.settings import Choice, Number, Whole, check, documented, setting, settings_of
+from upfeat.settings import (
+    Choice,
+    Name,
+    Number,
+    Whole,
+    check,
+    documented,
+    folder,
+    names,
+    options,
+    setting,
+    settings_of,
+)
 from upfeat.strict_json import read_object
 
 REFERENCE: dict[str, Any] = {
@@ -70,41 +81,6 @@ PRESETS: dict[str, dict[str, Any]] = {"default": {}, "reference": REFERENCE, "de
 
 Real = partial(Number, text=True)
 """Check of a number, which may be text, because YAML parses 1e-3, without a point, as text."""
-
-
-class Name(NamedTuple):
-    """Check of a name or a path, given as text."""
-
-    optional: bool = True
-
-    def __call__(self, name: str, value: Any) -> str | None:
-        """Check the value of a setting and return it."""
-        if isinstance(value, os.PathLike) and not self.optional:
-            return os.fspath(value)
-        if not isinstance(value, str) and not (self.optional and value is None):
-            raise ValueError(f"{name}={shown(value)} must be a name")
-        return value
-
-
-def options(name: str, value: Any) -> dict[str, Any]:
-    """Check a dictionary of options; return a copy, which the caller cannot change."""
-    if not isinstance(value, dict) or not all(isinstance(one, str) for one in value):
-        raise ValueError(f"{name}={shown(value)} must be names and values")
-    return dict(value)
-
-
-def names(name: str, value: Any) -> tuple[str, ...]:
-    """Check a list of names; return it as a tuple."""
-    if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
-        raise ValueError(f"{name}={shown(value)} must be a list of names")
-    return tuple(value)
-
-
-def folder(name: str, value: Any) -> Path | None:
-    """Check a path; return it as a ``Path``."""
-    if value is not None and not isinstance(value, str | os.PathLike):
-        raise ValueError(f"{name}={shown(value)} must be a folder")
-    return None if value is None else Path(value)
 
 
 @documented

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from upfeat.decoding import in_srgb, open_upright
 from upfeat.images import read_image
-from upfeat.outputs import search
+from upfeat.photo_search import search
 from upfeat.png_colours import embedded_profile
 from upfeat.randomness import stream
 

@@ -12,43 +12,26 @@ a basis of channels. A head then applies to the basis as well, and all of the ab
 
 from __future__ import annotations
 
-import inspect
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from upfeat.backends import dispatch
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
-from upfeat.sharing import CARD_FILE, model_card, push_to_hub, read_record
-from upfeat.storage import write_bytes, write_tensors
+from upfeat.sharing import push_to_hub
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
 from upfeat.upsamplers.checks import check_hidden, check_inputs, check_result
 from upfeat.upsamplers.head import Head, add_offset, apply_head
+from upfeat.upsamplers.kernels import Kernels
 from upfeat.upsamplers.maps import Map
-from upfeat.upsamplers.saved import CONFIG_FILE, WEIGHTS_FILE, load_pretrained
+from upfeat.upsamplers.saved import load_pretrained, save_pretrained
 
 AnyUpsampler = TypeVar("AnyUpsampler", bound="Upsampler")
-
-
-class Kernels(Protocol):
-    """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
-
-    def __call__(self, features: Any) -> Tensor:
-        """Upsample features, (B, C, h, w) or from :meth:`Upsampler.precompute`, -> (B, C, H, W)."""
-        ...
-
-    def crop(self, features: Any, window: Window) -> Tensor:
-        """A window of the result of :meth:`__call__`, computed without the rest of the result.
-
-        (B, C, h, w) -> (B, C, window.height, window.width).
-        """
-        ...
 
 
 class Upsampler(nn.Module, ABC):
@@ -360,30 +343,8 @@ class Upsampler(nn.Module, ABC):
             ValueError: a weight is NaN or infinite, or the class has arguments and no
                 :meth:`config`, so that the folder would load as another upsampler.
         """
-        folder = Path(folder)
-        given = [
-            one.name
-            for one in inspect.signature(type(self)).parameters.values()
-            if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
-            and one.name not in self.unsaved
-        ]
-        if given and type(self).config is Upsampler.config:
-            raise ValueError(
-                f"{folder}: not written: {type(self).__name__} defines no config(); let it return "
-                f"the arguments {', '.join(given)}"
-            )
-        state = {key: value.contiguous() for key, value in self.state_dict().items()}
-        check_values(f"{folder}: not written", state, magnitudes=self.magnitudes)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / WEIGHTS_FILE, state, {"upsampler": self.name})
-        config = {"upsampler": self.name, **self.config()}
-        if self.mean is not None and self.std is not None:
-            config |= {"mean": list(self.mean), "std": list(self.std)}
-        if self.wants_hidden and self.trained_for is not None:
-            config["trained_for"] = self.trained_for
-        if self.origin is not None:
-            config["origin"] = self.origin
-        write_bytes(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        has_config = type(self).config is not Upsampler.config
+        save_pretrained(self, Path(folder), has_config=has_config)
 
     def push_to_hub(self, repo_id: str, *, run: str | Path | None = None, **options: Any) -> str:
         """Put the upsampler on the Hugging Face hub, with a model card; needs ``huggingface_hub``.
@@ -403,14 +364,8 @@ class Upsampler(nn.Module, ABC):
             ValueError: huggingface_hub is not installed, or ``repo_id`` is not a valid name.
             OSError: the hub cannot be reached, or refuses.
         """
-        record = {} if run is None else read_record(Path(run))
-
-        def save(folder: Path) -> None:
-            self.save_pretrained(folder)
-            card = model_card({"upsampler": self.name, **self.config()}, record, repo_id)
-            write_bytes(folder / CARD_FILE, card.encode())
-
-        return push_to_hub(save, repo_id, **options)
+        config = {"upsampler": self.name, **self.config()}
+        return push_to_hub(self.save_pretrained, config, run, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls: type[AnyUpsampler], folder: str | Path) -> AnyUpsampler:
@@ -428,33 +383,13 @@ class Upsampler(nn.Module, ABC):
         return load_pretrained(cls, folder, UPSAMPLERS)
 
     def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
+        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         # Every way of loading weights calls this method before any weight is changed.
         own = {name: one for name, one in state_dict.items() if name.startswith(prefix)}
         check_values(f"weights of {type(self).__name__}", own, magnitudes=self.magnitudes)
-        super()._load_from_state_dict(
-            state_dict,
-            prefix,
-            local_metadata,
-            strict,
-            missing_keys,
-            unexpected_keys,
-            error_msgs,
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 UPSAMPLERS = Registry[type[Upsampler]]("upsampler")
 """Upsampler classes by name; ``@UPSAMPLERS.register`` adds a class where it is defined."""
-
-
-def cells_of_pixels(pixels: int) -> int:
-    """Most cells that a run of ``pixels`` touches, where cells are 4 or more pixels wide."""
-    return -(-pixels // 4)

@@ -11,102 +11,19 @@ from torch import Tensor, nn
 
 from upfeat.bounds import MOST_CHANNELS, number, whole
 from upfeat.upsamplers.bands import even_bands
-from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window, cells_of_pixels
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
 from upfeat.upsamplers.checks import check_precision
+from upfeat.upsamplers.detail_kernels import DetailKernels
 from upfeat.upsamplers.detail_network import DetailMaps, DetailNetwork
 from upfeat.upsamplers.head import Head, Headed, apply_head
-from upfeat.upsamplers.maps import Computed, Map, as_map
-from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler
+from upfeat.upsamplers.maps import Map
+from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler, cells_of_pixels
 from upfeat.upsamplers.queries import CellMeans, Coarser, Queries, Units
 from upfeat.upsamplers.regression import STEP, ImageRegression
 from upfeat.upsamplers.saved import load_named
-from upfeat.upsamplers.step import NeighbourhoodKernels
 
 FINER = 2
 """Ratio of the finer grid, on which detail is added, to the grid of the features."""
-
-
-class FinerFeatures(Computed):
-    """Features on the finer grid, with detail, (B, C, *finer grid)."""
-
-    def __init__(self, kernels: DetailKernels, features: Map) -> None:
-        """Keep the kernels and the coarse features, (B, C, h, w)."""
-        recorded = torch.is_grad_enabled() and (kernels.recorded or features.recorded)
-        whole = kernels.first.whole or recorded
-        super().__init__(kernels.first.output_size, whole=whole, recorded=recorded, step=2)
-        self.kernels, self.features = kernels, features
-
-    def keep_less(self) -> None:
-        """See :meth:`Computed.keep_less`."""
-        if self.kernels.regression is not None:
-            self.kernels.regression.lacking.keeps = False
-
-    def compute(self, window: Window) -> Tensor:
-        """See :meth:`Computed.compute`."""
-        kernels = self.kernels
-        parts = []
-        if (
-            kernels.regression is not None
-        ):  # before the first step, which reads a part of the same means: they are then kept
-            parts.append(kernels.regression.at(self.features, window))
-        fine = sum(parts, kernels.first.at(self.features, window))
-        if kernels.detail is not None:
-            fine = fine + kernels.detail.at(window).to(fine.dtype)
-        return fine
-
-
-class DetailKernels:
-    """Both steps of one guidance, and the detail that is added between them."""
-
-    def __init__(
-        self,
-        first: NeighbourhoodKernels,
-        last: NeighbourhoodKernels,
-        *,
-        regression: ImageRegression | None = None,
-        maps: Map | None = None,
-        detail: Map | None = None,
-    ) -> None:
-        """Keep the parts.
-
-        Args:
-            first: step from the grid of the features to the finer grid.
-            last: step from the finer grid to the output.
-            regression: regression whose detail is added to the result of ``first``; ``None`` for
-                no regression.
-            maps: (B, width, *finer grid), the network's maps from which ``detail`` is computed;
-                ``None`` without a network.
-            detail: (B, C, *finer grid), the network's detail, added to the result of ``first``;
-                ``None`` for none.
-        """
-        self.first, self.last, self.regression = first, last, regression
-        self.maps, self.detail = maps, detail
-        self.recorded = last.recorded or (detail is not None and detail.recorded)
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
-        return self.last(self._on_finer_grid(features))
-
-    def crop(self, features: Tensor, window: Window) -> Tensor:
-        """See :meth:`Kernels.crop`."""
-        return self.last.crop(self._on_finer_grid(features), window)
-
-    def precompute(self, features: Tensor) -> tuple[NeighbourhoodKernels, Tensor | Map]:
-        """See :meth:`NeighbourhoodKernels.precompute`; the first step and detail are applied."""
-        return self.last.precompute(self._on_finer_grid(features))
-
-    def to_finer_grid(self, features: Tensor) -> Tensor:
-        """Upsample to the finer grid without a network's detail, (B, C, h, w) -> (B, C, 2h, 2w)."""
-        return FinerFeatures(self.adding(None), as_map(features)).all()
-
-    def adding(self, detail: Map | None) -> DetailKernels:
-        """Return kernels that add ``detail``, (B, C, *finer grid), and otherwise equal these."""
-        return DetailKernels(
-            self.first, self.last, regression=self.regression, maps=self.maps, detail=detail
-        )
-
-    def _on_finer_grid(self, features: Tensor) -> Map:
-        return FinerFeatures(self, as_map(features))
 
 
 @UPSAMPLERS.register

@@ -181,8 +181,13 @@ def is_whole(recorded: bool, *sizes: Size) -> bool:
 def tiles(size: Size, side: int) -> Iterator[Window]:
     """Split a map into windows of at most ``side``² and about equal size, row by row."""
     height, width = (-(-length // -(-length // side)) for length in size)
-    for top, left in product(range(0, size[0], height), range(0, size[1], width)):
-        yield Window(top, left, min(height, size[0] - top), min(width, size[1] - left))
+    return windows(size, height, width)
+
+
+def windows(size: Size, rows: int, columns: int) -> Iterator[Window]:
+    """Yield windows of at most ``rows`` × ``columns`` that cover a map once, row by row."""
+    for top, left in product(range(0, size[0], rows), range(0, size[1], columns)):
+        yield Window(top, left, min(rows, size[0] - top), min(columns, size[1] - left))
 
 
 def cut(values: Tensor, window: Window) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upfeat.bounds import whole
 from upfeat.upsamplers.bands import even_bands
-from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, cells_of_pixels
+from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler
 from upfeat.upsamplers.encoder import PyramidEncoder
 from upfeat.upsamplers.maps import Computed, Map
 from upfeat.upsamplers.queries import CellMeans, Queries, Units
@@ -179,3 +179,8 @@ class NeighbourhoodUpsampler(Upsampler):
             back_projections=self.back_projections,
             backend=self.backend,
         )
+
+
+def cells_of_pixels(pixels: int) -> int:
+    """Most cells that a run of ``pixels`` touches, where cells are 4 or more pixels wide."""
+    return -(-pixels // 4)

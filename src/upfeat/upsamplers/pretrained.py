@@ -125,3 +125,22 @@ def _check_origin(upsampler: Upsampler, name: str, embed_dim: int | None, backbo
             "upsampler=%r was trained for %s, not for %s; %r takes the weights that suit it best",
             *(name, own, backbone, upsampler.name),
         )
+
+
+def require_upsampler(upsampler: object) -> None:
+    """Check that the argument is an :class:`Upsampler`.
+
+    Raises:
+        TypeError: the argument is a name, a class or another module.
+        ValueError: its ``__init__`` does not call that of the base class.
+    """
+    if not isinstance(upsampler, Upsampler):
+        kind = "a class" if isinstance(upsampler, type) else f"of type {type(upsampler).__name__}"
+        raise TypeError(
+            f"upsampler is {kind}; give an Upsampler, as upfeat.load_upsampler(name) returns it"
+        )
+    if "_parameters" not in vars(upsampler):
+        raise ValueError(
+            f"upsampler is a {type(upsampler).__name__} whose __init__ does not call "
+            "super().__init__(); call it there first"
+        )

@@ -1,7 +1,9 @@
-"""Loading of upsamplers from folders of configuration and weights, saved or shipped."""
+"""Folders of an upsampler's configuration and weights: saving, loading, and shipped ones."""
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,9 +13,9 @@ from torch import nn
 from upfeat.bounds import shown
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
-from upfeat.storage import read_tensors
+from upfeat.storage import read_tensors, write_bytes, write_tensors
 from upfeat.strict_json import read_object
-from upfeat.tensor_checks import check_layouts, read_layouts
+from upfeat.tensor_checks import check_layouts, check_values, read_layouts
 from upfeat.upsamplers.blueprint import build
 
 CONFIG_FILE = "config.json"
@@ -132,6 +134,39 @@ def load_pretrained(
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE}: {error}") from None
     return upsampler.eval()
+
+
+def save_pretrained(upsampler: Any, folder: Path, *, has_config: bool) -> None:
+    """Write an upsampler's configuration and weights; see :meth:`Upsampler.save_pretrained`.
+
+    Args:
+        upsampler: the upsampler.
+        folder: folder to write to.
+        has_config: whether its class defines ``config()``; otherwise it may have no arguments.
+    """
+    given = [
+        one.name
+        for one in inspect.signature(type(upsampler)).parameters.values()
+        if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)
+        and one.name not in upsampler.unsaved
+    ]
+    if given and not has_config:
+        raise ValueError(
+            f"{folder}: not written: {type(upsampler).__name__} defines no config(); let it return "
+            f"the arguments {', '.join(given)}"
+        )
+    state = {key: value.contiguous() for key, value in upsampler.state_dict().items()}
+    check_values(f"{folder}: not written", state, magnitudes=upsampler.magnitudes)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / WEIGHTS_FILE, state, {"upsampler": upsampler.name})
+    config = {"upsampler": upsampler.name, **upsampler.config()}
+    if upsampler.mean is not None and upsampler.std is not None:
+        config |= {"mean": list(upsampler.mean), "std": list(upsampler.std)}
+    if upsampler.wants_hidden and upsampler.trained_for is not None:
+        config["trained_for"] = upsampler.trained_for
+    if upsampler.origin is not None:
+        config["origin"] = upsampler.origin
+    write_bytes(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _class_of(config: dict[str, Any], path: Path, classes: Mapping[str, type[Any]]) -> type[Any]:

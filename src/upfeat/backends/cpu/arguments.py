@@ -9,8 +9,8 @@ from torch import Tensor
 from upfeat.backends.cpu.library import DTYPES, Window, call, unavailable_reason
 
 
-def reason_against(**tensors: Tensor) -> str | None:
-    """Return why this backend cannot run on these tensors, or ``None``."""
+def reason_against(*, mixed: bool = False, **tensors: Tensor) -> str | None:
+    """Return why this backend cannot run on tensors, of ``mixed`` types or of one; or ``None``."""
     missing = unavailable_reason()
     if missing is not None:
         return missing
@@ -22,7 +22,7 @@ def reason_against(**tensors: Tensor) -> str | None:
             return f"{name} is {tensor.layout}, not strided"
         if tensor.dtype not in DTYPES:
             return f"{name} is {tensor.dtype}; float32, bfloat16 and float16 are supported"
-        if tensor.dtype != first.dtype:
+        if tensor.dtype != first.dtype and not mixed:
             return f"{name} is {tensor.dtype} where the others are {first.dtype}"
     return None
 
@@ -60,7 +60,7 @@ def check_weights(name: str, source: Tensor, weights: Tensor) -> int:
     """
     check_rank(name, source)
     check_rank("weights", weights)
-    reason = reason_against(**{name: source, "weights": weights})
+    reason = reason_against(mixed=False, **{name: source, "weights": weights})
     if reason is not None:
         raise ValueError(f"the cpu backend cannot run: {reason}")
     if source.shape[0] != weights.shape[0]:
@@ -79,7 +79,7 @@ def check_image(name: str, image: Tensor, radius: int) -> None:
             negative.
     """
     check_rank(name, image)
-    reason = reason_against(**{name: image})
+    reason = reason_against(mixed=False, **{name: image})
     if reason is not None:
         raise ValueError(f"the cpu backend cannot run: {reason}")
     if radius < 0:

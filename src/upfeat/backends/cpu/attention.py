@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from upfeat.backends.cpu.arguments import output
-from upfeat.backends.cpu.library import DTYPES, Ranges, call, unavailable_reason
+from upfeat.backends.cpu.arguments import output, reason_against
+from upfeat.backends.cpu.library import Ranges, call
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -16,17 +16,7 @@ def can_run_window_attention(
     queries: Tensor, keys: Tensor, values: Tensor, *_: object
 ) -> str | None:
     """Return why :func:`window_attention` cannot run on these arguments, or ``None``."""
-    missing = unavailable_reason()
-    if missing is not None:
-        return missing
-    for name, tensor in (("queries", queries), ("keys", keys), ("values", values)):
-        if tensor.device.type != "cpu":
-            return f"{name} is on {tensor.device}, not on the CPU"
-        if tensor.layout != torch.strided:
-            return f"{name} is {tensor.layout}, not strided"
-        if tensor.dtype not in DTYPES:
-            return f"{name} is {tensor.dtype}; float32, bfloat16 and float16 are supported"
-    return None
+    return reason_against(mixed=True, queries=queries, keys=keys, values=values)
 
 
 def window_attention(

@@ -31,17 +31,19 @@ import torch
 from torch import Tensor
 
 from upfeat.evaluation.data.folders import (
-    IGNORE_INDEX,
     Dataset,
     Problem,
     Sample,
     Task,
     check_not_empty,
+    read_folder,
+    split_randomly,
+)
+from upfeat.evaluation.data.targets import (
+    IGNORE_INDEX,
     checked_depth,
     checked_label,
-    read_folder,
     read_indices,
-    split_randomly,
 )
 from upfeat.registry import unknown_name
 

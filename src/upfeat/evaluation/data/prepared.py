@@ -19,7 +19,8 @@ from torch import Tensor
 
 from upfeat import machine
 from upfeat.backbones import Backbone
-from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem, Sample
+from upfeat.evaluation.data.folders import Dataset, Problem, Sample
+from upfeat.evaluation.data.targets import IGNORE_INDEX
 from upfeat.failures import failure_reason
 from upfeat.provenance import identify_backbone, source_digest
 from upfeat.storage import read_tensors, write_tensors

@@ -24,14 +24,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from upfeat.evaluation.data.folders import (
-    IGNORE_INDEX,
     IMAGE_SUFFIXES,
-    MAX_CLASSES,
     Dataset,
     Problem,
     Sample,
     by_stem,
     check_not_empty,
+)
+from upfeat.evaluation.data.targets import (
+    IGNORE_INDEX,
+    MAX_CLASSES,
     checked_label,
     read_indices,
 )

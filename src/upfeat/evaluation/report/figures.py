@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from upfeat.evaluation.data.folders import IGNORE_INDEX
+from upfeat.evaluation.data.targets import IGNORE_INDEX
 from upfeat.evaluation.results import Results, Row, summary
 from upfeat.evaluation.task import Task
 

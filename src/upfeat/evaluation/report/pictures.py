@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from upfeat.evaluation.data.folders import IGNORE_INDEX
+from upfeat.evaluation.data.targets import IGNORE_INDEX
 from upfeat.visualize import class_colours
 
 

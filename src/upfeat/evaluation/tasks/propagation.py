@@ -23,8 +23,9 @@ from torch import Tensor
 from upfeat.backbones import Backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
-from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem
+from upfeat.evaluation.data.folders import Dataset, Problem
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet
+from upfeat.evaluation.data.targets import IGNORE_INDEX
 from upfeat.evaluation.data.videos import read_videos
 from upfeat.evaluation.differences import pack_sums
 from upfeat.evaluation.label_propagation import Tracker, to_cells, to_soft

@@ -20,9 +20,10 @@ from upfeat.backbones import Backbone
 from upfeat.evaluation import metrics
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.cost import measure
-from upfeat.evaluation.data.folders import IGNORE_INDEX, Dataset, Problem
+from upfeat.evaluation.data.folders import Dataset, Problem
 from upfeat.evaluation.data.layouts import read_dataset
 from upfeat.evaluation.data.prepared import OnStep, Prepared, PreparedSet
+from upfeat.evaluation.data.targets import IGNORE_INDEX
 from upfeat.evaluation.differences import pack_sums
 from upfeat.evaluation.methods import Method, UpsamplerMethod
 from upfeat.evaluation.probing import PROTOCOLS, Probing
