@@ -247,6 +247,16 @@ def test_what_is_downloaded_is_what_is_shown(visitor, tmp_path):
     assert page.get_by_role("button", name="Head").is_disabled()
 
 
+def test_everything_asked_while_the_server_works_is_answered(visitor):
+    page = visitor.page
+    page.get_by_role("radio", name="Segment").click()
+    visitor.stroke(0, (0.2, 0.3), (0.5, 0.6))
+    for place in range(8):  # each stroke but the first is asked for during an answer
+        visitor.stroke(1, (0.6 + 0.04 * place, 0.3), (0.6 + 0.04 * place, 0.6))
+        page.wait_for_timeout(40 * place)
+    visitor.viewer(":not(.uf-working)")
+
+
 def test_late_answers_disturb_nobody(visitor):
     page = visitor.page
     page.get_by_role("radio", name="Segment").click()

@@ -76,10 +76,13 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         picker.upload(answers.upload, chosen, **opening)
         for control in (backbone, upsampler, size):
             control.change(answers.change, chosen, js=_BUSY, **listen)
-        viewer.pick(answers.pick, [token], **listen)
-        viewer.strokes(answers.strokes, [token], **listen)
-        viewer.prompt(answers.prompt, [token], **listen)
-        viewer.fetch(answers.fetch, [token], **listen)
+        # The viewer asks again as soon as it is answered, which is before Gradio takes an event for
+        # ended; by default, a second one of its kind would be dropped, and the viewer wait for ever.
+        asking = {**listen, "trigger_mode": "multiple"}
+        viewer.pick(answers.pick, [token], **asking)
+        viewer.strokes(answers.strokes, [token], **asking)
+        viewer.prompt(answers.prompt, [token], **asking)
+        viewer.fetch(answers.fetch, [token], **asking)
     blocks.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
     return blocks
 
