@@ -77,7 +77,7 @@ def build(models: Models, visits: Visits) -> gr.Blocks:
         for control in (backbone, upsampler, size):
             control.change(answers.change, chosen, js=_BUSY, **listen)
         # The viewer asks again as soon as it is answered, which is before Gradio takes an event for
-        # ended; by default, a second one of its kind would be dropped, and the viewer wait for ever.
+        # ended; by default, a second one of its kind is dropped, and the viewer waits for ever.
         asking = {**listen, "trigger_mode": "multiple"}
         viewer.pick(answers.pick, [token], **asking)
         viewer.strokes(answers.strokes, [token], **asking)
