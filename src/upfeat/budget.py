@@ -19,7 +19,7 @@ from torch import Tensor
 from upfeat import machine
 from upfeat.machine import readable
 from upfeat.operator_checks import FLOATS
-from upfeat.tensor_checks import all_finite, check_not_too_small
+from upfeat.tensor_checks import all_finite, check_not_too_small, largest_magnitude
 from upfeat.types import Size, Window, times
 from upfeat.upsamplers import Kernels, Upsampler
 from upfeat.upsamplers.checks import check_apart, overlaps_itself
@@ -103,7 +103,7 @@ class Buffer:
         place.copy_(values)
         narrow = torch.finfo(self.dtype).max < torch.finfo(values.dtype).max
         if narrow and self.dtype is torch.float16:
-            self.largest = max(self.largest, *(abs(float(one)) for one in values.aminmax()))
+            self.largest = max(self.largest, largest_magnitude(values))
         if narrow and not all_finite(place):
             raise ValueError(f"the map overflows {self.dtype}; use bfloat16 or float32")
         if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):

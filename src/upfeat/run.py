@@ -25,7 +25,7 @@ from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outpu
 from upfeat.provenance import identify_backbone, identify_upsampler
 from upfeat.run_picture import STRIP, draw_results, image_panel, reduced
 from upfeat.storage import replacing
-from upfeat.tensor_checks import all_finite, check_not_too_small
+from upfeat.tensor_checks import all_finite, check_not_too_small, largest_magnitude
 from upfeat.visualize import PCABasis
 
 __all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "run_photo"]
@@ -108,9 +108,8 @@ def run_photo(
         free = _BACKBONE * free_bytes(max_memory)
         coarse, hidden = see_within(model.backbone, x, free, early=model.early, label=str(photo))
         if head is None:
-            largest = float(coarse.abs().max())
             fix = "store them as bf16 or fp32"
-            check_not_too_small(f"{photo}: its features", largest, dtype, fix)
+            check_not_too_small(f"{photo}: its features", largest_magnitude(coarse), dtype, fix)
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
         shown = None if outputs.picture is None else image_panel(model, x)
         lazy = UpsampledFeatures(

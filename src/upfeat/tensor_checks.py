@@ -135,6 +135,11 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
 
 
+def largest_magnitude(tensor: Tensor) -> float:
+    """Largest magnitude of a tensor's values, without a copy of it."""
+    return max(abs(float(one)) for one in tensor.aminmax())
+
+
 def check_values(
     source: str | Path,
     tensors: Mapping[str, Tensor],

@@ -24,6 +24,7 @@ from upfeat.raster import (
     unfinished_tiles,
     upsample_raster,
 )
+from upfeat.raster.outputs import RasterTile
 from upfeat.raster.store import Store, _write_axes
 from upfeat.types import Window
 
@@ -643,3 +644,12 @@ def test_features_too_small_for_float16_are_refused(tmp_path):
     with pytest.raises(ValueError, match="too small for float16; store them as float32"):
         upsample(path, tmp_path / "half.zarr", model, Features(3, facts(model)))
     assert values_of(upsample(path, tmp_path / "whole.zarr", model)).any()
+
+
+def test_a_tile_of_faint_features_does_not_end_a_raster():
+    model, out = tiny("bilinear"), Features(3, {})
+    guidance = torch.zeros(1, 3, 16, 16)
+    for scale in (0.0, 1.0, 1e-8):
+        coarse = torch.full((1, 3, 2, 2), scale)
+        tile = RasterTile(coarse, None, guidance, None, Window(0, 0, 16, 16))
+        assert out.render(model, tile).shape == (3, 16, 16)

@@ -22,7 +22,7 @@ from upfeat.feature_map import check_tensor
 from upfeat.geometry import reflect_pad
 from upfeat.model import FeatUp
 from upfeat.storage import write_bytes
-from upfeat.tensor_checks import check_not_too_small, fault_in_memory
+from upfeat.tensor_checks import check_not_too_small, fault_in_memory, largest_magnitude
 from upfeat.types import Size
 from upfeat.upsamplers.checks import check_output_size
 
@@ -162,7 +162,7 @@ def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "flo
     if dtype not in ("float32", "float16"):
         raise ValueError(f'dtype="{dtype}" must be float32 or float16')
     path = Path(folder) / f"{name}.pt"
-    largest = float(grid.features.abs().max())
+    largest = largest_magnitude(grid.features)
     check_not_too_small(f"{path}: features", largest, getattr(torch, dtype), "take float32")
     stored = grid.features.to(getattr(torch, dtype)).contiguous().clone()
     if not bool(torch.isfinite(stored).all()):

@@ -26,7 +26,7 @@ from upfeat.lazy_files import digest, write_parts
 from upfeat.marks import FEATURES, kind_of
 from upfeat.outputs import Inputs, check_output, file_digest
 from upfeat.storage import write_tensors
-from upfeat.tensor_checks import all_finite, check_not_too_small
+from upfeat.tensor_checks import all_finite, check_not_too_small, largest_magnitude
 
 Entry = dict[str, Any]
 Task = tuple[Entry, Any]
@@ -140,14 +140,14 @@ class Maker:
             head = extraction.head
             weight, bias = head.weight.to(lazy.features), head.bias.to(lazy.features)
             values = lazy.project(weight, bias)[0]
-            largest = float(torch.stack(values.aminmax()).abs().max())
+            largest = largest_magnitude(values)
             check_not_too_small("outputs of the head", largest, dtype, "use float32")
             values = values.to(dtype).cpu().contiguous()
             self._check_range(values)
             return values
         if extraction.kind == "lazy":
             return None
-        check_not_too_small("features", float(lazy.features.abs().max()), dtype, "use float32")
+        check_not_too_small("features", largest_magnitude(lazy.features), dtype, "use float32")
         if _is_striped(lazy.shape):
             return None
         return lazy.full(dtype)[0].cpu().contiguous()

@@ -27,7 +27,7 @@ from upfeat.marks import FEATURES, encode_picture, kind_of
 from upfeat.outputs import Outputs, check_space, digest, file_digest, is_done, watched
 from upfeat.provenance import identify_backbone
 from upfeat.storage import replacing, replacing_folder, write_bytes
-from upfeat.tensor_checks import check_not_too_small
+from upfeat.tensor_checks import all_finite, check_not_too_small, largest_magnitude
 from upfeat.visualize import PCABasis, side_by_side, to_image
 
 if TYPE_CHECKING:
@@ -217,9 +217,9 @@ def write_rendering(
     largest = 0.0
     with _create(path, shape, name) as write_rows:
         for top, strip in features.strips(size):
-            largest = max(largest, *(abs(float(one)) for one in strip.aminmax()))
+            largest = max(largest, largest_magnitude(strip))
             values = strip.to(dtype)
-            if not bool(torch.isfinite(values).all()):
+            if not all_finite(values):
                 raise ValueError(f"{path}: features overflow {name}; write float32")
             write_rows(top, values.numpy())
             if on_rows is not None:

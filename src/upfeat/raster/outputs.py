@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upfeat.model import FeatUp
-from upfeat.tensor_checks import check_not_too_small
+from upfeat.tensor_checks import check_not_too_small, largest_magnitude
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.head import Head
 from upfeat.upsamplers.maps import moved, tiles
@@ -112,15 +112,19 @@ class Features(Output):
         self.names = [f"feature {index}" for index in range(embed_dim)]
         self.dtype = np.dtype(dtype)
         self.facts = {**facts, "output": "features", "dtype": dtype}
+        self._fits = False  # whether features of a tile were large enough for the type
 
     def render(self, model: FeatUp, tile: RasterTile) -> Any:
         """See :meth:`Output.render`.
 
         Raises:
-            ValueError: the features overflow the type, or are too small for it.
+            ValueError: the features overflow the type, or are too small for it in the first tile
+                with features; those of a tile without content may be small.
         """
-        largest, dtype = float(tile.coarse.abs().max()), getattr(torch, self.dtype.name)
-        check_not_too_small("features of a tile", largest, dtype, "store them as float32")
+        if not self._fits:
+            largest, dtype = largest_magnitude(tile.coarse), getattr(torch, self.dtype.name)
+            check_not_too_small("features of a tile", largest, dtype, "store them as float32")
+            self._fits = largest > 0
         return super().render(model, tile)
 
     def _fill(
