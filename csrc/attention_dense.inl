@@ -2,7 +2,7 @@
 // keys and values are packed as right operands, and reused while the next tiles attend to the same
 // cells.
 
-#if defined(__AMX_BF16__)
+#if defined(UPFEAT_PARTS)
 
 constexpr int64_t kMostPacked = int64_t{16} << 20;
 constexpr int64_t kMostHeads = 16;  // most heads whose mean can be computed here

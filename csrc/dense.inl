@@ -8,7 +8,7 @@
 
 constexpr int64_t kDenseRows = 32;
 
-#if defined(__AMX_BF16__)
+#if defined(UPFEAT_PARTS)
 
 constexpr int64_t kDenseBlock = 32;  // inputs per step
 

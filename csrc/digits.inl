@@ -8,7 +8,7 @@
 // normwise: a number far below the largest of its row loses digits. Inputs whose weights are small
 // throughout would lose them for nothing, so powers of two are moved from weights to inputs first.
 
-#if defined(__AMX_INT8__)
+#if defined(UPFEAT_PARTS)
 
 constexpr int64_t kDigitBlock = 64;  // inputs per step
 constexpr int kDigits = 3;

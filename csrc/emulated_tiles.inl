@@ -2,7 +2,7 @@
 // kernels that use them can be tested on machines without them (csrc/emulate.sh). Vectors of
 // bfloat16 (AVX512-BF16) are still needed.
 
-#if defined(UPFEAT_EMULATE_TILES) && defined(__AMX_TILE__)
+#if defined(UPFEAT_PARTS) && defined(UPFEAT_EMULATE_TILES)
 
 constexpr int kTileRegisters = 8;
 

@@ -81,9 +81,12 @@ bool weights_fit(const UpfeatLayer& layer) {
   return layer.kernel == 3 || (layer.kernel == 1 && !layer.winograd);
 }
 
+// Matrices of tiles are stored and loaded by whole cache lines.
+bool on_line(const void* memory) { return reinterpret_cast<uintptr_t>(memory) % 64 == 0; }
+
 bool convolution_fits(const UpfeatTensor& x, const UpfeatLayer& layer, const UpfeatTensor* residual,
                       const UpfeatTensor& out, const double* sums) {
-  if (!weights_fit(layer) || !layer.packed) return false;
+  if (!weights_fit(layer) || !layer.packed || !on_line(layer.packed)) return false;
   const bool windows = layer.kernel == 3 && !layer.winograd;
   if (windows) {  // inputs are the channels of all taps in a row, without steps before
     if (layer.inputs != 9 * x.size[1] || layer.scale || layer.sums) return false;
@@ -115,7 +118,7 @@ int upfeat_layer_pack(const UpfeatLayer* given, void* packed, int64_t* bytes, in
     *bytes = needed;
     return UPFEAT_OK;
   }
-  if (!layer.weight || *bytes < needed) return UPFEAT_BAD_ARGUMENT;
+  if (!layer.weight || *bytes < needed || !on_line(packed)) return UPFEAT_BAD_ARGUMENT;
   return kernels->pack_layer(runtime_for(threads, 0), layer, static_cast<char*>(packed));
 }
 

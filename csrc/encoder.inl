@@ -90,7 +90,7 @@ struct Fetch {
     __builtin_prefetch(at, 1, 2);
     at += 64;
   }
-#if !defined(__AMX_INT8__)
+#if !defined(UPFEAT_PARTS)
   // Returns the next `bytes` bytes as memory to prefetch during a product, or prefetches them at
   // once if the product has fewer inputs than there are cache lines.
   UPFEAT_MEMBER Ahead during(int64_t inputs, int64_t bytes) {
@@ -275,7 +275,7 @@ static void read_windows(const LayerJob& job, int64_t batch, int64_t y, int64_t 
   }
 }
 
-#if !defined(__AMX_INT8__)
+#if !defined(UPFEAT_PARTS)
 
 // Applies the steps after the convolution to products as they are computed, four pixels at a time,
 // instead of finish_pixels(): they are neither stored nor read again.

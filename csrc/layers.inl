@@ -1,7 +1,7 @@
 // The functions that the library calls for layers of encoders, for pooling and for preparation
 // alone.
 
-#if defined(__AMX_INT8__)
+#if defined(UPFEAT_PARTS)
 
 static int64_t layer_scratch(const LayerJob& job) {
   return job.layer.winograd ? winograd_scratch(job, nullptr, nullptr)

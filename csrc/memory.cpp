@@ -2,7 +2,9 @@
 
 #include <cstdlib>
 
-#if defined(__linux__)
+#if defined(_WIN32)
+#include <malloc.h>
+#elif defined(__linux__)
 #include <sys/mman.h>
 #endif
 
@@ -12,12 +14,22 @@ void* allocate(int64_t bytes) {
   if (bytes < 0) return nullptr;
   void* memory = nullptr;
   const size_t size = static_cast<size_t>(bytes) + 64;  // vector loads may run past the end
+#if defined(_WIN32)
+  memory = _aligned_malloc(size, 64);
+#else
   if (posix_memalign(&memory, 64, size) != 0) return nullptr;
+#endif
   prefer_large_pages(memory, bytes);
   return memory;
 }
 
-void release(void* memory) { std::free(memory); }
+void release(void* memory) {
+#if defined(_WIN32)
+  _aligned_free(memory);
+#else
+  std::free(memory);
+#endif
+}
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 

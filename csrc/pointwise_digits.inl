@@ -2,7 +2,7 @@
 // one are prepared, and the outputs that were multiplied before are written: a few vectors of
 // either between products of tiles, which take as long.
 
-#if defined(__AMX_INT8__)
+#if defined(UPFEAT_PARTS)
 
 // Prepares the pixels of a strip, and writes them as a left operand, 64 channels per step. A
 // pixel's digits are written in the last step, as its largest channel must be known.

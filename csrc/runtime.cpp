@@ -16,10 +16,22 @@ namespace upfeat {
 namespace {
 
 #if defined(UPFEAT_X86)
-// Older compilers do not accept "f16c" in __builtin_cpu_supports.
-bool has_f16c() {
+// The bits of upfeat_isa_mask that the machine has and the system saves the registers of. Not by
+// __builtin_cpu_supports: older compilers do not know "f16c", and some run-time libraries answer
+// no to everything.
+int vector_sets() {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  constexpr unsigned kFirst = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;  // fma, osxsave, avx, f16c
+  if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kFirst) != kFirst) return 0;
+  unsigned saved = 0, high = 0;
+  __asm__("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+  if ((saved & 0x06) != 0x06 || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+  if (!(b & 1u << 5)) return 0;  // avx2
+#if defined(__APPLE__)
+  saved |= 0xe0;  // this system enables the wide registers at their first use
+#endif
+  constexpr unsigned kWide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // avx512 f, dq, bw, vl
+  return (saved & 0xe0) == 0xe0 && (b & kWide) == kWide ? 2 | 4 : 2;
 }
 #endif
 
@@ -87,18 +99,12 @@ using namespace upfeat;
 extern "C" int upfeat_isa_mask(void) {
   int mask = 1;
 #if defined(UPFEAT_X86)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
-    mask |= 2;
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw")) {
-      mask |= 4;
+  static const int sets = vector_sets();
+  mask |= sets;
 #if defined(UPFEAT_AMX)
-      static const bool amx = has_amx();
-      if (amx) mask |= 8 | 16;
+  static const bool amx = (sets & 4) && has_amx();
+  if (amx) mask |= 8 | 16;
 #endif
-    }
-  }
 #endif
   return mask;
 }

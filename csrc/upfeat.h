@@ -9,7 +9,9 @@ extern "C" {
 
 #define UPFEAT_ABI 10
 
-#if defined(UPFEAT_BUILD)
+#if defined(UPFEAT_BUILD) && defined(_WIN32)
+#define UPFEAT_API __declspec(dllexport)
+#elif defined(UPFEAT_BUILD)
 #define UPFEAT_API __attribute__((visibility("default")))
 #else
 #define UPFEAT_API
@@ -168,7 +170,7 @@ UPFEAT_API int upfeat_window_backward(const UpfeatTensor* queries, const UpfeatT
 typedef struct {
   const float* weight;  // (inputs, pitch); kernel 3: (9 * channels, pitch), with inputs = channels
                         // if winograd is set, otherwise inputs = 9 * channels; only for packing
-  const void* packed;   // what upfeat_layer_pack made of `weight`, with the same isa
+  const void* packed;   // what upfeat_layer_pack made of `weight`, with the same isa; on 64 bytes
   const float* bias;    // (pitch,) or null
   const float* scale;   // (B, in_pitch) or null
   const float* shift;   // (B, in_pitch) or null
@@ -192,8 +194,8 @@ typedef struct {
 } UpfeatLayer;
 
 // Packs `weight` of a layer for upfeat_layer_forward, as matrices in the order in which they are
-// read. `bytes` is the size of `packed`; if `packed` is null, `bytes` receives the size that is
-// needed.
+// read. `packed` is aligned to 64 bytes, `bytes` is its size; if it is null, `bytes` receives the
+// size that is needed.
 UPFEAT_API int upfeat_layer_pack(const UpfeatLayer* layer, void* packed, int64_t* bytes, int isa,
                                  int threads);
 // Computes out (B,O,H,W) from x (B,I,H,W), and adds a residual unless it is null; `out` may be the

@@ -2,7 +2,7 @@
 // AMX (winograd_digits.inl) it is F(2x2, 3x3), 16 products of matrices for 2x2 pixels in place of
 // 36; otherwise F(4x4, 3x3), 36 products for 4x4 pixels in place of 144.
 
-#if defined(__AMX_INT8__)
+#if defined(UPFEAT_PARTS)
 
 constexpr int kWinogradPixels = 2;
 // Along each axis, the taps are replaced by a, (a + b + c) / 2, (a - b + c) / 2, c.
@@ -69,7 +69,7 @@ static void winograd_matrices(const Layer& layer, int64_t width, int64_t step, P
   }
 }
 
-#if !defined(__AMX_INT8__)
+#if !defined(UPFEAT_PARTS)
 
 struct WinogradScratch {
   // Prepared rows of the input, and left operands of two rows of matrices.

@@ -1,7 +1,7 @@
 // F(2x2, 3x3) in integers (digits.inl). While one pair of rows is multiplied, the next one is
 // prepared and transformed.
 
-#if defined(__AMX_INT8__)
+#if defined(UPFEAT_PARTS)
 
 // Number of floats from one transformed matrix to the next; with a power of two, all would fall
 // into one set of the cache.

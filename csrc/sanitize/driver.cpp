@@ -7,6 +7,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -340,9 +342,12 @@ void layers(const Shape& s, int64_t dtype, Layout layout, int isa, bool reflect)
   for (const auto& [kernel, winograd] : {std::pair<int64_t, bool>{1, false}, {3, false}, {3, true}}) {
     UpfeatLayer layer = describe(kernel, winograd);
     if (upfeat_layer_pack(&layer, nullptr, &layer.packed_bytes, isa, 1) != UPFEAT_OK) continue;
-    std::vector<char> packed(static_cast<size_t>(layer.packed_bytes));
-    upfeat_layer_pack(&layer, packed.data(), &layer.packed_bytes, isa, 1);
-    layer.packed = packed.data();
+    const std::align_val_t line{64};
+    const auto release = [line](void* memory) { ::operator delete(memory, line); };
+    const std::unique_ptr<void, decltype(release)> packed(
+        ::operator new(static_cast<size_t>(layer.packed_bytes), line), release);
+    expect(upfeat_layer_pack(&layer, packed.get(), &layer.packed_bytes, isa, 1), "layer_pack");
+    layer.packed = packed.get();
     layer.weight = nullptr;
     repeat("layer_forward", {&out}, [&](int threads) {
       return upfeat_layer_forward(&x.tensor, &layer, reflect ? &residual.tensor : nullptr,

@@ -1,5 +1,6 @@
 """Compiled kernels as PyTorch operators: autograd, shape rules, compiler, transforms, processes."""
 
+import ctypes
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -53,6 +54,31 @@ def test_a_library_of_another_build_is_refused():
         reason = library._mismatch(path, Handle(abi, identity)) or ""
         assert message in reason
         assert "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("platform", "name"),
+    [("linux", "libupfeat.so"), ("darwin", "libupfeat.dylib"), ("win32", "libupfeat.dll")],
+)
+def test_names_of_the_library(monkeypatch, platform, name):
+    monkeypatch.delenv("UPFEAT_LIBRARY", raising=False)
+    monkeypatch.setattr(library.sys, "platform", platform)
+    assert {path.name for path in library._candidates()} == {name}
+
+
+def test_packed_weights_off_cache_lines_are_refused():
+    weight = torch.rand(16, 16)
+    description = library.Layer(inputs=16, outputs=16, pitch=16, kernel=1)
+    description.weight = weight.data_ptr()
+    size = (ctypes.c_int64 * 1)()
+    library.call("upfeat_layer_pack", description, None, size)
+    packed = torch.empty(size[0] + 16, dtype=torch.uint8)
+    assert packed.data_ptr() % 64 == 0
+    library.call("upfeat_layer_pack", description, ctypes.c_void_p(packed.data_ptr()), size)
+    with pytest.raises(AssertionError, match="refused its arguments"):
+        library.call(
+            "upfeat_layer_pack", description, ctypes.c_void_p(packed[16:].data_ptr()), size
+        )
 
 
 def test_less_precision_where_pytorch_is_told_so(monkeypatch):

@@ -193,7 +193,7 @@ def _candidates() -> Iterator[Path]:
     if chosen:
         yield Path(chosen)
         return
-    suffix = ".dylib" if sys.platform == "darwin" else ".so"
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     # An editable install keeps the library in site-packages and this file in the source tree.
     package = sys.modules.get(__package__ or "")
     folders = [str(Path(__file__).parent), *getattr(package, "__path__", [])]
