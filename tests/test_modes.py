@@ -11,6 +11,9 @@ from upsamplers.test_ways import MADE, close, inputs, make
 import upfeat
 from upfeat import pooling
 from upfeat.backends.cpu.library import Layer, call
+from upfeat.downsamplers import AttentionDownsampler
+from upfeat.implicit.fields import NetworkField
+from upfeat.losses import SpatialUncertainty
 from upfeat.types import Window
 from upfeat.upsamplers.queries import Pixels
 
@@ -150,3 +153,28 @@ def test_ensembles_of_weights(name):
 def test_refused_arguments_are_an_error_without_assertions_too():
     with pytest.raises(RuntimeError, match="upfeat_layer_pool refused its arguments"):
         call("upfeat_layer_pool", torch.zeros(1, 4, 3, 3), Layer(), torch.zeros(2, 4, 3, 3))
+
+
+DRAWN = {
+    "field": lambda draw: NetworkField(4, hidden=8, frequencies=3, generator=draw),
+    "downsampler": lambda draw: AttentionDownsampler(4, 3, generator=draw),
+    "uncertainty": lambda draw: SpatialUncertainty(4, generator=draw),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_initial_weights_are_those_of_the_seed_in_any_default_type(name):
+    expected = DRAWN[name](torch.Generator().manual_seed(3)).state_dict()
+    with doubles():
+        found = DRAWN[name](torch.Generator().manual_seed(3)).state_dict()
+    for key, value in expected.items():
+        assert torch.equal(found[key].float(), value), key
+
+
+def test_images_and_their_normalisation_are_float32_in_any_default_type():
+    image = torch.rand(16, 24, 3).numpy()
+    with doubles():
+        backbone = upfeat.load_backbone(torch.nn.Conv2d(3, 4, 8, stride=8))
+        assert backbone.preprocess(image).dtype is torch.float32
+        assert backbone.float().mean.dtype is torch.float32
+        assert backbone(backbone.preprocess(image)).dtype is torch.float32
