@@ -83,7 +83,8 @@ def _add_gradients(probe: LinearProbe, batch: list[Labelled]) -> None:
         with torch.enable_grad():
             logits, label = _logits(each.features, probe), each.label[None].long()
             loss = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="sum")
-        (loss / count).backward()
+            loss = loss / count
+        loss.backward()
 
 
 def _logits(features: FeatureMap, probe: LinearProbe) -> Tensor:
