@@ -18,6 +18,7 @@ from torch.nn import functional
 from upfeat.bounds import flag, number, whole
 from upfeat.geometry import reflect
 from upfeat.pooling import check_grid, pool_patches, repeat_maps, sample_patches
+from upfeat.randomness import draw_normal, draw_uniform
 from upfeat.views import Jitter
 from upfeat.warp import check_map, warp
 
@@ -208,11 +209,10 @@ class AttentionDownsampler(nn.Module):
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
         """Draw initial values: w about 1, b about 0, the saliency as ``nn.Linear`` does."""
         bound = 1 / math.sqrt(self.embed_dim)
-        with torch.no_grad():
-            self.saliency_weight.uniform_(-bound, bound, generator=generator)
-            self.saliency_bias.uniform_(-bound, bound, generator=generator)
-            self.w.normal_(1, 0.01, generator=generator)
-            self.b.normal_(0, 0.01, generator=generator)
+        draw_uniform(self.saliency_weight, -bound, bound, generator)
+        draw_uniform(self.saliency_bias, -bound, bound, generator)
+        draw_normal(self.w, 1, 0.01, generator)
+        draw_normal(self.b, 0, 0.01, generator)
 
     def extra_repr(self) -> str:
         """Return the settings, for ``repr``."""

@@ -111,8 +111,8 @@ class UpsampledFeatures(FeatureMap):
             means = tuple(number("mean", one) for one in mean)
             self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
         self.missing = None if missing is None else check_missing(missing, self.shape)
-        self._made: tuple[Snapshot, tuple[Kernels, Tensor]] | None = None
-        self._precomputed: tuple[Snapshot, tuple[Kernels, Tensor | Map]] | None = None
+        self._made: tuple[Any, Snapshot, tuple[Kernels, Tensor]] | None = None
+        self._precomputed: tuple[Kernels, Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
     def __repr__(self) -> str:
         """One line: shape, device, inputs and upsampler of the map, and the memory of all of it."""
@@ -395,27 +395,36 @@ class UpsampledFeatures(FeatureMap):
         Both are kept for the next window, unless an autograd graph would be kept with them.
         """
         kernels, mixed = self._parts()
-        if self._precomputed is not None and self._precomputed[0].holds([mixed]):
-            return self._precomputed[1]
+        kept = self._precomputed  # another thread may replace it
+        if kept is not None and kept[0] is kernels and kept[1].holds([mixed]):
+            return kept[2]
         found = self.upsampler.precompute(kernels, mixed)
         if self.max_memory is not None and isinstance(found[1], Corrected):
             found[1].keep_less()
         recorded = found[1].requires_grad if isinstance(found[1], Tensor) else found[1].recorded
         if found[1] is not mixed and not recorded:
-            self._precomputed = Snapshot([mixed]), found
+            self._precomputed = kernels, Snapshot([mixed]), found
         return found
 
     def _parts(self) -> tuple[Kernels, Tensor]:
-        """Kernels and mixed features; kept until an input or a weight changes."""
-        sources = self._sources()
-        if self._made is None or not self._made[0].holds(sources):
+        """Kernels and mixed features; kept until an input, a weight or :meth:`_way` changes."""
+        sources, way = self._sources(), self._way()
+        kept = self._made  # another thread may replace it
+        if kept is None or kept[0] != way or not kept[1].holds(sources):
             grid = (self.features.shape[2], self.features.shape[3])
             size = (self.shape[2], self.shape[3])
             given = self.guidance, grid, size, self.features, self.hidden
             kernels = self.upsampler.prepare_with(*given)
-            self._made = Snapshot(sources), (kernels, self.upsampler.mix(self.features))
+            mixed = self.upsampler.mix(self.features)
+            self._made = kept = way, Snapshot(sources), (kernels, mixed)
             self._precomputed = None
-        return self._made[1]
+        return kept[2]
+
+    def _way(self) -> tuple[str, torch.dtype | None]:
+        """The backend of the operators, and the precision of products under autocast."""
+        kind = self.features.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return self.upsampler.backend, torch.get_autocast_dtype(kind) if autocast else None
 
     def _sources(self) -> list[Tensor]:
         weights = (*self.upsampler.parameters(), *self.upsampler.buffers())

@@ -273,7 +273,8 @@ def _to_unit(
         raise ValueError(f"{label} has dtype {array.dtype}; use numbers")
     if max_value is None and array.dtype.name == "uint16":
         _warn_if_dark(array, label)
-    values = torch.empty((array.shape[2], *array.shape[:2]))
+    shape = (array.shape[2], *array.shape[:2])
+    values = torch.empty(shape, dtype=torch.float32, device="cpu")
     # One pass, by NumPy, which accepts read-only, strided and byte-swapped arrays.
     planes, unit = np.moveaxis(array, 2, 0), np.float32(max_value or whole or 1)
     np.divide(planes, unit, out=values.numpy(), dtype=np.float32, casting="unsafe")

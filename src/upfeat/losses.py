@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from upfeat.bounds import number, whole
 from upfeat.downsamplers import gaussian_blur
+from upfeat.randomness import draw_uniform
 from upfeat.warp import check_map, working_dtype
 
 # Weights of the terms in the published recipes, where the reconstruction term has weight 1.
@@ -65,9 +66,8 @@ class SpatialUncertainty(nn.Module):
         bound = 0.1 / math.sqrt(embed_dim)
         self.weight = nn.Parameter(torch.empty(1, embed_dim, 1, 1))
         self.bias = nn.Parameter(torch.empty(1))
-        with torch.no_grad():
-            self.weight.uniform_(-bound, bound, generator=generator)
-            self.bias.uniform_(-bound, bound, generator=generator)
+        draw_uniform(self.weight, -bound, bound, generator)
+        draw_uniform(self.bias, -bound, bound, generator)
 
     def forward(self, features: Tensor) -> Tensor:
         """Return the standard deviation at each cell.

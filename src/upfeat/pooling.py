@@ -35,6 +35,7 @@ from torch import Tensor
 
 from upfeat.bounds import shown
 from upfeat.geometry import reflect
+from upfeat.transforms import lasting
 from upfeat.warp import check_map, warp
 
 # Number of cells of a row in one matrix product. The matrix is zero outside each cell's own
@@ -140,13 +141,14 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=64)
 def _taps(pixels: int, cells: int, kernel_size: int) -> _Taps:
     """Compute the positions centre(i) + t - (k - 1)/2, in integer units of 1/(2 · cells) pixels."""
-    cell = torch.arange(cells)[:, None]
-    tap = torch.arange(kernel_size)[None]
-    position = (2 * cell + 1) * pixels + (2 * tap - kernel_size) * cells
-    low = torch.div(position, 2 * cells, rounding_mode="floor")
-    fraction = (position - low * 2 * cells).double() / (2 * cells)
-    high = torch.where(fraction > 0, low + 1, low)
-    return _Taps(reflect(low, pixels), reflect(high, pixels), fraction)
+    with lasting():
+        cell = torch.arange(cells, device="cpu")[:, None]
+        tap = torch.arange(kernel_size, device="cpu")[None]
+        position = (2 * cell + 1) * pixels + (2 * tap - kernel_size) * cells
+        low = torch.div(position, 2 * cells, rounding_mode="floor")
+        fraction = (position - low * 2 * cells).double() / (2 * cells)
+        high = torch.where(fraction > 0, low + 1, low)
+        return _Taps(reflect(low, pixels), reflect(high, pixels), fraction)
 
 
 @lru_cache(maxsize=64)
@@ -157,15 +159,15 @@ def _spans(
     taps = _taps(pixels, cells, kernel_size)
     spans = []
     for start in range(0, cells, run):
-        low, high, fraction = (part[start : start + run] for part in taps)
-        first = int(torch.minimum(low, high).min())
-        last = int(torch.maximum(low, high).max()) + 1
-        reading = torch.zeros(*low.shape, last - first, dtype=torch.float64)
-        reading.scatter_add_(-1, (low - first)[..., None], (1 - fraction)[..., None])
-        reading.scatter_add_(-1, (high - first)[..., None], fraction[..., None])
-        spans.append(
-            _Span(slice(start, start + len(low)), slice(first, last), reading.to(device, dtype))
-        )
+        with lasting():
+            low, high, fraction = (part[start : start + run] for part in taps)
+            first = int(torch.minimum(low, high).min())
+            last = int(torch.maximum(low, high).max()) + 1
+            reading = fraction.new_zeros(*low.shape, last - first)
+            reading.scatter_add_(-1, (low - first)[..., None], (1 - fraction)[..., None])
+            reading.scatter_add_(-1, (high - first)[..., None], fraction[..., None])
+            reading = reading.to(device, dtype)
+        spans.append(_Span(slice(start, start + len(low)), slice(first, last), reading))
     return tuple(spans)
 
 

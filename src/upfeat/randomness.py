@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 def derive(*names: object) -> int:
@@ -30,6 +31,24 @@ def derive(*names: object) -> int:
 def stream(*names: object) -> torch.Generator:
     """Make a generator on the CPU for the stream with the given names; see :func:`derive`."""
     return torch.Generator().manual_seed(derive(*names))
+
+
+@torch.no_grad()
+def draw_uniform(
+    parameter: Tensor, low: float, high: float, generator: torch.Generator | None = None
+) -> None:
+    """Draw a parameter's values in float32, since other numbers are drawn in other types."""
+    drawn = torch.empty_like(parameter, dtype=torch.float32)
+    parameter.copy_(drawn.uniform_(low, high, generator=generator))
+
+
+@torch.no_grad()
+def draw_normal(
+    parameter: Tensor, mean: float, std: float, generator: torch.Generator | None = None
+) -> None:
+    """Draw a parameter's values in float32; see :func:`draw_uniform`."""
+    drawn = torch.empty_like(parameter, dtype=torch.float32)
+    parameter.copy_(drawn.normal_(mean, std, generator=generator))
 
 
 @contextmanager

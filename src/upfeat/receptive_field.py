@@ -107,7 +107,8 @@ def _blank(backbone: Backbone, height: int, width: int) -> Tensor:
 
 def _noise(backbone: Backbone, height: int, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, backbone.in_channels, height, width, generator=generator)
+    size = (1, backbone.in_channels, height, width)
+    x = torch.randn(size, generator=generator, device="cpu")
     return x.to(backbone.mean.device)
 
 

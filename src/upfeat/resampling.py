@@ -82,7 +82,7 @@ def pooled(length: int, cells: int, positions: Tensor) -> Reads:
     start = positions * length // cells
     stop = -(-(positions + 1) * length // cells)
     # T is the longest run; shorter ones repeat their last position with weight 0.
-    taps = torch.arange(int((stop - start).max()))[:, None]
+    taps = torch.arange(int((stop - start).max()), device=start.device)[:, None]
     inside = start + taps < stop
     return _reads((start + taps).minimum(stop - 1), inside / inside.sum(0).double())
 
@@ -104,7 +104,7 @@ def bilinear(length: int, target: int, positions: Tensor, *, antialias: bool = F
         start = (centre - scale + 0.5).long().clamp(min=0)
         stop = (centre + scale + 0.5).long().clamp(max=length)
         # As in `pooled`, T is the longest run; the others repeat a position with weight 0.
-        taps = start + torch.arange(int((stop - start).max()))[:, None]
+        taps = start + torch.arange(int((stop - start).max()), device=start.device)[:, None]
         factor = (1 - ((taps - centre + 0.5) / scale).abs()).clamp(min=0) * (taps < stop)
         return _reads(taps.minimum(stop - 1), factor / factor.sum(0))
     low, part = _place(length, target, positions)
@@ -127,7 +127,7 @@ def bicubic(length: int, target: int, positions: Tensor) -> Reads:
         return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a
 
     factor = torch.stack([far(part + 1), near(part), near(1 - part), far(2 - part)])
-    index = (low + torch.arange(-1, 3)[:, None]).clamp(0, length - 1)
+    index = (low + torch.arange(-1, 3, device=low.device)[:, None]).clamp(0, length - 1)
     return _reads(index, factor)
 
 
@@ -190,7 +190,7 @@ def _plain(reads: Reads) -> bool:
     taps, count = reads.places.shape
     if reads.stop - reads.first != taps * count:
         return False
-    ordered = torch.arange(taps * count).view(count, taps).T
+    ordered = torch.arange(taps * count, device=reads.places.device).view(count, taps).T
     return torch.equal(reads.places, ordered) and bool((reads.factor == reads.factor[0, 0]).all())
 
 

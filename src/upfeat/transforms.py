@@ -8,6 +8,7 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     peek_interpreter_stack,
 )
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 
 def is_transformed(x: Tensor) -> bool:
@@ -53,6 +54,21 @@ def is_transforming() -> bool:
     if torch.compiler.is_compiling():
         return False
     return peek_interpreter_stack() is not None or _derives_forward()
+
+
+def lasting() -> AbstractContextManager[object]:
+    """Context for tensors that are kept for later calls, which may run in other modes.
+
+    Tensors made in inference mode cannot take part in training, and those of tracers have no
+    values. The default device is not changed: name one.
+    """
+    if torch.compiler.is_compiling():  # the compiler keeps its own results
+        return nullcontext()
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode(False))
+    if _get_current_dispatch_mode() is not None:
+        stack.enter_context(_disable_current_modes())
+    return stack
 
 
 def recorded_gradients(

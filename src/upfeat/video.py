@@ -269,7 +269,7 @@ class Stability:
         channels = painter.weight.shape[1]
         generator = torch.Generator().manual_seed(0)
         # Scaled so that projections preserve the expectation of squared lengths.
-        self._directions = torch.randn(_DIRECTIONS, channels, generator=generator)
+        self._directions = torch.randn(_DIRECTIONS, channels, generator=generator, device="cpu")
         self._directions /= _DIRECTIONS**0.5
         self._before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
         self._sums: dict[str, float] = defaultdict(float)

@@ -55,6 +55,14 @@ def test_the_same_seed_gives_the_same_run_and_leaves_the_global_one_alone(
     assert runs[0][0] != runs[2][0]
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_run_needs_no_gradients_around_it(photos, backbone, tmp_path, mode):
+    upfeat.train(backbone, photos, small_config(tmp_path / "plain"))
+    with mode():
+        upfeat.train(backbone, photos, small_config(tmp_path / "without"))
+    assert weights(tmp_path / "without") == weights(tmp_path / "plain")
+
+
 def test_without_a_folder_only_the_upsampler_is_kept(photos, backbone, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))

@@ -69,7 +69,9 @@ class Backbone(nn.Module, ABC):
         self.mean: Tensor
         self.std: Tensor
         for label, values in self._normalization._asdict().items():
-            self.register_buffer(label, torch.tensor(values)[:, None, None], persistent=False)
+            self.register_buffer(
+                label, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False
+            )
 
     @property
     def normalization(self) -> Normalization:
@@ -88,7 +90,7 @@ class Backbone(nn.Module, ABC):
         for label, values in self._normalization._asdict().items():
             here = getattr(self, label)
             if here.dtype != torch.float32:
-                exact = torch.tensor(values, device=here.device)[:, None, None]
+                exact = torch.tensor(values, dtype=torch.float32, device=here.device)[:, None, None]
                 self.register_buffer(label, exact, persistent=False)
         return self
 

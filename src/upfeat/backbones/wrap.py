@@ -262,8 +262,8 @@ class WrappedBackbone(Backbone):
         height, width = self.answer.size
         draw = torch.Generator().manual_seed(0)
         like = first_tensor(self.module, list(self.held))
-        pair = torch.rand(2, self.in_channels, height, width, generator=draw).sub_(0.5).mul_(4)
-        pair = pair.to(like)
+        size = (2, self.in_channels, height, width)
+        pair = torch.rand(size, generator=draw, device="cpu").sub_(0.5).mul_(4).to(like)
         pair[1] *= 3
         with torch.random.fork_rng(devices=[]):
             alone, again = self._extract(pair[:1]), self._extract(pair[:1])

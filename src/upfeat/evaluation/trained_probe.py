@@ -80,9 +80,11 @@ def _add_gradients(probe: LinearProbe, batch: list[Labelled]) -> None:
     """Add the gradients of the mean cross-entropy over all labelled pixels of a batch."""
     count = sum(int((each.label != IGNORE_INDEX).sum()) for each in batch)
     for each in batch:  # one at a time, because sizes may differ
-        logits, label = _logits(each.features, probe), each.label[None].long()
-        loss = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="sum")
-        (loss / count).backward()
+        with torch.enable_grad():
+            logits, label = _logits(each.features, probe), each.label[None].long()
+            loss = F.cross_entropy(logits, label, ignore_index=IGNORE_INDEX, reduction="sum")
+            loss = loss / count
+        loss.backward()
 
 
 def _logits(features: FeatureMap, probe: LinearProbe) -> Tensor:

@@ -42,11 +42,14 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def _exactly(method: Method) -> Method:
-    """Make a method compute without gradients, and in full precision under autocast, too."""
+    """Make a method compute without gradients, in full precision, on the CPU.
+
+    Whatever autocast and the default device are.
+    """
 
     @wraps(method)
     def exact(*given: Any, **options: Any) -> Any:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.device("cpu"):
             return method(*given, **options)
 
     return cast(Method, exact)
@@ -125,7 +128,7 @@ class ImplicitFeatures(FeatureMap):
         if dtype not in FLOATS:
             raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
         shape = (1, self.shape[1], *size)
-        out = torch.empty(shape, dtype=dtype) if out is None else out
+        out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
         buffer = Buffer(out, shape)
         for top, strip in self.strips(size):
             rows = Window(top, 0, strip.shape[1], size[1])

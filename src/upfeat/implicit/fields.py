@@ -255,22 +255,23 @@ class NetworkField(nn.Module):
         self._width, self.hidden, self.n_frequencies = width, hidden, frequencies
         self.dropout, self.generator = dropout, generator
         inputs = 2 * 5 * frequencies + 3
-        self.low = nn.Buffer(torch.zeros(3))
-        self.high = nn.Buffer(torch.ones(3))
-        self.phases = nn.Parameter(torch.randn(2, 5, frequencies, generator=generator))
-        self.norm_inputs = nn.LayerNorm(inputs)
+        # Whatever PyTorch's defaults are: in float64, a generator draws other numbers.
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+        self.low = nn.Buffer(torch.zeros(3, **kind))
+        self.high = nn.Buffer(torch.ones(3, **kind))
+        self.phases = nn.Parameter(torch.randn(2, 5, frequencies, generator=generator, **kind))
+        self.norm_inputs = nn.LayerNorm(inputs, **kind)
         # PyTorch's initialisation is skipped, since it would draw from the global generator.
-        self.first = skip_init(nn.Linear, inputs, hidden)
-        self.norm_hidden = nn.LayerNorm(hidden)
-        self.second = skip_init(nn.Linear, hidden, hidden)
-        self.last = skip_init(nn.Linear, hidden, width)
+        self.first = skip_init(nn.Linear, inputs, hidden, **kind)
+        self.norm_hidden = nn.LayerNorm(hidden, **kind)
+        self.second = skip_init(nn.Linear, hidden, hidden, **kind)
+        self.last = skip_init(nn.Linear, hidden, width, **kind)
         with torch.no_grad():
             for layer in (self.first, self.second, self.last):
                 assert isinstance(layer, nn.Linear)
                 bound = 1 / math.sqrt(layer.in_features)
                 layer.weight.uniform_(-bound, bound, generator=generator)
                 layer.bias.uniform_(-bound, bound, generator=generator)
-        self.float()
 
     @property
     def width(self) -> int:

@@ -83,6 +83,8 @@ def train(
     several = backbone if isinstance(backbone, list | tuple) else [backbone]
     names = [one for one in several if isinstance(one, str)]
     with (
+        torch.inference_mode(False),  # in a notebook, gradients may be off for all cells
+        torch.enable_grad(),
         processes(config.device) as group,
         _held(folder, group),
         _placed(backbones, group.device),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import wraps
+from operator import index
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -278,11 +279,21 @@ def relative_window(cells: int, length: int, ratio: float) -> list[int]:
     Returns:
         The first cell of every pixel, then one past the last cell of every pixel; 2·``length``.
     """
+    # The conversions have torch.compile make a program for each size, instead of one with symbols.
+    return _relative_window(index(cells), index(length), ratio.__float__())
+
+
+def _relative_window(cells: int, length: int, ratio: float) -> list[int]:
     # In float32, as in the published code: a bound on the edge of a cell depends on rounding.
     at = (np.arange(length, dtype=np.float32) + np.float32(0.5)) / np.float32(length)
     low = np.clip(at - np.float32(ratio), 0, 1) * np.float32(cells)
     high = np.clip(at + np.float32(ratio), 0, 1) * np.float32(cells)
     return np.concatenate([np.floor(low), np.ceil(high)]).astype(np.int64).tolist()
+
+
+# torch.compile would trace NumPy as tensors of unknown values, so it takes the result for a
+# constant; see `unavailable_reason` in `upfeat.backends.cpu.library`.
+_relative_window._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def shifted_window(cells: int, length: int, side: int) -> list[int]:

@@ -190,7 +190,7 @@ def _buffers(room: Tensor | None, shape: tuple[int, int, int, int]) -> list[Tens
     """Make two channels-last float32 tensors (B, C, H, W), in the memory of ``room`` if it fits."""
     count = math.prod(shape)
     if room is None or room.numel() < 2 * count:
-        room = torch.empty(2 * count)
+        room = torch.empty(2 * count, dtype=torch.float32, device="cpu")
     batch, channels, height, width = shape
     parts = room.view(-1)[: 2 * count].view(2, batch, height, width, channels)
     return [part.permute(0, 3, 1, 2) for part in parts]

@@ -81,7 +81,12 @@ class DetailMaps(Computed):
             return self._run(image)
         around = widened(window, self.network.reach, self.size)
         rows, columns = (
-            bilinear(length, target, torch.arange(_PIXELS * start, _PIXELS * stop), antialias=True)
+            bilinear(
+                length,
+                target,
+                torch.arange(_PIXELS * start, _PIXELS * stop, device="cpu"),
+                antialias=True,
+            )
             for length, target, (start, stop) in zip(
                 self.guidance.shape[2:], self.seen, spans_of(around), strict=True
             )

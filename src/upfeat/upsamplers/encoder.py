@@ -51,8 +51,10 @@ class PyramidEncoder(nn.Module):
     def _initialise(self, generator: torch.Generator | None = None) -> None:
         """Set the initial weights, which make queries descriptors of colour and texture."""
         width, channels = self.entry.weight.shape[:2]
-        window = torch.tensor([0.25, 0.5, 0.25])
-        colours = torch.randn(width, channels, generator=generator) / INITIAL_COLOUR_SCALE
+        place = self.entry.weight.device
+        window = torch.tensor([0.25, 0.5, 0.25], device=place)
+        colours = torch.randn(width, channels, generator=generator, device=place)
+        colours /= INITIAL_COLOUR_SCALE
         self.entry.weight.copy_(colours[:, :, None, None] * (window[:, None] * window))
         assert self.entry.bias is not None
         nn.init.uniform_(self.entry.bias, -math.pi, math.pi, generator=generator)
@@ -106,7 +108,7 @@ class PyramidEncoder(nn.Module):
         parts = [scale]
         for number, (finer, level) in enumerate(pairwise(levels)):
             rows, columns = (
-                pooled(length, cells, torch.arange(*span))
+                pooled(length, cells, torch.arange(*span, device="cpu"))
                 for length, cells, span in zip(
                     sizes[number], sizes[number + 1], spans_of(level.read), strict=True
                 )
@@ -124,7 +126,7 @@ class PyramidEncoder(nn.Module):
             own = pointwise(self.join[number], cut(parts.pop(), inside(level.out, level.seen)))
             if out is not None:
                 rows, columns = (
-                    bilinear(cells, length, torch.arange(*span))
+                    bilinear(cells, length, torch.arange(*span, device="cpu"))
                     for cells, length, span in zip(
                         sizes[number + 1], sizes[number], spans_of(level.out), strict=True
                     )

@@ -125,7 +125,7 @@ class Colours(Pixels):
             colours = pool_to(self.guidance, self.size)
         else:
             rows, columns = (
-                pooled(length, target, torch.arange(*span))
+                pooled(length, target, torch.arange(*span, device="cpu"))
                 for length, target, span in zip(self.seen, self.size, spans_of(window), strict=True)
             )
             colours = resample(self.guidance, rows, columns)

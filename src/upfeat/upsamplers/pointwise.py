@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.transforms import is_transformed, recorded_gradients
+from upfeat.transforms import is_transforming, recorded_gradients
 
 # Pixels of a run: with 50 channels they take less than a megabyte.
 _RUN = 4096
@@ -64,10 +64,9 @@ def can_run_in_runs(*inputs: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    return torch.is_grad_enabled() and all(
-        x.device.type == "cpu" and x.dtype == torch.float32 and not is_transformed(x)
-        for x in inputs
-    )
+    if not torch.is_grad_enabled() or is_transforming():
+        return False
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in inputs)
 
 
 class _InRuns(torch.autograd.Function):

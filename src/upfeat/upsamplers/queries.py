@@ -25,10 +25,11 @@ class Pixels(Computed):
         """See :meth:`Map.at`."""
         if self.whole:
             return cut(self.all(), window)
-        if self._last is None or not _holds(self._last[0], window):
+        last = self._last  # another thread may replace it
+        if last is None or not _holds(last[0], window):
             with torch.no_grad():
-                self._last = window, self.compute(window)
-        outer, values = self._last
+                self._last = last = window, self.compute(window)
+        outer, values = last
         return cut(values, inside(window, outer))
 
     def means(self, grid_size: Size, cells: Window) -> Tensor | None:
@@ -73,7 +74,7 @@ class Queries(Pixels):
             queries = resize(self._encode(Window(0, 0, *self.seen)), self.size)
             return unit(queries, over=True)
         rows, columns = (
-            bilinear(length, target, torch.arange(*span), antialias=True)
+            bilinear(length, target, torch.arange(*span, device="cpu"), antialias=True)
             for length, target, span in zip(self.seen, self.size, spans_of(window), strict=True)
         )
         source = window_of((rows.first, rows.stop), (columns.first, columns.stop))
@@ -151,7 +152,7 @@ class CellMeans(Computed):
         if means is not None:
             return means
         rows, columns = (
-            pooled(length, count, torch.arange(*span))
+            pooled(length, count, torch.arange(*span, device="cpu"))
             for length, count, span in zip(
                 self.source.size, self.size, spans_of(cells), strict=True
             )

@@ -214,7 +214,7 @@ class ImageRegression:
             the window's weight is not 0, and its weights from there on.
         """
         windows, length = self.counts[axis], self.means.size[axis]
-        places = torch.arange(start, start + count, dtype=torch.float64)
+        places = torch.arange(start, start + count, dtype=torch.float64, device="cpu")
         cells = (places + 0.5) * length / self.lacking.size[axis]
         # In units of the distance between windows, 0 at the centre of the first window.
         along = (cells / self.step - 1).clamp(0, windows - 1)

@@ -146,7 +146,7 @@ def layer(
     description.packed_bytes = packed.numel()
     if out is None:
         out = _channels_last(batch, outputs, height, width, x.dtype)
-    values = torch.empty(batch, groups, 2, dtype=torch.float64) if groups else None
+    values = x.new_empty(batch, groups, 2, dtype=torch.float64) if groups else None
     address = None if values is None else ctypes.c_void_p(values.data_ptr())
     call("upfeat_layer_forward", x, description, residual, out, address)
     if values is None:
@@ -191,7 +191,7 @@ def _pack(weight: Tensor, description: Layer) -> Tensor:
     _point(description, "weight", _padded(matrix.reshape(-1, weight.shape[0])))
     size = (ctypes.c_int64 * 1)()
     call("upfeat_layer_pack", description, None, size)
-    packed = torch.empty(size[0], dtype=torch.uint8)
+    packed = weight.new_empty(size[0], dtype=torch.uint8)
     call("upfeat_layer_pack", description, ctypes.c_void_p(packed.data_ptr()), size)
     return packed
 
@@ -235,7 +235,8 @@ def match_patterns(features: Tensor, patterns: Tensor) -> Tensor:
 def _channels_last(
     batch: int, channels: int, height: int, width: int, dtype: torch.dtype
 ) -> Tensor:
-    return torch.empty(batch, height, width, channels, dtype=dtype).permute(0, 3, 1, 2)
+    made = torch.empty(batch, height, width, channels, dtype=dtype, device="cpu")
+    return made.permute(0, 3, 1, 2)
 
 
 def _padded(x: Tensor) -> Tensor:
