@@ -41,7 +41,7 @@ class Frame(NamedTuple):
     pixels: NDArray[np.uint8]
     """RGB pixels, (H, W, 3), upright."""
     time: Fraction | None
-    """Time from the beginning, in seconds; ``None`` if the file has no time for the frame."""
+    """Time from the file's beginning, in seconds; ``None`` if the file has none for the frame."""
     aspect: Fraction = Fraction(1)
     """Width of a pixel over its height, as the frame is to be shown."""
 
@@ -105,6 +105,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
     with _opened(av, path) as container:
         size, number = None, 0
         aspect = container.streams.video[0].sample_aspect_ratio or Fraction(1)
+        begin = Fraction(container.start_time or 0, av.time_base)
         try:
             for frame in container.decode(video=0):
                 number += 1
@@ -113,7 +114,7 @@ def read_frames(path: Path) -> Iterator[Frame]:
                 pixels = shown.to_ndarray()
                 mirrored, turns = _placement(frame)
                 clock = frame.time_base or 0
-                time = None if frame.pts is None or not clock else frame.pts * clock
+                time = None if frame.pts is None or not clock else frame.pts * clock - begin
                 pixels = pixels[::-1] if mirrored else pixels
                 upright = np.ascontiguousarray(np.rot90(pixels, turns))
                 yield Frame(upright, time, 1 / aspect if turns % 2 else aspect)
