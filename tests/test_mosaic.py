@@ -74,8 +74,37 @@ def test_a_halo_one_cell_short_is_not_exact():
     assert (torch.cat([part.features for part in parts], 2) - backbone(x)).abs().max() > 1e-3
 
 
-def test_a_backbone_that_sees_everything_has_no_halo():
-    assert receptive_halo(load_backbone(Global())) is None
+class Strips(nn.Module):
+    """Every cell knows the mean of its column (2) or of its row (3)."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x):
+        cells = nn.functional.avg_pool2d(x, 8)
+        return cells + cells.mean(self.axis, keepdim=True)
+
+
+class Places(Strips):
+    """Every cell knows its own row (2) or column (3)."""
+
+    def forward(self, x):
+        cells = nn.functional.avg_pool2d(x, 8)
+        return cells + torch.linspace(-1, 1, cells.shape[self.axis]).unsqueeze(3 - self.axis)
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+@pytest.mark.parametrize("make", [lambda axis: Global(), Strips, Places])
+def test_a_backbone_that_sees_everything_has_no_halo(make, axis):
+    assert receptive_halo(load_backbone(make(axis))) is None
+
+
+@pytest.mark.parametrize("kernel", [(9, 3), (3, 9)])
+def test_a_halo_is_that_of_the_longer_side(kernel):
+    padding = (kernel[0] // 2, kernel[1] // 2)
+    layers = nn.Sequential(nn.Conv2d(3, 5, 8, 8), nn.Conv2d(5, 5, kernel, padding=padding))
+    assert receptive_halo(load_backbone(layers)) == 4
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -40,7 +41,7 @@ class Frame(NamedTuple):
     pixels: NDArray[np.uint8]
     """RGB pixels, (H, W, 3), upright."""
     time: Fraction | None
-    """Time from the beginning, in seconds; ``None`` if the file has no time for the frame."""
+    """Time from the file's beginning, in seconds; ``None`` if the file has none for the frame."""
     aspect: Fraction = Fraction(1)
     """Width of a pixel over its height, as the frame is to be shown."""
 
@@ -91,7 +92,8 @@ def frame_rate(path: Path) -> Fraction:
 def read_frames(path: Path) -> Iterator[Frame]:
     """Decode the frames of a video's first stream.
 
-    Frames are rotated upright by the file's metadata, and resized to the size of the first.
+    Frames are turned upright, and flipped if they are mirrored, by the file's metadata, and resized
+    to the size of the first.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -103,15 +105,17 @@ def read_frames(path: Path) -> Iterator[Frame]:
     with _opened(av, path) as container:
         size, number = None, 0
         aspect = container.streams.video[0].sample_aspect_ratio or Fraction(1)
+        begin = Fraction(container.start_time or 0, av.time_base)
         try:
             for frame in container.decode(video=0):
                 number += 1
                 size = size or (frame.width, frame.height)
                 shown = frame.reformat(width=size[0], height=size[1], format="rgb24")
                 pixels = shown.to_ndarray()
-                turns = round(getattr(frame, "rotation", 0) / 90)
+                mirrored, turns = _placement(frame)
                 clock = frame.time_base or 0
-                time = None if frame.pts is None or not clock else frame.pts * clock
+                time = None if frame.pts is None or not clock else frame.pts * clock - begin
+                pixels = pixels[::-1] if mirrored else pixels
                 upright = np.ascontiguousarray(np.rot90(pixels, turns))
                 yield Frame(upright, time, 1 / aspect if turns % 2 else aspect)
         except av.FFmpegError as error:
@@ -119,6 +123,16 @@ def read_frames(path: Path) -> Iterator[Frame]:
             raise DamagedVideo(f"{path}: damaged {where} ({_reason(error)})") from None
         if not number:
             raise DamagedVideo(f"{path}: holds no frame")
+
+
+def _placement(frame: Any) -> tuple[bool, int]:
+    """Return how to show a frame: whether to flip it top to bottom, and then quarter turns left."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, 0
+    # The pixel (x, y) is shown at (a·x + c·y, b·x + d·y).
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].astype(float)
+    return bool(a * d < b * c), round(-2 * math.atan2(b, a) / math.pi)
 
 
 def _opened(av: Any, path: Path) -> Any:

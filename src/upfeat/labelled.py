@@ -13,13 +13,12 @@ from upfeat.bounds import whole
 from upfeat.evaluation.data.folders import read_folder
 from upfeat.evaluation.data.targets import IGNORE_INDEX
 from upfeat.evaluation.metrics import class_iou, confusion_matrix
-from upfeat.features import UpsampledFeatures
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.model import FeatUp
 from upfeat.probes import LinearProbe, Pixels, draw_pixels, fit_classifier, read_pixels
 from upfeat.raster.labels import read_labels
-from upfeat.raster.outputs import HeadOutput
-from upfeat.raster.pieces import pieces
+from upfeat.raster.outputs import Features
+from upfeat.raster.pieces import pieces, render
 from upfeat.raster.plan import DEFAULT_BUDGET, make_plan
 from upfeat.raster.scene import Scene
 from upfeat.types import Window
@@ -166,7 +165,7 @@ def train_on_raster(
     """
     _check_settings(pixels, folds, seed)
     source = read_labels(labels, scene, names)
-    what = HeadOutput(torch.zeros(1, 1), torch.zeros(1), ["features"], {})
+    what = Features(model.embed_dim, {}, "float32")
     # Smaller tiles for a small raster, so that the cross-validation has several groups.
     side = LABEL_TILE if max(scene.size) >= 2 * LABEL_TILE else max(-(-max(scene.size) // 4), 64)
     plan = make_plan(scene.size, model, what, max_memory=max_memory, tile=side)
@@ -184,12 +183,8 @@ def train_on_raster(
         if on_tile is not None:
             on_tile(f"row {piece.pixels.top}, column {piece.pixels.left}")
         places = draw_pixels(usable, pixels, generator)
-        with torch.inference_mode():
-            lazy = UpsampledFeatures(
-                piece.coarse, piece.guidance, model.upsampler, hidden=piece.hidden
-            )
-            window = lazy.crop(*piece.inner)[0]
-            groups.append((read_pixels(window, places).cpu(), label.flatten()[places]))
+        features = torch.from_numpy(render(piece, model, what))
+        groups.append((read_pixels(features, places), label.flatten()[places]))
     return _train(groups, model, source.names, folds, seed)
 
 

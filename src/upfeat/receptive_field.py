@@ -7,6 +7,7 @@ on the whole input, and there is no halo.
 
 from __future__ import annotations
 
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -70,6 +71,7 @@ def receptive_halo(backbone: Backbone, *, early: bool = False) -> int | None:
 
     A NaN in one pixel spreads to exactly the cells that depend on the pixel, whatever the weights.
     The halo is checked on noise: a tile with the halo must give the features of the whole image.
+    Both are done in a wide image and in a tall one.
 
     Args:
         backbone: backbone in eval mode.
@@ -87,18 +89,37 @@ def receptive_halo(backbone: Backbone, *, early: bool = False) -> int | None:
 
 @torch.no_grad()
 def _measure_halo(backbone: Backbone, early: bool) -> int | None:
-    stride = backbone.stride
     try:
-        reaches = [_spread(backbone, offset, early) for offset in (0, stride - 1)]
-        if any(reach is None for reach in reaches):
-            return None
-        reach = max(reach for reach in reaches if reach is not None)
-        # The border of a tile may disturb a cell that depends on nothing beyond it: an image that
-        # is moved for an aligned backbone loses pixels at one border.
-        halos = (reach, reach + 1)
-        return next((halo for halo in halos if _tiles_agree(backbone, halo, early)), None)
+        halos = [_halo_along(_Long(backbone, early, down)) for down in (False, True)]
     except (RuntimeError, ValueError):  # the backbone takes one size only
         return None
+    return None if None in halos else max(halo for halo in halos if halo is not None)
+
+
+class _Long(NamedTuple):
+    """A backbone that is given long images, (1, bands, short side, long side)."""
+
+    backbone: Backbone
+    early: bool
+    down: bool
+    """True if the backbone sees the long side as height."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute the maps of :func:`see`, whose long side is the last one too."""
+        if not self.down:
+            return see(self.backbone, x, early=self.early)
+        return see(self.backbone, x.mT.contiguous(), early=self.early).mT
+
+
+def _halo_along(seen: _Long) -> int | None:
+    """Return :func:`receptive_halo` along the long side."""
+    reaches = [_spread(seen, offset) for offset in (0, seen.backbone.stride - 1)]
+    if None in reaches:
+        return None
+    reach = max(reach for reach in reaches if reach is not None)
+    # The border of a tile may disturb a cell that depends on nothing beyond it: an image that is
+    # moved for an aligned backbone loses pixels at one border.
+    return next((halo for halo in (reach, reach + 1) if _tiles_agree(seen, halo)), None)
 
 
 def _blank(backbone: Backbone, height: int, width: int) -> Tensor:
@@ -112,32 +133,34 @@ def _noise(backbone: Backbone, height: int, width: int) -> Tensor:
     return x.to(backbone.mean.device)
 
 
-def _spread(backbone: Backbone, offset: int, early: bool) -> int | None:
+def _spread(seen: _Long, offset: int) -> int | None:
     """Number of cells to each side that depend on the pixel at ``offset`` of a cell.
 
     Returns:
         The number; ``None`` if no cell depends on the pixel, or cells too far away.
     """
+    backbone = seen.backbone
     stride, step = backbone.stride, backbone.step
     cells = step * -(-max(_PROBE_CELLS, _PROBE_PIXELS // stride) // step)
     middle = cells // 2
     x = _blank(backbone, 2 * step * stride, cells * stride)
     x[..., middle * stride + offset] = torch.nan
-    reached = see(backbone, x, early=early).isnan().any(1)[0].any(0).nonzero()[:, 0]
+    reached = seen(x).isnan().any(1)[0].any(0).nonzero()[:, 0]
     if not len(reached):
         return None
     reach = int(max(middle - reached.min(), reached.max() - middle))
     return None if reach >= cells // 4 else reach
 
 
-def _tiles_agree(backbone: Backbone, halo: int, early: bool) -> bool:
+def _tiles_agree(seen: _Long, halo: int) -> bool:
+    backbone = seen.backbone
     stride, step = backbone.stride, backbone.step
     halo = step * -(-halo // step)
     # The tile begins at an odd number of steps, lest a coarser grid inside go unnoticed.
     start, cells = 3 * step, 2 * halo + 6 * step
     x = _noise(backbone, 2 * step * stride, 2 * cells * stride)
-    whole = see(backbone, x, early=early)[..., halo + start : cells]
-    part = see(backbone, x[..., start * stride : (cells + halo) * stride], early=early)
+    whole = seen(x)[..., halo + start : cells]
+    part = seen(x[..., start * stride : (cells + halo) * stride])
     return _alike(backbone, whole, part[..., halo : cells - start])
 
 
@@ -146,9 +169,12 @@ def odd_sides_agree(backbone: Backbone, halo: int, early: bool) -> bool:
     stride, step = backbone.stride, backbone.step
     cells = halo + 4 * step
     x = _noise(backbone, 2 * step * stride, (2 * cells + 1) * stride)
-    whole = see(backbone, x, early=early)[..., : cells - halo]
-    part = see(backbone, x[..., : cells * stride], early=early)[..., : cells - halo]
-    return _alike(backbone, whole, part)
+    for seen in (_Long(backbone, early, down) for down in (False, True)):
+        whole = seen(x)[..., : cells - halo]
+        part = seen(x[..., : cells * stride])[..., : cells - halo]
+        if not _alike(backbone, whole, part):
+            return False
+    return True
 
 
 def _alike(backbone: Backbone, maps: Tensor, others: Tensor) -> bool:

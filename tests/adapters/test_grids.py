@@ -45,6 +45,22 @@ def test_cells_without_padding_are_those_of_the_backbone():
     torch.testing.assert_close(exact.upsample(made_by, image[:28, :42]), full)
 
 
+@pytest.mark.parametrize("passes", [1, 2, 5])
+def test_a_grid_has_the_features_of_the_model(passes):
+    torch.manual_seed(0)
+    made_by = upfeat.load(torch.nn.Conv2d(3, 6, 8, 8), upsampler="bilinear", passes=passes)
+    image = picture(40, 56)
+    grid = encode_grid(made_by, image)
+    full = made_by(made_by.preprocess(image))[0]
+    torch.testing.assert_close(grid.upsample(made_by, image), full)
+    larger = made_by(made_by.preprocess(image), (80, 112))[0]
+    torch.testing.assert_close(grid.upsample(made_by, image, (80, 112)), larger)
+    stride = made_by.backbone.stride
+    part = encode_grid(made_by, image[:37, :51])  # is padded
+    assert part.features.shape == (6, -(-37 // stride), -(-51 // stride))
+    assert part.upsample(made_by, image[:37, :51]).shape == (6, 37, 51)
+
+
 def test_early_layers_are_those_of_the_models_backbone():
     made_by, image = upfeat.load(early=True), picture(64, 96)
     full = made_by(made_by.preprocess(image))[0]

@@ -1,5 +1,7 @@
 """Tiles as places on the ground: with a halo, tiles give what the whole gives."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import upfeat
 from upfeat.adapters import TileSampler, stitch
+from upfeat.receptive_field import receptive_halo
 
 
 class Ground(Dataset):
@@ -45,11 +48,32 @@ def test_tiles_give_back_the_ground(height, width, tile, halo):
     assert torch.equal(stitch(parts, sampler), torch.from_numpy(dataset.values))
 
 
-def test_features_of_tiles_are_those_of_the_whole():
+def one_layer():
+    return torch.nn.Conv2d(3, 5, 8, 8)
+
+
+def two_layers():
+    """Of one grid and of one half as fine, whose cells begin at every second cell."""
+    layers = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 8, 8), torch.nn.Conv2d(5, 4, 3, 2, 1))
+    return upfeat.load_backbone(layers, layer=["0", "1"])
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (one_layer, {"upsampler": "bilinear"}),
+        (two_layers, {"upsampler": "bilinear"}),
+        (two_layers, {"upsampler": "neighbourhood"}),
+    ],
+)
+def test_features_of_tiles_are_those_of_the_whole(make, options):
     torch.manual_seed(0)
-    model = upfeat.load(torch.nn.Conv2d(3, 5, 8, 8), upsampler="bilinear")
-    dataset, bounds = ground(64, 96)
-    sampler = TileSampler(bounds, 0.6, tile=32, halo=16, step=8)
+    model = upfeat.load(make(), **options)
+    cells = receptive_halo(model.backbone, early=model.early) + model.upsampler.reach
+    stride = model.backbone.stride
+    step = stride * math.lcm(model.backbone.step, model.upsampler.step)
+    dataset, bounds = ground(4 * step + 2 * stride * cells // step * step, 5 * step)
+    sampler = TileSampler(bounds, 0.6, tile=step, halo=stride * cells, step=step)
     loader = DataLoader(dataset, sampler=sampler, batch_size=None)
     with torch.no_grad():
         tiled = stitch((model(batch["image"][None])[0] for batch in loader), sampler)

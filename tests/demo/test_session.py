@@ -54,6 +54,21 @@ def test_uploads_are_bounded(monkeypatch):
         read_upload(photograph())
 
 
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_uploads_are_upright(original, orientation):
+    """A photograph of every orientation by EXIF that is upright is the same upload."""
+    turns = [
+        Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180,
+        Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_90,
+        Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_270,
+    ]  # fmt: skip
+    stored = Image.open(io.BytesIO(photograph())).transpose(turns[orientation - 2])
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[274] = orientation
+    stored.save(file, "PNG", exif=exif)
+    assert torch.equal(read_upload(file.getvalue()), original)
+
+
 def test_messages_name_no_options_that_the_page_lacks():
     file = io.BytesIO()
     Image.fromarray(np.full((40, 40), 300, np.float32)).save(file, "TIFF")

@@ -72,6 +72,17 @@ def test_exact_features_find_every_point(tmp_path, scale):
     assert "PCK@0.10 of each category" in render(results)
 
 
+def test_points_are_of_upright_images(tmp_path):
+    """The second image is stored turned, upright by its EXIF data."""
+    root = write_pairs(tmp_path / "set")
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = Image.open(root / "images/b.png").transpose(Image.Transpose.ROTATE_90)
+    turned.save(root / "images/b.png", exif=exif)
+    for row in run(root, tmp_path / "out").rows:
+        assert [row.scores[f"pck_{alpha}"] for alpha in (0.1, 0.05, 0.01)] == [[1]] * 3
+
+
 def test_errors_count_in_units_of_the_box(tmp_path):
     """Annotations 3 pixels off: right within 0.1 of 40 pixels, wrong within 0.05."""
     root = write_pairs(tmp_path / "set")

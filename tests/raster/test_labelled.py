@@ -10,11 +10,12 @@ from PIL import Image
 from upfeat.cli import main
 from upfeat.heads import load_head
 from upfeat.labelled import train_on_folder, train_on_raster
+from upfeat.raster import Scene
 
 rasterio = pytest.importorskip("rasterio")
 pytest.importorskip("zarr", "3.0")
 
-from raster.test_raster import values_of, write  # noqa: E402
+from raster.test_raster import picture, staged, tiny, upsample, values_of, write  # noqa: E402
 
 
 def fields(height=320, width=384):
@@ -63,6 +64,29 @@ def test_a_labelled_raster_gives_a_map(tmp_path, capsys):
     assert main(arguments) == 2
     assert "was not made by upfeat" in capsys.readouterr().err
     assert main(["probe", *shared, str(scene), "--labels", str(labels), "--overwrite"]) == 2
+
+
+@pytest.mark.parametrize("make", [tiny, staged])
+def test_a_head_is_trained_on_what_the_raster_gets(tmp_path, make, monkeypatch):
+    """Also far from a tile's border, and where pixels have no data."""
+    model, tiles, count = make(), [], 30
+    values = picture(300, 600)
+    values[values == 255] = 254
+    values[:, 40:140, 80:140] = 255
+    scene = write(tmp_path / "scene.tif", values, nodata=255)
+    labels = write(tmp_path / "labels.tif", np.ones((1, 300, 600), np.uint8))
+    expected = values_of(upsample(scene, tmp_path / "out.zarr", model))
+    monkeypatch.setattr(
+        "upfeat.labelled.draw_pixels", lambda usable, *_: usable[0].nonzero()[:count, 0]
+    )
+    monkeypatch.setattr("upfeat.labelled._train", lambda groups, *_: groups)
+    with Scene(scene) as opened:
+        groups = train_on_raster(model, opened, labels, on_tile=tiles.append)
+    places = [tuple(int(part.split()[1]) for part in tile.split(", ")) for tile in tiles]
+    assert len(places) == len(groups) > 3
+    for (top, left), (features, _) in zip(places, groups, strict=True):
+        known = expected[:, top, left:][:, np.isfinite(expected[0, top, left:])]
+        np.testing.assert_allclose(features.T, known[:, :count], atol=2e-5)
 
 
 def test_polygons_are_labels_too(tmp_path, capsys):

@@ -93,9 +93,9 @@ def facts(model):
     return {"backbone": describe_backbone(model.backbone), "upsampler": model.upsampler.name}
 
 
-def upsample(path, output, model, what=None, *, tile=64, **options):
+def upsample(path, output, model, what=None, *, tile=64, scale=None, **options):
     what = what or Features(model.embed_dim, facts(model), "float32")
-    with Scene(path) as scene:
+    with Scene(path, scale=scale) as scene:
         plan = make_plan(scene.size, model, what, tile=tile, backbone_tile=16)
         upsample_raster(scene, output, model, what, plan, **options)
     return output

@@ -126,9 +126,13 @@ def encode_grid(model: FeatUp, image: ImageLike) -> DenseGrid:
     """
     x = model.preprocess(image)
     size, stride = (x.shape[2], x.shape[3]), model.backbone.stride
-    encoded = (-(-size[0] // stride) * stride, -(-size[1] // stride) * stride)
+    grid = (-(-size[0] // stride), -(-size[1] // stride))
+    encoded = (grid[0] * stride, grid[1] * stride)
+    if model.backbone.grid_aligned(encoded) != encoded:  # a finer grid than that of its network
+        step = stride * model.backbone.step
+        encoded = (-(-size[0] // step) * step, -(-size[1] // step) * step)
     with torch.inference_mode():
-        features = model.backbone(_padded(x, encoded))[0]
+        features = model.backbone(_padded(x, encoded))[0, :, : grid[0], : grid[1]]
     facts = {"encoder_name": model.backbone.name, "pad_mode": "reflect"}
     return DenseGrid(features.cpu(), size, (stride, stride), facts)
 

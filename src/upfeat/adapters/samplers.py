@@ -28,8 +28,9 @@ class TileSampler:
     result and joins the cores.
 
     The result equals that of the whole image, up to floating-point errors, if the halo is at least
-    ``receptive_halo(backbone) + upsampler.reach`` cells, in pixels, and if the backbone's stride
-    times ``upsampler.step`` divides ``step`` and both sides of the image. If
+    ``receptive_halo(model.backbone, early=model.early) + model.upsampler.reach`` cells, in pixels,
+    and if the least common multiple of ``model.backbone.step`` and ``model.upsampler.step``, times
+    the backbone's stride, divides ``step`` and both sides of the image. If
     :func:`upfeat.receptive_field.receptive_halo` or :attr:`upfeat.upsamplers.Upsampler.reach` is
     ``None``, no halo is enough.
 
@@ -62,7 +63,7 @@ class TileSampler:
             halo: width of the halo on every side of a core, pixels; rounded up to a multiple of
                 ``step``.
             step: number of pixels of which the start of every core and outer window is a multiple;
-                give the backbone's stride times ``upsampler.step``.
+                see above.
 
         Raises:
             ValueError: the bounds are empty, a number is out of range, ``tile`` is not a multiple
