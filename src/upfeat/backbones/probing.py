@@ -300,7 +300,7 @@ def _sizes_taken(question: Question, answer: Answer) -> tuple[Answer, bool]:
     stride, side = answer.stride, answer.size[0]
     coarsest = max(one.side // one.cells for one in answer.layouts)
     rounded = False
-    for multiple in dict.fromkeys((coarsest, math.lcm(32, stride), 64)):
+    for multiple in dict.fromkeys((coarsest, 2 * coarsest, 3 * coarsest, math.lcm(32, stride), 64)):
         if multiple % stride:
             continue
         short = max(side // 2 // multiple, 1 if multiple >= 32 else 2) * multiple

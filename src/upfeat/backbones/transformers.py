@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from upfeat.backbones.libraries import import_library, quiet, without_broken
 from upfeat.backbones.outputs import Layer, numbers
+from upfeat.backbones.patches import Patches
 from upfeat.backbones.settings import Settings, cropping, transformers_settings
 from upfeat.types import Size
 
 _LOG = logging.getLogger("upfeat.backbones")
 
 # Attributes under which models of images and text store their vision part.
-_TOWERS = ("vision_model", "vision_tower", "visual_model", "image_encoder")
+_TOWERS = ("vision_model", "vision_tower", "visual_model", "visual", "vision_encoder", "image_encoder")
 # Attributes of the configurations of models of videos.
 _FRAMES = ("num_frames", "frames_per_clip")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -63,6 +64,8 @@ class TransformersFeatures(nn.Module):
         self.options = _options(self.network, interpolate)
         self.blue_first = blue_first
         parameters = inspect.signature(self.network.forward).parameters
+        grid_name = Patches.needed(self.network, parameters)
+        self.patches = None if grid_name is None else Patches(self.network, grid_name)
         self.patch = getattr(config, "patch_size", 16)
         # Hiera has a number for each axis, and shuffles nothing.
         self.masked = "noise" in parameters and isinstance(self.patch, int)
@@ -75,11 +78,14 @@ class TransformersFeatures(nn.Module):
         if self.masked:  # without this noise, the model would shuffle the patches
             count = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
             options["noise"] = torch.arange(count, device=x.device).expand(len(x), -1)
+        given = x
+        if self.patches is not None:
+            given, beside = self.patches.given(x)
+            options |= beside
         with _unmasked(self.network.config), _whole_windows(self.network):
-            output = self.network(x, output_hidden_states=self.layers is not None, **options)
-        if self.layers is None:
-            return self._cells(self._last(output))
-        chosen = [self._cells(one) for one in self._states(output)]
+            output = self.network(given, output_hidden_states=self.layers is not None, **options)
+        states = [self._last(output)] if self.layers is None else self._states(output)
+        chosen = [self._cells(one, x) for one in states]
         return chosen[0] if len(chosen) == 1 else chosen
 
     def _states(self, output: Any) -> list[Any]:
@@ -105,8 +111,12 @@ class TransformersFeatures(nn.Module):
             raise ValueError(f"{name}: layer={shown} does not exist; 0 to {count - 1} do")
         return [states[layer] for layer in self.layers]
 
-    def _cells(self, states: Any) -> Any:
-        """Leave out tokens that follow those of the cells."""
+    def _cells(self, states: Any, x: Tensor) -> Any:
+        """Return the cells' tokens, or maps, of the images x."""
+        if self.patches is not None:
+            return self.patches.map(states, x)
+        if states.dim() == 3 and len(states) == 1 < len(x):  # Pixtral: one image after the other
+            return states.reshape(len(x), -1, states.shape[2])
         return states[:, : -self.suffix] if self.suffix else states
 
     def __getstate__(self) -> dict[str, Any]:
@@ -178,7 +188,8 @@ def vision_part(network: nn.Module) -> nn.Module:
                 f"{type(network).__name__} takes videos ({name}={getattr(config, name)}), not "
                 "images; wrap it in a function of images that repeats them as frames"
             )
-    if "pixel_values" not in parameters:
+    grid_name = Patches.needed(base, parameters)
+    if "pixel_values" not in parameters and grid_name is None and not _takes_images(base):
         raise ValueError(
             f"{type(network).__name__} takes no pixel_values: it is no vision model; give the part "
             "of it that sees"
@@ -186,7 +197,9 @@ def vision_part(network: nn.Module) -> nn.Module:
     needed = [
         name
         for name, one in parameters.items()
-        if name != "pixel_values" and one.default is one.empty and one.kind in (0, 1, 3)
+        if name not in ("pixel_values", "hidden_states", *Patches.arguments(grid_name))
+        and one.default is one.empty
+        and one.kind in (0, 1, 3)
     ]
     if needed:
         raise ValueError(
@@ -196,12 +209,17 @@ def vision_part(network: nn.Module) -> nn.Module:
     return base
 
 
+def _takes_images(network: Any) -> bool:
+    """Return whether a model's first argument is an image under another name, as Florence-2's."""
+    return getattr(network, "main_input_name", None) == "pixel_values"
+
+
 def _count_blocks(config: Any) -> int | None:
     """Return the number of layers or stages without the embedding; ``None`` if unknown."""
     repeats = getattr(config, "num_block_repeats", None)
     if repeats:  # EfficientNet, whose num_hidden_layers is another number
         return sum(math.ceil(config.depth_coefficient * times) for times in repeats)
-    for name in ("num_encoder_blocks", "depths", "num_hidden_layers"):
+    for name in ("num_encoder_blocks", "depths", "num_hidden_layers", "depth"):
         value = getattr(config, name, None)
         if value:
             return len(value) if isinstance(value, (list, tuple)) else int(value)
