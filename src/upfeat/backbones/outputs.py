@@ -120,6 +120,11 @@ def select(output: object, layers: Sequence[Layer] | None, name: str) -> list[Te
             f"{name} returned a {type(output).__name__}, not features (B, C, h, w); wrap it in a "
             "function that picks the feature map"
         )
+    if "last_hidden_state" in entries and any(isinstance(layer, int) for layer in layers or ()):
+        raise ValueError(
+            f"{name}: layer={_shown(layers or [])} does not number the layers of a model inside; "
+            "give that model itself, or the name of one of its modules"
+        )
     if layers is not None:
         return [_pick(entries, layer, name) for layer in layers]
     for key in _KNOWN_KEYS:

@@ -193,9 +193,10 @@ def _first_size(question: Question) -> tuple[int, object]:
             return side, output
         first = first or error
     reason = f"{type(first).__name__}: {_line(first)}"
+    wrong = "in_channels= (its bands)" if "channels" in reason else "input_size="
     raise ValueError(
         f"{question.name} takes none of the image sizes tried ({', '.join(map(str, tried))}); at "
-        f"{tried[0]} it says {reason}; give input_size= that it takes"
+        f"{tried[0]} it says {reason}; give {wrong} that it takes"
     ) from first
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,14 @@ OPENAI = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130
 
 _NONE = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 # Normalisation by the model type of transformers, where a processor's configuration has none.
-_BY_TYPE = {"clip": OPENAI, "siglip": HALF, "vit": HALF, "deit": IMAGENET, "beit": HALF}
-_BY_TYPE |= dict.fromkeys(("mobilevit", "mobilevitv2", "glpn", "swin2sr", "tipsv2"), _NONE)
+# Some models normalise images themselves (RADIO, Gemma 4).
+_TYPES = {
+    OPENAI: "clip altclip chinese_clip metaclip_2 aimv2 mlcd blip blip_2 instructblip git owlvit owlv2 "
+    "pixtral qwen2_vl qwen2_5_vl glm4v glm4v_moe",
+    HALF: "siglip siglip2 vit beit sam3 idefics2 idefics3 smolvlm llama4 qwen3_vl qwen3_vl_moe",
+    _NONE: "mobilevit mobilevitv2 glpn swin2sr tipsv2 radio gemma4",
+}
+_BY_TYPE = {kind: values for values, kinds in _TYPES.items() for kind in kinds.split()}
 _BLUE_FIRST = ("mobilevit", "mobilevitv2")
 
 # Pillow's numbers of resampling filters, which configurations of processors contain.
@@ -111,7 +118,8 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
     size = int(size) if isinstance(size, int) else None
     patch = getattr(config, "patch_size", 1)
     patch = patch if isinstance(patch, int) else 1
-    kind = str(getattr(config, "model_type", "")).removesuffix("_vision_model")
+    # The kind of a vision part is its model's: qwen3_vl_vision, sam3_vit_model.
+    kind = re.sub(r"_(vision|vit_model).*$", "", str(getattr(config, "model_type", "")))
     mean, std = usual = _BY_TYPE.get(kind, IMAGENET)
     if processor is not None:
         mean, std = _normalization(processor, usual, getattr(config, "num_channels", 0) or 3)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from upfeat.backbones.libraries import import_library, quiet, without_broken
 from upfeat.backbones.outputs import Layer, numbers
 from upfeat.backbones.patches import Patches
-from upfeat.backbones.settings import Settings, cropping, transformers_settings
+from upfeat.backbones.settings import Settings, cropping, settings_of, transformers_settings
 from upfeat.types import Size
 
 _LOG = logging.getLogger("upfeat.backbones")
@@ -172,14 +172,14 @@ def vision_part(network: nn.Module) -> nn.Module:
         inner = getattr(base, "backbone", None)
         if base is network and isinstance(inner, nn.Module):  # as DepthAnythingForDepthEstimation
             base = inner
-    inner = getattr(base, "timm_model", None)
-    if isinstance(inner, nn.Module):
-        return inner
     for name in _TOWERS:
         tower = getattr(base, name, None)
         if isinstance(tower, nn.Module):
             base = tower
             break
+    inner = getattr(base, "timm_model", None)
+    if isinstance(inner, nn.Module):
+        return inner
     parameters = inspect.signature(base.forward).parameters
     config = getattr(base, "config", None)
     for name in _FRAMES:
@@ -299,21 +299,41 @@ def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settin
             progress.enable_progress_bar()
     part = vision_part(network)
     _check_complete(source, network, network if whole else part, missing)
-    settings = transformers_settings(getattr(part, "config", config), processor)
+    return network, _settings(f"hf:{source}", getattr(part, "config", config), processor)
+
+
+def settings_of_object(network: Any, part: Any) -> Settings:
+    """Read the settings of a model that was given as an object.
+
+    If it was loaded by ``from_pretrained``, its processor is read from where it was loaded from.
+    """
+    source = getattr(network, "name_or_path", None)
+    if not source:
+        return settings_of(part)
+    try:
+        processor = _read_processor(str(source), local_files_only=True)
+    except (OSError, ValueError):  # the folder has gone
+        processor = None
+    return _settings(str(source), part.config, processor)
+
+
+def _settings(source: str, config: Any, processor: dict[str, Any] | None) -> Settings:
+    """Read a model's settings; warn if its processor crops images or is missing."""
+    settings = transformers_settings(config, processor)
     crop = None if processor is None else cropping(processor)
     if crop is not None:
         _LOG.warning(
-            "hf:%s: its processor crops images to %s; upfeat keeps the whole image, at its own "
+            "%s: its processor crops images to %s; upfeat keeps the whole image, at its own "
             "size or the one you give",
             *(source, crop),
         )
     if processor is None:
         _LOG.warning(
-            "hf:%s has no preprocessor_config.json: mean %s and std %s are taken, as for its kind; "
+            "%s has no preprocessor_config.json: mean %s and std %s are taken, as for its kind; "
             "give mean= and std= if they are others",
             *(source, settings.mean, settings.std),
         )
-    return network, settings
+    return settings
 
 
 def _saved_class(library: Any, config: Any) -> Any:
@@ -382,7 +402,7 @@ def _whole_windows(network: nn.Module) -> Iterator[None]:
             layer.shift_size = shift
 
 
-def _read_processor(source: str) -> dict[str, Any] | None:
+def _read_processor(source: str, **options: Any) -> dict[str, Any] | None:
     """Read the image processor's configuration; ``None`` if there is none."""
     cached: Any = import_library("transformers.utils", extra="transformers").cached_file
     for name in _PROCESSOR_FILES:
@@ -390,7 +410,7 @@ def _read_processor(source: str) -> dict[str, Any] | None:
         if Path(source).is_dir():
             path = local if local.is_file() else None
         else:
-            path = cached(source, name, _raise_exceptions_for_missing_entries=False)
+            path = cached(source, name, _raise_exceptions_for_missing_entries=False, **options)
         if path is not None:
             found = json.loads(Path(path).read_bytes())
             return found.get("image_processor", found)
