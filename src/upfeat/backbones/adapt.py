@@ -90,10 +90,18 @@ def unwrapped(module: Any) -> Any:
 def known_inside(module: object) -> str | None:
     """Name a library's model inside a module or function, for messages; ``None`` without one."""
     for top in [module] if isinstance(module, nn.Module) else held_modules(module):
-        for name, one in top.named_modules():
-            if name and is_known(one):
-                return f"{type(top).__name__} holds a {type(one).__name__}: give that, its .{name}"
+        names = [name for name, one in top.named_modules() if name and _takes_images(one)]
+        # The first that holds no other one: a backbone, not the detector around it.
+        for name in names:
+            if not any(other.startswith(f"{name}.") for other in names):
+                inner = type(top.get_submodule(name)).__name__
+                return f"{type(top).__name__} holds a {inner}: give that, its .{name}"
     return None
+
+
+def _takes_images(module: nn.Module) -> bool:
+    blind = transformers.is_transformers(module) and not transformers.takes_images(module)
+    return is_known(module) and not blind
 
 
 def _all(chosen: Sequence[Layer] | None) -> list[Layer] | None:

@@ -14,7 +14,7 @@ from upfeat.backbones import hub, open_clip, timm, transformers
 from upfeat.backbones.adapt import adapt, known_inside, unwrapped
 from upfeat.backbones.base import Backbone
 from upfeat.backbones.efficientnet_lite import STRIDES, EfficientNetLite, EfficientNetLite0
-from upfeat.backbones.outputs import Layer
+from upfeat.backbones.outputs import Layer, NoFeatures
 from upfeat.backbones.settings import Settings
 from upfeat.backbones.wrap import WrappedBackbone, as_list
 from upfeat.bounds import shown
@@ -137,20 +137,20 @@ def load_backbone(
             "a function (B, 3, H, W) -> (B, C, h, w)"
         )
     module = _cast(unwrapped(module), device, dtype)
-    adapted = adapt(module, layers, interpolate=fit in (None, "interpolate"), settings=settings)
     options = {
         "name": name or getattr(module, "__name__", None) or type(module).__name__,
         **options,
     }
     try:
+        adapted = adapt(module, layers, interpolate=fit in (None, "interpolate"), settings=settings)
         made = WrappedBackbone(
             adapted.module, layer=adapted.layers, settings=adapted.settings, fit=fit, **options
         )
-    except ValueError as error:
-        hint = known_inside(module) if adapted.module is module else None
+    except NoFeatures as error:
+        hint = known_inside(module)
         if hint is None:
             raise
-        raise ValueError(f"{error}; {hint}") from error
+        raise NoFeatures(f"{error}; {hint}") from error
     return _place(made, device, dtype)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from upfeat.types import Size
 
-# The argument by which a model is told the grid, and the arguments that go with it.
-_GRIDS = {
+# Arguments by which models are told the grid, and those that go with each.
+_BESIDE = {
     "grid_thw": (),  # Qwen-VL, GLM-V: patches of all images in one row, block by block
     "spatial_shapes": ("pixel_attention_mask",),  # SigLIP2 NaFlex
     "pixel_position_ids": (),  # Gemma 4
@@ -21,9 +21,14 @@ _GRIDS = {
 class Patches:
     """Conversion of images to a model's patches, and of its tokens to maps.
 
+    Attributes:
+        GRIDS: arguments by which models are told the grid of patches.
+
     Patches that a model merges after its blocks lie block by block: the merged patches of one
     square follow each other, square by square.
     """
+
+    GRIDS = tuple(_BESIDE)
 
     def __init__(self, network: nn.Module, grid_name: str) -> None:
         """Read the sizes of patches and blocks from a model's configuration.
@@ -47,7 +52,7 @@ class Patches:
     @staticmethod
     def needed(network: nn.Module, parameters: Mapping[str, Any]) -> str | None:
         """Return the argument by which a model is told the grid; ``None`` if it takes images."""
-        found = next((name for name in _GRIDS if name in parameters), None)
+        found = next((name for name in _BESIDE if name in parameters), None)
         if found == "grid_thw" and not any(isinstance(m, nn.Conv3d) for m in network.modules()):
             return None  # the order of numbers in a patch is unknown
         return found
@@ -55,7 +60,7 @@ class Patches:
     @staticmethod
     def arguments(grid_name: str | None) -> tuple[str, ...]:
         """List the arguments that are given beside the patches."""
-        return () if grid_name is None else (grid_name, *_GRIDS[grid_name])
+        return () if grid_name is None else (grid_name, *_BESIDE[grid_name])
 
     def grid(self, x: Tensor) -> Size:
         """Return the grid (h, w) of patches of an image.

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from upfeat.backbones.outputs import Ambiguous, Layer, Layout, concatenate, recognise, select
+from upfeat.backbones.outputs import (
+    Ambiguous,
+    Layer,
+    Layout,
+    NoFeatures,
+    concatenate,
+    recognise,
+    select,
+)
 from upfeat.types import Size
 
 _SIZES = (224, 256, 512, 384, 518, 448, 336, 112, 64, 32)
@@ -70,7 +78,7 @@ class Answer:
     multiple: int = 1
 
 
-class _NoStride(ValueError):
+class _NoStride(NoFeatures):
     """The stride of a model whose cells do not divide the image cannot be measured."""
 
 
@@ -193,8 +201,9 @@ def _first_size(question: Question) -> tuple[int, object]:
             return side, output
         first = first or error
     reason = f"{type(first).__name__}: {_line(first)}"
-    wrong = "in_channels= (its bands)" if "channels" in reason else "input_size="
-    raise ValueError(
+    refused = f"got {question.channels} channels" in reason
+    wrong = "in_channels= (its bands)" if refused else "input_size="
+    raise NoFeatures(
         f"{question.name} takes none of the image sizes tried ({', '.join(map(str, tried))}); at "
         f"{tried[0]} it says {reason}; give {wrong} that it takes"
     ) from first
@@ -277,7 +286,7 @@ def _overlap(
 
     refusal = _NoStride(
         f"{question.name} turns {side}×{side} pixels into {cells}×{cells} cells, which is no whole "
-        "stride; give stride=, or a probe_size that it divides"
+        "stride; give stride=, a probe_size that it divides, or a function that resizes its map"
     )
     if len(layouts) > 1:
         raise _NoStride(f"{str(refusal).partition(';')[0]}; give one layer")

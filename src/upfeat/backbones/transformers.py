@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones.libraries import import_library, quiet, without_broken
-from upfeat.backbones.outputs import Layer, numbers
+from upfeat.backbones.outputs import Layer, NoFeatures, numbers
 from upfeat.backbones.patches import Patches
 from upfeat.backbones.settings import Settings, cropping, settings_of, transformers_settings
 from upfeat.types import Size
@@ -24,9 +24,18 @@ from upfeat.types import Size
 _LOG = logging.getLogger("upfeat.backbones")
 
 # Attributes under which models of images and text store their vision part.
-_TOWERS = ("vision_model", "vision_tower", "visual_model", "visual", "vision_encoder", "image_encoder")
+_TOWERS = (
+    "vision_model",
+    "vision_tower",
+    "visual_model",
+    "visual",
+    "vision_encoder",
+    "image_encoder",
+)
 # Attributes of the configurations of models of videos.
 _FRAMES = ("num_frames", "frames_per_clip")
+# Names of a model's first argument; the second is that of Qwen-VL and Florence-2.
+_IMAGES = ("pixel_values", "hidden_states")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -65,6 +74,7 @@ class TransformersFeatures(nn.Module):
         self.blue_first = blue_first
         parameters = inspect.signature(self.network.forward).parameters
         grid_name = Patches.needed(self.network, parameters)
+        self.frames = _clip_frames(self.network)
         self.patches = None if grid_name is None else Patches(self.network, grid_name)
         self.patch = getattr(config, "patch_size", 16)
         # Hiera has a number for each axis, and shuffles nothing.
@@ -82,6 +92,8 @@ class TransformersFeatures(nn.Module):
         if self.patches is not None:
             given, beside = self.patches.given(x)
             options |= beside
+        elif self.frames is not None:
+            given = x[:, None].expand(-1, self.frames, -1, -1, -1)
         with _unmasked(self.network.config), _whole_windows(self.network):
             output = self.network(given, output_hidden_states=self.layers is not None, **options)
         states = [self._last(output)] if self.layers is None else self._states(output)
@@ -115,6 +127,8 @@ class TransformersFeatures(nn.Module):
         """Return the cells' tokens, or maps, of the images x."""
         if self.patches is not None:
             return self.patches.map(states, x)
+        if not isinstance(states, Tensor):  # maps of a detector's neck
+            return states
         if states.dim() == 3 and len(states) == 1 < len(x):  # Pixtral: one image after the other
             return states.reshape(len(x), -1, states.shape[2])
         return states[:, : -self.suffix] if self.suffix else states
@@ -131,7 +145,7 @@ class TransformersFeatures(nn.Module):
         if output.get("encoder_last_hidden_state") is not None:  # of DETR, whose last are objects
             return output["encoder_last_hidden_state"]
         if "last_hidden_state" not in output:
-            raise ValueError(
+            raise NoFeatures(
                 f"{type(self.network).__name__} returns {', '.join(output)}, no hidden states; "
                 "give its base model (.base_model)"
             )
@@ -164,7 +178,7 @@ def vision_part(network: nn.Module) -> nn.Module:
     """Return the vision part of a model: its base model without a head, or its vision tower.
 
     Raises:
-        ValueError: that part does not take images, or needs further arguments.
+        NoFeatures: that part does not take images, or needs further arguments.
     """
     base: Any = network
     if "For" in type(network).__name__:  # a head on a model, as ViTForImageClassification
@@ -180,38 +194,51 @@ def vision_part(network: nn.Module) -> nn.Module:
     inner = getattr(base, "timm_model", None)
     if isinstance(inner, nn.Module):
         return inner
+    name, config = type(network).__name__, getattr(base, "config", None)
     parameters = inspect.signature(base.forward).parameters
-    config = getattr(base, "config", None)
-    for name in _FRAMES:
-        if getattr(config, name, None):
-            raise ValueError(
-                f"{type(network).__name__} takes videos ({name}={getattr(config, name)}), not "
-                "images; wrap it in a function of images that repeats them as frames"
+    if _clip_frames(base):
+        return base
+    for frames in _FRAMES:
+        if count := getattr(config, frames, None):
+            raise NoFeatures(
+                f"{name} takes videos ({frames}={count}), not images; wrap it in a function of "
+                "images that repeats them as frames and keeps the tokens of one time"
             )
-    grid_name = Patches.needed(base, parameters)
-    if "pixel_values" not in parameters and grid_name is None and not _takes_images(base):
-        raise ValueError(
-            f"{type(network).__name__} takes no pixel_values: it is no vision model; give the part "
-            "of it that sees"
+    beside = (*Patches.arguments(Patches.needed(base, parameters)), *_IMAGES)
+    if not takes_images(base):
+        raise NoFeatures(
+            f"{name} takes no pixel_values: it is no vision model; give the part of it that sees"
         )
     needed = [
-        name
-        for name, one in parameters.items()
-        if name not in ("pixel_values", "hidden_states", *Patches.arguments(grid_name))
-        and one.default is one.empty
+        label
+        for label, one in parameters.items()
+        if label not in beside
         and one.kind in (0, 1, 3)
+        and (one.default is one.empty or label in Patches.GRIDS)
     ]
     if needed:
-        raise ValueError(
+        raise NoFeatures(
             f"{type(base).__name__} needs {', '.join(needed)} beside the image; wrap it in a "
             "function of the image that gives them"
         )
     return base
 
 
-def _takes_images(network: Any) -> bool:
-    """Return whether a model's first argument is an image under another name, as Florence-2's."""
-    return getattr(network, "main_input_name", None) == "pixel_values"
+def takes_images(network: Any) -> bool:
+    """Return whether a model's forward takes images, or their patches."""
+    parameters = inspect.signature(network.forward).parameters
+    # The first argument of Florence-2's backbone is the image under another name.
+    renamed = "hidden_states" in parameters and type(network).__name__.endswith("Backbone")
+    return renamed or any(one in parameters for one in ("pixel_values", *Patches.GRIDS))
+
+
+def _clip_frames(network: Any) -> int | None:
+    """Return the frames of the shortest clip of a model that takes clips of any length.
+
+    V-JEPA 2 is trained on images, too, as clips of one image repeated.
+    """
+    config = getattr(network, "config", None)
+    return config.tubelet_size if getattr(config, "model_type", "") == "vjepa2" else None
 
 
 def _count_blocks(config: Any) -> int | None:
@@ -231,6 +258,8 @@ def _options(network: Any, interpolate: bool) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if interpolate and "interpolate_pos_encoding" in parameters:
         options["interpolate_pos_encoding"] = True
+    if "skip_predictor" in parameters:
+        options["skip_predictor"] = True
     return options
 
 
