@@ -202,10 +202,12 @@ def _first_size(question: Question) -> tuple[int, object]:
         first = first or error
     reason = f"{type(first).__name__}: {_line(first)}"
     refused = f"got {question.channels} channels" in reason
-    wrong = "in_channels= (its bands)" if refused else "input_size="
+    fix = "input_size= that it takes, or for one that is no square, a function that resizes the "
+    fix += "image to it and the map to a square"
+    fix = "in_channels=, the bands that it takes" if refused else fix
     raise NoFeatures(
         f"{question.name} takes none of the image sizes tried ({', '.join(map(str, tried))}); at "
-        f"{tried[0]} it says {reason}; give {wrong} that it takes"
+        f"{tried[0]} it says {reason}; give {fix}"
     ) from first
 
 

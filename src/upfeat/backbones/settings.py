@@ -27,6 +27,8 @@ _TYPES = {
     _NONE: "mobilevit mobilevitv2 glpn swin2sr tipsv2 radio gemma4",
 }
 _BY_TYPE = {kind: values for values, kinds in _TYPES.items() for kind in kinds.split()}
+# Buffers by which modules normalise images themselves.
+_MEANS = ("norm_mean", "pixel_mean", "image_mean")
 _BLUE_FIRST = ("mobilevit", "mobilevitv2")
 
 # Pillow's numbers of resampling filters, which configurations of processors contain.
@@ -82,7 +84,25 @@ def settings_of(modules: nn.Module | Iterable[nn.Module]) -> Settings:
             "and std= if it is another"
         )
         return Settings()
-    return found[0] if found else Settings()
+    return found[0] if found else _self_normalised(tops)
+
+
+def _self_normalised(tops: Iterable[nn.Module]) -> Settings:
+    """Return settings without normalisation for a module that normalises images itself.
+
+    Such modules, as RADIO, hold the mean and deviation as buffers, in [0, 1] or in [0, 255].
+    """
+    buffers = {name: one for top in tops for name, one in top.named_buffers()}
+    for name, mean in buffers.items():
+        if name.rpartition(".")[2] in _MEANS and mean.numel() == 3:
+            scale = 255.0 if float(mean.max()) > 1 else 1.0
+            _LOG.warning(
+                "the module holds %s: images from 0 to %d are given, for it to normalise; give "
+                "mean= and std= if it does not",
+                *(name, scale),
+            )
+            return Settings((0.0,) * 3, (1 / scale,) * 3)
+    return Settings()
 
 
 def _own_settings(module: nn.Module) -> Settings | None:

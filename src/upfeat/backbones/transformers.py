@@ -75,6 +75,9 @@ class TransformersFeatures(nn.Module):
         parameters = inspect.signature(self.network.forward).parameters
         grid_name = Patches.needed(self.network, parameters)
         self.frames = _clip_frames(self.network)
+        # RF-DETR's windows exchange height and width, which scrambles images that are not square.
+        kind = getattr(config, "model_type", "")
+        self.square = kind == "rf_detr_dinov2" and config.num_windows > 1
         self.patches = None if grid_name is None else Patches(self.network, grid_name)
         self.patch = getattr(config, "patch_size", 16)
         # Hiera has a number for each axis, and shuffles nothing.
@@ -83,6 +86,8 @@ class TransformersFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """(B, 3, H, W) -> tokens or a map; a list of them for several layers."""
+        if self.square and x.shape[2] != x.shape[3]:
+            raise ValueError(f"{type(self.network).__name__} takes square images only")
         x = x.flip(1) if self.blue_first else x
         options: dict[str, Any] = dict(self.options)
         if self.masked:  # without this noise, the model would shuffle the patches
