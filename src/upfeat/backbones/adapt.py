@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from upfeat.backbones import hub, open_clip, timm, transformers
 from upfeat.backbones.held import held_modules
 from upfeat.backbones.outputs import Layer
+from upfeat.backbones.pretrained import settings_of_object
 from upfeat.backbones.settings import Settings, settings_of
 
 
@@ -118,7 +119,7 @@ def _from_transformers(
     part = transformers.vision_part(module)
     if not transformers.is_transformers(part) and not hasattr(part, "config"):
         return adapt(part, layers, interpolate=interpolate, settings=settings)
-    settings = settings or transformers.settings_of_object(module, part)
+    settings = settings or settings_of_object(module, part)
     reader = transformers.TransformersFeatures(
         part, layers, interpolate=interpolate, blue_first=settings.blue_first
     )

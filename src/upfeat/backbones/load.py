@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfeat.backbones import hub, open_clip, timm, transformers
+from upfeat.backbones import hub, open_clip, timm
 from upfeat.backbones.adapt import adapt, known_inside, unwrapped
 from upfeat.backbones.base import Backbone
 from upfeat.backbones.efficientnet_lite import STRIDES, EfficientNetLite, EfficientNetLite0
 from upfeat.backbones.outputs import Layer, NoFeatures
+from upfeat.backbones.pretrained import load_transformers
 from upfeat.backbones.settings import Settings
 from upfeat.backbones.wrap import WrappedBackbone, as_list
 from upfeat.bounds import shown
@@ -183,7 +184,7 @@ def _load_named(name: str, pretrained: bool) -> tuple[Any, Settings | None]:
         if library == "timm":
             return timm.load_timm(rest, pretrained=pretrained), None
         if library == "hf":
-            return transformers.load_transformers(rest, pretrained=pretrained)
+            return load_transformers(rest, pretrained=pretrained)
         if library == "open_clip":
             return open_clip.load_open_clip(rest, pretrained=pretrained), None
         return hub.load_hub(rest, pretrained=pretrained), None
