@@ -122,3 +122,9 @@ def test_bands_of_models_with_a_time_axis_are_counted():
     assert (backbone.in_channels, backbone.stride) == (6, 16)
     with pytest.raises(ValueError, match="give in_channels=, the bands that it takes"):
         upfeat.load_backbone(lambda x: patches(x[:, :, None])[:, :, 0], in_channels=4)
+
+
+def test_backbones_inside_keep_their_normalisation():
+    inner = upfeat.load_backbone(nn.Conv2d(3, 8, 16, 16), mean=[0.1] * 3, std=[0.2] * 3)
+    backbone = upfeat.load_backbone(Mine(inner, lambda features: features))
+    assert backbone.normalization == inner.normalization

@@ -110,6 +110,8 @@ def _own_settings(module: nn.Module) -> Settings | None:
         config = getattr(module, attribute, None)
         if isinstance(config, Mapping) and "mean" in config:
             return timm_settings(config)
+    if isinstance(own := getattr(module, "normalization", None), Normalization):  # a Backbone
+        return Settings(*own, getattr(module, "interpolation", "bicubic"))
     config = getattr(module, "config", None)
     if hasattr(config, "model_type") and hasattr(config, "to_dict"):
         return transformers_settings(config)

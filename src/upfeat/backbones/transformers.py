@@ -250,7 +250,11 @@ def _count_blocks(config: Any) -> int | None:
         value = getattr(config, name, None)
         if value:
             return len(value) if isinstance(value, (list, tuple)) else int(value)
-    return None
+    stages = getattr(config, "blocks_per_stage", None)  # SAM 2, whose layers are blocks
+    inner = getattr(config, "backbone_config", None)
+    if stages:
+        return sum(stages)
+    return None if inner is None else _count_blocks(inner)
 
 
 def _options(network: Any, interpolate: bool) -> dict[str, Any]:
