@@ -303,14 +303,14 @@ def test_layers_are_counted_where_configurations_say_another_number():
 
 
 def test_layers_are_counted_in_the_configuration_inside():
-    hiera = {"hidden_size": 8, "embed_dim_per_stage": [8, 8, 16, 16], "blocks_per_stage": [1] * 4}
+    hiera = {"hidden_size": 8, "embed_dim_per_stage": [8, 16, 32, 64], "blocks_per_stage": [1] * 4}
     hiera |= {"num_attention_heads": 1, "num_attention_heads_per_stage": [1, 1, 2, 2]}
-    hiera |= {"global_attention_blocks": [3], "window_size_per_stage": [8, 4, 2, 2]}
+    hiera |= {"global_attention_blocks": []}
     options = {"backbone_config": transformers.Sam2HieraDetConfig(**hiera)}
-    options |= {"backbone_channel_list": [16, 16, 8, 8], "fpn_hidden_size": 8}
+    options |= {"backbone_channel_list": [64, 32, 16, 8], "fpn_hidden_size": 8}
     torch.manual_seed(0)
     network = transformers.Sam2VisionModel(transformers.Sam2VisionConfig(**options)).eval()
-    x = torch.randn(1, 3, 64, 128)
+    x = torch.randn(1, 3, 256, 384)
     states = network(x, output_hidden_states=True).hidden_states
     assert len(states) == 1 + 4  # of the embedding and the blocks
     for layer in range(3):
