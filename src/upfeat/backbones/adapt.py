@@ -88,15 +88,21 @@ def unwrapped(module: Any) -> Any:
     return inner if is_known(inner) else module
 
 
-def known_inside(module: object) -> str | None:
-    """Name a library's model inside a module or function, for messages; ``None`` without one."""
+def known_inside(module: object, tried: object = None) -> str | None:
+    """Name a library's model inside a module or function, for messages; ``None`` without one.
+
+    Args:
+        module: the module or function.
+        tried: the model inside it that returned no features.
+    """
     for top in [module] if isinstance(module, nn.Module) else held_modules(module):
         names = [name for name, one in top.named_modules() if name and _takes_images(one)]
         # The first that holds no other one: a backbone, not the detector around it.
         for name in names:
-            if not any(other.startswith(f"{name}.") for other in names):
-                inner = type(top.get_submodule(name)).__name__
-                return f"{type(top).__name__} holds a {inner}: give that, its .{name}"
+            inner = top.get_submodule(name)
+            if inner is not tried and not any(one.startswith(f"{name}.") for one in names):
+                kind = type(inner).__name__
+                return f"{type(top).__name__} holds a {kind}: give that, its .{name}"
     return None
 
 

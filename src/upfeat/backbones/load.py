@@ -142,13 +142,15 @@ def load_backbone(
         "name": name or getattr(module, "__name__", None) or type(module).__name__,
         **options,
     }
+    reader: Any = None
     try:
         adapted = adapt(module, layers, interpolate=fit in (None, "interpolate"), settings=settings)
+        reader = adapted.module
         made = WrappedBackbone(
-            adapted.module, layer=adapted.layers, settings=adapted.settings, fit=fit, **options
+            reader, layer=adapted.layers, settings=adapted.settings, fit=fit, **options
         )
     except NoFeatures as error:
-        hint = known_inside(module)
+        hint = known_inside(module, getattr(reader, "network", None))
         if hint is None:
             raise
         raise NoFeatures(f"{error}; {hint}") from error

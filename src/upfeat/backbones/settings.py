@@ -23,7 +23,8 @@ _NONE = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 _TYPES = {
     OPENAI: "clip altclip chinese_clip metaclip_2 aimv2 mlcd blip blip_2 instructblip git owlvit "
     "owlv2 pixtral qwen2_vl qwen2_5_vl glm4v glm4v_moe",
-    HALF: "siglip siglip2 vit beit sam3 idefics2 idefics3 smolvlm llama4 qwen3_vl qwen3_vl_moe",
+    HALF: "siglip siglip2 vit beit sam3 idefics2 idefics3 smolvlm llama4 qwen3_vl "
+    "qwen3_vl_moe qwen3_5 qwen3_5_moe",
     _NONE: "mobilevit mobilevitv2 glpn swin2sr tipsv2 radio gemma4",
 }
 _BY_TYPE = {kind: values for values, kinds in _TYPES.items() for kind in kinds.split()}
