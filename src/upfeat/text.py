@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from upfeat.backbones import Backbone
 from upfeat.backbones.libraries import import_library, quiet
 from upfeat.backbones.open_clip import load_open_clip
-from upfeat.backbones.transformers import load_transformers, remove_recorders
+from upfeat.backbones.pretrained import load_transformers
+from upfeat.backbones.transformers import remove_recorders
 from upfeat.normalization import HALF, Normalization
 
 CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))

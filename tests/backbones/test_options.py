@@ -134,7 +134,7 @@ def test_classes_that_forget_the_initialiser_of_their_base_are_told():
         def __init__(self):
             self.embed_dim = None
 
-    with pytest.raises(ValueError, match=r"backbone is a Mine whose __init__ .*; call it there"):
-        upfeat.load_backbone(Mine())
+    with pytest.raises(ValueError, match=r"Mine.__init__ does not call .*; call it there first"):
+        Mine()
     with pytest.raises(ValueError, match=r"upsampler is a Ours whose __init__ .*; call it there"):
         upfeat.FeatUp(nn.Conv2d(3, 6, 8, 8), Ours())

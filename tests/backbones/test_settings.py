@@ -82,11 +82,21 @@ def test_sizes_of_a_configuration_are_believed_where_they_are_numbers(config, ex
 
 @pytest.mark.parametrize(
     ("kind", "normalization"),
-    [("clip", OPENAI), ("siglip_vision_model", HALF), ("deit", IMAGENET), ("unheard_of", IMAGENET)],
+    [
+        ("clip", OPENAI),
+        ("siglip_vision_model", HALF),
+        ("qwen3_vl_vision", HALF),
+        ("sam3_vit_model", HALF),
+        ("vit_mae", IMAGENET),
+        ("dinov3_vit", IMAGENET),
+        ("radio", ((0.0,) * 3, (1.0,) * 3)),
+        ("deit", IMAGENET),
+        ("unheard_of", IMAGENET),
+    ],
 )
 def test_without_a_processor_the_kind_decides(kind, normalization):
     found = transformers_settings(SimpleNamespace(model_type=kind))
-    assert (found.mean, found.std) == (normalization.mean, normalization.std)
+    assert (found.mean, found.std) == tuple(normalization)
 
 
 @pytest.mark.parametrize(

@@ -152,3 +152,20 @@ def test_models_of_one_size_are_said_to_be(caplog):
     fixed = upfeat.load_backbone(_make("vit"), fit="resize")
     assert fixed.input_size == (224, 224)
     assert fixed.grid_size((448, 300)) == (14, 14)
+
+
+@pytest.mark.parametrize("name", ["vit_pe_spatial_tiny_patch16_512", "eva02_tiny_patch14_224"])
+def test_rotary_positions_follow_the_image(name):
+    """Objects made for one size compute angles of any grid, as those made for any size do."""
+    options = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+    fixed = timm.create_model(name, **options).eval()
+    free = timm.create_model(name, dynamic_img_size=True, **options).eval()
+    free.load_state_dict(fixed.state_dict())
+    backbone = upfeat.load_backbone(fixed)
+    assert backbone.input_size is None
+    patch = backbone.stride
+    x = torch.randn(2, 3, 5 * patch, 7 * patch)
+    tokens = free.forward_features(x)[:, free.num_prefix_tokens :]
+    torch.testing.assert_close(backbone(x), tokens.mT.unflatten(2, (5, 7)))
+    with pytest.raises(AssertionError, match="doesn't match model"):
+        fixed(x)

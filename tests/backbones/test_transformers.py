@@ -193,15 +193,49 @@ def test_models_on_a_backbone_give_that_backbone():
     torch.testing.assert_close(backbone(x), expected)
 
 
-@pytest.mark.parametrize("name", ["VideoMAE", "Timesformer", "VJEPA2"])
+@pytest.mark.parametrize("name", ["VideoMAE", "Timesformer"])
 def test_models_of_videos_are_refused(name):
     options = {key: value for key, value in VIT.items() if key != "image_size"}
-    frames = {"frames_per_clip": 4, "crop_size": 64} if name == "VJEPA2" else {"num_frames": 4}
-    config = getattr(transformers, f"{name}Config")(**options, **frames)
+    config = getattr(transformers, f"{name}Config")(**options, num_frames=4)
     with torch.device("meta"):
         network = getattr(transformers, f"{name}Model")(config)
-    with pytest.raises(ValueError, match=r"takes videos \((num_frames|frames_per_clip)=4\)"):
+    with pytest.raises(ValueError, match=r"takes videos \(num_frames=4\)"):
         upfeat.load_backbone(network)
+
+
+@pytest.mark.parametrize("layer", [None, 0])
+def test_vjepa_is_given_each_image_as_a_clip(layer):
+    torch.manual_seed(0)
+    small = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    small |= {f"pred_{key}": value for key, value in small.items()}
+    network = transformers.VJEPA2Model(transformers.VJEPA2Config(**small, crop_size=64)).eval()
+    x = torch.randn(2, 3, 64, 96)
+    output = network(torch.stack([x, x], 1), skip_predictor=True, output_hidden_states=True)
+    tokens = output.last_hidden_state if layer is None else output.hidden_states[1]
+    backbone = upfeat.load_backbone(network, layer=layer)
+    torch.testing.assert_close(backbone(x), tokens.mT.unflatten(2, (4, 6)))
+    check_backbone(lambda: backbone)
+
+
+def test_windows_that_exchange_height_and_width_are_given_squares():
+    if not hasattr(transformers, "RfDetrDinov2Backbone"):
+        pytest.skip("this transformers has no RF-DETR")
+    torch.manual_seed(0)
+    options = {**DINO, "image_size": 112, "patch_size": 14, "out_features": ["stage3"]}
+    config = transformers.RfDetrDinov2Config(**options, num_windows=2)
+    backbone = upfeat.load_backbone(transformers.RfDetrDinov2Backbone(config))
+    assert backbone.input_size == (112, 112)
+    check_backbone(lambda: backbone)
+
+
+def test_processors_of_models_that_were_loaded_are_read(folder, caplog):
+    network = transformers.Dinov2Model.from_pretrained(folder)
+    backbone = upfeat.load_backbone(network)
+    assert backbone.normalization == ((0.5,) * 3, (0.25,) * 3)
+    assert backbone.interpolation == "bilinear"
+    (folder / "preprocessor_config.json").unlink()
+    assert upfeat.load_backbone(network).normalization == IMAGENET
+    assert "has no preprocessor_config.json" in caplog.text
 
 
 def test_models_that_do_not_see_are_refused():
@@ -266,6 +300,22 @@ def test_layers_are_counted_where_configurations_say_another_number():
     for layer, width in enumerate(stages["embed_dims"]):
         backbone = upfeat.load_backbone(network, layer=layer)
         assert (backbone.embed_dim, backbone.stride) == (width, 4 << layer)
+
+
+def test_layers_are_counted_in_the_configuration_inside():
+    hiera = {"hidden_size": 8, "embed_dim_per_stage": [8, 16, 32, 64], "blocks_per_stage": [1] * 4}
+    hiera |= {"num_attention_heads": 1, "num_attention_heads_per_stage": [1, 1, 2, 2]}
+    hiera |= {"global_attention_blocks": []}
+    options = {"backbone_config": transformers.Sam2HieraDetConfig(**hiera)}
+    options |= {"backbone_channel_list": [64, 32, 16, 8], "fpn_hidden_size": 8}
+    torch.manual_seed(0)
+    network = transformers.Sam2VisionModel(transformers.Sam2VisionConfig(**options)).eval()
+    x = torch.randn(1, 3, 256, 384)
+    states = network(x, output_hidden_states=True).hidden_states
+    assert len(states) == 1 + 4  # of the embedding and the blocks
+    for layer in range(3):
+        expected = states[1 + layer].permute(0, 3, 1, 2)
+        torch.testing.assert_close(upfeat.load_backbone(network, layer=layer)(x), expected)
 
 
 def test_the_last_hidden_state_of_a_decoder_is_no_map():

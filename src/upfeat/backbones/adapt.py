@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from upfeat.backbones import hub, open_clip, timm, transformers
+from upfeat.backbones.held import held_modules
 from upfeat.backbones.outputs import Layer
+from upfeat.backbones.pretrained import settings_of_object
 from upfeat.backbones.settings import Settings, settings_of
 
 
@@ -61,6 +63,54 @@ def adapt(
     return Adapted(module, layers, settings)
 
 
+def is_known(module: object) -> bool:
+    """Return whether a module is a model that :func:`adapt` puts a reader around."""
+    return (
+        timm.is_timm(module)
+        or transformers.is_transformers(module)
+        or open_clip.is_open_clip(module)
+        or (isinstance(module, nn.Module) and hasattr(module, "get_intermediate_layers"))
+    )
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the library's model inside DataParallel, torch.compile or PEFT; else the module."""
+    inner = module
+    while isinstance(inner, nn.Module):
+        if isinstance(inner, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = inner.module
+        elif "_orig_mod" in inner._modules:
+            inner = inner._modules["_orig_mod"]
+        elif callable(getattr(inner, "get_base_model", None)):  # adapters stay in the layers
+            inner = inner.get_base_model()
+        else:
+            break
+    return inner if is_known(inner) else module
+
+
+def known_inside(module: object, tried: object = None) -> str | None:
+    """Name a library's model inside a module or function, for messages; ``None`` without one.
+
+    Args:
+        module: the module or function.
+        tried: the model inside it that returned no features.
+    """
+    for top in [module] if isinstance(module, nn.Module) else held_modules(module):
+        names = [name for name, one in top.named_modules() if name and _takes_images(one)]
+        # The first that holds no other one: a backbone, not the detector around it.
+        for name in names:
+            inner = top.get_submodule(name)
+            if inner is not tried and not any(one.startswith(f"{name}.") for one in names):
+                kind = type(inner).__name__
+                return f"{type(top).__name__} holds a {kind}: give that, its .{name}"
+    return None
+
+
+def _takes_images(module: nn.Module) -> bool:
+    blind = transformers.is_transformers(module) and not transformers.takes_images(module)
+    return is_known(module) and not blind
+
+
 def _all(chosen: Sequence[Layer] | None) -> list[Layer] | None:
     """Return the entries to pick from a reader's output: all if there are several, else none."""
     return None if chosen is None or len(chosen) < 2 else list(range(len(chosen)))
@@ -75,7 +125,7 @@ def _from_transformers(
     part = transformers.vision_part(module)
     if not transformers.is_transformers(part) and not hasattr(part, "config"):
         return adapt(part, layers, interpolate=interpolate, settings=settings)
-    settings = settings or settings_of(part)
+    settings = settings or settings_of_object(module, part)
     reader = transformers.TransformersFeatures(
         part, layers, interpolate=interpolate, blue_first=settings.blue_first
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import ABCMeta, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +23,20 @@ if TYPE_CHECKING:
 IMAGENET_MEAN, IMAGENET_STD = IMAGENET
 
 
-class Backbone(nn.Module, ABC):
+class _Initialised(ABCMeta):
+    """Class of backbone classes: one whose ``__init__`` forgets its base's is told when made."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        made = super().__call__(*args, **options)
+        if "_normalization" not in vars(made):
+            raise ValueError(
+                f"{cls.__name__}.__init__ does not call super().__init__(name=…, embed_dim=…, "
+                "stride=…); call it there first"
+            )
+        return made
+
+
+class Backbone(nn.Module, metaclass=_Initialised):
     """A vision model that turns a normalised image into features on a coarse grid.
 
     Attributes:

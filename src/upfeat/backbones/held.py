@@ -81,7 +81,7 @@ def input_channels(modules: Sequence[object]) -> int:
     """Return the number of channels that the first convolution takes; 3 without a convolution."""
     for module in modules:
         for layer in module.modules() if isinstance(module, nn.Module) else ():
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, (nn.Conv2d, nn.Conv3d)):
                 return layer.in_channels
     return COLOURS
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upfeat.backbones import hub, open_clip, timm, transformers
-from upfeat.backbones.adapt import adapt
+from upfeat.backbones import hub, open_clip, timm
+from upfeat.backbones.adapt import adapt, known_inside, unwrapped
 from upfeat.backbones.base import Backbone
 from upfeat.backbones.efficientnet_lite import STRIDES, EfficientNetLite, EfficientNetLite0
-from upfeat.backbones.outputs import Layer
+from upfeat.backbones.outputs import Layer, NoFeatures
+from upfeat.backbones.pretrained import load_transformers
 from upfeat.backbones.settings import Settings
 from upfeat.backbones.wrap import WrappedBackbone, as_list
 from upfeat.bounds import shown
@@ -113,7 +114,6 @@ def load_backbone(
         name = backbone.__name__
         raise TypeError(f"backbone={name} is a class; give a model of it, as {name}(…) makes one")
     if isinstance(backbone, Backbone):
-        _require_initialised(backbone)
         _refuse("a Backbone", {"layer": layer, "fit": fit, **options})
         return _place(backbone, device, dtype)
     layers = as_list(layer)
@@ -126,7 +126,6 @@ def load_backbone(
             return _place(_embedded(name, pretrained), device, dtype)
         module, settings = _load_named(name, pretrained)
         if isinstance(module, Backbone):
-            _require_initialised(module)
             made_by = f"the Backbone that {name} makes"
             _refuse(made_by, {"layer": layers, "fit": fit, **options})
             return _place(module, device, dtype)
@@ -138,15 +137,23 @@ def load_backbone(
             f"backbone={shown(backbone)} is no model; give a name, a module or "
             "a function (B, 3, H, W) -> (B, C, h, w)"
         )
-    module = _cast(module, device, dtype)
-    adapted = adapt(module, layers, interpolate=fit in (None, "interpolate"), settings=settings)
+    module = _cast(unwrapped(module), device, dtype)
     options = {
         "name": name or getattr(module, "__name__", None) or type(module).__name__,
         **options,
     }
-    made = WrappedBackbone(
-        adapted.module, layer=adapted.layers, settings=adapted.settings, fit=fit, **options
-    )
+    reader: Any = None
+    try:
+        adapted = adapt(module, layers, interpolate=fit in (None, "interpolate"), settings=settings)
+        reader = adapted.module
+        made = WrappedBackbone(
+            reader, layer=adapted.layers, settings=adapted.settings, fit=fit, **options
+        )
+    except NoFeatures as error:
+        hint = known_inside(module, getattr(reader, "network", None))
+        if hint is None:
+            raise
+        raise NoFeatures(f"{error}; {hint}") from error
     return _place(made, device, dtype)
 
 
@@ -179,7 +186,7 @@ def _load_named(name: str, pretrained: bool) -> tuple[Any, Settings | None]:
         if library == "timm":
             return timm.load_timm(rest, pretrained=pretrained), None
         if library == "hf":
-            return transformers.load_transformers(rest, pretrained=pretrained)
+            return load_transformers(rest, pretrained=pretrained)
         if library == "open_clip":
             return open_clip.load_open_clip(rest, pretrained=pretrained), None
         return hub.load_hub(rest, pretrained=pretrained), None
@@ -214,14 +221,6 @@ def _with_library(name: str) -> str | None:
 
 def _forms() -> str:
     return f"(or give {', '.join(_LIBRARIES.values())})"
-
-
-def _require_initialised(backbone: Backbone) -> None:
-    if "_normalization" not in vars(backbone):
-        raise ValueError(
-            f"backbone is a {type(backbone).__name__} whose __init__ does not call "
-            "super().__init__(name=…, embed_dim=…, stride=…); call it there first"
-        )
 
 
 def _refuse(what: str, options: dict[str, Any]) -> None:

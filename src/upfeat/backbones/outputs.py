@@ -33,6 +33,10 @@ class NothingToPick(ValueError):
     """Layers were given for a model that returns one tensor."""
 
 
+class NoFeatures(ValueError):
+    """A model returns no features of images, although a module inside it might."""
+
+
 class Ambiguous(ValueError):
     """The shape of a tensor fits two layouts."""
 
@@ -119,6 +123,11 @@ def select(output: object, layers: Sequence[Layer] | None, name: str) -> list[Te
         raise ValueError(
             f"{name} returned a {type(output).__name__}, not features (B, C, h, w); wrap it in a "
             "function that picks the feature map"
+        )
+    if "last_hidden_state" in entries and any(isinstance(layer, int) for layer in layers or ()):
+        raise NoFeatures(
+            f"{name}: layer={_shown(layers or [])} does not number the layers of a model inside; "
+            "give that model itself, or the name of one of its modules"
         )
     if layers is not None:
         return [_pick(entries, layer, name) for layer in layers]
@@ -252,7 +261,7 @@ def recognise(
             )
         return Layout("tokens", found[0], side, found[1])
     if tensor.dim() != 4 or layout == "tokens":
-        raise ValueError(f"{name} returned a tensor of shape {shape}, {_what(tensor)}")
+        raise NoFeatures(f"{name} returned a tensor of shape {shape}, {_what(tensor)}")
     fits = {"NCHW": shape[2:], "NHWC": shape[1:3]}
     kinds = [kind for kind, (rows, columns) in fits.items() if rows == columns <= side]
     if layout is not None:

@@ -9,7 +9,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from upfeat.backbones.outputs import Ambiguous, Layer, Layout, concatenate, recognise, select
+from upfeat.backbones.outputs import (
+    Ambiguous,
+    Layer,
+    Layout,
+    NoFeatures,
+    concatenate,
+    recognise,
+    select,
+)
 from upfeat.types import Size
 
 _SIZES = (224, 256, 512, 384, 518, 448, 336, 112, 64, 32)
@@ -70,7 +78,7 @@ class Answer:
     multiple: int = 1
 
 
-class _NoStride(ValueError):
+class _NoStride(NoFeatures):
     """The stride of a model whose cells do not divide the image cannot be measured."""
 
 
@@ -193,9 +201,13 @@ def _first_size(question: Question) -> tuple[int, object]:
             return side, output
         first = first or error
     reason = f"{type(first).__name__}: {_line(first)}"
-    raise ValueError(
+    refused = f"got {question.channels} channels" in reason
+    fix = "input_size= that it takes, or for one that is no square, a function that resizes the "
+    fix += "image to it and the map to a square"
+    fix = "in_channels=, the bands that it takes" if refused else fix
+    raise NoFeatures(
         f"{question.name} takes none of the image sizes tried ({', '.join(map(str, tried))}); at "
-        f"{tried[0]} it says {reason}; give input_size= that it takes"
+        f"{tried[0]} it says {reason}; give {fix}"
     ) from first
 
 
@@ -276,7 +288,7 @@ def _overlap(
 
     refusal = _NoStride(
         f"{question.name} turns {side}×{side} pixels into {cells}×{cells} cells, which is no whole "
-        "stride; give stride=, or a probe_size that it divides"
+        "stride; give stride=, a probe_size that it divides, or a function that resizes its map"
     )
     if len(layouts) > 1:
         raise _NoStride(f"{str(refusal).partition(';')[0]}; give one layer")
@@ -300,7 +312,7 @@ def _sizes_taken(question: Question, answer: Answer) -> tuple[Answer, bool]:
     stride, side = answer.stride, answer.size[0]
     coarsest = max(one.side // one.cells for one in answer.layouts)
     rounded = False
-    for multiple in dict.fromkeys((coarsest, math.lcm(32, stride), 64)):
+    for multiple in dict.fromkeys((coarsest, 2 * coarsest, 3 * coarsest, math.lcm(32, stride), 64)):
         if multiple % stride:
             continue
         short = max(side // 2 // multiple, 1 if multiple >= 32 else 2) * multiple

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,8 +19,17 @@ OPENAI = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130
 
 _NONE = Normalization((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 # Normalisation by the model type of transformers, where a processor's configuration has none.
-_BY_TYPE = {"clip": OPENAI, "siglip": HALF, "vit": HALF, "deit": IMAGENET, "beit": HALF}
-_BY_TYPE |= dict.fromkeys(("mobilevit", "mobilevitv2", "glpn", "swin2sr", "tipsv2"), _NONE)
+# Some models normalise images themselves (RADIO, Gemma 4).
+_TYPES = {
+    OPENAI: "clip altclip chinese_clip metaclip_2 aimv2 mlcd blip blip_2 instructblip git owlvit "
+    "owlv2 pixtral qwen2_vl qwen2_5_vl glm4v glm4v_moe",
+    HALF: "siglip siglip2 vit beit sam3 idefics2 idefics3 smolvlm llama4 qwen3_vl "
+    "qwen3_vl_moe qwen3_5 qwen3_5_moe",
+    _NONE: "mobilevit mobilevitv2 glpn swin2sr tipsv2 radio gemma4",
+}
+_BY_TYPE = {kind: values for values, kinds in _TYPES.items() for kind in kinds.split()}
+# Buffers by which modules normalise images themselves.
+_MEANS = ("norm_mean", "pixel_mean", "image_mean")
 _BLUE_FIRST = ("mobilevit", "mobilevitv2")
 
 # Pillow's numbers of resampling filters, which configurations of processors contain.
@@ -75,7 +85,25 @@ def settings_of(modules: nn.Module | Iterable[nn.Module]) -> Settings:
             "and std= if it is another"
         )
         return Settings()
-    return found[0] if found else Settings()
+    return found[0] if found else _self_normalised(tops)
+
+
+def _self_normalised(tops: Iterable[nn.Module]) -> Settings:
+    """Return settings without normalisation for a module that normalises images itself.
+
+    Such modules, as RADIO, hold the mean and deviation as buffers, in [0, 1] or in [0, 255].
+    """
+    buffers = {name: one for top in tops for name, one in top.named_buffers()}
+    for name, mean in buffers.items():
+        if name.rpartition(".")[2] in _MEANS and mean.numel() == 3:
+            scale = 255.0 if float(mean.max()) > 1 else 1.0
+            _LOG.warning(
+                "the module holds %s: images from 0 to %d are given, for it to normalise; give "
+                "mean= and std= if it does not",
+                *(name, scale),
+            )
+            return Settings((0.0,) * 3, (1 / scale,) * 3)
+    return Settings()
 
 
 def _own_settings(module: nn.Module) -> Settings | None:
@@ -83,6 +111,8 @@ def _own_settings(module: nn.Module) -> Settings | None:
         config = getattr(module, attribute, None)
         if isinstance(config, Mapping) and "mean" in config:
             return timm_settings(config)
+    if isinstance(own := getattr(module, "normalization", None), Normalization):  # a Backbone
+        return Settings(*own, getattr(module, "interpolation", "bicubic"))
     config = getattr(module, "config", None)
     if hasattr(config, "model_type") and hasattr(config, "to_dict"):
         return transformers_settings(config)
@@ -111,7 +141,8 @@ def transformers_settings(config: Any, processor: Mapping[str, Any] | None = Non
     size = int(size) if isinstance(size, int) else None
     patch = getattr(config, "patch_size", 1)
     patch = patch if isinstance(patch, int) else 1
-    kind = str(getattr(config, "model_type", "")).removesuffix("_vision_model")
+    # The kind of a vision part is its model's: qwen3_vl_vision, sam3_vit_model.
+    kind = re.sub(r"_(vision|vit_model).*$", "", str(getattr(config, "model_type", "")))
     mean, std = usual = _BY_TYPE.get(kind, IMAGENET)
     if processor is not None:
         mean, std = _normalization(processor, usual, getattr(config, "num_channels", 0) or 3)

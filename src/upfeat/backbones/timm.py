@@ -84,6 +84,10 @@ def any_size(network: nn.Module) -> nn.Module:
         formats: Any = type(embed.output_fmt)
         embed_twin.flatten = False  # pyright: ignore[reportArgumentType]
         embed_twin.output_fmt = formats("NHWC")
+        rope = getattr(network, "rope", None)
+        if getattr(rope, "_use_cached_embed", False):  # EVA, PE: angles of the model's own grid
+            twin.rope = _twin(rope)  # pyright: ignore[reportArgumentType]
+            twin.rope._use_cached_embed = False
     twin.patch_embed = embed_twin
     return twin
 

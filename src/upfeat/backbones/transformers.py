@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upfeat.backbones.libraries import import_library, quiet, without_broken
-from upfeat.backbones.outputs import Layer, numbers
-from upfeat.backbones.settings import Settings, cropping, transformers_settings
+from upfeat.backbones.outputs import Layer, NoFeatures, numbers
+from upfeat.backbones.patches import Patches
 from upfeat.types import Size
 
 _LOG = logging.getLogger("upfeat.backbones")
 
 # Attributes under which models of images and text store their vision part.
-_TOWERS = ("vision_model", "vision_tower", "visual_model", "image_encoder")
+_TOWERS = (
+    "vision_model",
+    "vision_tower",
+    "visual_model",
+    "visual",
+    "vision_encoder",
+    "image_encoder",
+)
 # Attributes of the configurations of models of videos.
 _FRAMES = ("num_frames", "frames_per_clip")
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# Names of a model's first argument; the second is that of Qwen-VL and Florence-2.
+_IMAGES = ("pixel_values", "hidden_states")
 
 
 class TransformersFeatures(nn.Module):
@@ -63,6 +68,12 @@ class TransformersFeatures(nn.Module):
         self.options = _options(self.network, interpolate)
         self.blue_first = blue_first
         parameters = inspect.signature(self.network.forward).parameters
+        grid_name = Patches.needed(self.network, parameters)
+        self.frames = _clip_frames(self.network)
+        # RF-DETR's windows exchange height and width, which scrambles images that are not square.
+        kind = getattr(config, "model_type", "")
+        self.square = kind == "rf_detr_dinov2" and config.num_windows > 1
+        self.patches = None if grid_name is None else Patches(self.network, grid_name)
         self.patch = getattr(config, "patch_size", 16)
         # Hiera has a number for each axis, and shuffles nothing.
         self.masked = "noise" in parameters and isinstance(self.patch, int)
@@ -70,16 +81,23 @@ class TransformersFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """(B, 3, H, W) -> tokens or a map; a list of them for several layers."""
+        if self.square and x.shape[2] != x.shape[3]:
+            raise ValueError(f"{type(self.network).__name__} takes square images only")
         x = x.flip(1) if self.blue_first else x
         options: dict[str, Any] = dict(self.options)
         if self.masked:  # without this noise, the model would shuffle the patches
             count = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
             options["noise"] = torch.arange(count, device=x.device).expand(len(x), -1)
+        given = x
+        if self.patches is not None:
+            given, beside = self.patches.given(x)
+            options |= beside
+        elif self.frames is not None:
+            given = x[:, None].expand(-1, self.frames, -1, -1, -1)
         with _unmasked(self.network.config), _whole_windows(self.network):
-            output = self.network(x, output_hidden_states=self.layers is not None, **options)
-        if self.layers is None:
-            return self._cells(self._last(output))
-        chosen = [self._cells(one) for one in self._states(output)]
+            output = self.network(given, output_hidden_states=self.layers is not None, **options)
+        states = [self._last(output)] if self.layers is None else self._states(output)
+        chosen = [self._cells(one, x) for one in states]
         return chosen[0] if len(chosen) == 1 else chosen
 
     def _states(self, output: Any) -> list[Any]:
@@ -105,8 +123,14 @@ class TransformersFeatures(nn.Module):
             raise ValueError(f"{name}: layer={shown} does not exist; 0 to {count - 1} do")
         return [states[layer] for layer in self.layers]
 
-    def _cells(self, states: Any) -> Any:
-        """Leave out tokens that follow those of the cells."""
+    def _cells(self, states: Any, x: Tensor) -> Any:
+        """Return the cells' tokens, or maps, of the images x."""
+        if self.patches is not None:
+            return self.patches.map(states, x)
+        if not isinstance(states, Tensor):  # maps of a detector's neck
+            return states
+        if states.dim() == 3 and len(states) == 1 < len(x):  # Pixtral: one image after the other
+            return states.reshape(len(x), -1, states.shape[2])
         return states[:, : -self.suffix] if self.suffix else states
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,7 +145,7 @@ class TransformersFeatures(nn.Module):
         if output.get("encoder_last_hidden_state") is not None:  # of DETR, whose last are objects
             return output["encoder_last_hidden_state"]
         if "last_hidden_state" not in output:
-            raise ValueError(
+            raise NoFeatures(
                 f"{type(self.network).__name__} returns {', '.join(output)}, no hidden states; "
                 "give its base model (.base_model)"
             )
@@ -154,7 +178,7 @@ def vision_part(network: nn.Module) -> nn.Module:
     """Return the vision part of a model: its base model without a head, or its vision tower.
 
     Raises:
-        ValueError: that part does not take images, or needs further arguments.
+        NoFeatures: that part does not take images, or needs further arguments.
     """
     base: Any = network
     if "For" in type(network).__name__:  # a head on a model, as ViTForImageClassification
@@ -162,38 +186,59 @@ def vision_part(network: nn.Module) -> nn.Module:
         inner = getattr(base, "backbone", None)
         if base is network and isinstance(inner, nn.Module):  # as DepthAnythingForDepthEstimation
             base = inner
-    inner = getattr(base, "timm_model", None)
-    if isinstance(inner, nn.Module):
-        return inner
     for name in _TOWERS:
         tower = getattr(base, name, None)
         if isinstance(tower, nn.Module):
             base = tower
             break
+    inner = getattr(base, "timm_model", None)
+    if isinstance(inner, nn.Module):
+        return inner
+    name, config = type(network).__name__, getattr(base, "config", None)
     parameters = inspect.signature(base.forward).parameters
-    config = getattr(base, "config", None)
-    for name in _FRAMES:
-        if getattr(config, name, None):
-            raise ValueError(
-                f"{type(network).__name__} takes videos ({name}={getattr(config, name)}), not "
-                "images; wrap it in a function of images that repeats them as frames"
+    if _clip_frames(base):
+        return base
+    for frames in _FRAMES:
+        if count := getattr(config, frames, None):
+            raise NoFeatures(
+                f"{name} takes videos ({frames}={count}), not images; wrap it in a function of "
+                "images that repeats them as frames and keeps the tokens of one time"
             )
-    if "pixel_values" not in parameters:
-        raise ValueError(
-            f"{type(network).__name__} takes no pixel_values: it is no vision model; give the part "
-            "of it that sees"
+    beside = (*Patches.arguments(Patches.needed(base, parameters)), *_IMAGES)
+    if not takes_images(base):
+        raise NoFeatures(
+            f"{name} takes no pixel_values: it is no vision model; give the part of it that sees"
         )
     needed = [
-        name
-        for name, one in parameters.items()
-        if name != "pixel_values" and one.default is one.empty and one.kind in (0, 1, 3)
+        label
+        for label, one in parameters.items()
+        if label not in beside
+        and one.kind in (0, 1, 3)
+        and (one.default is one.empty or label in Patches.GRIDS)
     ]
     if needed:
-        raise ValueError(
+        raise NoFeatures(
             f"{type(base).__name__} needs {', '.join(needed)} beside the image; wrap it in a "
             "function of the image that gives them"
         )
     return base
+
+
+def takes_images(network: Any) -> bool:
+    """Return whether a model's forward takes images, or their patches."""
+    parameters = inspect.signature(network.forward).parameters
+    # The first argument of Florence-2's backbone is the image under another name.
+    renamed = "hidden_states" in parameters and type(network).__name__.endswith("Backbone")
+    return renamed or any(one in parameters for one in ("pixel_values", *Patches.GRIDS))
+
+
+def _clip_frames(network: Any) -> int | None:
+    """Return the frames of the shortest clip of a model that takes clips of any length.
+
+    V-JEPA 2 is trained on images, too, as clips of one image repeated.
+    """
+    config = getattr(network, "config", None)
+    return config.tubelet_size if getattr(config, "model_type", "") == "vjepa2" else None
 
 
 def _count_blocks(config: Any) -> int | None:
@@ -201,11 +246,15 @@ def _count_blocks(config: Any) -> int | None:
     repeats = getattr(config, "num_block_repeats", None)
     if repeats:  # EfficientNet, whose num_hidden_layers is another number
         return sum(math.ceil(config.depth_coefficient * times) for times in repeats)
-    for name in ("num_encoder_blocks", "depths", "num_hidden_layers"):
+    for name in ("num_encoder_blocks", "depths", "num_hidden_layers", "depth"):
         value = getattr(config, name, None)
         if value:
             return len(value) if isinstance(value, (list, tuple)) else int(value)
-    return None
+    stages = getattr(config, "blocks_per_stage", None)  # SAM 2, whose layers are blocks
+    inner = getattr(config, "backbone_config", None)
+    if stages:
+        return sum(stages)
+    return None if inner is None else _count_blocks(inner)
 
 
 def _options(network: Any, interpolate: bool) -> dict[str, Any]:
@@ -213,6 +262,8 @@ def _options(network: Any, interpolate: bool) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if interpolate and "interpolate_pos_encoding" in parameters:
         options["interpolate_pos_encoding"] = True
+    if "skip_predictor" in parameters:
+        options["skip_predictor"] = True
     return options
 
 
@@ -228,115 +279,6 @@ def _unmasked(config: Any) -> Iterator[None]:
         yield
     finally:
         config.mask_ratio = ratio
-
-
-def load_transformers(
-    source: str, *, pretrained: bool, whole: bool = False
-) -> tuple[nn.Module, Settings]:
-    """Load a vision model and the settings of its image processor.
-
-    Args:
-        source: a folder, or the name of a model on the hub.
-        pretrained: load the model's weights; otherwise random weights.
-        whole: return the model itself rather than its vision part.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and the model cannot be downloaded.
-        ValueError: transformers is not installed, or cannot make the model.
-    """
-    with without_broken("torchvision"):
-        network, settings = _load(source, pretrained, whole)
-    return network if whole else vision_part(network), settings
-
-
-def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settings]:
-    library = import_library("transformers", extra="transformers")
-    if Path(source).expanduser().exists():
-        source = str(Path(source).expanduser())
-        _check_folder(Path(source), pretrained)
-    progress = library.utils.logging
-    shown = progress.is_progress_bar_enabled()
-    progress.disable_progress_bar()
-    try:
-        with quiet():
-            config = library.AutoConfig.from_pretrained(source)
-            saved = _saved_class(library, config)
-            missing: Iterable[str] = ()
-            if pretrained:
-                network, report = (saved or library.AutoModel).from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True
-                )
-                missing = report["missing_keys"]
-            elif saved is not None:
-                network = saved(config)
-            else:
-                network = library.AutoModel.from_config(config)
-            processor = _read_processor(source)
-    except OSError as error:
-        raise _unreachable(source, error) from None
-    except Exception as error:
-        raise ValueError(f"hf:{source}: {_line(error)}") from None
-    finally:
-        if shown:
-            progress.enable_progress_bar()
-    part = vision_part(network)
-    _check_complete(source, network, network if whole else part, missing)
-    settings = transformers_settings(getattr(part, "config", config), processor)
-    crop = None if processor is None else cropping(processor)
-    if crop is not None:
-        _LOG.warning(
-            "hf:%s: its processor crops images to %s; upfeat keeps the whole image, at its own "
-            "size or the one you give",
-            *(source, crop),
-        )
-    if processor is None:
-        _LOG.warning(
-            "hf:%s has no preprocessor_config.json: mean %s and std %s are taken, as for its kind; "
-            "give mean= and std= if they are others",
-            *(source, settings.mean, settings.std),
-        )
-    return network, settings
-
-
-def _saved_class(library: Any, config: Any) -> Any:
-    """Return the class of a backbone, or of a model that AutoModel does not know; else ``None``."""
-    name = next(iter(getattr(config, "architectures", None) or ()), "")
-    if name.endswith("Backbone") or type(config) not in library.MODEL_MAPPING:
-        return getattr(library, name, None)
-    return None
-
-
-def _check_complete(source: str, network: nn.Module, part: nn.Module, names: Iterable[str]) -> None:
-    """Refuse weights that lack most parameters of a part, or warn if a few: they would be random.
-
-    Poolers, which the features do not pass, may be missing: heads of classifiers have none.
-    """
-    within = {id(one) for one in part.parameters()}
-    known = dict(network.named_parameters())
-    missing = sorted(
-        name for name in names if id(known.get(name)) in within and "pooler" not in name
-    )
-    if not missing:
-        return
-    line = f"hf:{source}: its weights lack {len(missing)} of {len(within)} parameters of "
-    line += f"{type(part).__name__}, such as {missing[0]}"
-    if 2 * len(missing) > len(within):
-        raise ValueError(f"{line}; give the folder of such a model, with its names of parameters")
-    _LOG.warning("%s: they are random", line)
-
-
-def _check_folder(folder: Path, pretrained: bool) -> None:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"hf:{folder}: holds no config.json; give a folder that save_pretrained of "
-            "transformers wrote"
-        )
-    weights = [*folder.glob("*.safetensors"), *folder.glob("*.bin")]
-    if pretrained and not weights:
-        raise FileNotFoundError(
-            f"hf:{folder}: holds no weights (model.safetensors); put them there, or give "
-            "pretrained=False for random ones"
-        )
 
 
 @contextmanager
@@ -362,32 +304,3 @@ def _whole_windows(network: nn.Module) -> Iterator[None]:
         for layer, shift in zip(layers, shifts, strict=True):
             del layer.set_shift_and_window_size
             layer.shift_size = shift
-
-
-def _read_processor(source: str) -> dict[str, Any] | None:
-    """Read the image processor's configuration; ``None`` if there is none."""
-    cached: Any = import_library("transformers.utils", extra="transformers").cached_file
-    for name in _PROCESSOR_FILES:
-        local = Path(source) / name
-        if Path(source).is_dir():
-            path = local if local.is_file() else None
-        else:
-            path = cached(source, name, _raise_exceptions_for_missing_entries=False)
-        if path is not None:
-            found = json.loads(Path(path).read_bytes())
-            return found.get("image_processor", found)
-    return None
-
-
-def _unreachable(source: str, error: OSError) -> FileNotFoundError:
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
-        return FileNotFoundError(f"hf:{source}: no such folder")
-    return FileNotFoundError(
-        f"hf:{source}: no such folder, and not in the cache or on the hub ({_line(error)}); "
-        "download its config.json, model.safetensors and preprocessor_config.json into a folder "
-        "and give hf:FOLDER"
-    )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

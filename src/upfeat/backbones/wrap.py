@@ -289,6 +289,9 @@ def as_list(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     Raises:
         ValueError: the list is empty, or contains something other than numbers and names.
     """
+    layer = _plain(layer)
+    if isinstance(layer, Sequence) and not isinstance(layer, (str, bytes)):
+        layer = [_plain(one) for one in layer]
     if layer is None or isinstance(layer, (int, str)):
         return None if layer is None else [layer]
     one_each = isinstance(layer, Sequence) and all(isinstance(one, (int, str)) for one in layer)
@@ -297,6 +300,11 @@ def as_list(layer: Layer | Sequence[Layer] | None) -> list[Layer] | None:
     if not len(layer):
         raise ValueError("layer=[] is empty; give numbers or names, or None for the last")
     return list(layer)
+
+
+def _plain(layer: Any) -> Any:
+    """Return numbers and arrays of NumPy as Python's."""
+    return layer.tolist() if hasattr(layer, "tolist") else layer
 
 
 def _choose_fit(name: str, fit: str | None, answer: probing.Answer) -> str:
