@@ -81,8 +81,8 @@ def unwrapped(module: Any) -> Any:
             inner = inner.module
         elif "_orig_mod" in inner._modules:
             inner = inner._modules["_orig_mod"]
-        elif callable(getattr(inner, "get_base_model", None)):  # adapters stay in the layers
-            inner = inner.get_base_model()
+        elif callable(base := getattr(inner, "get_base_model", None)):  # adapters stay in layers
+            inner = base()
         else:
             break
     return inner if is_known(inner) else module

@@ -237,7 +237,7 @@ def _clip_frames(network: Any) -> int | None:
 
     V-JEPA 2 is trained on images, too, as clips of one image repeated.
     """
-    config = getattr(network, "config", None)
+    config: Any = getattr(network, "config", None)
     return config.tubelet_size if getattr(config, "model_type", "") == "vjepa2" else None
 
 
