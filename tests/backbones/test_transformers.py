@@ -287,6 +287,31 @@ def test_folders_of_backbones_and_of_models_without_automatic_class(kind, tmp_pa
     assert upfeat.load_backbone(f"hf:{tmp_path}", pretrained=False).stride == found.stride
 
 
+def _language_model():
+    text = {**TEXT, "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": 99}
+    seeing = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 48}
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 3, 3]}
+    config = transformers.Qwen2_5_VLConfig(text_config=text, vision_config=seeing)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: _make("clip"), _language_model], ids=["clip", "qwen"])
+def test_the_vision_tower_of_a_folder_is_loaded_alone(make, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    network = make()
+    folder, x = _folder(network, tmp_path), torch.randn(1, 3, 64, 96)
+    expected = upfeat.load_backbone(network)(x)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", None)  # would load all of it
+    assert torch.equal(upfeat.load_backbone(folder)(x), expected)
+
+
+def test_a_tower_under_another_name_is_refused(tmp_path):
+    network = _make("clip")
+    change = lambda all: {name.replace("vision_model.", "eye."): all[name] for name in all}  # noqa: E731
+    with pytest.raises(ValueError, match=r"lack 55 of 55 parameters of CLIPVisionModel"):
+        upfeat.load_backbone(_folder(network, tmp_path, change))
+
+
 def test_layers_are_counted_where_configurations_say_another_number():
     config = transformers.EfficientNetConfig(
         width_coefficient=0.5, depth_coefficient=0.4, image_size=64, hidden_dim=640

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from upfeat.backbones.libraries import import_library, quiet, without_broken
+from upfeat.backbones.outputs import NoFeatures
 from upfeat.backbones.settings import Settings, cropping, settings_of, transformers_settings
 from upfeat.backbones.transformers import vision_part
 
@@ -35,8 +37,7 @@ def load_transformers(
         ValueError: transformers is not installed, or cannot make the model.
     """
     with without_broken("torchvision"):
-        network, settings = _load(source, pretrained, whole)
-    return network if whole else vision_part(network), settings
+        return _load(source, pretrained, whole)
 
 
 def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settings]:
@@ -52,7 +53,10 @@ def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settin
             config = library.AutoConfig.from_pretrained(source)
             saved = _saved_class(library, config)
             missing: Iterable[str] = ()
-            if pretrained:
+            tower = _load_tower(library, source, config) if pretrained and not whole else None
+            if tower is not None:
+                network = tower
+            elif pretrained:
                 network, report = (saved or library.AutoModel).from_pretrained(
                     source, dtype=torch.float32, output_loading_info=True
                 )
@@ -62,6 +66,8 @@ def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settin
             else:
                 network = library.AutoModel.from_config(config)
             processor = _read_processor(source)
+    except NoFeatures:
+        raise
     except OSError as error:
         raise _unreachable(source, error) from None
     except Exception as error:
@@ -69,9 +75,40 @@ def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settin
     finally:
         if shown:
             progress.enable_progress_bar()
+    part = network if tower is not None else vision_part(network)
+    wanted = network if whole else part
+    _check_complete(source, network, wanted, missing)
+    return wanted, _settings(f"hf:{source}", getattr(part, "config", config), processor)
+
+
+def _load_tower(library: Any, source: str, config: Any) -> nn.Module | None:
+    """Load the vision tower of a model without the model, which may be billions of parameters.
+
+    Returns:
+        The tower; ``None`` if the model has none, or its weights have other names.
+
+    Raises:
+        NoFeatures: see :func:`vision_part`.
+    """
+    try:
+        with torch.device("meta"):
+            network = (_saved_class(library, config) or library.AutoModel.from_config)(config)
+    except Exception:  # it needs values when it is made
+        return None
     part = vision_part(network)
-    _check_complete(source, network, network if whole else part, missing)
-    return network, _settings(f"hf:{source}", getattr(part, "config", config), processor)
+    name = next((name for name, one in network.named_modules() if one is part), "")
+    if not name or not isinstance(part, library.PreTrainedModel):
+        return None
+    own: Any = part
+    loaded, report = type(own).from_pretrained(
+        source,
+        config=own.config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        key_mapping={rf"^(.*\.)?{re.escape(name.rpartition('.')[2])}\.": ""},
+    )
+    missing = [one for one in report["missing_keys"] if "pooler" not in one]
+    return None if missing or report["mismatched_keys"] else loaded
 
 
 def settings_of_object(network: Any, part: Any) -> Settings:
