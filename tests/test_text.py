@@ -32,14 +32,18 @@ def clip():
     return transformers.CLIPModel(config), transformers_tokenizer
 
 
-def siglip():
+def siglip(kind="Siglip"):
     transformers = pytest.importorskip("transformers")
     sizes = {"intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = {"hidden_size": 16, "vocab_size": 50, "max_position_embeddings": 12} | sizes
     text |= {"bos_token_id": 48, "eos_token_id": 49}
     vision = {"hidden_size": 16, "image_size": 32, "patch_size": 8} | sizes
-    config = transformers.SiglipConfig(text_config=text, vision_config=vision)
-    return transformers.SiglipModel(config), transformers_tokenizer
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    return getattr(transformers, f"{kind}Model")(config), transformers_tokenizer
+
+
+def naflex():
+    return siglip("Siglip2")
 
 
 def open_clip():
@@ -49,7 +53,7 @@ def open_clip():
     return library.CLIP(12, vision, text), letters
 
 
-FAMILIES = {"clip": clip, "siglip": siglip, "open_clip": open_clip}
+FAMILIES = {"clip": clip, "siglip": siglip, "naflex": naflex, "open_clip": open_clip}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -86,13 +90,18 @@ def test_features_are_those_of_one_patch_and_lie_in_their_places(backbone):
     assert (change.flatten(1).argmax(1) == 1 * 4 + 3).all()
 
 
-def test_siglip_pools_a_single_patch_to_its_dense_feature(torchvision_operators):
+@pytest.mark.parametrize("make", [siglip, naflex])
+def test_siglip_pools_a_single_patch_to_its_dense_feature(make, torchvision_operators):
     torch.manual_seed(0)
-    model, _ = siglip()
+    model, _ = make()
     backbone = upfeat.load_text_backbone(model)
-    x = torch.randn(1, 3, 8, 8)
+    x, options = torch.randn(1, 3, 8, 8), {"interpolate_pos_encoding": True}
+    patch = x
+    if make is naflex:  # a row of pixels after the other, colours together
+        patch, one = x.permute(0, 2, 3, 1).flatten(1)[:, None], torch.ones(1, 1, dtype=torch.long)
+        options = {"pixel_attention_mask": one, "spatial_shapes": one.expand(1, 2)}
     with torch.no_grad():
-        pooled = model.vision_model(x, interpolate_pos_encoding=True).pooler_output
+        pooled = model.vision_model(patch, **options).pooler_output
     torch.testing.assert_close(backbone(x)[:, :, 0, 0], pooled)
 
 

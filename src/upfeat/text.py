@@ -9,6 +9,7 @@ SigLIP it is the output of the pooling head applied to a single patch.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from upfeat.backbones import Backbone
 from upfeat.backbones.libraries import import_library, quiet
 from upfeat.backbones.open_clip import load_open_clip
+from upfeat.backbones.patches import Patches
 from upfeat.backbones.pretrained import load_transformers
 from upfeat.backbones.transformers import remove_recorders
 from upfeat.normalization import HALF, Normalization
@@ -48,7 +50,8 @@ def load_text_backbone(
 
     Args:
         model: "hf:ID" or "hf:FOLDER" (CLIP and SigLIP of transformers), "open_clip:NAME/TAG", or a
-            loaded model: transformers' ``CLIPModel`` or ``SiglipModel``, or open_clip's ``CLIP``.
+            loaded model: transformers' ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, or
+            open_clip's ``CLIP``.
         tokenizer: tokenizer of a loaded model; without it, texts cannot be encoded. ``None`` for
             the tokenizer of a model given by name, which is loaded with it.
         mean: mean of each channel with which images are normalised, RGB in [0, 1]; ``None`` for the
@@ -196,7 +199,12 @@ class _Siglip(_Clip):
     def patches(model: Any, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, N, C): the pooling head, applied to each patch alone."""
         tower = model.vision_model
-        tokens = tower(x, interpolate_pos_encoding=True).last_hidden_state
+        needed = Patches.needed(tower, inspect.signature(tower.forward).parameters)
+        if needed is None:
+            tokens = tower(x, interpolate_pos_encoding=True).last_hidden_state
+        else:  # SigLIP2 NaFlex
+            patches, beside = Patches(tower, needed).given(x)
+            tokens = tower(patches, **beside).last_hidden_state
         attention = tower.head.attention
         values = attention.out_proj(_value_projection(attention, tokens))
         return values + tower.head.mlp(tower.head.layernorm(values))
@@ -286,8 +294,8 @@ def _tower(model: Any) -> Any:
         return _OpenClip
     raise ValueError(
         f"model is a {type(model).__name__}, of which no dense features in the space of its texts "
-        "are known; give transformers' CLIPModel or SiglipModel, or open_clip's CLIP with a vision "
-        "transformer"
+        "are known; give transformers' CLIPModel, SiglipModel or Siglip2Model, or open_clip's CLIP "
+        "with a vision transformer"
     )
 
 
