@@ -42,7 +42,11 @@ def _state(x: Tensor) -> tuple[int, torch.dtype, int]:
 
 def _norms(tensors: list[Tensor]) -> list[float]:
     """Norms of all parameters among the tensors, in a fraction of the time of comparing copies."""
-    own = [x.detach() for x in tensors if type(x) is nn.Parameter and x.is_floating_point() and not x.is_meta]
+    own = [
+        x.detach()
+        for x in tensors
+        if type(x) is nn.Parameter and x.is_floating_point() and not x.is_meta
+    ]
     return torch.stack([x.double() for x in torch._foreach_norm(own)]).tolist() if own else []
 
 

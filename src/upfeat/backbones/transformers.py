@@ -6,6 +6,7 @@ import inspect
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -380,7 +381,7 @@ def _read_processor(source: str) -> dict[str, Any] | None:
 
 
 def _unreachable(source: str, error: OSError) -> FileNotFoundError:
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):  # C:/models has a colon
         return FileNotFoundError(f"hf:{source}: no such folder")
     return FileNotFoundError(
         f"hf:{source}: no such folder, and not in the cache or on the hub ({_line(error)}); "
