@@ -55,6 +55,13 @@ def available_memory(device: torch.device | str | None = None) -> int | None:
     return max(min(known), 0) if known else None
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Return the most precise floating-point type of a device: float64; float32 on MPS."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def find_device(device: torch.device | str | int) -> torch.device:
     """Check that tensors with values can be allocated on a device.
 

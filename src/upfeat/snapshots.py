@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from upfeat.machine import exact_dtype
+
 
 class Snapshot:
     """State of tensors at one time, to check whether a cached result of them is still valid.
@@ -47,7 +49,8 @@ def _norms(tensors: list[Tensor]) -> list[float]:
         for x in tensors
         if type(x) is nn.Parameter and x.is_floating_point() and not x.is_meta
     ]
-    return torch.stack([x.double() for x in torch._foreach_norm(own)]).tolist() if own else []
+    norms = torch._foreach_norm(own) if own else []
+    return torch.stack([x.to(exact_dtype(x.device)) for x in norms]).tolist() if norms else []
 
 
 def watched(tensors: list[Tensor]) -> bool:
