@@ -1,12 +1,8 @@
 """A device that this machine does not have, for tests: it computes on the CPU, but strictly.
 
-Its tensors say that they are on MPS. As there, they refuse float64, and operations with tensors of
-the CPU; every violation is recorded with the line of this library that caused it. Python's calls of
-PyTorch's functions are intercepted, not the operators inside them.
+Its tensors say that they are on MPS. As there, float64 and operations with tensors of the CPU are
+errors. Python's calls of PyTorch's functions are intercepted, not the operators inside them.
 """
-
-import traceback
-from pathlib import PurePath
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -38,11 +34,7 @@ class There(torch.Tensor):
 
 
 class PretendDevice(TorchFunctionMode):
-    """Context in which the device exists; ``violations`` lists what it would refuse."""
-
-    def __init__(self):
-        super().__init__()
-        self.violations = []
+    """Context in which the device exists."""
 
     def __enter__(self):
         self._before = torch.__future__.get_overwrite_module_params_on_conversion()
@@ -67,7 +59,7 @@ class PretendDevice(TorchFunctionMode):
         moves = name in ("to", "cpu", "numpy", "tolist", "type_as")
         strange = [x for x in leaves if isinstance(x, torch.Tensor) and not isinstance(x, There)]
         if there and not moves and name not in _MIXED and any(x.dim() for x in strange):
-            self._note(f"{name} of tensors on both devices")
+            raise RuntimeError(f"{name}: tensors are on both devices")
         found = function(*tree_map(_here, args), **tree_map(_here, kwargs))
         if name in ("cpu", "numpy", "tolist") or (name == "to" and self._leaves(args, named)):
             return found
@@ -86,13 +78,8 @@ class PretendDevice(TorchFunctionMode):
         if not isinstance(x, torch.Tensor) or isinstance(x, There):
             return x
         if x.dtype in (torch.float64, torch.complex128):
-            self._note(f"{name} gives float64")
+            raise TypeError(f"{name}: the device has no float64")
         return There(x.detach() if isinstance(x, torch.nn.Parameter) else x)
-
-    def _note(self, what):
-        frames = [x for x in traceback.extract_stack() if x.filename != __file__]
-        frames = [x for x in frames if "torch" not in PurePath(x.filename).parts]
-        self.violations += [f"{what}: {x.filename}:{x.lineno}: {x.line}" for x in frames[-1:]]
 
 
 def _here(x):
