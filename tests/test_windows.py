@@ -197,6 +197,13 @@ def test_paths_with_drives_in_names_are_inputs(monkeypatch, tmp_path):
     assert Inputs(["hub:C::make"]).find(Path("C:/model.py"))
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="a Mac with a GPU")
+def test_a_device_of_macs_elsewhere_is_refused_in_few_words():
+    with pytest.raises(ValueError, match="mps") as refused:
+        upfeat.load(torch.nn.Conv2d(3, 2, 8, 8), device="mps")
+    assert len(str(refused.value)) < 200
+
+
 def test_hidden_files_of_macos_are_no_photographs(tmp_path):
     for name in ("b.jpg", "._b.jpg", "C.jpg", ".DS_Store"):
         (tmp_path / name).touch()

@@ -77,6 +77,8 @@ def find_device(device: torch.device | str | int) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
+        if isinstance(error, NotImplementedError):  # whose message lists all of PyTorch's devices
+            reason = "PyTorch has none here; give cpu"
         raise ValueError(f'device="{device}" cannot be used: {reason}') from None
     if found.type == "meta":
         raise ValueError('device="meta" cannot be used: tensors have no values there')
