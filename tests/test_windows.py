@@ -216,7 +216,7 @@ def test_text_files_of_windows(tmp_path):
     pytest.importorskip("yaml")
     assert read_settings(settings) == {"steps": 3, "seed": 2}
     settings.write_bytes("seed: 2 # é".encode("cp1252"))
-    with pytest.raises(ValueError, match=r"config\.yaml: not YAML in UTF-8"):
+    with pytest.raises(ValueError, match=r"config\.yaml: not a text file"):
         read_settings(settings)
     shapes = tmp_path / "shapes.geojson"
     point = {"type": "Point", "coordinates": [0, 0]}

@@ -141,7 +141,7 @@ def test_a_script_without_a_guard_is_told_so(photos, backbone, tmp_path, monkeyp
     config = small_config(tmp_path / "run", workers=1, steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
-        with pytest.raises(ValueError, match='called again .* `if __name__ == "__main__":`'):
+        with pytest.raises(ValueError, match=r'called again .* `if __name__ == "__main__":`'):
             upfeat.train(backbone, photos, config)
     assert not (tmp_path / "run").exists()
 
@@ -149,7 +149,7 @@ def test_a_script_without_a_guard_is_told_so(photos, backbone, tmp_path, monkeyp
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
 
     monkeypatch.setattr(photographs.DataLoader, "__iter__", ended)
-    with pytest.raises(ValueError, match='has ended .* `if __name__ == "__main__":`'):
+    with pytest.raises(ValueError, match=r'has ended .* `if __name__ == "__main__":`'):
         upfeat.train(backbone, photos, config)
 
 

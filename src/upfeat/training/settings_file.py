@@ -34,10 +34,7 @@ def _parse(path: Path) -> Any:
         return read_object(path)
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path}: larger than {LARGEST_FILE >> 10} KiB, so it holds no settings")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not YAML in UTF-8 ({error})") from None
+    text = path.read_text(encoding="utf-8")
     try:
         import yaml
     except ImportError:
