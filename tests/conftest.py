@@ -1,11 +1,36 @@
 """What all tests share."""
 
 import importlib.util
+import os
+import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from upfeat import machine
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skip, on Windows, tests that themselves need what it lacks, such as fork and links."""
+    try:
+        return (yield)
+    except (AttributeError, OSError) as error:
+        if os.name == "nt" and _lacks(error):
+            pytest.skip(f"Windows: {error}")
+        raise
+
+
+def _lacks(error):
+    if getattr(error, "winerror", None) == 1314:  # the right to make links
+        return True
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    ours = Path(trace.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
+    module = getattr(error, "obj", None)
+    return ours and isinstance(module, types.ModuleType) and module.__name__ in ("os", "signal")
 
 
 @pytest.fixture(autouse=True)

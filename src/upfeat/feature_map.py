@@ -90,8 +90,8 @@ class FeatureMap(ABC):
 def interpolate(maps: Tensor, points: Tensor) -> Tensor:
     """Interpolate maps (C, h, w) bilinearly at points (N, 2), rows (y, x): (N, C)."""
     low = points.floor()
-    part = (points - low).to(maps.dtype)
-    y, x = low.long().unbind(1)
+    part = (points - low).to(maps.dtype).to(maps.device)
+    y, x = low.long().to(maps.device).unbind(1)
     below, right = (y + 1).clamp(max=maps.shape[1] - 1), (x + 1).clamp(max=maps.shape[2] - 1)
     upper = torch.lerp(maps[:, y, x], maps[:, y, right], part[:, 1])
     lower = torch.lerp(maps[:, below, x], maps[:, below, right], part[:, 1])

@@ -65,12 +65,16 @@ def hold(output: str | Path) -> Iterator[None]:
         yield
     finally:
         _held.discard(handle)
-        # Remove the file before the lock is released, lest the file of the next process be removed.
-        # Windows cannot remove an open file: the file then stays, and locks nothing.
-        if _is_file_of(path, handle):
+        if os.name == "nt":  # no open file can be removed there, neither ours nor the next holder's
+            os.close(handle)
             with suppress(OSError):
                 path.unlink()
-        os.close(handle)
+        else:
+            # Before the lock is released, lest the file of the next holder be removed.
+            if _is_file_of(path, handle):
+                with suppress(OSError):
+                    path.unlink()
+            os.close(handle)
 
 
 @contextmanager
@@ -169,12 +173,12 @@ def _read(handle: int) -> dict[str, Any]:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Return whether the lock's process is alive; a process of another machine counts as alive."""
+    """Return whether the lock's process is alive; one that cannot be checked counts as alive."""
     pid = holder.get("pid")
     if not isinstance(pid, int) or isinstance(pid, bool) or pid < 1:
         return False
-    if holder.get("host") != socket.gethostname():
-        return True
+    if holder.get("host") != socket.gethostname() or os.name == "nt":
+        return True  # on Windows, os.kill would send a signal instead of checking
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -188,7 +192,7 @@ def _refusal(output: Path, path: Path, holder: dict[str, Any]) -> str:
     who = "another process"
     if {"pid", "host", "since"} <= set(holder):
         who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        if holder["host"] != socket.gethostname():
+        if holder["host"] != socket.gethostname() or os.name == "nt":
             who += f" (if it is gone, remove {path})"
     return f"{output}: is being written by {who}; wait for it, or give another output"
 

@@ -55,6 +55,13 @@ def available_memory(device: torch.device | str | None = None) -> int | None:
     return max(min(known), 0) if known else None
 
 
+def exact_dtype(device: torch.device) -> torch.dtype:
+    """Return the most precise floating-point type of a device: float64; float32 on MPS."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def find_device(device: torch.device | str | int) -> torch.device:
     """Check that tensors with values can be allocated on a device.
 
@@ -70,6 +77,8 @@ def find_device(device: torch.device | str | int) -> torch.device:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
+        if isinstance(error, NotImplementedError):  # whose message lists all of PyTorch's devices
+            reason = "PyTorch has none here; give cpu"
         raise ValueError(f'device="{device}" cannot be used: {reason}') from None
     if found.type == "meta":
         raise ValueError('device="meta" cannot be used: tensors have no values there')

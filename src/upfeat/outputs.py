@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -56,17 +57,25 @@ def plan_outputs(
         The path of every photograph with the paths of its results.
     """
     planned = []
-    taken: set[tuple[str, str]] = set()
+    taken: set[str] = set()
     for photo in _once(photos):
         stem, number = photo.path.stem, 2
-        below = str(photo.below).casefold()
-        while (below, stem.casefold()) in taken:
+        below = photo.below.as_posix()
+        while unified(f"{below}/{stem}") in taken:
             stem = f"{photo.path.stem}-{number}"
             number += 1
-        taken.add((below, stem.casefold()))
+        taken.add(unified(f"{below}/{stem}"))
         features = folder / photo.below / f"{stem}.safetensors"
         planned.append((photo.path, Outputs(features, picture_of(features) if picture else None)))
     return planned
+
+
+def unified(name: str) -> str:
+    """Return one form for all names that Windows or macOS take for the same file.
+
+    Both ignore case; macOS also ignores whether an accent is a character of its own.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _once(photos: Sequence[Path | Photo]) -> Iterable[Photo]:
@@ -129,14 +138,19 @@ class Inputs:
 
 
 def _parts(paths: Iterable[str | Path | None]) -> Iterator[Path]:
-    """Yield paths, and the paths in names such as "hf:folder" and "file.py:function"."""
+    """Yield paths, and the paths in names: "hf:folder", "file.py:name", "hub:C:/folder:name"."""
     for path in paths:
         if path is None:
             continue
         yield Path(path)
         if isinstance(path, str):
-            before, _, after = path.partition(":")
-            yield from (Path(part) for part in (before, after) if after)
+            parts = path.split(":")
+            yield from (
+                Path(":".join(parts[start:end]))  # one part, or two: a drive letter has a colon too
+                for start in range(len(parts))
+                for end in range(start + 1, min(start + 3, len(parts) + 1))
+                if parts[start:end] != parts
+            )
 
 
 def _identities(path: Path) -> list[object]:

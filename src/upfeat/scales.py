@@ -164,6 +164,7 @@ class SecondScale(OuterBackbone):
             self.register_buffer(
                 label, None if translation is None else getattr(translation, label)
             )
+        self.to(backbone.mean.device)
 
     @property
     def dtype(self) -> torch.dtype:

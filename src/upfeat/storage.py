@@ -74,7 +74,29 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         # mkstemp makes files private; give the result the permissions of any new file.
         temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
+        move(temporary, path)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename a file over an existing one, or a folder to a free name.
+
+    Windows renames nothing that is open in any program. Virus scanners open new files for a moment,
+    so the attempt is repeated there for a second.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    for left in reversed(range(20 if os.name == "nt" else 1)):
+        try:
+            source.replace(target)
+            return
+        except PermissionError as error:  # noqa: PERF203
+            if os.name != "nt":
+                raise
+            if not left:
+                reason = f"{error.strerror} (is it open in another program?)"
+                raise PermissionError(error.errno, reason, str(target)) from None
+            time.sleep(0.05)
 
 
 @contextmanager
@@ -89,8 +111,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield inside
         if path.is_dir() and not path.is_symlink():
             # A folder cannot replace another atomically: for a moment ``path`` does not exist.
-            path.rename(temporary / "old")
-        inside.rename(path)
+            move(path, temporary / "old")
+        try:
+            move(inside, path)
+        except BaseException:
+            if (temporary / "old").exists():
+                move(temporary / "old", path)
+            raise
 
 
 @contextmanager
@@ -304,7 +331,10 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in names}
+            if os.name == "nt":  # a file that tensors are mapped to cannot be replaced there
+                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+            return tensors, file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 

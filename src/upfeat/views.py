@@ -37,6 +37,7 @@ from torch import Tensor
 
 from upfeat.bounds import LARGEST, indices, number, shown, whole
 from upfeat.geometry import reflect
+from upfeat.machine import exact_dtype
 from upfeat.warp import check_map, size_of, warp, working_dtype
 
 
@@ -372,7 +373,7 @@ def _from_uniform(
 
 def _to_device_of(points: Tensor, positions: Tensor) -> Tensor:
     """Move float64 positions to the device of ``points``; as float32 to MPS, without float64."""
-    dtype = torch.float32 if points.device.type == "mps" else torch.float64
+    dtype = exact_dtype(points.device)
     return positions.to(dtype).to(points.device)
 
 

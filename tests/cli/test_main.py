@@ -12,7 +12,7 @@ import torch
 
 from upfeat import benchmark
 from upfeat.cli import info, main
-from upfeat.cli.console import progress_bar, say
+from upfeat.cli.console import progress_bar
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_lines_printed_beside_a_bar_are_whole_and_go_where_output_goes(
     line = "folder/" + 30 * "long" + ".safetensors"
     with progress_bar() as progress:
         progress.add_task(30 * "name", total=1)
-        say(line)
+        print(line)
     out, err = capsys.readouterr()
     assert line in (err if terminal else out)
     assert (line in err) == terminal

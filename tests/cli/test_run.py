@@ -67,7 +67,7 @@ def test_a_head_in_place_of_the_features(photo, tmp_path, capsys):
     assert main([*arguments, "--dtype", "fp32"]) == 0
     assert "3×61×90" in capsys.readouterr().out
     with safe_open(tmp_path / "out" / "small.safetensors", framework="pt") as file:
-        said, facts = file.get_tensor("features"), file.metadata()
+        said, facts = file.get_tensor("features").clone(), file.metadata()
     expected = model.lazy(model.preprocess(photo)).project(weight, torch.ones(3))[0]
     torch.testing.assert_close(said, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
     assert (facts["head"], facts["names"]) == ("classes", '["a", "b", "c"]')
@@ -95,7 +95,7 @@ def test_bands_and_the_value_of_white(tmp_path, capsys):
     with torch.inference_mode():
         expected = model(model.preprocess(photo, bands=(2, 1, 0), max_value=3000))[0]
     with safe_open(tmp_path / "scene.safetensors", framework="pt") as file:
-        found = file.get_tensor("features")
+        found = file.get_tensor("features").clone()  # mapped files cannot be replaced on Windows
     assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
     assert main([*arguments, "--bands", "2,1,0", "--max-value", "3000"]) == 0
     assert "done before" in capsys.readouterr().out
@@ -166,7 +166,7 @@ def test_unwritable_folder(photo, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["run", str(photo), "-o", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
-    if os.geteuid() != 0:
+    if hasattr(os, "geteuid") and os.geteuid() != 0:
         (tmp_path / "locked").mkdir(mode=0o500)
         assert main(["run", str(photo), "-o", str(tmp_path / "locked")]) == 2
 

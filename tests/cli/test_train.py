@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from contextlib import suppress
 from dataclasses import fields
 
@@ -213,7 +214,8 @@ def test_interruption_says_how_to_go_on(photos, tmp_path, capsys, monkeypatch, b
     monkeypatch.setattr("upfeat.training.train", interrupted)
     assert run(photos, "-o", out, *SMALL) == 130
     shown = capsys.readouterr().err
-    assert (f"upfeat train -o '{out}' --resume goes on" in shown) == begun
+    quoted = f'"{out}"' if os.name == "nt" else f"'{out}'"
+    assert (f"upfeat train -o {quoted} --resume goes on" in shown) == begun
     assert ("there is nothing to resume" in shown) == (not begun)
 
 

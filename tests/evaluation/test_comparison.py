@@ -161,12 +161,12 @@ def test_the_command(two, tmp_path, capsys):
     assert "+8.00" in shown.out
     assert "upsampler       ┃ vits16, clothing ┃ vits16, rooms ┃ mean gain" in shown.out
     assert shown.err.startswith("upfeat compare: note: settings differ")
-    assert table.read_text() == to_markdown(compare(two))
+    assert table.read_text(encoding="utf-8") == to_markdown(compare(two))
     assert main(["compare", *paths, "-o", str(table)]) == 2
     assert "exists; name another file, or give --overwrite" in capsys.readouterr().err
     again = ["compare", *paths, "--over", "bilinear", "-o", str(table), "--overwrite"]
     assert main(again) == 0
-    assert "over bilinear" in table.read_text()
+    assert "over bilinear" in table.read_text(encoding="utf-8")
     before = (two[0] / "results.json").read_bytes()
     assert main(["compare", *paths, "-o", f"{paths[0]}/results.json", "--overwrite"]) == 2
     assert "is the input" in capsys.readouterr().err

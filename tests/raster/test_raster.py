@@ -653,3 +653,28 @@ def test_a_tile_of_faint_features_does_not_end_a_raster():
         coarse = torch.full((1, 3, 2, 2), scale)
         tile = RasterTile(coarse, None, guidance, None, Window(0, 0, 16, 16))
         assert out.render(model, tile).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("name", ["out.zarr", "out.tif"])
+def test_an_output_that_a_program_keeps_open_stays_whole(tmp_path, name, monkeypatch):
+    """As Windows refuses to rename it; all the work is kept, and --resume ends it."""
+    model = tiny("bilinear")
+    path = write(tmp_path / "scene.tif", picture())
+    folder = tmp_path / "results"
+    folder.mkdir()
+    output = upsample(path, folder / name, model)
+    before = tree(folder)
+
+    def refuse(source, target):
+        raise PermissionError(13, "open in another program", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("upfeat.raster.store.move", refuse)
+        with pytest.raises(ValueError, match=r"cannot be replaced .*; close and remove it"):
+            upsample(path, output, model, overwrite=True)
+    assert {key: value for key, value in tree(folder).items() if key in before} == before
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
+    upsample(path, output, model, resume=True)
+    assert tree(folder) == before
+    upsample(path, output, model, overwrite=True)  # the old output is moved away and removed
+    assert tree(folder) == before

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import sys
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from published_reference import published_state
 from training.small import log, small_backbone, small_config, weights
 
 import upfeat
-from upfeat.training import checkpoint
+from upfeat.training import checkpoint, photographs
 from upfeat.training.objective import Objective
 from upfeat.training.photographs import Photographs
 from upfeat.training.validation import validate
@@ -133,6 +134,23 @@ def test_workers_change_nothing(photos, backbone, tmp_path):
         upfeat.train(backbone, photos, config)
     assert weights(tmp_path / "0") == weights(tmp_path / "2")
     assert log(tmp_path / "0") == log(tmp_path / "2")
+
+
+def test_a_script_without_a_guard_is_told_so(photos, backbone, tmp_path, monkeypatch):
+    """Where processes are not forked, each that loads photographs runs the script anew."""
+    config = small_config(tmp_path / "run", workers=1, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+        with pytest.raises(ValueError, match=r'called again .* `if __name__ == "__main__":`'):
+            upfeat.train(backbone, photos, config)
+    assert not (tmp_path / "run").exists()
+
+    def ended(loader):
+        raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+
+    monkeypatch.setattr(photographs.DataLoader, "__iter__", ended)
+    with pytest.raises(ValueError, match=r'has ended .* `if __name__ == "__main__":`'):
+        upfeat.train(backbone, photos, config)
 
 
 def test_training_lowers_the_loss_and_leaves_the_backbone_alone(photos, backbone, tmp_path):

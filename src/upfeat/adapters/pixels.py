@@ -109,7 +109,7 @@ class PixelFeatures:
         count, total = 0, torch.zeros(channels, dtype=torch.float64)
         products = torch.zeros(channels, channels, dtype=torch.float64)
         for image in _images(X):
-            cells = self._lazy(image).features[0].flatten(1).double().cpu()  # (C, h·w)
+            cells = self._lazy(image).features[0].flatten(1).cpu().double()  # (C, h·w)
             count, total = count + cells.shape[1], total + cells.sum(1)
             products += cells @ cells.T
         mean = total / count

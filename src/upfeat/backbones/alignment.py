@@ -41,10 +41,10 @@ def estimate_displacement(backbone: Backbone, images: Iterable[Tensor]) -> tuple
         for axis in (0, 1):
             mirrored = backbone(x.flip(axis + 2)).flip(axis + 2)
             mean = (own + mirrored).transpose(2, axis + 2) / 2  # (B, C, cells along the axis, …)
-            slope = ((mean[:, :, 2:] - mean[:, :, :-2]) / 2).double()
-            difference = (own - mirrored).transpose(2, axis + 2)[:, :, 1:-1].double()
-            moments[axis, 0] += (slope * difference).sum().cpu()
-            moments[axis, 1] += slope.square().sum().cpu()
+            slope = ((mean[:, :, 2:] - mean[:, :, :-2]) / 2).cpu().double()
+            difference = (own - mirrored).transpose(2, axis + 2)[:, :, 1:-1].cpu().double()
+            moments[axis, 0] += (slope * difference).sum()
+            moments[axis, 1] += slope.square().sum()
     if not bool((moments[:, 1] > 0).all()):
         raise ValueError(
             "images have the same features in every cell, or there are none; give photographs of "

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from upfeat.machine import exact_dtype
 from upfeat.transforms import channels_last, is_plain, is_transformed
 
 
@@ -161,7 +162,7 @@ class ConvNorm(nn.Sequential):
         norm = self[1]
         assert isinstance(norm, nn.BatchNorm2d)
         dtype, device = weight.dtype, weight.device
-        exact = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
+        exact = exact_dtype(device)
         scale = gain.to(exact) * torch.rsqrt(variance.to(exact) + norm.eps)
         folded = (weight.to(exact) * scale[:, None, None, None]).to(dtype)
         bias = (shift.to(exact) - mean.to(exact) * scale).to(dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -196,10 +196,10 @@ def _load_named(name: str, pretrained: bool) -> tuple[Any, Settings | None]:
         return hub.load_function(name), None
     if Path(name).suffix == ".py":
         raise ValueError(f'"{name}" names no function; give {name}:FUNCTION, which makes a model')
-    if separator:
-        raise ValueError(f"{unknown_name('library', library, list(_LIBRARIES))} {_forms()}")
-    if meant := _with_library(name):
+    if meant := _with_library(name):  # first: C:/folder is no model of a library C
         raise ValueError(f'backbone "{name}" is unknown; did you mean {meant}?')
+    if separator and not PureWindowsPath(name).drive:
+        raise ValueError(f"{unknown_name('library', library, list(_LIBRARIES))} {_forms()}")
     known = list_backbones()
     # Suggestions of Lite1 and Lite2 would crowd out Lite0.
     if not any(f"lite{variant}" in name for variant in (1, 2)):

@@ -34,6 +34,7 @@ class OuterBackbone(Backbone):
             interpolation=backbone.interpolation,
             in_channels=backbone.in_channels,
         )
+        self.to(backbone.mean.device)
         self.backbone = backbone
         self.displacement = backbone.displacement
 

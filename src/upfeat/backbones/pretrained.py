@@ -202,7 +202,7 @@ def _read_processor(source: str, **options: Any) -> dict[str, Any] | None:
 
 
 def _unreachable(source: str, error: OSError) -> FileNotFoundError:
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):  # C:/models has a colon
         return FileNotFoundError(f"hf:{source}: no such folder")
     return FileNotFoundError(
         f"hf:{source}: no such folder, and not in the cache or on the hub ({_line(error)}); "

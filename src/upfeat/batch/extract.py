@@ -21,10 +21,10 @@ from upfeat.batch.replicas import replicate
 from upfeat.engines import Engine, map_with_ray, map_with_threads
 from upfeat.failures import failure_reason
 from upfeat.features import UpsampledFeatures
-from upfeat.locks import hold_folder
+from upfeat.locks import hold_folder, lock_file
 from upfeat.machine import available_memory, parse_memory, readable
 from upfeat.model import FeatUp
-from upfeat.outputs import Inputs, file_digest
+from upfeat.outputs import Inputs, file_digest, unified
 from upfeat.storage import sweep
 from upfeat.upsamplers import Upsampler
 
@@ -170,10 +170,18 @@ def _budget(bound: int | None) -> Budget:
 
 def _tasks(sources: Sequence[str | Path], ledger: Ledger, summary: Summary) -> Iterator[Task]:
     """Yield entry and content of every item that is not done; items that fail have no content."""
+    # The lock's file is known by this name, too, where the system ignores case.
+    alike: set[str] | None = set() if lock_file(ledger.folder).with_name(".LOCK").exists() else None
     for item in list_items(sources):
         if isinstance(item, Damaged):
             yield {"key": item.key, "error": item.reason}, None
             continue
+        if alike is not None:
+            if unified(item.key) in alike:
+                reason = "another item has this name but for case; here their files are the same"
+                yield {"key": item.key, "error": reason}, None
+                continue
+            alike.add(unified(item.key))
         try:
             content = item.read()
         except (OSError, ValueError) as error:  # a list may contain names that are no image files

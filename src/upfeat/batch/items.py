@@ -117,9 +117,9 @@ def _list(path: Path) -> Iterator[Item | Damaged]:
     if not names:
         raise ValueError(f"{path}: holds no name of an image")
     for name in names:
-        file = path.parent / name
+        file, given = path.parent / name, PurePath(name)
         # The key names the output, so it must not lead out of the folder of results.
-        key = "/".join(part for part in PurePath(name).parts if part not in (file.anchor, ".."))
+        key = "/".join(part for part in given.parts if part not in (given.anchor, ".."))
         yield Item(key, file.read_bytes)
 
 

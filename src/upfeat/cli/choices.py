@@ -7,7 +7,9 @@ PyTorch, which --help must not wait for; a test compares them with the registrie
 from __future__ import annotations
 
 import argparse
+import glob
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +165,19 @@ def path_of(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError(f'"{text}" is empty; give a path, . for this folder')
     return Path(text)
+
+
+def matching(paths: Iterable[Path]) -> list[Path]:
+    """Replace patterns such as ``*.jpg``, which shells on Windows pass on, by the files they match.
+
+    A path that exists, or a pattern that matches nothing, stays as it is.
+    """
+    found: list[Path] = []
+    for path in paths:
+        # Path.glob accepts no absolute patterns.
+        names = [] if path.exists() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+        found += map(Path, names or [path])
+    return found
 
 
 def size_of(text: str | None) -> tuple[int, int] | None:

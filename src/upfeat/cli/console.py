@@ -30,12 +30,6 @@ Plan = list[tuple[Path, Outputs]]
 """Photographs and the paths of their results."""
 
 
-def say(text: str) -> None:
-    """Print a line; characters of file names that the terminal cannot encode are escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
-
-
 def note(command: str, text: str) -> None:
     """Print a note to the user on standard error, since standard output is for results."""
     print(f"upfeat {command}: note: {text}", file=sys.stderr)
@@ -176,7 +170,7 @@ class Batch:
             with self.attempt(photo):
                 done = is_done(outputs, recipe(photo))
             if done:
-                say(f"{outputs.features}  done before")
+                print(f"{outputs.features}  done before")
             elif done is not None:
                 kept.append((photo, outputs))
         return kept

@@ -28,11 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Convert the checkpoint and print a description of the upsampler."""
-    from upfeat.cli.console import say
     from upfeat.upsamplers.checkpoints import write_checkpoint
 
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"{options.output}: exists; name another file, or give --overwrite")
     facts = write_checkpoint(options.checkpoint, options.output, sha256=options.sha256)
-    say(f"{options.output}  {facts['about']}")
+    print(f"{options.output}  {facts['about']}")
     return 0

@@ -11,6 +11,7 @@ from upfeat.cli.choices import (
     add_engine,
     add_reading,
     load_with_head,
+    matching,
     path_of,
 )
 
@@ -88,7 +89,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import MofNCompleteColumn, TextColumn
 
     from upfeat.batch import Engine, Extraction, extract
-    from upfeat.cli.console import progress_bar, say
+    from upfeat.cli.console import progress_bar
 
     model, head = load_with_head(options)
     dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
@@ -101,7 +102,7 @@ def execute(options: argparse.Namespace) -> int:
         task = progress.add_task("", total=None)
         summary = extract(
             model,
-            options.sources,
+            matching(options.sources),
             options.output,
             extraction,
             engine=Engine(options.engine, options.workers, options.address),
@@ -111,7 +112,7 @@ def execute(options: argparse.Namespace) -> int:
         )
     for key, reason in summary.failures:
         print(f"upfeat extract: error: {key}: {reason}", file=sys.stderr)
-    say(
+    print(
         f"{options.output}  {summary.made} made, {summary.kept} there before, "
         f"{len(summary.failures)} failed"
     )

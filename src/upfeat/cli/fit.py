@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import add_backbone, load_model, path_of
+from upfeat.cli.choices import add_backbone, load_model, matching, path_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -94,7 +94,7 @@ def execute(options: argparse.Namespace) -> int:
     """Fit all photographs; those that fail are reported at the end."""
     from rich.progress import Progress, TimeRemainingColumn
 
-    from upfeat.cli.console import Batch, progress_bar, say
+    from upfeat.cli.console import Batch, progress_bar
     from upfeat.implicit.features import FORMAT
     from upfeat.implicit.files import fit_photograph, recipe_of
     from upfeat.implicit.fit import FitConfig
@@ -106,7 +106,7 @@ def execute(options: argparse.Namespace) -> int:
     if options.share is not None:
         config = replace(config, share=options.share)
     guidance = not options.no_guidance
-    with Batch("fit", options.photos) as batch:
+    with Batch("fit", matching(options.photos)) as batch:
         plan, folder = _plan(batch.photos, options.output, not options.no_picture)
         plan = batch.permitted(plan, (options.backbone,), FORMAT, overwrite=options.overwrite)
         if not plan:
@@ -137,7 +137,7 @@ def execute(options: argparse.Namespace) -> int:
                         on_step=_bar_updater(progress, task, photo.name),
                     )
                 if features is not None:
-                    say(f"{outputs.features}  {_outcome(features, config)}")
+                    print(f"{outputs.features}  {_outcome(features, config)}")
                 progress.remove_task(task)
     return batch.exit_code
 

@@ -14,12 +14,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Print a section for each subject; lines are never broken, so that names can be copied."""
-    from upfeat.cli.console import say
     from upfeat.environment import describe
 
     sections = describe()
     width = max(map(len, sections)) + 2
     for section, lines in sections.items():
         for index, line in enumerate(lines):
-            say(f"{section if index == 0 else '':{width}}{line}")
+            print(f"{section if index == 0 else '':{width}}{line}")
     return 0

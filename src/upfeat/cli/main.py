@@ -27,6 +27,7 @@ from upfeat.cli import (
     video,
 )
 from upfeat.cli import eval as evaluate
+from upfeat.cli.streams import accept_all_characters
 
 COMMANDS = {
     "run": run,
@@ -86,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for bad input, 130 when interrupted, 141 if nobody reads the output.
     """
+    accept_all_characters()
     options = build_parser().parse_args(arguments)
     calm_threads()
     try:

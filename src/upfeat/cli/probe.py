@@ -101,7 +101,6 @@ def execute(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from upfeat.cli.console import say
     from upfeat.heads import save_head
     from upfeat.labelled import train_on_folder, train_on_raster
     from upfeat.raster import Scene, parse_memory
@@ -134,10 +133,10 @@ def execute(options: argparse.Namespace) -> int:
                 )
     save_head(options.output, head)
     folds = len(scores.accuracy)
-    say(f"cross-validated, {scores.groups} images or tiles in {folds} folds, IoU of pixels:")
+    print(f"cross-validated, {scores.groups} images or tiles in {folds} folds, IoU of pixels:")
     for line in scores.lines(head.names):
-        say(f"  {line}")
-    say(f"{options.output}  {len(head.names)} classes")
+        print(f"  {line}")
+    print(f"{options.output}  {len(head.names)} classes")
     return 0
 
 

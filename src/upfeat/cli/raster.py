@@ -91,7 +91,7 @@ def execute(options: argparse.Namespace) -> int:
     """Upsample the raster and print the path, shape and type of the result."""
     from rich.progress import Progress, TimeRemainingColumn
 
-    from upfeat.cli.console import progress_bar, say
+    from upfeat.cli.console import progress_bar
     from upfeat.engines import Engine
     from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tiles, upsample_raster
     from upfeat.raster.cog import file_dtype
@@ -120,7 +120,7 @@ def execute(options: argparse.Namespace) -> int:
         )
         size = f"{what.count}×{scene.size[0]}×{scene.size[1]}"
     dtype = what.dtype if options.output.suffix.lower() == ".zarr" else file_dtype(what.dtype)
-    say(f"{options.output}  {size} {dtype}")
+    print(f"{options.output}  {size} {dtype}")
     return 0
 
 

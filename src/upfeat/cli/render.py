@@ -48,7 +48,7 @@ def execute(options: argparse.Namespace) -> int:
     """Render the features and write them, or a picture of them."""
     import torch
 
-    from upfeat.cli.console import progress_bar, say
+    from upfeat.cli.console import progress_bar
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.files import write_rendering
     from upfeat.marks import FEATURES, PICTURE
@@ -73,5 +73,5 @@ def execute(options: argparse.Namespace) -> int:
             on_rows=lambda done, total: progress.update(task, completed=done, total=total),
         )
     height, width = size or (features.shape[2], features.shape[3])
-    say(f"{output}  {features.shape[1]}×{height}×{width}")
+    print(f"{output}  {features.shape[1]}×{height}×{width}")
     return 0

@@ -15,6 +15,7 @@ from upfeat.cli.choices import (
     add_early,
     add_reading,
     load_with_head,
+    matching,
     path_of,
 )
 
@@ -111,7 +112,7 @@ def execute(options: argparse.Namespace) -> int:
     from upfeat.run import DTYPES, describe_model, plan_outputs, recipe_of, run_photo, size_on_disk
 
     pictures, dtype = not options.no_picture, DTYPES[options.dtype]
-    with Batch("run", options.photos) as batch:
+    with Batch("run", matching(options.photos)) as batch:
         plan = plan_outputs(batch.photos, options.output, picture=pictures)
         others = (options.backbone, options.upsampler, options.head)
         plan = batch.permitted(plan, others, FEATURES, overwrite=options.overwrite)
@@ -137,7 +138,7 @@ def execute(options: argparse.Namespace) -> int:
 
 
 def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Sequence[int]]) -> None:
-    from upfeat.cli.console import progress_bar, say
+    from upfeat.cli.console import progress_bar
 
     with progress_bar() as progress:
         task = progress.add_task("", total=len(plan))
@@ -149,5 +150,5 @@ def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Sequence[i
             if shape is not None:
                 # The bar and the line are written to two streams: keep their order.
                 progress.console.file.flush()
-                say(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")
+                print(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")
             progress.advance(task)

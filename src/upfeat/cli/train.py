@@ -9,6 +9,7 @@ import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
+from subprocess import list2cmdline
 from typing import TYPE_CHECKING, Any
 
 from upfeat.bounds import shown
@@ -93,7 +94,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Train; after an interruption, print the command that resumes the run."""
-    from upfeat.cli.console import say
     from upfeat.training import train
 
     backbone, photos, config = _plan(options)
@@ -106,7 +106,7 @@ def execute(options: argparse.Namespace) -> int:
             print(f"upfeat train: interrupted{_next(options, progress.step)}", file=sys.stderr)
         return 130
     if _is_main():
-        say(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
+        print(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
     return 0
 
 
@@ -114,7 +114,9 @@ def _next(options: argparse.Namespace, step: int) -> str:
     """Say where a run was interrupted, and how to go on; ``step`` is 0 if it is not known."""
     if not (options.output / "run.json").is_file():
         return " before the run began; there is nothing to resume, start it again"
-    command = f"upfeat train -o {shlex.quote(str(options.output))} --resume goes on"
+    output = str(options.output)
+    output = list2cmdline([output]) if os.name == "nt" else shlex.quote(output)
+    command = f"upfeat train -o {output} --resume goes on"
     return f" after step {step}; {command}" if step else f"; {command}"
 
 

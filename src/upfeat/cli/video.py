@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Render the video; the exit code is 2 if the video could not be read to its end."""
-    from upfeat.cli.console import progress_bar, say
+    from upfeat.cli.console import progress_bar
     from upfeat.frames import count_frames
     from upfeat.marks import VIDEO
     from upfeat.outputs import Inputs, prepare_output
@@ -104,7 +104,7 @@ def execute(options: argparse.Namespace) -> int:
         )
     if options.report is not None:
         write_report(options.report, report)
-    say(f"{options.output}  {describe(report, classes=head is not None)}")
+    print(f"{options.output}  {describe(report, classes=head is not None)}")
     if report.damage is not None:
         print(f"upfeat video: error: {report.damage}; the result ends there", file=sys.stderr)
     return 2 if report.damage is not None else 0

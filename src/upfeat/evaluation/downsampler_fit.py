@@ -97,7 +97,7 @@ def leading_components(images: PreparedSet) -> tuple[Tensor, float]:
     """
     total, square, count = 0, 0, 0
     for sample in images:
-        cells = sample.features.flatten(1).double().cpu()  # (C, h·w)
+        cells = sample.features.flatten(1).cpu().double()  # (C, h·w)
         total = total + cells.sum(1)
         square = square + cells @ cells.T
         count += cells.shape[1]

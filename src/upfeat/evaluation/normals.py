@@ -31,6 +31,8 @@ def normals_of(depth: Tensor, field_of_view: float) -> Tensor:
         (3, H, W), unit vectors (right, down, forward) that point towards the camera; NaN where half
         of the window within the map is unknown or the window contains a step of the depth.
     """
+    home = depth.device
+    depth = depth.cpu() if home.type == "mps" else depth  # MPS has no float64
     height, width = depth.shape
     focal = width / (2 * math.tan(math.radians(field_of_view) / 2))
     radius = max(1, round(WINDOW * min(height, width)))
@@ -48,7 +50,7 @@ def normals_of(depth: Tensor, field_of_view: float) -> Tensor:
     columns = torch.arange(width, device=depth.device) + 0.5 - width / 2
     rows = torch.arange(height, device=depth.device)[:, None] + 0.5 - height / 2
     normal = -torch.stack([across * focal, down * focal, level - across * columns - down * rows])
-    return torch.where(usable, F.normalize(normal, dim=0), torch.nan).float()
+    return torch.where(usable, F.normalize(normal, dim=0), torch.nan).float().to(home)
 
 
 _UNUSED = torch.tensor([1.0, 0, 0, 1, 0, 1], dtype=torch.float64)

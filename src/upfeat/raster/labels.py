@@ -137,7 +137,7 @@ def _vector(path: Path, scene: Scene, names: list[str] | None) -> Labels:
 def _read_shapes(path: Path) -> tuple[Any, list[tuple[Any, str]]]:
     """Return a GeoJSON file, and geometry and class of each feature that has a geometry."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         shapes = [(one["geometry"], one["properties"]["class"]) for one in content["features"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(

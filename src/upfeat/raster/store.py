@@ -27,7 +27,7 @@ from upfeat.raster.cog import write_cog
 from upfeat.raster.outputs import NO_CLASS
 from upfeat.raster.plan import CHUNK
 from upfeat.raster.scene import Scene, import_rasterio
-from upfeat.storage import replacing
+from upfeat.storage import move, replacing
 from upfeat.strict_json import read_object
 from upfeat.upsamplers import Window
 
@@ -37,6 +37,7 @@ _ARRAY = "features"
 _COG = "cog.tif"
 _PARTS = "parts"
 _RUN = "run"
+_OLD = "replaced"
 
 
 def _import_zarr() -> Any:
@@ -202,7 +203,7 @@ class Store:
                 write_cog(made, values, scene, names, provenance)
             except OSError as error:
                 raise OSError(f"{self.output}: {error}") from None
-            made.replace(self.output)
+            self._move(made, self.output)
             shutil.rmtree(self.partial)
 
     def close(self) -> None:
@@ -210,7 +211,8 @@ class Store:
         self._ledger.close()
 
     def _finish_zarr(self, scene: Scene, names: list[str], provenance: Mapping[str, Any]) -> None:
-        shutil.rmtree(self.parts, ignore_errors=True)
+        for unneeded in (self.parts, self.partial / _OLD):
+            shutil.rmtree(unneeded, ignore_errors=True)
         for stray in self.partial.rglob("*.partial"):  # temporary files of writers that were killed
             stray.unlink()
         attributes = {"Conventions": "CF-1.11", "format": FORMAT, "upfeat": dict(provenance)}
@@ -221,10 +223,23 @@ class Store:
             # The specification lacks what xarray asks for: all metadata in one file.
             warnings.simplefilter("ignore", UserWarning)
             self._zarr.consolidate_metadata(str(self.partial))
-        if self.output.exists():
-            shutil.rmtree(self.output) if self.output.is_dir() else self.output.unlink()
-        self.partial.replace(self.output)
+        if self.output.is_dir() and not self.output.is_symlink():
+            # Whole, or not at all where it is open: its files cannot be removed one after another.
+            self._move(self.output, self.partial / _OLD)
+        elif os.path.lexists(self.output):
+            self.output.unlink()
+        self._move(self.partial, self.output)
         _sweep(self.output)  # last, so that a run killed before this line can be resumed
+
+    def _move(self, source: Path, target: Path) -> None:
+        """Rename; say what is left to do where a program keeps the output open."""
+        try:
+            move(source, target)
+        except PermissionError as error:
+            raise ValueError(
+                f"{self.output}: cannot be replaced ({error.strerror}); close and remove it, and "
+                "go on by --resume, without --overwrite"
+            ) from None
 
 
 class TileWriter:
@@ -312,6 +327,7 @@ def _is_unfinished(partial: Path) -> bool:
 
 def _sweep(output: Path) -> None:
     """Remove the files of a finished store that only an unfinished one needs."""
+    shutil.rmtree(output / _OLD, ignore_errors=True)
     for leftover in (_RUN, _LEDGER, _SETTINGS):
         (output / leftover).unlink(missing_ok=True)
 

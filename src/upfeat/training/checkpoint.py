@@ -7,6 +7,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ class Checkpoints:
         except OSError as error:
             raise OSError(error.errno, self._cannot_write(error), str(path)) from error
         for old in self.paths()[: -self.keep]:
-            old.unlink(missing_ok=True)
+            with suppress(OSError):  # one that is open elsewhere can stay until the next time
+                old.unlink(missing_ok=True)
         return path
 
     def newest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import tempfile
@@ -23,7 +24,7 @@ from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.base import require_colours
 from upfeat.training.config import TrainConfig
 from upfeat.training.folder import RunFolder
-from upfeat.training.photographs import Listing, Photographs, load_parts
+from upfeat.training.photographs import GUARD, Listing, Photographs, load_parts
 from upfeat.training.processes import Processes, processes
 from upfeat.training.record import OnStep, Record, StepReport, writer_class
 from upfeat.training.trainer import Trainer
@@ -74,6 +75,11 @@ def train(
     """
     config = TrainConfig() if config is None else config
     _check_kinds(photos, config, on_step)
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ValueError(
+            "upfeat.train was called again by a process that loads photographs, since that runs "
+            f"the script anew; {GUARD}"
+        )
     if config.out is None:
         return _train_in_passing(backbone, photos, config, resume, on_step)
     if config.tensorboard:

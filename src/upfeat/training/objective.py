@@ -100,7 +100,7 @@ def measure_unit(backbone: Backbone, size: int) -> float:
     """
     small = torch.rand(1, 3, _IMAGE, _IMAGE, generator=stream("image of the unit"))
     image = F.interpolate(small, size=(size, size), mode="bilinear").to(backbone.mean.device)
-    features = backbone((image - backbone.mean) / backbone.std).double()
+    features = backbone((image - backbone.mean) / backbone.std).cpu().double()
     return unit_of(float(features.square().mean().sqrt()))
 
 

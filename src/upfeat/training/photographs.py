@@ -318,6 +318,10 @@ def _resized(
     return (values[0].clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+GUARD = 'in a script, call train below `if __name__ == "__main__":`, or give workers=0'
+"""Advice where processes are not forked, as on Windows and macOS: they import the script."""
+
+
 @lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, count: int) -> list[int]:
     return torch.randperm(count, generator=stream(seed, "order", epoch)).tolist()
@@ -386,7 +390,12 @@ def load_parts(
         # Without a generator, the loader would draw from the global one.
         generator=torch.Generator(),
     )
-    for part in loader:
-        if isinstance(part, OSError):
-            raise part
-        yield part
+    try:
+        for part in loader:
+            if isinstance(part, OSError):
+                raise part
+            yield part
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"a process that loads photographs has ended ({error}); {GUARD}") from None

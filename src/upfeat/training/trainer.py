@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from upfeat.backbones import Backbone
+from upfeat.machine import exact_dtype
 from upfeat.normalization import IMAGENET, Normalization
 from upfeat.optimisers import NAdam
 from upfeat.randomness import derive, global_stream, stream
@@ -128,7 +129,7 @@ class Trainer:
                 faults.append(str(fault))
                 continue
             for name, value in terms.items():
-                share = value.detach().double() / len(parts)
+                share = value.detach().to(exact_dtype(value.device)) / len(parts)
                 totals[name] = totals[name] + share if name in totals else share
         self._stop_if(faults)
         self.processes.average_gradients(self.parameters)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones import Backbone
+from upfeat.machine import exact_dtype
 from upfeat.randomness import stream
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch
@@ -91,7 +92,7 @@ def _squares(objective: Objective, batch: ViewBatch) -> Tensor:
     All are in the objective's unit.
     """
     hires = objective.upsampler(batch.features.float(), batch.guidance) / objective.unit
-    sums = torch.zeros(3, dtype=torch.float64, device=hires.device)
+    sums = torch.zeros(3, dtype=exact_dtype(hires.device), device=hires.device)
     for jitter, target in zip(batch.jitters, batch.targets.float() / objective.unit, strict=True):
         grid = (target.shape[2], target.shape[3])
         guess = objective.downsampler(apply_jitter(hires, jitter), grid)

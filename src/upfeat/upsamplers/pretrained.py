@@ -105,7 +105,7 @@ def create_upsampler(
         return found
     if _is_checkpoint(name):
         return load_checkpoint(name)
-    if name and (Path(name).is_dir() or "/" in name):
+    if name and (Path(name).is_dir() or {"/", "\\"} & {*str(name)}):
         return load_pretrained(Upsampler, name, UPSAMPLERS)
     raise ValueError(unknown_name("upsampler", name, list_upsamplers()))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -90,7 +91,7 @@ def load_named(name: str | Path, classes: Mapping[str, type[Any]]) -> Any:
     found = find_saved(str(name), classes)
     if found is not None:
         return found
-    if str(name) and (Path(name).is_dir() or "/" in str(name)):
+    if str(name) and (Path(name).is_dir() or {"/", "\\"} & {*str(name)}):
         return load_pretrained(nn.Module, name, classes)
     raise ValueError(unknown_name("upsampler", str(name), [*classes, *shipped_names()]))
 
@@ -181,7 +182,7 @@ def _class_of(config: dict[str, Any], path: Path, classes: Mapping[str, type[Any
 def _local_folder(folder: str | Path) -> Path:
     if Path(folder).is_dir():
         return Path(folder)
-    if isinstance(folder, Path) or folder.count("/") != 1 or folder.startswith((".", "/", "~")):
+    if isinstance(folder, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     try:
         from huggingface_hub import snapshot_download

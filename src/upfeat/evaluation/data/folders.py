@@ -302,7 +302,8 @@ def by_stem(
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder")
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
+    # By name, since paths of Windows sort without regard to case.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name):
         if path.name.startswith(".") or path.suffix.lower() not in suffixes:
             continue
         # File names write an accented letter as one or two characters, depending on the system

@@ -229,9 +229,7 @@ def _read_cityscapes(folder: Path, split_seed: int) -> Dataset:
         return folder / "gtFine" / split / city / f"{stem}_gtFine_labelIds.png"
 
     train, test = (
-        _pair_by_name(
-            sorted(_existing(folder / "leftImg8bit" / split).glob(f"*/*{ending}")), label, problems
-        )
+        _pair_by_name(_files(folder / "leftImg8bit" / split, f"*/*{ending}"), label, problems)
         for split in ("train", "val")
     )
     ids = list(CITYSCAPES_CLASSES)
@@ -364,10 +362,16 @@ def _table(classes: dict[int, int], ignored: set[int]) -> NDArray[np.int64]:
 def _annotated(folder: Path, split: str, problems: list[Problem]) -> list[Sample]:
     """List photographs ``images/SPLIT/NAME.jpg`` with ``annotations/SPLIT/NAME.png``."""
     return _pair_by_name(
-        sorted(_existing(folder / "images" / split).glob("*.jpg")),
+        _files(folder / "images" / split, "*.jpg"),
         lambda path: folder / "annotations" / split / f"{path.stem}.png",
         problems,
     )
+
+
+def _files(folder: Path, pattern: str) -> list[Path]:
+    """List a folder's files, but hidden ones such as ._a.jpg of macOS, in one order everywhere."""
+    found = [one for one in _existing(folder).glob(pattern) if not one.name.startswith(".")]
+    return sorted(found, key=Path.as_posix)  # paths of Windows sort without regard to case
 
 
 def _lines(path: Path) -> list[str]:

@@ -49,12 +49,18 @@ class RunningRegression(nn.Module):
         self._pending: Tensor | None = None
         self._solved: tuple[Tensor, Tensor] | None = None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningRegression:
+        """Move like any module, but not to MPS, which has no float64."""
+        stays = fn(torch.empty(0)).device.type == "mps"
+        return self if stays else super()._apply(fn, recurse)
+
     @torch.no_grad()
     def show(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add the pairs of vectors of two maps, (B, C, h, w) each, for the next :meth:`absorb`."""
         pairs = torch.cat([torch.ones_like(inputs[:, :1]), inputs, outputs], dim=1)
         rows = pairs.transpose(0, 1).flatten(1)
-        new = (rows @ rows.T).to(self.sums)
+        new = rows @ rows.T
+        new = (new.cpu() if new.device.type == "mps" else new).to(self.sums)
         self._pending = new if self._pending is None else self._pending + new
 
     def absorb(self, mean: Callable[[Tensor], Tensor]) -> None:
