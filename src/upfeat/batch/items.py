@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from upfeat.failures import one_line
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
 from upfeat.photo_search import is_image, search
 
 _PACK = "pack copies in place of links"
+_UNREADABLE = (EOFError, OSError, ValueError, LookupError, ArithmeticError, RecursionError)
+"""Errors that tarfile raises for damaged archives, in addition to its own."""
 
 
 @dataclass(frozen=True)
@@ -120,12 +124,17 @@ def _list(path: Path) -> Iterator[Item | Damaged]:
         file = path.parent / name
         # The key names the output, so it must not lead out of the folder of results.
         key = "/".join(part for part in PurePath(name).parts if part not in (file.anchor, ".."))
-        yield Item(key, file.read_bytes)
+        if file.is_fifo() or file.is_char_device():
+            yield Damaged(key, f"{file}: a pipe or a device, not a file")
+        else:
+            yield Item(key, file.read_bytes)
 
 
 def _archive(path: Path) -> Iterator[Item | Damaged]:
     """Yield the images of a tar archive, for example a shard of WebDataset."""
     empty = True
+    # A header may claim any size, past which tarfile would read block by block.
+    length = path.stat().st_size if path.is_file() else math.inf
     try:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
@@ -133,7 +142,14 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                 inner = PurePosixPath(member.name).parts
                 key = "/".join((path.name, *(part for part in inner if part not in ("/", "//"))))
                 file_or_link = member.isfile() or member.issym() or member.islnk()
-                if not file_or_link or not is_image(member.name) or _is_hidden(inner):
+                wanted = file_or_link and is_image(member.name) and not _is_hidden(inner)
+                if member.issparse():
+                    yield Damaged(key, "is stored as a sparse file; pack it whole")
+                    return
+                if member.offset_data + member.size > length and not member.isdir():
+                    yield Damaged(key if wanted else path.name, "the archive is truncated")
+                    return
+                if not wanted:
                     continue
                 empty = False
                 if not member.isfile():
@@ -153,8 +169,8 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
             yield Damaged(path.name, "the archive is truncated")
         elif empty:
             yield Damaged(path.name, "holds no image")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        yield Damaged(path.name, f"a damaged archive ({error})")
+    except (tarfile.TarError, *_UNREADABLE) as error:
+        yield Damaged(path.name, f"a damaged archive ({one_line(error)})")
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

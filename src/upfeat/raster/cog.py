@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from upfeat.raster.scene import Scene, block_cache, import_rasterio
+from upfeat.raster.scene import Scene, block_cache, import_rasterio, raster_errors
 from upfeat.tiling import split
 
 _BLOCK = 256
@@ -43,11 +43,6 @@ def write_cog(
     """
     rasterio = import_rasterio("writing GeoTIFF")
     plain = path.with_name("plain.tif")
-    # GDAL's own errors, which copy passes on as they are.
-    failures = (
-        rasterio.errors.RasterioError,
-        importlib.import_module("rasterio._err").CPLE_BaseError,
-    )
     with warnings.catch_warnings(), block_cache(rasterio):
         # A raster without a georeference gives an output without one.
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -65,7 +60,7 @@ def write_cog(
                 # By default, a compressed file of more than 4 GB fails at its end.
                 bigtiff="if_safer",
             )
-        except failures as error:
+        except raster_errors() as error:
             raise OSError(f"GDAL cannot write a GeoTIFF; is the disk full? ({error})") from None
         finally:
             plain.unlink(missing_ok=True)
