@@ -93,6 +93,8 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
         with hold(folder):
             yield
     except PermissionError as error:
+        if str(error.filename) != str(lock_file(folder)):  # of another file, such as an input
+            raise
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
     finally:
         with suppress(OSError):

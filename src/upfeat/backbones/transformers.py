@@ -281,8 +281,11 @@ def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settin
             progress.enable_progress_bar()
     part = vision_part(network)
     _check_complete(source, network, network if whole else part, missing)
-    settings = transformers_settings(getattr(part, "config", config), processor)
-    crop = None if processor is None else cropping(processor)
+    try:
+        settings = transformers_settings(getattr(part, "config", config), processor)
+        crop = None if processor is None else cropping(processor)
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"hf:{source}: preprocessor_config.json: {_line(error)}") from None
     if crop is not None:
         _LOG.warning(
             "hf:%s: its processor crops images to %s; upfeat keeps the whole image, at its own "

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
@@ -16,6 +16,7 @@ from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
 from upfeat.photo_search import is_image, search
 
 _PACK = "pack copies in place of links"
+_ENDLESS = "a pipe or a device, not a file"
 _UNREADABLE = (EOFError, OSError, ValueError, LookupError, ArithmeticError, RecursionError)
 """Errors that tarfile raises for damaged archives, in addition to its own."""
 
@@ -72,6 +73,8 @@ def _list_all(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
     for source in map(Path, sources):
         if not source.exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
+        if not source.is_file() and not source.is_dir():
+            raise ValueError(f"{source}: {_ENDLESS}")
         if (
             source.suffix.lower() == ".tar"
             or source.suffix.lower() in VIDEO_SUFFIXES
@@ -124,17 +127,21 @@ def _list(path: Path) -> Iterator[Item | Damaged]:
         file = path.parent / name
         # The key names the output, so it must not lead out of the folder of results.
         key = "/".join(part for part in PurePath(name).parts if part not in (file.anchor, ".."))
-        if file.is_fifo() or file.is_char_device():
-            yield Damaged(key, f"{file}: a pipe or a device, not a file")
-        else:
-            yield Item(key, file.read_bytes)
+        yield Item(key, partial(_read_file, file))
+
+
+def _read_file(path: Path) -> bytes:
+    """Read a file that a list names."""
+    if path.is_fifo() or path.is_char_device():
+        raise ValueError(f"{path}: {_ENDLESS}")
+    return path.read_bytes()
 
 
 def _archive(path: Path) -> Iterator[Item | Damaged]:
     """Yield the images of a tar archive, for example a shard of WebDataset."""
     empty = True
     # A header may claim any size, past which tarfile would read block by block.
-    length = path.stat().st_size if path.is_file() else math.inf
+    length = path.stat().st_size
     try:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
@@ -146,8 +153,10 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                 if member.issparse():
                     yield Damaged(key, "is stored as a sparse file; pack it whole")
                     return
-                if member.offset_data + member.size > length and not member.isdir():
-                    yield Damaged(key if wanted else path.name, "the archive is truncated")
+                beyond = member.offset_data + member.size > length
+                if member.size < 0 or (beyond and not member.isdir()):
+                    how = "truncated" if beyond else "damaged"
+                    yield Damaged(key if wanted else path.name, f"the archive is {how}")
                     return
                 if not wanted:
                     continue

@@ -121,6 +121,8 @@ class Scene:
         import_rasterio("reading rasters")
         if not self.path.exists():
             raise FileNotFoundError(f"{path}: {_reason_without_file(str(path))}")
+        if not self.path.is_file() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: a pipe or a device, not a file")
         self._error = raster_errors()
         self._file = file = open_raster(self.path, "reading rasters")
         if not file.count and file.subdatasets:
