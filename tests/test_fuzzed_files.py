@@ -140,6 +140,28 @@ def test_an_archive_that_claims_more_than_it_has_ends(tmp_path, start, size):
     assert "archive" in found[-1].reason
 
 
+def test_an_archive_is_read_past_a_sparse_file_and_links_with_sizes(tmp_path):
+    content = _tar()
+    head = io.BytesIO()
+    with tarfile.open(fileobj=head, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        member = tarfile.TarInfo("sparse.png")
+        member.pax_headers = {"GNU.sparse.map": "0,1,1099511627776,0"} | {
+            "GNU.sparse.size": str(1 << 40)
+        }
+        archive.addfile(member)
+        link = tarfile.TarInfo("c.txt")
+        link.type, link.linkname, link.size = tarfile.LNKTYPE, "a.txt", 1 << 30
+        archive.addfile(link)
+    used = len(head.getvalue().rstrip(b"\0")) // 512 * 512 + 512
+    (tmp_path / "set.tar").write_bytes(head.getvalue()[:used] + content)
+    found = list(list_items([tmp_path / "set.tar"]))
+    assert [(one.key, type(one).__name__) for one in found] == [
+        ("set.tar/sparse.png", "Damaged"),
+        ("set.tar/b.png", "Item"),
+    ]
+    assert "sparse file" in found[0].reason
+
+
 def test_extended_headers_of_any_size_are_damage(tmp_path):
     for kind in b"xgLK":
         content = _with_header(_tar(), 0, 156, bytes([kind]))

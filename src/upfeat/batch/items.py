@@ -140,7 +140,6 @@ def _read_file(path: Path) -> bytes:
 def _archive(path: Path) -> Iterator[Item | Damaged]:
     """Yield the images of a tar archive, for example a shard of WebDataset."""
     empty = True
-    # A header may claim any size, past which tarfile would read block by block.
     length = path.stat().st_size
     try:
         with tarfile.open(path, "r|") as archive:
@@ -150,17 +149,18 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                 key = "/".join((path.name, *(part for part in inner if part not in ("/", "//"))))
                 file_or_link = member.isfile() or member.issym() or member.islnk()
                 wanted = file_or_link and is_image(member.name) and not _is_hidden(inner)
-                if member.issparse():
-                    yield Damaged(key, "is stored as a sparse file; pack it whole")
-                    return
-                beyond = member.offset_data + member.size > length
-                if member.size < 0 or (beyond and not member.isdir()):
+                # The next header is claimed to be where tarfile would get by reading for ever.
+                beyond = archive.offset - tarfile.BLOCKSIZE >= length
+                if beyond or member.size < 0 or archive.offset < member.offset_data:
                     how = "truncated" if beyond else "damaged"
                     yield Damaged(key if wanted else path.name, f"the archive is {how}")
                     return
                 if not wanted:
                     continue
                 empty = False
+                if member.issparse():  # a few bytes may stand for any number of zeros
+                    yield Damaged(key, "is stored as a sparse file; pack it whole")
+                    continue
                 if not member.isfile():
                     yield Damaged(key, f"is a link to {member.linkname}; {_PACK}")
                     continue
