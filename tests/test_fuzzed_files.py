@@ -221,6 +221,18 @@ def _load_translation(path):
     return Translation.load(path, BACKBONE)
 
 
+def test_pickles_that_end_within_a_number_are_damaged(tmp_path):
+    content = io.BytesIO()
+    torch.save({"a": torch.ones(2), "n": 70_000}, content, _use_new_zipfile_serialization=False)
+    whole = content.getvalue()
+    for cut in range(0, len(whole), 7):
+        for end in (b"", b"J\0", b"M", b"X\1", b"r"):
+            (tmp_path / "up.pth").write_bytes(whole[:cut] + end)
+            for read in (upfeat.load_upsampler, upfeat.JBUStack.from_featup):
+                with pytest.raises(ValueError, match=r"up\.pth: "):
+                    read(tmp_path / "up.pth")
+
+
 @pytest.mark.parametrize("reader", [load_head, _load_translation])
 def test_every_flip_in_a_header_is_read_alike_or_refused(tmp_path, reader):
     path = tmp_path / "file.safetensors"

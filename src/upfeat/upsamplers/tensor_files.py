@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ _MOST_EXPANSION = 20
 
 UNREADABLE = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(ArithmeticError, MemoryError, AssertionError, SafetensorError),
+    *(ArithmeticError, MemoryError, AssertionError, SafetensorError, struct.error, zlib.error),
 )
 """Errors that PyTorch raises for damaged files, in addition to ``UnpicklingError``."""
 
