@@ -225,7 +225,7 @@ def test_pickles_that_end_within_a_number_are_damaged(tmp_path):
     content = io.BytesIO()
     torch.save({"a": torch.ones(2), "n": 70_000}, content, _use_new_zipfile_serialization=False)
     whole = content.getvalue()
-    for cut in range(0, len(whole), 7):
+    for cut in range(0, len(whole), 41):
         for end in (b"", b"J\0", b"M", b"X\1", b"r"):
             (tmp_path / "up.pth").write_bytes(whole[:cut] + end)
             for read in (upfeat.load_upsampler, upfeat.JBUStack.from_featup):
@@ -367,6 +367,21 @@ def test_blocks_of_an_unfinished_raster_that_are_damaged_are_named(tmp_path):
 
     with pytest.raises(ValueError, match=r"damaged at rows 0 to 3, columns 4 to 8 \(Zstd"):
         _read_block(tmp_path / "plain.tif", Damaged(), (0, 4), (4, 9))
+
+
+# Of GDAL's log, in which rasterio ignores the error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_raster_whose_fault_gdal_tells_in_another_encoding_is_named(tmp_path):
+    pytest.importorskip("rasterio")
+    from upfeat.raster import Scene
+
+    path = tmp_path / "scene.vrt"
+    start = b'<VRTDataset rasterXSize="6" rasterYSize="4">'
+    for part in (b"<SRS>\xff</SRS>", b'<VRTRasterBand dataType="\xff"/>', b"<\xff/></x>", b"\xff"):
+        path.write_bytes(start + part + b"</VRTDataset>")
+        with pytest.raises(ValueError, match=r"scene\.vrt: ") as refused:
+            Scene(path)
+        assert not isinstance(refused.value, UnicodeError)
 
 
 def test_a_pipe_is_no_raster(tmp_path):

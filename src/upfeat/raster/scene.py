@@ -65,9 +65,10 @@ def open_raster(path: Path, needed_for: str) -> Any:
 
 
 def raster_errors() -> tuple[type[Exception], ...]:
-    """Errors of rasterio, and GDAL's own, which rasterio passes on as they are."""
+    """Errors of rasterio, and of GDAL, which rasterio passes on; its messages may be no UTF-8."""
     errors = importlib.import_module("rasterio.errors")
-    return errors.RasterioError, importlib.import_module("rasterio._err").CPLE_BaseError
+    gdal = importlib.import_module("rasterio._err").CPLE_BaseError
+    return errors.RasterioError, gdal, UnicodeDecodeError
 
 
 def block_cache(rasterio: Any) -> AbstractContextManager[Any]:
