@@ -166,7 +166,7 @@ def _check_system(path: Path, content: Any, scene: Scene) -> None:
     try:
         name = content["crs"]["properties"]["name"]
         named = rasterio.crs.CRS.from_user_input(name)
-    except (KeyError, TypeError, rasterio.errors.CRSError):
+    except (KeyError, TypeError, ValueError, rasterio.errors.CRSError):
         return
     if scene.crs and not _same_places(named, scene):
         raise ValueError(
