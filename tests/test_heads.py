@@ -68,7 +68,7 @@ def test_a_fact_that_is_missing_is_named(tmp_path, name):
     [
         ({"format": None}, "not a head; upfeat probe trains one"),
         ({"format": "upfeat-head-2"}, "not a head; upfeat probe trains one"),
-        ({"kind": "logits"}, 'kind="logits" must be classes or values'),
+        ({"kind": "logits"}, "kind='logits' must be classes or values"),
         ({"names": "a, b"}, "a damaged head"),
         ({"names": "3"}, "its names are no list of texts"),
         ({"names": '["a", 2]'}, "its names are no list of texts"),

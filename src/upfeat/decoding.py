@@ -17,13 +17,12 @@ from PIL import Image, UnidentifiedImageError
 
 from upfeat.png_colours import HIGH_RANGE, coding_points, embedded_profile
 from upfeat.readers import (
-    DAMAGED,
     HEIF,
     Decoded,
     by_tifffile,
     check_pixels,
     heif_image,
-    one_line,
+    naming_damage,
 )
 from upfeat.signatures import LONGEST, kind_of, refuse_raw, value_without_data
 
@@ -72,13 +71,11 @@ def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int
             raise ValueError(f'{label}: a file of text; open it by open(path, "rb")')
 
     try:
-        with _opened(source) as image:
+        with naming_damage(label, "a truncated or damaged image"), _opened(source) as image:
             check_pixels(image.size, label=label, max_pixels=max_pixels)
             return _decode(image, source, label)
     except UnidentifiedImageError:
         return _without_pillow(source, label, max_pixels)
-    except DAMAGED as error:
-        raise ValueError(f"{label}: a truncated or damaged image ({one_line(error)})") from None
 
 
 def decode_pil(image: Image.Image, label: str) -> Decoded:
@@ -100,7 +97,7 @@ def open_upright(path: Path, *, short_side: int | None = None) -> Image.Image:
             :data:`MAX_PIXELS`.
     """
     try:
-        with _opened(path) as image:
+        with naming_damage(str(path), "a damaged image"), _opened(path) as image:
             check_pixels(image.size, label=str(path), max_pixels=MAX_PIXELS)
             if short_side is not None and image.format == "JPEG":
                 # Twice as fine as needed, so that the caller's resampling sets the quality.
@@ -111,8 +108,6 @@ def open_upright(path: Path, *, short_side: int | None = None) -> Image.Image:
         raise FileNotFoundError(f"{path}: no such file") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path}: not an image that Pillow can read") from None
-    except DAMAGED as error:
-        raise ValueError(f"{path}: a damaged image ({one_line(error)})") from None
 
 
 def image_size(path: Path | bytes) -> tuple[int, int] | None:

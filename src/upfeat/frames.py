@@ -141,7 +141,8 @@ def _opened(av: Any, path: Path) -> Any:
         raise FileNotFoundError(f"{path}: {what}")
     try:
         # An absolute path, since FFmpeg reads the text before a colon as the name of a protocol.
-        container = av.open(str(path.absolute()))
+        # Titles and comments need not be UTF-8.
+        container = av.open(str(path.absolute()), metadata_errors="replace")
     except av.FFmpegError as error:
         raise DamagedVideo(f"{path}: not a video, or a truncated one ({_reason(error)})") from None
     if not container.streams.video:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.backbones import Backbone
+from upfeat.bounds import shown
 from upfeat.provenance import digest
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
@@ -136,7 +137,7 @@ def load_head(path: str | Path) -> SavedHead:
             metadata["upsampler"],
         )
     except (KeyError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: a damaged head ({error})") from None
+        raise ValueError(f"{path}: a damaged head ({error!s:.300})") from None
     _check(head, str(path), "a damaged head")
     return replace(head, weight=head.weight.float(), bias=head.bias.float())
 
@@ -155,4 +156,4 @@ def _check(head: SavedHead, label: str, fault: str) -> None:
     if not bool(torch.isfinite(weight.float()).all() and torch.isfinite(bias.float()).all()):
         raise ValueError(f"{label}: holds NaN or infinity")
     if head.kind not in KINDS:
-        raise ValueError(f'{label}: kind="{head.kind}" must be classes or values')
+        raise ValueError(f"{label}: kind={shown(head.kind)} must be classes or values")

@@ -97,6 +97,8 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
         with hold(folder):
             yield
     except PermissionError as error:
+        if str(error.filename) != str(lock_file(folder)):  # of another file, such as an input
+            raise
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
     finally:
         with suppress(OSError):
@@ -167,7 +169,7 @@ def _read(handle: int) -> dict[str, Any]:
     try:
         os.lseek(handle, 0, os.SEEK_SET)
         holder = json.loads(os.read(handle, 4096))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from upfeat.bounds import shown
+
 Colour = tuple[float, ...]
 """One value for each of red, green and blue, or for each band."""
 
@@ -85,13 +87,13 @@ def check_normalization(mean: object, std: object, channels: int = 3) -> Normali
     means, stds = _numbers(mean, channels), _numbers(std, channels)
     if means is None or stds is None or min(stds) <= 0:
         raise ValueError(
-            f"mean={mean!r} and std={std!r} must be {channels} values each, std above 0"
+            f"mean={shown(mean)} and std={shown(std)} must be {channels} values each, std above 0"
         )
     low, high = STD_BOUNDS
     if not all(low <= one <= high for one in stds) or max(map(abs, means)) > high:
         raise ValueError(
-            f"mean={mean!r} and std={std!r} are beyond any image; give std from {low:g} to "
-            f"{high:g} and mean from {-high:g} to {high:g}, in units of the images in [0, 1]"
+            f"mean={shown(mean)} and std={shown(std)} are beyond any image; give std from {low:g} "
+            f"to {high:g} and mean from {-high:g} to {high:g}, in units of the images in [0, 1]"
         )
     return Normalization(means, stds)
 
@@ -102,6 +104,6 @@ def _numbers(values: object, count: int) -> Colour | None:
         return None
     try:
         numbers = tuple(float(value) for value in values)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return numbers if len(numbers) == count and all(map(math.isfinite, numbers)) else None

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from upfeat.signatures import refuse_raw, value_without_data
 from upfeat.types import times
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from numpy.typing import NDArray
 
-# Errors that Pillow raises for damaged files, depending on the format.
-DAMAGED = (OSError, SyntaxError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _ORIENTATION = 274
 
@@ -36,6 +35,28 @@ class Decoded(NamedTuple):
     """Value of pixels without data; ``None`` if the file does not define it."""
 
 
+@contextmanager
+def naming_damage(label: str, kind: str) -> Iterator[None]:
+    """Context that turns an error of Pillow into a ``ValueError`` that names the file.
+
+    Pillow's readers trust a file's header, so damage can raise errors of any class. Errors of the
+    system and of memory, warnings, unknown formats and errors that begin with the name pass.
+
+    Args:
+        label: name of the image.
+        kind: kind of the damaged file, as "a damaged image".
+    """
+    try:
+        yield
+    except (UnidentifiedImageError, MemoryError, Warning):
+        raise
+    except Exception as error:
+        named = isinstance(error, ValueError) and str(error).startswith(f"{label}: ")
+        if named or (isinstance(error, OSError) and error.filename is not None):
+            raise
+        raise ValueError(f"{label}: {kind} ({one_line(error)})") from None
+
+
 def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
     """Check that an image has at most ``max_pixels`` pixels; ``size`` is (width, height).
 
@@ -51,8 +72,8 @@ def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Message of an error without line breaks; the name of its class if the message is empty."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """First 300 characters of an error's message, in one line; its class if there is none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def heif_image(source: Path | bytes, label: str, max_pixels: int, brand: bytes) -> Image.Image:
@@ -69,15 +90,10 @@ def heif_image(source: Path | bytes, label: str, max_pixels: int, brand: bytes) 
     except ImportError:
         raise ValueError(f"{label}: a HEIC image; pip install pillow-heif to read it") from None
     file = source if isinstance(source, Path) else io.BytesIO(source)
-    try:
+    with naming_damage(label, "a damaged HEIC image"):
         opened = pillow_heif.open_heif(file)
-        size = opened.size
-        image = opened.to_pillow() if size[0] * size[1] <= max_pixels else None
-    except (*DAMAGED, ValueError, RuntimeError) as error:
-        raise ValueError(f"{label}: a damaged HEIC image ({one_line(error)})") from None
-    check_pixels(size, label=label, max_pixels=max_pixels)
-    assert image is not None
-    return image
+        check_pixels(opened.size, label=label, max_pixels=max_pixels)
+        return opened.to_pillow()
 
 
 def by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None) -> Decoded:

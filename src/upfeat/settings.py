@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -152,6 +152,21 @@ def check(config: Any) -> None:
     }
     for name, value in checked.items():
         object.__setattr__(config, name, value)
+
+
+def check_each(source: str | Path, config: type, values: Mapping[str, Any]) -> None:
+    """Check values of a file for a configuration class; names that it lacks are not checked.
+
+    Raises:
+        ValueError: a value is out of range; the message begins with ``source``.
+    """
+    declared = settings_of(config)
+    for name, value in values.items():
+        if name in declared:
+            try:
+                declared[name].check(name, value)
+            except ValueError as error:
+                raise ValueError(f"{source}: {error}") from None
 
 
 def documented(config: AnyConfig) -> AnyConfig:

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from upfeat.tensor_checks import opened_tensors
 
 try:
     import fcntl
@@ -325,18 +326,12 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not a safetensors file, or is truncated.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = file.keys()
-            tensors = {name: file.get_tensor(name) for name in names}
-            if os.name == "nt":  # a file that tensors are mapped to cannot be replaced there
-                tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-            return tensors, file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+    with opened_tensors(path) as file:
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+        if os.name == "nt":  # a file that tensors are mapped to cannot be replaced there
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        return tensors, file.metadata() or {}
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -7,9 +7,10 @@ unnoticed in rarely used ones; the error names the tensor.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,6 +45,25 @@ class Layout(NamedTuple):
         return self.dtype in _FLOATS.values()
 
 
+@contextmanager
+def opened_tensors(path: str | Path) -> Iterator[Any]:
+    """Context with a safetensors file, opened by ``safe_open``, whose errors name the file.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a safetensors file, or is truncated.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not a whole safetensors file ({reason})") from None
+
+
 def read_layouts(path: str | Path) -> tuple[dict[str, Layout], dict[str, str]]:
     """Read only the header of a safetensors file.
 
@@ -57,20 +77,12 @@ def read_layouts(path: str | Path) -> tuple[dict[str, Layout], dict[str, str]]:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not a complete safetensors file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            layouts = {
-                name: Layout(tuple(part.get_shape()), part.get_dtype())
-                for name, part in parts.items()
-            }
-            return layouts, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path}: not a whole safetensors file ({reason})") from None
+    with opened_tensors(path) as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        layouts = {
+            name: Layout(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()
+        }
+        return layouts, file.metadata() or {}
 
 
 def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:

@@ -115,6 +115,15 @@ class TestFolder:
         assert "its processor crops images to 224×224" in caplog.text
         check_backbone(lambda: backbone)
 
+    @pytest.mark.parametrize(
+        "facts", [{"image_std": ["x"] * 3}, {"image_mean": [10**400] * 3}, {"resample": [2]}]
+    )
+    def test_a_damaged_processor_is_named(self, folder, facts):
+        path = folder / "preprocessor_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+        with pytest.raises(ValueError, match=f"hf:{folder}: preprocessor_config.json: "):
+            upfeat.load_backbone(f"hf:{folder}")
+
     def test_another_precision(self, folder):
         backbone = upfeat.load_backbone(f"hf:{folder}", dtype="bfloat16")
         assert backbone.dtype == torch.bfloat16

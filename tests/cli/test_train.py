@@ -229,6 +229,16 @@ def test_backbones_of_a_file_are_names(photos, tmp_path, capsys, backbone):
     assert shown.count("\n") == 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("steps", "many"), ("frozen", 3), ("max_zoom", [])])
+def test_a_wrong_value_in_a_file_names_the_file(photos, tmp_path, capsys, name, value):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({name: value}))
+    assert run(photos, "-o", tmp_path / "run", "--config", file, "--steps", 3) == 2
+    shown = capsys.readouterr().err
+    assert f"c.json: {name}=" in shown
+    assert shown.count("\n") == 1
+
+
 def test_options_are_added_to_those_of_the_file(tmp_path):
     file = tmp_path / "c.json"
     file.write_text(json.dumps({"upsampler_options": {"radius": 3, "width": 8}}))

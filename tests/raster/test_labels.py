@@ -217,3 +217,11 @@ def test_no_more_classes_than_a_byte_tells(tmp_path, scene):
     with pytest.raises(ValueError, match="256 classes; 255 are the most"):
         read_labels(geojson(tmp_path, features), scene)
     assert read_labels(geojson(tmp_path, features[:255]), scene).names == names[:255]
+
+
+@pytest.mark.parametrize("name", ["\ud800", "\0", 3, [], "no system"])
+def test_names_of_systems_that_are_none_are_ignored(tmp_path, scene, name):
+    path = geojson(tmp_path, [square(3, 4, "a"), square(20, 4, "b")])
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "crs": {"properties": {"name": name}}}))
+    assert read_labels(path, scene).names == ["a", "b"]

@@ -148,6 +148,10 @@ def _of_another_shape(state):
     state["objectives"]["0.upsampler.stages.1.sigma_spatial"] = torch.zeros(2)
 
 
+def _beyond_sense(state):
+    state["objectives"]["0.upsampler.stages.1.sigma_spatial"] = torch.tensor(1e30)
+
+
 def _without_the_best(state):
     state["best"] = {"step": 6, "scores": {"error": 1.0}, "weights": {}}
 
@@ -167,6 +171,7 @@ def _with_other_moments(state):
         (_without_a_weight, "objectives lacks 0.upsampler.stages.1.sigma_spatial"),
         (_with_a_stranger, "objectives holds 0.other"),
         (_of_another_shape, r"sigma_spatial is \(2,\), not \(\)"),
+        (_beyond_sense, r"objectives: 0.upsampler.stages.1.sigma_spatial holds 1e\+30"),
         (_without_the_best, "best lacks stages"),
         (_of_another_optimiser, "optimizer lacks param_groups"),
         (_with_other_moments, r"optimizer.0.exp_avg is \(2, 3\)"),

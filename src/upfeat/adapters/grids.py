@@ -25,6 +25,7 @@ from upfeat.storage import write_bytes
 from upfeat.tensor_checks import check_not_too_small, fault_in_memory, largest_magnitude
 from upfeat.types import Size
 from upfeat.upsamplers.checks import check_output_size
+from upfeat.upsamplers.tensor_files import check_archive
 
 if TYPE_CHECKING:
     from upfeat.images import ImageLike
@@ -217,6 +218,7 @@ def read_grid(path: str | Path) -> DenseGrid:
         target, patch = (_size(geometry[name]) for name in ("target_size", "patch_size"))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{_geometry_path(path)}: no geometry of a grid ({error})") from None
+    check_archive(path)
     try:
         features = torch.load(path, weights_only=True, map_location="cpu")
     except Exception:  # damaged files raise errors of zipfile, pickle, struct and torch

@@ -128,8 +128,11 @@ def settings_of_object(network: Any, part: Any) -> Settings:
 
 def _settings(source: str, config: Any, processor: dict[str, Any] | None) -> Settings:
     """Read a model's settings; warn if its processor crops images or is missing."""
-    settings = transformers_settings(config, processor)
-    crop = None if processor is None else cropping(processor)
+    try:
+        settings = transformers_settings(config, processor)
+        crop = None if processor is None else cropping(processor)
+    except (ValueError, TypeError, ArithmeticError, LookupError) as error:
+        raise ValueError(f"{source}: preprocessor_config.json: {_line(error)}") from None
     if crop is not None:
         _LOG.warning(
             "%s: its processor crops images to %s; upfeat keeps the whole image, at its own "

@@ -7,13 +7,18 @@ import io
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from upfeat.failures import one_line
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
 from upfeat.photo_search import is_image, search
 
 _PACK = "pack copies in place of links"
+_ENDLESS = "a pipe or a device, not a file"
+_UNREADABLE = (EOFError, OSError, ValueError, LookupError, ArithmeticError, RecursionError)
+"""Errors that tarfile raises for damaged archives, in addition to its own."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,8 @@ def _list_all(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
     for source in map(Path, sources):
         if not source.exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
+        if not source.is_file() and not source.is_dir():
+            raise ValueError(f"{source}: {_ENDLESS}")
         if (
             source.suffix.lower() == ".tar"
             or source.suffix.lower() in VIDEO_SUFFIXES
@@ -120,12 +127,20 @@ def _list(path: Path) -> Iterator[Item | Damaged]:
         file, given = path.parent / name, PurePath(name)
         # The key names the output, so it must not lead out of the folder of results.
         key = "/".join(part for part in given.parts if part not in (given.anchor, ".."))
-        yield Item(key, file.read_bytes)
+        yield Item(key, partial(_read_file, file))
+
+
+def _read_file(path: Path) -> bytes:
+    """Read a file that a list names."""
+    if path.is_fifo() or path.is_char_device():
+        raise ValueError(f"{path}: {_ENDLESS}")
+    return path.read_bytes()
 
 
 def _archive(path: Path) -> Iterator[Item | Damaged]:
     """Yield the images of a tar archive, for example a shard of WebDataset."""
     empty = True
+    length = path.stat().st_size
     try:
         with tarfile.open(path, "r|") as archive:
             for member in archive:
@@ -133,9 +148,19 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                 inner = PurePosixPath(member.name).parts
                 key = "/".join((path.name, *(part for part in inner if part not in ("/", "//"))))
                 file_or_link = member.isfile() or member.issym() or member.islnk()
-                if not file_or_link or not is_image(member.name) or _is_hidden(inner):
+                wanted = file_or_link and is_image(member.name) and not _is_hidden(inner)
+                # The next header is claimed to be where tarfile would get by reading for ever.
+                beyond = archive.offset - tarfile.BLOCKSIZE >= length
+                if beyond or member.size < 0 or archive.offset < member.offset_data:
+                    how = "truncated" if beyond else "damaged"
+                    yield Damaged(key if wanted else path.name, f"the archive is {how}")
+                    return
+                if not wanted:
                     continue
                 empty = False
+                if member.issparse():  # a few bytes may stand for any number of zeros
+                    yield Damaged(key, "is stored as a sparse file; pack it whole")
+                    continue
                 if not member.isfile():
                     yield Damaged(key, f"is a link to {member.linkname}; {_PACK}")
                     continue
@@ -153,8 +178,8 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
             yield Damaged(path.name, "the archive is truncated")
         elif empty:
             yield Damaged(path.name, "holds no image")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        yield Damaged(path.name, f"a damaged archive ({error})")
+    except (tarfile.TarError, *_UNREADABLE) as error:
+        yield Damaged(path.name, f"a damaged archive ({one_line(error)})")
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:

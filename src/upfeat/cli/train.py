@@ -21,7 +21,7 @@ from upfeat.cli.choices import (
     path_of,
     with_layers,
 )
-from upfeat.settings import add_flags, settings_of
+from upfeat.settings import add_flags, check_each, settings_of
 from upfeat.training.config import PRESETS, TrainConfig
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if options.config is not None:
         settings = read_settings(options.config)
         source = str(options.config)
+        check_each(source, TrainConfig, settings)
         settings.pop("out", None)  # of the run that wrote the file; -o is given
         if "backbone" in settings:
             _check_names(source, settings["backbone"])

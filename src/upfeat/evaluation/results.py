@@ -131,9 +131,10 @@ class RowStore:
         if not path.is_file():
             return None
         try:
-            return [Row(**content) for content in json.loads(path.read_bytes())] or None
+            rows = [Row(**content) for content in json.loads(path.read_bytes())]
         except (ValueError, TypeError, RecursionError):
             return None
+        return rows if rows and all(map(_is_whole, rows)) else None
 
     def save(self, label: str, weights: str, rows: list[Row]) -> None:
         """Store the rows of an upsampler."""
@@ -143,3 +144,19 @@ class RowStore:
     def _path(self, label: str, weights: str) -> Path:
         key = hashlib.sha256(f"{self.recipe}|{label}|{weights}".encode()).hexdigest()
         return self.folder / f"{key[:32]}.json"
+
+
+def _is_whole(row: Row) -> bool:
+    """Return whether the fields of a stored row have their types."""
+    texts = all(isinstance(one, str) for one in (row.upsampler, row.protocol, row.weights))
+    tables = (row.scores, row.per_class)
+    if not texts or not all(isinstance(one, dict) for one in (*tables, row.cost, row.pictures)):
+        return False
+    values = [one for table in tables for one in table.values()]
+    numbers = all(isinstance(one, list) and one and all(map(_is_number, one)) for one in values)
+    costs = all(one is None or _is_number(one) for one in row.cost.values())
+    return numbers and costs and isinstance(row.sums, dict)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from upfeat.raster.scene import Scene, block_cache, import_rasterio
+from upfeat.failures import one_line
+from upfeat.raster.scene import Scene, block_cache, import_rasterio, raster_errors
 from upfeat.tiling import split
 
 _BLOCK = 256
@@ -43,11 +44,6 @@ def write_cog(
     """
     rasterio = import_rasterio("writing GeoTIFF")
     plain = path.with_name("plain.tif")
-    # GDAL's own errors, which copy passes on as they are.
-    failures = (
-        rasterio.errors.RasterioError,
-        importlib.import_module("rasterio._err").CPLE_BaseError,
-    )
     with warnings.catch_warnings(), block_cache(rasterio):
         # A raster without a georeference gives an output without one.
         warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
@@ -65,7 +61,7 @@ def write_cog(
                 # By default, a compressed file of more than 4 GB fails at its end.
                 bigtiff="if_safer",
             )
-        except failures as error:
+        except raster_errors() as error:
             raise OSError(f"GDAL cannot write a GeoTIFF; is the disk full? ({error})") from None
         finally:
             plain.unlink(missing_ok=True)
@@ -102,5 +98,16 @@ def _write_plain(
         target.update_tags(upfeat=json.dumps(dict(provenance), sort_keys=True))
         for part in (tile.core for tile in split((height, width), _BLOCK)):
             rows, columns = (part.top, part.bottom), (part.left, part.right)
-            block = values[:, slice(*rows), slice(*columns)]
+            block = _read_block(path, values, rows, columns)
             target.write(block.astype(dtype), window=(rows, columns))
+
+
+def _read_block(path: Path, values: Any, rows: tuple[int, int], columns: tuple[int, int]) -> Any:
+    """Read a block of the unfinished output, whose tiles have checksums."""
+    try:
+        return values[:, slice(*rows), slice(*columns)]
+    except (ValueError, RuntimeError) as error:
+        place = f"rows {rows[0]} to {rows[1] - 1}, columns {columns[0]} to {columns[1] - 1}"
+        raise ValueError(
+            f"{path.parent}: damaged at {place} ({one_line(error)}); begin anew by --overwrite"
+        ) from None

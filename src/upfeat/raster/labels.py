@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from upfeat.bounds import number
-from upfeat.raster.scene import Scene, import_rasterio, open_raster
+from upfeat.failures import one_line
+from upfeat.raster.scene import Scene, import_rasterio, open_raster, raster_errors
 from upfeat.types import Window
 
 UNLABELLED = 255
@@ -101,7 +102,7 @@ def _read(file: Any, path: Path, region: Any) -> tuple[Any, Any]:
     try:
         values = file.read(1, window=region).astype(np.int64)
         masks = file.read_masks(1, window=region)
-    except import_rasterio("reading labels").errors.RasterioError as error:
+    except raster_errors() as error:
         raise ValueError(f"{path}: damaged, it cannot be read ({error})") from None
     return values, (masks == 0) | (values == UNLABELLED)
 
@@ -141,7 +142,7 @@ def _read_shapes(path: Path) -> tuple[Any, list[tuple[Any, str]]]:
         shapes = [(one["geometry"], one["properties"]["class"]) for one in content["features"]]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f'{path}: not a GeoJSON of features with a property "class" ({error})'
+            f'{path}: not a GeoJSON of features with a property "class" ({one_line(error)})'
         ) from None
     for index, (geometry, name) in enumerate(shapes):
         if name is None:
@@ -165,7 +166,7 @@ def _check_system(path: Path, content: Any, scene: Scene) -> None:
     try:
         name = content["crs"]["properties"]["name"]
         named = rasterio.crs.CRS.from_user_input(name)
-    except (KeyError, TypeError, rasterio.errors.CRSError):
+    except (KeyError, TypeError, ValueError, rasterio.errors.CRSError):
         return
     if scene.crs and not _same_places(named, scene):
         raise ValueError(
@@ -180,7 +181,7 @@ def _same_places(crs: Any, scene: Scene) -> bool:
     transform = importlib.import_module("rasterio.warp").transform
     try:
         others = np.array(transform(scene.crs, crs, x, y))
-    except import_rasterio("reading labels").errors.RasterioError:
+    except raster_errors():
         return False
     side = abs(scene.transform.determinant) ** 0.5
     return bool((np.abs(others - [x, y]) < side).all())

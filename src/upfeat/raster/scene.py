@@ -60,8 +60,15 @@ def open_raster(path: Path, needed_for: str) -> Any:
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             # Absolute, since GDAL reads the text before a colon as the name of a protocol.
             return rasterio.open(path.absolute())
-    except rasterio.errors.RasterioError as error:
+    except raster_errors() as error:
         raise ValueError(f"{path}: not a raster that GDAL can read ({error})") from None
+
+
+def raster_errors() -> tuple[type[Exception], ...]:
+    """Errors of rasterio, and of GDAL, which rasterio passes on; its messages may be no UTF-8."""
+    errors = importlib.import_module("rasterio.errors")
+    gdal = importlib.import_module("rasterio._err").CPLE_BaseError
+    return errors.RasterioError, gdal, UnicodeDecodeError
 
 
 def block_cache(rasterio: Any) -> AbstractContextManager[Any]:
@@ -111,17 +118,32 @@ class Scene:
             ValueError: the file is no raster, its values are complex, its bands must be chosen,
                 an argument is out of range, or no pixel is valid.
         """
-        rasterio = import_rasterio("reading rasters")
         self.path = Path(path)
+        import_rasterio("reading rasters")
         if not self.path.exists():
             raise FileNotFoundError(f"{path}: {_reason_without_file(str(path))}")
-        self._error = rasterio.errors.RasterioError
+        if not self.path.is_file() and not self.path.is_dir():
+            raise ValueError(f"{self.path}: a pipe or a device, not a file")
+        self._error = raster_errors()
         self._file = file = open_raster(self.path, "reading rasters")
         if not file.count and file.subdatasets:
             raise ValueError(
                 f"{self.path}: holds several rasters; write one of them by gdal_translate -of VRT "
                 f"'{file.subdatasets[0]}' scene.vrt, and give scene.vrt"
             )
+        try:
+            overview, valid = self._read_facts(file, bands)
+        except self._error as error:
+            raise ValueError(f"{self.path}: damaged, it cannot be read ({error})") from None
+        if not valid.any():
+            raise ValueError(f"{self.path}: holds no valid pixel: all of it is no-data")
+        self.scales = self._find_scales(scale, overview, valid)
+        scaled = self._scaled(overview)[:, valid]
+        self.fill = scaled.mean(axis=1, dtype=np.float64).astype(np.float32)
+
+    def _read_facts(self, file: Any, bands: Sequence[int] | None) -> tuple[Any, Any]:
+        """Read the file's facts; return an overview of its values, and a mask of valid pixels."""
+        rasterio = import_rasterio("reading rasters")
         self.size = (int(file.height), int(file.width))
         self.crs, self.transform = file.crs, file.transform
         self.gcps, self.rpcs = file.gcps, file.rpcs
@@ -147,12 +169,8 @@ class Scene:
         bits = [file.tags(band, ns="IMAGE_STRUCTURE").get("NBITS", "8") for band in self.bands]
         self._brightest = 255 if self._palette is not None else 2 ** min(8, max(map(int, bits))) - 1
         with block_cache(rasterio):
-            overview, valid = self._overview()
-        if not valid.any():
-            raise ValueError(f"{self.path}: holds no valid pixel: all of it is no-data")
-        self.scales = self._find_scales(scale, overview, valid)
-        scaled = self._scaled(overview)[:, valid]
-        self.fill = scaled.mean(axis=1, dtype=np.float64).astype(np.float32)
+            shape = tuple(min(side, _OVERVIEW_SIDE) for side in self.size)
+            return self._coloured(self._read_bands(shape), self._read_masks(shape))
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -221,15 +239,6 @@ class Scene:
                 f"{self.path}: rows {window.top} to {window.bottom - 1}, columns {window.left} to "
                 f"{window.right - 1} cannot be read, the file is damaged there ({error})"
             ) from None
-        return self._coloured(values, masks)
-
-    def _overview(self) -> tuple[Any, Any]:
-        shape = tuple(min(side, _OVERVIEW_SIDE) for side in self.size)
-        try:
-            values = self._read_bands(shape)
-            masks = self._read_masks(shape)
-        except self._error as error:
-            raise ValueError(f"{self.path}: damaged, it cannot be read ({error})") from None
         return self._coloured(values, masks)
 
     def _read_bands(self, shape: tuple[int, ...] | None = None, window: Any = None) -> Any:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from upfeat.bounds import whole
+from upfeat.failures import one_line
 from upfeat.raster.cog import write_cog
 from upfeat.raster.outputs import NO_CLASS
 from upfeat.raster.plan import CHUNK
@@ -150,6 +151,7 @@ class Store:
                 f"{self.partial}: was begun with another {', '.join(others)}; give what it was "
                 "begun with, or begin anew by --overwrite"
             )
+        self._check_array()
         ledger = self.partial / _LEDGER
         if ledger.is_file():
             lines = ledger.read_bytes().splitlines(keepends=True)
@@ -158,6 +160,19 @@ class Store:
             if not all(line.strip().isdigit() for line in done):
                 raise ValueError(f"{ledger}: damaged; begin anew by --overwrite")
             self.done = {int(line) for line in done}
+
+    def _check_array(self) -> None:
+        """Refuse to go on with an array whose metadata are damaged, or are those of another."""
+        try:
+            array = self._zarr.open_array(str(self.partial / _ARRAY), mode="r")
+            found = (tuple(array.shape), array.dtype, array.shards)
+            reason = "has another shape, type or tile"
+        except Exception as error:  # zarr trusts the file, so any error can follow
+            found, reason = None, one_line(error)[:200]
+        if found != (self._shape, self._dtype, (self._shape[0], self._tile, self._tile)):
+            raise ValueError(
+                f"{self.partial / _ARRAY}: damaged ({reason}); begin anew by --overwrite"
+            )
 
     def write(self, index: int, window: Window, values: np.ndarray[Any, Any]) -> None:
         """Write a tile and record it in the ledger.

@@ -16,6 +16,7 @@ from upfeat.settings import (
     Number,
     Whole,
     check,
+    check_each,
     documented,
     folder,
     names,
@@ -362,6 +363,7 @@ def settings_of_run(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     content = read_object(path)
     content.pop("backbone", None)
+    check_each(path, TrainConfig, content)
     return expand(content, str(path))
 
 

@@ -78,7 +78,10 @@ def read_run(path: Path) -> dict[str, Any]:
     # The limit is high because the file lists skipped photographs, which may be many.
     run = read_object(path, largest=1 << 30)
     backbones = run.get("backbones")
-    whole = isinstance(backbones, list) and all(isinstance(one, dict) for one in backbones)
-    if not whole or not isinstance(run.get("config"), dict):
+    whole = isinstance(backbones, list) and all(
+        isinstance(one, dict) and isinstance(one.get("name", ""), str) for one in backbones
+    )
+    started = isinstance(run.get("started_with", {}), dict)
+    if not whole or not started or not isinstance(run.get("config"), dict):
         raise ValueError(f"{path}: lacks the settings or backbones of a run; give another folder")
     return run

@@ -17,6 +17,7 @@ from upfeat.normalization import IMAGENET, Normalization
 from upfeat.optimisers import NAdam
 from upfeat.randomness import derive, global_stream, stream
 from upfeat.registry import unknown_name
+from upfeat.tensor_checks import check_values
 from upfeat.training.checkpoint import check_weights
 from upfeat.training.config import TrainConfig
 from upfeat.training.objective import Objective, ViewBatch, make_batch, measure_unit
@@ -247,11 +248,14 @@ class Trainer:
         """Check that a state read from a file is one that :meth:`load_state` can restore.
 
         Raises:
-            ValueError: weights or moments are missing, unknown or of another shape.
+            ValueError: weights or moments are missing, unknown, of another shape, or beyond sense.
         """
         check_weights("objectives", state["objectives"], self.objectives.state_dict())
+        own = {name: one for name, one in state["objectives"].items() if ".upsampler." in name}
+        check_values("objectives", own, magnitudes=self.upsampler.magnitudes)
         if state["best"]:
             check_weights("best", state["best"].get("weights"), self.upsampler.state_dict())
+            check_values("best", state["best"]["weights"], magnitudes=self.upsampler.magnitudes)
             if not isinstance(state["best"].get("scores"), dict):
                 raise ValueError("best lacks scores")
         groups, moments = (state["optimizer"].get(name) for name in ("param_groups", "state"))

@@ -215,7 +215,7 @@ def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[U
         if isinstance(upsampler, JBUStack):
             upsampler.mean, upsampler.std = IMAGENET
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: its description is damaged ({error})") from None
+        raise ValueError(f"{path}: its description is damaged ({error!s:.300})") from None
     # The file uses our names; None stands for the whole tensor (see _names).
     names = {name: (name, None) for name in upsampler.state_dict()}
     _fill(path, facts["upsampler"], upsampler, state, names)
@@ -368,4 +368,7 @@ def _fill(
         )
     if unread:
         logger.info("%s: left unread: %s", path, ", ".join(unread))
-    upsampler.load_state_dict(state)
+    try:
+        upsampler.load_state_dict(state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

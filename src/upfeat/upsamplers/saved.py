@@ -127,7 +127,10 @@ def load_pretrained(
     check_layouts(folder / WEIGHTS_FILE, layouts, empty.state_dict())
     upsampler: Any = build(saved, config, path)
     if (mean, std) != (None, None):
-        upsampler.mean, upsampler.std = check_normalization(mean, std)
+        try:
+            upsampler.mean, upsampler.std = check_normalization(mean, std)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
     upsampler.trained_for, upsampler.origin = trained_for, origin
     state, _ = read_tensors(folder / WEIGHTS_FILE)
     try:

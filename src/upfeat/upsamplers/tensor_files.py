@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import pickle
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 SUFFIXES = (".ckpt", ".pth", ".pt", ".bin", ".safetensors")
 """File-name suffixes of checkpoints."""
@@ -20,7 +23,7 @@ _MOST_EXPANSION = 20
 
 UNREADABLE = (
     *(OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-    *(ArithmeticError, MemoryError, AssertionError),
+    *(ArithmeticError, MemoryError, AssertionError, SafetensorError, struct.error, zlib.error),
 )
 """Errors that PyTorch raises for damaged files, in addition to ``UnpicklingError``."""
 
@@ -107,7 +110,9 @@ def _damaged_part(archive: zipfile.ZipFile) -> str | None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file begins as safetensors files do: an 8-byte length, then JSON."""
+    """Return whether a file is named or begins as safetensors files: 8 bytes, then JSON."""
+    if path.suffix.lower() == ".safetensors":
+        return True
     with path.open("rb") as file:
         head = file.read(9)
     return len(head) == 9 and head[8:] == b"{"

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upfeat.bounds import indices
 from upfeat.evaluation.data.folders import (
     Dataset,
     Problem,
@@ -45,7 +46,9 @@ from upfeat.evaluation.data.targets import (
     checked_label,
     read_indices,
 )
+from upfeat.failures import one_line
 from upfeat.registry import unknown_name
+from upfeat.types import times
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -267,11 +270,17 @@ def _read_nyuv2(folder: Path, split_seed: int) -> Dataset:
     try:
         file = h5py.File(path, "r")
         images, depths = file["images"], file["depths"]
-        count = len(images)
-    except (OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the labelled NYUv2 file ({error})") from None
-    if len(depths) != count:
-        raise ValueError(f"{path}: holds {count} images but {len(depths)} depth maps")
+        count, shape, depth_shape = len(images), tuple(images.shape), tuple(depths.shape)
+        fits = images.dtype == np.uint8 and depths.dtype.kind == "f" and shape[1] == 3
+    except Exception as error:  # h5py trusts the file, so any error can follow
+        raise ValueError(f"{path}: not the labelled NYUv2 file ({one_line(error)})") from None
+    if depth_shape[:1] != shape[:1]:
+        raise ValueError(f"{path}: holds {count} images but {depth_shape[0]} depth maps")
+    if not fits or len(shape) != 4 or depth_shape[1:] != shape[2:]:
+        raise ValueError(
+            f"{path}: not the labelled NYUv2 file: its images are {times(shape)} of "
+            f"{images.dtype}, its depths {times(depth_shape)} of {depths.dtype}"
+        )
 
     # MATLAB stores columns first: (N, 3, W, H) and (N, W, H).
     def image(sample: Sample) -> Tensor:
@@ -305,13 +314,16 @@ def _nyu_split(path: Path, samples: list[Sample]) -> tuple[list[Sample], list[Sa
         ) from None
     try:
         content = matlab.loadmat(path)
-        train, test = (
-            [samples[number - 1] for number in sorted(content[name].flatten().tolist()) if number]
-            for name in ("trainNdxs", "testNdxs")
+        listed = [sorted(content[name].flatten().tolist()) for name in ("trainNdxs", "testNdxs")]
+    except Exception as error:  # SciPy trusts the file's header, so any error can follow
+        raise ValueError(f"{path}: not the official split of NYUv2 ({one_line(error)})") from None
+    train, test = (indices(numbers, 1, len(samples)) for numbers in listed)
+    if not train or not test or len({*train, *test}) < len(train) + len(test):
+        raise ValueError(
+            f"{path}: not the official split of NYUv2: it must list images 1 to {len(samples)}, "
+            "each once at most"
         )
-    except (matlab.MatReadError, ValueError, LookupError, NotImplementedError) as error:
-        raise ValueError(f"{path}: not the official split of NYUv2 ({error})") from None
-    return train, test
+    return [samples[number - 1] for number in train], [samples[number - 1] for number in test]
 
 
 LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {

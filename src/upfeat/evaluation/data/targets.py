@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from upfeat.readers import naming_damage, one_line
 from upfeat.strict_json import read_value
 
 if TYPE_CHECKING:
@@ -81,10 +82,13 @@ def read_depth(path: Path, scale: float = 1.0) -> NDArray[np.float32]:
     """
     if path.suffix.lower() == ".npy":
         try:
-            with path.open("rb") as file:  # np.load would also accept archives of arrays
-                values = np.lib.format.read_array(file, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"not a readable npy file ({error})") from None
+            # np.load would also accept archives of arrays. A map allocates nothing, so that a
+            # header that claims more values than the file has is an error, too.
+            values: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+        except Exception as error:  # NumPy parses the header as Python
+            if isinstance(error, OSError):
+                raise
+            raise ValueError(f"not a readable npy file ({one_line(error)})") from None
     else:
         values = read_indices(path)
     if values.ndim != 2 or values.dtype.kind not in "iuf":
@@ -98,7 +102,8 @@ def checked_depth(values: NDArray[Any], scale: float) -> NDArray[np.float32]:
     Raises:
         ValueError: fewer than two pixels are known.
     """
-    depth = values.astype(np.float32) * np.float32(scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        depth = values.astype(np.float32) * np.float32(scale)
     known = np.isfinite(depth) & (depth > 0)
     if int(known.sum()) < 2:
         raise ValueError("no depth is known: no pixel is finite and above 0")
@@ -141,8 +146,8 @@ def _open(path: Path) -> Image.Image:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with Image.open(path) as image:
+        with naming_damage(str(path), "not a readable picture"), Image.open(path) as image:
             image.load()
             return image.copy()
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError, ValueError) as error:
-        raise ValueError(f"not a readable picture ({' '.join(str(error).split())})") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path}: not a readable picture") from None
