@@ -7,6 +7,7 @@ from hostile import refuses
 from torch import nn
 
 import upfeat
+from upfeat.backbones import Backbone
 from upfeat.text import TextBackbone
 
 
@@ -100,8 +101,8 @@ class Texts(TextBackbone):
     """Remembers what it is asked; no model stands behind it."""
 
     def __init__(self):
-        nn.Module.__init__(self)
-        self.name, self.model, self.tokenizer, self.asked = "texts", None, object(), []
+        Backbone.__init__(self, name="texts", embed_dim=1, stride=1)
+        self.model, self.tokenizer, self.asked = None, object(), []
         self._tower = self
 
     def texts(self, model, tokenizer, texts):

@@ -44,6 +44,15 @@ def test_killed_at_random_moments(photos, backbone, tmp_path, times):
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
+@pytest.fixture
+def heeded_signals():
+    """Signals are not ignored, as they are in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(photos, backbone, tmp_path, number):
     upfeat.train(backbone, photos, small_config(tmp_path / "whole"))
