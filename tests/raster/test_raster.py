@@ -25,7 +25,7 @@ from upfeat.raster import (
     upsample_raster,
 )
 from upfeat.raster.outputs import RasterTile
-from upfeat.raster.store import Store, _write_axes
+from upfeat.raster.store import Store, write_axes
 from upfeat.types import Window
 
 rasterio = pytest.importorskip("rasterio")
@@ -332,7 +332,7 @@ def test_a_run_killed_as_it_finishes_is_finished_by_the_next(tmp_path, number, m
         with pytest.MonkeyPatch.context() as patch:
             for name in ("unlink", "replace"):
                 patch.setattr(Path, name, stopping(getattr(Path, name)))
-            patch.setattr("upfeat.raster.store._write_axes", stopping(_write_axes))
+            patch.setattr("upfeat.raster.store.write_axes", stopping(write_axes))
             finish(*arguments)
 
     with monkeypatch.context() as patch, suppress(KeyboardInterrupt):

@@ -8,7 +8,8 @@ from PIL import Image
 
 from upfeat.images import read_image
 from upfeat.randomness import derive, global_stream, stream
-from upfeat.training.photographs import Photographs, list_photographs, load_parts, read_window
+from upfeat.training.loading import load_parts
+from upfeat.training.photographs import Photographs, list_photographs, read_window
 
 
 def noise(size, seed=0):

@@ -24,6 +24,7 @@ import numpy as np
 
 from upfeat.bounds import whole
 from upfeat.failures import one_line
+from upfeat.raster.axes import write_axes
 from upfeat.raster.cog import write_cog
 from upfeat.raster.outputs import NO_CLASS
 from upfeat.raster.plan import CHUNK
@@ -233,7 +234,8 @@ class Store:
         attributes = {"Conventions": "CF-1.11", "format": FORMAT, "upfeat": dict(provenance)}
         group = self._zarr.open_group(str(self.partial), mode="a", zarr_format=3)
         group.update_attributes(attributes)
-        _write_axes(group, scene, names)
+        write_axes(group, scene)
+        group[_ARRAY].update_attributes({"outputs": names})
         with warnings.catch_warnings():
             # The specification lacks what xarray asks for: all metadata in one file.
             warnings.simplefilter("ignore", UserWarning)
@@ -370,50 +372,6 @@ def unfinished_tiles(output: Path) -> dict[str, int]:
 
 def _partial(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
-
-
-def _write_axes(group: Any, scene: Scene, names: list[str]) -> None:
-    """Write coordinates of pixel centres and the reference system, following CF and GeoZarr."""
-    transform = scene.transform
-    spatial: dict[str, Any] = {
-        "GeoTransform": " ".join(repr(value) for value in transform.to_gdal()),
-    }
-    if scene.crs:
-        spatial["crs_wkt"] = spatial["spatial_ref"] = scene.crs.to_wkt()
-    group.create_array(
-        "spatial_ref",
-        shape=(),
-        dtype="int64",
-        attributes=spatial,
-        dimension_names=(),
-        overwrite=True,
-    )
-    if transform.b == 0 and transform.d == 0:  # in a rotated raster, y varies along a row
-        height, width = scene.size
-        down = transform.f + transform.e * (np.arange(height) + 0.5)
-        across = transform.c + transform.a * (np.arange(width) + 0.5)
-        for name, values in (("y", down), ("x", across)):
-            axis = group.create_array(
-                name,
-                shape=values.shape,
-                dtype="float64",
-                dimension_names=(name,),
-                attributes={"axis": name.upper(), **_meaning(scene.crs, name)},
-                overwrite=True,
-            )
-            axis[:] = values
-    group[_ARRAY].update_attributes({"outputs": names})
-
-
-def _meaning(crs: Any, name: str) -> dict[str, str]:
-    """Attributes of CF that say what a coordinate, "y" or "x", measures."""
-    if crs and crs.is_geographic:
-        kind, unit = {"y": ("latitude", "degrees_north"), "x": ("longitude", "degrees_east")}[name]
-        return {"standard_name": kind, "units": unit}
-    if crs and crs.is_projected:
-        unit = crs.linear_units.replace(" ", "_")  # "US survey foot" to UDUNITS' spelling
-        return {"standard_name": f"projection_{name}_coordinate", "units": unit}
-    return {}
 
 
 def _fill_value(dtype: np.dtype[Any]) -> tuple[float, Any]:

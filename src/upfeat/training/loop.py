@@ -24,7 +24,8 @@ from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.base import require_colours
 from upfeat.training.config import TrainConfig
 from upfeat.training.folder import RunFolder
-from upfeat.training.photographs import GUARD, Listing, Photographs, load_parts
+from upfeat.training.loading import GUARD, load_parts
+from upfeat.training.photographs import Listing, Photographs
 from upfeat.training.processes import Processes, processes
 from upfeat.training.record import OnStep, Record, StepReport, writer_class
 from upfeat.training.trainer import Trainer

@@ -232,6 +232,13 @@ def subset(samples: list[Sample], limit: int | None, *, seed: int = 0) -> list[S
     return [sample for sample in samples if sample.unit in chosen]
 
 
+def existing(path: Path) -> Path:
+    """Return a path of a layout, which must exist."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder; is the layout right?")
+    return path
+
+
 def check_not_empty(dataset: Dataset, folder: Path) -> None:
     """Refuse a dataset with an empty split.
 

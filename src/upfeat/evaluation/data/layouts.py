@@ -21,34 +21,28 @@ name              content of the folder
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from upfeat.bounds import indices
 from upfeat.evaluation.data.folders import (
     Dataset,
     Problem,
     Sample,
     Task,
     check_not_empty,
+    existing,
     read_folder,
-    split_randomly,
 )
+from upfeat.evaluation.data.nyuv2 import read_nyuv2
 from upfeat.evaluation.data.targets import (
     IGNORE_INDEX,
-    checked_depth,
     checked_label,
     read_indices,
 )
-from upfeat.failures import one_line
 from upfeat.registry import unknown_name
-from upfeat.types import times
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -134,9 +128,6 @@ COCO_SUPERCATEGORIES = {
 
 _ADE20K_CLASSES = 150
 _COCO_CLASSES = 182
-_NYU_FILE = "nyu_depth_v2_labeled.mat"
-_NYU_SPLITS = "splits.mat"
-_NYU_FIELD_OF_VIEW = 63.3  # degrees: 640 pixels at a focal length of 518.9 pixels
 
 
 def read_dataset(
@@ -246,7 +237,7 @@ def _read_voc(folder: Path, split_seed: int) -> Dataset:
     problems: list[Problem] = []
 
     def listed(split: str) -> Iterable[Path]:
-        names = _lines(_existing(folder / "ImageSets" / "Segmentation" / f"{split}.txt"))
+        names = _lines(existing(folder / "ImageSets" / "Segmentation" / f"{split}.txt"))
         return (folder / "JPEGImages" / f"{name.strip()}.jpg" for name in names if name.strip())
 
     train, test = (
@@ -261,78 +252,13 @@ def _read_voc(folder: Path, split_seed: int) -> Dataset:
     return _dataset("voc", train, test, VOC_CLASSES, table, problems)
 
 
-def _read_nyuv2(folder: Path, split_seed: int) -> Dataset:
-    path = _existing(folder / _NYU_FILE)
-    try:
-        h5py = importlib.import_module("h5py")
-    except ImportError:
-        raise ValueError(f"{path}: is an HDF5 file; to read it, pip install h5py") from None
-    try:
-        file = h5py.File(path, "r")
-        images, depths = file["images"], file["depths"]
-        count, shape, depth_shape = len(images), tuple(images.shape), tuple(depths.shape)
-        fits = images.dtype == np.uint8 and depths.dtype.kind == "f" and shape[1] == 3
-    except Exception as error:  # h5py trusts the file, so any error can follow
-        raise ValueError(f"{path}: not the labelled NYUv2 file ({one_line(error)})") from None
-    if depth_shape[:1] != shape[:1]:
-        raise ValueError(f"{path}: holds {count} images but {depth_shape[0]} depth maps")
-    if not fits or len(shape) != 4 or depth_shape[1:] != shape[2:]:
-        raise ValueError(
-            f"{path}: not the labelled NYUv2 file: its images are {times(shape)} of "
-            f"{images.dtype}, its depths {times(depth_shape)} of {depths.dtype}"
-        )
-
-    # MATLAB stores columns first: (N, 3, W, H) and (N, W, H).
-    def image(sample: Sample) -> Tensor:
-        pixels = np.ascontiguousarray(images[sample.index].transpose(0, 2, 1))
-        return torch.from_numpy(pixels).float() / 255
-
-    def depth(sample: Sample) -> NDArray[np.float32]:
-        return checked_depth(np.ascontiguousarray(depths[sample.index].T), 1.0)
-
-    def identify(sample: Sample) -> bytes:
-        return images[sample.index].tobytes() + depths[sample.index].tobytes()
-
-    samples = [Sample(f"{index + 1:04d}", path, path, index) for index in range(count)]
-    if (folder / _NYU_SPLITS).is_file():
-        train, test = _nyu_split(folder / _NYU_SPLITS, samples)
-    else:
-        train, test = split_randomly(samples, seed=split_seed)
-    return Dataset(
-        "nyuv2", train, test, [], depth, image, identify=identify, field_of_view=_NYU_FIELD_OF_VIEW
-    )
-
-
-def _nyu_split(path: Path, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Read the official split: image numbers from 1, in a file of MATLAB's older format."""
-    try:
-        matlab = importlib.import_module("scipy.io.matlab")
-    except ImportError:
-        raise ValueError(
-            f"{path}: is a MATLAB file; to read it, pip install scipy; or remove it, for a random "
-            "split"
-        ) from None
-    try:
-        content = matlab.loadmat(path)
-        listed = [sorted(content[name].flatten().tolist()) for name in ("trainNdxs", "testNdxs")]
-    except Exception as error:  # SciPy trusts the file's header, so any error can follow
-        raise ValueError(f"{path}: not the official split of NYUv2 ({one_line(error)})") from None
-    train, test = (indices(numbers, 1, len(samples)) for numbers in listed)
-    if not train or not test or len({*train, *test}) < len(train) + len(test):
-        raise ValueError(
-            f"{path}: not the official split of NYUv2: it must list images 1 to {len(samples)}, "
-            "each once at most"
-        )
-    return [samples[number - 1] for number in train], [samples[number - 1] for number in test]
-
-
 LAYOUTS: dict[str, tuple[Task, Callable[[Path, int], Dataset]]] = {
     "coco_stuff": ("seg", _read_coco_stuff),
     "coco_stuff27": ("seg", _read_coco_stuff27),
     "ade20k": ("seg", _read_ade20k),
     "cityscapes": ("seg", _read_cityscapes),
     "voc": ("seg", _read_voc),
-    "nyuv2": ("depth", _read_nyuv2),
+    "nyuv2": ("depth", read_nyuv2),
 }
 """Known layouts by name, each with its task and its reader."""
 
@@ -382,7 +308,7 @@ def _annotated(folder: Path, split: str, problems: list[Problem]) -> list[Sample
 
 def _files(folder: Path, pattern: str) -> list[Path]:
     """List a folder's files, but hidden ones such as ._a.jpg of macOS, in one order everywhere."""
-    found = [one for one in _existing(folder).glob(pattern) if not one.name.startswith(".")]
+    found = [one for one in existing(folder).glob(pattern) if not one.name.startswith(".")]
     return sorted(found, key=Path.as_posix)  # paths of Windows sort without regard to case
 
 
@@ -406,9 +332,3 @@ def _pair_by_name(
         else:
             problems.append(Problem(f"{image.parent.name}/{image.stem}", f"{missing} is missing"))
     return samples
-
-
-def _existing(path: Path) -> Path:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; is the layout right?")
-    return path
