@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-from upfeat.machine import exact_dtype
-
 
 class Snapshot:
     """State of tensors at one time, to check whether a cached result of them is still valid.
@@ -46,7 +44,12 @@ def _state(x: Tensor) -> tuple[int, torch.dtype, int]:
 def _norms(tensors: list[Tensor]) -> list[float]:
     """Norms of all parameters among the tensors, in a fraction of the time of comparing copies."""
     own = [x.detach() for x in tensors if type(x) is nn.Parameter and x.is_floating_point()]
-    norms = [vector_norm(x, dtype=exact_dtype(x.device)) for x in own if not x.is_meta]
+    # Not in float64, which would take as long as one point of a small map.
+    norms = [
+        vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+        for x in own
+        if not x.is_meta
+    ]
     return torch.stack(norms).tolist() if norms else []  # one transfer from a GPU
 
 
