@@ -58,6 +58,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """First line of a library's message, at most 200 characters; the class if it is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _tried(text: str) -> str:
     found = _TRIED.search(text)
     if found is None:

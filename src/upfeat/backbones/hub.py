@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones.outputs import Layer, ascending, in_given_order, numbers
 from upfeat.bounds import shown
+from upfeat.failures import first_line
 from upfeat.registry import unknown_name
 
 PROGRAMS = (".pt", ".pt2", ".ts", ".pth")
@@ -110,7 +111,7 @@ def load_hub(source: str, *, pretrained: bool) -> nn.Module:
         known = _entry_points(Path(folder) / "hubconf.py") if local else []
         if known and name not in known:
             raise ValueError(f"hub:{source}: {unknown_name('model', name, known)}") from None
-        raise ValueError(f"hub:{source}: {type(error).__name__}: {_line(error)}") from None
+        raise ValueError(f"hub:{source}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def _entry_points(path: Path) -> list[str]:
@@ -141,7 +142,7 @@ def _make_from_hub(options: dict[str, Any], name: str, pretrained: bool) -> nn.M
 
 
 def _unreachable(source: str, repo: str, local: bool, error: Exception) -> Exception:
-    reason = f"{type(error).__name__}: {_line(error)}"
+    reason = f"{type(error).__name__}: {first_line(error)}"
     if local:
         return ValueError(f"hub:{source}: its hubconf.py or weights cannot be loaded ({reason})")
     name = source.rpartition(":")[2]
@@ -169,7 +170,7 @@ def load_program(path: Path) -> nn.Module:
                 return ExportedModel(torch.export.load(path))
             return torch.jit.load(str(path), map_location="cpu")
         except Exception as error:
-            reason = _line(error)
+            reason = first_line(error)
     raise ValueError(
         f"{path}: neither TorchScript nor an exported program ({reason}); for a file of weights, "
         "build the model, load them, and give the module"
@@ -220,10 +221,6 @@ def load_function(source: str) -> object:
                 return made
             raise TypeError(f"it returns {shown(made)}; return a module or a function")
     except Exception as error:
-        raise ValueError(f"{source}: {type(error).__name__}: {_line(error)}") from error
+        raise ValueError(f"{source}: {type(error).__name__}: {first_line(error)}") from error
     functions = [key for key, value in vars(module).items() if callable(value)]
     raise ValueError(f"{path}: {unknown_name('function', name, functions)}")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -16,6 +16,7 @@ from upfeat.backbones.libraries import import_library, quiet, without_broken
 from upfeat.backbones.outputs import NoFeatures
 from upfeat.backbones.settings import Settings, cropping, settings_of, transformers_settings
 from upfeat.backbones.transformers import vision_part
+from upfeat.failures import first_line
 
 _LOG = logging.getLogger("upfeat.backbones")
 
@@ -71,7 +72,7 @@ def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settin
     except OSError as error:
         raise _unreachable(source, error) from None
     except Exception as error:
-        raise ValueError(f"hf:{source}: {_line(error)}") from None
+        raise ValueError(f"hf:{source}: {first_line(error)}") from None
     finally:
         if shown:
             progress.enable_progress_bar()
@@ -132,7 +133,7 @@ def _settings(source: str, config: Any, processor: dict[str, Any] | None) -> Set
         settings = transformers_settings(config, processor)
         crop = None if processor is None else cropping(processor)
     except (ValueError, TypeError, ArithmeticError, LookupError) as error:
-        raise ValueError(f"{source}: preprocessor_config.json: {_line(error)}") from None
+        raise ValueError(f"{source}: preprocessor_config.json: {first_line(error)}") from None
     if crop is not None:
         _LOG.warning(
             "%s: its processor crops images to %s; upfeat keeps the whole image, at its own "
@@ -208,11 +209,7 @@ def _unreachable(source: str, error: OSError) -> FileNotFoundError:
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):  # C:/models has a colon
         return FileNotFoundError(f"hf:{source}: no such folder")
     return FileNotFoundError(
-        f"hf:{source}: no such folder, and not in the cache or on the hub ({_line(error)}); "
+        f"hf:{source}: no such folder, and not in the cache or on the hub ({first_line(error)}); "
         "download its config.json, model.safetensors and preprocessor_config.json into a folder "
         "and give hf:FOLDER"
     )
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
