@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from upfeat.failures import one_line
 from upfeat.signatures import refuse_raw, value_without_data
 from upfeat.types import times
 
@@ -55,7 +54,7 @@ def naming_damage(label: str, kind: str) -> Iterator[None]:
         named = isinstance(error, ValueError) and str(error).startswith(f"{label}: ")
         if named or (isinstance(error, OSError) and error.filename is not None):
             raise
-        raise ValueError(f"{label}: {kind} ({one_line(error)[:300]})") from None
+        raise ValueError(f"{label}: {kind} ({one_line(error)})") from None
 
 
 def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
@@ -70,6 +69,11 @@ def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
             f"{label}: {size[0]}×{size[1]} are {pixels:,} pixels, more than max_pixels="
             f"{max_pixels:,}; if you trust it and have the memory, raise max_pixels"
         )
+
+
+def one_line(error: Exception) -> str:
+    """First 300 characters of an error's message, in one line; its class if there is none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def heif_image(source: Path | bytes, label: str, max_pixels: int, brand: bytes) -> Image.Image:
@@ -119,11 +123,11 @@ def by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None)
             extra = int(extra[-1]) if extra else 0
             planes, inverted = page.planarconfig == 2, page.photometric == 0
     except ValueError as error:  # for example a compression that needs imagecodecs
-        raise ValueError(f"{label}: {one_line(error)[:300]}") from None
+        raise ValueError(f"{label}: {one_line(error)}") from None
     except MemoryError:
         raise
     except Exception as error:  # tifffile trusts the file's header, so any error can follow
-        raise ValueError(f"{label}: a damaged TIFF file ({one_line(error)[:300]})") from None
+        raise ValueError(f"{label}: a damaged TIFF file ({one_line(error)})") from None
     refuse_raw(tags, b"", label)
     if values.ndim not in (2, 3) or 0 in values.shape:
         raise ValueError(f"{label}: a damaged TIFF file (its image is {times(values.shape)})")

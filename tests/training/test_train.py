@@ -14,7 +14,7 @@ from published_reference import published_state
 from training.small import log, small_backbone, small_config, weights
 
 import upfeat
-from upfeat.training import checkpoint, photographs
+from upfeat.training import checkpoint, loading
 from upfeat.training.objective import Objective
 from upfeat.training.photographs import Photographs
 from upfeat.training.validation import validate
@@ -148,7 +148,7 @@ def test_a_script_without_a_guard_is_told_so(photos, backbone, tmp_path, monkeyp
     def ended(loader):
         raise RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
 
-    monkeypatch.setattr(photographs.DataLoader, "__iter__", ended)
+    monkeypatch.setattr(loading.DataLoader, "__iter__", ended)
     with pytest.raises(ValueError, match=r'has ended .* `if __name__ == "__main__":`'):
         upfeat.train(backbone, photos, config)
 

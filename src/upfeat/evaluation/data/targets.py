@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from upfeat.failures import one_line
-from upfeat.readers import naming_damage
+from upfeat.readers import naming_damage, one_line
 from upfeat.strict_json import read_value
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def read_depth(path: Path, scale: float = 1.0) -> NDArray[np.float32]:
         except Exception as error:  # NumPy parses the header as Python
             if isinstance(error, OSError):
                 raise
-            raise ValueError(f"not a readable npy file ({one_line(error)[:300]})") from None
+            raise ValueError(f"not a readable npy file ({one_line(error)})") from None
     else:
         values = read_indices(path)
     if values.ndim != 2 or values.dtype.kind not in "iuf":
