@@ -44,7 +44,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 def _exactly(method: Method) -> Method:
     """Make a method compute without gradients, in full precision, on the CPU.
 
-    Whatever autocast and the default device are.
+    Neither autocast nor a default device changes that.
     """
 
     @wraps(method)
