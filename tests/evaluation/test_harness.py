@@ -35,7 +35,9 @@ def scores(results, name="miou"):
     return {(row.upsampler, row.protocol): row.scores[name] for row in results.rows}
 
 
-def test_files_and_rows(run, tmp_path):
+def test_files_and_rows(run, folder, tmp_path):
+    for seed in (23, 24):  # an interval needs five test images
+        write_scene(folder / "test", f"s{seed}", seed)
     results = run()
     assert [(row.upsampler, row.protocol) for row in results.rows] == [
         (name, protocol)
