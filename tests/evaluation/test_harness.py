@@ -59,6 +59,17 @@ def test_files_and_rows(run, folder, tmp_path):
     assert results.rows[0].scores["drift"][0] == pytest.approx(1, abs=1e-5)
 
 
+def test_images_in_both_splits_are_named(run, folder):
+    for part in ("images", "labels"):
+        content = (folder / "train" / part / "s3.png").read_bytes()
+        (folder / "test" / part / "copy.png").write_bytes(content)
+    problems = [str(one) for one in run().problems]
+    assert problems == [
+        "test/copy: is in the training split, too (train/s3), so its score is not that of an "
+        "unseen image"
+    ]
+
+
 def test_implicit_features_have_rows_of_their_own(run, monkeypatch):
     few = FitConfig(views=4, held_out=2, anchors=32, components=3, max_pad=4)
     monkeypatch.setattr("upfeat.evaluation.methods.FitConfig", lambda: few)
