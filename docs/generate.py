@@ -328,7 +328,7 @@ def implicit_gains() -> str:
                 gains = [
                     figures.implicit_share(*place, one, other) for one in ("miou", "boundary_f")
                 ]
-                cells.append(" / ".join(f"{gain:+.1f}".replace("-", "−") for gain in gains))
+                cells.append(" / ".join(figures.plain(f"{gain:+.1f}") for gain in gains))
         rows.append([SHARED[other], *cells])
     return _rows(["", "clothing: own", "transfer", "aerial roads: own", "transfer"], rows)
 

@@ -56,6 +56,22 @@ def test_a_figure_in_a_sentence_is_written(figures):
         assert figures.filled(page) == page.replace(">1.0<", ">2.0<")
         names["x"] = -3
         assert "−3.0" in figures.filled(page)
+        names["x"] = -0.04
+        assert figures.filled(page) == page.replace(">1.0<", ">0.0<")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("-0.0", "0.0"),
+        ("+0.0 / −0.1", "0.0 / −0.1"),
+        ("-0.04", "−0.04"),
+        ("+0", "0"),
+        ("2.5e-6", "2.5e−6"),
+    ],
+)
+def test_a_figure_that_rounds_to_zero_has_no_sign(figures, text, expected):
+    assert figures.plain(text) == expected
 
 
 @pytest.mark.parametrize(
