@@ -43,6 +43,16 @@ def test_drift_is_found(generate, monkeypatch):
     assert generate.generated(text) != text
 
 
+def test_hours_on_measured_cores_are_those_by_the_clock(generate):
+    found = generate._read("extract")
+    rate = found["rates"]["lazy"]["images_per_second"]
+    line = next(line for line in generate.extract_cost().splitlines() if "`lazy`" in line)
+    assert line.split(" | ")[2:4] == [
+        f"{1e6 / rate / 3600:.1f} h",
+        f"{1e6 / rate / 3600 * found['threads'] / 64:.2f} h",
+    ]
+
+
 @pytest.fixture(scope="module")
 def figures(generate):
     return generate.figures
