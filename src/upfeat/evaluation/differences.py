@@ -158,7 +158,7 @@ def _weights(packed: Mapping[str, Any], rounds: int, seed: int) -> tuple[Tensor,
     members = torch.tensor(groups).T  # (images of a contribution, contributions)
     count = int(members.max()) + 1
     drawn = _draw(count, rounds, seed)
-    return math.prod([drawn[:, each] for each in members]), count
+    return torch.stack([drawn[:, each] for each in members]).prod(0), count
 
 
 def _draw(count: int, rounds: int, seed: int) -> Tensor:
