@@ -17,6 +17,7 @@ from typing import Any
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 _FIGURE = re.compile(r"(<!-- = (.+?) -->)(.*?)(<!-- / -->)", re.DOTALL)
+_SIGNED_ZERO = re.compile(r"(?<![\w.])[+−-](?=0(\.0*)?(?![\w.]))")
 _AT_START = re.compile(r"^ {0,3}<!-- = ", re.MULTILINE)
 
 
@@ -106,6 +107,11 @@ def passes(protocol: str, score: str, over: str = "one pass") -> float:
     return sum(gains) / len(gains)
 
 
+def plain(text: str) -> str:
+    """Text with minus signs for hyphens, and without a sign where a figure rounds to 0."""
+    return _SIGNED_ZERO.sub("", text.replace("-", "−"))
+
+
 def filled(text: str) -> str:
     """A page with its figures written anew.
 
@@ -133,6 +139,6 @@ def filled(text: str) -> str:
             value = eval(f"f'''{{{expression}}}'''", dict(names))
         except Exception as error:
             raise ValueError(f"the figure {expression!r} fails: {error!r}") from error
-        return f"{begin}{value.replace('-', '−')}{end}"
+        return f"{begin}{plain(value)}{end}"
 
     return _FIGURE.sub(write, text)

@@ -328,7 +328,7 @@ def implicit_gains() -> str:
                 gains = [
                     figures.implicit_share(*place, one, other) for one in ("miou", "boundary_f")
                 ]
-                cells.append(" / ".join(f"{gain:+.1f}".replace("-", "−") for gain in gains))
+                cells.append(" / ".join(figures.plain(f"{gain:+.1f}") for gain in gains))
         rows.append([SHARED[other], *cells])
     return _rows(["", "clothing: own", "transfer", "aerial roads: own", "transfer"], rows)
 
@@ -449,18 +449,19 @@ def extract_cost() -> str:
     """Cost of a million images from the measured rates, the arithmetic shown."""
     found, rows = _read("extract"), []
     for kind in ("lazy", "features"):
-        spent, size = found["rates"][kind]["cpu_ms_per_image"], found["bytes_per_image"][kind]
-        hours = spent * 1e6 / 3.6e6
+        rates, size = found["rates"][kind], found["bytes_per_image"][kind]
+        spent, hours = rates["cpu_ms_per_image"], 1e6 / rates["images_per_second"] / 3600
         rows.append(
             [
                 f"`{kind}`",
-                f"{spent:.1f} ms × 10⁶ / 3.6·10⁶ ms = {hours:,.1f} h",
-                f"{hours / 2:,.1f} h",
-                f"{hours / 64:,.2f} h",
+                f"{spent:.1f} ms × 10⁶ / 3.6·10⁶ ms = {spent / 3.6:,.1f} h",
+                f"{hours:,.1f} h",
+                f"{hours * found['threads'] / 64:,.2f} h",
                 f"{size:,} bytes × 10⁶ = {size / 1e6:,.2f} TB",
             ]
         )
-    return _rows(["", "hours of one core", "on 2 cores", "on 64", "on disk"], rows)
+    head = ["", "processor time", f"on {found['threads']} cores", "on 64", "on disk"]
+    return _rows(head, rows)
 
 
 def raster_rates() -> str:

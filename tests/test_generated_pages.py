@@ -43,6 +43,16 @@ def test_drift_is_found(generate, monkeypatch):
     assert generate.generated(text) != text
 
 
+def test_hours_on_measured_cores_are_those_by_the_clock(generate):
+    found = generate._read("extract")
+    rate = found["rates"]["lazy"]["images_per_second"]
+    line = next(line for line in generate.extract_cost().splitlines() if "`lazy`" in line)
+    assert line.split(" | ")[2:4] == [
+        f"{1e6 / rate / 3600:.1f} h",
+        f"{1e6 / rate / 3600 * found['threads'] / 64:.2f} h",
+    ]
+
+
 @pytest.fixture(scope="module")
 def figures(generate):
     return generate.figures
@@ -56,6 +66,22 @@ def test_a_figure_in_a_sentence_is_written(figures):
         assert figures.filled(page) == page.replace(">1.0<", ">2.0<")
         names["x"] = -3
         assert "−3.0" in figures.filled(page)
+        names["x"] = -0.04
+        assert figures.filled(page) == page.replace(">1.0<", ">0.0<")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("-0.0", "0.0"),
+        ("+0.0 / −0.1", "0.0 / −0.1"),
+        ("-0.04", "−0.04"),
+        ("+0", "0"),
+        ("2.5e-6", "2.5e−6"),
+    ],
+)
+def test_a_figure_that_rounds_to_zero_has_no_sign(figures, text, expected):
+    assert figures.plain(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -90,7 +116,7 @@ _MEASURED = re.compile(r"\d[\d.,]* ?(?:ms|s|seconds|minutes|hours|[KMGT]i?B|%|po
 _NOT_MEASURED = {
     "csrc/README.md": {"1.6 MB", "8 MiB"},
     "docs/guides/demo.md": {"16 MiB", "20 minutes"},
-    "docs/guides/evaluation.md": {"95 %"},
+    "docs/guides/evaluation.md": {"95 %", "0.75 %"},
     "docs/guides/implicit.md": {"1 %"},
     "docs/guides/published.md": {"56 ms", "1.8 GB"},
     "docs/guides/rasters.md": {"134 MB"},

@@ -15,6 +15,7 @@ grid.
 from __future__ import annotations
 
 import gc
+import os
 import platform
 import statistics
 import threading
@@ -229,9 +230,10 @@ def peak_memory(call: Callable[[], object]) -> int | None:
     if not statm.is_file():
         call()
         return None
+    page = os.sysconf("SC_PAGE_SIZE")
 
     def resident() -> int:
-        return int(statm.read_text().split()[1]) * 4096
+        return int(statm.read_text().split()[1]) * page
 
     done = threading.Event()
     before = resident()

@@ -12,7 +12,7 @@ from torch import Tensor
 from upfeat.bounds import whole
 from upfeat.evaluation.data.folders import read_folder
 from upfeat.evaluation.data.targets import IGNORE_INDEX
-from upfeat.evaluation.metrics import class_iou, confusion_matrix
+from upfeat.evaluation.metrics import class_iou, confusion_matrix, pixel_accuracy
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.model import FeatUp
 from upfeat.probes import LinearProbe, Pixels, draw_pixels, fit_classifier, read_pixels
@@ -37,30 +37,44 @@ class Scores:
     """Cross-validated scores of a head, on sampled pixels of groups that were held out.
 
     Attributes:
-        iou: intersection over union of the K classes in each fold, (folds, K); NaN for a class that
-            is not in a fold.
-        accuracy: fraction of correct pixels in each fold, (folds,).
+        matrices: confusion matrix of each fold, (folds, K, K), one row per label.
         groups: number of images, or of a raster's tiles.
     """
 
-    iou: Tensor
-    accuracy: Tensor
+    matrices: Tensor
     groups: int
 
+    @property
+    def iou(self) -> Tensor:
+        """Intersection over union of the K classes over all folds, (K,); NaN without labels."""
+        return class_iou(self.matrices.sum(0))
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of correct pixels over all folds."""
+        return pixel_accuracy(self.matrices.sum(0))
+
     def lines(self, names: list[str]) -> list[str]:
-        """Format the scores as text: a line for each class, the mean IoU and the accuracy."""
-        rows = [(name, self.iou[:, index]) for index, name in enumerate(names)]
-        rows += [("mean IoU", self.iou.nanmean(1)), ("accuracy", self.accuracy)]
-        width = max(len(name) for name, _ in rows)
-        return [f"{name:<{width}}  {_spread(values)}" for name, values in rows]
+        """Format the scores as text: a line for each class, the mean IoU and the accuracy.
+
+        The spread is the standard deviation of the scores of single folds. Scores are not the means
+        of these: a fold without a class knows no score of it, but may have pixels taken for it.
+        """
+        folds = torch.stack([class_iou(matrix) for matrix in self.matrices])
+        single = torch.tensor([pixel_accuracy(matrix) for matrix in self.matrices])
+        rows = [(name, self.iou[index], folds[:, index]) for index, name in enumerate(names)]
+        rows.append(("mean IoU", self.iou.nanmean(), folds.nanmean(1)))
+        rows.append(("accuracy", torch.tensor(self.accuracy), single))
+        width = max(len(name) for name, _, _ in rows)
+        return [f"{name:<{width}}  {_with_spread(*values)}" for name, *values in rows]
 
 
-def _spread(values: Tensor) -> str:
-    known = 100 * values[~values.isnan()]
-    if not len(known):
+def _with_spread(value: Tensor, folds: Tensor) -> str:
+    if value.isnan():
         return "–"
-    spread = f" ± {known.std(correction=0):.1f}" if len(known) > 1 else ""
-    return f"{known.mean():.1f}{spread} %"
+    known = 100 * folds[~folds.isnan()]
+    spread = f" ± {known.std():.1f}" if len(known) > 1 else ""
+    return f"{100 * value:.1f}{spread} %"
 
 
 def train_on_folder(
@@ -214,11 +228,7 @@ def _train(
         _score(stacked, held_out, len(names), seed)
         for held_out in order.tensor_split(min(folds, len(groups)))
     ]
-    scores = Scores(
-        torch.stack([one[0] for one in results]),
-        torch.stack([one[1] for one in results]),
-        len(groups),
-    )
+    scores = Scores(torch.stack(results), len(groups))
     head = fit_classifier(stacked, len(names), torch.Generator().manual_seed(seed))
     saved = SavedHead(
         head.weight,
@@ -231,13 +241,12 @@ def _train(
     return saved, scores
 
 
-def _score(pixels: Pixels, held_out: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """IoU, (K,), and accuracy on held-out groups of a head fitted to the other groups."""
+def _score(pixels: Pixels, held_out: Tensor, classes: int, seed: int) -> Tensor:
+    """Confusion matrix (K, K) on held-out groups of a head fitted to the other groups."""
     kept = torch.ones(len(pixels.features), dtype=torch.bool)
     kept[held_out] = False
     fitted = pixels[kept.nonzero()[:, 0]]
     head: LinearProbe = fit_classifier(fitted, classes, torch.Generator().manual_seed(seed))
     targets = pixels.targets[held_out].flatten()[None]
     guessed = head(pixels.features[held_out].flatten(0, 1)).argmax(1)[None]
-    matrix = confusion_matrix(guessed[None], targets.to(torch.uint8), classes)[0]
-    return class_iou(matrix), matrix.diagonal().sum() / matrix.sum()
+    return confusion_matrix(guessed[None], targets.to(torch.uint8), classes)[0]

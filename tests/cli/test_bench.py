@@ -32,6 +32,15 @@ def test_command_writes_every_measurement(tmp_path, capsys):
     assert all(word in printed for word in ("of ours", "operator+backward", *benchmark.RIVALS))
 
 
+def test_memory_counts_pages_of_the_systems_size(monkeypatch):
+    """Which is 16 or 64 KiB on many ARM64 systems."""
+    statm = iter(["0 100 0", "0 107 0"])
+    monkeypatch.setattr(benchmark.Path, "is_file", lambda path: True)
+    monkeypatch.setattr(benchmark.Path, "read_text", lambda path: next(statm, "0 107 0"))
+    monkeypatch.setattr(benchmark.os, "sysconf", lambda name: 65536, raising=False)
+    assert benchmark.peak_memory(lambda: None) == 7 * 65536
+
+
 def test_what_does_not_fit_is_left_out():
     (found,) = benchmark.run_benchmark(
         sizes=((64, 1024),), channels=(1024,), jobs=("stack",), rivals=("unfold",)

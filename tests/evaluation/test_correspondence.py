@@ -172,8 +172,17 @@ def test_the_limit_is_one_of_pairs(tmp_path, colour_backbone):
 
 
 def test_differences_are_those_of_the_scores(tmp_path, colour_backbone):
-    results = run(
-        write_pairs(tmp_path / "set"), tmp_path / "out", colour_backbone, ["nearest", "bilinear"]
+    root = write_pairs(tmp_path / "set")
+    listed = json.loads((root / "pairs.json").read_text())
+    for index in range(4):
+        Image.fromarray(noise(2 + index)).save(root / "images" / f"{index}.png")
+        listed.append({**listed[0], "target": f"{index}.png"})
+    (root / "pairs.json").write_text(json.dumps(listed))
+    results = run(root, tmp_path / "out", colour_backbone, ["nearest", "bilinear"])
+    names = sorted(path.name for path in (root / "images").iterdir())
+    assert [len(row.sums["images"]) for row in results.rows] == [6] * 4
+    assert {image for row in results.rows for pair in row.sums["images"] for image in pair} == set(
+        range(len(names))
     )
     rows = {(row.upsampler, row.protocol): row for row in results.rows}
     assert {one["protocol"] for one in results.differences} == {"per_image", "per_point"}

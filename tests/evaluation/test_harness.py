@@ -35,7 +35,9 @@ def scores(results, name="miou"):
     return {(row.upsampler, row.protocol): row.scores[name] for row in results.rows}
 
 
-def test_files_and_rows(run, tmp_path):
+def test_files_and_rows(run, folder, tmp_path):
+    for seed in (23, 24):  # an interval needs five test images
+        write_scene(folder / "test", f"s{seed}", seed)
     results = run()
     assert [(row.upsampler, row.protocol) for row in results.rows] == [
         (name, protocol)
@@ -55,6 +57,17 @@ def test_files_and_rows(run, tmp_path):
     assert {one["score"] for one in differences} == {"miou", "boundary_f"}
     assert all(one["low"] <= one["high"] for one in differences)
     assert results.rows[0].scores["drift"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_images_in_both_splits_are_named(run, folder):
+    for part in ("images", "labels"):
+        content = (folder / "train" / part / "s3.png").read_bytes()
+        (folder / "test" / part / "copy.png").write_bytes(content)
+    problems = [str(one) for one in run().problems]
+    assert problems == [
+        "test/copy: is in the training split, too (train/s3), so its score is not that of an "
+        "unseen image"
+    ]
 
 
 def test_implicit_features_have_rows_of_their_own(run, monkeypatch):

@@ -1,14 +1,18 @@
 """Methods: any way to features of an image's size, alike to every task."""
 
+import itertools
+
 import pytest
 import torch
 
 import upfeat
-from upfeat.evaluation.data.prepared import Prepared, normalised
+from upfeat.evaluation.cost import measure
+from upfeat.evaluation.data.prepared import Prepared, PreparedSet, normalised
 from upfeat.evaluation.methods import ImplicitMethod, UpsamplerMethod
 from upfeat.evaluation.named import load_methods
 from upfeat.evaluation.passes import Strided
 from upfeat.implicit.fit import FitConfig, fit_guidance
+from upfeat.storage import write_tensors
 
 FEW = FitConfig(views=4, held_out=2, anchors=32, components=3, max_pad=4)
 
@@ -129,6 +133,31 @@ def test_what_early_layers_say(tmp_path):
 def test_other_backbones_are_not_strided(colour_backbone):
     with pytest.raises(ValueError, match="strided is for EfficientNet-Lite at stride 16"):
         Strided(colour_backbone)
+
+
+def test_the_first_call_is_not_timed(tmp_path, colour_backbone, monkeypatch):
+    """The median of two images would have half of it."""
+    image = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    write_tensors(tmp_path / "a", {"image": image, "features": torch.ones(6, 2, 2)}, {})
+    images = PreparedSet(["a"], [tmp_path / "a"], torch.device("cpu"))
+
+    clock = itertools.count()
+
+    class Slow(UpsamplerMethod):
+        """The first call takes a hundred seconds of a clock that else counts its readings."""
+
+        def __call__(self, sample):
+            nonlocal clock
+            clock = itertools.count(next(clock) + (1 if self.warm else 100))
+            self.warm = True
+            return super().__call__(sample)
+
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    method = Slow(upfeat.Bilinear(), colour_backbone)
+    method.warm = False
+    cost, drift = measure(method, images)
+    assert cost["seconds"] < 10
+    assert drift == pytest.approx(1)
 
 
 def test_an_aligned_backbone_by_name(tmp_path):

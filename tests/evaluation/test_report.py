@@ -112,6 +112,8 @@ def test_a_row_shows_mean_spread_and_the_difference_from_bilinear():
         (PERCENT, [0.25, 0.75], ("50.00", "±35.36")),
         (PLAIN, [1 / 3, 1 / 3], ("0.3333", "±0.0000")),
         (PLAIN, [1.0, NAN], ("–", "")),
+        (PLAIN, [-1.5], ("−1.5000", "")),
+        (PLAIN, [-0.00002, -0.00004], ("0.0000", "±0.0000")),  # never "-0.0000"
     ],
 )
 def test_scores_as_they_are_read(score, values, expected):
@@ -141,15 +143,15 @@ def test_differences_are_signed_marked_and_open_where_there_are_none():
         {**given, "values": [0.01, -0.002], "mean": 0.004, "low": 0.001, "high": 0.02},
         {**given, "values": [None], "mean": None, "low": None, "high": None},
         {**given, "values": [-0.03], "mean": -0.03, "low": -0.04, "high": -0.01},
-        {**given, "values": [0.01], "mean": 0.01, "low": 0.0, "high": 0.02},
+        {**given, "values": [0.01], "mean": 0.01, "low": -0.00002, "high": 0.02},
     ]
     results = results_of(task, rows_of(task, ["bilinear", "<mine>"]), differences=found)
     shown = page.differences(results)
     assert [(one.mean, one.interval, one.seeds, one.certain) for one in shown] == [
         ("+0.40", "+0.10 to +2.00", "+1.00 −0.20", True),
-        ("–", "– to –", "–", False),
+        ("–", "–", "–", False),
         ("−3.00", "−4.00 to −1.00", "−3.00", True),
-        ("+1.00", "+0.00 to +2.00", "+1.00", False),
+        ("+1.00", "0.00 to +2.00", "+1.00", False),
     ]
     rows = [row for row in Page(page.render(results)).rows if row[:2] == ["own", "<mine>"]]
     assert [row[4] for row in rows] == [one.mean for one in shown]

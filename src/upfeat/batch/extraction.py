@@ -20,7 +20,7 @@ class Extraction:
     """Kind and settings of the result of every image.
 
     Attributes:
-        kind: "lazy": coarse features and guidance, about a hundredth of the full map's size, from
+        kind: "lazy": coarse features and guidance, about a fiftieth of the full map's size, from
             which parts of the full map are computed when read; "features": the full map; "head":
             the output of a linear head at every pixel.
         size: shorter side, pixels, to which images are resized; ``None``: not resized.

@@ -292,7 +292,7 @@ def _differences(results: Results) -> Table:
     from upfeat.evaluation.report.page import differences
 
     table = Table(
-        title="differences: mean, 95 % interval over 1,000 draws of the test set, each seed"
+        title="differences: mean, 95 % interval from 1,000 draws of the test set, each seed"
     )
     for name in ("protocol", "upsampler", "minus", "score"):
         table.add_column(name, no_wrap=True)

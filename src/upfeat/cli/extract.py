@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("lazy", "features"),
         default="lazy",
         help="store coarse features and the image, to upsample when read (lazy, the default; a "
-        "hundredth of the size), or full maps (features)",
+        "fiftieth of the size), or full maps (features)",
     )
     parser.add_argument(
         "--head",

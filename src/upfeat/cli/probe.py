@@ -132,8 +132,9 @@ def execute(options: argparse.Namespace) -> int:
                     **shared,
                 )
     save_head(options.output, head)
-    folds = len(scores.accuracy)
-    print(f"cross-validated, {scores.groups} images or tiles in {folds} folds, IoU of pixels:")
+    folds = len(scores.matrices)
+    print(f"cross-validated, {scores.groups} images or tiles in {folds} folds, IoU of pixels")
+    print("of all folds together, ± standard deviation of the folds:")
     for line in scores.lines(head.names):
         print(f"  {line}")
     print(f"{options.output}  {len(head.names)} classes")

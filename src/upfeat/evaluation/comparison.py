@@ -262,13 +262,13 @@ def cells(comparison: Comparison) -> dict[str, list[list[str]]]:
     score, n_runs = comparison.described, len(comparison.runs)
     formatted = {}
     for protocol, rows in comparison.tables.items():
-        base = [_number(score, value, signed=False) for value in comparison.bases[protocol]]
+        base = [score.text(value) for value in comparison.bases[protocol]]
         lines = [[f"{comparison.over} (score)", *base, ""]]
         for row in rows:
-            mean = _number(score, row.mean)
+            mean = score.text(row.mean, signed=True)
             if row.mean is not None and row.runs < n_runs:
                 mean += f" ({row.runs} of {n_runs})"
-            gains = [_number(score, gain) for gain in row.gains]
+            gains = [score.text(gain, signed=True) for gain in row.gains]
             lines.append([row.upsampler, *gains, mean])
         formatted[protocol] = lines
     return formatted
@@ -341,10 +341,3 @@ def check_suffix(path: Path) -> None:
     """
     if path.suffix.lower() not in FORMATS:
         raise ValueError(f"{path}: must end in {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
-
-
-def _number(score: Score, value: float | None, *, signed: bool = True) -> str:
-    if value is None:
-        return "–"
-    factor, digits = score.format
-    return f"{value * factor:{'+' if signed else ''}.{digits}f}".replace("-", "−")

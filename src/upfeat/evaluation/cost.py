@@ -44,6 +44,8 @@ def measure(method: Method, images: PreparedSet) -> tuple[dict[str, float | None
     method = method.fresh()
     passes = None if method.passes is None else float(method.passes)
     seconds, totals, rises, cosines = [], [], [], []
+    if passes is not None:  # a first call may take several times as long; a fit is not repeated
+        method(images[0]).full()
     for index in range(min(N_MEASURED, len(images))):
         sample = images[index]
         features = sample.features[None]

@@ -157,7 +157,20 @@ def _prepare_splits(
         setattr(dataset, name, [found[at] for at in places])
         prepared[name] = part.subset(places)
     check_not_empty(dataset, folder)
+    if "train" in prepared:
+        dataset.problems += _shared(prepared["train"], prepared["test"])
     return prepared
+
+
+def _shared(train: PreparedSet, test: PreparedSet) -> list[Problem]:
+    """List the test images that are in train, too: files are named by their content."""
+    known = dict(zip(train.files, train.names, strict=True))
+    reason = "is in the training split, too ({}), so its score is not that of an unseen image"
+    return [
+        Problem(name, reason.format(known[path]))
+        for name, path in zip(test.names, test.files, strict=True)
+        if path in known
+    ]
 
 
 def _load_backbone(

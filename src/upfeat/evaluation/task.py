@@ -41,6 +41,19 @@ class Score:
         """Factor by which values are shown, and number of decimal places."""
         return (100, 2) if self.percent else (1, self.digits)
 
+    def text(self, value: float | None, *, signed: bool = False) -> str:
+        """Format a value for readers: "–" for none, and no sign for one that rounds to 0.
+
+        Args:
+            value: value of the score, or a difference of two.
+            signed: whether positive values get a plus.
+        """
+        if value is None:
+            return "–"
+        factor, digits = self.format
+        plain = f"{value * factor:{'+' if signed else ''}.{digits}f}"
+        return (plain if float(plain) else plain.lstrip("+-")).replace("-", "−")
+
 
 DRIFT = Score(
     "cosine to coarse",

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from upfeat.evaluation.differences import BASELINE
+from upfeat.evaluation.differences import BASELINE, LEAST
 from upfeat.evaluation.report.figures import draw_chart, draw_samples
 from upfeat.evaluation.report.front import draw_front
 from upfeat.evaluation.results import Results, Row, summary
@@ -117,15 +117,12 @@ def render(results: Results, task: type[Task] | None = None) -> str:
     )
 
 
-def shown(score: Score, values: Sequence[float]) -> tuple[str, str]:
+def shown(score: Score, values: Sequence[float], *, signed: bool = False) -> tuple[str, str]:
     """Format the mean and the spread of a score; the spread is empty for one value."""
     found = summary(list(values))
-    factor, digits = score.format
-    if found["mean"] is None:
-        return "–", ""
     spread = found["spread"]
-    mean = f"{found['mean'] * factor:.{digits}f}"
-    return mean, "" if spread is None else f"±{spread * factor:.{digits}f}"
+    mean = score.text(found["mean"], signed=signed)
+    return mean, "" if spread is None else f"±{score.text(spread)}"
 
 
 class ShownDifference(NamedTuple):
@@ -148,13 +145,13 @@ def differences(results: Results, task: type[Task] | None = None) -> list[ShownD
     found = []
     for one in results.differences:
         score = task.scores[one["score"]]
-        low, high = (_signed(score, one[name]) for name in ("low", "high"))
+        low, high = (score.text(one[name], signed=True) for name in ("low", "high"))
         found.append(
             ShownDifference(
                 *(one["protocol"], one["upsampler"], one["against"], score.label),
-                mean=_signed(score, one["mean"]),
-                interval=f"{low} to {high}",
-                seeds=" ".join(_signed(score, value) for value in one["values"]),
+                mean=score.text(one["mean"], signed=True),
+                interval="–" if one["low"] is None else f"{low} to {high}",
+                seeds=" ".join(score.text(value, signed=True) for value in one["values"]),
                 certain=_known(one["low"]) > 0 or _known(one["high"]) < 0,
             )
         )
@@ -163,13 +160,6 @@ def differences(results: Results, task: type[Task] | None = None) -> list[ShownD
 
 def _known(value: float | None) -> float:
     return 0.0 if value is None else value
-
-
-def _signed(score: Score, value: float | None) -> str:
-    if value is None:
-        return "–"
-    factor, digits = score.format
-    return f"{value * factor:+.{digits}f}".replace("-", "−")
 
 
 def heading(score: Score) -> str:
@@ -266,9 +256,7 @@ def _score_cell(name: str, score: Score, row: Row, rows: list[Row], best: float 
 def _difference(name: str, score: Score, row: Row, base: Row) -> str:
     """Format mean and spread of the differences of each seed, in which common variation cancels."""
     pairs = zip(row.scores[name], base.scores[name], strict=True)
-    mean, spread = shown(score, [own - other for own, other in pairs])
-    sign = "" if mean.startswith("-") or mean == "–" else "+"
-    return f"{sign}{mean} {spread}".replace("-", "−").strip()
+    return " ".join(shown(score, [own - other for own, other in pairs], signed=True)).strip()
 
 
 def _difference_table(results: Results, task: type[Task]) -> str:
@@ -288,9 +276,9 @@ def _difference_table(results: Results, task: type[Task]) -> str:
         "row</summary><div class=scroll><table><thead><tr><th class=l>protocol</th>"
         "<th class=l>upsampler</th><th class=l>minus</th><th class=l>score</th><th>mean</th>"
         f"<th>95 %</th><th>each seed</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
-        "<p class=pm>95 %: interval that contains the differences of 95 % of a thousand test sets, "
-        "drawn from the test set with replacement, the same for both rows. Bold: the interval "
-        "excludes 0.</p>"
+        "<p class=pm>95 %: confidence interval from a thousand test sets, drawn from the test set "
+        "with replacement, the same for both rows; wider the fewer images there are, and – for "
+        f"fewer than {LEAST}. Bold: the interval excludes 0.</p>"
         "</details>"
     )
 

@@ -158,6 +158,12 @@ class Correspondence(Task):
         self.on_step(f"{label}: sources", len(groups), len(groups))
         return described
 
+    def _images(self) -> list[list[int]] | None:
+        """Return the images of each pair, for the bootstrap; ``None`` if pairs share none."""
+        images = [[self.places[one] for one in (pair.source, pair.target)] for pair in self.pairs]
+        every = [image for pair in images for image in set(pair)]
+        return images if len(set(every)) < len(every) else None
+
     def _row(
         self,
         label: str,
@@ -174,7 +180,7 @@ class Correspondence(Task):
         for category in categories:
             chosen = torch.tensor([pair.category == category for pair in self.pairs])
             per_class[category] = [float(self.scores_of(sums[chosen].sum(0))["pck_0.1"])]
-        packed = pack_sums(sums[:, None])
+        packed = pack_sums(sums[:, None], self._images())
         return Row(
             label, protocol, weights, {**scores, "drift": [drift]}, per_class, cost, sums=packed
         )
