@@ -28,5 +28,5 @@ def find_task(name: str) -> type[Task]:
     """
     known = list_tasks()
     if name not in known:
-        raise ValueError(f'task="{name}" is unknown; {unknown_name("task", name, list(known))}')
+        raise ValueError(unknown_name("task", name, list(known)))
     return import_module(f"{__name__}.{name}").TASK
