@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from collect_probes import add
 
+from upfeat.evaluation import evaluate
 from upfeat.evaluation.config import EvalConfig
-from upfeat.evaluation.evaluate import evaluate
 
 CLOTHING, ROADS, DEPTH = "clothing", "aerial_roads", "depth_kitchen"
 TITLES = {CLOTHING: "clothing", ROADS: "aerial roads", DEPTH: "depth of a kitchen"}

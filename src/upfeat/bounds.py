@@ -1,4 +1,4 @@
-"""Checks that a single value is a whole or finite number within bounds, a flag or a known name.
+"""Checks that a value is a number within bounds, a flag, a known name, a path or of a class.
 
 Settings come from command lines, files and untrusted folders, and set how much is allocated and
 computed. Every number therefore has an upper bound too, well above sensible values but low enough
@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Iterable
-from typing import Any, overload
+from pathlib import Path
+from typing import Any, TypeVar, overload
 
 from upfeat.registry import unknown_name
+
+Instance = TypeVar("Instance")
 
 LARGEST = 1 << 31
 """Upper bound of counts that have no bound of their own."""
@@ -141,13 +145,82 @@ def choice(name: str, value: Any, known: Iterable[str]) -> str:
     return value
 
 
+def one_of(name: str, value: Any, known: tuple[int, ...]) -> int:
+    """Check that a value is one of a few whole numbers.
+
+    Raises:
+        ValueError: the value is none of them.
+    """
+    number = _integer(value)
+    if number not in known:
+        raise ValueError(f"{name}={shown(value)} must be one of {known}")
+    return number
+
+
+def instance(name: str, value: Any, kind: type[Instance], fix: str) -> Instance:
+    """Check the class of an argument.
+
+    Args:
+        name: name of the argument, for error messages.
+        value: value to check.
+        kind: the class.
+        fix: advice, for error messages.
+
+    Raises:
+        TypeError: the value is of another class.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is of type {type(value).__name__}; {fix}")
+    return value
+
+
+def check_callback(name: str, value: Any) -> None:
+    """Check a function that is called with the progress of long work; ``None`` for none.
+
+    Raises:
+        TypeError: the value cannot be called.
+    """
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} is of type {type(value).__name__}; give a function")
+
+
+def path_of(name: str, value: Any) -> Path:
+    """Convert a path.
+
+    Raises:
+        TypeError: the value is neither text nor a path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name} is of type {type(value).__name__}; give a path")
+    return Path(value)
+
+
+def paths_of(name: str, values: Any) -> list[Path]:
+    """Convert one path or several to a list of paths.
+
+    Raises:
+        TypeError: a value is neither text nor a path.
+    """
+    if isinstance(values, str | bytes | os.PathLike) or not isinstance(values, Iterable):
+        return [path_of(name, values)]
+    several: Iterable[Any] = values
+    return [path_of(name, value) for value in several]
+
+
 def shown(value: Any) -> str:
-    """Return the ``repr`` of a value, cut to 60 characters, for messages."""
+    """Return the ``repr`` of a value in one line, cut to 60 characters, for messages."""
     try:
-        written = repr(value)
+        written = " ".join(line.strip() for line in repr(value).splitlines())
     except Exception:  # for example an integer with more digits than Python converts
         written = type(value).__name__
     return written if len(written) <= 60 else f"{written[:57]}…"
+
+
+def quoted(value: Any) -> str:
+    """Return a value as text in double quotes, in one line and cut as by :func:`shown`."""
+    text = value if isinstance(value, str) else shown(value)
+    text = " ".join(text[:121].splitlines())
+    return f'"{text}"' if len(text) <= 120 else f'"{text[:117]}…"'
 
 
 def _integer(value: Any) -> int | None:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from upfeat.bounds import flag, number, whole
 from upfeat.geometry import reflect
 from upfeat.pooling import check_grid, pool_patches, repeat_maps, sample_patches
-from upfeat.randomness import draw_normal, draw_uniform
+from upfeat.randomness import device_of, draw_normal, draw_uniform
 from upfeat.views import Jitter
 from upfeat.warp import check_map, warp
 
@@ -317,7 +317,7 @@ class AttentionDownsampler(nn.Module):
 
     def _kept(self, patches: Tensor, generator: torch.Generator | None) -> Tensor:
         shape = (*patches.shape[:3], 1, 1)
-        device = generator.device if generator is not None else patches.device
+        device = device_of(generator, patches.device)
         draw = torch.rand(shape, generator=generator, device=device)
         return (draw >= self.dropout).to(patches)
 

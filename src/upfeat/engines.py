@@ -21,12 +21,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, TypeVar
 
 import torch
 
-from upfeat.bounds import shown, whole
+from upfeat.bounds import quoted, shown, whole
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -49,6 +49,7 @@ class Engine:
     """
 
     name: str = "local"
+    _: KW_ONLY
     workers: int | None = None
     address: str | None = None
 
@@ -59,7 +60,7 @@ class Engine:
             ValueError: a setting is out of range, or the engine does not use it.
         """
         if self.name not in ("local", "ray"):
-            raise ValueError(f'engine="{self.name}" must be local or ray')
+            raise ValueError(f"engine={quoted(self.name)} must be local or ray")
         whole("workers", self.workers, 1, _MOST_WORKERS, optional=True)
         if self.address is not None and self.name != "ray":
             raise ValueError(f'address={shown(self.address)} is for engine="ray"')

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from upfeat._version import __version__
 from upfeat.backbones.libraries import import_library
-from upfeat.bounds import MOST_CHANNELS, whole
+from upfeat.bounds import MOST_CHANNELS, path_of, whole
 from upfeat.guided import Guided
 from upfeat.heads import SavedHead, load_head
 from upfeat.model import FeatUp
@@ -94,7 +94,7 @@ def export(
         facts = upfeat.export(upfeat.load("efficientnet_lite0"), "model.onnx")
         facts["smallest_side"]  # "32"
     """
-    path = Path(path)
+    path = path_of("path", path)
     kind = check_format(path, format)
     stride = whole("stride", stride)
     channels = whole("channels", channels, 1, MOST_CHANNELS, optional=True)

@@ -7,10 +7,14 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from upfeat.bounds import LARGEST, whole
+from upfeat.bounds import LARGEST, flag, whole
 from upfeat.linear import unit_vectors
 from upfeat.types import Size, Window
 from upfeat.upsamplers.checks import check_finite
+
+__all__ = [
+    "FeatureMap",
+]
 
 _STRIP = 32
 """Number of rows whose features are computed at once."""
@@ -69,7 +73,7 @@ class FeatureMap(ABC):
             point = target.numel() != channels
             target = self.at(target[None].float()) if point else target[None]
         check_finite("target", target, "check where it comes from")
-        if not cosine:
+        if not flag("cosine", cosine):
             return self.project(target)
         lengths = self._lengths()
         # Bounded by the least number of the type, since features may have any unit.

@@ -11,12 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from upfeat.bounds import number, whole
+from upfeat.bounds import shown, whole
 from upfeat.budget import Buffer, free_bytes, made_parts, plan_blocks, plan_windows
 from upfeat.feature_map import (
     FeatureMap,
@@ -30,9 +30,10 @@ from upfeat.feature_map import (
 from upfeat.lazy_files import Parts, read_parts, write_parts
 from upfeat.linear import principal_components
 from upfeat.machine import parse_memory, readable
+from upfeat.normalization import check_normalization
 from upfeat.operator_checks import FLOATS
 from upfeat.snapshots import Snapshot, watched
-from upfeat.types import times
+from upfeat.types import Filled, shapes_repr, times
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_hidden, check_inputs, check_result
 from upfeat.upsamplers.head import add_offset
@@ -52,6 +53,8 @@ class PCA(NamedTuple):
     """The basis, (k, C): orthonormal rows, in descending order of variance."""
     mean: Tensor
     """Mean of the coarse features, (C,)."""
+
+    __repr__ = shapes_repr
 
 
 class UpsampledFeatures(FeatureMap):
@@ -85,7 +88,8 @@ class UpsampledFeatures(FeatureMap):
             output_size: (H, W) of the map; ``None`` for the guidance's size.
             mean: mean of each channel that the guidance was normalised with, RGB in [0, 1];
                 with ``mean`` and ``std``, :meth:`save` stores an 8-bit image without loss.
-            std: standard deviation of each channel that the guidance was normalised with.
+            std: standard deviation of each channel that the guidance was normalised with; given
+                with ``mean``, or neither.
             missing: bool tensor that broadcasts to (B, 1, H, W): true for pixels without data,
                 whose features are 0; ``None`` if all pixels have data.
             hidden: (B, D, h', w'), features of early layers of the backbone, for upsamplers that
@@ -107,9 +111,8 @@ class UpsampledFeatures(FeatureMap):
         self.upsampler = upsampler
         self.shape = torch.Size((*features.shape[:2], *size))
         self._normalization = None
-        if mean is not None and std is not None and len(mean) == guidance.shape[1]:
-            means = tuple(number("mean", one) for one in mean)
-            self._normalization = means, tuple(number("std", one, 0, above=True) for one in std)
+        if mean is not None or std is not None:
+            self._normalization = check_normalization(mean, std, guidance.shape[1])
         self.missing = None if missing is None else check_missing(missing, self.shape)
         self._made: tuple[Any, Snapshot, tuple[Kernels, Tensor]] | None = None
         self._precomputed: tuple[Kernels, Snapshot, tuple[Kernels, Tensor | Map]] | None = None
@@ -144,6 +147,22 @@ class UpsampledFeatures(FeatureMap):
         """The upsampling weights of the image."""
         return self._parts()[0]
 
+    @overload
+    def full(
+        self,
+        dtype: torch.dtype | None = ...,
+        *,
+        out: None = ...,
+        max_memory: int | str | None = ...,
+    ) -> Tensor: ...
+    @overload
+    def full(
+        self,
+        dtype: torch.dtype | None = ...,
+        *,
+        out: Filled,
+        max_memory: int | str | None = ...,
+    ) -> Filled: ...
     def full(
         self,
         dtype: torch.dtype | None = None,
@@ -177,8 +196,9 @@ class UpsampledFeatures(FeatureMap):
             file = np.memmap("map.bin", np.float16, "w+", shape=lazy.shape)
             lazy.full(out=file, max_memory="1GB")
         """
-        if dtype is not None and dtype not in FLOATS:
-            raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
+        known = isinstance(dtype, torch.dtype | None) and dtype in (None, *FLOATS)
+        if not known:
+            raise ValueError(f"dtype={shown(dtype)} must be one of floating numbers")
         bound = self.max_memory if max_memory is None else parse_memory(max_memory)
         if out is None and bound is None and dtype in (None, self.features.dtype):
             return self._render()
@@ -238,6 +258,24 @@ class UpsampledFeatures(FeatureMap):
             out[self.missing[0, 0, rows, columns]] = 0
         return out
 
+    @overload
+    def project(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = ...,
+        *,
+        out: None = ...,
+        max_memory: int | str | None = ...,
+    ) -> Tensor: ...
+    @overload
+    def project(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = ...,
+        *,
+        out: Filled,
+        max_memory: int | str | None = ...,
+    ) -> Filled: ...
     def project(
         self,
         weight: Tensor,

@@ -12,16 +12,24 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.backbones import Backbone
-from upfeat.bounds import shown
+from upfeat.bounds import instance, path_of, shown
 from upfeat.provenance import digest
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
+from upfeat.types import shapes_repr
+
+__all__ = [
+    "SavedHead",
+    "describe_backbone",
+    "load_head",
+    "save_head",
+]
 
 FORMAT = "upfeat-head-1"
 KINDS = ("classes", "values")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SavedHead:
     """A linear head with the meaning of its outputs.
 
@@ -41,6 +49,8 @@ class SavedHead:
     kind: str
     backbone: dict[str, str]
     upsampler: str
+
+    __repr__ = shapes_repr
 
     def identity(self) -> str:
         """SHA-256 of weight, bias, kind and names."""
@@ -101,6 +111,8 @@ def save_head(path: str | Path, head: SavedHead) -> None:
         ValueError: weight, bias and names do not match, a value is NaN or infinite, or there is no
             such kind.
     """
+    path = path_of("path", path)
+    instance("head", head, SavedHead, "give a SavedHead(weight, bias, names, …)")
     _check(head, f"{path}: not written", "no head")
     metadata = {
         "format": FORMAT,

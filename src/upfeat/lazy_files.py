@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from upfeat._version import __version__
-from upfeat.bounds import number
+from upfeat.bounds import flag, number
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
 from upfeat.tensor_checks import all_finite, check_values, read_layouts
@@ -79,7 +79,7 @@ def write_parts(
         if not all_finite(tensor):
             raise ValueError(f"{name} holds NaN or infinity; nothing is written")
     tensors = {"features": features, "guidance": guidance, **hidden}
-    if not exact:
+    if not flag("exact", exact):
         tensors = {"features": _halved(features), **_quantised(guidance, parts.normalization)}
         tensors |= {name: _halved(one, name) for name, one in hidden.items()}
     if parts.missing is not None:

@@ -18,8 +18,21 @@ from torch.nn import functional
 
 from upfeat.bounds import number, whole
 from upfeat.downsamplers import gaussian_blur
-from upfeat.randomness import draw_uniform
+from upfeat.randomness import device_of, draw_uniform
 from upfeat.warp import check_map, working_dtype
+
+__all__ = [
+    "SpatialUncertainty",
+    "blur_pin",
+    "crf_pairwise",
+    "gaussian_reconstruction",
+    "magnitude",
+    "magnitude_consistency",
+    "magnitude_variation",
+    "random_projection",
+    "total_variation",
+    "unit_of",
+]
 
 # Weights of the terms in the published recipes, where the reconstruction term has weight 1.
 JBU_CRF_WEIGHT = 1e-3
@@ -240,7 +253,7 @@ def crf_pairwise(
         )
     n_points = whole("n_points", n_points, 1, 1 << 16)
     height, width = image.shape[-2:]
-    device = generator.device if generator is not None else None
+    device = device_of(generator)
     y, x = (
         torch.randint(n, (n_points,), generator=generator, device=device).to(image.device)
         for n in (height, width)
@@ -290,7 +303,7 @@ def random_projection(
         ValueError: ``embed_dim`` or ``n`` is below 1.
     """
     embed_dim, n = whole("embed_dim", embed_dim), whole("n", n)
-    source = generator.device if generator is not None else device
+    source = device_of(generator, device)
     draw = torch.randn(embed_dim, n, generator=generator, dtype=dtype, device=source)
     return functional.normalize(draw, dim=0).to(device or draw.device)
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.bounds import shown
+from upfeat.bounds import quoted, shown
 
 if TYPE_CHECKING:
     import torch
@@ -75,11 +75,11 @@ def find_device(device: torch.device | str | int) -> torch.device:
     try:
         found = torch.device(device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         if isinstance(error, NotImplementedError):  # whose message lists all of PyTorch's devices
             reason = "PyTorch has none here; give cpu"
-        raise ValueError(f'device="{device}" cannot be used: {reason}') from None
+        raise ValueError(f"device={quoted(device)} cannot be used: {reason[:200]}") from None
     if found.type == "meta":
         raise ValueError('device="meta" cannot be used: tensors have no values there')
     return found
@@ -254,8 +254,8 @@ def parse_memory(text: str | int) -> int:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?))?b?\s*", str(text).lower())
     if match is None:
-        raise ValueError(f'max_memory="{text}" must be an amount such as "2GB" or "500MiB"')
+        raise ValueError(f'max_memory={quoted(text)} must be an amount such as "2GB" or "500MiB"')
     amount = int(float(match[1]) * (1024 if match[3] else 1000) ** _UNITS.get(match[2], 0))
     if amount < 1:
-        raise ValueError(f'max_memory="{text}" must be above 0')
+        raise ValueError(f"max_memory={quoted(text)} must be above 0")
     return amount

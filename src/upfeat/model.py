@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.efficientnet_lite import EfficientNetLite
-from upfeat.bounds import PASSES, flag, indices, shown
+from upfeat.bounds import PASSES, flag, indices, instance, one_of, shown
 from upfeat.budget import free_bytes
 from upfeat.feature_map import blank
 from upfeat.features import UpsampledFeatures
@@ -22,7 +22,7 @@ from upfeat.mirrored import Mirrored
 from upfeat.mosaic import see_within
 from upfeat.scales import FINER_WEIGHTS, SecondScale, guidance_for
 from upfeat.translation import Translation
-from upfeat.types import Size
+from upfeat.types import Filled, Size
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.pretrained import DEFAULT_UPSAMPLER, require_upsampler, trained_for_early
 
@@ -82,7 +82,7 @@ class FeatUp(nn.Module):
             raise ValueError(
                 f"early=True: {upsampler.name} makes no use of early layers; take detail"
             )
-        self.backbone = align_for(upsampler, load_backbone(backbone))
+        self.backbone: Backbone = align_for(upsampler, load_backbone(backbone))
         self.upsampler = upsampler
         expected = getattr(upsampler, "embed_dim", None)
         if expected not in (None, self.backbone.embed_dim):
@@ -153,6 +153,30 @@ class FeatUp(nn.Module):
         """Read and normalise an image; see :meth:`Backbone.preprocess`."""
         return self.backbone.preprocess(image, size, align=align, **reading)
 
+    if TYPE_CHECKING:  # nn.Module declares the result of every call as Any
+
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            output_size: tuple[int, int] | None = ...,
+            *,
+            mask: Tensor | NDArray[Any] | None = ...,
+            out: None = ...,
+        ) -> Tensor: ...
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            output_size: tuple[int, int] | None = ...,
+            *,
+            mask: Tensor | NDArray[Any] | None = ...,
+            out: Filled,
+        ) -> Filled: ...
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            """See :meth:`forward`."""
+            ...
+
     def forward(
         self,
         x: Tensor,
@@ -220,7 +244,19 @@ class FeatUp(nn.Module):
         return x, filled(features), None if hidden is None else filled(hidden)
 
     def guidance(self, x: Tensor) -> Tensor:
-        """Guidance of an image: its bands, normalised as the upsampler expects."""
+        """Guidance of an image: its bands, normalised as the upsampler expects.
+
+        Args:
+            x: (B, 3, H, W), normalised as for the backbone.
+
+        Raises:
+            TypeError: x is no tensor.
+            ValueError: x is not (B, 3, H, W).
+        """
+        instance("x", x, Tensor, "give the normalised image, as preprocess(…) returns it")
+        if x.dim() != 4 or x.shape[1] != self.backbone.in_channels:
+            expected = f"(B, {self.backbone.in_channels}, H, W)"
+            raise ValueError(f"x must be {expected}, not {tuple(x.shape)}")
         return guidance_for(self.upsampler, x, self.backbone, self.bands)
 
     def _inputs(self, features: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,8 +286,10 @@ class FeatUp(nn.Module):
             x, features, hidden = self._without_data(x, mask)
             size = output_size or (x.shape[2], x.shape[3])
             missing = resize_mask(mask, size).to(x.device)
-        mean, std = self.upsampler.normalization or self.backbone.normalization
         inputs = self._inputs(features, x)
+        mean, std = self.upsampler.normalization or self.backbone.normalization
+        if len(mean) != inputs[1].shape[1]:  # bands, which the upsampler standardises
+            mean = std = None
         return UpsampledFeatures(
             inputs[0],
             inputs[1],
@@ -354,8 +392,7 @@ def load(
         torch.Size([1, 112, 64, 96])
     """
     network = load_backbone(name)
-    if passes not in PASSES:
-        raise ValueError(f"passes={passes!r} must be one of {PASSES}")
+    passes = one_of("passes", passes, PASSES)
     if early is None and upsampler is None:
         early = early_by_default(network, bands, passes)
     mirrored, wanted = passes in (2, 6), False if early is None else flag("early", early)

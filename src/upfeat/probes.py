@@ -18,6 +18,18 @@ from torch import Tensor
 from upfeat.bounds import whole
 from upfeat.linear import ridge
 from upfeat.optimisers import LBFGS
+from upfeat.types import shapes_repr
+
+__all__ = [
+    "LinearProbe",
+    "Pixels",
+    "draw_pixels",
+    "fit_classifier",
+    "fit_depth",
+    "fit_normals",
+    "read_cells",
+    "read_pixels",
+]
 
 L2_GRID = (1e-1, 1e-2, 1e-3, 1e-4)
 """L2 penalties to try, strongest first, relative to the mean loss on standardised features."""
@@ -32,7 +44,7 @@ Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Function from outputs (N·P, K) and targets (N, P) to the mean loss and its gradient."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LinearProbe:
     """Linear head fitted to features, with weight (K, C) and bias (K,).
 
@@ -41,6 +53,8 @@ class LinearProbe:
 
     weight: Tensor
     bias: Tensor
+
+    __repr__ = shapes_repr
 
     def __call__(self, features: Tensor) -> Tensor:
         """Apply the head to features: (N, C) -> (N, K)."""
@@ -54,7 +68,7 @@ class LinearProbe:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pixels:
     """Features and targets of pixels drawn from N images, P from each.
 
@@ -65,6 +79,8 @@ class Pixels:
 
     features: Tensor
     targets: Tensor
+
+    __repr__ = shapes_repr
 
     def __getitem__(self, images: Tensor) -> Pixels:
         return Pixels(self.features[images], self.targets[images])

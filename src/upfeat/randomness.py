@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from upfeat.bounds import instance
+
 
 def derive(*names: object) -> int:
     """Derive the seed of a stream from its names; different names give unrelated seeds.
@@ -33,11 +35,30 @@ def stream(*names: object) -> torch.Generator:
     return torch.Generator().manual_seed(derive(*names))
 
 
+def device_of(
+    generator: torch.Generator | None, otherwise: torch.device | str | None = None
+) -> torch.device | str | None:
+    """Return the device on which a generator draws.
+
+    Args:
+        generator: source of randomness; ``None`` for PyTorch's global generator.
+        otherwise: the device without a generator.
+
+    Raises:
+        TypeError: ``generator`` is no generator, for example a seed.
+    """
+    if generator is None:
+        return otherwise
+    fix = "give torch.Generator().manual_seed(0)"
+    return instance("generator", generator, torch.Generator, fix).device
+
+
 @torch.no_grad()
 def draw_uniform(
     parameter: Tensor, low: float, high: float, generator: torch.Generator | None = None
 ) -> None:
     """Draw a parameter's values in float32, since other numbers are drawn in other types."""
+    device_of(generator)
     drawn = torch.empty_like(parameter, dtype=torch.float32)
     parameter.copy_(drawn.uniform_(low, high, generator=generator))
 
@@ -47,6 +68,7 @@ def draw_normal(
     parameter: Tensor, mean: float, std: float, generator: torch.Generator | None = None
 ) -> None:
     """Draw a parameter's values in float32; see :func:`draw_uniform`."""
+    device_of(generator)
     drawn = torch.empty_like(parameter, dtype=torch.float32)
     parameter.copy_(drawn.normal_(mean, std, generator=generator))
 

@@ -66,4 +66,9 @@ def unknown_name(kind: str, name: str, known: list[str]) -> str:
     """
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
-    return f'{kind} "{name}" is unknown; {hint}'
+    return f'{kind} "{_cut(name)}" is unknown; {hint}'
+
+
+def _cut(name: str) -> str:
+    """Return the start of a name, in one line."""
+    return " ".join(name[:60].splitlines())

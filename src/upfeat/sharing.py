@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from upfeat._version import __version__
+from upfeat.bounds import shown
 from upfeat.storage import write_bytes
 from upfeat.strict_json import read_object
 
@@ -54,7 +55,7 @@ def push_to_hub(
         ) from None
     owner, _, name = repo_id.partition("/")
     if not (owner and name) or "/" in name:
-        raise ValueError(f"repo_id={repo_id!r} must be owner/name")
+        raise ValueError(f"repo_id={shown(repo_id)} must be owner/name")
 
     class Shared(ModelHubMixin):
         def _save_pretrained(self, save_directory: Path) -> None:

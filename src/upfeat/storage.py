@@ -23,6 +23,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from upfeat.bounds import path_of
 from upfeat.tensor_checks import opened_tensors
 
 try:
@@ -243,7 +244,7 @@ if hasattr(os, "register_at_fork"):
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Write a file atomically; see :func:`replacing`."""
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+    with replacing(path_of("path", path)) as temporary, temporary.open("wb") as file:
         reserve(file, len(content))
         file.write(content)
 
@@ -270,7 +271,7 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
     sizes = [tensor.numel() * tensor.dtype.itemsize for _, tensor in ordered]
     kinds = [(name, DTYPES[tensor.dtype], list(tensor.shape)) for name, tensor in ordered]
     header = tensor_header(kinds, sizes, metadata)
-    with replacing(Path(path)) as temporary, temporary.open("wb") as file:
+    with replacing(path_of("path", path)) as temporary, temporary.open("wb") as file:
         reserve(file, len(header) + sum(sizes))
         file.write(header)
         for _, tensor in ordered:

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from upfeat.bounds import path_of
+
 LARGEST = 1e9
 """Largest allowed magnitude of a weight; trained networks are far below it."""
 
@@ -53,7 +55,7 @@ def opened_tensors(path: str | Path) -> Iterator[Any]:
         FileNotFoundError: the file does not exist.
         ValueError: the file is not a safetensors file, or is truncated.
     """
-    path = Path(path)
+    path = path_of("path", path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:

@@ -24,6 +24,7 @@ from upfeat.backbones.open_clip import load_open_clip
 from upfeat.backbones.patches import Patches
 from upfeat.backbones.pretrained import load_transformers
 from upfeat.backbones.transformers import remove_recorders
+from upfeat.bounds import shown
 from upfeat.normalization import HALF, Normalization
 
 CLIP = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -134,9 +135,11 @@ class TextBackbone(Backbone):
         """
         texts = isinstance(prompts, Sequence) and all(isinstance(one, str) for one in prompts)
         if isinstance(prompts, str) or not texts or not prompts:
-            raise ValueError(f"prompts={prompts!r} must be one or more texts, in a list")
+            raise ValueError(f"prompts={shown(prompts)} must be one or more texts, in a list")
         if not templates or not all("{}" in template for template in templates):
-            raise ValueError(f'templates={templates!r} must each have a place "{{}}" for a prompt')
+            raise ValueError(
+                f'templates={shown(templates)} must each have a place "{{}}" for a prompt'
+            )
         if self.tokenizer is None:
             raise ValueError(f"{self.name} was given without tokenizer=, which encode_text needs")
         # replace, not format: other braces are part of the text.

@@ -1,10 +1,14 @@
 """Sizes and windows of maps, in whole pixels."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 Size: TypeAlias = tuple[int, int]
 """(height, width), pixels or cells."""
+
+Filled = TypeVar("Filled")
+"""Type of a buffer that is filled, a tensor or an array, and returned."""
 
 
 class Window(NamedTuple):
@@ -44,3 +48,16 @@ def scaled(window: Window, factor: int, divisor: int = 1) -> Window:
 def times(shape: Sequence[int]) -> str:
     """Format a shape for messages, such as "1×112×400×608"."""
     return "×".join(map(str, shape))
+
+
+def shapes_repr(self: Any) -> str:
+    """Format a dataclass or a named tuple for ``repr``, tensors by their types and shapes."""
+    names = getattr(self, "_fields", None) or [field.name for field in fields(self)]
+    parts = [f"{name}={_described(getattr(self, name))}" for name in names]
+    return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _described(value: Any) -> str:
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')}[{times(value.shape)}]"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from upfeat import machine
 from upfeat.activations import activation_bytes
-from upfeat.bounds import whole
+from upfeat.bounds import check_callback, flag, instance, path_of, whole
 from upfeat.frames import (
     WRITTEN_SUFFIXES,
     DamagedVideo,
@@ -34,6 +34,14 @@ from upfeat.outputs import Inputs, prepare_output
 from upfeat.storage import replacing, write_bytes
 from upfeat.visualize import PCABasis, class_colours
 
+__all__ = [
+    "OnFrame",
+    "VideoReport",
+    "VideoSettings",
+    "render_video",
+    "write_report",
+]
+
 OnFrame = Callable[[int, int], None]
 """Function that is called with the number of frames done and the total number of frames."""
 
@@ -47,7 +55,7 @@ _STILL = 4 / 255
 """Largest change of a colour in still parts of a video, caused by the noise of encoders."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VideoSettings:
     """Settings of a video of features.
 
@@ -68,10 +76,16 @@ class VideoSettings:
         """Check the settings.
 
         Raises:
+            TypeError: ``head`` is not a :class:`upfeat.heads.SavedHead`.
             ValueError: a setting is out of range.
         """
         whole("size", self.size, optional=True)
         whole("sample", self.sample)
+        flag("beside", self.beside)
+        if self.head is not None:
+            instance(
+                "head", self.head, SavedHead, "give a head, as upfeat.heads.load_head reads it"
+            )
         if self.head is not None and self.head.kind != "classes":
             raise ValueError(
                 f"head: says {self.head.kind}, not classes; a video shows the classes of a head"
@@ -177,11 +191,16 @@ def render_video(
 
     Raises:
         FileNotFoundError: the video, or the folder of ``output``, does not exist.
+        TypeError: an argument has another type.
         ValueError: PyAV is not installed; ``source`` is not a video; ``output`` is the input, or a
             file that may not be replaced; or memory is too small for the frames.
     """
-    settings = settings or VideoSettings()
-    source, output = Path(source), Path(output)
+    settings = VideoSettings() if settings is None else settings
+    instance("model", model, FeatUp, "give a model, as upfeat.load() makes one")
+    instance("settings", settings, VideoSettings, "give VideoSettings(size=…, …)")
+    check_callback("on_frame", on_frame)
+    overwrite = flag("overwrite", overwrite)
+    source, output = path_of("source", source), path_of("output", output)
     if output.suffix.lower() not in WRITTEN_SUFFIXES:
         raise ValueError(f"{output}: must end in one of {', '.join(WRITTEN_SUFFIXES)}")
     prepare_output(output, Inputs([source]), VIDEO, overwrite=overwrite)
@@ -191,7 +210,7 @@ def render_video(
         painter = (
             _Components(PCABasis(sample)) if settings.head is None else _Classes(settings.head)
         )
-        stability = Stability(painter, spread, model.backbone.stride)
+        stability = _Stability(painter, spread, model.backbone.stride)
         with replacing(output) as temporary, VideoWriter(temporary, rate) as writer:
             for number, frame in enumerate(_readable(source), start=1):
                 shown = stability.add(model, frame, settings)
@@ -253,7 +272,7 @@ def _check_memory(model: FeatUp, source: Path, frame: Frame, size: int | None) -
     machine.check_fits(source, (height, width), size, a_pixel, device=model.backbone.mean.device)
 
 
-class Stability:
+class _Stability:
     """Measure changes between consecutive frames in still pixels; see :class:`VideoReport`."""
 
     def __init__(self, painter: _Painter, spread: float, stride: int) -> None:

@@ -35,10 +35,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upfeat.bounds import LARGEST, indices, number, shown, whole
+from upfeat.bounds import LARGEST, flag, indices, instance, number, shown, whole
 from upfeat.geometry import reflect
 from upfeat.machine import exact_dtype
+from upfeat.randomness import device_of
+from upfeat.types import shapes_repr
 from upfeat.warp import check_map, size_of, warp, working_dtype
+
+__all__ = [
+    "Jitter",
+    "apply_jitter",
+    "apply_jitter_adjoint",
+    "sample_jitters",
+    "spread_jitters",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +75,8 @@ class Jitter:
     zoom: Tensor
     offset: Tensor
     flip: Tensor
+
+    __repr__ = shapes_repr
 
     def __post_init__(self) -> None:
         """Check shapes and ranges; move every tensor to the CPU and convert numbers to float64."""
@@ -93,6 +105,7 @@ class Jitter:
     @staticmethod
     def identity(n: int, *, size: tuple[int, int]) -> Jitter:
         """Return ``n`` views that equal the image."""
+        n = whole("n", n, 0)
         none = torch.zeros(n, 2)
         return Jitter(size, none, torch.ones(n), none, torch.zeros(n, dtype=torch.bool))
 
@@ -263,10 +276,11 @@ def sample_jitters(
         The parameters of the views.
 
     Raises:
+        TypeError: ``generator`` is no generator.
         ValueError: an argument is out of range.
     """
     n = whole("n", n)
-    device = generator.device if generator is not None else None
+    device = device_of(generator)
     uniform = torch.rand(n, 4, dtype=torch.float64, generator=generator, device=device).cpu()
     chances = zoom_probability, flip_probability
     return _from_uniform(uniform, size, max_pad, max_zoom, chances, subpixel)
@@ -293,7 +307,7 @@ def spread_jitters(
     Arguments and errors are those of :func:`sample_jitters`; the generator draws the scrambling.
     """
     n = whole("n", n)
-    device = generator.device if generator is not None else None
+    device = device_of(generator)
     seed = int(torch.randint(2**31 - 1, (), generator=generator, device=device))
     sobol = torch.quasirandom.SobolEngine(4, scramble=True, seed=seed)
     chances = zoom_probability, flip_probability
@@ -318,6 +332,7 @@ def apply_jitter(
         ValueError: x is not a batch of maps, or its batch does not fit the number of views.
     """
     check_map("x", x)
+    instance("jitter", jitter, Jitter, "give views, as sample_jitters() draws them")
     return warp(
         x, *jitter.matrices(size_of(x), output_size, dtype=working_dtype(x), device=x.device)
     )
@@ -338,6 +353,7 @@ def apply_jitter_adjoint(
         views, sum over the first axis.
     """
     check_map("y", y)
+    instance("jitter", jitter, Jitter, "give views, as sample_jitters() draws them")
     rows, columns = jitter.matrices(input_size, size_of(y), dtype=working_dtype(y), device=y.device)
     return warp(y, rows.mT, columns.mT)
 
@@ -365,6 +381,7 @@ def _from_uniform(
     zoom = 1 + (max_zoom - 1) * rise
     extent = torch.tensor(size, dtype=torch.float64)
     room = (extent + 2 * max_pad) * zoom[:, None] - extent  # (N, 2), largest start of the crop
+    subpixel = flag("subpixel", subpixel)
     offset = uniform[:, 1:3] * (room if subpixel else torch.floor(room) + 1)
     offset = offset if subpixel else torch.floor(offset)
     pad = torch.full_like(offset, max_pad)

@@ -152,7 +152,7 @@ def test_parts_in_files_give_the_tiles_of_one_process(tmp_path, make, windows, m
     path = write(tmp_path / "scene.tif", picture(), nodata=20)
     calm = upsample(path, tmp_path / "calm.zarr", model)
     monkeypatch.setattr("upfeat.raster.workers.ray_pool", here)
-    output = upsample(path, tmp_path / "out.zarr", model, engine=Engine("ray", 2))
+    output = upsample(path, tmp_path / "out.zarr", model, engine=Engine("ray", workers=2))
     assert tree(output) == tree(calm)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calm.zarr", "out.zarr", "scene.tif"]
 

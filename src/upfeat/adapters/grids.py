@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from upfeat.bounds import whole
+from upfeat.bounds import path_of, quoted, whole
 from upfeat.feature_map import check_tensor
 from upfeat.geometry import reflect_pad
 from upfeat.model import FeatUp
 from upfeat.storage import write_bytes
 from upfeat.tensor_checks import check_not_too_small, fault_in_memory, largest_magnitude
-from upfeat.types import Size
+from upfeat.types import Size, shapes_repr
 from upfeat.upsamplers.checks import check_output_size
 from upfeat.upsamplers.tensor_files import check_archive
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from upfeat.images import ImageLike
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DenseGrid:
     """Features of one image on a coarse grid, with the geometry of the grid.
 
@@ -46,6 +46,8 @@ class DenseGrid:
     target_size: Size
     patch_size: Size
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    __repr__ = shapes_repr
 
     def __post_init__(self) -> None:
         """Check that the cells of the grid cover the image once.
@@ -165,8 +167,8 @@ def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "flo
         OSError: writing failed.
     """
     if dtype not in ("float32", "float16"):
-        raise ValueError(f'dtype="{dtype}" must be float32 or float16')
-    path = Path(folder) / f"{name}.pt"
+        raise ValueError(f"dtype={quoted(dtype)} must be float32 or float16")
+    path = path_of("folder", folder) / f"{name}.pt"
     largest = largest_magnitude(grid.features)
     check_not_too_small(f"{path}: features", largest, getattr(torch, dtype), "take float32")
     stored = grid.features.to(getattr(torch, dtype)).contiguous().clone()
@@ -209,7 +211,7 @@ def read_grid(path: str | Path) -> DenseGrid:
         FileNotFoundError: the tensor or its geometry does not exist.
         ValueError: a file is damaged, or the geometry does not fit the tensor.
     """
-    path = Path(path)
+    path = path_of("path", path)
     for one in (path, _geometry_path(path)):
         if not one.is_file():
             raise FileNotFoundError(f"{one}: no such file")

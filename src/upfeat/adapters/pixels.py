@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfeat.bounds import whole
+from upfeat.bounds import shown, whole
 from upfeat.features import UpsampledFeatures
 from upfeat.linear import leading_axes
 from upfeat.model import FeatUp, load
@@ -206,7 +206,9 @@ class PixelFeatures:
             for name, value in self.get_params().items()
             if type(value) is not type(defaults[name]) or value != defaults[name]
         }
-        return f"PixelFeatures({', '.join(f'{name}={value!r}' for name, value in given.items())})"
+        return (
+            f"PixelFeatures({', '.join(f'{name}={shown(value)}' for name, value in given.items())})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # A model loaded by name is not pickled: the copy loads it again on first use.

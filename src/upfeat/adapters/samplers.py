@@ -93,6 +93,11 @@ class TileSampler:
             )
         self.tiles: list[Tile] = list(split(self.size, tile, halo=halo, step=step))
 
+    def __repr__(self) -> str:
+        """One line: size of the map and number of tiles."""
+        height, width = self.size
+        return f"{type(self).__name__}({height}×{width} in {len(self)} tiles)"
+
     def __len__(self) -> int:
         return len(self.tiles)
 

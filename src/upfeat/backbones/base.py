@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from abc import ABCMeta, abstractmethod
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat.bounds import shown, whole
+from upfeat.bounds import flag, instance, shown, whole
 from upfeat.images import read_image
 from upfeat.machine import check_fits
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
+from upfeat.operator_checks import whole_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,14 +28,22 @@ IMAGENET_MEAN, IMAGENET_STD = IMAGENET
 class _Initialised(ABCMeta):
     """Class of backbone classes: one whose ``__init__`` forgets its base's is told when made."""
 
-    def __call__(cls, *args: Any, **options: Any) -> Any:
-        made = super().__call__(*args, **options)
-        if "_normalization" not in vars(made):
-            raise ValueError(
-                f"{cls.__name__}.__init__ does not call super().__init__(name=…, embed_dim=…, "
-                "stride=…); call it there first"
-            )
-        return made
+    if not TYPE_CHECKING:  # which knows a class's arguments and instances by its __init__
+
+        def __call__(cls, *args: Any, **options: Any) -> Any:
+            made = super().__call__(*args, **options)
+            if "_normalization" not in vars(made):
+                raise ValueError(
+                    f"{cls.__name__}.__init__ does not call super().__init__(name=…, embed_dim=…, "
+                    "stride=…); call it there first"
+                )
+            return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """Arguments of ``__init__``, as help() and editors show them."""
+        signature = inspect.signature(cls.__init__)
+        return signature.replace(parameters=[*signature.parameters.values()][1:])
 
 
 class Backbone(nn.Module, metaclass=_Initialised):
@@ -52,6 +62,12 @@ class Backbone(nn.Module, metaclass=_Initialised):
     """
 
     displacement: int = 0
+
+    if TYPE_CHECKING:  # nn.Module declares the result of every call as Any
+
+        def __call__(self, x: Tensor) -> Tensor:
+            """See :meth:`forward`."""
+            ...
 
     def __init__(
         self,
@@ -287,14 +303,15 @@ class Backbone(nn.Module, metaclass=_Initialised):
             size: (height, width) of the image, pixels.
 
         Raises:
-            ValueError: a side is shorter than the stride.
+            ValueError: a side is shorter than the stride, or the size is not two whole numbers.
         """
-        if min(size) < self.stride:
+        height, width = whole_numbers("size", size, 2)
+        if min(height, width) < self.stride:
             raise ValueError(
-                f"the image is {size[0]}×{size[1]} pixels (height×width); both sides must be at "
+                f"the image is {height}×{width} pixels (height×width); both sides must be at "
                 f"least the stride of {self.name}, {self.stride}: enlarge it, or give a size"
             )
-        height, width = (round(side / self.stride) * self.stride for side in size)
+        height, width = (round(side / self.stride) * self.stride for side in (height, width))
         return height, width
 
     def preprocess(
@@ -338,7 +355,12 @@ class Backbone(nn.Module, metaclass=_Initialised):
         return pixels.sub_(self.mean).div_(self.std)
 
     def denormalize(self, x: Tensor) -> Tensor:
-        """Undo the normalisation: (B, 3, H, W) -> (B, 3, H, W), RGB clamped to [0, 1]."""
+        """Undo the normalisation: (B, 3, H, W) -> (B, 3, H, W), RGB clamped to [0, 1].
+
+        Raises:
+            TypeError: x is no tensor.
+        """
+        instance("x", x, Tensor, "give the normalised image, as preprocess(…) returns it")
         return (x * self.std + self.mean).clamp(0, 1)
 
     def _target_size(self, own: tuple[int, int], size: int | None, align: bool) -> tuple[int, int]:
@@ -350,7 +372,7 @@ class Backbone(nn.Module, metaclass=_Initialised):
                 raise ValueError(f"{error}; {stride}") from None
             own = (max(round(own[0] * scale), 1), max(round(own[1] * scale), 1))
         aligned = self.grid_aligned(own)
-        return aligned if align else own
+        return aligned if flag("align", align) else own
 
 
 def require_colours(backbone: Backbone, work: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones.base import Backbone
 from upfeat.backbones.conv_norm import ConvNorm, watching_for_nan
+from upfeat.bounds import shown
 from upfeat.transforms import channels_last
 
 STRIDES = (8, 16, 32)
@@ -111,7 +112,8 @@ class EfficientNetLite(Backbone):
                 empty, repeats a stride, or contains another stride.
         """
         if variant not in _VARIANTS:
-            raise ValueError(f"variant={variant!r} must be one of {', '.join(map(str, _VARIANTS))}")
+            known = ", ".join(map(str, _VARIANTS))
+            raise ValueError(f"variant={shown(variant)} must be one of {known}")
         strides = sorted(strides)
         if not strides or len(set(strides)) < len(strides) or not set(strides) <= set(STRIDES):
             raise ValueError(f"strides={strides} must be one or more of {STRIDES}, each once")

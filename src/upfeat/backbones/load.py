@@ -18,7 +18,7 @@ from upfeat.backbones.outputs import Layer, NoFeatures
 from upfeat.backbones.pretrained import load_transformers
 from upfeat.backbones.settings import Settings
 from upfeat.backbones.wrap import WrappedBackbone, as_list
-from upfeat.bounds import shown
+from upfeat.bounds import flag, shown
 from upfeat.machine import find_device
 from upfeat.registry import unknown_name
 
@@ -113,6 +113,7 @@ def load_backbone(
     if isinstance(backbone, type):
         name = backbone.__name__
         raise TypeError(f"backbone={name} is a class; give a model of it, as {name}(…) makes one")
+    pretrained = flag("pretrained", pretrained)
     if isinstance(backbone, Backbone):
         _refuse("a Backbone", {"layer": layer, "fit": fit, **options})
         return _place(backbone, device, dtype)

@@ -98,9 +98,9 @@ class WrappedBackbone(Backbone):
                 takes none of the sizes tried; the message names the fix.
         """
         if layout is not None and layout not in LAYOUTS:
-            raise ValueError(f"layout={layout!r} must be one of {', '.join(LAYOUTS)}")
+            raise ValueError(f"layout={shown(layout)} must be one of {', '.join(LAYOUTS)}")
         if fit is not None and fit not in sizes.FITS:
-            raise ValueError(f"fit={fit!r} must be one of {', '.join(sizes.FITS)}")
+            raise ValueError(f"fit={shown(fit)} must be one of {', '.join(sizes.FITS)}")
         if name is not None and not isinstance(name, str):
             raise ValueError(f"name={shown(name)} must be a text")
         embed_dim = whole("embed_dim", embed_dim, optional=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from upfeat.backends import eager, reference, torch_operators
+from upfeat.bounds import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -62,9 +63,9 @@ def check_name(backend: str) -> None:
     Raises:
         ValueError: there is no backend of that name.
     """
-    if backend not in BACKENDS and backend != "auto":
+    if not isinstance(backend, str) or (backend not in BACKENDS and backend != "auto"):
         known = ", ".join(f'"{name}"' for name in ("auto", *BACKENDS))
-        raise ValueError(f'backend="{backend}" is unknown; choose from {known}')
+        raise ValueError(f"backend={quoted(backend)} is unknown; choose from {known}")
 
 
 def reason_against(operator: str, backend: str, *arguments: Argument) -> str | None:

@@ -18,6 +18,7 @@ from upfeat.batch.items import Damaged, content_hash, list_items
 from upfeat.batch.ledger import Ledger
 from upfeat.batch.maker import Entry, Maker, Task
 from upfeat.batch.replicas import replicate
+from upfeat.bounds import check_callback, flag, instance, path_of, paths_of
 from upfeat.engines import Engine, map_with_ray, map_with_threads
 from upfeat.failures import failure_reason
 from upfeat.features import UpsampledFeatures
@@ -51,7 +52,7 @@ class Summary:
 
 def extract(
     model: FeatUp,
-    sources: Sequence[str | Path],
+    sources: str | Path | Sequence[str | Path],
     folder: str | Path,
     extraction: Extraction,
     *,
@@ -69,7 +70,7 @@ def extract(
 
     Args:
         model: backbone and upsampler.
-        sources: folders and files; see :func:`upfeat.batch.items.list_items`.
+        sources: folders and files, one or several; see :func:`upfeat.batch.items.list_items`.
         folder: folder of the results; made if it does not exist.
         extraction: kind and settings of each image's result.
         engine: where images are processed; workers of a cluster must reach ``folder``.
@@ -84,11 +85,17 @@ def extract(
 
     Raises:
         FileNotFoundError: a source does not exist.
+        TypeError: an argument has another type.
         ValueError: the folder contains results of other settings, or another process is writing
             it; or ``max_memory`` is no amount, or less than the process uses already.
         OSError: the disk is full or cannot be written; finished results are kept.
     """
-    folder = Path(folder)
+    folder, sources = path_of("folder", folder), paths_of("sources", sources)
+    instance("model", model, FeatUp, "give a model, as upfeat.load() makes one")
+    instance("extraction", extraction, Extraction, 'give an Extraction, as Extraction("lazy")')
+    instance("engine", engine, Engine, 'give an Engine, as Engine("local", workers=2)')
+    check_callback("on_item", on_item)
+    overwrite = flag("overwrite", overwrite)
     summary = Summary()
     tell = on_item or (lambda key, through: None)
     bound = None if max_memory is None else parse_memory(max_memory)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from upfeat._version import __version__
-from upfeat.bounds import indices, number, shown, whole
+from upfeat.bounds import indices, instance, number, quoted, shown, whole
 from upfeat.heads import SavedHead, describe_backbone
 from upfeat.model import FeatUp
 from upfeat.provenance import digest
@@ -31,6 +31,7 @@ class Extraction:
     """
 
     kind: str = "lazy"
+    _: KW_ONLY
     size: int | None = None
     dtype: str = "float16"
     head: SavedHead | None = None
@@ -41,19 +42,24 @@ class Extraction:
         """Check the settings.
 
         Raises:
+            TypeError: ``head`` is not a :class:`upfeat.heads.SavedHead`.
             ValueError: a setting is out of range, or kind and head do not go together.
         """
         if self.kind not in KINDS:
-            raise ValueError(f'kind="{self.kind}" must be one of {", ".join(KINDS)}')
+            raise ValueError(f"kind={quoted(self.kind)} must be one of {', '.join(KINDS)}")
+        if self.head is not None:
+            instance(
+                "head", self.head, SavedHead, "give a head, as upfeat.heads.load_head reads it"
+            )
         if (self.kind == "head") != (self.head is not None):
-            raise ValueError(f'kind="{self.kind}" and head={self.head!r} do not go together')
+            raise ValueError(f'kind="{self.kind}" and head={shown(self.head)} do not go together')
         whole("size", self.size, optional=True)
         if self.bands is not None and not indices(self.bands, 0, 1 << 16):
             raise ValueError(f"bands={shown(self.bands)} must be numbers of bands, from 0")
         if self.max_value is not None:
             number("max_value", self.max_value, 0, above=True)
         if self.dtype not in ("float16", "float32"):
-            raise ValueError(f'dtype="{self.dtype}" must be float16 or float32')
+            raise ValueError(f"dtype={quoted(self.dtype)} must be float16 or float32")
 
     @property
     def reading(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
+from upfeat.bounds import paths_of
 from upfeat.failures import one_line
 from upfeat.frames import VIDEO_SUFFIXES, DamagedVideo, read_frames
 from upfeat.photo_search import is_image, search
@@ -42,12 +43,12 @@ class Damaged:
     reason: str
 
 
-def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
+def list_items(sources: str | Path | Sequence[str | Path]) -> Iterator[Item | Damaged]:
     """List the items of sources, in an order that depends on their names alone.
 
     Args:
-        sources: folders (searched to any depth), image files, ``.txt`` lists of image files (one
-            a line, relative to the list), ``.tar`` archives, and videos.
+        sources: one or several folders (searched to any depth), image files, ``.txt`` lists of
+            image files (one a line, relative to the list), ``.tar`` archives, and videos.
 
     Yields:
         Items, and the sources or entries that cannot be read. An archive's members must be read in
@@ -55,11 +56,12 @@ def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
 
     Raises:
         FileNotFoundError: a source does not exist.
+        TypeError: a source is no path.
         ValueError: a folder or list contains no image, a list is no text, or two sources have the
             same name and would give equal keys.
     """
     times: dict[str, int] = {}
-    for item in _list_all(sources):
+    for item in _list_all(paths_of("sources", sources)):
         times[item.key] = times.get(item.key, 0) + 1
         if times[item.key] == 1:
             yield item
@@ -68,9 +70,9 @@ def list_items(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
             yield Damaged(f"{item.key} ({times[item.key]})", reason)
 
 
-def _list_all(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
+def _list_all(sources: list[Path]) -> Iterator[Item | Damaged]:
     prefixes: dict[str, Path] = {}
-    for source in map(Path, sources):
+    for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"{source}: no such file or folder")
         if not source.is_file() and not source.is_dir():
@@ -88,7 +90,7 @@ def _list_all(sources: Sequence[str | Path]) -> Iterator[Item | Damaged]:
                     "told apart: give them in two runs"
                 )
             prefixes[prefix] = source
-    for source in map(Path, sources):
+    for source in sources:
         single = len(sources) == 1
         if source.is_dir():
             yield from _folder(source, "" if single else f"{source.resolve().name}/")

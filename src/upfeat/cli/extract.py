@@ -95,7 +95,12 @@ def execute(options: argparse.Namespace) -> int:
     dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
     kind = options.kind if head is None else "head"
     extraction = Extraction(
-        kind, options.size, dtype, head, bands=options.bands, max_value=options.max_value
+        kind,
+        size=options.size,
+        dtype=dtype,
+        head=head,
+        bands=options.bands,
+        max_value=options.max_value,
     )
     columns = (TextColumn("{task.description}"), MofNCompleteColumn())
     with progress_bar(*columns, keep=True) as progress:
@@ -105,7 +110,7 @@ def execute(options: argparse.Namespace) -> int:
             matching(options.sources),
             options.output,
             extraction,
-            engine=Engine(options.engine, options.workers, options.address),
+            engine=Engine(options.engine, workers=options.workers, address=options.address),
             overwrite=options.overwrite,
             max_memory=options.max_memory,
             on_item=lambda key, done: progress.update(task, completed=done, description=key),

@@ -113,7 +113,7 @@ def execute(options: argparse.Namespace) -> int:
             model,
             what,
             plan,
-            engine=Engine(options.engine, options.workers, options.address),
+            engine=Engine(options.engine, workers=options.workers, address=options.address),
             resume=options.resume,
             overwrite=options.overwrite,
             on_tile=lambda done, total: progress.update(task, completed=done, total=total),

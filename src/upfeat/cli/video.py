@@ -91,7 +91,9 @@ def execute(options: argparse.Namespace) -> int:
             raise ValueError(f"--report {options.report} is the video to write; give another file")
     count_frames(options.video)  # raises for an unreadable video before the model is loaded
     model, head = load_with_head(options)
-    settings = VideoSettings(options.size, not options.alone, head, options.sample)
+    settings = VideoSettings(
+        size=options.size, beside=not options.alone, head=head, sample=options.sample
+    )
     with progress_bar() as progress:
         task = progress.add_task(options.video.name, total=None)
         report = render_video(

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from upfeat.bounds import number, shown
+from upfeat.bounds import number, paths_of, shown
 from upfeat.evaluation.results import FORMAT
 from upfeat.evaluation.task import Score
 from upfeat.evaluation.tasks import find_task
@@ -105,7 +105,7 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[str | Path], *, over: str = "nearest", score: str | None = None
+    paths: str | Path | Sequence[str | Path], *, over: str = "nearest", score: str | None = None
 ) -> Comparison:
     """Compare the upsamplers of several evaluations of one task.
 
@@ -145,11 +145,11 @@ def compare(
     return Comparison(runs[0].task, name, over, labels, bases, tables, notes)
 
 
-def read_runs(paths: Sequence[str | Path]) -> list[Run]:
+def read_runs(paths: str | Path | Sequence[str | Path]) -> list[Run]:
     """Read evaluations of one task; see :func:`compare`."""
-    if not paths:
+    files = paths_of("paths", paths)
+    if not files:
         raise ValueError("paths is empty; give at least one output of upfeat eval")
-    files = [Path(path) for path in paths]
     files = [path / "results.json" if path.is_dir() else path for path in files]
     seen: set[Path] = set()
     for path in files:

@@ -35,7 +35,7 @@ class Several(NamedTuple):
 
 
 @documented
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Settings of an evaluation; all of them may change scores, so all are recorded in results."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from upfeat.backbones import Backbone, load_backbone
+from upfeat.bounds import path_of
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import Dataset, Problem, check_not_empty
 from upfeat.evaluation.data.prepared import OnStep, PreparedSet, prepare
@@ -56,7 +57,8 @@ def score(
         raise ValueError(
             f"size={config.size} must be at least the stride of {network.name} ({network.stride})"
         )
-    out, cache = Path(out), Path(out) / "cache"
+    out = path_of("out", out)
+    cache = out / "cache"
     if upsamplers is None:
         named = default_upsampler(network)
         upsampler = create_upsampler(named, network.embed_dim, backbone=network.name)
@@ -65,7 +67,7 @@ def score(
             best += EARLY
         upsamplers = tuple(dict.fromkeys((*BASELINES, best)))
     methods = load_methods(upsamplers, network, cache)
-    dataset = _read_dataset(task, Path(folder), layout, config)
+    dataset = _read_dataset(task, path_of("folder", folder), layout, config)
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -97,7 +97,7 @@ class Results:
             "differences": self.differences,
         }
 
-    def write(self, path: Path) -> None:
+    def write(self, path: str | Path) -> None:
         """Write the JSON file, whole or not at all."""
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
         write_bytes(path, (text + "\n").encode())

@@ -26,7 +26,7 @@ def _one_of(*known: str) -> Callable[[str, Any], str]:
 
 
 @documented
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FitConfig:
     """Settings of a fit."""
 

@@ -13,13 +13,14 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat._version import __version__
+from upfeat.bounds import flag, shown
 from upfeat.budget import Buffer
 from upfeat.feature_map import FeatureMap, check_head, check_points, check_window
 from upfeat.images import read_image
@@ -29,7 +30,7 @@ from upfeat.implicit.stored import FORMAT, encode, read_stored
 from upfeat.machine import readable
 from upfeat.operator_checks import FLOATS
 from upfeat.storage import write_tensors
-from upfeat.types import Size, Window, times
+from upfeat.types import Filled, Size, Window, times
 from upfeat.upsamplers.checks import check_output_size
 
 if TYPE_CHECKING:
@@ -100,11 +101,19 @@ class ImplicitFeatures(FeatureMap):
             f"{readable(4 * math.prod(self.shape))} if full)"
         )
 
+    @overload
+    def render(
+        self, output_size: Size | None = ..., *, dtype: torch.dtype | None = ..., out: None = ...
+    ) -> Tensor: ...
+    @overload
+    def render(
+        self, output_size: Size | None = ..., *, dtype: torch.dtype | None = ..., out: Filled
+    ) -> Filled: ...
     def render(
         self,
         output_size: Size | None = None,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         out: Any = None,
     ) -> Any:
         """Draw the whole map, a strip of rows at a time.
@@ -112,7 +121,7 @@ class ImplicitFeatures(FeatureMap):
         Args:
             output_size: any (height, width), pixels; ``None`` for the resolution of the fit. Each
                 pixel has the features of its centre.
-            dtype: type of the result; ignored if ``out`` is given.
+            dtype: type of the result; ``None`` for float32, or the type of ``out``.
             out: (1, C, height, width), a tensor or NumPy array to write to, such as
                 :class:`numpy.memmap`.
 
@@ -125,11 +134,14 @@ class ImplicitFeatures(FeatureMap):
             TypeError: ``out`` is neither a tensor nor an array.
         """
         size = self._size(output_size)
-        if dtype not in FLOATS:
-            raise ValueError(f"dtype={dtype} must be one of floating numbers, as torch.float16")
+        if not isinstance(dtype, torch.dtype | None) or dtype not in (None, *FLOATS):
+            raise ValueError(f"dtype={shown(dtype)} must be one of floating numbers")
         shape = (1, self.shape[1], *size)
-        out = torch.empty(shape, dtype=dtype, device="cpu") if out is None else out
+        if out is None:
+            out = torch.empty(shape, dtype=dtype or torch.float32, device="cpu")
         buffer = Buffer(out, shape)
+        if dtype not in (None, buffer.dtype):
+            raise ValueError(f"dtype={dtype} and out of {out.dtype} disagree; leave out dtype")
         for top, strip in self.strips(size):
             rows = Window(top, 0, strip.shape[1], size[1])
             buffer.write(slice(None), rows, strip[None])
@@ -138,7 +150,7 @@ class ImplicitFeatures(FeatureMap):
 
     def full(self, dtype: torch.dtype | None = None) -> Tensor:
         """Render the map at the resolution of the fit, (1, C, H, W); see :meth:`render`."""
-        return self.render(dtype=dtype or torch.float32)
+        return self.render(dtype=dtype)
 
     def strips(self, output_size: Size | None = None) -> Iterator[tuple[int, Tensor]]:
         """Render a map that need not fit into memory, as strips of rows.
@@ -253,7 +265,7 @@ class ImplicitFeatures(FeatureMap):
         for name, value in tensors.items():
             if not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} holds NaN or infinity; nothing is written")
-        if guidance:
+        if flag("guidance", guidance):
             tensors["guidance_png"] = encode(self.guidance)
         facts = {
             "format": FORMAT,

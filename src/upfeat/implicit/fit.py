@@ -13,6 +13,7 @@ from torch import Tensor
 from upfeat import machine
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.base import require_colours
+from upfeat.bounds import check_callback
 from upfeat.images import read_image
 from upfeat.implicit.anchors import Fitted, fit_kernel
 from upfeat.implicit.config import FitConfig
@@ -90,7 +91,7 @@ def fit_implicit(
 
     Raises:
         FileNotFoundError: there is no such image.
-        TypeError: ``config`` is not a :class:`FitConfig`.
+        TypeError: ``config`` is not a :class:`FitConfig`, or ``on_step`` no function.
         ValueError: the image cannot be read, is smaller than the backbone's stride or does not fit
             into memory, there is no such setting, the backbone gives NaN or infinity, or the views
             are too few to fit to.
@@ -104,6 +105,7 @@ def fit_implicit(
             "as size=160"
         )
     config = _change(config, settings)
+    check_callback("on_step", on_step)
     network = load_backbone(backbone)
     require_colours(network, "a fit")
     pixels = read_image(image)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from upfeat._version import __version__
 from upfeat.backbones.libraries import import_library
+from upfeat.bounds import shown
 
 FORMATS = ("onnx", "pt2")
 METADATA = "upfeat.json"
@@ -31,7 +32,7 @@ def check_format(path: Path, format: str | None) -> str:
     """
     found = path.suffix.removeprefix(".").lower() if format is None else format
     if found not in FORMATS:
-        given = f"{path.name}" if format is None else f"format={format!r}"
+        given = f"{path.name}" if format is None else f"format={shown(format)}"
         raise ValueError(f'{given}: unknown format; choose .onnx or .pt2 (format="onnx", "pt2")')
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; make it first")

@@ -56,6 +56,10 @@ class Output(ABC):
     nodata: float = float("nan")
     facts: dict[str, Any]
 
+    def __repr__(self) -> str:
+        """One line: number of values at a pixel and their type."""
+        return f"{type(self).__name__}({self.count} values, {np.dtype(self.dtype).name})"
+
     @property
     def count(self) -> int:
         """Number K of values at a pixel."""

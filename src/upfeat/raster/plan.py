@@ -77,7 +77,7 @@ def make_plan(
     model: FeatUp,
     what: Output,
     *,
-    max_memory: int = DEFAULT_BUDGET,
+    max_memory: int | str = DEFAULT_BUDGET,
     tile: int | None = None,
     backbone_tile: int | None = None,
 ) -> Plan:
@@ -87,7 +87,8 @@ def make_plan(
         size: (height, width) of the raster, pixels.
         model: backbone and upsampler.
         what: output to write.
-        max_memory: bytes that the process may use, including those in use already.
+        max_memory: most memory that the process may use, including the memory that it uses
+            already, in bytes or as "2GB".
         tile: side of a tile, pixels; ``None`` for the largest that the budget allows.
         backbone_tile: side of the backbone's tiles, cells; ``None`` for the largest that the
             budget allows.
@@ -96,6 +97,7 @@ def make_plan(
         ValueError: the upsampler's reach is the whole image, or no tile fits the budget; the
             message then names the smallest budget that can work.
     """
+    max_memory = machine.parse_memory(max_memory)
     stride, reach = model.backbone.stride, model.upsampler.reach
     if reach is None:
         raise ValueError(

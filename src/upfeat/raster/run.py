@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from upfeat._version import __version__
+from upfeat.bounds import check_callback, flag, instance, path_of
 from upfeat.engines import Engine
 from upfeat.heads import describe_backbone
 from upfeat.locks import hold
@@ -66,15 +67,22 @@ def upsample_raster(
         The path of the output.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: the output cannot be written, another process is writing it, the raster is
             damaged, or no Ray cluster answers.
         OSError: writing failed; finished tiles are kept.
     """
+    instance("scene", scene, Scene, "give a Scene, as Scene(path) opens one")
+    instance("model", model, FeatUp, "give a model, as upfeat.load() makes one")
+    instance("plan", plan, Plan, "give a plan, as make_plan() makes one")
+    instance("engine", engine, Engine, 'give an Engine, as Engine("local")')
+    check_callback("on_tile", on_tile)
+    resume, overwrite = flag("resume", resume), flag("overwrite", overwrite)
     if engine.name == "local" and engine.workers is not None:
         raise ValueError(f"workers={engine.workers} is for engine=ray; one process makes all tiles")
     own = {"model": _identify(model), "raster": scene.facts}
     provenance = {"upfeat_version": __version__, **what.facts, **own}
-    output = Path(output)
+    output = path_of("output", output)
     if resume and is_finished(output, provenance):
         sweep_finished(output)
         return output

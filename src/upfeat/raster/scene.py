@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upfeat.bounds import indices, shown
+from upfeat.bounds import indices, path_of, shown
 from upfeat.types import Window
 
 PERCENTILES = (2.0, 98.0)
@@ -118,7 +118,7 @@ class Scene:
             ValueError: the file is no raster, its values are complex, its bands must be chosen,
                 an argument is out of range, or no pixel is valid.
         """
-        self.path = Path(path)
+        self.path = path_of("path", path)
         import_rasterio("reading rasters")
         if not self.path.exists():
             raise FileNotFoundError(f"{path}: {_reason_without_file(str(path))}")
@@ -140,6 +140,11 @@ class Scene:
         self.scales = self._find_scales(scale, overview, valid)
         scaled = self._scaled(overview)[:, valid]
         self.fill = scaled.mean(axis=1, dtype=np.float64).astype(np.float32)
+
+    def __repr__(self) -> str:
+        """One line: path, size and bands."""
+        height, width = self.size
+        return f"{type(self).__name__}({str(self.path)!r}: {height}×{width}, bands {self.bands})"
 
     def _read_facts(self, file: Any, bands: Sequence[int] | None) -> tuple[Any, Any]:
         """Read the file's facts; return an overview of its values, and a mask of valid pixels."""

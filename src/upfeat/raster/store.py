@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from upfeat.bounds import whole
+from upfeat.bounds import path_of, whole
 from upfeat.failures import one_line
 from upfeat.raster.axes import write_axes
 from upfeat.raster.cog import write_cog
@@ -349,7 +349,7 @@ def _sweep(output: Path) -> None:
         (output / leftover).unlink(missing_ok=True)
 
 
-def unfinished_tiles(output: Path) -> dict[str, int]:
+def unfinished_tiles(output: str | Path) -> dict[str, int]:
     """Read the sides of an unfinished output's tiles, to continue it with the same division.
 
     Args:
@@ -362,7 +362,7 @@ def unfinished_tiles(output: Path) -> dict[str, int]:
     Raises:
         ValueError: the settings of the unfinished output are damaged.
     """
-    path = _partial(output) / _SETTINGS
+    path = _partial(path_of("output", output)) / _SETTINGS
     if not path.is_file():
         return {}
     settings = read_object(path)

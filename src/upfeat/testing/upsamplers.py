@@ -198,8 +198,8 @@ def gradients(make: Make, channels: int) -> None:
     up.requires_grad_(True)
     features, guidance = (one.double() for one in _inputs(up, channels))
     features.requires_grad_()
-    shown = {"hidden": _hidden(up).double()} if up.wants_hidden else {}
-    up(features, guidance, **shown).square().mean().backward()
+    shown = _hidden(up).double() if up.wants_hidden else None
+    up(features, guidance, hidden=shown).square().mean().backward()
     slopes = {"features": features.grad, **{n: p.grad for n, p in up.named_parameters()}}
     silent = [name for name, slope in slopes.items() if slope is None or not bool(slope.any())]
     require(not silent, f"nothing reaches {', '.join(silent)}")
@@ -207,7 +207,7 @@ def gradients(make: Make, channels: int) -> None:
         direction = torch.randn(features.shape, generator=generator).double()
         step = 1e-4
         ends = [
-            up(features + sign * step * direction, guidance, **shown).square().mean()
+            up(features + sign * step * direction, guidance, hidden=shown).square().mean()
             for sign in (1, -1)
         ]
         measured, computed = (ends[0] - ends[1]) / (2 * step), (features.grad * direction).sum()  # pyright: ignore[reportOptionalOperand]

@@ -22,6 +22,7 @@ from torch import Tensor
 from upfeat import locks
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.base import require_colours
+from upfeat.bounds import check_callback, flag
 from upfeat.training.config import TrainConfig
 from upfeat.training.folder import RunFolder
 from upfeat.training.loading import GUARD, load_parts
@@ -76,6 +77,7 @@ def train(
     """
     config = TrainConfig() if config is None else config
     _check_kinds(photos, config, on_step)
+    resume = flag("resume", resume)
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise ValueError(
             "upfeat.train was called again by a process that loads photographs, since that runs "
@@ -138,8 +140,7 @@ def _check_kinds(photos: object, config: object, on_step: object) -> None:
             f"config is of type {type(config).__name__}; give a TrainConfig, as "
             "TrainConfig.from_mapping makes of names and values"
         )
-    if on_step is not None and not callable(on_step):
-        raise TypeError(f"on_step is of type {type(on_step).__name__}; give a function")
+    check_callback("on_step", on_step)
 
 
 def _train_in_passing(

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from functools import wraps
 from operator import index
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -137,6 +137,20 @@ class AttentionUpsampler(Upsampler):
     mean, std = IMAGENET
 
     always_small = True  # whatever its arguments: see :attr:`Upsampler.always_small`
+
+    if TYPE_CHECKING:  # nn.Module declares the result of every call as Any
+
+        def __call__(
+            self,
+            features: Tensor,
+            guidance: Tensor,
+            output_size: Size | None = None,
+            *,
+            hidden: Tensor | None = None,
+            out: Tensor | None = None,
+        ) -> Tensor:
+            """See :meth:`forward`."""
+            ...
 
     def __init__(self, *, width: int, heads: int, backend: str) -> None:
         """Check and store the common arguments.

@@ -15,11 +15,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from upfeat.backends import dispatch
+from upfeat.bounds import path_of
 from upfeat.normalization import Colour, Normalization, Normalized
 from upfeat.registry import Registry
 from upfeat.sharing import push_to_hub
@@ -78,6 +79,19 @@ class Upsampler(nn.Module, ABC):
     trained_for: str | None = None
     """Name of the backbone that the weights were trained for; ``None``: any, or unknown. Models
     refuse another one if :attr:`wants_hidden`."""
+
+    if TYPE_CHECKING:  # nn.Module declares the result of every call as Any
+
+        def __call__(
+            self,
+            features: Tensor,
+            guidance: Tensor,
+            output_size: Size | None = None,
+            *,
+            hidden: Tensor | None = None,
+        ) -> Tensor:
+            """See :meth:`forward`."""
+            ...
 
     @property
     def reach(self) -> int | None:
@@ -344,7 +358,7 @@ class Upsampler(nn.Module, ABC):
                 :meth:`config`, so that the folder would load as another upsampler.
         """
         has_config = type(self).config is not Upsampler.config
-        save_pretrained(self, Path(folder), has_config=has_config)
+        save_pretrained(self, path_of("folder", folder), has_config=has_config)
 
     def push_to_hub(self, repo_id: str, *, run: str | Path | None = None, **options: Any) -> str:
         """Put the upsampler on the Hugging Face hub, with a model card; needs ``huggingface_hub``.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from upfeat._version import __version__
-from upfeat.bounds import shown
+from upfeat.bounds import path_of, shown
 from upfeat.normalization import IMAGENET
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.strict_json import parse_object
@@ -177,7 +177,7 @@ def write_checkpoint(
         FileNotFoundError: ``source``, or the folder of ``target``, does not exist.
         ValueError: as :func:`load_checkpoint`, or ``source`` and ``target`` are the same file.
     """
-    source, target = Path(source), Path(target)
+    source, target = path_of("source", source), path_of("target", target)
     if target.exists() and source.exists() and target.samefile(source):
         raise ValueError(f"{target}: is the file that is read; name another one")
     upsampler = load_checkpoint(source, sha256=sha256)

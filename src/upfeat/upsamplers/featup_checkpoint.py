@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from upfeat.bounds import path_of
 from upfeat.tensor_checks import check_values, fault_in_memory
 from upfeat.upsamplers.tensor_files import load_pickled
 
@@ -44,7 +45,7 @@ def read_featup(path: str | Path) -> tuple[dict[str, Tensor], int]:
         FileNotFoundError: there is no such file.
         ValueError: as :meth:`upfeat.JBUStack.from_featup`.
     """
-    path = Path(path)
+    path = path_of("path", path)
     content = load_pickled(path)
     return featup_state(path, content.get("state_dict", content))
 

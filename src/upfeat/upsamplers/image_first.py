@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -16,6 +16,20 @@ class ImageFirst(nn.Module):
     For code that was written for ``torch.hub.load("valeoai/NAF", "naf")`` or similar loaders: only
     the line that loads the upsampler changes.
     """
+
+    if TYPE_CHECKING:  # nn.Module declares the result of every call as Any
+
+        def __call__(
+            self,
+            image: Tensor,
+            features: Tensor,
+            output_size: Size | None = None,
+            *,
+            out: Tensor | None = None,
+            q_chunk_size: int | None = None,
+        ) -> Tensor:
+            """See :meth:`forward`."""
+            ...
 
     def __init__(self, upsampler: Upsampler) -> None:
         """Wrap an upsampler.

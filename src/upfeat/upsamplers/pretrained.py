@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from upfeat.bounds import path_of
 from upfeat.registry import unknown_name
 from upfeat.upsamplers.base import UPSAMPLERS, Upsampler
 from upfeat.upsamplers.checkpoints import load_checkpoint
@@ -66,7 +67,8 @@ def load_upsampler(name: str | Path, *, sha256: str | None = None) -> Upsampler:
 
 
 def _is_checkpoint(name: str | Path) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES or Path(name).is_file()
+    path = path_of("name", name)
+    return path.suffix.lower() in SUFFIXES or path.is_file()
 
 
 def trained_for_early(backbone: str) -> str | None:

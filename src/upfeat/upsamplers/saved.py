@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from upfeat.bounds import shown
+from upfeat.bounds import path_of, shown
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
 from upfeat.storage import read_tensors, write_bytes, write_tensors
@@ -183,7 +183,7 @@ def _class_of(config: dict[str, Any], path: Path, classes: Mapping[str, type[Any
 
 
 def _local_folder(folder: str | Path) -> Path:
-    if Path(folder).is_dir():
+    if path_of("folder", folder).is_dir():
         return Path(folder)
     if isinstance(folder, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder):
         raise FileNotFoundError(f"{folder}: no such folder")

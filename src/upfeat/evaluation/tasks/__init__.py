@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from upfeat.bounds import quoted
 from upfeat.registry import unknown_name
 
 if TYPE_CHECKING:
@@ -28,5 +29,6 @@ def find_task(name: str) -> type[Task]:
     """
     known = list_tasks()
     if name not in known:
-        raise ValueError(f'task="{name}" is unknown; {unknown_name("task", name, list(known))}')
+        reason = unknown_name("task", name, list(known))
+        raise ValueError(f"task={quoted(name)} is unknown; {reason}")
     return import_module(f"{__name__}.{name}").TASK

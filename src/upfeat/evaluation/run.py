@@ -9,7 +9,7 @@ import torch
 
 from upfeat import locks
 from upfeat.backbones import Backbone
-from upfeat.bounds import shown
+from upfeat.bounds import check_callback, flag, path_of, shown
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.prepared import OnStep
 from upfeat.evaluation.harness import score
@@ -73,7 +73,9 @@ def evaluate(
         raise TypeError(f"task={shown(task)} is no task; give a name or a subclass of Task")
     if not isinstance(config, EvalConfig | None):
         raise TypeError(f"config={shown(config)} is no EvalConfig; give EvalConfig(size=…, …)")
-    out = Path(out)
+    out, folder = path_of("out", out), path_of("folder", folder)
+    check_callback("on_step", on_step)
+    overwrite = flag("overwrite", overwrite)
     read = [upsamplers] if isinstance(upsamplers, Named) else upsamplers or ()
     inputs = Inputs(one for one in read if isinstance(one, str | Path))
     for name, format_name in (("results.json", FORMAT), ("report.html", REPORT)):
