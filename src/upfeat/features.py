@@ -19,7 +19,6 @@ from torch import Tensor
 from upfeat.bounds import shown, whole
 from upfeat.budget import Buffer, free_bytes, made_parts, plan_blocks, plan_windows
 from upfeat.feature_map import (
-    FeatureMap,
     blank,
     check_head,
     check_missing,
@@ -32,14 +31,14 @@ from upfeat.linear import principal_components
 from upfeat.machine import parse_memory, readable
 from upfeat.normalization import check_normalization
 from upfeat.operator_checks import FLOATS
-from upfeat.snapshots import Snapshot, watched
+from upfeat.prepared_map import PreparedMap
+from upfeat.snapshots import watched
 from upfeat.types import Filled, shapes_repr, times
 from upfeat.upsamplers import Kernels, Upsampler, Window
 from upfeat.upsamplers.checks import check_hidden, check_inputs, check_result
 from upfeat.upsamplers.head import add_offset
 from upfeat.upsamplers.maps import Map
 from upfeat.upsamplers.pretrained import require_upsampler
-from upfeat.upsamplers.step import Corrected
 
 _TILE = 32
 
@@ -57,7 +56,7 @@ class PCA(NamedTuple):
     __repr__ = shapes_repr
 
 
-class UpsampledFeatures(FeatureMap):
+class UpsampledFeatures(PreparedMap):
     """Upsampled features (B, C, H, W), computed only where they are requested.
 
     Each method's result equals the result computed from :meth:`full`, up to rounding.
@@ -114,8 +113,6 @@ class UpsampledFeatures(FeatureMap):
         if mean is not None or std is not None:
             self._normalization = check_normalization(mean, std, guidance.shape[1])
         self.missing = None if missing is None else check_missing(missing, self.shape)
-        self._made: tuple[Any, Snapshot, tuple[Kernels, Tensor]] | None = None
-        self._precomputed: tuple[Kernels, Snapshot, tuple[Kernels, Tensor | Map]] | None = None
 
     def __repr__(self) -> str:
         """One line: shape, device, inputs and upsampler of the map, and the memory of all of it."""
@@ -136,16 +133,6 @@ class UpsampledFeatures(FeatureMap):
         size = (self.shape[2], self.shape[3])
         inputs = self.features, self.guidance, self.upsampler, size
         return Parts(*inputs, self._normalization, self.missing, self.hidden)
-
-    @property
-    def mixed(self) -> Tensor:
-        """The coarse features after the upsampler's channel mix, (B, C, h, w)."""
-        return self._parts()[1]
-
-    @property
-    def kernels(self) -> Kernels:
-        """The upsampling weights of the image."""
-        return self._parts()[0]
 
     @overload
     def full(
@@ -328,7 +315,7 @@ class UpsampledFeatures(FeatureMap):
         return PCA(self.project(components, -components @ mean), components, mean)
 
     def save(self, path: str | Path, *, exact: bool = False) -> None:
-        """Write the inputs of the map to a file, about a hundredth of the map's own size.
+        """Write the inputs of the map to a file, a fiftieth to a hundredth of the map's own size.
 
         Args:
             path: the safetensors file.
@@ -361,15 +348,6 @@ class UpsampledFeatures(FeatureMap):
             return cls(*parts[:4], mean=mean, std=std, missing=parts.missing, hidden=parts.hidden)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copy or pickle the inputs alone; a copy computes kernels and features again."""
-        state = {**self.__dict__, "_made": None, "_precomputed": None}
-        for name in ("features", "guidance", "hidden"):
-            # Only leaf tensors can be copied with their autograd graph.
-            if state[name] is not None and not state[name].is_leaf:
-                state[name] = state[name].detach()
-        return state
 
     def _render(self, head: Tensor | None = None) -> Tensor:
         out = self.upsampler.render(*self._parts(), head=head)
@@ -426,48 +404,6 @@ class UpsampledFeatures(FeatureMap):
         if window is not None:
             missing = missing[..., window.top : window.bottom, window.left : window.right]
         return blank(out, missing)
-
-    def _precompute(self) -> tuple[Kernels, Tensor | Map]:
-        """Kernels and features of the same map, after the computations that all windows share.
-
-        Both are kept for the next window, unless an autograd graph would be kept with them.
-        """
-        kernels, mixed = self._parts()
-        kept = self._precomputed  # another thread may replace it
-        if kept is not None and kept[0] is kernels and kept[1].holds([mixed]):
-            return kept[2]
-        found = self.upsampler.precompute(kernels, mixed)
-        if self.max_memory is not None and isinstance(found[1], Corrected):
-            found[1].keep_less()
-        recorded = found[1].requires_grad if isinstance(found[1], Tensor) else found[1].recorded
-        if found[1] is not mixed and not recorded:
-            self._precomputed = kernels, Snapshot([mixed]), found
-        return found
-
-    def _parts(self) -> tuple[Kernels, Tensor]:
-        """Kernels and mixed features; kept until an input, a weight or :meth:`_way` changes."""
-        sources, way = self._sources(), self._way()
-        kept = self._made  # another thread may replace it
-        if kept is None or kept[0] != way or not kept[1].holds(sources):
-            grid = (self.features.shape[2], self.features.shape[3])
-            size = (self.shape[2], self.shape[3])
-            given = self.guidance, grid, size, self.features, self.hidden
-            kernels = self.upsampler.prepare_with(*given)
-            mixed = self.upsampler.mix(self.features)
-            self._made = kept = way, Snapshot(sources), (kernels, mixed)
-            self._precomputed = None
-        return kept[2]
-
-    def _way(self) -> tuple[str, torch.dtype | None]:
-        """The backend of the operators, and the precision of products under autocast."""
-        kind = self.features.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        return self.upsampler.backend, torch.get_autocast_dtype(kind) if autocast else None
-
-    def _sources(self) -> list[Tensor]:
-        weights = (*self.upsampler.parameters(), *self.upsampler.buffers())
-        hidden = [] if self.hidden is None else [self.hidden]
-        return [self.features, self.guidance, *hidden, *weights]
 
     def _sample_tile(self, precomputed: tuple[Kernels, Tensor | Map], points: Tensor) -> Tensor:
         """Features at points (N, 2) of one tile, (N, C), computed from one window."""
