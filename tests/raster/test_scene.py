@@ -276,3 +276,20 @@ def test_only_a_vrt_by_name_refers_to_other_files(tmp_path, suffix):
     (tmp_path / f"scene{suffix}").write_text(content)
     with pytest.raises(ValueError, match=rf"scene\{suffix}: not a \w+ file that GDAL can read"):
         Scene(tmp_path / f"scene{suffix}")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_overviews_are_of_no_other_file(tmp_path, inside):
+    """Metadata of a GeoTIFF, or of the file beside it, may name any file or address for them."""
+    private = write(tmp_path / "private.tif", picture(*SIDE))
+    path = write(tmp_path / "scene.tif", picture(*SIDE))
+    if inside:
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(private))
+    else:
+        name = f'<MDI key="OVERVIEW_FILE">{private}</MDI>'
+        (tmp_path / "scene.tif.aux.xml").write_text(
+            f'<PAMDataset><Metadata domain="OVERVIEWS">{name}</Metadata></PAMDataset>'
+        )
+    with pytest.raises(ValueError, match=r"scene\.tif: takes its overviews from .*private\.tif; r"):
+        Scene(path)

@@ -59,7 +59,8 @@ def open_raster(path: Path, needed_for: str) -> Any:
     """Open a file with rasterio.
 
     Raises:
-        ValueError: the file is no raster, or rasterio is not installed.
+        ValueError: the file is no raster, or one under the name of a picture that refers to another
+            file, or rasterio is not installed.
     """
     rasterio = import_rasterio(needed_for)
     reader = _READERS.get(path.suffix.lower())
@@ -70,7 +71,13 @@ def open_raster(path: Path, needed_for: str) -> Any:
             # A raster without a georeference is upsampled like any other.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             # Absolute, since GDAL reads the text before a colon as the name of a protocol.
-            return rasterio.open(path.absolute(), driver=reader)
+            file = rasterio.open(path.absolute(), driver=reader)
+            other = file.tags(ns="OVERVIEWS").get("OVERVIEW_FILE", "")
+            # A file in the same folder is no stranger: some programs keep overviews beside a file.
+            if reader is not None and other and not re.fullmatch(r":::BASE:::[^/\\]+", other):
+                file.close()
+                raise ValueError(f"{path}: takes its overviews from {other}; remove that metadata")
+            return file
     except raster_errors() as error:
         kind = "raster" if reader is None else f"{reader} file"
         raise ValueError(f"{path}: not a {kind} that GDAL can read ({error})") from None
