@@ -79,8 +79,8 @@ def open_raster(path: Path, needed_for: str) -> Any:
                 raise ValueError(f"{path}: takes its overviews from {other}; remove that metadata")
             return file
     except raster_errors() as error:
-        kind = "raster" if reader is None else f"{reader} file"
-        raise ValueError(f"{path}: not a {kind} that GDAL can read ({error})") from None
+        kind = "" if reader is None else f" as {reader}, by its name"
+        raise ValueError(f"{path}: not a raster that GDAL can read{kind} ({error})") from None
 
 
 def raster_errors() -> tuple[type[Exception], ...]:
