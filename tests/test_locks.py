@@ -111,7 +111,6 @@ def test_a_forked_child_holds_nothing(tmp_path):
         ({"pid": os.getpid(), "host": socket.gethostname(), "since": "then"}, True),
         ({"pid": 1, "host": "elsewhere", "since": "then"}, True),
         ({"pid": True}, False),
-        ([], False),
         (None, False),
     ],
 )
@@ -127,6 +126,29 @@ def test_without_locks_of_the_system_the_writer_must_live(tmp_path, monkeypatch,
         with locks.hold(tmp_path):
             pass
         assert not path.exists()
+
+
+@pytest.mark.parametrize("content", ["precious\n", "[]", "4711"])
+@pytest.mark.parametrize("linked", [True, False])
+def test_only_own_lock_files_are_written_and_removed(tmp_path, content, linked):
+    """A folder of a stranger may contain a link to a file of the user under the lock's name."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    lock = folder / ".lock"
+    precious = tmp_path / "precious" if linked else lock
+    precious.write_text(content)
+    if linked:
+        lock.symlink_to(precious)
+    told = r"\.lock: is no lock file of upfeat; remove it"
+    with pytest.raises(ValueError, match=told), locks.hold(folder):
+        pass
+    assert precious.read_text() == content
+    assert lock.is_symlink() == linked
+    precious.unlink()
+    if linked:  # nor is a file made behind a link
+        with pytest.raises(ValueError, match="is no lock file"), locks.hold(folder):
+            pass
+        assert not precious.exists()
 
 
 def test_a_fit_and_an_evaluation_hold_what_they_write(holder, tmp_path, capsys):

@@ -380,3 +380,20 @@ def test_pixels_keep_their_shape(tmp_path, turned):
     assert next(read_frames(clip)).aspect == aspect
     render_video(model(), clip, out, VideoSettings(size=24))
     assert next(read_frames(out)).aspect == aspect
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "ffconcat version 1.0\nfile private.mp4\n",
+        "#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nprivate.mp4\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=x\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 26\n",
+    ],
+    ids=["concat", "HLS", "SDP"],
+)
+def test_a_video_refers_to_no_other_file(tmp_path, content):
+    plain_clip(tmp_path / "private.mp4")
+    (tmp_path / "list.mp4").write_text(content)
+    for read in (count_frames, lambda path: next(read_frames(path))):
+        with pytest.raises(DamagedVideo, match=r"list\.mp4: not a video"):
+            read(tmp_path / "list.mp4")

@@ -21,6 +21,7 @@ from upfeat.readers import (
     Decoded,
     by_tifffile,
     check_pixels,
+    check_tile,
     heif_image,
     naming_damage,
 )
@@ -43,7 +44,9 @@ _ORIENTATION = 274
 _EXTRA_SAMPLES = 338
 _SAMPLES_PER_PIXEL = 277
 _PLANAR = 284
+_TILE_WIDTH, _TILE_HEIGHT = 322, 323
 _PHOTOMETRIC = 262
+_ICON = b"\0\0\1\0"
 _SHALLOW = {"L;2": 85, "L;4": 17}
 """Factors by which Pillow multiplies greys of 2 and 4 bits, but not the transparent grey level."""
 
@@ -71,9 +74,15 @@ def decode_file(source: Path | bytes | IO[bytes], *, label: str, max_pixels: int
             raise ValueError(f'{label}: a file of text; open it by open(path, "rb")')
 
     try:
-        with naming_damage(label, "a truncated or damaged image"), _opened(source) as image:
+        with (
+            naming_damage(label, "a truncated or damaged image"),
+            _opened(source, max_pixels) as image,
+        ):
             check_pixels(image.size, label=label, max_pixels=max_pixels)
-            return _decode(image, source, label)
+            decoded = _decode(image, source, label, max_pixels)
+            height, width = decoded.values.shape[:2]  # an icon's header may tell another size
+            check_pixels((width, height), label=label, max_pixels=max_pixels)
+            return decoded
     except UnidentifiedImageError:
         return _without_pillow(source, label, max_pixels)
 
@@ -97,7 +106,7 @@ def open_upright(path: Path, *, short_side: int | None = None) -> Image.Image:
             :data:`MAX_PIXELS`.
     """
     try:
-        with naming_damage(str(path), "a damaged image"), _opened(path) as image:
+        with naming_damage(str(path), "a damaged image"), _opened(path, MAX_PIXELS) as image:
             check_pixels(image.size, label=str(path), max_pixels=MAX_PIXELS)
             if short_side is not None and image.format == "JPEG":
                 # Twice as fine as needed, so that the caller's resampling sets the quality.
@@ -126,45 +135,61 @@ def image_size(path: Path | bytes) -> tuple[int, int] | None:
 
 
 class _Limit:
-    """Context that lifts Pillow's own limit of pixels while any thread decodes.
+    """Pillow's own limit of pixels, set to that of the images that are being decoded.
 
-    Pillow's limit is below the size of telephones' photographs, and Pillow checks it both when it
-    opens a file and when it decodes. The limit of this library is checked between the two.
+    Pillow's limit is below the size of telephones' photographs. It is lifted while a file is
+    opened, since :func:`check_pixels` follows with a clear message. While it is decoded, Pillow
+    applies the limit to images inside it, such as the PNG of an icon, whose size the file's header
+    need not tell. Pillow has one limit for all threads: the largest that any of them needs.
     """
 
     def __init__(self) -> None:
-        self._lock, self._users, self._limit = threading.Lock(), 0, None
+        self._lock = threading.Lock()
+        self._limits: list[float] = []
+        self._own: Any = None
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def at_least(self, pixels: float) -> Iterator[None]:
+        """Context in which Pillow accepts images of ``pixels`` pixels."""
         with self._lock:
-            if not self._users:
-                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            self._users += 1
+            if not self._limits:
+                self._own = Image.MAX_IMAGE_PIXELS
+            self._limits.append(pixels)
+            self._apply()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._limits.remove(pixels)
+                self._apply()
 
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._users -= 1
-            if not self._users:
-                Image.MAX_IMAGE_PIXELS = self._limit
+    def _apply(self) -> None:
+        largest: Any = max(self._limits, default=self._own)
+        Image.MAX_IMAGE_PIXELS = None if largest == math.inf else largest
 
 
-_NO_LIMIT = _Limit()
+_LIMIT = _Limit()
 
 
 @contextmanager
-def _opened(source: Path | bytes) -> Iterator[Image.Image]:
-    """Open an image file without decoding it."""
+def _opened(source: Path | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Open an image file without decoding it, and bound images inside it by ``max_pixels``."""
     # Not by name: Pillow would map uncompressed TIFF files into memory and rotate them wrongly.
     file = source.open("rb") if isinstance(source, Path) else io.BytesIO(source)
-    with _NO_LIMIT, file, Image.open(file) as image:
-        if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
-            raise UnidentifiedImageError
-        if image.format == "PNG" and (points := coding_points(source)):
-            image.info["cicp"] = points
-        yield image
+    with file:
+        # An icon, unlike all others, is decoded when it is opened.
+        icon = _first_bytes(source).startswith(_ICON)
+        with _LIMIT.at_least(max_pixels if icon else math.inf):
+            image = Image.open(file)
+        with _LIMIT.at_least(max_pixels), image:
+            if image.format == "EPS":  # a program, which Pillow would have Ghostscript run
+                raise UnidentifiedImageError
+            if image.format == "PNG" and (points := coding_points(source)):
+                image.info["cicp"] = points
+            yield image
 
 
-def _decode(image: Image.Image, source: Path | bytes, label: str) -> Decoded:
+def _decode(image: Image.Image, source: Path | bytes, label: str, max_pixels: int) -> Decoded:
     unsaid = _unsaid_bands(image)
     tiff = image.format == "TIFF"
     tags: Any = {}
@@ -172,10 +197,11 @@ def _decode(image: Image.Image, source: Path | bytes, label: str) -> Decoded:
     if tiff:
         tags = image.tag_v2  # pyright: ignore[reportAttributeAccessIssue]
         refuse_raw(tags, _first_bytes(source), label)
+        check_tile(tags.get(_TILE_WIDTH), tags.get(_TILE_HEIGHT), label, max_pixels)
         bands = tags.get(_SAMPLES_PER_PIXEL, 1)
         planes = bands > 1 and tags.get(_PLANAR) == 2 and max(tags.get(_BITS, (8,))) > 8
         if planes or bands > 4:
-            return by_tifffile(source, label)
+            return by_tifffile(source, label, max_pixels)
     elif image.format != "MPO" and getattr(image, "is_animated", False):
         warnings.warn(f"{label}: an animation; its first frame is taken", stacklevel=2)
         image.seek(0)

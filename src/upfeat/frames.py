@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 WRITTEN_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm")
 
+# FFmpeg's readers of files that contain their own frames. Others, such as those of lists (concat),
+# of streams (HLS, DASH) and of sessions (SDP), open files and addresses that the file names.
+_SELF_CONTAINED = (
+    "mov,matroska,avi,asf,flv,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,obu,ivf,ogg,mxf,nut,dv,rm,"
+    "gif,apng"
+)
 # Ticks per second: MPEG-4 allows at most 65,535, and most common frame rates divide 60,000.
 _CLOCK = 60000
 _ENCODERS = {".webm": ("libvpx-vp9",)}
@@ -142,7 +148,8 @@ def _opened(av: Any, path: Path) -> Any:
     try:
         # An absolute path, since FFmpeg reads the text before a colon as the name of a protocol.
         # Titles and comments need not be UTF-8.
-        container = av.open(str(path.absolute()), metadata_errors="replace")
+        options = {"format_whitelist": _SELF_CONTAINED}
+        container = av.open(str(path.absolute()), metadata_errors="replace", options=options)
     except av.FFmpegError as error:
         raise DamagedVideo(f"{path}: not a video, or a truncated one ({_reason(error)})") from None
     if not container.streams.video:

@@ -109,8 +109,10 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
 def _take(path: Path, output: Path) -> int:
     """Open the lock file and lock it; return its handle."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = _open(path)
         try:
+            if not _is_ours(handle):
+                raise _foreign(path)
             locked = _lock(handle)
             if locked is None:
                 locked = not _is_alive(_read(handle))
@@ -124,6 +126,33 @@ def _take(path: Path, output: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)
+
+
+def _open(path: Path) -> int:
+    """Open or create a lock file, but no file behind a link, since its content is replaced.
+
+    Raises:
+        ValueError: the path is a link, or is no file.
+        OSError: the file cannot be opened.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise _foreign(path)
+    # Not followed either if it becomes a link now. Windows has no such flag.
+    return os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
+def _foreign(path: Path) -> ValueError:
+    return ValueError(f"{path}: is no lock file of upfeat; remove it, or give another output")
+
+
+def _is_ours(handle: int) -> bool:
+    """Return whether an open file is empty, or contains what a holder writes."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    try:
+        content = os.read(handle, 4096)
+    except OSError:  # locked, on Windows
+        return True
+    return not content or content.startswith(b"{")
 
 
 def _lock(handle: int) -> bool | None:

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 HEIF = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _ORIENTATION = 274
+_USUAL_TILE = 1 << 22
+_BYTES_A_PIXEL = 16
+"""Bytes of the largest pixels that Pillow knows, four values of 32 bits; more bands need more."""
 
 
 class Decoded(NamedTuple):
@@ -71,6 +74,18 @@ def check_pixels(size: tuple[int, int], *, label: str, max_pixels: int) -> None:
         )
 
 
+def check_tile(width: Any, height: Any, label: str, max_pixels: int) -> None:
+    """Check the sides of a TIFF's tiles, which are decoded whole even if the image is smaller.
+
+    Raises:
+        ValueError: a tile has more than ``max_pixels`` pixels, and more than are usual.
+    """
+    if isinstance(width, int) and isinstance(height, int):
+        check_pixels(
+            (width, height), label=f"{label}: a tile", max_pixels=max(max_pixels, _USUAL_TILE)
+        )
+
+
 def one_line(error: Exception) -> str:
     """First 300 characters of an error's message, in one line; its class if there is none."""
     return " ".join(str(error).split())[:300] or type(error).__name__
@@ -96,12 +111,13 @@ def heif_image(source: Path | bytes, label: str, max_pixels: int, brand: bytes) 
         return opened.to_pillow()
 
 
-def by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None) -> Decoded:
+def by_tifffile(source: Path | bytes, label: str, max_pixels: int) -> Decoded:
     """Decode a TIFF file with many bands, with colours in floating point, or with planar bands.
 
     Raises:
-        ValueError: the file is damaged, a camera's raw file or larger than ``max_pixels``, or the
-            package tifffile is not installed.
+        ValueError: the file is damaged, a camera's raw file or larger than ``max_pixels``, its
+            bands take more than 16 bytes for each of ``max_pixels``, or the package tifffile is not
+            installed.
     """
     try:
         import tifffile  # pyright: ignore[reportMissingImports]
@@ -115,15 +131,21 @@ def by_tifffile(source: Path | bytes, label: str, max_pixels: int | None = None)
         with tifffile.TiffFile(file) as opened:
             page = opened.pages.first
             tags = {tag.code: tag.value for tag in page.tags if tag.code < 65536}
-            if max_pixels is not None:
-                size = (page.imagewidth, page.imagelength)
-                check_pixels(size, label=label, max_pixels=max_pixels)
+            size = (page.imagewidth, page.imagelength)
+            check_pixels(size, label=label, max_pixels=max_pixels)
+            check_tile(page.tilewidth, page.tilelength, label, max_pixels)
+            if page.nbytes > _BYTES_A_PIXEL * max_pixels:
+                raise ValueError(
+                    f"its {times(page.shape)} values are {page.nbytes:,} bytes, more than "
+                    f"{_BYTES_A_PIXEL} for each of max_pixels={max_pixels:,}; if you trust it and "
+                    "have the memory, raise max_pixels"
+                )
             values = page.asarray()
             extra, orientation = page.extrasamples, int(page.tags.valueof(_ORIENTATION, 1))
             extra = int(extra[-1]) if extra else 0
             planes, inverted = page.planarconfig == 2, page.photometric == 0
     except ValueError as error:  # for example a compression that needs imagecodecs
-        raise ValueError(f"{label}: {one_line(error)}") from None
+        raise ValueError(f"{label}: {one_line(error).removeprefix(f'{label}: ')}") from None
     except MemoryError:
         raise
     except Exception as error:  # tifffile trusts the file's header, so any error can follow

@@ -322,7 +322,10 @@ def _load_tokenizer(source: str) -> Callable[..., Any]:
     library = import_library("transformers", extra="transformers")
     try:
         with quiet():
-            made = library.AutoTokenizer.from_pretrained(str(Path(source).expanduser()))
+            made = library.AutoTokenizer.from_pretrained(
+                str(Path(source).expanduser()),
+                trust_remote_code=False,  # without it, asked on the terminal
+            )
             alike = made("cat")["input_ids"] == made("dog")["input_ids"]
     except Exception as error:  # libraries of tokenizers raise errors of any kind
         reason = " ".join(str(error).split())[:200] or type(error).__name__

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,3 +218,21 @@ def test_contents_are_told_apart():
 def test_engines_name_what_they_do_not_take(options, words):
     with pytest.raises(ValueError, match=words):
         Engine(**options)
+
+
+@pytest.mark.skipif(not Path("/dev/null").exists(), reason="no /dev/null on this system")
+def test_a_link_to_a_device_is_told(tmp_path):
+    """/dev/zero would be read for ever, into memory; /dev/null is as good here."""
+    (tmp_path / "a.png").write_bytes(_png())
+    (tmp_path / "b.png").symlink_to("/dev/null")
+    first, second = list_items([tmp_path])
+    assert first.read() == _png()
+    with pytest.raises(ValueError, match=r"b\.png: a pipe or a device, not a file"):
+        second.read()
+
+
+@pytest.mark.parametrize("name", ["b\\..\\..\\a.png", "b/c\\..\\..\\a.png", "../a.png"])
+def test_names_lead_out_by_no_separator(tmp_path, name):
+    """Windows takes both for separators, and an archive may be written anywhere."""
+    found = list(list_items([_tar(tmp_path / "set.tar", [(name, _png())])]))
+    assert [one.reason for one in found] == ["leads out of the archive"]

@@ -12,7 +12,8 @@ import torch
 
 from upfeat import benchmark
 from upfeat.cli import info, main
-from upfeat.cli.console import progress_bar
+from upfeat.cli.console import note, progress_bar
+from upfeat.cli.streams import say
 
 
 @pytest.fixture
@@ -155,3 +156,32 @@ def test_folders_that_cannot_be_written_are_refused_before_the_work(
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
     assert main(line.format(*[tmp_path] * line.count("{}")).split()) == 2
     assert re.search(r"[bmhpv]\.\w+: Permission denied\n$", capsys.readouterr().err)
+
+
+ESCAPED = "a\\x1b[2K\\x9b\\r\\n\\u202ebé×.png"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_terminals_obey_no_names(capsys, fail, ended):
+    """Control characters of names, also of those in archives, are shown and not sent."""
+    name = "a\x1b[2K\x9b\r\n\u202ebé×.png"
+    if ended:
+        fail(FileNotFoundError(2, "No such file", name))
+        assert main(["info"]) == 2
+        assert capsys.readouterr().err == f"upfeat info: error: {ESCAPED}: No such file\n"
+    else:
+        note("run", name)
+        say(name)
+        shown = capsys.readouterr()
+        assert shown.err == f"upfeat run: note: {ESCAPED}\n"
+        assert shown.out == f"{ESCAPED}\n"
+
+
+def test_bars_obey_no_names(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_bar(keep=True) as progress:
+        progress.add_task("a\x1b]0;title\x07[b].png", total=1)
+        progress.refresh()
+    written = capsys.readouterr().err
+    assert "a\\x1b]0;title\\x07[b].png" in written
+    assert "\x1b]0" not in written

@@ -2,12 +2,7 @@
 
 import http.client
 import os
-import queue
-import re
 import shutil
-import subprocess
-import sys
-import threading
 from functools import partial
 from pathlib import Path
 
@@ -25,35 +20,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="apt-get install chromium"),
 ]
-
-
-@pytest.fixture(scope="module")
-def address():
-    command = [sys.executable, "-m", "upfeat", "demo", "--port", "0"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ
-    )
-    lines = queue.Queue()
-
-    def read():
-        for line in process.stdout:
-            lines.put(line)
-        lines.put(None)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    try:
-        shown = ""
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+/", shown)):
-            line = lines.get(timeout=120)
-            assert line is not None, shown
-            shown += line
-        yield found[0]
-    finally:
-        process.terminate()
-        process.wait(30)
-        reader.join(30)
-        process.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -54,6 +54,17 @@ def test_uploads_are_bounded(monkeypatch):
         read_upload(photograph())
 
 
+def test_scans_of_an_upload_are_bounded():
+    """Every scan takes the time of the whole picture: hours, in a file of 16 MiB."""
+    file = io.BytesIO()
+    Image.new("L", (64, 64), 128).save(file, "jpeg", progressive=True)
+    content = file.getvalue()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    assert read_upload(content[:-2] + 9 * last + content[-2:]).shape == (3, 64, 64)
+    with pytest.raises(ValueError, match="mine is a JPEG of more than 1000 scans; save it anew"):
+        read_upload(content[:-2] + 1000 * last + content[-2:], "mine")
+
+
 @pytest.mark.parametrize("orientation", range(2, 9))
 def test_uploads_are_upright(original, orientation):
     """A photograph of every orientation by EXIF that is upright is the same upload."""

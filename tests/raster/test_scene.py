@@ -260,3 +260,36 @@ def test_a_file_of_several_rasters_names_them(tmp_path):
         file["b"] = np.zeros((64, 64), np.float32)
     with pytest.raises(ValueError, match="holds several rasters; write one of them by"):
         Scene(tmp_path / "two.h5")
+
+
+@pytest.mark.parametrize("suffix", [".tif", ".TIFF", ".png", ".jpg", ".jp2"])
+def test_only_a_vrt_by_name_refers_to_other_files(tmp_path, suffix):
+    """A VRT that is named as a picture would read any file, and ask any server."""
+    write(tmp_path / "private.tif", picture(*SIDE))
+    band = (
+        '<VRTRasterBand dataType="Byte" band="1"><SimpleSource><SourceFilename relativeToVRT="1">'
+        "private.tif</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>"
+    )
+    content = f'<VRTDataset rasterXSize="56" rasterYSize="40">{band}</VRTDataset>'
+    (tmp_path / "scene.vrt").write_text(content)
+    np.testing.assert_allclose(shown(tmp_path / "scene.vrt")[0][0], picture(*SIDE)[0] / 255)
+    (tmp_path / f"scene{suffix}").write_text(content)
+    with pytest.raises(ValueError, match=rf"scene\{suffix}: not a raster that GDAL can read as "):
+        Scene(tmp_path / f"scene{suffix}")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_overviews_are_of_no_other_file(tmp_path, inside):
+    """Metadata of a GeoTIFF, or of the file beside it, may name any file or address for them."""
+    private = write(tmp_path / "private.tif", picture(*SIDE))
+    path = write(tmp_path / "scene.tif", picture(*SIDE))
+    if inside:
+        with rasterio.open(path, "r+") as file:
+            file.update_tags(ns="OVERVIEWS", OVERVIEW_FILE=str(private))
+    else:
+        name = f'<MDI key="OVERVIEW_FILE">{private}</MDI>'
+        (tmp_path / "scene.tif.aux.xml").write_text(
+            f'<PAMDataset><Metadata domain="OVERVIEWS">{name}</Metadata></PAMDataset>'
+        )
+    with pytest.raises(ValueError, match=r"scene\.tif: takes its overviews from .*private\.tif; r"):
+        Scene(path)

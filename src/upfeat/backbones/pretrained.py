@@ -20,6 +20,9 @@ from upfeat.failures import first_line
 
 _LOG = logging.getLogger("upfeat.backbones")
 
+_WITHOUT_CODE = {"trust_remote_code": False}
+"""Option of transformers, which otherwise asks on the terminal whether to run a folder's code."""
+
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -51,7 +54,7 @@ def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settin
     progress.disable_progress_bar()
     try:
         with quiet():
-            config = library.AutoConfig.from_pretrained(source)
+            config = library.AutoConfig.from_pretrained(source, **_WITHOUT_CODE)
             saved = _saved_class(library, config)
             missing: Iterable[str] = ()
             tower = _load_tower(library, source, config) if pretrained and not whole else None
@@ -59,19 +62,22 @@ def _load(source: str, pretrained: bool, whole: bool) -> tuple[nn.Module, Settin
                 network = tower
             elif pretrained:
                 network, report = (saved or library.AutoModel).from_pretrained(
-                    source, dtype=torch.float32, output_loading_info=True
+                    source, dtype=torch.float32, output_loading_info=True, **_WITHOUT_CODE
                 )
                 missing = report["missing_keys"]
-            elif saved is not None:
-                network = saved(config)
             else:
-                network = library.AutoModel.from_config(config)
+                network = _untrained(library, config)
             processor = _read_processor(source)
     except NoFeatures:
         raise
     except OSError as error:
         raise _unreachable(source, error) from None
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"hf:{source}: its model is code of its own, which is not run; if you trust it, "
+                "load it by transformers with trust_remote_code=True, and give the model"
+            ) from None
         raise ValueError(f"hf:{source}: {first_line(error)}") from None
     finally:
         if shown:
@@ -93,7 +99,7 @@ def _load_tower(library: Any, source: str, config: Any) -> nn.Module | None:
     """
     try:
         with torch.device("meta"):
-            network = (_saved_class(library, config) or library.AutoModel.from_config)(config)
+            network = _untrained(library, config)
     except Exception:  # it needs values when it is made
         return None
     part = vision_part(network)
@@ -155,6 +161,14 @@ def _saved_class(library: Any, config: Any) -> Any:
     if name.endswith("Backbone") or type(config) not in library.MODEL_MAPPING:
         return getattr(library, name, None)
     return None
+
+
+def _untrained(library: Any, config: Any) -> Any:
+    """Make a model of a configuration, with random weights."""
+    saved = _saved_class(library, config)
+    if saved is not None:
+        return saved(config)
+    return library.AutoModel.from_config(config, **_WITHOUT_CODE)
 
 
 def _check_complete(source: str, network: nn.Module, part: nn.Module, names: Iterable[str]) -> None:

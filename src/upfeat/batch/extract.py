@@ -191,7 +191,8 @@ def _tasks(sources: Sequence[str | Path], ledger: Ledger, summary: Summary) -> I
             alike.add(unified(item.key))
         try:
             content = item.read()
-        except (OSError, ValueError) as error:  # a list may contain names that are no image files
+        # A list may contain names that are no image files, or are of files beyond the memory.
+        except (OSError, ValueError, MemoryError) as error:
             yield {"key": item.key, "error": failure_reason(error)}, None
             continue
         entry = {"key": item.key, "sha256": content_hash(content)}

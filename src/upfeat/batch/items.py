@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from upfeat.bounds import paths_of
@@ -113,7 +113,7 @@ def _folder(folder: Path, prefix: str) -> Iterator[Item | Damaged]:
     if not photos:
         raise ValueError(f"{folder}: no image file in this folder")
     for name in sorted(photo.path.relative_to(folder).as_posix() for photo in photos):
-        yield Item(prefix + name, (folder / name).read_bytes)
+        yield Item(prefix + name, partial(_read_file, folder / name))
 
 
 def _list(path: Path) -> Iterator[Item | Damaged]:
@@ -133,7 +133,7 @@ def _list(path: Path) -> Iterator[Item | Damaged]:
 
 
 def _read_file(path: Path) -> bytes:
-    """Read a file that a list names."""
+    """Read a file that a list names, or that is in a folder, perhaps as a link."""
     if path.is_fifo() or path.is_char_device():
         raise ValueError(f"{path}: {_ENDLESS}")
     return path.read_bytes()
@@ -166,7 +166,7 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                 if not member.isfile():
                     yield Damaged(key, f"is a link to {member.linkname}; {_PACK}")
                     continue
-                if ".." in inner:
+                if ".." in PureWindowsPath(member.name).parts:  # Windows has two separators
                     yield Damaged(key, "leads out of the archive")
                     continue
                 file = archive.extractfile(member)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from upfeat.cli.choices import path_of
+from upfeat.cli.streams import printable
 
 HELP = "Compare results of upfeat eval: gains of upsamplers over nearest, by backbone and data."
 EXAMPLE = (
@@ -71,11 +72,11 @@ def execute(options: argparse.Namespace) -> int:
     # Cells are never cut off: a narrow terminal wraps the lines, and a file contains them whole.
     wide = Console(width=_WIDEST)
     for protocol, lines in cells(comparison).items():
-        table = Table(title=escape(f"{protocol}: {title(comparison)}"))
+        table = Table(title=escape(printable(f"{protocol}: {title(comparison)}")))
         for index, heading in enumerate(headings(comparison)):
-            table.add_column(escape(heading), justify="right" if index else "left")
+            table.add_column(escape(printable(heading)), justify="right" if index else "left")
         for line in lines:
-            table.add_row(*map(escape, line))
+            table.add_row(*(escape(printable(cell)) for cell in line))
         needed = min(wide.measure(table).maximum, _WIDEST)
         Console(width=max(Console().width, needed)).print(table)
     for text in comparison.notes:

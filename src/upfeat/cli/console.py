@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from upfeat.cli.streams import printable, say
 from upfeat.failures import failure_reason, one_line
 from upfeat.machine import readable
 from upfeat.marks import PICTURE
@@ -32,7 +33,7 @@ Plan = list[tuple[Path, Outputs]]
 
 def note(command: str, text: str) -> None:
     """Print a note to the user on standard error, since standard output is for results."""
-    print(f"upfeat {command}: note: {text}", file=sys.stderr)
+    say(f"upfeat {command}: note: {text}", error=True)
 
 
 @contextmanager
@@ -44,10 +45,16 @@ def progress_bar(*columns: str | ProgressColumn, keep: bool = False) -> Iterator
         keep: leave the bar on the screen when the work has ended.
     """
     from rich.console import Console
-    from rich.progress import Progress, TextColumn
+    from rich.progress import Progress, Task, TextColumn
+    from rich.text import Text
 
-    # File names are no markup: brackets in them would be taken for styles, or be an error.
-    plain = TextColumn("{task.description}", style="progress.description", markup=False)
+    class Name(TextColumn):
+        """File name, not markup: brackets would be taken for styles, or be an error."""
+
+        def render(self, task: Task) -> Text:
+            return Text(printable(task.description), style="progress.description")
+
+    plain = Name("{task.description}")
     described = [
         plain if "task.description" in getattr(column, "text_format", "") else column
         for column in columns or Progress.get_default_columns()
@@ -102,11 +109,11 @@ class Batch:
             with suppress(OSError):
                 folder.rmdir()
         for _, line in sorted(self._failures, key=lambda failure: failure[0]):
-            print(f"upfeat {self.command}: error: {line}", file=sys.stderr)
+            say(f"upfeat {self.command}: error: {line}", error=True)
         total = len(self._order) + len(self.found) - len(self.photos)
         if self._failures and total > 1:
             count = f"{len(self._failures)} of {total} photographs failed"
-            print(f"upfeat {self.command}: {count}", file=sys.stderr)
+            say(f"upfeat {self.command}: {count}", error=True)
 
     def make_folder(self, folder: Path) -> None:
         """Make the folder of results, which is removed at the end if it is still empty.
@@ -170,7 +177,7 @@ class Batch:
             with self.attempt(photo):
                 done = is_done(outputs, recipe(photo))
             if done:
-                print(f"{outputs.features}  done before")
+                say(f"{outputs.features}  done before")
             elif done is not None:
                 kept.append((photo, outputs))
         return kept

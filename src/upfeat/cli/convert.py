@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from upfeat.cli.choices import path_of
+from upfeat.cli.streams import say
 
 HELP = "Convert a published upsampler's checkpoint to safetensors with a record of its origin."
 EXAMPLE = (
@@ -33,5 +34,5 @@ def execute(options: argparse.Namespace) -> int:
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"{options.output}: exists; name another file, or give --overwrite")
     facts = write_checkpoint(options.checkpoint, options.output, sha256=options.sha256)
-    print(f"{options.output}  {facts['about']}")
+    say(f"{options.output}  {facts['about']}")
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import (
@@ -15,6 +14,7 @@ from upfeat.cli.choices import (
     path_of,
     with_layers,
 )
+from upfeat.cli.streams import printable
 from upfeat.evaluation.tasks import list_tasks
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def execute(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from upfeat.cli.console import progress_bar
+    from upfeat.cli.console import note, progress_bar
     from upfeat.evaluation import EvalConfig, evaluate
 
     protocols = {
@@ -211,10 +211,10 @@ def execute(options: argparse.Namespace) -> int:
             on_step=_bars(progress),
         )
     for problem in results.problems[:_PROBLEMS_SHOWN]:
-        print(f"upfeat eval: note: {problem}", file=sys.stderr)
+        note("eval", str(problem))
     more = len(results.problems) - _PROBLEMS_SHOWN
     if more > 0:
-        print(f"upfeat eval: note: and {more} more, in results.json", file=sys.stderr)
+        note("eval", f"and {more} more, in results.json")
     tables = [_table(results)]
     if results.differences:
         tables.append(_differences(results))
@@ -255,7 +255,8 @@ def _table(results: Results) -> Table:
     )
     if "pairs" in data:
         counts += f", {data['pairs']['number']} pairs"
-    table = Table(title=escape(f"{data['name']}: {counts}, {results.backbone['name']}"))
+    title = f"{data['name']}: {counts}, {results.backbone['name']}"
+    table = Table(title=escape(printable(title)))
     names = list(results.rows[0].scores)
     for name in ("protocol", "upsampler"):
         table.add_column(name, no_wrap=True)
@@ -276,7 +277,7 @@ def _table(results: Results) -> Table:
             for name, digits in COSTS.items():
                 value = row.cost.get(name)
                 cells.append("–" if value is None else f"{value:.{digits}f}")
-            table.add_row(protocol, escape(row.upsampler), *cells)
+            table.add_row(protocol, escape(printable(row.upsampler)), *cells)
         table.add_section()
     return table
 
@@ -304,6 +305,6 @@ def _differences(results: Results) -> Table:
             table.add_section()
         last = one.protocol
         mean = f"[bold]{one.mean}[/]" if one.certain else one.mean
-        names = (one.protocol, escape(one.upsampler), escape(one.against), one.score)
-        table.add_row(*names, mean, escape(one.interval), one.seeds)
+        pair = (escape(printable(one.upsampler)), escape(printable(one.against)))
+        table.add_row(one.protocol, *pair, one.score, mean, escape(one.interval), one.seeds)
     return table

@@ -12,6 +12,7 @@ from upfeat.cli.choices import (
     path_of,
     size_of,
 )
+from upfeat.cli.streams import say
 
 HELP = "Export a backbone, an upsampler and an optional head to ONNX or a PyTorch exported program."
 EXAMPLE = (
@@ -74,7 +75,7 @@ def execute(options: argparse.Namespace) -> int:
         stride=options.stride,
     )
     sides = f"sides from {facts['smallest_side']}" if size is None else options.size
-    print(
+    say(
         f"{options.output}  {', '.join((facts['backbone'], facts['upsampler']))}  "
         f"{facts['output_channels']} channels, {sides}, error {facts['largest_error']}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from upfeat.cli.choices import (
     add_backbone,
@@ -14,6 +13,7 @@ from upfeat.cli.choices import (
     matching,
     path_of,
 )
+from upfeat.cli.streams import say
 
 HELP = "Extract features of large image sets: folders, lists, tar archives and videos; resumable."
 EXAMPLE = (
@@ -116,8 +116,8 @@ def execute(options: argparse.Namespace) -> int:
             on_item=lambda key, done: progress.update(task, completed=done, description=key),
         )
     for key, reason in summary.failures:
-        print(f"upfeat extract: error: {key}: {reason}", file=sys.stderr)
-    print(
+        say(f"upfeat extract: error: {key}: {reason}", error=True)
+    say(
         f"{options.output}  {summary.made} made, {summary.kept} there before, "
         f"{len(summary.failures)} failed"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.cli.choices import add_backbone, load_model, matching, path_of
+from upfeat.cli.streams import say
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -137,7 +138,7 @@ def execute(options: argparse.Namespace) -> int:
                         on_step=_bar_updater(progress, task, photo.name),
                     )
                 if features is not None:
-                    print(f"{outputs.features}  {_outcome(features, config)}")
+                    say(f"{outputs.features}  {_outcome(features, config)}")
                 progress.remove_task(task)
     return batch.exit_code
 

@@ -27,7 +27,7 @@ from upfeat.cli import (
     video,
 )
 from upfeat.cli import eval as evaluate
-from upfeat.cli.streams import accept_all_characters
+from upfeat.cli.streams import accept_all_characters, say
 
 COMMANDS = {
     "run": run,
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = failure_reason(error)
         if reason is None:
             raise
-        print(f"upfeat {options.command}: error: {reason}", file=sys.stderr)
+        say(f"upfeat {options.command}: error: {reason}", error=True)
         return 2
 
 
@@ -132,4 +132,4 @@ def _show_warning(
     file: object = None,
     line: str | None = None,
 ) -> None:
-    print(f"upfeat: note: {' '.join(str(message).split())}", file=sys.stderr)
+    say(f"upfeat: note: {' '.join(str(message).split())}", error=True)

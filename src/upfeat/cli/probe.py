@@ -13,6 +13,7 @@ from upfeat.cli.choices import (
     path_of,
 )
 from upfeat.cli.raster import scale_of
+from upfeat.cli.streams import printable, say
 
 HELP = "Train a linear head on labelled photographs or a labelled raster; print its scores."
 EXAMPLE = (
@@ -114,7 +115,7 @@ def execute(options: argparse.Namespace) -> int:
     with console.status("reading …") as status:
 
         def tell(name: str) -> None:
-            status.update(escape(name))
+            status.update(escape(printable(name)))
 
         if options.labels is None:
             head, scores = train_on_folder(
@@ -136,8 +137,8 @@ def execute(options: argparse.Namespace) -> int:
     print(f"cross-validated, {scores.groups} images or tiles in {folds} folds, IoU of pixels")
     print("of all folds together, ± standard deviation of the folds:")
     for line in scores.lines(head.names):
-        print(f"  {line}")
-    print(f"{options.output}  {len(head.names)} classes")
+        say(f"  {line}")
+    say(f"{options.output}  {len(head.names)} classes")
     return 0
 
 

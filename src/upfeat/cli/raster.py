@@ -13,6 +13,7 @@ from upfeat.cli.choices import (
     load_with_head,
     path_of,
 )
+from upfeat.cli.streams import say
 
 if TYPE_CHECKING:
     from upfeat.heads import SavedHead
@@ -120,7 +121,7 @@ def execute(options: argparse.Namespace) -> int:
         )
         size = f"{what.count}×{scene.size[0]}×{scene.size[1]}"
     dtype = what.dtype if options.output.suffix.lower() == ".zarr" else file_dtype(what.dtype)
-    print(f"{options.output}  {size} {dtype}")
+    say(f"{options.output}  {size} {dtype}")
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import logging
 
 from upfeat.cli.choices import path_of, size_of
+from upfeat.cli.streams import say
 
 HELP = "Render fitted implicit features at any size."
 EXAMPLE = (
@@ -73,5 +74,5 @@ def execute(options: argparse.Namespace) -> int:
             on_rows=lambda done, total: progress.update(task, completed=done, total=total),
         )
     height, width = size or (features.shape[2], features.shape[3])
-    print(f"{output}  {features.shape[1]}×{height}×{width}")
+    say(f"{output}  {features.shape[1]}×{height}×{width}")
     return 0

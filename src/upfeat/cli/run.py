@@ -18,6 +18,7 @@ from upfeat.cli.choices import (
     matching,
     path_of,
 )
+from upfeat.cli.streams import say
 
 if TYPE_CHECKING:
     from upfeat.cli.console import Batch, Plan
@@ -150,5 +151,5 @@ def _run_all(batch: Batch, plan: Plan, run: Callable[[Path, Outputs], Sequence[i
             if shape is not None:
                 # The bar and the line are written to two streams: keep their order.
                 progress.console.file.flush()
-                print(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")
+                say(f"{' '.join(map(str, outputs.paths))}  {'×'.join(map(str, shape))}")
             progress.advance(task)

@@ -1,9 +1,10 @@
-"""Output on terminals and into files whose encoding lacks some characters, as often on Windows."""
+"""Output on terminals, which obey control characters, and may lack others, as often on Windows."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import re
 import sys
 
 _ERRORS = "upfeat.plain"
@@ -11,6 +12,22 @@ _PLAIN = {
     **{"×": "x", "→": "->", "…": "...", "−": "-", "–": "-", "—": "--", "·": ".", "²": "^2"},
     **{"≥": ">=", "≤": "<=", "±": "+-", "σ": "sigma", "τ": "tau", "°": " degrees"},
 }
+
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print one line, on standard error if it is no result, with its control characters escaped."""
+    print(printable(text), file=sys.stderr if error else sys.stdout)
+
+
+def printable(text: str) -> str:
+    """Escape control characters, and those that change the direction of writing.
+
+    Names of files, also inside archives, and texts in files may contain any character. A terminal
+    would obey these: it would hide text, or show another.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def accept_all_characters() -> None:

@@ -21,6 +21,7 @@ from upfeat.cli.choices import (
     path_of,
     with_layers,
 )
+from upfeat.cli.streams import say
 from upfeat.settings import add_flags, check_each, settings_of
 from upfeat.training.config import PRESETS, TrainConfig
 
@@ -106,7 +107,7 @@ def execute(options: argparse.Namespace) -> int:
             print(f"upfeat train: interrupted{_next(options, progress.step)}", file=sys.stderr)
         return 130
     if _is_main():
-        print(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
+        say(f"{options.output / 'upsampler'}  {progress.outcome()}".rstrip())
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from upfeat.bounds import PASSES
@@ -14,6 +13,7 @@ from upfeat.cli.choices import (
     load_with_head,
     path_of,
 )
+from upfeat.cli.streams import say
 
 if TYPE_CHECKING:
     from upfeat.video import VideoReport
@@ -106,9 +106,9 @@ def execute(options: argparse.Namespace) -> int:
         )
     if options.report is not None:
         write_report(options.report, report)
-    print(f"{options.output}  {describe(report, classes=head is not None)}")
+    say(f"{options.output}  {describe(report, classes=head is not None)}")
     if report.damage is not None:
-        print(f"upfeat video: error: {report.damage}; the result ends there", file=sys.stderr)
+        say(f"upfeat video: error: {report.damage}; the result ends there", error=True)
     return 2 if report.damage is not None else 0
 
 

@@ -34,6 +34,10 @@ _BUSY = """(...chosen) => {
 """Script that shows that features are being computed, and passes on what was chosen."""
 _BODY = MAX_BYTES * 4 // 3 + (1 << 16)
 _START = 448
+_POSTED = ("queue/join", "reset", "cancel")
+"""Addresses of Gradio that the page sends data to."""
+_READ = ("queue/data", "heartbeat/", "startup-events", "app_id")
+"""Addresses of Gradio, or beginnings of them, that the page and the server's start read."""
 
 
 def build(models: Models, visits: Visits) -> gr.Blocks:
@@ -149,7 +153,11 @@ def _free_port(host: str, port: int) -> int:
 
 
 class _Bounded:
-    """Middleware that refuses large requests and Gradio's uploads to disk before reading them."""
+    """Middleware that refuses large requests, and what the page does not use, before reading them.
+
+    Of Gradio's addresses, others store uploads, recordings and what a visitor sees on disk, serve
+    files and fetch from servers.
+    """
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -168,12 +176,20 @@ class _Bounded:
             b"transfer-encoding", b""
         )
         too_large = unsized or not length.isdigit() or int(length) > _BODY
-        if too_large or "/upload" in scope["path"]:
+        if too_large or not _is_used(scope["method"], scope["path"]):
             code = 413 if too_large else 403
             await send({"type": "http.response.start", "status": code, "headers": []})
             await send({"type": "http.response.body", "body": b"refused"})
             return
         await self.app(scope, receive, send)
+
+
+def _is_used(method: str, path: str) -> bool:
+    """Return whether the page sends such requests; there may be folders before the path."""
+    _, below, asked = path.partition("/gradio_api/")
+    if method == "POST":
+        return asked in _POSTED
+    return method in ("GET", "HEAD") and (not below or asked.startswith(_READ))
 
 
 def _read(name: str) -> str:

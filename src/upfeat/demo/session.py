@@ -39,6 +39,11 @@ MAX_BYTES = 16 << 20
 MAX_PIXELS = 32_000_000
 """Pixels of the largest photograph that may be uploaded; it is resized afterwards."""
 
+MAX_SCANS = 1000
+"""Scans of the largest progressive JPEG that may be uploaded, a hundred times those of usual ones.
+
+Each takes the time of the whole picture, and needs 50 bytes of the file."""
+
 MAX_STROKE_POINTS = 4000
 """Largest number of painted pixels that a probe is fitted on; a larger number is thinned evenly."""
 
@@ -72,7 +77,7 @@ def read_upload(content: bytes, label: str = "the file") -> Tensor:
         (3, H, W) uint8. Photographs longer than 2:1 become smaller, since their area is bounded.
 
     Raises:
-        ValueError: the file is empty, too large, or no photograph.
+        ValueError: the file is empty, too large, takes too long to decode, or is no photograph.
     """
     if not content:
         raise ValueError(f"{label} is empty; choose a photograph")
@@ -81,6 +86,8 @@ def read_upload(content: bytes, label: str = "the file") -> Tensor:
             f"{label} has {len(content) / (1 << 20):.0f} MiB; at most {MAX_BYTES >> 20} MiB are "
             "taken, so save it smaller first"
         )
+    if content.startswith(b"\xff\xd8") and content.count(b"\xff\xda") > MAX_SCANS:
+        raise ValueError(f"{label} is a JPEG of more than {MAX_SCANS} scans; save it anew first")
     try:
         image = read_image(content, max_pixels=MAX_PIXELS)
     except ValueError as error:

@@ -25,6 +25,14 @@ CACHE_BYTES = 128 * 2**20
 """Size of GDAL's cache of decoded blocks, bytes."""
 
 _OVERVIEW_SIDE = 1024
+_READERS = {
+    **dict.fromkeys((".tif", ".tiff"), "GTiff"),
+    **dict.fromkeys((".jp2", ".j2k"), "JP2OpenJPEG"),
+    **dict.fromkeys((".jpg", ".jpeg"), "JPEG"),
+    ".png": "PNG",
+}
+"""GDAL's readers by suffix. A file of another suffix is opened by the reader that recognises it,
+perhaps that of VRT, whose files name other files and addresses."""
 _COLOURS = ("red", "green", "blue")
 
 Scale = tuple[float, float] | Sequence[tuple[float, float]] | None
@@ -51,17 +59,28 @@ def open_raster(path: Path, needed_for: str) -> Any:
     """Open a file with rasterio.
 
     Raises:
-        ValueError: the file is no raster, or rasterio is not installed.
+        ValueError: the file is no raster, or one under the name of a picture that refers to another
+            file, or rasterio is not installed.
     """
     rasterio = import_rasterio(needed_for)
+    reader = _READERS.get(path.suffix.lower())
+    with rasterio.Env() as environment:
+        reader = reader if reader in environment.drivers() else None
     try:
         with warnings.catch_warnings():
             # A raster without a georeference is upsampled like any other.
             warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             # Absolute, since GDAL reads the text before a colon as the name of a protocol.
-            return rasterio.open(path.absolute())
+            file = rasterio.open(path.absolute(), driver=reader)
+            other = file.tags(ns="OVERVIEWS").get("OVERVIEW_FILE", "")
+            # A file in the same folder is no stranger: some programs keep overviews beside a file.
+            if reader is not None and other and not re.fullmatch(r":::BASE:::[^/\\]+", other):
+                file.close()
+                raise ValueError(f"{path}: takes its overviews from {other}; remove that metadata")
+            return file
     except raster_errors() as error:
-        raise ValueError(f"{path}: not a raster that GDAL can read ({error})") from None
+        kind = "" if reader is None else f" as {reader}, by its name"
+        raise ValueError(f"{path}: not a raster that GDAL can read{kind} ({error})") from None
 
 
 def raster_errors() -> tuple[type[Exception], ...]:

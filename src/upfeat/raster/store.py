@@ -28,8 +28,8 @@ from upfeat.raster.axes import write_axes
 from upfeat.raster.cog import write_cog
 from upfeat.raster.outputs import NO_CLASS
 from upfeat.raster.plan import CHUNK
-from upfeat.raster.scene import Scene, import_rasterio
-from upfeat.storage import move, replacing
+from upfeat.raster.scene import Scene, open_raster
+from upfeat.storage import move, replacing, write_bytes
 from upfeat.strict_json import read_object
 from upfeat.upsamplers import Window
 
@@ -106,7 +106,7 @@ class Store:
         except OSError as error:
             raise ValueError(f"{self.partial}: cannot be written ({error.strerror})") from None
         self._run = uuid.uuid4().hex
-        (self.partial / _RUN).write_text(self._run, encoding="ascii")
+        write_bytes(self.partial / _RUN, self._run.encode())
         self._writer = self.writer()
         self._ledger = (self.partial / _LEDGER).open("a", encoding="ascii")
 
@@ -157,7 +157,7 @@ class Store:
         if ledger.is_file():
             lines = ledger.read_bytes().splitlines(keepends=True)
             done = [line for line in lines if line.endswith(b"\n")]
-            ledger.write_bytes(b"".join(done))
+            write_bytes(ledger, b"".join(done))
             if not all(line.strip().isdigit() for line in done):
                 raise ValueError(f"{ledger}: damaged; begin anew by --overwrite")
             self.done = {int(line) for line in done}
@@ -303,9 +303,7 @@ def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:
             text = (output / "zarr.json").read_text(encoding="utf-8")
             recorded = json.loads(text)["attributes"]["upfeat"]
         else:
-            rasterio = import_rasterio("reading GeoTIFF")
-            with warnings.catch_warnings(), rasterio.open(output.absolute()) as file:
-                warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
+            with open_raster(output, "reading GeoTIFF") as file:
                 recorded = json.loads(file.tags()["upfeat"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
