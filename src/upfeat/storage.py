@@ -149,6 +149,23 @@ def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path, name: Path) -> None:
+    """Check that files can be made in a folder, by a temporary one.
+
+    Args:
+        folder: the folder.
+        name: path for the error to name.
+
+    Raises:
+        OSError: no file can be made there.
+    """
+    try:
+        with _temporary(folder / "trial", folder=False):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(name)) from None
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """Context in which system errors about a temporary file, or without a file, name ``path``."""
