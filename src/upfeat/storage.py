@@ -71,7 +71,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():  # fail now rather than after the content is computed
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    with _naming(path), _temporary(path, folder=False) as temporary:
+    with naming(path), _temporary(path, folder=False) as temporary:
         yield temporary
         # mkstemp makes files private; give the result the permissions of any new file.
         temporary.chmod(0o666 & ~_umask())
@@ -107,7 +107,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: writing failed; see :func:`replacing`.
     """
-    with _naming(path), _temporary(path, folder=True) as temporary:
+    with naming(path), _temporary(path, folder=True) as temporary:
         inside = temporary / "new"
         yield inside
         if path.is_dir() and not path.is_symlink():
@@ -167,7 +167,7 @@ def check_writable(folder: Path, name: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Context in which system errors about a temporary file, or without a file, name ``path``."""
     try:
         yield
