@@ -1,5 +1,6 @@
 """One writer at a time, however the one before ended."""
 
+import errno
 import json
 import os
 import socket
@@ -78,6 +79,24 @@ def test_an_error_inside_lets_go(tmp_path):
         raise KeyError
     with locks.hold(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("written", [0, -1])
+def test_a_full_disk_leaves_no_lock_file(tmp_path, monkeypatch, written):
+    def full(handle, content):
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return written
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space left on device") as failed, locks.hold(tmp_path):
+        pass
+    assert failed.value.filename == str(tmp_path / ".lock")
+    assert list(tmp_path.iterdir()) == []
+    refused = pytest.raises(ValueError, match=r"new: cannot be written \(No space left")
+    with refused, locks.hold_folder(tmp_path / "new"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

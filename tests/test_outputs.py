@@ -16,7 +16,9 @@ from upfeat.outputs import (
     check_output,
     digest,
     is_done,
+    make_folder,
     plan_outputs,
+    prepare_output,
     watched,
 )
 from upfeat.photo_search import find_photographs, search
@@ -56,6 +58,15 @@ def test_relative_and_empty_folders(photo, monkeypatch):
     for folder in ("", ".", "../" + photo.parent.name):
         with pytest.raises(ValueError, match="is the input"):
             check_output(Path(folder) / photo.name, Inputs([photo]), PICTURE)
+
+
+def test_a_folder_of_results_may_hold_anything(tmp_path):
+    """Such as a checkout of upfeat."""
+    for name in ("upfeat", "trial"):
+        (tmp_path / name).mkdir()
+    make_folder(tmp_path)
+    prepare_output(tmp_path / "head.safetensors", Inputs(()), FEATURES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trial", "upfeat"]
 
 
 def test_files_of_others_are_kept(tmp_path):

@@ -96,7 +96,7 @@ def hold_folder(folder: str | Path) -> Iterator[None]:
     try:
         with hold(folder):
             yield
-    except PermissionError as error:
+    except OSError as error:
         if str(error.filename) != str(lock_file(folder)):  # of another file, such as an input
             raise
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
@@ -120,7 +120,7 @@ def _take(path: Path, output: Path) -> int:
                 raise ValueError(_refusal(output, path, _read(handle)))
             # The previous holder may have removed the file after it was opened here.
             if _is_file_of(path, handle):
-                _write(handle)
+                _write(handle, path)
                 return handle
         except BaseException:
             os.close(handle)
@@ -184,13 +184,20 @@ def _is_file_of(path: Path, handle: int) -> bool:
         return False
 
 
-def _write(handle: int) -> None:
-    """Write this process and the time to the lock file."""
+def _write(handle: int, path: Path) -> None:
+    """Write this process and the time to the lock file; remove the file if the disk is full."""
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-    os.ftruncate(handle, 0)
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, json.dumps(holder).encode())
+    content = json.dumps(holder).encode()
+    try:
+        os.ftruncate(handle, 0)
+        os.lseek(handle, 0, os.SEEK_SET)
+        if os.write(handle, content) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        with suppress(OSError):
+            path.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _read(handle: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from upfeat._version import __version__
 from upfeat.machine import readable
 from upfeat.marks import kind_of, picture_facts
 from upfeat.photo_search import Photo
-from upfeat.storage import replacing, sweep
+from upfeat.storage import check_writable, sweep
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,9 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        with suppress(_Writable), replacing(folder / "upfeat"):
-            raise _Writable
+        check_writable(folder, folder)
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror})") from None
-
-
-class _Writable(Exception):
-    """Raised inside :func:`replacing` to undo a trial file."""
 
 
 class Inputs:
@@ -206,14 +201,13 @@ def prepare_output(output: Path, inputs: Inputs, kind: str, *, overwrite: bool =
 
     Raises:
         ValueError: the output may not be written, or its folder does not exist.
-        PermissionError: its folder is not writable.
+        OSError: its folder cannot be written.
     """
     check_output(output, inputs, kind, overwrite=overwrite)
     if not output.parent.is_dir():
         raise ValueError(f"{output}: there is no folder {output.parent}; make it first")
-    if not os.access(output.parent, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(output))
     sweep(output.parent)
+    check_writable(output.parent, output)
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     if path.is_dir():  # fail now rather than after the content is computed
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    with _naming(path), _temporary(path, folder=False) as temporary:
+    with naming(path), _temporary(path, folder=False) as temporary:
         yield temporary
         # mkstemp makes files private; give the result the permissions of any new file.
         temporary.chmod(0o666 & ~_umask())
@@ -108,7 +108,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     Raises:
         OSError: writing failed; see :func:`replacing`.
     """
-    with _naming(path), _temporary(path, folder=True) as temporary:
+    with naming(path), _temporary(path, folder=True) as temporary:
         inside = temporary / "new"
         yield inside
         if path.is_dir() and not path.is_symlink():
@@ -150,8 +150,25 @@ def _temporary(path: Path, *, folder: bool) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_writable(folder: Path, name: Path) -> None:
+    """Check that files can be made in a folder, by a temporary one.
+
+    Args:
+        folder: the folder.
+        name: path for the error to name.
+
+    Raises:
+        OSError: no file can be made there.
+    """
+    try:
+        with _temporary(folder / "trial", folder=False):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(name)) from None
+
+
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Context in which system errors about a temporary file, or without a file, name ``path``."""
     try:
         yield

@@ -27,3 +27,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
         assert error.count("\n") == 1
         assert name in error
     assert not target.exists()
+
+
+def test_remains_of_a_killed_conversion_are_removed(tmp_path):
+    source = tmp_path / "x.pth"
+    torch.save(published_state(upfeat.NAF()), source)
+    (tmp_path / ".upfeat-4000000000-abcdefgh.safetensors").write_bytes(b"half")
+    assert main(["convert", str(source), str(tmp_path / "x.safetensors")]) == 0
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["x.pth", "x.safetensors"]

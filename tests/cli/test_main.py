@@ -1,9 +1,12 @@
 """What every command has in common: exit codes, errors of one line, notes."""
 
+import errno
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import warnings
 
 import numpy
@@ -153,9 +156,12 @@ def test_output_that_nobody_reads_to_its_end_is_no_error():
 def test_folders_that_cannot_be_written_are_refused_before_the_work(
     line, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    def refuse(**options):
+        raise OSError(errno.EROFS, "Read-only file system", "temporary")
+
+    monkeypatch.setattr(tempfile, "mkstemp", refuse)  # root may write everywhere
     assert main(line.format(*[tmp_path] * line.count("{}")).split()) == 2
-    assert re.search(r"[bmhpv]\.\w+: Permission denied\n$", capsys.readouterr().err)
+    assert re.search(r"[bmhpv]\.\w+: Read-only file system\n$", capsys.readouterr().err)
 
 
 ESCAPED = "a\\x1b[2K\\x9b\\r\\n\\u202ebé×.png"
@@ -185,3 +191,65 @@ def test_bars_obey_no_names(monkeypatch, capsys):
     written = capsys.readouterr().err
     assert "a\\x1b]0;title\\x07[b].png" in written
     assert "\x1b]0" not in written
+
+
+SIGNALLED = """
+import os, signal, sys
+from upfeat.cli import info, main
+from upfeat.storage import replacing
+def execute(options):
+    with replacing(__import__("pathlib").Path(sys.argv[2])):
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+        signal.pause()
+info.execute = execute
+sys.exit(main(["info"]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows ends a process without a signal")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_that_end_a_command_leave_no_remains(name, code, tmp_path):
+    """As those of Ctrl-C, ``timeout`` and ``docker stop``, and of a terminal that is closed."""
+    command = [sys.executable, "-c", SIGNALLED, name, str(tmp_path / "result.png")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        # A test run in the background ignores these.
+        preexec_fn=lambda: [
+            signal.signal(one, signal.SIG_DFL)
+            for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        ],
+    )
+    assert (done.returncode, done.stderr) == (code, "upfeat info: interrupted\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
+def test_signals_that_are_ignored_stay_so_and_others_are_as_before(monkeypatch):
+    """``nohup`` ignores SIGHUP."""
+    found = []
+    monkeypatch.setattr(
+        info, "execute", lambda options: found.append(signal.getsignal(signal.SIGHUP)) or 0
+    )
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["info"]) == 0
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert main(["info"]) == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert found[0] is signal.SIG_IGN
+    assert callable(found[1])
+
+
+def test_an_interrupt_before_the_command_is_known_is_one_line(monkeypatch, capsys):
+    module = sys.modules["upfeat.cli.main"]
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "build_parser", interrupted)
+    assert main(["info"]) == 130
+    assert capsys.readouterr().err == "upfeat: interrupted\n"

@@ -61,7 +61,7 @@ def test_a_full_disk_loses_no_tile(tmp_path, disk, small_model, capsys, monkeypa
     calm = ["raster", path, "-o", tmp_path / name, "--dtype", "fp32"]
     assert main(list(map(str, calm))) == 0
     arguments = ["raster", path, "-o", disk / name, "--dtype", "fp32"]
-    refused(arguments, "No space left on device", capsys)
+    refused(arguments, f"{disk / name}.partial: No space left on device", capsys)
     assert not (disk / name).exists()
     done = (disk / f"{name}.partial" / "tiles.txt").read_text().split()
     assert 0 < len(done) < 12

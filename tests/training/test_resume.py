@@ -44,6 +44,10 @@ def test_killed_at_random_moments(photos, backbone, tmp_path, times):
     assert files(tmp_path / "run") == files(tmp_path / "whole")
 
 
+# Windows has no signal of a closed terminal.
+HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
+
+
 @pytest.fixture
 def heeded_signals():
     """Signals are not ignored, as they are in the background of a script."""
@@ -53,7 +57,7 @@ def heeded_signals():
 
 
 @pytest.mark.usefixtures("heeded_signals")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, *HANGUP])
 def test_interrupted(photos, backbone, tmp_path, number):
     upfeat.train(backbone, photos, small_config(tmp_path / "whole"))
 

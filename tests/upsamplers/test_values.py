@@ -1,9 +1,11 @@
 """Arguments, configurations and weights from anywhere: right, or refused by name."""
 
+import errno
 import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -284,3 +286,27 @@ def test_checks_of_tensors_alone():
     with pytest.raises(ValueError, match=r"and 998 more") as raised:
         check_layouts("x", many, expected)
     assert len(str(raised.value)) < 300
+
+
+def test_a_full_disk_leaves_the_earlier_upsampler_whole(tmp_path, monkeypatch):
+    """A mixture of files whose weights have equal shapes would be read without an error."""
+    upfeat.NeighbourhoodUpsampler(radius=1, query_dim=4, levels=2).save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    make, made = tempfile.mkstemp, []
+
+    def full(**options):
+        made.append(options)
+        if len(made) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return make(**options)
+
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        upfeat.NeighbourhoodUpsampler(radius=3, query_dim=4, levels=2).save_pretrained(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_remains_of_a_killed_process_are_removed(tmp_path):
+    (tmp_path / ".upfeat-4000000000-abcdefgh.safetensors").write_bytes(b"half")
+    upfeat.NeighbourhoodUpsampler(query_dim=4, levels=2).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -21,7 +21,7 @@ from upfeat.bounds import path_of, quoted, whole
 from upfeat.feature_map import check_tensor
 from upfeat.geometry import reflect_pad
 from upfeat.model import FeatUp
-from upfeat.storage import write_bytes
+from upfeat.storage import replacing
 from upfeat.tensor_checks import check_not_too_small, fault_in_memory, largest_magnitude
 from upfeat.types import Size, shapes_repr
 from upfeat.upsamplers.checks import check_output_size
@@ -194,10 +194,12 @@ def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "flo
         "encoded_size": list(grid.encoded_size),
         "pad": list(grid.pad),
     }
-    text = json.dumps(geometry, indent=1) + "\n"  # before anything is replaced: it may fail
-    _geometry_path(path).unlink(missing_ok=True)  # an old geometry must not vouch for a new tensor
-    write_bytes(path, content.getvalue())
-    write_bytes(_geometry_path(path), text.encode())
+    text = json.dumps(geometry, indent=1) + "\n"
+    # Both are written before either replaces an earlier file, lest a full disk leave a mixture.
+    with replacing(_geometry_path(path)) as described, replacing(path) as temporary:
+        described.write_bytes(text.encode())
+        temporary.write_bytes(content.getvalue())
+        _geometry_path(path).unlink(missing_ok=True)  # it must not vouch for a new tensor
     return path
 
 

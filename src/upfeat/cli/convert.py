@@ -29,10 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Convert the checkpoint and print a description of the upsampler."""
+    from upfeat.storage import sweep
     from upfeat.upsamplers.checkpoints import write_checkpoint
 
     if options.output.exists() and not options.overwrite:
         raise ValueError(f"{options.output}: exists; name another file, or give --overwrite")
+    sweep(options.output.parent)
     facts = write_checkpoint(options.checkpoint, options.output, sha256=options.sha256)
     say(f"{options.output}  {facts['about']}")
     return 0

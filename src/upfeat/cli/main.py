@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
 from upfeat._version import __version__
@@ -85,31 +88,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: arguments after ``upfeat``; ``None`` for those of the process.
 
     Returns:
-        The exit code: 0, 2 for bad input, 130 when interrupted, 141 if nobody reads the output.
+        The exit code: 0, 2 for bad input, 130 when interrupted, 143 when terminated (129 when the
+        terminal was closed), 141 if nobody reads the output.
     """
     accept_all_characters()
-    options = build_parser().parse_args(arguments)
-    calm_threads()
+    name = "upfeat"
     try:
-        with warnings.catch_warnings():
+        with _signals_as_interrupts(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
+            options = build_parser().parse_args(arguments)
+            name = f"upfeat {options.command}"
+            calm_threads()
             code = COMMANDS[options.command].execute(options)
             print(end="", flush=True)  # standard output may be closed, and is None then
             return code
     except BrokenPipeError:  # the reader of the output, such as head, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except KeyboardInterrupt:
-        print(f"upfeat {options.command}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as interrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 128 + next(iter(interrupt.args), signal.SIGINT)
     except Exception as error:
         from upfeat.failures import failure_reason
 
         reason = failure_reason(error)
         if reason is None:
             raise
-        say(f"upfeat {options.command}: error: {reason}", error=True)
+        say(f"{name}: error: {reason}", error=True)
         return 2
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Context in which SIGTERM and SIGHUP, as Ctrl-C, let a command remove what is unfinished.
+
+    Signals that are ignored, as by ``nohup``, or handled stay so. Outside the main thread, no
+    signals are handled.
+    """
+    taken: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):  # Windows lacks the second
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, end)
+                taken.append(number)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def calm_threads() -> None:

@@ -29,7 +29,7 @@ from upfeat.raster.cog import write_cog
 from upfeat.raster.outputs import NO_CLASS
 from upfeat.raster.plan import CHUNK
 from upfeat.raster.scene import Scene, open_raster
-from upfeat.storage import move, replacing, write_bytes
+from upfeat.storage import move, naming, replacing, write_bytes
 from upfeat.strict_json import read_object
 from upfeat.upsamplers import Window
 
@@ -197,9 +197,10 @@ class Store:
 
     def record(self, index: int) -> None:
         """Record in the ledger, durably, that a tile is written."""
-        self._ledger.write(f"{index}\n")
-        self._ledger.flush()
-        os.fsync(self._ledger.fileno())
+        with naming(self.partial):
+            self._ledger.write(f"{index}\n")
+            self._ledger.flush()
+            os.fsync(self._ledger.fileno())
 
     def finish(self, scene: Scene, names: list[str], provenance: Mapping[str, Any]) -> None:
         """Complete the output and give it its final name.
@@ -224,7 +225,8 @@ class Store:
 
     def close(self) -> None:
         """Close the ledger; the partial output stays and can be resumed."""
-        self._ledger.close()
+        with naming(self.partial):  # what a full disk refused is tried again
+            self._ledger.close()
 
     def _finish_zarr(self, scene: Scene, names: list[str], provenance: Mapping[str, Any]) -> None:
         for unneeded in (self.parts, self.partial / _OLD):
@@ -288,7 +290,8 @@ class TileWriter:
         if self._values is None:
             self._values = _import_zarr().open_array(str(self._partial / _ARRAY), mode="r+")
         rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
-        self._values[:, rows, columns] = values
+        with naming(self._partial):
+            self._values[:, rows, columns] = values
 
 
 def is_finished(output: Path, provenance: Mapping[str, Any]) -> bool:

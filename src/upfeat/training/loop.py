@@ -73,7 +73,7 @@ def train(
             is being written by another process, or features or loss became NaN or infinite (the
             last checkpoint is kept).
         OSError: a file could not be written; earlier checkpoints are kept.
-        KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM, after a checkpoint.
+        KeyboardInterrupt: the run was stopped by SIGINT, SIGTERM or SIGHUP, after a checkpoint.
     """
     config = TrainConfig() if config is None else config
     _check_kinds(photos, config, on_step)
@@ -364,16 +364,19 @@ def _placed(backbones: list[Backbone], device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _interruption() -> Iterator[threading.Event]:
-    """Set the event that is yielded at the first SIGINT or SIGTERM, so that a step is completed.
+    """Set the event that is yielded at the first signal to stop, so that a step is completed.
 
-    A second signal has its usual effect. Ignored signals stay ignored, as in the background of a
-    script. Outside the main thread, no signals are handled.
+    The signals are SIGINT, SIGTERM and SIGHUP (a closed terminal). A second signal has its usual
+    effect. Ignored signals stay ignored, as in the background of a script. Outside the main thread,
+    no signals are handled.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows lacks the last
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
     before = {one: handler for one, handler in before.items() if handler is not signal.SIG_IGN}
 
     def stop(number: int, frame: object) -> None:

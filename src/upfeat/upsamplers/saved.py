@@ -14,7 +14,7 @@ from torch import nn
 from upfeat.bounds import path_of, shown
 from upfeat.normalization import check_normalization
 from upfeat.registry import unknown_name
-from upfeat.storage import read_tensors, write_bytes, write_tensors
+from upfeat.storage import read_tensors, replacing, sweep, write_tensors
 from upfeat.strict_json import read_object
 from upfeat.tensor_checks import check_layouts, check_values, read_layouts
 from upfeat.upsamplers.blueprint import build
@@ -161,8 +161,6 @@ def save_pretrained(upsampler: Any, folder: Path, *, has_config: bool) -> None:
         )
     state = {key: value.contiguous() for key, value in upsampler.state_dict().items()}
     check_values(f"{folder}: not written", state, magnitudes=upsampler.magnitudes)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / WEIGHTS_FILE, state, {"upsampler": upsampler.name})
     config = {"upsampler": upsampler.name, **upsampler.config()}
     if upsampler.mean is not None and upsampler.std is not None:
         config |= {"mean": list(upsampler.mean), "std": list(upsampler.std)}
@@ -170,7 +168,13 @@ def save_pretrained(upsampler: Any, folder: Path, *, has_config: bool) -> None:
         config["trained_for"] = upsampler.trained_for
     if upsampler.origin is not None:
         config["origin"] = upsampler.origin
-    write_bytes(folder / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+    content = (json.dumps(config, indent=2) + "\n").encode()
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep(folder)
+    # Both are written before either replaces an earlier file, lest a full disk leave a mixture.
+    with replacing(folder / CONFIG_FILE) as temporary:
+        temporary.write_bytes(content)
+        write_tensors(folder / WEIGHTS_FILE, state, {"upsampler": upsampler.name})
 
 
 def _class_of(config: dict[str, Any], path: Path, classes: Mapping[str, type[Any]]) -> type[Any]:
