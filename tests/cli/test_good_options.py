@@ -100,8 +100,8 @@ def test_tasks_and_layouts_of_eval(place, monkeypatch, capsys):
     assert (content["data"]["layout"], len(content["data"]["classes"])) == ("voc", 21)
     assert content["data"]["test"]["images"] == 2
     note = capsys.readouterr().err
-    assert note.count("upfeat eval: note: ") == 11  # of 2 photographs and 19 classes
-    assert "and 11 more, in results.json" in note
+    assert note.count("upfeat eval: note: ") == 11  # of the first photographs and classes
+    assert "and 13 more, in results.json" in note  # of 2 test images that train has, too
     content = evaluated(f"depth rooms -o out {SMALL}")
     assert protocols(content) == ["own", "transfer"]
     options = "--downsampler simple box --views 2 --max-test 1"
