@@ -147,9 +147,10 @@ def _opened(av: Any, path: Path) -> Any:
         raise FileNotFoundError(f"{path}: {what}")
     try:
         # An absolute path, since FFmpeg reads the text before a colon as the name of a protocol.
-        # Titles and comments need not be UTF-8.
+        # Titles and comments need not be UTF-8; PyAV 19 accepts others without this argument.
+        texts = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
         options = {"format_whitelist": _SELF_CONTAINED}
-        container = av.open(str(path.absolute()), metadata_errors="replace", options=options)
+        container = av.open(str(path.absolute()), options=options, **texts)
     except av.FFmpegError as error:
         raise DamagedVideo(f"{path}: not a video, or a truncated one ({_reason(error)})") from None
     if not container.streams.video:

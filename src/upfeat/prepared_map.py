@@ -1,4 +1,4 @@
-"""What lazy features keep between calls: the kernels of an image, and what all windows share."""
+"""Kernels of an image, and values that all windows of its map share, kept between calls."""
 
 from __future__ import annotations
 

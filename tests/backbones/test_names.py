@@ -141,7 +141,7 @@ class TestOpenClip:
 class TestFiles:
     def test_torchscript(self, tmp_path):
         path = tmp_path / "model.ts"
-        with pytest.warns(DeprecationWarning, match="torch.jit"):
+        with pytest.warns((DeprecationWarning, FutureWarning), match="torch.jit"):
             torch.jit.script(nn.Conv2d(3, 8, 16, 16).eval()).save(str(path))
         backbone = upfeat.load_backbone(str(path))
         check_backbone(lambda: backbone, without=["pickling", "bfloat16", "float16"])

@@ -1,6 +1,7 @@
 """Options that cannot be meant: exit code 2, one line with value and fix, nothing written."""
 
 import json
+import sys
 
 import pytest
 from cli.place import write_place
@@ -186,6 +187,7 @@ BAD = {
 @pytest.mark.parametrize("line", BAD)
 def test_one_line_and_nothing_written(place, line, capsys, monkeypatch):
     monkeypatch.chdir(place)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python's copies of mine.py
     before = contents(place)
     try:
         code = main([part.strip("'") for part in line.split()])

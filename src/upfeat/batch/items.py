@@ -176,12 +176,23 @@ def _archive(path: Path) -> Iterator[Item | Damaged]:
                     yield Damaged(key, "the archive is truncated")
                     return
                 yield Item(key, io.BytesIO(content).getvalue)
-        if path.stat().st_size % tarfile.BLOCKSIZE:  # tarfile takes a truncated header for the end
+            end = archive.offset
+        # tarfile takes any header that it cannot read, except the first, for the end.
+        if length % tarfile.BLOCKSIZE:
             yield Damaged(path.name, "the archive is truncated")
+        elif not _is_end(path, end):
+            yield Damaged(path.name, "the archive is damaged")
         elif empty:
             yield Damaged(path.name, "holds no image")
     except (tarfile.TarError, *_UNREADABLE) as error:
         yield Damaged(path.name, f"a damaged archive ({one_line(error)})")
+
+
+def _is_end(path: Path, offset: int) -> bool:
+    """Return whether an archive ends at a place: with a block of zeros, or with the file."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return not any(file.read(tarfile.BLOCKSIZE))
 
 
 def _is_hidden(parts: Sequence[str]) -> bool:
