@@ -19,8 +19,7 @@ def import_optional(name: str, missing: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        top = name.partition(".")[0]
-        if error.name == top:
+        if error.name in (name, name.partition(".")[0]):
             raise ValueError(missing) from None
         raise ValueError(f"{name} cannot be imported: {error}") from None
     except Exception as error:  # for example a torchvision whose build does not match PyTorch's

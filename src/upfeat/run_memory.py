@@ -25,8 +25,8 @@ _ROOM = 1 << 27
 _IMAGE, _DECODING, _WINDOW = 12, 30, 300
 # Bytes per pixel of the picture's panels that are kept as uint8; measured, while it is drawn.
 _PANELS, _DRAWING = 6, 64
-# Measured bytes that the libraries take whatever the size.
-_FIXED = 60 * 10**6
+# Measured bytes that the libraries take for a pixel, and at most.
+_SCRATCH, _MOST_SCRATCH = 60, 60 * 10**6
 # Measured bytes per pixel of the image, its guidance and the upsampler's kernels on a GPU.
 _ON_DEVICE = 70
 
@@ -73,9 +73,12 @@ def check_memory(
         upsampling = _upsampling(model, (height, width), hidden, strip, bounded)
         shown = panel_pixels(height, width) if picture else 0
         work = max(upsampling + shown * _PANELS, shown * _DRAWING) + height * width * held
-        return _FIXED + max(own[0] * own[1] * _DECODING, work)
+        scratch = min(_SCRATCH * height * width, _MOST_SCRATCH)
+        return scratch + max(own[0] * own[1] * _DECODING, work)
 
     free = free_bytes(max_memory)
+    if not bounded:
+        machine.check_decoding(photo, own, max(free, 0))
     if needed(size) <= free:
         return
     height, width = machine.resized(own, size)
