@@ -21,7 +21,7 @@ from upfeat.machine import readable
 from upfeat.operator_checks import FLOATS
 from upfeat.tensor_checks import all_finite, check_not_too_small, largest_magnitude
 from upfeat.types import Size, Window, times
-from upfeat.upsamplers import Kernels, Upsampler
+from upfeat.upsamplers import JBUStack, Kernels, Upsampler
 from upfeat.upsamplers.checks import check_apart, overlaps_itself
 from upfeat.upsamplers.head import Head, add_offset, apply_head
 from upfeat.upsamplers.maps import WHOLE, Map, windows
@@ -44,6 +44,8 @@ _KEPT_BLOCKS = 24
 """Measured bytes per pixel that are kept while blocks of channels are computed."""
 _FIXED = 55 * 10**6
 """Measured bytes that the libraries keep whatever the image's size."""
+_STAGES = 280 * 10**6
+"""Measured bytes of the stages of a JBU stack while a window is computed."""
 _QUERIES, _TAPS = 32, 25
 """Usual numbers of channels of queries, and of weights of a pixel."""
 _FITTED = 4.5
@@ -174,6 +176,8 @@ def kept_bytes(upsampler: Upsampler, cells: int, hidden_dim: int = 0) -> float:
         cells: number of coarse cells.
         hidden_dim: number of channels of early layers; 0 for none.
     """
+    if isinstance(upsampler, JBUStack):
+        return _STAGES
     coarse = 2 * _QUERIES + _TAPS
     if upsampler.means_halo is None:
         return _FIXED + cells * 4 * coarse

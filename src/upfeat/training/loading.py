@@ -85,7 +85,8 @@ def load_parts(
         sampler=_Parts(first, last, batch, shares),  # pyright: ignore[reportArgumentType]
         batch_size=None,
         num_workers=workers,
-        collate_fn=_unchanged,  # the default would make tensors of arrays
+        # The default would make tensors of arrays.
+        collate_fn=_unchanged,  # pyright: ignore[reportArgumentType]
         # Without a generator, the loader would draw from the global one.
         generator=torch.Generator(),
     )
