@@ -1,6 +1,6 @@
 """Largest resident memory with and without a bound, and a check that the results are equal.
 
-    python benchmarks/memory.py --max-memory 1GB --json memory.json
+    python benchmarks/memory.py --max-memory 1.5GB --json memory.json
 
 There are two jobs. map: ``detail_universal`` upsamples features of 384 channels from 64×64 cells to
 1024×1024 pixels, to a file of float32; without the bound, ``lazy.full()`` computes the whole map
@@ -118,7 +118,7 @@ def main() -> None:
         {"map": make_map, "photo": make_photo}[options.child](options.output, options.max_memory)
         return
     with tempfile.TemporaryDirectory() as folder:
-        bound = options.max_memory or "1GB"
+        bound = options.max_memory or "1.5GB"
         rows = [compare(job, Path(folder), bound) for job in options.jobs]
     text = json.dumps({"max_memory": bound, "threads": 1, "results": rows}, indent=1) + "\n"
     print(text)

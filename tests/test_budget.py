@@ -36,7 +36,7 @@ def test_a_bound_changes_no_byte(tmp_path, photo, monkeypatch, held, threads):
     monkeypatch.setattr(mosaic, "_tile_within", note)
     # Enough for tiles with their halo, not for the whole.
     working = 0.6e6 * activations.activation_bytes(upfeat.load().backbone, early=True)
-    monkeypatch.setattr(run, "_STRIPS", 0)
+    monkeypatch.setattr(run, "check_memory", lambda *args, **named: None)
     bound = held + int(working)
     arguments = ["run", str(photo), "-o", str(tmp_path / "tight"), "--max-memory", str(bound)]
     assert main(arguments) == 0

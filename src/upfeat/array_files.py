@@ -33,13 +33,15 @@ class ArrayFile:
         reserve(file, len(header) + int(np.prod(shape)) * itemsize)
         file.write(header)
 
-    def write_rows(self, top: int, values: NDArray[Any]) -> None:
-        """Write ``values``, (C, rows, W), to the rows from ``top`` on."""
+    def write_rows(self, top: int, values: NDArray[Any], left: int = 0) -> None:
+        """Write ``values``, (C, rows, columns), from row ``top`` and column ``left`` on."""
         _, height, width = self._shape
         for channel, rows in enumerate(values):
-            place = (channel * height + top) * width
-            self._file.seek(self._start + place * self._itemsize)
-            self._file.write(np.ascontiguousarray(rows).data)
+            # Whole rows are adjacent in the file.
+            for row, part in enumerate([rows] if rows.shape[1] == width else rows):
+                place = (channel * height + top + row) * width + left
+                self._file.seek(self._start + place * self._itemsize)
+                self._file.write(np.ascontiguousarray(part).data)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from upfeat.machine import readable
 from upfeat.operator_checks import FLOATS
 from upfeat.tensor_checks import all_finite, check_not_too_small, largest_magnitude
 from upfeat.types import Size, Window, times
-from upfeat.upsamplers import Kernels, Upsampler
+from upfeat.upsamplers import JBUStack, Kernels, Upsampler
 from upfeat.upsamplers.checks import check_apart, overlaps_itself
 from upfeat.upsamplers.head import Head, add_offset, apply_head
 from upfeat.upsamplers.maps import WHOLE, Map, windows
@@ -36,9 +36,20 @@ _SIDES = (256, 128, 64, 32)
 _BLOCKS = (256, 64, 16, 4)
 """Numbers of channels to try; 4 at least, since PyTorch sums three and fewer in another order."""
 
-# Measured bytes per pixel: of an image's weights, if they are computed for all pixels at once, and
-# if they are not.
-_KEPT_WHOLE, _KEPT = 200, 24
+_KEPT_WHOLE = 200
+"""Measured bytes per pixel of an image's weights, if they are computed for all pixels at once."""
+_COPIES = 4
+"""Measured number of maps of all cells at once, if weights are computed for all pixels at once."""
+_KEPT_BLOCKS = 24
+"""Measured bytes per pixel that are kept while blocks of channels are computed."""
+_FIXED = 55 * 10**6
+"""Measured bytes that the libraries keep whatever the image's size."""
+_STAGES = 280 * 10**6
+"""Measured bytes of the stages of a JBU stack while a window is computed."""
+_QUERIES, _TAPS = 32, 25
+"""Usual numbers of channels of queries, and of weights of a pixel."""
+_FITTED = 4.5
+"""Measured values of each regressor, for each cell, that fits of a regression keep."""
 _A_PIXEL = 300
 """Measured bytes per pixel of a window's temporary tensors, without its values."""
 
@@ -72,6 +83,8 @@ class Buffer:
                 raise ValueError("out is a view that counts backwards; give the array itself")
             self._tensor = torch.from_numpy(np.asarray(out))
             self._file = out.base if isinstance(out.base, mmap.mmap) else None
+            # Read-ahead would map pages of up to 2 MB, each for a few values of a window.
+            self._advise("MADV_RANDOM")
         else:
             _check_buffer(out)
             self._tensor = out
@@ -106,11 +119,11 @@ class Buffer:
             self.largest = max(self.largest, largest_magnitude(values))
         if narrow and not all_finite(place):
             raise ValueError(f"the map overflows {self.dtype}; use bfloat16 or float32")
-        if self._file is not None and hasattr(mmap, "MADV_DONTNEED"):
+        if self._file is not None:
             # Release written pages, which would count as memory of this process.
             with suppress(OSError, ValueError):
                 self._file.flush()
-                self._file.madvise(mmap.MADV_DONTNEED)
+            self._advise("MADV_DONTNEED")
 
     def finish(self) -> None:
         """Check the whole map, after its last part.
@@ -118,7 +131,14 @@ class Buffer:
         Raises:
             ValueError: the values are too small for float16, which would round them, down to 0.
         """
+        self._advise("MADV_NORMAL")
         check_not_too_small("the map's values", self.largest, self.dtype, "use float32")
+
+    def _advise(self, advice: str) -> None:
+        """Tell the system how the buffer's file will be used, where it can be told."""
+        if self._file is not None and hasattr(mmap, advice):
+            with suppress(OSError, ValueError):
+                self._file.madvise(getattr(mmap, advice))
 
 
 def _check_buffer(out: Tensor) -> None:
@@ -148,12 +168,48 @@ def free_bytes(max_memory: int | None) -> float:
     return min(known)
 
 
-def plan_windows(shape: Sequence[int], size: Size, free: float, held: float) -> Iterator[Window]:
+def kept_bytes(upsampler: Upsampler, cells: int, hidden_dim: int = 0) -> float:
+    """Estimate the bytes of maps that are kept while windows of a large map are computed.
+
+    Args:
+        upsampler: upsampler of the map.
+        cells: number of coarse cells.
+        hidden_dim: number of channels of early layers; 0 for none.
+    """
+    if isinstance(upsampler, JBUStack):
+        return _STAGES
+    coarse = 2 * _QUERIES + _TAPS
+    if upsampler.means_halo is None:
+        return _FIXED + cells * 4 * coarse
+    # The finer grid has 4 cells for each: the network's maps, means and keys, the regressors and
+    # what the first step lacks of them, and weights.
+    network = 0 if upsampler.embed_dim is None else getattr(upsampler, "width", 0)
+    seen = _QUERIES + hidden_dim
+    finer = network + 2 * _QUERIES + 2 * seen + _TAPS
+    return _FIXED + cells * 4 * (4 * finer + coarse + (1 + _FITTED) * seen)
+
+
+def kept_whole_bytes(upsampler: Upsampler, pixels: int, cells: int, channels: int) -> float:
+    """Estimate the bytes that are kept of a small map, whose weights are computed all at once."""
+    finer = 1 if upsampler.means_halo is None else 4
+    return pixels * _KEPT_WHOLE + cells * finer * 4 * channels * _COPIES
+
+
+def plan_windows(
+    upsampler: Upsampler,
+    shape: Sequence[int],
+    size: Size,
+    grid: Sequence[int],
+    free: float,
+    held: float,
+) -> Iterator[Window]:
     """Cut a map into the largest windows that a bound of memory allows.
 
     Args:
+        upsampler: upsampler of the map.
         shape: (B, C, H, W) of the map.
         size: (height, width) of the guidance.
+        grid: (D, h, w), channels of early layers and size of the coarse features.
         free: number of bytes that may be allocated.
         held: bytes of the result if it is to be allocated, 0 for a caller's buffer.
 
@@ -162,7 +218,11 @@ def plan_windows(shape: Sequence[int], size: Size, free: float, held: float) -> 
     """
     batch, channels, height, width = shape
     pixels = batch * max(height * width, size[0] * size[1])
-    kept = pixels * (_KEPT_WHOLE if pixels <= batch * WHOLE else _KEPT)
+    cells = batch * grid[1] * grid[2]
+    if pixels <= batch * WHOLE:
+        kept = kept_whole_bytes(upsampler, pixels, cells, channels)
+    else:
+        kept = kept_bytes(upsampler, cells, grid[0])
     needed = math.inf
     for rows, columns in (*((rows, width) for rows in _ROWS), *((side, side) for side in _SIDES)):
         area = batch * min(rows, height) * min(columns, width)
@@ -180,7 +240,7 @@ def plan_blocks(shape: Sequence[int], free: float, held: float) -> Iterator[slic
     for block in _BLOCKS:
         # The block's output, the output of the stage before, and that of one more stage with
         # margins: together about two float32 maps of the block.
-        needed = held + pixels * (2 * 4 * min(block, channels) + _KEPT)
+        needed = held + pixels * (2 * 4 * min(block, channels) + _KEPT_BLOCKS)
         if needed <= free:
             # The last block is as wide as the others: it overlaps the block before it.
             last = max(channels - block, 0)

@@ -12,7 +12,6 @@ are done.
 
 from __future__ import annotations
 
-import importlib
 import os
 import queue
 import socket
@@ -27,6 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from upfeat.bounds import quoted, shown, whole
+from upfeat.optional import import_optional
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -138,10 +138,7 @@ def ray_pool(
     """
     # Set before Ray is imported, which reads it: an address without a cluster floods the log.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    try:
-        ray = importlib.import_module("ray")
-    except ImportError:
-        raise ValueError("engine=ray needs the package ray: pip install 'upfeat[ray]'") from None
+    ray = import_optional("ray", "engine=ray needs the package ray: pip install 'upfeat[ray]'")
     with _connected(ray, engine):
         # Restart workers that die, and repeat their tasks.
         options = {"max_restarts": -1, "max_task_retries": -1, "num_cpus": 1}

@@ -378,8 +378,11 @@ class UpsampledFeatures(PreparedMap):
             raise ValueError(f"dtype={dtype} and out of {out.dtype} disagree; leave out dtype")
         by_channels = self.upsampler.exact_parts == "channels"
         seen = (self.guidance.shape[2], self.guidance.shape[3])
+        grid = (0 if self.hidden is None else self.hidden.shape[1], *self.features.shape[2:])
         plan = (
-            plan_blocks(shape, free, held) if by_channels else plan_windows(shape, seen, free, held)
+            plan_blocks(shape, free, held)
+            if by_channels
+            else plan_windows(self.upsampler, shape, seen, grid, free, held)
         )
         if out is None:
             out = torch.empty(shape, dtype=dtype, device=self.features.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 from fractions import Fraction
@@ -14,6 +13,7 @@ import numpy as np
 
 from upfeat._version import __version__
 from upfeat.marks import VIDEO
+from upfeat.optional import import_optional
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -62,12 +62,8 @@ def import_av(path: Path) -> Any:
     Raises:
         ValueError: PyAV is not installed.
     """
-    try:
-        return importlib.import_module("av")
-    except ImportError:
-        raise ValueError(
-            f"{path}: videos need the package av: pip install 'upfeat[video]'"
-        ) from None
+    missing = f"{path}: videos need the package av: pip install 'upfeat[video]'"
+    return import_optional("av", missing)
 
 
 def count_frames(path: Path) -> int:

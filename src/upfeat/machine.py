@@ -111,11 +111,8 @@ def check_fits(
     """
     bound, free = free, available_memory() if free is None else max(free, 0)
     decoding = own[0] * own[1] * DECODING
-    if free is not None and decoding > 0.9 * free:
-        raise ValueError(
-            f"{label}: decoding its {own[0]}×{own[1]} pixels needs about {readable(decoding)} and "
-            f"{readable(free)} of memory are free; give a smaller size of the image itself"
-        )
+    if free is not None:
+        check_decoding(label, own, free)
     if device is not None and not str(device).startswith("cpu"):
         free, decoding = available_memory(device) if bound is None else bound, 0
     height, width = resized(own, size)
@@ -130,6 +127,16 @@ def check_fits(
         f"{label}: {height}×{width} pixels need about {readable(needed)} and {readable(free)} of "
         f"memory are free; give a smaller size{advice}"
     )
+
+
+def check_decoding(label: object, own: tuple[int, int], free: float) -> None:
+    """Check that memory suffices to decode an image; see :func:`check_fits`."""
+    decoding = own[0] * own[1] * DECODING
+    if decoding > 0.9 * free:
+        raise ValueError(
+            f"{label}: decoding its {own[0]}×{own[1]} pixels needs about {readable(decoding)} and "
+            f"{readable(free)} of memory are free; give a smaller size of the image itself"
+        )
 
 
 def resized(own: tuple[int, int], size: int | None) -> tuple[int, int]:

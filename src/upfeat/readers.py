@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from upfeat.optional import import_optional
 from upfeat.signatures import refuse_raw, value_without_data
 from upfeat.types import times
 
@@ -100,10 +101,8 @@ def heif_image(source: Path | bytes, label: str, max_pixels: int, brand: bytes) 
     """
     if brand in (b"avif", b"avis"):
         raise ValueError(f"{label}: an AVIF image; pip install -U pillow (11.3 or newer reads it)")
-    try:
-        import pillow_heif  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(f"{label}: a HEIC image; pip install pillow-heif to read it") from None
+    missing = f"{label}: a HEIC image; pip install pillow-heif to read it"
+    pillow_heif = import_optional("pillow_heif", missing)
     file = source if isinstance(source, Path) else io.BytesIO(source)
     with naming_damage(label, "a damaged HEIC image"):
         opened = pillow_heif.open_heif(file)
@@ -119,13 +118,11 @@ def by_tifffile(source: Path | bytes, label: str, max_pixels: int) -> Decoded:
             bands take more than 16 bytes for each of ``max_pixels``, or the package tifffile is not
             installed.
     """
-    try:
-        import tifffile  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ValueError(
-            f"{label}: a TIFF file of a kind that Pillow cannot read (bands, depth or layout); "
-            "pip install tifffile imagecodecs to read it"
-        ) from None
+    tifffile = import_optional(
+        "tifffile",
+        f"{label}: a TIFF file of a kind that Pillow cannot read (bands, depth or layout); "
+        "pip install tifffile imagecodecs to read it",
+    )
     file = source if isinstance(source, Path) else io.BytesIO(source)
     try:
         with tifffile.TiffFile(file) as opened:

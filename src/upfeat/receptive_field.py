@@ -54,6 +54,16 @@ def see(backbone: Backbone, x: Tensor, *, early: bool) -> Tensor:
     return torch.cat([features, F.pixel_unshuffle(hidden, FINER).to(features)], dim=1)
 
 
+def stacked_channels(backbone: Backbone, *, early: bool) -> int:
+    """Number of channels of the maps of :func:`see`."""
+    if not early:
+        return backbone.embed_dim
+    side = 4 * backbone.step * backbone.stride
+    blank = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
+    with torch.no_grad():
+        return see(backbone, blank, early=True).shape[1]
+
+
 def unstacked(maps: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
     """Separate maps of :func:`see` into features and early layers, or ``None`` without any.
 

@@ -23,27 +23,28 @@ from upfeat.model import FeatUp
 from upfeat.mosaic import see_within
 from upfeat.outputs import Outputs, check_space, digest, file_digest, plan_outputs, watched
 from upfeat.provenance import identify_backbone, identify_upsampler
+from upfeat.run_memory import COLUMNS, check_memory, room_columns
 from upfeat.run_picture import STRIP, draw_results, image_panel, reduced
 from upfeat.storage import replacing
 from upfeat.tensor_checks import all_finite, check_not_too_small, largest_magnitude
-from upfeat.visualize import PCABasis
+from upfeat.visualize import PCABasis, to_bytes
 
-__all__ = ["DTYPES", "Outputs", "describe_model", "plan_outputs", "recipe_of", "run_photo"]
+__all__ = [
+    "DTYPES",
+    "Outputs",
+    "check_memory",
+    "describe_model",
+    "plan_outputs",
+    "recipe_of",
+    "run_photo",
+]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Storage types of features, by the names that the command line uses."""
 
-# Measured bytes per pixel of the image, its guidance and the upsampler's kernels.
-_UPSAMPLING = 70
-# Measured peak bytes per pixel with a memory bound: of upsampling, and of decoding.
-_BOUNDED, _DECODING = 33, 30
-# Bytes of a strip and of the picture.
-_STRIPS = 100 * 10**6
-# Columns of the map that are computed at once; fixed, as STRIP is.
-_COLUMNS = 512
 # Fraction of free memory for the backbone's activations; the allocator needs additional memory.
 _BACKBONE = 0.65
-# With a memory bound, number of strips after which the allocator's free memory is released.
+# Number of strips after which the allocator's free memory is released.
 _RELEASED = 4
 
 
@@ -93,8 +94,9 @@ def run_photo(
     made_by = describe_model(model, head) if made_by is None else made_by
     with watched(photo) as source:
         a_pixel = 0 if head is None else len(head.weight) * dtype.itemsize
-        check_memory(model, photo, size, max_memory, held=a_pixel)
         picture = outputs.picture is not None
+        stored = {"dtype": dtype, "picture": picture, "held": a_pixel}
+        check_memory(model, photo, size, max_memory, **stored)
         needed = size_on_disk(model, photo, size=size, dtype=dtype, picture=picture, head=head)
         check_space(outputs.features, needed)
         options = {"max_pixels": max_pixels, **(reading or {})}
@@ -103,13 +105,13 @@ def run_photo(
     recipe = _recipe(source, made_by, size, dtype, reading)
     # Not inference_mode: of inference tensors, UpsampledFeatures keeps copies to detect changes.
     with torch.no_grad():
-        if max_memory is not None:
-            machine.release_memory()  # freed by decoding
+        machine.release_memory()  # freed by decoding
         free = _BACKBONE * free_bytes(max_memory)
         coarse, hidden = see_within(model.backbone, x, free, early=model.early, label=str(photo))
         if head is None:
             fix = "store them as bf16 or fp32"
             check_not_too_small(f"{photo}: its features", largest_magnitude(coarse), dtype, fix)
+        machine.release_memory()  # freed by the backbone
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
         shown = None if outputs.picture is None else image_panel(model, x)
         lazy = UpsampledFeatures(
@@ -133,6 +135,7 @@ def run_photo(
                 machine.release_memory()
                 panels = (shown, coarse[0].cpu(), shows, torch.cat(written, dim=1))
                 picture = draw_results(model, *panels, (shape[1], shape[2]))
+                machine.release_memory()
                 suffix, recipe = drawn.suffix, facts["recipe"]
                 drawn.write_bytes(encode_picture(picture, suffix, recipe=recipe))
     return shape
@@ -143,7 +146,7 @@ def _guidance(model: FeatUp, x: Tensor) -> Tensor:
     first = model.guidance(x[:, :, :1])
     if first.shape[1] != x.shape[1] or first.dtype != x.dtype:
         return model.guidance(x)
-    for part in x.split(16 * STRIP, dim=2):
+    for part in x.split(4 * STRIP, dim=2):
         part.copy_(model.guidance(part))
     return x
 
@@ -158,28 +161,33 @@ def _write_strips(
     """Write the map from top to bottom.
 
     Returns:
-        Strips (3, h, w) of the map in ``basis``, reduced for the picture; none without ``basis``.
+        Strips (3, h, w) uint8 of the map's colours in ``basis``, reduced for the picture; none
+        without ``basis``.
     """
     channels, height, width = lazy.shape[1:]
-    projected = []
-    room = torch.empty(channels, min(STRIP, height), width, dtype=dtype)
+    coloured = []
+    wide = min(width, room_columns(channels, dtype.itemsize))
+    room = torch.empty(channels, min(STRIP, height), wide, dtype=dtype)
     for number, top in enumerate(range(0, height, STRIP)):
-        if lazy.max_memory is not None and number % _RELEASED == 0:
+        if number % _RELEASED == 0:
             machine.release_memory()
         rows = min(STRIP, height - top)
-        stored = room[:, :rows]
         parts = []
-        for left in range(0, width, _COLUMNS):
-            columns = min(_COLUMNS, width - left)
+        for left in range(0, width, COLUMNS):
+            columns, start = min(COLUMNS, width - left), left % wide
             values = lazy.crop(top, left, rows, columns)[0].cpu()
-            stored[:, :, left : left + columns] = values
+            room[:, :rows, start : start + columns] = values
             if basis is not None:
-                parts.append(reduced(basis.project(values)[None], max(height, width))[0])
+                shown = reduced(basis.project(values)[None], max(height, width))[0]
+                parts.append(to_bytes(basis.colours(shown)))
             del values
+            if start + columns == wide or left + columns == width:
+                stored = room[:, :rows, : start + columns]
+                fault = f"{photo}: its features overflow"
+                _write_rows(file, top, stored, fault, left=left - start)
         if parts:
-            projected.append(torch.cat(parts, dim=2))
-        _write_rows(file, top, stored, f"{photo}: its features overflow")
-    return projected
+            coloured.append(torch.cat(parts, dim=2))
+    return coloured
 
 
 def _write_head(
@@ -198,12 +206,12 @@ def _write_head(
     return said[0]
 
 
-def _write_rows(file: ArrayFile, top: int, rows: Tensor, fault: str) -> None:
-    """Write rows (C, n, W) of a map from the row ``top`` on, unless a value overflows the type."""
-    if not all_finite(rows):
+def _write_rows(file: ArrayFile, top: int, rows: Tensor, fault: str, *, left: int = 0) -> None:
+    """Write rows (C, n, w) of a map from a pixel on, unless a value overflows the type."""
+    if not all(all_finite(channel) for channel in rows):
         raise ValueError(f"{fault} {rows.dtype}; store them as bf16 or fp32")
     bits = rows.view(torch.int16) if rows.dtype is torch.bfloat16 else rows
-    file.write_rows(top, bits.numpy())
+    file.write_rows(top, bits.numpy(), left)
 
 
 def describe_model(model: FeatUp, head: SavedHead | None = None) -> dict[str, str]:
@@ -280,45 +288,6 @@ def _name(dtype: torch.dtype) -> str:
 
 def _size(tensor: Tensor) -> str:
     return f"{tensor.shape[-2]}x{tensor.shape[-1]}"
-
-
-def check_memory(
-    model: FeatUp,
-    photo: Path,
-    size: int | None,
-    max_memory: int | None = None,
-    *,
-    held: int = 0,
-) -> None:
-    """Check that memory suffices for a photograph, before it is decoded or resized.
-
-    Args:
-        model: backbone and upsampler.
-        photo: an image file.
-        size: see :func:`run_photo`.
-        max_memory: see :func:`run_photo`.
-        held: bytes per pixel of results that are in memory as a whole.
-
-    Raises:
-        ValueError: memory does not suffice; the message names a size or a bound for which it does.
-    """
-    own = image_size(photo)
-    if own is None:
-        return
-    if max_memory is None:
-        # The image, its guidance and the kernels; strips are small in comparison.
-        machine.check_fits(photo, own, size, _UPSAMPLING + held, device=model.backbone.mean.device)
-        return
-    height, width = machine.resized(own, size)
-    needed = _STRIPS + max(own[0] * own[1] * _DECODING, height * width * (_BOUNDED + held))
-    free = free_bytes(max_memory)
-    if needed > free:
-        least = needed + (machine.resident_memory() or 0)
-        raise ValueError(
-            f"{photo}: {height}×{width} pixels need about {machine.readable(needed)} and "
-            f"{machine.readable(max(free, 0))} of memory are free; give a smaller size, or "
-            f"max_memory of {machine.readable(1.02 * least)}"
-        )
 
 
 def size_on_disk(

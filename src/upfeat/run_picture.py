@@ -17,7 +17,9 @@ from upfeat.visualize import (
     as_rgb,
     class_colours,
     draw_comparison,
+    from_bytes,
     side_by_side,
+    to_bytes,
     to_image,
 )
 
@@ -31,9 +33,9 @@ _SHOWN = 2048
 def image_panel(model: FeatUp, x: Tensor) -> Tensor:
     """Reduce the photograph for the picture, (3, h, w), uint8; computed a few rows at a time."""
     strips = []
-    for part in x.split(16 * STRIP, dim=2):
+    for part in x.split(4 * STRIP, dim=2):
         image = as_rgb(reduced(model.backbone.denormalize(part), max(x.shape[2:]))[0])
-        strips.append((image.clamp(0, 1) * 255).round().byte().cpu())
+        strips.append(to_bytes(image).cpu())
     return torch.cat(strips, dim=1)
 
 
@@ -52,14 +54,15 @@ def draw_results(
         image: (3, h, w) uint8, from :func:`image_panel`.
         coarse: (C, h, w), features that the upsampler got.
         shows: the head, or the basis of the colours of features.
-        fine: (3, h, w) upsampled features in the basis, or outputs (K, H, W) of the head.
+        fine: (3, h, w) uint8, colours of upsampled features in the basis; or outputs (K, H, W) of
+            the head.
         size: (height, width) of the whole map.
     """
     passes = model.passes
     before = "coarse features" if passes == 1 else f"features of {passes:g} passes"
     label = model.upsampler.name.replace("_", " ")
     draw: Any = _draw_head if isinstance(shows, SavedHead) else draw_comparison
-    return draw(image / 255, coarse, shows, fine, label=label, size=size, before=before)
+    return draw(image, coarse, shows, fine, label=label, size=size, before=before)
 
 
 def _draw_head(
@@ -89,11 +92,12 @@ def _draw_head(
     if head.kind == "classes":
         seen = torch.cat([cells.argmax(0).flatten(), said.argmax(0).flatten()]).unique().tolist()
         legend = [(head.names[index], palette[index].tolist()) for index in seen]
-    panels = [("image", size, image), (before, cells.shape[1:], colours(cells))]
+    panels = [(before, cells.shape[1:], colours(cells)), (label, size, fine)]
+    drawn = [(name, shape, to_image(picture)) for name, shape, picture in panels]
     return side_by_side(
         [
-            (f"{name}\n{height} x {width}", to_image(picture))
-            for name, (height, width), picture in [*panels, (label, size, fine)]
+            (f"{name}\n{height} x {width}", picture)
+            for name, (height, width), picture in [("image", size, from_bytes(image)), *drawn]
         ],
         legend,
     )
@@ -106,7 +110,18 @@ def reduced(x: Tensor, longest: int) -> Tensor:
         x: the map, or a strip of it.
         longest: longest side of the whole map in pixels.
     """
+    factor = _factor(longest)
+    return x if factor == 1 else F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
+
+
+def panel_pixels(height: int, width: int) -> int:
+    """Number of pixels of a panel that shows a map of this size."""
+    factor = _factor(max(height, width))
+    return -(-height // factor) * -(-width // factor)
+
+
+def _factor(longest: int) -> int:
     factor = 1
     while longest > factor * _SHOWN and factor < STRIP:
         factor *= 2
-    return x if factor == 1 else F.avg_pool2d(x, factor, ceil_mode=True, count_include_pad=False)
+    return factor

@@ -9,6 +9,7 @@ from typing import Any
 
 from upfeat._version import __version__
 from upfeat.bounds import shown
+from upfeat.optional import import_optional
 from upfeat.storage import write_bytes
 from upfeat.strict_json import read_object
 
@@ -46,18 +47,16 @@ def push_to_hub(
         OSError: the hub cannot be reached, or refuses the upload.
     """
     record = {} if run is None else read_record(Path(run))
-    try:
-        from huggingface_hub import ModelHubMixin
-    except ImportError:
-        raise ValueError(
-            "huggingface_hub is not installed: pip install 'upfeat[hub]' (or pip install "
-            "huggingface_hub)"
-        ) from None
+    hub = import_optional(
+        "huggingface_hub",
+        "huggingface_hub is not installed: pip install 'upfeat[hub]' (or pip install "
+        "huggingface_hub)",
+    )
     owner, _, name = repo_id.partition("/")
     if not (owner and name) or "/" in name:
         raise ValueError(f"repo_id={shown(repo_id)} must be owner/name")
 
-    class Shared(ModelHubMixin):
+    class Shared(hub.ModelHubMixin):
         def _save_pretrained(self, save_directory: Path) -> None:
             save(Path(save_directory))
             card = model_card(config, record, repo_id)

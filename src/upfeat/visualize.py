@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ _MIN_PANEL_SIDE = 320
 _BEHIND = (0.2, 0.2, 0.2)
 _LARGEST = 1e15
 _MOST_SAMPLES = 1 << 20
+# Rows of a picture that are converted at once.
+_ROWS = 64
 # Characters of a name in a legend, of which longer names lose their ends.
 _LONGEST_NAME = 32
 
@@ -124,6 +126,11 @@ def as_rgb(bands: Tensor) -> Tensor:
     return bands[:3] if len(bands) >= 3 else bands[:1].expand(3, -1, -1)
 
 
+def to_bytes(colours: Tensor) -> Tensor:
+    """Convert colours in [0, 1] to uint8."""
+    return (colours.clamp(0, 1) * 255).round().byte()
+
+
 def to_image(colours: Tensor) -> Image.Image:
     """Convert colours (3, H, W) in [0, 1] to a PIL image.
 
@@ -132,8 +139,17 @@ def to_image(colours: Tensor) -> Image.Image:
         ValueError: it is not (3, H, W), or not floating point.
     """
     _check("colours", colours, 3)
-    array = (colours.clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-    return Image.fromarray(np.ascontiguousarray(array.cpu().numpy()))
+    return from_bytes(_painted(colours, lambda part: part))
+
+
+def from_bytes(colours: Tensor) -> Image.Image:
+    """Convert colours (3, H, W) uint8 to a PIL image."""
+    return Image.fromarray(np.ascontiguousarray(colours.permute(1, 2, 0).cpu().numpy()))
+
+
+def _painted(values: Tensor, colours: Callable[[Tensor], Tensor]) -> Tensor:
+    """Colours of values (3, H, W), as uint8; a few rows at a time, to need little memory."""
+    return torch.cat([to_bytes(colours(part)) for part in values.split(_ROWS, dim=1)], dim=1)
 
 
 def side_by_side(
@@ -224,7 +240,9 @@ def comparison(
         ValueError: an argument has another shape or type, or features are not finite.
     """
     basis = PCABasis(coarse)
-    return draw_comparison(image, coarse, basis, basis.project(upsampled), label=label)
+    _check("image", image, 3)
+    sharp = _painted(basis.project(upsampled), basis.colours)
+    return draw_comparison(to_bytes(image), coarse, basis, sharp, label=label)
 
 
 def draw_comparison(
@@ -237,34 +255,35 @@ def draw_comparison(
     size: Size | None = None,
     before: str = "coarse features",
 ) -> Image.Image:
-    """Draw the picture of :func:`comparison` from upsampled features in a PCA basis.
+    """Draw the picture of :func:`comparison` from the colours of upsampled features.
 
     Args:
-        image: (3, H, W) in [0, 1].
+        image: (3, H, W) uint8.
         coarse: (C, h, w), features of the backbone.
         basis: PCA basis of all panels.
-        sharp: (3, H', W'), upsampled features in the basis (:meth:`PCABasis.project`).
+        sharp: (3, H', W') uint8, colours of the upsampled features in the basis.
         label: caption of the last panel.
         size: (height, width) for the captions, if image and features are drawn smaller; ``None``
             for the sizes of ``image`` and ``sharp``.
         before: caption of the coarse features.
     """
-    _check("image", image, 3)
     shown = (image.shape[1], image.shape[2])
     # The projection is affine and commutes with interpolation, so interpolate 3 channels, not C.
     grid = basis.project(coarse)[None]
-    blocks = F.interpolate(grid, size=shown, mode="nearest-exact")[0]
-    smooth = F.interpolate(grid, size=shown, mode="bilinear", align_corners=False)[0]
     whole = _size(size or shown)
     after = _size(size or (sharp.shape[1], sharp.shape[2]))
-    panels = [
-        (f"{before}\n{_size((coarse.shape[1], coarse.shape[2]))}", blocks),
-        (f"bilinear\n{whole}", smooth),
-        (f"{label}\n{after}", sharp),
-    ]
+
+    def coloured(mode: str, **options: Any) -> Image.Image:
+        panel = F.interpolate(grid, shown, mode=mode, **options)[0]
+        return from_bytes(_painted(panel, basis.colours))
+
     return side_by_side(
-        [(f"image\n{whole}", to_image(image))]
-        + [(caption, to_image(basis.colours(panel))) for caption, panel in panels]
+        [
+            (f"image\n{whole}", from_bytes(image)),
+            (f"{before}\n{_size((coarse.shape[1], coarse.shape[2]))}", coloured("nearest-exact")),
+            (f"bilinear\n{whole}", coloured("bilinear", align_corners=False)),
+            (f"{label}\n{after}", from_bytes(sharp)),
+        ]
     )
 
 

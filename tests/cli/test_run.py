@@ -181,7 +181,9 @@ def test_too_large_for_memory(photo, tmp_path, capsys, monkeypatch):
 def test_the_map_of_a_head_counts_against_the_bound(photo, held):
     model, bound = upfeat.load(), held + 2 * 10**9
     check_memory(model, photo, None, bound)
-    with pytest.raises(ValueError, match="give a smaller size, or max_memory of"):
+    with pytest.raises(
+        ValueError, match=r"give a smaller size, at most about \d+, or max_memory of"
+    ):
         check_memory(model, photo, None, bound, held=10**6)
 
 

@@ -10,6 +10,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from upfeat.optional import import_optional
+
 _LOG = logging.getLogger("upfeat.backbones")
 
 
@@ -23,19 +25,8 @@ def import_library(name: str, *, extra: str) -> Any:
     Raises:
         ValueError: the library is not installed, or fails to import.
     """
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        top = name.partition(".")[0]
-        if error.name != top:
-            raise ValueError(f"{name} cannot be imported: {error}") from None
-        raise ValueError(f"{top} is not installed: pip install 'upfeat[{extra}]'") from None
-    except Exception as error:  # for example a torchvision whose build does not match PyTorch's
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = ""
-        if "torchvision" in reason:
-            fix = "; install torchvision from where torch came from: their builds must match"
-        raise ValueError(f"{name} is installed but cannot be imported: {reason}{fix}") from None
+    top = name.partition(".")[0]
+    return import_optional(name, f"{top} is not installed: pip install 'upfeat[{extra}]'")
 
 
 @contextmanager

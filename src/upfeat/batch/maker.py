@@ -34,6 +34,8 @@ Task = tuple[Entry, Any]
 
 # Bytes a pixel of the image, its guidance and the maps that the upsampler keeps; measured.
 _UPSAMPLING = 70
+# Bytes a pixel of the image, and of the guidance as it is written; nothing is upsampled.
+_UNUPSAMPLED = 24
 _SMALL, _GENEROUS = 1 << 16, 4000
 """Largest image, in pixels, for whose backbone memory is reserved without measuring; and the bytes
 a pixel that are reserved, more than any backbone needs."""
@@ -180,14 +182,15 @@ class Maker:
         model, extraction = self._model, self._extraction
         height, width = machine.resized((int(own[0]), int(own[1])), extraction.size)
         small = height * width <= _SMALL
-        a_pixel = _UPSAMPLING + (_GENEROUS if small else self._activations())
-        channels = 0
-        if extraction.kind != "lazy":
-            channels = model.embed_dim if extraction.head is None else len(extraction.head.weight)
+        activations = _GENEROUS if small else self._activations()
+        decoding = own[0] * own[1] * machine.DECODING
+        if extraction.kind == "lazy":
+            return max(decoding, height * width * (_UNUPSAMPLED + activations))
+        channels = model.embed_dim if extraction.head is None else len(extraction.head.weight)
         rows = min(height, _STRIP) if _is_striped((channels, height, width)) else height
         # 8 bytes a value: the map as computed, and as stored, each at most float32.
         held = rows * width * channels * 8
-        return own[0] * own[1] * machine.DECODING + height * width * a_pixel + held
+        return decoding + height * width * (_UPSAMPLING + activations) + held
 
 
 def _is_striped(shape: tuple[int, ...]) -> bool:

@@ -50,12 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Serve until interrupted."""
-    from importlib.util import find_spec
-
     from upfeat.cli.console import note
+    from upfeat.optional import import_optional
 
-    if find_spec("gradio") is None:
-        raise ValueError('the page needs Gradio: pip install "upfeat[demo]"')
+    import_optional("gradio", 'the page needs Gradio: pip install "upfeat[demo]"')
     if not 0 <= options.port <= 65535:
         raise ValueError(f"--port {options.port} must be from 0 to 65535")
     from upfeat.demo.models import Models

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from upfeat.images import read_image
 from upfeat.implicit.features import ImplicitFeatures
 from upfeat.implicit.fit import FitConfig, FitProgress, OnFit, check_memory, fit_implicit
 from upfeat.marks import FEATURES, encode_picture, kind_of
+from upfeat.optional import import_optional
 from upfeat.outputs import Outputs, check_space, digest, file_digest, is_done, watched
 from upfeat.provenance import identify_backbone
 from upfeat.storage import replacing, replacing_folder, write_bytes
@@ -246,12 +246,8 @@ def _create(path: Path, shape: tuple[int, int, int], dtype: str) -> Iterator[Wri
 
 @contextmanager
 def _create_zarr(path: Path, shape: tuple[int, int, int], dtype: str) -> Iterator[WriteRows]:
-    try:
-        zarr = importlib.import_module("zarr")
-    except ImportError:
-        raise ValueError(
-            f"{path}: writing zarr needs the package zarr: pip install 'upfeat[zarr]'"
-        ) from None
+    missing = f"{path}: writing zarr needs the package zarr: pip install 'upfeat[zarr]'"
+    zarr = import_optional("zarr", missing)
     if path.exists() and kind_of(path) != FEATURES:
         raise ValueError(f"{path}: exists already; remove it first")
     with replacing_folder(path) as temporary:

@@ -6,15 +6,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from upfeat import machine
 from upfeat.activations import activation_bytes
+from upfeat.budget import free_bytes
 from upfeat.machine import readable
 from upfeat.model import FeatUp
 from upfeat.raster.outputs import Output
 from upfeat.raster.scene import CACHE_BYTES
-from upfeat.receptive_field import receptive_halo, see
+from upfeat.receptive_field import receptive_halo, stacked_channels
 from upfeat.tiling import Size
 
 DEFAULT_BUDGET = 4 * 10**9
@@ -88,7 +87,8 @@ def make_plan(
         model: backbone and upsampler.
         what: output to write.
         max_memory: most memory that the process may use, including the memory that it uses
-            already, in bytes or as "2GB".
+            already, in bytes or as "2GB"; the machine's free memory, and limits of containers and
+            of ``ulimit``, count too.
         tile: side of a tile, pixels; ``None`` for the largest that the budget allows.
         backbone_tile: side of the backbone's tiles, cells; ``None`` for the largest that the
             budget allows.
@@ -111,19 +111,23 @@ def make_plan(
     halo = None if halo is None else own_step * -(-halo // own_step)
     resident = machine.resident_memory() or 0
     activations = activation_bytes(model.backbone, early=model.early)
+    bound = min(max_memory, resident + free_bytes(None))
     needed, plan = math.inf, None
     for side, through in _candidates(stride, halo, tile, backbone_tile, own_step):
         cells = _tile_cells(side, stride, step)
         plan = Plan(seen, grid, cells, reach + MASK_HALO, step, through, halo)
         needed = resident + _needed(plan, model, what, activations)
-        if needed <= max_memory:
+        if needed <= bound:
             return plan
     if tile is not None and plan is not None:
         return plan  # an unfinished output can only be continued with the tiles it was begun with
+    limit = f"max_memory={readable(bound)}"
+    if bound < max_memory:
+        limit = f"the free memory here, {readable(bound)} with what is in use,"
     raise ValueError(
-        f"max_memory={readable(max_memory)} is too little for a raster of {size[0]}×{size[1]} "
-        f"pixels, of which {readable(resident)} are held already; the smallest that can work is "
-        f"about {readable(1.02 * needed)}"
+        f"{limit} is too little for a raster of {size[0]}×{size[1]} pixels, of which "
+        f"{readable(resident)} are held already; the smallest that can work is about "
+        f"{readable(1.02 * needed)}"
     )
 
 
@@ -149,20 +153,9 @@ def _tile_cells(side: int, stride: int, step: int) -> int:
     return unit * max(1, side // (unit * stride))
 
 
-def stacked_channels(model: FeatUp) -> int:
-    """Number of channels of a cell and its early layers; see :func:`upfeat.receptive_field.see`."""
-    if not model.early:
-        return model.embed_dim
-    backbone = model.backbone
-    side = 4 * backbone.step * backbone.stride
-    blank = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
-    with torch.no_grad():
-        return see(backbone, blank, early=True).shape[1]
-
-
 def _needed(plan: Plan, model: FeatUp, what: Output, activations: float) -> float:
     """Estimate the bytes that a plan needs beyond those the process uses already."""
-    stride, channels = model.backbone.stride, stacked_channels(model)
+    stride, channels = model.backbone.stride, stacked_channels(model.backbone, early=model.early)
     outer = min(plan.tile + 2 * (plan.halo + plan.step), max(plan.grid))
     seen = min(plan.backbone_tile + 2 * (plan.backbone_halo or 0), max(plan.grid))
     # The rows of a tile and its halo, and the rest of the last strip of them.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from upfeat.bounds import indices, path_of, shown
+from upfeat.optional import import_optional
 from upfeat.types import Window
 
 PERCENTILES = (2.0, 98.0)
@@ -45,14 +46,11 @@ def import_rasterio(needed_for: str) -> Any:
     Raises:
         ValueError: rasterio is not installed; ``needed_for`` names the purpose in the message.
     """
-    try:
-        importlib.import_module("rasterio.errors")
-        importlib.import_module("rasterio.enums")
-        return importlib.import_module("rasterio")
-    except ImportError:
-        raise ValueError(
-            f"{needed_for} needs the package rasterio: pip install 'upfeat[raster]'"
-        ) from None
+    missing = f"{needed_for} needs the package rasterio: pip install 'upfeat[raster]'"
+    rasterio = import_optional("rasterio", missing)
+    for name in ("rasterio.errors", "rasterio.enums"):
+        import_optional(name, missing)
+    return rasterio
 
 
 def open_raster(path: Path, needed_for: str) -> Any:

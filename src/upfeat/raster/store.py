@@ -9,7 +9,6 @@ finished output. A complete output is moved to its final name.
 from __future__ import annotations
 
 import base64
-import importlib
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ import numpy as np
 
 from upfeat.bounds import path_of, whole
 from upfeat.failures import one_line
+from upfeat.optional import import_optional
 from upfeat.raster.axes import write_axes
 from upfeat.raster.cog import write_cog
 from upfeat.raster.outputs import NO_CLASS
@@ -43,14 +43,10 @@ _OLD = "replaced"
 
 
 def _import_zarr() -> Any:
-    try:
-        zarr = importlib.import_module("zarr")
-    except ImportError:
-        zarr = None
-    if zarr is None or int(zarr.__version__.split(".")[0]) < 3:
-        raise ValueError(
-            "writing rasters needs zarr 3 (Python 3.11 or newer): pip install 'upfeat[raster]'"
-        )
+    missing = "writing rasters needs zarr 3 (Python 3.11 or newer): pip install 'upfeat[raster]'"
+    zarr = import_optional("zarr", missing)
+    if int(zarr.__version__.split(".")[0]) < 3:
+        raise ValueError(missing)
     return zarr
 
 

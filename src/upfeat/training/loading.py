@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -10,23 +11,29 @@ from torch.utils.data import DataLoader, Dataset
 
 from upfeat.training.photographs import Photographs
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
 GUARD = 'in a script, call train below `if __name__ == "__main__":`, or give workers=0'
 """Advice where processes are not forked, as on Windows and macOS: they import the script."""
 
 
-class _Stacks(Dataset[Tensor | OSError]):
+class _Stacks(Dataset["NDArray[np.uint8] | OSError"]):
     """Stacked samples of a part, or the error that reading them raised.
 
-    Errors are returned, and raised by the main process, because the loader would replace the
-    message of an exception from a worker by a traceback.
+    Samples are returned as arrays, which a worker sends through a pipe: tensors would be sent
+    through shared memory, of which containers have little, and one that did not fit would be
+    dropped, and waited for without end. Errors are returned, and raised by the main process,
+    because the loader would replace the message of an exception from a worker by a traceback.
     """
 
     def __init__(self, samples: Photographs) -> None:
         self.samples = samples
 
-    def __getitem__(self, numbers: list[int]) -> Tensor | OSError:
+    def __getitem__(self, numbers: list[int]) -> NDArray[np.uint8] | OSError:
         try:
-            return torch.stack([self.samples[number] for number in numbers])
+            return torch.stack([self.samples[number] for number in numbers]).numpy()
         except OSError as error:
             return error
 
@@ -45,6 +52,10 @@ class _Parts:
             numbers = range(step * self.batch, (step + 1) * self.batch)
             for share in self.shares:
                 yield list(numbers[share])
+
+
+def _unchanged(part: NDArray[np.uint8] | OSError) -> NDArray[np.uint8] | OSError:
+    return part
 
 
 def load_parts(
@@ -74,6 +85,8 @@ def load_parts(
         sampler=_Parts(first, last, batch, shares),  # pyright: ignore[reportArgumentType]
         batch_size=None,
         num_workers=workers,
+        # The default would make tensors of arrays.
+        collate_fn=_unchanged,  # pyright: ignore[reportArgumentType]
         # Without a generator, the loader would draw from the global one.
         generator=torch.Generator(),
     )
@@ -81,7 +94,7 @@ def load_parts(
         for part in loader:
             if isinstance(part, OSError):
                 raise part
-            yield part
+            yield torch.from_numpy(part)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

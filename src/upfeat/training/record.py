@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from upfeat.optional import import_optional
 from upfeat.training.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -120,10 +121,7 @@ def writer_class() -> Any:
     Raises:
         ValueError: TensorBoard is not installed.
     """
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            'tensorboard=True needs TensorBoard; pip install "upfeat[train]", or leave it off'
-        ) from None
-    return SummaryWriter
+    missing = 'tensorboard=True needs TensorBoard; pip install "upfeat[train]", or leave it off'
+    for name in ("tensorboard", "torch.utils.tensorboard.writer"):
+        module = import_optional(name, missing)
+    return module.SummaryWriter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from upfeat.optional import import_optional
 from upfeat.strict_json import LARGEST as LARGEST_FILE
 from upfeat.strict_json import read_object
 
@@ -35,12 +36,10 @@ def _parse(path: Path) -> Any:
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"{path}: larger than {LARGEST_FILE >> 10} KiB, so it holds no settings")
     text = path.read_text(encoding="utf-8")
-    try:
-        import yaml
-    except ImportError:
-        raise ValueError(
-            f'{path}: reading YAML needs PyYAML; pip install "upfeat[train]", or give a .json file'
-        ) from None
+    yaml = import_optional(
+        "yaml",
+        f'{path}: reading YAML needs PyYAML; pip install "upfeat[train]", or give a .json file',
+    )
 
     class Loader(yaml.SafeLoader):
         """Loader that refuses a name that is given twice, of which YAML would keep the last."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from upfeat.bounds import path_of, shown
 from upfeat.normalization import check_normalization
+from upfeat.optional import import_optional
 from upfeat.registry import unknown_name
 from upfeat.storage import read_tensors, replacing, sweep, write_tensors
 from upfeat.strict_json import read_object
@@ -31,7 +32,16 @@ AnyModule = TypeVar("AnyModule")
 
 
 def shipped_names() -> list[str]:
-    """Names of the weights inside the package."""
+    """Names of the weights inside the package.
+
+    Raises:
+        FileNotFoundError: the package was installed without its weights, or in an archive.
+    """
+    if not _SHIPPED.is_dir():
+        raise FileNotFoundError(
+            f"{_SHIPPED}: no such folder; upfeat works only with its weights, and as a folder, "
+            "not inside a .zip: install it by pip, or let the packager include its data files"
+        )
     return sorted(path.parent.name for path in _SHIPPED.glob(f"*/{CONFIG_FILE}"))
 
 
@@ -191,17 +201,15 @@ def _local_folder(folder: str | Path) -> Path:
         return Path(folder)
     if isinstance(folder, Path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", folder):
         raise FileNotFoundError(f"{folder}: no such folder")
+    missing = "to load it from the Hugging Face hub, pip install huggingface_hub"
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-    except ImportError:
-        raise FileNotFoundError(
-            f"{folder}: no such folder; to load it from the Hugging Face hub, "
-            "pip install huggingface_hub"
-        ) from None
+        hub = import_optional("huggingface_hub", missing)
+        faults = import_optional("huggingface_hub.errors", missing)
+    except ValueError as error:
+        raise FileNotFoundError(f"{folder}: no such folder; {error}") from None
     try:
-        return Path(snapshot_download(folder, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        return Path(hub.snapshot_download(folder, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
+    except (faults.HfHubHTTPError, faults.HFValidationError, OSError) as error:
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
             f"{folder}: no such folder, and not on the hub ({reason})"

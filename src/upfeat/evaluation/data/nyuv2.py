@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +13,7 @@ from upfeat.bounds import indices
 from upfeat.evaluation.data.folders import Dataset, Sample, existing, split_randomly
 from upfeat.evaluation.data.targets import checked_depth
 from upfeat.failures import one_line
+from upfeat.optional import import_optional
 from upfeat.types import times
 
 if TYPE_CHECKING:
@@ -27,10 +27,7 @@ _FIELD_OF_VIEW = 63.3  # degrees: 640 pixels at a focal length of 518.9 pixels
 def read_nyuv2(folder: Path, split_seed: int) -> Dataset:
     """Read the labelled part of NYUv2; see :mod:`upfeat.evaluation.data.layouts`."""
     path = existing(folder / _FILE)
-    try:
-        h5py = importlib.import_module("h5py")
-    except ImportError:
-        raise ValueError(f"{path}: is an HDF5 file; to read it, pip install h5py") from None
+    h5py = import_optional("h5py", f"{path}: is an HDF5 file; to read it, pip install h5py")
     try:
         file = h5py.File(path, "r")
         images, depths = file["images"], file["depths"]
@@ -69,13 +66,11 @@ def read_nyuv2(folder: Path, split_seed: int) -> Dataset:
 
 def _read_split(path: Path, samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Read the official split: image numbers from 1, in a file of MATLAB's older format."""
-    try:
-        matlab = importlib.import_module("scipy.io.matlab")
-    except ImportError:
-        raise ValueError(
-            f"{path}: is a MATLAB file; to read it, pip install scipy; or remove it, for a random "
-            "split"
-        ) from None
+    matlab = import_optional(
+        "scipy.io.matlab",
+        f"{path}: is a MATLAB file; to read it, pip install scipy; or remove it, for a random "
+        "split",
+    )
     try:
         content = matlab.loadmat(path)
         listed = [sorted(content[name].flatten().tolist()) for name in ("trainNdxs", "testNdxs")]
