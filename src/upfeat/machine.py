@@ -233,12 +233,17 @@ def resident_memory() -> int | None:
 
 
 def release_memory() -> None:
-    """Collect garbage, and with glibc return freed memory to the system.
+    """Collect garbage, and return freed memory to the system; it may take 0.2 seconds."""
+    gc.collect()
+    trim_memory()
+
+
+def trim_memory() -> None:
+    """Return freed memory to the system, with glibc.
 
     glibc's allocator keeps memory freed by a thread for that thread, so that a server with many
     threads grows far beyond the memory it uses.
     """
-    gc.collect()
     with suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from upfeat.activations import activation_bytes
 from upfeat.backbones import Backbone
-from upfeat.machine import readable, release_memory
+from upfeat.machine import readable, trim_memory
 from upfeat.receptive_field import odd_sides_agree, receptive_halo, see, unstacked
 from upfeat.tiling import Tile, overlapping, raised_cosine, split
 from upfeat.types import Size, Window, scaled
@@ -249,7 +249,7 @@ def see_within(
             out = values.new_empty(*values.shape[:2], *grid)
         cut(out, piece.core).copy_(cut(values, piece.inner))
         del values
-        release_memory()  # of tiles of several sizes, the allocator would keep a multiple of one
+        trim_memory()  # of tiles of several sizes, the allocator would keep a multiple of one
     assert out is not None
     return unstacked(out, backbone.embed_dim)
 

@@ -105,13 +105,13 @@ def run_photo(
     recipe = _recipe(source, made_by, size, dtype, reading)
     # Not inference_mode: of inference tensors, UpsampledFeatures keeps copies to detect changes.
     with torch.no_grad():
-        machine.release_memory()  # freed by decoding
+        machine.trim_memory()  # freed by decoding
         free = _BACKBONE * free_bytes(max_memory)
         coarse, hidden = see_within(model.backbone, x, free, early=model.early, label=str(photo))
         if head is None:
             fix = "store them as bf16 or fp32"
             check_not_too_small(f"{photo}: its features", largest_magnitude(coarse), dtype, fix)
-        machine.release_memory()  # freed by the backbone
+        machine.trim_memory()  # freed by the backbone
         facts |= {"grid_size": _size(coarse), "recipe": digest(recipe), **_texts(recipe)}
         shown = None if outputs.picture is None else image_panel(model, x)
         lazy = UpsampledFeatures(
@@ -132,10 +132,10 @@ def run_photo(
             del lazy  # frees memory for the picture
             shows = head or basis
             if shown is not None and drawn is not None and shows is not None:
-                machine.release_memory()
+                machine.trim_memory()
                 panels = (shown, coarse[0].cpu(), shows, torch.cat(written, dim=1))
                 picture = draw_results(model, *panels, (shape[1], shape[2]))
-                machine.release_memory()
+                machine.trim_memory()
                 suffix, recipe = drawn.suffix, facts["recipe"]
                 drawn.write_bytes(encode_picture(picture, suffix, recipe=recipe))
     return shape
@@ -170,7 +170,7 @@ def _write_strips(
     room = torch.empty(channels, min(STRIP, height), wide, dtype=dtype)
     for number, top in enumerate(range(0, height, STRIP)):
         if number % _RELEASED == 0:
-            machine.release_memory()
+            machine.trim_memory()
         rows = min(STRIP, height - top)
         parts = []
         for left in range(0, width, COLUMNS):
