@@ -18,7 +18,7 @@ USES = {
     "zarr": _import_zarr,
     "ray": lambda: list(map_with_ray(Engine("ray"), list, [])),
     "pillow_heif": lambda: readers.heif_image(b"", "photo.heic", 100, b"heic"),
-    "tifffile": lambda: readers.by_tifffile(b"", "scene.tif"),
+    "tifffile": lambda: readers.by_tifffile(b"", "scene.tif", 100),
 }
 FAULTS = {
     "ImportError('libx.so.3: cannot open')": "cannot be imported: libx.so.3: cannot open",
