@@ -22,7 +22,8 @@ def request(address, path, content=None, method=None, **headers):
         with urllib.request.urlopen(made, timeout=60) as answer:
             return answer.status, answer.read()
     except urllib.error.HTTPError as error:
-        return error.code, error.read()
+        with error:
+            return error.code, error.read()
 
 
 def upload(address, session):
