@@ -187,3 +187,13 @@ def test_heads_are_saved_to_paths(tmp_path):
     with pytest.raises(TypeError, match="path is of type NoneType; give a path"):
         save_head(None, head)
     refuses(lambda head: save_head(tmp_path / "head.safetensors", head), "head")
+
+
+@pytest.mark.parametrize(
+    ("shape", "fix"),
+    [((3, 64, 64), r"x\[None\]$"), ((1, 64, 64, 3), r"x\.permute\(0, 3, 1, 2\)$")],
+)
+def test_images_of_usual_other_shapes_get_the_fix(model, shape, fix):
+    for call in (model, model.backbone, model.lazy, model.guidance):
+        with pytest.raises(ValueError, match=rf"x must be \(B, 3, H, W\), not .*{fix}"):
+            call(torch.zeros(shape))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.efficientnet_lite import EfficientNetLite
-from upfeat.bounds import PASSES, flag, indices, instance, one_of, shown
+from upfeat.bounds import PASSES, flag, indices, one_of, shown
 from upfeat.budget import free_bytes
 from upfeat.feature_map import blank
 from upfeat.features import UpsampledFeatures
@@ -20,6 +20,7 @@ from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import find_device, parse_memory
 from upfeat.mirrored import Mirrored
 from upfeat.mosaic import see_within
+from upfeat.operator_checks import check_image
 from upfeat.scales import FINER_WEIGHTS, SecondScale, guidance_for
 from upfeat.translation import Translation
 from upfeat.types import Filled, Size
@@ -253,10 +254,7 @@ class FeatUp(nn.Module):
             TypeError: x is no tensor.
             ValueError: x is not (B, 3, H, W).
         """
-        instance("x", x, Tensor, "give the normalised image, as preprocess(…) returns it")
-        if x.dim() != 4 or x.shape[1] != self.backbone.in_channels:
-            expected = f"(B, {self.backbone.in_channels}, H, W)"
-            raise ValueError(f"x must be {expected}, not {tuple(x.shape)}")
+        check_image(x, self.backbone.in_channels)
         return guidance_for(self.upsampler, x, self.backbone, self.bands)
 
     def _inputs(self, features: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -191,3 +191,29 @@ def check_not_empty(name: str, tensor: Tensor) -> None:
 def size_of(tensor: Tensor) -> str:
     """Format a map's height × width, for messages."""
     return f"{tensor.shape[-2]}×{tensor.shape[-1]}"
+
+
+def check_image(x: object, bands: int) -> None:
+    """Check that the argument x is a batch of images for a backbone.
+
+    Args:
+        x: the value, (B, bands, H, W).
+        bands: number of the backbone's input channels.
+
+    Raises:
+        TypeError: x is no tensor.
+        ValueError: x has another shape.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x is of type {type(x).__name__}; give the normalised image, as preprocess(…) "
+            "returns it for a path, an array or a picture"
+        )
+    if x.dim() == 4 and x.shape[1] == bands:
+        return
+    fix = ""
+    if x.dim() == 3 and x.shape[0] == bands:
+        fix = "; for one image, give x[None]"
+    elif x.dim() == 4 and x.shape[3] == bands:
+        fix = "; with channels last, give x.permute(0, 3, 1, 2)"
+    raise ValueError(f"x must be (B, {bands}, H, W), not {tuple(x.shape)}{fix}")

@@ -15,7 +15,7 @@ from upfeat.bounds import flag, instance, shown, whole
 from upfeat.images import read_image
 from upfeat.machine import check_fits
 from upfeat.normalization import IMAGENET, Normalization, check_normalization
-from upfeat.operator_checks import whole_numbers
+from upfeat.operator_checks import check_image, whole_numbers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -233,13 +233,7 @@ class Backbone(nn.Module, metaclass=_Initialised):
             TypeError: x is no tensor.
             ValueError: x is not a dense floating-point tensor (B, 3, H, W), or is too small.
         """
-        if not isinstance(x, Tensor):
-            raise TypeError(
-                f"x is of type {type(x).__name__}; give the normalised image, as preprocess(…) "
-                "returns it for a path, an array or a picture"
-            )
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"x must be (B, {self.in_channels}, H, W), not {tuple(x.shape)}")
+        check_image(x, self.in_channels)
         if not x.is_floating_point() or x.layout is not torch.strided:
             kind = x.layout if x.layout is not torch.strided else x.dtype
             raise ValueError(f"x is {kind}; give the normalised image, as preprocess returns it")
