@@ -1,9 +1,11 @@
 """What all tests share."""
 
+import errno
 import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -54,6 +56,20 @@ def held(monkeypatch):
     """Bytes that this process is said to hold: what it does hold, earlier tests decide."""
     monkeypatch.setattr(machine, "resident_memory", lambda: 10**9)
     return 10**9
+
+
+@pytest.fixture
+def fill_disk(monkeypatch):
+    """Let the disk be full from the call on, when the second temporary file is made."""
+    make, made = tempfile.mkstemp, []
+
+    def full(**options):
+        made.append(options)
+        if len(made) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return make(**options)
+
+    return lambda: monkeypatch.setattr(tempfile, "mkstemp", full)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from upfeat.bounds import number, shown
+from upfeat.bounds import instance, number, shown
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Data types that operators compute in."""
@@ -204,11 +204,10 @@ def check_image(x: object, bands: int) -> None:
         TypeError: x is no tensor.
         ValueError: x has another shape.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"x is of type {type(x).__name__}; give the normalised image, as preprocess(…) "
-            "returns it for a path, an array or a picture"
-        )
+    advice = (
+        "give the normalised image, as preprocess(…) returns it for a path, an array or a picture"
+    )
+    x = instance("x", x, Tensor, advice)
     if x.dim() == 4 and x.shape[1] == bands:
         return
     fix = ""

@@ -23,6 +23,8 @@ _PROBE_CELLS, _PROBE_PIXELS = 64, 1024
 _TOLERANCE = 1e-4
 # Halos of backbones, without and with early layers, measured once for each.
 _HALOS: WeakKeyDictionary[Backbone, dict[bool, int | None]] = WeakKeyDictionary()
+# Channels of maps with early layers.
+_STACKED: WeakKeyDictionary[Backbone, int] = WeakKeyDictionary()
 
 
 def see(backbone: Backbone, x: Tensor, *, early: bool) -> Tensor:
@@ -55,13 +57,15 @@ def see(backbone: Backbone, x: Tensor, *, early: bool) -> Tensor:
 
 
 def stacked_channels(backbone: Backbone, *, early: bool) -> int:
-    """Number of channels of the maps of :func:`see`."""
+    """Number of channels of the maps of :func:`see`, found once for each backbone."""
     if not early:
         return backbone.embed_dim
-    side = 4 * backbone.step * backbone.stride
-    blank = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
-    with torch.no_grad():
-        return see(backbone, blank, early=True).shape[1]
+    if backbone not in _STACKED:
+        side = 4 * backbone.step * backbone.stride
+        blank = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
+        with torch.no_grad():
+            _STACKED[backbone] = see(backbone, blank, early=True).shape[1]
+    return _STACKED[backbone]
 
 
 def unstacked(maps: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:

@@ -1,8 +1,6 @@
 """Grids and their geometry go to disk and back, ours and those of others."""
 
-import errno
 import json
-import tempfile
 from dataclasses import replace
 
 import numpy as np
@@ -176,7 +174,7 @@ def test_grids_that_do_not_cover_their_image_are_refused(shape, target, patch):
         DenseGrid(torch.zeros(shape), *sides)
 
 
-def test_what_cannot_be_written_leaves_the_old_grid_whole(tmp_path, monkeypatch):
+def test_what_cannot_be_written_leaves_the_old_grid_whole(tmp_path, fill_disk):
     grid = DenseGrid(torch.full((2, 3, 4), 7e4), (40, 60), (16, 16))
     path = write_grid(tmp_path, "one", grid)
     with pytest.raises(ValueError, match="not written: features hold NaN or infinity in float16"):
@@ -186,15 +184,7 @@ def test_what_cannot_be_written_leaves_the_old_grid_whole(tmp_path, monkeypatch)
         write_grid(tmp_path, "one", small, dtype="float16")
     with pytest.raises(TypeError, match="JSON"):
         write_grid(tmp_path, "one", replace(grid, facts={"model": object()}))
-    make, made = tempfile.mkstemp, []
-
-    def full(**options):
-        made.append(options)
-        if len(made) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return make(**options)
-
-    monkeypatch.setattr(tempfile, "mkstemp", full)
+    fill_disk()
     with pytest.raises(OSError, match="No space left on device"):
         write_grid(tmp_path, "one", replace(grid, features=grid.features + 1))
     assert torch.equal(read_grid(path).features, grid.features)

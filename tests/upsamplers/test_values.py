@@ -1,11 +1,9 @@
 """Arguments, configurations and weights from anywhere: right, or refused by name."""
 
-import errno
 import json
 import math
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -288,19 +286,11 @@ def test_checks_of_tensors_alone():
     assert len(str(raised.value)) < 300
 
 
-def test_a_full_disk_leaves_the_earlier_upsampler_whole(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_earlier_upsampler_whole(tmp_path, fill_disk):
     """A mixture of files whose weights have equal shapes would be read without an error."""
     upfeat.NeighbourhoodUpsampler(radius=1, query_dim=4, levels=2).save_pretrained(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    make, made = tempfile.mkstemp, []
-
-    def full(**options):
-        made.append(options)
-        if len(made) == 2:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return make(**options)
-
-    monkeypatch.setattr(tempfile, "mkstemp", full)
+    fill_disk()
     with pytest.raises(OSError, match="No space left on device"):
         upfeat.NeighbourhoodUpsampler(radius=3, query_dim=4, levels=2).save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
