@@ -40,6 +40,8 @@ BASE = "detail_universal"
 TEMPERATURE = 0.4
 """Temperature of the neighbourhood steps over that of the base, chosen on halves of training sets
 (docs/evidence/results.md)."""
+SMOOTHING = 8
+"""Radius of the smoothing, chosen in the same way."""
 SOME = 80
 """Photographs from which the displacement and the translation are learnt."""
 HELD_OUT = 10
@@ -117,6 +119,7 @@ def make(backbone: Backbone, pair: Pair, width: int, depth: int, seed: int) -> E
         depth=depth,
         widening=base.widening,
         ridge=base.ridge,
+        smoothing=SMOOTHING,
         radius=steps.radius,
         query_dim=steps.query_dim,
         levels=steps.levels,

@@ -18,7 +18,7 @@ SMALL = {
     "bilinear": upfeat.Bilinear,
     "detail": lambda: upfeat.DetailUpsampler(4, query_dim=8, levels=3, width=8, depth=1),
     "early_detail": lambda: upfeat.EarlyDetailUpsampler(
-        4, hidden_dim=3, query_dim=8, levels=3, width=8, depth=1
+        4, hidden_dim=3, query_dim=8, levels=3, width=8, depth=1, smoothing=2
     ),
     "jafar": lambda: upfeat.JAFAR(4, width=16, heads=2),
     "jbu_stack": lambda: stack_of(4, n_stages=2),

@@ -226,11 +226,11 @@ def test_regressions_without_them_are_as_they_were():
     assert isinstance(kernels.regression.lacking.finer, CellMeans)
 
 
-def taught(network_of=3):
+def taught(network_of=3, **options):
     """A network of early layers whose weights are not 0."""
     torch.manual_seed(0)
     up = upfeat.EarlyDetailUpsampler(
-        2, hidden_dim=network_of, query_dim=8, levels=2, width=4, depth=1
+        2, hidden_dim=network_of, query_dim=8, levels=2, width=4, depth=1, **options
     )
     with torch.no_grad():
         for parameter in (up.detail.weight, up.early_network[2].last.weight):
@@ -343,6 +343,26 @@ def test_five_passes_take_the_network_too():
     told = kernels.to_finer_grid(scales.backbone(x)) + detail
     expected = scales.last(told, x, (32, 36))
     torch.testing.assert_close(scales(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_both_scales_are_smoothed():
+    """The enlarged image once on its own grid, and the sum twice on the grid of one pass."""
+    scales = upfeat.load(Pattern(), upsampler=taught(2, smoothing=2), passes=5).backbone
+    rough = upfeat.load(Pattern(), upsampler=taught(2), passes=5).backbone
+    x, window = photo(64, 72), upfeat.types.Window(0, 0, 16, 18)
+    hidden = scales.backbone.with_hidden(x)[1]
+    kernels = scales.first.prepare_with(x, (8, 9), (64, 72), hidden=hidden)
+    scales.share = rough.share = 0.0
+    expected = kernels.to_finer_grid(scales.backbone(x)) + scales.first.detail_on_finer_grid(
+        kernels
+    )
+    for _ in range(2):
+        expected = kernels.smoothing.smooth(expected, window)
+    torch.testing.assert_close(scales(x), scales.last(expected, x, (32, 36)), rtol=1e-4, atol=1e-5)
+    scales.share = rough.share = 1.0
+    assert scales(x).var() < rough(x).var()
+    constant = torch.full_like(x, 0.3)
+    torch.testing.assert_close(scales(constant), rough(constant), rtol=1e-4, atol=1e-4)
 
 
 def test_the_network_sees_the_enlarged_image_too():

@@ -32,7 +32,9 @@ MADE = {
     "jbu_stack": lambda: stack_of(8, radius=1, n_stages=2),
     "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(back_projections=1, **SMALL),
     "detail": lambda: upfeat.DetailUpsampler(8, width=4, depth=1, **SMALL),
-    "early_detail": lambda: upfeat.EarlyDetailUpsampler(8, hidden_dim=5, width=4, depth=1, **SMALL),
+    "early_detail": lambda: upfeat.EarlyDetailUpsampler(
+        8, hidden_dim=5, width=4, depth=1, smoothing=2, **SMALL
+    ),
 }
 FIXED = {
     "anyup": lambda: UPSAMPLERS["anyup"](width=32),

@@ -16,7 +16,8 @@ points, crops and files need no code of their own for it.
 
 An upsampler with a network of early layers adds the network's detail to the second bracket, and
 applies step, regression and network to the enlarged image as well: X then lies on a grid of a
-quarter of the stride, to which its last step brings the rest.
+quarter of the stride, to which its last step brings the rest. If it smooths, it smooths X on that
+grid, and the sum of all on the grid of half the stride.
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ SHARE = 0.75
 """Weight a of the second scale in the result."""
 SHARE_BESIDE_NETWORK = 0.5
 """Weight a if the upsampler has a network of early layers, which makes one pass more accurate."""
+SMOOTHINGS = 2
+"""How often the sum of both scales is smoothed, if the upsampler smooths. The enlarged image shows
+thin objects on more cells, so that less of them is lost than in one pass."""
 
 
 @torch.no_grad()
@@ -225,14 +229,20 @@ class SecondScale(OuterBackbone):
         grid, size = (own.shape[2], own.shape[3]), (x.shape[2], x.shape[3])
         kernels = self.first.prepare_with(guidance, grid, size, hidden=hidden)
         finer = self.share * translation(self._with_detail(guidance, second, early))
-        # K₁ is linear, so that one call computes its terms in both brackets of the formula.
         coarse = F.avg_pool2d(finer, finer.shape[2] // grid[0])
+        # K₁ is linear, so that one call computes its terms in both brackets of the formula.
         out = kernels.first(own - coarse)
+        whole = Window(0, 0, *second.shape[2:])
         if kernels.regression is not None and self.share < 1:
-            told = kernels.regression.at(as_map(own), Window(0, 0, *second.shape[2:]))
+            told = kernels.regression.at(as_map(own), whole)
             if kernels.maps is not None and hidden is not None:
                 told = told + self.first.detail_on_finer_grid(kernels)
             out = out + (1 - self.share) * told
+        if kernels.smoothing is not None:
+            rough = smooth = out + F.avg_pool2d(finer, finer.shape[2] // whole.height)
+            for _ in range(SMOOTHINGS):
+                smooth = kernels.smoothing.smooth(smooth, whole)
+            out = out + smooth - rough
         if early is not None:
             assert self.last is not None
             out = self.last(out, guidance, (finer.shape[2], finer.shape[3]))
@@ -255,7 +265,7 @@ class SecondScale(OuterBackbone):
         size = tuple(side * self.backbone.stride for side in grid)
         larger = F.interpolate(guidance, size=size, mode="bicubic", align_corners=False)
         kernels = self.first.prepare_with(larger, grid, (size[0], size[1]), hidden=early)
-        return kernels.to_finer_grid(second) + self.first.detail_on_finer_grid(kernels)
+        return self.first.on_finer_grid(kernels, second)
 
 
 def guidance_for(

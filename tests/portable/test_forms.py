@@ -29,7 +29,7 @@ def mixing_detail():
 
 
 def mixing_early():
-    upsampler = upfeat.EarlyDetailUpsampler(6, hidden_dim=5, width=4, depth=1, **SMALL)
+    upsampler = upfeat.EarlyDetailUpsampler(6, hidden_dim=5, width=4, depth=1, smoothing=2, **SMALL)
     for layer in (upsampler.detail, upsampler.early_network[2].last):
         torch.nn.init.normal_(layer.weight, std=0.3)
     torch.nn.init.normal_(upsampler.detail.bias)

@@ -83,7 +83,7 @@ def staged(upsampler="detail"):
 def taught():
     """An upsampler with a network of early layers whose weights are not 0."""
     torch.manual_seed(0)
-    upsampler = upfeat.EarlyDetailUpsampler(5, hidden_dim=4, width=4, depth=2)
+    upsampler = upfeat.EarlyDetailUpsampler(5, hidden_dim=4, width=4, depth=2, smoothing=3)
     for layer in (upsampler.detail, upsampler.early_network[2].last):
         torch.nn.init.normal_(layer.weight, std=0.3)
     return upsampler.eval()

@@ -23,7 +23,9 @@ MADE = {
     "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(back_projections=1, **SMALL),
     "detail": lambda: upfeat.DetailUpsampler(**SMALL),
     "detail of a backbone": lambda: upfeat.DetailUpsampler(8, width=4, depth=1, **SMALL),
-    "early_detail": lambda: upfeat.EarlyDetailUpsampler(8, hidden_dim=3, width=4, depth=1, **SMALL),
+    "early_detail": lambda: upfeat.EarlyDetailUpsampler(
+        8, hidden_dim=3, width=4, depth=1, smoothing=2, **SMALL
+    ),
     "anyup": lambda: UPSAMPLERS["anyup"](width=32),
     "jafar": lambda: UPSAMPLERS["jafar"](8, width=32),
     "naf": lambda: UPSAMPLERS["naf"](width=32),

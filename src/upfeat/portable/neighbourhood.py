@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from upfeat.portable import axes
 from upfeat.portable.form import PORTABLE, Form
 from upfeat.portable.regression import Regression
+from upfeat.portable.smoothing import Smoothing
 from upfeat.portable.step import Layout, Step, encode, unit
 from upfeat.types import Size
 from upfeat.upsamplers import (
@@ -65,6 +66,7 @@ class PortableDetail(Form):
         self.encoder = copy.deepcopy(steps.encoder)
         self.first, self.last = step_of(steps), step_of(steps, widening=upsampler.widening)
         self.regression = Regression(upsampler.ridge, steps.query_dim) if upsampler.ridge else None
+        self.smoothing = Smoothing(upsampler.smoothing) if upsampler.smoothing else None
         self.network = self._network_of(upsampler)
         if self.network is not None:
             basis, constant = upsampler.detail.weight.detach(), upsampler.detail.bias
@@ -102,6 +104,8 @@ class PortableDetail(Form):
         if maps is not None:
             detail = (self.basis @ maps.flatten(2)).unflatten(2, maps.shape[2:])
             fine = fine + detail + self.level[:, None, None]
+        if self.smoothing is not None and hidden is not None:
+            fine = self.smoothing(fine, middle, hidden)
         layout = Layout(queries, middle, self.last.radius)
         return self.last(layout, self.last.weights(layout, queries, middle), fine)
 

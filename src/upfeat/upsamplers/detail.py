@@ -17,10 +17,16 @@ from upfeat.upsamplers.detail_kernels import DetailKernels
 from upfeat.upsamplers.detail_network import DetailMaps, DetailNetwork
 from upfeat.upsamplers.head import Head, Headed, apply_head
 from upfeat.upsamplers.maps import Map
-from upfeat.upsamplers.neighbourhood import MOST_WIDTH, NeighbourhoodUpsampler, cells_of_pixels
+from upfeat.upsamplers.neighbourhood import (
+    MOST_RADIUS,
+    MOST_WIDTH,
+    NeighbourhoodUpsampler,
+    cells_of_pixels,
+)
 from upfeat.upsamplers.queries import CellMeans, Coarser, Queries, Units
 from upfeat.upsamplers.regression import STEP, ImageRegression
 from upfeat.upsamplers.saved import load_named
+from upfeat.upsamplers.smoothing import Smoothing
 
 FINER = 2
 """Ratio of the finer grid, on which detail is added, to the grid of the features."""
@@ -69,6 +75,7 @@ class DetailUpsampler(Upsampler):
         depth: int = 3,
         widening: float = 1.25,
         ridge: float = 0.3,
+        smoothing: int = 0,
         start: str | Path | None = None,
         backend: str = "auto",
     ) -> None:
@@ -87,6 +94,9 @@ class DetailUpsampler(Upsampler):
                 cells of the coarse grid; from 0.05 to 100.
             ridge: penalty of the regression, in units of the queries' mean variance, from 0 to 1e6;
                 0 leaves the regression out.
+            smoothing: radius of the smoothing of the finer grid among cells that look alike to
+                early layers (:class:`.smoothing.Smoothing`), in its cells, from 0 to 16; 0, or
+                features without early layers, for none.
             start: name or folder of a trained neighbourhood upsampler, whose weights are copied;
                 its radius, query_dim and levels must equal these arguments.
             backend: backend of the operators; see :mod:`upfeat.functional`.
@@ -104,6 +114,7 @@ class DetailUpsampler(Upsampler):
         self.depth = whole("depth", depth, 0, 64)
         self.widening = number("widening", widening, 0.05, 100)
         self.ridge = number("ridge", ridge, 0, 1e6)
+        self.smoothing = whole("smoothing", smoothing, 0, MOST_RADIUS)
         self.neighbourhood: NeighbourhoodUpsampler = NeighbourhoodUpsampler(
             radius=radius,
             query_dim=query_dim,
@@ -134,7 +145,7 @@ class DetailUpsampler(Upsampler):
         """See :meth:`Upsampler.config`."""
         steps = self.neighbourhood.config()
         network = {} if self.network is None else {"width": self.width, "depth": self.depth}
-        own = {"widening": self.widening, "ridge": self.ridge}
+        own = {"widening": self.widening, "ridge": self.ridge, "smoothing": self.smoothing}
         return {"embed_dim": self.embed_dim, **steps, **network, **own}
 
     def prepare(
@@ -218,7 +229,10 @@ class DetailUpsampler(Upsampler):
                 coarse_means, finer_means, first, penalty=self.ridge, step=STEP, hidden=hidden
             )
         maps = self._maps(guidance, hidden, finer, whole=queries.whole)
-        return DetailKernels(first, last, regression=regression, maps=maps)
+        smoothing = None
+        if self.smoothing and hidden is not None:
+            smoothing = Smoothing(middle, hidden, radius=self.smoothing, backend=self.backend)
+        return DetailKernels(first, last, regression=regression, maps=maps, smoothing=smoothing)
 
     def _maps(
         self, guidance: Tensor, hidden: Tensor | None, finer: Size, *, whole: bool
@@ -241,8 +255,9 @@ class DetailUpsampler(Upsampler):
 
     @property
     def _last_reach(self) -> int:
-        """Cells that the last step reads: as many as the first, but of the finer grid."""
-        return -(-self.neighbourhood.radius * (1 + self.back_projections) // FINER) + 1
+        """Cells that the last step, and the smoothing before it, read."""
+        finer = self.neighbourhood.radius * (1 + self.back_projections) + self.smoothing
+        return -(-finer // FINER) + 1
 
     @property
     def reach(self) -> int:
@@ -297,6 +312,10 @@ class DetailUpsampler(Upsampler):
         """See :meth:`Upsampler.precompute`; returns the last step, and features with detail."""
         assert isinstance(kernels, DetailKernels)
         return self._with_detail(kernels, None).precompute(mixed)
+
+    def on_finer_grid(self, kernels: DetailKernels, features: Tensor) -> Tensor:
+        """Features as the last step reads them, with detail and smoothing, (B, C, 2h, 2w)."""
+        return self._with_detail(kernels, None).finished(features)
 
     def detail_on_finer_grid(self, kernels: DetailKernels) -> Tensor:
         """The network's detail, which is added between the steps, (B, C, 2h, 2w)."""

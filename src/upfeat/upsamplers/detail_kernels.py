@@ -8,6 +8,7 @@ from torch import Tensor
 from upfeat.types import Window
 from upfeat.upsamplers.maps import Computed, Map, as_map
 from upfeat.upsamplers.regression import ImageRegression
+from upfeat.upsamplers.smoothing import Smoothing
 from upfeat.upsamplers.step import NeighbourhoodKernels
 
 
@@ -28,6 +29,13 @@ class FinerFeatures(Computed):
 
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
+        smoothing = self.kernels.smoothing
+        if smoothing is None:
+            return self._rough(window)
+        return smoothing.smooth(self._rough(smoothing.around(window)), window)
+
+    def _rough(self, window: Window) -> Tensor:
+        """The values in a window before they are smoothed."""
         kernels = self.kernels
         parts = []
         # Before the first step, which reads a part of the same means: they are then kept.
@@ -50,6 +58,7 @@ class DetailKernels:
         regression: ImageRegression | None = None,
         maps: Map | None = None,
         detail: Map | None = None,
+        smoothing: Smoothing | None = None,
     ) -> None:
         """Keep the parts.
 
@@ -62,10 +71,13 @@ class DetailKernels:
                 ``None`` without a network.
             detail: (B, C, *finer grid), the network's detail, added to the result of ``first``;
                 ``None`` for none.
+            smoothing: weights by which the sum of all is smoothed; ``None`` for none.
         """
         self.first, self.last, self.regression = first, last, regression
-        self.maps, self.detail = maps, detail
-        self.recorded = last.recorded or (detail is not None and detail.recorded)
+        self.maps, self.detail, self.smoothing = maps, detail, smoothing
+        self.recorded = any(
+            part is not None and part.recorded for part in (last, detail, smoothing)
+        )
 
     def __call__(self, features: Tensor) -> Tensor:
         """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
@@ -80,14 +92,27 @@ class DetailKernels:
         return self.last.precompute(self._on_finer_grid(features))
 
     def to_finer_grid(self, features: Tensor) -> Tensor:
-        """Upsample to the finer grid without a network's detail, (B, C, h, w) -> (B, C, 2h, 2w)."""
-        return FinerFeatures(self.adding(None), as_map(features)).all()
+        """Upsample to the finer grid, (B, C, h, w) -> (B, C, 2h, 2w); neither detail nor smoothing.
+
+        The detail that is left out is the network's.
+        """
+        rough = DetailKernels(self.first, self.last, regression=self.regression)
+        return FinerFeatures(rough, as_map(features)).all()
+
+    def finished(self, features: Tensor) -> Tensor:
+        """Upsample to the finer grid, with all that is added there, (B, C, 2h, 2w)."""
+        return self._on_finer_grid(features).all()
 
     def adding(self, detail: Map | None) -> DetailKernels:
         """Return kernels that add ``detail``, (B, C, *finer grid), and otherwise equal these."""
         return DetailKernels(
-            self.first, self.last, regression=self.regression, maps=self.maps, detail=detail
+            self.first,
+            self.last,
+            regression=self.regression,
+            maps=self.maps,
+            detail=detail,
+            smoothing=self.smoothing,
         )
 
-    def _on_finer_grid(self, features: Tensor) -> Map:
+    def _on_finer_grid(self, features: Tensor) -> FinerFeatures:
         return FinerFeatures(self, as_map(features))

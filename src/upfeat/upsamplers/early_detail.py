@@ -55,6 +55,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
         depth: int = 4,
         widening: float = 1.25,
         ridge: float = 0.3,
+        smoothing: int = 0,
         displacement: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -72,6 +73,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
             depth: number of residual blocks in the network, from 0 to 64.
             widening: ratio of the steps' σ, as in :class:`DetailUpsampler`.
             ridge: penalty of the regression, as in :class:`DetailUpsampler`.
+            smoothing: radius of the smoothing, as in :class:`DetailUpsampler`.
             displacement: see :attr:`Upsampler.displacement`; from -64 to 64.
             backend: backend of the operators; see :mod:`upfeat.functional`.
 
@@ -85,6 +87,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
             back_projections=back_projections,
             widening=widening,
             ridge=ridge,
+            smoothing=smoothing,
         )
         self.displacement = whole(
             "displacement", displacement, -MOST_DISPLACEMENT, MOST_DISPLACEMENT

@@ -1,0 +1,123 @@
+"""Smoothing of features among cells that look alike to a backbone's early layers.
+
+Features of neighbouring cells differ even where the image shows one thing: a part of the difference
+is noise, and no cell alone has seen all of its surroundings. Early layers, which have smaller
+receptive fields and a finer grid, show which cells belong together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from upfeat import functional
+from upfeat.resampling import on_grid
+from upfeat.types import Window
+from upfeat.upsamplers.encoder import unit
+from upfeat.upsamplers.maps import Computed, cut, inside, is_recorded, moved, tiles, widened
+
+QUERY_WEIGHT = 10.0
+"""Factor of the cosine between mean queries, in the exponent of the likeness."""
+EARLY_WEIGHT = 2.0
+"""Factor of the cosine between features of early layers, in the exponent of the likeness."""
+THRESHOLD = 3.0
+"""Likeness that counts nothing, as a multiple of its mean over the neighbourhood …"""
+HIGHEST = 0.5
+"""… but at most this fraction of the cell's likeness to itself, which is the largest."""
+KEPT = 1 << 22
+"""Most weights of an image that are kept once they are computed."""
+SIDE = 32
+"""Side, in cells, of the windows in which more weights are computed."""
+
+
+class Smoothing(Computed):
+    """Weights of the cells around each cell of the finer grid, (B, (2r+1)², h, w).
+
+    With unit vectors q of the cells' mean queries and e of their early layers,
+
+        k[i, j] = exp(10·⟨q[i], q[j]⟩ + 2·⟨e[i], e[j]⟩ − |i − j|²/(2r²)),    |i − j|∞ ≤ r
+
+    is the likeness of cells i and j, largest for i = j. Weights are proportional to what exceeds a
+    threshold, max(k[i, j] − t[i], 0), where t[i] is three times the mean of k[i, ·] over the
+    neighbourhood, or half of k[i, i] if that is less. So unlike cells, of which there are many,
+    count nothing, and a thin object is not mixed with what surrounds it. Weights sum to 1.
+
+    Source: ours; related to non-local means (Buades, Coll and Morel, 2005) and to the bilateral
+    filter (Tomasi and Manduchi, 1998), with early layers in place of patches and colours.
+    """
+
+    def __init__(self, queries: Computed, hidden: Tensor, *, radius: int, backend: str) -> None:
+        """Keep what the weights are computed from.
+
+        Args:
+            queries: (B, D, h, w), mean queries of the cells, of unit length.
+            hidden: (B, D', h', w'), features of early layers on any grid.
+            radius: radius r of the neighbourhood, in cells, ≥ 1.
+            backend: backend of the operators.
+        """
+        recorded = queries.recorded or is_recorded(hidden)
+        count = len(hidden) * (2 * radius + 1) ** 2 * queries.size[0] * queries.size[1]
+        whole = recorded or torch.compiler.is_compiling() or (queries.whole and count <= KEPT)
+        super().__init__(queries.size, whole=whole, recorded=recorded)
+        self.keeps = False
+        self.queries, self.hidden = queries, on_grid(hidden, queries.size)
+        self.radius, self.backend = radius, backend
+
+    def compute(self, window: Window) -> Tensor:
+        """See :meth:`Computed.compute`."""
+        around = self.around(window)
+        queries = self.queries.at(around)
+        early = unit(cut(self.hidden, around)).to(queries.dtype)
+        looks = torch.cat([QUERY_WEIGHT**0.5 * queries, EARLY_WEIGHT**0.5 * early], dim=1)
+        likeness = functional.neighbourhood_weights(
+            cut(looks, inside(window, around)),
+            looks,
+            1.0,
+            float(self.radius),
+            radius=self.radius,
+            output_size=self.size,
+            window=window,
+            grid_size=self.size,
+            cells=around,
+            backend=self.backend,
+        )  # sums to 1
+        count = likeness.shape[1]
+        own = likeness[:, count // 2, None]
+        weights = (likeness - (HIGHEST * own).clamp(max=THRESHOLD / count)).clamp(min=0)
+        return weights / weights.sum(1, keepdim=True)
+
+    def around(self, window: Window) -> Window:
+        """The cells that are read in order to smooth a window."""
+        return widened(window, self.radius, self.size)
+
+    def smooth(self, features: Tensor, window: Window) -> Tensor:
+        """Smooth features in a window of the grid.
+
+        Args:
+            features: (B, C, h', w'), features of the cells :meth:`around` the window.
+            window: window of the grid.
+
+        Returns:
+            (B, C, window.height, window.width).
+        """
+        outer = self.around(window)
+        if self.whole:
+            return self._sum(features, outer, window)
+        out = features.new_empty((*features.shape[:2], window.height, window.width))
+        for part in tiles((window.height, window.width), SIDE):
+            own = moved(part, window)
+            around = self.around(own)
+            cut(out, part).copy_(self._sum(cut(features, inside(around, outer)), around, own))
+        return out
+
+    def _sum(self, features: Tensor, cells: Window, window: Window) -> Tensor:
+        """Weighted sums at a window of the grid, of features in the window ``cells``."""
+        return functional.neighbourhood_upsample(
+            features,
+            self.at(window).to(features.dtype),
+            output_size=self.size,
+            window=window,
+            grid_size=self.size,
+            cells=cells,
+            backend=self.backend,
+        )

@@ -1,0 +1,156 @@
+"""Smoothing of the finer grid among cells that look alike to early layers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import upfeat
+from upfeat.types import Window
+from upfeat.upsamplers import smoothing
+from upfeat.upsamplers.maps import Computed, as_map
+from upfeat.upsamplers.smoothing import Smoothing
+
+SIZE = (9, 12)
+
+
+class Vectors(Computed):
+    """Unit vectors that exist already."""
+
+    def __init__(self, values, whole=True):
+        super().__init__(tuple(values.shape[2:]), whole=whole, recorded=values.requires_grad)
+        self.values = as_map(values)
+
+    def compute(self, window):
+        return self.values.at(window)
+
+
+def draw(channels, size=SIZE, seed=0):
+    return torch.randn(
+        2, channels, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+
+
+def smooth(queries, hidden, features, radius=2, window=None, whole=True):
+    made = Smoothing(Vectors(queries, whole), hidden, radius=radius, backend="auto")
+    window = window or Window(0, 0, *features.shape[2:])
+    around = made.around(window)
+    rows, columns = slice(around.top, around.bottom), slice(around.left, around.right)
+    return made.smooth(features[:, :, rows, columns], window)
+
+
+def one_by_one(queries, hidden, features, radius):
+    """The definition, cell by cell, with replicated edges."""
+    out, early = torch.empty_like(features), F.normalize(hidden, dim=1)
+    height, width = features.shape[2:]
+    reach = range(-radius, radius + 1)
+    for image in range(len(features)):
+        for y in range(height):
+            for x in range(width):
+                likeness, seen = [], []
+                for down in reach:
+                    for right in reach:
+                        v, u = min(max(y + down, 0), height - 1), min(max(x + right, 0), width - 1)
+                        alike = 10 * (queries[image, :, y, x] @ queries[image, :, v, u])
+                        alike = alike + 2 * (early[image, :, y, x] @ early[image, :, v, u])
+                        far = (down**2 + right**2) / (2 * radius**2)
+                        likeness.append((alike - 12 - far).exp())
+                        seen.append(features[image, :, v, u])
+                likeness = torch.stack(likeness)
+                own = likeness[len(likeness) // 2]
+                weights = (likeness - (3 * likeness.mean()).clamp(max=own / 2)).clamp(min=0)
+                weights = weights / weights.sum()
+                out[image, :, y, x] = (weights[:, None] * torch.stack(seen)).sum(0)
+    return out
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 3.0])
+def test_definition(spread):
+    """From images of one colour, where all cells are alike, to those where none are."""
+    queries = F.normalize(1 + spread * draw(4), dim=1)
+    hidden, features = 1 + spread * draw(3, seed=1), draw(5, seed=2)
+    expected = one_by_one(queries, hidden, features, 2)
+    torch.testing.assert_close(smooth(queries, hidden, features), expected, rtol=0, atol=1e-9)
+
+
+def test_unlike_neighbours_count_nothing():
+    """A line one cell wide keeps its features, and so does what surrounds it."""
+    line = torch.zeros(1, 1, *SIZE, dtype=torch.float64)
+    line[..., 5] = 1
+    looks = torch.cat([line, 1 - line], dim=1)
+    noise = 0.1 * draw(1, seed=3)[:1]
+    out = smooth(looks, looks, line + noise, radius=4)
+    torch.testing.assert_close(smooth(looks, looks, line, radius=4), line, rtol=0, atol=1e-12)
+    assert (out - line).square().mean() < 0.2 * noise.square().mean()
+
+
+def test_constants_stay_and_the_unit_of_early_layers_has_no_effect():
+    queries, hidden, features = F.normalize(draw(4), dim=1), draw(3, seed=1), draw(2, seed=2)
+    ones = torch.ones_like(features)
+    torch.testing.assert_close(smooth(queries, hidden, ones), ones)
+    out = smooth(queries, hidden, features)
+    for unit in (1e-12, 1e12):
+        torch.testing.assert_close(smooth(queries, unit * hidden, features), out)
+    assert smooth(queries, 0 * hidden, features).isfinite().all()
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+def test_windows_are_those_of_the_whole(monkeypatch, kept):
+    monkeypatch.setattr(smoothing, "KEPT", kept)
+    monkeypatch.setattr(smoothing, "SIDE", 4)
+    queries, hidden, features = F.normalize(draw(4), dim=1), draw(3, seed=1), draw(2, seed=2)
+    whole = smooth(queries, hidden, features)
+    for window in (Window(0, 0, 3, 4), Window(2, 5, 5, 7), Window(8, 11, 1, 1)):
+        rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
+        for computed_whole in (True, False):
+            part = smooth(queries, hidden, features, window=window, whole=computed_whole)
+            torch.testing.assert_close(part, whole[:, :, rows, columns], rtol=0, atol=1e-12)
+
+
+def test_gradients():
+    queries, hidden, features = (
+        F.normalize(draw(2, (3, 4)), dim=1),
+        *map(draw, (2, 2), [(3, 4)] * 2),
+    )
+    inputs = [one[:1].requires_grad_() for one in (queries, hidden, features)]
+    assert torch.autograd.gradcheck(lambda *given: smooth(*given, radius=1), inputs)
+
+
+def test_only_with_early_layers():
+    torch.manual_seed(0)
+    settings = {"query_dim": 8, "levels": 2}
+    plain = upfeat.DetailUpsampler(**settings).eval()
+    up = upfeat.DetailUpsampler(smoothing=4, **settings).eval()
+    up.load_state_dict(plain.state_dict())
+    features, image, hidden = (
+        torch.randn(1, 3, 6, 8),
+        torch.rand(1, 3, 48, 64),
+        torch.rand(1, 5, 12, 16),
+    )
+    assert up.config()["smoothing"] == 4
+    assert torch.equal(up(features, image), plain(features, image))
+    smooth, rough = up(features, image, hidden=hidden), plain(features, image, hidden=hidden)
+    assert not torch.allclose(smooth, rough, atol=1e-3)
+    assert smooth.var() < rough.var()
+
+
+def test_settings_out_of_range():
+    for wrong in (-1, 17, 2.5):
+        with pytest.raises((TypeError, ValueError), match="smoothing="):
+            upfeat.DetailUpsampler(smoothing=wrong)
+
+
+def test_reach_counts_the_smoothing():
+    torch.manual_seed(0)
+    up = upfeat.DetailUpsampler(query_dim=8, levels=2, smoothing=5, ridge=0).double().eval()
+    reach, side = up.reach, 2 * up.reach + 9
+    assert reach > upfeat.DetailUpsampler(query_dim=8, levels=2, ridge=0).reach
+    features, hidden = torch.randn(1, 2, side, 4).double(), torch.randn(1, 3, 2 * side, 8).double()
+    image = torch.rand(1, 3, 8 * side, 32).double()
+    out = up(features, image, hidden=hidden)
+    own = slice(8 * (reach + 4), 8 * (reach + 5))
+    for beyond in (slice(0, 4), slice(2 * reach + 5, side)):
+        features[:, :, beyond] += 1
+        hidden[:, :, 2 * beyond.start : 2 * beyond.stop] *= -1
+    changed = up(features, image, hidden=hidden)
+    torch.testing.assert_close(changed[:, :, own], out[:, :, own], rtol=0, atol=1e-12)
+    assert not torch.allclose(changed, out)
