@@ -25,6 +25,7 @@ from upfeat.upsamplers import JBUStack, Kernels, Upsampler
 from upfeat.upsamplers.checks import check_apart, overlaps_itself
 from upfeat.upsamplers.head import Head, add_offset, apply_head
 from upfeat.upsamplers.maps import WHOLE, Map, windows
+from upfeat.upsamplers.smoothing import KEPT, SIDE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -186,13 +187,23 @@ def kept_bytes(upsampler: Upsampler, cells: int, hidden_dim: int = 0) -> float:
     network = 0 if upsampler.embed_dim is None else getattr(upsampler, "width", 0)
     seen = _QUERIES + hidden_dim
     finer = network + 2 * _QUERIES + 2 * seen + _TAPS
-    return _FIXED + cells * 4 * (4 * finer + coarse + (1 + _FITTED) * seen)
+    smoothing = _smoothing_bytes(upsampler, SIDE * SIDE // 4)
+    return _FIXED + smoothing + cells * 4 * (4 * finer + coarse + (1 + _FITTED) * seen)
 
 
 def kept_whole_bytes(upsampler: Upsampler, pixels: int, cells: int, channels: int) -> float:
     """Estimate the bytes that are kept of a small map, whose weights are computed all at once."""
     finer = 1 if upsampler.means_halo is None else 4
-    return pixels * _KEPT_WHOLE + cells * finer * 4 * channels * _COPIES
+    smoothing = _smoothing_bytes(upsampler, cells)
+    return pixels * _KEPT_WHOLE + cells * finer * 4 * channels * _COPIES + smoothing
+
+
+def _smoothing_bytes(upsampler: Upsampler, cells: int) -> float:
+    """Estimate the bytes of the weights of a smoothing, and of likenesses that they are made of."""
+    radius = getattr(upsampler, "smoothing", 0)
+    if not radius:
+        return 0
+    return 3 * 4 * min(4 * cells * (2 * radius + 1) ** 2, KEPT)
 
 
 def plan_windows(

@@ -167,7 +167,7 @@ def test_the_backbone_sees_no_cells_beyond_the_raster(tmp_path, early):
     with torch.no_grad():
         expected = model(model.preprocess(values.transpose(1, 2, 0)))[0].numpy()
     error = np.abs(out - expected).mean(0) / expected.std((1, 2)).mean()
-    assert max(error[-16:].mean(), error[:, -16:].mean()) < 0.4  # about 1 if it saw more
+    assert max(error[-16:].mean(), error[:, -16:].mean()) < 0.55  # about 1 if it saw more
     assert error[:-16, :-16].mean() < 0.13
 
 

@@ -44,13 +44,16 @@ class DetailUpsampler(Upsampler):
        cells' mean queries, less those that the first step predicts, are multiplied by the
        coefficients (:class:`ImageRegression`). This needs no training and serves any backbone.
     2. With ``embed_dim``, a small network trained for one backbone predicts the difference that
-       remains to the backbone's features of the enlarged image:
+       remains to the backbone's features of the enlarged image.
 
-        up(F) = K₂(g)·[(K₁(g) + R(g))·M(F) + P·z(g) + b]
+    With ``smoothing``, and where early layers of a network are given, the sum is smoothed among
+    cells that look alike to them (:class:`.smoothing.Smoothing`):
 
-    F are the features, g is the guidance, K₁ and K₂ are the steps, R is the regression, z(g) are
-    ``width`` maps of the image, P is a basis of channels and b a constant, M the channel mix
-    x + W·x. The result is affine in the features, and linear without the second part. A head of K
+        up(F) = K₂(g)·S(g, e)·[(K₁(g) + R(g))·M(F) + P·z(g) + b]
+
+    F are the features, g is the guidance, e are the early layers, K₁ and K₂ are the steps, R is the
+    regression, S the smoothing, z(g) are ``width`` maps of the image, P is a basis of channels and
+    b a constant, M the channel mix x + W·x. The result is affine in the features, and linear without the second part. A head of K
     outputs costs K channels as elsewhere, since it is applied to P as well. Untrained, P, W and b
     are 0.
 

@@ -28,7 +28,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
     As :class:`DetailUpsampler`, whose regression uses early layers too where they are given, but
     the network that predicts the remaining difference reads early layers in place of pixels:
 
-        up(F) = K₂(g)·[(K₁(g) + R(g, e))·F + P·z(e) + b]
+        up(F) = K₂(g)·S(g, e)·[(K₁(g) + R(g, e))·F + P·z(e) + b]
 
     e are the features of early layers, z(e) ``width`` maps of them; :class:`DetailUpsampler`
     defines the other symbols. The network learns, from photographs alone, what features of the
