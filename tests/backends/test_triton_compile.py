@@ -106,6 +106,17 @@ def upsampling(channels, size, output, dtype, form=torch.contiguous_format, radi
     return run
 
 
+def smoothing(channels, size, dtype, radius=8):
+    def run():
+        features = torch.zeros(1, channels, *size, dtype=dtype)
+        weights = torch.zeros(1, (2 * radius + 1) ** 2, *size, dtype=dtype)
+        place = size, (0, 0), size, (0, 0)
+        out = kernels.neighbourhood_upsample(features, weights, *place)
+        kernels.neighbourhood_upsample_backward(out, features, weights, True, True, *place)
+
+    return run
+
+
 def convolving(channels, size, dtype):
     def run():
         padded = torch.zeros(1, channels, size[0] + 6, size[1] + 6, dtype=dtype)
@@ -148,6 +159,8 @@ CALLS = {
     "shrinking": upsampling(16, (30, 30), (7, 9), torch.float32),
     "one_pixel": upsampling(1, (1, 1), (1, 1), torch.float32),
     "radius_one": upsampling(384, (16, 16), (32, 32), torch.float32, radius=1),
+    "smoothing": smoothing(384, (28, 28), torch.float32),
+    "smoothing_half": smoothing(112, (28, 42), torch.float16),
     "convolution": convolving(384, (32, 32), torch.float32),
     "convolution_half": convolving(384, (32, 32), torch.float16),
     "range_kernel": weighing(32, (32, 64), torch.float32),

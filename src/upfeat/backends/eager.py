@@ -5,7 +5,7 @@ of weights and one shifted view of the features, and does one multiply-add over 
 Unfolding would make T copies of the features instead.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,53 @@ def bilateral_weights(
     return (weights / weights.sum(1, keepdim=True).clamp(min=1e-7)).to(dtype)
 
 
+_COPIES = 49
+"""Taps up to which neighbourhoods are copied, for one product per cell, on a grid to itself too."""
+
+
+def _tap_by_tap(radius: int, output_size: Sequence[int], grid_size: Sequence[int]) -> bool:
+    """Return whether a cell is one pixel and its neighbourhood too large to be copied."""
+    return (2 * radius + 1) ** 2 > _COPIES and tuple(output_size) == tuple(grid_size)
+
+
+def _around(
+    cells: Tensor,
+    radius: int,
+    counts: Sequence[int],
+    origin: Sequence[int],
+    grid_size: Sequence[int],
+    grid_origin: Sequence[int],
+) -> Tensor:
+    """A window of cells and ``radius`` more on every side, edges replicated.
+
+    Args:
+        cells: (B, K, h, w), a window of the grid from ``grid_origin`` on.
+        radius: number of cells more on every side.
+        counts: height and width of the window.
+        origin: its first row and column.
+        grid_size: size of the whole grid.
+        grid_origin: first row and column of ``cells``.
+
+    Returns:
+        (B, K, height + 2r, width + 2r).
+    """
+    for axis, (count, start, length, skip) in enumerate(
+        zip(counts, origin, grid_size, grid_origin, strict=True), start=2
+    ):
+        places = torch.arange(start - radius, start + count + radius, device=cells.device)
+        cells = cells.index_select(axis, places.clamp(0, length - 1) - skip)
+    return cells
+
+
+def _taps(around: Tensor, radius: int) -> Iterator[Tensor]:
+    """The cells at each offset, row-major, (B, K, height, width) each."""
+    side = 2 * radius + 1
+    height, width = (length - 2 * radius for length in around.shape[2:])
+    for row in range(side):
+        for column in range(side):
+            yield around[:, :, row : row + height, column : column + width]
+
+
 def neighbourhood_upsample(
     features: Tensor,
     weights: Tensor,
@@ -89,6 +136,12 @@ def neighbourhood_upsample(
     the padding is dropped from the result.
     """
     radius, counts = window_radius(weights.shape[1]), weights.shape[2:]
+    if _tap_by_tap(radius, output_size, grid_size):
+        around = _around(features, radius, counts, origin, grid_size, grid_origin)
+        total = features.new_zeros(())
+        for tap, part in enumerate(_taps(around, radius)):
+            total = torch.addcmul(total, part, weights[:, tap, None])
+        return total
     rows, columns = (
         slots_of_cells(*axis, skip=skip)
         for *axis, skip in zip(grid_size, output_size, origin, counts, grid_origin, strict=True)
@@ -133,12 +186,17 @@ def neighbourhood_weights(
             grid_size, output_size, origin, (height, width), strict=True
         )
     ]
-    rows, columns = (
-        slots_of_cells(*axis, skip=skip) for axis, skip in zip(axes, grid_origin, strict=True)
-    )
-    around = gather_cells(keys, radius, rows, columns)  # (cells, D, T)
-    products = torch.bmm(gather_pixels(queries, rows, columns), around)  # (cells, pixels, T)
-    products = scatter_pixels(products, batch, rows, columns)  # (B, T, height, width)
+    if _tap_by_tap(radius, output_size, grid_size):
+        around = _around(keys, radius, (height, width), origin, grid_size, grid_origin)
+        scores = [(queries * part).sum(1) for part in _taps(around, radius)]
+        products = torch.stack(scores, dim=1)  # (B, T, height, width)
+    else:
+        rows, columns = (
+            slots_of_cells(*axis, skip=skip) for axis, skip in zip(axes, grid_origin, strict=True)
+        )
+        around = gather_cells(keys, radius, rows, columns)  # (cells, D, T)
+        products = torch.bmm(gather_pixels(queries, rows, columns), around)  # (cells, pixels, T)
+        products = scatter_pixels(products, batch, rows, columns)  # (B, T, height, width)
     (down, below), (across, beside) = (cell_distances(*axis, radius, queries) for axis in axes)
     squared = down[:, None, :, None] + across[:, None]  # (2r+1, 2r+1, height, width)
     far = below[:, None, :, None] | beside[:, None]

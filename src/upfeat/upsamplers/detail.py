@@ -53,9 +53,9 @@ class DetailUpsampler(Upsampler):
 
     F are the features, g is the guidance, e are the early layers, K₁ and K₂ are the steps, R is the
     regression, S the smoothing, z(g) are ``width`` maps of the image, P is a basis of channels and
-    b a constant, M the channel mix x + W·x. The result is affine in the features, and linear without the second part. A head of K
-    outputs costs K channels as elsewhere, since it is applied to P as well. Untrained, P, W and b
-    are 0.
+    b a constant, M the channel mix x + W·x. The result is affine in the features, and linear
+    without the second part. A head of K outputs costs K channels as elsewhere, since it is applied
+    to P as well. Untrained, P, W and b are 0.
 
     Source: ours; the neighbourhood step is that of :class:`NeighbourhoodUpsampler`; the regression
     is related to the guided filter (He, Sun and Tang, 2010), but uses the whole image, and queries
