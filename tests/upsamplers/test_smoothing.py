@@ -1,5 +1,7 @@
 """Smoothing of the finer grid among cells that look alike to early layers."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -154,3 +156,22 @@ def test_reach_counts_the_smoothing():
     changed = up(features, image, hidden=hidden)
     torch.testing.assert_close(changed[:, :, own], out[:, :, own], rtol=0, atol=1e-12)
     assert not torch.allclose(changed, out)
+
+
+def test_folders_from_before_are_not_smoothed(tmp_path):
+    upfeat.DetailUpsampler(query_dim=8, levels=2, smoothing=4).save_pretrained(tmp_path)
+    assert upfeat.load_upsampler(tmp_path).smoothing == 4
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["smoothing"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert upfeat.load_upsampler(tmp_path).smoothing == 0
+
+
+def test_gradients_of_large_maps(monkeypatch):
+    """Where weights are not kept, features that record gradients are smoothed at once."""
+    monkeypatch.setattr(smoothing, "KEPT", 0)
+    queries, hidden, features = F.normalize(draw(4), dim=1), draw(3, seed=1), draw(2, seed=2)
+    expected = smooth(queries, hidden, features)
+    out = smooth(queries, hidden, features.requires_grad_())
+    torch.testing.assert_close(out, expected)
+    assert torch.autograd.grad(out.sum(), features)[0].abs().sum() > 0
