@@ -300,7 +300,7 @@ def implicit_slack() -> str:
         for slack in (str(FitConfig().slack), other):
             cells = []
             for part in parts:
-                found = known[part] if slack != other else known[part]["slack"][other]
+                found = known[part]["slack"][slack]
                 for protocol in ("own", "transfer"):
                     row = next(
                         row

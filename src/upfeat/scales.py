@@ -55,8 +55,8 @@ SHARE = 0.75
 SHARE_BESIDE_NETWORK = 0.5
 """Weight a if the upsampler has a network of early layers, which makes one pass more accurate."""
 SMOOTHINGS = 2
-"""Number of smoothings of the sum of both scales, if the upsampler smooths. The enlarged image shows
-thin objects on more cells, so that less of them is lost than in one pass."""
+"""Number of smoothings of the sum of both scales, if the upsampler smooths. Thin objects cover more
+cells of the enlarged image, so that less of them is lost than in one pass."""
 
 
 @torch.no_grad()

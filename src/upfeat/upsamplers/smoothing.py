@@ -42,6 +42,9 @@ class Smoothing(Computed):
     neighbourhood, or half of k[i, i] if that is less. So unlike cells, of which there are many,
     count nothing, and a thin object is not mixed with what surrounds it. Weights sum to 1.
 
+    The unit of early layers has no effect. An offset in all channels of several times their spread,
+    which activations after a ReLU do not have, makes all cells alike.
+
     Source: ours; related to non-local means (Buades, Coll and Morel, 2005) and to the bilateral
     filter (Tomasi and Manduchi, 1998), with early layers in place of patches and colours.
     """
