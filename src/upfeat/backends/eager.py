@@ -5,7 +5,7 @@ of weights and one shifted view of the features, and does one multiply-add over 
 Unfolding would make T copies of the features instead.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,14 +57,7 @@ def bilateral_weights(
 ) -> Tensor:
     """See :func:`upfeat.functional.bilateral_weights`; computed in float32 at least."""
     dtype, keys = keys.dtype, keys.to(torch.promote_types(keys.dtype, torch.float32))
-    height, width = keys.shape[-2:]
-    side = 2 * radius + 1
-    padded = reflect_pad(keys, radius)
-    scores = [
-        (keys * padded[:, :, row : row + height, column : column + width]).sum(1)
-        for row in range(side)
-        for column in range(side)
-    ]
+    scores = [(keys * part).sum(1) for part in _taps(reflect_pad(keys, radius), radius)]
     weights = torch.softmax(temperature * torch.stack(scores, dim=1), dim=1)  # (B, T, H, W)
     weights = weights * spatial_kernel(radius, sigma_spatial)[:, None, None]
     return (weights / weights.sum(1, keepdim=True).clamp(min=1e-7)).to(dtype)
@@ -108,13 +101,15 @@ def _around(
     return cells
 
 
-def _taps(around: Tensor, radius: int) -> Iterator[Tensor]:
-    """The cells at each offset, row-major, (B, K, height, width) each."""
+def _taps(around: Tensor, radius: int) -> list[Tensor]:
+    """Views of a padded map at each offset, row-major, (B, K, height, width) each."""
     side = 2 * radius + 1
     height, width = (length - 2 * radius for length in around.shape[2:])
-    for row in range(side):
-        for column in range(side):
-            yield around[:, :, row : row + height, column : column + width]
+    return [
+        around[:, :, row : row + height, column : column + width]
+        for row in range(side)
+        for column in range(side)
+    ]
 
 
 def neighbourhood_upsample(

@@ -25,7 +25,7 @@ THRESHOLD = 3.0
 HIGHEST = 0.5
 """… but at most this fraction of the cell's likeness to itself, which is the largest."""
 KEPT = 1 << 22
-"""Most weights of an image that are kept once they are computed."""
+"""Most weights of a batch of images that are kept once they are computed."""
 SIDE = 32
 """Side, in cells, of the windows in which more weights are computed."""
 
