@@ -1,9 +1,9 @@
-"""Probes on fits with several weights of the map of six passes, and on one to six passes.
+"""Probes on fits with several weights of the map of eight passes, and on one to eight passes.
 
     python benchmarks/implicit_share.py DATA -o out/
 
 DATA contains clothing/ and aerial_roads/ in the layout of ``upfeat eval``. Each image is fitted
-twice, without the blend and for the map of six passes alone, since every blend is a weighted sum of
+twice, without the blend and for the map of eight passes alone, since every blend is a weighted sum of
 both. Fits and maps are stored in ``out/``, some gigabytes. Results go to
 benchmarks/implicit_share.json; those of ``--slack`` are added to it and replace no others.
 """
@@ -48,11 +48,11 @@ NAMED = (
     "detail_universal@5",
     "early_detail_efficientnet_lite0@2",
     "early_detail_efficientnet_lite0@5",
-    "early_detail_efficientnet_lite0@6",
+    "early_detail_efficientnet_lite0@8",
 )
 ALONE = FitConfig(share=1.0, translation=0.0)
 FEW = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
-"""Settings for the map of six passes alone, which depends on the first 32 views only."""
+"""Settings for the map of eight passes alone, which depends on the first 32 views only."""
 JUDGED = 8
 VIEWS = {"max_pad": 30.0, "max_zoom": 1.8, "seed": 1_000_003}
 """Arguments of the :class:`Observer` of views that no fit has used."""
@@ -100,12 +100,12 @@ class Kept(ImplicitMethod):
 
 
 class Share(Method):
-    """Blends of the fit to views, weighted by ``share``, and the map of six passes."""
+    """Blends of the fit to views, weighted by ``share``, and the map of eight passes."""
 
     passes = None
 
     def __init__(self, alone: Kept, few: Kept, share: float, translation: Translation) -> None:
-        """Store the fits to views, the maps of six passes, and the blend's settings."""
+        """Store the fits to views, the maps of eight passes, and the blend's settings."""
         self.alone, self.few, self.share, self.translation = alone, few, share, translation
         self.weights = self.identity = f"{alone.weights}|{share}"
 
@@ -173,7 +173,7 @@ def losses(
     translation = shipped_translation(backbone, "views")
     assert translation is not None
     blended = Share(alone, few, FitConfig().share, translation)
-    totals: dict[str, float] = dict.fromkeys(("alone", "blended", "six passes"), 0.0)
+    totals: dict[str, float] = dict.fromkeys(("alone", "blended", "eight passes"), 0.0)
     for index in range(JUDGED):
         sample = test[index]
         aligned = align_for(mean_upsampler(backbone), backbone)  # as fits are

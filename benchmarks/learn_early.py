@@ -28,10 +28,10 @@ from torch import Tensor
 import upfeat
 from upfeat.backbones import Backbone, estimate_displacement
 from upfeat.mirrored import Mirrored
+from upfeat.photo_search import search
 from upfeat.provenance import digest
 from upfeat.resampling import on_grid
 from upfeat.scales import SecondScale, fit_translation, guidance_for
-from upfeat.training.photographs import SUFFIXES
 from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, EarlyDetailUpsampler, create_upsampler
 from upfeat.upsamplers.maps import as_map
@@ -44,6 +44,8 @@ SMOOTHING = 8
 """Radius of the smoothing, chosen in the same way."""
 SOME = 80
 """Photographs from which the displacement and the translation are learnt."""
+RATIO = 2
+"""Ratio of the enlarged image's sides to the image's own: cells of both grids then coincide."""
 HELD_OUT = 10
 """One photograph in this number is held out."""
 
@@ -70,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
 
     backbone = upfeat.load_backbone(options.backbone).eval().requires_grad_(False)
-    paths = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = [photo.path for photo in search(options.photos)]
     step = max(len(paths) // SOME, 1)
     some = [backbone.preprocess(path, 256, align=True) for path in paths[::step][:SOME]]
     backbone = backbone.aligned(round(sum(estimate_displacement(backbone, some)) / 2))
@@ -83,11 +85,12 @@ def main() -> None:
 @torch.inference_mode()
 def collect(backbone: Backbone, paths: list[Path], size: int, some: list[Tensor]) -> list[Pair]:
     """Compute the pairs of all photographs; the translation is learnt from some images."""
-    mirrored = Mirrored(backbone)
-    translation = fit_translation(mirrored, some)
+    translation = fit_translation(Mirrored(backbone), some, ratio=RATIO)
     base = create_upsampler(BASE)
     assert isinstance(base, DetailUpsampler)
-    scales = SecondScale(mirrored, base, translation=translation, share=1)
+    scales = SecondScale(
+        backbone, base, translation=translation, share=1, mirrored=True, ratio=RATIO
+    )
     pairs = []
     for index, path in enumerate(paths):
         x = backbone.preprocess(path, size, align=True)

@@ -29,8 +29,8 @@ from upfeat.implicit.features import resize_image
 from upfeat.implicit.fit import fit_guidance
 from upfeat.implicit.one_pass import mean_upsampler
 from upfeat.model import align_for
+from upfeat.photo_search import search
 from upfeat.scales import fit_translation
-from upfeat.training.photographs import SUFFIXES
 from upfeat.translation import PENALTY, learn_translation
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     options = parser.parse_args()
 
     backbone = upfeat.load_backbone(options.backbone).eval().requires_grad_(False)
-    paths = sorted(path for path in options.photos.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = [photo.path for photo in search(options.photos)]
     step = max(len(paths) // options.count, 1)
     chosen = paths[step // 2 if options.views else 0 :: step][: options.count]
     with torch.no_grad():

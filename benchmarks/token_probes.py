@@ -33,7 +33,7 @@ PASSES = (
     "detail_universal@5",
     "detail_universal@2@early",
     "detail_universal@5@early",
-    "detail_universal@6@early",
+    "detail_universal@8@early",
 )
 NAME = "DINOv2-S for saliency"
 

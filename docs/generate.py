@@ -52,7 +52,7 @@ TOKEN_ROWS = {
     "detail_universal@2@early": "detail_universal, `passes=2, early=True`",
     "detail_universal@5": "detail_universal, `passes=5`",
     "detail_universal@5@early": "detail_universal, `passes=5, early=True`",
-    "detail_universal@6@early": "detail_universal, `passes=6, early=True`",
+    "detail_universal@8@early": "detail_universal, `passes=8, early=True`",
 }
 GAINS = {
     "bilinear": "bilinear",
@@ -66,8 +66,8 @@ GAINS = {
         "early_detail_efficientnet_lite0"
     ),
     "… and the mirror image (`passes=2`)": "early_detail_efficientnet_lite0@2",
-    "… and the image at twice its size (`passes=5`)": "early_detail_efficientnet_lite0@5",
-    "… and both (`passes=6`)": "early_detail_efficientnet_lite0@6",
+    "… and the enlarged image (`passes=5`)": "early_detail_efficientnet_lite0@5",
+    "… and its mirror image (`passes=8`)": "early_detail_efficientnet_lite0@8",
 }
 PICTURES = {"architecture.svg": diagram.architecture}
 
@@ -272,7 +272,7 @@ SHARED = UPSAMPLERS | {
     "early_detail_efficientnet_lite0": "early detail (the default)",
     "early_detail_efficientnet_lite0@2": "early detail, `passes=2`",
     "early_detail_efficientnet_lite0@5": "early detail, `passes=5`",
-    "early_detail_efficientnet_lite0@6": "early detail, `passes=6`",
+    "early_detail_efficientnet_lite0@8": "early detail, `passes=8`",
     "implicit alone": "implicit, `share=1, translation=0`",
 }
 
@@ -317,7 +317,7 @@ def implicit_slack() -> str:
 def implicit_gains() -> str:
     """What a fit returns by default less other ways, in points."""
     others = ["bilinear", "detail_universal", "detail_universal@5"]
-    others += [f"early_detail_efficientnet_lite0{passes}" for passes in ("", "@2", "@5", "@6")]
+    others += [f"early_detail_efficientnet_lite0{passes}" for passes in ("", "@2", "@5", "@8")]
     chosen = f"implicit@{FitConfig().share}"
     rows = []
     for other in [*others, "implicit alone"]:

@@ -353,7 +353,7 @@ def test_tokens_that_make_no_grid_are_refused(arguments, words):
 LOADS = [
     ({"upsampler": "bilinaer"}, 'upsampler "bilinaer" is unknown; did you mean bilinear'),
     ({"upsampler": ""}, 'upsampler "" is unknown'),
-    ({"passes": 3}, r"passes=3 must be one of \(1, 2, 5, 6\)"),
+    ({"passes": 3}, r"passes=3 must be one of \(1, 2, 5, 8\)"),
     ({"passes": "5"}, "passes='5' must be"),
     ({"early": 3}, "early=3 must be true or false"),
     ({"device": "x"}, 'device="x" cannot be used'),

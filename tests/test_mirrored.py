@@ -33,8 +33,9 @@ def test_an_image_and_its_mirror_image_are_both_aligned(network):
     torch.testing.assert_close(aligned(x), (inner(x) + inner(x.flip(3)).flip(3)) / 2)
 
 
-@pytest.mark.parametrize(("passes", "stride"), [(1, 16), (2, 16), (5, 4), (6, 4)])
+@pytest.mark.parametrize(("passes", "stride"), [(1, 16), (2, 16), (5, 4), (8, 4)])
 def test_passes_are_what_the_network_computes(monkeypatch, passes, stride):
+    """Sides of the enlarged image are rounded down to whole cells, so that no more are computed."""
     model, x = upfeat.load(passes=passes), photo()
     pixels = []
     extract = upfeat.backbones.EfficientNetLite.extract
@@ -50,7 +51,8 @@ def test_passes_are_what_the_network_computes(monkeypatch, passes, stride):
     monkeypatch.setattr(upfeat.backbones.EfficientNetLite, "extract", counted(extract))
     monkeypatch.setattr(upfeat.backbones.EfficientNetLite, "extract_with_hidden", counted(both))
     assert model(x).shape == (1, 112, 64, 96)
-    assert model.passes == passes == sum(pixels) / (64 * 96)
+    enlarged = {1: 0, 2: 0, 5: 6 * 10, 8: 2 * 6 * 10}[passes] / (4 * 6)
+    assert sum(pixels) / (64 * 96) == min(passes, 2) + enlarged <= passes == model.passes
     assert model.backbone.stride == stride
 
 
@@ -64,23 +66,23 @@ def test_wrapped_models_of_any_kind_are_mirrored():
 
 def test_the_second_scale_of_a_mirrored_backbone(network):
     both = SecondScale(network, mirrored=True)
-    assert (both.passes, both.name) == (6, "efficientnet_lite0.passes6")
+    assert (both.passes, both.name) == (8, "efficientnet_lite0.passes8")
     aligned = both.aligned(2)
-    assert aligned.backbone.displacement == aligned.own.displacement == 2
+    assert aligned.own.displacement == aligned.enlarged.displacement == 2
     assert both.displacement == both.backbone.displacement == both.own.displacement == 0
-    method = find_passes("detail_universal@6", network)
+    method = find_passes("detail_universal@8", network)
     assert method is not None
-    assert method.passes == 6
+    assert method.passes == 8
 
 
 def test_options_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 2, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 2, 5, 8\)"):
         upfeat.load(passes=3)
-    with pytest.raises(ValueError, match="translation is for passes=5 and 6; with passes=2"):
+    with pytest.raises(ValueError, match="translation is for passes=5 and 8; with passes=2"):
         upfeat.load(passes=2, translation="translation.safetensors")
 
 
-@pytest.mark.parametrize("options", [{"passes": 2}, {"passes": 5}, {"passes": 6}, {"early": True}])
+@pytest.mark.parametrize("options", [{"passes": 2}, {"passes": 5}, {"passes": 8}, {"early": True}])
 def test_images_are_prepared_as_for_the_backbone_itself(options):
     """Five passes once resized by another filter than the backbone's own configuration says."""
     plain = upfeat.load_backbone(torch.nn.Conv2d(3, 4, 8, 8))

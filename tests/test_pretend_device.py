@@ -56,7 +56,7 @@ def test_maps_points_and_heads(image, name):
 
 
 def test_further_passes(image):
-    model = upfeat.load(passes=6).to(DEVICE)
+    model = upfeat.load(passes=8).to(DEVICE)
     assert isinstance(model(model.preprocess(image)), There)
 
 
@@ -72,7 +72,7 @@ def test_a_fit_looks_as_often_as_on_the_cpu():
     backbone = upfeat.load_backbone("efficientnet_lite0").to(DEVICE)
     guidance = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
     look = look_closer(Observer(guidance, backbone, held_out=1, max_pad=4, max_zoom=1.5, seed=0))
-    assert look.passes == 6
+    assert look.passes == 8
     assert not isinstance(look.features, There)
     assert {type(one) for one in look.upsampler.parameters()} == {torch.nn.Parameter}
 

@@ -100,6 +100,9 @@ def test_the_share_leads_from_one_pass_to_the_second_scale(translation):
     upsampler = create_upsampler("detail_universal")
     kernels = upsampler.prepare(upsampler.guidance_from(x, backbone), (8, 10), (64, 80))
     torch.testing.assert_close(ends[0], kernels.to_finer_grid(own))
+    for ratio in (0.5, 2.5):
+        with pytest.raises(ValueError, match=f"ratio={ratio} must be"):
+            SecondScale(backbone, ratio=ratio)
     with pytest.raises(ValueError, match="share=2"):
         SecondScale(backbone, share=2)
 
@@ -166,11 +169,11 @@ def test_gradients_reach_the_image(translation):
 
 
 def test_what_cannot_be_is_one_line(translation):
-    with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 2, 5, 6\)"):
+    with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 2, 5, 8\)"):
         upfeat.load(colours, passes=3)
     with pytest.raises(ValueError, match=r"even stride.*has 7; use passes=1"):
         upfeat.load(torch.nn.Conv2d(3, 4, 7, 7), passes=5)
-    with pytest.raises(ValueError, match=r"grid grows.*\(8, 8\) cells.*use passes=1"):
+    with pytest.raises(ValueError, match=r"grid grows.*\(8, 8\) cells.*\(3, 3\); use passes=1"):
         upfeat.load(Fixed(name="fixed", embed_dim=3, stride=8), passes=5)(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match="translation is of 4 channels"):
         upfeat.load(torch.nn.Conv2d(3, 6, 8, 8), passes=5, translation=translation)

@@ -20,7 +20,7 @@ Instance = TypeVar("Instance")
 
 LARGEST = 1 << 31
 """Upper bound of counts that have no bound of their own."""
-PASSES = (1, 2, 5, 6)
+PASSES = (1, 2, 5, 8)
 """Values of ``passes``: cost of the features, in passes of the backbone over the image."""
 
 MOST_CHANNELS = 1 << 15

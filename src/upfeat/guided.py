@@ -153,7 +153,7 @@ def early_by_default(
     Args:
         backbone: the backbone.
         bands: the bands of the image that the upsampler gets; ``None`` for all.
-        passes: number of passes; with 5 and 6, the backbone's own layers are not finer than its
+        passes: number of passes; with 5 and 8, the backbone's own layers are not finer than its
             features.
     """
     has_guide = len(bands or range(backbone.in_channels)) == 3

@@ -361,9 +361,9 @@ def load(
         bands: see :class:`FeatUp`.
         passes: cost of the features, in passes of the backbone over the image. 2: its features and
             those of the mirror image are averaged (:class:`upfeat.mirrored.Mirrored`). 5: it is
-            also applied to the image at twice its size (:class:`upfeat.scales.SecondScale`), and
-            ``model.backbone`` has half the stride, or a quarter of it with an upsampler that was
-            trained on early layers. 6: both, without the mirror image of the enlarged one. With
+            also applied to the image at √3 times its sides (:class:`upfeat.scales.SecondScale`),
+            and ``model.backbone`` has half the stride, or a quarter of it with an upsampler that
+            was trained on early layers. 8: also to the mirror image of the enlarged one. With
             ``early``, both steps of a detail upsampler follow the second scale, not the last alone.
         early: whether the upsampler also gets features of early layers, on a finer grid. True: the
             backbone's own if it returns any, as convolutional networks do; otherwise, as for
@@ -373,7 +373,7 @@ def load(
             with ``upsampler=None``, wherever they are to be had; with a named one, only if it was
             trained on them. Maps of :meth:`FeatUp.lazy` contain and save the early layers.
         max_memory: see :class:`FeatUp`.
-        translation: for ``passes=5`` and 6: the translation learnt for this backbone by
+        translation: for ``passes=5`` and 8: the translation learnt for this backbone by
             :func:`upfeat.scales.fit_translation`, or a file of it; ``None`` for the shipped
             translation, or, if the package has none for the backbone, a translation of each image
             learnt from its own cells.
@@ -393,20 +393,21 @@ def load(
     passes = one_of("passes", passes, PASSES)
     if early is None and upsampler is None:
         early = early_by_default(network, bands, passes)
-    mirrored, wanted = passes in (2, 6), False if early is None else flag("early", early)
+    wanted = False if early is None else flag("early", early)
     if passes in (1, 2):
         if translation is not None:
             raise ValueError(
-                f"translation is for passes=5 and 6; with passes={passes} there is nothing for it"
+                f"translation is for passes=5 and 8; with passes={passes} there is nothing for it"
             )
         if not isinstance(upsampler, Upsampler):
             if upsampler is None:
                 upsampler = default_upsampler(network, early=early)
             upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
-        network = Mirrored(network) if mirrored else network
+        network = Mirrored(network) if passes == 2 else network
         model = FeatUp(network, upsampler, bands=bands, early=wanted)
     else:
-        model = _two_scales(network, upsampler, bands, translation, early=early, mirrored=mirrored)
+        every = passes == 8
+        model = _two_scales(network, upsampler, bands, translation, early=early, mirrored=every)
     model.max_memory = None if max_memory is None else parse_memory(max_memory)
     return model if device is None else model.to(find_device(device))
 

@@ -1,13 +1,14 @@
 """A second scale: features of the enlarged image, translated into features of the original image.
 
-The backbone sees the image once as it is and once at twice its size, which costs five passes in
-all. The features of the enlarged image F₂ differ from the image's own features F in kind, not only
-in detail: a linear map of channels T with a constant c, learnt in closed form, translates F₂ into
-the space of F. The mean of the translated features X over each coarse cell is then corrected
-towards F, so that the enlarged image contributes only detail. With weights a and 1 − a, the result
-is added to the features that one pass predicts on the finer grid:
+The backbone sees the image, its mirror image, and the image enlarged to √3 times its sides, which
+costs five passes in all. F are the mean features of the image and its mirror image. The features of
+the enlarged image F₂ differ from F in kind, not only in detail: a linear map of channels T with a
+constant c, learnt in closed form, translates F₂ into the space of F. The translated features,
+interpolated bilinearly to a grid twice as fine as that of F, are X. Their mean over each coarse
+cell is then corrected towards F, so that the enlarged image contributes only detail. With weights a
+and 1 − a, the result is added to the features that one pass predicts on the finer grid:
 
-    X = T·F₂ + c,    a·[X + K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
+    X = up(T·F₂ + c),    a·[X + K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
 
 g is the guidance, K₁(g) the first step of the detail upsampler and R(g) its regression. The errors
 of the two brackets differ, and their weighted mean has a smaller error than either. The result is
@@ -16,13 +17,15 @@ points, crops and files need no code of their own for it.
 
 An upsampler with a network of early layers adds the network's detail to the second bracket, and
 applies step, regression and network to the enlarged image as well: X then lies on a grid of a
-quarter of the stride, to which its last step brings the rest. If it smooths, it smooths X on that
-grid, and the sum of all on the grid of half the stride.
+quarter of the stride, to which its last step brings the rest. If it smooths, it smooths the
+features of the enlarged image on their finer grid, and the sum of all on the grid of half the
+stride.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -33,6 +36,7 @@ from upfeat.backbones import Backbone, OuterBackbone
 from upfeat.bounds import number
 from upfeat.mirrored import Mirrored
 from upfeat.normalization import Normalization
+from upfeat.resampling import on_grid
 from upfeat.translation import (
     PENALTY,
     Translation,
@@ -42,17 +46,18 @@ from upfeat.translation import (
 )
 from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
+from upfeat.upsamplers.detail import FINER
 from upfeat.upsamplers.maps import as_map
 
-FINER = 2
-"""Ratio of the enlarged image's side to the original image's side."""
+RATIO = 3**0.5
+"""Ratio of the enlarged image's sides to the image's own: its features cost three passes."""
 
 FINER_WEIGHTS = "detail_universal"
 """Name of the detail upsampler whose steps are used if no upsampler is named."""
 
 SHARE = 0.75
 """Weight a of the second scale in the result."""
-SHARE_BESIDE_NETWORK = 0.5
+SHARE_BESIDE_NETWORK = 0.65
 """Weight a if the upsampler has a network of early layers, which makes one pass more accurate."""
 SMOOTHINGS = 2
 """Number of smoothings of the sum of both scales, if the upsampler smooths. Thin objects cover more
@@ -61,7 +66,11 @@ cells of the enlarged image, so that less of them is lost than in one pass."""
 
 @torch.no_grad()
 def fit_translation(
-    backbone: Backbone, images: Iterable[Tensor], *, penalty: float = PENALTY
+    backbone: Backbone,
+    images: Iterable[Tensor],
+    *,
+    penalty: float = PENALTY,
+    ratio: float = RATIO,
 ) -> Translation:
     """Learn a translation from images in closed form, without labels, in one pass over the images.
 
@@ -71,6 +80,7 @@ def fit_translation(
             256 pixels are enough for about a hundred channels.
         penalty: ridge penalty of the map's coefficients, in units of the features' mean variance,
             > 0.
+        ratio: ratio of the enlarged image's sides to the image's own; see :class:`SecondScale`.
 
     Raises:
         ValueError: ``images`` is empty, or the penalty is not above 0.
@@ -82,19 +92,25 @@ def fit_translation(
         >>> fit_translation(backbone, images).weight.shape
         torch.Size([4, 4])
     """
-    both = (_both(backbone, x) for x in images)
-    pairs = ((own, F.avg_pool2d(second, FINER)) for own, second in both)
-    return learn_from(pairs, penalty, "images")
+
+    def pair(x: Tensor) -> tuple[Tensor, Tensor]:
+        own = backbone(x)
+        return own, _means(_enlarged(backbone, x, ratio)[0], own)
+
+    return learn_from((pair(x) for x in images), penalty, "images")
 
 
 class SecondScale(OuterBackbone):
     """Backbone of half the stride, or a quarter, made of another's features at two scales.
 
     Attributes:
-        backbone: the backbone that is applied to the image and to the enlarged image.
-        own: ``backbone``, or, for one pass more, the mean of it over the image and its mirror image
-            (:class:`upfeat.mirrored.Mirrored`); applied to the image.
-        passes: cost of the features, in passes of ``backbone`` over the image: 5 or 6.
+        backbone: the innermost of the wrapped backbones.
+        own: applied to the image: the mean over the image and its mirror image
+            (:class:`upfeat.mirrored.Mirrored`).
+        enlarged: applied to the enlarged image: ``backbone``, or its mean over mirror images.
+        ratio: ratio of the enlarged image's sides to the image's own.
+        passes: cost of the features, in passes of the innermost backbone over the image: 5, or 8
+            if the enlarged image is mirrored too, with the default ratio.
     """
 
     def __init__(
@@ -106,6 +122,7 @@ class SecondScale(OuterBackbone):
         translation: Translation | None = None,
         share: float | None = None,
         mirrored: bool = False,
+        ratio: float = RATIO,
     ) -> None:
         """Make a backbone of half the stride; of a quarter, with a network of early layers.
 
@@ -117,19 +134,24 @@ class SecondScale(OuterBackbone):
             translation: result of :func:`fit_translation`; ``None`` for the shipped translation,
                 or, if the package has none for the backbone, a translation of each image learnt
                 from its own cells.
-            share: weight of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.5
+            share: weight of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.65
                 if the upsampler was trained on early layers.
-            mirrored: whether to average the image's own features with those of its mirror image.
-                Averaging those of the enlarged image too, for 4 passes more, gained nothing.
+            mirrored: whether to average the features of the enlarged image, too, with those of its
+                mirror image.
+            ratio: ratio of the enlarged image's sides to the image's own, from 1 to 2. Sides are
+                rounded down to whole cells.
 
         Raises:
             TypeError: ``translation`` is not a :class:`Translation`, or ``upsampler`` not a
                 :class:`DetailUpsampler`.
-            ValueError: ``share`` is out of range, the stride is odd, or the translation has another
-                number of channels than the backbone.
+            ValueError: ``share`` or ``ratio`` is out of range, the stride is odd, or the
+                translation has another number of channels than the backbone.
         """
-        own = Mirrored(backbone) if mirrored else backbone
-        passes = getattr(own, "passes", 1) + FINER**2 * getattr(backbone, "passes", 1)
+        ratio = number("ratio", ratio, 1, 2)
+        own = Mirrored(backbone)
+        enlarged = own if mirrored else backbone
+        cost = own.passes + ratio**2 * getattr(enlarged, "passes", 1)
+        passes = round(cost) if math.isclose(cost, round(cost)) else cost
         first = upsampler or create_upsampler(FINER_WEIGHTS)
         if not isinstance(first, DetailUpsampler):
             raise TypeError(
@@ -140,11 +162,11 @@ class SecondScale(OuterBackbone):
         if backbone.stride % finer:
             kind = "an even stride" if finer == FINER else f"a stride that {finer} divides"
             raise ValueError(
-                f"passes={passes} needs a backbone of {kind}, and {backbone.name} has "
+                f"passes={passes:g} needs a backbone of {kind}, and {backbone.name} has "
                 f"{backbone.stride}; use passes=1"
             )
-        super().__init__(backbone, suffix=f".passes{passes}", finer=finer)
-        self.own, self.passes = own, passes
+        super().__init__(backbone, suffix=f".passes{passes:g}", finer=finer)
+        self.own, self.enlarged, self.ratio, self.passes = own, enlarged, ratio, passes
         self.bands = None if bands is None else tuple(bands)
         self.first = first
         self.last = first.last_step() if first.wants_hidden else None
@@ -181,6 +203,7 @@ class SecondScale(OuterBackbone):
         other._modules = dict(self._modules)
         other.backbone = self.backbone.aligned(displacement)
         other.own = self.own.aligned(displacement)
+        other.enlarged = self.enlarged.aligned(displacement)
         other.displacement = displacement
         return other
 
@@ -188,14 +211,14 @@ class SecondScale(OuterBackbone):
         """See :meth:`Backbone.extract`."""
         if not self.first.wants_hidden:
             own = self.own(x)
-            return self.join(x, own, _second(self.backbone, x, own)[0])
+            return self.join(x, own, _enlarged(self.enlarged, x, self.ratio)[0])
         own, hidden = self.own.with_hidden(x)
         if hidden is None:
             raise ValueError(
-                f"passes={self.passes}: {self.first.name} was trained on early layers, and "
+                f"passes={self.passes:g}: {self.first.name} was trained on early layers, and "
                 f"{self.backbone.name} has none; use another upsampler"
             )
-        second, early = _second(self.backbone, x, own, early=True)
+        second, early = _enlarged(self.enlarged, x, self.ratio, early=True)
         return self.join(x, own, second, hidden, early)
 
     def join(
@@ -211,10 +234,10 @@ class SecondScale(OuterBackbone):
         Args:
             x: (B, 3, H, W), normalised image.
             own: (B, C, h, w), features of ``x``.
-            second: (B, C, 2h, 2w), features of ``x`` at twice its size.
+            second: (B, C, h₂, w₂), features of the enlarged image.
             hidden: (B, C', h', w'), features of early layers, for an upsampler that was trained on
                 them; else ``None``.
-            early: (B, C', 2h', 2w'), the same of ``x`` at twice its size; ``None`` for none.
+            early: (B, C', h₂', w₂'), the same of the enlarged image; ``None`` for none.
 
         Returns:
             Features on the finer grid, (B, C, 2h, 2w), or, with ``early``, on a grid twice as fine
@@ -222,27 +245,27 @@ class SecondScale(OuterBackbone):
             image.
         """
         if self.weight is None or self.bias is None:
-            translation = fit_to_image(own, F.avg_pool2d(second, FINER))
+            translation = fit_to_image(own, _means(second, own))
         else:
             translation = Translation(self.weight.to(own.dtype), self.bias.to(own.dtype))
         guidance = guidance_for(self.first, x, self.backbone, self.bands)
         grid, size = (own.shape[2], own.shape[3]), (x.shape[2], x.shape[3])
         kernels = self.first.prepare_with(guidance, grid, size, hidden=hidden)
-        finer = self.share * translation(self._with_detail(guidance, second, early))
-        coarse = F.avg_pool2d(finer, finer.shape[2] // grid[0])
+        times = FINER if early is None else FINER**2
+        enlarged = translation(self._with_detail(guidance, second, early))
+        finer = self.share * on_grid(enlarged, (times * grid[0], times * grid[1]))
+        coarse = F.avg_pool2d(finer, times)
         # K₁ is linear, so that one call computes its terms in both brackets of the formula.
         out = kernels.first(own - coarse)
-        whole = Window(0, 0, *second.shape[2:])
+        whole = Window(0, 0, FINER * grid[0], FINER * grid[1])
         if kernels.regression is not None and self.share < 1:
             told = kernels.regression.at(as_map(own), whole)
             if kernels.maps is not None and hidden is not None:
                 told = told + self.first.detail_on_finer_grid(kernels)
             out = out + (1 - self.share) * told
         if kernels.smoothing is not None:
-            rough = smooth = out + F.avg_pool2d(finer, finer.shape[2] // whole.height)
-            for _ in range(SMOOTHINGS):
-                smooth = kernels.smoothing.smooth(smooth, whole)
-            out = out + smooth - rough
+            rough = out + F.avg_pool2d(finer, times // FINER)
+            out = out + kernels.smoothing.smooth_whole(rough, SMOOTHINGS) - rough
         if early is not None:
             assert self.last is not None
             out = self.last(out, guidance, (finer.shape[2], finer.shape[3]))
@@ -253,11 +276,11 @@ class SecondScale(OuterBackbone):
 
         Args:
             guidance: (B, 3, H, W), of the image.
-            second: (B, C, 2h, 2w).
+            second: (B, C, h₂, w₂).
             early: features of early layers of the enlarged image; ``None`` for no change.
 
         Returns:
-            (B, C, 4h, 4w), or ``second``.
+            (B, C, 2h₂, 2w₂), or ``second``.
         """
         if early is None:
             return second
@@ -286,35 +309,35 @@ def guidance_for(
     return x if own is None else Normalization(mean, std).convert(x, own)
 
 
-def _both(backbone: Backbone, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of an image, (B, C, h, w), and of the image at twice its size, (B, C, 2h, 2w)."""
-    own = backbone(x)
-    return own, _second(backbone, x, own)[0]
+def _means(second: Tensor, own: Tensor) -> Tensor:
+    """Means of (B, C, h₂, w₂) over the cells of (B, C, h, w); a cell at a boundary counts in both."""
+    return on_grid(second, (own.shape[2], own.shape[3]))
 
 
-def _second(
-    backbone: Backbone, x: Tensor, own: Tensor, *, early: bool = False
+def _enlarged(
+    backbone: Backbone, x: Tensor, ratio: float, *, early: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Features of an image at twice its size, (B, C, 2h, 2w), and of its early layers if asked.
+    """Features of an enlarged image, (B, C, h₂, w₂), and of its early layers if asked.
 
     Args:
         backbone: backbone of the features.
         x: (B, 3, H, W), normalised image.
-        own: (B, C, h, w), features of ``x``, with whose grid the result's grid is compared.
+        ratio: ratio of the enlarged image's sides to the image's own, before they are rounded down
+            to whole cells.
         early: whether to return features of early layers of the enlarged image too.
 
     Raises:
-        ValueError: the grid of the enlarged image is not twice that of ``own``.
+        ValueError: the grid of the enlarged image does not have the expected size.
     """
-    height, width = backbone.grid_aligned((x.shape[2], x.shape[3]))
-    larger = F.interpolate(
-        x, size=(FINER * height, FINER * width), mode="bicubic", align_corners=False
-    )
+    stride, sides = backbone.stride, backbone.grid_aligned((x.shape[2], x.shape[3]))
+    grid = [int(side // stride * ratio) for side in sides]
+    size = [stride * cells for cells in grid]
+    larger = F.interpolate(x, size=size, mode="bicubic", align_corners=False)
     second, hidden = backbone.with_hidden(larger) if early else (backbone(larger), None)
-    if second.shape[2:] != (FINER * own.shape[2], FINER * own.shape[3]):
+    if list(second.shape[2:]) != grid:
         raise ValueError(
-            "passes=5 and 6 need a backbone whose grid grows with the image: "
-            f"{backbone.name} gives {tuple(own.shape[2:])} cells and {tuple(second.shape[2:])} at "
-            "twice the size; use passes=1"
+            "passes=5 and 8 need a backbone whose grid grows with the image: "
+            f"{backbone.name} gives {tuple(second.shape[2:])} cells for an enlarged image of "
+            f"{size[0]}×{size[1]} pixels, where its stride has {tuple(grid)}; use passes=1"
         )
     return second, hidden

@@ -80,7 +80,7 @@ def test_early_layers_and_the_second_scale_move_too():
     moved = F.pad(x, (2, 0, 2, 0), mode="reflect")[..., :64, :96]
     expected = network.with_hidden(moved)
     torch.testing.assert_close((features, hidden), expected)
-    scales = SecondScale(Displaced(3).aligned(3), share=1)
+    scales = SecondScale(Displaced(3).aligned(3), share=1, ratio=2)
     torch.testing.assert_close(
         scales(x)[..., 3:-3, 3:-3], F.avg_pool2d(x, 4)[..., 3:-3, 3:-3], rtol=0.1, atol=0.15
     )

@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--share",
         type=float,
         metavar="S",
-        help="weight of the views in the result, 0 to 1; the rest is given to the map of six "
-        "passes (default: 0.35)",
+        help="weight of the views in the result, 0 to 1; the rest is given to the map of eight "
+        "passes (default: 0.2)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)"

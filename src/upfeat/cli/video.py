@@ -50,8 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         choices=PASSES,
         default=1,
-        help="2: average features of frames and their mirror images; 5: also use frames at twice "
-        "their size; 6: both (default: %(default)s)",
+        help="2: average features of frames and their mirror images; 5: also use frames enlarged "
+        "to √3 times their sides; 8: their mirror images too (default: %(default)s)",
     )
     add_early(parser)
     parser.add_argument("--head", type=path_of, metavar="FILE", help="show this head's classes")

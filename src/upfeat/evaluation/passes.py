@@ -218,7 +218,7 @@ def find_passes(name: str, backbone: Backbone) -> SeveralPasses | None:
 
     Args:
         name: a name of :data:`WAYS`, or the name of an upsampler followed by "@2",
-            "@5", "@6", "@early", or passes and then "@early"; by a displacement of the backbone
+            "@5", "@8", "@early", or passes and then "@early"; by a displacement of the backbone
             that is corrected first, as "@+2"; or by a ratio, as "@x4", for features on a grid 4
             times as fine, from which the image's pixels are interpolated bilinearly.
         backbone: backbone that extracts the features.

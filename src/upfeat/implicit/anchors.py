@@ -8,7 +8,8 @@ thousands of steps and views for this task.
 
 The process's mean is the output of a one-pass upsampler for the unjittered image, projected onto
 the basis functions. Where the views do not determine the map, it equals this mean, not a constant.
-The result is a blend of the fitted map with that of six passes, projected likewise.
+The result is a blend of the fitted map, smoothed as maps of several passes are, with that of eight
+passes, projected likewise.
 
 Magnified views show more detail, but a backbone's features shift with scale. A linear map, fitted
 for each image, undoes the shift; only differences of neighbouring cells are then used.
@@ -42,6 +43,7 @@ from upfeat.implicit.one_pass import (
     mean_upsampler,
     one_pass,
     shipped,
+    smoothed,
 )
 from upfeat.implicit.places import choose_map_size, find_positions, spread_anchors
 from upfeat.implicit.regression import Regression, details, translate
@@ -93,7 +95,8 @@ class KernelFit:
             anchors: largest number of anchors.
             seed: seed of the candidates for anchors.
         """
-        self.observer, self.basis, self.own, self.guidance = observer, basis, own, guidance
+        self.observer, self.basis, self.guidance = observer, basis, guidance
+        self.own, self.hidden = own, hidden
         self.scales = torch.tensor(SCALES, dtype=torch.float32)
         self.kernel = BilateralKernel(self.scales)
         self.map_size = choose_map_size(observer.size, observer.grid_size, anchors)
@@ -162,7 +165,7 @@ class KernelFit:
         return solutions[best, :, torch.arange(len(best))].T
 
     def blend(self, coefficients: Tensor, config: FitConfig) -> tuple[KernelField, Basis]:
-        """Blend the fit to views with the map of six passes; return the field and its basis.
+        """Blend the fit to views with the map of eight passes; return the field and its basis.
 
         Args:
             coefficients: (M, k), fitted to the views.
@@ -175,7 +178,7 @@ class KernelFit:
         translated, shift = self._translate(coefficients, config.translation)
         blended = translated
         if config.share < 1:
-            blended = torch.lerp(self.few_passes[0], translated, config.share)
+            blended = torch.lerp(self.few_passes[0], self._smoothed(translated), config.share)
         # Rounded to the precision of files: a loaded fit renders the same values, to the last bit.
         field = KernelField(
             self.anchors,
@@ -230,6 +233,14 @@ class KernelFit:
             solutions = torch.stack([self.mean + rest.solve(penalty) for penalty in PENALTIES])
             self._solved = solutions, torch.stack([self.held.errors(x) for x in solutions])
         return self._solved
+
+    def _smoothed(self, coefficients: Tensor) -> Tensor:
+        """Smooth a map, as coefficients (M, k), among cells that look alike."""
+        drawn = (self.table @ coefficients).permute(2, 0, 1)
+        upsampler = mean_upsampler(self.observer.backbone)
+        grid = self.observer.grid_size
+        smooth = smoothed(upsampler, self.guidance, grid, self.hidden, drawn)
+        return coefficients + self._project(smooth - drawn)
 
     @cached_property
     def few_passes(self) -> tuple[Tensor, int]:

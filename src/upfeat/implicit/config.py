@@ -77,9 +77,9 @@ class FitConfig:
         Number(0, 1, below=True),
     )
     share: float = setting(
-        0.35,
+        0.2,
         "fast: weight of the fit to the views in the result, from 0 to 1; the remaining weight is "
-        "given to the map of six passes; 1 explains views better",
+        "given to the map of eight passes; 1 explains views better",
         Number(0, 1),
     )
     translation: float = setting(

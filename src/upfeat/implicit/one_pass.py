@@ -1,4 +1,4 @@
-"""Maps of one and of six passes for fits, translation, and the shipped models fits depend on."""
+"""Maps of one and of eight passes for fits, translation, and the shipped models fits depend on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from upfeat.implicit.guides import normalised
 from upfeat.implicit.observe import Basis, Observer
 from upfeat.mirrored import Mirrored
 from upfeat.normalization import HALF
-from upfeat.scales import SecondScale
+from upfeat.resampling import on_grid
+from upfeat.scales import SMOOTHINGS, SecondScale
 from upfeat.translation import Translation, fit_to_image, shipped_translation
+from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.pretrained import create_upsampler, trained_for_early
@@ -83,6 +85,37 @@ def one_pass(
         return drawn.project(basis.inverse, -(basis.inverse @ basis.mean))[0]
 
 
+def smoothed(
+    upsampler: Upsampler,
+    guidance: Tensor,
+    grid_size: Size,
+    hidden: Tensor | None,
+    drawn: Tensor,
+) -> Tensor:
+    """Smooth a map among cells that look alike, as maps of several passes are smoothed.
+
+    Args:
+        upsampler: from :func:`mean_upsampler`.
+        guidance: (3, H, W) uint8, the image.
+        grid_size: (h, w), grid of the backbone's features.
+        hidden: (1, D, h', w'), features of the image from earlier layers; ``None`` for no change.
+        drawn: (k, H', W').
+
+    Returns:
+        (k, H', W').
+    """
+    image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
+    size = (image.shape[2], image.shape[3])
+    assert isinstance(upsampler, DetailUpsampler)
+    with torch.no_grad():
+        kernels = upsampler.prepare_with(image, grid_size, size, hidden=hidden)
+        if kernels.smoothing is None:
+            return drawn
+        rough = on_grid(drawn[None], kernels.smoothing.size)
+        change = kernels.smoothing.smooth_whole(rough, SMOOTHINGS) - rough
+        return drawn + upsampler.last_step()(change, image, (drawn.shape[1], drawn.shape[2]))[0]
+
+
 class Look(NamedTuple):
     """Features of the image in a few passes of the backbone, and the upsampler for them."""
 
@@ -96,11 +129,11 @@ class Look(NamedTuple):
 
 
 def look_closer(observer: Observer) -> Look:
-    """Extract the image's features in six passes, or in two where the backbone allows no more.
+    """Extract the image's features in eight passes, or in two where the backbone allows no more.
 
-    Two passes are over the image and its mirror image, and four more over the image at twice its
-    size, which needs an even stride (a multiple of 4 with a network of early layers) and a backbone
-    that takes images of any size.
+    Two passes are over the image and its mirror image, and six more over both at √3 times their
+    sides, which needs an even stride (a multiple of 4 with a network of early layers) and a
+    backbone that takes images of any size.
 
     Args:
         observer: an observer of the image.
@@ -112,7 +145,7 @@ def look_closer(observer: Observer) -> Look:
     upsampler, device = mean_upsampler(backbone), observer.image.device
     assert isinstance(upsampler, DetailUpsampler)
     last = upsampler.last_step()
-    early = not upsampler.wants_hidden and early_by_default(backbone, passes=6)
+    early = not upsampler.wants_hidden and early_by_default(backbone, passes=8)
     if isinstance(backbone, Guided):  # the guide sees the image once
         backbone = backbone.backbone
     try:

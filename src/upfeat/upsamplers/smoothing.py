@@ -113,6 +113,12 @@ class Smoothing(Computed):
             cut(out, part).copy_(self._sum(cut(features, inside(around, outer)), around, own))
         return out
 
+    def smooth_whole(self, features: Tensor, times: int) -> Tensor:
+        """Smooth features of the whole grid, (B, C, h, w), once or several times."""
+        for _ in range(times):
+            features = self.smooth(features, Window(0, 0, *self.size))
+        return features
+
     def _sum(self, features: Tensor, cells: Window, window: Window) -> Tensor:
         """Weighted sums at a window of the grid, of features in the window ``cells``."""
         return functional.neighbourhood_upsample(
