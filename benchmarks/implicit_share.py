@@ -3,8 +3,8 @@
     python benchmarks/implicit_share.py DATA -o out/
 
 DATA contains clothing/ and aerial_roads/ in the layout of ``upfeat eval``. Each image is fitted
-twice, without the blend and for the map of eight passes alone, since every blend is a weighted sum of
-both. Fits and maps are stored in ``out/``, some gigabytes. Results go to
+without the blend, for the map of eight passes alone, and for half of each: every other blend is a
+weighted sum of the last two. Fits and maps are stored in ``out/``, some gigabytes. Results go to
 benchmarks/implicit_share.json; those of ``--slack`` are added to it and replace no others.
 """
 
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.backbones import load_backbone
+from upfeat.backbones import Backbone, load_backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import subset
 from upfeat.evaluation.data.prepared import Prepared, prepare
@@ -36,7 +36,6 @@ from upfeat.implicit.observe import Observer
 from upfeat.implicit.one_pass import mean_upsampler
 from upfeat.model import align_for
 from upfeat.storage import write_bytes
-from upfeat.translation import Translation, shipped_translation
 
 TARGET = Path(__file__).with_name("implicit_share.json")
 IMAGES = {"clothing": (40, 24), "aerial_roads": (30, 20)}
@@ -56,7 +55,8 @@ FEW = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
 JUDGED = 8
 VIEWS = {"max_pad": 30.0, "max_zoom": 1.8, "seed": 1_000_003}
 """Arguments of the :class:`Observer` of views that no fit has used."""
-SHARES = (0.35, 0.5, 0.65, 1.0)
+SHARES = (0.2, 0.35, 0.5, 1.0)
+HALF = 0.5
 
 
 class Drawn(FeatureMap):
@@ -100,19 +100,19 @@ class Kept(ImplicitMethod):
 
 
 class Share(Method):
-    """Blends of the fit to views, weighted by ``share``, and the map of eight passes."""
+    """Blends of the smoothed fit to views, weighted by ``share``, and the map of eight passes."""
 
     passes = None
 
-    def __init__(self, alone: Kept, few: Kept, share: float, translation: Translation) -> None:
-        """Store the fits to views, the maps of eight passes, and the blend's settings."""
-        self.alone, self.few, self.share, self.translation = alone, few, share, translation
-        self.weights = self.identity = f"{alone.weights}|{share}"
+    def __init__(self, half: Kept, few: Kept, share: float) -> None:
+        """Store blends of equal weights, the maps of eight passes, and the weight of the fit."""
+        self.half, self.few, self.share = half, few, share
+        self.weights = self.identity = f"{half.weights}|{share}"
 
     def __call__(self, sample: Prepared) -> Drawn:
         """See :meth:`Method.__call__`."""
-        alone, few = self.alone(sample).full(), self.few(sample).full()
-        return Drawn(torch.lerp(few, self.translation(alone), self.share))
+        half, few = self.half(sample).full(), self.few(sample).full()
+        return Drawn(torch.lerp(few, half, self.share / HALF))
 
 
 def measure(
@@ -130,12 +130,10 @@ def measure(
         samples = subset(getattr(dataset, name), count, seed=config.split_seed)
         parts[name] = prepare(dataset, samples, backbone, config.size, kept, label=name)
     methods = load_methods(named, backbone, kept) if named else {}
-    alone, few = (Kept(backbone, one, kept) for one in (fitted, FEW))
-    translation = shipped_translation(backbone, "views")
-    assert translation is not None
+    alone, half, few = _kept(backbone, fitted, kept)
     methods["implicit alone"] = alone
     for share in SHARES:
-        methods[f"implicit@{share}"] = Share(alone, few, share, translation)
+        methods[f"implicit@{share}"] = Share(half, few, share)
     task = Segmentation(parts, dataset, backbone, config)
     rows = []
     for label, method in methods.items():
@@ -155,6 +153,12 @@ def measure(
     }
 
 
+def _kept(backbone: Backbone, fitted: FitConfig, kept: Path) -> list[Kept]:
+    """The fits without the blend, with half of it, and the maps of eight passes alone."""
+    half = replace(fitted, share=HALF, translation=FitConfig.translation)
+    return [Kept(backbone, one, kept) for one in (fitted, half, FEW)]
+
+
 def of_fits(entry: dict[str, Any]) -> bool:
     """Return true if a row, or a difference between two rows, is of fits."""
     return any(str(entry.get(key)).startswith("implicit") for key in ("upsampler", "against"))
@@ -169,10 +173,8 @@ def losses(
     dataset = Segmentation.read(folder, "folder", config)
     samples = subset(dataset.test, images[1], seed=config.split_seed)
     test = prepare(dataset, samples, backbone, config.size, kept, label="test")
-    alone, few = (Kept(backbone, one, kept) for one in (fitted, FEW))
-    translation = shipped_translation(backbone, "views")
-    assert translation is not None
-    blended = Share(alone, few, FitConfig().share, translation)
+    alone, half, few = _kept(backbone, fitted, kept)
+    blended = Share(half, few, FitConfig().share)
     totals: dict[str, float] = dict.fromkeys(("alone", "blended", "eight passes"), 0.0)
     for index in range(JUDGED):
         sample = test[index]

@@ -339,9 +339,7 @@ def test_five_passes_take_the_network_too():
     scales = upfeat.load(Pattern(), upsampler=taught(2), passes=5).backbone
     scales.share = 0.0
     x = photo(64, 72)
-    kernels = scales.first.prepare_with(
-        x, (8, 9), (64, 72), hidden=scales.own.with_hidden(x)[1]
-    )
+    kernels = scales.first.prepare_with(x, (8, 9), (64, 72), hidden=scales.own.with_hidden(x)[1])
     detail = scales.first.detail_on_finer_grid(kernels)
     told = kernels.to_finer_grid(scales.own(x)) + detail
     expected = scales.last(told, x, (32, 36))
@@ -384,10 +382,27 @@ def test_the_network_sees_the_enlarged_image_too():
     torch.testing.assert_close(scales(x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_own_layers_are_read_at_both_sizes_without_a_network_too(monkeypatch):
+    model, seen = upfeat.load(Pattern(), passes=5), []
+    assert isinstance(model.backbone, SecondScale)
+    assert (model.backbone.early, model.backbone.stride, model.early) == (True, 2, False)
+    prepare = model.backbone.first.prepare_with
+
+    def prepare_with(guidance, grid, size, hidden=None):
+        seen.append((grid, hidden is not None))
+        return prepare(guidance, grid, size, hidden=hidden)
+
+    monkeypatch.setattr(model.backbone.first, "prepare_with", prepare_with)
+    full = model(photo(64, 72))
+    assert seen == [((8, 9), True), ((13, 15), True)]
+    assert model.upsampler.name == "neighbourhood"
+    torch.testing.assert_close(model.lazy(photo(64, 72)).crop(5, 7, 9, 8), full[:, :, 5:14, 7:15])
+
+
 def test_a_network_without_early_layers_has_no_second_scale():
     plain = upfeat.load_backbone(torch.nn.Conv2d(3, 2, 8, 8))
     scales = SecondScale(plain, taught(2))
-    with pytest.raises(ValueError, match="passes=5: early_detail was trained on early layers, and"):
+    with pytest.raises(ValueError, match="passes=5: early_detail needs early layers, and"):
         scales(photo(64, 72))
     with pytest.raises(TypeError, match="upsampler is of type Bilinear; give a DetailUpsampler"):
         SecondScale(plain, create_upsampler("bilinear"))

@@ -142,6 +142,11 @@ def has_early_layers(backbone: Backbone) -> bool:
     return hidden is not None
 
 
+def has_layers_at_both_sizes(backbone: Backbone) -> bool:
+    """Return whether several passes read a backbone's own early layers, at both image sizes."""
+    return backbone.stride % FINER**2 == 0 and has_early_layers(backbone)
+
+
 def early_by_default(
     backbone: Backbone, bands: Sequence[int] | None = None, passes: int = 1
 ) -> bool:
@@ -153,12 +158,12 @@ def early_by_default(
     Args:
         backbone: the backbone.
         bands: the bands of the image that the upsampler gets; ``None`` for all.
-        passes: number of passes; with 5 and 8, the backbone's own layers are not finer than its
-            features.
+        passes: number of passes; with 5 and 8, the own layers of a backbone whose stride is no
+            multiple of 4 are not used.
     """
     has_guide = len(bands or range(backbone.in_channels)) == 3
     try:
         own = has_early_layers(backbone)
     except (RuntimeError, ValueError):  # of no use, or for larger images only
         return False
-    return has_guide or (own and passes in (1, 2))
+    return has_guide or (own and (passes in (1, 2) or backbone.stride % FINER**2 == 0))

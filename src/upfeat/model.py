@@ -15,7 +15,7 @@ from upfeat.bounds import PASSES, flag, indices, one_of, shown
 from upfeat.budget import free_bytes
 from upfeat.feature_map import blank
 from upfeat.features import UpsampledFeatures
-from upfeat.guided import Guided, early_by_default, has_early_layers
+from upfeat.guided import Guided, early_by_default, has_early_layers, has_layers_at_both_sizes
 from upfeat.images import fill_missing, resize_mask
 from upfeat.machine import find_device, parse_memory
 from upfeat.mirrored import Mirrored
@@ -362,9 +362,9 @@ def load(
         passes: cost of the features, in passes of the backbone over the image. 2: its features and
             those of the mirror image are averaged (:class:`upfeat.mirrored.Mirrored`). 5: it is
             also applied to the image at √3 times its sides (:class:`upfeat.scales.SecondScale`),
-            and ``model.backbone`` has half the stride, or a quarter of it with an upsampler that
-            was trained on early layers. 8: also to the mirror image of the enlarged one. With
-            ``early``, both steps of a detail upsampler follow the second scale, not the last alone.
+            and ``model.backbone`` has half the stride. Early layers of the backbone's own are used
+            at both sizes, and the stride is a quarter; those of the guide follow, at half the
+            stride. 8: also to the mirror image of the enlarged one.
         early: whether the upsampler also gets features of early layers, on a finer grid. True: the
             backbone's own if it returns any, as convolutional networks do; otherwise, as for
             transformers, those of the embedded EfficientNet-Lite0, which then sees the image too;
@@ -431,7 +431,12 @@ def _two_scales(
         upsampler = create_upsampler(upsampler, network.embed_dim, backbone=network.name)
     steps = upsampler if isinstance(upsampler, DetailUpsampler) else None
     network = align_for(upsampler, network)
-    scales = SecondScale(network, steps, bands=bands, translation=translation, mirrored=mirrored)
-    if steps is None or (early and not steps.wants_hidden):  # both steps, from the finer grid on
+    layers = steps is not None and (
+        steps.wants_hidden or (bool(early) and has_layers_at_both_sizes(network))
+    )
+    scales = SecondScale(
+        network, steps, bands=bands, translation=translation, mirrored=mirrored, early=layers
+    )
+    if steps is None or (early and not layers):  # a guide helps both steps, from the finer grid on
         return FeatUp(scales, upsampler, bands=bands, early=bool(early))
     return FeatUp(scales, steps.last_step(), bands=bands)

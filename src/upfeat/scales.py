@@ -15,11 +15,11 @@ of the two brackets differ, and their weighted mean has a smaller error than eit
 affine in F and F₂. It has half the stride and passes for the output of a backbone, so that heads,
 points, crops and files need no code of their own for it.
 
-An upsampler with a network of early layers adds the network's detail to the second bracket, and
-applies step, regression and network to the enlarged image as well: X then lies on a grid of a
-quarter of the stride, to which its last step brings the rest. If it smooths, it smooths the
-features of the enlarged image on their finer grid, and the sum of all on the grid of half the
-stride.
+With early layers of the backbone, the regression reads them, an upsampler with a network adds the
+network's detail to the second bracket, and all of this is applied to the enlarged image as well: X
+then lies on a grid of a quarter of the stride, to which the last step brings the rest. An upsampler
+that smooths smooths the features of the enlarged image on their finer grid, and the sum of all on
+the grid of half the stride.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ FINER_WEIGHTS = "detail_universal"
 
 SHARE = 0.75
 """Weight a of the second scale in the result."""
-SHARE_BESIDE_NETWORK = 0.65
-"""Weight a if the upsampler has a network of early layers, which makes one pass more accurate."""
+SHARE_WITH_EARLY = 0.65
+"""Weight a if the upsampler gets early layers, which make one pass more accurate."""
 SMOOTHINGS = 2
 """Number of smoothings of the sum of both scales, if the upsampler smooths. Thin objects cover more
 cells of the enlarged image, so that less of them is lost than in one pass."""
@@ -104,6 +104,7 @@ class SecondScale(OuterBackbone):
     """Backbone of half the stride, or a quarter, made of another's features at two scales.
 
     Attributes:
+        early: whether the upsampler gets early layers, of the image and of the enlarged image.
         backbone: the innermost of the wrapped backbones.
         own: applied to the image: the mean over the image and its mirror image
             (:class:`upfeat.mirrored.Mirrored`).
@@ -122,9 +123,10 @@ class SecondScale(OuterBackbone):
         translation: Translation | None = None,
         share: float | None = None,
         mirrored: bool = False,
+        early: bool = False,
         ratio: float = RATIO,
     ) -> None:
-        """Make a backbone of half the stride; of a quarter, with a network of early layers.
+        """Make a backbone of half the stride; of a quarter, with early layers.
 
         Args:
             backbone: backbone of even stride that accepts images of any size.
@@ -135,9 +137,11 @@ class SecondScale(OuterBackbone):
                 or, if the package has none for the backbone, a translation of each image learnt
                 from its own cells.
             share: weight of the second scale in the result, from 0 to 1; ``None`` for 0.75, or 0.65
-                if the upsampler was trained on early layers.
+                with early layers.
             mirrored: whether to average the features of the enlarged image, too, with those of its
                 mirror image.
+            early: whether the upsampler also gets early layers of ``backbone``; always so if it was
+                trained on them.
             ratio: ratio of the enlarged image's sides to the image's own, from 1 to 2. Sides are
                 rounded down to whole cells.
 
@@ -158,20 +162,22 @@ class SecondScale(OuterBackbone):
                 f"upsampler is of type {type(first).__name__}; give a DetailUpsampler, or None for "
                 "the universal weights"
             )
-        finer = FINER**2 if first.wants_hidden else FINER
+        early = early or first.wants_hidden
+        finer = FINER**2 if early else FINER
         if backbone.stride % finer:
-            kind = "an even stride" if finer == FINER else f"a stride that {finer} divides"
+            kind = f"a stride that {finer} divides" if early else "an even stride"
             raise ValueError(
                 f"passes={passes:g} needs a backbone of {kind}, and {backbone.name} has "
                 f"{backbone.stride}; use passes=1"
             )
         super().__init__(backbone, suffix=f".passes{passes:g}", finer=finer)
         self.own, self.enlarged, self.ratio, self.passes = own, enlarged, ratio, passes
+        self.early = early
         self.bands = None if bands is None else tuple(bands)
         self.first = first
-        self.last = first.last_step() if first.wants_hidden else None
+        self.last = first.last_step() if early else None
         if share is None:
-            share = SHARE_BESIDE_NETWORK if self.first.wants_hidden else SHARE
+            share = SHARE_WITH_EARLY if early else SHARE
         self.share = number("share", share, 0, 1)
         if translation is None:
             translation = shipped_translation(backbone)
@@ -209,14 +215,14 @@ class SecondScale(OuterBackbone):
 
     def extract(self, x: Tensor) -> Tensor:
         """See :meth:`Backbone.extract`."""
-        if not self.first.wants_hidden:
+        if not self.early:
             own = self.own(x)
             return self.join(x, own, _enlarged(self.enlarged, x, self.ratio)[0])
         own, hidden = self.own.with_hidden(x)
         if hidden is None:
             raise ValueError(
-                f"passes={self.passes:g}: {self.first.name} was trained on early layers, and "
-                f"{self.backbone.name} has none; use another upsampler"
+                f"passes={self.passes:g}: {self.first.name} needs early layers, and "
+                f"{self.backbone.name} has none; use another upsampler, or early=False"
             )
         second, early = _enlarged(self.enlarged, x, self.ratio, early=True)
         return self.join(x, own, second, hidden, early)
@@ -235,14 +241,12 @@ class SecondScale(OuterBackbone):
             x: (B, 3, H, W), normalised image.
             own: (B, C, h, w), features of ``x``.
             second: (B, C, h₂, w₂), features of the enlarged image.
-            hidden: (B, C', h', w'), features of early layers, for an upsampler that was trained on
-                them; else ``None``.
+            hidden: (B, C', h', w'), features of early layers of ``x``; ``None`` for none.
             early: (B, C', h₂', w₂'), the same of the enlarged image; ``None`` for none.
 
         Returns:
-            Features on the finer grid, (B, C, 2h, 2w), or, with ``early``, on a grid twice as fine
-            again; affine in ``own`` and ``second``, unless the translation is learnt from the
-            image.
+            Features on this backbone's grid, (B, C, 2h, 2w) or (B, C, 4h, 4w); affine in
+            ``own`` and ``second``, unless the translation is learnt from the image.
         """
         if self.weight is None or self.bias is None:
             translation = fit_to_image(own, _means(second, own))
@@ -251,7 +255,7 @@ class SecondScale(OuterBackbone):
         guidance = guidance_for(self.first, x, self.backbone, self.bands)
         grid, size = (own.shape[2], own.shape[3]), (x.shape[2], x.shape[3])
         kernels = self.first.prepare_with(guidance, grid, size, hidden=hidden)
-        times = FINER if early is None else FINER**2
+        times = self.backbone.stride // self.stride
         enlarged = translation(self._with_detail(guidance, second, early))
         finer = self.share * on_grid(enlarged, (times * grid[0], times * grid[1]))
         coarse = F.avg_pool2d(finer, times)
@@ -266,8 +270,7 @@ class SecondScale(OuterBackbone):
         if kernels.smoothing is not None:
             rough = out + F.avg_pool2d(finer, times // FINER)
             out = out + kernels.smoothing.smooth_whole(rough, SMOOTHINGS) - rough
-        if early is not None:
-            assert self.last is not None
+        if self.last is not None:
             out = self.last(out, guidance, (finer.shape[2], finer.shape[3]))
         return finer + out
 
@@ -310,7 +313,7 @@ def guidance_for(
 
 
 def _means(second: Tensor, own: Tensor) -> Tensor:
-    """Means of (B, C, h₂, w₂) over the cells of (B, C, h, w); a cell at a boundary counts in both."""
+    """Means of (B, C, h₂, w₂) over the cells of (B, C, h, w); cells at a boundary count in both."""
     return on_grid(second, (own.shape[2], own.shape[3]))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from upfeat.backbones import Backbone
 from upfeat.features import UpsampledFeatures
-from upfeat.guided import Guided, early_by_default, has_early_layers
+from upfeat.guided import Guided, early_by_default, has_early_layers, has_layers_at_both_sizes
 from upfeat.implicit.guides import normalised
 from upfeat.implicit.observe import Basis, Observer
 from upfeat.mirrored import Mirrored
@@ -132,8 +132,8 @@ def look_closer(observer: Observer) -> Look:
     """Extract the image's features in eight passes, or in two where the backbone allows no more.
 
     Two passes are over the image and its mirror image, and six more over both at √3 times their
-    sides, which needs an even stride (a multiple of 4 with a network of early layers) and a
-    backbone that takes images of any size.
+    sides, which needs an even stride (a multiple of 4 with early layers of the backbone's own) and
+    a backbone that takes images of any size.
 
     Args:
         observer: an observer of the image.
@@ -144,15 +144,20 @@ def look_closer(observer: Observer) -> Look:
     backbone = observer.backbone
     upsampler, device = mean_upsampler(backbone), observer.image.device
     assert isinstance(upsampler, DetailUpsampler)
-    last = upsampler.last_step()
-    early = not upsampler.wants_hidden and early_by_default(backbone, passes=8)
-    if isinstance(backbone, Guided):  # the guide sees the image once
+    last, guided = upsampler.last_step(), isinstance(backbone, Guided)
+    if isinstance(backbone, Guided):  # the guide sees the image once, and helps both steps
         backbone = backbone.backbone
     try:
         found = shipped_translation(backbone)
         there = None if found is None else Translation(*(one.to(device) for one in found))
-        scales = SecondScale(backbone, upsampler.to(device), translation=there, mirrored=True)
-        if early:  # both steps follow the second scale
+        scales = SecondScale(
+            backbone,
+            upsampler.to(device),
+            translation=there,
+            mirrored=True,
+            early=not guided and has_layers_at_both_sizes(backbone),
+        )
+        if guided:
             seen = observer.look_at_image(with_early_layers(scales))
             return Look(*seen, upsampler.cpu(), scales.passes)
         return Look(*observer.look_at_image(scales), last, scales.passes)
@@ -160,7 +165,7 @@ def look_closer(observer: Observer) -> Look:
         raise
     except (ValueError, RuntimeError, AssertionError):  # as networks refuse a size
         mirrored = Mirrored(backbone)
-        seen = observer.look_at_image(with_early_layers(mirrored) if early else mirrored)
+        seen = observer.look_at_image(with_early_layers(mirrored) if guided else mirrored)
         return Look(*seen, upsampler.cpu(), mirrored.passes)
 
 
