@@ -39,8 +39,8 @@ def ways(
         "one pass": loaded("detail_universal"),
     }
     found["one pass, early layers"] = loaded(None, early=True)
-    found["two passes"] = loaded(None, passes=2, early=True)
-    found["eight passes"] = loaded(None, passes=8, early=True)
+    for name, passes in (("two", 2), ("five", 5), ("eight", 8)):
+        found[f"{name} passes"] = loaded(None, passes=passes, early=True)
     if fit:
 
         def fitted(x: Tensor) -> Tensor:

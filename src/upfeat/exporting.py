@@ -186,7 +186,9 @@ class _Task:
             raise ValueError(f"model is on {first.device}; export it from the CPU: model.cpu()")
         if isinstance(model, FeatUp):
             if any(isinstance(one, SecondScale) for one in model.backbone.modules()):
-                raise ValueError("a model with passes=5 cannot be exported; use passes=1")
+                raise ValueError(
+                    f"a model with passes={model.passes:g} cannot be exported; use passes=1"
+                )
             if model.backbone.in_channels != 3 and model.bands is None:
                 raise ValueError(
                     f"{model.backbone.name} takes {model.backbone.in_channels} bands, whose "

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PASSES,
         default=1,
         help="2: average features of the image and its mirror image; 5: also use the image "
-        "enlarged to √3 times its sides; 8: its mirror image too (default: %(default)s)",
+        "enlarged to 1.7 times its sides; 8: its mirror image too (default: %(default)s)",
     )
     add_early(parser)
     parser.add_argument(

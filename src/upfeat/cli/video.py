@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=PASSES,
         default=1,
         help="2: average features of frames and their mirror images; 5: also use frames enlarged "
-        "to √3 times their sides; 8: their mirror images too (default: %(default)s)",
+        "to 1.7 times their sides; 8: their mirror images too (default: %(default)s)",
     )
     add_early(parser)
     parser.add_argument("--head", type=path_of, metavar="FILE", help="show this head's classes")
