@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upfeat.alignment import align_for
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import subset
@@ -34,7 +35,6 @@ from upfeat.implicit.config import FitConfig
 from upfeat.implicit.features import fingerprint
 from upfeat.implicit.observe import Observer
 from upfeat.implicit.one_pass import mean_upsampler
-from upfeat.model import align_for
 from upfeat.storage import write_bytes
 
 TARGET = Path(__file__).with_name("implicit_share.json")

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import upfeat
+from upfeat.alignment import align_for
 from upfeat.backbones import Backbone, estimate_displacement
 from upfeat.images import read_image
 from upfeat.implicit.config import FitConfig
 from upfeat.implicit.features import resize_image
 from upfeat.implicit.fit import fit_guidance
 from upfeat.implicit.one_pass import mean_upsampler
-from upfeat.model import align_for
 from upfeat.photo_search import search
 from upfeat.scales import fit_translation
 from upfeat.translation import PENALTY, learn_translation

@@ -29,8 +29,8 @@ from rasterio.transform import from_origin
 
 import upfeat
 from upfeat.heads import SavedHead, describe_backbone, save_head
+from upfeat.loading import default_upsampler
 from upfeat.machine import readable
-from upfeat.model import default_upsampler
 
 BLOCK = 512
 PATTERN = 8 * BLOCK

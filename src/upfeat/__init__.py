@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from upfeat.features import UpsampledFeatures
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.fit import FitConfig, fit_implicit
-    from upfeat.model import FeatUp, load
+    from upfeat.loading import load
+    from upfeat.model import FeatUp
     from upfeat.text import TextBackbone, load_text_backbone
     from upfeat.training import TrainConfig, train
     from upfeat.upsamplers import (
@@ -79,7 +80,7 @@ _LAZY = {
     "fit_implicit": "upfeat.implicit.fit",
     "list_backbones": "upfeat.backbones",
     "list_upsamplers": "upfeat.upsamplers",
-    "load": "upfeat.model",
+    "load": "upfeat.loading",
     "load_backbone": "upfeat.backbones",
     "load_text_backbone": "upfeat.text",
     "load_upsampler": "upfeat.upsamplers",

@@ -13,7 +13,8 @@ from torch import Tensor
 from upfeat.bounds import shown, whole
 from upfeat.features import UpsampledFeatures
 from upfeat.linear import leading_axes
-from upfeat.model import FeatUp, load
+from upfeat.loading import load
+from upfeat.model import FeatUp
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

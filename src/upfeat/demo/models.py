@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from upfeat.backbones import Backbone, load_backbone
-from upfeat.model import DEFAULT_BACKBONE, FeatUp, load
+from upfeat.loading import DEFAULT_BACKBONE, load
+from upfeat.model import FeatUp
 from upfeat.text import TextBackbone, load_text_backbone
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from upfeat.evaluation.report.pictures import encode_photo
 from upfeat.evaluation.results import Results, RowStore
 from upfeat.evaluation.task import Task
 from upfeat.guided import early_by_default
+from upfeat.loading import default_upsampler
 from upfeat.machine import find_device
-from upfeat.model import default_upsampler
 from upfeat.provenance import digest, identify_backbone, versions
 from upfeat.upsamplers import create_upsampler
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from upfeat.backbones import Backbone
 from upfeat.evaluation.methods import ImplicitMethod, Method, UpsamplerMethod
 from upfeat.evaluation.passes import SeveralPasses, find_passes
-from upfeat.model import load
+from upfeat.loading import load
 from upfeat.upsamplers import Upsampler, create_upsampler
 
 Named = str | Path | Upsampler

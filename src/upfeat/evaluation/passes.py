@@ -16,7 +16,8 @@ from upfeat.bounds import PASSES
 from upfeat.evaluation.data.prepared import Prepared, normalised
 from upfeat.evaluation.methods import Method
 from upfeat.features import UpsampledFeatures
-from upfeat.model import FeatUp, load
+from upfeat.loading import load
+from upfeat.model import FeatUp
 from upfeat.provenance import digest, identify_backbone, identify_upsampler
 from upfeat.types import Size
 from upfeat.upsamplers import Bilinear, Upsampler, create_upsampler

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from upfeat import machine
+from upfeat.alignment import align_for
 from upfeat.backbones import Backbone, load_backbone
 from upfeat.backbones.base import require_colours
 from upfeat.bounds import check_callback
@@ -21,7 +22,6 @@ from upfeat.implicit.features import ImplicitFeatures, resize_image
 from upfeat.implicit.observe import Observer, feature_basis, zoomed_jitters
 from upfeat.implicit.one_pass import mean_upsampler, with_early_layers
 from upfeat.implicit.published import create_network_fit, train_network
-from upfeat.model import align_for
 from upfeat.randomness import stream
 from upfeat.registry import unknown_name
 from upfeat.types import Size
