@@ -159,8 +159,8 @@ def look_closer(observer: Observer) -> Look:
         )
         if guided:
             seen = observer.look_at_image(with_early_layers(scales))
-            return Look(*seen, upsampler.cpu(), scales.passes)
-        return Look(*observer.look_at_image(scales), last, scales.passes)
+            return Look(*seen, upsampler.cpu(), round(scales.passes))
+        return Look(*observer.look_at_image(scales), last, round(scales.passes))
     except torch.OutOfMemoryError:  # the result must not depend on the memory
         raise
     except (ValueError, RuntimeError, AssertionError):  # as networks refuse a size
