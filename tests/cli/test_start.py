@@ -10,7 +10,7 @@ import pytest
 from evaluation.scenes import write_dataset
 
 import upfeat
-from upfeat import model
+from upfeat import loading
 from upfeat.cli import choices, main
 from upfeat.cli.main import COMMANDS
 from upfeat.evaluation import harness
@@ -53,7 +53,7 @@ def loaded(*lines):
 
 def test_help_lists_the_names_that_there_are(capsys):
     assert choices.DEFAULT_UPSAMPLER == pretrained.DEFAULT_UPSAMPLER
-    assert choices.DEFAULT_BACKBONE == model.DEFAULT_BACKBONE
+    assert choices.DEFAULT_BACKBONE == loading.DEFAULT_BACKBONE
     assert choices.BASELINES == harness.BASELINES
     by_name = set(UPSAMPLERS) & set(upfeat.list_upsamplers())
     assert sorted(choices.UPSAMPLERS) == sorted(by_name)
