@@ -168,12 +168,28 @@ def test_gradients_reach_the_image(translation):
     assert bool(x.grad.abs().sum() > 0)
 
 
+class OneSize(torch.nn.Module):
+    """A network that takes images of a single size."""
+
+    def forward(self, x):
+        assert x.shape[2:] == (64, 64), f"takes 64×64, not {tuple(x.shape[2:])}"
+        return colours(x)
+
+
+def test_a_network_of_one_size_sees_the_enlarged_image_in_tiles():
+    backbone = upfeat.load_backbone(OneSize(), fit="tile")
+    x = photo(80, 96)
+    out = upfeat.load(backbone, passes=5)(x)
+    assert out.shape == (1, 4, 80, 96)
+    torch.testing.assert_close(out, upfeat.load(colours, passes=5)(x), rtol=1e-3, atol=1e-3)
+
+
 def test_what_cannot_be_is_one_line(translation):
     with pytest.raises(ValueError, match=r"passes=3 must be one of \(1, 2, 5, 8\)"):
         upfeat.load(colours, passes=3)
     with pytest.raises(ValueError, match=r"even stride.*has 7; use passes=1"):
         upfeat.load(torch.nn.Conv2d(3, 4, 7, 7), passes=5)
-    with pytest.raises(ValueError, match=r"grid grows.*\(8, 8\) cells.*\(3, 3\); use passes=1"):
+    with pytest.raises(ValueError, match=r"grid grows.*\(8, 8\) cells.*\(13, 13\); use passes=1"):
         upfeat.load(Fixed(name="fixed", embed_dim=3, stride=8), passes=5)(torch.zeros(1, 3, 64, 64))
     with pytest.raises(ValueError, match="translation is of 4 channels"):
         upfeat.load(torch.nn.Conv2d(3, 6, 8, 8), passes=5, translation=translation)

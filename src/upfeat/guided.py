@@ -130,6 +130,8 @@ def has_early_layers(backbone: Backbone) -> bool:
     Raises:
         ValueError: its early layers are not maps on a finer grid.
     """
+    if type(backbone).extract_with_hidden is Backbone.extract_with_hidden:
+        return False
     side = 4 * backbone.stride
     blank = torch.zeros(1, backbone.in_channels, side, side, device=backbone.mean.device)
     with torch.no_grad():
