@@ -105,7 +105,7 @@ class SecondScale(OuterBackbone):
 
     Attributes:
         early: whether the upsampler gets early layers, of the image and of the enlarged image.
-        backbone: the innermost of the wrapped backbones.
+        backbone: the wrapped backbone.
         own: applied to the image: the mean over the image and its mirror image
             (:class:`upfeat.mirrored.Mirrored`).
         enlarged: applied to the enlarged image: ``backbone``, or its mean over mirror images.
@@ -275,12 +275,13 @@ class SecondScale(OuterBackbone):
         return finer + out
 
     def _with_detail(self, guidance: Tensor, second: Tensor, early: Tensor | None) -> Tensor:
-        """Add the network's detail to features of the enlarged image, on a grid twice as fine.
+        """Bring features of the enlarged image to a grid twice as fine, with all its detail.
 
         Args:
             guidance: (B, 3, H, W), of the image.
             second: (B, C, h₂, w₂).
-            early: features of early layers of the enlarged image; ``None`` for no change.
+            early: features of early layers of the enlarged image, which tell of its detail;
+                ``None`` for no change.
 
         Returns:
             (B, C, 2h₂, 2w₂), or ``second``.

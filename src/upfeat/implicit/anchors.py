@@ -38,12 +38,12 @@ from upfeat.implicit.observe import (
 )
 from upfeat.implicit.one_pass import (
     QUERIES,
+    change_by_smoothing,
     into_own_words,
     look_closer,
     mean_upsampler,
     one_pass,
     shipped,
-    smoothed,
 )
 from upfeat.implicit.places import choose_map_size, find_positions, spread_anchors
 from upfeat.implicit.regression import Regression, details, translate
@@ -109,9 +109,8 @@ class KernelFit:
         self.table = self._table(positions)  # (H', W', M)
         self.regression = Regression.empty(len(self.anchors), len(basis.components))
         self._solved: tuple[Tensor, Tensor] | None = None
-        drawn = one_pass(
-            mean_upsampler(observer.backbone), guidance, own, hidden, basis, self.map_size
-        )
+        self.upsampler = mean_upsampler(observer.backbone)
+        drawn = one_pass(self.upsampler, guidance, own, hidden, basis, self.map_size)
         self.mean = self._project(drawn)
         self.held = Regression.empty(len(self.anchors), len(basis.components))
         self._observe(observer.held, self._targets(observer.held_features), self.held)
@@ -237,10 +236,10 @@ class KernelFit:
     def _smoothed(self, coefficients: Tensor) -> Tensor:
         """Smooth a map, as coefficients (M, k), among cells that look alike."""
         drawn = (self.table @ coefficients).permute(2, 0, 1)
-        upsampler = mean_upsampler(self.observer.backbone)
-        grid = self.observer.grid_size
-        smooth = smoothed(upsampler, self.guidance, grid, self.hidden, drawn)
-        return coefficients + self._project(smooth - drawn)
+        change = change_by_smoothing(
+            self.upsampler, self.guidance, self.observer.grid_size, self.hidden, drawn
+        )
+        return coefficients if change is None else coefficients + self._project(change)
 
     @cached_property
     def few_passes(self) -> tuple[Tensor, int]:

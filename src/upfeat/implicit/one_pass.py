@@ -85,24 +85,24 @@ def one_pass(
         return drawn.project(basis.inverse, -(basis.inverse @ basis.mean))[0]
 
 
-def smoothed(
+def change_by_smoothing(
     upsampler: Upsampler,
     guidance: Tensor,
     grid_size: Size,
     hidden: Tensor | None,
     drawn: Tensor,
-) -> Tensor:
+) -> Tensor | None:
     """Smooth a map among cells that look alike, as maps of several passes are smoothed.
 
     Args:
         upsampler: from :func:`mean_upsampler`.
         guidance: (3, H, W) uint8, the image.
         grid_size: (h, w), grid of the backbone's features.
-        hidden: (1, D, h', w'), features of the image from earlier layers; ``None`` for no change.
+        hidden: (1, D, h', w'), features of the image from earlier layers, or ``None``.
         drawn: (k, H', W').
 
     Returns:
-        (k, H', W').
+        What to add to the map, (k, H', W'); ``None`` without earlier layers.
     """
     image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
     size = (image.shape[2], image.shape[3])
@@ -110,10 +110,10 @@ def smoothed(
     with torch.no_grad():
         kernels = upsampler.prepare_with(image, grid_size, size, hidden=hidden)
         if kernels.smoothing is None:
-            return drawn
+            return None
         rough = on_grid(drawn[None], kernels.smoothing.size)
         change = kernels.smoothing.smooth_whole(rough, SMOOTHINGS) - rough
-        return drawn + upsampler.last_step()(change, image, (drawn.shape[1], drawn.shape[2]))[0]
+        return upsampler.last_step()(change, image, (drawn.shape[1], drawn.shape[2]))[0]
 
 
 class Look(NamedTuple):
