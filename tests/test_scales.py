@@ -89,6 +89,13 @@ def test_features_that_know_no_scale_stay_as_they_are():
     torch.testing.assert_close(out, second, rtol=1e-4, atol=1e-5)
 
 
+def test_a_quarter_of_what_it_says_of_whole_cells_is_kept():
+    identity = Translation(torch.eye(4), torch.zeros(4))
+    scales = SecondScale(upfeat.load_backbone(colours), translation=identity, share=1)
+    out = scales.join(photo(), torch.zeros(1, 4, 8, 10), torch.ones(1, 4, 16, 20))
+    torch.testing.assert_close(out, torch.full_like(out, 0.25))
+
+
 def test_the_share_leads_from_one_pass_to_the_second_scale(translation):
     x, backbone = photo(), upfeat.load_backbone(colours)
     own, second = torch.randn(1, 4, 8, 10), torch.randn(1, 4, 16, 20)

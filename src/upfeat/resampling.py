@@ -30,13 +30,13 @@ class Reads(NamedTuple):
     """Weights of the input values, (T, count), float64; those of an output value sum to 1."""
 
 
-def on_grid(maps: Tensor, size: Size) -> Tensor:
-    """Resample maps to a grid: means over its cells, or bilinear interpolation; (B, D, *size)."""
+def on_grid(maps: Tensor, size: Size, interpolation: str = "bilinear") -> Tensor:
+    """Resample maps to a grid: means over its cells, or interpolation; (B, D, *size)."""
     if tuple(maps.shape[2:]) == size:
         return maps
     if maps.shape[2] >= size[0] and maps.shape[3] >= size[1]:
         return pool_to(maps, size)
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+    return F.interpolate(maps, size=size, mode=interpolation, align_corners=False)
 
 
 def pool_to(maps: Tensor, size: Size) -> Tensor:

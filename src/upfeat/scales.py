@@ -4,22 +4,24 @@ The backbone sees the image, its mirror image, and the image enlarged to √3 ti
 costs five passes in all. F are the mean features of the image and its mirror image. The features of
 the enlarged image F₂ differ from F in kind, not only in detail: a linear map of channels T with a
 constant c, learnt in closed form, translates F₂ into the space of F. The translated features,
-interpolated bilinearly to a grid twice as fine as that of F, are X. Their mean over each coarse
-cell is then corrected towards F, so that the enlarged image contributes only detail. With weights a
-and 1 − a, the result is added to the features that one pass predicts on the finer grid:
+interpolated (bicubic) to a grid twice as fine as that of F, are X. Three quarters of the difference
+of their mean over each coarse cell from F are then taken back: what the enlarged image says of
+whole cells is of use, too, but differs more in kind from F than its detail. With weights a and
+1 − a, the result is added to the features that one pass predicts on the finer grid:
 
-    X = up(T·F₂ + c),    a·[X + K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
+    X = up(T·F₂ + c),    a·[X + ¾·K₁(g)·(F − mean₂ₓ₂ X)] + (1 − a)·[K₁(g) + R(g)]·F
 
 g is the guidance, K₁(g) the first step of the detail upsampler and R(g) its regression. The errors
 of the two brackets differ, and their weighted mean has a smaller error than either. The result is
-affine in F and F₂. It has half the stride and passes for the output of a backbone, so that heads,
+affine in F and F₂, has half the stride, and passes for the output of a backbone, so that heads,
 points, crops and files need no code of their own for it.
 
 With early layers of the backbone, the regression reads them, an upsampler with a network adds the
 network's detail to the second bracket, and all of this is applied to the enlarged image as well: X
-then lies on a grid of a quarter of the stride, to which the last step brings the rest. An upsampler
-that smooths smooths the features of the enlarged image on their finer grid, and the sum of all on
-the grid of half the stride.
+then lies on a grid of a quarter of the stride (interpolated bilinearly), to which the last step
+brings the rest. An upsampler that smooths smooths the features of the enlarged image on their finer
+grid, and the sum of all on the grid of half the stride, among cells that are alike in this sum as
+well: the result is then not affine in F and F₂.
 """
 
 from __future__ import annotations
@@ -59,9 +61,11 @@ SHARE = 0.75
 """Weight a of the second scale in the result."""
 SHARE_WITH_EARLY = 0.65
 """Weight a if the upsampler gets early layers, which make one pass more accurate."""
-SMOOTHINGS = 2
-"""Number of smoothings of the sum of both scales, if the upsampler smooths. Thin objects cover more
-cells of the enlarged image, so that less of them is lost than in one pass."""
+CORRECTION = 0.75
+"""Share of the difference between both scales' means over coarse cells that is taken back."""
+SMOOTHINGS = 6
+"""Number of smoothings of the sum of both scales, if the upsampler smooths: among cells that are
+alike in this sum, too, so that thin objects are not lost."""
 
 
 @torch.no_grad()
@@ -246,7 +250,8 @@ class SecondScale(OuterBackbone):
 
         Returns:
             Features on this backbone's grid, (B, C, 2h, 2w) or (B, C, 4h, 4w); affine in
-            ``own`` and ``second``, unless the translation is learnt from the image.
+            ``own`` and ``second``, unless the translation is learnt from the image or the upsampler
+            smooths.
         """
         if self.weight is None or self.bias is None:
             translation = fit_to_image(own, _means(second, own))
@@ -257,10 +262,12 @@ class SecondScale(OuterBackbone):
         kernels = self.first.prepare_with(guidance, grid, size, hidden=hidden)
         times = self.backbone.stride // self.stride
         enlarged = translation(self._with_detail(guidance, second, early))
-        finer = self.share * on_grid(enlarged, (times * grid[0], times * grid[1]))
-        coarse = F.avg_pool2d(finer, times)
+        # On the finest grid there is detail already, which bicubic interpolation would overshoot.
+        way = "bilinear" if self.early else "bicubic"
+        finer = self.share * on_grid(enlarged, (times * grid[0], times * grid[1]), way)
         # K₁ is linear, so that one call computes its terms in both brackets of the formula.
-        out = kernels.first(own - coarse)
+        taken = CORRECTION * (self.share * own - F.avg_pool2d(finer, times))
+        out = kernels.first(taken + (1 - self.share) * own)
         whole = Window(0, 0, FINER * grid[0], FINER * grid[1])
         if kernels.regression is not None and self.share < 1:
             told = kernels.regression.at(as_map(own), whole)
@@ -269,7 +276,7 @@ class SecondScale(OuterBackbone):
             out = out + (1 - self.share) * told
         if kernels.smoothing is not None:
             rough = out + F.avg_pool2d(finer, times // FINER)
-            out = out + kernels.smoothing.smooth_whole(rough, SMOOTHINGS) - rough
+            out = out + kernels.smoothing.smooth_among_alike(rough, SMOOTHINGS) - rough
         if self.last is not None:
             out = self.last(out, guidance, (finer.shape[2], finer.shape[3]))
         return finer + out

@@ -40,8 +40,10 @@ def smooth(queries, hidden, features, radius=2, window=None, whole=True):
     return made.smooth(features[:, :, rows, columns], window)
 
 
-def one_by_one(queries, hidden, features, radius):
+def one_by_one(queries, hidden, features, radius, *, strict=False):
     """The definition, cell by cell, with replicated edges."""
+    centred = F.normalize(features - features.mean((2, 3), keepdim=True), dim=1)
+    times, part = (5, 0.25) if strict else (3, 0.5)
     out, early = torch.empty_like(features), F.normalize(hidden, dim=1)
     height, width = features.shape[2:]
     reach = range(-radius, radius + 1)
@@ -54,12 +56,15 @@ def one_by_one(queries, hidden, features, radius):
                         v, u = min(max(y + down, 0), height - 1), min(max(x + right, 0), width - 1)
                         alike = 10 * (queries[image, :, y, x] @ queries[image, :, v, u])
                         alike = alike + 2 * (early[image, :, y, x] @ early[image, :, v, u])
+                        if strict:
+                            cosine = centred[image, :, y, x] @ centred[image, :, v, u]
+                            alike = alike + 2 * (cosine - 1)
                         far = (down**2 + right**2) / (2 * radius**2)
                         likeness.append((alike - 12 - far).exp())
                         seen.append(features[image, :, v, u])
                 likeness = torch.stack(likeness)
                 own = likeness[len(likeness) // 2]
-                weights = (likeness - (3 * likeness.mean()).clamp(max=own / 2)).clamp(min=0)
+                weights = (likeness - (times * likeness.mean()).clamp(max=part * own)).clamp(min=0)
                 weights = weights / weights.sum()
                 out[image, :, y, x] = (weights[:, None] * torch.stack(seen)).sum(0)
     return out
@@ -72,6 +77,34 @@ def test_definition(spread):
     hidden, features = 1 + spread * draw(3, seed=1), draw(5, seed=2)
     expected = one_by_one(queries, hidden, features, 2)
     torch.testing.assert_close(smooth(queries, hidden, features), expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 3.0])
+@pytest.mark.parametrize("kept", [0, 1 << 22])
+def test_definition_with_features(monkeypatch, spread, kept):
+    """The same weights each time, of the features as they were."""
+    monkeypatch.setattr(smoothing, "KEPT", kept)
+    queries = F.normalize(1 + spread * draw(4), dim=1)
+    hidden, features = 1 + spread * draw(3, seed=1), draw(5, seed=2)
+    made = Smoothing(Vectors(queries), hidden, radius=2, backend="auto")
+    once = one_by_one(queries, hidden, features, 2, strict=True)
+    torch.testing.assert_close(made.smooth_among_alike(features, 1), once, rtol=0, atol=1e-9)
+    more = made.smooth_among_alike(torch.cat([features, torch.ones_like(features[:, :1])], 1), 3)
+    assert more[:, :5].var() < once.var()
+    torch.testing.assert_close(more[:, 5], torch.ones_like(more[:, 5]))
+
+
+def test_features_tell_apart_what_looks_alike():
+    """An edge that only the features show is kept, where smoothing by looks would lose it."""
+    same = torch.ones(1, 2, *SIZE, dtype=torch.float64) / 2**0.5
+    edge = torch.ones(1, 2, *SIZE, dtype=torch.float64)
+    edge[:, :, :, 6:] = -1
+    noise = 0.1 * draw(2, seed=3)[:1]
+    made = Smoothing(Vectors(same), same, radius=3, backend="auto")
+    lost = made.smooth(edge + noise, Window(0, 0, *SIZE))
+    kept = made.smooth_among_alike(edge + noise, 3)
+    assert (kept - edge).square().mean() < 0.3 * noise.square().mean()
+    assert (lost - edge).square().mean() > 5 * noise.square().mean()
 
 
 def test_unlike_neighbours_count_nothing():
@@ -115,6 +148,12 @@ def test_gradients():
     )
     inputs = [one[:1].requires_grad_() for one in (queries, hidden, features)]
     assert torch.autograd.gradcheck(lambda *given: smooth(*given, radius=1), inputs)
+
+    def alike(queries, hidden, features):
+        made = Smoothing(Vectors(queries), hidden, radius=1, backend="auto")
+        return made.smooth_among_alike(features, 2)
+
+    assert torch.autograd.gradcheck(alike, inputs)
 
 
 def test_only_with_early_layers():

@@ -237,7 +237,7 @@ class KernelFit:
         """Smooth a map, as coefficients (M, k), among cells that look alike."""
         drawn = (self.table @ coefficients).permute(2, 0, 1)
         change = change_by_smoothing(
-            self.upsampler, self.guidance, self.observer.grid_size, self.hidden, drawn
+            self.upsampler, self.observer, self.guidance, self.hidden, drawn
         )
         return coefficients if change is None else coefficients + self._project(change)
 

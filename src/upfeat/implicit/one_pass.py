@@ -17,7 +17,6 @@ from upfeat.normalization import HALF
 from upfeat.resampling import on_grid
 from upfeat.scales import SMOOTHINGS, SecondScale
 from upfeat.translation import Translation, fit_to_image, shipped_translation
-from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.pretrained import create_upsampler, trained_for_early
@@ -87,17 +86,19 @@ def one_pass(
 
 def change_by_smoothing(
     upsampler: Upsampler,
+    observer: Observer,
     guidance: Tensor,
-    grid_size: Size,
     hidden: Tensor | None,
     drawn: Tensor,
 ) -> Tensor | None:
-    """Smooth a map among cells that look alike, as maps of several passes are smoothed.
+    """Smooth a map among cells that are alike, as maps of several passes are smoothed.
+
+    Those of a guided backbone are smoothed once, others often.
 
     Args:
         upsampler: from :func:`mean_upsampler`.
+        observer: an observer of the image.
         guidance: (3, H, W) uint8, the image.
-        grid_size: (h, w), grid of the backbone's features.
         hidden: (1, D, h', w'), features of the image from earlier layers, or ``None``.
         drawn: (k, H', W').
 
@@ -108,11 +109,12 @@ def change_by_smoothing(
     size = (image.shape[2], image.shape[3])
     assert isinstance(upsampler, DetailUpsampler)
     with torch.no_grad():
-        kernels = upsampler.prepare_with(image, grid_size, size, hidden=hidden)
+        kernels = upsampler.prepare_with(image, observer.grid_size, size, hidden=hidden)
         if kernels.smoothing is None:
             return None
         rough = on_grid(drawn[None], kernels.smoothing.size)
-        change = kernels.smoothing.smooth_whole(rough, SMOOTHINGS) - rough
+        times = 1 if isinstance(observer.backbone, Guided) else SMOOTHINGS
+        change = kernels.smoothing.smooth_among_alike(rough, times) - rough
         return upsampler.last_step()(change, image, (drawn.shape[1], drawn.shape[2]))[0]
 
 

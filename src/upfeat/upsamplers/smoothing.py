@@ -24,6 +24,12 @@ THRESHOLD = 3.0
 """Likeness that counts nothing, as a multiple of its mean over the neighbourhood …"""
 HIGHEST = 0.5
 """… but at most this fraction of the cell's likeness to itself, which is the largest."""
+FEATURE_WEIGHT = 2.0
+"""Factor of the cosine between the features themselves, where they are compared too …"""
+STRICTER_THRESHOLD = 5.0
+"""… THRESHOLD with it …"""
+STRICTER_HIGHEST = 0.25
+"""… and HIGHEST with it."""
 KEPT = 1 << 22
 """Most weights of a batch of images that are kept once they are computed."""
 SIDE = 32
@@ -42,6 +48,10 @@ class Smoothing(Computed):
     neighbourhood, or half of k[i, i] if that is less. So unlike cells, of which there are many,
     count nothing, and a thin object is not mixed with what surrounds it. Weights sum to 1.
 
+    Features f that several passes have told well can be compared too, less their mean over the
+    image: 2·cos(f[i], f[j]) is then added to the exponent, t[i] is five times the mean, and at most
+    a quarter of k[i, i]. The weights then depend on the features.
+
     The unit of early layers has no effect. An offset in all channels of several times their spread,
     which activations after a ReLU do not have, makes all cells alike.
 
@@ -49,7 +59,15 @@ class Smoothing(Computed):
     filter (Tomasi and Manduchi, 1998), with early layers in place of patches and colours.
     """
 
-    def __init__(self, queries: Computed, hidden: Tensor, *, radius: int, backend: str) -> None:
+    def __init__(
+        self,
+        queries: Computed,
+        hidden: Tensor,
+        *,
+        radius: int,
+        backend: str,
+        features: Tensor | None = None,
+    ) -> None:
         """Keep what the weights are computed from.
 
         Args:
@@ -57,21 +75,31 @@ class Smoothing(Computed):
             hidden: (B, D', h', w'), features of early layers on any grid.
             radius: radius r of the neighbourhood, in cells, ≥ 1.
             backend: backend of the operators.
+            features: (B, C, h, w), features to compare as well, of which all weights are then kept;
+                ``None`` for weights that do not depend on the features.
         """
         recorded = queries.recorded or is_recorded(hidden)
+        recorded = recorded or (features is not None and is_recorded(features))
         count = len(hidden) * (2 * radius + 1) ** 2 * queries.size[0] * queries.size[1]
         whole = recorded or torch.compiler.is_compiling() or (queries.whole and count <= KEPT)
-        super().__init__(queries.size, whole=whole, recorded=recorded)
+        super().__init__(queries.size, whole=whole or features is not None, recorded=recorded)
         self.keeps = False
         self.queries, self.hidden = queries, on_grid(hidden, queries.size)
         self.radius, self.backend = radius, backend
+        self.features = features
 
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
         around = self.around(window)
         queries = self.queries.at(around)
         early = unit(cut(self.hidden, around)).to(queries.dtype)
-        looks = torch.cat([QUERY_WEIGHT**0.5 * queries, EARLY_WEIGHT**0.5 * early], dim=1)
+        parts = [QUERY_WEIGHT**0.5 * queries, EARLY_WEIGHT**0.5 * early]
+        threshold, highest = THRESHOLD, HIGHEST
+        if self.features is not None:
+            centred = cut(self.features - self.features.mean((2, 3), keepdim=True), around)
+            parts.append(FEATURE_WEIGHT**0.5 * unit(centred).to(queries.dtype))
+            threshold, highest = STRICTER_THRESHOLD, STRICTER_HIGHEST
+        looks = torch.cat(parts, dim=1)
         likeness = functional.neighbourhood_weights(
             cut(looks, inside(window, around)),
             looks,
@@ -86,7 +114,7 @@ class Smoothing(Computed):
         )  # sums to 1
         count = likeness.shape[1]
         own = likeness[:, count // 2, None]
-        weights = (likeness - (HIGHEST * own).clamp(max=THRESHOLD / count)).clamp(min=0)
+        weights = (likeness - (highest * own).clamp(max=threshold / count)).clamp(min=0)
         return weights / weights.sum(1, keepdim=True)
 
     def around(self, window: Window) -> Window:
@@ -113,10 +141,18 @@ class Smoothing(Computed):
             cut(out, part).copy_(self._sum(cut(features, inside(around, outer)), around, own))
         return out
 
-    def smooth_whole(self, features: Tensor, times: int) -> Tensor:
-        """Smooth features of the whole grid, (B, C, h, w), once or several times."""
+    def smooth_among_alike(self, features: Tensor, times: int) -> Tensor:
+        """Smooth features of the whole grid several times, among cells alike in them as well.
+
+        Args:
+            features: (B, C, h, w), also compared; see :class:`Smoothing`.
+            times: how often the same weights are applied.
+        """
+        stricter = Smoothing(
+            self.queries, self.hidden, radius=self.radius, backend=self.backend, features=features
+        )
         for _ in range(times):
-            features = self.smooth(features, Window(0, 0, *self.size))
+            features = stricter.smooth(features, Window(0, 0, *self.size))
         return features
 
     def _sum(self, features: Tensor, cells: Window, window: Window) -> Tensor:
