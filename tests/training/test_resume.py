@@ -50,10 +50,13 @@ HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []
 
 @pytest.fixture
 def heeded_signals():
-    """Signals are not ignored, as they are in the background of a script."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Signals are not ignored, as they are in the background of a script and by ``nohup``."""
+    ways = dict.fromkeys([signal.SIGTERM, *HANGUP], signal.SIG_DFL)
+    ways[signal.SIGINT] = signal.default_int_handler
+    before = {number: signal.signal(number, way) for number, way in ways.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, way in before.items():
+        signal.signal(number, way)
 
 
 @pytest.mark.usefixtures("heeded_signals")

@@ -27,9 +27,9 @@ HIGHEST = 0.5
 FEATURE_WEIGHT = 2.0
 """Factor of the cosine between the features themselves, where they are compared too …"""
 STRICTER_THRESHOLD = 5.0
-"""… THRESHOLD with it …"""
+"""… the threshold with it …"""
 STRICTER_HIGHEST = 0.25
-"""… and HIGHEST with it."""
+"""… and the bound of the threshold with it."""
 KEPT = 1 << 22
 """Most weights of a batch of images that are kept once they are computed."""
 SIDE = 32
@@ -48,9 +48,9 @@ class Smoothing(Computed):
     neighbourhood, or half of k[i, i] if that is less. So unlike cells, of which there are many,
     count nothing, and a thin object is not mixed with what surrounds it. Weights sum to 1.
 
-    Features f that several passes have told well can be compared too, less their mean over the
-    image: 2·cos(f[i], f[j]) is then added to the exponent, t[i] is five times the mean, and at most
-    a quarter of k[i, i]. The weights then depend on the features.
+    The features f themselves, less their mean over the image, may be compared as well:
+    2·cos(f[i], f[j]) is then added to the exponent, and t[i] is five times the mean of k[i, ·], or
+    a quarter of k[i, i]. The result is then not linear in the features.
 
     The unit of early layers has no effect. An offset in all channels of several times their spread,
     which activations after a ReLU do not have, makes all cells alike.
