@@ -1,11 +1,11 @@
-"""Probes on fits with several weights of the map of eight passes, and on one to eight passes.
+"""Probes on fits with and without the map of eight passes, and on one to eight passes.
 
     python benchmarks/implicit_share.py DATA -o out/
 
 DATA contains clothing/ and aerial_roads/ in the layout of ``upfeat eval``. Each image is fitted
-without the blend, for the map of eight passes alone, and for half of each: every other blend is a
-weighted sum of the last two. Fits and maps are stored in ``out/``, some gigabytes. Results go to
-benchmarks/implicit_share.json; those of ``--slack`` are added to it and replace no others.
+without the blend, and with each of ``--shares``. Fits and maps are stored in ``out/``, some
+gigabytes. Results go to benchmarks/implicit_share.json; those of ``--slack`` are added to it and
+replace no others.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.alignment import align_for
-from upfeat.backbones import Backbone, load_backbone
+from upfeat.backbones import load_backbone
 from upfeat.evaluation.config import EvalConfig
 from upfeat.evaluation.data.folders import subset
 from upfeat.evaluation.data.prepared import Prepared, prepare
 from upfeat.evaluation.differences import find_differences
-from upfeat.evaluation.methods import ImplicitMethod, Method
+from upfeat.evaluation.methods import ImplicitMethod
 from upfeat.evaluation.named import load_methods
 from upfeat.evaluation.tasks.seg import Segmentation
 from upfeat.feature_map import FeatureMap, interpolate
@@ -55,8 +55,6 @@ FEW = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
 JUDGED = 8
 VIEWS = {"max_pad": 30.0, "max_zoom": 1.8, "seed": 1_000_003}
 """Arguments of the :class:`Observer` of views that no fit has used."""
-SHARES = (0.2, 0.35, 0.5, 1.0)
-HALF = 0.5
 
 
 class Drawn(FeatureMap):
@@ -99,24 +97,13 @@ class Kept(ImplicitMethod):
         return self
 
 
-class Share(Method):
-    """Blends of the smoothed fit to views, weighted by ``share``, and the map of eight passes."""
-
-    passes = None
-
-    def __init__(self, half: Kept, few: Kept, share: float) -> None:
-        """Store blends of equal weights, the maps of eight passes, and the weight of the fit."""
-        self.half, self.few, self.share = half, few, share
-        self.weights = self.identity = f"{half.weights}|{share}"
-
-    def __call__(self, sample: Prepared) -> Drawn:
-        """See :meth:`Method.__call__`."""
-        half, few = self.half(sample).full(), self.few(sample).full()
-        return Drawn(torch.lerp(few, half, self.share / HALF))
-
-
 def measure(
-    folder: Path, images: tuple[int, int], kept: Path, named: Sequence[str], fitted: FitConfig
+    folder: Path,
+    images: tuple[int, int],
+    kept: Path,
+    named: Sequence[str],
+    fitted: FitConfig,
+    shares: Sequence[float],
 ) -> dict[str, Any]:
     """Score the named rows and those of fits on one set of images, and compare them."""
     backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
@@ -130,10 +117,9 @@ def measure(
         samples = subset(getattr(dataset, name), count, seed=config.split_seed)
         parts[name] = prepare(dataset, samples, backbone, config.size, kept, label=name)
     methods = load_methods(named, backbone, kept) if named else {}
-    alone, half, few = _kept(backbone, fitted, kept)
-    methods["implicit alone"] = alone
-    for share in SHARES:
-        methods[f"implicit@{share}"] = Share(half, few, share)
+    methods["implicit alone"] = Kept(backbone, fitted, kept)
+    for share in shares:
+        methods[f"implicit@{share}"] = Kept(backbone, _blended(fitted, share), kept)
     task = Segmentation(parts, dataset, backbone, config)
     rows = []
     for label, method in methods.items():
@@ -153,10 +139,8 @@ def measure(
     }
 
 
-def _kept(backbone: Backbone, fitted: FitConfig, kept: Path) -> list[Kept]:
-    """The fits without the blend, with half of it, and the maps of eight passes alone."""
-    half = replace(fitted, share=HALF, translation=FitConfig.translation)
-    return [Kept(backbone, one, kept) for one in (fitted, half, FEW)]
+def _blended(fitted: FitConfig, share: float) -> FitConfig:
+    return replace(fitted, share=share, translation=FitConfig.translation)
 
 
 def of_fits(entry: dict[str, Any]) -> bool:
@@ -173,14 +157,14 @@ def losses(
     dataset = Segmentation.read(folder, "folder", config)
     samples = subset(dataset.test, images[1], seed=config.split_seed)
     test = prepare(dataset, samples, backbone, config.size, kept, label="test")
-    alone, half, few = _kept(backbone, fitted, kept)
-    blended = Share(half, few, FitConfig().share)
-    totals: dict[str, float] = dict.fromkeys(("alone", "blended", "eight passes"), 0.0)
+    configs = {"alone": fitted, "blended": _blended(fitted, FitConfig.share), "eight passes": FEW}
+    methods = {name: Kept(backbone, one, kept) for name, one in configs.items()}
+    totals: dict[str, float] = dict.fromkeys(methods, 0.0)
     for index in range(JUDGED):
         sample = test[index]
         aligned = align_for(mean_upsampler(backbone), backbone)  # as fits are
         unseen = Observer(sample.image, aligned, held_out=64, **VIEWS)
-        for name, method in zip(totals, (alone, blended, few), strict=True):
+        for name, method in methods.items():
             loss = unseen.held_out_loss(method(sample).full())
             totals[name] += loss / unseen.held_out_variance / JUDGED
     return totals
@@ -194,6 +178,7 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=list(IMAGES), default=list(IMAGES))
     parser.add_argument("--fits", action="store_true", help="replace the rows of fits only")
     parser.add_argument("--losses", action="store_true", help="add held-out losses only")
+    parser.add_argument("--shares", type=float, nargs="+", default=[FitConfig.share])
     parser.add_argument("--slack", type=float, help="add rows of fits with this slack only")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -203,7 +188,7 @@ def main() -> None:
         given = options.data / name, IMAGES[name], options.output / name
         found = {}
         if not options.losses:
-            found = measure(*given, () if only_fits else NAMED, fitted)
+            found = measure(*given, () if only_fits else NAMED, fitted, options.shares)
         found["held_out"] = losses(*given, fitted)
         known: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {}
         if options.slack is not None:

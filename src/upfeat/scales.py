@@ -21,7 +21,9 @@ network's detail to the second bracket, and all of this is applied to the enlarg
 then lies on a grid of a quarter of the stride (interpolated bilinearly), to which the last step
 brings the rest. An upsampler that smooths smooths the features of the enlarged image on their finer
 grid, and the sum of all on the grid of half the stride, among cells that are alike in this sum as
-well: the result is then not affine in F and F₂.
+well; the result on the grid of a quarter of the stride is smoothed among cells that are alike in
+their queries and in the result itself, so that outlines are as sharp as the image's and regions
+flat. It is then not affine in F and F₂.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ from upfeat.translation import (
 from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.detail import FINER
-from upfeat.upsamplers.maps import as_map
+from upfeat.upsamplers.maps import Computed, as_map
+from upfeat.upsamplers.smoothing import ON_A_FINE_GRID, Smoothing
 
 RATIO = 3**0.5
 """Ratio of the enlarged image's sides to the image's own: its features cost three passes."""
@@ -66,6 +69,10 @@ CORRECTION = 0.75
 SMOOTHINGS = 6
 """Number of smoothings of the sum of both scales, if the upsampler smooths: among cells that are
 alike in this sum, too, so that thin objects are not lost."""
+FINE_SMOOTHINGS = 2
+"""Number of smoothings of the result on the grid of a quarter of the stride …"""
+FINE_RADIUS = 4
+"""… and their radius, in its cells."""
 
 
 @torch.no_grad()
@@ -277,9 +284,14 @@ class SecondScale(OuterBackbone):
         if kernels.smoothing is not None:
             rough = out + F.avg_pool2d(finer, times // FINER)
             out = out + kernels.smoothing.smooth_among_alike(rough, SMOOTHINGS) - rough
-        if self.last is not None:
-            out = self.last(out, guidance, (finer.shape[2], finer.shape[3]))
-        return finer + out
+        if self.last is None:
+            return finer + out
+        finest = (finer.shape[2], finer.shape[3])
+        step = self.last.prepare(guidance, (out.shape[2], out.shape[3]), finest)
+        out = finer + self.last.render(step, out)
+        if kernels.smoothing is None:
+            return out
+        return smooth_on_fine_grid(out, step.queries, self.first.backend)
 
     def _with_detail(self, guidance: Tensor, second: Tensor, early: Tensor | None) -> Tensor:
         """Bring features of the enlarged image to a grid twice as fine, with all its detail.
@@ -300,6 +312,25 @@ class SecondScale(OuterBackbone):
         larger = F.interpolate(guidance, size=size, mode="bicubic", align_corners=False)
         kernels = self.first.prepare_with(larger, grid, (size[0], size[1]), hidden=early)
         return self.first.on_finer_grid(kernels, second)
+
+
+def smooth_on_fine_grid(features: Tensor, queries: Computed, backend: str) -> Tensor:
+    """Smooth features among cells that are alike in their queries and their features.
+
+    Args:
+        features: (B, C, h, w), on a grid of a quarter of the backbone's stride.
+        queries: (B, D, h, w), of unit length, from the image.
+        backend: backend of the operators.
+    """
+    made = Smoothing(
+        queries,
+        None,
+        radius=FINE_RADIUS,
+        backend=backend,
+        likeness=ON_A_FINE_GRID,
+        features=features,
+    )
+    return made.smooth_often(features, FINE_SMOOTHINGS)
 
 
 def guidance_for(

@@ -344,6 +344,21 @@ def test_early_layers_have_a_part_in_two_passes():
     assert float((layered - drawn).square().mean()) < 0.7 * float((plain - drawn).square().mean())
 
 
+def test_smoothing_compares_features_whatever_the_units_of_their_coordinates():
+    backbone, guidance = Layered(), scene()
+    watch = observer(guidance, backbone)
+    basis = feature_basis(watch.held_features, 5, whiten=True)
+    own, hidden = watch.look_at_image()
+    factors = torch.tensor([9.0, 1.0, 0.2, 3.0, 0.5])
+    other = basis._replace(components=basis.components / factors[:, None])
+    settings = {"hidden": hidden, "anchors": 60, "seed": 0}
+    fit, same = (KernelFit(guidance, watch, one, own, **settings) for one in (basis, other))
+    smoothed = fit._smoothed(fit.mean)
+    torch.testing.assert_close(same.mean, fit.mean * factors, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(same._smoothed(fit.mean * factors), smoothed * factors)
+    assert float((smoothed - fit.mean).norm()) > 0.05 * float(fit.mean.norm())
+
+
 def test_early_layers_must_be_finite():
     backbone = Layered()
     backbone.fault = torch.nan

@@ -7,10 +7,16 @@ import torch
 import torch.nn.functional as F
 
 import upfeat
+from upfeat.scales import smooth_on_fine_grid
 from upfeat.types import Window
 from upfeat.upsamplers import smoothing
 from upfeat.upsamplers.maps import Computed, as_map
-from upfeat.upsamplers.smoothing import Smoothing
+from upfeat.upsamplers.smoothing import (
+    BY_FEATURES_TOO,
+    BY_LOOKS,
+    ON_A_FINE_GRID,
+    Smoothing,
+)
 
 SIZE = (9, 12)
 
@@ -40,11 +46,11 @@ def smooth(queries, hidden, features, radius=2, window=None, whole=True):
     return made.smooth(features[:, :, rows, columns], window)
 
 
-def one_by_one(queries, hidden, features, radius, *, strict=False):
+def one_by_one(queries, hidden, features, radius, *, terms=BY_LOOKS):
     """The definition, cell by cell, with replicated edges."""
     centred = F.normalize(features - features.mean((2, 3), keepdim=True), dim=1)
-    times, part = (5, 0.25) if strict else (3, 0.5)
     out, early = torch.empty_like(features), F.normalize(hidden, dim=1)
+    looks = [(terms.queries, queries), (terms.early, early), (terms.features, centred)]
     height, width = features.shape[2:]
     reach = range(-radius, radius + 1)
     for image in range(len(features)):
@@ -54,17 +60,16 @@ def one_by_one(queries, hidden, features, radius, *, strict=False):
                 for down in reach:
                     for right in reach:
                         v, u = min(max(y + down, 0), height - 1), min(max(x + right, 0), width - 1)
-                        alike = 10 * (queries[image, :, y, x] @ queries[image, :, v, u])
-                        alike = alike + 2 * (early[image, :, y, x] @ early[image, :, v, u])
-                        if strict:
-                            cosine = centred[image, :, y, x] @ centred[image, :, v, u]
-                            alike = alike + 2 * (cosine - 1)
-                        far = (down**2 + right**2) / (2 * radius**2)
-                        likeness.append((alike - 12 - far).exp())
+                        alike = -(down**2 + right**2) / (2 * radius**2)
+                        for factor, of in looks:
+                            cosine = of[image, :, y, x] @ of[image, :, v, u]
+                            alike = alike + factor * (cosine - 1)
+                        likeness.append(alike.exp())
                         seen.append(features[image, :, v, u])
                 likeness = torch.stack(likeness)
-                own = likeness[len(likeness) // 2]
-                weights = (likeness - (times * likeness.mean()).clamp(max=part * own)).clamp(min=0)
+                bound = terms.highest * likeness[len(likeness) // 2]
+                weights = likeness - (terms.threshold * likeness.mean()).clamp(max=bound)
+                weights = weights.clamp(min=0)
                 weights = weights / weights.sum()
                 out[image, :, y, x] = (weights[:, None] * torch.stack(seen)).sum(0)
     return out
@@ -87,11 +92,32 @@ def test_definition_with_features(monkeypatch, spread, kept):
     queries = F.normalize(1 + spread * draw(4), dim=1)
     hidden, features = 1 + spread * draw(3, seed=1), draw(5, seed=2)
     made = Smoothing(Vectors(queries), hidden, radius=2, backend="auto")
-    once = one_by_one(queries, hidden, features, 2, strict=True)
+    once = one_by_one(queries, hidden, features, 2, terms=BY_FEATURES_TOO)
     torch.testing.assert_close(made.smooth_among_alike(features, 1), once, rtol=0, atol=1e-9)
     more = made.smooth_among_alike(torch.cat([features, torch.ones_like(features[:, :1])], 1), 3)
     assert more[:, :5].var() < once.var()
     torch.testing.assert_close(more[:, 5], torch.ones_like(more[:, 5]))
+
+
+@pytest.mark.parametrize("spread", [0.05, 0.3, 3.0])
+def test_definition_without_early_layers(spread):
+    queries, features = F.normalize(1 + spread * draw(4), dim=1), draw(5, seed=2)
+    expected = one_by_one(queries, queries, features, 2, terms=ON_A_FINE_GRID)
+    settings = {"likeness": ON_A_FINE_GRID, "features": features}
+    made = Smoothing(Vectors(queries), None, radius=2, backend="auto", **settings)
+    torch.testing.assert_close(made.smooth_often(features, 1), expected, rtol=0, atol=1e-9)
+
+
+def test_outlines_of_the_image_become_those_of_the_features():
+    """Features change over some cells where the image has an edge; then they change there."""
+    side = torch.zeros(1, 1, 16, 24, dtype=torch.float64)
+    side[..., 12:] = 1
+    image = Vectors(torch.cat([side, 1 - side], dim=1))
+    soft = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    soft = torch.cat([-torch.ones(10), soft, torch.ones(9)]).expand(1, 1, 16, 24)
+    edge = 2 * side - 1
+    smoothed = smooth_on_fine_grid(soft.contiguous(), image, "auto")
+    assert (smoothed - edge).square().mean() < 0.5 * (soft - edge).square().mean()
 
 
 def test_features_tell_apart_what_looks_alike():

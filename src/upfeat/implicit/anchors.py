@@ -235,11 +235,12 @@ class KernelFit:
 
     def _smoothed(self, coefficients: Tensor) -> Tensor:
         """Smooth a map, as coefficients (M, k), among cells that look alike."""
-        drawn = (self.table @ coefficients).permute(2, 0, 1)
+        lengths = self.basis.components.norm(dim=1)[:, None, None]
+        drawn = lengths * (self.table @ coefficients).permute(2, 0, 1)  # distances of the features
         change = change_by_smoothing(
             self.upsampler, self.observer, self.guidance, self.hidden, drawn
         )
-        return coefficients if change is None else coefficients + self._project(change)
+        return coefficients if change is None else coefficients + self._project(change / lengths)
 
     @cached_property
     def few_passes(self) -> tuple[Tensor, int]:

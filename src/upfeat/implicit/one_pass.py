@@ -15,10 +15,11 @@ from upfeat.implicit.observe import Basis, Observer
 from upfeat.mirrored import Mirrored
 from upfeat.normalization import HALF
 from upfeat.resampling import on_grid
-from upfeat.scales import SMOOTHINGS, SecondScale
+from upfeat.scales import SMOOTHINGS, SecondScale, smooth_on_fine_grid
 from upfeat.translation import Translation, fit_to_image, shipped_translation
 from upfeat.upsamplers import DetailUpsampler
 from upfeat.upsamplers.base import Upsampler
+from upfeat.upsamplers.detail import FINER
 from upfeat.upsamplers.pretrained import create_upsampler, trained_for_early
 
 QUERIES = "neighbourhood_universal"
@@ -93,29 +94,38 @@ def change_by_smoothing(
 ) -> Tensor | None:
     """Smooth a map among cells that are alike, as maps of several passes are smoothed.
 
-    Those of a guided backbone are smoothed once, others often.
+    Those of a guided backbone are smoothed once, others often, and once more on a finer grid.
 
     Args:
         upsampler: from :func:`mean_upsampler`.
         observer: an observer of the image.
         guidance: (3, H, W) uint8, the image.
         hidden: (1, D, h', w'), features of the image from earlier layers, or ``None``.
-        drawn: (k, H', W').
+        drawn: (k, H', W'), coordinates of which all have the same unit.
 
     Returns:
         What to add to the map, (k, H', W'); ``None`` without earlier layers.
     """
     image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
-    size = (image.shape[2], image.shape[3])
+    size, grid = (image.shape[2], image.shape[3]), observer.grid_size
     assert isinstance(upsampler, DetailUpsampler)
     with torch.no_grad():
-        kernels = upsampler.prepare_with(image, observer.grid_size, size, hidden=hidden)
+        kernels = upsampler.prepare_with(image, grid, size, hidden=hidden)
         if kernels.smoothing is None:
             return None
+        last, map_size = upsampler.last_step(), (drawn.shape[1], drawn.shape[2])
+        guided = isinstance(observer.backbone, Guided)
         rough = on_grid(drawn[None], kernels.smoothing.size)
-        times = 1 if isinstance(observer.backbone, Guided) else SMOOTHINGS
+        times = 1 if guided else SMOOTHINGS
         change = kernels.smoothing.smooth_among_alike(rough, times) - rough
-        return upsampler.last_step()(change, image, (drawn.shape[1], drawn.shape[2]))[0]
+        change = last(change, image, map_size)[0]
+        if guided:
+            return change
+        finest = (FINER**2 * grid[0], FINER**2 * grid[1])
+        rough = on_grid((drawn + change)[None], finest)
+        queries = last.prepare(image, kernels.smoothing.size, finest).queries
+        finer = smooth_on_fine_grid(rough, queries, upsampler.backend) - rough
+        return change + last(finer, image, map_size)[0]
 
 
 class Look(NamedTuple):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from upfeat.portable import axes
 from upfeat.portable.step import OUT_OF_REACH, unit
-from upfeat.upsamplers.smoothing import EARLY_WEIGHT, HIGHEST, QUERY_WEIGHT, THRESHOLD
+from upfeat.upsamplers.smoothing import BY_LOOKS
 
 
 class Smoothing(nn.Module):
@@ -35,7 +35,7 @@ class Smoothing(nn.Module):
             (B, C, h, w).
         """
         early = unit(hidden)
-        looks = torch.cat([QUERY_WEIGHT**0.5 * queries, EARLY_WEIGHT**0.5 * early], dim=1)
+        looks = torch.cat([BY_LOOKS.queries**0.5 * queries, BY_LOOKS.early**0.5 * early], dim=1)
         rows = looks.permute(0, 2, 3, 1)  # (B, h, w, D)
         logits = [
             rows @ other.mT + self._nearness(rows.shape[2], offset, rows)
@@ -43,7 +43,7 @@ class Smoothing(nn.Module):
         ]
         likeness = torch.stack(logits, dim=3).flatten(3).softmax(3)  # (B, h, w, (2r+1)·(w + 2r))
         own = likeness.amax(3, keepdim=True)
-        level = (HIGHEST * own).clamp(max=THRESHOLD / (2 * self.radius + 1) ** 2)
+        level = (BY_LOOKS.highest * own).clamp(max=BY_LOOKS.threshold / (2 * self.radius + 1) ** 2)
         weights = (likeness - level).clamp(min=0)
         weights = (weights / weights.sum(3, keepdim=True)).unflatten(3, (2 * self.radius + 1, -1))
         values = features.permute(0, 2, 3, 1)

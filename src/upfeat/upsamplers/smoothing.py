@@ -1,11 +1,14 @@
-"""Smoothing of features among cells that look alike to a backbone's early layers.
+"""Smoothing of features among cells that look alike, to a backbone's early layers or by colour.
 
 Features of neighbouring cells differ even where the image shows one thing: a part of the difference
 is noise, and no cell alone has seen all of its surroundings. Early layers, which have smaller
-receptive fields and a finer grid, show which cells belong together.
+receptive fields and a finer grid, show which cells belong together. Where cells are a few pixels
+wide, colours and the features themselves show it.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +19,28 @@ from upfeat.types import Window
 from upfeat.upsamplers.encoder import unit
 from upfeat.upsamplers.maps import Computed, cut, inside, is_recorded, moved, tiles, widened
 
-QUERY_WEIGHT = 10.0
-"""Factor of the cosine between mean queries, in the exponent of the likeness."""
-EARLY_WEIGHT = 2.0
-"""Factor of the cosine between features of early layers, in the exponent of the likeness."""
-THRESHOLD = 3.0
-"""Likeness that counts nothing, as a multiple of its mean over the neighbourhood …"""
-HIGHEST = 0.5
-"""… but at most this fraction of the cell's likeness to itself, which is the largest."""
-FEATURE_WEIGHT = 2.0
-"""Factor of the cosine between the features themselves, where they are compared too …"""
-STRICTER_THRESHOLD = 5.0
-"""… the threshold with it …"""
-STRICTER_HIGHEST = 0.25
-"""… and the bound of the threshold with it."""
+
+class Likeness(NamedTuple):
+    """What tells that cells are alike: factors of cosines, and what is too little to count."""
+
+    queries: float
+    """Factor of the cosine between queries of the image, in the exponent of the likeness."""
+    early: float
+    """Factor of the cosine between features of early layers."""
+    features: float
+    """Factor of the cosine between the features themselves, less their mean over the image."""
+    threshold: float
+    """Likeness that counts nothing, as a multiple of its mean over the neighbourhood …"""
+    highest: float
+    """… but at most this fraction of the cell's likeness to itself, which is the largest."""
+
+
+BY_LOOKS = Likeness(queries=10.0, early=2.0, features=0.0, threshold=3.0, highest=0.5)
+"""Weights that do not depend on the features, so that the result is linear in them."""
+BY_FEATURES_TOO = Likeness(queries=10.0, early=2.0, features=2.0, threshold=5.0, highest=0.25)
+"""Weights for features of several passes."""
+ON_A_FINE_GRID = Likeness(queries=30.0, early=0.0, features=4.0, threshold=5.0, highest=0.25)
+"""Weights where a cell is a few pixels wide: colours say more, and early layers no more."""
 KEPT = 1 << 22
 """Most weights of a batch of images that are kept once they are computed."""
 SIDE = 32
@@ -48,9 +59,9 @@ class Smoothing(Computed):
     neighbourhood, or half of k[i, i] if that is less. So unlike cells, of which there are many,
     count nothing, and a thin object is not mixed with what surrounds it. Weights sum to 1.
 
-    The features f themselves, less their mean over the image, may be compared as well:
-    2·cos(f[i], f[j]) is then added to the exponent, and t[i] is five times the mean of k[i, ·], or
-    a quarter of k[i, i]. The result is then not linear in the features.
+    The features f themselves, less their mean over the image, may be compared as well, by one more
+    cosine in the exponent. The result is then not linear in the features. All factors and
+    thresholds are those of a :class:`Likeness`; the above are :data:`BY_LOOKS`.
 
     The unit of early layers has no effect. An offset in all channels of several times their spread,
     which activations after a ReLU do not have, makes all cells alike.
@@ -62,43 +73,47 @@ class Smoothing(Computed):
     def __init__(
         self,
         queries: Computed,
-        hidden: Tensor,
+        hidden: Tensor | None,
         *,
         radius: int,
         backend: str,
+        likeness: Likeness = BY_LOOKS,
         features: Tensor | None = None,
     ) -> None:
         """Keep what the weights are computed from.
 
         Args:
-            queries: (B, D, h, w), mean queries of the cells, of unit length.
-            hidden: (B, D', h', w'), features of early layers on any grid.
+            queries: (B, D, h, w), queries of the cells, of unit length.
+            hidden: (B, D', h', w'), features of early layers on any grid; ``None`` for none.
             radius: radius r of the neighbourhood, in cells, ≥ 1.
             backend: backend of the operators.
+            likeness: factors and thresholds.
             features: (B, C, h, w), features to compare as well, of which all weights are then kept;
                 ``None`` for weights that do not depend on the features.
         """
-        recorded = queries.recorded or is_recorded(hidden)
-        recorded = recorded or (features is not None and is_recorded(features))
-        count = len(hidden) * (2 * radius + 1) ** 2 * queries.size[0] * queries.size[1]
+        given = [one for one in (hidden, features) if one is not None]
+        recorded = queries.recorded or is_recorded(*given)
+        count = len(given[0]) * (2 * radius + 1) ** 2 * queries.size[0] * queries.size[1]
         whole = recorded or torch.compiler.is_compiling() or (queries.whole and count <= KEPT)
         super().__init__(queries.size, whole=whole or features is not None, recorded=recorded)
         self.keeps = False
-        self.queries, self.hidden = queries, on_grid(hidden, queries.size)
+        self.queries = queries
+        self.hidden = None if hidden is None else on_grid(hidden, queries.size)
         self.radius, self.backend = radius, backend
-        self.features = features
+        self.likeness, self.features = likeness, features
 
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
         around = self.around(window)
         queries = self.queries.at(around)
-        early = unit(cut(self.hidden, around)).to(queries.dtype)
-        parts = [QUERY_WEIGHT**0.5 * queries, EARLY_WEIGHT**0.5 * early]
-        threshold, highest = THRESHOLD, HIGHEST
+        terms = self.likeness
+        parts = [terms.queries**0.5 * queries]
+        if self.hidden is not None:
+            early = unit(cut(self.hidden, around)).to(queries.dtype)
+            parts.append(terms.early**0.5 * early)
         if self.features is not None:
             centred = cut(self.features - self.features.mean((2, 3), keepdim=True), around)
-            parts.append(FEATURE_WEIGHT**0.5 * unit(centred).to(queries.dtype))
-            threshold, highest = STRICTER_THRESHOLD, STRICTER_HIGHEST
+            parts.append(terms.features**0.5 * unit(centred).to(queries.dtype))
         looks = torch.cat(parts, dim=1)
         likeness = functional.neighbourhood_weights(
             cut(looks, inside(window, around)),
@@ -114,7 +129,8 @@ class Smoothing(Computed):
         )  # sums to 1
         count = likeness.shape[1]
         own = likeness[:, count // 2, None]
-        weights = (likeness - (highest * own).clamp(max=threshold / count)).clamp(min=0)
+        bound = (terms.highest * own).clamp(max=terms.threshold / count)
+        weights = (likeness - bound).clamp(min=0)
         return weights / weights.sum(1, keepdim=True)
 
     def around(self, window: Window) -> Window:
@@ -145,14 +161,23 @@ class Smoothing(Computed):
         """Smooth features of the whole grid several times, among cells alike in them as well.
 
         Args:
-            features: (B, C, h, w), also compared; see :class:`Smoothing`.
+            features: (B, C, h, w), also compared, by :data:`BY_FEATURES_TOO`.
             times: how often the same weights are applied.
         """
         stricter = Smoothing(
-            self.queries, self.hidden, radius=self.radius, backend=self.backend, features=features
+            self.queries,
+            self.hidden,
+            radius=self.radius,
+            backend=self.backend,
+            likeness=BY_FEATURES_TOO,
+            features=features,
         )
+        return stricter.smooth_often(features, times)
+
+    def smooth_often(self, features: Tensor, times: int) -> Tensor:
+        """Smooth features (B, C, h, w) of the whole grid several times with the same weights."""
         for _ in range(times):
-            features = stricter.smooth(features, Window(0, 0, *self.size))
+            features = self.smooth(features, Window(0, 0, *self.size))
         return features
 
     def _sum(self, features: Tensor, cells: Window, window: Window) -> Tensor:
