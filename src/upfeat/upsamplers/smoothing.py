@@ -21,7 +21,7 @@ from upfeat.upsamplers.maps import Computed, cut, inside, is_recorded, moved, ti
 
 
 class Likeness(NamedTuple):
-    """What tells that cells are alike: factors of cosines, and what is too little to count."""
+    """Factors of the cosines by which cells are compared, and the likeness that is too little."""
 
     queries: float
     """Factor of the cosine between queries of the image, in the exponent of the likeness."""
