@@ -364,6 +364,8 @@ def test_both_scales_are_smoothed():
     assert scales(x).var() < rough(x).var()
     constant = torch.full_like(x, 0.3)
     torch.testing.assert_close(scales(constant), rough(constant), rtol=1e-4, atol=1e-4)
+    scales.first.smoothing = 0  # switches it off, as the documents say
+    torch.testing.assert_close(scales(x), rough(x))
 
 
 def test_the_network_sees_the_enlarged_image_too():
