@@ -358,7 +358,7 @@ def test_both_scales_are_smoothed():
     expected = kernels.smoothing.smooth_among_alike(expected, SMOOTHINGS)
     expected = scales.last(expected, x, (32, 36))
     queries = scales.last.prepare(x, (16, 18), (32, 36)).queries
-    expected = smooth_on_fine_grid(expected, queries, "auto")
+    expected = smooth_on_fine_grid(expected, queries, 2, "auto")
     torch.testing.assert_close(scales(x), expected, rtol=1e-4, atol=1e-5)
     scales.share = rough.share = 1.0
     assert scales(x).var() < rough(x).var()

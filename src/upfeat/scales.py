@@ -73,6 +73,8 @@ FINE_SMOOTHINGS = 2
 """Number of smoothings of the result on the grid of a quarter of the stride …"""
 FINE_RADIUS = 4
 """… and their radius, in its cells."""
+FINE_CELL = 4
+"""Width of a cell, in pixels, for which :data:`.smoothing.ON_A_FINE_GRID` was chosen."""
 
 
 @torch.no_grad()
@@ -291,7 +293,7 @@ class SecondScale(OuterBackbone):
         out = finer + self.last.render(step, out)
         if kernels.smoothing is None:
             return out
-        return smooth_on_fine_grid(out, step.queries, self.first.backend)
+        return smooth_on_fine_grid(out, step.queries, self.stride, self.first.backend)
 
     def _with_detail(self, guidance: Tensor, second: Tensor, early: Tensor | None) -> Tensor:
         """Bring features of the enlarged image to a grid twice as fine, with all its detail.
@@ -314,21 +316,22 @@ class SecondScale(OuterBackbone):
         return self.first.on_finer_grid(kernels, second)
 
 
-def smooth_on_fine_grid(features: Tensor, queries: Computed, backend: str) -> Tensor:
+def smooth_on_fine_grid(features: Tensor, queries: Computed, cell: float, backend: str) -> Tensor:
     """Smooth features among cells that are alike in their queries and their features.
+
+    Queries of wider cells must be more alike, by their area: more of a thin object's cells contain
+    what surrounds it, too.
 
     Args:
         features: (B, C, h, w), on a grid of a quarter of the backbone's stride.
         queries: (B, D, h, w), of unit length, from the image.
+        cell: width of a cell, pixels.
         backend: backend of the operators.
     """
+    area = max(cell / FINE_CELL, 1) ** 2
+    terms = ON_A_FINE_GRID._replace(queries=area * ON_A_FINE_GRID.queries)
     made = Smoothing(
-        queries,
-        None,
-        radius=FINE_RADIUS,
-        backend=backend,
-        likeness=ON_A_FINE_GRID,
-        features=features,
+        queries, None, radius=FINE_RADIUS, backend=backend, likeness=terms, features=features
     )
     return made.smooth_often(features, FINE_SMOOTHINGS)
 

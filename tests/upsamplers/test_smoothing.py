@@ -116,8 +116,17 @@ def test_outlines_of_the_image_become_those_of_the_features():
     soft = torch.linspace(-1, 1, 5, dtype=torch.float64)
     soft = torch.cat([-torch.ones(10), soft, torch.ones(9)]).expand(1, 1, 16, 24)
     edge = 2 * side - 1
-    smoothed = smooth_on_fine_grid(soft.contiguous(), image, "auto")
+    smoothed = smooth_on_fine_grid(soft.contiguous(), image, 4, "auto")
     assert (smoothed - edge).square().mean() < 0.5 * (soft - edge).square().mean()
+
+
+def test_wider_cells_must_be_more_alike():
+    queries = Vectors(F.normalize(1 + 0.3 * draw(4), dim=1))
+    features = 1 + 0.3 * draw(5, seed=2)
+    cells = (2, 4, 8, 16)
+    changes = [smooth_on_fine_grid(features, queries, one, "auto") - features for one in cells]
+    below, at, twice, more = (float(one.norm()) for one in changes)
+    assert below == at > twice > more > 0
 
 
 def test_features_tell_apart_what_looks_alike():

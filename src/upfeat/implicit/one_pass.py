@@ -124,7 +124,8 @@ def change_by_smoothing(
         finest = (FINER**2 * grid[0], FINER**2 * grid[1])
         rough = on_grid((drawn + change)[None], finest)
         queries = last.prepare(image, kernels.smoothing.size, finest).queries
-        finer = smooth_on_fine_grid(rough, queries, upsampler.backend) - rough
+        cell = observer.backbone.stride / FINER**2
+        finer = smooth_on_fine_grid(rough, queries, cell, upsampler.backend) - rough
         return change + last(finer, image, map_size)[0]
 
 
