@@ -178,7 +178,9 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=list(IMAGES), default=list(IMAGES))
     parser.add_argument("--fits", action="store_true", help="replace the rows of fits only")
     parser.add_argument("--losses", action="store_true", help="add held-out losses only")
-    parser.add_argument("--shares", type=float, nargs="+", default=[FitConfig.share])
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[FitConfig.share], help="weights of the fit"
+    )
     parser.add_argument("--slack", type=float, help="add rows of fits with this slack only")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -236,7 +236,8 @@ class KernelFit:
     def _smoothed(self, coefficients: Tensor) -> Tensor:
         """Smooth a map, as coefficients (M, k), among cells that look alike."""
         lengths = self.basis.components.norm(dim=1)[:, None, None]
-        drawn = lengths * (self.table @ coefficients).permute(2, 0, 1)  # distances of the features
+        # Scaled so that distances and angles are those of the features.
+        drawn = lengths * (self.table @ coefficients).permute(2, 0, 1)
         change = change_by_smoothing(
             self.upsampler, self.observer, self.guidance, self.hidden, drawn
         )

@@ -94,7 +94,7 @@ def change_by_smoothing(
 ) -> Tensor | None:
     """Smooth a map among cells that are alike, as maps of several passes are smoothed.
 
-    Those of a guided backbone are smoothed once, others often, and once more on a finer grid.
+    Those of a guided backbone are smoothed once, others often, and then on a finer grid, too.
 
     Args:
         upsampler: from :func:`mean_upsampler`.
