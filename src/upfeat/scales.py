@@ -52,7 +52,7 @@ from upfeat.types import Window
 from upfeat.upsamplers import DetailUpsampler, Upsampler, create_upsampler
 from upfeat.upsamplers.detail import FINER
 from upfeat.upsamplers.maps import Computed, as_map
-from upfeat.upsamplers.smoothing import ON_A_FINE_GRID, Smoothing
+from upfeat.upsamplers.smoothing import ON_A_FINE_GRID, Smoothing, centred
 
 RATIO = 3**0.5
 """Ratio of the enlarged image's sides to the image's own: its features cost three passes."""
@@ -316,7 +316,9 @@ class SecondScale(OuterBackbone):
         return self.first.on_finer_grid(kernels, second)
 
 
-def smooth_on_fine_grid(features: Tensor, queries: Computed, cell: float, backend: str) -> Tensor:
+def smooth_on_fine_grid(
+    features: Tensor, queries: Computed, cell: float, backend: str, alike: Tensor | None = None
+) -> Tensor:
     """Smooth features among cells that are alike in their queries and their features.
 
     Queries of wider cells must be more alike, by their area: more of a thin object's cells contain
@@ -327,11 +329,13 @@ def smooth_on_fine_grid(features: Tensor, queries: Computed, cell: float, backen
         queries: (B, D, h, w), of unit length, from the image.
         cell: width of a cell, pixels.
         backend: backend of the operators.
+        alike: (B, C', h, w), features to compare; ``None`` for ``features``.
     """
     area = max(cell / FINE_CELL, 1) ** 2
     terms = ON_A_FINE_GRID._replace(queries=area * ON_A_FINE_GRID.queries)
+    compared = centred(features if alike is None else alike)
     made = Smoothing(
-        queries, None, radius=FINE_RADIUS, backend=backend, likeness=terms, features=features
+        queries, None, radius=FINE_RADIUS, backend=backend, likeness=terms, features=compared
     )
     return made.smooth_often(features, FINE_SMOOTHINGS)
 

@@ -15,10 +15,11 @@ from upfeat.implicit.fields import (
     NetworkField,
     whitening,
 )
+from upfeat.implicit.grid import GridField
 from upfeat.implicit.guides import QueryGuide, colours, sample
 from upfeat.normalization import HALF
 from upfeat.storage import read_tensors, write_tensors
-from upfeat.upsamplers import create_upsampler
+from upfeat.upsamplers import NeighbourhoodUpsampler, create_upsampler
 from upfeat.upsamplers.neighbourhood import PyramidEncoder
 
 SCALES = torch.tensor([[0.75, 0.5, 0.7], [1.0, 5.0, 0.3]])
@@ -36,6 +37,12 @@ def make_field(kind, width=4, seed=0):
     if kind == "network":
         field = NetworkField(width, hidden=16, frequencies=3, generator=generator)
         return field.eval().requires_grad_(False)
+    if kind == "grid":
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            step = NeighbourhoodUpsampler(query_dim=WIDTH, levels=2)
+        values, lengths = (torch.rand(width, *size, generator=generator) for size in ((6, 10), ()))
+        return GridField(values, lengths, step, smoothed=True)
     places = torch.rand(40, 2, generator=generator) * torch.tensor([3.0, 5.0])
     queries = nn.functional.normalize(torch.randn(40, WIDTH, generator=generator)).half().float()
     coefficients = torch.randn(40, width, generator=generator).half().float()
@@ -51,10 +58,10 @@ def make_features(kind="kernel", size=(24, 40), channels=6, width=4):
     return ImplicitFeatures(make_field(kind, width), guidance, components, mean, {"preset": "x"})
 
 
-both = pytest.mark.parametrize("kind", ["kernel", "network"])
+every = pytest.mark.parametrize("kind", ["kernel", "network", "grid"])
 
 
-@both
+@every
 @pytest.mark.parametrize("output_size", [(24, 40), (48, 80), (96, 160), (7, 90), (1, 1)])
 def test_every_resolution_samples_one_function(kind, output_size):
     features = make_features(kind)
@@ -64,14 +71,14 @@ def test_every_resolution_samples_one_function(kind, output_size):
     torch.testing.assert_close(features.render(output_size), expected, rtol=1e-5, atol=1e-5)
 
 
-@both
+@every
 def test_odd_magnifications_share_pixel_centres(kind):
     features = make_features(kind)
     once, thrice = features.render(), features.render((72, 120))
     torch.testing.assert_close(thrice[:, :, 1::3, 1::3], once, rtol=1e-5, atol=1e-5)
 
 
-@both
+@every
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
 def test_a_crop_is_a_window_of_the_whole(kind, data):
@@ -85,7 +92,7 @@ def test_a_crop_is_a_window_of_the_whole(kind, data):
     torch.testing.assert_close(crop, expected, rtol=1e-5, atol=1e-5)
 
 
-@both
+@every
 def test_a_head_before_is_a_head_after(kind):
     features = make_features(kind)
     weight, bias = torch.randn(3, 6), torch.randn(3)
@@ -108,7 +115,7 @@ def test_strips_make_up_the_map(monkeypatch):
     torch.testing.assert_close(out.float(), whole, rtol=2e-3, atol=2e-3)
 
 
-@both
+@every
 @pytest.mark.parametrize("guidance", [True, False])
 def test_a_file_draws_what_its_fit_drew(kind, guidance, tmp_path):
     features = make_features(kind)
@@ -288,7 +295,7 @@ def test_public_name():
     assert upfeat.ImplicitFeatures is ImplicitFeatures
 
 
-@both
+@every
 def test_similarity_is_that_of_the_whole_map(kind):
     features = make_features(kind)
     whole, targets = features.full(), torch.randn(3, 6)

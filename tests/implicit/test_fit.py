@@ -240,12 +240,9 @@ def fit_at(share, backbone=None, guidance=None, **changes):
 @pytest.mark.parametrize("share", [0.25, 0.6])
 def test_a_share_lies_between_eight_passes_and_the_views(share):
     mean, mixed, half, views = (fit_at(part) for part in (0.0, share, 0.5, 1.0))
-    expected = torch.lerp(mean.render((30, 50)), half.render((30, 50)), 2 * share)
-    scale = float(views.render().std())
-    torch.testing.assert_close(mixed.render((30, 50)), expected, rtol=0, atol=0.01 * scale)
-    points = torch.tensor([[0.0, 3.5], [20.25, 60.0]])
-    expected = torch.lerp(mean.at(points), half.at(points), 2 * share)
-    torch.testing.assert_close(mixed.at(points), expected, rtol=0, atol=0.01 * scale)
+    expected = torch.lerp(mean.field.values, half.field.values, 2 * share)
+    scale = float(half.field.values.std())
+    torch.testing.assert_close(mixed.field.values, expected, rtol=0, atol=0.01 * scale)
     losses = [fit.facts["held_out"] for fit in (views, mixed, mean)]
     assert losses == sorted(losses)
 
@@ -315,10 +312,10 @@ def test_the_passes_are_those_of_the_network_trained_for_the_backbone():
     watch = Observer(guidance, network.aligned(2), held_out=1, seed=0, **VIEWS)
     model = upfeat.load(network, passes=8)
     lazy = model.lazy((guidance[None] / 255 - network.mean) / network.std)
-    look = look_closer(watch)
+    look = look_closer(watch, guidance)
     assert look.passes == 8
     torch.testing.assert_close(look.features, lazy.features, rtol=1e-3, atol=1e-3)
-    assert look.upsampler.config() == model.upsampler.config()
+    assert look.last.config() == model.upsampler.config()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -353,10 +350,35 @@ def test_smoothing_compares_features_whatever_the_units_of_their_coordinates():
     other = basis._replace(components=basis.components / factors[:, None])
     settings = {"hidden": hidden, "anchors": 60, "seed": 0}
     fit, same = (KernelFit(guidance, watch, one, own, **settings) for one in (basis, other))
-    smoothed = fit._smoothed(fit.mean)
     torch.testing.assert_close(same.mean, fit.mean * factors, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(same._smoothed(fit.mean * factors), smoothed * factors)
-    assert float((smoothed - fit.mean).norm()) > 0.05 * float(fit.mean.norm())
+    config = dataclasses.replace(FAST, share=0.5)
+    drawn, expected = (
+        ImplicitFeatures(field, guidance, *basis).render()
+        for field, basis in (same.blend(fit.mean * factors, config), fit.blend(fit.mean, config))
+    )
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-2 * float(expected.std()))
+
+
+def test_what_a_fit_adds_is_smoothed_and_the_map_of_eight_passes_is_not():
+    backbone, guidance = Layered(), scene()
+    watch = observer(guidance, backbone)
+    basis = feature_basis(watch.held_features, 5, whiten=True)
+    own, hidden = watch.look_at_image()
+    fit = KernelFit(guidance, watch, basis, own, hidden=hidden, anchors=200, seed=0)
+    eight = basis.encode(fit.few_passes.features)[0]
+
+    def grid(coefficients, share):
+        config = dataclasses.replace(FAST, share=share)
+        return fit.blend(coefficients, config)[0].values
+
+    torch.testing.assert_close(grid(fit.mean, 0.0), eight.half().float())
+    half, most = (grid(fit.mean, share) - eight for share in (0.5, 0.9))
+    assert float(half.norm()) > 0.05 * float(eight.norm())
+    torch.testing.assert_close(most, 1.8 * half, rtol=0, atol=0.01 * float(half.abs().max()))
+    size = (eight.shape[1], eight.shape[2])
+    drawn = (fit.table @ fit.mean).permute(2, 0, 1)[None]
+    rough = 0.5 * (nn.functional.adaptive_avg_pool2d(drawn, size)[0] - eight)
+    assert float(half.diff().square().mean()) < 0.9 * float(rough.diff().square().mean())
 
 
 def test_early_layers_must_be_finite():
@@ -650,13 +672,14 @@ def test_waves_give_the_values_and_gradients_of_the_network(training):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-8)
 
 
-def test_a_file_is_a_hundredth_of_the_map(tmp_path):
+@pytest.mark.parametrize(("share", "part"), [(0.2, 60), (1.0, 100)])
+def test_a_file_is_a_small_part_of_the_map(tmp_path, share, part):
     guidance = torch.randint(256, (3, 224, 224), dtype=torch.uint8)  # noise: PNG cannot help
-    config = FitConfig(views=2, held_out=1)
+    config = FitConfig(views=2, held_out=1, share=share)
     features = fit_guidance(guidance, Pooled(384, 16), config)
     features.save(tmp_path / "f.safetensors")
     assert len(features.components) == 128  # as large as they come
-    assert (tmp_path / "f.safetensors").stat().st_size <= 224 * 224 * 384 * 4 / 100
+    assert (tmp_path / "f.safetensors").stat().st_size <= 224 * 224 * 384 * 4 / part
 
 
 def test_a_file_of_a_fit_draws_what_the_fit_drew(tmp_path):

@@ -10,7 +10,7 @@ from upfeat.implicit.features import ImplicitFeatures
 from upfeat.implicit.stored import FORMAT, decode, encode
 from upfeat.storage import read_tensors, write_tensors
 
-KINDS = ("kernel", "network")
+KINDS = ("kernel", "network", "grid")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_every_tensor_is_needed(path, kind):
     for name in tensors:
         rest = {key: one for key, one in tensors.items() if key != name}
         line = refused(path, rest, facts)
-        part = name.removeprefix("field.").removeprefix("guide.")
+        part = name.removeprefix("field.").removeprefix("guide.").removeprefix("step.")
         assert part in line or (name == "guidance_png" and "give it as image=" in line)
 
 
@@ -59,7 +59,7 @@ def test_every_tensor_is_needed(path, kind):
 def test_every_tensor_is_of_its_shape_and_type(path, kind):
     tensors, facts = stored(path, kind)
     for name, one in tensors.items():
-        longer = torch.cat([one, one[-1:]])
+        longer = torch.cat([one, one[-1:]]) if one.dim() else one.repeat(2)
         changes = [one[None].clone(), one.to(torch.int64), longer]
         if name == "guidance_png":
             changes.pop()  # readers of PNG stop where the image ends

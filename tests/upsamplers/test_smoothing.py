@@ -16,6 +16,8 @@ from upfeat.upsamplers.smoothing import (
     BY_LOOKS,
     ON_A_FINE_GRID,
     Smoothing,
+    centred,
+    smooth_pixels,
 )
 
 SIZE = (9, 12)
@@ -103,7 +105,7 @@ def test_definition_with_features(monkeypatch, spread, kept):
 def test_definition_without_early_layers(spread):
     queries, features = F.normalize(1 + spread * draw(4), dim=1), draw(5, seed=2)
     expected = one_by_one(queries, queries, features, 2, terms=ON_A_FINE_GRID)
-    settings = {"likeness": ON_A_FINE_GRID, "features": features}
+    settings = {"likeness": ON_A_FINE_GRID, "features": centred(features)}
     made = Smoothing(Vectors(queries), None, radius=2, backend="auto", **settings)
     torch.testing.assert_close(made.smooth_often(features, 1), expected, rtol=0, atol=1e-9)
 
@@ -118,6 +120,27 @@ def test_outlines_of_the_image_become_those_of_the_features():
     edge = 2 * side - 1
     smoothed = smooth_on_fine_grid(soft.contiguous(), image, 4, "auto")
     assert (smoothed - edge).square().mean() < 0.5 * (soft - edge).square().mean()
+
+
+def test_regions_of_pixels_become_flat_and_their_outline_stays():
+    side = torch.zeros(1, 1, 20, 30, dtype=torch.float64)
+    side[..., 13:] = 1
+    image = Vectors(torch.cat([side, 1 - side], dim=1))
+    noisy = 2 * side - 1 + 0.2 * draw(1, size=(20, 30))[:1]
+    smoothed = smooth_pixels(noisy, image, 2, centred(noisy))
+    for region in (smoothed[..., :13], smoothed[..., 13:]):
+        assert region.std() < 0.05
+    assert abs(float((smoothed[..., 13:].mean() - smoothed[..., :13].mean()) - 2)) < 0.1
+
+
+def test_pixels_are_smoothed_in_windows_that_fit_together(monkeypatch):
+    queries = Vectors(F.normalize(1 + 0.1 * draw(4, size=(40, 57)), dim=1))
+    features = draw(5, size=(40, 57), seed=2)
+    alike = centred(features[:, :3])
+    whole = smooth_pixels(features, queries, 2, alike)
+    monkeypatch.setattr(smoothing, "PIXELS", 16)
+    torch.testing.assert_close(smooth_pixels(features, queries, 2, alike), whole)
+    assert float((whole - features).norm()) > 0.1 * float(features.norm())
 
 
 def test_wider_cells_must_be_more_alike():

@@ -8,8 +8,8 @@ thousands of steps and views for this task.
 
 The process's mean is the output of a one-pass upsampler for the unjittered image, projected onto
 the basis functions. Where the views do not determine the map, it equals this mean, not a constant.
-The result is a blend of the fitted map, smoothed as maps of several passes are, with that of eight
-passes, projected likewise.
+The result is a blend of the fitted map with that of eight passes, on the latter's grid; what the
+fit says beyond that map is smoothed as maps of several passes are.
 
 Magnified views show more detail, but a backbone's features shift with scale. A linear map, fitted
 for each image, undoes the shift; only differences of neighbouring cells are then used.
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from upfeat.implicit.config import FitConfig
 from upfeat.implicit.fields import BilateralKernel, Field, KernelField, whitening
+from upfeat.implicit.grid import GridField
 from upfeat.implicit.guides import QueryGuide
 from upfeat.implicit.observe import (
     Basis,
@@ -38,17 +39,19 @@ from upfeat.implicit.observe import (
 )
 from upfeat.implicit.one_pass import (
     QUERIES,
-    change_by_smoothing,
+    Look,
     into_own_words,
     look_closer,
     mean_upsampler,
     one_pass,
     shipped,
+    smooth_difference,
 )
 from upfeat.implicit.places import choose_map_size, find_positions, spread_anchors
 from upfeat.implicit.regression import Regression, details, translate
 from upfeat.linear import ridge
 from upfeat.normalization import HALF
+from upfeat.resampling import on_grid
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 from upfeat.views import Jitter
 
@@ -163,7 +166,7 @@ class KernelFit:
         best = good.long().cumsum(0).argmax(0)  # the last good one
         return solutions[best, :, torch.arange(len(best))].T
 
-    def blend(self, coefficients: Tensor, config: FitConfig) -> tuple[KernelField, Basis]:
+    def blend(self, coefficients: Tensor, config: FitConfig) -> tuple[Field, Basis]:
         """Blend the fit to views with the map of eight passes; return the field and its basis.
 
         Args:
@@ -171,27 +174,28 @@ class KernelFit:
             config: its ``share`` and ``translation`` are used.
 
         Returns:
-            The field, and the basis of its values.
+            The field, and the basis of its values: with a share of 1, the functions themselves,
+            otherwise the blend, on the grid of the map of eight passes.
         """
         basis = self.basis
         translated, shift = self._translate(coefficients, config.translation)
-        blended = translated
+        basis = Basis(basis.components, basis.mean + config.share * shift)
         if config.share < 1:
-            blended = torch.lerp(self.few_passes[0], self._smoothed(translated), config.share)
+            return self._on_grid(translated, config.share), basis
         # Rounded to the precision of files: a loaded fit renders the same values, to the last bit.
         field = KernelField(
             self.anchors,
             self.scales,
-            blended.half().float().contiguous(),
+            translated.half().float().contiguous(),
             self.guide,
             grid_size=self.observer.grid_size,
             nugget=NUGGET,
         )
-        return field, Basis(basis.components, basis.mean + config.share * shift)
+        return field, basis
 
     def finish(self, coefficients: Tensor, config: FitConfig) -> Fitted:
         """Blend as :meth:`blend` does; return the result of a round."""
-        passes = self.few_passes[1] if config.share < 1 else None
+        passes = self.few_passes.passes if config.share < 1 else None
         return Fitted(*self.blend(coefficients, config), self.map_size, passes)
 
     def loss(self, coefficients: Tensor) -> float:
@@ -233,24 +237,29 @@ class KernelFit:
             self._solved = solutions, torch.stack([self.held.errors(x) for x in solutions])
         return self._solved
 
-    def _smoothed(self, coefficients: Tensor) -> Tensor:
-        """Smooth a map, as coefficients (M, k), among cells that look alike."""
-        lengths = self.basis.components.norm(dim=1)[:, None, None]
-        # Scaled so that distances and angles are those of the features.
-        drawn = lengths * (self.table @ coefficients).permute(2, 0, 1)
-        change = change_by_smoothing(
-            self.upsampler, self.observer, self.guidance, self.hidden, drawn
+    def _on_grid(self, coefficients: Tensor, share: float) -> GridField:
+        """Add a share of what a fit (M, k) says beyond the map of a few passes to this map."""
+        look = self.few_passes
+        few, lengths = self.basis.encode(look.features)[0], self.basis.components.norm(dim=1)
+        size = (few.shape[1], few.shape[2])
+        drawn = (self.table @ coefficients).permute(2, 0, 1)
+        difference = on_grid(drawn[None], size)[0] - few
+        smoothed = smooth_difference(
+            difference,
+            few * lengths[:, None, None],  # of one unit, that of the features
+            self.upsampler,
+            self.guidance,
+            self.hidden,
+            self.observer.grid_size,
         )
-        return coefficients if change is None else coefficients + self._project(change / lengths)
+        alike = smoothed is not None
+        blended = few + share * (difference if smoothed is None else smoothed)
+        return GridField(blended, lengths, look.last, smoothed=alike)
 
     @cached_property
-    def few_passes(self) -> tuple[Tensor, int]:
-        """Coefficients (M, k) of the map of a few passes, and the number of passes."""
-        look = look_closer(self.observer)
-        drawn = one_pass(
-            look.upsampler, self.guidance, look.features, look.hidden, self.basis, self.map_size
-        )
-        return self._project(drawn), look.passes
+    def few_passes(self) -> Look:
+        """The image's features in a few passes of the backbone."""
+        return look_closer(self.observer, self.guidance)
 
     def _project(self, drawn: Tensor) -> Tensor:
         """Fit coefficients (M, k) to a map (k, H', W'), by ridge regression on its pixels."""

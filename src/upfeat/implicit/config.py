@@ -79,7 +79,7 @@ class FitConfig:
     share: float = setting(
         0.2,
         "fast: weight of the fit to the views in the result, from 0 to 1; the remaining weight is "
-        "given to the map of eight passes; 1 explains views better",
+        "given to the map of eight passes; 1 explains views better, and is not smoothed",
         Number(0, 1),
     )
     translation: float = setting(

@@ -2,7 +2,7 @@
 
 ``upfeat.fit_implicit`` extracts a backbone's features from many views of an image and fits one
 small function of place and image content to all of them. The function, the image and the basis of
-its values are stored: about a hundredth of the size of the map that they render.
+its values are stored: a hundredth to a twentieth of the size of the map that they render.
 """
 
 from __future__ import annotations
@@ -191,7 +191,10 @@ class ImplicitFeatures(FeatureMap):
 
     @_exactly
     def at(self, points: Tensor) -> Tensor:
-        """Evaluate the features at points of the image: only the image itself is interpolated.
+        """Evaluate the features at points of the image.
+
+        Between pixels, the pixels' values are interpolated bilinearly; with ``share=1``, what is
+        interpolated are the image's queries or colours.
 
         Args:
             points: (N, 2), (y, x) in pixels of the fit; whole numbers are pixel centres, and the

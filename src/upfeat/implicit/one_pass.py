@@ -17,9 +17,10 @@ from upfeat.normalization import HALF
 from upfeat.resampling import on_grid
 from upfeat.scales import SMOOTHINGS, SecondScale, smooth_on_fine_grid
 from upfeat.translation import Translation, fit_to_image, shipped_translation
+from upfeat.types import Size
 from upfeat.upsamplers import DetailUpsampler
 from upfeat.upsamplers.base import Upsampler
-from upfeat.upsamplers.detail import FINER
+from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 from upfeat.upsamplers.pretrained import create_upsampler, trained_for_early
 
 QUERIES = "neighbourhood_universal"
@@ -29,22 +30,22 @@ ONE_PASS = "detail_universal"
 backbone's early layers."""
 # Penalty of a translation fitted to the cells of a single image.
 _PENALTY = 4.0
-# Largest image for the one-pass upsampler; a larger image is reduced.
-_ONE_PASS_PIXELS = 1 << 21
+ONE_PASS_PIXELS = 1 << 21
+"""Most pixels of an image for upsamplers; a larger image is reduced."""
 
 
-def mean_upsampler(backbone: Backbone) -> Upsampler:
+def mean_upsampler(backbone: Backbone) -> DetailUpsampler:
     """Return the upsampler whose result is the mean of a fit: the best for the backbone.
 
     Args:
         backbone: the backbone of the fit.
     """
     trained = trained_for_early(backbone.name)
-    if trained is not None:
-        upsampler = shipped(trained)
-        if getattr(upsampler, "embed_dim", None) == backbone.embed_dim:
-            return upsampler
-    return shipped(ONE_PASS)
+    found = None if trained is None else shipped(trained)
+    if getattr(found, "embed_dim", None) != backbone.embed_dim:
+        found = shipped(ONE_PASS)
+    assert isinstance(found, DetailUpsampler)
+    return found
 
 
 def with_early_layers(backbone: Backbone) -> Backbone:
@@ -79,69 +80,64 @@ def one_pass(
     Returns:
         (k, *map_size).
     """
-    image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
+    image = normalised(guidance, upsampler.normalization or HALF, ONE_PASS_PIXELS)
     drawn = UpsampledFeatures(features, image, upsampler, map_size, hidden=hidden)
     with torch.no_grad():
         return drawn.project(basis.inverse, -(basis.inverse @ basis.mean))[0]
 
 
-def change_by_smoothing(
-    upsampler: Upsampler,
-    observer: Observer,
+@torch.no_grad()
+def smooth_difference(
+    difference: Tensor,
+    alike: Tensor,
+    upsampler: DetailUpsampler,
     guidance: Tensor,
     hidden: Tensor | None,
-    drawn: Tensor,
+    grid: Size,
 ) -> Tensor | None:
-    """Smooth a map among cells that are alike, as maps of several passes are smoothed.
+    """Smooth what a fit says beyond a map of a few passes, among cells alike in that map.
 
-    Those of a guided backbone are smoothed once, others often, and then on a finer grid, too.
+    The difference is smoothed as maps of several passes are, on both of their grids. The map itself
+    stays as it is.
 
     Args:
+        difference: (k, h', w'), on the finest grid.
+        alike: (k', h', w'), the map of a few passes, all of whose values have the same unit.
         upsampler: from :func:`mean_upsampler`.
-        observer: an observer of the image.
         guidance: (3, H, W) uint8, the image.
-        hidden: (1, D, h', w'), features of the image from earlier layers, or ``None``.
-        drawn: (k, H', W'), coordinates of which all have the same unit.
+        hidden: (1, D, h'', w''), features of the image from earlier layers, or ``None``.
+        grid: (h, w), the backbone's grid, cells.
 
     Returns:
-        What to add to the map, (k, H', W'); ``None`` without earlier layers.
+        (k, h', w'); ``None`` without earlier layers.
     """
-    image = normalised(guidance, upsampler.normalization or HALF, _ONE_PASS_PIXELS)
-    size, grid = (image.shape[2], image.shape[3]), observer.grid_size
-    assert isinstance(upsampler, DetailUpsampler)
-    with torch.no_grad():
-        kernels = upsampler.prepare_with(image, grid, size, hidden=hidden)
-        if kernels.smoothing is None:
-            return None
-        last, map_size = upsampler.last_step(), (drawn.shape[1], drawn.shape[2])
-        guided = isinstance(observer.backbone, Guided)
-        rough = on_grid(drawn[None], kernels.smoothing.size)
-        times = 1 if guided else SMOOTHINGS
-        change = kernels.smoothing.smooth_among_alike(rough, times) - rough
-        change = last(change, image, map_size)[0]
-        if guided:
-            return change
-        finest = (FINER**2 * grid[0], FINER**2 * grid[1])
-        rough = on_grid((drawn + change)[None], finest)
-        queries = last.prepare(image, kernels.smoothing.size, finest).queries
-        cell = observer.backbone.stride / FINER**2
-        finer = smooth_on_fine_grid(rough, queries, cell, upsampler.backend) - rough
-        return change + last(finer, image, map_size)[0]
+    image = normalised(guidance, upsampler.normalization or HALF, ONE_PASS_PIXELS)
+    size, finest = (image.shape[2], image.shape[3]), (alike.shape[1], alike.shape[2])
+    kernels = upsampler.prepare_with(image, grid, size, hidden=hidden)
+    if kernels.smoothing is None:
+        return None
+    half, map_of_few = kernels.smoothing.size, alike[None]
+    rough = on_grid(difference[None], half)
+    rougher = kernels.smoothing.smooth_among_alike(rough, SMOOTHINGS, on_grid(map_of_few, half))
+    last = upsampler.last_step()
+    difference = difference[None] + last(rougher - rough, image, finest)
+    queries, cell = last.prepare(image, half, finest).queries, size[0] / finest[0]
+    return smooth_on_fine_grid(difference, queries, cell, upsampler.backend, map_of_few)[0]
 
 
 class Look(NamedTuple):
-    """Features of the image in a few passes of the backbone, and the upsampler for them."""
+    """Features of the image in a few passes of the backbone, as the last step reads them."""
 
     features: Tensor
-    """(1, C, h, w)."""
-    hidden: Tensor | None
-    """(1, D, h', w'), features of earlier layers, for the upsampler; or ``None``."""
-    upsampler: Upsampler
+    """(1, C, h', w'), on the finest grid."""
+    last: NeighbourhoodUpsampler
+    """The last step, from the grid to the pixels."""
     passes: int
     """Cost of the features, in passes of the backbone over the image."""
 
 
-def look_closer(observer: Observer) -> Look:
+@torch.no_grad()
+def look_closer(observer: Observer, guidance: Tensor) -> Look:
     """Extract the image's features in eight passes, or in two where the backbone allows no more.
 
     Two passes are over the image and its mirror image, and six more over both at √3 times their
@@ -150,36 +146,41 @@ def look_closer(observer: Observer) -> Look:
 
     Args:
         observer: an observer of the image.
+        guidance: (3, H, W) uint8, the image.
 
     Raises:
         ValueError: the backbone gives NaN or infinity.
     """
     backbone = observer.backbone
     upsampler, device = mean_upsampler(backbone), observer.image.device
-    assert isinstance(upsampler, DetailUpsampler)
     last, guided = upsampler.last_step(), isinstance(backbone, Guided)
     if isinstance(backbone, Guided):  # the guide sees the image once, and helps both steps
         backbone = backbone.backbone
+    several: SecondScale | Mirrored
     try:
         found = shipped_translation(backbone)
         there = None if found is None else Translation(*(one.to(device) for one in found))
-        scales = SecondScale(
+        several = SecondScale(
             backbone,
             upsampler.to(device),
             translation=there,
             mirrored=True,
             early=not guided and has_layers_at_both_sizes(backbone),
         )
-        if guided:
-            seen = observer.look_at_image(with_early_layers(scales))
-            return Look(*seen, upsampler.cpu(), round(scales.passes))
-        return Look(*observer.look_at_image(scales), last, round(scales.passes))
+        seen = observer.look_at_image(with_early_layers(several) if guided else several)
     except torch.OutOfMemoryError:  # the result must not depend on the memory
         raise
     except (ValueError, RuntimeError, AssertionError):  # as networks refuse a size
-        mirrored = Mirrored(backbone)
-        seen = observer.look_at_image(with_early_layers(mirrored) if guided else mirrored)
-        return Look(*seen, upsampler.cpu(), mirrored.passes)
+        several = Mirrored(backbone)
+        seen = observer.look_at_image(with_early_layers(several) if guided else several)
+    features, hidden = seen
+    if isinstance(several, Mirrored) or guided:  # the steps before the last follow
+        upsampler = upsampler.cpu()
+        image = normalised(guidance, upsampler.normalization or HALF, ONE_PASS_PIXELS)
+        grid, size = (features.shape[2], features.shape[3]), (image.shape[2], image.shape[3])
+        kernels = upsampler.prepare_with(image, grid, size, hidden=hidden)
+        features = upsampler.on_finer_grid(kernels, upsampler.mix(features))
+    return Look(features, last, round(several.passes))
 
 
 def into_own_words(backbone: Backbone, said: Tensor, own: Tensor) -> Translation:

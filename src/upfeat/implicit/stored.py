@@ -15,6 +15,7 @@ from torch import Tensor
 
 from upfeat.bounds import number, whole
 from upfeat.implicit.fields import MOST_ANCHORS, MOST_SCALES, Field, KernelField, NetworkField
+from upfeat.implicit.grid import GridField
 from upfeat.implicit.guides import QueryGuide
 from upfeat.storage import read_tensors
 from upfeat.strict_json import parse_object
@@ -91,11 +92,13 @@ def rebuild(kind: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Fie
             return _rebuild_kernel(tensors, facts)
         if kind == NetworkField.kind:
             return _rebuild_network(tensors, facts)
+        if kind == GridField.kind:
+            return GridField.rebuild(tensors, facts)
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         raise ValueError(
             f"its parts do not fit together ({' '.join(str(error).split())})"
         ) from None
-    raise ValueError(f"field {kind[:60]!r} is unknown; known: kernel, network")
+    raise ValueError(f"field {kind[:60]!r} is unknown; known: kernel, network, grid")
 
 
 def _rebuild_kernel(tensors: dict[str, Tensor], facts: dict[str, Any]) -> KernelField:

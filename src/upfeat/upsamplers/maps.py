@@ -43,6 +43,8 @@ class Map(Protocol):
 class Given:
     """A map of values that exist already."""
 
+    whole = True
+
     def __init__(self, values: Tensor) -> None:
         """Keep the values, (B, K, H, W)."""
         self.values = values

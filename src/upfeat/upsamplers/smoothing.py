@@ -17,7 +17,16 @@ from upfeat import functional
 from upfeat.resampling import on_grid
 from upfeat.types import Window
 from upfeat.upsamplers.encoder import unit
-from upfeat.upsamplers.maps import Computed, cut, inside, is_recorded, moved, tiles, widened
+from upfeat.upsamplers.maps import (
+    Computed,
+    Given,
+    cut,
+    inside,
+    is_recorded,
+    moved,
+    tiles,
+    widened,
+)
 
 
 class Likeness(NamedTuple):
@@ -41,10 +50,16 @@ BY_FEATURES_TOO = Likeness(queries=10.0, early=2.0, features=2.0, threshold=5.0,
 """Weights for features of several passes."""
 ON_A_FINE_GRID = Likeness(queries=30.0, early=0.0, features=4.0, threshold=5.0, highest=0.25)
 """Weights where a cell is a few pixels wide: colours say more, and early layers no more."""
+ON_PIXELS = Likeness(queries=100.0, early=0.0, features=12.0, threshold=5.0, highest=0.25)
+"""Weights for pixels, whose colours are exact where those of wider cells are mixed."""
+PIXEL_SMOOTHINGS = 4
+"""Number of smoothings of a map of pixels."""
 KEPT = 1 << 22
 """Most weights of a batch of images that are kept once they are computed."""
 SIDE = 32
 """Side, in cells, of the windows in which more weights are computed."""
+PIXELS = 256
+"""Side, in pixels, of the windows in which maps of pixels are smoothed."""
 
 
 class Smoothing(Computed):
@@ -72,7 +87,7 @@ class Smoothing(Computed):
 
     def __init__(
         self,
-        queries: Computed,
+        queries: Computed | Given,
         hidden: Tensor | None,
         *,
         radius: int,
@@ -88,8 +103,8 @@ class Smoothing(Computed):
             radius: radius r of the neighbourhood, in cells, ≥ 1.
             backend: backend of the operators.
             likeness: factors and thresholds.
-            features: (B, C, h, w), features to compare as well, of which all weights are then kept;
-                ``None`` for weights that do not depend on the features.
+            features: (B, C, h, w), features to compare as well, less their mean, of which all
+                weights are then kept; ``None`` for weights that do not depend on the features.
         """
         given = [one for one in (hidden, features) if one is not None]
         recorded = queries.recorded or is_recorded(*given)
@@ -112,8 +127,8 @@ class Smoothing(Computed):
             early = unit(cut(self.hidden, around)).to(queries.dtype)
             parts.append(terms.early**0.5 * early)
         if self.features is not None:
-            centred = cut(self.features - self.features.mean((2, 3), keepdim=True), around)
-            parts.append(terms.features**0.5 * unit(centred).to(queries.dtype))
+            alike = unit(cut(self.features, around)).to(queries.dtype)
+            parts.append(terms.features**0.5 * alike)
         looks = torch.cat(parts, dim=1)
         likeness = functional.neighbourhood_weights(
             cut(looks, inside(window, around)),
@@ -157,12 +172,16 @@ class Smoothing(Computed):
             cut(out, part).copy_(self._sum(cut(features, inside(around, outer)), around, own))
         return out
 
-    def smooth_among_alike(self, features: Tensor, times: int) -> Tensor:
+    def smooth_among_alike(
+        self, features: Tensor, times: int, alike: Tensor | None = None
+    ) -> Tensor:
         """Smooth features of the whole grid several times, among cells alike in them as well.
 
         Args:
-            features: (B, C, h, w), also compared, by :data:`BY_FEATURES_TOO`.
+            features: (B, C, h, w).
             times: how often the same weights are applied.
+            alike: (B, C', h, w), features to compare, by :data:`BY_FEATURES_TOO`; ``None`` for
+                ``features``.
         """
         stricter = Smoothing(
             self.queries,
@@ -170,7 +189,7 @@ class Smoothing(Computed):
             radius=self.radius,
             backend=self.backend,
             likeness=BY_FEATURES_TOO,
-            features=features,
+            features=centred(features if alike is None else alike),
         )
         return stricter.smooth_often(features, times)
 
@@ -191,3 +210,37 @@ class Smoothing(Computed):
             cells=cells,
             backend=self.backend,
         )
+
+
+def centred(features: Tensor) -> Tensor:
+    """Features (B, C, h, w) less their means over the image."""
+    return features - features.mean((2, 3), keepdim=True)
+
+
+def smooth_pixels(features: Tensor, queries: Computed, radius: int, alike: Tensor) -> Tensor:
+    """Smooth a map of pixels, in windows, among pixels that are alike in colours and in features.
+
+    Args:
+        features: (B, C, H, W).
+        queries: (B, D, H, W), of unit length, from the image.
+        radius: radius of the neighbourhood, pixels, ≥ 1.
+        alike: (B, C', H, W), features to compare, less their means.
+
+    Returns:
+        (B, C, H, W).
+    """
+    out = torch.empty_like(features)
+    for window in tiles(queries.size, PIXELS):
+        # All pixels whose weights count have all of their neighbours: windows fit together.
+        outer = widened(window, PIXEL_SMOOTHINGS * radius, queries.size)
+        made = Smoothing(
+            Given(queries.at(outer)),
+            None,
+            radius=radius,
+            backend="auto",
+            likeness=ON_PIXELS,
+            features=cut(alike, outer),
+        )
+        smoothed = made.smooth_often(cut(features, outer), PIXEL_SMOOTHINGS)
+        cut(out, window).copy_(cut(smoothed, inside(window, outer)))
+    return out
