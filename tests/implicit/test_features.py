@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import upfeat
+from upfeat.implicit import grid
 from upfeat.implicit import guides as implicit_guides
 from upfeat.implicit.features import ImplicitFeatures
 from upfeat.implicit.fields import (
@@ -21,6 +22,7 @@ from upfeat.normalization import HALF
 from upfeat.storage import read_tensors, write_tensors
 from upfeat.upsamplers import NeighbourhoodUpsampler, create_upsampler
 from upfeat.upsamplers.neighbourhood import PyramidEncoder
+from upfeat.upsamplers.smoothing import smooth_pixels
 
 SCALES = torch.tensor([[0.75, 0.5, 0.7], [1.0, 5.0, 0.3]])
 WIDTH = 8
@@ -306,3 +308,24 @@ def test_similarity_is_that_of_the_whole_map(kind):
     torch.testing.assert_close(found, at_a_point, rtol=0, atol=1e-5)
     products = torch.einsum("bchw,kc->bkhw", whole, targets)
     torch.testing.assert_close(features.similarity(targets, cosine=False), products)
+
+
+def test_a_grid_is_drawn_in_windows_that_fit_together(monkeypatch):
+    features = make_features("grid", size=(48, 70))
+    whole = features.render()
+    monkeypatch.setattr(grid, "_TILE", 32)
+    parts = make_features("grid", size=(48, 70)).render()
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_a_grid_is_smoothed_within_a_cell_if_at_all():
+    field, guidance = make_field("grid"), make_features("grid", size=(48, 80)).guidance
+    smoothed = field.look(guidance).permute(2, 0, 1)[None]
+    field.smoothed = False
+    plain = field.look(guidance).permute(2, 0, 1)[None]
+    image = HALF.apply(guidance[None] / 255)
+    torch.testing.assert_close(plain, field.step(field.values[None], image))
+    alike = field.lengths[:, None, None] * (plain - field.values.mean((1, 2))[:, None, None])
+    expected = smooth_pixels(plain, field.step.queries(image, (48, 80)), 8, alike)
+    torch.testing.assert_close(smoothed, expected)
+    assert (smoothed - plain).square().mean() > 0.01 * plain.var()

@@ -10,13 +10,14 @@ import upfeat
 from upfeat.scales import smooth_on_fine_grid
 from upfeat.types import Window
 from upfeat.upsamplers import smoothing
-from upfeat.upsamplers.maps import Computed, as_map
+from upfeat.upsamplers.maps import Computed, as_map, cut, inside, widened
 from upfeat.upsamplers.smoothing import (
     BY_FEATURES_TOO,
     BY_LOOKS,
     ON_A_FINE_GRID,
     Smoothing,
     centred,
+    margin,
     smooth_pixels,
 )
 
@@ -125,7 +126,7 @@ def test_outlines_of_the_image_become_those_of_the_features():
 def test_regions_of_pixels_become_flat_and_their_outline_stays():
     side = torch.zeros(1, 1, 20, 30, dtype=torch.float64)
     side[..., 13:] = 1
-    image = Vectors(torch.cat([side, 1 - side], dim=1))
+    image = torch.cat([side, 1 - side], dim=1)
     noisy = 2 * side - 1 + 0.2 * draw(1, size=(20, 30))[:1]
     smoothed = smooth_pixels(noisy, image, 2, centred(noisy))
     for region in (smoothed[..., :13], smoothed[..., 13:]):
@@ -133,13 +134,18 @@ def test_regions_of_pixels_become_flat_and_their_outline_stays():
     assert abs(float((smoothed[..., 13:].mean() - smoothed[..., :13].mean()) - 2)) < 0.1
 
 
-def test_pixels_are_smoothed_in_windows_that_fit_together(monkeypatch):
-    queries = Vectors(F.normalize(1 + 0.1 * draw(4, size=(40, 57)), dim=1))
-    features = draw(5, size=(40, 57), seed=2)
+def test_pixels_of_a_window_are_smoothed_as_those_of_the_image():
+    size, radius = (40, 57), 2
+    queries = F.normalize(1 + 0.1 * draw(4, size=size), dim=1)
+    features = draw(5, size=size, seed=2)
     alike = centred(features[:, :3])
-    whole = smooth_pixels(features, queries, 2, alike)
-    monkeypatch.setattr(smoothing, "PIXELS", 16)
-    torch.testing.assert_close(smooth_pixels(features, queries, 2, alike), whole)
+    whole = smooth_pixels(features, queries, radius, alike)
+    window = Window(10, 20, 9, 12)
+    outer = widened(window, margin(radius), size)
+    seen, looks, compared = (cut(one, outer) for one in (features, queries, alike))
+    found = smooth_pixels(seen, looks, radius, compared)
+    place = inside(window, outer)
+    torch.testing.assert_close(cut(found, place), cut(whole, window), rtol=0, atol=1e-9)
     assert float((whole - features).norm()) > 0.1 * float(features.norm())
 
 

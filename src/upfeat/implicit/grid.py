@@ -13,12 +13,15 @@ from upfeat.implicit.guides import normalised
 from upfeat.implicit.one_pass import ONE_PASS_PIXELS
 from upfeat.normalization import HALF, check_normalization
 from upfeat.tensor_checks import check_layouts, layouts_of
+from upfeat.upsamplers.maps import cut, inside, tiles, widened
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
-from upfeat.upsamplers.smoothing import centred, smooth_pixels
+from upfeat.upsamplers.smoothing import margin, smooth_pixels
 
 _WIDEST = 8
 """Largest radius, pixels, within which pixels are smoothed: that of cells of eight pixels."""
 _MOST_CELLS = 1 << 24
+_TILE = 256
+"""Side, in pixels, of the windows in which maps of the image are computed."""
 
 
 class GridField:
@@ -61,14 +64,21 @@ class GridField:
         """
         image = normalised(guidance, self.step.normalization or HALF, ONE_PASS_PIXELS)
         grid, size = (self.values.shape[1], self.values.shape[2]), (image.shape[2], image.shape[3])
-        kernels = self.step.prepare(image, grid, size)
-        drawn = kernels(self.values[None])
-        if self.smoothed:
-            cell = min(size[0] / grid[0], size[1] / grid[1])
-            radius = min(max(round(cell), 1), _WIDEST)
-            alike = centred(drawn * self.lengths[:, None, None])
-            drawn = smooth_pixels(drawn, kernels.queries, radius, alike)
-        return drawn[0].permute(1, 2, 0).contiguous()
+        cell = min(size[0] / grid[0], size[1] / grid[1])
+        radius = min(max(round(cell), 1), _WIDEST)
+        step = self.step.prepare(image, grid, size)
+        kernels, kept = step.precompute(self.values[None])
+        centre, scale = self.values.mean((1, 2))[:, None, None], self.lengths[:, None, None]
+        out = self.values.new_empty(*size, self.width)
+        for window in tiles(size, _TILE):
+            outer = widened(window, margin(radius), size) if self.smoothed else window
+            drawn = kernels.crop(kept, outer)
+            if self.smoothed:
+                alike = (drawn - centre) * scale
+                drawn = smooth_pixels(drawn, step.queries.at(outer), radius, alike)
+            rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
+            out[rows, columns] = cut(drawn, inside(window, outer))[0].permute(1, 2, 0)
+        return out
 
     def __call__(self, places: Tensor, seen: Tensor) -> Tensor:
         """See :class:`~upfeat.implicit.fields.Field`: the values of the map at the places."""
@@ -107,18 +117,17 @@ class GridField:
             raise ValueError(f"lengths is {tuple(lengths.shape)}, not ({len(values)},)")
         if not bool((lengths >= 0).all()):
             raise ValueError("lengths has numbers below 0")
-        settings = {name: facts["step"][name] for name in NeighbourhoodUpsampler().config()}
         # Shapes are checked first, so that the network is no larger than the file.
         with torch.device("meta"):
+            settings = {name: facts["step"][name] for name in NeighbourhoodUpsampler().config()}
             expected = NeighbourhoodUpsampler(**settings).state_dict()
         weights = {k.removeprefix("step."): v for k, v in tensors.items() if k[:5] == "step."}
         check_layouts("step", layouts_of(weights), expected)
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn, then replaced
             step = NeighbourhoodUpsampler(**settings)
         step.load_state_dict(weights)
-        for name, (low, high) in step.magnitudes.items():
-            del low
-            number(name, float(weights[name]), -high, high)
+        for name, (_, largest) in step.magnitudes.items():
+            number(name, float(weights[name]), -largest, largest)
         step.mean, step.std = check_normalization(facts["mean"], facts["std"])
         smoothed = bool(whole("smoothed", facts["smoothed"], 0, 1))
         return GridField(values.float(), lengths.float(), step, smoothed=smoothed)

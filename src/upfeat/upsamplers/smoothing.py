@@ -58,8 +58,6 @@ KEPT = 1 << 22
 """Most weights of a batch of images that are kept once they are computed."""
 SIDE = 32
 """Side, in cells, of the windows in which more weights are computed."""
-PIXELS = 256
-"""Side, in pixels, of the windows in which maps of pixels are smoothed."""
 
 
 class Smoothing(Computed):
@@ -217,30 +215,27 @@ def centred(features: Tensor) -> Tensor:
     return features - features.mean((2, 3), keepdim=True)
 
 
-def smooth_pixels(features: Tensor, queries: Computed, radius: int, alike: Tensor) -> Tensor:
-    """Smooth a map of pixels, in windows, among pixels that are alike in colours and in features.
+def smooth_pixels(features: Tensor, queries: Tensor, radius: int, alike: Tensor) -> Tensor:
+    """Smooth a window of pixels among those that are alike in colours and in features.
+
+    Up to :func:`margin` pixels from a border of the window that is inside the image, values depend
+    on where the border is.
 
     Args:
         features: (B, C, H, W).
         queries: (B, D, H, W), of unit length, from the image.
         radius: radius of the neighbourhood, pixels, ≥ 1.
-        alike: (B, C', H, W), features to compare, less their means.
+        alike: (B, C', H, W), features to compare, less their means over the image.
 
     Returns:
         (B, C, H, W).
     """
-    out = torch.empty_like(features)
-    for window in tiles(queries.size, PIXELS):
-        # All pixels whose weights count have all of their neighbours: windows fit together.
-        outer = widened(window, PIXEL_SMOOTHINGS * radius, queries.size)
-        made = Smoothing(
-            Given(queries.at(outer)),
-            None,
-            radius=radius,
-            backend="auto",
-            likeness=ON_PIXELS,
-            features=cut(alike, outer),
-        )
-        smoothed = made.smooth_often(cut(features, outer), PIXEL_SMOOTHINGS)
-        cut(out, window).copy_(cut(smoothed, inside(window, outer)))
-    return out
+    made = Smoothing(
+        Given(queries), None, radius=radius, backend="auto", likeness=ON_PIXELS, features=alike
+    )
+    return made.smooth_often(features, PIXEL_SMOOTHINGS)
+
+
+def margin(radius: int) -> int:
+    """Pixels around a window that :func:`smooth_pixels` needs for it."""
+    return PIXEL_SMOOTHINGS * radius
