@@ -5,7 +5,7 @@ python docs/pictures.py [FOLDER [NAME…]]    # writes docs/images/*.jpg; about 
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -169,7 +169,7 @@ def implicit(scene: Scene) -> Image.Image:
             ("photograph", to_image(scene.photo)),
             ("coarse features", scene.colours(blocks)),
             ("one pass (detail)", scene.colours(detail)),
-            ("implicit, 128 views", scene.colours(fitted.render(tuple(size))[0])),
+            ("a fit to many views", scene.colours(fitted.render(tuple(size))[0])),
         ]
     )
 
@@ -201,16 +201,17 @@ PICTURES: dict[str, Callable[[Scene], Image.Image]] = {
 }
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Write all pictures."""
-    folder = Path(arguments[0]) if arguments else DOCS / "images"
-    folder.mkdir(parents=True, exist_ok=True)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write all pictures, or those that are named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=DOCS / "images")
+    parser.add_argument("names", nargs="*", choices=[[], *PICTURES], default=[], metavar="NAME")
+    options = parser.parse_args(arguments)
+    options.folder.mkdir(parents=True, exist_ok=True)
     scene = Scene()
-    for name, draw in PICTURES.items():
-        if arguments[1:] and name not in arguments[1:]:
-            continue
-        draw(scene).save(folder / f"{name}.jpg", quality=85, optimize=True)
+    for name in options.names or PICTURES:
+        PICTURES[name](scene).save(options.folder / f"{name}.jpg", quality=85, optimize=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
