@@ -71,10 +71,11 @@ def test_a_fit_looks_as_often_as_on_the_cpu():
     """Weights left on another device would be an error that counts as that of too small a size."""
     backbone = upfeat.load_backbone("efficientnet_lite0").to(DEVICE)
     guidance = torch.randint(0, 255, (3, 64, 64), dtype=torch.uint8)
-    look = look_closer(Observer(guidance, backbone, held_out=1, max_pad=4, max_zoom=1.5, seed=0))
+    observer = Observer(guidance, backbone, held_out=1, max_pad=4, max_zoom=1.5, seed=0)
+    look = look_closer(observer, guidance)
     assert look.passes == 8
     assert not isinstance(look.features, There)
-    assert {type(one) for one in look.upsampler.parameters()} == {torch.nn.Parameter}
+    assert {type(one) for one in look.last.parameters()} == {torch.nn.Parameter}
 
 
 def test_sums_that_are_exact_elsewhere():

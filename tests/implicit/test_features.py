@@ -311,14 +311,14 @@ def test_similarity_is_that_of_the_whole_map(kind):
 
 
 def test_a_grid_is_drawn_in_windows_that_fit_together(monkeypatch):
-    features = make_features("grid", size=(48, 70))
+    features = make_features("grid", size=(80, 110))
     whole = features.render()
     monkeypatch.setattr(grid, "_TILE", 32)
-    parts = make_features("grid", size=(48, 70)).render()
+    parts = make_features("grid", size=(80, 110)).render()
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
 
 
-def test_a_grid_is_smoothed_within_a_cell_if_at_all():
+def test_pixels_of_a_grid_are_smoothed_if_at_all():
     field, guidance = make_field("grid"), make_features("grid", size=(48, 80)).guidance
     smoothed = field.look(guidance).permute(2, 0, 1)[None]
     field.smoothed = False
@@ -326,6 +326,11 @@ def test_a_grid_is_smoothed_within_a_cell_if_at_all():
     image = HALF.apply(guidance[None] / 255)
     torch.testing.assert_close(plain, field.step(field.values[None], image))
     alike = field.lengths[:, None, None] * (plain - field.values.mean((1, 2))[:, None, None])
-    expected = smooth_pixels(plain, field.step.queries(image, (48, 80)), 8, alike)
+    expected = smooth_pixels(plain, field.step.queries(image, (48, 80)), alike, 8)
     torch.testing.assert_close(smoothed, expected)
     assert (smoothed - plain).square().mean() > 0.01 * plain.var()
+
+
+@pytest.mark.parametrize(("size", "radius"), [((12, 20), 4), ((30, 60), 5), ((90, 200), 8)])
+def test_pixels_are_smoothed_within_a_cell(size, radius):
+    assert make_field("grid").radius(size) == radius

@@ -15,9 +15,9 @@ from upfeat.upsamplers.smoothing import (
     BY_FEATURES_TOO,
     BY_LOOKS,
     ON_A_FINE_GRID,
+    PIXEL_SMOOTHINGS,
     Smoothing,
     centred,
-    margin,
     smooth_pixels,
 )
 
@@ -128,22 +128,22 @@ def test_regions_of_pixels_become_flat_and_their_outline_stays():
     side[..., 13:] = 1
     image = torch.cat([side, 1 - side], dim=1)
     noisy = 2 * side - 1 + 0.2 * draw(1, size=(20, 30))[:1]
-    smoothed = smooth_pixels(noisy, image, 2, centred(noisy))
+    smoothed = smooth_pixels(noisy, image, centred(noisy), 2)
     for region in (smoothed[..., :13], smoothed[..., 13:]):
         assert region.std() < 0.05
     assert abs(float((smoothed[..., 13:].mean() - smoothed[..., :13].mean()) - 2)) < 0.1
 
 
 def test_pixels_of_a_window_are_smoothed_as_those_of_the_image():
-    size, radius = (40, 57), 2
+    size, radius = (60, 77), 3
     queries = F.normalize(1 + 0.1 * draw(4, size=size), dim=1)
     features = draw(5, size=size, seed=2)
     alike = centred(features[:, :3])
-    whole = smooth_pixels(features, queries, radius, alike)
-    window = Window(10, 20, 9, 12)
-    outer = widened(window, margin(radius), size)
+    whole = smooth_pixels(features, queries, alike, radius)
+    window = Window(20, 30, 9, 12)
+    outer = widened(window, PIXEL_SMOOTHINGS * radius, size)
     seen, looks, compared = (cut(one, outer) for one in (features, queries, alike))
-    found = smooth_pixels(seen, looks, radius, compared)
+    found = smooth_pixels(seen, looks, compared, radius)
     place = inside(window, outer)
     torch.testing.assert_close(cut(found, place), cut(whole, window), rtol=0, atol=1e-9)
     assert float((whole - features).norm()) > 0.1 * float(features.norm())

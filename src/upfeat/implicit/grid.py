@@ -13,13 +13,14 @@ from upfeat.implicit.guides import normalised
 from upfeat.implicit.one_pass import ONE_PASS_PIXELS
 from upfeat.normalization import HALF, check_normalization
 from upfeat.tensor_checks import check_layouts, layouts_of
+from upfeat.types import Size
 from upfeat.upsamplers.maps import cut, inside, tiles, widened
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
-from upfeat.upsamplers.smoothing import margin, smooth_pixels
+from upfeat.upsamplers.smoothing import PIXEL_SMOOTHINGS, smooth_pixels
 
-_WIDEST = 8
-"""Largest radius, pixels, within which pixels are smoothed: that of cells of eight pixels."""
 _MOST_CELLS = 1 << 24
+_RADII = (4, 8)
+"""Least and largest radius in which pixels are smoothed, pixels."""
 _TILE = 256
 """Side, in pixels, of the windows in which maps of the image are computed."""
 
@@ -56,6 +57,11 @@ class GridField:
         """Number k of values at a point."""
         return len(self.values)
 
+    def radius(self, size: Size) -> int:
+        """Return the radius in which pixels are smoothed: a cell's width, from 4 to 8 pixels."""
+        cell = min(size[0] / self.values.shape[1], size[1] / self.values.shape[2])
+        return min(max(round(cell), _RADII[0]), _RADII[1])
+
     @torch.no_grad()
     def look(self, guidance: Tensor) -> Tensor:
         """Compute the values of all pixels: image (3, H, W) uint8 -> (H', W', k) float32.
@@ -64,18 +70,17 @@ class GridField:
         """
         image = normalised(guidance, self.step.normalization or HALF, ONE_PASS_PIXELS)
         grid, size = (self.values.shape[1], self.values.shape[2]), (image.shape[2], image.shape[3])
-        cell = min(size[0] / grid[0], size[1] / grid[1])
-        radius = min(max(round(cell), 1), _WIDEST)
+        radius = self.radius(size)
         step = self.step.prepare(image, grid, size)
         kernels, kept = step.precompute(self.values[None])
         centre, scale = self.values.mean((1, 2))[:, None, None], self.lengths[:, None, None]
         out = self.values.new_empty(*size, self.width)
         for window in tiles(size, _TILE):
-            outer = widened(window, margin(radius), size) if self.smoothed else window
+            outer = widened(window, PIXEL_SMOOTHINGS * radius, size) if self.smoothed else window
             drawn = kernels.crop(kept, outer)
             if self.smoothed:
                 alike = (drawn - centre) * scale
-                drawn = smooth_pixels(drawn, step.queries.at(outer), radius, alike)
+                drawn = smooth_pixels(drawn, step.queries.at(outer), alike, radius)
             rows, columns = slice(window.top, window.bottom), slice(window.left, window.right)
             out[rows, columns] = cut(drawn, inside(window, outer))[0].permute(1, 2, 0)
         return out

@@ -215,17 +215,17 @@ def centred(features: Tensor) -> Tensor:
     return features - features.mean((2, 3), keepdim=True)
 
 
-def smooth_pixels(features: Tensor, queries: Tensor, radius: int, alike: Tensor) -> Tensor:
+def smooth_pixels(features: Tensor, queries: Tensor, alike: Tensor, radius: int) -> Tensor:
     """Smooth a window of pixels among those that are alike in colours and in features.
 
-    Up to :func:`margin` pixels from a border of the window that is inside the image, values depend
-    on where the border is.
+    Near a border of the window that is inside the image, within :data:`PIXEL_SMOOTHINGS` times the
+    radius, values depend on where the border is.
 
     Args:
         features: (B, C, H, W).
         queries: (B, D, H, W), of unit length, from the image.
-        radius: radius of the neighbourhood, pixels, ≥ 1.
         alike: (B, C', H, W), features to compare, less their means over the image.
+        radius: radius of the neighbourhood, pixels, ≥ 1.
 
     Returns:
         (B, C, H, W).
@@ -234,8 +234,3 @@ def smooth_pixels(features: Tensor, queries: Tensor, radius: int, alike: Tensor)
         Given(queries), None, radius=radius, backend="auto", likeness=ON_PIXELS, features=alike
     )
     return made.smooth_often(features, PIXEL_SMOOTHINGS)
-
-
-def margin(radius: int) -> int:
-    """Pixels around a window that :func:`smooth_pixels` needs for it."""
-    return PIXEL_SMOOTHINGS * radius
