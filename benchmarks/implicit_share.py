@@ -5,7 +5,7 @@
 DATA contains clothing/ and aerial_roads/ in the layout of ``upfeat eval``. Each image is fitted
 without the blend, and with each of ``--shares``. Fits and maps are stored in ``out/``, some
 gigabytes. Results go to benchmarks/implicit_share.json; those of ``--slack`` are added to it and
-replace no others.
+replace no others. With another ``--backbone``, images are only fitted with the blend.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ from upfeat.storage import write_bytes
 
 TARGET = Path(__file__).with_name("implicit_share.json")
 IMAGES = {"clothing": (40, 24), "aerial_roads": (30, 20)}
+BACKBONE = "efficientnet_lite0"
 NAMED = (
     "bilinear",
     "detail_universal",
     "detail_universal@early",
-    "early_detail_efficientnet_lite0",
+    "early_detail_{backbone}",
     "detail_universal@5",
-    "early_detail_efficientnet_lite0@2",
-    "early_detail_efficientnet_lite0@5",
-    "early_detail_efficientnet_lite0@8",
+    "early_detail_{backbone}@2",
+    "early_detail_{backbone}@5",
+    "early_detail_{backbone}@8",
 )
 ALONE = FitConfig(share=1.0, translation=0.0)
 FEW = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
@@ -104,9 +105,10 @@ def measure(
     named: Sequence[str],
     fitted: FitConfig,
     shares: Sequence[float],
+    network: str,
 ) -> dict[str, Any]:
     """Score the named rows and those of fits on one set of images, and compare them."""
-    backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
+    backbone = load_backbone(network).eval().requires_grad_(False)
     config = EvalConfig(
         max_train=images[0], max_test=images[1], protocols=("own", "transfer"), pictures=0
     )
@@ -116,8 +118,10 @@ def measure(
     for name, count in zip(("train", "test"), images, strict=True):
         samples = subset(getattr(dataset, name), count, seed=config.split_seed)
         parts[name] = prepare(dataset, samples, backbone, config.size, kept, label=name)
-    methods = load_methods(named, backbone, kept) if named else {}
-    methods["implicit alone"] = Kept(backbone, fitted, kept)
+    names = [name.format(backbone=network) for name in named]
+    methods = load_methods(names, backbone, kept) if names else {}
+    if network == BACKBONE:
+        methods["implicit alone"] = Kept(backbone, fitted, kept)
     for share in shares:
         methods[f"implicit@{share}"] = Kept(backbone, _blended(fitted, share), kept)
     task = Segmentation(parts, dataset, backbone, config)
@@ -152,7 +156,7 @@ def losses(
     folder: Path, images: tuple[int, int], kept: Path, fitted: FitConfig
 ) -> dict[str, float]:
     """Compute the held-out loss on the first test images, relative to a constant map's."""
-    backbone = load_backbone("efficientnet_lite0").eval().requires_grad_(False)
+    backbone = load_backbone(BACKBONE).eval().requires_grad_(False)
     config = EvalConfig()
     dataset = Segmentation.read(folder, "folder", config)
     samples = subset(dataset.test, images[1], seed=config.split_seed)
@@ -175,6 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--backbone", default=BACKBONE)
     parser.add_argument("--sets", nargs="+", choices=list(IMAGES), default=list(IMAGES))
     parser.add_argument("--fits", action="store_true", help="replace the rows of fits only")
     parser.add_argument("--losses", action="store_true", help="add held-out losses only")
@@ -186,12 +191,16 @@ def main() -> None:
     torch.set_num_threads(1)
     fitted = ALONE if options.slack is None else replace(ALONE, slack=options.slack)
     only_fits = options.fits or options.slack is not None
-    for name in options.sets:
-        given = options.data / name, IMAGES[name], options.output / name
+    suffix = "" if options.backbone == BACKBONE else f"_{options.backbone}"
+    for folder in options.sets:
+        name = f"{folder}{suffix}"
+        given = options.data / folder, IMAGES[folder], options.output / name
         found = {}
         if not options.losses:
-            found = measure(*given, () if only_fits else NAMED, fitted, options.shares)
-        found["held_out"] = losses(*given, fitted)
+            named = () if only_fits else NAMED
+            found = measure(*given, named, fitted, options.shares, options.backbone)
+        if not suffix:
+            found["held_out"] = losses(*given, fitted)
         known: dict[str, Any] = json.loads(TARGET.read_text()) if TARGET.exists() else {}
         if options.slack is not None:
             alone = found["held_out"]["alone"]

@@ -281,7 +281,7 @@ def implicit_share(part: str) -> str:
     """Probes on fits with more and less of one pass in them."""
     rows: dict[str, list[str]] = {}
     for row in _read("implicit_share")[part]["rows"]:
-        label = row["upsampler"]
+        label = re.sub(r"efficientnet_lite\d", "efficientnet_lite0", row["upsampler"])
         name = SHARED.get(label, f"implicit, `share={label.partition('@')[2]}`")
         if label == f"implicit@{FitConfig().share}":
             name = f"**{name}** (the default)"

@@ -331,6 +331,13 @@ def test_pixels_of_a_grid_are_smoothed_if_at_all():
     assert (smoothed - plain).square().mean() > 0.01 * plain.var()
 
 
+def test_a_map_of_a_grid_has_bounded_memory(monkeypatch):
+    monkeypatch.setattr(grid, "_LARGEST_MAP", 4 * 30 * 50)
+    features = make_features("grid", size=(60, 100))
+    assert features.field.look(features.guidance).shape == (30, 50, 4)
+    assert features.render().shape == (1, 6, 60, 100)
+
+
 @pytest.mark.parametrize(("size", "radius"), [((12, 20), 4), ((30, 60), 5), ((90, 200), 8)])
 def test_pixels_are_smoothed_within_a_cell(size, radius):
     assert make_field("grid").radius(size) == radius

@@ -252,9 +252,8 @@ class KernelFit:
             self.hidden,
             self.observer.grid_size,
         )
-        alike = smoothed is not None
         blended = few + share * (difference if smoothed is None else smoothed)
-        return GridField(blended, lengths, look.last, smoothed=alike)
+        return GridField(blended, lengths, look.last, smoothed=smoothed is not None)
 
     @cached_property
     def few_passes(self) -> Look:

@@ -19,6 +19,8 @@ from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 from upfeat.upsamplers.smoothing import PIXEL_SMOOTHINGS, smooth_pixels
 
 _MOST_CELLS = 1 << 24
+_LARGEST_MAP = 1 << 28
+"""Most numbers in a map of the image: 1 GiB. A larger image is reduced to fit."""
 _RADII = (4, 8)
 """Least and largest radius in which pixels are smoothed, pixels."""
 _TILE = 256
@@ -66,9 +68,11 @@ class GridField:
     def look(self, guidance: Tensor) -> Tensor:
         """Compute the values of all pixels: image (3, H, W) uint8 -> (H', W', k) float32.
 
-        The map has the size of the image, or about two million pixels if that is less.
+        The map has the size of the image, or about two million pixels if that is less, and less
+        for more than 128 values.
         """
-        image = normalised(guidance, self.step.normalization or HALF, ONE_PASS_PIXELS)
+        most = max(min(ONE_PASS_PIXELS, _LARGEST_MAP // self.width), 1)
+        image = normalised(guidance, self.step.normalization or HALF, most)
         grid, size = (self.values.shape[1], self.values.shape[2]), (image.shape[2], image.shape[3])
         radius = self.radius(size)
         step = self.step.prepare(image, grid, size)

@@ -118,9 +118,9 @@ def smooth_difference(
         return None
     half, map_of_few = kernels.smoothing.size, alike[None]
     rough = on_grid(difference[None], half)
-    rougher = kernels.smoothing.smooth_among_alike(rough, SMOOTHINGS, on_grid(map_of_few, half))
+    smooth = kernels.smoothing.smooth_among_alike(rough, SMOOTHINGS, on_grid(map_of_few, half))
     last = upsampler.last_step()
-    difference = difference[None] + last(rougher - rough, image, finest)
+    difference = difference[None] + last(smooth - rough, image, finest)
     queries, cell = last.prepare(image, half, finest).queries, size[0] / finest[0]
     return smooth_on_fine_grid(difference, queries, cell, upsampler.backend, map_of_few)[0]
 
