@@ -192,6 +192,8 @@ def main() -> None:
     fitted = ALONE if options.slack is None else replace(ALONE, slack=options.slack)
     only_fits = options.fits or options.slack is not None
     suffix = "" if options.backbone == BACKBONE else f"_{options.backbone}"
+    if suffix and (options.losses or options.slack is not None):
+        parser.error(f"--losses and --slack are for {BACKBONE}; leave out --backbone")
     for folder in options.sets:
         name = f"{folder}{suffix}"
         given = options.data / folder, IMAGES[folder], options.output / name

@@ -205,8 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Write all pictures, or those that are named."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", nargs="?", type=Path, default=DOCS / "images")
-    parser.add_argument("names", nargs="*", choices=[[], *PICTURES], default=[], metavar="NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PICTURES))
     options = parser.parse_args(arguments)
+    for name in options.names:
+        if name not in PICTURES:
+            parser.error(f"there is no picture {name!r}; known: {', '.join(PICTURES)}")
     options.folder.mkdir(parents=True, exist_ok=True)
     scene = Scene()
     for name in options.names or PICTURES:

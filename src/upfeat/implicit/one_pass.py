@@ -120,9 +120,10 @@ def smooth_difference(
     rough = on_grid(difference[None], half)
     smooth = kernels.smoothing.smooth_among_alike(rough, SMOOTHINGS, on_grid(map_of_few, half))
     last = upsampler.last_step()
-    difference = difference[None] + last(smooth - rough, image, finest)
-    queries, cell = last.prepare(image, half, finest).queries, size[0] / finest[0]
-    return smooth_on_fine_grid(difference, queries, cell, upsampler.backend, map_of_few)[0]
+    step = last.prepare(image, half, finest)
+    difference = difference[None] + last.render(step, smooth - rough)
+    cell = size[0] / finest[0]
+    return smooth_on_fine_grid(difference, step.queries, cell, upsampler.backend, map_of_few)[0]
 
 
 class Look(NamedTuple):

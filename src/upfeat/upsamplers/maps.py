@@ -44,6 +44,7 @@ class Given:
     """A map of values that exist already."""
 
     whole = True
+    """As of :class:`Computed`: there is nothing to compute."""
 
     def __init__(self, values: Tensor) -> None:
         """Keep the values, (B, K, H, W)."""
