@@ -82,6 +82,16 @@ def naf(
     return _load("naf", checkpoint, sha256, device)
 
 
+def uplift(
+    checkpoint: str,
+    *,
+    sha256: str | None = None,
+    device: str | torch.device = "cpu",
+) -> upfeat.ImageFirst:
+    """UPLiFT for a ViT (of UPLiFT-upsampler on Hugging Face); see :func:`anyup`."""
+    return _load("uplift", checkpoint, sha256, device)
+
+
 def _entry(name: str, channels: int, backbone_of: str) -> Callable[..., Any]:
     def featup(
         pretrained: bool = True,

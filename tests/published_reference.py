@@ -1,6 +1,7 @@
-"""AnyUp, JAFAR and NAF the obvious way: all cells for all pixels, by the published tensor names.
+"""AnyUp, JAFAR, NAF and UPLiFT the obvious way, by the published tensor names.
 
-Written from the papers and the layouts, apart from the package; slow, and meant for float64.
+All cells are read for all pixels. Written from the papers and the layouts, apart from the package;
+slow, and meant for float64.
 """
 
 import math
@@ -165,3 +166,55 @@ def naf(state, image, features, size, *, heads=4, side=9):
                 result[:, :, row, column] = torch.einsum("bij,bcij->bc", weights, values[cells])
         out.append(result)
     return torch.cat(out, dim=1)
+
+
+def blocks(x, state, prefix, convolutions):
+    """3×3 convolutions with batch norms and ReLUs, a 1×1 convolution, and the input added."""
+    y = x
+    for index in range(convolutions):
+        convolution, norm = f"{prefix}{3 * index}.", f"{prefix}{3 * index + 1}."
+        y = F.conv2d(y, state[f"{convolution}weight"], padding=1)
+        moments = state[f"{norm}running_mean"], state[f"{norm}running_var"]
+        y = F.relu(F.batch_norm(y, *moments, state[f"{norm}weight"], state[f"{norm}bias"]))
+    last = f"{prefix}{3 * convolutions}."
+    y = F.conv2d(y, state[f"{last}weight"], state[f"{last}bias"])
+    shared = min(x.shape[1], y.shape[1])
+    y[:, :shared] += x[:, :shared]
+    return y
+
+
+def resized(x, size):
+    return F.interpolate(x, size=size, mode="bilinear", antialias=True)
+
+
+def uplift(state, image, features, size):
+    cells = tuple(features.shape[2:])
+    maps = [resized(image, tuple(16 * side for side in cells))]
+    while f"encoder.block_{len(maps) - 1}.blocks.0.conv.0.weight" in state:
+        maps.append(blocks(maps[-1], state, f"encoder.block_{len(maps) - 1}.blocks.0.conv.", 1))
+    for _ in range(4):
+        cells = tuple(features.shape[2:])
+        finer = tuple(2 * side for side in cells)
+        x = torch.cat([features, F.interpolate(maps[-1], size=cells)], dim=1)
+        x = blocks(x, state, "decoder.block_0.blocks.0.conv.", 2)
+        up = F.conv_transpose2d(
+            x, state["decoder.up_1.up.weight"], state["decoder.up_1.up.bias"], stride=2
+        )
+        x = up + F.interpolate(x, size=finer, mode="bilinear", align_corners=True)
+        x = torch.cat([x, F.interpolate(maps[-2], size=finer)], dim=1)
+        x = blocks(x, state, "decoder.block_1.blocks.0.conv.", 2)
+        scores = F.conv2d(x, state["attender.conv1.weight"], state["attender.conv1.bias"])
+        weights = (scores + x[:, :17]).softmax(1)
+        padded = F.pad(features, (2, 2, 2, 2), mode="replicate")
+        features, index = 0, 0
+        for row in range(5):
+            for column in range(5):
+                if {abs(row - 2), abs(column - 2)} == {1, 2}:
+                    continue  # the move of a knight
+                shifted = padded[:, :, row : row + cells[0], column : column + cells[1]]
+                own = shifted.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                features = features + weights[:, index : index + 1] * own
+                index += 1
+        if all(side >= least for side, least in zip(finer, size, strict=True)):
+            break
+    return features if features.shape[2:] == size else resized(features, size)

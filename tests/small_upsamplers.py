@@ -25,6 +25,7 @@ SMALL = {
     "joint_bilateral": upfeat.JointBilateral,
     "naf": lambda: upfeat.NAF(width=32, heads=2, window_side=3),
     "nearest": upfeat.Nearest,
+    "uplift": lambda: upfeat.UPLiFT(4, encoder_widths=(4, 6, 8), width=18),
     "neighbourhood": lambda: upfeat.NeighbourhoodUpsampler(
         query_dim=8, levels=3, back_projections=1
     ),

@@ -39,6 +39,7 @@ MADE = {
 FIXED = {
     "anyup": lambda: UPSAMPLERS["anyup"](width=32),
     "jafar": lambda: UPSAMPLERS["jafar"](8, width=32),
+    "uplift": lambda: UPSAMPLERS["uplift"](8, encoder_widths=(4, 6, 8), width=18),
     "naf": lambda: UPSAMPLERS["naf"](width=32),
 }
 """Those that are exported for one size of images."""

@@ -12,14 +12,13 @@ SIDES = st.integers(1, 40)
 
 
 def _antialiased(length, target, positions):
-    return bilinear(length, target, positions, antialias=True)
+    return bilinear(length, target, positions, antialias=True, dtype=torch.float64)
 
 
 KINDS = {
     "pooled": (pooled, F.adaptive_avg_pool2d, 1e-12),
     "bilinear": (bilinear, lambda x, size: F.interpolate(x, size, mode="bilinear"), 1e-12),
-    # PyTorch rounds positions to float32 here, up to 40 pixels, between which values differ by 6.
-    "antialiased": (_antialiased, resize, 5e-5),
+    "antialiased": (_antialiased, resize, 1e-12),
     "bicubic": (bicubic, lambda x, size: F.interpolate(x, size, mode="bicubic"), 1e-12),
 }
 
@@ -44,6 +43,18 @@ def test_a_part_is_part_of_the_whole(kind, size, target, shares):
     torch.testing.assert_close(resample(x, rows, columns), expected, rtol=0, atol=tolerance)
     part = x[:, :, rows.first : rows.stop, columns.first : columns.stop]
     found = resample(part, rows, columns, (rows.first, columns.first))
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [(256, 224), (20, 9), (1000, 999), (7, 30)])
+def test_antialiased_weights_are_those_of_the_dtype(size, dtype):
+    length, target = size
+    unit = torch.eye(length, dtype=dtype)[None, None]
+    expected = resize(unit, (target, length))
+    reads = bilinear(length, target, torch.arange(target), antialias=True, dtype=dtype)
+    found = resample(unit, reads, bilinear(length, length, torch.arange(length)))
+    tolerance = 1e-12 if dtype == torch.float64 else 3e-7
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
 
 

@@ -14,6 +14,7 @@ UNCLAIMED = {
     "anyup": ["flips"],
     "jafar": ["flips"],  # pixels know their place, from a corner on
     "naf": ["flips"],
+    "uplift": ["flips"],
     "jbu_stack": ["constants", "flips"],  # weights need not sum to 1; filters have no symmetry
 }
 

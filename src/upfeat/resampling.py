@@ -87,7 +87,14 @@ def pooled(length: int, cells: int, positions: Tensor) -> Reads:
     return _reads((start + taps).minimum(stop - 1), inside / inside.sum(0).double())
 
 
-def bilinear(length: int, target: int, positions: Tensor, *, antialias: bool = False) -> Reads:
+def bilinear(
+    length: int,
+    target: int,
+    positions: Tensor,
+    *,
+    antialias: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Reads:
     """Bilinear interpolation of ``length`` values to ``target``, half-pixel centres.
 
     Args:
@@ -97,10 +104,13 @@ def bilinear(length: int, target: int, positions: Tensor, *, antialias: bool = F
             least one.
         antialias: widen the triangular filter if ``target`` is less than ``length``, as PyTorch
             does.
+        dtype: type of the map. PyTorch computes the positions of the wider filter in float64 for
+            float64, and in float32 for others, which changes weights by 10⁻⁵ in a map of 250.
     """
     scale = length / target
     if antialias and scale > 1:
-        centre = scale * (positions + 0.5)
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
+        centre = scale * (positions.to(exact) + 0.5)
         start = (centre - scale + 0.5).long().clamp(min=0)
         stop = (centre + scale + 0.5).long().clamp(max=length)
         # As in `pooled`, T is the longest run; the others repeat a position with weight 0.

@@ -2,7 +2,8 @@
 
 The plain implementation uses the same weights and follows the definition in PyTorch's operators:
 planar 1×1 convolutions at the image's size, products of every query with every key, masks for the
-cells that a pixel does not attend to, and weights of all heads that are stored and averaged.
+cells that a pixel does not attend to, and weights of all heads that are stored and averaged. For
+UPLiFT these are its layers one by one, and the neighbours of every cell stacked for all channels.
 Research code is usually written in this way.
 """
 
@@ -21,12 +22,22 @@ from torch import Tensor, nn
 
 from upfeat.benchmark import FORMAT, machine, peak_memory
 from upfeat.types import Size
-from upfeat.upsamplers import JAFAR, NAF, AnyUp, Upsampler, create_upsampler, load_upsampler
+from upfeat.upsamplers import (
+    JAFAR,
+    NAF,
+    AnyUp,
+    UPLiFT,
+    Upsampler,
+    create_upsampler,
+    load_upsampler,
+)
 from upfeat.upsamplers.anyup import FeatureBasis
 from upfeat.upsamplers.attention import AttentionUpsampler, relative_window
+from upfeat.upsamplers.published import PublishedUpsampler
 from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncoder
+from upfeat.upsamplers.uplift import NEIGHBOURS, BatchNorm, ConvolutionBlock
 
-SETTINGS = (("anyup", 16, 224), ("jafar", 16, 224), ("naf", 28, 448))
+SETTINGS = (("anyup", 16, 224), ("jafar", 16, 224), ("naf", 28, 448), ("uplift", 16, 224))
 """Name of each upsampler, and the sides of the grid (cells) and the image (pixels) to measure."""
 CHANNELS = 384
 """Number of feature channels, for upsamplers that accept any number."""
@@ -80,7 +91,9 @@ def run_rivals(
     loaded = [load_upsampler(path) for path in files]
     for path, each in zip(files, loaded, strict=True):
         if each.name not in {name for name, _, _ in SETTINGS}:
-            raise ValueError(f"{path}: holds {each.name}; give checkpoints of AnyUp, JAFAR or NAF")
+            raise ValueError(
+                f"{path}: holds {each.name}; give checkpoints of AnyUp, JAFAR, NAF or UPLiFT"
+            )
     rows = []
     for name, grid, size in SETTINGS:
         upsampler = next((each for each in loaded if each.name == name), None)
@@ -95,7 +108,12 @@ def as_json(rows: list[Row]) -> dict[str, Any]:
 
 def _random(name: str) -> Upsampler:
     torch.manual_seed(0)
-    make = {"anyup": AnyUp, "jafar": lambda: JAFAR(CHANNELS), "naf": NAF}
+    make = {
+        "anyup": AnyUp,
+        "jafar": lambda: JAFAR(CHANNELS),
+        "naf": NAF,
+        "uplift": lambda: UPLiFT(CHANNELS),
+    }
     return make[name]().eval().requires_grad_(False)
 
 
@@ -107,7 +125,7 @@ def _measure(
     memory_limit: int,
     report: Callable[[str], None] | None,
 ) -> list[Row]:
-    assert isinstance(upsampler, AttentionUpsampler)
+    assert isinstance(upsampler, PublishedUpsampler)
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, 3, size, size, generator=generator)
     channels = getattr(upsampler, "embed_dim", None) or CHANNELS
@@ -117,11 +135,11 @@ def _measure(
         "ours": lambda: upsampler(features, image),
         "high": lambda: _less_precise(upsampler, features, image),
         "plain": lambda: plain(upsampler, features, image, (size, size)),
-        "floor": lambda: floor(upsampler, size * size),
+        "floor": lambda: floor(upsampler, size, grid),
         "detail": lambda: default(features, image),
         "bilinear": lambda: F.interpolate(features, size=(size, size), mode="bilinear"),
     }
-    needed = 3 * 4 * upsampler.heads * size * size * grid * grid
+    needed = _plain_memory(upsampler, size, grid, channels)
     skipped = {"plain": f"needs {needed / 2**30:.0f} GiB"} if needed > memory_limit else {}
     peaks = {way: peak_memory(call) for way, call in ways.items() if way not in skipped}
     times: dict[str, list[tuple[float, float]]] = {way: [] for way in peaks}
@@ -154,7 +172,7 @@ def _measure(
     ]
 
 
-def _less_precise(upsampler: AttentionUpsampler, features: Tensor, image: Tensor) -> Tensor:
+def _less_precise(upsampler: PublishedUpsampler, features: Tensor, image: Tensor) -> Tensor:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -163,13 +181,40 @@ def _less_precise(upsampler: AttentionUpsampler, features: Tensor, image: Tensor
         torch.set_float32_matmul_precision(before)
 
 
-def floor(upsampler: AttentionUpsampler, pixels: int) -> None:
-    """Compute the encoders' multiplications at full size and nothing else, as matrix products."""
-    encoders = [module for module in upsampler.modules() if isinstance(module, ResidualEncoder)]
-    if not isinstance(upsampler, NAF):
-        encoders = encoders[:3]  # encoders of the image; the others run on the grid
-    for encoder in encoders:
-        for layer in encoder.modules():
+def _plain_memory(upsampler: PublishedUpsampler, size: int, grid: int, channels: int) -> int:
+    """Approximate memory of a plain implementation in bytes: its largest tensors."""
+    if isinstance(upsampler, AttentionUpsampler):
+        return 3 * 4 * upsampler.heads * size * size * grid * grid
+    return 2 * 4 * channels * 17 * (16 * grid) ** 2
+
+
+def floor(upsampler: PublishedUpsampler, size: int, grid: int) -> None:
+    """Compute the encoders' multiplications and nothing else, as matrix products.
+
+    Args:
+        upsampler: AnyUp, JAFAR, NAF or UPLiFT.
+        size: side of the image in pixels.
+        grid: side of the grid in cells.
+    """
+    if isinstance(upsampler, UPLiFT):
+        # The last map of the encoder is read at every second pixel.
+        levels = [(16 * grid) ** 2 for _ in upsampler.encoder]
+        layers = [
+            (module, pixels)
+            for module, pixels in zip(
+                upsampler.encoder, [*levels[:-1], levels[-1] // 4], strict=True
+            )
+        ]
+        for doubling in range(4):
+            cells = (grid * 2**doubling) ** 2
+            layers += [(upsampler.coarse_block, cells), (upsampler.fine_block, 4 * cells)]
+    else:
+        encoders = [module for module in upsampler.modules() if isinstance(module, ResidualEncoder)]
+        if not isinstance(upsampler, NAF):
+            encoders = encoders[:3]  # encoders of the image; the others run on the grid
+        layers = [(encoder, size * size) for encoder in encoders]
+    for module, pixels in layers:
+        for layer in module.modules():
             if isinstance(layer, nn.Conv2d):
                 taps = layer.weight.permute(2, 3, 1, 0).flatten(0, 1)  # (taps, inputs, outputs)
                 pixel = torch.ones(pixels, taps.shape[1])
@@ -181,13 +226,15 @@ def plain(upsampler: Upsampler, features: Tensor, image: Tensor, size: Size) -> 
     """Upsample by the upsampler's definition, step by step, with all pairs of cells and pixels.
 
     Args:
-        upsampler: AnyUp, JAFAR or NAF.
+        upsampler: AnyUp, JAFAR, NAF or UPLiFT.
         features: (B, C, h, w).
         image: (B, 3, H, W), normalised.
         size: (height, width) of the output.
     """
     if isinstance(upsampler, NAF):
         return _plain_naf(upsampler, features, image, size)
+    if isinstance(upsampler, UPLiFT):
+        return _plain_uplift(upsampler, features, image, size)
     assert isinstance(upsampler, AnyUp | JAFAR)
     grid, parts = (features.shape[2], features.shape[3]), upsampler.image
     encoded = _encode(parts.image_encoder, image)
@@ -288,3 +335,51 @@ def _plain_naf(upsampler: NAF, features: Tensor, image: Tensor, size: Size) -> T
         weights = logits.masked_fill(outside, -torch.inf).softmax(2)
         out.append((weights @ values.flatten(2).mT).mT.unflatten(2, size))
     return torch.cat(out, dim=1)
+
+
+def _plain_uplift(upsampler: UPLiFT, features: Tensor, image: Tensor, size: Size) -> Tensor:
+    grid = (features.shape[2], features.shape[3])
+    target = (16 * grid[0], 16 * grid[1])
+    x = F.interpolate(image, size=target, mode="bilinear", antialias=True)
+    maps = [x]
+    for block in upsampler.encoder:
+        maps.append(_plain_block(block, maps[-1]))
+    while features.shape[2] < size[0] or features.shape[3] < size[1]:
+        if features.shape[2] == target[0]:
+            break
+        cells = (features.shape[2], features.shape[3])
+        seen = F.interpolate(maps[-1], size=cells)
+        x = _plain_block(upsampler.coarse_block, torch.cat([features, seen], dim=1))
+        wider = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        x = upsampler.doubling(x) + wider
+        seen = F.interpolate(maps[-2], size=(x.shape[2], x.shape[3]))
+        x = _plain_block(upsampler.fine_block, torch.cat([x, seen], dim=1))
+        weights = (upsampler.scores(x) + x[:, : upsampler.scores.out_channels]).softmax(1)
+        padded = F.pad(features, (2, 2, 2, 2), mode="replicate")
+        stacked = torch.stack(
+            [
+                padded[:, :, 2 + row : 2 + row + cells[0], 2 + column : 2 + column + cells[1]]
+                for row, column in NEIGHBOURS
+            ],
+            dim=2,
+        )
+        # (B, C, 17, h, 1, w, 1) times (B, 1, 17, h, 2, w, 2)
+        own = stacked.unsqueeze(4).unsqueeze(6)
+        share = weights.unflatten(3, (cells[1], 2)).unflatten(2, (cells[0], 2)).unsqueeze(1)
+        features = (own * share).sum(2).flatten(4, 5).flatten(2, 3)
+    if tuple(features.shape[2:]) == size:
+        return features
+    return F.interpolate(features, size=size, mode="bilinear", antialias=True)
+
+
+def _plain_block(block: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(block, ConvolutionBlock)
+    y = x
+    for convolution, norm in zip(block.convolutions, block.norms, strict=True):
+        assert isinstance(norm, BatchNorm)
+        y = convolution(y)
+        moments = norm.running_mean, norm.running_var
+        y = F.relu(F.batch_norm(y, *moments, norm.weight, norm.bias))
+    y = block.mixture(y)
+    shared = min(x.shape[1], y.shape[1])
+    return torch.cat([y[:, :shared] + x[:, :shared], y[:, shared:]], dim=1)

@@ -161,7 +161,8 @@ BAD = {
     "bench --jobs sort": "--jobs: invalid choice: 'sort'",
     "bench --rivals --repeats 0": "--repeats=0 must be 1 or more",
     "bench --rivals none.pth": "none.pth: no such file",
-    "bench --rivals own": "own: holds joint_bilateral; give checkpoints of AnyUp, JAFAR or NAF",
+    "bench --rivals own": "own: holds joint_bilateral; give checkpoints of AnyUp, JAFAR, NAF or "
+    "UPLiFT",
     "convert none.pth x.safetensors": "none.pth: no such file",
     "convert text.txt x.safetensors": "text.txt: ",
     "convert naf.pth naf.pth --overwrite": "naf.pth: is the file that is read; name another one",

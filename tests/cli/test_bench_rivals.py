@@ -16,6 +16,7 @@ from upfeat.cli.main import main
         lambda: upfeat.AnyUp(width=16, heads=2),
         lambda: upfeat.JAFAR(8, width=16, heads=2),
         lambda: upfeat.NAF(width=32, heads=2, window_side=3),
+        lambda: upfeat.UPLiFT(8, encoder_widths=(4, 6, 8), width=18),
     ],
 )
 @torch.no_grad()
@@ -26,11 +27,11 @@ def test_plain_forms_equal_ours(make):
     expected = upsampler(features, image)
     found = rivals.plain(upsampler, features, image, (30, 26))
     assert float((found - expected).norm() / expected.norm()) < 1e-5
-    rivals.floor(upsampler, 10)
+    rivals.floor(upsampler, 10, 2)
 
 
 def test_table_and_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(rivals, "SETTINGS", (("anyup", 4, 32), ("naf", 3, 24)))
+    monkeypatch.setattr(rivals, "SETTINGS", (("anyup", 4, 32), ("naf", 3, 24), ("uplift", 2, 20)))
     target = tmp_path / "rivals.json"
     assert main(["bench", "--rivals", "--repeats", "1", "-o", str(target)]) == 0
     assert "anyup" in capsys.readouterr().out

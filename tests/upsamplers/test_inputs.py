@@ -11,7 +11,7 @@ from small_upsamplers import SMALL
 import upfeat
 from upfeat.upsamplers.base import UPSAMPLERS
 
-PUBLISHED = ("anyup", "jafar", "naf")
+PUBLISHED = ("anyup", "jafar", "naf", "uplift")
 
 
 def make(name):

@@ -19,6 +19,7 @@ MAKE = {
     "anyup": lambda: upfeat.AnyUp(),
     "jafar": lambda: upfeat.JAFAR(10),
     "naf": lambda: upfeat.NAF(),
+    "uplift": lambda: upfeat.UPLiFT(10),
 }
 CHECKPOINTS = Path(__file__).parents[2].parent / "shared" / "data" / "checkpoints"
 
@@ -62,6 +63,16 @@ def test_recognises_files_by_their_tensors(files, tmp_path, name, wrapped, caplo
     assert type(upsampler).__name__ in found.origin
     assert found.origin in caplog.text
     assert file_digest(target) in found.origin
+
+
+def test_counters_of_norms_are_left_out(files, tmp_path, caplog):
+    path, upsampler = files["uplift"]
+    counter = {"encoder.block_0.blocks.0.conv.1.num_batches_tracked": torch.tensor(5)}
+    torch.save(torch.load(path) | counter, tmp_path / "counted.pth")
+    with caplog.at_level(logging.INFO, logger="upfeat"):
+        found = upfeat.load_upsampler(tmp_path / "counted.pth")
+    assert set(found.state_dict()) == set(upsampler.state_dict())
+    assert "left unread" not in caplog.text
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -130,7 +141,7 @@ def test_damaged_files_in_one_line(files, tmp_path):
     refused(b"plain text", "x.pth")
     refused(torch.zeros(3), "holds Tensor")
     refused({"a": 1}, "none of its 0 tensors")
-    refused({"fc.weight": torch.zeros(3)}, "FeatUp, AnyUp, JAFAR, NAF is known by")
+    refused({"fc.weight": torch.zeros(3)}, "FeatUp, AnyUp, JAFAR, NAF, UPLiFT is known by")
     name = "image_encoder.0.weight"
     refused(state | {name: torch.full((128, 3, 1, 1), torch.nan)}, f"{name} holds NaN")
     refused(state | {name: torch.zeros(64, 3, 1, 1)}, r"is \(64, 3, 1, 1\), not \(128, 3, 1, 1\)")
@@ -143,6 +154,11 @@ def test_damaged_files_in_one_line(files, tmp_path):
     naf = torch.load(files["naf"][0])
     key = next(key for key in naf if key.endswith("periods"))
     refused(naf | {key: 0 * naf[key]}, "periods holds 0; magnitudes from")
+    uplift = torch.load(files["uplift"][0])
+    refused(uplift | {"refiner.blocks.0.conv.0.weight": torch.zeros(3)}, "UPLiFT with a refiner")
+    key = "encoder.block_0.blocks.0.conv.1.running_var"
+    refused(uplift | {key: -uplift[key]}, r"encoder\.0\..*running_var holds -1, less than 0")
+    refused({key: uplift[key] for key in list(uplift)[-2:]}, "UPLiFT as published: .* is missing")
     thin = {key: value[:1] for key, value in state.items()}
     refused(thin, "not AnyUp as published")
     whole = tmp_path / "y.safetensors"
@@ -216,5 +232,6 @@ def test_hub_entries(files, monkeypatch):
     assert hubconf.anyup(checkpoint=str(files["anyup"][0]))(image, features).shape[2:] == (36, 36)
     assert hubconf.anyup_multi_backbone(checkpoint=str(files["anyup"][0])).upsampler.name == "anyup"
     assert hubconf.jafar(checkpoint=str(files["jafar"][0])).upsampler.name == "jafar"
+    assert hubconf.uplift(checkpoint=str(files["uplift"][0])).upsampler.name == "uplift"
     with pytest.raises(ValueError, match="holds naf, not jafar"):
         hubconf.jafar(checkpoint=str(files["naf"][0]))

@@ -1,4 +1,4 @@
-"""AnyUp, JAFAR and NAF against the obvious way, their promises, and the published cases."""
+"""AnyUp, JAFAR, NAF and UPLiFT against the obvious way, their promises, and the published cases."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from upfeat.types import Window
 from upfeat.upsamplers.attention import relative_window, shifted_window
 
 CHECKPOINTS = Path(__file__).parents[2].parent / "shared" / "data" / "checkpoints"
-NAMES = ("anyup", "jafar", "naf")
+NAMES = ("anyup", "jafar", "naf", "uplift")
 CASES = [
     ("anyup_multi_backbone.pth", "anyup_multi"),
     ("anyup_paper.pth", "anyup_paper"),
@@ -28,20 +28,28 @@ def tiny(name, dtype=torch.float64, **options):
         "anyup": lambda: upfeat.AnyUp(width=16, heads=2, **options),
         "jafar": lambda: upfeat.JAFAR(8, width=16, heads=2, **options),
         "naf": lambda: upfeat.NAF(width=32, heads=2, window_side=3, **options),
+        "uplift": lambda: upfeat.UPLiFT(8, encoder_widths=(4, 7, 6), width=18, **options),
     }
     upsampler = make[name]()
+    spread = 0.1 if name == "uplift" else 0.3  # no norm of the image itself keeps it in bounds
     with torch.no_grad():
         for parameter in upsampler.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(spread * torch.randn_like(parameter))
+        for label, buffer in upsampler.named_buffers():
+            if label.endswith("running_mean"):
+                buffer.normal_(0, 0.3)
+            elif label.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
     return upsampler.to(dtype).eval().requires_grad_(False)
 
 
 def run_obvious(upsampler, image, features, size):
-    options = {"heads": upsampler.heads}
-    if upsampler.name == "naf":
-        options["side"] = upsampler.window_side
-    elif upsampler.name == "anyup":
-        options["ratio"] = upsampler.window_ratio
+    options = {
+        "anyup": lambda: {"heads": upsampler.heads, "ratio": upsampler.window_ratio},
+        "jafar": lambda: {"heads": upsampler.heads},
+        "naf": lambda: {"heads": upsampler.heads, "side": upsampler.window_side},
+        "uplift": dict,
+    }[upsampler.name]()
     way = getattr(obvious, upsampler.name)
     return way(obvious.published_state(upsampler), image, features, size, **options)
 
@@ -162,7 +170,7 @@ def test_gradients(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_fills_a_buffer(name, dtype, monkeypatch):
-    monkeypatch.setattr("upfeat.upsamplers.attention._BAND_BYTES", 5000)  # several bands
+    monkeypatch.setattr("upfeat.upsamplers.published._BAND_BYTES", 5000)  # several bands
     upsampler = tiny(name, torch.float32)
     image, features = sample(dtype=torch.float32)
     expected = upsampler(features, image)
@@ -267,10 +275,13 @@ def test_bad_input():
     image, features = sample(channels=6)
     with pytest.raises(ValueError, match="6 channels but this JAFAR is made for 8"):
         tiny("jafar")(features, image)
+    with pytest.raises(ValueError, match="6 channels but this UPLiFT is made for 8"):
+        tiny("uplift")(features, image)
     with pytest.raises(ValueError, match="5 channels, which its 2 heads cannot share"):
         tiny("naf")(features[:, :5], image)
-    with pytest.raises(ValueError, match="features are missing"):
-        tiny("anyup").prepare(image, (5, 4), (20, 27))
+    for name in ("anyup", "jafar", "uplift"):
+        with pytest.raises(ValueError, match="features are missing"):
+            tiny(name).prepare(image, (5, 4), (20, 27))
     for make in (
         lambda: upfeat.AnyUp(width=20),
         lambda: upfeat.AnyUp(window_ratio=0),
@@ -278,6 +289,10 @@ def test_bad_input():
         lambda: upfeat.JAFAR(0),
         lambda: upfeat.NAF(window_side=2),
         lambda: upfeat.NAF(backend="cuda"),
+        lambda: upfeat.UPLiFT(0),
+        lambda: upfeat.UPLiFT(8, encoder_widths=[16]),
+        lambda: upfeat.UPLiFT(8, encoder_widths=[16, 0]),
+        lambda: upfeat.UPLiFT(8, width=16),
     ):
         with pytest.raises(ValueError, match="="):
             make()

@@ -27,6 +27,7 @@ ARGUMENTS = {
     "anyup": ("width", "heads", "window_ratio", "basis_side"),
     "jafar": ("embed_dim", "width", "heads"),
     "naf": ("width", "heads", "window_side"),
+    "uplift": ("embed_dim", "encoder_widths", "width"),
 }
 CASES = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 WRONG = [
@@ -46,6 +47,7 @@ def upsampler(name):
         "anyup": lambda: UPSAMPLERS["anyup"](width=32),
         "jafar": lambda: UPSAMPLERS["jafar"](5, width=32),
         "naf": lambda: UPSAMPLERS["naf"](width=32),
+        "uplift": lambda: UPSAMPLERS["uplift"](5, encoder_widths=(4, 6), width=18),
     }
     return made[name]()
 
@@ -55,7 +57,9 @@ def test_constructors_take_no_nonsense(name, argument):
     for value in WRONG:
         before = time.process_time()
         with pytest.raises(ValueError, match=argument) as raised:
-            UPSAMPLERS[name](**{**({"embed_dim": 5} if name == "jafar" else {}), argument: value})
+            UPSAMPLERS[name](
+                **{**({"embed_dim": 5} if name in ("jafar", "uplift") else {}), argument: value}
+            )
         assert time.process_time() - before < 1
         assert "\n" not in str(raised.value)
         assert len(str(raised.value)) < 200

@@ -29,11 +29,12 @@ MADE = {
     "anyup": lambda: UPSAMPLERS["anyup"](width=32),
     "jafar": lambda: UPSAMPLERS["jafar"](8, width=32),
     "naf": lambda: UPSAMPLERS["naf"](width=32),
+    "uplift": lambda: UPSAMPLERS["uplift"](8, encoder_widths=(4, 6, 8), width=18),
 }
 PLAIN = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack")
 """Those that are traced within a few seconds."""
 
-FIXED = ("anyup", "jafar", "naf")
+FIXED = ("anyup", "jafar", "naf", "uplift")
 """Those that are exported for fixed sizes alone."""
 
 

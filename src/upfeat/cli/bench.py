@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         type=path_of,
         metavar="FILE",
-        help="time AnyUp, JAFAR and NAF instead, against plain PyTorch implementations of them, "
-        "with the weights of these checkpoints or random weights of equal cost",
+        help="time AnyUp, JAFAR, NAF and UPLiFT instead, against plain PyTorch implementations of "
+        "them, with the weights of these checkpoints or random weights of equal cost",
     )
     parser.add_argument("-o", "--output", type=path_of, metavar="FILE", help="JSON file to write")
     parser.add_argument(

@@ -52,9 +52,9 @@ BASELINES = ("nearest", "bilinear", "bicubic", "joint_bilateral", "jbu_stack", "
 
 UPSAMPLER_HELP = (
     f"{', '.join(UPSAMPLERS)}, the full name of shipped weights (listed by upfeat info), a folder "
-    "that save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, FeatUp) (default: "
-    f"{DEFAULT_UPSAMPLER} with --early; for efficientnet_lite0 and lite1 early_detail, trained on "
-    "their early layers)"
+    "that save_pretrained wrote, or a published checkpoint (AnyUp, JAFAR, NAF, UPLiFT, FeatUp) "
+    f"(default: {DEFAULT_UPSAMPLER} with --early; for efficientnet_lite0 and lite1 early_detail, "
+    "trained on their early layers)"
 )
 
 

@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         type=path_of,
-        help="checkpoint of FeatUp (.ckpt), AnyUp, JAFAR or NAF (.pth); recognised by its tensors, "
-        "and nothing else in it is read",
+        help="checkpoint of FeatUp (.ckpt), AnyUp, JAFAR, NAF or UPLiFT (.pth, .safetensors); "
+        "recognised by its tensors, and nothing else in it is read",
     )
     parser.add_argument("output", type=path_of, help="safetensors file to write")
     parser.add_argument("--sha256", metavar="HEX", help="SHA-256 that the checkpoint must have")

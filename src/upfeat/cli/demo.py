@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FILE",
         help="upsampler to offer before the others: a published checkpoint (AnyUp, JAFAR, NAF, "
-        "FeatUp) or a folder that save_pretrained wrote; may be repeated",
+        "UPLiFT, FeatUp) or a folder that save_pretrained wrote; may be repeated",
     )
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
     parser.add_argument(

@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="names, folders that save_pretrained wrote, published checkpoints (AnyUp, JAFAR, NAF, "
-        "FeatUp), or implicit, which fits every image in about 10 s (default: "
+        "UPLiFT, FeatUp), or implicit, which fits every image in about 10 s (default: "
         f"{' '.join(BASELINES)}, and the backbone's default)",
     )
     parser.add_argument(

@@ -13,12 +13,14 @@ from upfeat.upsamplers.joint_bilateral import JointBilateral
 from upfeat.upsamplers.naf import NAF
 from upfeat.upsamplers.neighbourhood import NeighbourhoodUpsampler
 from upfeat.upsamplers.pretrained import create_upsampler, list_upsamplers, load_upsampler
+from upfeat.upsamplers.uplift import UPLiFT
 
 __all__ = [
     "AnyUp",
     "ImageFirst",
     "JAFAR",
     "NAF",
+    "UPLiFT",
     "load_upsampler",
     "write_checkpoint",
     "Bicubic",

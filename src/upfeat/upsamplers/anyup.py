@@ -13,9 +13,10 @@ from upfeat.bounds import number, whole
 from upfeat.linear import unit_vectors
 from upfeat.types import Size
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.attention import AttentionKernels, relative_window, without_autocast
+from upfeat.upsamplers.attention import AttentionKernels, relative_window
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.jafar import EncodedAttention, ImageQueries, Projection
+from upfeat.upsamplers.published import without_autocast
 from upfeat.upsamplers.residual_encoder import ResidualEncoder
 
 

@@ -8,10 +8,7 @@ channels, or each head's weights are applied to a block of channels of its own.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
-from functools import wraps
 from operator import index
-from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -20,18 +17,12 @@ from torch import Tensor
 from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.bounds import whole
-from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers import compiled_encoders
-from upfeat.upsamplers.base import Kernels, Upsampler
-from upfeat.upsamplers.checks import check_buffer, check_inputs
+from upfeat.upsamplers.base import Kernels
 from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
-
-Prepare = TypeVar("Prepare", bound=Callable[..., Any])
-
-_BAND_BYTES = 32 * 2**20
-"""Approximate size of a band of rows, before it is copied into a caller's buffer."""
+from upfeat.upsamplers.published import PublishedUpsampler
 
 
 class AttentionKernels:
@@ -118,39 +109,10 @@ class AttentionKernels:
         )
 
 
-def without_autocast(prepare: Prepare) -> Prepare:
-    """Make ``prepare`` compute in the precision of its arguments under autocast, too."""
-
-    @wraps(prepare)
-    def exact(self: AttentionUpsampler, guidance: Tensor, *given: Any, **options: Any) -> Any:
-        if not torch.is_autocast_enabled(guidance.device.type):
-            return prepare(self, guidance, *given, **options)
-        with torch.autocast(guidance.device.type, enabled=False):
-            return prepare(self, guidance, *given, **options)
-
-    return cast(Prepare, exact)
-
-
-class AttentionUpsampler(Upsampler):
+class AttentionUpsampler(PublishedUpsampler):
     """Common base of AnyUp, JAFAR and NAF, which differ in :meth:`prepare`."""
 
-    mean, std = IMAGENET
-
     always_small = True  # whatever its arguments: see :attr:`Upsampler.always_small`
-
-    if TYPE_CHECKING:  # nn.Module declares the result of every call as Any
-
-        def __call__(
-            self,
-            features: Tensor,
-            guidance: Tensor,
-            output_size: Size | None = None,
-            *,
-            hidden: Tensor | None = None,
-            out: Tensor | None = None,
-        ) -> Tensor:
-            """See :meth:`forward`."""
-            ...
 
     def __init__(self, *, width: int, heads: int, backend: str) -> None:
         """Check and store the common arguments.
@@ -165,17 +127,6 @@ class AttentionUpsampler(Upsampler):
             raise ValueError(f"width={width} must be a multiple of 8 and of 4 times heads={heads}")
         self.width, self.heads, self.backend = width, heads, backend
 
-    def exact(self, x: Tensor, *beside: Tensor) -> Tensor:
-        """Convert to a precision that holds the parameters and ``beside`` too: float32 at least.
-
-        The cost of the encoders hardly depends on the number of feature channels, and five layers
-        in half precision would cost the weights two digits.
-        """
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        for other in (next(self.parameters()), *beside):
-            dtype = torch.promote_types(dtype, other.dtype)
-        return x.to(dtype)
-
     def compiled(self, *tensors: Tensor) -> bool:
         """Return whether the compiled library can run the image encoders on these tensors."""
         return self.backend in ("auto", "cpu") and compiled_encoders.can_run(self, *tensors)
@@ -189,53 +140,6 @@ class AttentionUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> AttentionKernels:
         """See :meth:`Upsampler.prepare`."""
-
-    def forward(
-        self,
-        features: Tensor,
-        guidance: Tensor,
-        output_size: Size | None = None,
-        *,
-        hidden: Tensor | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """Upsample features; see :meth:`Upsampler.forward`.
-
-        Args:
-            features: (B, C, h, w).
-            guidance: (B, 3, H, W) normalised by :attr:`mean` and :attr:`std`.
-            output_size: (height, width); ``None`` for the guidance's size.
-            hidden: ``None``; these upsamplers make no use of it.
-            out: a buffer (B, C, *output_size) of any floating-point type, on any device, that is
-                filled one band of rows at a time, so that no other tensor of that size is
-                allocated. No gradients are recorded.
-
-        Returns:
-            ``out``, or (B, C, *output_size).
-
-        Raises:
-            ValueError: as :meth:`Upsampler.forward`, or the buffer has another shape, or shares
-                memory with the features or the guidance.
-        """
-        given = [one for one in (features, guidance) if isinstance(one, Tensor)]
-        if any(isinstance(side, torch.SymInt) for one in given for side in one.shape[2:]):
-            raise ValueError(
-                f"{self.name} cannot be exported for a height and width yet unknown: its windows "
-                "are tables of one size; export it for fixed ones, a dynamic batch included"
-            )
-        if out is None:
-            return super().forward(features, guidance, output_size, hidden=hidden)
-        size = check_inputs(features, guidance, output_size)
-        check_buffer(out, (*features.shape[:2], *size), features, guidance)
-        with torch.no_grad():
-            grid = (features.shape[2], features.shape[3])
-            kernels = self.prepare_with(guidance, grid, size, features, hidden)
-            row_bytes = 4 * features.shape[0] * features.shape[1] * size[1]
-            band = max(1, _BAND_BYTES // row_bytes)
-            for top in range(0, size[0], band):
-                window = Window(top, 0, min(band, size[0] - top), size[1])
-                out[:, :, top : window.bottom] = self.render(kernels, features, window=window)
-        return out
 
     def render_linear(
         self,

@@ -31,6 +31,7 @@ from upfeat.upsamplers.jafar import JAFAR
 from upfeat.upsamplers.jbu import JBUStack
 from upfeat.upsamplers.naf import NAF
 from upfeat.upsamplers.tensor_files import file_digest, is_safetensors, load_pickled
+from upfeat.upsamplers.uplift import UPLiFT
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +104,27 @@ LAYOUTS = (
         },
         lambda state: NAF(),
     ),
+    Layout(
+        "UPLiFT",
+        "mwalmer-umd/UPLiFT",
+        "licensed as their model card says",
+        "attender.conv1.weight",
+        {
+            r"^encoder\.(\d+)\.": r"encoder.block_\1.blocks.0.conv.",
+            r"^coarse_block\.": "decoder.block_0.blocks.0.conv.",
+            r"^fine_block\.": "decoder.block_1.blocks.0.conv.",
+            r"^doubling\.": "decoder.up_1.up.",
+            r"^scores\.": "attender.conv1.",
+            # Members of a sequence: 3×3 convolution, norm, ReLU, once or twice, then the mixture.
+            r"^(decoder\..*\.)mixture\.": r"\g<1>6.",
+            r"mixture\.": "3.",
+            r"convolutions\.0\.": "0.",
+            r"norms\.0\.": "1.",
+            r"convolutions\.1\.": "3.",
+            r"norms\.1\.": "4.",
+        },
+        lambda state: _uplift(state),
+    ),
 )
 _FEATUP = ("FeatUp", "mhamilton723/FeatUp", "MIT")
 _FEATUP_MARK = "upsampler.up1.range_temp"
@@ -116,14 +138,42 @@ def _inputs(state: Mapping[str, Tensor], name: str) -> int:
     return weight.shape[1] if weight is not None and weight.dim() == 4 else 1
 
 
+def _uplift(state: Mapping[str, Tensor]) -> UPLiFT:
+    """Make an UPLiFT of the sizes of a file's tensors; sizes that are missing are the published.
+
+    Raises:
+        ValueError: the file has a part that upfeat cannot run, or sizes out of range.
+    """
+    if any(name.startswith("refiner.") for name in state):
+        raise ValueError(
+            "is an UPLiFT with a refiner, as those for VAEs, which reads noise and is not linear "
+            "in the features; take one for a ViT"
+        )
+    widths = []
+    while len(widths) < 8:
+        weight = state.get(f"encoder.block_{len(widths)}.blocks.0.conv.0.weight")
+        if weight is None or weight.dim() != 4:
+            break
+        widths.append(len(weight))
+    if len(widths) < 2:  # reported later, with the names that are missing
+        return UPLiFT(1)
+    width = state.get("attender.conv1.weight")
+    inputs = _inputs(state, "decoder.block_0.blocks.0.conv.0.weight")
+    return UPLiFT(
+        max(inputs - widths[-1], 1),
+        encoder_widths=widths,
+        width=width.shape[1] if width is not None and width.dim() == 4 else 64,
+    )
+
+
 def load_checkpoint(path: str | Path, *, sha256: str | None = None) -> Upsampler:
     """Read an upsampler, recognised by its tensors' names, from a file; in eval mode and frozen.
 
     The method and the licence are logged at INFO level and stored in the upsampler's ``origin``.
 
     Args:
-        path: a PyTorch or safetensors file with AnyUp, JAFAR, NAF or FeatUp as published, or a file
-            that :func:`write_checkpoint` wrote.
+        path: a PyTorch or safetensors file with AnyUp, JAFAR, NAF, UPLiFT or FeatUp as published,
+            or a file that :func:`write_checkpoint` wrote.
         sha256: expected SHA-256 of the file, 64 hexadecimal digits; ``None`` for no check.
 
     Raises:
@@ -201,7 +251,9 @@ def write_checkpoint(
 
 def _own(path: Path, state: dict[str, Tensor], facts: dict[str, str]) -> tuple[Upsampler, str]:
     """Build an upsampler, and describe it, from a file that :func:`write_checkpoint` wrote."""
-    classes: dict[str, type[Upsampler]] = {cls.name: cls for cls in (AnyUp, JAFAR, NAF, JBUStack)}
+    classes: dict[str, type[Upsampler]] = {
+        cls.name: cls for cls in (AnyUp, JAFAR, NAF, UPLiFT, JBUStack)
+    }
     try:
         cls = classes[facts["upsampler"]]
         config = parse_object(facts["config"], "config")
@@ -241,8 +293,11 @@ def _published(path: Path, content: dict[str, Any]) -> tuple[Upsampler, str]:
     if models:
         layout, tensors = models[0].layout, models[0].tensors
         assert layout is not None
-        with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced
-            upsampler = layout.make(tensors)
+        try:
+            with torch.random.fork_rng(devices=[]):  # initial weights, which are replaced
+                upsampler = layout.make(tensors)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         _fill(path, layout.label, upsampler, tensors, _names(layout, upsampler))
         return upsampler, _describe(layout.label, layout.repository, layout.licence)
     known = ", ".join(["FeatUp", *(layout.label for layout in LAYOUTS)])
@@ -357,6 +412,8 @@ def _fill(
         rest = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
         raise ValueError(f"{path}: not {label} as published: {'; '.join(faults[:3])}{rest}")
     unread = sorted(set(tensors) - {theirs for theirs, _ in names.values()})
+    # Counters of batch norms have no effect.
+    unread = [name for name in unread if not name.endswith(".num_batches_tracked")]
     # Unread tensors of cross_decode act on the values of the attention, which are not used here;
     # any other unread tensor belongs to another model.
     strangers = [name for name in unread if not name.startswith("cross_decode.")]

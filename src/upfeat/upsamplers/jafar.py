@@ -18,10 +18,10 @@ from upfeat.upsamplers.attention import (
     AttentionKernels,
     AttentionUpsampler,
     whole_window,
-    without_autocast,
 )
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.checks import check_inputs
+from upfeat.upsamplers.published import without_autocast
 from upfeat.upsamplers.residual_encoder import (
     GROUPS,
     ResidualEncoder,

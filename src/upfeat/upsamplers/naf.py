@@ -18,10 +18,10 @@ from upfeat.upsamplers.attention import (
     AttentionKernels,
     AttentionUpsampler,
     shifted_window,
-    without_autocast,
 )
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.checks import check_buffer, check_inputs
+from upfeat.upsamplers.published import without_autocast
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4

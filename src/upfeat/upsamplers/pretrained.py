@@ -39,8 +39,8 @@ def load_upsampler(name: str | Path, *, sha256: str | None = None) -> Upsampler:
 
     Args:
         name: one of :func:`list_upsamplers` ("detail" has weights for any backbone); a folder that
-            ``save_pretrained`` wrote; or a checkpoint of FeatUp, AnyUp, JAFAR or NAF, recognised by
-            the names of its tensors. Only tensors are read, never code.
+            ``save_pretrained`` wrote; or a checkpoint of FeatUp, AnyUp, JAFAR, NAF or UPLiFT,
+            recognised by the names of its tensors. Only tensors are read, never code.
         sha256: expected SHA-256 of the file; ``None`` for no check.
 
     Returns:

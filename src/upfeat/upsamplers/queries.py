@@ -74,7 +74,13 @@ class Queries(Pixels):
             queries = resize(self._encode(Window(0, 0, *self.seen)), self.size)
             return unit(queries, over=True)
         rows, columns = (
-            bilinear(length, target, torch.arange(*span, device="cpu"), antialias=True)
+            bilinear(
+                length,
+                target,
+                torch.arange(*span, device="cpu"),
+                antialias=True,
+                dtype=self.guidance.dtype,
+            )
             for length, target, span in zip(self.seen, self.size, spans_of(window), strict=True)
         )
         source = window_of((rows.first, rows.stop), (columns.first, columns.stop))
