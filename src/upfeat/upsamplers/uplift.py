@@ -320,7 +320,7 @@ class UPLiFT(PublishedUpsampler):
 
 
 def _doublings(grid_size: Size, output_size: Size) -> int:
-    """How often the grid is doubled: until it has the output's size, from once to four times."""
+    """Doublings until the grid has the output's size on both axes, from one to four."""
     for doublings in range(1, _MOST_DOUBLINGS):
         if all(
             cells * 2**doublings >= side for cells, side in zip(grid_size, output_size, strict=True)
