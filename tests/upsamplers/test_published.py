@@ -241,6 +241,21 @@ def test_modules_of_half_precision(name, dtype):
     assert halved.to(dtype)(features.float(), image.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("channels", [8, 129])
+def test_channels_in_parts(channels, monkeypatch):
+    monkeypatch.setattr("upfeat.upsamplers.uplift._CHANNELS", 3)
+    upsampler = tiny("uplift")
+    image, features = sample(batch=1)
+    kernels = upsampler.prepare(image, (5, 4), (20, 27), features)
+    values = torch.randn(1, channels, 5, 4, dtype=torch.float64)
+    with torch.enable_grad():
+        expected = kernels(values.requires_grad_()).detach()
+    torch.testing.assert_close(kernels(values.detach()), expected)
+    with torch.no_grad():
+        found = torch.func.vmap(kernels)(values.detach()[None])
+    torch.testing.assert_close(found[0], expected)
+
+
 def test_output_much_smaller_than_the_image():
     """NAF shrinks it first: coordinates in float32 alone would cost two digits."""
     upsampler = tiny("naf", torch.float32)

@@ -14,9 +14,10 @@ from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.bounds import MOST_CHANNELS, shown, whole
 from upfeat.resampling import bilinear, resample, resize
+from upfeat.transforms import is_transforming
 from upfeat.types import Size, Window
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels
-from upfeat.upsamplers.maps import Map
+from upfeat.upsamplers.maps import Map, is_recorded
 from upfeat.upsamplers.published import PublishedUpsampler, without_autocast
 
 _CELL = 16
@@ -24,6 +25,8 @@ _CELL = 16
 _MOST_DOUBLINGS = 4
 """After four, a cell has become 16×16 pixels, and the encoder has no finer map to offer."""
 _MOST_BLOCKS = 8
+_CHANNELS = 64
+"""Channels whose last map is computed at once."""
 _EPSILON = 1e-5
 """Added to the variance by batch norms."""
 _WINDOW = tuple((row, column) for row in range(-2, 3) for column in range(-2, 3))
@@ -53,6 +56,18 @@ class DoublingKernels:
 
     def __call__(self, features: Tensor) -> Tensor:
         """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
+        last = self.weights[-1]
+        fits = (last.shape[2], last.shape[3]) == self.output_size
+        recorded = is_recorded(features, *self.weights)
+        if fits or recorded or torch.compiler.is_compiling() or is_transforming():
+            return self._upsample(features)
+        # The last map is as large as the result, so only some of its channels exist at a time.
+        out = features.new_empty(*features.shape[:2], *self.output_size)
+        for part, target in zip(features.split(_CHANNELS, 1), out.split(_CHANNELS, 1), strict=True):
+            target.copy_(self._upsample(part))
+        return out
+
+    def _upsample(self, features: Tensor) -> Tensor:
         for weights in self.weights:
             features = double(features, weights, backend=self.backend)
         size = (features.shape[2], features.shape[3])
