@@ -34,7 +34,7 @@ Layer describe(const UpfeatTensor* x, const UpfeatLayer& given, const UpfeatTens
   layer.groups = given.groups;
   layer.epsilon = given.epsilon;
   layer.winograd = given.winograd != 0;
-  layer.silu = given.silu != 0;
+  layer.activation = static_cast<Activation>(given.activation);
   layer.unit = given.unit != 0;
   layer.reflect = given.reflect != 0;
   return layer;

@@ -107,16 +107,27 @@ struct Fetch {
 #endif
 };
 
-// Applies a scale, a shift and perhaps SiLU to kCount vectors of channels.
+// Applies an activation to kCount vectors.
+template <int kCount>
+UPFEAT_INLINE void activate(Activation activation, Vec* x) {
+  if (activation == kSilu) {
+    silu<kCount>(x);
+  } else if (activation == kRelu) {
+    UPFEAT_UNROLL
+    for (int i = 0; i < kCount; ++i) x[i] = max(splat(0.0f), x[i]);  // NaN stays
+  }
+}
+
+// Applies a scale, a shift and perhaps an activation to kCount vectors of channels.
 template <int kCount>
 UPFEAT_INLINE void norm_channels(const float* from, const float* scale, const float* shift,
-                                 bool activate, float* to) {
+                                 Activation activation, float* to) {
   Vec value[kCount];
   UPFEAT_UNROLL
   for (int i = 0; i < kCount; ++i) {
     value[i] = load(from + i * kLanes) * load(scale + i * kLanes) + load(shift + i * kLanes);
   }
-  if (activate) silu<kCount>(value);
+  activate<kCount>(activation, value);
   UPFEAT_UNROLL
   for (int i = 0; i < kCount; ++i) store(to + i * kLanes, value[i]);
 }
@@ -136,10 +147,10 @@ static void prepare_pixels(const LayerJob& job, int64_t batch, int64_t y, int64_
       float* pixel = pixels + i * width;
       int64_t c = 0;
       for (; c + 4 * kLanes <= width; c += 4 * kLanes) {
-        norm_channels<4>(source + c, scale + c, shift + c, layer.silu, pixel + c);
+        norm_channels<4>(source + c, scale + c, shift + c, layer.activation, pixel + c);
       }
       for (; c < width; c += kLanes) {
-        norm_channels<1>(source + c, scale + c, shift + c, layer.silu, pixel + c);
+        norm_channels<1>(source + c, scale + c, shift + c, layer.activation, pixel + c);
       }
     }
   } else if (from != pixels) {

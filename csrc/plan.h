@@ -100,13 +100,16 @@ struct WindowAttention {
   const int64_t *band_first, *band_offset;  // (B * bands): first grid row; rows before, and in all
 };
 
+enum Activation { kNoActivation, kSilu, kRelu };
+
 // A convolution with the steps before and after it; see UpfeatLayer.
 struct Layer {
   const UpfeatTensor *x, *residual, *out;
   const float *weight, *bias, *scale, *shift, *rotate_rows, *rotate_columns;
   int64_t inputs, outputs, pitch, in_pitch, kernel, pair, groups;
   double epsilon;
-  bool winograd, silu, unit, reflect;
+  Activation activation;
+  bool winograd, unit, reflect;
   const char* packed;  // the weights, as `pack_layer` packed them
   double* partial;     // (tasks, groups, 2): sums and sums of squares; or null
   int64_t row_tasks, rows_per_task, column_tasks;

@@ -79,33 +79,35 @@ struct DigitIntake {
       const auto norm = [&](int64_t c) UPFEAT_LAMBDA {
         return load(source + c) * load(scale + c) + load(shift + c);
       };
-      if (layer.silu) {
-        keep<true>(to, norm);
+      if (layer.activation == kSilu) {
+        keep<kSilu>(to, norm);
+      } else if (layer.activation == kRelu) {
+        keep<kRelu>(to, norm);
       } else {
-        keep<false>(to, norm);
+        keep<kNoActivation>(to, norm);
       }
     } else {
-      keep<false>(to, [&](int64_t c) UPFEAT_LAMBDA { return load(source + c); });
+      keep<kNoActivation>(to, [&](int64_t c) UPFEAT_LAMBDA { return load(source + c); });
     }
   }
 
-  template <bool kSilu, typename Get>
+  template <Activation kActivation, typename Get>
   UPFEAT_MEMBER void keep(float* to, Get get) {
     const int64_t end = smaller(channel + kDigitBlock, job.in_width);
     if (end == channel + kDigitBlock) {
-      waiting.most = keep_some<kSilu, 4>(to, channel, waiting.most, get);
+      waiting.most = keep_some<kActivation, 4>(to, channel, waiting.most, get);
       return;
     }
     for (int64_t c = channel; c < end; c += kLanes) {
-      waiting.most = keep_some<kSilu, 1>(to, c, waiting.most, get);
+      waiting.most = keep_some<kActivation, 1>(to, c, waiting.most, get);
     }
   }
-  template <bool kSilu, int kCount, typename Get>
+  template <Activation kActivation, int kCount, typename Get>
   UPFEAT_MEMBER __m512i keep_some(float* to, int64_t at, __m512i most, Get get) {
     Vec value[kCount];
     UPFEAT_UNROLL
     for (int i = 0; i < kCount; ++i) value[i] = get(at + i * kLanes);
-    if (kSilu) silu<kCount>(value);
+    activate<kCount>(kActivation, value);
     UPFEAT_UNROLL
     for (int i = 0; i < kCount; ++i) {
       value[i] *= load(job.factors + at + i * kLanes);

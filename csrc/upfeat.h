@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 10
+#define UPFEAT_ABI 11
 
 #if defined(UPFEAT_BUILD) && defined(_WIN32)
 #define UPFEAT_API __declspec(dllexport)
@@ -183,7 +183,8 @@ typedef struct {
   int64_t inputs, outputs, pitch, in_pitch;
   int64_t kernel;    // 1 or 3
   int64_t winograd;  // kernel 3: use minimal filtering; if 0, no steps may come before
-  int64_t silu, unit;
+  int64_t activation;  // after scale and shift: 0 for none, 1 for SiLU, 2 for ReLU
+  int64_t unit;
   int64_t reflect;  // reflect the borders; otherwise they are padded with zeros
   int64_t pair;     // channels i and i + pair of each block of 2 * pair are rotated
   int64_t groups;   // number of groups of channels to sum

@@ -33,9 +33,10 @@ from upfeat.upsamplers import (
 )
 from upfeat.upsamplers.anyup import FeatureBasis
 from upfeat.upsamplers.attention import AttentionUpsampler, relative_window
+from upfeat.upsamplers.convolution_block import BatchNorm, ConvolutionBlock
 from upfeat.upsamplers.published import PublishedUpsampler
 from upfeat.upsamplers.residual_encoder import GROUPS, NormBlock, ResidualEncoder
-from upfeat.upsamplers.uplift import NEIGHBOURS, BatchNorm, ConvolutionBlock
+from upfeat.upsamplers.uplift import NEIGHBOURS
 
 SETTINGS = (("anyup", 16, 224), ("jafar", 16, 224), ("naf", 28, 448), ("uplift", 16, 224))
 """Name of each upsampler, and the sides of the grid (cells) and the image (pixels) to measure."""

@@ -48,10 +48,13 @@ def test_convolutions(shape, reflect, rounding):
     before, seen = None, x.double()
     if inputs >= 16:
         before = Before(
-            scale=random(batch, inputs), shift=random(batch, inputs + 1)[:, 1:], silu=True
+            scale=random(batch, inputs),
+            shift=random(batch, inputs + 1)[:, 1:],
+            silu=reflect,
+            relu=not reflect,
         )
         scale, shift = (each.double()[..., None, None] for each in (before.scale, before.shift))
-        seen = F.silu(seen * scale + shift)
+        seen = (F.silu if reflect else F.relu)(seen * scale + shift)
     if kernel == 3:
         seen = reflect_pad(seen, 1) if reflect else F.pad(seen, (1, 1, 1, 1))
     expected = F.conv2d(seen, weight.double(), bias.double()) + residual
@@ -98,6 +101,12 @@ def test_pixels_of_any_magnitude(rounding):
     x, weight = random(1, 64, 9, 21), random(32, 64)
     found, _ = layer(x * powers, weight)
     assert error(found / powers, F.conv2d(x.double(), weight.double()[..., None, None])) < rounding
+
+
+def test_relu_keeps_nan(isa):
+    x = random(1, 48, 2, 3).index_fill(3, torch.tensor([1]), torch.nan)
+    found = apply(x.clone(), Before(scale=torch.ones(1, 48), shift=torch.zeros(1, 48), relu=True))
+    assert torch.equal(found.nan_to_num(9.0), F.relu(x).nan_to_num(9.0))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

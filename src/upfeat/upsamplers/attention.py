@@ -18,7 +18,6 @@ from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.bounds import whole
 from upfeat.types import Size, Window
-from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.base import Kernels
 from upfeat.upsamplers.head import apply_head
 from upfeat.upsamplers.maps import Map
@@ -126,10 +125,6 @@ class AttentionUpsampler(PublishedUpsampler):
         if width % (4 * heads) or width % 8:
             raise ValueError(f"width={width} must be a multiple of 8 and of 4 times heads={heads}")
         self.width, self.heads, self.backend = width, heads, backend
-
-    def compiled(self, *tensors: Tensor) -> bool:
-        """Return whether the compiled library can run the image encoders on these tensors."""
-        return self.backend in ("auto", "cpu") and compiled_encoders.can_run(self, *tensors)
 
     @abstractmethod
     def prepare(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
+from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.checks import check_buffer, check_inputs
 
@@ -62,6 +63,10 @@ class PublishedUpsampler(Upsampler):
         for other in (next(self.parameters()), *beside):
             dtype = torch.promote_types(dtype, other.dtype)
         return x.to(dtype)
+
+    def compiled(self, *tensors: Tensor) -> bool:
+        """Return whether the compiled library can run the image encoders on these tensors."""
+        return self.backend in ("auto", "cpu") and compiled_encoders.can_run(self, *tensors)
 
     def forward(
         self,

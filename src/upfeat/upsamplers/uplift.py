@@ -17,6 +17,7 @@ from upfeat.resampling import bilinear, resample, resize
 from upfeat.transforms import is_transforming
 from upfeat.types import Size, Window
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels
+from upfeat.upsamplers.convolution_block import ConvolutionBlock, cast_to
 from upfeat.upsamplers.maps import Map, is_recorded
 from upfeat.upsamplers.published import PublishedUpsampler, without_autocast
 
@@ -27,8 +28,6 @@ _MOST_DOUBLINGS = 4
 _MOST_BLOCKS = 8
 _CHANNELS = 64
 """Channels whose last map is computed at once."""
-_EPSILON = 1e-5
-"""Added to the variance by batch norms."""
 _WINDOW = tuple((row, column) for row in range(-2, 3) for column in range(-2, 3))
 NEIGHBOURS = tuple(at for at in _WINDOW if sorted(map(abs, at)) != [1, 2])
 """The 17 cells that a pixel sums, as rows and columns counted from its own cell: of 5×5 cells, all
@@ -130,82 +129,6 @@ def double(
     )
 
 
-class BatchNorm(nn.Module):
-    """A batch norm by fixed mean and variance, in training as well, as a scale and a shift."""
-
-    def __init__(self, width: int) -> None:
-        """Make a norm of ``width`` channels that changes nothing."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
-        self.running_mean: Tensor
-        self.running_var: Tensor
-        self.register_buffer("running_mean", torch.zeros(width))
-        self.register_buffer("running_var", torch.ones(width))
-
-    def affine(self) -> tuple[Tensor, Tensor]:
-        """Scale and shift of each channel, (C,) each."""
-        scale = self.weight * (self.running_var + _EPSILON).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        variance = state_dict.get(f"{prefix}running_var")
-        if isinstance(variance, Tensor) and not variance.is_meta and bool((variance < 0).any()):
-            raise ValueError(f"{prefix}running_var holds {float(variance.min()):.3g}, less than 0")
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-class ConvolutionBlock(nn.Module):
-    """3×3 convolutions, each with a batch norm and a ReLU, then a 1×1 convolution and a residual.
-
-    The residual is the input, cut to the channels of the output, or filled up with zeros.
-    """
-
-    def __init__(self, inputs: int, width: int, convolutions: int) -> None:
-        """Make the layers with PyTorch's initial weights.
-
-        Args:
-            inputs: number of input channels.
-            width: number of output channels.
-            convolutions: number of 3×3 convolutions.
-        """
-        super().__init__()
-        channels = [inputs] + convolutions * [width]
-        self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1, bias=False)
-            for before, after in pairwise(channels)
-        )
-        self.norms = nn.ModuleList(BatchNorm(width) for _ in range(convolutions))
-        self.mixture = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor, every: int = 1) -> Tensor:
-        """Apply the block.
-
-        Args:
-            x: (B, inputs, H, W).
-            every: compute every n-th row and column of the result only, from the first; of a block
-                of one convolution.
-
-        Returns:
-            (B, width, ⌈H/every⌉, ⌈W/every⌉).
-        """
-        y = x
-        for convolution, norm in zip(self.convolutions, self.norms, strict=True):
-            assert isinstance(norm, BatchNorm)
-            scale, shift = norm.affine()
-            weight = convolution.weight * scale.view(-1, 1, 1, 1)
-            y = F.relu(F.conv2d(y, *_cast(y, weight, shift), padding=1, stride=every))
-        y = F.conv2d(y, *_cast(y, self.mixture.weight, self.mixture.bias))
-        x, missing = x[:, : y.shape[1], ::every, ::every], y.shape[1] - x.shape[1]
-        return y + (F.pad(x, (0, 0, 0, 0, 0, missing)) if missing > 0 else x)
-
-
-def _cast(like: Tensor, *given: Tensor | None) -> list[Tensor | None]:
-    return [None if one is None else one.to(like.dtype) for one in given]
-
-
 @UPSAMPLERS.register
 class UPLiFT(PublishedUpsampler):
     """Repeated doubling of the grid by weights from a convolutional network of image and features.
@@ -293,14 +216,15 @@ class UPLiFT(PublishedUpsampler):
             )
         doublings = _doublings(grid_size, output_size)
         image, x = self.exact(guidance, features), self.exact(features, guidance)
-        fine, deep = self._encode(image, grid_size, 2**doublings)
+        compiled = self.compiled(image, x)
+        fine, deep = self._encode(image, grid_size, 2**doublings, compiled)
         weights: list[Tensor] = []
         for index in range(doublings):
             # Of the maps at 2^doublings pixels per cell, nearest-neighbour resampling takes the
             # first pixel of each cell of the current grid, and of the grid twice as fine.
             step = 2 ** (doublings - index - 1)
             seen = deep[:, :, ::step, ::step], fine[:, :, ::step, ::step]
-            weights.append(self._weights(x, *seen))
+            weights.append(self._weights(x, *seen, compiled))
             if index + 1 < doublings:
                 x = double(x, weights[-1], backend=self.backend)
         return DoublingKernels(weights, output_size, self.backend)
@@ -310,24 +234,27 @@ class UPLiFT(PublishedUpsampler):
         assert isinstance(kernels, DoublingKernels)
         return kernels.precompute(mixed)
 
-    def _encode(self, image: Tensor, grid_size: Size, finest: int) -> tuple[Tensor, Tensor]:
+    def _encode(
+        self, image: Tensor, grid_size: Size, finest: int, compiled: bool
+    ) -> tuple[Tensor, Tensor]:
         """Last two maps of the image's encoder: (B, ·, finest·h, finest·w), and half of that."""
         size = (_CELL * grid_size[0], _CELL * grid_size[1])
         x = image if tuple(image.shape[2:]) == size else resize(image, size)
         *blocks, last = self.encoder
         for block in blocks:
-            x = block(x)
+            x = block(x, compiled=compiled)
         step = _CELL // finest
-        return x[:, :, ::step, ::step], last(x, 2 * step)
+        return x[:, :, ::step, ::step], last(x, 2 * step, compiled=compiled)
 
-    def _weights(self, features: Tensor, deep: Tensor, fine: Tensor) -> Tensor:
+    def _weights(self, features: Tensor, deep: Tensor, fine: Tensor, compiled: bool) -> Tensor:
         """Weights of one doubling, (B, 25, 2h, 2w), from features (B, C, h, w) and the maps."""
-        x = self.coarse_block(torch.cat([features, deep], dim=1))
-        weight, bias = _cast(x, self.doubling.weight, self.doubling.bias)
+        x = self.coarse_block(torch.cat([features, deep], dim=1), compiled=compiled)
+        weight, bias = cast_to(x, self.doubling.weight, self.doubling.bias)
+        assert weight is not None
         finer = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
         x = F.conv_transpose2d(x, weight, bias, stride=2) + finer
-        x = self.fine_block(torch.cat([x, fine], dim=1))
-        scores = F.conv2d(x, *_cast(x, self.scores.weight, self.scores.bias))
+        x = self.fine_block(torch.cat([x, fine], dim=1), compiled=compiled)
+        scores = F.conv2d(x, *cast_to(x, self.scores.weight, self.scores.bias))
         weights = (scores + x[:, : len(NEIGHBOURS)]).softmax(1)
         share = dict(zip(NEIGHBOURS, weights.unbind(1), strict=True))
         none = torch.zeros_like(weights[:, 0])

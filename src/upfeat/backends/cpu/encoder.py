@@ -45,13 +45,14 @@ class Before:
     sum_epsilon: float = 0.0
     """Number that is added to the variances of the group norm."""
     silu: bool = False
+    relu: bool = False
     unit: float | None = None
     """Divide by √(mean of squares over channels + ``unit``); ``None`` for no division."""
 
     def describe(self, layer: Layer, channels: int) -> None:
         """Write these steps into the library's description of a layer of ``channels`` inputs."""
         layer.inputs = channels
-        layer.silu, layer.pair = int(self.silu), self.pair
+        layer.activation, layer.pair = 2 if self.relu else int(self.silu), self.pair
         layer.unit, layer.epsilon = int(self.unit is not None), self.unit or 0.0
         if self.rotate is not None:
             for name, table in zip(("rows", "columns"), self.rotate, strict=True):

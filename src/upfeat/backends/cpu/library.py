@@ -40,10 +40,10 @@ LAYER_ARRAYS = (
 )
 _LAYER_NUMBERS = (
     *("inputs", "outputs", "pitch", "in_pitch", "kernel", "winograd"),
-    *("silu", "unit", "reflect", "pair", "groups", "sum_groups", "sum_count"),
+    *("activation", "unit", "reflect", "pair", "groups", "sum_groups", "sum_count"),
     "packed_bytes",
 )
-_ABI = 10
+_ABI = 11
 _NO_MEMORY = 2
 _NO_ISA = 3
 
