@@ -9,7 +9,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from upfeat.upsamplers.checkpoints import LAYOUTS, _names
+from upfeat.upsamplers.checkpoints import _names
+from upfeat.upsamplers.layouts import LAYOUTS
 
 
 def published_state(upsampler):

@@ -81,11 +81,12 @@ class ConvolutionBlock(nn.Module):
             return self._compiled(x)[:, :, ::every, ::every]
         y = x
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
+            assert isinstance(convolution, nn.Conv2d)
             assert isinstance(norm, BatchNorm)
             scale, shift = norm.affine()
             weight = convolution.weight * scale.view(-1, 1, 1, 1)
-            y = F.relu(F.conv2d(y, *cast_to(y, weight, shift), padding=1, stride=every))
-        y = F.conv2d(y, *cast_to(y, self.mixture.weight, self.mixture.bias))
+            y = F.relu(convolve(y, weight, shift, padding=1, stride=every))
+        y = convolve(y, self.mixture.weight, self.mixture.bias)
         return y + self._residual(x[:, :, ::every, ::every])
 
     def _compiled(self, x: Tensor) -> Tensor:
@@ -107,6 +108,9 @@ class ConvolutionBlock(nn.Module):
         return x[:, : self.mixture.out_channels]
 
 
-def cast_to(like: Tensor, *given: Tensor | None) -> list[Tensor | None]:
-    """Convert weights to the dtype of ``like``."""
-    return [None if one is None else one.to(like.dtype) for one in given]
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, padding: int = 0, stride: int = 1
+) -> Tensor:
+    """Apply a convolution in the dtype of ``x``."""
+    shift = None if bias is None else bias.to(x.dtype)
+    return F.conv2d(x, weight.to(x.dtype), shift, padding=padding, stride=stride)

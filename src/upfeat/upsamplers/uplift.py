@@ -17,7 +17,7 @@ from upfeat.resampling import bilinear, resample, resize
 from upfeat.transforms import is_transforming
 from upfeat.types import Size, Window
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels
-from upfeat.upsamplers.convolution_block import ConvolutionBlock, cast_to
+from upfeat.upsamplers.convolution_block import ConvolutionBlock, convolve
 from upfeat.upsamplers.maps import Map, is_recorded
 from upfeat.upsamplers.published import PublishedUpsampler, without_autocast
 
@@ -249,12 +249,12 @@ class UPLiFT(PublishedUpsampler):
     def _weights(self, features: Tensor, deep: Tensor, fine: Tensor, compiled: bool) -> Tensor:
         """Weights of one doubling, (B, 25, 2h, 2w), from features (B, C, h, w) and the maps."""
         x = self.coarse_block(torch.cat([features, deep], dim=1), compiled=compiled)
-        weight, bias = cast_to(x, self.doubling.weight, self.doubling.bias)
-        assert weight is not None
         finer = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        x = F.conv_transpose2d(x, weight, bias, stride=2) + finer
+        weight, bias = self.doubling.weight.to(x.dtype), self.doubling.bias
+        assert bias is not None
+        x = F.conv_transpose2d(x, weight, bias.to(x.dtype), stride=2) + finer
         x = self.fine_block(torch.cat([x, fine], dim=1), compiled=compiled)
-        scores = F.conv2d(x, *cast_to(x, self.scores.weight, self.scores.bias))
+        scores = convolve(x, self.scores.weight, self.scores.bias)
         weights = (scores + x[:, : len(NEIGHBOURS)]).softmax(1)
         share = dict(zip(NEIGHBOURS, weights.unbind(1), strict=True))
         none = torch.zeros_like(weights[:, 0])
