@@ -5,7 +5,10 @@
 DATA contains clothing/ and aerial_roads/ in the layout of ``upfeat eval``. Each image is fitted
 without the blend, and with each of ``--shares``. Fits and maps are stored in ``out/``, some
 gigabytes. Results go to benchmarks/implicit_share.json; those of ``--slack`` are added to it and
-replace no others. With another ``--backbone``, images are only fitted with the blend.
+replace no others. With another ``--backbone``, images are only fitted with the blend; ``--label``
+names its results, which is needed for a path:
+
+    python benchmarks/implicit_share.py DATA -o out/ --backbone hf:FOLDER@8 --label dinov2_small_8
 """
 
 from __future__ import annotations
@@ -36,11 +39,12 @@ from upfeat.implicit.features import fingerprint
 from upfeat.implicit.observe import Observer
 from upfeat.implicit.one_pass import mean_upsampler
 from upfeat.storage import write_bytes
+from upfeat.upsamplers.pretrained import trained_for_early
 
 TARGET = Path(__file__).with_name("implicit_share.json")
 IMAGES = {"clothing": (40, 24), "aerial_roads": (30, 20)}
 BACKBONE = "efficientnet_lite0"
-NAMED = (
+TRAINED = (
     "bilinear",
     "detail_universal",
     "detail_universal@early",
@@ -50,6 +54,13 @@ NAMED = (
     "early_detail_{backbone}@5",
     "early_detail_{backbone}@8",
 )
+"""Upsamplers for a backbone with a network of early layers that was trained for it."""
+UNIVERSAL = (
+    "bilinear",
+    "detail_universal",
+    *(f"detail_universal{passes}@early" for passes in ("", "@2", "@5", "@8")),
+)
+"""Upsamplers for other backbones."""
 ALONE = FitConfig(share=1.0, translation=0.0)
 FEW = FitConfig(share=0.0, views=32, zoomed_views=0, held_out=2)
 """Settings for the map of eight passes alone, which depends on the first 32 views only."""
@@ -180,6 +191,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--backbone", default=BACKBONE)
+    parser.add_argument("--label", help="name of the backbone in the results")
     parser.add_argument("--sets", nargs="+", choices=list(IMAGES), default=list(IMAGES))
     parser.add_argument("--fits", action="store_true", help="replace the rows of fits only")
     parser.add_argument("--losses", action="store_true", help="add held-out losses only")
@@ -191,7 +203,10 @@ def main() -> None:
     torch.set_num_threads(1)
     fitted = ALONE if options.slack is None else replace(ALONE, slack=options.slack)
     only_fits = options.fits or options.slack is not None
-    suffix = "" if options.backbone == BACKBONE else f"_{options.backbone}"
+    label = options.label or options.backbone
+    if not label.isidentifier():
+        parser.error(f"--backbone {options.backbone} needs a --label of letters, digits and _")
+    suffix = "" if options.backbone == BACKBONE else f"_{label}"
     if suffix and (options.losses or options.slack is not None):
         parser.error(f"--losses and --slack are for {BACKBONE}; leave out --backbone")
     for folder in options.sets:
@@ -199,7 +214,8 @@ def main() -> None:
         given = options.data / folder, IMAGES[folder], options.output / name
         found = {}
         if not options.losses:
-            named = () if only_fits else NAMED
+            rows = TRAINED if trained_for_early(options.backbone) else UNIVERSAL
+            named = () if only_fits else rows
             found = measure(*given, named, fitted, options.shares, options.backbone)
         if not suffix:
             found["held_out"] = losses(*given, fitted)

@@ -268,6 +268,9 @@ def implicit_probes() -> str:
 
 SHARED = UPSAMPLERS | {
     "detail_universal@early": "detail, universal, `early=True`",
+    "detail_universal@2@early": "detail, universal, `early=True, passes=2`",
+    "detail_universal@5@early": "detail, universal, `early=True, passes=5`",
+    "detail_universal@8@early": "detail, universal, `early=True, passes=8`",
     "detail_universal@5": "detail, universal, `passes=5`",
     "early_detail_efficientnet_lite0": "early detail (the default)",
     "early_detail_efficientnet_lite0@2": "early detail, `passes=2`",
