@@ -16,7 +16,7 @@ from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.attention import AttentionKernels, relative_window
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.jafar import EncodedAttention, ImageQueries, Projection
-from upfeat.upsamplers.published import without_autocast
+from upfeat.upsamplers.published import in_own_precision
 from upfeat.upsamplers.residual_encoder import ResidualEncoder
 
 
@@ -120,7 +120,7 @@ class AnyUp(EncodedAttention):
             "basis_side": self.basis_side,
         }
 
-    @without_autocast
+    @in_own_precision
     def prepare(
         self,
         guidance: Tensor,

@@ -52,6 +52,7 @@ class AttentionKernels:
             backend: backend of the operator; see :mod:`upfeat.functional`.
         """
         self.queries, self.keys = queries, keys
+        self.output_size, self.grid_size = queries.shape[2:], keys.shape[2:]
         self.rows, self.columns = rows, columns
         self.heads, self.split, self.backend = heads, split, backend
 

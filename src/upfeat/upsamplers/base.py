@@ -26,7 +26,12 @@ from upfeat.registry import Registry
 from upfeat.sharing import push_to_hub
 from upfeat.tensor_checks import check_values
 from upfeat.types import Size, Window
-from upfeat.upsamplers.checks import check_hidden, check_inputs, check_result
+from upfeat.upsamplers.checks import (
+    check_hidden,
+    check_inputs,
+    check_rendering,
+    check_result,
+)
 from upfeat.upsamplers.head import Head, add_offset, apply_head
 from upfeat.upsamplers.kernels import Kernels
 from upfeat.upsamplers.maps import Map
@@ -168,6 +173,10 @@ class Upsampler(nn.Module, ABC):
             output_size: (height, width) of the result.
             features: (B, C, h, w) of the same image; upsamplers with :attr:`needs_features` require
                 them, all others ignore them.
+
+        Raises:
+            TypeError: the guidance is not a tensor.
+            ValueError: a shape or a size is wrong, or features are required and do not fit.
         """
 
     def prepare_with(
@@ -314,8 +323,14 @@ class Upsampler(nn.Module, ABC):
 
         Returns:
             (B, K or C, height, width).
+
+        Raises:
+            TypeError: an argument is of another type.
+            ValueError: the head does not fit the features, or the window does not lie in the
+                output.
         """
         head = Head.of(head)
+        check_rendering(kernels, mixed, head, window)
         out = self.render_linear(kernels, mixed, head=head.weight, window=window)
         constant = head.constant(self.offset)
         return out if constant is None else add_offset(out, constant)

@@ -10,9 +10,11 @@ from torch._C._functorch import (  # pyright: ignore[reportMissingImports]
     is_functorch_wrapped_tensor,
 )
 
-from upfeat.bounds import shown
+from upfeat.bounds import indices, shown
 from upfeat.operator_checks import FLOATS
-from upfeat.types import Size
+from upfeat.types import Size, Window, times
+from upfeat.upsamplers.head import Head
+from upfeat.upsamplers.maps import Map
 
 _BRIGHTEST = 1e18
 """Largest magnitude of guidance, whose squares do not overflow; -3.4e38 marks missing data."""
@@ -29,21 +31,150 @@ def check_inputs(
         TypeError: features or guidance are not tensors.
         ValueError: as :meth:`Upsampler.forward`.
     """
+    _check_map("features", features)
+    _check_shapes(features, guidance, bands)
+    check_finite("features", features, "check the backbone's input and its precision")
+    check_finite("guidance", guidance, "check the image", most=_BRIGHTEST)
+    if output_size is None:
+        return guidance.shape[2], guidance.shape[3]
+    return check_output_size(output_size)
+
+
+def check_preparation(
+    guidance: Tensor,
+    grid_size: Size,
+    output_size: Size,
+    features: Tensor | None = None,
+    bands: int | None = 3,
+) -> tuple[Size, Size]:
+    """Check the arguments of :meth:`Upsampler.prepare`, but not the values of tensors.
+
+    Args:
+        guidance: as in :meth:`Upsampler.prepare`.
+        grid_size: as in :meth:`Upsampler.prepare`.
+        output_size: as in :meth:`Upsampler.prepare`.
+        features: those that the weights depend on; ``None`` for none.
+        bands: :attr:`Upsampler.guidance_bands`.
+
+    Returns:
+        Both sizes.
+
+    Raises:
+        TypeError: guidance or features are not tensors.
+        ValueError: a shape or a size is wrong, or guidance and features disagree.
+    """
+    if torch.compiler.is_compiling():
+        return grid_size, output_size
+    _check_shapes(features, guidance, bands)
     for label, tensor in (("features", features), ("guidance", guidance)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{label} is of type {type(tensor).__name__}; give a tensor")
-        if tensor.dim() != 4 or 0 in tensor.shape[1:]:
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise ValueError(f"{label} is {tensor.dtype}; give floating numbers, as .float() does")
+    grid_size = check_output_size(grid_size, "grid_size")
+    if features is not None and tuple(features.shape[2:]) != grid_size:
+        raise ValueError(
+            f"features is of {times(features.shape[2:])} cells, and grid_size={grid_size}; give "
+            "features.shape[2:]"
+        )
+    return grid_size, check_output_size(output_size)
+
+
+def check_rendering(
+    kernels: object, mixed: Tensor | Map, head: Head, window: Window | None
+) -> None:
+    """Check the arguments of :meth:`Upsampler.render`, but not the values of tensors.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: the head does not fit the features, or the window is no window of any map.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if not callable(kernels):
+        raise TypeError(f"kernels is of type {type(kernels).__name__}; give those of prepare()")
+    if isinstance(mixed, Tensor):
+        _check_map("mixed", mixed)
+        grid = getattr(kernels, "grid_size", None)
+        if grid is not None and tuple(mixed.shape[2:]) != tuple(grid):
             raise ValueError(
-                f"{label} must be (B, channels, height, width), none of the last three 0, "
-                f"not {tuple(tensor.shape)}"
+                f"mixed is of {times(mixed.shape[2:])} cells, and kernels of {times(grid)}; "
+                "prepare() those of this grid"
             )
-        if tensor.layout is not torch.strided:
-            raise ValueError(f"{label} is {tensor.layout}; give a dense one, as .to_dense() does")
+    elif not isinstance(mixed, Map):
+        raise TypeError(f"mixed is of type {type(mixed).__name__}; give a tensor")
+    _check_head(head, mixed)
+    if window is None:
+        return
+    if not isinstance(window, Window):
+        raise TypeError(
+            f"window is of type {type(window).__name__}; give Window(top, left, height, width)"
+        )
+    size = getattr(kernels, "output_size", (LONGEST_SIDE, LONGEST_SIDE))
+    inside = len(indices(window, 0, LONGEST_SIDE)) == 4 and window.height and window.width
+    if not inside or window.bottom > size[0] or window.right > size[1]:
+        raise ValueError(
+            f"window={shown(tuple(window))} does not lie in the output of {times(size)} pixels; "
+            "give whole numbers, top, left, height and width"
+        )
+
+
+def _check_head(head: Head, mixed: Tensor | Map) -> None:
+    """Check a head against features, of which a :class:`Map` does not tell the channels."""
+    weight, bias = head.weight, head.bias
+    for label, given in (("head", weight), ("bias of head", bias)):
+        if given is not None and not isinstance(given, Tensor | slice):
+            raise TypeError(
+                f"{label} is of type {type(given).__name__}; give a tensor, (K, C) for a head and "
+                "(K,) for its bias"
+            )
+    channels = mixed.shape[1] if isinstance(mixed, Tensor) else None
+    if isinstance(weight, Tensor):
+        if weight.dim() not in (2, 3) or channels not in (None, weight.shape[-1]):
+            of = "C" if channels is None else channels
+            raise ValueError(f"head is {tuple(weight.shape)}; give a weight of (K, {of})")
+        if isinstance(mixed, Tensor) and not _multiply(weight, mixed):
+            raise ValueError(
+                f"head is {weight.dtype} on {weight.device} and mixed {mixed.dtype} on "
+                f"{mixed.device}; convert it with .to(mixed)"
+            )
+        channels = weight.shape[-2]
+    elif isinstance(weight, slice):
+        channels = None if channels is None else len(range(channels)[weight])
+    if isinstance(bias, Tensor) and (bias.dim() != 1 or channels not in (None, len(bias))):
+        of = "K" if channels is None else channels
+        raise ValueError(f"bias of head is {tuple(bias.shape)}; give ({of},)")
+
+
+def _multiply(weight: Tensor, values: Tensor) -> bool:
+    """Return whether a head's weight and features can be multiplied."""
+    same = weight.dtype == values.dtype or torch.is_autocast_enabled(values.device.type)
+    return same and weight.device == values.device and weight.is_floating_point()
+
+
+def _check_map(label: str, tensor: Tensor) -> None:
+    """Check that an argument is a dense tensor (B, channels, height, width)."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{label} is of type {type(tensor).__name__}; give a tensor")
+    if tensor.dim() != 4 or 0 in tensor.shape[1:]:
+        raise ValueError(
+            f"{label} must be (B, channels, height, width), none of the last three 0, "
+            f"not {tuple(tensor.shape)}"
+        )
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{label} is {tensor.layout}; give a dense one, as .to_dense() does")
+
+
+def _check_shapes(features: Tensor | None, guidance: Tensor, bands: int | None) -> None:
+    """Check the shapes of features, if any, and guidance, and that they agree."""
+    if features is not None:
+        _check_map("features", features)
+    _check_map("guidance", guidance)
     if bands is not None and guidance.shape[1] != bands:
         raise ValueError(
             f"guidance has {guidance.shape[1]} channels; give the normalised RGB image ({bands}), "
             'or use an upsampler that takes any bands, as "detail_universal"'
         )
+    if features is None:
+        return
     if features.shape[0] != guidance.shape[0]:
         raise ValueError(
             f"features has batch size {features.shape[0]} and guidance {guidance.shape[0]}; "
@@ -54,11 +185,6 @@ def check_inputs(
             f"features is on {features.device} and guidance on {guidance.device}; "
             "move one with .to()"
         )
-    check_finite("features", features, "check the backbone's input and its precision")
-    check_finite("guidance", guidance, "check the image", most=_BRIGHTEST)
-    if output_size is None:
-        return guidance.shape[2], guidance.shape[3]
-    return check_output_size(output_size)
 
 
 def check_result(name: str, out: Tensor, expected: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from upfeat.bounds import MOST_CHANNELS, number, whole
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler, Window
-from upfeat.upsamplers.checks import check_precision
+from upfeat.upsamplers.checks import check_precision, check_preparation
 from upfeat.upsamplers.detail_kernels import DetailKernels
 from upfeat.upsamplers.detail_network import DetailMaps, DetailNetwork
 from upfeat.upsamplers.head import Head, Headed, apply_head
@@ -215,6 +215,8 @@ class DetailUpsampler(Upsampler):
         means: Tensor | None = None,
     ) -> DetailKernels:
         """Make the weights of a guidance, from its mean queries (B, D, 2h, 2w) if given."""
+        bands = self.guidance_bands
+        grid_size, output_size = check_preparation(guidance, grid_size, output_size, bands=bands)
         guidance = even_bands(guidance)
         step = self.neighbourhood.for_bands(guidance)
         finer = (FINER * grid_size[0], FINER * grid_size[1])

@@ -74,6 +74,7 @@ class DetailKernels:
             smoothing: weights by which the sum of all is smoothed; ``None`` for none.
         """
         self.first, self.last, self.regression = first, last, regression
+        self.grid_size, self.output_size = first.grid_size, last.output_size
         self.maps, self.detail, self.smoothing = maps, detail, smoothing
         self.recorded = any(
             part is not None and part.recorded for part in (last, detail, smoothing)

@@ -89,7 +89,7 @@ def add_offset(out: Tensor, offset: Tensor) -> Tensor:
 
     Args:
         out: (B, C, H, W).
-        offset: (C,).
+        offset: (C,), or (B, C).
     """
-    shaped = offset[:, None, None]
+    shaped = offset[..., None, None]
     return out + shaped if torch.is_grad_enabled() and out.requires_grad else out.add_(shaped)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from upfeat.geometry import interpolation_matrix
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
+from upfeat.upsamplers.checks import check_preparation
 
 _BACKENDS = ("auto", "eager", "reference")
 """Backends that run in PyTorch, whose interpolation these upsamplers use."""
@@ -81,6 +82,7 @@ class _Interpolation(Upsampler):
         features: Tensor | None = None,
     ) -> InterpolationKernels:
         """See :meth:`Upsampler.prepare`; the weights depend on ``output_size`` alone."""
+        _, output_size = check_preparation(guidance, grid_size, output_size, bands=None)
         return InterpolationKernels(output_size, self.mode)
 
 

@@ -21,7 +21,7 @@ from upfeat.upsamplers.attention import (
 )
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.checks import check_inputs
-from upfeat.upsamplers.published import without_autocast
+from upfeat.upsamplers.published import in_own_precision
 from upfeat.upsamplers.residual_encoder import (
     GROUPS,
     ResidualEncoder,
@@ -265,7 +265,7 @@ class JAFAR(EncodedAttention):
         """See :meth:`Upsampler.config`."""
         return {"embed_dim": self.embed_dim, "width": self.width, "heads": self.heads}
 
-    @without_autocast
+    @in_own_precision
     def prepare(
         self,
         guidance: Tensor,

@@ -19,7 +19,7 @@ from upfeat.normalization import IMAGENET
 from upfeat.resampling import bicubic, pool_to, pooled, resample
 from upfeat.upsamplers.bands import three_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler, Window
-from upfeat.upsamplers.checks import check_precision
+from upfeat.upsamplers.checks import check_precision, check_preparation
 from upfeat.upsamplers.maps import is_recorded
 from upfeat.upsamplers.pointwise import PointwiseNetwork, can_run_in_runs
 
@@ -122,9 +122,11 @@ class JBUStage(nn.Module):
 class JBUKernels:
     """The filters of all stages for one guidance; each stage's are computed when it runs."""
 
-    def __init__(self, stages: nn.ModuleList, guidance: Tensor, sizes: list[Size]) -> None:
-        """Keep the stages, the guidance (B, 3, H, W) and every stage's output size."""
-        self.stages = stages
+    def __init__(
+        self, stages: nn.ModuleList, guidance: Tensor, grid_size: Size, sizes: list[Size]
+    ) -> None:
+        """Keep the stages, the guidance (B, 3, H, W), the grid and every stage's output size."""
+        self.stages, self.grid_size, self.output_size = stages, grid_size, sizes[-1]
         self.guidance = guidance
         self.sizes = sizes
 
@@ -242,9 +244,11 @@ class JBUStack(Upsampler):
         features: Tensor | None = None,
     ) -> JBUKernels:
         """See :meth:`Upsampler.prepare`."""
+        bands = self.guidance_bands
+        grid_size, output_size = check_preparation(guidance, grid_size, output_size, bands=bands)
         check_precision("guidance", guidance, next(self.parameters()))
         sizes = stage_sizes(grid_size, output_size, len(self.stages))
-        return JBUKernels(self.stages, three_bands(guidance), sizes)
+        return JBUKernels(self.stages, three_bands(guidance), grid_size, sizes)
 
     @property
     def reach(self) -> int:

@@ -14,6 +14,7 @@ from upfeat.resampling import pool_to, pooled, resample
 from upfeat.types import Window
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Size, Upsampler
+from upfeat.upsamplers.checks import check_preparation
 from upfeat.upsamplers.encoder import spans_of
 from upfeat.upsamplers.maps import Computed, is_recorded, is_whole
 from upfeat.upsamplers.neighbourhood import MOST_RADIUS
@@ -79,6 +80,7 @@ class JointBilateral(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
+        grid_size, output_size = check_preparation(guidance, grid_size, output_size, bands=None)
         if guidance.shape[1] != 3:
             guidance = even_bands(guidance) * HALF.std[0]  # the spread of RGB from −1 to 1
         colours = Colours(guidance, output_size, self.sigma_range)

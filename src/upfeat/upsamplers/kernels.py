@@ -10,7 +10,11 @@ from upfeat.types import Window
 
 
 class Kernels(Protocol):
-    """Per-pixel upsampling weights of one guidance, ready for any features on its grid."""
+    """Per-pixel upsampling weights of one guidance, ready for any features on its grid.
+
+    If they have a ``grid_size``, (h, w), or an ``output_size``, (height, width),
+    :meth:`Upsampler.render` checks features and windows against them.
+    """
 
     def __call__(self, features: Any) -> Tensor:
         """Upsample features, (B, C, h, w) or from :meth:`Upsampler.precompute`, -> (B, C, H, W)."""

@@ -21,7 +21,7 @@ from upfeat.upsamplers.attention import (
 )
 from upfeat.upsamplers.base import UPSAMPLERS
 from upfeat.upsamplers.checks import check_buffer, check_inputs
-from upfeat.upsamplers.published import without_autocast
+from upfeat.upsamplers.published import in_own_precision
 from upfeat.upsamplers.residual_encoder import ResidualEncoder, mean_over_cells, rotate_pairs
 
 _MOST_PIXELS = 4
@@ -93,7 +93,7 @@ class NAF(AttentionUpsampler):
         """See :meth:`Upsampler.config`."""
         return {"width": self.width, "heads": self.heads, "window_side": self.window_side}
 
-    @without_autocast
+    @in_own_precision
     def prepare(
         self,
         guidance: Tensor,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from upfeat.bounds import whole
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler
+from upfeat.upsamplers.checks import check_preparation
 from upfeat.upsamplers.encoder import PyramidEncoder
 from upfeat.upsamplers.maps import Computed, Map
 from upfeat.upsamplers.queries import CellMeans, Queries, Units
@@ -138,6 +139,7 @@ class NeighbourhoodUpsampler(Upsampler):
         features: Tensor | None = None,
     ) -> NeighbourhoodKernels:
         """See :meth:`Upsampler.prepare`."""
+        grid_size, output_size = check_preparation(guidance, grid_size, output_size, bands=None)
         guidance = even_bands(guidance)
         step = self.for_bands(guidance)
         queries = Queries(step.encoder, guidance, output_size, self.backend)

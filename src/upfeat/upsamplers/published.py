@@ -13,7 +13,7 @@ from upfeat.normalization import IMAGENET
 from upfeat.types import Size, Window
 from upfeat.upsamplers import compiled_encoders
 from upfeat.upsamplers.base import Upsampler
-from upfeat.upsamplers.checks import check_buffer, check_inputs
+from upfeat.upsamplers.checks import check_buffer, check_inputs, check_preparation
 
 Prepare = TypeVar("Prepare", bound=Callable[..., Any])
 
@@ -21,15 +21,24 @@ _BAND_BYTES = 32 * 2**20
 """Approximate size of a band of rows, before it is copied into a caller's buffer."""
 
 
-def without_autocast(prepare: Prepare) -> Prepare:
-    """Make ``prepare`` compute in the precision of its arguments under autocast, too."""
+def in_own_precision(prepare: Prepare) -> Prepare:
+    """Make ``prepare`` check its arguments, and compute in their precision under autocast, too."""
 
     @wraps(prepare)
-    def exact(self: PublishedUpsampler, guidance: Tensor, *given: Any, **options: Any) -> Any:
+    def exact(
+        self: PublishedUpsampler,
+        guidance: Tensor,
+        grid_size: Size,
+        output_size: Size,
+        features: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        needed = features if self.needs_features else None
+        sizes = check_preparation(guidance, grid_size, output_size, needed)
         if not torch.is_autocast_enabled(guidance.device.type):
-            return prepare(self, guidance, *given, **options)
+            return prepare(self, guidance, *sizes, features, **options)
         with torch.autocast(guidance.device.type, enabled=False):
-            return prepare(self, guidance, *given, **options)
+            return prepare(self, guidance, *sizes, features, **options)
 
     return cast(Prepare, exact)
 

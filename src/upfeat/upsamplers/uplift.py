@@ -19,7 +19,7 @@ from upfeat.types import Size, Window
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels
 from upfeat.upsamplers.convolution_block import ConvolutionBlock, convolve
 from upfeat.upsamplers.maps import Map, is_recorded
-from upfeat.upsamplers.published import PublishedUpsampler, without_autocast
+from upfeat.upsamplers.published import PublishedUpsampler, in_own_precision
 
 _CELL = 16
 """Pixels per cell of the image that the encoder reads, whatever the backbone's patches."""
@@ -50,6 +50,7 @@ class DoublingKernels:
             backend: backend of the operator; see :mod:`upfeat.functional`.
         """
         self.weights = list(weights)
+        self.grid_size = (self.weights[0].shape[2] // 2, self.weights[0].shape[3] // 2)
         self.output_size = output_size
         self.backend = backend
 
@@ -192,7 +193,7 @@ class UPLiFT(PublishedUpsampler):
             "width": self.width,
         }
 
-    @without_autocast
+    @in_own_precision
     def prepare(
         self,
         guidance: Tensor,
