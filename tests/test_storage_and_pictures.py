@@ -29,6 +29,18 @@ def test_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_no_file_replaces_a_device_or_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        with pytest.raises(OSError, match=r"Is a device or a pipe, which .*; give the path of a"):
+            write_tensors(path, {"a": torch.ones(2)}, {})
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "pipe"]
+    assert pipe.is_fifo()
+
+
 def test_tensors_come_back(tmp_path):
     path = tmp_path / "x.safetensors"
     write_tensors(path, {"a": torch.arange(6.0).half()}, {"who": "me"})

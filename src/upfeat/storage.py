@@ -68,10 +68,14 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         FileNotFoundError: the folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
-        OSError: writing failed; the error names ``path``, not the temporary.
+        OSError: ``path`` is a device or a pipe, or writing failed; the error names ``path``, not
+            the temporary.
     """
     if path.is_dir():  # fail now rather than after the content is computed
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():  # root can rename a file over /dev/null
+        reason = "Is a device or a pipe, which a file would replace; give the path of a file"
+        raise OSError(errno.EINVAL, reason, str(path))
     with naming(path), _temporary(path, folder=False) as temporary:
         yield temporary
         # mkstemp makes files private; give the result the permissions of any new file.
