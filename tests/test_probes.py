@@ -212,3 +212,58 @@ def test_classes_are_whole_numbers():
         fit_classifier(Pixels(features, targets), 2, torch.Generator())
     with pytest.raises(ValueError, match="n_classes=0 must be 1 or more"):
         fit_classifier(Pixels(features, targets), 0, torch.Generator())
+
+
+@pytest.mark.parametrize("types", [("float64", "float32"), ("float32", "float64")])
+def test_targets_of_other_types_than_the_features_are_taken(types):
+    features, targets = (torch.randn(3, 20, 3).to(getattr(torch, kind)) for kind in types)
+    for fit, given in ((fit_depth, targets[..., 0]), (fit_normals, targets)):
+        head = fit(Pixels(features, given), torch.Generator())
+        assert head.weight.dtype == features.dtype
+        equal = fit(Pixels(features, given.to(features)), torch.Generator())
+        assert torch.equal(head.weight, equal.weight)
+
+
+def test_what_is_no_pixels_is_refused_by_name():
+    pixels, generator = Pixels(torch.randn(3, 9, 4), torch.zeros(3, 9)), torch.Generator()
+    fits = (lambda *given: fit_classifier(given[0], 2, given[1])), fit_depth
+    for fit in (*fits, fit_normals):
+        with pytest.raises(TypeError, match=r"^pixels is of type Tensor; give Pixels\("):
+            fit(pixels.features, generator)
+        with pytest.raises(TypeError, match=r"^generator is of type int; give torch\.Generator"):
+            fit(pixels, 0)
+    elsewhere = Pixels(pixels.features, pixels.targets.to("meta"))
+    with pytest.raises(ValueError, match=r"^features are on cpu and targets on meta; move"):
+        fit_depth(elsewhere, generator)
+
+
+def test_pixels_of_one_image_are_read():
+    upsampled, places = torch.randn(4, 8, 9), torch.tensor([0, 5])
+    for label, read in (
+        ("upsampled", read_pixels),
+        ("features", lambda maps, places: read_cells(maps, places, (16, 18))),
+    ):
+        with pytest.raises(ValueError, match=rf"^{label} must be .*4, 8, 9\); give {label}\[0\]"):
+            read(upsampled[None], places)
+        with pytest.raises(TypeError, match=f"^{label} is of type ndarray; give a tensor"):
+            read(upsampled.numpy(), places)
+        with pytest.raises(TypeError, match=r"^places is of type list; give a tensor"):
+            read(upsampled, [0, 5])
+        for wrong in (places.float(), places[None]):
+            with pytest.raises(ValueError, match=r"^places are torch.*; give .* indices"):
+                read(upsampled, wrong)
+    with pytest.raises(ValueError, match=r"^size=8 must be"):
+        read_cells(upsampled, places, 8)
+
+
+def test_pixels_are_drawn_from_a_mask():
+    usable, generator = torch.ones(4, 5, dtype=torch.bool), torch.Generator()
+    with pytest.raises(TypeError, match=r"^usable is of type ndarray; give a tensor"):
+        draw_pixels(usable.numpy(), 3, generator)
+    for wrong in (usable[None], usable.float()):
+        with pytest.raises(ValueError, match=r"^usable is torch.*; give \(H, W\) bool"):
+            draw_pixels(wrong, 3, generator)
+    with pytest.raises(ValueError, match=r"^count=-1 must be 0 or more"):
+        draw_pixels(usable, -1, generator)
+    with pytest.raises(TypeError, match=r"^generator is of type int; give"):
+        draw_pixels(usable, 3, 0)

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upfeat.bounds import whole
+from upfeat.bounds import instance, whole
 from upfeat.linear import ridge
 from upfeat.optimisers import LBFGS
+from upfeat.randomness import device_of
 from upfeat.types import shapes_repr
+from upfeat.upsamplers.checks import check_output_size
 
 __all__ = [
     "LinearProbe",
@@ -98,8 +100,16 @@ def draw_pixels(usable: Tensor, count: int, generator: torch.Generator) -> Tenso
         Row-major indices of the pixels, (count,).
 
     Raises:
-        ValueError: no pixel is usable.
+        TypeError: ``usable`` is not a tensor, or ``generator`` not a generator.
+        ValueError: no pixel is usable, ``usable`` is not (H, W) bool, or ``count`` no whole number.
     """
+    instance("usable", usable, Tensor, "give a tensor")
+    if usable.dim() != 2 or usable.dtype != torch.bool:
+        raise ValueError(
+            f"usable is {usable.dtype} {tuple(usable.shape)}; give (H, W) bool, as label != 255"
+        )
+    count = whole("count", count, 0)
+    device_of(generator)
     places = usable.flatten().nonzero()[:, 0]
     if not len(places):
         raise ValueError("no pixel is usable, so none can be drawn; leave such images out")
@@ -107,7 +117,13 @@ def draw_pixels(usable: Tensor, count: int, generator: torch.Generator) -> Tenso
 
 
 def read_pixels(upsampled: Tensor, places: Tensor) -> Tensor:
-    """Read features (C, H, W) at pixels given by row-major indices (P,): (P, C)."""
+    """Read features (C, H, W) at pixels given by row-major indices (P,): (P, C).
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: an argument has another shape, or ``places`` are not whole numbers.
+    """
+    _check_reading("upsampled", upsampled, places)
     return upsampled.flatten(1)[:, places].T
 
 
@@ -121,7 +137,13 @@ def read_cells(features: Tensor, places: Tensor, size: tuple[int, int]) -> Tenso
 
     Returns:
         (P, C).
+
+    Raises:
+        TypeError: ``features`` or ``places`` is not a tensor.
+        ValueError: an argument has another shape, or ``places`` are not whole numbers.
     """
+    _check_reading("features", features, places)
+    size = check_output_size(size, "size")
     height, width = features.shape[1:]
     rows = (2 * (places // size[1]) + 1) * height // (2 * size[0])
     columns = (2 * (places % size[1]) + 1) * width // (2 * size[1])
@@ -141,11 +163,12 @@ def fit_classifier(pixels: Pixels, n_classes: int, generator: torch.Generator) -
         A head from raw (not standardised) features to K logits.
 
     Raises:
+        TypeError: ``pixels`` are no :class:`Pixels`, or ``generator`` is no generator.
         ValueError: the shapes do not match, features are not finite, or a target is not one of the
             K classes.
     """
     n_classes = whole("n_classes", n_classes)
-    pixels = _checked(pixels)
+    pixels = _checked(pixels, generator)
     lowest, highest = (float(value) for value in pixels.targets.aminmax())
     if lowest < 0 or highest >= n_classes or bool((pixels.targets != pixels.targets.long()).any()):
         raise ValueError(
@@ -186,10 +209,11 @@ def fit_depth(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
         A head with one output, whose scale and shift are arbitrary.
 
     Raises:
+        TypeError: ``pixels`` are no :class:`Pixels`, or ``generator`` is no generator.
         ValueError: the shapes do not match, or features or depths are not finite.
     """
-    pixels = _checked(pixels)
-    targets = _standardised_rows(pixels.targets.float())
+    pixels = _checked(pixels, generator)
+    targets = _standardised_rows(pixels.targets.to(pixels.features))
     pixels = Pixels(pixels.features, targets)
 
     def loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,9 +246,11 @@ def fit_normals(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
         A head with three outputs.
 
     Raises:
+        TypeError: ``pixels`` are no :class:`Pixels`, or ``generator`` is no generator.
         ValueError: the shapes do not match, or features or normals are not finite.
     """
-    pixels = _checked(pixels, 3)
+    pixels = _checked(pixels, generator, 3)
+    pixels = Pixels(pixels.features, pixels.targets.to(pixels.features))
 
     def loss(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -241,11 +267,27 @@ def fit_normals(pixels: Pixels, generator: torch.Generator) -> LinearProbe:
     return _fit(pixels, LinearProbe(weight, targets.mean(0)), loss, generator)
 
 
-def _checked(pixels: Pixels, *sizes: int) -> Pixels:
-    """Check shapes and values, and return the pixels with features of float32 at least.
+def _check_reading(label: str, maps: Tensor, places: Tensor) -> None:
+    """Check that a map is of one image, (C, H, W), and places are indices, (P,)."""
+    instance(label, maps, Tensor, "give a tensor")
+    instance("places", places, Tensor, "give a tensor")
+    if maps.dim() != 3:
+        fix = f"; give {label}[0]" if maps.dim() == 4 and len(maps) == 1 else ""
+        raise ValueError(f"{label} must be (C, height, width), not {tuple(maps.shape)}{fix}")
+    if places.dim() != 1 or places.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            f"places are {places.dtype} {tuple(places.shape)}; give (P,) row-major indices of "
+            "pixels, whole numbers"
+        )
+
+
+def _checked(pixels: Pixels, generator: torch.Generator, *sizes: int) -> Pixels:
+    """Check arguments, and return the pixels with features of float32 at least.
 
     ``sizes`` are those of the axes of a target.
     """
+    instance("pixels", pixels, Pixels, "give Pixels(features, targets)")
+    device_of(generator)
     for name, given in (("features", pixels.features), ("targets", pixels.targets)):
         if not isinstance(given, Tensor):
             raise TypeError(f"{name} are of type {type(given).__name__}; give a tensor")
@@ -264,6 +306,11 @@ def _checked(pixels: Pixels, *sizes: int) -> Pixels:
     for name, values in (("features", features), ("targets", targets)):
         if name == "features" and not values.is_floating_point():
             raise ValueError(f"features are {values.dtype}; give floating numbers")
+        if values.device != features.device:
+            raise ValueError(
+                f"features are on {features.device} and targets on {values.device}; move one with "
+                ".to()"
+            )
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name} hold NaN or infinity; leave such pixels out")
     exact = torch.promote_types(features.dtype, torch.float32)
