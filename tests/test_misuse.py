@@ -8,13 +8,19 @@ from torch import nn
 
 import upfeat
 from upfeat import views
+from upfeat.adapters import encode_grid, write_grid
 from upfeat.batch import Engine, Extraction, extract, list_items
 from upfeat.bounds import quoted, shown
-from upfeat.downsamplers import AttentionDownsampler
+from upfeat.downsamplers import AttentionDownsampler, CellDownsampler, SimpleDownsampler
 from upfeat.evaluation import compare, evaluate
-from upfeat.heads import load_head, save_head
-from upfeat.losses import SpatialUncertainty, crf_pairwise, random_projection
-from upfeat.raster import Scene, make_plan, unfinished_tiles
+from upfeat.heads import SavedHead, describe_backbone, load_head, save_head
+from upfeat.losses import (
+    SpatialUncertainty,
+    crf_pairwise,
+    magnitude_consistency,
+    random_projection,
+)
+from upfeat.raster import Features, HeadOutput, Scene, make_plan, unfinished_tiles
 from upfeat.upsamplers import write_checkpoint
 from upfeat.video import VideoSettings, render_video
 
@@ -197,3 +203,84 @@ def test_images_of_usual_other_shapes_get_the_fix(model, shape, fix):
     for call in (model, model.backbone, model.lazy, model.guidance):
         with pytest.raises(ValueError, match=rf"x must be \(B, 3, H, W\), not .*{fix}"):
             call(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("size", [48, (5,), (0, 4), (2.5, 3), (10**9, 10**9), "ab"])
+def test_sizes_of_masked_images_are_checked_before_the_mask_is_resized(model, size):
+    x, mask = torch.randn(1, 3, 32, 48), np.zeros((32, 48), bool)
+    for call in (model, model.lazy):
+        with pytest.raises(ValueError, match=r"^output_size=.* (must be|has a side)"):
+            call(x, size, mask=mask)
+    with pytest.raises(ValueError, match=r"x must be \(B, 3, H, W\), not .* give x\[None\]"):
+        model(x[0], mask=mask)
+    with pytest.raises(TypeError, match="x is of type NoneType"):
+        model.lazy(None, mask=mask)
+
+
+def test_grids_are_of_models_and_have_names(model, tmp_path):
+    image = np.zeros((32, 48, 3), np.uint8)
+    grid = encode_grid(model, image)
+    for wrong in (model.backbone, "efficientnet_lite0"):
+        for call in (encode_grid, grid.upsample):
+            with pytest.raises(TypeError, match=r"^model is of type .*; give what upfeat\.load"):
+                call(wrong, image)
+    for name in ("../a", "folder/a", "/a", ""):
+        with pytest.raises(ValueError, match=r"^name=.* must be the name of a file"):
+            write_grid(tmp_path, name, grid)
+    with pytest.raises(TypeError, match=r"^name is of type NoneType; give a text"):
+        write_grid(tmp_path, None, grid)
+    with pytest.raises(TypeError, match=r"^grid is of type Tensor; give a DenseGrid"):
+        write_grid(tmp_path, "a", grid.features)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_head_is_saved_that_could_not_be_loaded(model, tmp_path):
+    path, told = tmp_path / "head.safetensors", describe_backbone(model.backbone)
+    good = {"names": ["a", "b"], "kind": "values", "backbone": told, "upsampler": "bilinear"}
+    for name, values in {
+        "names": ([0, 1], None, "ab", torch.ones(2)),
+        "backbone": (None, "efficientnet_lite0", model.backbone, {"stride": 16}),
+        "upsampler": (None, model.upsampler),
+    }.items():
+        for wrong in values:
+            head = SavedHead(torch.ones(2, 8), torch.ones(2), **{**good, name: wrong})
+            with pytest.raises(TypeError, match=rf"{name}.*(must be|name of one)"):
+                save_head(path, head)
+    assert not list(tmp_path.iterdir())
+    save_head(path, SavedHead(torch.ones(2, 8), torch.ones(2), **good))
+    assert load_head(path).backbone == told
+    with pytest.raises(TypeError, match=r"^backbone is of type FeatUp; give model\.backbone"):
+        describe_backbone(model)
+
+
+def test_what_a_raster_gets_is_checked_before_its_tiles(model):
+    weight, bias, names = torch.ones(2, 8), torch.ones(2), ["a", "b"]
+    for wrong in ((weight.T, bias, names), (weight, bias[:1], names), (weight, bias, ["a"])):
+        with pytest.raises(ValueError, match=r"^weight is .*; give \(K, C\), \(K,\) and K names"):
+            HeadOutput(*wrong, {})
+    with pytest.raises(TypeError, match=r"^weight is of type ndarray; give a tensor"):
+        HeadOutput(weight.numpy(), bias, names, {})
+    refuses(lambda embed_dim: Features(embed_dim, {}), "embed_dim", (int,))
+    for wrong in ("float8", "int8", torch.float16):
+        with pytest.raises(ValueError, match=r"^dtype: "):
+            Features(8, {}, wrong)
+    given = {"size": (64, 64), "model": model, "what": Features(8, {})}
+    for name in (*given, "tile", "backbone_tile"):
+        refuses(make_plan, name, **given)
+
+
+def test_views_and_maps_of_downsamplers_and_losses():
+    values = torch.rand(2, 4, 32, 48)
+    for down in (AttentionDownsampler(4, 8), SimpleDownsampler(8), CellDownsampler(5)):
+        with pytest.raises(TypeError, match=r"^jitter is of type int; give views"):
+            down(values, (4, 6), jitter=3)
+        with pytest.raises(TypeError, match=r"^values is of type NoneType; give a tensor"):
+            down(None, (4, 6))
+    with pytest.raises(TypeError, match=r"^target is of type NoneType; give a tensor"):
+        magnitude_consistency(values, None)
+
+
+def test_image_first_wraps_upsamplers():
+    for wrong in ("anyup", upfeat.Bilinear, None):
+        with pytest.raises(TypeError, match=r"^upsampler is of type .*; give an Upsampler"):
+            upfeat.ImageFirst(wrong)

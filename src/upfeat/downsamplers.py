@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from upfeat.bounds import flag, number, whole
+from upfeat.bounds import flag, instance, number, whole
 from upfeat.geometry import reflect
 from upfeat.pooling import check_grid, pool_patches, repeat_maps, sample_patches
 from upfeat.randomness import device_of, draw_normal, draw_uniform
@@ -145,13 +145,12 @@ class CellDownsampler(nn.Module):
     def _means_of_views(
         self, values: Tensor, output_size: tuple[int, int], jitter: Jitter
     ) -> Tensor:
-        batch = len(values)
+        batch, views = len(values), _matrices(jitter, values)
+        assert views is not None
         if len(jitter) % batch:
             raise ValueError(
                 f"{len(jitter)} views cannot be of {batch} maps alike; give each as many"
             )
-        views = _matrices(jitter, values)
-        assert views is not None
         rows, columns = (
             functional.adaptive_avg_pool1d(matrix.mT, cells).mT
             for matrix, cells in zip(views, output_size, strict=True)
@@ -302,6 +301,7 @@ class AttentionDownsampler(nn.Module):
         Raises:
             ValueError: the shapes of values, saliency, views and grid do not match.
         """
+        check_map("values", values)
         if saliency is None:
             saliency = self.saliency(values)
         elif saliency.shape[-2:] != values.shape[-2:] or len(saliency) != len(values):
@@ -353,8 +353,10 @@ def gaussian_blur(x: Tensor) -> Tensor:
 
 def _matrices(jitter: Jitter | None, values: Tensor) -> tuple[Tensor, Tensor] | None:
     """Matrices, one set per axis, that warp maps to the views; ``None`` without views."""
+    check_map("values", values)
     if jitter is None:
         return None
+    instance("jitter", jitter, Jitter, "give views, as sample_jitters() draws them")
     size = (values.shape[2], values.shape[3])
     work = torch.promote_types(values.dtype, torch.float32)
     return jitter.matrices(size, dtype=work, device=values.device)

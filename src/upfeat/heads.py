@@ -92,7 +92,12 @@ class SavedHead:
 
 
 def describe_backbone(backbone: Backbone) -> dict[str, str]:
-    """Properties on which a backbone's features depend, as strings by name."""
+    """Properties on which a backbone's features depend, as strings by name.
+
+    Raises:
+        TypeError: ``backbone`` is no :class:`upfeat.Backbone`, for example a whole model.
+    """
+    instance("backbone", backbone, Backbone, "give model.backbone, or load_backbone(…)")
     return {
         "name": backbone.name,
         "embed_dim": str(backbone.embed_dim),
@@ -107,12 +112,21 @@ def save_head(path: str | Path, head: SavedHead) -> None:
 
     Raises:
         OSError: writing failed.
-        TypeError: weight or bias is not a tensor.
+        TypeError: weight or bias is not a tensor, names are no texts, or the backbone is not
+            described by texts.
         ValueError: weight, bias and names do not match, a value is NaN or infinite, or there is no
             such kind.
     """
     path = path_of("path", path)
     instance("head", head, SavedHead, "give a SavedHead(weight, bias, names, …)")
+    names = head.names if isinstance(head.names, list | tuple) else [None]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"names={shown(head.names)} must be a list of texts")
+    told = head.backbone if isinstance(head.backbone, dict) else {None: None}
+    if not all(isinstance(one, str) for one in (*told, *told.values(), head.upsampler)):
+        raise TypeError(
+            "backbone must be describe_backbone(model.backbone), and upsampler the name of one"
+        )
     _check(head, f"{path}: not written", "no head")
     metadata = {
         "format": FORMAT,

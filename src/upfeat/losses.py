@@ -174,8 +174,12 @@ def magnitude_consistency(predicted: Tensor, target: Tensor) -> Tensor:
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: an argument is of another shape.
     """
     check_map("predicted", predicted)
+    check_map("target", target)
     # The magnitude of a map of magnitudes is the map itself.
     predicted, length = magnitude(_wide(predicted)), magnitude(_wide(target))
     _check_same("predicted magnitude", predicted, "target magnitude", length)

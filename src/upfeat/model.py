@@ -22,6 +22,7 @@ from upfeat.operator_checks import check_image
 from upfeat.scales import guidance_for
 from upfeat.types import Filled, Size
 from upfeat.upsamplers import Upsampler
+from upfeat.upsamplers.checks import check_output_size
 from upfeat.upsamplers.pretrained import require_upsampler
 
 if TYPE_CHECKING:
@@ -227,6 +228,7 @@ class FeatUp(nn.Module):
 
     def _without_data(self, x: Tensor, mask: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Image, features and early layers' features, each filled in where there are no data."""
+        check_image(x, self.backbone.in_channels)
         missing = resize_mask(mask, (x.shape[2], x.shape[3])).to(x.device)
         if len(missing) not in (1, len(x)):
             raise ValueError(f"mask is of {len(missing)} images and x of {len(x)}; give as many")
@@ -277,7 +279,8 @@ class FeatUp(nn.Module):
             features, hidden = self._seen(x)
         else:
             x, features, hidden = self._without_data(x, mask)
-            size = output_size or (x.shape[2], x.shape[3])
+            size = (x.shape[2], x.shape[3])
+            size = size if output_size is None else check_output_size(output_size)
             missing = resize_mask(mask, size).to(x.device)
         inputs = self._inputs(features, x)
         mean, std = self.upsampler.normalization or self.backbone.normalization

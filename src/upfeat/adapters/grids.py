@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from upfeat.bounds import path_of, quoted, whole
+from upfeat.bounds import instance, path_of, quoted, whole
 from upfeat.feature_map import check_tensor
 from upfeat.geometry import reflect_pad
 from upfeat.model import FeatUp
@@ -95,8 +95,10 @@ class DenseGrid:
             (d, *output_size).
 
         Raises:
+            TypeError: ``model`` is no :class:`upfeat.FeatUp`.
             ValueError: the image has another size, or ``output_size`` is no size.
         """
+        instance("model", model, FeatUp, "give what upfeat.load() returns")
         wanted = self.target_size if output_size is None else check_output_size(output_size)
         x = model.preprocess(image)
         size = (x.shape[2], x.shape[3])
@@ -125,8 +127,10 @@ def encode_grid(model: FeatUp, image: ImageLike) -> DenseGrid:
         image: any image that :meth:`upfeat.FeatUp.preprocess` reads.
 
     Raises:
+        TypeError: ``model`` is no :class:`upfeat.FeatUp`.
         ValueError: the image cannot be read.
     """
+    instance("model", model, FeatUp, "give what upfeat.load() returns")
     x = model.preprocess(image)
     size, stride = (x.shape[2], x.shape[3]), model.backbone.stride
     grid = (-(-size[0] // stride), -(-size[1] // stride))
@@ -161,13 +165,17 @@ def write_grid(folder: str | Path, name: str, grid: DenseGrid, dtype: str = "flo
         The path of the tensor, ``ID.pt``.
 
     Raises:
-        TypeError: an entry of the grid's ``facts`` cannot be written as JSON.
-        ValueError: ``dtype`` is neither of these, the features contain NaN, infinity or values that
-            overflow it, or all are too small for float16.
+        TypeError: ``name`` is no text, ``grid`` no :class:`DenseGrid`, or an entry of its ``facts``
+            cannot be written as JSON.
+        ValueError: ``name`` is a path, ``dtype`` is neither of these, the features contain NaN,
+            infinity or values that overflow it, or all are too small for float16.
         OSError: writing failed.
     """
     if dtype not in ("float32", "float16"):
         raise ValueError(f"dtype={quoted(dtype)} must be float32 or float16")
+    instance("grid", grid, DenseGrid, "give a DenseGrid, as encode_grid() returns it")
+    if not instance("name", name, str, "give a text") or Path(name).name != name:
+        raise ValueError(f"name={quoted(name)} must be the name of a file, without a folder")
     path = path_of("folder", folder) / f"{name}.pt"
     largest = largest_magnitude(grid.features)
     check_not_too_small(f"{path}: features", largest, getattr(torch, dtype), "take float32")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upfeat.bounds import choice, instance, whole
 from upfeat.model import FeatUp
 from upfeat.tensor_checks import check_not_too_small, largest_magnitude
 from upfeat.upsamplers import Kernels, Upsampler, Window
@@ -112,9 +113,13 @@ class Features(Output):
             embed_dim: number C of channels.
             facts: description of the model that makes the features.
             dtype: type of the stored values, "float16" or "float32".
+
+        Raises:
+            ValueError: ``embed_dim`` is no whole number, or ``dtype`` is another type.
         """
+        embed_dim = whole("embed_dim", embed_dim)
         self.names = [f"feature {index}" for index in range(embed_dim)]
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype(choice("dtype", dtype, ("float16", "float32")))
         self.facts = {**facts, "output": "features", "dtype": dtype}
         self._fits = False  # whether features of a tile were large enough for the type
 
@@ -165,15 +170,25 @@ class HeadOutput(Output):
                 or "classes", the index of the largest output, uint8.
 
         Raises:
-            ValueError: there is no such form, or a class map cannot hold that many classes.
+            TypeError: weight or bias is not a tensor.
+            ValueError: there is no such form, weight, bias and names do not match, or a class map
+                cannot hold that many classes.
         """
+        for label, one in (("weight", weight), ("bias", bias)):
+            instance(label, one, Tensor, "give a tensor")
+        names = list(names)
+        if weight.dim() != 2 or bias.shape != weight.shape[:1] or len(names) != len(weight):
+            raise ValueError(
+                f"weight is {tuple(weight.shape)}, bias {tuple(bias.shape)}, and names are "
+                f"{len(names)}; give (K, C), (K,) and K names"
+            )
         if form not in ("values", "probabilities", "classes"):
             raise ValueError(f'form="{form}" must be values, probabilities or classes')
         if form == "classes" and len(names) > NO_CLASS:
             raise ValueError(f"{len(names)} classes are more than a class map holds, {NO_CLASS}")
         self._weight, self._bias, self._form = weight, bias, form
-        self.classes = list(names)
-        self.names = ["class"] if form == "classes" else list(names)
+        self.classes = names
+        self.names = ["class"] if form == "classes" else names
         self.dtype = np.dtype("uint8" if form == "classes" else "float32")
         self.nodata = NO_CLASS if form == "classes" else float("nan")
         numbers = b"".join(one.detach().cpu().float().numpy().tobytes() for one in (weight, bias))

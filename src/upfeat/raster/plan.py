@@ -8,9 +8,11 @@ from dataclasses import dataclass
 
 from upfeat import machine
 from upfeat.activations import activation_bytes
+from upfeat.bounds import instance, whole
 from upfeat.budget import free_bytes
 from upfeat.machine import readable
 from upfeat.model import FeatUp
+from upfeat.operator_checks import whole_numbers
 from upfeat.raster.outputs import Output
 from upfeat.raster.scene import CACHE_BYTES
 from upfeat.receptive_field import receptive_halo, stacked_channels
@@ -94,9 +96,16 @@ def make_plan(
             budget allows.
 
     Raises:
-        ValueError: the upsampler's reach is the whole image, or no tile fits the budget; the
-            message then names the smallest budget that can work.
+        TypeError: ``model`` or ``what`` is of another class.
+        ValueError: a number is no whole number from 1, the upsampler's reach is the whole image, or
+            no tile fits the budget; the message then names the smallest budget that can work.
     """
+    instance("model", model, FeatUp, "give what upfeat.load() returns")
+    instance("what", what, Output, "give Features(…) or HeadOutput(…)")
+    height, width = (whole("size", side) for side in whole_numbers("size", size, 2))
+    size = (height, width)
+    tile = whole("tile", tile, optional=True)
+    backbone_tile = whole("backbone_tile", backbone_tile, optional=True)
     max_memory = machine.parse_memory(max_memory)
     stride, reach = model.backbone.stride, model.upsampler.reach
     if reach is None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from upfeat.bounds import instance
 from upfeat.types import Size
 from upfeat.upsamplers.base import Upsampler
 
@@ -36,9 +37,13 @@ class ImageFirst(nn.Module):
 
         Args:
             upsampler: any upsampler of this library.
+
+        Raises:
+            TypeError: ``upsampler`` is no upsampler, for example a name.
         """
         super().__init__()
-        self.upsampler = upsampler
+        fix = "give an Upsampler, as upfeat.load_upsampler(name) returns it"
+        self.upsampler = instance("upsampler", upsampler, Upsampler, fix)
 
     def forward(
         self,
