@@ -8,7 +8,7 @@ from torch import nn
 
 import upfeat
 from upfeat import views
-from upfeat.adapters import encode_grid, write_grid
+from upfeat.adapters import TileSampler, encode_grid, stitch, write_grid
 from upfeat.batch import Engine, Extraction, extract, list_items
 from upfeat.bounds import quoted, shown
 from upfeat.downsamplers import AttentionDownsampler, CellDownsampler, SimpleDownsampler
@@ -20,7 +20,10 @@ from upfeat.losses import (
     magnitude_consistency,
     random_projection,
 )
+from upfeat.probes import LinearProbe
 from upfeat.raster import Features, HeadOutput, Scene, make_plan, unfinished_tiles
+from upfeat.scales import fit_translation
+from upfeat.testing import check_upsampler
 from upfeat.upsamplers import write_checkpoint
 from upfeat.video import VideoSettings, render_video
 
@@ -284,3 +287,35 @@ def test_image_first_wraps_upsamplers():
     for wrong in ("anyup", upfeat.Bilinear, None):
         with pytest.raises(TypeError, match=r"^upsampler is of type .*; give an Upsampler"):
             upfeat.ImageFirst(wrong)
+
+
+def test_tools_name_what_they_cannot_use(model):
+    sampler, parts = TileSampler((0, 0, 8, 4), 1.0, tile=4), [torch.ones(2, 4, 4)] * 2
+    for call, kind in {
+        lambda: stitch(parts, 3): "sampler is of type int; give the TileSampler",
+        lambda: stitch([part.numpy() for part in parts], sampler): "part 1 is of type ndarray; giv",
+        lambda: upfeat.WrappedBackbone("resnet50"): "module is of type str; give a module or a fun",
+        lambda: upfeat.backbones.estimate_displacement("resnet50", []): "backbone is of type str",
+        lambda: fit_translation(model, []): "backbone is of type FeatUp; give what load_backbone",
+        lambda: check_upsampler(upfeat.Bilinear()): "make is of type Bilinear; give a function",
+        lambda: check_upsampler("bilinear"): "make is of type str; give a function",
+        lambda: views.Jitter.identity(1, size=(4, 4)).to_view(np.ones((1, 2))): "points is of type",
+    }.items():
+        with pytest.raises(TypeError, match=f"^{kind}"):
+            call()
+
+
+def test_heads_of_exports_are_tensors(model, tmp_path):
+    weight, bias, path = torch.ones(2, 8), torch.ones(2), tmp_path / "model.pt2"
+    for head, words in (
+        ((weight.numpy(), None), "weight of head is of type ndarray; give a tensor"),
+        ((None, bias), "weight of head is of type NoneType; give a tensor"),
+        ((weight, [1.0, 1.0]), "bias of head is of type list; give a tensor"),
+        (LinearProbe(weight, bias), "head is of type LinearProbe; give a SavedHead, its file, or"),
+        (nn.Linear(8, 2), "head is of type Linear; give a SavedHead"),
+    ):
+        with pytest.raises(TypeError, match=f"^{words}"):
+            upfeat.export(model, path, head=head, size=(32, 32))
+    with pytest.raises(ValueError, match=r"^head: bias is \(3,\); give \(2,\)"):
+        upfeat.export(model, path, head=(weight, torch.ones(3)), size=(32, 32))
+    assert not list(tmp_path.iterdir())

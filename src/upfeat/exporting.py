@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from upfeat._version import __version__
 from upfeat.backbones.libraries import import_library
-from upfeat.bounds import MOST_CHANNELS, path_of, whole
+from upfeat.bounds import MOST_CHANNELS, instance, path_of, whole
 from upfeat.guided import Guided
 from upfeat.heads import SavedHead, load_head
 from upfeat.model import FeatUp
@@ -357,6 +357,7 @@ def _read_head(
     """Read a head and its metadata for the exported file.
 
     Raises:
+        TypeError: it is no head.
         ValueError: the head does not fit the model.
     """
     if head is None:
@@ -371,10 +372,19 @@ def _read_head(
             head.check_backbone(model.backbone, label)
         facts = {"head_kind": head.kind, "head_names": json.dumps(head.names)}
         head = head.weight, head.bias
+    if not isinstance(head, tuple) or len(head) != 2:
+        raise TypeError(
+            f"head is of type {type(head).__name__}; give a SavedHead, its file, or (weight, bias)"
+        )
     weight, bias = head
+    for name, one in (("weight of head", weight), ("bias of head", bias)):
+        if one is not None or name.startswith("weight"):
+            instance(name, one, Tensor, "give a tensor")
     channels = getattr(model, "embed_dim", None) or weight.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != channels:
         raise ValueError(
             f"{label}: weight is {tuple(weight.shape)}; give (K, {channels}), one row per output"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{label}: bias is {tuple(bias.shape)}; give ({len(weight)},)")
     return Head(weight.float(), None if bias is None else bias.float()), facts

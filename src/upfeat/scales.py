@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.backbones import Backbone, OuterBackbone
-from upfeat.bounds import number
+from upfeat.bounds import instance, number
 from upfeat.mirrored import Mirrored
 from upfeat.normalization import Normalization
 from upfeat.resampling import on_grid
@@ -96,6 +96,7 @@ def fit_translation(
         ratio: ratio of the enlarged image's sides to the image's own; see :class:`SecondScale`.
 
     Raises:
+        TypeError: ``backbone`` is no :class:`upfeat.Backbone`, for example a name.
         ValueError: ``images`` is empty, or the penalty is not above 0.
 
     Example:
@@ -105,6 +106,7 @@ def fit_translation(
         >>> fit_translation(backbone, images).weight.shape
         torch.Size([4, 4])
     """
+    instance("backbone", backbone, Backbone, "give what load_backbone() returns")
 
     def pair(x: Tensor) -> tuple[Tensor, Tensor]:
         own = backbone(x)

@@ -209,6 +209,7 @@ class Jitter:
 
     def _points(self, points: Tensor) -> Tensor:
         """Check points and expand them to (N, P, 2), in float64 on the CPU."""
+        instance("points", points, Tensor, "give a tensor")
         if points.ndim not in (2, 3) or points.shape[-1] != 2:
             shape = tuple(points.shape)
             raise ValueError(f"points must have shape (P, 2) or (N, P, 2) as (y, x), got {shape}")

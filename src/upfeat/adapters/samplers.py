@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from upfeat.bounds import number, shown, whole
+from upfeat.bounds import instance, number, shown, whole
 from upfeat.tiling import Tile, split
 from upfeat.types import Size
 
@@ -123,15 +123,18 @@ def stitch(parts: Iterable[Tensor], sampler: TileSampler) -> Tensor:
         (C, *sampler.size), of the parts' dtype, on the device of the first part.
 
     Raises:
+        TypeError: a part is not a tensor, or ``sampler`` no :class:`TileSampler`.
         ValueError: there are fewer or more parts than tiles, or a part's size, number of channels
             or dtype does not fit.
     """
+    instance("sampler", sampler, TileSampler, "give the TileSampler of the parts")
     out: Tensor | None = None
     count = 0
     for count, part in enumerate(parts, start=1):
         if count > len(sampler):
             raise ValueError(f"parts are more than the {len(sampler)} tiles of the sampler")
         tile = sampler.tiles[count - 1]
+        instance(f"part {count}", part, Tensor, "give a tensor")
         if tuple(part.shape[1:]) != (tile.outer.height, tile.outer.width):
             raise ValueError(
                 f"part {count} has {tuple(part.shape[1:])} pixels, not "

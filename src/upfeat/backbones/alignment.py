@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from upfeat.backbones.base import Backbone
+from upfeat.bounds import instance
 
 
 @torch.no_grad()
@@ -28,6 +29,7 @@ def estimate_displacement(backbone: Backbone, images: Iterable[Tensor]) -> tuple
         (down, right), pixels; about 0 for networks that treat both sides of an image alike.
 
     Raises:
+        TypeError: ``backbone`` is no :class:`Backbone`, for example a name.
         ValueError: there are no images, or they have the same features in every cell.
 
     Example:
@@ -35,6 +37,7 @@ def estimate_displacement(backbone: Backbone, images: Iterable[Tensor]) -> tuple
         >>> backbone = load_backbone(torch.nn.Conv2d(3, 4, 8, 8))
         >>> down, right = estimate_displacement(backbone, torch.rand(2, 1, 3, 64, 64))
     """
+    instance("backbone", backbone, Backbone, "give what load_backbone() returns")
     moments = torch.zeros(2, 2, dtype=torch.float64)  # (axis, slope·difference and slope²)
     for x in images:
         own = backbone(x)

@@ -94,9 +94,15 @@ class WrappedBackbone(Backbone):
                 the modules inside.
 
         Raises:
+            TypeError: ``module`` cannot be called, for example a name.
             ValueError: the module's output is no feature map, its stride is no whole number, or it
                 takes none of the sizes tried; the message names the fix.
         """
+        if not callable(module):
+            raise TypeError(
+                f"module is of type {type(module).__name__}; give a module or a function, or a "
+                "name to load_backbone()"
+            )
         if layout is not None and layout not in LAYOUTS:
             raise ValueError(f"layout={shown(layout)} must be one of {', '.join(LAYOUTS)}")
         if fit is not None and fit not in sizes.FITS:

@@ -49,6 +49,7 @@ def check_upsampler(
 
     Raises:
         AssertionError: a property does not hold; the message names it and the measured error.
+        TypeError: ``make`` is no function, for example an upsampler.
         ValueError: ``without`` names no property.
 
     Example:
@@ -57,6 +58,8 @@ def check_upsampler(
         >>> "heads" in held
         True
     """
+    if isinstance(make, torch.nn.Module) or not callable(make):
+        raise TypeError(f"make is of type {type(make).__name__}; give a function that makes one")
     first = _made(make)
     if channels is None:
         channels = getattr(first, "embed_dim", None) or 4
