@@ -181,8 +181,12 @@ def add_flags(parser: argparse._ActionsContainer, config: type) -> None:
     for name, one in settings_of(config).items():
         if one.flag:
             flag = f"--{name.replace('_', '-')}"
+            meaning = one.meaning.replace("`", "")
             parser.add_argument(
-                flag, default=argparse.SUPPRESS, metavar="VALUE", help=one.meaning.replace("`", "")
+                flag,
+                default=argparse.SUPPRESS,
+                metavar="VALUE",
+                help=f"{meaning} (default: {getattr(config, name)})",
             )
 
 

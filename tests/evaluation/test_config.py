@@ -88,7 +88,8 @@ def test_one_declaration_gives_check_flag_docstring_and_row():
     add_flags(parser, Walk)
     assert vars(parser.parse_args([])) == {}
     assert vars(parser.parse_args(["--steps", "3"])) == {"steps": "3"}
-    assert "how far to go, None is no number" in parser.format_help()
+    help_text = " ".join(parser.format_help().split())
+    assert "how far to go, None is no number (default: 10)" in help_text
     with pytest.raises(SystemExit):
         parser.parse_args(["--gear", "rope"])
 
