@@ -1,6 +1,7 @@
 """What every command has in common: exit codes, errors of one line, notes."""
 
 import errno
+import logging
 import os
 import re
 import signal
@@ -75,6 +76,19 @@ def test_warnings_are_notes_of_one_line(monkeypatch, capsys):
     assert main(["info"]) == 0
     assert capsys.readouterr().err == "upfeat: note: something is odd\n"
     assert warnings.showwarning is before
+
+
+def test_warnings_of_logs_are_notes_unless_the_caller_handles_them(monkeypatch, capsys):
+    def execute(options):
+        record = logging.makeLogRecord({"msg": "%s\nis odd", "args": ("x\x1b",), "levelno": 30})
+        logging.lastResort.handle(record)  # as logging does where nobody handles records
+        return 0
+
+    before = logging.lastResort
+    monkeypatch.setattr(info, "execute", execute)
+    assert main(["info"]) == 0
+    assert capsys.readouterr().err == "upfeat: note: x\\x1b is odd\n"
+    assert logging.lastResort is before
 
 
 @pytest.mark.parametrize("line", [["--version"], ["--help"], ["run", "--help"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -94,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     accept_all_characters()
     name = "upfeat"
     try:
-        with _signals_as_interrupts(), warnings.catch_warnings():
+        with _signals_as_interrupts(), _log_as_notes(), warnings.catch_warnings():
             warnings.showwarning = _show_warning
             options = build_parser().parse_args(arguments)
             name = f"upfeat {options.command}"
@@ -143,6 +144,25 @@ def _signals_as_interrupts() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+class _Notes(logging.Handler):
+    """Handler that prints records as the command's notes."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one line."""
+        _note(record.getMessage())
+
+
+@contextmanager
+def _log_as_notes() -> Iterator[None]:
+    """Context in which warnings of logs look like all notes, unless the caller handles them."""
+    before = logging.lastResort
+    logging.lastResort = _Notes(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.lastResort = before
+
+
 def calm_threads() -> None:
     """Let waiting threads of PyTorch sleep early, unless an environment variable decides otherwise.
 
@@ -163,4 +183,8 @@ def _show_warning(
     file: object = None,
     line: str | None = None,
 ) -> None:
-    say(f"upfeat: note: {' '.join(str(message).split())}", error=True)
+    _note(str(message))
+
+
+def _note(text: str) -> None:
+    say(f"upfeat: note: {' '.join(text.split())}", error=True)
