@@ -7,6 +7,7 @@ import torch
 from small_upsamplers import stack_of
 
 from upfeat import benchmark
+from upfeat.cli import bench as command
 from upfeat.cli import main
 
 
@@ -30,6 +31,14 @@ def test_command_writes_every_measurement(tmp_path, capsys):
     assert all(one["seconds"] > 0 for one in found["measurements"])
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("of ours", "operator+backward", *benchmark.RIVALS))
+
+
+def test_a_terminal_of_eighty_columns_breaks_no_names(monkeypatch, capsys):
+    monkeypatch.setattr(command, "_width", lambda: 80)
+    arguments = ["--sizes", "4:32", "--channels", "3", "--repeats", "1"]
+    assert main(["bench", *arguments, "--jobs", "operator+backward"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "16→32" in line]
+    assert [row.split()[0] for row in rows] == ["operator+backward"] * len(benchmark.RIVALS)
 
 
 def test_memory_counts_pages_of_the_systems_size(monkeypatch):

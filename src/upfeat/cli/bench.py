@@ -16,7 +16,11 @@ EXAMPLE = (
 
 _SIZES = ("14:224", "28:448", "64:1024")
 _CHANNELS = (64, 384, 1024)
+_JOBS = ("stack", "operator", "operator+backward")
 _MOST_REPEATS = 1000
+_ROOMY = 96
+_TIGHT = 78
+"""Columns of a terminal in which all fits with its headings, and with broken headings."""
 _LARGEST = 1 << 14
 
 
@@ -38,8 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs",
         nargs="+",
-        choices=("stack", "operator", "operator+backward"),
-        default=["stack", "operator", "operator+backward"],
+        choices=_JOBS,
         help="jobs to time (default: all)",
     )
     parser.add_argument(
@@ -79,6 +82,9 @@ def execute(options: argparse.Namespace) -> int:
         prepare_output(options.output, Inputs(()), FORMAT, overwrite=options.overwrite)
     whole("--repeats", options.repeats, most=_MOST_REPEATS)
     if options.rivals is not None:
+        for name in ("sizes", "channels", "jobs", "quick"):
+            if getattr(options, name):
+                raise ValueError(f"--{name}: --rivals has its own; leave out one of both")
         return _rivals(options)
 
     for name in ("sizes", "channels"):
@@ -89,13 +95,14 @@ def execute(options: argparse.Namespace) -> int:
     rivals = tuple(name for name in RIVALS if not (options.quick and name == "unfold"))
     for count in channels:
         whole("--channels", count, most=MOST_CHANNELS)
-    total = len(options.jobs) * len(sizes) * len(channels) * len(rivals)
+    jobs = tuple(options.jobs or _JOBS)
+    total = len(jobs) * len(sizes) * len(channels) * len(rivals)
     with progress_bar() as progress:
         task = progress.add_task("measuring", total=total)
         found = run_benchmark(
             sizes=sizes,
             channels=channels,
-            jobs=tuple(options.jobs),
+            jobs=jobs,
             rivals=rivals,
             repeats=options.repeats,
             report=lambda _: progress.advance(task),
@@ -104,7 +111,8 @@ def execute(options: argparse.Namespace) -> int:
     facts = content["machine"]
     threads = counted(facts["threads"], "thread")
     print(f"{facts['cpu']} ({facts['capability']}), {threads}, torch {facts['torch']}")
-    Console(highlight=False, width=_width()).print(_table(found))
+    console = Console(highlight=False, width=_width())
+    console.print(_table(found, console.width))
     if options.output is not None:
         write_bytes(options.output, (json.dumps(content, indent=1) + "\n").encode())
     return 0
@@ -159,12 +167,13 @@ def _rivals_table(rows: list) -> object:
     return table
 
 
-def _table(measurements: list) -> object:
+def _table(measurements: list, width: int) -> object:
     from rich.table import Table
 
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    # On narrow terminals, headings are broken between words; on the narrowest, names are, too.
+    table = Table(box=None, padding=(0, 2 if width >= _ROOMY else 1, 0, 0))
     for heading in ("job", "size", "C", "rival"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=width >= _TIGHT)
     for heading in ("median", "of ours", "peak memory", "of output"):
         table.add_column(heading, justify="right")
     ours = {
