@@ -28,8 +28,9 @@ def test_table_and_files(folder, tmp_path, capsys):
     (folder / "train" / "labels" / "s0.png").unlink()
     out = tmp_path / "out"
     arguments = ("--upsamplers", "nearest", "bilinear", "--protocol", "transfer", *SMALL)
-    assert run("seg", folder, "-o", out, *arguments) == 0
+    assert run("seg", folder, "-o", out, *arguments, "--max-test", 1) == 0
     shown = capsys.readouterr()
+    assert "5 train images, 1 test image, " in shown.out
     assert "bilinear" in shown.out
     assert "mIoU" in shown.out
     assert "s0.png: has no label" in shown.err

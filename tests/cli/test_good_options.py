@@ -111,6 +111,50 @@ def test_tasks_and_layouts_of_eval(place, monkeypatch, capsys):
     assert "view error" in capsys.readouterr().out
 
 
+def test_options_without_effect_are_said(place, monkeypatch, capsys):
+    monkeypatch.setattr(downsampler_fit, "_STEPS", 3)
+    run(f"probe labelled {MINE} --upsampler nearest --folds 2 -o h.safetensors --max-memory 2GB")
+    for line, notes in {
+        f"eval consistency data -o out {SMALL} --probe regression": ["pixels", "probe"],
+        f"eval seg data -o out {SMALL} --views 2 --downsampler box": ["downsampler", "views"],
+        f"eval seg data -o out {SMALL} --probe adamw --max-test 1": ["pixels"],
+        f"extract photo.png -o lazy {MINE} --dtype fp32": ["dtype"],
+        f"extract photo.png -o maps {MINE} --dtype fp32 --kind features": [],
+        "render f.safetensors -o r.png --dtype fp16": ["dtype"],
+        "render f.safetensors -o r.npy --dtype fp16": [],
+    }.items():
+        capsys.readouterr()
+        run(line)
+        found = [text for text in capsys.readouterr().err.splitlines() if "no effect" in text]
+        assert [text.split()[3] for text in found] == [f"--{name}" for name in notes]
+
+
+@pytest.mark.parametrize("command", ["run", "extract", "probe"])
+def test_passes(place, command):
+    """All commands with features as their result take several passes of the backbone."""
+    source = "labelled" if command == "probe" else "photo.png"
+    shared = f"{command} {source} {MINE} --upsampler nearest"
+    shared += {"run": "", "extract": " --kind features", "probe": " --folds 2"}[command]
+    stored = []
+    for passes in (1, 5):
+        out = f"{passes}.safetensors" if command == "probe" else str(passes)
+        run(f"{shared} --passes {passes} -o {out}")
+        (path,) = [Path(out)] if command == "probe" else Path(out).glob("*.safetensors")
+        stored.append(read_tensors(path)[0])
+    assert any(not torch.equal(stored[0][name], stored[1][name]) for name in stored[0])
+
+
+def test_layers_by_name(place):
+    Path("net.py").write_text(
+        "from torch import nn\n\n\ndef make():\n    net = nn.Sequential(nn.Conv2d(3, 4, 8, 8))\n"
+        "    net.add_module('last', nn.Sequential(nn.Conv2d(4, 5, 2, 2), nn.Flatten()))\n"
+        "    return nn.Sequential(net)\n"
+    )
+    for layers, channels in (("0.0", 4), ("0.last.0", 5), ("0.0 0.last.0", 9)):
+        run(f"run photo.png -o out --backbone net.py:make --upsampler nearest --layer {layers}")
+        assert read_tensors("out/photo.safetensors")[0]["features"].shape == (channels, 48, 64)
+
+
 def test_eval_replaces_files_of_others_where_it_is_told_to(place):
     (place / "out").mkdir()
     for name in ("results.json", "report.html"):

@@ -73,7 +73,8 @@ def load_backbone(
             * a name from :func:`list_backbones`;
             * a name in a library: ``"timm:NAME"``, ``"hf:ID-OR-FOLDER"``,
               ``"open_clip:NAME/TAG"`` or ``"hub:REPO:NAME"``;
-            * a name in a library with layers: ``"timm:NAME@8"``, ``"hf:FOLDER@5,8"``;
+            * a name in a library with layers: ``"timm:NAME@8"``, ``"hf:FOLDER@5,8"``,
+              ``"hub:REPO:NAME@layer3"``;
             * a file: TorchScript (``.pt``, ``.ts``), an exported program (``.pt2``), or
               ``"my_file.py:make"``, a function without arguments that makes a model;
             * a model of timm, transformers or open_clip, or any module or function from images
@@ -161,6 +162,8 @@ def load_backbone(
 def _split_layers(name: str, layers: Sequence[Layer] | None) -> tuple[str, Sequence[Layer] | None]:
     """Split a name such as "timm:NAME@3,8" into the name and its layers, [3, 8]."""
     found = re.fullmatch(r"(.+)@(-?\d+(?:,-?\d+)*)", name)
+    if found is None:  # names of modules, of models without numbered layers
+        found = re.fullmatch(r"(hub:.+|.+\.py:\w+)@([\w.]+(?:,[\w.]+)*)", name)
     if found is None:
         whole, at, after = name.rpartition("@")
         if at and Path(whole.removeprefix("hf:")).expanduser().is_dir():
@@ -168,7 +171,8 @@ def _split_layers(name: str, layers: Sequence[Layer] | None) -> tuple[str, Seque
         return name, layers
     if layers is not None:
         raise ValueError(f"layer={layers}: {name} names layers already; give one of both")
-    return found[1], [int(number) for number in found[2].split(",")]
+    parts = found[2].split(",")
+    return found[1], [int(part) if re.fullmatch(r"-?\d+", part) else part for part in parts]
 
 
 def _embedded(name: str, pretrained: bool) -> Backbone:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upfeat.bounds import PASSES
+
 if TYPE_CHECKING:
     from upfeat.heads import SavedHead
     from upfeat.model import FeatUp
@@ -22,7 +24,12 @@ BACKBONE_HELP = (
     "efficientnet_lite0 (or .stride8, .stride32, …), timm:NAME, hf:ID-OR-FOLDER, "
     "open_clip:NAME/TAG, hub:REPO:NAME, a TorchScript or exported file, or my_file.py:make"
 )
-LAYER_HELP = "layer of a library's backbone, from 0; several are concatenated (default: the last)"
+LAYER_HELP = (
+    "layer of a library's backbone, from 0, or the name of a module inside a model of hub: or of "
+    "my_file.py:make; several are concatenated (default: the last)"
+)
+_RESULTS = (".safetensors", ".npy", ".zarr", ".png", ".jpg", ".jpeg", ".pt", ".pth")
+"""Suffixes of files, which users may give where a folder is meant."""
 
 DEFAULT_UPSAMPLER = "detail"
 
@@ -60,7 +67,7 @@ UPSAMPLER_HELP = (
 
 def add_layer(parser: argparse.ArgumentParser) -> None:
     """Declare ``--layer``."""
-    parser.add_argument("--layer", type=int, nargs="+", metavar="N", help=LAYER_HELP)
+    parser.add_argument("--layer", type=layer_of, nargs="+", metavar="N", help=LAYER_HELP)
 
 
 def add_backbone(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +80,23 @@ def add_backbone(parser: argparse.ArgumentParser) -> None:
         help=f"{BACKBONE_HELP} (default: %(default)s)",
     )
     add_layer(parser)
+
+
+def add_upsampler(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--upsampler``."""
+    parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
+
+
+def add_passes(parser: argparse.ArgumentParser, what: str = "image") -> None:
+    """Declare ``--passes``; ``what`` names the things whose features are computed."""
+    parser.add_argument(
+        "--passes",
+        type=int,
+        choices=PASSES,
+        default=1,
+        help=f"2: average features of the {what} and its mirror image; 5: also use the {what} "
+        "enlarged to 1.7 times its sides; 8: its mirror image too (default: %(default)s)",
+    )
 
 
 def add_early(parser: argparse.ArgumentParser) -> None:
@@ -125,11 +149,19 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def with_layers(backbone: str | None, layers: list[int] | None) -> str | None:
-    """Append the layers of ``--layer`` to a backbone's name, as in "timm:NAME@3,8"."""
+def with_layers(backbone: str | None, layers: list[str] | None) -> str | None:
+    """Append the layers of ``--layer`` to a backbone's name, as in "timm:NAME@3,8".
+
+    Raises:
+        ValueError: a layer is a name, and the backbone is of a library that numbers its layers.
+    """
     if not layers:
         return backbone
-    return f"{backbone or DEFAULT_BACKBONE}@{','.join(map(str, layers))}"
+    backbone = backbone or DEFAULT_BACKBONE
+    names = [layer for layer in layers if not layer.lstrip("-").isdecimal()]
+    if names and not re.match(r"hub:|.*\.py:", backbone):
+        raise ValueError(f"--layer {names[0]}: layers of {backbone} are given by number, from 0")
+    return f"{backbone}@{','.join(layers)}"
 
 
 def load_model(options: argparse.Namespace, **chosen: Any) -> FeatUp:
@@ -160,11 +192,28 @@ def name_of(text: str) -> str:
     return text
 
 
+def layer_of(text: str) -> str:
+    """Read a layer: a number, or the name of a module, such as "layer3" or "encoder.blocks.5"."""
+    if not re.fullmatch(r"-\d+|\w+(\.\w+)*", text):
+        raise argparse.ArgumentTypeError(f'"{text}" must be a number from 0, or a module\'s name')
+    return text
+
+
 def path_of(text: str) -> Path:
     """Read a path; an empty one, which would be the current folder, is an error."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f'"{text}" is empty; give a path, . for this folder')
     return Path(text)
+
+
+def folder_of(text: str) -> Path:
+    """Read the path of a folder of results; a new one must not be named like a single result."""
+    path = path_of(text)
+    if path.suffix.lower() in _RESULTS and not path.exists():
+        raise argparse.ArgumentTypeError(
+            f"{path} would be a folder, named like a file; give a folder, such as {path.stem}/"
+        )
+    return path
 
 
 def matching(paths: Iterable[Path]) -> list[Path]:

@@ -25,6 +25,8 @@ from upfeat.photo_search import Photo, find_photographs
 from upfeat.storage import sweep
 
 if TYPE_CHECKING:
+    import argparse
+
     from rich.progress import Progress, ProgressColumn
 
 Plan = list[tuple[Path, Outputs]]
@@ -34,6 +36,22 @@ Plan = list[tuple[Path, Outputs]]
 def note(command: str, text: str) -> None:
     """Print a note to the user on standard error, since standard output is for results."""
     say(f"upfeat {command}: note: {text}", error=True)
+
+
+def note_unused(
+    command: str, options: argparse.Namespace, names: Sequence[str], where: str
+) -> None:
+    """Note options that were given, and have no effect in the place that ``where`` describes.
+
+    Args:
+        command: name of the command.
+        options: the parsed options, ``None`` where nothing was given.
+        names: names of the options, as in ``options``.
+        where: end of the sentence, such as "with --head".
+    """
+    for name in names:
+        if getattr(options, name) is not None:
+            note(command, f"--{name.replace('_', '-')} has no effect {where}")
 
 
 @contextmanager

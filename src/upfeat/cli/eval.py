@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from upfeat.cli.choices import (
     BACKBONE_HELP,
@@ -32,6 +32,20 @@ EXAMPLE = (
 )
 _PROBLEMS_SHOWN = 10
 _WIDEST = 1000
+_PROTOCOLS = {
+    "own": ("own",),
+    "transfer": ("transfer", "probabilities"),
+    "both": ("own", "transfer", "probabilities"),
+}
+_PROBES = ("seg", "depth", "normals")
+_TASKS = {
+    "protocol": _PROBES,
+    "pixels": _PROBES,
+    "probe": _PROBES,  # depth and normals refuse any but the default
+    "downsampler": ("consistency",),
+    "views": ("consistency",),
+}
+"""Tasks on which an option has an effect; other options have one on all."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--protocol",
         choices=("own", "transfer", "both"),
-        default="both",
         help="seg, depth and normals: train probes on the upsampled features (own), or train them "
         "on the coarse features and apply them to the upsampled features (transfer) (default: "
         "both)",
@@ -94,7 +107,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--downsampler",
         nargs="+",
         choices=("box", "simple", "attention"),
-        default=["box", "attention"],
         metavar="KIND",
         help="consistency: downsamplers to the backbone's grid, one row for each: box (mean over "
         "each cell), simple or attention (fitted to each upsampler) (default: box attention)",
@@ -123,24 +135,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         choices=("regression", "adamw"),
-        default="regression",
         help="seg: regression is logistic regression on --pixels of each image; adamw is the probe "
         "of published comparisons (JAFAR, AnyUp, NAF), a 1×1 convolution on all pixels of images "
-        "of 448 pixels, trained for 20 epochs (default: %(default)s)",
+        "of 448 pixels, trained for 20 epochs (default: regression)",
     )
     parser.add_argument(
         "--pixels",
         type=int,
-        default=256,
         metavar="N",
-        help="seg, depth and normals: pixels drawn from each training image (default: %(default)s)",
+        help="seg, depth and normals: pixels drawn from each training image (default: 256)",
     )
     parser.add_argument(
         "--views",
         type=int,
-        default=5,
         metavar="N",
-        help="consistency: jittered views of each test image (default: %(default)s)",
+        help="consistency: jittered views of each test image (default: 5)",
     )
     parser.add_argument("--max-train", type=int, metavar="N", help="use at most N training images")
     parser.add_argument(
@@ -175,27 +184,15 @@ def execute(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from upfeat.cli.console import note, progress_bar
+    from upfeat.cli.console import note, note_unused, progress_bar
     from upfeat.evaluation import EvalConfig, evaluate
 
-    protocols = {
-        "own": ("own",),
-        "transfer": ("transfer", "probabilities"),
-        "both": ("own", "transfer", "probabilities"),
-    }[options.protocol]
-    usual = 448 if options.probe == "adamw" else 224
-    config = EvalConfig(
-        size=usual if options.size is None else options.size,
-        seeds=options.seeds,
-        protocols=protocols,
-        pixels=options.pixels,
-        probe=options.probe,
-        max_train=options.max_train,
-        max_test=options.max_test,
-        split_seed=options.split_seed,
-        views=options.views,
-        downsamplers=tuple(options.downsampler),
-    )
+    config = EvalConfig(**_settings(options))
+    for name, tasks in _TASKS.items():
+        if options.task not in tasks:
+            note_unused("eval", options, [name], f"on {options.task}")
+    if options.task == "seg" and options.probe == "adamw":
+        note_unused("eval", options, ["pixels"], "with --probe adamw")
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
     with progress_bar(*columns) as progress:
         results = evaluate(
@@ -226,6 +223,19 @@ def execute(options: argparse.Namespace) -> int:
     return 0
 
 
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given, by their names in ``EvalConfig``."""
+    published = options.task == "seg" and options.probe == "adamw"
+    given = {
+        "size": 448 if published and options.size is None else options.size,
+        "protocols": _PROTOCOLS.get(options.protocol),
+        "downsamplers": options.downsampler and tuple(options.downsampler),
+    }
+    for name in ("seeds", "pixels", "probe", "max_train", "max_test", "split_seed", "views"):
+        given[name] = getattr(options, name)
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _bars(progress: Progress) -> OnStep:
     """Return a callback that shows a bar for the current step and hides the steps before it."""
     tasks: dict[str, int] = {}
@@ -245,16 +255,17 @@ def _table(results: Results) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from upfeat.environment import counted
     from upfeat.evaluation.report.page import COSTS, best_mean, heading, shown
     from upfeat.evaluation.results import summary
     from upfeat.evaluation.tasks import find_task
 
     data = results.data
     counts = ", ".join(
-        f"{data[part]['images']} {part} images" for part in ("train", "test") if part in data
+        counted(data[part]["images"], f"{part} image") for part in ("train", "test") if part in data
     )
     if "pairs" in data:
-        counts += f", {data['pairs']['number']} pairs"
+        counts += f", {counted(data['pairs']['number'], 'pair')}"
     title = f"{data['name']}: {counts}, {results.backbone['name']}"
     table = Table(title=escape(printable(title)))
     names = list(results.rows[0].scores)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from upfeat.cli.choices import (
-    UPSAMPLER_HELP,
     add_backbone,
     add_early,
+    add_upsampler,
     load_model,
     path_of,
     size_of,
@@ -36,9 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--format", metavar="onnx|pt2", help="format of the file (default: by its ending)"
     )
     add_backbone(parser)
-    parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
+    add_upsampler(parser)
     add_early(parser)
-    parser.add_argument("--head", metavar="FILE", help="linear head trained by upfeat probe")
+    parser.add_argument(
+        "--head", type=path_of, metavar="FILE", help="linear head trained by upfeat probe"
+    )
     parser.add_argument(
         "--size",
         metavar="WIDTHxHEIGHT",

@@ -8,7 +8,10 @@ from upfeat.cli.choices import (
     add_backbone,
     add_early,
     add_engine,
+    add_passes,
     add_reading,
+    add_upsampler,
+    folder_of,
     load_with_head,
     matching,
     path_of,
@@ -36,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=folder_of,
         required=True,
         metavar="FOLDER",
         help="folder of the results; items extracted there before are skipped",
@@ -44,7 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
         choices=("lazy", "features"),
-        default="lazy",
         help="store coarse features and the image, to upsample when read (lazy, the default; a "
         "fiftieth of the size), or full maps (features)",
     )
@@ -55,9 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="store this head's output instead of features",
     )
     add_backbone(parser)
-    parser.add_argument(
-        "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
-    )
+    add_upsampler(parser)
+    add_passes(parser)
     add_early(parser)
     parser.add_argument(
         "--size",
@@ -68,8 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("fp16", "fp32"),
-        default="fp16",
-        help="number type of stored maps (default: fp16)",
+        help="number type of full maps and of a head's output (default: fp16)",
     )
     add_reading(parser)
     add_engine(parser, "image")
@@ -89,11 +89,17 @@ def execute(options: argparse.Namespace) -> int:
     from rich.progress import MofNCompleteColumn, TextColumn
 
     from upfeat.batch import Engine, Extraction, extract
-    from upfeat.cli.console import progress_bar
+    from upfeat.cli.console import note_unused, progress_bar
 
+    if options.head is not None and options.kind is not None:
+        raise ValueError(
+            f"--kind {options.kind}: --head stores the head's output instead; leave out one of both"
+        )
+    kind = "head" if options.head is not None else options.kind or "lazy"
+    if kind == "lazy":
+        note_unused("extract", options, ["dtype"], "with --kind lazy")
     model, head = load_with_head(options)
-    dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
-    kind = options.kind if head is None else "head"
+    dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype or "fp16"]
     extraction = Extraction(
         kind,
         size=options.size,

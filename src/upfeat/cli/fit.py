@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import add_backbone, load_model, matching, path_of
+from upfeat.cli.choices import add_backbone, folder_of, load_model, matching, path_of
 from upfeat.cli.streams import say
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=_output_of,
         required=True,
         metavar="PATH",
         help=".safetensors file for one photograph, or folder, in which photographs fitted before "
@@ -64,8 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--share",
         type=float,
         metavar="S",
-        help="weight of the views in the result, 0 to 1; the rest is given to the map of eight "
-        "passes (default: 0.2)",
+        help="fast: weight of the views in the result, 0 to 1; the rest is given to the map of "
+        "eight passes (default: 0.2)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)"
@@ -95,7 +95,7 @@ def execute(options: argparse.Namespace) -> int:
     """Fit all photographs; those that fail are reported at the end."""
     from rich.progress import Progress, TimeRemainingColumn
 
-    from upfeat.cli.console import Batch, progress_bar
+    from upfeat.cli.console import Batch, note_unused, progress_bar
     from upfeat.implicit.features import FORMAT
     from upfeat.implicit.files import fit_photograph, recipe_of
     from upfeat.implicit.fit import FitConfig
@@ -106,6 +106,8 @@ def execute(options: argparse.Namespace) -> int:
     )
     if options.share is not None:
         config = replace(config, share=options.share)
+    if config.preset == "reference":
+        note_unused("fit", options, ["share"], "with --preset reference")
     guidance = not options.no_guidance
     with Batch("fit", matching(options.photos)) as batch:
         plan, folder = _plan(batch.photos, options.output, not options.no_picture)
@@ -141,6 +143,10 @@ def execute(options: argparse.Namespace) -> int:
                     say(f"{outputs.features}  {_outcome(features, config)}")
                 progress.remove_task(task)
     return batch.exit_code
+
+
+def _output_of(text: str) -> Path:
+    return path_of(text) if text.endswith(".safetensors") else folder_of(text)
 
 
 def _plan(photos: list[Photo], output: Path, picture: bool) -> tuple[Plan, Path]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from upfeat.cli.choices import (
     add_backbone,
     add_early,
+    add_passes,
+    add_upsampler,
     bands_of,
     load_model,
     path_of,
@@ -51,9 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of the classes, in the order of their indices",
     )
     add_backbone(parser)
-    parser.add_argument(
-        "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
-    )
+    add_upsampler(parser)
+    add_passes(parser)
     add_early(parser)
     parser.add_argument(
         "--size",
@@ -72,9 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-memory",
-        default="4GB",
         metavar="AMOUNT",
-        help="memory limit for a raster (default: %(default)s)",
+        help="memory limit for a raster (default: 4GB)",
     )
     parser.add_argument(
         "--pixels",
@@ -102,13 +102,16 @@ def execute(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.markup import escape
 
+    from upfeat.cli.console import note_unused
     from upfeat.heads import save_head
     from upfeat.labelled import train_on_folder, train_on_raster
     from upfeat.raster import Scene, parse_memory
 
     _check_output(options)
     _check_source(options)
-    max_memory = parse_memory(options.max_memory)
+    max_memory = parse_memory("4GB" if options.max_memory is None else options.max_memory)
+    if options.labels is None:
+        note_unused("probe", options, ["max_memory"], "for a folder of photographs")
     model = load_model(options)
     shared = {"pixels": options.pixels, "folds": options.folds, "seed": options.seed}
     console = Console(stderr=True)

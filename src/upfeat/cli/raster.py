@@ -9,6 +9,7 @@ from upfeat.cli.choices import (
     add_backbone,
     add_early,
     add_engine,
+    add_passes,
     bands_of,
     load_with_head,
     path_of,
@@ -43,8 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_backbone(parser)
     parser.add_argument(
-        "--upsampler", metavar="NAME", help="upsampler (default: the backbone's best)"
+        "--upsampler",
+        metavar="NAME",
+        help="upsampler, as in upfeat run, but for published checkpoints of AnyUp, JAFAR, NAF and "
+        "UPLiFT, which need the whole image (default: the backbone's best)",
     )
+    add_passes(parser, "raster")
     add_early(parser)
     parser.add_argument(
         "--head",
@@ -79,7 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("fp16", "fp32"),
-        default="fp16",
         help="number type of features (default: fp16)",
     )
     add_engine(parser, "tile")
@@ -92,12 +96,14 @@ def execute(options: argparse.Namespace) -> int:
     """Upsample the raster and print the path, shape and type of the result."""
     from rich.progress import Progress, TimeRemainingColumn
 
-    from upfeat.cli.console import progress_bar
+    from upfeat.cli.console import note_unused, progress_bar
     from upfeat.engines import Engine
     from upfeat.raster import Scene, make_plan, parse_memory, unfinished_tiles, upsample_raster
     from upfeat.raster.cog import file_dtype
 
     budget = parse_memory(options.max_memory)
+    if options.head is not None:
+        note_unused("raster", options, ["dtype"], "with --head")
     model, head = load_with_head(options)
     what = _output(options, model, head)
     columns = (*Progress.get_default_columns()[:3], TimeRemainingColumn(elapsed_when_finished=True))
@@ -133,7 +139,7 @@ def _output(options: argparse.Namespace, model: FeatUp, head: SavedHead | None) 
     if head is None:
         if options.write is not None:
             raise ValueError(f"--write {options.write} is about a head; give one by --head")
-        dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype]
+        dtype = {"fp16": "float16", "fp32": "float32"}[options.dtype or "fp16"]
         return Features(model.embed_dim, facts, dtype)
     form = options.write or head.kind
     if head.kind == "values" and form != "values":

@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=("fp16", "fp32"),
-        default="fp16",
-        help="number type of values (default: %(default)s)",
+        help="number type of values (default: fp16)",
     )
     parser.add_argument(
         "--overwrite",
@@ -49,7 +48,7 @@ def execute(options: argparse.Namespace) -> int:
     """Render the features and write them, or a picture of them."""
     import torch
 
-    from upfeat.cli.console import progress_bar
+    from upfeat.cli.console import note_unused, progress_bar
     from upfeat.implicit.features import ImplicitFeatures
     from upfeat.implicit.files import write_rendering
     from upfeat.marks import FEATURES, PICTURE
@@ -60,10 +59,12 @@ def execute(options: argparse.Namespace) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     size, output = size_of(options.size), options.output
     picture = output.suffix.lower() in (".png", ".jpg", ".jpeg")
+    if picture:
+        note_unused("render", options, ["dtype"], "on a picture")
     inputs = Inputs([options.file, options.image])
     prepare_output(output, inputs, PICTURE if picture else FEATURES, overwrite=options.overwrite)
     features = ImplicitFeatures.load(options.file, options.image)
-    dtype = torch.float16 if options.dtype == "fp16" else torch.float32
+    dtype = torch.float32 if options.dtype == "fp32" else torch.float16
     with progress_bar() as progress:
         task = progress.add_task(output.name)
         write_rendering(

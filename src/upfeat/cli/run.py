@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.bounds import PASSES
 from upfeat.cli.choices import (
-    UPSAMPLER_HELP,
     add_backbone,
     add_early,
+    add_passes,
     add_reading,
+    add_upsampler,
+    folder_of,
     load_with_head,
     matching,
     path_of,
@@ -45,17 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o",
         "--output",
-        type=path_of,
+        type=folder_of,
         required=True,
         metavar="FOLDER",
         help="folder of the results: NAME.safetensors and NAME.features.png",
     )
     add_backbone(parser)
-    parser.add_argument(
-        "--upsampler",
-        metavar="NAME",
-        help=UPSAMPLER_HELP,
-    )
+    add_upsampler(parser)
     parser.add_argument(
         "--size",
         type=int,
@@ -68,14 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="fp16",
         help="number type of the stored features (default: %(default)s)",
     )
-    parser.add_argument(
-        "--passes",
-        type=int,
-        choices=PASSES,
-        default=1,
-        help="2: average features of the image and its mirror image; 5: also use the image "
-        "enlarged to 1.7 times its sides; 8: its mirror image too (default: %(default)s)",
-    )
+    add_passes(parser)
     add_early(parser)
     parser.add_argument(
         "--head",

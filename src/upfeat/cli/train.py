@@ -17,6 +17,7 @@ from upfeat.cli.choices import (
     BACKBONE_HELP,
     DEFAULT_BACKBONE,
     add_layer,
+    folder_of,
     name_of,
     path_of,
     with_layers,
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "folder of photographs has moved",
     )
     parser.add_argument(
-        "-o", "--output", type=path_of, required=True, metavar="FOLDER", help="folder of the run"
+        "-o", "--output", type=folder_of, required=True, metavar="FOLDER", help="folder of the run"
     )
     parser.add_argument(
         "--resume",
@@ -76,7 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"recipe to start from: {', '.join(PRESETS)} (reference: the published recipe)",
     )
-    settings = parser.add_argument_group("settings (see docs/guides/training.md)")
+    settings = parser.add_argument_group(
+        "settings (see docs/guides/training.md)", "The defaults are those without --preset."
+    )
     add_flags(settings, TrainConfig)
     settings.add_argument(
         "--option",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from upfeat.bounds import PASSES
 from upfeat.cli.choices import (
-    UPSAMPLER_HELP,
     add_backbone,
     add_early,
+    add_passes,
+    add_upsampler,
     load_with_head,
     path_of,
 )
@@ -38,21 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="video to write, without sound: .mp4, .mov, .mkv or .webm",
     )
     add_backbone(parser)
-    parser.add_argument("--upsampler", metavar="NAME", help=UPSAMPLER_HELP)
+    add_upsampler(parser)
     parser.add_argument(
         "--size",
         type=int,
         metavar="PIXELS",
         help="resize the shorter side first (default: the video's own size)",
     )
-    parser.add_argument(
-        "--passes",
-        type=int,
-        choices=PASSES,
-        default=1,
-        help="2: average features of frames and their mirror images; 5: also use frames enlarged "
-        "to 1.7 times their sides; 8: their mirror images too (default: %(default)s)",
-    )
+    add_passes(parser, "frame")
     add_early(parser)
     parser.add_argument("--head", type=path_of, metavar="FILE", help="show this head's classes")
     parser.add_argument(
@@ -61,9 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--sample",
         type=int,
-        default=16,
         metavar="N",
-        help="frames on which the colours are fitted (default: %(default)s)",
+        help="frames on which the colours are fitted (default: 16)",
     )
     parser.add_argument("--report", type=path_of, metavar="FILE", help="write stability as JSON")
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
@@ -76,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Render the video; the exit code is 2 if the video could not be read to its end."""
-    from upfeat.cli.console import progress_bar
+    from upfeat.cli.console import note_unused, progress_bar
     from upfeat.frames import count_frames
     from upfeat.marks import VIDEO
     from upfeat.outputs import Inputs, prepare_output
@@ -91,9 +84,11 @@ def execute(options: argparse.Namespace) -> int:
             raise ValueError(f"--report {options.report} is the video to write; give another file")
     count_frames(options.video)  # raises for an unreadable video before the model is loaded
     model, head = load_with_head(options)
-    settings = VideoSettings(
-        size=options.size, beside=not options.alone, head=head, sample=options.sample
-    )
+    settings = VideoSettings(size=options.size, beside=not options.alone, head=head)
+    if options.sample is not None:
+        settings = replace(settings, sample=options.sample)
+    if head is not None:
+        note_unused("video", options, ["sample"], "with --head")
     with progress_bar() as progress:
         task = progress.add_task(options.video.name, total=None)
         report = render_video(
