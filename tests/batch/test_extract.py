@@ -175,6 +175,7 @@ def test_a_result_does_not_outlive_its_image(tmp_path, photos):
     (photos / "b.png").write_bytes(encoded(1)[:200])
     summary = extract(model(), [photos], out, Extraction())
     assert (summary.made, summary.kept, len(summary.failures)) == (0, 3, 1)
+    assert not summary.failures[0][1].startswith("image: ")  # the key is its name
     assert not (out / "b.png.safetensors").exists()
     (photos / "b.png").write_bytes(encoded(1, (48, 56)))
     assert extract(model(), [photos], out, Extraction()).made == 1

@@ -241,6 +241,14 @@ def test_options_of_bench(place, capsys):
     assert printed.count("8→16") == 2 * 5
 
 
+def test_export_shows_that_it_works(place, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    run(f"export -o m.pt2 {MINE} --upsampler nearest --size 32x16")
+    shown = capsys.readouterr()
+    assert "running the file" in shown.err
+    assert shown.out.startswith("m.pt2  mine, nearest  3 channels, 32x16, error ")
+
+
 @pytest.mark.parametrize("change", [str.lower, str.upper])
 def test_options_of_convert(place, change):
     digest = change(file_digest(Path("naf.pth")))

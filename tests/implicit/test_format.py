@@ -108,6 +108,7 @@ def test_other_versions_are_named(path, version):
     tensors, facts = stored(path, "kernel")
     line = refused(path, tensors, {**facts, "format": version})
     assert f"not implicit features of this version ({version}, not {FORMAT})" in line
+    assert "upfeat fit" in line
 
 
 def test_tensors_that_nobody_asked_for_are_no_part_of_a_field(path):

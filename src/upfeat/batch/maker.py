@@ -107,6 +107,8 @@ class Maker:
             if reason is None:
                 raise
             self._discard(self._folder / entry["file"])
+            # The key names the image, whose content alone was read.
+            reason = reason.removeprefix("image: ")
             return {"key": entry["key"], "sha256": entry["sha256"], "error": reason}
         path = self._folder / entry["file"]
         return entry | {"size": path.stat().st_size, "file_sha256": file_digest(path)}

@@ -58,6 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> int:
     """Export the model, check the file, and print the largest error."""
+    from rich.console import Console
+
     import upfeat
     from upfeat.outputs import Inputs, prepare_output
     from upfeat.portable.formats import check_format
@@ -68,14 +70,15 @@ def execute(options: argparse.Namespace) -> int:
     inputs = Inputs([options.backbone, options.upsampler, options.head])
     prepare_output(options.output, inputs, kind, overwrite=True)
     size = size_of(options.size)
-    facts = upfeat.export(
-        load_model(options),
-        options.output,
-        format=options.format,
-        head=options.head,
-        size=size,
-        stride=options.stride,
-    )
+    with Console(stderr=True).status("tracing, and running the file at other sizes …"):
+        facts = upfeat.export(
+            load_model(options),
+            options.output,
+            format=options.format,
+            head=options.head,
+            size=size,
+            stride=options.stride,
+        )
     sides = f"sides from {facts['smallest_side']}" if size is None else options.size
     say(
         f"{options.output}  {', '.join((facts['backbone'], facts['upsampler']))}  "

@@ -60,7 +60,8 @@ def read_stored(path: str | Path) -> Stored:
     if facts.get("format") != FORMAT:
         found = facts.get("format", "no format")
         raise ValueError(
-            f"{path}: not implicit features of this version ({found!s:.60}, not {FORMAT})"
+            f"{path}: not implicit features of this version ({found!s:.60}, not {FORMAT}); fit the "
+            "photograph by upfeat fit"
         )
     try:
         size = _size(facts["image_size"])
