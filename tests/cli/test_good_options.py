@@ -183,6 +183,21 @@ def test_options_of_fit(place):
     assert not torch.equal(whole.full(), views.full())
 
 
+def test_fits_of_dark_values(place, capsys):
+    """The note on images of 12 bits names an option that fits take, too."""
+    bright = (65535 * torch.rand(24, 32, generator=torch.Generator().manual_seed(0))).numpy()
+    fits = []
+    for divisor, white in ((1, "65535"), (16, "4095.9375"), (16, "65535")):
+        Image.fromarray((bright / divisor).astype(np.uint16)).save("dark.png")
+        run(f"fit dark.png -o out {MINE} --views 1 --size 24 --no-picture --max-value {white}")
+        fits.append(upfeat.ImplicitFeatures.load("out/dark.safetensors").full())
+    assert "done before" not in capsys.readouterr().out
+    torch.testing.assert_close(fits[0], fits[1], atol=2e-2 * float(fits[0].std()), rtol=0)
+    assert (fits[0] - fits[2]).abs().max() > fits[0].std()
+    run(f"fit dark.png -o out {MINE} --views 1 --size 24 --no-picture --max-value 65535")
+    assert "done before" in capsys.readouterr().out
+
+
 def test_options_of_render(place, capsys):
     features = upfeat.ImplicitFeatures.load("f.safetensors")
     for dtype in ("fp16", "fp32"):

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from upfeat.cli.choices import add_backbone, folder_of, load_model, matching, path_of
+from upfeat.cli.choices import add_backbone, add_reading, folder_of, load_model, matching, path_of
 from upfeat.cli.streams import say
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="replace files that upfeat did not write (never an input file)",
     )
     parser.add_argument("--no-picture", action="store_true", help="write the features only")
+    add_reading(parser)
     parser.add_argument("--device", metavar="DEVICE", help="cpu (default), cuda, mps, …")
 
 
@@ -109,6 +110,14 @@ def execute(options: argparse.Namespace) -> int:
     if config.preset == "reference":
         note_unused("fit", options, ["share"], "with --preset reference")
     guidance = not options.no_guidance
+    given = {"bands": options.bands, "max_value": options.max_value}
+    reading = {name: value for name, value in given.items() if value is not None}
+    if reading and not guidance:
+        raise ValueError(
+            "--no-guidance: upfeat render reads photographs without --bands and --max-value; leave "
+            "it out, or convert the photograph"
+        )
+    shared = {"config": config, "guidance": guidance, "reading": reading}
     with Batch("fit", matching(options.photos)) as batch:
         plan, folder = _plan(batch.photos, options.output, not options.no_picture)
         plan = batch.permitted(plan, (options.backbone,), FORMAT, overwrite=options.overwrite)
@@ -117,7 +126,7 @@ def execute(options: argparse.Namespace) -> int:
         model = load_model(options, upsampler="bilinear")
         batch.make_folder(folder)
         made_by = identify_backbone(model.backbone)
-        recipe = partial(recipe_of, made_by=made_by, config=config, guidance=guidance)
+        recipe = partial(recipe_of, made_by=made_by, **shared)
         if folder == options.output:
             plan = batch.pending(plan, recipe)
         columns = (
@@ -131,10 +140,9 @@ def execute(options: argparse.Namespace) -> int:
                     features = fit_photograph(
                         photo,
                         model.backbone,
-                        config,
-                        outputs.features,
+                        output=outputs.features,
                         picture=outputs.picture,
-                        guidance=guidance,
+                        **shared,
                         max_pixels=options.max_pixels,
                         made_by=made_by,
                         on_step=_bar_updater(progress, task, photo.name),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +50,7 @@ def fit_photograph(
     picture: Path | None = None,
     guidance: bool = True,
     max_pixels: int = MAX_PIXELS,
+    reading: Mapping[str, Any] | None = None,
     made_by: str | None = None,
     on_step: OnFit | None = None,
 ) -> ImplicitFeatures:
@@ -65,6 +66,8 @@ def fit_photograph(
         picture: file in which to draw the image and its features, or ``None``.
         guidance: store the image in the output.
         max_pixels: limit of the photograph's size, for :func:`upfeat.images.read_image`.
+        reading: further options of :func:`upfeat.images.read_image` that change the pixels, such as
+            ``bands`` and ``max_value``.
         made_by: result of ``identify_backbone``, if it was called already.
         on_step: called with the progress of the fit.
 
@@ -86,8 +89,9 @@ def fit_photograph(
         own = image_size(photo)
         if own is not None:  # before it is decoded
             check_memory(photo, own, backbone, config)
-        pixels = read_image(photo, max_pixels=max_pixels)
-    recipe = _recipe(source, made_by or identify_backbone(backbone), config, guidance=guidance)
+        pixels = read_image(photo, max_pixels=max_pixels, **(reading or {}))
+    made_by = made_by or identify_backbone(backbone)
+    recipe = _recipe(source, made_by, config, guidance=guidance, reading=reading)
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         with locks.hold(output):
@@ -121,19 +125,28 @@ def is_fitted(
     *,
     picture: Path | None = None,
     guidance: bool = True,
+    reading: Mapping[str, Any] | None = None,
 ) -> bool:
     """Return whether an earlier run has written the files that :func:`fit_photograph` would write.
 
     The arguments are those of :func:`fit_photograph`.
     """
     try:
-        recipe = recipe_of(photo, identify_backbone(backbone), config, guidance=guidance)
+        made_by = identify_backbone(backbone)
+        recipe = recipe_of(photo, made_by, config, guidance=guidance, reading=reading)
     except OSError:
         return False
     return is_done(Outputs(output, picture), recipe)
 
 
-def recipe_of(photo: Path, made_by: str, config: FitConfig, *, guidance: bool) -> str:
+def recipe_of(
+    photo: Path,
+    made_by: str,
+    config: FitConfig,
+    *,
+    guidance: bool,
+    reading: Mapping[str, Any] | None = None,
+) -> str:
     """Return a digest of everything that the fit of a photograph depends on; outputs record it.
 
     Args:
@@ -141,11 +154,13 @@ def recipe_of(photo: Path, made_by: str, config: FitConfig, *, guidance: bool) -
         made_by: result of ``identify_backbone``.
         config: settings of the fit.
         guidance: whether the image is stored in the output.
+        reading: see :func:`fit_photograph`.
 
     Raises:
         OSError: the photograph cannot be read.
     """
-    return digest(_recipe(file_digest(photo), made_by, config, guidance=guidance))
+    source = file_digest(photo)
+    return digest(_recipe(source, made_by, config, guidance=guidance, reading=reading))
 
 
 def write_picture(features: ImplicitFeatures, path: Path) -> None:
@@ -272,11 +287,19 @@ def _check_drawing(path: Path, size: tuple[int, int]) -> None:
         )
 
 
-def _recipe(source: str, made_by: str, config: FitConfig, *, guidance: bool) -> dict[str, Any]:
+def _recipe(
+    source: str,
+    made_by: str,
+    config: FitConfig,
+    *,
+    guidance: bool,
+    reading: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     """Return everything that a fit depends on, as JSON values."""
-    return {
+    recipe = {
         "source": source,
         "backbone_identity": hashlib.sha256(made_by.encode()).hexdigest(),
         "config": asdict(config),
         "guidance": guidance,
     }
+    return recipe | ({"reading": dict(reading)} if reading else {})
