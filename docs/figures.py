@@ -118,6 +118,21 @@ def passes(protocol: str, score: str, over: str = "one pass") -> float:
     return sum(gains) / len(gains)
 
 
+def sharper(place: int, passes: str = "one pass", sets: str = "") -> list[float]:
+    """Changes by the temperature of early layers' networks, of sets whose names contain ``sets``.
+
+    ``place`` is 0 for mIoU and 1 for boundary F in *own*, 2 and 3 for *transfer*.
+    """
+    groups = data("passes")["temperature_early"]
+    found = []
+    for group in groups:
+        rows = group["rows"]
+        after = rows.get(f"**{passes}, τ × 1.6** (shipped)")
+        if after is not None and sets in f"{group['backbone']}: {group['data']}":
+            found.append(after[place] - rows[f"{passes}, before"][place])
+    return found
+
+
 def plain(text: str) -> str:
     """Text with minus signs for hyphens, and without a sign where a figure rounds to 0."""
     return _SIGNED_ZERO.sub("", text.replace("-", "−"))
@@ -140,6 +155,7 @@ def filled(text: str) -> str:
         "implicit_probe",
         "implicit_share",
         "lead_of_fits",
+        "sharper",
         "digits",
         "passes",
     )

@@ -129,7 +129,7 @@ def rivals(machine: str = "") -> str:
     """Published upsamplers beside the plain form of their mathematics, on one machine."""
     rows, base = [], 0.0
     for row in _read(f"rivals-{machine}" if machine else "rivals")["rows"]:
-        if row["name"] in ("anyup", "jafar", "naf") and row["way"] == "ours":
+        if row["name"] not in ("detail", "bilinear") and row["way"] == "ours":
             base = row["processor_seconds"]
         size = f"{row['grid']}→{row['size']}"
         if row["seconds"] is None:

@@ -19,7 +19,7 @@ DETAIL = {
 UNTRAINED = ["nearest", "bilinear", "bicubic", "joint_bilateral"]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [one for one in SMALL if one != "uplift"])  # as published
 @torch.no_grad()
 def test_features_may_have_any_unit(name):
     torch.manual_seed(0)
