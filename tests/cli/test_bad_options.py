@@ -86,7 +86,7 @@ BAD = {
     FIT + "--preset slow": "--preset: invalid choice: 'slow'",
     FIT + "--max-pixels 0": "max_pixels=0 must be 1 or more",
     FIT + "--max-pixels 100": "3,072 pixels, more than max_pixels=100",
-    FIT + "--max-value 10 --no-guidance": "--no-guidance: upfeat render reads photographs without",
+    FIT + "--max-value 10 --no-guidance": "--no-guidance leaves the photograph to upfeat render",
     FIT + "--bands red": '--bands: "red" must be bands such as 4,3,2',
     FIT + "--device gpu9": 'device="gpu9" cannot be used',
     FIT + "--layer 1": "layer: not an option of the Backbone that mine.py:make makes",

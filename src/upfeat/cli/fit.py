@@ -114,8 +114,8 @@ def execute(options: argparse.Namespace) -> int:
     reading = {name: value for name, value in given.items() if value is not None}
     if reading and not guidance:
         raise ValueError(
-            "--no-guidance: upfeat render reads photographs without --bands and --max-value; leave "
-            "it out, or convert the photograph"
+            "--no-guidance leaves the photograph to upfeat render, which has neither --bands nor "
+            "--max-value; leave it out, or convert the photograph"
         )
     shared = {"config": config, "guidance": guidance, "reading": reading}
     with Batch("fit", matching(options.photos)) as batch:
