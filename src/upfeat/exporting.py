@@ -377,9 +377,9 @@ def _read_head(
             f"head is of type {type(head).__name__}; give a SavedHead, its file, or (weight, bias)"
         )
     weight, bias = head
-    for name, one in (("weight of head", weight), ("bias of head", bias)):
-        if one is not None or name.startswith("weight"):
-            instance(name, one, Tensor, "give a tensor")
+    instance("weight of head", weight, Tensor, "give a tensor")
+    if bias is not None:
+        instance("bias of head", bias, Tensor, "give a tensor")
     channels = getattr(model, "embed_dim", None) or weight.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != channels:
         raise ValueError(

@@ -198,14 +198,9 @@ def floor(upsampler: PublishedUpsampler, size: int, grid: int) -> None:
         grid: side of the grid in cells.
     """
     if isinstance(upsampler, UPLiFT):
-        # The last map of the encoder is read at every second pixel.
-        levels = [(16 * grid) ** 2 for _ in upsampler.encoder]
-        layers = [
-            (module, pixels)
-            for module, pixels in zip(
-                upsampler.encoder, [*levels[:-1], levels[-1] // 4], strict=True
-            )
-        ]
+        *blocks, last = upsampler.encoder
+        pixels = (16 * grid) ** 2
+        layers = [*((block, pixels) for block in blocks), (last, pixels // 4)]  # every second pixel
         for doubling in range(4):
             cells = (grid * 2**doubling) ** 2
             layers += [(upsampler.coarse_block, cells), (upsampler.fine_block, 4 * cells)]

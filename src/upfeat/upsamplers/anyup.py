@@ -135,8 +135,7 @@ class AnyUp(EncodedAttention):
         Raises:
             ValueError: ``features`` is ``None``.
         """
-        if features is None:
-            raise ValueError("features are missing: AnyUp's weights depend on them; pass features=")
+        assert features is not None
         guidance, features = self.exact(guidance, features), self.exact(features, guidance)
         compiled = room is not None or self.compiled(guidance, features)
         queries, keys = self.image(

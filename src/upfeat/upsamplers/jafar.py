@@ -280,13 +280,7 @@ class JAFAR(EncodedAttention):
         Raises:
             ValueError: ``features`` is ``None``, or has another number of channels.
         """
-        if features is None:
-            raise ValueError("features are missing: JAFAR's weights depend on them; pass features=")
-        if features.shape[1] != self.embed_dim:
-            raise ValueError(
-                f"features has {features.shape[1]} channels but this JAFAR is made for "
-                f"{self.embed_dim}; take the checkpoint of the features' backbone, or AnyUp"
-            )
+        assert features is not None
         guidance, features = self.exact(guidance, features), self.exact(features, guidance)
         queries, keys = self.image(
             guidance,

@@ -11,7 +11,7 @@ from upfeat.upsamplers.anyup import AnyUp
 from upfeat.upsamplers.base import Upsampler
 from upfeat.upsamplers.jafar import JAFAR
 from upfeat.upsamplers.naf import NAF
-from upfeat.upsamplers.uplift import UPLiFT
+from upfeat.upsamplers.uplift import MOST_BLOCKS, UPLiFT
 
 
 class Layout(NamedTuple):
@@ -47,7 +47,7 @@ def _uplift(state: Mapping[str, Tensor]) -> UPLiFT:
             "linear in the features; take one for a ViT"
         )
     widths = []
-    while len(widths) < 8:
+    while len(widths) < MOST_BLOCKS:
         weight = state.get(f"encoder.block_{len(widths)}.blocks.0.conv.0.weight")
         if weight is None or weight.dim() != 4:
             break

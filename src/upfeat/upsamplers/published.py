@@ -35,6 +35,8 @@ def in_own_precision(prepare: Prepare) -> Prepare:
     ) -> Any:
         needed = features if self.needs_features else None
         sizes = check_preparation(guidance, grid_size, output_size, needed)
+        if self.needs_features:
+            self.check_features(features)
         if not torch.is_autocast_enabled(guidance.device.type):
             return prepare(self, guidance, *sizes, features, **options)
         with torch.autocast(guidance.device.type, enabled=False):
@@ -61,6 +63,23 @@ class PublishedUpsampler(Upsampler):
         ) -> Tensor:
             """See :meth:`forward`."""
             ...
+
+    def check_features(self, features: Tensor | None) -> None:
+        """Check features on which the weights depend.
+
+        Raises:
+            ValueError: they are ``None``, or have another number of channels than ``embed_dim``.
+        """
+        name, channels = type(self).__name__, getattr(self, "embed_dim", None)
+        if features is None:
+            raise ValueError(
+                f"features are missing: {name}'s weights depend on them; pass features="
+            )
+        if channels is not None and features.shape[1] != channels:
+            raise ValueError(
+                f"features has {features.shape[1]} channels but this {name} is made for "
+                f"{channels}; take the checkpoint of the features' backbone, or AnyUp"
+            )
 
     def exact(self, x: Tensor, *beside: Tensor) -> Tensor:
         """Convert to a precision that holds the parameters and ``beside`` too: float32 at least.

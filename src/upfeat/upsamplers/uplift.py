@@ -25,7 +25,8 @@ _CELL = 16
 """Pixels per cell of the image that the encoder reads, whatever the backbone's patches."""
 _MOST_DOUBLINGS = 4
 """After four, a cell has become 16×16 pixels, and the encoder has no finer map to offer."""
-_MOST_BLOCKS = 8
+MOST_BLOCKS = 8
+"""Most blocks of the encoder; the published have 5."""
 _CHANNELS = 64
 """Channels whose last map is computed at once."""
 _WINDOW = tuple((row, column) for row in range(-2, 3) for column in range(-2, 3))
@@ -75,8 +76,7 @@ class DoublingKernels:
 
     def crop(self, features: Tensor, window: Window) -> Tensor:
         """See :meth:`Kernels.crop`; the last doubling is computed in the window alone."""
-        for weights in self.weights[:-1]:
-            features = double(features, weights, backend=self.backend)
+        _, features = self.precompute(features)
         last = self.weights[-1]
         whole_size = (last.shape[2], last.shape[3])
         if whole_size == self.output_size:
@@ -206,15 +206,7 @@ class UPLiFT(PublishedUpsampler):
         Raises:
             ValueError: ``features`` is ``None``, or has another number of channels.
         """
-        if features is None:
-            raise ValueError(
-                "features are missing: UPLiFT's weights depend on them; pass features="
-            )
-        if features.shape[1] != self.embed_dim:
-            raise ValueError(
-                f"features has {features.shape[1]} channels but this UPLiFT is made for "
-                f"{self.embed_dim}; take the checkpoint of the features' backbone, or AnyUp"
-            )
+        assert features is not None
         doublings = _doublings(grid_size, output_size)
         image, x = self.exact(guidance, features), self.exact(features, guidance)
         compiled = self.compiled(image, x)
@@ -278,6 +270,6 @@ def _widths(widths: Sequence[int]) -> tuple[int, ...]:
     Raises:
         ValueError: they are not 2 to 8 whole numbers in range.
     """
-    if not isinstance(widths, list | tuple) or not 2 <= len(widths) <= _MOST_BLOCKS:
-        raise ValueError(f"encoder_widths={shown(widths)} must be 2 to {_MOST_BLOCKS} widths")
+    if not isinstance(widths, list | tuple) or not 2 <= len(widths) <= MOST_BLOCKS:
+        raise ValueError(f"encoder_widths={shown(widths)} must be 2 to {MOST_BLOCKS} widths")
     return tuple(whole("encoder_widths", width, 1, 1024) for width in widths)
