@@ -328,7 +328,7 @@ def smooth_on_fine_grid(
 
     Args:
         features: (B, C, h, w), on a grid of a quarter of the backbone's stride.
-        queries: (B, D, h, w), of unit length, from the image.
+        queries: (B, D, h, w), of length 1 or more, from the image.
         cell: width of a cell, pixels.
         backend: backend of the operators.
         alike: (B, C', h, w), features to compare; ``None`` for ``features``.

@@ -47,7 +47,10 @@ MADE = {
     "detail of a backbone": mixing_detail,
     "of early layers": mixing_early,
     "without regression": lambda: upfeat.DetailUpsampler(ridge=0, **SMALL),
+    "of low contrast": lambda: upfeat.DetailUpsampler(smoothing=2, least_contrast=0.1, **SMALL),
 }
+SMOOTHED = ["detail", "detail of a backbone", "of early layers", "of low contrast"]
+"""Those that make use of early layers."""
 SIZES = {
     "whole multiples": ((5, 4), (40, 32)),
     "odd": ((6, 7), (75, 58)),
@@ -89,7 +92,7 @@ def test_equal(name, sizes):
 
 @pytest.mark.parametrize("layers", [(2, 2), (4, 4), (3, 1)])
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("name", ["detail", "detail of a backbone", "of early layers"])
+@pytest.mark.parametrize("name", SMOOTHED)
 def test_early_layers(name, sizes, layers):
     """On the finer grid, on one finer still, and on one that is finer on one axis alone."""
     upsampler, (grid, size) = made(name), SIZES[sizes]

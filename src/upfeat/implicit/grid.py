@@ -128,7 +128,10 @@ class GridField:
             raise ValueError("lengths has numbers below 0")
         # Shapes are checked first, so that the network is no larger than the file.
         with torch.device("meta"):
-            settings = {name: facts["step"][name] for name in NeighbourhoodUpsampler().config()}
+            known = NeighbourhoodUpsampler().config()
+            known.pop("least_contrast")  # files of earlier versions have none
+            settings = {name: facts["step"][name] for name in known}
+            settings["least_contrast"] = facts["step"].get("least_contrast", 0.0)
             expected = NeighbourhoodUpsampler(**settings).state_dict()
         weights = {k.removeprefix("step."): v for k, v in tensors.items() if k[:5] == "step."}
         check_layouts("step", layouts_of(weights), expected)

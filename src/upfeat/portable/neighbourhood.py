@@ -105,7 +105,7 @@ class PortableDetail(Form):
             detail = (self.basis @ maps.flatten(2)).unflatten(2, maps.shape[2:])
             fine = fine + detail + self.level[:, None, None]
         if self.smoothing is not None and hidden is not None:
-            fine = self.smoothing(fine, middle, hidden)
+            fine = self.smoothing(fine, self.last.lengths(middle) * middle, middle, hidden)
         layout = Layout(queries, middle, self.last.radius)
         return self.last(layout, self.last.weights(layout, queries, middle), fine)
 
@@ -176,6 +176,7 @@ def step_of(upsampler: NeighbourhoodUpsampler, widening: float = 1.0) -> Step:
         widening * upsampler.log_sigma.exp(),
         radius=upsampler.radius,
         back_projections=upsampler.back_projections,
+        least_contrast=upsampler.least_contrast,
     )
 
 

@@ -23,23 +23,26 @@ class Smoothing(nn.Module):
         super().__init__()
         self.radius = radius
 
-    def forward(self, features: Tensor, queries: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, features: Tensor, queries: Tensor, keys: Tensor, hidden: Tensor) -> Tensor:
         """Smooth features.
 
         Args:
             features: (B, C, h, w).
-            queries: (B, D, h, w), of unit length.
+            queries: (B, D, h, w), of length 1 or more.
+            keys: (B, D, h, w), the same vectors, of unit length.
             hidden: (B, D', h, w), features of early layers.
 
         Returns:
             (B, C, h, w).
         """
-        early = unit(hidden)
-        looks = torch.cat([BY_LOOKS.queries**0.5 * queries, BY_LOOKS.early**0.5 * early], dim=1)
-        rows = looks.permute(0, 2, 3, 1)  # (B, h, w, D)
+        early = BY_LOOKS.early**0.5 * unit(hidden)
+        rows, others = (
+            torch.cat([BY_LOOKS.queries**0.5 * one, early], dim=1).permute(0, 2, 3, 1)
+            for one in (queries, keys)
+        )  # (B, h, w, D)
         logits = [
             rows @ other.mT + self._nearness(rows.shape[2], offset, rows)
-            for offset, other in self._rows_around(rows)
+            for offset, other in self._rows_around(others)
         ]
         likeness = torch.stack(logits, dim=3).flatten(3).softmax(3)  # (B, h, w, (2r+1)·(w + 2r))
         own = likeness.amax(3, keepdim=True)

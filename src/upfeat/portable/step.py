@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from upfeat.portable import axes
 from upfeat.types import Size
+from upfeat.upsamplers.contrast import lengths_of
 from upfeat.upsamplers.encoder import PyramidEncoder
 
 OUT_OF_REACH = -1e6
@@ -143,11 +144,18 @@ class Step(nn.Module):
     """Neighbourhood step: weights of the cells around every pixel, applied to features."""
 
     def __init__(
-        self, temperature: Tensor, sigma: Tensor, *, radius: int, back_projections: int = 0
+        self,
+        temperature: Tensor,
+        sigma: Tensor,
+        *,
+        radius: int,
+        back_projections: int = 0,
+        least_contrast: float = 0.0,
     ) -> None:
         """Keep the settings; see :class:`upfeat.upsamplers.step.NeighbourhoodKernels`.
 
-        ``temperature`` and ``sigma`` are scalars.
+        ``temperature`` and ``sigma`` are scalars; ``least_contrast`` is that of
+        :class:`upfeat.upsamplers.NeighbourhoodUpsampler`.
         """
         super().__init__()
         self.register_buffer("temperature", temperature.detach().clone())
@@ -155,6 +163,7 @@ class Step(nn.Module):
         self.temperature: Tensor
         self.sharpness: Tensor
         self.radius, self.back_projections = radius, back_projections
+        self.least_contrast = least_contrast
 
     def weights(self, layout: Layout, queries: Tensor, keys: Tensor) -> Tensor:
         """Compute the weights of the cells around the pixels of every cell.
@@ -169,7 +178,15 @@ class Step(nn.Module):
         """
         around = layout.cells(rows_of(self.temperature * keys))
         products = layout.pixels(queries) @ around.mT
+        if self.least_contrast:
+            products = self.lengths(keys).flatten(2).mT[:, :, None] * products
         return (products + layout.nearness(self.sharpness)).softmax(3)
+
+    def lengths(self, keys: Tensor) -> Tensor:
+        """Compute the lengths of the queries in the keys' cells, (B, D, h, w) -> (B, 1, h, w)."""
+        if not self.least_contrast:
+            return torch.ones_like(keys[:, :1])
+        return lengths_of(keys, self.radius, self.least_contrast)
 
     def forward(self, layout: Layout, weights: Tensor, features: Tensor) -> Tensor:
         """Upsample features by weights from :meth:`weights`, (B, C, h, w) -> (B, C, H, W)."""

@@ -79,6 +79,7 @@ class DetailUpsampler(Upsampler):
         widening: float = 1.25,
         ridge: float = 0.3,
         smoothing: int = 0,
+        least_contrast: float = 0.0,
         start: str | Path | None = None,
         backend: str = "auto",
     ) -> None:
@@ -100,6 +101,8 @@ class DetailUpsampler(Upsampler):
             smoothing: radius of the smoothing of the finer grid among cells that look alike to
                 early layers (:class:`.smoothing.Smoothing`), in its cells, from 0 to 16; 0, or
                 features without early layers, for none.
+            least_contrast: contrast of both steps and of the smoothing, as in
+                :class:`NeighbourhoodUpsampler`.
             start: name or folder of a trained neighbourhood upsampler, whose weights are copied;
                 its radius, query_dim and levels must equal these arguments.
             backend: backend of the operators; see :mod:`upfeat.functional`.
@@ -123,6 +126,7 @@ class DetailUpsampler(Upsampler):
             query_dim=query_dim,
             levels=levels,
             back_projections=back_projections,
+            least_contrast=least_contrast,
         )
         self.network: DetailNetwork | None = None
         if embed_dim is not None:
@@ -236,7 +240,8 @@ class DetailUpsampler(Upsampler):
         maps = self._maps(guidance, hidden, finer, whole=queries.whole)
         smoothing = None
         if self.smoothing and hidden is not None:
-            smoothing = Smoothing(middle, hidden, radius=self.smoothing, backend=self.backend)
+            compared = step.lengthened(middle, middle)
+            smoothing = Smoothing(compared, hidden, radius=self.smoothing, backend=self.backend)
         return DetailKernels(first, last, regression=regression, maps=maps, smoothing=smoothing)
 
     def _maps(
@@ -267,9 +272,9 @@ class DetailUpsampler(Upsampler):
     @property
     def reach(self) -> int:
         """See :attr:`Upsampler.reach`."""
-        finer, first = self._last_reach, self.neighbourhood.radius * (1 + self.back_projections)
+        finer = self._last_reach
         pixels = cells_of_pixels(self.neighbourhood.encoder.halo)
-        reaches = [finer + first + 1 + pixels]
+        reaches = [finer + self.neighbourhood.reach_of_weights + pixels]
         if self.ridge:
             reaches.append(finer + 2 * STEP + 1 + pixels)
         if self.network is not None:

@@ -56,6 +56,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
         widening: float = 1.25,
         ridge: float = 0.3,
         smoothing: int = 0,
+        least_contrast: float = 0.0,
         displacement: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -74,6 +75,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
             widening: ratio of the steps' σ, as in :class:`DetailUpsampler`.
             ridge: penalty of the regression, as in :class:`DetailUpsampler`.
             smoothing: radius of the smoothing, as in :class:`DetailUpsampler`.
+            least_contrast: contrast of both steps, as in :class:`DetailUpsampler`.
             displacement: see :attr:`Upsampler.displacement`; from -64 to 64.
             backend: backend of the operators; see :mod:`upfeat.functional`.
 
@@ -88,6 +90,7 @@ class EarlyDetailUpsampler(DetailUpsampler):
             widening=widening,
             ridge=ridge,
             smoothing=smoothing,
+            least_contrast=least_contrast,
         )
         self.displacement = whole(
             "displacement", displacement, -MOST_DISPLACEMENT, MOST_DISPLACEMENT

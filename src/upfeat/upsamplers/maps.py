@@ -45,6 +45,8 @@ class Given:
 
     whole = True
     """As of :class:`Computed`: there is nothing to compute."""
+    step = 1
+    """As of :class:`Computed`: windows are cut as they are asked for."""
 
     def __init__(self, values: Tensor) -> None:
         """Keep the values, (B, K, H, W)."""

@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from upfeat.bounds import whole
+from upfeat.bounds import number, whole
 from upfeat.upsamplers.bands import even_bands
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels, Size, Upsampler
 from upfeat.upsamplers.checks import check_preparation
+from upfeat.upsamplers.contrast import AROUND, Lengthened, Lengths
 from upfeat.upsamplers.encoder import PyramidEncoder
 from upfeat.upsamplers.maps import Computed, Map
 from upfeat.upsamplers.queries import CellMeans, Queries, Units
@@ -38,6 +39,9 @@ class NeighbourhoodUpsampler(Upsampler):
     range of the features. Features of any backbone, stride and number of channels are accepted.
     Without training the result is a soft interpolation.
 
+    With ``least_contrast``, queries are longer than 1 where neighbouring keys are nearly equal, as
+    in fog and in the dark (:class:`.contrast.Lengths`).
+
     Source: ours; related to neighbourhood attention, trained by FeatUp's views (section 3.1) alone.
     """
 
@@ -55,6 +59,7 @@ class NeighbourhoodUpsampler(Upsampler):
         query_dim: int = 32,
         levels: int = 4,
         back_projections: int = 0,
+        least_contrast: float = 0.0,
         backend: str = "auto",
     ) -> None:
         """Make an upsampler with initial (untrained) weights.
@@ -68,6 +73,9 @@ class NeighbourhoodUpsampler(Upsampler):
                 back-projection, Irani and Peleg, 1991). Each brings those means closer to the
                 features, at next to no cost. With 0, the output is a weighted mean and never leaves
                 the range of the features.
+            least_contrast: mean difference of neighbouring keys, 1 − ⟨key, key⟩, from 0 to 1, below
+                which queries are made longer, up to 64 times, as if the image had this contrast; 0
+                for none. Ordinary photographs have 0.02 to 0.06 in the shipped weights.
             backend: backend of the operators; see :mod:`upfeat.functional`.
 
         Raises:
@@ -80,6 +88,7 @@ class NeighbourhoodUpsampler(Upsampler):
         self.back_projections = whole(
             "back_projections", back_projections, 0, MOST_BACK_PROJECTIONS
         )
+        self.least_contrast = number("least_contrast", least_contrast, 0, 1)
         self.set_backend(backend)
         self.encoder = PyramidEncoder(self.query_dim, self.levels)
         self.log_temperature = nn.Parameter(torch.tensor(math.log(INITIAL_TEMPERATURE)))
@@ -125,6 +134,7 @@ class NeighbourhoodUpsampler(Upsampler):
             "query_dim": self.query_dim,
             "levels": self.levels,
             "back_projections": self.back_projections,
+            "least_contrast": self.least_contrast,
         }
 
     def queries(self, guidance: Tensor, output_size: Size) -> Tensor:
@@ -150,7 +160,13 @@ class NeighbourhoodUpsampler(Upsampler):
         """See :attr:`Upsampler.reach`."""
         # Up to the pixels of the farthest cell whose key is read, and from there the distance to
         # which the encoder reads the image for their queries.
-        return self.radius * (1 + self.back_projections) + 1 + cells_of_pixels(self.encoder.halo)
+        return self.reach_of_weights + cells_of_pixels(self.encoder.halo)
+
+    @property
+    def reach_of_weights(self) -> int:
+        """Cells from a pixel to the farthest cell whose key has an effect on the pixel."""
+        contrast = AROUND if self.least_contrast else 0
+        return self.radius * (1 + self.back_projections) + contrast + 1
 
     @property
     def step(self) -> int:
@@ -173,7 +189,7 @@ class NeighbourhoodUpsampler(Upsampler):
             widening: factor by which σ is multiplied.
         """
         return NeighbourhoodKernels(
-            queries,
+            self.lengthened(queries, keys),
             keys,
             self.log_temperature.exp(),
             widening * self.log_sigma.exp(),
@@ -181,6 +197,17 @@ class NeighbourhoodUpsampler(Upsampler):
             back_projections=self.back_projections,
             backend=self.backend,
         )
+
+    def lengthened(self, queries: Computed, keys: Computed) -> Computed:
+        """Return queries that are longer where the keys around them are nearly equal.
+
+        Args:
+            queries: (B, query_dim, H, W), of unit length.
+            keys: (B, query_dim, h, w), of unit length.
+        """
+        if not self.least_contrast:
+            return queries
+        return Lengthened(queries, Lengths(keys, self.radius, self.least_contrast))
 
 
 def cells_of_pixels(pixels: int) -> int:

@@ -76,6 +76,9 @@ class Smoothing(Computed):
     cosine in the exponent. The result is then not linear in the features. All factors and
     thresholds are those of a :class:`Likeness`; the above are :data:`BY_LOOKS`.
 
+    Queries longer than 1 (:class:`.contrast.Lengthened`) multiply the cosine between queries by the
+    length of q[i].
+
     The unit of early layers has no effect. An offset in all channels of several times their spread,
     which activations after a ReLU do not have, makes all cells alike.
 
@@ -96,7 +99,7 @@ class Smoothing(Computed):
         """Keep what the weights are computed from.
 
         Args:
-            queries: (B, D, h, w), queries of the cells, of unit length.
+            queries: (B, D, h, w), queries of the cells, of length 1 or more.
             hidden: (B, D', h', w'), features of early layers on any grid; ``None`` for none.
             radius: radius r of the neighbourhood, in cells, ≥ 1.
             backend: backend of the operators.
@@ -120,17 +123,18 @@ class Smoothing(Computed):
         around = self.around(window)
         queries = self.queries.at(around)
         terms = self.likeness
-        parts = [terms.queries**0.5 * queries]
+        parts = []
         if self.hidden is not None:
             early = unit(cut(self.hidden, around)).to(queries.dtype)
             parts.append(terms.early**0.5 * early)
         if self.features is not None:
             alike = unit(cut(self.features, around)).to(queries.dtype)
             parts.append(terms.features**0.5 * alike)
-        looks = torch.cat(parts, dim=1)
+        looks = torch.cat([terms.queries**0.5 * queries, *parts], dim=1)
+        keys = torch.cat([terms.queries**0.5 * unit(queries), *parts], dim=1)
         likeness = functional.neighbourhood_weights(
             cut(looks, inside(window, around)),
-            looks,
+            keys,
             1.0,
             float(self.radius),
             radius=self.radius,
@@ -223,7 +227,7 @@ def smooth_pixels(features: Tensor, queries: Tensor, alike: Tensor, radius: int)
 
     Args:
         features: (B, C, H, W).
-        queries: (B, D, H, W), of unit length, from the image.
+        queries: (B, D, H, W), of length 1 or more, from the image.
         alike: (B, C', H, W), features to compare, less their means over the image.
         radius: radius of the neighbourhood, pixels, ≥ 1.
 
