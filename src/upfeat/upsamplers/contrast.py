@@ -17,11 +17,10 @@ from upfeat.types import Window
 from upfeat.upsamplers.encoder import spans_of, window_of
 from upfeat.upsamplers.maps import Computed, Given, cut, inside, widened
 
-AROUND = 28
-"""Cells to each side over which contrast is averaged: half of the finer grid, and all of the
-features' grid, of 448 pixels at stride 16."""
+AROUND = 8
+"""Cells to each side over which contrast is averaged."""
 LONGEST = 64.0
-"""Largest length of a query. Keys of even less contrast differ mostly by rounding, in half precision."""
+"""Largest length of a query. In half precision, keys of even less contrast differ by rounding."""
 
 
 class Lengths(Computed):
