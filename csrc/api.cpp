@@ -289,6 +289,12 @@ int upfeat_neighbourhood_backward(const UpfeatTensor* features, const UpfeatTens
   });
 }
 
+// Returns whether there are no lengths, or one for each pixel of the queries.
+static bool fits_pixels(const UpfeatTensor* lengths, const UpfeatTensor& queries) {
+  const int64_t* q = queries.size;
+  return !lengths || (all_valid({lengths}) && sized(*lengths, q[0], 1, q[2], q[3]));
+}
+
 int upfeat_attend_forward(const UpfeatTensor* queries, const UpfeatTensor* keys,
                           const UpfeatTensor* weights, const UpfeatWindow* window, int64_t radius,
                           double temperature, double sigma, int isa, int threads) {
@@ -306,8 +312,9 @@ int upfeat_attend_forward(const UpfeatTensor* queries, const UpfeatTensor* keys,
 }
 
 int upfeat_attend_means(const UpfeatTensor* queries, const UpfeatTensor* keys,
-                        const UpfeatTensor* means, const UpfeatWindow* window, int64_t radius,
-                        double temperature, double sigma, int isa, int threads) {
+                        const UpfeatTensor* lengths, const UpfeatTensor* means,
+                        const UpfeatWindow* window, int64_t radius, double temperature,
+                        double sigma, int isa, int threads) {
   if (!window || !all_valid({queries, keys, means}) || radius < 1 || !has_taps(*means, radius)) {
     return UPFEAT_BAD_ARGUMENT;
   }
@@ -316,19 +323,20 @@ int upfeat_attend_means(const UpfeatTensor* queries, const UpfeatTensor* keys,
   if (is_empty(*queries) || !fits(*window, q[2], q[3], *keys) || !enlarges(*window) ||
       !sized(*means, q[0], means->size[1],
              cells_across(window->top, q[2], window->height, window->grid_height),
-             cells_across(window->left, q[3], window->width, window->grid_width))) {
+             cells_across(window->left, q[3], window->width, window->grid_width)) ||
+      !fits_pixels(lengths, *queries)) {
     return UPFEAT_BAD_ARGUMENT;
   }
   return guarded([&] {
-    return attend({{queries, keys, temperature, sigma}, nullptr, means, nullptr, nullptr}, *window,
-                  radius, isa, threads);
+    return attend({{queries, keys, temperature, sigma, lengths}, nullptr, means, nullptr, nullptr},
+                  *window, radius, isa, threads);
   });
 }
 
 int upfeat_attend_sum(const UpfeatTensor* features, const UpfeatTensor* queries,
-                      const UpfeatTensor* keys, const UpfeatTensor* out,
-                      const UpfeatWindow* window, int64_t radius, double temperature, double sigma,
-                      int isa, int threads) {
+                      const UpfeatTensor* keys, const UpfeatTensor* lengths,
+                      const UpfeatTensor* out, const UpfeatWindow* window, int64_t radius,
+                      double temperature, double sigma, int isa, int threads) {
   if (!window || !all_valid({features, queries, keys, out}) || radius < 1) {
     return UPFEAT_BAD_ARGUMENT;
   }
@@ -337,10 +345,12 @@ int upfeat_attend_sum(const UpfeatTensor* features, const UpfeatTensor* queries,
     return UPFEAT_BAD_ARGUMENT;
   }
   if (is_empty(*out)) return UPFEAT_OK;
-  if (!sized(*features, k[0], features->size[1], k[2], k[3])) return UPFEAT_BAD_ARGUMENT;
+  if (!sized(*features, k[0], features->size[1], k[2], k[3]) || !fits_pixels(lengths, *queries)) {
+    return UPFEAT_BAD_ARGUMENT;
+  }
   return guarded([&] {
-    return attend({{queries, keys, temperature, sigma}, nullptr, nullptr, features, out}, *window,
-                  radius, isa, threads);
+    return attend({{queries, keys, temperature, sigma, lengths}, nullptr, nullptr, features, out},
+                  *window, radius, isa, threads);
   });
 }
 

@@ -23,7 +23,7 @@ struct NeighbourhoodScratch {
   CoarseRows keys, features;
   int64_t *key_rows, *feature_rows;
   TileCells key_cells, feature_cells;
-  float *pixels, *buffer, *products, *taps, *half, *folded, *block, *columns;
+  float *pixels, *buffer, *lengths, *products, *taps, *half, *folded, *block, *columns;
 };
 
 static NeighbourhoodScratch place_neighbourhood(const NeighbourhoodJob& job, char* at,
@@ -50,6 +50,7 @@ static NeighbourhoodScratch place_neighbourhood(const NeighbourhoodJob& job, cha
   take(to.feature_cells.offsets, cells);
   take(to.pixels, pitch * kTilePixels);
   take(to.buffer, pitch * kTile);
+  if (what.attention.lengths) take(to.lengths, whole_vectors(1) * kTilePixels);
   take(to.products, cells * kTilePixels);
   take(to.taps, taps * kTilePixels);
   if (what.out) {
@@ -64,10 +65,12 @@ static NeighbourhoodScratch place_neighbourhood(const NeighbourhoodJob& job, cha
 
 // As softmax_vector, from products with all of a tile's cells, (rows, columns, 2, kTile), of which
 // each pixel selects those of the cells around it. A logit of -infinity or NaN makes the sum NaN.
+// Lengths are factors of the products of each pixel, or null.
 static void softmax_of_cells(const Attention& attention, const TilePlace& place,
                              const TileCells& cells, int v, const float* products,
-                             float* weights) {
-  const float temperature = static_cast<float>(attention.temperature);
+                             const float* lengths, float* weights) {
+  Vec temperature = splat(static_cast<float>(attention.temperature));
+  if (lengths) temperature *= load(lengths);
   const float fall = static_cast<float>(0.5 / (attention.sigma * attention.sigma));
   const int64_t side = place.side, below = v >= kRowVecs ? cells.below : 0;
   const IVec* at_shift = &cells.at_shift[0][v % kRowVecs];
@@ -110,9 +113,14 @@ static void attend_tile(const NeighbourhoodJob& job, NeighbourhoodScratch& scrat
   read_pixels(*attention.queries, batch, 2 * group, tile * kTile, scratch.buffer, scratch.pixels);
   tile_cell_products(scratch.key_cells, scratch.pixels, attention.queries->size[1],
                      scratch.products);
+  if (attention.lengths) {
+    read_pixels(*attention.lengths, batch, 2 * group, tile * kTile, scratch.buffer,
+                scratch.lengths);
+  }
   const TilePlace place = tile_place(rows, columns, group, tile);
   for (int v = 0; v < kTileVecs; ++v) {
     softmax_of_cells(attention, place, scratch.key_cells, v, scratch.products + v * kLanes,
+                     attention.lengths ? scratch.lengths + v * kLanes : nullptr,
                      scratch.taps + v * kLanes);
   }
 }

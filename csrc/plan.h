@@ -72,6 +72,7 @@ struct Attention {
   const UpfeatTensor* keys;
   double temperature;
   double sigma;
+  const UpfeatTensor* lengths = nullptr;  // factors of the pixels' products; or null
 };
 
 // Weights over the cells around pixels, and the results to compute from them; null if not needed.

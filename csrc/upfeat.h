@@ -7,7 +7,7 @@
 extern "C" {
 #endif
 
-#define UPFEAT_ABI 11
+#define UPFEAT_ABI 12
 
 #if defined(UPFEAT_BUILD) && defined(_WIN32)
 #define UPFEAT_API __declspec(dllexport)
@@ -120,16 +120,18 @@ UPFEAT_API int upfeat_attend_forward(const UpfeatTensor* queries, const UpfeatTe
                                      int threads);
 // The means of the weights of upfeat_attend_forward over the pixels of each cell,
 // (B,(2r+1)^2,h',w'), for the h' x w' cells that contain the window's pixels. H >= h and W >= w.
+// Products of a pixel's query are multiplied by lengths (B,1,H,W); null for no factors.
 UPFEAT_API int upfeat_attend_means(const UpfeatTensor* queries, const UpfeatTensor* keys,
-                                   const UpfeatTensor* means, const UpfeatWindow* window,
-                                   int64_t radius, double temperature, double sigma, int isa,
-                                   int threads);
+                                   const UpfeatTensor* lengths, const UpfeatTensor* means,
+                                   const UpfeatWindow* window, int64_t radius, double temperature,
+                                   double sigma, int isa, int threads);
 // upfeat_neighbourhood_forward with the weights of upfeat_attend_forward, of which only one tile at
-// a time is in memory. H >= h and W >= w.
+// a time is in memory. H >= h and W >= w. Lengths are those of upfeat_attend_means.
 UPFEAT_API int upfeat_attend_sum(const UpfeatTensor* features, const UpfeatTensor* queries,
-                                 const UpfeatTensor* keys, const UpfeatTensor* out,
-                                 const UpfeatWindow* window, int64_t radius, double temperature,
-                                 double sigma, int isa, int threads);
+                                 const UpfeatTensor* keys, const UpfeatTensor* lengths,
+                                 const UpfeatTensor* out, const UpfeatWindow* window,
+                                 int64_t radius, double temperature, double sigma, int isa,
+                                 int threads);
 // grad_scalars receives d/d temperature and d/d sigma.
 UPFEAT_API int upfeat_attend_backward(const UpfeatTensor* queries, const UpfeatTensor* keys,
                                       const UpfeatTensor* grad, const UpfeatTensor* grad_queries,

@@ -216,9 +216,11 @@ void neighbourhood(const Shape& s, int64_t dtype, Layout layout, int isa, bool w
                                  1.5, 0.8, isa, threads);
   });
   if (window.height < window.grid_height || window.width < window.grid_width) return;
+  Buffer lengths(s.n, 1, s.height, s.width, dtype, layout);
+  const UpfeatTensor* factors = s.c % 2 ? &lengths.tensor : nullptr;
   repeat("attend_sum", {&out}, [&](int threads) {
-    return upfeat_attend_sum(&features.tensor, &queries.tensor, &keys.tensor, &out.tensor, &window,
-                             radius, 1.5, 0.8, isa, threads);
+    return upfeat_attend_sum(&features.tensor, &queries.tensor, &keys.tensor, factors, &out.tensor,
+                             &window, radius, 1.5, 0.8, isa, threads);
   });
   const auto cells = [](int64_t start, int64_t count, int64_t length, int64_t all) {
     const auto own = [&](int64_t at) { return (2 * at + 1) * all / (2 * length); };
@@ -227,8 +229,8 @@ void neighbourhood(const Shape& s, int64_t dtype, Layout layout, int isa, bool w
   Buffer means(s.n, taps, cells(window.top, s.height, window.height, window.grid_height),
                cells(window.left, s.width, window.width, window.grid_width), dtype, layout);
   repeat("attend_means", {&means}, [&](int threads) {
-    return upfeat_attend_means(&queries.tensor, &keys.tensor, &means.tensor, &window, radius, 1.5,
-                               0.8, isa, threads);
+    return upfeat_attend_means(&queries.tensor, &keys.tensor, factors, &means.tensor, &window,
+                               radius, 1.5, 0.8, isa, threads);
   });
 }
 
@@ -337,7 +339,7 @@ void layers(const Shape& s, int64_t dtype, Layout layout, int isa, bool reflect)
     if (kernel == 1 || winograd) {
       layer.scale = at(scale);
       layer.shift = at(shift);
-      layer.silu = 1;
+      layer.activation = s.c % 3;
     }
     return layer;
   };

@@ -2,6 +2,8 @@
 
 import ctypes
 import multiprocessing
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,6 +56,17 @@ def test_a_library_of_another_build_is_refused():
         reason = library._mismatch(path, Handle(abi, identity)) or ""
         assert message in reason
         assert "\n" not in reason
+
+
+def test_the_driver_of_the_sanitizers_fits_the_header():
+    """It is compiled by ``make sanitize`` alone."""
+    driver = Path(__file__).parents[2] / "csrc" / "sanitize" / "driver.cpp"
+    compiler = shutil.which("c++")
+    if compiler is None or not driver.is_file():
+        pytest.skip("needs a C++ compiler and a checkout")
+    command = [compiler, "-std=c++17", "-fsyntax-only", str(driver)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

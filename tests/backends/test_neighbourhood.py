@@ -418,6 +418,29 @@ def test_weights_that_are_not_kept_give_the_same_sums_and_means(isa, case, layou
     close(means, rows @ exact @ columns.T / counts)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("case", ENLARGING, ids=str)
+def test_lengths_are_factors_of_the_queries(isa, case, layout):
+    """Every query's products are multiplied, also in tiles that end beyond the image."""
+    _, grid, size, radius = case
+    queries, keys, *scalars = attention(case)
+    features, _ = values(case)
+    lengths = 1 + 3 * torch.rand(len(queries), 1, *size)
+    lengths = lengths.contiguous(memory_format=layout)
+    longer = unkept(lengths * queries, keys, scalars, radius, size, grid)
+    arguments = *unkept(queries, keys, scalars, radius, size, grid), lengths
+    for operator, given in (("attention", [features]), ("mean_weights", [])):
+        wanted = dispatch.call(f"neighbourhood_{operator}", "cpu", *given, *longer)
+        close(dispatch.call(f"neighbourhood_{operator}", "cpu", *given, *arguments), wanted)
+
+
+def test_lengths_of_another_size_are_refused(isa):
+    queries, keys, *scalars = attention(((1, 4, 3), (3, 3), (6, 6), 1))
+    arguments = unkept(queries, keys, scalars, 1, (6, 6), (3, 3))
+    with pytest.raises(ValueError, match="lengths"):
+        dispatch.call("neighbourhood_mean_weights", "cpu", *arguments, torch.ones(1, 1, 6, 5))
+
+
 @pytest.mark.parametrize("case", ENLARGING, ids=str)
 def test_parts_without_kept_weights_equal_those_of_the_whole(isa, threads, case):
     _, grid, size, radius = case

@@ -19,7 +19,7 @@ from upfeat.bounds import quoted
 
 logger = logging.getLogger(__name__)
 
-Argument: TypeAlias = Tensor | list[Tensor] | int | float | Sequence[int]
+Argument: TypeAlias = Tensor | list[Tensor] | int | float | Sequence[int] | None
 
 BACKENDS: dict[str, ModuleType | SimpleNamespace] = {
     "triton": torch_operators.TRITON,

@@ -213,13 +213,13 @@ def _neighbourhood(backend: str, module: ModuleType, operator: str) -> Callable[
     name, sums = f"{operator}_{backend}", operator == "neighbourhood_attention"
     tensors, options = WEIGHTS["neighbourhood_weights"]
     given = [f"Tensor {tensor}" for tensor in (["features", *tensors] if sums else tensors)]
-    _LIBRARY.define(f"{name}({', '.join([*given, *options])}) -> Tensor")
+    _LIBRARY.define(f"{name}({', '.join([*given, *options])}, Tensor? lengths=None) -> Tensor")
 
     def fake_sum(features: Tensor, queries: Tensor, *_: Any) -> Tensor:
         return _empty_output(features, queries)
 
     def fake_means(queries: Tensor, *rest: Any) -> Tensor:
-        radius, output_size, origin, grid_size, _ = rest[3:]
+        radius, output_size, origin, grid_size = rest[3:7]
         cells = cells_of_window(queries.shape[2:], output_size, origin, grid_size)
         return queries.new_empty((queries.shape[0], (2 * radius + 1) ** 2, *cells))
 

@@ -72,7 +72,11 @@ class Lengthened(Computed):
 
     def compute(self, window: Window) -> Tensor:
         """See :meth:`Computed.compute`."""
-        values = self.queries.at(window)
+        values, lengths = self.queries.at(window), self.lengths_at(window)
+        return values if lengths is None else values * lengths.to(values.dtype)
+
+    def lengths_at(self, window: Window) -> Tensor | None:
+        """Lengths in a window, (B, 1, height, width); ``None`` if they are known to be 1."""
         spans = [
             [(2 * pixel + 1) * cells // (2 * length) for pixel in (start, stop - 1)]
             for (start, stop), cells, length in zip(
@@ -82,14 +86,14 @@ class Lengthened(Computed):
         cells = window_of(*((first, last + 1) for first, last in spans))
         lengths = self.lengths.at(cells)
         if self._are_one(lengths):
-            return values
+            return None
         rows, columns = (
-            cell_of_pixels(cells, length, start, stop - start, values.device) - first
+            cell_of_pixels(cells, length, start, stop - start, lengths.device) - first
             for cells, length, (start, stop), (first, _) in zip(
                 self.lengths.size, self.size, spans_of(window), spans, strict=True
             )
         )
-        return values * lengths.to(values.dtype)[:, :, rows[:, None], columns]
+        return lengths[:, :, rows[:, None], columns]
 
     def _are_one(self, lengths: Tensor) -> bool:
         """Return whether there is nothing to do; never known where it would have to be waited for.

@@ -10,6 +10,7 @@ from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.geometry import cell_of_pixels, first_pixel
 from upfeat.types import Window
+from upfeat.upsamplers.contrast import Lengthened
 from upfeat.upsamplers.encoder import spans_of, window_of
 from upfeat.upsamplers.maps import (
     TILE,
@@ -98,12 +99,15 @@ class PixelWeights:
         if self.recorded or self.backend not in ("auto", "cpu") or torch.compiler.is_compiling():
             return None
         cells = self.cells_of(window)
-        queries, keys = self.queries.at(window), self.keys.at(cells)
+        source, lengths = self.queries, None
+        if isinstance(source, Lengthened):
+            source, lengths = source.queries, source.lengths_at(window)
+        queries, keys = source.at(window), self.keys.at(cells)
         if torch.is_autocast_enabled(queries.device.type):
             return None
         scalars = (self.temperature, self.sigma, self.radius)
         place = (self.output_size, window[:2], self.grid_size, cells[:2])
-        arguments = [queries, keys, *scalars, *place]
+        arguments = [queries, keys, *scalars, *place, lengths]
         against = dispatch.reason_against("neighbourhood_mean_weights", "cpu", *arguments)
         return arguments if against is None else None
 

@@ -43,7 +43,7 @@ _LAYER_NUMBERS = (
     *("activation", "unit", "reflect", "pair", "groups", "sum_groups", "sum_count"),
     "packed_bytes",
 )
-_ABI = 11
+_ABI = 12
 _NO_MEMORY = 2
 _NO_ISA = 3
 

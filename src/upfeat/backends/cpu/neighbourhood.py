@@ -35,7 +35,7 @@ def can_run_neighbourhood_upsample(
 
 
 def can_run_neighbourhood_weights(
-    queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
+    queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int | None
 ) -> str | None:
     """Return why :func:`neighbourhood_weights` cannot run on these arguments, or ``None``."""
     output_size, grid_size = arguments[3], arguments[5]
@@ -47,7 +47,7 @@ def can_run_neighbourhood_weights(
 
 
 def can_run_neighbourhood_attention(
-    features: Tensor, queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
+    features: Tensor, queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int | None
 ) -> str | None:
     """Return why :func:`neighbourhood_attention` cannot run on these arguments, or ``None``."""
     if features.dtype != queries.dtype:
@@ -56,7 +56,7 @@ def can_run_neighbourhood_attention(
 
 
 def can_run_neighbourhood_mean_weights(
-    queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int
+    queries: Tensor, keys: Tensor, *arguments: Sequence[int] | Tensor | int | None
 ) -> str | None:
     """Return why :func:`neighbourhood_mean_weights` cannot run on these arguments, or ``None``."""
     output_size, grid_size = arguments[3], arguments[5]
@@ -78,10 +78,12 @@ def neighbourhood_attention(
     origin: Sequence[int],
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Sum features over cells with weights of which only one tile is in memory; no gradients.
 
-    ``features`` cover the same cells as ``keys``; the other arguments are those of
+    ``features`` cover the same cells as ``keys``; products of each pixel are multiplied by
+    ``lengths`` (B, 1, H, W) if given; the other arguments are those of
     :func:`neighbourhood_weights`.
 
     Returns:
@@ -89,12 +91,13 @@ def neighbourhood_attention(
     """
     place = output_size, origin, grid_size, grid_origin
     window = _check_queries(queries, keys, radius, *place)
+    _check_lengths(lengths, queries)
     check_image("features", features, radius)
     check_shape("features", features, (keys.shape[0], features.shape[1], *keys.shape[2:]))
     out = output(features, queries, None)
     if out.numel():
         scalars = (float(temperature), float(sigma))
-        call("upfeat_attend_sum", features, queries, keys, out, window, radius, *scalars)
+        call("upfeat_attend_sum", features, queries, keys, lengths, out, window, radius, *scalars)
     return out
 
 
@@ -108,21 +111,23 @@ def neighbourhood_mean_weights(
     origin: Sequence[int],
     grid_size: Sequence[int],
     grid_origin: Sequence[int],
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Average weights over the pixels of each cell, without storing all weights; no gradients.
 
-    The arguments are those of :func:`neighbourhood_weights`.
+    The arguments are those of :func:`neighbourhood_attention`.
 
     Returns:
         (B, (2r+1)², h', w'), for the h' × w' cells that contain the window's pixels.
     """
     place = output_size, origin, grid_size, grid_origin
     window = _check_queries(queries, keys, radius, *place)
+    _check_lengths(lengths, queries)
     cells = cells_of_window(queries.shape[2:], output_size, origin, grid_size)
     out = queries.new_empty((queries.shape[0], (2 * radius + 1) ** 2, *cells))
     if out.numel():
         scalars = (float(temperature), float(sigma))
-        call("upfeat_attend_means", queries, keys, out, window, radius, *scalars)
+        call("upfeat_attend_means", queries, keys, lengths, out, window, radius, *scalars)
     return out
 
 
@@ -259,6 +264,11 @@ def _check_queries(
         )
     place = output_size, origin, grid_size, grid_origin
     return _window_of({"queries": queries, "keys": keys}, *place)
+
+
+def _check_lengths(lengths: Tensor | None, queries: Tensor) -> None:
+    if lengths is not None:
+        check_shape("lengths", lengths, (len(queries), 1, *queries.shape[2:]))
 
 
 def _window_of(
