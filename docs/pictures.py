@@ -191,6 +191,27 @@ def zoom(scene: Scene) -> Image.Image:
     return side_by_side(panels)
 
 
+def dark(scene: Scene) -> Image.Image:
+    """The photograph in the dark: bilinear, and one pass without and with ``least_contrast``."""
+    seen = (0.1 + 0.15 * (scene.photo - 0.1)).mul(255).round() / 255
+    x = scene.model.preprocess(to_image(seen))
+    with torch.no_grad():
+        features = scene.model.backbone(x)
+    basis = PCABasis(features[0])
+    panels = [("in the dark", to_image(seen))]
+    plain = scene.load("detail_universal")
+    plain.upsampler.neighbourhood.least_contrast = 0.0
+    for label, model in (
+        ("bilinear", scene.load("bilinear")),
+        ("least_contrast=0", plain),
+        ("as shipped", scene.load("detail_universal")),
+    ):
+        with torch.no_grad():
+            values = model.upsampler(features, model.guidance(x))[0]
+        panels.append((label, to_image(basis.colours(basis.project(values)))))
+    return side_by_side(panels)
+
+
 PICTURES: dict[str, Callable[[Scene], Image.Image]] = {
     "views": views,
     "consistency": consistency,
@@ -198,6 +219,7 @@ PICTURES: dict[str, Callable[[Scene], Image.Image]] = {
     "weights": weights,
     "implicit": implicit,
     "zoom": zoom,
+    "dark": dark,
 }
 
 

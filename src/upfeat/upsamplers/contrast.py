@@ -102,7 +102,7 @@ class Lengthened(Computed):
         """
         if self.recorded or torch.compiler.is_compiling() or lengths.device.type != "cpu":
             return False
-        return bool(lengths.max() <= 1)
+        return not bool((lengths > 1).any())
 
 
 def lengths_of(keys: Tensor, radius: int, least: float) -> Tensor:
