@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upfeat.resampling import bicubic, bilinear, pool_to, pooled, resample, resize
+from upfeat.resampling import bicubic, bilinear, corners, pool_to, pooled, resample, resize
 
 SIDES = st.integers(1, 40)
 
@@ -15,7 +15,16 @@ def _antialiased(length, target, positions):
     return bilinear(length, target, positions, antialias=True, dtype=torch.float64)
 
 
+def _corners(length, target, positions):
+    return corners(length, target, positions, dtype=torch.float64)
+
+
+def _with_corners(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
 KINDS = {
+    "corners": (_corners, _with_corners, 1e-12),
     "pooled": (pooled, F.adaptive_avg_pool2d, 1e-12),
     "bilinear": (bilinear, lambda x, size: F.interpolate(x, size, mode="bilinear"), 1e-12),
     "antialiased": (_antialiased, resize, 1e-12),

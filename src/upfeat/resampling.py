@@ -124,6 +124,20 @@ def bilinear(
     return _reads(torch.stack([low, high]), torch.stack([1 - part, part]))
 
 
+def corners(
+    length: int, target: int, positions: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Reads:
+    """Bilinear interpolation with the corners aligned; for the arguments see :func:`bilinear`."""
+    # As PyTorch computes it, in float64 for float64 only.
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.tensor(length - 1, dtype=exact) / max(target - 1, 1)
+    place = scale * positions.to(exact)
+    low = place.long().clamp(max=length - 1)
+    part = (place - low).clamp(0, 1)
+    high = (low + 1).clamp(max=length - 1)
+    return _reads(torch.stack([low, high]), torch.stack([1 - part, part]))
+
+
 def bicubic(length: int, target: int, positions: Tensor) -> Reads:
     """Bicubic interpolation (a = −0.75); for the arguments see :func:`bilinear`."""
     low, part = _place(length, target, positions)
@@ -161,7 +175,7 @@ def resample(x: Tensor, rows: Reads, columns: Reads, origin: Size = (0, 0)) -> T
     ]
     if _plain(rows) and _plain(columns):
         return F.avg_pool2d(x, (len(rows.places), len(columns.places)))
-    return _along(_along(x, 2, rows), 3, columns)
+    return along(along(x, 2, rows), 3, columns)
 
 
 def resize(x: Tensor, size: Size) -> Tensor:
@@ -182,12 +196,13 @@ def resize(x: Tensor, size: Size) -> Tensor:
     return (out.mT if narrow else out).to(x.dtype)
 
 
-def _along(x: Tensor, axis: int, reads: Reads) -> Tensor:
+def along(x: Tensor, axis: int, reads: Reads) -> Tensor:
+    """Resample one axis, 2 or 3, of a map that begins with the first value read."""
     shape = (-1, 1) if axis == 2 else (-1,)
     out = None
     for places, factor in zip(reads.places, reads.factor.to(x.dtype), strict=True):
-        part = x.index_select(axis, places.to(x.device)) * factor.to(x.device).view(shape)
-        out = part if out is None else out + part
+        part, factor = x.index_select(axis, places.to(x.device)), factor.to(x.device).view(shape)
+        out = part * factor if out is None else out.addcmul_(part, factor)
     assert out is not None
     return out
 

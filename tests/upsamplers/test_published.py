@@ -9,6 +9,7 @@ import torch
 
 import upfeat
 from upfeat.types import Window
+from upfeat.upsamplers import doubling, uplift
 from upfeat.upsamplers.attention import relative_window, shifted_window
 
 CHECKPOINTS = Path(__file__).parents[2].parent / "shared" / "data" / "checkpoints"
@@ -243,7 +244,7 @@ def test_modules_of_half_precision(name, dtype):
 
 @pytest.mark.parametrize("channels", [8, 129])
 def test_channels_in_parts(channels, monkeypatch):
-    monkeypatch.setattr("upfeat.upsamplers.uplift._CHANNELS", 3)
+    monkeypatch.setattr("upfeat.upsamplers.doubling._CHANNELS", 3)
     upsampler = tiny("uplift")
     image, features = sample(batch=1)
     kernels = upsampler.prepare(image, (5, 4), (20, 27), features)
@@ -254,6 +255,30 @@ def test_channels_in_parts(channels, monkeypatch):
     with torch.no_grad():
         found = torch.func.vmap(kernels)(values.detach()[None])
     torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize("size", [(80, 64), (61, 57), (10, 8), (90, 70)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_weights_in_tiles(size, dtype, monkeypatch):
+    """UPLiFT computes large maps tile by tile: equal to rounding, and with less memory."""
+    image, features = (one.to(dtype) for one in sample((77, 66), batch=1))
+    upsampler = tiny("uplift", dtype)
+    with torch.enable_grad():  # which computes whole maps
+        expected = (
+            upsampler(features.requires_grad_(), image).detach(),
+            upsampler.prepare(image, (5, 4), size, features),
+        )
+    features = features.detach()
+    monkeypatch.setitem(uplift._SIDES, "cpu", 32)
+    monkeypatch.setitem(doubling._ROWS, "cpu", 5)
+    kernels = upsampler.prepare(image, (5, 4), size, features)
+    close = {"rtol": 0, "atol": 2e-6 if dtype == torch.float32 else 1e-14}
+    for found, whole in zip(kernels.weights, expected[1].weights, strict=True):
+        torch.testing.assert_close(found, whole.detach(), **close)
+    torch.testing.assert_close(upsampler(features, image), expected[0], **close)
+    window = Window(3, 2, 6, 5)
+    part = upsampler.render(kernels, features, window=window)
+    torch.testing.assert_close(part, upsampler.render(kernels, features)[..., 3:9, 2:7], **close)
 
 
 def test_output_much_smaller_than_the_image():

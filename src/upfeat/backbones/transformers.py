@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from upfeat.backbones.outputs import Layer, NoFeatures, numbers
 from upfeat.backbones.patches import Patches
+from upfeat.backbones.shortened import Cut, cuts, remove_recorders, shortened
 from upfeat.types import Size
 
 _LOG = logging.getLogger("upfeat.backbones")
@@ -39,7 +40,16 @@ class TransformersFeatures(nn.Module):
 
     Layers are counted from 0 without the embedding: layer 8 is ``hidden_states[9]``. The last layer
     alone is ``last_hidden_state``, after the model's last norm if the model applies it there.
+
+    Blocks after the last one chosen are left out, if the hidden states of a first image are the
+    same to the bit without them. A program that is traced or compiled contains all of them; its
+    compiler leaves out what has no effect.
     """
+
+    cut: Cut | None = None
+    """Description of the model without later blocks; ``None`` to run all of them."""
+    tested: bool = False
+    """True once :attr:`cut` is known."""
 
     def __init__(
         self,
@@ -84,6 +94,51 @@ class TransformersFeatures(nn.Module):
         if self.square and x.shape[2] != x.shape[3]:
             raise ValueError(f"{type(self.network).__name__} takes square images only")
         x = x.flip(1) if self.blue_first else x
+        chosen = [self._cells(one, x) for one in self._states(x)]
+        return chosen[0] if len(chosen) == 1 else chosen
+
+    def _states(self, x: Tensor) -> list[Any]:
+        """Return the hidden states of the layers chosen, or the last one."""
+        if self.layers is None:
+            return [self._last(self._output(self.network, x))]
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return self._chosen(self._output(self.network, x), self.blocks)
+        cut = self.cut
+        short = None if cut is None else shortened(self.network, cut)
+        output = self._output(self.network if short is None else short, x)
+        # A forward of its own, as of accelerate, may have run the whole model after all.
+        whole = cut is None or len(_recorded(output)) != cut.states
+        states = self._chosen(output, self.blocks if whole else cut.kept)
+        if not self.tested:
+            self.cut, self.tested = self._find_cut(x), True
+        return states
+
+    def _find_cut(self, x: Tensor) -> Cut | None:
+        """Return a way to shorten the model that changes no bit of the states chosen."""
+        if self.layers is None or self.blocks is None:
+            return None
+        # Blank images, by which models are probed, may be 0 in every layer.
+        draw = torch.Generator().manual_seed(0)
+        image = torch.randn((1, *x.shape[1:]), generator=draw, device="cpu").to(x)
+        with torch.no_grad():
+            expected = None
+            for cut in cuts(self.network, self.blocks, max(self.layers) + 1):
+                short = shortened(self.network, cut)
+                if short is None:
+                    continue
+                if expected is None:
+                    expected = self._chosen(self._output(self.network, image), self.blocks)
+                try:
+                    output = self._output(short, image)
+                    found = self._chosen(output, cut.kept)
+                    if all(map(torch.equal, expected, found)):
+                        return cut._replace(states=len(_recorded(output)))
+                except Exception:  # a norm of another width, or whatever counts on all blocks
+                    continue
+        return None
+
+    def _output(self, network: nn.Module, x: Tensor) -> Any:
+        """Run the model, or a shortened copy of it, on images in the order of colours it takes."""
         options: dict[str, Any] = dict(self.options)
         if self.masked:  # without this noise, the model would shuffle the patches
             count = (x.shape[2] // self.patch) * (x.shape[3] // self.patch)
@@ -95,21 +150,18 @@ class TransformersFeatures(nn.Module):
         elif self.frames is not None:
             given = x[:, None].expand(-1, self.frames, -1, -1, -1)
         with _unmasked(self.network.config), _whole_windows(self.network):
-            output = self.network(given, output_hidden_states=self.layers is not None, **options)
-        states = [self._last(output)] if self.layers is None else self._states(output)
-        chosen = [self._cells(one, x) for one in states]
-        return chosen[0] if len(chosen) == 1 else chosen
+            return network(given, output_hidden_states=self.layers is not None, **options)
 
-    def _states(self, output: Any) -> list[Any]:
-        """Return the hidden states of the layers chosen.
+    def _chosen(self, output: Any, count: int | None) -> list[Any]:
+        """Return the hidden states of the layers chosen from those of ``count`` blocks.
 
         Raises:
             ValueError: the model returns no hidden states, or not one for each of its layers.
         """
         assert self.layers is not None
         name = type(self.network).__name__
-        states = output.get("reshaped_hidden_states") or output.get("hidden_states") or ()
-        count = len(states) if self.blocks is None else self.blocks
+        states = _recorded(output)
+        count = len(states) if count is None else count
         if len(states) == 2 * count:  # SwiftFormer: of the embedding, then stages and reductions
             states = states[1::2]
         states = states[1:] if len(states) == count + 1 else states  # without the embedding
@@ -152,18 +204,9 @@ class TransformersFeatures(nn.Module):
         return output["last_hidden_state"]
 
 
-def remove_recorders(network: nn.Module) -> None:
-    """Remove the hooks by which transformers records hidden states, which cannot be pickled.
-
-    transformers installs them again when hidden states are next requested.
-    """
-    for module in network.modules():
-        hooks = module._forward_hooks
-        for key, hook in list(hooks.items()):
-            if type(hook).__module__ == "builtins" and "output_cap" in hook.__qualname__:
-                del hooks[key]
-        if hasattr(module, "_output_capturing_hooks_installed"):
-            module._output_capturing_hooks_installed = False  # pyright: ignore[reportArgumentType]
+def _recorded(output: Any) -> Any:
+    """All hidden states that a model returned."""
+    return output.get("reshaped_hidden_states") or output.get("hidden_states") or ()
 
 
 def is_transformers(module: object) -> bool:

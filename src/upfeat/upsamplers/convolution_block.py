@@ -78,7 +78,7 @@ class ConvolutionBlock(nn.Module):
             (B, width, ⌈H/every⌉, ⌈W/every⌉).
         """
         if compiled:
-            return self._compiled(x)[:, :, ::every, ::every]
+            return self._compiled(x, every)
         y = x
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             assert isinstance(convolution, nn.Conv2d)
@@ -89,7 +89,7 @@ class ConvolutionBlock(nn.Module):
         y = convolve(y, self.mixture.weight, self.mixture.bias)
         return y + self._residual(x[:, :, ::every, ::every])
 
-    def _compiled(self, x: Tensor) -> Tensor:
+    def _compiled(self, x: Tensor, every: int) -> Tensor:
         y, before = x, None
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):
             assert isinstance(convolution, nn.Conv2d)
@@ -98,7 +98,8 @@ class ConvolutionBlock(nn.Module):
             # The layer that follows applies the norm and the ReLU to the pixels it reads.
             scale, shift = (each.expand(len(x), -1) for each in norm.affine())
             before = Before(scale=scale, shift=shift, relu=True)
-        mixture, residual = self.mixture, self._residual(x)
+        mixture, y = self.mixture, y[:, :, ::every, ::every]
+        residual = self._residual(x[:, :, ::every, ::every])
         return layer(y, mixture.weight, mixture.bias, before=before, residual=residual)[0]
 
     def _residual(self, x: Tensor) -> Tensor:

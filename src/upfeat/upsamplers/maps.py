@@ -164,6 +164,34 @@ class Computed(ABC):
         )
 
 
+class Assembled:
+    """A map (B, K, H, W) that is put together from windows; a window of all of it is not copied."""
+
+    def __init__(self, size: Size) -> None:
+        """Start with no values; ``size`` is (H, W)."""
+        self.size = size
+        self._values: Tensor | None = None
+
+    def put(self, window: Window, values: Tensor, place: Window | None = None) -> None:
+        """Take the values in a window, from those in ``place`` (the window itself by default)."""
+        part = values if place is None else cut(values, inside(window, place))
+        if window == (0, 0, *self.size):
+            self._values = part
+            return
+        if self._values is None:
+            layout = torch.channels_last if part.stride(1) == 1 else torch.contiguous_format
+            shape = (*part.shape[:2], *self.size)
+            self._values = torch.empty(
+                shape, dtype=part.dtype, device=part.device, memory_format=layout
+            )
+        cut(self._values, window).copy_(part)
+
+    def values(self) -> Tensor:
+        """The whole map."""
+        assert self._values is not None
+        return self._values
+
+
 def as_map(features: Tensor | Map) -> Map:
     """Return ``features`` as a map."""
     return Given(features) if isinstance(features, Tensor) else features

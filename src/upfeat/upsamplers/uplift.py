@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -10,15 +10,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upfeat import functional
 from upfeat.backends import dispatch
 from upfeat.bounds import MOST_CHANNELS, shown, whole
-from upfeat.resampling import bilinear, resample, resize
+from upfeat.resampling import corners, resample, resize
 from upfeat.transforms import is_transforming
 from upfeat.types import Size, Window
 from upfeat.upsamplers.base import UPSAMPLERS, Kernels
 from upfeat.upsamplers.convolution_block import ConvolutionBlock, convolve
-from upfeat.upsamplers.maps import Map, is_recorded
+from upfeat.upsamplers.doubling import DoublingKernels, double
+from upfeat.upsamplers.maps import (
+    TILE,
+    Assembled,
+    Map,
+    cut,
+    inside,
+    is_recorded,
+    widened,
+    windows,
+)
 from upfeat.upsamplers.published import PublishedUpsampler, in_own_precision
 
 _CELL = 16
@@ -27,107 +36,13 @@ _MOST_DOUBLINGS = 4
 """After four, a cell has become 16×16 pixels, and the encoder has no finer map to offer."""
 MOST_BLOCKS = 8
 """Most blocks of the encoder; the published have 5."""
-_CHANNELS = 64
-"""Channels whose last map is computed at once."""
+_SIDES = {"cpu": 192}
+"""Side of tiles, in pixels: maps of 192 channels are then below 32 MiB, which the C library keeps.
+"""
 _WINDOW = tuple((row, column) for row in range(-2, 3) for column in range(-2, 3))
 NEIGHBOURS = tuple(at for at in _WINDOW if sorted(map(abs, at)) != [1, 2])
 """The 17 cells that a pixel sums, as rows and columns counted from its own cell: of 5×5 cells, all
 but those a knight's move away."""
-
-
-class DoublingKernels:
-    """Weights of every doubling of one image's grid, and the size that the last map is brought to.
-
-    Attributes:
-        weights: of each doubling, (B, 25, H, W) for the 5×5 cells around each pixel's own.
-    """
-
-    def __init__(self, weights: Sequence[Tensor], output_size: Size, backend: str) -> None:
-        """Keep the weights.
-
-        Args:
-            weights: at least one, see :attr:`weights`.
-            output_size: (height, width) of the result.
-            backend: backend of the operator; see :mod:`upfeat.functional`.
-        """
-        self.weights = list(weights)
-        self.grid_size = (self.weights[0].shape[2] // 2, self.weights[0].shape[3] // 2)
-        self.output_size = output_size
-        self.backend = backend
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Upsample features, (B, C, h, w) -> (B, C, H, W)."""
-        last = self.weights[-1]
-        fits = (last.shape[2], last.shape[3]) == self.output_size
-        recorded = is_recorded(features, *self.weights)
-        if fits or recorded or torch.compiler.is_compiling() or is_transforming():
-            return self._upsample(features)
-        # The last map is as large as the result, so only some of its channels exist at a time.
-        out = features.new_empty(*features.shape[:2], *self.output_size)
-        for part, target in zip(features.split(_CHANNELS, 1), out.split(_CHANNELS, 1), strict=True):
-            target.copy_(self._upsample(part))
-        return out
-
-    def _upsample(self, features: Tensor) -> Tensor:
-        for weights in self.weights:
-            features = double(features, weights, backend=self.backend)
-        size = (features.shape[2], features.shape[3])
-        return features if size == self.output_size else resize(features, self.output_size)
-
-    def crop(self, features: Tensor, window: Window) -> Tensor:
-        """See :meth:`Kernels.crop`; the last doubling is computed in the window alone."""
-        _, features = self.precompute(features)
-        last = self.weights[-1]
-        whole_size = (last.shape[2], last.shape[3])
-        if whole_size == self.output_size:
-            return double(features, last, window, backend=self.backend)
-        rows, columns = (
-            bilinear(
-                length, target, torch.arange(start, stop), antialias=True, dtype=features.dtype
-            )
-            for length, target, start, stop in zip(
-                whole_size,
-                self.output_size,
-                (window.top, window.left),
-                (window.bottom, window.right),
-                strict=True,
-            )
-        )
-        read = Window(
-            rows.first, columns.first, rows.stop - rows.first, columns.stop - columns.first
-        )
-        part = double(features, last, read, backend=self.backend)
-        return resample(part, rows, columns, (read.top, read.left))
-
-    def precompute(self, features: Tensor) -> tuple[DoublingKernels, Tensor]:
-        """Apply all doublings but the last to the features; return the kernels of the last."""
-        for weights in self.weights[:-1]:
-            features = double(features, weights, backend=self.backend)
-        return DoublingKernels(self.weights[-1:], self.output_size, self.backend), features
-
-
-def double(
-    features: Tensor, weights: Tensor, window: Window | None = None, *, backend: str = "auto"
-) -> Tensor:
-    """Sum the cells around the own cell of each pixel of a grid twice as fine.
-
-    Args:
-        features: (B, C, h, w).
-        weights: (B, 25, 2h, 2w).
-        window: window of the result; ``None`` for all of it.
-        backend: backend of the operator; see :mod:`upfeat.functional`.
-
-    Returns:
-        (B, C, 2h, 2w), or (B, C, window.height, window.width), in the dtype of the features.
-    """
-    size = (weights.shape[2], weights.shape[3])
-    place = None
-    if window is not None:
-        weights = weights[:, :, window.top : window.bottom, window.left : window.right]
-        place = (window.top, window.left, window.height, window.width)
-    return functional.neighbourhood_upsample(
-        features, weights.to(features.dtype), output_size=size, window=place, backend=backend
-    )
 
 
 @UPSAMPLERS.register
@@ -210,16 +125,23 @@ class UPLiFT(PublishedUpsampler):
         doublings = _doublings(grid_size, output_size)
         image, x = self.exact(guidance, features), self.exact(features, guidance)
         compiled = self.compiled(image, x)
-        fine, deep = self._encode(image, grid_size, 2**doublings, compiled)
+        recorded = is_recorded(image, x, *self.parameters())
+        whole = recorded or torch.compiler.is_compiling() or is_transforming()
+        side = None if whole else _SIDES.get(x.device.type, TILE)
+        fine, deep = self._encode(image, grid_size, 2**doublings, compiled, side)
         weights: list[Tensor] = []
         for index in range(doublings):
             # Of the maps at 2^doublings pixels per cell, nearest-neighbour resampling takes the
             # first pixel of each cell of the current grid, and of the grid twice as fine.
             step = 2 ** (doublings - index - 1)
             seen = deep[:, :, ::step, ::step], fine[:, :, ::step, ::step]
-            weights.append(self._weights(x, *seen, compiled))
-            if index + 1 < doublings:
+            if whole and weights:
                 x = double(x, weights[-1], backend=self.backend)
+            # The finest features are large, and only their windows are computed.
+            before = None if whole or not weights else weights[-1]
+            weights.append(self._weights(x, before, *seen, compiled, side))
+            if before is not None and index + 1 < doublings:
+                x = double(x, before, backend=self.backend)
         return DoublingKernels(weights, output_size, self.backend)
 
     def precompute(self, kernels: Kernels, mixed: Tensor) -> tuple[Kernels, Tensor | Map]:
@@ -228,30 +150,102 @@ class UPLiFT(PublishedUpsampler):
         return kernels.precompute(mixed)
 
     def _encode(
-        self, image: Tensor, grid_size: Size, finest: int, compiled: bool
+        self, image: Tensor, grid_size: Size, finest: int, compiled: bool, side: int | None
     ) -> tuple[Tensor, Tensor]:
         """Last two maps of the image's encoder: (B, ·, finest·h, finest·w), and half of that."""
         size = (_CELL * grid_size[0], _CELL * grid_size[1])
-        x = image if tuple(image.shape[2:]) == size else resize(image, size)
+        image = image if tuple(image.shape[2:]) == size else resize(image, size)
         *blocks, last = self.encoder
-        for block in blocks:
-            x = block(x, compiled=compiled)
         step = _CELL // finest
-        return x[:, :, ::step, ::step], last(x, 2 * step, compiled=compiled)
+        fine = Assembled((finest * grid_size[0], finest * grid_size[1]))
+        deep = Assembled((fine.size[0] // 2, fine.size[1] // 2))
+        for window in _tiles(size, side):
+            # Each block reads a pixel more on every side. The last one has a result for every
+            # 2·step-th row and column of the image, from the first.
+            outer = widened(window, max(len(self.encoder), 2 * step), size)
+            inner = widened(window, 2 * step, size)
+            x = cut(image, outer)
+            for block in blocks:
+                x = block(x, compiled=compiled)
+            found = last(cut(x, inside(inner, outer)), 2 * step, compiled=compiled)
+            deep.put(_every(window, 2 * step), found, _every(inner, 2 * step))
+            fine.put(_every(window, step), cut(x, inside(window, outer))[:, :, ::step, ::step])
+        return fine.values(), deep.values()
 
-    def _weights(self, features: Tensor, deep: Tensor, fine: Tensor, compiled: bool) -> Tensor:
-        """Weights of one doubling, (B, 25, 2h, 2w), from features (B, C, h, w) and the maps."""
-        x = self.coarse_block(torch.cat([features, deep], dim=1), compiled=compiled)
-        finer = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+    def _weights(
+        self,
+        x: Tensor,
+        before: Tensor | None,
+        deep: Tensor,
+        fine: Tensor,
+        compiled: bool,
+        side: int | None,
+    ) -> Tensor:
+        """Weights of one doubling.
+
+        Args:
+            x: features, on the grid of the doubling before this one, if there is one.
+            before: weights of the doubling before this one; ``None`` if this is the first.
+            deep: last map of the encoder, at the cells of this doubling's grid, (B, ·, h, w).
+            fine: the map before it, at those of the grid twice as fine.
+            compiled: whether the compiled library runs the convolutions.
+            side: side of tiles, in pixels of the finer grid; ``None`` to compute all at once.
+
+        Returns:
+            (B, 25, 2h, 2w).
+        """
+        size = (deep.shape[2], deep.shape[3])
+        coarse = Assembled(size)
+        for window in _tiles(size, side and side // 2):
+            outer = widened(window, 2, size)  # two convolutions
+            seen = (
+                cut(x, outer) if before is None else double(x, before, outer, backend=self.backend)
+            )
+            seen = torch.cat([seen, cut(deep, outer)], dim=1)
+            coarse.put(window, self.coarse_block(seen, compiled=compiled), outer)
+        size, last = (2 * size[0], 2 * size[1]), coarse.values()
+        weights = Assembled(size)
+        for window in _tiles(size, side):
+            outer = widened(window, 2, size)
+            finer = self._finer(last, outer)
+            finer = self.fine_block(torch.cat([finer, cut(fine, outer)], 1), compiled=compiled)
+            weights.put(window, self._shares(cut(finer, inside(window, outer))))
+        return weights.values()
+
+    def _finer(self, x: Tensor, window: Window) -> Tensor:
+        """Bring a map to a grid twice as fine, in a window that begins and ends between cells."""
+        size = (2 * x.shape[2], 2 * x.shape[3])
+        if window == (0, 0, *size):
+            enlarged = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        else:
+            spans = (window.top, window.bottom), (window.left, window.right)
+            rows, columns = (
+                corners(length // 2, length, torch.arange(*span), dtype=x.dtype)
+                for length, span in zip(size, spans, strict=True)
+            )
+            enlarged = resample(x, rows, columns)
         weight, bias = self.doubling.weight.to(x.dtype), self.doubling.bias
         assert bias is not None
-        x = F.conv_transpose2d(x, weight, bias.to(x.dtype), stride=2) + finer
-        x = self.fine_block(torch.cat([x, fine], dim=1), compiled=compiled)
+        cells = cut(x, _every(window, 2))
+        return F.conv_transpose2d(cells, weight, bias.to(x.dtype), stride=2) + enlarged
+
+    def _shares(self, x: Tensor) -> Tensor:
+        """Weights (B, 25, H, W) from the last map of the network, (B, width, H, W)."""
         scores = convolve(x, self.scores.weight, self.scores.bias)
         weights = (scores + x[:, : len(NEIGHBOURS)]).softmax(1)
         share = dict(zip(NEIGHBOURS, weights.unbind(1), strict=True))
         none = torch.zeros_like(weights[:, 0])
         return torch.stack([share.get(at, none) for at in _WINDOW], dim=1)
+
+
+def _tiles(size: Size, side: int | None) -> Iterator[Window]:
+    """Windows of at most ``side``² pixels, a single one if it is ``None``."""
+    return windows(size, *(size if side is None else (side, side)))
+
+
+def _every(window: Window, step: int) -> Window:
+    """The window on a grid of every ``step``-th row and column."""
+    return Window(*(-(-value // step) for value in window))
 
 
 def _doublings(grid_size: Size, output_size: Size) -> int:
