@@ -101,14 +101,16 @@ class TransformersFeatures(nn.Module):
         """Return the hidden states of the layers chosen, or the last one."""
         if self.layers is None:
             return [self._last(self._output(self.network, x))]
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return self._chosen(self._output(self.network, x), self.blocks)
         cut = self.cut
         short = None if cut is None else shortened(self.network, cut)
         output = self._output(self.network if short is None else short, x)
         # A forward of its own, as of accelerate, may have run the whole model after all.
-        whole = cut is None or len(_recorded(output)) != cut.states
-        states = self._chosen(output, self.blocks if whole else cut.kept)
+        count = self.blocks
+        if cut is not None and len(_recorded(output)) == cut.states:
+            count = cut.kept
+        states = self._chosen(output, count)
         if not self.tested:
             self.cut, self.tested = self._find_cut(x), True
         return states
