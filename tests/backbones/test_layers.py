@@ -131,6 +131,30 @@ def test_a_list_keeps_its_order_and_repetitions(library, read):
     torch.testing.assert_close(read([-1, last - 1, -1]), torch.cat([second, first, second], dim=1))
 
 
+LAST = {
+    "timm": "blocks.2",
+    "transformers": "encoder.layer.2",
+    "open_clip": "transformer.resblocks.2",
+    "open_clip_resnet": "layer4",
+}
+"""The last block of the libraries that can stop before it."""
+
+
+@pytest.mark.parametrize("library", LAST, indirect=True)
+def test_blocks_behind_the_layer_do_not_run(library, network, monkeypatch):
+    backbone, x = upfeat.load_backbone(network, layer=1), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        backbone(x)  # transformers: the first image tells whether it can stop
+        calls = []
+        block = network.get_submodule(LAST[library])
+        run = block.forward
+        monkeypatch.setattr(block, "forward", lambda *a, **k: calls.append(1) or run(*a, **k))
+        backbone(x)
+        assert not calls
+        upfeat.load_backbone(network)(x)
+        assert calls
+
+
 @pytest.mark.parametrize("layer", [9, -7, [0, 9]])
 def test_a_layer_that_is_not_there_is_named_in_one_line(library, read, layer):
     wrong, last = -7 if layer == -7 else 9, DEPTH.get(library, 3) - 1

@@ -76,6 +76,8 @@ class _Intermediates(nn.Module):
         output = tower.forward_intermediates(
             x,
             indices=1 if self.layers is None else ascending(self.layers),
+            # ResNets of open_clip take it the other way round.
+            stop_early=not hasattr(tower, "layer4"),
             normalize_intermediates=self.layers is None,
             intermediates_only=True,
             output_fmt="NCHW",
