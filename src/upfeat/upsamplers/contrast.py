@@ -17,8 +17,9 @@ from upfeat.types import Window
 from upfeat.upsamplers.encoder import spans_of, window_of
 from upfeat.upsamplers.maps import Computed, Given, cut, inside, widened
 
-AROUND = 8
-"""Cells to each side over which contrast is averaged."""
+AROUND = 28
+"""Cells to each side over which contrast is averaged: the whole grid of most images, so that noise
+in a flat part of an image of ordinary contrast is not raised."""
 LONGEST = 64.0
 """Largest length of a query. In half precision, keys of even less contrast differ by rounding."""
 
