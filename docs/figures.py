@@ -133,6 +133,20 @@ def sharper(place: int, passes: str = "one pass", sets: str = "") -> list[float]
     return found
 
 
+def raised(place: int, of: str, passes: str = "one pass", over: str | None = None) -> float:
+    """Change by ``least_contrast`` on a set; ``of`` begins "Lite0: " or "DINOv2: ".
+
+    ``place`` is that of :func:`sharper`. With ``over``, the gain over that row.
+    """
+    model, _, part = of.partition(": ")
+    [rows] = [
+        group["rows"]
+        for group in data("passes")["contrast"]
+        if model in group["backbone"] and group["data"] == part
+    ]
+    return rows[f"**{passes}**"][place] - rows[over or f"{passes}, before"][place]
+
+
 def plain(text: str) -> str:
     """Text with minus signs for hyphens, and without a sign where a figure rounds to 0."""
     return _SIGNED_ZERO.sub("", text.replace("-", "−"))
@@ -156,6 +170,7 @@ def filled(text: str) -> str:
         "implicit_share",
         "lead_of_fits",
         "sharper",
+        "raised",
         "digits",
         "passes",
     )
