@@ -361,6 +361,20 @@ def test_an_upsampler_of_other_settings_is_another_one(tmp_path):
         upfeat.UpsampledFeatures.load(tmp_path / "y.safetensors", detail)
 
 
+def test_files_of_earlier_versions_have_the_defaults_of_later_settings(tmp_path):
+    detail, path = _detail(), tmp_path / "x.safetensors"
+    upfeat.UpsampledFeatures(*_inputs(), detail).save(path)
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    config = json.loads(facts["upsampler"])
+    assert (config.pop("smoothing"), config.pop("least_contrast")) == (0, 0.0)
+    save_file(load_file(path), path, facts | {"upsampler": json.dumps(config)})
+    assert upfeat.UpsampledFeatures.load(path, detail).shape == (1, 7, 75, 101)
+    detail.neighbourhood.least_contrast = 0.045
+    with pytest.raises(ValueError, match=r"made by a detail with least_contrast=0.0; give"):
+        upfeat.UpsampledFeatures.load(path, detail)
+
+
 IMAGES = {
     "hdr": lambda: 10 * torch.randn(1, 3, 75, 101),
     "a bright spot": lambda: _filled(1e6)(torch.randn(1, 3, 75, 101)),

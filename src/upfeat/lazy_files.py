@@ -8,6 +8,7 @@ a file: they check all tensors and metadata.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,6 +252,9 @@ def _upsampler(path: str | Path, facts: dict[str, str], given: Upsampler | None)
     if digest(given) != weights:
         raise ValueError(f"{path}: made by a {name[:60]} with other weights than the one given")
     own: dict[str, Any] = json.loads(json.dumps(given.config()))
+    # Later versions have more settings, whose defaults do what earlier versions did.
+    defaults = inspect.signature(type(given)).parameters
+    config = {key: defaults[key].default for key in own if key in defaults} | config
     other = [key for key in {**own, **config} if own.get(key) != config.get(key)]
     if other:
         listed = ", ".join(f"{key}={config.get(key)!r:.40}" for key in sorted(other))
