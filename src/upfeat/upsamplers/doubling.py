@@ -76,7 +76,11 @@ class DoublingKernels:
             return double(features, last, window, backend=backend)
         rows, columns = (
             bilinear(
-                length, target, torch.arange(start, stop), antialias=True, dtype=features.dtype
+                length,
+                target,
+                torch.arange(start, stop, device="cpu"),
+                antialias=True,
+                dtype=features.dtype,
             )
             for length, target, start, stop in zip(
                 self._last_size,

@@ -220,7 +220,7 @@ class UPLiFT(PublishedUpsampler):
         else:
             spans = (window.top, window.bottom), (window.left, window.right)
             rows, columns = (
-                corners(length // 2, length, torch.arange(*span), dtype=x.dtype)
+                corners(length // 2, length, torch.arange(*span, device="cpu"), dtype=x.dtype)
                 for length, span in zip(size, spans, strict=True)
             )
             enlarged = resample(x, rows, columns)
