@@ -39,6 +39,8 @@ MOST_BLOCKS = 8
 _SIDES = {"cpu": 192}
 """Side of tiles, in pixels: maps of 192 channels are then below 32 MiB, which the C library keeps.
 """
+_WHOLE = 1 << 16
+"""Most pixels of an encoder's image that is not cut into tiles, whose halos would cost a fifth."""
 _WINDOW = tuple((row, column) for row in range(-2, 3) for column in range(-2, 3))
 NEIGHBOURS = tuple(at for at in _WINDOW if sorted(map(abs, at)) != [1, 2])
 """The 17 cells that a pixel sums, as rows and columns counted from its own cell: of 5×5 cells, all
@@ -127,7 +129,8 @@ class UPLiFT(PublishedUpsampler):
         compiled = self.compiled(image, x)
         recorded = is_recorded(image, x, *self.parameters())
         whole = recorded or torch.compiler.is_compiling() or is_transforming()
-        side = None if whole else _SIDES.get(x.device.type, TILE)
+        small = _CELL**2 * grid_size[0] * grid_size[1] <= _WHOLE
+        side = None if whole or small else _SIDES.get(x.device.type, TILE)
         fine, deep = self._encode(image, grid_size, 2**doublings, compiled, side)
         weights: list[Tensor] = []
         for index in range(doublings):
