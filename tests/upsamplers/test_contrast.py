@@ -122,6 +122,17 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: upsampler(features, x), image)
 
 
+@pytest.mark.parametrize("name", ["neighbourhood_universal", "detail_universal"])
+def test_transforms_without_gradients(name):
+    """Nothing may be decided by values there."""
+    upsampler = upfeat.load_upsampler(name)
+    features, images = torch.randn(2, 1, 3, 4, 4), torch.randn(2, 1, 3, 32, 32)
+    with torch.no_grad():
+        expected = torch.stack([upsampler(*one) for one in zip(features, images, strict=True)])
+        found = torch.vmap(upsampler)(features, images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.5, float("nan"), "0.03", None])
 def test_bad_values(value):
     with pytest.raises((ValueError, TypeError), match="least_contrast"):

@@ -6,7 +6,7 @@ computed where it is asked for.
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import upfeat
@@ -104,6 +104,8 @@ def test_parts_are_parts_of_the_whole(name, case, large, monkeypatch):
     shares=st.tuples(*[st.floats(0, 1)] * 4),
 )
 @settings(deadline=None, max_examples=12)
+@example(grid=(5, 2), ratio=(1.0, 9.0), shares=(0.0, 0.0, 0.5, 1.0))  # cells without a pixel
+@example(grid=(2, 5), ratio=(9.0, 1.0), shares=(0.0, 0.0, 1.0, 0.5))
 def test_any_part_of_any_map_is_part_of_the_whole(grid, ratio, shares):
     size = tuple(max(int(cells * one), 1) for cells, one in zip(grid, ratio, strict=True))
     top, left = (int(share * (side - 1)) for share, side in zip(shares, size, strict=False))

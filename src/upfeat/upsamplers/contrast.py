@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upfeat.geometry import cell_of_pixels
+from upfeat.transforms import is_plain
 from upfeat.types import Window
-from upfeat.upsamplers.encoder import spans_of, window_of
+from upfeat.upsamplers.encoder import own_cells
 from upfeat.upsamplers.maps import Computed, Given, cut, inside, widened
 
 AROUND = 28
@@ -78,30 +79,21 @@ class Lengthened(Computed):
 
     def lengths_at(self, window: Window) -> Tensor | None:
         """Lengths in a window, (B, 1, height, width); ``None`` if they are known to be 1."""
-        spans = [
-            [(2 * pixel + 1) * cells // (2 * length) for pixel in (start, stop - 1)]
-            for (start, stop), cells, length in zip(
-                spans_of(window), self.lengths.size, self.size, strict=True
-            )
-        ]
-        cells = window_of(*((first, last + 1) for first, last in spans))
-        lengths = self.lengths.at(cells)
+        seen = own_cells(window, self.size, self.lengths.size)
+        lengths = self.lengths.at(seen)
         if self._are_one(lengths):
             return None
         rows, columns = (
-            cell_of_pixels(cells, length, start, stop - start, lengths.device) - first
-            for cells, length, (start, stop), (first, _) in zip(
-                self.lengths.size, self.size, spans_of(window), spans, strict=True
+            cell_of_pixels(cells, length, start, count, lengths.device) - first
+            for cells, length, start, count, first in zip(
+                self.lengths.size, self.size, window[:2], window[2:], seen[:2], strict=True
             )
         )
         return lengths[:, :, rows[:, None], columns]
 
     def _are_one(self, lengths: Tensor) -> bool:
-        """Return whether there is nothing to do; never known where it would have to be waited for.
-
-        That is on a GPU, in a traced graph, or where gradients are recorded.
-        """
-        if self.recorded or torch.compiler.is_compiling() or lengths.device.type != "cpu":
+        """Return whether there is nothing to do; a GPU is not asked, as it would be waited for."""
+        if self.recorded or lengths.device.type != "cpu" or not is_plain(lengths):
             return False
         return not bool((lengths > 1).any())
 

@@ -231,6 +231,15 @@ def window_of(rows: _Span, columns: _Span) -> Window:
     return Window(rows[0], columns[0], rows[1] - rows[0], columns[1] - columns[0])
 
 
+def own_cells(window: Window, size: Size, grid_size: Size) -> Window:
+    """Cells of a grid that contain the pixels of a window of an output of ``size``."""
+    rows, columns = (
+        [(2 * pixel + 1) * cells // (2 * length) for pixel in (start, stop - 1)]
+        for (start, stop), cells, length in zip(spans_of(window), grid_size, size, strict=True)
+    )
+    return window_of((rows[0], rows[1] + 1), (columns[0], columns[1] + 1))
+
+
 class _Correction(nn.Module):
     """Residual block: a scale plus its learned correction; initially the identity."""
 

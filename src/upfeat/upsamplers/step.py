@@ -11,7 +11,7 @@ from upfeat.backends import dispatch
 from upfeat.geometry import cell_of_pixels, first_pixel
 from upfeat.types import Window
 from upfeat.upsamplers.contrast import Lengthened
-from upfeat.upsamplers.encoder import spans_of, window_of
+from upfeat.upsamplers.encoder import own_cells, spans_of, window_of
 from upfeat.upsamplers.maps import (
     TILE,
     Computed,
@@ -81,13 +81,7 @@ class PixelWeights:
         """The cells that the pixels of a window read."""
         if window == (0, 0, *self.output_size):
             return Window(0, 0, *self.grid_size)
-        spans = [
-            [(2 * pixel + 1) * cells // (2 * length) for pixel in (start, stop - 1)]
-            for (start, stop), cells, length in zip(
-                spans_of(window), self.grid_size, self.output_size, strict=True
-            )
-        ]
-        own = window_of(*((low, high + 1) for low, high in spans))
+        own = own_cells(window, self.output_size, self.grid_size)
         return widened(own, self.radius, self.grid_size)
 
     def _unkept(self, window: Window) -> list[dispatch.Argument] | None:
@@ -306,6 +300,10 @@ class PooledWeights(Computed):
 
     def _values(self, pixels: Window, cells: Window) -> Tensor:
         """Mean weights of ``cells``, all of whose pixels are in the window ``pixels``."""
+        if not pixels.height or not pixels.width:  # of an output smaller than the grid
+            keys, taps = self.kernels.keys.at(cells), (2 * self.kernels.radius + 1) ** 2
+            none = keys.new_empty(len(keys), taps, pixels.height, pixels.width)
+            return self._pool(none, pixels, cells)
         values = self.kernels.mean_weights(pixels)
         return self._pool(self.kernels.weights(pixels), pixels, cells) if values is None else values
 
